@@ -1,0 +1,20 @@
+"""cfvlm_ds: counterfactual fine-tuning of generative vision-language models under DeepSpeed ZeRO-3.
+
+What a researcher needs to write and try an objective; importing this needs torch alone.
+"""
+
+from cfvlm_ds.groups import Candidate, CounterfactualGroup, GroupLayout
+from cfvlm_ds.likelihood import Scores, score_matrix, token_logprobs
+from cfvlm_ds.objectives import OBJECTIVES, Objective, weighted_loss
+
+__all__ = [
+    "OBJECTIVES",
+    "Candidate",
+    "CounterfactualGroup",
+    "GroupLayout",
+    "Objective",
+    "Scores",
+    "score_matrix",
+    "token_logprobs",
+    "weighted_loss",
+]

@@ -1,0 +1,213 @@
+"""Commands: ``train.py`` for the launcher, ``cfvlm-ds`` for everything else. Bad input ends with one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfvlm_ds.config import BuildConfig, ConfigError, DataConfig, ModelConfig, ScenesConfig, TinyLlavaConfig, parse_config
+from cfvlm_ds.groups import DataError
+
+if TYPE_CHECKING:
+    from cfvlm_ds.collate import Collator
+    from cfvlm_ds.models import Scorer
+
+QUICKSTART = Path(__file__).resolve().parent.parent / "examples" / "quickstart.yaml"
+
+
+def train_main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of train.py: bare, it runs examples/quickstart.yaml."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not any(a == "--config" or a.startswith("--config=") for a in arguments):
+        arguments = ["--config", str(QUICKSTART), *arguments]
+    _exit_cleanly(lambda: run(arguments))
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse, build what the configuration asks to be built, train."""
+    from cfvlm_ds.objectives import OBJECTIVES
+
+    config = parse_config(arguments, OBJECTIVES, prog="train.py")
+    from cfvlm_ds.engine import start
+    from cfvlm_ds.training import train
+
+    world = start()
+    if world.is_main:
+        build(config.build)
+    world.wait()
+    train(config, world)
+
+
+def build(config: BuildConfig) -> None:
+    """Write the embedded world and the small model, where they are asked for and not there yet."""
+    if config.scenes is not None:
+        from cfvlm_ds.scenes import build_scenes
+
+        build_scenes(config.scenes)
+    if config.tiny_llava is not None:
+        from cfvlm_ds.models.tiny import build_tiny_llava
+        from cfvlm_ds.scenes import all_captions
+
+        build_tiny_llava(config.tiny_llava, all_captions(seed=0, n=5000))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of cfvlm-ds."""
+    parser = argparse.ArgumentParser(prog="cfvlm-ds", description="Data, scores, evaluation and export for counterfactual fine-tuning.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    data = commands.add_parser("data", help="build or check manifests").add_subparsers(dest="action", required=True)
+    command = _command(data, "build", _data_build, "write the embedded world of scenes", "cfvlm-ds data build scenes --num_train 4000")
+    _fields(command, ScenesConfig)
+    command = _command(data, "check", _data_check, "report everything wrong with a manifest", "cfvlm-ds data check groups.jsonl")
+    command.add_argument("manifest")
+    _data_options(command)
+    command.add_argument("--model", help="model folder or hub name; also checks that every text fits its window")
+
+    command = _command(commands, "tiny", _tiny, "write a small random LLaVA for smoke tests", "cfvlm-ds tiny runs/tiny-llava")
+    _fields(command, TinyLlavaConfig)
+
+    for name, function, text in (
+        ("score", _score, "write reference and blind scores of a manifest, for DPO and PMI"),
+        ("evaluate", _evaluate, "Winoground accuracies with chance, blind and sham rows"),
+    ):
+        command = _command(commands, name, function, text, f"cfvlm-ds {name} runs/quickstart/export runs/quickstart/scenes/test_iid.jsonl")
+        command.add_argument("model", help="model folder or hub name")
+        command.add_argument("manifest", nargs="+" if name == "evaluate" else None)
+        command.add_argument("--out", help="file to write (score: default MANIFEST.scores.jsonl; evaluate: JSON, default none)")
+        command.add_argument("--batch_size", type=int, default=16, help="groups per forward (default 16)")
+        _data_options(command)
+
+    command = _command(commands, "export", _export, "a DeepSpeed checkpoint as a Hugging Face folder", "cfvlm-ds export runs/quickstart")
+    command.add_argument("run", help="run folder, or one of its checkpoints")
+    command.add_argument("--out", help="folder to write (default RUN/export)")
+
+    arguments = parser.parse_args(argv)
+    _exit_cleanly(lambda: arguments.function(arguments))
+
+
+def _data_build(arguments: argparse.Namespace) -> None:
+    build(BuildConfig(scenes=ScenesConfig(**_values(arguments, ScenesConfig))))
+
+
+def _tiny(arguments: argparse.Namespace) -> None:
+    build(BuildConfig(tiny_llava=TinyLlavaConfig(**_values(arguments, TinyLlavaConfig))))
+
+
+def _data_check(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.data import check_manifest
+
+    collator = _load_collator(arguments.model, arguments.max_pixels) if arguments.model else None
+    report = check_manifest(
+        arguments.manifest,
+        arguments.root,
+        arguments.format,
+        text_length=collator.row_length if collator else None,
+        max_text_tokens=collator.max_length if collator else None,
+        max_pixels=arguments.max_pixels,
+    )
+    print(report)
+    if not report.ok:
+        raise DataError(f"{arguments.manifest}: {len(report.problems)} problems, listed above")
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.data import read_manifest
+    from cfvlm_ds.data.scores import StoredScores, write_scores
+    from cfvlm_ds.evaluation import score_groups
+
+    groups = read_manifest(arguments.manifest, arguments.root, arguments.format)
+    scorer, collator, world = _load_scorer(arguments.model, arguments.max_pixels)
+    scores = score_groups(scorer, collator, groups, world, arguments.batch_size)
+    stored = {
+        group.id: StoredScores(tuple(map(tuple, score.logp.tolist())), tuple(score.blank.tolist()))
+        for group, score in zip(groups, scores, strict=True)
+    }
+    out = Path(arguments.out or f"{arguments.manifest}.scores.jsonl")
+    write_scores(out, groups, stored, arguments.model)
+    print(f"wrote {out}: {len(groups)} groups")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.data import read_manifest
+    from cfvlm_ds.evaluation import evaluate, table
+
+    splits = {Path(path).stem: read_manifest(path, arguments.root, arguments.format) for path in arguments.manifest}
+    scorer, collator, world = _load_scorer(arguments.model, arguments.max_pixels)
+    results, _ = evaluate(scorer, collator, splits, world, arguments.batch_size)
+    print(table(results))
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps({split: [vars(row) for row in rows] for split, rows in results.items()}, indent=1))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    import yaml
+
+    from cfvlm_ds.checkpoint import newest
+    from cfvlm_ds.export import export_hf
+
+    given = Path(arguments.run)
+    run_dir = given.parent if given.name.startswith("checkpoint-") else given
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir} is not a run folder (no config.yaml); name a run's output_dir or one of its checkpoints")
+    source = yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["name_or_path"]
+    checkpoint = given if given != run_dir else newest(run_dir)
+    print(f"exported to {export_hf(checkpoint, source, Path(arguments.out or run_dir / 'export'))}")
+
+
+def _load_collator(model: str, max_pixels: int) -> Collator:
+    from cfvlm_ds.collate import load_collator
+
+    return load_collator(model, "full", max_pixels)
+
+
+def _load_scorer(model: str, max_pixels: int) -> tuple[Scorer, Collator, Any]:
+    """A model in one process, on the GPU if there is one."""
+    import torch
+
+    from cfvlm_ds.distributed import World
+    from cfvlm_ds.models import Scorer, family_of, load_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_model(ModelConfig(name_or_path=model), torch.bfloat16 if device.type == "cuda" else torch.float32)
+    scorer = Scorer(loaded, family_of(loaded.config)).to(device).eval()
+    return scorer, _load_collator(model, max_pixels), World(0, 1, 0, device)
+
+
+def _command(parent: Any, name: str, function: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:
+    command = parent.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+    command.set_defaults(function=function)
+    return command
+
+
+def _data_options(command: argparse.ArgumentParser) -> None:
+    defaults = DataConfig()
+    command.add_argument("--format", default=defaults.format, help=f"manifest format (default {defaults.format})")
+    command.add_argument("--root", help="folder that image paths are relative to (default: the manifest's)")
+    command.add_argument("--max_pixels", type=int, default=defaults.max_pixels, help=f"image size limit (default {defaults.max_pixels})")
+
+
+def _fields(command: argparse.ArgumentParser, section: type) -> None:
+    """Options for the fields of a configuration section; the first is positional."""
+    first, *rest = dataclasses.fields(section)
+    command.add_argument(first.name)
+    for field in rest:
+        command.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=f"default {field.default}")
+
+
+def _values(arguments: argparse.Namespace, section: type) -> dict[str, Any]:
+    return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(section)}
+
+
+def _exit_cleanly(function: Callable[[], None]) -> None:
+    """Bad input is the user's to mend: one sentence on stderr and exit code 2, no traceback."""
+    try:
+        function()
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,271 @@
+"""Groups to one batch of rows: the only place that knows how cells are laid out as tokens.
+
+A cell (g, i, c) is one row: the chat template's prompt with image i, then text c, then end-of-turn. Each distinct image of the batch is
+encoded once, however many rows show it. Shapes: G groups, I images, C candidates, R rows, T tokens, N scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cfvlm_ds.data.images import MAX_PIXELS, open_image
+from cfvlm_ds.data.scores import StoredScores
+from cfvlm_ds.groups import CounterfactualGroup, DataError, GroupLayout
+from cfvlm_ds.likelihood import Scores, score_matrix
+from cfvlm_ds.models import Family, family_of, load_config, load_processor
+from cfvlm_ds.objectives.base import Cells
+
+BLANK = Path("<blank image>")
+"""Stands for a mid-grey image: what the blind control shows instead of a picture."""
+
+
+def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
+    """The group with its images replaced by one blank image; every text but the first is neither true nor false of it."""
+    return replace(group, images=(BLANK,), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. ``model_inputs`` goes to the engine unchanged and returns one log-prob per scored token.
+
+    ``cell`` [N] is each scored token's flat index in [G, I, C]; ``is_end`` [N] marks end-of-turn tokens; ``num_tokens`` counts the tokens
+    of all rows, padding excluded.
+    """
+
+    model_inputs: dict[str, Any]
+    cell: Tensor
+    is_end: Tensor
+    layout: GroupLayout
+    reference: Tensor | None
+    prior: Tensor | None
+    num_tokens: int
+    num_images: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on ``device``."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: move(item) for name, item in value.items()}
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return replace(
+            self,
+            model_inputs=move(self.model_inputs),
+            cell=move(self.cell),
+            is_end=move(self.is_end),
+            layout=self.layout.to(device),
+            reference=move(self.reference),
+            prior=move(self.prior),
+        )
+
+    def scores(self, token_logp: Tensor) -> Scores:
+        """The score matrix of the batch from the engine's output."""
+        logp, end_logp = score_matrix(token_logp, self.cell, self.is_end, self.layout)
+        return Scores(self.layout, logp, end_logp, self.reference, self.prior)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Token ids of a candidate: its prompt with one placeholder per image, its response, its end-of-turn."""
+
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    text_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    cell: int
+    image: int
+    prompt_ids: Tensor
+    text: _Text
+
+
+class Collator:
+    """Turns a list of groups into a Batch.
+
+    Args:
+        processor: the model's own processor.
+        family: the model's family record.
+        cells: which cells to build.
+        max_length: the model's window in tokens; a longer row is a DataError, never truncated.
+        max_pixels: limit on the size of an image.
+        stored: reference and blind scores by group id, for objectives that need them.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        family: Family,
+        cells: Cells,
+        max_length: int,
+        max_pixels: int = MAX_PIXELS,
+        stored: Mapping[str, StoredScores] | None = None,
+    ) -> None:
+        self.processor = processor
+        self.family = family
+        self.cells = cells
+        self.max_length = max_length
+        self.max_pixels = max_pixels
+        self.stored = stored
+        self._texts: dict[tuple[str, str], _Text] = {}
+
+    def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
+        """Raises DataError naming the group when an image cannot be opened, or a text does not fit the model's window or template."""
+        layout = self._layout(groups)
+        images: dict[Path, int] = {}
+        pixels: list[dict[str, Tensor]] = []
+        expanded: dict[tuple[int, str], Tensor] = {}
+        rows = []
+        num_images, num_texts = layout.valid.shape[1:]
+        for g, i, c in layout.valid.nonzero().tolist():
+            path, text = groups[g].images[i], self._text(groups[g], c)
+            image = images.setdefault(path, len(images))
+            if (image, text.prompt) not in expanded:
+                inputs = self._processed(path, text.prompt)
+                if image == len(pixels):
+                    pixels.append({name: inputs[name] for name in self.family.image_inputs})
+                expanded[image, text.prompt] = inputs["input_ids"][0]
+            row = _Row((g * num_images + i) * num_texts + c, image, expanded[image, text.prompt], text)
+            self._check_length(groups[g], c, row)
+            rows.append(row)
+        return self._batch(rows, pixels, layout, groups)
+
+    def row_length(self, prompt: str, text: str) -> int:
+        """Tokens of the row that a text makes, image and end-of-turn included; DataError as in __call__."""
+        encoded = self._encode(prompt, text, "text")
+        inputs = self._processed(BLANK, encoded.prompt)
+        return inputs["input_ids"].shape[1] + len(encoded.text_ids) + len(encoded.end_ids)
+
+    def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
+        shape = (len(groups), max(len(g.images) for g in groups), max(len(g.candidates) for g in groups))
+        match = torch.full(shape, -1, dtype=torch.int8)
+        tokens, end_tokens = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+        exists = torch.zeros(shape, dtype=torch.bool)
+        for g, group in enumerate(groups):
+            size = (len(group.images), len(group.candidates))
+            match[g, : size[0], : size[1]] = torch.tensor([[-1 if m is None else m for m in row] for row in group.match], dtype=torch.int8)
+            exists[g, : size[0], : size[1]] = True
+            texts = [self._text(group, c) for c in range(size[1])]
+            tokens[g, : size[0], : size[1]] = torch.tensor([len(t.text_ids) for t in texts])
+            end_tokens[g, : size[0], : size[1]] = torch.tensor([len(t.end_ids) for t in texts])
+        valid = exists & _wanted(match, self.cells)
+        weight = torch.tensor([group.weight for group in groups], dtype=torch.float32)
+        return GroupLayout(valid, match, tokens, end_tokens, weight, tuple(group.id for group in groups))
+
+    def _batch(
+        self, rows: list[_Row], pixels: list[dict[str, Tensor]], layout: GroupLayout, groups: Sequence[CounterfactualGroup]
+    ) -> Batch:
+        lengths = [len(row.prompt_ids) + len(row.text.text_ids) + len(row.text.end_ids) for row in rows]
+        size = (len(rows), max(lengths))
+        pad = self.processor.tokenizer.pad_token_id
+        input_ids = torch.full(size, pad if pad is not None else 0, dtype=torch.int64)
+        attention_mask, scored = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.bool)
+        targets: list[int] = []
+        cell: list[int] = []
+        is_end: list[bool] = []
+        for r, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            start, response = len(row.prompt_ids), [*row.text.text_ids, *row.text.end_ids]
+            input_ids[r, :start] = row.prompt_ids
+            input_ids[r, start:length] = torch.tensor(response)
+            attention_mask[r, :length] = 1
+            scored[r, start - 1 : length - 1] = True  # position t predicts token t + 1
+            targets += response
+            cell += [row.cell] * len(response)
+            is_end += [False] * len(row.text.text_ids) + [True] * len(row.text.end_ids)
+        model_inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "scored": scored,
+            "targets": torch.tensor(targets),
+            "image_of_row": torch.tensor([row.image for row in rows]),
+            "image_inputs": {name: torch.cat([p[name] for p in pixels]) for name in self.family.image_inputs},
+        }
+        reference, prior = self._stored(groups, layout)
+        return Batch(model_inputs, torch.tensor(cell), torch.tensor(is_end), layout, reference, prior, sum(lengths), len(pixels))
+
+    def _stored(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor | None, Tensor | None]:
+        if self.stored is None:
+            return None, None
+        reference = torch.zeros(layout.valid.shape)
+        prior = torch.zeros(layout.valid.shape[0], layout.valid.shape[2])
+        for g, group in enumerate(groups):
+            scores = self.stored[group.id]
+            reference[g, : len(group.images), : len(group.candidates)] = torch.tensor(scores.logp)
+            prior[g, : len(group.candidates)] = torch.tensor(scores.blank)
+        return reference, prior
+
+    def _text(self, group: CounterfactualGroup, c: int) -> _Text:
+        candidate = group.candidates[c]
+        key = (candidate.prompt, candidate.text)
+        if key not in self._texts:
+            self._texts[key] = self._encode(*key, f"group {group.id!r}: text {c}")
+        return self._texts[key]
+
+    def _encode(self, prompt: str, text: str, where: str) -> _Text:
+        """Token ids of a text behind its prompt, through the chat template; the scored ids are exactly the text's."""
+        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        head = self.processor.apply_chat_template([user], add_generation_prompt=True)
+        full = self.processor.apply_chat_template([user, answer])
+        start = full.find(text, len(head)) if full.startswith(head) else -1
+        if start < 0:
+            raise DataError(
+                f"{where} ({text!r}) does not follow its prompt unchanged in the model's chat template; strip white space at its ends, or "
+                "repair the template"
+            )
+        tokenizer = self.processor.tokenizer
+        head_ids, ids = tokenizer(head).input_ids, tokenizer(full[: start + len(text)]).input_ids
+        if ids[: len(head_ids)] != head_ids:
+            raise DataError(
+                f"{where} ({text!r}) changes the tokens of its prompt: the model's chat template must end the prompt at a token border; "
+                "repair the template"
+            )
+        if ids.count(self.processor.image_token_id) != 1:
+            raise DataError(f"{where}: {self.processor.image_token!r} in a prompt or text stands for an image; reword it")
+        special = set(tokenizer.all_special_ids)
+        tail = [i for i in tokenizer(full[start + len(text) :], add_special_tokens=False).input_ids if i in special]
+        end = tail[0] if tail else tokenizer.eos_token_id
+        return _Text(head, tuple(head_ids), tuple(ids[len(head_ids) :]), () if end is None else (end,))
+
+    def _processed(self, path: Path, prompt: str) -> Any:
+        """The processor's outputs for one image and one prompt, batch axis of 1."""
+        image = Image.new("RGB", (336, 336), (128, 128, 128)) if path == BLANK else open_image(path, self.max_pixels)
+        return self.processor(images=[image], text=[prompt], return_tensors="pt")
+
+    def _check_length(self, group: CounterfactualGroup, c: int, row: _Row) -> None:
+        length = len(row.prompt_ids) + len(row.text.text_ids) + len(row.text.end_ids)
+        if length > self.max_length:
+            raise DataError(
+                f"group {group.id!r}: text {c} makes a row of {length} tokens, the model's window is {self.max_length}; shorten the text "
+                "or its prompt"
+            )
+
+
+def _wanted(match: Tensor, cells: Cells) -> Tensor:
+    """[G, I, C] bool: the cells of ``cells``; unknown cells only under ``full``, since no objective uses them."""
+    anchor, star = torch.zeros_like(match, dtype=torch.bool), torch.zeros_like(match, dtype=torch.bool)
+    anchor[:, 0, 0] = True
+    star[:, 0, :] = True
+    star[:, :, 0] = True
+    wanted = {"anchor": anchor, "matched": match == 1, "star": (match == 1) | (star & (match >= 0)), "full": torch.ones_like(star)}
+    return wanted[cells]
+
+
+def load_collator(
+    name_or_path: str, cells: Cells, max_pixels: int = MAX_PIXELS, stored: Mapping[str, StoredScores] | None = None
+) -> Collator:
+    """The collator of a model: its own processor, family and window."""
+    config = load_config(name_or_path)
+    processor = load_processor(name_or_path)
+    window = min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length)
+    return Collator(processor, family_of(config), cells, window, max_pixels, stored)

@@ -1,0 +1,280 @@
+"""The run configuration: nested dataclasses <- YAML <- dotted command line; strict; printable.
+
+Names follow transformers' TrainingArguments where it has one. The DeepSpeed JSON owns ZeRO, precision and offload; the run configuration
+owns batch sizes, learning rates and steps; "auto" in the JSON takes the run's value, and a contradiction is an error (see engine.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. The message names the option, its value and the remedy."""
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """One of the three modules of a vision-language model.
+
+    Args:
+        freeze: keep the module's weights as they are.
+        learning_rate: the module's own peak learning rate; ``train.learning_rate`` when not given.
+    """
+
+    freeze: bool = False
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to fine-tune.
+
+    Args:
+        name_or_path: model folder or hub name.
+        attn_implementation: ``auto`` takes flash-attn where it is available, else sdpa; or ``sdpa``, ``eager``, ``flash_attention_2``.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        vision_tower: freezing and learning rate of the vision tower.
+        projector: freezing and learning rate of the projector.
+        language_model: freezing and learning rate of the language model and its output head.
+    """
+
+    name_or_path: str = ""
+    attn_implementation: str = "auto"
+    gradient_checkpointing: bool = False
+    vision_tower: ModuleConfig = field(default_factory=ModuleConfig)
+    projector: ModuleConfig = field(default_factory=ModuleConfig)
+    language_model: ModuleConfig = field(default_factory=ModuleConfig)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training and evaluation data.
+
+    Args:
+        train: manifest of counterfactual groups.
+        evaluation: name -> manifest, evaluated every ``train.eval_steps`` and at the end.
+        format: format of the manifests, a name in ``cfvlm_ds.data.FORMATS``.
+        root: folder that image paths are relative to and may not leave; the manifest's own folder when not given.
+        scores: file written by ``cfvlm-ds score`` with reference and blind log-likelihoods of the training manifest (DPO and PMI need it).
+        max_pixels: refuse images with more pixels than this.
+        check: ``full`` opens every image before training starts; ``rows`` checks the manifests only.
+        num_workers: processes that prepare batches, per rank; one per spare core, at most 4, when not given.
+    """
+
+    train: str = ""
+    evaluation: dict[str, str] = field(default_factory=dict)
+    format: str = "cfgroup"
+    root: str | None = None
+    scores: str | None = None
+    max_pixels: int = 50_000_000
+    check: Literal["full", "rows"] = "full"
+    num_workers: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation and the run folder.
+
+    Args:
+        output_dir: run folder: configuration, metrics, checkpoints, tracking store, export.
+        per_device_train_batch_size: groups per micro-batch and rank.
+        gradient_accumulation_steps: micro-batches per optimizer step.
+        per_device_eval_batch_size: groups per evaluation batch and rank.
+        learning_rate: peak learning rate of every module without one of its own.
+        weight_decay: AdamW's decoupled weight decay; biases and norms are exempt.
+        adam_beta1: AdamW's first-moment decay.
+        adam_beta2: AdamW's second-moment decay.
+        adam_epsilon: AdamW's epsilon.
+        max_grad_norm: clip the global gradient norm to this; 0 for no clipping.
+        lr_scheduler_type: a schedule name of transformers, such as cosine, linear, constant_with_warmup.
+        warmup_ratio: share of all steps over which the learning rate rises linearly.
+        num_train_epochs: passes over the training groups, when ``max_steps`` is not given.
+        max_steps: optimizer steps; -1 to use ``num_train_epochs``.
+        seed: seed of sampling order and of anything random.
+        bf16: ``auto`` trains in bfloat16 where the device has it, else in float32; or ``true`` / ``false``.
+        logging_steps: steps between progress lines and metric records.
+        eval_steps: steps between evaluations; 0 evaluates at the end only.
+        save_steps: steps between checkpoints; 0 saves at the end only.
+        save_total_limit: newest checkpoints kept.
+        resume: ``auto`` continues from the newest complete checkpoint of output_dir if there is one; ``never`` starts anew and refuses a
+            folder that has any; or the path of a checkpoint.
+        displacement_warning: warn when the factual log-likelihood falls this many nats per token below its start.
+        export: write a Hugging Face folder, ``output_dir/export``, at the end.
+    """
+
+    output_dir: str = "runs/default"
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    per_device_eval_batch_size: int = 16
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.03
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
+    seed: int = 0
+    bf16: Literal["auto", "true", "false"] = "auto"
+    logging_steps: int = 10
+    eval_steps: int = 0
+    save_steps: int = 500
+    save_total_limit: int = 2
+    resume: str = "auto"
+    displacement_warning: float = 0.1
+    export: bool = True
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """MLflow.
+
+    Args:
+        enabled: record the run in MLflow; metrics.jsonl is written either way. MLFLOW_TRACKING_URI names a server; without it the store is
+            the run folder itself.
+        experiment: experiment name.
+        run_name: run name; the output folder's name when not given.
+    """
+
+    enabled: bool = True
+    experiment: str = "cfvlm_ds"
+    run_name: str | None = None
+
+
+@dataclass(frozen=True)
+class ScenesConfig:
+    """The embedded world of scenes, written as an ordinary manifest with PNG files.
+
+    Args:
+        out_dir: folder to write; left alone if it already holds this world.
+        num_train: training groups.
+        num_test: groups of each test split.
+        num_counterfactuals: counterfactual pairs per training group.
+        image_size: side of the square images in pixels.
+        sham_share: share of training groups with a sham image.
+        seed: seed of everything random.
+    """
+
+    out_dir: str
+    num_train: int = 4000
+    num_test: int = 400
+    num_counterfactuals: int = 1
+    image_size: int = 48
+    sham_share: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TinyLlavaConfig:
+    """A randomly initialised LLaVA of about a million parameters whose tokenizer is trained on the captions of the embedded world.
+
+    Args:
+        out_dir: folder to write; left alone if it is there.
+        image_size: side of the square input in pixels.
+        patch_size: side of a patch in pixels.
+        hidden_size: width of the tower and of the language model.
+        seed: seed of the initial weights.
+    """
+
+    out_dir: str
+    image_size: int = 48
+    patch_size: int = 8
+    hidden_size: int = 128
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What to build before training if it is not there; nothing by default.
+
+    Args:
+        scenes: the embedded world of scenes.
+        tiny_llava: a small model to train on it.
+    """
+
+    scenes: ScenesConfig | None = None
+    tiny_llava: TinyLlavaConfig | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run; ``objective`` maps the names of the active terms to the terms themselves."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    tracking: TrackingConfig
+    build: BuildConfig
+    objective: Mapping[str, Any]
+    deepspeed: str
+    resolved: Mapping[str, Any]
+    """The same configuration as plain nested values, every default filled in."""
+
+
+def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str | None = None) -> RunConfig:
+    """The run configuration from command-line arguments.
+
+    ``objectives`` maps the name of a term to a dataclass with at least ``weight``; a term of weight 0 is left out. Options may be given as
+    ``--train.learning_rate 1e-5`` or ``--train.learning_rate=1e-5``; ``--config FILE`` reads YAML; later ones win.
+
+    Raises ConfigError on an unknown option (naming the nearest valid one) or a value of the wrong type. ``--help`` and ``--print_config``
+    print and exit.
+    """
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        description="Fine-tune a vision-language model with counterfactual objectives under DeepSpeed.",
+        epilog="example: deepspeed train.py --deepspeed ds_configs/z3.json --config examples/quickstart.yaml --train.max_steps 100",
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
+    parser.add_argument("--deepspeed", type=str, default="ds_configs/z3.json", help="DeepSpeed JSON; its 'auto' values take the run's")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; ignored")
+    sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "tracking": TrackingConfig, "build": BuildConfig}
+    for name, section in sections.items():
+        parser.add_class_arguments(section, name)
+    for name, objective in objectives.items():
+        parser.add_class_arguments(objective, f"objective.{name}")
+    try:
+        parsed = parser.parse_args(list(argv))
+        built = parser.instantiate_classes(parsed)
+    except ArgumentError as error:
+        raise ConfigError(_one_sentence(str(error), [action.dest for action in parser._actions])) from error
+    resolved = parsed.clone().as_dict()
+    for key in ("config", "local_rank"):
+        resolved.pop(key, None)
+    terms = {name: getattr(built.objective, name) for name in objectives}
+    active = {name: term for name, term in terms.items() if term.weight != 0}
+    if not active:
+        raise ConfigError("every objective has weight 0; give at least one of objective.NAME.weight a positive value")
+    values = {name: getattr(built, name) for name in sections}
+    return RunConfig(**values, objective=active, deepspeed=parsed.deepspeed, resolved=resolved)
+
+
+def _one_sentence(message: str, names: Sequence[str]) -> str:
+    """jsonargparse's message on one line, with the nearest valid option where the user named an unknown one."""
+    message = " ".join(message.split())
+    unknown = re.search(r"(?:[Uu]nrecognized arguments:|[Kk]ey|[Oo]ption) '?-{0,2}([\w.]+)'?", message)
+    if not unknown or unknown[1] in names:
+        return message.removeprefix("Parser key ").replace('"', "")
+    # A key inside a YAML section is reported without its section, so compare it with the last part of each option too.
+    by_form = {name.rsplit(".", 1)[-1]: name for name in names} if "." not in unknown[1] else {name: name for name in names}
+    near = difflib.get_close_matches(unknown[1], by_form, n=1, cutoff=0.4)
+    return f"unknown option {unknown[1]!r}" + (f"; did you mean {by_form[near[0]]!r}?" if near else "; see --help")
+
+
+def default_workers() -> int:
+    """Data workers per rank when not configured: one per core that no rank computes on, at most 4."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(4, cores // local_ranks - 1))

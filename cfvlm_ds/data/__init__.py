@@ -1,0 +1,73 @@
+"""Data: manifests of counterfactual groups, images, their check before a run, and the order in which a run sees them.
+
+A further format is one function from a row to a group (see native.py) and one line in FORMATS.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cfvlm_ds.data.check import CheckReport, TextLength, check_groups
+from cfvlm_ds.data.images import MAX_PIXELS, open_image
+from cfvlm_ds.data.native import Entry, Format, iter_groups, native_group
+from cfvlm_ds.data.pairs import pair_group
+from cfvlm_ds.data.sampler import GroupSampler
+from cfvlm_ds.groups import CounterfactualGroup, DataError
+
+__all__ = ["FORMATS", "MAX_PIXELS", "CheckReport", "Format", "GroupSampler", "check_manifest", "open_image", "read_manifest"]
+
+FORMATS: dict[str, Format] = {
+    "cfgroup": native_group,
+    "pairs": pair_group,
+}
+
+
+def read_manifest(path: str | Path, root: str | Path | None = None, format: str = "cfgroup") -> list[CounterfactualGroup]:
+    """The groups of a manifest, in file order: JSON lines, or one JSON list if the name ends in .json.
+
+    Image paths are relative to ``root`` (default: the manifest's folder), must stay inside it with links followed, and are returned joined
+    to it; the images are not opened. Raises DataError on the first problem: one sentence naming file, row (1-based line, or item of a
+    list) and remedy.
+    """
+    groups = []
+    for _, item in _entries(path, root, format):
+        if isinstance(item, DataError):
+            raise item
+        groups.append(item)
+    return groups
+
+
+def check_manifest(
+    path: str | Path,
+    root: str | Path | None = None,
+    format: str = "cfgroup",
+    *,
+    text_length: TextLength | None = None,
+    max_text_tokens: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    progress: Callable[[str], object] = print,
+) -> CheckReport:
+    """Everything that is wrong with a data set, and what it contains. Reads the manifest and decodes every image it names, once.
+
+    ``text_length(prompt, text)`` is the length of the model's input in tokens, image included; with it, texts beyond ``max_text_tokens``
+    are problems. ``max_pixels`` as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds of work.
+    Problems are collected, not raised; DataError is raised for an unknown format, ValueError for ``max_text_tokens`` without
+    ``text_length``.
+    """
+    if max_text_tokens is not None and text_length is None:
+        raise ValueError("max_text_tokens needs text_length, the callable that counts tokens")
+    entries = _entries(path, root, format)
+    return check_groups(
+        Path(path), entries, text_length=text_length, max_text_tokens=max_text_tokens, max_pixels=max_pixels, progress=progress
+    )
+
+
+def _entries(path: str | Path, root: str | Path | None, format: str) -> Iterator[Entry]:
+    path = Path(path)
+    if format not in FORMATS:
+        near = difflib.get_close_matches(format, FORMATS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(FORMATS)}"
+        raise DataError(f"{path}: unknown format {format!r}; {hint}")
+    return iter_groups(path, path.parent if root is None else Path(root), FORMATS[format])

@@ -1,0 +1,78 @@
+"""Opening an image file that nobody vouches for: size checked before decoding, one colour mode out, a named error for the rest."""
+
+from __future__ import annotations
+
+import io
+import threading
+from pathlib import Path
+from typing import IO
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cfvlm_ds.groups import DataError
+
+MAX_PIXELS = 50_000_000
+"""Default limit on width x height: 150 MB once decoded, above any photograph that a vision tower makes use of."""
+
+# Formats with plain decoders. PIL would also start Ghostscript for EPS, and decode an ICO whose payload is larger than its header says.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_PIL_LIMIT = threading.Lock()
+
+
+def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A decoded RGB image (8 bits per channel), upright by its EXIF orientation; the first frame of an animation.
+
+    ``max_pixels`` bounds width x height and is held against the header, before anything is decoded. Transparent pixels are laid on white.
+    16-bit grey is scaled to 8 bits. Raises DataError, naming the file, if it is missing, not one of the formats above, 0 pixels wide or
+    high, too large, truncated or corrupt. The file is not confined to a root here: read_manifest does that.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():  # also keeps a named pipe from blocking for ever
+            raise DataError(f"{path}: no such image file; restore it, or correct its path in the manifest")
+        with io.BufferedReader(io.FileIO(path), 1 << 16) as handle:
+            handle.peek()  # fetch the header from disk before taking the lock, so that threads wait for the network side by side
+            image = _read_header(handle)
+            width, height = image.size
+            if width * height > max_pixels:
+                raise DataError(
+                    f"{path}: image is {width}x{height} = {width * height} pixels, over the limit of {max_pixels}; "
+                    "shrink it, or raise max_pixels"
+                )
+            ImageOps.exif_transpose(image, in_place=True)  # decodes
+            return _to_rgb(image)
+    except (DataError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{path}: no image in it (corrupt header, 0 pixels wide or high, or not one of {', '.join(_FORMATS)}); "
+            "replace or convert the file"
+        ) from error
+    except Exception as error:  # PIL's decoders raise nearly anything on corrupt bytes: OSError, SyntaxError, struct.error, KeyError, ...
+        raise DataError(f"{path}: image cannot be read, truncated or corrupt ({error}); copy or download it again") from error
+
+
+def _read_header(handle: IO[bytes]) -> Image.Image:
+    # PIL warns above its own limit and raises above twice that, without telling the size. Ours is checked right after, on every path, so
+    # PIL's is lifted for the header only. The limit is a global of PIL, hence the lock (warnings.catch_warnings is no better with threads).
+    with _PIL_LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(handle, formats=_FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        # convert("RGB") would clip every value above 255 to white.
+        low, high = (float(value) for value in image.convert("F").getextrema())  # type: ignore[arg-type]
+        if image.mode == "F" or low < 0 or high > 65535:
+            raise ValueError(f"mode {image.mode} with values from {low:g} to {high:g} has no defined range; save it as 8 or 16 bit")
+        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        # convert("RGB") would uncover what lies under transparent pixels, mostly black.
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")

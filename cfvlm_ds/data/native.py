@@ -1,0 +1,165 @@
+"""Manifest files: lines to rows to counterfactual groups, with every problem named by file and row. Also the native row, ``cfgroup/1``.
+
+A format is one function from a row (a JSON object) to a CounterfactualGroup whose image paths are as written. Joining them to the data
+root, and refusing the ones that leave it, happens here once for all formats, so that a format cannot forget it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.groups import CounterfactualGroup, DataError, from_row
+
+Format = Callable[[Mapping[str, Any]], CounterfactualGroup]
+"""Row -> group with image paths as written in the row. Raises DataError without file and line."""
+
+Entry = tuple[str, CounterfactualGroup | DataError]
+"""Where a row is (``file:line``, or ``file: item n`` of a JSON list), and its group or what is wrong with it (``where`` included)."""
+
+
+def native_group(row: Mapping[str, Any]) -> CounterfactualGroup:
+    """A ``cfgroup/1`` row (see cfvlm_ds.groups) as a group. Raises DataError."""
+    return from_row(row, Path())
+
+
+def iter_groups(path: Path, root: Path, convert: Format) -> Iterator[Entry]:
+    """The groups of a manifest in file order; a problem is yielded in place of its group and never raised.
+
+    ``path`` is JSON lines (blank lines are skipped), or one JSON list if its name ends in .json. A manifest without any row, or that cannot
+    be read at all, yields one error. Image files are not opened. Memory: one row at a time for JSON lines.
+    """
+    if path.exists() and not root.is_dir():
+        yield (
+            str(path),
+            DataError(f"{path}: its data root {root} is not a folder; pass the folder that image paths are relative to as root"),
+        )
+        return
+    seen: dict[str, str] = {}
+    confine = _Confinement(root)
+    empty = True
+    for where, row in _rows(path):
+        empty = False
+        if isinstance(row, DataError):
+            yield where, row
+            continue
+        try:
+            group = _group(row, convert, confine)
+            if group.id in seen:
+                raise DataError(f"group id {group.id!r} is already used by {seen[group.id]}; make ids unique")
+        except DataError as error:
+            yield where, DataError(f"{where}: {error}")
+            continue
+        seen[group.id] = where
+        yield where, group
+    if empty:
+        yield str(path), DataError(f"{path}: the manifest has no rows; write one JSON object per line, or check the step that built it")
+
+
+def told_apart(group: CounterfactualGroup, first: int, second: int) -> bool:
+    """Whether some text is known to be true of one of two images of the group and false of the other."""
+    return any({a, b} == {0, 1} for a, b in zip(group.match[first], group.match[second], strict=True))
+
+
+def _group(row: Any, convert: Format, confine: _Confinement) -> CounterfactualGroup:
+    if not isinstance(row, dict):
+        raise DataError(f"the row is a {type(row).__name__}, not an object; write it as {{...}}")
+    try:
+        group = convert(row)
+    except (TypeError, AttributeError, OverflowError) as error:
+        # A value of a type that the format did not expect, such as a number in place of a list: the row's fault, not the program's.
+        raise DataError(f"a value in the row has the wrong type ({error}); compare it with the format's description") from error
+    group = dataclasses.replace(group, images=tuple(confine(image) for image in group.images))
+    for second in range(1, len(group.images)):
+        for first in range(second):
+            if group.images[first] == group.images[second] and told_apart(group, first, second):
+                raise DataError(
+                    f"group {group.id!r}: counterfactual image {second} equals image {first} (the same file {group.images[first]}) though "
+                    "match tells them apart; name the edited image, or remove it"
+                )
+    return group
+
+
+class _Confinement:
+    """Joins a path from a manifest to the data root; raises DataError unless the file it leads to, links followed, is inside."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.resolved_root = root.resolve()
+        self.folders: dict[Path, Path] = {}
+
+    def __call__(self, path: Path) -> Path:
+        if not path.name:
+            raise DataError(f"image path is empty; write the file's path relative to the data root {self.root}")
+        if path.is_absolute() or ".." in path.parts:
+            raise DataError(
+                f"image path {str(path)!r} is outside the data root, or written as if it were (absolute, or with '..'); write it relative "
+                f"to {self.root}, or pass another root"
+            )
+        full = self.root / path
+        try:
+            # A million images sit in few folders. Resolving each folder once leaves one system call per image on a network file system.
+            if full.parent not in self.folders:
+                self.folders[full.parent] = full.parent.resolve()
+            target = self.folders[full.parent] / full.name
+            if target.is_symlink():
+                target = target.resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+            raise DataError(f"image path {str(path)!r} cannot be followed ({error}); correct it") from error
+        if not target.is_relative_to(self.resolved_root):
+            raise DataError(
+                f"image path {str(path)!r} leads outside the data root {self.root} through a link (to {target}); copy the file into the "
+                "root, or pass another root"
+            )
+        return full
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, parsed JSON value or DataError) for each row of a file."""
+    try:
+        if path.suffix == ".json":
+            yield from _list_rows(path)
+            return
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, _parse(line.rstrip(b"\r\n"), where, "write one JSON object per line, or put a list in a file named .json")
+    except FileNotFoundError:
+        yield str(path), DataError(_missing(path))
+    except OSError as error:
+        yield str(path), DataError(f"{path}: the manifest cannot be read ({error.strerror}); name a readable .jsonl or .json file")
+
+
+def _list_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    items = _parse(path.read_bytes(), str(path), "correct it, or name the file .jsonl if it holds one object per line")
+    if isinstance(items, list):
+        yield from ((f"{path}: item {number}", item) for number, item in enumerate(items, 1))
+    elif isinstance(items, DataError):
+        yield str(path), items
+    else:
+        yield str(path), DataError(f"{path}: holds a {type(items).__name__}, not a list of rows; write [...] or name the file .jsonl")
+
+
+def _parse(data: bytes, where: str, remedy: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return DataError(f"{where}: broken JSON at {line}column {error.colno} ({error.msg}); {remedy}")
+    except UnicodeDecodeError as error:
+        return DataError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of nested brackets
+        return DataError(f"{where}: JSON that cannot be parsed ({error}); {remedy}")
+
+
+def _missing(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"{path}: no such manifest, nor its folder {path.parent}; correct the path"
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=3)
+    hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "correct the path"
+    return f"{path}: no such manifest; {hint}"

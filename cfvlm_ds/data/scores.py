@@ -1,0 +1,73 @@
+"""Stored scores: reference and blind log-likelihoods of a manifest, written once by ``cfvlm-ds score`` and read by DPO and PMI runs.
+
+One JSON object per line: a header {"schema": "cfscores/1", "manifest": sha256, "groups": n, "model": name}, then one line per group
+{"id": ..., "logp": [I][C] nats, "blank": [C] nats}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfvlm_ds.groups import CounterfactualGroup, DataError
+
+SCHEMA = "cfscores/1"
+
+
+@dataclass(frozen=True)
+class StoredScores:
+    """One group under the reference model, in nats: ``logp[i][c]`` = log p(text c | image i), ``blank[c]`` = log p(text c | blank)."""
+
+    logp: tuple[tuple[float, ...], ...]
+    blank: tuple[float, ...]
+
+
+def content_hash(groups: Iterable[CounterfactualGroup]) -> str:
+    """sha256 of what the scores depend on: ids, image names and texts, in any order of the manifest's rows."""
+    lines = sorted(
+        json.dumps([g.id, [i.name for i in g.images], [[c.prompt, c.text] for c in g.candidates]], ensure_ascii=False) for g in groups
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def write_scores(path: Path, groups: list[CounterfactualGroup], scores: Mapping[str, StoredScores], model: str) -> None:
+    """Write the scores of every group; the file appears complete or not at all. Raises KeyError when a group has no scores."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as handle:
+        handle.write(json.dumps({"schema": SCHEMA, "manifest": content_hash(groups), "groups": len(groups), "model": model}) + "\n")
+        for group in groups:
+            stored = scores[group.id]
+            handle.write(json.dumps({"id": group.id, "logp": stored.logp, "blank": stored.blank}) + "\n")
+    os.replace(partial, path)
+
+
+def read_scores(path: Path, groups: list[CounterfactualGroup]) -> dict[str, StoredScores]:
+    """Scores by group id. Raises DataError on a missing, incomplete or foreign file, or a value that is not finite."""
+    remedy = "write it anew with `cfvlm-ds score`"
+    if not path.is_file():
+        raise DataError(f"{path}: no such scores file; {remedy}")
+    with path.open(encoding="utf-8") as handle:
+        try:
+            header, *rows = [json.loads(line) for line in handle]
+            if header["schema"] != SCHEMA:
+                raise DataError(f"{path}: schema {header['schema']!r} is not {SCHEMA!r}; {remedy}")
+            if header["manifest"] != content_hash(groups):
+                raise DataError(f"{path}: these scores belong to another manifest; {remedy}")
+            stored = {row["id"]: StoredScores(tuple(tuple(line) for line in row["logp"]), tuple(row["blank"])) for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path}: not a scores file ({error}); {remedy}") from error
+    for number, group in enumerate(groups, start=2):
+        if group.id not in stored:
+            raise DataError(f"{path}: no scores for group {group.id!r}, the file is incomplete; {remedy}")
+        values = [value for line in stored[group.id].logp for value in line] + list(stored[group.id].blank)
+        expected = (len(group.images) + 1) * len(group.candidates)
+        if len(values) != expected or not all(isinstance(v, float) and math.isfinite(v) for v in values):
+            raise DataError(f"{path}:{number}: group {group.id!r} needs {expected} finite scores; {remedy}")
+    return stored

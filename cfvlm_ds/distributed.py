@@ -1,0 +1,79 @@
+"""Ranks: who am I, sums over all of us, one seed, one voice. The same code on one CPU process and on 64 GPUs."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only one that prints, tracks and exports."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def say(self, message: str) -> None:
+        """Print on rank 0."""
+        if self.is_main:
+            print(message, flush=True)
+
+
+def launch_environment() -> None:
+    """Fill in the launcher's variables for a process started by hand (``python train.py``): one rank, a free port."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def all_reduce_sums(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Add every tensor over all ranks in one collective, in float64; names and shapes must be the same everywhere."""
+    flat = [value.detach().to(device=device, dtype=torch.float64).reshape(-1) for value in values.values()]
+    joined = torch.cat(flat)
+    dist.all_reduce(joined)
+    parts = joined.split([len(part) for part in flat])
+    return {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
+
+
+def gather_objects(item: Any, world: World) -> list[Any]:
+    """Every rank's ``item``, in rank order, on every rank; needs no process group when there is one rank."""
+    if world.size == 1:
+        return [item]
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, item)
+    return gathered
+
+
+def broadcast_object(item: Any) -> Any:
+    """Rank 0's ``item`` on every rank."""
+    box = [item]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python and torch; every rank gets the same seed, because data order is a function of the seed and the position alone."""
+    random.seed(seed)
+    torch.manual_seed(seed)

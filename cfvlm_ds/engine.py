@@ -1,0 +1,239 @@
+"""DeepSpeed: start-up, the resolved JSON, loading under zero.Init, parameter groups, initialize."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from cfvlm_ds.config import ConfigError, RunConfig
+from cfvlm_ds.distributed import World, launch_environment
+from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainable
+
+_NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "fuse.sshfs", "ceph", "9p", "wekafs")
+_STALE_AFTER_S = 300.0
+
+
+def start(timeout: timedelta = timedelta(minutes=30)) -> World:
+    """Join the process group (NCCL on CUDA, gloo on CPU) and return this process's place in it.
+
+    ``timeout`` bounds every collective, so that a dead peer is an error and not a hang.
+    """
+    launch_environment()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    with _absent("mlflow"):  # deepspeed's autotuner would import it on every rank: 1.4 CPU seconds each
+        import deepspeed
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank == 0:
+        clear_stale_locks()
+    # The shared-memory all-reduce serves CPU inference; ZeRO-3 makes no use of it, and it costs a compiler and a minute at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, auto_mpi_discovery=False, verbose=False)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return World(rank, int(os.environ["WORLD_SIZE"]), local_rank, device)
+
+
+def clear_stale_locks(folder: Path | None = None, say: Callable[[str], object] = print) -> list[Path]:
+    """Remove build locks that a killed process left in torch's extension cache, where every later start would wait for ever.
+
+    The holder of a lock keeps it open, so a lock that no process of this machine has open is stale; on a network file system the holder may
+    be elsewhere, and the lock must also be untouched for five minutes. Returns the locks removed.
+    """
+    if folder is None:
+        from torch.utils.cpp_extension import _get_build_directory  # also honours TORCH_EXTENSIONS_DIR
+
+        folder = Path(_get_build_directory("probe", verbose=False)).parent
+    removed = []
+    for lock in sorted(folder.glob("*/lock")):
+        while (reason := _held(lock)) and reason != "process":
+            say(f"waiting for the extension build lock {lock}: {reason}")
+            time.sleep(5)
+        if reason is None and lock.exists():
+            lock.unlink(missing_ok=True)
+            removed.append(lock)
+            say(f"removed the stale extension build lock {lock}, left by a process that was killed")
+    return removed
+
+
+def _held(lock: Path) -> str | None:
+    """Why a lock may still be in use: ``process``, another reason, or None when it is stale or gone."""
+    import psutil
+
+    with contextlib.suppress(OSError):
+        identity = lock.stat()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+                    with contextlib.suppress(OSError):
+                        other = entry.stat()
+                        if (other.st_dev, other.st_ino) == (identity.st_dev, identity.st_ino):
+                            return "process"
+        mount = max(
+            (p for p in psutil.disk_partitions(all=True) if str(lock.resolve()).startswith(p.mountpoint)), key=lambda p: len(p.mountpoint)
+        )
+        newest = max(path.stat().st_mtime for path in [lock, *lock.parent.iterdir()])
+        if mount.fstype in _NETWORK_FILE_SYSTEMS and time.time() - newest < _STALE_AFTER_S:
+            return f"{mount.fstype} is shared and another machine may be building"
+    return None
+
+
+@contextlib.contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Make ``import module`` fail inside the block, unless it is imported already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run. Raises ConfigError naming the file when it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json")))
+        raise ConfigError(f"--deepspeed {path}: no such file" + (f"; there are {known}" if known else "")) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--deepspeed {path}: broken JSON at line {error.lineno}, column {error.colno} ({error.msg})") from error
+
+
+def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: torch.device, hidden_size: int, total_steps: int) -> Any:
+    """The DeepSpeed configuration with every "auto" filled in by the rules transformers uses, as transformers' own config object.
+
+    The object must be kept alive as long as models are loaded: ``from_pretrained`` finds ZeRO-3 through it. Raises ConfigError naming both
+    values where the JSON and the run configuration contradict each other.
+    """
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    train = config.train
+    written = raw.get("bf16", {}).get("enabled", False)
+    capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = train.bf16 == "true" if train.bf16 != "auto" else (capable if written == "auto" else bool(written))
+    arguments = SimpleNamespace(
+        world_size=world_size,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        max_grad_norm=train.max_grad_norm,
+        learning_rate=train.learning_rate,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_epsilon=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+        save_on_each_node=False,
+        fp16=raw.get("fp16", {}).get("enabled", False) is True,
+        fp16_full_eval=False,
+        bf16=bf16,
+        bf16_full_eval=False,
+        get_warmup_steps=lambda steps: warmup_steps(config, steps),
+    )
+    resolved = HfTrainerDeepSpeedConfig(copy.deepcopy(raw))
+    resolved.trainer_config_process(arguments)
+    try:
+        resolved.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=hidden_size)), total_steps)
+    except ValueError as error:
+        pairs = "; ".join(line[2:].replace("ds ", "", 1).replace(" vs hf ", " against train.") for line in resolved.mismatches)
+        raise ConfigError(f'{config.deepspeed} contradicts the run configuration: {pairs}; write "auto" there or change one') from error
+    if left := sorted(_autos(resolved.config)):
+        raise ConfigError(f'{config.deepspeed}: no rule fills "auto" of {", ".join(left)}; write a value')
+    if "gradient_clipping" not in resolved.config:
+        raise ConfigError(f'{config.deepspeed}: gradient_clipping is missing, and releases differ in what that means; write it or "auto"')
+    return resolved
+
+
+def _autos(node: Any, path: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _autos(value, f"{path}.{key}" if path else key)
+    elif node == "auto":
+        yield path
+
+
+def warmup_steps(config: RunConfig, total_steps: int) -> int:
+    """Optimizer steps over which the learning rate rises."""
+    return round(config.train.warmup_ratio * total_steps)
+
+
+def hidden_size(config: RunConfig) -> int:
+    """Width of the language model, which sizes DeepSpeed's buckets."""
+    model_config = load_config(config.model.name_or_path)
+    return int(model_config.get_text_config().hidden_size)
+
+
+def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int) -> Any:
+    """Load the model (partitioned as it loads under ZeRO-3) and hand it to DeepSpeed; returns the engine, whose module is a Scorer."""
+    with _absent("mlflow"):
+        import deepspeed
+    dtype = resolved.dtype()
+    model = load_model(config.model, dtype)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    scorer = Scorer(model, family_of(model.config))
+    groups = parameter_groups(scorer, config)
+    optimizer = None
+    if "optimizer" not in resolved.config:
+        train = config.train
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+            weight_decay=train.weight_decay,
+            fused=world.device.type == "cuda",
+        )
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        from transformers import get_scheduler
+
+        return get_scheduler(config.train.lr_scheduler_type, optimizer, warmup_steps(config, total_steps), total_steps)
+
+    engine, *_ = deepspeed.initialize(
+        model=scorer,
+        model_parameters=groups,
+        optimizer=optimizer,
+        lr_scheduler=None if "scheduler" in resolved.config else schedule,
+        config=resolved.config,
+    )
+    return engine
+
+
+def parameter_groups(scorer: Scorer, config: RunConfig) -> list[dict[str, Any]]:
+    """One optimizer group per module and kind of weight: each module's learning rate; no decay of biases and norms.
+
+    The order is fixed (module, then decayed before exempt), because checkpoints store optimizer state by position.
+    """
+    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    for module, _, parameter in trainable(scorer):
+        decays = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        groups.setdefault((module, decays), []).append(parameter)
+    result = []
+    for (name, decays), parameters in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1])):
+        rate = getattr(config.model, name).learning_rate
+        result.append(
+            {
+                "params": parameters,
+                "lr": config.train.learning_rate if rate is None else rate,
+                "weight_decay": config.train.weight_decay if decays else 0.0,
+                "name": f"{name}{'' if decays else '.exempt'}",
+            }
+        )
+    return result

@@ -1,0 +1,226 @@
+"""Figures of score matrices and learning curves, drawn with matplotlib's Agg backend and without its global state.
+
+Plain data in, one PNG out; matplotlib is imported when a figure is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, RULE = "#1f2933", "#6b7785", "#d9dee4"
+TRUE_COLOUR = "#e8710a"
+LINES = ("#2563a8", "#e8710a", "#2f9e62", "#8a4fbf", "#c2334d", "#6b7785", "#b08900", "#1296a8")
+DPI = 160
+
+# Inches. A cell is as high as a thumbnail, so that an image stands beside its own row.
+_CELL_W, _CELL_H, _THUMB, _MARGIN, _LINE, _TITLE, _GAP = 1.75, 1.05, 1.05, 0.2, 0.145, 0.24, 0.3
+_CAPTION_CHARS = 26
+
+
+def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None:
+    """One PNG of sample groups: each image beside its row of scores, each caption above its column, true cells outlined.
+
+    Args:
+        path: the PNG to write.
+        groups: mappings with ``images`` (I PIL images; None for a blank), ``captions`` (C texts), ``scores`` ([I][C], nats; None or NaN
+            where there is none), ``match`` ([I][C]: 1 true, 0 false, None unknown) and optionally ``title``.
+
+    Raises:
+        ValueError: no groups, or a group whose parts differ in shape.
+    """
+    from matplotlib.figure import Figure
+
+    if not groups:
+        raise ValueError("no groups to draw")
+    for group in groups:
+        shape = (len(group["images"]), len(group["captions"]))
+        for part in ("scores", "match"):
+            if any(len(row) != shape[1] for row in group[part]) or len(group[part]) != shape[0]:
+                raise ValueError(f"{part} is not [{shape[0]} images][{shape[1]} captions] in the group {group.get('title', '')!r}")
+    width = 2 * _MARGIN + _THUMB + 0.1 + max(len(group["captions"]) for group in groups) * _CELL_W
+    heights = [_group_height(group) for group in groups]
+    height = sum(heights) + _GAP * len(groups) + 2 * _MARGIN
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    top = _MARGIN
+    for group, group_height in zip(groups, heights, strict=True):
+        _draw_group(figure, group, top)
+        top += group_height + _GAP
+    _legend(figure, top)
+    figure.savefig(path)
+
+
+def _wrapped(caption: str) -> list[str]:
+    return textwrap.wrap(caption, _CAPTION_CHARS) or [""]
+
+
+def _caption_height(group: Mapping[str, Any]) -> float:
+    return max(len(_wrapped(caption)) for caption in group["captions"]) * _LINE + 0.1
+
+
+def _group_height(group: Mapping[str, Any]) -> float:
+    return (_TITLE if group.get("title") else 0.0) + _caption_height(group) + len(group["images"]) * _CELL_H
+
+
+def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes at a place given in inches from the top left corner, without frame or ticks."""
+    total_w, total_h = figure.get_size_inches()
+    axes = figure.add_axes((left / total_w, 1 - (top + height) / total_h, width / total_w, height / total_h))
+    axes.set_axis_off()
+    return axes
+
+
+def _draw_group(figure: Figure, group: Mapping[str, Any], top: float) -> None:
+    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+
+    num_images, num_captions = len(group["images"]), len(group["captions"])
+    cells_left, cells_top = _MARGIN + _THUMB + 0.1, top + _group_height(group) - num_images * _CELL_H
+    total_w, total_h = figure.get_size_inches()
+    if group.get("title"):
+        figure.text(_MARGIN / total_w, 1 - top / total_h, group["title"], fontsize=10.5, weight="bold", color=INK, va="top")
+    for c, caption in enumerate(group["captions"]):
+        x = (cells_left + (c + 0.5) * _CELL_W) / total_w
+        y = 1 - (cells_top - 0.07) / total_h
+        figure.text(x, y, "\n".join(_wrapped(caption)), fontsize=8.5, color=INK, ha="center", va="bottom", linespacing=1.2)
+    for i, image in enumerate(group["images"]):
+        thumbnail = _axes(figure, _MARGIN, cells_top + i * _CELL_H + 0.03, _THUMB, _CELL_H - 0.06)
+        if image is not None:
+            thumbnail.imshow(image)
+        else:
+            thumbnail.text(0.5, 0.5, "no image", fontsize=8.5, color=MUTED, ha="center", va="center")
+
+    axes = _axes(figure, cells_left, cells_top, num_captions * _CELL_W, num_images * _CELL_H)
+    axes.set_xlim(0, num_captions)
+    axes.set_ylim(num_images, 0)
+    known = [float(score) for row in group["scores"] for score in row if score is not None and math.isfinite(score)]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    blues = LinearSegmentedColormap.from_list("scores", colormaps["Blues"]([0.06, 0.3, 0.6, 0.92]))
+    for i in range(num_images):
+        for c in range(num_captions):
+            score, match = group["scores"][i][c], group["match"][i][c]
+            valid = score is not None and math.isfinite(score)
+            shade = (score - low) / (high - low) if valid and high > low else 0.5
+            face = blues(shade) if valid else "#f4f5f7"
+            pad_x, pad_y = 0.035 / _CELL_W, 0.035 / _CELL_H
+            box = (c + pad_x, i + pad_y), 1 - 2 * pad_x, 1 - 2 * pad_y
+            edge = TRUE_COLOUR if match == 1 else "none"
+            axes.add_patch(Rectangle(*box, facecolor=face, edgecolor=edge, linewidth=2.6 if match == 1 else 0, clip_on=False))
+            colour = MUTED if not valid else "white" if shade > 0.55 else INK
+            text = f"{score:.1f}".replace("-", "\N{MINUS SIGN}") if valid else "\N{EN DASH}"
+            axes.text(c + 0.5, i + 0.5, text, ha="center", va="center", fontsize=12, color=colour)
+
+
+def _legend(figure: Figure, top: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes = _axes(figure, _MARGIN, top - 0.12, 4.0, 0.2)
+    axes.set_xlim(0, 4.0)
+    axes.set_ylim(0, 0.2)
+    axes.add_patch(Rectangle((0.02, 0.04), 0.17, 0.12, facecolor="none", edgecolor=TRUE_COLOUR, linewidth=1.8))
+    axes.text(0.27, 0.1, "true   |   log p(caption given image), nats   |   darker: likelier", fontsize=8, color=MUTED, va="center")
+
+
+def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
+    """One PNG of small multiples over optimizer steps, from a run's ``metrics.jsonl``.
+
+    Metrics are chosen by name: ``loss/...``, ``logp/...`` (nats), ``active/...`` (fractions) and ``eval/<split>/<metric>`` where the metric
+    is group, text, image, pairs or accuracy. A panel without data is left out; a value that is not finite leaves a gap. Long series show
+    a running average over the faint raw values.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it holds none of these metrics.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    series = _read_series(metrics_jsonl)
+    panels = [(title, label, chosen) for title, label, pick in _PANELS if (chosen := {n: s for n, s in series.items() if pick(n)})]
+    if not panels:
+        raise ValueError(f"{metrics_jsonl} has no metric named loss/..., logp/..., active/... or eval/...: nothing to draw")
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.04)
+    figure = Figure(figsize=(5.2 * columns, 3.0 * rows), dpi=DPI, facecolor="white", layout=layout)
+    for index, (title, label, chosen) in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _draw_curves(axes, title, label, chosen)
+    figure.savefig(path)
+
+
+def _is_accuracy(name: str) -> bool:
+    return name.startswith("eval/") and name.rsplit("/", 1)[-1] in ("group", "text", "image", "pairs", "accuracy")
+
+
+_PANELS = (
+    ("Loss terms", "loss", lambda name: name.startswith("loss/")),
+    ("Log-probabilities of the four cells", "nats per text", lambda name: name.startswith("logp/")),
+    ("Active fraction", "fraction", lambda name: name.startswith("active/")),
+    ("Evaluation accuracy", "accuracy", _is_accuracy),
+)
+
+
+def _read_series(metrics_jsonl: Path) -> dict[str, list[tuple[int, float]]]:
+    series: dict[str, list[tuple[int, float]]] = {}
+    with metrics_jsonl.open(encoding="utf-8") as file:
+        for line in file:
+            if not line.endswith("\n"):
+                break  # still being written
+            row = json.loads(line)
+            for name, value in row.items():
+                if name not in ("step", "time"):
+                    series.setdefault(name, []).append((row["step"], float(value)))
+    return series
+
+
+def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[tuple[int, float]]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for index, (name, points) in enumerate(sorted(chosen.items())):
+        steps = [step for step, _ in points]
+        values = [value if math.isfinite(value) else math.nan for _, value in points]
+        colour = LINES[index % len(LINES)]
+        dense = len(points) > 60
+        smooth = _smoothed(values) if dense else values
+        if dense:
+            axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
+        marker = "o" if len(points) <= 30 else ""
+        axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=name.split("/", 1)[1])
+    axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
+    axes.set_xlabel("optimizer step", fontsize=8.5, color=MUTED)
+    axes.set_ylabel(label, fontsize=8.5, color=MUTED)
+    if label in ("fraction", "accuracy"):
+        axes.set_ylim(-0.03, 1.03)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.tick_params(labelsize=8, colors=MUTED, length=0)
+    axes.grid(axis="y", color=RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+    axes.legend(
+        fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, handlelength=1.2
+    )
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential average over about a fiftieth of the run, corrected for its start; gaps stay gaps."""
+    keep = 1 - 1 / max(len(values) / 50, 2)
+    total = weight = 0.0
+    smooth = []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+            smooth.append(total / weight)
+        else:
+            smooth.append(math.nan)
+    return smooth

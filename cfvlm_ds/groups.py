@@ -1,0 +1,270 @@
+"""Counterfactual groups: images x texts with a truth table, as plain data.
+
+A group is the unit of data. Image 0 and candidate 0 are the factual pair (the anchor); everything else is a counterfactual of it, or a
+sham: the anchor re-rendered with nothing changed. Shapes used throughout the package: G groups, I images, C candidates.
+
+The row format ``cfgroup/1`` is one JSON object per line::
+
+    {"schema": "cfgroup/1", "id": "dog-17", "source": "mine", "prompt": "Describe the image.",
+     "images": [{"id": "i0", "path": "img/17.jpg"}, {"id": "i1", "path": "img/17_edit.jpg"}],
+     "texts":  [{"id": "t0", "text": "two dogs"}, {"id": "t1", "text": "three dogs"}],
+     "match":  [["i0", "t0", 1], ["i0", "t1", 0], ["i1", "t0", 0], ["i1", "t1", 1]],
+     "edits":  [{"type": "count", "image": "i1", "text": "t1", "from": "two", "to": "three"}],
+     "weight": 1.0}
+
+``match`` lists what is known: 1 the text is true of the image, 0 it is false. A cell that is not listed is unknown and is never used as a
+negative. A text may carry its own ``prompt``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCHEMA = "cfgroup/1"
+SHAM = "sham"
+"""Edit type of an image that was rendered again with nothing changed: a positive for the factual text."""
+
+
+class DataError(ValueError):
+    """Bad input data. The message is one sentence that names the file, the row and the remedy."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A text to be scored, and the prompt it answers."""
+
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What distinguishes a counterfactual from the anchor; used to slice metrics, never by an objective.
+
+    ``image`` and ``text`` are indices into the group (None where the edit has no image, or no text, of its own); ``source`` and ``target``
+    are the words that changed.
+    """
+
+    type: str
+    image: int | None = None
+    text: int | None = None
+    source: str = ""
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class CounterfactualGroup:
+    """I images x C candidate texts with a truth table; (image 0, candidate 0) is the factual pair.
+
+    ``match[i][c]`` is 1 where text c is true of image i, 0 where it is false, None where that is unknown.
+    """
+
+    id: str
+    images: tuple[Path, ...]
+    candidates: tuple[Candidate, ...]
+    match: tuple[tuple[int | None, ...], ...]
+    edits: tuple[Edit, ...] = ()
+    weight: float = 1.0
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.images or not self.candidates:
+            raise DataError(f"group {self.id!r} needs at least one image and one text")
+        if len(self.match) != len(self.images) or any(len(row) != len(self.candidates) for row in self.match):
+            raise DataError(f"group {self.id!r}: match must be {len(self.images)} images x {len(self.candidates)} texts")
+        if self.match[0][0] != 1:
+            raise DataError(f"group {self.id!r}: the first image and the first text must match; list the factual pair first")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise DataError(f"group {self.id!r}: weight must be a positive number, not {self.weight}; drop the row to leave it out")
+        for index, candidate in enumerate(self.candidates):
+            if not candidate.text.strip():
+                raise DataError(f"group {self.id!r}: text {index} is empty; write a text or remove it")
+        seen: dict[tuple[str, str], int] = {}
+        for index, candidate in enumerate(self.candidates):
+            key = (normalised(candidate.prompt), normalised(candidate.text))
+            if key in seen:
+                other = f"text {seen[key]} ({candidate.text!r})"
+                raise DataError(f"group {self.id!r}: text {index} equals {other}; a counterfactual must differ, remove one of them")
+            seen[key] = index
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """What is known of a batch of G groups before the forward; groups are padded to the largest I and C of the batch.
+
+    All tensors are [G, I, C] except ``weight`` [G]:
+    ``valid`` (bool) the cells that are scored; ``match`` (int8) 1 true, 0 false, -1 unknown; ``num_tokens`` (int64) response tokens of the
+    cell's text, end-of-turn excluded; ``num_end_tokens`` (int64) its end-of-turn tokens, which count in the NLL and nowhere else.
+    """
+
+    valid: Tensor
+    match: Tensor
+    num_tokens: Tensor
+    num_end_tokens: Tensor
+    weight: Tensor
+    ids: tuple[str, ...] = ()
+
+    @property
+    def positive(self) -> Tensor:
+        """[G, I, C] bool: scored cells whose text is true of their image."""
+        return self.valid & (self.match == 1)
+
+    @property
+    def negative(self) -> Tensor:
+        """[G, I, C] bool: scored cells whose text is known to be false of their image."""
+        return self.valid & (self.match == 0)
+
+    def to(self, device: torch.device) -> GroupLayout:
+        """The same layout with its tensors on ``device``."""
+        valid, match, tokens, end_tokens, weight = (
+            t.to(device, non_blocking=True) for t in (self.valid, self.match, self.num_tokens, self.num_end_tokens, self.weight)
+        )
+        return GroupLayout(valid, match, tokens, end_tokens, weight, self.ids)
+
+
+def normalised(text: str) -> str:
+    """Case-folded text with runs of white space collapsed: two texts equal in this form are the same caption."""
+    return " ".join(text.casefold().split())
+
+
+def check_keys(row: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
+    """Raise DataError on a key that is not allowed, naming the nearest one that is."""
+    names = sorted(allowed)
+    for key in row:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(names)}"
+            raise DataError(f"{where}: unknown key {key!r}; {hint}")
+
+
+_GROUP_KEYS = ("schema", "id", "source", "split", "license", "prompt", "images", "texts", "match", "edits", "weight", "meta")
+_IMAGE_KEYS = ("id", "path", "role", "sha256", "meta")
+_TEXT_KEYS = ("id", "text", "prompt", "role", "meta")
+_EDIT_KEYS = ("type", "image", "text", "from", "to", "meta")
+
+
+def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
+    """One ``cfgroup/1`` row as a group; image paths are joined to ``root`` and not opened here.
+
+    Raises DataError (without file and line, which the caller knows) on a missing or unknown key, a duplicate or unknown id, a truth value
+    other than 0 or 1, or anything CounterfactualGroup refuses.
+    """
+    check_keys(row, _GROUP_KEYS, "row")
+    if row.get("schema", SCHEMA) != SCHEMA:
+        raise DataError(f"schema is {row['schema']!r}, this version reads {SCHEMA!r}; convert the file")
+    group_id = str(_required(row, "id", "row"))
+    where = f"group {group_id!r}"
+    images = _items(row, "images", _IMAGE_KEYS, where)
+    texts = _items(row, "texts", _TEXT_KEYS, where)
+    image_index = _index(images, f"{where}: images")
+    text_index = _index(texts, f"{where}: texts")
+    match: list[list[int | None]] = [[None] * len(texts) for _ in images]
+    for cell in _required(row, "match", where):
+        if not isinstance(cell, list) or len(cell) != 3 or isinstance(cell[2], bool) or cell[2] not in (0, 1):
+            raise DataError(f"{where}: match entry {cell!r} must be [image id, text id, 0 or 1]")
+        i, c = _lookup(image_index, cell[0], f"{where}: match"), _lookup(text_index, cell[1], f"{where}: match")
+        if match[i][c] not in (None, cell[2]):
+            raise DataError(f"{where}: match says both 0 and 1 for ({cell[0]}, {cell[1]}); keep one")
+        match[i][c] = cell[2]
+    prompt = row.get("prompt", "")
+    edits = []
+    for edit in row.get("edits", []):
+        check_keys(edit, _EDIT_KEYS, f"{where}: edits")
+        image, text = edit.get("image"), edit.get("text")
+        edits.append(
+            Edit(
+                type=str(_required(edit, "type", f"{where}: edits")),
+                image=None if image is None else _lookup(image_index, image, f"{where}: edits"),
+                text=None if text is None else _lookup(text_index, text, f"{where}: edits"),
+                source=str(edit.get("from", "")),
+                target=str(edit.get("to", "")),
+            )
+        )
+    return CounterfactualGroup(
+        id=group_id,
+        images=tuple(root / _string(image, "path", f"{where}: images") for image in images),
+        candidates=tuple(Candidate(str(text.get("prompt", prompt)), _string(text, "text", f"{where}: texts")) for text in texts),
+        match=tuple(tuple(line) for line in match),
+        edits=tuple(edits),
+        weight=_number(row.get("weight", 1.0), f"{where}: weight"),
+        source=str(row.get("source", "")),
+    )
+
+
+def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The ``cfgroup/1`` row of a group; the inverse of from_row. Image paths are written relative to ``root``."""
+    prompts = {candidate.prompt for candidate in group.candidates}
+    shared = group.candidates[0].prompt if len(prompts) == 1 else ""
+    row: dict[str, Any] = {
+        "schema": SCHEMA,
+        "id": group.id,
+        "source": group.source,
+        "prompt": shared,
+        "images": [{"id": f"i{i}", "path": path.relative_to(root).as_posix()} for i, path in enumerate(group.images)],
+        "texts": [
+            {"id": f"t{c}", "text": candidate.text} | ({} if candidate.prompt == shared else {"prompt": candidate.prompt})
+            for c, candidate in enumerate(group.candidates)
+        ],
+        "match": [[f"i{i}", f"t{c}", truth] for i, line in enumerate(group.match) for c, truth in enumerate(line) if truth is not None],
+        "edits": [
+            {"type": edit.type}
+            | ({} if edit.image is None else {"image": f"i{edit.image}"})
+            | ({} if edit.text is None else {"text": f"t{edit.text}"})
+            | {"from": edit.source, "to": edit.target}
+            for edit in group.edits
+        ],
+        "weight": group.weight,
+    }
+    return row | ({"meta": dict(meta)} if meta else {})
+
+
+def _required(row: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in row:
+        raise DataError(f"{where}: key {key!r} is missing; add it")
+    return row[key]
+
+
+def _string(row: Mapping[str, Any], key: str, where: str) -> str:
+    value = _required(row, key, where)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key!r} must be a string, not {value!r}")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise DataError(f"{where} must be a number, not {value!r}")
+    return float(value)
+
+
+def _items(row: Mapping[str, Any], key: str, allowed: Iterable[str], where: str) -> list[Mapping[str, Any]]:
+    items = _required(row, key, where)
+    if not isinstance(items, list) or not items or not all(isinstance(item, Mapping) for item in items):
+        raise DataError(f"{where}: {key!r} must be a non-empty list of objects")
+    for item in items:
+        check_keys(item, allowed, f"{where}: {key}")
+    return items
+
+
+def _index(items: list[Mapping[str, Any]], where: str) -> dict[str, int]:
+    index: dict[str, int] = {}
+    for position, item in enumerate(items):
+        name = _string(item, "id", where)
+        if name in index:
+            raise DataError(f"{where}: id {name!r} occurs twice; make ids unique")
+        index[name] = position
+    return index
+
+
+def _lookup(index: Mapping[str, int], name: Any, where: str) -> int:
+    if name not in index:
+        raise DataError(f"{where}: no id {name!r}; known: {', '.join(index)}")
+    return index[name]

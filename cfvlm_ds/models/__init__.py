@@ -1,0 +1,114 @@
+"""Model families by ``config.model_type``, and loading: every model, tiny or 70B, comes in through load_model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+
+from cfvlm_ds.config import ConfigError, ModelConfig
+from cfvlm_ds.models import llava
+from cfvlm_ds.models.family import MODULES, Family, Module, Scorer
+
+FAMILIES: dict[str, Family] = {model_type: family for family in (llava.FAMILY,) for model_type in family.model_types}
+
+__all__ = ["FAMILIES", "MODULES", "Family", "Module", "Scorer", "family_of", "load_config", "load_model", "load_processor"]
+
+
+def load_config(name_or_path: str) -> PreTrainedConfig:
+    """The model's configuration. Raises ConfigError when there is no such folder or hub name."""
+    if not Path(name_or_path).exists() and name_or_path.count("/") != 1:
+        raise ConfigError(f"model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
+    try:
+        return AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.name_or_path {name_or_path!r} cannot be read ({reason}); give a model folder or a hub name") from error
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family record of a model's configuration. Raises ConfigError naming the supported model types."""
+    if config.model_type not in FAMILIES:
+        near = difflib.get_close_matches(config.model_type, FAMILIES, n=1)
+        hint = f" (the nearest is {near[0]!r})" if near else ""
+        raise ConfigError(
+            f"model type {config.model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}; to add one write "
+            "cfvlm_ds/models/NAME.py with a Family record and add it to FAMILIES"
+        )
+    return FAMILIES[config.model_type]
+
+
+def load_processor(name_or_path: str) -> Any:
+    """The model's own processor (tokenizer, image processor and chat template)."""
+    return AutoProcessor.from_pretrained(name_or_path)
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The pretrained model in ``dtype``, partitioned as it is built when a ZeRO-3 configuration is active, frozen as configured.
+
+    Raises ConfigError naming the keys when the checkpoint lacks a weight of the model or holds one the model has no place for.
+    """
+    model_config = load_config(config.name_or_path)
+    family = family_of(model_config)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        config.name_or_path,
+        dtype=dtype,
+        attn_implementation=_attention(config.attn_implementation),
+        output_loading_info=True,
+    )
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            named = ", ".join(sorted(str(key) for key in info[kind])[:5])
+            raise ConfigError(f"checkpoint {config.name_or_path!r} has {len(info[kind])} {kind.replace('_', ' ')}: {named}; repair it")
+    # Under ZeRO-3 this version of transformers keeps conversions it did not use, and would rename every weight at save time.
+    model._weight_conversions = [c for c in model._weight_conversions or [] if c.was_used()] or None
+    freeze(model, family, config)
+    return model
+
+
+def freeze(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
+    """Switch gradients off in the modules the configuration freezes; raises ConfigError when nothing is left to train."""
+    frozen = {module: getattr(config, module).freeze for module in MODULES}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen[family.module_of(name)])
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "every module is frozen; set model.vision_tower.freeze, model.projector.freeze or model.language_model.freeze to false"
+        )
+
+
+def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
+    """(module, name, parameter) of everything that trains."""
+    for name, parameter in scorer.model.named_parameters():
+        if parameter.requires_grad:
+            yield scorer.family.module_of(name), name, parameter
+
+
+def _attention(requested: str) -> str:
+    """``auto`` takes flash-attn where a GPU and the package are there, else sdpa. Raises ConfigError when a request cannot be met."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if requested == "auto":
+        return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    if requested == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ConfigError(
+            "model.attn_implementation flash_attention_2 needs a CUDA device and the flash-attn package; "
+            "install it with `pip install 'cfvlm-ds[gpu]' --no-build-isolation` or use auto"
+        )
+    return requested
+
+
+def parameter_counts(model: PreTrainedModel, family: Family) -> Mapping[str, tuple[int, int]]:
+    """Module -> (parameters, trainable parameters), from the real sizes also under ZeRO-3, where ``numel()`` is that of a shard."""
+    counts = {module: [0, 0] for module in MODULES}
+    for name, parameter in model.named_parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        counts[family.module_of(name)][0] += size
+        counts[family.module_of(name)][1] += size * parameter.requires_grad
+    return {module: (total, trains) for module, (total, trains) in counts.items()}

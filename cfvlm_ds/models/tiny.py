@@ -1,0 +1,104 @@
+"""A small LLaVA in the family's real on-disk format: config, safetensors, processor, and a SentencePiece tokenizer trained on the spot."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cfvlm_ds.config import TinyLlavaConfig
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {% for item in message['content'] %}"
+    "{% if item['type'] == 'image' %}<image>\n{% else %}{{ item['text'] }}{% endif %}{% endfor %} "
+    "{% else %}ASSISTANT: {% for item in message['content'] %}{{ item['text'] }}{% endfor %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
+    """Write a randomly initialised LLaVA of about a million parameters and its processor; nothing if the folder is there.
+
+    ``texts`` train the tokenizer. The folder is complete or absent: it is built under another name and renamed.
+    """
+    out_dir, image_size, patch_size, hidden_size = Path(config.out_dir), config.image_size, config.patch_size, config.hidden_size
+    if (out_dir / "config.json").exists():
+        return out_dir
+    import sentencepiece
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlamaTokenizer,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    partial = out_dir.with_name(out_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    corpus = partial / "corpus.txt"
+    corpus.write_text("\n".join([*texts, "USER: Describe the image. ASSISTANT:"]), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(partial / "tokenizer"),
+        model_type="bpe",
+        vocab_size=512,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        num_threads=1,
+        minloglevel=2,
+    )
+    corpus.unlink()
+    (partial / "tokenizer.vocab").unlink()
+    special = {"image_token": "<image>"}
+    tokenizer = LlamaTokenizer.from_pretrained(partial, pad_token="<unk>", extra_special_tokens=special, model_max_length=512)
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}, do_convert_rgb=True
+    )
+    processor = LlavaProcessor(
+        image_processor, tokenizer, patch_size=patch_size, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    processor.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(config.seed)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=hidden_size,
+                intermediate_size=2 * hidden_size,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                image_size=image_size,
+                patch_size=patch_size,
+            ),
+            text_config=LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=hidden_size,
+                intermediate_size=3 * hidden_size,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                max_position_embeddings=512,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            ),
+            image_token_index=processor.image_token_id,
+            image_seq_length=(image_size // patch_size) ** 2,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+        )
+    )
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    partial.rename(out_dir)
+    return out_dir

@@ -1,0 +1,84 @@
+"""The objectives by name, and how their sums become one loss.
+
+A new objective is one file with a frozen dataclass and one line in OBJECTIVES; its fields are its options (``--objective.NAME.FIELD``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cfvlm_ds.groups import GroupLayout
+from cfvlm_ds.likelihood import Scores
+from cfvlm_ds.objectives.align import Align
+from cfvlm_ds.objectives.base import Cells, Objective, Report
+from cfvlm_ds.objectives.csd import Csd
+from cfvlm_ds.objectives.dpo import Dpo
+from cfvlm_ds.objectives.fcd import Fcd
+
+OBJECTIVES: dict[str, type[Objective]] = {"align": Align, "csd": Csd, "fcd": Fcd, "dpo": Dpo}
+
+CELLS: tuple[Cells, ...] = ("anchor", "matched", "star", "full")
+
+Objectives = Mapping[str, Objective]
+
+__all__ = ["OBJECTIVES", "Align", "Csd", "Dpo", "Fcd", "Objective", "Objectives", "likelihood_report", "required_cells", "weighted_loss"]
+
+
+def required_cells(objectives: Objectives) -> Cells:
+    """The smallest set of cells that serves every objective."""
+    return CELLS[max((CELLS.index(objective.cells) for objective in objectives.values()), default=0)]
+
+
+def group_units(objectives: Objectives, layout: GroupLayout) -> dict[str, Tensor]:
+    """Each objective's own units on this layout, [P] each, ready to be added over micro-batches and ranks."""
+    return {name: torch.atleast_1d(objective.units(layout)) for name, objective in objectives.items()}
+
+
+def ramp(objective: Objective, progress: float) -> float:
+    """The objective's weight at ``progress`` (share of all steps done, 0 to 1) as a factor of its full weight."""
+    return 1.0 if progress >= objective.warmup else progress / objective.warmup
+
+
+def weighted_loss(
+    objectives: Objectives, scores: Scores, global_units: Mapping[str, Tensor], world_size: int = 1, progress: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This micro-batch's share of the step's loss: (loss to call backward on, each term's unweighted share).
+
+    Summed over the micro-batches and ranks of one optimizer step the shares are exactly the global means, however groups are spread over
+    ranks: each total is divided by its *global* units. DeepSpeed averages gradients over ranks, hence the factor ``world_size``;
+    accumulation must not be averaged on top (``engine.backward(..., scale_wrt_gas=False)``). A part without units contributes nothing.
+    """
+    loss = scores.logp.sum() * 0  # every rank runs the same backward, also one whose groups have no unit at all
+    shares: dict[str, Tensor] = {}
+    for name, objective in objectives.items():
+        units = global_units[name].to(scores.logp)
+        parts = torch.atleast_1d(objective.total(scores))
+        share = torch.where(units > 0, parts / units.clamp(min=torch.finfo(units.dtype).tiny), 0).sum()
+        shares[name] = share.detach()
+        loss = loss + objective.weight * ramp(objective, progress) * share
+    return loss * world_size, shares
+
+
+def likelihood_report(scores: Scores) -> Report:
+    """Mean log-likelihood per token of the four kinds of cell, as (sum of nats, tokens): what shows likelihood displacement.
+
+    lp_00 the factual pair; lp_kk the other true pairs; lp_k0 the factual text on images it is false of; lp_0k false texts on the factual
+    image.
+    """
+    layout = scores.layout
+    first_image, first_text = torch.zeros_like(layout.valid), torch.zeros_like(layout.valid)
+    first_image[:, 0, :] = True
+    first_text[:, :, 0] = True
+    kinds = {
+        "lp_00": layout.positive & first_image & first_text,
+        "lp_kk": layout.positive & ~(first_image & first_text),
+        "lp_k0": layout.negative & first_text,
+        "lp_0k": layout.negative & first_image,
+    }
+    logp = scores.logp.detach()
+    return {
+        f"logp/{name}": (torch.where(mask, logp, 0).sum(), torch.where(mask, layout.num_tokens, 0).sum()) for name, mask in kinds.items()
+    }

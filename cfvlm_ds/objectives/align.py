@@ -1,0 +1,94 @@
+"""L_align: the likelihood of true pairs, and optionally an InfoNCE inside the group (CF-VLM, arXiv 2506.17267, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cfvlm_ds.groups import GroupLayout
+from cfvlm_ds.likelihood import LengthNorm, Scores, normalised_scores
+from cfvlm_ds.objectives.base import Cells, Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Align:
+    """NLL of the factual pair + ``counterfactual`` x NLL of the other true pairs + ``infonce`` x in-group InfoNCE.
+
+    Each part is a mean of its own: NLL per token (end-of-turn included) over all factual pairs; the same over the counterfactual pairs,
+    every group counting once however many it has; InfoNCE per group that has a negative.
+
+    Args:
+        weight: factor of the term in the loss. Without it nothing holds the likelihood of the truth up (likelihood displacement).
+        warmup: share of all steps over which the weight rises linearly from 0.
+        counterfactual: weight of the other true pairs of the group.
+        infonce: weight of 1/2 [-log softmax_c(S_0c / tau)_0 - log softmax_i(S_i0 / tau)_0].
+        temperature: tau of the InfoNCE, on the scale of ``len_norm``.
+        len_norm: length normalisation of the InfoNCE scores.
+        pmi: how much of the blind score to subtract from the InfoNCE scores; needs ``--data.scores``.
+    """
+
+    weight: float = 1.0
+    warmup: float = 0.0
+    counterfactual: float = 0.5
+    infonce: float = 0.0
+    temperature: float = 0.1
+    len_norm: LengthNorm = "anchor"
+    pmi: float = 0.0
+
+    @property
+    def cells(self) -> Cells:
+        return "star" if self.infonce else "matched" if self.counterfactual else "anchor"
+
+    @property
+    def needs_reference(self) -> bool:
+        return False
+
+    @property
+    def needs_prior(self) -> bool:
+        return self.infonce != 0 and self.pmi != 0
+
+    def units(self, layout: GroupLayout) -> Tensor:
+        tokens = (layout.num_tokens + layout.num_end_tokens).to(layout.weight)
+        contrasted = _infonce_mask(layout)[1].any(1).any(1)
+        return torch.stack([*_factual_and_rest(tokens, layout), (layout.weight * contrasted).sum()])
+
+    def total(self, scores: Scores) -> Tensor:
+        layout = scores.layout
+        factual, rest = _factual_and_rest(-(scores.logp + scores.end_logp), layout)
+        parts = [factual, self.counterfactual * rest, factual.new_zeros(())]
+        if self.infonce:
+            parts[2] = self.infonce * (layout.weight.to(factual) * self._infonce(scores)).sum()
+        return torch.stack(parts)
+
+    def report(self, scores: Scores) -> Report:
+        return {}
+
+    def _infonce(self, scores: Scores) -> Tensor:
+        """[G]; 0 for a group without a negative."""
+        similarity = normalised_scores(scores, self.len_norm, self.pmi) / self.temperature
+        anchor, negative = _infonce_mask(scores.layout)
+        hidden = torch.where(anchor | negative, similarity, float("-inf"))
+        text_side = torch.logsumexp(hidden[:, 0, :], -1) - similarity[:, 0, 0]
+        image_side = torch.logsumexp(hidden[:, :, 0], -1) - similarity[:, 0, 0]
+        return (text_side + image_side) / 2
+
+
+def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+    """Weighted sums of ``values`` [G, I, C] over the factual pairs, and over groups of the mean over their other true pairs."""
+    factual = layout.weight.to(values) * torch.where(layout.positive[:, 0, 0], values[:, 0, 0], 0)
+    others = layout.positive.clone()
+    others[:, 0, 0] = False
+    rest = torch.where(others, values, 0).sum((1, 2)) / others.sum((1, 2)).clamp(min=1)
+    return factual.sum(), (layout.weight.to(values) * rest).sum()
+
+
+def _infonce_mask(layout: GroupLayout) -> tuple[Tensor, Tensor]:
+    """The anchor cell, and the negatives of row 0 and column 0; both [G, I, C] bool."""
+    anchor = torch.zeros_like(layout.valid)
+    anchor[:, 0, 0] = True  # also of a group with nothing scored: a softmax over no cell is NaN, over one it is 1
+    star = torch.zeros_like(layout.valid)
+    star[:, 0, :] = True
+    star[:, :, 0] = True
+    return anchor, layout.negative & star

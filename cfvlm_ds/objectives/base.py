@@ -1,0 +1,154 @@
+"""What an objective is, and the comparisons inside a group that every objective is made of.
+
+Shapes: G groups, I images, C candidates, P parts of one objective. Two kinds of comparison exist, and the truth table alone defines them:
+
+- text side: one image, a true text against a false one;
+- image side: one text, an image it is true of against one it is false of. Prior and length cancel here by construction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cfvlm_ds.groups import GroupLayout
+from cfvlm_ds.likelihood import LengthNorm, Scores, normalised_scores, token_counts
+
+Cells = Literal["anchor", "matched", "star", "full"]
+"""Which cells the collator must build, each set containing the one before: the factual pair; every true pair; also row 0 and column 0
+(the factual image with every text, the factual text with every image); everything."""
+
+Report = dict[str, tuple[Tensor, Tensor]]
+"""Metric name -> (sum, count); only sums and counts survive being added over micro-batches and ranks."""
+
+
+class Objective(Protocol):
+    """A term of the loss: a pure function of score matrices that never meets a GPU, a tokenizer or a rank.
+
+    The term's loss is ``weight * sum_p total_p / global_units_p``. ``units`` must depend on the layout alone, because it is added over all
+    ranks and accumulation steps before the first forward. Both may return a scalar, or [P] when parts have denominators of their own.
+    """
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def warmup(self) -> float:
+        """Share of all steps over which the weight rises linearly from 0."""
+        ...
+
+    @property
+    def cells(self) -> Cells: ...
+
+    @property
+    def needs_reference(self) -> bool: ...
+
+    @property
+    def needs_prior(self) -> bool: ...
+
+    def units(self, layout: GroupLayout) -> Tensor:
+        """How many units (tokens, groups) each part has: scalar or [P]."""
+        ...
+
+    def total(self, scores: Scores) -> Tensor:
+        """The differentiable sum over units: scalar or [P], nats."""
+        ...
+
+    def report(self, scores: Scores) -> Report:
+        """Extra metrics as sums and counts."""
+        ...
+
+
+def comparisons(scores: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """Every true-against-false comparison along the last axis of [G, R, X]: (violation, mask), each [G, R, X true, X false].
+
+    violation = S[false] - S[true]; positive when the model prefers the false one. Text side: pass [G, I, C]; image side: its transpose.
+    """
+    violation = scores.unsqueeze(-2) - scores.unsqueeze(-1)
+    return violation, positive.unsqueeze(-1) & negative.unsqueeze(-2)
+
+
+def mean_over(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``values`` where ``mask``, over all axes but the first; 0 for a group without any."""
+    dims = tuple(range(1, values.dim()))
+    return torch.where(mask, values, 0).sum(dims) / mask.sum(dims).clamp(min=1)
+
+
+def has_any(mask: Tensor) -> Tensor:
+    """[G] bool: groups with at least one true entry."""
+    return mask.flatten(1).any(1)
+
+
+def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Tensor:
+    """Maximum over ``dim`` of the entries in ``mask`` (0 where there are none); ``soft`` > 0 gives soft * (logsumexp(v / soft) - log n).
+
+    The soft form tends to the maximum as ``soft`` -> 0 and does not change when every entry is duplicated.
+    """
+    hidden = torch.where(mask, values, float("-inf"))
+    some = mask.any(dim)
+    if soft > 0:
+        # Rows without entries are all -inf: give them a finite dummy before the logsumexp, or its gradient is NaN.
+        safe = torch.where(some.unsqueeze(dim), hidden, 0.0)
+        top = soft * (torch.logsumexp(safe / soft, dim) - mask.sum(dim).clamp(min=1).log())
+    else:
+        # One index, not amax: amax shares the gradient between ties, and exactly two cells should carry it.
+        top = torch.where(some.unsqueeze(dim), hidden, 0.0).max(dim).values
+    return torch.where(some, top, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginTerm:
+    """The options that every margin between two likelihoods shares.
+
+    Args:
+        weight: factor of the term in the loss; 0 leaves the term out.
+        warmup: share of all steps over which the weight rises linearly from 0.
+        margin: by how much the true one must win, in ``margin_unit``.
+        margin_unit: ``per_token`` (nats per token of the ``len_norm`` divisor) or ``nats`` (total nats, for long texts).
+        link: ``hinge`` max(0, margin + violation), or ``logsigmoid`` the smooth -log sigmoid(-(margin + violation)), which fades as the
+            gap grows but never stops. Both act on the scale of ``len_norm``.
+        hinge_cap: a hinge stops growing, and pulling, at this many margins: an impossible pair must not pull for ever. 0 for no cap.
+        len_norm: divide log-likelihoods by the ``anchor`` text's token count, each text's ``own``, or ``none``.
+        pmi: how much of the blind score log p(text | blank) to subtract; needs ``--data.scores``.
+    """
+
+    weight: float = 0.5
+    warmup: float = 0.05
+    margin: float = 0.25
+    margin_unit: Literal["per_token", "nats"] = "per_token"
+    link: Literal["hinge", "logsigmoid"] = "hinge"
+    hinge_cap: float = 4.0
+    len_norm: LengthNorm = "anchor"
+    pmi: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.margin <= 0:
+            raise ValueError(f"margin must be positive, not {self.margin}; to switch a term off set its weight to 0")
+
+    @property
+    def needs_reference(self) -> bool:
+        return False
+
+    @property
+    def needs_prior(self) -> bool:
+        return self.pmi != 0
+
+    def normalised(self, scores: Scores) -> Tensor:
+        """Scores on this term's scale, [G, I, C]."""
+        return normalised_scores(scores, self.len_norm, self.pmi)
+
+    def penalty(self, violation: Tensor, layout: GroupLayout) -> Tensor:
+        """The link applied to margin + violation; ``violation`` is [G, ...] on the scale of ``normalised``."""
+        if self.margin_unit == "per_token":
+            margin = torch.full_like(layout.weight, self.margin)
+        else:
+            margin = self.margin / token_counts(layout, self.len_norm)[:, 0, 0].to(layout.weight)
+        margin = margin.to(violation).view(-1, *[1] * (violation.dim() - 1))
+        if self.link == "logsigmoid":
+            return F.softplus(margin + violation)
+        raw = (margin + violation).clamp(min=0)
+        return torch.minimum(raw, self.hinge_cap * margin) if self.hinge_cap > 0 else raw

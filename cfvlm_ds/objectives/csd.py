@@ -1,0 +1,54 @@
+"""L_csd, counterfactual scenario discrimination (CF-VLM, arXiv 2506.17267), over sequence likelihoods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cfvlm_ds.groups import GroupLayout
+from cfvlm_ds.likelihood import Scores
+from cfvlm_ds.objectives.base import Cells, MarginTerm, Report, comparisons, has_any, mean_over
+
+
+@dataclass(frozen=True, kw_only=True)
+class Csd(MarginTerm):
+    """On each image its own text must beat the other text by a margin; the mean over a group's comparisons.
+
+    Args:
+        mode: ``cross`` (default) compares a true and a false text on one image: with K counterfactual pairs and star cells this is
+            1/(2K) sum_k {h(m + S_0k - S_00) + h(m + S_k0 - S_kk)}. ``matched`` is the paper's form, 1/K sum_k h(m + S_kk - S_00), which
+            pushes down the likelihood of true captions of counterfactual images: two scenes that are each other's counterfactual can never
+            satisfy it together. ``matched_sg`` is the same with S_kk detached, which only raises S_00.
+    """
+
+    mode: Literal["cross", "matched", "matched_sg"] = "cross"
+
+    @property
+    def cells(self) -> Cells:
+        return "star" if self.mode == "cross" else "matched"
+
+    def units(self, layout: GroupLayout) -> Tensor:
+        zeros = torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
+        return (layout.weight * has_any(self._violations(zeros, layout)[1])).sum()
+
+    def total(self, scores: Scores) -> Tensor:
+        violation, mask = self._violations(self.normalised(scores), scores.layout)
+        per_group = mean_over(self.penalty(violation, scores.layout), mask)
+        return (scores.layout.weight.to(per_group) * per_group).sum()
+
+    def report(self, scores: Scores) -> Report:
+        violation, mask = self._violations(self.normalised(scores).detach(), scores.layout)
+        active = (self.penalty(violation, scores.layout) > 0) & mask
+        return {"active/csd": (active.sum(), mask.sum()), "violated/csd": (((violation >= 0) & mask).sum(), mask.sum())}
+
+    def _violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+        if self.mode == "cross":
+            return comparisons(similarity, layout.positive, layout.negative)
+        others = layout.positive.clone()
+        others[:, 0, :] = False
+        others[:, :, 0] = False  # a sham is a true pair of the factual text, not a counterfactual
+        matched = similarity.detach() if self.mode == "matched_sg" else similarity
+        return matched - similarity[:, :1, :1], others

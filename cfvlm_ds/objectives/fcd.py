@@ -1,0 +1,61 @@
+"""L_fcd, fine-grained causal discrimination (CF-VLM, arXiv 2506.17267): one text on two images, hence free of prior and length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cfvlm_ds.groups import GroupLayout
+from cfvlm_ds.likelihood import Scores
+from cfvlm_ds.objectives.base import Cells, MarginTerm, Report, comparisons, has_any, masked_max
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fcd(MarginTerm):
+    """The factual text must prefer its image over the hardest counterfactual image: h(m + max_k S_k0 - S_00).
+
+    Args:
+        symmetric: also h(m + max_k (S_0k - S_kk)): each counterfactual text must prefer its own image over the others. The two halves weigh
+            1/2 each, and a group that has one half only counts that one in full. Without the second half a counterfactual image is never a
+            positive, and "looks edited" solves the term; ``false`` is the paper's form.
+        soft: temperature of a soft maximum, soft * (logsumexp_k(v_k / soft) - log K); 0 for the hard maximum.
+    """
+
+    margin: float = 0.30
+    symmetric: bool = True
+    soft: float = 0.0
+
+    @property
+    def cells(self) -> Cells:
+        return "star"
+
+    def units(self, layout: GroupLayout) -> Tensor:
+        zeros = torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
+        return (layout.weight * has_any(self._violations(zeros, layout)[1])).sum()
+
+    def total(self, scores: Scores) -> Tensor:
+        violation, mask = self._violations(self.normalised(scores), scores.layout)
+        penalty = torch.where(mask, self.penalty(violation, scores.layout), 0)
+        per_group = penalty.sum(1) / mask.sum(1).clamp(min=1)
+        return (scores.layout.weight.to(per_group) * per_group).sum()
+
+    def report(self, scores: Scores) -> Report:
+        violation, mask = self._violations(self.normalised(scores).detach(), scores.layout)
+        active = (self.penalty(violation, scores.layout) > 0) & mask
+        return {"active/fcd": (active.sum(), mask.sum()), "violated/fcd": (((violation >= 0) & mask).sum(), mask.sum())}
+
+    def _violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+        """(violation, mask), each [G, 1 or 2]: the factual text's hardest comparison, and the hardest one of the other texts."""
+        positive, negative = layout.positive.transpose(1, 2), layout.negative.transpose(1, 2)
+        # A text's own image is its first true one; a sham of it is a positive of the NLL, not a second anchor here.
+        own = positive & (positive.cumsum(-1) == 1)
+        violation, mask = comparisons(similarity.transpose(1, 2), own, negative)
+        violation, mask = violation.flatten(2), mask.flatten(2)
+        per_text, some = masked_max(violation, mask, 2, self.soft), mask.any(2)
+        halves, present = [per_text[:, 0]], [some[:, 0]]
+        if self.symmetric and per_text.shape[1] > 1:
+            halves.append(masked_max(per_text[:, 1:], some[:, 1:], 1, self.soft))
+            present.append(some[:, 1:].any(1))
+        return torch.stack(halves, 1), torch.stack(present, 1)

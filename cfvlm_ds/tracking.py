@@ -1,0 +1,578 @@
+"""Metrics of a run: always to ``metrics.jsonl``, and from there to MLflow, which may be slow, down or absent.
+
+The run folder is the source of truth. ``log`` appends one line to ``metrics.jsonl`` and returns; one background thread reads the file and
+delivers what is new to MLflow, in order, trying again for as long as the run lives. Everything else MLflow is to know (parameters, tags,
+artifacts, the final status) and the position reached in the file are kept in ``.mlflow_delivery.json``, so that a later process can
+finish the work: a resumed run does so by itself, and after a run has ended ``python -m cfvlm_ds.tracking RUN_DIR`` does.
+
+Nothing is delivered twice. MLflow's stores identify a point by (run, name, step, timestamp, value) and ignore a second copy, and the
+timestamp is the one in the file, so a batch whose answer was lost is simply sent again. A process that continues a run asks the server
+which steps it has and skips those: a step that is computed again after a resume keeps, in MLflow, the value first recorded.
+
+Where: ``MLFLOW_TRACKING_URI`` if set, else ``mlflow.db`` and ``mlartifacts/`` in the run folder, which is what ``mlflow ui`` shows when
+started in that folder (MLflow >= 3.7). ``MLFLOW_EXPERIMENT_NAME`` overrides the experiment. When tracking starts, the variables in
+``ENVIRONMENT`` get a default unless they are set; they hold for the whole process, since MLflow has no other way to bound a request.
+
+MLflow is imported in the background thread (2-3 s); importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+METRICS_FILE = "metrics.jsonl"
+RECORD_FILE = ".mlflow_delivery.json"
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the thread below tries again itself, and can be stopped while it waits
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # MLflow prints the URI with its password
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # usage statistics that MLflow sends to its makers
+}
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+_POLL_SECONDS = 1.0
+_MAX_BACKOFF_SECONDS = 30.0
+_CLOSING_BACKOFF_SECONDS = 2.0
+_MAX_PER_REQUEST = {"metrics": 1000, "params": 100, "tags": 100}
+_MAX_PARAM_CHARS, _MAX_TAG_CHARS, _MAX_NAME_CHARS = 6000, 5000, 250
+_REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+_TOKEN_TAG = "cfvlm_ds.run_token"
+
+_SECRET = {"secret", "secrets", "password", "passwords", "passwd"}
+_SECRET_UNLESS_NUMBER = {"token", "tokens", "key", "keys", "apikey"}  # num_key_value_heads and token_budget are counts
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_USERINFO = re.compile(r"://[^/\s]+@")
+_UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]")
+
+
+def open_tracker(
+    enabled: bool,
+    run_dir: Path,
+    experiment: str,
+    run_name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    run_id: str | None = None,
+    resume_step: int | None = None,
+    close_timeout: float = 30.0,
+) -> Tracker | NullTracker:
+    """Start tracking: a ``Tracker`` where ``enabled`` (rank 0), else an object with the same methods that does nothing.
+
+    Args:
+        run_dir: the run's folder, of one run at a time; made if missing.
+        experiment, run_name: names in MLflow (``MLFLOW_EXPERIMENT_NAME`` overrides the first).
+        params: nested mapping; MLflow gets it flattened with dots and cut at its length limits, and whole as an artifact in ``config/``.
+            Values of secret-looking names and passwords within URIs are masked. On resume a changed value becomes a tag
+            ``param_changed.<name>``, since MLflow's parameters are immutable.
+        tags: plain strings, masked likewise.
+        run_id: the MLflow run to continue, as kept in a checkpoint. The run folder's own record comes first, being at least as new.
+        resume_step: None starts a new run in ``run_dir`` and discards the metrics of an earlier one there. A step continues: metrics of
+            later steps are dropped from ``metrics.jsonl``, to be logged again.
+        close_timeout: the most seconds that ``close`` waits for MLflow.
+
+    Raises:
+        ValueError: a run id without a step to resume at.
+        OSError: the folder cannot be written. Trouble with MLflow is reported on stderr and never raised.
+    """
+    if not enabled:
+        return NullTracker()
+    if run_id is not None and resume_step is None:
+        raise ValueError("a run id without resume_step: pass the step of the checkpoint that the run continues from")
+    run_dir = Path(run_dir).absolute()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if resume_step is None:
+        (run_dir / RECORD_FILE).unlink(missing_ok=True)
+    record = _Record.load(run_dir) or _Record(run_id=run_id, start_ms=_now_ms())
+    kept_names, record.offset = _truncate_metrics(run_dir / METRICS_FILE, resume_step, record.offset)
+    record.experiment, record.run_name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment, run_name
+    record.params, record.tags = _masked(params), _masked(tags)
+    record.resume_step, record.status, record.end_ms = resume_step, None, None
+    record.save(run_dir)
+    return Tracker(run_dir, record, kept_names, close_timeout)
+
+
+class NullTracker:
+    """The tracker of the other ranks: does nothing and touches no file."""
+
+    run_id: str | None = None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Nothing."""
+
+    def close(self, status: Status = "FINISHED") -> None:
+        """Nothing."""
+
+    def __enter__(self) -> NullTracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        return None
+
+
+class Tracker:
+    """Writes a run's metrics to ``metrics.jsonl`` and has them delivered to MLflow. Made by ``open_tracker``.
+
+    As a context manager it marks the run FAILED when left by an exception, KILLED by KeyboardInterrupt or a non-zero SystemExit, else
+    FINISHED, and lets the exception pass.
+    """
+
+    def __init__(self, run_dir: Path, record: _Record, kept_names: set[str], close_timeout: float) -> None:
+        self._kept_names, self._close_timeout = kept_names, close_timeout
+        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._delivery = _Delivery(run_dir, record)
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run, to be kept in checkpoints; None until MLflow has answered for the first time."""
+        return self._delivery.record.run_id
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of an optimizer step to ``metrics.jsonl``; returns without waiting for MLflow.
+
+        Raises:
+            ValueError: a metric named "step" or "time", or a closed tracker. TypeError: a value that is not a number. OSError: disk full.
+        """
+        line: dict[str, Any] = {"step": int(step), "time": _now_ms() / 1000}
+        for name, value in metrics.items():
+            if name in ("step", "time"):
+                raise ValueError(f"{name!r} is reserved in {METRICS_FILE}: give the metric another name")
+            if step == self._delivery.record.resume_step and name in self._kept_names:
+                continue  # such as the evaluation at a checkpoint's step, logged before the interruption and computed again
+            number = float(value)
+            line[name] = number if math.isfinite(number) else str(number)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Have a file uploaded into ``folder``. It is read later, so leave it in place. The same path again means: it has changed."""
+        self._delivery.add_artifact(str(Path(path).absolute()), folder)
+
+    def close(self, status: Status = "FINISHED") -> None:
+        """Set the final status and wait, at most ``close_timeout`` seconds, for MLflow to get the rest. A second call does nothing.
+
+        What could not be delivered is counted on stderr, with the command that delivers it later.
+        """
+        if not self._file.closed:
+            self._file.close()
+            self._delivery.finish(status, _now_ms(), self._close_timeout)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+            self.close("FINISHED")
+        else:
+            self.close("KILLED" if issubclass(kind, (KeyboardInterrupt, SystemExit)) else "FAILED")
+
+
+def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
+    """Deliver what MLflow lacks of a run that has ended, waiting at most ``timeout`` seconds; True when nothing is left to deliver.
+
+    It also copies a run kept in its own folder to the server in ``MLFLOW_TRACKING_URI``. A run that was never closed becomes KILLED.
+    Not for a run that still lives: two processes would write one record. Raises FileNotFoundError for a folder without a record.
+    """
+    run_dir = Path(run_dir).absolute()
+    record = _Record.load(run_dir)
+    if record is None:
+        raise FileNotFoundError(f"{run_dir / RECORD_FILE}: no record of a tracked run; pass the run's own folder")
+    if record.status is None:
+        record.status, record.end_ms = "KILLED", int((run_dir / METRICS_FILE).stat().st_mtime * 1000)
+    return _Delivery(run_dir, record).finish(record.status, record.end_ms or _now_ms(), timeout)
+
+
+@dataclass
+class _Record:
+    """What MLflow is to know besides the metrics, and how far delivery got; on disk so that another process can go on."""
+
+    experiment: str = ""
+    run_name: str = ""
+    params: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, Any] = field(default_factory=dict)
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Finds the run again when the answer to its creation was lost."""
+    run_id: str | None = None
+    start_ms: int = 0
+    resume_step: int | None = None
+    offset: int = 0
+    """Bytes of metrics.jsonl that have been delivered."""
+    artifacts: list[dict[str, Any]] = field(default_factory=list)
+    status: Status | None = None
+    end_ms: int | None = None
+
+    @classmethod
+    def load(cls, run_dir: Path) -> _Record | None:
+        path = run_dir / RECORD_FILE
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def save(self, run_dir: Path) -> None:
+        _replace(run_dir / RECORD_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
+
+
+class _Delivery:
+    """The background thread that brings a record and a metrics file to MLflow. MlflowClient only: no global MLflow state is touched."""
+
+    def __init__(self, run_dir: Path, record: _Record) -> None:
+        self.record = record
+        self._run_dir = run_dir
+        self._uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run_dir / 'mlflow.db').as_posix()}"
+        self._lock = threading.Lock()  # guards the record; never held during a request
+        self._closing, self._stop = threading.Event(), threading.Event()
+        self._client: Any = None
+        self._system_metrics: _SystemMetrics | None = None
+        self._steps_on_server: dict[str, set[int]] | None = None  # by metric; None: this process has created the run
+        self._done = False
+        self._thread = threading.Thread(target=self._run, name="cfvlm_ds-tracking", daemon=True)
+        self._thread.start()
+
+    def add_artifact(self, path: str, folder: str) -> None:
+        with self._lock:
+            others = [a for a in self.record.artifacts if (a["path"], a["folder"]) != (path, folder)]
+            self.record.artifacts = [*others, {"path": path, "folder": folder, "pending": True}]
+            self.record.save(self._run_dir)
+
+    def finish(self, status: Status, end_ms: int, timeout: float) -> bool:
+        with self._lock:
+            self.record.status, self.record.end_ms = status, end_ms
+            self.record.save(self._run_dir)
+        self._closing.set()
+        self._thread.join(timeout)
+        self._stop.set()
+        if not self._done:
+            points, _ = _read_metrics(self._run_dir / METRICS_FILE, self.record.offset, limit=sys.maxsize)
+            artifacts = sum(artifact["pending"] for artifact in self.record.artifacts)
+            _say(
+                f"MLflow at {self._uri} did not get {len(points)} points, {artifacts} artifacts and the status {status} in {timeout:g} s. "
+                f"All is kept in {self._run_dir}. To deliver it later: python -m cfvlm_ds.tracking {shlex.quote(str(self._run_dir))}"
+            )
+        return self._done
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stop.is_set():
+            try:
+                self._deliver_everything()
+                if failures:
+                    _say("MLflow answers again")
+                failures = 0
+            except ImportError as error:
+                _say(f"no MLflow, metrics go to {METRICS_FILE} only: {error}")
+                return
+            except Exception as error:  # whatever a store raises, the training must live
+                failures += 1
+                if failures == 1:
+                    _say(
+                        f"MLflow at {self._uri} does not answer, will try again; metrics are kept in {METRICS_FILE} ({_first_line(error)})"
+                    )
+            if self._done:
+                return
+            backoff = min(_POLL_SECONDS * 2**failures, _MAX_BACKOFF_SECONDS)
+            if self._closing.is_set():
+                self._stop.wait(min(backoff, _CLOSING_BACKOFF_SECONDS) if failures else 0)
+            else:
+                self._closing.wait(backoff if failures else _POLL_SECONDS)
+
+    def _deliver_everything(self) -> None:
+        status = self.record.status  # read first: once it is set, metrics.jsonl is complete
+        if self._client is None:
+            self._connect()
+        while self._deliver_metrics():
+            pass
+        if status is None:
+            self._send(self.record.run_id, "metrics", self._system_metrics.sample() if self._system_metrics else [])
+        else:  # before the artifacts, which an unfit artifact store may refuse for ever
+            self._client.set_terminated(self.record.run_id, status, self.record.end_ms)
+        self._deliver_artifacts()
+        self._done = status is not None
+
+    def _connect(self) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient
+
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial database tables..."
+        client = MlflowClient(tracking_uri=self._uri)
+        run = self._find_run(client) or self._create_run(client)
+        self._client = client
+        try:
+            self._describe(run)
+        except Exception:
+            self._client = None
+            raise
+        self._system_metrics = _SystemMetrics(run.info.run_id, run.info.start_time, self._uri)
+        _say(f"MLflow run {run.info.run_id} at {self._uri}, experiment {self.record.experiment!r}")
+
+    def _find_run(self, client: Any) -> Any:
+        """The run that exists already, set to RUNNING; None if there is none. A run unknown to this server is delivered anew."""
+        from mlflow.exceptions import MlflowException
+
+        run = None
+        if self.record.run_id is not None:
+            try:
+                run = client.get_run(self.record.run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST" or self.record.run_id not in str(error):
+                    raise
+            if run is None or run.info.lifecycle_stage == "deleted":
+                _say(f"MLflow at {self._uri} has no run {self.record.run_id}: a new one gets all that is in {METRICS_FILE}")
+                with self._lock:
+                    self.record.tags = {**self.record.tags, "continues_run": self.record.run_id}
+                    self.record.run_id, self.record.offset, self.record.token = None, 0, uuid.uuid4().hex
+                    self.record.artifacts = [{**artifact, "pending": True} for artifact in self.record.artifacts]
+                run = None
+        else:
+            experiment = client.get_experiment_by_name(self.record.experiment)
+            if experiment is not None:
+                found = client.search_runs([experiment.experiment_id], f"tags.`{_TOKEN_TAG}` = '{self.record.token}'", max_results=1)
+                run = found[0] if found else None
+        if run is not None:
+            self._steps_on_server = {}
+            if self.record.status is None:
+                client.update_run(run.info.run_id, status="RUNNING")
+        return run
+
+    def _create_run(self, client: Any) -> Any:
+        experiment = client.get_experiment_by_name(self.record.experiment)
+        if experiment is None:
+            local = None if os.environ.get("MLFLOW_TRACKING_URI") else (self._run_dir / "mlartifacts").as_uri()
+            experiment_id = client.create_experiment(self.record.experiment, artifact_location=local)
+        else:
+            experiment_id = experiment.experiment_id
+        return client.create_run(experiment_id, self.record.start_ms, {_TOKEN_TAG: self.record.token}, self.record.run_name)
+
+    def _describe(self, run: Any) -> None:
+        """Parameters, tags and the full configuration; then the run id counts as known."""
+        from mlflow.entities import Param, RunTag
+
+        run_id = run.info.run_id
+        params = {_name(name): text[:_MAX_PARAM_CHARS] for name, text in _flat(self.record.params).items()}
+        tags = {_name(name): text[:_MAX_TAG_CHARS] for name, text in _flat(self.record.tags).items()}
+        changed = {name: text for name, text in params.items() if run.data.params.get(name, text) != text}
+        tags.update({_name(f"param_changed.{name}"): text[:_MAX_TAG_CHARS] for name, text in changed.items()})
+        self._send(run_id, "params", [Param(name, text) for name, text in params.items() if name not in run.data.params])
+        self._send(run_id, "tags", [RunTag(name, text) for name, text in tags.items()])
+        suffix = "" if self.record.resume_step is None else f"_resumed_at_{self.record.resume_step}"
+        with self._lock:
+            self.record.run_id = run_id
+            config = self._run_dir / f"params{suffix}.json"
+            _replace(config, json.dumps(self.record.params, indent=2).encode())
+        self.add_artifact(str(config), "config")
+
+    def _deliver_metrics(self) -> bool:
+        """Send the next part of metrics.jsonl; True if there was any."""
+        from mlflow.entities import Metric
+
+        points, offset = _read_metrics(self._run_dir / METRICS_FILE, self.record.offset, _MAX_PER_REQUEST["metrics"])
+        metrics = [
+            Metric(_name(name), value, milliseconds, step)
+            for name, value, milliseconds, step in points
+            if not self._is_on_server(_name(name), step)
+        ]
+        self._send(self.record.run_id, "metrics", metrics)
+        if offset == self.record.offset:
+            return False
+        with self._lock:
+            self.record.offset = offset
+            self.record.save(self._run_dir)
+        return True
+
+    def _is_on_server(self, name: str, step: int) -> bool:
+        if self._steps_on_server is None:
+            return False
+        if name not in self._steps_on_server:
+            history = self._client.get_metric_history(self.record.run_id, name)
+            self._steps_on_server[name] = {metric.step for metric in history}
+        return step in self._steps_on_server[name]
+
+    def _deliver_artifacts(self) -> None:
+        for artifact in self.record.artifacts:
+            if not artifact["pending"]:
+                continue
+            if Path(artifact["path"]).exists():
+                self._client.log_artifact(self.record.run_id, artifact["path"], artifact["folder"] or None)
+            else:
+                _say(f"{artifact['path']} is gone before MLflow got it")
+            with self._lock:  # an artifact that changed meanwhile has a new entry, still pending
+                artifact["pending"] = False
+                self.record.save(self._run_dir)
+
+    def _send(self, run_id: str | None, kind: Literal["metrics", "params", "tags"], entities: list[Any]) -> None:
+        """log_batch in requests of permitted size. What MLflow refuses is named and left out, so that it does not hold up the rest."""
+        from mlflow.exceptions import MlflowException
+
+        size = min(_MAX_PER_REQUEST[kind], len(entities)) or 1
+        for start in range(0, len(entities), size):
+            part = entities[start : start + size]
+            batch: dict[str, list[Any]] = {"metrics": [], "params": [], "tags": []}
+            try:
+                self._client.log_batch(run_id, **{**batch, kind: part}, synchronous=True)
+            except MlflowException as error:
+                if error.error_code not in _REFUSED:
+                    raise
+                if len(part) == 1:
+                    _say(f"MLflow refuses {kind[:-1]} {part[0].key!r}: {_first_line(error)}")
+                else:
+                    for entity in part:
+                        self._send(run_id, kind, [entity])
+
+
+class _SystemMetrics:
+    """Samples of MLflow's own monitor (CPU, memory, disk, network, GPU), as ``system/...``.
+
+    Not its thread: that one gives up for good at the first request that fails. The step is the seconds since the start of the run, which
+    grows across resumes.
+    """
+
+    def __init__(self, run_id: str, start_ms: int, uri: str) -> None:
+        self._run_id, self._start_ms, self._uri = run_id, start_ms, uri
+        self._monitor: Any = None
+        self._next_sample = 0.0
+
+    def sample(self) -> list[Any]:
+        """MLflow metrics; none if ``MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL`` (10 s) has not passed since the last sample."""
+        from mlflow.entities import Metric
+
+        if time.monotonic() < self._next_sample:
+            return []
+        try:
+            if self._monitor is None:
+                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+                self._monitor = SystemMetricsMonitor(self._run_id, tracking_uri=self._uri)
+            self._next_sample = time.monotonic() + self._monitor.sampling_interval
+            self._monitor.collect_metrics()
+            values = self._monitor.aggregate_metrics()
+            for source in self._monitor.monitors:
+                source.clear_metrics()
+        except Exception as error:  # drivers raise what they like, and this is the least of the metrics
+            self._next_sample = math.inf
+            _say(f"no more system metrics: {_first_line(error)}")
+            return []
+        now = _now_ms()
+        return [Metric(f"system/{name}", value, now, (now - self._start_ms) // 1000) for name, value in values.items()]
+
+
+def _read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, float, int, int]], int]:
+    """(name, value, milliseconds, step) of the lines after ``offset`` bytes, at least ``limit`` points if there are; and where to go on."""
+    points: list[tuple[str, float, int, int]] = []
+    if not path.exists():
+        return points, offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            row = _parse(line)
+            if not line.endswith(b"\n") or len(points) >= limit:
+                break
+            offset += len(line)
+            if row is not None:
+                step, milliseconds = row.pop("step"), round(row.pop("time") * 1000)
+                points += [(name, float(value), milliseconds, step) for name, value in row.items()]
+    return points, offset
+
+
+def _truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[set[str], int]:
+    """Drop steps after ``resume_step`` (None: all) and torn lines. The names recorded at that step, and where ``offset`` has moved."""
+    if not path.exists():
+        return set(), 0
+    kept: list[bytes] = []
+    names: set[str] = set()
+    new_offset = position = 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for line in lines:
+        position += len(line)
+        row = _parse(line)
+        if resume_step is None or row is None or row["step"] > resume_step:
+            continue
+        kept.append(line)
+        if position <= offset:
+            new_offset += len(line)
+        if row["step"] == resume_step:
+            names |= row.keys()
+    if len(kept) < len(lines):
+        _replace(path, b"".join(kept))
+    return names, new_offset
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """One line of metrics.jsonl; None if a killed process left it torn."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"step", "time"} <= row.keys() else None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, never meets half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def _masked(value: Any, name: str = "") -> Any:
+    """A JSON-ready copy without secrets."""
+    if isinstance(value, Mapping):
+        return {str(key): _masked(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_masked(item, name) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    words = {word.lower() for word in _WORD.findall(name)}
+    if words & _SECRET or (words & _SECRET_UNLESS_NUMBER and not isinstance(value, (int, float))):
+        return "***"
+    return value if isinstance(value, (int, float)) else _without_password(str(value))
+
+
+def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = json.dumps(value) if isinstance(value, (list, Mapping)) else str(value)
+    return flat
+
+
+def _name(name: str) -> str:
+    return _UNFIT_FOR_A_NAME.sub("_", name)[:_MAX_NAME_CHARS]
+
+
+def _without_password(text: str) -> str:
+    return _USERINFO.sub("://***@", text)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def _say(message: str) -> None:
+    print(_without_password(f"cfvlm_ds tracking: {message}"), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m cfvlm_ds.tracking RUN_DIR")
+    sys.exit(0 if deliver(Path(sys.argv[1])) else 1)

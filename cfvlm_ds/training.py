@@ -1,0 +1,379 @@
+"""The training loop: the one place where engine, sampler, objectives, tracking, checkpoints and evaluation meet."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cfvlm_ds import checkpoint, engine
+from cfvlm_ds.checkpoint import TrainState
+from cfvlm_ds.collate import Batch, Collator, load_collator
+from cfvlm_ds.config import ConfigError, RunConfig, default_workers
+from cfvlm_ds.data import GroupSampler, check_manifest, open_image, read_manifest
+from cfvlm_ds.data.scores import read_scores
+from cfvlm_ds.distributed import World, all_reduce_sums, broadcast_object, seed_everything
+from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, guarded, table
+from cfvlm_ds.export import export_hf
+from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
+from cfvlm_ds.groups import CounterfactualGroup, DataError
+from cfvlm_ds.models import parameter_counts
+from cfvlm_ds.objectives import group_units, likelihood_report, required_cells, weighted_loss
+from cfvlm_ds.tracking import open_tracker
+
+
+@dataclass
+class Run:
+    """What the loop works with; built once by ``train``."""
+
+    config: RunConfig
+    world: World
+    engine: Any
+    collator: Collator
+    sampler: GroupSampler
+    groups: list[CounterfactualGroup]
+    splits: dict[str, list[CounterfactualGroup]]
+    state: TrainState
+    total_steps: int
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.config.train.output_dir)
+
+    @property
+    def num_workers(self) -> int:
+        configured = self.config.data.num_workers
+        return default_workers() if configured is None else configured
+
+
+def train(config: RunConfig, world: World | None = None) -> None:
+    """Train, evaluate and export one run; every rank calls it. Joins the process group unless ``world`` says that it has been joined.
+
+    Raises ConfigError or DataError before the first step for anything wrong with configuration or data, and FloatingPointError on all ranks
+    when the loss is not finite.
+    """
+    world = world or engine.start()
+    seed_everything(config.train.seed)
+    groups, splits = _read_data(config, world)
+    run = _build(config, world, groups, splits)
+    found = checkpoint.find(run.dir, config.train.resume, world)
+    if found is not None:
+        checkpoint.load(run.engine, found, run.state)
+        run.sampler.load_state_dict(run.state.sampler or {})
+        world.say(f"resumed from {found} at step {run.state.step}")
+    record = _record(run)
+    tracking = config.tracking
+    tracker = open_tracker(
+        enabled=world.is_main,
+        run_dir=run.dir,
+        experiment=tracking.experiment,
+        run_name=tracking.run_name or run.dir.name,
+        params=config.resolved,
+        tags=record["tags"],
+        run_id=run.state.run_id,
+        resume_step=run.state.step if found is not None else None,
+    )
+    with tracker:
+        for path in record["files"]:
+            tracker.artifact(path)
+        _loop(run, tracker)
+        _finish(run, tracker)
+    world.wait()
+
+
+def _read_data(config: RunConfig, world: World) -> tuple[list[CounterfactualGroup], dict[str, list[CounterfactualGroup]]]:
+    """Training groups and evaluation splits. Rank 0 checks them first; what it finds is raised on every rank."""
+    data = config.data
+    if not data.train:
+        raise ConfigError("data.train is not set; give the manifest of your training groups")
+    manifests = {"train": data.train, **data.evaluation}
+    problem = _check(config, manifests, world) if world.is_main else None
+    if problem := broadcast_object(problem):
+        raise DataError(problem)
+    read = {name: read_manifest(path, data.root, data.format) for name, path in manifests.items()}
+    return read.pop("train"), read
+
+
+def _check(config: RunConfig, manifests: Mapping[str, str], world: World) -> str | None:
+    """The first problem of the data, or None; what was found sound before, by size and time of the file, is not opened again."""
+    run_dir = Path(config.train.output_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    stamp = run_dir / "data_check.json"
+    try:
+        known = json.loads(stamp.read_text())
+    except (OSError, ValueError):
+        known = {}
+    collator = load_collator(config.model.name_or_path, "full", config.data.max_pixels)
+    for path in manifests.values():
+        try:
+            stat = Path(path).stat()
+            seen = [stat.st_size, stat.st_mtime_ns, config.data.check, config.model.name_or_path]
+            if known.get(path) == seen:
+                continue
+            if config.data.check == "rows":
+                read_manifest(path, config.data.root, config.data.format)
+            else:
+                report = check_manifest(
+                    path,
+                    config.data.root,
+                    config.data.format,
+                    text_length=collator.row_length,
+                    max_text_tokens=collator.max_length,
+                    max_pixels=config.data.max_pixels,
+                    progress=world.say,
+                )
+                if not report.ok:
+                    more = len(report.problems) - 1
+                    return report.problems[0] + (f" ({more} more: see `cfvlm-ds data check {path}`)" if more else "")
+            known[path] = seen
+        except FileNotFoundError:
+            return f"{path}: no such manifest; correct data.train or data.evaluation"
+        except DataError as error:
+            return str(error)
+    stamp.write_text(json.dumps(known, indent=1))
+    return None
+
+
+def _build(config: RunConfig, world: World, groups: list[CounterfactualGroup], splits: dict[str, list[CounterfactualGroup]]) -> Run:
+    train = config.train
+    stored = None
+    if any(term.needs_reference or term.needs_prior for term in config.objective.values()):
+        if config.data.scores is None:
+            raise ConfigError("an objective needs stored scores; write them with `cfvlm-ds score` and set data.scores")
+        stored = read_scores(Path(config.data.scores), groups)
+    sampler = GroupSampler(
+        num_groups=len(groups),
+        groups_per_micro_batch=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        rank=world.rank,
+        world_size=world.size,
+        seed=train.seed,
+    )
+    total_steps = train.max_steps if train.max_steps > 0 else -(-int(train.num_train_epochs * len(groups)) // sampler.groups_per_step)
+    resolved = engine.resolve(engine.read_json(config.deepspeed), config, world.size, world.device, engine.hidden_size(config), total_steps)
+    if world.is_main:
+        (Path(train.output_dir) / "ds_config.json").write_text(json.dumps(resolved.config, indent=2))
+    driven = engine.initialize(config, resolved, world, total_steps)
+    collator = load_collator(config.model.name_or_path, required_cells(config.objective), config.data.max_pixels, stored)
+    return Run(config, world, driven, collator, sampler, groups, splits, TrainState(), total_steps)
+
+
+def _record(run: Run) -> dict[str, Any]:
+    """Write what defines the run into its folder (rank 0), and return the tags and files that tracking gets."""
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "mlflow", "cfvlm-ds")}
+    scorer = run.engine.module
+    counts = parameter_counts(scorer.model, scorer.family)
+    environment = {
+        "git_revision": revision or None,
+        "python": platform.python_version(),
+        "packages": versions,
+        "world_size": run.world.size,
+        "device": torch.cuda.get_device_name() if run.world.device.type == "cuda" else platform.processor() or platform.machine(),
+        "parameters": {name: {"total": total, "trainable": trains} for name, (total, trains) in counts.items()},
+    }
+    files = [run.dir / "config.yaml", run.dir / "ds_config.json", run.dir / "environment.json"]
+    if run.world.is_main:
+        files[0].write_text(yaml.safe_dump(dict(run.config.resolved), sort_keys=False))
+        files[2].write_text(json.dumps(environment, indent=2))
+    run.world.say("parameters: " + ", ".join(f"{name} {total:,} ({trains:,} trainable)" for name, (total, trains) in counts.items()))
+    tags = {"model_type": scorer.model.config.model_type, "git_revision": revision or "unknown", "world_size": str(run.world.size)}
+    return {"tags": tags, "files": files}
+
+
+class Meter:
+    """Sums and counts since the last record; ratios are taken only after adding over ranks."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.waited = 0.0
+        self.since = time.monotonic()
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        self.sums[name] = self.sums.get(name, torch.zeros(())) + torch.as_tensor(total, dtype=torch.float64).cpu()
+        self.counts[name] = self.counts.get(name, torch.zeros(())) + torch.as_tensor(count, dtype=torch.float64).cpu()
+
+    def reduce(self, world: World) -> dict[str, float]:
+        """Global means, and rates per second of the wall clock. Collective; starts the next record."""
+        names = list(self.sums)
+        local = {"sums": torch.stack([self.sums[n] for n in names]), "counts": torch.stack([self.counts[n] for n in names])}
+        both = all_reduce_sums(local, world.device)
+        elapsed = time.monotonic() - self.since
+        metrics = {n: s / c for n, s, c in zip(names, both["sums"].tolist(), both["counts"].tolist(), strict=True) if c}
+        for name in [n for n in metrics if n.startswith("throughput/")]:
+            metrics[name] = both["sums"][names.index(name)].item() / elapsed
+        metrics["throughput/data_wait_share"] = self.waited / elapsed
+        self.__init__()  # type: ignore[misc]
+        return metrics
+
+
+def _loop(run: Run, tracker: Any) -> None:
+    train, state, world = run.config.train, run.state, run.world
+    batches = _batches(run)
+    meter = Meter()
+    started, first_step = time.monotonic(), state.step
+    run.engine.train()
+    while state.step < run.total_steps:
+        _step(run, batches, meter)
+        state.step += 1
+        run.sampler.advance()
+        state.sampler = run.sampler.state_dict()
+        last = state.step == run.total_steps
+        if state.step % train.logging_steps == 0 or last:
+            metrics = meter.reduce(world)
+            metrics["learning_rate"] = run.engine.get_lr()[0]
+            metrics["grad_norm"] = float(run.engine.get_global_grad_norm() or 0.0)
+            metrics["epoch"] = run.sampler.epoch
+            tracker.log(state.step, metrics)
+            remaining = (time.monotonic() - started) / (state.step - first_step) * (run.total_steps - state.step)
+            world.say(_progress(run, metrics, remaining))
+            _watch_displacement(run, metrics)
+        state.run_id = tracker.run_id
+        if train.eval_steps and state.step % train.eval_steps == 0 and not last:
+            run.engine.eval()
+            results, _ = evaluate(run.engine, run.collator, run.splits, world, train.per_device_eval_batch_size, run.num_workers)
+            run.engine.train()
+            tracker.log(state.step, flat_metrics(results))
+            for split, rows in results.items():
+                world.say(f"  {split}: group accuracy " + ", ".join(f"{row.name} {row.metrics['group']:.1f}" for row in rows))
+            meter = Meter()  # the evaluation's time is not training time
+        if last or (train.save_steps and state.step % train.save_steps == 0):
+            checkpoint.save(run.engine, state, run.dir, world, train.save_total_limit)
+
+
+def _batches(run: Run) -> Iterator[Batch]:
+    workers = run.num_workers
+    loader: Any = DataLoader(
+        run.groups,  # type: ignore[arg-type]
+        batch_sampler=run.sampler,
+        collate_fn=guarded(run.collator),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=run.world.device.type == "cuda",
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> None:
+    """One optimizer step: fetch its micro-batches, agree on the global units, then one forward and one backward of the engine each."""
+    world, objectives = run.world, run.config.objective
+    asked = time.monotonic()
+    micro_batches = [next(batches).to(world.device) for _ in range(run.config.train.gradient_accumulation_steps)]
+    meter.waited += time.monotonic() - asked
+    local: dict[str, Tensor] = {}
+    for batch in micro_batches:
+        for name, units in group_units(objectives, batch.layout).items():
+            local[name] = local[name] + units if name in local else units
+    global_units = all_reduce_sums(local, world.device)
+    finite = torch.ones((), device=world.device)
+    for batch in micro_batches:
+        scores = batch.scores(run.engine(**batch.model_inputs))
+        loss, shares = weighted_loss(objectives, scores, global_units, world.size, run.state.step / run.total_steps)
+        run.engine.backward(loss, scale_wrt_gas=False)
+        finite *= torch.isfinite(loss.detach())
+        _measure(run, batch, scores, loss.detach() / world.size, shares, meter)
+        if batch is micro_batches[-1]:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+            if not finite:
+                groups = ", ".join(name for each in micro_batches for name in each.layout.ids)
+                raise FloatingPointError(f"the loss is not finite at step {run.state.step + 1}; this rank's groups: {groups}")
+        run.engine.step()
+
+
+def _measure(run: Run, batch: Batch, scores: Any, loss: Tensor, shares: Mapping[str, Tensor], meter: Meter) -> None:
+    # Shares add up over micro-batches and ranks to the step's loss, so each counts as one part of the step.
+    part = 1 / (run.world.size * run.config.train.gradient_accumulation_steps)
+    meter.add("loss", loss, part)
+    for name, share in shares.items():
+        meter.add(f"loss/{name}", share, part)
+    for objective in run.config.objective.values():
+        for key, (total, count) in objective.report(scores).items():
+            meter.add(key, total, count)
+    for key, (total, count) in likelihood_report(scores).items():
+        meter.add(key, total, count)
+    meter.add("throughput/groups_per_s", len(batch.layout.ids), 1)
+    meter.add("throughput/candidates_per_s", batch.layout.valid.sum(), 1)
+    meter.add("throughput/tokens_per_s", batch.num_tokens, 1)
+    meter.add("throughput/images_per_s", batch.num_images, 1)
+
+
+def _progress(run: Run, metrics: Mapping[str, float], remaining: float) -> str:
+    terms = " ".join(f"{name.split('/')[1]} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/"))
+    rates = {name: metrics[f"throughput/{name}"] for name in ("groups_per_s", "tokens_per_s", "data_wait_share")}
+    minutes, seconds = divmod(int(remaining), 60)
+    return (
+        f"step {run.state.step}/{run.total_steps} epoch {metrics['epoch']:.2f} loss {metrics['loss']:.4f} ({terms}) "
+        f"lr {metrics['learning_rate']:.2e} {rates['groups_per_s']:.1f} groups/s {rates['tokens_per_s']:.0f} tokens/s "
+        f"wait {rates['data_wait_share']:.1%} ETA {minutes}:{seconds:02d}"
+    )
+
+
+def _watch_displacement(run: Run, metrics: Mapping[str, float]) -> None:
+    """Warn when the factual caption itself becomes less likely: the margin then grows by pushing everything down (arXiv 2410.08847)."""
+    current = metrics.get("logp/lp_00")
+    if current is None:
+        return
+    if run.state.baseline_lp is None:
+        run.state.baseline_lp = current
+    fallen = run.state.baseline_lp - current
+    if fallen > run.config.train.displacement_warning:
+        run.world.say(
+            f"warning: likelihood displacement: the factual log-likelihood fell {fallen:.2f} nats per token below its start; raise "
+            "objective.align.weight or lower the margins"
+        )
+
+
+def _finish(run: Run, tracker: Any) -> None:
+    """Evaluate every split, write the tables and figures, export."""
+    run.engine.eval()
+    results, scores = evaluate(
+        run.engine, run.collator, run.splits, run.world, run.config.train.per_device_eval_batch_size, run.num_workers
+    )
+    tracker.log(run.state.step, flat_metrics(results))
+    if run.world.is_main:
+        (run.dir / "results.md").write_text(table(results) + "\n")
+        (run.dir / "results.json").write_text(json.dumps({s: [vars(row) for row in rows] for s, rows in results.items()}, indent=1))
+        figures = [run.dir / "learning_curves.png"]
+        learning_curves_figure(figures[0], run.dir / "metrics.jsonl")
+        for split, groups in run.splits.items():
+            figures.append(run.dir / f"scores-{split}.png")
+            score_matrix_figure(figures[-1], _samples(groups, scores[split], run.config.data.max_pixels))
+        for path in [run.dir / "results.md", run.dir / "results.json", *figures]:
+            tracker.artifact(path)
+        run.world.say(table(results))
+        if run.config.train.export:
+            exported = export_hf(run.dir / f"checkpoint-{run.state.step}", run.config.model.name_or_path, run.dir / "export")
+            run.world.say(f"exported to {exported}")
+
+
+def _samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
+    """The first group of each edit type, at most four, as score_matrix_figure takes them."""
+    first: dict[str, int] = {}
+    for index, group in enumerate(groups):
+        first.setdefault(group.edits[0].type if group.edits else "", index)
+    return [
+        {
+            "title": f"{kind}: {groups[index].id}",
+            "images": [open_image(path, max_pixels) for path in groups[index].images],
+            "captions": [candidate.text for candidate in groups[index].candidates],
+            "scores": scores[index].logp.tolist(),
+            "match": groups[index].match,
+        }
+        for kind, index in list(first.items())[:4]
+    ]

@@ -1,0 +1,437 @@
+"""Manifests, images and their check: every bad input is refused by one sentence that names file, row and remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from cfvlm_ds.data import CheckReport, check, check_manifest, open_image, read_manifest
+from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit
+
+
+def save(path: Path, color: object = (10, 20, 30), mode: str = "RGB", size: tuple[int, int] = (8, 6), **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color).save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+def row(name: str = "g", **changes: object) -> dict[str, object]:
+    return {
+        "id": name,
+        "prompt": "Describe.",
+        "images": [{"id": "i0", "path": "a.png"}, {"id": "i1", "path": "b.png"}],
+        "texts": [{"id": "t0", "text": "two dogs"}, {"id": "t1", "text": "three dogs"}],
+        "match": [["i0", "t0", 1], ["i0", "t1", 0], ["i1", "t1", 1]],
+        "edits": [{"type": "count", "image": "i1", "text": "t1", "from": "two", "to": "three"}],
+        **changes,
+    }
+
+
+def pair(**changes: object) -> dict[str, object]:
+    return {"image_0": "a.png", "image_1": "b.png", "caption_0": "a dog bites a man", "caption_1": "a man bites a dog", **changes}
+
+
+def manifest(folder: Path, *lines: object, name: str = "m.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path / "a.png", (200, 0, 0))
+    save(tmp_path / "b.png", (0, 200, 0))
+    return tmp_path
+
+
+def refusal(path: Path, **options: object) -> str:
+    with pytest.raises(DataError) as caught:
+        read_manifest(path, **options)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+EXPECTED = CounterfactualGroup(
+    id="g",
+    images=(Path("a.png"), Path("b.png")),
+    candidates=(Candidate("Describe.", "two dogs"), Candidate("Describe.", "three dogs")),
+    match=((1, 0), (None, 1)),
+    edits=(Edit("count", 1, 1, "two", "three"),),
+)
+
+
+def under(folder: Path, group: CounterfactualGroup) -> dict[str, object]:
+    return vars(group) | {"images": tuple(folder / image for image in group.images)}
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.json"])
+def test_native_rows(folder: Path, name: str) -> None:
+    path = manifest(folder, [row()], name=name) if name == "m.json" else manifest(folder, row(), "", row("h"))
+    groups = read_manifest(str(path))
+    assert vars(groups[0]) == under(folder, EXPECTED)
+    assert [group.id for group in groups] == (["g"] if name == "m.json" else ["g", "h"])
+
+
+def test_root_and_byte_order_mark(folder: Path) -> None:
+    elsewhere = folder / "lists"
+    elsewhere.mkdir()
+    path = manifest(elsewhere, "\ufeff" + json.dumps(row()))
+    assert read_manifest(path, folder)[0].images == (folder / "a.png", folder / "b.png")
+
+
+def test_pairs(folder: Path) -> None:
+    path = manifest(folder, pair(id=7, prompt="Which?", edit="relation"), pair(), pair(caption_1="a man bites a cat"))
+    first, second, third = read_manifest(path, format="pairs")
+    assert vars(first) == under(
+        folder,
+        CounterfactualGroup(
+            id="7",
+            images=(Path("a.png"), Path("b.png")),
+            candidates=(Candidate("Which?", "a dog bites a man"), Candidate("Which?", "a man bites a dog")),
+            match=((1, 0), (0, 1)),
+            edits=(Edit("relation", 1, 1),),
+        ),
+    )
+    assert second.edits == () and second.candidates[0].prompt == ""
+    assert second.id != third.id
+    # The name comes from the content: it does not change when rows move, and the same row twice is a duplicate.
+    assert read_manifest(manifest(folder, pair()), format="pairs")[0].id == second.id
+    message = refusal(manifest(folder, pair(), pair()), format="pairs")
+    assert "m.jsonl:2:" in message and "m.jsonl:1;" in message
+
+
+BAD_ROWS = {
+    "broken JSON": ('{"id": "g", "images": [}', ["column 24", "one JSON object per line"]),
+    "not UTF-8": ("LATIN1", ["byte 9", "UTF-8", "save the file"]),
+    "nested": ("[" * 100_000, ["cannot be parsed", "one JSON object per line"]),
+    "list row": ([1, 2], ["list", "write it as {...}"]),
+    "null row": ("null", ["NoneType", "write it as {...}"]),
+    "unknown key": (row(imagse=[]), ["unknown key 'imagse'", "did you mean 'images'?"]),
+    "unknown image key": (row(images=[{"id": "i0", "pth": "a.png"}]), ["'pth'", "did you mean 'path'?"]),
+    "missing key": ({"id": "g"}, ["'images' is missing", "add it"]),
+    "duplicate id": (row("first"), ["'first'", "m.jsonl:1;", "make ids unique"]),
+    "wrong type": (row(match=5), ["wrong type", "compare it with the format"]),
+    "unhashable id": (row(match=[[["i0"], "t0", 1]]), ["wrong type", "compare it with the format"]),
+    "edit not an object": (row(edits=[["type"]]), ["wrong type", "compare it with the format"]),
+    "infinite weight": (row(weight=1e400), ["weight must be a positive number", "drop the row"]),
+    "huge weight": (row(weight=10**400), ["wrong type", "compare it with the format"]),
+    "bad truth": (row(match=[["i0", "t0", 2]]), ["[image id, text id, 0 or 1]"]),
+    "empty text": (row(texts=[{"id": "t0", "text": "x"}, {"id": "t1", "text": " "}]), ["text 1 is empty", "remove it"]),
+    "equal texts": (
+        row(texts=[{"id": "t0", "text": "Two dogs"}, {"id": "t1", "text": "two  dogs"}]),
+        ["text 1 equals text 0", "remove one"],
+    ),
+    "absolute path": (row(images=[{"id": "i0", "path": "/etc/x.png"}, {"id": "i1", "path": "b.png"}]), ["'/etc/x.png'", "relative to"]),
+    "dot dot": (row(images=[{"id": "i0", "path": "../x.png"}, {"id": "i1", "path": "b.png"}]), ["'../x.png'", "relative to"]),
+    "link": (row(images=[{"id": "i0", "path": "link.png"}, {"id": "i1", "path": "b.png"}]), ["'link.png'", "secret.png", "copy the file"]),
+    "linked folder": (
+        row(images=[{"id": "i0", "path": "out/secret.png"}, {"id": "i1", "path": "b.png"}]),
+        ["through a link", "copy the file"],
+    ),
+    "empty path": (row(images=[{"id": "i0", "path": ""}, {"id": "i1", "path": "b.png"}]), ["path is empty", "write the file's path"]),
+    "same file": (
+        row(images=[{"id": "i0", "path": "a.png"}, {"id": "i1", "path": "./a.png"}], match=[["i0", "t0", 1], ["i1", "t0", 0]]),
+        ["counterfactual image 1 equals image 0", "name the edited image"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_row_names_file_line_and_remedy(folder: Path, case: str) -> None:
+    root = folder / "root"
+    save(root / "a.png")
+    save(root / "b.png", (0, 200, 0))
+    secret = save(folder / "outside" / "secret.png")
+    (root / "link.png").symlink_to(secret)
+    (root / "out").symlink_to(secret.parent)
+    bad, fragments = BAD_ROWS[case]
+    path = manifest(root, row("first"), "", bad)
+    if case == "not UTF-8":
+        path.write_bytes(path.read_bytes().replace(b"LATIN1", '{"id": "é"}'.encode("latin-1")))
+    message = refusal(path)
+    assert message.startswith(f"{path}:3: ")
+    assert all(fragment in message for fragment in fragments), message
+    # The check sees the same problem, and only it.
+    assert check_manifest(path, progress=pytest.fail).problems == [message]
+
+
+def test_links_inside_the_root_are_fine(folder: Path) -> None:
+    (folder / "link.png").symlink_to(folder / "a.png")
+    read_manifest(manifest(folder, row(images=[{"id": "i0", "path": "link.png"}, {"id": "i1", "path": "b.png"}])))
+    # A root that is itself a link is the user's choice.
+    root = folder.parent / (folder.name + "-link")
+    root.symlink_to(folder)
+    assert read_manifest(root / "m.jsonl")[0].images[0] == root / "link.png"
+
+
+def test_loop_of_links(folder: Path) -> None:
+    (folder / "loop").symlink_to(folder / "loop")
+    path = manifest(folder, row(images=[{"id": "i0", "path": "loop/x.png"}, {"id": "i1", "path": "b.png"}]))
+    (problem,) = check_manifest(path).problems  # refused while reading or, from Python 3.13, while opening
+    assert problem.startswith(f"{path}:1: ") and "correct" in problem
+
+
+@pytest.mark.parametrize(
+    ("bad", "fragments"),
+    [
+        (pair(caption1="x"), ["unknown key 'caption1'", "did you mean 'caption_1'?"]),
+        ({"image_0": "a.png"}, ["'image_1' is missing", "add it"]),
+        (pair(caption_1=3), ["'caption_1' must be a string", "quote it"]),
+        (pair(caption_1="A dog bites  a man"), ["text 1 equals text 0", "remove one"]),
+        (pair(image_1="a.png"), ["counterfactual image 1 equals image 0", "name the edited image"]),
+        (pair(image_1="../b.png"), ["'../b.png'", "relative to"]),
+    ],
+)
+def test_bad_pairs(folder: Path, bad: dict[str, object], fragments: list[str]) -> None:
+    path = manifest(folder, pair(), bad)
+    message = refusal(path, format="pairs")
+    assert message.startswith(f"{path}:2: ")
+    assert all(fragment in message for fragment in fragments), message
+
+
+def test_bad_files(folder: Path) -> None:
+    manifest(folder, row(), name="train.jsonl")
+    cases: list[tuple[Path, dict[str, object], list[str]]] = [
+        (folder / "trian.jsonl", {}, ["no such manifest", "did you mean 'train.jsonl'"]),
+        (folder / "zzz", {}, ["no such manifest", "correct the path"]),
+        (folder / "none" / "m.jsonl", {}, ["nor its folder", "correct the path"]),
+        (folder, {}, ["cannot be read", "name a readable"]),
+        (manifest(folder, "", " ", name="empty.jsonl"), {}, ["no rows", "write one JSON object per line"]),
+        (manifest(folder, "[]", name="empty.json"), {}, ["no rows"]),
+        (manifest(folder, row(), name="object.json"), {}, ["holds a dict, not a list", "name the file .jsonl"]),
+        (manifest(folder, "[1,", "2", name="broken.json"), {}, ["line 3, column 1", "name the file .jsonl"]),
+        (manifest(folder, [row(), row(weight=-1)], name="list.json"), {}, [": item 2: ", "weight"]),
+        (folder / "train.jsonl", {"root": folder / "nowhere"}, ["nowhere is not a folder", "pass the folder"]),
+        (folder / "train.jsonl", {"format": "cfgruop"}, ["unknown format 'cfgruop'", "did you mean 'cfgroup'?"]),
+        (folder / "train.jsonl", {"format": "xyz"}, ["unknown format 'xyz'", "known: cfgroup, pairs"]),
+    ]
+    for path, options, fragments in cases:
+        message = refusal(path, **options)
+        assert all(fragment in message for fragment in fragments), message
+        if "format" not in options:
+            assert check_manifest(path, **options).problems == [message]  # type: ignore[arg-type]
+
+
+# ---- images
+
+
+def png(path: Path, width: int, height: int) -> Path:
+    """A PNG by hand: its header may claim any size; the pixel data are those of one pixel."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(4))) + chunk(b"IEND", b""))
+    return path
+
+
+def image_refusal(path: Path, **options: int) -> str:
+    with warnings.catch_warnings(), pytest.raises(DataError) as caught:
+        warnings.simplefilter("error")
+        open_image(path, **options)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("size", [(30_000, 30_000), (10_000, 10_000), (2**31 - 1, 2**31 - 1)])
+def test_bomb_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    limit = Image.MAX_IMAGE_PIXELS
+    message = image_refusal(png(tmp_path / "bomb.png", *size))
+    assert f"{size[0]}x{size[1]}" in message and "limit of 50000000" in message and "shrink it" in message
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_pixel_limit_is_inclusive(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", size=(8, 6))
+    assert open_image(path, max_pixels=48).size == (8, 6)
+    assert "8x6 = 48 pixels" in image_refusal(path, max_pixels=47)
+    assert open_image(str(save(tmp_path / "thin.png", size=(20_000, 1)))).size == (20_000, 1)
+
+
+def test_limit_above_that_of_pil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_image(save(tmp_path / "a.png", size=(8, 6))).size == (8, 6)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_bad_images(tmp_path: Path) -> None:
+    whole = save(tmp_path / "whole.jpg", size=(64, 64))
+    Image.effect_noise((64, 64), 90).save(whole)
+    truncated = tmp_path / "truncated.jpg"
+    truncated.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    script = tmp_path / "script.png"  # PIL would hand this one to Ghostscript
+    script.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.png").touch()
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("script.png", "text.png", "empty.png"):
+        assert "no image in it" in (message := image_refusal(tmp_path / name)) and "replace or convert" in message
+    for width, height in ((0, 0), (0, 5), (5, 0)):
+        assert "0 pixels wide or high" in image_refusal(png(tmp_path / "zero.png", width, height))
+    for path in (truncated, png(tmp_path / "short.png", 100, 100)):
+        assert "truncated or corrupt" in (message := image_refusal(path)) and "copy or download it again" in message
+    for name in ("missing.png", "pipe.png", "."):
+        assert "no such image file" in (message := image_refusal(tmp_path / name)) and "restore it" in message
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tif")
+    assert "save it as 8 or 16 bit" in image_refusal(tmp_path / "float.tif")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+def test_modes_become_rgb(tmp_path: Path) -> None:
+    cases: list[tuple[Path, tuple[int, int, int]]] = [
+        (save(tmp_path / "rgb.png", (1, 2, 3)), (1, 2, 3)),
+        (save(tmp_path / "grey.png", 77, "L"), (77, 77, 77)),
+        (save(tmp_path / "bit.png", 1, "1"), (255, 255, 255)),
+        (save(tmp_path / "clear.png", (0, 0, 0, 0), "RGBA"), (255, 255, 255)),
+        (save(tmp_path / "solid.png", (9, 8, 7, 255), "RGBA"), (9, 8, 7)),
+        (save(tmp_path / "grey_clear.png", (0, 0), "LA"), (255, 255, 255)),
+        (save(tmp_path / "half.png", (0, 0, 0, 51), "RGBA"), (204, 204, 204)),  # 255 * (1 - 51/255)
+        (save(tmp_path / "key.png", (1, 2, 3), transparency=(1, 2, 3)), (255, 255, 255)),
+        (save(tmp_path / "cmyk.tif", (0, 255, 255, 0), "CMYK"), (255, 0, 0)),
+    ]
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 40, 50, 60])
+    palette.save(tmp_path / "palette.png")
+    palette.save(tmp_path / "palette_clear.png", transparency=bytes([255, 0]))
+    palette.save(tmp_path / "palette.gif")
+    cases += [
+        (tmp_path / "palette.png", (40, 50, 60)),
+        (tmp_path / "palette_clear.png", (255, 255, 255)),
+        (tmp_path / "palette.gif", (40, 50, 60)),
+    ]
+    for path, color in cases:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            image = open_image(path)
+        assert (image.mode, image.getpixel((0, 0))) == ("RGB", color), path
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
+    values = np.array([[0, 128, 129, 255, 256], [257, 20_000, 32_768, 65_000, 65_535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
+    expected = np.floor(values / 257 + 0.5).astype(np.uint8)
+    assert np.array_equal(np.asarray(open_image(tmp_path / f"deep.{suffix}")), np.repeat(expected[..., None], 3, axis=2))
+
+
+def test_exif_orientation(tmp_path: Path) -> None:
+    # Orientation 6: the camera was held so that the stored picture has to be turned 90 degrees clockwise.
+    stored = np.zeros((16, 32, 3), np.uint8)
+    stored[:, :16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(stored).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    upright = np.asarray(open_image(tmp_path / "turned.jpg"))
+    assert upright.shape == (32, 16, 3)
+    assert np.abs(upright.astype(int) - np.rot90(stored, -1)).max() < 10
+
+
+# ---- the check
+
+
+def test_report_counts(folder: Path) -> None:
+    save(folder / "c.png", (0, 0, 200))
+    save(folder / "sham.png", (200, 0, 0))  # the same bytes as a.png, and rightly so
+    sham = row(
+        "s",
+        images=[{"id": "i0", "path": "a.png"}, {"id": "i1", "path": "sham.png"}, {"id": "i2", "path": "c.png"}],
+        match=[["i0", "t0", 1], ["i1", "t0", 1], ["i2", "t0", 0]],
+        edits=[{"type": SHAM, "image": "i1"}, {"type": "count", "image": "i2", "text": "t1"}],
+    )
+    single = row("one", images=[{"id": "i0", "path": "a.png"}], texts=[{"id": "t0", "text": "a"}], match=[["i0", "t0", 1]], edits=[])
+    path = manifest(folder, row(), sham, single)
+    report = check_manifest(path, progress=pytest.fail)
+    assert report == CheckReport(
+        manifest=str(path),
+        num_groups=3,
+        num_images=4,
+        num_texts=5,
+        num_cells=4 + 6 + 1,
+        num_unknown_cells=1 + 3,
+        edit_types={"count": 2, SHAM: 1},  # type: ignore[arg-type]
+        num_counterfactuals={1: 2, 0: 1},  # type: ignore[arg-type]
+        longest_text=len("three dogs"),
+        longest_text_where=f"{path}:1, text 1",
+    )
+    assert report.ok
+    table = str(report)
+    assert all(part in table for part in ("4 distinct files", "4 of 11", "count 2, sham 1", "K=0: 1 groups, K=1: 2 groups", "none"))
+
+
+def test_all_problems_are_collected(folder: Path) -> None:
+    def images(first: str, second: str) -> list[dict[str, str]]:
+        return [{"id": "i0", "path": first}, {"id": "i1", "path": second}]
+
+    png(folder / "bomb.png", 30_000, 30_000)
+    png(folder / "zero.png", 0, 0)
+    save(folder / "copy.png", (200, 0, 0))
+    truth = [["i0", "t0", 1], ["i1", "t0", 0]]
+    path = manifest(
+        folder,
+        row("a"),
+        "{",
+        row("bomb", images=images("a.png", "bomb.png")),
+        row("zero", images=images("a.png", "zero.png")),
+        row("missing", images=images("a.png", "gone.png")),
+        row("missing again", images=images("a.png", "gone.png")),
+        row("copy", images=images("a.png", "copy.png"), match=truth),
+        row("copy, not known to differ", images=images("a.png", "copy.png"), match=[["i0", "t0", 1], ["i1", "t1", 1]]),
+        row("a"),
+        row("long", prompt="one two", texts=[{"id": "t0", "text": "x"}, {"id": "t1", "text": "a b c d e f"}]),
+    )
+    report = check_manifest(path, text_length=lambda prompt, text: 3 + len(f"{prompt} {text}".split()), max_text_tokens=10)
+    expected = {  # line -> what its problem says, in the order of the lines
+        2: ["broken JSON at column 2", "one JSON object per line"],
+        3: ["bomb.png", "30000x30000", "shrink it"],
+        4: ["zero.png", "0 pixels wide or high", "replace"],
+        5: ["gone.png", "no such image file", "restore it"],  # named once, by the first row that uses the file
+        7: ["counterfactual image 1 equals image 0 byte for byte", "copy.png", "redo the edit"],
+        9: ["'a'", f"{path}:1;", "make ids unique"],
+        10: ["text 1 is 11 tokens", "window of 10", "shorten it"],
+    }
+    assert not report.ok and len(report.problems) == len(expected)
+    for line, fragments in expected.items():
+        (problem,) = [problem for problem in report.problems if problem.startswith(f"{path}:{line}: ")]
+        assert all(fragment in problem for fragment in fragments), problem
+        assert problem in str(report)
+    assert (report.num_groups, report.longest_text, report.longest_text_unit) == (8, 11, "tokens")
+    assert report.longest_text_where == f"{path}:10, text 1"
+
+
+def test_each_image_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr(check, "open_image", opened.append)
+    check_manifest(manifest(folder, row("a"), row("b"), row("c")))
+    assert sorted(opened) == [folder / "a.png", folder / "b.png"]
+
+
+def test_progress_has_rate_and_remaining_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 4))  # each step of work takes 4 seconds
+    monkeypatch.setattr(check.time, "monotonic", lambda: next(clock))
+    lines: list[str] = []
+    assert list(check._with_progress("abcde", 5, "images", lines.append)) == list("abcde")
+    assert lines == ["checked 2 of 5 images, 0.2 images/s, 0:00:12 left", "checked 4 of 5 images, 0.2 images/s, 0:00:04 left"]
+
+
+def test_long_reports_are_cut_and_windows_need_lengths(folder: Path) -> None:
+    report = check_manifest(manifest(folder, *["{"] * 60))
+    assert len(report.problems) == 60 and "... and 10 more" in str(report)
+    with pytest.raises(ValueError, match="text_length"):
+        check_manifest(folder / "m.jsonl", max_text_tokens=5)

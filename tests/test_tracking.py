@@ -1,0 +1,321 @@
+"""Tracking against a real MLflow server, which is started, stopped and killed; nothing is simulated."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfvlm_ds.tracking import NullTracker, Tracker, deliver, open_tracker
+
+mlflow = pytest.importorskip("mlflow")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_for(condition: Callable[[], Any], seconds: float = 40.0) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        result = condition()
+        if result:
+            return result
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds} s")
+
+
+class Server:
+    """An MLflow process in a session of its own, so that killing it takes its workers along."""
+
+    def __init__(self, folder: Path, arguments: list[str]) -> None:
+        self.folder, self.port = folder, _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = [sys.executable, "-m", "mlflow", *arguments, "--port", str(self.port), "--workers", "1"]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+        with (self.folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=self.folder,
+                env=env | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        _wait_for(self._answers, 60)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    server = Server(
+        folder, ["server", "--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", str(folder / "files")]
+    )
+    server.start()
+    server.wait()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def remote(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    return server
+
+
+@pytest.fixture
+def client(server: Server) -> Any:
+    return mlflow.MlflowClient(tracking_uri=server.url)
+
+
+def _open(run_dir: Path, params: dict[str, Any] | None = None, **where: Any) -> Tracker:
+    tracker = open_tracker(True, run_dir, "tests", "a run", params or {"lr": 0.1}, {"kind": "test"}, **where)
+    assert isinstance(tracker, Tracker)
+    return tracker
+
+
+def _history(client: Any, run_id: str | None, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_everything_arrives(
+    remote: Server, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "named by the environment")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+    report = tmp_path / "report.txt"
+    report.write_text("hello")
+    params = {"model": {"name": "llava", "layers": [1, 2], "empty": {}}, "text": "x" * 7000}
+    with _open(tmp_path / "run", params) as tracker:
+        for step in range(1, 4):
+            tracker.log(step, {"loss/lm": 1.0 / step, "odd@name": step, "re//fused": 1.0, "bad": math.nan, "huge": math.inf})
+        tracker.log(3, {"eval/val/group": 0.5})
+        tracker.artifact(report, "reports")
+        _wait_for(lambda: tracker.run_id and _history(client, tracker.run_id, "system/cpu_utilization_percentage"))
+    run = client.get_run(tracker.run_id)
+    assert client.get_experiment(run.info.experiment_id).name == "named by the environment"
+    assert (run.info.status, run.info.run_name, run.data.tags["kind"]) == ("FINISHED", "a run", "test")
+    assert run.data.params == {"model.name": "llava", "model.layers": "[1, 2]", "model.empty": "{}", "text": "x" * 6000}
+    assert _history(client, tracker.run_id, "loss/lm") == [(1, 1.0), (2, 0.5), (3, 1.0 / 3)]
+    assert _history(client, tracker.run_id, "odd_name") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert _history(client, tracker.run_id, "eval/val/group") == [(3, 0.5)]
+    assert "refuses metric 're//fused'" in capsys.readouterr().err  # and what came with it has arrived
+    assert math.isnan(_history(client, tracker.run_id, "bad")[0][1])
+    assert _history(client, tracker.run_id, "huge")[0][1] > 1e300
+    assert _lines(tmp_path / "run")[0]["bad"] == "nan" and _lines(tmp_path / "run")[0]["huge"] == "inf"
+    artifacts = {item.path for folder in ("reports", "config") for item in client.list_artifacts(tracker.run_id, folder)}
+    assert artifacts == {"reports/report.txt", "config/params.json"}
+    assert json.loads((tmp_path / "run" / "params.json").read_text())["text"] == "x" * 7000
+
+
+def test_resume_continues_the_run_and_doubles_no_step(remote: Server, client: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit), _open(tmp_path, {"lr": 0.1, "seed": 1}) as first:
+        for step in range(1, 6):
+            first.log(step, {"loss": float(step)})
+        first.log(3, {"eval": 0.25})
+        sys.exit(75)
+    assert client.get_run(first.run_id).info.status == "KILLED"
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "ti')  # what a kill in the middle of a write leaves
+    second = _open(tmp_path, {"lr": 0.2, "seed": 1, "new": True}, run_id=first.run_id, resume_step=3)
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3, 3]
+    second.log(3, {"eval": 0.25})
+    for step in range(4, 8):
+        second.log(step, {"loss": float(step)})
+    _wait_for(lambda: client.get_run(first.run_id).info.status == "RUNNING")
+    second.close()
+    assert second.run_id == first.run_id
+    assert _history(client, first.run_id, "loss") == [(step, float(step)) for step in range(1, 8)]
+    assert _history(client, first.run_id, "eval") == [(3, 0.25)]
+    assert [line["step"] for line in _lines(tmp_path) if "loss" in line] == list(range(1, 8))
+    run = client.get_run(first.run_id)
+    assert run.data.params == {"lr": "0.1", "seed": "1", "new": "True"}
+    assert run.data.tags["param_changed.lr"] == "0.2" and "param_changed.seed" not in run.data.tags
+    assert run.info.status == "FINISHED"
+
+
+def test_a_new_run_in_a_used_folder_starts_anew(remote: Server, client: Any, tmp_path: Path) -> None:
+    with _open(tmp_path) as first:
+        first.log(1, {"loss": 1.0})
+    with _open(tmp_path) as second:
+        second.log(1, {"loss": 2.0})
+    assert first.run_id != second.run_id
+    assert _history(client, second.run_id, "loss") == [(1, 2.0)]
+    assert len(_lines(tmp_path)) == 1
+
+
+def test_a_crash_shows_failed(remote: Server, client: Any, tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys\nfrom cfvlm_ds.tracking import open_tracker\n"
+        "with open_tracker(True, pathlib.Path(sys.argv[1]), 'tests', 'crash', {}, {}) as tracker:\n"
+        "    tracker.log(1, {'loss': 1.0})\n    raise RuntimeError('out of luck')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "out of luck" in done.stderr
+    run = client.get_run(json.loads((tmp_path / ".mlflow_delivery.json").read_text())["run_id"])
+    assert (run.info.status, run.data.metrics["loss"]) == ("FAILED", 1.0)
+
+
+def test_secrets_are_masked(remote: Server, client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", remote.url.replace("://", "://me:hunter2@"))
+    params = {
+        "hub": {"hf_token": "hunter2", "apiKey": "hunter2", "secrets": {"wandb": ["hunter2"]}, "password": 7},
+        "token_budget": 512,
+        "tokenizer": "fast",
+        "data": "https://me:hunter2@host/groups.jsonl",
+    }
+    with open_tracker(True, tmp_path, "tests", "a run", params, {"origin": "https://hunter2@github.com/x"}) as tracker:
+        pass
+    run = client.get_run(tracker.run_id)
+    assert run.data.params["token_budget"] == "512" and run.data.params["tokenizer"] == "fast"
+    assert run.data.params["hub.hf_token"] == run.data.params["hub.password"] == "***"
+    assert run.data.params["data"] == "https://***@host/groups.jsonl"
+    written = "".join(path.read_text() for path in tmp_path.iterdir())
+    output = capsys.readouterr()
+    assert "hunter2" not in str(run.to_dictionary()) + written + output.out + output.err
+
+
+def test_a_server_that_starts_late_and_is_killed_loses_nothing(
+    remote: Server, client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remote.kill()
+    longest = 0.0
+
+    def log(steps: range) -> None:
+        nonlocal longest
+        for step in steps:
+            start = time.perf_counter()
+            tracker.log(step, {"loss": float(step), "other": -float(step)})
+            longest = max(longest, time.perf_counter() - start)
+            time.sleep(0.005)
+
+    with _open(tmp_path) as tracker:
+        log(range(0, 100))
+        assert tracker.run_id is None
+        remote.start()
+        _wait_for(lambda: tracker.run_id is not None)
+        killer_due = time.monotonic() + 1.0
+        step = 100
+        while time.monotonic() < killer_due:
+            log(range(step, step + 20))
+            step += 20
+        remote.kill()
+        log(range(step, step + 200))
+        remote.start()
+        log(range(step + 200, step + 300))
+    expected = [(index, float(index)) for index in range(step + 300)]
+    assert _history(client, tracker.run_id, "loss") == expected
+    assert _history(client, tracker.run_id, "other") == [(index, -value) for index, value in expected]
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert longest < 0.1
+    assert "answers again" in capsys.readouterr().err
+
+
+def test_close_is_bounded_and_the_rest_is_delivered_later(
+    remote: Server, client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as away, socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never answers
+        away.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        tracker = _open(tmp_path, close_timeout=1.0)
+        tracker.log(1, {"a": 1.0, "b": 2.0})
+        tracker.log(2, {"a": 3.0})
+        start = time.monotonic()
+        tracker.close("FAILED")
+        assert time.monotonic() - start < 2.5
+    message = capsys.readouterr().err
+    assert "did not get 3 points" in message and f"python -m cfvlm_ds.tracking {tmp_path}" in message
+    remote.wait()
+    for _ in range(2):  # the second time there is nothing left to do
+        assert deliver(tmp_path, timeout=30)
+    run_id = json.loads((tmp_path / ".mlflow_delivery.json").read_text())["run_id"]
+    assert _history(client, run_id, "a") == [(1, 1.0), (2, 3.0)]
+    assert client.get_run(run_id).info.status == "FAILED"
+
+
+def test_local_store_is_what_mlflow_ui_shows(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run_dir = tmp_path / "run folder"
+    with _open(run_dir) as tracker:
+        tracker.log(1, {"loss/lm": 0.5})
+    ui = Server(run_dir, ["ui"])
+    ui.start()
+    try:
+        ui.wait()
+        client = mlflow.MlflowClient(tracking_uri=ui.url)
+        experiment = client.get_experiment_by_name("tests")
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert (run.info.run_id, run.data.metrics["loss/lm"], run.data.params["lr"]) == (tracker.run_id, 0.5, "0.1")
+        assert [item.path for item in client.list_artifacts(run.info.run_id, "config")] == ["config/params.json"]
+    finally:
+        ui.kill()
+    # A run recorded without a server can be copied to one.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    assert deliver(run_dir, timeout=30)
+    copy = mlflow.MlflowClient(tracking_uri=server.url).get_run(json.loads((run_dir / ".mlflow_delivery.json").read_text())["run_id"])
+    assert (copy.data.metrics["loss/lm"], copy.data.tags["continues_run"], copy.info.status) == (0.5, tracker.run_id, "FINISHED")
+
+
+def test_the_callers_own_mlflow_state_is_untouched(remote: Server, tmp_path: Path) -> None:
+    before = (mlflow.get_tracking_uri(), mlflow.active_run())
+    with _open(tmp_path):
+        pass
+    assert (mlflow.get_tracking_uri(), mlflow.active_run()) == before
+
+
+def test_misuse_is_named(remote: Server, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="resume_step"):
+        _open(tmp_path, run_id="abc")
+    with pytest.raises(FileNotFoundError, match="no record"):
+        deliver(tmp_path)
+    with _open(tmp_path) as tracker, pytest.raises(ValueError, match="reserved"):
+        tracker.log(1, {"step": 1.0})
+
+
+def test_disabled_does_nothing(tmp_path: Path) -> None:
+    with open_tracker(False, tmp_path / "run", "tests", "a run", {}, {}) as tracker:
+        assert isinstance(tracker, NullTracker)
+        tracker.log(1, {"loss": 1.0})
+        tracker.artifact(tmp_path / "nothing")
+        tracker.close("FAILED")
+    assert tracker.run_id is None and not (tmp_path / "run").exists()
+
+
+def test_importing_does_not_import_mlflow() -> None:
+    code = "import sys, cfvlm_ds.tracking; assert 'mlflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
