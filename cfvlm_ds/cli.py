@@ -53,7 +53,7 @@ def build(config: BuildConfig) -> None:
         from cfvlm_ds.models.tiny import build_tiny_llava
         from cfvlm_ds.scenes import all_captions
 
-        build_tiny_llava(config.tiny_llava, all_captions(seed=0, n=5000))
+        build_tiny_llava(config.tiny_llava, all_captions(seed=0, num_captions=5000))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,16 +118,13 @@ def _data_check(arguments: argparse.Namespace) -> None:
 
 def _score(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.data import read_manifest
-    from cfvlm_ds.data.scores import StoredScores, write_scores
+    from cfvlm_ds.data.scores import write_scores
     from cfvlm_ds.evaluation import score_groups
 
     groups = read_manifest(arguments.manifest, arguments.root, arguments.format)
     scorer, collator, world = _load_scorer(arguments.model, arguments.max_pixels)
     scores = score_groups(scorer, collator, groups, world, arguments.batch_size)
-    stored = {
-        group.id: StoredScores(tuple(map(tuple, score.logp.tolist())), tuple(score.blank.tolist()))
-        for group, score in zip(groups, scores, strict=True)
-    }
+    stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
     out = Path(arguments.out or f"{arguments.manifest}.scores.jsonl")
     write_scores(out, groups, stored, arguments.model)
     print(f"wrote {out}: {len(groups)} groups")
@@ -197,11 +194,13 @@ def _fields(command: argparse.ArgumentParser, section: type) -> None:
     first, *rest = dataclasses.fields(section)
     command.add_argument(first.name)
     for field in rest:
+        if not isinstance(field.default, (int, float)):
+            continue  # nested values belong in a run's YAML
         command.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=f"default {field.default}")
 
 
 def _values(arguments: argparse.Namespace, section: type) -> dict[str, Any]:
-    return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(section)}
+    return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(section) if hasattr(arguments, field.name)}
 
 
 def _exit_cleanly(function: Callable[[], None]) -> None:

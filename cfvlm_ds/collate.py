@@ -17,10 +17,9 @@ from torch import Tensor
 
 from cfvlm_ds.data.images import MAX_PIXELS, open_image
 from cfvlm_ds.data.scores import StoredScores
-from cfvlm_ds.groups import CounterfactualGroup, DataError, GroupLayout
+from cfvlm_ds.groups import Cells, CounterfactualGroup, DataError, GroupLayout
 from cfvlm_ds.likelihood import Scores, score_matrix
 from cfvlm_ds.models import Family, family_of, load_config, load_processor
-from cfvlm_ds.objectives.base import Cells
 
 BLANK = Path("<blank image>")
 """Stands for a mid-grey image: what the blind control shows instead of a picture."""

@@ -162,6 +162,7 @@ class ScenesConfig:
         image_size: side of the square images in pixels.
         sham_share: share of training groups with a sham image.
         seed: seed of everything random.
+        edit_weights: how often each edit type is drawn in training; all equally often when not given.
     """
 
     out_dir: str
@@ -171,6 +172,7 @@ class ScenesConfig:
     image_size: int = 48
     sham_share: float = 0.0
     seed: int = 0
+    edit_weights: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,11 @@ from torch import Tensor
 SCHEMA = "cfgroup/1"
 SHAM = "sham"
 """Edit type of an image that was rendered again with nothing changed: a positive for the factual text."""
+
+
+Cells = Literal["anchor", "matched", "star", "full"]
+"""Which cells of a group are scored, each set containing the one before: the factual pair; every true pair; also row 0 and column 0 (the
+factual image with every text, the factual text with every image) where the truth is known; everything."""
 
 
 class DataError(ValueError):
@@ -80,6 +85,10 @@ class CounterfactualGroup:
             raise DataError(f"group {self.id!r} needs at least one image and one text")
         if len(self.match) != len(self.images) or any(len(row) != len(self.candidates) for row in self.match):
             raise DataError(f"group {self.id!r}: match must be {len(self.images)} images x {len(self.candidates)} texts")
+        for i, line in enumerate(self.match):
+            for c, truth in enumerate(line):
+                if truth not in (0, 1, None):
+                    raise DataError(f"group {self.id!r}: match[{i}][{c}] is {truth!r}; it must be 1, 0 or None")
         if self.match[0][0] != 1:
             raise DataError(f"group {self.id!r}: the first image and the first text must match; list the factual pair first")
         if not (math.isfinite(self.weight) and self.weight > 0):
@@ -91,7 +100,7 @@ class CounterfactualGroup:
         for index, candidate in enumerate(self.candidates):
             key = (normalised(candidate.prompt), normalised(candidate.text))
             if key in seen:
-                other = f"text {seen[key]} ({candidate.text!r})"
+                other = f"text {seen[key]} ({self.candidates[seen[key]].text!r})"
                 raise DataError(f"group {self.id!r}: text {index} equals {other}; a counterfactual must differ, remove one of them")
             seen[key] = index
 
@@ -167,16 +176,21 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
     image_index = _index(images, f"{where}: images")
     text_index = _index(texts, f"{where}: texts")
     match: list[list[int | None]] = [[None] * len(texts) for _ in images]
-    for cell in _required(row, "match", where):
+    cells = _required(row, "match", where)
+    if not isinstance(cells, list):
+        raise DataError(f"{where}: 'match' must be a list of [image id, text id, 0 or 1], not {cells!r}")
+    for cell in cells:
         if not isinstance(cell, list) or len(cell) != 3 or isinstance(cell[2], bool) or cell[2] not in (0, 1):
             raise DataError(f"{where}: match entry {cell!r} must be [image id, text id, 0 or 1]")
         i, c = _lookup(image_index, cell[0], f"{where}: match"), _lookup(text_index, cell[1], f"{where}: match")
         if match[i][c] not in (None, cell[2]):
             raise DataError(f"{where}: match says both 0 and 1 for ({cell[0]}, {cell[1]}); keep one")
         match[i][c] = cell[2]
-    prompt = row.get("prompt", "")
-    edits = []
-    for edit in row.get("edits", []):
+    prompt = _string({"prompt": ""} | dict(row), "prompt", where)
+    listed, edits = row.get("edits", []), []
+    if not isinstance(listed, list) or not all(isinstance(edit, Mapping) for edit in listed):
+        raise DataError(f"{where}: 'edits' must be a list of objects, not {listed!r}")
+    for edit in listed:
         check_keys(edit, _EDIT_KEYS, f"{where}: edits")
         image, text = edit.get("image"), edit.get("text")
         edits.append(
@@ -191,7 +205,10 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
     return CounterfactualGroup(
         id=group_id,
         images=tuple(root / _string(image, "path", f"{where}: images") for image in images),
-        candidates=tuple(Candidate(str(text.get("prompt", prompt)), _string(text, "text", f"{where}: texts")) for text in texts),
+        candidates=tuple(
+            Candidate(_string({"prompt": prompt} | dict(text), "prompt", f"{where}: texts"), _string(text, "text", f"{where}: texts"))
+            for text in texts
+        ),
         match=tuple(tuple(line) for line in match),
         edits=tuple(edits),
         weight=_number(row.get("weight", 1.0), f"{where}: weight"),
@@ -265,6 +282,6 @@ def _index(items: list[Mapping[str, Any]], where: str) -> dict[str, int]:
 
 
 def _lookup(index: Mapping[str, int], name: Any, where: str) -> int:
-    if name not in index:
+    if not isinstance(name, str) or name not in index:
         raise DataError(f"{where}: no id {name!r}; known: {', '.join(index)}")
     return index[name]

@@ -23,7 +23,7 @@ from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.collate import Batch, Collator, load_collator
 from cfvlm_ds.config import ConfigError, RunConfig, default_workers
 from cfvlm_ds.data import GroupSampler, check_manifest, open_image, read_manifest
-from cfvlm_ds.data.scores import read_scores
+from cfvlm_ds.data.scores import read_scores, write_scores
 from cfvlm_ds.distributed import World, all_reduce_sums, broadcast_object, seed_everything
 from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, guarded, table
 from cfvlm_ds.export import export_hf
@@ -351,7 +351,10 @@ def _finish(run: Run, tracker: Any) -> None:
         (run.dir / "results.json").write_text(json.dumps({s: [vars(row) for row in rows] for s, rows in results.items()}, indent=1))
         figures = [run.dir / "learning_curves.png"]
         learning_curves_figure(figures[0], run.dir / "metrics.jsonl")
+        (run.dir / "scores").mkdir(exist_ok=True)
         for split, groups in run.splits.items():
+            stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
+            write_scores(run.dir / "scores" / f"{split}.jsonl", groups, stored, str(run.dir))
             figures.append(run.dir / f"scores-{split}.png")
             score_matrix_figure(figures[-1], _samples(groups, scores[split], run.config.data.max_pixels))
         for path in [run.dir / "results.md", run.dir / "results.json", *figures]:

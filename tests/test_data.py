@@ -122,9 +122,9 @@ BAD_ROWS = {
     "unknown image key": (row(images=[{"id": "i0", "pth": "a.png"}]), ["'pth'", "did you mean 'path'?"]),
     "missing key": ({"id": "g"}, ["'images' is missing", "add it"]),
     "duplicate id": (row("first"), ["'first'", "m.jsonl:1;", "make ids unique"]),
-    "wrong type": (row(match=5), ["wrong type", "compare it with the format"]),
-    "unhashable id": (row(match=[[["i0"], "t0", 1]]), ["wrong type", "compare it with the format"]),
-    "edit not an object": (row(edits=[["type"]]), ["wrong type", "compare it with the format"]),
+    "wrong type": (row(match=5), ["'match' must be a list"]),
+    "unhashable id": (row(match=[[["i0"], "t0", 1]]), ["no id ['i0']"]),
+    "edit not an object": (row(edits=[["type"]]), ["'edits' must be a list of objects"]),
     "infinite weight": (row(weight=1e400), ["weight must be a positive number", "drop the row"]),
     "huge weight": (row(weight=10**400), ["wrong type", "compare it with the format"]),
     "bad truth": (row(match=[["i0", "t0", 2]]), ["[image id, text id, 0 or 1]"]),
@@ -417,7 +417,7 @@ def test_all_problems_are_collected(folder: Path) -> None:
 
 def test_each_image_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
-    monkeypatch.setattr(check, "open_image", opened.append)
+    monkeypatch.setattr(check, "open_image", lambda path, max_pixels: opened.append(path))
     check_manifest(manifest(folder, row("a"), row("b"), row("c")))
     assert sorted(opened) == [folder / "a.png", folder / "b.png"]
 

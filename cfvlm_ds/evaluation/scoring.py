@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cfvlm_ds.collate import Batch, Collator, blinded
+from cfvlm_ds.data.scores import StoredScores
 from cfvlm_ds.distributed import World, gather_objects
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 
@@ -25,6 +26,10 @@ class GroupScores:
     logp: Tensor
     blank: Tensor
     tokens: Tensor
+
+    def stored(self) -> StoredScores:
+        """The same as plain numbers, for a scores file."""
+        return StoredScores(tuple(map(tuple, self.logp.tolist())), tuple(self.blank.tolist()))
 
 
 def guarded(collator: Collator) -> Callable[[Sequence[CounterfactualGroup]], Batch | DataError]:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cfvlm_ds.groups import GroupLayout
+from cfvlm_ds.groups import Cells, GroupLayout
 from cfvlm_ds.likelihood import Scores
 from cfvlm_ds.objectives.align import Align
-from cfvlm_ds.objectives.base import Cells, Objective, Report
+from cfvlm_ds.objectives.base import Objective, Report
 from cfvlm_ds.objectives.csd import Csd
 from cfvlm_ds.objectives.dpo import Dpo
 from cfvlm_ds.objectives.fcd import Fcd

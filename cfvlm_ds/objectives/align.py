@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cfvlm_ds.groups import GroupLayout
+from cfvlm_ds.groups import Cells, GroupLayout
 from cfvlm_ds.likelihood import LengthNorm, Scores, normalised_scores
-from cfvlm_ds.objectives.base import Cells, Report
+from cfvlm_ds.objectives.base import Report
 
 
 @dataclass(frozen=True, kw_only=True)

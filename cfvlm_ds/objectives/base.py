@@ -15,12 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfvlm_ds.groups import GroupLayout
+from cfvlm_ds.groups import Cells, GroupLayout
 from cfvlm_ds.likelihood import LengthNorm, Scores, normalised_scores, token_counts
-
-Cells = Literal["anchor", "matched", "star", "full"]
-"""Which cells the collator must build, each set containing the one before: the factual pair; every true pair; also row 0 and column 0
-(the factual image with every text, the factual text with every image); everything."""
 
 Report = dict[str, tuple[Tensor, Tensor]]
 """Metric name -> (sum, count); only sums and counts survive being added over micro-batches and ranks."""

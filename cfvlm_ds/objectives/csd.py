@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cfvlm_ds.groups import GroupLayout
+from cfvlm_ds.groups import Cells, GroupLayout
 from cfvlm_ds.likelihood import Scores
-from cfvlm_ds.objectives.base import Cells, MarginTerm, Report, comparisons, has_any, mean_over
+from cfvlm_ds.objectives.base import MarginTerm, Report, comparisons, has_any, mean_over
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cfvlm_ds.groups import GroupLayout
+from cfvlm_ds.groups import Cells, GroupLayout
 from cfvlm_ds.likelihood import Scores
-from cfvlm_ds.objectives.base import Cells, MarginTerm, Report, comparisons, has_any, masked_max
+from cfvlm_ds.objectives.base import MarginTerm, Report, comparisons, has_any, masked_max
 
 
 @dataclass(frozen=True, kw_only=True)

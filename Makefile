@@ -1,0 +1,36 @@
+# make demo: train, evaluate and export the quickstart.  make test: the tests.  make check: format, lint and types.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test check install golden clean
+
+demo: install
+	deepspeed --num_gpus 1 train.py --deepspeed ds_configs/z3.json
+	@echo "results: runs/quickstart/results.md   figures: runs/quickstart/*.png   model: runs/quickstart/export"
+	@echo "tracking: cd runs/quickstart && ../../$(BIN)/mlflow ui"
+
+test: install check
+	pytest
+
+check: install
+	ruff format --check .
+	ruff check .
+	mypy
+
+golden: install
+	pytest tests/test_golden.py --write-golden
+
+install: $(VENV)/.installed
+
+# DeepSpeed looks at the installed torch while it is built: torch comes first, and the rest without build isolation.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel packaging ninja py-cpuinfo
+	$(BIN)/python -m pip install --quiet "torch>=2.8" "torchvision>=0.23" "numpy>=1.26"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

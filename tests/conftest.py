@@ -1,0 +1,134 @@
+"""A small world for the tests that run real models: a LLaVA checkpoint folder, image files, manifests, and real DeepSpeed launches."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from cfvlm_ds.config import TinyLlavaConfig
+from cfvlm_ds.groups import Candidate, CounterfactualGroup, Edit, to_row
+from cfvlm_ds.models.tiny import build_tiny_llava
+
+REPO = Path(__file__).resolve().parent.parent
+PROMPT = "Describe the image."
+COLOURS = ("red", "green", "blue", "yellow")
+SHAPES = ("circle", "square")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA of about 0.1 M parameters whose tokenizer knows the captions of ``write_manifest``."""
+    captions = [f"a {c} {s} and a {d} {t}" for c in COLOURS for d in COLOURS for s in SHAPES for t in SHAPES]
+    return build_tiny_llava(
+        TinyLlavaConfig(out_dir=str(tmp_path_factory.mktemp("model") / "llava"), hidden_size=32, patch_size=12), captions
+    )
+
+
+def draw(path: Path, shapes: list[tuple[str, str]]) -> Path:
+    image = Image.new("RGB", (48, 48))
+    pen = ImageDraw.Draw(image)
+    for x, (colour, shape) in zip((3, 26), shapes, strict=True):
+        (pen.ellipse if shape == "circle" else pen.rectangle)((x, 14, x + 18, 32), fill=colour)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+def caption(shapes: list[tuple[str, str]]) -> str:
+    return " and ".join(f"a {colour} {shape}" for colour, shape in shapes)
+
+
+def write_manifest(path: Path, num_groups: int, seed: int = 0, ragged: bool = True) -> Path:
+    """Groups with 0, 1 or 2 complete counterfactual pairs (1 each when not ragged), some with a sham image; real PNG files."""
+    generator = random.Random(seed)
+    rows = []
+    for g in range(num_groups):
+        num = generator.choice((0, 1, 1, 2)) if ragged else 1
+        factual = [(generator.choice(COLOURS), generator.choice(SHAPES)) for _ in range(2)]
+        scenes = [factual]
+        while len(scenes) < num + 1:
+            other = [(generator.choice(COLOURS), shape) for _, shape in factual]
+            if other not in scenes:
+                scenes.append(other)
+        images = [draw(path.parent / "images" / f"{path.stem}-{g}-{k}.png", scene) for k, scene in enumerate(scenes)]
+        match = [tuple(int(i == c) for c in range(len(scenes))) for i in range(len(scenes))]
+        edits = [Edit("colour", k, k, factual[0][0], scenes[k][0][0]) for k in range(1, len(scenes))]
+        if ragged and g % 3 == 0:
+            sham = path.parent / "images" / f"{path.stem}-{g}-sham.png"
+            Image.open(images[0]).rotate(2).save(sham)
+            images, match, edits = [*images, sham], [*match, match[0]], [*edits, Edit("sham", len(scenes))]
+        candidates = tuple(Candidate(PROMPT, caption(scene)) for scene in scenes)
+        group = CounterfactualGroup(f"{path.stem}-{g}", tuple(images), candidates, tuple(match), tuple(edits), source="test")
+        rows.append(json.dumps(to_row(group, path.parent)))
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def manifests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    return {name: write_manifest(folder / f"{name}.jsonl", num, seed) for seed, (name, num) in enumerate((("train", 48), ("test", 10)))}
+
+
+def environment() -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def launch(command: list[str], **popen: object) -> subprocess.Popen[str]:
+    """Start a real process in a session of its own, so that the whole family can be killed."""
+    return subprocess.Popen(
+        command, cwd=REPO, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **popen
+    )
+
+
+def run(command: list[str], timeout: float = 300) -> str:
+    """Run to the end and return the output; a failure shows it, a hang is killed and fails."""
+    process = launch(command)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"still running after {timeout} s: {' '.join(command)}\n{process.communicate()[0][-4000:]}")
+    assert process.returncode == 0, f"exit code {process.returncode}: {' '.join(command)}\n{output[-6000:]}"
+    return output
+
+
+def train_arguments(model_dir: Path, manifests: dict[str, Path], output_dir: Path, *extra: str) -> list[str]:
+    options = {
+        "--config": "tests/train.yaml",
+        "--model.name_or_path": str(model_dir),
+        "--data.train": str(manifests["train"]),
+        "--train.output_dir": str(output_dir),
+    }
+    return [part for pair in options.items() for part in pair] + list(extra)
+
+
+def metrics(output_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output_dir: Path) -> list[float]:
+    """The loss of every step, in order."""
+    return [row["loss"] for row in metrics(output_dir) if "loss" in row]

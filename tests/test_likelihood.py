@@ -1,0 +1,320 @@
+"""From logits to score matrices, against plain Python sums; and the group type with its row format, every refusal included."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit, GroupLayout, check_keys, from_row, normalised, to_row
+from cfvlm_ds.likelihood import Scores, normalised_scores, score_matrix, token_counts, token_logprobs
+
+torch.set_num_threads(1)
+
+ROOT = Path("/data/root")
+
+
+def layout(num_tokens: list[list[list[int]]], match: list[list[list[int]]] | None = None) -> GroupLayout:
+    tokens = torch.tensor(num_tokens)
+    truth = torch.zeros_like(tokens, dtype=torch.int8) if match is None else torch.tensor(match, dtype=torch.int8)
+    return GroupLayout(tokens > 0, truth, tokens, torch.zeros_like(tokens), torch.ones(len(tokens)))
+
+
+# Tokens -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_token_logprobs_equals_log_softmax_by_hand() -> None:
+    """Row 0: logits (0, log 2, log 3), so probabilities 1/6, 1/3, 1/2; row 1 is uniform."""
+    logits = torch.tensor([[0.0, math.log(2), math.log(3)], [7.0, 7.0, 7.0]], dtype=torch.float64)
+    for target, p in enumerate([1 / 6, 1 / 3, 1 / 2]):
+        found = token_logprobs(logits, torch.tensor([target, target]))
+        assert found.tolist() == pytest.approx([math.log(p), math.log(1 / 3)], rel=1e-12)
+
+
+def test_token_logprobs_equals_a_loop_in_float64_with_its_gradient() -> None:
+    torch.manual_seed(0)
+    logits, targets = 5 * torch.randn(7, 11, dtype=torch.float64), torch.randint(11, (7,))
+    expected = []
+    for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
+        expected.append(row[target] - math.log(sum(math.exp(value) for value in row)))
+    found = token_logprobs(logits.requires_grad_(), targets)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    torch.testing.assert_close(gradient, torch.nn.functional.one_hot(targets, 11) - logits.softmax(-1), rtol=1e-12, atol=1e-14)
+    assert torch.autograd.gradcheck(token_logprobs, (logits, targets))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_upcast_before_the_softmax(dtype: torch.dtype) -> None:
+    """Exactly the fp32 result of the same logits; log_softmax in the narrow type is off by far more than a margin allows."""
+    torch.manual_seed(1)
+    logits, targets = (3 * torch.randn(64, 5000)).to(dtype).requires_grad_(), torch.randint(5000, (64,))
+    found = token_logprobs(logits, targets)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, token_logprobs(logits.detach().float(), targets))
+    exact = token_logprobs(logits.detach().double(), targets)
+    narrow = logits.detach().log_softmax(-1)[range(64), targets].double()
+    assert (found - exact).abs().max() < 1e-5 < 1e-3 < (narrow - exact).abs().max()
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert gradient.dtype == dtype and gradient.abs().sum() > 0
+
+
+def test_large_logits_are_stable() -> None:
+    logits = torch.tensor([[1e4, 1e4, 0.0], [-3e38, 0.0, 0.0], [3e38, 0.0, 0.0]], requires_grad=True)
+    found = token_logprobs(logits, torch.tensor([0, 1, 0]))
+    assert found.tolist() == pytest.approx([-math.log(2), -math.log(2), 0.0], abs=1e-3)
+    assert torch.isfinite(torch.autograd.grad(found.sum(), logits)[0]).all()
+
+
+# Score matrix -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_09_score_matrix_equals_sums_of_lists() -> None:
+    """Ragged texts (1 to 4 tokens, 0 to 2 end tokens) of 3 x 2 x 4 cells, some cells empty, tokens in any order."""
+    rng, shape = random.Random(2), (3, 2, 4)
+    texts: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+    ends: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+    rows = []
+    for index, cell in enumerate((g, i, c) for g in range(3) for i in range(2) for c in range(4)):
+        if index % 5 == 3:
+            continue
+        for store, count, is_end in ((texts, rng.randint(1, 4), False), (ends, rng.randint(0, 2), True)):
+            for _ in range(count):
+                value = -rng.expovariate(1)
+                store[cell].append(value)
+                rows.append((value, index, is_end))
+    rng.shuffle(rows)
+    values, cells, flags = zip(*rows, strict=True)
+    token_logp = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    logp, end_logp = score_matrix(token_logp, torch.tensor(cells), torch.tensor(flags), layout([[[1] * 4] * 2] * 3))
+    assert logp.shape == end_logp.shape == shape
+    for g, i, c in torch.cartesian_prod(*map(torch.arange, shape)).tolist():
+        assert logp[g, i, c].item() == pytest.approx(sum(texts[g, i, c]))
+        assert end_logp[g, i, c].item() == pytest.approx(sum(ends[g, i, c]))
+    weight = torch.arange(24, dtype=torch.float64).view(shape)
+    (gradient,) = torch.autograd.grad((weight * logp).sum() + (100 * weight * end_logp).sum(), token_logp)
+    assert gradient.tolist() == [cell * (100 if is_end else 1) for _, cell, is_end in rows]
+
+
+def test_09_one_token_response_catches_a_shift_by_one() -> None:
+    """Sequence: prompt 5, prompt 2, response 3, end 1. Only logits[1] -> 3 is the score and logits[2] -> 1 the end; all else is decoy."""
+    torch.manual_seed(3)
+    logits, ids = torch.randn(4, 6, dtype=torch.float64), [5, 2, 3, 1]
+    table = logits.log_softmax(-1)
+    scored = torch.tensor([1, 2])
+    found = score_matrix(
+        token_logprobs(logits[scored], torch.tensor(ids)[scored + 1]), torch.tensor([0, 0]), torch.tensor([False, True]), layout([[[1]]])
+    )
+    assert [value.item() for value in found] == pytest.approx([table[1, 3].item(), table[2, 1].item()], rel=1e-12)
+    decoys = [table[p, t].item() for p in range(4) for t in ids if (p, t) not in ((1, 3), (2, 1))]
+    assert all(abs(found[0].item() - decoy) > 1e-3 for decoy in decoys)
+
+
+def test_score_matrix_without_tokens_is_zero() -> None:
+    """A rank whose micro-batch holds nothing still gets matrices to run backward through."""
+    empty = torch.zeros(0, requires_grad=True)
+    logp, end_logp = score_matrix(empty, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool), layout([[[0, 0]]]))
+    assert logp.tolist() == end_logp.tolist() == [[[0.0, 0.0]]]
+    (logp + end_logp).sum().backward()
+    assert empty.grad.shape == (0,)
+
+
+def test_token_counts_and_normalised_scores_by_hand() -> None:
+    """Group 0: texts of 2 and 4 tokens; group 1: 5 and nothing. Prior (-1, -3): PMI (-6 + 1) / 2 and (-8 + 3) / 2 under ``anchor``."""
+    known = layout([[[2, 4]], [[5, 0]]])
+    assert token_counts(known, "anchor").tolist() == [[[2, 2]], [[5, 5]]]
+    assert token_counts(known, "own").tolist() == [[[2, 4]], [[5, 1]]]
+    assert token_counts(known, "none").tolist() == [[[1, 1]], [[1, 1]]]
+    logp = torch.tensor([[[-6.0, -8.0]], [[-10.0, 0.0]]])
+    scores = Scores(known, logp, torch.zeros_like(logp), prior=torch.tensor([[-1.0, -3.0], [-5.0, 0.0]]))
+    assert normalised_scores(scores, "anchor").tolist() == [[[-3.0, -4.0]], [[-2.0, 0.0]]]
+    assert normalised_scores(scores, "own").tolist() == [[[-3.0, -2.0]], [[-2.0, 0.0]]]
+    assert normalised_scores(scores, "anchor", pmi=1.0).tolist() == [[[-2.5, -2.5]], [[-1.0, 0.0]]]
+    assert normalised_scores(scores, "none", pmi=0.5).tolist() == [[[-5.5, -6.5]], [[-7.5, 0.0]]]
+    with pytest.raises(ValueError, match=r"blind scores.*--data\.scores"):
+        normalised_scores(Scores(known, logp, logp), "anchor", pmi=1.0)
+
+
+def test_layout_masks_and_device() -> None:
+    known = layout([[[1, 1, 1, 0]]], match=[[[1, 0, -1, 1]]])
+    assert known.positive.tolist() == [[[True, False, False, False]]]
+    assert known.negative.tolist() == [[[False, True, False, False]]]
+    moved = known.to(torch.device("meta"))
+    assert moved.ids == known.ids
+    fields = (moved.valid, moved.match, moved.num_tokens, moved.num_end_tokens, moved.weight)
+    assert {tensor.device.type for tensor in fields} == {"meta"}
+    assert [tensor.dtype for tensor in fields] == [torch.bool, torch.int8, torch.int64, torch.int64, torch.float32]
+
+
+# Groups -------------------------------------------------------------------------------------------------------------------------------
+
+ROW: dict[str, Any] = {
+    "schema": "cfgroup/1",
+    "id": "dog-17",
+    "source": "mine",
+    "prompt": "Describe the image.",
+    "images": [{"id": "i0", "path": "img/17.jpg"}, {"id": "i1", "path": "img/17_edit.jpg"}, {"id": "i2", "path": "img/17_again.jpg"}],
+    "texts": [{"id": "t0", "text": "two dogs"}, {"id": "t1", "text": "three dogs"}],
+    "match": [["i0", "t0", 1], ["i0", "t1", 0], ["i1", "t0", 0], ["i1", "t1", 1], ["i2", "t0", 1]],
+    "edits": [{"type": "count", "image": "i1", "text": "t1", "from": "two", "to": "three"}, {"type": SHAM, "image": "i2"}],
+    "weight": 2.5,
+}
+GROUP = CounterfactualGroup(
+    id="dog-17",
+    images=(ROOT / "img/17.jpg", ROOT / "img/17_edit.jpg", ROOT / "img/17_again.jpg"),
+    candidates=(Candidate("Describe the image.", "two dogs"), Candidate("Describe the image.", "three dogs")),
+    match=((1, 0), (0, 1), (1, None)),
+    edits=(Edit("count", 1, 1, "two", "three"), Edit(SHAM, 2)),
+    weight=2.5,
+    source="mine",
+)
+
+
+def changed(*path: Any, to: Any) -> dict[str, Any]:
+    """ROW with the value at ``path`` replaced (or removed, where ``to`` is Ellipsis)."""
+    row = copy.deepcopy(ROW)
+    at = row
+    for key in path[:-1]:
+        at = at[key]
+    if to is ...:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = to
+    return row
+
+
+def test_row_to_group() -> None:
+    assert from_row(ROW, ROOT) == GROUP
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        GROUP,
+        CounterfactualGroup("one", (ROOT / "a.jpg",), (Candidate("", "x"),), ((1,),)),
+        CounterfactualGroup(
+            "questions",
+            (ROOT / "a.jpg", ROOT / "b.jpg"),
+            (Candidate("Is it red?", "Yes"), Candidate("Is it blue?", "Yes"), Candidate("", "Yes")),
+            ((1, None, 0), (None, 0, 1)),
+            edits=(Edit("attribute", None, 1), Edit("attribute", 1, None, "red", "blue")),
+        ),
+    ],
+    ids=lambda group: group.id,
+)
+def test_row_round_trip_survives_json(group: CounterfactualGroup) -> None:
+    row = to_row(group, ROOT, meta={"seed": 3})
+    assert row["meta"] == {"seed": 3} and "meta" not in to_row(group, ROOT)
+    assert from_row(json.loads(json.dumps(row)), ROOT) == group
+
+
+def test_a_text_may_carry_its_own_prompt_and_row_defaults_hold() -> None:
+    row = changed("texts", 1, "prompt", to="Count.")
+    assert [candidate.prompt for candidate in from_row(row, ROOT).candidates] == ["Describe the image.", "Count."]
+    bare = {key: ROW[key] for key in ("id", "images", "texts", "match")}
+    group = from_row(bare, ROOT)
+    assert (group.weight, group.source, group.edits, group.candidates[0].prompt) == (1.0, "", (), "")
+
+
+BAD_ROWS = {
+    "unknown key, near name": (changed("imagse", to=[]), r"row: unknown key 'imagse'; did you mean 'images'\?"),
+    "unknown key, nothing near": (changed("zzz", to=1), r"unknown key 'zzz'; allowed: edits, id, images, license"),
+    "unknown key of an image": (changed("images", 1, "file", to="x"), r"'dog-17': images: unknown key 'file'; allowed: id, meta, path"),
+    "unknown key of a text": (changed("texts", 0, "txt", to="x"), r"'dog-17': texts: unknown key 'txt'; did you mean 'text'\?"),
+    "unknown key of an edit": (changed("edits", 0, "form", to="x"), r"'dog-17': edits: unknown key 'form'; did you mean 'from'\?"),
+    "other schema": (changed("schema", to="cfgroup/9"), r"schema is 'cfgroup/9', this version reads 'cfgroup/1'; convert"),
+    "no id": (changed("id", to=...), r"row: key 'id' is missing; add it"),
+    "no images": (changed("images", to=...), r"group 'dog-17': key 'images' is missing"),
+    "no texts": (changed("texts", to=...), r"group 'dog-17': key 'texts' is missing"),
+    "no match": (changed("match", to=...), r"group 'dog-17': key 'match' is missing"),
+    "empty images": (changed("images", to=[]), r"'images' must be a non-empty list of objects"),
+    "images not a list": (changed("images", to={"id": "i0"}), r"'images' must be a non-empty list of objects"),
+    "images of strings": (changed("images", to=["a.jpg"]), r"'images' must be a non-empty list of objects"),
+    "empty texts": (changed("texts", to=[]), r"'texts' must be a non-empty list of objects"),
+    "image without id": (changed("images", 1, "id", to=...), r"images: key 'id' is missing"),
+    "image id a number": (changed("images", 1, "id", to=1), r"images: 'id' must be a string, not 1"),
+    "image id twice": (changed("images", 1, "id", to="i0"), r"images: id 'i0' occurs twice; make ids unique"),
+    "text id twice": (changed("texts", 1, "id", to="t0"), r"texts: id 't0' occurs twice"),
+    "no path": (changed("images", 0, "path", to=...), r"images: key 'path' is missing"),
+    "path not a string": (changed("images", 0, "path", to=None), r"images: 'path' must be a string, not None"),
+    "no text": (changed("texts", 0, "text", to=...), r"texts: key 'text' is missing"),
+    "text not a string": (changed("texts", 0, "text", to=7), r"texts: 'text' must be a string, not 7"),
+    "prompt null": (changed("prompt", to=None), r"'prompt' must be a string, not None"),
+    "prompt of a text null": (changed("texts", 1, "prompt", to=None), r"texts: 'prompt' must be a string, not None"),
+    "match not a list": (changed("match", to=3), r"'match' must be a list"),
+    "match null": (changed("match", to=None), r"'match' must be a list"),
+    "match entry short": (changed("match", 0, to=["i0", "t0"]), r"match entry \['i0', 't0'\] must be \[image id, text id, 0 or 1\]"),
+    "match entry an object": (changed("match", 0, to={"image": "i0"}), r"match entry .* must be \[image id"),
+    "truth 2": (changed("match", 1, 2, to=2), r"match entry \['i0', 't1', 2\] must be"),
+    "truth -1": (changed("match", 1, 2, to=-1), r"match entry \['i0', 't1', -1\] must be"),
+    "truth a boolean": (changed("match", 1, 2, to=False), r"match entry \['i0', 't1', False\] must be"),
+    "truth null": (changed("match", 1, 2, to=None), r"match entry \['i0', 't1', None\] must be"),
+    "match of unknown image": (changed("match", 1, 0, to="i9"), r"'dog-17': match: no id 'i9'; known: i0, i1, i2"),
+    "match of unknown text": (changed("match", 1, 1, to="t9"), r"'dog-17': match: no id 't9'; known: t0, t1"),
+    "match of a list as id": (changed("match", 1, 0, to=["i0"]), r"'dog-17': match: no id \['i0'\]; known: i0, i1, i2"),
+    "match swaps image and text": (changed("match", 1, to=["t1", "i0", 0]), r"match: no id 't1'; known: i0, i1, i2"),
+    "match contradicts itself": (changed("match", 2, to=["i0", "t0", 0]), r"match says both 0 and 1 for \(i0, t0\); keep one"),
+    "factual pair false": (changed("match", 0, 2, to=0), r"the first image and the first text must match; list the factual pair first"),
+    "factual pair unknown": (changed("match", 0, to=["i0", "t1", 0]), r"the first image and the first text must match"),
+    "edits not a list": (changed("edits", to=4), r"'edits' must be a list of objects"),
+    "edits of strings": (changed("edits", to=["count"]), r"'edits' must be a list of objects"),
+    "edit without type": (changed("edits", 0, "type", to=...), r"edits: key 'type' is missing"),
+    "edit of unknown image": (changed("edits", 0, "image", to="i7"), r"edits: no id 'i7'; known: i0, i1, i2"),
+    "edit of unknown text": (changed("edits", 0, "text", to="t7"), r"edits: no id 't7'; known: t0, t1"),
+    "weight zero": (changed("weight", to=0), r"weight must be a positive number, not 0.0; drop the row"),
+    "weight negative": (changed("weight", to=-1.0), r"weight must be a positive number, not -1.0"),
+    "weight infinite": (changed("weight", to=math.inf), r"weight must be a positive number, not inf"),
+    "weight not a number": (changed("weight", to=math.nan), r"weight must be a positive number, not nan"),
+    "weight a string": (changed("weight", to="1"), r"weight must be a number, not '1'"),
+    "weight a boolean": (changed("weight", to=True), r"weight must be a number, not True"),
+    "blank text": (changed("texts", 1, "text", to=" \n"), r"group 'dog-17': text 1 is empty; write a text or remove it"),
+    "same text": (changed("texts", 1, "text", to=" TWO  dogs"), r"text 1 equals text 0 \('two dogs'\); a counterfactual must differ"),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_row_is_refused_by_name(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        from_row(row, ROOT)
+
+
+def test_the_same_text_under_another_prompt_is_another_candidate() -> None:
+    row = changed("texts", 1, to={"id": "t1", "text": "two dogs", "prompt": "Or cats?"})
+    assert len(from_row(row, ROOT).candidates) == 2
+
+
+A, B = Candidate("p", "a"), Candidate("p", "b")
+
+
+@pytest.mark.parametrize(
+    ("images", "candidates", "match", "message"),
+    [
+        ((), (A,), (), "at least one image and one text"),
+        ((Path("x"),), (), ((),), "at least one image and one text"),
+        ((Path("x"),), (A, B), ((1,),), "match must be 1 images x 2 texts"),
+        ((Path("x"), Path("y")), (A,), ((1,),), "match must be 2 images x 1 texts"),
+        ((Path("x"),), (A, B), ((1, 2),), r"group 'g': match\[0\]\[1\] is 2; it must be 1, 0 or None"),
+        ((Path("x"),), (A, B), ((1, -1),), r"match\[0\]\[1\] is -1; it must be 1, 0 or None"),
+        ((Path("x"),), (A,), ((0,),), "must match"),
+        ((Path("x"),), (A,), ((None,),), "must match"),
+    ],
+)
+def test_bad_group_is_refused_by_name(images: Any, candidates: Any, match: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        CounterfactualGroup("g", images, candidates, match)
+
+
+def test_normalised_and_check_keys() -> None:
+    assert normalised("  Two\tDOGS \n run ") == "two dogs run"
+    assert normalised("STRASSE") == normalised("straße")
+    check_keys({"a": 1}, ["a", "b"], "here")
+    with pytest.raises(DataError, match=r"here: unknown key 'weigth'; did you mean 'weight'\?"):
+        check_keys({"weigth": 1}, ["weight", "width"], "here")

@@ -1,0 +1,100 @@
+"""The loop under real ZeRO-3 processes: one trajectory whatever the ranks, equal to a plain-torch reference, exact across a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPO, environment, launch, losses, metrics, run, train_arguments
+
+GLOBAL_BATCH = 16
+
+
+@pytest.fixture(scope="module")
+def trajectories(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Path]:
+    """{1, 2, 4 ranks} x {1, 2, 4 accumulation steps}, all with 16 groups a step."""
+    folders = {}
+    for ranks in (1, 2, 4):
+        arguments = []
+        for steps in (1, 2, 4):
+            folder = folders[ranks, steps] = tmp_path_factory.mktemp(f"{ranks}x{steps}")
+            micro = GLOBAL_BATCH // (ranks * steps)
+            extra = ["--train.per_device_train_batch_size", str(micro), "--train.gradient_accumulation_steps", str(steps)]
+            arguments.append(json.dumps(train_arguments(model_dir, manifests, folder, *extra)))
+        run(["deepspeed", "--num_gpus", str(ranks), "--master_port", str(29600 + ranks), "tests/train_many.py", *arguments])
+    return folders
+
+
+def test_ranks_and_accumulation_give_one_trajectory(trajectories: dict[tuple[int, int], Path]) -> None:
+    """Ragged groups included (0 to 2 counterfactuals, shams): every term is divided by its global count. fp32, relative 2e-4."""
+    expected = metrics(trajectories[1, 1])
+    assert len(losses(trajectories[1, 1])) == 6
+    assert losses(trajectories[1, 1])[-1] < losses(trajectories[1, 1])[0] - 0.5, "it must train, or equality means nothing"
+    for layout, folder in trajectories.items():
+        for want, have in zip(expected, metrics(folder), strict=True):
+            for name in want:
+                if name.startswith(("loss", "logp/", "grad_norm")):
+                    assert have[name] == pytest.approx(want[name], rel=2e-4, abs=2e-5), f"{name} at step {want['step']} with {layout}"
+
+
+def test_rank_local_means_would_be_noticed(trajectories: dict[tuple[int, int], Path]) -> None:
+    """The ragged data does distinguish global from rank-local denominators: groups differ in their counts from rank to rank."""
+    from cfvlm_ds.data import read_manifest
+
+    config = trajectories[4, 1] / "config.yaml"
+    train = next(line.split(": ")[1].strip() for line in config.read_text().splitlines() if line.strip().startswith("train: /"))
+    counts = [len(group.candidates) for group in read_manifest(train)]
+    assert len(set(counts)) == 3
+
+
+def test_equals_the_plain_torch_reference(trajectories: dict[tuple[int, int], Path], model_dir: Path, manifests: dict[str, Path]) -> None:
+    """A single-process loop of about 60 lines that shares no code with the package gives the same losses for 20 steps."""
+    folder = trajectories[1, 1].parent / "reference"
+    run([sys.executable, "train.py", *train_arguments(model_dir, manifests, folder, "--train.max_steps", "20")])
+    printed = subprocess.run(
+        [sys.executable, "tests/reference.py", str(model_dir), str(manifests["train"]), "20"],
+        cwd=REPO, env=environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    expected = json.loads(printed.stdout)
+    assert losses(folder) == pytest.approx(expected, rel=2e-4)
+    golden = json.loads((REPO / "tests/golden/train20.json").read_text())
+    assert expected == pytest.approx(golden, rel=2e-3), "the reference itself moved: see CONTRIBUTING on golden files"
+
+
+def test_kill_between_steps_resumes_bit_identically(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """kill -9 of every process mid-run, then the same command again, with data workers running: the loss sequence has the same bits."""
+    extra = ["--train.save_steps", "3", "--train.max_steps", "10", "--data.num_workers", "1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", "29610", "train.py"]
+    run([*command, *train_arguments(model_dir, manifests, whole, *extra)])
+    process = launch([*command, *train_arguments(model_dir, manifests, broken, *extra)])
+    deadline = time.monotonic() + 120
+    while not (broken / "checkpoint-6").exists():
+        assert time.monotonic() < deadline and process.poll() is None, "no checkpoint in time"
+        time.sleep(0.01)
+    kill_family(process)
+    assert len(losses(broken)) < 10, "killed too late to prove anything"
+    (broken / "checkpoint-6" / "complete.json").unlink()  # a checkpoint whose writing was cut off is passed over
+    output = run([*command, *train_arguments(model_dir, manifests, broken, *extra)])
+    assert "passed over" in output and "resumed from" in output and "step 3" in output
+    assert losses(broken) == losses(whole)
+
+
+def kill_family(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a launcher and all its descendants at once (the launcher puts ranks into sessions of their own)."""
+    import psutil
+
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.communicate()
