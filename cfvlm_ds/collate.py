@@ -1,7 +1,8 @@
 """Groups to one batch of rows: the only place that knows how cells are laid out as tokens.
 
-A cell (g, i, c) is one row: the chat template's prompt with image i, then text c, then end-of-turn. Each distinct image of the batch is
-encoded once, however many rows show it. Shapes: G groups, I images, C candidates, R rows, T tokens, N scored tokens.
+A row is the chat template's prompt with one image and, behind that prefix, every text the image is scored with: each text is a branch that
+sees the prefix and itself. (Where the attention cannot branch, a row has one text.) Each distinct image is encoded once.
+Shapes: G groups, I images, C candidates, R rows, T tokens, N scored tokens.
 """
 
 from __future__ import annotations
@@ -83,10 +84,15 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Row:
-    cell: int
+    """A prompt with its image, and behind it one branch per text: (flat cell index, text)."""
+
     image: int
     prompt_ids: Tensor
-    text: _Text
+    branches: list[tuple[int, _Text]]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + sum(len(text.text_ids) + len(text.end_ids) for _, text in self.branches)
 
 
 class Collator:
@@ -99,6 +105,7 @@ class Collator:
         max_length: the model's window in tokens; a longer row is a DataError, never truncated.
         max_pixels: limit on the size of an image.
         stored: reference and blind scores by group id, for objectives that need them.
+        share_prefix: lay all texts of an image behind one prefix; needs an attention that takes a mask (sdpa).
     """
 
     def __init__(
@@ -109,6 +116,7 @@ class Collator:
         max_length: int,
         max_pixels: int = MAX_PIXELS,
         stored: Mapping[str, StoredScores] | None = None,
+        share_prefix: bool = True,
     ) -> None:
         self.processor = processor
         self.family = family
@@ -116,6 +124,7 @@ class Collator:
         self.max_length = max_length
         self.max_pixels = max_pixels
         self.stored = stored
+        self.share_prefix = share_prefix
         self._texts: dict[tuple[str, str], _Text] = {}
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
@@ -123,21 +132,21 @@ class Collator:
         layout = self._layout(groups)
         images: dict[Path, int] = {}
         pixels: list[dict[str, Tensor]] = []
-        expanded: dict[tuple[int, str], Tensor] = {}
-        rows = []
+        rows: dict[tuple[int, str, int | None], _Row] = {}
         num_images, num_texts = layout.valid.shape[1:]
         for g, i, c in layout.valid.nonzero().tolist():
             path, text = groups[g].images[i], self._text(groups[g], c)
+            cell = (g * num_images + i) * num_texts + c
             image = images.setdefault(path, len(images))
-            if (image, text.prompt) not in expanded:
+            key = (image, text.prompt, None if self.share_prefix else cell)
+            if key not in rows:
                 inputs = self._processed(path, text.prompt)
                 if image == len(pixels):
                     pixels.append({name: inputs[name] for name in self.family.image_inputs})
-                expanded[image, text.prompt] = inputs["input_ids"][0]
-            row = _Row((g * num_images + i) * num_texts + c, image, expanded[image, text.prompt], text)
-            self._check_length(groups[g], c, row)
-            rows.append(row)
-        return self._batch(rows, pixels, layout, groups)
+                rows[key] = _Row(image, inputs["input_ids"][0], [])
+            self._check_length(groups[g], c, rows[key], text)
+            rows[key].branches.append((cell, text))
+        return self._batch(list(rows.values()), pixels, layout, groups)
 
     def row_length(self, prompt: str, text: str) -> int:
         """Tokens of the row that a text makes, image and end-of-turn included; DataError as in __call__."""
@@ -164,33 +173,45 @@ class Collator:
     def _batch(
         self, rows: list[_Row], pixels: list[dict[str, Tensor]], layout: GroupLayout, groups: Sequence[CounterfactualGroup]
     ) -> Batch:
-        lengths = [len(row.prompt_ids) + len(row.text.text_ids) + len(row.text.end_ids) for row in rows]
-        size = (len(rows), max(lengths))
+        size = (len(rows), max(row.length for row in rows))
         pad = self.processor.tokenizer.pad_token_id
-        input_ids = torch.full(size, pad if pad is not None else 0, dtype=torch.int64)
-        attention_mask, scored = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.bool)
+        input_ids = torch.full(size, pad if pad is not None else 0)
+        position_ids, branch = torch.zeros(size, dtype=torch.int64), torch.full(size, -2)
+        predicts: list[int] = []
         targets: list[int] = []
         cell: list[int] = []
         is_end: list[bool] = []
-        for r, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            start, response = len(row.prompt_ids), [*row.text.text_ids, *row.text.end_ids]
-            input_ids[r, :start] = row.prompt_ids
-            input_ids[r, start:length] = torch.tensor(response)
-            attention_mask[r, :length] = 1
-            scored[r, start - 1 : length - 1] = True  # position t predicts token t + 1
-            targets += response
-            cell += [row.cell] * len(response)
-            is_end += [False] * len(row.text.text_ids) + [True] * len(row.text.end_ids)
+        for r, row in enumerate(rows):
+            prompt = len(row.prompt_ids)
+            input_ids[r, :prompt], branch[r, :prompt] = row.prompt_ids, -1
+            position_ids[r, :prompt] = torch.arange(prompt)
+            start = prompt
+            for b, (index, text) in enumerate(row.branches):
+                response = [*text.text_ids, *text.end_ids]
+                stop = start + len(response)
+                input_ids[r, start:stop], branch[r, start:stop] = torch.tensor(response), b
+                position_ids[r, start:stop] = torch.arange(prompt, prompt + len(response))
+                # A branch's first token is predicted at the end of the prompt, every other one at the token before it.
+                predicts += [r * size[1] + t for t in (prompt - 1, *range(start, stop - 1))]
+                targets += response
+                cell += [index] * len(response)
+                is_end += [False] * len(text.text_ids) + [True] * len(text.end_ids)
+                start = stop
+        positions, predicted_by = torch.tensor(predicts).unique(return_inverse=True)
         model_inputs = {
             "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "scored": scored,
+            "attention_mask": _tree_mask(branch) if self.share_prefix else (branch >= -1).long(),
+            "position_ids": position_ids,
+            "scored": torch.zeros(size, dtype=torch.bool).view(-1).index_fill(0, positions, True).view(size),
+            "predicted_by": predicted_by,
             "targets": torch.tensor(targets),
             "image_of_row": torch.tensor([row.image for row in rows]),
             "image_inputs": {name: torch.cat([p[name] for p in pixels]) for name in self.family.image_inputs},
         }
         reference, prior = self._stored(groups, layout)
-        return Batch(model_inputs, torch.tensor(cell), torch.tensor(is_end), layout, reference, prior, sum(lengths), len(pixels))
+        return Batch(
+            model_inputs, torch.tensor(cell), torch.tensor(is_end), layout, reference, prior, sum(row.length for row in rows), len(pixels)
+        )
 
     def _stored(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor | None, Tensor | None]:
         if self.stored is None:
@@ -241,13 +262,23 @@ class Collator:
         image = Image.new("RGB", (336, 336), (128, 128, 128)) if path == BLANK else open_image(path, self.max_pixels)
         return self.processor(images=[image], text=[prompt], return_tensors="pt")
 
-    def _check_length(self, group: CounterfactualGroup, c: int, row: _Row) -> None:
-        length = len(row.prompt_ids) + len(row.text.text_ids) + len(row.text.end_ids)
+    def _check_length(self, group: CounterfactualGroup, c: int, row: _Row, text: _Text) -> None:
+        length = len(row.prompt_ids) + len(text.text_ids) + len(text.end_ids)
         if length > self.max_length:
             raise DataError(
                 f"group {group.id!r}: text {c} makes a row of {length} tokens, the model's window is {self.max_length}; shorten the text "
                 "or its prompt"
             )
+
+
+def _tree_mask(branch: Tensor) -> Tensor:
+    """[R, 1, T, T] bool, true where a query may see a key: ``branch`` [R, T] is -1 for the prompt, b for branch b, -2 for padding.
+
+    A token sees the prompt and its own branch, never a sibling. Padding sees itself, because a row of nothing is NaN.
+    """
+    query, key = branch.unsqueeze(2), branch.unsqueeze(1)
+    causal = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool).tril()
+    return ((causal & ((key == -1) | (key == query)) & (key >= -1)) | torch.eye(branch.shape[1], dtype=torch.bool)).unsqueeze(1)
 
 
 def _wanted(match: Tensor, cells: Cells) -> Tensor:

@@ -65,14 +65,17 @@ class Scorer(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
+        position_ids: Tensor,
         scored: Tensor,
+        predicted_by: Tensor,
         targets: Tensor,
         image_of_row: Tensor,
         image_inputs: dict[str, Tensor],
     ) -> Tensor:
         """Log-probs [N], nats, fp32, of ``targets`` [N].
 
-        ``input_ids``, ``attention_mask`` [R, T]; ``scored`` [R, T] bool marks the positions that *predict* the targets, in row-major order;
+        ``input_ids``, ``position_ids`` [R, T]; ``attention_mask`` [R, T], or [R, 1, T, T] bool; ``scored`` [R, T] bool marks the positions
+        whose logits are needed, and ``predicted_by`` [N] is the rank among them, in row-major order, of the one that predicts each target;
         ``image_of_row`` [R] index of each row's image among the distinct images of ``image_inputs``.
         """
         features = self.family.encode_images(self.model, image_inputs)
@@ -80,8 +83,9 @@ class Scorer(nn.Module):
         logits = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=per_row)},  # type: ignore[arg-type]
             logits_to_keep=scored,
             use_cache=False,
         ).logits
-        return token_logprobs(logits, targets)
+        return token_logprobs(logits[predicted_by], targets)
