@@ -20,7 +20,7 @@ check: install
 	mypy
 
 golden: install
-	pytest tests/test_golden.py --write-golden
+	python tests/write_golden.py
 
 install: $(VENV)/.installed
 

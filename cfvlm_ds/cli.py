@@ -113,7 +113,8 @@ def _data_check(arguments: argparse.Namespace) -> None:
     )
     print(report)
     if not report.ok:
-        raise DataError(f"{arguments.manifest}: {len(report.problems)} problems, listed above")
+        more = len(report.problems) - 1
+        raise DataError(report.problems[0] + (f" ({more} more, listed above)" if more else ""))
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -122,10 +123,11 @@ def _score(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.evaluation import score_groups
 
     groups = read_manifest(arguments.manifest, arguments.root, arguments.format)
+    out = Path(arguments.out or f"{arguments.manifest}.scores.jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)
     scorer, collator, world = _load_scorer(arguments.model, arguments.max_pixels)
     scores = score_groups(scorer, collator, groups, world, arguments.batch_size)
     stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
-    out = Path(arguments.out or f"{arguments.manifest}.scores.jsonl")
     write_scores(out, groups, stored, arguments.model)
     print(f"wrote {out}: {len(groups)} groups")
 
@@ -134,6 +136,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.data import read_manifest
     from cfvlm_ds.evaluation import evaluate, table
 
+    if arguments.out:
+        Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     splits = {Path(path).stem: read_manifest(path, arguments.root, arguments.format) for path in arguments.manifest}
     scorer, collator, world = _load_scorer(arguments.model, arguments.max_pixels)
     results, _ = evaluate(scorer, collator, splits, world, arguments.batch_size)
@@ -160,7 +164,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _load_collator(model: str, max_pixels: int) -> Collator:
     from cfvlm_ds.collate import load_collator
 
-    return load_collator(model, "full", max_pixels)
+    return load_collator(ModelConfig(name_or_path=model), "full", max_pixels)
 
 
 def _load_scorer(model: str, max_pixels: int) -> tuple[Scorer, Collator, Any]:

@@ -8,7 +8,7 @@ Shapes: G groups, I images, C candidates, R rows, T tokens, N scored tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cfvlm_ds.config import ModelConfig
 from cfvlm_ds.data.images import MAX_PIXELS, open_image
 from cfvlm_ds.data.scores import StoredScores
 from cfvlm_ds.groups import Cells, CounterfactualGroup, DataError, GroupLayout
 from cfvlm_ds.likelihood import Scores, score_matrix
-from cfvlm_ds.models import Family, family_of, load_config, load_processor
+from cfvlm_ds.models import Family, attention, family_of, load_config, load_processor
 
 BLANK = Path("<blank image>")
 """Stands for a mid-grey image: what the blind control shows instead of a picture."""
@@ -82,13 +83,14 @@ class _Text:
     end_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Row:
     """A prompt with its image, and behind it one branch per text: (flat cell index, text)."""
 
     image: int
-    prompt_ids: Tensor
+    prompt: str
     branches: list[tuple[int, _Text]]
+    prompt_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @property
     def length(self) -> int:
@@ -131,28 +133,29 @@ class Collator:
         """Raises DataError naming the group when an image cannot be opened, or a text does not fit the model's window or template."""
         layout = self._layout(groups)
         images: dict[Path, int] = {}
-        pixels: list[dict[str, Tensor]] = []
         rows: dict[tuple[int, str, int | None], _Row] = {}
         num_images, num_texts = layout.valid.shape[1:]
         for g, i, c in layout.valid.nonzero().tolist():
-            path, text = groups[g].images[i], self._text(groups[g], c)
+            text = self._text(groups[g], c)
             cell = (g * num_images + i) * num_texts + c
-            image = images.setdefault(path, len(images))
-            key = (image, text.prompt, None if self.share_prefix else cell)
-            if key not in rows:
-                inputs = self._processed(path, text.prompt)
-                if image == len(pixels):
-                    pixels.append({name: inputs[name] for name in self.family.image_inputs})
-                rows[key] = _Row(image, inputs["input_ids"][0], [])
-            self._check_length(groups[g], c, rows[key], text)
-            rows[key].branches.append((cell, text))
-        return self._batch(list(rows.values()), pixels, layout, groups)
+            image = images.setdefault(groups[g].images[i], len(images))
+            row = rows.setdefault((image, text.prompt, None if self.share_prefix else cell), _Row(image, text.prompt, []))
+            row.branches.append((cell, text))
+        image_inputs, prompts = self._processed(list(images), [(row.image, row.prompt) for row in rows.values()])
+        for row in rows.values():
+            row.prompt_ids = prompts[row.image, row.prompt]
+        self._check_lengths(groups, list(rows.values()), num_images * num_texts, num_texts)
+        return self._batch(list(rows.values()), image_inputs, layout, groups)
+
+    def scoring_everything(self) -> Collator:
+        """The same collator building every cell, without stored scores: what evaluation needs."""
+        return Collator(self.processor, self.family, "full", self.max_length, max_pixels=self.max_pixels, share_prefix=self.share_prefix)
 
     def row_length(self, prompt: str, text: str) -> int:
         """Tokens of the row that a text makes, image and end-of-turn included; DataError as in __call__."""
         encoded = self._encode(prompt, text, "text")
-        inputs = self._processed(BLANK, encoded.prompt)
-        return inputs["input_ids"].shape[1] + len(encoded.text_ids) + len(encoded.end_ids)
+        _, prompts = self._processed([BLANK], [(0, encoded.prompt)])
+        return len(prompts[0, encoded.prompt]) + len(encoded.text_ids) + len(encoded.end_ids)
 
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
         shape = (len(groups), max(len(g.images) for g in groups), max(len(g.candidates) for g in groups))
@@ -171,7 +174,7 @@ class Collator:
         return GroupLayout(valid, match, tokens, end_tokens, weight, tuple(group.id for group in groups))
 
     def _batch(
-        self, rows: list[_Row], pixels: list[dict[str, Tensor]], layout: GroupLayout, groups: Sequence[CounterfactualGroup]
+        self, rows: list[_Row], image_inputs: dict[str, Tensor], layout: GroupLayout, groups: Sequence[CounterfactualGroup]
     ) -> Batch:
         size = (len(rows), max(row.length for row in rows))
         pad = self.processor.tokenizer.pad_token_id
@@ -206,12 +209,11 @@ class Collator:
             "predicted_by": predicted_by,
             "targets": torch.tensor(targets),
             "image_of_row": torch.tensor([row.image for row in rows]),
-            "image_inputs": {name: torch.cat([p[name] for p in pixels]) for name in self.family.image_inputs},
+            "image_inputs": image_inputs,
         }
         reference, prior = self._stored(groups, layout)
-        return Batch(
-            model_inputs, torch.tensor(cell), torch.tensor(is_end), layout, reference, prior, sum(row.length for row in rows), len(pixels)
-        )
+        num_tokens, num_images = sum(row.length for row in rows), len({row.image for row in rows})
+        return Batch(model_inputs, torch.tensor(cell), torch.tensor(is_end), layout, reference, prior, num_tokens, num_images)
 
     def _stored(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor | None, Tensor | None]:
         if self.stored is None:
@@ -257,18 +259,34 @@ class Collator:
         end = tail[0] if tail else tokenizer.eos_token_id
         return _Text(head, tuple(head_ids), tuple(ids[len(head_ids) :]), () if end is None else (end,))
 
-    def _processed(self, path: Path, prompt: str) -> Any:
-        """The processor's outputs for one image and one prompt, batch axis of 1."""
-        image = Image.new("RGB", (336, 336), (128, 128, 128)) if path == BLANK else open_image(path, self.max_pixels)
-        return self.processor(images=[image], text=[prompt], return_tensors="pt")
+    def _processed(self, paths: list[Path], wanted: list[tuple[int, str]]) -> tuple[dict[str, Tensor], dict[tuple[int, str], Tensor]]:
+        """The images as the model takes them, each once, and the token ids of every wanted (image, prompt), placeholders expanded."""
+        opened = [Image.new("RGB", (336, 336), (128, 128, 128)) if path == BLANK else open_image(path, self.max_pixels) for path in paths]
+        first: dict[int, tuple[int, str]] = {}
+        for pair in wanted:
+            first.setdefault(pair[0], pair)
+        again = [pair for pair in dict.fromkeys(wanted) if first[pair[0]] != pair]  # a second prompt of an image: its token ids only
+        image_inputs: dict[str, Tensor] = {}
+        prompts: dict[tuple[int, str], Tensor] = {}
+        for pairs in ([first[i] for i in range(len(paths))], again):
+            if pairs:
+                inputs = self.processor(
+                    images=[[opened[i]] for i, _ in pairs], text=[prompt for _, prompt in pairs], padding=True, return_tensors="pt"
+                )
+                image_inputs = image_inputs or {name: inputs[name] for name in self.family.image_inputs}
+                kept = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+                prompts |= {pair: ids[mask] for pair, (ids, mask) in zip(pairs, kept, strict=True)}
+        return image_inputs, prompts
 
-    def _check_length(self, group: CounterfactualGroup, c: int, row: _Row, text: _Text) -> None:
-        length = len(row.prompt_ids) + len(text.text_ids) + len(text.end_ids)
-        if length > self.max_length:
-            raise DataError(
-                f"group {group.id!r}: text {c} makes a row of {length} tokens, the model's window is {self.max_length}; shorten the text "
-                "or its prompt"
-            )
+    def _check_lengths(self, groups: Sequence[CounterfactualGroup], rows: list[_Row], group_cells: int, num_texts: int) -> None:
+        for row in rows:
+            for cell, text in row.branches:
+                length = len(row.prompt_ids) + len(text.text_ids) + len(text.end_ids)
+                if length > self.max_length:
+                    raise DataError(
+                        f"group {groups[cell // group_cells].id!r}: text {cell % num_texts} makes a row of {length} tokens, the model's "
+                        f"window is {self.max_length}; shorten the text or its prompt"
+                    )
 
 
 def _tree_mask(branch: Tensor) -> Tensor:
@@ -292,10 +310,12 @@ def _wanted(match: Tensor, cells: Cells) -> Tensor:
 
 
 def load_collator(
-    name_or_path: str, cells: Cells, max_pixels: int = MAX_PIXELS, stored: Mapping[str, StoredScores] | None = None
+    model: ModelConfig, cells: Cells, max_pixels: int = MAX_PIXELS, stored: Mapping[str, StoredScores] | None = None
 ) -> Collator:
-    """The collator of a model: its own processor, family and window."""
-    config = load_config(name_or_path)
-    processor = load_processor(name_or_path)
+    """The collator of a model: its own processor, family and window, and rows that its attention can take."""
+    config = load_config(model.name_or_path)
+    processor = load_processor(model.name_or_path)
     window = min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length)
-    return Collator(processor, family_of(config), cells, window, max_pixels, stored)
+    # eager adds a mask instead of selecting by it, and flash-attn takes none: both would be wrong without an error.
+    share_prefix = attention(model.attn_implementation) == "sdpa"
+    return Collator(processor, family_of(config), cells, window, max_pixels, stored, share_prefix)

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 
@@ -124,7 +124,7 @@ class TrainConfig:
     num_train_epochs: float = 1.0
     max_steps: int = -1
     seed: int = 0
-    bf16: Literal["auto", "true", "false"] = "auto"
+    bf16: Literal["auto", True, False] = "auto"
     logging_steps: int = 10
     eval_steps: int = 0
     save_steps: int = 500
@@ -249,10 +249,11 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         parser.add_class_arguments(objective, f"objective.{name}")
     try:
         parsed = parser.parse_args(list(argv))
+        resolved = parsed.clone().as_dict()
+        _refuse_nulls(resolved, parser.get_defaults().as_dict())
         built = parser.instantiate_classes(parsed)
     except ArgumentError as error:
-        raise ConfigError(_one_sentence(str(error), [action.dest for action in parser._actions])) from error
-    resolved = parsed.clone().as_dict()
+        raise ConfigError(_one_sentence(str(error), _option_names(parser))) from error
     for key in ("config", "local_rank"):
         resolved.pop(key, None)
     terms = {name: getattr(built.objective, name) for name in objectives}
@@ -263,16 +264,36 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
     return RunConfig(**values, objective=active, deepspeed=parsed.deepspeed, resolved=resolved)
 
 
+def _refuse_nulls(values: Mapping[str, Any], defaults: Mapping[str, Any], section: str = "") -> None:
+    """jsonargparse lets a null pass for any option, and a plain value for a section: ConfigError for both."""
+    for name, default in defaults.items():
+        option, value = f"{section}{name}", values[name]
+        if default is not None and value is None:
+            raise ConfigError(f"{option}: null is not a value; leave the option out for its default")
+        if isinstance(default, dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{option}: expected options below it, got {value!r}; see --help")
+            _refuse_nulls(value, default, f"{option}.")
+
+
+def _option_names(parser: Any) -> list[str]:
+    """Every dotted option, those of the optional sections of ``build`` included, which the parser itself does not list."""
+    nested = {"build.scenes": ScenesConfig, "build.tiny_llava": TinyLlavaConfig}
+    return [a.dest for a in parser._actions] + [f"{name}.{f.name}" for name, section in nested.items() for f in fields(section)]
+
+
 def _one_sentence(message: str, names: Sequence[str]) -> str:
     """jsonargparse's message on one line, with the nearest valid option where the user named an unknown one."""
     message = " ".join(message.split())
-    unknown = re.search(r"(?:[Uu]nrecognized arguments:|[Kk]ey|[Oo]ption) '?-{0,2}([\w.]+)'?", message)
+    unknown = re.search(r"(?:[Uu]nrecognized arguments:|[Kk]ey|[Oo]ption) '?-{0,2}([\w.-]+)'?", message)
     if not unknown or unknown[1] in names:
         return message.removeprefix("Parser key ").replace('"', "")
-    # A key inside a YAML section is reported without its section, so compare it with the last part of each option too.
-    by_form = {name.rsplit(".", 1)[-1]: name for name in names} if "." not in unknown[1] else {name: name for name in names}
-    near = difflib.get_close_matches(unknown[1], by_form, n=1, cutoff=0.4)
-    return f"unknown option {unknown[1]!r}" + (f"; did you mean {by_form[near[0]]!r}?" if near else "; see --help")
+    # A key of a YAML section is reported beside its section; one that was given without any is compared with the last parts of options.
+    section = re.search(r"Group '([\w.]+)'|Parser key \"([\w.]+)\"", message)
+    option = f"{section[1] or section[2]}.{unknown[1]}" if section else unknown[1]
+    by_form = {name if "." in option else name.rsplit(".", 1)[-1]: name for name in names}
+    near = difflib.get_close_matches(option, by_form, n=1, cutoff=0.4)
+    return f"unknown option {option!r}" + (f"; did you mean {by_form[near[0]]!r}?" if near else "; see --help")
 
 
 def default_workers() -> int:

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,8 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    # DeepSpeed calls collectives by names that newer torch renames, once per call and rank.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     with _absent("mlflow"):  # deepspeed's autotuner would import it on every rank: 1.4 CPU seconds each
         import deepspeed
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
@@ -128,7 +131,7 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
     train = config.train
     written = raw.get("bf16", {}).get("enabled", False)
     capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    bf16 = train.bf16 == "true" if train.bf16 != "auto" else (capable if written == "auto" else bool(written))
+    bf16 = train.bf16 if train.bf16 != "auto" else (capable if written == "auto" else bool(written))
     arguments = SimpleNamespace(
         world_size=world_size,
         per_device_train_batch_size=train.per_device_train_batch_size,
@@ -152,11 +155,14 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
         resolved.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=hidden_size)), total_steps)
     except ValueError as error:
         pairs = "; ".join(line[2:].replace("ds ", "", 1).replace(" vs hf ", " against train.") for line in resolved.mismatches)
+        pairs = pairs.replace("train.train_batch_size (calculated)", "micro-batch x accumulation x ranks").replace("|bf16_full_eval", "")
         raise ConfigError(f'{config.deepspeed} contradicts the run configuration: {pairs}; write "auto" there or change one') from error
     if left := sorted(_autos(resolved.config)):
         raise ConfigError(f'{config.deepspeed}: no rule fills "auto" of {", ".join(left)}; write a value')
     if "gradient_clipping" not in resolved.config:
         raise ConfigError(f'{config.deepspeed}: gradient_clipping is missing, and releases differ in what that means; write it or "auto"')
+    if bf16 and resolved.dtype() != torch.bfloat16:
+        raise ConfigError(f'{config.deepspeed}: train.bf16=true needs "bf16": {{"enabled": "auto"}} there, and it gives {resolved.dtype()}')
     return resolved
 
 
@@ -181,8 +187,21 @@ def hidden_size(config: RunConfig) -> int:
 
 def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int) -> Any:
     """Load the model (partitioned as it loads under ZeRO-3) and hand it to DeepSpeed; returns the engine, whose module is a Scorer."""
+    from pydantic import ValidationError
+    from transformers import SchedulerType, get_scheduler
+
     with _absent("mlflow"):
         import deepspeed
+    try:
+        deepspeed.DeepSpeedConfig(copy.deepcopy(resolved.config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{config.deepspeed}: {error.title}: {option}: {first['msg']}; see DeepSpeed's configuration reference") from None
+    try:
+        SchedulerType(config.train.lr_scheduler_type)
+    except ValueError as error:
+        raise ConfigError(f"train.lr_scheduler_type: {error}") from None
     dtype = resolved.dtype()
     model = load_model(config.model, dtype)
     if config.model.gradient_checkpointing:
@@ -202,8 +221,6 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
         )
 
     def schedule(optimizer: torch.optim.Optimizer) -> Any:
-        from transformers import get_scheduler
-
         return get_scheduler(config.train.lr_scheduler_type, optimizer, warmup_steps(config, total_steps), total_steps)
 
     engine, *_ = deepspeed.initialize(

@@ -115,7 +115,7 @@ def _check(config: RunConfig, manifests: Mapping[str, str], world: World) -> str
         known = json.loads(stamp.read_text())
     except (OSError, ValueError):
         known = {}
-    collator = load_collator(config.model.name_or_path, "full", config.data.max_pixels)
+    collator = load_collator(config.model, "full", config.data.max_pixels)
     for path in manifests.values():
         try:
             stat = Path(path).stat()
@@ -166,7 +166,7 @@ def _build(config: RunConfig, world: World, groups: list[CounterfactualGroup], s
     if world.is_main:
         (Path(train.output_dir) / "ds_config.json").write_text(json.dumps(resolved.config, indent=2))
     driven = engine.initialize(config, resolved, world, total_steps)
-    collator = load_collator(config.model.name_or_path, required_cells(config.objective), config.data.max_pixels, stored)
+    collator = load_collator(config.model, required_cells(config.objective), config.data.max_pixels, stored)
     return Run(config, world, driven, collator, sampler, groups, splits, TrainState(), total_steps)
 
 

@@ -36,13 +36,15 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build_test_model(out_dir: Path) -> Path:
     """A LLaVA of about 0.1 M parameters whose tokenizer knows the captions of ``write_manifest``."""
     captions = [f"a {c} {s} and a {d} {t}" for c in COLOURS for d in COLOURS for s in SHAPES for t in SHAPES]
-    return build_tiny_llava(
-        TinyLlavaConfig(out_dir=str(tmp_path_factory.mktemp("model") / "llava"), hidden_size=32, patch_size=12), captions
-    )
+    return build_tiny_llava(TinyLlavaConfig(out_dir=str(out_dir), hidden_size=32, patch_size=12), captions)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_test_model(tmp_path_factory.mktemp("model") / "llava")
 
 
 def draw(path: Path, shapes: list[tuple[str, str]]) -> Path:
@@ -118,6 +120,7 @@ def run(command: list[str], timeout: float = 300) -> str:
 def train_arguments(model_dir: Path, manifests: dict[str, Path], output_dir: Path, *extra: str) -> list[str]:
     options = {
         "--config": "tests/train.yaml",
+        "--deepspeed": "tests/z3_partitioned.json",  # no parameter is small enough to stay gathered
         "--model.name_or_path": str(model_dir),
         "--data.train": str(manifests["train"]),
         "--train.output_dir": str(output_dir),

@@ -35,7 +35,7 @@ def test_ranks_and_accumulation_give_one_trajectory(trajectories: dict[tuple[int
     """Ragged groups included (0 to 2 counterfactuals, shams): every term is divided by its global count. fp32, relative 2e-4."""
     expected = metrics(trajectories[1, 1])
     assert len(losses(trajectories[1, 1])) == 6
-    assert losses(trajectories[1, 1])[-1] < losses(trajectories[1, 1])[0] - 0.5, "it must train, or equality means nothing"
+    assert losses(trajectories[1, 1])[-1] < losses(trajectories[1, 1])[0] - 0.3, "it must train, or equality means nothing"
     for layout, folder in trajectories.items():
         for want, have in zip(expected, metrics(folder), strict=True):
             for name in want:

@@ -58,7 +58,7 @@ def score_groups(
     ``forward`` is an engine or a Scorer in evaluation mode; ``batch_size`` counts groups per rank. Every rank runs the same number of
     forwards, as ZeRO-3 requires: the last ones may repeat a group, whose second result is dropped. Raises DataError as the collator does.
     """
-    collator = Collator(collator.processor, collator.family, "full", collator.max_length, collator.max_pixels)
+    collator = collator.scoring_everything()
     rounds = -(-len(groups) // (batch_size * world.size))
     first = [(r * world.size + world.rank) * batch_size for r in range(rounds)]
     mine = [[min(start + j, len(groups) - 1) for j in range(batch_size)] for start in first]  # past the end the last group repeats

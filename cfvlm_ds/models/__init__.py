@@ -17,7 +17,7 @@ from cfvlm_ds.models.family import MODULES, Family, Module, Scorer
 
 FAMILIES: dict[str, Family] = {model_type: family for family in (llava.FAMILY,) for model_type in family.model_types}
 
-__all__ = ["FAMILIES", "MODULES", "Family", "Module", "Scorer", "family_of", "load_config", "load_model", "load_processor"]
+__all__ = ["FAMILIES", "MODULES", "Family", "Module", "Scorer", "attention", "family_of", "load_config", "load_model", "load_processor"]
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
@@ -58,7 +58,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         config.name_or_path,
         dtype=dtype,
-        attn_implementation=_attention(config.attn_implementation),
+        attn_implementation=attention(config.attn_implementation),
         output_loading_info=True,
     )
     model, info = loaded
@@ -90,7 +90,7 @@ def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
             yield scorer.family.module_of(name), name, parameter
 
 
-def _attention(requested: str) -> str:
+def attention(requested: str) -> str:
     """``auto`` takes flash-attn where a GPU and the package are there, else sdpa. Raises ConfigError when a request cannot be met."""
     from transformers.utils import is_flash_attn_2_available
 

@@ -1,0 +1,169 @@
+"""What each objective teaches in the same wall-clock time: controls, the paper's literal sum, our default, and the default minus each term.
+
+    python benchmarks/learning.py --seconds 300 --seeds 3            # about 105 minutes on two cores
+    python benchmarks/learning.py --report                           # the table and the figure of what has been run
+
+Every run is `train.py --config examples/quickstart.yaml` with the options of its variant: the same initial weights, data, schedule shape
+and ZeRO-3 engine. A short run of each variant first measures its seconds per optimizer step, which sets its number of steps. Runs that have
+finished are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
+PAPER = [
+    f"--objective.{term}.{option}={value}"
+    for term, margin in (("csd", 0.25), ("fcd", 0.30))
+    for option, value in (("weight", 0.5), ("margin", margin), ("link", "hinge"), ("len_norm", "anchor"), ("margin_unit", "per_token"))
+]
+VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "a": ("NLL, factual pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
+    "b": ("NLL, all pairs", ("--objective.align.counterfactual=1", *NO_CONTRAST)),
+    "c": (
+        "paper's literal sum",
+        ("--objective.align.counterfactual=0", *PAPER, "--objective.csd.mode=matched", "--objective.fcd.symmetric=false"),
+    ),
+    "d": ("default objective", ()),
+    "e-align": ("default without align", ("--objective.align.weight=0",)),
+    "e-csd": ("default without csd", ("--objective.csd.weight=0",)),
+    "e-fcd": ("default without fcd", ("--objective.fcd.weight=0",)),
+}
+CALIBRATION_STEPS = 40
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=300, help="training time of each run (default 300)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant (default 3)")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="which variants (default all)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each (default one per core)")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs (default runs/learning)")
+    parser.add_argument("--report", action="store_true", help="only write the table and the figure")
+    arguments = parser.parse_args()
+    if not arguments.report:
+        run_all(arguments)
+    report(arguments)
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    warm = arguments.out / "build"
+    train(warm, ("--train.max_steps=1", "--train.export=false"))  # writes the world and the model once
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        # Calibrated side by side, as the runs themselves are timed.
+        speeds = dict(zip(arguments.variants, pool.map(lambda v: seconds_per_step(arguments.out, v), arguments.variants), strict=True))
+        for variant, seconds in speeds.items():
+            print(f"{variant}: {seconds:.3f} s per step", flush=True)
+        todo = [(variant, seed) for seed in range(arguments.seeds) for variant in arguments.variants]
+        list(pool.map(lambda job: run(arguments, *job, speeds[job[0]]), todo))
+
+
+def seconds_per_step(out: Path, variant: str) -> float:
+    folder = out / f"calibrate-{variant}"
+    options = (f"--train.max_steps={CALIBRATION_STEPS}", f"--train.logging_steps={CALIBRATION_STEPS // 4}", "--data.evaluation={}")
+    train(folder, (*options, "--train.export=false", *VARIANTS[variant][1]))
+    times = [row["time"] for row in rows(folder) if "loss" in row]
+    return (times[-1] - times[0]) / (CALIBRATION_STEPS - CALIBRATION_STEPS // 4)
+
+
+def run(arguments: argparse.Namespace, variant: str, seed: int, seconds_each: float) -> None:
+    steps = round(arguments.seconds / seconds_each)
+    folder = arguments.out / f"{variant}-seed{seed}"
+    train(folder, (f"--train.max_steps={steps}", f"--train.seed={seed}", "--train.export=false", *VARIANTS[variant][1]))
+    times = [row["time"] for row in rows(folder) if "loss" in row]
+    print(f"{folder.name}: {steps} steps in {times[-1] - times[0]:.0f} s", flush=True)
+
+
+def train(folder: Path, options: tuple[str, ...]) -> None:
+    if (folder / "results.json").exists():
+        return
+    command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z3.json", "--config", "examples/quickstart.yaml"]
+    command += [f"--train.output_dir={folder}", "--tracking.enabled=false", "--data.num_workers=0", "--train.save_steps=0", *options]
+    finished = subprocess.run(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, check=False)
+    if finished.returncode:
+        sys.exit(f"{folder}: exit code {finished.returncode}\n{finished.stdout[-2000:]}{finished.stderr[-2000:]}")
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def results(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Variant -> the results of its seeds; a result maps split -> edit type -> group accuracy in %."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for variant in VARIANTS:
+        for path in sorted(out.glob(f"{variant}-seed*/results.json")):
+            splits = json.loads(path.read_text())
+            found.setdefault(variant, []).append({s: {row["name"]: row["metrics"]["group"] for row in each} for s, each in splits.items()})
+    return found
+
+
+def report(arguments: argparse.Namespace) -> None:
+    found = results(arguments.out)
+    if not found:
+        sys.exit(f"{arguments.out} holds no finished runs; run without --report first")
+    text = "\n\n".join(tables(found))
+    (arguments.out / "learning.md").write_text(text + "\n")
+    figure(arguments.out / "learning.png", found)
+    print(text, f"\nwrote {arguments.out}/learning.md and learning.png")
+
+
+def tables(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """One table per split: group accuracy, mean and standard deviation over seeds."""
+    first = next(iter(found.values()))[0]
+    for split in first:
+        edits = list(first[split])
+        lines = [f"| {split}: group accuracy, % | seeds | {' | '.join(edits)} |", f"|---|---:|{'---:|' * len(edits)}"]
+        for variant, seeds in found.items():
+            cells = [spread([seed[split][edit] for seed in seeds]) for edit in edits]
+            lines.append(f"| {variant}: {VARIANTS[variant][0]} | {len(seeds)} | {' | '.join(cells)} |")
+        yield "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.0f}" + (f" ± {statistics.stdev(values):.0f}" if len(values) > 1 else "")
+
+
+def figure(path: Path, found: dict[str, list[dict[str, Any]]], split: str = "combo") -> None:
+    """Bars by edit type, one colour per variant, on held-out combinations; whiskers are one standard deviation over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    edits = list(next(iter(found.values()))[0][split])
+    shown = [v for v in ("a", "b", "c", "d") if v in found]
+    colours = {"a": "#b8b8b8", "b": "#7f8790", "c": "#d9a441", "d": "#1f6f8b"}
+    canvas, axes = pyplot.subplots(figsize=(10, 3.6), layout="constrained")
+    width = 0.8 / len(shown)
+    for k, variant in enumerate(shown):
+        values = [[seed[split][edit] for seed in found[variant]] for edit in edits]
+        place = [e + (k - (len(shown) - 1) / 2) * width for e in range(len(edits))]
+        spreads = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+        axes.bar(place, [statistics.mean(v) for v in values], 0.92 * width, color=colours[variant], label=VARIANTS[variant][0])
+        axes.errorbar(place, [statistics.mean(v) for v in values], spreads, fmt="none", ecolor="#333333", elinewidth=0.8)
+    axes.axhline(100 / 6, color="#333333", linewidth=0.8, linestyle=":")
+    axes.text(len(edits) - 0.45, 100 / 6 + 1, "chance", fontsize=8, ha="right")
+    axes.set_xticks(range(len(edits)), [edit.replace("_", " ") for edit in edits])
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("group accuracy, %")
+    axes.set_title("Held-out combinations, equal training time", fontsize=11, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, ncols=len(shown), loc="upper left")
+    canvas.savefig(path, dpi=160)
+
+
+if __name__ == "__main__":
+    main()
