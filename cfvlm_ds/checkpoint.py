@@ -120,7 +120,7 @@ def incomplete(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None when every listed file is there in full."""
     try:
         listed = json.loads((path / _COMPLETE).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{_COMPLETE} is missing or broken, so the checkpoint was never finished"
     for name, size in listed.items():
         file = path / name

@@ -130,7 +130,7 @@ class Collator:
         self._texts: dict[tuple[str, str], _Text] = {}
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
-        """Raises DataError naming the group when an image cannot be opened, or a text does not fit the model's window or template."""
+        """Raises DataError naming the file of an image that cannot be opened, or the group whose text does not fit the window or template."""
         layout = self._layout(groups)
         images: dict[Path, int] = {}
         rows: dict[tuple[int, str, int | None], _Row] = {}

@@ -236,6 +236,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,
+        allow_abbrev=False,
         description="Fine-tune a vision-language model with counterfactual objectives under DeepSpeed.",
         epilog="example: deepspeed train.py --deepspeed ds_configs/z3.json --config examples/quickstart.yaml --train.max_steps 100",
     )

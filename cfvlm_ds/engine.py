@@ -61,7 +61,10 @@ def clear_stale_locks(folder: Path | None = None, say: Callable[[str], object] =
     if folder is None:
         from torch.utils.cpp_extension import _get_build_directory  # also honours TORCH_EXTENSIONS_DIR
 
-        folder = Path(_get_build_directory("probe", verbose=False)).parent
+        probe = Path(_get_build_directory("probe", verbose=False))
+        folder = probe.parent
+        with contextlib.suppress(OSError):
+            probe.rmdir()
     removed = []
     for lock in sorted(folder.glob("*/lock")):
         while (reason := _held(lock)) and reason != "process":
@@ -87,9 +90,8 @@ def _held(lock: Path) -> str | None:
                         other = entry.stat()
                         if (other.st_dev, other.st_ino) == (identity.st_dev, identity.st_ino):
                             return "process"
-        mount = max(
-            (p for p in psutil.disk_partitions(all=True) if str(lock.resolve()).startswith(p.mountpoint)), key=lambda p: len(p.mountpoint)
-        )
+        mounts = [p for p in psutil.disk_partitions(all=True) if lock.resolve().is_relative_to(p.mountpoint)]
+        mount = max(mounts, key=lambda p: len(p.mountpoint))
         newest = max(path.stat().st_mtime for path in [lock, *lock.parent.iterdir()])
         if mount.fstype in _NETWORK_FILE_SYSTEMS and time.time() - newest < _STALE_AFTER_S:
             return f"{mount.fstype} is shared and another machine may be building"

@@ -70,6 +70,7 @@ def open_tracker(
     tags: Mapping[str, str],
     run_id: str | None = None,
     resume_step: int | None = None,
+    mlflow: bool = True,
     close_timeout: float = 30.0,
 ) -> Tracker | NullTracker:
     """Start tracking: a ``Tracker`` where ``enabled`` (rank 0), else an object with the same methods that does nothing.
@@ -84,6 +85,7 @@ def open_tracker(
         run_id: the MLflow run to continue, as kept in a checkpoint. The run folder's own record comes first, being at least as new.
         resume_step: None starts a new run in ``run_dir`` and discards the metrics of an earlier one there. A step continues: metrics of
             later steps are dropped from ``metrics.jsonl``, to be logged again.
+        mlflow: False keeps the metrics in ``metrics.jsonl`` alone; ``deliver`` can bring them to MLflow later.
         close_timeout: the most seconds that ``close`` waits for MLflow.
 
     Raises:
@@ -104,7 +106,7 @@ def open_tracker(
     record.params, record.tags = _masked(params), _masked(tags)
     record.resume_step, record.status, record.end_ms = resume_step, None, None
     record.save(run_dir)
-    return Tracker(run_dir, record, kept_names, close_timeout)
+    return Tracker(run_dir, record, kept_names, mlflow, close_timeout)
 
 
 class NullTracker:
@@ -135,10 +137,10 @@ class Tracker:
     FINISHED, and lets the exception pass.
     """
 
-    def __init__(self, run_dir: Path, record: _Record, kept_names: set[str], close_timeout: float) -> None:
+    def __init__(self, run_dir: Path, record: _Record, kept_names: set[str], mlflow: bool, close_timeout: float) -> None:
         self._kept_names, self._close_timeout = kept_names, close_timeout
         self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._delivery = _Delivery(run_dir, record)
+        self._delivery = _Delivery(run_dir, record, wanted=mlflow)
 
     @property
     def run_id(self) -> str | None:
@@ -231,7 +233,7 @@ class _Record:
 class _Delivery:
     """The background thread that brings a record and a metrics file to MLflow. MlflowClient only: no global MLflow state is touched."""
 
-    def __init__(self, run_dir: Path, record: _Record) -> None:
+    def __init__(self, run_dir: Path, record: _Record, wanted: bool = True) -> None:
         self.record = record
         self._run_dir = run_dir
         self._uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run_dir / 'mlflow.db').as_posix()}"
@@ -240,9 +242,10 @@ class _Delivery:
         self._client: Any = None
         self._system_metrics: _SystemMetrics | None = None
         self._steps_on_server: dict[str, set[int]] | None = None  # by metric; None: this process has created the run
-        self._done = False
+        self._done = not wanted
         self._thread = threading.Thread(target=self._run, name="cfvlm_ds-tracking", daemon=True)
-        self._thread.start()
+        if wanted:
+            self._thread.start()
 
     def add_artifact(self, path: str, folder: str) -> None:
         with self._lock:
@@ -255,7 +258,8 @@ class _Delivery:
             self.record.status, self.record.end_ms = status, end_ms
             self.record.save(self._run_dir)
         self._closing.set()
-        self._thread.join(timeout)
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
         self._stop.set()
         if not self._done:
             points, _ = _read_metrics(self._run_dir / METRICS_FILE, self.record.offset, limit=sys.maxsize)

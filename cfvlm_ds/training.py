@@ -84,6 +84,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
         tags=record["tags"],
         run_id=run.state.run_id,
         resume_step=run.state.step if found is not None else None,
+        mlflow=tracking.enabled,
     )
     with tracker:
         for path in record["files"]:

@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from cfvlm_ds.config import TinyLlavaConfig
+from cfvlm_ds.config import ModelConfig, TinyLlavaConfig
 from cfvlm_ds.groups import Candidate, CounterfactualGroup, Edit, to_row
+from cfvlm_ds.models import Scorer, family_of, load_model
 from cfvlm_ds.models.tiny import build_tiny_llava
 
 REPO = Path(__file__).resolve().parent.parent
@@ -45,6 +47,29 @@ def build_test_model(out_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_test_model(tmp_path_factory.mktemp("model") / "llava")
+
+
+@pytest.fixture(scope="session")
+def scorer(model_dir: Path) -> Any:
+    """The test model in fp32 with weights drawn wide, so that masks, positions and images matter as they do after training."""
+    model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15, generator=generator)
+    return Scorer(model, family_of(model.config))
+
+
+def plain_logp(model: Any, processor: Any, image: Image.Image | Path, prompt: str, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the text's tokens, and of its end-of-turn: the library's own forward of one image and one string, template by hand."""
+    image = Image.open(image).convert("RGB") if isinstance(image, Path) else image
+    head = f"USER: <image>\n{prompt} ASSISTANT:"
+    start = processor(images=[image], text=[head], return_tensors="pt").input_ids.shape[1]
+    inputs = processor(images=[image], text=[f"{head} {text}</s>"], return_tensors="pt")
+    tokens = inputs.input_ids[0, start:]
+    logp = model(**inputs).logits[0, start - 1 : -1].float().log_softmax(-1)[range(len(tokens)), tokens]
+    return logp[:-1], logp[-1]
 
 
 def draw(path: Path, shapes: list[tuple[str, str]]) -> Path:

@@ -110,7 +110,7 @@ def test_content_is_pinned() -> None:
             for scene in drawn.pictured:
                 digest.update(render(scene, 48).tobytes())
     digest.update(render(drawn.scenes[0], 224).tobytes())
-    assert digest.hexdigest() == "ae0e476e0bc517c28c107dfef47c862b02cc83041642a00430095d207d97e52c"
+    assert digest.hexdigest() == "45492d73052bdf4bfcce12d041a4a3338f49bee342d4b30d7d7ad3d9a31eed8a"
 
 
 def test_manifest_is_an_ordinary_one(built: Path) -> None:
@@ -141,11 +141,13 @@ def test_edit_changes_only_what_it_names(kind: str) -> None:
         texts = [say(describe(scene, a_first), phrasing) for scene in (before, after)]
         old, new = texts[0].split(), texts[1].split()
         assert texts[0] != texts[1]
-        if kind.endswith("_swap") or (kind == "relation" and phrasing == PHRASINGS.index("{at} {x} and {at_other} {y}")):
+        if kind.endswith("_swap") or (kind in ("relation", "depth") and phrasing == PHRASINGS.index("{at} {x} and {at_other} {y}")):
             assert Counter(old) == Counter(new)
-        if kind != "relation":  # "in front of" / "behind" differ in length
+        if kind != "depth":  # "in front of" / "behind" differ in length
             assert len(old) == len(new)
-            assert sum(a != b for a, b in zip(old, new, strict=True)) <= (2 if kind.endswith("_swap") or kind == "count" else 1)
+            assert sum(a != b for a, b in zip(old, new, strict=True)) <= (
+                2 if kind.endswith("_swap") or kind in ("count", "relation") else 1
+            )
 
         pixels = [np.asarray(render(scene, 48)).astype(int) for scene in (before, after)]
         differs = (pixels[0] != pixels[1]).any(axis=2)
@@ -220,7 +222,7 @@ def test_held_out_combinations_never_occur_outside_their_split() -> None:
 
 def test_edit_types_are_balanced() -> None:
     for split in set(RULES) - {"train"}:
-        kinds = Counter(group.edits[0].type for _, group in drawn_groups(split, 40))
+        kinds = Counter(group.edits[0].type for _, group in drawn_groups(split, 45))
         assert kinds == dict.fromkeys(EDITS, 5)
     kinds = Counter(drawn.edits[0] for drawn, _ in drawn_groups("train", 800))
     assert set(kinds) == set(EDITS) and min(kinds.values()) > 60
@@ -318,7 +320,7 @@ def test_wrong_settings_are_named(wrong: dict) -> None:
 def test_asking_for_more_edits_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cfvlm_ds.scenes.build._MAX_DRAWS", 50)
     with pytest.raises(DataError, match="num_counterfactuals"):
-        draw_group(ScenesConfig("unused", num_counterfactuals=3, edit_weights={"relation": 1.0}), "train", 0)
+        draw_group(ScenesConfig("unused", num_counterfactuals=3, edit_weights={"depth": 1.0}), "train", 0)
 
 
 def test_rendering_is_not_a_bottleneck(tmp_path: Path) -> None:

@@ -308,6 +308,10 @@ def test_misuse_is_named(remote: Server, tmp_path: Path) -> None:
 
 
 def test_disabled_does_nothing(tmp_path: Path) -> None:
+    with open_tracker(True, tmp_path / "local", "tests", "a run", {}, {}, mlflow=False) as tracker:
+        tracker.log(1, {"loss": 2.0})
+    assert tracker.run_id is None and not (tmp_path / "local" / "mlflow.db").exists()
+    assert json.loads((tmp_path / "local" / "metrics.jsonl").read_text())["loss"] == 2.0
     with open_tracker(False, tmp_path / "run", "tests", "a run", {}, {}) as tracker:
         assert isinstance(tracker, NullTracker)
         tracker.log(1, {"loss": 1.0})

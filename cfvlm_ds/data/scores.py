@@ -66,8 +66,9 @@ def read_scores(path: Path, groups: list[CounterfactualGroup]) -> dict[str, Stor
     for number, group in enumerate(groups, start=2):
         if group.id not in stored:
             raise DataError(f"{path}: no scores for group {group.id!r}, the file is incomplete; {remedy}")
-        values = [value for line in stored[group.id].logp for value in line] + list(stored[group.id].blank)
-        expected = (len(group.images) + 1) * len(group.candidates)
-        if len(values) != expected or not all(isinstance(v, float) and math.isfinite(v) for v in values):
-            raise DataError(f"{path}:{number}: group {group.id!r} needs {expected} finite scores; {remedy}")
+        lines = [*stored[group.id].logp, stored[group.id].blank]
+        images, texts = len(group.images), len(group.candidates)
+        finite = all(isinstance(value, float) and math.isfinite(value) for line in lines for value in line)
+        if [len(line) for line in lines] != [texts] * (images + 1) or not finite:
+            raise DataError(f"{path}:{number}: group {group.id!r} needs {images}x{texts} finite scores and {texts} blind ones; {remedy}")
     return stored

@@ -57,7 +57,7 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
         everything = Accuracy(
             "all",
             sum(row.num for row in rows),
-            {m: _mean([row.metrics[m] for row in rows if m in row.metrics]) for m in rows[0].metrics},
+            {m: _mean([row.metrics[m] for row in rows if m in row.metrics]) for m in METRICS if any(m in row.metrics for row in rows)},
             {m: _mean([row.blind[m] for row in rows]) for m in rows[0].blind},
         )
         rows.append(everything)

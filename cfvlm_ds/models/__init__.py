@@ -22,7 +22,7 @@ __all__ = ["FAMILIES", "MODULES", "Family", "Module", "Scorer", "attention", "fa
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
     """The model's configuration. Raises ConfigError when there is no such folder or hub name."""
-    if not Path(name_or_path).exists() and name_or_path.count("/") != 1:
+    if not Path(name_or_path).exists() and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
         raise ConfigError(f"model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
     try:
         return AutoConfig.from_pretrained(name_or_path)
@@ -60,6 +60,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         dtype=dtype,
         attn_implementation=attention(config.attn_implementation),
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
     )
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -34,7 +34,7 @@ RULES = {
     "test_corr50": Rule(0.5),
     "test_corr10": Rule(0.1),
 }
-GENERATOR = 1
+GENERATOR = 2
 """Raised whenever the same settings would give other data, so that an older folder is not taken for the new one."""
 
 _MIN_CHANGED = 24  # pixels of a 48 x 48 image that an edit must change visibly, scaled with the area

@@ -62,9 +62,11 @@ def _count(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
 
 
 def _relation(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
-    if scene.relation in ("front", "behind"):
-        return replace(scene, front=1 - scene.front)
-    return replace(scene, spots=(scene.spots[1], scene.spots[0]))
+    return None if scene.relation in ("front", "behind") else replace(scene, spots=(scene.spots[1], scene.spots[0]))
+
+
+def _depth(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
+    return replace(scene, front=1 - scene.front) if scene.relation in ("front", "behind") else None
 
 
 def _swap(scene: Scene, may_hold_out: bool, factor: str) -> Scene | None:
@@ -93,6 +95,7 @@ EDITS: dict[str, EditFunction] = {
     "texture": _texture,
     "count": _count,
     "relation": _relation,
+    "depth": _depth,
     "colour_swap": _colour_swap,
     "shape_swap": _shape_swap,
 }
@@ -108,8 +111,8 @@ def scene_difference(before: Scene, after: Scene) -> set[str]:
 
 def is_minimal(kind: str, changed: set[str]) -> bool:
     """Whether an edit of this type may have made exactly these changes (of scene_difference)."""
-    if kind == "relation":
-        return changed in ({"spots"}, {"front"})
+    if kind in ("relation", "depth"):
+        return changed == {"spots" if kind == "relation" else "front"}
     if kind.endswith("_swap"):
         factor = kind.removesuffix("_swap")
         return changed == {f"0.{factor}", f"1.{factor}"}

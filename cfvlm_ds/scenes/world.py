@@ -19,6 +19,7 @@ TEXTURES = ("plain", "striped", "dotted", "hollow")
 SIZES = ("medium", "small", "large")
 COUNTS = (1, 2, 3)
 RELATIONS = ("left", "right", "above", "below", "front", "behind")
+_FREQUENCY = (2, 2, 2, 2, 1, 1)  # overlapping things hide each other: fewer of them
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above", "front": "behind", "behind": "front"}
 
 GRID = 48
@@ -125,7 +126,7 @@ def draw_plan(rng: Random, rule: Rule) -> Plan:
 
 def draw_scene(rng: Random, rule: Rule, plan: Plan) -> Scene:
     """A random scene under ``rule`` that follows ``plan``. The two things always differ in shape, so every caption is unambiguous."""
-    relation = rng.choice(RELATIONS)
+    relation = rng.choices(RELATIONS, _FREQUENCY)[0]
     first, second = sorted(rng.sample(range(len(SHAPES)), 2))
     a_comes_first = (relation in ("left", "above", "front")) == plan.follows_order
     shapes = (SHAPES[first], SHAPES[second]) if a_comes_first else (SHAPES[second], SHAPES[first])

@@ -1,0 +1,170 @@
+"""Which checkpoint is continued from, which are kept, and what a half-written one is worth; folders made by hand, no engine."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cfvlm_ds import checkpoint
+from cfvlm_ds.checkpoint import TrainState
+from cfvlm_ds.config import ConfigError
+from cfvlm_ds.distributed import World
+
+ONE = World(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Engine:
+    """Writes and reads files where DeepSpeed would."""
+
+    def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
+        assert not save_latest, "a `latest` file would point at folders that are not finished"
+        (Path(folder) / tag / "shards").mkdir(parents=True)
+        torch.save(client_state, Path(folder) / tag / "shards" / "rank0.pt")
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
+        return folder, torch.load(Path(folder) / tag / "shards" / "rank0.pt", weights_only=False)
+
+
+class FullDisk(Engine):
+    def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
+        super().save_checkpoint(folder, tag, client_state, save_latest)
+        raise OSError(28, "No space left on device")
+
+
+def make(output_dir: Path, step: int, ranks: int = 1, complete: bool = True) -> Path:
+    path = output_dir / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "shard.pt").write_bytes(b"x" * 10)
+    if complete:
+        (path / "complete.json").write_text(json.dumps({"step": step, "world_size": ranks, "files": {"shard.pt": 10}}))
+    return path
+
+
+def names(output_dir: Path) -> set[str]:
+    return {path.name for path in output_dir.iterdir()}
+
+
+def test_incomplete_says_what_is_wrong(tmp_path: Path) -> None:
+    path = make(tmp_path, 3)
+    assert checkpoint.incomplete(path) is None
+    (path / "shard.pt").write_bytes(b"x" * 9)
+    assert checkpoint.incomplete(path) == "shard.pt has 9 bytes instead of 10"
+    (path / "shard.pt").unlink()
+    assert checkpoint.incomplete(path) == "shard.pt is missing"
+    for broken in ("", "[]", '{"step": 3}', '{"files": {"a": 1}'):
+        (path / "complete.json").write_text(broken)
+        assert "complete.json is missing or broken" in str(checkpoint.incomplete(path))
+    (path / "complete.json").unlink()
+    assert "never finished" in str(checkpoint.incomplete(path))
+    assert "never finished" in str(checkpoint.incomplete(tmp_path / "absent"))
+
+
+def test_auto_takes_the_newest_complete_one_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path, 9), make(tmp_path, 10), make(tmp_path, 100, complete=False)
+    make(tmp_path, 200).rename(tmp_path / "checkpoint-200.partial")
+    make(tmp_path, 300).rename(tmp_path / "checkpoint-best")
+    assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-10"
+    said = capsys.readouterr().out
+    assert "passed over" in said and "checkpoint-100: " in said and "checkpoint-9:" not in said and "200" not in said
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_auto_starts_anew_where_nothing_is_complete(tmp_path: Path) -> None:
+    make(tmp_path, 5, complete=False)
+    assert checkpoint.find(tmp_path, "auto", ONE) is None
+    assert checkpoint.find(tmp_path / "absent", "auto", ONE) is None
+    with pytest.raises(ConfigError, match="holds no complete checkpoint"):
+        checkpoint.newest(tmp_path)
+
+
+def test_never_refuses_a_folder_with_checkpoints(tmp_path: Path) -> None:
+    assert checkpoint.find(tmp_path, "never", ONE) is None
+    make(tmp_path, 5, complete=False)
+    with pytest.raises(ConfigError, match=r"already holds checkpoint-5; use train\.resume=auto or another output_dir"):
+        checkpoint.find(tmp_path, "never", ONE)
+
+
+def test_named_one_is_taken_or_refused(tmp_path: Path) -> None:
+    older, newer = make(tmp_path / "other", 4), make(tmp_path, 8, complete=False)
+    make(tmp_path, 7)
+    assert checkpoint.find(tmp_path, str(older), ONE) == older
+    with pytest.raises(ConfigError, match=r"checkpoint-8.*never finished.*name a complete checkpoint or use auto"):
+        checkpoint.find(tmp_path, str(newer), ONE)
+
+
+@pytest.mark.parametrize("resume", ["auto", "named"])
+def test_another_world_size_is_refused(tmp_path: Path, resume: str) -> None:
+    path = make(tmp_path, 6, ranks=4)
+    with pytest.raises(ConfigError, match=r"checkpoint-6 was written by 4 ranks and this run has 1; start 4 ranks"):
+        checkpoint.find(tmp_path, "auto" if resume == "auto" else str(path), ONE)
+
+
+def test_saving_keeps_the_newest_by_number(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        saved = checkpoint.save(Engine(), TrainState(step=step), tmp_path, ONE, keep=2)
+        assert saved == tmp_path / f"checkpoint-{step}" and checkpoint.incomplete(saved) is None
+    assert names(tmp_path) == {"checkpoint-10", "checkpoint-100"}
+    checkpoint.save(Engine(), TrainState(step=101), tmp_path, ONE, keep=0)
+    assert names(tmp_path) == {"checkpoint-10", "checkpoint-100", "checkpoint-101"}, "0 keeps all"
+
+
+def test_the_list_covers_files_in_subfolders(tmp_path: Path) -> None:
+    saved = checkpoint.save(Engine(), TrainState(step=1), tmp_path, ONE, keep=1)
+    with (saved / "shards" / "rank0.pt").open("ab") as handle:
+        handle.write(b"!")
+    assert "rank0.pt has" in str(checkpoint.incomplete(saved))
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_to_resume_from(tmp_path: Path) -> None:
+    checkpoint.save(Engine(), TrainState(step=1), tmp_path, ONE, keep=1)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(FullDisk(), TrainState(step=2), tmp_path, ONE, keep=1)
+    assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-1"
+    checkpoint.save(Engine(), TrainState(step=2), tmp_path, ONE, keep=1)
+    assert names(tmp_path) == {"checkpoint-2"}, "the remains are gone after the next success"
+
+
+def test_an_unfinished_folder_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    make(tmp_path, 3, complete=False)
+    saved = checkpoint.save(Engine(), TrainState(step=3), tmp_path, ONE, keep=1)
+    assert checkpoint.incomplete(saved) is None and not (saved / "shard.pt").exists()
+
+
+def test_state_and_random_numbers_come_back(tmp_path: Path) -> None:
+    state = TrainState(step=3, sampler={"epoch": 1, "position": 16}, run_id="r1", baseline_lp=-2.5)
+    torch.manual_seed(7), random.seed(7)
+    saved = checkpoint.save(Engine(), state, tmp_path, ONE, keep=1)
+    expected = (torch.rand(3).tolist(), random.random())
+    torch.manual_seed(8), random.seed(8)
+    back = TrainState()
+    checkpoint.load(Engine(), saved, back)
+    assert back == state
+    assert (torch.rand(3).tolist(), random.random()) == expected
+
+
+def test_state_holds_every_field_of_the_loop() -> None:
+    state = TrainState(step=3, sampler={"epoch": 1}, run_id="r", baseline_lp=-1.0)
+    assert state.state_dict() == {"step": 3, "sampler": {"epoch": 1}, "run_id": "r", "baseline_lp": -1.0}
+
+
+def test_what_deepspeed_cannot_load_is_named(tmp_path: Path) -> None:
+    class Refusing(Engine):
+        def load_checkpoint(self, folder: str, tag: str) -> tuple[None, None]:  # type: ignore[override]
+            return None, None
+
+    with pytest.raises(ConfigError, match="checkpoint-3: DeepSpeed could not load it"):
+        checkpoint.load(Refusing(), make(tmp_path, 3), TrainState())

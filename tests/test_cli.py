@@ -1,0 +1,424 @@
+"""Commands as a person types them: help, one-sentence answers to bad input, scores, evaluation, export, and the runs that need them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPO, environment, losses, metrics, run, train_arguments, write_manifest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from cfvlm_ds.cli import main
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.scores import read_scores
+
+COMMANDS = [["data", "build"], ["data", "check"], ["tiny"], ["score"], ["evaluate"], ["export"]]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one sentence a command ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    return only_sentence(capsys.readouterr().err)
+
+
+def only_sentence(stderr: str) -> str:
+    # Hugging Face's progress bars and the tokenizer's own warning about a long text are not ours to silence here.
+    lines = [
+        line for line in stderr.replace("\r", "\n").splitlines() if line and "it/s]" not in line and not line.startswith("[transformers]")
+    ]
+    assert len(lines) == 1 and lines[0].startswith("error: "), stderr
+    return lines[0]
+
+
+# --- help ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_has_an_example_that_parses(command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    example = " ".join(capsys.readouterr().out.split()).split("example: ")[1]
+    assert example.startswith(f"cfvlm-ds {' '.join(command)} ")
+    ran = []
+    monkeypatch.setattr("cfvlm_ds.cli._exit_cleanly", ran.append)
+    main(example.split()[1:])
+    assert len(ran) == 1
+
+
+def test_the_list_of_commands_is_the_one_tested_here(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = []
+    for prefix in ([], ["data"]):
+        with pytest.raises(SystemExit):
+            main([*prefix, "--help"])
+        names = capsys.readouterr().out.split("{")[1].split("}")[0].split(",")
+        listed += [[*prefix, name] for name in names if name != "data"]
+    assert sorted(listed) == sorted(COMMANDS)
+
+
+def test_installed_command() -> None:
+    assert "example: cfvlm-ds data check" in run([str(Path(sys.executable).with_name("cfvlm-ds")), "data", "check", "--help"])
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------------------------
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises width x height."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One manifest per defect, always in row 2 of 3."""
+    folder = tmp_path_factory.mktemp("bad")
+    good = write_manifest(folder / "good.jsonl", 3, seed=5, ragged=False)
+    rows = [json.loads(line) for line in good.read_text().splitlines()]
+    (folder / "images" / "huge.png").write_bytes(png_header(30_000, 30_000))
+    (folder / "images" / "corrupt.png").write_bytes((folder / "images" / "good-0-0.png").read_bytes()[:60])
+    (folder.parent / "outside.png").write_bytes((folder / "images" / "good-0-0.png").read_bytes())
+
+    def image(path: str) -> Callable[[dict[str, Any]], object]:
+        return lambda row: row["images"][1].update(path=path)
+
+    def text(value: str) -> Callable[[dict[str, Any]], object]:
+        return lambda row: row["texts"][1].update(text=value)
+
+    changes = {
+        "missing_image": image("images/none.png"),
+        "corrupt_image": image("images/corrupt.png"),
+        "huge_image": image("images/huge.png"),
+        "outside": image("../outside.png"),
+        "absolute": image("/etc/passwd"),
+        "equal_caption": text(rows[1]["texts"][0]["text"]),
+        "empty_text": text(" "),
+        "long_text": text("a red circle and a blue square " * 100 + "end"),
+    }
+    found = {"good": good}
+    for name, change in changes.items():
+        changed = copy.deepcopy(rows)
+        change(changed[1])
+        found[name] = folder / f"{name}.jsonl"
+        found[name].write_text("\n".join(map(json.dumps, changed)) + "\n")
+    found["broken_json"] = folder / "broken_json.jsonl"
+    found["broken_json"].write_text("\n".join([json.dumps(rows[0]), json.dumps(rows[1])[:-1], json.dumps(rows[2])]) + "\n")
+    return found
+
+
+DEFECTS = {
+    "missing_image": ["images/none.png", "no such image file", "restore it"],
+    "corrupt_image": ["images/corrupt.png", "truncated or corrupt", "copy or download it again"],
+    "huge_image": ["images/huge.png", "30000x30000", "shrink it, or raise max_pixels"],
+    "outside": ["'../outside.png'", "outside the data root", "write it relative"],
+    "absolute": ["'/etc/passwd'", "outside the data root", "write it relative"],
+    "equal_caption": ["text 1 equals text 0", "must differ"],
+    "empty_text": ["text 1 is empty", "write a text"],
+    "long_text": ["text 1 is", "window of 512", "shorten it"],
+    "broken_json": ["broken JSON at column", "write one JSON object per line"],
+}
+
+
+def test_every_defect_is_covered(bad: dict[str, Path]) -> None:
+    assert set(bad) == {"good", *DEFECTS}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_data_check_names_file_row_and_remedy(
+    defect: str, bad: dict[str, Path], model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, "data", "check", bad[defect], "--model", model_dir)
+    assert said.startswith(f"error: {bad[defect]}:2: ")
+    assert all(part in said for part in DEFECTS[defect]), said
+
+
+def test_data_check_of_sound_data(bad: dict[str, Path], model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["data", "check", str(bad["good"]), "--model", str(model_dir)])
+    assert "problems         none" in capsys.readouterr().out
+
+
+def test_data_check_options_reach_the_check(bad: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "48x48" in refused(capsys, "data", "check", bad["good"], "--max_pixels", "2000")
+    assert "no such image file" in refused(capsys, "data", "check", bad["good"], "--root", tmp_path)
+    assert "unknown format 'cfgrop'; did you mean 'cfgroup'?" in refused(capsys, "data", "check", bad["good"], "--format", "cfgrop")
+    assert "(5 more, listed above)" in refused(capsys, "data", "check", bad["good"], "--max_pixels", "1")
+
+
+def test_missing_manifest_or_model(bad: dict[str, Path], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    near = bad["good"].with_name("god.jsonl")
+    for arguments in (["data", "check", near], ["score", model_dir, near], ["evaluate", model_dir, near]):
+        assert f"{near}: no such manifest; did you mean 'good.jsonl'" in refused(capsys, *arguments)
+    absent = tmp_path / "no" / "model"
+    for arguments in (["data", "check", bad["good"], "--model", absent], ["score", absent, bad["good"]], ["evaluate", absent, bad["good"]]):
+        assert f"model.name_or_path {str(absent)!r} does not exist" in refused(capsys, *arguments)
+
+
+def test_scoring_names_a_bad_image_and_writes_nothing(
+    bad: dict[str, Path], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scores.jsonl"
+    assert "images/corrupt.png" in refused(capsys, "score", model_dir, bad["corrupt_image"], "--out", out)
+    assert "no such manifest" not in refused(capsys, "evaluate", model_dir, bad["missing_image"], "--out", out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not a run folder (no config.yaml)" in refused(capsys, "export", tmp_path)
+    (tmp_path / "config.yaml").write_text("model: {name_or_path: x}")
+    assert "holds no complete checkpoint" in refused(capsys, "export", tmp_path)
+    (tmp_path / "checkpoint-3").mkdir()
+    assert "checkpoint-3: complete.json is missing" in refused(capsys, "export", tmp_path / "checkpoint-3")
+
+
+# --- train.py refuses before it trains ------------------------------------------------------------------------------------------------
+
+SEVERAL = """
+import json, sys
+from cfvlm_ds.cli import train_main
+for arguments in sys.argv[1:]:
+    try:
+        train_main(json.loads(arguments))
+        print("trained", file=sys.stderr, flush=True)
+    except SystemExit as ended:
+        assert ended.code == 2
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(
+    bad: dict[str, Path], model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[str, Path]]:
+    """What train_main ends with, and its run folder: every case in turn, in one process."""
+    folder = tmp_path_factory.mktemp("refusals")
+    unknown = json.loads((REPO / "ds_configs" / "z3.json").read_text())
+    unknown["zero_optimization"]["sub_grup_size"] = 1
+    (folder / "unknown.json").write_text(json.dumps(unknown))
+    evaluation = [f"--data.evaluation.test={bad['missing_image']}"]
+    cases = {
+        "long_text": (bad["long_text"], []),
+        "broken_json": (bad["broken_json"], ["--data.check", "rows"]),
+        "evaluation": (manifests["train"], evaluation),
+        "no_manifest": (folder / "absent.jsonl", []),
+        "no_model": (manifests["train"], ["--model.name_or_path", str(folder / "no" / "model")]),
+        "no_scores": (manifests["train"], ["--objective.dpo.weight", "1"]),
+        "scores_absent": (manifests["train"], ["--objective.dpo.weight", "1", "--data.scores", str(folder / "absent.jsonl")]),
+        "no_json": (manifests["train"], ["--deepspeed", str(folder / "absent.json")]),
+        "unknown_key": (manifests["train"], ["--deepspeed", str(folder / "unknown.json")]),
+        "schedule": (manifests["train"], ["--train.lr_scheduler_type", "cosin"]),
+    }
+    arguments = [json.dumps(train_arguments(model_dir, {"train": m}, folder / name, *extra)) for name, (m, extra) in cases.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL, *arguments], cwd=REPO, env=environment(), capture_output=True, text=True, timeout=200
+    )
+    said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith(("error:", "trained", "Traceback"))]
+    assert done.returncode == 0 and len(said) == len(cases), done.stdout + done.stderr
+    return {name: (line, folder / name) for name, line in zip(cases, said, strict=True)}
+
+
+REFUSALS = {
+    "long_text": ["long_text.jsonl:2: ", "window of 512"],
+    "broken_json": ["broken_json.jsonl:2: ", "broken JSON"],
+    "evaluation": ["missing_image.jsonl:2: ", "no such image file"],
+    "no_manifest": ["absent.jsonl: no such manifest"],
+    "no_model": ["model.name_or_path", "does not exist"],
+    "no_scores": ["`cfvlm-ds score`", "data.scores"],
+    "scores_absent": ["absent.jsonl: no such scores file", "`cfvlm-ds score`"],
+    "no_json": ["absent.json: no such file; there are ds_configs/"],
+    "unknown_key": ["unknown.json", "sub_grup_size", "not permitted"],
+    "schedule": ["train.lr_scheduler_type", "cosin ", "cosine_with_restarts"],
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_training_refuses_before_it_starts(case: str, refusals: dict[str, tuple[str, Path]]) -> None:
+    said, folder = refusals[case]
+    assert said.startswith("error: ") and all(part in said for part in REFUSALS[case]), said
+    assert not (folder / "metrics.jsonl").exists() and not list(folder.glob("checkpoint*"))
+
+
+def test_train_py_itself(bad: dict[str, Path], model_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", *train_arguments(model_dir, {"train": bad["corrupt_image"]}, tmp_path / "run")]
+    ended = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 2
+    said = only_sentence(ended.stderr)
+    assert said.startswith(f"error: {bad['corrupt_image']}:2: ") and all(part in said for part in DEFECTS["corrupt_image"])
+    assert "step 1" not in ended.stdout and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scores_file(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scores") / "new" / "train.jsonl"
+    main(["score", str(model_dir), str(manifests["train"]), "--out", str(out), "--batch_size", "7"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(model_dir: Path, manifests: dict[str, Path], scores_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three short trainings in one process: ``z2``, ``z3`` (evaluated and exported) and ``dpo``."""
+    folder = tmp_path_factory.mktemp("runs")
+    extra = {
+        "z2": ["--deepspeed", "ds_configs/z2.json"],
+        "z3": [f"--data.evaluation.test={manifests['test']}", "--train.export", "true"],
+        "dpo": ["--objective.dpo.weight", "1", "--data.scores", str(scores_file), "--objective.align.weight", "0"],
+    }
+    options = {name: train_arguments(model_dir, manifests, folder / name, "--train.max_steps", "2", *more) for name, more in extra.items()}
+    run([sys.executable, "tests/train_many.py", *map(json.dumps, options.values())])
+    return folder
+
+
+def test_stage_2_and_stage_3_take_the_same_steps(runs: Path) -> None:
+    assert len(losses(runs / "z3")) == 2
+    assert losses(runs / "z2") == pytest.approx(losses(runs / "z3"), rel=1e-5)
+    assert json.loads((runs / "z2" / "ds_config.json").read_text())["zero_optimization"]["stage"] == 2
+
+
+def test_score_writes_what_dpo_reads(scores_file: Path, model_dir: Path, manifests: dict[str, Path]) -> None:
+    groups = read_manifest(manifests["train"])
+    stored = read_scores(scores_file, groups)
+    assert json.loads(scores_file.read_text().splitlines()[0])["model"] == str(model_dir)
+    assert set(stored) == {group.id for group in groups}
+    assert all(value < 0 for scores in stored.values() for line in scores.logp for value in line)
+
+
+def test_dpo_starts_at_log_2(runs: Path) -> None:
+    """At the first step the policy is the reference, so every margin is 0 (arXiv 2305.18290, equation 7)."""
+    first, second = (row for row in metrics(runs / "dpo") if "loss" in row)
+    assert first["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["dpo/margin"] == pytest.approx(0, abs=1e-5)
+    assert abs(second["loss/dpo"] - math.log(2)) > 1e-4, "the policy moves away from the reference"
+
+
+def test_evaluate_prints_the_table_of_the_run(
+    runs: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exported folder, scored in one process with another batch size, has the run's own results."""
+    main(["evaluate", str(runs / "z3" / "export"), str(manifests["test"]), "--out", str(tmp_path / "e" / "r.json"), "--batch_size", "3"])
+    printed = capsys.readouterr().out.strip()
+    assert printed == (runs / "z3" / "results.md").read_text().strip()
+    assert "| chance |" in printed and "| test | all, blank image |" in printed
+    assert json.loads((tmp_path / "e" / "r.json").read_text()) == json.loads((runs / "z3" / "results.json").read_text())
+
+
+PLAIN = """
+import json, sys
+from pathlib import Path
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder, manifest = sys.argv[1], Path(sys.argv[2])
+processor, model = AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder).eval()
+found = {}
+for row in map(json.loads, manifest.read_text().splitlines()):
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["prompt"]}]}
+    head = processor.apply_chat_template([user], add_generation_prompt=True)
+    matrix = []
+    for named in row["images"]:
+        image, line = Image.open(manifest.parent / named["path"]), []
+        start = processor(images=[image], text=[head], return_tensors="pt").input_ids.shape[1]
+        for text in row["texts"]:
+            inputs = processor(images=[image], text=[head + " " + text["text"]], return_tensors="pt")
+            with torch.no_grad():
+                logp = model(**inputs).logits[0, start - 1 : -1].log_softmax(-1)
+            line.append(logp.gather(1, inputs.input_ids[0, start:, None]).sum().item())
+        matrix.append(line)
+    found[row["id"]] = matrix
+assert not {"cfvlm_ds", "deepspeed"} & set(sys.modules)
+print(json.dumps(found))
+"""
+
+
+def test_export_scores_the_same_under_plain_transformers(runs: Path, manifests: dict[str, Path]) -> None:
+    folder = runs / "z3" / "export"
+    command = [sys.executable, "-c", PLAIN, str(folder), str(manifests["test"])]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    plain = json.loads(done.stdout)
+    groups = read_manifest(manifests["test"])
+    stored = read_scores(runs / "z3" / "scores" / "test.jsonl", groups)
+    assert set(plain) == set(stored)
+    for name, scores in stored.items():
+        for ours, theirs in zip(scores.logp, plain[name], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5), name
+
+
+def tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as handle:
+            found |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
+    return found
+
+
+def test_export_has_the_source_s_tensors_with_other_values(runs: Path, model_dir: Path) -> None:
+    source, exported = tensors(model_dir), tensors(runs / "z3" / "export")
+    assert {n: (t.shape, t.dtype) for n, t in exported.items()} == {n: (t.shape, t.dtype) for n, t in source.items()}
+    moved = [name for name, tensor in exported.items() if not tensor.equal(source[name])]
+    # Without gradient: LLaVA takes the tower's patches before its last norm, and a bias of keys shifts all logits of a query alike.
+    assert {name for name in source if name not in moved} <= {name for name in source if "post_layernorm." in name or "k_proj.bias" in name}
+    for name in ("config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json"):
+        assert (runs / "z3" / "export" / name).exists() == (model_dir / name).exists()
+
+
+def test_export_keeps_the_source_s_dtype(runs: Path, model_dir: Path, tmp_path: Path) -> None:
+    """Training is in float32 or with a float32 master copy; a bfloat16 model stays one on disk."""
+    source, run_dir = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(model_dir, source)
+    save_file({name: tensor.bfloat16() for name, tensor in tensors(model_dir).items()}, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["dtype"] = config["text_config"]["dtype"] = config["vision_config"]["dtype"] = "bfloat16"
+    (source / "config.json").write_text(json.dumps(config))
+    shutil.copytree(runs / "z3" / "checkpoint-2", run_dir / "checkpoint-2")
+    (run_dir / "config.yaml").write_text(json.dumps({"model": {"name_or_path": str(source)}}))
+    main(["export", str(run_dir)])
+    exported, full = tensors(run_dir / "export"), tensors(runs / "z3" / "export")
+    assert set(exported) == set(full)
+    assert all(tensor.equal(full[name].bfloat16()) for name, tensor in exported.items())
+
+
+def test_export_command_writes_the_same_folder(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given in (runs / "z3", runs / "z3" / "checkpoint-2"):
+        main(["export", str(given), "--out", str(tmp_path / given.name)])
+        assert f"exported to {tmp_path / given.name}" in capsys.readouterr().out
+        again, first = tensors(tmp_path / given.name), tensors(runs / "z3" / "export")
+        assert set(again) == set(first) and all(again[name].equal(first[name]) for name in first)
+
+
+def test_export_of_a_damaged_checkpoint_leaves_nothing(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs / "z3" / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copy(runs / "z3" / "config.yaml", tmp_path)
+    shard = next((tmp_path / "checkpoint-2").glob("*optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    said = refused(capsys, "export", tmp_path / "checkpoint-2")
+    assert shard.name in said and "instead of" in said and not (tmp_path / "export").exists()
+
+
+def test_build_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["data", "build", str(tmp_path / "scenes"), "--num_train", "5", "--num_test", "2", "--seed", "3"])
+    manifest = tmp_path / "scenes" / "train.jsonl"
+    assert len(manifest.read_text().splitlines()) == 5
+    for path in sorted((tmp_path / "scenes").glob("*.jsonl")):
+        capsys.readouterr()
+        main(["data", "check", str(path)])
+        assert "problems         none" in capsys.readouterr().out
+    assert "holds scenes of other settings" in refused(capsys, "data", "build", tmp_path / "scenes", "--num_train", "6")

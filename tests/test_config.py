@@ -1,0 +1,210 @@
+"""Parsing of a run's configuration: precedence, strictness, and what each mistake is answered with."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPO
+
+from cfvlm_ds.config import ConfigError, RunConfig, parse_config
+from cfvlm_ds.objectives import OBJECTIVES
+
+
+def parse(*argv: str) -> RunConfig:
+    return parse_config(argv, OBJECTIVES, prog="train.py")
+
+
+@pytest.fixture
+def written(tmp_path: Path):
+    def write(text: str) -> list[str]:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return ["--config", str(path)]
+
+    return write
+
+
+def test_defaults_then_yaml_then_command_line(written) -> None:
+    given = written("train: {max_steps: 7, seed: 3}\nobjective: {csd: {margin: 0.125}}\n")
+    assert (parse().train.max_steps, parse().train.seed, parse().train.save_steps) == (-1, 0, 500)
+    config = parse(*given, "--train.max_steps", "9", "--objective.fcd.margin=0.5")
+    assert (config.train.max_steps, config.train.seed, config.train.save_steps) == (9, 3, 500)
+    assert config.objective["csd"].margin == 0.125 and config.objective["fcd"].margin == 0.5
+    assert parse("--train.max_steps", "9", *given).train.max_steps == 7, "options apply in the order they are written"
+
+
+def test_the_help_matches_the_section_it_names() -> None:
+    """What is parsed lands in the dataclass of its own section, with the type it declares."""
+    config = parse("--model.projector.learning_rate", "1e-3", "--data.evaluation", '{"a": "b.jsonl"}', "--build.scenes.out_dir", "x")
+    assert config.model.projector.learning_rate == 1e-3 and config.model.vision_tower.learning_rate is None
+    assert config.data.evaluation == {"a": "b.jsonl"}
+    assert config.build.scenes is not None and config.build.scenes.out_dir == "x" and config.build.tiny_llava is None
+
+
+UNKNOWN_OPTIONS = {
+    "train.learningrate": "train.learning_rate",
+    "learning_rate": "train.learning_rate",
+    "objective.fcd.symetric": "objective.fcd.symmetric",
+    "model.vision_tower.frezee": "model.vision_tower.freeze",
+    "build.scenes.num_trian": "build.scenes.num_train",
+}
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("wrong", UNKNOWN_OPTIONS)
+def test_unknown_option_names_the_nearest(wrong: str, joined: bool) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(*([f"--{wrong}=1"] if joined else [f"--{wrong}", "1"]))
+    assert str(raised.value) == f"unknown option {wrong!r}; did you mean {UNKNOWN_OPTIONS[wrong]!r}?"
+
+
+UNKNOWN_KEYS = {
+    "train: {max_step: 7}": ("train.max_step", "train.max_steps"),
+    "trian: {max_steps: 7}": ("trian.max_steps", "train.max_steps"),
+    "model: {vision_tower: {frezee: true}}": ("model.vision_tower.frezee", "model.vision_tower.freeze"),
+    "objective: {csd: {wieght: 1}}": ("objective.csd.wieght", "objective.csd.weight"),
+    "build: {scenes: {out_dir: x, num_trian: 3}}": ("build.scenes.num_trian", "build.scenes.num_train"),
+}
+
+
+@pytest.mark.parametrize("text", UNKNOWN_KEYS)
+def test_unknown_yaml_key_names_the_nearest(written, text: str) -> None:
+    wrong, right = UNKNOWN_KEYS[text]
+    with pytest.raises(ConfigError) as raised:
+        parse(*written(text))
+    assert str(raised.value) == f"unknown option {wrong!r}; did you mean {right!r}?"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("train.max_steps", "many"),
+        ("train.max_steps", "1.5"),
+        ("train.bf16", "maybe"),
+        ("data.check", "none"),
+        ("objective.csd.weight", "heavy"),
+        ("objective.csd.mode", "crossed"),
+        ("model.vision_tower.freeze", "perhaps"),
+    ],
+)
+def test_wrong_type_or_choice_is_one_sentence(written, option: str, value: str) -> None:
+    section, name = option.rsplit(".", 1)
+    nested = {name: value}
+    for part in reversed(section.split(".")):
+        nested = {part: nested}
+    for argv in ([f"--{option}", value], written(yaml.safe_dump(nested))):
+        with pytest.raises(ConfigError) as raised:
+            parse(*argv)
+        message = str(raised.value)
+        assert message.startswith(f"{option}: ") and value in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("train: {max_steps: null}", "train.max_steps"),
+        ("train: 5", "train"),
+        ("train: null", "train"),
+        ("model: {vision_tower: 5}", "model.vision_tower"),
+        ("objective: {csd: null}", "objective.csd"),
+        ("data: {evaluation: [a.jsonl]}", "data.evaluation"),
+    ],
+)
+def test_null_or_a_value_in_place_of_a_section(written, text: str, option: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(*written(text))
+    assert str(raised.value).startswith(f"{option}: ") and "\n" not in str(raised.value)
+
+
+def test_null_is_fine_where_it_is_the_default(written) -> None:
+    assert parse(*written("data: {scores: null}\nmodel: {projector: {learning_rate: null}}")).data.scores is None
+
+
+@pytest.mark.parametrize(("spelled", "meant"), [("true", True), ("false", False), ("auto", "auto")])
+def test_bf16_is_spelled_as_yaml_and_the_command_line_do(written, spelled: str, meant: object) -> None:
+    assert parse(*written(f"train: {{bf16: {spelled}}}")).train.bf16 == meant
+    assert parse("--train.bf16", spelled).train.bf16 == meant
+
+
+def test_missing_config_file() -> None:
+    with pytest.raises(ConfigError, match=r"no/such\.yaml"):
+        parse("--config", "no/such.yaml")
+
+
+def test_term_of_weight_zero_is_left_out() -> None:
+    assert set(parse().objective) == {name for name, term in OBJECTIVES.items() if term().weight != 0}
+    assert set(parse("--objective.csd.weight", "0", "--objective.dpo.weight", "0.1").objective) == {"align", "fcd", "dpo"}
+
+
+def test_all_weights_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match="weight 0"):
+        parse(*(part for name in OBJECTIVES for part in (f"--objective.{name}.weight", "0")))
+
+
+def test_print_config_parses_back_to_the_same(written, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*written("train: {max_steps: 7, bf16: false}\ndata: {evaluation: {a: b}}"), "--objective.csd.weight", "0.1"]
+    given += ["--build.scenes.out_dir", "x", "--model.projector.learning_rate", "2e-4", "--deepspeed", "mine.json"]
+    with pytest.raises(SystemExit) as ended:
+        parse(*given, "--print_config")
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    expected = parse(*given)
+    assert expected.resolved["train"]["max_steps"] == 7 and "max_steps: 7" in printed
+    again = parse(*written(printed))
+    assert again.resolved == expected.resolved
+    assert dataclasses.asdict(again.train) == dataclasses.asdict(expected.train)
+
+
+def test_resolved_is_plain_yaml_and_complete(written) -> None:
+    """config.yaml of a run folder holds every option, and starts the same run again."""
+    resolved = parse("--train.seed", "5").resolved
+    text = yaml.safe_dump(dict(resolved))
+    assert parse(*written(text)).resolved == resolved
+    assert set(resolved) == {"model", "data", "train", "tracking", "build", "objective", "deepspeed"}
+    assert set(resolved["objective"]) == set(OBJECTIVES)
+
+
+def test_help_has_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse("--help")
+    assert ended.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "deepspeed train.py --deepspeed ds_configs/z3.json --config" in printed
+    assert "--train.max_grad_norm" in printed and "clip the global gradient norm" in printed
+
+
+def test_the_launcher_s_local_rank_is_accepted() -> None:
+    """The deepspeed launcher appends it to every rank's arguments; it must not be part of the run's definition."""
+    assert parse("--local_rank=3").resolved == parse("--local_rank", "1").resolved == parse().resolved
+
+
+def test_a_researcher_s_objective_gets_its_options() -> None:
+    @dataclass(frozen=True)
+    class Mine:
+        weight: float = 0.0
+        sharpness: int = 2
+
+    mapping = {**OBJECTIVES, "mine": Mine}
+    config = parse_config(["--objective.mine.weight", "0.5", "--objective.mine.sharpness", "4"], mapping)
+    assert config.objective["mine"] == Mine(0.5, 4)
+    assert "mine" not in parse_config([], mapping).objective
+    with pytest.raises(ConfigError, match=r"unknown option 'objective\.mine\.sharpnes'; did you mean 'objective\.mine\.sharpness'"):
+        parse_config(["--objective.mine.sharpnes", "4"], mapping)
+
+
+EXAMPLES = sorted((REPO / "examples").glob("*.yaml"))
+
+
+def test_there_are_examples() -> None:
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_parses(path: Path) -> None:
+    config = parse("--config", str(path))
+    assert config.data.train and config.model.name_or_path
+    assert (REPO / config.deepspeed).is_file()

@@ -1,0 +1,358 @@
+"""DeepSpeed's side: what "auto" becomes, what is refused, how parameters are grouped, stale build locks, and real partitioning."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPO, environment, train_arguments
+
+from cfvlm_ds import engine
+from cfvlm_ds.config import ConfigError, RunConfig, parse_config
+from cfvlm_ds.models import Scorer, family_of, load_model
+from cfvlm_ds.objectives import OBJECTIVES
+
+CPU = torch.device("cpu")
+SHIPPED = sorted((REPO / "ds_configs").glob("*.json"))
+HIDDEN, STEPS = 96, 50
+
+
+def configured(*argv: str, json_file: Path = REPO / "ds_configs" / "z3_offload.json") -> RunConfig:
+    return parse_config(["--deepspeed", str(json_file), *argv], OBJECTIVES)
+
+
+def raw(name: str = "z3_offload", **changes: Any) -> dict[str, Any]:
+    """A shipped JSON with values changed: a dict goes into its section, None removes the key."""
+    result = engine.read_json(str(REPO / "ds_configs" / f"{name}.json"))
+    for key, value in changes.items():
+        if value is None:
+            del result[key]
+        elif isinstance(value, dict) and key in result:
+            result[key].update(value)
+        else:
+            result[key] = value
+    return result
+
+
+def resolve(given: dict[str, Any], *argv: str, ranks: int = 1, device: torch.device = CPU) -> Any:
+    return engine.resolve(given, configured(*argv), ranks, device, HIDDEN, STEPS)
+
+
+def by_transformers(given: dict[str, Any], tmp_path: Path, **arguments: Any) -> dict[str, Any]:
+    """The same JSON as the Hugging Face Trainer fills it in, with its own TrainingArguments."""
+    from transformers import TrainingArguments
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    real = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], **arguments)
+    assert real.world_size == 1
+    theirs = HfTrainerDeepSpeedConfig(copy.deepcopy(given))
+    theirs.trainer_config_process(real)
+    theirs.trainer_config_finalize(real, SimpleNamespace(config=SimpleNamespace(hidden_size=HIDDEN)), STEPS)
+    return theirs.config
+
+
+VALUES = {
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "max_grad_norm": 0.7,
+    "learning_rate": 2e-3,
+    "weight_decay": 0.1,
+    "adam_beta1": 0.8,
+    "adam_beta2": 0.95,
+    "adam_epsilon": 1e-7,
+}
+SCHEDULER = {
+    "type": "WarmupDecayLR",
+    "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"),
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"scheduler": SCHEDULER | {"params": SCHEDULER["params"] | {"warmup_min_lr": 0}}}], ids=["", "scheduler"]
+)
+@pytest.mark.parametrize("name", [path.stem for path in SHIPPED])
+def test_autos_are_filled_as_transformers_fills_them(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    options = [part for key, value in VALUES.items() for part in (f"--train.{key}", str(value))]
+    ours = resolve(raw(name, **changes), *options, "--train.warmup_ratio", "0.2").config
+    theirs = by_transformers(raw(name, **changes), tmp_path, **VALUES, warmup_steps=0.2)
+    assert ours == theirs
+    assert ours["train_batch_size"] == 6 and ours["gradient_clipping"] == 0.7 and "auto" not in json.dumps(ours)
+
+
+def test_batch_size_counts_all_ranks() -> None:
+    options = ["--train.per_device_train_batch_size", "3", "--train.gradient_accumulation_steps", "2"]
+    assert resolve(raw(), *options, ranks=8).config["train_batch_size"] == 48
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_files_are_explicit_and_known_to_deepspeed(path: Path) -> None:
+    import deepspeed
+    import deepspeed.runtime.constants as constants
+
+    given = engine.read_json(str(path))
+    known = {value for value in vars(constants).values() if isinstance(value, str)} | {"zero_optimization", "optimizer"}
+    assert not set(given) - known, "DeepSpeed ignores top-level keys it does not know"
+    assert given["zero_optimization"]["stage"] == (2 if path.stem == "z2" else 3)
+    always = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16", "fp16"}
+    assert always <= set(given), "releases differ in what a missing key means"
+    assert deepspeed.DeepSpeedConfig(resolve(given).config).gradient_clipping == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "argv", "parts"),
+    [
+        ({"gradient_clipping": 0.5}, [], ["gradient_clipping=0.5", "train.max_grad_norm=1.0"]),
+        ({"train_micro_batch_size_per_gpu": 4}, [], ["train_micro_batch_size_per_gpu=4", "train.per_device_train_batch_size=8"]),
+        ({"gradient_accumulation_steps": 4}, [], ["gradient_accumulation_steps=4", "train.gradient_accumulation_steps=1"]),
+        ({"train_batch_size": 4}, [], ["train_batch_size=4", "micro-batch x accumulation x ranks=8"]),
+        ({"optimizer": {"params": {"lr": 1e-3}}}, [], ["optimizer.params.lr=0.001", "train.learning_rate=1e-05"]),
+        ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, [], ["optimizer.params.betas=[0.9, 0.95]", "[0.9, 0.999]"]),
+        ({"bf16": {"enabled": True}}, ["--train.bf16", "false"], ["bf16.enabled=True", "train.bf16=False"]),
+        ({"bf16": {"enabled": False}}, ["--train.bf16", "true"], ["bf16.enabled=False", "train.bf16=True"]),
+        ({"bf16": None}, ["--train.bf16", "true"], ["train.bf16=true", "torch.float32"]),
+    ],
+)
+def test_contradictions_name_both_values(changes: dict[str, Any], argv: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        resolve(raw(**changes), *argv)
+    assert all(part in str(raised.value) for part in [*parts, "z3_offload.json"]), str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_several_contradictions_are_all_named() -> None:
+    with pytest.raises(ConfigError, match=r"gradient_clipping=0\.5 .*; train_micro|train_micro.*; gradient_clipping=0\.5"):
+        resolve(raw(gradient_clipping=0.5, train_micro_batch_size_per_gpu=4))
+
+
+def test_auto_without_a_rule_is_named() -> None:
+    with pytest.raises(ConfigError, match=r'no rule fills "auto" of zero_optimization\.sub_group_size; write a value'):
+        resolve(raw(zero_optimization={"sub_group_size": "auto"}))
+
+
+def test_missing_gradient_clipping_is_refused() -> None:
+    with pytest.raises(ConfigError, match="gradient_clipping is missing"):
+        resolve(raw(gradient_clipping=None))
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--deepspeed .*absent\.json: no such file"):
+        engine.read_json(str(tmp_path / "absent.json"))
+    broken = tmp_path / "broken.json"
+    broken.write_text('{\n  "bf16": {"enabled": true},,\n}')
+    with pytest.raises(ConfigError, match=r"broken\.json: broken JSON at line 2, column 29"):
+        engine.read_json(str(broken))
+
+
+@pytest.mark.parametrize(
+    ("capable", "written", "asked", "expected"),
+    [
+        (None, "auto", "auto", torch.float32),
+        (False, "auto", "auto", torch.float32),
+        (True, "auto", "auto", torch.bfloat16),
+        (True, "auto", "false", torch.float32),
+        (None, "auto", "true", torch.bfloat16),
+        (True, False, "auto", torch.float32),
+        (None, True, "auto", torch.bfloat16),
+    ],
+)
+def test_precision(monkeypatch: pytest.MonkeyPatch, capable: bool | None, written: Any, asked: str, expected: torch.dtype) -> None:
+    """capable None is a CPU; the JSON decides where it says something, the device where both leave it open."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bool(capable))
+    device = CPU if capable is None else torch.device("cuda", 0)
+    resolved = resolve(raw(bf16={"enabled": written}), "--train.bf16", asked, device=device)
+    assert resolved.dtype() == expected and resolved.config["bf16"]["enabled"] == (expected == torch.bfloat16)
+
+
+# --- parameter groups ---------------------------------------------------------------------------------------------------------------
+
+
+def grouped(model_dir: Path, *argv: str) -> list[dict[str, Any]]:
+    """Parameter groups with names in place of parameters."""
+    config = configured("--model.name_or_path", str(model_dir), "--train.weight_decay", "0.1", *argv)
+    model = load_model(config.model, torch.float32)
+    scorer = Scorer(model, family_of(model.config))
+    name = {parameter: name for name, parameter in model.named_parameters()}
+    return [group | {"params": [name[p] for p in group["params"]]} for group in engine.parameter_groups(scorer, config)]
+
+
+def expected_module(name: str) -> str:
+    return "vision_tower" if "vision_tower" in name else "projector" if "projector" in name else "language_model"
+
+
+def test_groups_have_rates_by_module_and_decay_by_kind(model_dir: Path) -> None:
+    groups = grouped(
+        model_dir, "--train.learning_rate", "1e-4", "--model.vision_tower.learning_rate", "1e-6", "--model.projector.learning_rate", "0"
+    )
+    rates = {"vision_tower": 1e-6, "projector": 0.0, "language_model": 1e-4}
+    for group in groups:
+        for name in group["params"]:
+            assert group["lr"] == rates[expected_module(name)], name
+            exempt = any(part in name for part in ("bias", "norm", "layrnorm", "class_embedding"))
+            assert group["weight_decay"] == (0.0 if exempt else 0.1), name
+    from safetensors import safe_open
+
+    with safe_open(model_dir / "model.safetensors", "pt") as handle:
+        number = len(list(handle.keys()))
+    names = [name for group in groups for name in group["params"]]
+    assert len(names) == len(set(names)) == number, "every weight of the file is in exactly one group"
+
+
+def test_groups_have_one_order(model_dir: Path) -> None:
+    """Checkpoints store optimizer state by position."""
+    groups = grouped(model_dir)
+    assert [group["name"] for group in groups] == [
+        "language_model",
+        "language_model.exempt",
+        "projector",
+        "projector.exempt",
+        "vision_tower",
+        "vision_tower.exempt",
+    ]
+    assert groups == grouped(model_dir)
+
+
+def test_frozen_modules_are_left_out(model_dir: Path) -> None:
+    groups = grouped(model_dir, "--model.vision_tower.freeze", "true", "--model.language_model.freeze", "true")
+    assert {expected_module(name) for group in groups for name in group["params"]} == {"projector"}
+
+
+# --- build locks --------------------------------------------------------------------------------------------------------------------
+
+
+def plant(folder: Path, name: str) -> Path:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "lock").touch()
+    return folder / name / "lock"
+
+
+def test_a_stale_lock_is_removed_and_named(tmp_path: Path) -> None:
+    lock, said = plant(tmp_path, "cpu_adam"), []
+    (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
+    (tmp_path / "utils").mkdir()
+    assert engine.clear_stale_locks(tmp_path, said.append) == [lock]
+    assert not lock.exists() and (tmp_path / "cpu_adam" / "cpu_adam.so").exists()
+    assert len(said) == 1 and str(lock) in said[0]
+
+
+def test_a_lock_that_a_process_holds_open_is_left_alone(tmp_path: Path) -> None:
+    held, stale, said = plant(tmp_path, "a"), plant(tmp_path, "b"), []
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; handle = open({str(held)!r}); print('open', flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout is not None and holder.stdout.readline() == "open\n"
+    assert engine.clear_stale_locks(tmp_path, said.append) == [stale]
+    assert held.exists()
+    holder.communicate("")
+    assert engine.clear_stale_locks(tmp_path, said.append) == [held]
+
+
+def test_on_a_network_file_system_a_fresh_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine may hold it; untouched for five minutes it is stale."""
+    import psutil
+
+    lock, said = plant(tmp_path, "a"), []
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [SimpleNamespace(mountpoint="/", fstype="nfs4")])
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        assert len(naps) < 9 and lock.exists()
+        age = time.time() - (301 if len(naps) == 3 else 200)
+        os.utime(lock, (age, age))
+
+    monkeypatch.setattr(engine.time, "sleep", nap)
+    assert engine.clear_stale_locks(tmp_path, said.append) == [lock]
+    assert len(naps) == 3 and "nfs4" in said[0]
+
+
+# --- a real process -----------------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import json, sys
+from cfvlm_ds import engine
+world = engine.start()
+started = {"mlflow": "mlflow" in sys.modules, "deepspeed": "deepspeed" in sys.modules, "world": [world.rank, world.size]}
+from cfvlm_ds.collate import load_collator
+from cfvlm_ds.config import parse_config
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.objectives import OBJECTIVES
+config = parse_config(sys.argv[1:], OBJECTIVES)
+resolved = engine.resolve(engine.read_json(config.deepspeed), config, world.size, world.device, engine.hidden_size(config), 2)
+driven = engine.initialize(config, resolved, world, 2)
+named = dict(driven.module.model.named_parameters())
+state = lambda p: [hasattr(p, "ds_id"), list(p.shape), list(getattr(p, "ds_shape", []))]
+before = {name: state(p) for name, p in named.items()}
+inside = {}
+def hook(name):
+    return lambda module, *_: inside.update({f"{name}.{k}": list(p.shape) for k, p in module.named_parameters(recurse=False)})
+for name, module in driven.module.model.named_modules():
+    if type(module).__name__ == "Linear":
+        module.register_forward_pre_hook(hook(name))
+batch = load_collator(config.model, "full", config.data.max_pixels)(read_manifest(config.data.train)[:2])
+logp = driven(**batch.model_inputs)
+driven.backward(logp.sum(), scale_wrt_gas=False)
+driven.step()
+after = {name: state(p) for name, p in named.items()}
+groups = [[g["lr"], g["weight_decay"]] for g in driven.optimizer.param_groups]
+print("REPORT" + json.dumps({"started": started, "before": before, "inside": inside, "after": after, "groups": groups}))
+"""
+
+
+@pytest.fixture(scope="module")
+def process(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One rank that starts where a killed build left a lock, initializes ZeRO-3 with nothing kept gathered, and takes one step."""
+    folder = tmp_path_factory.mktemp("engine")
+    (folder / "script.py").write_text(SCRIPT)
+    lock = plant(folder / "extensions", "deepspeed_shm_comm")
+    zero = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    (folder / "z3.json").write_text(json.dumps(raw("z3", zero_optimization=zero)))
+    options = ["--train.weight_decay", "0.1", "--model.projector.learning_rate", "1e-4", "--deepspeed", str(folder / "z3.json")]
+    printed = subprocess.run(
+        [sys.executable, folder / "script.py", *train_arguments(model_dir, manifests, folder / "out", *options)],
+        cwd=REPO, env=environment() | {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert printed.returncode == 0, printed.stdout + printed.stderr
+    report = next(line for line in printed.stdout.splitlines() if line.startswith("REPORT"))
+    return json.loads(report.removeprefix("REPORT")) | {"lock": lock, "output": printed.stdout}
+
+
+def test_a_start_behind_a_stale_lock_does_not_hang(process: dict[str, Any]) -> None:
+    """Ending within the time limit is the point; the lock was seen and named."""
+    assert not process["lock"].exists()
+    assert f"removed the stale extension build lock {process['lock']}" in process["output"]
+    assert not list(process["lock"].parent.glob("*.so")), "nothing is compiled at the start"
+
+
+def test_start_joins_alone_and_leaves_mlflow_out(process: dict[str, Any]) -> None:
+    assert process["started"] == {"mlflow": False, "deepspeed": True, "world": [0, 1]}
+
+
+def test_zero3_really_partitions(process: dict[str, Any], model_dir: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(model_dir / "model.safetensors", "pt") as handle:
+        shapes = sorted(handle.get_slice(name).get_shape() for name in handle.keys())  # noqa: SIM118  (not a dict)
+    for when in ("before", "after"):
+        assert all(has_id and shape == [0] for has_id, shape, _ in process[when].values()), f"gathered {when} the step"
+        assert sorted(full for _, _, full in process[when].values()) == shapes
+    assert len(process["inside"]) > 20
+    for name, shape in process["inside"].items():
+        assert shape == process["before"][name][2], f"{name} is whole where it is used"
+
+
+def test_the_groups_reach_the_optimizer(process: dict[str, Any]) -> None:
+    """Six groups with the decay of their kind; the projector's rate is its own, in warm-up both start from the schedule's first value."""
+    assert [decay for _, decay in process["groups"]] == [0.1, 0.0] * 3
+    rates = [rate for rate, _ in process["groups"]]
+    assert rates[2] == rates[3] and rates[0] == rates[1] == rates[4] == rates[5]
+    assert rates[0] == pytest.approx(30 * rates[2]) and rates[0] > 0
