@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("model", help="model folder or hub name")
         command.add_argument("manifest", nargs="+" if name == "evaluate" else None)
         command.add_argument("--out", help="file to write (score: default MANIFEST.scores.jsonl; evaluate: JSON, default none)")
-        command.add_argument("--batch_size", type=int, default=16, help="groups per forward (default 16)")
+        command.add_argument("--batch_size", type=_positive, default=16, help="groups per forward (default 16)")
         _data_options(command)
 
     command = _command(commands, "export", _export, "a DeepSpeed checkpoint as a Hugging Face folder", "cfvlm-ds export runs/quickstart")
@@ -159,6 +159,12 @@ def _export(arguments: argparse.Namespace) -> None:
     source = yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["name_or_path"]
     checkpoint = given if given != run_dir else newest(run_dir)
     print(f"exported to {export_hf(checkpoint, source, Path(arguments.out or run_dir / 'export'))}")
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
 
 
 def _load_collator(model: str, max_pixels: int) -> Collator:

@@ -130,7 +130,7 @@ class Collator:
         self._texts: dict[tuple[str, str], _Text] = {}
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
-        """Raises DataError naming the file of an image that cannot be opened, or the group whose text does not fit the window or template."""
+        """Raises DataError naming the file of an image that cannot be opened, or the group whose text does not fit window or template."""
         layout = self._layout(groups)
         images: dict[Path, int] = {}
         rows: dict[tuple[int, str, int | None], _Row] = {}
@@ -255,6 +255,8 @@ class Collator:
         if ids.count(self.processor.image_token_id) != 1:
             raise DataError(f"{where}: {self.processor.image_token!r} in a prompt or text stands for an image; reword it")
         special = set(tokenizer.all_special_ids)
+        if control := special.intersection(ids[len(head_ids) :]):
+            raise DataError(f"{where} ({text!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(control))!r}; reword it")
         tail = [i for i in tokenizer(full[start + len(text) :], add_special_tokens=False).input_ids if i in special]
         end = tail[0] if tail else tokenizer.eos_token_id
         return _Text(head, tuple(head_ids), tuple(ids[len(head_ids) :]), () if end is None else (end,))

@@ -7,6 +7,7 @@ owns batch sizes, learning rates and steps; "auto" in the JSON takes the run's v
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -177,7 +178,7 @@ class ScenesConfig:
 
 @dataclass(frozen=True)
 class TinyLlavaConfig:
-    """A randomly initialised LLaVA of about a million parameters whose tokenizer is trained on the captions of the embedded world.
+    """A randomly initialised LLaVA of a few hundred thousand parameters whose tokenizer is trained on the captions of the embedded world.
 
     Args:
         out_dir: folder to write; left alone if it is there.
@@ -189,8 +190,8 @@ class TinyLlavaConfig:
 
     out_dir: str
     image_size: int = 48
-    patch_size: int = 8
-    hidden_size: int = 128
+    patch_size: int = 12
+    hidden_size: int = 64
     seed: int = 0
 
 
@@ -254,9 +255,12 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         _refuse_nulls(resolved, parser.get_defaults().as_dict())
         built = parser.instantiate_classes(parsed)
     except ArgumentError as error:
-        raise ConfigError(_one_sentence(str(error), _option_names(parser))) from error
+        files = [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
+        message = str(error).replace("<unicode string>", files[-1] if files else "--config")
+        raise ConfigError(_one_sentence(message, _option_names(parser))) from error
     for key in ("config", "local_rank"):
         resolved.pop(key, None)
+    _check_ranges(resolved)
     terms = {name: getattr(built.objective, name) for name in objectives}
     active = {name: term for name, term in terms.items() if term.weight != 0}
     if not active:
@@ -275,6 +279,17 @@ def _refuse_nulls(values: Mapping[str, Any], defaults: Mapping[str, Any], sectio
             if not isinstance(value, dict):
                 raise ConfigError(f"{option}: expected options below it, got {value!r}; see --help")
             _refuse_nulls(value, default, f"{option}.")
+
+
+def _check_ranges(resolved: Mapping[str, Any]) -> None:
+    """ConfigError on a count that must be positive, or an interval that may be 0 for never but not negative."""
+    train = resolved["train"]
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps"):
+        if train[name] < 1:
+            raise ConfigError(f"train.{name} must be at least 1, not {train[name]}")
+    for name in ("eval_steps", "save_steps", "save_total_limit", "warmup_ratio", "learning_rate", "max_grad_norm"):
+        if train[name] < 0:
+            raise ConfigError(f"train.{name} must not be negative, and is {train[name]}")
 
 
 def _option_names(parser: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import os
 import sys
 import time
@@ -177,8 +178,8 @@ def _autos(node: Any, path: str = "") -> Iterator[str]:
 
 
 def warmup_steps(config: RunConfig, total_steps: int) -> int:
-    """Optimizer steps over which the learning rate rises."""
-    return round(config.train.warmup_ratio * total_steps)
+    """Optimizer steps over which the learning rate rises, rounded up as transformers does."""
+    return math.ceil(config.train.warmup_ratio * total_steps)
 
 
 def hidden_size(config: RunConfig) -> int:

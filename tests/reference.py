@@ -77,7 +77,7 @@ stream = [index for epoch in range(2 + 16 * steps // len(rows)) for index in ord
 result = []
 for step in range(steps):
     for group in optimizer.param_groups:
-        group["lr"] = 3e-3 * factor(step, round(0.2 * steps))
+        group["lr"] = 3e-3 * factor(step, math.ceil(0.2 * steps))
     loss = step_loss([rows[i] for i in stream[16 * step : 16 * step + 16]], step / steps)
     optimizer.zero_grad()
     loss.backward()

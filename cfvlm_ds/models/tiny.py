@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import shutil
 from collections.abc import Sequence
@@ -22,32 +23,32 @@ CHAT_TEMPLATE = (
 
 
 def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
-    """Write a randomly initialised LLaVA of about a million parameters and its processor; nothing if the folder is there.
+    """Write a randomly initialised LLaVA of a few hundred thousand parameters and its processor; nothing if the folder is there.
 
     ``texts`` train the tokenizer. The folder is complete or absent: it is built under another name and renamed.
     """
-    out_dir, image_size, patch_size, hidden_size = Path(config.out_dir), config.image_size, config.patch_size, config.hidden_size
+    out_dir = Path(config.out_dir)
     if (out_dir / "config.json").exists():
         return out_dir
-    import sentencepiece
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlamaTokenizer,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
-
     partial = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    corpus = partial / "corpus.txt"
-    corpus.write_text("\n".join([*texts, "USER: Describe the image. ASSISTANT:"]), encoding="utf-8")
+    processor = _processor(partial, config, texts)
+    _model(config, processor).save_pretrained(partial)
+    processor.save_pretrained(partial)
+    partial.rename(out_dir)
+    return out_dir
+
+
+def _processor(folder: Path, config: TinyLlavaConfig, texts: Sequence[str]) -> Any:
+    """LLaVA's own processor around a SentencePiece BPE tokenizer trained on ``texts``; writes tokenizer.model."""
+    import sentencepiece
+    from transformers import CLIPImageProcessor, LlamaTokenizer, LlavaProcessor
+
+    trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus),
-        model_prefix=str(partial / "tokenizer"),
+        sentence_iterator=iter([*texts, "USER: Describe the image. ASSISTANT:"]),
+        model_writer=trained,
         model_type="bpe",
         vocab_size=512,
         hard_vocab_limit=False,
@@ -60,54 +61,59 @@ def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
         num_threads=1,
         minloglevel=2,
     )
-    corpus.unlink()
-    (partial / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())
     special = {"image_token": "<image>"}
-    tokenizer = LlamaTokenizer.from_pretrained(partial, pad_token="<unk>", extra_special_tokens=special, model_max_length=512)
-    image_processor = CLIPImageProcessor(
-        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}, do_convert_rgb=True
-    )
+    tokenizer = LlamaTokenizer.from_pretrained(folder, pad_token="<unk>", extra_special_tokens=special, model_max_length=512)
+    side = config.image_size
+    images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_convert_rgb=True)
     processor = LlavaProcessor(
-        image_processor, tokenizer, patch_size=patch_size, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        images, tokenizer, patch_size=config.patch_size, vision_feature_select_strategy="default", num_additional_image_tokens=1
     )
     processor.chat_template = CHAT_TEMPLATE
+    return processor
+
+
+def _model(config: TinyLlavaConfig, processor: Any) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    tokenizer, width = processor.tokenizer, config.hidden_size
+    spread = 0.64 * width**-0.5  # the usual 0.02 suits a width of 1000; at 64 it costs a small model half of its training time
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=spread,
+    )
     torch.manual_seed(config.seed)
-    spread = 0.64 * hidden_size**-0.5  # the usual 0.02 suits a width of 1000; at 64 it costs a small model half of its training time
+    side = config.image_size // config.patch_size
     model = LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                hidden_size=hidden_size,
-                intermediate_size=2 * hidden_size,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                image_size=image_size,
-                patch_size=patch_size,
-            ),
-            text_config=LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=hidden_size,
-                intermediate_size=3 * hidden_size,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=4,
-                max_position_embeddings=512,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                initializer_range=spread,
-            ),
+            vision_config=vision,
+            text_config=text,
             initializer_range=spread,  # type: ignore[call-arg]
             image_token_index=processor.image_token_id,
-            image_seq_length=(image_size // patch_size) ** 2,
+            image_seq_length=side**2,
             vision_feature_layer=-1,
             vision_feature_select_strategy="default",
         )
     )
-    _place_positions(model.model.vision_tower, image_size // patch_size)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    partial.rename(out_dir)
-    return out_dir
+    _place_positions(model.model.vision_tower, side)
+    return model
 
 
 def _place_positions(tower: Any, side: int) -> None:

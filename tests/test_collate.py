@@ -1,0 +1,543 @@
+"""Groups as rows: every cell's score and gradient equals one plain forward of the library, and bad input is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROMPT, caption, draw, plain_logp
+from PIL import Image
+from torch import Tensor
+
+from cfvlm_ds import collate
+from cfvlm_ds.collate import BLANK, Batch, Collator, blinded, load_collator
+from cfvlm_ds.config import ModelConfig
+from cfvlm_ds.data.scores import StoredScores
+from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit
+from cfvlm_ds.likelihood import Scores, token_logprobs
+from cfvlm_ds.models import Scorer, load_processor
+from cfvlm_ds.models.tiny import CHAT_TEMPLATE
+from cfvlm_ds.objectives import group_units, weighted_loss
+from cfvlm_ds.objectives.align import Align
+
+RED, BLUE, GREEN = ("red", "circle"), ("blue", "square"), ("green", "circle")
+QUESTION = "What is in the image?"
+GREY = Image.new("RGB", (336, 336), (128, 128, 128))
+
+
+@pytest.fixture(scope="module")
+def processor(model_dir: Path) -> Any:
+    return load_processor(str(model_dir))
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+    """Ragged: two counterfactuals, an unknown cell and a sham; texts only (one of a single token); images only; one pair, which shares an
+    image with the first group and asks another question."""
+    folder = tmp_path_factory.mktemp("images")
+    scenes = [[RED, BLUE], [BLUE, BLUE], [GREEN, RED], [RED, GREEN], [BLUE, GREEN], [GREEN, GREEN], [GREEN, BLUE]]
+    files = [draw(folder / f"{k}.png", scene) for k, scene in enumerate(scenes)]
+    sham = folder / "sham.png"
+    Image.open(files[0]).rotate(3).save(sham)
+    texts = [Candidate(PROMPT, caption(scene)) for scene in scenes]
+    edits = (Edit("colour", 1, 1), Edit("colour", 2, 2), Edit(SHAM, 3))
+    short = (Candidate(PROMPT, "a"), Candidate(PROMPT, "a blue square"), Candidate(QUESTION, "a green circle and a red square"))
+    full_match = ((1, 0, 0), (0, 1, None), (0, 0, 1), (1, 0, 0))
+    return [
+        CounterfactualGroup("many", (*files[:3], sham), tuple(texts[:3]), full_match, edits, weight=2.0),
+        CounterfactualGroup("texts", (files[3],), short, ((1, 0, 0),)),
+        CounterfactualGroup("images", tuple(files[4:7]), (texts[4],), ((1,), (0,), (0,))),
+        CounterfactualGroup("one", (Path(str(files[0])),), (Candidate(QUESTION, caption(scenes[0])),), ((1,),)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def make(model_dir: Path) -> Callable[..., Collator]:
+    def make(cells: str = "full", **changes: Any) -> Collator:
+        collator = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), cells)  # type: ignore[arg-type]
+        for name, value in changes.items():
+            assert hasattr(collator, name)
+            setattr(collator, name, value)
+        return collator
+
+    return make
+
+
+def scored(scorer: Scorer, batch: Batch, **changes: Tensor) -> Scores:
+    return batch.scores(scorer(**(batch.model_inputs | changes)))
+
+
+def by_cell(scores: Scores, groups: list[CounterfactualGroup]) -> dict[tuple[str, int, int], tuple[Tensor, Tensor]]:
+    """(group id, image, text) -> (log p of the text, of its end), every scored cell."""
+    return {(groups[g].id, i, c): (scores.logp[g, i, c], scores.end_logp[g, i, c]) for g, i, c in scores.layout.valid.nonzero().tolist()}
+
+
+def assert_same(found: dict[Any, tuple[Tensor, Tensor]], expected: dict[Any, tuple[Tensor, Tensor]], rel: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for key, values in found.items():
+        assert [v.item() for v in values] == pytest.approx([v.item() for v in expected[key]], rel=rel), key
+
+
+def gradient(value: Tensor, scorer: Scorer) -> Tensor:
+    grads = torch.autograd.grad(value, list(scorer.parameters()), retain_graph=True, materialize_grads=True, allow_unused=True)
+    return torch.cat([grad.flatten() for grad in grads])
+
+
+@pytest.fixture(scope="module")
+def plain(scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]) -> dict[tuple[str, int, int], tuple[Tensor, Tensor, Tensor]]:
+    """(score, end score, gradient of the score) of every cell, each by a forward and backward of its own."""
+    cells = {}
+    for group in groups:
+        for i, image in enumerate(group.images):
+            for c, candidate in enumerate(group.candidates):
+                tokens, end = plain_logp(scorer.model, processor, image, candidate.prompt, candidate.text)
+                cells[group.id, i, c] = (tokens.sum().detach(), end.detach(), gradient(tokens.sum(), scorer))
+    return cells
+
+
+# Scores and gradients -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_08_every_cell_and_its_gradient_equal_one_plain_forward(
+    share_prefix: bool, make: Any, scorer: Scorer, groups: list[CounterfactualGroup], plain: dict[Any, Any]
+) -> None:
+    batch = make(share_prefix=share_prefix)(groups)
+    assert batch.model_inputs["input_ids"].shape[0] == (10 if share_prefix else 19)
+    cells = by_cell(scored(scorer, batch), groups)
+    assert_same(cells, {key: values[:2] for key, values in plain.items()})
+    for key, (logp, _) in cells.items():
+        expected = plain[key][2]
+        assert (gradient(logp, scorer) - expected).norm() < 1e-4 * expected.norm(), key
+
+
+def test_shared_and_separate_rows_train_alike(make: Any, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
+    """The gradient of a random combination of all cells, end-of-turn included."""
+    found = []
+    for share_prefix in (True, False):
+        scores = scored(scorer, make(share_prefix=share_prefix)(groups))
+        factors = torch.randn(2, *scores.logp.shape, generator=torch.Generator().manual_seed(0))
+        found.append(gradient((factors * torch.stack([scores.logp, scores.end_logp])).sum(), scorer))
+    assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm()
+
+
+def test_eager_attention_takes_separate_rows(model_dir: Path, scorer: Scorer, groups: list[CounterfactualGroup], plain: Any) -> None:
+    collator = load_collator(ModelConfig(str(model_dir), attn_implementation="eager"), "full")
+    assert not collator.share_prefix
+    eager = copy.deepcopy(scorer)
+    eager.model.set_attn_implementation("eager")
+    assert_same(by_cell(scored(eager, collator(groups)), groups), {key: values[:2] for key, values in plain.items()})
+
+
+def test_images_and_texts_matter(plain: dict[Any, Any]) -> None:
+    """Else the equalities above would show little: two cells of a row or column differ by ten times the tolerance at least."""
+    values = torch.tensor([[plain["many", i, c][0] for c in range(3)] for i in range(4)])
+    between_images = (values[:, None] - values[None])[~torch.eye(4, dtype=torch.bool)]
+    between_texts = (values[:, :, None] - values[:, None])[:, ~torch.eye(3, dtype=torch.bool)]
+    assert between_images.abs().min() > 5e-3 and between_texts.abs().min() > 0.1
+
+
+@pytest.mark.parametrize("fault", ["leak", "positions", "prefix"])
+def test_08_a_fault_in_the_tree_would_be_noticed(
+    fault: str, make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup], plain: dict[Any, Any]
+) -> None:
+    """Siblings seen, positions that run on, a prefix that is not seen: each moves every text it touches by more than 1e-3 nats."""
+    batch = make()(groups[:1])
+    mask = batch.model_inputs["attention_mask"]
+    rows, _, length, _ = mask.shape
+    start = processor(images=[GREY], text=[f"USER: <image>\n{PROMPT} ASSISTANT:"], return_tensors="pt").input_ids.shape[1]
+    changes = {
+        "leak": {"attention_mask": torch.ones(length, length, dtype=torch.bool).tril().expand(rows, 1, -1, -1)},
+        "positions": {"position_ids": torch.arange(length).expand(rows, -1)},
+        "prefix": {"attention_mask": mask & ~((torch.arange(length) >= start)[:, None] & (torch.arange(length) < start))},
+    }[fault]
+    cells = by_cell(scored(scorer, batch, **changes), groups)
+    for key, values in cells.items():
+        off = abs(values[0].item() - plain[key][0].item())
+        touched = fault == "prefix" or key[2] > 0  # nothing comes before the first branch
+        assert off > 1e-3 if touched else off < 1e-3, (key, off)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_07_batch_mates_orders_and_padding_do_not_matter(
+    share_prefix: bool, make: Any, scorer: Scorer, groups: list[CounterfactualGroup]
+) -> None:
+    collator = make(share_prefix=share_prefix)
+    alone = {}
+    for group in groups:
+        alone |= by_cell(scored(scorer, collator([group])), [group])
+    mixed = [groups[i] for i in (2, 0, 3, 1)]
+    assert_same(by_cell(scored(scorer, collator(mixed)), mixed), alone)
+
+    first = groups[0]
+    turned = replace(first, candidates=first.candidates[::-1], match=((1, 0, 0), *(line[::-1] for line in first.match[1:])), edits=())
+    found = by_cell(scored(scorer, collator([turned])), [turned])
+    assert_same({("many", i, 2 - c): values for (_, i, c), values in found.items()}, by_cell(scored(scorer, collator([first])), [first]))
+
+    lengths = set()
+    for words in (1, 20, 120):
+        mate = replace(groups[1], id="mate", candidates=(Candidate(PROMPT, " ".join(["red"] * words)),), match=((1,),))
+        batch = collator([first, mate])
+        lengths.add(batch.model_inputs["input_ids"].shape[1])
+        found = by_cell(scored(scorer, batch), [first, mate])
+        assert_same({key: values for key, values in found.items() if key[0] == "many"}, {k: v for k, v in alone.items() if k[0] == "many"})
+    assert max(lengths) > 90 + min(lengths)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_what_stands_in_the_padding_does_not_matter(
+    share_prefix: bool, make: Any, scorer: Scorer, groups: list[CounterfactualGroup]
+) -> None:
+    batch = make(share_prefix=share_prefix)(groups)
+    ids = batch.model_inputs["input_ids"]
+    padding = ids == 0  # <unk>, which no text here contains
+    assert ids.numel() - padding.sum() == batch.num_tokens and padding.any()
+    found = scorer(**(batch.model_inputs | {"input_ids": ids.masked_fill(padding, 300)}))
+    assert torch.equal(found, scorer(**batch.model_inputs))
+
+
+# Tokens -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_09_scored_tokens_are_the_text_and_its_end(make: Any, processor: Any, groups: list[CounterfactualGroup]) -> None:
+    batch = make()(groups)
+    shape, targets = batch.layout.valid.shape, batch.model_inputs["targets"]
+    assert (
+        len(targets)
+        == len(batch.cell)
+        == len(batch.is_end)
+        == (batch.layout.num_tokens + batch.layout.num_end_tokens)[batch.layout.valid].sum()
+    )
+    for g, group in enumerate(groups):
+        for i in range(len(group.images)):
+            for c, candidate in enumerate(group.candidates):
+                of_cell = batch.cell == (g * shape[1] + i) * shape[2] + c
+                tokens, end = targets[of_cell & ~batch.is_end], targets[of_cell & batch.is_end]
+                assert processor.tokenizer.decode(tokens).removeprefix(" ") == candidate.text
+                assert len(tokens) == batch.layout.num_tokens[g, i, c] > 0
+                assert end.tolist() == [processor.tokenizer.eos_token_id] and batch.layout.num_end_tokens[g, i, c] == 1
+    assert batch.layout.num_tokens[1, 0, 0] == 1, "a response of one token, which a shifted index would miss"
+
+
+@pytest.mark.parametrize("text", ["ünïcode 猫", "two  spaces", "a\nb", "x < y & {z}", "USER: Describe the image. ASSISTANT: a red circle"])
+def test_odd_texts_are_scored_letter_by_letter(
+    text: str, make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]
+) -> None:
+    group = replace(groups[3], candidates=(Candidate(PROMPT, text),))
+    batch = make()([group])
+    assert processor.tokenizer.decode(batch.model_inputs["targets"][~batch.is_end]).removeprefix(" ") == text
+    tokens, end = plain_logp(scorer.model, processor, group.images[0], PROMPT, text)
+    scores = scored(scorer, batch)
+    assert [scores.logp.item(), scores.end_logp.item()] == pytest.approx([tokens.sum().item(), end.item()], rel=1e-4)
+
+
+def test_num_tokens_and_row_length_count_real_tokens(make: Any, processor: Any, groups: list[CounterfactualGroup]) -> None:
+    """A row of one text is the library's own encoding of the whole string; a shared row counts its prompt once."""
+
+    def length(candidate: Candidate, answer: str) -> int:
+        return processor(
+            images=[GREY], text=[f"USER: <image>\n{candidate.prompt} ASSISTANT:{answer}"], return_tensors="pt"
+        ).input_ids.shape[1]
+
+    collator, separate = make(), make(share_prefix=False)
+    total = 0
+    for group in groups:
+        for candidate in group.candidates:
+            single = replace(group, images=group.images[:1], candidates=(candidate,), match=((1,),), edits=())
+            whole = length(candidate, f" {candidate.text}</s>")
+            assert collator.row_length(candidate.prompt, candidate.text) == whole
+            assert (
+                collator([single]).num_tokens
+                == separate([single]).num_tokens
+                == whole
+                == collator([single]).model_inputs["input_ids"].shape[1]
+            )
+            total += len(group.images) * whole
+    assert separate(groups).num_tokens == total
+    prompt = length(groups[0].candidates[0], "")
+    wholes = [length(candidate, f" {candidate.text}</s>") for candidate in groups[0].candidates]
+    assert collator(groups[:1]).num_tokens == 4 * (prompt + sum(whole - prompt for whole in wholes))
+
+
+# Cells --------------------------------------------------------------------------------------------------------------------------------
+
+MANY = {(i, c) for i in range(4) for c in range(3)}
+CELLS = {
+    "anchor": ({(0, 0)}, {(0, 0)}, {(0, 0)}, {(0, 0)}),
+    "matched": ({(0, 0), (1, 1), (2, 2), (3, 0)}, {(0, 0)}, {(0, 0)}, {(0, 0)}),
+    "star": (
+        {(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (3, 0), (1, 1), (2, 2)},
+        {(0, 0), (0, 1), (0, 2)},
+        {(0, 0), (1, 0), (2, 0)},
+        {(0, 0)},
+    ),
+    "full": (MANY, {(0, 0), (0, 1), (0, 2)}, {(0, 0), (1, 0), (2, 0)}, {(0, 0)}),
+}
+
+
+@pytest.mark.parametrize("cells", CELLS)
+def test_exactly_the_cells_asked_for_are_built(cells: str, make: Any, groups: list[CounterfactualGroup]) -> None:
+    batch = make(cells)(groups)
+    layout = batch.layout
+    expected = {(g, *cell) for g, of_group in enumerate(CELLS[cells]) for cell in of_group}
+    assert {tuple(cell) for cell in layout.valid.nonzero().tolist()} == expected
+    assert {tuple(int(x) for x in torch.unravel_index(index, layout.valid.shape)) for index in batch.cell} == expected
+    assert layout.ids == ("many", "texts", "images", "one") and layout.weight.tolist() == [2, 1, 1, 1]
+    for g, group in enumerate(groups):
+        for i, c in MANY:
+            inside = i < len(group.images) and c < len(group.candidates)
+            truth = group.match[i][c] if inside else None
+            assert layout.match[g, i, c] == (-1 if truth is None else truth)
+            assert (layout.num_tokens[g, i, c] > 0) == inside
+
+
+def test_unknown_cells_of_row_and_column_0_are_left_out_of_star(make: Any, groups: list[CounterfactualGroup]) -> None:
+    group = replace(groups[0], match=((1, None, 0), (0, 1, None), (None, 0, 1), (1, 0, 0)))
+    assert {tuple(cell) for cell in make("star")([group]).layout.valid[0].nonzero().tolist()} == {
+        (0, 0),
+        (0, 2),
+        (1, 0),
+        (1, 1),
+        (2, 2),
+        (3, 0),
+    }
+
+
+def test_cells_that_are_not_scored_are_0(make: Any, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
+    scores = scored(scorer, make("star")(groups))
+    for values in (scores.logp, scores.end_logp):
+        assert (values[~scores.layout.valid] == 0).all() and (values[scores.layout.valid] < 0).all()
+
+
+# Images -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_each_image_is_opened_and_encoded_once(
+    share_prefix: bool, make: Any, scorer: Scorer, groups: list[CounterfactualGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also an image of two groups, of two prompts and of several texts."""
+    opened: list[Path] = []
+    original = collate.open_image
+    monkeypatch.setattr(collate, "open_image", lambda path, limit: opened.append(path) or original(path, limit))
+    batch = make(share_prefix=share_prefix)(groups)
+    distinct = {path for group in groups for path in group.images}
+    assert len(opened) == len(distinct) == 8 and set(opened) == distinct
+    assert batch.model_inputs["image_inputs"]["pixel_values"].shape[0] == batch.num_images == 8
+    encoded: list[int] = []
+    hook = scorer.model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: encoded.append(len(args[0])), with_kwargs=True
+    )
+    try:
+        scored(scorer, batch)
+    finally:
+        hook.remove()
+    assert encoded == [8]
+
+
+def test_images_of_cells_that_are_not_scored_are_not_opened(make: Any, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+    gone = replace(groups[0], images=(groups[0].images[0], *(tmp_path / f"gone{k}.png" for k in range(3))))
+    batch = make("anchor")([gone])
+    assert batch.num_images == len(batch.model_inputs["image_inputs"]["pixel_values"]) == 1
+    with pytest.raises(DataError, match=r"gone0\.png"):
+        make("matched")([gone])
+
+
+def test_blinded(make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]) -> None:
+    """One mid-grey image; every text is scored, and no text but the first has a known truth."""
+    blind = [blinded(group) for group in groups]
+    assert blind[0] == replace(groups[0], images=(BLANK,), match=((1, None, None),), edits=())
+    batch = make()(blind)
+    assert batch.num_images == 1 and batch.layout.negative.sum() == 0
+    cells = by_cell(scored(scorer, batch), blind)
+    for group in groups:
+        for c, candidate in enumerate(group.candidates):
+            tokens, _ = plain_logp(scorer.model, processor, GREY, candidate.prompt, candidate.text)
+            assert cells[group.id, 0, c][0].item() == pytest.approx(tokens.sum().item(), rel=1e-4)
+
+
+# Stored scores ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_stored_scores_land_in_their_cells(make: Any, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
+    stored = {}
+    for g, group in enumerate(groups):
+        logp = tuple(tuple(-1.0 - 100 * g - 10 * i - c for c in range(len(group.candidates))) for i in range(len(group.images)))
+        stored[group.id] = StoredScores(logp, tuple(-1000.0 - 100 * g - c for c in range(len(group.candidates))))
+    collator = make("star", stored=stored)
+    order = [groups[i] for i in (3, 1, 0, 2)]
+    scores = scored(scorer, collator(order))
+    assert scores.reference is not None and scores.prior is not None
+    assert not scores.reference.requires_grad and not scores.prior.requires_grad, "14: stored data carries no gradient"
+    for row, group in enumerate(order):
+        g = groups.index(group)
+        for i, c in MANY:
+            inside = i < len(group.images) and c < len(group.candidates)
+            assert scores.reference[row, i, c] == (-1.0 - 100 * g - 10 * i - c if inside else 0)
+            assert scores.prior[row, c] == (-1000.0 - 100 * g - c if c < len(group.candidates) else 0)
+    without = scored(scorer, make("star")(order))
+    assert without.reference is None and without.prior is None
+    everything = collator.scoring_everything()(order)
+    assert everything.reference is None and everything.layout.valid.sum() == 19 and collator.cells == "star"
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_scoring_everything_keeps_the_options(share_prefix: bool, make: Any) -> None:
+    collator = make("anchor", share_prefix=share_prefix, max_length=77, max_pixels=88).scoring_everything()
+    assert (collator.cells, collator.share_prefix, collator.max_length, collator.max_pixels) == ("full", share_prefix, 77, 88)
+
+
+def test_to_moves_every_tensor(make: Any, groups: list[CounterfactualGroup]) -> None:
+    stored = {
+        g.id: StoredScores(tuple(tuple(0.0 for _ in g.candidates) for _ in g.images), tuple(0.0 for _ in g.candidates)) for g in groups
+    }
+    batch = make(stored=stored)(groups).to(torch.device("meta"))
+    layout = batch.layout
+    tensors = [
+        *batch.model_inputs.values(),
+        *batch.model_inputs["image_inputs"].values(),
+        batch.cell,
+        batch.is_end,
+        batch.reference,
+        batch.prior,
+    ]
+    tensors += [layout.valid, layout.match, layout.num_tokens, layout.num_end_tokens, layout.weight]
+    assert {tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)} == {"meta"} and layout.ids[0] == "many"
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------------------------
+
+
+def with_template(make: Any, template: str) -> Collator:
+    collator = make()
+    collator.processor.chat_template = template
+    return collator
+
+
+def test_a_text_that_does_not_fit_the_window_is_refused(make: Any, groups: list[CounterfactualGroup]) -> None:
+    """The limit is the longest prompt and text of one branch, not the shared row; it is never cut."""
+    group = groups[0]
+    lengths = [make().row_length(candidate.prompt, candidate.text) for candidate in group.candidates]
+    longest = max(range(3), key=lambda c: lengths[c])
+    batch = make(max_length=max(lengths))([group])
+    assert batch.model_inputs["input_ids"].shape[1] > max(lengths)
+    with pytest.raises(
+        DataError, match=rf"group 'many': text \d makes a row of {lengths[longest]} tokens, .* window is {max(lengths) - 1}"
+    ):
+        make(max_length=max(lengths) - 1)([group])
+    long = replace(group, candidates=(*group.candidates[:2], Candidate(PROMPT, "red " * 600 + "circle")))
+    with pytest.raises(DataError, match=r"group 'many': text 2 makes a row .* window is 512; shorten"):
+        make()([groups[3], long])
+    make("anchor")([long])  # the long text is not scored
+
+
+@pytest.mark.parametrize("text", ["a red circle ", " a red circle  ", "a red circle\n"])
+def test_a_template_that_alters_the_text_is_refused(text: str, make: Any, groups: list[CounterfactualGroup]) -> None:
+    trimming = with_template(
+        make,
+        CHAT_TEMPLATE.replace(
+            "ASSISTANT: {% for item in message['content'] %}{{ item['text'] }}",
+            "ASSISTANT: {% for item in message['content'] %}{{ item['text'] | trim }}",
+        ),
+    )
+    group = replace(groups[3], candidates=(Candidate(PROMPT, text),))
+    assert make()([group]).layout.num_tokens.item() > 0, "the template that leaves it alone takes it"
+    with pytest.raises(DataError, match=r"group 'one': text 0 .* does not follow its prompt unchanged"):
+        trimming([group])
+    trimming([replace(group, candidates=(Candidate(PROMPT, text.strip()),))])
+
+
+def test_a_template_whose_prompt_is_not_a_prefix_is_refused(make: Any, groups: list[CounterfactualGroup]) -> None:
+    other = with_template(make, CHAT_TEMPLATE.replace("%}ASSISTANT:{%", "%}BOT:{%"))
+    with pytest.raises(DataError, match=r"group 'one': text 0 .* does not follow its prompt unchanged"):
+        other([groups[3]])
+
+
+def test_a_prompt_that_ends_inside_a_token_is_refused(make: Any, groups: list[CounterfactualGroup]) -> None:
+    """A generation prompt with a space behind it: alone the space is a token, before a word it is part of the word's."""
+    broken = with_template(make, CHAT_TEMPLATE.replace("%}ASSISTANT:{%", "%}ASSISTANT: {%"))
+    with pytest.raises(DataError, match=r"group 'one': text 0 .* changes the tokens of its prompt"):
+        broken([groups[3]])
+
+
+@pytest.mark.parametrize(("prompt", "text"), [("What is <image>?", "a red circle"), (PROMPT, "a <image> circle"), (PROMPT, "<image>")])
+def test_a_literal_image_placeholder_is_refused(prompt: str, text: str, make: Any, groups: list[CounterfactualGroup]) -> None:
+    with pytest.raises(DataError, match=r"group 'one': text 0: '<image>' in a prompt or text"):
+        make()([replace(groups[3], candidates=(Candidate(prompt, text),))])
+
+
+def test_a_bad_image_is_refused_by_file(make: Any, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+    whole = groups[3].images[0].read_bytes()
+    (tmp_path / "junk.png").write_bytes(b"not a picture")
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    for name in ("junk.png", "cut.png", "absent.png"):
+        with pytest.raises(DataError, match=name):
+            make()([groups[0], replace(groups[3], images=(tmp_path / name,))])
+    with pytest.raises(DataError, match="48x48"):
+        make(max_pixels=48 * 48 - 1)([groups[3]])
+    make(max_pixels=48 * 48)([groups[3]])
+
+
+# Losses and precision -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cells", ["anchor", "full"])
+def test_15_align_is_the_librarys_own_supervised_loss(
+    cells: str, make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup]
+) -> None:
+    """Token mean over the batch, end-of-turn included: value to 1e-6, gradient to 1e-5."""
+    batch_of = [replace(group, weight=1.0) for group in groups]
+    objectives = {"align": Align(counterfactual=0.0)}
+    scores = scored(scorer, make(cells)(batch_of))
+    loss, _ = weighted_loss(objectives, scores, group_units(objectives, scores.layout))
+    heads = [f"USER: <image>\n{group.candidates[0].prompt} ASSISTANT:" for group in groups]
+    images = [[Image.open(group.images[0])] for group in groups]
+    whole = [f"{head} {group.candidates[0].text}</s>" for head, group in zip(heads, groups, strict=True)]
+    processor.tokenizer.padding_side = "right"
+    inputs = processor(images=images, text=whole, padding=True, return_tensors="pt")
+    labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
+    for row, head in enumerate(heads):
+        labels[row, : processor(images=images[row], text=[head], return_tensors="pt").input_ids.shape[1]] = -100
+    expected = scorer.model(**inputs, labels=labels).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours, theirs = gradient(loss, scorer), gradient(expected, scorer)
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+@pytest.fixture(scope="module")
+def narrow(scorer: Scorer) -> Scorer:
+    return copy.deepcopy(scorer).to(torch.bfloat16)
+
+
+def test_bf16_scores_stay_near_fp32(make: Any, scorer: Scorer, narrow: Scorer, groups: list[CounterfactualGroup]) -> None:
+    """Within 0.02 nats per token of fp32 in any cell, and within 0.01 on average, rows shared or not."""
+    with torch.no_grad():
+        for share_prefix in (True, False):
+            batch = make(share_prefix=share_prefix)(groups)
+            half = batch.model_inputs | {"image_inputs": {"pixel_values": batch.model_inputs["image_inputs"]["pixel_values"].bfloat16()}}
+            found, valid = batch.scores(narrow(**half)), batch.layout.valid
+            off = ((found.logp - scored(scorer, batch).logp) / batch.layout.num_tokens.clamp(min=1))[valid].abs()
+            assert found.logp.dtype == torch.float32
+            assert off.mean() < 0.01 and off.max() < 0.02, (off.mean(), off.max())
+
+
+def test_bf16_logits_go_through_an_fp32_softmax(make: Any, narrow: Scorer, groups: list[CounterfactualGroup]) -> None:
+    """Bit for bit what the model's bf16 logits give in fp32, and not what they give in bf16."""
+    batch = make(share_prefix=False)(groups)
+    inputs = batch.model_inputs | {"image_inputs": {"pixel_values": batch.model_inputs["image_inputs"]["pixel_values"].bfloat16()}}
+    logits: list[Tensor] = []
+    hook = narrow.model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output))
+    with torch.no_grad():
+        found = narrow(**inputs)
+    hook.remove()
+    chosen, targets = logits[0][inputs["predicted_by"]], inputs["targets"]
+    assert chosen.dtype == torch.bfloat16 and found.dtype == torch.float32
+    assert len(logits[0]) == inputs["scored"].sum() < inputs["scored"].numel(), "the output head runs on scored positions only"
+    torch.testing.assert_close(found, chosen.float().log_softmax(-1).gather(1, targets[:, None])[:, 0], rtol=1e-6, atol=1e-6)
+    assert (found - chosen.log_softmax(-1).gather(1, targets[:, None])[:, 0].float()).abs().max() > 1e-3
+    assert torch.equal(found, token_logprobs(chosen, targets))

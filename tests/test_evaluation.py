@@ -1,0 +1,301 @@
+"""Winoground accuracies on hand-worked score matrices, and scores of groups against one plain forward per cell."""
+
+from __future__ import annotations
+
+import random
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import plain_logp
+from PIL import Image
+
+from cfvlm_ds.collate import Collator, load_collator
+from cfvlm_ds.config import ModelConfig
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.scores import StoredScores
+from cfvlm_ds.distributed import World
+from cfvlm_ds.evaluation import Accuracy, GroupScores, accuracies, evaluate, flat_metrics, guarded, score_groups, scoring, table
+from cfvlm_ds.evaluation.winoground import CHANCE
+from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit
+from cfvlm_ds.models import Scorer, load_processor
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+GREY = Image.new("RGB", (336, 336), (128, 128, 128))
+
+
+def group(*edits: Edit, num_images: int = 2, num_texts: int = 2) -> CounterfactualGroup:
+    images, texts = tuple(Path(f"{i}.png") for i in range(num_images)), tuple(Candidate("", f"text {c}") for c in range(num_texts))
+    match = tuple(tuple(1 if i == c == 0 else None for c in range(num_texts)) for i in range(num_images))
+    return CounterfactualGroup("g", images, texts, match, edits or (Edit("colour", 1, 1),))
+
+
+def scores(logp: list[list[float]], blank: list[float] | None = None) -> GroupScores:
+    matrix = torch.tensor(logp)
+    return GroupScores(matrix, torch.zeros(matrix.shape[1]) if blank is None else torch.tensor(blank), torch.ones(matrix.shape[1]))
+
+
+# Metrics ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("logp", "text", "image", "whole", "pair"),
+    [
+        ([[-1, -2], [-2, -1]], 100, 100, 100, 100),
+        ([[-2, -1], [-1, -2]], 0, 0, 0, 0),
+        ([[2, 1], [3, 4]], 100, 0, 0, 100),  # the second image likes every text better
+        ([[2, 3], [1, 4]], 0, 100, 0, 50),  # the second text is likelier on every image
+        ([[1, 1], [1, 2]], 0, 0, 0, 50),  # ties: S_00 = S_01 = S_10
+        ([[2, 1], [2, 3]], 100, 0, 0, 100),  # tie of the first text's images
+        ([[2, 3], [1, 3]], 0, 0, 0, 50),  # tie of the second text's images
+        ([[3, 1], [2, 2]], 0, 100, 0, 50),  # tie of the second image's texts
+        ([[0, 0], [0, 0]], 0, 0, 0, 0),
+    ],
+)
+def test_18_accuracies_on_hand_cases(logp: list[list[float]], text: float, image: float, whole: float, pair: float) -> None:
+    row, everything = accuracies([group()], [scores(logp)])
+    assert {name: row.metrics[name] for name in ("text", "image", "group", "pair")} == {
+        "text": text,
+        "image": image,
+        "group": whole,
+        "pair": pair,
+    }
+    assert (row.name, everything.name, row.num, everything.num) == ("colour", "all", 1, 1)
+    assert everything.metrics == row.metrics and "sham" not in row.metrics
+
+
+@pytest.mark.parametrize(
+    ("blank", "text_pmi", "group_pmi"),
+    [([0.0, 0.0], 0, 0), ([0.0, 1.5], 100, 100), ([-10.0, -8.5], 100, 100), ([0.0, 1.0], 0, 0), ([0.0, 3.0], 0, 0)],
+)
+def test_pmi_takes_the_prior_of_the_texts_away(blank: list[float], text_pmi: float, group_pmi: float) -> None:
+    """[[2, 3], [1, 4]] minus (0, 1.5) is [[2, 1.5], [1, 2.5]], all right; minus (0, 1) a tie; minus (0, 3) the first text wins twice."""
+    row, _ = accuracies([group()], [scores([[2.0, 3.0], [1.0, 4.0]], blank)])
+    assert (row.metrics["text_pmi"], row.metrics["group_pmi"]) == (text_pmi, group_pmi)
+    assert (row.metrics["text"], row.metrics["image"], row.metrics["group"]) == (0, 100, 0), "the plain ones do not use it"
+
+
+def test_group_pmi_also_needs_the_images() -> None:
+    row, _ = accuracies([group()], [scores([[2.0, 3.0], [3.0, 6.0]], [0.0, 2.0])])
+    assert row.metrics["text_pmi"] == 100 and row.metrics["image"] == row.metrics["group_pmi"] == 0
+
+
+def test_18_a_prior_of_the_texts_moves_text_but_never_image_nor_pmi() -> None:
+    torch.manual_seed(0)
+    groups, before, after = [group()] * 300, [], []
+    for _ in groups:
+        signal, blank, prior = torch.randn(2, 2) + torch.eye(2), torch.randn(2), 5 * torch.randn(2)
+        before.append(GroupScores(signal, blank, torch.ones(2)))
+        after.append(GroupScores(signal + prior, blank + prior, torch.ones(2)))
+    old, new = (accuracies(groups, values)[-1].metrics for values in (before, after))
+    for name in ("image", "text_pmi", "group_pmi"):
+        assert new[name] == old[name] and 0 < old[name] < 100
+    assert new["text"] < old["text"] - 20 and new["group"] < old["group"] - 10
+
+
+def test_chance_and_blind_levels_on_random_scores() -> None:
+    """4000 pairs: each accuracy within 4 standard errors of its chance level. Without an image a pair is exactly half right."""
+    torch.manual_seed(1)
+    with_sham = group(Edit("colour", 1, 1), Edit(SHAM, 2), num_images=3)
+    num = 4000
+    row, _ = accuracies(
+        [with_sham] * num, [GroupScores(torch.randn(3, 2, dtype=torch.float64), torch.zeros(2).double(), torch.ones(2)) for _ in range(num)]
+    )
+    assert row.metrics.keys() == CHANCE.keys() and row.num == num
+    for name, chance in CHANCE.items():
+        p = chance / 100
+        assert abs(row.metrics[name] - chance) < 4 * 100 * (p * (1 - p) / num) ** 0.5, name
+    assert CHANCE["group"] == pytest.approx(100 * 4 / 24), "of the 24 orders of four scores 4 have both own pairs on top"
+
+    random_prior = [GroupScores(torch.randn(3, 2), torch.randn(2), torch.ones(2)) for _ in range(200)]
+    for blind in (row.blind for row in accuracies([with_sham] * 200, random_prior)):
+        assert blind == {"text": 0, "image": 0, "group": 0, "pair": 50, "text_pmi": 0, "group_pmi": 0}
+
+
+def test_20_sham() -> None:
+    """Share of sham images that beat the counterfactual on the factual text; a tie is wrong, other texts do not count."""
+    edits = (Edit("colour", 1, 1), Edit("count", 2, 1), Edit(SHAM, 3), Edit(SHAM, 4))
+    logp = [[0.0, 0.0], [-3.0, -9.0], [-2.0, -9.0], [-2.5, 9.0], [-2.0, 9.0]]
+    colour, count, everything = accuracies([group(*edits, num_images=5)], [scores(logp)])
+    assert (colour.metrics["sham"], count.metrics["sham"]) == (100, 0)
+    assert everything.metrics["sham"] == 50
+    (half, _) = accuracies([group(*edits[:1], *edits[2:], num_images=5)], [scores([*logp[:3], [-3.5, 9.0], [-2.0, 9.0]])])
+    assert half.metrics["sham"] == 50
+
+
+@pytest.mark.parametrize("with_sham", ["action", "zebra"])
+def test_20_sham_is_reported_whichever_edit_type_has_one(with_sham: str) -> None:
+    """Also when the first row of the table has no sham; the mean is over the rows that have one."""
+    plain, shammed = group(Edit("colour", 1, 1)), group(Edit(with_sham, 1, 1), Edit(SHAM, 2), num_images=3)
+    rows = accuracies([plain, shammed], [scores([[0, 0], [-1, 0]]), scores([[0.0, 0], [-1, 0], [-0.5, 0]])])
+    by_name = {row.name: row.metrics for row in rows}
+    assert "sham" not in by_name["colour"] and by_name[with_sham]["sham"] == by_name["all"]["sham"] == 100
+    assert next(line for line in table({"test": rows}).splitlines() if "| all |" in line).endswith("| 100.0 |")
+
+
+def test_rows_by_edit_type_and_the_mean_over_types() -> None:
+    """Four colour pairs (three right), one action pair (wrong): ``all`` is the mean of 75 and 0, not 60. Half an edit is no pair."""
+    right, wrong = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]
+    three = group(Edit("colour", 2, 1), Edit("action", 1, 2), Edit("colour", 1), Edit("colour", None, 2), num_images=3, num_texts=3)
+    # pair (image 2, text 1): S_00 = 3, S_01 = 1, S_20 = 2, S_21 = 4, right; pair (image 1, text 2): S_02 = 5, wrong
+    matrix = [[3.0, 1.0, 5.0], [9.0, 9.0, 0.0], [2.0, 4.0, 0.0]]
+    rows = accuracies([group(), three, group(), group()], [scores(right), scores(matrix), scores(right), scores(wrong)])
+    assert [(row.name, row.num) for row in rows] == [("action", 1), ("colour", 4), ("all", 5)]
+    assert [row.metrics["group"] for row in rows] == [0, 75, 37.5]
+    assert accuracies([], []) == [] and accuracies([group(Edit("colour", 1))], [scores(right)]) == []
+    with pytest.raises(ValueError):
+        accuracies([group()], [])
+
+
+def test_table_is_valid_markdown_and_metrics_are_named() -> None:
+    shammed = group(Edit("count", 1, 1), Edit(SHAM, 2), num_images=3)
+    splits = {
+        "iid": accuracies([group(), shammed], [scores([[1, 0], [0, 1]]), scores([[1, 2], [0, 3], [0.5, 0]], [-1, -2])]),
+        "ood": accuracies([group()], [scores([[0, 1], [1, 0]])]),
+        "none": [],
+    }
+    lines = [line.strip("|").split("|") for line in table(splits).splitlines()]
+    assert all(line.startswith("|") and line.endswith("|") for line in table(splits).splitlines())
+    assert {len(cells) for cells in lines} == {9} and all(set(cell) <= set("-:") and "---" in cell for cell in lines[1])
+    found = [[cell.strip() for cell in cells] for cells in lines]
+    assert found[0] == ["split", "edit", "pairs", "text", "image", "group", "group_pmi", "pair", "sham"]
+    assert found[2] == ["iid", "colour", "1", "100.0", "100.0", "100.0", "100.0", "100.0", ""]
+    assert found[3] == ["iid", "count", "1", "0.0", "100.0", "0.0", "0.0", "50.0", "100.0"]
+    assert found[4] == ["iid", "all", "2", "50.0", "100.0", "50.0", "50.0", "75.0", "100.0"]
+    assert found[5] == ["iid", "all, blank image", "2", "0.0", "0.0", "0.0", "0.0", "25.0", ""]  # texts of equal prior tie
+    assert [cells[0] for cells in found[6:]] == ["ood", "ood", "ood", "chance"]
+    assert found[-1] == ["chance", "", "", "25.0", "25.0", "16.7", "16.7", "50.0", "50.0"]
+
+    flat = flat_metrics(splits)
+    metrics = ("text", "image", "group", "pair", "text_pmi", "group_pmi")
+    names = {
+        f"eval/{split}{row}/{m}"
+        for split, row in (("iid", ""), ("iid", "/colour"), ("iid", "/count"), ("ood", ""), ("ood", "/colour"))
+        for m in metrics
+    }
+    names |= {"eval/iid/sham", "eval/iid/count/sham"} | {f"eval/{split}/blind_{m}" for split in ("iid", "ood") for m in metrics}
+    assert flat.keys() == names
+    assert (flat["eval/iid/group"], flat["eval/iid/colour/group"], flat["eval/iid/blind_pair"], flat["eval/ood/pair"]) == (50, 100, 25, 0)
+    assert flat_metrics({"x": [Accuracy("all", 1, {"text": 1.0}, {"text": 2.0})]}) == {"eval/x/text": 1.0, "eval/x/blind_text": 2.0}
+
+
+# Scoring ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def groups(manifests: dict[str, Path]) -> list[CounterfactualGroup]:
+    found = read_manifest(manifests["test"])[:7]
+    assert len({(len(g.images), len(g.candidates)) for g in found}) > 2, "ragged"
+    return found
+
+
+@pytest.fixture(scope="module")
+def collator(model_dir: Path) -> Collator:
+    return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "anchor")
+
+
+@pytest.fixture(scope="module")
+def plain(scorer: Scorer, model_dir: Path, groups: list[CounterfactualGroup]) -> list[GroupScores]:
+    processor, found = load_processor(str(model_dir)), []
+    with torch.no_grad():
+        for g in groups:
+            parts = [[plain_logp(scorer.model, processor, image, c.prompt, c.text)[0] for c in g.candidates] for image in (*g.images, GREY)]
+            sums = torch.tensor([[tokens.sum() for tokens in line] for line in parts])
+            found.append(GroupScores(sums[:-1], sums[-1], torch.tensor([len(tokens) for tokens in parts[0]])))
+    return found
+
+
+def assert_equal(found: list[GroupScores], expected: list[GroupScores]) -> None:
+    assert len(found) == len(expected)
+    for have, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(have.logp, want.logp, rtol=1e-5, atol=0)
+        torch.testing.assert_close(have.blank, want.blank, rtol=1e-5, atol=0)
+        assert have.tokens.tolist() == want.tokens.tolist()
+
+
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 0), (7, 0), (16, 0), (4, 1)])
+def test_score_groups_equals_one_plain_forward_per_cell(
+    batch_size: int, num_workers: int, collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores]
+) -> None:
+    """In order, every cell and the blank image, whatever the collator was built for; 7 groups in batches of 1, 3, 7, 16 and 4."""
+    shapes: list[tuple[int, bool]] = []
+
+    def forward(**inputs: Any) -> torch.Tensor:
+        logp = scorer(**inputs)
+        shapes.append((len(inputs["image_inputs"]["pixel_values"]), logp.requires_grad))
+        return logp
+
+    assert_equal(score_groups(forward, collator, groups, ALONE, batch_size, num_workers), plain)
+    assert len(shapes) == 2 * -(-7 // batch_size) and [n for n, _ in shapes[1::2]] == [1] * (len(shapes) // 2)
+    assert not any(grad for _, grad in shapes), "no graph is kept"
+    assert collator.cells == "anchor"
+
+
+def test_order_of_groups_does_not_matter(
+    collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores]
+) -> None:
+    order = random.Random(0).sample(range(7), 7)
+    assert order != sorted(order)
+    assert_equal(score_groups(scorer, collator, [groups[i] for i in order], ALONE, 3), [plain[i] for i in order])
+    assert score_groups(scorer, collator, [], ALONE) == []
+
+
+@pytest.mark.parametrize(("num", "batch_size", "ranks"), [(7, 2, 2), (5, 2, 3), (1, 1, 2)])
+def test_ranks_share_the_groups_and_agree(
+    num: int, batch_size: int, ranks: int, collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Ranks as threads: as many forwards on each, also where the groups run out; the same whole list on every rank."""
+    barrier, parts, calls, results = threading.Barrier(ranks, timeout=60), {}, [0] * ranks, {}
+
+    def gather(item: Any, world: World) -> list[Any]:
+        parts[world.rank] = item
+        barrier.wait()
+        return [parts[rank] for rank in range(world.size)]
+
+    monkeypatch.setattr(scoring, "gather_objects", gather)
+
+    def work(rank: int) -> None:
+        def forward(**inputs: Any) -> torch.Tensor:
+            calls[rank] += 1
+            return scorer(**inputs)
+
+        results[rank] = score_groups(forward, collator, groups[:num], World(rank, ranks, rank, torch.device("cpu")), batch_size)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rounds = -(-num // (batch_size * ranks))
+    assert calls == [2 * rounds] * ranks
+    for rank in range(ranks):
+        assert_equal(results[rank], plain[:num])
+    assert num == 1 or all(len(part) < num for part in parts.values()), "the work was shared"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_data_is_one_sentence_also_from_a_worker(
+    num_workers: int, collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], tmp_path: Path
+) -> None:
+    bad = replace(groups[1], images=(tmp_path / "gone.png", *groups[1].images[1:]))
+    with pytest.raises(DataError, match=r"^\S*gone\.png: no such image file; [^\n]*$"):
+        score_groups(scorer, collator, [groups[0], bad], ALONE, 1, num_workers)
+    assert isinstance(guarded(collator)([bad]), DataError)
+    assert guarded(collator)(groups[:1]).layout.ids == (groups[0].id,)  # type: ignore[union-attr]
+
+
+def test_evaluate_scores_every_split(
+    collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores]
+) -> None:
+    rows, found = evaluate(scorer, collator, {"a": groups[:4], "b": groups[4:]}, ALONE, batch_size=3)
+    assert_equal(found["a"] + found["b"], plain)
+    assert rows == {"a": accuracies(groups[:4], plain[:4]), "b": accuracies(groups[4:], plain[4:])}
+    assert rows["a"][-1].name == "all" and rows["a"][-1].num == sum(e.text is not None for g in groups[:4] for e in g.edits)
+
+
+def test_stored_is_the_same_in_plain_numbers() -> None:
+    assert scores([[-1.0, -2.0], [-3.0, -4.0]], [-5.0, -6.0]).stored() == StoredScores(((-1.0, -2.0), (-3.0, -4.0)), (-5.0, -6.0))

@@ -1,0 +1,247 @@
+"""Model families, loading, freezing, and the tiny model: what is refused, and by which name."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import COLOURS
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from cfvlm_ds.collate import load_collator
+from cfvlm_ds.config import ConfigError, ModelConfig, ModuleConfig, TinyLlavaConfig
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.models import FAMILIES, MODULES, Scorer, attention, family_of, load_config, load_model, parameter_counts
+from cfvlm_ds.models import trainable as trainable_of
+from cfvlm_ds.models.tiny import build_tiny_llava
+
+KEY = "multi_modal_projector.linear_1.weight"
+FROZEN = ModuleConfig(freeze=True)
+# Where a part's parameters sit in the library's own modules: the independent account of what belongs to what.
+PARTS: dict[str, Callable[[Any], list[torch.nn.Module]]] = {
+    "vision_tower": lambda m: [m.model.vision_tower],
+    "projector": lambda m: [m.model.multi_modal_projector],
+    "language_model": lambda m: [m.model.language_model, m.lm_head],
+}
+
+
+def part_ids(model: Any, module: str) -> set[int]:
+    return {id(parameter) for part in PARTS[module](model) for parameter in part.parameters()}
+
+
+def load(model_dir: Path, **options: Any) -> Any:
+    return load_model(ModelConfig(str(model_dir), attn_implementation="sdpa", **options), torch.float32)
+
+
+# Families -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_family_of_goes_by_model_type(model_dir: Path) -> None:
+    assert family_of(load_config(str(model_dir))) is FAMILIES["llava"]
+    assert FAMILIES.keys() == {"llava"}
+
+
+def test_an_unsupported_model_type_is_refused_naming_the_supported_ones() -> None:
+    with pytest.raises(ConfigError, match=r"'llama' is not supported \(the nearest is 'llava'\); supported: llava; .*FAMILIES"):
+        family_of(LlamaConfig())
+    config = LlavaConfig()
+    config.model_type = "zebra"
+    with pytest.raises(ConfigError, match=r"'zebra' is not supported; supported: " + ", ".join(FAMILIES)):
+        family_of(config)
+
+
+def test_every_parameter_belongs_to_the_module_it_sits_in(model_dir: Path) -> None:
+    model = load(model_dir)
+    family, found = family_of(model.config), {module: set() for module in MODULES}
+    for name, parameter in model.named_parameters():
+        found[family.module_of(name)].add(id(parameter))
+    assert found == {module: part_ids(model, module) for module in MODULES} and all(found.values())
+
+
+@pytest.mark.parametrize("name", ["model.vision_tower_extra.weight", "vision_tower.weight", "lm_head2.weight", "adapter.weight", ""])
+def test_a_parameter_of_no_module_is_refused(name: str) -> None:
+    """A prefix ends at a dot: a longer name is another module."""
+    with pytest.raises(KeyError, match="belongs to no module of family 'llava'"):
+        FAMILIES["llava"].module_of(name)
+
+
+# Loading ------------------------------------------------------------------------------------------------------------------------------
+
+
+def altered(model_dir: Path, folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> Path:
+    shutil.copytree(model_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_loads_the_checkpoints_own_weights_in_the_dtype_asked_for(model_dir: Path) -> None:
+    expected = LlavaForConditionalGeneration.from_pretrained(model_dir).state_dict()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), dtype)
+        assert all(parameter.dtype == dtype and parameter.requires_grad for parameter in model.parameters())
+        assert model.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[name].to(value.dtype)) for name, value in model.state_dict().items())
+        assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w.pop(KEY), rf"1 missing keys: \S*{KEY}; repair"),
+        (lambda w: w.pop("language_model.lm_head.weight"), r"1 missing keys: \S*lm_head\.weight; repair"),
+        (lambda w: w.update({"language_model.model.extra.weight": torch.zeros(2)}), r"1 unexpected keys: \S*extra\.weight; repair"),
+        (lambda w: w.update({KEY: torch.zeros(3, 3)}), rf"1 mismatched keys: \S*{KEY}.*\[3, 3\]"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_not_this_model_is_refused_by_key(edit: Any, message: str, model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(altered(model_dir, tmp_path / "altered", edit))
+    load(altered(model_dir, tmp_path / "same", lambda weights: None))
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'no-such-folder' does not exist; give a model folder"):
+        load_config("no-such-folder")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"empty' cannot be read"):
+        load_config(str(tmp_path / "empty"))
+
+
+def test_flash_attention_without_the_package_is_refused_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"pip install 'cfvlm-ds\[gpu\]'"):
+        attention("flash_attention_2")
+    assert [attention(name) for name in ("auto", "sdpa", "eager")] == ["sdpa", "sdpa", "eager"]
+
+
+@pytest.mark.parametrize(("cuda", "package", "expected"), [(True, True, "flash_attention_2"), (True, False, "sdpa"), (False, True, "sdpa")])
+def test_auto_attention(cuda: bool, package: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: package)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    assert attention("auto") == expected
+
+
+# Freezing -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "frozen", [(), *((module,) for module in MODULES), ("vision_tower", "language_model"), ("vision_tower", "projector")]
+)
+def test_freezing_switches_off_a_module_and_nothing_else(frozen: tuple[str, ...], model_dir: Path, manifests: dict[str, Path]) -> None:
+    """By flag, and by the gradients that a backward really leaves."""
+    model = load(model_dir, **{module: FROZEN for module in frozen})
+    still = set().union(*(part_ids(model, module) for module in frozen))
+    assert {id(p) for p in model.parameters() if not p.requires_grad} == still
+    family = family_of(model.config)
+    listed = list(trainable_of(Scorer(model, family)))
+    assert {id(p) for _, _, p in listed} == {id(p) for p in model.parameters()} - still
+    assert {module for module, _, _ in listed} == set(MODULES) - set(frozen)
+
+    batch = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "anchor")(read_manifest(manifests["test"])[:2])
+    Scorer(model, family)(**batch.model_inputs).sum().backward()
+    for module in MODULES:
+        moved = any(p.grad is not None and p.grad.abs().sum() > 0 for part in PARTS[module](model) for p in part.parameters())
+        assert moved == (module not in frozen), module
+    sizes = {module: sum(p.numel() for part in PARTS[module](model) for p in part.parameters()) for module in MODULES}
+    assert parameter_counts(model, family) == {m: (n, 0 if m in frozen else n) for m, n in sizes.items()}
+
+
+def test_parameter_counts_take_the_whole_size_of_a_shard(model_dir: Path) -> None:
+    """ZeRO-3 leaves an empty tensor on a rank and keeps the whole size beside it."""
+    model = load(model_dir, vision_tower=FROZEN)
+    family = family_of(model.config)
+    expected = parameter_counts(model, family)
+    for parameter in model.parameters():
+        parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
+    assert parameter_counts(model, family) == expected
+
+
+def test_nothing_left_to_train_is_refused(model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"every module is frozen; set model\.vision_tower\.freeze"):
+        load(model_dir, vision_tower=FROZEN, projector=FROZEN, language_model=FROZEN)
+
+
+@pytest.mark.parametrize("projector", [False, True])
+def test_a_frozen_tower_keeps_no_graph(projector: bool, model_dir: Path, manifests: dict[str, Path]) -> None:
+    """What the projector gets has no history; nor has what it gives, when it is frozen too."""
+    model = load(model_dir, vision_tower=FROZEN, projector=ModuleConfig(freeze=projector))
+    seen: list[Tensor] = []
+    model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
+    batch = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "anchor")(read_manifest(manifests["test"])[:2])
+    logp = Scorer(model, family_of(model.config))(**batch.model_inputs)
+    assert [tensor.requires_grad for tensor in seen] == [False, not projector] and logp.requires_grad
+    features = family_of(model.config).encode_images(model, batch.model_inputs["image_inputs"])
+    assert [f.requires_grad for f in features] == [not projector] * batch.num_images
+
+
+def test_features_come_one_per_image_in_order(scorer: Scorer) -> None:
+    pixels = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    encode = scorer.family.encode_images
+    together = encode(scorer.model, {"pixel_values": pixels})
+    assert [f.shape for f in together] == [(16, 32)] * 3
+    for k in range(3):
+        torch.testing.assert_close(together[k], encode(scorer.model, {"pixel_values": pixels[k : k + 1]})[0], rtol=1e-4, atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+# The tiny model -----------------------------------------------------------------------------------------------------------------------
+
+
+def tiny(folder: Path, seed: int = 0) -> Path:
+    return build_tiny_llava(TinyLlavaConfig(str(folder), hidden_size=16, patch_size=24, seed=seed), [f"a {c} circle" for c in COLOURS])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def test_building_again_leaves_the_folder_alone(built: Path) -> None:
+    before, when = contents(built), {path: path.stat().st_mtime_ns for path in built.iterdir()}
+    assert tiny(built, seed=5) == built, "left alone if it is there, as the option says"
+    assert contents(built) == before and {path: path.stat().st_mtime_ns for path in built.iterdir()} == when
+    assert [path.name for path in built.parent.iterdir()] == ["model"] and "corpus.txt" not in before
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before(built: Path, tmp_path: Path) -> None:
+    torch.rand(7)
+    weights = load_file(built / "model.safetensors")
+    same, other = (load_file(tiny(tmp_path / str(seed), seed) / "model.safetensors") for seed in (0, 1))
+    assert weights.keys() == same.keys() and all(torch.equal(weights[name], same[name]) for name in weights)
+    assert not torch.equal(weights[KEY], other[KEY])
+
+
+def test_a_build_that_was_killed_is_rebuilt(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off after the weights are written: no folder yet; a second try starts afresh and gives what one build gives."""
+    folder = tmp_path / "model"
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.LlavaProcessor.save_pretrained", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tiny(folder)
+    assert not folder.exists() and (tmp_path / "model.partial" / "model.safetensors").exists()
+    (tmp_path / "model.partial" / "junk").write_text("left over")
+    again, once = contents(tiny(folder)), contents(built)
+    assert again.keys() == once.keys()
+    assert {name for name in once if again[name] != once[name]} <= {"tokenizer.model"}, "which holds the path of its corpus"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_tiny_model_is_a_real_checkpoint(built: Path) -> None:
+    """It loads through the same door as any other, and its scorer has no parameter that a copy would not have."""
+    model = load_model(ModelConfig(str(built)), torch.float32)
+    counts = parameter_counts(model, family_of(model.config))
+    assert sum(total for total, _ in counts.values()) == sum(p.numel() for p in copy.deepcopy(model).parameters())
+    assert model.config.image_seq_length == 4 and model.config.text_config.hidden_size == 16
