@@ -8,6 +8,7 @@ in order: ``b`` image and text, ``t`` text only, ``i`` image only, ``s`` a sham 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import random
@@ -18,20 +19,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cfvlm_ds import objectives as registered
 from cfvlm_ds.groups import GroupLayout
 from cfvlm_ds.likelihood import Scores, score_matrix, token_logprobs
-from cfvlm_ds.objectives import (
-    OBJECTIVES,
-    Align,
-    Csd,
-    Dpo,
-    Fcd,
-    Objective,
-    group_units,
-    likelihood_report,
-    required_cells,
-    weighted_loss,
-)
+from cfvlm_ds.objectives import OBJECTIVES, Dpo, Objective, group_units, likelihood_report, required_cells, weighted_loss
+
+# Hand-worked cases are in the paper's form, whose arithmetic is linear; the twins below cover every link and scale.
+PAPER = {"weight": 0.5, "link": "hinge", "len_norm": "anchor"}
+Align = functools.partial(registered.Align, counterfactual=0.5)
+Csd = functools.partial(registered.Csd, **PAPER, margin=0.25)
+Fcd = functools.partial(registered.Fcd, **PAPER, margin=0.30)
 
 torch.set_num_threads(1)
 
@@ -610,7 +607,7 @@ def test_09_end_of_turn_counts_in_the_nll_and_nowhere_else() -> None:
     assert loss_of(Align(), g) == pytest.approx(1.5 + 0.5 * 1.5)
     other = dataclasses.replace(g, end={cell: -99.0 for cell in g.end})
     for objective in (Csd(), Fcd(), Dpo(image_side=1.0, anchor=1.0), Align(infonce=1.0, temperature=1.0)):
-        if isinstance(objective, Align):
+        if isinstance(objective, registered.Align):
             change = loss_of(objective, g) - loss_of(Align(), g)
             assert loss_of(objective, other) - loss_of(Align(), other) == pytest.approx(change)
         else:

@@ -31,7 +31,7 @@ class Align:
 
     weight: float = 1.0
     warmup: float = 0.0
-    counterfactual: float = 0.5
+    counterfactual: float = 1.0
     infonce: float = 0.0
     temperature: float = 0.1
     len_norm: LengthNorm = "anchor"

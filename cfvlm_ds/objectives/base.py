@@ -100,11 +100,14 @@ def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Ten
 class MarginTerm:
     """The options that every margin between two likelihoods shares.
 
+    The defaults compare summed log-likelihoods through a smooth link: an edit changes a few words, and a mean over the whole text would
+    divide their gradient by its length. The paper's form is link hinge, len_norm anchor, weight 0.5, margins 0.25 (csd) and 0.30 (fcd).
+
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
         warmup: share of all steps over which the weight rises linearly from 0.
         margin: by how much the true one must win, in ``margin_unit``.
-        margin_unit: ``per_token`` (nats per token of the ``len_norm`` divisor) or ``nats`` (total nats, for long texts).
+        margin_unit: ``per_token`` (on the scale of ``len_norm``: nats per token, or nats where it is ``none``) or ``nats`` (total nats).
         link: ``hinge`` max(0, margin + violation), or ``logsigmoid`` the smooth -log sigmoid(-(margin + violation)), which fades as the
             gap grows but never stops. Both act on the scale of ``len_norm``.
         hinge_cap: a hinge stops growing, and pulling, at this many margins: an impossible pair must not pull for ever. 0 for no cap.
@@ -112,13 +115,13 @@ class MarginTerm:
         pmi: how much of the blind score log p(text | blank) to subtract; needs ``--data.scores``.
     """
 
-    weight: float = 0.5
+    weight: float = 1.0
     warmup: float = 0.05
-    margin: float = 0.25
+    margin: float = 1.0
     margin_unit: Literal["per_token", "nats"] = "per_token"
-    link: Literal["hinge", "logsigmoid"] = "hinge"
+    link: Literal["hinge", "logsigmoid"] = "logsigmoid"
     hinge_cap: float = 4.0
-    len_norm: LengthNorm = "anchor"
+    len_norm: LengthNorm = "none"
     pmi: float = 0.0
 
     def __post_init__(self) -> None:

@@ -23,7 +23,6 @@ class Fcd(MarginTerm):
         soft: temperature of a soft maximum, soft * (logsumexp_k(v_k / soft) - log K); 0 for the hard maximum.
     """
 
-    margin: float = 0.30
     symmetric: bool = True
     soft: float = 0.0
 
