@@ -60,7 +60,7 @@ def main() -> None:
 def run_all(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     warm = arguments.out / "build"
-    train(warm, ("--train.max_steps=1", "--train.export=false"))  # writes the world and the model once
+    train(warm, ("--train.max_steps=1", "--train.export=false", "--data.evaluation={}"))  # writes the world and the model once
     with ThreadPoolExecutor(arguments.jobs) as pool:
         # Calibrated side by side, as the runs themselves are timed.
         speeds = dict(zip(arguments.variants, pool.map(lambda v: seconds_per_step(arguments.out, v), arguments.variants), strict=True))
@@ -90,7 +90,14 @@ def train(folder: Path, options: tuple[str, ...]) -> None:
     if (folder / "results.json").exists():
         return
     command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z3.json", "--config", "examples/quickstart.yaml"]
-    command += [f"--train.output_dir={folder}", "--tracking.enabled=false", "--data.num_workers=0", "--train.save_steps=0", "--train.eval_steps=0", *options]
+    command += [
+        f"--train.output_dir={folder}",
+        "--tracking.enabled=false",
+        "--data.num_workers=0",
+        "--train.save_steps=0",
+        "--train.eval_steps=0",
+        *options,
+    ]
     finished = subprocess.run(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, check=False)
     if finished.returncode:
         sys.exit(f"{folder}: exit code {finished.returncode}\n{finished.stdout[-2000:]}{finished.stderr[-2000:]}")

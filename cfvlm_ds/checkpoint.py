@@ -29,12 +29,13 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 class TrainState:
     """Where the loop is: what a checkpoint holds besides weights, optimizer and schedule.
 
-    ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``run_id`` the MLflow run; ``baseline_lp`` the factual
-    log-likelihood per token at the start, against which displacement is measured.
+    ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``data`` the content hash of the training groups;
+    ``run_id`` the MLflow run; ``baseline_lp`` the factual log-likelihood per token at the start, against which displacement is measured.
     """
 
     step: int = 0
     sampler: dict[str, Any] | None = None
+    data: str | None = None
     run_id: str | None = None
     baseline_lp: float | None = None
 
@@ -60,7 +61,8 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
     dist.barrier()
     if world.is_main:
         sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
-        (partial / _COMPLETE).write_text(json.dumps({"step": state.step, "world_size": world.size, "files": sizes}, indent=1))
+        description = {"step": state.step, "world_size": world.size, "run_id": state.run_id, "files": sizes}
+        (partial / _COMPLETE).write_text(json.dumps(description, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         for old in _by_step(output_dir)[keep:] if keep > 0 else []:
@@ -106,7 +108,7 @@ def _find(output_dir: Path, resume: str, world: World) -> Path | None:
     for path in candidates:
         defect = incomplete(path)
         if defect is None:
-            ranks = json.loads((path / _COMPLETE).read_text())["world_size"]
+            ranks = description(path)["world_size"]
             if ranks != world.size:
                 raise ConfigError(f"{path} was written by {ranks} ranks and this run has {world.size}; start {ranks} ranks")
             return path
@@ -114,6 +116,11 @@ def _find(output_dir: Path, resume: str, world: World) -> Path | None:
             raise ConfigError(f"train.resume={path}: {defect}; name a complete checkpoint or use auto")
         world.say(f"passed over {path}: {defect}")
     return None
+
+
+def description(path: Path) -> dict[str, Any]:
+    """What a complete checkpoint says of itself: ``step``, ``world_size``, ``run_id`` and ``files`` with their sizes in bytes."""
+    return json.loads((path / _COMPLETE).read_text())
 
 
 def incomplete(path: Path) -> str | None:

@@ -40,8 +40,11 @@ class World:
 
 
 def launch_environment() -> None:
-    """Fill in the launcher's variables for a process started by hand (``python train.py``): one rank, a free port."""
-    if "RANK" not in os.environ:
+    """Fill in the launcher's variables: from Slurm's for a task of ``srun``, else for one rank started by hand, on a free port."""
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:
+        slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+        os.environ.update({name: os.environ[value] for name, value in slurm.items()})
+    elif "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

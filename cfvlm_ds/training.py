@@ -22,15 +22,16 @@ from cfvlm_ds import checkpoint, engine
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.collate import Batch, Collator, load_collator
 from cfvlm_ds.config import ConfigError, RunConfig, default_workers
-from cfvlm_ds.data import GroupSampler, check_manifest, open_image, read_manifest
-from cfvlm_ds.data.scores import read_scores, write_scores
-from cfvlm_ds.distributed import World, all_reduce_sums, broadcast_object, seed_everything
+from cfvlm_ds.data import GroupSampler, open_image
+from cfvlm_ds.data.scores import content_hash, read_scores, write_scores
+from cfvlm_ds.distributed import World, all_reduce_sums, seed_everything
 from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, guarded, table
 from cfvlm_ds.export import export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.groups import CounterfactualGroup, DataError
-from cfvlm_ds.models import parameter_counts
+from cfvlm_ds.models import load_config, parameter_counts
 from cfvlm_ds.objectives import group_units, likelihood_report, required_cells, weighted_loss
+from cfvlm_ds.preflight import read_data
 from cfvlm_ds.tracking import open_tracker
 
 
@@ -66,85 +67,40 @@ def train(config: RunConfig, world: World | None = None) -> None:
     """
     world = world or engine.start()
     seed_everything(config.train.seed)
-    groups, splits = _read_data(config, world)
-    run = _build(config, world, groups, splits)
-    found = checkpoint.find(run.dir, config.train.resume, world)
-    if found is not None:
-        checkpoint.load(run.engine, found, run.state)
-        run.sampler.load_state_dict(run.state.sampler or {})
-        world.say(f"resumed from {found} at step {run.state.step}")
-    record = _record(run)
+    run_dir = Path(config.train.output_dir)
+    groups, splits = read_data(config, world)
+    found = checkpoint.find(run_dir, config.train.resume, world)
+    written = checkpoint.description(found) if found is not None else {}
     tracking = config.tracking
+    # Opened before the model: MLflow is imported in a thread, which must be over when data workers are forked.
     tracker = open_tracker(
         enabled=world.is_main,
-        run_dir=run.dir,
+        run_dir=run_dir,
         experiment=tracking.experiment,
-        run_name=tracking.run_name or run.dir.name,
+        run_name=tracking.run_name or run_dir.name,
         params=config.resolved,
-        tags=record["tags"],
-        run_id=run.state.run_id,
-        resume_step=run.state.step if found is not None else None,
+        tags={
+            "git_revision": _git_revision(),
+            "world_size": str(world.size),
+            "model_type": load_config(config.model.name_or_path).model_type,
+        },
+        run_id=written.get("run_id"),
+        resume_step=written.get("step"),
         mlflow=tracking.enabled,
     )
     with tracker:
-        for path in record["files"]:
+        run = _build(config, world, groups, splits)
+        if found is not None:
+            checkpoint.load(run.engine, found, run.state)
+            if run.state.data != content_hash(groups):
+                raise ConfigError(f"{found} was trained on another version of {config.data.train}; restore it or choose another output_dir")
+            run.sampler.load_state_dict(run.state.sampler or {})
+            world.say(f"resumed from {found} at step {run.state.step}")
+        for path in _record(run):
             tracker.artifact(path)
         _loop(run, tracker)
         _finish(run, tracker)
     world.wait()
-
-
-def _read_data(config: RunConfig, world: World) -> tuple[list[CounterfactualGroup], dict[str, list[CounterfactualGroup]]]:
-    """Training groups and evaluation splits. Rank 0 checks them first; what it finds is raised on every rank."""
-    data = config.data
-    if not data.train:
-        raise ConfigError("data.train is not set; give the manifest of your training groups")
-    manifests = {"train": data.train, **data.evaluation}
-    problem = _check(config, manifests, world) if world.is_main else None
-    if problem := broadcast_object(problem):
-        raise DataError(problem)
-    read = {name: read_manifest(path, data.root, data.format) for name, path in manifests.items()}
-    return read.pop("train"), read
-
-
-def _check(config: RunConfig, manifests: Mapping[str, str], world: World) -> str | None:
-    """The first problem of the data, or None; what was found sound before, by size and time of the file, is not opened again."""
-    run_dir = Path(config.train.output_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    stamp = run_dir / "data_check.json"
-    try:
-        known = json.loads(stamp.read_text())
-    except (OSError, ValueError):
-        known = {}
-    collator = load_collator(config.model, "full", config.data.max_pixels)
-    for path in manifests.values():
-        try:
-            stat = Path(path).stat()
-            seen = [stat.st_size, stat.st_mtime_ns, config.data.check, config.model.name_or_path]
-            if known.get(path) == seen:
-                continue
-            if config.data.check == "rows":
-                read_manifest(path, config.data.root, config.data.format)
-            else:
-                report = check_manifest(
-                    path,
-                    config.data.root,
-                    config.data.format,
-                    text_length=collator.row_length,
-                    max_text_tokens=collator.max_length,
-                    max_pixels=config.data.max_pixels,
-                    progress=world.say,
-                )
-                if not report.ok:
-                    more = len(report.problems) - 1
-                    return report.problems[0] + (f" ({more} more: see `cfvlm-ds data check {path}`)" if more else "")
-            known[path] = seen
-        except FileNotFoundError:
-            return f"{path}: no such manifest; correct data.train or data.evaluation"
-        except DataError as error:
-            return str(error)
-    stamp.write_text(json.dumps(known, indent=1))
-    return None
 
 
 def _build(config: RunConfig, world: World, groups: list[CounterfactualGroup], splits: dict[str, list[CounterfactualGroup]]) -> Run:
@@ -168,19 +124,22 @@ def _build(config: RunConfig, world: World, groups: list[CounterfactualGroup], s
         (Path(train.output_dir) / "ds_config.json").write_text(json.dumps(resolved.config, indent=2))
     driven = engine.initialize(config, resolved, world, total_steps)
     collator = load_collator(config.model, required_cells(config.objective), config.data.max_pixels, stored)
-    return Run(config, world, driven, collator, sampler, groups, splits, TrainState(), total_steps)
+    return Run(config, world, driven, collator, sampler, groups, splits, TrainState(data=content_hash(groups)), total_steps)
 
 
-def _record(run: Run) -> dict[str, Any]:
-    """Write what defines the run into its folder (rank 0), and return the tags and files that tracking gets."""
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "mlflow", "cfvlm-ds")}
+def _git_revision() -> str:
+    printed = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return printed or "unknown"
+
+
+def _record(run: Run) -> list[Path]:
+    """Write what defines the run into its folder (rank 0), and return the files."""
     scorer = run.engine.module
     counts = parameter_counts(scorer.model, scorer.family)
     environment = {
-        "git_revision": revision or None,
+        "git_revision": _git_revision(),
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "mlflow", "cfvlm-ds")},
         "world_size": run.world.size,
         "device": torch.cuda.get_device_name() if run.world.device.type == "cuda" else platform.processor() or platform.machine(),
         "parameters": {name: {"total": total, "trainable": trains} for name, (total, trains) in counts.items()},
@@ -190,8 +149,7 @@ def _record(run: Run) -> dict[str, Any]:
         files[0].write_text(yaml.safe_dump(dict(run.config.resolved), sort_keys=False))
         files[2].write_text(json.dumps(environment, indent=2))
     run.world.say("parameters: " + ", ".join(f"{name} {total:,} ({trains:,} trainable)" for name, (total, trains) in counts.items()))
-    tags = {"model_type": scorer.model.config.model_type, "git_revision": revision or "unknown", "world_size": str(run.world.size)}
-    return {"tags": tags, "files": files}
+    return files
 
 
 class Meter:

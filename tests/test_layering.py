@@ -16,7 +16,7 @@ LAYERS = [
     {"likelihood", "figures"},
     {"models", "data", "scenes"},
     {"objectives", "collate", "engine", "checkpoint", "tracking"},
-    {"evaluation", "export"},
+    {"evaluation", "export", "preflight"},
     {"training"},
     {"cli"},
 ]
