@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not any(a == "--config" or a.startswith("--config=") for a in arguments):
         arguments = ["--config", str(QUICKSTART), *arguments]
+    # As an exit, so that the run is closed and marked as killed; launchers send it to all ranks when one has failed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     _exit_cleanly(lambda: run(arguments))
 
 

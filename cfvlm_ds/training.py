@@ -318,14 +318,15 @@ def _finish(run: Run, tracker: Any) -> None:
             score_matrix_figure(figures[-1], _samples(groups, scores[split], run.config.data.max_pixels))
         for path in [run.dir / "results.md", run.dir / "results.json", *figures]:
             tracker.artifact(path)
-        run.world.say(table(results))
+        if results:
+            run.world.say(table(results))
         if run.config.train.export:
             exported = export_hf(run.dir / f"checkpoint-{run.state.step}", run.config.model.name_or_path, run.dir / "export")
             run.world.say(f"exported to {exported}")
 
 
 def _samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
-    """The first group of each edit type, at most four, as score_matrix_figure takes them."""
+    """One group of each edit type, at most four types, as score_matrix_figure takes them."""
     first: dict[str, int] = {}
     for index, group in enumerate(groups):
         first.setdefault(group.edits[0].type if group.edits else "", index)
@@ -337,5 +338,5 @@ def _samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores
             "scores": scores[index].logp.tolist(),
             "match": groups[index].match,
         }
-        for kind, index in list(first.items())[:4]
+        for kind, index in list(first.items())[-4:]
     ]

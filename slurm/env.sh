@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What a site edits: modules, environment, network. Read by every script in this folder, on the first node, from the folder of submission.
 # module load cuda
 # export NCCL_SOCKET_IFNAME=ib0
