@@ -208,7 +208,7 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
     dtype = resolved.dtype()
     model = load_model(config.model, dtype)
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     scorer = Scorer(model, family_of(model.config))
     groups = parameter_groups(scorer, config)
     optimizer = None
@@ -234,6 +234,13 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
         config=resolved.config,
     )
     return engine
+
+
+def recompute_activations(model: Any) -> None:
+    """Gradient checkpointing of every block that has a gradient."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # It makes all embeddings require a gradient, which only reentrant checkpoints need, and a frozen tower would run twice and backward.
+    model.disable_input_require_grads()
 
 
 def parameter_groups(scorer: Scorer, config: RunConfig) -> list[dict[str, Any]]:

@@ -70,7 +70,10 @@ def train(config: RunConfig, world: World | None = None) -> None:
     run_dir = Path(config.train.output_dir)
     groups, splits = read_data(config, world)
     found = checkpoint.find(run_dir, config.train.resume, world)
-    written = checkpoint.description(found) if found is not None else {}
+    # Killed before its first checkpoint, a run starts over at step 0 and is still the same run.
+    written: dict[str, Any] = (
+        checkpoint.description(found) if found is not None else {"step": None if config.train.resume == "never" else 0}
+    )
     tracking = config.tracking
     # Opened before the model: MLflow is imported in a thread, which must be over when data workers are forked.
     tracker = open_tracker(
@@ -85,7 +88,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
             "model_type": load_config(config.model.name_or_path).model_type,
         },
         run_id=written.get("run_id"),
-        resume_step=written.get("step"),
+        resume_step=written["step"],
         mlflow=tracking.enabled,
     )
     with tracker:
@@ -193,7 +196,8 @@ def _loop(run: Run, tracker: Any) -> None:
         last = state.step == run.total_steps
         if state.step % train.logging_steps == 0 or last:
             metrics = meter.reduce(world)
-            metrics["learning_rate"] = run.engine.get_lr()[0]
+            rates = {group["name"].split(".")[0]: group["lr"] for group in run.engine.optimizer.param_groups}
+            metrics |= {"learning_rate": max(rates.values())} | {f"learning_rate/{module}": rate for module, rate in rates.items()}
             metrics["grad_norm"] = float(run.engine.get_global_grad_norm() or 0.0)
             metrics["epoch"] = run.sampler.epoch
             tracker.log(state.step, metrics)

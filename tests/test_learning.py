@@ -16,6 +16,7 @@ from cfvlm_ds.collate import Batch, Collator, load_collator
 from cfvlm_ds.config import ModelConfig, ModuleConfig
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.distributed import World
+from cfvlm_ds.engine import recompute_activations
 from cfvlm_ds.evaluation import accuracies, score_groups
 from cfvlm_ds.groups import CounterfactualGroup
 from cfvlm_ds.likelihood import Scores
@@ -126,15 +127,14 @@ def test_contrast_alone_also_lowers_it_absolutely(model_dir: Path, batch: Batch)
 
 
 def test_the_papers_matched_form_pushes_true_captions_down(model_dir: Path, batch: Batch) -> None:
-    """A documented defect of mode ``matched``, kept for fidelity: T_k is true of I_k and yet loses. Detached, or in mode cross, it does not."""
+    """The documented defect of mode ``matched``: T_k, true of I_k, is made less likely there, more so than the false T_0."""
     change = {}
     for mode in ("matched", "matched_sg", "cross"):
         _, history = fit(model_dir, batch, weighted({"csd": Csd(mode=mode)}, batch), 30)  # type: ignore[arg-type]
         change[mode] = {name: values[-1] - values[0] for name, values in history.items()}
-    assert change["matched"]["lp_kk"] < -0.5
-    assert change["matched_sg"]["lp_kk"] > 1.0, "it rises along with S_00"
-    assert change["matched"]["lp_kk"] - change["matched"]["lp_00"] < -0.5, "true pairs are torn apart"
-    assert abs(change["cross"]["lp_kk"] - change["cross"]["lp_00"]) < 0.3
+    assert change["matched"]["lp_kk"] < -0.5 and change["matched"]["lp_kk"] < change["matched"]["lp_k0"] - 0.2
+    assert change["matched_sg"]["lp_kk"] > 1.0, "detached, it rises along with S_00"
+    assert change["cross"]["lp_kk"] > change["cross"]["lp_k0"] + 0.5
 
 
 def test_the_displacement_warning(model_dir: Path, manifest: Path, tmp_path: Path) -> None:
@@ -156,17 +156,17 @@ def test_the_displacement_warning(model_dir: Path, manifest: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(frozen: bool, model_dir: Path, batch: Batch) -> None:
-    """fp32, relative 1e-5 of a tensor's largest entry; every block of tower and language model really runs twice."""
+    """fp32, relative 1e-5 of a tensor's largest entry. Every block with a gradient runs twice, counted inside it: its own hooks do not."""
     found: list[dict[str, Tensor]] = []
     values: list[float] = []
     calls = [0, 0]
     for enabled in (False, True):
         scorer = load(model_config(model_dir, vision_tower=ModuleConfig(freeze=frozen)))
         if enabled:
-            scorer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # as engine.initialize does
+            recompute_activations(scorer.model)
         for layers in (scorer.model.model.language_model.layers, scorer.model.model.vision_tower.encoder.layers):
             for layer in layers:
-                layer.register_forward_pre_hook(lambda *_, which=int(enabled): calls.__setitem__(which, calls[which] + 1))
+                layer.mlp.register_forward_pre_hook(lambda *_, which=int(enabled): calls.__setitem__(which, calls[which] + 1))
         loss = weighted(CF_VLM, batch)(batch.scores(scorer(**batch.model_inputs)))
         loss.backward()
         values.append(loss.item())
