@@ -162,13 +162,13 @@ def figure(path: Path, found: dict[str, list[dict[str, Any]]], split: str = "com
         axes.bar(place, [statistics.mean(v) for v in values], 0.92 * width, color=colours[variant], label=VARIANTS[variant][0])
         axes.errorbar(place, [statistics.mean(v) for v in values], spreads, fmt="none", ecolor="#333333", elinewidth=0.8)
     axes.axhline(100 / 6, color="#333333", linewidth=0.8, linestyle=":")
-    axes.text(len(edits) - 0.45, 100 / 6 + 1, "chance", fontsize=8, ha="right")
+    axes.text(-0.85, 100 / 6 + 1, "chance", fontsize=8)
     axes.set_xticks(range(len(edits)), [edit.replace("_", " ") for edit in edits])
     axes.set_ylim(0, 100)
     axes.set_ylabel("group accuracy, %")
-    axes.set_title("Held-out combinations, equal training time", fontsize=11, loc="left")
+    axes.set_title("Held-out combinations", fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, ncols=len(shown), loc="upper left")
+    canvas.legend(frameon=False, fontsize=9, ncols=len(shown), loc="outside upper right")
     canvas.savefig(path, dpi=160)
 
 
