@@ -157,8 +157,8 @@ def test_state_and_random_numbers_come_back(tmp_path: Path) -> None:
 
 
 def test_state_holds_every_field_of_the_loop() -> None:
-    state = TrainState(step=3, sampler={"epoch": 1}, run_id="r", baseline_lp=-1.0)
-    assert state.state_dict() == {"step": 3, "sampler": {"epoch": 1}, "run_id": "r", "baseline_lp": -1.0}
+    state = TrainState(step=3, sampler={"epoch": 1}, data="hash", run_id="r", baseline_lp=-1.0)
+    assert state.state_dict() == {"step": 3, "sampler": {"epoch": 1}, "data": "hash", "run_id": "r", "baseline_lp": -1.0}
 
 
 def test_what_deepspeed_cannot_load_is_named(tmp_path: Path) -> None:
