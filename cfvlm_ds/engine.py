@@ -188,13 +188,12 @@ def hidden_size(config: RunConfig) -> int:
     return int(model_config.get_text_config().hidden_size)
 
 
-def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int) -> Any:
-    """Load the model (partitioned as it loads under ZeRO-3) and hand it to DeepSpeed; returns the engine, whose module is a Scorer."""
+def validate(config: RunConfig, resolved: Any) -> None:
+    """Have DeepSpeed and transformers read what only they know, before anything is loaded: ConfigError names the option."""
+    import deepspeed
     from pydantic import ValidationError
-    from transformers import SchedulerType, get_scheduler
+    from transformers import SchedulerType
 
-    with _absent("mlflow"):
-        import deepspeed
     try:
         deepspeed.DeepSpeedConfig(copy.deepcopy(resolved.config))
     except ValidationError as error:
@@ -205,8 +204,17 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
         SchedulerType(config.train.lr_scheduler_type)
     except ValueError as error:
         raise ConfigError(f"train.lr_scheduler_type: {error}") from None
+
+
+def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int) -> Any:
+    """Load the model (partitioned as it loads under ZeRO-3) and hand it to DeepSpeed; returns the engine, whose module is a Scorer."""
+    import deepspeed
+    from transformers import get_scheduler
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     dtype = resolved.dtype()
     model = load_model(config.model, dtype)
+    unset_hf_deepspeed_config()  # a later from_pretrained, such as the export's, is an ordinary one
     if config.model.gradient_checkpointing:
         recompute_activations(model)
     scorer = Scorer(model, family_of(model.config))

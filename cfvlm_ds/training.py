@@ -23,7 +23,7 @@ from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.collate import Batch, Collator, load_collator
 from cfvlm_ds.config import ConfigError, RunConfig, default_workers
 from cfvlm_ds.data import GroupSampler, open_image
-from cfvlm_ds.data.scores import content_hash, read_scores, write_scores
+from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
 from cfvlm_ds.distributed import World, all_reduce_sums, seed_everything
 from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, guarded, table
 from cfvlm_ds.export import export_hf
@@ -69,11 +69,16 @@ def train(config: RunConfig, world: World | None = None) -> None:
     seed_everything(config.train.seed)
     run_dir = Path(config.train.output_dir)
     groups, splits = read_data(config, world)
+    stored, sampler = _stored_scores(config, groups), _sampler(config, world, len(groups))
+    epochs_as_steps = -(-int(config.train.num_train_epochs * len(groups)) // sampler.groups_per_step)
+    total_steps = config.train.max_steps if config.train.max_steps > 0 else epochs_as_steps
+    raw, width = engine.read_json(config.deepspeed), engine.hidden_size(config)
+    resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
+    engine.validate(config, resolved)
     found = checkpoint.find(run_dir, config.train.resume, world)
     # Killed before its first checkpoint, a run starts over at step 0 and is still the same run.
-    written: dict[str, Any] = (
-        checkpoint.description(found) if found is not None else {"step": None if config.train.resume == "never" else 0}
-    )
+    anew = {"step": None if config.train.resume == "never" else 0}
+    written: dict[str, Any] = anew if found is None else checkpoint.description(found)
     tracking = config.tracking
     # Opened before the model: MLflow is imported in a thread, which must be over when data workers are forked.
     tracker = open_tracker(
@@ -92,42 +97,40 @@ def train(config: RunConfig, world: World | None = None) -> None:
         mlflow=tracking.enabled,
     )
     with tracker:
-        run = _build(config, world, groups, splits)
+        collator = load_collator(config.model, required_cells(config.objective), config.data.max_pixels, stored)
+        driven, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=content_hash(groups))
+        run = Run(config, world, driven, collator, sampler, groups, splits, state, total_steps)
         if found is not None:
             checkpoint.load(run.engine, found, run.state)
             if run.state.data != content_hash(groups):
                 raise ConfigError(f"{found} was trained on another version of {config.data.train}; restore it or choose another output_dir")
             run.sampler.load_state_dict(run.state.sampler or {})
             world.say(f"resumed from {found} at step {run.state.step}")
-        for path in _record(run):
+        for path in _record(run, resolved.config):
             tracker.artifact(path)
         _loop(run, tracker)
         _finish(run, tracker)
     world.wait()
 
 
-def _build(config: RunConfig, world: World, groups: list[CounterfactualGroup], splits: dict[str, list[CounterfactualGroup]]) -> Run:
-    train = config.train
-    stored = None
-    if any(term.needs_reference or term.needs_prior for term in config.objective.values()):
-        if config.data.scores is None:
-            raise ConfigError("an objective needs stored scores; write them with `cfvlm-ds score` and set data.scores")
-        stored = read_scores(Path(config.data.scores), groups)
-    sampler = GroupSampler(
-        num_groups=len(groups),
-        groups_per_micro_batch=train.per_device_train_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
+def _sampler(config: RunConfig, world: World, num_groups: int) -> GroupSampler:
+    return GroupSampler(
+        num_groups=num_groups,
+        groups_per_micro_batch=config.train.per_device_train_batch_size,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         rank=world.rank,
         world_size=world.size,
-        seed=train.seed,
+        seed=config.train.seed,
     )
-    total_steps = train.max_steps if train.max_steps > 0 else -(-int(train.num_train_epochs * len(groups)) // sampler.groups_per_step)
-    resolved = engine.resolve(engine.read_json(config.deepspeed), config, world.size, world.device, engine.hidden_size(config), total_steps)
-    if world.is_main:
-        (Path(train.output_dir) / "ds_config.json").write_text(json.dumps(resolved.config, indent=2))
-    driven = engine.initialize(config, resolved, world, total_steps)
-    collator = load_collator(config.model, required_cells(config.objective), config.data.max_pixels, stored)
-    return Run(config, world, driven, collator, sampler, groups, splits, TrainState(data=content_hash(groups)), total_steps)
+
+
+def _stored_scores(config: RunConfig, groups: list[CounterfactualGroup]) -> dict[str, StoredScores] | None:
+    """The scores file of the training groups, if an objective needs one."""
+    if not any(term.needs_reference or term.needs_prior for term in config.objective.values()):
+        return None
+    if config.data.scores is None:
+        raise ConfigError("an objective needs stored scores; write them with `cfvlm-ds score` and set data.scores")
+    return read_scores(Path(config.data.scores), groups)
 
 
 def _git_revision() -> str:
@@ -135,7 +138,7 @@ def _git_revision() -> str:
     return printed or "unknown"
 
 
-def _record(run: Run) -> list[Path]:
+def _record(run: Run, ds_config: Mapping[str, Any]) -> list[Path]:
     """Write what defines the run into its folder (rank 0), and return the files."""
     scorer = run.engine.module
     counts = parameter_counts(scorer.model, scorer.family)
@@ -150,6 +153,7 @@ def _record(run: Run) -> list[Path]:
     files = [run.dir / "config.yaml", run.dir / "ds_config.json", run.dir / "environment.json"]
     if run.world.is_main:
         files[0].write_text(yaml.safe_dump(dict(run.config.resolved), sort_keys=False))
+        files[1].write_text(json.dumps(ds_config, indent=2))
         files[2].write_text(json.dumps(environment, indent=2))
     run.world.say("parameters: " + ", ".join(f"{name} {total:,} ({trains:,} trainable)" for name, (total, trains) in counts.items()))
     return files

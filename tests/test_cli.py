@@ -282,7 +282,10 @@ def runs(model_dir: Path, manifests: dict[str, Path], scores_file: Path, tmp_pat
         "z3": [f"--data.evaluation.test={manifests['test']}", "--train.export", "true"],
         "dpo": ["--objective.dpo.weight", "1", "--data.scores", str(scores_file), "--objective.align.weight", "0"],
     }
-    options = {name: train_arguments(model_dir, manifests, folder / name, "--train.max_steps", "2", *more) for name, more in extra.items()}
+    options = {
+        name: train_arguments(model_dir, manifests, folder / name, "--train.max_steps", "2", "--train.warmup_ratio", "0", *more)
+        for name, more in extra.items()
+    }
     run([sys.executable, "tests/train_many.py", *map(json.dumps, options.values())])
     return folder
 
