@@ -89,7 +89,16 @@ def test_metrics_are_on_the_server_as_on_disk(client: Any, finished: Path) -> No
     found = on_server(client, the_run(client, "finished"))
     assert found == on_disk(finished)
     every_step = {"loss", "loss/align", "loss/csd", "loss/fcd", "logp/lp_00", "logp/lp_kk", "logp/lp_k0", "logp/lp_0k"}
-    every_step |= {"active/csd", "active/fcd", "violated/csd", "violated/fcd", "learning_rate", "grad_norm", "epoch"}
+    every_step |= {
+        "active/csd",
+        "active/fcd",
+        "violated/csd",
+        "violated/fcd",
+        "learning_rate",
+        *(f"learning_rate/{module}" for module in ("vision_tower", "projector", "language_model")),
+        "grad_norm",
+        "epoch",
+    }
     every_step |= {f"throughput/{n}_per_s" for n in ("groups", "candidates", "tokens", "images")} | {"throughput/data_wait_share"}
     assert {name for name in found if not name.startswith("eval/")} == every_step
     for name in every_step:
