@@ -26,6 +26,8 @@ from cfvlm_ds.models import Family, attention, family_of, load_config, load_proc
 BLANK = Path("<blank image>")
 """Stands for a mid-grey image: what the blind control shows instead of a picture."""
 
+_CACHED_TEXTS = 100_000  # token ids of texts seen before; bounded, because a data set may have millions
+
 
 def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
     """The group with its images replaced by one blank image; every text but the first is neither true nor false of it."""
@@ -128,6 +130,7 @@ class Collator:
         self.stored = stored
         self.share_prefix = share_prefix
         self._texts: dict[tuple[str, str], _Text] = {}
+        self._prompt_lengths: dict[str, int] = {}
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
         """Raises DataError naming the file of an image that cannot be opened, or the group whose text does not fit window or template."""
@@ -154,8 +157,10 @@ class Collator:
     def row_length(self, prompt: str, text: str) -> int:
         """Tokens of the row that a text makes, image and end-of-turn included; DataError as in __call__."""
         encoded = self._encode(prompt, text, "text")
-        _, prompts = self._processed([BLANK], [(0, encoded.prompt)])
-        return len(prompts[0, encoded.prompt]) + len(encoded.text_ids) + len(encoded.end_ids)
+        if encoded.prompt not in self._prompt_lengths:
+            _, prompts = self._processed([BLANK], [(0, encoded.prompt)])
+            self._prompt_lengths[encoded.prompt] = len(prompts[0, encoded.prompt])
+        return self._prompt_lengths[encoded.prompt] + len(encoded.text_ids) + len(encoded.end_ids)
 
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
         shape = (len(groups), max(len(g.images) for g in groups), max(len(g.candidates) for g in groups))
@@ -230,6 +235,8 @@ class Collator:
         candidate = group.candidates[c]
         key = (candidate.prompt, candidate.text)
         if key not in self._texts:
+            if len(self._texts) >= _CACHED_TEXTS:
+                self._texts.clear()
             self._texts[key] = self._encode(*key, f"group {group.id!r}: text {c}")
         return self._texts[key]
 
