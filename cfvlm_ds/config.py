@@ -312,8 +312,13 @@ def _one_sentence(message: str, names: Sequence[str]) -> str:
     return f"unknown option {option!r}" + (f"; did you mean {by_form[near[0]]!r}?" if near else "; see --help")
 
 
-def default_workers() -> int:
-    """Data workers per rank when not configured: one per core that no rank computes on, at most 4."""
+def cores_per_rank() -> int:
+    """Cores of this machine for each rank on it."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, min(4, cores // local_ranks - 1))
+    return max(1, cores // local_ranks)
+
+
+def default_workers() -> int:
+    """Data workers per rank when not configured: the cores beside the one that computes, at least 1 and at most 4."""
+    return max(1, min(4, cores_per_rank() - 1))
