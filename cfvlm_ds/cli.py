@@ -110,8 +110,7 @@ def _data_check(arguments: argparse.Namespace) -> None:
         arguments.manifest,
         arguments.root,
         arguments.format,
-        text_length=collator.row_length if collator else None,
-        max_text_tokens=collator.max_length if collator else None,
+        lengths=collator,
         max_pixels=arguments.max_pixels,
     )
     print(report)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from cfvlm_ds.config import ModelConfig
 from cfvlm_ds.data.images import MAX_PIXELS, open_image
 from cfvlm_ds.data.scores import StoredScores
-from cfvlm_ds.groups import Cells, CounterfactualGroup, DataError, GroupLayout
+from cfvlm_ds.groups import NO_IMAGE, Cells, CounterfactualGroup, DataError, GroupLayout
 from cfvlm_ds.likelihood import Scores, score_matrix
 from cfvlm_ds.models import Family, attention, family_of, load_config, load_processor
 
@@ -31,7 +32,7 @@ _CACHED_TEXTS = 100_000  # token ids of texts seen before; bounded, because a da
 
 def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
     """The group with its images replaced by one blank image; every text but the first is neither true nor false of it."""
-    return replace(group, images=(BLANK,), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
+    return replace(group, images=(BLANK if group.pictured else NO_IMAGE,), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,16 @@ class _Text:
 
 @dataclass
 class _Row:
-    """A prompt with its image, and behind it one branch per text: (flat cell index, text)."""
+    """A prompt with its image (None without one), and behind it one branch per text: (flat cell index, text).
 
-    image: int
+    ``positions`` [P], or [axes, P], are the position ids of the prompt.
+    """
+
+    image: int | None
     prompt: str
     branches: list[tuple[int, _Text]]
     prompt_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @property
     def length(self) -> int:
@@ -105,6 +110,7 @@ class Collator:
     Args:
         processor: the model's own processor.
         family: the model's family record.
+        model_config: the model's configuration, for the family's position rules.
         cells: which cells to build.
         max_length: the model's window in tokens; a longer row is a DataError, never truncated.
         max_pixels: limit on the size of an image.
@@ -116,6 +122,7 @@ class Collator:
         self,
         processor: Any,
         family: Family,
+        model_config: PreTrainedConfig,
         cells: Cells,
         max_length: int,
         max_pixels: int = MAX_PIXELS,
@@ -124,43 +131,83 @@ class Collator:
     ) -> None:
         self.processor = processor
         self.family = family
+        self.model_config = model_config
         self.cells = cells
         self.max_length = max_length
         self.max_pixels = max_pixels
         self.stored = stored
         self.share_prefix = share_prefix
-        self._texts: dict[tuple[str, str], _Text] = {}
-        self._prompt_lengths: dict[str, int] = {}
+        self._texts: dict[tuple[str, str, bool], _Text] = {}
+        self._prompts: dict[tuple[str, tuple[int, int]], tuple[int, int]] = {}
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
         """Raises DataError naming the file of an image that cannot be opened, or the group whose text does not fit window or template."""
         layout = self._layout(groups)
         images: dict[Path, int] = {}
-        rows: dict[tuple[int, str, int | None], _Row] = {}
+        rows: dict[tuple[int | None, str, int | None], _Row] = {}
         num_images, num_texts = layout.valid.shape[1:]
         for g, i, c in layout.valid.nonzero().tolist():
             text = self._text(groups[g], c)
             cell = (g * num_images + i) * num_texts + c
-            image = images.setdefault(groups[g].images[i], len(images))
+            image = images.setdefault(groups[g].images[i], len(images)) if groups[g].pictured else None
             row = rows.setdefault((image, text.prompt, None if self.share_prefix else cell), _Row(image, text.prompt, []))
             row.branches.append((cell, text))
-        image_inputs, prompts = self._processed(list(images), [(row.image, row.prompt) for row in rows.values()])
+        wanted = [(row.image, row.prompt) for row in rows.values() if row.image is not None]
+        # The tower runs on every rank, also on one whose groups are text alone: ZeRO-3 waits for all of them.
+        paths, wanted = (list(images), wanted) if images else ([BLANK], [(0, self._head(""))])
+        image_inputs, prompts = self._processed([self._open(path) for path in paths], wanted)
         for row in rows.values():
-            row.prompt_ids = prompts[row.image, row.prompt]
+            self._place(row, prompts, image_inputs)
         self._check_lengths(groups, list(rows.values()), num_images * num_texts, num_texts)
-        return self._batch(list(rows.values()), image_inputs, layout, groups)
+        visual_tokens = [0] * len(paths)
+        for (image, _), ids in prompts.items():
+            visual_tokens[image] = int(self._visual(ids).sum())
+        return self._batch(list(rows.values()), image_inputs, visual_tokens, layout, groups)
 
     def scoring_everything(self) -> Collator:
         """The same collator building every cell, without stored scores: what evaluation needs."""
-        return Collator(self.processor, self.family, "full", self.max_length, max_pixels=self.max_pixels, share_prefix=self.share_prefix)
+        return Collator(
+            self.processor,
+            self.family,
+            self.model_config,
+            "full",
+            self.max_length,
+            max_pixels=self.max_pixels,
+            share_prefix=self.share_prefix,
+        )
 
-    def row_length(self, prompt: str, text: str) -> int:
-        """Tokens of the row that a text makes, image and end-of-turn included; DataError as in __call__."""
-        encoded = self._encode(prompt, text, "text")
-        if encoded.prompt not in self._prompt_lengths:
-            _, prompts = self._processed([BLANK], [(0, encoded.prompt)])
-            self._prompt_lengths[encoded.prompt] = len(prompts[0, encoded.prompt])
-        return self._prompt_lengths[encoded.prompt] + len(encoded.text_ids) + len(encoded.end_ids)
+    def row_length(self, prompt: str, text: str, size: tuple[int, int] | None) -> int:
+        """Tokens of the row that a text makes behind an image of ``size`` (width, height; None without an image), end-of-turn included.
+
+        Raises DataError as __call__ does.
+        """
+        encoded = self._remembered(prompt, text, size is not None, "text")
+        head = len(encoded.prompt_ids) if size is None else self._prompt_tokens(encoded.prompt, size)[0]
+        return head + len(encoded.text_ids) + len(encoded.end_ids)
+
+    def visual_tokens(self, size: tuple[int, int]) -> int:
+        """How many visual tokens an image of ``size`` (width, height) becomes."""
+        return self._prompt_tokens(self._head(""), size)[1]
+
+    def _prompt_tokens(self, prompt: str, size: tuple[int, int]) -> tuple[int, int]:
+        """(all tokens, visual tokens) of a prompt with an image of this size; measured, for every family has rules of its own."""
+        if (prompt, size) not in self._prompts:
+            _, prompts = self._processed([Image.new("RGB", size)], [(0, prompt)])
+            ids = prompts[0, prompt]
+            self._prompts[prompt, size] = len(ids), int(self._visual(ids).sum())
+        return self._prompts[prompt, size]
+
+    def _visual(self, ids: Tensor) -> Tensor:
+        return ids == self.processor.image_token_id
+
+    def _place(self, row: _Row, prompts: dict[tuple[int, str], Tensor], image_inputs: dict[str, Tensor]) -> None:
+        """Give a row its prompt's token ids and positions."""
+        if row.image is None:
+            row.prompt_ids, grid = torch.tensor(row.branches[0][1].prompt_ids), None
+        else:
+            row.prompt_ids = prompts[row.image, row.prompt]
+            grid = image_inputs[self.family.grid][row.image] if self.family.grid else None
+        row.positions = self.family.positions(self.model_config, self._visual(row.prompt_ids), grid)
 
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
         shape = (len(groups), max(len(g.images) for g in groups), max(len(g.candidates) for g in groups))
@@ -179,12 +226,17 @@ class Collator:
         return GroupLayout(valid, match, tokens, end_tokens, weight, tuple(group.id for group in groups))
 
     def _batch(
-        self, rows: list[_Row], image_inputs: dict[str, Tensor], layout: GroupLayout, groups: Sequence[CounterfactualGroup]
+        self,
+        rows: list[_Row],
+        image_inputs: dict[str, Tensor],
+        visual_tokens: list[int],
+        layout: GroupLayout,
+        groups: Sequence[CounterfactualGroup],
     ) -> Batch:
         size = (len(rows), max(row.length for row in rows))
         pad = self.processor.tokenizer.pad_token_id
         input_ids = torch.full(size, pad if pad is not None else 0)
-        position_ids, branch = torch.zeros(size, dtype=torch.int64), torch.full(size, -2)
+        position_ids, branch = torch.zeros(*rows[0].positions.shape[:-1], *size, dtype=torch.int64), torch.full(size, -2)
         predicts: list[int] = []
         targets: list[int] = []
         cell: list[int] = []
@@ -192,13 +244,13 @@ class Collator:
         for r, row in enumerate(rows):
             prompt = len(row.prompt_ids)
             input_ids[r, :prompt], branch[r, :prompt] = row.prompt_ids, -1
-            position_ids[r, :prompt] = torch.arange(prompt)
-            start = prompt
+            position_ids[..., r, :prompt] = row.positions
+            start, first = prompt, int(row.positions.max()) + 1
             for b, (index, text) in enumerate(row.branches):
                 response = [*text.text_ids, *text.end_ids]
                 stop = start + len(response)
                 input_ids[r, start:stop], branch[r, start:stop] = torch.tensor(response), b
-                position_ids[r, start:stop] = torch.arange(prompt, prompt + len(response))
+                position_ids[..., r, start:stop] = torch.arange(first, first + len(response))
                 # A branch's first token is predicted at the end of the prompt, every other one at the token before it.
                 predicts += [r * size[1] + t for t in (prompt - 1, *range(start, stop - 1))]
                 targets += response
@@ -213,11 +265,12 @@ class Collator:
             "scored": torch.zeros(size, dtype=torch.bool).view(-1).index_fill(0, positions, True).view(size),
             "predicted_by": predicted_by,
             "targets": torch.tensor(targets),
-            "image_of_row": torch.tensor([row.image for row in rows]),
+            "image_of_row": [row.image for row in rows],
+            "visual_tokens": visual_tokens,
             "image_inputs": image_inputs,
         }
         reference, prior = self._stored(groups, layout)
-        num_tokens, num_images = sum(row.length for row in rows), len({row.image for row in rows})
+        num_tokens, num_images = sum(row.length for row in rows), len({row.image for row in rows} - {None})
         return Batch(model_inputs, torch.tensor(cell), torch.tensor(is_end), layout, reference, prior, num_tokens, num_images)
 
     def _stored(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor | None, Tensor | None]:
@@ -233,19 +286,25 @@ class Collator:
 
     def _text(self, group: CounterfactualGroup, c: int) -> _Text:
         candidate = group.candidates[c]
-        key = (candidate.prompt, candidate.text)
+        return self._remembered(candidate.prompt, candidate.text, group.pictured, f"group {group.id!r}: text {c}")
+
+    def _remembered(self, prompt: str, text: str, pictured: bool, where: str) -> _Text:
+        key = (prompt, text, pictured)
         if key not in self._texts:
             if len(self._texts) >= _CACHED_TEXTS:
                 self._texts.clear()
-            self._texts[key] = self._encode(*key, f"group {group.id!r}: text {c}")
+            self._texts[key] = self._encode(*key, where)
         return self._texts[key]
 
-    def _encode(self, prompt: str, text: str, where: str) -> _Text:
+    def _head(self, prompt: str, pictured: bool = True) -> str:
+        """The chat template's text up to where the answer begins."""
+        return self.processor.apply_chat_template([_user(prompt, pictured)], add_generation_prompt=True)
+
+    def _encode(self, prompt: str, text: str, pictured: bool, where: str) -> _Text:
         """Token ids of a text behind its prompt, through the chat template; the scored ids are exactly the text's."""
-        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
         answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-        head = self.processor.apply_chat_template([user], add_generation_prompt=True)
-        full = self.processor.apply_chat_template([user, answer])
+        head = self._head(prompt, pictured)
+        full = self.processor.apply_chat_template([_user(prompt, pictured), answer])
         start = full.find(text, len(head)) if full.startswith(head) else -1
         if start < 0:
             raise DataError(
@@ -259,7 +318,7 @@ class Collator:
                 f"{where} ({text!r}) changes the tokens of its prompt: the model's chat template must end the prompt at a token border; "
                 "repair the template"
             )
-        if ids.count(self.processor.image_token_id) != 1:
+        if ids.count(self.processor.image_token_id) != pictured:
             raise DataError(f"{where}: {self.processor.image_token!r} in a prompt or text stands for an image; reword it")
         special = set(tokenizer.all_special_ids)
         if control := special.intersection(ids[len(head_ids) :]):
@@ -268,16 +327,20 @@ class Collator:
         end = tail[0] if tail else tokenizer.eos_token_id
         return _Text(head, tuple(head_ids), tuple(ids[len(head_ids) :]), () if end is None else (end,))
 
-    def _processed(self, paths: list[Path], wanted: list[tuple[int, str]]) -> tuple[dict[str, Tensor], dict[tuple[int, str], Tensor]]:
+    def _open(self, path: Path) -> Image.Image:
+        return Image.new("RGB", (336, 336), (128, 128, 128)) if path == BLANK else open_image(path, self.max_pixels)
+
+    def _processed(
+        self, opened: list[Image.Image], wanted: list[tuple[int, str]]
+    ) -> tuple[dict[str, Tensor], dict[tuple[int, str], Tensor]]:
         """The images as the model takes them, each once, and the token ids of every wanted (image, prompt), placeholders expanded."""
-        opened = [Image.new("RGB", (336, 336), (128, 128, 128)) if path == BLANK else open_image(path, self.max_pixels) for path in paths]
         first: dict[int, tuple[int, str]] = {}
         for pair in wanted:
             first.setdefault(pair[0], pair)
         again = [pair for pair in dict.fromkeys(wanted) if first[pair[0]] != pair]  # a second prompt of an image: its token ids only
         image_inputs: dict[str, Tensor] = {}
         prompts: dict[tuple[int, str], Tensor] = {}
-        for pairs in ([first[i] for i in range(len(paths))], again):
+        for pairs in ([first[i] for i in range(len(opened))], again):
             if pairs:
                 inputs = self.processor(
                     images=[[opened[i]] for i, _ in pairs], text=[prompt for _, prompt in pairs], padding=True, return_tensors="pt"
@@ -296,6 +359,10 @@ class Collator:
                         f"group {groups[cell // group_cells].id!r}: text {cell % num_texts} makes a row of {length} tokens, the model's "
                         f"window is {self.max_length}; shorten the text or its prompt"
                     )
+
+
+def _user(prompt: str, pictured: bool) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image"}] * pictured + [{"type": "text", "text": prompt}]}
 
 
 def _tree_mask(branch: Tensor) -> Tensor:
@@ -327,4 +394,4 @@ def load_collator(
     window = min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length)
     # eager adds a mask instead of selecting by it, and flash-attn takes none: both would be wrong without an error.
     share_prefix = attention(model.attn_implementation) == "sdpa"
-    return Collator(processor, family_of(config), cells, window, max_pixels, stored, share_prefix)
+    return Collator(processor, family_of(config), config, cells, window, max_pixels, stored, share_prefix)

@@ -13,7 +13,8 @@ The row format ``cfgroup/1`` is one JSON object per line::
      "weight": 1.0}
 
 ``match`` lists what is known: 1 the text is true of the image, 0 it is false. A cell that is not listed is unknown and is never used as a
-negative. A text may carry its own ``prompt``.
+negative. A text may carry its own ``prompt``. A row of text alone has one entry in ``images``, whose ``path`` is
+null.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ SCHEMA = "cfgroup/1"
 SHAM = "sham"
 """Edit type of an image that was rendered again with nothing changed: a positive for the factual text."""
 
+
+NO_IMAGE = Path("<no image>")
+"""Stands in a group for an image that there is not: its texts are scored behind their prompt alone."""
 
 Cells = Literal["anchor", "matched", "star", "full"]
 """Which cells of a group are scored, each set containing the one before: the factual pair; every true pair; also row 0 and column 0 (the
@@ -89,6 +93,8 @@ class CounterfactualGroup:
             for c, truth in enumerate(line):
                 if truth not in (0, 1, None):
                     raise DataError(f"group {self.id!r}: match[{i}][{c}] is {truth!r}; it must be 1, 0 or None")
+        if NO_IMAGE in self.images and len(self.images) > 1:
+            raise DataError(f"group {self.id!r}: a group without an image has one image entry, with the path null; split the row")
         if self.match[0][0] != 1:
             raise DataError(f"group {self.id!r}: the first image and the first text must match; list the factual pair first")
         if not (math.isfinite(self.weight) and self.weight > 0):
@@ -103,6 +109,11 @@ class CounterfactualGroup:
                 other = f"text {seen[key]} ({self.candidates[seen[key]].text!r})"
                 raise DataError(f"group {self.id!r}: text {index} equals {other}; a counterfactual must differ, remove one of them")
             seen[key] = index
+
+    @property
+    def pictured(self) -> bool:
+        """Whether there is an image at all."""
+        return self.images[0] != NO_IMAGE
 
 
 @dataclass(frozen=True)
@@ -204,7 +215,7 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
         )
     return CounterfactualGroup(
         id=group_id,
-        images=tuple(root / _string(image, "path", f"{where}: images") for image in images),
+        images=tuple(NO_IMAGE if image.get("path", "") is None else root / _string(image, "path", f"{where}: images") for image in images),
         candidates=tuple(
             Candidate(_string({"prompt": prompt} | dict(text), "prompt", f"{where}: texts"), _string(text, "text", f"{where}: texts"))
             for text in texts
@@ -225,7 +236,9 @@ def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | Non
         "id": group.id,
         "source": group.source,
         "prompt": shared,
-        "images": [{"id": f"i{i}", "path": path.relative_to(root).as_posix()} for i, path in enumerate(group.images)],
+        "images": [
+            {"id": f"i{i}", "path": None if path == NO_IMAGE else path.relative_to(root).as_posix()} for i, path in enumerate(group.images)
+        ],
         "texts": [
             {"id": f"t{c}", "text": candidate.text} | ({} if candidate.prompt == shared else {"prompt": candidate.prompt})
             for c, candidate in enumerate(group.candidates)

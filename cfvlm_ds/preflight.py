@@ -52,8 +52,7 @@ def _check(config: RunConfig, manifests: Mapping[str, str], world: World) -> str
                     path,
                     config.data.root,
                     config.data.format,
-                    text_length=collator.row_length,
-                    max_text_tokens=collator.max_length,
+                    lengths=collator,
                     max_pixels=config.data.max_pixels,
                     progress=world.say,
                 )

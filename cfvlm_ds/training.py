@@ -28,7 +28,7 @@ from cfvlm_ds.distributed import World, all_reduce_sums, seed_everything
 from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, guarded, table
 from cfvlm_ds.export import export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
-from cfvlm_ds.groups import CounterfactualGroup, DataError
+from cfvlm_ds.groups import NO_IMAGE, CounterfactualGroup, DataError
 from cfvlm_ds.models import load_config, parameter_counts
 from cfvlm_ds.objectives import group_units, likelihood_report, required_cells, weighted_loss
 from cfvlm_ds.preflight import read_data
@@ -341,7 +341,7 @@ def _samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores
     return [
         {
             "title": f"{kind}: {groups[index].id}",
-            "images": [open_image(path, max_pixels) for path in groups[index].images],
+            "images": [None if path == NO_IMAGE else open_image(path, max_pixels) for path in groups[index].images],
             "captions": [candidate.text for candidate in groups[index].candidates],
             "scores": scores[index].logp.tolist(),
             "match": groups[index].match,

@@ -18,7 +18,7 @@ from cfvlm_ds import collate
 from cfvlm_ds.collate import BLANK, Batch, Collator, blinded, load_collator
 from cfvlm_ds.config import ModelConfig
 from cfvlm_ds.data.scores import StoredScores
-from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit
+from cfvlm_ds.groups import NO_IMAGE, SHAM, Candidate, CounterfactualGroup, DataError, Edit
 from cfvlm_ds.likelihood import Scores, token_logprobs
 from cfvlm_ds.models import Scorer, load_processor
 from cfvlm_ds.models.tiny import CHAT_TEMPLATE
@@ -250,7 +250,7 @@ def test_num_tokens_and_row_length_count_real_tokens(make: Any, processor: Any, 
         for candidate in group.candidates:
             single = replace(group, images=group.images[:1], candidates=(candidate,), match=((1,),), edits=())
             whole = length(candidate, f" {candidate.text}</s>")
-            assert collator.row_length(candidate.prompt, candidate.text) == whole
+            assert collator.row_length(candidate.prompt, candidate.text, (48, 48)) == whole
             assert (
                 collator([single]).num_tokens
                 == separate([single]).num_tokens
@@ -364,6 +364,31 @@ def test_blinded(make: Any, scorer: Scorer, processor: Any, groups: list[Counter
 # Stored scores ------------------------------------------------------------------------------------------------------------------------
 
 
+def test_rows_without_an_image_beside_rows_with_one(
+    make: Any, scorer: Scorer, processor: Any, groups: list[CounterfactualGroup], plain: Any
+) -> None:
+    """Text alone is scored by the language model alone; the tower runs and takes part in the backward pass even if no row has an image."""
+    texts = (Candidate("Name a colour.", "red"), Candidate("Name a colour.", "green and blue"))
+    spoken = CounterfactualGroup("spoken", (NO_IMAGE,), texts, ((1, 0),))
+    expected = {}
+    for c, text in enumerate(texts):
+        head, whole = (processor.tokenizer(f"USER: {text.prompt} ASSISTANT:{said}").input_ids for said in ("", f" {text.text}</s>"))
+        logits = scorer.model(input_ids=torch.tensor([whole])).logits[0, len(head) - 1 : -1].float()
+        logp = logits.log_softmax(-1)[range(len(whole) - len(head)), whole[len(head) :]]
+        expected["spoken", 0, c] = (logp[:-1].sum().detach(), logp[-1].detach())
+    together = [groups[0], spoken, groups[2]]
+    pictured = {key: values[:2] for key, values in plain.items() if key[0] in ("many", "images")}
+    assert_same(by_cell(scored(scorer, make()(together)), together), pictured | expected)
+    alone = make()([spoken])
+    scores = scored(scorer, alone)
+    assert_same(by_cell(scores, [spoken]), expected)
+    assert (alone.num_images, len(alone.model_inputs["image_inputs"]["pixel_values"])) == (0, 1)
+    tower = list(scorer.model.model.vision_tower.parameters())
+    grads = torch.autograd.grad(scores.logp.sum(), tower, allow_unused=True)
+    assert sum(grad is not None for grad in grads) > 20 and not any(grad.any() for grad in grads if grad is not None)
+    assert blinded(spoken).images == (NO_IMAGE,)
+
+
 def test_stored_scores_land_in_their_cells(make: Any, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
     stored = {}
     for g, group in enumerate(groups):
@@ -422,7 +447,7 @@ def with_template(make: Any, template: str) -> Collator:
 def test_a_text_that_does_not_fit_the_window_is_refused(make: Any, groups: list[CounterfactualGroup]) -> None:
     """The limit is the longest prompt and text of one branch, not the shared row; it is never cut."""
     group = groups[0]
-    lengths = [make().row_length(candidate.prompt, candidate.text) for candidate in group.candidates]
+    lengths = [make().row_length(candidate.prompt, candidate.text, (48, 48)) for candidate in group.candidates]
     longest = max(range(3), key=lambda c: lengths[c])
     batch = make(max_length=max(lengths))([group])
     assert batch.model_inputs["input_ids"].shape[1] > max(lengths)

@@ -396,7 +396,7 @@ def test_all_problems_are_collected(folder: Path) -> None:
         row("a"),
         row("long", prompt="one two", texts=[{"id": "t0", "text": "x"}, {"id": "t1", "text": "a b c d e f"}]),
     )
-    report = check_manifest(path, text_length=lambda prompt, text: 3 + len(f"{prompt} {text}".split()), max_text_tokens=10)
+    report = check_manifest(path, lengths=Words())
     expected = {  # line -> what its problem says, in the order of the lines
         2: ["broken JSON at column 2", "one JSON object per line"],
         3: ["bomb.png", "30000x30000", "shrink it"],
@@ -417,7 +417,12 @@ def test_all_problems_are_collected(folder: Path) -> None:
 
 def test_each_image_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
-    monkeypatch.setattr(check, "open_image", lambda path, max_pixels: opened.append(path))
+
+    def recorded(path: Path, max_pixels: int) -> Image.Image:
+        opened.append(path)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(check, "open_image", recorded)
     check_manifest(manifest(folder, row("a"), row("b"), row("c")))
     assert sorted(opened) == [folder / "a.png", folder / "b.png"]
 
@@ -430,8 +435,41 @@ def test_progress_has_rate_and_remaining_time(folder: Path, monkeypatch: pytest.
     assert lines == ["checked 2 of 5 images, 0.2 images/s, 0:00:12 left", "checked 4 of 5 images, 0.2 images/s, 0:00:04 left"]
 
 
-def test_long_reports_are_cut_and_windows_need_lengths(folder: Path) -> None:
+def test_long_reports_are_cut(folder: Path) -> None:
     report = check_manifest(manifest(folder, *["{"] * 60))
     assert len(report.problems) == 60 and "... and 10 more" in str(report)
-    with pytest.raises(ValueError, match="text_length"):
-        check_manifest(folder / "m.jsonl", max_text_tokens=5)
+
+
+class Words:
+    """A model whose tokens are words, with one visual token for every 8 pixels of width, and two more."""
+
+    max_length = 10
+
+    def row_length(self, prompt: str, text: str, size: tuple[int, int] | None) -> int:
+        return (self.visual_tokens(size) if size else 0) + len(f"{prompt} {text}".split())
+
+    def visual_tokens(self, size: tuple[int, int]) -> int:
+        return 2 + size[0] // 8
+
+
+def test_rows_are_measured_with_their_largest_image_and_visual_tokens_counted(folder: Path) -> None:
+    for name, width in (("narrow.png", 16), ("wide.png", 64), ("middle.png", 24)):
+        Image.new("RGB", (width, 16)).save(folder / name)
+
+    def measured(name: str, prompt: str, text: str, *files: str) -> dict[str, object]:
+        images = [{"id": f"i{k}", "path": file} for k, file in enumerate(files)] or [{"id": "i0", "path": None}]
+        return row(name, prompt=prompt, images=images, texts=[{"id": "t0", "text": text}], match=[["i0", "t0", 1]], edits=[])
+
+    report = check_manifest(
+        manifest(
+            folder,
+            measured("fits", "", "a b c d", "narrow.png", "middle.png"),
+            measured("long", "", "a b c", "narrow.png", "wide.png"),
+            measured("no image", "one", "a b c d e f g h i"),
+        ),
+        lengths=Words(),
+    )
+    (problem,) = report.problems
+    assert ":2: " in problem and "text 0 is 13 tokens" in problem
+    assert report.num_images == 3 and sorted(report.visual_tokens) == [4, 5, 10]
+    assert "min 4, median 5, max 10" in str(report)

@@ -13,7 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit, GroupLayout, check_keys, from_row, normalised, to_row
+from cfvlm_ds.groups import (
+    NO_IMAGE,
+    SHAM,
+    Candidate,
+    CounterfactualGroup,
+    DataError,
+    Edit,
+    GroupLayout,
+    check_keys,
+    from_row,
+    normalised,
+    to_row,
+)
 from cfvlm_ds.likelihood import Scores, normalised_scores, score_matrix, token_counts, token_logprobs
 
 torch.set_num_threads(1)
@@ -200,6 +212,7 @@ def test_row_to_group() -> None:
     [
         GROUP,
         CounterfactualGroup("one", (ROOT / "a.jpg",), (Candidate("", "x"),), ((1,),)),
+        CounterfactualGroup("text alone", (NO_IMAGE,), (Candidate("", "x"), Candidate("", "y")), ((1, 0),)),
         CounterfactualGroup(
             "questions",
             (ROOT / "a.jpg", ROOT / "b.jpg"),
@@ -244,7 +257,8 @@ BAD_ROWS = {
     "image id twice": (changed("images", 1, "id", to="i0"), r"images: id 'i0' occurs twice; make ids unique"),
     "text id twice": (changed("texts", 1, "id", to="t0"), r"texts: id 't0' occurs twice"),
     "no path": (changed("images", 0, "path", to=...), r"images: key 'path' is missing"),
-    "path not a string": (changed("images", 0, "path", to=None), r"images: 'path' must be a string, not None"),
+    "path not a string": (changed("images", 0, "path", to=7), r"images: 'path' must be a string, not 7"),
+    "no image beside others": (changed("images", 0, "path", to=None), r"without an image has one image entry, with the path null; split"),
     "no text": (changed("texts", 0, "text", to=...), r"texts: key 'text' is missing"),
     "text not a string": (changed("texts", 0, "text", to=7), r"texts: 'text' must be a string, not 7"),
     "prompt null": (changed("prompt", to=None), r"'prompt' must be a string, not None"),

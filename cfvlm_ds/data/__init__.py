@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cfvlm_ds.data.check import CheckReport, TextLength, check_groups
+from cfvlm_ds.data.check import CheckReport, Lengths, check_groups
 from cfvlm_ds.data.images import MAX_PIXELS, open_image
 from cfvlm_ds.data.native import Entry, Format, iter_groups, native_group
 from cfvlm_ds.data.pairs import pair_group
@@ -44,24 +44,18 @@ def check_manifest(
     root: str | Path | None = None,
     format: str = "cfgroup",
     *,
-    text_length: TextLength | None = None,
-    max_text_tokens: int | None = None,
+    lengths: Lengths | None = None,
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[str], object] = print,
 ) -> CheckReport:
     """Everything that is wrong with a data set, and what it contains. Reads the manifest and decodes every image it names, once.
 
-    ``text_length(prompt, text)`` is the length of the model's input in tokens, image included; with it, texts beyond ``max_text_tokens``
-    are problems. ``max_pixels`` as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds of work.
-    Problems are collected, not raised; DataError is raised for an unknown format, ValueError for ``max_text_tokens`` without
-    ``text_length``.
+    ``lengths`` (a Collator, say) knows how many tokens a row takes; with it, rows beyond the model's window are problems and visual tokens
+    are counted. ``max_pixels`` as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds of work.
+    Problems are collected, not raised; DataError is raised for an unknown format.
     """
-    if max_text_tokens is not None and text_length is None:
-        raise ValueError("max_text_tokens needs text_length, the callable that counts tokens")
     entries = _entries(path, root, format)
-    return check_groups(
-        Path(path), entries, text_length=text_length, max_text_tokens=max_text_tokens, max_pixels=max_pixels, progress=progress
-    )
+    return check_groups(Path(path), entries, lengths=lengths, max_pixels=max_pixels, progress=progress)
 
 
 def _entries(path: str | Path, root: str | Path | None, format: str) -> Iterator[Entry]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -12,19 +13,34 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from cfvlm_ds.data.images import open_image
 from cfvlm_ds.data.native import Entry, told_apart
-from cfvlm_ds.groups import SHAM, CounterfactualGroup, DataError
+from cfvlm_ds.groups import NO_IMAGE, SHAM, CounterfactualGroup, DataError
 
 PROGRESS_SECONDS = 5.0
 _SHOWN_PROBLEMS = 50
 _CHUNK = 1024
 
 T = TypeVar("T")
-TextLength = Callable[[str, str], int]
-"""(prompt, text) -> length of the model's input in tokens: prompt, image tokens and text."""
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+
+class Lengths(Protocol):
+    """What a model makes of a row; the collator is one."""
+
+    max_length: int
+    """The model's window in tokens."""
+
+    def row_length(self, prompt: str, text: str, size: Size | None) -> int:
+        """Tokens of prompt, image and text."""
+        ...
+
+    def visual_tokens(self, size: Size) -> int:
+        """Tokens of an image."""
+        ...
 
 
 @dataclass
@@ -46,6 +62,8 @@ class CheckReport:
     longest_text_unit: str = "characters"
     """"tokens" (prompt, image and text) where a text length was given, else "characters" of the text alone."""
     longest_text_where: str = ""
+    visual_tokens: list[int] = field(default_factory=list)
+    """Of every distinct image, where the model is known."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -66,8 +84,11 @@ class CheckReport:
                 "longest text",
                 f"{self.longest_text} {self.longest_text_unit}" + f" ({self.longest_text_where})" * bool(self.longest_text_where),
             ),
-            ("problems", str(len(self.problems)) if self.problems else "none"),
         ]
+        if self.visual_tokens:
+            low, middle, high = min(self.visual_tokens), statistics.median_low(self.visual_tokens), max(self.visual_tokens)
+            lines.append(("visual tokens", f"min {low}, median {middle}, max {high} an image"))
+        lines.append(("problems", str(len(self.problems)) if self.problems else "none"))
         table = [f"{name:<16} {value}" for name, value in lines]
         table += [f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
         if len(self.problems) > _SHOWN_PROBLEMS:
@@ -79,8 +100,7 @@ def check_groups(
     manifest: Path,
     entries: Iterable[Entry],
     *,
-    text_length: TextLength | None,
-    max_text_tokens: int | None,
+    lengths: Lengths | None,
     max_pixels: int,
     progress: Callable[[str], object],
 ) -> CheckReport:
@@ -93,9 +113,11 @@ def check_groups(
         else:
             groups.append((where, item))
             _count(report, item)
+    sizes = _check_images(report, groups, max_pixels, progress)
+    if lengths is not None:
+        report.visual_tokens = [lengths.visual_tokens(size) for size in sizes.values()]
     for where, group in _with_progress(groups, len(groups), "groups", progress):
-        _check_texts(report, where, group, text_length, max_text_tokens)
-    _check_images(report, groups, max_pixels, progress)
+        _check_texts(report, where, group, lengths, {sizes[path] for path in group.images if path in sizes})
     return report
 
 
@@ -109,43 +131,52 @@ def _count(report: CheckReport, group: CounterfactualGroup) -> None:
     report.num_counterfactuals[max(len(group.images) - len(shams), len(group.candidates)) - 1] += 1
 
 
-def _check_texts(report: CheckReport, where: str, group: CounterfactualGroup, text_length: TextLength | None, window: int | None) -> None:
-    if text_length is not None:
+def _check_texts(report: CheckReport, where: str, group: CounterfactualGroup, lengths: Lengths | None, sizes: set[Size]) -> None:
+    if lengths is not None:
         report.longest_text_unit = "tokens"
     for index, candidate in enumerate(group.candidates):
-        length = len(candidate.text) if text_length is None else text_length(candidate.prompt, candidate.text)
+        if lengths is None:
+            length = len(candidate.text)
+        elif group.pictured:
+            length = max((lengths.row_length(candidate.prompt, candidate.text, size) for size in sizes), default=0)
+        else:
+            length = lengths.row_length(candidate.prompt, candidate.text, None)
         if length > report.longest_text:
             report.longest_text, report.longest_text_where = length, f"{where}, text {index}"
-        if text_length is not None and window is not None and length > window:
+        if lengths is not None and length > lengths.max_length:
             report.problems.append(
                 f"{where}: group {group.id!r}: text {index} is {length} tokens long with its prompt and image, over the model's window of "
-                f"{window}; shorten it, or allow more tokens if the model does"
+                f"{lengths.max_length}; shorten it, or allow more tokens if the model does"
             )
 
 
 def _check_images(
     report: CheckReport, groups: list[tuple[str, CounterfactualGroup]], max_pixels: int, progress: Callable[[str], object]
-) -> None:
+) -> dict[Path, Size]:
+    """Sizes of the images that can be opened."""
     first_use: dict[Path, str] = {}
     for where, group in groups:
         for path in group.images:
-            first_use.setdefault(path, where)
+            if path != NO_IMAGE:
+                first_use.setdefault(path, where)
     report.num_images = len(first_use)
-    sizes: dict[Path, int] = {}
+    file_sizes: dict[Path, int] = {}
+    sizes: dict[Path, Size] = {}
     paths = list(first_use)
     for path, result in zip(paths, _with_progress(_open_all(paths, max_pixels), len(paths), "images", progress), strict=True):
         if isinstance(result, str):
             report.problems.append(f"{first_use[path]}: {result}")
         else:
-            sizes[path] = result
+            file_sizes[path], sizes[path] = result
     for where, group in groups:
         for second in range(1, len(group.images)):
             for first in range(second):
-                if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], sizes):
+                if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], file_sizes):
                     report.problems.append(
                         f"{where}: group {group.id!r}: counterfactual image {second} equals image {first} byte for byte "
                         f"({group.images[second]} and {group.images[first]}) though match tells them apart; redo the edit, or remove it"
                     )
+    return sizes
 
 
 def _same_bytes(first: Path, second: Path, sizes: dict[Path, int]) -> bool:
@@ -153,20 +184,20 @@ def _same_bytes(first: Path, second: Path, sizes: dict[Path, int]) -> bool:
     return first in sizes and sizes[first] == sizes.get(second) and filecmp.cmp(first, second, shallow=False)
 
 
-def _open_all(paths: list[Path], max_pixels: int) -> Iterator[int | str]:
+def _open_all(paths: list[Path], max_pixels: int) -> Iterator[tuple[int, Size] | str]:
     # Threads suffice: PIL decodes without holding the interpreter lock. Chunks bound the memory of pending work for millions of files.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(paths), _CHUNK):
             yield from pool.map(partial(_open, max_pixels=max_pixels), paths[start : start + _CHUNK])
 
 
-def _open(path: Path, max_pixels: int) -> int | str:
-    """Size of the file in bytes, or the problem."""
+def _open(path: Path, max_pixels: int) -> tuple[int, Size] | str:
+    """Size of the file in bytes and of the image in pixels, or the problem."""
     try:
-        open_image(path, max_pixels)
+        size = open_image(path, max_pixels).size
     except DataError as error:
         return str(error)
-    return path.stat().st_size
+    return path.stat().st_size, size
 
 
 def _with_progress(items: Iterable[T], total: int, unit: str, progress: Callable[[str], object]) -> Iterator[T]:

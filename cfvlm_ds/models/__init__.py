@@ -12,10 +12,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from cfvlm_ds.config import ConfigError, ModelConfig
-from cfvlm_ds.models import llava
 from cfvlm_ds.models.family import MODULES, Family, Module, Scorer
+from cfvlm_ds.models.idefics import IDEFICS
+from cfvlm_ds.models.internvl import INTERNVL
+from cfvlm_ds.models.llava import LLAVA, TILED
+from cfvlm_ds.models.qwen import QWEN_VL
 
-FAMILIES: dict[str, Family] = {model_type: family for family in (llava.FAMILY,) for model_type in family.model_types}
+_RECORDS = (LLAVA, TILED, QWEN_VL, INTERNVL, IDEFICS)
+FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for model_type in family.model_types}
 
 __all__ = ["FAMILIES", "MODULES", "Family", "Module", "Scorer", "attention", "family_of", "load_config", "load_model", "load_processor"]
 

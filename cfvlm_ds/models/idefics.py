@@ -1,0 +1,14 @@
+"""Idefics3 and SmolVLM: a SigLIP tower on tiles of the image and a small overview, pixel shuffle, one linear connector."""
+
+from __future__ import annotations
+
+from cfvlm_ds.models.family import Family
+
+IDEFICS = Family(
+    model_types=("idefics3", "smolvlm"),
+    vision_tower=("model.vision_model",),
+    projector=("model.connector",),
+    language_model=("model.text_model", "lm_head"),
+    image_inputs=("pixel_values", "pixel_attention_mask"),
+    size_limits=("max_pixels",),
+)

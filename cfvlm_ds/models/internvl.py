@@ -1,0 +1,14 @@
+"""InternVL in the Hugging Face format: an InternViT tower on tiles, pixel shuffle, a two-layer projector."""
+
+from __future__ import annotations
+
+from cfvlm_ds.models.family import Family
+
+INTERNVL = Family(
+    model_types=("internvl",),
+    vision_tower=("model.vision_tower",),
+    projector=("model.multi_modal_projector",),
+    language_model=("model.language_model", "lm_head"),
+    one_tensor=True,
+    size_limits=("max_tiles",),
+)
