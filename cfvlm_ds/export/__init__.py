@@ -1,0 +1,137 @@
+"""A DeepSpeed checkpoint as an ordinary Hugging Face folder: the names, shapes, dtypes and files of the model it started from.
+
+No model is ever in memory. A weight is read in blocks from the ranks' files, cast, and written at its place in the output, so that an
+export of any size takes a few hundred MiB; where transformers stores weights in another form than it computes with, those of one layer.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from cfvlm_ds.checkpoint import incomplete
+from cfvlm_ds.config import ConfigError
+from cfvlm_ds.export.files import Files, verify, write_index
+from cfvlm_ds.export.jobs import Job, fill, find_jobs, revert
+from cfvlm_ds.export.source import INDEX, SINGLE, Saved, read_saved
+from cfvlm_ds.export.zero import BLOCK, ZeroWeights
+from cfvlm_ds.models import load_config
+
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "additional_chat_templates/*")
+_NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
+
+
+def export_hf(checkpoint: Path, source: str, out_dir: Path, say: Callable[[str], object] = print) -> Path:
+    """Write the weights of ``checkpoint`` with the configuration and processor of ``source`` to ``out_dir``; needs no process group or GPU.
+
+    The folder appears complete or not at all, and replaces an older export only then. What was written is read back and compared: names,
+    shapes and dtypes with the source's, and some values of every tensor. Raises ConfigError when the checkpoint is incomplete or does not
+    fit the source, when a trained weight is missing, and when the folder cannot be written.
+    """
+    if defect := incomplete(checkpoint):
+        raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
+    model = _skeleton(source)
+    folder = _folder(source)
+    final = out_dir.resolve()
+    _refuse_other_contents(final, out_dir, (folder, checkpoint.resolve()))
+    saved, metadata = read_saved(folder, model)
+    zero = ZeroWeights(checkpoint)
+    jobs = fill(find_jobs(model, saved, say), model, zero, checkpoint, source)
+    if copied := [name for job in jobs if not job.weights for name in job.stored]:
+        if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+            raise ConfigError(f"{checkpoint} lacks {copied[0]}, and {source} has no safetensors to copy it from; name a folder that has")
+        say(f"export: {len(copied)} tensors that the checkpoint does not hold come from {source}, such as {copied[0]}")
+    partial, old = (final.with_name(final.name + suffix) for suffix in (".partial", ".old"))
+    try:
+        if old.exists() and not final.exists():  # a kill between the two renames of an earlier export
+            os.replace(old, final)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _refuse_full_disk(partial, out_dir, sum(tensor.nbytes for tensor in saved.values()))
+        _copy_files(folder, partial)
+        files = Files(partial, saved, say)
+        _write(files, saved, jobs, model, zero, folder)
+        write_index(partial, saved, metadata)
+        verify(partial, saved, files.ends, source)
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(partial, final)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if old.exists() and not final.exists():
+            os.replace(old, final)
+        raise ConfigError(f"{out_dir} cannot be written ({error}); what was there is unchanged; name another folder with --out") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out_dir
+
+
+def _skeleton(source: str) -> Any:
+    """The model of ``source`` without any data: its names, shapes, ties and conversions."""
+    from transformers import AutoModelForImageTextToText
+
+    config = load_config(source)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, dtype=config.dtype or torch.float32)
+
+
+def _folder(source: str) -> Path:
+    """Where the files of the source are: itself, or the cached snapshot of a hub name."""
+    if Path(source).is_dir():
+        return Path(source).resolve()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_COPIED)))
+    except OSError as error:
+        raise ConfigError(f"the files of {source} cannot be read ({' '.join(str(error).split())}); name its folder") from error
+
+
+def _refuse_other_contents(final: Path, named: Path, needed: Iterable[Path]) -> None:
+    for path in needed:
+        if path.is_relative_to(final):
+            raise ConfigError(f"{named} holds {path}, which the export is made from; name another folder with --out")
+    if final.is_dir() and any(final.iterdir()) and not (final / "config.json").is_file():
+        raise ConfigError(f"{named} holds other files and no earlier export, and would be replaced; name another folder with --out")
+
+
+def _refuse_full_disk(partial: Path, named: Path, needed: int) -> None:
+    if (free := shutil.disk_usage(partial).free) < needed:
+        raise ConfigError(f"{named} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; name another folder with --out")
+
+
+def _copy_files(folder: Path, partial: Path) -> None:
+    """Configuration, tokenizer and processor files, as they are."""
+    for pattern in _COPIED:
+        for path in folder.glob(pattern):
+            if path.is_file() and not any(path.match(other) for other in _NOT_COPIED):
+                target = partial / path.relative_to(folder)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def _write(files: Files, saved: Mapping[str, Saved], jobs: Iterable[Job], model: Any, zero: ZeroWeights, folder: Path) -> None:
+    for job in jobs:
+        if not job.weights:
+            for name in job.stored:
+                with safe_open(folder / (SINGLE if (folder / SINGLE).is_file() else saved[name].file), framework="pt") as handle:
+                    files.write(name, _blocks(handle.get_tensor(name)))
+        elif job.conversions is None:
+            files.write(job.stored[0], zero.blocks(job.weights[0]))
+        else:
+            dtypes = {saved[name].dtype for name in job.stored}
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+            for name, tensor in revert(model, job.conversions, {name: zero.tensor(name, dtype) for name in job.weights}).items():
+                files.write(name, _blocks(tensor))
+
+
+def _blocks(tensor: Tensor) -> Iterable[Tensor]:
+    return tensor.reshape(-1).split(BLOCK)

@@ -1,0 +1,86 @@
+"""Safetensors written tensor by tensor, and read back."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from cfvlm_ds.config import ConfigError
+from cfvlm_ds.export.source import DTYPE_NAMES, INDEX, SINGLE, Saved, read_headers
+
+
+class Files:
+    """Safetensors files whose tensors are written in any order: names, shapes and dtypes give every place beforehand."""
+
+    def __init__(self, folder: Path, saved: Mapping[str, Saved], say: Callable[[str], object]) -> None:
+        self._folder, self._saved, self._say = folder, saved, say
+        self._starts: dict[str, int] = {}
+        self.ends: dict[str, tuple[Tensor, Tensor]] = {}
+        self._total, self._done = sum(tensor.nbytes for tensor in saved.values()), 0
+        self._began = self._said = time.monotonic()
+        for file in {tensor.file: None for tensor in saved.values()}:
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            end = 0
+            for name, tensor in saved.items():
+                if tensor.file == file:
+                    begin, end = end, end + tensor.nbytes
+                    header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
+                    self._starts[name] = begin
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            with open(folder / file, "wb") as handle:
+                handle.write(len(text).to_bytes(8, "little") + text)
+                handle.truncate(8 + len(text) + end)
+            for name in header.keys() - {"__metadata__"}:
+                self._starts[name] += 8 + len(text)
+
+    def write(self, name: str, blocks: Iterable[Tensor]) -> None:
+        """Write a tensor, given as flat pieces, in its own dtype; remembers its first and last values in ``ends``."""
+        tensor = self._saved[name]
+        with open(self._folder / tensor.file, "r+b") as handle:
+            handle.seek(self._starts[name])
+            for block in blocks:
+                block = block.to(tensor.dtype)
+                handle.write(block.view(torch.uint8).numpy().data)
+                self.ends[name] = (self.ends[name][0] if name in self.ends else block[:8].clone(), block[-8:].clone())
+                self._progress(block.nbytes)
+
+    def _progress(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        now = time.monotonic()
+        if now - self._said >= 10:
+            left = (now - self._began) * (self._total - self._done) / self._done
+            self._say(f"export: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB, {left / 60:.1f} minutes left")
+            self._said = now
+
+
+def write_index(folder: Path, saved: Mapping[str, Saved], metadata: Mapping[str, Any]) -> None:
+    """The index of a model in several files: where every tensor is, and their size in bytes."""
+    if {tensor.file for tensor in saved.values()} == {SINGLE}:
+        return
+    total = sum(tensor.nbytes for tensor in saved.values())
+    index = {"metadata": {**metadata, "total_size": total}, "weight_map": {name: tensor.file for name, tensor in sorted(saved.items())}}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def verify(folder: Path, saved: Mapping[str, Saved], ends: Mapping[str, tuple[Tensor, Tensor]], source: str) -> None:
+    """Read back every tensor's name, file, shape and dtype, and its first and last values."""
+    files = sorted({tensor.file for tensor in saved.values()})
+    written = read_headers(folder, files)
+    if written != saved:
+        different = sorted(name for name in written.keys() | saved.keys() if written.get(name) != saved.get(name))
+        raise ConfigError(f"export of {source} would change {len(different)} tensors' names, shapes or dtypes, such as {different[0]}")
+    for file in files:
+        with safe_open(folder / file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118  (not a dict)
+                flat, (first, last) = handle.get_tensor(name).reshape(-1), ends[name]
+                for there, here in ((flat[: len(first)], first), (flat[len(flat) - len(last) :], last)):
+                    if not torch.equal(there.view(torch.uint8), here.view(torch.uint8)):
+                        raise ConfigError(f"{name} reads back from the export with other values than were written; check the disk")

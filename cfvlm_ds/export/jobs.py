@@ -1,0 +1,127 @@
+"""Which weights of a model make which tensors on disk."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfvlm_ds.config import ConfigError
+from cfvlm_ds.export.source import Saved
+from cfvlm_ds.export.zero import ZeroWeights
+from cfvlm_ds.models import family_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """Weights of the model and the tensors they are stored as: one and the same, or what the reversed ``conversions`` make of them."""
+
+    stored: tuple[str, ...]
+    weights: tuple[str, ...]
+    conversions: list[Any] | None = None
+
+
+def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], object]) -> list[Job]:
+    """Which weights make which stored tensors, by the rules transformers loads with; one without weights is unknown to the model.
+
+    A reversed conversion is tried on tensors without data first, and used when it gives the names and shapes of the source.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    own, prefix = model.state_dict(), model.base_model_prefix
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    jobs: list[Job] = []
+    converted: dict[str, tuple[Any, list[str]]] = {}
+    for name in sorted(saved, key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, own)
+        if renamed not in own and name in own:
+            renamed, pattern = rename_source_key(name, [], [], prefix, own)
+        if renamed not in own or pattern is None:
+            jobs.append(Job((name,), (renamed,) if renamed in own else ()))
+            continue
+        if renamed not in converted:
+            converted[renamed] = copy.deepcopy(next(c for c in converters if pattern in c.source_patterns)), []
+        converted[renamed][0].add_tensor(renamed, name, pattern, torch.empty(saved[name].shape, device="meta"))
+        converted[renamed][1].append(name)
+    used = [entry for entry in mapping if entry.was_used()]
+    # Reversed, Transpose(check_dims=True) sees that a weight has the model's shape already and leaves it, though loading turned it.
+    turned = copy.deepcopy(used)
+    for operation in (operation for entry in turned for operation in getattr(entry, "operations", ())):
+        if hasattr(operation, "check_dims"):
+            operation.check_dims = False
+
+    def reversible(job: Job) -> Job | None:
+        for conversions in (used, turned):
+            try:
+                found = revert(model, conversions, {name: own[name] for name in job.weights})
+            except (RuntimeError, ValueError):  # how conversions say that tensors are missing
+                continue
+            if {name: tuple(tensor.shape) for name, tensor in found.items()} == {name: saved[name].shape for name in job.stored}:
+                return Job(job.stored, job.weights, conversions)
+        return None
+
+    failed: list[Job] = []
+    for first, (converter, names) in converted.items():
+        job = Job(tuple(names), tuple(converter.convert(first, model=model, config=model.config)))
+        found = reversible(job)
+        (jobs if found else failed).append(found or job)
+    if not failed:
+        return jobs
+    for members in (failed, failed + [job for job in jobs if job.weights]):
+        together = Job(tuple(name for job in members for name in job.stored), tuple({name: 0 for job in members for name in job.weights}))
+        if found := reversible(together):
+            size = sum(saved[name].nbytes for name in together.stored)
+            say(f"export: {len(together.weights)} weights can only be converted together, which takes {size / 1e9:.1f} GB of memory twice")
+            return [*(job for job in jobs if job not in members), found]
+    raise ConfigError(
+        f"transformers has no way back from {failed[0].weights[0]} to the source's {failed[0].stored[0]}; update transformers"
+    )
+
+
+def revert(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model._weight_conversions = conversions or None
+    return revert_weight_conversion(model, tensors)
+
+
+def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, source: str) -> list[Job]:
+    """The jobs, where one without weights copies from the source: what the model does not know, and frozen modules that were not kept.
+
+    Gives every tied weight the name under which the checkpoint holds it. Raises ConfigError where a trained weight is missing, the
+    checkpoint has one that the source has not, or shapes differ.
+    """
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    for names in tied.values():
+        if held := next((name for name in names if name in zero.weights), None):
+            for name in names:
+                zero.weights.setdefault(name, zero.weights[held])
+    misfit = f"{checkpoint} does not fit {source}"
+    for name, parameter in model.state_dict().items():
+        if name in zero.weights and zero.weights[name].shape != tuple(parameter.shape):
+            raise ConfigError(f"{misfit}: {name} has shape {list(zero.weights[name].shape)}, not {list(parameter.shape)}; name its source")
+    written = {id(zero.weights[name]) for job in jobs for name in job.weights if name in zero.weights}
+    if foreign := sorted(name for name in zero.trained if id(zero.weights[name]) not in written):
+        raise ConfigError(f"{misfit}: {len(foreign)} trained weights have no place in it, such as {foreign[0]}; name its source")
+    filled = []
+    for job in jobs:
+        if missing := [name for name in job.weights if name not in zero.weights]:
+            module_of = family_of(model.config).module_of
+            trained = {module_of(name) for name in zero.trained}
+            if lost := [name for name in missing if len(missing) < len(job.weights) or module_of(name) in trained]:
+                raise ConfigError(
+                    f"{misfit}: {len(lost)} or more trained weights are missing, such as {lost[0]}; export another checkpoint"
+                )
+            job = Job(job.stored, ())
+        filled.append(job)
+    return filled
