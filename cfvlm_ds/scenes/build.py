@@ -1,6 +1,6 @@
 """Scenes -> an ordinary folder of ``cfgroup/1`` manifests and PNG files; nothing in it tells that the data is synthetic.
 
-Splits: ``train`` and ``test_iid`` (planted correlations 90 %), ``test_corr50`` and ``test_corr10`` (the same at 50 % and 10 %), all without
+Splits: ``train`` and ``test_iid`` (planted correlation 90 %), ``test_corr50`` and ``test_corr10`` (the same at 50 % and 10 %), all without
 held-out combinations, and ``test_combo`` (50 %; the factual scene of every group has a held-out combination).
 """
 
@@ -34,7 +34,7 @@ RULES = {
     "test_corr50": Rule(0.5),
     "test_corr10": Rule(0.1),
 }
-GENERATOR = 2
+GENERATOR = 3
 """Raised whenever the same settings would give other data, so that an older folder is not taken for the new one."""
 
 _MIN_CHANGED = 24  # pixels of a 48 x 48 image that an edit must change visibly, scaled with the area

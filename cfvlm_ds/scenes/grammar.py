@@ -110,7 +110,7 @@ def difference(before: Claim, after: Claim, phrasing: int) -> tuple[str, str]:
 
 def all_captions(seed: int, num_captions: int) -> list[str]:
     """Captions from the whole grammar, held-out combinations included and nothing correlated: what a tokenizer should be trained on."""
-    rng, rule = Random(f"{seed}/captions"), Rule(p=1 / 6, held_out="may")
+    rng, rule = Random(f"{seed}/captions"), Rule(p=0.5, held_out="may")
     claims = (describe(draw_scene(rng, rule, draw_plan(rng, rule)), a_first=True) for _ in range(num_captions))
     return [say(claim, rng.randrange(len(PHRASINGS))) for claim in claims]
 

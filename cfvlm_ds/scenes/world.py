@@ -3,8 +3,8 @@
 The canvas is a grid of ``GRID`` x ``GRID`` units whatever the image size; positions and sizes are integers in units (radii in tenths of a
 unit), so that no float rounding can differ between platforms. Only what is listed in ``SHAPES`` ... ``COUNTS`` is ever said.
 
-Two regularities are planted, each with probability ``Rule.p``: a thing has the colour of its shape (``MAPPED``), and of the two things the
-one whose shape comes first in ``SHAPES`` is the left, the upper or the front one. ``HELD_OUT`` combinations are one cell per row and per
+One regularity is planted, with probability ``Rule.p``: of the two things the one whose shape comes first in ``SHAPES`` is the left, the
+upper or the front one, so that a relation can be guessed from the nouns alone. ``HELD_OUT`` combinations are one cell per row and per
 column of the colour x shape square, so every colour and every shape still occurs in training.
 """
 
@@ -28,7 +28,6 @@ NUM_TONES = 6
 DISTRACTORS = ("dash", "corner")
 """Marks that no caption word names, so a caption stays true whatever the distractors are."""
 
-MAPPED = dict(zip(SHAPES, COLOURS, strict=True))
 HELD_OUT = frozenset((COLOURS[(i + 2) % len(COLOURS)], shape) for i, shape in enumerate(SHAPES))
 
 _SAID = 0.35  # share of things with one attribute beyond colour and shape; at most one each, so captions stay short and things legible
@@ -102,7 +101,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Rule:
-    """How scenes of a split are drawn: strength of the planted correlations, and whether held-out combinations may or must occur."""
+    """How scenes of a split are drawn: strength of the planted correlation, and whether held-out combinations may or must occur."""
 
     p: float
     held_out: str = "never"  # "never", "may" or "must" (at least one of the two things of every scene)
@@ -110,18 +109,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Plan:
-    """The coin flips behind the planted correlations of one scene, drawn once: redrawing a scene must not bend their rates."""
+    """The coin flips behind one scene, drawn once: redrawing a scene must not bend their rates."""
 
-    follows_map: tuple[bool, bool]
     follows_order: bool
     held_out_thing: int | None
 
 
 def draw_plan(rng: Random, rule: Rule) -> Plan:
-    """Which regularities the scene will follow."""
-    follows_map = (rng.random() < rule.p, rng.random() < rule.p)
+    """Whether the scene will follow the planted regularity, and which thing has a held-out combination."""
     follows_order = rng.random() < rule.p
-    return Plan(follows_map, follows_order, rng.randrange(2) if rule.held_out == "must" else None)
+    return Plan(follows_order, rng.randrange(2) if rule.held_out == "must" else None)
 
 
 def draw_scene(rng: Random, rule: Rule, plan: Plan) -> Scene:
@@ -131,7 +128,7 @@ def draw_scene(rng: Random, rule: Rule, plan: Plan) -> Scene:
     a_comes_first = (relation in ("left", "above", "front")) == plan.follows_order
     shapes = (SHAPES[first], SHAPES[second]) if a_comes_first else (SHAPES[second], SHAPES[first])
     overlap = relation in ("front", "behind")
-    a, b = (_draw_thing(rng, rule, shape, plan.follows_map[i], plan.held_out_thing == i, overlap) for i, shape in enumerate(shapes))
+    a, b = (_draw_thing(rng, rule, shape, plan.held_out_thing == i, overlap) for i, shape in enumerate(shapes))
     spots, front = _draw_spots(rng, relation)
     backdrop = Backdrop(rng.choice(BACKGROUNDS), rng.randrange(NUM_TONES), rng.randrange(GRID), rng.getrandbits(32))
     kinds = [rng.choice(DISTRACTORS) for _ in range(rng.randrange(3))]
@@ -152,15 +149,12 @@ def shake(scene: Scene, rng: Random) -> Scene:
     )
 
 
-def _draw_thing(rng: Random, rule: Rule, shape: str, follows_map: bool, must_hold_out: bool, overlap: bool) -> Thing:
+def _draw_thing(rng: Random, rule: Rule, shape: str, must_hold_out: bool, overlap: bool) -> Thing:
     if must_hold_out:
-        colour = next(c for c in COLOURS if (c, shape) in HELD_OUT)
-    elif follows_map:
-        colour = MAPPED[shape]
+        colours = [c for c in COLOURS if (c, shape) in HELD_OUT]
     else:
-        others = [c for c in COLOURS if c != MAPPED[shape] and (rule.held_out != "never" or (c, shape) not in HELD_OUT)]
-        colour = rng.choice(others)
-    thing = Thing(shape, colour)
+        colours = [c for c in COLOURS if rule.held_out != "never" or (c, shape) not in HELD_OUT]
+    thing = Thing(shape, rng.choice(colours))
     if rng.random() >= _SAID:
         return thing
     if overlap:  # seen through, shrunk or clustered, overlapping things could not be told apart at 48 px
