@@ -138,6 +138,8 @@ class Collator:
         self.stored = stored
         self.share_prefix = share_prefix
         self._texts: dict[tuple[str, str, bool], _Text] = {}
+        self._heads: dict[tuple[str, bool], tuple[str, list[int]]] = {}
+        self._ends: dict[str, tuple[int, ...]] = {}
         self._prompts: dict[tuple[str, tuple[int, int]], tuple[int, int]] = {}
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
@@ -298,12 +300,20 @@ class Collator:
 
     def _head(self, prompt: str, pictured: bool = True) -> str:
         """The chat template's text up to where the answer begins."""
-        return self.processor.apply_chat_template([_user(prompt, pictured)], add_generation_prompt=True)
+        return self._head_and_ids(prompt, pictured)[0]
+
+    def _head_and_ids(self, prompt: str, pictured: bool) -> tuple[str, list[int]]:
+        if (prompt, pictured) not in self._heads:
+            if len(self._heads) >= _CACHED_TEXTS:
+                self._heads.clear()
+            head = self.processor.apply_chat_template([_user(prompt, pictured)], add_generation_prompt=True)
+            self._heads[prompt, pictured] = head, self.processor.tokenizer(head).input_ids
+        return self._heads[prompt, pictured]
 
     def _encode(self, prompt: str, text: str, pictured: bool, where: str) -> _Text:
         """Token ids of a text behind its prompt, through the chat template; the scored ids are exactly the text's."""
         answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-        head = self._head(prompt, pictured)
+        head, head_ids = self._head_and_ids(prompt, pictured)
         full = self.processor.apply_chat_template([_user(prompt, pictured), answer])
         start = full.find(text, len(head)) if full.startswith(head) else -1
         if start < 0:
@@ -312,7 +322,7 @@ class Collator:
                 "repair the template"
             )
         tokenizer = self.processor.tokenizer
-        head_ids, ids = tokenizer(head).input_ids, tokenizer(full[: start + len(text)]).input_ids
+        ids = tokenizer(full[: start + len(text)]).input_ids
         if ids[: len(head_ids)] != head_ids:
             raise DataError(
                 f"{where} ({text!r}) changes the tokens of its prompt: the model's chat template must end the prompt at a token border; "
@@ -323,9 +333,17 @@ class Collator:
         special = set(tokenizer.all_special_ids)
         if control := special.intersection(ids[len(head_ids) :]):
             raise DataError(f"{where} ({text!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(control))!r}; reword it")
-        tail = [i for i in tokenizer(full[start + len(text) :], add_special_tokens=False).input_ids if i in special]
-        end = tail[0] if tail else tokenizer.eos_token_id
-        return _Text(head, tuple(head_ids), tuple(ids[len(head_ids) :]), () if end is None else (end,))
+        return _Text(head, tuple(head_ids), tuple(ids[len(head_ids) :]), self._end_of_turn(full[start + len(text) :]))
+
+    def _end_of_turn(self, tail: str) -> tuple[int, ...]:
+        """The control token with which the template ends an answer."""
+        if tail not in self._ends:
+            tokenizer = self.processor.tokenizer
+            special = set(tokenizer.all_special_ids)
+            found = [i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in special]
+            end = found[0] if found else tokenizer.eos_token_id
+            self._ends[tail] = () if end is None else (end,)
+        return self._ends[tail]
 
     def _open(self, path: Path) -> Image.Image:
         return Image.new("RGB", (336, 336), (128, 128, 128)) if path == BLANK else open_image(path, self.max_pixels)
