@@ -163,6 +163,9 @@ class Meter:
     """Sums and counts since the last record; ratios are taken only after adding over ranks."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
         self.waited = 0.0
@@ -182,7 +185,7 @@ class Meter:
         for name in [n for n in metrics if n.startswith("throughput/")]:
             metrics[name] = both["sums"][names.index(name)].item() / elapsed
         metrics["throughput/data_wait_share"] = self.waited / elapsed
-        self.__init__()  # type: ignore[misc]
+        self.reset()
         return metrics
 
 
@@ -216,7 +219,7 @@ def _loop(run: Run, tracker: Any) -> None:
             tracker.log(state.step, flat_metrics(results))
             for split, rows in results.items():
                 world.say(f"  {split}: group accuracy " + ", ".join(f"{row.name} {row.metrics['group']:.1f}" for row in rows))
-            meter = Meter()  # the evaluation's time is not training time
+            meter.reset()  # the evaluation's time is not training time
         if last or (train.save_steps and state.step % train.save_steps == 0):
             checkpoint.save(run.engine, state, run.dir, world, train.save_total_limit)
 

@@ -21,11 +21,10 @@ Forward = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class GroupScores:
-    """One group's full score matrix: ``logp`` [I, C] and ``blank`` [C] (the texts on a blank image), nats; ``tokens`` [C]."""
+    """One group's full score matrix: ``logp`` [I, C] and ``blank`` [C] (the texts on a blank image), in nats."""
 
     logp: Tensor
     blank: Tensor
-    tokens: Tensor
 
     def stored(self) -> StoredScores:
         """The same as plain numbers, for a scores file."""
@@ -73,7 +72,7 @@ def score_groups(
             seen, blind = (_scored(forward, batch, world) for batch in batches)
             for j, index in enumerate(indices):
                 size = (len(groups[index].images), len(groups[index].candidates))
-                results[index] = GroupScores(seen[0][j, : size[0], : size[1]], blind[0][j, 0, : size[1]], seen[1][j, 0, : size[1]])
+                results[index] = GroupScores(seen[j, : size[0], : size[1]], blind[j, 0, : size[1]])
             if time.monotonic() - spoken > 10:
                 spoken = time.monotonic()
                 remaining = (spoken - started) / done * (rounds - done)
@@ -84,8 +83,8 @@ def score_groups(
     return [merged[index] for index in range(len(groups))]
 
 
-def _scored(forward: Forward, batch: Batch | DataError, world: World) -> tuple[Tensor, Tensor]:
+def _scored(forward: Forward, batch: Batch | DataError, world: World) -> Tensor:
     if isinstance(batch, DataError):
         raise batch
     batch = batch.to(world.device)
-    return batch.scores(forward(**batch.model_inputs)).logp.cpu(), batch.layout.num_tokens.cpu()
+    return batch.scores(forward(**batch.model_inputs)).logp.cpu()
