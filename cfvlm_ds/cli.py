@@ -72,8 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     _data_options(command)
     command.add_argument("--model", help="model folder or hub name; also checks that every text fits its window")
 
-    command = _command(commands, "tiny", _tiny, "write a small random LLaVA for smoke tests", "cfvlm-ds tiny runs/tiny-llava")
-    _fields(command, TinyLlavaConfig)
+    command = _command(commands, "tiny", _tiny, "write a small random model for smoke tests", "cfvlm-ds tiny qwen2_5_vl runs/tiny-qwen")
+    command.add_argument("family", help="a model type such as llava, llava_onevision, qwen2_vl, qwen3_vl, internvl")
+    command.add_argument("out_dir", help="folder to write")
+    command.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
 
     for name, function, text in (
         ("score", _score, "write reference and blind scores of a manifest, for DPO and PMI"),
@@ -99,7 +101,13 @@ def _data_build(arguments: argparse.Namespace) -> None:
 
 
 def _tiny(arguments: argparse.Namespace) -> None:
-    build(BuildConfig(tiny_llava=TinyLlavaConfig(**_values(arguments, TinyLlavaConfig))))
+    if arguments.family == "llava":
+        build(BuildConfig(tiny_llava=TinyLlavaConfig(arguments.out_dir, seed=arguments.seed)))
+    else:
+        from cfvlm_ds.models.small import write_small
+
+        write_small(arguments.family, Path(arguments.out_dir), arguments.seed)
+    print(f"wrote {arguments.out_dir}")
 
 
 def _data_check(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,175 @@
+"""Every model family, on a small checkpoint in its real format: scores equal the library's own forward, gradients reach what trains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import environment
+from PIL import Image
+
+from cfvlm_ds.collate import Collator, load_collator
+from cfvlm_ds.config import ConfigError, ModelConfig, ModuleConfig
+from cfvlm_ds.groups import NO_IMAGE, Candidate, CounterfactualGroup, DataError
+from cfvlm_ds.models import FAMILIES, MODULES, Scorer, family_of, load_model, load_processor
+from cfvlm_ds.models.small import SMALL, write_small
+from cfvlm_ds.objectives import Align, group_units, weighted_loss
+
+SIZES = [(60, 40), (90, 30), (40, 100), (28, 28)]
+TEXTS = (Candidate("describe", "a red circle"), Candidate("describe", "two blue dogs on a lawn"), Candidate("is it red?", "Yes"))
+
+
+@pytest.fixture(scope="module", params=list(SMALL))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small(request.param, tmp_path_factory.mktemp("families") / request.param)
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+    """Images of different sizes, a text of a single token, two prompts on one image, and a group without an image."""
+    where = tmp_path_factory.mktemp("images")
+    images = [where / f"{k}.png" for k in range(len(SIZES))]
+    for path, size in zip(images, SIZES, strict=True):
+        Image.effect_noise(size, 80).convert("RGB").save(path)
+    return [
+        CounterfactualGroup("pair", tuple(images[:2]), TEXTS[:2], ((1, 0), (0, 1))),
+        CounterfactualGroup("texts", (images[2],), TEXTS, ((1, 0, None),)),
+        CounterfactualGroup("spoken", (NO_IMAGE,), TEXTS[:2], ((1, 0),)),
+        CounterfactualGroup("single", (images[3],), TEXTS[2:], ((1,),)),
+    ]
+
+
+def configured(folder: Path, **options: Any) -> ModelConfig:
+    return ModelConfig(str(folder), attn_implementation="sdpa", **options)
+
+
+@pytest.fixture(scope="module")
+def scorer(folder: Path) -> Scorer:
+    model = load_model(configured(folder), torch.float32).eval()
+    return Scorer(model, family_of(model.config))
+
+
+@pytest.fixture(scope="module")
+def collator(folder: Path) -> Collator:
+    return load_collator(configured(folder), "full")
+
+
+def conversation(image: Path, candidate: Candidate, answered: bool) -> list[dict[str, Any]]:
+    pictures = [] if image == NO_IMAGE else [{"type": "image"}]
+    user = {"role": "user", "content": [*pictures, {"type": "text", "text": candidate.prompt}]}
+    return [user, {"role": "assistant", "content": [{"type": "text", "text": candidate.text}]}] if answered else [user]
+
+
+def plain(model: Any, processor: Any, image: Path, candidate: Candidate) -> tuple[float, float]:
+    """(log p of the text, the library's own mean loss on it): one string, the library's own forward, its own positions."""
+    head = processor.apply_chat_template(conversation(image, candidate, False), add_generation_prompt=True)
+    whole = processor.apply_chat_template(conversation(image, candidate, True))
+    whole = whole[: whole.index(candidate.text, len(head)) + len(candidate.text)]
+    pictures = {} if image == NO_IMAGE else {"images": [[Image.open(image)]]}
+    start = processor(text=[head], return_tensors="pt", **pictures).input_ids.shape[1]
+    inputs = processor(text=[whole], return_tensors="pt", **pictures)
+    labels = inputs.input_ids.clone()
+    labels[:, :start] = -100
+    output = model(**inputs, labels=labels)
+    ids = inputs.input_ids[0, start:]
+    assert processor.tokenizer.decode(ids).strip() == candidate.text, "the scored tokens are the text"
+    logp = output.logits[0, start - 1 : -1].log_softmax(-1)[range(len(ids)), ids]
+    return logp.sum().item(), output.loss.item()
+
+
+def test_every_family_has_a_small_model_and_every_type_a_family() -> None:
+    assert SMALL.keys() | {"llava"} == FAMILIES.keys()
+
+
+def test_scores_equal_one_plain_forward_per_cell(
+    scorer: Scorer, collator: Collator, folder: Path, groups: list[CounterfactualGroup]
+) -> None:
+    """Candidates behind one prefix, images of several sizes, text alone in the same batch; fp32, relative 1e-4."""
+    processor = load_processor(str(folder))
+    batch = collator(groups)
+    with torch.no_grad():
+        scores = batch.scores(scorer(**batch.model_inputs))
+        found = {}
+        for g, group in enumerate(groups):
+            for i, image in enumerate(group.images):
+                for c, candidate in enumerate(group.candidates):
+                    logp, loss = plain(scorer.model, processor, image, candidate)
+                    found[g, i, c] = logp
+                    assert scores.logp[g, i, c].item() == pytest.approx(logp, rel=1e-4), (group.id, i, c)
+                    assert -logp / int(scores.layout.num_tokens[g, i, c]) == pytest.approx(loss, rel=1e-4), "labels= of the library"
+        assert abs(found[0, 0, 0] - found[0, 1, 0]) > 1e-3, "the image matters"
+
+
+def test_batch_mates_and_their_order_do_not_matter(scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    with torch.no_grad():
+        expected = [(batch := collator([group])).scores(scorer(**batch.model_inputs)).logp[0] for group in groups]
+        mixed = collator(groups[::-1])
+        scores = mixed.scores(scorer(**mixed.model_inputs))
+    for want, have in zip(expected, scores.logp.flip(0), strict=True):
+        torch.testing.assert_close(have[: want.shape[0], : want.shape[1]], want, rtol=1e-4, atol=1e-4)
+
+
+def test_visual_tokens_and_lengths_are_those_of_the_batch(collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    batch = collator(groups)
+    assert batch.model_inputs["visual_tokens"] == [collator.visual_tokens(size) for size in SIZES]
+    longest = max(
+        collator.row_length(c.prompt, c.text, None if image == NO_IMAGE else Image.open(image).size)
+        for group in groups for image in group.images for c in group.candidates
+    )  # fmt: skip
+    assert batch.num_tokens > longest and batch.model_inputs["input_ids"].shape[1] >= longest
+
+
+def test_a_placeholder_in_a_text_is_refused(collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    written = Candidate("describe", f"a {collator.processor.image_token} on a wall")
+    with pytest.raises(DataError, match="stands for an image; reword it"):
+        collator([replace(groups[3], candidates=(written,))])
+
+
+def test_every_parameter_has_a_module(scorer: Scorer) -> None:
+    assert {scorer.family.module_of(name) for name, _ in scorer.model.named_parameters()} == set(MODULES)
+
+
+@pytest.mark.parametrize("frozen", [None, *MODULES])
+def test_gradients_reach_what_trains_and_nothing_else(frozen: str | None, folder: Path, groups: list[CounterfactualGroup]) -> None:
+    options = {frozen: ModuleConfig(freeze=True)} if frozen else {}
+    model = load_model(configured(folder, **options), torch.float32)
+    scorer = Scorer(model, family_of(model.config))
+    batch = load_collator(configured(folder, **options), "matched")(groups)
+    objectives = {"align": Align()}
+    loss, _ = weighted_loss(objectives, batch.scores(scorer(**batch.model_inputs)), group_units(objectives, batch.layout))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if scorer.family.module_of(name) == frozen:
+            assert parameter.grad is None, name
+        elif not unused(name):
+            assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+def unused(name: str) -> bool:
+    """Parameters that the library's own forward does not use: CLIP's and SigLIP's last layer where an earlier one is selected, and what
+    adds the same to every attention score."""
+    return any(part in name for part in ("vision_tower.encoder.layers.1.", "post_layernorm", "k_proj.bias", "vision_tower.head"))
+
+
+def test_a_folder_or_type_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no small model of type 'llama'; there are llava_next, "):
+        write_small("llama", tmp_path / "x")
+    with pytest.raises(ConfigError, match="is there already; name another folder"):
+        write_small("qwen2_vl", tmp_path)
+
+
+def test_the_command_writes_a_model_that_the_data_check_takes(tmp_path: Path, manifests: dict[str, Path]) -> None:
+    import subprocess
+    import sys
+
+    command = [str(Path(sys.executable).parent / "cfvlm-ds")]
+    for arguments in (
+        ["tiny", "qwen2_5_vl", str(tmp_path / "m")],
+        ["data", "check", str(manifests["test"]), "--model", str(tmp_path / "m")],
+    ):
+        done = subprocess.run([*command, *arguments], env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "visual tokens    min" in done.stdout
