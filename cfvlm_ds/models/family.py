@@ -38,7 +38,6 @@ class Family:
         grid: the one of them that holds one row per image with its grid of patches, for families whose positions need it.
         positions: position ids of a prompt; a text behind it goes on at the largest plus one, on every axis.
         one_tensor: whether the model's forward takes the features of all images as one tensor instead of a list.
-        size_limits: which of the ``model.*`` limits on visual tokens the image processor understands.
     """
 
     model_types: tuple[str, ...]
@@ -49,7 +48,6 @@ class Family:
     grid: str | None = None
     positions: Positions = sequential
     one_tensor: bool = False
-    size_limits: tuple[Literal["min_pixels", "max_pixels", "max_tiles"], ...] = ()
 
     def module_of(self, name: str) -> Module:
         """The module a parameter belongs to, by its name inside the model. Raises KeyError when no prefix fits."""

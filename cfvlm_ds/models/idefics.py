@@ -10,5 +10,4 @@ IDEFICS = Family(
     projector=("model.connector",),
     language_model=("model.text_model", "lm_head"),
     image_inputs=("pixel_values", "pixel_attention_mask"),
-    size_limits=("max_pixels",),
 )

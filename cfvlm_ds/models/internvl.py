@@ -10,5 +10,4 @@ INTERNVL = Family(
     projector=("model.multi_modal_projector",),
     language_model=("model.language_model", "lm_head"),
     one_tensor=True,
-    size_limits=("max_tiles",),
 )

@@ -19,5 +19,4 @@ TILED = Family(
     projector=("model.multi_modal_projector", "model.image_newline"),
     language_model=("model.language_model", "lm_head"),
     image_inputs=("pixel_values", "image_sizes"),
-    size_limits=("max_tiles",),
 )

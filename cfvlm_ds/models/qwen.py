@@ -35,5 +35,4 @@ QWEN_VL = Family(
     image_inputs=("pixel_values", "image_grid_thw"),
     grid="image_grid_thw",
     positions=m_rope,
-    size_limits=("min_pixels", "max_pixels"),
 )
