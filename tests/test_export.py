@@ -496,8 +496,8 @@ def test_memory_stays_far_below_the_model_and_a_hub_name_serves(
     offline = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
     done = subprocess.run(command, env=environment() | offline, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    size = (sources["wide"] / "model.safetensors").stat().st_size
-    assert size > 180e6 and int(done.stdout) < 0.6 * size, f"{int(done.stdout) / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
+    size, peak = (sources["wide"] / "model.safetensors").stat().st_size, int(done.stdout.split()[-1])  # DeepSpeed may print before
+    assert size > 180e6 and peak < 0.6 * size, f"{peak / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
     assert headers(tmp_path / "hub") == headers(sources["llava"])
     for name, tensor in load_file(tmp_path / "wide" / "model.safetensors").items():
         if name.startswith("language_model.model.layers.0.mlp"):
