@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfvlm_ds.config import BuildConfig, ConfigError, DataConfig, ModelConfig, ScenesConfig, TinyLlavaConfig, parse_config
+from cfvlm_ds.config import BuildConfig, ConfigError, DataConfig, ModelConfig, ScenesConfig, parse_config
 from cfvlm_ds.groups import DataError
 
 if TYPE_CHECKING:
@@ -101,13 +101,9 @@ def _data_build(arguments: argparse.Namespace) -> None:
 
 
 def _tiny(arguments: argparse.Namespace) -> None:
-    if arguments.family == "llava":
-        build(BuildConfig(tiny_llava=TinyLlavaConfig(arguments.out_dir, seed=arguments.seed)))
-    else:
-        from cfvlm_ds.models.small import write_small
+    from cfvlm_ds.models.small import write_small
 
-        write_small(arguments.family, Path(arguments.out_dir), arguments.seed)
-    print(f"wrote {arguments.out_dir}")
+    print(f"wrote {write_small(arguments.family, Path(arguments.out_dir), arguments.seed)}")
 
 
 def _data_check(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ Shapes: G groups, I images, C candidates, R rows, T tokens, N scored tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -140,7 +141,7 @@ class Collator:
         self._texts: dict[tuple[str, str, bool], _Text] = {}
         self._heads: dict[tuple[str, bool], tuple[str, list[int]]] = {}
         self._ends: dict[str, tuple[int, ...]] = {}
-        self._prompts: dict[tuple[str, tuple[int, int]], tuple[int, int]] = {}
+        self._images: dict[tuple[int, int], tuple[int, int]] = {}
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
         """Raises DataError naming the file of an image that cannot be opened, or the group whose text does not fit window or template."""
@@ -156,7 +157,7 @@ class Collator:
             row.branches.append((cell, text))
         wanted = [(row.image, row.prompt) for row in rows.values() if row.image is not None]
         # The tower runs on every rank, also on one whose groups are text alone: ZeRO-3 waits for all of them.
-        paths, wanted = (list(images), wanted) if images else ([BLANK], [(0, self._head(""))])
+        paths, wanted = (list(images), wanted) if images else ([BLANK], [(0, self._head("", True)[0])])
         image_inputs, prompts = self._processed([self._open(path) for path in paths], wanted)
         for row in rows.values():
             self._place(row, prompts, image_inputs)
@@ -168,15 +169,9 @@ class Collator:
 
     def scoring_everything(self) -> Collator:
         """The same collator building every cell, without stored scores: what evaluation needs."""
-        return Collator(
-            self.processor,
-            self.family,
-            self.model_config,
-            "full",
-            self.max_length,
-            max_pixels=self.max_pixels,
-            share_prefix=self.share_prefix,
-        )
+        other = copy.copy(self)  # shares the cached tokens
+        other.cells, other.stored = "full", None
+        return other
 
     def row_length(self, prompt: str, text: str, size: tuple[int, int] | None) -> int:
         """Tokens of the row that a text makes behind an image of ``size`` (width, height; None without an image), end-of-turn included.
@@ -184,20 +179,21 @@ class Collator:
         Raises DataError as __call__ does.
         """
         encoded = self._remembered(prompt, text, size is not None, "text")
-        head = len(encoded.prompt_ids) if size is None else self._prompt_tokens(encoded.prompt, size)[0]
-        return head + len(encoded.text_ids) + len(encoded.end_ids)
+        expansion = self._image_tokens(size)[0] if size else 0
+        return len(encoded.prompt_ids) + expansion + len(encoded.text_ids) + len(encoded.end_ids)
 
     def visual_tokens(self, size: tuple[int, int]) -> int:
         """How many visual tokens an image of ``size`` (width, height) becomes."""
-        return self._prompt_tokens(self._head(""), size)[1]
+        return self._image_tokens(size)[1]
 
-    def _prompt_tokens(self, prompt: str, size: tuple[int, int]) -> tuple[int, int]:
-        """(all tokens, visual tokens) of a prompt with an image of this size; measured, for every family has rules of its own."""
-        if (prompt, size) not in self._prompts:
-            _, prompts = self._processed([Image.new("RGB", size)], [(0, prompt)])
-            ids = prompts[0, prompt]
-            self._prompts[prompt, size] = len(ids), int(self._visual(ids).sum())
-        return self._prompts[prompt, size]
+    def _image_tokens(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(tokens that an image of this size adds to a prompt, visual tokens); measured, for every family has rules of its own."""
+        if size not in self._images:
+            head, head_ids = self._head("", True)
+            _, prompts = self._processed([Image.new("RGB", size)], [(0, head)])
+            ids = prompts[0, head]
+            self._images[size] = len(ids) - len(head_ids), int(self._visual(ids).sum())
+        return self._images[size]
 
     def _visual(self, ids: Tensor) -> Tensor:
         return ids == self.processor.image_token_id
@@ -298,11 +294,8 @@ class Collator:
             self._texts[key] = self._encode(*key, where)
         return self._texts[key]
 
-    def _head(self, prompt: str, pictured: bool = True) -> str:
-        """The chat template's text up to where the answer begins."""
-        return self._head_and_ids(prompt, pictured)[0]
-
-    def _head_and_ids(self, prompt: str, pictured: bool) -> tuple[str, list[int]]:
+    def _head(self, prompt: str, pictured: bool) -> tuple[str, list[int]]:
+        """The chat template's text up to where the answer begins, and its token ids with one placeholder for an image."""
         if (prompt, pictured) not in self._heads:
             if len(self._heads) >= _CACHED_TEXTS:
                 self._heads.clear()
@@ -313,7 +306,7 @@ class Collator:
     def _encode(self, prompt: str, text: str, pictured: bool, where: str) -> _Text:
         """Token ids of a text behind its prompt, through the chat template; the scored ids are exactly the text's."""
         answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-        head, head_ids = self._head_and_ids(prompt, pictured)
+        head, head_ids = self._head(prompt, pictured)
         full = self.processor.apply_chat_template([_user(prompt, pictured), answer])
         start = full.find(text, len(head)) if full.startswith(head) else -1
         if start < 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,10 +56,7 @@ class Family:
             "language_model": self.language_model,
         }
         fitting = [
-            (len(prefix), module)
-            for module, candidates in prefixes.items()
-            for prefix in candidates
-            if re.match(rf"{re.escape(prefix)}(\.|$)", name)
+            (len(prefix), module) for module, candidates in prefixes.items() for prefix in candidates if f"{name}.".startswith(f"{prefix}.")
         ]
         if not fitting:
             raise KeyError(f"parameter {name!r} is in no module of family {self.model_types[0]!r}; add its prefix to the family record")

@@ -4,14 +4,14 @@ smoke tests of code and clusters. What they say means nothing.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cfvlm_ds.config import ConfigError
+from cfvlm_ds.config import ConfigError, TinyLlavaConfig
+from cfvlm_ds.models.tiny import llava_config, llava_processor, write_checkpoint
 
 _CORPUS = ["describe the image. is it red? yes, no. a red circle left of two blue squares; 0 1 2 3 4 5 6 7 8 9"]
 _WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -38,11 +38,11 @@ _IDEFICS = (
 )
 
 Parts = tuple[Any, Any]
-"""(configuration, processor)"""
+"""(configuration or model, processor)"""
 
 
 def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
-    """Write a checkpoint of about 100,000 parameters to ``out_dir``; it is complete or absent.
+    """Write a checkpoint of about 100,000 parameters to ``out_dir``.
 
     Raises ConfigError for an unknown ``model_type`` or a folder that is there.
     """
@@ -52,20 +52,17 @@ def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
         raise ConfigError(f"{out_dir} is there already; name another folder")
     from transformers import AutoModelForImageTextToText
 
-    config, processor = SMALL[model_type]()
-    torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.1)  # the usual 0.02 makes a model this narrow say the same of everything
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    partial.rename(out_dir)
-    return out_dir
+    def make(folder: Path) -> Parts:
+        config, processor = SMALL[model_type](folder)
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.1)  # the usual 0.02 makes a model this narrow say the same of everything
+        return model, processor
+
+    return write_checkpoint(out_dir, make)
 
 
 def _tokenizer(special: Sequence[str], end: str, pad: str, **named: Any) -> Any:
@@ -95,6 +92,12 @@ def _transformers() -> Any:
 def _ids(tokenizer: Any) -> dict[str, int]:
     """What a language model's configuration says of its tokenizer."""
     return {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+
+
+def _llava(folder: Path) -> Parts:
+    config = TinyLlavaConfig(str(folder), hidden_size=32)
+    processor = llava_processor(folder, config, _CORPUS)
+    return llava_config(config, processor), processor
 
 
 def _qwen(model_type: str) -> Parts:
@@ -213,14 +216,16 @@ def _idefics(model_type: str) -> Parts:
     return config, t.SmolVLMProcessor(t.SmolVLMImageProcessor(**sizes), tokenizer, t.SmolVLMVideoProcessor(), **options)
 
 
-SMALL: dict[str, Callable[[], Parts]] = {
-    "llava_next": _llava_next,
-    "llava_onevision": _llava_onevision,
-    "qwen2_vl": lambda: _qwen("qwen2_vl"),
-    "qwen2_5_vl": lambda: _qwen("qwen2_5_vl"),
-    "qwen3_vl": lambda: _qwen("qwen3_vl"),
-    "qwen3_vl_moe": lambda: _qwen("qwen3_vl_moe"),
-    "internvl": _internvl,
-    "idefics3": lambda: _idefics("idefics3"),
-    "smolvlm": lambda: _idefics("smolvlm"),
+SMALL: dict[str, Callable[[Path], Parts]] = {
+    "llava": _llava,
+    "llava_next": lambda folder: _llava_next(),
+    "llava_onevision": lambda folder: _llava_onevision(),
+    "qwen2_vl": lambda folder: _qwen("qwen2_vl"),
+    "qwen2_5_vl": lambda folder: _qwen("qwen2_5_vl"),
+    "qwen3_vl": lambda folder: _qwen("qwen3_vl"),
+    "qwen3_vl_moe": lambda folder: _qwen("qwen3_vl_moe"),
+    "internvl": lambda folder: _internvl(),
+    "idefics3": lambda folder: _idefics("idefics3"),
+    "smolvlm": lambda folder: _idefics("smolvlm"),
 }
+"""Model type -> its parts; a tokenizer that is a file of its own is put into the folder."""

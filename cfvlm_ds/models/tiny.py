@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,31 @@ CHAT_TEMPLATE = (
 def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
     """Write a small, randomly initialised LLaVA and its processor; nothing if the folder is there.
 
-    ``texts`` train the tokenizer. The folder is complete or absent: it is built under another name and renamed.
+    ``texts`` train the tokenizer.
     """
     out_dir = Path(config.out_dir)
     if (out_dir / "config.json").exists():
         return out_dir
+
+    def make(folder: Path) -> tuple[Any, Any]:
+        processor = llava_processor(folder, config, texts)
+        return _model(config, processor), processor
+
+    return write_checkpoint(out_dir, make)
+
+
+def write_checkpoint(out_dir: Path, make: Callable[[Path], tuple[Any, Any]]) -> Path:
+    """Save the (model, processor) that ``make`` gives; it may put files into the folder it gets. ``out_dir`` is complete or absent."""
     partial = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    processor = _processor(partial, config, texts)
-    _model(config, processor).save_pretrained(partial)
-    processor.save_pretrained(partial)
+    for part in make(partial):
+        part.save_pretrained(partial)
     partial.rename(out_dir)
     return out_dir
 
 
-def _processor(folder: Path, config: TinyLlavaConfig, texts: Sequence[str]) -> Any:
+def llava_processor(folder: Path, config: TinyLlavaConfig, texts: Sequence[str]) -> Any:
     """LLaVA's own processor around a SentencePiece BPE tokenizer trained on ``texts``; writes tokenizer.model."""
     import sentencepiece
     from transformers import CLIPImageProcessor, LlamaTokenizer, LlavaProcessor
@@ -74,7 +83,17 @@ def _processor(folder: Path, config: TinyLlavaConfig, texts: Sequence[str]) -> A
 
 
 def _model(config: TinyLlavaConfig, processor: Any) -> Any:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
+
+    torch.manual_seed(config.seed)
+    model = LlavaForConditionalGeneration(llava_config(config, processor))
+    _place_positions(model.model.vision_tower, config.image_size // config.patch_size)
+    return model
+
+
+def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:
+    """The configuration of a LLaVA that goes with ``processor``."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     tokenizer, width = processor.tokenizer, config.hidden_size
     spread = 0.64 * width**-0.5  # the usual 0.02 suits a width of 1000; at 64 it costs a small model half of its training time
@@ -99,21 +118,15 @@ def _model(config: TinyLlavaConfig, processor: Any) -> Any:
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=spread,
     )
-    torch.manual_seed(config.seed)
-    side = config.image_size // config.patch_size
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            initializer_range=spread,  # type: ignore[call-arg]
-            image_token_index=processor.image_token_id,
-            image_seq_length=side**2,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="default",
-        )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        initializer_range=spread,  # type: ignore[call-arg]
+        image_token_index=processor.image_token_id,
+        image_seq_length=(config.image_size // config.patch_size) ** 2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
     )
-    _place_positions(model.model.vision_tower, side)
-    return model
 
 
 def _place_positions(tower: Any, side: int) -> None:
