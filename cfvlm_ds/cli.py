@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfvlm_ds.config import BuildConfig, ConfigError, DataConfig, ModelConfig, ScenesConfig, parse_config
+from cfvlm_ds.config import BuildConfig, ConfigError, DataConfig, LoraConfig, ModelConfig, ScenesConfig, parse_config
 from cfvlm_ds.groups import DataError
 
 if TYPE_CHECKING:
@@ -90,7 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     command = _command(commands, "export", _export, "a DeepSpeed checkpoint as a Hugging Face folder", "cfvlm-ds export runs/quickstart")
     command.add_argument("run", help="run folder, or one of its checkpoints")
-    command.add_argument("--out", help="folder to write (default RUN/export)")
+    command.add_argument(
+        "--adapter", action="store_true", help="only the LoRA adapters, in peft's format, instead of merged into the model"
+    )
+    command.add_argument("--out", help="folder to write (default RUN/export, or RUN/adapter)")
 
     arguments = parser.parse_args(argv)
     _exit_cleanly(lambda: arguments.function(arguments))
@@ -156,15 +159,17 @@ def _export(arguments: argparse.Namespace) -> None:
     import yaml
 
     from cfvlm_ds.checkpoint import newest
-    from cfvlm_ds.export import export_hf
+    from cfvlm_ds.export import export_adapter, export_hf
 
     given = Path(arguments.run)
     run_dir = given.parent if given.name.startswith("checkpoint-") else given
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir} is not a run folder (no config.yaml); name a run's output_dir or one of its checkpoints")
-    source = yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["name_or_path"]
+    model = yaml.safe_load((run_dir / "config.yaml").read_text())["model"]
     checkpoint = given if given != run_dir else newest(run_dir)
-    print(f"exported to {export_hf(checkpoint, source, Path(arguments.out or run_dir / 'export'))}")
+    out, lora = Path(arguments.out or run_dir / ("adapter" if arguments.adapter else "export")), LoraConfig(**model.get("lora", {}))
+    write = export_adapter if arguments.adapter else export_hf
+    print(f"exported to {write(checkpoint, model['name_or_path'], out, lora=lora)}")
 
 
 def _positive(text: str) -> int:

@@ -1,6 +1,6 @@
 """Groups to one batch of rows: the only place that knows how cells are laid out as tokens.
 
-A row is the chat template's prompt with one image and, behind that prefix, every text the image is scored with: each text is a branch that
+A row is the chat template's prompt with its image and, behind that prefix, every text the image is scored with: each text is a branch that
 sees the prefix and itself. (Where the attention cannot branch, a row has one text.) Each distinct image is encoded once.
 Shapes: G groups, I images, C candidates, R rows, T tokens, N scored tokens.
 """
@@ -21,19 +21,23 @@ from transformers import PreTrainedConfig
 from cfvlm_ds.config import ModelConfig
 from cfvlm_ds.data.images import MAX_PIXELS, open_image
 from cfvlm_ds.data.scores import StoredScores
-from cfvlm_ds.groups import NO_IMAGE, Cells, CounterfactualGroup, DataError, GroupLayout
+from cfvlm_ds.groups import Cells, CounterfactualGroup, DataError, GroupLayout, Pictures
 from cfvlm_ds.likelihood import Scores, score_matrix
 from cfvlm_ds.models import Family, attention, family_of, load_config, load_processor
 
 BLANK = Path("<blank image>")
-"""Stands for a mid-grey image: what the blind control shows instead of a picture."""
+"""Stands for a mid-grey image: what the blind control shows instead of a picture. A suffix tells several apart."""
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
 
 _CACHED_TEXTS = 100_000  # token ids of texts seen before; bounded, because a data set may have millions
 
 
 def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
     """The group with its images replaced by one blank image; every text but the first is neither true nor false of it."""
-    return replace(group, images=(BLANK if group.pictured else NO_IMAGE,), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
+    blank = tuple(BLANK.with_suffix(f".{k}") for k in range(group.num_pictures))
+    return replace(group, images=(blank,), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,12 @@ class _Text:
 
 @dataclass
 class _Row:
-    """A prompt with its image (None without one), and behind it one branch per text: (flat cell index, text).
+    """A prompt with its pictures, by their index in the batch, and behind it one branch per text: (flat cell index, text).
 
     ``positions`` [P], or [axes, P], are the position ids of the prompt.
     """
 
-    image: int | None
-    prompt: str
+    pictures: tuple[int, ...]
     branches: list[tuple[int, _Text]]
     prompt_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -138,33 +141,32 @@ class Collator:
         self.max_pixels = max_pixels
         self.stored = stored
         self.share_prefix = share_prefix
-        self._texts: dict[tuple[str, str, bool], _Text] = {}
-        self._heads: dict[tuple[str, bool], tuple[str, list[int]]] = {}
+        self._texts: dict[tuple[str, str, int], _Text] = {}
+        self._heads: dict[tuple[str, int], tuple[str, list[int]]] = {}
         self._ends: dict[str, tuple[int, ...]] = {}
-        self._images: dict[tuple[int, int], tuple[int, int]] = {}
+        self._images: dict[tuple[Size, bool], tuple[int, int]] = {}
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
         """Raises DataError naming the file of an image that cannot be opened, or the group whose text does not fit window or template."""
         layout = self._layout(groups)
-        images: dict[Path, int] = {}
-        rows: dict[tuple[int | None, str, int | None], _Row] = {}
         num_images, num_texts = layout.valid.shape[1:]
-        for g, i, c in layout.valid.nonzero().tolist():
+        cells = layout.valid.nonzero().tolist()
+        # The tower runs on every rank, also on one whose groups are text alone: ZeRO-3 waits for all of them.
+        shown = dict.fromkeys(key for g, i, _ in cells for key in self._keys(groups[g].images[i])) or {(BLANK, False): None}
+        keys = sorted(shown, key=lambda key: key[1])
+        index = {key: k for k, key in enumerate(keys)}
+        rows: dict[tuple[tuple[int, ...], str, int | None], _Row] = {}
+        for g, i, c in cells:
             text = self._text(groups[g], c)
             cell = (g * num_images + i) * num_texts + c
-            image = images.setdefault(groups[g].images[i], len(images)) if groups[g].pictured else None
-            row = rows.setdefault((image, text.prompt, None if self.share_prefix else cell), _Row(image, text.prompt, []))
+            pictures = tuple(index[key] for key in self._keys(groups[g].images[i]))
+            row = rows.setdefault((pictures, text.prompt, None if self.share_prefix else cell), _Row(pictures, []))
             row.branches.append((cell, text))
-        wanted = [(row.image, row.prompt) for row in rows.values() if row.image is not None]
-        # The tower runs on every rank, also on one whose groups are text alone: ZeRO-3 waits for all of them.
-        paths, wanted = (list(images), wanted) if images else ([BLANK], [(0, self._head("", True)[0])])
-        image_inputs, prompts = self._processed([self._open(path) for path in paths], wanted)
+        image_inputs, stands = self._processed([self._open(path) for path, _ in keys], sum(together for _, together in keys))
         for row in rows.values():
-            self._place(row, prompts, image_inputs)
+            self._place(row, stands, image_inputs)
         self._check_lengths(groups, list(rows.values()), num_images * num_texts, num_texts)
-        visual_tokens = [0] * len(paths)
-        for (image, _), ids in prompts.items():
-            visual_tokens[image] = int(self._visual(ids).sum())
+        visual_tokens = [ids.count(self.processor.image_token_id) for ids in stands]
         return self._batch(list(rows.values()), image_inputs, visual_tokens, layout, groups)
 
     def scoring_everything(self) -> Collator:
@@ -173,39 +175,39 @@ class Collator:
         other.cells, other.stored = "full", None
         return other
 
-    def row_length(self, prompt: str, text: str, size: tuple[int, int] | None) -> int:
-        """Tokens of the row that a text makes behind an image of ``size`` (width, height; None without an image), end-of-turn included.
+    def row_length(self, prompt: str, text: str, sizes: tuple[Size, ...]) -> int:
+        """Tokens of the row that a text makes behind pictures of ``sizes`` (width, height), end-of-turn included.
 
         Raises DataError as __call__ does.
         """
-        encoded = self._remembered(prompt, text, size is not None, "text")
-        expansion = self._image_tokens(size)[0] if size else 0
+        encoded = self._remembered(prompt, text, len(sizes), "text")
+        expansion = sum(self._image_tokens(size, len(sizes) > 1)[0] - 1 for size in sizes)
         return len(encoded.prompt_ids) + expansion + len(encoded.text_ids) + len(encoded.end_ids)
 
-    def visual_tokens(self, size: tuple[int, int]) -> int:
-        """How many visual tokens an image of ``size`` (width, height) becomes."""
-        return self._image_tokens(size)[1]
+    def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
+        """How many visual tokens pictures of ``sizes`` (width, height) become when they are shown together."""
+        return sum(self._image_tokens(size, len(sizes) > 1)[1] for size in sizes)
 
-    def _image_tokens(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(tokens that an image of this size adds to a prompt, visual tokens); measured, for every family has rules of its own."""
-        if size not in self._images:
-            head, head_ids = self._head("", True)
-            _, prompts = self._processed([Image.new("RGB", size)], [(0, head)])
-            ids = prompts[0, head]
-            self._images[size] = len(ids) - len(head_ids), int(self._visual(ids).sum())
-        return self._images[size]
+    def _image_tokens(self, size: Size, together: bool) -> tuple[int, int]:
+        """(tokens that stand for a picture of this size, visual tokens among them); measured, for every family has rules of its own."""
+        together = together and self.family.tiles_alone
+        if (size, together) not in self._images:
+            ids = self._processed([Image.new("RGB", size)] * (1 + together), 2 * together)[1][0]
+            self._images[size, together] = len(ids), ids.count(self.processor.image_token_id)
+        return self._images[size, together]
 
-    def _visual(self, ids: Tensor) -> Tensor:
-        return ids == self.processor.image_token_id
+    def _keys(self, pictures: Pictures) -> list[tuple[Path, bool]]:
+        """What tells the pictures of a batch apart: the file, and whether the model takes it differently for not being alone."""
+        return [(picture, self.family.tiles_alone and len(pictures) > 1) for picture in pictures]
 
-    def _place(self, row: _Row, prompts: dict[tuple[int, str], Tensor], image_inputs: dict[str, Tensor]) -> None:
-        """Give a row its prompt's token ids and positions."""
-        if row.image is None:
-            row.prompt_ids, grid = torch.tensor(row.branches[0][1].prompt_ids), None
-        else:
-            row.prompt_ids = prompts[row.image, row.prompt]
-            grid = image_inputs[self.family.grid][row.image] if self.family.grid else None
-        row.positions = self.family.positions(self.model_config, self._visual(row.prompt_ids), grid)
+    def _place(self, row: _Row, stands: list[list[int]], image_inputs: dict[str, Tensor]) -> None:
+        """Give a row its prompt's token ids, placeholders expanded, and their positions."""
+        pictures, ids = iter(row.pictures), []
+        for token in row.branches[0][1].prompt_ids:
+            ids += stands[next(pictures)] if token == self.processor.image_token_id else [token]
+        row.prompt_ids = torch.tensor(ids)
+        grids = image_inputs[self.family.grid][list(row.pictures)] if self.family.grid else torch.empty(0)
+        row.positions = self.family.positions(self.model_config, row.prompt_ids == self.processor.image_token_id, grids)
 
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
         shape = (len(groups), max(len(g.images) for g in groups), max(len(g.candidates) for g in groups))
@@ -263,12 +265,12 @@ class Collator:
             "scored": torch.zeros(size, dtype=torch.bool).view(-1).index_fill(0, positions, True).view(size),
             "predicted_by": predicted_by,
             "targets": torch.tensor(targets),
-            "image_of_row": [row.image for row in rows],
+            "images_of_row": [row.pictures for row in rows],
             "visual_tokens": visual_tokens,
             "image_inputs": image_inputs,
         }
         reference, prior = self._stored(groups, layout)
-        num_tokens, num_images = sum(row.length for row in rows), len({row.image for row in rows} - {None})
+        num_tokens, num_images = sum(row.length for row in rows), len({picture for row in rows for picture in row.pictures})
         return Batch(model_inputs, torch.tensor(cell), torch.tensor(is_end), layout, reference, prior, num_tokens, num_images)
 
     def _stored(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor | None, Tensor | None]:
@@ -284,30 +286,30 @@ class Collator:
 
     def _text(self, group: CounterfactualGroup, c: int) -> _Text:
         candidate = group.candidates[c]
-        return self._remembered(candidate.prompt, candidate.text, group.pictured, f"group {group.id!r}: text {c}")
+        return self._remembered(candidate.prompt, candidate.text, group.num_pictures, f"group {group.id!r}: text {c}")
 
-    def _remembered(self, prompt: str, text: str, pictured: bool, where: str) -> _Text:
-        key = (prompt, text, pictured)
+    def _remembered(self, prompt: str, text: str, num_pictures: int, where: str) -> _Text:
+        key = (prompt, text, num_pictures)
         if key not in self._texts:
             if len(self._texts) >= _CACHED_TEXTS:
                 self._texts.clear()
             self._texts[key] = self._encode(*key, where)
         return self._texts[key]
 
-    def _head(self, prompt: str, pictured: bool) -> tuple[str, list[int]]:
-        """The chat template's text up to where the answer begins, and its token ids with one placeholder for an image."""
-        if (prompt, pictured) not in self._heads:
+    def _head(self, prompt: str, num_pictures: int) -> tuple[str, list[int]]:
+        """The chat template's text up to where the answer begins, and its token ids with one placeholder per picture."""
+        if (prompt, num_pictures) not in self._heads:
             if len(self._heads) >= _CACHED_TEXTS:
                 self._heads.clear()
-            head = self.processor.apply_chat_template([_user(prompt, pictured)], add_generation_prompt=True)
-            self._heads[prompt, pictured] = head, self.processor.tokenizer(head).input_ids
-        return self._heads[prompt, pictured]
+            head = self.processor.apply_chat_template([_user(prompt, num_pictures)], add_generation_prompt=True)
+            self._heads[prompt, num_pictures] = head, self.processor.tokenizer(head).input_ids
+        return self._heads[prompt, num_pictures]
 
-    def _encode(self, prompt: str, text: str, pictured: bool, where: str) -> _Text:
+    def _encode(self, prompt: str, text: str, num_pictures: int, where: str) -> _Text:
         """Token ids of a text behind its prompt, through the chat template; the scored ids are exactly the text's."""
         answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-        head, head_ids = self._head(prompt, pictured)
-        full = self.processor.apply_chat_template([_user(prompt, pictured), answer])
+        head, head_ids = self._head(prompt, num_pictures)
+        full = self.processor.apply_chat_template([_user(prompt, num_pictures), answer])
         start = full.find(text, len(head)) if full.startswith(head) else -1
         if start < 0:
             raise DataError(
@@ -321,7 +323,7 @@ class Collator:
                 f"{where} ({text!r}) changes the tokens of its prompt: the model's chat template must end the prompt at a token border; "
                 "repair the template"
             )
-        if ids.count(self.processor.image_token_id) != pictured:
+        if ids.count(self.processor.image_token_id) != num_pictures:
             raise DataError(f"{where}: {self.processor.image_token!r} in a prompt or text stands for an image; reword it")
         special = set(tokenizer.all_special_ids)
         if control := special.intersection(ids[len(head_ids) :]):
@@ -339,27 +341,27 @@ class Collator:
         return self._ends[tail]
 
     def _open(self, path: Path) -> Image.Image:
-        return Image.new("RGB", (336, 336), (128, 128, 128)) if path == BLANK else open_image(path, self.max_pixels)
+        return Image.new("RGB", (336, 336), (128, 128, 128)) if path.stem == BLANK.stem else open_image(path, self.max_pixels)
 
-    def _processed(
-        self, opened: list[Image.Image], wanted: list[tuple[int, str]]
-    ) -> tuple[dict[str, Tensor], dict[tuple[int, str], Tensor]]:
-        """The images as the model takes them, each once, and the token ids of every wanted (image, prompt), placeholders expanded."""
-        first: dict[int, tuple[int, str]] = {}
-        for pair in wanted:
-            first.setdefault(pair[0], pair)
-        again = [pair for pair in dict.fromkeys(wanted) if first[pair[0]] != pair]  # a second prompt of an image: its token ids only
-        image_inputs: dict[str, Tensor] = {}
-        prompts: dict[tuple[int, str], Tensor] = {}
-        for pairs in ([first[i] for i in range(len(opened))], again):
-            if pairs:
-                inputs = self.processor(
-                    images=[[opened[i]] for i, _ in pairs], text=[prompt for _, prompt in pairs], padding=True, return_tensors="pt"
-                )
-                image_inputs = image_inputs or {name: inputs[name] for name in self.family.image_inputs}
-                kept = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
-                prompts |= {pair: ids[mask] for pair, (ids, mask) in zip(pairs, kept, strict=True)}
-        return image_inputs, prompts
+    def _processed(self, opened: list[Image.Image], together: int) -> tuple[dict[str, Tensor], list[list[int]]]:
+        """The pictures as the model takes them, and the token ids that stand for each in a prompt.
+
+        The last ``together`` of them are given to the processor as the pictures of one prompt.
+        """
+        token, tokenizer = self.processor.image_token, self.processor.tokenizer
+        alone = len(opened) - together
+        samples = [[picture] for picture in opened[:alone]] + ([opened[alone:]] if together else [])
+        inputs = self.processor(images=samples, text=[token * len(pictures) for pictures in samples], padding=True, return_tensors="pt")
+        bare = tokenizer(token).input_ids
+        before = bare.index(self.processor.image_token_id)
+        behind = len(bare) - before - 1
+        stands: list[list[int]] = []
+        for pictures, ids, mask in zip(samples, inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
+            kept = ids[mask][before:].tolist()
+            kept = kept[: len(kept) - behind]
+            each = len(kept) // len(pictures)  # pictures shown together are not cut into tiles, and so are of one length
+            stands += [kept[k * each : (k + 1) * each] for k in range(len(pictures))]
+        return {name: inputs[name] for name in self.family.image_inputs}, stands
 
     def _check_lengths(self, groups: Sequence[CounterfactualGroup], rows: list[_Row], group_cells: int, num_texts: int) -> None:
         for row in rows:
@@ -372,8 +374,8 @@ class Collator:
                     )
 
 
-def _user(prompt: str, pictured: bool) -> dict[str, Any]:
-    return {"role": "user", "content": [{"type": "image"}] * pictured + [{"type": "text", "text": prompt}]}
+def _user(prompt: str, num_pictures: int) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image"}] * num_pictures + [{"type": "text", "text": prompt}]}
 
 
 def _tree_mask(branch: Tensor) -> Tensor:

@@ -25,12 +25,36 @@ class ModuleConfig:
     """One of the three modules of a vision-language model.
 
     Args:
-        freeze: keep the module's weights as they are.
+        tuning: ``full`` trains every weight, ``lora`` adapters beside the linear layers, ``frozen`` nothing.
         learning_rate: the module's own peak learning rate; ``train.learning_rate`` when not given.
     """
 
-    freeze: bool = False
+    tuning: Literal["full", "lora", "frozen"] = "full"
     learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) of the modules whose ``tuning`` is ``lora``.
+
+    Args:
+        rank: rank of an adapter.
+        alpha: an adapter's output is scaled by alpha / rank.
+        dropout: dropout of an adapter's input.
+        dora: also train the length of every weight row (DoRA, arXiv 2402.09353).
+        rslora: scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    dora: bool = False
+    rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """The factor of an adapter's output."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)
@@ -41,9 +65,10 @@ class ModelConfig:
         name_or_path: model folder or hub name.
         attn_implementation: ``auto`` takes flash-attn where it is available, else sdpa; or ``sdpa``, ``eager``, ``flash_attention_2``.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        vision_tower: freezing and learning rate of the vision tower.
-        projector: freezing and learning rate of the projector.
-        language_model: freezing and learning rate of the language model and its output head.
+        vision_tower: tuning and learning rate of the vision tower.
+        projector: tuning and learning rate of the projector.
+        language_model: tuning and learning rate of the language model and its output head.
+        lora: the adapters of the modules that are tuned by them.
     """
 
     name_or_path: str = ""
@@ -52,6 +77,7 @@ class ModelConfig:
     vision_tower: ModuleConfig = field(default_factory=ModuleConfig)
     projector: ModuleConfig = field(default_factory=ModuleConfig)
     language_model: ModuleConfig = field(default_factory=ModuleConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)

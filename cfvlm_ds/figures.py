@@ -31,8 +31,8 @@ def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None
 
     Args:
         path: the PNG to write.
-        groups: mappings with ``images`` (I PIL images; None for a blank), ``captions`` (C texts), ``scores`` ([I][C], nats; None or NaN
-            where there is none), ``match`` ([I][C]: 1 true, 0 false, None unknown) and optionally ``title``.
+        groups: mappings with ``images`` (I lists of the PIL images shown together), ``captions`` (C texts), ``scores`` ([I][C], nats; None
+            or NaN where there is none), ``match`` ([I][C]: 1 true, 0 false, None unknown) and optionally ``title``.
 
     Raises:
         ValueError: no groups, or a group whose parts differ in shape.
@@ -92,11 +92,12 @@ def _draw_group(figure: Figure, group: Mapping[str, Any], top: float) -> None:
         x = (cells_left + (c + 0.5) * _CELL_W) / total_w
         y = 1 - (cells_top - 0.07) / total_h
         figure.text(x, y, "\n".join(_wrapped(caption)), fontsize=8.5, color=INK, ha="center", va="bottom", linespacing=1.2)
-    for i, image in enumerate(group["images"]):
-        thumbnail = _axes(figure, _MARGIN, cells_top + i * _CELL_H + 0.03, _THUMB, _CELL_H - 0.06)
-        if image is not None:
-            thumbnail.imshow(image)
-        else:
+    for i, pictures in enumerate(group["images"]):
+        part = _THUMB / max(1, len(pictures))
+        for k, picture in enumerate(pictures):
+            _axes(figure, _MARGIN + k * part, cells_top + i * _CELL_H + 0.03, part, _CELL_H - 0.06).imshow(picture)
+        if not pictures:
+            thumbnail = _axes(figure, _MARGIN, cells_top + i * _CELL_H + 0.03, _THUMB, _CELL_H - 0.06)
             thumbnail.text(0.5, 0.5, "no image", fontsize=8.5, color=MUTED, ha="center", va="center")
 
     axes = _axes(figure, cells_left, cells_top, num_captions * _CELL_W, num_images * _CELL_H)

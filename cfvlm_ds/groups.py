@@ -13,8 +13,8 @@ The row format ``cfgroup/1`` is one JSON object per line::
      "weight": 1.0}
 
 ``match`` lists what is known: 1 the text is true of the image, 0 it is false. A cell that is not listed is unknown and is never used as a
-negative. A text may carry its own ``prompt``. A row of text alone has one entry in ``images``, whose ``path`` is
-null.
+negative. A text may carry its own ``prompt``. Several pictures that are shown together are one entry of ``images`` with a list as ``path``;
+a row of text alone has one entry, whose ``path`` is null.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,9 +33,8 @@ SCHEMA = "cfgroup/1"
 SHAM = "sham"
 """Edit type of an image that was rendered again with nothing changed: a positive for the factual text."""
 
-
-NO_IMAGE = Path("<no image>")
-"""Stands in a group for an image that there is not: its texts are scored behind their prompt alone."""
+Pictures: TypeAlias = tuple[Path, ...]
+"""What a text is scored with: one picture as a rule, several where a prompt shows several, none for text alone."""
 
 Cells = Literal["anchor", "matched", "star", "full"]
 """Which cells of a group are scored, each set containing the one before: the factual pair; every true pair; also row 0 and column 0 (the
@@ -73,11 +72,12 @@ class Edit:
 class CounterfactualGroup:
     """I images x C candidate texts with a truth table; (image 0, candidate 0) is the factual pair.
 
-    ``match[i][c]`` is 1 where text c is true of image i, 0 where it is false, None where that is unknown.
+    ``match[i][c]`` is 1 where text c is true of image i, 0 where it is false, None where that is unknown. An image is a tuple of pictures,
+    as many as every other image of its group has.
     """
 
     id: str
-    images: tuple[Path, ...]
+    images: tuple[Pictures, ...]
     candidates: tuple[Candidate, ...]
     match: tuple[tuple[int | None, ...], ...]
     edits: tuple[Edit, ...] = ()
@@ -93,7 +93,14 @@ class CounterfactualGroup:
             for c, truth in enumerate(line):
                 if truth not in (0, 1, None):
                     raise DataError(f"group {self.id!r}: match[{i}][{c}] is {truth!r}; it must be 1, 0 or None")
-        if NO_IMAGE in self.images and len(self.images) > 1:
+        for index, pictures in enumerate(self.images):
+            if len(pictures) != self.num_pictures:
+                raise DataError(
+                    f"group {self.id!r}: image {index} has {len(pictures)} pictures and image 0 has {self.num_pictures}; split the row"
+                )
+            if len(set(pictures)) < len(pictures):
+                raise DataError(f"group {self.id!r}: image {index} shows a picture twice; name each once")
+        if not self.num_pictures and len(self.images) > 1:
             raise DataError(f"group {self.id!r}: a group without an image has one image entry, with the path null; split the row")
         if self.match[0][0] != 1:
             raise DataError(f"group {self.id!r}: the first image and the first text must match; list the factual pair first")
@@ -111,9 +118,9 @@ class CounterfactualGroup:
             seen[key] = index
 
     @property
-    def pictured(self) -> bool:
-        """Whether there is an image at all."""
-        return self.images[0] != NO_IMAGE
+    def num_pictures(self) -> int:
+        """Pictures that a text is scored with: 1 as a rule, 0 without an image."""
+        return len(self.images[0])
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
         )
     return CounterfactualGroup(
         id=group_id,
-        images=tuple(NO_IMAGE if image.get("path", "") is None else root / _string(image, "path", f"{where}: images") for image in images),
+        images=tuple(_pictures(image, root, f"{where}: images") for image in images),
         candidates=tuple(
             Candidate(_string({"prompt": prompt} | dict(text), "prompt", f"{where}: texts"), _string(text, "text", f"{where}: texts"))
             for text in texts
@@ -237,7 +244,8 @@ def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | Non
         "source": group.source,
         "prompt": shared,
         "images": [
-            {"id": f"i{i}", "path": None if path == NO_IMAGE else path.relative_to(root).as_posix()} for i, path in enumerate(group.images)
+            {"id": f"i{i}", "path": _paths([picture.relative_to(root).as_posix() for picture in pictures])}
+            for i, pictures in enumerate(group.images)
         ],
         "texts": [
             {"id": f"t{c}", "text": candidate.text} | ({} if candidate.prompt == shared else {"prompt": candidate.prompt})
@@ -254,6 +262,18 @@ def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | Non
         "weight": group.weight,
     }
     return row | ({"meta": dict(meta)} if meta else {})
+
+
+def _pictures(image: Mapping[str, Any], root: Path, where: str) -> Pictures:
+    path = _required(image, "path", where)
+    listed = path if isinstance(path, list) else [] if path is None else [path]
+    if not all(isinstance(name, str) for name in listed) or path == []:
+        raise DataError(f"{where}: 'path' must be a string, a list of strings, or null for text alone, not {path!r}")
+    return tuple(root / name for name in listed)
+
+
+def _paths(names: list[str]) -> str | list[str] | None:
+    return names if len(names) > 1 else names[0] if names else None
 
 
 def _required(row: Mapping[str, Any], key: str, where: str) -> Any:

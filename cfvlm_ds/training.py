@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from cfvlm_ds.data import GroupSampler, open_image
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
 from cfvlm_ds.distributed import World, all_reduce_sums, seed_everything
 from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, guarded, table
-from cfvlm_ds.export import export_hf
+from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
-from cfvlm_ds.groups import NO_IMAGE, CounterfactualGroup, DataError
-from cfvlm_ds.models import load_config, parameter_counts
+from cfvlm_ds.groups import CounterfactualGroup, DataError
+from cfvlm_ds.likelihood import Scores
+from cfvlm_ds.models import adapters_off, load_config, only_adapters_train, parameter_counts
 from cfvlm_ds.objectives import group_units, likelihood_report, required_cells, weighted_loss
 from cfvlm_ds.preflight import read_data
 from cfvlm_ds.tracking import open_tracker
@@ -125,8 +126,10 @@ def _sampler(config: RunConfig, world: World, num_groups: int) -> GroupSampler:
 
 
 def _stored_scores(config: RunConfig, groups: list[CounterfactualGroup]) -> dict[str, StoredScores] | None:
-    """The scores file of the training groups, if an objective needs one."""
-    if not any(term.needs_reference or term.needs_prior for term in config.objective.values()):
+    """The scores file of the training groups, if an objective needs one and the model without its adapters does not serve."""
+    terms = config.objective.values()
+    prior, reference = any(term.needs_prior for term in terms), any(term.needs_reference for term in terms)
+    if not (prior or reference) or (config.data.scores is None and not prior and only_adapters_train(config.model)):
         return None
     if config.data.scores is None:
         raise ConfigError("an objective needs stored scores; write them with `cfvlm-ds score` and set data.scores")
@@ -253,7 +256,7 @@ def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> None:
     global_units = all_reduce_sums(local, world.device)
     finite = torch.ones((), device=world.device)
     for batch in micro_batches:
-        scores = batch.scores(run.engine(**batch.model_inputs))
+        scores = _scores(run, batch)
         loss, shares = weighted_loss(objectives, scores, global_units, world.size, run.state.step / run.total_steps)
         run.engine.backward(loss, scale_wrt_gas=False)
         finite *= torch.isfinite(loss.detach())
@@ -266,7 +269,19 @@ def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> None:
         run.engine.step()
 
 
-def _measure(run: Run, batch: Batch, scores: Any, loss: Tensor, shares: Mapping[str, Tensor], meter: Meter) -> None:
+def _scores(run: Run, batch: Batch) -> Scores:
+    """The score matrix of a micro-batch; where a reference is needed and none is stored, it is the model without its adapters."""
+    reference = None
+    if batch.reference is None and any(term.needs_reference for term in run.config.objective.values()):
+        run.engine.eval()
+        with torch.no_grad(), adapters_off(run.engine.module.model):
+            reference = batch.scores(run.engine(**batch.model_inputs)).logp
+        run.engine.train()
+    scores = batch.scores(run.engine(**batch.model_inputs))
+    return scores if reference is None else replace(scores, reference=reference)
+
+
+def _measure(run: Run, batch: Batch, scores: Scores, loss: Tensor, shares: Mapping[str, Tensor], meter: Meter) -> None:
     # Shares add up over micro-batches and ranks to the step's loss, so each counts as one part of the step.
     part = 1 / (run.world.size * run.config.train.gradient_accumulation_steps)
     meter.add("loss", loss, part)
@@ -332,8 +347,16 @@ def _finish(run: Run, tracker: Any) -> None:
         if results:
             run.world.say(table(results))
         if run.config.train.export:
-            exported = export_hf(run.dir / f"checkpoint-{run.state.step}", run.config.model.name_or_path, run.dir / "export")
-            run.world.say(f"exported to {exported}")
+            _export(run)
+
+
+def _export(run: Run) -> None:
+    model, last = run.config.model, run.dir / f"checkpoint-{run.state.step}"
+    if only_adapters_train(model):
+        exported = export_adapter(last, model.name_or_path, run.dir / "adapter", model.lora, run.world.say)
+    else:
+        exported = export_hf(last, model.name_or_path, run.dir / "export", run.world.say, model.lora)
+    run.world.say(f"exported to {exported}")
 
 
 def _samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
@@ -344,7 +367,7 @@ def _samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores
     return [
         {
             "title": f"{kind}: {groups[index].id}",
-            "images": [None if path == NO_IMAGE else open_image(path, max_pixels) for path in groups[index].images],
+            "images": [[open_image(picture, max_pixels) for picture in pictures] for pictures in groups[index].images],
             "captions": [candidate.text for candidate in groups[index].candidates],
             "scores": scores[index].logp.tolist(),
             "match": groups[index].match,

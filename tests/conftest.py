@@ -61,9 +61,11 @@ def scorer(model_dir: Path) -> Any:
     return Scorer(model, family_of(model.config))
 
 
-def plain_logp(model: Any, processor: Any, image: Image.Image | Path, prompt: str, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_logp(
+    model: Any, processor: Any, image: Image.Image | tuple[Path, ...], prompt: str, text: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of the text's tokens, and of its end-of-turn: the library's own forward of one image and one string, template by hand."""
-    image = Image.open(image).convert("RGB") if isinstance(image, Path) else image
+    image = Image.open(*image).convert("RGB") if isinstance(image, tuple) else image
     head = f"USER: <image>\n{prompt} ASSISTANT:"
     start = processor(images=[image], text=[head], return_tensors="pt").input_ids.shape[1]
     inputs = processor(images=[image], text=[f"{head} {text}</s>"], return_tensors="pt")
@@ -106,7 +108,9 @@ def write_manifest(path: Path, num_groups: int, seed: int = 0, ragged: bool = Tr
             Image.open(images[0]).rotate(2).save(sham)
             images, match, edits = [*images, sham], [*match, match[0]], [*edits, Edit("sham", len(scenes))]
         candidates = tuple(Candidate(PROMPT, caption(scene)) for scene in scenes)
-        group = CounterfactualGroup(f"{path.stem}-{g}", tuple(images), candidates, tuple(match), tuple(edits), source="test")
+        group = CounterfactualGroup(
+            f"{path.stem}-{g}", tuple((image,) for image in images), candidates, tuple(match), tuple(edits), source="test"
+        )
         rows.append(json.dumps(to_row(group, path.parent)))
     path.write_text("\n".join(rows) + "\n")
     return path
@@ -140,6 +144,22 @@ def run(command: list[str], timeout: float = 300) -> str:
         pytest.fail(f"still running after {timeout} s: {' '.join(command)}\n{process.communicate()[0][-4000:]}")
     assert process.returncode == 0, f"exit code {process.returncode}: {' '.join(command)}\n{output[-6000:]}"
     return output
+
+
+def plain_scores(manifest: Path, *models: str) -> list[dict[str, list[list[float]]]]:
+    """What tests/plain.py finds in a process that does not know this package; a model is its folder, or folder+adapter folder."""
+    command = [sys.executable, str(REPO / "tests" / "plain.py"), str(manifest), *models]
+    done = subprocess.run(command, cwd=manifest.parent, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def train_many(folder: Path, ranks: int, trainings: list[list[str]], timeout: float = 300) -> str:
+    """Run the trainings, one after the other, in one family of ``ranks`` processes."""
+    listed = folder / f"trainings-{ranks}.jsonl"
+    listed.write_text("".join(json.dumps(arguments) + "\n" for arguments in trainings))
+    launcher = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(29600 + ranks)] if ranks > 1 else [sys.executable]
+    return run([*launcher, "tests/train_many.py", str(listed)], timeout)
 
 
 def train_arguments(model_dir: Path, manifests: dict[str, Path], output_dir: Path, *extra: str) -> list[str]:

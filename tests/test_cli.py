@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, environment, losses, metrics, run, train_arguments, write_manifest
+from conftest import REPO, environment, losses, metrics, plain_scores, run, train_arguments, train_many, write_manifest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -286,7 +286,7 @@ def runs(model_dir: Path, manifests: dict[str, Path], scores_file: Path, tmp_pat
         name: train_arguments(model_dir, manifests, folder / name, "--train.max_steps", "2", "--train.warmup_ratio", "0", *more)
         for name, more in extra.items()
     }
-    run([sys.executable, "tests/train_many.py", *map(json.dumps, options.values())])
+    train_many(folder, 1, list(options.values()))
     return folder
 
 
@@ -323,40 +323,9 @@ def test_evaluate_prints_the_table_of_the_run(
     assert json.loads((tmp_path / "e" / "r.json").read_text()) == json.loads((runs / "z3" / "results.json").read_text())
 
 
-PLAIN = """
-import json, sys
-from pathlib import Path
-import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-folder, manifest = sys.argv[1], Path(sys.argv[2])
-processor, model = AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder).eval()
-found = {}
-for row in map(json.loads, manifest.read_text().splitlines()):
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["prompt"]}]}
-    head = processor.apply_chat_template([user], add_generation_prompt=True)
-    matrix = []
-    for named in row["images"]:
-        image, line = Image.open(manifest.parent / named["path"]), []
-        start = processor(images=[image], text=[head], return_tensors="pt").input_ids.shape[1]
-        for text in row["texts"]:
-            inputs = processor(images=[image], text=[head + " " + text["text"]], return_tensors="pt")
-            with torch.no_grad():
-                logp = model(**inputs).logits[0, start - 1 : -1].log_softmax(-1)
-            line.append(logp.gather(1, inputs.input_ids[0, start:, None]).sum().item())
-        matrix.append(line)
-    found[row["id"]] = matrix
-assert not {"cfvlm_ds", "deepspeed"} & set(sys.modules)
-print(json.dumps(found))
-"""
-
-
 def test_export_scores_the_same_under_plain_transformers(runs: Path, manifests: dict[str, Path]) -> None:
     folder = runs / "z3" / "export"
-    command = [sys.executable, "-c", PLAIN, str(folder), str(manifests["test"])]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    plain = json.loads(done.stdout)
+    (plain,) = plain_scores(manifests["test"], str(folder))
     groups = read_manifest(manifests["test"])
     stored = read_scores(runs / "z3" / "scores" / "test.jsonl", groups)
     assert set(plain) == set(stored)

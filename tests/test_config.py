@@ -49,7 +49,7 @@ UNKNOWN_OPTIONS = {
     "train.learningrate": "train.learning_rate",
     "learning_rate": "train.learning_rate",
     "objective.fcd.symetric": "objective.fcd.symmetric",
-    "model.vision_tower.frezee": "model.vision_tower.freeze",
+    "model.vision_tower.tunign": "model.vision_tower.tuning",
     "build.scenes.num_trian": "build.scenes.num_train",
 }
 
@@ -65,7 +65,7 @@ def test_unknown_option_names_the_nearest(wrong: str, joined: bool) -> None:
 UNKNOWN_KEYS = {
     "train: {max_step: 7}": ("train.max_step", "train.max_steps"),
     "trian: {max_steps: 7}": ("trian.max_steps", "train.max_steps"),
-    "model: {vision_tower: {frezee: true}}": ("model.vision_tower.frezee", "model.vision_tower.freeze"),
+    "model: {vision_tower: {tunign: lora}}": ("model.vision_tower.tunign", "model.vision_tower.tuning"),
     "objective: {csd: {wieght: 1}}": ("objective.csd.wieght", "objective.csd.weight"),
     "build: {scenes: {out_dir: x, num_trian: 3}}": ("build.scenes.num_trian", "build.scenes.num_train"),
 }
@@ -88,7 +88,7 @@ def test_unknown_yaml_key_names_the_nearest(written, text: str) -> None:
         ("data.check", "none"),
         ("objective.csd.weight", "heavy"),
         ("objective.csd.mode", "crossed"),
-        ("model.vision_tower.freeze", "perhaps"),
+        ("model.vision_tower.tuning", "perhaps"),
     ],
 )
 def test_wrong_type_or_choice_is_one_sentence(written, option: str, value: str) -> None:

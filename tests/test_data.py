@@ -62,7 +62,7 @@ def refusal(path: Path, **options: object) -> str:
 
 EXPECTED = CounterfactualGroup(
     id="g",
-    images=(Path("a.png"), Path("b.png")),
+    images=((Path("a.png"),), (Path("b.png"),)),
     candidates=(Candidate("Describe.", "two dogs"), Candidate("Describe.", "three dogs")),
     match=((1, 0), (None, 1)),
     edits=(Edit("count", 1, 1, "two", "three"),),
@@ -70,7 +70,7 @@ EXPECTED = CounterfactualGroup(
 
 
 def under(folder: Path, group: CounterfactualGroup) -> dict[str, object]:
-    return vars(group) | {"images": tuple(folder / image for image in group.images)}
+    return vars(group) | {"images": tuple(tuple(folder / picture for picture in image) for image in group.images)}
 
 
 # ---- reading
@@ -88,7 +88,7 @@ def test_root_and_byte_order_mark(folder: Path) -> None:
     elsewhere = folder / "lists"
     elsewhere.mkdir()
     path = manifest(elsewhere, "\ufeff" + json.dumps(row()))
-    assert read_manifest(path, folder)[0].images == (folder / "a.png", folder / "b.png")
+    assert read_manifest(path, folder)[0].images == ((folder / "a.png",), (folder / "b.png",))
 
 
 def test_pairs(folder: Path) -> None:
@@ -98,7 +98,7 @@ def test_pairs(folder: Path) -> None:
         folder,
         CounterfactualGroup(
             id="7",
-            images=(Path("a.png"), Path("b.png")),
+            images=((Path("a.png"),), (Path("b.png"),)),
             candidates=(Candidate("Which?", "a dog bites a man"), Candidate("Which?", "a man bites a dog")),
             match=((1, 0), (0, 1)),
             edits=(Edit("relation", 1, 1),),
@@ -173,7 +173,7 @@ def test_links_inside_the_root_are_fine(folder: Path) -> None:
     # A root that is itself a link is the user's choice.
     root = folder.parent / (folder.name + "-link")
     root.symlink_to(folder)
-    assert read_manifest(root / "m.jsonl")[0].images[0] == root / "link.png"
+    assert read_manifest(root / "m.jsonl")[0].images[0] == (root / "link.png",)
 
 
 def test_loop_of_links(folder: Path) -> None:
@@ -445,18 +445,18 @@ class Words:
 
     max_length = 10
 
-    def row_length(self, prompt: str, text: str, size: tuple[int, int] | None) -> int:
-        return (self.visual_tokens(size) if size else 0) + len(f"{prompt} {text}".split())
+    def row_length(self, prompt: str, text: str, sizes: tuple[tuple[int, int], ...]) -> int:
+        return self.visual_tokens(sizes) + len(f"{prompt} {text}".split())
 
-    def visual_tokens(self, size: tuple[int, int]) -> int:
-        return 2 + size[0] // 8
+    def visual_tokens(self, sizes: tuple[tuple[int, int], ...]) -> int:
+        return sum(2 + size[0] // 8 for size in sizes)
 
 
 def test_rows_are_measured_with_their_largest_image_and_visual_tokens_counted(folder: Path) -> None:
     for name, width in (("narrow.png", 16), ("wide.png", 64), ("middle.png", 24)):
         Image.new("RGB", (width, 16)).save(folder / name)
 
-    def measured(name: str, prompt: str, text: str, *files: str) -> dict[str, object]:
+    def measured(name: str, prompt: str, text: str, *files: str | list[str]) -> dict[str, object]:
         images = [{"id": f"i{k}", "path": file} for k, file in enumerate(files)] or [{"id": "i0", "path": None}]
         return row(name, prompt=prompt, images=images, texts=[{"id": "t0", "text": text}], match=[["i0", "t0", 1]], edits=[])
 
@@ -466,10 +466,11 @@ def test_rows_are_measured_with_their_largest_image_and_visual_tokens_counted(fo
             measured("fits", "", "a b c d", "narrow.png", "middle.png"),
             measured("long", "", "a b c", "narrow.png", "wide.png"),
             measured("no image", "one", "a b c d e f g h i"),
+            measured("together", "", "a", ["narrow.png", "middle.png"], ["middle.png", "narrow.png"]),
         ),
         lengths=Words(),
     )
     (problem,) = report.problems
     assert ":2: " in problem and "text 0 is 13 tokens" in problem
-    assert report.num_images == 3 and sorted(report.visual_tokens) == [4, 5, 10]
-    assert "min 4, median 5, max 10" in str(report)
+    assert report.num_images == 3 and sorted(report.visual_tokens) == [4, 5, 9, 9, 10]
+    assert "min 4, median 9, max 10" in str(report)

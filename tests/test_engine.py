@@ -201,9 +201,9 @@ def test_groups_have_rates_by_module_and_decay_by_kind(model_dir: Path) -> None:
     from safetensors import safe_open
 
     with safe_open(model_dir / "model.safetensors", "pt") as handle:
-        number = len(list(handle.keys()))
+        number = sum("post_layernorm" not in name for name in handle.keys())  # noqa: SIM118  (LLaVA does not use CLIP's pooled output)
     names = [name for group in groups for name in group["params"]]
-    assert len(names) == len(set(names)) == number, "every weight of the file is in exactly one group"
+    assert len(names) == len(set(names)) == number, "every weight that is used is in exactly one group"
 
 
 def test_groups_have_one_order(model_dir: Path) -> None:
@@ -221,7 +221,7 @@ def test_groups_have_one_order(model_dir: Path) -> None:
 
 
 def test_frozen_modules_are_left_out(model_dir: Path) -> None:
-    groups = grouped(model_dir, "--model.vision_tower.freeze", "true", "--model.language_model.freeze", "true")
+    groups = grouped(model_dir, "--model.vision_tower.tuning", "frozen", "--model.language_model.tuning", "frozen")
     assert {expected_module(name) for group in groups for name in group["params"]} == {"projector"}
 
 

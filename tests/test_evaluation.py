@@ -28,7 +28,7 @@ GREY = Image.new("RGB", (336, 336), (128, 128, 128))
 
 
 def group(*edits: Edit, num_images: int = 2, num_texts: int = 2) -> CounterfactualGroup:
-    images, texts = tuple(Path(f"{i}.png") for i in range(num_images)), tuple(Candidate("", f"text {c}") for c in range(num_texts))
+    images, texts = tuple((Path(f"{i}.png"),) for i in range(num_images)), tuple(Candidate("", f"text {c}") for c in range(num_texts))
     match = tuple(tuple(1 if i == c == 0 else None for c in range(num_texts)) for i in range(num_images))
     return CounterfactualGroup("g", images, texts, match, edits or (Edit("colour", 1, 1),))
 
@@ -280,7 +280,7 @@ def test_ranks_share_the_groups_and_agree(
 def test_bad_data_is_one_sentence_also_from_a_worker(
     num_workers: int, collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], tmp_path: Path
 ) -> None:
-    bad = replace(groups[1], images=(tmp_path / "gone.png", *groups[1].images[1:]))
+    bad = replace(groups[1], images=((tmp_path / "gone.png",), *groups[1].images[1:]))
     with pytest.raises(DataError, match=r"^\S*gone\.png: no such image file; [^\n]*$"):
         score_groups(scorer, collator, [groups[0], bad], ALONE, 1, num_workers)
     assert isinstance(guarded(collator)([bad]), DataError)

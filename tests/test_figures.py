@@ -17,7 +17,7 @@ from cfvlm_ds.figures import TRUE_COLOUR, learning_curves_figure, score_matrix_f
 def _group(**changes: Any) -> dict[str, Any]:
     group: dict[str, Any] = {
         "title": "count",
-        "images": [Image.new("RGB", (32, 24), "#00ff00"), Image.new("RGB", (24, 32), "#00ff00")],
+        "images": [[Image.new("RGB", (32, 24), "#00ff00")], [Image.new("RGB", (24, 32), "#00ff00")]],
         "captions": ["two red circles", "three red circles that need several lines of text to be said in full"],
         "scores": [[-8.0, -12.0], [None, float("nan")]],
         "match": [[1, 0], [None, 1]],
@@ -44,7 +44,7 @@ def test_score_matrix_shows_images_and_outlines_true_cells(tmp_path: Path) -> No
     score_matrix_figure(tmp_path / "two.png", [_group()])
     assert _share(tmp_path / "two.png", "#00ff00") > 0.05
     assert _share(tmp_path / "two.png", TRUE_COLOUR) > 2 * _share(tmp_path / "none.png", TRUE_COLOUR) > 0  # the legend has one
-    score_matrix_figure(tmp_path / "three.png", [_group(), _group(title=""), _group(images=[None, None])])
+    score_matrix_figure(tmp_path / "three.png", [_group(), _group(title=""), _group(images=[[], []])])
     with Image.open(tmp_path / "two.png") as one, Image.open(tmp_path / "three.png") as three:
         assert three.height > 2.5 * one.height and three.width == one.width
 

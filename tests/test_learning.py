@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, run, train_arguments, write_manifest
+from conftest import metrics, train_arguments, train_many, write_manifest
 from torch import Tensor
 
 from cfvlm_ds.collate import Batch, Collator, load_collator
@@ -142,8 +140,8 @@ def test_the_displacement_warning(model_dir: Path, manifest: Path, tmp_path: Pat
     arguments = []
     for name, weight in (("without", "0"), ("with", "1")):
         options = ["--objective.align.weight", weight, "--train.displacement_warning", "0.01", "--train.per_device_train_batch_size", "8"]
-        arguments.append(json.dumps(train_arguments(model_dir, {"train": manifest}, tmp_path / name, *options)))
-    output = run([sys.executable, "tests/train_many.py", *arguments])
+        arguments.append(train_arguments(model_dir, {"train": manifest}, tmp_path / name, *options))
+    output = train_many(tmp_path, 1, arguments)
     without, held = output.split("parameters: ")[1:]
     lp = {name: [row["logp/lp_00"] for row in metrics(tmp_path / name) if "logp/lp_00" in row] for name in ("without", "with")}
     assert min(lp["without"]) < lp["without"][0] - 0.01 and min(lp["with"]) > lp["with"][0] - 0.01, lp
@@ -161,7 +159,7 @@ def test_gradient_checkpointing_changes_no_gradient(frozen: bool, model_dir: Pat
     values: list[float] = []
     calls = [0, 0]
     for enabled in (False, True):
-        scorer = load(model_config(model_dir, vision_tower=ModuleConfig(freeze=frozen)))
+        scorer = load(model_config(model_dir, vision_tower=ModuleConfig("frozen" if frozen else "full")))
         if enabled:
             recompute_activations(scorer.model)
         for layers in (scorer.model.model.language_model.layers, scorer.model.model.vision_tower.encoder.layers):
@@ -187,7 +185,7 @@ UNUSED = "vision_tower.post_layernorm"
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_step_moves_all_that_trains_and_nothing_that_is_frozen(frozen: bool, model_dir: Path, batch: Batch) -> None:
-    scorer = load(model_config(model_dir, vision_tower=ModuleConfig(freeze=frozen)))
+    scorer = load(model_config(model_dir, vision_tower=ModuleConfig("frozen" if frozen else "full")))
     before = {name: parameter.detach().clone() for name, parameter in scorer.model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in scorer.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     weighted(CF_VLM, batch)(batch.scores(scorer(**batch.model_inputs))).backward()

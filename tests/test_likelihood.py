@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from cfvlm_ds.groups import (
-    NO_IMAGE,
     SHAM,
     Candidate,
     CounterfactualGroup,
@@ -181,7 +180,7 @@ ROW: dict[str, Any] = {
 }
 GROUP = CounterfactualGroup(
     id="dog-17",
-    images=(ROOT / "img/17.jpg", ROOT / "img/17_edit.jpg", ROOT / "img/17_again.jpg"),
+    images=((ROOT / "img/17.jpg",), (ROOT / "img/17_edit.jpg",), (ROOT / "img/17_again.jpg",)),
     candidates=(Candidate("Describe the image.", "two dogs"), Candidate("Describe the image.", "three dogs")),
     match=((1, 0), (0, 1), (1, None)),
     edits=(Edit("count", 1, 1, "two", "three"), Edit(SHAM, 2)),
@@ -211,11 +210,14 @@ def test_row_to_group() -> None:
     "group",
     [
         GROUP,
-        CounterfactualGroup("one", (ROOT / "a.jpg",), (Candidate("", "x"),), ((1,),)),
-        CounterfactualGroup("text alone", (NO_IMAGE,), (Candidate("", "x"), Candidate("", "y")), ((1, 0),)),
+        CounterfactualGroup("one", ((ROOT / "a.jpg",),), (Candidate("", "x"),), ((1,),)),
+        CounterfactualGroup("text alone", ((),), (Candidate("", "x"), Candidate("", "y")), ((1, 0),)),
+        CounterfactualGroup(
+            "two pictures", ((ROOT / "a.jpg", ROOT / "b.jpg"), (ROOT / "b.jpg", ROOT / "a.jpg")), (Candidate("", "x"),), ((1,), (0,))
+        ),
         CounterfactualGroup(
             "questions",
-            (ROOT / "a.jpg", ROOT / "b.jpg"),
+            ((ROOT / "a.jpg",), (ROOT / "b.jpg",)),
             (Candidate("Is it red?", "Yes"), Candidate("Is it blue?", "Yes"), Candidate("", "Yes")),
             ((1, None, 0), (None, 0, 1)),
             edits=(Edit("attribute", None, 1), Edit("attribute", 1, None, "red", "blue")),
@@ -257,8 +259,18 @@ BAD_ROWS = {
     "image id twice": (changed("images", 1, "id", to="i0"), r"images: id 'i0' occurs twice; make ids unique"),
     "text id twice": (changed("texts", 1, "id", to="t0"), r"texts: id 't0' occurs twice"),
     "no path": (changed("images", 0, "path", to=...), r"images: key 'path' is missing"),
-    "path not a string": (changed("images", 0, "path", to=7), r"images: 'path' must be a string, not 7"),
-    "no image beside others": (changed("images", 0, "path", to=None), r"without an image has one image entry, with the path null; split"),
+    "path not a string": (
+        changed("images", 0, "path", to=7),
+        r"images: 'path' must be a string, a list of strings, or null for text alone, not 7",
+    ),
+    "no image beside others": (changed("images", 0, "path", to=None), r"image 1 has 1 pictures and image 0 has 0; split"),
+    "two images without one": (changed("images", to=[{"id": i, "path": None} for i in ("i0", "i1", "i2")]), r"has one image entry"),
+    "unequal pictures": (changed("images", 1, "path", to=["a.jpg", "b.jpg"]), r"image 1 has 2 pictures and image 0 has 1; split the row"),
+    "no pictures": (changed("images", 1, "path", to=[]), r"'path' must be a string, a list of strings, or null"),
+    "a picture twice": (
+        changed("images", to=[{"id": i, "path": ["a.jpg", "a.jpg"]} for i in ("i0", "i1", "i2")]),
+        r"image 0 shows a picture twice",
+    ),
     "no text": (changed("texts", 0, "text", to=...), r"texts: key 'text' is missing"),
     "text not a string": (changed("texts", 0, "text", to=7), r"texts: 'text' must be a string, not 7"),
     "prompt null": (changed("prompt", to=None), r"'prompt' must be a string, not None"),
@@ -312,13 +324,13 @@ A, B = Candidate("p", "a"), Candidate("p", "b")
     ("images", "candidates", "match", "message"),
     [
         ((), (A,), (), "at least one image and one text"),
-        ((Path("x"),), (), ((),), "at least one image and one text"),
-        ((Path("x"),), (A, B), ((1,),), "match must be 1 images x 2 texts"),
-        ((Path("x"), Path("y")), (A,), ((1,),), "match must be 2 images x 1 texts"),
-        ((Path("x"),), (A, B), ((1, 2),), r"group 'g': match\[0\]\[1\] is 2; it must be 1, 0 or None"),
-        ((Path("x"),), (A, B), ((1, -1),), r"match\[0\]\[1\] is -1; it must be 1, 0 or None"),
-        ((Path("x"),), (A,), ((0,),), "must match"),
-        ((Path("x"),), (A,), ((None,),), "must match"),
+        (((Path("x"),),), (), ((),), "at least one image and one text"),
+        (((Path("x"),),), (A, B), ((1,),), "match must be 1 images x 2 texts"),
+        (((Path("x"),), (Path("y"),)), (A,), ((1,),), "match must be 2 images x 1 texts"),
+        (((Path("x"),),), (A, B), ((1, 2),), r"group 'g': match\[0\]\[1\] is 2; it must be 1, 0 or None"),
+        (((Path("x"),),), (A, B), ((1, -1),), r"match\[0\]\[1\] is -1; it must be 1, 0 or None"),
+        (((Path("x"),),), (A,), ((0,),), "must match"),
+        (((Path("x"),),), (A,), ((None,),), "must match"),
     ],
 )
 def test_bad_group_is_refused_by_name(images: Any, candidates: Any, match: Any, message: str) -> None:

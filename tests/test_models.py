@@ -23,13 +23,14 @@ from cfvlm_ds.models import trainable as trainable_of
 from cfvlm_ds.models.tiny import build_tiny_llava
 
 KEY = "multi_modal_projector.linear_1.weight"
-FROZEN = ModuleConfig(freeze=True)
+FROZEN = ModuleConfig("frozen")
 # Where a part's parameters sit in the library's own modules: the independent account of what belongs to what.
 PARTS: dict[str, Callable[[Any], list[torch.nn.Module]]] = {
     "vision_tower": lambda m: [m.model.vision_tower],
     "projector": lambda m: [m.model.multi_modal_projector],
     "language_model": lambda m: [m.model.language_model, m.lm_head],
 }
+UNUSED = "model.vision_tower.post_layernorm."  # CLIP's norm of its pooled output, which LLaVA does not take
 
 
 def part_ids(model: Any, module: str) -> set[int]:
@@ -87,7 +88,7 @@ def test_loads_the_checkpoints_own_weights_in_the_dtype_asked_for(model_dir: Pat
     expected = LlavaForConditionalGeneration.from_pretrained(model_dir).state_dict()
     for dtype in (torch.float32, torch.bfloat16):
         model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), dtype)
-        assert all(parameter.dtype == dtype and parameter.requires_grad for parameter in model.parameters())
+        assert all(p.dtype == dtype and p.requires_grad == (not name.startswith(UNUSED)) for name, p in model.named_parameters())
         assert model.state_dict().keys() == expected.keys()
         assert all(torch.equal(value, expected[name].to(value.dtype)) for name, value in model.state_dict().items())
         assert model.config._attn_implementation == "sdpa"
@@ -139,7 +140,8 @@ def test_auto_attention(cuda: bool, package: bool, expected: str, monkeypatch: p
 def test_freezing_switches_off_a_module_and_nothing_else(frozen: tuple[str, ...], model_dir: Path, manifests: dict[str, Path]) -> None:
     """By flag, and by the gradients that a backward really leaves."""
     model = load(model_dir, **{module: FROZEN for module in frozen})
-    still = set().union(*(part_ids(model, module) for module in frozen))
+    unused = {id(parameter): parameter.numel() for name, parameter in model.named_parameters() if name.startswith(UNUSED)}
+    still = set(unused).union(*(part_ids(model, module) for module in frozen))
     assert {id(p) for p in model.parameters() if not p.requires_grad} == still
     family = family_of(model.config)
     listed = list(trainable_of(Scorer(model, family)))
@@ -152,7 +154,8 @@ def test_freezing_switches_off_a_module_and_nothing_else(frozen: tuple[str, ...]
         moved = any(p.grad is not None and p.grad.abs().sum() > 0 for part in PARTS[module](model) for p in part.parameters())
         assert moved == (module not in frozen), module
     sizes = {module: sum(p.numel() for part in PARTS[module](model) for p in part.parameters()) for module in MODULES}
-    assert parameter_counts(model, family) == {m: (n, 0 if m in frozen else n) for m, n in sizes.items()}
+    trains = {m: 0 if m in frozen else n - (m == "vision_tower") * sum(unused.values()) for m, n in sizes.items()}
+    assert parameter_counts(model, family) == {m: (n, trains[m]) for m, n in sizes.items()}
 
 
 def test_parameter_counts_take_the_whole_size_of_a_shard(model_dir: Path) -> None:
@@ -166,14 +169,14 @@ def test_parameter_counts_take_the_whole_size_of_a_shard(model_dir: Path) -> Non
 
 
 def test_nothing_left_to_train_is_refused(model_dir: Path) -> None:
-    with pytest.raises(ConfigError, match=r"every module is frozen; set model\.vision_tower\.freeze"):
+    with pytest.raises(ConfigError, match=r"every module is frozen; set model\.vision_tower\.tuning"):
         load(model_dir, vision_tower=FROZEN, projector=FROZEN, language_model=FROZEN)
 
 
 @pytest.mark.parametrize("projector", [False, True])
 def test_a_frozen_tower_keeps_no_graph(projector: bool, model_dir: Path, manifests: dict[str, Path]) -> None:
     """What the projector gets has no history; nor has what it gives, when it is frozen too."""
-    model = load(model_dir, vision_tower=FROZEN, projector=ModuleConfig(freeze=projector))
+    model = load(model_dir, vision_tower=FROZEN, projector=ModuleConfig("frozen" if projector else "full"))
     seen: list[Tensor] = []
     model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
     batch = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "anchor")(read_manifest(manifests["test"])[:2])

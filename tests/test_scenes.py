@@ -120,7 +120,7 @@ def test_manifest_is_an_ordinary_one(built: Path) -> None:
         for line in lines:
             group = from_row(json.loads(line), built)
             assert all(cell is not None for row in group.match for cell in row)
-            for path in group.images:
+            for (path,) in group.images:
                 with Image.open(path) as image:
                     assert (image.mode, image.size) == ("RGB", (48, 48))
 

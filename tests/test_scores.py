@@ -122,7 +122,7 @@ def test_scores_of_another_manifest(path: Path, groups: list[CounterfactualGroup
     first = groups[0]
     texts = (dataclasses.replace(first.candidates[0], text="a purple hexagon"), *first.candidates[1:])
     prompts = (dataclasses.replace(first.candidates[0], prompt="What is this?"), *first.candidates[1:])
-    images = (first.images[0].with_name("other.png"), *first.images[1:])
+    images = ((first.images[0][0].with_name("other.png"),), *first.images[1:])
     for change in ({"candidates": texts}, {"candidates": prompts}, {"images": images}, {"id": "else"}):
         with pytest.raises(DataError, match="belong to another manifest"):
             read_scores(path, [dataclasses.replace(first, **change), *groups[1:]])
@@ -131,5 +131,5 @@ def test_scores_of_another_manifest(path: Path, groups: list[CounterfactualGroup
 
 
 def test_a_moved_folder_is_the_same_manifest(path: Path, groups: list[CounterfactualGroup], scores) -> None:
-    moved = [dataclasses.replace(g, images=tuple(Path("/elsewhere") / image.name for image in g.images)) for g in groups]
+    moved = [dataclasses.replace(g, images=tuple((Path("/elsewhere") / image.name,) for (image,) in g.images)) for g in groups]
     assert read_scores(path, moved) == scores

@@ -234,7 +234,7 @@ def test_freezing_learning_rates_and_gradient_checkpointing(model_dir: Path, man
     """Three trainings under ZeRO-3 in one process, judged by their exports: plain torch sees what every module's weights did."""
     rates = {"vision_tower": 1e-3, "projector": 2e-3, "language_model": 4e-3}
     own = [part for module, rate in rates.items() for part in (f"--model.{module}.learning_rate", str(rate))]
-    frozen = ["--train.max_steps", "2", "--model.vision_tower.freeze", "true"]
+    frozen = ["--train.max_steps", "2", "--model.vision_tower.tuning", "frozen"]
     runs = {
         # AdamW's first step moves every weight by the learning rate, whatever its gradient.
         "rates": ["--train.max_steps", "1", "--train.lr_scheduler_type", "constant", "--train.warmup_ratio", "0", *own],

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO, environment, launch, losses, metrics, run, train_arguments
+from conftest import REPO, environment, launch, losses, metrics, run, train_arguments, train_many
 
 GLOBAL_BATCH = 16
 
@@ -26,8 +26,8 @@ def trajectories(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: 
             folder = folders[ranks, steps] = tmp_path_factory.mktemp(f"{ranks}x{steps}")
             micro = GLOBAL_BATCH // (ranks * steps)
             extra = ["--train.per_device_train_batch_size", str(micro), "--train.gradient_accumulation_steps", str(steps)]
-            arguments.append(json.dumps(train_arguments(model_dir, manifests, folder, *extra)))
-        run(["deepspeed", "--num_gpus", str(ranks), "--master_port", str(29600 + ranks), "tests/train_many.py", *arguments])
+            arguments.append(train_arguments(model_dir, manifests, folder, *extra))
+        train_many(tmp_path_factory.getbasetemp(), ranks, arguments)
     return folders
 
 

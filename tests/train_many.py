@@ -1,10 +1,10 @@
-"""Several trainings in one process family: each argument is one training's options as a JSON list. Import and start-up are paid once."""
+"""Several trainings in one process family, so that start-up is paid once: each line of the file is one's options, a JSON list."""
 
 import json
 import sys
+from pathlib import Path
 
 from cfvlm_ds.cli import run
 
-for arguments in sys.argv[1:]:
-    if not arguments.startswith("--local_rank"):
-        run(json.loads(arguments))
+for line in Path(sys.argv[-1]).read_text().splitlines():
+    run(json.loads(line))

@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 
 from cfvlm_ds.data.images import open_image
 from cfvlm_ds.data.native import Entry, told_apart
-from cfvlm_ds.groups import NO_IMAGE, SHAM, CounterfactualGroup, DataError
+from cfvlm_ds.groups import SHAM, CounterfactualGroup, DataError, Pictures
 
 PROGRESS_SECONDS = 5.0
 _SHOWN_PROBLEMS = 50
@@ -34,12 +34,12 @@ class Lengths(Protocol):
     max_length: int
     """The model's window in tokens."""
 
-    def row_length(self, prompt: str, text: str, size: Size | None) -> int:
-        """Tokens of prompt, image and text."""
+    def row_length(self, prompt: str, text: str, sizes: tuple[Size, ...]) -> int:
+        """Tokens of prompt, pictures and text."""
         ...
 
-    def visual_tokens(self, size: Size) -> int:
-        """Tokens of an image."""
+    def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
+        """Tokens of the pictures of an image."""
         ...
 
 
@@ -63,7 +63,7 @@ class CheckReport:
     """"tokens" (prompt, image and text) where a text length was given, else "characters" of the text alone."""
     longest_text_where: str = ""
     visual_tokens: list[int] = field(default_factory=list)
-    """Of every distinct image, where the model is known."""
+    """Of every distinct image (its pictures together), where the model is known."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -114,10 +114,16 @@ def check_groups(
             groups.append((where, item))
             _count(report, item)
     sizes = _check_images(report, groups, max_pixels, progress)
+    known = {
+        pictures: tuple(sizes[picture] for picture in pictures)
+        for _, group in groups
+        for pictures in group.images
+        if all(picture in sizes for picture in pictures)
+    }
     if lengths is not None:
-        report.visual_tokens = [lengths.visual_tokens(size) for size in sizes.values()]
+        report.visual_tokens = [lengths.visual_tokens(each) for each in known.values() if each]
     for where, group in _with_progress(groups, len(groups), "groups", progress):
-        _check_texts(report, where, group, lengths, {sizes[path] for path in group.images if path in sizes})
+        _check_texts(report, where, group, lengths, {known[pictures] for pictures in group.images if pictures in known})
     return report
 
 
@@ -131,16 +137,16 @@ def _count(report: CheckReport, group: CounterfactualGroup) -> None:
     report.num_counterfactuals[max(len(group.images) - len(shams), len(group.candidates)) - 1] += 1
 
 
-def _check_texts(report: CheckReport, where: str, group: CounterfactualGroup, lengths: Lengths | None, sizes: set[Size]) -> None:
+def _check_texts(
+    report: CheckReport, where: str, group: CounterfactualGroup, lengths: Lengths | None, sizes: set[tuple[Size, ...]]
+) -> None:
     if lengths is not None:
         report.longest_text_unit = "tokens"
     for index, candidate in enumerate(group.candidates):
         if lengths is None:
             length = len(candidate.text)
-        elif group.pictured:
-            length = max((lengths.row_length(candidate.prompt, candidate.text, size) for size in sizes), default=0)
         else:
-            length = lengths.row_length(candidate.prompt, candidate.text, None)
+            length = max((lengths.row_length(candidate.prompt, candidate.text, each) for each in sizes), default=0)
         if length > report.longest_text:
             report.longest_text, report.longest_text_where = length, f"{where}, text {index}"
         if lengths is not None and length > lengths.max_length:
@@ -156,8 +162,8 @@ def _check_images(
     """Sizes of the images that can be opened."""
     first_use: dict[Path, str] = {}
     for where, group in groups:
-        for path in group.images:
-            if path != NO_IMAGE:
+        for pictures in group.images:
+            for path in pictures:
                 first_use.setdefault(path, where)
     report.num_images = len(first_use)
     file_sizes: dict[Path, int] = {}
@@ -174,14 +180,21 @@ def _check_images(
                 if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], file_sizes):
                     report.problems.append(
                         f"{where}: group {group.id!r}: counterfactual image {second} equals image {first} byte for byte "
-                        f"({group.images[second]} and {group.images[first]}) though match tells them apart; redo the edit, or remove it"
+                        f"({_named(group.images[second])} and {_named(group.images[first])}) though match tells them apart; redo the edit, "
+                        "or remove it"
                     )
     return sizes
 
 
-def _same_bytes(first: Path, second: Path, sizes: dict[Path, int]) -> bool:
+def _named(pictures: Pictures) -> str:
+    return ", ".join(str(picture) for picture in pictures)
+
+
+def _same_bytes(first: Pictures, second: Pictures, sizes: dict[Path, int]) -> bool:
     # Files of different size are most pairs and cost nothing; only the rest are read again.
-    return first in sizes and sizes[first] == sizes.get(second) and filecmp.cmp(first, second, shallow=False)
+    return all(
+        a == b or (a in sizes and sizes[a] == sizes.get(b) and filecmp.cmp(a, b, shallow=False)) for a, b in zip(first, second, strict=True)
+    )
 
 
 def _open_all(paths: list[Path], max_pixels: int) -> Iterator[tuple[int, Size] | str]:

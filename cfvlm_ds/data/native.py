@@ -73,14 +73,13 @@ def _group(row: Any, convert: Format, confine: _Confinement) -> CounterfactualGr
     except (TypeError, AttributeError, OverflowError) as error:
         # A value of a type that the format did not expect, such as a number in place of a list: the row's fault, not the program's.
         raise DataError(f"a value in the row has the wrong type ({error}); compare it with the format's description") from error
-    if group.pictured:
-        group = dataclasses.replace(group, images=tuple(confine(image) for image in group.images))
+    group = dataclasses.replace(group, images=tuple(tuple(confine(picture) for picture in pictures) for pictures in group.images))
     for second in range(1, len(group.images)):
         for first in range(second):
             if group.images[first] == group.images[second] and told_apart(group, first, second):
                 raise DataError(
-                    f"group {group.id!r}: counterfactual image {second} equals image {first} (the same file {group.images[first]}) though "
-                    "match tells them apart; name the edited image, or remove it"
+                    f"group {group.id!r}: counterfactual image {second} equals image {first} (the same file {group.images[first][0]}) "
+                    "though match tells them apart; name the edited image, or remove it"
                 )
     return group
 

@@ -32,7 +32,7 @@ def pair_group(row: Mapping[str, Any]) -> CounterfactualGroup:
     digest = hashlib.sha256("\0".join([*values, prompt]).encode("utf-8", "surrogatepass")).hexdigest()
     return CounterfactualGroup(
         id=str(row.get("id", f"pair-{digest[:16]}")),
-        images=(Path(image_0), Path(image_1)),
+        images=((Path(image_0),), (Path(image_1),)),
         candidates=(Candidate(prompt, caption_0), Candidate(prompt, caption_1)),
         match=((1, 0), (0, 1)),
         edits=(Edit(type=_string(row, "edit"), image=1, text=1),) if "edit" in row else (),

@@ -30,7 +30,11 @@ class StoredScores:
 def content_hash(groups: Iterable[CounterfactualGroup]) -> str:
     """sha256 of what the scores depend on: ids, image names and texts, in any order of the manifest's rows."""
     lines = sorted(
-        json.dumps([g.id, [i.name for i in g.images], [[c.prompt, c.text] for c in g.candidates]], ensure_ascii=False) for g in groups
+        json.dumps(
+            [g.id, [[picture.name for picture in pictures] for pictures in g.images], [[c.prompt, c.text] for c in g.candidates]],
+            ensure_ascii=False,
+        )
+        for g in groups
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

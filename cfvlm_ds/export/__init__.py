@@ -17,19 +17,23 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cfvlm_ds.checkpoint import incomplete
-from cfvlm_ds.config import ConfigError
+from cfvlm_ds.config import ConfigError, LoraConfig
+from cfvlm_ds.export.adapters import MergedWeights, export_adapter
 from cfvlm_ds.export.files import Files, verify, write_index
 from cfvlm_ds.export.jobs import Job, fill, find_jobs, revert
-from cfvlm_ds.export.source import INDEX, SINGLE, Saved, read_saved
+from cfvlm_ds.export.source import INDEX, SINGLE, Saved, read_saved, skeleton
 from cfvlm_ds.export.zero import BLOCK, ZeroWeights
-from cfvlm_ds.models import load_config
+
+__all__ = ["export_adapter", "export_hf"]
 
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "additional_chat_templates/*")
 _NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
 
 
-def export_hf(checkpoint: Path, source: str, out_dir: Path, say: Callable[[str], object] = print) -> Path:
+def export_hf(checkpoint: Path, source: str, out_dir: Path, say: Callable[[str], object] = print, lora: LoraConfig | None = None) -> Path:
     """Write the weights of ``checkpoint`` with the configuration and processor of ``source`` to ``out_dir``; needs no process group or GPU.
+
+    Adapters, which ``lora`` describes, are merged into the weights they stand beside.
 
     The folder appears complete or not at all, and replaces an older export only then. What was written is read back and compared: names,
     shapes and dtypes with the source's, and some values of every tensor. Raises ConfigError when the checkpoint is incomplete or does not
@@ -37,12 +41,12 @@ def export_hf(checkpoint: Path, source: str, out_dir: Path, say: Callable[[str],
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
-    model = _skeleton(source)
+    model = skeleton(source)
     folder = _folder(source)
     final = out_dir.resolve()
     _refuse_other_contents(final, out_dir, (folder, checkpoint.resolve()))
     saved, metadata = read_saved(folder, model)
-    zero = ZeroWeights(checkpoint)
+    zero = MergedWeights(checkpoint, lora)
     jobs = fill(find_jobs(model, saved, say), model, zero, checkpoint, source)
     if copied := [name for job in jobs if not job.weights for name in job.stored]:
         if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
@@ -72,15 +76,6 @@ def export_hf(checkpoint: Path, source: str, out_dir: Path, say: Callable[[str],
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out_dir
-
-
-def _skeleton(source: str) -> Any:
-    """The model of ``source`` without any data: its names, shapes, ties and conversions."""
-    from transformers import AutoModelForImageTextToText
-
-    config = load_config(source)
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, dtype=config.dtype or torch.float32)
 
 
 def _folder(source: str) -> Path:

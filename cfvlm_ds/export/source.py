@@ -1,4 +1,4 @@
-"""What a model folder stores: the tensors of its safetensors, file by file."""
+"""What a model folder stores: the tensors of its safetensors, file by file, and the model they belong to."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cfvlm_ds.config import ConfigError
+from cfvlm_ds.models import load_config
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,6 +42,15 @@ class Saved:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def skeleton(source: str) -> Any:
+    """The model of ``source`` without any data: its names, shapes, ties and conversions."""
+    from transformers import AutoModelForImageTextToText
+
+    config = load_config(source)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, dtype=config.dtype or torch.float32)
 
 
 def read_saved(folder: Path, model: Any) -> tuple[dict[str, Saved], dict[str, Any]]:

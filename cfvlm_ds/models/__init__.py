@@ -15,13 +15,30 @@ from cfvlm_ds.config import ConfigError, ModelConfig
 from cfvlm_ds.models.family import MODULES, Family, Module, Scorer
 from cfvlm_ds.models.idefics import IDEFICS
 from cfvlm_ds.models.internvl import INTERNVL
-from cfvlm_ds.models.llava import LLAVA, TILED
+from cfvlm_ds.models.llava import LLAVA, NEXT, ONEVISION
+from cfvlm_ds.models.lora import adapted_modules, adapters_off, add_adapters, is_adapter, only_adapters_train, peft_config
 from cfvlm_ds.models.qwen import QWEN_VL
 
-_RECORDS = (LLAVA, TILED, QWEN_VL, INTERNVL, IDEFICS)
+_RECORDS = (LLAVA, NEXT, ONEVISION, QWEN_VL, INTERNVL, IDEFICS)
 FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for model_type in family.model_types}
 
-__all__ = ["FAMILIES", "MODULES", "Family", "Module", "Scorer", "attention", "family_of", "load_config", "load_model", "load_processor"]
+__all__ = [
+    "FAMILIES",
+    "MODULES",
+    "Family",
+    "Module",
+    "Scorer",
+    "adapted_modules",
+    "adapters_off",
+    "attention",
+    "family_of",
+    "is_adapter",
+    "load_config",
+    "load_model",
+    "load_processor",
+    "only_adapters_train",
+    "peft_config",
+]
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
@@ -53,7 +70,7 @@ def load_processor(name_or_path: str) -> Any:
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The pretrained model in ``dtype``, partitioned as it is built when a ZeRO-3 configuration is active, frozen as configured.
+    """The pretrained model in ``dtype``, partitioned as it is built when a ZeRO-3 configuration is active, tuned as configured.
 
     Raises ConfigError naming the keys when the checkpoint lacks a weight of the model or holds one the model has no place for.
     """
@@ -73,18 +90,25 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             raise ConfigError(f"checkpoint {config.name_or_path!r} has {len(info[kind])} {kind.replace('_', ' ')}: {named}; repair it")
     # Under ZeRO-3 this version of transformers keeps conversions it did not use, and would rename every weight at save time.
     model._weight_conversions = [c for c in model._weight_conversions or [] if c.was_used()] or None
-    freeze(model, family, config)
+    tune(model, family, config)
     return model
 
 
-def freeze(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
-    """Switch gradients off in the modules the configuration freezes; raises ConfigError when nothing is left to train."""
-    frozen = {module: getattr(config, module).freeze for module in MODULES}
+def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
+    """Add adapters and let gradients reach what the configuration trains. Raises ConfigError when nothing is left to train.
+
+    What the library's own forward leaves out is not trained either: it would have no gradient.
+    """
+    if adapted_modules(config):
+        add_adapters(model, family, config)
+    unused = family.unused(model.config)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not frozen[family.module_of(name)])
+        tuning = getattr(config, family.module_of(name)).tuning
+        used = not any(f"{name}.".startswith(f"{prefix}.") for prefix in unused)
+        parameter.requires_grad_(used and (is_adapter(name) if tuning == "lora" else tuning == "full"))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
-            "every module is frozen; set model.vision_tower.freeze, model.projector.freeze or model.language_model.freeze to false"
+            "every module is frozen; set model.vision_tower.tuning, model.projector.tuning or model.language_model.tuning to full or lora"
         )
 
 

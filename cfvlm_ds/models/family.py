@@ -16,13 +16,27 @@ Module = Literal["vision_tower", "projector", "language_model"]
 MODULES: tuple[Module, ...] = ("vision_tower", "projector", "language_model")
 
 
-Positions = Callable[[PreTrainedConfig, Tensor, "Tensor | None"], Tensor]
-"""(model configuration, [P] bool: which prompt tokens are visual, the image's grid) -> position ids of the prompt, [P] or [axes, P]."""
+Positions = Callable[[PreTrainedConfig, Tensor, Tensor], Tensor]
+"""(model configuration, [P] bool: which prompt tokens are visual, grids of the images) -> position ids of the prompt, [P] or [axes, P]."""
 
 
-def sequential(config: PreTrainedConfig, visual: Tensor, grid: Tensor | None) -> Tensor:
+def sequential(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
     """Ordinary positions: 0, 1, 2, ..."""
     return torch.arange(len(visual))
+
+
+def everything_used(config: PreTrainedConfig) -> tuple[str, ...]:
+    """No part of the model is left out of its forward."""
+    return ()
+
+
+def after_selected_layer(config: PreTrainedConfig) -> tuple[str, ...]:
+    """What a LLaVA's tower has behind the layer whose output is taken: its last blocks, and the norm and head of its pooled output."""
+    depth, selected = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    layers = [selected] if isinstance(selected, int) else selected
+    last = max(layer % (depth + 1) for layer in layers)
+    blocks = tuple(f"model.vision_tower.encoder.layers.{k}" for k in range(last, depth))
+    return (*blocks, "model.vision_tower.post_layernorm", "model.vision_tower.head")
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,9 @@ class Family:
         image_inputs: processor outputs that travel with the images: the arguments of the model's ``get_image_features``.
         grid: the one of them that holds one row per image with its grid of patches, for families whose positions need it.
         positions: position ids of a prompt; a text behind it goes on at the largest plus one, on every axis.
+        tiles_alone: whether only an image that is alone in its prompt is cut into tiles.
         one_tensor: whether the model's forward takes the features of all images as one tensor instead of a list.
+        unused: prefixes of what the checkpoint has and the forward does not use.
     """
 
     model_types: tuple[str, ...]
@@ -46,7 +62,9 @@ class Family:
     image_inputs: tuple[str, ...] = ("pixel_values",)
     grid: str | None = None
     positions: Positions = sequential
+    tiles_alone: bool = False
     one_tensor: bool = False
+    unused: Callable[[PreTrainedConfig], tuple[str, ...]] = everything_used
 
     def module_of(self, name: str) -> Module:
         """The module a parameter belongs to, by its name inside the model. Raises KeyError when no prefix fits."""
@@ -83,7 +101,7 @@ class Scorer(nn.Module):
         scored: Tensor,
         predicted_by: Tensor,
         targets: Tensor,
-        image_of_row: Sequence[int | None],
+        images_of_row: Sequence[Sequence[int]],
         visual_tokens: Sequence[int],
         image_inputs: dict[str, Tensor],
     ) -> Tensor:
@@ -91,39 +109,43 @@ class Scorer(nn.Module):
 
         ``input_ids`` [R, T]; ``position_ids`` [R, T] or [axes, R, T]; ``attention_mask`` [R, T], or [R, 1, T, T] bool; ``scored`` [R, T]
         bool marks the positions whose logits are needed, and ``predicted_by`` [N] is the rank among them, in row-major order, of the one
-        that predicts each target; ``image_of_row`` [R] index of each row's image among the distinct images of ``image_inputs``, None for a
-        row without one; ``visual_tokens`` the number of visual tokens of each distinct image.
+        that predicts each target; ``images_of_row`` [R] the indices of each row's images among the distinct images of ``image_inputs``;
+        ``visual_tokens`` the number of visual tokens of each distinct image.
         """
-        encoded, unused = self._encode(image_of_row, visual_tokens, image_inputs)
-        logits = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            mm_encoder_outputs=encoded,
-            logits_to_keep=scored,
-            use_cache=False,
-        ).logits
-        # An image that no row shows still takes part in the backward pass: ZeRO-3 waits for every rank at every module.
-        return token_logprobs(logits[predicted_by], targets) + 0 * unused
+        encoded, unused = self._encode(images_of_row, visual_tokens, image_inputs)
+        # An image that no row shows takes part in the backward pass as if one did: ZeRO-3 waits for every rank at every module, and where
+        # the text's embeddings are frozen it is the image through which gradients pass all of the language model.
+        through = self.model.get_input_embeddings().register_forward_hook(lambda module, args, embedded: embedded + 0 * unused)
+        try:
+            logits = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                mm_encoder_outputs=encoded,
+                logits_to_keep=scored,
+                use_cache=False,
+            ).logits
+        finally:
+            through.remove()
+        return token_logprobs(logits[predicted_by], targets)
 
     def _encode(
-        self, image_of_row: Sequence[int | None], visual_tokens: Sequence[int], image_inputs: dict[str, Tensor]
+        self, images_of_row: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Tensor]
     ) -> tuple[dict[str, Any], Tensor]:
         """The rows' image features in the form the model's forward takes, and the sum of the features that no row uses."""
         model: Any = self.model
         output = model.get_image_features(**image_inputs, return_dict=True)
-        features = _per_image(output.pooler_output, visual_tokens)
-        shown = [i for i in image_of_row if i is not None]
-        hidden = [feature.sum() for i, feature in enumerate(features) if i not in shown]
-        unused = torch.stack(hidden).sum().float() if hidden else torch.zeros((), device=features[0].device)
+        shown = [i for images in images_of_row for i in images]
+        # Further features, for layers inside the language model, are used and left unused as the first ones are.
+        layers = [_per_image(layer, visual_tokens) for layer in (output.pooler_output, *getattr(output, "deepstack_features", ()))]
+        hidden = [layer[i].sum() for layer in layers for i in range(len(visual_tokens)) if i not in shown]
+        unused = torch.stack(hidden).sum() if hidden else torch.zeros((), dtype=layers[0][0].dtype, device=layers[0][0].device)
         if not shown:
             return {}, unused
-        rows = [features[i] for i in shown]
-        output.pooler_output = torch.cat(rows).unsqueeze(0) if self.family.one_tensor else rows
-        if hasattr(output, "deepstack_features"):  # further features, added inside the language model
-            layers = [_per_image(layer, visual_tokens) for layer in output.deepstack_features]
-            output.deepstack_features = [[layer[i] for i in shown] for layer in layers]
-            unused = unused + sum(layer[i].sum().float() for layer in layers for i in range(len(visual_tokens)) if i not in shown)
+        first, *further = ([layer[i] for i in shown] for layer in layers)
+        output.pooler_output = torch.cat(first).unsqueeze(0) if self.family.one_tensor else first
+        if further:
+            output.deepstack_features = further
         return {"image": output}, unused
 
 

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Transpose, WeightConverter
 
 from cfvlm_ds.models.family import Family
 
 
-def m_rope(config: PreTrainedConfig, visual: Tensor, grid: Tensor | None) -> Tensor:
+def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
     """Position ids [3, P] (time, height, width): text advances all axes together, a visual token stands at its place in the grid.
 
-    After an image the text goes on at the largest position plus one (Qwen2-VL, arXiv 2409.12191, section 2.1). ``grid`` is (t, h, w) in
-    patches, before merging.
+    After an image the text goes on at the largest position plus one (Qwen2-VL, arXiv 2409.12191, section 2.1). ``grids`` [images, 3] is
+    (t, h, w) in patches, before merging.
     """
     positions = torch.arange(len(visual)).repeat(3, 1)
-    if grid is None:
-        return positions
-    start, merge = int(visual.nonzero()[0]), config.vision_config.spatial_merge_size
-    frames, height, width = int(grid[0]), int(grid[1]) // merge, int(grid[2]) // merge
-    place = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
-    stop = start + frames * height * width
-    positions[:, start:stop] = start + torch.stack(place).flatten(1)
-    positions[:, stop:] += start + max(frames, height, width) - stop
+    merge, stop = config.vision_config.spatial_merge_size, 0
+    for frames, height, width in (grids // torch.tensor([1, merge, merge])).tolist():
+        start = stop + int(visual[stop:].nonzero()[0])
+        stop = start + frames * height * width
+        place = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
+        positions[:, start:stop] = positions[0, start] + torch.stack(place).flatten(1)
+        positions[:, stop:] += start + max(frames, height, width) - stop
     return positions
 
 
@@ -36,3 +39,33 @@ QWEN_VL = Family(
     grid="image_grid_thw",
     positions=m_rope,
 )
+
+
+class TransposeByWholeShape(Transpose):
+    """Turns the experts of a published Qwen3-VL-MoE unless they have the model's shape already.
+
+    The library compares with a parameter's ``shape``, which under ZeRO-3 is that of an empty tensor; the whole one stands beside it.
+    """
+
+    def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        parameter = kwargs["model"].get_parameter(kwargs["full_layer_name"])
+        (stored,) = input_dict.values()
+        tensor = stored[0] if isinstance(stored, list) else stored
+        if tensor.shape == getattr(parameter, "ds_shape", parameter.shape):
+            return {self.get_target_pattern(input_dict, source_patterns, target_patterns): tensor}
+        turned: Any = Transpose(self.dim0, self.dim1)
+        return turned.convert(input_dict, source_patterns, target_patterns, **kwargs)
+
+
+def _turn_by_whole_shape(model_type: str) -> None:
+    mapping = get_checkpoint_conversion_mapping(model_type)
+    for converter in mapping:
+        if isinstance(converter, WeightConverter):
+            converter.operations = [
+                TransposeByWholeShape(op.dim0, op.dim1, op.check_dims) if isinstance(op, Transpose) and op.check_dims else op
+                for op in converter.operations
+            ]
+    register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
+
+
+_turn_by_whole_shape("qwen3_vl_moe")

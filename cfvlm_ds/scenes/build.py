@@ -172,7 +172,7 @@ def as_group(drawn: SceneGroup, group_id: str, images: tuple[Path, ...]) -> Coun
     if drawn.sham is not None:
         edits.append(Edit(SHAM, image=len(drawn.scenes)))
     candidates = tuple(Candidate(PROMPT, say(claim, drawn.phrasing)) for claim in claims)
-    return CounterfactualGroup(group_id, images, candidates, match, tuple(edits), source=SOURCE)
+    return CounterfactualGroup(group_id, tuple((image,) for image in images), candidates, match, tuple(edits), source=SOURCE)
 
 
 def check_pixels(before: Scene, after: Scene, image_size: int) -> bool:

@@ -1,0 +1,106 @@
+"""Adapters of a checkpoint: worked into the weights they stand beside, or on their own in peft's format."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cfvlm_ds.checkpoint import incomplete
+from cfvlm_ds.config import ConfigError, LoraConfig
+from cfvlm_ds.export.source import skeleton
+from cfvlm_ds.export.zero import ZeroWeights
+from cfvlm_ds.models import family_of, is_adapter, peft_config
+
+_A, _B, _LENGTH = (f"lora_{part}.default.weight" for part in ("A", "B", "magnitude_vector"))
+
+
+class MergedWeights(ZeroWeights):
+    """The weights of a checkpoint as the model without adapters names them, with the effect of its adapters in them, in float32.
+
+    W' = W + scaling * B A; DoRA then gives every row its trained length (arXiv 2402.09353, equation 5).
+    """
+
+    def __init__(self, checkpoint: Path, lora: LoraConfig | None) -> None:
+        super().__init__(checkpoint)
+        adapters = [name for name in self.weights if is_adapter(name)]
+        if adapters and lora is None:
+            raise ConfigError(f"{checkpoint} has adapters, such as {adapters[0]}; give the LoraConfig that they were trained with")
+        self._scaling = lora.scaling if lora else 1.0
+        self.weights = {name.replace(".base_layer.", "."): weight for name, weight in self.weights.items()}
+        adapted = {name[: name.index(".lora_")] + ".weight" for name in adapters}
+        self.trained = adapted | {name.replace(".base_layer.", ".") for name in self.trained if not is_adapter(name)}
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        layer = name.removesuffix("weight")
+        if layer + _A not in self.weights:
+            yield from super().blocks(name)
+            return
+        if layer + _LENGTH not in self.weights:
+            yield from (block for block, _ in self._added(name, layer))
+            return
+        squares = torch.zeros(self.weights[name].shape[0])
+        for block, row in self._added(name, layer):
+            squares.index_add_(0, row, block.square())
+        factor = self.tensor(layer + _LENGTH, torch.float32).reshape(-1) / squares.sqrt()
+        yield from (block * factor[row] for block, row in self._added(name, layer))
+
+    def _added(self, name: str, layer: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """(values of W + scaling * B A, the row of each), block by block."""
+        a, b = self.tensor(layer + _A, torch.float32), self.tensor(layer + _B, torch.float32)
+        columns, start = a.shape[1], 0
+        for block in super().blocks(name):
+            stop = start + block.numel()
+            first, last = start // columns, -(-stop // columns)
+            update = (self._scaling * b[first:last] @ a).reshape(-1)[start - first * columns : stop - first * columns]
+            yield block.float() + update, torch.arange(start, stop).div_(columns, rounding_mode="floor")
+            start = stop
+
+
+def export_adapter(checkpoint: Path, source: str, out_dir: Path, lora: LoraConfig, say: Callable[[str], object] = print) -> Path:
+    """Write the adapters of ``checkpoint`` to ``out_dir`` in peft's format, in float32, for ``PeftModel.from_pretrained`` on ``source``.
+
+    The folder appears complete or not at all. Raises ConfigError when the checkpoint is incomplete, has no adapters, or trained more than
+    adapters, which peft's format has no place for.
+    """
+    if defect := incomplete(checkpoint):
+        raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
+    zero = ZeroWeights(checkpoint)
+    adapters = sorted(name for name in zero.weights if is_adapter(name))
+    if not adapters:
+        raise ConfigError(f"{checkpoint} has no adapters; export it without --adapter")
+    if others := sorted(zero.trained - set(adapters)):
+        raise ConfigError(f"{checkpoint} also trained {len(others)} weights in full, such as {others[0]}; export it without --adapter")
+    model = skeleton(source)
+    family = family_of(model.config)
+    modules = sorted({family.module_of(name) for name in adapters})
+    final = out_dir.resolve()
+    if final.is_dir() and any(final.iterdir()) and not (final / "adapter_config.json").is_file():
+        raise ConfigError(f"{out_dir} holds other files and no earlier adapters, and would be replaced; name another folder with --out")
+    partial = final.with_name(final.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors = {_saved_name(name): zero.tensor(name, torch.float32) for name in adapters}
+        save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
+        described = peft_config(model, family, modules, source, lora)
+        described.inference_mode = True
+        described.save_pretrained(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    except OSError as error:
+        raise ConfigError(f"{out_dir} cannot be written ({error}); name another folder with --out") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    say(f"export: {len(tensors)} adapter tensors of {', '.join(modules)}")
+    return out_dir
+
+
+def _saved_name(name: str) -> str:
+    """peft leaves the adapter's name out, and of a vector also the last part."""
+    return "base_model.model." + name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default.", ".")

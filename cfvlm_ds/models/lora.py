@@ -1,0 +1,86 @@
+"""Low-rank adapters through peft: which layers get one, and how the model is used without them."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from cfvlm_ds.config import LoraConfig, ModelConfig
+from cfvlm_ds.models.family import MODULES, Family, Module
+
+
+def adapted_modules(config: ModelConfig) -> list[Module]:
+    """The modules that are tuned by adapters."""
+    return [module for module in MODULES if getattr(config, module).tuning == "lora"]
+
+
+def only_adapters_train(config: ModelConfig) -> bool:
+    """Whether the model without its adapters is the one it started from."""
+    return bool(adapted_modules(config)) and all(getattr(config, module).tuning != "full" for module in MODULES)
+
+
+def is_adapter(parameter: str) -> bool:
+    """Whether a parameter, by its name, belongs to an adapter."""
+    return any(part.startswith("lora_") for part in parameter.split("."))
+
+
+def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str:
+    """A regular expression that fits the full names of the linear layers of ``modules`` that the model's forward uses, and no others.
+
+    The output head gets no adapter. Fused experts are no linear layers, and get none either.
+    """
+    unused = family.unused(model.config)
+    names = {
+        re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))  # one alternative for the layers of all blocks
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+        and name != "lm_head"
+        and family.module_of(name) in modules
+        and not any(name.startswith(f"{prefix}.") for prefix in unused)
+    }
+    barred = "".join(rf"(?!{re.escape(prefix)}\.)" for prefix in unused)
+    return f"{barred}(?:{'|'.join(sorted(names))})"
+
+
+def peft_config(model: Any, family: Family, modules: Sequence[Module], name_or_path: str, lora: LoraConfig) -> Any:
+    """Adapters of ``modules`` in peft's terms."""
+    import peft
+
+    return peft.LoraConfig(
+        base_model_name_or_path=name_or_path,
+        target_modules=target_pattern(model, family, modules),
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only divides it
+        lora_dropout=lora.dropout,
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+    )
+
+
+def add_adapters(model: Any, family: Family, config: ModelConfig) -> None:
+    """Put the configured adapters into the model, in place; they start without any effect."""
+    import peft
+
+    peft.inject_adapter_in_model(peft_config(model, family, adapted_modules(config), config.name_or_path, config.lora), model)
+
+
+@contextlib.contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Inside the block the model computes what it did before it had adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    trains = {parameter: parameter.requires_grad for layer in layers for parameter in layer.parameters()}
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, before in trains.items():  # peft switches gradients with the adapters
+            parameter.requires_grad_(before)
