@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfvlm_ds.config import BuildConfig, ConfigError, DataConfig, LoraConfig, ModelConfig, ScenesConfig, parse_config
+from cfvlm_ds.config import IMAGE_LIMITS, BuildConfig, ConfigError, DataConfig, LoraConfig, ModelConfig, ScenesConfig, parse_config
 from cfvlm_ds.groups import DataError
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ def run(arguments: Sequence[str]) -> None:
     from cfvlm_ds.objectives import OBJECTIVES
 
     config = parse_config(arguments, OBJECTIVES, prog="train.py")
+    if config.train.dry_run:
+        from cfvlm_ds.dry_run import dry_run
+
+        print(dry_run(config))
+        return
     from cfvlm_ds.engine import start
     from cfvlm_ds.training import train
 
@@ -71,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("manifest")
     _data_options(command)
     command.add_argument("--model", help="model folder or hub name; also checks that every text fits its window")
+    _model_options(command)
 
     command = _command(commands, "tiny", _tiny, "write a small random model for smoke tests", "cfvlm-ds tiny qwen2_5_vl runs/tiny-qwen")
     command.add_argument("family", help="a model type such as llava, llava_onevision, qwen2_vl, qwen3_vl, internvl")
@@ -87,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("--out", help="file to write (score: default MANIFEST.scores.jsonl; evaluate: JSON, default none)")
         command.add_argument("--batch_size", type=_positive, default=16, help="groups per forward (default 16)")
         _data_options(command)
+        _model_options(command)
 
     command = _command(commands, "export", _export, "a DeepSpeed checkpoint as a Hugging Face folder", "cfvlm-ds export runs/quickstart")
     command.add_argument("run", help="run folder, or one of its checkpoints")
@@ -112,7 +119,7 @@ def _tiny(arguments: argparse.Namespace) -> None:
 def _data_check(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.data import check_manifest
 
-    collator = _load_collator(arguments.model, arguments.max_pixels) if arguments.model else None
+    collator = _load_collator(_model(arguments), arguments.max_pixels) if arguments.model else None
     report = check_manifest(
         arguments.manifest,
         arguments.root,
@@ -134,10 +141,13 @@ def _score(arguments: argparse.Namespace) -> None:
     groups = read_manifest(arguments.manifest, arguments.root, arguments.format)
     out = Path(arguments.out or f"{arguments.manifest}.scores.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
-    scorer, collator, world = _load_scorer(arguments.model, arguments.max_pixels)
+    from cfvlm_ds.models import fingerprint
+
+    model = _model(arguments)
+    scorer, collator, world = _load_scorer(model, arguments.max_pixels)
     scores = score_groups(scorer, collator, groups, world, arguments.batch_size)
     stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
-    write_scores(out, groups, stored, arguments.model)
+    write_scores(out, groups, stored, arguments.model, fingerprint(model))
     print(f"wrote {out}: {len(groups)} groups")
 
 
@@ -148,7 +158,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out:
         Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     splits = {Path(path).stem: read_manifest(path, arguments.root, arguments.format) for path in arguments.manifest}
-    scorer, collator, world = _load_scorer(arguments.model, arguments.max_pixels)
+    scorer, collator, world = _load_scorer(_model(arguments), arguments.max_pixels)
     results, _ = evaluate(scorer, collator, splits, world, arguments.batch_size)
     print(table(results))
     if arguments.out:
@@ -178,13 +188,13 @@ def _positive(text: str) -> int:
     return value
 
 
-def _load_collator(model: str, max_pixels: int) -> Collator:
+def _load_collator(model: ModelConfig, max_pixels: int) -> Collator:
     from cfvlm_ds.collate import load_collator
 
-    return load_collator(ModelConfig(name_or_path=model), "full", max_pixels)
+    return load_collator(model, "full", max_pixels)
 
 
-def _load_scorer(model: str, max_pixels: int) -> tuple[Scorer, Collator, Any]:
+def _load_scorer(model: ModelConfig, max_pixels: int) -> tuple[Scorer, Collator, Any]:
     """A model in one process, on the GPU if there is one."""
     import torch
 
@@ -192,7 +202,7 @@ def _load_scorer(model: str, max_pixels: int) -> tuple[Scorer, Collator, Any]:
     from cfvlm_ds.models import Scorer, family_of, load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(ModelConfig(name_or_path=model), torch.bfloat16 if device.type == "cuda" else torch.float32)
+    loaded = load_model(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
     scorer = Scorer(loaded, family_of(loaded.config)).to(device).eval()
     return scorer, _load_collator(model, max_pixels), World(0, 1, 0, device)
 
@@ -208,6 +218,15 @@ def _data_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--format", default=defaults.format, help=f"manifest format (default {defaults.format})")
     command.add_argument("--root", help="folder that image paths are relative to (default: the manifest's)")
     command.add_argument("--max_pixels", type=int, default=defaults.max_pixels, help=f"image size limit (default {defaults.max_pixels})")
+
+
+def _model_options(command: argparse.ArgumentParser) -> None:
+    for name in IMAGE_LIMITS:
+        command.add_argument(f"--model.{name}", type=_positive, metavar="N", help="as in training; the model's own when not given")
+
+
+def _model(arguments: argparse.Namespace) -> ModelConfig:
+    return ModelConfig(arguments.model, **{name: getattr(arguments, f"model.{name}") for name in IMAGE_LIMITS})
 
 
 def _fields(command: argparse.ArgumentParser, section: type) -> None:

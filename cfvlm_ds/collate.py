@@ -403,7 +403,7 @@ def load_collator(
 ) -> Collator:
     """The collator of a model: its own processor, family and window, and rows that its attention can take."""
     config = load_config(model.name_or_path)
-    processor = load_processor(model.name_or_path)
+    processor = load_processor(model)
     window = min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length)
     # eager adds a mask instead of selecting by it, and flash-attn takes none: both would be wrong without an error.
     share_prefix = attention(model.attn_implementation) == "sdpa"

@@ -65,6 +65,9 @@ class ModelConfig:
         name_or_path: model folder or hub name.
         attn_implementation: ``auto`` takes flash-attn where it is available, else sdpa; or ``sdpa``, ``eager``, ``flash_attention_2``.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        min_pixels: scale smaller images up to this many pixels (Qwen-VL).
+        max_pixels: scale larger images down to this many pixels, and so bound their visual tokens (Qwen-VL).
+        max_tiles: cut an image into at most this many tiles (LLaVA-NeXT, OneVision, InternVL, Idefics3, SmolVLM).
         vision_tower: tuning and learning rate of the vision tower.
         projector: tuning and learning rate of the projector.
         language_model: tuning and learning rate of the language model and its output head.
@@ -74,10 +77,17 @@ class ModelConfig:
     name_or_path: str = ""
     attn_implementation: str = "auto"
     gradient_checkpointing: bool = False
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_tiles: int | None = None
     vision_tower: ModuleConfig = field(default_factory=ModuleConfig)
     projector: ModuleConfig = field(default_factory=ModuleConfig)
     language_model: ModuleConfig = field(default_factory=ModuleConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+IMAGE_LIMITS = ("min_pixels", "max_pixels", "max_tiles")
+"""The options of a ModelConfig that bound the visual tokens of an image."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,8 @@ class TrainConfig:
         resume: ``auto`` continues from the newest complete checkpoint of output_dir if there is one; ``never`` starts anew and refuses a
             folder that has any; or the path of a checkpoint.
         displacement_warning: warn when the factual log-likelihood falls this many nats per token below its start.
-        export: write a Hugging Face folder, ``output_dir/export``, at the end.
+        export: write a Hugging Face folder, ``output_dir/export``, at the end; where nothing but adapters trains, ``output_dir/adapter``.
+        dry_run: only report sizes, what trains and memory per GPU; needs no GPU, weights or data.
     """
 
     output_dir: str = "runs/default"
@@ -159,6 +170,7 @@ class TrainConfig:
     resume: str = "auto"
     displacement_warning: float = 0.1
     export: bool = True
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,20 +216,22 @@ class ScenesConfig:
 
 @dataclass(frozen=True)
 class TinyLlavaConfig:
-    """A small, randomly initialised LLaVA whose tokenizer is trained on the captions of the embedded world; 0.33 M parameters at width 64.
+    """A small, randomly initialised LLaVA whose tokenizer is trained on the captions of the embedded world; 1.04 M parameters.
 
     Args:
         out_dir: folder to write; left alone if it is there.
         image_size: side of the square input in pixels.
         patch_size: side of a patch in pixels.
-        hidden_size: width of the tower and of the language model.
+        hidden_size: width of the language model.
+        vision_hidden_size: width of the tower.
         seed: seed of the initial weights.
     """
 
     out_dir: str
     image_size: int = 48
     patch_size: int = 12
-    hidden_size: int = 64
+    hidden_size: int = 128
+    vision_hidden_size: int = 64
     seed: int = 0
 
 
@@ -313,6 +327,11 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps"):
         if train[name] < 1:
             raise ConfigError(f"train.{name} must be at least 1, not {train[name]}")
+    for name in IMAGE_LIMITS:
+        if (value := resolved["model"][name]) is not None and value < 1:
+            raise ConfigError(f"model.{name} must be at least 1, not {value}; leave it out for the model's own")
+    if resolved["model"]["lora"]["rank"] < 1:
+        raise ConfigError(f"model.lora.rank must be at least 1, not {resolved['model']['lora']['rank']}")
     for name in ("eval_steps", "save_steps", "save_total_limit", "warmup_ratio", "learning_rate", "max_grad_norm"):
         if train[name] < 0:
             raise ConfigError(f"train.{name} must not be negative, and is {train[name]}")

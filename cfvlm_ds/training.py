@@ -30,7 +30,7 @@ from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.likelihood import Scores
-from cfvlm_ds.models import adapters_off, load_config, only_adapters_train, parameter_counts
+from cfvlm_ds.models import adapters_off, fingerprint, load_config, only_adapters_train, parameter_counts
 from cfvlm_ds.objectives import group_units, likelihood_report, required_cells, weighted_loss
 from cfvlm_ds.preflight import read_data
 from cfvlm_ds.tracking import open_tracker
@@ -133,7 +133,7 @@ def _stored_scores(config: RunConfig, groups: list[CounterfactualGroup]) -> dict
         return None
     if config.data.scores is None:
         raise ConfigError("an objective needs stored scores; write them with `cfvlm-ds score` and set data.scores")
-    return read_scores(Path(config.data.scores), groups)
+    return read_scores(Path(config.data.scores), groups, fingerprint(config.model))
 
 
 def _git_revision() -> str:

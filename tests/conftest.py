@@ -41,7 +41,7 @@ def _one_thread() -> None:
 def build_test_model(out_dir: Path) -> Path:
     """A LLaVA of about 0.1 M parameters whose tokenizer knows the captions of ``write_manifest``."""
     captions = [f"a {c} {s} and a {d} {t}" for c in COLOURS for d in COLOURS for s in SHAPES for t in SHAPES]
-    return build_tiny_llava(TinyLlavaConfig(out_dir=str(out_dir), hidden_size=32, patch_size=12), captions)
+    return build_tiny_llava(TinyLlavaConfig(out_dir=str(out_dir), hidden_size=32, vision_hidden_size=32, patch_size=12), captions)
 
 
 @pytest.fixture(scope="session")

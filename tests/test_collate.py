@@ -32,7 +32,7 @@ GREY = Image.new("RGB", (336, 336), (128, 128, 128))
 
 @pytest.fixture(scope="module")
 def processor(model_dir: Path) -> Any:
-    return load_processor(str(model_dir))
+    return load_processor(ModelConfig(str(model_dir)))
 
 
 @pytest.fixture(scope="module")

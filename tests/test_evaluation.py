@@ -199,7 +199,7 @@ def collator(model_dir: Path) -> Collator:
 
 @pytest.fixture(scope="module")
 def plain(scorer: Scorer, model_dir: Path, groups: list[CounterfactualGroup]) -> list[GroupScores]:
-    processor, found = load_processor(str(model_dir)), []
+    processor, found = load_processor(ModelConfig(str(model_dir))), []
     with torch.no_grad():
         for g in groups:
             parts = [[plain_logp(scorer.model, processor, image, c.prompt, c.text)[0] for c in g.candidates] for image in (*g.images, GREY)]

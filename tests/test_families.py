@@ -68,7 +68,7 @@ def test_scores_equal_one_plain_forward_per_cell(
     scorer: Scorer, collator: Collator, folder: Path, groups: list[CounterfactualGroup]
 ) -> None:
     """Candidates behind one prefix, images of several sizes, text alone in the same batch; fp32, relative 1e-4."""
-    processor = load_processor(str(folder))
+    processor = load_processor(configured(folder))
     batch = collator(groups)
     with torch.no_grad():
         scores = batch.scores(scorer(**batch.model_inputs))

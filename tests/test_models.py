@@ -190,7 +190,9 @@ def test_a_frozen_tower_keeps_no_graph(projector: bool, model_dir: Path, manifes
 
 
 def tiny(folder: Path, seed: int = 0) -> Path:
-    return build_tiny_llava(TinyLlavaConfig(str(folder), hidden_size=16, patch_size=24, seed=seed), [f"a {c} circle" for c in COLOURS])
+    return build_tiny_llava(
+        TinyLlavaConfig(str(folder), hidden_size=16, vision_hidden_size=16, patch_size=24, seed=seed), [f"a {c} circle" for c in COLOURS]
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -47,7 +47,7 @@ def test_round_trip_keeps_every_bit(path: Path, groups: list[CounterfactualGroup
     assert read_scores(path, groups) == scores
     assert [p.name for p in path.parent.iterdir()] == ["scores.jsonl"], "no partial file stays"
     header = json.loads(path.read_text().splitlines()[0])
-    assert header == {"schema": "cfscores/1", "manifest": content_hash(groups), "groups": len(groups), "model": "org/model"}
+    assert header == {"schema": "cfscores/2", "manifest": content_hash(groups), "groups": len(groups), "model": "org/model"}
 
 
 def test_order_of_rows_does_not_matter(path: Path, groups: list[CounterfactualGroup], scores: dict[str, StoredScores]) -> None:

@@ -1,7 +1,8 @@
 """Stored scores: reference and blind log-likelihoods of a manifest, written once by ``cfvlm-ds score`` and read by DPO and PMI runs.
 
-One JSON object per line: a header {"schema": "cfscores/1", "manifest": sha256, "groups": n, "model": name}, then one line per group
-{"id": ..., "logp": [I][C] nats, "blank": [C] nats}.
+One JSON object per line: a header {"schema": "cfscores/2", "manifest": sha256, "groups": n, "model": name, "weights": sha256, "inputs":
+sha256}, then one line per group {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. The last two of the header say which model scored (see
+cfvlm_ds.models.identity) and are left out where a run records its own scores.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 
-SCHEMA = "cfscores/1"
+SCHEMA = "cfscores/2"
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,29 @@ def content_hash(groups: Iterable[CounterfactualGroup]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def write_scores(path: Path, groups: list[CounterfactualGroup], scores: Mapping[str, StoredScores], model: str) -> None:
+def write_scores(
+    path: Path,
+    groups: list[CounterfactualGroup],
+    scores: Mapping[str, StoredScores],
+    model: str,
+    identity: Mapping[str, str] | None = None,
+) -> None:
     """Write the scores of every group; the file appears complete or not at all. Raises KeyError when a group has no scores."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as handle:
-        handle.write(json.dumps({"schema": SCHEMA, "manifest": content_hash(groups), "groups": len(groups), "model": model}) + "\n")
+        header = {"schema": SCHEMA, "manifest": content_hash(groups), "groups": len(groups), "model": model, **(identity or {})}
+        handle.write(json.dumps(header) + "\n")
         for group in groups:
             stored = scores[group.id]
             handle.write(json.dumps({"id": group.id, "logp": stored.logp, "blank": stored.blank}) + "\n")
     os.replace(partial, path)
 
 
-def read_scores(path: Path, groups: list[CounterfactualGroup]) -> dict[str, StoredScores]:
-    """Scores by group id. Raises DataError on a missing, incomplete or foreign file, or a value that is not finite."""
+def read_scores(path: Path, groups: list[CounterfactualGroup], identity: Mapping[str, str] | None = None) -> dict[str, StoredScores]:
+    """Scores by group id. Raises DataError on a missing, incomplete or foreign file, or a value that is not finite.
+
+    Foreign is a file of another manifest and, where ``identity`` is given, of other weights or of another tokenizer, processor or template.
+    """
     remedy = "write it anew with `cfvlm-ds score`"
     if not path.is_file():
         raise DataError(f"{path}: no such scores file; {remedy}")
@@ -62,6 +73,10 @@ def read_scores(path: Path, groups: list[CounterfactualGroup]) -> dict[str, Stor
                 raise DataError(f"{path}: schema {header['schema']!r} is not {SCHEMA!r}; {remedy}")
             if header["manifest"] != content_hash(groups):
                 raise DataError(f"{path}: these scores belong to another manifest; {remedy}")
+            for part, value in (identity or {}).items():
+                if header.get(part) != value:
+                    what = {"weights": "other weights", "inputs": "another tokenizer, processor or chat template"}[part]
+                    raise DataError(f"{path}: these scores were made by {header['model']} with {what} than this run's model; {remedy}")
             stored = {row["id"]: StoredScores(tuple(tuple(line) for line in row["logp"]), tuple(row["blank"])) for row in rows}
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, DataError):

@@ -23,6 +23,7 @@ from cfvlm_ds.export.files import Files, verify, write_index
 from cfvlm_ds.export.jobs import Job, fill, find_jobs, revert
 from cfvlm_ds.export.source import INDEX, SINGLE, Saved, read_saved, skeleton
 from cfvlm_ds.export.zero import BLOCK, ZeroWeights
+from cfvlm_ds.models import model_folder
 
 __all__ = ["export_adapter", "export_hf"]
 
@@ -42,7 +43,7 @@ def export_hf(checkpoint: Path, source: str, out_dir: Path, say: Callable[[str],
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
     model = skeleton(source)
-    folder = _folder(source)
+    folder = model_folder(source)
     final = out_dir.resolve()
     _refuse_other_contents(final, out_dir, (folder, checkpoint.resolve()))
     saved, metadata = read_saved(folder, model)
@@ -76,18 +77,6 @@ def export_hf(checkpoint: Path, source: str, out_dir: Path, say: Callable[[str],
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out_dir
-
-
-def _folder(source: str) -> Path:
-    """Where the files of the source are: itself, or the cached snapshot of a hub name."""
-    if Path(source).is_dir():
-        return Path(source).resolve()
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(_COPIED)))
-    except OSError as error:
-        raise ConfigError(f"the files of {source} cannot be read ({' '.join(str(error).split())}); name its folder") from error
 
 
 def _refuse_other_contents(final: Path, named: Path, needed: Iterable[Path]) -> None:

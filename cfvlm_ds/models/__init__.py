@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
-from cfvlm_ds.config import ConfigError, ModelConfig
+from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, ModelConfig
 from cfvlm_ds.models.family import MODULES, Family, Module, Scorer
 from cfvlm_ds.models.idefics import IDEFICS
+from cfvlm_ds.models.identity import fingerprint, model_folder
 from cfvlm_ds.models.internvl import INTERNVL
 from cfvlm_ds.models.llava import LLAVA, NEXT, ONEVISION
 from cfvlm_ds.models.lora import adapted_modules, adapters_off, add_adapters, is_adapter, only_adapters_train, peft_config
@@ -32,10 +33,13 @@ __all__ = [
     "adapters_off",
     "attention",
     "family_of",
+    "fingerprint",
     "is_adapter",
     "load_config",
     "load_model",
     "load_processor",
+    "meta_model",
+    "model_folder",
     "only_adapters_train",
     "peft_config",
 ]
@@ -64,9 +68,23 @@ def family_of(config: PreTrainedConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
-def load_processor(name_or_path: str) -> Any:
-    """The model's own processor (tokenizer, image processor and chat template)."""
-    return AutoProcessor.from_pretrained(name_or_path)
+def load_processor(config: ModelConfig) -> Any:
+    """The model's own processor (tokenizer, image processor and chat template), with the configured bounds on visual tokens."""
+    processor = AutoProcessor.from_pretrained(config.name_or_path)
+    _limit_images(config, processor, load_config(config.name_or_path))
+    return processor
+
+
+def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> None:
+    """Raises ConfigError naming the options a family has, where another one is set."""
+    family = family_of(model_config)
+    for option in IMAGE_LIMITS:
+        if getattr(config, option) is not None and option not in family.limited_by:
+            known = " and ".join(f"model.{name}" for name in family.limited_by)
+            remedy = f"use {known}" if known else "its images have a fixed number of visual tokens; leave it out"
+            raise ConfigError(f"model.{option} has no meaning for model type {model_config.model_type!r}: {remedy}")
+    if family.limit is not None:
+        family.limit(processor, model_config, config)
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -84,6 +102,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         ignore_mismatched_sizes=True,  # they are refused below, by name
     )
     model, info = loaded
+    _limit_images(config, None, model.config)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             named = ", ".join(sorted(str(key) for key in info[kind])[:5])
@@ -91,6 +110,16 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     # Under ZeRO-3 this version of transformers keeps conversions it did not use, and would rename every weight at save time.
     model._weight_conversions = [c for c in model._weight_conversions or [] if c.was_used()] or None
     tune(model, family, config)
+    return model
+
+
+def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    """The model without any data, tuned as configured: names, sizes and what trains, whatever its size."""
+    model_config = load_config(config.name_or_path)
+    family = family_of(model_config)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype, attn_implementation=attn_implementation)
+        tune(model, family, config)
     return model
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from cfvlm_ds.config import ModelConfig
 from cfvlm_ds.likelihood import token_logprobs
 
 Module = Literal["vision_tower", "projector", "language_model"]
@@ -53,6 +54,7 @@ class Family:
         tiles_alone: whether only an image that is alone in its prompt is cut into tiles.
         one_tensor: whether the model's forward takes the features of all images as one tensor instead of a list.
         unused: prefixes of what the checkpoint has and the forward does not use.
+        limit: bounds an image's visual tokens (cfvlm_ds.models.limits) by the options ``limited_by`` of the model's configuration.
     """
 
     model_types: tuple[str, ...]
@@ -65,6 +67,8 @@ class Family:
     tiles_alone: bool = False
     one_tensor: bool = False
     unused: Callable[[PreTrainedConfig], tuple[str, ...]] = everything_used
+    limit: Callable[[Any, Any, ModelConfig], None] | None = None
+    limited_by: tuple[str, ...] = ()
 
     def module_of(self, name: str) -> Module:
         """The module a parameter belongs to, by its name inside the model. Raises KeyError when no prefix fits."""

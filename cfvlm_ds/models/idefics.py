@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cfvlm_ds.models import limits
 from cfvlm_ds.models.family import Family
 
 IDEFICS = Family(
@@ -10,4 +11,6 @@ IDEFICS = Family(
     projector=("model.connector",),
     language_model=("model.text_model", "lm_head"),
     image_inputs=("pixel_values", "pixel_attention_mask"),
+    limit=limits.squares,
+    limited_by=("max_tiles",),
 )

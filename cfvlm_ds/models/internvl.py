@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cfvlm_ds.models import limits
 from cfvlm_ds.models.family import Family
 
 INTERNVL = Family(
@@ -10,4 +11,6 @@ INTERNVL = Family(
     projector=("model.multi_modal_projector",),
     language_model=("model.language_model", "lm_head"),
     one_tensor=True,
+    limit=limits.patches,
+    limited_by=("max_tiles",),
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cfvlm_ds.models import limits
 from cfvlm_ds.models.family import Family, after_selected_layer
 
 LLAVA = Family(
@@ -23,6 +24,8 @@ NEXT = Family(
     language_model=("model.language_model", "lm_head"),
     unused=after_selected_layer,
     image_inputs=("pixel_values", "image_sizes"),
+    limit=limits.grids,
+    limited_by=("max_tiles",),
 )
 ONEVISION = replace(
     NEXT, model_types=("llava_onevision",), image_inputs=("pixel_values", "image_sizes", "batch_num_images"), tiles_alone=True

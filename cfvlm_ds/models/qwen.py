@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightConverter
 
+from cfvlm_ds.models import limits
 from cfvlm_ds.models.family import Family
 
 
@@ -38,6 +39,8 @@ QWEN_VL = Family(
     image_inputs=("pixel_values", "image_grid_thw"),
     grid="image_grid_thw",
     positions=m_rope,
+    limit=limits.pixels,
+    limited_by=("min_pixels", "max_pixels"),
 )
 
 

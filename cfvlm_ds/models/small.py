@@ -95,7 +95,7 @@ def _ids(tokenizer: Any) -> dict[str, int]:
 
 
 def _llava(folder: Path) -> Parts:
-    config = TinyLlavaConfig(str(folder), hidden_size=32)
+    config = TinyLlavaConfig(str(folder), hidden_size=32, vision_hidden_size=32)
     processor = llava_processor(folder, config, _CORPUS)
     return llava_config(config, processor), processor
 

@@ -96,10 +96,10 @@ def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     tokenizer, width = processor.tokenizer, config.hidden_size
-    spread = 0.64 * width**-0.5  # the usual 0.02 suits a width of 1000; at 64 it costs a small model half of its training time
+    spread = 0.64 * width**-0.5  # the usual 0.02 suits a width of 1000; it costs a small model half of its training time
     vision = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=2 * width,
+        hidden_size=config.vision_hidden_size,
+        intermediate_size=2 * config.vision_hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         image_size=config.image_size,
@@ -108,7 +108,7 @@ def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=3 * width,
+        intermediate_size=4 * width,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,

@@ -1,0 +1,46 @@
+"""What a model is, as two hashes: its weights, and everything that turns images and texts into its inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, ModelConfig
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+_WEIGHTS = ("*.safetensors", "*.bin")
+_INPUTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_NOT_INPUTS = ("*.index.json", "config.json", "generation_config.json", "adapter_config.json", "trainer_state.json")
+
+
+def model_folder(name_or_path: str) -> Path:
+    """Where the files of a model are: itself, or the cached snapshot of a hub name. Raises ConfigError when it cannot be read."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path).resolve()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=[*_INPUTS, *_WEIGHTS]))
+    except OSError as error:
+        raise ConfigError(f"the files of {name_or_path} cannot be read ({' '.join(str(error).split())}); name its folder") from error
+
+
+def fingerprint(config: ModelConfig) -> dict[str, str]:
+    """{"weights": sha256, "inputs": sha256}: the first over names, sizes and samples of the weight files, which training changes all over;
+    the second over tokenizer, processor and chat template and the bounds on visual tokens.
+    """
+    folder = model_folder(config.name_or_path)
+    weights = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        size = path.stat().st_size
+        weights.update(f"{path.name} {size}".encode())
+        with path.open("rb") as handle:
+            for sample in range(_SAMPLES):
+                handle.seek(sample * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                weights.update(handle.read(_SAMPLE_BYTES))
+    inputs = hashlib.sha256(json.dumps([getattr(config, option) for option in IMAGE_LIMITS]).encode())
+    for path in sorted(path for pattern in _INPUTS for path in folder.glob(pattern)):
+        if not any(path.match(pattern) for pattern in _NOT_INPUTS):
+            inputs.update(path.name.encode() + path.read_bytes())
+    return {"weights": weights.hexdigest(), "inputs": inputs.hexdigest()}

@@ -1,0 +1,50 @@
+"""Bounds on the visual tokens of an image, for each way in which families choose how many there are.
+
+A limit changes the processor and, where the model works out the same sizes again, its configuration; either may be None.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cfvlm_ds.config import ConfigError, ModelConfig
+
+
+def pixels(processor: Any, config: Any, model: ModelConfig) -> None:
+    """Images are scaled to lie between the two bounds (Qwen-VL: one token is a square of patch size x merge size pixels)."""
+    if processor is not None:
+        size = processor.image_processor.size
+        low, high = model.min_pixels or size["shortest_edge"], model.max_pixels or size["longest_edge"]
+        if low > high:
+            raise ConfigError(f"model.min_pixels is {low} and model.max_pixels {high}; make the first the smaller one")
+        processor.image_processor.size = {"shortest_edge": low, "longest_edge": high}
+
+
+def grids(processor: Any, config: Any, model: ModelConfig) -> None:
+    """Grids of more tiles are not chosen (LLaVA-NeXT and OneVision: an image takes the grid that suits it best)."""
+    side = None if config is None else config.vision_config.image_size
+    for holder in (processor and processor.image_processor, config):
+        if holder is not None and model.max_tiles:
+            side = side or min(min(grid) for grid in holder.image_grid_pinpoints)
+            kept = [grid for grid in holder.image_grid_pinpoints if grid[0] * grid[1] <= model.max_tiles * side**2]
+            if not kept:
+                least = min(grid[0] * grid[1] for grid in holder.image_grid_pinpoints) // side**2
+                raise ConfigError(f"model.max_tiles is {model.max_tiles}, and the model's smallest grid has {least} tiles; raise it")
+            holder.image_grid_pinpoints = kept
+
+
+def patches(processor: Any, config: Any, model: ModelConfig) -> None:
+    """At most so many tiles, the overview not counted (InternVL)."""
+    if processor is not None and model.max_tiles:
+        images = processor.image_processor
+        images.max_patches = model.max_tiles
+        images.min_patches = min(images.min_patches, model.max_tiles)
+
+
+def squares(processor: Any, config: Any, model: ModelConfig) -> None:
+    """The longest edge is scaled to as many tile sides as fit a square of so many tiles (Idefics3, SmolVLM)."""
+    if processor is not None and model.max_tiles:
+        images = processor.image_processor
+        sides = int(model.max_tiles**0.5)
+        longest = min(images.size["longest_edge"], sides * images.max_image_size["longest_edge"])
+        images.size = {"longest_edge": longest}
