@@ -293,7 +293,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         parsed = parser.parse_args(list(argv))
         resolved = parsed.clone().as_dict()
         _refuse_nulls(resolved, parser.get_defaults().as_dict())
-        built = parser.instantiate_classes(parsed)
+        built = parser.instantiate(parsed)
     except ArgumentError as error:
         files = [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
         message = str(error).replace("<unicode string>", files[-1] if files else "--config")

@@ -201,6 +201,40 @@ def test_bad_pairs(folder: Path, bad: dict[str, object], fragments: list[str]) -
     assert all(fragment in message for fragment in fragments), message
 
 
+def cfvlm_row(**changes: object) -> dict[str, object]:
+    """A row as CF-VLM's released code writes it."""
+    samples = [{"cf_text": "three dogs", "cf_image_path": "b.png"}, {"cf_text": "two cats", "cf_image_path": "c.png"}]
+    asked = "COCO Yes: <|vision_start|>a.png<|vision_end|>"
+    return {"orig_input": asked, "orig_output": "two dogs", "cf_samples": samples} | changes
+
+
+def test_cfvlm_rows(folder: Path) -> None:
+    """One object per line in a file named .json, as published; what two samples are to each other is unknown."""
+    path = manifest(folder, cfvlm_row(), cfvlm_row(orig_output="2 dogs"), name="data.json")
+    first, second = read_manifest(path, format="cfvlm")
+    assert first.images == ((folder / "a.png",), (folder / "b.png",), (folder / "c.png",))
+    assert [c.text for c in first.candidates] == ["two dogs", "three dogs", "two cats"]
+    assert {c.prompt for c in first.candidates} == {"COCO Yes:"}
+    assert first.match == ((1, 0, 0), (0, 1, None), (0, None, 1))
+    assert [(edit.image, edit.text) for edit in first.edits] == [(1, 1), (2, 2)] and first.id != second.id
+
+
+@pytest.mark.parametrize(
+    ("bad", "fragments"),
+    [
+        (cfvlm_row(orig_input="COCO Yes: a.png"), ["must hold one image", "<|vision_start|>PATH<|vision_end|>"]),
+        (cfvlm_row(orig_input=2 * "<|vision_start|>a.png<|vision_end|>"), ["must hold one image"]),
+        (cfvlm_row(cf_samples=None), ["'cf_samples' must be a list of objects"]),
+        (cfvlm_row(cf_samples=[{"cf_txt": "x"}]), ["cf_samples: unknown key 'cf_txt'", "did you mean 'cf_text'?"]),
+        (cfvlm_row(cf_samples=[{"cf_text": "two dogs", "cf_image_path": "b.png"}]), ["text 1 equals text 0"]),
+        (cfvlm_row(orig_output=7), ["'orig_output' must be a string"]),
+    ],
+)
+def test_bad_cfvlm_rows(folder: Path, bad: dict[str, object], fragments: list[str]) -> None:
+    message = refusal(manifest(folder, cfvlm_row(), bad, name="data.json"), format="cfvlm")
+    assert message.startswith(f"{folder}/data.json:2: ") and all(fragment in message for fragment in fragments), message
+
+
 def test_bad_files(folder: Path) -> None:
     manifest(folder, row(), name="train.jsonl")
     cases: list[tuple[Path, dict[str, object], list[str]]] = [
@@ -210,12 +244,12 @@ def test_bad_files(folder: Path) -> None:
         (folder, {}, ["cannot be read", "name a readable"]),
         (manifest(folder, "", " ", name="empty.jsonl"), {}, ["no rows", "write one JSON object per line"]),
         (manifest(folder, "[]", name="empty.json"), {}, ["no rows"]),
-        (manifest(folder, row(), name="object.json"), {}, ["holds a dict, not a list", "name the file .jsonl"]),
+        (manifest(folder, "{", json.dumps(row())[1:], name="object.json"), {}, ["holds a dict, not a list", "name the file .jsonl"]),
         (manifest(folder, "[1,", "2", name="broken.json"), {}, ["line 3, column 1", "name the file .jsonl"]),
         (manifest(folder, [row(), row(weight=-1)], name="list.json"), {}, [": item 2: ", "weight"]),
         (folder / "train.jsonl", {"root": folder / "nowhere"}, ["nowhere is not a folder", "pass the folder"]),
         (folder / "train.jsonl", {"format": "cfgruop"}, ["unknown format 'cfgruop'", "did you mean 'cfgroup'?"]),
-        (folder / "train.jsonl", {"format": "xyz"}, ["unknown format 'xyz'", "known: cfgroup, pairs"]),
+        (folder / "train.jsonl", {"format": "xyz"}, ["unknown format 'xyz'", "known: cfgroup, pairs, cfvlm"]),
     ]
     for path, options, fragments in cases:
         message = refusal(path, **options)

@@ -14,12 +14,13 @@ from PIL import Image
 from plain import plain
 
 from cfvlm_ds.collate import Collator, load_collator
-from cfvlm_ds.config import ConfigError, ModelConfig, ModuleConfig
+from cfvlm_ds.config import ConfigError, LoraConfig, ModelConfig, ModuleConfig
 from cfvlm_ds.groups import Candidate, CounterfactualGroup, DataError, Pictures
-from cfvlm_ds.models import FAMILIES, MODULES, Scorer, family_of, load_model, load_processor
+from cfvlm_ds.models import FAMILIES, MODULES, Scorer, adapters_off, family_of, load_model, load_processor
 from cfvlm_ds.models.small import SMALL, write_small
 from cfvlm_ds.objectives import Align, group_units, weighted_loss
 
+ONE = Path(__file__).parent.parent / "docs" / "scores.png"
 SIZES = [(60, 40), (90, 30), (40, 100), (28, 28)]
 TEXTS = (Candidate("describe", "a red circle"), Candidate("describe", "two blue dogs on a lawn"), Candidate("is it red?", "Yes"))
 
@@ -141,6 +142,97 @@ def test_gradients_reach_what_trains_and_nothing_else(frozen: str | None, folder
             assert parameter.grad is not None and parameter.grad.isfinite().all() and (parameter.grad.any() or "k_proj.bias" in name), name
         else:
             assert any(part in name for part in ("vision_tower.encoder.layers.1.", "post_layernorm", "vision_tower.head")), name
+
+
+def test_adapters_have_gradients_in_every_module(folder: Path, groups: list[CounterfactualGroup]) -> None:
+    """DoRA beside every linear layer, once the second factor, which starts at zero, is not: all of an adapter learns and nothing else."""
+    lora = ModuleConfig("lora")
+    options = {"vision_tower": lora, "projector": lora, "language_model": lora, "lora": LoraConfig(rank=2, dora=True)}
+    model = load_model(configured(folder, **options), torch.float32)
+    scorer = Scorer(model, family_of(model.config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    batch = load_collator(configured(folder), "matched")(groups)
+    objectives = {"align": Align()}
+    loss, _ = weighted_loss(objectives, batch.scores(scorer(**batch.model_inputs)), group_units(objectives, batch.layout))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name)
+        assert not parameter.requires_grad or (parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()), (
+            name
+        )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_adapters_stand_beside_the_linear_layers_of_their_module(module: str, folder: Path, scorer: Scorer) -> None:
+    """Counted on the library's own modules: every linear layer that a gradient reaches, in that module and in no other."""
+    adapted = load_model(
+        configured(folder, **({m: ModuleConfig("frozen") for m in MODULES} | {module: ModuleConfig("lora")})), torch.float32
+    )
+    found = {name.partition(".lora_")[0] for name, _ in adapted.named_parameters() if ".lora_" in name}
+    whole = Scorer(load_model(configured(folder), torch.float32), scorer.family).requires_grad_(True)
+    layers = {name: layer.weight for name, layer in whole.model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    picture = CounterfactualGroup("one", ((ONE,),), TEXTS[:1], ((1,),))
+    logp = whole(**load_collator(configured(folder), "full")([picture]).model_inputs)
+    reached = dict(zip(layers, torch.autograd.grad(logp.sum(), list(layers.values()), allow_unused=True), strict=True))
+    inside = {name for name, grad in reached.items() if grad is not None and scorer.family.module_of(name) == module}
+    assert found == inside - {"lm_head"} and found
+
+
+def test_the_model_without_its_adapters_is_the_one_it_was(scorer: Scorer, collator: Collator, folder: Path, groups: Any) -> None:
+    options = {"language_model": ModuleConfig("lora"), "vision_tower": ModuleConfig("lora"), "projector": ModuleConfig("frozen")}
+    model = load_model(configured(folder, **options), torch.float32)
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    adapted, batch = Scorer(model, family_of(model.config)).eval(), collator(groups)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+        with adapters_off(model):
+            off = adapted(**batch.model_inputs)
+        on, plain_scores = adapted(**batch.model_inputs), scorer(**batch.model_inputs)
+    assert torch.equal(off, plain_scores) and (on - off).abs().max() > 1e-3
+    assert trains == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def test_limits_bound_the_visual_tokens(folder: Path, scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    """The largest image takes fewer tokens, the bound holds, and scores are still the library's own with the same bound."""
+    family, side = scorer.family, 2 * getattr(scorer.model.config.vision_config, "patch_size", 0) if scorer.family.grid else 0
+    if not family.limited_by:
+        with pytest.raises(ConfigError, match="max_tiles has no meaning for model type 'llava': its images have a fixed number"):
+            load_collator(configured(folder, max_tiles=2), "full")
+        return
+    options = {"max_pixels": 2 * side**2} if "max_pixels" in family.limited_by else {"max_tiles": 1 if family.one_tensor else 2}
+    tight = configured(folder, **options)
+    limited, model, processor = load_collator(tight, "full"), load_model(tight, torch.float32).eval(), load_processor(tight)
+    tokens = {size: (limited.visual_tokens((size,)), collator.visual_tokens((size,))) for size in SIZES}
+    assert all(few <= many for few, many in tokens.values()) and any(few < many for few, many in tokens.values()), tokens
+    if "max_pixels" in family.limited_by:
+        assert max(few for few, _ in tokens.values()) <= 2
+        wide = load_collator(configured(folder, min_pixels=9 * side**2), "full")
+        assert all(wide.visual_tokens((size,)) >= 9 for size in SIZES)
+        with pytest.raises(ConfigError, match=r"model\.min_pixels is \d+ and model\.max_pixels 5; make the first"):
+            load_collator(configured(folder, max_pixels=5), "full")
+        with pytest.raises(ConfigError, match=r"max_tiles has no meaning for .*: use model\.min_pixels and model\.max_pixels"):
+            load_collator(configured(folder, max_tiles=5), "full")
+    batch = limited(groups[:2])
+    with torch.no_grad():
+        scores = batch.scores(Scorer(model, family)(**batch.model_inputs))
+        for g, group in enumerate(groups[:2]):
+            for i, image in enumerate(group.images):
+                logp, _ = plain(model, processor, image, group.candidates[0].prompt, group.candidates[0].text)
+                assert scores.logp[g, i, 0].item() == pytest.approx(logp, rel=1e-4), (group.id, i)
+
+
+def test_bfloat16_scores_are_those_of_float32(folder: Path, scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    """Because the softmax is in float32: 0.05 nats a token, of some 5 (weights, activations and logits in bfloat16 have 8 bits)."""
+    narrow = Scorer(load_model(configured(folder), torch.bfloat16).eval(), scorer.family)
+    batch = collator(groups)
+    with torch.no_grad():
+        wide, found = scorer(**batch.model_inputs), narrow(**batch.model_inputs)
+    assert found.dtype == torch.float32 and 0 < (found - wide).abs().max() < 0.05
 
 
 def test_a_folder_or_type_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
+from cfvlm_ds.config import ModelConfig
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
 from cfvlm_ds.groups import CounterfactualGroup, DataError
+from cfvlm_ds.models import fingerprint
 
 
 @pytest.fixture
@@ -113,8 +116,8 @@ def test_a_matrix_with_images_and_texts_swapped(tmp_path: Path, groups: list[Cou
 
 
 def test_another_schema(path: Path, groups: list[CounterfactualGroup]) -> None:
-    edit(path, 0, lambda header: header.update(schema="cfscores/2"))
-    with pytest.raises(DataError, match="schema 'cfscores/2' is not 'cfscores/1'"):
+    edit(path, 0, lambda header: header.update(schema="cfscores/1"))
+    with pytest.raises(DataError, match="schema 'cfscores/1' is not 'cfscores/2'"):
         read_scores(path, groups)
 
 
@@ -128,6 +131,26 @@ def test_scores_of_another_manifest(path: Path, groups: list[CounterfactualGroup
             read_scores(path, [dataclasses.replace(first, **change), *groups[1:]])
     with pytest.raises(DataError, match="belong to another manifest"):
         read_scores(path, groups[1:])
+
+
+def test_scores_know_their_model(tmp_path: Path, groups: list[CounterfactualGroup], scores, model_dir: Path) -> None:
+    """A copy of the model is the same one; other weights, tokenizer, template or bounds on visual tokens are refused by name."""
+    path = tmp_path / "known.jsonl"
+    write_scores(path, groups, scores, "org/model", fingerprint(ModelConfig(str(model_dir))))
+    copied = shutil.copytree(model_dir, tmp_path / "copied")
+    identity = fingerprint(ModelConfig(str(copied)))
+    assert read_scores(path, groups, identity) == scores
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(DataError, match="made by org/model with other weights than this run's model; write it anew"):
+        read_scores(path, groups, fingerprint(ModelConfig(str(copied))))
+    shutil.copy(model_dir / "model.safetensors", weights)
+    assert fingerprint(ModelConfig(str(copied))) == identity
+    assert fingerprint(ModelConfig(str(copied), max_tiles=2)) != identity
+    template = next(path for path in copied.glob("*.jinja"))
+    template.write_text(template.read_text().replace("USER", "HUMAN"))
+    with pytest.raises(DataError, match="with another tokenizer, processor or chat template than"):
+        read_scores(path, groups, fingerprint(ModelConfig(str(copied))))
 
 
 def test_a_moved_folder_is_the_same_manifest(path: Path, groups: list[CounterfactualGroup], scores) -> None:

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cfvlm_ds.data.cfvlm import cfvlm_group
 from cfvlm_ds.data.check import CheckReport, Lengths, check_groups
 from cfvlm_ds.data.images import MAX_PIXELS, open_image
 from cfvlm_ds.data.native import Entry, Format, iter_groups, native_group
@@ -21,11 +22,12 @@ __all__ = ["FORMATS", "MAX_PIXELS", "CheckReport", "Format", "GroupSampler", "ch
 FORMATS: dict[str, Format] = {
     "cfgroup": native_group,
     "pairs": pair_group,
+    "cfvlm": cfvlm_group,
 }
 
 
 def read_manifest(path: str | Path, root: str | Path | None = None, format: str = "cfgroup") -> list[CounterfactualGroup]:
-    """The groups of a manifest, in file order: JSON lines, or one JSON list if the name ends in .json.
+    """The groups of a manifest, in file order: JSON lines, or one JSON list in a file named .json.
 
     Image paths are relative to ``root`` (default: the manifest's folder), must stay inside it with links followed, and are returned joined
     to it; the images are not opened. Raises DataError on the first problem: one sentence naming file, row (1-based line, or item of a

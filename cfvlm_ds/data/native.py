@@ -121,7 +121,7 @@ class _Confinement:
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, parsed JSON value or DataError) for each row of a file."""
     try:
-        if path.suffix == ".json":
+        if path.suffix == ".json" and not _starts_with_an_object(path):
             yield from _list_rows(path)
             return
         with path.open("rb") as lines:
@@ -133,6 +133,12 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield str(path), DataError(_missing(path))
     except OSError as error:
         yield str(path), DataError(f"{path}: the manifest cannot be read ({error.strerror}); name a readable .jsonl or .json file")
+
+
+def _starts_with_an_object(path: Path) -> bool:
+    """Whether the first line is an object by itself: published data sets name files of one object per line .json too."""
+    with path.open("rb") as lines:
+        return isinstance(_parse(lines.readline(), str(path), ""), dict)
 
 
 def _list_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -62,8 +62,8 @@ def family_of(config: PreTrainedConfig) -> Family:
         near = difflib.get_close_matches(config.model_type, FAMILIES, n=1)
         hint = f" (the nearest is {near[0]!r})" if near else ""
         raise ConfigError(
-            f"model type {config.model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}; to add one write "
-            "cfvlm_ds/models/NAME.py with a Family record and add it to FAMILIES"
+            f"model type {config.model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}; a family is one "
+            "record, and docs/families.md shows how to add one"
         )
     return FAMILIES[config.model_type]
 
@@ -116,6 +116,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
 def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
     """The model without any data, tuned as configured: names, sizes and what trains, whatever its size."""
     model_config = load_config(config.name_or_path)
+    _limit_images(config, None, model_config)
     family = family_of(model_config)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype, attn_implementation=attn_implementation)

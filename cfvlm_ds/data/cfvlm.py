@@ -1,0 +1,62 @@
+"""The data format of CF-VLM's released code (arXiv 2506.17267): a captioned image and K counterfactual captions with images of theirs.
+
+    {"orig_input": "COCO Yes: <|vision_start|>coco/17.jpg<|vision_end|>", "orig_output": "two dogs on a lawn",
+     "cf_samples": [{"cf_text": "three dogs on a lawn", "cf_image_path": "cf/17_0.png"}]}
+
+Its files hold one object per line and are named .json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.groups import Candidate, CounterfactualGroup, DataError, Edit, check_keys
+
+_KEYS = ("orig_input", "orig_output", "cf_samples")
+_SAMPLE_KEYS = ("cf_text", "cf_image_path")
+_INPUT = re.compile(r"(?P<before>.*?)<\|vision_start\|>(?P<path>.+?)<\|vision_end\|>(?P<after>.*)", re.DOTALL)
+
+
+def cfvlm_group(row: Mapping[str, Any]) -> CounterfactualGroup:
+    """One row as a group: image 0 and text 0 as given, image k and text k the k-th sample.
+
+    A sample's text is false of the original's image, and the other way round; what two samples are to each other is unknown.
+
+    The prompt is what ``orig_input`` has around the image's path. A row has no id and is named by a hash of its contents. Raises DataError
+    (without file and line) on a missing or unknown key, a value of another type, an input without exactly one image, or anything
+    CounterfactualGroup refuses.
+    """
+    check_keys(row, _KEYS, "row")
+    found = _INPUT.fullmatch(_string(row, "orig_input", "row"))
+    if found is None or "<|vision_start|>" in found["after"]:
+        raise DataError("row: 'orig_input' must hold one image as <|vision_start|>PATH<|vision_end|>; write it so")
+    samples = row.get("cf_samples")
+    if not isinstance(samples, list) or not all(isinstance(sample, Mapping) for sample in samples):
+        raise DataError(f"row: 'cf_samples' must be a list of objects, not {samples!r}")
+    for sample in samples:
+        check_keys(sample, _SAMPLE_KEYS, "row: cf_samples")
+    paths = [found["path"].strip(), *(_string(sample, "cf_image_path", "row: cf_samples") for sample in samples)]
+    texts = [_string(row, "orig_output", "row"), *(_string(sample, "cf_text", "row: cf_samples") for sample in samples)]
+    prompt = f"{found['before']} {found['after']}".strip()
+    digest = hashlib.sha256("\0".join([prompt, *paths, *texts]).encode("utf-8", "surrogatepass")).hexdigest()
+    size = range(len(paths))
+    return CounterfactualGroup(
+        id=f"cfvlm-{digest[:16]}",
+        images=tuple((Path(path),) for path in paths),
+        candidates=tuple(Candidate(prompt, text) for text in texts),
+        match=tuple(tuple(1 if i == c else 0 if 0 in (i, c) else None for c in size) for i in size),
+        edits=tuple(Edit("counterfactual", image=k, text=k) for k in size[1:]),
+        source="cfvlm",
+    )
+
+
+def _string(row: Mapping[str, Any], key: str, where: str) -> str:
+    if key not in row:
+        raise DataError(f"{where}: key {key!r} is missing; add it")
+    if not isinstance(row[key], str):
+        raise DataError(f"{where}: {key!r} must be a string, not {row[key]!r}; quote it")
+    return row[key]

@@ -1,0 +1,130 @@
+"""The recipes of examples/, resolved at the real sizes of the models they name, without weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPO, run
+
+from cfvlm_ds.config import ConfigError, RunConfig, parse_config
+from cfvlm_ds.dry_run import dry_run
+from cfvlm_ds.objectives import OBJECTIVES
+
+RECIPES = sorted(path for path in (REPO / "examples").glob("*.yaml") if path.stem != "quickstart")
+QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+QWEN_72B = {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
+ROPE = {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}
+QWEN_2_5_TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+# Sizes as published, and the parameters of the published checkpoints (from the index of their files, 2 bytes each).
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "llava15_7b": ({"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32_064}}, 7_063_427_072),
+    "llava_onevision_7b": (
+        {"model_type": "llava_onevision", "text_config": {"model_type": "qwen2", **QWEN_7B, "vocab_size": 152_064}},
+        8_030_348_832,
+    ),
+    "qwen2_vl_7b": (
+        {
+            "model_type": "qwen2_vl",
+            "text_config": {**QWEN_7B, **ROPE, "vocab_size": 152_064},
+            "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "hidden_size": 3584},
+        },
+        8_291_375_616,
+    ),
+    "qwen2_5_vl_7b": (
+        {
+            "model_type": "qwen2_5_vl",
+            "text_config": {**QWEN_7B, **ROPE, "vocab_size": 152_064},
+            "vision_config": {**QWEN_2_5_TOWER, "out_hidden_size": 3584},
+        },
+        8_292_166_656,
+    ),
+    "qwen2_5_vl_72b": (
+        {
+            "model_type": "qwen2_5_vl",
+            "text_config": {**QWEN_72B, **ROPE, "vocab_size": 152_064},
+            "vision_config": {**QWEN_2_5_TOWER, "intermediate_size": 3456, "out_hidden_size": 8192},
+        },
+        73_410_777_344,
+    ),
+    "qwen3_vl_8b": (
+        {
+            "model_type": "qwen3_vl",
+            "text_config": {
+                "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32,
+                "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936,
+            },
+            "vision_config": {
+                "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096,
+                "deepstack_visual_indexes": [8, 16, 24], "num_position_embeddings": 2304,
+            },
+        },
+        8_767_123_696,
+    ),
+}  # fmt: skip
+
+
+def configured(recipe: Path, folder: Path, *extra: str) -> RunConfig:
+    name = recipe.stem.removesuffix("_lora")
+    (folder / name).mkdir(exist_ok=True)
+    (folder / name / "config.json").write_text(json.dumps(PUBLISHED[name][0]))
+    return parse_config(["--config", str(recipe), "--model.name_or_path", str(folder / name), *extra], OBJECTIVES)
+
+
+def row(report: str, name: str) -> list[int]:
+    (line,) = [line for line in report.splitlines() if line.startswith(f"{name} ")]
+    return [int(number.replace(",", "")) for number in line.split()[1:3]]
+
+
+def test_every_model_of_the_list_has_both_recipes() -> None:
+    assert {path.stem for path in RECIPES} == {name + kind for name in PUBLISHED for kind in ("", "_lora")}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_at_the_published_sizes(recipe: Path, tmp_path: Path) -> None:
+    report = dry_run(configured(recipe, tmp_path))
+    total, trains = row(report, "all")
+    adapters = trains if recipe.stem.endswith("_lora") else 0
+    assert total - adapters == PUBLISHED[recipe.stem.removesuffix("_lora")][1]
+    if adapters:
+        assert row(report, "vision_tower")[1] == row(report, "projector")[1] == 0 and 0 < adapters < 0.03 * total
+    else:
+        assert trains == row(report, "projector")[0] + row(report, "language_model")[0]
+
+
+def test_what_is_reported_for_one_model(tmp_path: Path) -> None:
+    """LLaVA-1.5-7B in full: 18 bytes a trained parameter divided by the GPUs, 2 a frozen one, and 4 for the largest layer's."""
+    report = dry_run(configured(REPO / "examples" / "llava15_7b.yaml", tmp_path))
+    trains, frozen = row(report, "all")[1], row(report, "all")[0] - row(report, "all")[1]
+    layer = 32_064 * 4096  # the embeddings
+    for gpus in (1, 8, 64):
+        (line,) = re.findall(rf"^ +{gpus} +([\d.]+) ", report, re.MULTILINE)
+        expected = (18 * trains + 2 * frozen) / gpus + 4 * layer
+        assert float(line) == pytest.approx(expected / 2**30, abs=0.06)
+    # A block keeps, for each token and in bfloat16, at least its input, and with recomputation little else: 32 blocks of width 4096.
+    kept, whole = (float(number) for number in re.findall(r"activations +([\d.]+) GiB", report))
+    assert kept == pytest.approx(1024 * 4096 * 2 * 32 / 2**30, rel=0.2) and whole > 10 * kept
+    assert "with gradient checkpointing (configured)" in report
+
+
+def test_the_command_needs_no_weights_data_or_launcher(tmp_path: Path) -> None:
+    recipe = REPO / "examples" / "llava15_7b_lora.yaml"
+    configured(recipe, tmp_path)
+    command = [sys.executable, "train.py", "--config", str(recipe), "--model.name_or_path", str(tmp_path / "llava15_7b")]
+    report = run([*command, "--train.dry_run", "true"])
+    assert "language_model" in report and "GiB per GPU" in report
+
+
+def test_contradictions_are_found_before_the_queue(tmp_path: Path) -> None:
+    recipe = REPO / "examples" / "llava15_7b.yaml"
+    with pytest.raises(ConfigError, match=r"model\.max_pixels has no meaning for model type 'llava'"):
+        dry_run(configured(recipe, tmp_path, "--model.max_pixels", "1000"))
+    frozen = [part for module in ("projector", "language_model") for part in (f"--model.{module}.tuning", "frozen")]
+    with pytest.raises(ConfigError, match="every module is frozen"):
+        dry_run(configured(recipe, tmp_path, *frozen))
+    with pytest.raises(ConfigError, match="no such file"):
+        dry_run(configured(recipe, tmp_path, "--deepspeed", "ds_configs/z4.json"))
