@@ -275,12 +275,17 @@ def scores_file(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: p
 
 @pytest.fixture(scope="module")
 def runs(model_dir: Path, manifests: dict[str, Path], scores_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three short trainings in one process: ``z2``, ``z3`` (evaluated and exported) and ``dpo``."""
+    """Short trainings in one process: ``z2``, ``z3`` (evaluated and exported), ``dpo``, and DPO of adapters with two kinds of reference."""
     folder = tmp_path_factory.mktemp("runs")
+    dpo = ["--objective.dpo.weight", "1", "--objective.align.weight", "0"]
+    modules = {"vision_tower": "frozen", "projector": "frozen", "language_model": "lora"}
+    adapters = [*dpo, *(part for name, tuning in modules.items() for part in (f"--model.{name}.tuning", tuning))]
     extra = {
         "z2": ["--deepspeed", "ds_configs/z2.json"],
         "z3": [f"--data.evaluation.test={manifests['test']}", "--train.export", "true"],
-        "dpo": ["--objective.dpo.weight", "1", "--data.scores", str(scores_file), "--objective.align.weight", "0"],
+        "dpo": [*dpo, "--data.scores", str(scores_file)],
+        "stored": [*adapters, "--data.scores", str(scores_file), "--model.lora.dropout", "0"],
+        "off": [*adapters, "--train.export", "true"],
     }
     options = {
         name: train_arguments(model_dir, manifests, folder / name, "--train.max_steps", "2", "--train.warmup_ratio", "0", *more)
@@ -312,6 +317,54 @@ def test_dpo_starts_at_log_2(runs: Path) -> None:
     assert abs(second["loss/dpo"] - math.log(2)) > 1e-4, "the policy moves away from the reference"
 
 
+def test_without_its_adapters_the_model_is_the_reference(runs: Path) -> None:
+    """The same losses as with the scores that the model had before, two steps under ZeRO-3."""
+    assert losses(runs / "off") == pytest.approx(losses(runs / "stored"), rel=1e-5)
+    assert losses(runs / "off")[0] != pytest.approx(losses(runs / "off")[1], abs=1e-4)
+
+
+def test_dpo_of_a_whole_model_needs_a_file(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", *train_arguments(model_dir, manifests, tmp_path / "run", "--objective.dpo.weight", "1")]
+    ended = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 2
+    assert "needs stored scores; write them with `cfvlm-ds score` and set data.scores" in only_sentence(ended.stderr)
+
+
+def test_export_of_adapters(runs: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's own adapters are those of the command, which merges them when not told otherwise."""
+    main(["export", str(runs / "off"), "--adapter", "--out", str(tmp_path / "adapter")])
+    written = tensors(tmp_path / "adapter")
+    assert written.keys() == tensors(runs / "off" / "adapter").keys() and not (runs / "off" / "export").exists()
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model_dir)
+    main(["export", str(runs / "off"), "--out", str(tmp_path / "merged")])
+    merged, source = tensors(tmp_path / "merged"), tensors(model_dir)
+    changed = {name for name in source if not merged[name].equal(source[name])}
+    assert changed == {name for name in source if "language_model" in name and "_proj." in name}
+    with pytest.raises(SystemExit):
+        main(["export", str(runs / "z3"), "--adapter", "--out", str(tmp_path / "none")])
+    assert "has no adapters; export it without --adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda weights, name: weights.pop(name), "has 1 missing keys: "),
+        (lambda weights, name: weights.update({name: weights[name][:3]}), "has 1 mismatched keys: "),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_not_this_model_is_named_under_zero_3(
+    edit: Any, message: str, model_dir: Path, manifests: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = shutil.copytree(model_dir, tmp_path / "broken")
+    weights = tensors(broken)
+    name = next(name for name in weights if "linear_1.weight" in name)
+    edit(weights, name)
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    command = [sys.executable, "train.py", *train_arguments(broken, manifests, tmp_path / "run")]
+    ended = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 2 and f"{message}model.{name}" in ended.stderr and "; repair it" in ended.stderr, ended.stderr[-2000:]
+
+
 def test_evaluate_prints_the_table_of_the_run(
     runs: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,7 +387,7 @@ def test_export_scores_the_same_under_plain_transformers(runs: Path, manifests: 
             assert ours == pytest.approx(theirs, rel=1e-5), name
 
 
-def tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
+def tensors(folder: Path) -> dict[str, Any]:
     found = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as handle:

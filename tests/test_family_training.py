@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import losses, plain_scores, train_many
+from conftest import launch, losses, plain_scores, train_many
 from PIL import Image
 from safetensors import safe_open
 
@@ -162,3 +162,16 @@ def test_a_fresh_process_scores_the_exports_as_the_run_did(
         for name, stored in read_scores(folder / "scores" / "test.jsonl", groups).items():
             for ours, theirs in zip(stored.logp, found[name], strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-4), (model, name)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_rank_that_leaves_the_tower_out_is_caught(
+    wrong: bool, models: dict[str, Path], manifest: dict[str, Path], tmp_path: Path
+) -> None:
+    """The mistake that the tests above would miss if ranks did not wait for each other: it ends in an error, within a time limit."""
+    options = [*arguments(models["qwen3_vl"], manifest, tmp_path / "run", "lora", 2), "--train.export", "false", "--data.evaluation", "{}"]
+    launched = ["deepspeed", "--num_gpus", "2", "--master_port", "29660", "tests/wrong_order.py", *["--wrong"] * wrong, *options]
+    process = launch(launched)
+    output, _ = process.communicate(timeout=120)
+    assert (process.returncode != 0) == wrong, output[-3000:]
+    assert (len(losses(tmp_path / "run")) < STEPS) == wrong

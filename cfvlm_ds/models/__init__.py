@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,19 +95,24 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """
     model_config = load_config(config.name_or_path)
     family = family_of(model_config)
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        config.name_or_path,
-        dtype=dtype,
-        attn_implementation=attention(config.attn_implementation),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused below, by name
-    )
-    model, info = loaded
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            config.name_or_path,
+            dtype=dtype,
+            attn_implementation=attention(config.attn_implementation),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+        model, info = loaded
+    except RuntimeError as error:  # under ZeRO-3 sizes are not ignored
+        if not (mismatched := re.findall(r"size mismatch for (.+)", str(error))):
+            raise
+        info = {"mismatched_keys": mismatched}
+    for kind, keys in info.items():
+        if keys and kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            named = ", ".join(sorted(str(key) for key in keys)[:5])
+            raise ConfigError(f"checkpoint {config.name_or_path!r} has {len(keys)} {kind.replace('_', ' ')}: {named}; repair it")
     _limit_images(config, None, model.config)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            named = ", ".join(sorted(str(key) for key in info[kind])[:5])
-            raise ConfigError(f"checkpoint {config.name_or_path!r} has {len(info[kind])} {kind.replace('_', ' ')}: {named}; repair it")
     # Under ZeRO-3 this version of transformers keeps conversions it did not use, and would rename every weight at save time.
     model._weight_conversions = [c for c in model._weight_conversions or [] if c.was_used()] or None
     tune(model, family, config)
