@@ -41,6 +41,7 @@ class LoraConfig:
         rank: rank of an adapter.
         alpha: an adapter's output is scaled by alpha / rank.
         dropout: dropout of an adapter's input.
+        load_in_4bit: keep the language model's own weights in 4 bits (QLoRA, arXiv 2305.14314); needs bitsandbytes, and ZeRO-2.
         dora: also train the length of every weight row (DoRA, arXiv 2402.09353).
         rslora: scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
     """
@@ -50,6 +51,7 @@ class LoraConfig:
     dropout: float = 0.0
     dora: bool = False
     rslora: bool = False
+    load_in_4bit: bool = False
 
     @property
     def scaling(self) -> float:

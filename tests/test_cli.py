@@ -20,8 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cfvlm_ds.cli import main
+from cfvlm_ds.config import TinyLlavaConfig
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.scores import read_scores
+from cfvlm_ds.models.tiny import build_tiny_llava
 
 COMMANDS = [["data", "build"], ["data", "check"], ["tiny"], ["score"], ["evaluate"], ["export"]]
 
@@ -343,6 +345,44 @@ def test_export_of_adapters(runs: Path, model_dir: Path, tmp_path: Path, capsys:
     with pytest.raises(SystemExit):
         main(["export", str(runs / "z3"), "--adapter", "--out", str(tmp_path / "none")])
     assert "has no adapters; export it without --adapter" in capsys.readouterr().err
+
+
+def test_adapters_on_a_base_of_4_bits(manifests: dict[str, Path], tmp_path: Path) -> None:
+    """QLoRA under ZeRO-2, with bitsandbytes' CPU code: near the whole base's loss at the first step, and adapters that peft loads."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    captions = [candidate.text for group in read_manifest(manifests["train"]) for candidate in group.candidates]
+    model = build_tiny_llava(TinyLlavaConfig(str(tmp_path / "model"), hidden_size=64, vision_hidden_size=32), captions)
+    modules = {"vision_tower": "frozen", "projector": "frozen", "language_model": "lora"}
+    options = ["--deepspeed", "ds_configs/z2.json", "--train.export", "true"]
+    options += [part for name, tuning in modules.items() for part in (f"--model.{name}.tuning", tuning)]
+    trainings = [
+        train_arguments(model, manifests, tmp_path / name, *options, "--model.lora.load_in_4bit", wanted)
+        for name, wanted in (("whole", "false"), ("quarter", "true"))
+    ]
+    train_many(tmp_path, 1, trainings)
+    whole, quarter = losses(tmp_path / "whole"), losses(tmp_path / "quarter")
+    assert quarter[0] == pytest.approx(whole[0], rel=0.05) and quarter[0] != pytest.approx(whole[0], rel=1e-4)
+    assert quarter[-1] < quarter[0] - 0.3
+    adapted = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(model), tmp_path / "quarter" / "adapter")
+    assert sum(bool(p.any()) for name, p in adapted.named_parameters() if "lora_B" in name) == 3 * 7
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "quarter"), "--out", str(tmp_path / "merged")])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.vision_tower.tuning", "frozen", "--model.projector.tuning", "frozen"], "cannot load 4-bit weights in ZeRO-3's parts"),
+        (["--deepspeed", "ds_configs/z2.json"], "the other modules to lora or frozen"),
+    ],
+)
+def test_4_bits_where_they_cannot_be(options: list[str], message: str, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    command = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "true", *options]
+    command = [sys.executable, "train.py", *train_arguments(model_dir, manifests, tmp_path / "run", *command)]
+    ended = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 2 and message in ended.stderr.splitlines()[-1]  # bitsandbytes has a line of its own
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ def export_hf(checkpoint: Path, source: str, out_dir: Path, say: Callable[[str],
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
+    if lora and lora.load_in_4bit:
+        raise ConfigError(f"{checkpoint} has a base of 4 bits; export its adapters with --adapter, and merge them into {source} with peft")
     model = skeleton(source)
     folder = model_folder(source)
     final = out_dir.resolve()

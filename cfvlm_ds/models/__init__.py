@@ -18,7 +18,7 @@ from cfvlm_ds.models.idefics import IDEFICS
 from cfvlm_ds.models.identity import fingerprint, model_folder
 from cfvlm_ds.models.internvl import INTERNVL
 from cfvlm_ds.models.llava import LLAVA, NEXT, ONEVISION
-from cfvlm_ds.models.lora import adapted_modules, adapters_off, add_adapters, is_adapter, only_adapters_train, peft_config
+from cfvlm_ds.models.lora import adapted_modules, adapters_off, add_adapters, is_adapter, only_adapters_train, peft_config, quantisation
 from cfvlm_ds.models.qwen import QWEN_VL
 
 _RECORDS = (LLAVA, NEXT, ONEVISION, QWEN_VL, INTERNVL, IDEFICS)
@@ -101,6 +101,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             dtype=dtype,
             attn_implementation=attention(config.attn_implementation),
             output_loading_info=True,
+            quantization_config=quantisation(family, config, dtype),
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
         model, info = loaded
