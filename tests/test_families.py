@@ -132,7 +132,12 @@ def test_gradients_reach_what_trains_and_nothing_else(frozen: str | None, folder
     scorer = Scorer(model, family_of(model.config))
     batch = load_collator(configured(folder, **options), "matched")(groups)
     objectives = {"align": Align()}
+    in_graph = []
+    for name, module in model.named_modules():
+        if name.startswith(scorer.family.vision_tower) and not name.startswith(scorer.family.projector):
+            module.register_forward_hook(lambda module, inputs, output: in_graph.append(getattr(output, "requires_grad", False)))
     loss, _ = weighted_loss(objectives, batch.scores(scorer(**batch.model_inputs)), group_units(objectives, batch.layout))
+    assert any(in_graph) == (frozen != "vision_tower"), "a frozen tower keeps nothing for the backward pass"
     loss.backward()
     for name, parameter in model.named_parameters():
         if scorer.family.module_of(name) == frozen:
