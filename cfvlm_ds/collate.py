@@ -1,8 +1,8 @@
-"""Groups to one batch of rows: the only place that knows how cells are laid out as tokens.
+"""Groups to one packed row: the only place that knows how cells are laid out as tokens.
 
-A row is the chat template's prompt with its image and, behind that prefix, every text the image is scored with: each text is a branch that
-sees the prefix and itself. (Where the attention cannot branch, a row has one text.) Each distinct image is encoded once.
-Shapes: G groups, I images, C candidates, R rows, T tokens, N scored tokens.
+The row is a sequence of trees. A tree is the chat template's prompt with its image and, behind that prefix, every text the image is scored
+with: each text is a branch that sees the prefix and itself. Nothing is padded, and each distinct image is encoded once.
+Shapes: G groups, I images, C candidates, T tokens, N scored tokens.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from cfvlm_ds.attention import Forest
 from cfvlm_ds.config import ModelConfig
 from cfvlm_ds.data.images import MAX_PIXELS, open_image
 from cfvlm_ds.data.scores import StoredScores
 from cfvlm_ds.groups import Cells, CounterfactualGroup, DataError, GroupLayout, Pictures
 from cfvlm_ds.likelihood import Scores, score_matrix
-from cfvlm_ds.models import Family, attention, family_of, load_config, load_processor
+from cfvlm_ds.models import Family, family_of, load_config, load_processor
 
 BLANK = Path("<blank image>")
 """Stands for a mid-grey image: what the blind control shows instead of a picture. A suffix tells several apart."""
@@ -44,8 +45,8 @@ def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
 class Batch:
     """One micro-batch. ``model_inputs`` goes to the engine unchanged and returns one log-prob per scored token.
 
-    ``cell`` [N] is each scored token's flat index in [G, I, C]; ``is_end`` [N] marks end-of-turn tokens; ``num_tokens`` counts the tokens
-    of all rows, padding excluded.
+    ``cell`` [N] is each scored token's flat index in [G, I, C]; ``is_end`` [N] marks end-of-turn tokens; ``num_tokens`` counts the
+    tokens of the row.
     """
 
     model_inputs: dict[str, Any]
@@ -92,7 +93,7 @@ class _Text:
 
 
 @dataclass
-class _Row:
+class _Tree:
     """A prompt with its pictures, by their index in the batch, and behind it one branch per text: (flat cell index, text).
 
     ``positions`` [P], or [axes, P], are the position ids of the prompt.
@@ -102,10 +103,6 @@ class _Row:
     branches: list[tuple[int, _Text]]
     prompt_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + sum(len(text.text_ids) + len(text.end_ids) for _, text in self.branches)
 
 
 class Collator:
@@ -119,7 +116,7 @@ class Collator:
         max_length: the model's window in tokens; a longer row is a DataError, never truncated.
         max_pixels: limit on the size of an image.
         stored: reference and blind scores by group id, for objectives that need them.
-        share_prefix: lay all texts of an image behind one prefix; needs an attention that takes a mask (sdpa).
+        share_prefix: lay all texts of an image behind one prefix; without it a tree has one text, which costs more and scores the same.
     """
 
     def __init__(
@@ -155,19 +152,19 @@ class Collator:
         shown = dict.fromkeys(key for g, i, _ in cells for key in self._keys(groups[g].images[i])) or {(BLANK, False): None}
         keys = sorted(shown, key=lambda key: key[1])
         index = {key: k for k, key in enumerate(keys)}
-        rows: dict[tuple[tuple[int, ...], str, int | None], _Row] = {}
+        trees: dict[tuple[tuple[int, ...], str, int | None], _Tree] = {}
         for g, i, c in cells:
             text = self._text(groups[g], c)
             cell = (g * num_images + i) * num_texts + c
             pictures = tuple(index[key] for key in self._keys(groups[g].images[i]))
-            row = rows.setdefault((pictures, text.prompt, None if self.share_prefix else cell), _Row(pictures, []))
-            row.branches.append((cell, text))
+            tree = trees.setdefault((pictures, text.prompt, None if self.share_prefix else cell), _Tree(pictures, []))
+            tree.branches.append((cell, text))
         image_inputs, stands = self._processed([self._open(path) for path, _ in keys], sum(together for _, together in keys))
-        for row in rows.values():
-            self._place(row, stands, image_inputs)
-        self._check_lengths(groups, list(rows.values()), num_images * num_texts, num_texts)
+        for tree in trees.values():
+            self._place(tree, stands, image_inputs)
+        self._check_lengths(groups, list(trees.values()), num_images * num_texts, num_texts)
         visual_tokens = [ids.count(self.processor.image_token_id) for ids in stands]
-        return self._batch(list(rows.values()), image_inputs, visual_tokens, layout, groups)
+        return self._batch(list(trees.values()), image_inputs, visual_tokens, layout, groups)
 
     def scoring_everything(self) -> Collator:
         """The same collator building every cell, without stored scores: what evaluation needs."""
@@ -200,14 +197,14 @@ class Collator:
         """What tells the pictures of a batch apart: the file, and whether the model takes it differently for not being alone."""
         return [(picture, self.family.tiles_alone and len(pictures) > 1) for picture in pictures]
 
-    def _place(self, row: _Row, stands: list[list[int]], image_inputs: dict[str, Tensor]) -> None:
-        """Give a row its prompt's token ids, placeholders expanded, and their positions."""
-        pictures, ids = iter(row.pictures), []
-        for token in row.branches[0][1].prompt_ids:
+    def _place(self, tree: _Tree, stands: list[list[int]], image_inputs: dict[str, Tensor]) -> None:
+        """Give a tree its prompt's token ids, placeholders expanded, and their positions."""
+        pictures, ids = iter(tree.pictures), []
+        for token in tree.branches[0][1].prompt_ids:
             ids += stands[next(pictures)] if token == self.processor.image_token_id else [token]
-        row.prompt_ids = torch.tensor(ids)
-        grids = image_inputs[self.family.grid][list(row.pictures)] if self.family.grid else torch.empty(0)
-        row.positions = self.family.positions(self.model_config, row.prompt_ids == self.processor.image_token_id, grids)
+        tree.prompt_ids = torch.tensor(ids)
+        grids = image_inputs[self.family.grid][list(tree.pictures)] if self.family.grid else torch.empty(0)
+        tree.positions = self.family.positions(self.model_config, tree.prompt_ids == self.processor.image_token_id, grids)
 
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
         shape = (len(groups), max(len(g.images) for g in groups), max(len(g.candidates) for g in groups))
@@ -227,51 +224,53 @@ class Collator:
 
     def _batch(
         self,
-        rows: list[_Row],
+        trees: list[_Tree],
         image_inputs: dict[str, Tensor],
         visual_tokens: list[int],
         layout: GroupLayout,
         groups: Sequence[CounterfactualGroup],
     ) -> Batch:
-        size = (len(rows), max(row.length for row in rows))
-        pad = self.processor.tokenizer.pad_token_id
-        input_ids = torch.full(size, pad if pad is not None else 0)
-        position_ids, branch = torch.zeros(*rows[0].positions.shape[:-1], *size, dtype=torch.int64), torch.full(size, -2)
+        input_ids: list[Tensor] = []
+        positions: list[Tensor] = []
         predicts: list[int] = []
         targets: list[int] = []
         cell: list[int] = []
         is_end: list[bool] = []
-        for r, row in enumerate(rows):
-            prompt = len(row.prompt_ids)
-            input_ids[r, :prompt], branch[r, :prompt] = row.prompt_ids, -1
-            position_ids[..., r, :prompt] = row.positions
-            start, first = prompt, int(row.positions.max()) + 1
-            for b, (index, text) in enumerate(row.branches):
+        start = 0
+        for tree in trees:
+            last = start + len(tree.prompt_ids) - 1
+            start, first = last + 1, int(tree.positions.max()) + 1
+            input_ids.append(tree.prompt_ids)
+            positions.append(tree.positions)
+            for index, text in tree.branches:
                 response = [*text.text_ids, *text.end_ids]
                 stop = start + len(response)
-                input_ids[r, start:stop], branch[r, start:stop] = torch.tensor(response), b
-                position_ids[..., r, start:stop] = torch.arange(first, first + len(response))
+                input_ids.append(torch.tensor(response))
+                positions.append(torch.arange(first, first + len(response)).expand(*tree.positions.shape[:-1], -1))
                 # A branch's first token is predicted at the end of the prompt, every other one at the token before it.
-                predicts += [r * size[1] + t for t in (prompt - 1, *range(start, stop - 1))]
+                predicts += [last, *range(start, stop - 1)]
                 targets += response
                 cell += [index] * len(response)
                 is_end += [False] * len(text.text_ids) + [True] * len(text.end_ids)
                 start = stop
-        positions, predicted_by = torch.tensor(predicts).unique(return_inverse=True)
+        places, predicted_by = torch.tensor(predicts).unique(return_inverse=True)
         model_inputs = {
-            "input_ids": input_ids,
-            "attention_mask": _tree_mask(branch) if self.share_prefix else (branch >= -1).long(),
-            "position_ids": position_ids,
-            "scored": torch.zeros(size, dtype=torch.bool).view(-1).index_fill(0, positions, True).view(size),
+            "input_ids": torch.cat(input_ids).unsqueeze(0),
+            "position_ids": torch.cat(positions, -1).unsqueeze(-2),
+            "forest": Forest(
+                tuple(len(tree.prompt_ids) for tree in trees),
+                tuple(tuple(len(text.text_ids) + len(text.end_ids) for _, text in tree.branches) for tree in trees),
+            ),
+            "scored": torch.zeros(1, start, dtype=torch.bool).index_fill(1, places, True),
             "predicted_by": predicted_by,
             "targets": torch.tensor(targets),
-            "images_of_row": [row.pictures for row in rows],
+            "images_of_tree": [tree.pictures for tree in trees],
             "visual_tokens": visual_tokens,
             "image_inputs": image_inputs,
         }
         reference, prior = self._stored(groups, layout)
-        num_tokens, num_images = sum(row.length for row in rows), len({picture for row in rows for picture in row.pictures})
-        return Batch(model_inputs, torch.tensor(cell), torch.tensor(is_end), layout, reference, prior, num_tokens, num_images)
+        num_images = len({picture for tree in trees for picture in tree.pictures})
+        return Batch(model_inputs, torch.tensor(cell), torch.tensor(is_end), layout, reference, prior, start, num_images)
 
     def _stored(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor | None, Tensor | None]:
         if self.stored is None:
@@ -363,10 +362,10 @@ class Collator:
             stands += [kept[k * each : (k + 1) * each] for k in range(len(pictures))]
         return {name: inputs[name] for name in self.family.image_inputs}, stands
 
-    def _check_lengths(self, groups: Sequence[CounterfactualGroup], rows: list[_Row], group_cells: int, num_texts: int) -> None:
-        for row in rows:
-            for cell, text in row.branches:
-                length = len(row.prompt_ids) + len(text.text_ids) + len(text.end_ids)
+    def _check_lengths(self, groups: Sequence[CounterfactualGroup], trees: list[_Tree], group_cells: int, num_texts: int) -> None:
+        for tree in trees:
+            for cell, text in tree.branches:
+                length = len(tree.prompt_ids) + len(text.text_ids) + len(text.end_ids)
                 if length > self.max_length:
                     raise DataError(
                         f"group {groups[cell // group_cells].id!r}: text {cell % num_texts} makes a row of {length} tokens, the model's "
@@ -376,16 +375,6 @@ class Collator:
 
 def _user(prompt: str, num_pictures: int) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "image"}] * num_pictures + [{"type": "text", "text": prompt}]}
-
-
-def _tree_mask(branch: Tensor) -> Tensor:
-    """[R, 1, T, T] bool, true where a query may see a key: ``branch`` [R, T] is -1 for the prompt, b for branch b, -2 for padding.
-
-    A token sees the prompt and its own branch, never a sibling. Padding sees itself, because a row of nothing is NaN.
-    """
-    query, key = branch.unsqueeze(2), branch.unsqueeze(1)
-    causal = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool).tril()
-    return ((causal & ((key == -1) | (key == query)) & (key >= -1)) | torch.eye(branch.shape[1], dtype=torch.bool)).unsqueeze(1)
 
 
 def _wanted(match: Tensor, cells: Cells) -> Tensor:
@@ -401,10 +390,8 @@ def _wanted(match: Tensor, cells: Cells) -> Tensor:
 def load_collator(
     model: ModelConfig, cells: Cells, max_pixels: int = MAX_PIXELS, stored: Mapping[str, StoredScores] | None = None
 ) -> Collator:
-    """The collator of a model: its own processor, family and window, and rows that its attention can take."""
+    """The collator of a model: its own processor, family and window."""
     config = load_config(model.name_or_path)
     processor = load_processor(model)
     window = min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length)
-    # eager adds a mask instead of selecting by it, and flash-attn takes none: both would be wrong without an error.
-    share_prefix = attention(model.attn_implementation) == "sdpa"
-    return Collator(processor, family_of(config), config, cells, window, max_pixels, stored, share_prefix)
+    return Collator(processor, family_of(config), config, cells, window, max_pixels, stored)

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from cfvlm_ds.attention import ordinary
 from cfvlm_ds.config import ModelConfig, TinyLlavaConfig
 from cfvlm_ds.groups import Candidate, CounterfactualGroup, Edit, to_row
 from cfvlm_ds.models import Scorer, family_of, load_model
@@ -70,7 +72,9 @@ def plain_logp(
     start = processor(images=[image], text=[head], return_tensors="pt").input_ids.shape[1]
     inputs = processor(images=[image], text=[f"{head} {text}</s>"], return_tensors="pt")
     tokens = inputs.input_ids[0, start:]
-    logp = model(**inputs).logits[0, start - 1 : -1].float().log_softmax(-1)[range(len(tokens)), tokens]
+    with ordinary(model):
+        logits = model(**inputs).logits
+    logp = logits[0, start - 1 : -1].float().log_softmax(-1)[range(len(tokens)), tokens]
     return logp[:-1], logp[-1]
 
 
@@ -180,3 +184,32 @@ def metrics(output_dir: Path) -> list[dict[str, float]]:
 def losses(output_dir: Path) -> list[float]:
     """The loss of every step, in order."""
     return [row["loss"] for row in metrics(output_dir) if "loss" in row]
+
+
+def varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_at: torch.Tensor, k_at: torch.Tensor, q_max: int, k_max: int, scale: float
+) -> torch.Tensor:
+    """What the kernels promise (flash-attn's README, since 2.1): per segment a causal attention whose last query sees the last key."""
+    outputs = []
+    assert q_max == q_at.diff().max() and k_max == k_at.diff().max() and q_at.dtype == k_at.dtype == torch.int32
+    for s in range(len(q_at) - 1):
+        queries = q[q_at[s] : q_at[s + 1]]
+        keys, values = (t[k_at[s] : k_at[s + 1]].repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        seen = torch.ones(len(queries), len(keys), dtype=torch.bool).tril(len(keys) - len(queries))
+        logits = torch.einsum("qhd,khd->hqk", queries, keys) * scale
+        outputs.append(torch.einsum("hqk,khd->qhd", logits.masked_fill(~seen, -torch.inf).softmax(-1), values))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the signatures of the two kernels that need a GPU: what is tested is how they are called."""
+    flash: Any = types.ModuleType("flash_attn")
+    flash.flash_attn_varlen_func = lambda q, k, v, qa, ka, qm, km, softmax_scale, causal: varlen(q, k, v, qa, ka, qm, km, softmax_scale)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash)
+
+    def varlen_attn(*arguments: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool) -> torch.Tensor:
+        assert window_size == (-1, 0) and enable_gqa == (arguments[0].shape[1] != arguments[1].shape[1])
+        return varlen(*arguments, scale)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)

@@ -13,6 +13,7 @@ from conftest import run
 from PIL import Image
 from plain import plain
 
+from cfvlm_ds.attention import BACKENDS, ordinary, registered
 from cfvlm_ds.collate import Collator, load_collator
 from cfvlm_ds.config import ConfigError, LoraConfig, ModelConfig, ModuleConfig
 from cfvlm_ds.groups import Candidate, CounterfactualGroup, DataError, Pictures
@@ -77,11 +78,33 @@ def test_scores_equal_one_plain_forward_per_cell(
         for g, group in enumerate(groups):
             for i, image in enumerate(group.images):
                 for c, candidate in enumerate(group.candidates):
-                    logp, loss = plain(scorer.model, processor, image, candidate.prompt, candidate.text)
+                    with ordinary(scorer.model):
+                        logp, loss = plain(scorer.model, processor, image, candidate.prompt, candidate.text)
                     found[g, i, c] = logp
                     assert scores.logp[g, i, c].item() == pytest.approx(logp, rel=1e-4), (group.id, i, c)
                     assert -logp / int(scores.layout.num_tokens[g, i, c]) == pytest.approx(loss, rel=1e-4), "labels= of the library"
         assert abs(found[0, 0, 0] - found[0, 1, 0]) > 1e-3, "the image matters"
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "sdpa"])
+def test_every_attention_scores_and_trains_alike(
+    backend: str, scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]
+) -> None:
+    """Values and gradients against padded trees under a mask, which the test above compares with the library; fp32, relative 1e-4."""
+    batch, found = collator(groups), []
+    weights = torch.randn(2, *batch.layout.valid.shape, generator=torch.Generator().manual_seed(0))
+    text = scorer.model.config.get_text_config()
+    for name in ("sdpa", backend):
+        text._attn_implementation = registered(name)
+        scores = batch.scores(scorer(**batch.model_inputs))
+        trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+        total = (weights * torch.stack([scores.logp, scores.end_logp])).sum()
+        grads = torch.autograd.grad(total, trained, materialize_grads=True, allow_unused=True)
+        found.append((scores.logp.detach(), torch.cat([grad.flatten() for grad in grads])))
+    text._attn_implementation = registered("sdpa")
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
+    assert (found[1][1] - found[0][1]).norm() < 1e-4 * found[0][1].norm()
 
 
 def test_batch_mates_and_their_order_do_not_matter(scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
@@ -104,7 +127,7 @@ def rows_of(group: CounterfactualGroup) -> list[Pictures]:
 
 def test_visual_tokens_and_lengths_are_those_of_the_batch(collator: Collator, groups: list[CounterfactualGroup]) -> None:
     batch = collator(groups)
-    spent = [sum(batch.model_inputs["visual_tokens"][picture] for picture in row) for row in batch.model_inputs["images_of_row"]]
+    spent = [sum(batch.model_inputs["visual_tokens"][picture] for picture in tree) for tree in batch.model_inputs["images_of_tree"]]
     assert spent == [collator.visual_tokens(sizes_of(pictures)) for group in groups for pictures in rows_of(group)]
     for group in groups:
         for candidate in group.candidates:
@@ -227,7 +250,8 @@ def test_limits_bound_the_visual_tokens(folder: Path, scorer: Scorer, collator: 
         scores = batch.scores(Scorer(model, family)(**batch.model_inputs))
         for g, group in enumerate(groups[:2]):
             for i, image in enumerate(group.images):
-                logp, _ = plain(model, processor, image, group.candidates[0].prompt, group.candidates[0].text)
+                with ordinary(model):
+                    logp, _ = plain(model, processor, image, group.candidates[0].prompt, group.candidates[0].text)
                 assert scores.logp[g, i, 0].item() == pytest.approx(logp, rel=1e-4), (group.id, i)
 
 

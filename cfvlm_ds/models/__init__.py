@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
+from cfvlm_ds.attention import BACKENDS, registered
 from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, ModelConfig
 from cfvlm_ds.models.family import MODULES, Family, Module, Scorer
 from cfvlm_ds.models.idefics import IDEFICS
@@ -99,7 +100,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             config.name_or_path,
             dtype=dtype,
-            attn_implementation=attention(config.attn_implementation),
+            attn_implementation=_implementations(attention(config.attn_implementation)),
             output_loading_info=True,
             quantization_config=quantisation(family, config, dtype),
             ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -157,17 +158,31 @@ def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
 
 
 def attention(requested: str) -> str:
-    """``auto`` takes flash-attn where a GPU and the package are there, else sdpa. Raises ConfigError when a request cannot be met."""
+    """The back end (cfvlm_ds.attention) of a request: ``auto`` takes flash-attn where a GPU and the package are there, else sdpa.
+
+    Raises ConfigError when a request cannot be met.
+    """
     from transformers.utils import is_flash_attn_2_available
 
     if requested == "auto":
         return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    if requested not in BACKENDS:
+        raise ConfigError(f"model.attn_implementation {requested!r} is not known; use auto, {', '.join(BACKENDS)}")
     if requested == "flash_attention_2" and not is_flash_attn_2_available():
         raise ConfigError(
             "model.attn_implementation flash_attention_2 needs a CUDA device and the flash-attn package; "
             "install it with `pip install 'cfvlm-ds[gpu]' --no-build-isolation` or use auto"
         )
+    if requested == "varlen" and not torch.cuda.is_available():
+        raise ConfigError("model.attn_implementation varlen needs a CUDA device; use auto")
+    if requested == "cascade" and torch.cuda.is_available():
+        raise ConfigError("model.attn_implementation cascade is for CPUs; use auto")
     return requested
+
+
+def _implementations(backend: str) -> dict[str, str]:
+    """In transformers' terms: the forest in the language model, an ordinary kernel in the tower."""
+    return {"": "sdpa", "text_config": registered(backend), "vision_config": backend if backend == "flash_attention_2" else "sdpa"}
 
 
 def parameter_counts(model: PreTrainedModel, family: Family) -> Mapping[str, tuple[int, int]]:

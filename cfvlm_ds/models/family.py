@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from cfvlm_ds.attention import Forest
 from cfvlm_ds.config import ModelConfig
 from cfvlm_ds.likelihood import token_logprobs
 
@@ -100,31 +101,31 @@ class Scorer(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
         position_ids: Tensor,
+        forest: Forest,
         scored: Tensor,
         predicted_by: Tensor,
         targets: Tensor,
-        images_of_row: Sequence[Sequence[int]],
+        images_of_tree: Sequence[Sequence[int]],
         visual_tokens: Sequence[int],
         image_inputs: dict[str, Tensor],
     ) -> Tensor:
         """Log-probs [N], nats, fp32, of ``targets`` [N].
 
-        ``input_ids`` [R, T]; ``position_ids`` [R, T] or [axes, R, T]; ``attention_mask`` [R, T], or [R, 1, T, T] bool; ``scored`` [R, T]
-        bool marks the positions whose logits are needed, and ``predicted_by`` [N] is the rank among them, in row-major order, of the one
-        that predicts each target; ``images_of_row`` [R] the indices of each row's images among the distinct images of ``image_inputs``;
+        ``input_ids`` [1, T]; ``position_ids`` [1, T] or [axes, 1, T]; ``forest`` says which tokens are prefixes and which their branches;
+        ``scored`` [1, T] bool marks the positions whose logits are needed, and ``predicted_by`` [N] is the rank among them of the one that
+        predicts each target; ``images_of_tree`` the indices of each tree's images among the distinct images of ``image_inputs``;
         ``visual_tokens`` the number of visual tokens of each distinct image.
         """
-        encoded, unused = self._encode(images_of_row, visual_tokens, image_inputs)
-        # An image that no row shows takes part in the backward pass as if one did: ZeRO-3 waits for every rank at every module, and where
+        encoded, unused = self._encode(images_of_tree, visual_tokens, image_inputs)
+        # An image that no tree shows takes part in the backward pass as if one did: ZeRO-3 waits for every rank at every module, and where
         # the text's embeddings are frozen it is the image through which gradients pass all of the language model.
         through = self.model.get_input_embeddings().register_forward_hook(lambda module, args, embedded: embedded + 0 * unused)
         try:
             logits = self.model(
                 input_ids=input_ids,
-                attention_mask=attention_mask,
                 position_ids=position_ids,
+                forest=forest,
                 mm_encoder_outputs=encoded,
                 logits_to_keep=scored,
                 use_cache=False,
@@ -134,12 +135,12 @@ class Scorer(nn.Module):
         return token_logprobs(logits[predicted_by], targets)
 
     def _encode(
-        self, images_of_row: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Tensor]
+        self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Tensor]
     ) -> tuple[dict[str, Any], Tensor]:
-        """The rows' image features in the form the model's forward takes, and the sum of the features that no row uses."""
+        """The trees' image features in the form the model's forward takes, and the sum of the features that no tree uses."""
         model: Any = self.model
         output = model.get_image_features(**image_inputs, return_dict=True)
-        shown = [i for images in images_of_row for i in images]
+        shown = [i for images in images_of_tree for i in images]
         # Further features, for layers inside the language model, are used and left unused as the first ones are.
         layers = [_per_image(layer, visual_tokens) for layer in (output.pooler_output, *getattr(output, "deepstack_features", ()))]
         hidden = [layer[i].sum() for layer in layers for i in range(len(visual_tokens)) if i not in shown]
