@@ -537,14 +537,15 @@ def test_bf16_logits_go_through_an_fp32_softmax(make: Any, narrow: Scorer, group
     """Bit for bit what the model's bf16 logits give in fp32, and not what they give in bf16."""
     batch = make(share_prefix=False)(groups)
     inputs = batch.model_inputs | {"image_inputs": {"pixel_values": batch.model_inputs["image_inputs"]["pixel_values"].bfloat16()}}
-    logits: list[Tensor] = []
-    hook = narrow.model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output))
+    states: list[Tensor] = []
+    hook = narrow.model.lm_head.register_forward_hook(lambda module, args, output: states.append(args[0]))
     with torch.no_grad():
         found = narrow(**inputs)
-    hook.remove()
-    chosen, targets = logits[0][inputs["predicted_by"]], inputs["targets"]
+        hook.remove()
+        logits = narrow.model.lm_head(states[0])
+    chosen, targets = logits[inputs["predicted_by"]], inputs["targets"]
     assert chosen.dtype == torch.bfloat16 and found.dtype == torch.float32
-    assert len(logits[0]) == inputs["scored"].sum() < inputs["scored"].numel(), "the output head runs on scored positions only"
+    assert len(states[0]) == inputs["scored"].sum() < inputs["scored"].numel(), "the output head runs on scored positions only"
     torch.testing.assert_close(found, chosen.float().log_softmax(-1).gather(1, targets[:, None])[:, 0], rtol=1e-6, atol=1e-6)
     assert (found - chosen.log_softmax(-1).gather(1, targets[:, None])[:, 0].float()).abs().max() > 1e-3
     assert torch.equal(found, token_logprobs(chosen, targets))

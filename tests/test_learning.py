@@ -140,6 +140,7 @@ def test_the_displacement_warning(model_dir: Path, manifest: Path, tmp_path: Pat
     arguments = []
     for name, weight in (("without", "0"), ("with", "1")):
         options = ["--objective.align.weight", weight, "--train.displacement_warning", "0.01", "--train.per_device_train_batch_size", "8"]
+        options += ["--train.max_steps", "12", "--objective.fcd.weight", "0"]
         arguments.append(train_arguments(model_dir, {"train": manifest}, tmp_path / name, *options))
     output = train_many(tmp_path, 1, arguments)
     without, held = output.split("parameters: ")[1:]

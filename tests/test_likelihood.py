@@ -25,7 +25,7 @@ from cfvlm_ds.groups import (
     normalised,
     to_row,
 )
-from cfvlm_ds.likelihood import Scores, normalised_scores, score_matrix, token_counts, token_logprobs
+from cfvlm_ds.likelihood import Scores, head_logprobs, normalised_scores, score_matrix, token_counts, token_logprobs
 
 torch.set_num_threads(1)
 
@@ -83,6 +83,35 @@ def test_large_logits_are_stable() -> None:
     found = token_logprobs(logits, torch.tensor([0, 1, 0]))
     assert found.tolist() == pytest.approx([-math.log(2), -math.log(2), 0.0], abs=1e-3)
     assert torch.isfinite(torch.autograd.grad(found.sum(), logits)[0]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6, 100])
+@pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight",)])
+def test_head_logprobs_equal_those_of_all_logits(rows: int, frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of any size, several targets at one state and one of them twice: values and gradients, float64."""
+    monkeypatch.setattr("cfvlm_ds.likelihood.LOGITS", rows * 11)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
+    predicted_by, targets = torch.tensor([3, 0, 0, 0, 5, 1, 2, 4, 3]), torch.tensor([1, 2, 3, 2, 10, 0, 4, 4, 9])
+    trained = [t.requires_grad_() for name, t in {"hidden": hidden, "weight": weight}.items() if name not in frozen]
+    factors = torch.randn(9, dtype=torch.float64)
+    found = head_logprobs(hidden, weight, predicted_by, targets)
+    expected = token_logprobs((hidden @ weight.T)[predicted_by], targets)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad((out * factors).sum(), trained) for out in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert torch.autograd.gradcheck(head_logprobs, (hidden, weight, predicted_by, targets))
+
+
+@pytest.mark.parametrize("rows", [8, 100])
+def test_half_precision_heads_have_an_fp32_softmax(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly the fp32 result of the bfloat16 logits."""
+    monkeypatch.setattr("cfvlm_ds.likelihood.LOGITS", rows * 5000)
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(20, 16).bfloat16(), torch.randn(5000, 16).bfloat16()
+    predicted_by, targets = torch.arange(20).repeat(2), torch.randint(5000, (40,))
+    found = head_logprobs(hidden, weight, predicted_by, targets)
+    assert torch.equal(found, token_logprobs((hidden @ weight.T)[predicted_by], targets))
 
 
 # Score matrix -------------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from cfvlm_ds.attention import Forest
 from cfvlm_ds.config import ModelConfig
-from cfvlm_ds.likelihood import token_logprobs
+from cfvlm_ds.likelihood import head_logprobs
 
 Module = Literal["vision_tower", "projector", "language_model"]
 MODULES: tuple[Module, ...] = ("vision_tower", "projector", "language_model")
@@ -86,6 +86,28 @@ class Family:
         return max(fitting)[1]
 
 
+class ScoringHead(nn.Linear):
+    """An output head, with its weight, that also takes what is scored and then returns log-probs instead of logits.
+
+    It is a module, because ZeRO-3 gathers a module's weight while it runs.
+    """
+
+    @classmethod
+    def of(cls, head: nn.Linear) -> ScoringHead:
+        """The head's own parameters in a scoring head. Raises ValueError when it has a bias, which no supported family's has."""
+        if head.bias is not None:
+            raise ValueError("the model's output head has a bias, which is not supported")
+        scoring = cls(head.in_features, head.out_features, bias=False, device="meta")
+        scoring.weight = head.weight
+        return scoring.train(head.training)
+
+    def forward(self, hidden: Tensor, predicted_by: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
+        """Logits [..., V] of ``hidden`` [..., d]; or log-probs [N] of ``targets`` [N], each predicted by a row of ``hidden`` [P, d]."""
+        if predicted_by is None or targets is None:
+            return super().forward(hidden)
+        return head_logprobs(hidden, self.weight, predicted_by, targets)
+
+
 class Scorer(nn.Module):
     """The module DeepSpeed drives: encode each distinct image once, run the language model, return log-probs of the scored tokens.
 
@@ -95,6 +117,8 @@ class Scorer(nn.Module):
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         super().__init__()
+        if not isinstance(head := model.get_output_embeddings(), ScoringHead):
+            model.set_output_embeddings(ScoringHead.of(head))
         self.model = model
         self.family = family
 
@@ -122,17 +146,12 @@ class Scorer(nn.Module):
         # the text's embeddings are frozen it is the image through which gradients pass all of the language model.
         through = self.model.get_input_embeddings().register_forward_hook(lambda module, args, embedded: embedded + 0 * unused)
         try:
-            logits = self.model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                forest=forest,
-                mm_encoder_outputs=encoded,
-                logits_to_keep=scored,
-                use_cache=False,
-            ).logits
+            hidden = self.model.base_model(
+                input_ids=input_ids, position_ids=position_ids, forest=forest, mm_encoder_outputs=encoded, use_cache=False
+            ).last_hidden_state
         finally:
             through.remove()
-        return token_logprobs(logits[predicted_by], targets)
+        return self.model.get_output_embeddings()(hidden[scored], predicted_by, targets)
 
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Tensor]
