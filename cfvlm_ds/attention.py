@@ -144,6 +144,8 @@ class _Cascade(torch.autograd.Function):
         lse = query.new_empty(query.shape[:-1], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
         for prefix, rest, branches in _tree_slices(forest):
             out[:, :, prefix], lse[:, :, prefix] = _forward(*(t[:, :, prefix] for t in (query, key, value)), is_causal=True, scale=scale)
+            if not branches.lengths:
+                continue
             q, k, v = (t[:, :, rest] for t in (query, key, value))
             before, before_lse = _forward(q, key[:, :, prefix], value[:, :, prefix], scale=scale)
             own, own_lse = _forward(*(branches.pad(t) for t in (q, k, v)), is_causal=True, scale=scale)
@@ -162,6 +164,10 @@ class _Cascade(torch.autograd.Function):
         for prefix, rest, branches in _tree_slices(ctx.forest):
             whole = tuple(t[:, :, prefix] for t in (grad, query, key, value, out, lse))
             of_prefix = _backward(*whole, 0.0, True, scale=ctx.scale)
+            if not branches.lengths:
+                for into, of in zip(grads, of_prefix, strict=True):
+                    into[:, :, prefix] = of
+                continue
             g, q, k, v, o, m = (t[:, :, rest] for t in (grad, query, key, value, out, lse))
             of_before = _backward(g, q, key[:, :, prefix], value[:, :, prefix], o, m, 0.0, False, scale=ctx.scale)
             of_own = _backward(*(branches.pad(t) for t in (g, q, k, v, o, m)), 0.0, True, scale=ctx.scale)
@@ -197,9 +203,10 @@ class _Branches:
 
 
 def _tree_slices(forest: Forest) -> Iterator[tuple[slice, slice, _Branches]]:
-    """(prefix, all its branches, how they are padded) of each tree."""
+    """(prefix, all its branches, how they are padded) of each tree; a prefix with its only branch is an ordinary causal sequence."""
     for (start, stop), prefix, branches in zip(itertools.pairwise(forest.bounds), forest.prefixes, forest.branches, strict=True):
-        yield slice(start, start + prefix), slice(start + prefix, stop), _Branches(branches)
+        border, several = (stop, ()) if len(branches) == 1 else (start + prefix, branches)
+        yield slice(start, border), slice(border, stop), _Branches(several)
 
 
 def _cascade(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:

@@ -181,6 +181,17 @@ class Collator:
         expansion = sum(self._image_tokens(size, len(sizes) > 1)[0] - 1 for size in sizes)
         return len(encoded.prompt_ids) + expansion + len(encoded.text_ids) + len(encoded.end_ids)
 
+    def group_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> int:
+        """Tokens that the group adds to a row, for the cells that this collator builds; ``sizes`` (width, height) of its pictures."""
+        trees: dict[tuple[Pictures, str], int] = {}
+        for _, i, c in self._layout([group]).valid.nonzero().tolist():
+            text, pictures = self._text(group, c), group.images[i]
+            if (pictures, text.prompt) not in trees:
+                shown = [self._image_tokens(sizes[picture], len(pictures) > 1)[0] - 1 for picture in pictures]
+                trees[pictures, text.prompt] = len(text.prompt_ids) + sum(shown)
+            trees[pictures, text.prompt] += len(text.text_ids) + len(text.end_ids)
+        return sum(trees.values())
+
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
         """How many visual tokens pictures of ``sizes`` (width, height) become when they are shown together."""
         return sum(self._image_tokens(size, len(sizes) > 1)[1] for size in sizes)

@@ -106,6 +106,8 @@ class DataConfig:
         max_pixels: refuse images with more pixels than this.
         check: ``full`` opens every image before training starts; ``rows`` checks the manifests only.
         num_workers: processes that prepare batches, per rank; one per spare core, at most 4, when not given.
+        max_tokens_per_micro_batch: pack whole groups up to this many tokens into a micro-batch, in place of
+            ``train.per_device_train_batch_size`` of them; ranks then have equal work whatever the sizes of images and texts.
     """
 
     train: str = ""
@@ -116,6 +118,7 @@ class DataConfig:
     max_pixels: int = 50_000_000
     check: Literal["full", "rows"] = "full"
     num_workers: int | None = None
+    max_tokens_per_micro_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class TrainConfig:
 
     Args:
         output_dir: run folder: configuration, metrics, checkpoints, tracking store, export.
-        per_device_train_batch_size: groups per micro-batch and rank.
+        per_device_train_batch_size: groups per micro-batch and rank (see also ``data.max_tokens_per_micro_batch``).
         gradient_accumulation_steps: micro-batches per optimizer step.
         per_device_eval_batch_size: groups per evaluation batch and rank.
         learning_rate: peak learning rate of every module without one of its own.
@@ -333,6 +336,8 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
     for name in IMAGE_LIMITS:
         if (value := resolved["model"][name]) is not None and value < 1:
             raise ConfigError(f"model.{name} must be at least 1, not {value}; leave it out for the model's own")
+    if (limit := resolved["data"]["max_tokens_per_micro_batch"]) is not None and limit < 1:
+        raise ConfigError(f"data.max_tokens_per_micro_batch must be at least 1, not {limit}; leave it out to count groups")
     if resolved["model"]["lora"]["rank"] < 1:
         raise ConfigError(f"model.lora.rank must be at least 1, not {resolved['model']['lora']['rank']}")
     for name in ("eval_steps", "save_steps", "save_total_limit", "warmup_ratio", "learning_rate", "max_grad_norm"):

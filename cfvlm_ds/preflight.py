@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cfvlm_ds.collate import load_collator
+from cfvlm_ds.collate import Collator, load_collator
 from cfvlm_ds.config import ConfigError, RunConfig
-from cfvlm_ds.data import check_manifest, read_manifest
+from cfvlm_ds.data import check_manifest, image_size, read_manifest
 from cfvlm_ds.distributed import World, broadcast_object
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 
@@ -27,6 +29,31 @@ def read_data(config: RunConfig, world: World) -> tuple[list[CounterfactualGroup
         raise DataError(problem)
     read = {name: read_manifest(path, data.root, data.format) for name, path in manifests.items()}
     return read.pop("train"), read
+
+
+def group_tokens(groups: Sequence[CounterfactualGroup], collator: Collator, limit: int, world: World) -> list[int]:
+    """Tokens of every group in the rows that ``collator`` builds. Rank 0 reads the images' headers and tells the others.
+
+    Raises DataError on every rank, naming a file without a header, or a group of more than ``limit`` tokens.
+    """
+    found: list[int] | str | None = None
+    if world.is_main:
+        paths = list({picture: None for group in groups for pictures in group.images for picture in pictures})
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                sizes = dict(zip(paths, pool.map(image_size, paths), strict=True))
+            found = [collator.group_tokens(group, sizes) for group in groups]
+            if (most := max(found)) > limit:
+                found = (
+                    f"group {groups[found.index(most)].id!r} has {most} tokens, and data.max_tokens_per_micro_batch is {limit}; raise it, "
+                    "or show images with fewer tokens"
+                )
+        except DataError as error:
+            found = str(error)
+    found = broadcast_object(found)
+    if not isinstance(found, list):
+        raise DataError(str(found))
+    return found
 
 
 def _check(config: RunConfig, manifests: Mapping[str, str], world: World) -> str | None:

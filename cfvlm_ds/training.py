@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cfvlm_ds import checkpoint, engine
+from cfvlm_ds.attention import ordinary
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.collate import Batch, Collator, load_collator
 from cfvlm_ds.config import ConfigError, RunConfig, default_workers
-from cfvlm_ds.data import GroupSampler, open_image
+from cfvlm_ds.data import GroupSampler, PackedSampler, open_image
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
 from cfvlm_ds.distributed import World, all_reduce_sums, seed_everything
 from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, guarded, table
@@ -30,9 +31,9 @@ from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.likelihood import Scores
-from cfvlm_ds.models import adapters_off, fingerprint, load_config, only_adapters_train, parameter_counts
+from cfvlm_ds.models import adapters_off, attention, fingerprint, load_config, only_adapters_train, parameter_counts
 from cfvlm_ds.objectives import group_units, likelihood_report, required_cells, weighted_loss
-from cfvlm_ds.preflight import read_data
+from cfvlm_ds.preflight import group_tokens, read_data
 from cfvlm_ds.tracking import open_tracker
 
 
@@ -70,9 +71,10 @@ def train(config: RunConfig, world: World | None = None) -> None:
     seed_everything(config.train.seed)
     run_dir = Path(config.train.output_dir)
     groups, splits = read_data(config, world)
-    stored, sampler = _stored_scores(config, groups), _sampler(config, world, len(groups))
-    epochs_as_steps = -(-int(config.train.num_train_epochs * len(groups)) // sampler.groups_per_step)
-    total_steps = config.train.max_steps if config.train.max_steps > 0 else epochs_as_steps
+    stored = _stored_scores(config, groups)
+    collator = load_collator(config.model, required_cells(config.objective), config.data.max_pixels, stored)
+    sampler = _sampler(config, world, groups, collator)
+    total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs)
     raw, width = engine.read_json(config.deepspeed), engine.hidden_size(config)
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
     engine.validate(config, resolved)
@@ -98,7 +100,6 @@ def train(config: RunConfig, world: World | None = None) -> None:
         mlflow=tracking.enabled,
     )
     with tracker:
-        collator = load_collator(config.model, required_cells(config.objective), config.data.max_pixels, stored)
         driven, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=content_hash(groups))
         run = Run(config, world, driven, collator, sampler, groups, splits, state, total_steps)
         if found is not None:
@@ -109,20 +110,19 @@ def train(config: RunConfig, world: World | None = None) -> None:
             world.say(f"resumed from {found} at step {run.state.step}")
         for path in _record(run, resolved.config):
             tracker.artifact(path)
+        _check_scores(run)
         _loop(run, tracker)
         _finish(run, tracker)
     world.wait()
 
 
-def _sampler(config: RunConfig, world: World, num_groups: int) -> GroupSampler:
-    return GroupSampler(
-        num_groups=num_groups,
-        groups_per_micro_batch=config.train.per_device_train_batch_size,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.train.seed,
-    )
+def _sampler(config: RunConfig, world: World, groups: list[CounterfactualGroup], collator: Collator) -> GroupSampler:
+    options, limit = config.train, config.data.max_tokens_per_micro_batch
+    place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "seed": options.seed}
+    place["gradient_accumulation_steps"] = options.gradient_accumulation_steps
+    if limit is not None:
+        return PackedSampler(tokens=group_tokens(groups, collator, limit, world), max_tokens=limit, **place)
+    return GroupSampler(num_groups=len(groups), groups_per_micro_batch=options.per_device_train_batch_size, **place)
 
 
 def _stored_scores(config: RunConfig, groups: list[CounterfactualGroup]) -> dict[str, StoredScores] | None:
@@ -160,6 +160,39 @@ def _record(run: Run, ds_config: Mapping[str, Any]) -> list[Path]:
         files[2].write_text(json.dumps(environment, indent=2))
     run.world.say("parameters: " + ", ".join(f"{name} {total:,} ({trains:,} trainable)" for name, (total, trains) in counts.items()))
     return files
+
+
+def _check_scores(run: Run) -> None:
+    """Compare scores of the first row with those of one ordinary forward per cell, before anything is trained on them.
+
+    Kernels and versions of libraries that were never tested together give wrong scores without an error. Every rank compares two cells of
+    its first micro-batch, the first one and one behind other texts, in evaluation mode. Raises ConfigError on all ranks where a score is
+    off by more than its precision explains.
+    """
+    groups = [run.groups[index] for index in next(iter(run.sampler))]
+    half = next(run.engine.module.parameters()).dtype != torch.float32
+    bound = 0.05 if half else 1e-4  # nats per token; a wrong mask or position is off by more
+    run.engine.eval()
+    with torch.no_grad():
+        batch = run.collator(groups).to(run.world.device)
+        packed = batch.scores(run.engine(**batch.model_inputs))
+        cells = batch.layout.valid.nonzero().tolist()
+        off = torch.zeros((), device=run.world.device)
+        for g, i, c in (cells[0], max(cells, key=lambda cell: cell[2])):
+            cell = {"images": groups[g].images[i : i + 1], "candidates": groups[g].candidates[c : c + 1], "match": ((1,),), "edits": ()}
+            single = run.collator.scoring_everything()([replace(groups[g], **cell)]).to(run.world.device)
+            with ordinary(run.engine.module.model):
+                alone = single.scores(run.engine(**single.model_inputs))
+            off = torch.maximum(off, (packed.logp[g, i, c] - alone.logp[0, 0, 0]).abs() / batch.layout.num_tokens[g, i, c])
+    run.engine.train()
+    dist.all_reduce(off, op=dist.ReduceOp.MAX)
+    backend = attention(run.config.model.attn_implementation)
+    if not off <= bound:
+        raise ConfigError(
+            f"model.attn_implementation {backend} gives scores that differ by {off:.3g} nats per token from ordinary forwards (bound "
+            f"{bound}); use sdpa, and report the versions in environment.json"
+        )
+    run.world.say(f"scores of packed rows ({backend}) equal ordinary forwards within {off:.1e} nats per token")
 
 
 class Meter:

@@ -130,6 +130,8 @@ def test_visual_tokens_and_lengths_are_those_of_the_batch(collator: Collator, gr
     spent = [sum(batch.model_inputs["visual_tokens"][picture] for picture in tree) for tree in batch.model_inputs["images_of_tree"]]
     assert spent == [collator.visual_tokens(sizes_of(pictures)) for group in groups for pictures in rows_of(group)]
     for group in groups:
+        sizes = {picture: Image.open(picture).size for pictures in group.images for picture in pictures}
+        assert collator.group_tokens(group, sizes) == collator([group]).num_tokens
         for candidate in group.candidates:
             alone = replace(group, images=group.images[:1], candidates=(candidate,), match=((1,),))
             assert collator.row_length(candidate.prompt, candidate.text, sizes_of(group.images[0])) == collator([alone]).num_tokens, (

@@ -13,15 +13,15 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "cfvlm_ds"
 LAYERS = [
     {"groups", "config", "distributed"},
-    {"likelihood", "figures"},
+    {"likelihood", "attention", "figures"},
     {"models", "data", "scenes"},
     {"objectives", "collate", "engine", "checkpoint", "tracking"},
-    {"evaluation", "export", "preflight"},
+    {"evaluation", "export", "preflight", "dry_run"},
     {"training"},
     {"cli"},
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
-ONLY_IN = {"deepspeed": {"engine", "checkpoint", "export"}, "mlflow": {"tracking"}, "matplotlib": {"figures"}}
+ONLY_IN = {"deepspeed": {"engine", "checkpoint", "export", "dry_run"}, "mlflow": {"tracking"}, "matplotlib": {"figures"}}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -11,13 +11,24 @@ from pathlib import Path
 
 from cfvlm_ds.data.cfvlm import cfvlm_group
 from cfvlm_ds.data.check import CheckReport, Lengths, check_groups
-from cfvlm_ds.data.images import MAX_PIXELS, open_image
+from cfvlm_ds.data.images import MAX_PIXELS, image_size, open_image
 from cfvlm_ds.data.native import Entry, Format, iter_groups, native_group
 from cfvlm_ds.data.pairs import pair_group
-from cfvlm_ds.data.sampler import GroupSampler
+from cfvlm_ds.data.sampler import GroupSampler, PackedSampler
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 
-__all__ = ["FORMATS", "MAX_PIXELS", "CheckReport", "Format", "GroupSampler", "check_manifest", "open_image", "read_manifest"]
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "CheckReport",
+    "Format",
+    "GroupSampler",
+    "PackedSampler",
+    "check_manifest",
+    "image_size",
+    "open_image",
+    "read_manifest",
+]
 
 FORMATS: dict[str, Format] = {
     "cfgroup": native_group,

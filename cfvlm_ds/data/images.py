@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import IO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from cfvlm_ds.groups import DataError
 
@@ -50,6 +50,20 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ) from error
     except Exception as error:  # PIL's decoders raise nearly anything on corrupt bytes: OSError, SyntaxError, struct.error, KeyError, ...
         raise DataError(f"{path}: image cannot be read, truncated or corrupt ({error}); copy or download it again") from error
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height that open_image gives, from the header alone. Raises DataError naming a file that has none."""
+    try:
+        with open(path, "rb") as handle:
+            image = _read_header(handle)
+            width, height = image.size
+            return (height, width) if image.getexif().get(ExifTags.Base.Orientation, 1) >= _TURNED else (width, height)
+    except Exception as error:  # as in open_image
+        raise DataError(f"{path}: image cannot be read ({error}); run `cfvlm-ds data check`") from error
+
+
+_TURNED = 5  # EXIF orientations from here on exchange width and height
 
 
 def _read_header(handle: IO[bytes]) -> Image.Image:

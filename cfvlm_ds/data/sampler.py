@@ -7,13 +7,18 @@ epoch borders: no batch is short and no group is dropped. Element j of those B g
     micro-batch j // (groups_per_micro_batch * world_size)    of rank (j // groups_per_micro_batch) % world_size
 
 so the groups of a step depend on B and the position only, not on how B is factorised.
+
+PackedSampler fills micro-batches by tokens instead: the number of groups varies, and the work of a micro-batch hardly does.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,6 +80,10 @@ class GroupSampler:
             # Steps are whole multiples of this stride, so one stride serves within a step and from one step to the next.
             start += self.groups_per_micro_batch * self.world_size
 
+    def num_steps(self, num_epochs: float) -> int:
+        """Optimizer steps until every group has been seen so many times."""
+        return -(-int(num_epochs * self.num_groups) // self.groups_per_step)
+
     def state_dict(self) -> dict[str, Any]:
         """The position, and what must be equal for it to mean the same place in the same stream."""
         return {"samples_seen": self.samples_seen, **self._identity()}
@@ -110,6 +119,108 @@ class GroupSampler:
             else:
                 indices += range(offset, min(stop, self.num_groups))
         return indices
+
+
+@dataclass(frozen=True)
+class _Position:
+    """How far the stream has been read, and which of its groups wait for a micro-batch with room for them."""
+
+    read: int = 0
+    waiting: tuple[int, ...] = ()
+
+
+class PackedSampler(GroupSampler):
+    """Micro-batches of whole groups, as many as fit ``max_tokens``; every rank of a step has about as many tokens as every other.
+
+    A step has one micro-batch per rank and accumulation step. Groups are taken in the order of the stream while one of these has room for
+    them, each where it leaves the least (best fit); a group that fits nowhere waits for the next step, where it comes first, and with
+    ``_WINDOW`` of them waiting the step is full. Its groups are then dealt anew, largest first to the emptiest micro-batch, unless that
+    would break the limit. Nothing is lost and nothing repeated, and the order depends on data, seed, limit and the number of micro-batches
+    of a step only.
+    """
+
+    def __init__(
+        self, *, tokens: Sequence[int], max_tokens: int, gradient_accumulation_steps: int, rank: int, world_size: int, seed: int
+    ) -> None:
+        """``tokens`` of every group. Raises ValueError if one is larger than ``max_tokens``, and as GroupSampler does."""
+        super().__init__(
+            num_groups=len(tokens),
+            groups_per_micro_batch=1,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+        )
+        if max(tokens) > max_tokens:
+            raise ValueError(f"group {tokens.index(max(tokens))} has {max(tokens)} tokens, over max_tokens ({max_tokens})")
+        self.tokens = tokens
+        self.max_tokens = max_tokens
+        self._position = _Position()
+
+    def advance(self) -> None:
+        """Count one optimizer step as consumed."""
+        _, self._position = self._pack(self._position)
+        self.samples_seen = self._position.read - len(self._position.waiting)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Micro-batches of this rank from the consumed position on: ``gradient_accumulation_steps`` of them make a step. Never ends."""
+        position = self._position
+        while True:
+            bins, position = self._pack(position)
+            yield from bins[self.rank :: self.world_size]
+
+    def num_steps(self, num_epochs: float) -> int:
+        """Optimizer steps until every group has been seen so many times."""
+        position, steps = _Position(), 0
+        while position.read - len(position.waiting) < num_epochs * self.num_groups:
+            position, steps = self._pack(position)[1], steps + 1
+        return steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what must be equal for it to mean the same place in the same stream."""
+        return {**super().state_dict(), "waiting": list(self._position.waiting)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Move to a saved position; raises DataError as GroupSampler does, and for the state of a run that did not pack."""
+        super().load_state_dict(state)
+        waiting = state.get("waiting")
+        if not isinstance(waiting, list):
+            raise DataError("the checkpoint's sampler did not pack; resume without data.max_tokens_per_micro_batch, or start a new run")
+        self._position = _Position(self.samples_seen + len(waiting), tuple(waiting))
+
+    def _pack(self, position: _Position) -> tuple[list[list[int]], _Position]:
+        """The micro-batches of the step at ``position``, fullest first, and the position behind it."""
+        bins: list[list[int]] = [[] for _ in range(self.groups_per_step)]
+        room = [(self.max_tokens, b) for b in range(len(bins))]  # sorted
+        read, waiting, queue = position.read, list[int](), list(reversed(position.waiting))
+        while len(waiting) < _WINDOW:
+            if queue:
+                group = queue.pop()
+            else:
+                (group,), read = self._stream(read, 1), read + 1
+            best = bisect.bisect_left(room, (self.tokens[group], 0))
+            if best == len(room):
+                waiting.append(group)
+                continue
+            left, chosen = room.pop(best)
+            bins[chosen].append(group)
+            bisect.insort(room, (left - self.tokens[group], chosen))
+        bins = self._dealt(bins) or bins
+        bins.sort(key=lambda each: -sum(self.tokens[group] for group in each))
+        return bins, _Position(read, (*waiting, *reversed(queue)))
+
+    def _dealt(self, bins: list[list[int]]) -> list[list[int]] | None:
+        """The same groups with loads as equal as can be, or None if one would be over the limit."""
+        dealt: list[list[int]] = [[] for _ in bins]
+        filled = [(0, b) for b in range(len(bins))]  # a heap
+        for group in sorted((group for each in bins for group in each), key=lambda group: -self.tokens[group]):
+            tokens, emptiest = filled[0]
+            dealt[emptiest].append(group)
+            heapq.heapreplace(filled, (tokens + self.tokens[group], emptiest))
+        return dealt if max(filled)[0] <= self.max_tokens else None
+
+
+_WINDOW = 32  # groups that may wait: enough to fill gaps, few enough that the order stays that of the stream
 
 
 @functools.lru_cache(maxsize=2)  # the epoch in progress and the one that prefetching has reached

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.models import limits
 from cfvlm_ds.models.family import Family
+from cfvlm_ds.models.limits import squares
 
 IDEFICS = Family(
     model_types=("idefics3", "smolvlm"),
@@ -11,6 +11,6 @@ IDEFICS = Family(
     projector=("model.connector",),
     language_model=("model.text_model", "lm_head"),
     image_inputs=("pixel_values", "pixel_attention_mask"),
-    limit=limits.squares,
+    limit=squares,
     limited_by=("max_tiles",),
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.models import limits
 from cfvlm_ds.models.family import Family
+from cfvlm_ds.models.limits import patches
 
 INTERNVL = Family(
     model_types=("internvl",),
@@ -11,6 +11,6 @@ INTERNVL = Family(
     projector=("model.multi_modal_projector",),
     language_model=("model.language_model", "lm_head"),
     one_tensor=True,
-    limit=limits.patches,
+    limit=patches,
     limited_by=("max_tiles",),
 )

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cfvlm_ds.models import limits
 from cfvlm_ds.models.family import Family, after_selected_layer
+from cfvlm_ds.models.limits import grids
 
 LLAVA = Family(
     model_types=("llava",),
@@ -24,7 +24,7 @@ NEXT = Family(
     language_model=("model.language_model", "lm_head"),
     unused=after_selected_layer,
     image_inputs=("pixel_values", "image_sizes"),
-    limit=limits.grids,
+    limit=grids,
     limited_by=("max_tiles",),
 )
 ONEVISION = replace(

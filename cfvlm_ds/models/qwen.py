@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from cfvlm_ds.models import limits
 from cfvlm_ds.models.family import Family
+from cfvlm_ds.models.limits import pixels
 
 
 def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ QWEN_VL = Family(
     image_inputs=("pixel_values", "image_grid_thw"),
     grid="image_grid_thw",
     positions=m_rope,
-    limit=limits.pixels,
+    limit=pixels,
     limited_by=("min_pixels", "max_pixels"),
 )
 

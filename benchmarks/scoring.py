@@ -1,0 +1,358 @@
+"""What scoring K texts on one image costs, forward and backward, in four layouts and beside a plain supervised step on the same tokens.
+
+    python benchmarks/scoring.py                                  # LLaVA and Qwen2.5-VL, 256 to 1024 visual tokens, 2 to 8 texts
+    python benchmarks/scoring.py --family llava --visual 1024 --texts 8 --repeats 5 --json runs/scoring.json
+    python benchmarks/scoring.py --device cuda --dtype bfloat16 --size 7b --attention flash_attention_2
+
+Layouts, all computing the same loss (InfoNCE over the texts' scores plus the first one's NLL; the values are compared):
+
+    concatenated   one sequence per text, its image beside it; logits of every token (as preference trainers lay out a batch)
+    sparse         the same, logits at scored tokens only
+    encoded once   the same, and the image's features computed once and repeated
+    shared prefix  cfvlm_ds: one row, the image and prompt once, behind them every text
+    supervised     the tokens of the last layout as one ordinary causal sequence, NLL at the same tokens: what they cost anyway
+
+Layouts take turns in one process. Times are medians: seconds of process time of one thread, or of the device. Memory is what autograd keeps
+for the backward pass, and the peak of the process (or device) above weights and gradients. FLOP ratios are analytic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from cfvlm_ds.attention import BACKENDS, Forest, ordinary, registered
+from cfvlm_ds.likelihood import token_logprobs
+from cfvlm_ds.models import FAMILIES, Scorer
+
+PROMPT, TEXT = 16, 16  # tokens of a prompt beside its image, and of each text
+SIZES = {
+    "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 4, "num_attention_heads": 28, "num_key_value_heads": 4},
+}
+VOCABULARY = {"llava": 32_000, "qwen2_5_vl": 152_064}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", nargs="+", choices=list(VOCABULARY), default=list(VOCABULARY))
+    parser.add_argument(
+        "--visual", nargs="+", type=int, default=[256, 576, 1024], help="visual tokens of the image; squares of even numbers"
+    )
+    parser.add_argument("--texts", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
+    parser.add_argument("--attention", choices=BACKENDS, default="cascade", help="of the shared prefix (default cascade)")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--json", type=Path, help="also write every figure there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for family in arguments.family:
+        for visual in arguments.visual:
+            model = build(family, visual, SIZES[arguments.size], torch.device(arguments.device), getattr(torch, arguments.dtype))
+            ceiling = matmul_rate(model)
+            for texts in arguments.texts:
+                rows.append(
+                    {
+                        "family": family,
+                        "visual": visual,
+                        "texts": texts,
+                        "matmul": ceiling,
+                        **measure(model, family, visual, texts, arguments),
+                    }
+                )
+                show(rows[-1], first=len(rows) == 1)
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def build(family: str, visual: int, size: dict[str, int], device: torch.device, dtype: torch.dtype) -> Any:
+    side, text = math.isqrt(visual), {**size, "vocab_size": VOCABULARY[family], "max_position_embeddings": 1 << 15}
+    if family == "llava":
+        vision = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
+        vision |= {"num_attention_heads": 4, "image_size": 14 * side, "patch_size": 14}
+        options: dict[str, Any] = {
+            "vision_config": vision,
+            "text_config": {**text, "model_type": "llama"},
+            "image_token_id": VOCABULARY[family] - 1,
+        }
+    else:
+        vision = {"hidden_size": 192, "intermediate_size": 512, "depth": 5, "num_heads": 4, "out_hidden_size": size["hidden_size"]}
+        vision |= {"fullatt_block_indexes": [4]}
+        head = size["hidden_size"] // size["num_attention_heads"] // 2
+        sections = [head - 2 * (3 * head // 8), 3 * head // 8, 3 * head // 8]
+        text |= {"rope_parameters": {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}}
+        options = {"vision_config": vision, "text_config": text, "image_token_id": VOCABULARY[family] - 1}
+    config = AutoConfig.for_model(family, **options)
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image, a prompt that shows it, and K texts of one length; token ids without special meaning."""
+
+    model: Any
+    family: str
+    images: dict[str, Tensor]
+    prefix: Tensor
+    texts: Tensor  # [K, TEXT]
+
+    @property
+    def visual(self) -> int:
+        return int((self.prefix == self.model.config.image_token_id).sum())
+
+    def positions(self, length: int) -> Tensor:
+        """Of a row of ``length`` tokens that begins with the prefix, [1, T] or [3, 1, T]."""
+        family, device = FAMILIES[self.model.config.model_type], self.prefix.device
+        grids = self.images["image_grid_thw"].cpu() if family.grid else torch.empty(0)
+        own = family.positions(self.model.config, (self.prefix == self.model.config.image_token_id).cpu(), grids)
+        rest = torch.arange(int(own.max()) + 1, int(own.max()) + 1 + length - len(self.prefix)).expand(*own.shape[:-1], -1)
+        return torch.cat([own, rest], -1).unsqueeze(-2).to(device)
+
+
+def case(model: Any, family: str, visual: int, texts: int) -> Case:
+    parameter, side = model.get_input_embeddings().weight, math.isqrt(visual)
+    generator = torch.Generator().manual_seed(1)
+    if family == "llava":
+        images = {"pixel_values": torch.randn(1, 3, 14 * side, 14 * side, generator=generator)}
+    else:
+        images = {
+            "pixel_values": torch.randn(4 * visual, 1176, generator=generator),
+            "image_grid_thw": torch.tensor([[1, 2 * side, 2 * side]]),
+        }
+    images = {n: t.to(parameter.device, parameter.dtype if t.is_floating_point() else t.dtype) for n, t in images.items()}
+    words = torch.randint(5, 1000, (PROMPT + texts * TEXT,), generator=generator).to(parameter.device)
+    marks = torch.full((visual,), model.config.image_token_id, device=parameter.device)
+    return Case(model, family, images, torch.cat([marks, words[:PROMPT]]), words[PROMPT:].view(texts, TEXT))
+
+
+# --- layouts: each returns log-probs [K, TEXT] of the texts' tokens ----------------------------------------------------------------------
+
+
+def concatenated(case: Case, keep: bool = False, once: bool = False) -> Tensor:
+    texts, prefix = len(case.texts), len(case.prefix)
+    ids = torch.cat([case.prefix.expand(texts, -1), case.texts], 1)
+    positions = case.positions(ids.shape[1])
+    positions = positions.expand(*positions.shape[:-2], texts, -1)
+    images = case.images if once else {n: torch.cat([t] * texts) for n, t in case.images.items()}
+    features = case.model.get_image_features(**images, return_dict=True)
+    if once:
+        features.pooler_output = [piece for _ in range(texts) for piece in features.pooler_output]
+    wanted = torch.arange(prefix - 1, ids.shape[1] - 1, device=ids.device)
+    kept = {"logits_to_keep": wanted} if keep else {}
+    with ordinary(case.model):
+        logits = case.model(input_ids=ids, position_ids=positions, mm_encoder_outputs={"image": features}, use_cache=False, **kept).logits
+    logits = logits if keep else logits[:, :-1]
+    targets = case.texts if keep else ids[:, 1:]
+    logp = token_logprobs(logits.flatten(0, 1), targets.flatten()).view_as(targets)
+    return logp[:, -TEXT:]
+
+
+def supervised(case: Case) -> Tensor:
+    ids = torch.cat([case.prefix, case.texts.flatten()]).unsqueeze(0)
+    features = case.model.get_image_features(**case.images, return_dict=True)
+    wanted = torch.arange(len(case.prefix) - 1, ids.shape[1] - 1, device=ids.device)
+    with ordinary(case.model):
+        logits = case.model(
+            input_ids=ids,
+            position_ids=case.positions(ids.shape[1]),
+            mm_encoder_outputs={"image": features},
+            logits_to_keep=wanted,
+            use_cache=False,
+        ).logits
+    return token_logprobs(logits[0], case.texts.flatten()).view_as(case.texts)
+
+
+def shared_prefix(case: Case) -> Tensor:
+    texts, prefix = len(case.texts), len(case.prefix)
+    length = prefix + texts * TEXT
+    one = case.positions(prefix + TEXT)
+    positions = torch.cat([one[..., :prefix], *[one[..., prefix:]] * texts], -1)
+    scored = torch.zeros(1, length, dtype=torch.bool)
+    starts = [prefix + k * TEXT for k in range(texts)]
+    predicts = torch.tensor([place for start in starts for place in (prefix - 1, *range(start, start + TEXT - 1))])
+    places, predicted_by = predicts.unique(return_inverse=True)
+    logp = Scorer(case.model, FAMILIES[case.model.config.model_type])(
+        input_ids=torch.cat([case.prefix, case.texts.flatten()]).unsqueeze(0),
+        position_ids=positions,
+        forest=Forest((prefix,), ((TEXT,) * texts,)),
+        scored=scored.index_fill(1, places, True).to(case.prefix.device),
+        predicted_by=predicted_by.to(case.prefix.device),
+        targets=case.texts.flatten(),
+        images_of_tree=[(0,)],
+        visual_tokens=[case.visual],
+        image_inputs=case.images,
+    )
+    return logp.view_as(case.texts)
+
+
+LAYOUTS: dict[str, Callable[[Case], Tensor]] = {
+    "concatenated": concatenated,
+    "sparse": lambda case: concatenated(case, keep=True),
+    "encoded once": lambda case: concatenated(case, keep=True, once=True),
+    "shared prefix": shared_prefix,
+    "supervised": supervised,
+}
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------------------------------
+
+
+def measure(model: Any, family: str, visual: int, texts: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    of = case(model, family, visual, texts)
+    model.config.get_text_config()._attn_implementation = registered(arguments.attention)
+    times: dict[str, list[float]] = {name: [] for name in arguments.layouts}
+    found: dict[str, dict[str, float]] = {}
+    for name in arguments.layouts:  # the first time round warms up and is weighed instead of timed
+        loss, saved, peak = weighed(LAYOUTS[name], of)
+        found[name] = {"loss": loss, "saved": saved, "peak": peak, "flop": flop(name, model, visual, texts)}
+    for _ in range(arguments.repeats):
+        for name in arguments.layouts:
+            start = now(of)
+            step(LAYOUTS[name], of)
+            times[name].append(now(of) - start)
+    losses = [found[name]["loss"] for name in arguments.layouts if name != "supervised"]
+    if max(losses) - min(losses) > 1e-4 * abs(losses[0]) and model.dtype == torch.float32:
+        raise SystemExit(f"the layouts do not agree: {losses}")
+    return {name: {**found[name], "time": statistics.median(times[name]), "times": times[name]} for name in arguments.layouts}
+
+
+def step(layout: Callable[[Case], Tensor], of: Case) -> float:
+    logp = layout(of)
+    scores = logp.sum(-1)
+    loss = -scores.log_softmax(0)[0] - logp[0].mean()
+    loss.backward()
+    for parameter in of.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    return loss.item()
+
+
+def now(of: Case) -> float:
+    if of.prefix.device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def weighed(layout: Callable[[Case], Tensor], of: Case) -> tuple[float, int, int]:
+    """(loss, bytes that autograd keeps, peak bytes above what was there)."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in of.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        graph = layout(of)  # alive, so that no storage is counted twice or used again
+    saved = sum(kept.values())
+    del graph
+    before = reset_peak(of)
+    loss = step(layout, of)
+    return loss, saved, peak(of) - before
+
+
+def reset_peak(of: Case) -> int:
+    if of.prefix.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before is no part of the peak
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak(of: Case) -> int:
+    return torch.cuda.max_memory_allocated() if of.prefix.device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def flop(name: str, model: Any, visual: int, texts: int) -> float:
+    """Forward and backward, multiply and add counted as two; the tower's attention windows are taken as whole images."""
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    prefix, copies = visual + PROMPT, texts if name in ("concatenated", "sparse", "encoded once") else 1
+    tokens = copies * prefix + texts * TEXT
+    if name == "supervised":
+        pairs = tokens * (tokens + 1) / 2
+    else:
+        pairs = copies * prefix * (prefix + 1) / 2 + texts * (TEXT * prefix + TEXT * (TEXT + 1) / 2)
+    head = tokens - copies if name == "concatenated" else texts * (TEXT - 1) + copies
+    body = sum(p.numel() for n, p in model.named_parameters() if "language_model.layers" in n and p.dim() == 2)
+    tower = sum(p.numel() for n, p in model.named_parameters() if "vi" in n.split(".")[1] and p.dim() >= 2)
+    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+    patches = visual * (4 if hasattr(vision, "depth") else 1)
+    encoded = texts if name in ("concatenated", "sparse") else 1
+    total = (
+        2 * body * tokens + 4 * text.num_attention_heads * (text.hidden_size // text.num_attention_heads) * pairs * text.num_hidden_layers
+    )
+    total += 2 * text.vocab_size * text.hidden_size * head + encoded * (2 * tower * patches + 4 * vision.hidden_size * patches**2 * depth)
+    return 3.0 * total
+
+
+def matmul_rate(model: Any) -> float:
+    """Floating-point operations per second of a large product in the model's dtype."""
+    weight = model.get_input_embeddings().weight
+    size = 8192 if weight.device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=weight.device, dtype=weight.dtype)
+    fastest = math.inf
+    for _ in range(5):
+        if weight.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter() if weight.device.type == "cuda" else time.process_time()
+        a @ a
+        if weight.device.type == "cuda":
+            torch.cuda.synchronize()
+        fastest = min(fastest, (time.perf_counter() if weight.device.type == "cuda" else time.process_time()) - start)
+    return 2 * size**3 / fastest
+
+
+COLUMNS = ("concatenated", "sparse", "encoded once", "supervised")
+
+
+def show(row: dict[str, Any], first: bool) -> None:
+    """Everything over the shared prefix: times as times, how much more the others cost."""
+    if first:
+        print(f"{'family':<11} {'visual':>6} {'texts':>5}" + "".join(f" {name:>21}" for name in COLUMNS) + f" {'shared prefix':>38}")
+        print(
+            " " * 24 + "".join(f" {'time (FLOP) saved peak':>21}"[:22] for _ in COLUMNS) + f" {'s, MB saved, MB peak, of matmul rate':>38}"
+        )
+    ours = row["shared prefix"]
+    cells = []
+    for name in COLUMNS:
+        if name not in row:
+            cells.append("-")
+            continue
+        time_, flop_, saved, peak_ = (row[name][what] / ours[what] for what in ("time", "flop", "saved", "peak"))
+        cells.append(f"{time_:.2f} ({flop_:.2f}) {saved:.2f} {peak_:.2f}")
+    rate = ours["flop"] / ours["time"] / row["matmul"]
+    own = f"{ours['time']:.3f} {ours['saved'] / 1e6:.0f} {ours['peak'] / 1e6:.0f} {rate:.2f}"
+    print(
+        f"{row['family']:<11} {row['visual']:>6} {row['texts']:>5}" + "".join(f" {cell:>21}" for cell in cells) + f" {own:>38}", flush=True
+    )
+
+
+if __name__ == "__main__":
+    main()
