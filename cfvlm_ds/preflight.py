@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cfvlm_ds.collate import Collator, load_collator
-from cfvlm_ds.config import ConfigError, RunConfig
+from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, RunConfig
 from cfvlm_ds.data import check_manifest, image_size, read_manifest
 from cfvlm_ds.distributed import World, broadcast_object
 from cfvlm_ds.groups import CounterfactualGroup, DataError
@@ -57,7 +57,10 @@ def group_tokens(groups: Sequence[CounterfactualGroup], collator: Collator, limi
 
 
 def _check(config: RunConfig, manifests: Mapping[str, str], world: World) -> str | None:
-    """The first problem of the data, or None; what was found sound before, by size and time of the file, is not opened again."""
+    """The first problem of the data, or None; what was found sound before, by size and time of the file, is not opened again.
+
+    Says what each manifest holds.
+    """
     run_dir = Path(config.train.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     stamp = run_dir / "data_check.json"
@@ -69,11 +72,13 @@ def _check(config: RunConfig, manifests: Mapping[str, str], world: World) -> str
     for path in manifests.values():
         try:
             stat = Path(path).stat()
-            seen = [stat.st_size, stat.st_mtime_ns, config.data.check, config.model.name_or_path]
-            if known.get(path) == seen:
+            limits = [getattr(config.model, option) for option in IMAGE_LIMITS]
+            seen = [stat.st_size, stat.st_mtime_ns, config.data.check, config.model.name_or_path, *limits]
+            if known.get(path, [])[:-1] == seen:
+                world.say(known[path][-1])
                 continue
             if config.data.check == "rows":
-                read_manifest(path, config.data.root, config.data.format)
+                found = f"{path}: {len(read_manifest(path, config.data.root, config.data.format))} groups"
             else:
                 report = check_manifest(
                     path,
@@ -86,7 +91,10 @@ def _check(config: RunConfig, manifests: Mapping[str, str], world: World) -> str
                 if not report.ok:
                     more = len(report.problems) - 1
                     return report.problems[0] + (f" ({more} more: see `cfvlm-ds data check {path}`)" if more else "")
-            known[path] = seen
+                found = f"{path}: {report.num_groups} groups, {report.num_images} images"
+                found += f", visual tokens {report.visual_range}" if report.visual_range else ""
+            world.say(found)
+            known[path] = [*seen, found]
         except FileNotFoundError:
             return f"{path}: no such manifest; correct data.train or data.evaluation"
         except DataError as error:

@@ -71,6 +71,14 @@ class CheckReport:
         """Whether nothing is wrong."""
         return not self.problems
 
+    @property
+    def visual_range(self) -> str:
+        """Least, median and most visual tokens of an image; empty where the model is not known or nothing is shown."""
+        if not self.visual_tokens:
+            return ""
+        low, middle, high = min(self.visual_tokens), statistics.median_low(self.visual_tokens), max(self.visual_tokens)
+        return f"min {low}, median {middle}, max {high} an image"
+
     def __str__(self) -> str:
         lines = [
             ("manifest", self.manifest),
@@ -86,8 +94,7 @@ class CheckReport:
             ),
         ]
         if self.visual_tokens:
-            low, middle, high = min(self.visual_tokens), statistics.median_low(self.visual_tokens), max(self.visual_tokens)
-            lines.append(("visual tokens", f"min {low}, median {middle}, max {high} an image"))
+            lines.append(("visual tokens", self.visual_range))
         lines.append(("problems", str(len(self.problems)) if self.problems else "none"))
         table = [f"{name:<16} {value}" for name, value in lines]
         table += [f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
