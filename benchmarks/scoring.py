@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from cfvlm_ds.attention import BACKENDS, Forest, ordinary, registered
 from cfvlm_ds.likelihood import token_logprobs
-from cfvlm_ds.models import FAMILIES, Scorer
+from cfvlm_ds.models import FAMILIES, ModelFlops, Scorer
 
 PROMPT, TEXT = 16, 16  # tokens of a prompt beside its image, and of each text
 SIZES = {
@@ -180,26 +180,28 @@ def supervised(case: Case) -> Tensor:
     return token_logprobs(logits[0], case.texts.flatten()).view_as(case.texts)
 
 
-def shared_prefix(case: Case) -> Tensor:
+def packed_inputs(case: Case) -> dict[str, Any]:
+    """What cfvlm_ds.collate makes of the case."""
     texts, prefix = len(case.texts), len(case.prefix)
-    length = prefix + texts * TEXT
     one = case.positions(prefix + TEXT)
-    positions = torch.cat([one[..., :prefix], *[one[..., prefix:]] * texts], -1)
-    scored = torch.zeros(1, length, dtype=torch.bool)
     starts = [prefix + k * TEXT for k in range(texts)]
     predicts = torch.tensor([place for start in starts for place in (prefix - 1, *range(start, start + TEXT - 1))])
     places, predicted_by = predicts.unique(return_inverse=True)
-    logp = Scorer(case.model, FAMILIES[case.model.config.model_type])(
-        input_ids=torch.cat([case.prefix, case.texts.flatten()]).unsqueeze(0),
-        position_ids=positions,
-        forest=Forest((prefix,), ((TEXT,) * texts,)),
-        scored=scored.index_fill(1, places, True).to(case.prefix.device),
-        predicted_by=predicted_by.to(case.prefix.device),
-        targets=case.texts.flatten(),
-        images_of_tree=[(0,)],
-        visual_tokens=[case.visual],
-        image_inputs=case.images,
-    )
+    return {
+        "input_ids": torch.cat([case.prefix, case.texts.flatten()]).unsqueeze(0),
+        "position_ids": torch.cat([one[..., :prefix], *[one[..., prefix:]] * texts], -1),
+        "forest": Forest((prefix,), ((TEXT,) * texts,)),
+        "scored": torch.zeros(1, prefix + texts * TEXT, dtype=torch.bool).index_fill(1, places, True).to(case.prefix.device),
+        "predicted_by": predicted_by.to(case.prefix.device),
+        "targets": case.texts.flatten(),
+        "images_of_tree": [(0,)],
+        "visual_tokens": [case.visual],
+        "image_inputs": case.images,
+    }
+
+
+def shared_prefix(case: Case) -> Tensor:
+    logp = Scorer(case.model, FAMILIES[case.model.config.model_type])(**packed_inputs(case))
     return logp.view_as(case.texts)
 
 
@@ -222,7 +224,7 @@ def measure(model: Any, family: str, visual: int, texts: int, arguments: argpars
     found: dict[str, dict[str, float]] = {}
     for name in arguments.layouts:  # the first time round warms up and is weighed instead of timed
         loss, saved, peak = weighed(LAYOUTS[name], of)
-        found[name] = {"loss": loss, "saved": saved, "peak": peak, "flop": flop(name, model, visual, texts)}
+        found[name] = {"loss": loss, "saved": saved, "peak": peak, "flop": flop(name, of)}
     for _ in range(arguments.repeats):
         for name in arguments.layouts:
             start = now(of)
@@ -290,26 +292,25 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def flop(name: str, model: Any, visual: int, texts: int) -> float:
-    """Forward and backward, multiply and add counted as two; the tower's attention windows are taken as whole images."""
-    text, vision = model.config.get_text_config(), model.config.vision_config
-    prefix, copies = visual + PROMPT, texts if name in ("concatenated", "sparse", "encoded once") else 1
-    tokens = copies * prefix + texts * TEXT
-    if name == "supervised":
-        pairs = tokens * (tokens + 1) / 2
-    else:
-        pairs = copies * prefix * (prefix + 1) / 2 + texts * (TEXT * prefix + TEXT * (TEXT + 1) / 2)
-    head = tokens - copies if name == "concatenated" else texts * (TEXT - 1) + copies
-    body = sum(p.numel() for n, p in model.named_parameters() if "language_model.layers" in n and p.dim() == 2)
-    tower = sum(p.numel() for n, p in model.named_parameters() if "vi" in n.split(".")[1] and p.dim() >= 2)
-    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
-    patches = visual * (4 if hasattr(vision, "depth") else 1)
+def flop(name: str, of: Case) -> float:
+    """Floating-point operations of forward and backward."""
+    texts, prefix = len(of.texts), len(of.prefix)
+    repeated = texts if name in ("concatenated", "sparse", "encoded once") else 1
     encoded = texts if name in ("concatenated", "sparse") else 1
-    total = (
-        2 * body * tokens + 4 * text.num_attention_heads * (text.hidden_size // text.num_attention_heads) * pairs * text.num_hidden_layers
-    )
-    total += 2 * text.vocab_size * text.hidden_size * head + encoded * (2 * tower * patches + 4 * vision.hidden_size * patches**2 * depth)
-    return 3.0 * total
+    if name == "supervised":
+        forest, scored = Forest((prefix + texts * TEXT,), ((),)), texts * TEXT
+    elif name == "shared prefix":
+        forest, scored = Forest((prefix,), ((TEXT,) * texts,)), texts * (TEXT - 1) + 1
+    else:
+        forest = Forest((prefix,) * texts, ((TEXT,),) * texts)
+        scored = texts * (prefix + TEXT - 1 if name == "concatenated" else TEXT)
+    inputs = {
+        "forest": forest,
+        "input_ids": torch.empty(repeated * prefix + texts * TEXT, device="meta"),
+        "visual_tokens": [of.visual] * encoded,
+        "image_inputs": {"pixel_values": of.images["pixel_values"].expand(encoded, *of.images["pixel_values"].shape)},
+    }
+    return ModelFlops(of.model, FAMILIES[of.model.config.model_type]).of(inputs, scored)
 
 
 def matmul_rate(model: Any) -> float:

@@ -46,7 +46,7 @@ class Batch:
     """One micro-batch. ``model_inputs`` goes to the engine unchanged and returns one log-prob per scored token.
 
     ``cell`` [N] is each scored token's flat index in [G, I, C]; ``is_end`` [N] marks end-of-turn tokens; ``num_tokens`` counts the
-    tokens of the row.
+    tokens of the row, ``num_scored`` those that something is predicted from.
     """
 
     model_inputs: dict[str, Any]
@@ -56,6 +56,7 @@ class Batch:
     reference: Tensor | None
     prior: Tensor | None
     num_tokens: int
+    num_scored: int
     num_images: int
 
     def to(self, device: torch.device) -> Batch:
@@ -281,7 +282,7 @@ class Collator:
         }
         reference, prior = self._stored(groups, layout)
         num_images = len({picture for tree in trees for picture in tree.pictures})
-        return Batch(model_inputs, torch.tensor(cell), torch.tensor(is_end), layout, reference, prior, start, num_images)
+        return Batch(model_inputs, torch.tensor(cell), torch.tensor(is_end), layout, reference, prior, start, len(places), num_images)
 
     def _stored(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor | None, Tensor | None]:
         if self.stored is None:

@@ -31,7 +31,7 @@ from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.likelihood import Scores
-from cfvlm_ds.models import adapters_off, attention, fingerprint, load_config, only_adapters_train, parameter_counts
+from cfvlm_ds.models import ModelFlops, adapters_off, attention, fingerprint, load_config, only_adapters_train, parameter_counts, peak
 from cfvlm_ds.objectives import group_units, likelihood_report, required_cells, weighted_loss
 from cfvlm_ds.preflight import group_tokens, read_data
 from cfvlm_ds.tracking import open_tracker
@@ -50,6 +50,7 @@ class Run:
     splits: dict[str, list[CounterfactualGroup]]
     state: TrainState
     total_steps: int
+    flops: ModelFlops
 
     @property
     def dir(self) -> Path:
@@ -101,7 +102,8 @@ def train(config: RunConfig, world: World | None = None) -> None:
     )
     with tracker:
         driven, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=content_hash(groups))
-        run = Run(config, world, driven, collator, sampler, groups, splits, state, total_steps)
+        flops = ModelFlops(driven.module.model, driven.module.family)
+        run = Run(config, world, driven, collator, sampler, groups, splits, state, total_steps, flops)
         if found is not None:
             checkpoint.load(run.engine, found, run.state)
             if run.state.data != content_hash(groups):
@@ -243,6 +245,8 @@ def _loop(run: Run, tracker: Any) -> None:
             metrics |= {"learning_rate": max(rates.values())} | {f"learning_rate/{module}": rate for module, rate in rates.items()}
             metrics["grad_norm"] = float(run.engine.get_global_grad_norm() or 0.0)
             metrics["epoch"] = run.sampler.epoch
+            if (fastest := peak(world.device)) is not None:
+                metrics["throughput/mfu"] = metrics["throughput/model_tflop_per_s"] * 1e12 / (fastest * world.size)
             tracker.log(state.step, metrics)
             remaining = (time.monotonic() - started) / (state.step - first_step) * (run.total_steps - state.step)
             world.say(_progress(run, metrics, remaining))
@@ -329,16 +333,18 @@ def _measure(run: Run, batch: Batch, scores: Scores, loss: Tensor, shares: Mappi
     meter.add("throughput/candidates_per_s", batch.layout.valid.sum(), 1)
     meter.add("throughput/tokens_per_s", batch.num_tokens, 1)
     meter.add("throughput/images_per_s", batch.num_images, 1)
+    meter.add("throughput/model_tflop_per_s", run.flops.of(batch.model_inputs, batch.num_scored) / 1e12, 1)
 
 
 def _progress(run: Run, metrics: Mapping[str, float], remaining: float) -> str:
     terms = " ".join(f"{name.split('/')[1]} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/"))
-    rates = {name: metrics[f"throughput/{name}"] for name in ("groups_per_s", "tokens_per_s", "data_wait_share")}
+    rates = {name: metrics[f"throughput/{name}"] for name in ("groups_per_s", "tokens_per_s", "model_tflop_per_s", "data_wait_share")}
+    utilisation = f" (MFU {metrics['throughput/mfu']:.1%})" if "throughput/mfu" in metrics else ""
     minutes, seconds = divmod(int(remaining), 60)
     return (
         f"step {run.state.step}/{run.total_steps} epoch {metrics['epoch']:.2f} loss {metrics['loss']:.4f} ({terms}) "
         f"lr {metrics['learning_rate']:.2e} {rates['groups_per_s']:.1f} groups/s {rates['tokens_per_s']:.0f} tokens/s "
-        f"wait {rates['data_wait_share']:.1%} ETA {minutes}:{seconds:02d}"
+        f"{rates['model_tflop_per_s']:.3g} TFLOP/s{utilisation} wait {rates['data_wait_share']:.1%} ETA {minutes}:{seconds:02d}"
     )
 
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from cfvlm_ds.attention import BACKENDS, registered
 from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, ModelConfig
 from cfvlm_ds.models.family import MODULES, Family, Module, Scorer
+from cfvlm_ds.models.flops import ModelFlops, peak
 from cfvlm_ds.models.idefics import IDEFICS
 from cfvlm_ds.models.identity import fingerprint, model_folder
 from cfvlm_ds.models.internvl import INTERNVL
@@ -29,6 +30,7 @@ __all__ = [
     "FAMILIES",
     "MODULES",
     "Family",
+    "ModelFlops",
     "Module",
     "Scorer",
     "adapted_modules",
@@ -43,6 +45,7 @@ __all__ = [
     "meta_model",
     "model_folder",
     "only_adapters_train",
+    "peak",
     "peft_config",
 ]
 

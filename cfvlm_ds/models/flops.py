@@ -1,0 +1,82 @@
+"""How many floating-point operations the model itself needs for a micro-batch: what throughput is measured against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cfvlm_ds.attention import Forest
+from cfvlm_ds.models.family import MODULES, Family
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "A10G": 70e12}
+"""Dense bfloat16 operations per second by a part of the device's name (vendor's data sheets)."""
+
+
+def peak(device: torch.device) -> float | None:
+    """Operations per second that the device is said to reach, or None where that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in PEAK.items() if part in name), None)
+
+
+class ModelFlops:
+    """Multiplications and additions of one forward and backward pass, each counted as one operation.
+
+    Weights count twice per token that passes them (four times more where a gradient is needed for token and weight), attention of the
+    language model by pairs of tokens that see each other. Left out: the tower's attention, norms, softmax, and what gradient checkpointing
+    computes again, which the model does not need. Of a mixture of experts only those that a token visits count.
+    """
+
+    def __init__(self, model: Any, family: Family) -> None:
+        text = model.config.get_text_config()
+        share = getattr(text, "num_experts_per_tok", 0) / (getattr(text, "num_experts", 0) or 1) or 1.0
+        head = model.get_output_embeddings().weight
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} | {id(head)}
+        unused = tuple(f"{prefix}." for prefix in family.unused(model.config))
+        self._weights = dict.fromkeys(MODULES, 0.0)
+        self._trained = dict.fromkeys(MODULES, 0.0)
+        self._patch_weights = 0.0  # of convolutions over pixels, which need no gradient
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in tables and len(_shape(parameter)) > 1 and not name.startswith(unused):
+                size = math.prod(_shape(parameter)) * (share if ".experts." in name else 1)
+                self._weights[family.module_of(name)] += size
+                self._trained[family.module_of(name)] += size * parameter.requires_grad
+                self._patch_weights += size * (len(_shape(parameter)) > 3)
+        self._head = math.prod(_shape(head))
+        self._head_trained = self._head * head.requires_grad
+        heads = text.num_attention_heads
+        self._pair = 4 * heads * (getattr(text, "head_dim", None) or text.hidden_size // heads) * text.num_hidden_layers
+        vision = model.config.vision_config
+        self._pixels = getattr(vision, "in_channels", 3) * _square(vision.patch_size) * getattr(vision, "temporal_patch_size", 1)
+
+    def of(self, inputs: Mapping[str, Any], num_scored: int) -> float:
+        """Operations for the model inputs of a batch that scores from ``num_scored`` positions."""
+        forest: Forest = inputs["forest"]
+        pairs = 0.0
+        for start, stop, before, prefix in forest.segments:
+            pairs += (stop - start) * (prefix - before) + (stop - start) * (stop - start + 1) / 2
+        tokens = {
+            "vision_tower": inputs["image_inputs"]["pixel_values"].numel() / self._pixels,
+            "projector": sum(inputs["visual_tokens"]),
+            "language_model": inputs["input_ids"].numel(),
+        }
+        total, flows = 0.0, False
+        for module in MODULES:
+            flows = flows or self._trained[module] > 0
+            total += 2 * tokens[module] * ((1 + flows) * self._weights[module] + self._trained[module])
+        total -= 2 * tokens["vision_tower"] * self._patch_weights * (self._trained["vision_tower"] > 0)
+        return total + (1 + 2 * flows) * self._pair * pairs + 2 * num_scored * ((1 + flows) * self._head + self._head_trained)
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """The whole parameter's shape, also under ZeRO-3."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _square(size: Any) -> int:
+    return size[0] * size[1] if isinstance(size, list | tuple) else size * size
