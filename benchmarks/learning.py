@@ -1,6 +1,6 @@
 """What each objective teaches in the same wall-clock time: controls, the paper's literal sum, our default, and the default minus each term.
 
-    python benchmarks/learning.py --seconds 600 --seeds 3            # about 2 hours on two cores
+    python benchmarks/learning.py --seconds 420 --seeds 3            # about 90 minutes on two cores
     python benchmarks/learning.py --report                           # the table and the figure of what has been run
 
 Every run is `train.py --config examples/quickstart.yaml` with the options of its variant: the same initial weights, data, schedule shape

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import run
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfvlm_ds.attention import registered
@@ -56,3 +58,14 @@ def test_model_flops_are_those_that_torch_counts(family: str, frozen: tuple[str,
     flops._pair = 0
     assert {record.module_of(name) for name, p in model.named_parameters() if p.requires_grad} == set(MODULES) - set(frozen)
     assert flops.of(inputs, int(inputs["scored"].sum())) == pytest.approx(products, rel=0.01)
+
+
+def test_zero3_gathers_no_more_for_eight_texts_than_for_one(tmp_path: Path) -> None:
+    """Two real ranks; elements and collectives of a step equal those of a plain supervised step on the same tokens."""
+    layouts = ["--layouts", "supervised", "shared prefix", "--recompute", "0"]
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", "29670", "benchmarks/zero3_comm.py", *layouts]
+    run([*command, "--json", str(tmp_path / "found.json")])
+    rows = json.loads((tmp_path / "found.json").read_text())
+    assert [(row["layout"], row["texts"]) for row in rows] == [(name, k) for k in (1, 8) for name in ("supervised", "shared prefix")]
+    assert len({(row["elements"], row["collectives"]) for row in rows}) == 1
+    assert 1.9 < rows[0]["elements"] < 2.05

@@ -99,7 +99,9 @@ def test_metrics_are_on_the_server_as_on_disk(client: Any, finished: Path) -> No
         "grad_norm",
         "epoch",
     }
-    every_step |= {f"throughput/{n}_per_s" for n in ("groups", "candidates", "tokens", "images")} | {"throughput/data_wait_share"}
+    every_step |= {f"throughput/{n}_per_s" for n in ("groups", "candidates", "tokens", "images", "model_tflop")} | {
+        "throughput/data_wait_share"
+    }
     assert {name for name in found if not name.startswith("eval/")} == every_step
     for name in every_step:
         assert [step for step, _ in found[name]] == [1, 2, 3, 4], name
