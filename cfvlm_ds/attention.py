@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from cfvlm_ds.config import ConfigError
+
 BACKENDS = ("sdpa", "cascade", "flash_attention_2", "varlen")
 _PADDED = 1.25  # trees are padded to one length while the longest has at most this many times the tokens of the shortest
 
@@ -298,9 +300,9 @@ def _interface(attend: Callable[[Tensor, Tensor, Tensor, Forest, float], Tensor]
         if forest is None or attention_mask is not None:
             raise ValueError("a model loaded for scoring takes a forest and no mask; load it with transformers for anything else")
         if dropout:
-            raise ValueError(f"attention dropout of {dropout} makes a text's score depend on what it is packed with; set it to 0")
+            raise ConfigError(f"attention dropout of {dropout} makes scores depend on what is packed together; set it to 0 in config.json")
         if (window := options.get("sliding_window")) is not None and window < max(forest.lengths):
-            raise ValueError(f"a sliding window of {window} tokens cannot take rows of {max(forest.lengths)}; shorten prompts or images")
+            raise ConfigError(f"a sliding window of {window} tokens cannot take rows of {max(forest.lengths)}; shorten prompts or images")
         return attend(query, key, value, forest, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 
     return function

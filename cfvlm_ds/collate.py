@@ -8,10 +8,10 @@ Shapes: G groups, I images, C candidates, T tokens, N scored tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -61,26 +61,63 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
+        return _mapped(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: move(item) for name, item in value.items()}
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    def pin_memory(self) -> Batch:
+        """The same batch in memory that a GPU copies from while it computes; a DataLoader calls it."""
+        return _mapped(self, Tensor, Tensor.pin_memory)
 
-        return replace(
-            self,
-            model_inputs=move(self.model_inputs),
-            cell=move(self.cell),
-            is_end=move(self.is_end),
-            layout=self.layout.to(device),
-            reference=move(self.reference),
-            prior=move(self.prior),
-        )
+    def __reduce__(self) -> Any:
+        """All tensors travel from process to process as one: each of them would cost a handshake of its own."""
+        tensors: dict[int, Tensor] = {}
+        stop = 0
+
+        def place(tensor: Tensor) -> _Place:
+            nonlocal stop
+            start, stop = stop, stop + -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            tensors[start] = tensor
+            return _Place(start, tensor.dtype, tensor.shape)
+
+        skeleton = {part.name: _mapped(getattr(self, part.name), Tensor, place) for part in fields(self)}
+        joined = torch.empty(stop, dtype=torch.uint8)
+        for start, tensor in tensors.items():
+            joined[start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
+        return _rejoined, (skeleton, joined)
 
     def scores(self, token_logp: Tensor) -> Scores:
         """The score matrix of the batch from the engine's output."""
         logp, end_logp = score_matrix(token_logp, self.cell, self.is_end, self.layout)
         return Scores(self.layout, logp, end_logp, self.reference, self.prior)
+
+
+_ALIGNMENT = 16  # bytes
+
+
+class _Place(NamedTuple):
+    """Where in the joined bytes a tensor lies."""
+
+    start: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+def _rejoined(skeleton: dict[str, Any], joined: Tensor) -> Batch:
+    def cut(place: _Place) -> Tensor:
+        size = place.dtype.itemsize * place.shape.numel()
+        return joined[place.start : place.start + size].view(place.dtype).view(place.shape)
+
+    return Batch(**_mapped(skeleton, _Place, cut))
+
+
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """``value`` with everything of ``kind`` in it changed, through dicts and dataclasses."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _mapped(item, kind, change) for name, item in value.items()}
+    if isinstance(value, Batch | GroupLayout):
+        return replace(value, **{part.name: _mapped(getattr(value, part.name), kind, change) for part in fields(value)})
+    return value
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 SCHEMA = "cfgroup/1"
@@ -148,13 +147,6 @@ class GroupLayout:
     def negative(self) -> Tensor:
         """[G, I, C] bool: scored cells whose text is known to be false of their image."""
         return self.valid & (self.match == 0)
-
-    def to(self, device: torch.device) -> GroupLayout:
-        """The same layout with its tensors on ``device``."""
-        valid, match, tokens, end_tokens, weight = (
-            t.to(device, non_blocking=True) for t in (self.valid, self.match, self.num_tokens, self.num_end_tokens, self.weight)
-        )
-        return GroupLayout(valid, match, tokens, end_tokens, weight, self.ids)
 
 
 def normalised(text: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from cfvlm_ds.attention import BACKENDS, Forest, registered
+from cfvlm_ds.config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -112,8 +113,8 @@ def test_what_would_change_scores_without_an_error_is_refused(backend: str) -> N
     qkv = inputs(forest, (2, 2), torch.float64)
     with pytest.raises(ValueError, match="takes a forest and no mask"):
         call(backend, *qkv, forest=None)
-    with pytest.raises(ValueError, match=r"attention dropout of 0\.1 makes"):
+    with pytest.raises(ConfigError, match=r"attention dropout of 0\.1 makes"):
         call(backend, *qkv, forest=forest, dropout=0.1)
-    with pytest.raises(ValueError, match="sliding window of 20 tokens cannot take rows of 21"):
+    with pytest.raises(ConfigError, match="sliding window of 20 tokens cannot take rows of 21"):
         call(backend, *qkv, forest=forest, sliding_window=20)
     call(backend, *qkv, forest=forest, sliding_window=21)

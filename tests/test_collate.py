@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import torch
 from conftest import PROMPT, caption, draw, plain_logp
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from cfvlm_ds import collate
 from cfvlm_ds.attention import Forest, ordinary
 from cfvlm_ds.collate import BLANK, Batch, Collator, blinded, load_collator
 from cfvlm_ds.config import ModelConfig
 from cfvlm_ds.data.scores import StoredScores
-from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit
+from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit, GroupLayout
 from cfvlm_ds.likelihood import Scores, token_logprobs
 from cfvlm_ds.models import Scorer, load_processor
 from cfvlm_ds.models.tiny import CHAT_TEMPLATE
@@ -292,6 +294,35 @@ def test_cells_that_are_not_scored_are_0(make: Any, scorer: Scorer, groups: list
     scores = scored(scorer, make("star")(groups))
     for values in (scores.logp, scores.end_logp):
         assert (values[~scores.layout.valid] == 0).all() and (values[scores.layout.valid] < 0).all()
+
+
+def test_a_batch_comes_out_of_a_worker_as_it_went_in(make: Any, groups: list[CounterfactualGroup]) -> None:
+    """Every tensor with its type and shape, empty ones and single numbers too, and all of them in one piece of shared memory."""
+    stored = {
+        group.id: StoredScores(((0.5,) * len(group.candidates),) * len(group.images), (0.25,) * len(group.candidates)) for group in groups
+    }
+    collator = make(stored=stored)
+    (found,) = DataLoader(groups, batch_size=len(groups), collate_fn=collator, num_workers=1)  # type: ignore[arg-type]
+    expected = collator(groups)
+
+    def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict | Batch | GroupLayout):
+            for key, item in (value if isinstance(value, dict) else vars(value)).items():
+                yield from flat(item, f"{name}.{key}")
+        else:
+            yield name, value
+
+    ours, theirs = dict(flat(found, "batch")), dict(flat(expected, "batch"))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if isinstance(value, Tensor):
+            assert ours[name].dtype == value.dtype and torch.equal(ours[name], value), name
+        else:
+            assert ours[name] == value, name
+    assert len({value.untyped_storage().data_ptr() for value in ours.values() if isinstance(value, Tensor)}) == 1
+    odd = replace(found, reference=torch.zeros(0, 3), prior=torch.tensor(7.0))
+    again = pickle.loads(pickle.dumps(odd))
+    assert again.reference.shape == (0, 3) and again.prior.item() == 7.0 and again.prior.shape == ()
 
 
 # Images -------------------------------------------------------------------------------------------------------------------------------
