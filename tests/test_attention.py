@@ -32,7 +32,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> Tens
         [j <= i and owner[i][0] == owner[j][0] and owner[j][1] in (-1, owner[i][1]) for j in range(len(owner))] for i in range(len(owner))
     ]
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    logits = (q @ k.transpose(-1, -2) * scale).masked_fill(~torch.tensor(seen), -torch.inf)
+    logits = (q @ k.transpose(-1, -2) * scale).masked_fill(~torch.tensor(seen, device=q.device), -torch.inf)
     return (logits.softmax(-1) @ v).transpose(1, 2)
 
 
@@ -41,10 +41,10 @@ def call(backend: str, *tensors: Tensor, forest: Forest | None, **options: Any) 
     return function(None, *tensors, None, forest=forest, **options)[0]
 
 
-def inputs(forest: Forest, heads: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+def inputs(forest: Forest, heads: tuple[int, int], dtype: torch.dtype, size: int = 8) -> list[Tensor]:
     torch.manual_seed(0)
     return [
-        (2 * torch.randn(1, n, forest.bounds[-1], 8, dtype=torch.float64)).to(dtype).requires_grad_() for n in (heads[0], *heads[1:] * 2)
+        (2 * torch.randn(1, n, forest.bounds[-1], size, dtype=torch.float64)).to(dtype).requires_grad_() for n in (heads[0], *heads[1:] * 2)
     ]
 
 

@@ -1,0 +1,50 @@
+"""What only a GPU shows: the variable-length kernels themselves, and a run in bfloat16 that compares its scores with ordinary forwards."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import losses, train_arguments, train_many
+from test_attention import FORESTS, call, dense, inputs, relative
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+BACKENDS = [
+    "sdpa",
+    "varlen",
+    pytest.param(
+        "flash_attention_2", marks=pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn and a GPU")
+    ),
+]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=["heads", "grouped"])
+@pytest.mark.parametrize("name", FORESTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_are_as_near_as_a_dense_attention(backend: str, name: str, heads: tuple[int, int]) -> None:
+    """bfloat16: at most twice as far from float64 as a dense attention computed in bfloat16, values and gradients."""
+    forest = FORESTS[name]
+    qkv = [t.detach().cuda().requires_grad_() for t in inputs(forest, heads, torch.bfloat16, 64)]
+    exact = [t.detach().double().requires_grad_() for t in qkv]
+    truth = dense(*exact, forest, 0.3)
+    weights = torch.randn_like(truth)
+    true = [truth, *torch.autograd.grad((truth * weights).sum(), exact)]
+    off = []
+    for out in (call(backend, *qkv, forest=forest, scaling=0.3), dense(*qkv, forest, 0.3)):
+        grads = torch.autograd.grad((out * weights.bfloat16()).sum(), qkv)
+        off.append([relative(a, b) for a, b in zip([out, *grads], true, strict=True)])
+    for ours, theirs in zip(*off, strict=True):
+        assert ours < 2 * theirs
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_in_bfloat16(backend: str, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """ZeRO-3 over NCCL; the run itself compares its packed scores with ordinary forwards, and its losses fall near those of float32."""
+    common = ["--data.max_tokens_per_micro_batch", "500", "--train.max_steps", "5"]
+    half = train_arguments(model_dir, manifests, tmp_path / "half", *common, "--model.attn_implementation", backend, "--train.bf16", "true")
+    full = train_arguments(model_dir, manifests, tmp_path / "full", *common, "--model.attn_implementation", "sdpa", "--train.bf16", "false")
+    output = train_many(tmp_path, 1, [half, full])
+    assert f"scores of packed rows ({backend}) equal ordinary forwards within" in output
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "full"), rel=0.02)
