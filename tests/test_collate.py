@@ -320,6 +320,11 @@ def test_a_batch_comes_out_of_a_worker_as_it_went_in(make: Any, groups: list[Cou
         else:
             assert ours[name] == value, name
     assert len({value.untyped_storage().data_ptr() for value in ours.values() if isinstance(value, Tensor)}) == 1
+    moved = dict(flat(expected.to(torch.device("meta")), "batch"))
+    assert {value.device.type for value in moved.values() if isinstance(value, Tensor)} == {"meta"}
+    assert {name: value.dtype for name, value in moved.items() if isinstance(value, Tensor)} == {
+        name: value.dtype for name, value in theirs.items() if isinstance(value, Tensor)
+    }
     odd = replace(found, reference=torch.zeros(0, 3), prior=torch.tensor(7.0))
     again = pickle.loads(pickle.dumps(odd))
     assert again.reference.shape == (0, 3) and again.prior.item() == 7.0 and again.prior.shape == ()
