@@ -99,12 +99,12 @@ def _padded(forest: Forest) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
             sizes = torch.tensor([forest.prefixes[tree], *forest.branches[tree]])
             branch[b, :length] = torch.arange(-1, len(sizes) - 1).repeat_interleave(sizes)
             back[start : start + length] = torch.arange(offset + b * width, offset + b * width + length)
-        found.append((tokens, tree_mask(branch)))
+        found.append((tokens, _tree_mask(branch)))
         offset += tokens.numel()
     return found, back
 
 
-def tree_mask(branch: Tensor) -> Tensor:
+def _tree_mask(branch: Tensor) -> Tensor:
     """[B, 1, L, L] bool, true where a query may see a key: ``branch`` [B, L] is -1 for the prefix, b for branch b, -2 for padding.
 
     A token sees the prefix and its own branch, never a sibling. Padding sees itself, because a row of nothing is NaN.

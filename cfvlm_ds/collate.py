@@ -216,8 +216,7 @@ class Collator:
         Raises DataError as __call__ does.
         """
         encoded = self._remembered(prompt, text, len(sizes), "text")
-        expansion = sum(self._image_tokens(size, len(sizes) > 1)[0] - 1 for size in sizes)
-        return len(encoded.prompt_ids) + expansion + len(encoded.text_ids) + len(encoded.end_ids)
+        return self._prefix_length(encoded, sizes) + len(encoded.text_ids) + len(encoded.end_ids)
 
     def group_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> int:
         """Tokens that the group adds to a row, for the cells that this collator builds; ``sizes`` (width, height) of its pictures."""
@@ -225,14 +224,17 @@ class Collator:
         for _, i, c in self._layout([group]).valid.nonzero().tolist():
             text, pictures = self._text(group, c), group.images[i]
             if (pictures, text.prompt) not in trees:
-                shown = [self._image_tokens(sizes[picture], len(pictures) > 1)[0] - 1 for picture in pictures]
-                trees[pictures, text.prompt] = len(text.prompt_ids) + sum(shown)
+                trees[pictures, text.prompt] = self._prefix_length(text, tuple(sizes[picture] for picture in pictures))
             trees[pictures, text.prompt] += len(text.text_ids) + len(text.end_ids)
         return sum(trees.values())
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
         """How many visual tokens pictures of ``sizes`` (width, height) become when they are shown together."""
         return sum(self._image_tokens(size, len(sizes) > 1)[1] for size in sizes)
+
+    def _prefix_length(self, text: _Text, sizes: tuple[Size, ...]) -> int:
+        """Tokens of a text's prompt with pictures of these sizes in place of its placeholders."""
+        return len(text.prompt_ids) + sum(self._image_tokens(size, len(sizes) > 1)[0] - 1 for size in sizes)
 
     def _image_tokens(self, size: Size, together: bool) -> tuple[int, int]:
         """(tokens that stand for a picture of this size, visual tokens among them); measured, for every family has rules of its own."""

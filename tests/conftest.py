@@ -95,7 +95,7 @@ def caption(shapes: list[tuple[str, str]]) -> str:
 def write_manifest(path: Path, num_groups: int, seed: int = 0, ragged: bool = True) -> Path:
     """Groups with 0, 1 or 2 complete counterfactual pairs (1 each when not ragged), some with a sham image; real PNG files."""
     generator = random.Random(seed)
-    rows = []
+    groups = []
     for g in range(num_groups):
         num = generator.choice((0, 1, 1, 2)) if ragged else 1
         factual = [(generator.choice(COLOURS), generator.choice(SHAPES)) for _ in range(2)]
@@ -115,8 +115,12 @@ def write_manifest(path: Path, num_groups: int, seed: int = 0, ragged: bool = Tr
         group = CounterfactualGroup(
             f"{path.stem}-{g}", tuple((image,) for image in images), candidates, tuple(match), tuple(edits), source="test"
         )
-        rows.append(json.dumps(to_row(group, path.parent)))
-    path.write_text("\n".join(rows) + "\n")
+        groups.append(group)
+    return save_groups(path, groups)
+
+
+def save_groups(path: Path, groups: list[CounterfactualGroup]) -> Path:
+    path.write_text("".join(json.dumps(to_row(group, path.parent)) + "\n" for group in groups))
     return path
 
 

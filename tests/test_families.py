@@ -86,6 +86,25 @@ def test_scores_equal_one_plain_forward_per_cell(
         assert abs(found[0, 0, 0] - found[0, 1, 0]) > 1e-3, "the image matters"
 
 
+def test_positions_on_a_grid_are_needed(scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    """Where a family has positions on several axes, ordinary ones give other scores without an error (by twice what the test above allows).
+
+    So they are always passed, and a processor need not say which tokens are visual (``mm_token_type_ids``).
+    """
+    batch = collator(groups[:1])
+    positions = batch.model_inputs["position_ids"]
+    assert (positions.dim() == 3) == (scorer.family.grid is not None)
+    if scorer.family.grid is None:
+        return
+    forest, ordinary_positions = batch.model_inputs["forest"], []
+    for prefix, branches in zip(forest.prefixes, forest.branches, strict=True):
+        ordinary_positions += [torch.arange(prefix), *[torch.arange(prefix, prefix + size) for size in branches]]
+    changed = torch.cat(ordinary_positions).expand_as(positions)
+    with torch.no_grad():
+        right, wrong = (batch.scores(scorer(**(batch.model_inputs | {"position_ids": p}))).logp for p in (positions, changed))
+    assert ((right - wrong).abs() / right.abs()).max() > 2e-4
+
+
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "sdpa"])
 def test_every_attention_scores_and_trains_alike(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import launch, losses, plain_scores, train_many
+from conftest import launch, losses, plain_scores, save_groups, train_many
 from PIL import Image
 from safetensors import safe_open
 
@@ -18,7 +18,7 @@ from cfvlm_ds.data import GroupSampler, read_manifest
 from cfvlm_ds.data.scores import read_scores
 from cfvlm_ds.export import export_hf
 from cfvlm_ds.export.zero import ZeroWeights
-from cfvlm_ds.groups import Candidate, CounterfactualGroup, to_row
+from cfvlm_ds.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.models.small import SMALL, write_small
 
 FAMILIES = list(SMALL)
@@ -30,7 +30,7 @@ KINDS = {"qwen2_5_vl": {"dora": True}, "llava": {"rslora": True}}
 
 def write_groups(path: Path, num: int, text_only: bool) -> Path:
     """Pairs of images of various sizes, and (from the third row on, every other one) text alone; one row shows two pictures at once."""
-    generator, rows = random.Random(num), []
+    generator, groups = random.Random(num), []
     for g in range(num):
         files = [path.parent / f"{path.stem}-{g}-{k}.png" for k in range(2)]
         for file in files:
@@ -40,9 +40,8 @@ def write_groups(path: Path, num: int, text_only: bool) -> Path:
         group = CounterfactualGroup(f"{path.stem}-{g}", images, texts, ((1, 0), (0, 1)))
         if text_only and g > 2 and g % 2:
             group = CounterfactualGroup(group.id, ((),), texts, ((1, 0),))
-        rows.append(json.dumps(to_row(group, path.parent)))
-    path.write_text("\n".join(rows) + "\n")
-    return path
+        groups.append(group)
+    return save_groups(path, groups)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ export of any size takes a few hundred MiB; where transformers stores weights in
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from cfvlm_ds.checkpoint import incomplete
 from cfvlm_ds.config import ConfigError, LoraConfig
 from cfvlm_ds.export.adapters import MergedWeights, export_adapter
 from cfvlm_ds.export.files import Files, verify, write_index
+from cfvlm_ds.export.folder import replaced
 from cfvlm_ds.export.jobs import Job, fill, find_jobs, revert
 from cfvlm_ds.export.source import INDEX, SINGLE, Saved, read_saved, skeleton
 from cfvlm_ds.export.zero import BLOCK, ZeroWeights
@@ -46,8 +46,6 @@ def export_hf(checkpoint: Path, source: str, out_dir: Path, say: Callable[[str],
         raise ConfigError(f"{checkpoint} has a base of 4 bits; export its adapters with --adapter, and merge them into {source} with peft")
     model = skeleton(source)
     folder = model_folder(source)
-    final = out_dir.resolve()
-    _refuse_other_contents(final, out_dir, (folder, checkpoint.resolve()))
     saved, metadata = read_saved(folder, model)
     zero = MergedWeights(checkpoint, lora)
     jobs = fill(find_jobs(model, saved, say), model, zero, checkpoint, source)
@@ -55,38 +53,14 @@ def export_hf(checkpoint: Path, source: str, out_dir: Path, say: Callable[[str],
         if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
             raise ConfigError(f"{checkpoint} lacks {copied[0]}, and {source} has no safetensors to copy it from; name a folder that has")
         say(f"export: {len(copied)} tensors that the checkpoint does not hold come from {source}, such as {copied[0]}")
-    partial, old = (final.with_name(final.name + suffix) for suffix in (".partial", ".old"))
-    try:
-        if old.exists() and not final.exists():  # a kill between the two renames of an earlier export
-            os.replace(old, final)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with replaced(out_dir, "config.json", (folder, checkpoint.resolve())) as partial:
         _refuse_full_disk(partial, out_dir, sum(tensor.nbytes for tensor in saved.values()))
         _copy_files(folder, partial)
         files = Files(partial, saved, say)
         _write(files, saved, jobs, model, zero, folder)
         write_index(partial, saved, metadata)
         verify(partial, saved, files.ends, source)
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            os.replace(final, old)
-        os.replace(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if old.exists() and not final.exists():
-            os.replace(old, final)
-        raise ConfigError(f"{out_dir} cannot be written ({error}); what was there is unchanged; name another folder with --out") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out_dir
-
-
-def _refuse_other_contents(final: Path, named: Path, needed: Iterable[Path]) -> None:
-    for path in needed:
-        if path.is_relative_to(final):
-            raise ConfigError(f"{named} holds {path}, which the export is made from; name another folder with --out")
-    if final.is_dir() and any(final.iterdir()) and not (final / "config.json").is_file():
-        raise ConfigError(f"{named} holds other files and no earlier export, and would be replaced; name another folder with --out")
 
 
 def _refuse_full_disk(partial: Path, named: Path, needed: int) -> None:

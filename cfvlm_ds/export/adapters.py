@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from cfvlm_ds.checkpoint import incomplete
 from cfvlm_ds.config import ConfigError, LoraConfig
+from cfvlm_ds.export.folder import replaced
 from cfvlm_ds.export.source import skeleton
 from cfvlm_ds.export.zero import ZeroWeights
 from cfvlm_ds.models import family_of, is_adapter, peft_config
@@ -65,8 +64,8 @@ class MergedWeights(ZeroWeights):
 def export_adapter(checkpoint: Path, source: str, out_dir: Path, lora: LoraConfig, say: Callable[[str], object] = print) -> Path:
     """Write the adapters of ``checkpoint`` to ``out_dir`` in peft's format, in float32, for ``PeftModel.from_pretrained`` on ``source``.
 
-    The folder appears complete or not at all. Raises ConfigError when the checkpoint is incomplete, has no adapters, or trained more than
-    adapters, which peft's format has no place for.
+    The folder appears complete or not at all, and replaces older adapters only then. Raises ConfigError when the checkpoint is incomplete,
+    has no adapters, or trained more than adapters, which peft's format has no place for, and when the folder cannot be written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
@@ -79,24 +78,12 @@ def export_adapter(checkpoint: Path, source: str, out_dir: Path, lora: LoraConfi
     model = skeleton(source)
     family = family_of(model.config)
     modules = sorted({family.module_of(name) for name in adapters})
-    final = out_dir.resolve()
-    if final.is_dir() and any(final.iterdir()) and not (final / "adapter_config.json").is_file():
-        raise ConfigError(f"{out_dir} holds other files and no earlier adapters, and would be replaced; name another folder with --out")
-    partial = final.with_name(final.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with replaced(out_dir, "adapter_config.json", (Path(source).resolve(), checkpoint.resolve())) as partial:
         tensors = {_saved_name(name): zero.tensor(name, torch.float32) for name in adapters}
         save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
         described = peft_config(model, family, modules, source, lora)
         described.inference_mode = True
         described.save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-    except OSError as error:
-        raise ConfigError(f"{out_dir} cannot be written ({error}); name another folder with --out") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     say(f"export: {len(tensors)} adapter tensors of {', '.join(modules)}")
     return out_dir
 

@@ -1,0 +1,44 @@
+"""A folder that appears complete or not at all, in place of an older one of its kind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cfvlm_ds.config import ConfigError
+
+
+@contextmanager
+def replaced(out_dir: Path, marker: str, needed: Iterable[Path]) -> Iterator[Path]:
+    """An empty folder to write to, which becomes ``out_dir`` at the end of the block; until then what was there stays.
+
+    An older export is known by its file ``marker``. Raises ConfigError when ``out_dir`` holds one of ``needed`` or other files, and for an
+    OSError inside the block.
+    """
+    final = out_dir.resolve()
+    for path in needed:
+        if path.is_relative_to(final):
+            raise ConfigError(f"{out_dir} holds {path}, which the export is made from; name another folder with --out")
+    if final.is_dir() and any(final.iterdir()) and not (final / marker).is_file():
+        raise ConfigError(f"{out_dir} holds other files and no earlier export, and would be replaced; name another folder with --out")
+    partial, old = (final.with_name(final.name + suffix) for suffix in (".partial", ".old"))
+    try:
+        if old.exists() and not final.exists():  # a kill between the two renames of an earlier export
+            os.replace(old, final)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(partial, final)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if old.exists() and not final.exists():
+            os.replace(old, final)
+        raise ConfigError(f"{out_dir} cannot be written ({error}); what was there is unchanged; name another folder with --out") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
