@@ -53,7 +53,12 @@ def configured(folder: Path, **options: Any) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def scorer(folder: Path) -> Scorer:
+    """Queries sharper than random weights make them: attention that is almost uniform would hide wrong positions and wrong masks."""
     model = load_model(configured(folder), torch.float32).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("q_proj.weight"):
+                weight *= 20
     return Scorer(model, family_of(model.config))
 
 
@@ -87,7 +92,7 @@ def test_scores_equal_one_plain_forward_per_cell(
 
 
 def test_positions_on_a_grid_are_needed(scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
-    """Where a family has positions on several axes, ordinary ones give other scores without an error (by twice what the test above allows).
+    """Where a family has positions on several axes, ordinary ones give other scores without an error (by far more than the test above allows).
 
     So they are always passed, and a processor need not say which tokens are visual (``mm_token_type_ids``).
     """
@@ -102,7 +107,7 @@ def test_positions_on_a_grid_are_needed(scorer: Scorer, collator: Collator, grou
     changed = torch.cat(ordinary_positions).expand_as(positions)
     with torch.no_grad():
         right, wrong = (batch.scores(scorer(**(batch.model_inputs | {"position_ids": p}))).logp for p in (positions, changed))
-    assert ((right - wrong).abs() / right.abs()).max() > 2e-4
+    assert ((right - wrong).abs() / right.abs()).max() > 1e-3
 
 
 @pytest.mark.usefixtures("kernels")
