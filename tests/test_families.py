@@ -53,7 +53,13 @@ def configured(folder: Path, **options: Any) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def scorer(folder: Path) -> Scorer:
-    """Queries sharper than random weights make them: attention that is almost uniform would hide wrong positions and wrong masks."""
+    model = load_model(configured(folder), torch.float32).eval()
+    return Scorer(model, family_of(model.config))
+
+
+@pytest.fixture(scope="module")
+def sharp(folder: Path) -> Scorer:
+    """Sharper queries than random weights make: attention that is almost uniform would hide wrong positions and wrong masks."""
     model = load_model(configured(folder), torch.float32).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -72,57 +78,57 @@ def test_every_family_has_a_small_model_and_every_type_a_family() -> None:
 
 
 def test_scores_equal_one_plain_forward_per_cell(
-    scorer: Scorer, collator: Collator, folder: Path, groups: list[CounterfactualGroup]
+    sharp: Scorer, collator: Collator, folder: Path, groups: list[CounterfactualGroup]
 ) -> None:
     """Candidates behind one prefix, images of several sizes, text alone in the same batch; fp32, relative 1e-4."""
     processor = load_processor(configured(folder))
     batch = collator(groups)
     with torch.no_grad():
-        scores = batch.scores(scorer(**batch.model_inputs))
+        scores = batch.scores(sharp(**batch.model_inputs))
         found = {}
         for g, group in enumerate(groups):
             for i, image in enumerate(group.images):
                 for c, candidate in enumerate(group.candidates):
-                    with ordinary(scorer.model):
-                        logp, loss = plain(scorer.model, processor, image, candidate.prompt, candidate.text)
+                    with ordinary(sharp.model):
+                        logp, loss = plain(sharp.model, processor, image, candidate.prompt, candidate.text)
                     found[g, i, c] = logp
                     assert scores.logp[g, i, c].item() == pytest.approx(logp, rel=1e-4), (group.id, i, c)
                     assert -logp / int(scores.layout.num_tokens[g, i, c]) == pytest.approx(loss, rel=1e-4), "labels= of the library"
         assert abs(found[0, 0, 0] - found[0, 1, 0]) > 1e-3, "the image matters"
 
 
-def test_positions_on_a_grid_are_needed(scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+def test_positions_on_a_grid_are_needed(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
     """Where a family has positions on several axes, ordinary ones give other scores without an error (by far more than the test above allows).
 
     So they are always passed, and a processor need not say which tokens are visual (``mm_token_type_ids``).
     """
     batch = collator(groups[:1])
     positions = batch.model_inputs["position_ids"]
-    assert (positions.dim() == 3) == (scorer.family.grid is not None)
-    if scorer.family.grid is None:
+    assert (positions.dim() == 3) == (sharp.family.grid is not None)
+    if sharp.family.grid is None:
         return
     forest, ordinary_positions = batch.model_inputs["forest"], []
     for prefix, branches in zip(forest.prefixes, forest.branches, strict=True):
         ordinary_positions += [torch.arange(prefix), *[torch.arange(prefix, prefix + size) for size in branches]]
     changed = torch.cat(ordinary_positions).expand_as(positions)
     with torch.no_grad():
-        right, wrong = (batch.scores(scorer(**(batch.model_inputs | {"position_ids": p}))).logp for p in (positions, changed))
+        right, wrong = (batch.scores(sharp(**(batch.model_inputs | {"position_ids": p}))).logp for p in (positions, changed))
     assert ((right - wrong).abs() / right.abs()).max() > 1e-3
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "sdpa"])
 def test_every_attention_scores_and_trains_alike(
-    backend: str, scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]
+    backend: str, sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]
 ) -> None:
     """Values and gradients against padded trees under a mask, which the test above compares with the library; fp32, relative 1e-4."""
     batch, found = collator(groups), []
     weights = torch.randn(2, *batch.layout.valid.shape, generator=torch.Generator().manual_seed(0))
-    text = scorer.model.config.get_text_config()
+    text = sharp.model.config.get_text_config()
     for name in ("sdpa", backend):
         text._attn_implementation = registered(name)
-        scores = batch.scores(scorer(**batch.model_inputs))
-        trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+        scores = batch.scores(sharp(**batch.model_inputs))
+        trained = [parameter for parameter in sharp.parameters() if parameter.requires_grad]
         total = (weights * torch.stack([scores.logp, scores.end_logp])).sum()
         grads = torch.autograd.grad(total, trained, materialize_grads=True, allow_unused=True)
         found.append((scores.logp.detach(), torch.cat([grad.flatten() for grad in grads])))
@@ -131,11 +137,11 @@ def test_every_attention_scores_and_trains_alike(
     assert (found[1][1] - found[0][1]).norm() < 1e-4 * found[0][1].norm()
 
 
-def test_batch_mates_and_their_order_do_not_matter(scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+def test_batch_mates_and_their_order_do_not_matter(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
     with torch.no_grad():
-        expected = [(batch := collator([group])).scores(scorer(**batch.model_inputs)).logp[0] for group in groups]
+        expected = [(batch := collator([group])).scores(sharp(**batch.model_inputs)).logp[0] for group in groups]
         mixed = collator(groups[::-1])
-        scores = mixed.scores(scorer(**mixed.model_inputs))
+        scores = mixed.scores(sharp(**mixed.model_inputs))
     for want, have in zip(expected, scores.logp.flip(0), strict=True):
         torch.testing.assert_close(have[: want.shape[0], : want.shape[1]], want, rtol=1e-4, atol=1e-4)
 
