@@ -129,15 +129,24 @@ class _Text:
     text_ids: tuple[int, ...]
     end_ids: tuple[int, ...]
 
+    @property
+    def length(self) -> int:
+        """Tokens behind the prompt."""
+        return len(self.text_ids) + len(self.end_ids)
+
+
+_Key = tuple[Path, bool]
+"""What tells the pictures of a batch apart: the file, and whether the model takes it differently for not being alone."""
+
 
 @dataclass
 class _Tree:
-    """A prompt with its pictures, by their index in the batch, and behind it one branch per text: (flat cell index, text).
+    """A prompt with its pictures and behind it one branch per text: (flat cell index, text).
 
     ``positions`` [P], or [axes, P], are the position ids of the prompt.
     """
 
-    pictures: tuple[int, ...]
+    pictures: tuple[_Key, ...]
     branches: list[tuple[int, _Text]]
     prompt_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -183,26 +192,48 @@ class Collator:
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
         """Raises DataError naming the file of an image that cannot be opened, or the group whose text does not fit window or template."""
+        return self.parts(groups)[0]
+
+    def parts(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
+        """The groups' trees in batches of at most ``max_tokens`` tokens each; a tree that is larger is a batch of its own.
+
+        All have the layout of the whole, and their score matrices add up to its. Raises DataError as ``__call__`` does.
+        """
         layout = self._layout(groups)
         num_images, num_texts = layout.valid.shape[1:]
-        cells = layout.valid.nonzero().tolist()
-        # The tower runs on every rank, also on one whose groups are text alone: ZeRO-3 waits for all of them.
-        shown = dict.fromkeys(key for g, i, _ in cells for key in self._keys(groups[g].images[i])) or {(BLANK, False): None}
-        keys = sorted(shown, key=lambda key: key[1])
-        index = {key: k for k, key in enumerate(keys)}
-        trees: dict[tuple[tuple[int, ...], str, int | None], _Tree] = {}
-        for g, i, c in cells:
-            text = self._text(groups[g], c)
+        trees: dict[tuple[tuple[_Key, ...], str, int | None], _Tree] = {}
+        for g, i, c in layout.valid.nonzero().tolist():
+            text, pictures = self._text(groups[g], c), self._keys(groups[g].images[i])
             cell = (g * num_images + i) * num_texts + c
-            pictures = tuple(index[key] for key in self._keys(groups[g].images[i]))
             tree = trees.setdefault((pictures, text.prompt, None if self.share_prefix else cell), _Tree(pictures, []))
             tree.branches.append((cell, text))
-        image_inputs, stands = self._processed([self._open(path) for path, _ in keys], sum(together for _, together in keys))
-        for tree in trees.values():
-            self._place(tree, stands, image_inputs)
-        self._check_lengths(groups, list(trees.values()), num_images * num_texts, num_texts)
-        visual_tokens = [ids.count(self.processor.image_token_id) for ids in stands]
-        return self._batch(list(trees.values()), image_inputs, visual_tokens, layout, groups)
+        opened = {key: self._open(key[0]) for key in dict.fromkeys(key for tree in trees.values() for key in tree.pictures)}
+        batches = []
+        for part in self._divided(list(trees.values()), opened, max_tokens):
+            # The tower runs on every rank, also on one whose groups are text alone: ZeRO-3 waits for all of them.
+            keys = sorted(dict.fromkeys(key for tree in part for key in tree.pictures), key=lambda key: key[1]) or [(BLANK, False)]
+            shown = [opened[key] if key in opened else self._open(key[0]) for key in keys]
+            image_inputs, stands = self._processed(shown, sum(together for _, together in keys))
+            for tree in part:
+                self._place(tree, [keys.index(key) for key in tree.pictures], stands, image_inputs)
+            self._check_lengths(groups, part, num_images * num_texts, num_texts)
+            batches.append(self._batch(part, keys, stands, image_inputs, layout, groups))
+        return batches
+
+    def _divided(self, trees: list[_Tree], opened: Mapping[_Key, Image.Image], max_tokens: int | None) -> list[list[_Tree]]:
+        if max_tokens is None:
+            return [trees]
+        parts: list[list[_Tree]] = []
+        room = 0
+        for tree in sorted(trees, key=lambda tree: tree.pictures):  # a picture whose trees are neighbours is encoded once
+            prefix = self._prefix_length(tree.branches[0][1], tuple(opened[key].size for key in tree.pictures))
+            tokens = prefix + sum(text.length for _, text in tree.branches)
+            if tokens > room:
+                parts.append([])
+                room = max_tokens
+            parts[-1].append(tree)
+            room -= tokens
+        return parts
 
     def scoring_everything(self) -> Collator:
         """The same collator building every cell, without stored scores: what evaluation needs."""
@@ -216,17 +247,17 @@ class Collator:
         Raises DataError as __call__ does.
         """
         encoded = self._remembered(prompt, text, len(sizes), "text")
-        return self._prefix_length(encoded, sizes) + len(encoded.text_ids) + len(encoded.end_ids)
+        return self._prefix_length(encoded, sizes) + encoded.length
 
-    def group_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> int:
-        """Tokens that the group adds to a row, for the cells that this collator builds; ``sizes`` (width, height) of its pictures."""
+    def tree_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> list[int]:
+        """Tokens of each tree of the group, for the cells that this collator builds; ``sizes`` (width, height) of its pictures."""
         trees: dict[tuple[Pictures, str], int] = {}
         for _, i, c in self._layout([group]).valid.nonzero().tolist():
             text, pictures = self._text(group, c), group.images[i]
             if (pictures, text.prompt) not in trees:
                 trees[pictures, text.prompt] = self._prefix_length(text, tuple(sizes[picture] for picture in pictures))
-            trees[pictures, text.prompt] += len(text.text_ids) + len(text.end_ids)
-        return sum(trees.values())
+            trees[pictures, text.prompt] += text.length
+        return list(trees.values())
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
         """How many visual tokens pictures of ``sizes`` (width, height) become when they are shown together."""
@@ -244,17 +275,16 @@ class Collator:
             self._images[size, together] = len(ids), ids.count(self.processor.image_token_id)
         return self._images[size, together]
 
-    def _keys(self, pictures: Pictures) -> list[tuple[Path, bool]]:
-        """What tells the pictures of a batch apart: the file, and whether the model takes it differently for not being alone."""
-        return [(picture, self.family.tiles_alone and len(pictures) > 1) for picture in pictures]
+    def _keys(self, pictures: Pictures) -> tuple[_Key, ...]:
+        return tuple((picture, self.family.tiles_alone and len(pictures) > 1) for picture in pictures)
 
-    def _place(self, tree: _Tree, stands: list[list[int]], image_inputs: dict[str, Tensor]) -> None:
-        """Give a tree its prompt's token ids, placeholders expanded, and their positions."""
-        pictures, ids = iter(tree.pictures), []
+    def _place(self, tree: _Tree, shown: list[int], stands: list[list[int]], image_inputs: dict[str, Tensor]) -> None:
+        """Give a tree its prompt's token ids, placeholders expanded, and their positions; ``shown`` are its pictures in the batch."""
+        pictures, ids = iter(shown), []
         for token in tree.branches[0][1].prompt_ids:
             ids += stands[next(pictures)] if token == self.processor.image_token_id else [token]
         tree.prompt_ids = torch.tensor(ids)
-        grids = image_inputs[self.family.grid][list(tree.pictures)] if self.family.grid else torch.empty(0)
+        grids = image_inputs[self.family.grid][shown] if self.family.grid else torch.empty(0)
         tree.positions = self.family.positions(self.model_config, tree.prompt_ids == self.processor.image_token_id, grids)
 
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
@@ -276,8 +306,9 @@ class Collator:
     def _batch(
         self,
         trees: list[_Tree],
+        keys: list[_Key],
+        stands: list[list[int]],
         image_inputs: dict[str, Tensor],
-        visual_tokens: list[int],
         layout: GroupLayout,
         groups: Sequence[CounterfactualGroup],
     ) -> Batch:
@@ -310,13 +341,13 @@ class Collator:
             "position_ids": torch.cat(positions, -1).unsqueeze(-2),
             "forest": Forest(
                 tuple(len(tree.prompt_ids) for tree in trees),
-                tuple(tuple(len(text.text_ids) + len(text.end_ids) for _, text in tree.branches) for tree in trees),
+                tuple(tuple(text.length for _, text in tree.branches) for tree in trees),
             ),
             "scored": torch.zeros(1, start, dtype=torch.bool).index_fill(1, places, True),
             "predicted_by": predicted_by,
             "targets": torch.tensor(targets),
-            "images_of_tree": [tree.pictures for tree in trees],
-            "visual_tokens": visual_tokens,
+            "images_of_tree": [tuple(keys.index(key) for key in tree.pictures) for tree in trees],
+            "visual_tokens": [ids.count(self.processor.image_token_id) for ids in stands],
             "image_inputs": image_inputs,
         }
         reference, prior = self._stored(groups, layout)
@@ -416,7 +447,7 @@ class Collator:
     def _check_lengths(self, groups: Sequence[CounterfactualGroup], trees: list[_Tree], group_cells: int, num_texts: int) -> None:
         for tree in trees:
             for cell, text in tree.branches:
-                length = len(tree.prompt_ids) + len(text.text_ids) + len(text.end_ids)
+                length = len(tree.prompt_ids) + text.length
                 if length > self.max_length:
                     raise DataError(
                         f"group {groups[cell // group_cells].id!r}: text {cell % num_texts} makes a row of {length} tokens, the model's "

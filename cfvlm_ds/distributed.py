@@ -80,3 +80,15 @@ def seed_everything(seed: int) -> None:
     """Seed Python and torch; every rank gets the same seed, because data order is a function of the seed and the position alone."""
     random.seed(seed)
     torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """The state of torch's random numbers, on the CPU and on ``device``."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_random_state(state: list[Tensor], device: torch.device) -> None:
+    """Go on from what ``random_state`` returned."""
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)

@@ -6,7 +6,8 @@ I images, C candidates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,12 @@ class Scores:
     end_logp: Tensor
     reference: Tensor | None = None
     prior: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """The scores of batches that have one layout and different cells of it."""
+        logp, end_logp = (torch.stack([getattr(part, name) for part in parts]).sum(0) for name in ("logp", "end_logp"))
+        return replace(parts[0], logp=logp, end_logp=end_logp)
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:

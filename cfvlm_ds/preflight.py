@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cfvlm_ds.collate import Collator, load_collator
-from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, RunConfig
+from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, DataConfig, RunConfig
 from cfvlm_ds.data import check_manifest, image_size, read_manifest
 from cfvlm_ds.distributed import World, broadcast_object
 from cfvlm_ds.groups import CounterfactualGroup, DataError
@@ -31,10 +31,10 @@ def read_data(config: RunConfig, world: World) -> tuple[list[CounterfactualGroup
     return read.pop("train"), read
 
 
-def group_tokens(groups: Sequence[CounterfactualGroup], collator: Collator, limit: int, world: World) -> list[int]:
+def group_tokens(groups: Sequence[CounterfactualGroup], collator: Collator, data: DataConfig, world: World) -> list[int]:
     """Tokens of every group in the rows that ``collator`` builds. Rank 0 reads the images' headers and tells the others.
 
-    Raises DataError on every rank, naming a file without a header, or a group of more than ``limit`` tokens.
+    Raises DataError on every rank, naming a file without a header, or a group that is larger than a limit of ``data`` allows.
     """
     found: list[int] | str | None = None
     if world.is_main:
@@ -42,18 +42,30 @@ def group_tokens(groups: Sequence[CounterfactualGroup], collator: Collator, limi
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 sizes = dict(zip(paths, pool.map(image_size, paths), strict=True))
-            found = [collator.group_tokens(group, sizes) for group in groups]
-            if (most := max(found)) > limit:
-                found = (
-                    f"group {groups[found.index(most)].id!r} has {most} tokens, and data.max_tokens_per_micro_batch is {limit}; raise it, "
-                    "or show images with fewer tokens"
-                )
+            trees = [collator.tree_tokens(group, sizes) for group in groups]
+            whole, largest = [sum(tokens) for tokens in trees], [max(tokens, default=0) for tokens in trees]
+            found = (
+                _too_large(groups, whole, "max_tokens_per_micro_batch", data)
+                or _too_large(groups, largest, "max_tokens_per_forward", data)
+                or whole
+            )
         except DataError as error:
             found = str(error)
     found = broadcast_object(found)
     if not isinstance(found, list):
         raise DataError(str(found))
     return found
+
+
+def _too_large(groups: Sequence[CounterfactualGroup], tokens: list[int], option: str, data: DataConfig) -> str | None:
+    limit = getattr(data, option)
+    if limit is None or (most := max(tokens)) <= limit:
+        return None
+    what = "one image and its texts" if option == "max_tokens_per_forward" else "its images and texts"
+    return (
+        f"group {groups[tokens.index(most)].id!r} has {most} tokens in {what}, and data.{option} is {limit}; raise it, or show images with "
+        "fewer tokens"
+    )
 
 
 def _check(config: RunConfig, manifests: Mapping[str, str], world: World) -> str | None:

@@ -7,8 +7,9 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cfvlm_ds.collate import Batch, Collator, load_collator
 from cfvlm_ds.config import ConfigError, RunConfig, default_workers
 from cfvlm_ds.data import GroupSampler, PackedSampler, open_image
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
-from cfvlm_ds.distributed import World, all_reduce_sums, seed_everything
+from cfvlm_ds.distributed import World, all_reduce_sums, random_state, seed_everything, set_random_state
 from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, guarded, table
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
@@ -120,10 +121,11 @@ def train(config: RunConfig, world: World | None = None) -> None:
 
 def _sampler(config: RunConfig, world: World, groups: list[CounterfactualGroup], collator: Collator) -> GroupSampler:
     options, limit = config.train, config.data.max_tokens_per_micro_batch
+    tokens = group_tokens(groups, collator, config.data, world) if limit or config.data.max_tokens_per_forward else []
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "seed": options.seed}
     place["gradient_accumulation_steps"] = options.gradient_accumulation_steps
     if limit is not None:
-        return PackedSampler(tokens=group_tokens(groups, collator, limit, world), max_tokens=limit, **place)
+        return PackedSampler(tokens=tokens, max_tokens=limit, **place)
     return GroupSampler(num_groups=len(groups), groups_per_micro_batch=options.per_device_train_batch_size, **place)
 
 
@@ -176,9 +178,9 @@ def _check_scores(run: Run) -> None:
     bound = 0.05 if half else 1e-4  # nats per token; a wrong mask or position is off by more
     run.engine.eval()
     with torch.no_grad():
-        batch = run.collator(groups).to(run.world.device)
+        batch = run.collator.parts(groups, run.config.data.max_tokens_per_forward)[0].to(run.world.device)
         packed = batch.scores(run.engine(**batch.model_inputs))
-        cells = batch.layout.valid.nonzero().tolist()
+        cells = torch.stack(torch.unravel_index(batch.cell.unique(), batch.layout.valid.shape), 1).tolist()
         off = torch.zeros((), device=run.world.device)
         for g, i, c in (cells[0], max(cells, key=lambda cell: cell[2])):
             cell = {"images": groups[g].images[i : i + 1], "candidates": groups[g].candidates[c : c + 1], "match": ((1,),), "edits": ()}
@@ -264,61 +266,114 @@ def _loop(run: Run, tracker: Any) -> None:
             checkpoint.save(run.engine, state, run.dir, world, train.save_total_limit)
 
 
-def _batches(run: Run) -> Iterator[Batch]:
-    workers = run.num_workers
+def _batches(run: Run) -> Iterator[list[Batch]]:
+    """Micro-batches, each in the parts that are run one after the other."""
+    workers, collate = run.num_workers, partial(run.collator.parts, max_tokens=run.config.data.max_tokens_per_forward)
     loader: Any = DataLoader(
         run.groups,  # type: ignore[arg-type]
         batch_sampler=run.sampler,
-        collate_fn=guarded(run.collator),
+        collate_fn=guarded(collate),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=run.world.device.type == "cuda",
     )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    for parts in loader:
+        if isinstance(parts, DataError):
+            raise parts
+        yield parts
 
 
-def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> None:
+def _step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> None:
     """One optimizer step: fetch its micro-batches, agree on the global units, then one forward and one backward of the engine each."""
     world, objectives = run.world, run.config.objective
     asked = time.monotonic()
-    micro_batches = [next(batches).to(world.device) for _ in range(run.config.train.gradient_accumulation_steps)]
+    micro_batches = [[part.to(world.device) for part in next(batches)] for _ in range(run.config.train.gradient_accumulation_steps)]
     meter.waited += time.monotonic() - asked
     local: dict[str, Tensor] = {}
-    for batch in micro_batches:
-        for name, units in group_units(objectives, batch.layout).items():
+    for parts in micro_batches:
+        for name, units in group_units(objectives, parts[0].layout).items():
             local[name] = local[name] + units if name in local else units
     global_units = all_reduce_sums(local, world.device)
     finite = torch.ones((), device=world.device)
-    for batch in micro_batches:
-        scores = _scores(run, batch)
-        loss, shares = weighted_loss(objectives, scores, global_units, world.size, run.state.step / run.total_steps)
-        run.engine.backward(loss, scale_wrt_gas=False)
-        finite *= torch.isfinite(loss.detach())
-        _measure(run, batch, scores, loss.detach() / world.size, shares, meter)
-        if batch is micro_batches[-1]:
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-            if not finite:
-                groups = ", ".join(name for each in micro_batches for name in each.layout.ids)
-                raise FloatingPointError(f"the loss is not finite at step {run.state.step + 1}; this rank's groups: {groups}")
-        run.engine.step()
+
+    def loss_of(scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
+        return weighted_loss(objectives, scores, global_units, world.size, run.state.step / run.total_steps)
+
+    for parts, forwards in zip(micro_batches, _forwards(run, micro_batches), strict=True):
+        last = parts is micro_batches[-1]
+        scores, loss, shares = (
+            _one_pass(run, parts[0], loss_of, last) if forwards == 1 else _two_passes(run, parts, forwards, loss_of, last)
+        )
+        finite *= torch.isfinite(loss)
+        _measure(run, parts, scores, loss / world.size, shares, meter)
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    if not finite:
+        groups = ", ".join(name for parts in micro_batches for name in parts[0].layout.ids)
+        raise FloatingPointError(f"the loss is not finite at step {run.state.step + 1}; this rank's groups: {groups}")
+    run.engine.step()
 
 
-def _scores(run: Run, batch: Batch) -> Scores:
-    """The score matrix of a micro-batch; where a reference is needed and none is stored, it is the model without its adapters."""
-    reference = None
-    if batch.reference is None and any(term.needs_reference for term in run.config.objective.values()):
-        run.engine.eval()
-        with torch.no_grad(), adapters_off(run.engine.module.model):
-            reference = batch.scores(run.engine(**batch.model_inputs)).logp
-        run.engine.train()
+def _forwards(run: Run, micro_batches: Sequence[Sequence[Batch]]) -> list[int]:
+    """How many forwards each micro-batch takes: as many on every rank, because ZeRO-3 gathers weights on all of them together."""
+    most = torch.tensor([len(parts) for parts in micro_batches], device=run.world.device)
+    if run.config.data.max_tokens_per_forward is not None:
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.tolist()
+
+
+Loss = Callable[[Scores], tuple[Tensor, dict[str, Tensor]]]
+
+
+def _one_pass(run: Run, batch: Batch, loss_of: Loss, last: bool) -> tuple[Scores, Tensor, dict[str, Tensor]]:
+    """Scores, loss and shares of a micro-batch, its gradients added; the ``last`` of a step completes them."""
+    run.engine.set_gradient_accumulation_boundary(last)
+    reference = _reference(run, batch)
     scores = batch.scores(run.engine(**batch.model_inputs))
-    return scores if reference is None else replace(scores, reference=reference)
+    scores = scores if reference is None else replace(scores, reference=reference)
+    loss, shares = loss_of(scores)
+    run.engine.backward(loss, scale_wrt_gas=False)
+    return scores, loss.detach(), shares
 
 
-def _measure(run: Run, batch: Batch, scores: Scores, loss: Tensor, shares: Mapping[str, Tensor], meter: Meter) -> None:
+def _two_passes(run: Run, parts: Sequence[Batch], forwards: int, loss_of: Loss, last: bool) -> tuple[Scores, Tensor, dict[str, Tensor]]:
+    """As ``_one_pass``, for a micro-batch in parts, with the activations of one of them in memory (gradient cache, arXiv 2101.06983).
+
+    The first pass finds the scores, which the loss couples; its derivatives by the log-probs are their weights in the second, whose random
+    numbers are those of the first. A rank with fewer parts than others repeats its last one, with weights of 0.
+    """
+    repeated = [parts[min(k, len(parts) - 1)] for k in range(forwards)]
+    found, states = list[Tensor](), []
+    references = [_reference(run, part) for part in repeated]
+    with torch.no_grad():
+        for part in repeated:
+            states.append(random_state(run.world.device))
+            found.append(run.engine(**part.model_inputs).requires_grad_())
+    scores = Scores.joined([part.scores(logp) for part, logp in zip(parts, found, strict=False)])
+    if own := [reference for reference in references[: len(parts)] if reference is not None]:
+        scores = replace(scores, reference=torch.stack(own).sum(0))
+    loss, shares = loss_of(scores)
+    weights = torch.autograd.grad(loss, found[: len(parts)])
+    for k, (part, state) in enumerate(zip(repeated, states, strict=True)):
+        run.engine.set_gradient_accumulation_boundary(last and k == forwards - 1)
+        set_random_state(state, run.world.device)
+        logp = run.engine(**part.model_inputs)
+        weight = weights[k] if k < len(parts) else torch.zeros_like(logp)
+        run.engine.backward((weight * logp).sum(), scale_wrt_gas=False)
+    return scores, loss.detach(), shares
+
+
+def _reference(run: Run, batch: Batch) -> Tensor | None:
+    """Log-likelihoods under the model without its adapters, where an objective needs a reference and none is stored."""
+    if batch.reference is not None or not any(term.needs_reference for term in run.config.objective.values()):
+        return None
+    run.engine.eval()
+    with torch.no_grad(), adapters_off(run.engine.module.model):
+        logp = batch.scores(run.engine(**batch.model_inputs)).logp
+    run.engine.train()
+    return logp
+
+
+def _measure(run: Run, parts: Sequence[Batch], scores: Scores, loss: Tensor, shares: Mapping[str, Tensor], meter: Meter) -> None:
     # Shares add up over micro-batches and ranks to the step's loss, so each counts as one part of the step.
     part = 1 / (run.world.size * run.config.train.gradient_accumulation_steps)
     meter.add("loss", loss, part)
@@ -329,11 +384,12 @@ def _measure(run: Run, batch: Batch, scores: Scores, loss: Tensor, shares: Mappi
             meter.add(key, total, count)
     for key, (total, count) in likelihood_report(scores).items():
         meter.add(key, total, count)
-    meter.add("throughput/groups_per_s", len(batch.layout.ids), 1)
-    meter.add("throughput/candidates_per_s", batch.layout.valid.sum(), 1)
-    meter.add("throughput/tokens_per_s", batch.num_tokens, 1)
-    meter.add("throughput/images_per_s", batch.num_images, 1)
-    meter.add("throughput/model_tflop_per_s", run.flops.of(batch.model_inputs, batch.num_scored) / 1e12, 1)
+    meter.add("throughput/groups_per_s", len(scores.layout.ids), 1)
+    meter.add("throughput/candidates_per_s", scores.layout.valid.sum(), 1)
+    for batch in parts:
+        meter.add("throughput/tokens_per_s", batch.num_tokens, 1)
+        meter.add("throughput/images_per_s", batch.num_images, 1)
+        meter.add("throughput/model_tflop_per_s", run.flops.of(batch.model_inputs, batch.num_scored) / 1e12, 1)
 
 
 def _progress(run: Run, metrics: Mapping[str, float], remaining: float) -> str:

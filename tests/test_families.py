@@ -17,6 +17,7 @@ from cfvlm_ds.attention import BACKENDS, ordinary, registered
 from cfvlm_ds.collate import Collator, load_collator
 from cfvlm_ds.config import ConfigError, LoraConfig, ModelConfig, ModuleConfig
 from cfvlm_ds.groups import Candidate, CounterfactualGroup, DataError, Pictures
+from cfvlm_ds.likelihood import Scores
 from cfvlm_ds.models import FAMILIES, MODULES, Scorer, adapters_off, family_of, load_model, load_processor
 from cfvlm_ds.models.small import SMALL, write_small
 from cfvlm_ds.objectives import Align, group_units, weighted_loss
@@ -98,7 +99,7 @@ def test_scores_equal_one_plain_forward_per_cell(
 
 
 def test_positions_on_a_grid_are_needed(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
-    """Where a family has positions on several axes, ordinary ones give other scores without an error (by far more than the test above allows).
+    """Where a family has positions on several axes, ordinary ones give other scores without an error, far beyond the tolerance.
 
     So they are always passed, and a processor need not say which tokens are visual (``mm_token_type_ids``).
     """
@@ -153,6 +154,21 @@ def sizes_of(pictures: Pictures) -> tuple[tuple[int, int], ...]:
 def rows_of(group: CounterfactualGroup) -> list[Pictures]:
     """Each image once for every prompt."""
     return [pictures for pictures in group.images for _ in {candidate.prompt for candidate in group.candidates}]
+
+
+def test_parts_of_a_batch_add_up_to_it(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    """One image and its texts in each of them, or as much as fits: the same scores, relative 1e-5, and no image encoded twice."""
+    whole = collator(groups)
+    with torch.no_grad():
+        expected = whole.scores(sharp(**whole.model_inputs))
+        for limit in (1, whole.num_tokens // 2):
+            parts = collator.parts(groups, limit)
+            assert all(part.num_tokens <= limit or len(part.model_inputs["forest"].prefixes) == 1 for part in parts)
+            assert sum(part.num_tokens for part in parts) == whole.num_tokens and len(parts) > 1
+            scores = Scores.joined([part.scores(sharp(**part.model_inputs)) for part in parts])
+            torch.testing.assert_close(scores.logp, expected.logp, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(scores.end_logp, expected.end_logp, rtol=1e-5, atol=1e-5)
+    assert len(collator.parts(groups, whole.num_tokens)) == 1
 
 
 def test_visual_tokens_and_lengths_are_those_of_the_batch(collator: Collator, groups: list[CounterfactualGroup]) -> None:

@@ -9,16 +9,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from conftest import REPO, environment, launch, losses, metrics, run, train_arguments, train_many
 
+from cfvlm_ds.distributed import World
+from cfvlm_ds.likelihood import Scores
+from cfvlm_ds.training import _two_passes
+
 GLOBAL_BATCH = 16
+FORWARD = 120  # tokens: two or three images with their texts
 
 
 @pytest.fixture(scope="module")
-def trajectories(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Path]:
-    """{1, 2, 4 ranks} x {1, 2, 4 accumulation steps}, all with 16 groups a step."""
+def trajectories(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, ...], Path]:
+    """{1, 2, 4 ranks} x {1, 2, 4 accumulation steps}, 16 groups a step; and in forwards of few tokens, unequally many on ranks."""
     folders = {}
     for ranks in (1, 2, 4):
         arguments = []
@@ -27,11 +35,15 @@ def trajectories(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: 
             micro = GLOBAL_BATCH // (ranks * steps)
             extra = ["--train.per_device_train_batch_size", str(micro), "--train.gradient_accumulation_steps", str(steps)]
             arguments.append(train_arguments(model_dir, manifests, folder, *extra))
+        if ranks < 4:
+            folder = folders[ranks, 2, FORWARD] = tmp_path_factory.mktemp(f"{ranks}x2-forwards")
+            extra = ["--train.per_device_train_batch_size", str(GLOBAL_BATCH // (2 * ranks)), "--train.gradient_accumulation_steps", "2"]
+            arguments.append(train_arguments(model_dir, manifests, folder, *extra, "--data.max_tokens_per_forward", str(FORWARD)))
         train_many(tmp_path_factory.getbasetemp(), ranks, arguments)
     return folders
 
 
-def test_ranks_and_accumulation_give_one_trajectory(trajectories: dict[tuple[int, int], Path]) -> None:
+def test_ranks_and_accumulation_give_one_trajectory(trajectories: dict[tuple[int, ...], Path]) -> None:
     """Ragged groups included (0 to 2 counterfactuals, shams): every term is divided by its global count. fp32, relative 2e-4."""
     expected = metrics(trajectories[1, 1])
     assert len(losses(trajectories[1, 1])) == 6
@@ -43,7 +55,7 @@ def test_ranks_and_accumulation_give_one_trajectory(trajectories: dict[tuple[int
                     assert have[name] == pytest.approx(want[name], rel=2e-4, abs=2e-5), f"{name} at step {want['step']} with {layout}"
 
 
-def test_rank_local_means_would_be_noticed(trajectories: dict[tuple[int, int], Path]) -> None:
+def test_rank_local_means_would_be_noticed(trajectories: dict[tuple[int, ...], Path]) -> None:
     """The ragged data does distinguish global from rank-local denominators: groups differ in their counts from rank to rank."""
     from cfvlm_ds.data import read_manifest
 
@@ -53,7 +65,7 @@ def test_rank_local_means_would_be_noticed(trajectories: dict[tuple[int, int], P
     assert len(set(counts)) == 3
 
 
-def test_equals_the_plain_torch_reference(trajectories: dict[tuple[int, int], Path], model_dir: Path, manifests: dict[str, Path]) -> None:
+def test_equals_the_plain_torch_reference(trajectories: dict[tuple[int, ...], Path], model_dir: Path, manifests: dict[str, Path]) -> None:
     """A single-process loop of about 60 lines that shares no code with the package gives the same losses for 20 steps."""
     folder = trajectories[1, 1].parent / "reference"
     run([sys.executable, "train.py", *train_arguments(model_dir, manifests, folder, "--train.max_steps", "20")])
@@ -98,3 +110,39 @@ def kill_family(process: subprocess.Popen[str]) -> None:
         except psutil.NoSuchProcess:
             continue
     process.communicate()
+
+
+def test_two_passes_draw_the_same_random_numbers() -> None:
+    """A part drops out the same in both forwards: the gradient is that of one graph over all parts, and the last one completes it."""
+    weight, boundaries = torch.ones(6, requires_grad=True), []
+
+    class Engine:
+        set_gradient_accumulation_boundary = boundaries.append
+
+        def __call__(self, at: slice) -> torch.Tensor:
+            return torch.nn.functional.dropout(weight[at] * torch.arange(1.0, 7.0)[at], 0.5)
+
+        def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
+            loss.backward()
+
+    class Part:
+        reference = None
+
+        def __init__(self, at: slice) -> None:
+            self.model_inputs, self.at = {"at": at}, at
+
+        def scores(self, logp: torch.Tensor) -> Scores:
+            whole = torch.zeros(6).index_add(0, torch.arange(6)[self.at], logp)
+            return Scores(None, whole, whole)  # type: ignore[arg-type]
+
+    def loss_of(scores: Scores) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return scores.logp.sum() ** 2, {}
+
+    engine, parts = Engine(), [Part(slice(0, 3)), Part(slice(3, 6))]
+    run: Any = SimpleNamespace(engine=engine, world=World(0, 1, 0, torch.device("cpu")), config=SimpleNamespace(objective={}))
+    torch.manual_seed(0)
+    (expected,) = torch.autograd.grad(loss_of(Scores.joined([part.scores(engine(part.at)) for part in parts]))[0], weight)
+    torch.manual_seed(0)
+    _two_passes(run, parts, 3, loss_of, last=True)  # type: ignore[arg-type]
+    torch.testing.assert_close(weight.grad, expected)
+    assert boundaries == [False, False, True]
