@@ -2,6 +2,7 @@
 
     python benchmarks/scoring.py                                  # LLaVA and Qwen2.5-VL, 256 to 1024 visual tokens, 2 to 8 texts
     python benchmarks/scoring.py --family llava --visual 1024 --texts 8 --repeats 5 --json runs/scoring.json
+    python benchmarks/scoring.py --figure docs/scoring.png --json runs/scoring.json          # of what was written there
     python benchmarks/scoring.py --device cuda --dtype bfloat16 --size 7b --attention flash_attention_2
 
 Layouts, all computing the same loss (InfoNCE over the texts' scores plus the first one's NLL; the values are compared):
@@ -58,9 +59,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", type=Path, help="also write every figure there")
+    parser.add_argument("--json", type=Path, help="also write every figure there, or read them for --figure")
+    parser.add_argument("--figure", type=Path, help="instead: draw cost against texts, from --json, there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.figure:
+        return figure(arguments.figure, json.loads(arguments.json.read_text()))
     rows = []
     for family in arguments.family:
         for visual in arguments.visual:
@@ -101,7 +105,10 @@ def build(family: str, visual: int, size: dict[str, int], device: torch.device, 
     config = AutoConfig.for_model(family, **options)
     torch.manual_seed(0)
     with device:
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # else the first step's peak would hold them
+    return model
 
 
 @dataclass(frozen=True)
@@ -127,9 +134,9 @@ class Case:
         return torch.cat([own, rest], -1).unsqueeze(-2).to(device)
 
 
-def case(model: Any, family: str, visual: int, texts: int) -> Case:
+def case(model: Any, family: str, visual: int, texts: int, seed: int = 1) -> Case:
     parameter, side = model.get_input_embeddings().weight, math.isqrt(visual)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     if family == "llava":
         images = {"pixel_values": torch.randn(1, 3, 14 * side, 14 * side, generator=generator)}
     else:
@@ -278,13 +285,23 @@ def reset_peak(of: Case) -> int:
     if of.prefix.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before is no part of the peak
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(_MMAP_THRESHOLD, 1 << 16)  # so that what is freed leaves no holes
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
 def peak(of: Case) -> int:
-    return torch.cuda.max_memory_allocated() if of.prefix.device.type == "cuda" else _status("VmHWM")
+    if of.prefix.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    ctypes.CDLL("libc.so.6").mallopt(
+        _MMAP_THRESHOLD, 1 << 25
+    )  # the library's own limit, at which memory is used again and time is measured
+    return _status("VmHWM")
+
+
+_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def _status(name: str) -> int:
@@ -311,6 +328,34 @@ def flop(name: str, of: Case) -> float:
         "image_inputs": {"pixel_values": of.images["pixel_values"].expand(encoded, *of.images["pixel_values"].shape)},
     }
     return ModelFlops(of.model, FAMILIES[of.model.config.model_type]).of(inputs, scored)
+
+
+def figure(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Time and kept memory of a step against the number of texts, one line per layout, for the most visual tokens of the first family."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if row["family"] == rows[0]["family"]]
+    visual = max(row["visual"] for row in rows)
+    rows = sorted((row for row in rows if row["visual"] == visual), key=lambda row: row["texts"])
+    looks = {"concatenated": ("#b8b8b8", "one sequence per text"), "sparse": ("#7f8790", "the same, logits at scored tokens only")}
+    looks |= {"shared prefix": ("#1f6f8b", "cfvlm_ds: shared prefix"), "supervised": ("#d9a441", "supervised step on the same tokens")}
+    canvas, panels = pyplot.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for axes, what, unit, label in zip(panels, ("time", "saved"), (1, 1e9), ("step, s", "kept for the backward pass, GB"), strict=True):
+        for name, (colour, text) in looks.items():
+            values = [row[name][what] / unit for row in rows]
+            dashes = "--" if name == "supervised" else "-"
+            axes.plot([row["texts"] for row in rows], values, dashes, marker="o", markersize=4, color=colour, label=text)
+        axes.set_xticks([row["texts"] for row in rows])
+        axes.set_xlabel("texts scored on one image")
+        axes.set_ylabel(label)
+        axes.set_ylim(0)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_title(f"{rows[0]['family']}, {visual} visual tokens", fontsize=11, loc="left")
+    panels[0].legend(frameon=False, fontsize=9)
+    canvas.savefig(path, dpi=160)
 
 
 def matmul_rate(model: Any) -> float:

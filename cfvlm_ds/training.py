@@ -339,26 +339,30 @@ def _two_passes(run: Run, parts: Sequence[Batch], forwards: int, loss_of: Loss, 
     """As ``_one_pass``, for a micro-batch in parts, with the activations of one of them in memory (gradient cache, arXiv 2101.06983).
 
     The first pass finds the scores, which the loss couples; its derivatives by the log-probs are their weights in the second, whose random
-    numbers are those of the first. A rank with fewer parts than others repeats its last one, with weights of 0.
+    numbers are those of the first. The last part's activations serve both. A rank with fewer parts than others begins with repeats of its
+    first one, which count nothing.
     """
-    repeated = [parts[min(k, len(parts) - 1)] for k in range(forwards)]
-    found, states = list[Tensor](), []
-    references = [_reference(run, part) for part in repeated]
-    with torch.no_grad():
-        for part in repeated:
-            states.append(random_state(run.world.device))
-            found.append(run.engine(**part.model_inputs).requires_grad_())
-    scores = Scores.joined([part.scores(logp) for part, logp in zip(parts, found, strict=False)])
-    if own := [reference for reference in references[: len(parts)] if reference is not None]:
+    repeats = forwards - len(parts)
+    repeated = [*[parts[0]] * repeats, *parts]
+    references = [_reference(run, part) for part in repeated][repeats:]
+    states, found = [], list[Tensor]()
+    for part in repeated:
+        states.append(random_state(run.world.device))
+        with torch.set_grad_enabled(len(found) == forwards - 1):
+            found.append(run.engine(**part.model_inputs))
+    leaves = [logp.detach().requires_grad_() for logp in found]
+    scores = Scores.joined([part.scores(logp) for part, logp in zip(parts, leaves[repeats:], strict=True)])
+    if own := [reference for reference in references if reference is not None]:
         scores = replace(scores, reference=torch.stack(own).sum(0))
     loss, shares = loss_of(scores)
-    weights = torch.autograd.grad(loss, found[: len(parts)])
-    for k, (part, state) in enumerate(zip(repeated, states, strict=True)):
-        run.engine.set_gradient_accumulation_boundary(last and k == forwards - 1)
-        set_random_state(state, run.world.device)
-        logp = run.engine(**part.model_inputs)
-        weight = weights[k] if k < len(parts) else torch.zeros_like(logp)
-        run.engine.backward((weight * logp).sum(), scale_wrt_gas=False)
+    weights = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    for k in reversed(range(forwards)):
+        run.engine.set_gradient_accumulation_boundary(last and k == 0)
+        logp = found.pop()
+        if k < forwards - 1:
+            set_random_state(states[k], run.world.device)
+            logp = run.engine(**repeated[k].model_inputs)
+        run.engine.backward((weights[k] * logp).sum(), scale_wrt_gas=False)
     return scores, loss.detach(), shares
 
 

@@ -1,0 +1,146 @@
+"""What scoring K texts on each of M images costs, forward and backward: in one row, and through the gradient cache that training uses.
+
+    python benchmarks/images.py                                    # LLaVA shape, 256 visual tokens, 4 texts, 1 to 8 images
+    python benchmarks/images.py --family qwen2_5_vl --visual 576
+
+The loss couples all images and texts, and both ways must find the same one. The cache runs one image a forward, twice (training under
+data.max_tokens_per_forward). Times are medians, in seconds of process time of one thread or of the device; memory is the peak above weights
+and gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from scoring import SIZES, TEXT, VOCABULARY, build, case, now, packed_inputs, peak, reset_peak
+from torch import Tensor
+
+from cfvlm_ds.attention import BACKENDS, Forest, registered
+from cfvlm_ds.distributed import World
+from cfvlm_ds.likelihood import Scores
+from cfvlm_ds.models import FAMILIES, Scorer
+from cfvlm_ds.training import _two_passes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=list(VOCABULARY), default="llava")
+    parser.add_argument("--visual", type=int, default=256, help="visual tokens of an image; the square of an even number")
+    parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--images", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--attention", choices=BACKENDS, default="cascade")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    size, device, dtype = SIZES[arguments.size], torch.device(arguments.device), getattr(torch, arguments.dtype)
+    model = build(arguments.family, arguments.visual, size, device, dtype)
+    model.config.get_text_config()._attn_implementation = registered(arguments.attention)
+    print(f"{'images':>6} {'one row: s':>11} {'MB':>6} {'cache: s':>9} {'MB':>6}")
+    for count in arguments.images:
+        found = measure(model, arguments, count)
+        if abs(found[0][0] - found[1][0]) > 1e-4 * abs(found[0][0]) and dtype == torch.float32:
+            raise SystemExit(f"the two ways do not agree on {count} images: {found[0][0]} and {found[1][0]}")
+        (_, row_time, row_peak), (_, cache_time, cache_peak) = found
+        print(f"{count:>6} {row_time:>11.2f} {row_peak / 1e6:>6.0f} {cache_time:>9.2f} {cache_peak / 1e6:>6.0f}", flush=True)
+
+
+def measure(model: Any, arguments: argparse.Namespace, count: int) -> list[tuple[float, float, int]]:
+    """(loss, seconds, peak bytes) of one row and of the cache; they take turns, and the first turn is weighed instead of timed."""
+    texts, scorer = arguments.texts, Scorer(model, FAMILIES[model.config.model_type])
+    of = case(model, arguments.family, arguments.visual, texts)
+    parts = [packed_inputs(case(model, arguments.family, arguments.visual, texts, seed)) for seed in range(count)]
+
+    def one_row() -> float:
+        logp = scorer(**in_one_row(parts)).view(count, texts, TEXT).sum(-1)
+        loss, _ = coupled(Scores(None, logp, logp))  # type: ignore[arg-type]
+        loss.backward()
+        return loss.item()
+
+    def cache() -> float:
+        run: Any = SimpleNamespace(engine=Engine(scorer), world=World(0, 1, 0, of.prefix.device), config=SimpleNamespace(objective={}))
+        batches: list[Any] = [Part(part, k, count, texts) for k, part in enumerate(parts)]
+        return _two_passes(run, batches, count, coupled, last=True)[1].item()
+
+    ways: dict[Callable[[], float], list[float]] = {one_row: [], cache: []}
+    losses: list[float] = []
+    peaks: list[int] = []
+    for turn in range(arguments.repeats + 1):
+        for way, times in ways.items():
+            before, start = reset_peak(of) if turn == 0 else 0, now(of)
+            loss = way()
+            if turn == 0:
+                losses.append(loss)
+                peaks.append(peak(of) - before)
+            else:
+                times.append(now(of) - start)
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+    return [(loss, statistics.median(times), most) for loss, times, most in zip(losses, ways.values(), peaks, strict=True)]
+
+
+def coupled(scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
+    """InfoNCE over the images of the first text and over the texts of every image."""
+    return -(scores.logp.log_softmax(0)[0, 0] + scores.logp.log_softmax(1)[:, 0].mean()), {}
+
+
+class Engine:
+    """A module with what training asks of DeepSpeed's engine."""
+
+    def __init__(self, module: Scorer) -> None:
+        self.module = module
+
+    def __call__(self, **inputs: Any) -> Tensor:
+        return self.module(**inputs)
+
+    def backward(self, loss: Tensor, scale_wrt_gas: bool) -> None:
+        loss.backward()
+
+    def set_gradient_accumulation_boundary(self, last: bool) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Part:
+    """One image of several, in place of a batch."""
+
+    model_inputs: dict[str, Any]
+    index: int
+    count: int
+    texts: int
+    reference: None = None
+
+    def scores(self, logp: Tensor) -> Scores:
+        own = logp.view(1, self.texts, TEXT).sum(-1)
+        matrix = torch.cat([own if k == self.index else torch.zeros_like(own) for k in range(self.count)])
+        return Scores(None, matrix, matrix)  # type: ignore[arg-type]
+
+
+def in_one_row(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Trees of several images beside each other, as cfvlm_ds.collate lays them out."""
+    scored = [int(part["scored"].sum()) for part in parts]
+    forests = [part["forest"] for part in parts]
+    return {
+        "input_ids": torch.cat([part["input_ids"] for part in parts], 1),
+        "position_ids": torch.cat([part["position_ids"] for part in parts], -1),
+        "forest": Forest(tuple(forest.prefixes[0] for forest in forests), tuple(forest.branches[0] for forest in forests)),
+        "scored": torch.cat([part["scored"] for part in parts], 1),
+        "predicted_by": torch.cat([part["predicted_by"] + sum(scored[:k]) for k, part in enumerate(parts)]),
+        "targets": torch.cat([part["targets"] for part in parts]),
+        "images_of_tree": [(k,) for k in range(len(parts))],
+        "visual_tokens": [part["visual_tokens"][0] for part in parts],
+        "image_inputs": {name: torch.cat([part["image_inputs"][name] for part in parts]) for name in parts[0]["image_inputs"]},
+    }
+
+
+if __name__ == "__main__":
+    main()
