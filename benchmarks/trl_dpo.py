@@ -1,0 +1,397 @@
+"""DPO by TRL's own trainer and by this package: the same checkpoint, pairs and optimizer, step by step in turns, one thread each.
+
+    python benchmarks/trl_dpo.py                                   # 32 pairs, with one and with four rejected texts on an image
+    python benchmarks/trl_dpo.py --rejected 1 --pairs 16 --json runs/trl_dpo.json
+
+`trl.DPOTrainer` comes from the package registry into an environment of its own (runs/trl-venv, made by the first run). The model is a
+Qwen2.5-VL with random weights; the reference is another one, so that the loss does not begin at log 2. What was aligned, by options and
+data alone (nothing of TRL is patched), and why:
+
+    text        pairs are strings behind the checkpoint's own chat template, and token ids are compared. In conversational pairs TRL also
+                scores what the template writes after an answer (`<|im_end|>` and a newline), on both sides; our `dpo` scores the text.
+                How many tokens that would be is printed.
+    rows        in the data set's order; an image with R rejected texts is one group here and R pairs with one chosen text there
+    length      no truncation (max_length=None; TRL's default of 1024 would cut answers behind a large image without an error)
+    numbers     float32, sdpa, no gradient checkpointing (TRL's default is on), every weight trains
+    optimizer   AdamW without decay, constant rate, gradients clipped to a norm of 1
+    reference   stored scores here (`cfvlm-ds score`); TRL refuses precompute_ref_log_probs for images and runs the reference model in each
+                step. Its time is measured inside TRL's and told apart.
+
+Checked before and while it is timed (exit code 1 where they differ): token ids; loss, log-probs and gradient norm of the first step
+between TRL, this package, and one forward per sequence by transformers alone (tests/plain.py); the losses of later steps. Neither
+side runs under DeepSpeed. A step is forward, backward, clipping and update; times are seconds of process time, medians after a warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+from transformers.utils.logging import disable_progress_bar
+
+from cfvlm_ds.cli import main as cfvlm
+from cfvlm_ds.collate import load_collator
+from cfvlm_ds.config import ModelConfig
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.scores import read_scores
+from cfvlm_ds.groups import Candidate, CounterfactualGroup, to_row
+from cfvlm_ds.models import Scorer, family_of, load_model, load_processor
+from cfvlm_ds.models.small import SMALL
+from cfvlm_ds.models.tiny import write_checkpoint
+from cfvlm_ds.objectives import Dpo, group_units, required_cells, weighted_loss
+from cfvlm_ds.scenes import all_captions
+
+HERE = Path(__file__).resolve().parent
+REQUIREMENTS = ("torch>=2.8", "torchvision>=0.23", "transformers>=5.24,<6", "trl>=1.16,<2", "pillow>=11")
+SIZE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
+QUESTION = "Describe the image."
+WARM_UP = 2  # steps
+LOSS, LATER, RELATIVE = 1e-4, 1e-3, 1e-4  # bounds: loss of the first step, of later ones; log-probs and gradient norm
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both sides are told."""
+
+    rejected: int
+    pairs: int
+    visual: int
+    vocabulary: int
+    batch: int  # pairs
+    beta: float = 0.1
+    learning_rate: float = 1e-5
+    max_grad_norm: float = 1.0
+
+    @property
+    def steps(self) -> int:
+        return self.pairs // self.batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rejected", nargs="+", type=int, default=[1, 4], help="rejected texts of an image (default 1 and 4)")
+    parser.add_argument("--pairs", type=int, default=32, help="pairs of a chosen and a rejected text (default 32)")
+    parser.add_argument("--batch", type=int, default=4, help="pairs of a step (default 4)")
+    parser.add_argument("--visual", type=int, default=256, help="visual tokens of an image; a square number (default 256)")
+    parser.add_argument(
+        "--vocabulary",
+        nargs="+",
+        type=int,
+        default=[4096],
+        help="entries of the output head (default 4096, which is to this model's 8 layers what 152k are to 28 layers of width 3584)",
+    )
+    parser.add_argument("--attention", default="auto", help="our back end, as model.attn_implementation (default auto: sdpa on a CPU)")
+    parser.add_argument("--out", type=Path, default=Path("runs/trl_dpo"), help="folder of models and data (default runs/trl_dpo)")
+    parser.add_argument("--environment", type=Path, default=Path("runs/trl-venv"), help="TRL's environment (default runs/trl-venv)")
+    parser.add_argument("--json", type=Path, help="also write every figure there")
+    arguments = parser.parse_args()
+    if any(arguments.batch % rejected for rejected in arguments.rejected) or arguments.pairs < (WARM_UP + 1) * arguments.batch:
+        parser.error(f"--batch must be a multiple of every --rejected, and --pairs at least {WARM_UP + 1} batches")
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    python = environment(arguments.environment)
+    results, off = [], []
+    for vocabulary in arguments.vocabulary:
+        for rejected in arguments.rejected:
+            settings = Settings(rejected, arguments.pairs, arguments.visual, vocabulary, arguments.batch)
+            folder = arguments.out / f"{settings.visual}-{vocabulary}-{rejected}-{settings.pairs}-{settings.batch}"
+            prepare(folder, settings)
+            results.append(compare(folder, settings, arguments.attention, python))
+            off += [f"{rejected} rejected, vocabulary {vocabulary}: {each}" for each in results[-1]["off"]]
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    print("\n".join(table(results)))
+    if off:
+        sys.exit("\n".join(["the sides do not agree:", *off]))
+
+
+def environment(folder: Path) -> Path:
+    """The Python of an environment that has TRL, made where it is not there as required."""
+    python, stamp, wanted = folder / "bin" / "python", folder / "requirements.txt", "\n".join(REQUIREMENTS) + "\n"
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        print(f"setting up {folder} (a few minutes)", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
+        stamp.write_text(wanted)
+    return python
+
+
+# --- model and data -----------------------------------------------------------------------------------------------------------------------
+
+
+def prepare(folder: Path, settings: Settings, size: dict[str, int] = SIZE) -> None:
+    """Write policy, reference, images, groups.jsonl with the reference's scores, and the same as pairs.jsonl, in a new folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for seed, name in enumerate(("policy", "reference")):
+        write_model(folder / name, settings, size, seed)
+    groups = write_groups(folder, settings)
+    processor = load_processor(ModelConfig(str(folder / "policy")))
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+    head = processor.apply_chat_template([user], add_generation_prompt=True)
+    pairs = [
+        {"image": group.images[0][0].name, "question": QUESTION, "prompt": head, "chosen": chosen.text, "rejected": other.text}
+        for group in groups
+        for chosen, *others in [group.candidates]
+        for other in others
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    began = time.process_time()
+    cfvlm(["score", str(folder / "reference"), str(folder / "groups.jsonl"), "--batch_size", "2"])
+    scoring = time.process_time() - began
+    (folder / "settings.json").write_text(json.dumps({**vars(settings), "steps": settings.steps, "scoring_seconds": scoring}))
+
+
+def write_model(out: Path, settings: Settings, size: dict[str, int], seed: int) -> None:
+    """The family's small checkpoint at another size, with queries sharp enough for positions and masks to matter."""
+
+    def make(partial: Path) -> tuple[Any, Any]:
+        config, processor = SMALL["qwen2_5_vl"](partial)
+        head = size["hidden_size"] // size["num_attention_heads"] // 2
+        rope = {"rope_type": "default", "mrope_section": [head - 2 * (3 * head // 8), 3 * head // 8, 3 * head // 8], "rope_theta": 1e6}
+        text, vision = config.text_config.to_dict(), config.vision_config.to_dict()
+        text |= {**size, "vocab_size": settings.vocabulary, "rope_parameters": rope, "layer_types": None}
+        vision |= {"hidden_size": 192, "intermediate_size": 512, "depth": 5, "num_heads": 4, "out_hidden_size": size["hidden_size"]}
+        vision |= {"fullatt_block_indexes": [4], "window_size": 112}
+        config = type(config)(**{**config.to_dict(), "text_config": text, "vision_config": vision})
+        processor.image_processor.size = {"shortest_edge": 28**2, "longest_edge": settings.visual * 28**2}
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith("q_proj.weight"):
+                    weight *= 10
+        return model, processor
+
+    write_checkpoint(out, make)
+
+
+def write_groups(folder: Path, settings: Settings) -> list[CounterfactualGroup]:
+    """One noise image and its captions per group; the images have as many visual tokens as they should."""
+    generator, side = random.Random(0), 28 * math.isqrt(settings.visual)
+    captions = sorted(set(all_captions(seed=0, num_captions=2000)))
+    groups = []
+    for number in range(settings.pairs // settings.rejected):
+        picture = folder / f"{number}.png"
+        Image.frombytes("RGB", (32, 32), generator.randbytes(3 * 32**2)).resize((side, side)).save(picture)
+        texts = [Candidate(QUESTION, caption) for caption in generator.sample(captions, 1 + settings.rejected)]
+        groups.append(CounterfactualGroup(f"pair-{number}", ((picture,),), tuple(texts), ((1, *[0] * settings.rejected),)))
+    (folder / "groups.jsonl").write_text("".join(json.dumps(to_row(group, folder)) + "\n" for group in groups))
+    return groups
+
+
+# --- the three sides ----------------------------------------------------------------------------------------------------------------------
+
+
+class Ours:
+    """The objective `dpo` with stored reference scores: collator, scorer, weighted loss and AdamW, without DeepSpeed."""
+
+    def __init__(self, folder: Path, settings: Settings, attention: str = "auto") -> None:
+        model = load_model(ModelConfig(str(folder / "policy"), attn_implementation=attention), torch.float32)
+        self.settings, self.scorer = settings, Scorer(model, family_of(model.config)).train()
+        self.objectives = {"dpo": Dpo(weight=1.0, beta=settings.beta)}
+        self.groups = read_manifest(folder / "groups.jsonl")
+        stored = read_scores(folder / "groups.jsonl.scores.jsonl", self.groups)
+        self.collator = load_collator(ModelConfig(str(folder / "policy")), required_cells(self.objectives), stored=stored)
+        self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
+
+    def batch(self, step: int) -> list[CounterfactualGroup]:
+        size = self.settings.batch // self.settings.rejected
+        return self.groups[step * size : (step + 1) * size]
+
+    def step(self, number: int) -> dict[str, float]:
+        asked = time.process_time()
+        batch = self.collator(self.batch(number))
+        began, clock = time.process_time(), time.perf_counter()
+        scores = batch.scores(self.scorer(**batch.model_inputs))
+        loss, _ = weighted_loss(self.objectives, scores, group_units(self.objectives, batch.layout))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        times = {"seconds": time.process_time() - began, "wall": time.perf_counter() - clock, "between": began - asked}
+        chosen, rejected = scores.logp[:, 0, 0].mean().item(), scores.logp[:, 0, 1:].mean().item()
+        return {**times, "loss": loss.item(), "chosen": chosen, "rejected": rejected, "grad_norm": norm.item()}
+
+    def tokens(self) -> list[dict[str, list[int]]]:
+        """As benchmarks/trl_side.py gives them for the first batch: ids of every pair's prompt and text, all chosen ones first."""
+        batch = self.collator(self.batch(0))
+        ids, forest, ends = batch.model_inputs["input_ids"][0].tolist(), batch.model_inputs["forest"], batch.layout.num_end_tokens[:, 0]
+        chosen, rejected, start = [], [], 0
+        for prefix, branches, end in zip(forest.prefixes, forest.branches, ends.tolist(), strict=True):
+            prompt, start, texts = ids[start : start + prefix], start + prefix, []
+            for length, closing in zip(branches, end, strict=True):
+                texts.append({"prompt": prompt, "scored": ids[start : start + length - closing]})
+                start += length
+            chosen += texts[:1] * len(texts[1:])
+            rejected += texts[1:]
+        return chosen + rejected
+
+
+def library(folder: Path, groups: Sequence[CounterfactualGroup], beta: float) -> dict[str, float]:
+    """Loss and mean log-probs of the groups by transformers alone, one forward per sequence, in a process that knows neither side."""
+    manifest = folder / "first.jsonl"
+    manifest.write_text("".join(json.dumps(to_row(group, folder)) + "\n" for group in groups))
+    command = [sys.executable, HERE.parent / "tests" / "plain.py", manifest, folder / "policy", folder / "reference"]
+    policy, reference = json.loads(subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout)
+    losses, chosen, rejected = [], [], []
+    for name, [[first, *others]] in policy.items():
+        [[first_before, *others_before]] = reference[name]
+        for other, before in zip(others, others_before, strict=True):
+            margin = beta * ((first - first_before) - (other - before))
+            losses.append(math.log1p(math.exp(-margin)))
+            chosen.append(first)
+            rejected.append(other)
+    return {"loss": statistics.mean(losses), "chosen": statistics.mean(chosen), "rejected": statistics.mean(rejected)}
+
+
+class Trl:
+    """benchmarks/trl_side.py at work, one step at a time."""
+
+    def __init__(self, python: Path, folder: Path) -> None:
+        self.log = folder / "trl.log"
+        hidden = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        offline = {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(folder.resolve() / "cache"),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        self.process = subprocess.Popen(
+            [python, HERE / "trl_side.py", folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+            env={**{name: value for name, value in os.environ.items() if name not in hidden}, **offline},
+        )
+        self.first = self.read()
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        if not (line := self.process.stdout.readline()):
+            sys.exit(f"TRL's side ended with exit code {self.process.wait()}; the end of {self.log}:\n{self.log.read_text()[-3000:]}")
+        return json.loads(line)
+
+    def step(self) -> dict[str, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(folder: Path, settings: Settings, attention: str, python: Path) -> dict[str, Any]:
+    ours, trl = Ours(folder, settings, attention), Trl(python, folder)
+    own, rows, messages = ours.tokens(), trl.first["rows"], trl.first["messages"]
+    off = [f"token ids of sequence {k}: {mine} and {its}" for k, (mine, its) in enumerate(zip(own, rows, strict=True)) if mine != its]
+    decode = ours.collator.processor.tokenizer.decode
+    found = {
+        **json.loads((folder / "settings.json").read_text()),
+        "attention": attention,
+        "versions": {"ours": {name: importlib.metadata.version(name) for name in ("transformers", "torch")}, "trl": trl.first["versions"]},
+        "prompt_tokens": len(own[0]["prompt"]),
+        "text_tokens": statistics.mean(len(each["scored"]) for each in own),
+        "conversational_adds": sorted({decode(its["scored"][len(mine["scored"]) :]) for mine, its in zip(own, messages, strict=True)}),
+        "image_nats": statistics.mean(abs(each.logp[0][0] - each.blank[0]) for each in ours.collator.stored.values()),
+        "plain": library(folder, ours.batch(0), settings.beta),
+    }
+    print("\n".join(f"{name}: {value}" for name, value in found.items()), flush=True)
+    steps: list[dict[str, dict[str, float]]] = []
+    for number in range(settings.steps):
+        steps.append({"trl": trl.step(), "ours": ours.step(number)})
+        theirs, mine = steps[-1]["trl"], steps[-1]["ours"]
+        print(
+            f"step {number + 1}/{settings.steps}: loss {theirs['loss']:.6f} (TRL) {mine['loss']:.6f} (ours), gradient norm "
+            f"{theirs['grad_norm']:.4f} {mine['grad_norm']:.4f}, {theirs['seconds']:.2f} s (with {theirs['reference_seconds']:.2f} of the "
+            f"reference) {mine['seconds']:.2f} s",
+            flush=True,
+        )
+    trl.close()
+    return {**found, "off": off + disagreements(steps, found["plain"]), **summary(steps, found["scoring_seconds"]), "steps": steps}
+
+
+def disagreements(steps: Sequence[dict[str, dict[str, float]]], plain: dict[str, float]) -> list[str]:
+    """Every figure of the first step, and every later loss, in which sides differ by more than the bounds."""
+    sides, off = {**steps[0], "transformers": plain}, []
+    for name, bound in (("loss", LOSS), ("chosen", RELATIVE), ("rejected", RELATIVE), ("grad_norm", RELATIVE)):
+        values = {side: found[name] for side, found in sides.items() if name in found}
+        allowed = bound * (1 if name == "loss" else abs(values["ours"]))
+        if not max(values.values()) - min(values.values()) <= allowed:
+            off.append(f"step 1: {name}: {values}")
+    for number, step in enumerate(steps[1:], start=2):
+        if not abs(step["trl"]["loss"] - step["ours"]["loss"]) <= LATER:
+            off.append(f"step {number}: loss: {step['trl']['loss']} (trl) and {step['ours']['loss']} (ours)")
+    return off
+
+
+def summary(steps: Sequence[dict[str, dict[str, float]]], scoring: float) -> dict[str, float]:
+    """Medians in seconds after the warm-up, TRL's over ours, and the largest difference of losses.
+
+    ``scoring`` is what the stored scores of all steps cost, in seconds of process time.
+    """
+    kept = steps[WARM_UP:]
+
+    def median(side: str, name: str) -> float:
+        return statistics.median(step[side][name] for step in kept)
+
+    without = statistics.median(step["trl"]["seconds"] - step["trl"]["reference_seconds"] for step in kept)
+    return {
+        "trl_seconds": median("trl", "seconds"),
+        "trl_reference_seconds": median("trl", "reference_seconds"),
+        "ours_seconds": median("ours", "seconds"),
+        "ratio": median("trl", "seconds") / median("ours", "seconds"),
+        "ratio_without_reference": without / median("ours", "seconds"),
+        "ratio_with_scoring": median("trl", "seconds") / (median("ours", "seconds") + scoring / len(steps)),
+        "ratio_of_wall_clock": median("trl", "wall") / median("ours", "wall"),
+        "loss_difference": max(abs(step["trl"]["loss"] - step["ours"]["loss"]) for step in steps),
+        "loss_difference_at_first": abs(steps[0]["trl"]["loss"] - steps[0]["ours"]["loss"]),
+    }
+
+
+def table(results: Sequence[dict[str, Any]]) -> list[str]:
+    """In Markdown, one row per comparison."""
+    ratios = {
+        "ratio": "TRL / ours",
+        "ratio_without_reference": "without its reference",
+        "ratio_with_scoring": "with our scoring, one epoch",
+        "ratio_of_wall_clock": "wall clock",
+    }
+    seconds = {"trl_seconds": "TRL: s", "trl_reference_seconds": "of it the reference", "ours_seconds": "ours: s"}
+    titles = ("rejected texts", "vocabulary", "loss of step 1: TRL", "ours", "transformers alone", "largest difference, all steps")
+    lines = [
+        f"| {' | '.join([*titles, *seconds.values(), *ratios.values()])} |",
+        "|" + "---:|" * (len(titles) + len(seconds) + len(ratios)),
+    ]
+    for found in results:
+        first = found["steps"][0]
+        cells = [str(found["rejected"]), str(found["vocabulary"])]
+        cells += [f"{value:.6f}" for value in (first["trl"]["loss"], first["ours"]["loss"], found["plain"]["loss"])]
+        cells += [f"{found['loss_difference']:.1e}", *(f"{found[name]:.2f}" for name in (*seconds, *ratios))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
