@@ -4,8 +4,8 @@
     python benchmarks/learning.py --report                           # the table and the figure of what has been run
 
 Every run is `train.py --config examples/quickstart.yaml` with the options of its variant: the same initial weights, data, schedule shape
-and ZeRO-3 engine. A short run of each variant first measures its seconds per optimizer step, which sets its number of steps. Runs that have
-finished are not repeated.
+and ZeRO-3 engine. A short run of each variant measures its seconds per optimizer step, which sets its number of steps. Steps and results
+are kept in benchmarks/learning.json: what it holds is not measured or run again, so seeds may be added later, and on another machine.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
+RECORD = REPO / "benchmarks" / "learning.json"
+"""Variant -> {steps, seeds: {seed: {split: {edit type: group accuracy in %}}}}."""
 NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
 PAPER = [
     f"--objective.{term}.{option}={value}"
@@ -59,31 +61,39 @@ def main() -> None:
 
 def run_all(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
-    warm = arguments.out / "build"
-    train(warm, ("--train.max_steps=1", "--train.export=false", "--data.evaluation={}"))  # writes the world and the model once
+    train(arguments.out / "build", ("--train.max_steps=1", "--data.evaluation={}"))  # writes the world and the model once
+    record = recorded()
     with ThreadPoolExecutor(arguments.jobs) as pool:
         # Calibrated side by side, as the runs themselves are timed.
-        speeds = dict(zip(arguments.variants, pool.map(lambda v: seconds_per_step(arguments.out, v), arguments.variants), strict=True))
-        for variant, seconds in speeds.items():
+        new = [variant for variant in arguments.variants if variant not in record]
+        for variant, seconds in zip(new, pool.map(lambda v: seconds_per_step(arguments.out, v), new), strict=True):
+            record[variant] = {"steps": round(arguments.seconds / seconds), "seeds": {}}
             print(f"{variant}: {seconds:.3f} s per step", flush=True)
-        todo = [(variant, seed) for seed in range(arguments.seeds) for variant in arguments.variants]
-        list(pool.map(lambda job: run(arguments, *job, speeds[job[0]]), todo))
+        todo = [(v, seed) for seed in range(arguments.seeds) for v in arguments.variants if str(seed) not in record[v]["seeds"]]
+        for variant, seed, found in pool.map(lambda job: run(arguments.out, *job, record[job[0]]["steps"]), todo):
+            record[variant]["seeds"][str(seed)] = found
+            RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def recorded() -> dict[str, Any]:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
 def seconds_per_step(out: Path, variant: str) -> float:
     folder = out / f"calibrate-{variant}"
     options = (f"--train.max_steps={CALIBRATION_STEPS}", f"--train.logging_steps={CALIBRATION_STEPS // 4}", "--data.evaluation={}")
-    train(folder, (*options, "--train.export=false", *VARIANTS[variant][1]))
+    train(folder, (*options, *VARIANTS[variant][1]))
     times = [row["time"] for row in rows(folder) if "loss" in row]
     return (times[-1] - times[0]) / (CALIBRATION_STEPS - CALIBRATION_STEPS // 4)
 
 
-def run(arguments: argparse.Namespace, variant: str, seed: int, seconds_each: float) -> None:
-    steps = round(arguments.seconds / seconds_each)
-    folder = arguments.out / f"{variant}-seed{seed}"
-    train(folder, (f"--train.max_steps={steps}", f"--train.seed={seed}", "--train.export=false", *VARIANTS[variant][1]))
+def run(out: Path, variant: str, seed: int, steps: int) -> tuple[str, int, dict[str, dict[str, float]]]:
+    folder = out / f"{variant}-seed{seed}"
+    train(folder, (f"--train.max_steps={steps}", f"--train.seed={seed}", *VARIANTS[variant][1]))
     times = [row["time"] for row in rows(folder) if "loss" in row]
     print(f"{folder.name}: {steps} steps in {times[-1] - times[0]:.0f} s", flush=True)
+    splits = json.loads((folder / "results.json").read_text())
+    return variant, seed, {s: {row["name"]: row["metrics"]["group"] for row in each} for s, each in splits.items()}
 
 
 def train(folder: Path, options: tuple[str, ...]) -> None:
@@ -96,6 +106,7 @@ def train(folder: Path, options: tuple[str, ...]) -> None:
         "--data.num_workers=0",
         "--train.save_steps=0",
         "--train.eval_steps=0",
+        "--train.export=false",
         *options,
     ]
     finished = subprocess.run(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, check=False)
@@ -107,21 +118,13 @@ def rows(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def results(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """Variant -> the results of its seeds; a result maps split -> edit type -> group accuracy in %."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for variant in VARIANTS:
-        for path in sorted(out.glob(f"{variant}-seed*/results.json")):
-            splits = json.loads(path.read_text())
-            found.setdefault(variant, []).append({s: {row["name"]: row["metrics"]["group"] for row in each} for s, each in splits.items()})
-    return found
-
-
 def report(arguments: argparse.Namespace) -> None:
-    found = results(arguments.out)
+    record = recorded()
+    found = {variant: list(record[variant]["seeds"].values()) for variant in VARIANTS if record.get(variant, {}).get("seeds")}
     if not found:
-        sys.exit(f"{arguments.out} holds no finished runs; run without --report first")
+        sys.exit(f"{RECORD} holds no results; run without --report first")
     text = "\n\n".join(tables(found))
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "learning.md").write_text(text + "\n")
     figure(arguments.out / "learning.png", found)
     print(text, f"\nwrote {arguments.out}/learning.md and learning.png")
