@@ -145,7 +145,11 @@ class TrainConfig:
         logging_steps: steps between progress lines and metric records.
         eval_steps: steps between evaluations; 0 evaluates at the end only.
         save_steps: steps between checkpoints; 0 saves at the end only.
-        save_total_limit: newest checkpoints kept.
+        save_minutes: also save when this much time has passed since the last checkpoint; 0 never.
+        save_total_limit: newest checkpoints kept; 0 keeps all.
+        save_keep_every: also keep checkpoints whose step is a multiple of this; 0 none.
+        save_best: also keep the checkpoint with the highest value of this metric, which is saved when an evaluation finds it; a name as in
+            metrics.jsonl, such as ``eval/test/group``.
         resume: ``auto`` continues from the newest complete checkpoint of output_dir if there is one; ``never`` starts anew and refuses a
             folder that has any; or the path of a checkpoint.
         displacement_warning: warn when the factual log-likelihood falls this many nats per token below its start.
@@ -172,7 +176,10 @@ class TrainConfig:
     logging_steps: int = 10
     eval_steps: int = 0
     save_steps: int = 500
+    save_minutes: float = 0.0
     save_total_limit: int = 2
+    save_keep_every: int = 0
+    save_best: str | None = None
     resume: str = "auto"
     displacement_warning: float = 0.1
     export: bool = True
@@ -340,9 +347,18 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
         raise ConfigError(f"data.max_tokens_per_micro_batch must be at least 1, not {limit}; leave it out to count groups")
     if resolved["model"]["lora"]["rank"] < 1:
         raise ConfigError(f"model.lora.rank must be at least 1, not {resolved['model']['lora']['rank']}")
-    for name in ("eval_steps", "save_steps", "save_total_limit", "warmup_ratio", "learning_rate", "max_grad_norm"):
+    counts = ("eval_steps", "save_steps", "save_minutes", "save_total_limit", "save_keep_every")
+    for name in (*counts, "warmup_ratio", "learning_rate", "max_grad_norm"):
         if train[name] < 0:
             raise ConfigError(f"train.{name} must not be negative, and is {train[name]}")
+    if (best := train["save_best"]) is not None:
+        splits = sorted(resolved["data"]["evaluation"])
+        if not train["eval_steps"]:
+            raise ConfigError(f"train.save_best {best!r} needs evaluations during training; set train.eval_steps")
+        if not any(best.startswith(f"eval/{split}/") for split in splits):
+            raise ConfigError(
+                f"train.save_best {best!r} is no metric of data.evaluation ({', '.join(splits) or 'empty'}); write eval/SPLIT/METRIC"
+            )
 
 
 def _option_names(parser: Any) -> list[str]:

@@ -51,6 +51,7 @@ class Run:
     state: TrainState
     total_steps: int
     flops: ModelFlops
+    saved_at: float = 0.0  # monotonic seconds: the last checkpoint, or the start
 
     @property
     def dir(self) -> Path:
@@ -232,9 +233,10 @@ def _loop(run: Run, tracker: Any) -> None:
     batches = _batches(run)
     meter = Meter()
     started, first_step = time.monotonic(), state.step
+    run.saved_at = started
     run.engine.train()
     while state.step < run.total_steps:
-        _step(run, batches, meter)
+        save_due = _step(run, batches, meter)
         state.step += 1
         run.sampler.advance()
         state.sampler = run.sampler.state_dict()
@@ -259,9 +261,40 @@ def _loop(run: Run, tracker: Any) -> None:
             tracker.log(state.step, flat_metrics(results))
             for split, rows in results.items():
                 world.say(f"  {split}: group accuracy " + ", ".join(f"{row.name} {row.metrics['group']:.1f}" for row in rows))
+            save_due |= _is_best(run, flat_metrics(results))
             meter.reset()  # the evaluation's time is not training time
-        if last or (train.save_steps and state.step % train.save_steps == 0):
-            checkpoint.save(run.engine, state, run.dir, world, train.save_total_limit)
+        if last or save_due or (train.save_steps and state.step % train.save_steps == 0):
+            _save(run, tracker, needed=last)
+
+
+def _is_best(run: Run, metrics: Mapping[str, float]) -> bool:
+    """Whether this evaluation is the best so far by train.save_best; notes it. Raises ConfigError when it has no such metric."""
+    name, state = run.config.train.save_best, run.state
+    if name is None:
+        return False
+    if name not in metrics:
+        raise ConfigError(f"train.save_best {name!r} is not among the metrics of an evaluation: {', '.join(sorted(metrics))}")
+    if state.best is not None and metrics[name] <= state.best["value"]:
+        return False
+    state.best = {"step": state.step, "value": metrics[name]}
+    return True
+
+
+def _save(run: Run, tracker: Any, needed: bool) -> None:
+    """Save a checkpoint and record its cost. One that cannot be written is a warning, and an error where it is ``needed``."""
+    started, train = time.monotonic(), run.config.train
+    failed = False
+    try:
+        checkpoint.save(run.engine, run.state, run.dir, run.world, train.save_total_limit, train.save_keep_every)
+    except checkpoint.SaveError as error:
+        if needed:
+            raise
+        failed = True
+        run.world.say(f"warning: {error}; training goes on and the next checkpoint is tried in its turn")
+    ended = time.monotonic()
+    share = (ended - started) / (ended - run.saved_at)  # of the time since the last one
+    run.saved_at = ended
+    tracker.log(run.state.step, {"checkpoint/seconds": ended - started, "checkpoint/share": share, "checkpoint/failed": float(failed)})
 
 
 def _batches(run: Run) -> Iterator[Batch]:
@@ -280,8 +313,11 @@ def _batches(run: Run) -> Iterator[Batch]:
         yield batch
 
 
-def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> None:
-    """One optimizer step: fetch its micro-batches, agree on the global units, then one forward and one backward of the engine each."""
+def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> bool:
+    """One optimizer step: fetch its micro-batches, agree on the global units, then one forward and one backward of the engine each.
+
+    Returns whether a checkpoint is due by train.save_minutes, by rank 0's clock.
+    """
     world, objectives = run.world, run.config.objective
     asked = time.monotonic()
     micro_batches = [next(batches).to(world.device) for _ in range(run.config.train.gradient_accumulation_steps)]
@@ -290,6 +326,8 @@ def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> None:
     for batch in micro_batches:
         for name, units in group_units(objectives, batch.layout).items():
             local[name] = local[name] + units if name in local else units
+    minutes = run.config.train.save_minutes
+    local[_SAVE_DUE] = torch.tensor(float(world.is_main and 0 < minutes * 60 <= time.monotonic() - run.saved_at))
     global_units = all_reduce_sums(local, world.device)
     finite = torch.ones((), device=world.device)
     for batch in micro_batches:
@@ -304,6 +342,10 @@ def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> None:
                 groups = ", ".join(name for each in micro_batches for name in each.layout.ids)
                 raise FloatingPointError(f"the loss is not finite at step {run.state.step + 1}; this rank's groups: {groups}")
         run.engine.step()
+    return bool(global_units[_SAVE_DUE])
+
+
+_SAVE_DUE = "save due"  # travels with the units of the objectives
 
 
 def _scores(run: Run, batch: Batch) -> Scores:

@@ -102,7 +102,9 @@ def test_metrics_are_on_the_server_as_on_disk(client: Any, finished: Path) -> No
     every_step |= {f"throughput/{n}_per_s" for n in ("groups", "candidates", "tokens", "images", "model_tflop")} | {
         "throughput/data_wait_share"
     }
-    assert {name for name in found if not name.startswith("eval/")} == every_step
+    assert {name for name in found if not name.startswith(("eval/", "checkpoint/"))} == every_step
+    for name in ("seconds", "share", "failed"):
+        assert [step for step, _ in found[f"checkpoint/{name}"]] == [4], name
     for name in every_step:
         assert [step for step, _ in found[name]] == [1, 2, 3, 4], name
     for name in ("pair", "text", "image", "group", "group_pmi", "sham", "blind_group", "colour/group"):
@@ -168,7 +170,7 @@ def test_a_killed_run_goes_on_as_the_same_run(client: Any, model_dir: Path, mani
     found, kept = on_server(client, second), on_disk(folder)
     assert found.keys() == kept.keys()
     for name, points in found.items():
-        if name.startswith("eval/"):
+        if name.startswith(("eval/", "checkpoint/")):
             continue
         assert [step for step, _ in points] == list(range(1, last + 1)) == [step for step, _ in kept[name]], name
         if not name.startswith("throughput/"):  # a rate of a step that ran twice is measured twice; MLflow keeps the first

@@ -1,0 +1,87 @@
+"""What goes wrong on one of two ranks of a real ZeRO-3 training: both go on, or stop with one named error, together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import losses, metrics, run, train_arguments
+
+LAUNCH = ["deepspeed", "--num_gpus", "2", "--master_port", "29650", "tests/faulty.py"]
+
+
+@pytest.fixture(scope="module")
+def trainings(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
+    """Every plan trained in one process family: the folder of the run folders, and the lines printed in each training."""
+    folder = tmp_path_factory.mktemp("faults")
+    often = ["--train.save_steps", "1", "--train.max_steps", "3", "--train.save_total_limit", "0"]
+    last, test = ["--train.save_total_limit", "1"], [f"--data.evaluation.test={manifests['test']}"]
+    plans: dict[str, tuple[list[Any], list[str]]] = {
+        "whole": (["nothing"], often),
+        "full for a while": (["full disk", 2], often),
+        "full at the end": (["full disk", 3], often),
+        "by the clock": (["nothing"], ["--train.save_minutes", "1e-6", "--train.max_steps", "3", *last, "--train.save_keep_every", "2"]),
+        "best": (["nothing"], ["--train.eval_steps", "1", "--train.max_steps", "4", *last, "--train.save_best", "eval/test/pair", *test]),
+    }
+    rows = [
+        {
+            "fault": fault,
+            "arguments": train_arguments(model_dir, manifests, folder / name, "--train.per_device_train_batch_size", "8", *extra),
+        }
+        for name, (fault, extra) in plans.items()
+    ]
+    listed = folder / "plans.jsonl"
+    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = run([*LAUNCH, str(listed)]).split("=== next training\n")
+    return folder, {name: part.splitlines() for name, part in zip(plans, parts, strict=True)}
+
+
+def raised(lines: list[str]) -> dict[int, str]:
+    """What every rank raised."""
+    found = [line.removeprefix("rank ").split(" raised ", 1) for line in lines if line.startswith("rank ") and " raised " in line]
+    return {int(rank): message for rank, message in found}
+
+
+# Files that cannot be written ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    """The system refuses rank 1's files at step 2: a warning on rank 0, nothing left of that checkpoint, and the same losses."""
+    folder, said = trainings
+    run_dir = folder / "full for a while"
+    assert not raised(said[run_dir.name])
+    (warning,) = [line for line in said[run_dir.name] if line.startswith("warning")]
+    assert f"{run_dir}/checkpoint-2 cannot be written (rank 1: [Errno 27] File too large" in warning and "training goes on" in warning
+    assert {path.name for path in run_dir.glob("checkpoint*")} == {"checkpoint-1", "checkpoint-3"}
+    assert losses(run_dir) == losses(folder / "whole")
+    assert [(row["step"], row["checkpoint/failed"]) for row in metrics(run_dir) if "checkpoint/failed" in row] == [(1, 0), (2, 1), (3, 0)]
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error_on_all_ranks(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    folder, said = trainings
+    run_dir = folder / "full at the end"
+    messages = raised(said[run_dir.name])
+    assert set(messages) == {0, 1} and len(set(messages.values())) == 1, "one sentence, on both"
+    assert messages[0].startswith(f"SaveError: {run_dir}/checkpoint-3 cannot be written (rank 1: [Errno 27] File too large")
+    assert {path.name for path in run_dir.glob("checkpoint*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_the_cost_of_saving_is_recorded(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    for row in metrics(trainings[0] / "whole"):
+        if "checkpoint/seconds" in row:
+            assert 0 < row["checkpoint/seconds"] < 60 and 0 < row["checkpoint/share"] < 1
+
+
+def test_saving_by_the_clock_and_keeping_multiples(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    run_dir = trainings[0] / "by the clock"
+    assert [row["step"] for row in metrics(run_dir) if "checkpoint/failed" in row] == [1, 2, 3]
+    assert {path.name for path in run_dir.glob("checkpoint*")} == {"checkpoint-2", "checkpoint-3"}
+
+
+def test_the_best_evaluation_is_kept(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    run_dir = trainings[0] / "best"
+    found = {row["step"]: row["eval/test/pair"] for row in metrics(run_dir) if "eval/test/pair" in row and row["step"] < 4}
+    best = max(found, key=lambda step: (found[step], -step))
+    assert {path.name for path in run_dir.glob("checkpoint*")} == {f"checkpoint-{best}", "checkpoint-4"}
