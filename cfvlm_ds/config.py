@@ -152,6 +152,8 @@ class TrainConfig:
             metrics.jsonl, such as ``eval/test/group``.
         resume: ``auto`` continues from the newest complete checkpoint of output_dir if there is one; ``never`` starts anew and refuses a
             folder that has any; or the path of a checkpoint.
+        on_nonfinite: what all ranks do when the loss of one of them, or the gradient, is NaN or infinite: ``stop``, or ``skip`` the step, up
+            to 10 in a row. No weight changes either way, and nonfinite.jsonl in the run folder lists the groups.
         displacement_warning: warn when the factual log-likelihood falls this many nats per token below its start.
         export: write a Hugging Face folder, ``output_dir/export``, at the end; where nothing but adapters trains, ``output_dir/adapter``.
         dry_run: only report sizes, what trains and memory per GPU; needs no GPU, weights or data.
@@ -181,6 +183,7 @@ class TrainConfig:
     save_keep_every: int = 0
     save_best: str | None = None
     resume: str = "auto"
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     displacement_warning: float = 0.1
     export: bool = True
     dry_run: bool = False

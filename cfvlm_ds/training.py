@@ -25,7 +25,7 @@ from cfvlm_ds.collate import Batch, Collator, load_collator
 from cfvlm_ds.config import ConfigError, RunConfig, default_workers
 from cfvlm_ds.data import GroupSampler, PackedSampler, open_image
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
-from cfvlm_ds.distributed import World, all_reduce_sums, seed_everything
+from cfvlm_ds.distributed import World, all_reduce_sums, gather_objects, seed_everything
 from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, guarded, table
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
@@ -52,6 +52,7 @@ class Run:
     total_steps: int
     flops: ModelFlops
     saved_at: float = 0.0  # monotonic seconds: the last checkpoint, or the start
+    lost_in_a_row: int = 0  # steps left out, up to this one
 
     @property
     def dir(self) -> Path:
@@ -67,7 +68,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
     """Train, evaluate and export one run; every rank calls it. Joins the process group unless ``world`` says that it has been joined.
 
     Raises ConfigError or DataError before the first step for anything wrong with configuration or data, and FloatingPointError on all ranks
-    when the loss is not finite.
+    when the loss or its gradient is not finite.
     """
     world = world or engine.start()
     seed_everything(config.train.seed)
@@ -241,12 +242,12 @@ def _loop(run: Run, tracker: Any) -> None:
         run.sampler.advance()
         state.sampler = run.sampler.state_dict()
         last = state.step == run.total_steps
-        if state.step % train.logging_steps == 0 or last:
+        if (state.step % train.logging_steps == 0 or last) and meter.sums:  # there are none where every step was left out
             metrics = meter.reduce(world)
             rates = {group["name"].split(".")[0]: group["lr"] for group in run.engine.optimizer.param_groups}
             metrics |= {"learning_rate": max(rates.values())} | {f"learning_rate/{module}": rate for module, rate in rates.items()}
             metrics["grad_norm"] = float(run.engine.get_global_grad_norm() or 0.0)
-            metrics["epoch"] = run.sampler.epoch
+            metrics |= {"epoch": run.sampler.epoch, "skipped_steps": run.engine.skipped_steps}
             if (fastest := peak(world.device)) is not None:
                 metrics["throughput/mfu"] = metrics["throughput/model_tflop_per_s"] * 1e12 / (fastest * world.size)
             tracker.log(state.step, metrics)
@@ -329,23 +330,51 @@ def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> bool:
     minutes = run.config.train.save_minutes
     local[_SAVE_DUE] = torch.tensor(float(world.is_main and 0 < minutes * 60 <= time.monotonic() - run.saved_at))
     global_units = all_reduce_sums(local, world.device)
-    finite = torch.ones((), device=world.device)
+    measured, finite = [], torch.ones((), device=world.device)
     for batch in micro_batches:
         scores = _scores(run, batch)
         loss, shares = weighted_loss(objectives, scores, global_units, world.size, run.state.step / run.total_steps)
-        run.engine.backward(loss, scale_wrt_gas=False)
+        measured.append((batch, scores, loss.detach() / world.size, shares))
         finite *= torch.isfinite(loss.detach())
-        _measure(run, batch, scores, loss.detach() / world.size, shares, meter)
         if batch is micro_batches[-1]:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
             if not finite:
-                groups = ", ".join(name for each in micro_batches for name in each.layout.ids)
-                raise FloatingPointError(f"the loss is not finite at step {run.state.step + 1}; this rank's groups: {groups}")
+                loss = loss * torch.nan  # on every rank: DeepSpeed takes no step whose gradient's global norm is not finite
+        run.engine.backward(loss, scale_wrt_gas=False)
         run.engine.step()
+    if not finite or not (run.engine.was_step_applied() or run.engine.fp16_enabled()):  # fp16's loss scaling leaves steps out by itself
+        _lost(run, [(batch, loss) for batch, _, loss, _ in measured], "gradient" if finite else "loss")
+    else:
+        run.lost_in_a_row = 0
+        for each in measured:
+            _measure(run, *each, meter)
     return bool(global_units[_SAVE_DUE])
 
 
 _SAVE_DUE = "save due"  # travels with the units of the objectives
+_MOST_LOST = 10  # steps in a row that may be left out
+
+
+def _lost(run: Run, losses: Sequence[tuple[Batch, Tensor]], what: str) -> None:
+    """Note the groups of a step that was not taken, because its loss or its gradient was not finite; all ranks call it.
+
+    Of a loss they are the groups of the micro-batches where it was not finite; a gradient is known as the sum over all ranks only, and they
+    are all of the step's. Raises FloatingPointError where train.on_nonfinite does not skip it.
+    """
+    mine = [name for batch, loss in losses if what == "gradient" or not torch.isfinite(loss) for name in batch.layout.ids]
+    by_rank = {rank: names for rank, names in enumerate(gather_objects(mine, run.world)) if names}
+    run.lost_in_a_row += 1
+    step, listed = run.state.step + 1, run.dir / "nonfinite.jsonl"
+    if run.world.is_main:
+        with listed.open("a") as handle:
+            handle.write(json.dumps({"step": step, "what": what, "groups": by_rank}) + "\n")
+    shown = "; ".join(f"rank {rank}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}" for rank, names in by_rank.items())
+    message = f"the {what} is not finite at step {step}; groups of {shown}; {listed} lists them"
+    if run.config.train.on_nonfinite == "stop" or run.engine.was_step_applied():
+        raise FloatingPointError(message)
+    if run.lost_in_a_row > _MOST_LOST:
+        raise FloatingPointError(f"{message}; it is the {run.lost_in_a_row}th step in a row, and a lower learning rate may help")
+    run.world.say(f"warning: {message}; the step is left out on all ranks")
 
 
 def _scores(run: Run, batch: Batch) -> Scores:

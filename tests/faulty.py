@@ -10,12 +10,15 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from cfvlm_ds import checkpoint
+from cfvlm_ds import OBJECTIVES, GroupLayout, Scores, checkpoint, training
 from cfvlm_ds.cli import run
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -53,7 +56,50 @@ def between() -> None:
     dist.barrier()
 
 
-FAULTS = {"nothing": nothing, "full disk": full_disk}
+@dataclass(frozen=True, kw_only=True)
+class Planted:
+    """An objective of value 0 whose loss, or only its gradient, is not finite where it sees one group; or which wants a PiB there."""
+
+    weight: float = 0.0
+    warmup: float = 0.0
+    group: str = ""
+    what: str = "loss"
+    cells, needs_reference, needs_prior = "anchor", False, False
+
+    def units(self, layout: GroupLayout) -> Tensor:
+        return layout.weight.sum()
+
+    def total(self, scores: Scores) -> Tensor:
+        here, logp = self.group in scores.layout.ids, scores.logp.sum()
+        if here and self.what == "memory":
+            torch.empty(1 << 50, dtype=torch.uint8)
+        if here and self.what == "gradient":
+            return (logp - logp.detach()).abs().sqrt()
+        return logp * (torch.nan if here else 0)
+
+    def report(self, scores: Scores) -> dict[str, tuple[Tensor, Tensor]]:
+        return {}
+
+
+OBJECTIVES["planted"] = Planted
+
+
+@contextlib.contextmanager
+def left_out(number: int) -> Iterator[None]:
+    """Step ``number`` takes its data and does nothing with it: what skipping a step should come to."""
+    step = training._step
+
+    def stepped(run, batches, meter):  # type: ignore[no-untyped-def]
+        if run.state.step + 1 != number:
+            return step(run, batches, meter)
+        for _ in range(run.config.train.gradient_accumulation_steps):
+            next(batches)
+
+    with patch.object(training, "_step", stepped):
+        yield
+
+
+FAULTS = {"left out": left_out, "nothing": nothing, "full disk": full_disk}
 
 if __name__ == "__main__":
     for index, line in enumerate(Path(sys.argv[-1]).read_text().splitlines()):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import losses, metrics, run, train_arguments
+
+from cfvlm_ds.data import GroupSampler
 
 LAUNCH = ["deepspeed", "--num_gpus", "2", "--master_port", "29650", "tests/faulty.py"]
 
@@ -22,6 +25,8 @@ def trainings(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pyt
         "whole": (["nothing"], often),
         "full for a while": (["full disk", 2], often),
         "full at the end": (["full disk", 3], often),
+        "left out": (["left out", ILL], FIVE),
+        **{f"{what} {then}": (["nothing"], planted(what, then)) for what in ("loss", "gradient") for then in ("skip", "stop")},
         "by the clock": (["nothing"], ["--train.save_minutes", "1e-6", "--train.max_steps", "3", *last, "--train.save_keep_every", "2"]),
         "best": (["nothing"], ["--train.eval_steps", "1", "--train.max_steps", "4", *last, "--train.save_best", "eval/test/pair", *test]),
     }
@@ -38,10 +43,27 @@ def trainings(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pyt
     return folder, {name: part.splitlines() for name, part in zip(plans, parts, strict=True)}
 
 
+FIVE = ["--train.max_steps", "5", "--train.per_device_train_batch_size", "4"]
+ILL = 2  # the step in which the planted group is seen first
+
+
+def planted(what: str, then: str) -> list[str]:
+    """A group of rank 1's micro-batch of step ILL spoils the loss or the gradient; an epoch is of 6 steps, so it is not seen again."""
+    options = {"weight": 1, "group": ids(1)[3], "what": what}
+    given = [part for name, value in options.items() for part in (f"--objective.planted.{name}", str(value))]
+    return [*given, "--train.on_nonfinite", then, *FIVE]
+
+
 def raised(lines: list[str]) -> dict[int, str]:
     """What every rank raised."""
     found = [line.removeprefix("rank ").split(" raised ", 1) for line in lines if line.startswith("rank ") and " raised " in line]
     return {int(rank): message for rank, message in found}
+
+
+def ids(rank: int) -> list[str]:
+    """The groups of a rank's micro-batch of step ILL."""
+    sampler = GroupSampler(num_groups=48, groups_per_micro_batch=4, gradient_accumulation_steps=1, rank=rank, world_size=2, seed=0)
+    return [f"train-{index}" for index in list(itertools.islice(sampler, ILL))[-1]]
 
 
 # Files that cannot be written ------------------------------------------------------------------------------------------------------------
@@ -85,3 +107,34 @@ def test_the_best_evaluation_is_kept(trainings: tuple[Path, dict[str, list[str]]
     found = {row["step"]: row["eval/test/pair"] for row in metrics(run_dir) if "eval/test/pair" in row and row["step"] < 4}
     best = max(found, key=lambda step: (found[step], -step))
     assert {path.name for path in run_dir.glob("checkpoint*")} == {f"checkpoint-{best}", "checkpoint-4"}
+
+
+# Losses and gradients that are not finite ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(what: str, trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    """As if its data had been taken and nothing computed: weights, moments and schedule are untouched, so every later figure is the same."""
+    folder, said = trainings
+    run_dir = folder / f"{what} skip"
+    assert not raised(said[run_dir.name])
+    rows, expected = metrics(run_dir), metrics(folder / "left out")
+    for name in ("step", "loss/align", "loss/csd", "grad_norm", "learning_rate"):
+        assert [row[name] for row in rows if "loss" in row] == [row[name] for row in expected if "loss" in row], name
+    assert [row["step"] for row in rows if "loss" in row] == [1, 3, 4, 5]
+    assert [row["skipped_steps"] for row in rows if "loss" in row] == [0, 1, 1, 1]
+    (listed,) = [json.loads(line) for line in (run_dir / "nonfinite.jsonl").read_text().splitlines()]
+    groups = {"1": ids(1)} if what == "loss" else {"0": ids(0), "1": ids(1)}
+    assert listed == {"step": ILL, "what": what, "groups": groups}
+    (warning,) = [line for line in said[run_dir.name] if line.startswith("warning: the")]
+    assert f"the {what} is not finite at step 2; groups of rank" in warning and "left out on all ranks" in warning
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_both_ranks_by_default(what: str, trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    folder, said = trainings
+    messages = raised(said[f"{what} stop"])
+    assert set(messages) == {0, 1} and len(set(messages.values())) == 1
+    assert messages[1].startswith(f"FloatingPointError: the {what} is not finite at step 2; groups of rank") and ids(1)[0] in messages[1]
+    assert losses(folder / f"{what} stop") == losses(folder / f"{what} skip")[:1]
+    assert not list((folder / f"{what} stop").glob("checkpoint-*"))

@@ -98,6 +98,7 @@ def test_metrics_are_on_the_server_as_on_disk(client: Any, finished: Path) -> No
         *(f"learning_rate/{module}" for module in ("vision_tower", "projector", "language_model")),
         "grad_norm",
         "epoch",
+        "skipped_steps",
     }
     every_step |= {f"throughput/{n}_per_s" for n in ("groups", "candidates", "tokens", "images", "model_tflop")} | {
         "throughput/data_wait_share"
@@ -186,7 +187,10 @@ def test_a_crashed_run_is_marked_failed(client: Any, model_dir: Path, manifests:
     done = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=200)
     output = done.stdout + done.stderr
     assert done.returncode != 0, output
-    assert output.count("FloatingPointError: the loss is not finite at step 3; this rank's groups: train-") == 2, output[-5000:]
+    message = "FloatingPointError: the loss is not finite at step 3; groups of rank 0: train-"
+    assert output.count(message) == 2, output[-5000:]
+    (row,) = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
+    assert (row["step"], row["what"]) == (3, "loss") and [len(row["groups"][rank]) for rank in ("0", "1")] == [8, 8]
     failed = the_run(client, "crashed")
     assert failed.info.status == "FAILED"
     found, kept = on_server(client, failed), on_disk(folder)
