@@ -14,7 +14,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class TrainState:
 
     ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``data`` the content hash of the training groups;
     ``run_id`` the MLflow run; ``baseline_lp`` the factual log-likelihood per token at the start, against which displacement is measured;
-    ``best`` the ``step`` and ``value`` of the best evaluation by ``train.save_best``.
+    ``best`` the ``step`` and ``value`` of the best evaluation by ``train.save_best``; ``skipped`` the groups left out, and why.
     """
 
     step: int = 0
@@ -48,6 +48,7 @@ class TrainState:
     run_id: str | None = None
     baseline_lp: float | None = None
     best: dict[str, float] | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -105,6 +105,9 @@ class DataConfig:
         scores: file written by ``cfvlm-ds score`` with reference and blind log-likelihoods of the training manifest (DPO and PMI need it).
         max_pixels: refuse images with more pixels than this.
         check: ``full`` opens every image before training starts; ``rows`` checks the manifests only.
+        on_error: what all ranks do when a training group turns out to be unreadable during training, such as by an image that was damaged
+            after the check: ``error``, or ``skip`` the whole group. skipped.json in the run folder lists those.
+        max_skipped: groups that ``skip`` may leave out in a run; one more is an error.
         num_workers: processes that prepare batches, per rank; one per spare core, at most 4, when not given.
         max_tokens_per_micro_batch: pack whole groups up to this many tokens into a micro-batch, in place of
             ``train.per_device_train_batch_size`` of them; ranks then have equal work whatever the sizes of images and texts.
@@ -117,6 +120,8 @@ class DataConfig:
     scores: str | None = None
     max_pixels: int = 50_000_000
     check: Literal["full", "rows"] = "full"
+    on_error: Literal["error", "skip"] = "error"
+    max_skipped: int = 10
     num_workers: int | None = None
     max_tokens_per_micro_batch: int | None = None
 
@@ -152,8 +157,8 @@ class TrainConfig:
             metrics.jsonl, such as ``eval/test/group``.
         resume: ``auto`` continues from the newest complete checkpoint of output_dir if there is one; ``never`` starts anew and refuses a
             folder that has any; or the path of a checkpoint.
-        on_nonfinite: what all ranks do when the loss of one of them, or the gradient, is NaN or infinite: ``stop``, or ``skip`` the step, up
-            to 10 in a row. No weight changes either way, and nonfinite.jsonl in the run folder lists the groups.
+        on_nonfinite: what all ranks do when the loss of one of them, or the gradient, is NaN or infinite: ``stop``, or ``skip`` the step,
+            up to 10 in a row. No weight changes either way, and nonfinite.jsonl in the run folder lists the groups.
         displacement_warning: warn when the factual log-likelihood falls this many nats per token below its start.
         export: write a Hugging Face folder, ``output_dir/export``, at the end; where nothing but adapters trains, ``output_dir/adapter``.
         dry_run: only report sizes, what trains and memory per GPU; needs no GPU, weights or data.
@@ -348,6 +353,8 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
             raise ConfigError(f"model.{name} must be at least 1, not {value}; leave it out for the model's own")
     if (limit := resolved["data"]["max_tokens_per_micro_batch"]) is not None and limit < 1:
         raise ConfigError(f"data.max_tokens_per_micro_batch must be at least 1, not {limit}; leave it out to count groups")
+    if (skipped := resolved["data"]["max_skipped"]) < 0:
+        raise ConfigError(f"data.max_skipped must not be negative, and is {skipped}")
     if resolved["model"]["lora"]["rank"] < 1:
         raise ConfigError(f"model.lora.rank must be at least 1, not {resolved['model']['lora']['rank']}")
     counts = ("eval_steps", "save_steps", "save_minutes", "save_total_limit", "save_keep_every")

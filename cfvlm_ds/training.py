@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -21,12 +22,12 @@ from torch.utils.data import DataLoader
 from cfvlm_ds import checkpoint, engine
 from cfvlm_ds.attention import ordinary
 from cfvlm_ds.checkpoint import TrainState
-from cfvlm_ds.collate import Batch, Collator, load_collator
+from cfvlm_ds.collate import STAND_IN, Batch, Collator, load_collator
 from cfvlm_ds.config import ConfigError, RunConfig, default_workers
 from cfvlm_ds.data import GroupSampler, PackedSampler, open_image
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
 from cfvlm_ds.distributed import World, all_reduce_sums, gather_objects, seed_everything
-from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, guarded, table
+from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, table
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.groups import CounterfactualGroup, DataError
@@ -173,12 +174,14 @@ def _check_scores(run: Run) -> None:
     its first micro-batch, the first one and one behind other texts, in evaluation mode. Raises ConfigError on all ranks where a score is
     off by more than its precision explains.
     """
-    groups = [run.groups[index] for index in next(iter(run.sampler))]
+    groups, _ = run.collator.readable([run.groups[index] for index in next(iter(run.sampler))])
+    collator = run.collator if groups else run.collator.scoring_everything()
+    groups = groups or [STAND_IN]
     half = next(run.engine.module.parameters()).dtype != torch.float32
     bound = 0.05 if half else 1e-4  # nats per token; a wrong mask or position is off by more
     run.engine.eval()
     with torch.no_grad():
-        batch = run.collator(groups).to(run.world.device)
+        batch = collator(groups).to(run.world.device)
         packed = batch.scores(run.engine(**batch.model_inputs))
         cells = batch.layout.valid.nonzero().tolist()
         off = torch.zeros((), device=run.world.device)
@@ -247,7 +250,7 @@ def _loop(run: Run, tracker: Any) -> None:
             rates = {group["name"].split(".")[0]: group["lr"] for group in run.engine.optimizer.param_groups}
             metrics |= {"learning_rate": max(rates.values())} | {f"learning_rate/{module}": rate for module, rate in rates.items()}
             metrics["grad_norm"] = float(run.engine.get_global_grad_norm() or 0.0)
-            metrics |= {"epoch": run.sampler.epoch, "skipped_steps": run.engine.skipped_steps}
+            metrics |= {"epoch": run.sampler.epoch, "skipped_steps": run.engine.skipped_steps, "skipped_groups": len(state.skipped)}
             if (fastest := peak(world.device)) is not None:
                 metrics["throughput/mfu"] = metrics["throughput/model_tflop_per_s"] * 1e12 / (fastest * world.size)
             tracker.log(state.step, metrics)
@@ -303,15 +306,12 @@ def _batches(run: Run) -> Iterator[Batch]:
     loader: Any = DataLoader(
         run.groups,  # type: ignore[arg-type]
         batch_sampler=run.sampler,
-        collate_fn=guarded(run.collator),
+        collate_fn=run.collator.without_unreadable,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=run.world.device.type == "cuda",
     )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    yield from loader
 
 
 def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> bool:
@@ -329,19 +329,23 @@ def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> bool:
             local[name] = local[name] + units if name in local else units
     minutes = run.config.train.save_minutes
     local[_SAVE_DUE] = torch.tensor(float(world.is_main and 0 < minutes * 60 <= time.monotonic() - run.saved_at))
+    local[_DROPPED] = torch.tensor(sum(len(batch.dropped) for batch in micro_batches))
     global_units = all_reduce_sums(local, world.device)
+    if global_units[_DROPPED]:
+        _drop(run, micro_batches)
     measured, finite = [], torch.ones((), device=world.device)
     for batch in micro_batches:
-        scores = _scores(run, batch)
-        loss, shares = weighted_loss(objectives, scores, global_units, world.size, run.state.step / run.total_steps)
-        measured.append((batch, scores, loss.detach() / world.size, shares))
-        finite *= torch.isfinite(loss.detach())
-        if batch is micro_batches[-1]:
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-            if not finite:
-                loss = loss * torch.nan  # on every rank: DeepSpeed takes no step whose gradient's global norm is not finite
-        run.engine.backward(loss, scale_wrt_gas=False)
-        run.engine.step()
+        with _memory_named(run, batch):
+            scores = _scores(run, batch)
+            loss, shares = weighted_loss(objectives, scores, global_units, world.size, run.state.step / run.total_steps)
+            measured.append((batch, scores, loss.detach() / world.size, shares))
+            finite *= torch.isfinite(loss.detach())
+            if batch is micro_batches[-1]:
+                dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+                if not finite:
+                    loss = loss * torch.nan  # on every rank: DeepSpeed takes no step whose gradient's global norm is not finite
+            run.engine.backward(loss, scale_wrt_gas=False)
+            run.engine.step()
     if not finite or not (run.engine.was_step_applied() or run.engine.fp16_enabled()):  # fp16's loss scaling leaves steps out by itself
         _lost(run, [(batch, loss) for batch, _, loss, _ in measured], "gradient" if finite else "loss")
     else:
@@ -351,8 +355,52 @@ def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> bool:
     return bool(global_units[_SAVE_DUE])
 
 
-_SAVE_DUE = "save due"  # travels with the units of the objectives
+_SAVE_DUE, _DROPPED = "save due", "dropped"  # they travel with the units of the objectives
 _MOST_LOST = 10  # steps in a row that may be left out
+
+
+@contextlib.contextmanager
+def _memory_named(run: Run, batch: Batch) -> Iterator[None]:
+    """ConfigError with the micro-batch's sizes and the setting to lower, in place of an allocator's failure."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is what its CPU allocator raises
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        packed, config = run.config.data.max_tokens_per_micro_batch, run.config
+        setting = (
+            f"train.per_device_train_batch_size ({config.train.per_device_train_batch_size}) and raise train.gradient_accumulation_steps"
+            if packed is None
+            else f"data.max_tokens_per_micro_batch ({packed})"
+        )
+        raise ConfigError(
+            f"out of memory at step {run.state.step + 1} on rank {run.world.rank} with {len(batch.layout.ids)} groups, {batch.num_tokens} "
+            f"tokens and {batch.num_images} images in the micro-batch; lower {setting}, or model.max_pixels or model.max_tiles, or set "
+            f"model.gradient_checkpointing; the allocator said: {(str(error) or 'nothing').splitlines()[0]}"
+        ) from error
+
+
+def _drop(run: Run, batches: Sequence[Batch]) -> None:
+    """Note the groups that are left out of this step because they cannot be read; all ranks call it.
+
+    Raises DataError on all of them where data.on_error and data.max_skipped do not allow it.
+    """
+    data, skipped = run.config.data, run.state.skipped
+    found = dict(
+        entry for entries in gather_objects([entry for batch in batches for entry in batch.dropped], run.world) for entry in entries
+    )
+    if data.on_error == "error":
+        first, *more = found.values()
+        raise DataError(first + (f" ({len(more)} more groups of this step cannot be read)" if more else ""))
+    skipped.update(found)
+    if len(skipped) > data.max_skipped:
+        raise DataError(
+            f"{len(skipped)} groups cannot be read, over data.max_skipped ({data.max_skipped}), such as {next(iter(found.values()))}"
+        )
+    for name, reason in found.items():
+        run.world.say(f"warning: group {name!r} is left out: {reason}")
+    if run.world.is_main:
+        (run.dir / "skipped.json").write_text(json.dumps(skipped, indent=1))
 
 
 def _lost(run: Run, losses: Sequence[tuple[Batch, Tensor]], what: str) -> None:
@@ -392,16 +440,17 @@ def _scores(run: Run, batch: Batch) -> Scores:
 def _measure(run: Run, batch: Batch, scores: Scores, loss: Tensor, shares: Mapping[str, Tensor], meter: Meter) -> None:
     # Shares add up over micro-batches and ranks to the step's loss, so each counts as one part of the step.
     part = 1 / (run.world.size * run.config.train.gradient_accumulation_steps)
+    real = float(len(batch.layout.ids) > 0)  # a stand-in for groups that cannot be read is not measured
     meter.add("loss", loss, part)
     for name, share in shares.items():
         meter.add(f"loss/{name}", share, part)
     for objective in run.config.objective.values():
         for key, (total, count) in objective.report(scores).items():
-            meter.add(key, total, count)
+            meter.add(key, total * real, count * real)
     for key, (total, count) in likelihood_report(scores).items():
-        meter.add(key, total, count)
+        meter.add(key, total * real, count * real)
     meter.add("throughput/groups_per_s", len(batch.layout.ids), 1)
-    meter.add("throughput/candidates_per_s", batch.layout.valid.sum(), 1)
+    meter.add("throughput/candidates_per_s", batch.layout.valid.sum() * real, 1)
     meter.add("throughput/tokens_per_s", batch.num_tokens, 1)
     meter.add("throughput/images_per_s", batch.num_images, 1)
     meter.add("throughput/model_tflop_per_s", run.flops.of(batch.model_inputs, batch.num_scored) / 1e12, 1)

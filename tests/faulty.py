@@ -4,6 +4,7 @@ What a training raises is printed by every rank, and the next one starts.
 """
 
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -18,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfvlm_ds import OBJECTIVES, GroupLayout, Scores, checkpoint, training
+from cfvlm_ds import OBJECTIVES, GroupLayout, Scores, checkpoint, cli, training
 from cfvlm_ds.cli import run
+from cfvlm_ds.data import GroupSampler
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -99,7 +101,19 @@ def left_out(number: int) -> Iterator[None]:
         yield
 
 
-FAULTS = {"left out": left_out, "nothing": nothing, "full disk": full_disk}
+@contextlib.contextmanager
+def without(index: int) -> Iterator[None]:
+    """The sampler leaves this group out of its micro-batch."""
+    batches = GroupSampler.__iter__
+
+    def fewer(self: GroupSampler) -> Iterator[list[int]]:
+        return ([group for group in batch if group != index] for batch in batches(self))
+
+    with patch.object(GroupSampler, "__iter__", fewer):
+        yield
+
+
+FAULTS = {"left out": left_out, "without": without, "nothing": nothing, "full disk": full_disk}
 
 if __name__ == "__main__":
     for index, line in enumerate(Path(sys.argv[-1]).read_text().splitlines()):
@@ -107,6 +121,8 @@ if __name__ == "__main__":
             between()
         planned = json.loads(line)
         name, *details = planned["fault"]
+        if planned.get("exit"):
+            cli._exit_cleanly(functools.partial(run, planned["arguments"]))
         try:
             with FAULTS[name](*details):
                 run(planned["arguments"])

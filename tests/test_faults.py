@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import losses, metrics, run, train_arguments
+from conftest import REPO, environment, losses, metrics, train_arguments
 
 from cfvlm_ds.data import GroupSampler
 
@@ -21,30 +23,51 @@ def trainings(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pyt
     folder = tmp_path_factory.mktemp("faults")
     often = ["--train.save_steps", "1", "--train.max_steps", "3", "--train.save_total_limit", "0"]
     last, test = ["--train.save_total_limit", "1"], [f"--data.evaluation.test={manifests['test']}"]
+    one_epoch = ["--train.max_steps", "3"]
+    unreadable = [*one_epoch, "--data.train", str(damaged(manifests["train"], folder / "damaged")), "--data.check", "rows"]
+    alone = ["--train.per_device_train_batch_size", "1", "--train.gradient_accumulation_steps", "8"]
     plans: dict[str, tuple[list[Any], list[str]]] = {
         "whole": (["nothing"], often),
         "full for a while": (["full disk", 2], often),
         "full at the end": (["full disk", 3], often),
         "left out": (["left out", ILL], FIVE),
         **{f"{what} {then}": (["nothing"], planted(what, then)) for what in ("loss", "gradient") for then in ("skip", "stop")},
+        "without": (["without", BROKEN], one_epoch),
+        "unreadable skip": (["nothing"], [*unreadable, "--data.on_error", "skip", "--data.num_workers", "1"]),
+        "unreadable skip alone": (["nothing"], [*unreadable, "--data.on_error", "skip", *alone]),
+        "unreadable over": (["nothing"], [*unreadable, "--data.on_error", "skip", "--data.max_skipped", "0"]),
+        "unreadable error": (["nothing"], unreadable),
         "by the clock": (["nothing"], ["--train.save_minutes", "1e-6", "--train.max_steps", "3", *last, "--train.save_keep_every", "2"]),
         "best": (["nothing"], ["--train.eval_steps", "1", "--train.max_steps", "4", *last, "--train.save_best", "eval/test/pair", *test]),
+        "memory": (["nothing"], planted("memory", "stop")),
     }
+    micro = ["--train.per_device_train_batch_size", "8"]
     rows = [
-        {
-            "fault": fault,
-            "arguments": train_arguments(model_dir, manifests, folder / name, "--train.per_device_train_batch_size", "8", *extra),
-        }
+        {"fault": fault, "arguments": train_arguments(model_dir, manifests, folder / name, *micro, *extra)}
         for name, (fault, extra) in plans.items()
     ]
+    rows[-1]["exit"] = True
     listed = folder / "plans.jsonl"
     listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    parts = run([*LAUNCH, str(listed)]).split("=== next training\n")
+    done = subprocess.run([*LAUNCH, str(listed)], cwd=REPO, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode, "the last training fails, and the launcher with it"
+    parts = (done.stdout + done.stderr).split("=== next training\n")
     return folder, {name: part.splitlines() for name, part in zip(plans, parts, strict=True)}
 
 
 FIVE = ["--train.max_steps", "5", "--train.per_device_train_batch_size", "4"]
 ILL = 2  # the step in which the planted group is seen first
+
+
+BROKEN = 31  # this group of the manifest has a truncated image
+
+
+def damaged(manifest: Path, folder: Path) -> Path:
+    """A copy of the manifest and its images, one of them cut short."""
+    shutil.copytree(manifest.parent, folder)
+    image = folder / "images" / f"train-{BROKEN}-0.png"
+    image.write_bytes(image.read_bytes()[:-40])
+    return folder / manifest.name
 
 
 def planted(what: str, then: str) -> list[str]:
@@ -114,7 +137,7 @@ def test_the_best_evaluation_is_kept(trainings: tuple[Path, dict[str, list[str]]
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(what: str, trainings: tuple[Path, dict[str, list[str]]]) -> None:
-    """As if its data had been taken and nothing computed: weights, moments and schedule are untouched, so every later figure is the same."""
+    """As if its data had been taken and nothing computed: weights, moments and schedule are untouched, and later figures the same."""
     folder, said = trainings
     run_dir = folder / f"{what} skip"
     assert not raised(said[run_dir.name])
@@ -138,3 +161,55 @@ def test_a_step_that_is_not_finite_stops_both_ranks_by_default(what: str, traini
     assert messages[1].startswith(f"FloatingPointError: the {what} is not finite at step 2; groups of rank") and ids(1)[0] in messages[1]
     assert losses(folder / f"{what} stop") == losses(folder / f"{what} skip")[:1]
     assert not list((folder / f"{what} stop").glob("checkpoint-*"))
+
+
+def so_far() -> list[set[int]]:
+    """The groups that both ranks have seen after each of three steps."""
+    sampler = GroupSampler(num_groups=48, groups_per_micro_batch=16, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
+    return [set().union(*seen) for seen in itertools.accumulate(([step] for step in itertools.islice(sampler, 3)), list.__add__)]
+
+
+# Groups that cannot be read --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unreadable_group_is_left_out_with_the_same_counts_everywhere(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    """The reference never hears of the group: its sampler leaves it out of the micro-batch, and all its files are sound."""
+    folder, said = trainings
+    run_dir = folder / "unreadable skip"
+    assert not raised(said[run_dir.name])
+    assert losses(run_dir) == losses(folder / "without") and len(losses(run_dir)) == 3
+    reasons = json.loads((run_dir / "skipped.json").read_text())
+    assert set(reasons) == {f"train-{BROKEN}"} and f"train-{BROKEN}-0.png: image cannot be read" in reasons[f"train-{BROKEN}"]
+    assert [row["skipped_groups"] for row in metrics(run_dir) if "loss" in row] == [BROKEN in seen for seen in so_far()]
+    (warning,) = [line for line in said[run_dir.name] if line.startswith("warning: group")]
+    assert f"'train-{BROKEN}' is left out" in warning
+
+
+def test_a_rank_whose_micro_batch_is_empty_still_takes_part(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    """One group a micro-batch, so that nothing is left of the damaged one's: the same trajectory, nothing of the stand-in in any metric."""
+    rows, expected = metrics(trainings[0] / "unreadable skip alone"), metrics(trainings[0] / "without")
+    for want, have in zip(expected, rows, strict=True):
+        for name in want:
+            if name.startswith(("loss", "logp/", "grad_norm", "active/", "violated/")):
+                assert have[name] == pytest.approx(want[name], rel=2e-4, abs=2e-5), (name, want["step"])
+
+
+def test_unreadable_groups_over_the_budget_are_an_error_on_all_ranks(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    for name, sentence in (
+        ("unreadable over", "DataError: 1 groups cannot be read, over data.max_skipped (0), such as "),
+        ("unreadable error", "DataError: "),
+    ):
+        messages = raised(trainings[1][name])
+        assert set(messages) == {0, 1} and len(set(messages.values())) == 1, name
+        assert messages[0].startswith(sentence) and f"train-{BROKEN}-0.png: image cannot be read" in messages[0]
+
+
+# Memory ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_names_the_batch_and_the_setting(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    """torch's own allocator refuses on one rank; the launcher has come back, so the other rank has ended too."""
+    said = "\n".join(trainings[1]["memory"])
+    assert "error: out of memory at step 2 on rank 1 with 4 groups, " in said
+    assert "in the micro-batch; lower train.per_device_train_batch_size (4) and raise train.gradient_accumulation_steps, or model." in said
+    assert "can't allocate memory" in said

@@ -99,6 +99,7 @@ def test_metrics_are_on_the_server_as_on_disk(client: Any, finished: Path) -> No
         "grad_norm",
         "epoch",
         "skipped_steps",
+        "skipped_groups",
     }
     every_step |= {f"throughput/{n}_per_s" for n in ("groups", "candidates", "tokens", "images", "model_tflop")} | {
         "throughput/data_wait_share"
