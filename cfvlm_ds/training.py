@@ -26,7 +26,7 @@ from cfvlm_ds.collate import STAND_IN, Batch, Collator, load_collator
 from cfvlm_ds.config import ConfigError, RunConfig, default_workers
 from cfvlm_ds.data import GroupSampler, PackedSampler, open_image
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
-from cfvlm_ds.distributed import World, all_reduce_sums, gather_objects, seed_everything
+from cfvlm_ds.distributed import World, all_reduce_sums, broadcast_object, gather_objects, seed_everything
 from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, table
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
@@ -35,6 +35,7 @@ from cfvlm_ds.likelihood import Scores
 from cfvlm_ds.models import ModelFlops, adapters_off, attention, fingerprint, load_config, only_adapters_train, parameter_counts, peak
 from cfvlm_ds.objectives import group_units, likelihood_report, required_cells, weighted_loss
 from cfvlm_ds.preflight import group_tokens, read_data
+from cfvlm_ds.run_lock import RunLock
 from cfvlm_ds.tracking import open_tracker
 
 
@@ -72,6 +73,27 @@ def train(config: RunConfig, world: World | None = None) -> None:
     when the loss or its gradient is not finite.
     """
     world = world or engine.start()
+    with _locked(Path(config.train.output_dir), world):
+        _train(config, world)
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path, world: World) -> Iterator[None]:
+    """The run folder is this run's alone. Raises ConfigError on all ranks, naming its holder, when it is another's."""
+    lock: Any = contextlib.nullcontext()
+    problem = None
+    if world.is_main:
+        try:
+            lock = RunLock(run_dir, world.say)
+        except (ConfigError, OSError) as error:
+            problem = str(error)
+    if problem := broadcast_object(problem):
+        raise ConfigError(problem)
+    with lock:
+        yield
+
+
+def _train(config: RunConfig, world: World) -> None:
     seed_everything(config.train.seed)
     run_dir = Path(config.train.output_dir)
     groups, splits = read_data(config, world)
