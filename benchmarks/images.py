@@ -61,15 +61,17 @@ def measure(model: Any, arguments: argparse.Namespace, count: int) -> list[tuple
 
     def one_row() -> float:
         logp = scorer(**in_one_row(parts)).view(count, texts, TEXT).sum(-1)
-        loss, _ = coupled(Scores(None, logp, logp))  # type: ignore[arg-type]
+        loss = coupled(Scores(None, logp, logp))  # type: ignore[arg-type]
         loss.backward()
         return loss.item()
 
     def cache() -> float:
         run: Any = SimpleNamespace(engine=Engine(scorer), world=World(0, 1, 0, of.prefix.device), config=SimpleNamespace(objective={}))
         batches: list[Any] = [Part(part, k, count, texts) for k, part in enumerate(parts)]
-        return _two_passes(run, batches, count, coupled, last=True)[1].item()
+        _two_passes(run, batches, count, lambda scores: found.setdefault("loss", coupled(scores)), last=True)
+        return found.pop("loss").item()
 
+    found: dict[str, Tensor] = {}
     ways: dict[Callable[[], float], list[float]] = {one_row: [], cache: []}
     losses: list[float] = []
     peaks: list[int] = []
@@ -88,9 +90,9 @@ def measure(model: Any, arguments: argparse.Namespace, count: int) -> list[tuple
     return [(loss, statistics.median(times), most) for loss, times, most in zip(losses, ways.values(), peaks, strict=True)]
 
 
-def coupled(scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
+def coupled(scores: Scores) -> Tensor:
     """InfoNCE over the images of the first text and over the texts of every image."""
-    return -(scores.logp.log_softmax(0)[0, 0] + scores.logp.log_softmax(1)[:, 0].mean()), {}
+    return -(scores.logp.log_softmax(0)[0, 0] + scores.logp.log_softmax(1)[:, 0].mean())
 
 
 class Engine:

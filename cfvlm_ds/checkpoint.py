@@ -1,17 +1,20 @@
 """Checkpoints: DeepSpeed's shards plus the state of the loop, complete or invisible.
 
-A checkpoint is written as ``checkpoint-STEP.partial``, its files are listed with their sizes in ``complete.json``, and one rename makes it
-``checkpoint-STEP``. A folder without a matching list is never resumed from.
+A checkpoint is written as ``checkpoint-STEP.partial``. Every rank flushes its own files to the disk and takes their CRC-32; sizes and sums
+are listed in ``complete.json``, and one rename makes it ``checkpoint-STEP``. A folder that does not match its list is never resumed from.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
 import shutil
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,15 @@ import torch
 import torch.distributed as dist
 
 from cfvlm_ds.config import ConfigError
-from cfvlm_ds.distributed import World, broadcast_object
+from cfvlm_ds.distributed import World, broadcast_object, gather_objects
 
 _COMPLETE = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_BLOCK = 1 << 24  # bytes read at a time
+
+
+class SaveError(ConfigError):
+    """A checkpoint could not be written, on any rank: nothing of it is left, and no older one was touched."""
 
 
 @dataclass
@@ -30,7 +38,8 @@ class TrainState:
     """Where the loop is: what a checkpoint holds besides weights, optimizer and schedule.
 
     ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``data`` the content hash of the training groups;
-    ``run_id`` the MLflow run; ``baseline_lp`` the factual log-likelihood per token at the start, against which displacement is measured.
+    ``run_id`` the MLflow run; ``baseline_lp`` the factual log-likelihood per token at the start, against which displacement is measured;
+    ``best`` the ``step`` and ``value`` of the best evaluation by ``train.save_best``; ``skipped`` the groups left out, and why.
     """
 
     step: int = 0
@@ -38,6 +47,8 @@ class TrainState:
     data: str | None = None
     run_id: str | None = None
     baseline_lp: float | None = None
+    best: dict[str, float] | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -47,66 +58,148 @@ class TrainState:
             setattr(self, name, state[name])
 
 
-def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: int) -> Path:
-    """Write ``output_dir/checkpoint-STEP`` and remove all but the newest ``keep``. Every rank calls it; OSError on a full disk."""
+def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: int, keep_every: int = 0) -> Path:
+    """Write ``output_dir/checkpoint-STEP``; then, of the older ones, only the newest stay, ``keep`` in all (0 for every one of them), the
+    best one, and those whose step is a multiple of ``keep_every``.
+
+    Every rank calls it. Raises SaveError on all of them when one cannot write a file: disk full, quota, read-only folder.
+    """
     final = output_dir / f"checkpoint-{state.step}"
     partial = final.with_name(final.name + ".partial")
     if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in output_dir.glob("checkpoint-*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
     dist.barrier()
     rng = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
-    engine.save_checkpoint(str(output_dir), tag=partial.name, client_state={"loop": state.state_dict(), "rng": rng}, save_latest=False)
-    dist.barrier()
-    if world.is_main:
-        sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
-        description = {"step": state.step, "world_size": world.size, "run_id": state.run_id, "files": sizes}
-        (partial / _COMPLETE).write_text(json.dumps(description, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for old in _by_step(output_dir)[keep:] if keep > 0 else []:
-            shutil.rmtree(old)
+    client_state = {"loop": state.state_dict(), "rng": rng}
+    with _failures_kept(engine) as (written, failures):
+        engine.save_checkpoint(str(output_dir), tag=partial.name, client_state=client_state, save_latest=False)
+    files: dict[str, tuple[int, int]] = {}
+    with _kept(failures):
+        files.update((str(file.relative_to(partial)), _settled(file)) for file in written)
+    reports = gather_objects((_reason(failures[0], partial) if failures else None, files), world)
+    problem = next((f"rank {rank}: {failure}" for rank, (failure, _) in enumerate(reports) if failure), None)
+    if world.is_main and problem is None:
+        description = {"step": state.step, "world_size": world.size, "run_id": state.run_id}
+        with _kept(failures):
+            _publish(partial, final, description, {name: entry for _, each in reports for name, entry in each.items()})
+        problem = str(failures[0]) if failures else None
+    if problem := broadcast_object(problem):
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise SaveError(f"{final} cannot be written ({problem}); make room or mend the folder's permissions; older checkpoints are whole")
+    if world.is_main and keep > 0:
+        older = [path for path in _by_step(output_dir) if _step(path) <= state.step]
+        for path in older[keep:]:
+            if not (keep_every and _step(path) % keep_every == 0) and not (state.best and _step(path) == state.best["step"]):
+                shutil.rmtree(path, ignore_errors=True)
     dist.barrier()
     return final
 
 
-def find(output_dir: Path, resume: str, world: World) -> Path | None:
-    """The checkpoint to continue from, decided by rank 0: the newest complete one (``auto``), the named one, or None.
+@contextlib.contextmanager
+def _failures_kept(engine: Any) -> Iterator[tuple[list[Path], list[Exception]]]:
+    """DeepSpeed's writes by this rank, and what went wrong with them instead of an exception.
 
-    Says which incomplete ones were passed over. Raises ConfigError when the named one is incomplete, when ``never`` meets a folder that has
-    checkpoints, or when the checkpoint was written by another number of ranks.
+    Behind its writes it has collectives, in which the other ranks would wait for a rank that had left.
     """
-    found: Path | str | None = None
-    if world.is_main:
-        try:
-            found = _find(output_dir, resume, world)
-        except ConfigError as error:
-            found = str(error)
-    found = broadcast_object(found)
-    if isinstance(found, str):
-        raise ConfigError(found)
+    written: list[Path] = []
+    failures: list[Exception] = []
+    writer, script = engine.checkpoint_engine, engine._copy_recovery_script
+    save, makedirs = writer.save, writer.makedirs
+
+    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            with _kept(failures):
+                return function(*arguments, **named)
+
+        return call
+
+    def noted(state_dict: Any, path: str) -> None:
+        written.append(Path(path))
+        save(state_dict, path)
+
+    writer.save, writer.makedirs, engine._copy_recovery_script = guarded(noted), guarded(makedirs), guarded(script)
+    try:
+        yield written, failures
+    finally:
+        writer.save, writer.makedirs, engine._copy_recovery_script = save, makedirs, script
+
+
+@contextlib.contextmanager
+def _kept(failures: list[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        failures.append(error)
+
+
+def _reason(failure: Exception, folder: Path) -> str:
+    """Why a write failed, in the system's words: torch's writer has none."""
+    try:
+        (probe := folder / f"probe-{os.getpid()}").write_bytes(bytes(1 << 20))
+        probe.unlink()
+    except OSError as error:
+        return str(error)
+    return str(failure).partition("\n")[0]
+
+
+def _settled(file: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file that a power loss cannot take any more."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+    return file.stat().st_size, _crc32(file)
+
+
+def _crc32(file: Path) -> int:
+    found = 0
+    with file.open("rb", buffering=0) as handle:
+        while block := handle.read(_BLOCK):
+            found = zlib.crc32(block, found)
     return found
 
 
-def newest(output_dir: Path) -> Path:
-    """The newest complete checkpoint of a run folder. Raises ConfigError when there is none."""
-    for path in _by_step(output_dir):
-        if incomplete(path) is None:
-            return path
-    raise ConfigError(f"{output_dir} holds no complete checkpoint; train first, or name a checkpoint")
+def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: dict[str, tuple[int, int]]) -> None:
+    """List the files, those that no rank has named too, and make the folder visible by its name."""
+    for file in partial.rglob("*"):
+        if file.is_file() and (name := str(file.relative_to(partial))) not in files:
+            files[name] = _settled(file)
+    (partial / _COMPLETE).write_text(json.dumps({**description, "files": dict(sorted(files.items()))}, indent=1))
+    _settled(partial / _COMPLETE)
+    for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+        _settle_names(folder)
+    aside = final.with_name(final.name + ".old.partial")
+    if final.exists():
+        os.replace(final, aside)
+    os.replace(partial, final)
+    _settle_names(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
-def _find(output_dir: Path, resume: str, world: World) -> Path | None:
-    candidates = _by_step(output_dir)
+def _settle_names(folder: Path) -> None:
+    """Have the folder's entries on the disk, where its file system knows how."""
+    handle = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(handle)
+    os.close(handle)
+
+
+def find(output_dir: Path, resume: str, world: World) -> Path | None:
+    """The checkpoint to continue from: the newest one without a defect (``auto``), the named one, or None; the same on every rank.
+
+    Rank 0 looks for missing and truncated files, then every rank reads a share of them and compares their sums. Says which checkpoints were
+    passed over and why. Raises ConfigError when the named one has a defect, when ``never`` meets a folder that has checkpoints, or when the
+    checkpoint was written by another number of ranks.
+    """
+    candidates = broadcast_object(_by_step(output_dir) if resume in ("auto", "never") else [Path(resume)])
     if resume == "never":
         if candidates:
             raise ConfigError(f"{output_dir} already holds {candidates[0].name}; use train.resume=auto or another output_dir")
         return None
-    if resume != "auto":
-        candidates = [Path(resume)]
     for path in candidates:
-        defect = incomplete(path)
+        defect = _defect(path, world)
         if defect is None:
             ranks = description(path)["world_size"]
             if ranks != world.size:
@@ -118,24 +211,53 @@ def _find(output_dir: Path, resume: str, world: World) -> Path | None:
     return None
 
 
+def newest(output_dir: Path) -> Path:
+    """The newest complete checkpoint of a run folder. Raises ConfigError when there is none."""
+    for path in _by_step(output_dir):
+        if incomplete(path) is None:
+            return path
+    raise ConfigError(f"{output_dir} holds no complete checkpoint; train first, or name a checkpoint")
+
+
 def description(path: Path) -> dict[str, Any]:
-    """What a complete checkpoint says of itself: ``step``, ``world_size``, ``run_id`` and ``files`` with their sizes in bytes."""
+    """What a complete checkpoint says of itself: ``step``, ``world_size``, ``run_id``, and ``files`` with their sizes and CRC-32."""
     return json.loads((path / _COMPLETE).read_text())
 
 
 def incomplete(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every listed file is there in full."""
+    """What is wrong with a checkpoint folder, or None when every listed file is there in full; their contents are not read."""
     try:
-        listed = json.loads((path / _COMPLETE).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        listed = {name: (int(size), int(crc32)) for name, (size, crc32) in description(path)["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{_COMPLETE} is missing or broken, so the checkpoint was never finished"
-    for name, size in listed.items():
+    for name, (size, _) in listed.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
     return None
+
+
+def damaged(path: Path, names: Iterable[str]) -> str | None:
+    """Which of these files of a complete checkpoint does not have the contents that were written, or None."""
+    listed = description(path)["files"]
+    for name in names:
+        try:
+            found = _crc32(path / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
+        if found != listed[name][1]:
+            return f"{name} is damaged: its CRC-32 is {found:08x} instead of {listed[name][1]:08x}"
+    return None
+
+
+def _defect(path: Path, world: World) -> str | None:
+    if defect := broadcast_object(incomplete(path) if world.is_main else None):
+        return defect
+    largest_first = sorted(listed := description(path)["files"], key=lambda name: -listed[name][0])
+    reports = gather_objects(damaged(path, largest_first[world.rank :: world.size]), world)
+    return next((report for report in reports if report), None)
 
 
 def load(engine: Any, path: Path, state: TrainState) -> None:
@@ -152,5 +274,8 @@ def load(engine: Any, path: Path, state: TrainState) -> None:
 
 def _by_step(output_dir: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted((path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))

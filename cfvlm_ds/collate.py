@@ -22,12 +22,15 @@ from cfvlm_ds.attention import Forest
 from cfvlm_ds.config import ModelConfig
 from cfvlm_ds.data.images import MAX_PIXELS, open_image
 from cfvlm_ds.data.scores import StoredScores
-from cfvlm_ds.groups import Cells, CounterfactualGroup, DataError, GroupLayout, Pictures
+from cfvlm_ds.groups import Candidate, Cells, CounterfactualGroup, DataError, GroupLayout, Pictures
 from cfvlm_ds.likelihood import Scores, score_matrix
 from cfvlm_ds.models import Family, family_of, load_config, load_processor
 
 BLANK = Path("<blank image>")
 """Stands for a mid-grey image: what the blind control shows instead of a picture. A suffix tells several apart."""
+
+STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image.", "a"),), ((1,),))
+"""What a rank computes whose groups cannot be read."""
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -46,7 +49,7 @@ class Batch:
     """One micro-batch. ``model_inputs`` goes to the engine unchanged and returns one log-prob per scored token.
 
     ``cell`` [N] is each scored token's flat index in [G, I, C]; ``is_end`` [N] marks end-of-turn tokens; ``num_tokens`` counts the
-    tokens of the row, ``num_scored`` those that something is predicted from.
+    tokens of the row, ``num_scored`` those that something is predicted from; ``dropped`` are groups left out of it, (id, reason) each.
     """
 
     model_inputs: dict[str, Any]
@@ -58,6 +61,7 @@ class Batch:
     num_tokens: int
     num_scored: int
     num_images: int
+    dropped: tuple[tuple[str, str], ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -234,6 +238,32 @@ class Collator:
             parts[-1].append(tree)
             room -= tokens
         return parts
+
+    def readable(self, groups: Sequence[CounterfactualGroup]) -> tuple[list[CounterfactualGroup], tuple[tuple[str, str], ...]]:
+        """The groups that can be collated, and (id, reason) of each of the others."""
+        kept, dropped = [], []
+        for group in groups:
+            try:
+                self([group])
+                kept.append(group)
+            except DataError as error:
+                dropped.append((group.id, str(error)))
+        return kept, tuple(dropped)
+
+    def without_unreadable(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
+        """The ``parts`` of the groups that can be collated; the first one names the others. Without any, it is a stand-in of weight 0 that
+        counts no group: ZeRO-3 waits for this rank's forward and backward in any case."""
+        try:
+            return self.parts(groups, max_tokens)
+        except DataError:
+            kept, dropped = self.readable(groups)
+        if kept:
+            first, *more = self.parts(kept, max_tokens)
+            return [replace(first, dropped=dropped), *more]
+        batch = self.scoring_everything()([STAND_IN])
+        layout = replace(batch.layout, weight=torch.zeros_like(batch.layout.weight), ids=())
+        reference, prior = (None, None) if self.stored is None else (torch.zeros(layout.valid.shape), torch.zeros(1, 1))
+        return [replace(batch, layout=layout, reference=reference, prior=prior, dropped=dropped)]
 
     def scoring_everything(self) -> Collator:
         """The same collator building every cell, without stored scores: what evaluation needs."""

@@ -105,6 +105,9 @@ class DataConfig:
         scores: file written by ``cfvlm-ds score`` with reference and blind log-likelihoods of the training manifest (DPO and PMI need it).
         max_pixels: refuse images with more pixels than this.
         check: ``full`` opens every image before training starts; ``rows`` checks the manifests only.
+        on_error: what all ranks do when a training group turns out to be unreadable during training, such as by an image that was damaged
+            after the check: ``error``, or ``skip`` the whole group. skipped.json in the run folder lists those.
+        max_skipped: groups that ``skip`` may leave out in a run; one more is an error.
         num_workers: processes that prepare batches, per rank; one per spare core, at most 4, when not given.
         max_tokens_per_micro_batch: pack whole groups up to this many tokens into a micro-batch, in place of
             ``train.per_device_train_batch_size`` of them; ranks then have equal work whatever the sizes of images and texts.
@@ -119,6 +122,8 @@ class DataConfig:
     scores: str | None = None
     max_pixels: int = 50_000_000
     check: Literal["full", "rows"] = "full"
+    on_error: Literal["error", "skip"] = "error"
+    max_skipped: int = 10
     num_workers: int | None = None
     max_tokens_per_micro_batch: int | None = None
     max_tokens_per_forward: int | None = None
@@ -148,9 +153,15 @@ class TrainConfig:
         logging_steps: steps between progress lines and metric records.
         eval_steps: steps between evaluations; 0 evaluates at the end only.
         save_steps: steps between checkpoints; 0 saves at the end only.
-        save_total_limit: newest checkpoints kept.
+        save_minutes: also save when this much time has passed since the last checkpoint; 0 never.
+        save_total_limit: newest checkpoints kept; 0 keeps all.
+        save_keep_every: also keep checkpoints whose step is a multiple of this; 0 none.
+        save_best: also keep the checkpoint with the highest value of this metric, which is saved when an evaluation finds it; a name as in
+            metrics.jsonl, such as ``eval/test/group``.
         resume: ``auto`` continues from the newest complete checkpoint of output_dir if there is one; ``never`` starts anew and refuses a
             folder that has any; or the path of a checkpoint.
+        on_nonfinite: what all ranks do when the loss of one of them, or the gradient, is NaN or infinite: ``stop``, or ``skip`` the step,
+            up to 10 in a row. No weight changes either way, and nonfinite.jsonl in the run folder lists the groups.
         displacement_warning: warn when the factual log-likelihood falls this many nats per token below its start.
         export: write a Hugging Face folder, ``output_dir/export``, at the end; where nothing but adapters trains, ``output_dir/adapter``.
         dry_run: only report sizes, what trains and memory per GPU; needs no GPU, weights or data.
@@ -175,8 +186,12 @@ class TrainConfig:
     logging_steps: int = 10
     eval_steps: int = 0
     save_steps: int = 500
+    save_minutes: float = 0.0
     save_total_limit: int = 2
+    save_keep_every: int = 0
+    save_best: str | None = None
     resume: str = "auto"
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     displacement_warning: float = 0.1
     export: bool = True
     dry_run: bool = False
@@ -341,11 +356,22 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
             raise ConfigError(f"model.{name} must be at least 1, not {value}; leave it out for the model's own")
     if (limit := resolved["data"]["max_tokens_per_micro_batch"]) is not None and limit < 1:
         raise ConfigError(f"data.max_tokens_per_micro_batch must be at least 1, not {limit}; leave it out to count groups")
+    if (skipped := resolved["data"]["max_skipped"]) < 0:
+        raise ConfigError(f"data.max_skipped must not be negative, and is {skipped}")
     if resolved["model"]["lora"]["rank"] < 1:
         raise ConfigError(f"model.lora.rank must be at least 1, not {resolved['model']['lora']['rank']}")
-    for name in ("eval_steps", "save_steps", "save_total_limit", "warmup_ratio", "learning_rate", "max_grad_norm"):
+    counts = ("eval_steps", "save_steps", "save_minutes", "save_total_limit", "save_keep_every")
+    for name in (*counts, "warmup_ratio", "learning_rate", "max_grad_norm"):
         if train[name] < 0:
             raise ConfigError(f"train.{name} must not be negative, and is {train[name]}")
+    if (best := train["save_best"]) is not None:
+        splits = sorted(resolved["data"]["evaluation"])
+        if not train["eval_steps"]:
+            raise ConfigError(f"train.save_best {best!r} needs evaluations during training; set train.eval_steps")
+        if not any(best.startswith(f"eval/{split}/") for split in splits):
+            raise ConfigError(
+                f"train.save_best {best!r} is no metric of data.evaluation ({', '.join(splits) or 'empty'}); write eval/SPLIT/METRIC"
+            )
 
 
 def _option_names(parser: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -22,12 +23,20 @@ from torch.utils.data import DataLoader
 from cfvlm_ds import checkpoint, engine
 from cfvlm_ds.attention import ordinary
 from cfvlm_ds.checkpoint import TrainState
-from cfvlm_ds.collate import Batch, Collator, load_collator
+from cfvlm_ds.collate import STAND_IN, Batch, Collator, load_collator
 from cfvlm_ds.config import ConfigError, RunConfig, default_workers
 from cfvlm_ds.data import GroupSampler, PackedSampler, open_image
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
-from cfvlm_ds.distributed import World, all_reduce_sums, random_state, seed_everything, set_random_state
-from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, guarded, table
+from cfvlm_ds.distributed import (
+    World,
+    all_reduce_sums,
+    broadcast_object,
+    gather_objects,
+    random_state,
+    seed_everything,
+    set_random_state,
+)
+from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, table
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.groups import CounterfactualGroup, DataError
@@ -35,6 +44,7 @@ from cfvlm_ds.likelihood import Scores
 from cfvlm_ds.models import ModelFlops, adapters_off, attention, fingerprint, load_config, only_adapters_train, parameter_counts, peak
 from cfvlm_ds.objectives import group_units, likelihood_report, required_cells, weighted_loss
 from cfvlm_ds.preflight import group_tokens, read_data
+from cfvlm_ds.run_lock import RunLock
 from cfvlm_ds.tracking import open_tracker
 
 
@@ -52,6 +62,8 @@ class Run:
     state: TrainState
     total_steps: int
     flops: ModelFlops
+    saved_at: float = 0.0  # monotonic seconds: the last checkpoint, or the start
+    lost_in_a_row: int = 0  # steps left out, up to this one
 
     @property
     def dir(self) -> Path:
@@ -67,9 +79,30 @@ def train(config: RunConfig, world: World | None = None) -> None:
     """Train, evaluate and export one run; every rank calls it. Joins the process group unless ``world`` says that it has been joined.
 
     Raises ConfigError or DataError before the first step for anything wrong with configuration or data, and FloatingPointError on all ranks
-    when the loss is not finite.
+    when the loss or its gradient is not finite.
     """
     world = world or engine.start()
+    with _locked(Path(config.train.output_dir), world):
+        _train(config, world)
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path, world: World) -> Iterator[None]:
+    """The run folder is this run's alone. Raises ConfigError on all ranks, naming its holder, when it is another's."""
+    lock: Any = contextlib.nullcontext()
+    problem = None
+    if world.is_main:
+        try:
+            lock = RunLock(run_dir, world.say)
+        except (ConfigError, OSError) as error:
+            problem = str(error)
+    if problem := broadcast_object(problem):
+        raise ConfigError(problem)
+    with lock:
+        yield
+
+
+def _train(config: RunConfig, world: World) -> None:
     seed_everything(config.train.seed)
     run_dir = Path(config.train.output_dir)
     groups, splits = read_data(config, world)
@@ -173,12 +206,14 @@ def _check_scores(run: Run) -> None:
     its first micro-batch, the first one and one behind other texts, in evaluation mode. Raises ConfigError on all ranks where a score is
     off by more than its precision explains.
     """
-    groups = [run.groups[index] for index in next(iter(run.sampler))]
+    groups, _ = run.collator.readable([run.groups[index] for index in next(iter(run.sampler))])
+    collator = run.collator if groups else run.collator.scoring_everything()
+    groups = groups or [STAND_IN]
     half = next(run.engine.module.parameters()).dtype != torch.float32
     bound = 0.05 if half else 1e-4  # nats per token; a wrong mask or position is off by more
     run.engine.eval()
     with torch.no_grad():
-        batch = run.collator.parts(groups, run.config.data.max_tokens_per_forward)[0].to(run.world.device)
+        batch = collator.parts(groups, run.config.data.max_tokens_per_forward)[0].to(run.world.device)
         packed = batch.scores(run.engine(**batch.model_inputs))
         cells = torch.stack(torch.unravel_index(batch.cell.unique(), batch.layout.valid.shape), 1).tolist()
         off = torch.zeros((), device=run.world.device)
@@ -234,19 +269,20 @@ def _loop(run: Run, tracker: Any) -> None:
     batches = _batches(run)
     meter = Meter()
     started, first_step = time.monotonic(), state.step
+    run.saved_at = started
     run.engine.train()
     while state.step < run.total_steps:
-        _step(run, batches, meter)
+        save_due = _step(run, batches, meter)
         state.step += 1
         run.sampler.advance()
         state.sampler = run.sampler.state_dict()
         last = state.step == run.total_steps
-        if state.step % train.logging_steps == 0 or last:
+        if (state.step % train.logging_steps == 0 or last) and meter.sums:  # there are none where every step was left out
             metrics = meter.reduce(world)
             rates = {group["name"].split(".")[0]: group["lr"] for group in run.engine.optimizer.param_groups}
             metrics |= {"learning_rate": max(rates.values())} | {f"learning_rate/{module}": rate for module, rate in rates.items()}
             metrics["grad_norm"] = float(run.engine.get_global_grad_norm() or 0.0)
-            metrics["epoch"] = run.sampler.epoch
+            metrics |= {"epoch": run.sampler.epoch, "skipped_steps": run.engine.skipped_steps, "skipped_groups": len(state.skipped)}
             if (fastest := peak(world.device)) is not None:
                 metrics["throughput/mfu"] = metrics["throughput/model_tflop_per_s"] * 1e12 / (fastest * world.size)
             tracker.log(state.step, metrics)
@@ -261,30 +297,62 @@ def _loop(run: Run, tracker: Any) -> None:
             tracker.log(state.step, flat_metrics(results))
             for split, rows in results.items():
                 world.say(f"  {split}: group accuracy " + ", ".join(f"{row.name} {row.metrics['group']:.1f}" for row in rows))
+            save_due |= _is_best(run, flat_metrics(results))
             meter.reset()  # the evaluation's time is not training time
-        if last or (train.save_steps and state.step % train.save_steps == 0):
-            checkpoint.save(run.engine, state, run.dir, world, train.save_total_limit)
+        if last or save_due or (train.save_steps and state.step % train.save_steps == 0):
+            _save(run, tracker, needed=last)
+
+
+def _is_best(run: Run, metrics: Mapping[str, float]) -> bool:
+    """Whether this evaluation is the best so far by train.save_best; notes it. Raises ConfigError when it has no such metric."""
+    name, state = run.config.train.save_best, run.state
+    if name is None:
+        return False
+    if name not in metrics:
+        raise ConfigError(f"train.save_best {name!r} is not among the metrics of an evaluation: {', '.join(sorted(metrics))}")
+    if state.best is not None and metrics[name] <= state.best["value"]:
+        return False
+    state.best = {"step": state.step, "value": metrics[name]}
+    return True
+
+
+def _save(run: Run, tracker: Any, needed: bool) -> None:
+    """Save a checkpoint and record its cost. One that cannot be written is a warning, and an error where it is ``needed``."""
+    started, train = time.monotonic(), run.config.train
+    failed = False
+    try:
+        checkpoint.save(run.engine, run.state, run.dir, run.world, train.save_total_limit, train.save_keep_every)
+    except checkpoint.SaveError as error:
+        if needed:
+            raise
+        failed = True
+        run.world.say(f"warning: {error}; training goes on and the next checkpoint is tried in its turn")
+    ended = time.monotonic()
+    share = (ended - started) / (ended - run.saved_at)  # of the time since the last one
+    run.saved_at = ended
+    tracker.log(run.state.step, {"checkpoint/seconds": ended - started, "checkpoint/share": share, "checkpoint/failed": float(failed)})
 
 
 def _batches(run: Run) -> Iterator[list[Batch]]:
     """Micro-batches, each in the parts that are run one after the other."""
-    workers, collate = run.num_workers, partial(run.collator.parts, max_tokens=run.config.data.max_tokens_per_forward)
+    workers = run.num_workers
+    collate = partial(run.collator.without_unreadable, max_tokens=run.config.data.max_tokens_per_forward)
     loader: Any = DataLoader(
         run.groups,  # type: ignore[arg-type]
         batch_sampler=run.sampler,
-        collate_fn=guarded(collate),
+        collate_fn=collate,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=run.world.device.type == "cuda",
     )
-    for parts in loader:
-        if isinstance(parts, DataError):
-            raise parts
-        yield parts
+    yield from loader
 
 
-def _step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> None:
-    """One optimizer step: fetch its micro-batches, agree on the global units, then one forward and one backward of the engine each."""
+def _step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> bool:
+    """One optimizer step: fetch its micro-batches, agree on the global units, then one forward and one backward of the engine each.
+
+    Returns whether a checkpoint is due by train.save_minutes, by rank 0's clock.
+    """
     world, objectives = run.world, run.config.objective
     asked = time.monotonic()
     micro_batches = [[part.to(world.device) for part in next(batches)] for _ in range(run.config.train.gradient_accumulation_steps)]
@@ -293,24 +361,116 @@ def _step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> None:
     for parts in micro_batches:
         for name, units in group_units(objectives, parts[0].layout).items():
             local[name] = local[name] + units if name in local else units
+    minutes = run.config.train.save_minutes
+    local[_SAVE_DUE] = torch.tensor(float(world.is_main and 0 < minutes * 60 <= time.monotonic() - run.saved_at))
+    local[_DROPPED] = torch.tensor(sum(len(parts[0].dropped) for parts in micro_batches))
     global_units = all_reduce_sums(local, world.device)
+    if global_units[_DROPPED]:
+        _drop(run, [parts[0] for parts in micro_batches])
+    measured: list[tuple[Scores, Tensor, dict[str, Tensor]]] = []
     finite = torch.ones((), device=world.device)
 
-    def loss_of(scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
-        return weighted_loss(objectives, scores, global_units, world.size, run.state.step / run.total_steps)
+    def loss_of(scores: Scores) -> Tensor:
+        loss, shares = weighted_loss(objectives, scores, global_units, world.size, run.state.step / run.total_steps)
+        measured.append((scores, loss.detach(), shares))
+        finite.mul_(torch.isfinite(loss.detach()))
+        if len(measured) == len(micro_batches):
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+            if not finite:
+                return loss * torch.nan  # on every rank: DeepSpeed takes no step whose gradient's global norm is not finite
+        return loss
 
-    for parts, forwards in zip(micro_batches, _forwards(run, micro_batches), strict=True):
-        last = parts is micro_batches[-1]
-        scores, loss, shares = (
-            _one_pass(run, parts[0], loss_of, last) if forwards == 1 else _two_passes(run, parts, forwards, loss_of, last)
+    with _memory_named(run, micro_batches):
+        for parts, forwards in zip(micro_batches, _forwards(run, micro_batches), strict=True):
+            last = parts is micro_batches[-1]
+            if forwards == 1:
+                _one_pass(run, parts[0], loss_of, last)
+            else:
+                _two_passes(run, parts, forwards, loss_of, last)
+        run.engine.step()
+    if not finite or not (run.engine.was_step_applied() or run.engine.fp16_enabled()):  # fp16's loss scaling leaves steps out by itself
+        losses = [(parts[0], loss) for parts, (_, loss, _) in zip(micro_batches, measured, strict=True)]
+        _lost(run, losses, "gradient" if finite else "loss")
+    else:
+        run.lost_in_a_row = 0
+        for parts, (scores, loss, shares) in zip(micro_batches, measured, strict=True):
+            _measure(run, parts, scores, loss / world.size, shares, meter)
+    return bool(global_units[_SAVE_DUE])
+
+
+_SAVE_DUE, _DROPPED = "save due", "dropped"  # they travel with the units of the objectives
+_MOST_LOST = 10  # steps in a row that may be left out
+
+
+@contextlib.contextmanager
+def _memory_named(run: Run, micro_batches: Sequence[Sequence[Batch]]) -> Iterator[None]:
+    """ConfigError with the sizes of the largest row and the setting to lower, in place of an allocator's failure."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is what its CPU allocator raises
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        train, data = run.config.train, run.config.data
+        largest = max((part for parts in micro_batches for part in parts), key=lambda part: part.num_tokens)
+        if data.max_tokens_per_forward is not None:
+            setting = f"data.max_tokens_per_forward ({data.max_tokens_per_forward})"
+        elif data.max_tokens_per_micro_batch is not None:
+            setting = f"data.max_tokens_per_micro_batch ({data.max_tokens_per_micro_batch})"
+        else:
+            setting = (
+                f"train.per_device_train_batch_size ({train.per_device_train_batch_size}), and raise train.gradient_accumulation_steps"
+            )
+        sizes = f"{len(largest.layout.ids)} groups, {largest.num_tokens} tokens and {largest.num_images} images"
+        raise ConfigError(
+            f"out of memory at step {run.state.step + 1} on rank {run.world.rank}; its largest forward has {sizes}; lower {setting}, set "
+            "data.max_tokens_per_forward, model.gradient_checkpointing or limits on visual tokens (model.max_pixels, model.max_tiles); the "
+            f"allocator said: {(str(error) or 'nothing').splitlines()[0]}"
+        ) from error
+
+
+def _drop(run: Run, batches: Sequence[Batch]) -> None:
+    """Note the groups that are left out of this step because they cannot be read; all ranks call it.
+
+    Raises DataError on all of them where data.on_error and data.max_skipped do not allow it.
+    """
+    data, skipped = run.config.data, run.state.skipped
+    found = dict(
+        entry for entries in gather_objects([entry for batch in batches for entry in batch.dropped], run.world) for entry in entries
+    )
+    if data.on_error == "error":
+        first, *more = found.values()
+        raise DataError(first + (f" ({len(more)} more groups of this step cannot be read)" if more else ""))
+    skipped.update(found)
+    if len(skipped) > data.max_skipped:
+        raise DataError(
+            f"{len(skipped)} groups cannot be read, over data.max_skipped ({data.max_skipped}), such as {next(iter(found.values()))}"
         )
-        finite *= torch.isfinite(loss)
-        _measure(run, parts, scores, loss / world.size, shares, meter)
-    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-    if not finite:
-        groups = ", ".join(name for parts in micro_batches for name in parts[0].layout.ids)
-        raise FloatingPointError(f"the loss is not finite at step {run.state.step + 1}; this rank's groups: {groups}")
-    run.engine.step()
+    for name, reason in found.items():
+        run.world.say(f"warning: group {name!r} is left out: {reason}")
+    if run.world.is_main:
+        (run.dir / "skipped.json").write_text(json.dumps(skipped, indent=1))
+
+
+def _lost(run: Run, losses: Sequence[tuple[Batch, Tensor]], what: str) -> None:
+    """Note the groups of a step that was not taken, because its loss or its gradient was not finite; all ranks call it.
+
+    Of a loss they are the groups of the micro-batches where it was not finite; a gradient is known as the sum over all ranks only, and they
+    are all of the step's. Raises FloatingPointError where train.on_nonfinite does not skip it.
+    """
+    mine = [name for batch, loss in losses if what == "gradient" or not torch.isfinite(loss) for name in batch.layout.ids]
+    by_rank = {rank: names for rank, names in enumerate(gather_objects(mine, run.world)) if names}
+    run.lost_in_a_row += 1
+    step, listed = run.state.step + 1, run.dir / "nonfinite.jsonl"
+    if run.world.is_main:
+        with listed.open("a") as handle:
+            handle.write(json.dumps({"step": step, "what": what, "groups": by_rank}) + "\n")
+    shown = "; ".join(f"rank {rank}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}" for rank, names in by_rank.items())
+    message = f"the {what} is not finite at step {step}; groups of {shown}; {listed} lists them"
+    if run.config.train.on_nonfinite == "stop" or run.engine.was_step_applied():
+        raise FloatingPointError(message)
+    if run.lost_in_a_row > _MOST_LOST:
+        raise FloatingPointError(f"{message}; it is the {run.lost_in_a_row}th step in a row, and a lower learning rate may help")
+    run.world.say(f"warning: {message}; the step is left out on all ranks")
 
 
 def _forwards(run: Run, micro_batches: Sequence[Sequence[Batch]]) -> list[int]:
@@ -321,21 +481,16 @@ def _forwards(run: Run, micro_batches: Sequence[Sequence[Batch]]) -> list[int]:
     return most.tolist()
 
 
-Loss = Callable[[Scores], tuple[Tensor, dict[str, Tensor]]]
-
-
-def _one_pass(run: Run, batch: Batch, loss_of: Loss, last: bool) -> tuple[Scores, Tensor, dict[str, Tensor]]:
-    """Scores, loss and shares of a micro-batch, its gradients added; the ``last`` of a step completes them."""
+def _one_pass(run: Run, batch: Batch, loss_of: Callable[[Scores], Tensor], last: bool) -> None:
+    """Add the gradients of a micro-batch; the ``last`` of a step completes them."""
     run.engine.set_gradient_accumulation_boundary(last)
     reference = _reference(run, batch)
     scores = batch.scores(run.engine(**batch.model_inputs))
     scores = scores if reference is None else replace(scores, reference=reference)
-    loss, shares = loss_of(scores)
-    run.engine.backward(loss, scale_wrt_gas=False)
-    return scores, loss.detach(), shares
+    run.engine.backward(loss_of(scores), scale_wrt_gas=False)
 
 
-def _two_passes(run: Run, parts: Sequence[Batch], forwards: int, loss_of: Loss, last: bool) -> tuple[Scores, Tensor, dict[str, Tensor]]:
+def _two_passes(run: Run, parts: Sequence[Batch], forwards: int, loss_of: Callable[[Scores], Tensor], last: bool) -> None:
     """As ``_one_pass``, for a micro-batch in parts, with the activations of one of them in memory (gradient cache, arXiv 2101.06983).
 
     The first pass finds the scores, which the loss couples; its derivatives by the log-probs are their weights in the second, whose random
@@ -350,12 +505,12 @@ def _two_passes(run: Run, parts: Sequence[Batch], forwards: int, loss_of: Loss, 
         states.append(random_state(run.world.device))
         with torch.set_grad_enabled(len(found) == forwards - 1):
             found.append(run.engine(**part.model_inputs))
+    after = random_state(run.world.device)
     leaves = [logp.detach().requires_grad_() for logp in found]
     scores = Scores.joined([part.scores(logp) for part, logp in zip(parts, leaves[repeats:], strict=True)])
     if own := [reference for reference in references if reference is not None]:
         scores = replace(scores, reference=torch.stack(own).sum(0))
-    loss, shares = loss_of(scores)
-    weights = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    weights = torch.autograd.grad(loss_of(scores), leaves, allow_unused=True, materialize_grads=True)
     for k in reversed(range(forwards)):
         run.engine.set_gradient_accumulation_boundary(last and k == 0)
         logp = found.pop()
@@ -363,7 +518,7 @@ def _two_passes(run: Run, parts: Sequence[Batch], forwards: int, loss_of: Loss, 
             set_random_state(states[k], run.world.device)
             logp = run.engine(**repeated[k].model_inputs)
         run.engine.backward((weights[k] * logp).sum(), scale_wrt_gas=False)
-    return scores, loss.detach(), shares
+    set_random_state(after, run.world.device)
 
 
 def _reference(run: Run, batch: Batch) -> Tensor | None:
@@ -380,16 +535,17 @@ def _reference(run: Run, batch: Batch) -> Tensor | None:
 def _measure(run: Run, parts: Sequence[Batch], scores: Scores, loss: Tensor, shares: Mapping[str, Tensor], meter: Meter) -> None:
     # Shares add up over micro-batches and ranks to the step's loss, so each counts as one part of the step.
     part = 1 / (run.world.size * run.config.train.gradient_accumulation_steps)
+    real = float(len(scores.layout.ids) > 0)  # a stand-in for groups that cannot be read is not measured
     meter.add("loss", loss, part)
     for name, share in shares.items():
         meter.add(f"loss/{name}", share, part)
     for objective in run.config.objective.values():
         for key, (total, count) in objective.report(scores).items():
-            meter.add(key, total, count)
+            meter.add(key, total * real, count * real)
     for key, (total, count) in likelihood_report(scores).items():
-        meter.add(key, total, count)
+        meter.add(key, total * real, count * real)
     meter.add("throughput/groups_per_s", len(scores.layout.ids), 1)
-    meter.add("throughput/candidates_per_s", scores.layout.valid.sum(), 1)
+    meter.add("throughput/candidates_per_s", scores.layout.valid.sum() * real, 1)
     for batch in parts:
         meter.add("throughput/tokens_per_s", batch.num_tokens, 1)
         meter.add("throughput/images_per_s", batch.num_images, 1)

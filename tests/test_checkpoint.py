@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,20 +31,31 @@ def _process_group() -> Iterator[None]:
 
 
 class Engine:
-    """Writes and reads files where DeepSpeed would."""
+    """Writes and reads files where DeepSpeed would, through a writer like DeepSpeed's, with a script that only rank 0 copies."""
+
+    def __init__(self) -> None:
+        self.checkpoint_engine = SimpleNamespace(save=self.write, makedirs=os.makedirs)
+
+    def write(self, state_dict: Any, path: str) -> None:
+        torch.save(state_dict, path)
+
+    def _copy_recovery_script(self, folder: str) -> None:
+        (Path(folder) / "script.py").write_text("pass")
 
     def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
         assert not save_latest, "a `latest` file would point at folders that are not finished"
-        (Path(folder) / tag / "shards").mkdir(parents=True)
-        torch.save(client_state, Path(folder) / tag / "shards" / "rank0.pt")
+        self.checkpoint_engine.makedirs(os.path.join(folder, tag, "shards"))
+        self.checkpoint_engine.save(state_dict=client_state, path=os.path.join(folder, tag, "shards", "rank0.pt"))
+        self._copy_recovery_script(os.path.join(folder, tag))
+        dist.barrier()  # the other ranks would wait here for one that had left
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
         return folder, torch.load(Path(folder) / tag / "shards" / "rank0.pt", weights_only=False)
 
 
 class FullDisk(Engine):
-    def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
-        super().save_checkpoint(folder, tag, client_state, save_latest)
+    def write(self, state_dict: Any, path: str) -> None:
+        super().write(state_dict, path)
         raise OSError(28, "No space left on device")
 
 
@@ -50,7 +64,8 @@ def make(output_dir: Path, step: int, ranks: int = 1, complete: bool = True) -> 
     path.mkdir(parents=True)
     (path / "shard.pt").write_bytes(b"x" * 10)
     if complete:
-        (path / "complete.json").write_text(json.dumps({"step": step, "world_size": ranks, "files": {"shard.pt": 10}}))
+        files = {"shard.pt": (10, zlib.crc32(b"x" * 10))}
+        (path / "complete.json").write_text(json.dumps({"step": step, "world_size": ranks, "files": files}))
     return path
 
 
@@ -65,7 +80,7 @@ def test_incomplete_says_what_is_wrong(tmp_path: Path) -> None:
     assert checkpoint.incomplete(path) == "shard.pt has 9 bytes instead of 10"
     (path / "shard.pt").unlink()
     assert checkpoint.incomplete(path) == "shard.pt is missing"
-    for broken in ("", "[]", '{"step": 3}', '{"files": {"a": 1}'):
+    for broken in ("", "[]", '{"step": 3}', '{"files": {"a": [1, 2]}', '{"files": {"a": 1}}', '{"files": [1]}'):
         (path / "complete.json").write_text(broken)
         assert "complete.json is missing or broken" in str(checkpoint.incomplete(path))
     (path / "complete.json").unlink()
@@ -131,11 +146,77 @@ def test_the_list_covers_files_in_subfolders(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_older_checkpoint_to_resume_from(tmp_path: Path) -> None:
     checkpoint.save(Engine(), TrainState(step=1), tmp_path, ONE, keep=1)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(checkpoint.SaveError, match=r"checkpoint-2 cannot be written \(rank 0: .*No space left.*\); make room or"):
         checkpoint.save(FullDisk(), TrainState(step=2), tmp_path, ONE, keep=1)
+    assert names(tmp_path) == {"checkpoint-1"}, "what was written of it takes no room"
     assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-1"
     checkpoint.save(Engine(), TrainState(step=2), tmp_path, ONE, keep=1)
-    assert names(tmp_path) == {"checkpoint-2"}, "the remains are gone after the next success"
+    assert names(tmp_path) == {"checkpoint-2"}
+
+
+@pytest.mark.parametrize("part", ["_copy_recovery_script", "_publish"])
+def test_what_rank_0_alone_cannot_write_is_an_error_too(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(122, "Disk quota exceeded")
+
+    checkpoint.save(Engine(), TrainState(step=1), tmp_path, ONE, keep=1)
+    monkeypatch.setattr(Engine if part.startswith("_copy") else checkpoint, part, full)
+    with pytest.raises(checkpoint.SaveError, match="Disk quota exceeded"):
+        checkpoint.save(Engine(), TrainState(step=2), tmp_path, ONE, keep=1)
+    assert names(tmp_path) == {"checkpoint-1"}
+
+
+def test_remains_of_a_killed_save_are_removed_at_the_next(tmp_path: Path) -> None:
+    make(tmp_path, 7).rename(tmp_path / "checkpoint-7.partial")
+    make(tmp_path, 8, complete=False).rename(tmp_path / "checkpoint-8.old.partial")
+    checkpoint.save(Engine(), TrainState(step=9), tmp_path, ONE, keep=1)
+    assert names(tmp_path) == {"checkpoint-9"}
+
+
+def test_a_damaged_file_is_named_and_the_next_older_checkpoint_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One bit of a newest checkpoint's shard, which sizes do not show."""
+    for step in (1, 2):
+        saved = checkpoint.save(Engine(), TrainState(step=step), tmp_path, ONE, keep=2)
+    shard = saved / "shards" / "rank0.pt"
+    contents = bytearray(shard.read_bytes())
+    contents[len(contents) // 2] ^= 4
+    shard.write_bytes(contents)
+    assert checkpoint.incomplete(saved) is None
+    assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-1"
+    said = capsys.readouterr().out
+    assert f"passed over {saved}: shards/rank0.pt is damaged: its CRC-32 is {zlib.crc32(contents):08x} instead of" in said
+    with pytest.raises(ConfigError, match=r"checkpoint-2: shards/rank0\.pt is damaged.*name a complete checkpoint"):
+        checkpoint.find(tmp_path, str(saved), ONE)
+    (saved / "script.py").write_text("fail")
+    assert checkpoint.damaged(saved, ["script.py"]), "files that no rank has noted are summed too"
+
+
+def test_everything_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power loss must not leave a visible checkpoint with empty files: contents, then entries of folders, then the rename."""
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda source, target: (done.append("rename"), replace(source, target)))
+    checkpoint.save(Engine(), TrainState(step=4), tmp_path, ONE, keep=1)
+    partial = str(tmp_path / "checkpoint-4.partial")
+    before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
+    expected = {f"{partial}{name}" for name in ("", "/shards", "/shards/rank0.pt", "/script.py", "/complete.json")}
+    assert set(before) == expected and before.index(f"{partial}/complete.json") < before.index(partial)
+    assert after == [str(tmp_path)]
+
+
+def test_multiples_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20, 25):
+        checkpoint.save(Engine(), TrainState(step=step, best={"step": 15, "value": 61.0}), tmp_path, ONE, keep=1, keep_every=10)
+    assert names(tmp_path) == {"checkpoint-10", "checkpoint-15", "checkpoint-20", "checkpoint-25"}
+    checkpoint.save(Engine(), TrainState(step=30, best={"step": 30, "value": 62.0}), tmp_path, ONE, keep=1)
+    assert names(tmp_path) == {"checkpoint-30"}
+
+
+def test_a_newer_one_that_was_passed_over_does_not_count_as_kept(tmp_path: Path) -> None:
+    make(tmp_path, 30, complete=False)
+    checkpoint.save(Engine(), TrainState(step=25), tmp_path, ONE, keep=1)
+    assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-25"
 
 
 def test_an_unfinished_folder_of_the_same_step_is_replaced(tmp_path: Path) -> None:
@@ -145,7 +226,7 @@ def test_an_unfinished_folder_of_the_same_step_is_replaced(tmp_path: Path) -> No
 
 
 def test_state_and_random_numbers_come_back(tmp_path: Path) -> None:
-    state = TrainState(step=3, sampler={"epoch": 1, "position": 16}, run_id="r1", baseline_lp=-2.5)
+    state = TrainState(3, {"epoch": 1, "position": 16}, run_id="r1", baseline_lp=-2.5, best={"step": 2, "value": 50.0})
     torch.manual_seed(7), random.seed(7)
     saved = checkpoint.save(Engine(), state, tmp_path, ONE, keep=1)
     expected = (torch.rand(3).tolist(), random.random())
@@ -154,11 +235,6 @@ def test_state_and_random_numbers_come_back(tmp_path: Path) -> None:
     checkpoint.load(Engine(), saved, back)
     assert back == state
     assert (torch.rand(3).tolist(), random.random()) == expected
-
-
-def test_state_holds_every_field_of_the_loop() -> None:
-    state = TrainState(step=3, sampler={"epoch": 1}, data="hash", run_id="r", baseline_lp=-1.0)
-    assert state.state_dict() == {"step": 3, "sampler": {"epoch": 1}, "data": "hash", "run_id": "r", "baseline_lp": -1.0}
 
 
 def test_what_deepspeed_cannot_load_is_named(tmp_path: Path) -> None:

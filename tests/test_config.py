@@ -208,3 +208,17 @@ def test_every_example_parses(path: Path) -> None:
     config = parse("--config", str(path))
     assert config.data.train and config.model.name_or_path
     assert (REPO / config.deepspeed).is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--train.save_best", "eval/iid/group"], "needs evaluations during training; set train.eval_steps"),
+        (["--train.save_best", "eval/ood/group", "--train.eval_steps", "5"], "is no metric of data.evaluation (iid); write eval/SPLIT/"),
+        (["--train.save_minutes", "-1"], "train.save_minutes must not be negative, and is -1.0"),
+    ],
+)
+def test_what_is_saved_when_must_make_sense(argv: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse("--data.evaluation.iid=iid.jsonl", *argv)
+    assert said in str(raised.value)

@@ -319,7 +319,7 @@ def edited(checkpoint: Path, folder: Path, pattern: str, change: Any) -> Path:
         torch.save(state, file)
     listed = folder / checkpoint.name / "complete.json"
     description = json.loads(listed.read_text())
-    description["files"] = {name: (listed.parent / name).stat().st_size for name in description["files"]}
+    description["files"] = {name: ((listed.parent / name).stat().st_size, 0) for name in description["files"]}
     listed.write_text(json.dumps(description))
     return folder / checkpoint.name
 

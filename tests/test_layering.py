@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "cfvlm_ds"
 LAYERS = [
     {"groups", "config", "distributed"},
     {"likelihood", "attention", "figures"},
-    {"models", "data", "scenes"},
+    {"models", "data", "scenes", "run_lock"},
     {"objectives", "collate", "engine", "checkpoint", "tracking"},
     {"evaluation", "export", "preflight", "dry_run"},
     {"training"},

@@ -98,11 +98,15 @@ def test_metrics_are_on_the_server_as_on_disk(client: Any, finished: Path) -> No
         *(f"learning_rate/{module}" for module in ("vision_tower", "projector", "language_model")),
         "grad_norm",
         "epoch",
+        "skipped_steps",
+        "skipped_groups",
     }
     every_step |= {f"throughput/{n}_per_s" for n in ("groups", "candidates", "tokens", "images", "model_tflop")} | {
         "throughput/data_wait_share"
     }
-    assert {name for name in found if not name.startswith("eval/")} == every_step
+    assert {name for name in found if not name.startswith(("eval/", "checkpoint/"))} == every_step
+    for name in ("seconds", "share", "failed"):
+        assert [step for step, _ in found[f"checkpoint/{name}"]] == [4], name
     for name in every_step:
         assert [step for step, _ in found[name]] == [1, 2, 3, 4], name
     for name in ("pair", "text", "image", "group", "group_pmi", "sham", "blind_group", "colour/group"):
@@ -168,7 +172,7 @@ def test_a_killed_run_goes_on_as_the_same_run(client: Any, model_dir: Path, mani
     found, kept = on_server(client, second), on_disk(folder)
     assert found.keys() == kept.keys()
     for name, points in found.items():
-        if name.startswith("eval/"):
+        if name.startswith(("eval/", "checkpoint/")):
             continue
         assert [step for step, _ in points] == list(range(1, last + 1)) == [step for step, _ in kept[name]], name
         if not name.startswith("throughput/"):  # a rate of a step that ran twice is measured twice; MLflow keeps the first
@@ -184,7 +188,10 @@ def test_a_crashed_run_is_marked_failed(client: Any, model_dir: Path, manifests:
     done = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=200)
     output = done.stdout + done.stderr
     assert done.returncode != 0, output
-    assert output.count("FloatingPointError: the loss is not finite at step 3; this rank's groups: train-") == 2, output[-5000:]
+    message = "FloatingPointError: the loss is not finite at step 3; groups of rank 0: train-"
+    assert output.count(message) == 2, output[-5000:]
+    (row,) = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
+    assert (row["step"], row["what"]) == (3, "loss") and [len(row["groups"][rank]) for rank in ("0", "1")] == [8, 8]
     failed = the_run(client, "crashed")
     assert failed.info.status == "FAILED"
     found, kept = on_server(client, failed), on_disk(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from cfvlm_ds.distributed import World, gather_objects
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 
 Forward = Callable[..., Tensor]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,16 +31,16 @@ class GroupScores:
         return StoredScores(tuple(map(tuple, self.logp.tolist())), tuple(self.blank.tolist()))
 
 
-def guarded(collate: Callable[[Sequence[CounterfactualGroup]], T]) -> Callable[[Sequence[CounterfactualGroup]], T | DataError]:
-    """A collate function for worker processes: a DataError comes back as a value, because raised there it would lose its one sentence."""
+def guarded(collator: Collator) -> Callable[[Sequence[CounterfactualGroup]], Batch | DataError]:
+    """The collator for a worker process: a DataError comes back as a value, because raised there it would lose its one clear sentence."""
 
-    def collated(groups: Sequence[CounterfactualGroup]) -> T | DataError:
+    def collate(groups: Sequence[CounterfactualGroup]) -> Batch | DataError:
         try:
-            return collate(groups)
+            return collator(groups)
         except DataError as error:
             return error
 
-    return collated
+    return collate
 
 
 def score_groups(

@@ -1,0 +1,163 @@
+"""One run per folder: a lock that says who holds it, on file systems that may not know flock.
+
+The lock is a file made with O_EXCL, which network file systems honour, and its holder touches it every half minute. It is stale when its
+holder's process is gone on this machine, when it is another start of the same Slurm job (which Slurm never runs twice at a time), or when
+nobody has touched it for five minutes by the file server's own clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from cfvlm_ds.config import ConfigError
+
+NAME = "run.lock"
+_TOUCHED_EVERY_S = 30.0
+_STALE_AFTER_S = 300.0
+
+
+class RunLock:
+    """Holds ``folder/run.lock`` from its creation to its exit. Raises ConfigError naming the holder when another run has the folder."""
+
+    def __init__(self, folder: Path, say: Callable[[str], object] = print) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / NAME
+        self._mine = json.dumps(_identity())
+        while not self._created():
+            content = _content(self.path)
+            if content is None:
+                continue  # released in between
+            holder, reason = _parsed(content), self._stale(content)
+            if reason is None:
+                raise ConfigError(
+                    f"{folder} is in use by {_named(holder)}; choose another train.output_dir, or remove {self.path} if that run is gone"
+                )
+            if self._removed(content):
+                say(f"took {folder} over from {_named(holder)}: {reason}")
+        self._ended = threading.Event()
+        threading.Thread(target=self._touch, daemon=True).start()
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        if _content(self.path) == self._mine:
+            self.path.unlink(missing_ok=True)
+
+    def _created(self) -> bool:
+        try:
+            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        os.write(handle, self._mine.encode())
+        os.close(handle)
+        return True
+
+    def _stale(self, content: str) -> str | None:
+        """Why the holder cannot be alive, or None."""
+        holder, here = _parsed(content), json.loads(self._mine)
+        if holder.get("processes") == here["processes"]:
+            return None if _runs(holder) else "its process is gone"
+        if holder.get("job") and holder["job"] == here["job"] and holder.get("restart") != here["restart"]:
+            return f"Slurm has started job {here['job']} anew"
+        age = _age(self.path)
+        return f"it has not touched the lock for {age / 60:.0f} minutes" if age > _STALE_AFTER_S else None
+
+    def _removed(self, content: str) -> bool:
+        """Take the stale lock away, unless another run has been faster and it is that one's by now."""
+        aside = self.path.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}")
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:
+            return False
+        if (found := _content(aside)) != content and found is not None:
+            os.rename(aside, self.path)
+            return False
+        aside.unlink()
+        return True
+
+    def _touch(self) -> None:
+        while not self._ended.wait(_TOUCHED_EVERY_S):
+            if _content(self.path) != self._mine:
+                # Suspended for minutes, this run was taken for dead. Two must not write here, and the launcher ends the other ranks.
+                print(f"error: another run has taken {self.path.parent} over; this one ends", flush=True)
+                os._exit(1)
+            os.utime(self.path)
+
+
+def _identity() -> dict[str, Any]:
+    process = psutil.Process()
+    return {
+        "host": socket.gethostname(),
+        "pid": process.pid,
+        "born": process.create_time(),
+        "processes": _process_space(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _process_space() -> str:
+    """Where this process's number means something: one boot and one namespace, since containers share host names."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return f"{socket.gethostname()} {psutil.boot_time()}"
+
+
+def _runs(holder: dict[str, Any]) -> bool:
+    try:
+        process = psutil.Process(holder["pid"])
+        return abs(process.create_time() - holder["born"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _age(lock: Path) -> float:
+    """Seconds since the lock was touched. The clock is that of the file server, which stamps a file that is written now."""
+    probe = lock.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}.now")
+    probe.write_text("")
+    try:
+        return probe.stat().st_mtime - lock.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+    finally:
+        probe.unlink()
+
+
+def _content(lock: Path) -> str | None:
+    """The lock's content, with a moment for a holder that has created it and is about to write."""
+    for _ in range(20):
+        try:
+            if content := lock.read_text():
+                return content
+        except FileNotFoundError:
+            return None
+        time.sleep(0.05)
+    return ""
+
+
+def _parsed(content: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(content))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _named(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "a run that has not said who it is"
+    job = f", Slurm job {holder['job']}" if holder.get("job") else ""
+    return f"process {holder.get('pid')} on {holder.get('host')}{job}, started {holder.get('started')}"

@@ -1,0 +1,130 @@
+"""Trainings with planted faults, in one process family: each line of the file is one's {"fault": NAME, "arguments": [options]}.
+
+What a training raises is printed by every rank, and the next one starts.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cfvlm_ds import OBJECTIVES, GroupLayout, Scores, checkpoint, cli, training
+from cfvlm_ds.cli import run
+from cfvlm_ds.data import GroupSampler
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+@contextlib.contextmanager
+def full_disk(*steps: int) -> Iterator[None]:
+    """At these steps rank 1 cannot write files of more than 50 KB: the system itself refuses."""
+    save = checkpoint.save
+
+    def limited(engine, state, *arguments):  # type: ignore[no-untyped-def]
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if RANK == 1 and state.step in steps:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        try:
+            return save(engine, state, *arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with patch.object(checkpoint, "save", limited):
+        yield
+
+
+def between() -> None:
+    """Wait until every rank has said what it has to say."""
+    dist.barrier()
+    time.sleep(0.2)
+    if RANK == 0:
+        print("=== next training", flush=True)
+    dist.barrier()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planted:
+    """An objective of value 0 whose loss, or only its gradient, is not finite where it sees one group; or which wants a PiB there."""
+
+    weight: float = 0.0
+    warmup: float = 0.0
+    group: str = ""
+    what: str = "loss"
+    cells, needs_reference, needs_prior = "anchor", False, False
+
+    def units(self, layout: GroupLayout) -> Tensor:
+        return layout.weight.sum()
+
+    def total(self, scores: Scores) -> Tensor:
+        here, logp = self.group in scores.layout.ids, scores.logp.sum()
+        if here and self.what == "memory":
+            torch.empty(1 << 50, dtype=torch.uint8)
+        if here and self.what == "gradient":
+            return (logp - logp.detach()).abs().sqrt()
+        return logp * (torch.nan if here else 0)
+
+    def report(self, scores: Scores) -> dict[str, tuple[Tensor, Tensor]]:
+        return {}
+
+
+OBJECTIVES["planted"] = Planted
+
+
+@contextlib.contextmanager
+def left_out(number: int) -> Iterator[None]:
+    """Step ``number`` takes its data and does nothing with it: what skipping a step should come to."""
+    step = training._step
+
+    def stepped(run, batches, meter):  # type: ignore[no-untyped-def]
+        if run.state.step + 1 != number:
+            return step(run, batches, meter)
+        for _ in range(run.config.train.gradient_accumulation_steps):
+            next(batches)
+
+    with patch.object(training, "_step", stepped):
+        yield
+
+
+@contextlib.contextmanager
+def without(index: int) -> Iterator[None]:
+    """The sampler leaves this group out of its micro-batch."""
+    batches = GroupSampler.__iter__
+
+    def fewer(self: GroupSampler) -> Iterator[list[int]]:
+        return ([group for group in batch if group != index] for batch in batches(self))
+
+    with patch.object(GroupSampler, "__iter__", fewer):
+        yield
+
+
+FAULTS = {"left out": left_out, "without": without, "nothing": nothing, "full disk": full_disk}
+
+if __name__ == "__main__":
+    for index, line in enumerate(Path(sys.argv[-1]).read_text().splitlines()):
+        if index:
+            between()
+        planned = json.loads(line)
+        name, *details = planned["fault"]
+        if planned.get("exit"):
+            cli._exit_cleanly(functools.partial(run, planned["arguments"]))
+        try:
+            with FAULTS[name](*details):
+                run(planned["arguments"])
+        except Exception as error:
+            print(f"rank {RANK} raised {type(error).__name__}: {error}", flush=True)
