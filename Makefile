@@ -1,10 +1,11 @@
 # make demo: train, evaluate and export the quickstart.  make test: the tests.  make check: format, lint and types.
+# make faults: the long fault campaigns; their tables are for docs/reliability.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check install golden clean
+.PHONY: demo test check faults install golden clean
 
 demo: install
 	deepspeed --num_gpus 1 train.py --deepspeed ds_configs/z3.json
@@ -13,6 +14,9 @@ demo: install
 
 test: install check
 	pytest
+
+faults: install
+	python tests/kill_ranks.py
 
 check: install
 	ruff format --check .

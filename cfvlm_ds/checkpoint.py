@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from cfvlm_ds.config import ConfigError
 from cfvlm_ds.distributed import World, broadcast_object, gather_objects
+from cfvlm_ds.reshard import reshard
 
 _COMPLETE = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -85,7 +86,7 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
         description = {"step": state.step, "world_size": world.size, "run_id": state.run_id}
         with _kept(failures):
             _publish(partial, final, description, {name: entry for _, each in reports for name, entry in each.items()})
-        problem = str(failures[0]) if failures else None
+        problem = failures[0] if failures else None
     if problem := broadcast_object(problem):
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -100,13 +101,13 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
 
 
 @contextlib.contextmanager
-def _failures_kept(engine: Any) -> Iterator[tuple[list[Path], list[Exception]]]:
+def _failures_kept(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
     """DeepSpeed's writes by this rank, and what went wrong with them instead of an exception.
 
     Behind its writes it has collectives, in which the other ranks would wait for a rank that had left.
     """
     written: list[Path] = []
-    failures: list[Exception] = []
+    failures: list[str] = []
     writer, script = engine.checkpoint_engine, engine._copy_recovery_script
     save, makedirs = writer.save, writer.makedirs
 
@@ -129,21 +130,23 @@ def _failures_kept(engine: Any) -> Iterator[tuple[list[Path], list[Exception]]]:
 
 
 @contextlib.contextmanager
-def _kept(failures: list[Exception]) -> Iterator[None]:
+def _kept(failures: list[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        failures.append(error)
+        failures.append(str(error).partition("\n")[0])  # not the error: its frames hold the broken file open, and so its room
 
 
-def _reason(failure: Exception, folder: Path) -> str:
+def _reason(failure: str, folder: Path) -> str:
     """Why a write failed, in the system's words: torch's writer has none."""
+    if not folder.is_dir():
+        return failure
     try:
         (probe := folder / f"probe-{os.getpid()}").write_bytes(bytes(1 << 20))
         probe.unlink()
     except OSError as error:
         return str(error)
-    return str(failure).partition("\n")[0]
+    return failure
 
 
 def _settled(file: Path) -> tuple[int, int]:
@@ -190,8 +193,7 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
     """The checkpoint to continue from: the newest one without a defect (``auto``), the named one, or None; the same on every rank.
 
     Rank 0 looks for missing and truncated files, then every rank reads a share of them and compares their sums. Says which checkpoints were
-    passed over and why. Raises ConfigError when the named one has a defect, when ``never`` meets a folder that has checkpoints, or when the
-    checkpoint was written by another number of ranks.
+    passed over and why. Raises ConfigError when the named one has a defect, and when ``never`` meets a folder that has checkpoints.
     """
     candidates = broadcast_object(_by_step(output_dir) if resume in ("auto", "never") else [Path(resume)])
     if resume == "never":
@@ -201,9 +203,6 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
     for path in candidates:
         defect = _defect(path, world)
         if defect is None:
-            ranks = description(path)["world_size"]
-            if ranks != world.size:
-                raise ConfigError(f"{path} was written by {ranks} ranks and this run has {world.size}; start {ranks} ranks")
             return path
         if resume != "auto":
             raise ConfigError(f"train.resume={path}: {defect}; name a complete checkpoint or use auto")
@@ -260,8 +259,37 @@ def _defect(path: Path, world: World) -> str | None:
     return next((report for report in reports if report), None)
 
 
-def load(engine: Any, path: Path, state: TrainState) -> None:
-    """Restore weights, optimizer, schedule, random state and ``state`` from a complete checkpoint of the same number of ranks."""
+def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: Path) -> None:
+    """Restore weights, optimizer, schedule, random state and ``state`` from a complete checkpoint.
+
+    Where another number of ranks wrote it, it is first cut anew for this one, into a folder of ``output_dir`` that is removed again; that
+    takes as much room as the checkpoint, and ConfigError is raised on all ranks where there is none.
+    """
+    if (ranks := description(path)["world_size"]) == world.size:
+        _load(engine, path, state)
+        return
+    world.say(f"{path} was written by {ranks} ranks; cutting it anew for {world.size}")
+    cut = output_dir / f"{path.name}.anew.partial"
+    if world.is_main:
+        shutil.rmtree(cut, ignore_errors=True)
+        cut.mkdir(parents=True)
+    dist.barrier()
+    zero, failures = engine.optimizer, list[str]()
+    flat = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups
+    try:
+        with _kept(failures):
+            reshard(path, cut, world.rank, world.size, engine._get_zero_param_shapes(), [tensor.numel() for tensor in flat])
+        reasons = gather_objects(_reason(failures[0], cut) if failures else None, world)
+        if reason := next(filter(None, reasons), None):
+            raise ConfigError(f"{path} cannot be cut anew in {output_dir} ({reason}); make room, or start {ranks} ranks")
+        _load(engine, cut, state)
+        dist.barrier()
+    finally:
+        if world.is_main:
+            shutil.rmtree(cut, ignore_errors=True)
+
+
+def _load(engine: Any, path: Path, state: TrainState) -> None:
     _, client = engine.load_checkpoint(str(path.parent), tag=path.name)
     if client is None:
         raise ConfigError(f"{path}: DeepSpeed could not load it; name another checkpoint with train.resume")

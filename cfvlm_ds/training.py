@@ -139,11 +139,16 @@ def _train(config: RunConfig, world: World) -> None:
         flops = ModelFlops(driven.module.model, driven.module.family)
         run = Run(config, world, driven, collator, sampler, groups, splits, state, total_steps, flops)
         if found is not None:
-            checkpoint.load(run.engine, found, run.state)
+            checkpoint.load(run.engine, found, run.state, world, run_dir)
             if run.state.data != content_hash(groups):
                 raise ConfigError(f"{found} was trained on another version of {config.data.train}; restore it or choose another output_dir")
             run.sampler.load_state_dict(run.state.sampler or {})
             world.say(f"resumed from {found} at step {run.state.step}")
+            if written["world_size"] != world.size:
+                world.say(
+                    f"the number of ranks is {world.size} now and was {written['world_size']}: keep train.per_device_train_batch_size x "
+                    "train.gradient_accumulation_steps x ranks as it was, or steps hold another number of groups from here on"
+                )
         for path in _record(run, resolved.config):
             tracker.artifact(path)
         _check_scores(run)

@@ -154,6 +154,22 @@ def run(command: list[str], timeout: float = 300) -> str:
     return output
 
 
+def run_ranks(*families: tuple[int, Path], timeout: float = 1500) -> list[list[tuple[int, str]]]:
+    """Run the trainings that a file lists for tests/faulty.py as so many ranks, one family after the other and without a launcher: each
+    rank's exit code and output, by family."""
+    process = launch([sys.executable, "tests/faulty.py", *(str(part) for family in families for part in family)])
+    try:
+        printed, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said = "\n".join(file.read_text()[-2000:] for _, listed in families for file in listed.with_suffix("").glob("*.out"))
+        pytest.fail(f"still running after {timeout} s:\n{said}")
+    codes = [json.loads(line) for line in printed.splitlines() if line.startswith("[")]
+    assert len(codes) == len(families), printed[-4000:]
+    outputs = [[(listed.with_suffix("") / f"{rank}.out").read_text() for rank in range(number)] for number, listed in families]
+    return [list(zip(*each, strict=True)) for each in zip(codes, outputs, strict=True)]
+
+
 def plain_scores(manifest: Path, *models: str) -> list[dict[str, list[list[float]]]]:
     """What tests/plain.py finds in a process that does not know this package; a model is its folder, or folder+adapter folder."""
     command = [sys.executable, str(REPO / "tests" / "plain.py"), str(manifest), *models]

@@ -1,6 +1,6 @@
-"""Trainings with planted faults, in one process family: each line of the file is one's {"fault": NAME, "arguments": [options]}.
+"""Trainings with planted faults: RANKS FILE [RANKS FILE ...], where each line of a file is {"fault": [NAME, ...], "arguments": [options]}.
 
-What a training raises is printed by every rank, and the next one starts.
+They run one after the other. What one raises is printed by every rank, and the next one starts; a file's exit codes are printed at its end.
 """
 
 import contextlib
@@ -9,12 +9,12 @@ import json
 import os
 import resource
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+import forked
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,7 +23,9 @@ from cfvlm_ds import OBJECTIVES, GroupLayout, Scores, checkpoint, cli, training
 from cfvlm_ds.cli import run
 from cfvlm_ds.data import GroupSampler
 
-RANK = int(os.environ.get("RANK", "0"))
+
+def rank() -> int:
+    return int(os.environ["RANK"])
 
 
 @contextlib.contextmanager
@@ -38,7 +40,7 @@ def full_disk(*steps: int) -> Iterator[None]:
 
     def limited(engine, state, *arguments):  # type: ignore[no-untyped-def]
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if RANK == 1 and state.step in steps:
+        if rank() == 1 and state.step in steps:
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         try:
             return save(engine, state, *arguments)
@@ -50,12 +52,9 @@ def full_disk(*steps: int) -> Iterator[None]:
 
 
 def between() -> None:
-    """Wait until every rank has said what it has to say."""
+    """Every rank starts the next one when all have ended the last."""
     dist.barrier()
-    time.sleep(0.2)
-    if RANK == 0:
-        print("=== next training", flush=True)
-    dist.barrier()
+    print("=== next training", flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,18 +112,63 @@ def without(index: int) -> Iterator[None]:
         yield
 
 
-FAULTS = {"left out": left_out, "without": without, "nothing": nothing, "full disk": full_disk}
+@contextlib.contextmanager
+def taken(lock: str) -> Iterator[None]:
+    """Another machine has the run folder."""
+    if rank() == 0:
+        Path(lock).parent.mkdir()
+        holder = {"host": "node9", "pid": 7, "processes": "another machine", "job": "4711", "started": "yesterday"}
+        Path(lock).write_text(json.dumps(holder))
+    yield
 
-if __name__ == "__main__":
-    for index, line in enumerate(Path(sys.argv[-1]).read_text().splitlines()):
+
+class Stopped(Exception):
+    """The end of a training that another one goes on with."""
+
+
+@contextlib.contextmanager
+def stopped(step: int) -> Iterator[None]:
+    """The training ends when it has saved this step."""
+    save = checkpoint.save
+
+    def last(engine, state, *arguments):  # type: ignore[no-untyped-def]
+        save(engine, state, *arguments)
+        if state.step == step:
+            raise Stopped("as planned")
+
+    with patch.object(checkpoint, "save", last):
+        yield
+
+
+FAULTS = {
+    "taken": taken,
+    "stopped": stopped,
+    "exit": nothing,
+    "left out": left_out,
+    "without": without,
+    "nothing": nothing,
+    "full disk": full_disk,
+}
+
+
+def train_listed(listed: Path) -> None:
+    for index, line in enumerate(listed.read_text().splitlines()):
         if index:
             between()
         planned = json.loads(line)
         name, *details = planned["fault"]
-        if planned.get("exit"):
+        if name == "exit":
             cli._exit_cleanly(functools.partial(run, planned["arguments"]))
         try:
             with FAULTS[name](*details):
                 run(planned["arguments"])
         except Exception as error:
-            print(f"rank {RANK} raised {type(error).__name__}: {error}", flush=True)
+            print(f"rank {rank()} raised {type(error).__name__}: {error}", flush=True)
+
+
+if __name__ == "__main__":
+    for number, file in zip(sys.argv[1::2], map(Path, sys.argv[2::2]), strict=True):
+        processes = forked.start(int(number), functools.partial(train_listed, file), file.with_suffix(""))
+        for process in processes:
+            process.join()
+        print(json.dumps([process.exitcode for process in processes]), flush=True)

@@ -5,28 +5,26 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, environment, losses, metrics, train_arguments
+from conftest import losses, metrics, run_ranks, train_arguments
 
 from cfvlm_ds.data import GroupSampler
 
-LAUNCH = ["deepspeed", "--num_gpus", "2", "--master_port", "29650", "tests/faulty.py"]
+Plans = dict[str, tuple[list[Any], list[str]]]
+"""Name of the run folder -> (fault of tests/faulty.py with its details, options)."""
 
 
-@pytest.fixture(scope="module")
-def trainings(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
-    """Every plan trained in one process family: the folder of the run folders, and the lines printed in each training."""
-    folder = tmp_path_factory.mktemp("faults")
+def planned(manifests: dict[str, Path], folder: Path) -> Plans:
+    """What is trained, one after the other, in one family of processes."""
     often = ["--train.save_steps", "1", "--train.max_steps", "3", "--train.save_total_limit", "0"]
     last, test = ["--train.save_total_limit", "1"], [f"--data.evaluation.test={manifests['test']}"]
     one_epoch = ["--train.max_steps", "3"]
     unreadable = [*one_epoch, "--data.train", str(damaged(manifests["train"], folder / "damaged")), "--data.check", "rows"]
     alone = ["--train.per_device_train_batch_size", "1", "--train.gradient_accumulation_steps", "8"]
-    plans: dict[str, tuple[list[Any], list[str]]] = {
+    plans: Plans = {
         "whole": (["nothing"], often),
         "full for a while": (["full disk", 2], often),
         "full at the end": (["full disk", 3], often),
@@ -39,20 +37,33 @@ def trainings(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pyt
         "unreadable error": (["nothing"], unreadable),
         "by the clock": (["nothing"], ["--train.save_minutes", "1e-6", "--train.max_steps", "3", *last, "--train.save_keep_every", "2"]),
         "best": (["nothing"], ["--train.eval_steps", "1", "--train.max_steps", "4", *last, "--train.save_best", "eval/test/pair", *test]),
-        "memory": (["nothing"], planted("memory", "stop")),
+        "taken": (["taken", str(folder / "taken" / "run.lock")], one_epoch),
+        "memory": (["exit"], planted("memory", "stop")),
     }
+    return plans
+
+
+def train_all(model_dir: Path, manifests: dict[str, Path], folder: Path, plans: Plans) -> dict[str, list[str]]:
+    """Train every plan in one family of two ranks, the last of which ends with an exit code; what the ranks said in each."""
     micro = ["--train.per_device_train_batch_size", "8"]
     rows = [
         {"fault": fault, "arguments": train_arguments(model_dir, manifests, folder / name, *micro, *extra)}
         for name, (fault, extra) in plans.items()
     ]
-    rows[-1]["exit"] = True
     listed = folder / "plans.jsonl"
     listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = subprocess.run([*LAUNCH, str(listed)], cwd=REPO, env=environment(), capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode, "the last training fails, and the launcher with it"
-    parts = (done.stdout + done.stderr).split("=== next training\n")
-    return folder, {name: part.splitlines() for name, part in zip(plans, parts, strict=True)}
+    said: dict[str, list[str]] = {name: [] for name in plans}
+    for code, output in run_ranks((2, listed))[0]:
+        assert (code != 0) == ("memory" in plans), output[-4000:]
+        for name, part in zip(plans, output.split("=== next training\n"), strict=True):
+            said[name] += part.splitlines()
+    return said
+
+
+@pytest.fixture(scope="module")
+def trainings(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
+    folder = tmp_path_factory.mktemp("faults")
+    return folder, train_all(model_dir, manifests, folder, planned(manifests, folder))
 
 
 FIVE = ["--train.max_steps", "5", "--train.per_device_train_batch_size", "4"]
@@ -204,11 +215,21 @@ def test_unreadable_groups_over_the_budget_are_an_error_on_all_ranks(trainings: 
         assert messages[0].startswith(sentence) and f"train-{BROKEN}-0.png: image cannot be read" in messages[0]
 
 
+# Two runs in one folder ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_refused_on_all_ranks(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    messages = raised(trainings[1]["taken"])
+    assert set(messages) == {0, 1} and len(set(messages.values())) == 1
+    assert "ConfigError: " in messages[1] and "is in use by process 7 on node9, Slurm job 4711, started yesterday; choose" in messages[1]
+    assert [path.name for path in (trainings[0] / "taken").iterdir()] == ["run.lock"]
+
+
 # Memory ----------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_out_of_memory_names_the_batch_and_the_setting(trainings: tuple[Path, dict[str, list[str]]]) -> None:
-    """torch's own allocator refuses on one rank; the launcher has come back, so the other rank has ended too."""
+    """torch's own allocator refuses on one rank; the other one ends too, and neither well, without a launcher to see to it."""
     said = "\n".join(trainings[1]["memory"])
     assert "error: out of memory at step 2 on rank 1; its largest forward has 4 groups, " in said
     assert "; lower train.per_device_train_batch_size (4), and raise train.gradient_accumulation_steps, set data." in said

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "cfvlm_ds"
 LAYERS = [
     {"groups", "config", "distributed"},
     {"likelihood", "attention", "figures"},
-    {"models", "data", "scenes", "run_lock"},
+    {"models", "data", "scenes", "reshard", "run_lock"},
     {"objectives", "collate", "engine", "checkpoint", "tracking"},
     {"evaluation", "export", "preflight", "dry_run"},
     {"training"},

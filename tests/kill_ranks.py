@@ -1,0 +1,107 @@
+"""kill -9 of a random rank at random times over one run, until it ends: RANKS ROUNDS [SEED] (default 8 30 0); part of ``make faults``.
+
+Every round starts the training anew and kills one rank some steps later, or while it starts; the others must end by themselves. The last
+checkpoint is compared, bit for bit, with that of a run that nobody killed. Prints a row for docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+import forked
+import torch
+from conftest import build_test_model, losses, train_arguments, write_manifest
+
+from cfvlm_ds.cli import run
+
+SAVE_STEPS = 2
+PEERS_END_S = 600.0
+"""How long ranks may take to notice a dead peer before they are killed, which fails the campaign."""
+
+
+def main(ranks: int, rounds: int, seed: int = 0) -> None:
+    chance, steps = random.Random(seed), SAVE_STEPS * rounds
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, manifest = build_test_model(folder / "model"), write_manifest(folder / "train.jsonl", 48)
+        options = {"max_steps": steps, "save_steps": SAVE_STEPS, "per_device_train_batch_size": max(1, 16 // ranks)}
+        given = [part for option, value in options.items() for part in (f"--train.{option}", str(value))]
+        train = {run_dir: train_arguments(model, {"train": manifest}, folder / run_dir, *given) for run_dir in ("whole", "killed")}
+        started = time.monotonic()
+        processes = forked.start(ranks, functools.partial(run, train["whole"]), folder / "said-whole")
+        assert ended(processes) == [0] * ranks, (folder / "said-whole" / "0.out").read_text()
+        whole_s, started = time.monotonic() - started, time.monotonic()
+        waits, kills = [], 0
+        while True:
+            before = len(losses(folder / "killed")) if (folder / "killed" / "metrics.jsonl").exists() else 0
+            processes = forked.start(ranks, functools.partial(run, train["killed"]), folder / f"said-{kills}")
+            if kills == rounds:
+                break
+            lives = chance.choice((None, *range(2 * SAVE_STEPS)))  # steps that it may take, or a time before the first one
+            wait_for(folder / "killed", before, lives, steps, processes)
+            time.sleep(chance.uniform(0, whole_s / steps if lives is not None else 5))
+            victim = chance.randrange(ranks)
+            os.kill(processes[victim].pid or 0, signal.SIGKILL)
+            killed_at, kills = time.monotonic(), kills + 1
+            codes = ended(processes)
+            waits.append(time.monotonic() - killed_at)
+            print(
+                f"round {kills}: rank {victim} killed, step {len(losses(folder / 'killed'))}, peers ended in {waits[-1]:.1f} s: {codes}",
+                flush=True,
+            )
+            assert codes[victim] in (-signal.SIGKILL, 0) and -signal.SIGTERM not in codes, "a rank waited for a dead one"
+        assert ended(processes) == [0] * ranks, (folder / f"said-{kills}" / "0.out").read_text()
+        resumes = sum("resumed from" in (folder / f"said-{k}" / "0.out").read_text() for k in range(kills + 1))
+        same_losses = losses(folder / "killed") == losses(folder / "whole")
+        weights = [same(folder / "whole" / f"checkpoint-{steps}", folder / "killed" / f"checkpoint-{steps}", rank) for rank in range(ranks)]
+        verdict = "bit-equal" if all(weights) and same_losses else "DIFFERENT"
+        print(
+            f"| kill -9 of a random rank, {kills} rounds over one {ranks}-rank run of {steps} steps | {resumes} of {kills} restarts found "
+            f"a checkpoint; final weights, moments and losses {verdict} | the others ended {max(waits):.1f} s after a kill at most; "
+            f"{time.monotonic() - started:.0f} s in all against {whole_s:.0f} s uninterrupted |"
+        )
+        sys.exit(verdict != "bit-equal")
+
+
+def wait_for(run_dir: Path, before: int, lives: int | None, steps: int, processes: list[ForkProcess]) -> None:
+    """Until the run has recorded so many steps more than it resumed with, at most until the step before its last."""
+    while lives is not None and all(process.is_alive() for process in processes):
+        done = len(losses(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+        newest = max((int(path.name.rsplit("-")[-1]) for path in run_dir.glob("checkpoint-*[0-9]")), default=0)
+        if done >= min(max(before, newest) + lives, steps - 1):
+            return
+        time.sleep(0.02)
+
+
+def ended(processes: list[ForkProcess]) -> list[int | None]:
+    """The exit codes; of a rank that did not end in time, that of the SIGTERM it then gets."""
+    deadline = time.monotonic() + PEERS_END_S
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.terminate()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def same(one: Path, other: Path, rank: int) -> bool:
+    """Whether a rank's weights and moments have the same bits."""
+    name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    states = [torch.load(folder / name, weights_only=False)["optimizer_state_dict"] for folder in (one, other)]
+    flats = [
+        [*s["fp32_flat_groups"], *(e[k] for e in s["optimizer_state_dict"]["state"].values() for k in ("exp_avg", "exp_avg_sq"))]
+        for s in states
+    ]
+    return all(torch.equal(a, b) for a, b in zip(*flats, strict=True))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:] or ("8", "30")))
