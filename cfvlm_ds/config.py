@@ -148,6 +148,9 @@ class TrainConfig:
         save_total_limit: newest checkpoints kept.
         resume: ``auto`` continues from the newest complete checkpoint of output_dir if there is one; ``never`` starts anew and refuses a
             folder that has any; or the path of a checkpoint.
+        stop_margin_s: stop, save and leave with exit code 85 when a Slurm job has less than this many seconds left, beside the time of the
+            longest step so far (its evaluation and checkpoint included); it must cover a first checkpoint.
+        hang_timeout_s: leave with exit code 86 when a rank shows no life, or a step no progress, for this many seconds; 0 for never.
         displacement_warning: warn when the factual log-likelihood falls this many nats per token below its start.
         export: write a Hugging Face folder, ``output_dir/export``, at the end; where nothing but adapters trains, ``output_dir/adapter``.
         dry_run: only report sizes, what trains and memory per GPU; needs no GPU, weights or data.
@@ -174,6 +177,8 @@ class TrainConfig:
     save_steps: int = 500
     save_total_limit: int = 2
     resume: str = "auto"
+    stop_margin_s: float = 120.0
+    hang_timeout_s: float = 600.0
     displacement_warning: float = 0.1
     export: bool = True
     dry_run: bool = False
@@ -340,7 +345,8 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
         raise ConfigError(f"data.max_tokens_per_micro_batch must be at least 1, not {limit}; leave it out to count groups")
     if resolved["model"]["lora"]["rank"] < 1:
         raise ConfigError(f"model.lora.rank must be at least 1, not {resolved['model']['lora']['rank']}")
-    for name in ("eval_steps", "save_steps", "save_total_limit", "warmup_ratio", "learning_rate", "max_grad_norm"):
+    never_negative = ("eval_steps", "save_steps", "save_total_limit", "warmup_ratio", "learning_rate", "max_grad_norm")
+    for name in (*never_negative, "stop_margin_s", "hang_timeout_s"):
         if train[name] < 0:
             raise ConfigError(f"train.{name} must not be negative, and is {train[name]}")
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +19,14 @@ import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cfvlm_ds import checkpoint, engine
+from cfvlm_ds import checkpoint, engine, heartbeat
 from cfvlm_ds.attention import ordinary
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.collate import Batch, Collator, load_collator
 from cfvlm_ds.config import ConfigError, RunConfig, default_workers
 from cfvlm_ds.data import GroupSampler, PackedSampler, open_image
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
-from cfvlm_ds.distributed import World, all_reduce_sums, seed_everything
+from cfvlm_ds.distributed import World, all_reduce_sums, broadcast_object, seed_everything
 from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, guarded, table
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
@@ -34,7 +35,10 @@ from cfvlm_ds.likelihood import Scores
 from cfvlm_ds.models import ModelFlops, adapters_off, attention, fingerprint, load_config, only_adapters_train, parameter_counts, peak
 from cfvlm_ds.objectives import group_units, likelihood_report, required_cells, weighted_loss
 from cfvlm_ds.preflight import group_tokens, read_data
+from cfvlm_ds.stopping import EXIT_STOPPED, Stop, reason, shield_worker
 from cfvlm_ds.tracking import open_tracker
+
+_FINISHED = "finished.json"
 
 
 @dataclass
@@ -51,6 +55,8 @@ class Run:
     state: TrainState
     total_steps: int
     flops: ModelFlops
+    stop: Stop
+    pulse: heartbeat.Heartbeat
 
     @property
     def dir(self) -> Path:
@@ -65,6 +71,9 @@ class Run:
 def train(config: RunConfig, world: World | None = None) -> None:
     """Train, evaluate and export one run; every rank calls it. Joins the process group unless ``world`` says that it has been joined.
 
+    A run that has finished before only says so. One that is asked to stop saves a checkpoint and leaves by SystemExit with
+    ``EXIT_STOPPED``, neither evaluated nor exported; started again, it goes on.
+
     Raises ConfigError or DataError before the first step for anything wrong with configuration or data, and FloatingPointError on all ranks
     when the loss is not finite.
     """
@@ -76,6 +85,8 @@ def train(config: RunConfig, world: World | None = None) -> None:
     collator = load_collator(config.model, required_cells(config.objective), config.data.max_pixels, stored)
     sampler = _sampler(config, world, groups, collator)
     total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs)
+    if _is_finished(config, total_steps, world):
+        return
     raw, width = engine.read_json(config.deepspeed), engine.hidden_size(config)
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
     engine.validate(config, resolved)
@@ -83,6 +94,10 @@ def train(config: RunConfig, world: World | None = None) -> None:
     # Killed before its first checkpoint, a run starts over at step 0 and is still the same run.
     anew = {"step": None if config.train.resume == "never" else 0}
     written: dict[str, Any] = anew if found is None else checkpoint.description(found)
+    if world.is_main:
+        heartbeat.prepare(run_dir)
+    world.wait()
+    pulse = heartbeat.Heartbeat(run_dir / heartbeat.FOLDER, world, config.train.hang_timeout_s)
     tracking = config.tracking
     # Opened before the model: MLflow is imported in a thread, which must be over when data workers are forked.
     tracker = open_tracker(
@@ -100,10 +115,12 @@ def train(config: RunConfig, world: World | None = None) -> None:
         resume_step=written["step"],
         mlflow=tracking.enabled,
     )
-    with tracker:
+    with tracker, pulse:
         driven, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=content_hash(groups))
         flops = ModelFlops(driven.module.model, driven.module.family)
-        run = Run(config, world, driven, collator, sampler, groups, splits, state, total_steps, flops)
+        run = Run(
+            config, world, driven, collator, sampler, groups, splits, state, total_steps, flops, Stop(config.train.stop_margin_s), pulse
+        )
         if found is not None:
             checkpoint.load(run.engine, found, run.state)
             if run.state.data != content_hash(groups):
@@ -113,9 +130,28 @@ def train(config: RunConfig, world: World | None = None) -> None:
         for path in _record(run, resolved.config):
             tracker.artifact(path)
         _check_scores(run)
-        _loop(run, tracker)
-        _finish(run, tracker)
-    world.wait()
+        if stopped := _loop(run, tracker):
+            world.say(f"stopped after step {state.step} of {total_steps}: {stopped}; the same command continues from the checkpoint")
+            tracker.close("SCHEDULED")
+        else:
+            _finish(run, tracker)
+    if world.is_main and not stopped:
+        (run_dir / _FINISHED).write_text(json.dumps({"step": total_steps}))
+    world.wait()  # the first rank to leave with a code that is not 0 makes the launcher end the others
+    if stopped:
+        sys.exit(EXIT_STOPPED)
+
+
+def _is_finished(config: RunConfig, total_steps: int, world: World) -> bool:
+    """Whether ``train.resume=auto`` finds nothing to do; rank 0 decides. Otherwise the run is unfinished from here on."""
+    finished, path = False, Path(config.train.output_dir) / _FINISHED
+    if world.is_main:
+        finished = config.train.resume == "auto" and path.exists() and json.loads(path.read_text())["step"] == total_steps
+        if finished:
+            world.say(f"{path.parent} has finished at step {total_steps}: nothing to do; remove {path} to evaluate and export it again")
+        else:
+            path.unlink(missing_ok=True)
+    return broadcast_object(finished)
 
 
 def _sampler(config: RunConfig, world: World, groups: list[CounterfactualGroup], collator: Collator) -> GroupSampler:
@@ -227,14 +263,15 @@ class Meter:
         return metrics
 
 
-def _loop(run: Run, tracker: Any) -> None:
+def _loop(run: Run, tracker: Any) -> str | None:
+    """Train to the end, or to where the ranks agree to stop: then the reason."""
     train, state, world = run.config.train, run.state, run.world
     batches = _batches(run)
     meter = Meter()
     started, first_step = time.monotonic(), state.step
     run.engine.train()
     while state.step < run.total_steps:
-        _step(run, batches, meter)
+        stop = _step(run, batches, meter)
         state.step += 1
         run.sampler.advance()
         state.sampler = run.sampler.state_dict()
@@ -252,7 +289,8 @@ def _loop(run: Run, tracker: Any) -> None:
             world.say(_progress(run, metrics, remaining))
             _watch_displacement(run, metrics)
         state.run_id = tracker.run_id
-        if train.eval_steps and state.step % train.eval_steps == 0 and not last:
+        if train.eval_steps and state.step % train.eval_steps == 0 and not last and not stop:
+            run.pulse.mark("evaluation", state.step)
             run.engine.eval()
             results, _ = evaluate(run.engine, run.collator, run.splits, world, train.per_device_eval_batch_size, run.num_workers)
             run.engine.train()
@@ -260,8 +298,12 @@ def _loop(run: Run, tracker: Any) -> None:
             for split, rows in results.items():
                 world.say(f"  {split}: group accuracy " + ", ".join(f"{row.name} {row.metrics['group']:.1f}" for row in rows))
             meter.reset()  # the evaluation's time is not training time
-        if last or (train.save_steps and state.step % train.save_steps == 0):
+        if last or stop or (train.save_steps and state.step % train.save_steps == 0):
+            run.pulse.mark("checkpoint", state.step)
             checkpoint.save(run.engine, state, run.dir, world, train.save_total_limit)
+        if stop:
+            return stop
+    return None
 
 
 def _batches(run: Run) -> Iterator[Batch]:
@@ -273,6 +315,7 @@ def _batches(run: Run) -> Iterator[Batch]:
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=run.world.device.type == "cuda",
+        worker_init_fn=shield_worker,
     )
     for batch in loader:
         if isinstance(batch, DataError):
@@ -280,19 +323,26 @@ def _batches(run: Run) -> Iterator[Batch]:
         yield batch
 
 
-def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> None:
-    """One optimizer step: fetch its micro-batches, agree on the global units, then one forward and one backward of the engine each."""
-    world, objectives = run.world, run.config.objective
+def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> str | None:
+    """One optimizer step: fetch its micro-batches, agree on the global units, then one forward and one backward of the engine each.
+
+    Returns why the run is to stop behind this step, on every rank, or None.
+    """
+    world, objectives, number = run.world, run.config.objective, run.state.step + 1
+    run.pulse.mark("data", number)
     asked = time.monotonic()
     micro_batches = [next(batches).to(world.device) for _ in range(run.config.train.gradient_accumulation_steps)]
     meter.waited += time.monotonic() - asked
-    local: dict[str, Tensor] = {}
+    run.pulse.mark("agreement", number)
+    local: dict[str, Tensor] = {"stop": run.stop.votes()}
     for batch in micro_batches:
         for name, units in group_units(objectives, batch.layout).items():
             local[name] = local[name] + units if name in local else units
     global_units = all_reduce_sums(local, world.device)
+    stop = reason(global_units.pop("stop").tolist())
     finite = torch.ones((), device=world.device)
     for batch in micro_batches:
+        run.pulse.mark("computation", number)
         scores = _scores(run, batch)
         loss, shares = weighted_loss(objectives, scores, global_units, world.size, run.state.step / run.total_steps)
         run.engine.backward(loss, scale_wrt_gas=False)
@@ -302,8 +352,9 @@ def _step(run: Run, batches: Iterator[Batch], meter: Meter) -> None:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
             if not finite:
                 groups = ", ".join(name for each in micro_batches for name in each.layout.ids)
-                raise FloatingPointError(f"the loss is not finite at step {run.state.step + 1}; this rank's groups: {groups}")
+                raise FloatingPointError(f"the loss is not finite at step {number}; this rank's groups: {groups}")
         run.engine.step()
+    return stop
 
 
 def _scores(run: Run, batch: Batch) -> Scores:
@@ -365,6 +416,7 @@ def _watch_displacement(run: Run, metrics: Mapping[str, float]) -> None:
 
 def _finish(run: Run, tracker: Any) -> None:
     """Evaluate every split, write the tables and figures, export."""
+    run.pulse.mark("evaluation and export", run.state.step)
     run.engine.eval()
     results, scores = evaluate(
         run.engine, run.collator, run.splits, run.world, run.config.train.per_device_eval_batch_size, run.num_workers
