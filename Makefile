@@ -1,10 +1,11 @@
 # make demo: train, evaluate and export the quickstart.  make test: the tests.  make check: format, lint and types.
+# make faults: the long fault campaign on a real Slurm; its table is for docs/reliability.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check install golden clean
+.PHONY: demo test check faults install golden clean
 
 demo: install
 	deepspeed --num_gpus 1 train.py --deepspeed ds_configs/z3.json
@@ -12,12 +13,18 @@ demo: install
 	@echo "tracking: cd runs/quickstart && ../../$(BIN)/mlflow ui"
 
 test: install check
+	tests/slurm/install.sh
 	pytest
+
+faults: install
+	tests/slurm/install.sh
+	python tests/slurm/faults.py
 
 check: install
 	ruff format --check .
 	ruff check .
 	mypy
+	shellcheck -x slurm/*.sh tests/slurm/*.sh
 
 golden: install
 	python tests/write_golden.py

@@ -26,7 +26,14 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     """Entry point of train.py: bare, it runs examples/quickstart.yaml."""
     arguments = _with_quickstart(sys.argv[1:] if argv is None else argv)
     stopping.install()
-    _exit_cleanly(lambda: run(arguments))
+    try:
+        _exit_cleanly(lambda: run(arguments))
+    except SystemExit as left:
+        if not left.code:
+            raise
+        # At once: torch takes seconds to tear down, and the TERM that launchers send when the first rank has left would change the code.
+        sys.stdout.flush()
+        os._exit(int(left.code))
 
 
 def _with_quickstart(argv: Sequence[str]) -> list[str]:
