@@ -13,15 +13,19 @@ demo: install
 	@echo "tracking: cd runs/quickstart && ../../$(BIN)/mlflow ui"
 
 test: install check
+	tests/slurm/install.sh
 	pytest
 
 faults: install
+	tests/slurm/install.sh
 	python tests/kill_ranks.py
+	python tests/slurm/faults.py
 
 check: install
 	ruff format --check .
 	ruff check .
 	mypy
+	shellcheck -x slurm/*.sh tests/slurm/*.sh
 
 golden: install
 	python tests/write_golden.py

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import signal
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfvlm_ds import stopping
 from cfvlm_ds.config import IMAGE_LIMITS, BuildConfig, ConfigError, DataConfig, LoraConfig, ModelConfig, ScenesConfig, parse_config
 from cfvlm_ds.groups import DataError
 
@@ -23,12 +24,21 @@ QUICKSTART = Path(__file__).resolve().parent.parent / "examples" / "quickstart.y
 
 def train_main(argv: Sequence[str] | None = None) -> None:
     """Entry point of train.py: bare, it runs examples/quickstart.yaml."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not any(a == "--config" or a.startswith("--config=") for a in arguments):
-        arguments = ["--config", str(QUICKSTART), *arguments]
-    # As an exit, so that the run is closed and marked as killed; launchers send it to all ranks when one has failed.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    _exit_cleanly(lambda: run(arguments))
+    arguments = _with_quickstart(sys.argv[1:] if argv is None else argv)
+    stopping.install()
+    try:
+        _exit_cleanly(lambda: run(arguments))
+    except SystemExit as left:
+        if not left.code:
+            raise
+        # At once: torch takes seconds to tear down, and the TERM that launchers send when the first rank has left would change the code.
+        sys.stdout.flush()
+        os._exit(int(left.code))
+
+
+def _with_quickstart(argv: Sequence[str]) -> list[str]:
+    given = any(a == "--config" or a.startswith("--config=") for a in argv)
+    return list(argv) if given else ["--config", str(QUICKSTART), *argv]
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -101,6 +111,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--adapter", action="store_true", help="only the LoRA adapters, in peft's format, instead of merged into the model"
     )
     command.add_argument("--out", help="folder to write (default RUN/export, or RUN/adapter)")
+
+    cluster = commands.add_parser("cluster", help="what slurm/launch.sh asks").add_subparsers(dest="action", required=True)
+    command = _command(cluster, "check", _cluster_check, "check the nodes of a job, one task each", "srun cfvlm-ds cluster check FOLDER")
+    command.add_argument("folder", help="shared folder for one line per node")
+    command.add_argument("--timeout_s", type=float, default=30.0, help="seconds for the meeting, and for the collective (default 30)")
+    text = "the output_dir that options of train.py mean"
+    command = _command(cluster, "output_dir", _cluster_output_dir, text, "cfvlm-ds cluster output_dir -- --config examples/quickstart.yaml")
+    command.add_argument("options", nargs=argparse.REMAINDER, help="options of train.py, behind --")
 
     arguments = parser.parse_args(argv)
     _exit_cleanly(lambda: arguments.function(arguments))
@@ -180,6 +198,21 @@ def _export(arguments: argparse.Namespace) -> None:
     out, lora = Path(arguments.out or run_dir / ("adapter" if arguments.adapter else "export")), LoraConfig(**model.get("lora", {}))
     write = export_adapter if arguments.adapter else export_hf
     print(f"exported to {write(checkpoint, model['name_or_path'], out, lora=lora)}")
+
+
+def _cluster_check(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.cluster import check
+
+    line = check(Path(arguments.folder), arguments.timeout_s)
+    sys.stdout.flush()
+    os._exit(0 if line == "ok" else 1)  # tearing down torch takes longer than the check
+
+
+def _cluster_output_dir(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.objectives import OBJECTIVES
+
+    options = arguments.options[1:] if arguments.options[:1] == ["--"] else arguments.options
+    print(Path(parse_config(_with_quickstart(options), OBJECTIVES, prog="train.py").train.output_dir).absolute())
 
 
 def _positive(text: str) -> int:

@@ -162,6 +162,9 @@ class TrainConfig:
             folder that has any; or the path of a checkpoint.
         on_nonfinite: what all ranks do when the loss of one of them, or the gradient, is NaN or infinite: ``stop``, or ``skip`` the step,
             up to 10 in a row. No weight changes either way, and nonfinite.jsonl in the run folder lists the groups.
+        stop_margin_s: stop, save and leave with exit code 85 when a Slurm job has less than this many seconds left, beside the time of the
+            longest step so far (its evaluation and checkpoint included); it must cover a first checkpoint.
+        hang_timeout_s: leave with exit code 86 when a rank shows no life, or a step no progress, for this many seconds; 0 for never.
         displacement_warning: warn when the factual log-likelihood falls this many nats per token below its start.
         export: write a Hugging Face folder, ``output_dir/export``, at the end; where nothing but adapters trains, ``output_dir/adapter``.
         dry_run: only report sizes, what trains and memory per GPU; needs no GPU, weights or data.
@@ -192,6 +195,8 @@ class TrainConfig:
     save_best: str | None = None
     resume: str = "auto"
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    stop_margin_s: float = 120.0
+    hang_timeout_s: float = 600.0
     displacement_warning: float = 0.1
     export: bool = True
     dry_run: bool = False
@@ -360,7 +365,7 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
         raise ConfigError(f"data.max_skipped must not be negative, and is {skipped}")
     if resolved["model"]["lora"]["rank"] < 1:
         raise ConfigError(f"model.lora.rank must be at least 1, not {resolved['model']['lora']['rank']}")
-    counts = ("eval_steps", "save_steps", "save_minutes", "save_total_limit", "save_keep_every")
+    counts = ("eval_steps", "save_steps", "save_minutes", "save_total_limit", "save_keep_every", "stop_margin_s", "hang_timeout_s")
     for name in (*counts, "warmup_ratio", "learning_rate", "max_grad_norm"):
         if train[name] < 0:
             raise ConfigError(f"train.{name} must not be negative, and is {train[name]}")

@@ -44,11 +44,21 @@ def launch_environment() -> None:
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:
         slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
         os.environ.update({name: os.environ[value] for name, value in slurm.items()})
+        os.environ["LOCAL_WORLD_SIZE"] = str(_tasks_on_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ["SLURM_NODEID"])))
     elif "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _tasks_on_node(described: str, node: int) -> int:
+    """Tasks of the ``node``-th node, from Slurm's form: "8(x2),1" is 8, 8, 1."""
+    counts: list[int] = []
+    for part in described.split(","):
+        tasks, _, repeated = part.partition("(x")
+        counts += [int(tasks)] * int(repeated.rstrip(")") or 1)
+    return counts[node]
 
 
 def all_reduce_sums(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

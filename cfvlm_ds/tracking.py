@@ -44,7 +44,7 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # usage statistics that MLflow sends to its makers
 }
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 
 _POLL_SECONDS = 1.0
 _MAX_BACKOFF_SECONDS = 30.0
@@ -171,6 +171,7 @@ class Tracker:
     def close(self, status: Status = "FINISHED") -> None:
         """Set the final status and wait, at most ``close_timeout`` seconds, for MLflow to get the rest. A second call does nothing.
 
+        SCHEDULED is the status of a run that was asked to stop and is to go on: MLflow's other words are for runs that live or are over.
         What could not be delivered is counted on stderr, with the command that delivers it later.
         """
         if not self._file.closed:
@@ -303,6 +304,8 @@ class _Delivery:
             pass
         if status is None:
             self._send(self.record.run_id, "metrics", self._system_metrics.sample() if self._system_metrics else [])
+        elif status == "SCHEDULED":  # no end time
+            self._client.update_run(self.record.run_id, status=status)
         else:  # before the artifacts, which an unfit artifact store may refuse for ever
             self._client.set_terminated(self.record.run_id, status, self.record.end_ms)
         self._deliver_artifacts()

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cfvlm_ds import checkpoint, engine
+from cfvlm_ds import checkpoint, engine, heartbeat
 from cfvlm_ds.attention import ordinary
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.collate import STAND_IN, Batch, Collator, load_collator
@@ -45,7 +46,10 @@ from cfvlm_ds.models import ModelFlops, adapters_off, attention, fingerprint, lo
 from cfvlm_ds.objectives import group_units, likelihood_report, required_cells, weighted_loss
 from cfvlm_ds.preflight import group_tokens, read_data
 from cfvlm_ds.run_lock import RunLock
+from cfvlm_ds.stopping import EXIT_STOPPED, Stop, reason, shield_worker
 from cfvlm_ds.tracking import open_tracker
+
+_FINISHED = "finished.json"
 
 
 @dataclass
@@ -62,6 +66,8 @@ class Run:
     state: TrainState
     total_steps: int
     flops: ModelFlops
+    stop: Stop
+    pulse: heartbeat.Heartbeat
     saved_at: float = 0.0  # monotonic seconds: the last checkpoint, or the start
     lost_in_a_row: int = 0  # steps left out, up to this one
 
@@ -77,6 +83,9 @@ class Run:
 
 def train(config: RunConfig, world: World | None = None) -> None:
     """Train, evaluate and export one run; every rank calls it. Joins the process group unless ``world`` says that it has been joined.
+
+    A run that has finished before only says so. One that is asked to stop saves a checkpoint and leaves by SystemExit with
+    ``EXIT_STOPPED``, neither evaluated nor exported; started again, it goes on.
 
     Raises ConfigError or DataError before the first step for anything wrong with configuration or data, and FloatingPointError on all ranks
     when the loss or its gradient is not finite.
@@ -110,6 +119,8 @@ def _train(config: RunConfig, world: World) -> None:
     collator = load_collator(config.model, required_cells(config.objective), config.data.max_pixels, stored)
     sampler = _sampler(config, world, groups, collator)
     total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs)
+    if _is_finished(config, total_steps, world):
+        return
     raw, width = engine.read_json(config.deepspeed), engine.hidden_size(config)
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
     engine.validate(config, resolved)
@@ -117,6 +128,10 @@ def _train(config: RunConfig, world: World) -> None:
     # Killed before its first checkpoint, a run starts over at step 0 and is still the same run.
     anew = {"step": None if config.train.resume == "never" else 0}
     written: dict[str, Any] = anew if found is None else checkpoint.description(found)
+    if world.is_main:
+        heartbeat.prepare(run_dir)
+    world.wait()
+    pulse = heartbeat.Heartbeat(run_dir / heartbeat.FOLDER, world, config.train.hang_timeout_s)
     tracking = config.tracking
     # Opened before the model: MLflow is imported in a thread, which must be over when data workers are forked.
     tracker = open_tracker(
@@ -134,10 +149,12 @@ def _train(config: RunConfig, world: World) -> None:
         resume_step=written["step"],
         mlflow=tracking.enabled,
     )
-    with tracker:
+    with tracker, pulse:
         driven, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=content_hash(groups))
         flops = ModelFlops(driven.module.model, driven.module.family)
-        run = Run(config, world, driven, collator, sampler, groups, splits, state, total_steps, flops)
+        run = Run(
+            config, world, driven, collator, sampler, groups, splits, state, total_steps, flops, Stop(config.train.stop_margin_s), pulse
+        )
         if found is not None:
             checkpoint.load(run.engine, found, run.state, world, run_dir)
             if run.state.data != content_hash(groups):
@@ -152,9 +169,28 @@ def _train(config: RunConfig, world: World) -> None:
         for path in _record(run, resolved.config):
             tracker.artifact(path)
         _check_scores(run)
-        _loop(run, tracker)
-        _finish(run, tracker)
-    world.wait()
+        if stopped := _loop(run, tracker):
+            world.say(f"stopped after step {state.step} of {total_steps}: {stopped}; the same command continues from the checkpoint")
+            tracker.close("SCHEDULED")
+        else:
+            _finish(run, tracker)
+    if world.is_main and not stopped:
+        (run_dir / _FINISHED).write_text(json.dumps({"step": total_steps}))
+    world.wait()  # the first rank to leave with a code that is not 0 makes the launcher end the others
+    if stopped:
+        sys.exit(EXIT_STOPPED)
+
+
+def _is_finished(config: RunConfig, total_steps: int, world: World) -> bool:
+    """Whether ``train.resume=auto`` finds nothing to do; rank 0 decides. Otherwise the run is unfinished from here on."""
+    finished, path = False, Path(config.train.output_dir) / _FINISHED
+    if world.is_main:
+        finished = config.train.resume == "auto" and path.exists() and json.loads(path.read_text())["step"] == total_steps
+        if finished:
+            world.say(f"{path.parent} has finished at step {total_steps}: nothing to do; remove {path} to evaluate and export it again")
+        else:
+            path.unlink(missing_ok=True)
+    return broadcast_object(finished)
 
 
 def _sampler(config: RunConfig, world: World, groups: list[CounterfactualGroup], collator: Collator) -> GroupSampler:
@@ -269,7 +305,8 @@ class Meter:
         return metrics
 
 
-def _loop(run: Run, tracker: Any) -> None:
+def _loop(run: Run, tracker: Any) -> str | None:
+    """Train to the end, or to where the ranks agree to stop: then the reason."""
     train, state, world = run.config.train, run.state, run.world
     batches = _batches(run)
     meter = Meter()
@@ -277,7 +314,7 @@ def _loop(run: Run, tracker: Any) -> None:
     run.saved_at = started
     run.engine.train()
     while state.step < run.total_steps:
-        save_due = _step(run, batches, meter)
+        stop, save_due = _step(run, batches, meter)
         state.step += 1
         run.sampler.advance()
         state.sampler = run.sampler.state_dict()
@@ -295,7 +332,8 @@ def _loop(run: Run, tracker: Any) -> None:
             world.say(_progress(run, metrics, remaining))
             _watch_displacement(run, metrics)
         state.run_id = tracker.run_id
-        if train.eval_steps and state.step % train.eval_steps == 0 and not last:
+        if train.eval_steps and state.step % train.eval_steps == 0 and not last and not stop:
+            run.pulse.mark("evaluation", state.step)
             run.engine.eval()
             results, _ = evaluate(run.engine, run.collator, run.splits, world, train.per_device_eval_batch_size, run.num_workers)
             run.engine.train()
@@ -304,8 +342,12 @@ def _loop(run: Run, tracker: Any) -> None:
                 world.say(f"  {split}: group accuracy " + ", ".join(f"{row.name} {row.metrics['group']:.1f}" for row in rows))
             save_due |= _is_best(run, flat_metrics(results))
             meter.reset()  # the evaluation's time is not training time
-        if last or save_due or (train.save_steps and state.step % train.save_steps == 0):
-            _save(run, tracker, needed=last)
+        if last or stop or save_due or (train.save_steps and state.step % train.save_steps == 0):
+            run.pulse.mark("checkpoint", state.step)
+            _save(run, tracker, needed=last or stop is not None)
+        if stop:
+            return stop
+    return None
 
 
 def _is_best(run: Run, metrics: Mapping[str, float]) -> bool:
@@ -349,24 +391,29 @@ def _batches(run: Run) -> Iterator[list[Batch]]:
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=run.world.device.type == "cuda",
+        worker_init_fn=shield_worker,
     )
     yield from loader
 
 
-def _step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> bool:
+def _step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> tuple[str | None, bool]:
     """One optimizer step: fetch its micro-batches, agree on the global units, then one forward and one backward of the engine each.
 
-    Returns whether a checkpoint is due by train.save_minutes, by rank 0's clock.
+    Returns what the ranks have agreed on: why the run is to stop behind this step, or None; and whether a checkpoint is due by
+    train.save_minutes.
     """
-    world, objectives = run.world, run.config.objective
+    world, objectives, number = run.world, run.config.objective, run.state.step + 1
+    run.pulse.mark("data", number)
     asked = time.monotonic()
     micro_batches = [[part.to(world.device) for part in next(batches)] for _ in range(run.config.train.gradient_accumulation_steps)]
     meter.waited += time.monotonic() - asked
+    run.pulse.mark("agreement", number)
     local: dict[str, Tensor] = {}
     for parts in micro_batches:
         for name, units in group_units(objectives, parts[0].layout).items():
             local[name] = local[name] + units if name in local else units
     minutes = run.config.train.save_minutes
+    local[_STOP] = run.stop.votes()
     local[_SAVE_DUE] = torch.tensor(float(world.is_main and 0 < minutes * 60 <= time.monotonic() - run.saved_at))
     local[_DROPPED] = torch.tensor(sum(len(parts[0].dropped) for parts in micro_batches))
     global_units = all_reduce_sums(local, world.device)
@@ -387,6 +434,7 @@ def _step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> bool:
 
     with _memory_named(run, micro_batches):
         for parts, forwards in zip(micro_batches, _forwards(run, micro_batches), strict=True):
+            run.pulse.mark("computation", number)
             last = parts is micro_batches[-1]
             if forwards == 1:
                 _one_pass(run, parts[0], loss_of, last)
@@ -400,10 +448,10 @@ def _step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> bool:
         run.lost_in_a_row = 0
         for parts, (scores, loss, shares) in zip(micro_batches, measured, strict=True):
             _measure(run, parts, scores, loss / world.size, shares, meter)
-    return bool(global_units[_SAVE_DUE])
+    return reason(global_units[_STOP].tolist()), bool(global_units[_SAVE_DUE])
 
 
-_SAVE_DUE, _DROPPED = "save due", "dropped"  # they travel with the units of the objectives
+_STOP, _SAVE_DUE, _DROPPED = "stop", "save due", "dropped"  # they travel with the units of the objectives
 _MOST_LOST = 10  # steps in a row that may be left out
 
 
@@ -450,8 +498,8 @@ def _drop(run: Run, batches: Sequence[Batch]) -> None:
         raise DataError(
             f"{len(skipped)} groups cannot be read, over data.max_skipped ({data.max_skipped}), such as {next(iter(found.values()))}"
         )
-    for name, reason in found.items():
-        run.world.say(f"warning: group {name!r} is left out: {reason}")
+    for name, why in found.items():
+        run.world.say(f"warning: group {name!r} is left out: {why}")
     if run.world.is_main:
         (run.dir / "skipped.json").write_text(json.dumps(skipped, indent=1))
 
@@ -586,6 +634,7 @@ def _watch_displacement(run: Run, metrics: Mapping[str, float]) -> None:
 
 def _finish(run: Run, tracker: Any) -> None:
     """Evaluate every split, write the tables and figures, export."""
+    run.pulse.mark("evaluation and export", run.state.step)
     run.engine.eval()
     results, scores = evaluate(
         run.engine, run.collator, run.splits, run.world, run.config.train.per_device_eval_batch_size, run.num_workers

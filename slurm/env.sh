@@ -1,8 +1,27 @@
 # shellcheck shell=bash
-# What a site edits: modules, environment, network. Read by every script in this folder, on the first node, from the folder of submission.
+# The one file a site edits. Every script of this folder reads it, on the first node of the job, in the folder of submission.
+
+# Python: modules, a virtual environment or conda. The job does not inherit the shell that submits it (#SBATCH --export=NONE).
 # module load cuda
-# export NCCL_SOCKET_IFNAME=ib0
-# export MLFLOW_TRACKING_URI=https://mlflow.example.org
 if [ -d .venv ]; then
     export PATH="$PWD/.venv/bin:$PATH"
 fi
+
+# Or a container, where Slurm has pyxis; every mount must be there on every node.
+# CONTAINER_IMAGE=/shared/images/cfvlm_ds.sqsh
+# CONTAINER_MOUNTS=$PWD:$PWD,/shared/data:/shared/data
+
+# Caches. Hugging Face files on the shared file system, fetched before the job; what is compiled, on the node.
+export HF_HOME="${HF_HOME:-$HOME/.cache/huggingface}"
+# export HF_HUB_OFFLINE=1
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/cfvlm_ds-$SLURM_JOB_ID/triton}"
+
+# Network.
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+
+# Tracking; without it the store is the run folder.
+# export MLFLOW_TRACKING_URI=https://mlflow.example.org
+
+# Tokens and passwords (MLFLOW_TRACKING_PASSWORD=..., HF_TOKEN=...): a file that its owner alone can read, never the command line.
+CFVLM_SECRETS="${CFVLM_SECRETS:-$HOME/.config/cfvlm_ds/secrets}"

@@ -1,20 +1,15 @@
 #!/usr/bin/env bash
-# sbatch slurm/train_8node.sh [train.py options]     any -N, --ntasks-per-node or --gpus-per-node on the sbatch line wins over the lines below
+# sbatch slurm/train_8node.sh [train.py options]     from the repository's root; options of sbatch's own win over the lines below, such as
+# -N 4, --ntasks-per-node=4 --gpus-per-node=4, or --gpus-per-node=0 --ntasks-per-node=1 without GPUs. See docs/slurm.md.
 #SBATCH --job-name=cfvlm_ds
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+#SBATCH --export=NONE
 set -euo pipefail
-source slurm/env.sh
-
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR
-# A port of the job's own, clear of the ephemeral range, so that two jobs on one node, or a restart, do not meet.
-export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 6000))
-export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
-
-echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: train.py --deepspeed ds_configs/z3.json $*"
-# srun starts the ranks itself: exact signals and exit codes. One failed rank ends the job.
-srun --kill-on-bad-exit=1 python train.py --deepspeed ds_configs/z3.json "$@"
+source slurm/launch.sh
+launch "$@"

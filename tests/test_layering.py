@@ -12,9 +12,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "cfvlm_ds"
 LAYERS = [
-    {"groups", "config", "distributed"},
-    {"likelihood", "attention", "figures"},
-    {"models", "data", "scenes", "reshard", "run_lock"},
+    {"groups", "config", "distributed", "stopping"},
+    {"likelihood", "attention", "figures", "heartbeat"},
+    {"models", "data", "scenes", "cluster", "reshard", "run_lock"},
     {"objectives", "collate", "engine", "checkpoint", "tracking"},
     {"evaluation", "export", "preflight", "dry_run"},
     {"training"},

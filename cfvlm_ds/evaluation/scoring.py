@@ -15,6 +15,7 @@ from cfvlm_ds.collate import Batch, Collator, blinded
 from cfvlm_ds.data.scores import StoredScores
 from cfvlm_ds.distributed import World, gather_objects
 from cfvlm_ds.groups import CounterfactualGroup, DataError
+from cfvlm_ds.stopping import shield_worker
 
 Forward = Callable[..., Tensor]
 
@@ -64,7 +65,13 @@ def score_groups(
     results: dict[int, GroupScores] = {}
     started = spoken = time.monotonic()
     loaders: list[Any] = [
-        DataLoader(list(view), batch_sampler=mine, collate_fn=guarded(collator), num_workers=num_workers)  # type: ignore[arg-type]
+        DataLoader(
+            list(view),  # type: ignore[arg-type]
+            batch_sampler=mine,
+            collate_fn=guarded(collator),
+            num_workers=num_workers,
+            worker_init_fn=shield_worker,
+        )
         for view in (groups, [blinded(group) for group in groups])
     ]
     with torch.no_grad():

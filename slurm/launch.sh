@@ -1,0 +1,159 @@
+# shellcheck shell=bash
+# The one way from an allocation to running ranks, for one node and for eight: sourced by the scripts beside it, which hold the #SBATCH lines.
+#
+#   start -> bound -> pre-flight -> srun train.py -> exit code 0: finished, 2: bad input  -> end with that code
+#                                                    else (85 stopped, 86 hang, crash)    -> requeue, resume
+#
+# Every start without a newer checkpoint counts, whoever requeued the job; CFVLM_MAX_STARTS of them in a row end it. See docs/slurm.md.
+set -euo pipefail
+unset SLURM_EXPORT_ENV # else srun would start its tasks with an empty environment
+source slurm/env.sh
+
+say() { echo "$(date '+%F %T') slurm/launch.sh: $*"; }
+
+if [[ -e ${CFVLM_SECRETS:=} ]]; then
+    if [[ $(stat -c %a "$CFVLM_SECRETS") != *00 ]]; then
+        say "error: others can read $CFVLM_SECRETS; chmod 600 it"
+        exit 2
+    fi
+    set -a
+    # shellcheck source=/dev/null
+    source "$CFVLM_SECRETS"
+    set +a
+fi
+
+container=()
+if [[ -n ${CONTAINER_IMAGE:-} ]]; then
+    container=(--container-image="$CONTAINER_IMAGE" --container-mounts="${CONTAINER_MOUNTS:-$PWD:$PWD}" --container-workdir="$PWD")
+fi
+
+# step SRUN-OPTIONS -- COMMAND...: run a command on the nodes of the job, for at most step_limit seconds where that is set.
+step() {
+    local options=()
+    while [[ $1 != -- ]]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
+    exec ${step_limit:+timeout --kill-after=5 $step_limit} srun --export=ALL --kill-on-bad-exit=1 "${container[@]}" "${options[@]}" "$@"
+}
+
+# rendezvous NODE: where ranks meet. The port is the job's and the start's own, clear of the ephemeral range.
+rendezvous() {
+    MASTER_ADDR=$1
+    if ! getent hosts "$1" >/dev/null; then
+        MASTER_ADDR=$(scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    fi
+    MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0} * 2) % 6000))
+    export MASTER_ADDR MASTER_PORT
+}
+
+# newest_step: the step of the newest complete checkpoint; -1 if there is none.
+newest_step() {
+    local path newest=-1
+    for path in "$run_dir"/checkpoint-*; do
+        if [[ ${path##*-} =~ ^[0-9]+$ ]] && ((${path##*-} > newest)); then newest=${path##*-}; fi
+    done
+    echo "$newest"
+}
+
+# again WHY CODE: requeue the job, or end it with CODE where that has not helped.
+again() {
+    if ((terminated)); then
+        say "not requeued: Slurm itself ends this job (scancel, or preemption, after which Slurm requeues it)"
+        exit "$2"
+    fi
+    if (($(newest_step) <= first_step && starts >= max_starts)); then
+        say "giving up: $1; $starts starts in a row have not got beyond step $first_step (CFVLM_MAX_STARTS=$max_starts)"
+        exit "$2"
+    fi
+    say "requeue: $1; newest checkpoint: step $(newest_step)"
+    scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not requeue this job; the same sbatch command continues it"
+    exit "$2"
+}
+
+# await PID: sets rc to the exit code of a child, whatever signals are answered meanwhile (each ends a bash `wait`).
+await() {
+    interrupted=1
+    while ((interrupted)); do
+        interrupted=0 rc=0
+        wait "$1" || rc=$?
+    done
+}
+
+# preflight: checks every node, names the bad ones, and fills good and bad; fault is what no node in particular is to blame for.
+preflight() {
+    local reports=$start_dir/nodes limit=$((${CFVLM_PREFLIGHT_S:-60} - 15)) node line
+    mkdir -p "$reports"
+    MASTER_PORT=$((MASTER_PORT + 1)) step_limit=$((limit + 10)) step --nodes=${#nodes[@]} --ntasks=${#nodes[@]} --ntasks-per-node=1 --kill-on-bad-exit=0 \
+        --output="$start_dir/preflight.log" -- \
+        timeout --kill-after=5 "$limit" cfvlm-ds cluster check "$reports" --timeout_s $((limit / 3)) &
+    await $!
+    sed 's/^/    /' "$start_dir/preflight.log"
+    for node in "${nodes[@]}"; do
+        line="no answer within $limit s: it cannot run cfvlm-ds, sees another file system, or hangs"
+        if [[ -f $reports/$node ]]; then read -r line <"$reports/$node"; fi
+        case $line in
+            ok) good+=("$node") ;;
+            waited:*) good+=("$node") && fault=${line#waited: } ;;
+            *) bad+=("$node") && say "bad node $node: ${line#bad: }" ;;
+        esac
+    done
+}
+
+# launch TRAIN-OPTIONS...: train.py on every task of the allocation, on all nodes but CFVLM_SPARE_NODES of them.
+launch() {
+    local nodes=() good=() bad=() spare=${CFVLM_SPARE_NODES:-0} fault="" place=() before=-2
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${nodes[*]}"
+    say "command:$(printf ' %q' train.py "$@")"
+    rendezvous "${nodes[0]}"
+    run_dir=$(step --nodes=1 --ntasks=1 -- cfvlm-ds cluster output_dir -- "$@") || exit 2
+    start_dir=$run_dir/slurm/$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}
+    mkdir -p "$start_dir"
+    say "logs of all ranks: $start_dir"
+
+    terminated=0 max_starts=${CFVLM_MAX_STARTS:-3} starts=0 first_step=$(newest_step)
+    if [[ -f ${start_dir%/*}/starts ]]; then read -r before starts <"${start_dir%/*}/starts"; fi
+    if ((first_step > before)); then starts=0; fi
+    starts=$((starts + 1))
+    echo "$first_step $starts" >"${start_dir%/*}/starts"
+
+    trap 'interrupted=1; if [[ -n ${ranks:-} ]]; then say "USR1: passed on to the ranks"; kill -USR1 "$ranks"; fi' USR1
+    trap 'interrupted=1 terminated=1' TERM
+    trap 'again "the time limit is near, and the ranks have not stopped by themselves" 85' ALRM
+    if [[ -n ${SLURM_JOB_END_TIME:-} ]]; then
+        (sleep $((SLURM_JOB_END_TIME - $(date +%s) > 40 ? SLURM_JOB_END_TIME - $(date +%s) - 30 : 10)) && kill -ALRM $$) &
+    fi
+    trap 'kill $(jobs -p) 2>/dev/null || :' EXIT
+
+    preflight
+    if ((${#good[@]} < ${#nodes[@]} - spare)); then
+        again "too few good nodes; to go on without the bad ones submit again with --exclude=$(IFS=, && echo "${bad[*]}")" 1
+    elif [[ -n $fault ]] && ((${#good[@]} == ${#nodes[@]})); then
+        again "the nodes do not work together: $fault" 1
+    fi
+    if ((spare)); then
+        good=("${good[@]:0:${#nodes[@]}-spare}")
+        rendezvous "${good[0]}"
+        place=(--nodes=${#good[@]} --nodelist="$(IFS=, && echo "${good[*]}")" --ntasks=$((SLURM_NTASKS * ${#good[@]} / ${#nodes[@]})))
+        say "training on ${good[*]}"
+    fi
+
+    # Signals are held back until Python answers them: the default action of USR1 is to end a process.
+    step "${place[@]}" --output="$start_dir/rank-%t.log" -- env --block-signal=USR1,TERM python train.py "$@" &
+    ranks=$!
+    tail --pid=$ranks -n +1 -F "$start_dir/rank-0.log" 2>/dev/null &
+    await $ranks
+    say "exit code $rc"
+    case $rc in
+        0) exit 0 ;;
+        2) say "giving up: the input has to be mended" && exit 2 ;;
+        85) again "stopped on request" 85 ;;
+        *)
+            sed -nE 's/^(\[rank[0-9]+\]: )?((error:|[A-Za-z_.]+(Error|Exception)\b).*)/\2/p' "$start_dir"/rank-*.log | sort | uniq -c | tail -n 8 | cut -c -400
+            again "a rank failed, see $start_dir" "$rc"
+            ;;
+    esac
+}

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# sbatch slurm/train_1node.sh [train.py options]     from the repository's root; options of sbatch's own win over the lines below, such as
+# -N 4, --ntasks-per-node=4 --gpus-per-node=4, or --gpus-per-node=0 --ntasks-per-node=1 without GPUs. See docs/slurm.md.
+#SBATCH --job-name=cfvlm_ds
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+#SBATCH --export=NONE
+set -euo pipefail
+source slurm/launch.sh
+launch "$@"

@@ -1,0 +1,65 @@
+"""Jobs of slurm/train_8node.sh on the test cluster: submitted with the tests' environment, watched through the run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.cluster import LIVE, Cluster, wait_until
+
+REPO = Path(__file__).resolve().parent.parent.parent
+# Eight ranks on two cores: no compiler that is not used, and time for everybody.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+ENVIRONMENT |= {"CFVLM_PREFLIGHT_S": "300", "PYTHONPATH": str(REPO), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@dataclass
+class Job:
+    """A submitted job with its run folder."""
+
+    cluster: Cluster
+    id: str
+    run_dir: Path
+
+    @property
+    def log(self) -> str:
+        """What slurm/launch.sh and rank 0 have said."""
+        path = self.run_dir.with_suffix(".log")
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of every step so far."""
+        path = self.run_dir / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+        return [row["loss"] for row in rows if "loss" in row]
+
+    def reach(self, step: int, seconds: float = 900) -> None:
+        """Wait until ``step`` steps are recorded; fails at once when the job has ended without them."""
+        wait_until(lambda: len(self.losses) >= step or not self.alive(), seconds, f"step {step} of {self.run_dir.name}")
+        if len(self.losses) < step:
+            raise AssertionError(f"ended before step {step}:\n{self.log}")
+
+    def alive(self) -> bool:
+        """Whether Slurm still has something to do for it."""
+        return self.cluster.job(self.id)["JobState"] in LIVE
+
+    def end(self, seconds: float = 1200) -> dict[str, str]:
+        """The controller's record once the job has ended."""
+        return self.cluster.finish(self.id, seconds)
+
+    def usr1(self) -> None:
+        """What ``#SBATCH --signal=B:USR1@300`` does."""
+        self.cluster.run("scancel", "--batch", "--signal=USR1", self.id)
+
+
+def submit(cluster: Cluster, run_dir: Path, train: Sequence[str], *sbatch: str, script: str = "train_8node.sh", **environment: str) -> Job:
+    """``sbatch SBATCH slurm/SCRIPT TRAIN --train.output_dir RUN_DIR`` from the repository, with one rank per node and no GPUs."""
+    exported = ",".join(f"{name}={value}" for name, value in (ENVIRONMENT | environment).items())
+    place = ["--gpus-per-node=0", "--ntasks-per-node=1", f"--chdir={REPO}", f"--output={run_dir.with_suffix('.log')}"]
+    command = ["sbatch", "--parsable", *place, f"--export={exported}", *sbatch, str(REPO / "slurm" / script)]
+    return Job(cluster, cluster.run(*command, *train, "--train.output_dir", str(run_dir)).strip(), run_dir)

@@ -1,0 +1,122 @@
+"""The scripts in slurm/ on a real Slurm (slurm/cluster.py): eight ranks of ZeRO-3, stopped, bereft of a node, and ending all the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO
+from safetensors.torch import load_file
+from slurm.cluster import Cluster, wait_until
+from slurm.jobs import Job, submit
+
+from cfvlm_ds.cluster import gpu_fault
+from cfvlm_ds.distributed import _tasks_on_node
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    running = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def options(model_dir: Path, manifests: dict[str, Path]) -> list[str]:
+    """A training of 20 steps whose weights are written at the end."""
+    given = {"config": "tests/train.yaml", "deepspeed": "tests/z3_partitioned.json", "data.train": str(manifests["train"])}
+    given |= {"model.name_or_path": str(model_dir), "train.per_device_train_batch_size": "2"}
+    given |= {"train.max_steps": "20", "train.save_steps": "7", "train.export": "true"}
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Cluster, options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Eight nodes, nothing goes wrong. An option with spaces and a dollar sign comes along."""
+    job = submit(cluster, tmp_path_factory.mktemp("whole") / "run", [*options, "--tracking.experiment", "two words; $HOME 'quoted'"])
+    job.end()
+    return job
+
+
+def test_eight_nodes_train_to_the_end(whole: Job) -> None:
+    state = whole.cluster.job(whole.id)
+    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("COMPLETED", "0", "0:0"), whole.log
+    assert len(whole.losses) == 20 and (whole.run_dir / "finished.json").exists()
+    assert "start 1, on node1 node2 node3 node4 node5 node6 node7 node8" in whole.log
+    assert re.search(r"8 nodes with python [\d.]+, torch [\d.+cpu]+, transformers .*, code [0-9a-f]{12}\n", whole.log)
+    assert "experiment: two words; $HOME 'quoted'\n" in (whole.run_dir / "config.yaml").read_text(), "quoting survives"
+    assert sorted(path.name for path in (whole.run_dir / "slurm" / whole.id / "0").glob("rank-*")) == [f"rank-{r}.log" for r in range(8)]
+
+
+def test_a_signal_and_a_lost_node_change_nothing(cluster: Cluster, whole: Job, options: list[str], tmp_path: Path) -> None:
+    """USR1 as before a time limit, later a power cut of one node: two requeues, one MLflow run, the same losses and weights."""
+    from mlflow import MlflowClient
+
+    job = submit(cluster, tmp_path / "run", [*options, "--tracking.enabled", "true"])
+    job.reach(2)
+    job.usr1()
+    wait_until(lambda: "requeue: stopped on request" in job.log, 900, "requeue")
+    stopped = len(job.losses)
+    assert f"stopped after step {stopped} of 20: a signal asked for it" in job.log and (job.run_dir / f"checkpoint-{stopped}").exists()
+    first = json.loads((job.run_dir / ".mlflow_delivery.json").read_text())["run_id"]
+    job.reach(stopped + 2)
+    cluster.power_off("node4")
+    time.sleep(1)
+    cluster.power_on("node4")
+    state = job.end()
+    assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), job.log
+    assert int(state["Restarts"]) >= 2 and "start 3, on" in job.log
+    assert job.losses == whole.losses
+    ours, theirs = (load_file(run.run_dir / "export" / "model.safetensors") for run in (job, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    client = MlflowClient(f"sqlite:///{job.run_dir}/mlflow.db")
+    (found,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert (found.info.run_id, found.info.status) == (first, "FINISHED")
+    assert [point.step for point in client.get_metric_history(found.info.run_id, "loss")] == list(range(1, 21))
+
+
+def test_a_crash_without_progress_ends_after_the_bound(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+    """Weights overflow at step 3 of every start, on one node: the job gives up with the run's exit code and says why."""
+    broken = [*options, "--train.learning_rate", "1e30", "--train.per_device_train_batch_size", "16"]
+    job = submit(cluster, tmp_path / "run", broken, script="train_1node.sh", CFVLM_MAX_STARTS="2")
+    state = job.end()
+    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "1", "1:0"), job.log
+    assert "FloatingPointError: the loss is not finite at step 3" in job.log
+    assert "giving up: a rank failed" in job.log and "2 starts in a row have not got beyond step -1 (CFVLM_MAX_STARTS=2)" in job.log
+
+
+def test_a_bad_node_is_named_and_left_out(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+    """One of three nodes has other code than the first; the job was given one node more than it needs."""
+    cluster.mount("node6", REPO / "cfvlm_ds" / "cli.py", REPO / "cfvlm_ds" / "groups.py")
+    one_step = [*options, "--train.max_steps", "1", "--train.export", "false"]
+    job = submit(cluster, tmp_path / "run", one_step, "-N3", "--nodelist=node5,node6,node7", CFVLM_SPARE_NODES="1")
+    state = job.end()
+    cluster.unmount("node6", REPO / "cfvlm_ds" / "groups.py")
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), job.log
+    assert re.search(r"bad node node6: it has code [0-9a-f]{12} where node5 has code [0-9a-f]{12}\n", job.log)
+    assert "training on node5 node7" in job.log and (job.run_dir / "finished.json").exists()
+
+
+def test_bad_options_end_a_job_before_any_rank_starts(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path / "run", [*options, "--train.max_stepz", "3"], script="train_1node.sh")
+    state = job.end()
+    assert (state["JobState"], state["ExitCode"]) == ("FAILED", "2:0")
+    assert "unknown option 'train.max_stepz'; did you mean 'train.max_steps'?" in job.log
+
+
+def test_missing_gpus_are_named() -> None:
+    assert gpu_fault(torch.cuda.device_count()) is None
+    assert gpu_fault(torch.cuda.device_count() + 8).startswith("Slurm gave ")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("described", "counts"), [("8", [8]), ("8(x2),1", [8, 8, 1]), ("2,1(x3)", [2, 1, 1, 1])])
+def test_tasks_of_a_node_are_read_from_slurms_form(described: str, counts: list[int]) -> None:
+    assert [_tasks_on_node(described, node) for node in range(len(counts))] == counts

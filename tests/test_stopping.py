@@ -1,0 +1,248 @@
+"""Runs that are asked to stop, and ranks that hang: real ranks of train.py, real signals."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import REPO, environment, losses, train_arguments
+from torch.utils.data import DataLoader
+
+from cfvlm_ds import stopping
+from cfvlm_ds.config import ConfigError, parse_config
+from cfvlm_ds.heartbeat import Peer, verdict
+from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.stopping import EXIT_HANG, EXIT_STOPPED, Stop, reason, shield_worker
+
+PORT = 29660
+
+
+def start(arguments: Sequence[str], output: Path, size: int = 2) -> list[subprocess.Popen[bytes]]:
+    """Ranks without a launcher, so that exit codes and signals are exact."""
+    places = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"} for r in range(size)]
+    command = [sys.executable, "train.py", *arguments]
+    return [
+        subprocess.Popen(command, cwd=REPO, env=environment() | place | {"MASTER_PORT": str(PORT)}, stdout=file, stderr=file)
+        for place in places
+        for file in [(output / f"rank-{place['RANK']}.log").open("ab")]
+    ]
+
+
+def wait(condition: Callable[[], object], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+def signal_all(process: subprocess.Popen[bytes], number: int) -> int:
+    """Signal a rank and all its descendants, as srun does; how many there were."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.send_signal(number)
+    return len(family)
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]], seconds: float = 300) -> list[int]:
+    """Exit codes; whatever still runs after ``seconds`` is killed."""
+    limit = time.monotonic() + seconds
+    try:
+        return [process.wait(max(0.1, limit - time.monotonic())) for process in processes]
+    finally:
+        kill(processes)
+
+
+def kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def recorded(folder: Path) -> list[float]:
+    return losses(folder) if (folder / "metrics.jsonl").exists() else []
+
+
+def the_run(folder: Path) -> tuple[str, str]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (found,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert len(client.get_metric_history(found.info.run_id, "loss")) == len(losses(folder)), "everything is delivered"
+    return found.info.run_id, found.info.status
+
+
+@pytest.mark.usefixtures("_no_server")
+def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """A signal to one of two ranks stops both behind one step, and MLflow knows that the run is not over."""
+    folder = tmp_path / "run"
+    extra = ["--train.max_steps", "60", "--data.num_workers", "1", "--tracking.enabled", "true", "--train.hang_timeout_s", "300"]
+    arguments = train_arguments(model_dir, manifests, folder, *extra)
+    ranks = start(arguments, tmp_path)
+    wait(lambda: len(recorded(folder)) >= 2 or ranks[0].poll() is not None)
+    assert signal_all(ranks[1], signal.SIGUSR1) == 2, "a rank and its data worker"
+    assert end(ranks) == [EXIT_STOPPED, EXIT_STOPPED], (tmp_path / "rank-1.log").read_text()
+    stopped = len(losses(folder))
+    assert 2 <= stopped < 60, "stopped too late to prove anything"
+    assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{stopped}"]
+    assert not (folder / "results.json").exists() and not (folder / "finished.json").exists()
+    said = (tmp_path / "rank-0.log").read_text()
+    assert f"stopped after step {stopped} of 60: a signal asked for it" in said
+    first, status = the_run(folder)
+    assert status == "SCHEDULED"
+
+    assert end(start(arguments, tmp_path)) == [0, 0], (tmp_path / "rank-0.log").read_text()
+    assert len(losses(folder)) == 60 and (folder / "results.json").exists()
+    assert the_run(folder) == (first, "FINISHED")
+
+    assert end(start(arguments, tmp_path, size=1)) == [0]
+    assert f"{folder} has finished at step 60: nothing to do" in (tmp_path / "rank-0.log").read_text()
+    assert len(losses(folder)) == 60 and the_run(folder) == (first, "FINISHED")
+
+
+@pytest.fixture
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def test_a_stopped_process_is_named_and_ends_the_run(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """SIGSTOP of rank 0: the other one waits in a collective, and says who hangs."""
+    folder = tmp_path / "run"
+    ranks = start(train_arguments(model_dir, manifests, folder, "--train.max_steps", "10000", "--train.hang_timeout_s", "10"), tmp_path)
+    wait(lambda: len(recorded(folder)) >= 2 or ranks[0].poll() is not None)
+    ranks[0].send_signal(signal.SIGSTOP)
+    try:
+        before = time.monotonic()
+        assert ranks[1].wait(60) == EXIT_HANG, (tmp_path / "rank-1.log").read_text()
+        assert time.monotonic() - before > 9
+    finally:
+        kill(ranks)
+    step = len(losses(folder))
+    pattern = r"error: rank 0 on (\S+) \(pid (\d+)\) has given no sign of life for \d+ s; it was at step (\d+), phase \w+\n"
+    named = re.search(pattern, (tmp_path / "rank-1.log").read_text())
+    assert named is not None, (tmp_path / "rank-1.log").read_text()
+    assert (named[1], int(named[2])) == (socket.gethostname(), ranks[0].pid) and int(named[3]) <= step + 1
+    assert named[0] == f"error: {(folder / 'heartbeat' / 'hang.txt').read_text()}"
+
+
+STUCK = """
+import sys, time, torch
+from pathlib import Path
+from cfvlm_ds.distributed import World
+from cfvlm_ds.heartbeat import Heartbeat
+rank, ended = int(sys.argv[2]), sys.argv[3] == "ended"
+(Path(sys.argv[1]) / f"ready-{rank}").touch()
+while len(list(Path(sys.argv[1]).glob("ready-*"))) < 3:  # what the process group does in a run
+    time.sleep(0.01)
+with Heartbeat(Path(sys.argv[1]), World(rank, 3, rank, torch.device("cpu")), 4.0) as pulse:
+    pulse.mark("data", 7)
+    if rank == 2:
+        if not ended: time.sleep(60)
+    else:
+        pulse.mark("agreement", 7)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["hangs", "ended"])
+def test_a_rank_that_beats_but_does_not_move_is_named(tmp_path: Path, how: str) -> None:
+    """Rank 2 stays in its data while the others wait for it: all leave. Where it has ended, nobody accuses it, but the wait ends too."""
+    commands = [[sys.executable, "-c", STUCK, str(tmp_path), str(rank), how] for rank in range(3)]
+    ranks = [subprocess.Popen(c, cwd=REPO, env=environment(), stderr=subprocess.PIPE, text=True) for c in commands]
+    outputs = [rank.communicate(timeout=120)[1] for rank in ranks]
+    codes = [rank.returncode for rank in ranks]
+    said = "".join(outputs)
+    if how == "ended":
+        assert codes == [EXIT_HANG, EXIT_HANG, 0] and "rank 2" not in said and said.count("error: ") == 1
+        return
+    assert codes == [EXIT_HANG] * 3
+    assert said.count("error: ") == 1, "one sentence"
+    assert f"(pid {ranks[2].pid}) has not moved for" in said and "it was at step 7, phase data; 2 of 3 ranks wait for it" in said
+    assert "time.sleep" in outputs[2] or "in <module>" in outputs[2], "its own log shows where it was stuck"
+
+
+def peer(phase: str, moves: int, silent_s: float = 0, still_s: float = 0) -> Peer:
+    record = {"host": "h", "pid": 1, "beat": 1, "moves": moves, "step": 3, "phase": phase}
+    return Peer(record, silent_s, still_s)
+
+
+@pytest.mark.parametrize(
+    ("peers", "named"),
+    [
+        ([peer("data", 5), peer("data", 4, still_s=99)], None),  # somebody moves
+        ([peer("data", 5, still_s=99), peer("checkpoint", 4, still_s=99)], None),  # a checkpoint may take long
+        ([peer("data", 5, still_s=99), peer("checkpoint", 4, 99, 99)], 1),  # but not without a beat
+        ([peer("agreement", 5, still_s=99), peer("data", 4, still_s=99)], 1),
+        ([peer("computation", 5, still_s=99), peer("computation", 5, still_s=99)], 0),
+        ([peer("ended", 9, 99, 99), peer("start-up", 0, 0, 0)], None),
+        ([peer("start-up", 0), Peer(None, 99)], 1),
+        ([peer("start-up", 0), Peer(None, 5)], None),
+    ],
+)
+def test_verdict(peers: list[Peer], named: int | None) -> None:
+    found = verdict(peers, 10)
+    assert (found and found[0]) == named
+
+
+def test_time_runs_out_when_a_step_and_the_margin_no_longer_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(stopping.time, "time", lambda: now)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1100")
+    stop = Stop(margin_s=60)
+    for now, late in ((1005.0, 0), (1010.0, 0), (1025.0, 0), (1026.0, 1)):  # the longest interval was 15 s
+        assert stop.votes().tolist() == [0, late], now
+    assert reason([0, 1]) == "the job's time is nearly over" and reason([2, 1]) == "a signal asked for it" and reason([0, 0]) is None
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    assert Stop(margin_s=60).votes().tolist() == [0, 0], "no Slurm, no end"
+
+
+EARLY = """
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
+os.kill(os.getpid(), signal.SIGTERM)
+from cfvlm_ds import stopping
+assert stopping.Stop(0).votes().tolist() == [0, 0]
+stopping.install()
+assert stopping.Stop(0).votes().tolist() == [1, 0]
+"""
+
+
+def test_a_signal_during_the_imports_is_not_lost() -> None:
+    subprocess.run([sys.executable, "-c", EARLY], cwd=REPO, env=environment(), check=True)
+    held_back, imports = (REPO / "train.py").read_text().split("from cfvlm_ds.cli import")
+    assert "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})" in held_back and "train_main()" in imports
+
+
+class Slow(torch.utils.data.Dataset[int]):
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.2)
+        return os.getpid()
+
+    def __len__(self) -> int:
+        return 8
+
+
+def test_data_workers_survive_what_srun_sends_and_end_with_their_rank() -> None:
+    batches = iter(DataLoader(Slow(), num_workers=1, worker_init_fn=shield_worker))
+    worker = int(next(batches))
+    subprocess.run(["sh", "-c", f"kill -USR1 {worker}; kill -TERM {worker}"], check=True)
+    assert len(list(batches)) == 7
+    batches = iter(DataLoader(Slow(), num_workers=1, worker_init_fn=shield_worker))
+    worker = int(next(batches))
+    os.kill(worker, signal.SIGTERM)  # from its own rank
+    wait(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE, 10)
+
+
+@pytest.mark.parametrize("option", ["stop_margin_s", "hang_timeout_s"])
+def test_negative_times_are_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match=rf"train\.{option} must not be negative, and is -1"):
+        parse_config([f"--train.{option}", "-1"], OBJECTIVES)
