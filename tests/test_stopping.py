@@ -24,7 +24,7 @@ from cfvlm_ds.heartbeat import Peer, verdict
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.stopping import EXIT_HANG, EXIT_STOPPED, Stop, reason, shield_worker
 
-PORT = 29660
+PORT = 29655
 
 
 def start(arguments: Sequence[str], output: Path, size: int = 2) -> list[subprocess.Popen[bytes]]:
