@@ -95,11 +95,11 @@ def test_a_crash_without_progress_ends_after_the_bound(cluster: Cluster, options
 
 def test_a_bad_node_is_named_and_left_out(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
     """One of three nodes has other code than the first; the job was given one node more than it needs."""
-    cluster.mount("node6", REPO / "cfvlm_ds" / "cli.py", REPO / "cfvlm_ds" / "groups.py")
+    cluster.mount("node6", REPO / "cfvlm_ds" / "heartbeat.py", REPO / "cfvlm_ds" / "figures.py")
     one_step = [*options, "--train.max_steps", "1", "--train.export", "false"]
     job = submit(cluster, tmp_path / "run", one_step, "-N3", "--nodelist=node5,node6,node7", CFVLM_SPARE_NODES="1")
     state = job.end()
-    cluster.unmount("node6", REPO / "cfvlm_ds" / "groups.py")
+    cluster.unmount("node6", REPO / "cfvlm_ds" / "figures.py")
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), job.log
     assert re.search(r"bad node node6: it has code [0-9a-f]{12} where node5 has code [0-9a-f]{12}\n", job.log)
     assert "training on node5 node7" in job.log and (job.run_dir / "finished.json").exists()

@@ -24,7 +24,7 @@ from cfvlm_ds.heartbeat import Peer, verdict
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.stopping import EXIT_HANG, EXIT_STOPPED, Stop, reason, shield_worker
 
-PORT = 29660
+PORT = 29655
 
 
 def start(arguments: Sequence[str], output: Path, size: int = 2) -> list[subprocess.Popen[bytes]]:
@@ -53,7 +53,7 @@ def signal_all(process: subprocess.Popen[bytes], number: int) -> int:
     return len(family)
 
 
-def end(processes: Sequence[subprocess.Popen[bytes]], seconds: float = 300) -> list[int]:
+def end(processes: Sequence[subprocess.Popen[bytes]], seconds: float = 600) -> list[int]:
     """Exit codes; whatever still runs after ``seconds`` is killed."""
     limit = time.monotonic() + seconds
     try:
@@ -85,28 +85,28 @@ def the_run(folder: Path) -> tuple[str, str]:
 def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """A signal to one of two ranks stops both behind one step, and MLflow knows that the run is not over."""
     folder = tmp_path / "run"
-    extra = ["--train.max_steps", "60", "--data.num_workers", "1", "--tracking.enabled", "true", "--train.hang_timeout_s", "300"]
+    extra = ["--train.max_steps", "30", "--data.num_workers", "1", "--tracking.enabled", "true", "--train.hang_timeout_s", "300"]
     arguments = train_arguments(model_dir, manifests, folder, *extra)
     ranks = start(arguments, tmp_path)
     wait(lambda: len(recorded(folder)) >= 2 or ranks[0].poll() is not None)
     assert signal_all(ranks[1], signal.SIGUSR1) == 2, "a rank and its data worker"
     assert end(ranks) == [EXIT_STOPPED, EXIT_STOPPED], (tmp_path / "rank-1.log").read_text()
     stopped = len(losses(folder))
-    assert 2 <= stopped < 60, "stopped too late to prove anything"
+    assert 2 <= stopped < 30, "stopped too late to prove anything"
     assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{stopped}"]
     assert not (folder / "results.json").exists() and not (folder / "finished.json").exists()
     said = (tmp_path / "rank-0.log").read_text()
-    assert f"stopped after step {stopped} of 60: a signal asked for it" in said
+    assert f"stopped after step {stopped} of 30: a signal asked for it" in said
     first, status = the_run(folder)
     assert status == "SCHEDULED"
 
     assert end(start(arguments, tmp_path)) == [0, 0], (tmp_path / "rank-0.log").read_text()
-    assert len(losses(folder)) == 60 and (folder / "results.json").exists()
+    assert len(losses(folder)) == 30 and (folder / "results.json").exists()
     assert the_run(folder) == (first, "FINISHED")
 
     assert end(start(arguments, tmp_path, size=1)) == [0]
-    assert f"{folder} has finished at step 60: nothing to do" in (tmp_path / "rank-0.log").read_text()
-    assert len(losses(folder)) == 60 and the_run(folder) == (first, "FINISHED")
+    assert f"{folder} has finished at step 30: nothing to do" in (tmp_path / "rank-0.log").read_text()
+    assert len(losses(folder)) == 30 and the_run(folder) == (first, "FINISHED")
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ class Cluster:
 
     def run(self, *command: str) -> str:
         """A Slurm command from outside the nodes; its output. CalledProcessError shows stderr."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout
