@@ -42,7 +42,7 @@ def main(ranks: int, rounds: int, seed: int = 0) -> None:
         whole_s, started = time.monotonic() - started, time.monotonic()
         waits, kills, helped = [], 0, 0
         while True:
-            before = len(losses(folder / "killed")) if (folder / "killed" / "metrics.jsonl").exists() else 0
+            before = recorded(folder / "killed")
             processes = forked.start(ranks, functools.partial(run, train["killed"]), folder / f"said-{kills}")
             if kills == rounds:
                 break
@@ -55,7 +55,7 @@ def main(ranks: int, rounds: int, seed: int = 0) -> None:
             codes = ended(processes)
             waits.append(time.monotonic() - killed_at)
             print(
-                f"round {kills}: rank {victim} killed, step {len(losses(folder / 'killed'))}, peers ended in {waits[-1]:.1f} s: {codes}",
+                f"round {kills}: rank {victim} killed, step {recorded(folder / 'killed')}, peers ended in {waits[-1]:.1f} s: {codes}",
                 flush=True,
             )
             assert codes[victim] in (-signal.SIGKILL, 0), codes
@@ -73,10 +73,15 @@ def main(ranks: int, rounds: int, seed: int = 0) -> None:
         sys.exit(verdict != "bit-equal")
 
 
+def recorded(run_dir: Path) -> int:
+    """Steps in a run's metrics."""
+    return len(losses(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+
+
 def wait_for(run_dir: Path, before: int, lives: int | None, steps: int, processes: list[ForkProcess]) -> None:
     """Until the run has recorded so many steps more than it resumed with, at most until the step before its last."""
     while lives is not None and all(process.is_alive() for process in processes):
-        done = len(losses(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+        done = recorded(run_dir)
         newest = max((int(path.name.rsplit("-")[-1]) for path in run_dir.glob("checkpoint-*[0-9]")), default=0)
         if done >= min(max(before, newest) + lives, steps - 1):
             return
