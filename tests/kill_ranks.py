@@ -52,7 +52,7 @@ def main(ranks: int, rounds: int, seed: int = 0) -> None:
             victim = chance.randrange(ranks)
             os.kill(processes[victim].pid or 0, signal.SIGKILL)
             killed_at, kills = time.monotonic(), kills + 1
-            codes = ended(processes)
+            codes = ended(processes, PEERS_END_S)
             waits.append(time.monotonic() - killed_at)
             print(
                 f"round {kills}: rank {victim} killed, step {recorded(folder / 'killed')}, peers ended in {waits[-1]:.1f} s: {codes}",
@@ -88,9 +88,9 @@ def wait_for(run_dir: Path, before: int, lives: int | None, steps: int, processe
         time.sleep(0.02)
 
 
-def ended(processes: list[ForkProcess]) -> list[int | None]:
+def ended(processes: list[ForkProcess], patience: float = 3600) -> list[int | None]:
     """The exit codes; of a rank that did not end in time, that of the SIGTERM it then gets."""
-    deadline = time.monotonic() + PEERS_END_S
+    deadline = time.monotonic() + patience
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():
