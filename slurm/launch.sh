@@ -104,7 +104,7 @@ preflight() {
 
 # launch TRAIN-OPTIONS...: train.py on every task of the allocation, on all nodes but CFVLM_SPARE_NODES of them.
 launch() {
-    local nodes=() good=() bad=() spare=${CFVLM_SPARE_NODES:-0} fault="" place=() before=-2
+    local nodes=() good=() bad=() spare=${CFVLM_SPARE_NODES:-0} fault="" place=() before=-2 shown code
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${nodes[*]}"
     say "command:$(printf ' %q' train.py "$@")"
@@ -145,7 +145,11 @@ launch() {
     step "${place[@]}" --output="$start_dir/rank-%t.log" -- env --block-signal=USR1,TERM python train.py "$@" &
     ranks=$!
     tail --pid=$ranks -n +1 -F "$start_dir/rank-0.log" 2>/dev/null &
+    shown=$!
     await $ranks
+    code=$rc
+    await $shown # a requeue would cut off what rank 0 said last
+    rc=$code
     say "exit code $rc"
     case $rc in
         0) exit 0 ;;
