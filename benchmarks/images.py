@@ -56,6 +56,8 @@ def main() -> None:
 def measure(model: Any, arguments: argparse.Namespace, count: int) -> list[tuple[float, float, int]]:
     """(loss, seconds, peak bytes) of one row and of the cache; they take turns, and the first turn is weighed instead of timed."""
     texts, scorer = arguments.texts, Scorer(model, FAMILIES[model.config.model_type])
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # else the first step's peak would hold them
     of = case(model, arguments.family, arguments.visual, texts)
     parts = [packed_inputs(case(model, arguments.family, arguments.visual, texts, seed)) for seed in range(count)]
 

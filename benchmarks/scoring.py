@@ -105,10 +105,7 @@ def build(family: str, visual: int, size: dict[str, int], device: torch.device, 
     config = AutoConfig.for_model(family, **options)
     torch.manual_seed(0)
     with device:
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # else the first step's peak would hold them
-    return model
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
 
 
 @dataclass(frozen=True)
@@ -227,6 +224,8 @@ LAYOUTS: dict[str, Callable[[Case], Tensor]] = {
 def measure(model: Any, family: str, visual: int, texts: int, arguments: argparse.Namespace) -> dict[str, Any]:
     of = case(model, family, visual, texts)
     model.config.get_text_config()._attn_implementation = registered(arguments.attention)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # else the first step's peak would hold them
     times: dict[str, list[float]] = {name: [] for name in arguments.layouts}
     found: dict[str, dict[str, float]] = {}
     for name in arguments.layouts:  # the first time round warms up and is weighed instead of timed

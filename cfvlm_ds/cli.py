@@ -26,14 +26,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     """Entry point of train.py: bare, it runs examples/quickstart.yaml."""
     arguments = _with_quickstart(sys.argv[1:] if argv is None else argv)
     stopping.install()
-    try:
-        _exit_cleanly(lambda: run(arguments))
-    except SystemExit as left:
-        if not left.code:
-            raise
-        # At once: torch takes seconds to tear down, and the TERM that launchers send when the first rank has left would change the code.
-        sys.stdout.flush()
-        os._exit(int(left.code))
+    _exit_cleanly(lambda: run(arguments))
 
 
 def _with_quickstart(argv: Sequence[str]) -> list[str]:
@@ -113,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--out", help="folder to write (default RUN/export, or RUN/adapter)")
 
     cluster = commands.add_parser("cluster", help="what slurm/launch.sh asks").add_subparsers(dest="action", required=True)
-    command = _command(cluster, "check", _cluster_check, "check the nodes of a job, one task each", "srun cfvlm-ds cluster check FOLDER")
+    command = _command(
+        cluster, "check", _cluster_check, "check the nodes of a job, one task each", "cfvlm-ds cluster check runs/mine/nodes"
+    )
     command.add_argument("folder", help="shared folder for one line per node")
     command.add_argument("--timeout_s", type=float, default=30.0, help="seconds for the meeting, and for the collective (default 30)")
     text = "the output_dir that options of train.py mean"

@@ -25,7 +25,15 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.scores import read_scores
 from cfvlm_ds.models.tiny import build_tiny_llava
 
-COMMANDS = [["data", "build"], ["data", "check"], ["tiny"], ["score"], ["evaluate"], ["export"]]
+COMMANDS = [
+    ["data", "build"],
+    ["data", "check"],
+    ["tiny"],
+    ["score"],
+    ["evaluate"],
+    ["export"],
+    *(["cluster", name] for name in ("check", "output_dir")),
+]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -64,11 +72,11 @@ def test_help_has_an_example_that_parses(command: list[str], capsys: pytest.Capt
 
 def test_the_list_of_commands_is_the_one_tested_here(capsys: pytest.CaptureFixture[str]) -> None:
     listed = []
-    for prefix in ([], ["data"]):
+    for prefix in ([], ["data"], ["cluster"]):
         with pytest.raises(SystemExit):
             main([*prefix, "--help"])
         names = capsys.readouterr().out.split("{")[1].split("}")[0].split(",")
-        listed += [[*prefix, name] for name in names if name != "data"]
+        listed += [[*prefix, name] for name in names if name not in ("data", "cluster")]
     assert sorted(listed) == sorted(COMMANDS)
 
 
