@@ -58,7 +58,15 @@ from cfvlm_ds.objectives import Dpo, group_units, required_cells, weighted_loss
 from cfvlm_ds.scenes import all_captions
 
 HERE = Path(__file__).resolve().parent
-REQUIREMENTS = ("torch>=2.8", "torchvision>=0.23", "transformers>=5.24,<6", "trl>=1.16,<2", "pillow>=11")
+REQUIREMENTS = (
+    "torch>=2.8",
+    "torchvision>=0.23",
+    "transformers>=5.24,<6",
+    "trl>=1.16,<2",
+    "pillow>=11",
+    "sentencepiece>=0.2",
+    "protobuf>=4",
+)
 SIZE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
 QUESTION = "Describe the image."
 WARM_UP = 2  # steps
