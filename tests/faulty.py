@@ -95,6 +95,7 @@ def left_out(number: int) -> Iterator[None]:
             return step(run, batches, meter)
         for _ in range(run.config.train.gradient_accumulation_steps):
             next(batches)
+        return None, False
 
     with patch.object(training, "_step", stepped):
         yield

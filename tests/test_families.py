@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import run
@@ -37,8 +38,9 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup
     """Images of different sizes, several in one prompt and alone, a text of a single token, two prompts on one image, and no image."""
     where = tmp_path_factory.mktemp("images")
     images = [where / f"{k}.png" for k in range(len(SIZES))]
-    for path, size in zip(images, SIZES, strict=True):
-        Image.effect_noise(size, 80).convert("RGB").save(path)
+    noise = np.random.default_rng(0)
+    for path, (width, height) in zip(images, SIZES, strict=True):
+        Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
     return [
         CounterfactualGroup("pair", ((images[0],), (images[1],)), TEXTS[:2], ((1, 0), (0, 1))),
         CounterfactualGroup("texts", ((images[2],),), TEXTS, ((1, 0, None),)),
@@ -177,7 +179,7 @@ def test_visual_tokens_and_lengths_are_those_of_the_batch(collator: Collator, gr
     assert spent == [collator.visual_tokens(sizes_of(pictures)) for group in groups for pictures in rows_of(group)]
     for group in groups:
         sizes = {picture: Image.open(picture).size for pictures in group.images for picture in pictures}
-        assert collator.group_tokens(group, sizes) == collator([group]).num_tokens
+        assert sum(collator.tree_tokens(group, sizes)) == collator([group]).num_tokens
         for candidate in group.candidates:
             alone = replace(group, images=group.images[:1], candidates=(candidate,), match=((1,),))
             assert collator.row_length(candidate.prompt, candidate.text, sizes_of(group.images[0])) == collator([alone]).num_tokens, (
@@ -304,12 +306,15 @@ def test_limits_bound_the_visual_tokens(folder: Path, scorer: Scorer, collator: 
 
 
 def test_bfloat16_scores_are_those_of_float32(folder: Path, scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
-    """Because the softmax is in float32: 0.05 nats a token, of some 5 (weights, activations and logits in bfloat16 have 8 bits)."""
+    """Because the softmax is in float32: 0.05 nats a token, of some 5 (weights, activations and logits in bfloat16 have 8 bits).
+
+    With a mixture of experts a token near a tie goes to another expert: 0.2.
+    """
     narrow = Scorer(load_model(configured(folder), torch.bfloat16).eval(), scorer.family)
     batch = collator(groups)
     with torch.no_grad():
         wide, found = scorer(**batch.model_inputs), narrow(**batch.model_inputs)
-    assert found.dtype == torch.float32 and 0 < (found - wide).abs().max() < 0.05
+    assert found.dtype == torch.float32 and 0 < (found - wide).abs().max() < (0.2 if "moe" in folder.name else 0.05)
 
 
 def test_a_folder_or_type_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
