@@ -253,7 +253,7 @@ class Ours:
         return chosen + rejected
 
 
-def library(folder: Path, groups: Sequence[CounterfactualGroup], beta: float) -> dict[str, float]:
+def unaided(folder: Path, groups: Sequence[CounterfactualGroup], beta: float) -> dict[str, float]:
     """Loss and mean log-probs of the groups by transformers alone, one forward per sequence, in a process that knows neither side."""
     manifest = folder / "first.jsonl"
     manifest.write_text("".join(json.dumps(to_row(group, folder)) + "\n" for group in groups))
@@ -323,7 +323,7 @@ def compare(folder: Path, settings: Settings, attention: str, python: Path) -> d
         "text_tokens": statistics.mean(len(each["scored"]) for each in own),
         "conversational_adds": sorted({decode(its["scored"][len(mine["scored"]) :]) for mine, its in zip(own, messages, strict=True)}),
         "image_nats": statistics.mean(abs(each.logp[0][0] - each.blank[0]) for each in ours.collator.stored.values()),
-        "plain": library(folder, ours.batch(0), settings.beta),
+        "plain": unaided(folder, ours.batch(0), settings.beta),
     }
     print("\n".join(f"{name}: {value}" for name, value in found.items()), flush=True)
     steps: list[dict[str, dict[str, float]]] = []

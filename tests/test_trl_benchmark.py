@@ -31,7 +31,7 @@ def test_our_side_computes_dpo_of_the_librarys_own_forwards(trl_dpo: Any, tmp_pa
     assert decoded == [text for first, *others in texts for text in [first] * len(others)] + [
         text for _, *others in texts for text in others
     ]
-    plain, found = trl_dpo.library(tmp_path / "data", ours.groups, settings.beta), ours.step(0)
+    plain, found = trl_dpo.unaided(tmp_path / "data", ours.groups, settings.beta), ours.step(0)
     for name, value in plain.items():
         assert found[name] == pytest.approx(value, rel=1e-5)
     assert abs(plain["loss"] - math.log(2)) > 1e-3, "the reference is another model"
