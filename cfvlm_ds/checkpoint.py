@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 import shutil
 import zlib
@@ -18,11 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from cfvlm_ds.config import ConfigError
-from cfvlm_ds.distributed import World, broadcast_object, gather_objects
+from cfvlm_ds.distributed import World, broadcast_object, gather_objects, random_state, set_random_state
 from cfvlm_ds.reshard import reshard
 
 _COMPLETE = "complete.json"
@@ -71,10 +69,7 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
         for left in output_dir.glob("checkpoint-*.partial"):
             shutil.rmtree(left, ignore_errors=True)
     dist.barrier()
-    rng = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state()
-    client_state = {"loop": state.state_dict(), "rng": rng}
+    client_state = {"loop": state.state_dict(), "rng": random_state(world.device)}
     with _failures_kept(engine) as (written, failures):
         engine.save_checkpoint(str(output_dir), tag=partial.name, client_state=client_state, save_latest=False)
     files: dict[str, tuple[int, int]] = {}
@@ -266,7 +261,7 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
     takes as much room as the checkpoint, and ConfigError is raised on all ranks where there is none.
     """
     if (ranks := description(path)["world_size"]) == world.size:
-        _load(engine, path, state)
+        _load(engine, path, state, world)
         return
     world.say(f"{path} was written by {ranks} ranks; cutting it anew for {world.size}")
     cut = output_dir / f"{path.name}.anew.partial"
@@ -282,22 +277,19 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
         reasons = gather_objects(_reason(failures[0], cut) if failures else None, world)
         if reason := next(filter(None, reasons), None):
             raise ConfigError(f"{path} cannot be cut anew in {output_dir} ({reason}); make room, or start {ranks} ranks")
-        _load(engine, cut, state)
+        _load(engine, cut, state, world)
         dist.barrier()
     finally:
         if world.is_main:
             shutil.rmtree(cut, ignore_errors=True)
 
 
-def _load(engine: Any, path: Path, state: TrainState) -> None:
+def _load(engine: Any, path: Path, state: TrainState, world: World) -> None:
     _, client = engine.load_checkpoint(str(path.parent), tag=path.name)
     if client is None:
         raise ConfigError(f"{path}: DeepSpeed could not load it; name another checkpoint with train.resume")
     state.load_state_dict(client["loop"])
-    torch.set_rng_state(client["rng"]["torch"])
-    random.setstate(client["rng"]["python"])
-    if torch.cuda.is_available() and "cuda" in client["rng"]:
-        torch.cuda.set_rng_state(client["rng"]["cuda"])
+    set_random_state(client["rng"], world.device)
 
 
 def _by_step(output_dir: Path) -> list[Path]:

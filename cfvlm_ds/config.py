@@ -359,8 +359,9 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
     for name in IMAGE_LIMITS:
         if (value := resolved["model"][name]) is not None and value < 1:
             raise ConfigError(f"model.{name} must be at least 1, not {value}; leave it out for the model's own")
-    if (limit := resolved["data"]["max_tokens_per_micro_batch"]) is not None and limit < 1:
-        raise ConfigError(f"data.max_tokens_per_micro_batch must be at least 1, not {limit}; leave it out to count groups")
+    for name, instead in (("max_tokens_per_micro_batch", "to count groups"), ("max_tokens_per_forward", "for one forward")):
+        if (limit := resolved["data"][name]) is not None and limit < 1:
+            raise ConfigError(f"data.{name} must be at least 1, not {limit}; leave it out {instead}")
     if (skipped := resolved["data"]["max_skipped"]) < 0:
         raise ConfigError(f"data.max_skipped must not be negative, and is {skipped}")
     if resolved["model"]["lora"]["rank"] < 1:

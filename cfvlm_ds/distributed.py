@@ -92,13 +92,15 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_state(device: torch.device) -> list[Tensor]:
-    """The state of torch's random numbers, on the CPU and on ``device``."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of Python's and torch's random numbers, on the CPU and on ``device``."""
+    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
-def set_random_state(state: list[Tensor], device: torch.device) -> None:
-    """Go on from what ``random_state`` returned."""
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Go on from what ``random_state`` returned, there or on another kind of device."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
