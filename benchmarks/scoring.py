@@ -294,9 +294,7 @@ def reset_peak(of: Case) -> int:
 def peak(of: Case) -> int:
     if of.prefix.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    ctypes.CDLL("libc.so.6").mallopt(
-        _MMAP_THRESHOLD, 1 << 25
-    )  # the library's own limit, at which memory is used again and time is measured
+    ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, 1 << 25)  # the library's own limit: memory is used again, as when time is measured
     return _status("VmHWM")
 
 
