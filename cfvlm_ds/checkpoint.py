@@ -7,6 +7,7 @@ are listed in ``complete.json``, and one rename makes it ``checkpoint-STEP``. A 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -122,6 +123,8 @@ def _failures_kept(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
         yield written, failures
     finally:
         writer.save, writer.makedirs, engine._copy_recovery_script = save, makedirs, script
+    if failures:
+        gc.collect()  # in newer versions of torch the error's frames are a cycle
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import shutil
 import struct
 import subprocess
@@ -46,10 +47,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 def only_sentence(stderr: str) -> str:
-    # Hugging Face's progress bars and the tokenizer's own warning about a long text are not ours to silence here.
-    lines = [
-        line for line in stderr.replace("\r", "\n").splitlines() if line and "it/s]" not in line and not line.startswith("[transformers]")
-    ]
+    # Hugging Face's progress bars, the tokenizer's own warning about a long text, and torch's about a CUDA toolkit without a device are not
+    # ours to silence here.
+    foreign = re.compile(r"it/s\]|^\[transformers\]|No CUDA runtime is found")
+    lines = [line for line in stderr.replace("\r", "\n").splitlines() if line and not foreign.search(line)]
     assert len(lines) == 1 and lines[0].startswith("error: "), stderr
     return lines[0]
 
