@@ -25,7 +25,7 @@ from cfvlm_ds.attention import BACKENDS, Forest, registered
 from cfvlm_ds.distributed import World
 from cfvlm_ds.likelihood import Scores
 from cfvlm_ds.models import FAMILIES, Scorer
-from cfvlm_ds.training import _two_passes
+from cfvlm_ds.step import two_passes
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def measure(model: Any, arguments: argparse.Namespace, count: int) -> list[tuple
     def cache() -> float:
         run: Any = SimpleNamespace(engine=Engine(scorer), world=World(0, 1, 0, of.prefix.device), config=SimpleNamespace(objective={}))
         batches: list[Any] = [Part(part, k, count, texts) for k, part in enumerate(parts)]
-        _two_passes(run, batches, count, lambda scores: found.setdefault("loss", coupled(scores)), last=True)
+        two_passes(run, batches, count, lambda scores: found.setdefault("loss", coupled(scores)), last=True)
         return found.pop("loss").item()
 
     found: dict[str, Tensor] = {}

@@ -9,8 +9,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,67 +18,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cfvlm_ds import checkpoint, engine, heartbeat
 from cfvlm_ds.attention import ordinary
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.collate import STAND_IN, Batch, Collator, load_collator
-from cfvlm_ds.config import ConfigError, RunConfig, default_workers
+from cfvlm_ds.config import ConfigError, RunConfig
 from cfvlm_ds.data import GroupSampler, PackedSampler, open_image
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
-from cfvlm_ds.distributed import (
-    World,
-    all_reduce_sums,
-    broadcast_object,
-    gather_objects,
-    random_state,
-    seed_everything,
-    set_random_state,
-)
+from cfvlm_ds.distributed import World, broadcast_object, seed_everything
 from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, table
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
-from cfvlm_ds.groups import CounterfactualGroup, DataError
-from cfvlm_ds.likelihood import Scores
-from cfvlm_ds.models import ModelFlops, adapters_off, attention, fingerprint, load_config, only_adapters_train, parameter_counts, peak
-from cfvlm_ds.objectives import group_units, likelihood_report, required_cells, weighted_loss
+from cfvlm_ds.groups import CounterfactualGroup
+from cfvlm_ds.models import ModelFlops, attention, fingerprint, load_config, only_adapters_train, parameter_counts, peak
+from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.preflight import group_tokens, read_data
 from cfvlm_ds.run_lock import RunLock
-from cfvlm_ds.stopping import EXIT_STOPPED, Stop, reason, shield_worker
+from cfvlm_ds.step import Meter, Run, optimizer_step
+from cfvlm_ds.stopping import EXIT_STOPPED, Stop, shield_worker
 from cfvlm_ds.tracking import open_tracker
 
 _FINISHED = "finished.json"
-
-
-@dataclass
-class Run:
-    """What the loop works with; built once by ``train``."""
-
-    config: RunConfig
-    world: World
-    engine: Any
-    collator: Collator
-    sampler: GroupSampler
-    groups: list[CounterfactualGroup]
-    splits: dict[str, list[CounterfactualGroup]]
-    state: TrainState
-    total_steps: int
-    flops: ModelFlops
-    stop: Stop
-    pulse: heartbeat.Heartbeat
-    saved_at: float = 0.0  # monotonic seconds: the last checkpoint, or the start
-    lost_in_a_row: int = 0  # steps left out, up to this one
-
-    @property
-    def dir(self) -> Path:
-        return Path(self.config.train.output_dir)
-
-    @property
-    def num_workers(self) -> int:
-        configured = self.config.data.num_workers
-        return default_workers() if configured is None else configured
 
 
 def train(config: RunConfig, world: World | None = None) -> None:
@@ -275,36 +237,6 @@ def _check_scores(run: Run) -> None:
     run.world.say(f"scores of packed rows ({backend}) equal ordinary forwards within {off:.1e} nats per token")
 
 
-class Meter:
-    """Sums and counts since the last record; ratios are taken only after adding over ranks."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
-        self.waited = 0.0
-        self.since = time.monotonic()
-
-    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        self.sums[name] = self.sums.get(name, torch.zeros(())) + torch.as_tensor(total, dtype=torch.float64).cpu()
-        self.counts[name] = self.counts.get(name, torch.zeros(())) + torch.as_tensor(count, dtype=torch.float64).cpu()
-
-    def reduce(self, world: World) -> dict[str, float]:
-        """Global means, and rates per second of the wall clock. Collective; starts the next record."""
-        names = list(self.sums)
-        local = {"sums": torch.stack([self.sums[n] for n in names]), "counts": torch.stack([self.counts[n] for n in names])}
-        both = all_reduce_sums(local, world.device)
-        elapsed = time.monotonic() - self.since
-        metrics = {n: s / c for n, s, c in zip(names, both["sums"].tolist(), both["counts"].tolist(), strict=True) if c}
-        for name in [n for n in metrics if n.startswith("throughput/")]:
-            metrics[name] = both["sums"][names.index(name)].item() / elapsed
-        metrics["throughput/data_wait_share"] = self.waited / elapsed
-        self.reset()
-        return metrics
-
-
 def _loop(run: Run, tracker: Any) -> str | None:
     """Train to the end, or to where the ranks agree to stop: then the reason."""
     train, state, world = run.config.train, run.state, run.world
@@ -314,7 +246,7 @@ def _loop(run: Run, tracker: Any) -> str | None:
     run.saved_at = started
     run.engine.train()
     while state.step < run.total_steps:
-        stop, save_due = _step(run, batches, meter)
+        stop, save_due = optimizer_step(run, batches, meter)
         state.step += 1
         run.sampler.advance()
         state.sampler = run.sampler.state_dict()
@@ -394,215 +326,6 @@ def _batches(run: Run) -> Iterator[list[Batch]]:
         worker_init_fn=shield_worker,
     )
     yield from loader
-
-
-def _step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> tuple[str | None, bool]:
-    """One optimizer step: fetch its micro-batches, agree on the global units, then one forward and one backward of the engine each.
-
-    Returns what the ranks have agreed on: why the run is to stop behind this step, or None; and whether a checkpoint is due by
-    train.save_minutes.
-    """
-    world, objectives, number = run.world, run.config.objective, run.state.step + 1
-    run.pulse.mark("data", number)
-    asked = time.monotonic()
-    micro_batches = [[part.to(world.device) for part in next(batches)] for _ in range(run.config.train.gradient_accumulation_steps)]
-    meter.waited += time.monotonic() - asked
-    run.pulse.mark("agreement", number)
-    local: dict[str, Tensor] = {}
-    for parts in micro_batches:
-        for name, units in group_units(objectives, parts[0].layout).items():
-            local[name] = local[name] + units if name in local else units
-    minutes = run.config.train.save_minutes
-    local[_STOP] = run.stop.votes()
-    local[_SAVE_DUE] = torch.tensor(float(world.is_main and 0 < minutes * 60 <= time.monotonic() - run.saved_at))
-    local[_DROPPED] = torch.tensor(sum(len(parts[0].dropped) for parts in micro_batches))
-    global_units = all_reduce_sums(local, world.device)
-    if global_units[_DROPPED]:
-        _drop(run, [parts[0] for parts in micro_batches])
-    measured: list[tuple[Scores, Tensor, dict[str, Tensor]]] = []
-    finite = torch.ones((), device=world.device)
-
-    def loss_of(scores: Scores) -> Tensor:
-        loss, shares = weighted_loss(objectives, scores, global_units, world.size, run.state.step / run.total_steps)
-        measured.append((scores, loss.detach(), shares))
-        finite.mul_(torch.isfinite(loss.detach()))
-        if len(measured) == len(micro_batches):
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-            if not finite:
-                return loss * torch.nan  # on every rank: DeepSpeed takes no step whose gradient's global norm is not finite
-        return loss
-
-    with _memory_named(run, micro_batches):
-        for parts, forwards in zip(micro_batches, _forwards(run, micro_batches), strict=True):
-            run.pulse.mark("computation", number)
-            last = parts is micro_batches[-1]
-            if forwards == 1:
-                _one_pass(run, parts[0], loss_of, last)
-            else:
-                _two_passes(run, parts, forwards, loss_of, last)
-        run.engine.step()
-    if not finite or not (run.engine.was_step_applied() or run.engine.fp16_enabled()):  # fp16's loss scaling leaves steps out by itself
-        losses = [(parts[0], loss) for parts, (_, loss, _) in zip(micro_batches, measured, strict=True)]
-        _lost(run, losses, "gradient" if finite else "loss")
-    else:
-        run.lost_in_a_row = 0
-        for parts, (scores, loss, shares) in zip(micro_batches, measured, strict=True):
-            _measure(run, parts, scores, loss / world.size, shares, meter)
-    return reason(global_units[_STOP].tolist()), bool(global_units[_SAVE_DUE])
-
-
-_STOP, _SAVE_DUE, _DROPPED = "stop", "save due", "dropped"  # they travel with the units of the objectives
-_MOST_LOST = 10  # steps in a row that may be left out
-
-
-@contextlib.contextmanager
-def _memory_named(run: Run, micro_batches: Sequence[Sequence[Batch]]) -> Iterator[None]:
-    """ConfigError with the sizes of the largest row and the setting to lower, in place of an allocator's failure."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is what its CPU allocator raises
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        train, data = run.config.train, run.config.data
-        largest = max((part for parts in micro_batches for part in parts), key=lambda part: part.num_tokens)
-        if data.max_tokens_per_forward is not None:
-            setting = f"data.max_tokens_per_forward ({data.max_tokens_per_forward})"
-        elif data.max_tokens_per_micro_batch is not None:
-            setting = f"data.max_tokens_per_micro_batch ({data.max_tokens_per_micro_batch})"
-        else:
-            setting = (
-                f"train.per_device_train_batch_size ({train.per_device_train_batch_size}), and raise train.gradient_accumulation_steps"
-            )
-        sizes = f"{len(largest.layout.ids)} groups, {largest.num_tokens} tokens and {largest.num_images} images"
-        raise ConfigError(
-            f"out of memory at step {run.state.step + 1} on rank {run.world.rank}; its largest forward has {sizes}; lower {setting}, set "
-            "data.max_tokens_per_forward, model.gradient_checkpointing or limits on visual tokens (model.max_pixels, model.max_tiles); the "
-            f"allocator said: {(str(error) or 'nothing').splitlines()[0]}"
-        ) from error
-
-
-def _drop(run: Run, batches: Sequence[Batch]) -> None:
-    """Note the groups that are left out of this step because they cannot be read; all ranks call it.
-
-    Raises DataError on all of them where data.on_error and data.max_skipped do not allow it.
-    """
-    data, skipped = run.config.data, run.state.skipped
-    found = dict(
-        entry for entries in gather_objects([entry for batch in batches for entry in batch.dropped], run.world) for entry in entries
-    )
-    if data.on_error == "error":
-        first, *more = found.values()
-        raise DataError(first + (f" ({len(more)} more groups of this step cannot be read)" if more else ""))
-    skipped.update(found)
-    if len(skipped) > data.max_skipped:
-        raise DataError(
-            f"{len(skipped)} groups cannot be read, over data.max_skipped ({data.max_skipped}), such as {next(iter(found.values()))}"
-        )
-    for name, why in found.items():
-        run.world.say(f"warning: group {name!r} is left out: {why}")
-    if run.world.is_main:
-        (run.dir / "skipped.json").write_text(json.dumps(skipped, indent=1))
-
-
-def _lost(run: Run, losses: Sequence[tuple[Batch, Tensor]], what: str) -> None:
-    """Note the groups of a step that was not taken, because its loss or its gradient was not finite; all ranks call it.
-
-    Of a loss they are the groups of the micro-batches where it was not finite; a gradient is known as the sum over all ranks only, and they
-    are all of the step's. Raises FloatingPointError where train.on_nonfinite does not skip it.
-    """
-    mine = [name for batch, loss in losses if what == "gradient" or not torch.isfinite(loss) for name in batch.layout.ids]
-    by_rank = {rank: names for rank, names in enumerate(gather_objects(mine, run.world)) if names}
-    run.lost_in_a_row += 1
-    step, listed = run.state.step + 1, run.dir / "nonfinite.jsonl"
-    if run.world.is_main:
-        with listed.open("a") as handle:
-            handle.write(json.dumps({"step": step, "what": what, "groups": by_rank}) + "\n")
-    shown = "; ".join(f"rank {rank}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}" for rank, names in by_rank.items())
-    message = f"the {what} is not finite at step {step}; groups of {shown}; {listed} lists them"
-    if run.config.train.on_nonfinite == "stop" or run.engine.was_step_applied():
-        raise FloatingPointError(message)
-    if run.lost_in_a_row > _MOST_LOST:
-        raise FloatingPointError(f"{message}; it is the {run.lost_in_a_row}th step in a row, and a lower learning rate may help")
-    run.world.say(f"warning: {message}; the step is left out on all ranks")
-
-
-def _forwards(run: Run, micro_batches: Sequence[Sequence[Batch]]) -> list[int]:
-    """How many forwards each micro-batch takes: as many on every rank, because ZeRO-3 gathers weights on all of them together."""
-    most = torch.tensor([len(parts) for parts in micro_batches], device=run.world.device)
-    if run.config.data.max_tokens_per_forward is not None:
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return most.tolist()
-
-
-def _one_pass(run: Run, batch: Batch, loss_of: Callable[[Scores], Tensor], last: bool) -> None:
-    """Add the gradients of a micro-batch; the ``last`` of a step completes them."""
-    run.engine.set_gradient_accumulation_boundary(last)
-    reference = _reference(run, batch)
-    scores = batch.scores(run.engine(**batch.model_inputs))
-    scores = scores if reference is None else replace(scores, reference=reference)
-    run.engine.backward(loss_of(scores), scale_wrt_gas=False)
-
-
-def _two_passes(run: Run, parts: Sequence[Batch], forwards: int, loss_of: Callable[[Scores], Tensor], last: bool) -> None:
-    """As ``_one_pass``, for a micro-batch in parts, with the activations of one of them in memory (gradient cache, arXiv 2101.06983).
-
-    The first pass finds the scores, which the loss couples; its derivatives by the log-probs are their weights in the second, whose random
-    numbers are those of the first. The last part's activations serve both. A rank with fewer parts than others begins with repeats of its
-    first one, which count nothing.
-    """
-    repeats = forwards - len(parts)
-    repeated = [*[parts[0]] * repeats, *parts]
-    references = [_reference(run, part) for part in repeated][repeats:]
-    states, found = [], list[Tensor]()
-    for part in repeated:
-        states.append(random_state(run.world.device))
-        with torch.set_grad_enabled(len(found) == forwards - 1):
-            found.append(run.engine(**part.model_inputs))
-    after = random_state(run.world.device)
-    leaves = [logp.detach().requires_grad_() for logp in found]
-    scores = Scores.joined([part.scores(logp) for part, logp in zip(parts, leaves[repeats:], strict=True)])
-    if own := [reference for reference in references if reference is not None]:
-        scores = replace(scores, reference=torch.stack(own).sum(0))
-    weights = torch.autograd.grad(loss_of(scores), leaves, allow_unused=True, materialize_grads=True)
-    for k in reversed(range(forwards)):
-        run.engine.set_gradient_accumulation_boundary(last and k == 0)
-        logp = found.pop()
-        if k < forwards - 1:
-            set_random_state(states[k], run.world.device)
-            logp = run.engine(**repeated[k].model_inputs)
-        run.engine.backward((weights[k] * logp).sum(), scale_wrt_gas=False)
-    set_random_state(after, run.world.device)
-
-
-def _reference(run: Run, batch: Batch) -> Tensor | None:
-    """Log-likelihoods under the model without its adapters, where an objective needs a reference and none is stored."""
-    if batch.reference is not None or not any(term.needs_reference for term in run.config.objective.values()):
-        return None
-    run.engine.eval()
-    with torch.no_grad(), adapters_off(run.engine.module.model):
-        logp = batch.scores(run.engine(**batch.model_inputs)).logp
-    run.engine.train()
-    return logp
-
-
-def _measure(run: Run, parts: Sequence[Batch], scores: Scores, loss: Tensor, shares: Mapping[str, Tensor], meter: Meter) -> None:
-    # Shares add up over micro-batches and ranks to the step's loss, so each counts as one part of the step.
-    part = 1 / (run.world.size * run.config.train.gradient_accumulation_steps)
-    real = float(len(scores.layout.ids) > 0)  # a stand-in for groups that cannot be read is not measured
-    meter.add("loss", loss, part)
-    for name, share in shares.items():
-        meter.add(f"loss/{name}", share, part)
-    for objective in run.config.objective.values():
-        for key, (total, count) in objective.report(scores).items():
-            meter.add(key, total * real, count * real)
-    for key, (total, count) in likelihood_report(scores).items():
-        meter.add(key, total * real, count * real)
-    meter.add("throughput/groups_per_s", len(scores.layout.ids), 1)
-    meter.add("throughput/candidates_per_s", scores.layout.valid.sum() * real, 1)
-    for batch in parts:
-        meter.add("throughput/tokens_per_s", batch.num_tokens, 1)
-        meter.add("throughput/images_per_s", batch.num_images, 1)
-        meter.add("throughput/model_tflop_per_s", run.flops.of(batch.model_inputs, batch.num_scored) / 1e12, 1)
 
 
 def _progress(run: Run, metrics: Mapping[str, float], remaining: float) -> str:

@@ -88,7 +88,7 @@ OBJECTIVES["planted"] = Planted
 @contextlib.contextmanager
 def left_out(number: int) -> Iterator[None]:
     """Step ``number`` takes its data and does nothing with it: what skipping a step should come to."""
-    step = training._step
+    step = training.optimizer_step
 
     def stepped(run, batches, meter):  # type: ignore[no-untyped-def]
         if run.state.step + 1 != number:
@@ -97,7 +97,7 @@ def left_out(number: int) -> Iterator[None]:
             next(batches)
         return None, False
 
-    with patch.object(training, "_step", stepped):
+    with patch.object(training, "optimizer_step", stepped):
         yield
 
 

@@ -18,7 +18,7 @@ from conftest import REPO, environment, launch, losses, metrics, run, train_argu
 
 from cfvlm_ds.distributed import World
 from cfvlm_ds.likelihood import Scores
-from cfvlm_ds.training import _two_passes
+from cfvlm_ds.step import two_passes
 
 GLOBAL_BATCH = 16
 FORWARD = 120  # tokens: two or three images with their texts
@@ -145,6 +145,6 @@ def test_two_passes_draw_the_same_random_numbers() -> None:
     (expected,) = torch.autograd.grad(loss_of(Scores.joined([part.scores(engine(part.at)) for part in parts])), weight)
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    _two_passes(run, parts, 3, loss_of, last=True)  # type: ignore[arg-type]
+    two_passes(run, parts, 3, loss_of, last=True)  # type: ignore[arg-type]
     torch.testing.assert_close(weight.grad, expected)
     assert boundaries == [False, False, True] and torch.equal(torch.get_rng_state(), state)
