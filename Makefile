@@ -14,7 +14,7 @@ demo: install
 
 test: install check
 	tests/slurm/install.sh
-	pytest
+	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: install
 	tests/slurm/install.sh

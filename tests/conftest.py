@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,11 @@ COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square")
 
 
+LONG = ("test_slurm.py", "test_family_training.py", "test_faults.py", "test_training.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))  # first, so that nobody waits for them
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -135,6 +142,22 @@ def environment() -> dict[str, str]:
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
+_PORTS = (10_000 + (os.getpid() + n) % 10_000 for n in itertools.count())
+
+
+def free_port() -> int:
+    """A port for ranks to meet at; below the ephemeral ones, so that no other test's connection takes it before they start."""
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+
+
+def launcher(ranks: int) -> list[str]:
+    return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+
+
 def launch(command: list[str], **popen: object) -> subprocess.Popen[str]:
     """Start a real process in a session of its own, so that the whole family can be killed."""
     return subprocess.Popen(
@@ -154,20 +177,30 @@ def run(command: list[str], timeout: float = 300) -> str:
     return output
 
 
-def run_ranks(*families: tuple[int, Path], timeout: float = 1500) -> list[list[tuple[int, str]]]:
-    """Run the trainings that a file lists for tests/faulty.py as so many ranks, one family after the other and without a launcher: each
-    rank's exit code and output, by family."""
-    process = launch([sys.executable, "tests/faulty.py", *(str(part) for family in families for part in family)])
-    try:
-        printed, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        said = "\n".join(file.read_text()[-2000:] for _, listed in families for file in listed.with_suffix("").glob("*.out"))
-        pytest.fail(f"still running after {timeout} s:\n{said}")
-    codes = [json.loads(line) for line in printed.splitlines() if line.startswith("[")]
-    assert len(codes) == len(families), printed[-4000:]
-    outputs = [[(listed.with_suffix("") / f"{rank}.out").read_text() for rank in range(number)] for number, listed in families]
-    return [list(zip(*each, strict=True)) for each in zip(codes, outputs, strict=True)]
+def run_ranks(number: int, function: str, *arguments: object, said: Path, timeout: float = 600) -> list[tuple[int, str]]:
+    """Run ``MODULE:FUNCTION`` as so many ranks (tests/forked.py): each one's exit code and output; what still runs at the end is killed."""
+    import forked
+
+    ranks = forked.start(number, function, *arguments, said=said)
+    deadline = time.monotonic() + timeout
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.monotonic()))
+    late = [rank for rank in ranks if rank.is_alive()]
+    for rank in late:
+        os.killpg(rank.pid or 0, signal.SIGKILL)
+        rank.join()
+    ended = [(rank.exitcode or 0, (said / f"rank-{number}.log").read_text()) for number, rank in enumerate(ranks)]
+    assert not late, f"still running after {timeout} s:\n" + "\n".join(output[-2000:] for _, output in ended)
+    return ended
+
+
+def run_trainings(number: int, *trainings: list[str], said: Path, timeout: float = 600) -> str:
+    """The trainings, one after the other, by one family of ranks; what they said."""
+    (listed := said.with_suffix(".jsonl")).write_text("".join(json.dumps(arguments) + "\n" for arguments in trainings))
+    ended = run_ranks(number, "forked:train_all", listed, said=said, timeout=timeout)
+    output = "".join(said for _, said in ended)
+    assert not any(code for code, _ in ended), output[-6000:]
+    return output
 
 
 def plain_scores(manifest: Path, *models: str) -> list[dict[str, list[list[float]]]]:
@@ -176,14 +209,6 @@ def plain_scores(manifest: Path, *models: str) -> list[dict[str, list[list[float
     done = subprocess.run(command, cwd=manifest.parent, env=environment(), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
-
-
-def train_many(folder: Path, ranks: int, trainings: list[list[str]], timeout: float = 300) -> str:
-    """Run the trainings, one after the other, in one family of ``ranks`` processes."""
-    listed = folder / f"trainings-{ranks}.jsonl"
-    listed.write_text("".join(json.dumps(arguments) + "\n" for arguments in trainings))
-    launcher = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(29600 + ranks)] if ranks > 1 else [sys.executable]
-    return run([*launcher, "tests/train_many.py", str(listed)], timeout)
 
 
 def train_arguments(model_dir: Path, manifests: dict[str, Path], output_dir: Path, *extra: str) -> list[str]:

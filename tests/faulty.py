@@ -1,6 +1,6 @@
-"""Trainings with planted faults: RANKS FILE [RANKS FILE ...], where each line of a file is {"fault": [NAME, ...], "arguments": [options]}.
+"""Trainings with planted faults: each line of a file is {"fault": [NAME, ...], "arguments": [options]}.
 
-They run one after the other. What one raises is printed by every rank, and the next one starts; a file's exit codes are printed at its end.
+They run one after the other. What one raises is printed by every rank, and the next one starts.
 """
 
 import contextlib
@@ -8,13 +8,11 @@ import functools
 import json
 import os
 import resource
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-import forked
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -165,11 +163,3 @@ def train_listed(listed: Path) -> None:
                 run(planned["arguments"])
         except Exception as error:
             print(f"rank {rank()} raised {type(error).__name__}: {error}", flush=True)
-
-
-if __name__ == "__main__":
-    for number, file in zip(sys.argv[1::2], map(Path, sys.argv[2::2]), strict=True):
-        processes = forked.start(int(number), functools.partial(train_listed, file), file.with_suffix(""))
-        for process in processes:
-            process.join()
-        print(json.dumps([process.exitcode for process in processes]), flush=True)

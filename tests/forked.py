@@ -1,42 +1,59 @@
-"""Ranks as forks of one process: every start-up after the first costs no imports. They are real processes, with one process group."""
+"""Ranks as forks of one process that has imported everything: real processes with signals and exit codes, whose start costs no imports."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import multiprocessing
 import os
-import socket
-from collections.abc import Callable
-from multiprocessing.context import ForkProcess
+import runpy
+import sys
+from collections.abc import Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+from conftest import REPO, environment, free_port
 
-import deepspeed  # noqa: F401
-
-import cfvlm_ds.cli
-import cfvlm_ds.training  # noqa: F401
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["preloaded", "forked"])
 
 
-def start(number: int, function: Callable[[], object], said: Path) -> list[ForkProcess]:
-    """Start ``function`` as so many ranks, whose output goes to ``said/RANK.out``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+def start(number: int, function: str, *arguments: object, said: Path) -> list[ForkServerProcess]:
+    """Start ``MODULE:FUNCTION`` as so many ranks, in sessions of their own; what each says is added to ``said/rank-RANK.log``."""
+    shared = environment() | {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     said.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("fork")
     ranks = []
-    for rank in range(number):
-        variables = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(context.Process(target=_rank, args=(variables, function, said / f"{rank}.out")))
+    for rank in map(str, range(number)):
+        variables = shared | {"RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(_CONTEXT.Process(target=_rank, args=(variables, function, arguments, said / f"rank-{rank}.log")))
         ranks[-1].start()
     return ranks
 
 
-def _rank(variables: dict[str, str], function: Callable[[], object], said: Path) -> None:
-    os.environ.update(variables)
+def _rank(variables: dict[str, str], function: str, arguments: Sequence[object], said: Path) -> None:
+    from preloaded import ON_CPU
+
+    multiprocessing.set_start_method("fork", force=True)  # for data workers: what a process of its own has
+    os.setsid()
+    os.chdir(REPO)
+    os.environ |= variables | ON_CPU
     output = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    function()
+    module, name = function.split(":")
+    getattr(importlib.import_module(module), name)(*arguments)
+
+
+def train_script(arguments: Sequence[str]) -> None:
+    """``python train.py ARGUMENTS``."""
+    sys.argv = ["train.py", *arguments]
+    runpy.run_path("train.py", run_name="__main__")
+
+
+def train_all(listed: Path) -> None:
+    """Trainings one after the other: each line of the file is one's options, a JSON list."""
+    from cfvlm_ds.cli import run
+
+    for line in listed.read_text().splitlines():
+        run(json.loads(line))

@@ -6,21 +6,18 @@ checkpoint is compared, bit for bit, with that of a run that nobody killed. Prin
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
-from multiprocessing.context import ForkProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import forked
 import torch
 from conftest import build_test_model, losses, train_arguments, write_manifest
-
-from cfvlm_ds.cli import run
 
 SAVE_STEPS = 2
 PEERS_END_S = 30.0
@@ -37,13 +34,13 @@ def main(ranks: int, rounds: int, seed: int = 0) -> None:
         given = [part for option, value in options.items() for part in (f"--train.{option}", str(value))]
         train = {run_dir: train_arguments(model, {"train": manifest}, folder / run_dir, *given) for run_dir in ("whole", "killed")}
         started = time.monotonic()
-        processes = forked.start(ranks, functools.partial(run, train["whole"]), folder / "said-whole")
-        assert ended(processes) == [0] * ranks, (folder / "said-whole" / "0.out").read_text()
+        processes = forked.start(ranks, "cfvlm_ds.cli:run", train["whole"], said=folder / "said-whole")
+        assert ended(processes) == [0] * ranks, (folder / "said-whole" / "rank-0.log").read_text()
         whole_s, started = time.monotonic() - started, time.monotonic()
         waits, kills, helped = [], 0, 0
         while True:
             before = recorded(folder / "killed")
-            processes = forked.start(ranks, functools.partial(run, train["killed"]), folder / f"said-{kills}")
+            processes = forked.start(ranks, "cfvlm_ds.cli:run", train["killed"], said=folder / f"said-{kills}")
             if kills == rounds:
                 break
             lives = chance.choice((None, *range(2 * SAVE_STEPS)))  # steps that it may take, or a time before the first one
@@ -60,8 +57,8 @@ def main(ranks: int, rounds: int, seed: int = 0) -> None:
             )
             assert codes[victim] in (-signal.SIGKILL, 0), codes
             helped += -signal.SIGTERM in codes
-        assert ended(processes) == [0] * ranks, (folder / f"said-{kills}" / "0.out").read_text()
-        resumes = sum("resumed from" in (folder / f"said-{k}" / "0.out").read_text() for k in range(kills + 1))
+        assert ended(processes) == [0] * ranks, (folder / f"said-{kills}" / "rank-0.log").read_text()
+        resumes = sum("resumed from" in (folder / f"said-{k}" / "rank-0.log").read_text() for k in range(kills + 1))
         same_losses = losses(folder / "killed") == losses(folder / "whole")
         weights = [same(folder / "whole" / f"checkpoint-{steps}", folder / "killed" / f"checkpoint-{steps}", rank) for rank in range(ranks)]
         verdict = "bit-equal" if all(weights) and same_losses else "DIFFERENT"
@@ -78,7 +75,7 @@ def recorded(run_dir: Path) -> int:
     return len(losses(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
 
 
-def wait_for(run_dir: Path, before: int, lives: int | None, steps: int, processes: list[ForkProcess]) -> None:
+def wait_for(run_dir: Path, before: int, lives: int | None, steps: int, processes: list[ForkServerProcess]) -> None:
     """Until the run has recorded so many steps more than it resumed with, at most until the step before its last."""
     while lives is not None and all(process.is_alive() for process in processes):
         done = recorded(run_dir)
@@ -88,7 +85,7 @@ def wait_for(run_dir: Path, before: int, lives: int | None, steps: int, processe
         time.sleep(0.02)
 
 
-def ended(processes: list[ForkProcess], patience: float = 3600) -> list[int | None]:
+def ended(processes: list[ForkServerProcess], patience: float = 3600) -> list[int | None]:
     """The exit codes; of a rank that did not end in time, that of the SIGTERM it then gets."""
     deadline = time.monotonic() + patience
     for process in processes:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, environment, losses, metrics, plain_scores, run, train_arguments, train_many, write_manifest
+from conftest import REPO, environment, losses, metrics, plain_scores, run, run_ranks, run_trainings, train_arguments, write_manifest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -302,7 +302,7 @@ def runs(model_dir: Path, manifests: dict[str, Path], scores_file: Path, tmp_pat
         name: train_arguments(model_dir, manifests, folder / name, "--train.max_steps", "2", "--train.warmup_ratio", "0", *more)
         for name, more in extra.items()
     }
-    train_many(folder, 1, list(options.values()))
+    run_trainings(1, *options.values(), said=folder / "said")
     return folder
 
 
@@ -335,10 +335,10 @@ def test_without_its_adapters_the_model_is_the_reference(runs: Path) -> None:
 
 
 def test_dpo_of_a_whole_model_needs_a_file(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "train.py", *train_arguments(model_dir, manifests, tmp_path / "run", "--objective.dpo.weight", "1")]
-    ended = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
-    assert ended.returncode == 2
-    assert "needs stored scores; write them with `cfvlm-ds score` and set data.scores" in only_sentence(ended.stderr)
+    arguments = train_arguments(model_dir, manifests, tmp_path / "run", "--objective.dpo.weight", "1")
+    ((code, output),) = run_ranks(1, "forked:train_script", arguments, said=tmp_path / "said")
+    assert code == 2 and output.count("error: ") == 1
+    assert "needs stored scores; write them with `cfvlm-ds score` and set data.scores" in output.splitlines()[-1]
 
 
 def test_export_of_adapters(runs: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,7 +370,7 @@ def test_adapters_on_a_base_of_4_bits(manifests: dict[str, Path], tmp_path: Path
         train_arguments(model, manifests, tmp_path / name, *options, "--model.lora.load_in_4bit", wanted)
         for name, wanted in (("whole", "false"), ("quarter", "true"))
     ]
-    train_many(tmp_path, 1, trainings)
+    run_trainings(1, *trainings, said=tmp_path / "said")
     whole, quarter = losses(tmp_path / "whole"), losses(tmp_path / "quarter")
     assert quarter[0] == pytest.approx(whole[0], rel=0.05) and quarter[0] != pytest.approx(whole[0], rel=1e-4)
     assert quarter[-1] < quarter[0] - 0.3
@@ -388,10 +388,10 @@ def test_adapters_on_a_base_of_4_bits(manifests: dict[str, Path], tmp_path: Path
     ],
 )
 def test_4_bits_where_they_cannot_be(options: list[str], message: str, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    command = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "true", *options]
-    command = [sys.executable, "train.py", *train_arguments(model_dir, manifests, tmp_path / "run", *command)]
-    ended = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
-    assert ended.returncode == 2 and message in ended.stderr.splitlines()[-1]  # bitsandbytes has a line of its own
+    quantised = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "true", *options]
+    arguments = train_arguments(model_dir, manifests, tmp_path / "run", *quantised)
+    ((code, output),) = run_ranks(1, "forked:train_script", arguments, said=tmp_path / "said")
+    assert code == 2 and message in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -409,9 +409,8 @@ def test_a_checkpoint_that_is_not_this_model_is_named_under_zero_3(
     name = next(name for name in weights if "linear_1.weight" in name)
     edit(weights, name)
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    command = [sys.executable, "train.py", *train_arguments(broken, manifests, tmp_path / "run")]
-    ended = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
-    assert ended.returncode == 2 and f"{message}model.{name}" in ended.stderr and "; repair it" in ended.stderr, ended.stderr[-2000:]
+    ((code, output),) = run_ranks(1, "forked:train_script", train_arguments(broken, manifests, tmp_path / "run"), said=tmp_path / "said")
+    assert code == 2 and f"{message}model.{name}" in output and "; repair it" in output, output[-2000:]
 
 
 def test_evaluate_prints_the_table_of_the_run(

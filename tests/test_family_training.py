@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import launch, losses, plain_scores, save_groups, train_many
+from conftest import losses, plain_scores, run_ranks, run_trainings, save_groups
 from PIL import Image
 from safetensors import safe_open
 
@@ -89,7 +89,7 @@ def trained(
     found = {(f, tuning, ranks): out / f"{f}-{tuning}-{ranks}" for f in FAMILIES for tuning in ("full", "lora") for ranks in (1, 2)}
     for ranks in (1, 2):
         runs = [arguments(models[family], manifest, folder, tuning, ranks) for (family, tuning, of), folder in found.items() if of == ranks]
-        train_many(out, ranks, runs, timeout=600)
+        run_trainings(ranks, *runs, said=out / f"said-{ranks}", timeout=900)
     return found
 
 
@@ -169,8 +169,6 @@ def test_a_rank_that_leaves_the_tower_out_is_caught(
 ) -> None:
     """The mistake that the tests above would miss if ranks did not wait for each other: it ends in an error, within a time limit."""
     options = [*arguments(models["qwen3_vl"], manifest, tmp_path / "run", "lora", 2), "--train.export", "false", "--data.evaluation", "{}"]
-    launched = ["deepspeed", "--num_gpus", "2", "--master_port", "29660", "tests/wrong_order.py", *["--wrong"] * wrong, *options]
-    process = launch(launched)
-    output, _ = process.communicate(timeout=120)
-    assert (process.returncode != 0) == wrong, output[-3000:]
+    ended = run_ranks(2, "wrong_order:train", wrong, options, said=tmp_path / "said", timeout=120)
+    assert all((code != 0) == wrong for code, _ in ended), ended
     assert (len(losses(tmp_path / "run")) < STEPS) == wrong

@@ -53,7 +53,7 @@ def train_all(model_dir: Path, manifests: dict[str, Path], folder: Path, plans: 
     listed = folder / "plans.jsonl"
     listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
     said: dict[str, list[str]] = {name: [] for name in plans}
-    for code, output in run_ranks((2, listed))[0]:
+    for code, output in run_ranks(2, "faulty:train_listed", listed, said=folder / "plans", timeout=1500):
         assert (code != 0) == ("memory" in plans), output[-4000:]
         for name, part in zip(plans, output.split("=== next training\n"), strict=True):
             said[name] += part.splitlines()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, train_arguments, train_many, write_manifest
+from conftest import metrics, run_trainings, train_arguments, write_manifest
 from torch import Tensor
 
 from cfvlm_ds.collate import Batch, Collator, load_collator
@@ -142,7 +142,7 @@ def test_the_displacement_warning(model_dir: Path, manifest: Path, tmp_path: Pat
         options = ["--objective.align.weight", weight, "--train.displacement_warning", "0.01", "--train.per_device_train_batch_size", "8"]
         options += ["--train.max_steps", "12", "--objective.fcd.weight", "0"]
         arguments.append(train_arguments(model_dir, {"train": manifest}, tmp_path / name, *options))
-    output = train_many(tmp_path, 1, arguments)
+    output = run_trainings(1, *arguments, said=tmp_path / "said")
     without, held = output.split("parameters: ")[1:]
     lp = {name: [row["logp/lp_00"] for row in metrics(tmp_path / name) if "logp/lp_00" in row] for name in ("without", "with")}
     assert min(lp["without"]) < lp["without"][0] - 0.01 and min(lp["with"]) > lp["with"][0] - 0.01, lp

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import losses, train_arguments, train_many
+from conftest import losses, run_trainings, train_arguments
 
 from cfvlm_ds.data import PackedSampler
 from cfvlm_ds.groups import DataError
@@ -101,9 +101,11 @@ def packed(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest
         return train_arguments(model_dir, manifests, out / name, *options, *extra)
 
     accumulated = ["--train.gradient_accumulation_steps", "2"]
-    one = train_many(out, 1, [arguments("one", *accumulated, "--train.save_steps", "2", "--train.save_total_limit", "9")])
-    again = train_many(out, 1, [arguments("again", *accumulated, "--train.resume", str(out / "one" / "checkpoint-2"))])
-    two = train_many(out, 2, [arguments("two")])
+    one = run_trainings(
+        1, arguments("one", *accumulated, "--train.save_steps", "2", "--train.save_total_limit", "9"), said=out / "said-one"
+    )
+    again = run_trainings(1, arguments("again", *accumulated, "--train.resume", str(out / "one" / "checkpoint-2")), said=out / "said-again")
+    two = run_trainings(2, arguments("two"), said=out / "said-two")
     return {"one": (out / "one", one), "two": (out / "two", two), "again": (out / "again", again)}
 
 

@@ -26,7 +26,7 @@ def runs(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.T
     config["zero_optimization"]["sub_group_size"] = 20_000
     (folder / "z3.json").write_text(json.dumps(config))
 
-    def plan(family: int, ranks: int, plans: Mapping[str, int]) -> tuple[int, Path]:
+    def plan(family: int, ranks: int, plans: Mapping[str, int]) -> list[tuple[int, str]]:
         """The named runs with so many ranks, up to a step."""
         rows = []
         for name, stop in plans.items():
@@ -37,7 +37,7 @@ def runs(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.T
             rows.append({"fault": fault, "arguments": train_arguments(model_dir, manifests, folder / name, *options)})
         listed = folder / f"{family}.jsonl"
         listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return ranks, listed
+        return run_ranks(ranks, "faulty:train_listed", listed, said=folder / f"said-{family}")
 
     families = [
         plan(0, 1, {"z3 up": 2}),
@@ -45,7 +45,7 @@ def runs(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.T
         plan(2, 2, {"z3 whole": STEPS, "z2 whole": STEPS, "z3 down": 4, "z2 down": 4, "z3 up": STEPS}),
         plan(3, 1, {"z3 down": STEPS, "z2 down": STEPS}),
     ]
-    ended = [each for family in run_ranks(*families) for each in family]
+    ended = [each for family in families for each in family]
     assert not any(code for code, _ in ended), ended
     return folder, "".join(output for _, output in ended)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run
+from conftest import launcher, run
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfvlm_ds.attention import registered
@@ -63,7 +63,7 @@ def test_model_flops_are_those_that_torch_counts(family: str, frozen: tuple[str,
 def test_zero3_gathers_no_more_for_eight_texts_than_for_one(tmp_path: Path) -> None:
     """Two real ranks; elements and collectives of a step equal those of a plain supervised step on the same tokens."""
     layouts = ["--layouts", "supervised", "shared prefix", "--recompute", "0"]
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", "29670", "benchmarks/zero3_comm.py", *layouts]
+    command = [*launcher(2), "benchmarks/zero3_comm.py", *layouts]
     run([*command, "--json", str(tmp_path / "found.json")])
     rows = json.loads((tmp_path / "found.json").read_text())
     assert [(row["layout"], row["texts"]) for row in rows] == [(name, k) for k in (1, 8) for name in ("supervised", "shared prefix")]

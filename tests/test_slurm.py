@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, losses, run_ranks
 from safetensors.torch import load_file
 from slurm.cluster import Cluster, wait_until
-from slurm.jobs import Job, submit
+from slurm.jobs import submit
 
 from cfvlm_ds.cluster import gpu_fault
 from cfvlm_ds.distributed import _tasks_on_node
@@ -38,30 +38,19 @@ def options(model_dir: Path, manifests: dict[str, Path]) -> list[str]:
     return [part for name, value in given.items() for part in (f"--{name}", value)]
 
 
-@pytest.fixture(scope="module")
-def whole(cluster: Cluster, options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Eight nodes, nothing goes wrong. An option with spaces and a dollar sign comes along."""
-    job = submit(cluster, tmp_path_factory.mktemp("whole") / "run", [*options, "--tracking.experiment", "two words; $HOME 'quoted'"])
-    job.end()
-    return job
-
-
-def test_eight_nodes_train_to_the_end(whole: Job) -> None:
-    state = whole.cluster.job(whole.id)
-    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("COMPLETED", "0", "0:0"), whole.log
-    assert len(whole.losses) == 20 and (whole.run_dir / "finished.json").exists()
-    assert "start 1, on node1 node2 node3 node4 node5 node6 node7 node8" in whole.log
-    assert re.search(r"8 nodes with python [\d.]+, torch [\d.+cpu]+, transformers .*, code [0-9a-f]{12}\n", whole.log)
-    assert "experiment: two words; $HOME 'quoted'\n" in (whole.run_dir / "config.yaml").read_text(), "quoting survives"
-    assert sorted(path.name for path in (whole.run_dir / "slurm" / whole.id / "0").glob("rank-*")) == [f"rank-{r}.log" for r in range(8)]
-
-
-def test_a_signal_and_a_lost_node_change_nothing(cluster: Cluster, whole: Job, options: list[str], tmp_path: Path) -> None:
-    """USR1 as before a time limit, later a power cut of one node: two requeues, one MLflow run, the same losses and weights."""
+def test_a_signal_and_a_lost_node_change_nothing(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+    """USR1 as before a time limit, later a power cut of one node: two requeues, one MLflow run, and the losses and weights of eight ranks
+    that nothing happens to. An option with spaces and a dollar sign comes along."""
     from mlflow import MlflowClient
 
-    job = submit(cluster, tmp_path / "run", [*options, "--tracking.enabled", "true"])
+    ended = run_ranks(8, "forked:train_script", [*options, "--train.output_dir", str(tmp_path / "whole")], said=tmp_path / "said")
+    assert [code for code, _ in ended] == [0] * 8, ended[0]
+    job = submit(cluster, tmp_path / "run", [*options, "--tracking.enabled", "true", "--tracking.experiment", "two words; $HOME 'quoted'"])
     job.reach(2)
+    assert "start 1, on node1 node2 node3 node4 node5 node6 node7 node8" in job.log
+    assert re.search(r"8 nodes with python [\d.]+, torch [\d.+cpu]+, transformers .*, code [0-9a-f]{12}\n", job.log)
+    assert sorted(path.name for path in (job.run_dir / "slurm" / job.id / "0").glob("rank-*")) == [f"rank-{r}.log" for r in range(8)]
+    assert "experiment: two words; $HOME 'quoted'\n" in (job.run_dir / "config.yaml").read_text(), "quoting survives"
     job.usr1()
     wait_until(lambda: "requeue: stopped on request" in job.log, 900, "requeue")
     stopped = len(job.losses)
@@ -74,8 +63,8 @@ def test_a_signal_and_a_lost_node_change_nothing(cluster: Cluster, whole: Job, o
     state = job.end()
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), job.log
     assert int(state["Restarts"]) >= 2 and "start 3, on" in job.log
-    assert job.losses == whole.losses
-    ours, theirs = (load_file(run.run_dir / "export" / "model.safetensors") for run in (job, whole))
+    assert job.losses == losses(tmp_path / "whole") and len(job.losses) == 20 and (job.run_dir / "finished.json").exists()
+    ours, theirs = (load_file(run_dir / "export" / "model.safetensors") for run_dir in (job.run_dir, tmp_path / "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     client = MlflowClient(f"sqlite:///{job.run_dir}/mlflow.db")
     (found,) = client.search_runs([each.experiment_id for each in client.search_experiments()])

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 import torch
@@ -24,18 +26,10 @@ from cfvlm_ds.heartbeat import Peer, verdict
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.stopping import EXIT_HANG, EXIT_STOPPED, Stop, reason, shield_worker
 
-PORT = 29655
 
-
-def start(arguments: Sequence[str], output: Path, size: int = 2) -> list[subprocess.Popen[bytes]]:
-    """Ranks without a launcher, so that exit codes and signals are exact."""
-    places = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"} for r in range(size)]
-    command = [sys.executable, "train.py", *arguments]
-    return [
-        subprocess.Popen(command, cwd=REPO, env=environment() | place | {"MASTER_PORT": str(PORT)}, stdout=file, stderr=file)
-        for place in places
-        for file in [(output / f"rank-{place['RANK']}.log").open("ab")]
-    ]
+def start(arguments: Sequence[str], output: Path, size: int = 2) -> list[ForkServerProcess]:
+    """train.py without a launcher, so that exit codes and signals are exact."""
+    return forked.start(size, "forked:train_script", list(arguments), said=output)
 
 
 def wait(condition: Callable[[], object], seconds: float = 300) -> None:
@@ -45,7 +39,7 @@ def wait(condition: Callable[[], object], seconds: float = 300) -> None:
         time.sleep(0.05)
 
 
-def signal_all(process: subprocess.Popen[bytes], number: int) -> int:
+def signal_all(process: ForkServerProcess, number: int) -> int:
     """Signal a rank and all its descendants, as srun does; how many there were."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
@@ -53,19 +47,19 @@ def signal_all(process: subprocess.Popen[bytes], number: int) -> int:
     return len(family)
 
 
-def end(processes: Sequence[subprocess.Popen[bytes]], seconds: float = 600) -> list[int]:
+def end(processes: Sequence[ForkServerProcess], seconds: float = 600) -> list[int | None]:
     """Exit codes; whatever still runs after ``seconds`` is killed."""
     limit = time.monotonic() + seconds
-    try:
-        return [process.wait(max(0.1, limit - time.monotonic())) for process in processes]
-    finally:
-        kill(processes)
+    for process in processes:
+        process.join(max(0.1, limit - time.monotonic()))
+    kill(processes)
+    return [process.exitcode for process in processes]
 
 
-def kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def kill(processes: Sequence[ForkServerProcess]) -> None:
     for process in processes:
         process.kill()
-        process.wait()
+        process.join()
 
 
 def recorded(folder: Path) -> list[float]:
@@ -88,7 +82,7 @@ def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir: Path, man
     extra = ["--train.max_steps", "30", "--data.num_workers", "1", "--tracking.enabled", "true", "--train.hang_timeout_s", "300"]
     arguments = train_arguments(model_dir, manifests, folder, *extra)
     ranks = start(arguments, tmp_path)
-    wait(lambda: len(recorded(folder)) >= 2 or ranks[0].poll() is not None)
+    wait(lambda: len(recorded(folder)) >= 2 or not ranks[0].is_alive())
     assert signal_all(ranks[1], signal.SIGUSR1) == 2, "a rank and its data worker"
     assert end(ranks) == [EXIT_STOPPED, EXIT_STOPPED], (tmp_path / "rank-1.log").read_text()
     stopped = len(losses(folder))
@@ -118,11 +112,12 @@ def test_a_stopped_process_is_named_and_ends_the_run(model_dir: Path, manifests:
     """SIGSTOP of rank 0: the other one waits in a collective, and says who hangs."""
     folder = tmp_path / "run"
     ranks = start(train_arguments(model_dir, manifests, folder, "--train.max_steps", "10000", "--train.hang_timeout_s", "10"), tmp_path)
-    wait(lambda: len(recorded(folder)) >= 2 or ranks[0].poll() is not None)
-    ranks[0].send_signal(signal.SIGSTOP)
+    wait(lambda: len(recorded(folder)) >= 2 or not ranks[0].is_alive())
+    os.kill(ranks[0].pid or 0, signal.SIGSTOP)
     try:
         before = time.monotonic()
-        assert ranks[1].wait(60) == EXIT_HANG, (tmp_path / "rank-1.log").read_text()
+        ranks[1].join(60)
+        assert ranks[1].exitcode == EXIT_HANG, (tmp_path / "rank-1.log").read_text()
         assert time.monotonic() - before > 9
     finally:
         kill(ranks)

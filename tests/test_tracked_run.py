@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
-from conftest import REPO, environment, launch, losses, run, train_arguments
+from conftest import REPO, environment, launcher, losses, run, run_ranks, train_arguments
 from safetensors.torch import load_file
 from test_tracking import Server
 
@@ -29,13 +30,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("server")
     store = ["--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", str(folder / "files")]
     server = Server(folder, ["server", *store])
-    server.start()
-    server.wait()
-    with pytest.MonkeyPatch.context() as patch:
+    with server.running(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", server.url)
         patch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
         yield mlflow.MlflowClient(tracking_uri=server.url)
-    server.kill()
 
 
 def tracked(model_dir: Path, manifests: dict[str, Path], output_dir: Path, *extra: str) -> list[str]:
@@ -81,7 +79,8 @@ def finished(client: Any, model_dir: Path, manifests: dict[str, Path], tmp_path_
     folder = tmp_path_factory.mktemp("data") / "finished"
     extra = ["--train.max_steps", "4", "--train.eval_steps", "2", "--train.per_device_train_batch_size", "8"]
     extra += [f"--data.evaluation.test={manifests['test']}", "--tracking.run_name", "four steps", "--model.projector.learning_rate", "1e-4"]
-    run(["deepspeed", "--num_gpus", "2", "--master_port", "29641", "train.py", *tracked(model_dir, manifests, folder, *extra)])
+    ended = run_ranks(2, "forked:train_script", tracked(model_dir, manifests, folder, *extra), said=folder.with_name("said"))
+    assert [code for code, _ in ended] == [0, 0], ended
     return folder
 
 
@@ -148,25 +147,25 @@ def test_a_killed_run_goes_on_as_the_same_run(client: Any, model_dir: Path, mani
     """kill -9 when the server has steps that the newest checkpoint has not: they are computed again and not recorded twice."""
     folder, last = tmp_path / "killed", 100
     extra = ["--train.max_steps", str(last), "--train.save_steps", "25"]
-    command = [sys.executable, "train.py", *tracked(model_dir, manifests, folder, *extra)]
-    process = launch(command)
+    command = (1, "forked:train_script", tracked(model_dir, manifests, folder, *extra))
+    (process,) = forked.start(*command, said=tmp_path / "said-first")
 
     def delivered() -> int:
         experiment = client.get_experiment_by_name("killed")
         runs = client.search_runs([experiment.experiment_id]) if experiment else []
         return max((m.step for found in runs for m in client.get_metric_history(found.info.run_id, "loss")), default=0)
 
-    wait_for(lambda: process.poll() is not None or ((folder / "checkpoint-25").exists() and delivered() > 26), 120)
-    process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, output
+    wait_for(lambda: not process.is_alive() or ((folder / "checkpoint-25").exists() and delivered() > 26), 300)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "said-first" / "rank-0.log").read_text()
     before, first = delivered(), the_run(client, "killed")
     first_losses = dict(on_server(client, first)["loss"])
     assert first.info.status == "RUNNING" and 26 < before < last, "killed too late to prove anything"
     assert len(losses(folder)) >= before
 
-    output = run(command)
-    assert "resumed from" in output
+    ((code, output),) = run_ranks(*command, said=tmp_path / "said-second")
+    assert code == 0 and "resumed from" in output, output
     second = the_run(client, "killed")
     assert second.info.run_id == first.info.run_id and second.info.status == "FINISHED"
     found, kept = on_server(client, second), on_disk(folder)
@@ -184,7 +183,7 @@ def test_a_crashed_run_is_marked_failed(client: Any, model_dir: Path, manifests:
     """A learning rate that overflows the weights, on two ranks: an error that names step and groups, on both, and no hang."""
     folder = tmp_path / "crashed"
     extra = ["--train.learning_rate", "1e30", "--train.per_device_train_batch_size", "8"]
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", "29643", "train.py", *tracked(model_dir, manifests, folder, *extra)]
+    command = [*launcher(2), "train.py", *tracked(model_dir, manifests, folder, *extra)]
     done = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=200)
     output = done.stdout + done.stderr
     assert done.returncode != 0, output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -53,14 +54,23 @@ class Server:
             self._process = subprocess.Popen(
                 self._command,
                 cwd=self.folder,
-                env=env | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+                env=env | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # seven processes
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        self.start()
+        try:
+            self.wait()
+            yield
+        finally:
+            self.kill()
+
     def wait(self) -> None:
-        _wait_for(self._answers, 60)
+        _wait_for(self._answers, 180)
 
     def _answers(self) -> bool:
         try:
@@ -82,10 +92,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(
         folder, ["server", "--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", str(folder / "files")]
     )
-    server.start()
-    server.wait()
-    yield server
-    server.kill()
+    with server.running():
+        yield server
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPO, environment, launch, losses, metrics, run, train_arguments, train_many
+from conftest import REPO, environment, launch, launcher, losses, metrics, run, run_trainings, train_arguments
 
 from cfvlm_ds.distributed import World
 from cfvlm_ds.likelihood import Scores
@@ -39,7 +39,7 @@ def trajectories(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: 
             folder = folders[ranks, 2, FORWARD] = tmp_path_factory.mktemp(f"{ranks}x2-forwards")
             extra = ["--train.per_device_train_batch_size", str(GLOBAL_BATCH // (2 * ranks)), "--train.gradient_accumulation_steps", "2"]
             arguments.append(train_arguments(model_dir, manifests, folder, *extra, "--data.max_tokens_per_forward", str(FORWARD)))
-        train_many(tmp_path_factory.getbasetemp(), ranks, arguments)
+        run_trainings(ranks, *arguments, said=tmp_path_factory.mktemp(f"said-{ranks}"))
     return folders
 
 
@@ -68,7 +68,7 @@ def test_rank_local_means_would_be_noticed(trajectories: dict[tuple[int, ...], P
 def test_equals_the_plain_torch_reference(trajectories: dict[tuple[int, ...], Path], model_dir: Path, manifests: dict[str, Path]) -> None:
     """A single-process loop of about 60 lines that shares no code with the package gives the same losses for 20 steps."""
     folder = trajectories[1, 1].parent / "reference"
-    run([sys.executable, "train.py", *train_arguments(model_dir, manifests, folder, "--train.max_steps", "20")])
+    run_trainings(1, train_arguments(model_dir, manifests, folder, "--train.max_steps", "20"), said=folder.parent / "said-reference")
     printed = subprocess.run(
         [sys.executable, "tests/reference.py", str(model_dir), str(manifests["train"]), "20"],
         cwd=REPO, env=environment(), capture_output=True, text=True, check=True,
@@ -83,8 +83,8 @@ def test_kill_between_steps_resumes_bit_identically(model_dir: Path, manifests: 
     """kill -9 of every process mid-run, then the same command again, with data workers running: the loss sequence has the same bits."""
     extra = ["--train.save_steps", "3", "--train.max_steps", "10", "--data.num_workers", "1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", "29610", "train.py"]
-    run([*command, *train_arguments(model_dir, manifests, whole, *extra)])
+    command = [*launcher(2), "train.py"]
+    run_trainings(2, train_arguments(model_dir, manifests, whole, *extra), said=tmp_path / "said")
     process = launch([*command, *train_arguments(model_dir, manifests, broken, *extra)])
     deadline = time.monotonic() + 120
     while not (broken / "checkpoint-6").exists():
