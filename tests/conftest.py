@@ -178,12 +178,12 @@ def plain_scores(manifest: Path, *models: str) -> list[dict[str, list[list[float
     return json.loads(done.stdout)
 
 
-def train_many(folder: Path, ranks: int, trainings: list[list[str]], timeout: float = 300) -> str:
+def train_many(folder: Path, ranks: int, trainings: list[list[str]], timeout: float = 300, script: str = "tests/train_many.py") -> str:
     """Run the trainings, one after the other, in one family of ``ranks`` processes."""
     listed = folder / f"trainings-{ranks}.jsonl"
     listed.write_text("".join(json.dumps(arguments) + "\n" for arguments in trainings))
     launcher = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(29600 + ranks)] if ranks > 1 else [sys.executable]
-    return run([*launcher, "tests/train_many.py", str(listed)], timeout)
+    return run([*launcher, script, str(listed)], timeout)
 
 
 def train_arguments(model_dir: Path, manifests: dict[str, Path], output_dir: Path, *extra: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cfvlm_ds.groups import DataError
@@ -71,14 +71,14 @@ def picture_digest(content: bytes, together: bool) -> bytes:
 
 
 def write_features(file: Path, features: Features) -> None:
-    """Write a picture's features; under another name first, so that the file is whole whoever else reads or writes it."""
+    """Write a picture's features; under another name first, so that the file is whole whoever else reads or writes it. Raises OSError."""
     tensors = {f"{_TOWER}{name}": tensor.contiguous() for name, tensor in features.tower.items()}
     tensors |= {f"{_INPUT}{name}": tensor.contiguous() for name, tensor in features.inputs.items()}
     tensors |= {"size": torch.tensor(features.size), "stands": torch.tensor(features.stands)}
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.uname().nodename}-{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, {"sum": _sum(tensors)})
+        partial.write_bytes(save(tensors, {"sum": _sum(tensors)}))
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
@@ -92,7 +92,9 @@ def read_features(file: Path) -> Features:
             if handle.metadata()["sum"] != _sum(tensors):
                 raise ValueError("its sum is another")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: features cannot be read ({error}); remove the file and start the run again, which computes it") from error
+        raise DataError(
+            f"{file}: features cannot be read ({error}); remove the file and start the run again, with a folder that all ranks see"
+        ) from error
     width, height = tensors.pop("size").tolist()
     return Features((width, height), tensors.pop("stands").tolist(), dict(_named(tensors, _TOWER)), dict(_named(tensors, _INPUT)))
 
