@@ -58,10 +58,10 @@ def feature_cache(
     missing = [(key, digest) for digest, key in first.items() if digest not in sizes]
     if missing:
         world.say(f"features: the vision tower runs once over {len(missing)} of {len(first)} pictures, for {cache.place}")
-        training = engine.training
-        engine.eval()
+        training = scorer.training
+        scorer.eval()
         sizes |= _fill(cache, engine, collator, missing, world, num_workers)
-        engine.train(training)
+        scorer.train(training)
     total = sum(sizes.values())
     world.say(f"features: {len(sizes)} pictures in {cache.place}, {total / 2**20:.1f} MiB, {total / 2**20 / len(sizes):.3f} MiB a picture")
     return cache

@@ -14,7 +14,8 @@ import torch
 from conftest import losses, run_ranks, train_many
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_families import configured, groups
+from test_families import configured
+from test_families import groups as small_groups
 from test_family_training import arguments, manifest, models
 
 from cfvlm_ds.collate import Collator, blinded, load_collator
@@ -38,7 +39,6 @@ class Engine:
         loaded = load_model(replace(model, vision_tower=ModuleConfig("frozen")), dtype)
         self.module = Scorer(loaded, family_of(loaded.config))
         self.tower_runs = 0
-        self.training, self.train, self.eval = True, self.module.train, self.module.eval
         self.module.model.get_submodule(self.module.family.vision_tower[0]).register_forward_hook(self._count)
 
     def _count(self, *arguments: Any) -> None:
@@ -46,6 +46,14 @@ class Engine:
 
     def __call__(self, **inputs: Any) -> Any:
         return self.module(**inputs)
+
+
+@pytest.fixture(scope="module")
+def groups(small_groups: list[CounterfactualGroup], tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+    """Those of the families' tests, and a picture of several windows (Qwen2.5-VL) in both directions."""
+    path = tmp_path_factory.mktemp("large") / "large.png"
+    Image.effect_noise((150, 120), 80).convert("RGB").save(path)
+    return [replace(small_groups[-1], id="large", images=((path,),)), *small_groups]
 
 
 @pytest.fixture(scope="module", params=list(SMALL))
