@@ -490,7 +490,7 @@ class Collator:
             return self._processed(list(shown), sum(together for _, together in keys))
         tower = {name: torch.cat([picture.tower[name] for picture in shown]) for name in shown[0].tower}
         inputs = {name: torch.cat([picture.inputs[name] for picture in shown]) for name in shown[0].inputs}
-        rows = torch.tensor([len(next(iter(picture.tower.values()))) for picture in shown])
+        rows = [len(next(iter(picture.tower.values()))) for picture in shown]
         return {"tower_features": tower, "rows": rows, **inputs}, [picture.stands for picture in shown]
 
     def _open(self, path: Path) -> Image.Image:

@@ -106,6 +106,7 @@ def _fill(
         collate_fn=_preparing(collator),
         num_workers=num_workers,
         worker_init_fn=shield_worker,
+        generator=torch.Generator(),  # it would draw its seed from the numbers that dropout is to have, with or without a pass
     )
     sizes, unreadable = {}, {}
     problem: str | None = None

@@ -135,6 +135,7 @@ def _train(config: RunConfig, world: World) -> None:
             pulse.mark("features", state.step)
             shown = [group for some in (groups, *splits.values()) for group in some]
             collator.features = feature_cache(Path(folder), config.model, driven, collator, shown, world, run.num_workers)
+            run.stop = Stop(config.train.stop_margin_s)  # the pass is no measure of how long a step takes
         _check_scores(run)
         if stopped := _loop(run, tracker):
             world.say(f"stopped after step {state.step} of {total_steps}: {stopped}; the same command continues from the checkpoint")

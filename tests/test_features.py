@@ -62,8 +62,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def filled(where: Path, model: ModelConfig, engine: Engine, groups: list[CounterfactualGroup]) -> Collator:
-    collator = load_collator(model, "full")
+    collator, numbers = load_collator(model, "full"), torch.get_rng_state()
     collator.features = feature_cache(where, model, engine, collator, groups, ALONE, 0)
+    assert torch.equal(torch.get_rng_state(), numbers), "dropout has the numbers that it has without a cache"
     return collator
 
 

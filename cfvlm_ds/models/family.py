@@ -215,11 +215,11 @@ class Scorer(nn.Module):
             output.deepstack_features = further
         return {"image": output}, unused
 
-    def _projected(self, tower_features: dict[str, Tensor], rows: Tensor, **inputs: Tensor) -> Any:
-        """What ``get_image_features`` returns, from what the tower gave; each image has ``rows`` [images] of the projector's output."""
+    def _projected(self, tower_features: dict[str, Tensor], rows: Sequence[int], **inputs: Tensor) -> Any:
+        """What ``get_image_features`` returns, from what the tower gave; each image has ``rows`` of the projector's output."""
         model: Any = self.model
         first, *further = (
-            self.family.arrange(model, model.get_submodule(name)(tower_features[name]), rows.tolist(), inputs) for name in self.projectors
+            self.family.arrange(model, model.get_submodule(name)(tower_features[name]), rows, inputs) for name in self.projectors
         )
         return SimpleNamespace(pooler_output=first, deepstack_features=further)
 
