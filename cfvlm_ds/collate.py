@@ -8,7 +8,7 @@ Shapes: G groups, I images, C candidates, T tokens, N scored tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from cfvlm_ds.attention import Forest
 from cfvlm_ds.config import ModelConfig
+from cfvlm_ds.data.features import FeatureCache, Features
 from cfvlm_ds.data.images import MAX_PIXELS, open_image
 from cfvlm_ds.data.scores import StoredScores
 from cfvlm_ds.groups import Candidate, Cells, CounterfactualGroup, DataError, GroupLayout, Pictures
@@ -139,7 +140,7 @@ class _Text:
         return len(self.text_ids) + len(self.end_ids)
 
 
-_Key = tuple[Path, bool]
+PictureKey = tuple[Path, bool]
 """What tells the pictures of a batch apart: the file, and whether the model takes it differently for not being alone."""
 
 
@@ -150,7 +151,7 @@ class _Tree:
     ``positions`` [P], or [axes, P], are the position ids of the prompt.
     """
 
-    pictures: tuple[_Key, ...]
+    pictures: tuple[PictureKey, ...]
     branches: list[tuple[int, _Text]]
     prompt_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -167,6 +168,7 @@ class Collator:
         max_length: the model's window in tokens; a longer row is a DataError, never truncated.
         max_pixels: limit on the size of an image.
         stored: reference and blind scores by group id, for objectives that need them.
+        features: what the vision tower gives for every picture, which is then not opened; None where the tower runs.
         share_prefix: lay all texts of an image behind one prefix; without it a tree has one text, which costs more and scores the same.
     """
 
@@ -180,6 +182,7 @@ class Collator:
         max_pixels: int = MAX_PIXELS,
         stored: Mapping[str, StoredScores] | None = None,
         share_prefix: bool = True,
+        features: FeatureCache | None = None,
     ) -> None:
         self.processor = processor
         self.family = family
@@ -189,6 +192,7 @@ class Collator:
         self.max_pixels = max_pixels
         self.stored = stored
         self.share_prefix = share_prefix
+        self.features = features
         self._texts: dict[tuple[str, str, int], _Text] = {}
         self._heads: dict[tuple[str, int], tuple[str, list[int]]] = {}
         self._ends: dict[str, tuple[int, ...]] = {}
@@ -205,26 +209,27 @@ class Collator:
         """
         layout = self._layout(groups)
         num_images, num_texts = layout.valid.shape[1:]
-        trees: dict[tuple[tuple[_Key, ...], str, int | None], _Tree] = {}
+        trees: dict[tuple[tuple[PictureKey, ...], str, int | None], _Tree] = {}
         for g, i, c in layout.valid.nonzero().tolist():
             text, pictures = self._text(groups[g], c), self._keys(groups[g].images[i])
             cell = (g * num_images + i) * num_texts + c
             tree = trees.setdefault((pictures, text.prompt, None if self.share_prefix else cell), _Tree(pictures, []))
             tree.branches.append((cell, text))
-        opened = {key: self._open(key[0]) for key in dict.fromkeys(key for tree in trees.values() for key in tree.pictures)}
+        opened = {key: self._shown(key) for key in dict.fromkeys(key for tree in trees.values() for key in tree.pictures)}
         batches = []
         for part in self._divided(list(trees.values()), opened, max_tokens):
             # The tower runs on every rank, also on one whose groups are text alone: ZeRO-3 waits for all of them.
             keys = sorted(dict.fromkeys(key for tree in part for key in tree.pictures), key=lambda key: key[1]) or [(BLANK, False)]
-            shown = [opened[key] if key in opened else self._open(key[0]) for key in keys]
-            image_inputs, stands = self._processed(shown, sum(together for _, together in keys))
+            image_inputs, stands = self._taken([opened[key] if key in opened else self._shown(key) for key in keys], keys)
             for tree in part:
                 self._place(tree, [keys.index(key) for key in tree.pictures], stands, image_inputs)
             self._check_lengths(groups, part, num_images * num_texts, num_texts)
             batches.append(self._batch(part, keys, stands, image_inputs, layout, groups))
         return batches
 
-    def _divided(self, trees: list[_Tree], opened: Mapping[_Key, Image.Image], max_tokens: int | None) -> list[list[_Tree]]:
+    def _divided(
+        self, trees: list[_Tree], opened: Mapping[PictureKey, Image.Image | Features], max_tokens: int | None
+    ) -> list[list[_Tree]]:
         if max_tokens is None:
             return [trees]
         parts: list[list[_Tree]] = []
@@ -305,10 +310,10 @@ class Collator:
             self._images[size, together] = len(ids), ids.count(self.processor.image_token_id)
         return self._images[size, together]
 
-    def _keys(self, pictures: Pictures) -> tuple[_Key, ...]:
+    def _keys(self, pictures: Pictures) -> tuple[PictureKey, ...]:
         return tuple((picture, self.family.tiles_alone and len(pictures) > 1) for picture in pictures)
 
-    def _place(self, tree: _Tree, shown: list[int], stands: list[list[int]], image_inputs: dict[str, Tensor]) -> None:
+    def _place(self, tree: _Tree, shown: list[int], stands: list[list[int]], image_inputs: dict[str, Any]) -> None:
         """Give a tree its prompt's token ids, placeholders expanded, and their positions; ``shown`` are its pictures in the batch."""
         pictures, ids = iter(shown), []
         for token in tree.branches[0][1].prompt_ids:
@@ -336,7 +341,7 @@ class Collator:
     def _batch(
         self,
         trees: list[_Tree],
-        keys: list[_Key],
+        keys: list[PictureKey],
         stands: list[list[int]],
         image_inputs: dict[str, Tensor],
         layout: GroupLayout,
@@ -450,6 +455,43 @@ class Collator:
             end = found[0] if found else tokenizer.eos_token_id
             self._ends[tail] = () if end is None else (end,)
         return self._ends[tail]
+
+    def pictures(self, groups: Iterable[CounterfactualGroup]) -> list[PictureKey]:
+        """Every picture of the groups once, and the blank ones; in the same order on every rank."""
+        blank = [(BLANK, False), *[(BLANK, True)] * self.family.tiles_alone]
+        return list(dict.fromkeys([*blank, *(key for group in groups for pictures in group.images for key in self._keys(pictures))]))
+
+    def content(self, key: PictureKey) -> bytes:
+        """The bytes of a picture's file. Raises DataError naming it where it cannot be read."""
+        try:
+            return str(BLANK).encode() if key[0] == BLANK else key[0].read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"{key[0]}: image cannot be read ({error.strerror}); restore it, or correct its path in the manifest"
+            ) from error
+
+    def before_tower(self, key: PictureKey) -> tuple[dict[str, Tensor], Features]:
+        """What the model's ``get_image_features`` takes of one picture, and its features but for what the tower gives.
+
+        A picture that is not alone in its prompt stands there beside itself. Raises DataError naming a file that cannot be opened.
+        """
+        picture, together = self._open(key[0]), key[1]
+        inputs, stands = self._processed([picture] * (1 + together), 2 * together)
+        return inputs, Features(picture.size, stands[0], {}, {name: inputs[name][:1] for name in self.family.per_image})
+
+    def _shown(self, key: PictureKey) -> Image.Image | Features:
+        if self.features is None:
+            return self._open(key[0])
+        return self.features.of((BLANK, key[1]) if key[0].stem == BLANK.stem else key)
+
+    def _taken(self, shown: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
+        """The pictures as the model takes them, those of several in a prompt last, and the token ids that stand for each."""
+        if self.features is None:
+            return self._processed(list(shown), sum(together for _, together in keys))
+        tower = {name: torch.cat([picture.tower[name] for picture in shown]) for name in shown[0].tower}
+        inputs = {name: torch.cat([picture.inputs[name] for picture in shown]) for name in shown[0].inputs}
+        rows = [len(next(iter(picture.tower.values()))) for picture in shown]
+        return {"tower_features": tower, "rows": rows, **inputs}, [picture.stands for picture in shown]
 
     def _open(self, path: Path) -> Image.Image:
         return Image.new("RGB", (336, 336), (128, 128, 128)) if path.stem == BLANK.stem else open_image(path, self.max_pixels)

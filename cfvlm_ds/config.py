@@ -113,6 +113,8 @@ class DataConfig:
             ``train.per_device_train_batch_size`` of them; ranks then have equal work whatever the sizes of images and texts.
         max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens, each image with its texts in one
             of them, twice (a gradient cache, arXiv 2101.06983): the memory of one, the same gradients, about a third more time.
+        feature_cache: folder for what a frozen vision tower gives for each picture; filled before the first step, after which the tower
+            never runs. Every rank must see it; runs may share it. docs/families.md says what it takes on disk.
     """
 
     train: str = ""
@@ -127,6 +129,7 @@ class DataConfig:
     num_workers: int | None = None
     max_tokens_per_micro_batch: int | None = None
     max_tokens_per_forward: int | None = None
+    feature_cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -362,6 +365,12 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
     for name, instead in (("max_tokens_per_micro_batch", "to count groups"), ("max_tokens_per_forward", "for one forward")):
         if (limit := resolved["data"][name]) is not None and limit < 1:
             raise ConfigError(f"data.{name} must be at least 1, not {limit}; leave it out {instead}")
+    tower = resolved["model"]["vision_tower"]["tuning"]
+    if (folder := resolved["data"]["feature_cache"]) is not None and tower != "frozen":
+        raise ConfigError(
+            f"data.feature_cache {folder!r} keeps what a frozen tower gives, and model.vision_tower.tuning is {tower}; set that to frozen "
+            "or leave the cache out"
+        )
     if (skipped := resolved["data"]["max_skipped"]) < 0:
         raise ConfigError(f"data.max_skipped must not be negative, and is {skipped}")
     if resolved["model"]["lora"]["rank"] < 1:

@@ -38,6 +38,7 @@ from cfvlm_ds.preflight import group_tokens, read_data
 from cfvlm_ds.run_lock import RunLock
 from cfvlm_ds.step import Meter, Run, optimizer_step
 from cfvlm_ds.stopping import EXIT_STOPPED, Stop, shield_worker
+from cfvlm_ds.tower_pass import feature_cache
 from cfvlm_ds.tracking import open_tracker
 
 _FINISHED = "finished.json"
@@ -130,6 +131,11 @@ def _train(config: RunConfig, world: World) -> None:
                 )
         for path in _record(run, resolved.config):
             tracker.artifact(path)
+        if (folder := config.data.feature_cache) is not None:
+            pulse.mark("features", state.step)
+            shown = [group for some in (groups, *splits.values()) for group in some]
+            collator.features = feature_cache(Path(folder), config.model, driven, collator, shown, world, run.num_workers)
+            run.stop = Stop(config.train.stop_margin_s)  # the pass is no measure of how long a step takes
         _check_scores(run)
         if stopped := _loop(run, tracker):
             world.say(f"stopped after step {state.step} of {total_steps}: {stopped}; the same command continues from the checkpoint")

@@ -194,10 +194,10 @@ def run_ranks(number: int, function: str, *arguments: object, said: Path, timeou
     return ended
 
 
-def run_trainings(number: int, *trainings: list[str], said: Path, timeout: float = 600) -> str:
+def run_trainings(number: int, *trainings: list[str], said: Path, timeout: float = 600, by: str = "forked:train_all") -> str:
     """The trainings, one after the other, by one family of ranks; what they said."""
     (listed := said.with_suffix(".jsonl")).write_text("".join(json.dumps(arguments) + "\n" for arguments in trainings))
-    ended = run_ranks(number, "forked:train_all", listed, said=said, timeout=timeout)
+    ended = run_ranks(number, by, listed, said=said, timeout=timeout)
     output = "".join(said for _, said in ended)
     assert not any(code for code, _ in ended), output[-6000:]
     return output

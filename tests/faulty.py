@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfvlm_ds import OBJECTIVES, GroupLayout, Scores, checkpoint, cli, training
+from cfvlm_ds import OBJECTIVES, GroupLayout, Scores, checkpoint, cli, tower_pass, training
 from cfvlm_ds.cli import run
 from cfvlm_ds.data import GroupSampler
 
@@ -46,6 +46,24 @@ def full_disk(*steps: int) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with patch.object(checkpoint, "save", limited):
+        yield
+
+
+@contextlib.contextmanager
+def no_room() -> Iterator[None]:
+    """Rank 1 cannot write features: the system itself refuses."""
+    write = tower_pass.write_features
+
+    def limited(file, features):  # type: ignore[no-untyped-def]
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            write(file, features)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with patch.object(tower_pass, "write_features", limited):
         yield
 
 
@@ -147,6 +165,7 @@ FAULTS = {
     "without": without,
     "nothing": nothing,
     "full disk": full_disk,
+    "no room": no_room,
 }
 
 

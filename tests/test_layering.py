@@ -16,7 +16,7 @@ LAYERS = [
     {"likelihood", "attention", "figures", "heartbeat"},
     {"models", "data", "scenes", "cluster", "reshard", "run_lock"},
     {"objectives", "collate", "engine", "checkpoint", "tracking"},
-    {"evaluation", "export", "preflight", "dry_run", "step"},
+    {"evaluation", "export", "preflight", "dry_run", "step", "tower_pass"},
     {"training"},
     {"cli"},
 ]

@@ -17,7 +17,7 @@ from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, ModelConfig
 from cfvlm_ds.models.family import MODULES, Family, Module, Scorer
 from cfvlm_ds.models.flops import ModelFlops, peak
 from cfvlm_ds.models.idefics import IDEFICS
-from cfvlm_ds.models.identity import fingerprint, model_folder
+from cfvlm_ds.models.identity import fingerprint, model_folder, tower_fingerprint
 from cfvlm_ds.models.internvl import INTERNVL
 from cfvlm_ds.models.llava import LLAVA, NEXT, ONEVISION
 from cfvlm_ds.models.lora import adapted_modules, adapters_off, add_adapters, is_adapter, only_adapters_train, peft_config, quantisation
@@ -47,6 +47,7 @@ __all__ = [
     "only_adapters_train",
     "peak",
     "peft_config",
+    "tower_fingerprint",
 ]
 
 

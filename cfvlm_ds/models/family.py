@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,15 @@ Positions = Callable[[PreTrainedConfig, Tensor, Tensor], Tensor]
 def sequential(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
     """Ordinary positions: 0, 1, 2, ..."""
     return torch.arange(len(visual))
+
+
+Arrange = Callable[[Any, Tensor, Sequence[int], dict[str, Tensor]], Tensor | Sequence[Tensor]]
+"""(model, what its projector gives for several images, each image's rows of it, their ``per_image`` inputs) -> features, image by image."""
+
+
+def as_projected(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
+    """The model does nothing behind its projector."""
+    return projected
 
 
 def everything_used(config: PreTrainedConfig) -> tuple[str, ...]:
@@ -50,9 +60,11 @@ class Family:
         vision_tower, projector, language_model: prefixes of parameter names, after any wrapper prefix; the longest that fits decides, so a
             projector may live inside the tower. The output head belongs to the language model.
         image_inputs: processor outputs that travel with the images: the arguments of the model's ``get_image_features``.
-        grid: the one of them that holds one row per image with its grid of patches, for families whose positions need it.
+        per_image: those of them that hold one row per image and are needed behind the tower.
+        grid: the one of these with an image's grid of patches, for families whose positions need it.
         positions: position ids of a prompt; a text behind it goes on at the largest plus one, on every axis.
         tiles_alone: whether only an image that is alone in its prompt is cut into tiles.
+        arrange: what the model does between its projector and its language model.
         one_tensor: whether the model's forward takes the features of all images as one tensor instead of a list.
         unused: prefixes of what the checkpoint has and the forward does not use.
         limit: bounds an image's visual tokens (cfvlm_ds.models.limits) by the options ``limited_by`` of the model's configuration.
@@ -63,9 +75,11 @@ class Family:
     projector: tuple[str, ...]
     language_model: tuple[str, ...]
     image_inputs: tuple[str, ...] = ("pixel_values",)
+    per_image: tuple[str, ...] = ()
     grid: str | None = None
     positions: Positions = sequential
     tiles_alone: bool = False
+    arrange: Arrange = as_projected
     one_tensor: bool = False
     unused: Callable[[PreTrainedConfig], tuple[str, ...]] = everything_used
     limit: Callable[[Any, Any, ModelConfig], None] | None = None
@@ -84,6 +98,12 @@ class Family:
         if not fitting:
             raise KeyError(f"parameter {name!r} is in no module of family {self.model_types[0]!r}; add its prefix to the family record")
         return max(fitting)[1]
+
+    def projectors(self, model: nn.Module) -> list[str]:
+        """Names of the modules that take what the tower gives, in the order of the features that they make of it."""
+        found = {name: module for name, module in model.named_modules() if name in self.projector}
+        lists = {name: [f"{name}.{k}" for k in range(len(module))] for name, module in found.items() if isinstance(module, nn.ModuleList)}
+        return [part for name in self.projector if name in found for part in lists.get(name, [name])]
 
 
 class ScoringHead(nn.Linear):
@@ -121,8 +141,29 @@ class Scorer(nn.Module):
             model.set_output_embeddings(ScoringHead.of(head))
         self.model = model
         self.family = family
+        self.projectors = family.projectors(model)
 
-    def forward(
+    def forward(self, **inputs: Any) -> Any:
+        """``logp`` of a row; or, of ``image_inputs`` alone, ``tower_features``: both are forwards of the module that ZeRO-3 watches."""
+        return self.logp(**inputs) if "input_ids" in inputs else self.tower_features(**inputs)
+
+    def tower_features(self, image_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the tower gives each module of the projector, by the module's name."""
+        model: Any = self.model
+        taken: dict[str, Tensor] = {}
+
+        def take(name: str) -> Any:
+            return model.get_submodule(name).register_forward_pre_hook(lambda module, args: taken.update({name: args[0]}))
+
+        hooks = [take(name) for name in self.projectors]
+        try:
+            model.get_image_features(**image_inputs, return_dict=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return taken
+
+    def logp(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
@@ -132,14 +173,15 @@ class Scorer(nn.Module):
         targets: Tensor,
         images_of_tree: Sequence[Sequence[int]],
         visual_tokens: Sequence[int],
-        image_inputs: dict[str, Tensor],
+        image_inputs: dict[str, Any],
     ) -> Tensor:
         """Log-probs [N], nats, fp32, of ``targets`` [N].
 
         ``input_ids`` [1, T]; ``position_ids`` [1, T] or [axes, 1, T]; ``forest`` says which tokens are prefixes and which their branches;
         ``scored`` [1, T] bool marks the positions whose logits are needed, and ``predicted_by`` [N] is the rank among them of the one that
         predicts each target; ``images_of_tree`` the indices of each tree's images among the distinct images of ``image_inputs``;
-        ``visual_tokens`` the number of visual tokens of each distinct image.
+        ``visual_tokens`` the number of visual tokens of each distinct image. Where ``image_inputs`` has ``tower_features``, the tower does
+        not run.
         """
         encoded, unused = self._encode(images_of_tree, visual_tokens, image_inputs)
         # An image that no tree shows takes part in the backward pass as if one did: ZeRO-3 waits for every rank at every module, and where
@@ -154,11 +196,12 @@ class Scorer(nn.Module):
         return self.model.get_output_embeddings()(hidden[scored], predicted_by, targets)
 
     def _encode(
-        self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Tensor]
+        self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
     ) -> tuple[dict[str, Any], Tensor]:
         """The trees' image features in the form the model's forward takes, and the sum of the features that no tree uses."""
         model: Any = self.model
-        output = model.get_image_features(**image_inputs, return_dict=True)
+        known = "tower_features" in image_inputs
+        output = self._projected(**image_inputs) if known else model.get_image_features(**image_inputs, return_dict=True)
         shown = [i for images in images_of_tree for i in images]
         # Further features, for layers inside the language model, are used and left unused as the first ones are.
         layers = [_per_image(layer, visual_tokens) for layer in (output.pooler_output, *getattr(output, "deepstack_features", ()))]
@@ -171,6 +214,14 @@ class Scorer(nn.Module):
         if further:
             output.deepstack_features = further
         return {"image": output}, unused
+
+    def _projected(self, tower_features: dict[str, Tensor], rows: Sequence[int], **inputs: Tensor) -> Any:
+        """What ``get_image_features`` returns, from what the tower gave; each image has ``rows`` of the projector's output."""
+        model: Any = self.model
+        first, *further = (
+            self.family.arrange(model, model.get_submodule(name)(tower_features[name]), rows, inputs) for name in self.projectors
+        )
+        return SimpleNamespace(pooler_output=first, deepstack_features=further)
 
 
 def _per_image(features: Tensor | Sequence[Tensor], visual_tokens: Sequence[int]) -> list[Tensor]:

@@ -61,7 +61,7 @@ class ModelFlops:
         for start, stop, before, prefix in forest.segments:
             pairs += (stop - start) * (prefix - before) + (stop - start) * (stop - start + 1) / 2
         tokens = {
-            "vision_tower": inputs["image_inputs"]["pixel_values"].numel() / self._pixels,
+            "vision_tower": pixels.numel() / self._pixels if (pixels := inputs["image_inputs"].get("pixel_values")) is not None else 0,
             "projector": sum(inputs["visual_tokens"]),
             "language_model": inputs["input_ids"].numel(),
         }

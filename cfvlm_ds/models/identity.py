@@ -1,4 +1,4 @@
-"""What a model is, as two hashes: its weights, and everything that turns images and texts into its inputs."""
+"""What a model is, as hashes: its weights, those of its vision tower alone, and everything that turns images and texts into its inputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+
 from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, ModelConfig
+from cfvlm_ds.models.family import Family
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -44,3 +48,21 @@ def fingerprint(config: ModelConfig) -> dict[str, str]:
         if not any(path.match(pattern) for pattern in _NOT_INPUTS):
             inputs.update(path.name.encode() + path.read_bytes())
     return {"weights": weights.hexdigest(), "inputs": inputs.hexdigest()}
+
+
+def tower_fingerprint(config: ModelConfig, family: Family) -> str:
+    """sha256 over the configuration and every byte of the vision tower's weights; of all weights, as in ``fingerprint``, where they are not
+    in safetensors.
+
+    Files may have older names than the model: a weight belongs to the tower by the tower's own name, wherever it stands in the weight's.
+    """
+    folder = model_folder(config.name_or_path)
+    found, weights = False, hashlib.sha256((folder / "config.json").read_bytes())
+    towers = {prefix.rpartition(".")[2] for prefix in family.vision_tower}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as handle:
+            for name in sorted(name for name in handle.keys() if towers & set(name.split("."))):  # noqa: SIM118  (not a dict)
+                found, tensor = True, handle.get_tensor(name)
+                weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                weights.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return weights.hexdigest() if found else fingerprint(config)["weights"]

@@ -5,10 +5,28 @@ LLaVA-1.5 has a fixed number of visual tokens per image; NeXT and OneVision cut 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from cfvlm_ds.models.family import Family, after_selected_layer
+from torch import Tensor
+
+from cfvlm_ds.models.family import Arrange, Family, after_selected_layer
 from cfvlm_ds.models.limits import grids
+
+
+def tiles_packed(option: str) -> Arrange:
+    """The overview, then the tiles laid side by side without their padding and with a newline behind each row.
+
+    ``option`` of the model's configuration is what its ``pack_image_features`` also takes.
+    """
+
+    def arrange(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Sequence[Tensor]:
+        base, options = model.base_model, {option: getattr(model.config, option)}
+        return base.pack_image_features(projected.split(rows), inputs["image_sizes"], image_newline=base.image_newline, **options)[0]
+
+    return arrange
+
 
 LLAVA = Family(
     model_types=("llava",),
@@ -24,9 +42,15 @@ NEXT = Family(
     language_model=("model.language_model", "lm_head"),
     unused=after_selected_layer,
     image_inputs=("pixel_values", "image_sizes"),
+    per_image=("image_sizes",),
+    arrange=tiles_packed("vision_feature_select_strategy"),
     limit=grids,
     limited_by=("max_tiles",),
 )
 ONEVISION = replace(
-    NEXT, model_types=("llava_onevision",), image_inputs=("pixel_values", "image_sizes", "batch_num_images"), tiles_alone=True
+    NEXT,
+    model_types=("llava_onevision",),
+    image_inputs=("pixel_values", "image_sizes", "batch_num_images"),
+    arrange=tiles_packed("vision_aspect_ratio"),
+    tiles_alone=True,
 )

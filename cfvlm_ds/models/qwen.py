@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightConverter
+from transformers.vision_utils import get_vision_window_index
 
 from cfvlm_ds.models.family import Family
 from cfvlm_ds.models.limits import pixels
@@ -31,14 +33,25 @@ def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
     return positions
 
 
+def out_of_windows(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
+    """Visual tokens line by line: a tower with window attention (Qwen2.5-VL) hands them to its merger window by window."""
+    vision = model.config.vision_config
+    if not hasattr(vision, "window_size"):
+        return projected
+    order, _ = get_vision_window_index(inputs["image_grid_thw"], vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    return projected[order.argsort().to(projected.device)]
+
+
 QWEN_VL = Family(
     model_types=("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
     vision_tower=("model.visual",),
     projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
     language_model=("model.language_model", "lm_head"),
     image_inputs=("pixel_values", "image_grid_thw"),
+    per_image=("image_grid_thw",),
     grid="image_grid_thw",
     positions=m_rope,
+    arrange=out_of_windows,
     limit=pixels,
     limited_by=("min_pixels", "max_pixels"),
 )

@@ -1,0 +1,122 @@
+"""What a frozen vision tower gives for a picture, on disk: one safetensors file per picture, named by everything it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from cfvlm_ds.groups import DataError
+
+_TOWER, _INPUT = "tower.", "input."
+
+
+@dataclass(frozen=True)
+class Features:
+    """A picture behind the tower: all that a batch needs of it.
+
+    ``size`` is its width and height in pixels; ``stands`` the token ids that stand for it in a prompt; ``tower`` what each module of the
+    projector takes, by the module's name; ``inputs`` the inputs of the model beside pixels, one row each.
+    """
+
+    size: tuple[int, int]
+    stands: list[int]
+    tower: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor]
+
+
+@dataclass
+class FeatureCache:
+    """The features of the pictures of a run.
+
+    Args:
+        folder: where files are; runs may share it, at the same time too.
+        origin: what features depend on beside the picture (tower, processor, dtype, versions); any other gives another sub-folder.
+        known: picture -> its digest, or the sentence that says why it cannot be read.
+    """
+
+    folder: Path
+    origin: Mapping[str, str]
+    known: dict[Any, bytes | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.place = self.folder / hashlib.sha256(json.dumps(dict(self.origin), sort_keys=True).encode()).hexdigest()[:16]
+
+    def file(self, digest: bytes) -> Path:
+        """Where the features of a picture are, or will be."""
+        name = digest.hex()
+        return self.place / name[:2] / f"{name}.safetensors"
+
+    def of(self, picture: Any) -> Features:
+        """The features of a picture. Raises DataError naming the picture, or the file, that cannot be read."""
+        digest = self.known[picture]
+        if isinstance(digest, str):
+            raise DataError(digest)
+        return read_features(self.file(digest))
+
+
+def picture_digest(content: bytes, together: bool) -> bytes:
+    """What names a picture: the bytes of its file, and whether the model takes it differently for not being alone."""
+    return hashlib.sha256(bytes([together]) + content).digest()
+
+
+def write_features(file: Path, features: Features) -> None:
+    """Write a picture's features; under another name first, so that the file is whole whoever else reads or writes it. Raises OSError."""
+    tensors = {f"{_TOWER}{name}": tensor.contiguous() for name, tensor in features.tower.items()}
+    tensors |= {f"{_INPUT}{name}": tensor.contiguous() for name, tensor in features.inputs.items()}
+    tensors |= {"size": torch.tensor(features.size), "stands": torch.tensor(features.stands)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.uname().nodename}-{os.getpid()}.partial")
+    try:
+        partial.write_bytes(save(tensors, {"sum": _sum(tensors)}))
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_features(file: Path) -> Features:
+    """The features in a file. Raises DataError naming it where it is missing or damaged."""
+    try:
+        with safe_open(file, "pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
+            if handle.metadata()["sum"] != _sum(tensors):
+                raise ValueError("its sum is another")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file}: features cannot be read ({error}); remove the file and start the run again, with a folder that all ranks see"
+        ) from error
+    width, height = tensors.pop("size").tolist()
+    return Features((width, height), tensors.pop("stands").tolist(), dict(_named(tensors, _TOWER)), dict(_named(tensors, _INPUT)))
+
+
+def stored_bytes(file: Path) -> int | None:
+    """Size of a file of features; None where there is none. Raises DataError where it is not whole, by its header."""
+    try:
+        with safe_open(file, "pt"):
+            return file.stat().st_size
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file}: features cannot be read ({error})") from error
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    return ((name.removeprefix(prefix), tensor) for name, tensor in tensors.items() if name.startswith(prefix))
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> str:
+    total = 0
+    for name in sorted(tensors):
+        data: Any = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        total = zlib.crc32(data, zlib.crc32(name.encode(), total))
+    return str(total)
