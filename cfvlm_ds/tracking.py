@@ -224,11 +224,32 @@ class _Record:
 
     @classmethod
     def load(cls, run_dir: Path) -> _Record | None:
+        """None where there is none, and where a power loss has left something else in its place."""
         path = run_dir / RECORD_FILE
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        try:
+            record = cls(**json.loads(path.read_text(encoding="utf-8")))
+            whole = all(isinstance(getattr(record, name), kinds) for name, kinds in _KINDS.items())
+            whole = whole and record.offset >= 0 and all(artifact.keys() == {"path", "folder", "pending"} for artifact in record.artifacts)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            _say(f"{path} is damaged and left aside; what MLflow has is asked of it where a checkpoint knows the run")
+        return record if whole else None
 
     def save(self, run_dir: Path) -> None:
         _replace(run_dir / RECORD_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
+
+
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("experiment", "run_name", "token"), str),
+    **dict.fromkeys(("params", "tags"), dict),
+    **dict.fromkeys(("run_id", "status"), (str, type(None))),
+    **dict.fromkeys(("resume_step", "end_ms"), (int, type(None))),
+    **dict.fromkeys(("start_ms", "offset"), int),
+    "artifacts": list,
+}
 
 
 class _Delivery:
@@ -520,12 +541,13 @@ def _truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """One line of metrics.jsonl; None if a killed process left it torn."""
+    """One line of metrics.jsonl; None if a killed process left it torn, or a disk has damaged it."""
     try:
-        row = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+        row = json.loads(line) if line.endswith(b"\n") else {}
+        [float(value) for value in row.values()], round(row["time"])
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
-    return row if isinstance(row, dict) and {"step", "time"} <= row.keys() else None
+    return row if type(row.get("step")) is int else None
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -185,7 +185,8 @@ def _is_finished(config: RunConfig, total_steps: int, world: World) -> bool:
     """Whether ``train.resume=auto`` finds nothing to do; rank 0 decides. Otherwise the run is unfinished from here on."""
     finished, path = False, Path(config.train.output_dir) / _FINISHED
     if world.is_main:
-        finished = config.train.resume == "auto" and path.exists() and json.loads(path.read_text())["step"] == total_steps
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # one that a power loss has cut is none
+            finished = config.train.resume == "auto" and json.loads(path.read_text()) == {"step": total_steps}
         if finished:
             world.say(f"{path.parent} has finished at step {total_steps}: nothing to do; remove {path} to evaluate and export it again")
         else:
