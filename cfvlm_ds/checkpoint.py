@@ -230,7 +230,7 @@ def description(path: Path) -> dict[str, Any]:
 def incomplete(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None when every listed file is there in full; their contents are not read."""
     try:
-        described = description(path)
+        described = description(path) if (path / _COMPLETE).is_file() else {}  # a pipe would be waited for
         listed = {name: (int(size), int(crc32)) for name, (size, crc32) in described["files"].items()}
         whole = described["crc32"] == _own_sum(described)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):

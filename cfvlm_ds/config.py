@@ -6,6 +6,7 @@ owns batch sizes, learning rates and steps; "auto" in the JSON takes the run's v
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import math
@@ -14,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from cfvlm_ds.errors import InputError
@@ -321,19 +323,19 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         parser.add_class_arguments(section, name)
     for name, objective in objectives.items():
         parser.add_class_arguments(objective, f"objective.{name}")
+    _refuse_aliases(argv)
     try:
         parsed = parser.parse_args(list(argv))
         resolved = parsed.clone().as_dict()
         _refuse_nulls(resolved, parser.get_defaults().as_dict())
         built = parser.instantiate(parsed)
     except ArgumentError as error:
-        files = [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
-        message = str(error).replace("<unicode string>", files[-1] if files else "--config")
+        message = str(error).replace("<unicode string>", (_config_files(argv) or ["--config"])[-1])
         raise ConfigError(_one_sentence(message, _option_names(parser))) from error
     except ConfigError:
         raise
     except Exception as error:  # the parser and YAML raise nearly anything on bytes that are no text, tags and thousands of brackets
-        given = ", ".join(value for flag, value in itertools.pairwise(argv) if flag == "--config") or "the options"
+        given = ", ".join(_config_files(argv)) or "the options"
         raise ConfigError(f"{given}: not a configuration ({type(error).__name__}: {error}); write YAML as in examples/") from error
     for key in ("config", "local_rank"):
         resolved.pop(key, None)
@@ -344,6 +346,28 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         raise ConfigError("every objective has weight 0; give at least one of objective.NAME.weight a positive value")
     values = {name: getattr(built, name) for name in sections}
     return RunConfig(**values, objective=active, deepspeed=parsed.deepspeed, resolved=resolved)
+
+
+def _config_files(argv: Sequence[str]) -> list[str]:
+    separate = [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
+    return separate + [option.removeprefix("--config=") for option in argv if option.startswith("--config=")]
+
+
+def _refuse_aliases(argv: Sequence[str]) -> None:
+    """ConfigError on YAML with many aliases: a list of nine aliases of a list of nine aliases, and so on, fills any memory."""
+    import yaml
+
+    files = _config_files(argv)
+    for text in [option.removeprefix("--config=") for option in argv]:
+        found = 0
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # what cannot be read is named by the parser
+            read = Path(text).read_text(encoding="utf-8") if text in files else text
+            found = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(read)) if read.count("*") > _ALIASES else 0
+        if found > _ALIASES:
+            raise ConfigError(f"{found} YAML aliases in {text}, and {_ALIASES} are the most; write the values out")
+
+
+_ALIASES = 20
 
 
 def _refuse_nulls(values: Mapping[str, Any], defaults: Mapping[str, Any], section: str = "") -> None:

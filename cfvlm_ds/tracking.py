@@ -35,6 +35,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from cfvlm_ds.errors import without_passwords
+
 METRICS_FILE = "metrics.jsonl"
 RECORD_FILE = ".mlflow_delivery.json"
 ENVIRONMENT = {
@@ -57,7 +59,6 @@ _TOKEN_TAG = "cfvlm_ds.run_token"
 _SECRET = {"secret", "secrets", "password", "passwords", "passwd"}
 _SECRET_UNLESS_NUMBER = {"token", "tokens", "key", "keys", "apikey"}  # num_key_value_heads and token_budget are counts
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_USERINFO = re.compile(r"://[^/\s]+@")
 _UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]")
 
 
@@ -102,8 +103,9 @@ def open_tracker(
         (run_dir / RECORD_FILE).unlink(missing_ok=True)
     record = _Record.load(run_dir) or _Record(run_id=run_id, start_ms=_now_ms())
     kept_names, record.offset = _truncate_metrics(run_dir / METRICS_FILE, resume_step, record.offset)
-    record.experiment, record.run_name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment, run_name
-    record.params, record.tags = _masked(params), _masked(tags)
+    record.experiment = without_passwords(os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment)
+    record.run_name = without_passwords(run_name)
+    record.params, record.tags = masked(params), masked(tags)
     record.resume_step, record.status, record.end_ms = resume_step, None, None
     record.save(run_dir)
     return Tracker(run_dir, record, kept_names, mlflow, close_timeout)
@@ -557,18 +559,18 @@ def _replace(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def _masked(value: Any, name: str = "") -> Any:
-    """A JSON-ready copy without secrets."""
+def masked(value: Any, name: str = "") -> Any:
+    """A JSON-ready copy without secrets: values of secret-looking names, and passwords within URLs."""
     if isinstance(value, Mapping):
-        return {str(key): _masked(item, f"{name}.{key}") for key, item in value.items()}
+        return {str(key): masked(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_masked(item, name) for item in value]
+        return [masked(item, name) for item in value]
     if value is None or isinstance(value, bool):
         return value
     words = {word.lower() for word in _WORD.findall(name)}
     if words & _SECRET or (words & _SECRET_UNLESS_NUMBER and not isinstance(value, (int, float))):
         return "***"
-    return value if isinstance(value, (int, float)) else _without_password(str(value))
+    return value if isinstance(value, (int, float)) else without_passwords(str(value))
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -585,10 +587,6 @@ def _name(name: str) -> str:
     return _UNFIT_FOR_A_NAME.sub("_", name)[:_MAX_NAME_CHARS]
 
 
-def _without_password(text: str) -> str:
-    return _USERINFO.sub("://***@", text)
-
-
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
@@ -598,7 +596,7 @@ def _now_ms() -> int:
 
 
 def _say(message: str) -> None:
-    print(_without_password(f"cfvlm_ds tracking: {message}"), file=sys.stderr, flush=True)
+    print(without_passwords(f"cfvlm_ds tracking: {message}"), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

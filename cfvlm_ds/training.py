@@ -47,7 +47,7 @@ from cfvlm_ds.objectives import group_units, likelihood_report, required_cells, 
 from cfvlm_ds.preflight import group_tokens, read_data
 from cfvlm_ds.run_lock import RunLock
 from cfvlm_ds.stopping import EXIT_STOPPED, Stop, reason, shield_worker
-from cfvlm_ds.tracking import open_tracker
+from cfvlm_ds.tracking import masked, open_tracker
 
 _FINISHED = "finished.json"
 
@@ -234,8 +234,8 @@ def _record(run: Run, ds_config: Mapping[str, Any]) -> list[Path]:
     }
     files = [run.dir / "config.yaml", run.dir / "ds_config.json", run.dir / "environment.json"]
     if run.world.is_main:
-        files[0].write_text(yaml.safe_dump(dict(run.config.resolved), sort_keys=False))
-        files[1].write_text(json.dumps(ds_config, indent=2))
+        files[0].write_text(yaml.safe_dump(masked(run.config.resolved), sort_keys=False))
+        files[1].write_text(json.dumps(masked(ds_config), indent=2))
         files[2].write_text(json.dumps(environment, indent=2))
     run.world.say("parameters: " + ", ".join(f"{name} {total:,} ({trains:,} trainable)" for name, (total, trains) in counts.items()))
     return files

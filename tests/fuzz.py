@@ -51,7 +51,7 @@ from cfvlm_ds.run_lock import RunLock
 from cfvlm_ds.tracking import open_tracker
 from cfvlm_ds.training import _is_finished, _locked
 
-LIMIT_S = 20
+LIMIT_S = 60
 """A round takes milliseconds; this is a hang, on a machine that other work keeps busy too."""
 
 Random = random.Random
@@ -121,7 +121,8 @@ def damaged(data: bytes, chance: Random) -> tuple[bytes, str]:
 def reformatted(text: bytes, chance: Random) -> tuple[bytes, str]:
     """The same text as other programs write it; what is UTF-16 or ends in a null byte is not."""
     forms = {
-        "BOM": b"\xef\xbb\xbf" + text, "CRLF": text.replace(b"\n", b"\r\n"), "UTF-16": text.decode().encode("utf-16"), "empty": b"", "binary": chance.randbytes(300),
+        "BOM": b"\xef\xbb\xbf" + text, "CRLF": text.replace(b"\n", b"\r\n"), "UTF-16": text.decode().encode("utf-16"), "empty": b"",
+        "binary": chance.randbytes(300),
         "null bytes": text + bytes(9), "twice": text + text, "blank lines": text.replace(b"\n", b"\n \n\n"),
     }  # fmt: skip
     what = chance.choice(list(forms))
