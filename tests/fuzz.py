@@ -93,7 +93,7 @@ def mutated(value: Any, chance: Random) -> tuple[Any, str]:
     elif what == "extra":
         container.append(chance.choice([container[key], *ODD]))
     elif what == "exchange":
-        other, place = chance.choice(list(nodes(value)))
+        other, place = chance.choice(list(nodes(value)) or [(container, key)])
         container[key] = json.loads(json.dumps(other[place]))
     elif what == "wrap":
         container[key] = chance.choice([[container[key]], {"a": container[key]}, str(container[key])])
@@ -393,7 +393,8 @@ def run_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
             change = chance.choice(
                 ["checkpoint-9", "checkpoint-" + "9" * 200, "checkpoint-4.partial", "checkpoint-", "checkpoint-٣", "latest"]
             )
-            (folder / change).touch() if chance.random() < 0.3 else (folder / change).mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                (folder / change).touch() if chance.random() < 0.3 else (folder / change).mkdir()
         elif what == "rename":
             change = f"checkpoint-{chance.choice([0, 3, 7, '007', 4, 'best'])}"
             with contextlib.suppress(OSError):
@@ -573,7 +574,10 @@ def play(base: Base, seed: int, number: int) -> tuple[str, str]:
     with tempfile.TemporaryDirectory(dir=base.folder) as name:
         folder, out, here = Path(name) / "in", Path(name) / "out", Path.cwd()
         folder.mkdir(), out.mkdir()
-        mutation, attempt = KINDS[kind][1](base, chance, folder, out)
+        try:
+            mutation, attempt = KINDS[kind][1](base, chance, folder, out)
+        except Exception:  # the campaign's own fault, and no reason to end it
+            raise Defect(seed, number, kind, traceback.format_exc()) from None
         before, ended = snapshot(folder), "a correct run"
         try:
             with limited(LIMIT_S), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -298,6 +298,22 @@ def test_the_callers_own_mlflow_state_is_untouched(remote: Server, tmp_path: Pat
     assert (mlflow.get_tracking_uri(), mlflow.active_run()) == before
 
 
+@pytest.mark.parametrize("left", [b"", b"\xff", b"[]", b'{"nothing": 1}', b'{"offset": "x"}', b'{"artifacts": [1]}'])
+def test_a_damaged_record_is_left_aside(tmp_path: Path, left: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """A power loss may leave a file without its contents; damaged lines of metrics are dropped, since they stop the others."""
+    with open_tracker(True, tmp_path, "tests", "a run", {}, {}, mlflow=False) as tracker:
+        tracker.log(1, {"loss": 1.0})
+    (tmp_path / ".mlflow_delivery.json").write_bytes(left)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(
+            b'{"step": "2", "time": 1}\n{"step": 2, "time": NaN}\n{"step": 2, "time": 1, "a": "b"}\n{"step": 2, "time": 1, "a": []}\n\xff\n'
+        )
+    with open_tracker(True, tmp_path, "tests", "a run", {}, {}, run_id="known", resume_step=4, mlflow=False) as tracker:
+        tracker.log(5, {"loss": 0.5})
+    assert tracker.run_id == "known" and [line["step"] for line in _lines(tmp_path)] == [1, 5]
+    assert "is damaged and left aside" in capsys.readouterr().err
+
+
 def test_misuse_is_named(remote: Server, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="resume_step"):
         _open(tmp_path, run_id="abc")
