@@ -18,6 +18,7 @@ test: install check
 
 faults: install
 	tests/slurm/install.sh
+	python tests/fuzz.py
 	python tests/kill_ranks.py
 	python tests/slurm/faults.py
 

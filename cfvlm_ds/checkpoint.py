@@ -167,7 +167,8 @@ def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: 
     for file in partial.rglob("*"):
         if file.is_file() and (name := str(file.relative_to(partial))) not in files:
             files[name] = _settled(file)
-    (partial / _COMPLETE).write_text(json.dumps({**description, "files": dict(sorted(files.items()))}, indent=1))
+    listed = {**description, "files": dict(sorted(files.items()))}
+    (partial / _COMPLETE).write_text(json.dumps({**listed, "crc32": _own_sum(listed)}, indent=1))
     _settled(partial / _COMPLETE)
     for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
         _settle_names(folder)
@@ -177,6 +178,11 @@ def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: 
     os.replace(partial, final)
     _settle_names(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _own_sum(listed: Mapping[str, Any]) -> int:
+    """CRC-32 of the list itself, but for this number: a flipped bit in ``step`` or ``world_size`` would not be noticed otherwise."""
+    return zlib.crc32(json.dumps({name: value for name, value in listed.items() if name != "crc32"}, sort_keys=True).encode())
 
 
 def _settle_names(folder: Path) -> None:
@@ -224,9 +230,15 @@ def description(path: Path) -> dict[str, Any]:
 def incomplete(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None when every listed file is there in full; their contents are not read."""
     try:
-        listed = {name: (int(size), int(crc32)) for name, (size, crc32) in description(path)["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        described = description(path) if (path / _COMPLETE).is_file() else {}  # a pipe would be waited for
+        listed = {name: (int(size), int(crc32)) for name, (size, crc32) in described["files"].items()}
+        whole = described["crc32"] == _own_sum(described)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return f"{_COMPLETE} is missing or broken, so the checkpoint was never finished"
+    if not whole:
+        return f"{_COMPLETE} is damaged"
+    if (named := _NAME.fullmatch(path.name)) and int(named[1]) != described["step"]:
+        return f"it was written at step {described['step']}, so its name is wrong"
     for name, (size, _) in listed.items():
         file = path / name
         if not file.is_file():

@@ -6,17 +6,22 @@ owns batch sizes, learning rates and steps; "auto" in the JSON takes the run's v
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
+import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
+from cfvlm_ds.errors import InputError
 
-class ConfigError(ValueError):
+
+class ConfigError(InputError):
     """A configuration that cannot be run. The message names the option, its value and the remedy."""
 
 
@@ -321,15 +326,20 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         parser.add_class_arguments(section, name)
     for name, objective in objectives.items():
         parser.add_class_arguments(objective, f"objective.{name}")
+    _refuse_aliases(argv)
     try:
         parsed = parser.parse_args(list(argv))
         resolved = parsed.clone().as_dict()
         _refuse_nulls(resolved, parser.get_defaults().as_dict())
         built = parser.instantiate(parsed)
     except ArgumentError as error:
-        files = [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
-        message = str(error).replace("<unicode string>", files[-1] if files else "--config")
+        message = str(error).replace("<unicode string>", (_config_files(argv) or ["--config"])[-1])
         raise ConfigError(_one_sentence(message, _option_names(parser))) from error
+    except ConfigError:
+        raise
+    except Exception as error:  # the parser and YAML raise nearly anything on bytes that are no text, tags and thousands of brackets
+        given = ", ".join(_config_files(argv)) or "the options"
+        raise ConfigError(f"{given}: not a configuration ({type(error).__name__}: {error}); write YAML as in examples/") from error
     for key in ("config", "local_rank"):
         resolved.pop(key, None)
     _check_ranges(resolved)
@@ -339,6 +349,28 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         raise ConfigError("every objective has weight 0; give at least one of objective.NAME.weight a positive value")
     values = {name: getattr(built, name) for name in sections}
     return RunConfig(**values, objective=active, deepspeed=parsed.deepspeed, resolved=resolved)
+
+
+def _config_files(argv: Sequence[str]) -> list[str]:
+    separate = [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
+    return separate + [option.removeprefix("--config=") for option in argv if option.startswith("--config=")]
+
+
+def _refuse_aliases(argv: Sequence[str]) -> None:
+    """ConfigError on YAML with many aliases: a list of nine aliases of a list of nine aliases, and so on, fills any memory."""
+    import yaml
+
+    files = _config_files(argv)
+    for text in [option.removeprefix("--config=") for option in argv]:
+        found = 0
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # what cannot be read is named by the parser
+            read = Path(text).read_text(encoding="utf-8") if text in files else text
+            found = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(read)) if read.count("*") > _ALIASES else 0
+        if found > _ALIASES:
+            raise ConfigError(f"{found} YAML aliases in {text}, and {_ALIASES} are the most; write the values out")
+
+
+_ALIASES = 20
 
 
 def _refuse_nulls(values: Mapping[str, Any], defaults: Mapping[str, Any], section: str = "") -> None:
@@ -353,32 +385,50 @@ def _refuse_nulls(values: Mapping[str, Any], defaults: Mapping[str, Any], sectio
             _refuse_nulls(value, default, f"{option}.")
 
 
+_ENDLESS = 2**53
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys((f"model.{name}" for name in IMAGE_LIMITS), (1, _ENDLESS)),
+    **dict.fromkeys(("model.lora.rank", "train.per_device_train_batch_size", "train.per_device_eval_batch_size"), (1, 1e6)),
+    **dict.fromkeys(("data.max_pixels", "data.max_tokens_per_micro_batch", "data.max_tokens_per_forward"), (1, _ENDLESS)),
+    **dict.fromkeys(("model.lora.dropout", "train.adam_epsilon", "train.warmup_ratio"), (0, 1)),
+    **dict.fromkeys(("train.adam_beta1", "train.adam_beta2"), (0, math.nextafter(1, 0))),
+    **dict.fromkeys(("train.save_minutes", "train.stop_margin_s", "train.hang_timeout_s"), (0, 1e8)),
+    **dict.fromkeys((f"train.{name}" for name in ("save_steps", "eval_steps", "save_total_limit", "save_keep_every")), (0, _ENDLESS)),
+    **dict.fromkeys((f"train.{name}" for name in ("learning_rate", "max_grad_norm", "weight_decay")), (0, 1e38)),
+    **dict.fromkeys((f"model.{name}.learning_rate" for name in ("vision_tower", "projector", "language_model")), (0, 1e38)),
+    **dict.fromkeys((f"build.tiny_llava.{name}" for name in ("image_size", "patch_size", "hidden_size", "vision_hidden_size")), (1, 1e4)),
+    "data.max_skipped": (0, _ENDLESS),
+    "data.num_workers": (0, 1024),
+    "train.gradient_accumulation_steps": (1, 1e6),
+    "train.logging_steps": (1, _ENDLESS),
+    "train.max_steps": (-1, 1e9),
+    "train.num_train_epochs": (1e-6, 1e6),
+    "train.seed": (0, 2**32 - 1),
+}
+"""Options -> the least and the most that a run can have. Terms of the objective check their own, but for the two that all of them have."""
+_TERM = {"weight": (0, 1e9), "warmup": (0, 1)}
+
+
 def _check_ranges(resolved: Mapping[str, Any]) -> None:
-    """ConfigError on a count that must be positive, or an interval that may be 0 for never but not negative."""
+    """ConfigError on a number that no run can have: one that is not finite, or outside the range of its option."""
     train = resolved["train"]
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps"):
-        if train[name] < 1:
-            raise ConfigError(f"train.{name} must be at least 1, not {train[name]}")
-    for name in IMAGE_LIMITS:
-        if (value := resolved["model"][name]) is not None and value < 1:
-            raise ConfigError(f"model.{name} must be at least 1, not {value}; leave it out for the model's own")
-    for name, instead in (("max_tokens_per_micro_batch", "to count groups"), ("max_tokens_per_forward", "for one forward")):
-        if (limit := resolved["data"][name]) is not None and limit < 1:
-            raise ConfigError(f"data.{name} must be at least 1, not {limit}; leave it out {instead}")
+    for option, value in _numbers(resolved):
+        term = _TERM.get(option.rpartition(".")[2]) if option.startswith("objective.") else None
+        low, high = term or _RANGES.get(option, (-_ENDLESS, _ENDLESS))
+        if not low <= value <= high:
+            wrong = f"must not be negative, and is {value}" if value < low == 0 else f"must be from {low:.16g} to {high:.16g}, not {value}"
+            raise ConfigError(f"{option} {wrong}; leave it out for the default")
+    if train["max_steps"] == 0:
+        raise ConfigError("train.max_steps must be at least 1, or -1 to use train.num_train_epochs, not 0")
+    for split in resolved["data"]["evaluation"]:
+        if not re.fullmatch(r"\w[\w.+-]{0,99}", split, re.ASCII):
+            raise ConfigError(f"data.evaluation: {split!r} names files and metrics; use letters, digits and _ . + - for it")
     tower = resolved["model"]["vision_tower"]["tuning"]
     if (folder := resolved["data"]["feature_cache"]) is not None and tower != "frozen":
         raise ConfigError(
             f"data.feature_cache {folder!r} keeps what a frozen tower gives, and model.vision_tower.tuning is {tower}; set that to frozen "
             "or leave the cache out"
         )
-    if (skipped := resolved["data"]["max_skipped"]) < 0:
-        raise ConfigError(f"data.max_skipped must not be negative, and is {skipped}")
-    if resolved["model"]["lora"]["rank"] < 1:
-        raise ConfigError(f"model.lora.rank must be at least 1, not {resolved['model']['lora']['rank']}")
-    counts = ("eval_steps", "save_steps", "save_minutes", "save_total_limit", "save_keep_every", "stop_margin_s", "hang_timeout_s")
-    for name in (*counts, "warmup_ratio", "learning_rate", "max_grad_norm"):
-        if train[name] < 0:
-            raise ConfigError(f"train.{name} must not be negative, and is {train[name]}")
     if (best := train["save_best"]) is not None:
         splits = sorted(resolved["data"]["evaluation"])
         if not train["eval_steps"]:
@@ -387,6 +437,14 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"train.save_best {best!r} is no metric of data.evaluation ({', '.join(splits) or 'empty'}); write eval/SPLIT/METRIC"
             )
+
+
+def _numbers(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, int | float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{section}{name}.")
+        elif isinstance(value, (int, float)):
+            yield f"{section}{name}", value
 
 
 def _option_names(parser: Any) -> list[str]:

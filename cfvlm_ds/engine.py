@@ -114,15 +114,25 @@ def _absent(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
+_SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
+
+
 def read_json(path: str) -> dict[str, Any]:
     """The DeepSpeed JSON of a run. Raises ConfigError naming the file when it is missing or broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json")))
         raise ConfigError(f"--deepspeed {path}: no such file" + (f"; there are {known}" if known else "")) from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"--deepspeed {path}: broken JSON at line {error.lineno}, column {error.colno} ({error.msg})") from error
+    except (OSError, ValueError, RecursionError) as error:  # a folder, bytes that are no text, thousands of brackets
+        raise ConfigError(f"--deepspeed {path}: cannot be read ({error}); name a file like those of ds_configs") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"--deepspeed {path}: holds a {type(found).__name__}, not an object; name a file like those of ds_configs")
+    if flat := sorted(name for name in _SECTIONS if not isinstance(found.get(name, {}), dict)):
+        raise ConfigError(f"--deepspeed {path}: {', '.join(flat)} must be an object with options in it, as in ds_configs")
+    return found
 
 
 def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: torch.device, hidden_size: int, total_steps: int) -> Any:
@@ -154,11 +164,14 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
         bf16_full_eval=False,
         get_warmup_steps=lambda steps: warmup_steps(config, steps),
     )
-    resolved = HfTrainerDeepSpeedConfig(copy.deepcopy(raw))
-    resolved.trainer_config_process(arguments)
+    resolved = None
     try:
+        resolved = HfTrainerDeepSpeedConfig(copy.deepcopy(raw))
+        resolved.trainer_config_process(arguments)
         resolved.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=hidden_size)), total_steps)
-    except ValueError as error:
+    except Exception as error:  # what is not a contradiction is a value that transformers cannot use, and it checks none
+        if resolved is None or not resolved.mismatches:
+            raise _unusable(config, error) from error
         pairs = "; ".join(line[2:].replace("ds ", "", 1).replace(" vs hf ", " against train.") for line in resolved.mismatches)
         pairs = pairs.replace("train.train_batch_size (calculated)", "micro-batch x accumulation x ranks").replace("|bf16_full_eval", "")
         raise ConfigError(f'{config.deepspeed} contradicts the run configuration: {pairs}; write "auto" there or change one') from error
@@ -169,6 +182,11 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
     if bf16 and resolved.dtype() != torch.bfloat16:
         raise ConfigError(f'{config.deepspeed}: train.bf16=true needs "bf16": {{"enabled": "auto"}} there, and it gives {resolved.dtype()}')
     return resolved
+
+
+def _unusable(config: RunConfig, error: Exception) -> ConfigError:
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return ConfigError(f"{config.deepspeed}: not a DeepSpeed configuration ({reason}); compare it with those of ds_configs")
 
 
 def _autos(node: Any, path: str = "") -> Iterator[str]:
@@ -202,6 +220,8 @@ def validate(config: RunConfig, resolved: Any) -> None:
         first = error.errors()[0]
         option = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{config.deepspeed}: {error.title}: {option}: {first['msg']}; see DeepSpeed's configuration reference") from None
+    except Exception as error:  # beside its models, DeepSpeed asserts, compares and divides what it finds
+        raise _unusable(config, error) from error
     try:
         SchedulerType(config.train.lr_scheduler_type)
     except ValueError as error:

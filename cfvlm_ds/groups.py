@@ -28,6 +28,8 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
+from cfvlm_ds.errors import InputError
+
 SCHEMA = "cfgroup/1"
 SHAM = "sham"
 """Edit type of an image that was rendered again with nothing changed: a positive for the factual text."""
@@ -40,7 +42,7 @@ Cells = Literal["anchor", "matched", "star", "full"]
 factual image with every text, the factual text with every image) where the truth is known; everything."""
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Bad input data. The message is one sentence that names the file, the row and the remedy."""
 
 

@@ -77,8 +77,8 @@ def _check(config: RunConfig, manifests: Mapping[str, str], world: World) -> str
     run_dir.mkdir(parents=True, exist_ok=True)
     stamp = run_dir / "data_check.json"
     try:
-        known = json.loads(stamp.read_text())
-    except (OSError, ValueError):
+        known = dict(json.loads(stamp.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
         known = {}
     collator = load_collator(config.model, "full", config.data.max_pixels)
     for path in manifests.values():
@@ -86,8 +86,8 @@ def _check(config: RunConfig, manifests: Mapping[str, str], world: World) -> str
             stat = Path(path).stat()
             limits = [getattr(config.model, option) for option in IMAGE_LIMITS]
             seen = [stat.st_size, stat.st_mtime_ns, config.data.check, config.model.name_or_path, *limits]
-            if known.get(path, [])[:-1] == seen:
-                world.say(known[path][-1])
+            if isinstance(entry := known.get(path), list) and entry[:-1] == seen:
+                world.say(str(entry[-1]))
                 continue
             if config.data.check == "rows":
                 found = f"{path}: {len(read_manifest(path, config.data.root, config.data.format))} groups"

@@ -121,7 +121,7 @@ def _runs(holder: dict[str, Any]) -> bool:
     try:
         process = psutil.Process(holder["pid"])
         return abs(process.create_time() - holder["born"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError, OverflowError):  # gone, or never the number of a process
         return False
 
 
@@ -141,7 +141,7 @@ def _content(lock: Path) -> str | None:
     """The lock's content, with a moment for a holder that has created it and is about to write."""
     for _ in range(20):
         try:
-            if content := lock.read_text():
+            if content := lock.read_text(errors="replace"):
                 return content
         except FileNotFoundError:
             return None
@@ -152,7 +152,7 @@ def _content(lock: Path) -> str | None:
 def _parsed(content: str) -> dict[str, Any]:
     try:
         return dict(json.loads(content))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return {}
 
 

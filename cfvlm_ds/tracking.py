@@ -35,6 +35,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from cfvlm_ds.errors import without_passwords
+
 METRICS_FILE = "metrics.jsonl"
 RECORD_FILE = ".mlflow_delivery.json"
 ENVIRONMENT = {
@@ -57,7 +59,6 @@ _TOKEN_TAG = "cfvlm_ds.run_token"
 _SECRET = {"secret", "secrets", "password", "passwords", "passwd"}
 _SECRET_UNLESS_NUMBER = {"token", "tokens", "key", "keys", "apikey"}  # num_key_value_heads and token_budget are counts
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_USERINFO = re.compile(r"://[^/\s]+@")
 _UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]")
 
 
@@ -102,8 +103,9 @@ def open_tracker(
         (run_dir / RECORD_FILE).unlink(missing_ok=True)
     record = _Record.load(run_dir) or _Record(run_id=run_id, start_ms=_now_ms())
     kept_names, record.offset = _truncate_metrics(run_dir / METRICS_FILE, resume_step, record.offset)
-    record.experiment, record.run_name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment, run_name
-    record.params, record.tags = _masked(params), _masked(tags)
+    record.experiment = without_passwords(os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment)
+    record.run_name = without_passwords(run_name)
+    record.params, record.tags = masked(params), masked(tags)
     record.resume_step, record.status, record.end_ms = resume_step, None, None
     record.save(run_dir)
     return Tracker(run_dir, record, kept_names, mlflow, close_timeout)
@@ -224,11 +226,32 @@ class _Record:
 
     @classmethod
     def load(cls, run_dir: Path) -> _Record | None:
+        """None where there is none, and where a power loss has left something else in its place."""
         path = run_dir / RECORD_FILE
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        try:
+            record = cls(**json.loads(path.read_text(encoding="utf-8")))
+            whole = all(isinstance(getattr(record, name), kinds) for name, kinds in _KINDS.items())
+            whole = whole and record.offset >= 0 and all(artifact.keys() == {"path", "folder", "pending"} for artifact in record.artifacts)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            _say(f"{path} is damaged and left aside; what MLflow has is asked of it where a checkpoint knows the run")
+        return record if whole else None
 
     def save(self, run_dir: Path) -> None:
         _replace(run_dir / RECORD_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
+
+
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("experiment", "run_name", "token"), str),
+    **dict.fromkeys(("params", "tags"), dict),
+    **dict.fromkeys(("run_id", "status"), (str, type(None))),
+    **dict.fromkeys(("resume_step", "end_ms"), (int, type(None))),
+    **dict.fromkeys(("start_ms", "offset"), int),
+    "artifacts": list,
+}
 
 
 class _Delivery:
@@ -520,12 +543,13 @@ def _truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """One line of metrics.jsonl; None if a killed process left it torn."""
+    """One line of metrics.jsonl; None if a killed process left it torn, or a disk has damaged it."""
     try:
-        row = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+        row = json.loads(line) if line.endswith(b"\n") else {}
+        [float(value) for value in row.values()], round(row["time"])
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
-    return row if isinstance(row, dict) and {"step", "time"} <= row.keys() else None
+    return row if type(row.get("step")) is int else None
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -535,18 +559,18 @@ def _replace(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def _masked(value: Any, name: str = "") -> Any:
-    """A JSON-ready copy without secrets."""
+def masked(value: Any, name: str = "") -> Any:
+    """A JSON-ready copy without secrets: values of secret-looking names, and passwords within URLs."""
     if isinstance(value, Mapping):
-        return {str(key): _masked(item, f"{name}.{key}") for key, item in value.items()}
+        return {str(key): masked(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_masked(item, name) for item in value]
+        return [masked(item, name) for item in value]
     if value is None or isinstance(value, bool):
         return value
     words = {word.lower() for word in _WORD.findall(name)}
     if words & _SECRET or (words & _SECRET_UNLESS_NUMBER and not isinstance(value, (int, float))):
         return "***"
-    return value if isinstance(value, (int, float)) else _without_password(str(value))
+    return value if isinstance(value, (int, float)) else without_passwords(str(value))
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -563,10 +587,6 @@ def _name(name: str) -> str:
     return _UNFIT_FOR_A_NAME.sub("_", name)[:_MAX_NAME_CHARS]
 
 
-def _without_password(text: str) -> str:
-    return _USERINFO.sub("://***@", text)
-
-
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
@@ -576,7 +596,7 @@ def _now_ms() -> int:
 
 
 def _say(message: str) -> None:
-    print(_without_password(f"cfvlm_ds tracking: {message}"), file=sys.stderr, flush=True)
+    print(without_passwords(f"cfvlm_ds tracking: {message}"), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

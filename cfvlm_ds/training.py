@@ -39,7 +39,7 @@ from cfvlm_ds.run_lock import RunLock
 from cfvlm_ds.step import Meter, Run, optimizer_step
 from cfvlm_ds.stopping import EXIT_STOPPED, Stop, shield_worker
 from cfvlm_ds.tower_pass import feature_cache
-from cfvlm_ds.tracking import open_tracker
+from cfvlm_ds.tracking import masked, open_tracker
 
 _FINISHED = "finished.json"
 
@@ -153,7 +153,8 @@ def _is_finished(config: RunConfig, total_steps: int, world: World) -> bool:
     """Whether ``train.resume=auto`` finds nothing to do; rank 0 decides. Otherwise the run is unfinished from here on."""
     finished, path = False, Path(config.train.output_dir) / _FINISHED
     if world.is_main:
-        finished = config.train.resume == "auto" and path.exists() and json.loads(path.read_text())["step"] == total_steps
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # one that a power loss has cut is none
+            finished = config.train.resume == "auto" and json.loads(path.read_text()) == {"step": total_steps}
         if finished:
             world.say(f"{path.parent} has finished at step {total_steps}: nothing to do; remove {path} to evaluate and export it again")
         else:
@@ -201,8 +202,8 @@ def _record(run: Run, ds_config: Mapping[str, Any]) -> list[Path]:
     }
     files = [run.dir / "config.yaml", run.dir / "ds_config.json", run.dir / "environment.json"]
     if run.world.is_main:
-        files[0].write_text(yaml.safe_dump(dict(run.config.resolved), sort_keys=False))
-        files[1].write_text(json.dumps(ds_config, indent=2))
+        files[0].write_text(yaml.safe_dump(masked(run.config.resolved), sort_keys=False))
+        files[1].write_text(json.dumps(masked(ds_config), indent=2))
         files[2].write_text(json.dumps(environment, indent=2))
     run.world.say("parameters: " + ", ".join(f"{name} {total:,} ({trains:,} trainable)" for name, (total, trains) in counts.items()))
     return files

@@ -66,7 +66,9 @@ def make(output_dir: Path, step: int, ranks: int = 1, complete: bool = True) -> 
     (path / "shard.pt").write_bytes(b"x" * 10)
     if complete:
         files = {"shard.pt": (10, zlib.crc32(b"x" * 10))}
-        (path / "complete.json").write_text(json.dumps({"step": step, "world_size": ranks, "files": files}))
+        listed = {"step": step, "world_size": ranks, "files": files}
+        listed["crc32"] = zlib.crc32(json.dumps(listed, sort_keys=True).encode())
+        (path / "complete.json").write_text(json.dumps(listed))
     return path
 
 
@@ -86,7 +88,24 @@ def test_incomplete_says_what_is_wrong(tmp_path: Path) -> None:
         assert "complete.json is missing or broken" in str(checkpoint.incomplete(path))
     (path / "complete.json").unlink()
     assert "never finished" in str(checkpoint.incomplete(path))
+    os.mkfifo(path / "complete.json")
+    assert "never finished" in str(checkpoint.incomplete(path)), "a pipe is not waited for"
     assert "never finished" in str(checkpoint.incomplete(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("change", [{"step": 4}, {"world_size": 2}, {"run_id": "b"}, {"files": {}}])
+def test_a_list_of_files_that_was_changed_is_noticed(tmp_path: Path, change: dict[str, Any]) -> None:
+    """A resume takes its step, its ranks and its MLflow run from there."""
+    saved = checkpoint.save(Engine(), TrainState(step=5, run_id="a"), tmp_path, ONE, keep=0)
+    listed = json.loads((saved / "complete.json").read_text())
+    (saved / "complete.json").write_text(json.dumps({**listed, **change}))
+    assert checkpoint.incomplete(saved) == "complete.json is damaged"
+
+
+def test_a_number_that_is_not_the_step_is_no_name(tmp_path: Path) -> None:
+    moved = make(tmp_path, 3).rename(tmp_path / "checkpoint-30")
+    assert checkpoint.incomplete(moved) == "it was written at step 3, so its name is wrong"
+    assert checkpoint.incomplete(moved.rename(tmp_path / "mine")) is None
 
 
 def test_auto_takes_the_newest_complete_one_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

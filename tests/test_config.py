@@ -215,10 +215,49 @@ def test_every_example_parses(path: Path) -> None:
     [
         (["--train.save_best", "eval/iid/group"], "needs evaluations during training; set train.eval_steps"),
         (["--train.save_best", "eval/ood/group", "--train.eval_steps", "5"], "is no metric of data.evaluation (iid); write eval/SPLIT/"),
+        (["--train.adam_beta2", "1"], "train.adam_beta2 must be from 0 to 0.9999999999999999, not 1.0"),
+        (["--train.per_device_train_batch_size", "0"], "train.per_device_train_batch_size must be from 1 to 1000000, not 0"),
+        (["--train.learning_rate", ".nan"], "train.learning_rate must be from 0 to 1e+38, not nan"),
+        (["--objective.csd.warmup", "1.5"], "objective.csd.warmup must be from 0 to 1, not 1.5"),
+        (["--objective.fcd.soft", "-1"], "soft must not be negative"),
+        (["--objective.csd.hinge_cap", "-1"], "hinge_cap must not be negative"),
+        (["--objective.align.temperature", "0"], "temperature must be positive"),
+        (["--objective.dpo.beta", "0"], "beta must be positive"),
+        (["--train.max_steps", "0"], "train.max_steps must be at least 1, or -1"),
+        (["--data.evaluation", '{"a/b": "x.jsonl"}'], "data.evaluation: 'a/b' names files and metrics"),
         (["--train.save_minutes", "-1"], "train.save_minutes must not be negative, and is -1.0"),
     ],
 )
-def test_what_is_saved_when_must_make_sense(argv: list[str], said: str) -> None:
+def test_values_that_no_run_can_have(argv: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as raised:
         parse("--data.evaluation.iid=iid.jsonl", *argv)
     assert said in str(raised.value)
+
+
+LAUGHS = "\n".join(["a: &a0 [x]", *(f"b{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 9))])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"train: {seed: \xff}", "not a configuration (UnicodeDecodeError"),
+        (b"[" * 5000, "run.yaml"),
+        (LAUGHS.encode(), "72 YAML aliases in"),
+        (b'train: !!python/object/apply:os.system ["touch here"]', "could not determine a constructor"),
+    ],
+)
+def test_what_is_no_configuration_is_one_sentence(content: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_bytes(content)
+    for given in (["--config", "run.yaml"], ["--config=run.yaml"]):
+        with pytest.raises(ConfigError, match=r"run\.yaml") as raised:
+            parse(*given)
+        assert said in str(raised.value) and str(raised.value).isprintable()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_aliases_are_for_a_few_values(written) -> None:
+    assert (
+        parse(*written("train: {learning_rate: &rate 1.0e-4}\nmodel: {projector: {learning_rate: *rate}}")).model.projector.learning_rate
+        == 1e-4
+    )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from cfvlm_ds.data import CheckReport, check, check_manifest, open_image, read_manifest
+from cfvlm_ds.data import CheckReport, check, check_manifest, image_size, open_image, read_manifest
 from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit
 
 
@@ -125,6 +125,10 @@ BAD_ROWS = {
     "wrong type": (row(match=5), ["'match' must be a list"]),
     "unhashable id": (row(match=[[["i0"], "t0", 1]]), ["no id ['i0']"]),
     "edit not an object": (row(edits=[["type"]]), ["'edits' must be a list of objects"]),
+    "half a character": (row(prompt="\ud800"), ["\\ud800 is half of a character", "remove it"]),
+    "line break in an id": (row(images=[{"id": "i\n0", "path": "a.png"}], match=[["i0", "t0", 1]]), ["known: i\\n0"]),
+    "terminal's commands": (row(edits=[{"type": "x", "image": "\x1b[2J"}]), ["no id '\\x1b[2J'"]),
+    "endless value": (row(match="x" * 10_000), ["xxx [...] xxx"]),
     "infinite weight": (row(weight=1e400), ["weight must be a positive number", "drop the row"]),
     "huge weight": (row(weight=10**400), ["wrong type", "compare it with the format"]),
     "bad truth": (row(match=[["i0", "t0", 2]]), ["[image id, text id, 0 or 1]"]),
@@ -323,6 +327,8 @@ def test_bad_images(tmp_path: Path) -> None:
         assert "truncated or corrupt" in (message := image_refusal(path)) and "copy or download it again" in message
     for name in ("missing.png", "pipe.png", "."):
         assert "no such image file" in (message := image_refusal(tmp_path / name)) and "restore it" in message
+    with pytest.raises(DataError, match="no such image file"):
+        image_size(tmp_path / "pipe.png")  # a header is not waited for either
     Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tif")
     assert "save it as 8 or 16 bit" in image_refusal(tmp_path / "float.tif")
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False

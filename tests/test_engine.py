@@ -225,6 +225,30 @@ def test_frozen_modules_are_left_out(model_dir: Path) -> None:
     assert {expected_module(name) for group in groups for name in group["params"]} == {"projector"}
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[]", "holds a list, not an object"),
+        (b"\xff{}", "cannot be read"),
+        (b"[" * 100_000, "cannot be read"),
+        (b'{"bf16": true}', "bf16 must be an object"),
+        (b'{"gradient_clipping": [1]}', "gradient_clipping=[1] against"),
+        (b'{"gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": "8"}', "train_micro_batch_size_per_gpu"),
+    ],
+)
+def test_what_is_no_deepspeed_json_is_one_sentence(content: bytes, said: str, tmp_path: Path) -> None:
+    (path := tmp_path / "ds.json").write_bytes(content)
+    config = configured(json_file=path)
+    with pytest.raises(ConfigError) as raised:
+        engine.validate(config, engine.resolve(engine.read_json(str(path)), config, 1, CPU, HIDDEN, STEPS))
+    assert said in str(raised.value) and str(path) in str(raised.value) and str(raised.value).isprintable()
+    for other in (tmp_path, tmp_path / "loop"):
+        (tmp_path / "loop").unlink(missing_ok=True)
+        (tmp_path / "loop").symlink_to("loop")
+        with pytest.raises(ConfigError, match="cannot be read"):
+            engine.read_json(str(other))
+
+
 # --- build locks --------------------------------------------------------------------------------------------------------------------
 
 

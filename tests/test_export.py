@@ -320,6 +320,8 @@ def edited(checkpoint: Path, folder: Path, pattern: str, change: Any) -> Path:
     listed = folder / checkpoint.name / "complete.json"
     description = json.loads(listed.read_text())
     description["files"] = {name: ((listed.parent / name).stat().st_size, 0) for name in description["files"]}
+    del description["crc32"]
+    description["crc32"] = zlib.crc32(json.dumps(description, sort_keys=True).encode())
     listed.write_text(json.dumps(description))
     return folder / checkpoint.name
 

@@ -12,6 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "cfvlm_ds"
 LAYERS = [
+    {"errors"},
     {"groups", "config", "distributed", "stopping"},
     {"likelihood", "attention", "figures", "heartbeat"},
     {"models", "data", "scenes", "cluster", "reshard", "run_lock"},

@@ -27,10 +27,7 @@ ARTIFACTS = {"config.yaml", "ds_config.json", "environment.json", "results.md", 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The server that every training of this module finds in its environment."""
-    folder = tmp_path_factory.mktemp("server")
-    store = ["--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", str(folder / "files")]
-    server = Server(folder, ["server", *store])
-    with server.running(), pytest.MonkeyPatch.context() as patch:
+    with Server(tmp_path_factory.mktemp("server")).running() as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", server.url)
         patch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
         yield mlflow.MlflowClient(tracking_uri=server.url)

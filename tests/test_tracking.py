@@ -42,10 +42,11 @@ def _wait_for(condition: Callable[[], Any], seconds: float = 40.0) -> Any:
 class Server:
     """An MLflow process in a session of its own, so that killing it takes its workers along."""
 
-    def __init__(self, folder: Path, arguments: list[str]) -> None:
+    def __init__(self, folder: Path, arguments: list[str] | None = None) -> None:
+        store = ["server", "--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", str(folder / "files")]
         self.folder, self.port = folder, _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._command = [sys.executable, "-m", "mlflow", *arguments, "--port", str(self.port), "--workers", "1"]
+        self._command = [sys.executable, "-m", "mlflow", *(arguments or store), "--port", str(self.port), "--workers", "1"]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -61,11 +62,11 @@ class Server:
             )
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> Iterator[Server]:
         self.start()
         try:
             self.wait()
-            yield
+            yield self
         finally:
             self.kill()
 
@@ -88,11 +89,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    server = Server(
-        folder, ["server", "--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", str(folder / "files")]
-    )
-    with server.running():
+    with Server(tmp_path_factory.mktemp("server")).running() as server:
         yield server
 
 
@@ -304,6 +301,22 @@ def test_the_callers_own_mlflow_state_is_untouched(remote: Server, tmp_path: Pat
     with _open(tmp_path):
         pass
     assert (mlflow.get_tracking_uri(), mlflow.active_run()) == before
+
+
+@pytest.mark.parametrize("left", [b"", b"\xff", b"[]", b'{"nothing": 1}', b'{"offset": "x"}', b'{"artifacts": [1]}'])
+def test_a_damaged_record_is_left_aside(tmp_path: Path, left: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """A power loss may leave a file without its contents; damaged lines of metrics are dropped, since they stop the others."""
+    with open_tracker(True, tmp_path, "tests", "a run", {}, {}, mlflow=False) as tracker:
+        tracker.log(1, {"loss": 1.0})
+    (tmp_path / ".mlflow_delivery.json").write_bytes(left)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(
+            b'{"step": "2", "time": 1}\n{"step": 2, "time": NaN}\n{"step": 2, "time": 1, "a": "b"}\n{"step": 2, "time": 1, "a": []}\n\xff\n'
+        )
+    with open_tracker(True, tmp_path, "tests", "a run", {}, {}, run_id="known", resume_step=4, mlflow=False) as tracker:
+        tracker.log(5, {"loss": 0.5})
+    assert tracker.run_id == "known" and [line["step"] for line in _lines(tmp_path)] == [1, 5]
+    assert "is damaged and left aside" in capsys.readouterr().err
 
 
 def test_misuse_is_named(remote: Server, tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def image_size(path: str | Path) -> tuple[int, int]:
     """Width and height that open_image gives, from the header alone. Raises DataError naming a file that has none."""
     try:
+        if not Path(path).is_file():
+            raise DataError("no such image file")
         with open(path, "rb") as handle:
             image = _read_header(handle)
             width, height = image.size

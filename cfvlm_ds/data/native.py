@@ -153,10 +153,17 @@ def _list_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parse(data: bytes, where: str, remedy: str) -> Any:
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        text = data.decode("utf-8-sig")
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         return DataError(f"{where}: broken JSON at {line}column {error.colno} ({error.msg}); {remedy}")
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        return DataError(f"{where}: {half} is half of a character, and no tokenizer or file takes it; write the whole or remove it")
     except UnicodeDecodeError as error:
         return DataError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of nested brackets

@@ -78,7 +78,7 @@ def read_scores(path: Path, groups: list[CounterfactualGroup], identity: Mapping
                     what = {"weights": "other weights", "inputs": "another tokenizer, processor or chat template"}[part]
                     raise DataError(f"{path}: these scores were made by {header['model']} with {what} than this run's model; {remedy}")
             stored = {row["id"]: StoredScores(tuple(tuple(line) for line in row["logp"]), tuple(row["blank"])) for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{path}: not a scores file ({error}); {remedy}") from error

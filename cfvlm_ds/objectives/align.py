@@ -37,6 +37,10 @@ class Align:
     len_norm: LengthNorm = "anchor"
     pmi: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, not {self.temperature}")
+
     @property
     def cells(self) -> Cells:
         return "star" if self.infonce else "matched" if self.counterfactual else "anchor"

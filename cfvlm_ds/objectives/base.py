@@ -127,6 +127,8 @@ class MarginTerm:
     def __post_init__(self) -> None:
         if self.margin <= 0:
             raise ValueError(f"margin must be positive, not {self.margin}; to switch a term off set its weight to 0")
+        if self.hinge_cap < 0:
+            raise ValueError(f"hinge_cap must not be negative, and is {self.hinge_cap}; 0 is for no cap")
 
     @property
     def needs_reference(self) -> bool:

@@ -36,6 +36,10 @@ class Dpo:
     image_side: float = 0.0
     anchor: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise ValueError(f"beta must be positive, not {self.beta}")
+
     @property
     def cells(self) -> Cells:
         return "star"

@@ -26,6 +26,11 @@ class Fcd(MarginTerm):
     symmetric: bool = True
     soft: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.soft < 0:
+            raise ValueError(f"soft must not be negative, and is {self.soft}; 0 is for the hard maximum")
+
     @property
     def cells(self) -> Cells:
         return "star"
