@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
@@ -14,6 +16,7 @@ from pathlib import Path
 
 from conftest import REPO, environment, free_port
 
+_PR_SET_PDEATHSIG = 1
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["preloaded", "forked"])
 
@@ -35,6 +38,7 @@ def _rank(variables: dict[str, str], function: str, arguments: Sequence[object],
     from preloaded import ON_CPU
 
     multiprocessing.set_start_method("fork", force=True)  # for data workers: what a process of its own has
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing is left of tests that are cut off
     os.setsid()
     os.chdir(REPO)
     os.environ |= variables | ON_CPU
