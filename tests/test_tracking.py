@@ -60,7 +60,7 @@ class Server:
             )
 
     def wait(self) -> None:
-        _wait_for(self._answers, 60)
+        _wait_for(self._answers, 240)  # importing MLflow takes a busy machine minutes
 
     def _answers(self) -> bool:
         try:
