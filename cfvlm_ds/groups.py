@@ -192,7 +192,7 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
     if not isinstance(cells, list):
         raise DataError(f"{where}: 'match' must be a list of [image id, text id, 0 or 1], not {cells!r}")
     for cell in cells:
-        if not isinstance(cell, list) or len(cell) != 3 or isinstance(cell[2], bool) or cell[2] not in (0, 1):
+        if not isinstance(cell, list) or len(cell) != 3 or type(cell[2]) is not int or cell[2] not in (0, 1):
             raise DataError(f"{where}: match entry {cell!r} must be [image id, text id, 0 or 1]")
         i, c = _lookup(image_index, cell[0], f"{where}: match"), _lookup(text_index, cell[1], f"{where}: match")
         if match[i][c] not in (None, cell[2]):

@@ -310,7 +310,9 @@ def config_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
     text, done, argv = chance.choice(base.config_texts), [], list[str]()
     for _ in range(chance.choice((0, 1, 1, 2))):
         what = chance.choice(["value", "value", "bytes", "form", "tag"])
-        with contextlib.suppress(yaml.YAMLError, AttributeError, TypeError, ValueError):  # an earlier mutation left nothing to change
+        with contextlib.suppress(
+            yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError
+        ):  # an earlier mutation left nothing to change
             if what == "value":
                 value, change = mutated(yaml.safe_load(text), chance)
                 text = json.dumps(value) if chance.random() < 0.5 else yaml.safe_dump(value)

@@ -125,6 +125,8 @@ BAD_ROWS = {
     "wrong type": (row(match=5), ["'match' must be a list"]),
     "unhashable id": (row(match=[[["i0"], "t0", 1]]), ["no id ['i0']"]),
     "edit not an object": (row(edits=[["type"]]), ["'edits' must be a list of objects"]),
+    "null byte": (row(images=[{"id": "i0", "path": "a\0.png"}, {"id": "i1", "path": "b.png"}]), ["null byte", "correct it"]),
+    "truth as a float": (row(match=[["i0", "t0", 1.0]]), ["[image id, text id, 0 or 1]"]),
     "half a character": (row(prompt="\ud800"), ["\\ud800 is half of a character", "remove it"]),
     "line break in an id": (row(images=[{"id": "i\n0", "path": "a.png"}], match=[["i0", "t0", 1]]), ["known: i\\n0"]),
     "terminal's commands": (row(edits=[{"type": "x", "image": "\x1b[2J"}]), ["no id '\\x1b[2J'"]),

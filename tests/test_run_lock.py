@@ -52,6 +52,16 @@ class Holder:
             time.sleep(0.01)
 
 
+@pytest.mark.parametrize("pid", ["x", -1, 10**20, []])
+def test_a_damaged_lock_of_this_machine_is_taken_over(tmp_path: Path, pid: object) -> None:
+    said: list[str] = []
+    with RunLock(tmp_path):
+        content = json.loads((tmp_path / run_lock.NAME).read_text())
+    (tmp_path / run_lock.NAME).write_text(json.dumps(content | {"pid": pid}))
+    with RunLock(tmp_path, said.append):
+        assert "its process is gone" in said[0]
+
+
 def rewritten(folder: Path, age: float = 0.0, **changes: object) -> None:
     """The lock as another machine would have written it so many seconds ago."""
     lock = folder / run_lock.NAME

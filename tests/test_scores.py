@@ -86,7 +86,7 @@ def test_one_missing_group_is_named(path: Path, groups: list[CounterfactualGroup
         read_scores(path, groups)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf"), None, "-3.0"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1e300, None, "-3.0"])
 def test_values_that_are_no_finite_numbers(path: Path, groups: list[CounterfactualGroup], value: object) -> None:
     for key in ("logp", "blank"):
 

@@ -93,7 +93,8 @@ def test_a_server_that_dies_in_mid_run_and_comes_back_gets_everything_once(
     """Killed while it has some of the steps, and started again at the same address before the run ends."""
     folder = tmp_path / "dying"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
-    process = launch([sys.executable, "train.py", *tracked(model_dir, manifests, folder, "--train.max_steps", "400")])
+    size = ["--train.max_steps", "120", "--train.per_device_train_batch_size", "4"]
+    process = launch([sys.executable, "train.py", *tracked(model_dir, manifests, folder, *size)])
     client = mlflow.MlflowClient(tracking_uri=server.url)
 
     def delivered() -> int:
@@ -111,5 +112,5 @@ def test_a_server_that_dies_in_mid_run_and_comes_back_gets_everything_once(
     assert process.returncode == 0 and "does not answer, will try again" in output, output[-3000:]
     server.wait()
     assert deliver(folder, timeout=60)
-    assert steps(folder) == 400
+    assert steps(folder) == 120
     is_all_there(server, folder)

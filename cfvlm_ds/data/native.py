@@ -100,6 +100,8 @@ class _Confinement:
                 f"image path {str(path)!r} is outside the data root, or written as if it were (absolute, or with '..'); write it relative "
                 f"to {self.root}, or pass another root"
             )
+        if "\0" in path.name:  # of the folders, resolving would tell
+            raise DataError(f"image path {str(path)!r} cannot be followed (it has a null byte); correct it")
         full = self.root / path
         try:
             # A million images sit in few folders. Resolving each folder once leaves one system call per image on a network file system.

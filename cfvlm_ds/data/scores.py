@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 
 SCHEMA = "cfscores/2"
+_FLOAT32 = 3e38  # what is larger becomes infinite as a tensor
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def read_scores(path: Path, groups: list[CounterfactualGroup], identity: Mapping
             raise DataError(f"{path}: no scores for group {group.id!r}, the file is incomplete; {remedy}")
         lines = [*stored[group.id].logp, stored[group.id].blank]
         images, texts = len(group.images), len(group.candidates)
-        finite = all(isinstance(value, float) and math.isfinite(value) for line in lines for value in line)
+        finite = all(isinstance(value, float) and abs(value) < _FLOAT32 for line in lines for value in line)
         if [len(line) for line in lines] != [texts] * (images + 1) or not finite:
             raise DataError(f"{path}:{number}: group {group.id!r} needs {images}x{texts} finite scores and {texts} blind ones; {remedy}")
     return stored
