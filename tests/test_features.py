@@ -104,7 +104,7 @@ def test_adapters_of_the_projector_drop_out_alike(folder: Path, groups: list[Cou
     engine, found = Engine(model), []
     with torch.no_grad():
         given = engine(image_inputs=load_collator(model, "full")(groups).model_inputs["image_inputs"])
-        if not all(tensor.is_contiguous() for tensor in given.values()):
+        if any(list(tensor.stride()) != sorted(tensor.stride(), reverse=True) for tensor in given.values()):
             pytest.skip("dropout draws along memory, and this tower's output lies there in another order")
         for name, parameter in engine.module.model.named_parameters():
             if "lora_B" in name:
