@@ -100,7 +100,7 @@ class Family:
         return max(fitting)[1]
 
     def projectors(self, model: nn.Module) -> list[str]:
-        """Names of the modules that take what the tower gives, in the order of the features that they make of it."""
+        """Names of the modules that take what the tower gives, in the order in which the model calls them."""
         found = {name: module for name, module in model.named_modules() if name in self.projector}
         lists = {name: [f"{name}.{k}" for k in range(len(module))] for name, module in found.items() if isinstance(module, nn.ModuleList)}
         return [part for name in self.projector if name in found for part in lists.get(name, [name])]
@@ -218,7 +218,7 @@ class Scorer(nn.Module):
     def _projected(self, tower_features: dict[str, Tensor], rows: Sequence[int], **inputs: Tensor) -> Any:
         """What ``get_image_features`` returns, from what the tower gave; each image has ``rows`` of the projector's output."""
         model: Any = self.model
-        first, *further = (
+        *further, first = (  # dropout in adapters must draw its numbers in the model's own order
             self.family.arrange(model, model.get_submodule(name)(tower_features[name]), rows, inputs) for name in self.projectors
         )
         return SimpleNamespace(pooler_output=first, deepstack_features=further)

@@ -45,7 +45,7 @@ def out_of_windows(model: Any, projected: Tensor, rows: Sequence[int], inputs: d
 QWEN_VL = Family(
     model_types=("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
     vision_tower=("model.visual",),
-    projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
+    projector=("model.visual.deepstack_merger_list", "model.visual.merger"),
     language_model=("model.language_model", "lm_head"),
     image_inputs=("pixel_values", "image_grid_thw"),
     per_image=("image_grid_thw",),
