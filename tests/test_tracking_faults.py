@@ -75,7 +75,7 @@ def test_a_server_that_takes_5_s_a_call_costs_no_step_anything(
     proxy, folder = SlowProxy(server.port), tmp_path / "slow"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
     process = launch([sys.executable, "train.py", *tracked(model_dir, manifests, folder, "--train.max_steps", "60")])
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=900)
     ended = time.time()
     assert process.returncode == 0, output[-3000:]
     assert proxy.answers >= 3, "it did talk to the slow server"
@@ -93,7 +93,7 @@ def test_a_server_that_dies_in_mid_run_and_comes_back_gets_everything_once(
     """Killed while it has some of the steps, and started again at the same address before the run ends."""
     folder = tmp_path / "dying"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
-    size = ["--train.max_steps", "120", "--train.per_device_train_batch_size", "4"]
+    size = ["--train.max_steps", "60", "--train.per_device_train_batch_size", "2"]
     process = launch([sys.executable, "train.py", *tracked(model_dir, manifests, folder, *size)])
     client = mlflow.MlflowClient(tracking_uri=server.url)
 
@@ -102,15 +102,15 @@ def test_a_server_that_dies_in_mid_run_and_comes_back_gets_everything_once(
         runs = client.search_runs([experiment.experiment_id]) if experiment else []
         return max((len(client.get_metric_history(found.info.run_id, "loss")) for found in runs), default=0)
 
-    wait_for(lambda: delivered() > 5, 200)
+    wait_for(lambda: delivered() > 3, 400)
     server.kill()
     before = steps(folder)
-    wait_for(lambda: steps(folder) > before + 20, 100)
+    wait_for(lambda: steps(folder) > before + 10, 200)
     assert process.poll() is None, "it trains on without the server"
     server.start()
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0 and "does not answer, will try again" in output, output[-3000:]
     server.wait()
     assert deliver(folder, timeout=60)
-    assert steps(folder) == 120
+    assert steps(folder) == 60
     is_all_there(server, folder)
