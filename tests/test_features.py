@@ -99,13 +99,13 @@ def test_scores_and_gradients_are_those_of_the_tower(folder: Path, groups: list[
 
 
 def test_adapters_of_the_projector_drop_out_alike(folder: Path, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
-    """From the same random numbers, where the second factor of an adapter is not zero; fp32, relative 1e-5."""
+    """From the same random numbers, where the second factor of an adapter is not zero; fp32, relative 1e-5. Dropout draws along memory: a
+    tower whose output lies there in another order has other numbers, as docs/families.md says."""
     model = configured(folder, projector=ModuleConfig("lora"), lora=LoraConfig(rank=2, dropout=0.5))
     engine, found = Engine(model), []
     with torch.no_grad():
         given = engine(image_inputs=load_collator(model, "full")(groups).model_inputs["image_inputs"])
-        if any(list(tensor.stride()) != sorted(tensor.stride(), reverse=True) for tensor in given.values()):
-            pytest.skip("dropout draws along memory, and this tower's output lies there in another order")
+        alike = all(list(tensor.stride()) == sorted(tensor.stride(), reverse=True) for tensor in given.values())
         for name, parameter in engine.module.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
@@ -114,8 +114,9 @@ def test_adapters_of_the_projector_drop_out_alike(folder: Path, groups: list[Cou
             torch.manual_seed(seed)
             engine.module.train()
             found.append(engine(**batch.model_inputs))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
-    assert (found[2] - found[0]).abs().max() > 1e-3, "dropout matters"
+    apart, by_seed = ((other - found[0]).abs().max() for other in found[1:])
+    assert apart < 1e-5 if alike else apart > 1e-3
+    assert by_seed > 1e-3, "dropout matters"
 
 
 def test_the_blank_control_is_that_of_the_tower(folder: Path, groups: list[CounterfactualGroup], tmp_path: Path) -> None:

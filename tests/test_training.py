@@ -86,7 +86,7 @@ def test_kill_between_steps_resumes_bit_identically(model_dir: Path, manifests: 
     command = [*launcher(2), "train.py"]
     run_trainings(2, train_arguments(model_dir, manifests, whole, *extra), said=tmp_path / "said")
     process = launch([*command, *train_arguments(model_dir, manifests, broken, *extra)])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (broken / "checkpoint-6").exists():
         assert time.monotonic() < deadline and process.poll() is None, "no checkpoint in time"
         time.sleep(0.01)
