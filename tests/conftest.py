@@ -29,6 +29,8 @@ REPO = Path(__file__).resolve().parent.parent
 PROMPT = "Describe the image."
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square")
+ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "DEEPSPEED_LOG_LEVEL": "warning", "OMP_NUM_THREADS": "1"}
+"""Settings of forked ranks, also beside a GPU: CUDA does not live through a fork."""
 
 
 LONG = ("test_slurm.py", "test_family_training.py", "test_faults.py", "test_training.py")

@@ -11,18 +11,27 @@ import runpy
 import signal
 import sys
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from unittest.mock import patch
 
-from conftest import REPO, environment, free_port
+from conftest import ON_CPU, REPO, environment, free_port
 
 _PR_SET_PDEATHSIG = 1
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["preloaded", "forked"])
+
+
+def _start_server() -> None:
+    """With what it imports on its path, and the settings of CPU ranks in its environment from the beginning: OpenMP reads them once."""
+    _CONTEXT.set_forkserver_preload(["preloaded", "forked"])
+    with patch.dict(os.environ, {**ON_CPU, "PYTHONPATH": os.pathsep.join([str(REPO / "tests"), str(REPO)])}):
+        forkserver.ensure_running()
 
 
 def start(number: int, function: str, *arguments: object, said: Path) -> list[ForkServerProcess]:
     """Start ``MODULE:FUNCTION`` as so many ranks, in sessions of their own; what each says is added to ``said/rank-RANK.log``."""
+    _start_server()
     shared = environment() | {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     said.mkdir(parents=True, exist_ok=True)
@@ -35,8 +44,7 @@ def start(number: int, function: str, *arguments: object, said: Path) -> list[Fo
 
 
 def _rank(variables: dict[str, str], function: str, arguments: Sequence[object], said: Path) -> None:
-    from preloaded import ON_CPU
-
+    assert "preloaded" in sys.modules, "ranks would each import everything"
     multiprocessing.set_start_method("fork", force=True)  # for data workers: what a process of its own has
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing is left of tests that are cut off
     os.setsid()
