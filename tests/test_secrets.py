@@ -103,4 +103,4 @@ def test_an_error_that_quotes_an_option_leaves_its_password_out(model_dir: Path,
         [*train_arguments(model_dir, manifests, tmp_path), f"--data.train=https://me:{PLANTED['option']}@host/a.jsonl"], "http://x"
     )
     assert done.returncode == 2 and not leaks(done.stdout, done.stderr), done.stderr
-    assert "error: https:/***@host/a.jsonl: no such manifest" in done.stderr
+    assert "error: https://***@host/a.jsonl: no such manifest" in done.stderr
