@@ -51,8 +51,8 @@ from cfvlm_ds.run_lock import RunLock
 from cfvlm_ds.tracking import open_tracker
 from cfvlm_ds.training import _is_finished, _locked
 
-LIMIT_S = 60
-"""A round takes milliseconds; this is a hang, on a machine that other work keeps busy too."""
+COMPUTING_S, WAITING_S = 20, 600
+"""A round takes milliseconds. The first bounds a loop, the second a wait; a busy machine can hold a round up for minutes of the clock."""
 
 Random = random.Random
 ODD: list[Any] = [
@@ -556,17 +556,19 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, str | int]]:
 
 
 @contextlib.contextmanager
-def limited(seconds: int) -> Iterator[None]:
+def limited() -> Iterator[None]:
     def ended(*_: object) -> None:
-        raise Hang(f"still running after {seconds} s")
+        raise Hang(f"still running after {COMPUTING_S} s of the processor, or {WAITING_S} s of the clock")
 
-    before = signal.signal(signal.SIGALRM, ended)
-    signal.alarm(seconds)
+    signal.signal(signal.SIGPROF, ended)
+    signal.signal(signal.SIGALRM, ended)
+    signal.setitimer(signal.ITIMER_PROF, COMPUTING_S)
+    signal.alarm(WAITING_S)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def play(base: Base, seed: int, number: int) -> tuple[str, str]:
@@ -582,7 +584,7 @@ def play(base: Base, seed: int, number: int) -> tuple[str, str]:
             raise Defect(seed, number, kind, traceback.format_exc()) from None
         before, ended = snapshot(folder), "a correct run"
         try:
-            with limited(LIMIT_S), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with limited(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 attempt()
         except (ConfigError, DataError) as error:
             ended = type(error).__name__
