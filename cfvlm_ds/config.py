@@ -136,6 +136,11 @@ class DataConfig:
     max_tokens_per_forward: int | None = None
     feature_cache: str | None = None
 
+    @property
+    def workers(self) -> int:
+        """``num_workers``, or the machine's."""
+        return default_workers() if self.num_workers is None else self.num_workers
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -20,7 +20,7 @@ from torch import Tensor
 from cfvlm_ds import heartbeat
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.collate import Batch, Collator
-from cfvlm_ds.config import ConfigError, RunConfig, default_workers
+from cfvlm_ds.config import ConfigError, RunConfig
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.distributed import World, all_reduce_sums, gather_objects, random_state, set_random_state
 from cfvlm_ds.groups import CounterfactualGroup, DataError
@@ -52,11 +52,6 @@ class Run:
     @property
     def dir(self) -> Path:
         return Path(self.config.train.output_dir)
-
-    @property
-    def num_workers(self) -> int:
-        configured = self.config.data.num_workers
-        return default_workers() if configured is None else configured
 
 
 class Meter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import platform
 import subprocess
@@ -115,6 +116,10 @@ def _train(config: RunConfig, world: World) -> None:
     with tracker, pulse:
         driven, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=content_hash(groups))
         flops = ModelFlops(driven.module.model, driven.module.family)
+        if (folder := config.data.feature_cache) is not None:  # before Stop begins to measure how long a step takes
+            pulse.mark("features", state.step)
+            shown = itertools.chain(groups, *splits.values())
+            collator.features = feature_cache(Path(folder), config.model, driven, collator, shown, world, config.data.workers)
         run = Run(
             config, world, driven, collator, sampler, groups, splits, state, total_steps, flops, Stop(config.train.stop_margin_s), pulse
         )
@@ -131,11 +136,6 @@ def _train(config: RunConfig, world: World) -> None:
                 )
         for path in _record(run, resolved.config):
             tracker.artifact(path)
-        if (folder := config.data.feature_cache) is not None:
-            pulse.mark("features", state.step)
-            shown = [group for some in (groups, *splits.values()) for group in some]
-            collator.features = feature_cache(Path(folder), config.model, driven, collator, shown, world, run.num_workers)
-            run.stop = Stop(config.train.stop_margin_s)  # the pass is no measure of how long a step takes
         _check_scores(run)
         if stopped := _loop(run, tracker):
             world.say(f"stopped after step {state.step} of {total_steps}: {stopped}; the same command continues from the checkpoint")
@@ -274,7 +274,7 @@ def _loop(run: Run, tracker: Any) -> str | None:
         if train.eval_steps and state.step % train.eval_steps == 0 and not last and not stop:
             run.pulse.mark("evaluation", state.step)
             run.engine.eval()
-            results, _ = evaluate(run.engine, run.collator, run.splits, world, train.per_device_eval_batch_size, run.num_workers)
+            results, _ = evaluate(run.engine, run.collator, run.splits, world, train.per_device_eval_batch_size, run.config.data.workers)
             run.engine.train()
             tracker.log(state.step, flat_metrics(results))
             for split, rows in results.items():
@@ -321,7 +321,7 @@ def _save(run: Run, tracker: Any, needed: bool) -> None:
 
 def _batches(run: Run) -> Iterator[list[Batch]]:
     """Micro-batches, each in the parts that are run one after the other."""
-    workers = run.num_workers
+    workers = run.config.data.workers
     collate = partial(run.collator.without_unreadable, max_tokens=run.config.data.max_tokens_per_forward)
     loader: Any = DataLoader(
         run.groups,  # type: ignore[arg-type]
@@ -367,7 +367,7 @@ def _finish(run: Run, tracker: Any) -> None:
     run.pulse.mark("evaluation and export", run.state.step)
     run.engine.eval()
     results, scores = evaluate(
-        run.engine, run.collator, run.splits, run.world, run.config.train.per_device_eval_batch_size, run.num_workers
+        run.engine, run.collator, run.splits, run.world, run.config.train.per_device_eval_batch_size, run.config.data.workers
     )
     tracker.log(run.state.step, flat_metrics(results))
     if run.world.is_main:

@@ -191,7 +191,7 @@ def run_ranks(number: int, function: str, *arguments: object, said: Path, timeou
     for rank in late:
         os.killpg(rank.pid or 0, signal.SIGKILL)
         rank.join()
-    ended = [(rank.exitcode or 0, (said / f"rank-{number}.log").read_text()) for number, rank in enumerate(ranks)]
+    ended = [(rank.exitcode or 0, (said / f"rank-{index}.log").read_text()) for index, rank in enumerate(ranks)]
     assert not late, f"still running after {timeout} s:\n" + "\n".join(output[-2000:] for _, output in ended)
     return ended
 
@@ -200,7 +200,7 @@ def run_trainings(number: int, *trainings: list[str], said: Path, timeout: float
     """The trainings, one after the other, by one family of ranks; what they said."""
     (listed := said.with_suffix(".jsonl")).write_text("".join(json.dumps(arguments) + "\n" for arguments in trainings))
     ended = run_ranks(number, by, listed, said=said, timeout=timeout)
-    output = "".join(said for _, said in ended)
+    output = "".join(text for _, text in ended)
     assert not any(code for code, _ in ended), output[-6000:]
     return output
 
