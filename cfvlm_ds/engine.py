@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -264,6 +265,48 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
         config=resolved.config,
     )
     return engine
+
+
+def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | None:
+    """A function that returns for how many seconds, since its last call, computation waited for ZeRO-3 to gather weights; None elsewhere.
+
+    A module's wait is from its request for its weights to their arrival: on CUDA by events of the stream that computes, and those it has
+    not reached yet count in the next call, so that nothing is held up to be measured; elsewhere by the process's own clock.
+    """
+    if not hasattr(engine.optimizer, "parameter_offload"):
+        return None
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    fetch, waited = coordinator.fetch_sub_module, 0.0
+    underway: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def by_clock(*arguments: Any, **options: Any) -> None:
+        nonlocal waited
+        asked = time.perf_counter()
+        fetch(*arguments, **options)
+        waited += time.perf_counter() - asked
+
+    def by_events(*arguments: Any, **options: Any) -> None:
+        asked, arrived = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        asked.record()
+        fetch(*arguments, **options)
+        arrived.record()
+        underway.append((asked, arrived))
+        collect()
+
+    def collect() -> None:
+        nonlocal waited
+        while underway and underway[0][1].query():
+            asked, arrived = underway.popleft()
+            waited += asked.elapsed_time(arrived) / 1000
+
+    def since_last() -> float:
+        nonlocal waited
+        collect()
+        found, waited = waited, 0.0
+        return found
+
+    coordinator.fetch_sub_module = by_events if device.type == "cuda" else by_clock
+    return since_last
 
 
 def recompute_activations(model: Any) -> None:

@@ -55,9 +55,13 @@ class Run:
 
 
 class Meter:
-    """Sums and counts since the last record; ratios are taken only after adding over ranks."""
+    """Sums and counts since the last record; ratios are taken only after adding over ranks.
 
-    def __init__(self) -> None:
+    ``gathering``, where weights are partitioned, returns the seconds since its last call in which computation waited for them.
+    """
+
+    def __init__(self, gathering: Callable[[], float] | None) -> None:
+        self.gathering = gathering
         self.reset()
 
     def reset(self) -> None:
@@ -65,6 +69,8 @@ class Meter:
         self.counts: dict[str, Tensor] = {}
         self.waited = 0.0
         self.since = time.monotonic()
+        if self.gathering is not None:
+            self.gathering()
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         self.sums[name] = self.sums.get(name, torch.zeros(())) + torch.as_tensor(total, dtype=torch.float64).cpu()
@@ -80,6 +86,8 @@ class Meter:
         for name in [n for n in metrics if n.startswith("throughput/")]:
             metrics[name] = both["sums"][names.index(name)].item() / elapsed
         metrics["throughput/data_wait_share"] = self.waited / elapsed
+        if self.gathering is not None:
+            metrics["throughput/all_gather_share"] = self.gathering() / elapsed
         self.reset()
         return metrics
 

@@ -248,7 +248,7 @@ def _loop(run: Run, tracker: Any) -> str | None:
     """Train to the end, or to where the ranks agree to stop: then the reason."""
     train, state, world = run.config.train, run.state, run.world
     batches = _batches(run)
-    meter = Meter()
+    meter = Meter(engine.gather_clock(run.engine, world.device))
     started, first_step = time.monotonic(), state.step
     run.saved_at = started
     run.engine.train()
@@ -339,11 +339,12 @@ def _progress(run: Run, metrics: Mapping[str, float], remaining: float) -> str:
     terms = " ".join(f"{name.split('/')[1]} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/"))
     rates = {name: metrics[f"throughput/{name}"] for name in ("groups_per_s", "tokens_per_s", "model_tflop_per_s", "data_wait_share")}
     utilisation = f" (MFU {metrics['throughput/mfu']:.1%})" if "throughput/mfu" in metrics else ""
+    gathering = f" all-gather {metrics['throughput/all_gather_share']:.1%}" if "throughput/all_gather_share" in metrics else ""
     minutes, seconds = divmod(int(remaining), 60)
     return (
         f"step {run.state.step}/{run.total_steps} epoch {metrics['epoch']:.2f} loss {metrics['loss']:.4f} ({terms}) "
         f"lr {metrics['learning_rate']:.2e} {rates['groups_per_s']:.1f} groups/s {rates['tokens_per_s']:.0f} tokens/s "
-        f"{rates['model_tflop_per_s']:.3g} TFLOP/s{utilisation} wait {rates['data_wait_share']:.1%} ETA {minutes}:{seconds:02d}"
+        f"{rates['model_tflop_per_s']:.3g} TFLOP/s{utilisation} wait {rates['data_wait_share']:.1%}{gathering} ETA {minutes}:{seconds:02d}"
     )
 
 

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import resource
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,40 @@ def stopped(step: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def slow_gathers(delay: float, told: str) -> Iterator[None]:
+    """Every collective that gathers weights takes ``delay`` seconds more; rank 0 tells how many more each step took."""
+    from deepspeed import comm
+
+    step, slept = training.optimizer_step, 0.0
+
+    def slow(gather):  # type: ignore[no-untyped-def]
+        def slower(*arguments, **options):  # type: ignore[no-untyped-def]
+            nonlocal slept
+            time.sleep(delay)
+            slept += delay
+            return gather(*arguments, **options)
+
+        return slower
+
+    def told_step(run, batches, meter):  # type: ignore[no-untyped-def]
+        nonlocal slept
+        slept = 0.0  # what evaluations and the check before the first step took is not the step's
+        done = step(run, batches, meter)
+        if rank() == 0:
+            with Path(told).open("a") as handle:
+                handle.write(f"{slept}\n")
+        return done
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(training, "optimizer_step", told_step))
+        for name in ("allgather_fn", "all_gather_into_tensor", "all_gather_coalesced"):
+            stack.enter_context(patch.object(comm, name, slow(getattr(comm, name))))
+        yield
+
+
 FAULTS = {
+    "slow gathers": slow_gathers,
     "taken": taken,
     "stopped": stopped,
     "exit": nothing,

@@ -28,6 +28,7 @@ def planned(manifests: dict[str, Path], folder: Path) -> Plans:
         "whole": (["nothing"], often),
         "full for a while": (["full disk", 2], often),
         "full at the end": (["full disk", 3], often),
+        "slow gathers": (["slow gathers", 0.02, str(folder / "slow.txt")], ["--train.max_steps", "3"]),
         "left out": (["left out", ILL], FIVE),
         **{f"{what} {then}": (["nothing"], planted(what, then)) for what in ("loss", "gradient") for then in ("skip", "stop")},
         "without": (["without", BROKEN], one_epoch),
@@ -234,3 +235,24 @@ def test_out_of_memory_names_the_batch_and_the_setting(trainings: tuple[Path, di
     assert "error: out of memory at step 2 on rank 1; its largest forward has 4 groups, " in said
     assert "; lower train.per_device_train_batch_size (4), and raise train.gradient_accumulation_steps, set data." in said
     assert "can't allocate memory" in said
+
+
+# Where the time goes ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_wait_for_weights_is_measured(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    """Gathers that take longer by known times show up as those times in the share of the step, and in the progress line."""
+    folder, said = trainings
+
+    def of_run(name: str) -> tuple[list[float], list[float]]:
+        steps = [row for row in metrics(folder / name) if "loss" in row]
+        elapsed = [8 * 2 / step["throughput/groups_per_s"] for step in steps]
+        return elapsed, [step["throughput/all_gather_share"] * seconds for step, seconds in zip(steps, elapsed, strict=True)]
+
+    added = [float(line) for line in (folder / "slow.txt").read_text().split()]
+    elapsed, slow = of_run("slow gathers")
+    _, quick = of_run("whole")
+    assert len(added) == 3 and min(added) > 1, "some sixty gathers forward, and as many backward"
+    for more, seconds, waited, usual in zip(added, elapsed, slow, quick, strict=True):
+        assert more <= waited < seconds and 0 < usual < more
+    assert sum("all-gather" in line for line in said["slow gathers"] if line.startswith("step ")) == 3

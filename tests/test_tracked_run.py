@@ -98,7 +98,8 @@ def test_metrics_are_on_the_server_as_on_disk(client: Any, finished: Path) -> No
         "skipped_groups",
     }
     every_step |= {f"throughput/{n}_per_s" for n in ("groups", "candidates", "tokens", "images", "model_tflop")} | {
-        "throughput/data_wait_share"
+        "throughput/data_wait_share",
+        "throughput/all_gather_share",
     }
     assert {name for name in found if not name.startswith(("eval/", "checkpoint/"))} == every_step
     for name in ("seconds", "share", "failed"):
