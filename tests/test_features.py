@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from test_family_training import arguments, manifest, models
 
 from cfvlm_ds.collate import Collator, blinded, load_collator
 from cfvlm_ds.config import ConfigError, LoraConfig, ModelConfig, ModuleConfig, parse_config
+from cfvlm_ds.data.features import Features, read_features, write_features
 from cfvlm_ds.distributed import World
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.models import Scorer, family_of, load_model, tower_fingerprint
@@ -295,6 +297,24 @@ def test_a_damaged_file(damage: str, next_dir: Path, groups: list[Counterfactual
     assert engine.tower_runs == before + 1 and torch.equal(engine(**again), engine(**whole))
     assert (f"warning: {file}: features cannot be read" in capsys.readouterr().out) == (damage == "cut short")
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_file_is_whole_whoever_else_writes_it(tmp_path: Path) -> None:
+    """Runs may fill one folder at the same time."""
+    file = tmp_path / "ab" / "picture.safetensors"
+    features = Features((3, 2), [7], {"projector": torch.arange(2e4)}, {"grid": torch.tensor([[1, 2, 2]])})
+    write_features(file, features)
+
+    def work(writes: bool) -> None:
+        for _ in range(50):
+            if writes:
+                write_features(file, features)
+            else:
+                assert torch.equal(read_features(file).tower["projector"], features.tower["projector"])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [True, False] * 4))
+    assert list(tmp_path.rglob("*.*")) == [file]
 
 
 def test_a_picture_that_cannot_be_read_is_an_error_where_it_is_used(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -76,7 +76,7 @@ def write_features(file: Path, features: Features) -> None:
     tensors |= {f"{_INPUT}{name}": tensor.contiguous() for name, tensor in features.inputs.items()}
     tensors |= {"size": torch.tensor(features.size), "stands": torch.tensor(features.stands)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.uname().nodename}-{os.getpid()}.partial")
+    partial = file.with_suffix(f".{uuid4().hex}.partial")  # containers may share a host's name and their processes numbers
     try:
         partial.write_bytes(save(tensors, {"sum": _sum(tensors)}))
         partial.replace(file)
