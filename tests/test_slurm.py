@@ -18,6 +18,8 @@ from slurm.jobs import submit
 from cfvlm_ds.cluster import gpu_fault
 from cfvlm_ds.distributed import _tasks_on_node
 
+STEPS = 14
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -31,10 +33,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def options(model_dir: Path, manifests: dict[str, Path]) -> list[str]:
-    """A training of 20 steps whose weights are written at the end."""
+    """A training whose weights are written at the end."""
     given = {"config": "tests/train.yaml", "deepspeed": "tests/z3_partitioned.json", "data.train": str(manifests["train"])}
     given |= {"model.name_or_path": str(model_dir), "train.per_device_train_batch_size": "2"}
-    given |= {"train.max_steps": "20", "train.save_steps": "7", "train.export": "true"}
+    given |= {"train.max_steps": str(STEPS), "train.save_steps": "5", "train.export": "true"}
     return [part for name, value in given.items() for part in (f"--{name}", value)]
 
 
@@ -54,7 +56,7 @@ def test_a_signal_and_a_lost_node_change_nothing(cluster: Cluster, options: list
     job.usr1()
     wait_until(lambda: "requeue: stopped on request" in job.log, 900, "requeue")
     stopped = len(job.losses)
-    assert f"stopped after step {stopped} of 20: a signal asked for it" in job.log and (job.run_dir / f"checkpoint-{stopped}").exists()
+    assert f"stopped after step {stopped} of {STEPS}: a signal asked for it" in job.log and (job.run_dir / f"checkpoint-{stopped}").exists()
     first = json.loads((job.run_dir / ".mlflow_delivery.json").read_text())["run_id"]
     job.reach(stopped + 2)
     cluster.power_off("node4")
@@ -63,13 +65,13 @@ def test_a_signal_and_a_lost_node_change_nothing(cluster: Cluster, options: list
     state = job.end()
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), job.log
     assert int(state["Restarts"]) >= 2 and "start 3, on" in job.log
-    assert job.losses == losses(tmp_path / "whole") and len(job.losses) == 20 and (job.run_dir / "finished.json").exists()
+    assert job.losses == losses(tmp_path / "whole") and len(job.losses) == STEPS and (job.run_dir / "finished.json").exists()
     ours, theirs = (load_file(run_dir / "export" / "model.safetensors") for run_dir in (job.run_dir, tmp_path / "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     client = MlflowClient(f"sqlite:///{job.run_dir}/mlflow.db")
     (found,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
     assert (found.info.run_id, found.info.status) == (first, "FINISHED")
-    assert [point.step for point in client.get_metric_history(found.info.run_id, "loss")] == list(range(1, 21))
+    assert [point.step for point in client.get_metric_history(found.info.run_id, "loss")] == list(range(1, STEPS + 1))
 
 
 def test_a_crash_without_progress_ends_after_the_bound(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
