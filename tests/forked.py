@@ -57,10 +57,16 @@ def _rank(variables: dict[str, str], function: str, arguments: Sequence[object],
     getattr(importlib.import_module(module), name)(*arguments)
 
 
+def script(file: str, arguments: Sequence[str]) -> None:
+    """``python FILE ARGUMENTS``."""
+    sys.argv = [file, *arguments]
+    sys.path.insert(0, str(Path(file).resolve().parent))
+    runpy.run_path(file, run_name="__main__")
+
+
 def train_script(arguments: Sequence[str]) -> None:
     """``python train.py ARGUMENTS``."""
-    sys.argv = ["train.py", *arguments]
-    runpy.run_path("train.py", run_name="__main__")
+    script("train.py", arguments)
 
 
 def train_all(listed: Path) -> None:

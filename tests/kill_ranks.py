@@ -63,8 +63,8 @@ def main(ranks: int, rounds: int, seed: int = 0) -> None:
         weights = [same(folder / "whole" / f"checkpoint-{steps}", folder / "killed" / f"checkpoint-{steps}", rank) for rank in range(ranks)]
         verdict = "bit-equal" if all(weights) and same_losses else "DIFFERENT"
         print(
-            f"| kill -9 of a random rank, {kills} rounds over one {ranks}-rank run of {steps} steps | {resumes} of {kills} restarts found "
-            f"a checkpoint; final weights, moments and losses {verdict} | in {kills - helped} rounds the others ended by themselves; "
+            f"| kill -9 of a random rank, {kills} rounds over one {ranks}-rank run of {steps} steps | {resumes} of {kills} restarts "
+            f"lived to resume; final weights, moments and losses {verdict} | in {kills - helped} rounds the others ended by themselves; "
             f"{time.monotonic() - started:.0f} s in all against {whole_s:.0f} s uninterrupted |"
         )
         sys.exit(verdict != "bit-equal")
@@ -77,10 +77,9 @@ def recorded(run_dir: Path) -> int:
 
 def wait_for(run_dir: Path, before: int, lives: int | None, steps: int, processes: list[ForkServerProcess]) -> None:
     """Until the run has recorded so many steps more than it resumed with, at most until the step before its last."""
+    newest = max((int(path.name.rsplit("-")[-1]) for path in run_dir.glob("checkpoint-*[0-9]")), default=0)
     while lives is not None and all(process.is_alive() for process in processes):
-        done = recorded(run_dir)
-        newest = max((int(path.name.rsplit("-")[-1]) for path in run_dir.glob("checkpoint-*[0-9]")), default=0)
-        if done >= min(max(before, newest) + lives, steps - 1):
+        if recorded(run_dir) >= min(max(before, newest) + lives, steps - 1):
             return
         time.sleep(0.02)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import launcher, run
+from conftest import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfvlm_ds.attention import registered
@@ -62,9 +62,9 @@ def test_model_flops_are_those_that_torch_counts(family: str, frozen: tuple[str,
 
 def test_zero3_gathers_no_more_for_eight_texts_than_for_one(tmp_path: Path) -> None:
     """Two real ranks; elements and collectives of a step equal those of a plain supervised step on the same tokens."""
-    layouts = ["--layouts", "supervised", "shared prefix", "--recompute", "0"]
-    command = [*launcher(2), "benchmarks/zero3_comm.py", *layouts]
-    run([*command, "--json", str(tmp_path / "found.json")])
+    options = ["--layouts", "supervised", "shared prefix", "--recompute", "0", "--json", str(tmp_path / "found.json")]
+    ended = run_ranks(2, "forked:script", "benchmarks/zero3_comm.py", options, said=tmp_path / "said")
+    assert [code for code, _ in ended] == [0, 0], ended
     rows = json.loads((tmp_path / "found.json").read_text())
     assert [(row["layout"], row["texts"]) for row in rows] == [(name, k) for k in (1, 8) for name in ("supervised", "shared prefix")]
     assert len({(row["elements"], row["collectives"]) for row in rows}) == 1

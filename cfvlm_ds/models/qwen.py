@@ -63,7 +63,7 @@ class TransposeByWholeShape(Transpose):
     The library compares with a parameter's ``shape``, which under ZeRO-3 is that of an empty tensor; the whole one stands beside it.
     """
 
-    def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
         parameter = kwargs["model"].get_parameter(kwargs["full_layer_name"])
         (stored,) = input_dict.values()
         tensor = stored[0] if isinstance(stored, list) else stored

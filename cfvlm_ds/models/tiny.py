@@ -121,7 +121,7 @@ def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        initializer_range=spread,  # type: ignore[call-arg]
+        initializer_range=spread,
         image_token_index=processor.image_token_id,
         image_seq_length=(config.image_size // config.patch_size) ** 2,
         vision_feature_layer=-1,

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from slurm.cluster import Cluster, wait_until
 from slurm.jobs import Job, submit
 
-STEPS = 40
+STEPS = 24
 REPEATED = random.Random(0)
 
 
