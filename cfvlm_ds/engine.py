@@ -273,9 +273,8 @@ def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | Non
     A module's wait is from its request for its weights to their arrival: on CUDA by events of the stream that computes, and those it has
     not reached yet count in the next call, so that nothing is held up to be measured; elsewhere by the process's own clock.
     """
-    if not hasattr(engine.optimizer, "parameter_offload"):
+    if (coordinator := _coordinator(engine)) is None:
         return None
-    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
     fetch, waited = coordinator.fetch_sub_module, 0.0
     underway: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
@@ -307,6 +306,19 @@ def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | Non
 
     coordinator.fetch_sub_module = by_events if device.type == "cuda" else by_clock
     return since_last
+
+
+def forget_order(engine: Any) -> None:
+    """Have ZeRO-3 prefetch nothing in the next forward, which runs other modules than the last ones did; it notes their order anew."""
+    coordinator = _coordinator(engine)
+    if coordinator is not None and not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+
+
+def _coordinator(engine: Any) -> Any:
+    """What fetches the weights of modules; None where weights are not partitioned."""
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    return None if offload is None else offload.get_param_coordinator()
 
 
 def recompute_activations(model: Any) -> None:

@@ -120,6 +120,7 @@ def _train(config: RunConfig, world: World) -> None:
             pulse.mark("features", state.step)
             shown = itertools.chain(groups, *splits.values())
             collator.features = feature_cache(Path(folder), config.model, driven, collator, shown, world, config.data.workers)
+            engine.forget_order(driven)  # of the tower, which does not run again
         run = Run(
             config, world, driven, collator, sampler, groups, splits, state, total_steps, flops, Stop(config.train.stop_margin_s), pulse
         )

@@ -33,18 +33,16 @@ ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "DEEPSPEED_LOG_LE
 """Settings of forked ranks, also beside a GPU: CUDA does not live through a fork."""
 
 
-LONG = [
-    f"test_{name}.py"
-    for name in (
-        "slurm", "family_training", "training", "features", "faults", "tracked_run", "secrets", "tracking_faults",
-        "scoring_benchmark", "stopping", "cli", "resize", "export", "tracking", "packing", "families", "fuzz", "dry_run",
-    )
-]  # fmt: skip
-"""Files that take longest come first, so that nobody waits for them in the end."""
+LONG = (
+    "slurm", "family_training", "training", "features", "faults", "tracked_run", "secrets", "tracking_faults", "scoring_benchmark",
+    "stopping", "cli", "resize", "export", "tracking", "packing", "families", "fuzz", "dry_run",
+)  # fmt: skip
+"""Test files that take longest come first, so that nobody waits for them in the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

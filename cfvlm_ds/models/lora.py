@@ -55,7 +55,7 @@ def peft_config(model: Any, family: Family, modules: Sequence[Module], name_or_p
         base_model_name_or_path=name_or_path,
         target_modules=target_pattern(model, family, modules),
         r=lora.rank,
-        lora_alpha=lora.alpha,  # peft only divides it
+        lora_alpha=lora.alpha,  # an integer in peft's signature, which only divides it
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
         use_rslora=lora.rslora,
