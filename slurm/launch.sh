@@ -69,6 +69,10 @@ again() {
         exit "$2"
     fi
     say "requeue: $1; newest checkpoint: step $(newest_step)"
+    if [[ $(scontrol show job "$SLURM_JOB_ID") =~ PreemptTime=[0-9] ]] &&
+        [[ $(scontrol show partition "$SLURM_JOB_PARTITION") =~ PreemptMode=[A-Z,]*REQUEUE ]]; then
+        exit "$2" # preempted: Slurm requeues the job now, and had we done it, would start the finished job once more
+    fi
     scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not requeue this job; the same sbatch command continues it"
     exit "$2"
 }

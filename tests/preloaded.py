@@ -1,6 +1,11 @@
-"""What every rank imports: read once, by the process that ranks are forked from."""
+"""What every rank imports: read once, by the process that ranks are forked from. Behind it, what the libraries import when first used."""
 
 import deepspeed  # noqa: F401
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
+import peft  # noqa: F401
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor, get_scheduler  # noqa: F401
+from transformers.integrations import deepspeed as _  # noqa: F401
 
 import cfvlm_ds.cli
 import cfvlm_ds.training  # noqa: F401

@@ -64,7 +64,7 @@ def arguments(model: Path, manifest: dict[str, Path], out: Path, tuning: str, ra
         "--model.projector.learning_rate": "1e-3",
         **{f"--model.lora.{name}": str(value).lower() for name, value in lora.items()},
         "--data.train": str(manifest["train"]),
-        "--data.evaluation": json.dumps({"test": str(manifest["test"])}),
+        "--data.evaluation": json.dumps({"test": str(manifest["test"])} if ranks == 2 else {}),
         "--train.output_dir": str(out),
         "--train.max_steps": str(STEPS),
         "--train.per_device_train_batch_size": str(GLOBAL_BATCH // ranks),

@@ -13,7 +13,7 @@ import torch
 from conftest import REPO, losses, run_ranks
 from safetensors.torch import load_file
 from slurm.cluster import Cluster, wait_until
-from slurm.jobs import submit
+from slurm.jobs import sbatch, submit
 
 from cfvlm_ds.cluster import gpu_fault
 from cfvlm_ds.distributed import _tasks_on_node
@@ -101,6 +101,15 @@ def test_bad_options_end_a_job_before_any_rank_starts(cluster: Cluster, options:
     state = job.end()
     assert (state["JobState"], state["ExitCode"]) == ("FAILED", "2:0")
     assert "unknown option 'train.max_stepz'; did you mean 'train.max_steps'?" in job.log
+
+
+def test_a_model_is_evaluated(cluster: Cluster, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    arguments = [str(model_dir), str(manifests["test"]), "--out", str(tmp_path / "a b" / "results.json")]
+    job = sbatch(cluster, tmp_path / "log", [], "evaluate.sh", *arguments)
+    state = cluster.finish(job, 600)
+    said = (tmp_path / "log").read_text()
+    assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), said
+    assert f"job {job} on node" in said and "| test | all, blank image |" in said and (tmp_path / "a b" / "results.json").exists()
 
 
 def test_missing_gpus_are_named() -> None:

@@ -69,13 +69,18 @@ def requeued(job: Job) -> None:
     job.cluster.run("scontrol", "requeue", job.id)
 
 
+def preempted(job: Job) -> None:
+    """a job of higher priority takes one of its nodes (`GraceTime` 120 s)"""
+    job.cluster.run("sbatch", "--partition=urgent", "--nodelist=node2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+
+
 def drained(job: Job) -> None:
     """one node set to drain, then USR1: the job moves to the ninth node"""
     job.cluster.run("scontrol", "update", "NodeName=node6", "State=DRAIN", "Reason=test")
     job.usr1()
 
 
-FAULTS = (nothing, usr1, killed, stopped, controller, requeued, power, drained, lost)  # the last two cost the cluster a node
+FAULTS = (nothing, usr1, killed, stopped, controller, requeued, preempted, power, drained, lost)  # the last two cost the cluster a node
 
 
 def _pids(job: Job) -> list[int]:

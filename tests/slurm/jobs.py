@@ -57,9 +57,14 @@ class Job:
         self.cluster.run("scancel", "--batch", "--signal=USR1", self.id)
 
 
-def submit(cluster: Cluster, run_dir: Path, train: Sequence[str], *sbatch: str, script: str = "train_8node.sh", **environment: str) -> Job:
-    """``sbatch SBATCH slurm/SCRIPT TRAIN --train.output_dir RUN_DIR`` from the repository, with one rank per node and no GPUs."""
+def sbatch(cluster: Cluster, log: Path, options: Sequence[str], script: str, *arguments: str, **environment: str) -> str:
+    """``sbatch OPTIONS slurm/SCRIPT ARGUMENTS`` from the repository, with one rank per node and no GPUs; the job's id."""
     exported = ",".join(f"{name}={value}" for name, value in (ENVIRONMENT | environment).items())
-    place = ["--gpus-per-node=0", "--ntasks-per-node=1", f"--chdir={REPO}", f"--output={run_dir.with_suffix('.log')}"]
-    command = ["sbatch", "--parsable", *place, f"--export={exported}", *sbatch, str(REPO / "slurm" / script)]
-    return Job(cluster, cluster.run(*command, *train, "--train.output_dir", str(run_dir)).strip(), run_dir)
+    place = ["--gpus-per-node=0", "--ntasks-per-node=1", f"--chdir={REPO}", f"--output={log}", f"--export={exported}"]
+    return cluster.run("sbatch", "--parsable", *place, *options, str(REPO / "slurm" / script), *arguments).strip()
+
+
+def submit(cluster: Cluster, run_dir: Path, train: Sequence[str], *options: str, script: str = "train_8node.sh", **environment: str) -> Job:
+    """A training job that writes to ``run_dir``, its log beside it."""
+    arguments = [*train, "--train.output_dir", str(run_dir)]
+    return Job(cluster, sbatch(cluster, run_dir.with_suffix(".log"), options, script, *arguments, **environment), run_dir)
