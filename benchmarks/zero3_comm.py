@@ -28,6 +28,7 @@ CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "zero_optimization": {
         "stage": 3,
+        "reduce_bucket_size": 20_000_000,
         "stage3_param_persistence_threshold": 0,
         "stage3_max_live_parameters": 0,
         "stage3_max_reuse_distance": 0,

@@ -4,8 +4,8 @@ import deepspeed  # noqa: F401
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
 import peft  # noqa: F401
+import transformers.integrations.deepspeed  # noqa: F401
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor, get_scheduler  # noqa: F401
-from transformers.integrations import deepspeed as _  # noqa: F401
 
 import cfvlm_ds.cli
 import cfvlm_ds.training  # noqa: F401

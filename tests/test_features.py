@@ -167,7 +167,8 @@ def trained(
                 found[family, kind, ranks] = folder = out / f"{family}-{kind}-{ranks}"
                 cache = ["--data.feature_cache", str(out / f"features-{family}-{ranks}")] * (kind == "cache")
                 few = ["--model.vision_tower.tuning", "frozen", "--train.max_steps", "3", "--train.export", "false"]
-                few += ["--data.num_workers", "1"] if family in EVALUATED else ["--data.evaluation", "{}"]
+                few += ["--data.evaluation", json.dumps({"test": str(manifest["test"])} if family in EVALUATED else {})]
+                few += ["--data.num_workers", str(int(family in EVALUATED))]
                 runs.append([*arguments(model, manifest, folder, "full", ranks), *few, *cache])
         run_trainings(ranks, *runs, said=out / f"said-{ranks}", timeout=900, by="watched:train_all")
     return found
