@@ -85,7 +85,7 @@ class _HeadLogProbs(torch.autograd.Function):
         hidden, weight, predicted_by, targets, normaliser, kept = ctx.saved_tensors
         of_state = torch.zeros_like(normaliser).index_add(0, predicted_by, grad)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_weight = None
         for part, mine in _parts(hidden, weight, predicted_by):
             logits = (hidden[part] @ weight.T if kept is None else kept).to(normaliser.dtype)
             # d log p(y) / d logits = [y] - softmax
@@ -93,8 +93,8 @@ class _HeadLogProbs(torch.autograd.Function):
             pull = pull.index_put_((predicted_by[mine] - part.start, targets[mine]), grad[mine], accumulate=True).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = pull @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(pull.T, hidden[part])
+            if ctx.needs_input_grad[1]:
+                grad_weight = pull.T @ hidden[part] if grad_weight is None else grad_weight.addmm_(pull.T, hidden[part])
         return grad_hidden, grad_weight, None, None
 
 
