@@ -13,6 +13,8 @@ Layouts, all computing the same loss (InfoNCE over the texts' scores plus the fi
     shared prefix  cfvlm_ds: one row, the image and prompt once, behind them every text
     supervised     the tokens of the last layout as one ordinary causal sequence, NLL at the same tokens: what they cost anyway
 
+Run the largest rows alone: several in one process fragment its memory (24 GB were not enough for 1024 visual tokens and 1 to 8 texts).
+
 Layouts take turns in one process. Times are medians: seconds of process time of one thread, or of the device. Memory is what autograd keeps
 for the backward pass, and the peak of the process (or device) above weights and gradients. FLOP ratios are analytic.
 """
