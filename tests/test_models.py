@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -247,3 +248,41 @@ def test_the_tiny_model_is_a_real_checkpoint(built: Path) -> None:
     counts = parameter_counts(model, family_of(model.config))
     assert sum(total for total, _ in counts.values()) == sum(p.numel() for p in copy.deepcopy(model).parameters())
     assert model.config.image_seq_length == 4 and model.config.text_config.hidden_size == 16
+
+
+def test_code_in_a_models_folder_is_not_run(model_dir: Path, tmp_path: Path) -> None:
+    """A folder that names classes of its own is read by the library's."""
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    for name, classes in {
+        "config.json": ("AutoConfig", "AutoModelForImageTextToText"),
+        "tokenizer_config.json": ("AutoProcessor",),
+        "processor_config.json": ("AutoProcessor",),
+    }.items():
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"auto_map": {each: f"own.{each}" for each in classes}}))
+    model = load_model(ModelConfig(str(folder)), torch.float32)
+    load_collator(ModelConfig(str(folder)), "full")
+    assert type(model).__module__.startswith("transformers.") and not (tmp_path / "ran").exists()
+
+
+class Opens:
+    """What a pickle may do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+def test_pickled_weights_run_nothing(model_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    load_model(ModelConfig(str(folder)), torch.float32)
+    torch.save(weights | {KEY: Opens(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="hold more than tensors, and are not read; convert"):
+        load_model(ModelConfig(str(folder)), torch.float32)
+    assert not (tmp_path / "ran").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -96,7 +97,8 @@ def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> Non
 def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The pretrained model in ``dtype``, partitioned as it is built when a ZeRO-3 configuration is active, tuned as configured.
 
-    Raises ConfigError naming the keys when the checkpoint lacks a weight of the model or holds one the model has no place for.
+    Raises ConfigError naming the keys when the checkpoint lacks a weight of the model or holds one the model has no place for, and when
+    pickled weights hold anything but tensors.
     """
     model_config = load_config(config.name_or_path)
     family = family_of(model_config)
@@ -110,6 +112,10 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
         model, info = loaded
+    except pickle.UnpicklingError:
+        raise ConfigError(
+            f"the pickled weights of {config.name_or_path!r} hold more than tensors, and are not read; convert them to safetensors"
+        ) from None
     except RuntimeError as error:  # under ZeRO-3 sizes are not ignored
         if not (mismatched := re.findall(r"size mismatch for (.+)", str(error))):
             raise
