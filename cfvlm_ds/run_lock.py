@@ -24,6 +24,7 @@ from cfvlm_ds.config import ConfigError
 NAME = "run.lock"
 _TOUCHED_EVERY_S = 30.0
 _STALE_AFTER_S = 300.0
+_CLAIMED_FOR_S = 30.0
 
 
 class RunLock:
@@ -42,8 +43,9 @@ class RunLock:
                 raise ConfigError(
                     f"{folder} is in use by {_named(holder)}; choose another train.output_dir, or remove {self.path} if that run is gone"
                 )
-            if self._removed(content):
+            if self._taken_over(content):
                 say(f"took {folder} over from {_named(holder)}: {reason}")
+                break
         self._ended = threading.Event()
         threading.Thread(target=self._touch, daemon=True).start()
 
@@ -74,18 +76,33 @@ class RunLock:
         age = _age(self.path)
         return f"it has not touched the lock for {age / 60:.0f} minutes" if age > _STALE_AFTER_S else None
 
-    def _removed(self, content: str) -> bool:
-        """Take the stale lock away, unless another run has been faster and it is that one's by now."""
-        aside = self.path.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}")
+    def _taken_over(self, content: str) -> bool:
+        """Make the stale lock this run's, unless another run has been faster.
+
+        Only who has made the claim file may change a lock that is not its own, so what it finds there is still there when it replaces it.
+        """
+        claim, mine = self.path.with_name(f"{NAME}.claim"), self.path.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}")
         try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            self._wait_for(claim)
             return False
-        if (found := _content(aside)) != content and found is not None:
-            os.rename(aside, self.path)
-            return False
-        aside.unlink()
-        return True
+        try:
+            if _content(self.path) != content:
+                return False
+            mine.write_text(self._mine)
+            os.replace(mine, self.path)
+            return True
+        finally:
+            claim.unlink()
+
+    def _wait_for(self, claim: Path) -> None:
+        """Until the run that takes the lock over has done so, which is a matter of milliseconds."""
+        until = time.monotonic() + _CLAIMED_FOR_S
+        while claim.exists():
+            if time.monotonic() > until:
+                raise ConfigError(f"a run died while it took {self.path.parent} over; remove {claim} and start again")
+            time.sleep(0.05)
 
     def _touch(self) -> None:
         while not self._ended.wait(_TOUCHED_EVERY_S):

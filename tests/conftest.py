@@ -149,11 +149,12 @@ def environment() -> dict[str, str]:
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
-_PORTS = (10_000 + (os.getpid() + n) % 10_000 for n in itertools.count())
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = (10_000 + 2_500 * (_WORKER % 4) + (os.getpid() + n) % 2_500 for n in itertools.count())
 
 
 def free_port() -> int:
-    """A port for ranks to meet at; below the ephemeral ones, so that no other test's connection takes it before they start."""
+    """A port for ranks to meet at that nobody takes before they start: below the ephemeral ones, and of this test worker's own range."""
     while True:
         port = next(_PORTS)
         with socket.socket() as probe:

@@ -6,7 +6,9 @@ import contextlib
 import json
 import multiprocessing
 import os
+import random
 import time
+from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -124,24 +126,59 @@ def test_a_requeued_job_takes_its_own_lock_over_at_once(tmp_path: Path, monkeypa
 
 
 def test_of_many_that_find_a_stale_lock_at_once_one_gets_it(tmp_path: Path) -> None:
+    """Rivals that all meet the same dead holder, again and again: whoever has the lock is alone with it for as long as he has it."""
     first = Holder(tmp_path)
     first.kill()
-    go, won = FORK.Event(), FORK.Value("i", 0)
+    stale = (tmp_path / run_lock.NAME).read_text()
+    rounds, rivals = 40, 8
+    together, holders, most, won = FORK.Barrier(rivals), FORK.Value("i", 0), FORK.Value("i", 0), FORK.Value("i", 0)
+
+    def seen_late(lock: Path, seen: Callable[[Path], str | None] = run_lock._content) -> str | None:
+        content = seen(lock)
+        time.sleep(random.random() * 0.01)  # others act between this run's look and its own act
+        return content
 
     def rival() -> None:
-        go.wait(60)
-        with contextlib.suppress(ConfigError), RunLock(tmp_path, lambda _: None):
-            with won.get_lock():
-                won.value += 1
-            time.sleep(2)
+        run_lock._content = seen_late
+        random.seed(os.getpid())
+        for _ in range(rounds):
+            if together.wait(60) == 0:
+                (tmp_path / run_lock.NAME).write_text(stale)
+            together.wait(60)
+            lock = None
+            with contextlib.suppress(ConfigError):
+                lock = RunLock(tmp_path, lambda _: None)
+                with holders.get_lock():
+                    holders.value += 1
+                    won.value += 1
+                    most.value = max(most.value, holders.value)
+            together.wait(60)  # nobody lets go before all have tried
+            if lock is not None:
+                with holders.get_lock():
+                    holders.value -= 1
+                lock.__exit__(None, None, None)
+            together.wait(60)
 
-    rivals = [FORK.Process(target=rival) for _ in range(8)]
-    for process in rivals:
+    processes = [FORK.Process(target=rival) for _ in range(rivals)]
+    for process in processes:
         process.start()
-    go.set()
-    for process in rivals:
-        process.join(60)
-    assert won.value == 1
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * rivals
+    assert (won.value, most.value) == (rounds, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_died_while_it_took_over_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_CLAIMED_FOR_S", 0.2)
+    first = Holder(tmp_path)
+    first.kill()
+    (claim := tmp_path / f"{run_lock.NAME}.claim").touch()
+    with pytest.raises(ConfigError, match=r"a run died while it took .* over; remove .*run\.lock\.claim"):
+        RunLock(tmp_path)
+    claim.unlink()
+    with RunLock(tmp_path, lambda _: None):
+        pass
 
 
 def test_the_holder_touches_it_and_ends_when_it_is_another_s(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,8 @@ def test_kill_between_steps_resumes_bit_identically(model_dir: Path, manifests: 
     process = launch([*command, *train_arguments(model_dir, manifests, broken, *extra)])
     deadline = time.monotonic() + 300
     while not (broken / "checkpoint-6").exists():
-        assert time.monotonic() < deadline and process.poll() is None, "no checkpoint in time"
+        assert process.poll() is None, process.communicate()[0][-6000:]
+        assert time.monotonic() < deadline, "no checkpoint in time"
         time.sleep(0.01)
     kill_family(process)
     assert len(losses(broken)) < 10, "killed too late to prove anything"
