@@ -13,21 +13,23 @@ Layouts, all computing the same loss (InfoNCE over the texts' scores plus the fi
     shared prefix  cfvlm_ds: one row, the image and prompt once, behind them every text
     supervised     the tokens of the last layout as one ordinary causal sequence, NLL at the same tokens: what they cost anyway
 
-Run the largest rows alone: several in one process fragment its memory (24 GB were not enough for 1024 visual tokens and 1 to 8 texts).
-
-Layouts take turns in one process. Times are medians: seconds of process time of one thread, or of the device. Memory is what autograd keeps
-for the backward pass, and the peak of the process (or device) above weights and gradients. FLOP ratios are analytic.
+Each row has a process of its own, in which the layouts take turns. Times are medians: seconds of process time of one thread, or of the
+device. Memory is what autograd keeps for the backward pass, and the peak of the process (or device) above weights and gradients. FLOP
+ratios are analytic.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import math
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,27 +66,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write every figure there, or read them for --figure")
     parser.add_argument("--figure", type=Path, help="instead: draw cost against texts, from --json, there")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     if arguments.figure:
         return figure(arguments.figure, json.loads(arguments.json.read_text()))
     rows = []
-    for family in arguments.family:
-        for visual in arguments.visual:
-            model = build(family, visual, SIZES[arguments.size], torch.device(arguments.device), getattr(torch, arguments.dtype))
-            ceiling = matmul_rate(model)
-            for texts in arguments.texts:
-                rows.append(
-                    {
-                        "family": family,
-                        "visual": visual,
-                        "texts": texts,
-                        "matmul": ceiling,
-                        **measure(model, family, visual, texts, arguments),
-                    }
-                )
-                show(rows[-1], first=len(rows) == 1)
-                if arguments.json:
-                    arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    cases = itertools.product(arguments.family, arguments.visual, arguments.texts)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as fresh:  # no holes left by earlier rows
+        for row in fresh.map(measured, *zip(*cases, strict=True), itertools.repeat(arguments)):
+            rows.append(row)
+            show(row, first=len(rows) == 1)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def measured(family: str, visual: int, texts: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    model = build(family, visual, SIZES[arguments.size], torch.device(arguments.device), getattr(torch, arguments.dtype))
+    row = {"family": family, "visual": visual, "texts": texts, "matmul": matmul_rate(model)}
+    return row | measure(model, family, visual, texts, arguments)
 
 
 def build(family: str, visual: int, size: dict[str, int], device: torch.device, dtype: torch.dtype) -> Any:

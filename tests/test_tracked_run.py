@@ -15,7 +15,7 @@ from typing import Any
 import forked
 import pytest
 import torch
-from conftest import REPO, environment, launcher, losses, run, run_ranks, train_arguments
+from conftest import REPO, losses, run, run_ranks, train_arguments
 from safetensors.torch import load_file
 from test_tracking import Server
 
@@ -181,10 +181,9 @@ def test_a_crashed_run_is_marked_failed(client: Any, model_dir: Path, manifests:
     """A learning rate that overflows the weights, on two ranks: an error that names step and groups, on both, and no hang."""
     folder = tmp_path / "crashed"
     extra = ["--train.learning_rate", "1e30", "--train.per_device_train_batch_size", "8"]
-    command = [*launcher(2), "train.py", *tracked(model_dir, manifests, folder, *extra)]
-    done = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=200)
-    output = done.stdout + done.stderr
-    assert done.returncode != 0, output
+    ended = run_ranks(2, "forked:train_script", tracked(model_dir, manifests, folder, *extra), said=tmp_path / "said")
+    output = "".join(said for _, said in ended)
+    assert all(code for code, _ in ended), output
     message = "FloatingPointError: the loss is not finite at step 3; groups of rank 0: train-"
     assert output.count(message) == 2, output[-5000:]
     (row,) = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]

@@ -12,16 +12,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
-from conftest import REPO, environment, launch, launcher, losses, metrics, run, run_trainings, train_arguments
+from conftest import REPO, environment, launcher, losses, metrics, run, run_trainings, train_arguments
 
 from cfvlm_ds.distributed import World
 from cfvlm_ds.likelihood import Scores
 from cfvlm_ds.step import two_passes
 
 GLOBAL_BATCH = 16
-FORWARD = 120  # tokens: two or three images with their texts
+FORWARD = 240  # tokens: a few images with their texts
 
 
 @pytest.fixture(scope="module")
@@ -80,37 +81,26 @@ def test_equals_the_plain_torch_reference(trajectories: dict[tuple[int, ...], Pa
 
 
 def test_kill_between_steps_resumes_bit_identically(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    """kill -9 of every process mid-run, then the same command again, with data workers running: the loss sequence has the same bits."""
+    """kill -9 of every process mid-run, then the same options by the deepspeed launcher, with data workers: losses of the same bits."""
     extra = ["--train.save_steps", "3", "--train.max_steps", "10", "--data.num_workers", "1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    command = [*launcher(2), "train.py"]
+    command = train_arguments(model_dir, manifests, broken, *extra)
     run_trainings(2, train_arguments(model_dir, manifests, whole, *extra), said=tmp_path / "said")
-    process = launch([*command, *train_arguments(model_dir, manifests, broken, *extra)])
+    ranks = forked.start(2, "forked:train_script", command, said=tmp_path / "said-first")
     deadline = time.monotonic() + 300
     while not (broken / "checkpoint-6").exists():
-        assert process.poll() is None, process.communicate()[0][-6000:]
+        assert all(rank.is_alive() for rank in ranks), (tmp_path / "said-first" / "rank-0.log").read_text()[-6000:]
         assert time.monotonic() < deadline, "no checkpoint in time"
         time.sleep(0.01)
-    kill_family(process)
+    for rank in ranks:
+        os.killpg(rank.pid or 0, signal.SIGKILL)  # and its data worker
+    for rank in ranks:
+        rank.join()
     assert len(losses(broken)) < 10, "killed too late to prove anything"
     (broken / "checkpoint-6" / "complete.json").unlink()  # a checkpoint whose writing was cut off is passed over
-    output = run([*command, *train_arguments(model_dir, manifests, broken, *extra)])
+    output = run([*launcher(2), "train.py", *command])
     assert "passed over" in output and "resumed from" in output and "step 3" in output
     assert losses(broken) == losses(whole)
-
-
-def kill_family(process: subprocess.Popen[str]) -> None:
-    """SIGKILL a launcher and all its descendants at once (the launcher puts ranks into sessions of their own)."""
-    import psutil
-
-    family = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGKILL)
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.communicate()
 
 
 def test_two_passes_draw_the_same_random_numbers() -> None:
