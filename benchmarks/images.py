@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from scoring import SIZES, TEXT, VOCABULARY, build, case, now, packed_inputs, peak, reset_peak
+from scoring import SIZES, TEXT, VOCABULARY, build, case, clear, now, packed_inputs, peak, reset_peak
 from torch import Tensor
 
 from cfvlm_ds.attention import BACKENDS, Forest, registered
@@ -56,8 +56,7 @@ def main() -> None:
 def measure(model: Any, arguments: argparse.Namespace, count: int) -> list[tuple[float, float, int]]:
     """(loss, seconds, peak bytes) of one row and of the cache; they take turns, and the first turn is weighed instead of timed."""
     texts, scorer = arguments.texts, Scorer(model, FAMILIES[model.config.model_type])
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # else the first step's peak would hold them
+    clear(model)  # else the first step's peak would hold them
     of = case(model, arguments.family, arguments.visual, texts)
     parts = [packed_inputs(case(model, arguments.family, arguments.visual, texts, seed)) for seed in range(count)]
 
@@ -86,9 +85,7 @@ def measure(model: Any, arguments: argparse.Namespace, count: int) -> list[tuple
                 peaks.append(peak(of) - before)
             else:
                 times.append(now(of) - start)
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
+            clear(model)
     return [(loss, statistics.median(times), most) for loss, times, most in zip(losses, ways.values(), peaks, strict=True)]
 
 

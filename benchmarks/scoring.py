@@ -13,9 +13,9 @@ Layouts, all computing the same loss (InfoNCE over the texts' scores plus the fi
     shared prefix  cfvlm_ds: one row, the image and prompt once, behind them every text
     supervised     the tokens of the last layout as one ordinary causal sequence, NLL at the same tokens: what they cost anyway
 
-Each row has a process of its own, in which the layouts take turns. Times are medians: seconds of process time of one thread, or of the
-device. Memory is what autograd keeps for the backward pass, and the peak of the process (or device) above weights and gradients. FLOP
-ratios are analytic.
+Each row has a process of its own, in which the layouts and a large matrix product take turns. Times are medians: seconds of process time of
+one thread, or of the device. Memory is what autograd keeps for the backward pass, and the peak of the process (or device) above weights and
+gradients. FLOP ratios are analytic.
 """
 
 from __future__ import annotations
@@ -81,8 +81,7 @@ def main() -> None:
 def measured(family: str, visual: int, texts: int, arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     model = build(family, visual, SIZES[arguments.size], torch.device(arguments.device), getattr(torch, arguments.dtype))
-    row = {"family": family, "visual": visual, "texts": texts, "matmul": matmul_rate(model)}
-    return row | measure(model, family, visual, texts, arguments)
+    return {"family": family, "visual": visual, "texts": texts, **measure(model, family, visual, texts, arguments)}
 
 
 def build(family: str, visual: int, size: dict[str, int], device: torch.device, dtype: torch.dtype) -> Any:
@@ -224,10 +223,10 @@ LAYOUTS: dict[str, Callable[[Case], Tensor]] = {
 def measure(model: Any, family: str, visual: int, texts: int, arguments: argparse.Namespace) -> dict[str, Any]:
     of = case(model, family, visual, texts)
     model.config.get_text_config()._attn_implementation = registered(arguments.attention)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # else the first step's peak would hold them
+    clear(model)  # else the first step's peak would hold them
     times: dict[str, list[float]] = {name: [] for name in arguments.layouts}
     found: dict[str, dict[str, float]] = {}
+    rates: list[float] = []
     for name in arguments.layouts:  # the first time round warms up and is weighed instead of timed
         loss, saved, peak = weighed(LAYOUTS[name], of)
         found[name] = {"loss": loss, "saved": saved, "peak": peak, "flop": flop(name, of)}
@@ -236,10 +235,13 @@ def measure(model: Any, family: str, visual: int, texts: int, arguments: argpars
             start = now(of)
             step(LAYOUTS[name], of)
             times[name].append(now(of) - start)
+            clear(model)
+            rates.append(matmul_rate(of))
     losses = [found[name]["loss"] for name in arguments.layouts if name != "supervised"]
     if max(losses) - min(losses) > 1e-4 * abs(losses[0]) and model.dtype == torch.float32:
         raise SystemExit(f"the layouts do not agree: {losses}")
-    return {name: {**found[name], "time": statistics.median(times[name]), "times": times[name]} for name in arguments.layouts}
+    timed = {name: {**found[name], "time": statistics.median(times[name]), "times": times[name]} for name in arguments.layouts}
+    return {"matmul": statistics.median(rates), **timed}
 
 
 def step(layout: Callable[[Case], Tensor], of: Case) -> float:
@@ -247,10 +249,13 @@ def step(layout: Callable[[Case], Tensor], of: Case) -> float:
     scores = logp.sum(-1)
     loss = -scores.log_softmax(0)[0] - logp[0].mean()
     loss.backward()
-    for parameter in of.model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.zero_()
     return loss.item()
+
+
+def clear(model: Any) -> None:
+    """Gradients to zero; they stay in memory, as they do where micro-batches add up."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
 
 
 def now(of: Case) -> float:
@@ -277,7 +282,9 @@ def weighed(layout: Callable[[Case], Tensor], of: Case) -> tuple[float, int, int
     del graph
     before = reset_peak(of)
     loss = step(layout, of)
-    return loss, saved, peak(of) - before
+    most = peak(of) - before
+    clear(of.model)
+    return loss, saved, most
 
 
 def reset_peak(of: Case) -> int:
@@ -355,21 +362,16 @@ def figure(path: Path, rows: list[dict[str, Any]]) -> None:
     canvas.savefig(path, dpi=160)
 
 
-def matmul_rate(model: Any) -> float:
+def matmul_rate(of: Case) -> float:
     """Floating-point operations per second of a large product in the model's dtype."""
-    weight = model.get_input_embeddings().weight
+    weight = of.model.get_input_embeddings().weight
     size = 8192 if weight.device.type == "cuda" else 1024
     a = torch.randn(size, size, device=weight.device, dtype=weight.dtype)
-    fastest = math.inf
-    for _ in range(5):
-        if weight.device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter() if weight.device.type == "cuda" else time.process_time()
+    a @ a
+    start = now(of)
+    for _ in range(4):
         a @ a
-        if weight.device.type == "cuda":
-            torch.cuda.synchronize()
-        fastest = min(fastest, (time.perf_counter() if weight.device.type == "cuda" else time.process_time()) - start)
-    return 2 * size**3 / fastest
+    return 4 * 2 * size**3 / (now(of) - start)
 
 
 COLUMNS = ("concatenated", "sparse", "encoded once", "supervised")

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from cfvlm_ds.config import ConfigError
@@ -131,6 +132,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: floa
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_GROUPED = TorchVersion(torch.__version__) >= "2.9"  # they take fewer heads of keys and values than of queries (pytorch #157893)
 
 
 class _Cascade(torch.autograd.Function):
@@ -213,7 +215,7 @@ def _tree_slices(forest: Forest) -> Iterator[tuple[slice, slice, _Branches]]:
 
 def _cascade(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
     group = query.shape[1] // key.shape[1]
-    if group > 1:
+    if group > 1 and not _GROUPED:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     out: Tensor = _Cascade.apply(query, key, value, forest, scale)
     return out.transpose(1, 2)

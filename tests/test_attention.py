@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from cfvlm_ds import attention
 from cfvlm_ds.attention import BACKENDS, Forest, registered
 from cfvlm_ds.config import ConfigError
 
@@ -65,6 +66,11 @@ def test_values_and_gradients_are_those_of_a_dense_attention(backend: str, name:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     for ours, theirs in gradients:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_the_cascade_on_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_GROUPED", False)
+    test_values_and_gradients_are_those_of_a_dense_attention("cascade", "ragged", (6, 2))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
