@@ -11,8 +11,11 @@ and gradients.
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -40,21 +43,21 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
+    print(f"{'images':>6} {'one row: s':>11} {'MB':>6} {'cache: s':>9} {'MB':>6}")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as fresh:  # no holes left by other counts
+        for count, ways in zip(arguments.images, fresh.map(measure, itertools.repeat(arguments), arguments.images), strict=False):
+            (cache, cache_time, cache_peak), (row, row_time, row_peak) = ways
+            if abs(cache - row) > 1e-4 * abs(row) and arguments.dtype == "float32":
+                raise SystemExit(f"the two ways do not agree on {count} images: {row} and {cache}")
+            print(f"{count:>6} {row_time:>11.2f} {row_peak / 1e6:>6.0f} {cache_time:>9.2f} {cache_peak / 1e6:>6.0f}", flush=True)
+
+
+def measure(arguments: argparse.Namespace, count: int) -> list[tuple[float, float, int]]:
+    """(loss, seconds, peak bytes) of the cache and of one row; they take turns, and the first turn is weighed instead of timed."""
     torch.set_num_threads(1)
     size, device, dtype = SIZES[arguments.size], torch.device(arguments.device), getattr(torch, arguments.dtype)
     model = build(arguments.family, arguments.visual, size, device, dtype)
     model.config.get_text_config()._attn_implementation = registered(arguments.attention)
-    print(f"{'images':>6} {'one row: s':>11} {'MB':>6} {'cache: s':>9} {'MB':>6}")
-    for count in arguments.images:
-        found = measure(model, arguments, count)
-        if abs(found[0][0] - found[1][0]) > 1e-4 * abs(found[0][0]) and dtype == torch.float32:
-            raise SystemExit(f"the two ways do not agree on {count} images: {found[0][0]} and {found[1][0]}")
-        (_, row_time, row_peak), (_, cache_time, cache_peak) = found
-        print(f"{count:>6} {row_time:>11.2f} {row_peak / 1e6:>6.0f} {cache_time:>9.2f} {cache_peak / 1e6:>6.0f}", flush=True)
-
-
-def measure(model: Any, arguments: argparse.Namespace, count: int) -> list[tuple[float, float, int]]:
-    """(loss, seconds, peak bytes) of one row and of the cache; they take turns, and the first turn is weighed instead of timed."""
     texts, scorer = arguments.texts, Scorer(model, FAMILIES[model.config.model_type])
     clear(model)  # else the first step's peak would hold them
     of = case(model, arguments.family, arguments.visual, texts)
@@ -73,7 +76,7 @@ def measure(model: Any, arguments: argparse.Namespace, count: int) -> list[tuple
         return found.pop("loss").item()
 
     found: dict[str, Tensor] = {}
-    ways: dict[Callable[[], float], list[float]] = {one_row: [], cache: []}
+    ways: dict[Callable[[], float], list[float]] = {cache: [], one_row: []}
     losses: list[float] = []
     peaks: list[int] = []
     for turn in range(arguments.repeats + 1):
