@@ -166,16 +166,11 @@ def launcher(ranks: int) -> list[str]:
     return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
 
 
-def launch(command: list[str], **popen: object) -> subprocess.Popen[str]:
-    """Start a real process in a session of its own, so that the whole family can be killed."""
-    return subprocess.Popen(
-        command, cwd=REPO, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **popen
-    )
-
-
 def run(command: list[str], timeout: float = 300) -> str:
-    """Run to the end and return the output; a failure shows it, a hang is killed and fails."""
-    process = launch(command)
+    """Run to the end, in a session of its own, and return the output; a failure shows it, a hang is killed with its family and fails."""
+    process = subprocess.Popen(
+        command, cwd=REPO, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

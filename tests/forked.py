@@ -10,10 +10,11 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import MappingProxyType
 from unittest.mock import patch
 
 from conftest import ON_CPU, REPO, environment, free_port
@@ -64,8 +65,9 @@ def script(file: str, arguments: Sequence[str]) -> None:
     runpy.run_path(file, run_name="__main__")
 
 
-def train_script(arguments: Sequence[str]) -> None:
-    """``python train.py ARGUMENTS``."""
+def train_script(arguments: Sequence[str], variables: Mapping[str, str] = MappingProxyType({})) -> None:
+    """``python train.py ARGUMENTS``, with these environment variables besides."""
+    os.environ |= variables
     script("train.py", arguments)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, environment, train_arguments
+from conftest import REPO, environment, run_ranks, train_arguments
 from test_tracking import Server, _free_port
 
 mlflow = pytest.importorskip("mlflow")
@@ -28,8 +28,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def planted(url: str) -> dict[str, str]:
-    """The environment of a user with secrets; the server asks for none of them, and they are sent all the same."""
-    return environment() | {
+    """What is in the environment of a user with secrets; the server asks for none of them, and they are sent all the same."""
+    return {
         "MLFLOW_TRACKING_URI": url.replace("://", f"://me:{PLANTED['uri']}@"),
         "MLFLOW_TRACKING_USERNAME": "me",
         "MLFLOW_TRACKING_PASSWORD": PLANTED["password"],
@@ -54,9 +54,11 @@ def leaks_of(folder: Path) -> dict[str, set[str]]:
     return {str(path.relative_to(folder)): found for path in files if (found := leaks(path.read_bytes()))}
 
 
-def trained(arguments: list[str], url: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "train.py", *arguments, "--tracking.enabled", "true", "--train.max_steps", "2"]
-    return subprocess.run(command, cwd=REPO, env=planted(url), capture_output=True, text=True, timeout=400, check=False)
+def trained(variables: dict[str, str], arguments: list[str], folder: Path) -> tuple[int, str]:
+    """The exit code of a tracked run of two steps with this environment, and all that it printed."""
+    tracked = [*arguments, "--tracking.enabled", "true", "--train.max_steps", "2"]
+    ((code, output),) = run_ranks(1, "forked:train_script", tracked, variables, said=folder / "said")
+    return code, output
 
 
 def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
@@ -68,10 +70,11 @@ def test_a_tracked_run_tells_no_secret(server: Server, model_dir: Path, manifest
     """An experiment named with a URL too, as people do who paste an address into the wrong option."""
     named = ["--tracking.experiment", "secrets", "--tracking.run_name", f"https://me:{PLANTED['name']}@host/run"]
     evaluated = ["--data.evaluation.test", str(manifests["test"]), "--train.export", "true"]
-    done = trained(train_arguments(model_dir, manifests, tmp_path / "run", *named, *evaluated), server.url)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "MLflow run" in done.stderr and "://***@127.0.0.1" in done.stderr, "the address is said, without its password"
-    assert not leaks(done.stdout, done.stderr)
+    arguments = train_arguments(model_dir, manifests, tmp_path / "run", *named, *evaluated)
+    code, said = trained(planted(server.url), arguments, tmp_path)
+    assert code == 0, said[-3000:]
+    assert "MLflow run" in said and "://***@127.0.0.1" in said, "the address is said, without its password"
+    assert not leaks(said)
     assert (tmp_path / "run" / "metrics.jsonl").exists() and not leaks_of(tmp_path / "run")
     client: Any = mlflow.MlflowClient(tracking_uri=server.url)
     (run,) = client.search_runs([client.get_experiment_by_name("secrets").experiment_id])
@@ -81,26 +84,25 @@ def test_a_tracked_run_tells_no_secret(server: Server, model_dir: Path, manifest
 
 def test_a_server_that_is_down_is_named_without_its_password(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{_free_port()}"
-    done = trained(train_arguments(model_dir, manifests, tmp_path / "run"), url)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "does not answer" in done.stderr and "://***@127.0.0.1" in done.stderr and "did not get" in done.stderr
-    assert not leaks(done.stdout, done.stderr) and not leaks_of(tmp_path / "run")
+    code, said = trained(planted(url), train_arguments(model_dir, manifests, tmp_path / "run"), tmp_path)
+    assert code == 0, said[-3000:]
+    assert "does not answer" in said and "://***@127.0.0.1" in said and "did not get" in said
+    assert not leaks(said) and not leaks_of(tmp_path / "run")
 
 
 def test_no_secret_in_the_local_store(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """Without a server: the SQLite file of the run folder. The tokens are those of other services."""
-    environment_of_the_run = planted("http://unused")
-    del environment_of_the_run["MLFLOW_TRACKING_URI"]
-    arguments = [*train_arguments(model_dir, manifests, tmp_path / "run"), "--tracking.enabled", "true", "--train.max_steps", "2"]
-    command = [sys.executable, "train.py", *arguments]
-    done = subprocess.run(command, cwd=REPO, env=environment_of_the_run, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "run" / "mlflow.db").exists() and not leaks(done.stdout, done.stderr) and not leaks_of(tmp_path / "run")
+    variables = planted("http://unused")
+    del variables["MLFLOW_TRACKING_URI"]
+    code, said = trained(variables, train_arguments(model_dir, manifests, tmp_path / "run"), tmp_path)
+    assert code == 0, said[-3000:]
+    assert (tmp_path / "run" / "mlflow.db").exists() and not leaks(said) and not leaks_of(tmp_path / "run")
 
 
 def test_an_error_that_quotes_an_option_leaves_its_password_out(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    done = trained(
-        [*train_arguments(model_dir, manifests, tmp_path), f"--data.train=https://me:{PLANTED['option']}@host/a.jsonl"], "http://x"
-    )
+    command = [sys.executable, "train.py", *train_arguments(model_dir, manifests, tmp_path)]
+    command.append(f"--data.train=https://me:{PLANTED['option']}@host/a.jsonl")
+    variables = environment() | planted("http://x")
+    done = subprocess.run(command, cwd=REPO, env=variables, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 2 and not leaks(done.stdout, done.stderr), done.stderr
     assert "error: https://***@host/a.jsonl: no such manifest" in done.stderr

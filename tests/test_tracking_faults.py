@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import select
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
-from conftest import launch
+from conftest import run_ranks
 from test_tracked_run import on_disk, on_server, the_run, tracked, wait_for
 from test_tracking import Server
 
@@ -74,10 +74,10 @@ def test_a_server_that_takes_5_s_a_call_costs_no_step_anything(
 ) -> None:
     proxy, folder = SlowProxy(server.port), tmp_path / "slow"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
-    process = launch([sys.executable, "train.py", *tracked(model_dir, manifests, folder, "--train.max_steps", "60")])
-    output, _ = process.communicate(timeout=900)
+    arguments = tracked(model_dir, manifests, folder, "--train.max_steps", "60")
+    ((code, output),) = run_ranks(1, "forked:train_script", arguments, said=tmp_path / "said")
     ended = time.time()
-    assert process.returncode == 0, output[-3000:]
+    assert code == 0, output[-3000:]
     assert proxy.answers >= 3, "it did talk to the slow server"
     times = [json.loads(line)["time"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     assert len(times) == 60 and times[-1] - times[0] < 60 * DELAY_S / 4, "steps waited for calls"
@@ -94,7 +94,7 @@ def test_a_server_that_dies_in_mid_run_and_comes_back_gets_everything_once(
     folder = tmp_path / "dying"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     size = ["--train.max_steps", "60", "--train.per_device_train_batch_size", "2"]
-    process = launch([sys.executable, "train.py", *tracked(model_dir, manifests, folder, *size)])
+    (process,) = forked.start(1, "forked:train_script", tracked(model_dir, manifests, folder, *size), said=tmp_path / "said")
     client = mlflow.MlflowClient(tracking_uri=server.url)
 
     def delivered() -> int:
@@ -106,10 +106,11 @@ def test_a_server_that_dies_in_mid_run_and_comes_back_gets_everything_once(
     server.kill()
     before = steps(folder)
     wait_for(lambda: steps(folder) > before + 10, 200)
-    assert process.poll() is None, "it trains on without the server"
+    assert process.is_alive(), "it trains on without the server"
     server.start()
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0 and "does not answer, will try again" in output, output[-3000:]
+    process.join(900)
+    output = (tmp_path / "said" / "rank-0.log").read_text()
+    assert process.exitcode == 0 and "does not answer, will try again" in output, output[-3000:]
     server.wait()
     assert deliver(folder, timeout=60)
     assert steps(folder) == 60
