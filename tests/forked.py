@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from types import MappingProxyType
 from unittest.mock import patch
 
 from conftest import ON_CPU, REPO, environment, free_port
@@ -65,9 +64,9 @@ def script(file: str, arguments: Sequence[str]) -> None:
     runpy.run_path(file, run_name="__main__")
 
 
-def train_script(arguments: Sequence[str], variables: Mapping[str, str] = MappingProxyType({})) -> None:
+def train_script(arguments: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
     """``python train.py ARGUMENTS``, with these environment variables besides."""
-    os.environ |= variables
+    os.environ |= variables or {}
     script("train.py", arguments)
 
 

@@ -54,10 +54,19 @@ def leaks_of(folder: Path) -> dict[str, set[str]]:
     return {str(path.relative_to(folder)): found for path in files if (found := leaks(path.read_bytes()))}
 
 
+TRACKED = ["--tracking.enabled", "true", "--train.max_steps", "2"]
+
+
+def process(arguments: list[str], url: str) -> tuple[int, str]:
+    """``python train.py``, which imports everything with the secrets around it: its exit code and all that it printed."""
+    command = [sys.executable, "train.py", *arguments, *TRACKED]
+    done = subprocess.run(command, cwd=REPO, env=environment() | planted(url), capture_output=True, text=True, timeout=400, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
 def trained(variables: dict[str, str], arguments: list[str], folder: Path) -> tuple[int, str]:
-    """The exit code of a tracked run of two steps with this environment, and all that it printed."""
-    tracked = [*arguments, "--tracking.enabled", "true", "--train.max_steps", "2"]
-    ((code, output),) = run_ranks(1, "forked:train_script", tracked, variables, said=folder / "said")
+    """The same of a forked rank, which gets this environment behind its imports."""
+    ((code, output),) = run_ranks(1, "forked:train_script", [*arguments, *TRACKED], variables, said=folder / "said")
     return code, output
 
 
@@ -70,8 +79,7 @@ def test_a_tracked_run_tells_no_secret(server: Server, model_dir: Path, manifest
     """An experiment named with a URL too, as people do who paste an address into the wrong option."""
     named = ["--tracking.experiment", "secrets", "--tracking.run_name", f"https://me:{PLANTED['name']}@host/run"]
     evaluated = ["--data.evaluation.test", str(manifests["test"]), "--train.export", "true"]
-    arguments = train_arguments(model_dir, manifests, tmp_path / "run", *named, *evaluated)
-    code, said = trained(planted(server.url), arguments, tmp_path)
+    code, said = process(train_arguments(model_dir, manifests, tmp_path / "run", *named, *evaluated), server.url)
     assert code == 0, said[-3000:]
     assert "MLflow run" in said and "://***@127.0.0.1" in said, "the address is said, without its password"
     assert not leaks(said)
@@ -100,9 +108,7 @@ def test_no_secret_in_the_local_store(model_dir: Path, manifests: dict[str, Path
 
 
 def test_an_error_that_quotes_an_option_leaves_its_password_out(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "train.py", *train_arguments(model_dir, manifests, tmp_path)]
-    command.append(f"--data.train=https://me:{PLANTED['option']}@host/a.jsonl")
-    variables = environment() | planted("http://x")
-    done = subprocess.run(command, cwd=REPO, env=variables, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 2 and not leaks(done.stdout, done.stderr), done.stderr
-    assert "error: https://***@host/a.jsonl: no such manifest" in done.stderr
+    given = f"--data.train=https://me:{PLANTED['option']}@host/a.jsonl"
+    code, said = process([*train_arguments(model_dir, manifests, tmp_path), given], "http://x")
+    assert code == 2 and not leaks(said), said
+    assert "error: https://***@host/a.jsonl: no such manifest" in said
