@@ -1,4 +1,4 @@
-"""kill -9 of a random rank at random times over one run, until it ends: RANKS ROUNDS [SEED] (default 8 30 0); part of ``make faults``.
+"""kill -9 of a random rank at random times over one run, until it ends; part of ``make faults``.
 
 Every round starts the training anew and kills one rank some steps later, or while it starts. The last
 checkpoint is compared, bit for bit, with that of a run that nobody killed. Prints a row for docs/reliability.md.
@@ -6,6 +6,7 @@ checkpoint is compared, bit for bit, with that of a run that nobody killed. Prin
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import signal
@@ -25,7 +26,7 @@ PEERS_END_S = 30.0
 group yet waits for its peers for half an hour."""
 
 
-def main(ranks: int, rounds: int, seed: int = 0) -> None:
+def main(ranks: int, rounds: int, seed: int) -> None:
     chance, steps = random.Random(seed), SAVE_STEPS * rounds
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -107,4 +108,8 @@ def same(one: Path, other: Path, rank: int) -> bool:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:] or ("8", "30")))
+    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tests/kill_ranks.py 2 5")
+    parser.add_argument("ranks", type=int, nargs="?", default=8, help="default 8")
+    parser.add_argument("rounds", type=int, nargs="?", default=30, help="default 30")
+    parser.add_argument("seed", type=int, nargs="?", default=0, help="of who is killed, and when (default 0)")
+    main(**vars(parser.parse_args()))

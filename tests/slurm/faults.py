@@ -1,10 +1,11 @@
 """The long fault campaign: eight ranks of ZeRO-3 on a real Slurm, one fault each, judged by the weights of an undisturbed run.
 
-``make faults`` prints a Markdown table for docs/reliability.md. Names of cases as arguments run those alone.
+``make faults`` prints a Markdown table for docs/reliability.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import re
@@ -144,4 +145,10 @@ def _equal(one: Path, other: Path) -> bool:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tests/slurm/faults.py usr1 killed")
+    cases = [fault.__name__ for fault in FAULTS]
+    parser.add_argument("names", nargs="*", metavar="case", help=f"run these beside the undisturbed one (default all): {', '.join(cases)}")
+    given = parser.parse_args()
+    if unknown := set(given.names) - set(cases):
+        parser.error(f"no case is named {', '.join(sorted(unknown))}; there are {', '.join(cases)}")
+    main(given.names)
