@@ -16,7 +16,6 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
-import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,9 +133,8 @@ class PackedSampler(GroupSampler):
 
     A step has one micro-batch per rank and accumulation step. Groups are taken in the order of the stream while one of these has room for
     them, each where it leaves the least (best fit); a group that fits nowhere waits for the next step, where it comes first, and with
-    ``_WINDOW`` of them waiting the step is full. Its groups are then dealt anew, largest first to the emptiest micro-batch, unless that
-    would break the limit. Nothing is lost and nothing repeated, and the order depends on data, seed, limit and the number of micro-batches
-    of a step only.
+    ``_WINDOW`` of them waiting the step is full. Then the fullest micro-batch and the emptiest exchange groups until they are even. Nothing
+    is lost and nothing repeated, and the order depends on data, seed, limit and the number of micro-batches of a step only.
     """
 
     def __init__(
@@ -167,7 +165,7 @@ class PackedSampler(GroupSampler):
         position = self._position
         while True:
             bins, position = self._pack(position)
-            yield from bins[self.rank :: self.world_size]
+            yield from self._evened(bins)[self.rank :: self.world_size]
 
     def num_steps(self, num_epochs: float) -> int:
         """Optimizer steps until every group has been seen so many times."""
@@ -189,7 +187,7 @@ class PackedSampler(GroupSampler):
         self._position = _Position(self.samples_seen + len(waiting), tuple(waiting))
 
     def _pack(self, position: _Position) -> tuple[list[list[int]], _Position]:
-        """The micro-batches of the step at ``position``, fullest first, and the position behind it."""
+        """The micro-batches of the step at ``position``, and the position behind it."""
         bins: list[list[int]] = [[] for _ in range(self.groups_per_step)]
         room = [(self.max_tokens, b) for b in range(len(bins))]  # sorted
         read, waiting, queue = position.read, list[int](), list(reversed(position.waiting))
@@ -205,19 +203,31 @@ class PackedSampler(GroupSampler):
             left, chosen = room.pop(best)
             bins[chosen].append(group)
             bisect.insort(room, (left - self.tokens[group], chosen))
-        bins = self._dealt(bins) or bins
-        bins.sort(key=lambda each: -sum(self.tokens[group] for group in each))
         return bins, _Position(read, (*waiting, *reversed(queue)))
 
-    def _dealt(self, bins: list[list[int]]) -> list[list[int]] | None:
-        """The same groups with loads as equal as can be, or None if one would be over the limit."""
-        dealt: list[list[int]] = [[] for _ in bins]
-        filled = [(0, b) for b in range(len(bins))]  # a heap
-        for group in sorted((group for each in bins for group in each), key=lambda group: -self.tokens[group]):
-            tokens, emptiest = filled[0]
-            dealt[emptiest].append(group)
-            heapq.heapreplace(filled, (tokens + self.tokens[group], emptiest))
-        return dealt if max(filled)[0] <= self.max_tokens else None
+    def _evened(self, bins: list[list[int]]) -> list[list[int]]:
+        """Fullest micro-batch first; before, the fullest and the emptiest exchange groups while that leaves them less apart."""
+        tokens = self.tokens
+        ranked = sorted((sum(tokens[group] for group in each), b) for b, each in enumerate(bins))
+        while True:
+            (least, e), (most, f) = ranked[0], ranked[-1]
+            emptiest, fullest, gap = bins[e], bins[f], most - least
+            emptiest.sort(key=lambda group: tokens[group])
+            sizes = [0, *(tokens[group] for group in emptiest)]  # a group goes for another one, or for none
+            apart, i, j = gap, 0, 0
+            for k, group in enumerate(fullest):
+                at = bisect.bisect_left(sizes, tokens[group] - gap / 2)  # of what moves, half the gap is best
+                near = ((abs(gap - 2 * (tokens[group] - sizes[n])), k, n) for n in (at - 1, at) if 0 <= n < len(sizes))
+                apart, i, j = min((apart, i, j), *near)
+            if apart == gap:
+                return [bins[b] for _, b in reversed(ranked)]
+            moved = tokens[fullest[i]] - sizes[j]
+            back = [emptiest.pop(j - 1)] if j else []
+            emptiest.append(fullest.pop(i))
+            fullest += back
+            ranked = ranked[1:-1]
+            bisect.insort(ranked, (least + moved, e))
+            bisect.insort(ranked, (most - moved, f))
 
 
 _WINDOW = 32  # groups that may wait: enough to fill gaps, few enough that the order stays that of the stream
