@@ -2,10 +2,11 @@
 
     python benchmarks/images.py                                    # LLaVA shape, 256 visual tokens, 4 texts, 1 to 8 images
     python benchmarks/images.py --family qwen2_5_vl --visual 576
+    python benchmarks/images.py --images 4 8 --per-forward 4       # small images, several to a forward
 
-The loss couples all images and texts, and both ways must find the same one. The cache runs one image a forward, twice (training under
-data.max_tokens_per_forward). Times are medians, in seconds of process time of one thread or of the device; memory is the peak above weights
-and gradients.
+The loss couples all images and texts, and both ways must find the same one. The cache runs each forward twice, with as many images as
+data.max_tokens_per_forward allows when training. Times are medians, in seconds of process time of one thread or of the device; memory is
+the peak above weights and gradients.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--visual", type=int, default=256, help="visual tokens of an image; the square of an even number")
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--images", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--per-forward", type=int, default=1, help="images in a forward of the cache")
     parser.add_argument("--attention", choices=BACKENDS, default="cascade")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
     parser.add_argument("--repeats", type=int, default=3)
@@ -62,6 +64,8 @@ def measure(arguments: argparse.Namespace, count: int) -> list[tuple[float, floa
     clear(model)  # else the first step's peak would hold them
     of = case(model, arguments.family, arguments.visual, texts)
     parts = [packed_inputs(case(model, arguments.family, arguments.visual, texts, seed)) for seed in range(count)]
+    firsts = range(0, count, arguments.per_forward)
+    batches: list[Any] = [Part(in_one_row(parts[k : k + arguments.per_forward]), k, count, texts) for k in firsts]
 
     def one_row() -> float:
         logp = scorer(**in_one_row(parts)).view(count, texts, TEXT).sum(-1)
@@ -71,8 +75,7 @@ def measure(arguments: argparse.Namespace, count: int) -> list[tuple[float, floa
 
     def cache() -> float:
         run: Any = SimpleNamespace(engine=Engine(scorer), world=World(0, 1, 0, of.prefix.device), config=SimpleNamespace(objective={}))
-        batches: list[Any] = [Part(part, k, count, texts) for k, part in enumerate(parts)]
-        two_passes(run, batches, count, lambda scores: found.setdefault("loss", coupled(scores)), last=True)
+        two_passes(run, batches, len(batches), lambda scores: found.setdefault("loss", coupled(scores)), last=True)
         return found.pop("loss").item()
 
     found: dict[str, Tensor] = {}
@@ -115,17 +118,17 @@ class Engine:
 
 @dataclass(frozen=True)
 class Part:
-    """One image of several, in place of a batch."""
+    """Some images of several, in place of a batch."""
 
     model_inputs: dict[str, Any]
-    index: int
+    first: int
     count: int
     texts: int
     reference: None = None
 
     def scores(self, logp: Tensor) -> Scores:
-        own = logp.view(1, self.texts, TEXT).sum(-1)
-        matrix = torch.cat([own if k == self.index else torch.zeros_like(own) for k in range(self.count)])
+        own = logp.view(-1, self.texts, TEXT).sum(-1)
+        matrix = torch.cat([own.new_zeros(self.first, self.texts), own, own.new_zeros(self.count - self.first - len(own), self.texts)])
         return Scores(None, matrix, matrix)  # type: ignore[arg-type]
 
 

@@ -39,6 +39,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from cfvlm_ds.attention import BACKENDS, Forest, ordinary, registered
+from cfvlm_ds.engine import keep_freed_memory
 from cfvlm_ds.likelihood import token_logprobs
 from cfvlm_ds.models import FAMILIES, ModelFlops, Scorer
 
@@ -292,6 +293,7 @@ def reset_peak(of: Case) -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(_MMAP_MAX, 1 << 16)
     libc.mallopt(_MMAP_THRESHOLD, 1 << 16)  # so that what is freed leaves no holes
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -301,11 +303,11 @@ def reset_peak(of: Case) -> int:
 def peak(of: Case) -> int:
     if of.prefix.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, 1 << 25)  # the library's own limit: memory is used again, as when time is measured
+    keep_freed_memory()  # as when training, whose time is measured
     return _status("VmHWM")
 
 
-_MMAP_THRESHOLD = -3  # malloc.h
+_MMAP_THRESHOLD, _MMAP_MAX = -3, -4  # malloc.h
 
 
 def _status(name: str) -> int:

@@ -302,9 +302,15 @@ def test_on_a_network_file_system_a_fresh_lock_is_waited_for(tmp_path: Path, mon
 # --- a real process -----------------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
-import json, sys
+import json, resource, sys
+import torch
 from cfvlm_ds import engine
 world = engine.start()
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+pages = [new_pages(), new_pages()]
 started = {"mlflow": "mlflow" in sys.modules, "deepspeed": "deepspeed" in sys.modules, "world": [world.rank, world.size]}
 from cfvlm_ds.collate import load_collator
 from cfvlm_ds.config import parse_config
@@ -328,7 +334,7 @@ driven.backward(logp.sum(), scale_wrt_gas=False)
 driven.step()
 after = {name: state(p) for name, p in named.items()}
 groups = [[g["lr"], g["weight_decay"]] for g in driven.optimizer.param_groups]
-print("REPORT" + json.dumps({"started": started, "before": before, "inside": inside, "after": after, "groups": groups}))
+print("REPORT" + json.dumps({"started": started, "before": before, "inside": inside, "after": after, "groups": groups, "pages": pages}))
 """
 
 
@@ -359,6 +365,12 @@ def test_a_start_behind_a_stale_lock_does_not_hang(process: dict[str, Any]) -> N
 
 def test_start_joins_alone_and_leaves_mlflow_out(process: dict[str, Any]) -> None:
     assert process["started"] == {"mlflow": False, "deepspeed": True, "world": [0, 1]}
+
+
+def test_freed_memory_is_used_again(process: dict[str, Any]) -> None:
+    """A tensor of 64 MB needs 16384 pages of the system, and one behind it none."""
+    first, second = process["pages"]
+    assert first > 10_000 and second < 100
 
 
 def test_zero3_really_partitions(process: dict[str, Any], model_dir: Path) -> None:
