@@ -52,10 +52,8 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
         torch.cuda.set_device(local_rank)
     else:
         keep_freed_memory()
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(
-                max(1, cores_per_rank() - default_workers())
-            )  # sharing a core with a data worker costs a fifth of the speed
+        if "OMP_NUM_THREADS" not in os.environ:  # sharing a core with a data worker costs a fifth of the speed
+            torch.set_num_threads(max(1, cores_per_rank() - default_workers()))
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, auto_mpi_discovery=False, verbose=False)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return World(rank, int(os.environ["WORLD_SIZE"]), local_rank, device)

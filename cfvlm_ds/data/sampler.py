@@ -206,7 +206,7 @@ class PackedSampler(GroupSampler):
         return bins, _Position(read, (*waiting, *reversed(queue)))
 
     def _evened(self, bins: list[list[int]]) -> list[list[int]]:
-        """Fullest micro-batch first; before, the fullest and the emptiest exchange groups while that leaves them less apart."""
+        """The micro-batches, fullest first, after the fullest and the emptiest have exchanged groups while that left them less apart."""
         tokens = self.tokens
         ranked = sorted((sum(tokens[group] for group in each), b) for b, each in enumerate(bins))
         while True:
