@@ -3,10 +3,9 @@
     python benchmarks/learning.py --seconds 420 --seeds 3            # about 90 minutes on two cores
     python benchmarks/learning.py --report                           # the table and the figure of what has been run
 
-Every run is `train.py --config examples/quickstart.yaml` with 12 groups a step and the options of its variant: the same initial weights,
-data, schedule shape and ZeRO-3 engine. A short run of each variant measures its seconds per optimizer step, which sets its number of
-steps. Steps and results are kept in benchmarks/learning.json: what it holds is not measured or run again, so seeds may be added later, and
-on another machine.
+Every run is `train.py --config examples/quickstart.yaml` with the options of its variant: the same initial weights, data, schedule shape
+and ZeRO-3 engine. A short run of each variant measures its seconds per optimizer step, which sets its number of steps. Steps and results
+are kept in benchmarks/learning.json: what it holds is not measured or run again, so seeds may be added later, and on another machine.
 """
 
 from __future__ import annotations
@@ -103,7 +102,6 @@ def train(folder: Path, options: tuple[str, ...]) -> None:
     command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z3.json", "--config", "examples/quickstart.yaml"]
     command += [
         f"--train.output_dir={folder}",
-        "--train.per_device_train_batch_size=12",
         "--tracking.enabled=false",
         "--data.num_workers=0",
         "--train.save_steps=0",
