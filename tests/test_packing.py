@@ -63,6 +63,23 @@ def test_no_group_is_lost_or_repeated(mix: str) -> None:
     assert of.num_steps(len(seen) / 700) == 30
 
 
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 5, 12, 31, 40])
+def test_small_data_is_seen_evenly(num_groups: int) -> None:
+    """Few groups, most of them large: the small ones are not repeated while the large ones wait; every micro-batch has a group."""
+    tokens = [100 if g % 4 == 3 else 5000 + 10 * g for g in range(num_groups)]
+    for micro_batches in (1, 2, 8):
+        of, seen = sampler(tokens, micro_batches), Counter(dict.fromkeys(range(num_groups), 0))
+        for step in steps(sampler(tokens, micro_batches), 40, micro_batches):
+            assert all(step) and all(sum(tokens[g] for g in batch) <= LIMIT for batch in step)
+            seen.update(itertools.chain(*step))
+            of.advance()
+            waiting = of.state_dict()["waiting"]
+            assert len(set(waiting)) == len(waiting) and of.samples_seen == seen.total()
+            assert max(seen.values()) - min(seen.values()) <= 2
+    assert [sampler([100] * 100, 1, max_tokens=100).num_steps(n / 100) for n in range(1, 101)] == list(range(1, 101))
+    assert sampler([100] * 100, 1, max_tokens=100).num_steps(0.29) == 29
+
+
 def test_ranks_share_the_steps_of_one() -> None:
     alone = steps(sampler(MIXES["native resolution"]), 5)
     for world in (2, 4, 8):

@@ -120,6 +120,14 @@ def test_state_of_other_data_is_refused() -> None:
         assert sampler.samples_seen == 1
 
 
+def test_steps_of_a_decimal_number_of_epochs() -> None:
+    """Whole hundredths of 100 groups, and thousandths of 1000, as a person counts them; a part of a group is a group."""
+    for hundredths in range(1, 301):
+        assert make(100).num_steps(float(f"{hundredths / 100:.2f}")) == hundredths
+    assert [make(1000, mb=7).num_steps(float(f"0.{n:03}")) for n in range(1, 1000)] == [-(-n // 7) for n in range(1, 1000)]
+    assert [make(3).num_steps(share) for share in (1e-6, 0.3, 1 / 3, 0.34, 2 / 3, 1, 7 / 3)] == [1, 1, 1, 2, 2, 3, 7]
+
+
 def test_bad_sizes() -> None:
     with pytest.raises(DataError, match="no groups"):
         make(0)

@@ -16,8 +16,10 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -81,7 +83,7 @@ class GroupSampler:
 
     def num_steps(self, num_epochs: float) -> int:
         """Optimizer steps until every group has been seen so many times."""
-        return -(-int(num_epochs * self.num_groups) // self.groups_per_step)
+        return -(-_groups_in(num_epochs, self.num_groups) // self.groups_per_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what must be equal for it to mean the same place in the same stream."""
@@ -133,8 +135,10 @@ class PackedSampler(GroupSampler):
 
     A step has one micro-batch per rank and accumulation step. Groups are taken in the order of the stream while one of these has room for
     them, each where it leaves the least (best fit); a group that fits nowhere waits for the next step, where it comes first, and with
-    ``_WINDOW`` of them waiting the step is full. Then the fullest micro-batch and the emptiest exchange groups until they are even. Nothing
-    is lost and nothing repeated, and the order depends on data, seed, limit and the number of micro-batches of a step only.
+    ``_WINDOW`` of them waiting the step is full. It is also full where the stream comes to a group that waits already: in small data, the
+    others would be seen again and again meanwhile. Then the fullest micro-batch and the emptiest exchange groups until they are even.
+    Nothing is lost and nothing repeated, no group is ahead of another one by more than two times it was seen, and the order depends on
+    data, seed, limit and the number of micro-batches of a step only.
     """
 
     def __init__(
@@ -169,8 +173,8 @@ class PackedSampler(GroupSampler):
 
     def num_steps(self, num_epochs: float) -> int:
         """Optimizer steps until every group has been seen so many times."""
-        position, steps = _Position(), 0
-        while position.read - len(position.waiting) < num_epochs * self.num_groups:
+        position, steps, wanted = _Position(), 0, _groups_in(num_epochs, self.num_groups)
+        while position.read - len(position.waiting) < wanted:
             position, steps = self._pack(position)[1], steps + 1
         return steps
 
@@ -195,7 +199,10 @@ class PackedSampler(GroupSampler):
             if queue:
                 group = queue.pop()
             else:
-                (group,), read = self._stream(read, 1), read + 1
+                (group,) = self._stream(read, 1)
+                if group in waiting:
+                    break
+                read += 1
             best = bisect.bisect_left(room, (self.tokens[group], 0))
             if best == len(room):
                 waiting.append(group)
@@ -231,6 +238,13 @@ class PackedSampler(GroupSampler):
 
 
 _WINDOW = 32  # groups that may wait: enough to fill gaps, few enough that the order stays that of the stream
+
+
+def _groups_in(num_epochs: float, num_groups: int) -> int:
+    """Groups that a run sees in so many epochs, rounded up. ``num_epochs`` is the decimal number that was written: 0.29 of 100 is 29,
+    though the float is less; and n / num_groups, rounded as floats are, is n groups."""
+    whole = round(num_epochs * num_groups)
+    return whole if whole / num_groups == num_epochs else math.ceil(Fraction(repr(float(num_epochs))) * num_groups)
 
 
 @functools.lru_cache(maxsize=2)  # the epoch in progress and the one that prefetching has reached
