@@ -18,7 +18,9 @@ MLflow is imported in the background thread (2-3 s); importing this module costs
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import json
 import logging
 import math
@@ -109,6 +111,24 @@ def open_tracker(
     record.resume_step, record.status, record.end_ms = resume_step, None, None
     record.save(run_dir)
     return Tracker(run_dir, record, kept_names, mlflow, close_timeout)
+
+
+def import_mlflow() -> threading.Thread:
+    """Begin to import MLflow (2-3 s), which touches no run; the thread that does it, to be joined before data workers are forked."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    thread = threading.Thread(target=_import, name="cfvlm_ds-import", daemon=True)
+    thread.start()
+    return thread
+
+
+def _import() -> None:
+    with contextlib.suppress(Exception):  # what is wrong with it is reported where it is used
+        for name in _IMPORTED:
+            importlib.import_module(name)
+
+
+_IMPORTED = ("mlflow", "mlflow.store.tracking.rest_store", "mlflow.store.tracking.sqlalchemy_store")  # and what they import
 
 
 class NullTracker:

@@ -40,7 +40,7 @@ from cfvlm_ds.run_lock import RunLock
 from cfvlm_ds.step import Meter, Run, optimizer_step
 from cfvlm_ds.stopping import EXIT_STOPPED, Stop, shield_worker
 from cfvlm_ds.tower_pass import feature_cache
-from cfvlm_ds.tracking import masked, open_tracker
+from cfvlm_ds.tracking import import_mlflow, masked, open_tracker
 
 _FINISHED = "finished.json"
 
@@ -76,45 +76,31 @@ def _locked(run_dir: Path, world: World) -> Iterator[None]:
 
 
 def _train(config: RunConfig, world: World) -> None:
+    """Check, then touch: until the weights are in place and their scores right, the run folder and MLflow stay as they are.
+
+    Exempt are the caches of the data check and of features, and the ranks' signs of life.
+    """
     seed_everything(config.train.seed)
     run_dir = Path(config.train.output_dir)
+    raw, width = engine.read_json(config.deepspeed), engine.hidden_size(config)
     groups, splits = read_data(config, world)
     stored = _stored_scores(config, groups)
     collator = load_collator(config.model, required_cells(config.objective), config.data.max_pixels, stored)
     sampler = _sampler(config, world, groups, collator)
     total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs)
-    if _is_finished(config, total_steps, world):
-        return
-    raw, width = engine.read_json(config.deepspeed), engine.hidden_size(config)
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
     engine.validate(config, resolved)
+    if _is_finished(config, total_steps, world):
+        return
     found = checkpoint.find(run_dir, config.train.resume, world)
-    # Killed before its first checkpoint, a run starts over at step 0 and is still the same run.
-    anew = {"step": None if config.train.resume == "never" else 0}
-    written: dict[str, Any] = anew if found is None else checkpoint.description(found)
     if world.is_main:
         heartbeat.prepare(run_dir)
     world.wait()
-    pulse = heartbeat.Heartbeat(run_dir / heartbeat.FOLDER, world, config.train.hang_timeout_s)
-    tracking = config.tracking
-    # Opened before the model: MLflow is imported in a thread, which must be over when data workers are forked.
-    tracker = open_tracker(
-        enabled=world.is_main,
-        run_dir=run_dir,
-        experiment=tracking.experiment,
-        run_name=tracking.run_name or run_dir.name,
-        params=config.resolved,
-        tags={
-            "git_revision": _git_revision(),
-            "world_size": str(world.size),
-            "model_type": load_config(config.model.name_or_path).model_type,
-        },
-        run_id=written.get("run_id"),
-        resume_step=written["step"],
-        mlflow=tracking.enabled,
-    )
-    with tracker, pulse:
+    with heartbeat.Heartbeat(run_dir / heartbeat.FOLDER, world, config.train.hang_timeout_s) as pulse:
+        imported = import_mlflow() if world.is_main and config.tracking.enabled else None
         driven, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=content_hash(groups))
+        if imported is not None:
+            imported.join()  # a data worker that is forked during an import inherits its lock for ever
         flops = ModelFlops(driven.module.model, driven.module.family)
         if (folder := config.data.feature_cache) is not None:  # before Stop begins to measure how long a step takes
             pulse.mark("features", state.step)
@@ -125,24 +111,18 @@ def _train(config: RunConfig, world: World) -> None:
             config, world, driven, collator, sampler, groups, splits, state, total_steps, flops, Stop(config.train.stop_margin_s), pulse
         )
         if found is not None:
-            checkpoint.load(run.engine, found, run.state, world, run_dir)
-            if run.state.data != content_hash(groups):
-                raise ConfigError(f"{found} was trained on another version of {config.data.train}; restore it or choose another output_dir")
-            run.sampler.load_state_dict(run.state.sampler or {})
-            world.say(f"resumed from {found} at step {run.state.step}")
-            if written["world_size"] != world.size:
-                world.say(
-                    f"the number of ranks is {world.size} now and was {written['world_size']}: keep train.per_device_train_batch_size x "
-                    "train.gradient_accumulation_steps x ranks as it was, or steps hold another number of groups from here on"
-                )
-        for path in _record(run, resolved.config):
-            tracker.artifact(path)
+            _restore(run, found)
         _check_scores(run)
-        if stopped := _loop(run, tracker):
-            world.say(f"stopped after step {state.step} of {total_steps}: {stopped}; the same command continues from the checkpoint")
-            tracker.close("SCHEDULED")
-        else:
-            _finish(run, tracker)
+        with _tracker(run, found) as tracker:
+            if world.is_main:
+                (run_dir / _FINISHED).unlink(missing_ok=True)
+            for path in _record(run, resolved.config):
+                tracker.artifact(path)
+            if stopped := _loop(run, tracker):
+                world.say(f"stopped after step {state.step} of {total_steps}: {stopped}; the same command continues from the checkpoint")
+                tracker.close("SCHEDULED")
+            else:
+                _finish(run, tracker)
     if world.is_main and not stopped:
         (run_dir / _FINISHED).write_text(json.dumps({"step": total_steps}))
     world.wait()  # the first rank to leave with a code that is not 0 makes the launcher end the others
@@ -150,16 +130,51 @@ def _train(config: RunConfig, world: World) -> None:
         sys.exit(EXIT_STOPPED)
 
 
+def _restore(run: Run, found: Path) -> None:
+    """Go on from a checkpoint."""
+    world, written = run.world, checkpoint.description(found)["world_size"]
+    checkpoint.load(run.engine, found, run.state, world, run.dir)
+    if run.state.data != content_hash(run.groups):
+        raise ConfigError(f"{found} was trained on another version of {run.config.data.train}; restore it or choose another output_dir")
+    run.sampler.load_state_dict(run.state.sampler or {})
+    world.say(f"resumed from {found} at step {run.state.step}")
+    if written != world.size:
+        world.say(
+            f"the number of ranks is {world.size} now and was {written}: keep train.per_device_train_batch_size x "
+            "train.gradient_accumulation_steps x ranks as it was, or steps hold another number of groups from here on"
+        )
+
+
+def _tracker(run: Run, found: Path | None) -> Any:
+    config = run.config
+    # Killed before its first checkpoint, a run starts over at step 0 and is still the same run.
+    anew = {"step": None if config.train.resume == "never" else 0}
+    written: dict[str, Any] = anew if found is None else checkpoint.description(found)
+    return open_tracker(
+        enabled=run.world.is_main,
+        run_dir=run.dir,
+        experiment=config.tracking.experiment,
+        run_name=config.tracking.run_name or run.dir.name,
+        params=config.resolved,
+        tags={
+            "git_revision": _git_revision(),
+            "world_size": str(run.world.size),
+            "model_type": load_config(config.model.name_or_path).model_type,
+        },
+        run_id=written.get("run_id"),
+        resume_step=written["step"],
+        mlflow=config.tracking.enabled,
+    )
+
+
 def _is_finished(config: RunConfig, total_steps: int, world: World) -> bool:
-    """Whether ``train.resume=auto`` finds nothing to do; rank 0 decides. Otherwise the run is unfinished from here on."""
+    """Whether ``train.resume=auto`` finds nothing to do; rank 0 decides."""
     finished, path = False, Path(config.train.output_dir) / _FINISHED
     if world.is_main:
         with contextlib.suppress(OSError, ValueError, RecursionError):  # one that a power loss has cut is none
             finished = config.train.resume == "auto" and json.loads(path.read_text()) == {"step": total_steps}
         if finished:
             world.say(f"{path.parent} has finished at step {total_steps}: nothing to do; remove {path} to evaluate and export it again")
-        else:
-            path.unlink(missing_ok=True)
     return broadcast_object(finished)
 
 
