@@ -23,6 +23,7 @@ import torch.distributed as dist
 from cfvlm_ds.config import ConfigError
 from cfvlm_ds.distributed import World, broadcast_object, gather_objects, random_state, set_random_state
 from cfvlm_ds.reshard import reshard
+from cfvlm_ds.untrusted import own_file, remove
 
 _COMPLETE = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -68,7 +69,7 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
     partial = final.with_name(final.name + ".partial")
     if world.is_main:
         for left in output_dir.glob("checkpoint-*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
+            remove(left)
     dist.barrier()
     client_state = {"loop": state.state_dict(), "rng": random_state(world.device)}
     with _failures_kept(engine) as (written, failures):
@@ -240,7 +241,10 @@ def incomplete(path: Path) -> str | None:
     if (named := _NAME.fullmatch(path.name)) and int(named[1]) != described["step"]:
         return f"it was written at step {described['step']}, so its name is wrong"
     for name, (size, _) in listed.items():
-        file = path / name
+        try:
+            file = own_file(path, name, _COMPLETE)
+        except ConfigError as error:
+            return str(error)
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
@@ -281,7 +285,7 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
     world.say(f"{path} was written by {ranks} ranks; cutting it anew for {world.size}")
     cut = output_dir / f"{path.name}.anew.partial"
     if world.is_main:
-        shutil.rmtree(cut, ignore_errors=True)
+        remove(cut)
         cut.mkdir(parents=True)
     dist.barrier()
     zero, failures = engine.optimizer, list[str]()

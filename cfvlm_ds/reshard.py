@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cfvlm_ds.config import ConfigError
+from cfvlm_ds.untrusted import create, refuse_foreign
 
 Shapes = Sequence[Mapping[str, torch.Size]]
 """Name -> shape of the trained weights, one mapping per flat tensor, in the order in which they lie there."""
@@ -38,16 +39,20 @@ def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, s
         raise ConfigError(f"{source} trained other weights than this run does; restore model.*.tuning or choose another output_dir")
     new = lies.cut(rank, ranks, shapes, sizes)
     own = _RANK.sub(f"zero_pp_rank_{rank}_", optimizer[0].name)
-    torch.save({**_mapped(optimizer[0]), "optimizer_state_dict": new}, target / own)
+    with create(target / own) as handle:
+        torch.save({**_mapped(optimizer[0]), "optimizer_state_dict": new}, handle)
     if lies.stage == 3:
         state = {**state, "frozen_param_fragments": _frozen(model, state, rank, ranks)}
     elif rank:
         return
-    torch.save({**state, "dp_world_size": ranks}, target / _RANK.sub(f"zero_pp_rank_{rank}_", model[0].name))
+    with create(target / _RANK.sub(f"zero_pp_rank_{rank}_", model[0].name)) as handle:
+        torch.save({**state, "dp_world_size": ranks}, handle)
 
 
 def _by_rank(folder: Path, kind: str) -> list[Path]:
     files = list(folder.glob(f"*_{kind}_states.pt"))
+    for file in files:
+        refuse_foreign(file, folder)
     return sorted(files, key=lambda file: int(match[1]) if (match := _RANK.search(file.name)) else 0)
 
 

@@ -93,6 +93,31 @@ def test_incomplete_says_what_is_wrong(tmp_path: Path) -> None:
     assert "never finished" in str(checkpoint.incomplete(tmp_path / "absent"))
 
 
+def test_a_list_that_names_files_elsewhere(tmp_path: Path) -> None:
+    """Of the right size and sum, so that nothing but its place is wrong with them."""
+    outside = tmp_path / "outside.pt"
+    outside.write_bytes(b"x" * 10)
+    cases = {"../outside.pt": "is no bare file name", str(outside): "is no bare file name", "link.pt": "leads out of its folder"}
+    for step, (name, said) in enumerate(cases.items()):
+        path = make(tmp_path, step)
+        (path / "link.pt").symlink_to(outside)
+        listed = {"step": step, "world_size": 1, "files": {name: (10, zlib.crc32(b"x" * 10))}}
+        listed["crc32"] = zlib.crc32(json.dumps(listed, sort_keys=True).encode())
+        (path / "complete.json").write_text(json.dumps(listed))
+        assert said in str(checkpoint.incomplete(path)), name
+
+
+def test_a_checkpoint_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (mine := tmp_path / "mine").mkdir()
+    (run := tmp_path / "run").mkdir()
+    (mine / "thesis.tex").write_text("mine")
+    (run / "checkpoint-3.partial").symlink_to(mine)
+    (run / "checkpoint-2.partial").symlink_to(mine)
+    saved = checkpoint.save(Engine(), TrainState(step=3), run, ONE, keep=1)
+    assert not saved.is_symlink() and checkpoint.incomplete(saved) is None and names(run) == {"checkpoint-3"}
+    assert names(mine) == {"thesis.tex"}
+
+
 @pytest.mark.parametrize("change", [{"step": 4}, {"world_size": 2}, {"run_id": "b"}, {"files": {}}])
 def test_a_list_of_files_that_was_changed_is_noticed(tmp_path: Path, change: dict[str, Any]) -> None:
     """A resume takes its step, its ranks and its MLflow run from there."""

@@ -222,6 +222,10 @@ def refusals(
     unknown = json.loads((REPO / "ds_configs" / "z3.json").read_text())
     unknown["zero_optimization"]["sub_grup_size"] = 1
     (folder / "unknown.json").write_text(json.dumps(unknown))
+    hostile = folder / "hostile"  # its index names the tested model's own weights
+    shutil.copytree(model_dir, hostile, ignore=shutil.ignore_patterns("*.safetensors"))
+    index = {"weight_map": dict.fromkeys(tensors(model_dir), str(model_dir / "model.safetensors"))}
+    (hostile / "model.safetensors.index.json").write_text(json.dumps(index))
     evaluation = [f"--data.evaluation.test={bad['missing_image']}"]
     cases = {
         "long_text": (bad["long_text"], []),
@@ -229,6 +233,7 @@ def refusals(
         "evaluation": (manifests["train"], evaluation),
         "no_manifest": (folder / "absent.jsonl", []),
         "no_model": (manifests["train"], ["--model.name_or_path", str(folder / "no" / "model")]),
+        "hostile": (manifests["train"], ["--model.name_or_path", str(hostile)]),
         "no_scores": (manifests["train"], ["--objective.dpo.weight", "1"]),
         "scores_absent": (manifests["train"], ["--objective.dpo.weight", "1", "--data.scores", str(folder / "absent.jsonl")]),
         "no_json": (manifests["train"], ["--deepspeed", str(folder / "absent.json")]),
@@ -250,6 +255,7 @@ REFUSALS = {
     "evaluation": ["missing_image.jsonl:2: ", "no such image file"],
     "no_manifest": ["absent.jsonl: no such manifest"],
     "no_model": ["model.name_or_path", "does not exist"],
+    "hostile": ["hostile/model.safetensors.index.json: ", "is no bare file name"],
     "no_scores": ["`cfvlm-ds score`", "data.scores"],
     "scores_absent": ["absent.jsonl: no such scores file", "`cfvlm-ds score`"],
     "no_json": ["absent.json: no such file; there are ds_configs/"],

@@ -446,6 +446,75 @@ def test_folders_that_must_not_be_replaced(checkpoints: dict[str, Path], sources
     assert headers(source) == headers(sources["llava"]) and (tmp_path / "mine" / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize("name", ["{outside}", "../{outside.name}", "sub/x.safetensors", "config.json", "..", ["x"]], ids=str)
+def test_an_index_that_names_files_elsewhere(name: Any, checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+    """The file that it names is one of safetensors with the model's own tensors, which an export would otherwise rewrite."""
+    source, outside = tmp_path / "source", tmp_path / "other.safetensors"
+    shutil.copytree(sources["sharded"], source)
+    first = source / "model-00001-of-00003.safetensors"
+    (source / "sub").mkdir()
+    for copy in (outside, source / "sub" / "x.safetensors"):
+        shutil.copy(first, copy)
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    name = name.format(outside=outside) if isinstance(name, str) else name
+    index["weight_map"] = {key: name if file == first.name else file for key, file in index["weight_map"].items()}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"source/model\.safetensors\.index\.json: .* (is no bare file name|does not end in|is a list)"):
+        export_hf(checkpoints["z3"], str(source), tmp_path / "out")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_links_are_neither_copied_from_elsewhere_nor_written_through(
+    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key.jinja").write_text("a private key")
+    for kind in ("file", "folder"):
+        source = tmp_path / kind
+        shutil.copytree(sources["llava"], source)
+        if kind == "file":
+            (source / "NOTICE").symlink_to(tmp_path / "secret" / "key.jinja")
+        else:
+            (source / "additional_chat_templates").symlink_to(tmp_path / "secret")
+        with pytest.raises(ConfigError, match=r"leads out of its folder, to .*secret/key\.jinja; put the file itself there"):
+            export_hf(checkpoints["z3"], str(source), tmp_path / "out")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "config.json").write_text("mine")
+    for name in ("out", "out.old", "out.partial"):
+        (tmp_path / name).symlink_to(mine)
+        if name == "out.partial":
+            export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out")
+            assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out").is_symlink()
+        else:
+            with pytest.raises(ConfigError, match=rf"{name} is a link to {mine}, and nothing is written through a link"):
+                export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out")
+            (tmp_path / name).unlink()
+        assert [path.name for path in mine.iterdir()] == ["config.json"] and (mine / "config.json").read_text() == "mine"
+
+
+def test_the_links_of_a_hub_cache_are_read(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--org--model" / "snapshots" / "abc", tmp_path / "models--org--model" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(path for path in sources["sharded"].iterdir() if path.is_file()):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    out = export_hf(checkpoints["z3"], str(snapshot), tmp_path / "out")
+    assert headers(out) == headers(sources["sharded"]) and not any(path.is_symlink() for path in out.iterdir())
+
+
+def test_a_source_whose_tensors_changed_their_size(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+    """A header that is right by itself, of a tensor with fewer or more values than its weight: its neighbours are not written over."""
+    for rows in (1, 77):
+        shutil.copytree(sources["llava"], source := tmp_path / str(rows))
+        stored = load_file(source / "model.safetensors")
+        save_file(stored | {NORM: torch.zeros(rows)}, source / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ConfigError, match=rf"stores {NORM} with shape \[{rows}\], which its weight has not"):
+            export_hf(checkpoints["z3"], str(source), tmp_path / "out")
+
+
 def test_an_export_replaces_an_older_one_and_what_a_killed_one_left(
     checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "cfvlm_ds"
 LAYERS = [
     {"errors"},
     {"groups", "config", "distributed", "stopping"},
-    {"likelihood", "attention", "figures", "heartbeat"},
+    {"likelihood", "attention", "figures", "heartbeat", "untrusted"},
     {"models", "data", "scenes", "cluster", "reshard", "run_lock"},
     {"objectives", "collate", "engine", "checkpoint", "tracking"},
     {"evaluation", "export", "preflight", "dry_run", "step", "tower_pass"},

@@ -8,6 +8,7 @@ cfvlm_ds.models.identity) and are left out where a run records its own scores.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cfvlm_ds.groups import CounterfactualGroup, DataError
+from cfvlm_ds.untrusted import create
 
 SCHEMA = "cfscores/2"
 _FLOAT32 = 3e38  # what is larger becomes infinite as a tensor
@@ -49,7 +51,7 @@ def write_scores(
 ) -> None:
     """Write the scores of every group; the file appears complete or not at all. Raises KeyError when a group has no scores."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as handle:
+    with io.TextIOWrapper(create(partial), encoding="utf-8") as handle:
         header = {"schema": SCHEMA, "manifest": content_hash(groups), "groups": len(groups), "model": model, **(identity or {})}
         handle.write(json.dumps(header) + "\n")
         for group in groups:

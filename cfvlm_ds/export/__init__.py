@@ -24,11 +24,10 @@ from cfvlm_ds.export.jobs import Job, fill, find_jobs, revert
 from cfvlm_ds.export.source import INDEX, SINGLE, Saved, read_saved, skeleton
 from cfvlm_ds.export.zero import BLOCK, ZeroWeights
 from cfvlm_ds.models import model_folder
+from cfvlm_ds.models.stored import check_files, side_files
+from cfvlm_ds.untrusted import create
 
 __all__ = ["export_adapter", "export_hf"]
-
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "additional_chat_templates/*")
-_NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
 
 
 def export_hf(checkpoint: Path, source: str, out_dir: Path, say: Callable[[str], object] = print, lora: LoraConfig | None = None) -> Path:
@@ -46,6 +45,7 @@ def export_hf(checkpoint: Path, source: str, out_dir: Path, say: Callable[[str],
         raise ConfigError(f"{checkpoint} has a base of 4 bits; export its adapters with --adapter, and merge them into {source} with peft")
     model = skeleton(source)
     folder = model_folder(source)
+    check_files(folder)
     saved, metadata = read_saved(folder, model)
     zero = MergedWeights(checkpoint, lora)
     jobs = fill(find_jobs(model, saved, say), model, zero, checkpoint, source)
@@ -70,12 +70,11 @@ def _refuse_full_disk(partial: Path, named: Path, needed: int) -> None:
 
 def _copy_files(folder: Path, partial: Path) -> None:
     """Configuration, tokenizer and processor files, as they are."""
-    for pattern in _COPIED:
-        for path in folder.glob(pattern):
-            if path.is_file() and not any(path.match(other) for other in _NOT_COPIED):
-                target = partial / path.relative_to(folder)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
+    for path in side_files(folder):
+        target = partial / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        with path.open("rb") as source, create(target) as copy:
+            shutil.copyfileobj(source, copy)
 
 
 def _write(files: Files, saved: Mapping[str, Saved], jobs: Iterable[Job], model: Any, zero: ZeroWeights, folder: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cfvlm_ds.config import ConfigError
 from cfvlm_ds.export.source import DTYPE_NAMES, INDEX, SINGLE, Saved, read_headers
+from cfvlm_ds.untrusted import bare_name, create
 
 
 class Files:
@@ -35,7 +36,7 @@ class Files:
                     self._starts[name] = begin
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
-            with open(folder / file, "wb") as handle:
+            with create(folder / bare_name(file, folder / INDEX, ".safetensors")) as handle:
                 handle.write(len(text).to_bytes(8, "little") + text)
                 handle.truncate(8 + len(text) + end)
             for name in header.keys() - {"__metadata__"}:
@@ -44,13 +45,18 @@ class Files:
     def write(self, name: str, blocks: Iterable[Tensor]) -> None:
         """Write a tensor, given as flat pieces, in its own dtype; remembers its first and last values in ``ends``."""
         tensor = self._saved[name]
+        left = tensor.nbytes
         with open(self._folder / tensor.file, "r+b") as handle:
             handle.seek(self._starts[name])
             for block in blocks:
                 block = block.to(tensor.dtype)
+                if (left := left - block.nbytes) < 0:
+                    break
                 handle.write(block.view(torch.uint8).numpy().data)
                 self.ends[name] = (self.ends[name][0] if name in self.ends else block[:8].clone(), block[-8:].clone())
                 self._progress(block.nbytes)
+        if left:
+            raise ConfigError(f"the source stores {name} with shape {list(tensor.shape)}, which its weight has not; get the model again")
 
     def _progress(self, num_bytes: int) -> None:
         self._done += num_bytes
@@ -67,7 +73,8 @@ def write_index(folder: Path, saved: Mapping[str, Saved], metadata: Mapping[str,
         return
     total = sum(tensor.nbytes for tensor in saved.values())
     index = {"metadata": {**metadata, "total_size": total}, "weight_map": {name: tensor.file for name, tensor in sorted(saved.items())}}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    with create(folder / INDEX) as handle:
+        handle.write((json.dumps(index, indent=2) + "\n").encode())
 
 
 def verify(folder: Path, saved: Mapping[str, Saved], ends: Mapping[str, tuple[Tensor, Tensor]], source: str) -> None:

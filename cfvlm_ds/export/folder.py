@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cfvlm_ds.config import ConfigError
+from cfvlm_ds.untrusted import refuse_link, remove
 
 
 @contextmanager
 def replaced(out_dir: Path, marker: str, needed: Iterable[Path]) -> Iterator[Path]:
     """An empty folder to write to, which becomes ``out_dir`` at the end of the block; until then what was there stays.
 
-    An older export is known by its file ``marker``. Raises ConfigError when ``out_dir`` holds one of ``needed`` or other files, and for an
-    OSError inside the block.
+    An older export is known by its file ``marker``. Raises ConfigError when ``out_dir`` holds one of ``needed`` or other files, when it
+    is a link, whose target would be replaced, and for an OSError inside the block.
     """
+    refuse_link(out_dir, "name the folder itself with --out")
     final = out_dir.resolve()
     for path in needed:
         if path.is_relative_to(final):
@@ -25,10 +27,11 @@ def replaced(out_dir: Path, marker: str, needed: Iterable[Path]) -> Iterator[Pat
     if final.is_dir() and any(final.iterdir()) and not (final / marker).is_file():
         raise ConfigError(f"{out_dir} holds other files and no earlier export, and would be replaced; name another folder with --out")
     partial, old = (final.with_name(final.name + suffix) for suffix in (".partial", ".old"))
+    refuse_link(old, "remove it")
     try:
         if old.exists() and not final.exists():  # a kill between the two renames of an earlier export
             os.replace(old, final)
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir(parents=True)
         yield partial
         shutil.rmtree(old, ignore_errors=True)

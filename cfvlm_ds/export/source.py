@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from cfvlm_ds.config import ConfigError
 from cfvlm_ds.models import load_config
+from cfvlm_ds.models.stored import INDEX, SINGLE, explained, header, read_index, weight_files
 
 DTYPES = {
     "F64": torch.float64,
@@ -28,7 +27,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,8 @@ def skeleton(source: str) -> Any:
     from transformers import AutoModelForImageTextToText
 
     config = load_config(source)
-    with torch.device("meta"):
+    impossible = f"no model can be made of the configuration of {source!r}", "name the model that the checkpoint was trained from"
+    with explained(*impossible), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, dtype=config.dtype or torch.float32)
 
 
@@ -59,11 +58,11 @@ def read_saved(folder: Path, model: Any) -> tuple[dict[str, Saved], dict[str, An
     This is what the source stores, file by file; in files of at most 5 GB where it has no index. A source without safetensors gives its
     configuration only: then it is what transformers would save.
     """
-    if (folder / SINGLE).is_file():
-        stored = read_headers(folder, [SINGLE])
-    elif (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text())
-        return read_headers(folder, sorted(set(index["weight_map"].values()))), index.get("metadata", {})
+    files = weight_files(folder)
+    if files == [SINGLE]:
+        stored = read_headers(folder, files)
+    elif files:
+        return read_headers(folder, files), read_index(folder / INDEX, ".safetensors")[1]
     else:
         from transformers.core_model_loading import revert_weight_conversion
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -76,15 +75,12 @@ def read_saved(folder: Path, model: Any) -> tuple[dict[str, Saved], dict[str, An
 def read_headers(folder: Path, files: Iterable[str]) -> dict[str, Saved]:
     found = {}
     for file in files:
-        try:
-            with safe_open(folder / file, framework="pt") as handle:
-                for name in handle.offset_keys():
-                    part = handle.get_slice(name)
-                    found[name] = Saved(file, tuple(part.get_shape()), DTYPES[part.get_dtype()])
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{folder / file} cannot be read ({error}); repair the source") from error
-        except KeyError as error:
-            raise ConfigError(f"{folder / file} stores {name} as {error}, which is no dtype to export to; name another source") from None
+        for name, (shape, dtype) in header(folder / file).items():
+            if dtype not in DTYPES:
+                raise ConfigError(f"{folder / file} stores {name} as {dtype}, which is no dtype to export to; name another source")
+            if name in found:
+                raise ConfigError(f"{folder / file} stores {name}, and so does {found[name].file}; get the model again")
+            found[name] = Saved(file, shape, DTYPES[dtype])
     return found
 
 

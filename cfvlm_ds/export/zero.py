@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cfvlm_ds.config import ConfigError
+from cfvlm_ds.untrusted import refuse_foreign
 
 BLOCK = 1 << 23  # elements read, cast and written at a time
 _MAPPED = 64 << 20  # bytes read before the files are mapped anew, at least
@@ -54,6 +55,8 @@ class ZeroWeights:
             optimizer, states = get_optim_files(str(checkpoint)), get_model_state_files(str(checkpoint))
         except FileNotFoundError as error:
             raise ConfigError(f"{checkpoint} is no ZeRO checkpoint ({error}); name another one") from error
+        for file in (*optimizer, *states):
+            refuse_foreign(Path(file), checkpoint)
         self._mapped = max(_MAPPED, sum(os.path.getsize(file) for file in optimizer) // 512)  # at most 512 times
         zero = self._tree(optimizer[0])["optimizer_state_dict"]
         ranks = zero["partition_count"]

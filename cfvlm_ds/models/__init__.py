@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
@@ -23,6 +24,7 @@ from cfvlm_ds.models.internvl import INTERNVL
 from cfvlm_ds.models.llava import LLAVA, NEXT, ONEVISION
 from cfvlm_ds.models.lora import adapted_modules, adapters_off, add_adapters, is_adapter, only_adapters_train, peft_config, quantisation
 from cfvlm_ds.models.qwen import QWEN_VL
+from cfvlm_ds.models.stored import check_files, explained
 
 _RECORDS = (LLAVA, NEXT, ONEVISION, QWEN_VL, INTERNVL, IDEFICS)
 FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for model_type in family.model_types}
@@ -56,29 +58,52 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     """The model's configuration. Raises ConfigError when there is no such folder or hub name."""
     if not Path(name_or_path).exists() and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
         raise ConfigError(f"model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
-    try:
-        return AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"model.name_or_path {name_or_path!r} cannot be read ({reason}); give a model folder or a hub name") from error
+    with explained(f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a sound config.json, or a hub name"):
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
 
 
 def family_of(config: PreTrainedConfig) -> Family:
     """The family record of a model's configuration. Raises ConfigError naming the supported model types."""
-    if config.model_type not in FAMILIES:
-        near = difflib.get_close_matches(config.model_type, FAMILIES, n=1)
-        hint = f" (the nearest is {near[0]!r})" if near else ""
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type]
+    if not hasattr(config, "vision_config"):
         raise ConfigError(
-            f"model type {config.model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}; a family is one "
-            "record, and docs/families.md shows how to add one"
+            f"model type {config.model_type!r} has no vision tower; name a vision-language model of one of these types: {', '.join(FAMILIES)}"
         )
-    return FAMILIES[config.model_type]
+    near = difflib.get_close_matches(config.model_type, FAMILIES, n=1, cutoff=_MISSPELT)
+    hint = f" (the nearest is {near[0]!r})" if near else ""
+    raise ConfigError(
+        f"model type {config.model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}; a family is one "
+        "record, and docs/families.md shows how to add one"
+    )
+
+
+_MISSPELT = 0.85  # likeness from which on a name is another's misspelling rather than another family's
+
+
+def _check_folder(name_or_path: str) -> None:
+    """Of a hub name, what is in the cache; the rest is checked when it has been loaded."""
+    if Path(name_or_path).is_dir():
+        check_files(Path(name_or_path).resolve())
+    elif isinstance(config := try_to_load_from_cache(name_or_path, "config.json"), str):
+        check_files(Path(config).parent)
 
 
 def load_processor(config: ModelConfig) -> Any:
-    """The model's own processor (tokenizer, image processor and chat template), with the configured bounds on visual tokens."""
-    processor = AutoProcessor.from_pretrained(config.name_or_path)
-    _limit_images(config, processor, load_config(config.name_or_path))
+    """The model's own processor (tokenizer, image processor and chat template), with the configured bounds on visual tokens.
+
+    Raises ConfigError naming the model where one of the three is missing or cannot be used.
+    """
+    model_config = load_config(config.name_or_path)
+    family_of(model_config)
+    _check_folder(config.name_or_path)
+    what = f"the processor of {config.name_or_path!r}"
+    with explained(f"{what} cannot be loaded", "compare its tokenizer and processor files with the published ones"):
+        processor = AutoProcessor.from_pretrained(config.name_or_path, trust_remote_code=False)
+        parts = {"tokenizer": "tokenizer", "image_processor": "image processor", "chat_template": "chat template"}
+        if missing := [name for part, name in parts.items() if getattr(processor, part, None) is None]:
+            raise ConfigError(f"{what} has no {' and no '.join(missing)}; name the instruction-tuned model, or add its files")
+        _limit_images(config, processor, model_config)
     return processor
 
 
@@ -97,18 +122,27 @@ def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> Non
 def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The pretrained model in ``dtype``, partitioned as it is built when a ZeRO-3 configuration is active, tuned as configured.
 
-    Raises ConfigError naming the keys when the checkpoint lacks a weight of the model or holds one the model has no place for, and when
-    pickled weights hold anything but tensors.
+    Raises ConfigError naming the keys when the checkpoint lacks a weight of the model or holds one the model has no place for, when
+    pickled weights hold anything but tensors, and when the folder's files are not those of a model.
     """
     model_config = load_config(config.name_or_path)
     family = family_of(model_config)
+    _check_folder(config.name_or_path)
+    quantised = quantisation(family, config, dtype)
+    backends = _implementations(attention(config.attn_implementation))
+    with explained(f"the model {config.name_or_path!r} cannot be loaded", "compare its config.json and weights with the published ones"):
+        return _loaded(config, family, dtype, backends, quantised)
+
+
+def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: dict[str, str], quantised: Any) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             config.name_or_path,
             dtype=dtype,
-            attn_implementation=_implementations(attention(config.attn_implementation)),
+            attn_implementation=backends,
             output_loading_info=True,
-            quantization_config=quantisation(family, config, dtype),
+            quantization_config=quantised,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
         model, info = loaded
@@ -124,6 +158,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         if keys and kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             named = ", ".join(sorted(str(key) for key in keys)[:5])
             raise ConfigError(f"checkpoint {config.name_or_path!r} has {len(keys)} {kind.replace('_', ' ')}: {named}; repair it")
+    _check_folder(config.name_or_path)  # a hub name's files are there now
     _limit_images(config, None, model.config)
     # Under ZeRO-3 this version of transformers keeps conversions it did not use, and would rename every weight at save time.
     model._weight_conversions = [c for c in model._weight_conversions or [] if c.was_used()] or None
@@ -134,9 +169,10 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
 def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
     """The model without any data, tuned as configured: names, sizes and what trains, whatever its size."""
     model_config = load_config(config.name_or_path)
-    _limit_images(config, None, model_config)
     family = family_of(model_config)
-    with torch.device("meta"):
+    impossible = f"no model can be made of the configuration of {config.name_or_path!r}", "compare its config.json with the published one"
+    with explained(*impossible), torch.device("meta"):
+        _limit_images(config, None, model_config)
         model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype, attn_implementation=attn_implementation)
         tune(model, family, config)
     return model
@@ -181,7 +217,7 @@ def attention(requested: str) -> str:
     if requested == "flash_attention_2" and not is_flash_attn_2_available():
         raise ConfigError(
             "model.attn_implementation flash_attention_2 needs a CUDA device and the flash-attn package; "
-            "install it with `pip install 'cfvlm-ds[gpu]' --no-build-isolation` or use auto"
+            "install it with `pip install flash-attn --no-build-isolation` or use auto"
         )
     if requested == "varlen" and not torch.cuda.is_available():
         raise ConfigError("model.attn_implementation varlen needs a CUDA device; use auto")

@@ -87,7 +87,7 @@ def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any
     if is_deepspeed_zero3_enabled():
         raise ConfigError("model.lora.load_in_4bit: transformers cannot load 4-bit weights in ZeRO-3's parts; use ds_configs/z2.json")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("model.lora.load_in_4bit needs bitsandbytes; install it with `pip install 'cfvlm-ds[qlora]'`")
+        raise ConfigError("model.lora.load_in_4bit needs bitsandbytes; install it with `pip install bitsandbytes`")
     kept = [*family.vision_tower, *family.projector, "lm_head"]
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept)
 

@@ -1,0 +1,96 @@
+"""The files of a model folder, which somebody else made: what they are called, where they lead, and whether the weights are all there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+
+from cfvlm_ds.config import ConfigError
+from cfvlm_ds.untrusted import bare_name, refuse_foreign
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED_INDEX = "pytorch_model.bin.index.json"
+COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "additional_chat_templates/*")
+_NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
+
+
+def check_files(folder: Path) -> None:
+    """ConfigError, naming the file, where the folder's files cannot be those of a model: names that are paths, links that lead elsewhere,
+    weights that are missing or cut short. Reads no weight."""
+    for path in side_files(folder):
+        refuse_foreign(path, folder)
+    for name in weight_files(folder):
+        header(folder / name)
+    if (folder / _PICKLED_INDEX).is_file() and not weight_files(folder):
+        read_index(folder / _PICKLED_INDEX, ".bin")
+
+
+def side_files(folder: Path) -> Iterator[Path]:
+    """Configuration, tokenizer and processor files: what a model has beside its weights."""
+    for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
+        if path.is_file() and not any(path.match(other) for other in _NOT_COPIED):
+            yield path
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that make up the model; none where its weights are stored otherwise. Raises ConfigError."""
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    return sorted(set(read_index(folder / INDEX, ".safetensors")[0].values())) if (folder / INDEX).is_file() else []
+
+
+def read_index(path: Path, ending: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """(tensor -> name of its file, metadata) of a model's index. Raises ConfigError naming what is wrong with it, or a file that is not
+    there."""
+    remedy = "get the model again"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        weight_map = index["weight_map"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no index of weights ({type(error).__name__}: {error}); {remedy}") from error
+    metadata = index.get("metadata", {})
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
+        raise ConfigError(f"{path} is no index of weights (weight_map and metadata are objects in one); {remedy}")
+    for name in sorted({bare_name(file, path, ending) for file in weight_map.values()}):
+        if not (path.parent / name).is_file():
+            raise ConfigError(f"{path.parent / name} is missing, and {path.name} names it; {remedy}")
+    return weight_map, metadata
+
+
+def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Tensor -> (shape, dtype) of a safetensors file, in the file's order. Raises ConfigError where it is none, or cut short."""
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    try:
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.offset_keys():
+                part = handle.get_slice(name)
+                found[name] = tuple(part.get_shape()), part.get_dtype()
+    except (OSError, SafetensorError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); get the file again") from error
+    return found
+
+
+@contextlib.contextmanager
+def explained(what: str, remedy: str) -> Iterator[None]:
+    """Whatever the libraries raise inside the block about files that they cannot use, as a ConfigError: ``what`` (why); ``remedy``.
+
+    They check little of what a model folder says, so that a wrong value surfaces as any exception. What the machine lacks, and what other
+    ranks did, passes.
+    """
+    try:
+        yield
+    except (ConfigError, MemoryError, torch.OutOfMemoryError, dist.DistError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ConfigError(f"{what} ({type(error).__name__}: {reason[:_LONGEST_REASON]}); {remedy}") from error
+
+
+_LONGEST_REASON = 600  # characters

@@ -1,0 +1,89 @@
+"""Names and links from files that somebody else made: what is refused, what a hub cache may do, and that nothing is written through a link."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfvlm_ds.config import ConfigError
+from cfvlm_ds.untrusted import bare_name, create, output_file, own_file, refuse_foreign, remove
+
+PATHS = ["", ".", "..", "/etc/passwd", "../x", "a/b", "a\\b", "x\0", "x\n", "\ud800", "n" * 256, "é" * 200, None, 3, ["x"], {"x": 1}]
+
+
+@pytest.mark.parametrize("name", PATHS, ids=lambda name: ascii(name)[:20])
+def test_a_name_that_is_a_path_is_refused_by_the_file_that_has_it(name: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^index\.json: .* (get the folder again)$"):
+        bare_name(name, "index.json")
+
+
+def test_bare_names_pass_and_their_ending_is_held() -> None:
+    for name in ("model.safetensors", "model-00001-of-00002.safetensors", "a..b", "é", "..."):
+        assert bare_name(name, "index.json") == name
+    with pytest.raises(ConfigError, match=r"'config\.json' does not end in \.safetensors"):
+        bare_name("config.json", "index.json", ".safetensors")
+
+
+def test_files_of_a_folder_and_links_that_lead_out_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "secret").write_text("x")
+    for name, target in {"out": "../secret", "absolute": tmp_path / "secret", "in": "sub", "loop": "loop", "deep": "out"}.items():
+        (folder / name).symlink_to(target)
+    assert own_file(folder, "sub/x", "list") == folder / "sub" / "x" and own_file(folder, "in", "list") == folder / "in"
+    for name in ("out", "absolute", "deep"):
+        with pytest.raises(ConfigError, match=rf"model/{name} leads out of its folder, to {tmp_path}/secret; put the file itself there"):
+            own_file(folder, name, "list")
+    for name in ("sub/../../secret", "/etc/passwd", "sub//x", ["sub"]):
+        with pytest.raises(ConfigError, match="^list: "):
+            own_file(folder, name, "list")
+    (tmp_path / "alias").symlink_to(folder)
+    refuse_foreign(tmp_path / "alias" / "sub", tmp_path / "alias")
+
+
+def test_the_links_of_a_hub_cache(tmp_path: Path) -> None:
+    """snapshots/REVISION/NAME -> ../../blobs/HASH, also where the blobs are on another disk; another repository's blobs are not its own."""
+    repository, other = tmp_path / "models--org--model", tmp_path / "disk"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    other.mkdir()
+    (other / "hash").write_text("{}")
+    (repository / "blobs").symlink_to(other)
+    (snapshot / "config.json").symlink_to("../../blobs/hash")
+    refuse_foreign(snapshot / "config.json", snapshot)
+    (tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
+    (snapshot / "foreign.json").symlink_to("../../../models--a--b/blobs/x")
+    with pytest.raises(ConfigError, match=r"foreign\.json leads out of its folder"):
+        refuse_foreign(snapshot / "foreign.json", snapshot)
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "folder"
+    victim.write_text("mine")
+    folder.mkdir()
+    (folder / "kept").write_text("")
+    (tmp_path / "link").symlink_to(victim)
+    with create(tmp_path / "link") as handle:
+        handle.write(b"new")
+    assert victim.read_text() == "mine" and not (tmp_path / "link").is_symlink() and (tmp_path / "link").read_text() == "new"
+    (tmp_path / "tree").symlink_to(folder)
+    remove(tmp_path / "tree")
+    assert (folder / "kept").exists() and not (tmp_path / "tree").is_symlink()
+    remove(folder)
+    assert not folder.exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "fifo")
+    cases = {"file/out.json": "cannot be written", "link": "is a link to", "fifo": "is no file", "": "is no file"}
+    for name, said in cases.items():
+        with pytest.raises(ConfigError, match=rf"{said}.* with --out$"):
+            output_file(tmp_path / name)
+    with pytest.raises(ConfigError, match="cannot be written .* with --out$"):
+        output_file(Path("/proc/out.json"))
+    assert output_file(tmp_path / "new" / "out.json").parent.is_dir()
