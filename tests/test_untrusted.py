@@ -1,4 +1,4 @@
-"""Names and links from files that somebody else made: what is refused, what a hub cache may do, and that nothing is written through a link."""
+"""Names and links from files that somebody else made: what is refused, what a hub cache may do, and where writing ends."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_files_of_a_folder_and_links_that_lead_out_of_it(tmp_path: Path) -> None
         with pytest.raises(ConfigError, match=rf"model/{name} leads out of its folder, to {tmp_path}/secret; put the file itself there"):
             own_file(folder, name, "list")
     for name in ("sub/../../secret", "/etc/passwd", "sub//x", ["sub"]):
-        with pytest.raises(ConfigError, match="^list: "):
+        with pytest.raises(ConfigError, match=r"^list: "):
             own_file(folder, name, "list")
     (tmp_path / "alias").symlink_to(folder)
     refuse_foreign(tmp_path / "alias" / "sub", tmp_path / "alias")
@@ -84,6 +84,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: P
     for name, said in cases.items():
         with pytest.raises(ConfigError, match=rf"{said}.* with --out$"):
             output_file(tmp_path / name)
-    with pytest.raises(ConfigError, match="cannot be written .* with --out$"):
+    with pytest.raises(ConfigError, match=r"cannot be written .* with --out$"):
         output_file(Path("/proc/out.json"))
     assert output_file(tmp_path / "new" / "out.json").parent.is_dir()

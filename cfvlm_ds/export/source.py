@@ -73,7 +73,7 @@ def read_saved(folder: Path, model: Any) -> tuple[dict[str, Saved], dict[str, An
 
 
 def read_headers(folder: Path, files: Iterable[str]) -> dict[str, Saved]:
-    found = {}
+    found: dict[str, Saved] = {}
     for file in files:
         for name, (shape, dtype) in header(folder / file).items():
             if dtype not in DTYPES:

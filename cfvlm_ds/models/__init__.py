@@ -68,7 +68,8 @@ def family_of(config: PreTrainedConfig) -> Family:
         return FAMILIES[config.model_type]
     if not hasattr(config, "vision_config"):
         raise ConfigError(
-            f"model type {config.model_type!r} has no vision tower; name a vision-language model of one of these types: {', '.join(FAMILIES)}"
+            f"model type {config.model_type!r} has no vision tower; name a vision-language model of one of these types: "
+            f"{', '.join(FAMILIES)}"
         )
     near = difflib.get_close_matches(config.model_type, FAMILIES, n=1, cutoff=_MISSPELT)
     hint = f" (the nearest is {near[0]!r})" if near else ""
