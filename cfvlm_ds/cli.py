@@ -244,7 +244,8 @@ def _command(parent: Any, name: str, function: Callable[[argparse.Namespace], No
 def _data_options(command: argparse.ArgumentParser) -> None:
     defaults = DataConfig()
     command.add_argument("--format", default=defaults.format, help=f"manifest format (default {defaults.format})")
-    command.add_argument("--root", help="folder that image paths are relative to (default: the manifest's)")
+    text = "folder of the images (default: the manifest's); may be given several times, absolute paths and links may lead into each"
+    command.add_argument("--root", action="append", metavar="FOLDER", help=text)
     command.add_argument("--max_pixels", type=int, default=defaults.max_pixels, help=f"image size limit (default {defaults.max_pixels})")
 
 

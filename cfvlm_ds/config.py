@@ -99,14 +99,31 @@ IMAGE_LIMITS = ("min_pixels", "max_pixels", "max_tiles")
 
 
 @dataclass(frozen=True)
+class DataSet:
+    """A manifest with a format and a place of its own.
+
+    Args:
+        path: manifest of counterfactual groups.
+        root: as ``data.root``, which it has when not given.
+        format: as ``data.format``, which it has when not given.
+    """
+
+    path: str
+    root: list[str] | str | None = None
+    format: str | None = None
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Training and evaluation data.
 
     Args:
         train: manifest of counterfactual groups.
-        evaluation: name -> manifest, evaluated every ``train.eval_steps`` and at the end.
+        evaluation: name -> manifest, evaluated every ``train.eval_steps`` and at the end; or name -> {path: manifest, root: FOLDERS,
+            format: NAME} where a manifest has a root or a format of its own (``--data.evaluation.NAME.root FOLDER``).
         format: format of the manifests, a name in ``cfvlm_ds.data.FORMATS``.
-        root: folder that image paths are relative to and may not leave; the manifest's own folder when not given.
+        root: folder of the images, or a list of folders; the manifest's own when not given. Paths in a manifest are absolute, or relative
+            to the first of them that has the file; what a path leads to, through links too, must be inside one of them.
         scores: file written by ``cfvlm-ds score`` with reference and blind log-likelihoods of the training manifest (DPO and PMI need it).
         max_pixels: refuse images with more pixels than this.
         check: ``full`` opens every image before training starts; ``rows`` checks the manifests only.
@@ -123,9 +140,9 @@ class DataConfig:
     """
 
     train: str = ""
-    evaluation: dict[str, str] = field(default_factory=dict)
+    evaluation: dict[str, str | DataSet] = field(default_factory=dict)
     format: str = "cfgroup"
-    root: str | None = None
+    root: list[str] | str | None = None
     scores: str | None = None
     max_pixels: int = 50_000_000
     check: Literal["full", "rows"] = "full"
@@ -135,6 +152,20 @@ class DataConfig:
     max_tokens_per_micro_batch: int | None = None
     max_tokens_per_forward: int | None = None
     feature_cache: str | None = None
+
+    @property
+    def train_set(self) -> DataSet:
+        """The training manifest with its root and format."""
+        return DataSet(self.train, self.root, self.format)
+
+    @property
+    def evaluation_sets(self) -> dict[str, DataSet]:
+        """The evaluation manifests, each with its root and format."""
+        sets = {name: DataSet(split) if isinstance(split, str) else split for name, split in self.evaluation.items()}
+        return {
+            name: DataSet(split.path, self.root if split.root is None else split.root, split.format or self.format)
+            for name, split in sets.items()
+        }
 
     @property
     def workers(self) -> int:
@@ -425,7 +456,11 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
             raise ConfigError(f"{option} {wrong}; leave it out for the default")
     if train["max_steps"] == 0:
         raise ConfigError("train.max_steps must be at least 1, or -1 to use train.num_train_epochs, not 0")
-    for split in resolved["data"]["evaluation"]:
+    for split, given in resolved["data"]["evaluation"].items():
+        if isinstance(given, str) and given.lstrip().startswith("{"):  # the parser takes an object that it cannot read for a path
+            raise ConfigError(
+                f"data.evaluation: {given} is not a manifest; give NAME: PATH, or NAME: {{path: PATH, root: ..., format: ...}}"
+            )
         if not re.fullmatch(r"\w[\w.+-]{0,99}", split, re.ASCII):
             raise ConfigError(f"data.evaluation: {split!r} names files and metrics; use letters, digits and _ . + - for it")
     tower = resolved["model"]["vision_tower"]["tuning"]
@@ -442,6 +477,9 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"train.save_best {best!r} is no metric of data.evaluation ({', '.join(splits) or 'empty'}); write eval/SPLIT/METRIC"
             )
+
+
+_SPLITS = "give NAME: PATH, or NAME: {path: PATH, root: FOLDER, format: NAME} with any of the last two"
 
 
 def _numbers(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, int | float]]:
@@ -461,6 +499,8 @@ def _option_names(parser: Any) -> list[str]:
 def _one_sentence(message: str, names: Sequence[str]) -> str:
     """jsonargparse's message on one line, with the nearest valid option where the user named an unknown one."""
     message = " ".join(message.split())
+    if f"'{__name__}.{DataSet.__name__}'" in message:  # pages about classes that nobody named
+        return f"data.evaluation: an entry is not a manifest; {_SPLITS}"
     unknown = re.search(r"(?:[Uu]nrecognized arguments:|[Kk]ey|[Oo]ption) '?-{0,2}([\w.-]+)'?", message)
     if not unknown or unknown[1] in names:
         return message.removeprefix("Parser key ").replace('"', "")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cfvlm_ds.collate import Collator, load_collator
-from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, DataConfig, RunConfig
+from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, DataConfig, DataSet, RunConfig
 from cfvlm_ds.data import check_manifest, image_size, read_manifest
 from cfvlm_ds.distributed import World, broadcast_object
 from cfvlm_ds.groups import CounterfactualGroup, DataError
@@ -23,12 +23,12 @@ def read_data(config: RunConfig, world: World) -> tuple[list[CounterfactualGroup
     data = config.data
     if not data.train:
         raise ConfigError("data.train is not set; give the manifest of your training groups")
-    manifests = {"train": data.train, **data.evaluation}
-    problem = _check(config, manifests, world) if world.is_main else None
-    if problem := broadcast_object(problem):
+    sets = [data.train_set, *data.evaluation_sets.values()]
+    problem = _check(config, sets, world) if world.is_main else None
+    if problem := broadcast_object(problem) if world.size > 1 else problem:
         raise DataError(problem)
-    read = {name: read_manifest(path, data.root, data.format) for name, path in manifests.items()}
-    return read.pop("train"), read
+    train, *evaluation = (read_manifest(each.path, each.root, each.format or data.format) for each in sets)
+    return train, dict(zip(data.evaluation, evaluation, strict=True))
 
 
 def group_tokens(groups: Sequence[CounterfactualGroup], collator: Collator, data: DataConfig, world: World) -> list[int]:
@@ -68,7 +68,7 @@ def _too_large(groups: Sequence[CounterfactualGroup], tokens: list[int], option:
     )
 
 
-def _check(config: RunConfig, manifests: Mapping[str, str], world: World) -> str | None:
+def _check(config: RunConfig, sets: Sequence[DataSet], world: World) -> str | None:
     """The first problem of the data, or None; what was found sound before, by size and time of the file, is not opened again.
 
     Says what each manifest holds.
@@ -81,21 +81,30 @@ def _check(config: RunConfig, manifests: Mapping[str, str], world: World) -> str
     except (OSError, ValueError, TypeError, RecursionError):
         known = {}
     collator = load_collator(config.model, "full", config.data.max_pixels)
-    for path in manifests.values():
+    for path, root, format in ((each.path, each.root, each.format or config.data.format) for each in sets):
         try:
             stat = Path(path).stat()
             limits = [getattr(config.model, option) for option in IMAGE_LIMITS]
-            seen = [stat.st_size, stat.st_mtime_ns, config.data.check, config.model.name_or_path, *limits]
+            seen = [
+                stat.st_size,
+                stat.st_mtime_ns,
+                root,
+                format,
+                config.data.max_pixels,
+                config.data.check,
+                config.model.name_or_path,
+                *limits,
+            ]
             if isinstance(entry := known.get(path), list) and entry[:-1] == seen:
                 world.say(str(entry[-1]))
                 continue
             if config.data.check == "rows":
-                found = f"{path}: {len(read_manifest(path, config.data.root, config.data.format))} groups"
+                found = f"{path}: {len(read_manifest(path, root, format))} groups"
             else:
                 report = check_manifest(
                     path,
-                    config.data.root,
-                    config.data.format,
+                    root,
+                    format,
                     lengths=collator,
                     max_pixels=config.data.max_pixels,
                     progress=world.say,

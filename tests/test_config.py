@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import REPO
 
-from cfvlm_ds.config import ConfigError, RunConfig, parse_config
+from cfvlm_ds.config import ConfigError, DataSet, RunConfig, parse_config
 from cfvlm_ds.objectives import OBJECTIVES
 
 
@@ -26,6 +26,26 @@ def written(tmp_path: Path):
         return ["--config", str(path)]
 
     return write
+
+
+def test_every_split_may_have_a_root_and_a_format_of_its_own(tmp_path: Path) -> None:
+    """From YAML and from the command line; what a split does not say is the training data's."""
+    (file := tmp_path / "c.yaml").write_text(
+        "data: {root: [/a, /b], evaluation: {plain: p.jsonl, own: {path: o.jsonl, root: /r, format: pairs}, train: {path: t.jsonl}}}"
+    )
+    data = parse("--config", str(file), "--data.train", "x.jsonl", "--data.evaluation.more.path", "m.jsonl", "--data.root+", "/c").data
+    roots = ["/a", "/b", "/c"]
+    assert data.train_set == DataSet("x.jsonl", roots, "cfgroup")
+    assert data.evaluation_sets == {
+        "plain": DataSet("p.jsonl", roots, "cfgroup"),
+        "own": DataSet("o.jsonl", "/r", "pairs"),
+        "train": DataSet("t.jsonl", roots, "cfgroup"),
+        "more": DataSet("m.jsonl", roots, "cfgroup"),
+    }
+    assert parse("--data.root", "/a").data.train_set.root == "/a" and parse("--data.root=[/a,/b]").data.train_set.root == ["/a", "/b"]
+    for wrong in (["", '{"a": {"pth": "b.jsonl"}}'], ["", '{"a": {"path": "b.jsonl", "root": 3}}'], [".a.path", "null"], [".a.root", "/x"]):
+        with pytest.raises(ConfigError, match=r"data\.evaluation: .* is not a manifest; give NAME: PATH"):
+            parse(f"--data.evaluation{wrong[0]}", wrong[1])
 
 
 def test_defaults_then_yaml_then_command_line(written) -> None:

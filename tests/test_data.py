@@ -139,12 +139,21 @@ BAD_ROWS = {
         row(texts=[{"id": "t0", "text": "Two dogs"}, {"id": "t1", "text": "two  dogs"}]),
         ["text 1 equals text 0", "remove one"],
     ),
-    "absolute path": (row(images=[{"id": "i0", "path": "/etc/x.png"}, {"id": "i1", "path": "b.png"}]), ["'/etc/x.png'", "relative to"]),
-    "dot dot": (row(images=[{"id": "i0", "path": "../x.png"}, {"id": "i1", "path": "b.png"}]), ["'../x.png'", "relative to"]),
-    "link": (row(images=[{"id": "i0", "path": "link.png"}, {"id": "i1", "path": "b.png"}]), ["'link.png'", "secret.png", "copy the file"]),
+    "absolute path": (
+        row(images=[{"id": "i0", "path": "/etc/x.png"}, {"id": "i1", "path": "b.png"}]),
+        ["'/etc/x.png'", "outside the data root", "data.root"],
+    ),
+    "dot dot": (
+        row(images=[{"id": "i0", "path": "../x.png"}, {"id": "i1", "path": "b.png"}]),
+        ["'../x.png'", "outside the data root", "data.root"],
+    ),
+    "link": (
+        row(images=[{"id": "i0", "path": "link.png"}, {"id": "i1", "path": "b.png"}]),
+        ["'link.png'", "secret.png", "add the folder that holds it"],
+    ),
     "linked folder": (
         row(images=[{"id": "i0", "path": "out/secret.png"}, {"id": "i1", "path": "b.png"}]),
-        ["through a link", "copy the file"],
+        ["outside/secret.png)", "add the folder that holds it"],
     ),
     "empty path": (row(images=[{"id": "i0", "path": ""}, {"id": "i1", "path": "b.png"}]), ["path is empty", "write the file's path"]),
     "same file": (
@@ -173,6 +182,40 @@ def test_bad_row_names_file_line_and_remedy(folder: Path, case: str) -> None:
     assert check_manifest(path, progress=pytest.fail).problems == [message]
 
 
+def test_several_roots_absolute_paths_and_links_into_them(folder: Path) -> None:
+    """What a cluster has: pictures of several collections, named absolutely or through a linked folder."""
+    first, second, other = folder / "first", folder / "second", folder / "other"
+    a, b = save(first / "x" / "a.png"), save(second / "b.png", (0, 200, 0))
+    save(second / "x" / "a.png", (0, 0, 200))
+    save(other / "c.png", (9, 9, 9))
+    (first / "linked").symlink_to(second)
+    (first / "away").symlink_to(other)
+
+    def named(path: str) -> dict[str, object]:
+        return row(path, images=[{"id": "i0", "path": path}, {"id": "i1", "path": str(b)}])
+
+    accepted = {
+        "x/a.png": a,  # of two roots that have it, the first
+        str(a): a,
+        "linked/x/a.png": first / "linked" / "x" / "a.png",
+        f"{first}/linked/x/a.png": first / "linked" / "x" / "a.png",
+        "x/../x/a.png": first / "x" / ".." / "x" / "a.png",
+        "none.png": first / "none.png",  # the check says that it is missing
+    }
+    path = manifest(folder, *map(named, accepted))
+    for roots in ([first, second], [str(first), str(second)]):
+        groups = read_manifest(path, roots)
+        assert [group.images for group in groups] == [((full,), (b,)) for full in accepted.values()]
+    (only_problem,) = check_manifest(path, [first, second], progress=pytest.fail).problems
+    assert f"{path}:6: {first}/none.png: no such image file" in only_problem
+    for bad in ("away/c.png", f"{other}/c.png", "../other/c.png", str(other / ".." / "other" / "c.png"), "x/../..", "/etc/passwd"):
+        message = refusal(manifest(folder, named(bad), name="bad.jsonl"), root=[first, second])
+        assert f"outside the data roots {first}, {second} (to " in message and "data.root" in message and "--root" in message
+    assert "outside the data root" in refusal(path, root=first)  # b.png is in the second one
+    assert read_manifest(manifest(first, row(images=[{"id": "i0", "path": str(a)}, {"id": "i1", "path": "x/b.png"}])))
+    assert "empty list" in refusal(path, root=[]) and "nowhere is not a folder" in refusal(path, root=[first, folder / "nowhere"])
+
+
 def test_links_inside_the_root_are_fine(folder: Path) -> None:
     (folder / "link.png").symlink_to(folder / "a.png")
     read_manifest(manifest(folder, row(images=[{"id": "i0", "path": "link.png"}, {"id": "i1", "path": "b.png"}])))
@@ -197,7 +240,7 @@ def test_loop_of_links(folder: Path) -> None:
         (pair(caption_1=3), ["'caption_1' must be a string", "quote it"]),
         (pair(caption_1="A dog bites  a man"), ["text 1 equals text 0", "remove one"]),
         (pair(image_1="a.png"), ["counterfactual image 1 equals image 0", "name the edited image"]),
-        (pair(image_1="../b.png"), ["'../b.png'", "relative to"]),
+        (pair(image_1="../b.png"), ["'../b.png'", "outside the data root", "data.root"]),
     ],
 )
 def test_bad_pairs(folder: Path, bad: dict[str, object], fragments: list[str]) -> None:

@@ -6,7 +6,7 @@ A further format is one function from a row to a group (see native.py) and one l
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cfvlm_ds.data.cfvlm import cfvlm_group
@@ -24,7 +24,9 @@ __all__ = [
     "Format",
     "GroupSampler",
     "PackedSampler",
+    "Root",
     "check_manifest",
+    "data_roots",
     "image_size",
     "open_image",
     "read_manifest",
@@ -37,12 +39,16 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def read_manifest(path: str | Path, root: str | Path | None = None, format: str = "cfgroup") -> list[CounterfactualGroup]:
+Root = str | Path | Sequence[str | Path] | None
+"""Folders that hold the images of a manifest; None for the manifest's own."""
+
+
+def read_manifest(path: str | Path, root: Root = None, format: str = "cfgroup") -> list[CounterfactualGroup]:
     """The groups of a manifest, in file order: JSON lines, or one JSON list in a file named .json.
 
-    Image paths are relative to ``root`` (default: the manifest's folder), must stay inside it with links followed, and are returned joined
-    to it; the images are not opened. Raises DataError on the first problem: one sentence naming file, row (1-based line, or item of a
-    list) and remedy.
+    Image paths are absolute, or relative to ``root`` (default: the manifest's folder), of several to the first that has such a file, and
+    are returned joined to it. The file a path leads to, links followed, must be inside one of them; images are not opened. Raises DataError
+    on the first problem: one sentence naming file, row (1-based line, or item of a list) and remedy.
     """
     groups = []
     for _, item in _entries(path, root, format):
@@ -54,7 +60,7 @@ def read_manifest(path: str | Path, root: str | Path | None = None, format: str 
 
 def check_manifest(
     path: str | Path,
-    root: str | Path | None = None,
+    root: Root = None,
     format: str = "cfgroup",
     *,
     lengths: Lengths | None = None,
@@ -71,10 +77,20 @@ def check_manifest(
     return check_groups(Path(path), entries, lengths=lengths, max_pixels=max_pixels, progress=progress)
 
 
-def _entries(path: str | Path, root: str | Path | None, format: str) -> Iterator[Entry]:
+def data_roots(path: str | Path, root: Root) -> list[Path]:
+    """The folders that images of the manifest at ``path`` may be in, the one that paths are relative to first. Raises DataError on none."""
+    if root is None:
+        return [Path(path).parent]
+    roots = [Path(root)] if isinstance(root, str | Path) else [Path(each) for each in root]
+    if not roots:
+        raise DataError(f"{path}: its data root is an empty list; name the folder of its images, or leave the option out")
+    return roots
+
+
+def _entries(path: str | Path, root: Root, format: str) -> Iterator[Entry]:
     path = Path(path)
     if format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(FORMATS)}"
         raise DataError(f"{path}: unknown format {format!r}; {hint}")
-    return iter_groups(path, path.parent if root is None else Path(root), FORMATS[format])
+    return iter_groups(path, data_roots(path, root), FORMATS[format])

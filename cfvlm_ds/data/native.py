@@ -1,7 +1,7 @@
 """Manifest files: lines to rows to counterfactual groups, with every problem named by file and row. Also the native row, ``cfgroup/1``.
 
-A format is one function from a row (a JSON object) to a CounterfactualGroup whose image paths are as written. Joining them to the data
-root, and refusing the ones that leave it, happens here once for all formats, so that a format cannot forget it.
+A format is one function from a row (a JSON object) to a CounterfactualGroup whose image paths are as written. Joining them to a data
+root, and refusing the ones that lead out of all roots, happens here once for all formats, so that a format cannot forget it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,20 @@ def native_group(row: Mapping[str, Any]) -> CounterfactualGroup:
     return from_row(row, Path())
 
 
-def iter_groups(path: Path, root: Path, convert: Format) -> Iterator[Entry]:
+def iter_groups(path: Path, roots: Sequence[Path], convert: Format) -> Iterator[Entry]:
     """The groups of a manifest in file order; a problem is yielded in place of its group and never raised.
 
     ``path`` is JSON lines (blank lines are skipped), or one JSON list if its name ends in .json. A manifest without any row, or that cannot
     be read at all, yields one error. Image files are not opened. Memory: one row at a time for JSON lines.
     """
-    if path.exists() and not root.is_dir():
-        yield (
-            str(path),
-            DataError(f"{path}: its data root {root} is not a folder; pass the folder that image paths are relative to as root"),
-        )
-        return
+    if path.exists():
+        for root in roots:
+            if not root.is_dir():
+                remedy = "pass the folder that image paths are relative to as root"
+                yield str(path), DataError(f"{path}: its data root {root} is not a folder; {remedy}")
+                return
     seen: dict[str, str] = {}
-    confine = _Confinement(root)
+    confine = _Confinement(roots)
     empty = True
     for where, row in _rows(path):
         empty = False
@@ -85,37 +86,40 @@ def _group(row: Any, convert: Format, confine: _Confinement) -> CounterfactualGr
 
 
 class _Confinement:
-    """Joins a path from a manifest to the data root; raises DataError unless the file it leads to, links followed, is inside."""
+    """The file that a path of a manifest leads to, links followed, must be inside one of the data roots; else DataError.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.resolved_root = root.resolve()
+    A relative path is joined to the first root that has such a file, or to the first of all.
+    """
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self.roots = roots
+        self.resolved_roots = [root.resolve() for root in roots]
         self.folders: dict[Path, Path] = {}
 
     def __call__(self, path: Path) -> Path:
         if not path.name:
-            raise DataError(f"image path is empty; write the file's path relative to the data root {self.root}")
-        if path.is_absolute() or ".." in path.parts:
-            raise DataError(
-                f"image path {str(path)!r} is outside the data root, or written as if it were (absolute, or with '..'); write it relative "
-                f"to {self.root}, or pass another root"
-            )
-        if "\0" in path.name:  # of the folders, resolving would tell
+            raise DataError(f"image path is empty; write the file's path, relative to the data root {self.roots[0]} or absolute")
+        if "\0" in str(path):
             raise DataError(f"image path {str(path)!r} cannot be followed (it has a null byte); correct it")
-        full = self.root / path
+        joined = [root / path for root in (self.roots if not path.is_absolute() else self.roots[:1])]
+        full = joined[0] if len(joined) == 1 else next(filter(os.path.lexists, joined), joined[0])
         try:
-            # A million images sit in few folders. Resolving each folder once leaves one system call per image on a network file system.
-            if full.parent not in self.folders:
-                self.folders[full.parent] = full.parent.resolve()
-            target = self.folders[full.parent] / full.name
-            if target.is_symlink():
-                target = target.resolve()
+            if ".." in path.parts:
+                target = full.resolve()
+            else:
+                # A million images sit in few folders. Resolving each folder once leaves one system call per image on a network file system.
+                if full.parent not in self.folders:
+                    self.folders[full.parent] = full.parent.resolve()
+                target = self.folders[full.parent] / full.name
+                if target.is_symlink():
+                    target = target.resolve()
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
             raise DataError(f"image path {str(path)!r} cannot be followed ({error}); correct it") from error
-        if not target.is_relative_to(self.resolved_root):
+        if not any(target.is_relative_to(root) for root in self.resolved_roots):
+            roots = f"root {self.roots[0]}" if len(self.roots) == 1 else f"roots {', '.join(map(str, self.roots))}"
             raise DataError(
-                f"image path {str(path)!r} leads outside the data root {self.root} through a link (to {target}); copy the file into the "
-                "root, or pass another root"
+                f"image path {str(path)!r} leads outside the data {roots} (to {target}); add the folder that holds it to data.root, which "
+                "may be a list of folders (cfvlm-ds: --root, once for each), or correct the path"
             )
         return full
 
