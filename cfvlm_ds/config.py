@@ -7,6 +7,7 @@ owns batch sizes, learning rates and steps; "auto" in the JSON takes the run's v
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import itertools
 import math
@@ -25,6 +26,34 @@ class ConfigError(InputError):
     """A configuration that cannot be run. The message names the option, its value and the remedy."""
 
 
+Kind = Literal["meaning", "fixed", "speed", "bookkeeping"]
+
+
+def _declared(kind: Kind, default: Any, default_factory: Any) -> Any:
+    given = {"default": default} if default_factory is None else {"default_factory": default_factory}
+    return field(**given, metadata={"kind": kind})
+
+
+def meaning(default: Any = None, default_factory: Any = None) -> Any:
+    """An option that decides what is trained: changed on a resume, it is refused unless ``train.resume_changes`` allows it."""
+    return _declared("meaning", default, default_factory)
+
+
+def fixed(default: Any = None, default_factory: Any = None) -> Any:
+    """An option of ``meaning`` with which no checkpoint of another value can be continued."""
+    return _declared("fixed", default, default_factory)
+
+
+def speed(default: Any = None, default_factory: Any = None) -> Any:
+    """An option that decides how fast and with how much memory the same is trained; it may change on a resume."""
+    return _declared("speed", default, default_factory)
+
+
+def bookkeeping(default: Any = None, default_factory: Any = None) -> Any:
+    """An option of names, records, checks and stops, or of what is compared by its contents; it may change on a resume."""
+    return _declared("bookkeeping", default, default_factory)
+
+
 @dataclass(frozen=True)
 class ModuleConfig:
     """One of the three modules of a vision-language model.
@@ -34,8 +63,8 @@ class ModuleConfig:
         learning_rate: the module's own peak learning rate; ``train.learning_rate`` when not given.
     """
 
-    tuning: Literal["full", "lora", "frozen"] = "full"
-    learning_rate: float | None = None
+    tuning: Literal["full", "lora", "frozen"] = fixed("full")
+    learning_rate: float | None = meaning(None)
 
 
 @dataclass(frozen=True)
@@ -51,12 +80,12 @@ class LoraConfig:
         rslora: scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    dora: bool = False
-    rslora: bool = False
-    load_in_4bit: bool = False
+    rank: int = fixed(16)
+    alpha: float = meaning(32.0)
+    dropout: float = meaning(0.0)
+    dora: bool = fixed(False)
+    rslora: bool = meaning(False)
+    load_in_4bit: bool = fixed(False)
 
     @property
     def scaling(self) -> float:
@@ -82,12 +111,12 @@ class ModelConfig:
         lora: the adapters of the modules that are tuned by them.
     """
 
-    name_or_path: str = ""
-    attn_implementation: str = "auto"
-    gradient_checkpointing: bool = False
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    max_tiles: int | None = None
+    name_or_path: str = bookkeeping("")
+    attn_implementation: str = speed("auto")
+    gradient_checkpointing: bool = speed(False)
+    min_pixels: int | None = meaning(None)
+    max_pixels: int | None = meaning(None)
+    max_tiles: int | None = meaning(None)
     vision_tower: ModuleConfig = field(default_factory=ModuleConfig)
     projector: ModuleConfig = field(default_factory=ModuleConfig)
     language_model: ModuleConfig = field(default_factory=ModuleConfig)
@@ -139,19 +168,19 @@ class DataConfig:
             never runs. Every rank must see it; runs may share it. docs/families.md says what it takes on disk.
     """
 
-    train: str = ""
-    evaluation: dict[str, str | DataSet] = field(default_factory=dict)
-    format: str = "cfgroup"
-    root: list[str] | str | None = None
-    scores: str | None = None
-    max_pixels: int = 50_000_000
-    check: Literal["full", "rows"] = "full"
-    on_error: Literal["error", "skip"] = "error"
-    max_skipped: int = 10
-    num_workers: int | None = None
-    max_tokens_per_micro_batch: int | None = None
-    max_tokens_per_forward: int | None = None
-    feature_cache: str | None = None
+    train: str = bookkeeping("")
+    evaluation: dict[str, str | DataSet] = bookkeeping(default_factory=dict)
+    format: str = bookkeeping("cfgroup")
+    root: list[str] | str | None = bookkeeping(None)
+    scores: str | None = bookkeeping(None)
+    max_pixels: int = bookkeeping(50_000_000)
+    check: Literal["full", "rows"] = bookkeeping("full")
+    on_error: Literal["error", "skip"] = bookkeeping("error")
+    max_skipped: int = bookkeeping(10)
+    num_workers: int | None = speed(None)
+    max_tokens_per_micro_batch: int | None = meaning(None)
+    max_tokens_per_forward: int | None = speed(None)
+    feature_cache: str | None = speed(None)
 
     @property
     def train_set(self) -> DataSet:
@@ -203,7 +232,10 @@ class TrainConfig:
         save_best: also keep the checkpoint with the highest value of this metric, which is saved when an evaluation finds it; a name as in
             metrics.jsonl, such as ``eval/test/group``.
         resume: ``auto`` continues from the newest complete checkpoint of output_dir if there is one; ``never`` starts anew and refuses a
-            folder that has any; or the path of a checkpoint.
+            folder that has any; ``restart`` is ``auto``, but starts at step 0 beside checkpoints of which none can be used; or the path of
+            a checkpoint.
+        resume_changes: what a changed option comes to with which a checkpoint would train something else: ``refuse``, naming it; or
+            ``allow``, which goes on with the new value and notes it in resume_changes.jsonl in the run folder.
         on_nonfinite: what all ranks do when the loss of one of them, or the gradient, is NaN or infinite: ``stop``, or ``skip`` the step,
             up to 10 in a row. No weight changes either way, and nonfinite.jsonl in the run folder lists the groups.
         stop_margin_s: stop, save and leave with exit code 85 when a Slurm job has less than this many seconds left, beside the time of the
@@ -214,36 +246,37 @@ class TrainConfig:
         dry_run: only report sizes, what trains and memory per GPU; needs no GPU, weights or data.
     """
 
-    output_dir: str = "runs/default"
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    per_device_eval_batch_size: int = 16
-    learning_rate: float = 1e-5
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = 0.03
-    num_train_epochs: float = 1.0
-    max_steps: int = -1
-    seed: int = 0
-    bf16: Literal["auto", True, False] = "auto"
-    logging_steps: int = 10
-    eval_steps: int = 0
-    save_steps: int = 500
-    save_minutes: float = 0.0
-    save_total_limit: int = 2
-    save_keep_every: int = 0
-    save_best: str | None = None
-    resume: str = "auto"
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    stop_margin_s: float = 120.0
-    hang_timeout_s: float = 600.0
-    displacement_warning: float = 0.1
-    export: bool = True
-    dry_run: bool = False
+    output_dir: str = bookkeeping("runs/default")
+    per_device_train_batch_size: int = speed(8)
+    gradient_accumulation_steps: int = speed(1)
+    per_device_eval_batch_size: int = speed(16)
+    learning_rate: float = meaning(1e-5)
+    weight_decay: float = meaning(0.0)
+    adam_beta1: float = meaning(0.9)
+    adam_beta2: float = meaning(0.999)
+    adam_epsilon: float = meaning(1e-8)
+    max_grad_norm: float = meaning(1.0)
+    lr_scheduler_type: str = meaning("cosine")
+    warmup_ratio: float = meaning(0.03)
+    num_train_epochs: float = meaning(1.0)
+    max_steps: int = meaning(-1)
+    seed: int = fixed(0)
+    bf16: Literal["auto", True, False] = meaning("auto")
+    logging_steps: int = bookkeeping(10)
+    eval_steps: int = bookkeeping(0)
+    save_steps: int = bookkeeping(500)
+    save_minutes: float = bookkeeping(0.0)
+    save_total_limit: int = bookkeeping(2)
+    save_keep_every: int = bookkeeping(0)
+    save_best: str | None = bookkeeping(None)
+    resume: str = bookkeeping("auto")
+    resume_changes: Literal["refuse", "allow"] = bookkeeping("refuse")
+    on_nonfinite: Literal["stop", "skip"] = bookkeeping("stop")
+    stop_margin_s: float = bookkeeping(120.0)
+    hang_timeout_s: float = bookkeeping(600.0)
+    displacement_warning: float = bookkeeping(0.1)
+    export: bool = bookkeeping(True)
+    dry_run: bool = bookkeeping(False)
 
 
 @dataclass(frozen=True)
@@ -257,9 +290,9 @@ class TrackingConfig:
         run_name: run name; the output folder's name when not given.
     """
 
-    enabled: bool = True
-    experiment: str = "cfvlm_ds"
-    run_name: str | None = None
+    enabled: bool = bookkeeping(True)
+    experiment: str = bookkeeping("cfvlm_ds")
+    run_name: str | None = bookkeeping(None)
 
 
 @dataclass(frozen=True)
@@ -317,8 +350,22 @@ class BuildConfig:
         tiny_llava: a small model to train on it.
     """
 
-    scenes: ScenesConfig | None = None
-    tiny_llava: TinyLlavaConfig | None = None
+    scenes: ScenesConfig | None = bookkeeping(None)
+    tiny_llava: TinyLlavaConfig | None = bookkeeping(None)
+
+
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "tracking": TrackingConfig, "build": BuildConfig}
+
+
+def kinds(section: type, prefix: str) -> dict[str, Kind | None]:
+    """What a change of each option of a section means on a resume, by its name behind ``prefix``; None where its field does not say."""
+    found: dict[str, Kind | None] = {}
+    for option in fields(section):
+        if dataclasses.is_dataclass(option.default_factory):
+            found |= kinds(option.default_factory, f"{prefix}{option.name}.")
+        else:
+            found[prefix + option.name] = option.metadata.get("kind")
+    return found
 
 
 @dataclass(frozen=True)
@@ -357,8 +404,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
     parser.add_argument("--deepspeed", type=str, default="ds_configs/z3.json", help="DeepSpeed JSON; its 'auto' values take the run's")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; ignored")
-    sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "tracking": TrackingConfig, "build": BuildConfig}
-    for name, section in sections.items():
+    for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
     for name, objective in objectives.items():
         parser.add_class_arguments(objective, f"objective.{name}")
@@ -383,7 +429,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
     active = {name: term for name, term in terms.items() if term.weight != 0}
     if not active:
         raise ConfigError("every objective has weight 0; give at least one of objective.NAME.weight a positive value")
-    values = {name: getattr(built, name) for name in sections}
+    values = {name: getattr(built, name) for name in SECTIONS}
     return RunConfig(**values, objective=active, deepspeed=parsed.deepspeed, resolved=resolved)
 
 
