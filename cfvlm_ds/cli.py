@@ -94,7 +94,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("model", help="model folder or hub name")
         command.add_argument("manifest", nargs="+" if name == "evaluate" else None)
         command.add_argument("--out", help="file to write (score: default MANIFEST.scores.jsonl; evaluate: JSON, default none)")
-        command.add_argument("--batch_size", type=_positive, default=16, help="groups per forward (default 16)")
+        command.add_argument("--batch_size", type=_positive, default=16, help="groups per batch (default 16)")
+        limit = "tokens per forward at most; a larger batch is scored in several (default: one forward per batch)"
+        command.add_argument("--max_tokens_per_forward", type=_positive, metavar="N", help=limit)
+        if name == "evaluate":
+            text = "leave out the row of another group's image, which costs one more image and its texts per group"
+            command.add_argument("--no_shuffled", action="store_true", help=text)
         _data_options(command)
         _model_options(command)
 
@@ -158,7 +163,7 @@ def _score(arguments: argparse.Namespace) -> None:
 
     model = _model(arguments)
     scorer, collator, world = _load_scorer(model, arguments.max_pixels)
-    scores = score_groups(scorer, collator, groups, world, arguments.batch_size)
+    scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
     stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
     write_scores(out, groups, stored, arguments.model, fingerprint(model))
     print(f"wrote {out}: {len(groups)} groups")
@@ -172,7 +177,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     splits = {Path(path).stem: read_manifest(path, arguments.root, arguments.format) for path in arguments.manifest}
     scorer, collator, world = _load_scorer(_model(arguments), arguments.max_pixels)
-    results, _ = evaluate(scorer, collator, splits, world, arguments.batch_size)
+    results, _ = evaluate(scorer, collator, splits, world, shuffled=not arguments.no_shuffled, **_batches(arguments))
     print(table(results))
     if arguments.out:
         Path(arguments.out).write_text(json.dumps({split: [vars(row) for row in rows] for split, rows in results.items()}, indent=1))
@@ -214,6 +219,11 @@ def _positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def _batches(arguments: argparse.Namespace) -> dict[str, Any]:
+    remedy = f"lower --batch_size ({arguments.batch_size}), set --max_tokens_per_forward, --model.max_pixels or --model.max_tiles"
+    return {"batch_size": arguments.batch_size, "max_tokens": arguments.max_tokens_per_forward, "remedy": remedy}
 
 
 def _load_collator(model: ModelConfig, max_pixels: int) -> Collator:

@@ -203,7 +203,8 @@ class Collator:
         return self.parts(groups)[0]
 
     def parts(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
-        """The groups' trees in batches of at most ``max_tokens`` tokens each; a tree that is larger is a batch of its own.
+        """The groups' trees in batches of at most ``max_tokens`` tokens each; a tree that is larger is cut between its texts, and one of a
+        single text is a batch of its own.
 
         All have the layout of the whole, and their score matrices add up to its. Raises DataError as ``__call__`` does.
         """
@@ -236,12 +237,13 @@ class Collator:
         room = 0
         for tree in sorted(trees, key=lambda tree: tree.pictures):  # a picture whose trees are neighbours is encoded once
             prefix = self._prefix_length(tree.branches[0][1], tuple(opened[key].size for key in tree.pictures))
-            tokens = prefix + sum(text.length for _, text in tree.branches)
-            if tokens > room:
-                parts.append([])
-                room = max_tokens
-            parts[-1].append(tree)
-            room -= tokens
+            for piece in _pieces(tree, max_tokens - prefix):
+                tokens = prefix + sum(text.length for _, text in piece.branches)
+                if tokens > room:
+                    parts.append([])
+                    room = max_tokens
+                parts[-1].append(piece)
+                room -= tokens
         return parts
 
     def readable(self, groups: Sequence[CounterfactualGroup]) -> tuple[list[CounterfactualGroup], tuple[tuple[str, str], ...]]:
@@ -327,16 +329,18 @@ class Collator:
         match = torch.full(shape, -1, dtype=torch.int8)
         tokens, end_tokens = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
         exists = torch.zeros(shape, dtype=torch.bool)
+        prompt = torch.full(shape[::2], -1, dtype=torch.int64)
         for g, group in enumerate(groups):
             size = (len(group.images), len(group.candidates))
             match[g, : size[0], : size[1]] = torch.tensor([[-1 if m is None else m for m in row] for row in group.match], dtype=torch.int8)
             exists[g, : size[0], : size[1]] = True
+            prompt[g, : size[1]] = torch.tensor(group.prompt_ids)
             texts = [self._text(group, c) for c in range(size[1])]
             tokens[g, : size[0], : size[1]] = torch.tensor([len(t.text_ids) for t in texts])
             end_tokens[g, : size[0], : size[1]] = torch.tensor([len(t.end_ids) for t in texts])
         valid = exists & _wanted(match, self.cells)
         weight = torch.tensor([group.weight for group in groups], dtype=torch.float32)
-        return GroupLayout(valid, match, tokens, end_tokens, weight, tuple(group.id for group in groups))
+        return GroupLayout(valid, match, tokens, end_tokens, weight, tuple(group.id for group in groups), prompt)
 
     def _batch(
         self,
@@ -525,6 +529,19 @@ class Collator:
                         f"group {groups[cell // group_cells].id!r}: text {cell % num_texts} makes a row of {length} tokens, the model's "
                         f"window is {self.max_length}; shorten the text or its prompt"
                     )
+
+
+def _pieces(tree: _Tree, room: int) -> list[_Tree]:
+    """The tree's texts in as few trees as keep to ``room`` tokens behind the prefix; a text that is longer is alone."""
+    pieces = [_Tree(tree.pictures, [])]
+    left = room
+    for branch in tree.branches:
+        if branch[1].length > left and pieces[-1].branches:
+            pieces.append(_Tree(tree.pictures, []))
+            left = room
+        pieces[-1].branches.append(branch)
+        left -= branch[1].length
+    return pieces
 
 
 def _user(prompt: str, num_pictures: int) -> dict[str, Any]:

@@ -225,6 +225,8 @@ class TrainConfig:
         bf16: ``auto`` trains in bfloat16 where the device has it, else in float32; or ``true`` / ``false``.
         logging_steps: steps between progress lines and metric records.
         eval_steps: steps between evaluations; 0 evaluates at the end only.
+        eval_shuffled: the evaluation at the end also scores every group's texts on another group's image, which shows what language alone
+            achieves; it costs one more image and its texts per group.
         save_steps: steps between checkpoints; 0 saves at the end only.
         save_minutes: also save when this much time has passed since the last checkpoint; 0 never.
         save_total_limit: newest checkpoints kept; 0 keeps all.
@@ -264,6 +266,7 @@ class TrainConfig:
     bf16: Literal["auto", True, False] = meaning("auto")
     logging_steps: int = bookkeeping(10)
     eval_steps: int = bookkeeping(0)
+    eval_shuffled: bool = bookkeeping(True)
     save_steps: int = bookkeeping(500)
     save_minutes: float = bookkeeping(0.0)
     save_total_limit: int = bookkeeping(2)

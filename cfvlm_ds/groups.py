@@ -123,14 +123,21 @@ class CounterfactualGroup:
         """Pictures that a text is scored with: 1 as a rule, 0 without an image."""
         return len(self.images[0])
 
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """A number per text, equal where texts answer one prompt: only those can be compared with each other."""
+        numbers: dict[str, int] = {}
+        return tuple(numbers.setdefault(candidate.prompt, len(numbers)) for candidate in self.candidates)
+
 
 @dataclass(frozen=True)
 class GroupLayout:
     """What is known of a batch of G groups before the forward; groups are padded to the largest I and C of the batch.
 
-    All tensors are [G, I, C] except ``weight`` [G]:
+    All tensors are [G, I, C] except ``weight`` [G] and ``prompt`` [G, C]:
     ``valid`` (bool) the cells that are scored; ``match`` (int8) 1 true, 0 false, -1 unknown; ``num_tokens`` (int64) response tokens of the
-    cell's text, end-of-turn excluded; ``num_end_tokens`` (int64) its end-of-turn tokens, which count in the NLL and nowhere else.
+    cell's text, end-of-turn excluded; ``num_end_tokens`` (int64) its end-of-turn tokens, which count in the NLL and nowhere else;
+    ``prompt`` (int64) numbers the prompt of each text within its group; None where every group has one.
     """
 
     valid: Tensor
@@ -139,6 +146,15 @@ class GroupLayout:
     num_end_tokens: Tensor
     weight: Tensor
     ids: tuple[str, ...] = ()
+    prompt: Tensor | None = None
+
+    @property
+    def same_prompt(self) -> Tensor:
+        """[G, C, C] bool: pairs of texts that answer one prompt. An answer is never compared with one to another question."""
+        if self.prompt is None:
+            num_groups, _, num_texts = self.valid.shape
+            return self.valid.new_ones(num_groups, num_texts, num_texts)
+        return self.prompt.unsqueeze(2) == self.prompt.unsqueeze(1)
 
     @property
     def positive(self) -> Tensor:

@@ -5,7 +5,6 @@ What can go wrong within a step is answered here too, and on all ranks alike: gr
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +19,12 @@ from torch import Tensor
 from cfvlm_ds import heartbeat
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.collate import Batch, Collator
-from cfvlm_ds.config import ConfigError, RunConfig
+from cfvlm_ds.config import RunConfig
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.distributed import World, all_reduce_sums, gather_objects, random_state, set_random_state
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.likelihood import Scores
+from cfvlm_ds.memory import memory_explained
 from cfvlm_ds.models import ModelFlops, adapters_off
 from cfvlm_ds.objectives import group_units, likelihood_report, weighted_loss
 from cfvlm_ds.stopping import Stop, reason
@@ -128,7 +128,8 @@ def optimizer_step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> tu
                 return loss * torch.nan  # on every rank: DeepSpeed takes no step whose gradient's global norm is not finite
         return loss
 
-    with _memory_named(run, micro_batches):
+    parts_of_all = [part for parts in micro_batches for part in parts]
+    with memory_explained(f"at step {number} on rank {world.rank}", parts_of_all, _memory_remedy(run)):
         for parts, forwards in zip(micro_batches, _forwards(run, micro_batches), strict=True):
             run.pulse.mark("computation", number)
             last = parts is micro_batches[-1]
@@ -151,30 +152,18 @@ _STOP, _SAVE_DUE, _DROPPED = "stop", "save due", "dropped"  # they travel with t
 _MOST_LOST = 10  # steps in a row that may be left out
 
 
-@contextlib.contextmanager
-def _memory_named(run: Run, micro_batches: Sequence[Sequence[Batch]]) -> Iterator[None]:
-    """ConfigError with the sizes of the largest row and the setting to lower, in place of an allocator's failure."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is what its CPU allocator raises
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        train, data = run.config.train, run.config.data
-        largest = max((part for parts in micro_batches for part in parts), key=lambda part: part.num_tokens)
-        if data.max_tokens_per_forward is not None:
-            setting = f"data.max_tokens_per_forward ({data.max_tokens_per_forward})"
-        elif data.max_tokens_per_micro_batch is not None:
-            setting = f"data.max_tokens_per_micro_batch ({data.max_tokens_per_micro_batch})"
-        else:
-            setting = (
-                f"train.per_device_train_batch_size ({train.per_device_train_batch_size}), and raise train.gradient_accumulation_steps"
-            )
-        sizes = f"{len(largest.layout.ids)} groups, {largest.num_tokens} tokens and {largest.num_images} images"
-        raise ConfigError(
-            f"out of memory at step {run.state.step + 1} on rank {run.world.rank}; its largest forward has {sizes}; lower {setting}, set "
-            "data.max_tokens_per_forward, model.gradient_checkpointing or limits on visual tokens (model.max_pixels, model.max_tiles); the "
-            f"allocator said: {(str(error) or 'nothing').splitlines()[0]}"
-        ) from error
+def _memory_remedy(run: Run) -> str:
+    train, data = run.config.train, run.config.data
+    if data.max_tokens_per_forward is not None:
+        setting = f"data.max_tokens_per_forward ({data.max_tokens_per_forward})"
+    elif data.max_tokens_per_micro_batch is not None:
+        setting = f"data.max_tokens_per_micro_batch ({data.max_tokens_per_micro_batch})"
+    else:
+        setting = f"train.per_device_train_batch_size ({train.per_device_train_batch_size}), and raise train.gradient_accumulation_steps"
+    return (
+        f"lower {setting}, set data.max_tokens_per_forward, model.gradient_checkpointing or limits on visual tokens (model.max_pixels, "
+        "model.max_tiles)"
+    )
 
 
 def _drop(run: Run, batches: Sequence[Batch]) -> None:

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from cfvlm_ds.config import ConfigError, RunConfig
 from cfvlm_ds.data import GroupSampler, PackedSampler, open_image
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
 from cfvlm_ds.distributed import World, broadcast_object, seed_everything
-from cfvlm_ds.evaluation import GroupScores, evaluate, flat_metrics, table
+from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, flat_metrics, headline, metric_names, rehearse, table
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.groups import CounterfactualGroup
@@ -84,6 +84,7 @@ def _train(config: RunConfig, world: World) -> None:
     run_dir = Path(config.train.output_dir)
     raw, width = engine.read_json(config.deepspeed), engine.hidden_size(config)
     groups, splits = read_data(config, world)
+    _check_best(config, splits)
     stored = _stored_scores(config, groups)
     collator = load_collator(config.model, required_cells(config.objective), config.data.max_pixels, stored)
     sampler = _sampler(config, world, groups, collator)
@@ -113,6 +114,7 @@ def _train(config: RunConfig, world: World) -> None:
         if found is not None:
             _restore(run, found)
         _check_scores(run)
+        _rehearse(run)
         with _tracker(run, found) as tracker:
             if world.is_main:
                 (run_dir / _FINISHED).unlink(missing_ok=True)
@@ -289,12 +291,10 @@ def _loop(run: Run, tracker: Any) -> str | None:
         state.run_id = tracker.run_id
         if train.eval_steps and state.step % train.eval_steps == 0 and not last and not stop:
             run.pulse.mark("evaluation", state.step)
-            run.engine.eval()
-            results, _ = evaluate(run.engine, run.collator, run.splits, world, train.per_device_eval_batch_size, run.config.data.workers)
-            run.engine.train()
+            results, _ = _evaluate(run)
             tracker.log(state.step, flat_metrics(results))
             for split, rows in results.items():
-                world.say(f"  {split}: group accuracy " + ", ".join(f"{row.name} {row.metrics['group']:.1f}" for row in rows))
+                world.say(f"  {split}: {headline(rows)}")
             save_due |= _is_best(run, flat_metrics(results))
             meter.reset()  # the evaluation's time is not training time
         if last or stop or save_due or (train.save_steps and state.step % train.save_steps == 0):
@@ -303,6 +303,49 @@ def _loop(run: Run, tracker: Any) -> str | None:
         if stop:
             return stop
     return None
+
+
+def _check_best(config: RunConfig, splits: Mapping[str, Sequence[CounterfactualGroup]]) -> None:
+    """ConfigError where train.save_best names a metric that no evaluation of this data can have."""
+    name = config.train.save_best
+    if name is not None and name not in (known := metric_names(splits)):
+        raise ConfigError(
+            f"train.save_best {name!r} is no metric that an evaluation of data.evaluation has: no comparison of its groups makes one; take "
+            f"one of {', '.join(sorted(known)) or 'none, for no group has a comparison'}"
+        )
+
+
+def _evaluation_options(run: Run) -> dict[str, Any]:
+    """Evaluation keeps the token budget of training, and says what to lower where that is not enough."""
+    data, size = run.config.data, run.config.train.per_device_eval_batch_size
+    limit = data.max_tokens_per_forward or data.max_tokens_per_micro_batch
+    option = "data.max_tokens_per_forward" if data.max_tokens_per_forward else "data.max_tokens_per_micro_batch"
+    setting = f"{option} ({limit})" if limit else f"train.per_device_eval_batch_size ({size}), set data.max_tokens_per_forward"
+    remedy = f"lower {setting}, or set limits on visual tokens (model.max_pixels, model.max_tiles)"
+    return {"batch_size": size, "max_tokens": limit, "remedy": remedy}
+
+
+def _evaluate(run: Run, shuffled: bool = False) -> tuple[dict[str, list[Accuracy]], dict[str, list[GroupScores]]]:
+    run.engine.eval()
+    found = evaluate(
+        run.engine,
+        run.collator,
+        run.splits,
+        run.world,
+        num_workers=run.config.data.workers,
+        shuffled=shuffled,
+        **_evaluation_options(run),
+    )
+    run.engine.train()
+    return found
+
+
+def _rehearse(run: Run) -> None:
+    """Run the largest evaluation batch before the first step: memory that it lacks is not found out when the training is over."""
+    if run.splits and run.state.step < run.total_steps:
+        run.engine.eval()
+        rehearse(run.engine, run.collator, run.splits, run.world, **_evaluation_options(run))
+        run.engine.train()
 
 
 def _is_best(run: Run, metrics: Mapping[str, float]) -> bool:
@@ -380,30 +423,53 @@ def _watch_displacement(run: Run, metrics: Mapping[str, float]) -> None:
 
 
 def _finish(run: Run, tracker: Any) -> None:
-    """Evaluate every split, write the tables and figures, export."""
+    """Export, evaluate every split, write the tables and figures.
+
+    The export is first, so that nothing that fails afterwards keeps a trained model from its user; where it fails itself, that is raised
+    when the evaluation has been written.
+    """
     run.pulse.mark("evaluation and export", run.state.step)
-    run.engine.eval()
-    results, scores = evaluate(
-        run.engine, run.collator, run.splits, run.world, run.config.train.per_device_eval_batch_size, run.config.data.workers
-    )
+    failed: Exception | None = None
+    if run.world.is_main and run.config.train.export:
+        try:
+            _export(run)
+        except Exception as error:
+            failed = error
+            run.world.say(f"warning: the export failed ({error}); the evaluation follows, then this error ends the run")
+    results, scores = _evaluate(run, run.config.train.eval_shuffled)
     tracker.log(run.state.step, flat_metrics(results))
     if run.world.is_main:
         (run.dir / "results.md").write_text(table(results) + "\n")
         (run.dir / "results.json").write_text(json.dumps({s: [vars(row) for row in rows] for s, rows in results.items()}, indent=1))
-        figures = [run.dir / "learning_curves.png"]
-        learning_curves_figure(figures[0], run.dir / "metrics.jsonl")
         (run.dir / "scores").mkdir(exist_ok=True)
         for split, groups in run.splits.items():
             stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
             write_scores(run.dir / "scores" / f"{split}.jsonl", groups, stored, str(run.dir))
-            figures.append(run.dir / f"scores-{split}.png")
-            score_matrix_figure(figures[-1], _samples(groups, scores[split], run.config.data.max_pixels))
-        for path in [run.dir / "results.md", run.dir / "results.json", *figures]:
+        for path in [run.dir / "results.md", run.dir / "results.json", *_figures(run, scores)]:
             tracker.artifact(path)
         if results:
             run.world.say(table(results))
-        if run.config.train.export:
-            _export(run)
+    if failed is not None:
+        raise failed
+
+
+def _figures(run: Run, scores: Mapping[str, Sequence[GroupScores]]) -> list[Path]:
+    """The run's figures that could be drawn; one that could not is a warning."""
+    drawn: list[Path] = []
+
+    def attempt(name: str, draw: Callable[[Path], None]) -> None:
+        path = run.dir / name
+        try:
+            draw(path)
+            drawn.append(path)
+        except Exception as error:  # whatever a drawing library has against captions and numbers
+            run.world.say(f"warning: {path} could not be drawn ({type(error).__name__}: {' '.join(str(error).split())}); the run goes on")
+
+    attempt("learning_curves.png", lambda path: learning_curves_figure(path, run.dir / "metrics.jsonl"))
+    for split, groups in run.splits.items():
+        shown = partial(_samples, groups, scores[split], run.config.data.max_pixels)
+        attempt(f"scores-{split}.png", lambda path, shown=shown: score_matrix_figure(path, shown()))  # type: ignore[misc]
+    return drawn
 
 
 def _export(run: Run) -> None:

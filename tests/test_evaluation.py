@@ -19,7 +19,7 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.scores import StoredScores
 from cfvlm_ds.distributed import World
 from cfvlm_ds.evaluation import Accuracy, GroupScores, accuracies, evaluate, flat_metrics, guarded, score_groups, scoring, table
-from cfvlm_ds.evaluation.winoground import CHANCE
+from cfvlm_ds.evaluation.metrics import CHANCE
 from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit
 from cfvlm_ds.models import Scorer, load_processor
 
@@ -28,9 +28,12 @@ GREY = Image.new("RGB", (336, 336), (128, 128, 128))
 
 
 def group(*edits: Edit, num_images: int = 2, num_texts: int = 2) -> CounterfactualGroup:
+    """The pair of each edit is true, the factual text is true of shams; the rest of row and column 0 is false, all else unknown."""
+    edits = edits or (Edit("colour", 1, 1),)
     images, texts = tuple((Path(f"{i}.png"),) for i in range(num_images)), tuple(Candidate("", f"text {c}") for c in range(num_texts))
-    match = tuple(tuple(1 if i == c == 0 else None for c in range(num_texts)) for i in range(num_images))
-    return CounterfactualGroup("g", images, texts, match, edits or (Edit("colour", 1, 1),))
+    true = {(0, 0), *((edit.image, 0 if edit.type == SHAM else edit.text) for edit in edits)}
+    match = tuple(tuple(1 if (i, c) in true else 0 if 0 in (i, c) else None for c in range(num_texts)) for i in range(num_images))
+    return CounterfactualGroup("g", images, texts, match, edits)
 
 
 def scores(logp: list[list[float]], blank: list[float] | None = None) -> GroupScores:
@@ -112,7 +115,9 @@ def test_chance_and_blind_levels_on_random_scores() -> None:
 
     random_prior = [GroupScores(torch.randn(3, 2), torch.randn(2)) for _ in range(200)]
     for blind in (row.blind for row in accuracies([with_sham] * 200, random_prior)):
-        assert blind == {"text": 0, "image": 0, "group": 0, "pair": 50, "text_pmi": 0, "group_pmi": 0}
+        assert blind["pair"] == 50 and blind["factual"] == pytest.approx(
+            100 * sum(float(s.blank[0] > s.blank[1]) for s in random_prior) / 200
+        )
 
 
 def test_20_sham() -> None:
@@ -122,7 +127,7 @@ def test_20_sham() -> None:
     colour, count, everything = accuracies([group(*edits, num_images=5)], [scores(logp)])
     assert (colour.metrics["sham"], count.metrics["sham"]) == (100, 0)
     assert everything.metrics["sham"] == 50
-    (half, _) = accuracies([group(*edits[:1], *edits[2:], num_images=5)], [scores([*logp[:3], [-3.5, 9.0], [-2.0, 9.0]])])
+    half, *_ = accuracies([group(*edits[:1], *edits[2:], num_images=5)], [scores([*logp[:3], [-3.5, 9.0], [-2.0, 9.0]])])
     assert half.metrics["sham"] == 50
 
 
@@ -137,15 +142,15 @@ def test_20_sham_is_reported_whichever_edit_type_has_one(with_sham: str) -> None
 
 
 def test_rows_by_edit_type_and_the_mean_over_types() -> None:
-    """Four colour pairs (three right), one action pair (wrong): ``all`` is the mean of 75 and 0, not 60. Half an edit is no pair."""
+    """Four colour pairs (three right), one action pair (wrong): ``all`` is the mean of 75 and 0, not 60. Half an edit adds no pair."""
     right, wrong = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]
     three = group(Edit("colour", 2, 1), Edit("action", 1, 2), Edit("colour", 1), Edit("colour", None, 2), num_images=3, num_texts=3)
     # pair (image 2, text 1): S_00 = 3, S_01 = 1, S_20 = 2, S_21 = 4, right; pair (image 1, text 2): S_02 = 5, wrong
     matrix = [[3.0, 1.0, 5.0], [9.0, 9.0, 0.0], [2.0, 4.0, 0.0]]
     rows = accuracies([group(), three, group(), group()], [scores(right), scores(matrix), scores(right), scores(wrong)])
-    assert [(row.name, row.num) for row in rows] == [("action", 1), ("colour", 4), ("all", 5)]
+    assert [(row.name, row.num, row.comparisons["group"]) for row in rows] == [("action", 1, 1), ("colour", 4, 4), ("all", 4, 5)]
     assert [row.metrics["group"] for row in rows] == [0, 75, 37.5]
-    assert accuracies([], []) == [] and accuracies([group(Edit("colour", 1))], [scores(right)]) == []
+    assert accuracies([], []) == [] and "group" not in accuracies([group(Edit("colour", 1))], [scores(right)])[-1].metrics
     with pytest.raises(ValueError):
         accuracies([group()], [])
 
@@ -157,29 +162,33 @@ def test_table_is_valid_markdown_and_metrics_are_named() -> None:
         "ood": accuracies([group()], [scores([[0, 1], [1, 0]])]),
         "none": [],
     }
-    lines = [line.strip("|").split("|") for line in table(splits).splitlines()]
-    assert all(line.startswith("|") and line.endswith("|") for line in table(splits).splitlines())
-    assert {len(cells) for cells in lines} == {9} and all(set(cell) <= set("-:") and "---" in cell for cell in lines[1])
+    printed, coverage = table(splits).split("\n\n")
+    lines = [line.strip("|").split("|") for line in printed.splitlines()]
+    assert all(line.startswith("|") and line.endswith("|") for line in (printed + "\n" + coverage).splitlines())
+    assert {len(cells) for cells in lines} == {11} and all(set(cell) <= set("-:") and "---" in cell for cell in lines[1])
     found = [[cell.strip() for cell in cells] for cells in lines]
-    assert found[0] == ["split", "edit", "pairs", "text", "image", "group", "group_pmi", "pair", "sham"]
-    assert found[2] == ["iid", "colour", "1", "100.0", "100.0", "100.0", "100.0", "100.0", ""]
-    assert found[3] == ["iid", "count", "1", "0.0", "100.0", "0.0", "0.0", "50.0", "100.0"]
-    assert found[4] == ["iid", "all", "2", "50.0", "100.0", "50.0", "50.0", "75.0", "100.0"]
-    assert found[5] == ["iid", "all, blank image", "2", "0.0", "0.0", "0.0", "0.0", "25.0", ""]  # texts of equal prior tie
+    assert found[0] == ["split", "edit", "groups", "text", "image", "group", "group_pmi", "pair", "image_pair", "factual", "sham"]
+    assert found[2] == ["iid", "colour", "1", "100.0", "100.0", "100.0", "100.0", "100.0", "100.0", "100.0", ""]
+    assert found[3] == ["iid", "count", "1", "0.0", "100.0", "0.0", "0.0", "50.0", "100.0", "0.0", "100.0"]
+    assert found[4] == ["iid", "all", "2", "50.0", "100.0", "50.0", "50.0", "75.0", "100.0", "50.0", "100.0"]
+    assert found[5] == ["iid", "all, blank image", "2", "", "", "", "", "50.0", "", "75.0", ""]  # a tie, and the factual text
     assert [cells[0] for cells in found[6:]] == ["ood", "ood", "ood", "chance"]
-    assert found[-1] == ["chance", "", "", "25.0", "25.0", "16.7", "16.7", "50.0", "50.0"]
+    assert found[-1] == ["chance", "", "", "25.0", "25.0", "16.7", "16.7", "50.0", "50.0", "50.0", "50.0"]
+    assert [len(line.strip("|").split("|")) for line in coverage.splitlines()] == [5] * len(coverage.splitlines())
+    assert "| iid | sham | 1 | 1 | 1: g |" in coverage and "| iid | pair, image_pair | 2 | 4 |  |" in coverage
 
     flat = flat_metrics(splits)
-    metrics = ("text", "image", "group", "pair", "text_pmi", "group_pmi")
+    metrics = ("text", "image", "group", "pair", "image_pair", "factual", "text_pmi", "group_pmi")
     names = {
         f"eval/{split}{row}/{m}"
         for split, row in (("iid", ""), ("iid", "/colour"), ("iid", "/count"), ("ood", ""), ("ood", "/colour"))
         for m in metrics
     }
-    names |= {"eval/iid/sham", "eval/iid/count/sham"} | {f"eval/{split}/blind_{m}" for split in ("iid", "ood") for m in metrics}
+    names |= {"eval/iid/sham", "eval/iid/count/sham"} | {f"eval/{split}/blind_{m}" for split in ("iid", "ood") for m in ("pair", "factual")}
     assert flat.keys() == names
-    assert (flat["eval/iid/group"], flat["eval/iid/colour/group"], flat["eval/iid/blind_pair"], flat["eval/ood/pair"]) == (50, 100, 25, 0)
-    assert flat_metrics({"x": [Accuracy("all", 1, {"text": 1.0}, {"text": 2.0})]}) == {"eval/x/text": 1.0, "eval/x/blind_text": 2.0}
+    assert (flat["eval/iid/group"], flat["eval/iid/colour/group"], flat["eval/iid/blind_pair"], flat["eval/ood/pair"]) == (50, 100, 50, 0)
+    only = Accuracy("all", 1, {"text": 1.0}, {"pair": 2.0}, mean=True)
+    assert flat_metrics({"x": [only]}) == {"eval/x/text": 1.0, "eval/x/blind_pair": 2.0}
 
 
 # Scoring ------------------------------------------------------------------------------------------------------------------------------
@@ -253,7 +262,9 @@ def test_ranks_share_the_groups_and_agree(
     def gather(item: Any, world: World) -> list[Any]:
         parts[world.rank] = item
         barrier.wait()
-        return [parts[rank] for rank in range(world.size)]
+        gathered = [parts[rank] for rank in range(world.size)]
+        barrier.wait()  # or a rank would put its next item where another has yet to read this one
+        return gathered
 
     monkeypatch.setattr(scoring, "gather_objects", gather)
 
@@ -284,7 +295,7 @@ def test_bad_data_is_one_sentence_also_from_a_worker(
     with pytest.raises(DataError, match=r"^\S*gone\.png: no such image file; [^\n]*$"):
         score_groups(scorer, collator, [groups[0], bad], ALONE, 1, num_workers)
     assert isinstance(guarded(collator)([bad]), DataError)
-    assert guarded(collator)(groups[:1]).layout.ids == (groups[0].id,)  # type: ignore[union-attr]
+    assert [batch.layout.ids for batch in guarded(collator)(groups[:1])] == [(groups[0].id,)]  # type: ignore[union-attr]
 
 
 def test_evaluate_scores_every_split(

@@ -17,6 +17,7 @@ LAYERS = [
     {"likelihood", "attention", "figures", "heartbeat", "untrusted"},
     {"models", "data", "scenes", "cluster", "reshard", "run_lock"},
     {"objectives", "collate", "engine", "checkpoint", "tracking"},
+    {"memory"},
     {"evaluation", "export", "preflight", "dry_run", "step", "tower_pass"},
     {"training"},
     {"cli"},

@@ -106,8 +106,9 @@ def test_metrics_are_on_the_server_as_on_disk(client: Any, finished: Path) -> No
         assert [step for step, _ in found[f"checkpoint/{name}"]] == [4], name
     for name in every_step:
         assert [step for step, _ in found[name]] == [1, 2, 3, 4], name
-    for name in ("pair", "text", "image", "group", "group_pmi", "sham", "blind_group", "colour/group"):
+    for name in ("pair", "text", "image", "group", "group_pmi", "sham", "blind_pair", "colour/group"):
         assert [step for step, _ in found[f"eval/test/{name}"]] == [2, 4], name
+    assert [step for step, _ in found["eval/test/shuffled_pair"]] == [4], "one more image per group, at the end only"
     total = found["loss/align"][-1][1] + 0.5 * found["loss/csd"][-1][1] + 0.7 * found["loss/fcd"][-1][1]
     assert found["loss"][-1][1] == pytest.approx(total, rel=1e-5), "weighted, after the warm-up"
 

@@ -6,11 +6,29 @@ from collections.abc import Mapping, Sequence
 
 from cfvlm_ds.collate import Collator
 from cfvlm_ds.distributed import World
+from cfvlm_ds.evaluation.comparisons import UNLABELLED, Comparison, comparisons
+from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
+from cfvlm_ds.evaluation.rehearsal import rehearse
+from cfvlm_ds.evaluation.report import headline, table
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, guarded, score_groups
-from cfvlm_ds.evaluation.winoground import Accuracy, accuracies, table
 from cfvlm_ds.groups import CounterfactualGroup
 
-__all__ = ["Accuracy", "GroupScores", "accuracies", "evaluate", "flat_metrics", "guarded", "score_groups", "table"]
+__all__ = [
+    "UNLABELLED",
+    "Accuracy",
+    "Comparison",
+    "GroupScores",
+    "accuracies",
+    "comparisons",
+    "evaluate",
+    "flat_metrics",
+    "guarded",
+    "headline",
+    "metric_names",
+    "rehearse",
+    "score_groups",
+    "table",
+]
 
 
 def evaluate(
@@ -20,21 +38,16 @@ def evaluate(
     world: World,
     batch_size: int = 16,
     num_workers: int = 0,
+    *,
+    max_tokens: int | None = None,
+    shuffled: bool = False,
+    remedy: str = "lower the batch size",
 ) -> tuple[dict[str, list[Accuracy]], dict[str, list[GroupScores]]]:
-    """Accuracies and scores of every split, the same on every rank."""
+    """Accuracies and scores of every split, the same on every rank; options as those of ``score_groups``."""
     scores = {}
     for name, groups in splits.items():
-        scores[name] = score_groups(forward, collator, groups, world, batch_size, num_workers, f"evaluating {name}")
+        label = f"evaluating {name}"
+        scores[name] = score_groups(
+            forward, collator, groups, world, batch_size, num_workers, label, max_tokens=max_tokens, shuffled=shuffled, remedy=remedy
+        )
     return {name: accuracies(splits[name], scores[name]) for name in splits}, scores
-
-
-def flat_metrics(splits: Mapping[str, list[Accuracy]]) -> dict[str, float]:
-    """The accuracies under the names metrics are logged by: eval/SPLIT/METRIC for the mean, eval/SPLIT/EDIT/METRIC by edit type."""
-    flat = {}
-    for split, rows in splits.items():
-        for row in rows:
-            prefix = f"eval/{split}" if row.name == "all" else f"eval/{split}/{row.name}"
-            flat.update({f"{prefix}/{metric}": value for metric, value in row.metrics.items()})
-            if row.name == "all":
-                flat.update({f"{prefix}/blind_{metric}": value for metric, value in row.blind.items()})
-    return flat

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader
 from cfvlm_ds.collate import Batch, Collator, blinded
 from cfvlm_ds.data.scores import StoredScores
 from cfvlm_ds.distributed import World, gather_objects
-from cfvlm_ds.groups import CounterfactualGroup, DataError
+from cfvlm_ds.groups import CounterfactualGroup, DataError, Pictures
+from cfvlm_ds.memory import memory_explained
 from cfvlm_ds.stopping import shield_worker
 
 Forward = Callable[..., Tensor]
@@ -22,22 +24,26 @@ Forward = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class GroupScores:
-    """One group's full score matrix: ``logp`` [I, C] and ``blank`` [C] (the texts on a blank image), in nats."""
+    """One group's full score matrix: ``logp`` [I, C] and ``blank`` [C] (the texts on a blank image), in nats.
+
+    ``shuffled`` [C] are the texts on another group's image, NaN where there is none; None where that was not asked for.
+    """
 
     logp: Tensor
     blank: Tensor
+    shuffled: Tensor | None = None
 
     def stored(self) -> StoredScores:
         """The same as plain numbers, for a scores file."""
         return StoredScores(tuple(map(tuple, self.logp.tolist())), tuple(self.blank.tolist()))
 
 
-def guarded(collator: Collator) -> Callable[[Sequence[CounterfactualGroup]], Batch | DataError]:
-    """The collator for a worker process: a DataError comes back as a value, because raised there it would lose its one clear sentence."""
+def guarded(collator: Collator, max_tokens: int | None = None) -> Callable[[Sequence[CounterfactualGroup]], list[Batch] | DataError]:
+    """``Collator.parts`` for a worker process: a DataError comes back as a value, because raised there it would lose its clear sentence."""
 
-    def collate(groups: Sequence[CounterfactualGroup]) -> Batch | DataError:
+    def collate(groups: Sequence[CounterfactualGroup]) -> list[Batch] | DataError:
         try:
-            return collator(groups)
+            return collator.parts(groups, max_tokens)
         except DataError as error:
             return error
 
@@ -52,46 +58,113 @@ def score_groups(
     batch_size: int = 16,
     num_workers: int = 0,
     label: str = "scoring",
+    *,
+    max_tokens: int | None = None,
+    shuffled: bool = False,
+    remedy: str = "lower the batch size",
 ) -> list[GroupScores]:
     """Every cell of every group, and every text on a blank image, in the order of ``groups``; the same list on every rank.
 
-    ``forward`` is an engine or a Scorer in evaluation mode; ``batch_size`` counts groups per rank. Every rank runs the same number of
-    forwards, as ZeRO-3 requires: the last ones may repeat a group, whose second result is dropped. Raises DataError as the collator does.
+    ``forward`` is an engine or a Scorer in evaluation mode; ``batch_size`` counts groups per rank, which are scored in forwards of at most
+    ``max_tokens`` tokens. Every rank runs the same number of forwards, as ZeRO-3 requires: the last ones may repeat a group, or a part of
+    a batch, whose second result is dropped. ``shuffled`` scores every text on another group's image too, one more per group.
+
+    Raises DataError as the collator does, on all ranks, and ConfigError with the ``remedy`` where memory runs out.
     """
     collator = collator.scoring_everything()
     rounds = -(-len(groups) // (batch_size * world.size))
-    first = [(r * world.size + world.rank) * batch_size for r in range(rounds)]
-    mine = [[min(start + j, len(groups) - 1) for j in range(batch_size)] for start in first]  # past the end the last group repeats
+    mine = [batch_indices(len(groups), batch_size, world.rank, world.size, r) for r in range(rounds)]
+    views: list[Sequence[CounterfactualGroup]] = [groups, [blinded(group) for group in groups]]
+    donors = other_images(groups) if shuffled else []
+    if shuffled:
+        views.append([shown_instead(group, donor) for group, donor in zip(groups, donors, strict=True)])
     results: dict[int, GroupScores] = {}
     started = spoken = time.monotonic()
     loaders: list[Any] = [
         DataLoader(
             list(view),  # type: ignore[arg-type]
             batch_sampler=mine,
-            collate_fn=guarded(collator),
+            collate_fn=guarded(collator, max_tokens),
             num_workers=num_workers,
             worker_init_fn=shield_worker,
+            generator=torch.Generator(),  # it would draw its seed from the numbers that dropout is to have
         )
-        for view in (groups, [blinded(group) for group in groups])
+        for view in views
     ]
-    with torch.no_grad():
-        for done, (indices, *batches) in enumerate(zip(mine, *loaders, strict=True), start=1):
-            seen, blind = (_scored(forward, batch, world) for batch in batches)
-            for j, index in enumerate(indices):
-                size = (len(groups[index].images), len(groups[index].candidates))
-                results[index] = GroupScores(seen[j, : size[0], : size[1]], blind[j, 0, : size[1]])
-            if time.monotonic() - spoken > 10:
-                spoken = time.monotonic()
-                remaining = (spoken - started) / done * (rounds - done)
-                world.say(f"{label}: {min(done * batch_size * world.size, len(groups))}/{len(groups)} groups, {remaining:.0f} s left")
+    for done, (indices, *batches) in enumerate(zip(mine, *loaders, strict=True), start=1):
+        seen, blind, *other = score_batches(forward, batches, world, f"{label}, groups from {groups[indices[0]].id!r}", remedy)
+        for j, index in enumerate(indices):
+            size = (len(groups[index].images), len(groups[index].candidates))
+            foreign = None
+            if shuffled:
+                foreign = other[0][j, 0, : size[1]] if donors[index] is not None else torch.full((size[1],), torch.nan)
+            results[index] = GroupScores(seen[j, : size[0], : size[1]], blind[j, 0, : size[1]], foreign)
+        if time.monotonic() - spoken > 10:
+            spoken = time.monotonic()
+            remaining = (spoken - started) / done * (rounds - done)
+            world.say(f"{label}: {min(done * batch_size * world.size, len(groups))}/{len(groups)} groups, {remaining:.0f} s left")
     merged: dict[int, GroupScores] = {}
     for part in gather_objects(results, world):
         merged.update(part)
     return [merged[index] for index in range(len(groups))]
 
 
-def _scored(forward: Forward, batch: Batch | DataError, world: World) -> Tensor:
-    if isinstance(batch, DataError):
-        raise batch
-    batch = batch.to(world.device)
-    return batch.scores(forward(**batch.model_inputs)).logp.cpu()
+def batch_indices(num_groups: int, batch_size: int, rank: int, world_size: int, number: int) -> list[int]:
+    """Groups of a rank's ``number``-th batch; past the end the last group repeats."""
+    start = (number * world_size + rank) * batch_size
+    return [min(start + j, num_groups - 1) for j in range(batch_size)]
+
+
+def score_batches(forward: Forward, batches: Sequence[Sequence[Batch] | DataError], world: World, where: str, remedy: str) -> list[Tensor]:
+    """The score matrix of each batch, in parts; every rank calls it with as many batches, of any number of parts.
+
+    Raises DataError on all ranks where one of them has one.
+    """
+    sizes = [0 if isinstance(parts, DataError) else len(parts) for parts in batches]
+    problem = next((str(parts) for parts in batches if isinstance(parts, DataError)), None)
+    gathered = gather_objects((sizes, problem), world)
+    if found := [each for _, each in gathered if each is not None]:
+        raise DataError(found[0])
+    scored = []
+    ready = [parts for parts in batches if not isinstance(parts, DataError)]
+    for parts, *counts in zip(ready, *(each for each, _ in gathered), strict=True):
+        with torch.no_grad(), memory_explained(f"while {where} on rank {world.rank}", parts, remedy):
+            found_parts = []
+            for k in range(max(counts)):
+                part = parts[min(k, len(parts) - 1)].to(world.device)
+                logp = part.scores(forward(**part.model_inputs)).logp.cpu()
+                found_parts += [logp] if k < len(parts) else []
+        scored.append(torch.stack(found_parts).sum(0))
+    return scored
+
+
+def other_images(groups: Sequence[CounterfactualGroup], seed: int = 0) -> list[Pictures | None]:
+    """For each group the factual image of another one that shows none of its own pictures; None where there is none.
+
+    Groups in an order drawn by ``seed`` take the image of the next one, so each image serves once, but for groups that share pictures:
+    these take the nearest that fits, and of groups with very many neighbours that do not, at most ``_TRIES`` are looked at.
+    """
+    found: list[Pictures | None] = [None] * len(groups)
+    alike: dict[int, list[int]] = {}
+    for index, group in enumerate(groups):
+        alike.setdefault(group.num_pictures, []).append(index)
+    draw = random.Random(seed)
+    for num_pictures, members in sorted(alike.items()):
+        draw.shuffle(members)
+        for place, index in enumerate(members if num_pictures else ()):
+            own = {picture for pictures in groups[index].images for picture in pictures}
+            for step in range(1, min(len(members), _TRIES + 1)):
+                donor = groups[members[(place + step) % len(members)]].images[0]
+                if own.isdisjoint(donor):
+                    found[index] = donor
+                    break
+    return found
+
+
+_TRIES = 1000
+
+
+def shown_instead(group: CounterfactualGroup, image: Pictures | None) -> CounterfactualGroup:
+    """The group with one image in place of its own, a blank one for None; of no text but the first its truth is known."""
+    blind = blinded(group)
+    return blind if image is None else replace(blind, images=(image,))

@@ -23,7 +23,7 @@ class Align:
         weight: factor of the term in the loss. Without it nothing holds the likelihood of the truth up (likelihood displacement).
         warmup: share of all steps over which the weight rises linearly from 0.
         counterfactual: weight of the other true pairs of the group.
-        infonce: weight of 1/2 [-log softmax_c(S_0c / tau)_0 - log softmax_i(S_i0 / tau)_0].
+        infonce: weight of 1/2 [-log softmax_c(S_0c / tau)_0 - log softmax_i(S_i0 / tau)_0], c over texts of one prompt.
         temperature: tau of the InfoNCE, on the scale of ``len_norm``.
         len_norm: length normalisation of the InfoNCE scores.
         pmi: how much of the blind score to subtract from the InfoNCE scores; needs ``--data.scores``.
@@ -89,10 +89,10 @@ def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tens
 
 
 def _infonce_mask(layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """The anchor cell, and the negatives of row 0 and column 0; both [G, I, C] bool."""
+    """The anchor cell, and the negatives of row 0 (of the anchor's prompt) and of column 0; both [G, I, C] bool."""
     anchor = torch.zeros_like(layout.valid)
     anchor[:, 0, 0] = True  # also of a group with nothing scored: a softmax over no cell is NaN, over one it is 1
     star = torch.zeros_like(layout.valid)
-    star[:, 0, :] = True
+    star[:, 0, :] = layout.same_prompt[:, 0]
     star[:, :, 0] = True
     return anchor, layout.negative & star

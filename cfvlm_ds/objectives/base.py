@@ -2,8 +2,8 @@
 
 Shapes: G groups, I images, C candidates, P parts of one objective. Two kinds of comparison exist, and the truth table alone defines them:
 
-- text side: one image, a true text against a false one;
-- image side: one text, an image it is true of against one it is false of. Prior and length cancel here by construction.
+- text side: one image and one prompt, a true text against a false one; an answer is never compared with one to another question;
+- image side: one text behind one prompt, an image it is true of against one it is false of. Prior and length cancel by construction.
 """
 
 from __future__ import annotations
@@ -59,13 +59,15 @@ class Objective(Protocol):
         ...
 
 
-def comparisons(scores: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+def comparisons(scores: Tensor, positive: Tensor, negative: Tensor, together: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Every true-against-false comparison along the last axis of [G, R, X]: (violation, mask), each [G, R, X true, X false].
 
-    violation = S[false] - S[true]; positive when the model prefers the false one. Text side: pass [G, I, C]; image side: its transpose.
+    violation = S[false] - S[true]; positive when the model prefers the false one. Text side: pass [G, I, C], and the layout's
+    ``same_prompt`` [G, C, C] as ``together``, the pairs that may be compared; image side: the transpose, whose rows are one text each.
     """
     violation = scores.unsqueeze(-2) - scores.unsqueeze(-1)
-    return violation, positive.unsqueeze(-1) & negative.unsqueeze(-2)
+    mask = positive.unsqueeze(-1) & negative.unsqueeze(-2)
+    return violation, mask if together is None else mask & together.unsqueeze(1)
 
 
 def mean_over(values: Tensor, mask: Tensor) -> Tensor:

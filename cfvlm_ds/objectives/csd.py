@@ -17,11 +17,14 @@ from cfvlm_ds.objectives.base import MarginTerm, Report, comparisons, has_any, m
 class Csd(MarginTerm):
     """On each image its own text must beat the other text by a margin; the mean over a group's comparisons.
 
+    Texts are compared where they answer one prompt: of two yes/no questions on an image each has its own comparison.
+
     Args:
         mode: ``cross`` (default) compares a true and a false text on one image: with K counterfactual pairs and star cells this is
             1/(2K) sum_k {h(m + S_0k - S_00) + h(m + S_k0 - S_kk)}. ``matched`` is the paper's form, 1/K sum_k h(m + S_kk - S_00), which
             pushes down the likelihood of true captions of counterfactual images: two scenes that are each other's counterfactual can never
-            satisfy it together. ``matched_sg`` is the same with S_kk detached, which only raises S_00.
+            satisfy it together; pairs whose text answers another prompt than T_0 are left out. ``matched_sg`` is the same with S_kk
+            detached, which only raises S_00.
     """
 
     mode: Literal["cross", "matched", "matched_sg"] = "cross"
@@ -46,8 +49,8 @@ class Csd(MarginTerm):
 
     def _violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
         if self.mode == "cross":
-            return comparisons(similarity, layout.positive, layout.negative)
-        others = layout.positive.clone()
+            return comparisons(similarity, layout.positive, layout.negative, layout.same_prompt)
+        others = layout.positive & layout.same_prompt[:, :1]
         others[:, 0, :] = False
         others[:, :, 0] = False  # a sham is a true pair of the factual text, not a counterfactual
         matched = similarity.detach() if self.mode == "matched_sg" else similarity

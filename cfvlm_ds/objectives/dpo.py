@@ -17,8 +17,8 @@ from cfvlm_ds.objectives.base import Report, comparisons, has_any, mean_over
 class Dpo:
     """-log sigmoid(beta (r_true - r_false)) with r = log p - log p_reference, reference read from ``--data.scores``.
 
-    Chosen and rejected are the factual text and each counterfactual text on the factual image; the image side takes the factual text on the
-    factual image and on each counterfactual image. Means over a group's pairs, so a group counts once.
+    Chosen and rejected are the factual text and each counterfactual text of its prompt on the factual image; the image side takes the
+    factual text on the factual image and on each counterfactual image. Means over a group's pairs, so a group counts once.
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
@@ -84,6 +84,6 @@ class Dpo:
         """Text-side comparisons on image 0 and image-side comparisons of text 0, won by the anchor cell."""
         chosen = torch.zeros_like(layout.valid)
         chosen[:, 0, 0] = layout.positive[:, 0, 0]
-        text = comparisons(ratio[:, :1, :], chosen[:, :1, :], layout.negative[:, :1, :])
+        text = comparisons(ratio[:, :1, :], chosen[:, :1, :], layout.negative[:, :1, :], layout.same_prompt)
         image = comparisons(ratio.transpose(1, 2)[:, :1], chosen.transpose(1, 2)[:, :1], layout.negative.transpose(1, 2)[:, :1])
         return text, image

@@ -1,0 +1,79 @@
+"""The comparisons that a group's truth table defines; its edits only name the slices in which they are reported.
+
+An unknown cell takes part in none. Texts are compared where they answer one prompt. A sham image shows the factual scene again: its
+comparisons would be those of the factual image a second time, so it is left to the ``sham`` comparisons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice, product
+from typing import Literal
+
+from cfvlm_ds.groups import SHAM, CounterfactualGroup
+
+UNLABELLED = "unlabelled"
+"""Slice of the comparisons that no edit describes."""
+
+Kind = Literal["quad", "text", "image", "sham"]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One comparison and the edit types it is reported under, one as a rule.
+
+    ``at`` are indices into the score matrix, by ``kind``:
+
+    - ``quad``: images i, j and texts c, d of one prompt, where c is true of i and false of j, d is true of j and false of i. (i, c) is the
+      anchor of its prompt, its first true cell: for the prompt of the factual text that is the factual pair;
+    - ``text``: image i, a text c that is true of it and a text d of the same prompt that is false of it;
+    - ``image``: text c, an image i that it is true of and an image j that it is false of;
+    - ``sham``: the factual text, a sham image of it and an image that it is false of, in the order of ``image``.
+    """
+
+    kind: Kind
+    at: tuple[int, ...]
+    labels: tuple[str, ...]
+
+
+def comparisons(group: CounterfactualGroup) -> Iterator[Comparison]:
+    """Every comparison of the group, in a fixed order."""
+    match, labels = group.match, _Labels(group)
+    shams = {edit.image for edit in group.edits if edit.type == SHAM and edit.image and match[edit.image][0] == 1}
+    images = [i for i in range(len(group.images)) if i not in shams]
+    prompts: dict[int, list[int]] = {}
+    for c, prompt in enumerate(group.prompt_ids):
+        prompts.setdefault(prompt, []).append(c)
+    for texts in prompts.values():
+        for i, c in islice(((i, c) for i, c in product(images, texts) if match[i][c] == 1), 1):
+            for j, d in product(images, texts):
+                if match[j][d] == 1 and match[i][d] == 0 and match[j][c] == 0:
+                    yield Comparison("quad", (i, j, c, d), labels((i, j), (c, d)))
+        for i in images:
+            for c, d in product(texts, texts):
+                if match[i][c] == 1 and match[i][d] == 0:
+                    yield Comparison("text", (i, c, d), labels((i,), (c, d)))
+    for c in range(len(group.candidates)):
+        for i, j in product(images, images):
+            if match[i][c] == 1 and match[j][c] == 0:
+                yield Comparison("image", (c, i, j), labels((i, j), (c,)))
+    for i, j in product(sorted(shams), images):
+        if match[j][0] == 0:
+            yield Comparison("sham", (0, i, j), labels((j,), ()))
+
+
+class _Labels:
+    """Edit types of a comparison of some images and texts of a group: those of the edits that share most with it."""
+
+    def __init__(self, group: CounterfactualGroup) -> None:
+        self.edits = [edit for edit in group.edits if edit.type not in (SHAM, "")]
+        self.known: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[str, ...]] = {}
+
+    def __call__(self, images: tuple[int, ...], texts: tuple[int, ...]) -> tuple[str, ...]:
+        if (images, texts) not in self.known:
+            shared = [(edit.image in images) + (edit.text in texts) for edit in self.edits]
+            most = max(shared, default=0)
+            found = sorted({edit.type for edit, parts in zip(self.edits, shared, strict=True) if parts == most}) if most else [UNLABELLED]
+            self.known[images, texts] = tuple(found)
+        return self.known[images, texts]

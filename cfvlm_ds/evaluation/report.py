@@ -1,0 +1,66 @@
+"""Accuracies as a person reads them: a Markdown table with controls, and what each metric is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cfvlm_ds.evaluation.metrics import CHANCE, Accuracy
+
+SHOWN = ("text", "image", "group", "group_pmi", "pair", "image_pair", "factual", "sham")
+_NAME_CHARS = 60
+
+
+def table(splits: Mapping[str, Sequence[Accuracy]]) -> str:
+    """The accuracies as a Markdown table, a block per split, with rows for chance and for what language alone achieves.
+
+    A second table says of how many groups and comparisons each metric is made, and which groups it could not use.
+    """
+    lines = [f"| split | edit | groups | {' | '.join(SHOWN)} |", f"|---|---|---:|{'---:|' * len(SHOWN)}"]
+    for split, rows in splits.items():
+        for row in rows:
+            # An edit type of the mean's name is quoted, so that it cannot be taken for the mean.
+            name = row.name if row.mean or not row.name.startswith("all") else f'"{row.name}"'
+            lines.append(f"| {split} | {_plain(name)} | {row.num} | {_cells(row.metrics)} |")
+        for row in rows[-1:]:
+            lines.append(f"| {split} | all, blank image | {row.num} | {_cells(row.blind)} |")
+            if row.shuffled:
+                lines.append(f"| {split} | all, another group's image | {row.num} | {_cells(row.shuffled)} |")
+    lines.append(f"| chance | | | {_cells(CHANCE)} |")
+    lines += ["", "| split | metric | groups used | comparisons | groups without one |", "|---|---|---:|---:|---|"]
+    for split, rows in splits.items():
+        for row in rows[-1:]:
+            lines += [f"| {split} | {line}" for line in _coverage(row)]
+    return "\n".join(lines)
+
+
+def _coverage(row: Accuracy) -> list[str]:
+    """A line for all metrics that are made of the same comparisons."""
+    alike: dict[tuple[int, int, tuple[str, ...]], list[str]] = {}
+    for metric in row.groups:
+        alike.setdefault((row.groups[metric], row.comparisons[metric], tuple(row.unused.get(metric, ()))), []).append(metric)
+    lines = []
+    for (groups, comparisons, unused), metrics in alike.items():
+        without = row.num - groups
+        named = f"{without}: {', '.join(map(_plain, unused))}{', ...' * (without > len(unused))}" if without else ""
+        lines.append(f"{', '.join(metrics)} | {groups} | {comparisons} | {named} |")
+    return lines
+
+
+def headline(rows: Sequence[Accuracy]) -> str:
+    """One line for a progress log: the first metric that the split has, by edit type and in the mean."""
+    metric = next((metric for metric in ("group", "pair", "image_pair") if rows and metric in rows[-1].metrics), None)
+    if metric is None:
+        return "no comparison: match marks no text or image false beside a true one"
+    shown = ", ".join(f"{_plain(row.name)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics)
+    used, num = rows[-1].groups[metric], rows[-1].num
+    return f"{metric} accuracy {shown}" + (f" (of {used} of {num} groups)" if used < num else "")
+
+
+def _cells(metrics: Mapping[str, float]) -> str:
+    return " | ".join(f"{metrics[name]:.1f}" if name in metrics else "" for name in SHOWN)
+
+
+def _plain(name: str) -> str:
+    """A name from the data on one line of a table."""
+    name = " ".join(name.split()).replace("|", "\\|")
+    return name if len(name) <= _NAME_CHARS else f"{name[:_NAME_CHARS]}..."
