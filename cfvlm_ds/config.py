@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import itertools
 import math
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cfvlm_ds.errors import InputError
+from cfvlm_ds.hints import nearest
 
 
 class ConfigError(InputError):
@@ -556,9 +556,8 @@ def _one_sentence(message: str, names: Sequence[str]) -> str:
     # A key of a YAML section is reported beside its section; one that was given without any is compared with the last parts of options.
     section = re.search(r"Group '([\w.]+)'|Parser key \"([\w.]+)\"", message)
     option = f"{section[1] or section[2]}.{unknown[1]}" if section else unknown[1]
-    by_form = {name if "." in option else name.rsplit(".", 1)[-1]: name for name in names}
-    near = difflib.get_close_matches(option, by_form, n=1, cutoff=0.4)
-    return f"unknown option {option!r}" + (f"; did you mean {by_form[near[0]]!r}?" if near else "; see --help")
+    near = nearest(option, names)
+    return f"unknown option {option!r}" + (f"; did you mean {near!r}?" if near else "; see --help")
 
 
 def cores_per_rank() -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from conftest import REPO
 
+from cfvlm_ds import hints
 from cfvlm_ds.config import ConfigError, DataSet, RunConfig, parse_config
 from cfvlm_ds.objectives import OBJECTIVES
 
@@ -68,6 +70,15 @@ def test_the_help_matches_the_section_it_names() -> None:
 UNKNOWN_OPTIONS = {
     "train.learningrate": "train.learning_rate",
     "learning_rate": "train.learning_rate",
+    "train.batch_size": "train.per_device_train_batch_size",
+    "batch_size": "train.per_device_train_batch_size",
+    "train.eval_batch_size": "train.per_device_eval_batch_size",
+    "train.lr": "train.learning_rate",
+    "lr": "train.learning_rate",
+    "train.steps": "train.max_steps",
+    "train.epochs": "train.num_train_epochs",
+    "model.path": "model.name_or_path",
+    "objective.csd.warmup_steps": "objective.csd.warmup",
     "objective.fcd.symetric": "objective.fcd.symmetric",
     "model.vision_tower.tunign": "model.vision_tower.tuning",
     "build.scenes.num_trian": "build.scenes.num_train",
@@ -80,6 +91,14 @@ def test_unknown_option_names_the_nearest(wrong: str, joined: bool) -> None:
     with pytest.raises(ConfigError) as raised:
         parse(*([f"--{wrong}=1"] if joined else [f"--{wrong}", "1"]))
     assert str(raised.value) == f"unknown option {wrong!r}; did you mean {UNKNOWN_OPTIONS[wrong]!r}?"
+
+
+def test_what_other_programs_call_an_option_is_one_here() -> None:
+    resolved = parse().resolved
+    for option in set(hints._ELSEWHERE_CALLED.values()):
+        value: Any = resolved
+        for part in option.split("."):
+            value = value[part]
 
 
 UNKNOWN_KEYS = {

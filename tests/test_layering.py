@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "cfvlm_ds"
 LAYERS = [
-    {"errors"},
+    {"errors", "hints"},
     {"groups", "config", "distributed", "stopping"},
     {"likelihood", "attention", "figures", "heartbeat", "untrusted"},
     {"models", "data", "scenes", "cluster", "reshard", "run_lock"},
