@@ -1,12 +1,12 @@
 # make demo: train, evaluate and export the quickstart.  make test: the tests.  make check: format, lint and types.
-# make faults: the long fault campaigns; their tables are for docs/reliability.md.
+# make test-long: what takes minutes (fault campaigns, fuzzing, learning); it prints tables, which are for docs/reliability.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Slurm's daemons are in sbin, which is not on every PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/sbin:/sbin
 
-.PHONY: demo test check faults install golden clean
+.PHONY: demo test test-long check install golden clean
 
 demo: install
 	deepspeed --num_gpus 1 train.py --deepspeed ds_configs/z3.json
@@ -17,11 +17,9 @@ test: install check
 	tests/slurm/install.sh
 	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-faults: install
+test-long: install
 	tests/slurm/install.sh
-	python tests/fuzz.py
-	python tests/kill_ranks.py
-	python tests/slurm/faults.py
+	pytest -n 2 -m long -rP
 
 check: install
 	ruff format --check .

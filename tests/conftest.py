@@ -25,6 +25,7 @@ from cfvlm_ds.groups import Candidate, CounterfactualGroup, Edit, to_row
 from cfvlm_ds.models import Scorer, family_of, load_model
 from cfvlm_ds.models.tiny import build_tiny_llava
 
+pytest_plugins = ["budget"]
 REPO = Path(__file__).resolve().parent.parent
 PROMPT = "Describe the image."
 COLOURS = ("red", "green", "blue", "yellow")

@@ -1,4 +1,4 @@
-"""Mutated inputs by the thousand: [ROUNDS [SEED]] [--round N] (default 10000 0); part of ``make faults``.
+"""Mutated inputs by the thousand: [ROUNDS [SEED]] [--round N] (default 10000 0); part of ``make test-long``.
 
 Every round damages one good input (a manifest and its images, a configuration, a run folder with checkpoints, stored scores, the DeepSpeed
 JSON) and has the functions read it that the commands and a training read it with. It must come to a value that is right by what is

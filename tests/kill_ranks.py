@@ -1,4 +1,4 @@
-"""kill -9 of a random rank at random times over one run, until it ends; part of ``make faults``.
+"""kill -9 of a random rank at random times over one run, until it ends; part of ``make test-long``.
 
 Every round starts the training anew and kills one rank some steps later, or while it starts. The last
 checkpoint is compared, bit for bit, with that of a run that nobody killed. Prints a row for docs/reliability.md.

@@ -1,4 +1,4 @@
-"""A short run of the campaign of tests/fuzz.py, whose 10,000 rounds are part of ``make faults``."""
+"""A short run of the campaign of tests/fuzz.py, whose 10,000 rounds are part of ``make test-long``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The long fault campaign: eight ranks of ZeRO-3 on a real Slurm, one fault each, judged by the weights of an undisturbed run.
 
-``make faults`` prints a Markdown table for docs/reliability.md.
+``make test-long`` prints a Markdown table for docs/reliability.md.
 """
 
 from __future__ import annotations
