@@ -46,11 +46,14 @@ def run(arguments: Sequence[str]) -> None:
         return
     from cfvlm_ds.engine import start
     from cfvlm_ds.training import train
+    from cfvlm_ds.validation import validate
 
     world = start()
-    if world.is_main:
-        build(config.build)
-    world.wait()
+    if config.build.scenes or config.build.tiny_llava:
+        validate(config, world, built=False)
+        if world.is_main:
+            build(config.build)
+        world.wait()
     train(config, world)
 
 

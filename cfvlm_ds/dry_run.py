@@ -10,6 +10,7 @@ import torch
 from cfvlm_ds import engine
 from cfvlm_ds.config import RunConfig
 from cfvlm_ds.models import MODULES, attention, family_of, meta_model, parameter_counts
+from cfvlm_ds.validation import validate
 
 _GPUS = (1, 2, 4, 8, 16, 32, 64)
 _GPUS_PER_NODE = 8
@@ -26,8 +27,8 @@ def dry_run(config: RunConfig) -> str:
     from transformers import AttentionInterface
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    validate(config, None)
     resolved = engine.resolve(engine.read_json(config.deepspeed), config, 1, torch.device("cpu"), engine.hidden_size(config), 1)
-    engine.validate(config, resolved)
     unset_hf_deepspeed_config()  # the model is built whole
     AttentionInterface.register("no_data", _attention)
     model = meta_model(config.model, torch.bfloat16, "no_data")
@@ -52,7 +53,7 @@ def _states(model: Any, ds_config: dict[str, Any]) -> Iterator[str]:
 
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    offload = {name: zero.get(f"offload_{name}", {}).get("device", "none") != "none" for name in ("optimizer", "param")}
+    offload = {name: (zero.get(f"offload_{name}") or {}).get("device", "none") != "none" for name in ("optimizer", "param")}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     layer = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())

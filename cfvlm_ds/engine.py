@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
-import json
-import math
 import os
 import sys
 import time
@@ -15,13 +12,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from cfvlm_ds.config import ConfigError, RunConfig, cores_per_rank, default_workers
+from cfvlm_ds.config import RunConfig, cores_per_rank, default_workers
 from cfvlm_ds.distributed import World, launch_environment
+from cfvlm_ds.ds_check import validate as validate
+from cfvlm_ds.ds_config import read_json as read_json
+from cfvlm_ds.ds_config import resolve as resolve
+from cfvlm_ds.ds_config import warmup_steps
 from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainable
 
 _NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "fuse.sshfs", "ceph", "9p", "wekafs")
@@ -133,118 +133,10 @@ def _absent(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-_SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
-
-
-def read_json(path: str) -> dict[str, Any]:
-    """The DeepSpeed JSON of a run. Raises ConfigError naming the file when it is missing or broken."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json")))
-        raise ConfigError(f"--deepspeed {path}: no such file" + (f"; there are {known}" if known else "")) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--deepspeed {path}: broken JSON at line {error.lineno}, column {error.colno} ({error.msg})") from error
-    except (OSError, ValueError, RecursionError) as error:  # a folder, bytes that are no text, thousands of brackets
-        raise ConfigError(f"--deepspeed {path}: cannot be read ({error}); name a file like those of ds_configs") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"--deepspeed {path}: holds a {type(found).__name__}, not an object; name a file like those of ds_configs")
-    if flat := sorted(name for name in _SECTIONS if not isinstance(found.get(name, {}), dict)):
-        raise ConfigError(f"--deepspeed {path}: {', '.join(flat)} must be an object with options in it, as in ds_configs")
-    return found
-
-
-def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: torch.device, hidden_size: int, total_steps: int) -> Any:
-    """The DeepSpeed configuration with every "auto" filled in by the rules transformers uses, as transformers' own config object.
-
-    The object must be kept alive as long as models are loaded: ``from_pretrained`` finds ZeRO-3 through it. Raises ConfigError naming both
-    values where the JSON and the run configuration contradict each other.
-    """
-    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
-
-    train = config.train
-    written = raw.get("bf16", {}).get("enabled", False)
-    capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    bf16 = train.bf16 if train.bf16 != "auto" else (capable if written == "auto" else bool(written))
-    arguments = SimpleNamespace(
-        world_size=world_size,
-        per_device_train_batch_size=train.per_device_train_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
-        max_grad_norm=train.max_grad_norm,
-        learning_rate=train.learning_rate,
-        adam_beta1=train.adam_beta1,
-        adam_beta2=train.adam_beta2,
-        adam_epsilon=train.adam_epsilon,
-        weight_decay=train.weight_decay,
-        save_on_each_node=False,
-        fp16=raw.get("fp16", {}).get("enabled", False) is True,
-        fp16_full_eval=False,
-        bf16=bf16,
-        bf16_full_eval=False,
-        get_warmup_steps=lambda steps: warmup_steps(config, steps),
-    )
-    resolved = None
-    try:
-        resolved = HfTrainerDeepSpeedConfig(copy.deepcopy(raw))
-        resolved.trainer_config_process(arguments)
-        resolved.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=hidden_size)), total_steps)
-    except Exception as error:  # what is not a contradiction is a value that transformers cannot use, and it checks none
-        if resolved is None or not resolved.mismatches:
-            raise _unusable(config, error) from error
-        pairs = "; ".join(line[2:].replace("ds ", "", 1).replace(" vs hf ", " against train.") for line in resolved.mismatches)
-        pairs = pairs.replace("train.train_batch_size (calculated)", "micro-batch x accumulation x ranks").replace("|bf16_full_eval", "")
-        raise ConfigError(f'{config.deepspeed} contradicts the run configuration: {pairs}; write "auto" there or change one') from error
-    if left := sorted(_autos(resolved.config)):
-        raise ConfigError(f'{config.deepspeed}: no rule fills "auto" of {", ".join(left)}; write a value')
-    if "gradient_clipping" not in resolved.config:
-        raise ConfigError(f'{config.deepspeed}: gradient_clipping is missing, and releases differ in what that means; write it or "auto"')
-    if bf16 and resolved.dtype() != torch.bfloat16:
-        raise ConfigError(f'{config.deepspeed}: train.bf16=true needs "bf16": {{"enabled": "auto"}} there, and it gives {resolved.dtype()}')
-    return resolved
-
-
-def _unusable(config: RunConfig, error: Exception) -> ConfigError:
-    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-    return ConfigError(f"{config.deepspeed}: not a DeepSpeed configuration ({reason}); compare it with those of ds_configs")
-
-
-def _autos(node: Any, path: str = "") -> Iterator[str]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _autos(value, f"{path}.{key}" if path else key)
-    elif node == "auto":
-        yield path
-
-
-def warmup_steps(config: RunConfig, total_steps: int) -> int:
-    """Optimizer steps over which the learning rate rises, rounded up as transformers does."""
-    return math.ceil(config.train.warmup_ratio * total_steps)
-
-
 def hidden_size(config: RunConfig) -> int:
     """Width of the language model, which sizes DeepSpeed's buckets."""
     model_config = load_config(config.model.name_or_path)
     return int(model_config.get_text_config().hidden_size)
-
-
-def validate(config: RunConfig, resolved: Any) -> None:
-    """Have DeepSpeed and transformers read what only they know, before anything is loaded: ConfigError names the option."""
-    import deepspeed
-    from pydantic import ValidationError
-    from transformers import SchedulerType
-
-    try:
-        deepspeed.DeepSpeedConfig(copy.deepcopy(resolved.config))
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{config.deepspeed}: {error.title}: {option}: {first['msg']}; see DeepSpeed's configuration reference") from None
-    except Exception as error:  # beside its models, DeepSpeed asserts, compares and divides what it finds
-        raise _unusable(config, error) from error
-    try:
-        SchedulerType(config.train.lr_scheduler_type)
-    except ValueError as error:
-        raise ConfigError(f"train.lr_scheduler_type: {error}") from None
 
 
 def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int) -> Any:

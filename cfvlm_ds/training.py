@@ -41,6 +41,7 @@ from cfvlm_ds.step import Meter, Run, optimizer_step
 from cfvlm_ds.stopping import EXIT_STOPPED, Stop, shield_worker
 from cfvlm_ds.tower_pass import feature_cache
 from cfvlm_ds.tracking import import_mlflow, masked, open_tracker
+from cfvlm_ds.validation import scores_needed, validate
 
 _FINISHED = "finished.json"
 
@@ -55,6 +56,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
     when the loss or its gradient is not finite.
     """
     world = world or engine.start()
+    validate(config, world)
     with _locked(Path(config.train.output_dir), world):
         _train(config, world)
 
@@ -90,7 +92,6 @@ def _train(config: RunConfig, world: World) -> None:
     sampler = _sampler(config, world, groups, collator)
     total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs)
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
-    engine.validate(config, resolved)
     if _is_finished(config, total_steps, world):
         return
     found = checkpoint.find(run_dir, config.train.resume, world)
@@ -192,13 +193,9 @@ def _sampler(config: RunConfig, world: World, groups: list[CounterfactualGroup],
 
 def _stored_scores(config: RunConfig, groups: list[CounterfactualGroup]) -> dict[str, StoredScores] | None:
     """The scores file of the training groups, if an objective needs one and the model without its adapters does not serve."""
-    terms = config.objective.values()
-    prior, reference = any(term.needs_prior for term in terms), any(term.needs_reference for term in terms)
-    if not (prior or reference) or (config.data.scores is None and not prior and only_adapters_train(config.model)):
+    if not scores_needed(config):
         return None
-    if config.data.scores is None:
-        raise ConfigError("an objective needs stored scores; write them with `cfvlm-ds score` and set data.scores")
-    return read_scores(Path(config.data.scores), groups, fingerprint(config.model))
+    return read_scores(Path(str(config.data.scores)), groups, fingerprint(config.model))
 
 
 def _git_revision() -> str:

@@ -259,7 +259,7 @@ REFUSALS = {
     "no_scores": ["`cfvlm-ds score`", "data.scores"],
     "scores_absent": ["absent.jsonl: no such scores file", "`cfvlm-ds score`"],
     "no_json": ["absent.json: no such file; there are ds_configs/"],
-    "unknown_key": ["unknown.json", "sub_grup_size", "not permitted"],
+    "unknown_key": ["unknown.json", "sub_grup_size", "did you mean 'sub_group_size'?"],
     "schedule": ["train.lr_scheduler_type", "cosin ", "cosine_with_restarts"],
 }
 

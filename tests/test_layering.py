@@ -14,16 +14,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "cfvlm_ds"
 LAYERS = [
     {"errors", "hints"},
     {"groups", "config", "distributed", "stopping"},
-    {"likelihood", "attention", "figures", "heartbeat", "untrusted"},
-    {"models", "data", "scenes", "cluster", "reshard", "run_lock"},
+    {"likelihood", "attention", "figures", "heartbeat", "ds_config", "untrusted"},
+    {"models", "data", "scenes", "cluster", "reshard", "run_lock", "ds_check"},
     {"objectives", "collate", "engine", "checkpoint", "tracking"},
-    {"memory"},
+    {"memory", "validation"},
     {"evaluation", "export", "preflight", "dry_run", "step", "tower_pass"},
     {"training"},
     {"cli"},
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
-ONLY_IN = {"deepspeed": {"engine", "checkpoint", "export", "dry_run"}, "mlflow": {"tracking"}, "matplotlib": {"figures"}}
+ONLY_IN = {"deepspeed": {"engine", "ds_check", "checkpoint", "export", "dry_run"}, "mlflow": {"tracking"}, "matplotlib": {"figures"}}
 
 
 def imports(path: Path) -> Iterator[str]:

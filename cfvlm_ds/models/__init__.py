@@ -22,7 +22,16 @@ from cfvlm_ds.models.idefics import IDEFICS
 from cfvlm_ds.models.identity import fingerprint, model_folder, tower_fingerprint
 from cfvlm_ds.models.internvl import INTERNVL
 from cfvlm_ds.models.llava import LLAVA, NEXT, ONEVISION
-from cfvlm_ds.models.lora import adapted_modules, adapters_off, add_adapters, is_adapter, only_adapters_train, peft_config, quantisation
+from cfvlm_ds.models.lora import (
+    adapted_modules,
+    adapters_off,
+    add_adapters,
+    check_4bit,
+    is_adapter,
+    only_adapters_train,
+    peft_config,
+    quantisation,
+)
 from cfvlm_ds.models.qwen import QWEN_VL
 from cfvlm_ds.models.stored import check_files, explained
 
@@ -39,6 +48,7 @@ __all__ = [
     "adapted_modules",
     "adapters_off",
     "attention",
+    "check_model",
     "family_of",
     "fingerprint",
     "is_adapter",
@@ -88,6 +98,24 @@ def _check_folder(name_or_path: str) -> None:
         check_files(Path(name_or_path).resolve())
     elif isinstance(config := try_to_load_from_cache(name_or_path, "config.json"), str):
         check_files(Path(config).parent)
+
+
+def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
+    """Raise ConfigError for what options, libraries and, where it is ``there``, the model's own configuration say will not work.
+
+    ``weights`` are looked for too, and not read.
+    """
+    attention(config.attn_implementation)
+    if all(getattr(config, module).tuning == "frozen" for module in MODULES):
+        raise ConfigError(_ALL_FROZEN)
+    check_4bit(config, zero3)
+    if there:
+        _limit_images(config, None, load_config(config.name_or_path))
+        if weights:
+            _check_folder(config.name_or_path)
+
+
+_ALL_FROZEN = "every module is frozen; set model.vision_tower.tuning, model.projector.tuning or model.language_model.tuning to full or lora"
 
 
 def load_processor(config: ModelConfig) -> Any:
@@ -192,9 +220,7 @@ def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
         used = not any(f"{name}.".startswith(f"{prefix}.") for prefix in unused)
         parameter.requires_grad_(used and (is_adapter(name) if tuning == "lora" else tuning == "full"))
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(
-            "every module is frozen; set model.vision_tower.tuning, model.projector.tuning or model.language_model.tuning to full or lora"
-        )
+        raise ConfigError(_ALL_FROZEN)
 
 
 def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:

@@ -69,6 +69,21 @@ def add_adapters(model: Any, family: Family, config: ModelConfig) -> None:
     peft.inject_adapter_in_model(peft_config(model, family, adapted_modules(config), config.name_or_path, config.lora), model)
 
 
+def check_4bit(config: ModelConfig, zero3: bool) -> None:
+    """Raise ConfigError where weights of 4 bits are asked for and cannot be had, or something would have to train that cannot."""
+    if not config.lora.load_in_4bit:
+        return
+    if config.language_model.tuning != "lora" or not only_adapters_train(config):
+        raise ConfigError(
+            "model.lora.load_in_4bit: weights of 4 bits cannot train, and a model of them is exported as adapters; set "
+            "model.language_model.tuning to lora and the other modules to lora or frozen"
+        )
+    if zero3:
+        raise ConfigError("model.lora.load_in_4bit: transformers cannot load 4-bit weights in ZeRO-3's parts; use ds_configs/z2.json")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("model.lora.load_in_4bit needs bitsandbytes; install it with `pip install bitsandbytes`")
+
+
 def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any:
     """How transformers is to load the language model's linear layers in 4 bits, or None where that is not asked for.
 
@@ -79,15 +94,7 @@ def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any
     from transformers import BitsAndBytesConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    if config.language_model.tuning != "lora" or not only_adapters_train(config):
-        raise ConfigError(
-            "model.lora.load_in_4bit: weights of 4 bits cannot train, and a model of them is exported as adapters; set "
-            "model.language_model.tuning to lora and the other modules to lora or frozen"
-        )
-    if is_deepspeed_zero3_enabled():
-        raise ConfigError("model.lora.load_in_4bit: transformers cannot load 4-bit weights in ZeRO-3's parts; use ds_configs/z2.json")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("model.lora.load_in_4bit needs bitsandbytes; install it with `pip install bitsandbytes`")
+    check_4bit(config, is_deepspeed_zero3_enabled())
     kept = [*family.vision_tower, *family.projector, "lm_head"]
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept)
 

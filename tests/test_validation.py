@@ -1,0 +1,207 @@
+"""What is known before a run begins: the DeepSpeed JSON to the last key, schedules, libraries, the model's configuration, paths."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPO, train_arguments
+
+from cfvlm_ds import engine
+from cfvlm_ds.config import ConfigError, parse_config
+from cfvlm_ds.distributed import World
+from cfvlm_ds.dry_run import dry_run
+from cfvlm_ds.errors import InputError
+from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.validation import validate
+
+CPU = torch.device("cpu")
+
+
+def said(tmp_path: Path, changes: dict[str, Any], *argv: str, base: str = "z3", ranks: int = 1, device: torch.device | None = CPU) -> str:
+    """The one sentence about a shipped JSON with values changed; a dict goes into its section. Empty where nothing is wrong with it."""
+    given = json.loads((REPO / "ds_configs" / f"{base}.json").read_text())
+    for key, value in changes.items():
+        given[key] = given[key] | value if isinstance(value, dict) and isinstance(given.get(key), dict) else value
+    (path := tmp_path / "ds.json").write_text(json.dumps(given))
+    config = parse_config(["--deepspeed", str(path), *argv], OBJECTIVES)
+    try:
+        resolved = engine.resolve(engine.read_json(str(path)), config, ranks, device or CPU, 96, 50)
+        engine.validate(config, resolved, ranks, device)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return str(error).replace(str(path), "ds.json")
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"gradient_cliping": 1.0}, "ds.json: unknown key 'gradient_cliping'; did you mean 'gradient_clipping'?"),
+        ({"zero_optimisation": {}}, "ds.json: unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
+        ({"frobnicate": 1}, "ds.json: unknown key 'frobnicate'; DeepSpeed has no such key; leave it out"),
+        ({"zero_optimization": {"sub_grup_size": 1}}, "unknown key 'zero_optimization.sub_grup_size'; did you mean 'sub_group_size'?"),
+        ({"zero_optimization": {"stage3_prefetch_bucket": 1}}, "did you mean 'stage3_prefetch_bucket_size'?"),
+        ({"zero_optimization": {"offload_param": {"devise": 0}}}, "'zero_optimization.offload_param.devise'; did you mean 'device'?"),
+        ({"bf16": {"enabeld": True}}, "unknown key 'bf16.enabeld'; did you mean 'enabled'?"),
+        ({"flops_profiler": {"enabled": False, "profil_step": 1}}, "'flops_profiler.profil_step'; did you mean 'profile_step'?"),
+        ({"activation_checkpointing": {"profil": True}}, "'activation_checkpointing.profil'; did you mean 'profile'?"),
+        ({"optimizer": {"typ": "AdamW"}}, "unknown key 'optimizer.typ'; did you mean 'type'?"),
+        ({"optimizer": {"type": "AdamW", "params": {"beta": [0.9, 0.9]}}}, "'optimizer.params.beta'; did you mean 'betas'?"),
+        ({"csv_monitor": {"enabled": False, "output": "x"}}, "unknown key 'csv_monitor.output'; did you mean 'output_path'?"),
+    ],
+)
+def test_a_misspelt_key_is_named_with_the_nearest_right_one(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    assert sentence in said(tmp_path, changes)
+
+
+def test_comments_and_every_key_that_deepspeed_asks_for_pass(tmp_path: Path) -> None:
+    assert said(tmp_path, {"_comment": "ours", "//": "too", "prescale_gradients": False, "dump_state": False, "log_level": None}) == ""
+    sections = {name: {} for name in ("tensorboard", "comms_logger", "aio", "checkpoint", "data_types", "flops_profiler", "torch_autocast")}
+    assert said(tmp_path, sections | {"activation_checkpointing": {"profile": False}}) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"steps_per_print": "ten"}, 'steps_per_print must be a whole number, not "ten"'),
+        ({"wall_clock_breakdown": "yes"}, 'wall_clock_breakdown must be true or false, not "yes"'),
+        ({"gradient_predivide_factor": True}, "gradient_predivide_factor must be a number, not true"),
+        ({"pipeline": []}, "pipeline must be an object with options in it, not []"),
+        ({"flops_profiler": {"profile_step": "a"}}, 'flops_profiler.profile_step must be a whole number, not "a"'),
+        ({"flops_profiler": True}, "at flops_profiler "),
+        ({"bf16": {"enabled": "false"}}, 'bf16.enabled must be true, false or "auto", not "false"'),
+        ({"fp16": {"enabled": 1}}, 'fp16.enabled must be true, false or "auto", not 1'),
+        ({"zero_optimization": {"stage": "3"}}, 'zero_optimization.stage must be 0, 1, 2 or 3, not "3"'),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage must be 0, 1, 2 or 3, not 4"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "gpu"}}},
+            "offload_param.device: Input should be 'none', 'cpu'",
+        ),
+        ({"zero_optimization": {"offload_param": "cpu"}}, "not a DeepSpeed configuration"),
+        ({"communication_data_type": "fp8"}, "at communication_data_type (ValueError: Invalid communication_data_type."),
+        ({"amp": {"enabled": True}}, "at amp (DeepSpeedConfigError: NVIDIA Apex AMP integration has been removed."),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    assert sentence in said(tmp_path, changes)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "sentence"),
+    [
+        ("z3", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, 'offload_optimizer needs an "optimizer" section'),
+        ("z2", {"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param needs stage 3, and stage is 2"),
+        ("z3_offload", {"zero_optimization": {"offload_param": {"device": "nvme"}}}, "offload_param.nvme_path None is no folder"),
+        ("z3", {"fp16": {"enabled": True}}, "fp16.enabled=true needs a GPU, and this machine has none"),
+        ("z3_zeropp", {}, "zero_quantized_weights=true has kernels for GPUs alone"),
+        ("z3", {"optimizer": {"params": {}}}, "optimizer.type is missing"),
+        ("z3", {"optimizer": {"type": "AdamX"}}, "optimizer.type 'AdamX' is not known to DeepSpeed or torch; did you mean 'Adam'?"),
+        ("z3", {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}}, "has not been tested under ZeRO; use AdamW"),
+        ("z3", {"scheduler": {"type": "WarmupDecay"}}, 'scheduler.type "WarmupDecay" is no schedule of DeepSpeed or torch; did you mean'),
+        ("z3", {"scheduler": {"type": "WarmupLR", "params": {"steps": 3}}}, "scheduler 'WarmupLR' cannot be used here (TypeError"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused(base: str, changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    assert sentence in said(tmp_path, changes, base=base)
+
+
+def test_what_is_absent_here_may_be_on_the_machine_of_a_dry_run(tmp_path: Path) -> None:
+    assert said(tmp_path, {}, base="z3_zeropp", device=None) == said(tmp_path, {"fp16": {"enabled": True}}, device=None) == ""
+
+
+def test_a_group_of_ranks_that_does_not_divide_them_is_refused(tmp_path: Path) -> None:
+    plain = {"zero_optimization": {"zero_quantized_weights": False, "zero_quantized_gradients": False}}
+    assert said(tmp_path, plain, base="z3_zeropp", ranks=16) == said(tmp_path, plain, base="z3_zeropp", ranks=2) == ""
+    assert "zero_hpz_partition_size=8 must divide the number of ranks, which is 12" in said(tmp_path, plain, base="z3_zeropp", ranks=12)
+
+
+def absent(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Have these packages be nowhere."""
+    find: Callable[..., Any] = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name in packages else find(name, package))
+
+
+def test_missing_packages_and_tools_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent(monkeypatch, "tensorboard", "wandb", "ninja")
+    assert "tensorboard.enabled=true needs the package tensorboard" in said(tmp_path, {"tensorboard": {"enabled": True}})
+    assert "wandb.enabled=true needs the package wandb" in said(tmp_path, {"wandb": {"enabled": True}})
+    assert said(tmp_path, {}, base="z3_offload") == ""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    message = said(tmp_path, {}, base="z3_offload")
+    assert "DeepSpeedCPUAdam" in message and "there is no ninja" in message and '"torch_adam": true' in message
+
+
+@pytest.mark.parametrize(
+    "name", ["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"]
+)
+def test_schedules_without_options_pass(name: str, tmp_path: Path) -> None:
+    assert said(tmp_path, {}, "--train.lr_scheduler_type", name) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cosin", "cosin is not a valid SchedulerType"),
+        ("reduce_lr_on_plateau", "missing 1 required positional argument: 'metrics'"),
+        ("cosine_with_min_lr", "min_lr"),
+        ("warmup_stable_decay", "num_decay_steps"),
+    ],
+)
+def test_schedules_that_ask_for_more_are_refused(name: str, reason: str, tmp_path: Path) -> None:
+    message = said(tmp_path, {}, "--train.lr_scheduler_type", name)
+    assert message.startswith("train.lr_scheduler_type") and reason in message
+
+
+FROZEN = [part for module in ("vision_tower", "projector", "language_model") for part in (f"--model.{module}.tuning", "frozen")]
+LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "true"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--model.name_or_path", ""], "model.name_or_path is not set"),
+        (["--data.train", ""], "data.train is not set"),
+        (["--data.evaluation.more", "absent.jsonl"], "absent.jsonl: no such manifest"),
+        (["--data.format", "cfgrop"], "unknown format 'cfgrop'; did you mean 'cfgroup'?"),
+        (["--objective.dpo.weight", "1"], "an objective needs stored scores"),
+        (["--objective.dpo.weight", "1", "--data.scores", "absent"], "absent: no such scores file"),
+        (FROZEN, "every module is frozen"),
+        ([*FROZEN, *LORA], "transformers cannot load 4-bit weights in ZeRO-3's parts"),
+        (LORA, "set model.language_model.tuning to lora and the other modules to lora or frozen"),
+        (["--model.attn_implementation", "flash_attention_2"], "flash_attention_2 needs a CUDA device and the flash-attn package"),
+        (["--model.max_pixels", "1000"], "model.max_pixels has no meaning for model type 'llava'"),
+        (["--deepspeed", "ds_configs/z4.json"], "ds_configs/z4.json: no such file; there are"),
+    ],
+)
+def test_options_that_end_a_run_are_found_before_pictures_are_opened(
+    options: list[str], sentence: str, model_dir: Path, tmp_path: Path
+) -> None:
+    """A manifest of nothing but its name, and no process group: what is not refused passes."""
+    (manifest := tmp_path / "train.jsonl").touch()
+    arguments = train_arguments(model_dir, {"train": manifest}, tmp_path / "run")
+    validate(parse_config(arguments, OBJECTIVES), World(0, 1, 0, CPU))
+    with pytest.raises(InputError) as raised:
+        validate(parse_config([*arguments, *options], OBJECTIVES), World(0, 1, 0, CPU))
+    assert sentence in str(raised.value) and not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_built_yet_is_not_looked_for() -> None:
+    quickstart = ["--config", "examples/quickstart.yaml", "--model.name_or_path", "runs/nowhere", "--data.train", "runs/nowhere.jsonl"]
+    validate(parse_config(quickstart, OBJECTIVES), World(0, 1, 0, CPU), built=False)
+    with pytest.raises(ConfigError, match="every module is frozen"):
+        validate(parse_config([*quickstart, *FROZEN], OBJECTIVES), World(0, 1, 0, CPU), built=False)
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(model_dir: Path, tmp_path: Path) -> None:
+    wrong = json.loads((REPO / "ds_configs" / "z3.json").read_text()) | {"gradient_cliping": 1}
+    (tmp_path / "ds.json").write_text(json.dumps(wrong))
+    with pytest.raises(ConfigError, match="did you mean 'gradient_clipping'"):
+        dry_run(parse_config(["--model.name_or_path", str(model_dir), "--deepspeed", str(tmp_path / "ds.json")], OBJECTIVES))
+    with pytest.raises(ConfigError, match="ZeRO-3's parts"):
+        dry_run(parse_config(["--model.name_or_path", str(model_dir), *FROZEN, *LORA], OBJECTIVES))
