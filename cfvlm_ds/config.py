@@ -244,6 +244,7 @@ class TrainConfig:
             longest step so far (its evaluation and checkpoint included); it must cover a first checkpoint.
         hang_timeout_s: leave with exit code 86 when a rank shows no life, or a step no progress, for this many seconds; 0 for never.
         displacement_warning: warn when the factual log-likelihood falls this many nats per token below its start.
+        figures: draw the learning curves and some groups' score matrices at the end.
         export: write a Hugging Face folder, ``output_dir/export``, at the end; where nothing but adapters trains, ``output_dir/adapter``.
         dry_run: only report sizes, what trains and memory per GPU; needs no GPU, weights or data.
     """
@@ -278,6 +279,7 @@ class TrainConfig:
     stop_margin_s: float = bookkeeping(120.0)
     hang_timeout_s: float = bookkeeping(600.0)
     displacement_warning: float = bookkeeping(0.1)
+    figures: bool = bookkeeping(True)
     export: bool = bookkeeping(True)
     dry_run: bool = bookkeeping(False)
 

@@ -451,8 +451,10 @@ def _finish(run: Run, tracker: Any) -> None:
 
 
 def _figures(run: Run, scores: Mapping[str, Sequence[GroupScores]]) -> list[Path]:
-    """The run's figures that could be drawn; one that could not is a warning."""
+    """The run's figures that could be drawn, where it wants any; one that could not is a warning."""
     drawn: list[Path] = []
+    if not run.config.train.figures:
+        return drawn
 
     def attempt(name: str, draw: Callable[[Path], None]) -> None:
         path = run.dir / name

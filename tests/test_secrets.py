@@ -78,7 +78,7 @@ def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
 def test_a_tracked_run_tells_no_secret(server: Server, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """An experiment named with a URL too, as people do who paste an address into the wrong option."""
     named = ["--tracking.experiment", "secrets", "--tracking.run_name", f"https://me:{PLANTED['name']}@host/run"]
-    evaluated = ["--data.evaluation.test", str(manifests["test"]), "--train.export", "true"]
+    evaluated = ["--data.evaluation.test", str(manifests["test"]), "--train.export", "true", "--train.figures", "true"]
     code, said = process(train_arguments(model_dir, manifests, tmp_path / "run", *named, *evaluated), server.url)
     assert code == 0, said[-3000:]
     assert "MLflow run" in said and "://***@127.0.0.1" in said, "the address is said, without its password"

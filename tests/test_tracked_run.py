@@ -35,7 +35,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def tracked(model_dir: Path, manifests: dict[str, Path], output_dir: Path, *extra: str) -> list[str]:
     """Options of a tracked training; its experiment has the name of its folder."""
-    return train_arguments(model_dir, manifests, output_dir, "--tracking.enabled", "true", "--tracking.experiment", output_dir.name, *extra)
+    options = ["--tracking.enabled", "true", "--tracking.experiment", output_dir.name, "--train.figures", "true"]
+    return train_arguments(model_dir, manifests, output_dir, *options, *extra)
 
 
 def the_run(client: Any, experiment: str) -> Any:
