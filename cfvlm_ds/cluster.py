@@ -9,7 +9,6 @@ slurm/launch.sh names it too.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 import socket
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from cfvlm_ds.versions import version
 
 PACKAGES = ("torch", "transformers", "deepspeed", "mlflow", "peft")
 
@@ -39,7 +40,7 @@ def check(folder: Path, timeout_s: float) -> str:
 
 def software() -> str:
     """What must be the same on all nodes: Python, packages, and a hash of this package's own code."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    versions = [f"{name} {version(name)}" for name in PACKAGES]
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

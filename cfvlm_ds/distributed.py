@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import os
 import random
 import socket
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from cfvlm_ds.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -40,16 +48,93 @@ class World:
 
 
 def launch_environment() -> None:
-    """Fill in the launcher's variables: from Slurm's for a task of ``srun``, else for one rank started by hand, on a free port."""
+    """Fill in the launcher's variables: from Slurm's for a task of ``srun``, else for one rank started by hand."""
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:
         slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
         os.environ.update({name: os.environ[value] for name, value in slurm.items()})
         os.environ["LOCAL_WORLD_SIZE"] = str(_tasks_on_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ["SLURM_NODEID"])))
     elif "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", CROSS_SIZE="1")
+        os.environ.pop("MASTER_PORT", None)
+
+
+@contextlib.contextmanager
+def meeting_point() -> Iterator[None]:
+    """MASTER_PORT is a port at which the ranks can meet inside the block; they have met at its end.
+
+    DeepSpeed's launcher gives every training port 29500, so that a second one on the machine would fail. Ranks of one node that were given
+    that port, or none, take a free one instead: rank 0 chooses it and leaves it in a file named after the launcher, their parent. Of any
+    other port rank 0 says when it is in use. Where torchrun has started the ranks, its agent holds the port.
+    """
+    if dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ:
+        yield
+        return
+    main, given = os.environ["RANK"] == "0", os.environ.get("MASTER_PORT", _EVERYBODYS)
+    if given != _EVERYBODYS or os.environ.get("CROSS_SIZE") != "1":
+        if main and not _is_free(int(given)):
+            raise _port_in_use(given)
+        yield
+    elif os.environ["WORLD_SIZE"] == "1":
+        os.environ["MASTER_PORT"] = str(_free_port())
+        yield
+    else:
+        import psutil
+
+        launcher = psutil.Process(os.getppid())
+        told = Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{launcher.pid}-{launcher.create_time():.2f}.port"
+        os.environ["MASTER_PORT"] = _tell(told) if main else _hear(told)
+        try:
+            yield
+        finally:
+            if main:
+                told.unlink(missing_ok=True)
+
+
+_EVERYBODYS = "29500"
+_PORTS = range(20_000, 29_500)  # below those that systems give to outgoing connections
+_PATIENCE_S = 300.0
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store that will listen there does
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
+    return True
+
+
+def _free_port() -> int:
+    chance = random.SystemRandom()
+    return next(port for port in (chance.choice(_PORTS) for _ in itertools.count()) if _is_free(port))
+
+
+def _port_in_use(port: str) -> Exception:
+    sentence = f"port {port} of {socket.gethostname()}, at which the ranks would meet, is in use"
+    if "SLURM_JOB_ID" in os.environ:  # the next start of the job has another one
+        return RuntimeError(sentence)
+    return ConfigError(f"{sentence}; give the launcher another --master_port, or on one machine none")
+
+
+def _tell(told: Path) -> str:
+    port = str(_free_port())
+    handle, written = tempfile.mkstemp(dir=told.parent, prefix=told.name)
+    with os.fdopen(handle, "w") as file:
+        file.write(port)
+    os.replace(written, told)
+    return port
+
+
+def _hear(told: Path) -> str:
+    """The port that rank 0 has chosen; another user's file of that name is none."""
+    end = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), told.open() as file:
+            if os.fstat(file.fileno()).st_uid == os.getuid():
+                return file.read()
+        time.sleep(0.05)
+    raise ConfigError(f"rank 0 has chosen no port within {_PATIENCE_S:g} s (by {told}); give the launcher a --master_port")
 
 
 def _tasks_on_node(described: str, node: int) -> int:

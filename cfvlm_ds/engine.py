@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import socket
 import sys
 import time
 import warnings
@@ -16,8 +17,8 @@ from typing import Any
 
 import torch
 
-from cfvlm_ds.config import RunConfig, cores_per_rank, default_workers
-from cfvlm_ds.distributed import World, launch_environment
+from cfvlm_ds.config import ConfigError, RunConfig, cores_per_rank, default_workers
+from cfvlm_ds.distributed import World, launch_environment, meeting_point
 from cfvlm_ds.ds_check import validate as validate
 from cfvlm_ds.ds_config import read_json as read_json
 from cfvlm_ds.ds_config import resolve as resolve
@@ -49,14 +50,30 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(local_rank)
+        index = device_index(local_rank, torch.cuda.device_count())
+        torch.cuda.set_device(index)
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes it for the number of the device
     else:
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:  # sharing a core with a data worker costs a fifth of the speed
             torch.set_num_threads(max(1, cores_per_rank() - default_workers()))
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, auto_mpi_discovery=False, verbose=False)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    with meeting_point():
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, auto_mpi_discovery=False, verbose=False)
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return World(rank, int(os.environ["WORLD_SIZE"]), local_rank, device)
+
+
+def device_index(local_rank: int, visible: int) -> int:
+    """The GPU of a rank among those it sees. Raises ConfigError where a launcher has started more ranks than there are GPUs.
+
+    A task of Slurm may see its own alone (--gpus-per-task); then that is number 0.
+    """
+    if local_rank >= visible and "SLURM_PROCID" not in os.environ:
+        raise ConfigError(
+            f"rank {os.environ['RANK']} is number {local_rank + 1} on {socket.gethostname()}, where torch sees {visible} GPUs; start one "
+            f"rank for each (`deepspeed --num_gpus {visible}`), or look at CUDA_VISIBLE_DEVICES"
+        )
+    return local_rank % visible
 
 
 def keep_freed_memory() -> None:

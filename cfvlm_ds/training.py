@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import itertools
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +40,7 @@ from cfvlm_ds.stopping import EXIT_STOPPED, Stop, shield_worker
 from cfvlm_ds.tower_pass import feature_cache
 from cfvlm_ds.tracking import import_mlflow, masked, open_tracker
 from cfvlm_ds.validation import scores_needed, validate
+from cfvlm_ds.versions import git_revision, version
 
 _FINISHED = "finished.json"
 
@@ -160,7 +159,7 @@ def _tracker(run: Run, found: Path | None) -> Any:
         run_name=config.tracking.run_name or run.dir.name,
         params=config.resolved,
         tags={
-            "git_revision": _git_revision(),
+            "git_revision": git_revision(),
             "world_size": str(run.world.size),
             "model_type": load_config(config.model.name_or_path).model_type,
         },
@@ -198,19 +197,14 @@ def _stored_scores(config: RunConfig, groups: list[CounterfactualGroup]) -> dict
     return read_scores(Path(str(config.data.scores)), groups, fingerprint(config.model))
 
 
-def _git_revision() -> str:
-    printed = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return printed or "unknown"
-
-
 def _record(run: Run, ds_config: Mapping[str, Any]) -> list[Path]:
     """Write what defines the run into its folder (rank 0), and return the files."""
     scorer = run.engine.module
     counts = parameter_counts(scorer.model, scorer.family)
     environment = {
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "mlflow", "cfvlm-ds")},
+        "packages": {name: version(name) for name in ("torch", "transformers", "deepspeed", "mlflow", "cfvlm-ds")},
         "world_size": run.world.size,
         "device": torch.cuda.get_device_name() if run.world.device.type == "cuda" else platform.processor() or platform.machine(),
         "parameters": {name: {"total": total, "trainable": trains} for name, (total, trains) in counts.items()},

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib.metadata
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,8 +19,9 @@ import pytest
 import torch
 from conftest import REPO, environment, train_arguments
 
-from cfvlm_ds import engine
+from cfvlm_ds import cluster, distributed, engine, versions
 from cfvlm_ds.config import ConfigError, RunConfig, parse_config
+from cfvlm_ds.distributed import meeting_point
 from cfvlm_ds.models import Scorer, family_of, load_model
 from cfvlm_ds.objectives import OBJECTIVES
 
@@ -249,6 +253,137 @@ def test_what_is_no_deepspeed_json_is_one_sentence(content: bytes, said: str, tm
             engine.read_json(str(other))
 
 
+# --- where ranks meet -----------------------------------------------------------------------------------------------------------------
+
+MEETING = """
+import os, sys
+import torch
+import torch.distributed as dist
+from cfvlm_ds.distributed import meeting_point
+
+def rank(number):
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
+    with meeting_point():
+        dist.init_process_group("gloo")
+    met = torch.tensor([float(os.environ["MASTER_PORT"])])
+    dist.all_reduce(met)
+    print(os.environ["MASTER_PORT"], met.item(), flush=True)
+    os._exit(0)
+
+print("ready", flush=True)
+sys.stdin.read(1)
+for number in range(2):
+    os.fork() or rank(number)
+sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)))
+"""
+
+
+def test_two_trainings_on_one_machine_meet_where_their_launcher_gives_both_the_same_port(tmp_path: Path) -> None:
+    """Two launchers of two ranks each start at once, and a third training holds the port of all."""
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "CROSS_SIZE": "1", "TMPDIR": str(tmp_path)}
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # held by somebody else: as good
+            other.bind(("", 29500))
+            other.listen()
+        launchers = [
+            subprocess.Popen(
+                [sys.executable, "-c", MEETING], cwd=REPO, env=environment() | variables, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            ) for _ in range(2)
+        ]  # fmt: skip
+        for process in launchers:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        for process in launchers:
+            assert process.stdin is not None
+            process.stdin.write("g")
+            process.stdin.flush()
+        said = [process.communicate(timeout=100)[0].split() for process in launchers]
+    assert [process.returncode for process in launchers] == [0, 0]
+    ports = [int(lines[0]) for lines in said]
+    assert ports[0] != ports[1] and 29500 not in ports
+    assert said == [[str(port), str(2.0 * port)] * 2 for port in ports]
+    assert not list(tmp_path.iterdir()), "nothing is left of how they met"
+
+
+def test_a_port_in_use_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": port, "CROSS_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        with pytest.raises(ConfigError, match=f"^port {port} of .* is in use; give the launcher another --master_port"), meeting_point():
+            pass
+        monkeypatch.setenv("SLURM_JOB_ID", "1")
+        with pytest.raises(RuntimeError, match=r"is in use$"), meeting_point():  # exit code 1: the job starts again, with another port
+            pass
+    with meeting_point():
+        assert os.environ["MASTER_PORT"] == port
+
+
+def test_a_port_file_of_somebody_else_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_PATIENCE_S", 0.2)
+    (told := tmp_path / "told").write_text("1")
+    assert distributed._hear(told) == "1"
+    monkeypatch.setattr(os, "getuid", lambda: told.stat().st_uid + 1)
+    with pytest.raises(ConfigError, match="rank 0 has chosen no port"):
+        distributed._hear(told)
+
+
+def test_the_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm may show each task its own GPU alone; a launcher that shows all and starts more ranks is refused."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    assert [engine.device_index(rank, 8) for rank in range(8)] == list(range(8))
+    with pytest.raises(ConfigError, match=r"rank 3 is number 4 on .*, where torch sees 2 GPUs; .*--num_gpus 2"):
+        engine.device_index(3, 2)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert engine.device_index(3, 1) == 0 and engine.device_index(3, 8) == 3
+
+
+# --- what runs here -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_revision_is_the_package_s_wherever_a_run_is_started(tmp_path: Path) -> None:
+    """Git is asked about a copy of the package in a checkout of its own, as an installed file below one, and where there is no git."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b", "-C"]
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (here, elsewhere):
+        (folder / "cfvlm_ds").mkdir(parents=True)
+        (folder / "cfvlm_ds" / "versions.py").write_bytes(Path(versions.__file__).read_bytes())
+        subprocess.run(["git", "init", "-q", str(folder)], check=True)
+        if folder == here:
+            subprocess.run([*git, str(folder), "add", "cfvlm_ds"], check=True)
+        subprocess.run([*git, str(folder), "commit", "-qm", "first", "--allow-empty"], check=True)
+    head = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    ask = "from cfvlm_ds.versions import git_revision, version; print(git_revision(), version('no-such-package'))"
+
+    def asked(package: Path, **variables: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", ask], cwd=elsewhere, env=environment() | {"PYTHONPATH": str(package)} | variables,
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    (elsewhere / "installed").mkdir()
+    (elsewhere / "cfvlm_ds").rename(elsewhere / "installed" / "cfvlm_ds")
+    assert asked(here) == f"{head} none"
+    assert asked(here, GIT_DIR=str(elsewhere / ".git")) == f"{head} none"
+    assert asked(elsewhere / "installed") == "unknown none"
+    assert asked(here, PATH=str(tmp_path)) == "unknown none"
+
+
+def test_packages_without_metadata_do_not_end_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert "mlflow none" in cluster.software()
+
+
 # --- build locks --------------------------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +439,7 @@ def test_on_a_network_file_system_a_fresh_lock_is_waited_for(tmp_path: Path, mon
 SCRIPT = """
 import json, resource, sys
 import torch
-from cfvlm_ds import engine
+from cfvlm_ds import cluster, distributed, engine, versions
 world = engine.start()
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -12,8 +12,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "cfvlm_ds"
 LAYERS = [
-    {"errors", "hints"},
-    {"groups", "config", "distributed", "stopping"},
+    {"errors", "hints", "versions"},
+    {"groups", "config", "stopping"},
+    {"distributed"},
     {"likelihood", "attention", "figures", "heartbeat", "ds_config", "untrusted"},
     {"models", "data", "scenes", "cluster", "reshard", "run_lock", "ds_check"},
     {"objectives", "collate", "engine", "checkpoint", "tracking"},
