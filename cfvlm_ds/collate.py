@@ -26,6 +26,7 @@ from cfvlm_ds.data.scores import StoredScores
 from cfvlm_ds.groups import Candidate, Cells, CounterfactualGroup, DataError, GroupLayout, Pictures
 from cfvlm_ds.likelihood import Scores, score_matrix
 from cfvlm_ds.models import Family, family_of, load_config, load_processor
+from cfvlm_ds.prompts import Encoded, Prompts
 
 BLANK = Path("<blank image>")
 """Stands for a mid-grey image: what the blind control shows instead of a picture. A suffix tells several apart."""
@@ -35,8 +36,6 @@ STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image."
 
 Size = tuple[int, int]
 """Width and height in pixels."""
-
-_CACHED_TEXTS = 100_000  # token ids of texts seen before; bounded, because a data set may have millions
 
 
 def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
@@ -125,21 +124,6 @@ def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class _Text:
-    """Token ids of a candidate: its prompt with one placeholder per image, its response, its end-of-turn."""
-
-    prompt: str
-    prompt_ids: tuple[int, ...]
-    text_ids: tuple[int, ...]
-    end_ids: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        """Tokens behind the prompt."""
-        return len(self.text_ids) + len(self.end_ids)
-
-
 PictureKey = tuple[Path, bool]
 """What tells the pictures of a batch apart: the file, and whether the model takes it differently for not being alone."""
 
@@ -152,7 +136,7 @@ class _Tree:
     """
 
     pictures: tuple[PictureKey, ...]
-    branches: list[tuple[int, _Text]]
+    branches: list[tuple[int, Encoded]]
     prompt_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
@@ -193,9 +177,7 @@ class Collator:
         self.stored = stored
         self.share_prefix = share_prefix
         self.features = features
-        self._texts: dict[tuple[str, str, int], _Text] = {}
-        self._heads: dict[tuple[str, int], tuple[str, list[int]]] = {}
-        self._ends: dict[str, tuple[int, ...]] = {}
+        self.prompts = Prompts(processor, max_length)
         self._images: dict[tuple[Size, bool], tuple[int, int]] = {}
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
@@ -283,7 +265,7 @@ class Collator:
 
         Raises DataError as __call__ does.
         """
-        encoded = self._remembered(prompt, text, len(sizes), "text")
+        encoded = self.prompts.encoded(prompt, text, len(sizes), "text")
         return self._prefix_length(encoded, sizes) + encoded.length
 
     def tree_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> list[int]:
@@ -300,7 +282,7 @@ class Collator:
         """How many visual tokens pictures of ``sizes`` (width, height) become when they are shown together."""
         return sum(self._image_tokens(size, len(sizes) > 1)[1] for size in sizes)
 
-    def _prefix_length(self, text: _Text, sizes: tuple[Size, ...]) -> int:
+    def _prefix_length(self, text: Encoded, sizes: tuple[Size, ...]) -> int:
         """Tokens of a text's prompt with pictures of these sizes in place of its placeholders."""
         return len(text.prompt_ids) + sum(self._image_tokens(size, len(sizes) > 1)[0] - 1 for size in sizes)
 
@@ -404,61 +386,9 @@ class Collator:
             prior[g, : len(group.candidates)] = torch.tensor(scores.blank)
         return reference, prior
 
-    def _text(self, group: CounterfactualGroup, c: int) -> _Text:
+    def _text(self, group: CounterfactualGroup, c: int) -> Encoded:
         candidate = group.candidates[c]
-        return self._remembered(candidate.prompt, candidate.text, group.num_pictures, f"group {group.id!r}: text {c}")
-
-    def _remembered(self, prompt: str, text: str, num_pictures: int, where: str) -> _Text:
-        key = (prompt, text, num_pictures)
-        if key not in self._texts:
-            if len(self._texts) >= _CACHED_TEXTS:
-                self._texts.clear()
-            self._texts[key] = self._encode(*key, where)
-        return self._texts[key]
-
-    def _head(self, prompt: str, num_pictures: int) -> tuple[str, list[int]]:
-        """The chat template's text up to where the answer begins, and its token ids with one placeholder per picture."""
-        if (prompt, num_pictures) not in self._heads:
-            if len(self._heads) >= _CACHED_TEXTS:
-                self._heads.clear()
-            head = self.processor.apply_chat_template([_user(prompt, num_pictures)], add_generation_prompt=True)
-            self._heads[prompt, num_pictures] = head, self.processor.tokenizer(head).input_ids
-        return self._heads[prompt, num_pictures]
-
-    def _encode(self, prompt: str, text: str, num_pictures: int, where: str) -> _Text:
-        """Token ids of a text behind its prompt, through the chat template; the scored ids are exactly the text's."""
-        answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-        head, head_ids = self._head(prompt, num_pictures)
-        full = self.processor.apply_chat_template([_user(prompt, num_pictures), answer])
-        start = full.find(text, len(head)) if full.startswith(head) else -1
-        if start < 0:
-            raise DataError(
-                f"{where} ({text!r}) does not follow its prompt unchanged in the model's chat template; strip white space at its ends, or "
-                "repair the template"
-            )
-        tokenizer = self.processor.tokenizer
-        ids = tokenizer(full[: start + len(text)]).input_ids
-        if ids[: len(head_ids)] != head_ids:
-            raise DataError(
-                f"{where} ({text!r}) changes the tokens of its prompt: the model's chat template must end the prompt at a token border; "
-                "repair the template"
-            )
-        if ids.count(self.processor.image_token_id) != num_pictures:
-            raise DataError(f"{where}: {self.processor.image_token!r} in a prompt or text stands for an image; reword it")
-        special = set(tokenizer.all_special_ids)
-        if control := special.intersection(ids[len(head_ids) :]):
-            raise DataError(f"{where} ({text!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(control))!r}; reword it")
-        return _Text(head, tuple(head_ids), tuple(ids[len(head_ids) :]), self._end_of_turn(full[start + len(text) :]))
-
-    def _end_of_turn(self, tail: str) -> tuple[int, ...]:
-        """The control token with which the template ends an answer."""
-        if tail not in self._ends:
-            tokenizer = self.processor.tokenizer
-            special = set(tokenizer.all_special_ids)
-            found = [i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in special]
-            end = found[0] if found else tokenizer.eos_token_id
-            self._ends[tail] = () if end is None else (end,)
-        return self._ends[tail]
+        return self.prompts.encoded(candidate.prompt, candidate.text, group.num_pictures, f"group {group.id!r}: text {c}")
 
     def pictures(self, groups: Iterable[CounterfactualGroup]) -> list[PictureKey]:
         """Every picture of the groups once, and the blank ones; in the same order on every rank."""
@@ -544,10 +474,6 @@ def _pieces(tree: _Tree, room: int) -> list[_Tree]:
     return pieces
 
 
-def _user(prompt: str, num_pictures: int) -> dict[str, Any]:
-    return {"role": "user", "content": [{"type": "image"}] * num_pictures + [{"type": "text", "text": prompt}]}
-
-
 def _wanted(match: Tensor, cells: Cells) -> Tensor:
     """[G, I, C] bool: the cells of ``cells``; unknown cells only under ``full``, since no objective uses them."""
     anchor, star = torch.zeros_like(match, dtype=torch.bool), torch.zeros_like(match, dtype=torch.bool)
@@ -561,8 +487,10 @@ def _wanted(match: Tensor, cells: Cells) -> Tensor:
 def load_collator(
     model: ModelConfig, cells: Cells, max_pixels: int = MAX_PIXELS, stored: Mapping[str, StoredScores] | None = None
 ) -> Collator:
-    """The collator of a model: its own processor, family and window."""
+    """The collator of a model: its own processor, family and window. Raises ConfigError for a chat template that cannot be used."""
     config = load_config(model.name_or_path)
     processor = load_processor(model)
     window = min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length)
-    return Collator(processor, family_of(config), config, cells, window, max_pixels, stored)
+    collator = Collator(processor, family_of(config), config, cells, window, max_pixels, stored)
+    collator.prompts.check(model.name_or_path)
+    return collator

@@ -13,13 +13,13 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from cfvlm_ds.errors import InputError
 from cfvlm_ds.hints import nearest
+from cfvlm_ds.reading import MAX_SETTINGS, read_bytes
 
 
 class ConfigError(InputError):
@@ -413,7 +413,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         parser.add_class_arguments(section, name)
     for name, objective in objectives.items():
         parser.add_class_arguments(objective, f"objective.{name}")
-    _refuse_aliases(argv)
+    _check_yaml(argv, _option_names(parser))
     try:
         parsed = parser.parse_args(list(argv))
         resolved = parsed.clone().as_dict()
@@ -443,18 +443,53 @@ def _config_files(argv: Sequence[str]) -> list[str]:
     return separate + [option.removeprefix("--config=") for option in argv if option.startswith("--config=")]
 
 
-def _refuse_aliases(argv: Sequence[str]) -> None:
-    """ConfigError on YAML with many aliases: a list of nine aliases of a list of nine aliases, and so on, fills any memory."""
+def _check_yaml(argv: Sequence[str], options: Iterable[str]) -> None:
+    """ConfigError on what the parser would wait for, read without end, expand without end, or silently take the last of.
+
+    A named pipe or a file of more than MAX_SETTINGS bytes; a list of nine aliases of a list of nine aliases, and so on; a key given twice.
+    """
+    sections = {option.rpartition(".")[0] for option in options} - {""}
+    sections |= {section[:at] for section in sections for at, letter in enumerate(section) if letter == "."} | {"config"}
+    separate = [(flag, value) for flag, value in itertools.pairwise(argv) if "=" not in flag]
+    joined = [(flag, value) for flag, equals, value in (option.partition("=") for option in argv) if equals]
+    for flag, value in separate + joined:
+        if flag.removeprefix("--") in sections and os.path.exists(value):
+            try:
+                text = read_bytes(value, MAX_SETTINGS).decode()
+            except (OSError, UnicodeDecodeError):
+                continue  # named by the parser
+            except ValueError as error:
+                raise ConfigError(f"{flag} {value}: {error}") from error
+            _check_document(text, value)
+        elif flag.startswith("--") and any(letter in value for letter in "*{\n"):
+            _check_document(value, value)
+
+
+def _check_document(text: str, named: str) -> None:
     import yaml
 
-    files = _config_files(argv)
-    for text in [option.removeprefix("--config=") for option in argv]:
-        found = 0
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # what cannot be read is named by the parser
-            read = Path(text).read_text(encoding="utf-8") if text in files else text
-            found = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(read)) if read.count("*") > _ALIASES else 0
-        if found > _ALIASES:
-            raise ConfigError(f"{found} YAML aliases in {text}, and {_ALIASES} are the most; write the values out")
+    mappings: list[dict[str, int] | None] = [None]  # of each open collection: its keys and their lines, or None for a list
+    is_key = [False]
+    aliases = 0
+    with contextlib.suppress(yaml.YAMLError):
+        for event in yaml.parse(text):
+            aliases += isinstance(event, yaml.AliasEvent)
+            if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+                mappings.pop()
+                is_key.pop()
+            keys, line = mappings[-1], event.start_mark.line + 1
+            if is_key[-1] and keys is not None and isinstance(event, yaml.ScalarEvent):
+                if event.value in keys:
+                    where = f"on line {line}, after line {keys[event.value]}"
+                    raise ConfigError(f"{named}: key {event.value!r} occurs twice in one section ({where}); keep one of them")
+                keys[event.value] = line
+            if isinstance(event, (yaml.CollectionStartEvent, yaml.ScalarEvent, yaml.AliasEvent)):
+                is_key[-1] = not is_key[-1] and mappings[-1] is not None
+            if isinstance(event, yaml.CollectionStartEvent):
+                mappings.append({} if isinstance(event, yaml.MappingStartEvent) else None)
+                is_key.append(isinstance(event, yaml.MappingStartEvent))
+    if aliases > _ALIASES:
+        raise ConfigError(f"{aliases} YAML aliases in {named}, and {_ALIASES} are the most; write the values out")
 
 
 _ALIASES = 20

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from cfvlm_ds.config import ConfigError, RunConfig
+from cfvlm_ds.reading import MAX_SETTINGS, parse_json, read_bytes
 
 _SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
 
@@ -20,7 +21,7 @@ _SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
 def read_json(path: str) -> dict[str, Any]:
     """The DeepSpeed JSON of a run. Raises ConfigError naming the file when it is missing or broken."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = parse_json(read_bytes(path, MAX_SETTINGS).decode())
     except FileNotFoundError:
         known = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json")))
         raise ConfigError(f"--deepspeed {path}: no such file" + (f"; there are {known}" if known else "")) from None

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from torch import Tensor
 from cfvlm_ds.errors import InputError
 
 SCHEMA = "cfgroup/1"
+MAX_SIDE = 1024
+"""Images, and texts, that a group may have: its truth table, and what is compared pair by pair, grow with the square of that."""
 SHAM = "sham"
 """Edit type of an image that was rendered again with nothing changed: a positive for the factual text."""
 
@@ -88,6 +91,7 @@ class CounterfactualGroup:
     def __post_init__(self) -> None:
         if not self.images or not self.candidates:
             raise DataError(f"group {self.id!r} needs at least one image and one text")
+        check_side(len(self.images), len(self.candidates), f"group {self.id!r}")
         if len(self.match) != len(self.images) or any(len(row) != len(self.candidates) for row in self.match):
             raise DataError(f"group {self.id!r}: match must be {len(self.images)} images x {len(self.candidates)} texts")
         for i, line in enumerate(self.match):
@@ -168,8 +172,14 @@ class GroupLayout:
 
 
 def normalised(text: str) -> str:
-    """Case-folded text with runs of white space collapsed: two texts equal in this form are the same caption."""
-    return " ".join(text.casefold().split())
+    """Text in Unicode's composed form (NFC) with runs of white space collapsed: two texts equal in this form are the same caption."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def check_side(num_images: int, num_texts: int, where: str) -> None:
+    """Raise DataError for a group that is larger than any forward could take."""
+    if max(num_images, num_texts) > MAX_SIDE:
+        raise DataError(f"{where} has {num_images} images and {num_texts} texts, and {MAX_SIDE} is the bound for either; split the row")
 
 
 def check_keys(row: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
@@ -201,6 +211,7 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
     where = f"group {group_id!r}"
     images = _items(row, "images", _IMAGE_KEYS, where)
     texts = _items(row, "texts", _TEXT_KEYS, where)
+    check_side(len(images), len(texts), where)
     image_index = _index(images, f"{where}: images")
     text_index = _index(texts, f"{where}: texts")
     match: list[list[int | None]] = [[None] * len(texts) for _ in images]

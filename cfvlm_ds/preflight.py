@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def group_tokens(groups: Sequence[CounterfactualGroup], collator: Collator, data
         paths = list({picture: None for group in groups for pictures in group.images for picture in pictures})
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                sizes = dict(zip(paths, pool.map(image_size, paths), strict=True))
+                sizes = dict(zip(paths, pool.map(functools.partial(image_size, max_pixels=data.max_pixels), paths), strict=True))
             trees = [collator.tree_tokens(group, sizes) for group in groups]
             whole, largest = [sum(tokens) for tokens in trees], [max(tokens, default=0) for tokens in trees]
             found = (

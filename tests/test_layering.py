@@ -12,10 +12,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "cfvlm_ds"
 LAYERS = [
-    {"errors", "hints", "versions"},
+    {"errors", "hints", "reading", "templates", "versions"},
     {"groups", "config", "stopping"},
     {"distributed"},
-    {"likelihood", "attention", "figures", "heartbeat", "ds_config", "untrusted"},
+    {"likelihood", "attention", "figures", "heartbeat", "ds_config", "prompts", "untrusted"},
     {"models", "data", "scenes", "cluster", "reshard", "run_lock", "ds_check"},
     {"objectives", "collate", "engine", "checkpoint", "tracking"},
     {"memory", "validation"},

@@ -11,8 +11,15 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from cfvlm_ds.groups import DataError
 
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
 MAX_PIXELS = 50_000_000
 """Default limit on width x height: 150 MB once decoded, above any photograph that a vision tower makes use of."""
+
+MAX_ASPECT = 200
+"""Limit on the longer side over the shorter one. Processors scale the shorter side up to a fixed length whatever the longer one becomes:
+34 GB for a line of 5,000,000 pixels. Qwen's own refuse more than 200 as well."""
 
 # Formats with plain decoders. PIL would also start Ghostscript for EPS, and decode an ICO whose payload is larger than its header says.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -22,9 +29,10 @@ _PIL_LIMIT = threading.Lock()
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A decoded RGB image (8 bits per channel), upright by its EXIF orientation; the first frame of an animation.
 
-    ``max_pixels`` bounds width x height and is held against the header, before anything is decoded. Transparent pixels are laid on white.
-    16-bit grey is scaled to 8 bits. Raises DataError, naming the file, if it is missing, not one of the formats above, 0 pixels wide or
-    high, too large, truncated or corrupt. The file is not confined to a root here: read_manifest does that.
+    ``max_pixels`` bounds width x height, MAX_ASPECT the longer side over the shorter one; both are held against the header, before anything
+    is decoded. Transparent pixels are laid on white. 16-bit grey is scaled to 8 bits. Raises DataError, naming the file, if it is missing,
+    not one of the formats above, 0 pixels wide or high, too large, too long, truncated or corrupt. The file is not confined to a root
+    here: read_manifest does that.
     """
     path = Path(path)
     try:
@@ -33,12 +41,7 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with io.BufferedReader(io.FileIO(path), 1 << 16) as handle:
             handle.peek()  # fetch the header from disk before taking the lock, so that threads wait for the network side by side
             image = _read_header(handle)
-            width, height = image.size
-            if width * height > max_pixels:
-                raise DataError(
-                    f"{path}: image is {width}x{height} = {width * height} pixels, over the limit of {max_pixels}; "
-                    "shrink it, or raise max_pixels"
-                )
+            _check_size(path, image.size, max_pixels)
             ImageOps.exif_transpose(image, in_place=True)  # decodes
             return _to_rgb(image)
     except (DataError, MemoryError):
@@ -52,20 +55,38 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DataError(f"{path}: image cannot be read, truncated or corrupt ({error}); copy or download it again") from error
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height that open_image gives, from the header alone. Raises DataError naming a file that has none."""
+def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
+    """Width and height that open_image gives, from the header alone. Raises DataError naming a file that has none, or is out of bounds."""
     try:
         if not Path(path).is_file():
             raise DataError("no such image file")
         with open(path, "rb") as handle:
             image = _read_header(handle)
-            width, height = image.size
-            return (height, width) if image.getexif().get(ExifTags.Base.Orientation, 1) >= _TURNED else (width, height)
+            _check_size(path, image.size, max_pixels)  # a PNG may have its orientation after its pixels, and is decoded for it
+            return image.size[::-1] if _is_turned(image) else image.size
+    except _OutOfBounds:
+        raise
     except Exception as error:  # as in open_image
         raise DataError(f"{path}: image cannot be read ({error}); run `cfvlm-ds data check`") from error
 
 
-_TURNED = 5  # EXIF orientations from here on exchange width and height
+class _OutOfBounds(DataError):
+    """The image is larger or longer than allowed."""
+
+
+def _check_size(path: str | Path, size: Size, max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise _OutOfBounds(
+            f"{path}: image is {width}x{height} = {width * height} pixels, over the limit of {max_pixels}; shrink it, or raise max_pixels"
+        )
+    if max(size) > MAX_ASPECT * min(size):
+        raise _OutOfBounds(f"{path}: image is {width}x{height}, and its sides may be {MAX_ASPECT}:1 at most; crop it, or drop the row")
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether making the image upright will exchange width and height; PIL has done so already for the header of a TIFF."""
+    return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def _read_header(handle: IO[bytes]) -> Image.Image:

@@ -14,7 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.groups import CounterfactualGroup, DataError, from_row
+from cfvlm_ds.groups import CounterfactualGroup, DataError, Pictures, from_row
+from cfvlm_ds.reading import MIB, DuplicateKey, TooLarge, lines, open_regular, parse_json, read_bytes
+
+MAX_LINE = 4 * MIB
+"""Bytes of a row of JSON lines: four times as many as a group of a thousand captions has."""
+MAX_LIST = 128 * MIB
+"""Bytes of a manifest that is one JSON list, which is in memory at once, several times its size."""
 
 Format = Callable[[Mapping[str, Any]], CounterfactualGroup]
 """Row -> group with image paths as written in the row. Raises DataError without file and line."""
@@ -32,7 +38,8 @@ def iter_groups(path: Path, roots: Sequence[Path], convert: Format) -> Iterator[
     """The groups of a manifest in file order; a problem is yielded in place of its group and never raised.
 
     ``path`` is JSON lines (blank lines are skipped), or one JSON list if its name ends in .json. A manifest without any row, or that cannot
-    be read at all, yields one error. Image files are not opened. Memory: one row at a time for JSON lines.
+    be read at all, yields one error. Image files are not opened. Memory: one row at a time for JSON lines, of at most MAX_LINE bytes; a
+    longer one ends the reading, and so does a list of more than MAX_LIST.
     """
     if path.exists():
         for root in roots:
@@ -75,13 +82,15 @@ def _group(row: Any, convert: Format, confine: _Confinement) -> CounterfactualGr
         # A value of a type that the format did not expect, such as a number in place of a list: the row's fault, not the program's.
         raise DataError(f"a value in the row has the wrong type ({error}); compare it with the format's description") from error
     group = dataclasses.replace(group, images=tuple(tuple(confine(picture) for picture in pictures) for pictures in group.images))
-    for second in range(1, len(group.images)):
-        for first in range(second):
-            if group.images[first] == group.images[second] and told_apart(group, first, second):
+    equal: dict[Pictures, list[int]] = {}
+    for second, pictures in enumerate(group.images):
+        for first in equal.setdefault(pictures, []):
+            if told_apart(group, first, second):
                 raise DataError(
                     f"group {group.id!r}: counterfactual image {second} equals image {first} (the same file {group.images[first][0]}) "
                     "though match tells them apart; name the edited image, or remove it"
                 )
+        equal[pictures].append(second)
     return group
 
 
@@ -130,25 +139,41 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         if path.suffix == ".json" and not _starts_with_an_object(path):
             yield from _list_rows(path)
             return
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    yield where, _parse(line.rstrip(b"\r\n"), where, "write one JSON object per line, or put a list in a file named .json")
+        number = 0
+        with open_regular(path) as handle:
+            try:
+                for number, line in enumerate(lines(handle, MAX_LINE), 1):
+                    if line.strip():
+                        where = f"{path}:{number}"
+                        remedy = "write one JSON object per line, or put a list in a file named .json"
+                        yield where, _parse(line.rstrip(b"\r\n"), where, remedy)
+            except TooLarge as error:
+                where = f"{path}:{number + 1}"
+                yield where, DataError(f"{where}: {error}; shorten it, or split the file into lines (what follows was not read)")
     except FileNotFoundError:
         yield str(path), DataError(_missing(path))
+    except ValueError as error:
+        yield str(path), DataError(f"{path}: the manifest cannot be read: {error}")
     except OSError as error:
         yield str(path), DataError(f"{path}: the manifest cannot be read ({error.strerror}); name a readable .jsonl or .json file")
 
 
 def _starts_with_an_object(path: Path) -> bool:
     """Whether the first line is an object by itself: published data sets name files of one object per line .json too."""
-    with path.open("rb") as lines:
-        return isinstance(_parse(lines.readline(), str(path), ""), dict)
+    with open_regular(path) as handle:
+        try:
+            return isinstance(_parse(next(lines(handle, MAX_LINE), b""), str(path), ""), dict)
+        except TooLarge:
+            return False
 
 
 def _list_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    items = _parse(path.read_bytes(), str(path), "correct it, or name the file .jsonl if it holds one object per line")
+    try:
+        content = read_bytes(path, MAX_LIST)
+    except TooLarge as error:
+        yield str(path), DataError(f"{path}: {error}; write one object per line to a file named .jsonl, which is read row by row")
+        return
+    items = _parse(content, str(path), "correct it, or name the file .jsonl if it holds one object per line")
     if isinstance(items, list):
         yield from ((f"{path}: item {number}", item) for number, item in enumerate(items, 1))
     elif isinstance(items, DataError):
@@ -160,7 +185,7 @@ def _list_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _parse(data: bytes, where: str, remedy: str) -> Any:
     try:
         text = data.decode("utf-8-sig")
-        value = json.loads(text)
+        value = parse_json(text)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -172,6 +197,8 @@ def _parse(data: bytes, where: str, remedy: str) -> Any:
         return DataError(f"{where}: {half} is half of a character, and no tokenizer or file takes it; write the whole or remove it")
     except UnicodeDecodeError as error:
         return DataError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8")
+    except DuplicateKey as error:
+        return DataError(f"{where}: {error}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of nested brackets
         return DataError(f"{where}: JSON that cannot be parsed ({error}); {remedy}")
 

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cfvlm_ds.groups import CounterfactualGroup, DataError
+from cfvlm_ds.reading import MIB, lines, open_regular, parse_json
 from cfvlm_ds.untrusted import create
 
+MAX_LINE = 32 * MIB
+"""Bytes of a group's scores: 20 for each cell of a thousand images and a thousand texts, and as much again."""
 SCHEMA = "cfscores/2"
 _FLOAT32 = 3e38  # what is larger becomes infinite as a tensor
 
@@ -66,11 +69,12 @@ def read_scores(path: Path, groups: list[CounterfactualGroup], identity: Mapping
     Foreign is a file of another manifest and, where ``identity`` is given, of other weights or of another tokenizer, processor or template.
     """
     remedy = "write it anew with `cfvlm-ds score`"
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path}: no such scores file; {remedy}")
-    with path.open(encoding="utf-8") as handle:
-        try:
-            header, *rows = [json.loads(line) for line in handle]
+    try:
+        with open_regular(path) as handle:
+            rows = (parse_json(line.decode()) for line in lines(handle, MAX_LINE))
+            header = next(rows)
             if header["schema"] != SCHEMA:
                 raise DataError(f"{path}: schema {header['schema']!r} is not {SCHEMA!r}; {remedy}")
             if header["manifest"] != content_hash(groups):
@@ -79,17 +83,22 @@ def read_scores(path: Path, groups: list[CounterfactualGroup], identity: Mapping
                 if header.get(part) != value:
                     what = {"weights": "other weights", "inputs": "another tokenizer, processor or chat template"}[part]
                     raise DataError(f"{path}: these scores were made by {header['model']} with {what} than this run's model; {remedy}")
-            stored = {row["id"]: StoredScores(tuple(tuple(line) for line in row["logp"]), tuple(row["blank"])) for row in rows}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path}: not a scores file ({error}); {remedy}") from error
+            stored: dict[str, StoredScores] = {}
+            for number, row in enumerate(rows, start=2):
+                if row["id"] in stored or len(stored) == len(groups):
+                    raise DataError(f"{path}:{number}: group {row['id']!r} is one too many, or occurs twice; {remedy}")
+                stored[row["id"]] = StoredScores(tuple(tuple(line) for line in row["logp"]), tuple(row["blank"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, StopIteration) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path}: not a scores file ({reason}); {remedy}") from error
     for number, group in enumerate(groups, start=2):
         if group.id not in stored:
             raise DataError(f"{path}: no scores for group {group.id!r}, the file is incomplete; {remedy}")
-        lines = [*stored[group.id].logp, stored[group.id].blank]
+        rows_of = [*stored[group.id].logp, stored[group.id].blank]
         images, texts = len(group.images), len(group.candidates)
-        finite = all(isinstance(value, float) and abs(value) < _FLOAT32 for line in lines for value in line)
-        if [len(line) for line in lines] != [texts] * (images + 1) or not finite:
+        finite = all(isinstance(value, float) and abs(value) < _FLOAT32 for line in rows_of for value in line)
+        if [len(line) for line in rows_of] != [texts] * (images + 1) or not finite:
             raise DataError(f"{path}:{number}: group {group.id!r} needs {images}x{texts} finite scores and {texts} blind ones; {remedy}")
     return stored

@@ -1,0 +1,96 @@
+"""Reading files that somebody else made: regular files only, never more of one than a bound, and no JSON key twice.
+
+What is wrong is a ValueError or OSError without the file's name, which the caller knows and puts before it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+MIB = 2**20
+MAX_SETTINGS = MIB // 4
+"""Bytes of a configuration, a DeepSpeed JSON, or another file of settings: some thirty times the longest one that people write."""
+
+_KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]')
+
+
+class TooLarge(ValueError):
+    """A file or line is longer than its bound."""
+
+
+class DuplicateKey(ValueError):
+    """An object has a key twice; readers commonly let the last one win."""
+
+
+def open_regular(path: str | Path) -> IO[bytes]:
+    """A regular file, open for reading. Raises ValueError for a pipe or device, which could be waited for, or read, without end."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        kind = stat.S_IFMT(os.fstat(number).st_mode)
+        if kind in _KINDS:
+            raise ValueError(f"it is {_KINDS[kind]} and not a regular file; write its contents to one")
+        return open(number, "rb")  # a folder is an OSError here, as anywhere
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """All of a regular file. Raises TooLarge for one of more than ``limit`` bytes."""
+    with open_regular(path) as handle:
+        content = handle.read(limit + 1)
+    if len(content) > limit:
+        raise TooLarge(f"it has more than {limit} bytes, the bound for such a file")
+    return content
+
+
+def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
+    """The lines of a file. Raises TooLarge at one of more than ``limit`` bytes: nobody knows where the next one begins."""
+    while line := handle.readline(limit + 1):
+        if len(line) > limit:
+            raise TooLarge(f"the line has more than {limit} bytes, the bound for one row")
+        yield line
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError as json.loads does, DuplicateKey naming key and lines."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except DuplicateKey:
+        key, first, second = _duplicate(text)
+        where = f"on lines {first} and {second}" if second > first else f"on line {second}" if "\n" in text.strip() else ""
+        raise DuplicateKey(f"key {key!r} occurs twice in one object{f' ({where})' if where else ''}; keep one of them") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise DuplicateKey
+    return found
+
+
+def _duplicate(text: str) -> tuple[str, int, int]:
+    """The first repeated key of well-formed JSON, and the lines where it stands."""
+    objects: list[dict[str, int]] = []
+    last = ""
+    line, end = 1, 0
+    for token in _TOKEN.finditer(text):
+        line, end = line + text.count("\n", end, token.start()), token.start()
+        if token[0] in "{[":
+            objects.append({})
+        elif token[0] in "}]":
+            objects.pop()
+        elif token[0] == ":":
+            if (key := json.loads(last)) in objects[-1]:
+                return key, objects[-1][key], line
+            objects[-1][key] = line
+        else:
+            last = token[0]
+    raise AssertionError("no key occurs twice")

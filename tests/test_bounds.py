@@ -1,0 +1,296 @@
+"""Files that somebody else made: what would take all time or memory is refused by a sentence that says which bound, within seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROMPT
+from PIL import Image
+from test_data import folder, manifest, pair, png, row
+
+from cfvlm_ds import engine, prompts, templates
+from cfvlm_ds.collate import load_collator
+from cfvlm_ds.config import ConfigError, ModelConfig, parse_config
+from cfvlm_ds.data import check_manifest, image_size, native, open_image, read_manifest, scores
+from cfvlm_ds.groups import MAX_SIDE, Candidate, CounterfactualGroup, DataError
+from cfvlm_ds.models.tiny import CHAT_TEMPLATE
+from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.reading import MAX_SETTINGS, DuplicateKey, parse_json
+
+__all__ = ["folder"]
+
+
+@contextlib.contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Fail, rather than hang, where the block takes longer."""
+
+    def late(*_: object) -> None:
+        raise AssertionError(f"not over after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def problem(path: Path, **options: Any) -> str:
+    with within(20):
+        (found,) = check_manifest(path, **options).problems
+        with pytest.raises(DataError) as raised:
+            read_manifest(path, **options)
+    assert found == str(raised.value) and found.isprintable()
+    return found
+
+
+# ---- files
+
+
+def test_a_manifest_is_a_regular_file(folder: Path) -> None:
+    for name in ("pipe.jsonl", "pipe.json"):
+        os.mkfifo(folder / name)
+        assert problem(folder / name) == (
+            f"{folder / name}: the manifest cannot be read: it is a named pipe and not a regular file; write its contents to one"
+        )
+    assert "it is a device and not a regular file" in problem(Path("/dev/zero"))
+    (folder / "zero.json").symlink_to("/dev/zero")
+    assert "it is a device and not a regular file" in problem(folder / "zero.json")
+
+
+def test_lines_of_a_manifest_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of nothing but zeros, 64 GiB long and empty on disk, is one line: the reading ends at its bound."""
+    path = manifest(folder, row("first"))
+    os.truncate(path, 2**36)
+    found = problem(path)
+    assert found.startswith(f"{path}:2: the line has more than {native.MAX_LINE} bytes, the bound for one row")
+    (folder / "list.json").write_bytes(b"[")
+    os.truncate(folder / "list.json", 2**36)
+    assert f"it has more than {native.MAX_LIST} bytes" in problem(folder / "list.json")
+    monkeypatch.setattr(native, "MAX_LINE", 300)
+    for spaces, fits in ((300, True), (301, False)):
+        path.write_text(json.dumps(pair()).ljust(spaces))
+        assert bool(check_manifest(path, format="pairs").problems) is not fits
+    path.write_text(json.dumps([pair(id=k) for k in range(9)]))
+    assert path.rename(folder / "one_line.json").stat().st_size > 300, "a list may be longer than a line"
+    assert len(read_manifest(folder / "one_line.json", format="pairs")) == 9
+
+
+def test_a_group_has_a_bounded_number_of_images_and_texts(folder: Path) -> None:
+    """100,000 images and as many texts fit in a few MB of a manifest; their truth table would not fit in any memory."""
+    many = [{"id": f"{k}", "path": "a.png"} for k in range(MAX_SIDE + 1)]
+    texts = [{"id": f"{k}", "text": f"{k}"} for k in range(MAX_SIDE + 1)]
+    for change in ({"images": many, "match": [["0", "t0", 1]]}, {"texts": texts, "match": [["i0", "0", 1]]}):
+        assert f"{MAX_SIDE} is the bound for either; split the row" in problem(manifest(folder, row(edits=[]) | change))
+    same = [{"id": f"{k}", "path": "a.png"} for k in range(MAX_SIDE)]
+    with within(20):
+        read_manifest(manifest(folder, row(images=same, match=[["0", "t0", 1]], edits=[])))
+    with pytest.raises(DataError, match="is the bound"):
+        CounterfactualGroup("g", ((Path("x"),),) * (MAX_SIDE + 1), (Candidate("", "a"),), ((1,),) * (MAX_SIDE + 1))
+
+
+def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder: Path) -> None:
+    groups = read_manifest(manifest(folder, row()))
+    path = folder / "scores.jsonl"
+    stored = scores.StoredScores(((-1.0, -2.0), (-2.0, -1.0)), (-3.0, -3.0))
+    scores.write_scores(path, groups, {"g": stored}, "m")
+    header, line = path.read_text().splitlines()
+    cases = {
+        f"{header}\n{line}\n{line}\n": "scores.jsonl:3: group 'g' is one too many, or occurs twice",
+        f'{header}\n{line[:-1]}, "id": "g"}}\n': "key 'id' occurs twice",
+        f'{header[:-1]}, "manifest": "x"}}\n{line}\n': "key 'manifest' occurs twice",
+    }
+    for content, said in cases.items():
+        path.write_text(content)
+        with pytest.raises(DataError) as raised:
+            scores.read_scores(path, groups)
+        assert said in str(raised.value)
+    path.write_text(f"{header}\n")
+    os.truncate(path, 2**36)
+    with within(20), pytest.raises(DataError, match=f"more than {scores.MAX_LINE} bytes"):
+        scores.read_scores(path, groups)
+    path.unlink()
+    os.mkfifo(path)
+    with within(20), pytest.raises(DataError, match="a named pipe and not a regular file"):
+        scores.read_scores(path, groups)
+
+
+def test_configurations_are_regular_files_of_bounded_size(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe.yaml")
+    (huge := tmp_path / "huge.yaml").write_text("{}")
+    os.truncate(huge, 2**36)
+    for path, said in ((pipe, "it is a named pipe"), (Path("/dev/zero"), "it is a device"), (huge, f"more than {MAX_SETTINGS} bytes")):
+        for given in (["--config", str(path)], [f"--config={path}"], ["--train", str(path)], [f"--model.lora={path}"]):
+            with within(20), pytest.raises(ConfigError, match=said) as raised:
+                parse_config(given, OBJECTIVES)
+            assert str(path) in str(raised.value)
+        with within(20), pytest.raises(ConfigError, match=said):
+            engine.read_json(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {seed: 1}\ndata: {}\ntrain: {seed: 2}\n", "key 'train' occurs twice in one section (on line 3, after line 1)"),
+        ("train:\n  seed: 1\n  max_steps: 2\n  seed: 1\n", "key 'seed' occurs twice in one section (on line 4, after line 2)"),
+        ("data: {evaluation: {a: x, b: y, a: z}}", "key 'a' occurs twice"),
+        ('{"train": {"seed": 1,\n"seed": 2}}', "key 'seed' occurs twice in one section (on line 2, after line 1)"),
+    ],
+)
+def test_a_key_given_twice_in_a_configuration_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    for given in ([f"--config={path}"], ["--config", str(path)]):
+        with pytest.raises(ConfigError) as raised:
+            parse_config(given, OBJECTIVES)
+        assert said in str(raised.value) and str(path) in str(raised.value)
+    with pytest.raises(ConfigError, match="'a' occurs twice"):
+        parse_config(["--data.evaluation", '{"a": "x", "a": "y"}'], OBJECTIVES)
+    # One key in several sections, or in the items of a list, is no repetition; nor is an option given twice, where the later one wins.
+    path.write_text("train: {seed: 1}\ndata: {evaluation: {seed: x, train: y}}\n")
+    assert parse_config([f"--config={path}", "--train.seed", "3", "--train.seed", "4"], OBJECTIVES).train.seed == 4
+
+
+def test_a_key_given_twice_in_json_is_refused(folder: Path, tmp_path: Path) -> None:
+    twice = json.dumps(row())[:-1] + ', "prompt": "another"}'
+    assert problem(manifest(folder, row("a"), twice)) == f"{folder}/m.jsonl:2: key 'prompt' occurs twice in one object; keep one of them"
+    path = manifest(folder, json.dumps([row()], indent=1), name="list.json")
+    path.write_text(path.read_text().replace('"edits": [', '"edits": [],\n  "edits": ['))
+    first, second = [number for number, line in enumerate(path.read_text().splitlines(), 1) if '"edits"' in line]
+    assert f"key 'edits' occurs twice in one object (on lines {first} and {second})" in problem(path)
+    (ds := tmp_path / "ds.json").write_text('{"bf16": {"enabled": true},\n "zero_optimization": {"stage": 3,\n "stage": 2}}')
+    with pytest.raises(ConfigError, match=r"ds\.json: .*key 'stage' occurs twice in one object \(on lines 2 and 3\); keep one"):
+        engine.read_json(str(ds))
+    assert parse_json('[{"a": {"a": ["a", {"a": 1}]}, "b": "a:"}, {"a": "\\"a\\": {"}]') == [
+        {"a": {"a": ["a", {"a": 1}]}, "b": "a:"},
+        {"a": '"a": {'},
+    ]
+    with pytest.raises(DuplicateKey, match="key 'é' occurs twice"):
+        parse_json('{"x": ["}", {"\\u00e9": 1, "é": 2}]}')
+
+
+# ---- pictures
+
+
+@pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000), (5_000_000, 1), (20_100, 100)])
+def test_the_sides_of_a_picture_are_bounded(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = png(tmp_path / "line.png", *size)
+    for read in (open_image, image_size):
+        with pytest.raises(DataError) as raised:
+            read(path)
+        assert str(raised.value) == (f"{path}: image is {size[0]}x{size[1]}, and its sides may be 200:1 at most; crop it, or drop the row")
+    for fits in ((200, 1), (3, 600)):
+        Image.new("RGB", fits).save(path)
+        assert open_image(path).size == image_size(path) == fits
+
+
+def test_a_header_is_held_against_the_pixel_limit_too(tmp_path: Path) -> None:
+    """PIL decodes a PNG to find its orientation."""
+    with pytest.raises(DataError, match="over the limit of 50000000"):
+        image_size(png(tmp_path / "bomb.png", 30_000, 30_000))
+    with pytest.raises(DataError, match="over the limit of 3;"):
+        image_size(png(tmp_path / "small.png", 2, 2), max_pixels=3)
+
+
+# ---- chat templates and texts
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+DOUBLED = "{% set x = namespace(s='a') %}{% for k in range(60) %}{% set x.s = x.s ~ x.s %}{% endfor %}"
+HOSTILE = {
+    "loops": (LOOPS, "takes more than 1 s of processor time"),
+    "loops in an answer": ("{% for m in messages %}{% if m.role == 'assistant' %}" + LOOPS + "{% endif %}{% endfor %}", "processor time"),
+    "loops without an image": ("{% if messages[0].content | length < 2 %}" + LOOPS + "{% endif %}", "processor time"),
+    "a power, when compiled": ("{{ 9 ** (9 ** (9 ** 9)) }}", "processor time"),
+    "memory": ("{{ ('x' * 10 ** 10) | length }}", "of memory"),
+    "doubled": (DOUBLED, "of memory|of processor time"),
+    "output": ("{{ 'x' * 2000000 }}", "writes more than 1000000 characters"),
+    "recursion": ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "raises RecursionError"),
+    "syntax": ("{% for %}", "raises TemplateSyntaxError"),
+    "raises": ("{{ raise_exception('no pictures, please') }}", r"raises TemplateError \(no pictures, please\)"),
+    "undefined": ("{{ nothing.at.all }}", "raises UndefinedError"),
+    "thousands of brackets": ("{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}", "raises|crashes|memory"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_chat_template_is_bounded(case: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a run begins, in the process that loads it, whichever thread that is."""
+    monkeypatch.setattr(templates, "CPU_SECONDS", 1)
+    template, said = HOSTILE[case]
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in model_dir.iterdir():
+        (copy / file.name).symlink_to(file)
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (copy / name).unlink(missing_ok=True)
+    (copy / "chat_template.jinja").write_text(template + CHAT_TEMPLATE)
+    raised: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            load_collator(ModelConfig(str(copy)), "full")
+        except BaseException as error:
+            raised.append(error)
+
+    with within(60):
+        thread = threading.Thread(target=load, daemon=True)
+        thread.start()
+        thread.join(50)
+    assert [type(error) for error in raised] == [ConfigError], raised
+    assert str(raised[0]).startswith(f"model '{copy}': its chat template ")
+    with pytest.raises(ConfigError, match=said):
+        raise raised[0]
+
+
+def test_a_chat_template_that_waits_for_its_text_is_ended_too(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows what it is tried with, or simply takes longer the longer the text is; in the thread that renders, and in no other."""
+    monkeypatch.setattr(templates, "WATCHED_SECONDS", 1)
+    collator = load_collator(ModelConfig(str(model_dir)), "full")
+    looping = "{% if messages[1] and messages[1].content[0].text == 'a red circle' %}" + LOOPS + "{% endif %}"
+    collator.processor.chat_template = looping + CHAT_TEMPLATE
+    found: dict[str, object] = {}
+
+    def encode(text: str) -> None:
+        try:
+            found[text] = prompts.Prompts(collator.processor, 99).encoded(PROMPT, text, 1, "group 'g'")
+        except BaseException as error:
+            found[text] = error
+
+    began = time.monotonic()
+    threads = [threading.Thread(target=encode, args=(text,), daemon=True) for text in ("a red circle", "a blue square")]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads) and time.monotonic() < began + 50:
+        time.sleep(0.05)
+    error = found["a red circle"]
+    assert isinstance(error, DataError) and "the model's chat template takes more than 1 s" in str(error)
+    assert isinstance(found["a blue square"], prompts.Encoded)
+    with within(60), pytest.raises(DataError, match="takes more than 1 s"):
+        prompts.Prompts(collator.processor, 99).encoded(PROMPT, "a red circle", 1, "group 'g'")
+
+
+def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir: Path) -> None:
+    collator = load_collator(ModelConfig(str(model_dir)), "full")
+    limit = 16 * collator.max_length
+    long = "a" * 10_000_000
+    with within(20):
+        for prompt, text, said in (
+            (PROMPT, long, "has 10000000 characters, and"),
+            (long, "a", "has 10000000 characters in its prompt, and"),
+        ):
+            with pytest.raises(DataError, match=said) as raised:
+                collator.row_length(prompt, text, ((48, 48),))
+            assert f"{limit} are the bound for the model's window of {collator.max_length} tokens" in str(raised.value)
+        with pytest.raises(DataError, match=r"more than the \d+ tokens of the model's window; show fewer"):
+            collator.row_length(PROMPT, "a", ((48, 48),) * 100_000)
+    assert collator.row_length(PROMPT, "a " * (limit // 2 - 1) + "a", ((48, 48),)) > collator.max_length  # told by its tokens
