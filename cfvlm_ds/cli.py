@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfvlm_ds import stopping
 from cfvlm_ds.config import IMAGE_LIMITS, BuildConfig, ConfigError, DataConfig, LoraConfig, ModelConfig, ScenesConfig, parse_config
+from cfvlm_ds.errors import mask_tracebacks
 from cfvlm_ds.groups import DataError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ QUICKSTART = Path(__file__).resolve().parent.parent / "examples" / "quickstart.y
 def train_main(argv: Sequence[str] | None = None) -> None:
     """Entry point of train.py: bare, it runs examples/quickstart.yaml."""
     arguments = _with_quickstart(sys.argv[1:] if argv is None else argv)
+    mask_tracebacks()
     stopping.install()
     _exit_cleanly(lambda: run(arguments))
 
@@ -124,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("options", nargs=argparse.REMAINDER, help="options of train.py, behind --")
 
     arguments = parser.parse_args(argv)
+    mask_tracebacks()
     _exit_cleanly(lambda: arguments.function(arguments))
 
 

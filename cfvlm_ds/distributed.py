@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cfvlm_ds.config import ConfigError
+from cfvlm_ds.errors import without_secrets
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class World:
             dist.barrier()
 
     def say(self, message: str) -> None:
-        """Print on rank 0."""
+        """Print on rank 0, without secrets."""
         if self.is_main:
-            print(message, flush=True)
+            print(without_secrets(message), flush=True)
 
 
 def launch_environment() -> None:

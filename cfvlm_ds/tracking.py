@@ -37,7 +37,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from cfvlm_ds.errors import without_passwords
+from cfvlm_ds.errors import masked, without_secrets
 
 METRICS_FILE = "metrics.jsonl"
 RECORD_FILE = ".mlflow_delivery.json"
@@ -58,9 +58,6 @@ _MAX_PARAM_CHARS, _MAX_TAG_CHARS, _MAX_NAME_CHARS = 6000, 5000, 250
 _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 _TOKEN_TAG = "cfvlm_ds.run_token"
 
-_SECRET = {"secret", "secrets", "password", "passwords", "passwd"}
-_SECRET_UNLESS_NUMBER = {"token", "tokens", "key", "keys", "apikey"}  # num_key_value_heads and token_budget are counts
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]")
 
 
@@ -82,8 +79,8 @@ def open_tracker(
         run_dir: the run's folder, of one run at a time; made if missing.
         experiment, run_name: names in MLflow (``MLFLOW_EXPERIMENT_NAME`` overrides the first).
         params: nested mapping; MLflow gets it flattened with dots and cut at its length limits, and whole as an artifact in ``config/``.
-            Values of secret-looking names and passwords within URIs are masked. On resume a changed value becomes a tag
-            ``param_changed.<name>``, since MLflow's parameters are immutable.
+            Secrets are masked (``cfvlm_ds.errors.masked``). On resume a changed value becomes a tag ``param_changed.<name>``, since
+            MLflow's parameters are immutable.
         tags: plain strings, masked likewise.
         run_id: the MLflow run to continue, as kept in a checkpoint. The run folder's own record comes first, being at least as new.
         resume_step: None starts a new run in ``run_dir`` and discards the metrics of an earlier one there. A step continues: metrics of
@@ -105,8 +102,8 @@ def open_tracker(
         (run_dir / RECORD_FILE).unlink(missing_ok=True)
     record = _Record.load(run_dir) or _Record(run_id=run_id, start_ms=_now_ms())
     kept_names, record.offset = _truncate_metrics(run_dir / METRICS_FILE, resume_step, record.offset)
-    record.experiment = without_passwords(os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment)
-    record.run_name = without_passwords(run_name)
+    record.experiment = without_secrets(os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment)
+    record.run_name = without_secrets(run_name)
     record.params, record.tags = masked(params), masked(tags)
     record.resume_step, record.status, record.end_ms = resume_step, None, None
     record.save(run_dir)
@@ -579,20 +576,6 @@ def _replace(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def masked(value: Any, name: str = "") -> Any:
-    """A JSON-ready copy without secrets: values of secret-looking names, and passwords within URLs."""
-    if isinstance(value, Mapping):
-        return {str(key): masked(item, f"{name}.{key}") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [masked(item, name) for item in value]
-    if value is None or isinstance(value, bool):
-        return value
-    words = {word.lower() for word in _WORD.findall(name)}
-    if words & _SECRET or (words & _SECRET_UNLESS_NUMBER and not isinstance(value, (int, float))):
-        return "***"
-    return value if isinstance(value, (int, float)) else without_passwords(str(value))
-
-
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in params.items():
@@ -616,7 +599,7 @@ def _now_ms() -> int:
 
 
 def _say(message: str) -> None:
-    print(without_passwords(f"cfvlm_ds tracking: {message}"), file=sys.stderr, flush=True)
+    print(without_secrets(f"cfvlm_ds tracking: {message}"), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

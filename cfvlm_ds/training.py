@@ -28,6 +28,7 @@ from cfvlm_ds.data import GroupSampler, PackedSampler, open_image
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
 from cfvlm_ds.distributed import World, broadcast_object, seed_everything
 from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, flat_metrics, headline, metric_names, rehearse, table
+from cfvlm_ds.errors import masked
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.groups import CounterfactualGroup
@@ -38,7 +39,7 @@ from cfvlm_ds.run_lock import RunLock
 from cfvlm_ds.step import Meter, Run, optimizer_step
 from cfvlm_ds.stopping import EXIT_STOPPED, Stop, shield_worker
 from cfvlm_ds.tower_pass import feature_cache
-from cfvlm_ds.tracking import import_mlflow, masked, open_tracker
+from cfvlm_ds.tracking import import_mlflow, open_tracker
 from cfvlm_ds.validation import scores_needed, validate
 from cfvlm_ds.versions import git_revision, version
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import pytest
 from conftest import REPO, environment, run_ranks, train_arguments
 from test_tracking import Server, _free_port
 
+from cfvlm_ds.errors import InputError, masked, without_secrets
+
 mlflow = pytest.importorskip("mlflow")
 
 SECRET = "hunter2-{}-0123456789abcdef"
 """One for each place, so that a leak says where it comes from."""
-PLACES = ("uri", "password", "token", "hf", "wandb", "aws", "proxy", "option", "name")
+PLACES = ("uri", "password", "token", "hf", "wandb", "aws", "proxy", "option", "name", "query", "signature", "fragment", "root", "key")
 PLANTED = {place: SECRET.format(place) for place in PLACES}
 
 
@@ -76,16 +79,20 @@ def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_tracked_run_tells_no_secret(server: Server, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    """An experiment named with a URL too, as people do who paste an address into the wrong option."""
-    named = ["--tracking.experiment", "secrets", "--tracking.run_name", f"https://me:{PLANTED['name']}@host/run"]
+    """A run named with a signed URL, as people do who paste an address into the wrong option, and a folder that was saved under one."""
+    address = f"https://me:{PLANTED['name']}@host/run?password={PLANTED['query']}&sig={PLANTED['signature']}#t={PLANTED['fragment']}"
+    (root := tmp_path / f"pictures?sig={PLANTED['root']}").symlink_to(manifests["train"].parent)
+    named = ["--tracking.experiment", "secrets", "--tracking.run_name", address, "--data.root", str(root)]
     evaluated = ["--data.evaluation.test", str(manifests["test"]), "--train.export", "true", "--train.figures", "true"]
     code, said = process(train_arguments(model_dir, manifests, tmp_path / "run", *named, *evaluated), server.url)
     assert code == 0, said[-3000:]
     assert "MLflow run" in said and "://***@127.0.0.1" in said, "the address is said, without its password"
     assert not leaks(said)
+    assert "pictures?sig=***" in (tmp_path / "run" / "config.yaml").read_text()
     assert (tmp_path / "run" / "metrics.jsonl").exists() and not leaks_of(tmp_path / "run")
     client: Any = mlflow.MlflowClient(tracking_uri=server.url)
     (run,) = client.search_runs([client.get_experiment_by_name("secrets").experiment_id])
+    assert run.info.run_name == "https://***@host/run?password=***&sig=***#t=***"
     assert run.info.status == "FINISHED" and not leaks(json.dumps(run.to_dictionary(), default=str))
     assert not leaks_of(server.folder), "store, artifacts and log of the server"
 
@@ -108,7 +115,70 @@ def test_no_secret_in_the_local_store(model_dir: Path, manifests: dict[str, Path
 
 
 def test_an_error_that_quotes_an_option_leaves_its_password_out(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    given = f"--data.train=https://me:{PLANTED['option']}@host/a.jsonl"
+    given = f"--data.train=https://me:{PLANTED['option']}@host/a.jsonl?sig={PLANTED['signature']}"
     code, said = process([*train_arguments(model_dir, manifests, tmp_path), given], "http://x")
     assert code == 2 and not leaks(said), said
-    assert "error: https://***@host/a.jsonl: no such manifest" in said
+    assert "error: https://***@host/a.jsonl?sig=***: no such manifest" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:a@b@host/x?v=1: gone", "http://***@host/x?v=***: gone"),  # passwords that nobody has quoted
+        ("http://me:a/b@host/x", "http://***@host/x"),
+        ("at http://127.0.0.1:5000/a@main", "at http://127.0.0.1:5000/a@main"),
+        ("sqlite:////tmp/a@b?password=x", "sqlite:////tmp/a@b?password=***"),
+        (
+            "https:/host/a?Expires=1&Signature=a%2Fb==, and (https://h/b?x)",
+            "https:/host/a?Expires=***&Signature=***, and (https://h/b?***)",
+        ),
+        ("http://a/b?next=http://c/d?sig=e&f=g h", "http://a/b?next=***://c/d?sig=***&f=*** h"),
+        ("http://a/b#section, http://u:p@c/d#access_token=e", "http://a/b#section, http://***@c/d#access_token=***"),
+        ("a.jsonl?sig=x&n=1: no such manifest", "a.jsonl?sig=***&n=1: no such manifest"),
+        ("--opt=password=x y", "--opt=password=*** y"),
+        ("{'password': 'a b', \"api_key\": \"c\", 'key': 'd'}", "{'password': '***', \"api_key\": \"***\", 'key': 'd'}"),
+        ("Authorization: Bearer a.b", "Authorization: ***"),
+        ("AWS_SECRET_ACCESS_KEY=a/b== hf_token=c Pwd=d;Server=e", "AWS_SECRET_ACCESS_KEY=*** hf_token=*** Pwd=***;Server=e"),
+        (
+            "512 tokens: too many; num_key_value_heads=2 max_tokens=9 token=7",
+            "512 tokens: too many; num_key_value_heads=2 max_tokens=9 token=7",
+        ),
+    ],
+)
+def test_what_is_masked_in_a_text(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown == without_secrets(shown)
+    assert str(InputError(text)) == shown
+
+
+def test_names_of_credentials_mask_their_values() -> None:
+    """Also as keys of a DeepSpeed JSON, in the styles that names have."""
+    key = PLANTED["key"]
+    secret = {
+        "X-Amz-Signature": key,
+        "accessKeyId": key,
+        "client_secret": key,
+        "sas": key,
+        "AUTH_TOKEN": key,
+        "credentials": {"a": [key, 7]},
+    }
+    plain = {"author": "me", "tokenizer": "fast", "token_budget": 512, "num_key_value_heads": 2, "monkey": "x", "weights": None, "on": True}
+    assert not leaks(json.dumps(masked({"wandb": secret}))) and masked(plain) == plain
+    assert masked({f"http://h/?sig={key}": 1}) == {"http://h/?sig=***": 1}
+
+
+def test_a_mask_takes_no_time() -> None:
+    """Texts from files may be large, and made to be slow."""
+    started = time.process_time()
+    for text in ("=a" * 10**5, "token='" * 30_000, "://u:" * 30_000, "://a?" + "b&" * 30_000, "a" * 10**6 + "=", " bearer " * 10**5):
+        without_secrets(text)
+    assert time.process_time() - started < 20
+
+
+def test_a_traceback_shows_no_secret() -> None:
+    code = (
+        "import threading\nfrom cfvlm_ds.errors import mask_tracebacks\nmask_tracebacks()\n"
+        f"def fail(): raise OSError('http://me:{PLANTED['name']}@host/?sig={PLANTED['query']}')\n"
+        "(thread := threading.Thread(target=fail)).start()\nthread.join()\nfail()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("OSError: http://***@host/?sig=***") == 2 and "line 4, in fail" in done.stderr
