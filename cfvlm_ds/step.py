@@ -65,26 +65,36 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
+        self._numbers: dict[str, list[float]] = {}  # name -> [sum, count] of what was given as Python's numbers, and of tensors below
+        self._tensors: dict[str, list[Tensor | None]] = {}
         self.waited = 0.0
         self.since = time.monotonic()
         if self.gathering is not None:
             self.gathering()
 
+    def __len__(self) -> int:
+        return len(self._numbers)
+
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        self.sums[name] = self.sums.get(name, torch.zeros(())) + torch.as_tensor(total, dtype=torch.float64).cpu()
-        self.counts[name] = self.counts.get(name, torch.zeros(())) + torch.as_tensor(count, dtype=torch.float64).cpu()
+        """Add to a metric's sum and count, in float64. Tensors stay on their device: fetching one would wait for the GPU."""
+        numbers, tensors = self._numbers.setdefault(name, [0.0, 0.0]), self._tensors.setdefault(name, [None, None])
+        for place, value in enumerate((total, count)):
+            if isinstance(value, Tensor):
+                before, value = tensors[place], value.detach().double()
+                tensors[place] = value if before is None else before + value
+            else:
+                numbers[place] += value
 
     def reduce(self, world: World) -> dict[str, float]:
-        """Global means, and rates per second of the wall clock. Collective; starts the next record."""
-        names = list(self.sums)
-        local = {"sums": torch.stack([self.sums[n] for n in names]), "counts": torch.stack([self.counts[n] for n in names])}
-        both = all_reduce_sums(local, world.device)
+        """Global means, and rates per second of the wall clock. Collective, and the one fetch of a record; starts the next record."""
+        names = list(self._numbers)
+        numbers = torch.tensor([self._numbers[name] for name in names], dtype=torch.float64)
+        none = torch.zeros((), dtype=torch.float64)
+        tensors = torch.stack([(none if part is None else part).to(world.device) for name in names for part in self._tensors[name]])
+        local = numbers.to(world.device) + tensors.view_as(numbers)
+        both = dict(zip(names, all_reduce_sums({"": local}, world.device)[""].tolist(), strict=True))
         elapsed = time.monotonic() - self.since
-        metrics = {n: s / c for n, s, c in zip(names, both["sums"].tolist(), both["counts"].tolist(), strict=True) if c}
-        for name in [n for n in metrics if n.startswith("throughput/")]:
-            metrics[name] = both["sums"][names.index(name)].item() / elapsed
+        metrics = {name: total / (elapsed if name.startswith("throughput/") else count) for name, (total, count) in both.items() if count}
         metrics["throughput/data_wait_share"] = self.waited / elapsed
         if self.gathering is not None:
             metrics["throughput/all_gather_share"] = self.gathering() / elapsed
@@ -113,17 +123,21 @@ def optimizer_step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> tu
     local[_SAVE_DUE] = torch.tensor(float(world.is_main and 0 < minutes * 60 <= time.monotonic() - run.saved_at))
     local[_DROPPED] = torch.tensor(sum(len(parts[0].dropped) for parts in micro_batches))
     global_units = all_reduce_sums(local, world.device)
-    if global_units[_DROPPED]:
+    *votes, save_due, dropped = torch.cat([global_units.pop(name).reshape(-1) for name in (_STOP, _SAVE_DUE, _DROPPED)]).tolist()
+    if dropped:
         _drop(run, [parts[0] for parts in micro_batches])
     measured: list[tuple[Scores, Tensor, dict[str, Tensor]]] = []
-    finite = torch.ones((), device=world.device)
+    all_finite = torch.ones((), device=world.device)
+    finite = True
 
     def loss_of(scores: Scores) -> Tensor:
+        nonlocal finite
         loss, shares = weighted_loss(objectives, scores, global_units, world.size, run.state.step / run.total_steps)
         measured.append((scores, loss.detach(), shares))
-        finite.mul_(torch.isfinite(loss.detach()))
+        all_finite.mul_(torch.isfinite(loss.detach()))
         if len(measured) == len(micro_batches):
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+            dist.all_reduce(all_finite, op=dist.ReduceOp.MIN)
+            finite = bool(all_finite)
             if not finite:
                 return loss * torch.nan  # on every rank: DeepSpeed takes no step whose gradient's global norm is not finite
         return loss
@@ -145,7 +159,7 @@ def optimizer_step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> tu
         run.lost_in_a_row = 0
         for parts, (scores, loss, shares) in zip(micro_batches, measured, strict=True):
             _measure(run, parts, scores, loss / world.size, shares, meter)
-    return reason(global_units[_STOP].tolist()), bool(global_units[_SAVE_DUE])
+    return reason(votes), bool(save_due)
 
 
 _STOP, _SAVE_DUE, _DROPPED = "stop", "save due", "dropped"  # they travel with the units of the objectives
@@ -213,9 +227,11 @@ def _lost(run: Run, losses: Sequence[tuple[Batch, Tensor]], what: str) -> None:
 
 def _forwards(run: Run, micro_batches: Sequence[Sequence[Batch]]) -> list[int]:
     """How many forwards each micro-batch takes: as many on every rank, because ZeRO-3 gathers weights on all of them together."""
-    most = torch.tensor([len(parts) for parts in micro_batches], device=run.world.device)
-    if run.config.data.max_tokens_per_forward is not None:
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    forwards = [len(parts) for parts in micro_batches]
+    if run.config.data.max_tokens_per_forward is None:
+        return forwards
+    most = torch.tensor(forwards, device=run.world.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most.tolist()
 
 

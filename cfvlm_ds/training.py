@@ -268,7 +268,7 @@ def _loop(run: Run, tracker: Any) -> str | None:
         run.sampler.advance()
         state.sampler = run.sampler.state_dict()
         last = state.step == run.total_steps
-        if (state.step % train.logging_steps == 0 or last) and meter.sums:  # there are none where every step was left out
+        if (state.step % train.logging_steps == 0 or last) and len(meter):  # there are none where every step was left out
             metrics = meter.reduce(world)
             rates = {group["name"].split(".")[0]: group["lr"] for group in run.engine.optimizer.param_groups}
             metrics |= {"learning_rate": max(rates.values())} | {f"learning_rate/{module}": rate for module, rate in rates.items()}

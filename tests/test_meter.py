@@ -1,0 +1,86 @@
+"""The metrics of a step: exact sums, and nothing in a micro-batch that waits for a GPU."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cfvlm_ds.collate import Batch, load_collator
+from cfvlm_ds.config import ModelConfig
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.distributed import World
+from cfvlm_ds.objectives import OBJECTIVES, group_units, weighted_loss
+from cfvlm_ds.step import Meter, _measure, one_pass
+
+OBJECTIVE = {name: objective() for name, objective in OBJECTIVES.items()}
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(0, 1, 0, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def test_a_micro_batch_fetches_nothing_from_its_device(model_dir: Path, manifests: dict[str, Path]) -> None:
+    """On the meta device, whose tensors have no contents: whatever asks for a value of one, or for a copy elsewhere, raises."""
+    groups = read_manifest(manifests["train"])[:4]
+    collated = load_collator(ModelConfig(str(model_dir)), "full")(groups)
+    device = torch.device("meta")
+    batch = collated.to(device)
+    batch = Batch(**{**vars(batch), "reference": torch.zeros(batch.layout.valid.shape, device=device)})
+
+    class Engine:
+        set_gradient_accumulation_boundary = staticmethod(lambda last: None)
+
+        def __call__(self, **inputs: Any) -> torch.Tensor:
+            return torch.zeros(batch.cell.shape, device=device, requires_grad=True)
+
+        def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
+            loss.backward()
+
+    train = SimpleNamespace(gradient_accumulation_steps=2)
+    run: Any = SimpleNamespace(
+        engine=Engine(), world=World(0, 2, 0, device), config=SimpleNamespace(objective=OBJECTIVE, train=train), flops=SimpleNamespace()
+    )
+    run.flops.of = lambda inputs, scored: 1e12 * scored
+    meter = Meter(None)
+
+    def loss_of(scores: Any) -> torch.Tensor:
+        loss, shares = weighted_loss(OBJECTIVE, scores, group_units(OBJECTIVE, batch.layout), 2, 0.5)
+        _measure(run, [batch], scores, loss, shares, meter)
+        return loss
+
+    for last in (False, True):
+        one_pass(run, batch, loss_of, last)
+    with pytest.raises((NotImplementedError, RuntimeError)):  # what the check rests on
+        float(batch.layout.weight.sum())
+    assert {"loss", "loss/csd", "loss/fcd", "loss/align", "loss/dpo", "logp/lp_00"} <= {*meter._numbers}
+
+
+def test_sums_are_those_of_float64(alone: World) -> None:
+    """Numbers and tensors of several types, as sums and as counts, against Python's own additions; rates are per second of the clock."""
+    chance, meter = random.Random(0), Meter(None)
+    sums: dict[str, tuple[float, float]] = {}
+    for _ in range(50):
+        for name, kind in (("a", torch.float32), ("b", torch.int64), ("c", torch.float64), ("d", None)):
+            total = torch.tensor(chance.uniform(-9, 9)).to(kind or torch.float32)
+            count = chance.uniform(0, 1) if kind != torch.int64 else torch.tensor(chance.randrange(5))
+            meter.add(name, total if kind else float(total), count)
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + float(total), before[1] + float(count))
+    meter.add("none", torch.tensor(1.0), 0)
+    meter.add("throughput/groups_per_s", 7, 1)
+    meter.since -= 10
+    metrics = meter.reduce(alone)
+    rate = metrics.pop("throughput/groups_per_s")
+    assert metrics.pop("throughput/data_wait_share") == 0 and 7 / 11 < rate <= 7 / 10
+    assert metrics == {name: total / count for name, (total, count) in sums.items()}
+    assert not len(meter)
