@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cfvlm_ds.config import ConfigError
-from cfvlm_ds.errors import without_secrets
+from cfvlm_ds.errors import tell
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class World:
     def say(self, message: str) -> None:
         """Print on rank 0, without secrets."""
         if self.is_main:
-            print(without_secrets(message), flush=True)
+            tell(message)
 
 
 def launch_environment() -> None:

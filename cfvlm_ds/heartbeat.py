@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from cfvlm_ds.distributed import World
+from cfvlm_ds.errors import tell, unwritten
 from cfvlm_ds.stopping import EXIT_HANG
 
 FOLDER, HANG_FILE = "heartbeat", "hang.txt"
@@ -112,6 +112,7 @@ class Heartbeat:
         self._peers = [Peer() for _ in range(world.size)]
         self._interval = min(30.0, timeout_s / 20)
         self._over = threading.Event()
+        self._silenced = False
         self._thread = threading.Thread(target=self._run, name="cfvlm_ds-heartbeat", daemon=True)
 
     def mark(self, phase: str, step: int) -> None:
@@ -147,12 +148,19 @@ class Heartbeat:
 
     def _beat(self, beat: int) -> None:
         record = json.dumps(self._own | {"beat": beat}).ljust(_RECORD_BYTES).encode()
-        with contextlib.suppress(OSError):  # if it lasts, the others will say so
-            file = os.open(self._folder / f"rank-{self._rank}.json", os.O_WRONLY | os.O_CREAT)
+        path = self._folder / f"rank-{self._rank}.json"
+        try:
+            path.parent.mkdir(exist_ok=True)  # somebody may have tidied up
+            file = os.open(path, os.O_WRONLY | os.O_CREAT)
             try:
                 os.pwrite(file, record, 0)
             finally:
                 os.close(file)
+            self._silenced = False
+        except OSError as error:
+            if not self._silenced:
+                tell(f"warning: {unwritten(path, error)}: while this lasts, other ranks take this one for hanging", error=True)
+            self._silenced = True
 
     def _read(self, rank: int) -> dict[str, Any] | None:
         with contextlib.suppress(OSError, ValueError):
@@ -167,7 +175,7 @@ class Heartbeat:
         except OSError as error:
             first = not isinstance(error, FileExistsError)
         if first:
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            tell(f"error: {sentence}", error=True)
         if rank == self._rank:
             faulthandler.dump_traceback()  # where it is stuck, for its log
         os._exit(EXIT_HANG)

@@ -7,6 +7,8 @@ nobody has touched it for five minutes by the file server's own clock.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import socket
@@ -20,20 +22,30 @@ from typing import Any
 import psutil
 
 from cfvlm_ds.config import ConfigError
+from cfvlm_ds.errors import tell, unwritten
 
 NAME = "run.lock"
 _TOUCHED_EVERY_S = 30.0
 _STALE_AFTER_S = 300.0
 _CLAIMED_FOR_S = 30.0
+_NAMED_AFTER_S = 30.0
 
 
 class RunLock:
     """Holds ``folder/run.lock`` from its creation to its exit. Raises ConfigError naming the holder when another run has the folder."""
 
     def __init__(self, folder: Path, say: Callable[[str], object] = print) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / NAME
         self._mine = json.dumps(_identity())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._take(folder, say)
+        except OSError as error:
+            raise ConfigError(f"{unwritten(self.path, error)}; make room, or choose another train.output_dir") from error
+        self._ended, self._failing = threading.Event(), False
+        threading.Thread(target=self._touch, daemon=True).start()
+
+    def _take(self, folder: Path, say: Callable[[str], object]) -> None:
         while not self._created():
             content = _content(self.path)
             if content is None:
@@ -46,25 +58,29 @@ class RunLock:
             if self._taken_over(content):
                 say(f"took {folder} over from {_named(holder)}: {reason}")
                 break
-        self._ended = threading.Event()
-        threading.Thread(target=self._touch, daemon=True).start()
 
     def __enter__(self) -> RunLock:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
-        if _content(self.path) == self._mine:
-            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it must not hide why the run ends, and is stale in any case
+            if _content(self.path) == self._mine:
+                self.path.unlink(missing_ok=True)
 
     def _created(self) -> bool:
         try:
             handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        os.write(handle, self._mine.encode())
-        os.close(handle)
-        return True
+        try:
+            with open(handle, "wb", buffering=0) as file:
+                if file.write(mine := self._mine.encode()) < len(mine):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self.path.unlink(missing_ok=True)  # an empty one would refuse the next start
+            raise
+        return _content(self.path) == self._mine  # not where this took so long that another run believed its maker dead
 
     def _stale(self, content: str) -> str | None:
         """Why the holder cannot be alive, or None."""
@@ -74,6 +90,8 @@ class RunLock:
         if holder.get("job") and holder["job"] == here["job"] and holder.get("restart") != here["restart"]:
             return f"Slurm has started job {here['job']} anew"
         age = _age(self.path)
+        if not content and age > _NAMED_AFTER_S:
+            return "it died before it said who it is"
         return f"it has not touched the lock for {age / 60:.0f} minutes" if age > _STALE_AFTER_S else None
 
     def _taken_over(self, content: str) -> bool:
@@ -90,8 +108,12 @@ class RunLock:
         try:
             if _content(self.path) != content:
                 return False
-            mine.write_text(self._mine)
-            os.replace(mine, self.path)
+            try:
+                mine.write_text(self._mine)
+                os.replace(mine, self.path)
+            except OSError:
+                mine.unlink(missing_ok=True)
+                raise
             return True
         finally:
             claim.unlink()
@@ -106,11 +128,28 @@ class RunLock:
 
     def _touch(self) -> None:
         while not self._ended.wait(_TOUCHED_EVERY_S):
-            if _content(self.path) != self._mine:
-                # Suspended for minutes, this run was taken for dead. Two must not write here, and the launcher ends the other ranks.
-                print(f"error: another run has taken {self.path.parent} over; this one ends", flush=True)
-                os._exit(1)
-            os.utime(self.path)
+            try:
+                content = _content(self.path)
+                if content == self._mine:
+                    os.utime(self.path)
+                    self._failing = False
+                    continue
+            except OSError as error:  # a file server that is away for a while
+                if not self._failing:
+                    tell(f"warning: {unwritten(self.path, error)}: another run may take the folder over in five minutes")
+                self._failing = True
+                continue
+            if self._ended.is_set():
+                return
+            # Two must not write here, and the launcher ends the other ranks.
+            if content is None and not self.path.parent.is_dir():
+                why = f"{self.path.parent} has been removed while this run was writing to it"
+            elif content is None:
+                why = f"{self.path} has been removed while this run was holding it"
+            else:  # suspended for minutes, this run was taken for dead
+                why = f"another run has taken {self.path.parent} over"
+            tell(f"error: {why}; this one ends")
+            os._exit(1)
 
 
 def _identity() -> dict[str, Any]:
@@ -145,13 +184,13 @@ def _runs(holder: dict[str, Any]) -> bool:
 def _age(lock: Path) -> float:
     """Seconds since the lock was touched. The clock is that of the file server, which stamps a file that is written now."""
     probe = lock.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}.now")
-    probe.write_text("")
     try:
+        probe.write_text("")
         return probe.stat().st_mtime - lock.stat().st_mtime
     except FileNotFoundError:
         return 0.0
     finally:
-        probe.unlink()
+        probe.unlink(missing_ok=True)
 
 
 def _content(lock: Path) -> str | None:

@@ -27,6 +27,7 @@ from cfvlm_ds.likelihood import Scores
 from cfvlm_ds.memory import memory_explained
 from cfvlm_ds.models import ModelFlops, adapters_off
 from cfvlm_ds.objectives import group_units, likelihood_report, weighted_loss
+from cfvlm_ds.run_files import append, keep
 from cfvlm_ds.stopping import Stop, reason
 
 
@@ -200,7 +201,7 @@ def _drop(run: Run, batches: Sequence[Batch]) -> None:
     for name, why in found.items():
         run.world.say(f"warning: group {name!r} is left out: {why}")
     if run.world.is_main:
-        (run.dir / "skipped.json").write_text(json.dumps(skipped, indent=1))
+        keep(run.dir / "skipped.json", json.dumps(skipped, indent=1), run.world.say)
 
 
 def _lost(run: Run, losses: Sequence[tuple[Batch, Tensor]], what: str) -> None:
@@ -214,8 +215,7 @@ def _lost(run: Run, losses: Sequence[tuple[Batch, Tensor]], what: str) -> None:
     run.lost_in_a_row += 1
     step, listed = run.state.step + 1, run.dir / "nonfinite.jsonl"
     if run.world.is_main:
-        with listed.open("a") as handle:
-            handle.write(json.dumps({"step": step, "what": what, "groups": by_rank}) + "\n")
+        append(listed, json.dumps({"step": step, "what": what, "groups": by_rank}), run.world.say)
     shown = "; ".join(f"rank {rank}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}" for rank, names in by_rank.items())
     message = f"the {what} is not finite at step {step}; groups of {shown}; {listed} lists them"
     if run.config.train.on_nonfinite == "stop" or run.engine.was_step_applied():

@@ -37,7 +37,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from cfvlm_ds.errors import masked, without_secrets
+from cfvlm_ds.errors import masked, tell, unwritten, without_secrets
+from cfvlm_ds.run_files import Lines, keep, replace
 
 METRICS_FILE = "metrics.jsonl"
 RECORD_FILE = ".mlflow_delivery.json"
@@ -90,7 +91,8 @@ def open_tracker(
 
     Raises:
         ValueError: a run id without a step to resume at.
-        OSError: the folder cannot be written. Trouble with MLflow is reported on stderr and never raised.
+        OSError: metrics of another start cannot be taken out of ``metrics.jsonl``. Any other trouble, with a full disk or with MLflow, is
+            reported on stderr and never raised.
     """
     if not enabled:
         return NullTracker()
@@ -106,7 +108,8 @@ def open_tracker(
     record.run_name = without_secrets(run_name)
     record.params, record.tags = masked(params), masked(tags)
     record.resume_step, record.status, record.end_ms = resume_step, None, None
-    record.save(run_dir)
+    if problem := record.kept(run_dir):
+        _say(f"{problem}: the run goes on, and it is tried again with every delivery")
     return Tracker(run_dir, record, kept_names, mlflow, close_timeout)
 
 
@@ -158,7 +161,7 @@ class Tracker:
 
     def __init__(self, run_dir: Path, record: _Record, kept_names: set[str], mlflow: bool, close_timeout: float) -> None:
         self._kept_names, self._close_timeout = kept_names, close_timeout
-        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._lines = Lines(run_dir / METRICS_FILE, _say)
         self._delivery = _Delivery(run_dir, record, wanted=mlflow)
 
     @property
@@ -169,8 +172,10 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of an optimizer step to ``metrics.jsonl``; returns without waiting for MLflow.
 
+        What the disk does not take waits in memory, with a warning, and goes to the file in order as soon as it does.
+
         Raises:
-            ValueError: a metric named "step" or "time", or a closed tracker. TypeError: a value that is not a number. OSError: disk full.
+            ValueError: a metric named "step" or "time", or a closed tracker. TypeError: a value that is not a number.
         """
         line: dict[str, Any] = {"step": int(step), "time": _now_ms() / 1000}
         for name, value in metrics.items():
@@ -180,8 +185,9 @@ class Tracker:
                 continue  # such as the evaluation at a checkpoint's step, logged before the interruption and computed again
             number = float(value)
             line[name] = number if math.isfinite(number) else str(number)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        if self._lines.closed:
+            raise ValueError("this tracker is closed")
+        self._lines.write(json.dumps(line))
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Have a file uploaded into ``folder``. It is read later, so leave it in place. The same path again means: it has changed."""
@@ -193,9 +199,13 @@ class Tracker:
         SCHEDULED is the status of a run that was asked to stop and is to go on: MLflow's other words are for runs that live or are over.
         What could not be delivered is counted on stderr, with the command that delivers it later.
         """
-        if not self._file.closed:
-            self._file.close()
-            self._delivery.finish(status, _now_ms(), self._close_timeout)
+        if self._lines.closed:
+            return
+        if lost := self._lines.close():
+            steps = sorted(row["step"] for row in (_parse(line.encode() + b"\n") for line in lost) if row is not None)
+            span = f" (steps {steps[0]} to {steps[-1]})" if steps else ""
+            _say(f"{len(lost)} records of metrics{span} are lost: {self._lines.path} could not be written to the end")
+        self._delivery.finish(status, _now_ms(), self._close_timeout)
 
     def __enter__(self) -> Tracker:
         return self
@@ -218,7 +228,8 @@ def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
     if record is None:
         raise FileNotFoundError(f"{run_dir / RECORD_FILE}: no record of a tracked run; pass the run's own folder")
     if record.status is None:
-        record.status, record.end_ms = "KILLED", int((run_dir / METRICS_FILE).stat().st_mtime * 1000)
+        written = run_dir / METRICS_FILE
+        record.status, record.end_ms = "KILLED", int((written if written.exists() else run_dir / RECORD_FILE).stat().st_mtime * 1000)
     return _Delivery(run_dir, record).finish(record.status, record.end_ms or _now_ms(), timeout)
 
 
@@ -257,8 +268,14 @@ class _Record:
             _say(f"{path} is damaged and left aside; what MLflow has is asked of it where a checkpoint knows the run")
         return record if whole else None
 
-    def save(self, run_dir: Path) -> None:
-        _replace(run_dir / RECORD_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
+    def kept(self, run_dir: Path) -> str | None:
+        """Write it; why it could not be written, or None."""
+        path = run_dir / RECORD_FILE
+        try:
+            replace(path, json.dumps(dataclasses.asdict(self), indent=1).encode())
+        except OSError as error:
+            return unwritten(path, error)
+        return None
 
 
 _KINDS: dict[str, Any] = {
@@ -283,7 +300,7 @@ class _Delivery:
         self._client: Any = None
         self._system_metrics: _SystemMetrics | None = None
         self._steps_on_server: dict[str, set[int]] | None = None  # by metric; None: this process has created the run
-        self._done = not wanted
+        self._done, self._unsaved = not wanted, False
         self._thread = threading.Thread(target=self._run, name="cfvlm_ds-tracking", daemon=True)
         if wanted:
             self._thread.start()
@@ -292,18 +309,28 @@ class _Delivery:
         with self._lock:
             others = [a for a in self.record.artifacts if (a["path"], a["folder"]) != (path, folder)]
             self.record.artifacts = [*others, {"path": path, "folder": folder, "pending": True}]
-            self.record.save(self._run_dir)
+            self._save()
+
+    def _save(self) -> None:
+        """Keep the record, under its lock; a disk that does not take it costs the run nothing."""
+        if (error := self.record.kept(self._run_dir)) is not None and not self._unsaved:
+            _say(f"{error}: how far MLflow got is known to this process alone until it can")
+        self._unsaved = error is not None
 
     def finish(self, status: Status, end_ms: int, timeout: float) -> bool:
         with self._lock:
             self.record.status, self.record.end_ms = status, end_ms
-            self.record.save(self._run_dir)
+            self._save()
         self._closing.set()
         if self._thread.ident is not None:
             self._thread.join(timeout)
         self._stop.set()
         if not self._done:
-            points, _ = _read_metrics(self._run_dir / METRICS_FILE, self.record.offset, limit=sys.maxsize)
+            try:
+                points, _ = _read_metrics(self._run_dir / METRICS_FILE, self.record.offset, limit=sys.maxsize)
+            except OSError as error:
+                points = []
+                _say(f"{self._run_dir / METRICS_FILE} cannot be read ({error})")
             artifacts = sum(artifact["pending"] for artifact in self.record.artifacts)
             _say(
                 f"MLflow at {self._uri} did not get {len(points)} points, {artifacts} artifacts and the status {status} in {timeout:g} s. "
@@ -417,12 +444,11 @@ class _Delivery:
         tags.update({_name(f"param_changed.{name}"): text[:_MAX_TAG_CHARS] for name, text in changed.items()})
         self._send(run_id, "params", [Param(name, text) for name, text in params.items() if name not in run.data.params])
         self._send(run_id, "tags", [RunTag(name, text) for name, text in tags.items()])
-        suffix = "" if self.record.resume_step is None else f"_resumed_at_{self.record.resume_step}"
+        suffix = f"_resumed_at_{self.record.resume_step}" if self.record.resume_step else ""  # at 0 it is still the run's beginning
         with self._lock:
             self.record.run_id = run_id
-            config = self._run_dir / f"params{suffix}.json"
-            _replace(config, json.dumps(self.record.params, indent=2).encode())
-        self.add_artifact(str(config), "config")
+        if keep(config := self._run_dir / f"params{suffix}.json", json.dumps(self.record.params, indent=2), _say):
+            self.add_artifact(str(config), "config")
 
     def _deliver_metrics(self) -> bool:
         """Send the next part of metrics.jsonl; True if there was any."""
@@ -439,7 +465,7 @@ class _Delivery:
             return False
         with self._lock:
             self.record.offset = offset
-            self.record.save(self._run_dir)
+            self._save()
         return True
 
     def _is_on_server(self, name: str, step: int) -> bool:
@@ -460,7 +486,7 @@ class _Delivery:
                 _say(f"{artifact['path']} is gone before MLflow got it")
             with self._lock:  # an artifact that changed meanwhile has a new entry, still pending
                 artifact["pending"] = False
-                self.record.save(self._run_dir)
+                self._save()
 
     def _send(self, run_id: str | None, kind: Literal["metrics", "params", "tags"], entities: list[Any]) -> None:
         """log_batch in requests of permitted size. What MLflow refuses is named and left out, so that it does not hold up the rest."""
@@ -554,8 +580,10 @@ def _truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple
             new_offset += len(line)
         if row["step"] == resume_step:
             names |= row.keys()
-    if len(kept) < len(lines):
-        _replace(path, b"".join(kept))
+    if kept != lines[: len(kept)]:
+        replace(path, b"".join(kept))
+    elif len(kept) < len(lines):
+        os.truncate(path, sum(map(len, kept)))  # in place: takes no room
     return names, new_offset
 
 
@@ -567,13 +595,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
     return row if type(row.get("step")) is int else None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, never meets half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -599,7 +620,7 @@ def _now_ms() -> int:
 
 
 def _say(message: str) -> None:
-    print(without_secrets(f"cfvlm_ds tracking: {message}"), file=sys.stderr, flush=True)
+    tell(f"cfvlm_ds tracking: {message}", error=True)
 
 
 if __name__ == "__main__":

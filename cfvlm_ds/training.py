@@ -27,14 +27,15 @@ from cfvlm_ds.config import ConfigError, RunConfig
 from cfvlm_ds.data import GroupSampler, PackedSampler, open_image
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
 from cfvlm_ds.distributed import World, broadcast_object, seed_everything
+from cfvlm_ds.errors import masked, unwritten
 from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, flat_metrics, headline, metric_names, rehearse, table
-from cfvlm_ds.errors import masked
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.groups import CounterfactualGroup
 from cfvlm_ds.models import ModelFlops, attention, fingerprint, load_config, only_adapters_train, parameter_counts, peak
 from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.preflight import group_tokens, read_data
+from cfvlm_ds.run_files import keep, update
 from cfvlm_ds.run_lock import RunLock
 from cfvlm_ds.step import Meter, Run, optimizer_step
 from cfvlm_ds.stopping import EXIT_STOPPED, Stop, shield_worker
@@ -127,7 +128,7 @@ def _train(config: RunConfig, world: World) -> None:
             else:
                 _finish(run, tracker)
     if world.is_main and not stopped:
-        (run_dir / _FINISHED).write_text(json.dumps({"step": total_steps}))
+        keep(run_dir / _FINISHED, json.dumps({"step": total_steps}), world.say)
     world.wait()  # the first rank to leave with a code that is not 0 makes the launcher end the others
     if stopped:
         sys.exit(EXIT_STOPPED)
@@ -199,7 +200,7 @@ def _stored_scores(config: RunConfig, groups: list[CounterfactualGroup]) -> dict
 
 
 def _record(run: Run, ds_config: Mapping[str, Any]) -> list[Path]:
-    """Write what defines the run into its folder (rank 0), and return the files."""
+    """Write what defines the run into its folder (rank 0), and return the files. Raises ConfigError on all ranks when it cannot."""
     scorer = run.engine.module
     counts = parameter_counts(scorer.model, scorer.family)
     environment = {
@@ -210,13 +211,21 @@ def _record(run: Run, ds_config: Mapping[str, Any]) -> list[Path]:
         "device": torch.cuda.get_device_name() if run.world.device.type == "cuda" else platform.processor() or platform.machine(),
         "parameters": {name: {"total": total, "trainable": trains} for name, (total, trains) in counts.items()},
     }
-    files = [run.dir / "config.yaml", run.dir / "ds_config.json", run.dir / "environment.json"]
-    if run.world.is_main:
-        files[0].write_text(yaml.safe_dump(masked(run.config.resolved), sort_keys=False))
-        files[1].write_text(json.dumps(masked(ds_config), indent=2))
-        files[2].write_text(json.dumps(environment, indent=2))
+    contents = {
+        run.dir / "config.yaml": yaml.safe_dump(masked(run.config.resolved), sort_keys=False),
+        run.dir / "ds_config.json": json.dumps(masked(ds_config), indent=2),
+        run.dir / "environment.json": json.dumps(environment, indent=2),
+    }
+    problem = None
+    for path, text in contents.items() if run.world.is_main else ():
+        try:
+            update(path, text.encode())
+        except OSError as error:
+            problem = problem or unwritten(path, error)
+    if problem := broadcast_object(problem):
+        raise ConfigError(f"{problem}; make room, and start again")
     run.world.say("parameters: " + ", ".join(f"{name} {total:,} ({trains:,} trainable)" for name, (total, trains) in counts.items()))
-    return files
+    return list(contents)
 
 
 def _check_scores(run: Run) -> None:

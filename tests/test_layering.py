@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "cfvlm_ds"
 LAYERS = [
     {"errors", "hints", "reading", "templates", "versions"},
-    {"groups", "config", "stopping"},
+    {"groups", "config", "stopping", "run_files"},
     {"distributed"},
     {"likelihood", "attention", "figures", "heartbeat", "ds_config", "prompts", "untrusted"},
     {"models", "data", "scenes", "cluster", "reshard", "run_lock", "ds_check"},

@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import random
+import resource
+import shutil
 import time
 from collections.abc import Callable
 from multiprocessing.synchronize import Event
@@ -194,3 +196,43 @@ def test_the_holder_touches_it_and_ends_when_it_is_another_s(tmp_path: Path, cap
     assert process.exitcode == 1
     assert "another run has taken" in capfd.readouterr().out
     assert lock.exists(), "it is not this one's to remove"
+
+
+def test_a_full_disk_is_named_and_leaves_no_lock(tmp_path: Path) -> None:
+    """An empty lock would refuse the next start."""
+
+    def refused() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        with pytest.raises(ConfigError, match=r"run\.lock cannot be written \(.*\); make room, or choose another train\.output_dir"):
+            RunLock(tmp_path / "run")
+
+    process = FORK.Process(target=refused)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    with RunLock(tmp_path / "run"):
+        pass
+
+
+def test_an_empty_lock_is_one_of_a_run_that_died_at_once(tmp_path: Path) -> None:
+    lock = tmp_path / run_lock.NAME
+    lock.touch()
+    with pytest.raises(ConfigError, match="in use by a run that has not said who it is"):
+        RunLock(tmp_path)
+    os.utime(lock, (time.time() - 40, time.time() - 40))
+    said: list[str] = []
+    with RunLock(tmp_path, said.append):
+        assert "it died before it said who it is" in said[0]
+
+
+@pytest.mark.parametrize("what", ["folder", "lock"])
+def test_what_was_removed_is_not_called_taken_over(tmp_path: Path, what: str, capfd: pytest.CaptureFixture[str]) -> None:
+    process = Holder(tmp_path / "run", touch=0.1).process
+    if what == "folder":
+        shutil.rmtree(tmp_path / "run")
+    else:
+        (tmp_path / "run" / run_lock.NAME).unlink()
+    process.join(20)
+    removed = tmp_path / "run" if what == "folder" else tmp_path / "run" / run_lock.NAME
+    assert process.exitcode == 1
+    assert capfd.readouterr().out.startswith(f"error: {removed} has been removed while this run was")

@@ -1,0 +1,135 @@
+"""Small files of a run folder on a disk that is really full: /dev/full, and a process that may not make files larger."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfvlm_ds.run_files import Lines, append, keep, replace, update
+from cfvlm_ds.tracking import open_tracker
+
+FORK = multiprocessing.get_context("fork")
+
+
+def forked(function: Callable[..., None], *arguments: object) -> None:
+    """The function in a process of its own, which may limit itself."""
+    process = FORK.Process(target=function, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def largest_file(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def full(handle: int) -> int:
+    """Have writes to a handle find no room; the handle to ``os.dup2`` back."""
+    kept = os.dup(handle)
+    device = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(device, handle)
+    os.close(device)
+    return kept
+
+
+def handle_of(path: Path) -> int:
+    """This process's open handle of a file."""
+    (found,) = [int(name) for name in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{name}") == os.path.realpath(path)]
+    return found
+
+
+def test_lines_wait_for_room_and_keep_their_order(tmp_path: Path) -> None:
+    said: list[str] = []
+    lines = Lines(path := tmp_path / "a.jsonl", said.append)
+    lines.write("one")
+    kept = full(handle_of(path))
+    lines.write("two")
+    lines.write("three")
+    assert path.read_text() == "one\n" and len(said) == 1
+    assert said[0].startswith(f"{path} cannot be written (No space left on device): what belongs there waits in memory")
+    os.dup2(kept, lines._handle or 0)
+    lines.write("four")
+    assert path.read_text() == "one\ntwo\nthree\nfour\n" and len(said) == 2 and "can be written again" in said[1]
+    assert lines.close() == [] and lines.close() == []
+
+
+def test_a_line_that_the_disk_took_in_part_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    def written(path: Path) -> None:
+        said: list[str] = []
+        lines = Lines(path, said.append)
+        largest_file(25)
+        for number in range(5):
+            lines.write(f"{number} {'x' * 8}")
+        assert path.stat().st_size == 25 and len(said) == 1 and "File too large" in said[0]
+        largest_file(52)
+        lines.write("5")
+        assert path.stat().st_size == 52 and len(said) == 1
+        largest_file(1000)
+        assert lines.close() == []
+
+    forked(written, path := tmp_path / "a.jsonl")
+    assert path.read_text().splitlines() == [*(f"{number} {'x' * 8}" for number in range(5)), "5"]
+
+
+def test_metrics_that_never_find_room_are_named_and_hide_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error of the training is the one that is raised, and the run's record says FAILED."""
+    with pytest.raises(RuntimeError, match="the first"), open_tracker(True, tmp_path, "tests", "a", {}, {}, mlflow=False) as tracker:
+        tracker.log(1, {"loss": 1.0})
+        os.close(full(handle_of(path := tmp_path / "metrics.jsonl")))
+        for step in (2, 3, 4):
+            tracker.log(step, {"loss": float(step)})
+        raise RuntimeError("the first")
+    said = capsys.readouterr().err
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
+    assert said.count("No space left on device") == 1 and f"3 records of metrics (steps 2 to 4) are lost: {path} could not be" in said
+    assert json.loads((tmp_path / ".mlflow_delivery.json").read_text())["status"] == "FAILED"
+
+
+def test_a_full_disk_stops_no_tracker(tmp_path: Path) -> None:
+    """Not even at its start, which takes the steps after the checkpoint out of metrics.jsonl without room for a copy."""
+
+    def tracked(run_dir: Path) -> None:
+        largest_file(40)  # between a line of metrics and the record
+        with open_tracker(True, run_dir, "tests", "a", {"x": 1}, {}, resume_step=2, mlflow=False) as tracker:
+            tracker.artifact(run_dir / "metrics.jsonl")
+            tracker.log(3, {"loss": 3.0})
+
+    rows = [{"step": step, "time": 1.0, "loss": float(step)} for step in range(1, 5)]
+    (path := tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    forked(tracked, tmp_path)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"], "nothing half-written is left"
+
+
+@pytest.mark.parametrize("write", [lambda path, say: keep(path, "new" * 100, say), lambda path, say: append(path, "new" * 100, say)])
+def test_other_files_are_whole_or_as_before(tmp_path: Path, write: Callable[[Path, Any], bool]) -> None:
+    def limited(path: Path) -> None:
+        said: list[str] = []
+        largest_file(50)
+        assert not write(path, said.append)
+        assert len(said) == 1 and said[0].startswith(f"warning: {path} cannot be written (File too large)")
+        largest_file(5000)
+        assert write(path, said.append) and len(said) == 1
+
+    (path := tmp_path / "a.json").write_text("old\n")
+    forked(limited, path)
+    assert path.read_text().removeprefix("old\n").strip() == "new" * 100 and [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_errors_name_the_file_and_an_equal_one_needs_no_room(tmp_path: Path) -> None:
+    def limited(path: Path) -> None:
+        largest_file(2)
+        update(path, b"content")
+        with pytest.raises(OSError, match=r"File too large: '.*a\.json'"):
+            replace(path, b"other")
+
+    (path := tmp_path / "a.json").write_text("content")
+    forked(limited, path)
+    assert path.read_text() == "content"
