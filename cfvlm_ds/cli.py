@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfvlm_ds import stopping
-from cfvlm_ds.config import IMAGE_LIMITS, BuildConfig, ConfigError, DataConfig, LoraConfig, ModelConfig, ScenesConfig, parse_config
+from cfvlm_ds.config import IMAGE_LIMITS, BuildConfig, ConfigError, DataConfig, ModelConfig, ScenesConfig, parse_config
 from cfvlm_ds.errors import mask_tracebacks
 from cfvlm_ds.groups import DataError
+from cfvlm_ds.run_folder import named_model, recorded_model
+from cfvlm_ds.untrusted import output_file, write_text
 
 if TYPE_CHECKING:
     from cfvlm_ds.collate import Collator
@@ -96,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("evaluate", _evaluate, "Winoground accuracies with chance, blind and sham rows"),
     ):
         command = _command(commands, name, function, text, f"cfvlm-ds {name} runs/quickstart/export runs/quickstart/scenes/test_iid.jsonl")
-        command.add_argument("model", help="model folder or hub name")
+        taken = ", or folder of adapters" if name == "evaluate" else ""
+        command.add_argument("model", help=f"model folder or hub name, run folder{taken}")
         command.add_argument("manifest", nargs="+" if name == "evaluate" else None)
         command.add_argument("--out", help="file to write (score: default MANIFEST.scores.jsonl; evaluate: JSON, default none)")
         command.add_argument("--batch_size", type=_positive, default=16, help="groups per batch (default 16)")
@@ -143,7 +146,7 @@ def _tiny(arguments: argparse.Namespace) -> None:
 def _data_check(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.data import check_manifest
 
-    collator = _load_collator(_model(arguments), arguments.max_pixels) if arguments.model else None
+    collator = _load_collator(_model(arguments)[0], arguments.max_pixels) if arguments.model else None
     report = check_manifest(
         arguments.manifest,
         arguments.root,
@@ -163,12 +166,13 @@ def _score(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.evaluation import score_groups
 
     groups = read_manifest(arguments.manifest, arguments.root, arguments.format)
-    out = Path(arguments.out or f"{arguments.manifest}.scores.jsonl")
-    out.parent.mkdir(parents=True, exist_ok=True)
     from cfvlm_ds.models import fingerprint
 
-    model = _model(arguments)
-    scorer, collator, world = _load_scorer(model, arguments.max_pixels)
+    model, adapter = _model(arguments)
+    if adapter is not None:
+        raise ConfigError(f"{adapter} holds adapters, and stored scores belong to one model; merge them with `cfvlm-ds export`, name that")
+    out = output_file(Path(arguments.out or f"{arguments.manifest}.scores.jsonl"))
+    scorer, collator, world = _load_scorer(model, max_pixels=arguments.max_pixels)
     scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
     stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
     write_scores(out, groups, stored, arguments.model, fingerprint(model))
@@ -180,18 +184,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.evaluation import evaluate, table
 
     if arguments.out:
-        Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
+        output_file(Path(arguments.out))
     splits = {Path(path).stem: read_manifest(path, arguments.root, arguments.format) for path in arguments.manifest}
-    scorer, collator, world = _load_scorer(_model(arguments), arguments.max_pixels)
+    scorer, collator, world = _load_scorer(*_model(arguments), max_pixels=arguments.max_pixels)
     results, _ = evaluate(scorer, collator, splits, world, shuffled=not arguments.no_shuffled, **_batches(arguments))
     print(table(results))
     if arguments.out:
-        Path(arguments.out).write_text(json.dumps({split: [vars(row) for row in rows] for split, rows in results.items()}, indent=1))
+        write_text(Path(arguments.out), json.dumps({split: [vars(row) for row in rows] for split, rows in results.items()}, indent=1))
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    import yaml
-
     from cfvlm_ds.checkpoint import newest
     from cfvlm_ds.export import export_adapter, export_hf
 
@@ -199,11 +201,11 @@ def _export(arguments: argparse.Namespace) -> None:
     run_dir = given.parent if given.name.startswith("checkpoint-") else given
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir} is not a run folder (no config.yaml); name a run's output_dir or one of its checkpoints")
-    model = yaml.safe_load((run_dir / "config.yaml").read_text())["model"]
+    model = recorded_model(run_dir)
     checkpoint = given if given != run_dir else newest(run_dir)
-    out, lora = Path(arguments.out or run_dir / ("adapter" if arguments.adapter else "export")), LoraConfig(**model.get("lora", {}))
+    out = Path(arguments.out or run_dir / ("adapter" if arguments.adapter else "export"))
     write = export_adapter if arguments.adapter else export_hf
-    print(f"exported to {write(checkpoint, model['name_or_path'], out, lora=lora)}")
+    print(f"exported to {write(checkpoint, model.name_or_path, out, lora=model.lora)}")
 
 
 def _cluster_check(arguments: argparse.Namespace) -> None:
@@ -238,15 +240,17 @@ def _load_collator(model: ModelConfig, max_pixels: int) -> Collator:
     return load_collator(model, "full", max_pixels)
 
 
-def _load_scorer(model: ModelConfig, max_pixels: int) -> tuple[Scorer, Collator, Any]:
-    """A model in one process, on the GPU if there is one."""
+def _load_scorer(model: ModelConfig, adapter: Path | None = None, *, max_pixels: int) -> tuple[Scorer, Collator, Any]:
+    """A model, with the adapters of a folder if one is named, in one process, on the GPU if there is one."""
     import torch
 
     from cfvlm_ds.distributed import World
-    from cfvlm_ds.models import Scorer, family_of, load_model
+    from cfvlm_ds.models import Scorer, attach_adapters, family_of, load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if adapter is not None:
+        loaded = attach_adapters(loaded, adapter)
     scorer = Scorer(loaded, family_of(loaded.config)).to(device).eval()
     return scorer, _load_collator(model, max_pixels), World(0, 1, 0, device)
 
@@ -270,8 +274,11 @@ def _model_options(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--model.{name}", type=_positive, metavar="N", help="as in training; the model's own when not given")
 
 
-def _model(arguments: argparse.Namespace) -> ModelConfig:
-    return ModelConfig(arguments.model, **{name: getattr(arguments, f"model.{name}") for name in IMAGE_LIMITS})
+def _model(arguments: argparse.Namespace) -> tuple[ModelConfig, Path | None]:
+    """The model that a command names, images bounded as in the run that made it unless the command says otherwise; and its adapters."""
+    named = named_model(arguments.model)
+    limits = {name: getattr(arguments, f"model.{name}") or getattr(named.recorded, name) for name in IMAGE_LIMITS}
+    return ModelConfig(named.name_or_path, **limits), named.adapter
 
 
 def _fields(command: argparse.ArgumentParser, section: type) -> None:

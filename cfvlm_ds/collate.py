@@ -27,6 +27,7 @@ from cfvlm_ds.groups import Candidate, Cells, CounterfactualGroup, DataError, Gr
 from cfvlm_ds.likelihood import Scores, score_matrix
 from cfvlm_ds.models import Family, family_of, load_config, load_processor
 from cfvlm_ds.prompts import Encoded, Prompts
+from cfvlm_ds.models.stored import explained
 
 BLANK = Path("<blank image>")
 """Stands for a mid-grey image: what the blind control shows instead of a picture. A suffix tells several apart."""
@@ -490,7 +491,10 @@ def load_collator(
     """The collator of a model: its own processor, family and window. Raises ConfigError for a chat template that cannot be used."""
     config = load_config(model.name_or_path)
     processor = load_processor(model)
-    window = min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length)
+    with explained(
+        f"the window of {model.name_or_path!r} is not known", "compare its config.json and tokenizer_config.json with the published"
+    ):
+        window = int(min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length))
     collator = Collator(processor, family_of(config), config, cells, window, max_pixels, stored)
     collator.prompts.check(model.name_or_path)
     return collator

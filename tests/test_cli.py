@@ -20,10 +20,13 @@ from conftest import REPO, environment, losses, metrics, plain_scores, run, run_
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from cfvlm_ds import cli
 from cfvlm_ds.cli import main
-from cfvlm_ds.config import TinyLlavaConfig
+from cfvlm_ds.config import IMAGE_LIMITS, TinyLlavaConfig
 from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.images import MAX_PIXELS
 from cfvlm_ds.data.scores import read_scores
+from cfvlm_ds.evaluation import score_groups
 from cfvlm_ds.models.tiny import build_tiny_llava
 
 COMMANDS = [
@@ -428,6 +431,35 @@ def test_evaluate_prints_the_table_of_the_run(
     assert printed == (runs / "z3" / "results.md").read_text().strip()
     assert "| chance |" in printed and "| test | all, blank image |" in printed
     assert json.loads((tmp_path / "e" / "r.json").read_text()) == json.loads((runs / "z3" / "results.json").read_text())
+
+
+def test_evaluate_takes_run_folders_and_adapters(
+    runs: Path, model_dir: Path, manifests: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run folder stands for its export, or for its adapters; these score as peft's own model does, in a process without this package."""
+    main(["evaluate", str(runs / "z3"), str(manifests["test"])])
+    assert capsys.readouterr().out.strip() == (runs / "z3" / "results.md").read_text().strip()
+    adapted, base = plain_scores(manifests["test"], f"{model_dir}+{runs / 'off' / 'adapter'}", str(model_dir))
+    groups, tables = read_manifest(manifests["test"]), []
+    for named in (runs / "off", runs / "off" / "adapter"):
+        model, adapter = cli._model(cli.argparse.Namespace(model=str(named), **{f"model.{name}": None for name in IMAGE_LIMITS}))
+        scorer, collator, world = cli._load_scorer(model, adapter, max_pixels=MAX_PIXELS)
+        for group, score in zip(groups, score_groups(scorer, collator, groups, world), strict=True):
+            assert score.logp.tolist() == [pytest.approx(line, rel=1e-4) for line in adapted[group.id]], group.id
+        main(["evaluate", str(named), str(manifests["test"])])
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] and "| chance |" in tables[0]
+    moved = [
+        abs(a - b) for name in base for line, other in zip(adapted[name], base[name], strict=True) for a, b in zip(line, other, strict=True)
+    ]
+    assert max(moved) > 0.05, "the adapters have an effect"
+    assert "holds adapters, and stored scores belong to one model" in refused(capsys, "score", runs / "off", manifests["test"])
+    assert f"{runs / 'z2'} is a run folder without an export" in refused(capsys, "evaluate", runs / "z2", manifests["test"])
+    with safe_open(runs / "off" / "adapter" / "adapter_model.safetensors", "pt") as handle:
+        weights = {name: handle.get_tensor(name) for name in list(handle.keys())[:-1]}
+    broken = shutil.copytree(runs / "off" / "adapter", runs / "broken")
+    save_file(weights, broken / "adapter_model.safetensors")
+    assert "do not fit their base: 1 weights have no counterpart, such as" in refused(capsys, "evaluate", broken, manifests["test"])
 
 
 def test_export_scores_the_same_under_plain_transformers(runs: Path, manifests: dict[str, Path]) -> None:

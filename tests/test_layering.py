@@ -16,6 +16,7 @@ LAYERS = [
     {"groups", "config", "stopping", "run_files"},
     {"distributed"},
     {"likelihood", "attention", "figures", "heartbeat", "ds_config", "prompts", "untrusted"},
+    {"run_folder"},
     {"models", "data", "scenes", "cluster", "reshard", "run_lock", "ds_check"},
     {"objectives", "collate", "engine", "checkpoint", "tracking"},
     {"memory", "validation"},

@@ -27,6 +27,7 @@ from cfvlm_ds.models.lora import (
     adapters_off,
     add_adapters,
     check_4bit,
+    attach_adapters,
     is_adapter,
     only_adapters_train,
     peft_config,
@@ -47,6 +48,7 @@ __all__ = [
     "Scorer",
     "adapted_modules",
     "adapters_off",
+    "attach_adapters",
     "attention",
     "check_model",
     "family_of",
@@ -66,6 +68,8 @@ __all__ = [
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
     """The model's configuration. Raises ConfigError when there is no such folder or hub name."""
+    if not name_or_path:
+        raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
     if not Path(name_or_path).exists() and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
         raise ConfigError(f"model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
     with explained(f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a sound config.json, or a hub name"):

@@ -6,12 +6,15 @@ import contextlib
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cfvlm_ds.config import ConfigError, LoraConfig, ModelConfig
 from cfvlm_ds.models.family import MODULES, Family, Module
+from cfvlm_ds.models.stored import explained, header
+from cfvlm_ds.run_folder import ADAPTER_WEIGHTS
 
 
 def adapted_modules(config: ModelConfig) -> list[Module]:
@@ -82,6 +85,27 @@ def check_4bit(config: ModelConfig, zero3: bool) -> None:
         raise ConfigError("model.lora.load_in_4bit: transformers cannot load 4-bit weights in ZeRO-3's parts; use ds_configs/z2.json")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("model.lora.load_in_4bit needs bitsandbytes; install it with `pip install bitsandbytes`")
+
+
+def attach_adapters(model: Any, folder: Path) -> Any:
+    """The model with the adapters of ``folder``, in peft's format, in its layers. Raises ConfigError when they do not fit it."""
+    import peft
+    from safetensors.torch import load_file
+
+    with explained(f"the adapters of {folder} cannot be loaded", "name the folder that they were written to, with its base where it was"):
+        header(folder / ADAPTER_WEIGHTS)
+        described = peft.PeftConfig.from_pretrained(str(folder))
+        described.inference_mode, described.init_lora_weights = True, True
+        adapted = peft.get_peft_model(model, described)
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+        found = peft.set_peft_model_state_dict(adapted, weights)
+        misfits = [*found.unexpected_keys, *(name for name in found.missing_keys if is_adapter(name))]
+        if misfits or not weights:
+            raise ConfigError(
+                f"the adapters of {folder} do not fit their base: {len(misfits)} weights have no counterpart, such as "
+                f"{next(iter(misfits), 'all of them')}; name the folder that they were written to"
+            )
+    return adapted.get_base_model()
 
 
 def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any:

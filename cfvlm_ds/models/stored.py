@@ -26,6 +26,11 @@ def check_files(folder: Path) -> None:
     weights that are missing or cut short. Reads no weight."""
     for path in side_files(folder):
         refuse_foreign(path, folder)
+    if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder} holds a model and adapters, and transformers would load the adapters' own base in its place; put them into folders "
+            "of their own"
+        )
     for name in weight_files(folder):
         header(folder / name)
     if (folder / _PICKLED_INDEX).is_file() and not weight_files(folder):

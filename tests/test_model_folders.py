@@ -1,0 +1,190 @@
+"""Model folders that are no model's, or not whole: one sentence that names the folder or file, from every door that models come in by."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_manifest
+from safetensors.torch import load_file, save_file
+
+from cfvlm_ds.cli import main
+from cfvlm_ds.collate import load_collator
+from cfvlm_ds.config import ConfigError, ModelConfig
+from cfvlm_ds.export.source import skeleton
+from cfvlm_ds.models import load_model, meta_model
+from cfvlm_ds.run_folder import named_model, recorded_model
+
+
+def edited(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def config(**values: Any) -> Callable[[Path], object]:
+    return edited("config.json", lambda content: content.update(values))
+
+
+def text_config(**values: Any) -> Callable[[Path], object]:
+    return edited("config.json", lambda content: content["text_config"].update(values))
+
+
+def written(name: str, content: str | bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def removed(*names: str) -> Callable[[Path], object]:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def shortened(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-40])
+
+
+def sharded(lost: bool) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        names, parts = sorted(weights), {}
+        for number in (0, 1):
+            parts[file := f"model-{number + 1:05d}-of-00002.safetensors"] = names[number::2]
+            save_file({name: weights[name] for name in parts[file]}, folder / file, {"format": "pt"})
+        weight_map = {name: file for file, held in parts.items() for name in held}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        if lost:
+            (folder / "model-00002-of-00002.safetensors").unlink()
+
+    return edit
+
+
+LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no vision tower": (config(model_type="llama"), "model type 'llama' has no vision tower; name a vision-language model"),
+    "another family": (config(model_type="blip-2"), "model type 'blip-2' is not supported; supported: llava, "),
+    "unknown type": (config(model_type="zebra"), "cannot be read"),
+    "no type": (edited("config.json", lambda content: content.pop("model_type")), "cannot be read"),
+    "no object": (written("config.json", "[]"), "cannot be read"),
+    "no JSON": (written("config.json", "{"), "cannot be read"),
+    "no text": (written("config.json", b"\xff\xfe\0"), "cannot be read"),
+    "a part of a wrong type": (config(text_config=7), "cannot be read"),
+    "a width of a wrong type": (text_config(hidden_size="wide"), "cannot be "),
+    "no heads": (text_config(num_attention_heads=0), "cannot be "),
+    "a layer of a wrong type": (config(vision_feature_layer="last"), "cannot be "),
+    "a missing shard": (sharded(lost=True), "model-00002-of-00002.safetensors is missing, and model.safetensors.index.json names it"),
+    "a truncated shard": (shortened("model.safetensors"), "model.safetensors cannot be read (Error while deserializing header"),
+    "an index that is none": (
+        lambda folder: [sharded(lost=False)(folder), written("model.safetensors.index.json", "[]")(folder)], "is no index of weights"
+    ),
+    "no weights": (removed("model.safetensors"), "cannot be loaded"),
+    "adapters of another model": (written("adapter_config.json", '{"base_model_name_or_path": "/etc"}'), "holds a model and adapters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOADING)
+def test_models_that_cannot_be_loaded(case: str, model_dir: Path, tmp_path: Path) -> None:
+    edit, said = LOADING[case]
+    edit(folder := shutil.copytree(model_dir, tmp_path / "model"))
+    with pytest.raises(ConfigError) as refused:
+        load_model(ModelConfig(str(folder), attn_implementation="sdpa"), torch.float32)
+    assert (said in str(refused.value) and str(folder) in str(refused.value)) or "model type" in str(refused.value), refused.value
+    assert "; " in str(refused.value), "and what to do"
+
+
+def test_a_whole_model_in_shards_loads(model_dir: Path, tmp_path: Path) -> None:
+    sharded(lost=False)(folder := shutil.copytree(model_dir, tmp_path / "model"))
+    whole, parts = (load_model(ModelConfig(str(each), attn_implementation="sdpa"), torch.float32) for each in (model_dir, folder))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+PROCESSORS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no processor": (removed("processor_config.json", "chat_template.jinja"), ""),
+    "no template": (removed("chat_template.jinja"), "has no chat template; name the instruction-tuned model"),
+    "no tokenizer": (removed("tokenizer.json", "tokenizer_config.json", "tokenizer.model"), "cannot be loaded"),
+    "a broken tokenizer": (written("tokenizer.json", '{"model": 7}'), "cannot be loaded"),
+    "a truncated tokenizer": (shortened("tokenizer.json"), "cannot be loaded"),
+    "a broken tokenizer configuration": (written("tokenizer_config.json", "{"), "cannot be loaded"),
+    "a window of a wrong type": (
+        edited("tokenizer_config.json", lambda content: content.update(model_max_length="long")), "cannot be loaded"
+    ),
+    "no window": (edited("config.json", lambda content: content["text_config"].update(max_position_embeddings=None)), ""),
+    "a broken processor": (written("processor_config.json", "[1]"), "cannot be loaded"),
+    "truncated weights": (shortened("model.safetensors"), "model.safetensors cannot be read"),
+    "a link to elsewhere": (lambda folder: (folder / "extra.json").symlink_to("/etc/hostname"), "extra.json leads out of its folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PROCESSORS)
+def test_processors_that_cannot_be_loaded(case: str, model_dir: Path, tmp_path: Path) -> None:
+    edit, said = PROCESSORS[case]
+    edit(folder := shutil.copytree(model_dir, tmp_path / "model"))
+    with pytest.raises(ConfigError) as refused:
+        load_collator(ModelConfig(str(folder)), "full")
+    assert said in str(refused.value) and str(folder) in str(refused.value) and "; " in str(refused.value), refused.value
+
+
+@pytest.mark.parametrize(
+    "make", [skeleton, lambda source: meta_model(ModelConfig(source), torch.float32, "sdpa")], ids=["export", "dry run"]
+)
+def test_a_configuration_of_which_no_model_can_be_made(make: Callable[[str], object], model_dir: Path, tmp_path: Path) -> None:
+    text_config(hidden_act="none")(folder := shutil.copytree(model_dir, tmp_path / "model"))
+    with pytest.raises(ConfigError, match=r"no model can be made of the configuration of .*model' .*; "):
+        make(str(folder))
+
+
+# Run folders and adapters -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_means_its_export_or_its_adapters(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    (run / "config.yaml").write_text(json.dumps({"model": {"name_or_path": "org/base", "max_tiles": 3, "lora": {"rank": 4}}}))
+    with pytest.raises(ConfigError, match=rf"{run} is a run folder without an export; write one with `cfvlm-ds export {run}`"):
+        named_model(str(run))
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"}))
+    with pytest.raises(ConfigError, match=r"adapter has no adapter_model\.safetensors"):
+        named_model(str(run))
+    save_file({"x": torch.zeros(1)}, run / "adapter" / "adapter_model.safetensors")
+    named = named_model(str(run))
+    assert (named.name_or_path, named.adapter, named.recorded.max_tiles) == ("org/base", run / "adapter", 3)
+    assert named_model(str(run / "adapter")).name_or_path == "org/base"
+    (run / "export").mkdir()
+    (run / "export" / "config.json").write_text("{}")
+    assert (named_model(str(run)).name_or_path, named_model(str(run)).adapter) == (str(run / "export"), None)
+    assert named_model("org/model").name_or_path == "org/model" and recorded_model(run).lora.rank == 4
+
+
+NO_RUNS = ["", "[]", "model: 7", "model: {}", "model: {name_or_path: [x]}", "model: {name_or_path: x, lora: {rank: many}}",
+           "model: {name_or_path: x, mystery: 1}", "{", "\0", "- " * 3000, "model: !!python/name:os.system"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_RUNS, ids=lambda text: text[:20])
+def test_a_recorded_configuration_that_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml is not a run's configuration \(.*\); restore it"):
+        recorded_model(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"peft_type": "LORA"}', '{"peft_type": "IA3", "base_model_name_or_path": "x"}',
+                                  '{"peft_type": "LORA", "base_model_name_or_path": ["x"]}'])  # fmt: skip
+def test_adapters_that_are_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"adapter_config\.json.* (describes no adapters|are not known).*; name a folder that"):
+        named_model(str(tmp_path))
+
+
+def test_outputs_that_cannot_be_written(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = write_manifest(tmp_path / "m.jsonl", 1)
+    (tmp_path / "file").write_text("")
+    for command in ("score", "evaluate"):
+        with pytest.raises(SystemExit) as ended:
+            main([command, str(model_dir), str(manifest), "--out", str(tmp_path / "file" / "out")])
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert ended.value.code == 2 and said.startswith(f"error: {tmp_path / 'file' / 'out'} cannot be written (") and "--out" in said
