@@ -26,8 +26,8 @@ from cfvlm_ds.data.scores import StoredScores
 from cfvlm_ds.groups import Candidate, Cells, CounterfactualGroup, DataError, GroupLayout, Pictures
 from cfvlm_ds.likelihood import Scores, score_matrix
 from cfvlm_ds.models import Family, family_of, load_config, load_processor
-from cfvlm_ds.prompts import Encoded, Prompts
 from cfvlm_ds.models.stored import explained
+from cfvlm_ds.prompts import Encoded, Prompts
 
 BLANK = Path("<blank image>")
 """Stands for a mid-grey image: what the blind control shows instead of a picture. A suffix tells several apart."""
