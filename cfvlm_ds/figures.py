@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,18 @@ DPI = 160
 
 # Inches. A cell is as high as a thumbnail, so that an image stands beside its own row.
 _CELL_W, _CELL_H, _THUMB, _MARGIN, _LINE, _TITLE, _GAP = 1.75, 1.05, 1.05, 0.2, 0.145, 0.24, 0.3
-_CAPTION_CHARS = 26
+_CAPTION_CHARS, _CAPTION_LINES, _TITLE_CHARS = 26, 8, 90
+_MOST_IMAGES, _MOST_CAPTIONS = 6, 8
+_MOST_SERIES, _SERIES_CHARS = 8, 30
+
+_AS_WRITTEN: dict[str, Any] = {"parse_math": False, "usetex": False}
+"""For every text that holds words of the data: a caption with two dollar signs is not a formula."""
 
 
 def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None:
     """One PNG of sample groups: each image beside its row of scores, each caption above its column, true cells outlined.
+
+    A group that is too large to be read shows its first images and captions, and says how many there are.
 
     Args:
         path: the PNG to write.
@@ -46,6 +53,7 @@ def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None
         for part in ("scores", "match"):
             if any(len(row) != shape[1] for row in group[part]) or len(group[part]) != shape[0]:
                 raise ValueError(f"{part} is not [{shape[0]} images][{shape[1]} captions] in the group {group.get('title', '')!r}")
+    groups = [_readable(group) for group in groups]
     width = 2 * _MARGIN + _THUMB + 0.1 + max(len(group["captions"]) for group in groups) * _CELL_W
     heights = [_group_height(group) for group in groups]
     height = sum(heights) + _GAP * len(groups) + 2 * _MARGIN
@@ -58,8 +66,25 @@ def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None
     figure.savefig(path)
 
 
+def _readable(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group's first images and captions, as many as can be read; its title counts the others."""
+    images, captions = len(group["images"]), len(group["captions"])
+    title = _short(str(group.get("title", "")), _TITLE_CHARS)
+    if images > _MOST_IMAGES or captions > _MOST_CAPTIONS:
+        shown = f"{min(images, _MOST_IMAGES)} of {images} images, {min(captions, _MOST_CAPTIONS)} of {captions} captions"
+        title = f"{title} ({shown})".strip()
+    rows = {part: [row[:_MOST_CAPTIONS] for row in group[part][:_MOST_IMAGES]] for part in ("scores", "match")}
+    return {"title": title, "images": group["images"][:_MOST_IMAGES], "captions": group["captions"][:_MOST_CAPTIONS], **rows}
+
+
+def _short(text: str, length: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
 def _wrapped(caption: str) -> list[str]:
-    return textwrap.wrap(caption, _CAPTION_CHARS) or [""]
+    caption = caption[: 2 * _CAPTION_CHARS * _CAPTION_LINES]  # wrapping takes time for a caption of megabytes
+    return textwrap.wrap(caption, _CAPTION_CHARS, max_lines=_CAPTION_LINES, placeholder=" \N{HORIZONTAL ELLIPSIS}") or [""]
 
 
 def _caption_height(group: Mapping[str, Any]) -> float:
@@ -87,11 +112,12 @@ def _draw_group(figure: Figure, group: Mapping[str, Any], top: float) -> None:
     cells_left, cells_top = _MARGIN + _THUMB + 0.1, top + _group_height(group) - num_images * _CELL_H
     total_w, total_h = figure.get_size_inches()
     if group.get("title"):
-        figure.text(_MARGIN / total_w, 1 - top / total_h, group["title"], fontsize=10.5, weight="bold", color=INK, va="top")
+        figure.text(_MARGIN / total_w, 1 - top / total_h, group["title"], fontsize=10.5, weight="bold", color=INK, va="top", **_AS_WRITTEN)
     for c, caption in enumerate(group["captions"]):
         x = (cells_left + (c + 0.5) * _CELL_W) / total_w
         y = 1 - (cells_top - 0.07) / total_h
-        figure.text(x, y, "\n".join(_wrapped(caption)), fontsize=8.5, color=INK, ha="center", va="bottom", linespacing=1.2)
+        lines = "\n".join(_wrapped(caption))
+        figure.text(x, y, lines, fontsize=8.5, color=INK, ha="center", va="bottom", linespacing=1.2, **_AS_WRITTEN)
     for i, pictures in enumerate(group["images"]):
         part = _THUMB / max(1, len(pictures))
         for k, picture in enumerate(pictures):
@@ -134,9 +160,10 @@ def _legend(figure: Figure, top: float) -> None:
 def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
     """One PNG of small multiples over optimizer steps, from a run's ``metrics.jsonl``.
 
-    Metrics are chosen by name: ``loss/...``, ``logp/...`` (nats), ``active/...`` (fractions) and ``eval/<split>/<metric>`` where the metric
-    is group, text, image, pairs or accuracy. A panel without data is left out; a value that is not finite leaves a gap. Long series show
-    a running average over the faint raw values.
+    Metrics are chosen by name: ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and ``eval/SPLIT/METRIC`` (%), by
+    split and not by edit type. A panel shows a few series, of accuracies the most telling metric of every split first, and counts the
+    others. One without data is left out; a value that is not finite leaves a gap. Long series show a running average over the faint raw
+    values.
 
     Raises:
         FileNotFoundError: no such file. ValueError: it holds none of these metrics.
@@ -145,29 +172,45 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path) -> None:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     series = _read_series(metrics_jsonl)
-    panels = [(title, label, chosen) for title, label, pick in _PANELS if (chosen := {n: s for n, s in series.items() if pick(n)})]
+    panels = []
+    for title, label, prefix, place in _PANELS:
+        fit = sorted((rank, name) for name in series if (rank := place(name)) is not None)
+        if fit:
+            shown = [name for _, name in fit[:_MOST_SERIES]]
+            panels.append((title, label, {name: series[name] for name in shown}, sum(n.startswith(prefix) for n in series) - len(shown)))
     if not panels:
         raise ValueError(f"{metrics_jsonl} has no metric named loss/..., logp/..., active/... or eval/...: nothing to draw")
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.04)
     figure = Figure(figsize=(5.2 * columns, 3.0 * rows), dpi=DPI, facecolor="white", layout=layout)
-    for index, (title, label, chosen) in enumerate(panels):
+    for index, (title, label, chosen, others) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
-        _draw_curves(axes, title, label, chosen)
+        _draw_curves(axes, title, label, chosen, others)
     figure.savefig(path)
 
 
-def _is_accuracy(name: str) -> bool:
-    return name.startswith("eval/") and name.rsplit("/", 1)[-1] in ("group", "text", "image", "pairs", "accuracy")
+_ACCURACIES = ("group", "pair", "image_pair", "text", "image")
+"""In the order in which they are shown, as far as there is room."""
 
 
-_PANELS = (
-    ("Loss terms", "loss", lambda name: name.startswith("loss/")),
-    ("Log-probabilities of the four cells", "nats per text", lambda name: name.startswith("logp/")),
-    ("Active fraction", "fraction", lambda name: name.startswith("active/")),
-    ("Evaluation accuracy", "accuracy", _is_accuracy),
+def _accuracy(name: str) -> int | None:
+    """The place of an accuracy of a whole split among those that are shown; None for any other name."""
+    parts = name.split("/")
+    return _ACCURACIES.index(parts[2]) if len(parts) == 3 and parts[0] == "eval" and parts[2] in _ACCURACIES else None
+
+
+def _named(prefix: str) -> Callable[[str], int | None]:
+    return lambda name: 0 if name.startswith(prefix) else None
+
+
+_PANELS: tuple[tuple[str, str, str, Callable[[str], int | None]], ...] = (
+    ("Loss terms", "loss", "loss/", _named("loss/")),
+    ("Log-probabilities of the four kinds of cell", "nats per token", "logp/", _named("logp/")),
+    ("Active fraction", "fraction", "active/", _named("active/")),
+    ("Evaluation accuracy", "%", "eval/", _accuracy),
 )
+"""(title, unit, prefix of all names that belong to it, the place of a name among those that are shown)."""
 
 
 def _read_series(metrics_jsonl: Path) -> dict[str, list[tuple[int, float]]]:
@@ -183,10 +226,10 @@ def _read_series(metrics_jsonl: Path) -> dict[str, list[tuple[int, float]]]:
     return series
 
 
-def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[tuple[int, float]]]) -> None:
+def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[tuple[int, float]]], others: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    for index, (name, points) in enumerate(sorted(chosen.items())):
+    for index, (name, points) in enumerate(chosen.items()):
         steps = [step for step, _ in points]
         values = [value if math.isfinite(value) else math.nan for _, value in points]
         colour = LINES[index % len(LINES)]
@@ -195,12 +238,14 @@ def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[t
         if dense:
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
         marker = "o" if len(points) <= 30 else ""
-        axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=name.split("/", 1)[1])
+        short = _short(name.split("/", 1)[1], _SERIES_CHARS)
+        # matplotlib leaves a label that begins with an underscore out of the legend
+        axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
     axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
     axes.set_xlabel("optimizer step", fontsize=8.5, color=MUTED)
     axes.set_ylabel(label, fontsize=8.5, color=MUTED)
-    if label in ("fraction", "accuracy"):
-        axes.set_ylim(-0.03, 1.03)
+    if label in ("fraction", "%"):
+        axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.tick_params(labelsize=8, colors=MUTED, length=0)
     axes.grid(axis="y", color=RULE, linewidth=0.7)
@@ -208,9 +253,14 @@ def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[t
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
-    axes.legend(
+    if others:
+        note = f"and {others} more in metrics.jsonl"
+        axes.plot([], [], linestyle="none", label=note)
+    legend = axes.legend(
         fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, handlelength=1.2
     )
+    for text in legend.get_texts():
+        text.set(**_AS_WRITTEN)
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

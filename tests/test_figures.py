@@ -74,6 +74,56 @@ def test_learning_curves_have_a_panel_for_what_there_is(tmp_path: Path) -> None:
         assert (four.width, four.height) == (2 * one.width, 2 * one.height)
 
 
+@pytest.mark.parametrize("words", ["$\\frac{$", "5 $ and 6 {$", "_a\t$x_$", "\\ {}%s"])
+def test_words_of_the_data_are_drawn_as_written(words: str, tmp_path: Path) -> None:
+    """Captions, titles and names that read as formulas to the library, some of them broken ones."""
+    score_matrix_figure(tmp_path / "scores.png", [_group(title=words, captions=[words, f"a {words} b"])])
+    rows = [{"step": step, f"eval/{words}/group": 50.0, f"loss/{words}": 1.0} for step in (1, 2)]
+    learning_curves_figure(tmp_path / "curves.png", _write(tmp_path / "metrics.jsonl", rows))
+    assert _share(tmp_path / "curves.png", "#2563a8") > 0
+
+
+def test_a_group_that_cannot_be_read_whole_is_cut_and_counted(tmp_path: Path, drawn: list[Any]) -> None:
+    images, captions = [[Image.new("RGB", (8, 8))]] * 40, ["a word " * 100_000, *(f"text {c}" for c in range(999))]
+    large = _group(title="t " * 500, images=images, captions=captions, scores=[[0.0] * 1000] * 40, match=[[1] * 1000] * 40)
+    score_matrix_figure(tmp_path / "x.png", [large])
+    (figure,) = drawn
+    assert max(figure.get_size_inches()) < 20
+    assert any("(6 of 40 images, 8 of 1000 captions)" in text.get_text() for text in figure.texts)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures, instead of their files."""
+    from matplotlib.figure import Figure
+
+    figures: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def test_accuracies_are_percent_and_few_enough_to_read(tmp_path: Path, drawn: list[Any]) -> None:
+    """Four splits with six metrics for each of ten edit types: eight series of whole splits, the others counted."""
+    names = [
+        f"eval/split_{split}/{edit}{metric}"
+        for split in range(4)
+        for edit in ("", *(f"edit {k}/" for k in range(9)))
+        for metric in ("text", "image", "group", "pair", "blind_pair", "sham")
+    ]
+    rows = [{"step": step, **dict.fromkeys(names, 90.0 + step)} for step in (1, 2, 3)]
+    learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", [*rows, {"step": 3, "logp/lp_00": -1.0}]))
+    (figure,) = drawn
+    logp, accuracy = figure.axes
+    assert (logp.get_ylabel(), accuracy.get_ylabel()) == ("nats per token", "%")
+    assert accuracy.get_ylim()[0] < 0 and 100 < accuracy.get_ylim()[1] < 110
+    shown = [f"split_{split}/{metric}" for metric in ("group", "pair") for split in range(4)]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == [*shown, f"and {len(names) - 8} more in metrics.jsonl"]
+    assert all(line.get_ydata()[-1] == 93 for line in accuracy.lines[:8])
+    figure.draw_without_rendering()
+    whole, legend = figure.bbox, accuracy.get_legend().get_window_extent()
+    assert whole.x0 <= legend.x0 and legend.x1 <= whole.x1 and whole.y0 <= legend.y0 and legend.y1 <= whole.y1, "on the page"
+
+
 def test_learning_curves_without_data_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
         learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", [{"step": 1, "lr": 0.1}]))
