@@ -14,11 +14,11 @@ from conftest import plain_logp
 from PIL import Image
 
 from cfvlm_ds.collate import Collator, load_collator
-from cfvlm_ds.config import ModelConfig
+from cfvlm_ds.config import ConfigError, ModelConfig
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.scores import StoredScores
 from cfvlm_ds.distributed import World
-from cfvlm_ds.evaluation import Accuracy, GroupScores, accuracies, evaluate, flat_metrics, guarded, score_groups, scoring, table
+from cfvlm_ds.evaluation import Accuracy, GroupScores, accuracies, evaluate, flat_metrics, guarded, rehearse, score_groups, scoring, table
 from cfvlm_ds.evaluation.metrics import CHANCE
 from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit
 from cfvlm_ds.models import Scorer, load_processor
@@ -285,6 +285,137 @@ def test_ranks_share_the_groups_and_agree(
     for rank in range(ranks):
         assert_equal(results[rank], plain[:num])
     assert num == 1 or all(len(part) < num for part in parts.values()), "the work was shared"
+
+
+# Budget, memory, and another group's image ----------------------------------------------------------------------------------------------
+
+
+def counting(scorer: Scorer, tokens: list[int]) -> Any:
+    def forward(**inputs: Any) -> torch.Tensor:
+        tokens.append(inputs["input_ids"].numel())
+        return scorer(**inputs)
+
+    return forward
+
+
+@pytest.mark.parametrize("budget", [40, 45, 60, 90])
+def test_a_budget_divides_batches_and_changes_no_score(
+    budget: int, collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores]
+) -> None:
+    """Also an image with more texts than one forward may hold; 7 groups in one batch take up to 45 times as many tokens."""
+    whole: list[int] = []
+    score_groups(counting(scorer, whole), collator, groups, ALONE, 7)
+    parts: list[int] = []
+    assert_equal(score_groups(counting(scorer, parts), collator, groups, ALONE, 7, max_tokens=budget), plain)
+    assert len(whole) == 2 and whole[0] > 5 * budget
+    assert max(parts) <= budget < max(whole) and len(parts) >= sum(whole) / budget
+
+
+def test_ranks_run_as_many_forwards_of_a_budget(
+    collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks whose batches divide into unequally many parts, shuffled images too; a damaged picture on one ends both with its name."""
+    barrier, box, ranks = threading.Barrier(2, timeout=60), {}, 2
+
+    def gather(item: Any, world: World) -> list[Any]:
+        box[world.rank] = item
+        barrier.wait()
+        gathered = [box[rank] for rank in range(ranks)]
+        barrier.wait()
+        return gathered
+
+    monkeypatch.setattr(scoring, "gather_objects", gather)
+
+    def on_ranks(shown: list[CounterfactualGroup]) -> tuple[list[list[int]], list[Any]]:
+        calls, found = [[], []], [None, None]
+
+        def work(rank: int) -> None:
+            try:
+                world = World(rank, ranks, rank, torch.device("cpu"))
+                found[rank] = score_groups(counting(scorer, calls[rank]), collator, shown, world, 2, max_tokens=45, shuffled=True)
+            except DataError as error:
+                found[rank] = error
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return calls, found
+
+    calls, found = on_ranks(groups)
+    assert len(calls[0]) == len(calls[1]) and calls[0] != calls[1]
+    for each in found:
+        assert_equal(each, plain)
+    _, found = on_ranks([*groups[:3], replace(groups[3], images=((Path("gone.png"),),), match=(groups[3].match[0],), edits=())])
+    assert [str(each) for each in found] == [str(found[0])] * 2 and isinstance(found[0], DataError) and "gone.png" in str(found[0])
+
+
+def test_texts_are_scored_on_another_groups_image(
+    collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], model_dir: Path
+) -> None:
+    processor, donors = load_processor(ModelConfig(str(model_dir))), scoring.other_images(groups)
+    found = score_groups(scorer, collator, groups, ALONE, 3, shuffled=True)
+    for one, donor, values in zip(groups, donors, found, strict=True):
+        assert donor is not None and donor in [other.images[0] for other in groups] and donor not in one.images
+        with torch.no_grad():
+            parts = [plain_logp(scorer.model, processor, donor, c.prompt, c.text)[0].sum() for c in one.candidates]
+        torch.testing.assert_close(values.shuffled, torch.stack(parts), rtol=1e-5, atol=0)
+    assert score_groups(scorer, collator, groups[:1], ALONE, shuffled=True)[0].shuffled.isnan().all()  # type: ignore[union-attr]
+
+
+def test_another_image_is_one_that_the_group_does_not_show() -> None:
+    """Each image serves once, drawn by a seed; groups that share pictures take the next that fits, or none; as many pictures a prompt."""
+
+    def on(*names: str, together: bool = False) -> CounterfactualGroup:
+        shown = (tuple(map(Path, names)),) if together else tuple((Path(name),) for name in names)
+        match = tuple((1,) if i == 0 else (0,) for i in range(len(shown)))
+        return CounterfactualGroup("-".join(names), shown, (Candidate("", "a"),), match)
+
+    apart = [on(f"{k}.png") for k in range(50)]
+    donors = scoring.other_images(apart)
+    assert len(set(donors)) == 50 and all(donor != one.images[0] for one, donor in zip(apart, donors, strict=True))
+    assert scoring.other_images(apart) == donors != scoring.other_images(apart, seed=1)
+    shared = [on("a.png", "b.png"), on("b.png", "a.png"), on("b.png"), on("a.png")] + [on("c.png")] * 3
+    for one, donor in zip(shared, scoring.other_images(shared), strict=True):
+        assert donor is not None and donor not in one.images
+    assert scoring.other_images([on("a.png")] * 3) == [None] * 3
+    mixed = [on("a.png"), on("b.png", "c.png", together=True), on("d.png"), on("e.png", "f.png", together=True)]
+    assert [None if donor is None else len(donor) for donor in scoring.other_images(mixed)] == [1, 2, 1, 2]
+    alone = CounterfactualGroup("t", ((),), (Candidate("", "a"),), ((1,),))
+    assert scoring.other_images([alone, replace(alone, id="u")]) == [None, None]
+
+
+def test_the_largest_batch_is_tried_before_training(collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup]) -> None:
+    """It has the most tokens of all that the evaluation will run, and its parts where there is a budget; a lost picture is known."""
+    later: list[int] = []
+    score_groups(counting(scorer, later), collator, groups, ALONE, 2)
+    most = later[::2].index(max(later))
+    batch = groups[2 * most : 2 * most + 2]
+    for budget in (None, 60):
+        tried: list[int] = []
+        rehearse(counting(scorer, tried), collator, {"a": groups[-1:], "b": groups}, ALONE, 2, budget, "lower it")
+        expected: list[int] = []
+        score_groups(counting(scorer, expected), collator, batch, ALONE, 2, max_tokens=budget)
+        assert tried == expected[: len(tried)] and (tried == [max(later)] if budget is None else len(tried) > 2)
+    rehearse(counting(scorer, tried), collator, {}, ALONE, 2, None, "lower it")
+    with pytest.raises(DataError, match=r"gone\.png"):
+        rehearse(scorer, collator, {"a": [replace(groups[0], images=((Path("gone.png"),),) * len(groups[0].images))]}, ALONE, 2, None, "")
+
+
+def test_memory_that_runs_out_is_explained(collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    def forward(**_: Any) -> torch.Tensor:
+        return torch.empty(1 << 60)
+
+    for work in (
+        lambda: score_groups(forward, collator, groups, ALONE, 4, label="evaluating test", remedy="lower this"),
+        lambda: rehearse(forward, collator, {"test": groups}, ALONE, 4, None, "lower this"),
+    ):
+        with pytest.raises(
+            ConfigError,
+            match=r"^out of memory .*test.* on rank 0; its largest forward has [34] groups, \d+ tokens.*; lower this; ",
+        ):
+            work()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import metrics, run_ranks, save_groups, train_arguments
 
+from cfvlm_ds import training
+from cfvlm_ds.cli import main
 from cfvlm_ds.collate import load_collator
-from cfvlm_ds.config import ModelConfig
+from cfvlm_ds.config import ConfigError, ModelConfig, parse_config
 from cfvlm_ds.data.pairs import pair_group
 from cfvlm_ds.evaluation import GroupScores, accuracies, flat_metrics, headline, metric_names, table
 from cfvlm_ds.evaluation.metrics import CHANCE, METRICS
 from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, Edit, GroupLayout
 from cfvlm_ds.likelihood import Scores
 from cfvlm_ds.objectives import OBJECTIVES, Align, Csd, Dpo, Fcd, group_units, weighted_loss
+from cfvlm_ds.training import _check_best
 
 Truth = list[list[int | None]]
 
@@ -375,3 +381,133 @@ def test_chance_is_what_random_scores_have() -> None:
     for name in ("pair", "image_pair", "factual"):
         assert abs(row.metrics[name] - CHANCE[name]) < 4 * 100 * (0.25 / num) ** 0.5, name
     assert row.blind["pair"] == 50 and abs(row.blind["factual"] - 50) < 3.2 and abs(row.shuffled["factual"] - 50) < 3.2
+
+
+# From a manifest to the table -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shapes(manifests: dict[str, Path]) -> Path:
+    """Groups without edits on real pictures: captions, two questions on two images, an edited image without a text, eight choices."""
+    picture = [(path,) for path in sorted((manifests["test"].parent / "images").glob("test-*.png"))]
+    identity, questions = (
+        ((1, 0), (0, 1)),
+        tuple(Candidate(f"Is it {word}?", answer) for word in ("red", "blue") for answer in ("yes", "no")),
+    )
+    colours = tuple(
+        Candidate("Describe the image.", f"a {c} {s} costs $x_{{$")
+        for c in ("red", "green", "blue", "yellow")
+        for s in ("circle", "square")
+    )
+    groups = [
+        CounterfactualGroup("captions", (picture[0],), colours[:2], ((1, 0),)),
+        CounterfactualGroup("questions", tuple(picture[1:3]), questions, ((1, 0, 0, 1), (0, 1, 1, 0))),
+        CounterfactualGroup("edited", tuple(picture[3:5]), colours[:1], ((1,), (0,)), (Edit("count", image=1),)),
+        CounterfactualGroup("pairs", tuple(picture[5:7]), colours[1:3], identity),
+        CounterfactualGroup("choices", (picture[7],), colours, ((1, *[0] * 7),)),
+    ]
+    return save_groups(manifests["test"].parent / "shapes.jsonl", groups)
+
+
+def test_a_training_evaluates_every_shape_within_its_budget(
+    model_dir: Path, manifests: dict[str, Path], shapes: Path, tmp_path: Path
+) -> None:
+    """Two ranks of ZeRO-3, forwards of at most 60 tokens: the largest evaluation batch before step 1, the best by a metric of single
+    comparisons, the export before the tables, and a figure of captions that read as broken formulas."""
+    run_dir = tmp_path / "run"
+    options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps", "1", "--train.max_steps", "2", "--train.figures", "true"]
+    options += ["--train.save_best", "eval/shapes/pair", "--data.max_tokens_per_forward", "60", "--train.export", "true"]
+    options += ["--train.per_device_train_batch_size", "2", "--data.num_workers", "1"]
+    ended = run_ranks(2, "forked:train_script", train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
+    assert [code for code, _ in ended] == [0, 0], ended
+    said = ended[0][1]
+    assert "warning" not in said
+    order = [
+        "the largest evaluation batch, of shapes, fits: 5 groups, ",
+        "step 1/2",
+        "  shapes: group accuracy unlabelled",
+        "exported to",
+        "| split |",
+    ]
+    assert [said.index(text) for text in order] == sorted(said.index(text) for text in order)
+    assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png", "scores-shapes.png"}
+    rows = [row for row in json.loads((run_dir / "results.json").read_text())["shapes"]]
+    assert [row["name"] for row in rows] == ["count", "unlabelled", "all"] and rows[-1]["num"] == 5
+    assert rows[-1]["comparisons"] == dict.fromkeys(("text", "image", "group", "text_pmi", "group_pmi"), 3) | {
+        "pair": 14, "factual": 11, "image_pair": 7, "sham": 0, "shuffled_pair": 14, "shuffled_factual": 11
+    }  # fmt: skip
+    assert "| shapes | sham | 0 | 0 | 5: captions, questions, edited, pairs, choices |" in (run_dir / "results.md").read_text()
+    assert {"eval/shapes/pair", "eval/shapes/blind_pair"} <= {name for row in metrics(run_dir) for name in row}
+
+    main(["evaluate", str(run_dir / "export"), str(shapes), "--out", str(tmp_path / "found.json"), "--batch_size", "2"])
+    assert json.loads((tmp_path / "found.json").read_text())["shapes"] == rows, "one forward per batch, on one rank"
+
+
+def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused() -> None:
+    options = ["--train.eval_steps", "1", "--data.evaluation.s", "s.jsonl", "--data.train", "t.jsonl", "--train.save_best"]
+    splits = {"s": [group([[1, 0]])]}
+    _check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), splits)
+    for name in ("eval/s/group", "eval/s/shuffled_pair", "eval/s/count/pair"):
+        with pytest.raises(
+            ConfigError, match=rf"^train.save_best '{name}' is no metric .*; take one of eval/s/blind_factual, [^\n]*eval/s/pair, "
+        ):
+            _check_best(parse_config([*options, name], OBJECTIVES), splits)
+    with pytest.raises(ConfigError, match="no group has a comparison"):
+        _check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), {"s": [group([[1]])]})
+
+
+def test_save_best_is_refused_before_anything_is_trained(model_dir: Path, manifests: dict[str, Path], shapes: Path, tmp_path: Path) -> None:
+    options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps", "1", "--train.save_best", "eval/shapes/sham"]
+    ((code, said),) = run_ranks(
+        1, "forked:train_script", train_arguments(model_dir, manifests, tmp_path / "run", *options), said=tmp_path / "said"
+    )
+    assert code == 2 and "error: train.save_best 'eval/shapes/sham' is no metric that an evaluation of data.evaluation has" in said, said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and "step 1" not in said
+
+
+# The end of a training ------------------------------------------------------------------------------------------------------------------
+
+
+def finishing(tmp_path: Path, splits: dict[str, Any]) -> tuple[Any, list[str]]:
+    said: list[str] = []
+    world = SimpleNamespace(is_main=True, say=said.append)
+    train = SimpleNamespace(export=True, eval_shuffled=True, figures=True)
+    config = SimpleNamespace(train=train, data=SimpleNamespace(max_pixels=10**6))
+    pulse, state = SimpleNamespace(mark=lambda *_: None), SimpleNamespace(step=3)
+    return SimpleNamespace(world=world, config=config, pulse=pulse, state=state, dir=tmp_path, splits=splits), said
+
+
+class Refusing:
+    def log(self, *_: object) -> None:
+        raise OSError("no tracker")
+
+
+def test_a_trained_model_is_exported_whatever_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tracker refuses, or the evaluation: the export is there. The export refuses: the evaluation is, and then the error."""
+    run, said = finishing(tmp_path, {})
+    monkeypatch.setattr(training, "_export", lambda _: said.append("exported"))
+    monkeypatch.setattr(training, "_evaluate", lambda *_: ({}, {}))
+    with pytest.raises(OSError, match="no tracker"):
+        training._finish(run, Refusing())
+    assert said == ["exported"]
+
+    def full(_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(training, "_export", full)
+    tracker = SimpleNamespace(log=lambda *_: None, artifact=lambda _: None)
+    with pytest.raises(OSError, match="disk full"):
+        training._finish(run, tracker)
+    assert (tmp_path / "results.md").exists() and said[1].startswith("warning: the export failed (disk full); the evaluation follows")
+
+
+def test_a_figure_that_fails_is_a_warning(tmp_path: Path) -> None:
+    """No metrics to draw, and a picture that is gone since it was scored: each is named, and what can be drawn is."""
+    good, gone = group([[1, 0]], name="good"), group([[1, 0]], name="gone")
+    run, said = finishing(tmp_path, {"good": [replace(good, images=((),))], "gone": [gone]})
+    drawn = training._figures(run, {name: [scores([[-1.0, -2.0]])] for name in ("good", "gone")})
+    assert drawn == [tmp_path / "scores-good.png"] and drawn[0].exists()
+    assert [line.split(" could not be drawn (")[0] for line in said] == [
+        f"warning: {tmp_path}/{n}.png" for n in ("learning_curves", "scores-gone")
+    ]
+    assert all(line.endswith("; the run goes on") and "\n" not in line for line in said)

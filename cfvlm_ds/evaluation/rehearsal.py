@@ -34,7 +34,7 @@ def rehearse(
     collate = guarded(collator.scoring_everything(), max_tokens)
     for split, indices, tokens in found:
         parts = collate([splits[split][index] for index in indices])
-        score_batches(forward, [parts], world, f"in the largest evaluation batch, of {split}", remedy)
+        score_batches(forward, [parts], world, f"trying the largest evaluation batch, of {split},", remedy)
         forwards = 0 if isinstance(parts, DataError) else len(parts)
         world.say(f"the largest evaluation batch, of {split}, fits: {len(indices)} groups, {tokens} tokens in {forwards} forwards")
 
@@ -51,7 +51,7 @@ def _largest(
         trees = [collator.tree_tokens(group, sizes) for group in groups]
         for start in range(0, len(groups), batch_size):
             number, rank = divmod(start // batch_size, world_size)
-            indices = sorted(set(batch_indices(len(groups), batch_size, rank, world_size, number)))
+            indices = batch_indices(len(groups), batch_size, rank, world_size, number)
             batches.append((sum(sum(trees[i]) for i in indices), max(max(trees[i]) for i in indices), split, indices))
     if not batches:
         return []

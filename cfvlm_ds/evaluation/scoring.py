@@ -110,9 +110,9 @@ def score_groups(
 
 
 def batch_indices(num_groups: int, batch_size: int, rank: int, world_size: int, number: int) -> list[int]:
-    """Groups of a rank's ``number``-th batch; past the end the last group repeats."""
-    start = (number * world_size + rank) * batch_size
-    return [min(start + j, num_groups - 1) for j in range(batch_size)]
+    """Groups of a rank's ``number``-th batch; past the end it is the last group alone."""
+    start = min((number * world_size + rank) * batch_size, num_groups - 1)
+    return list(range(start, min(start + batch_size, num_groups)))
 
 
 def score_batches(forward: Forward, batches: Sequence[Sequence[Batch] | DataError], world: World, where: str, remedy: str) -> list[Tensor]:
