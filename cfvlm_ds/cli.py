@@ -180,12 +180,12 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.data import read_manifest
+    from cfvlm_ds.data import named_apart, read_manifest
     from cfvlm_ds.evaluation import evaluate, table
 
     if arguments.out:
         output_file(Path(arguments.out))
-    splits = {Path(path).stem: read_manifest(path, arguments.root, arguments.format) for path in arguments.manifest}
+    splits = {name: read_manifest(path, arguments.root, arguments.format) for name, path in named_apart(arguments.manifest).items()}
     scorer, collator, world = _load_scorer(*_model(arguments), max_pixels=arguments.max_pixels)
     results, _ = evaluate(scorer, collator, splits, world, shuffled=not arguments.no_shuffled, **_batches(arguments))
     print(table(results))

@@ -142,6 +142,26 @@ class _Tree:
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
+class _Unprocessable(DataError):
+    """The model's processor raised an error for pictures of this size."""
+
+    def __init__(self, size: Size, error: Exception) -> None:
+        self.size = size
+        super().__init__(
+            f"the model's processor cannot take an image of {size[0]}x{size[1]} pixels ({type(error).__name__}: {error}); crop or resize "
+            "it, or drop the row"
+        )
+
+
+def _named(error: _Unprocessable, groups: Sequence[CounterfactualGroup], sizes: Mapping[Path, Size]) -> str:
+    """The error with the group and the file that have such a picture."""
+    for group in groups:
+        for picture in (picture for pictures in group.images for picture in pictures):
+            if sizes.get(picture) == error.size:
+                return f"group {group.id!r}: {picture}: {error}"
+    return str(error)
+
+
 class Collator:
     """Turns a list of groups into a Batch.
 
@@ -200,8 +220,22 @@ class Collator:
             tree = trees.setdefault((pictures, text.prompt, None if self.share_prefix else cell), _Tree(pictures, []))
             tree.branches.append((cell, text))
         opened = {key: self._shown(key) for key in dict.fromkeys(key for tree in trees.values() for key in tree.pictures)}
+        try:
+            return self._laid_out(groups, layout, list(trees.values()), opened, max_tokens)
+        except _Unprocessable as error:
+            raise DataError(_named(error, groups, {key[0]: picture.size for key, picture in opened.items()})) from error
+
+    def _laid_out(
+        self,
+        groups: Sequence[CounterfactualGroup],
+        layout: GroupLayout,
+        trees: list[_Tree],
+        opened: Mapping[PictureKey, Image.Image | Features],
+        max_tokens: int | None,
+    ) -> list[Batch]:
+        num_images, num_texts = layout.valid.shape[1:]
         batches = []
-        for part in self._divided(list(trees.values()), opened, max_tokens):
+        for part in self._divided(trees, opened, max_tokens):
             # The tower runs on every rank, also on one whose groups are text alone: ZeRO-3 waits for all of them.
             keys = sorted(dict.fromkeys(key for tree in part for key in tree.pictures), key=lambda key: key[1]) or [(BLANK, False)]
             image_inputs, stands = self._taken([opened[key] if key in opened else self._shown(key) for key in keys], keys)
@@ -270,17 +304,26 @@ class Collator:
         return self._prefix_length(encoded, sizes) + encoded.length
 
     def tree_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> list[int]:
-        """Tokens of each tree of the group, for the cells that this collator builds; ``sizes`` (width, height) of its pictures."""
+        """Tokens of each tree of the group, for the cells that this collator builds; ``sizes`` (width, height) of its pictures.
+
+        Raises DataError naming group and file where the model's processor cannot take a picture of that size.
+        """
         trees: dict[tuple[Pictures, str], int] = {}
         for _, i, c in self._layout([group]).valid.nonzero().tolist():
             text, pictures = self._text(group, c), group.images[i]
             if (pictures, text.prompt) not in trees:
-                trees[pictures, text.prompt] = self._prefix_length(text, tuple(sizes[picture] for picture in pictures))
+                try:
+                    trees[pictures, text.prompt] = self._prefix_length(text, tuple(sizes[picture] for picture in pictures))
+                except _Unprocessable as error:
+                    raise DataError(_named(error, [group], sizes)) from error
             trees[pictures, text.prompt] += text.length
         return list(trees.values())
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
-        """How many visual tokens pictures of ``sizes`` (width, height) become when they are shown together."""
+        """How many visual tokens pictures of ``sizes`` (width, height) become when they are shown together.
+
+        Raises DataError where the model's processor cannot take one of that size.
+        """
         return sum(self._image_tokens(size, len(sizes) > 1)[1] for size in sizes)
 
     def _prefix_length(self, text: Encoded, sizes: tuple[Size, ...]) -> int:
@@ -411,7 +454,10 @@ class Collator:
         A picture that is not alone in its prompt stands there beside itself. Raises DataError naming a file that cannot be opened.
         """
         picture, together = self._open(key[0]), key[1]
-        inputs, stands = self._processed([picture] * (1 + together), 2 * together)
+        try:
+            inputs, stands = self._processed([picture] * (1 + together), 2 * together)
+        except _Unprocessable as error:
+            raise DataError(f"{key[0]}: {error}") from error
         return inputs, Features(picture.size, stands[0], {}, {name: inputs[name][:1] for name in self.family.per_image})
 
     def _shown(self, key: PictureKey) -> Image.Image | Features:
@@ -434,12 +480,21 @@ class Collator:
     def _processed(self, opened: list[Image.Image], together: int) -> tuple[dict[str, Tensor], list[list[int]]]:
         """The pictures as the model takes them, and the token ids that stand for each in a prompt.
 
-        The last ``together`` of them are given to the processor as the pictures of one prompt.
+        The last ``together`` of them are given to the processor as the pictures of one prompt. Raises DataError, without file and group,
+        for the first that the processor cannot take.
         """
         token, tokenizer = self.processor.image_token, self.processor.tokenizer
         alone = len(opened) - together
         samples = [[picture] for picture in opened[:alone]] + ([opened[alone:]] if together else [])
-        inputs = self.processor(images=samples, text=[token * len(pictures) for pictures in samples], padding=True, return_tensors="pt")
+        try:
+            inputs = self.processor(images=samples, text=[token * len(pictures) for pictures in samples], padding=True, return_tensors="pt")
+        except MemoryError:
+            raise
+        except Exception as error:  # processors raise nearly anything on sizes that they were not made for
+            if any(picture is not opened[0] for picture in opened):
+                for k, picture in enumerate(opened):
+                    self._processed([picture] * (1 + (k >= alone)), 2 * (k >= alone))
+            raise _Unprocessable(opened[0].size, error) from error
         bare = tokenizer(token).input_ids
         before = bare.index(self.processor.image_token_id)
         behind = len(bare) - before - 1

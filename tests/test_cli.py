@@ -422,6 +422,23 @@ def test_a_checkpoint_that_is_not_this_model_is_named_under_zero_3(
     assert code == 2 and f"{message}model.{name}" in output and "; repair it" in output, output[-2000:]
 
 
+def test_manifests_of_one_name_have_a_row_each(
+    model_dir: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = manifests["test"].read_text().splitlines()
+    for folder, rows in (("iid", lines[:2]), ("ood", lines[2:3])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text("\n".join(rows))
+    named = [str(tmp_path / folder / "test.jsonl") for folder in ("iid", "ood")]
+    options = ["--root", str(manifests["test"].parent), "--out", str(tmp_path / "r.json"), "--no_shuffled"]
+    main(["evaluate", str(model_dir), *named, *options])
+    printed, written = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
+    assert list(written) == ["iid/test", "ood/test"] and all(name in printed for name in written)
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(model_dir), named[0], named[0]])
+    assert f"error: {named[0]} is given twice; name each manifest once" in capsys.readouterr().err
+
+
 def test_evaluate_prints_the_table_of_the_run(
     runs: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

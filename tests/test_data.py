@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from cfvlm_ds.data import CheckReport, check, check_manifest, image_size, open_image, read_manifest
-from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit
+from cfvlm_ds.data import CheckReport, check, check_manifest, image_size, named_apart, open_image, read_manifest
+from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit, from_row, to_row
 
 
 def save(path: Path, color: object = (10, 20, 30), mode: str = "RGB", size: tuple[int, int] = (8, 6), **options: object) -> Path:
@@ -244,7 +244,8 @@ def test_loop_of_links(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "fragments"),
     [
-        (pair(caption1="x"), ["unknown key 'caption1'", "did you mean 'caption_1'?"]),
+        ({**pair(), "promtp": "Which?"}, ["unknown key 'promtp'", "did you mean 'prompt'? if not, name it otherwise"]),
+        ({"image_0": "a.png", "image1": "b.png"}, ["unknown key 'image1'", "did you mean 'image_1'?"]),
         ({"image_0": "a.png"}, ["'image_1' is missing", "add it"]),
         (pair(caption_1=3), ["'caption_1' must be a string", "quote it"]),
         (pair(caption_1="a dog bites  a man"), ["text 1 equals text 0", "remove one"]),
@@ -257,6 +258,36 @@ def test_bad_pairs(folder: Path, bad: dict[str, object], fragments: list[str]) -
     message = refusal(path, format="pairs")
     assert message.startswith(f"{path}:2: ")
     assert all(fragment in message for fragment in fragments), message
+
+
+def test_further_keys_of_published_rows_are_metadata(folder: Path) -> None:
+    """A row as Winoground is published: what nothing reads is kept with the group, and the check counts and names it."""
+    published = pair(id=7, tag="Adjective-Color", secondary_tag="", num_main_preds=1, collapsed_tag="Object")
+    path = manifest(folder, published, pair(id=8), pair(id=9, tag={"a": ["\u00e9"]}))
+    groups = read_manifest(path, format="pairs")
+    kept = {"tag": "Adjective-Color", "secondary_tag": "", "num_main_preds": 1, "collapsed_tag": "Object"}
+    assert [json.loads(group.meta or "{}") for group in groups] == [kept, {}, {"tag": {"a": ["\u00e9"]}}]
+    report = check_manifest(path, format="pairs", progress=pytest.fail)
+    assert report.ok and report.metadata == {"'tag'": 2, "'secondary_tag'": 1, "'num_main_preds'": 1, "'collapsed_tag'": 1}
+    assert "metadata         'tag' 2, 'secondary_tag' 1" in str(report) and "(kept, not used)" in str(report)
+    # As a row of the native format, it is still there, and that format refuses any other key.
+    row_of = to_row(groups[0], folder)
+    assert row_of["meta"] == kept and from_row(row_of, folder) == groups[0]
+    assert "unknown key 'tag'" in refusal(manifest(folder, row(tag="x")))
+    first, second = cfvlm_row(split="val")["cf_samples"]  # type: ignore[misc]
+    path = manifest(folder, cfvlm_row(split="val", cf_samples=[first | {"score": 0.5}, second]), name="data.json")
+    (group,) = read_manifest(path, format="cfvlm")
+    assert json.loads(group.meta) == {"split": "val", "cf_samples": [{"score": 0.5}, {}]}
+
+
+def test_manifests_of_one_name_are_told_apart() -> None:
+    assert named_apart(["a/test_iid.jsonl", "/b/ood.json"]) == {"test_iid": "a/test_iid.jsonl", "ood": "/b/ood.json"}
+    assert list(named_apart(["a/test.jsonl", "b/test.jsonl", "b/ood.jsonl"])) == ["a/test", "b/test", "ood"]
+    assert list(named_apart(["x/a/test.jsonl", "y/a/test.jsonl"])) == ["x/a/test", "y/a/test"]
+    assert list(named_apart(["test.json", "test.jsonl"])) == ["test.json", "test.jsonl"]
+    for twice in (["a.jsonl", "a.jsonl"], ["a.jsonl", "b.jsonl", "./x/../a.jsonl"]):
+        with pytest.raises(DataError, match=r"a\.jsonl is given twice; name each manifest once"):
+            named_apart(twice)
 
 
 def cfvlm_row(**changes: object) -> dict[str, object]:
@@ -435,6 +466,24 @@ def test_exif_orientation(tmp_path: Path) -> None:
     upright = np.asarray(open_image(tmp_path / "turned.jpg"))
     assert upright.shape == (32, 16, 3)
     assert np.abs(upright.astype(int) - np.rot90(stored, -1)).max() < 10
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_the_size_is_that_of_the_opened_picture(tmp_path: Path, kind: str, orientation: int) -> None:
+    """Whatever the orientation, those included that no camera writes; a TIFF is turned by PIL itself, and only once."""
+    stored = np.zeros((16, 32, 3), np.uint8)
+    stored[:8, :16] = 255  # one corner tells all turns and reflections apart
+    path = tmp_path / f"turned.{kind}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(path, exif=exif, **({"quality": 95} if kind in ("jpg", "webp") else {}))  # type: ignore[arg-type]
+    opened = open_image(path)
+    turns = {2: (0, True), 3: (2, False), 4: (2, True), 5: (1, True), 6: (3, False), 7: (3, True), 8: (1, False)}
+    quarters, mirrored = turns.get(orientation, (0, False))
+    upright = np.rot90(stored[:, ::-1] if mirrored else stored, quarters)
+    assert image_size(path) == opened.size == upright.shape[1::-1]
+    assert np.abs(np.asarray(opened).astype(int) - upright).mean() < 10
 
 
 # ---- the check

@@ -6,6 +6,7 @@ A further format is one function from a row to a group (see native.py) and one l
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_manifest",
     "data_roots",
     "image_size",
+    "named_apart",
     "open_image",
     "read_manifest",
 ]
@@ -85,6 +87,25 @@ def data_roots(path: str | Path, root: Root) -> list[Path]:
     if not roots:
         raise DataError(f"{path}: its data root is an empty list; name the folder of its images, or leave the option out")
     return roots
+
+
+def named_apart(paths: Sequence[str]) -> dict[str, str]:
+    """Name -> path: a file's stem, with as many of its folders before it as tell it from the others.
+
+    Raises DataError for a path that is given twice.
+    """
+    wholes = [Path(os.path.normpath(Path(path).absolute())).parts for path in paths]
+    for path, whole in zip(paths, wholes, strict=True):
+        if wholes.count(whole) > 1:
+            raise DataError(f"{path} is given twice; name each manifest once")
+    stems = [(*whole[:-1], Path(whole[-1]).stem) for whole in wholes]
+    if len(set(stems)) == len(stems):
+        wholes = stems
+    return {"/".join(whole[-_depth(whole, wholes) :]): path for path, whole in zip(paths, wholes, strict=True)}
+
+
+def _depth(whole: tuple[str, ...], among: list[tuple[str, ...]]) -> int:
+    return next(n for n in range(1, len(whole) + 1) if sum(other[-n:] == whole[-n:] for other in among) == 1)
 
 
 def _entries(path: str | Path, root: Root, format: str) -> Iterator[Entry]:

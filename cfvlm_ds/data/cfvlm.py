@@ -3,7 +3,7 @@
     {"orig_input": "COCO Yes: <|vision_start|>coco/17.jpg<|vision_end|>", "orig_output": "two dogs on a lawn",
      "cf_samples": [{"cf_text": "three dogs on a lawn", "cf_image_path": "cf/17_0.png"}]}
 
-Its files hold one object per line and are named .json.
+Its files hold one object per line and are named .json. Further keys, of a row or a sample, are metadata.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.groups import Candidate, CounterfactualGroup, DataError, Edit, check_keys
+from cfvlm_ds.groups import Candidate, CounterfactualGroup, DataError, Edit, as_meta, further_keys
 
 _KEYS = ("orig_input", "orig_output", "cf_samples")
 _SAMPLE_KEYS = ("cf_text", "cf_image_path")
@@ -27,18 +27,18 @@ def cfvlm_group(row: Mapping[str, Any]) -> CounterfactualGroup:
     A sample's text is false of the original's image, and the other way round; what two samples are to each other is unknown.
 
     The prompt is what ``orig_input`` has around the image's path. A row has no id and is named by a hash of its contents. Raises DataError
-    (without file and line) on a missing or unknown key, a value of another type, an input without exactly one image, or anything
+    (without file and line) on a missing or misspelt key, a value of another type, an input without exactly one image, or anything
     CounterfactualGroup refuses.
     """
-    check_keys(row, _KEYS, "row")
+    further = further_keys(row, _KEYS, "row")
     found = _INPUT.fullmatch(_string(row, "orig_input", "row"))
     if found is None or "<|vision_start|>" in found["after"]:
         raise DataError("row: 'orig_input' must hold one image as <|vision_start|>PATH<|vision_end|>; write it so")
     samples = row.get("cf_samples")
     if not isinstance(samples, list) or not all(isinstance(sample, Mapping) for sample in samples):
         raise DataError(f"row: 'cf_samples' must be a list of objects, not {samples!r}")
-    for sample in samples:
-        check_keys(sample, _SAMPLE_KEYS, "row: cf_samples")
+    if any(of_samples := [further_keys(sample, _SAMPLE_KEYS, "row: cf_samples") for sample in samples]):
+        further["cf_samples"] = of_samples
     paths = [found["path"].strip(), *(_string(sample, "cf_image_path", "row: cf_samples") for sample in samples)]
     texts = [_string(row, "orig_output", "row"), *(_string(sample, "cf_text", "row: cf_samples") for sample in samples)]
     prompt = f"{found['before']} {found['after']}".strip()
@@ -51,6 +51,7 @@ def cfvlm_group(row: Mapping[str, Any]) -> CounterfactualGroup:
         match=tuple(tuple(1 if i == c else 0 if 0 in (i, c) else None for c in size) for i in size),
         edits=tuple(Edit("counterfactual", image=k, text=k) for k in size[1:]),
         source="cfvlm",
+        meta=as_meta(further),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import os
 import statistics
 import time
@@ -64,6 +65,8 @@ class CheckReport:
     longest_text_where: str = ""
     visual_tokens: list[int] = field(default_factory=list)
     """Of every distinct image (its pictures together), where the model is known."""
+    metadata: Counter[str] = field(default_factory=Counter)
+    """Further key of rows -> number of groups that keep it."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -95,6 +98,8 @@ class CheckReport:
         ]
         if self.visual_tokens:
             lines.append(("visual tokens", self.visual_range))
+        if self.metadata:
+            lines.append(("metadata", ", ".join(f"{key} {count}" for key, count in self.metadata.items()) + " (kept, not used)"))
         lines.append(("problems", str(len(self.problems)) if self.problems else "none"))
         table = [f"{name:<16} {value}" for name, value in lines]
         table += [f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
@@ -139,6 +144,8 @@ def _count(report: CheckReport, group: CounterfactualGroup) -> None:
     report.num_texts += len(group.candidates)
     report.num_cells += len(group.images) * len(group.candidates)
     report.num_unknown_cells += sum(line.count(None) for line in group.match)
+    meta = json.loads(group.meta or "null")
+    report.metadata.update(map(repr, meta) if isinstance(meta, dict) else ["meta"] if meta else ())
     report.edit_types.update(edit.type for edit in group.edits)
     shams = {edit.image for edit in group.edits if edit.type == SHAM and edit.image is not None}
     report.num_counterfactuals[max(len(group.images) - len(shams), len(group.candidates)) - 1] += 1

@@ -3,7 +3,7 @@
     {"id": "7", "image_0": "7a.png", "image_1": "7b.png", "caption_0": "a dog chases a cat", "caption_1": "a cat chases a dog",
      "prompt": "Describe the image.", "edit": "relation"}
 
-``id``, ``prompt`` and ``edit`` (the type of the difference) are optional.
+``id``, ``prompt`` and ``edit`` (the type of the difference) are optional. Further keys, such as Winoground's own ``tag``, are metadata.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.groups import Candidate, CounterfactualGroup, DataError, Edit, check_keys
+from cfvlm_ds.groups import Candidate, CounterfactualGroup, DataError, Edit, as_meta, further_keys
 
 _PAIR_KEYS = ("image_0", "image_1", "caption_0", "caption_1")
 _KEYS = (*_PAIR_KEYS, "id", "prompt", "edit")
@@ -23,10 +23,10 @@ def pair_group(row: Mapping[str, Any]) -> CounterfactualGroup:
     """One row as a group of 2 images x 2 texts whose truth table is the identity; image paths are as written.
 
     A row without ``id`` is named by a hash of its files and captions: the name does not change when rows move, and a repeated row is found
-    as a duplicate id. Raises DataError (without file and line) on a missing or unknown key, a value that is not a string, or anything
+    as a duplicate id. Raises DataError (without file and line) on a missing or misspelt key, a value that is not a string, or anything
     CounterfactualGroup refuses, such as two equal captions.
     """
-    check_keys(row, _KEYS, "row")
+    further = further_keys(row, _KEYS, "row")
     image_0, image_1, caption_0, caption_1 = values = [_string(row, key) for key in _PAIR_KEYS]
     prompt = _string(row, "prompt") if "prompt" in row else ""
     digest = hashlib.sha256("\0".join([*values, prompt]).encode("utf-8", "surrogatepass")).hexdigest()
@@ -36,6 +36,7 @@ def pair_group(row: Mapping[str, Any]) -> CounterfactualGroup:
         candidates=(Candidate(prompt, caption_0), Candidate(prompt, caption_1)),
         match=((1, 0), (0, 1)),
         edits=(Edit(type=_string(row, "edit"), image=1, text=1),) if "edit" in row else (),
+        meta=as_meta(further),
     )
 
 
