@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     for name, function, text in (
         ("score", _score, "write reference and blind scores of a manifest, for DPO and PMI"),
-        ("evaluate", _evaluate, "Winoground accuracies with chance, blind and sham rows"),
+        ("evaluate", _evaluate, "accuracies by edit type, with rows for chance and for what language alone achieves"),
     ):
         command = _command(commands, name, function, text, f"cfvlm-ds {name} runs/quickstart/export runs/quickstart/scenes/test_iid.jsonl")
         taken = ", or folder of adapters" if name == "evaluate" else ""

@@ -210,7 +210,8 @@ class TrainConfig:
         output_dir: run folder: configuration, metrics, checkpoints, tracking store, export.
         per_device_train_batch_size: groups per micro-batch and rank (see also ``data.max_tokens_per_micro_batch``).
         gradient_accumulation_steps: micro-batches per optimizer step.
-        per_device_eval_batch_size: groups per evaluation batch and rank.
+        per_device_eval_batch_size: groups per evaluation batch and rank, scored in forwards of at most ``data.max_tokens_per_forward`` (or
+            else ``data.max_tokens_per_micro_batch``) tokens.
         learning_rate: peak learning rate of every module without one of its own.
         weight_decay: AdamW's decoupled weight decay; biases and norms are exempt.
         adam_beta1: AdamW's first-moment decay.
