@@ -302,3 +302,5 @@ def _exit_cleanly(function: Callable[[], None]) -> None:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:  # of a command; a training answers Ctrl-C itself
+        sys.exit(stopping.EXIT_INTERRUPTED)
