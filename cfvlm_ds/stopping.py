@@ -88,6 +88,8 @@ def _leave(code: int) -> None:
         for action in reversed(_before_leaving):
             with contextlib.suppress(Exception):
                 action(code)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
 
     last = threading.Thread(target=leave, daemon=True)
     last.start()
@@ -96,8 +98,6 @@ def _leave(code: int) -> None:
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 child.kill()
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
     os._exit(code)
 
 
