@@ -36,6 +36,7 @@ from cfvlm_ds.models import ModelFlops, attention, fingerprint, load_config, onl
 from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.preflight import group_tokens, read_data
 from cfvlm_ds.run_files import keep, update
+from cfvlm_ds.run_files import replace as replace_file
 from cfvlm_ds.run_lock import RunLock
 from cfvlm_ds.step import Meter, Run, optimizer_step
 from cfvlm_ds.stopping import EXIT_STOPPED, Stop, shield_worker
@@ -505,12 +506,17 @@ def _finish(run: Run, tracker: Any) -> None:
     results, scores = _evaluate(run, run.config.train.eval_shuffled)
     tracker.log(run.state.step, flat_metrics(results))
     if run.world.is_main:
-        (run.dir / "results.md").write_text(table(results) + "\n")
-        (run.dir / "results.json").write_text(json.dumps({s: [vars(row) for row in rows] for s, rows in results.items()}, indent=1))
-        (run.dir / "scores").mkdir(exist_ok=True)
-        for split, groups in run.splits.items():
-            stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
-            write_scores(run.dir / "scores" / f"{split}.jsonl", groups, stored, str(run.dir))
+        path = run.dir / "results.md"
+        try:
+            replace_file(path, (table(results) + "\n").encode())
+            path = run.dir / "results.json"
+            replace_file(path, json.dumps({s: [vars(row) for row in rows] for s, rows in results.items()}, indent=1).encode())
+            (run.dir / "scores").mkdir(exist_ok=True)
+            for split, groups in run.splits.items():
+                stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
+                write_scores(path := run.dir / "scores" / f"{split}.jsonl", groups, stored, str(run.dir))
+        except OSError as error:
+            raise ConfigError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
         for path in [run.dir / "results.md", run.dir / "results.json", *_figures(run, scores)]:
             tracker.artifact(path)
         if results:

@@ -6,7 +6,6 @@ The wait is one of the C library's, as of a collective or a decoder: Python's ow
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,10 +20,9 @@ from cfvlm_ds import training
 def held(mark: Path, function: Callable[..., Any]) -> Callable[..., Any]:
     def wait(*arguments: Any, **named: Any) -> None:
         mark.touch()
-        blocked = ctypes.CDLL(None).pthread_join  # goes on after a signal
-        forever = threading.Thread(target=time.sleep, args=(600,), daemon=True)
-        forever.start()
-        blocked(ctypes.c_ulong(forever.ident or 0), None)
+        lock, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)  # a mutex of the C library, as its initialiser makes it
+        for _ in range(2):
+            library.pthread_mutex_lock(lock)
 
     return wait
 
@@ -35,7 +33,7 @@ def train(where: str, mark: str, arguments: Sequence[str]) -> None:
         forward = DeepSpeedEngine.forward
 
         def slow(self: Any, *inputs: Any, **named: Any) -> Any:
-            if not self.training and Path(mark).parent.joinpath("begun").exists():
+            if not self.module.training and Path(mark).parent.joinpath("begun").exists():
                 Path(mark).touch()
                 time.sleep(0.5)
             return forward(self, *inputs, **named)
