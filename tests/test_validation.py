@@ -191,11 +191,21 @@ def test_options_that_end_a_run_are_found_before_pictures_are_opened(
     assert sentence in str(raised.value) and not (tmp_path / "run").exists()
 
 
-def test_a_model_that_is_not_built_yet_is_not_looked_for() -> None:
-    quickstart = ["--config", "examples/quickstart.yaml", "--model.name_or_path", "runs/nowhere", "--data.train", "runs/nowhere.jsonl"]
-    validate(parse_config(quickstart, OBJECTIVES), World(0, 1, 0, CPU), built=False)
-    with pytest.raises(ConfigError, match="every module is frozen"):
-        validate(parse_config([*quickstart, *FROZEN], OBJECTIVES), World(0, 1, 0, CPU), built=False)
+def test_what_is_built_first_is_not_looked_for(tmp_path: Path) -> None:
+    """And only that: a manifest elsewhere is missed before 42,800 pictures are drawn."""
+    scenes, tiny = tmp_path / "scenes", tmp_path / "tiny"
+    quickstart = ["--config", "examples/quickstart.yaml", "--build.scenes.out_dir", str(scenes), "--build.tiny_llava.out_dir", str(tiny)]
+    quickstart += ["--model.name_or_path", str(tiny), "--data.train", str(scenes / "train.jsonl")]
+    evaluated = [f"--data.evaluation={{test: {scenes / 'test_iid.jsonl'}}}"]
+    world = World(0, 1, 0, CPU)
+    validate(parse_config([*quickstart, *evaluated], OBJECTIVES), world)
+    for options, sentence in (
+        ([*evaluated, *FROZEN], "every module is frozen"),
+        ([*evaluated, "--model.name_or_path", str(tmp_path / "other")], "other' does not exist"),
+        ([f"--data.evaluation={{test: {tmp_path / 'test.jsonl'}}}"], "test.jsonl: no such manifest"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            validate(parse_config([*quickstart, *options], OBJECTIVES), world)
 
 
 def test_a_dry_run_refuses_what_a_run_refuses(model_dir: Path, tmp_path: Path) -> None:
