@@ -171,11 +171,11 @@ launch() {
         say "training on ${good[*]}"
     fi
 
-    # Signals do nothing until train.py holds them back, in its first line, and then answers them: by default USR1 ends a process. Each task
-    # opens its own log, because a file name is a pattern to srun.
+    # Signals do nothing until train.py holds them back, in its first line, and then answers them: by default USR1 ends a process. A file name
+    # is a pattern to srun, a folder is not; files that srun would write itself would keep it waiting for a lost node.
     # shellcheck disable=SC2016
-    shield=(sh -c 'trap "" USR1 TERM; exec "$@" >>"$0/rank-$SLURM_PROCID.log" 2>&1' "$start_dir")
-    step "${place[@]}" -- python train.py "$@" &
+    shield=(sh -c 'trap "" USR1 TERM; cd "$0" && exec "$@"' "$PWD")
+    step "${place[@]}" --chdir="$start_dir" --output=rank-%t.log -- python train.py "$@" &
     ranks=$!
     tail --pid=$ranks -n +1 -F "$start_dir/rank-0.log" 2>/dev/null &
     shown=$!
