@@ -292,18 +292,24 @@ def test_time_runs_out_when_a_step_and_the_margin_no_longer_fit(monkeypatch: pyt
 
 
 EARLY = """
-import os, signal
+import os, signal, time
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
 os.kill(os.getpid(), signal.SIGTERM)
 from cfvlm_ds import stopping
 assert stopping.Stop(0).votes().tolist() == [0, 0]
-stopping.install()
-assert stopping.Stop(0).votes().tolist() == [1, 0]
+with stopping.together():
+    stopping.install()
+    assert stopping.Stop(0).votes().tolist() == [1, 0]
+    time.sleep(0.5)  # the thread that listens leaves it to the ranks
+    print("here", flush=True)
+time.sleep(60)
 """
 
 
 def test_a_signal_during_the_imports_is_not_lost() -> None:
-    subprocess.run([sys.executable, "-c", EARLY], cwd=REPO, env=environment(), check=True)
+    """Nor obeyed while ranks have to agree; it is as soon as they have not."""
+    done = subprocess.run([sys.executable, "-c", EARLY], cwd=REPO, env=environment(), stdout=subprocess.PIPE, text=True, timeout=50)
+    assert (done.stdout, done.returncode) == ("here\n", EXIT_STOPPED)
     held_back, imports = (REPO / "train.py").read_text().split("from cfvlm_ds.cli import")
     assert "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})" in held_back and "train_main()" in imports
 
