@@ -28,7 +28,7 @@ from cfvlm_ds.data import GroupSampler, PackedSampler, open_image
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
 from cfvlm_ds.distributed import World, broadcast_object, seed_everything
 from cfvlm_ds.errors import masked, tell, unwritten
-from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, flat_metrics, headline, metric_names, rehearse, table
+from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, evaluate, flat_metrics, headline, metric_names, rehearse, table
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.groups import CounterfactualGroup
@@ -555,16 +555,22 @@ def _export(run: Run) -> None:
     run.world.say(f"exported to {exported}")
 
 
+def _captions(group: CounterfactualGroup) -> list[str]:
+    """The texts, behind their prompts where the group has several."""
+    alone = len(set(group.prompt_ids)) == 1
+    return [each.text if alone else f"{each.prompt} {each.text}" for each in group.candidates]
+
+
 def _samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
     """One group of each edit type, at most four types, as score_matrix_figure takes them."""
     first: dict[str, int] = {}
     for index, group in enumerate(groups):
-        first.setdefault(group.edits[0].type if group.edits else "", index)
+        first.setdefault(group.edits[0].type if group.edits else UNLABELLED, index)
     return [
         {
             "title": f"{kind}: {groups[index].id}",
             "images": [[open_image(picture, max_pixels) for picture in pictures] for pictures in groups[index].images],
-            "captions": [candidate.text for candidate in groups[index].candidates],
+            "captions": _captions(groups[index]),
             "scores": scores[index].logp.tolist(),
             "match": groups[index].match,
         }

@@ -511,3 +511,11 @@ def test_a_figure_that_fails_is_a_warning(tmp_path: Path) -> None:
         f"warning: {tmp_path}/{n}.png" for n in ("learning_curves", "scores-gone")
     ]
     assert all(line.endswith("; the run goes on") and "\n" not in line for line in said)
+
+
+def test_a_figure_names_what_no_edit_describes_and_the_prompts_of_several(tmp_path: Path) -> None:
+    groups = [replace(group([[1, 0, 0]], texts=(*YES_NO, ("Is it big?", "yes")), name="asked"), images=((),))]
+    groups += [replace(group([[1, 0]], Edit("count", text=1), name="said"), images=((),))]
+    asked, said = training._samples(groups, [scores([[-1.0] * 3]), scores([[-1.0] * 2])], 100)
+    assert (asked["title"], said["title"]) == ("unlabelled: asked", "count: said")
+    assert (asked["captions"], said["captions"]) == (["Is it red? yes", "Is it red? no", "Is it big? yes"], ["text 0", "text 1"])
