@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from cfvlm_ds.config import ConfigError
@@ -28,6 +29,7 @@ from cfvlm_ds.untrusted import own_file, remove
 _COMPLETE = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _BLOCK = 1 << 24  # bytes read at a time
+_RANDOM = "random-state-{}.pt"
 
 
 class SaveError(ConfigError):
@@ -40,7 +42,8 @@ class TrainState:
 
     ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``data`` the content hash of the training groups;
     ``run_id`` the MLflow run; ``baseline_lp`` the factual log-likelihood per token at the start, against which displacement is measured;
-    ``best`` the ``step`` and ``value`` of the best evaluation by ``train.save_best``; ``skipped`` the groups left out, and why.
+    ``best`` the ``step`` and ``value`` of the best evaluation by ``train.save_best``; ``skipped`` the groups left out, and why; ``record``
+    what the run was told (see changes.py).
     """
 
     step: int = 0
@@ -50,13 +53,22 @@ class TrainState:
     baseline_lp: float | None = None
     best: dict[str, float] | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+    record: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in vars(self):
-            setattr(self, name, state[name])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state; what an older revision did not save keeps its default.
+
+        Raises ConfigError where it lacks what has no default, or has what this revision does not know.
+        """
+        if lacking := sorted({"step", "sampler", "data"} - state.keys()):
+            raise ConfigError(f"its state has no {', '.join(lacking)}; resume from another checkpoint, or with the revision that wrote it")
+        if unknown := sorted(state.keys() - vars(self).keys()):
+            raise ConfigError(f"its state has {', '.join(unknown)}, which a newer revision must have written; resume with that one")
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: int, keep_every: int = 0) -> Path:
@@ -71,16 +83,17 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
         for left in output_dir.glob("checkpoint-*.partial"):
             remove(left)
     dist.barrier()
-    client_state = {"loop": state.state_dict(), "rng": random_state(world.device)}
     with _failures_kept(engine) as (written, failures):
-        engine.save_checkpoint(str(output_dir), tag=partial.name, client_state=client_state, save_latest=False)
+        engine.save_checkpoint(str(output_dir), tag=partial.name, client_state={}, save_latest=False)
     files: dict[str, tuple[int, int]] = {}
     with _kept(failures):
+        written.append(partial / _RANDOM.format(world.rank))  # of every rank: ZeRO-1 and 2 keep the client state of the first alone
+        torch.save(random_state(world.device), written[-1])
         files.update((str(file.relative_to(partial)), _settled(file)) for file in written)
     reports = gather_objects((_reason(failures[0], partial) if failures else None, files), world)
     problem = next((f"rank {rank}: {failure}" for rank, (failure, _) in enumerate(reports) if failure), None)
     if world.is_main and problem is None:
-        description = {"step": state.step, "world_size": world.size, "run_id": state.run_id}
+        description = {"step": state.step, "world_size": world.size, "run_id": state.run_id, "loop": state.state_dict()}
         with _kept(failures):
             _publish(partial, final, description, {name: entry for _, each in reports for name, entry in each.items()})
         problem = failures[0] if failures else None
@@ -198,21 +211,52 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
     """The checkpoint to continue from: the newest one without a defect (``auto``), the named one, or None; the same on every rank.
 
     Rank 0 looks for missing and truncated files, then every rank reads a share of them and compares their sums. Says which checkpoints were
-    passed over and why. Raises ConfigError when the named one has a defect, and when ``never`` meets a folder that has checkpoints.
+    passed over and why. Raises ConfigError when the named one has a defect, when ``never`` meets a folder that has checkpoints, and when
+    ``auto`` finds checkpoints, under whatever name, and none that can be used: ``restart`` takes step 0 then.
     """
-    candidates = broadcast_object(_by_step(output_dir) if resume in ("auto", "never") else [Path(resume)])
+    by_name = resume in ("auto", "never", "restart")
+    candidates, others = broadcast_object((_by_step(output_dir), _renamed(output_dir)) if by_name else ([Path(resume)], []))
     if resume == "never":
         if candidates:
             raise ConfigError(f"{output_dir} already holds {candidates[0].name}; use train.resume=auto or another output_dir")
         return None
+    unusable = []
     for path in candidates:
         defect = _defect(path, world)
         if defect is None:
+            for other, step in others:
+                if step > _step_of(path):
+                    world.say(
+                        f"{other} is a checkpoint of step {step} and not continued from for its name; give train.resume its path to do so"
+                    )
             return path
-        if resume != "auto":
+        if not by_name:
             raise ConfigError(f"train.resume={path}: {defect}; name a complete checkpoint or use auto")
         world.say(f"passed over {path}: {defect}")
+        unusable.append(f"{path.name}: {defect}")
+    unusable += [f"{other.name}: it is a checkpoint of step {step} under another name than checkpoint-{step}" for other, step in others]
+    if unusable and resume == "auto":
+        more = f" ({len(unusable) - 1} more)" if len(unusable) > 1 else ""
+        raise ConfigError(
+            f"{output_dir} holds checkpoints of which none can be continued from: {unusable[0]}{more}; restore one or give train.resume "
+            "the path of another, choose another train.output_dir, or set train.resume to restart to start at step 0 beside them"
+        )
     return None
+
+
+def _renamed(output_dir: Path) -> list[tuple[Path, int]]:
+    """Folders that are checkpoints by what is in them and not by their names, with their steps; what a killed save left is none."""
+    found = []
+    for listed in sorted(output_dir.glob(f"*/{_COMPLETE}")):
+        if _NAME.fullmatch(listed.parent.name) or listed.parent.name.endswith(".partial"):
+            continue
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            found.append((listed.parent, int(description(listed.parent)["step"])))
+    return found
+
+
+def _step_of(path: Path) -> int:
+    return int(description(path)["step"])
 
 
 def newest(output_dir: Path) -> Path:
@@ -234,12 +278,13 @@ def incomplete(path: Path) -> str | None:
         described = description(path) if (path / _COMPLETE).is_file() else {}  # a pipe would be waited for
         listed = {name: (int(size), int(crc32)) for name, (size, crc32) in described["files"].items()}
         whole = described["crc32"] == _own_sum(described)
+        step, _ = int(described["step"]), int(described["world_size"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return f"{_COMPLETE} is missing or broken, so the checkpoint was never finished"
     if not whole:
         return f"{_COMPLETE} is damaged"
-    if (named := _NAME.fullmatch(path.name)) and int(named[1]) != described["step"]:
-        return f"it was written at step {described['step']}, so its name is wrong"
+    if (named := _NAME.fullmatch(path.name)) and int(named[1]) != step:
+        return f"it was written at step {step}, so its name is wrong"
     for name, (size, _) in listed.items():
         try:
             file = own_file(path, name, _COMPLETE)
@@ -280,7 +325,7 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
     takes as much room as the checkpoint, and ConfigError is raised on all ranks where there is none.
     """
     if (ranks := description(path)["world_size"]) == world.size:
-        _load(engine, path, state, world)
+        _load(engine, path, path, state, world)
         return
     world.say(f"{path} was written by {ranks} ranks; cutting it anew for {world.size}")
     cut = output_dir / f"{path.name}.anew.partial"
@@ -296,19 +341,45 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
         reasons = gather_objects(_reason(failures[0], cut) if failures else None, world)
         if reason := next(filter(None, reasons), None):
             raise ConfigError(f"{path} cannot be cut anew in {output_dir} ({reason}); make room, or start {ranks} ranks")
-        _load(engine, cut, state, world)
+        _load(engine, cut, path, state, world)
         dist.barrier()
     finally:
         if world.is_main:
             shutil.rmtree(cut, ignore_errors=True)
 
 
-def _load(engine: Any, path: Path, state: TrainState, world: World) -> None:
-    _, client = engine.load_checkpoint(str(path.parent), tag=path.name)
+def kept_state(path: Path) -> TrainState | None:
+    """The loop's state in a complete checkpoint, before anything is loaded; None where an older revision kept it among the weights.
+
+    Raises ConfigError for what this revision cannot continue.
+    """
+    loop = description(path).get("loop")
+    return None if loop is None else _state(loop, path)
+
+
+def _state(loop: Any, path: Path) -> TrainState:
+    state = TrainState()
+    try:
+        state.load_state_dict(loop)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(f"{path}: its state cannot be read ({error}); name another checkpoint with train.resume") from error
+    return state
+
+
+def _load(engine: Any, folder: Path, path: Path, state: TrainState, world: World) -> None:
+    """Load what ``folder`` holds for this number of ranks of the checkpoint ``path``."""
+    _, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if client is None:
         raise ConfigError(f"{path}: DeepSpeed could not load it; name another checkpoint with train.resume")
-    state.load_state_dict(client["loop"])
-    set_random_state(client["rng"], world.device)
+    found = kept_state(path) or _state(client.get("loop"), path)
+    vars(state).update(vars(found))
+    own = path / _RANDOM.format(world.rank % description(path)["world_size"])
+    random = torch.load(own, weights_only=True) if own.is_file() else client.get("rng")  # an older revision kept it among the weights
+    if random is None:
+        raise ConfigError(f"{path} holds no random state; name another checkpoint with train.resume")
+    set_random_state(random, world.device)
 
 
 def _by_step(output_dir: Path) -> list[Path]:

@@ -79,7 +79,10 @@ def meeting_point() -> Iterator[None]:
         os.environ["MASTER_PORT"] = str(_free_port())
         yield
     else:
-        told = Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{os.getppid()}-{_started(os.getppid())}.port"
+        import psutil
+
+        launcher = psutil.Process(os.getppid())
+        told = Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{launcher.pid}-{launcher.create_time():.2f}.port"
         os.environ["MASTER_PORT"] = _tell(told) if main else _hear(told)
         try:
             yield
@@ -91,14 +94,6 @@ def meeting_point() -> Iterator[None]:
 _EVERYBODYS = "29500"
 _PORTS = range(20_000, 29_500)  # below those that systems give to outgoing connections
 _PATIENCE_S = 300.0
-
-
-def _started(process: int) -> str:
-    """When a process was started, in ticks since the machine was: the same for all who ask, unlike the time of day."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5): field 22, counted from the third
-    except (OSError, IndexError):
-        return "0"
 
 
 def _is_free(port: int) -> bool:
@@ -183,6 +178,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def apart() -> torch.Generator:
+    """The ``generator`` of every DataLoader: its iterators draw a seed, and from the common random numbers they would take one that
+    dropout has next, at a resume where an uninterrupted run takes none.
+    """
+    return torch.Generator()
+
+
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of Python's and torch's random numbers, on the CPU and on ``device``."""
     state = {"python": random.getstate(), "torch": torch.get_rng_state()}
@@ -195,3 +197,13 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextlib.contextmanager
+def random_kept(device: torch.device) -> Iterator[None]:
+    """Whatever draws random numbers inside the block, what follows it draws those that it would have drawn without."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(state, device)

@@ -22,7 +22,7 @@ from cfvlm_ds.distributed import World, launch_environment, meeting_point
 from cfvlm_ds.ds_check import validate as validate
 from cfvlm_ds.ds_config import read_json as read_json
 from cfvlm_ds.ds_config import resolve as resolve
-from cfvlm_ds.ds_config import unusable, warmup_steps
+from cfvlm_ds.ds_config import warmup_steps
 from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainable
 
 _NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "fuse.sshfs", "ceph", "9p", "wekafs")
@@ -184,17 +184,42 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
     def schedule(optimizer: torch.optim.Optimizer) -> Any:
         return get_scheduler(config.train.lr_scheduler_type, optimizer, warmup_steps(config, total_steps), total_steps)
 
-    try:
-        engine, *_ = deepspeed.initialize(
-            model=scorer,
-            model_parameters=groups,
-            optimizer=optimizer,
-            lr_scheduler=None if "scheduler" in resolved.config else schedule,
-            config=resolved.config,
-        )
-    except (AssertionError, ValueError, NotImplementedError) as error:  # a combination that it refuses, and ds_check.py does not know
-        raise unusable(config.deepspeed, error) from error
+    engine, *_ = deepspeed.initialize(
+        model=scorer,
+        model_parameters=groups,
+        optimizer=optimizer,
+        lr_scheduler=None if "scheduler" in resolved.config else schedule,
+        config=resolved.config,
+    )
     return engine
+
+
+def told(engine: Any) -> dict[str, Any]:
+    """What optimizer, clipping and schedule were told by this run's options; a checkpoint puts those of its own run in their place."""
+    groups = [{name: value for name, value in group.items() if name not in ("params", "step")} for group in engine.optimizer.param_groups]
+    return {
+        "groups": groups,
+        "clip": getattr(engine.optimizer, "clip_grad", None),
+        "rates": list(getattr(engine.lr_scheduler, "base_lrs", ())),
+    }
+
+
+def tell(engine: Any, options: dict[str, Any]) -> None:
+    """Give a restored engine what ``told`` returned before: the next step goes by it, at the place of the schedule that it has reached."""
+    if options["clip"] is not None:  # without ZeRO it is the engine's own, from its configuration
+        engine.optimizer.clip_grad = options["clip"]
+    groups, schedule = engine.optimizer.param_groups, engine.lr_scheduler
+    for group, own in zip(groups, options["groups"], strict=True):
+        group.update({name: value for name, value in own.items() if name != "lr"})
+    if hasattr(schedule, "lr_lambdas"):  # of transformers
+        schedule.base_lrs = options["rates"]
+        schedule._last_lr = [rate * by(schedule.last_epoch) for rate, by in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
+    elif hasattr(schedule, "last_batch_iteration"):  # of DeepSpeed, which keeps nothing else
+        schedule.step(schedule.last_batch_iteration)
+    else:
+        raise ConfigError(f"the schedule {type(schedule).__name__} of the DeepSpeed JSON takes no changed options; restore them")
 
 
 def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | None:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from cfvlm_ds.collate import Collator, PictureKey
 from cfvlm_ds.config import ConfigError, ModelConfig
 from cfvlm_ds.data.features import FeatureCache, Features, picture_digest, stored_bytes, write_features
-from cfvlm_ds.distributed import World, broadcast_object, gather_objects
+from cfvlm_ds.distributed import World, apart, broadcast_object, gather_objects
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.models import fingerprint, tower_fingerprint
 from cfvlm_ds.stopping import shield_worker
@@ -106,7 +106,7 @@ def _fill(
         collate_fn=_preparing(collator),
         num_workers=num_workers,
         worker_init_fn=shield_worker,
-        generator=torch.Generator(),  # it would draw its seed from the numbers that dropout is to have, with or without a pass
+        generator=apart(),
     )
     sizes, unreadable = {}, {}
     problem: str | None = None

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from test_run_files import full, handle_of
 from torch import Tensor
 
 from cfvlm_ds import OBJECTIVES, GroupLayout, Scores, checkpoint, cli, tower_pass, training
 from cfvlm_ds.cli import run
+from cfvlm_ds.config import ConfigError
 from cfvlm_ds.data import GroupSampler
 
 
@@ -66,27 +67,6 @@ def no_room() -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with patch.object(tower_pass, "write_features", limited):
-        yield
-
-
-@contextlib.contextmanager
-def full_metrics(run_dir: str, first: int, last: int) -> Iterator[None]:
-    """From one step to another one metrics.jsonl finds no room, and nonfinite.jsonl never: the system itself refuses."""
-    step, kept = training.optimizer_step, 0
-    if rank() == 0:
-        Path(run_dir).mkdir()
-        (Path(run_dir) / "nonfinite.jsonl").symlink_to("/dev/full")
-
-    def stepped(run, batches, meter):  # type: ignore[no-untyped-def]
-        nonlocal kept
-        number, done = run.state.step + 1, step(run, batches, meter)
-        if rank() == 0 and number == first:
-            kept = full(handle_of(run.dir / "metrics.jsonl"))
-        if rank() == 0 and number == last + 1:
-            os.dup2(kept, handle_of(Path("/dev/full")))
-        return done
-
-    with patch.object(training, "optimizer_step", stepped):
         yield
 
 
@@ -212,7 +192,42 @@ def slow_gathers(delay: float, told: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def branched(source: str) -> Iterator[None]:
+    """The training goes on from a copy of another one's run folder."""
+    if rank() == 0:
+        shutil.copytree(source, source.replace("broken", "allowed"))
+    dist.barrier()
+    yield
+
+
+@contextlib.contextmanager
+def unchanged(folder: str, late: bool = False) -> Iterator[None]:
+    """Tells which files of a run folder a start that is refused has changed; ``late`` refuses it when its model is loaded."""
+    before = contents(Path(folder)) if rank() == 0 else {}
+    try:
+        with patch.object(training, "_check_scores", refuse) if late else contextlib.nullcontext():
+            yield
+    finally:
+        if rank() == 0:
+            after = contents(Path(folder))
+            changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+            print(f"changed {changed}", flush=True)
+
+
+def contents(run_dir: Path) -> dict[str, bytes]:
+    """All that is in a run folder, but for the signs of life of the ranks."""
+    files = [path for path in run_dir.rglob("*") if path.is_file() and "heartbeat" not in path.relative_to(run_dir).parts]
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in sorted(files)}
+
+
+def refuse(run: object) -> None:
+    raise ConfigError("the scores are wrong")
+
+
 FAULTS = {
+    "branched": branched,
+    "unchanged": unchanged,
     "slow gathers": slow_gathers,
     "taken": taken,
     "stopped": stopped,
@@ -221,7 +236,6 @@ FAULTS = {
     "without": without,
     "nothing": nothing,
     "full disk": full_disk,
-    "full metrics": full_metrics,
     "no room": no_room,
 }
 

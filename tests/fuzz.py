@@ -47,9 +47,10 @@ from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_
 from cfvlm_ds.groups import CounterfactualGroup, DataError, GroupLayout, from_row, to_row
 from cfvlm_ds.likelihood import Scores
 from cfvlm_ds.objectives import OBJECTIVES, group_units, weighted_loss
+from cfvlm_ds.resume import is_finished
 from cfvlm_ds.run_lock import RunLock
 from cfvlm_ds.tracking import open_tracker
-from cfvlm_ds.training import _is_finished, _locked
+from cfvlm_ds.training import _locked
 
 COMPUTING_S, WAITING_S = 20, 600
 """A round takes milliseconds. The first bounds a loop, the second a wait; a busy machine can hold a round up for minutes of the clock."""
@@ -440,7 +441,7 @@ def resume_run(base: Base, folder: Path, out: Path, resume: str) -> None:
     with _locked(out, ONE):
         groups, _ = preflight.read_data(config, ONE)
         assert groups == base.groups
-        _is_finished(config, 4, ONE)
+        is_finished(config, 4, ONE)
         with open_tracker(True, out, "experiment", "run", {"a": 1}, {}, run_id=run_id, resume_step=step, mlflow=False) as tracker:
             tracker.log(step + 1, {"loss": 0.5})
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch.distributed as dist
 from cfvlm_ds import checkpoint
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.config import ConfigError
-from cfvlm_ds.distributed import World
+from cfvlm_ds.distributed import World, random_state
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -143,12 +145,48 @@ def test_auto_takes_the_newest_complete_one_by_number(tmp_path: Path, capsys: py
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-10"
 
 
-def test_auto_starts_anew_where_nothing_is_complete(tmp_path: Path) -> None:
-    make(tmp_path, 5, complete=False)
+def test_nothing_starts_over_beside_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
+    """Damaged, foreign or under another name: refused, unless told. What a killed save has left is no checkpoint."""
     assert checkpoint.find(tmp_path, "auto", ONE) is None
     assert checkpoint.find(tmp_path / "absent", "auto", ONE) is None
+    make(tmp_path, 4).rename(tmp_path / "checkpoint-4.partial"), make(tmp_path, 3).rename(tmp_path / "checkpoint-3.old.partial")
+    assert checkpoint.find(tmp_path, "auto", ONE) is None
+    remedy = (
+        "restore one or give train.resume the path of another, choose another train.output_dir, or set train.resume to restart to start"
+    )
+    for name, defect in (
+        ("kept", "kept: it is a checkpoint of step 5 under another name than checkpoint-5"),
+        ("checkpoint-50", "checkpoint-50: it was written at step 5, so its name is wrong"),
+    ):
+        moved = make(tmp_path, 5).rename(tmp_path / name)
+        with pytest.raises(ConfigError, match=re.escape(f"holds checkpoints of which none can be continued from: {defect}; {remedy}")):
+            checkpoint.find(tmp_path, "auto", ONE)
+        assert checkpoint.find(tmp_path, "restart", ONE) is None
+        shutil.rmtree(moved)
+    make(tmp_path, 5, complete=False), make(tmp_path, 6).rename(tmp_path / "best")
+    with pytest.raises(ConfigError, match=r"checkpoint-5: complete\.json is missing.* \(1 more\); restore"):
+        checkpoint.find(tmp_path, "auto", ONE)
     with pytest.raises(ConfigError, match="holds no complete checkpoint"):
         checkpoint.newest(tmp_path)
+    make(tmp_path, 2)
+    assert checkpoint.find(tmp_path, "restart", ONE) == tmp_path / "checkpoint-2", "a restarted run goes on like any other"
+
+
+def test_a_newer_one_under_another_name_is_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path, 9).rename(tmp_path / "older"), make(tmp_path, 300).rename(tmp_path / "best"), make(tmp_path, 10)
+    assert checkpoint.find(tmp_path, "auto", ONE) == tmp_path / "checkpoint-10"
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'best'} is a checkpoint of step 300 and not continued from" in said and "older" not in said
+
+
+def test_a_list_without_step_or_ranks_is_broken(tmp_path: Path) -> None:
+    path = make(tmp_path, 3)
+    listed = json.loads((path / "complete.json").read_text())
+    for name in ("step", "world_size"):
+        cut = {key: value for key, value in listed.items() if key not in (name, "crc32")}
+        cut["crc32"] = zlib.crc32(json.dumps(cut, sort_keys=True).encode())
+        (path / "complete.json").write_text(json.dumps(cut))
+        assert "complete.json is missing or broken" in str(checkpoint.incomplete(path)), name
 
 
 def test_never_refuses_a_folder_with_checkpoints(tmp_path: Path) -> None:
@@ -256,7 +294,7 @@ def test_everything_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
     checkpoint.save(Engine(), TrainState(step=4), tmp_path, ONE, keep=1)
     partial = str(tmp_path / "checkpoint-4.partial")
     before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
-    expected = {f"{partial}{name}" for name in ("", "/shards", "/shards/rank0.pt", "/script.py", "/complete.json")}
+    expected = {f"{partial}{name}" for name in ("", "/shards", "/shards/rank0.pt", "/random-state-0.pt", "/script.py", "/complete.json")}
     assert set(before) == expected and before.index(f"{partial}/complete.json") < before.index(partial)
     assert after == [str(tmp_path)]
 
@@ -291,6 +329,50 @@ def test_state_and_random_numbers_come_back(tmp_path: Path) -> None:
     checkpoint.load(Engine(), saved, back, ONE, tmp_path)
     assert back == state
     assert (torch.rand(3).tolist(), random.random()) == expected
+
+
+def rewritten(path: Path, **changed: Any) -> None:
+    """Other entries in a checkpoint's list, as another revision would have written them."""
+    listed = {**json.loads((path / "complete.json").read_text()), **changed}
+    listed = {name: value for name, value in listed.items() if name != "crc32" and value is not None}
+    listed["crc32"] = zlib.crc32(json.dumps(listed, sort_keys=True).encode())
+    (path / "complete.json").write_text(json.dumps(listed))
+
+
+def test_states_of_other_revisions(tmp_path: Path) -> None:
+    """Fields that an older one did not know have their defaults; what cannot be done without, or is not known, is named."""
+    saved = checkpoint.save(Engine(), TrainState(3, {"samples_seen": 6}, "d", skipped={"a": "b"}), tmp_path, ONE, keep=1)
+    loop = {"step": 3, "sampler": {"samples_seen": 6}, "data": "d", "run_id": "r"}
+    rewritten(saved, loop=loop)
+    back = TrainState()
+    checkpoint.load(Engine(), saved, back, ONE, tmp_path)
+    assert back == TrainState(3, {"samples_seen": 6}, "d", "r") == checkpoint.kept_state(saved)
+    for other, said in (
+        ({"step": 3, "data": "d"}, "its state has no sampler; resume from another checkpoint"),
+        ({**loop, "aim": 1, "zeal": 2}, "its state has aim, zeal, which a newer revision must have written; resume with that one"),
+        ([1], "its state cannot be read"),
+    ):
+        rewritten(saved, loop=other)
+        for read in (lambda: checkpoint.kept_state(saved), lambda: checkpoint.load(Engine(), saved, TrainState(), ONE, tmp_path)):
+            with pytest.raises(ConfigError, match=re.escape(f"{saved}: {said}")):
+                read()
+
+
+def test_a_checkpoint_of_a_revision_that_kept_all_among_the_weights(tmp_path: Path) -> None:
+    class Older(Engine):
+        def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
+            return folder, {"loop": {"step": 3, "sampler": None, "data": "d"}, "rng": random_state(torch.device("cpu"))}
+
+    saved = checkpoint.save(Engine(), TrainState(3, data="d"), tmp_path, ONE, keep=1)
+    (saved / "random-state-0.pt").unlink()
+    listed = json.loads((saved / "complete.json").read_text())["files"]
+    rewritten(saved, loop=None, files={name: entry for name, entry in listed.items() if "random" not in name})
+    assert checkpoint.find(tmp_path, "auto", ONE) == saved and checkpoint.kept_state(saved) is None
+    back = TrainState()
+    checkpoint.load(Older(), saved, back, ONE, tmp_path)
+    assert back == TrainState(3, data="d")
+    with pytest.raises(ConfigError, match="its state cannot be read"):
+        checkpoint.load(Engine(), saved, TrainState(), ONE, tmp_path)
 
 
 def test_what_deepspeed_cannot_load_is_named(tmp_path: Path) -> None:

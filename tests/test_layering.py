@@ -20,7 +20,8 @@ LAYERS = [
     {"models", "data", "scenes", "cluster", "reshard", "run_lock", "ds_check"},
     {"objectives", "collate", "engine", "checkpoint", "tracking"},
     {"memory", "validation"},
-    {"evaluation", "export", "preflight", "dry_run", "step", "tower_pass"},
+    {"evaluation", "export", "preflight", "dry_run", "step", "tower_pass", "changes"},
+    {"resume"},
     {"training"},
     {"cli"},
 ]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from cfvlm_ds.collate import Batch, Collator, blinded
 from cfvlm_ds.data.scores import StoredScores
-from cfvlm_ds.distributed import World, gather_objects
+from cfvlm_ds.distributed import World, apart, gather_objects
 from cfvlm_ds.groups import CounterfactualGroup, DataError, Pictures
 from cfvlm_ds.memory import memory_explained
 from cfvlm_ds.stopping import shield_worker
@@ -87,7 +87,7 @@ def score_groups(
             collate_fn=guarded(collator, max_tokens),
             num_workers=num_workers,
             worker_init_fn=shield_worker,
-            generator=torch.Generator(),  # it would draw its seed from the numbers that dropout is to have
+            generator=apart(),
         )
         for view in views
     ]
