@@ -29,8 +29,8 @@ from cfvlm_ds.models import Family, family_of, load_config, load_processor
 from cfvlm_ds.models.stored import explained
 from cfvlm_ds.prompts import Encoded, Prompts
 
-BLANK = Path("<blank image>")
-"""Stands for a mid-grey image: what the blind control shows instead of a picture. A suffix tells several apart."""
+BLANK = Path("\0/<blank image>")
+"""Stands for a mid-grey image, which the blind control shows in place of a picture. A suffix tells several apart; no file is named so."""
 
 STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image.", "a"),), ((1,),))
 """What a rank computes whose groups cannot be read."""
@@ -442,7 +442,7 @@ class Collator:
     def content(self, key: PictureKey) -> bytes:
         """The bytes of a picture's file. Raises DataError naming it where it cannot be read."""
         try:
-            return str(BLANK).encode() if key[0] == BLANK else key[0].read_bytes()
+            return BLANK.name.encode() if key[0] == BLANK else key[0].read_bytes()
         except OSError as error:
             raise DataError(
                 f"{key[0]}: image cannot be read ({error.strerror}); restore it, or correct its path in the manifest"
@@ -463,7 +463,7 @@ class Collator:
     def _shown(self, key: PictureKey) -> Image.Image | Features:
         if self.features is None:
             return self._open(key[0])
-        return self.features.of((BLANK, key[1]) if key[0].stem == BLANK.stem else key)
+        return self.features.of((BLANK, key[1]) if key[0].parent == BLANK.parent else key)
 
     def _taken(self, shown: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
         """The pictures as the model takes them, those of several in a prompt last, and the token ids that stand for each."""
@@ -475,7 +475,7 @@ class Collator:
         return {"tower_features": tower, "rows": rows, **inputs}, [picture.stands for picture in shown]
 
     def _open(self, path: Path) -> Image.Image:
-        return Image.new("RGB", (336, 336), (128, 128, 128)) if path.stem == BLANK.stem else open_image(path, self.max_pixels)
+        return Image.new("RGB", (336, 336), (128, 128, 128)) if path.parent == BLANK.parent else open_image(path, self.max_pixels)
 
     def _processed(self, opened: list[Image.Image], together: int) -> tuple[dict[str, Tensor], list[list[int]]]:
         """The pictures as the model takes them, and the token ids that stand for each in a prompt.

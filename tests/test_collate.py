@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -511,6 +512,14 @@ def test_a_prompt_that_ends_inside_a_token_is_refused(make: Any, groups: list[Co
 def test_a_literal_image_placeholder_is_refused(prompt: str, text: str, make: Any, groups: list[CounterfactualGroup]) -> None:
     with pytest.raises(DataError, match=r"group 'one': text 0: '<image>' in a prompt or text"):
         make()([replace(groups[3], candidates=(Candidate(prompt, text),))])
+
+
+def test_a_file_that_is_named_as_the_blank_image_is_a_picture(make: Any, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+    named = Path(shutil.copy(groups[3].images[0][0], tmp_path / "<blank image>.png"))
+    found, expected = (
+        make()([replace(groups[3], images=((path,),))]).model_inputs["image_inputs"] for path in (named, groups[3].images[0][0])
+    )
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
 def test_a_bad_image_is_refused_by_file(make: Any, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
