@@ -34,8 +34,16 @@ def train_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _with_quickstart(argv: Sequence[str]) -> list[str]:
-    given = any(a == "--config" or a.startswith("--config=") for a in argv)
-    return list(argv) if given else ["--config", str(QUICKSTART), *argv]
+    """The options of a run: small changes of the quickstart, or where they name a model, data or a file of options, these and no others."""
+    given = {option[2:].partition("=")[0] for option in argv if option.startswith("--")}
+    if given & {"model", "data"} or any(name == own or name.startswith(f"{own}.") for name in given for own in _OF_ONES_OWN):
+        return list(argv)
+    # Its max_steps would win over epochs that were asked for.
+    by_epochs = ["--train.max_steps", "-1"] if "train.num_train_epochs" in given and "train.max_steps" not in given else []
+    return ["--config", str(QUICKSTART), *by_epochs, *argv]
+
+
+_OF_ONES_OWN = ("config", "model.name_or_path", *(f"data.{name}" for name in ("train", "evaluation", "format", "root", "scores")))
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -54,7 +62,7 @@ def run(arguments: Sequence[str]) -> None:
 
     world = start()
     if config.build.scenes or config.build.tiny_llava:
-        validate(config, world, built=False)
+        validate(config, world)
         if world.is_main:
             build(config.build)
         world.wait()
@@ -302,3 +310,5 @@ def _exit_cleanly(function: Callable[[], None]) -> None:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:  # of a command; a training answers Ctrl-C itself
+        sys.exit(stopping.EXIT_INTERRUPTED)

@@ -79,10 +79,7 @@ def meeting_point() -> Iterator[None]:
         os.environ["MASTER_PORT"] = str(_free_port())
         yield
     else:
-        import psutil
-
-        launcher = psutil.Process(os.getppid())
-        told = Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{launcher.pid}-{launcher.create_time():.2f}.port"
+        told = Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{os.getppid()}-{_started(os.getppid())}.port"
         os.environ["MASTER_PORT"] = _tell(told) if main else _hear(told)
         try:
             yield
@@ -94,6 +91,14 @@ def meeting_point() -> Iterator[None]:
 _EVERYBODYS = "29500"
 _PORTS = range(20_000, 29_500)  # below those that systems give to outgoing connections
 _PATIENCE_S = 300.0
+
+
+def _started(process: int) -> str:
+    """When a process was started, in ticks since the machine was: the same for all who ask, unlike the time of day."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5): field 22, counted from the third
+    except (OSError, IndexError):
+        return "0"
 
 
 def _is_free(port: int) -> bool:

@@ -171,6 +171,7 @@ _MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"
 
 def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, device: torch.device | None) -> Iterator[str]:
     """What DeepSpeed would stumble over once the model is loaded, a sentence each."""
+    yield from _not_here(parsed, found)
     zero = parsed.zero_config
     offloads = {name: _device(getattr(zero, f"offload_{name}")) for name in ("optimizer", "param")}
     on_cpu = device is not None and device.type == "cpu"
@@ -206,6 +207,36 @@ def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, devi
         )
     if "optimizer" in found:
         yield from _optimizer(parsed, found["optimizer"], offloads["optimizer"] != "none", device)
+
+
+def _not_here(parsed: Any, found: Mapping[str, Any]) -> Iterator[str]:
+    """What DeepSpeed can do and this training cannot, or what would change what it computes."""
+    from deepspeed.runtime.config import DtypeEnum
+
+    zero, stage = parsed.zero_config, int(parsed.zero_config.stage)
+    if stage == 0:
+        yield "zero_optimization.stage 0 keeps checkpoints that cannot be exported; write 1, 2 or 3 (on one rank 1 is the same training)"
+    if parsed.gradient_allreduce_op != "mean":
+        yield "gradient_allreduce_op=sum makes gradients as many times larger as there are ranks; leave it out"
+    if not zero.compute_grad_norm:
+        yield "zero_optimization.compute_grad_norm=false leaves nothing to clip and record gradients by; leave it out"
+    if not parsed.managed_gradient_accumulation:
+        yield "managed_gradient_accumulation=false is not how this training accumulates gradients; leave it out"
+    if stage == 3 and (parsed.prescale_gradients or parsed.gradient_predivide_factor != 1.0):
+        yield "prescale_gradients and gradient_predivide_factor cannot be had with stage 3; leave them out"
+    if parsed.bfloat16_config.bf16_master_weights_and_grads and _device(zero.offload_optimizer) == "none":
+        yield "bf16.bf16_master_weights_and_grads needs zero_optimization.offload_optimizer and DeepSpeed's Adam; leave it out"
+    switched = [name for name in ("hybrid_engine", "data_efficiency", "expert_parallel") if (found.get(name) or {}).get("enabled")]
+    wide = [name for name in ("sequence_parallel_size", "data_parallel_size") if found.get(name, 1) != 1]
+    tensor = ["tensor_parallel"] if (found.get("tensor_parallel") or {}).get("autotp_size", 0) > 1 else []
+    if unused := [*switched, *wide, *tensor, *(["checkpoint.load_universal"] if parsed.load_universal_checkpoint else [])]:
+        yield f"{unused[0]} is not used here: batches are the run's own, and weights are partitioned by ZeRO alone; leave it out"
+    for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
+        if (wanted := (found.get("data_types") or {}).get(name)) is not None:
+            try:
+                DtypeEnum(wanted)
+            except ValueError:
+                yield f"data_types.{name} must be fp32, bf16 or fp16, not {_shown(wanted)}"
 
 
 _QUANTISED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")

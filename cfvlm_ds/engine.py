@@ -22,7 +22,7 @@ from cfvlm_ds.distributed import World, launch_environment, meeting_point
 from cfvlm_ds.ds_check import validate as validate
 from cfvlm_ds.ds_config import read_json as read_json
 from cfvlm_ds.ds_config import resolve as resolve
-from cfvlm_ds.ds_config import warmup_steps
+from cfvlm_ds.ds_config import unusable, warmup_steps
 from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainable
 
 _NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "fuse.sshfs", "ceph", "9p", "wekafs")
@@ -184,13 +184,16 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
     def schedule(optimizer: torch.optim.Optimizer) -> Any:
         return get_scheduler(config.train.lr_scheduler_type, optimizer, warmup_steps(config, total_steps), total_steps)
 
-    engine, *_ = deepspeed.initialize(
-        model=scorer,
-        model_parameters=groups,
-        optimizer=optimizer,
-        lr_scheduler=None if "scheduler" in resolved.config else schedule,
-        config=resolved.config,
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=scorer,
+            model_parameters=groups,
+            optimizer=optimizer,
+            lr_scheduler=None if "scheduler" in resolved.config else schedule,
+            config=resolved.config,
+        )
+    except (AssertionError, ValueError, NotImplementedError) as error:  # a combination that it refuses, and ds_check.py does not know
+        raise unusable(config.deepspeed, error) from error
     return engine
 
 

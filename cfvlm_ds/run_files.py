@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def append(path: Path, line: str, say: Say) -> bool:
             try:
                 _write(file.fileno(), bytearray(line.encode() + b"\n"))
             except OSError:
-                file.truncate(size)  # takes no room
+                with contextlib.suppress(OSError):
+                    file.truncate(size)  # takes no room
                 raise
     except OSError as error:
         say(f"warning: {unwritten(path, error)}; the run goes on without this line of it: {line}")
@@ -73,18 +75,24 @@ class Lines:
         self._waiting = bytearray()
         self._error: OSError | None = None
         self._handle: int | None = None
+        self._lock = threading.Lock()
         self.closed = False
         self._flush()
 
     def write(self, line: str) -> None:
         """Add a line, now or as soon as the disk takes it."""
-        self._waiting += line.encode() + b"\n"
-        self._flush()
+        with self._lock:
+            self._waiting += line.encode() + b"\n"
+            self._flush()
 
     def close(self) -> list[str]:
         """Try a last time; the lines that are lost. Later calls do nothing."""
         if self.closed:
             return []
+        with self._lock:
+            return self._closed()
+
+    def _closed(self) -> list[str]:
         self.closed = True
         self._flush()
         if self._handle is not None:

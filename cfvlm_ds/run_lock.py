@@ -63,6 +63,10 @@ class RunLock:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let the folder go."""
         self._ended.set()
         with contextlib.suppress(OSError):  # it must not hide why the run ends, and is stale in any case
             if _content(self.path) == self._mine:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cfvlm_ds import heartbeat
 from cfvlm_ds.checkpoint import TrainState
-from cfvlm_ds.collate import Batch, Collator
+from cfvlm_ds.collate import STAND_IN, Batch, Collator
 from cfvlm_ds.config import RunConfig
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.distributed import World, all_reduce_sums, gather_objects, random_state, set_random_state
@@ -28,7 +28,7 @@ from cfvlm_ds.memory import memory_explained
 from cfvlm_ds.models import ModelFlops, adapters_off
 from cfvlm_ds.objectives import group_units, likelihood_report, weighted_loss
 from cfvlm_ds.run_files import append, keep
-from cfvlm_ds.stopping import Stop, reason
+from cfvlm_ds.stopping import Stop, WorkerLost, reason
 
 
 @dataclass
@@ -106,13 +106,13 @@ class Meter:
 def optimizer_step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> tuple[str | None, bool]:
     """One optimizer step: fetch its micro-batches, agree on the global units, then one forward and one backward of the engine each.
 
-    Returns what the ranks have agreed on: why the run is to stop behind this step, or None; and whether a checkpoint is due by
-    train.save_minutes.
+    Returns what the ranks have agreed on: why the run is to stop after this step, or None; and whether a checkpoint is due by
+    train.save_minutes. Raises WorkerLost on all of them, before anything is computed, when one of them has no batches any more.
     """
     world, objectives, number = run.world, run.config.objective, run.state.step + 1
     run.pulse.mark("data", number)
     asked = time.monotonic()
-    micro_batches = [[part.to(world.device) for part in next(batches)] for _ in range(run.config.train.gradient_accumulation_steps)]
+    micro_batches, lost = _fetched(run, batches)
     meter.waited += time.monotonic() - asked
     run.pulse.mark("agreement", number)
     local: dict[str, Tensor] = {}
@@ -122,9 +122,14 @@ def optimizer_step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> tu
     minutes = run.config.train.save_minutes
     local[_STOP] = run.stop.votes()
     local[_SAVE_DUE] = torch.tensor(float(world.is_main and 0 < minutes * 60 <= time.monotonic() - run.saved_at))
+    local[_WORKER] = torch.tensor(float(lost is not None))
     local[_DROPPED] = torch.tensor(sum(len(parts[0].dropped) for parts in micro_batches))
     global_units = all_reduce_sums(local, world.device)
-    *votes, save_due, dropped = torch.cat([global_units.pop(name).reshape(-1) for name in (_STOP, _SAVE_DUE, _DROPPED)]).tolist()
+    agreed = [global_units.pop(name).reshape(-1) for name in (_STOP, _SAVE_DUE, _WORKER, _DROPPED)]
+    *votes, save_due, dead, dropped = torch.cat(agreed).tolist()
+    if dead:
+        found = ((rank, said) for rank, said in enumerate(gather_objects(lost, world)) if said is not None)
+        raise WorkerLost("; ".join(f"rank {rank}: {said}" for rank, said in found))
     if dropped:
         _drop(run, [parts[0] for parts in micro_batches])
     measured: list[tuple[Scores, Tensor, dict[str, Tensor]]] = []
@@ -163,7 +168,17 @@ def optimizer_step(run: Run, batches: Iterator[list[Batch]], meter: Meter) -> tu
     return reason(votes), bool(save_due)
 
 
-_STOP, _SAVE_DUE, _DROPPED = "stop", "save due", "dropped"  # they travel with the units of the objectives
+_STOP, _SAVE_DUE, _WORKER, _DROPPED = "stop", "save due", "worker", "dropped"  # they travel with the units of the objectives
+
+
+def _fetched(run: Run, batches: Iterator[list[Batch]]) -> tuple[list[list[Batch]], str | None]:
+    """The step's micro-batches; where a data worker has died, a stand-in of which only the form matters, and what became of it."""
+    try:
+        return [[part.to(run.world.device) for part in next(batches)] for _ in range(run.config.train.gradient_accumulation_steps)], None
+    except WorkerLost as error:
+        return [[run.collator.scoring_everything()([STAND_IN]).to(run.world.device)]], str(error)
+
+
 _MOST_LOST = 10  # steps in a row that may be left out
 
 

@@ -1,20 +1,28 @@
 """A run that has to stop before its end: somebody asks by a signal, or the time of the Slurm job runs out.
 
-Signals only set a flag. Every rank votes at the start of a step, the votes are added in the step's own all-reduce, and so all ranks stop
-behind the same step: they save one checkpoint and exit with ``EXIT_STOPPED``, and the same command continues from there.
+While ranks train or evaluate, a signal only sets a flag. Every rank votes at the start of a step and before each forward of an
+evaluation, the votes are added over ranks, and so all stop after the same step: they save one checkpoint and exit with ``EXIT_STOPPED``,
+and the same command continues from there. Before the first step and after the last evaluation nothing needs to be saved, and a signal ends
+its process at once with the same code.
 
-SIGUSR1 is what the scripts in slurm/ send before a time limit, SIGTERM what Slurm itself sends first. Ctrl-C still ends a process at once.
+SIGUSR1 is what the scripts in slurm/ send before a time limit, SIGTERM what Slurm itself sends first, SIGINT is Ctrl-C. A second Ctrl-C
+ends the run at once with ``EXIT_INTERRUPTED``, wherever it is. That is why a thread listens: Python's own handlers wait for a main thread
+that may sit in a collective for ever.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -22,15 +30,27 @@ EXIT_STOPPED = 85
 """Exit code of a run that stopped because it was asked to: saved, and to be continued."""
 EXIT_HANG = 86
 """Exit code of every rank that has found one of them hanging (see heartbeat.py)."""
+EXIT_INTERRUPTED = 130
+"""Exit code of a run that a second Ctrl-C has ended at once: what it did since its last checkpoint is lost."""
 
-_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+_ONE_PRESS_S = 1.0  # a terminal and a launcher may both pass one Ctrl-C on
+_LEAVE_WITHIN_S = 10.0
 _asked = threading.Event()
+_together = False
+_left = threading.Lock()
+_before_leaving: list[Callable[[int], object]] = []
 
 
 def install() -> None:
-    """Have SIGUSR1 and SIGTERM ask for a stop, also those that arrived while train.py held them back during its imports."""
+    """Have the signals ask for a stop, also those that arrived while train.py held them back during its imports."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     for number in _SIGNALS:
         signal.signal(number, _ask)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_deafen)
+    threading.Thread(target=_listen, args=(reader,), name="cfvlm_ds-signals", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
@@ -38,12 +58,87 @@ def _ask(number: int, frame: FrameType | None) -> None:
     _asked.set()
 
 
+def _deafen() -> None:
+    """A child must not tell its parent of the signals that it gets itself, such as from a pool that ends it."""
+    signal.set_wakeup_fd(-1)
+
+
+def _listen(reader: int) -> None:
+    pressed = None
+    while numbers := os.read(reader, 64):
+        for number in numbers:
+            if number not in _SIGNALS:  # others have handlers too
+                continue
+            _asked.set()
+            if not _together:
+                _leave(EXIT_STOPPED)
+            if number == signal.SIGINT:
+                now = time.monotonic()
+                if pressed is not None and now - pressed > _ONE_PRESS_S:
+                    _leave(EXIT_INTERRUPTED)
+                pressed = pressed or now
+
+
+def _leave(code: int) -> None:
+    """End this process at once, but for what is registered to be done before, and for no longer than that may take."""
+    if not _left.acquire(blocking=False):
+        return
+
+    def leave() -> None:
+        for action in reversed(_before_leaving):
+            with contextlib.suppress(Exception):
+                action(code)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+
+    last = threading.Thread(target=leave, daemon=True)
+    last.start()
+    last.join(_LEAVE_WITHIN_S)
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def before_leaving(action: Callable[[int], object]) -> Iterator[None]:
+    """While this lasts, ``action`` is called with the exit code when a signal ends the process at once; the latest one first."""
+    _before_leaving.append(action)
+    try:
+        yield
+    finally:
+        _before_leaving.remove(action)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """While this lasts, a signal only sets the flag that ranks vote on: they stop together or not at all."""
+    global _together
+    before, _together = _together, True
+    try:
+        yield
+        if _asked.is_set() and not before:  # after the last vote
+            _leave(EXIT_STOPPED)
+    finally:
+        _together = before
+
+
+class Asked(Exception):
+    """The ranks have agreed to stop in an evaluation; the message says why."""
+
+
+class WorkerLost(Exception):
+    """A process that prepares batches has died, of this rank or another one; no rank has begun the step."""
+
+
 def shield_worker(worker_id: int) -> None:
-    """A DataLoader's ``worker_init_fn``: leaves stopping to the rank, since srun and Slurm signal every process of a task.
+    """A DataLoader's ``worker_init_fn``: leaves stopping to the rank, since srun, Slurm and terminals signal every process of a task.
 
     SIGTERM is obeyed from the rank itself alone, which ends its workers by it.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey_parent, name="cfvlm_ds-terminate", daemon=True).start()
 
@@ -52,6 +147,42 @@ def _obey_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+@contextlib.contextmanager
+def worker_deaths() -> Iterator[None]:
+    """WorkerLost in place of torch's error when a DataLoader's worker has died."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise WorkerLost(" ".join(str(error).split()).rstrip(".")) from error
+
+
+_torchs_handler: Any = None
+
+
+def hold_deaths_back() -> None:
+    """Have torch's handler of SIGCHLD, once a DataLoader has installed it, raise in ``deaths_heard`` only: it would cut a step."""
+    global _torchs_handler
+    if threading.current_thread() is threading.main_thread() and callable(handler := signal.getsignal(signal.SIGCHLD)):
+        _torchs_handler = handler
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def deaths_heard() -> Iterator[None]:
+    """While this lasts, the death of a DataLoader's worker, or an earlier one, is raised at once."""
+    if _torchs_handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGCHLD, _torchs_handler)
+    try:
+        _torchs_handler(signal.SIGCHLD, None)
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class Stop:

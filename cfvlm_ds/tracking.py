@@ -142,7 +142,7 @@ class NullTracker:
     def artifact(self, path: Path, folder: str = "") -> None:
         """Nothing."""
 
-    def close(self, status: Status = "FINISHED") -> None:
+    def close(self, status: Status = "FINISHED", timeout: float | None = None) -> None:
         """Nothing."""
 
     def __enter__(self) -> NullTracker:
@@ -193,8 +193,10 @@ class Tracker:
         """Have a file uploaded into ``folder``. It is read later, so leave it in place. The same path again means: it has changed."""
         self._delivery.add_artifact(str(Path(path).absolute()), folder)
 
-    def close(self, status: Status = "FINISHED") -> None:
-        """Set the final status and wait, at most ``close_timeout`` seconds, for MLflow to get the rest. A second call does nothing.
+    def close(self, status: Status = "FINISHED", timeout: float | None = None) -> None:
+        """Set the final status and wait, at most ``timeout`` or else ``close_timeout`` seconds, for MLflow to get the rest.
+
+        A second call does nothing.
 
         SCHEDULED is the status of a run that was asked to stop and is to go on: MLflow's other words are for runs that live or are over.
         What could not be delivered is counted on stderr, with the command that delivers it later.
@@ -205,7 +207,7 @@ class Tracker:
             steps = sorted(row["step"] for row in (_parse(line.encode() + b"\n") for line in lost) if row is not None)
             span = f" (steps {steps[0]} to {steps[-1]})" if steps else ""
             _say(f"{len(lost)} records of metrics{span} are lost: {self._lines.path} could not be written to the end")
-        self._delivery.finish(status, _now_ms(), self._close_timeout)
+        self._delivery.finish(status, _now_ms(), self._close_timeout if timeout is None else timeout)
 
     def __enter__(self) -> Tracker:
         return self

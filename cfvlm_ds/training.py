@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 import yaml
 from torch.utils.data import DataLoader
 
-from cfvlm_ds import checkpoint, engine, heartbeat, resume
+from cfvlm_ds import checkpoint, engine, heartbeat, resume, stopping
 from cfvlm_ds.attention import ordinary
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.collate import STAND_IN, Batch, Collator, load_collator
@@ -27,7 +27,7 @@ from cfvlm_ds.config import ConfigError, RunConfig
 from cfvlm_ds.data import GroupSampler, PackedSampler, open_image
 from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
 from cfvlm_ds.distributed import World, apart, broadcast_object, random_kept, seed_everything
-from cfvlm_ds.errors import masked, unwritten
+from cfvlm_ds.errors import masked, tell, unwritten
 from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, evaluate, flat_metrics, headline, metric_names, rehearse, table
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
@@ -36,6 +36,7 @@ from cfvlm_ds.models import ModelFlops, attention, fingerprint, load_config, onl
 from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.preflight import group_tokens, read_data
 from cfvlm_ds.run_files import keep, update
+from cfvlm_ds.run_files import replace as replace_file
 from cfvlm_ds.run_lock import RunLock
 from cfvlm_ds.step import Meter, Run, optimizer_step
 from cfvlm_ds.stopping import EXIT_STOPPED, Stop, shield_worker
@@ -55,9 +56,16 @@ def train(config: RunConfig, world: World | None = None) -> None:
     when the loss or its gradient is not finite.
     """
     world = world or engine.start()
-    validate(config, world)
-    with _locked(Path(config.train.output_dir), world):
-        _train(config, world)
+    with stopping.before_leaving(lambda code: world.say(_LEFT[code])):
+        validate(config, world)
+        with _locked(Path(config.train.output_dir), world):
+            _train(config, world)
+
+
+_LEFT = {
+    EXIT_STOPPED: "stopped: a signal asked for it; the same command continues",
+    stopping.EXIT_INTERRUPTED: "ended by a second Ctrl-C; the same command continues from the last checkpoint",
+}
 
 
 @contextlib.contextmanager
@@ -72,7 +80,7 @@ def _locked(run_dir: Path, world: World) -> Iterator[None]:
             problem = str(error)
     if problem := broadcast_object(problem):
         raise ConfigError(problem)
-    with lock:
+    with lock, stopping.before_leaving(lambda code: lock.release() if world.is_main else None):
         yield
 
 
@@ -117,21 +125,47 @@ def _train(config: RunConfig, world: World) -> None:
         with random_kept(world.device):  # an uninterrupted run has checked before its first step, not here
             _check_scores(run)
             _rehearse(run)
-        with _tracker(run, start.found) as tracker:
+        with _tracker(run, start.found) as tracker, stopping.before_leaving(partial(_close_at_once, tracker)):
             if world.is_main:
                 (run_dir / resume.FINISHED).unlink(missing_ok=True)
             for path in [*_record(run, resolved.config), *start.note(run_dir, state.step, world)]:
                 tracker.artifact(path)
-            if stopped := _loop(run, tracker):
-                world.say(f"stopped after step {state.step} of {total_steps}: {stopped}; the same command continues from the checkpoint")
-                tracker.close("SCHEDULED")
-            else:
+            try:
+                with stopping.together():
+                    if stopped := _loop(run, tracker):
+                        _stop(run, tracker, stopped)
                 _finish(run, tracker)
-    if world.is_main and not stopped:
+            except stopping.Asked as asked:
+                _stop(run, tracker, f"{asked}, before the evaluation was done")
+            except stopping.WorkerLost as lost:
+                then = "the same command continues from the last checkpoint"
+                _end(run, tracker, f"rank {world.rank}, in the evaluation: {lost}", then, alone=True)
+    if world.is_main:
         keep(run_dir / resume.FINISHED, json.dumps({"step": total_steps}), world.say)
-    world.wait()  # the first rank to leave with a code that is not 0 makes the launcher end the others
-    if stopped:
-        sys.exit(EXIT_STOPPED)
+    world.wait()
+
+
+def _close_at_once(tracker: Any, code: int) -> None:
+    tracker.close("SCHEDULED" if code == EXIT_STOPPED else "KILLED", timeout=5.0)
+
+
+def _stop(run: Run, tracker: Any, why: str) -> NoReturn:
+    """Leave a run that is to go on, from the checkpoint of its last step; all ranks call it."""
+    done = f"stopped after step {run.state.step} of {run.total_steps}"
+    run.world.say(f"{done}: {why}; the same command continues from the checkpoint")
+    tracker.close("SCHEDULED")
+    run.world.wait()  # the first rank to leave with a code that is not 0 makes the launcher end the others
+    sys.exit(EXIT_STOPPED)
+
+
+def _end(run: Run, tracker: Any, what: str, then: str, alone: bool) -> NoReturn:
+    """Leave a run that has lost a data worker; this rank, or all of them together."""
+    tracker.close("FAILED")
+    if run.world.is_main or alone:
+        tell(f"error: {what}; memory is what such processes are usually killed for: lower data.num_workers; {then}", error=True)
+    if not alone:
+        run.world.wait()
+    sys.exit(1)
 
 
 def _restore(run: Run, found: Path, start: resume.Start) -> None:
@@ -255,8 +289,15 @@ def _loop(run: Run, tracker: Any) -> str | None:
     started, first_step = time.monotonic(), state.step
     run.saved_at = started
     run.engine.train()
+    saved = first_step
     while state.step < run.total_steps:
-        stop, save_due = optimizer_step(run, batches, meter)
+        try:
+            stop, save_due = optimizer_step(run, batches, meter)
+        except stopping.WorkerLost as lost:
+            if saved < state.step:
+                _save(run, tracker, needed=True)
+            then = f"step {state.step} is the last whole one and is saved" if state.step else "nothing was trained"
+            _end(run, tracker, f"at step {state.step + 1}, {lost}", f"{then}, and the same command continues", alone=False)
         state.step += 1
         run.sampler.advance()
         state.sampler = run.sampler.state_dict()
@@ -276,15 +317,20 @@ def _loop(run: Run, tracker: Any) -> str | None:
         state.run_id = tracker.run_id
         if train.eval_steps and state.step % train.eval_steps == 0 and not last and not stop:
             run.pulse.mark("evaluation", state.step)
-            results, _ = _evaluate(run)
-            tracker.log(state.step, flat_metrics(results))
-            for split, rows in results.items():
-                world.say(f"  {split}: {headline(rows)}")
-            save_due |= _is_best(run, flat_metrics(results))
+            try:
+                results, _ = _evaluate(run)
+            except stopping.Asked as asked:
+                stop = str(asked)
+            else:
+                tracker.log(state.step, flat_metrics(results))
+                for split, rows in results.items():
+                    world.say(f"  {split}: {headline(rows)}")
+                save_due |= _is_best(run, flat_metrics(results))
             meter.reset()  # the evaluation's time is not training time
         if last or stop or save_due or (train.save_steps and state.step % train.save_steps == 0):
             run.pulse.mark("checkpoint", state.step)
             _save(run, tracker, needed=last or stop is not None)
+            saved = state.step
         if stop:
             return stop
     return None
@@ -311,18 +357,30 @@ def _evaluation_options(run: Run) -> dict[str, Any]:
 
 
 def _evaluate(run: Run, shuffled: bool = False) -> tuple[dict[str, list[Accuracy]], dict[str, list[GroupScores]]]:
+    """Evaluate all splits. Raises Asked on all ranks where they are to stop, and WorkerLost on the one that has lost a data worker."""
+
+    def ask(*arguments: Any) -> None:
+        votes = run.stop.votes().to(run.world.device)
+        dist.all_reduce(votes)
+        if (why := stopping.reason(votes.tolist())) is not None:
+            raise stopping.Asked(why)
+
     run.engine.eval()
-    found = evaluate(
-        run.engine,
-        run.collator,
-        run.splits,
-        run.world,
-        num_workers=run.config.data.workers,
-        shuffled=shuffled,
-        **_evaluation_options(run),
-    )
-    run.engine.train()
-    return found
+    hook = run.engine.register_forward_pre_hook(ask)  # every rank makes as many forwards
+    try:
+        with stopping.together(), stopping.worker_deaths():
+            return evaluate(
+                run.engine,
+                run.collator,
+                run.splits,
+                run.world,
+                num_workers=run.config.data.workers,
+                shuffled=shuffled,
+                **_evaluation_options(run),
+            )
+    finally:
+        hook.remove()
+        run.engine.train()
 
 
 def _rehearse(run: Run) -> None:
@@ -377,7 +435,15 @@ def _batches(run: Run) -> Iterator[list[Batch]]:
         worker_init_fn=shield_worker,
         generator=apart(),
     )
-    yield from loader
+    iterator = iter(loader)
+    if workers:
+        stopping.hold_deaths_back()
+    while True:
+        with stopping.worker_deaths(), stopping.deaths_heard():
+            parts = next(iterator, None)
+        if parts is None:
+            return
+        yield parts
 
 
 def _progress(run: Run, metrics: Mapping[str, float], remaining: float) -> str:
@@ -425,12 +491,17 @@ def _finish(run: Run, tracker: Any) -> None:
     results, scores = _evaluate(run, run.config.train.eval_shuffled)
     tracker.log(run.state.step, flat_metrics(results))
     if run.world.is_main:
-        (run.dir / "results.md").write_text(table(results) + "\n")
-        (run.dir / "results.json").write_text(json.dumps({s: [vars(row) for row in rows] for s, rows in results.items()}, indent=1))
-        (run.dir / "scores").mkdir(exist_ok=True)
-        for split, groups in run.splits.items():
-            stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
-            write_scores(run.dir / "scores" / f"{split}.jsonl", groups, stored, str(run.dir))
+        path = run.dir / "results.md"
+        try:
+            replace_file(path, (table(results) + "\n").encode())
+            path = run.dir / "results.json"
+            replace_file(path, json.dumps({s: [vars(row) for row in rows] for s, rows in results.items()}, indent=1).encode())
+            (run.dir / "scores").mkdir(exist_ok=True)
+            for split, groups in run.splits.items():
+                stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
+                write_scores(path := run.dir / "scores" / f"{split}.jsonl", groups, stored, str(run.dir))
+        except OSError as error:
+            raise ConfigError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
         for path in [run.dir / "results.md", run.dir / "results.json", *_figures(run, scores)]:
             tracker.artifact(path)
         if results:

@@ -18,36 +18,43 @@ from cfvlm_ds.models import check_model, only_adapters_train
 _UNKNOWN_WIDTH = 64
 
 
-def validate(config: RunConfig, world: World | None, built: bool = True) -> None:
+def validate(config: RunConfig, world: World | None) -> None:
     """Raise ConfigError or DataError for what would stop the run later.
 
-    ``world`` is None in a dry run, which needs no data and may be meant for another machine. Not yet ``built`` are model and data that
-    ``build`` of the configuration will write.
+    ``world`` is None in a dry run, which needs no data and may be meant for another machine. What ``build`` of the configuration is yet to
+    write need not be there.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    raw = engine.read_json(config.deepspeed)
-    if not config.model.name_or_path:
+    raw, model = engine.read_json(config.deepspeed), config.model
+    if not model.name_or_path:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
-    check_model(config.model, raw.get("zero_optimization", {}).get("stage") == 3, built, weights=world is not None)
+    tiny = config.build.tiny_llava
+    there = tiny is None or not _is_below(model.name_or_path, tiny.out_dir) or Path(model.name_or_path).exists()
+    check_model(model, raw.get("zero_optimization", {}).get("stage") == 3, there, weights=world is not None)
     device = torch.device("cpu") if world is None else world.device
-    size, width = 1 if world is None else world.size, engine.hidden_size(config) if built else _UNKNOWN_WIDTH
+    size, width = 1 if world is None else world.size, engine.hidden_size(config) if there else _UNKNOWN_WIDTH
     resolved = engine.resolve(raw, config, size, device, width, max(1, config.train.max_steps))
     unset_hf_deepspeed_config()  # nothing is loaded by this one
     engine.validate(config, resolved, size, None if world is None else device)
     if world is not None:
-        _check_data(config, built)
+        _check_data(config)
 
 
-def _check_data(config: RunConfig, built: bool) -> None:
-    data = config.data
+def _check_data(config: RunConfig) -> None:
+    data, scenes = config.data, config.build.scenes
     if not data.train:
         raise ConfigError("data.train is not set; give the manifest of your training groups")
     for each in (data.train_set, *data.evaluation_sets.values()):
-        if (each.format or data.format) not in FORMATS or (built and not Path(each.path).exists()):
+        there = Path(each.path).exists() or (scenes is not None and _is_below(each.path, scenes.out_dir))
+        if (each.format or data.format) not in FORMATS or not there:
             read_manifest(each.path, each.root, each.format or data.format)  # raises, and says what is near
-    if scores_needed(config) and built and not Path(data.scores or "").exists():
+    if scores_needed(config) and not Path(str(data.scores)).exists():
         raise ConfigError(f"{data.scores}: no such scores file; write it with `cfvlm-ds score`, or correct data.scores")
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return Path(path).absolute().is_relative_to(Path(folder).absolute())
 
 
 def scores_needed(config: RunConfig) -> bool:

@@ -7,9 +7,12 @@ if [ -d .venv ]; then
     export PATH="$PWD/.venv/bin:$PATH"
 fi
 
-# Or a container, where Slurm has pyxis; every mount must be there on every node.
-# CONTAINER_IMAGE=/shared/images/cfvlm_ds.sqsh
-# CONTAINER_MOUNTS=$PWD:$PWD,/shared/data:/shared/data
+# Or a container: by pyxis where srun has it, else by apptainer, unless CONTAINER_RUNTIME says which. Without CONTAINER_MOUNTS the folder of
+# submission, HF_HOME and /tmp (the compiled kernels below) are mounted; data and run folders elsewhere have to be named, and every mount must
+# be there on every node. Neither has been tried on a real cluster yet.
+# CONTAINER_IMAGE=/shared/images/cfvlm_ds.sqsh    # apptainer: .sif
+# CONTAINER_MOUNTS=$PWD:$PWD,$HOME/.cache/huggingface:$HOME/.cache/huggingface,/tmp:/tmp,/shared/data:/shared/data
+# CONTAINER_RUNTIME=apptainer
 
 # Caches. Hugging Face files on the shared file system, fetched before the job; what is compiled, on the node.
 export HF_HOME="${HF_HOME:-$HOME/.cache/huggingface}"

@@ -4,6 +4,8 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=60G
 #SBATCH --output=%x-%j.log
 #SBATCH --export=NONE
 set -euo pipefail

@@ -12,7 +12,7 @@ source slurm/env.sh
 say() { echo "$(date '+%F %T') slurm/launch.sh: $*"; }
 
 if [[ -e ${CFVLM_SECRETS:=} ]]; then
-    if [[ $(stat -c %a "$CFVLM_SECRETS") != *00 ]]; then
+    if [[ $(stat -L -c %a "$CFVLM_SECRETS") != *00 ]]; then # of the file itself: a link is open to all
         say "error: others can read $CFVLM_SECRETS; chmod 600 it"
         exit 2
     fi
@@ -22,9 +22,36 @@ if [[ -e ${CFVLM_SECRETS:=} ]]; then
     set +a
 fi
 
-container=()
+# container_runtime: what runs containers here, unless CONTAINER_RUNTIME says it.
+container_runtime() {
+    local found
+    if [[ $(srun --help 2>&1) == *--container-image* ]]; then
+        echo pyxis
+    else
+        for found in apptainer singularity; do
+            if command -v "$found" >/dev/null; then echo "$found" && return; fi
+        done
+    fi
+}
+
+# Steps run in the image by options of srun (pyxis), or by a command before theirs (apptainer).
+container=() inside=() shield=()
 if [[ -n ${CONTAINER_IMAGE:-} ]]; then
-    container=(--container-image="$CONTAINER_IMAGE" --container-mounts="${CONTAINER_MOUNTS:-$PWD:$PWD}" --container-workdir="$PWD")
+    mkdir -p "$HF_HOME"
+    mounts=${CONTAINER_MOUNTS:-$PWD:$PWD,$HF_HOME:$HF_HOME,/tmp:/tmp}
+    : "${CONTAINER_RUNTIME:=$(container_runtime)}"
+    case $CONTAINER_RUNTIME in
+        pyxis) container=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$PWD") ;;
+        apptainer | singularity)
+            inside=("$CONTAINER_RUNTIME" exec --bind "$mounts" --pwd "$PWD")
+            if ((${SLURM_GPUS_ON_NODE:-0})); then inside+=(--nv); fi
+            inside+=("$CONTAINER_IMAGE")
+            ;;
+        *)
+            say "error: nothing runs CONTAINER_IMAGE here: ${CONTAINER_RUNTIME:-srun has no pyxis, and there is no apptainer}; set CONTAINER_RUNTIME to pyxis or apptainer"
+            exit 2
+            ;;
+    esac
 fi
 
 # step SRUN-OPTIONS -- COMMAND...: run a command on the nodes of the job, for at most step_limit seconds where that is set.
@@ -36,7 +63,7 @@ step() {
     done
     shift
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
-    exec ${step_limit:+timeout --kill-after=5 $step_limit} srun --export=ALL --kill-on-bad-exit=1 "${container[@]}" "${options[@]}" "$@"
+    exec ${step_limit:+timeout --kill-after=5 $step_limit} srun --export=ALL --kill-on-bad-exit=1 "${container[@]}" "${options[@]}" "${shield[@]}" "${inside[@]}" "$@"
 }
 
 # rendezvous NODE: where ranks meet. The port is the job's and the start's own, clear of the ephemeral range.
@@ -90,9 +117,8 @@ await() {
 preflight() {
     local reports=$start_dir/nodes limit=$((${CFVLM_PREFLIGHT_S:-60} - 15)) node line
     mkdir -p "$reports"
-    MASTER_PORT=$((MASTER_PORT + 1)) step_limit=$((limit + 10)) step --nodes=${#nodes[@]} --ntasks=${#nodes[@]} --ntasks-per-node=1 --kill-on-bad-exit=0 \
-        --output="$start_dir/preflight.log" -- \
-        timeout --kill-after=5 "$limit" cfvlm-ds cluster check "$reports" --timeout_s $((limit / 3)) &
+    MASTER_PORT=$((MASTER_PORT + 1)) step_limit=$((limit + 10)) step --nodes=${#nodes[@]} --ntasks=${#nodes[@]} --ntasks-per-node=1 --kill-on-bad-exit=0 -- \
+        timeout --kill-after=5 "$limit" cfvlm-ds cluster check "$reports" --timeout_s $((limit / 3)) &>"$start_dir/preflight.log" &
     await $!
     sed 's/^/    /' "$start_dir/preflight.log"
     for node in "${nodes[@]}"; do
@@ -145,8 +171,11 @@ launch() {
         say "training on ${good[*]}"
     fi
 
-    # Signals are held back until Python answers them: the default action of USR1 is to end a process.
-    step "${place[@]}" --output="$start_dir/rank-%t.log" -- env --block-signal=USR1,TERM python train.py "$@" &
+    # Signals do nothing until train.py holds them back, in its first line, and then answers them: by default USR1 ends a process. A file name
+    # is a pattern to srun, a folder is not; files that srun would write itself would keep it waiting for a lost node.
+    # shellcheck disable=SC2016
+    shield=(sh -c 'trap "" USR1 TERM; cd "$0" && exec "$@"' "$PWD")
+    step "${place[@]}" --chdir="$start_dir" --output=rank-%t.log -- python train.py "$@" &
     ranks=$!
     tail --pid=$ranks -n +1 -F "$start_dir/rank-0.log" 2>/dev/null &
     shown=$!

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from test_run_files import full, handle_of
 from torch import Tensor
 
 from cfvlm_ds import OBJECTIVES, GroupLayout, Scores, checkpoint, cli, tower_pass, training
@@ -67,6 +68,27 @@ def no_room() -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with patch.object(tower_pass, "write_features", limited):
+        yield
+
+
+@contextlib.contextmanager
+def full_metrics(run_dir: str, first: int, last: int) -> Iterator[None]:
+    """From one step to another one metrics.jsonl finds no room, and nonfinite.jsonl never: the system itself refuses."""
+    step, kept = training.optimizer_step, 0
+    if rank() == 0:
+        Path(run_dir).mkdir()
+        (Path(run_dir) / "nonfinite.jsonl").symlink_to("/dev/full")
+
+    def stepped(run, batches, meter):  # type: ignore[no-untyped-def]
+        nonlocal kept
+        number, done = run.state.step + 1, step(run, batches, meter)
+        if rank() == 0 and number == first:
+            kept = full(handle_of(run.dir / "metrics.jsonl"))
+        if rank() == 0 and number == last + 1:
+            os.dup2(kept, handle_of(Path("/dev/full")))
+        return done
+
+    with patch.object(training, "optimizer_step", stepped):
         yield
 
 
@@ -236,6 +258,7 @@ FAULTS = {
     "without": without,
     "nothing": nothing,
     "full disk": full_disk,
+    "full metrics": full_metrics,
     "no room": no_room,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -21,13 +22,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cfvlm_ds import cli
-from cfvlm_ds.cli import main
-from cfvlm_ds.config import IMAGE_LIMITS, TinyLlavaConfig
+from cfvlm_ds.cli import _with_quickstart, main
+from cfvlm_ds.config import IMAGE_LIMITS, BuildConfig, TinyLlavaConfig, parse_config
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.images import MAX_PIXELS
 from cfvlm_ds.data.scores import read_scores
 from cfvlm_ds.evaluation import score_groups
 from cfvlm_ds.models.tiny import build_tiny_llava
+from cfvlm_ds.objectives import OBJECTIVES
 
 COMMANDS = [
     ["data", "build"],
@@ -281,6 +283,71 @@ def test_train_py_itself(bad: dict[str, Path], model_dir: Path, tmp_path: Path) 
     said = only_sentence(ended.stderr)
     assert said.startswith(f"error: {bad['corrupt_image']}:2: ") and all(part in said for part in DEFECTS["corrupt_image"])
     assert "step 1" not in ended.stdout and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# --- the quickstart ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.name_or_path", "M", "--data.train", "F"],
+        ["--model.name_or_path=M"],
+        ["--data.train=F", "--train.max_steps", "9"],
+        ["--data.evaluation.test", "F"],
+        ["--data.evaluation={test: F}"],
+        ["--model", "{name_or_path: M}"],
+    ],
+)
+def test_a_model_or_data_of_ones_own_is_no_quickstart(options: list[str]) -> None:
+    """Nothing but what was asked for and the documented defaults."""
+    asked = parse_config(options, OBJECTIVES)
+    found = parse_config(_with_quickstart(options), OBJECTIVES)
+    assert found.resolved == asked.resolved
+    assert found.build == BuildConfig() and found.train.learning_rate == 1e-5 and found.train.output_dir == "runs/default"
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ([], {}),
+        (["--train.output_dir", "X", "--deepspeed", "ds_configs/z2.json"], {"output_dir": "X"}),
+        (["--train.max_steps=9", "--build.scenes.num_train", "60"], {"max_steps": 9}),
+        (["--train.num_train_epochs", "2"], {"num_train_epochs": 2.0, "max_steps": -1}),
+        (["--train.num_train_epochs", "2", "--train.max_steps", "9"], {"num_train_epochs": 2.0, "max_steps": 9}),
+        (["--objective.csd.weight", "0", "--model.projector.tuning", "frozen"], {}),
+    ],
+)
+def test_other_options_change_the_quickstart(options: list[str], changed: dict[str, Any]) -> None:
+    quickstart = parse_config(["--config", "examples/quickstart.yaml"], OBJECTIVES)
+    found = parse_config(_with_quickstart(options), OBJECTIVES)
+    assert found.build.scenes is not None and found.data == quickstart.data
+    assert found.train == dataclasses.replace(quickstart.train, **changed)
+
+
+def test_slurm_finds_the_folder_of_the_same_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, folder in (([], "runs/quickstart"), (["--model.name_or_path", "M", "--data.train", "F"], "runs/default")):
+        main(["cluster", "output_dir", "--", *options])
+        assert capsys.readouterr().out.strip().endswith(f"/{folder}")
+
+
+def test_bitsandbytes_does_not_miss_its_kernel_aloud() -> None:
+    """Its module for CPUs is read as where it misses the kernel: with the library's own logging, and with ours."""
+    code = """
+import logging, importlib, sys
+import bitsandbytes._ops, bitsandbytes.functional
+import bitsandbytes.backends.cpu.ops as ops
+bitsandbytes._ops.register_kernel = lambda *names: lambda function: function
+bitsandbytes.functional.has_avx512bf16 = lambda: True
+sys.modules["kernels"] = None
+importlib.reload(ops)
+print("ours", file=sys.stderr)
+import cfvlm_ds.models
+importlib.reload(ops)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
+    theirs, ours = done.stderr.split("ours\n")
+    assert done.returncode == 0 and "Failed to load CPU gemm_4bit" in theirs and "gemm_4bit" not in ours
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------------------------

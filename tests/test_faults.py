@@ -31,6 +31,7 @@ def planned(manifests: dict[str, Path], folder: Path) -> Plans:
         "slow gathers": (["slow gathers", 0.02, str(folder / "slow.txt")], ["--train.max_steps", "3"]),
         "left out": (["left out", ILL], FIVE),
         **{f"{what} {then}": (["nothing"], planted(what, then)) for what in ("loss", "gradient") for then in ("skip", "stop")},
+        "no room for metrics": (["full metrics", str(folder / "no room for metrics"), 3, 4], planted("loss", "skip")),
         "without": (["without", BROKEN], one_epoch),
         "unreadable skip": (["nothing"], [*unreadable, "--data.on_error", "skip", "--data.num_workers", "1"]),
         "unreadable skip alone": (["nothing"], [*unreadable, "--data.on_error", "skip", *alone]),
@@ -123,6 +124,25 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_on_all_ranks(train
     assert set(messages) == {0, 1} and len(set(messages.values())) == 1, "one sentence, on both"
     assert messages[0].startswith(f"SaveError: {run_dir}/checkpoint-3 cannot be written (rank 1: [Errno 27] File too large")
     assert {path.name for path in run_dir.glob("checkpoint*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_metrics_wait_for_room_and_cost_nothing(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    """The system has no room for metrics.jsonl in steps 3 and 4, and none for nonfinite.jsonl: two warnings, and the same rows in order."""
+    folder, said = trainings
+    run_dir = folder / "no room for metrics"
+    assert not raised(said[run_dir.name])
+    spoken = "\n".join(said[run_dir.name])
+    assert spoken.count(f"{run_dir}/metrics.jsonl cannot be written (No space left on device)") == 1
+    assert spoken.count(f"{run_dir}/metrics.jsonl can be written again, and has everything") == 1
+    assert spoken.count(f"warning: {run_dir}/nonfinite.jsonl cannot be written (No space left on device)") == 1 and ids(1)[0] in spoken
+    rows, expected = (
+        [
+            {name: value for name, value in row.items() if not name.startswith(("time", "throughput/", "checkpoint/"))}
+            for row in metrics(path)
+        ]
+        for path in (run_dir, folder / "loss skip")
+    )
+    assert rows == expected and {row["step"] for row in rows} == {1, 3, 4, 5}
 
 
 def test_the_cost_of_saving_is_recorded(trainings: tuple[Path, dict[str, list[str]]]) -> None:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, losses, run_ranks
+from conftest import REPO, environment, losses, run_ranks
 from safetensors.torch import load_file
 from slurm.cluster import Cluster, wait_until
-from slurm.jobs import sbatch, submit
+from slurm.jobs import ENVIRONMENT, sbatch, submit
 
 from cfvlm_ds.cluster import gpu_fault
 from cfvlm_ds.distributed import _tasks_on_node
 
 STEPS = 10
+OLD_ENV = """#!/bin/sh
+case "$1" in --block-signal*) echo "env: unrecognized option '$1'" >&2; exit 125 ;; esac
+exec /usr/bin/env "$@"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +50,19 @@ def options(model_dir: Path, manifests: dict[str, Path]) -> list[str]:
 @pytest.mark.parametrize("nodes", [4, pytest.param(8, marks=pytest.mark.long)])
 def test_a_signal_and_a_lost_node_change_nothing(nodes: int, cluster: Cluster, options: list[str], tmp_path: Path) -> None:
     """USR1 as before a time limit, later a power cut of one node: two requeues, one MLflow run, and the losses and weights of as many ranks
-    that nothing happens to. An option with spaces and a dollar sign comes along."""
+    that nothing happens to. An option with spaces and a dollar sign comes along, a run folder that would be a pattern to srun, and an `env`
+    of before coreutils 8.31."""
     from mlflow import MlflowClient
 
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "env").write_text(OLD_ENV)
+    (tmp_path / "old" / "env").chmod(0o755)
     options = [*options, "--train.per_device_train_batch_size", str(16 // nodes)]
-    tracked = ["--tracking.enabled", "true", "--tracking.experiment", "two words; $HOME 'quoted'"]
-    job = submit(cluster, tmp_path / "run", [*options, *tracked], f"-N{nodes}")
+    tracked = [*options, "--tracking.enabled", "true", "--tracking.experiment", "two words; $HOME 'quoted'"]
+    path = f"{tmp_path / 'old'}:{ENVIRONMENT['PATH']}"
+    job = submit(cluster, tmp_path / "100% run-%t", tracked, f"-N{nodes}", PATH=path)
     job.reach(2)
+    assert cluster.job(job.id)["NumCPUs"] == str(8 * nodes), "eight for each task"
     assert f"start 1, on {' '.join(f'node{n + 1}' for n in range(nodes))}" in job.log
     assert re.search(rf"{nodes} nodes with python [\d.]+, torch [\d.+cpu]+, transformers .*, code [0-9a-f]{{12}}\n", job.log)
     assert sorted(path.name for path in (job.run_dir / "slurm" / job.id / "0").glob("rank-*")) == [f"rank-{r}.log" for r in range(nodes)]
@@ -114,6 +127,65 @@ def test_a_model_is_evaluated(cluster: Cluster, model_dir: Path, manifests: dict
     said = (tmp_path / "log").read_text()
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), said
     assert f"job {job} on node" in said and "| test | all, blank image |" in said and (tmp_path / "a b" / "results.json").exists()
+
+
+def sourced(script: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Bash that has read slurm/launch.sh; what ``srun`` and ``apptainer`` are given, they print."""
+    (folder / "srun").write_text('#!/bin/sh\nif [ "$1" = --help ]; then echo "$SRUN_HELP"; else printf "<%s>" srun "$@"; fi\n')
+    (folder / "apptainer").write_text("#!/bin/sh\n")
+    for name in ("srun", "apptainer"):
+        (folder / name).chmod(0o755)
+    given = {"SLURM_JOB_ID": "7", "HOME": str(folder), "PATH": f"{folder}:/usr/bin:/bin", "SRUN_HELP": "--ntasks"} | variables
+    command = ["bash", "-c", f"source slurm/launch.sh; {script}"]
+    return subprocess.run(command, cwd=REPO, env=given, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_secrets_are_read_through_a_link_to_a_file_that_is_closed_to_others(tmp_path: Path) -> None:
+    (secrets := tmp_path / "stored").write_text("TOKEN=abc\n")
+    (link := tmp_path / "link").symlink_to(secrets)
+    for mode, code, said in ((0o600, 0, "abc\n"), (0o640, 2, f"error: others can read {link}; chmod 600 it\n")):
+        secrets.chmod(mode)
+        done = sourced('bash -c "echo \\$TOKEN"', tmp_path, CFVLM_SECRETS=str(link))
+        assert done.returncode == code and done.stdout.endswith(said), done
+
+
+def test_steps_run_in_a_container_by_pyxis_or_apptainer(tmp_path: Path) -> None:
+    """Only their command lines: neither is here. The caches are mounted, and the signal's shield is around the container."""
+    image, train = "/shared/a b.sif", "shield=(shield); step --ntasks=2 -- python train.py 'a b'"
+    mounts = f"{REPO}:{REPO},{tmp_path}/.cache/huggingface:{tmp_path}/.cache/huggingface,/tmp:/tmp"
+    common = "<srun><--export=ALL><--kill-on-bad-exit=1>"
+    pyxis = sourced(train, tmp_path, CONTAINER_IMAGE=image, SRUN_HELP="      --container-image=[USER@]")
+    options = f"<--container-image={image}><--container-mounts={mounts}><--container-workdir={REPO}>"
+    assert pyxis.stdout == f"{common}{options}<--ntasks=2><shield><python><train.py><a b>", pyxis
+    assert (tmp_path / ".cache" / "huggingface").is_dir(), "what is mounted has to be there"
+    apptainer = sourced(train, tmp_path, CONTAINER_IMAGE=image, SLURM_GPUS_ON_NODE="8")
+    command = f"<apptainer><exec><--bind><{mounts}><--pwd><{REPO}><--nv><{image}><python><train.py><a b>"
+    assert apptainer.stdout == f"{common}<--ntasks=2><shield>{command}", apptainer
+    named = sourced(
+        train, tmp_path, CONTAINER_IMAGE=image, CONTAINER_RUNTIME="apptainer", CONTAINER_MOUNTS="/x:/x", SRUN_HELP="--container-image"
+    )
+    assert f"<apptainer><exec><--bind></x:/x><--pwd><{REPO}><{image}>" in named.stdout, "without GPUs no --nv"
+    assert sourced(train, tmp_path).stdout == f"{common}<--ntasks=2><shield><python><train.py><a b>"
+    wrong = sourced(train, tmp_path, CONTAINER_IMAGE=image, CONTAINER_RUNTIME="docker")
+    assert wrong.returncode == 2 and "error: nothing runs CONTAINER_IMAGE here: docker; set CONTAINER_RUNTIME" in wrong.stdout
+
+
+def test_signals_before_python_answers_them_do_not_end_a_rank(tmp_path: Path) -> None:
+    """The shield of slurm/launch.sh around a program that, as train.py does, first holds signals back and then answers them."""
+    (shield,) = re.findall(r"shield=\((sh -c '.*') \"\$PWD\"\)", (REPO / "slurm" / "launch.sh").read_text())
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import signal, sys, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})\n"
+        "print('held', flush=True)\nsys.stdin.readline()\nfrom cfvlm_ds import stopping\nstopping.install()\n"
+        "print(stopping._asked.is_set(), flush=True)\n"
+    )
+    (folder := tmp_path / "a b").mkdir()
+    early = f"exec {shield} '{folder}' sh -c 'pwd; kill -USR1 $$; kill -TERM $$; exec {sys.executable} {program}'"
+    variables = environment() | {"PYTHONPATH": str(REPO)}
+    process = subprocess.Popen(["bash", "-c", early], env=variables, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None and [process.stdout.readline() for _ in range(2)] == [f"{folder}\n", "held\n"]
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate("go on\n", timeout=60)[0] == "True\n" and process.returncode == 0
 
 
 def test_missing_gpus_are_named() -> None:

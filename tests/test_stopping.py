@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -21,10 +22,11 @@ from conftest import REPO, environment, losses, train_arguments
 from torch.utils.data import DataLoader
 
 from cfvlm_ds import stopping
+from cfvlm_ds.checkpoint import incomplete
 from cfvlm_ds.config import ConfigError, parse_config
 from cfvlm_ds.heartbeat import Peer, verdict
 from cfvlm_ds.objectives import OBJECTIVES
-from cfvlm_ds.stopping import EXIT_HANG, EXIT_STOPPED, Stop, reason, shield_worker
+from cfvlm_ds.stopping import EXIT_HANG, EXIT_INTERRUPTED, EXIT_STOPPED, Stop, reason, shield_worker
 
 
 def start(arguments: Sequence[str], output: Path, size: int = 2) -> list[ForkServerProcess]:
@@ -77,13 +79,15 @@ def the_run(folder: Path) -> tuple[str, str]:
 
 @pytest.mark.usefixtures("_no_server")
 def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    """A signal to one of two ranks stops both behind one step, and MLflow knows that the run is not over."""
+    """Ctrl-C at one of two ranks, passed on twice as by a terminal and a launcher: both stop after one step, and MLflow knows that the run
+    is not over."""
     folder = tmp_path / "run"
     extra = ["--train.max_steps", "30", "--data.num_workers", "1", "--tracking.enabled", "true", "--train.hang_timeout_s", "300"]
     arguments = train_arguments(model_dir, manifests, folder, *extra)
     ranks = start(arguments, tmp_path)
     wait(lambda: len(recorded(folder)) >= 2 or not ranks[0].is_alive())
-    assert signal_all(ranks[1], signal.SIGUSR1) == 2, "a rank and its data worker"
+    for _ in range(2):
+        assert signal_all(ranks[1], signal.SIGINT) == 2, "a rank and its data worker"
     assert end(ranks) == [EXIT_STOPPED, EXIT_STOPPED], (tmp_path / "rank-1.log").read_text()
     stopped = len(losses(folder))
     assert 2 <= stopped < 30, "stopped too late to prove anything"
@@ -127,6 +131,93 @@ def test_a_stopped_process_is_named_and_ends_the_run(model_dir: Path, manifests:
     assert named is not None, (tmp_path / "rank-1.log").read_text()
     assert (named[1], int(named[2])) == (socket.gethostname(), ranks[0].pid) and int(named[3]) <= step + 1
     assert named[0] == f"error: {(folder / 'heartbeat' / 'hang.txt').read_text()}"
+
+
+def held(where: str, tmp_path: Path, arguments: Sequence[str], size: int = 1) -> list[ForkServerProcess]:
+    """train.py in a phase that goes on (tests/held.py), once it is in it."""
+    (mark := tmp_path / "marks" / where).parent.mkdir(exist_ok=True)
+    mark.unlink(missing_ok=True)
+    (mark.parent / "begun").unlink(missing_ok=True)
+    ranks = forked.start(size, "held:train", where, str(mark), list(arguments), said=tmp_path)
+    wait(lambda: mark.exists() or not ranks[0].is_alive())
+    assert ranks[0].is_alive(), (tmp_path / "rank-0.log").read_text()
+    return ranks
+
+
+@pytest.mark.usefixtures("_no_server")
+def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """In the data check and in the export, within a call that lets no handler of Python's run; the run goes on from its last checkpoint."""
+    folder = tmp_path / "run"
+    extra = ["--train.max_steps", "2", "--tracking.enabled", "true", "--train.export", "true"]
+    arguments = train_arguments(model_dir, manifests, folder, *extra)
+    for where, number in (("read_data", signal.SIGTERM), ("_export", signal.SIGINT)):
+        (rank,) = held(where, tmp_path, arguments)
+        before = time.monotonic()
+        os.kill(rank.pid or 0, number)
+        assert end([rank], 60) == [EXIT_STOPPED] and time.monotonic() - before < 12, (tmp_path / "rank-0.log").read_text()
+        assert not (folder / "run.lock").exists() and (folder / "checkpoint-2").exists() == (where == "_export")
+    said = (tmp_path / "rank-0.log").read_text()
+    assert said.count("stopped: a signal asked for it; the same command continues\n") == 2 and "Traceback" not in said
+    assert json.loads((folder / ".mlflow_delivery.json").read_text())["status"] == "SCHEDULED"
+    assert end(start(arguments, tmp_path, size=1)) == [0]
+    assert the_run(folder)[1] == "FINISHED" and (folder / "export").is_dir() and len(losses(folder)) == 2
+
+
+def test_signals_are_obeyed_within_an_evaluation(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """One of two ranks gets one: both leave in mid-evaluation, during training and at its end, and the run is finished by a later start."""
+    folder = tmp_path / "run"
+    extra = ["--train.max_steps", "2", "--train.eval_steps", "1", "--train.per_device_eval_batch_size", "1"]
+    arguments = train_arguments(model_dir, manifests, folder, *extra, f"--data.evaluation.test={manifests['test']}")
+    for step in (1, 2):
+        ranks = held("evaluation", tmp_path, arguments, size=2)
+        before = time.monotonic()
+        os.kill(ranks[step - 1].pid or 0, signal.SIGTERM)
+        assert end(ranks, 60) == [EXIT_STOPPED] * 2, (tmp_path / "rank-0.log").read_text()
+        assert time.monotonic() - before < 5 + 3, "ten forwards take ten times half a second, twice"
+        assert (folder / f"checkpoint-{step}").exists() and len(losses(folder)) == step
+        assert not (folder / "results.json").exists()
+    said = (tmp_path / "rank-0.log").read_text()
+    assert "stopped after step 1 of 2: a signal asked for it; the same command" in said
+    assert "stopped after step 2 of 2: a signal asked for it, before the evaluation was done; the same command" in said
+    assert end(start(arguments, tmp_path)) == [0, 0] and (folder / "results.json").exists() and len(losses(folder)) == 2
+
+
+@pytest.mark.usefixtures("_no_server")
+def test_a_second_ctrl_c_ends_a_run_at_once(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """Of a rank that waits in a collective for one that never comes: its MLflow run is KILLED and its folder free."""
+    folder = tmp_path / "run"
+    ranks = start(train_arguments(model_dir, manifests, folder, "--train.max_steps", "9999", "--tracking.enabled", "true"), tmp_path)
+    wait(lambda: len(recorded(folder)) >= 2 or not ranks[0].is_alive())
+    os.kill(ranks[1].pid or 0, signal.SIGSTOP)
+    try:
+        time.sleep(1)
+        os.kill(ranks[0].pid or 0, signal.SIGINT)
+        ranks[0].join(1.5)
+        assert ranks[0].is_alive(), "the first one asks"
+        os.kill(ranks[0].pid or 0, signal.SIGINT)
+        ranks[0].join(15)
+        assert ranks[0].exitcode == EXIT_INTERRUPTED
+    finally:
+        kill(ranks)
+    said = (tmp_path / "rank-0.log").read_text()
+    assert "ended by a second Ctrl-C; the same command continues from the last checkpoint" in said and "Traceback" not in said
+    assert the_run(folder)[1] == "KILLED" and not (folder / "run.lock").exists()
+
+
+def test_a_killed_data_worker_costs_no_step(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """As the kernel kills where memory is short: one sentence, and the last whole step is saved, on both ranks."""
+    folder = tmp_path / "run"
+    ranks = start(train_arguments(model_dir, manifests, folder, "--train.max_steps", "9999", "--data.num_workers", "1"), tmp_path)
+    wait(lambda: len(recorded(folder)) >= 2 or not ranks[0].is_alive())
+    (worker,) = psutil.Process(ranks[1].pid).children()
+    worker.kill()
+    assert end(ranks, 60) == [1, 1], (tmp_path / "rank-1.log").read_text()
+    step = len(losses(folder))
+    assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{step}"] and not incomplete(folder / f"checkpoint-{step}")
+    said = [(tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1)]
+    sentence = rf"error: at step {step + 1}, rank 1: DataLoader worker \(pid(\(s\))? {worker.pid}\) .*: lower data\.num_workers; "
+    assert re.search(rf"{sentence}step {step} is the last whole one and is saved", said[0])
+    assert "Traceback" not in said[0] + said[1] and "error:" not in said[1]
 
 
 STUCK = """
@@ -201,18 +292,24 @@ def test_time_runs_out_when_a_step_and_the_margin_no_longer_fit(monkeypatch: pyt
 
 
 EARLY = """
-import os, signal
+import os, signal, time
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
 os.kill(os.getpid(), signal.SIGTERM)
 from cfvlm_ds import stopping
 assert stopping.Stop(0).votes().tolist() == [0, 0]
-stopping.install()
-assert stopping.Stop(0).votes().tolist() == [1, 0]
+with stopping.together():
+    stopping.install()
+    assert stopping.Stop(0).votes().tolist() == [1, 0]
+    time.sleep(0.5)  # the thread that listens leaves it to the ranks
+    print("here", flush=True)
+time.sleep(60)
 """
 
 
 def test_a_signal_during_the_imports_is_not_lost() -> None:
-    subprocess.run([sys.executable, "-c", EARLY], cwd=REPO, env=environment(), check=True)
+    """Nor obeyed while ranks have to agree; it is as soon as they have not."""
+    done = subprocess.run([sys.executable, "-c", EARLY], cwd=REPO, env=environment(), stdout=subprocess.PIPE, text=True, timeout=50)
+    assert (done.stdout, done.returncode) == ("here\n", EXIT_STOPPED)
     held_back, imports = (REPO / "train.py").read_text().split("from cfvlm_ds.cli import")
     assert "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})" in held_back and "train_main()" in imports
 

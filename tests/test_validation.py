@@ -103,6 +103,19 @@ def test_a_value_of_the_wrong_type_is_named(changes: dict[str, Any], sentence: s
         ("z3", {"optimizer": {"params": {}}}, "optimizer.type is missing"),
         ("z3", {"optimizer": {"type": "AdamX"}}, "optimizer.type 'AdamX' is not known to DeepSpeed or torch; did you mean 'Adam'?"),
         ("z3", {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}}, "has not been tested under ZeRO; use AdamW"),
+        ("z3", {"zero_optimization": {"stage": 0}}, "stage 0 keeps checkpoints that cannot be exported"),
+        ("z2", {"gradient_allreduce_op": "sum"}, "gradient_allreduce_op=sum makes gradients as many times larger"),
+        ("z2", {"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm=false leaves nothing to clip"),
+        ("z3", {"managed_gradient_accumulation": False}, "managed_gradient_accumulation=false is not how"),
+        ("z3", {"prescale_gradients": True}, "cannot be had with stage 3"),
+        ("z3", {"gradient_predivide_factor": 2}, "cannot be had with stage 3"),
+        ("z3", {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads needs"),
+        ("z3", {"hybrid_engine": {"enabled": True}}, "hybrid_engine is not used here"),
+        ("z3", {"data_efficiency": {"enabled": True}}, "data_efficiency is not used here"),
+        ("z3", {"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel is not used here"),
+        ("z3", {"sequence_parallel_size": 2}, "sequence_parallel_size is not used here"),
+        ("z3", {"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is not used here"),
+        ("z3", {"data_types": {"grad_accum_dtype": "float7"}}, 'grad_accum_dtype must be fp32, bf16 or fp16, not "float7"'),
         ("z3", {"scheduler": {"type": "WarmupDecay"}}, 'scheduler.type "WarmupDecay" is no schedule of DeepSpeed or torch; did you mean'),
         ("z3", {"scheduler": {"type": "WarmupLR", "params": {"steps": 3}}}, "scheduler 'WarmupLR' cannot be used here (TypeError"),
     ],
@@ -191,11 +204,21 @@ def test_options_that_end_a_run_are_found_before_pictures_are_opened(
     assert sentence in str(raised.value) and not (tmp_path / "run").exists()
 
 
-def test_a_model_that_is_not_built_yet_is_not_looked_for() -> None:
-    quickstart = ["--config", "examples/quickstart.yaml", "--model.name_or_path", "runs/nowhere", "--data.train", "runs/nowhere.jsonl"]
-    validate(parse_config(quickstart, OBJECTIVES), World(0, 1, 0, CPU), built=False)
-    with pytest.raises(ConfigError, match="every module is frozen"):
-        validate(parse_config([*quickstart, *FROZEN], OBJECTIVES), World(0, 1, 0, CPU), built=False)
+def test_what_is_built_first_is_not_looked_for(tmp_path: Path) -> None:
+    """And only that: a manifest elsewhere is missed before 42,800 pictures are drawn."""
+    scenes, tiny = tmp_path / "scenes", tmp_path / "tiny"
+    quickstart = ["--config", "examples/quickstart.yaml", "--build.scenes.out_dir", str(scenes), "--build.tiny_llava.out_dir", str(tiny)]
+    quickstart += ["--model.name_or_path", str(tiny), "--data.train", str(scenes / "train.jsonl")]
+    evaluated = [f"--data.evaluation={{test: {scenes / 'test_iid.jsonl'}}}"]
+    world = World(0, 1, 0, CPU)
+    validate(parse_config([*quickstart, *evaluated], OBJECTIVES), world)
+    for options, sentence in (
+        ([*evaluated, *FROZEN], "every module is frozen"),
+        ([*evaluated, "--model.name_or_path", str(tmp_path / "other")], "other' does not exist"),
+        ([f"--data.evaluation={{test: {tmp_path / 'test.jsonl'}}}"], "test.jsonl: no such manifest"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            validate(parse_config([*quickstart, *options], OBJECTIVES), world)
 
 
 def test_a_dry_run_refuses_what_a_run_refuses(model_dir: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from cfvlm_ds.config import ConfigError, LoraConfig, ModelConfig
 from cfvlm_ds.models.family import MODULES, Family, Module
 from cfvlm_ds.models.stored import explained, header
 from cfvlm_ds.run_folder import ADAPTER_WEIGHTS
+
+# It misses, loudly and wherever peft imports it, a kernel of 4-bit inference that a training does not use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def adapted_modules(config: ModelConfig) -> list[Module]:

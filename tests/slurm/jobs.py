@@ -60,7 +60,8 @@ class Job:
 def sbatch(cluster: Cluster, log: Path, options: Sequence[str], script: str, *arguments: str, **environment: str) -> str:
     """``sbatch OPTIONS slurm/SCRIPT ARGUMENTS`` from the repository, with one rank per node and no GPUs; the job's id."""
     exported = ",".join(f"{name}={value}" for name, value in (ENVIRONMENT | environment).items())
-    place = ["--gpus-per-node=0", "--ntasks-per-node=1", f"--chdir={REPO}", f"--output={log}", f"--export={exported}"]
+    pattern = str(log).replace("%", "%%")
+    place = ["--gpus-per-node=0", "--ntasks-per-node=1", f"--chdir={REPO}", f"--output={pattern}", f"--export={exported}"]
     return cluster.run("sbatch", "--parsable", *place, *options, str(REPO / "slurm" / script), *arguments).strip()
 
 
