@@ -462,13 +462,16 @@ def _check_yaml(argv: Sequence[str], options: Iterable[str]) -> None:
             except ValueError as error:
                 raise ConfigError(f"{flag} {value}: {error}") from error
             _check_document(text, value)
-        elif flag.startswith("--") and any(letter in value for letter in "*{\n"):
+        elif flag.startswith("--") and any(letter in value for letter in "*[{\n"):
             _check_document(value, value)
 
 
 def _check_document(text: str, named: str) -> None:
     import yaml
 
+    steps = [1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", text)]
+    if (deepest := max(itertools.accumulate(steps), default=0)) > _DEPTH:  # YAML's parser takes hours for a hundred thousand
+        raise ConfigError(f"{named}: {deepest} brackets inside each other, and {_DEPTH} are the most; write YAML as in examples/")
     mappings: list[dict[str, int] | None] = [None]  # of each open collection: its keys and their lines, or None for a list
     is_key = [False]
     aliases = 0
@@ -494,6 +497,7 @@ def _check_document(text: str, named: str) -> None:
 
 
 _ALIASES = 20
+_DEPTH = 100
 
 
 def _refuse_nulls(values: Mapping[str, Any], defaults: Mapping[str, Any], section: str = "") -> None:

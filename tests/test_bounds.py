@@ -139,6 +139,15 @@ def test_configurations_are_regular_files_of_bounded_size(tmp_path: Path) -> Non
             engine.read_json(str(path))
 
 
+def test_brackets_of_a_configuration_are_bounded(tmp_path: Path) -> None:
+    for text in ("[" * 200_000, "train: " + "{a: " * 50_000):
+        (tmp_path / "deep.yaml").write_text(text)
+        with within(20), pytest.raises(ConfigError, match=r"deep\.yaml: \d+ brackets inside each other, and 100 are the most"):
+            parse_config(["--config", str(tmp_path / "deep.yaml")], OBJECTIVES)
+    with within(20), pytest.raises(ConfigError, match="brackets inside each other"):
+        parse_config(["--data.evaluation", "[" * 100_000], OBJECTIVES)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
