@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, environment, losses, run_ranks
+from conftest import REPO, losses, run_ranks
 from safetensors.torch import load_file
 from slurm.cluster import Cluster, wait_until
 from slurm.jobs import ENVIRONMENT, sbatch, submit
@@ -175,17 +175,17 @@ def test_signals_before_python_answers_them_do_not_end_a_rank(tmp_path: Path) ->
     (shield,) = re.findall(r"shield=\((sh -c '.*') \"\$PWD\"\)", (REPO / "slurm" / "launch.sh").read_text())
     program = tmp_path / "program.py"
     program.write_text(
-        "import signal, sys, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})\n"
-        "print('held', flush=True)\nsys.stdin.readline()\nfrom cfvlm_ds import stopping\nstopping.install()\n"
-        "print(stopping._asked.is_set(), flush=True)\n"
+        "import signal, sys\nboth = {signal.SIGUSR1, signal.SIGTERM}\nsignal.pthread_sigmask(signal.SIG_BLOCK, both)\n"
+        "print('held', flush=True)\nsys.stdin.readline()\ngot = []\n"
+        "for number in both: signal.signal(number, lambda number, frame: got.append(signal.Signals(number).name))\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, both)\nprint(*got, flush=True)\n"
     )
     (folder := tmp_path / "a b").mkdir()
     early = f"exec {shield} '{folder}' sh -c 'pwd; kill -USR1 $$; kill -TERM $$; exec {sys.executable} {program}'"
-    variables = environment() | {"PYTHONPATH": str(REPO)}
-    process = subprocess.Popen(["bash", "-c", early], env=variables, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(["bash", "-c", early], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None and [process.stdout.readline() for _ in range(2)] == [f"{folder}\n", "held\n"]
     process.send_signal(signal.SIGUSR1)
-    assert process.communicate("go on\n", timeout=60)[0] == "True\n" and process.returncode == 0
+    assert process.communicate("go on\n", timeout=60)[0] == "SIGUSR1\n" and process.returncode == 0
 
 
 def test_missing_gpus_are_named() -> None:
