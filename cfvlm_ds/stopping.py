@@ -12,6 +12,7 @@ that may sit in a collective for ever.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -95,9 +96,12 @@ def _leave(code: int) -> None:
     last.start()
     last.join(_LEAVE_WITHIN_S)
     with contextlib.suppress(psutil.Error):
-        for child in psutil.Process().children(recursive=True):
+        for child in (children := psutil.Process().children(recursive=True)):
             with contextlib.suppress(psutil.Error):
                 child.kill()
+        if children:
+            atexit.register(os._exit, code)
+            time.sleep(0.5)  # whoever compiled an extension by one gives the lock of its folder back, for which the next start would wait
     os._exit(code)
 
 

@@ -338,3 +338,26 @@ def test_data_workers_survive_what_srun_sends_and_end_with_their_rank() -> None:
 def test_negative_times_are_refused(option: str) -> None:
     with pytest.raises(ConfigError, match=rf"train\.{option} must not be negative, and is -1"):
         parse_config([f"--train.{option}", "-1"], OBJECTIVES)
+
+
+COMPILES = """
+import os, subprocess, sys, threading
+from cfvlm_ds import stopping
+stopping.install()
+try:
+    print("here", flush=True)
+    subprocess.run(["sleep", "60"], check=True)
+finally:
+    os.unlink(sys.argv[1])
+"""
+
+
+def test_a_compiler_that_is_ended_gives_its_lock_back(tmp_path: Path) -> None:
+    """As torch locks the folder of an extension that it compiles: a lock that stays would hold up the next start for ever."""
+    (lock := tmp_path / "lock").touch()
+    command = [sys.executable, "-c", COMPILES, str(lock)]
+    with subprocess.Popen(command, cwd=REPO, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "here\n"
+        wait(lambda: psutil.Process(process.pid).children(), 20)
+        process.terminate()
+        assert process.wait(30) == EXIT_STOPPED and not lock.exists()
