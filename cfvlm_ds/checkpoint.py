@@ -40,7 +40,7 @@ class SaveError(ConfigError):
 class TrainState:
     """Where the loop is: what a checkpoint holds besides weights, optimizer and schedule.
 
-    ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``data`` the content hash of the training groups;
+    ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``data`` the identity of the training groups;
     ``run_id`` the MLflow run; ``baseline_lp`` the factual log-likelihood per token at the start, against which displacement is measured;
     ``best`` the ``step`` and ``value`` of the best evaluation by ``train.save_best``; ``skipped`` the groups left out, and why; ``record``
     what the run was told (see changes.py).
@@ -48,7 +48,7 @@ class TrainState:
 
     step: int = 0
     sampler: dict[str, Any] | None = None
-    data: str | None = None
+    data: dict[str, Any] | None = None
     run_id: str | None = None
     baseline_lp: float | None = None
     best: dict[str, float] | None = None

@@ -169,7 +169,9 @@ def _data_check(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.data import read_manifest
+    from cfvlm_ds.data import data_roots, read_manifest
+    from cfvlm_ds.data.identity import data_identity
+    from cfvlm_ds.data.pictures import PictureTable
     from cfvlm_ds.data.scores import write_scores
     from cfvlm_ds.evaluation import score_groups
 
@@ -181,9 +183,11 @@ def _score(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{adapter} holds adapters, and stored scores belong to one model; merge them with `cfvlm-ds export`, name that")
     out = output_file(Path(arguments.out or f"{arguments.manifest}.scores.jsonl"))
     scorer, collator, world = _load_scorer(model, max_pixels=arguments.max_pixels)
+    collator.checked = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
+    identity = data_identity(groups, data_roots(arguments.manifest, arguments.root), collator.checked)
     scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
     stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
-    write_scores(out, groups, stored, arguments.model, fingerprint(model))
+    write_scores(out, groups, stored, arguments.model, fingerprint(model), identity)
     print(f"wrote {out}: {len(groups)} groups")
 
 

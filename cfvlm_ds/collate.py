@@ -22,6 +22,7 @@ from cfvlm_ds.attention import Forest
 from cfvlm_ds.config import ModelConfig
 from cfvlm_ds.data.features import FeatureCache, Features
 from cfvlm_ds.data.images import MAX_PIXELS, open_image
+from cfvlm_ds.data.pictures import PictureTable
 from cfvlm_ds.data.scores import StoredScores
 from cfvlm_ds.groups import Candidate, Cells, CounterfactualGroup, DataError, GroupLayout, Pictures
 from cfvlm_ds.likelihood import Scores, score_matrix
@@ -198,6 +199,8 @@ class Collator:
         self.stored = stored
         self.share_prefix = share_prefix
         self.features = features
+        self.checked: PictureTable | None = None
+        """What the check of the data found in the pictures: one with other contents by now is a DataError. None for no such comparison."""
         self.prompts = Prompts(processor, max_length)
         self._images: dict[tuple[Size, bool], tuple[int, int]] = {}
 
@@ -442,7 +445,11 @@ class Collator:
     def content(self, key: PictureKey) -> bytes:
         """The bytes of a picture's file. Raises DataError naming it where it cannot be read."""
         try:
-            return BLANK.name.encode() if key[0] == BLANK else key[0].read_bytes()
+            if key[0] == BLANK:
+                return BLANK.name.encode()
+            if self.checked is not None:
+                self.checked.verify(key[0])
+            return key[0].read_bytes()
         except OSError as error:
             raise DataError(
                 f"{key[0]}: image cannot be read ({error.strerror}); restore it, or correct its path in the manifest"
@@ -475,7 +482,11 @@ class Collator:
         return {"tower_features": tower, "rows": rows, **inputs}, [picture.stands for picture in shown]
 
     def _open(self, path: Path) -> Image.Image:
-        return Image.new("RGB", (336, 336), (128, 128, 128)) if path.parent == BLANK.parent else open_image(path, self.max_pixels)
+        if path.parent == BLANK.parent:
+            return Image.new("RGB", (336, 336), (128, 128, 128))
+        if self.checked is not None:
+            self.checked.verify(path)
+        return open_image(path, self.max_pixels)
 
     def _processed(self, opened: list[Image.Image], together: int) -> tuple[dict[str, Tensor], list[list[int]]]:
         """The pictures as the model takes them, and the token ids that stand for each in a prompt.

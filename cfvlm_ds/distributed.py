@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import math
 import os
 import random
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,53 @@ def broadcast_object(item: Any) -> Any:
     box = [item]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+class Patience:
+    """Ranks that wait for one another as long as one of them gets on, whatever the time limit of collectives is.
+
+    Every rank makes one at the same point of the program, calls ``alive`` while it works, and ``meet`` where all have to be.
+
+    Args:
+        world: this process among its peers.
+        tick: called at least every second, while waiting too; may raise, to leave.
+        limit_s: without a sign of life from any rank for so long, ``meet`` raises TimeoutError, naming those that are missing.
+    """
+
+    def __init__(self, world: World, tick: Callable[[], object] = lambda: None, limit_s: float = 1800.0) -> None:
+        self._world, self._tick, self._limit_s = world, tick, limit_s
+        self._name, self._meetings = f"cfvlm_ds/patience/{next(_PATIENCES)}", 0
+        self._store: Any = None if world.size == 1 else dist.distributed_c10d._get_default_store()
+        self._spoken = -math.inf
+
+    def alive(self) -> None:
+        """This rank gets on; cheap enough for every item of work."""
+        self._tick()
+        if self._store is not None and (now := time.monotonic()) - self._spoken > _SIGN_OF_LIFE_S:
+            self._spoken = now
+            self._store.add(f"{self._name}/alive", 1)
+
+    def meet(self) -> None:
+        """Wait for every rank. A collective that comes next finds all of them there."""
+        self.alive()
+        if self._store is None:
+            return
+        self._meetings += 1
+        here = [f"{self._name}/{self._meetings}/{rank}" for rank in range(self._world.size)]
+        self._store.set(here[self._world.rank], "here")
+        signs, since = -1, time.monotonic()
+        while not self._store.check(here):
+            self._tick()
+            if (now_signs := self._store.add(f"{self._name}/alive", 0)) != signs:
+                signs, since = now_signs, time.monotonic()
+            if time.monotonic() - since > self._limit_s:
+                missing = ", ".join(str(rank) for rank, key in enumerate(here) if not self._store.check([key]))
+                raise TimeoutError(f"rank {missing} shows no life for {self._limit_s:.0f} s")
+            time.sleep(_POLL_S)
+
+
+_PATIENCES = itertools.count()
+_SIGN_OF_LIFE_S, _POLL_S = 5.0, 0.1
 
 
 def seed_everything(seed: int) -> None:

@@ -2,124 +2,239 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from cfvlm_ds.collate import Collator, load_collator
-from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, DataConfig, DataSet, RunConfig
-from cfvlm_ds.data import check_manifest, image_size, read_manifest
-from cfvlm_ds.distributed import World, broadcast_object
+from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, DataConfig, DataSet, ModelConfig, RunConfig, cores_per_rank
+from cfvlm_ds.data import Share, check_share, data_roots, image_size, read_manifest
+from cfvlm_ds.data.identity import Identity, data_identity
+from cfvlm_ds.data.pictures import PictureNotes, PictureTable, stored_pictures
+from cfvlm_ds.distributed import Patience, World, broadcast_object, gather_objects
 from cfvlm_ds.groups import CounterfactualGroup, DataError
+from cfvlm_ds.models import fingerprint
+from cfvlm_ds.run_files import keep
+
+_FORM = 2  # of data_check.json and of what a check looks at; another number has everything looked at again
+_CHUNK = 1024  # groups whose pictures' headers are read at a time
+
+Tick = Callable[[], object]
+"""Called at least every second in whatever takes long here; may raise, to leave."""
 
 
-def read_data(config: RunConfig, world: World) -> tuple[list[CounterfactualGroup], dict[str, list[CounterfactualGroup]]]:
-    """Training groups and evaluation splits. Rank 0 checks them first; what it finds is raised on every rank.
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on and is evaluated on.
 
-    Raises ConfigError when no training manifest is named, DataError for anything wrong with a manifest, an image or a text.
+    ``identity`` is that of the training groups. ``pictures`` are those that were found sound, against which a picture is held when it is
+    opened; None where only rows were checked.
+    """
+
+    groups: list[CounterfactualGroup]
+    splits: dict[str, list[CounterfactualGroup]]
+    identity: Identity
+    pictures: PictureTable | None
+
+
+def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> RunData:
+    """Training groups and evaluation splits, after a check that all ranks share; what one of them finds is raised on every rank.
+
+    Raises ConfigError when no training manifest is named, or a rank is lost, DataError for anything wrong with a manifest, an image or a
+    text.
     """
     data = config.data
     if not data.train:
         raise ConfigError("data.train is not set; give the manifest of your training groups")
-    sets = [data.train_set, *data.evaluation_sets.values()]
-    problem = _check(config, sets, world) if world.is_main else None
-    if problem := broadcast_object(problem) if world.size > 1 else problem:
-        raise DataError(problem)
-    train, *evaluation = (read_manifest(each.path, each.root, each.format or data.format) for each in sets)
-    return train, dict(zip(data.evaluation, evaluation, strict=True))
+    try:
+        check = _Check(config, world, Patience(world, tick))
+        train, *evaluation = (check(each) for each in (data.train_set, *data.evaluation_sets.values()))
+        identity, pictures = check.identity(data.train_set, train)
+    except TimeoutError as error:
+        raise ConfigError(
+            f"the data check of {data.train} cannot end: {error}; look at its node and start again, nothing found is lost"
+        ) from error
+    return RunData(train, dict(zip(data.evaluation, evaluation, strict=True)), identity, pictures)
 
 
-def group_tokens(groups: Sequence[CounterfactualGroup], collator: Collator, data: DataConfig, world: World) -> list[int]:
-    """Tokens of every group in the rows that ``collator`` builds. Rank 0 reads the images' headers and tells the others.
+def group_tokens(
+    groups: Sequence[CounterfactualGroup],
+    collator: Collator,
+    data: DataConfig,
+    world: World,
+    pictures: PictureTable | None = None,
+    tick: Tick = lambda: None,
+) -> array[int]:
+    """Tokens of every group in the rows that ``collator`` builds; each rank measures its share.
 
-    Raises DataError on every rank, naming a file without a header, or a group that is larger than a limit of ``data`` allows.
+    Headers are read of images that ``pictures`` do not know. Raises DataError on every rank, naming a file without a header, or a group
+    that is larger than a limit of ``data`` allows.
     """
-    found: list[int] | str | None = None
+    patience, problem = Patience(world, tick), None
+    mine = groups[world.rank :: world.size]
+    counted: list[npt.NDArray[Any]] = [np.empty((2, 0), np.int32)]
+    try:
+        with ThreadPoolExecutor(cores_per_rank()) as pool:
+            for start in range(0, len(mine), _CHUNK):
+                patience.alive()
+                chunk = mine[start : start + _CHUNK]
+                paths = list({picture: None for group in chunk for shown in group.images for picture in shown})
+                known = {path: found for path in paths if pictures is not None and (found := pictures.find(path))}
+                sizes = {path: (found.width, found.height) for path, found in known.items()}
+                unknown = [path for path in paths if path not in sizes]
+                sizes |= zip(unknown, pool.map(partial(image_size, max_pixels=data.max_pixels), unknown), strict=True)
+                trees = []
+                for group in chunk:
+                    patience.alive()
+                    trees.append(collator.tree_tokens(group, sizes))
+                counted.append(np.array([[sum(each) for each in trees], [max(each, default=0) for each in trees]], np.int32))
+    except DataError as error:
+        problem = str(error)
+    patience.meet()
+    shares = gather_objects((problem, np.concatenate(counted, 1)), world)
+    tokens = np.zeros((2, len(groups)), np.int32)
+    for rank, (_, part) in enumerate(shares):
+        if part.shape[1] == tokens[:, rank :: world.size].shape[1]:
+            tokens[:, rank :: world.size] = part
+    problem = next((found for found, _ in shares if found), None)
+    problem = problem or _too_large(groups, tokens[0], "max_tokens_per_micro_batch", data)
+    if problem := problem or _too_large(groups, tokens[1], "max_tokens_per_forward", data):
+        raise DataError(problem)
+    return array("i", tokens[0].tobytes())
+
+
+def model_fingerprint(model: ModelConfig, world: World, tick: Tick = lambda: None) -> dict[str, str]:
+    """``fingerprint``, for which rank 0 reads all weights. Raises ConfigError on every rank when they cannot be read."""
+    patience = Patience(world, tick)
+    found: dict[str, str] | str = {}
     if world.is_main:
-        paths = list({picture: None for group in groups for pictures in group.images for picture in pictures})
         try:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                sizes = dict(zip(paths, pool.map(functools.partial(image_size, max_pixels=data.max_pixels), paths), strict=True))
-            trees = [collator.tree_tokens(group, sizes) for group in groups]
-            whole, largest = [sum(tokens) for tokens in trees], [max(tokens, default=0) for tokens in trees]
-            found = (
-                _too_large(groups, whole, "max_tokens_per_micro_batch", data)
-                or _too_large(groups, largest, "max_tokens_per_forward", data)
-                or whole
-            )
-        except DataError as error:
+            found = fingerprint(model, patience.alive)
+        except (ConfigError, OSError) as error:
             found = str(error)
-    found = broadcast_object(found)
-    if not isinstance(found, list):
-        raise DataError(str(found))
+    patience.meet()
+    if isinstance(found := _told(found, world), str):
+        raise ConfigError(found)
     return found
 
 
-def _too_large(groups: Sequence[CounterfactualGroup], tokens: list[int], option: str, data: DataConfig) -> str | None:
+def _too_large(groups: Sequence[CounterfactualGroup], tokens: npt.NDArray[Any], option: str, data: DataConfig) -> str | None:
     limit = getattr(data, option)
-    if limit is None or (most := max(tokens)) <= limit:
+    if limit is None or (most := int(tokens.max(initial=0))) <= limit:
         return None
     what = "one image and its texts" if option == "max_tokens_per_forward" else "its images and texts"
-    return (
-        f"group {groups[tokens.index(most)].id!r} has {most} tokens in {what}, and data.{option} is {limit}; raise it, or show images with "
-        "fewer tokens"
-    )
+    group = groups[int(tokens.argmax())].id
+    return f"group {group!r} has {most} tokens in {what}, and data.{option} is {limit}; raise it, or show images with fewer tokens"
 
 
-def _check(config: RunConfig, sets: Sequence[DataSet], world: World) -> str | None:
-    """The first problem of the data, or None; what was found sound before, by size and time of the file, is not opened again.
+def _told(item: Any, world: World) -> Any:
+    return broadcast_object(item) if world.size > 1 else item
 
-    Says what each manifest holds.
+
+class _Check:
+    """Checks data sets once: what was found sound with the same options is not looked at again while its manifest is unchanged.
+
+    ``data_check.json`` in the run folder says what is sound, the folder ``data_check`` beside it which pictures were seen.
     """
-    run_dir = Path(config.train.output_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    stamp = run_dir / "data_check.json"
-    try:
-        known = dict(json.loads(stamp.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        known = {}
-    collator = load_collator(config.model, "full", config.data.max_pixels)
-    for path, root, format in ((each.path, each.root, each.format or config.data.format) for each in sets):
+
+    def __init__(self, config: RunConfig, world: World, patience: Patience) -> None:
+        self._config, self._world, self._patience = config, world, patience
+        run_dir = Path(config.train.output_dir)
+        self._file, self._folder = run_dir / "data_check.json", run_dir / "data_check"
+        self._full = config.data.check == "full"
+        self._collator: Collator | None = None
+        self._known: dict[str, Any] = {}
+        if world.is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                self._known = dict(json.loads(self._file.read_text()))
+            except (OSError, ValueError, TypeError, RecursionError):
+                self._known = {}
+        self._notes: PictureNotes | None = None
+
+    def __call__(self, each: DataSet) -> list[CounterfactualGroup]:
+        """The groups of a set without a problem; rank 0 says what it holds. Raises DataError with the first problem on every rank."""
+        problem, said = _told(self._known_of(each) if self._world.is_main else None, self._world)
+        if problem:
+            raise DataError(problem)
+        if said is None and self._full:
+            said, groups = self._looked_at(each)
+        else:
+            groups = read_manifest(each.path, each.root, self._format(each))
+            said = said or f"{each.path}: {len(groups)} groups"
+        self._world.say(said)
+        self._keep(each, said=said)
+        return groups
+
+    def identity(self, each: DataSet, groups: Sequence[CounterfactualGroup]) -> tuple[Identity, PictureTable | None]:
+        """What the groups of a set are recognised by, and the pictures that were checked."""
+        pictures = stored_pictures(self._folder) if self._full else None
+        found: Identity | None = None
+        if self._world.is_main:
+            found = self._entry(each).get("identity")
+            if not isinstance(found, dict):
+                roots = data_roots(each.path, each.root)
+                found = data_identity(groups, roots, pictures, self._patience.alive)
+                self._keep(each, identity=found)
+        self._patience.meet()
+        return _told(found, self._world), pictures
+
+    def _format(self, each: DataSet) -> str:
+        return each.format or self._config.data.format
+
+    def _looked_at(self, each: DataSet) -> tuple[str, list[CounterfactualGroup]]:
+        world, patience, data = self._world, self._patience, self._config.data
+        self._collator = self._collator or load_collator(self._config.model, "full", data.max_pixels)
+        self._notes = self._notes or PictureNotes(self._folder, world.rank, patience.meet)
+        share = Share(world.rank, world.size, self._notes, patience.alive)
+        options: Any = {"lengths": self._collator, "max_pixels": data.max_pixels, "progress": world.say}
+        report, groups = check_share(each.path, each.root, self._format(each), share, **options)
+        patience.meet()
+        shares = gather_objects((self._notes.problem, len(report.problems), report.problems[:1]), world)
+        if lost := next((problem for problem, *_ in shares if problem), None):
+            raise ConfigError(lost)
+        if problems := [first for *_, firsts in shares for first in firsts]:
+            more = sum(number for _, number, _ in shares) - 1
+            raise DataError(problems[0] + (f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""))
+        said = f"{each.path}: {report.num_groups} groups, {report.num_images} images"
+        return said + (f", visual tokens {report.visual_range}" if report.visual_range else ""), groups
+
+    def _known_of(self, each: DataSet) -> tuple[str | None, str | None]:
+        """(what is wrong, what was found): both None for a set that has to be looked at."""
         try:
-            stat = Path(path).stat()
-            limits = [getattr(config.model, option) for option in IMAGE_LIMITS]
-            seen = [
-                stat.st_size,
-                stat.st_mtime_ns,
-                root,
-                format,
-                config.data.max_pixels,
-                config.data.check,
-                config.model.name_or_path,
-                *limits,
-            ]
-            if isinstance(entry := known.get(path), list) and entry[:-1] == seen:
-                world.say(str(entry[-1]))
-                continue
-            if config.data.check == "rows":
-                found = f"{path}: {len(read_manifest(path, root, format))} groups"
-            else:
-                report = check_manifest(
-                    path,
-                    root,
-                    format,
-                    lengths=collator,
-                    max_pixels=config.data.max_pixels,
-                    progress=world.say,
-                )
-                if not report.ok:
-                    more = len(report.problems) - 1
-                    return report.problems[0] + (f" ({more} more: see `cfvlm-ds data check {path}`)" if more else "")
-                found = f"{path}: {report.num_groups} groups, {report.num_images} images"
-                found += f", visual tokens {report.visual_range}" if report.visual_range else ""
-            world.say(found)
-            known[path] = [*seen, found]
-        except FileNotFoundError:
-            return f"{path}: no such manifest; correct data.train or data.evaluation"
-        except DataError as error:
-            return str(error)
-    stamp.write_text(json.dumps(known, indent=1))
-    return None
+            Path(each.path).stat()
+        except OSError as error:
+            missing = "no such manifest" if isinstance(error, FileNotFoundError) else f"the manifest cannot be read ({error.strerror})"
+            return f"{each.path}: {missing}; correct data.train or data.evaluation", None
+        said = self._entry(each).get("said")
+        pictures = not self._full or stored_pictures(self._folder) is not None
+        return None, said if isinstance(said, str) and pictures else None
+
+    def _entry(self, each: DataSet) -> dict[str, Any]:
+        """What is known of a set as it is now, looked at as it would be now."""
+        entry = self._known.get(self._name(each))
+        return entry if isinstance(entry, dict) and entry.get("stamp") == self._stamp(each) else {}
+
+    def _keep(self, each: DataSet, **found: Any) -> None:
+        if self._world.is_main:
+            self._known[self._name(each)] = {**self._entry(each), "stamp": self._stamp(each), **found}
+            keep(self._file, json.dumps(self._known, indent=1), self._world.say)
+
+    def _name(self, each: DataSet) -> str:
+        return json.dumps([os.path.abspath(each.path), each.root, self._format(each)])
+
+    def _stamp(self, each: DataSet) -> list[Any]:
+        model, data = self._config.model, self._config.data
+        stat = Path(each.path).stat()
+        roots = [os.path.abspath(root) for root in data_roots(each.path, each.root)]
+        limits = [getattr(model, option) for option in IMAGE_LIMITS]
+        return [_FORM, stat.st_size, stat.st_mtime_ns, roots, self._format(each), data.check, data.max_pixels, model.name_or_path, *limits]

@@ -14,6 +14,7 @@ from cfvlm_ds.changes import Change
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.config import ConfigError, RunConfig
 from cfvlm_ds.data import GroupSampler
+from cfvlm_ds.data.identity import changes as changed_data
 from cfvlm_ds.distributed import World, broadcast_object
 
 FINISHED = "finished.json"
@@ -28,13 +29,14 @@ class Start:
     changed: Sequence[Change]
     record: dict[str, Any]
     total_steps: int
-    data: str
+    data: dict[str, Any]
 
     def check(self, state: TrainState, config: RunConfig, sampler: GroupSampler) -> None:
         """Move the sampler to where ``state`` is. Raises ConfigError or DataError where it is not a place in this run."""
-        if state.data != self.data:
+        if isinstance(state.data, dict) and (what := changed_data(state.data, self.data)):
             raise ConfigError(
-                f"{self.found} was trained on another version of {config.data.train}; restore it or choose another output_dir"
+                f"{self.found} was trained on {config.data.train} before a change of {what}; restore the data, or start a new run in "
+                "another train.output_dir"
             )
         if state.step > self.total_steps:
             raise ConfigError(
@@ -59,7 +61,7 @@ class Start:
 
 
 def decide(
-    config: RunConfig, deepspeed: Mapping[str, Any], world: World, sampler: GroupSampler, data: str, total_steps: int
+    config: RunConfig, deepspeed: Mapping[str, Any], world: World, sampler: GroupSampler, data: dict[str, Any], total_steps: int
 ) -> Start | None:
     """Where to start; None when the run has finished and ``train.resume`` names no checkpoint. ``data`` is what identifies the groups.
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cfvlm_ds.collate import Collator, PictureKey
-from cfvlm_ds.config import ConfigError, ModelConfig
+from cfvlm_ds.config import ConfigError, ModelConfig, cores_per_rank
 from cfvlm_ds.data.features import FeatureCache, Features, picture_digest, stored_bytes, write_features
 from cfvlm_ds.distributed import World, apart, broadcast_object, gather_objects
 from cfvlm_ds.groups import CounterfactualGroup, DataError
-from cfvlm_ds.models import fingerprint, tower_fingerprint
+from cfvlm_ds.models import inputs_fingerprint, tower_fingerprint
 from cfvlm_ds.stopping import shield_worker
 
 Prepared = tuple[dict[str, Tensor], Features]
@@ -43,7 +43,7 @@ def feature_cache(
     scorer = engine.module
     origin = None
     if world.is_main:
-        inputs, tower = fingerprint(model)["inputs"], tower_fingerprint(model, scorer.family)
+        inputs, tower = inputs_fingerprint(model), tower_fingerprint(model, scorer.family)
         origin = {
             "form": _FORM,
             "tower": tower,
@@ -80,7 +80,7 @@ def _look(cache: FeatureCache, collator: Collator, keys: list[PictureKey], world
         except DataError as error:
             return digest, None, str(error)
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(cores_per_rank()) as pool:
         shares = gather_objects(list(pool.map(look, keys[world.rank :: world.size])), world)
     sizes: dict[bytes, int] = {}
     for place, key in enumerate(keys):

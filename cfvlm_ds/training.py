@@ -24,17 +24,18 @@ from cfvlm_ds.attention import ordinary
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.collate import STAND_IN, Batch, Collator, load_collator
 from cfvlm_ds.config import ConfigError, RunConfig
-from cfvlm_ds.data import GroupSampler, PackedSampler, open_image
-from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
+from cfvlm_ds.data import GroupSampler, PackedSampler, data_roots, open_image
+from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.data.scores import StoredScores, read_scores, write_scores
 from cfvlm_ds.distributed import World, apart, broadcast_object, random_kept, seed_everything
 from cfvlm_ds.errors import masked, tell, unwritten
 from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, evaluate, flat_metrics, headline, metric_names, rehearse, table
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.groups import CounterfactualGroup
-from cfvlm_ds.models import ModelFlops, attention, fingerprint, load_config, only_adapters_train, parameter_counts, peak
+from cfvlm_ds.models import ModelFlops, attention, load_config, only_adapters_train, parameter_counts, peak
 from cfvlm_ds.objectives import required_cells
-from cfvlm_ds.preflight import group_tokens, read_data
+from cfvlm_ds.preflight import RunData, group_tokens, model_fingerprint, read_data
 from cfvlm_ds.run_files import keep, update
 from cfvlm_ds.run_files import replace as replace_file
 from cfvlm_ds.run_lock import RunLock
@@ -92,14 +93,16 @@ def _train(config: RunConfig, world: World) -> None:
     seed_everything(config.train.seed)
     run_dir = Path(config.train.output_dir)
     raw, width = engine.read_json(config.deepspeed), engine.hidden_size(config)
-    groups, splits = read_data(config, world)
+    data = read_data(config, world)
+    groups, splits = data.groups, data.splits
     _check_best(config, splits)
-    stored = _stored_scores(config, groups)
+    stored = _stored_scores(config, data, world)
     collator = load_collator(config.model, required_cells(config.objective), config.data.max_pixels, stored)
+    collator.checked = data.pictures
     sampler = _sampler(config, world, groups, collator)
     total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs)
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
-    start = resume.decide(config, resolved.config, world, sampler, content_hash(groups), total_steps)
+    start = resume.decide(config, resolved.config, world, sampler, dict(data.identity), total_steps)
     if start is None:
         return
     if world.is_main:
@@ -175,6 +178,11 @@ def _restore(run: Run, found: Path, start: resume.Start) -> None:
     start.check(run.state, run.config, run.sampler)
     if start.changed:
         engine.tell(run.engine, told)
+    if not isinstance(run.state.data, dict):
+        run.world.say(
+            f"warning: {found} is of an earlier version, and on which data it was trained cannot be told; they are taken to be these"
+        )
+    run.state.data = start.data
     run.world.say(f"resumed from {found} at step {run.state.step}")
 
 
@@ -202,7 +210,7 @@ def _tracker(run: Run, found: Path | None) -> Any:
 
 def _sampler(config: RunConfig, world: World, groups: list[CounterfactualGroup], collator: Collator) -> GroupSampler:
     options, limit = config.train, config.data.max_tokens_per_micro_batch
-    tokens = group_tokens(groups, collator, config.data, world) if limit or config.data.max_tokens_per_forward else []
+    tokens = group_tokens(groups, collator, config.data, world, collator.checked) if limit or config.data.max_tokens_per_forward else []
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "seed": options.seed}
     place["gradient_accumulation_steps"] = options.gradient_accumulation_steps
     if limit is not None:
@@ -210,11 +218,11 @@ def _sampler(config: RunConfig, world: World, groups: list[CounterfactualGroup],
     return GroupSampler(num_groups=len(groups), groups_per_micro_batch=options.per_device_train_batch_size, **place)
 
 
-def _stored_scores(config: RunConfig, groups: list[CounterfactualGroup]) -> dict[str, StoredScores] | None:
+def _stored_scores(config: RunConfig, data: RunData, world: World) -> dict[str, StoredScores] | None:
     """The scores file of the training groups, if an objective needs one and the model without its adapters does not serve."""
     if not scores_needed(config):
         return None
-    return read_scores(Path(str(config.data.scores)), groups, fingerprint(config.model))
+    return read_scores(Path(str(config.data.scores)), data.groups, model_fingerprint(config.model, world), data.identity)
 
 
 def _record(run: Run, ds_config: Mapping[str, Any]) -> list[Path]:
@@ -499,7 +507,9 @@ def _finish(run: Run, tracker: Any) -> None:
             (run.dir / "scores").mkdir(exist_ok=True)
             for split, groups in run.splits.items():
                 stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
-                write_scores(path := run.dir / "scores" / f"{split}.jsonl", groups, stored, str(run.dir))
+                given = run.config.data.evaluation_sets[split]
+                identity = data_identity(groups, data_roots(given.path, given.root), run.collator.checked)
+                write_scores(path := run.dir / "scores" / f"{split}.jsonl", groups, stored, str(run.dir), data=identity)
         except OSError as error:
             raise ConfigError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
         for path in [run.dir / "results.md", run.dir / "results.json", *_figures(run, scores)]:

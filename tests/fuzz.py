@@ -43,7 +43,8 @@ from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.collate import Collator, load_collator
 from cfvlm_ds.config import ConfigError, RunConfig, parse_config
 from cfvlm_ds.data import GroupSampler, check_manifest, read_manifest
-from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
+from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.data.scores import StoredScores, read_scores, write_scores
 from cfvlm_ds.groups import CounterfactualGroup, DataError, GroupLayout, from_row, to_row
 from cfvlm_ds.likelihood import Scores
 from cfvlm_ds.objectives import OBJECTIVES, group_units, weighted_loss
@@ -267,14 +268,14 @@ def read_groups(base: Base, path: Path, format: str, check: str, out: Path) -> N
     for problem in report.problems:
         one_line(problem)
     config = base.reading(path, out, check, format)
-    groups, _ = preflight.read_data(config, ONE)
+    groups = preflight.read_data(config, ONE).groups
     assert report.ok or check == "rows", "the check of a training let pass what `data check` finds"
     assert groups == read_manifest(path, None, format) and len({group.id for group in groups}) == len(groups) == report.num_groups
     for group in groups:
         consistent(group, path.parent)
-    content_hash(groups)
+    data_identity(groups)
     try:
-        tokens = preflight.group_tokens(groups, base.collator, config.data, ONE)
+        tokens = list(preflight.group_tokens(groups, base.collator, config.data, ONE))
     except DataError:
         assert not report.ok, "headers can be read of images that open"
         raise
@@ -439,7 +440,7 @@ def resume_run(base: Base, folder: Path, out: Path, resume: str) -> None:
     )
     config = base.reading(base.folder / "data" / "a.jsonl", out, "full")
     with _locked(out, ONE):
-        groups, _ = preflight.read_data(config, ONE)
+        groups = preflight.read_data(config, ONE).groups
         assert groups == base.groups
         is_finished(config, 4, ONE)
         with open_tracker(True, out, "experiment", "run", {"a": 1}, {}, run_id=run_id, resume_step=step, mlflow=False) as tracker:

@@ -171,6 +171,22 @@ def test_data_check_of_sound_data(bad: dict[str, Path], model_dir: Path, capsys:
     assert "problems         none" in capsys.readouterr().out
 
 
+def test_data_check_reports_every_text_that_a_model_cannot_take(
+    bad: dict[str, Path], model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in bad["good"].read_text().splitlines()]
+    for row in rows[::2]:
+        row["texts"][1]["text"] += " </s>"
+    (path := bad["good"].with_name("control.jsonl")).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit):
+        main(["data", "check", str(path), "--model", str(model_dir)])
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {path}:1: group 'good-0': text 1: ") and said.err.endswith("(1 more, listed above)\n")
+    for line, group in ((1, "good-0"), (3, "good-2")):
+        (problem,) = [each for each in said.out.splitlines() if f"{path}:{line}: " in each]
+        assert f"group '{group}': text 1: " in problem and "'</s>'" in problem
+
+
 def test_data_check_options_reach_the_check(bad: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "48x48" in refused(capsys, "data", "check", bad["good"], "--max_pixels", "2000")
     assert "no such image file" in refused(capsys, "data", "check", bad["good"], "--root", tmp_path)

@@ -617,3 +617,40 @@ def test_rows_are_measured_with_their_largest_image_and_visual_tokens_counted(fo
     assert ":2: " in problem and "text 0 is 13 tokens" in problem
     assert report.num_images == 3 and sorted(report.visual_tokens) == [4, 5, 9, 9, 10]
     assert "min 4, median 9, max 10" in str(report)
+
+
+class Careful(Words):
+    """A model that has no tokens for some texts, and no use for wide pictures."""
+
+    max_length = 100
+
+    def row_length(self, prompt: str, text: str, sizes: tuple[tuple[int, int], ...]) -> int:
+        if "<" in text:
+            raise DataError(f"text ({text!r}) contains a control token; reword it")
+        return super().row_length(prompt, text, sizes)
+
+    def visual_tokens(self, sizes: tuple[tuple[int, int], ...]) -> int:
+        if sizes[0][0] > 60:
+            raise DataError("the processor refuses it; crop it")
+        return super().visual_tokens(sizes)
+
+
+def test_whatever_a_model_cannot_take_is_reported_by_file_row_and_group(folder: Path) -> None:
+    """Not only the first of it, and each once, though a text is measured behind images of several sizes."""
+    for name, width in (("narrow.png", 16), ("wide.png", 64)):
+        Image.new("RGB", (width, 16)).save(folder / name)
+    bad = [{"id": "t0", "text": "x"}, {"id": "t1", "text": "a <b>"}]
+    swapped = [{"id": "t0", "text": "a <b>"}, {"id": "t1", "text": "x"}]
+    narrow = [{"id": "i0", "path": "narrow.png"}, {"id": "i1", "path": "a.png"}]
+    wide = [{"id": "i0", "path": "a.png"}, {"id": "i1", "path": "wide.png"}]
+    path = manifest(
+        folder, row("one", texts=bad, images=narrow), row("sound"), row("wide", images=wide), row("two", texts=swapped, images=wide)
+    )
+    report = check_manifest(path, lengths=Careful(), progress=pytest.fail)
+    assert report.problems == [
+        f"{path}:1: group 'one': text 1: text ('a <b>') contains a control token; reword it",
+        f"{path}:3: group 'wide': {folder}/wide.png: the processor refuses it; crop it",
+        f"{path}:4: group 'two': {folder}/wide.png: the processor refuses it; crop it",
+        f"{path}:4: group 'two': text 0: text ('a <b>') contains a control token; reword it",
+    ]
+    assert sorted(report.visual_tokens) == [3, 3, 4], "a.png, b.png and narrow.png"

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import pickle
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import write_manifest
+import torch.distributed as dist
+from conftest import losses, run_ranks, train_arguments, write_manifest
+from PIL import Image
 
-from cfvlm_ds import preflight
+from cfvlm_ds import engine, preflight
+from cfvlm_ds.cli import train_main
+from cfvlm_ds.collate import load_collator
 from cfvlm_ds.config import DataSet, RunConfig, parse_config
+from cfvlm_ds.data import check, check_manifest, read_manifest
+from cfvlm_ds.data.identity import changes, data_identity
+from cfvlm_ds.data.pictures import PictureTable
 from cfvlm_ds.distributed import World
+from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.objectives import OBJECTIVES
 
 ONE = World(0, 1, 0, torch.device("cpu"))
@@ -49,8 +64,272 @@ def test_every_set_has_its_own_root_and_format(config: RunConfig, data: Path, tm
     (lists / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     moved = shutil.copy(data, lists / "train.jsonl")
     evaluation = {"train": DataSet(str(lists / "pairs.jsonl"), str(other), "pairs"), "same": str(moved)}
-    groups, splits = preflight.read_data(
-        configured(config, tmp_path / "run", train=str(moved), root=[str(data.parent)], evaluation=evaluation), ONE
-    )
+    read = preflight.read_data(configured(config, tmp_path / "run", train=str(moved), root=[str(data.parent)], evaluation=evaluation), ONE)
+    groups, splits = read.groups, read.splits
     assert len(groups) == 6 and groups == splits["same"] and groups[0].images[0][0].parent.parent == data.parent
     assert [group.id for group in splits["train"]] == ["0", "2"] and splits["train"][0].images[0] == (other / names[0],)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the pictures that the check opens."""
+    names: list[str] = []
+    right = check.open_image
+
+    def recorded(path: Path, max_pixels: int) -> Image.Image:
+        names.append(path.name)
+        return right(path, max_pixels)
+
+    monkeypatch.setattr(check, "open_image", recorded)
+    return names
+
+
+def test_what_was_checked_is_checked_again_under_other_options_only(
+    config: RunConfig, data: Path, tmp_path: Path, opened: list[str]
+) -> None:
+    """A root, a format or a limit that has changed, and a manifest that was written, are looked at; pictures that have not been are not."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(data.parent, other)
+
+    def read(**changes: Any) -> preflight.RunData:
+        opened.clear()
+        return preflight.read_data(configured(config, run, **{"train": str(data), **changes}), ONE)
+
+    first = read()
+    assert len(opened) == 12 == len(set(opened))
+    assert read().identity == first.identity and not opened
+    with pytest.raises(DataError, match=r"48x48 = 2304 pixels, over the limit of 2000.*11 more"):
+        read(max_pixels=2000)
+    with pytest.raises(DataError, match="row: unknown key"):
+        read(format="pairs")
+    assert read(root=str(other)).groups[0].images[0][0].is_relative_to(other) and len(opened) == 12
+    data.write_text(data.read_text())
+    assert read().identity == first.identity and not opened
+    Image.new("RGB", (48, 48), "white").save(picture := first.groups[2].images[1][0])
+    assert read().identity == first.identity and not opened, "the manifest alone is looked at; the picture is, when it is opened"
+    data.write_text(data.read_text())
+    assert changes(first.identity, read().identity) == "contents of pictures" and opened == [picture.name]
+    shutil.rmtree(run / "data_check")
+    assert read().pictures is not None and len(opened) == 12
+    (run / "data_check.json").write_text('{"a": ')
+    assert not read(check="rows").pictures and not opened
+
+
+def test_a_check_that_is_killed_goes_on(
+    config: RunConfig, data: Path, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has seen is kept, to the last whole record; it leaves when it is asked to, between two pictures."""
+    monkeypatch.setattr(check, "_CHUNK", 2)
+    run = configured(config, tmp_path / "run", train=str(data))
+
+    def leave() -> None:
+        if len(opened) >= 7:
+            raise SystemExit(85)
+
+    with pytest.raises(SystemExit):
+        preflight.read_data(run, ONE, leave)
+    (notes,) = (tmp_path / "run" / "data_check").iterdir()
+    kept = notes.stat().st_size // 48
+    assert 4 <= kept < 12
+    with notes.open("ab") as handle:
+        handle.write(b"a record that was cut off")
+    seen = opened.copy()
+    opened.clear()
+    read = preflight.read_data(run, ONE)
+    assert len(opened) == 12 - kept and set(seen) | set(opened) == {picture.name for group in read.groups for (picture,) in group.images}
+    assert read.pictures is not None and len(read.pictures) == 12
+    for group in read.groups:
+        for (picture,) in group.images:
+            found, stat = read.pictures.find(picture), picture.stat()
+            assert found == (stat.st_size, stat.st_mtime_ns, hashlib.blake2b(picture.read_bytes(), digest_size=16).digest(), 48, 48)
+
+
+def test_a_picture_is_held_against_the_check_when_it_is_opened(config: RunConfig, data: Path, tmp_path: Path) -> None:
+    """Written again with the same bytes it passes; with others, of the same size too, it is refused by name."""
+    read = preflight.read_data(configured(config, tmp_path / "run", train=str(data)), ONE)
+    collator = load_collator(config.model, "full")
+    collator.checked = pickle.loads(pickle.dumps(read.pictures))  # as a data worker may get it
+    (picture,) = read.groups[1].images[1]
+    before = picture.read_bytes()
+    picture.write_bytes(before)
+    os.utime(picture, ns=(1, 1))
+    whole = collator(read.groups)
+    assert collator([read.groups[1]]).num_images == 2
+    picture.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    for refused in (lambda: collator(read.groups), lambda: collator.content((picture, False))):
+        with pytest.raises(DataError, match=f"{picture}: the picture has other contents than when the data were checked"):
+            refused()
+    (kept, dropped) = collator.readable(read.groups)
+    assert [name for name, _ in dropped] == [read.groups[1].id] and len(kept) == 5
+    shutil.copy(read.groups[0].images[0][0], picture)
+    with pytest.raises(DataError, match="other contents"):
+        collator(read.groups)
+    picture.write_bytes(before)
+    assert torch.equal(collator(read.groups).model_inputs["input_ids"], whole.model_inputs["input_ids"])
+
+
+def relabelled(group: CounterfactualGroup) -> CounterfactualGroup:
+    return replace(group, match=((1, 1), *group.match[1:]))
+
+
+CHANGES: dict[str, tuple[Callable[[list[CounterfactualGroup]], list[CounterfactualGroup]], str | None]] = {
+    "nothing": (list, None),
+    "order": (lambda groups: [groups[1], groups[0], *groups[2:]], "the order of the rows"),
+    "label": (lambda groups: [relabelled(groups[0]), *groups[1:]], "labels (match)"),
+    "weight": (lambda groups: [replace(groups[0], weight=2.0), *groups[1:]], "weights"),
+    "prompt": (
+        lambda groups: [replace(groups[0], candidates=tuple(replace(c, prompt="Which?") for c in groups[0].candidates)), *groups[1:]],
+        "prompts or texts",
+    ),
+    "texts exchanged": (
+        lambda groups: [
+            replace(groups[0], candidates=groups[1].candidates),
+            replace(groups[1], candidates=groups[0].candidates),
+            *groups[2:],
+        ],
+        "prompts or texts",
+    ),
+    "images exchanged": (lambda groups: [replace(groups[0], images=groups[0].images[::-1]), *groups[1:]], "PICTURES"),
+    "row": (lambda groups: groups[1:], "the number of rows (5, was 6)"),
+    "other row": (lambda groups: [replace(groups[0], id="new"), *groups[1:]], "the groups (other ids)"),
+    "two": (lambda groups: [relabelled(replace(groups[0], weight=2.0)), *groups[1:]], "labels (match) and weights"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_is_named(change: str, data: Path, tmp_path: Path) -> None:
+    """By paths where contents are not known, and by contents where they are; a copy in another folder is the same either way."""
+    groups = read_manifest(data)
+    shutil.copytree(data.parent, tmp_path / "copied")
+    copied = read_manifest(tmp_path / "copied" / data.name)
+    changed, what = CHANGES[change][0](copied), CHANGES[change][1]
+
+    def of(some: list[CounterfactualGroup], root: Path, contents: bool) -> Any:
+        files = [picture for group in some for image in group.images for picture in image]
+        return data_identity(some, [root], PictureTable.of_files(files) if contents else None)
+
+    for contents, pictures in ((False, "image paths"), (True, "contents of pictures")):
+        expected = pictures if what == "PICTURES" else what
+        assert changes(of(groups, data.parent, contents), of(changed, tmp_path / "copied", contents)) == expected
+
+
+def test_threads_of_the_check_keep_to_the_cores_they_are_given(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most = 0, 0
+    lock, right = threading.Lock(), check.open_image
+
+    def slow(path: Path, max_pixels: int) -> Image.Image:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+        return right(path, max_pixels)
+
+    monkeypatch.setattr(check, "open_image", slow)
+    given = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(given)})
+        assert check_manifest(data).ok and most == 1
+    finally:
+        os.sched_setaffinity(0, given)
+
+
+def read_late(manifest: str, model: str, run: str, bad: str) -> None:
+    """A rank whose collectives end after three seconds reads the data, and takes five for its pictures if it is the second."""
+    world = engine.start()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)
+    config = parse_config(
+        ["--config", "tests/train.yaml", "--model.name_or_path", model, "--data.max_tokens_per_micro_batch", "4000"], OBJECTIVES
+    )
+    right, opened = check.open_image, []
+
+    def slow(path: Path, max_pixels: int) -> Image.Image:
+        opened.append(path.name)
+        time.sleep(5 / 18 if world.rank == 1 else 0)
+        return right(path, max_pixels)
+
+    check.open_image = slow  # type: ignore[assignment]
+    read = preflight.read_data(configured(config, Path(run), train=manifest, num_workers=0), world)
+    tokens = preflight.group_tokens(read.groups, load_collator(config.model, "full"), config.data, world, read.pictures)
+    print(json.dumps({"opened": opened, "identity": dict(read.identity), "tokens": list(tokens), "known": len(read.pictures or [])}))
+    for wrong in (bad, bad):
+        try:
+            preflight.read_data(configured(config, Path(run), train=wrong), world)
+        except DataError as error:
+            print("refused", error)
+
+
+def test_ranks_share_a_check_that_takes_longer_than_a_collective_may(
+    config: RunConfig, data: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    """Each opens its part, both know everything afterwards; what one of them finds is said by both."""
+    train = write_manifest(tmp_path / "data" / "long.jsonl", 18, seed=4, ragged=False)
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    for row, name in ((rows[3], "none"), (rows[4], "nothing"), (rows[5], "naught")):
+        row["images"][1]["path"] = f"images/{name}.png"
+    (tmp_path / "data" / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = run_ranks(
+        2, "test_preflight:read_late", str(train), str(model_dir), str(tmp_path / "run"), str(tmp_path / "data" / "bad.jsonl"),
+        said=tmp_path / "said", timeout=120,
+    )  # fmt: skip
+    assert [code for code, _ in ended] == [0, 0], ended
+    said = [json.loads(next(line for line in output.splitlines() if line.startswith("{"))) for _, output in ended]
+    alone = preflight.read_data(configured(config, tmp_path / "alone", train=str(train)), ONE)
+    tokens = preflight.group_tokens(alone.groups, load_collator(config.model, "full"), config.data, ONE, alone.pictures)
+    for rank in said:
+        assert rank["identity"] == alone.identity and rank["known"] == 36 and rank["tokens"] == list(tokens)
+    first, second = (set(rank["opened"]) for rank in said)
+    assert len(first) == len(second) == 18 and not first & second
+    for _, output in ended:
+        refused = [line for line in output.splitlines() if line.startswith("refused")]
+        assert len(refused) == 2 and all("no such image file" in line and "(2 more: see" in line for line in refused), output
+
+
+def train_again(arguments: list[str], changed: str) -> None:
+    """A training, and the same one with each of the changed manifests in its place, in one process; what ends with 2 is said on stderr."""
+    listed = json.loads(changed)
+    (name := Path(listed[0]["train"])).write_text(listed[0]["text"])
+    train_main(arguments)
+    for each in listed[1:]:
+        Path(each["train"]).parent.mkdir(exist_ok=True)
+        Path(each["train"]).write_text(each["text"])
+        try:
+            options = [option if option != str(name) else each["train"] for option in arguments]
+            train_main([*options, "--train.max_steps", "3", "--train.resume_changes", "allow"])
+            print("trained", flush=True)
+        except SystemExit as ended:
+            print("ended", ended.code, flush=True)
+
+
+def test_a_run_goes_on_with_its_own_data_only(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Rows in another order, a label, a weight: one sentence each, and nothing is touched. A copy in another folder goes on."""
+    text = data.read_text()
+    lines = text.splitlines()
+    row = json.loads(lines[0])
+    flipped, weighted = (
+        json.dumps(row | {"match": [*row["match"][:1], ["i0", "t1", 1], *row["match"][2:]]}),
+        json.dumps(row | {"weight": 3.0}),
+    )
+    shutil.copytree(data.parent, moved := tmp_path / "moved")
+    shutil.copytree(data.parent, swapped := tmp_path / "swapped")
+    one, other = (swapped / image["path"] for image in row["images"])
+    one.rename(one.with_name("aside"))
+    other.rename(one)
+    one.with_name("aside").rename(other)
+    texts = [text, "\n".join(lines[::-1]), "\n".join([flipped, *lines[1:]]), "\n".join([weighted, *lines[1:]]), "\n".join(lines[1:])]
+    changed = [{"train": str(data), "text": each} for each in texts]
+    changed += [{"train": str(swapped / data.name), "text": text}, {"train": str(moved / data.name), "text": text}]
+    run = tmp_path / "run"
+    arguments = train_arguments(
+        model_dir, {"train": data}, run, "--train.max_steps", "2", "--train.per_device_train_batch_size", "2", "--data.num_workers", "0"
+    )  # fmt: skip
+    ((code, output),) = run_ranks(1, "test_preflight:train_again", arguments, json.dumps(changed), said=tmp_path / "said")
+    assert code == 0, output[-4000:]
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    reasons = ["the order of the rows", "labels (match)", "weights", "the number of rows (5, was 6)", "contents of pictures"]
+    assert len(errors) == len(reasons) and output.count("ended 2") == 5, output[-4000:]
+    for error, reason in zip(errors, reasons, strict=True):
+        assert "checkpoint-2 was trained on" in error and f"before a change of {reason}; restore the data" in error
+    assert output.count("trained\n") == 1 and len(losses(run)) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from cfvlm_ds.config import ModelConfig
 from cfvlm_ds.data import read_manifest
-from cfvlm_ds.data.scores import StoredScores, content_hash, read_scores, write_scores
+from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.data.pictures import PictureTable
+from cfvlm_ds.data.scores import StoredScores, read_scores, write_scores
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.models import fingerprint
 
@@ -50,7 +53,7 @@ def test_round_trip_keeps_every_bit(path: Path, groups: list[CounterfactualGroup
     assert read_scores(path, groups) == scores
     assert [p.name for p in path.parent.iterdir()] == ["scores.jsonl"], "no partial file stays"
     header = json.loads(path.read_text().splitlines()[0])
-    assert header == {"schema": "cfscores/2", "manifest": content_hash(groups), "groups": len(groups), "model": "org/model"}
+    assert header == {"schema": "cfscores/3", "data": data_identity(groups), "groups": len(groups), "model": "org/model"}
 
 
 def test_order_of_rows_does_not_matter(path: Path, groups: list[CounterfactualGroup], scores: dict[str, StoredScores]) -> None:
@@ -117,20 +120,49 @@ def test_a_matrix_with_images_and_texts_swapped(tmp_path: Path, groups: list[Cou
 
 def test_another_schema(path: Path, groups: list[CounterfactualGroup]) -> None:
     edit(path, 0, lambda header: header.update(schema="cfscores/1"))
-    with pytest.raises(DataError, match="schema 'cfscores/1' is not 'cfscores/2'"):
+    with pytest.raises(DataError, match="schema 'cfscores/1' is not 'cfscores/3'"):
         read_scores(path, groups)
 
 
-def test_scores_of_another_manifest(path: Path, groups: list[CounterfactualGroup]) -> None:
+def test_scores_of_another_manifest(path: Path, groups: list[CounterfactualGroup], scores) -> None:
+    """What a score depends on is named where it has changed; what none depends on may change."""
     first = groups[0]
     texts = (dataclasses.replace(first.candidates[0], text="a purple hexagon"), *first.candidates[1:])
     prompts = (dataclasses.replace(first.candidates[0], prompt="What is this?"), *first.candidates[1:])
-    images = ((first.images[0][0].with_name("other.png"),), *first.images[1:])
-    for change in ({"candidates": texts}, {"candidates": prompts}, {"images": images}, {"id": "else"}):
-        with pytest.raises(DataError, match="belong to another manifest"):
+    folder = first.images[0][0].parent
+    images = ((folder.with_name("edited") / first.images[0][0].name,), *first.images[1:])  # the same name in another folder
+    for change, what in (
+        ({"candidates": texts}, "prompts or texts"),
+        ({"candidates": prompts}, "prompts or texts"),
+        ({"images": images}, "image paths"),
+        ({"id": "else"}, "other ids"),
+    ):
+        with pytest.raises(DataError, match=f"belong to another manifest, by .*{what}"):
             read_scores(path, [dataclasses.replace(first, **change), *groups[1:]])
-    with pytest.raises(DataError, match="belong to another manifest"):
+    with pytest.raises(DataError, match=r"belong to another manifest, by the number of rows \(9, was 10\)"):
         read_scores(path, groups[1:])
+    relabelled = [dataclasses.replace(group, weight=2.0, match=((1, *group.match[0][1:]), *group.match[1:])) for group in groups[::-1]]
+    assert read_scores(path, relabelled) == scores
+
+
+def test_scores_of_other_pictures(tmp_path: Path, groups: list[CounterfactualGroup], scores) -> None:
+    """Where the contents of pictures are known to both, they decide: exchanged files are found, a moved folder is the same."""
+    folder = groups[0].images[0][0].parent
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    moved = [dataclasses.replace(g, images=tuple((copied / image.name,) for (image,) in g.images)) for g in groups]
+
+    def identity(of: list[CounterfactualGroup]) -> object:
+        return data_identity(of, [], PictureTable.of_files(image for group in of for (image,) in group.images))
+
+    path = tmp_path / "scores.jsonl"
+    write_scores(path, groups, scores, "m", data=identity(groups))
+    assert read_scores(path, moved, data=identity(moved)) == scores
+    (one,), (other,) = next(group for group in moved if len(group.images) > 1).images[:2]
+    one.rename(copied / "aside")
+    other.rename(one)
+    (copied / "aside").rename(other)
+    with pytest.raises(DataError, match="belong to another manifest, by contents of pictures"):
+        read_scores(path, moved, data=identity(moved))
 
 
 def test_scores_know_their_model(tmp_path: Path, groups: list[CounterfactualGroup], scores, model_dir: Path) -> None:
@@ -153,6 +185,34 @@ def test_scores_know_their_model(tmp_path: Path, groups: list[CounterfactualGrou
         read_scores(path, groups, fingerprint(ModelConfig(str(copied))))
 
 
-def test_a_moved_folder_is_the_same_manifest(path: Path, groups: list[CounterfactualGroup], scores) -> None:
-    moved = [dataclasses.replace(g, images=tuple((Path("/elsewhere") / image.name,) for (image,) in g.images)) for g in groups]
-    assert read_scores(path, moved) == scores
+def test_every_byte_of_the_weights_counts_and_is_read_once(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fine-tune of the projector alone is another model, wherever it lies in a file, with its old time set again too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copied = shutil.copytree(model_dir, tmp_path / "copied")
+    config, file = ModelConfig(str(copied)), copied / "model.safetensors"
+    read: list[int] = []
+    seen = {fingerprint(config, lambda: read.append(1))["weights"]}
+    assert read and fingerprint(config, pytest.fail)["weights"] in seen, "a second time nothing is read"
+    original = file.read_bytes()
+    stat = file.stat()
+    for place in (len(original) // 2, len(original) // 3, len(original) - 1):
+        changed = bytearray(original)
+        changed[place] ^= 1
+        with file.open("r+b") as handle:  # the same file, in place
+            handle.write(changed)
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        seen.add(fingerprint(config)["weights"])
+    assert len(seen) == 4
+    for remembered in (tmp_path / "cache").rglob("*"):
+        if remembered.is_file():
+            remembered.write_text("damaged")
+    file.write_bytes(original)
+    assert fingerprint(config)["weights"] in seen
+
+
+def test_a_moved_folder_is_the_same_manifest(tmp_path: Path, groups: list[CounterfactualGroup], scores) -> None:
+    """Without the contents of pictures, their paths inside the data root tell."""
+    root, path = groups[0].images[0][0].parent.parent, tmp_path / "scores.jsonl"
+    write_scores(path, groups, scores, "m", data=data_identity(groups, [root]))
+    moved = [dataclasses.replace(g, images=tuple((Path("/else") / image.relative_to(root),) for (image,) in g.images)) for g in groups]
+    assert read_scores(path, moved, data=data_identity(moved, [Path("/else")])) == scores

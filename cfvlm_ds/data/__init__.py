@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cfvlm_ds.data.cfvlm import cfvlm_group
-from cfvlm_ds.data.check import CheckReport, Lengths, check_groups
+from cfvlm_ds.data.check import CheckReport, Lengths, Share, check_groups
 from cfvlm_ds.data.images import MAX_PIXELS, image_size, open_image
 from cfvlm_ds.data.native import Entry, Format, iter_groups, native_group
 from cfvlm_ds.data.pairs import pair_group
@@ -26,7 +26,9 @@ __all__ = [
     "GroupSampler",
     "PackedSampler",
     "Root",
+    "Share",
     "check_manifest",
+    "check_share",
     "data_roots",
     "image_size",
     "named_apart",
@@ -76,7 +78,22 @@ def check_manifest(
     Problems are collected, not raised; DataError is raised for an unknown format.
     """
     entries = _entries(path, root, format)
-    return check_groups(Path(path), entries, lengths=lengths, max_pixels=max_pixels, progress=progress)
+    return check_groups(Path(path), entries, lengths=lengths, max_pixels=max_pixels, progress=progress)[0]
+
+
+def check_share(
+    path: str | Path,
+    root: Root,
+    format: str,
+    share: Share,
+    *,
+    lengths: Lengths | None,
+    max_pixels: int,
+    progress: Callable[[str], object] = print,
+) -> tuple[CheckReport, list[CounterfactualGroup]]:
+    """One process's part of ``check_manifest``, and the groups of all well-formed rows."""
+    entries = _entries(path, root, format)
+    return check_groups(Path(path), entries, lengths=lengths, max_pixels=max_pixels, progress=progress, share=share)
 
 
 def data_roots(path: str | Path, root: Root) -> list[Path]:

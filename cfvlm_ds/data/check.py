@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
-import os
 import statistics
 import time
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
+from cfvlm_ds.config import cores_per_rank
 from cfvlm_ds.data.images import open_image
 from cfvlm_ds.data.native import Entry, told_apart
+from cfvlm_ds.data.pictures import Picture, PictureNotes, PictureTable, picture_key, picture_of
 from cfvlm_ds.groups import SHAM, CounterfactualGroup, DataError, Pictures
 
 PROGRESS_SECONDS = 5.0
@@ -63,7 +67,7 @@ class CheckReport:
     longest_text_unit: str = "characters"
     """"tokens" (prompt, image and text) where a text length was given, else "characters" of the text alone."""
     longest_text_where: str = ""
-    visual_tokens: list[int] = field(default_factory=list)
+    visual_tokens: array[int] = field(default_factory=lambda: array("I"))
     """Of every distinct image (its pictures together), where the model is known."""
     metadata: Counter[str] = field(default_factory=Counter)
     """Further key of rows -> number of groups that keep it."""
@@ -108,6 +112,19 @@ class CheckReport:
         return "\n".join(table)
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of a check is this process's, and where it keeps what it has seen.
+
+    ``alive`` is called for every row and picture; may raise, to leave.
+    """
+
+    rank: int = 0
+    size: int = 1
+    notes: PictureNotes = field(default_factory=PictureNotes)
+    alive: Callable[[], object] = lambda: None
+
+
 def check_groups(
     manifest: Path,
     entries: Iterable[Entry],
@@ -115,28 +132,34 @@ def check_groups(
     lengths: Lengths | None,
     max_pixels: int,
     progress: Callable[[str], object],
-) -> CheckReport:
-    """Check the entries of a manifest and open each image they name, once; see cfvlm_ds.data.check_manifest."""
+    share: Share | None = None,
+) -> tuple[CheckReport, list[CounterfactualGroup]]:
+    """Check the entries of a manifest and open each image they name, once; see cfvlm_ds.data.check_manifest. Returns the groups too.
+
+    Of several processes with a ``share`` each, every one reads all rows and counts them; it opens its part of the images and measures its
+    part of the groups, and reports what is wrong with those. The first one also reports what is wrong with rows, and the visual tokens.
+    """
+    share = share or Share()
     report = CheckReport(str(manifest))
-    groups: list[tuple[str, CounterfactualGroup]] = []
+    groups: list[CounterfactualGroup] = []
+    places: list[str] = []
     for where, item in entries:
-        if isinstance(item, DataError):
-            report.problems.append(str(item))
-        else:
-            groups.append((where, item))
+        share.alive()
+        if not isinstance(item, DataError):
+            groups.append(item)
+            places.append(where)
             _count(report, item)
-    sizes = _check_images(report, groups, max_pixels, progress)
-    known = {
-        pictures: tuple(sizes[picture] for picture in pictures)
-        for _, group in groups
-        for pictures in group.images
-        if all(picture in sizes for picture in pictures)
-    }
-    if lengths is not None:
-        report.visual_tokens = [lengths.visual_tokens(each) for each in known.values() if each]
-    for where, group in _with_progress(groups, len(groups), "groups", progress):
-        _check_texts(report, where, group, lengths, {known[pictures] for pictures in group.images if pictures in known})
-    return report
+        elif share.rank == 0:
+            report.problems.append(str(item))
+    pictures = _check_images(report, groups, places, max_pixels, progress, share)
+    if lengths is not None and share.rank == 0:
+        _count_visual_tokens(report, groups, pictures, lengths, share.alive)
+    mine = range(share.rank, len(groups), share.size)
+    for index in _with_progress(mine, len(mine), "groups" + _of_share(share), progress):
+        share.alive()
+        _check_pairs(report, places[index], groups[index], pictures)
+        _check_texts(report, places[index], groups[index], lengths, pictures)
+    return report, groups
 
 
 def _count(report: CheckReport, group: CounterfactualGroup) -> None:
@@ -151,80 +174,152 @@ def _count(report: CheckReport, group: CounterfactualGroup) -> None:
     report.num_counterfactuals[max(len(group.images) - len(shams), len(group.candidates)) - 1] += 1
 
 
-def _check_texts(
-    report: CheckReport, where: str, group: CounterfactualGroup, lengths: Lengths | None, sizes: set[tuple[Size, ...]]
-) -> None:
-    if lengths is not None:
-        report.longest_text_unit = "tokens"
+def _check_texts(report: CheckReport, where: str, group: CounterfactualGroup, lengths: Lengths | None, pictures: PictureTable) -> None:
+    if lengths is None:
+        for index, candidate in enumerate(group.candidates):
+            _note_length(report, len(candidate.text), f"{where}, text {index}")
+        return
+    report.longest_text_unit = "tokens"
+    sizes: set[tuple[Size, ...]] = set()
+    for image in group.images:
+        try:
+            if (shown := _sizes(image, pictures)) is not None and shown not in sizes:
+                lengths.visual_tokens(shown)  # a text is not blamed for what the model cannot take as a picture
+                sizes.add(shown)
+        except DataError as error:
+            report.problems.append(f"{where}: group {group.id!r}: {_named(image)}: {error}")
     for index, candidate in enumerate(group.candidates):
-        if lengths is None:
-            length = len(candidate.text)
-        else:
+        try:
             length = max((lengths.row_length(candidate.prompt, candidate.text, each) for each in sizes), default=0)
-        if length > report.longest_text:
-            report.longest_text, report.longest_text_where = length, f"{where}, text {index}"
-        if lengths is not None and length > lengths.max_length:
+        except DataError as error:
+            report.problems.append(f"{where}: group {group.id!r}: text {index}: {error}")
+            continue
+        _note_length(report, length, f"{where}, text {index}")
+        if length > lengths.max_length:
             report.problems.append(
                 f"{where}: group {group.id!r}: text {index} is {length} tokens long with its prompt and image, over the model's window of "
                 f"{lengths.max_length}; shorten it, or allow more tokens if the model does"
             )
 
 
+def _note_length(report: CheckReport, length: int, where: str) -> None:
+    if length > report.longest_text:
+        report.longest_text, report.longest_text_where = length, where
+
+
+def _count_visual_tokens(
+    report: CheckReport, groups: list[CounterfactualGroup], pictures: PictureTable, lengths: Lengths, alive: Callable[[], object]
+) -> None:
+    images = [image for group in groups for image in group.images if image]
+    for place in _first_of_each(hash(image) for image in images):
+        alive()
+        try:
+            if (shown := _sizes(images[place], pictures)) is not None:
+                report.visual_tokens.append(lengths.visual_tokens(shown))
+        except DataError:
+            continue  # named with its group
+
+
+def _sizes(image: Pictures, pictures: PictureTable) -> tuple[Size, ...] | None:
+    """Sizes of an image's pictures; None where one is not known."""
+    found = [pictures.find(picture) for picture in image]
+    known = [(picture.width, picture.height) for picture in found if picture is not None]
+    return tuple(known) if len(known) == len(image) else None
+
+
+def _first_of_each(keys: Iterable[int]) -> npt.NDArray[Any]:
+    """Where each distinct key comes first, in that order."""
+    return np.sort(np.unique(np.fromiter((key & _KEY for key in keys), np.uint64), return_index=True)[1])
+
+
+_KEY = (1 << 64) - 1
+
+
 def _check_images(
-    report: CheckReport, groups: list[tuple[str, CounterfactualGroup]], max_pixels: int, progress: Callable[[str], object]
-) -> dict[Path, Size]:
-    """Sizes of the images that can be opened."""
-    first_use: dict[Path, str] = {}
-    for where, group in groups:
-        for pictures in group.images:
-            for path in pictures:
-                first_use.setdefault(path, where)
-    report.num_images = len(first_use)
-    file_sizes: dict[Path, int] = {}
-    sizes: dict[Path, Size] = {}
-    paths = list(first_use)
-    for path, result in zip(paths, _with_progress(_open_all(paths, max_pixels), len(paths), "images", progress), strict=True):
-        if isinstance(result, str):
-            report.problems.append(f"{first_use[path]}: {result}")
-        else:
-            file_sizes[path], sizes[path] = result
-    for where, group in groups:
-        for second in range(1, len(group.images)):
-            for first in range(second):
-                if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], file_sizes):
-                    report.problems.append(
-                        f"{where}: group {group.id!r}: counterfactual image {second} equals image {first} byte for byte "
-                        f"({_named(group.images[second])} and {_named(group.images[first])}) though match tells them apart; redo the edit, "
-                        "or remove it"
-                    )
-    return sizes
+    report: CheckReport,
+    groups: list[CounterfactualGroup],
+    places: list[str],
+    max_pixels: int,
+    progress: Callable[[str], object],
+    share: Share,
+) -> PictureTable:
+    """What is known of the images that can be opened, after all processes have opened their part."""
+
+    def uses() -> Iterator[tuple[int, Path]]:
+        return ((index, picture) for index, group in enumerate(groups) for image in group.images for picture in image)
+
+    def keys() -> Iterator[int]:
+        for _, picture in uses():
+            share.alive()
+            yield picture_key(picture)
+
+    firsts = _first_of_each(keys())
+    report.num_images = len(firsts)
+    mine = set(firsts[share.rank :: share.size].tolist())
+    wanted = [use for place, use in enumerate(uses()) if place in mine]
+    found = _open_all([picture for _, picture in wanted], max_pixels, share)
+    for (index, _), problem in zip(wanted, _with_progress(found, len(wanted), "images" + _of_share(share), progress), strict=True):
+        if problem is not None:
+            report.problems.append(f"{places[index]}: {problem}")
+    return share.notes.all()
+
+
+def _check_pairs(report: CheckReport, where: str, group: CounterfactualGroup, pictures: PictureTable) -> None:
+    for second in range(1, len(group.images)):
+        for first in range(second):
+            if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], pictures):
+                report.problems.append(
+                    f"{where}: group {group.id!r}: counterfactual image {second} equals image {first} byte for byte "
+                    f"({_named(group.images[second])} and {_named(group.images[first])}) though match tells them apart; redo the edit, "
+                    "or remove it"
+                )
 
 
 def _named(pictures: Pictures) -> str:
     return ", ".join(str(picture) for picture in pictures)
 
 
-def _same_bytes(first: Pictures, second: Pictures, sizes: dict[Path, int]) -> bool:
-    # Files of different size are most pairs and cost nothing; only the rest are read again.
-    return all(
-        a == b or (a in sizes and sizes[a] == sizes.get(b) and filecmp.cmp(a, b, shallow=False)) for a, b in zip(first, second, strict=True)
-    )
+def _same_bytes(first: Pictures, second: Pictures, pictures: PictureTable) -> bool:
+    def same(a: Path, b: Path) -> bool:
+        one, other = pictures.find(a), pictures.find(b)
+        return one is not None and other is not None and (one.size, one.digest) == (other.size, other.digest)
+
+    return all(a == b or same(a, b) for a, b in zip(first, second, strict=True))
 
 
-def _open_all(paths: list[Path], max_pixels: int) -> Iterator[tuple[int, Size] | str]:
+def _open_all(paths: Sequence[Path], max_pixels: int, share: Share) -> Iterator[str | None]:
+    """What is wrong with each picture, or None; the sound ones are noted, a chunk at a time."""
     # Threads suffice: PIL decodes without holding the interpreter lock. Chunks bound the memory of pending work for millions of files.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(paths), _CHUNK):
-            yield from pool.map(partial(_open, max_pixels=max_pixels), paths[start : start + _CHUNK])
-
-
-def _open(path: Path, max_pixels: int) -> tuple[int, Size] | str:
-    """Size of the file in bytes and of the image in pixels, or the problem."""
+    pool = ThreadPoolExecutor(cores_per_rank())
     try:
-        size = open_image(path, max_pixels).size
+        for start in range(0, len(paths), _CHUNK):
+            chunk, sound = paths[start : start + _CHUNK], []
+            for path, found in zip(chunk, pool.map(partial(_open, known=share.notes.known, max_pixels=max_pixels), chunk), strict=True):
+                share.alive()
+                if isinstance(found, Picture):
+                    sound.append((path, found))
+                yield found if isinstance(found, str) else None
+            share.notes.add(sound)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _open(path: Path, known: PictureTable, max_pixels: int) -> Picture | str | None:
+    """What is to be noted of a picture, or the problem; None for one that was found sound before and has not been written since."""
+    try:
+        if (before := known.find(path)) is not None and before.width * before.height <= max_pixels:
+            stat = path.stat()
+            if (stat.st_size, stat.st_mtime_ns) == (before.size, before.mtime):
+                return None
+        return picture_of(path, *open_image(path, max_pixels).size)
     except DataError as error:
         return str(error)
-    return path.stat().st_size, size
+    except OSError as error:
+        return f"{path}: image cannot be read ({error.strerror}); restore it, or correct its path in the manifest"
+
+
+def _of_share(share: Share) -> str:
+    return f" (of rank {share.rank}; {share.size} ranks share them)" if share.size > 1 else ""
 
 
 def _with_progress(items: Iterable[T], total: int, unit: str, progress: Callable[[str], object]) -> Iterator[T]:

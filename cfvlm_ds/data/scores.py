@@ -1,27 +1,28 @@
 """Stored scores: reference and blind log-likelihoods of a manifest, written once by ``cfvlm-ds score`` and read by DPO and PMI runs.
 
-One JSON object per line: a header {"schema": "cfscores/2", "manifest": sha256, "groups": n, "model": name, "weights": sha256, "inputs":
-sha256}, then one line per group {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. The last two of the header say which model scored (see
-cfvlm_ds.models.identity) and are left out where a run records its own scores.
+One JSON object per line: a header {"schema": "cfscores/3", "data": identity, "groups": n, "model": name, "weights": sha256, "inputs":
+sha256}, then one line per group {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` says of what the scores are (see
+cfvlm_ds.data.identity); the last two of the header say which model scored (see cfvlm_ds.models.identity) and are left out where a run
+records its own scores.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cfvlm_ds.data.identity import Identity, changes, data_identity
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.reading import MIB, lines, open_regular, parse_json
 from cfvlm_ds.untrusted import create
 
 MAX_LINE = 32 * MIB
 """Bytes of a group's scores: 20 for each cell of a thousand images and a thousand texts, and as much again."""
-SCHEMA = "cfscores/2"
+SCHEMA = "cfscores/3"
 _FLOAT32 = 3e38  # what is larger becomes infinite as a tensor
 
 
@@ -33,29 +34,21 @@ class StoredScores:
     blank: tuple[float, ...]
 
 
-def content_hash(groups: Iterable[CounterfactualGroup]) -> str:
-    """sha256 of what the scores depend on: ids, image names and texts, in any order of the manifest's rows."""
-    lines = sorted(
-        json.dumps(
-            [g.id, [[picture.name for picture in pictures] for pictures in g.images], [[c.prompt, c.text] for c in g.candidates]],
-            ensure_ascii=False,
-        )
-        for g in groups
-    )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def write_scores(
     path: Path,
     groups: list[CounterfactualGroup],
     scores: Mapping[str, StoredScores],
     model: str,
     identity: Mapping[str, str] | None = None,
+    data: Identity | None = None,
 ) -> None:
-    """Write the scores of every group; the file appears complete or not at all. Raises KeyError when a group has no scores."""
+    """Write the scores of every group; the file appears complete or not at all. Raises KeyError when a group has no scores.
+
+    ``data`` is the groups' identity with their roots and pictures; made from the groups alone where it is not given.
+    """
     partial = path.with_name(path.name + ".partial")
     with io.TextIOWrapper(create(partial), encoding="utf-8") as handle:
-        header = {"schema": SCHEMA, "manifest": content_hash(groups), "groups": len(groups), "model": model, **(identity or {})}
+        header = {"schema": SCHEMA, "data": data or data_identity(groups), "groups": len(groups), "model": model, **(identity or {})}
         handle.write(json.dumps(header) + "\n")
         for group in groups:
             stored = scores[group.id]
@@ -63,10 +56,13 @@ def write_scores(
     os.replace(partial, path)
 
 
-def read_scores(path: Path, groups: list[CounterfactualGroup], identity: Mapping[str, str] | None = None) -> dict[str, StoredScores]:
+def read_scores(
+    path: Path, groups: list[CounterfactualGroup], identity: Mapping[str, str] | None = None, data: Identity | None = None
+) -> dict[str, StoredScores]:
     """Scores by group id. Raises DataError on a missing, incomplete or foreign file, or a value that is not finite.
 
-    Foreign is a file of another manifest and, where ``identity`` is given, of other weights or of another tokenizer, processor or template.
+    Foreign is a file of other ids, texts, prompts or pictures and, where ``identity`` is given, of other weights or of another tokenizer,
+    processor or template. Order, labels and weights of the groups may have changed: no score depends on them. ``data`` as in write_scores.
     """
     remedy = "write it anew with `cfvlm-ds score`"
     if not path.exists():
@@ -77,8 +73,8 @@ def read_scores(path: Path, groups: list[CounterfactualGroup], identity: Mapping
             header = next(rows)
             if header["schema"] != SCHEMA:
                 raise DataError(f"{path}: schema {header['schema']!r} is not {SCHEMA!r}; {remedy}")
-            if header["manifest"] != content_hash(groups):
-                raise DataError(f"{path}: these scores belong to another manifest; {remedy}")
+            if what := changes(header["data"], data or data_identity(groups), of_scores=True):
+                raise DataError(f"{path}: these scores belong to another manifest, by {what}; {remedy}")
             for part, value in (identity or {}).items():
                 if header.get(part) != value:
                     what = {"weights": "other weights", "inputs": "another tokenizer, processor or chat template"}[part]

@@ -19,7 +19,7 @@ from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, ModelConfig
 from cfvlm_ds.models.family import MODULES, Family, Module, Scorer
 from cfvlm_ds.models.flops import ModelFlops, peak
 from cfvlm_ds.models.idefics import IDEFICS
-from cfvlm_ds.models.identity import fingerprint, model_folder, tower_fingerprint
+from cfvlm_ds.models.identity import fingerprint, inputs_fingerprint, model_folder, tower_fingerprint
 from cfvlm_ds.models.internvl import INTERNVL
 from cfvlm_ds.models.llava import LLAVA, NEXT, ONEVISION
 from cfvlm_ds.models.lora import (
@@ -53,6 +53,7 @@ __all__ = [
     "check_model",
     "family_of",
     "fingerprint",
+    "inputs_fingerprint",
     "is_adapter",
     "load_config",
     "load_model",

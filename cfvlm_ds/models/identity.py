@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import safe_open
@@ -12,7 +17,7 @@ from safetensors import safe_open
 from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, ModelConfig
 from cfvlm_ds.models.family import Family
 
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
+_BLOCK = 1 << 22  # bytes read at a time
 _WEIGHTS = ("*.safetensors", "*.bin")
 _INPUTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _NOT_INPUTS = ("*.index.json", "config.json", "generation_config.json", "adapter_config.json", "trainer_state.json")
@@ -30,24 +35,50 @@ def model_folder(name_or_path: str) -> Path:
         raise ConfigError(f"the files of {name_or_path} cannot be read ({' '.join(str(error).split())}); name its folder") from error
 
 
-def fingerprint(config: ModelConfig) -> dict[str, str]:
-    """{"weights": sha256, "inputs": sha256}: the first over names, sizes and samples of the weight files, which training changes all over;
-    the second over tokenizer, processor and chat template and the bounds on visual tokens.
+def fingerprint(config: ModelConfig, alive: Callable[[], object] = lambda: None) -> dict[str, str]:
+    """{"weights": sha256, "inputs": sha256}: the first over the configuration and every byte of the weight files, each of which is read
+    once while it does not change; the second as in ``inputs_fingerprint``. ``alive`` is called while files are read.
     """
     folder = model_folder(config.name_or_path)
     weights = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
-        size = path.stat().st_size
-        weights.update(f"{path.name} {size}".encode())
-        with path.open("rb") as handle:
-            for sample in range(_SAMPLES):
-                handle.seek(sample * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-                weights.update(handle.read(_SAMPLE_BYTES))
+        weights.update(f"{path.name} {file_digest(path, alive)}".encode())
+    return {"weights": weights.hexdigest(), "inputs": inputs_fingerprint(config)}
+
+
+def inputs_fingerprint(config: ModelConfig) -> str:
+    """sha256 over tokenizer, processor and chat template and the bounds on visual tokens."""
+    folder = model_folder(config.name_or_path)
     inputs = hashlib.sha256(json.dumps([getattr(config, option) for option in IMAGE_LIMITS]).encode())
     for path in sorted(path for pattern in _INPUTS for path in folder.glob(pattern)):
         if not any(path.match(pattern) for pattern in _NOT_INPUTS):
             inputs.update(path.name.encode() + path.read_bytes())
-    return {"weights": weights.hexdigest(), "inputs": inputs.hexdigest()}
+    return inputs.hexdigest()
+
+
+def file_digest(path: Path, alive: Callable[[], object] = lambda: None) -> str:
+    """sha256 of a file; remembered in the user's cache folder by everything that a write to the file changes."""
+    stat = path.stat()
+    state = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    remembered = _cache_folder() / hashlib.sha256(f"{path.resolve()} {state}".encode()).hexdigest()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch(r"[0-9a-f]{64}", found := remembered.read_text()):
+            return found
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as handle:
+        while block := handle.read(_BLOCK):
+            digest.update(block)
+            alive()
+    with contextlib.suppress(OSError):  # a home that cannot be written costs time, no more
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        partial = remembered.with_name(f"{remembered.name}.{uuid4().hex}.partial")
+        partial.write_text(digest.hexdigest())
+        partial.replace(remembered)
+    return digest.hexdigest()
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cfvlm_ds" / "weights"
 
 
 def tower_fingerprint(config: ModelConfig, family: Family) -> str:

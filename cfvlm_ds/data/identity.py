@@ -1,0 +1,94 @@
+"""What data are recognised by: an order, and sums of hashes over the rows for each part of them, so that what has changed can be named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from cfvlm_ds.data.pictures import PictureTable
+from cfvlm_ds.groups import CounterfactualGroup
+
+Identity: TypeAlias = Mapping[str, int | str | None]
+"""``rows`` counts them, ``order`` is a hash of their ids in order, the rest are sums over the rows, which their order does not change.
+``pictures`` is None where a picture's contents are not known."""
+
+_PARTS = {
+    "texts": "prompts or texts",
+    "labels": "labels (match)",
+    "weights": "weights",
+    "paths": "image paths",
+    "pictures": "contents of pictures",
+}
+_OF_SCORES = ("texts", "paths", "pictures")
+_MODULUS = 1 << 128
+
+
+def data_identity(
+    groups: Iterable[CounterfactualGroup],
+    roots: Sequence[Path] = (),
+    pictures: PictureTable | None = None,
+    alive: Callable[[], object] = lambda: None,
+) -> Identity:
+    """The identity of groups whose pictures are in ``roots``; moved with their folder, they are the same. ``alive`` is called for each.
+
+    Edits are not part of it: they name rows of a table of results, and nothing is trained or scored by them.
+    """
+    prefixes = [root.parts for root in roots]
+    sums: dict[str, int] = dict.fromkeys(("ids", *_PARTS), 0)
+    order, rows, known = hashlib.blake2b(digest_size=16), 0, pictures is not None
+    for group in groups:
+        alive()
+        rows += 1
+        order.update(_hash([group.id]).to_bytes(16, "little"))
+        parts: dict[str, Any] = {
+            "ids": None,
+            "texts": [[candidate.prompt, candidate.text] for candidate in group.candidates],
+            "labels": group.match,
+            "weights": group.weight,
+            "paths": [[_inside(picture, prefixes) for picture in each] for each in group.images],
+        }
+        if pictures is not None and known:
+            found = [[pictures.find(picture) for picture in each] for each in group.images]
+            known = all(picture is not None for each in found for picture in each)
+            parts["pictures"] = [[picture.size, picture.digest.hex()] for each in found for picture in each if picture is not None]
+        for name, part in parts.items():
+            sums[name] = (sums[name] + _hash([group.id, part])) % _MODULUS
+    return {
+        "rows": rows,
+        "order": order.hexdigest(),
+        **{name: f"{value:032x}" for name, value in sums.items()},
+        **({} if known else {"pictures": None}),
+    }
+
+
+def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str | None:
+    """What tells two identities apart, in words; None where nothing does.
+
+    Pictures that are known on both sides are compared by their contents, and by their paths otherwise. Of scores, which are by id and
+    depend on texts and pictures alone, the order, labels and weights do not matter.
+    """
+    if before["rows"] != now["rows"]:
+        return f"the number of rows ({now['rows']}, was {before['rows']})"
+    if before["ids"] != now["ids"]:
+        return "the groups (other ids)"
+    left_out = "pictures" if before["pictures"] is None or now["pictures"] is None else "paths"
+    compared = [name for name in (_OF_SCORES if of_scores else _PARTS) if name != left_out]
+    if found := [_PARTS[name] for name in compared if before[name] != now[name]]:
+        return " and ".join(found)
+    return "the order of the rows" if before["order"] != now["order"] and not of_scores else None
+
+
+def _hash(value: Any) -> int:
+    text = json.dumps(value, ensure_ascii=False)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "little")
+
+
+def _inside(picture: Path, prefixes: Sequence[tuple[str, ...]]) -> str:
+    """The path relative to the first root that it is written under."""
+    for prefix in prefixes:
+        if picture.parts[: len(prefix)] == prefix:
+            return "/".join(picture.parts[len(prefix) :])
+    return str(picture)

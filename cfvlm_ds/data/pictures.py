@@ -1,0 +1,226 @@
+"""What is known of the pictures of a run: size, time and contents of every file, in one mapped file that all processes share.
+
+A check notes each sound picture as soon as it has seen it, so that one that is killed goes on where it was. What it found is held against
+the file whenever a picture is opened: a file of the same size and time is trusted, of another time it is read again, and one with other
+contents is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cfvlm_ds.config import cores_per_rank
+from cfvlm_ds.groups import DataError
+
+_FACTS = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
+_RECORD = np.dtype([("key", "<u8"), ("facts", _FACTS)])
+_BLOCK = 1 << 20  # bytes read at a time
+_TABLE, _NOTES = "pictures-1", "notes-1"  # another number for another form: older files are left alone
+
+
+class Picture(NamedTuple):
+    """A file that holds a sound picture: size in bytes, time of its last change, hash of its bytes, width and height in pixels."""
+
+    size: int
+    mtime: int
+    digest: bytes
+    width: int
+    height: int
+
+
+def picture_key(path: Path) -> int:
+    """64 bits that stand for a picture's path, absolute."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).digest(), "little")
+
+
+def content_digest(path: Path) -> bytes:
+    """128 bits of the file's contents. Raises OSError."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb", buffering=0) as handle:
+        while block := handle.read(_BLOCK):
+            digest.update(block)
+    return digest.digest()
+
+
+def picture_of(path: Path, width: int, height: int) -> Picture:
+    """What is noted of a picture that was opened. Raises OSError."""
+    stat = path.stat()
+    return Picture(stat.st_size, stat.st_mtime_ns, content_digest(path), width, height)
+
+
+class PictureTable:
+    """Pictures by path: sorted keys, and the facts of each."""
+
+    def __init__(self, keys: npt.NDArray[Any], facts: npt.NDArray[Any], file: Path | None = None) -> None:
+        self._keys, self._facts, self.file = keys, facts, file
+
+    @classmethod
+    def opened(cls, file: Path) -> PictureTable:
+        """The table in a file, mapped: its pages are shared by all processes and given back when memory is short. Raises OSError."""
+        count = file.stat().st_size // _RECORD.itemsize
+        if not count:
+            return cls.of({})
+        keys = np.memmap(file, np.dtype("<u8"), "r", 0, (count,))
+        return cls(np.asarray(keys), np.asarray(np.memmap(file, _FACTS, "r", keys.nbytes, (count,))), file)
+
+    @classmethod
+    def of(cls, pictures: dict[Path, Picture]) -> PictureTable:
+        """A table of a few pictures, in memory."""
+        return cls._sorted(_records(pictures.items()))
+
+    @classmethod
+    def of_files(cls, paths: Iterable[Path]) -> PictureTable:
+        """A table of files whose contents are hashed here; those that cannot be read are left out, for whoever opens them says why."""
+
+        def look(path: Path) -> Picture | None:
+            with contextlib.suppress(OSError):
+                return picture_of(path, 0, 0)
+            return None
+
+        distinct = list(dict.fromkeys(paths))
+        with ThreadPoolExecutor(cores_per_rank()) as pool:
+            found = zip(distinct, pool.map(look, distinct), strict=True)
+            return cls.of({path: picture for path, picture in found if picture is not None})
+
+    @classmethod
+    def _sorted(cls, records: npt.NDArray[Any]) -> PictureTable:
+        """Of records with the same key, the last one holds."""
+        keys, place = np.unique(records["key"][::-1], return_index=True)
+        return cls(keys, records["facts"][::-1][place])
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __reduce__(self) -> Any:
+        """A data worker that is not a fork maps the file itself."""
+        return (PictureTable.opened, (self.file,)) if self.file else (PictureTable, (self._keys, self._facts))
+
+    def find(self, path: Path) -> Picture | None:
+        """What is known of the picture."""
+        key = np.uint64(picture_key(path))
+        place = int(self._keys.searchsorted(key))
+        if place == len(self._keys) or self._keys[place] != key:
+            return None
+        size, mtime, digest, width, height = self._facts[place].item()
+        return Picture(size, mtime, bytes(digest), width, height)
+
+    def verify(self, path: Path) -> None:
+        """Raise DataError when the file has other contents than the picture that is known by its path; what is not known passes."""
+        known = self.find(path)
+        if known is None:
+            return
+        try:
+            stat = path.stat()
+            if (stat.st_size, stat.st_mtime_ns) == (known.size, known.mtime):
+                return
+            same = stat.st_size == known.size and content_digest(path) == known.digest
+        except OSError:
+            return  # opening it says what is wrong
+        if not same:
+            raise DataError(
+                f"{path}: the picture has other contents than when the data were checked for this run; restore it, or name another "
+                "train.output_dir for a run on it"
+            )
+
+
+class PictureNotes:
+    """The pictures that a check has seen: in memory, or in a folder, to which each of several processes adds its own.
+
+    Args:
+        folder: where notes are kept; the check of this process alone, in memory, without one.
+        rank: which of the processes this is; 0 puts the notes together.
+        meet: waits until every process has come to this place.
+    """
+
+    def __init__(self, folder: Path | None = None, rank: int = 0, meet: Callable[[], object] = lambda: None) -> None:
+        self._folder, self._rank, self._meet = folder, rank, meet
+        self._recent: list[npt.NDArray[Any]] = []
+        self.problem: str | None = None
+        """Why notes could not be kept; nothing is raised, for other processes would wait where they meet."""
+        self.known = PictureTable.of({})
+        """What was known before this check."""
+        if folder is not None:
+            self.known = self._together(folder)  # at first: notes of this check shall be later than those that a killed one has left
+
+    def add(self, pictures: Sequence[tuple[Path, Picture]]) -> None:
+        """Note pictures that were found sound."""
+        if not pictures:
+            return
+        records = _records(pictures)
+        if self._folder is None:
+            self._recent.append(records)
+            return
+        with self._kept(self._folder), (self._folder / f"{_NOTES}.{self._rank}").open("ab") as handle:
+            handle.truncate(handle.tell() // _RECORD.itemsize * _RECORD.itemsize)  # a process that was killed may have left part of one
+            handle.write(records.tobytes())
+
+    def all(self) -> PictureTable:
+        """What all processes know, now that each has added its last."""
+        if self._folder is None:
+            self.known = PictureTable._sorted(np.concatenate([_records([]), *self._recent]))
+        else:
+            self.known = self._together(self._folder)
+        return self.known
+
+    def _together(self, folder: Path) -> PictureTable:
+        self._meet()
+        if self._rank == 0:
+            with self._kept(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                if notes := sorted(folder.glob(f"{_NOTES}.*")):
+                    _write(folder / _TABLE, PictureTable._sorted(_read_all(folder, notes)))
+                    for each in notes:
+                        each.unlink()
+        self._meet()
+        return stored_pictures(folder) or PictureTable.of({})
+
+    @contextlib.contextmanager
+    def _kept(self, folder: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.problem = f"{folder}: what the data check finds cannot be kept ({error.strerror}); make room, or correct the folder"
+
+
+def stored_pictures(folder: Path) -> PictureTable | None:
+    """The table that an earlier check has left in its folder; None where there is none."""
+    try:
+        return PictureTable.opened(folder / _TABLE)
+    except (OSError, ValueError):
+        return None
+
+
+def _records(pictures: Iterable[tuple[Path, Picture]]) -> npt.NDArray[Any]:
+    return np.array([(picture_key(path), tuple(picture)) for path, picture in pictures], _RECORD)
+
+
+def _read_all(folder: Path, notes: Sequence[Path]) -> npt.NDArray[Any]:
+    """Every record of a folder, the table's first: a later note of the same picture holds."""
+    parts = [_records([])]
+    if (table := stored_pictures(folder)) is not None:
+        parts.append(np.empty(len(table), _RECORD))
+        parts[-1]["key"], parts[-1]["facts"] = table._keys, table._facts
+    for each in notes:
+        data = each.read_bytes()
+        parts.append(np.frombuffer(data, _RECORD, len(data) // _RECORD.itemsize))
+    return np.concatenate(parts)
+
+
+def _write(file: Path, table: PictureTable) -> None:
+    """Whole or not at all."""
+    partial = file.with_suffix(".partial")
+    with partial.open("wb") as handle:
+        handle.write(np.ascontiguousarray(table._keys).tobytes())
+        handle.write(np.ascontiguousarray(table._facts).tobytes())
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, file)
