@@ -21,6 +21,7 @@ from cfvlm_ds.data import Share, check_share, data_roots, image_size, read_manif
 from cfvlm_ds.data.identity import Identity, data_identity
 from cfvlm_ds.data.pictures import PictureNotes, PictureTable, stored_pictures
 from cfvlm_ds.distributed import Patience, World, broadcast_object, gather_objects
+from cfvlm_ds.errors import without_secrets
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.models import fingerprint
 from cfvlm_ds.run_files import keep
@@ -172,7 +173,7 @@ class _Check:
             groups = read_manifest(each.path, each.root, self._format(each))
             said = said or f"{each.path}: {len(groups)} groups"
         self._world.say(said)
-        self._keep(each, said=said)
+        self._keep(each, said=without_secrets(said))
         return groups
 
     def identity(self, each: DataSet, groups: Sequence[CounterfactualGroup]) -> tuple[Identity, PictureTable | None]:
@@ -230,11 +231,12 @@ class _Check:
             keep(self._file, json.dumps(self._known, indent=1), self._world.say)
 
     def _name(self, each: DataSet) -> str:
-        return json.dumps([os.path.abspath(each.path), each.root, self._format(each)])
+        return without_secrets(json.dumps([os.path.abspath(each.path), each.root, self._format(each)]))
 
     def _stamp(self, each: DataSet) -> list[Any]:
         model, data = self._config.model, self._config.data
         stat = Path(each.path).stat()
         roots = [os.path.abspath(root) for root in data_roots(each.path, each.root)]
         limits = [getattr(model, option) for option in IMAGE_LIMITS]
-        return [_FORM, stat.st_size, stat.st_mtime_ns, roots, self._format(each), data.check, data.max_pixels, model.name_or_path, *limits]
+        paths = [without_secrets(path) for path in (*roots, model.name_or_path)]
+        return [_FORM, stat.st_size, stat.st_mtime_ns, self._format(each), data.check, data.max_pixels, *limits, *paths]
