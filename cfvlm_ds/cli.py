@@ -258,13 +258,15 @@ def _load_scorer(model: ModelConfig, adapter: Path | None = None, *, max_pixels:
 
     from cfvlm_ds.distributed import World
     from cfvlm_ds.models import Scorer, attach_adapters, family_of, load_model
+    from cfvlm_ds.self_check import refuse_unusable
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if adapter is not None:
         loaded = attach_adapters(loaded, adapter)
-    scorer = Scorer(loaded, family_of(loaded.config)).to(device).eval()
-    return scorer, _load_collator(model, max_pixels), World(0, 1, 0, device)
+    scorer, collator = Scorer(loaded, family_of(loaded.config)).to(device).eval(), _load_collator(model, max_pixels)
+    refuse_unusable(scorer, collator, model.name_or_path, device)
+    return scorer, collator, World(0, 1, 0, device)
 
 
 def _command(parent: Any, name: str, function: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:

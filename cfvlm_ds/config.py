@@ -244,6 +244,8 @@ class TrainConfig:
         stop_margin_s: stop, save and leave with exit code 85 when a Slurm job has less than this many seconds left, beside the time of the
             longest step so far (its evaluation and checkpoint included); it must cover a first checkpoint.
         hang_timeout_s: leave with exit code 86 when a rank shows no life, or a step no progress, for this many seconds; 0 for never.
+        self_check: what comes of weights that are not finite, or of scores in packed rows that differ from ordinary forwards by more than
+            the precision explains, before the first step: ``error``, ``warn`` and go on, or ``off``, which does not look.
         displacement_warning: warn when the factual log-likelihood falls this many nats per token below its start.
         figures: draw the learning curves and some groups' score matrices at the end.
         export: write a Hugging Face folder, ``output_dir/export``, at the end; where nothing but adapters trains, ``output_dir/adapter``.
@@ -279,6 +281,7 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = bookkeeping("stop")
     stop_margin_s: float = bookkeeping(120.0)
     hang_timeout_s: float = bookkeeping(600.0)
+    self_check: Literal["error", "warn", "off"] = bookkeeping("error")
     displacement_warning: float = bookkeeping(0.1)
     figures: bool = bookkeeping(True)
     export: bool = bookkeeping(True)

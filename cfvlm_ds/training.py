@@ -9,7 +9,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,9 +19,8 @@ import yaml
 from torch.utils.data import DataLoader
 
 from cfvlm_ds import checkpoint, engine, heartbeat, resume, stopping
-from cfvlm_ds.attention import ordinary
 from cfvlm_ds.checkpoint import TrainState
-from cfvlm_ds.collate import STAND_IN, Batch, Collator, load_collator
+from cfvlm_ds.collate import Batch, Collator, load_collator
 from cfvlm_ds.config import ConfigError, RunConfig
 from cfvlm_ds.data import GroupSampler, PackedSampler, data_roots, open_image
 from cfvlm_ds.data.identity import data_identity
@@ -33,12 +31,13 @@ from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, evaluate, fla
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.groups import CounterfactualGroup
-from cfvlm_ds.models import ModelFlops, attention, load_config, only_adapters_train, parameter_counts, peak
+from cfvlm_ds.models import ModelFlops, load_config, only_adapters_train, parameter_counts, peak
 from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.preflight import RunData, group_tokens, model_fingerprint, read_data
 from cfvlm_ds.run_files import keep, update
 from cfvlm_ds.run_files import replace as replace_file
 from cfvlm_ds.run_lock import RunLock
+from cfvlm_ds.self_check import check_scores, refuse_nonfinite, refuse_unusable
 from cfvlm_ds.step import Meter, Run, optimizer_step
 from cfvlm_ds.stopping import EXIT_STOPPED, Stop, shield_worker
 from cfvlm_ds.tower_pass import feature_cache
@@ -113,6 +112,7 @@ def _train(config: RunConfig, world: World) -> None:
         driven, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=start.data)
         if imported is not None:
             imported.join()  # a data worker that is forked during an import inherits its lock for ever
+        _checked(config, world, refuse_nonfinite, driven.module.model, config.model.name_or_path)
         flops = ModelFlops(driven.module.model, driven.module.family)
         if (folder := config.data.feature_cache) is not None:  # before Stop begins to measure how long a step takes
             pulse.mark("features", state.step)
@@ -124,6 +124,7 @@ def _train(config: RunConfig, world: World) -> None:
         )
         if start.found is not None:
             _restore(run, start.found, start)
+            _checked(config, world, refuse_nonfinite, driven.module.model, str(start.found))
         state.record = start.told(config)
         with random_kept(world.device):  # an uninterrupted run has checked before its first step, not here
             _check_scores(run)
@@ -254,39 +255,26 @@ def _record(run: Run, ds_config: Mapping[str, Any]) -> list[Path]:
     return list(contents)
 
 
-def _check_scores(run: Run) -> None:
-    """Compare scores of the first row with those of one ordinary forward per cell, before anything is trained on them.
+def _checked(config: RunConfig, world: World, check: Callable[..., None], *arguments: Any) -> None:
+    """Run a check of the model; what it finds is an error on all ranks, or what train.self_check makes of it."""
+    wanted = config.train.self_check
+    try:
+        if wanted != "off":
+            check(*arguments, world)
+    except ConfigError as error:
+        if wanted == "error":
+            raise
+        world.say(f"warning: {error}")
 
-    Kernels and versions of libraries that were never tested together give wrong scores without an error. Every rank compares two cells of
-    its first micro-batch, the first one and one behind other texts, in evaluation mode. Raises ConfigError on all ranks where a score is
-    off by more than its precision explains.
-    """
-    groups, _ = run.collator.readable([run.groups[index] for index in next(iter(run.sampler))])
-    collator = run.collator if groups else run.collator.scoring_everything()
-    groups = groups or [STAND_IN]
-    half = next(run.engine.module.parameters()).dtype != torch.float32
-    bound = 0.05 if half else 1e-4  # nats per token; a wrong mask or position is off by more
+
+def _check_scores(run: Run) -> None:
+    """Compare packed scores of this rank's first micro-batch with ordinary forwards."""
     run.engine.eval()
-    with torch.no_grad():
-        batch = collator.parts(groups, run.config.data.max_tokens_per_forward)[0].to(run.world.device)
-        packed = batch.scores(run.engine(**batch.model_inputs))
-        cells = torch.stack(torch.unravel_index(batch.cell.unique(), batch.layout.valid.shape), 1).tolist()
-        off = torch.zeros((), device=run.world.device)
-        for g, i, c in (cells[0], max(cells, key=lambda cell: cell[2])):
-            cell = {"images": groups[g].images[i : i + 1], "candidates": groups[g].candidates[c : c + 1], "match": ((1,),), "edits": ()}
-            single = run.collator.scoring_everything()([replace(groups[g], **cell)]).to(run.world.device)
-            with ordinary(run.engine.module.model):
-                alone = single.scores(run.engine(**single.model_inputs))
-            off = torch.maximum(off, (packed.logp[g, i, c] - alone.logp[0, 0, 0]).abs() / batch.layout.num_tokens[g, i, c])
+    if run.config.data.feature_cache is None:  # which does not hold the picture of the stand-in
+        refuse_unusable(run.engine, run.collator, run.config.model.name_or_path, run.world.device)
+    groups = [run.groups[index] for index in next(iter(run.sampler))]
+    _checked(run.config, run.world, check_scores, run.config, run.engine, run.collator, groups)
     run.engine.train()
-    dist.all_reduce(off, op=dist.ReduceOp.MAX)
-    backend = attention(run.config.model.attn_implementation)
-    if not off <= bound:
-        raise ConfigError(
-            f"model.attn_implementation {backend} gives scores that differ by {off:.3g} nats per token from ordinary forwards (bound "
-            f"{bound}); use sdpa, and report the versions in environment.json"
-        )
-    run.world.say(f"scores of packed rows ({backend}) equal ordinary forwards within {off:.1e} nats per token")
 
 
 def _loop(run: Run, tracker: Any) -> str | None:

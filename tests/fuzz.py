@@ -1,9 +1,10 @@
 """Mutated inputs by the thousand: [ROUNDS [SEED]] [--round N] (default 10000 0); part of ``make test-long``.
 
 Every round damages one good input (a manifest and its images, a configuration, a run folder with checkpoints, stored scores, the DeepSpeed
-JSON) and has the functions read it that the commands and a training read it with. It must come to a value that is right by what is
-checked here, or to a ConfigError or DataError of one printable line; within seconds, and without a change to the input. Anything else is a
-defect, printed with the seed and the round that repeat it. Prints a row for docs/reliability.md.
+JSON, a model folder, a chat template) and has the functions read it that the commands and a training read it with. It must come to a value
+that is right by what is checked here, or to a ConfigError or DataError of one printable line; within seconds, and without a change to the
+input or to anything outside. Anything else is a defect, printed with the seed and the round that repeat it. Prints a row for
+docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -35,21 +36,28 @@ import torch.distributed as dist
 import yaml
 from conftest import REPO, build_test_model, write_manifest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_checkpoint import ONE, Engine
 from transformers import get_scheduler
 
 from cfvlm_ds import checkpoint, engine, preflight
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.collate import Collator, load_collator
-from cfvlm_ds.config import ConfigError, RunConfig, parse_config
+from cfvlm_ds.config import ConfigError, ModelConfig, RunConfig, parse_config
 from cfvlm_ds.data import GroupSampler, check_manifest, read_manifest
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.scores import StoredScores, read_scores, write_scores
+from cfvlm_ds.export import _copy_files
+from cfvlm_ds.export.files import Files, write_index
+from cfvlm_ds.export.folder import replaced
+from cfvlm_ds.export.source import read_saved, skeleton
 from cfvlm_ds.groups import CounterfactualGroup, DataError, GroupLayout, from_row, to_row
 from cfvlm_ds.likelihood import Scores
+from cfvlm_ds.models import Scorer, family_of, load_config, load_model
 from cfvlm_ds.objectives import OBJECTIVES, group_units, weighted_loss
 from cfvlm_ds.resume import is_finished
 from cfvlm_ds.run_lock import RunLock
+from cfvlm_ds.self_check import refuse_unusable
 from cfvlm_ds.tracking import open_tracker
 from cfvlm_ds.training import _locked
 
@@ -169,6 +177,7 @@ class Base:
             f"{section}.{name}" for section, values in self.config.resolved.items() if isinstance(values, dict) for name in values
         ]
         self.options += [f"objective.{term}.{name}" for term, values in self.config.resolved["objective"].items() for name in values]
+        self._write_shards(folder / "sharded")
         self._write_data(folder / "data")
         (folder / "outside.png").write_bytes((folder / "data" / "images" / "a-0-0.png").read_bytes())
         self.groups = read_manifest(folder / "data" / "a.jsonl")
@@ -180,6 +189,15 @@ class Base:
         (folder / "scores").mkdir()
         write_scores(folder / "scores" / "a.scores.jsonl", self.groups, self.stored, "model", self.identity)
         self._write_run(folder / "run")
+
+    def _write_shards(self, sharded: Path) -> None:
+        shutil.copytree(self.folder / "model", sharded)
+        weights = load_file(sharded / "model.safetensors")
+        (sharded / "model.safetensors").unlink()
+        placed = {name: f"model-{number % 2 + 1:05d}-of-00002.safetensors" for number, name in enumerate(sorted(weights))}
+        for file in set(placed.values()):
+            save_file({name: weights[name] for name, place in placed.items() if place == file}, sharded / file, {"format": "pt"})
+        (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
 
     def _write_data(self, data: Path) -> None:
         write_manifest(data / "a.jsonl", 4, seed=3)
@@ -510,12 +528,115 @@ def use_deepspeed(config: RunConfig) -> None:
     assert resolved.config.get("train_batch_size", micro * accumulation) == micro * accumulation
 
 
+# A model folder, and its chat template -------------------------------------------------------------------------------------------------
+
+PIECES_OF_TEMPLATES = [
+    "{{ 9**9**9 }}", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'x' * 10**9 }}",
+    "{{ missing.x }}",
+    "{{ raise_exception('no') }}", "{% if", "{% endif %}", "{{ ''.__class__.__mro__ }}", "{% include '/etc/passwd' %}", "{{ 1 // 0 }}",
+    "{{ strftime_now('%Y') }}", "{{ eos_token }}", "{{ bos_token }}", "<think>\n", "<image>", "\0", "\ud800", "{{ messages | length }}",
+    "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "{{ messages }}", "{% set messages = [] %}", "{{ range(10**9) | list }}",
+    "{{ tools[0] }}", "{% generation %}x{% endgeneration %}", "{{ messages[0]['content'][0]['type'] }}",
+    "{{ cycler.__init__.__globals__ }}",
+]  # fmt: skip
+
+
+def model_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
+    shutil.copytree(base.folder / chance.choice(("model", "model", "sharded")), folder, dirs_exist_ok=True)
+    done = []
+    for _ in range(chance.choice((1, 1, 1, 2))):
+        files = sorted(path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+        texts = [path for path in files if path.suffix == ".json"]
+        weights = [path for path in files if path.suffix == ".safetensors"]
+        what = chance.choice(["value", "value", "value", "value", "file", "header", "header", "index", "template", "link"])
+        change = ""
+        with contextlib.suppress(ValueError, OSError, IndexError):  # an earlier mutation left nothing to change
+            if what == "value":
+                path = chance.choice([*texts, *[path for path in texts if path.name == "config.json"] * 3])
+                value, change = mutated(json.loads(path.read_bytes()), chance)
+                path.write_text(json.dumps(value))
+                change = f"{path.name} {change}"
+            elif what == "file":
+                change = damage_file(chance.choice(files), chance, base.folder / "outside.png")
+            elif what == "header":
+                data = (path := chance.choice(weights)).read_bytes()
+                size = int.from_bytes(data[:8], "little")
+                value, change = mutated(json.loads(data[8 : 8 + size]), chance)
+                text = json.dumps(value).encode()
+                path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+            elif what == "index":
+                path = folder / "model.safetensors.index.json"
+                index = json.loads(path.read_bytes())
+                name = chance.choice([str(base.folder / "model" / "model.safetensors"), "../x.safetensors", "config.json", *ODD])
+                index["weight_map"][chance.choice(sorted(index["weight_map"]))] = name
+                path.write_text(json.dumps(index))
+                change = str(name)[:60]
+            elif what == "template":
+                path = folder / "chat_template.jinja"
+                path.write_bytes(template(path.read_bytes(), chance))
+            else:
+                link = folder / chance.choice(["NOTICE", "additional_chat_templates", "extra.json", "adapter_config.json", "config.json"])
+                link.unlink(missing_ok=True)
+                link.symlink_to(chance.choice([base.folder / "outside.png", base.folder, "nothing", link.name, "/dev/zero", "/etc/passwd"]))
+                change = link.name
+        done.append(f"{what} {change}")
+    return "; ".join(done), functools.partial(use_model, base, folder, out)
+
+
+def use_model(base: Base, folder: Path, out: Path) -> None:
+    """As scoring, training and the export do; nothing outside of ``out`` changes."""
+    model = ModelConfig(str(folder))
+    before = snapshot(base.folder / "model"), (base.folder / "outside.png").read_bytes()
+    try:
+        collator = load_collator(model, "full")
+        scorer = Scorer(load_model(model, torch.float32), family_of(load_config(str(folder)))).eval()
+        refuse_unusable(scorer, collator, str(folder), torch.device("cpu"))
+        batch = collator(base.groups[:1])
+        assert batch.scores(scorer(**batch.model_inputs)).logp.shape == batch.layout.valid.shape
+        with replaced(out / "export", "config.json", [folder]) as partial:
+            saved, metadata = read_saved(folder, skeleton(str(folder)))
+            _copy_files(folder, partial)
+            Files(partial, saved, str)
+            write_index(partial, saved, metadata)
+        assert not any(path.is_symlink() for path in out.rglob("*"))
+        assert {path.name for path in (out / "export").glob("*.safetensors")} == {tensor.file for tensor in saved.values()}
+    finally:
+        assert before == (snapshot(base.folder / "model"), (base.folder / "outside.png").read_bytes()), "written elsewhere"
+
+
+def template(text: bytes, chance: Random) -> bytes:
+    """A chat template with a piece put in, one of its own pieces changed, or its bytes damaged."""
+    if chance.random() < 0.25:
+        return damaged(text, chance)[0]
+    at = chance.choice([0, len(text), *(n + 2 for n in range(len(text)) if text[n : n + 2] == b"%}")])
+    return text[:at] + chance.choice(PIECES_OF_TEMPLATES).encode("utf-8", "surrogatepass") + text[at:]
+
+
+def template_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
+    shutil.copytree(base.folder / "model", folder, dirs_exist_ok=True)
+    path = folder / "chat_template.jinja"
+    path.write_bytes(written := template(path.read_bytes(), chance))
+    return repr(written[-300:]), functools.partial(use_template, base, folder)
+
+
+def use_template(base: Base, folder: Path) -> None:
+    collator = load_collator(ModelConfig(str(folder)), "full")
+    kept, dropped = collator.readable(base.groups)
+    for _, why in dropped:
+        one_line(why)
+    if kept:
+        batch = collator(kept)
+        assert batch.layout.ids == tuple(group.id for group in kept) and bool((batch.layout.num_tokens[batch.layout.valid] > 0).all())
+
+
 KINDS: dict[str, tuple[int, Callable[[Base, Random, Path, Path], Case]]] = {
-    "manifests": (50, manifest_case),
-    "configurations": (12, config_case),
-    "run folders": (20, run_case),
-    "stored scores": (10, scores_case),
+    "manifests": (40, manifest_case),
+    "configurations": (10, config_case),
+    "run folders": (18, run_case),
+    "stored scores": (8, scores_case),
     "DeepSpeed JSONs": (8, deepspeed_case),
+    "model folders": (10, model_case),
+    "chat templates": (6, template_case),
 }
 """Share of the rounds in percent, and the mutation."""
 

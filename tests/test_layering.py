@@ -19,7 +19,7 @@ LAYERS = [
     {"run_folder"},
     {"models", "data", "scenes", "cluster", "reshard", "run_lock", "ds_check"},
     {"objectives", "collate", "engine", "checkpoint", "tracking"},
-    {"memory", "validation"},
+    {"memory", "validation", "self_check"},
     {"evaluation", "export", "preflight", "dry_run", "step", "tower_pass", "changes"},
     {"resume"},
     {"training"},
