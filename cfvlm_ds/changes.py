@@ -6,7 +6,6 @@ is trained in all of their fields. A checkpoint keeps the record of its run, whi
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -16,8 +15,9 @@ from typing import Any
 import yaml
 
 from cfvlm_ds import checkpoint
-from cfvlm_ds.config import SECTIONS, ConfigError, Kind, RunConfig, kinds
+from cfvlm_ds.config import SECTIONS, ConfigError, Kind, ModelConfig, RunConfig, kinds
 from cfvlm_ds.errors import masked
+from cfvlm_ds.models import fingerprint
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.run_files import append
 
@@ -66,36 +66,16 @@ def record(config: RunConfig, deepspeed: Mapping[str, Any], ranks: int, steps: i
 
 
 def model_hashes(name_or_path: str) -> dict[str, str] | None:
-    """Of what a model's files say about it, in a second whatever its size; None while a hub's model is not on this machine.
-
-    ``weights`` is over the configuration and names, sizes and samples of the weight files, which tell models and trainings apart;
-    ``inputs`` over the files of tokenizer, processor and chat template.
-    """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
+    """``fingerprint`` of the model's files; None while a hub's model is not on this machine."""
+    folder = name_or_path
+    if not Path(folder).is_dir():
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(name_or_path, local_files_only=True))
+            folder = snapshot_download(name_or_path, local_files_only=True)
         except (OSError, ValueError):
             return None
-    weights, inputs = hashlib.sha256(), hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        if path.suffix in (".safetensors", ".bin"):
-            weights.update(f"{path.name} {(size := path.stat().st_size)}".encode())
-            with path.open("rb", buffering=0) as file:
-                for sample in range(_SAMPLES):
-                    file.seek(sample * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-                    weights.update(file.read(_SAMPLE_BYTES))
-        elif path.name == "config.json":
-            weights.update(path.read_bytes())
-        elif path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken") and not any(path.match(other) for other in _NOT_INPUTS):
-            inputs.update(path.name.encode() + path.read_bytes())
-    return {"weights": weights.hexdigest(), "inputs": inputs.hexdigest()}
-
-
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
-_NOT_INPUTS = ("*.index.json", "generation_config.json", "adapter_config.json", "trainer_state.json")
+    return fingerprint(ModelConfig(folder))  # bounds on visual tokens are options, and compared as such
 
 
 def recorded(found: Path) -> dict[str, Any]:

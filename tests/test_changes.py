@@ -168,6 +168,12 @@ def test_a_model_is_known_by_its_files(model_dir: Path, tmp_path: Path) -> None:
         now = changes.model_hashes(str(copy))
         assert now is not None and {key for key in first if now[key] != first[key]} == {part}, name
         (copy / name).write_bytes(whole)
+    weights = (copy / "model.safetensors").read_bytes()
+    for place in range(len(weights) // 2, len(weights), len(weights) // 25):
+        (copy / "model.safetensors").write_bytes(weights[:place] + bytes([weights[place] ^ 1]) + weights[place + 1 :])
+        now = changes.model_hashes(str(copy))
+        assert now is not None and now["weights"] != first["weights"], "one bit, wherever it is"
+    (copy / "model.safetensors").write_bytes(weights)
     (copy / "generation_config.json").write_text("{}")
     assert changes.model_hashes(str(copy)) == first
 
