@@ -92,6 +92,8 @@ class Plugin:
         if hasattr(session.config, "workeroutput"):
             session.config.workeroutput["budget"] = {"spent": dict(self.spent), "work": self.work}
             return
+        if not self.work:  # cut off before a worker could tell
+            return
         known = json.loads(self.file.read_text()) if self.file.is_file() else {_WORK: self.work}
         if self.writes:
             slower = max(1.0, self.work / known[_WORK])
