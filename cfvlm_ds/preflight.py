@@ -27,6 +27,7 @@ from cfvlm_ds.models import fingerprint
 from cfvlm_ds.run_files import keep
 
 _FORM = 2  # of data_check.json and of what a check looks at; another number has everything looked at again
+_FILE = "data_check.json"
 _CHUNK = 1024  # groups whose pictures' headers are read at a time
 
 Tick = Callable[[], object]
@@ -65,6 +66,16 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
             f"the data check of {data.train} cannot end: {error}; look at its node and start again, nothing found is lost"
         ) from error
     return RunData(train, dict(zip(data.evaluation, evaluation, strict=True)), identity, pictures)
+
+
+def forget(config: RunConfig, world: World) -> None:
+    """Have the next start look at the training data again, because this one is refused for them: files may be restored beside a manifest
+    that is not written. Pictures that have not been written since are not opened even so."""
+    if world.is_main:
+        file = Path(config.train.output_dir) / _FILE
+        known = _recorded(file)
+        if known.pop(_name(config.data.train_set, config.data.format), None) is not None:
+            keep(file, json.dumps(known, indent=1), world.say)
 
 
 def group_tokens(
@@ -141,6 +152,17 @@ def _told(item: Any, world: World) -> Any:
     return broadcast_object(item) if world.size > 1 else item
 
 
+def _recorded(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def _name(each: DataSet, format: str) -> str:
+    return without_secrets(json.dumps([os.path.abspath(each.path), each.root, each.format or format]))
+
+
 class _Check:
     """Checks data sets once: what was found sound with the same options is not looked at again while its manifest is unchanged.
 
@@ -150,16 +172,13 @@ class _Check:
     def __init__(self, config: RunConfig, world: World, patience: Patience) -> None:
         self._config, self._world, self._patience = config, world, patience
         run_dir = Path(config.train.output_dir)
-        self._file, self._folder = run_dir / "data_check.json", run_dir / "data_check"
+        self._file, self._folder = run_dir / _FILE, run_dir / "data_check"
         self._full = config.data.check == "full"
         self._collator: Collator | None = None
         self._known: dict[str, Any] = {}
         if world.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
-            try:
-                self._known = dict(json.loads(self._file.read_text()))
-            except (OSError, ValueError, TypeError, RecursionError):
-                self._known = {}
+            self._known = _recorded(self._file)
         self._notes: PictureNotes | None = None
 
     def __call__(self, each: DataSet) -> list[CounterfactualGroup]:
@@ -222,16 +241,13 @@ class _Check:
 
     def _entry(self, each: DataSet) -> dict[str, Any]:
         """What is known of a set as it is now, looked at as it would be now."""
-        entry = self._known.get(self._name(each))
+        entry = self._known.get(_name(each, self._config.data.format))
         return entry if isinstance(entry, dict) and entry.get("stamp") == self._stamp(each) else {}
 
     def _keep(self, each: DataSet, **found: Any) -> None:
         if self._world.is_main:
-            self._known[self._name(each)] = {**self._entry(each), "stamp": self._stamp(each), **found}
+            self._known[_name(each, self._config.data.format)] = {**self._entry(each), "stamp": self._stamp(each), **found}
             keep(self._file, json.dumps(self._known, indent=1), self._world.say)
-
-    def _name(self, each: DataSet) -> str:
-        return without_secrets(json.dumps([os.path.abspath(each.path), each.root, self._format(each)]))
 
     def _stamp(self, each: DataSet) -> list[Any]:
         model, data = self._config.model, self._config.data

@@ -21,6 +21,10 @@ FINISHED = "finished.json"
 CHANGES = "resume_changes.jsonl"
 
 
+class OtherData(ConfigError):
+    """The training groups are not those that the checkpoint was trained on."""
+
+
 @dataclass(frozen=True)
 class Start:
     """The checkpoint that is continued, if any, what of the run has changed since, and the record of what this start was told."""
@@ -34,7 +38,7 @@ class Start:
     def check(self, state: TrainState, config: RunConfig, sampler: GroupSampler) -> None:
         """Move the sampler to where ``state`` is. Raises ConfigError or DataError where it is not a place in this run."""
         if isinstance(state.data, dict) and (what := changed_data(state.data, self.data)):
-            raise ConfigError(
+            raise OtherData(
                 f"{self.found} was trained on {config.data.train} before a change of {what}; restore the data, or start a new run in "
                 "another train.output_dir"
             )

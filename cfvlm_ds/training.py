@@ -30,10 +30,10 @@ from cfvlm_ds.errors import masked, tell, unwritten
 from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, evaluate, flat_metrics, headline, metric_names, rehearse, table
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
-from cfvlm_ds.groups import CounterfactualGroup
+from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.models import ModelFlops, load_config, only_adapters_train, parameter_counts, peak
 from cfvlm_ds.objectives import required_cells
-from cfvlm_ds.preflight import RunData, group_tokens, model_fingerprint, read_data
+from cfvlm_ds.preflight import RunData, forget, group_tokens, model_fingerprint, read_data
 from cfvlm_ds.run_files import keep, update
 from cfvlm_ds.run_files import replace as replace_file
 from cfvlm_ds.run_lock import RunLock
@@ -101,7 +101,11 @@ def _train(config: RunConfig, world: World) -> None:
     sampler = _sampler(config, world, groups, collator)
     total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs)
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
-    start = resume.decide(config, resolved.config, world, sampler, dict(data.identity), total_steps)
+    try:
+        start = resume.decide(config, resolved.config, world, sampler, dict(data.identity), total_steps)
+    except resume.OtherData:
+        forget(config, world)
+        raise
     if start is None:
         return
     if world.is_main:
@@ -223,7 +227,12 @@ def _stored_scores(config: RunConfig, data: RunData, world: World) -> dict[str, 
     """The scores file of the training groups, if an objective needs one and the model without its adapters does not serve."""
     if not scores_needed(config):
         return None
-    return read_scores(Path(str(config.data.scores)), data.groups, model_fingerprint(config.model, world), data.identity)
+    made_by = model_fingerprint(config.model, world)
+    try:
+        return read_scores(Path(str(config.data.scores)), data.groups, made_by, data.identity)
+    except DataError:
+        forget(config, world)
+        raise
 
 
 def _record(run: Run, ds_config: Mapping[str, Any]) -> list[Path]:
