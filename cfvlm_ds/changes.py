@@ -59,13 +59,18 @@ class Change:
         return f"{self.option} was {_shown(self.before)} and is {_shown(self.now)}"
 
 
-def record(config: RunConfig, deepspeed: Mapping[str, Any], ranks: int, steps: int) -> dict[str, Any]:
-    """What a run is told, as plain JSON without secrets: options, resolved DeepSpeed settings, ranks, steps in all, hashes of the model."""
+def record(
+    config: RunConfig, deepspeed: Mapping[str, Any], ranks: int, steps: int, alive: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
+    """What a run is told, as plain JSON without secrets: options, resolved DeepSpeed settings, ranks, steps in all, hashes of the model.
+
+    ``alive`` is called while the model's files are read.
+    """
     told = {"options": masked(config.resolved), "deepspeed": masked(deepspeed), "ranks": ranks, "steps": steps}
-    return json.loads(json.dumps({**told, "model": model_hashes(config.model.name_or_path)}, default=str))
+    return json.loads(json.dumps({**told, "model": model_hashes(config.model.name_or_path, alive)}, default=str))
 
 
-def model_hashes(name_or_path: str) -> dict[str, str] | None:
+def model_hashes(name_or_path: str, alive: Callable[[], object] = lambda: None) -> dict[str, str] | None:
     """``fingerprint`` of the model's files; None while a hub's model is not on this machine."""
     folder = name_or_path
     if not Path(folder).is_dir():
@@ -75,7 +80,7 @@ def model_hashes(name_or_path: str) -> dict[str, str] | None:
             folder = snapshot_download(name_or_path, local_files_only=True)
         except (OSError, ValueError):
             return None
-    return fingerprint(ModelConfig(folder))  # bounds on visual tokens are options, and compared as such
+    return fingerprint(ModelConfig(folder), alive)  # bounds on visual tokens are options, and compared as such
 
 
 def recorded(found: Path) -> dict[str, Any]:

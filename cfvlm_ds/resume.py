@@ -15,7 +15,7 @@ from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.config import ConfigError, RunConfig
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.identity import changes as changed_data
-from cfvlm_ds.distributed import World, broadcast_object
+from cfvlm_ds.distributed import Patience, World, broadcast_object
 
 FINISHED = "finished.json"
 CHANGES = "resume_changes.jsonl"
@@ -74,7 +74,8 @@ def decide(
     """
     run_dir, train = Path(config.train.output_dir), config.train
     allowed = train.resume_changes == "allow"
-    record = _agreed(world, lambda: changes.record(config, deepspeed, world.size, total_steps))
+    patience = Patience(world)  # rank 0 may read all weights of the model
+    record = _agreed(world, lambda: changes.record(config, deepspeed, world.size, total_steps, patience.alive), patience)
 
     def changed_since(told: Mapping[str, Any], what: Path, step: int) -> list[Change]:
         found = changes.compare(told, record)
@@ -119,14 +120,16 @@ def _finished_at(run_dir: Path) -> int | None:
     return None
 
 
-def _agreed(world: World, function: Callable[[], Any]) -> Any:
-    """What rank 0 finds, on every rank, and what it raises about it."""
+def _agreed(world: World, function: Callable[[], Any], patience: Patience | None = None) -> Any:
+    """What rank 0 finds, on every rank, and what it raises about it; the others wait with ``patience`` where it may take long."""
     found = problem = None
     if world.is_main:
         try:
             found = function()
         except (ConfigError, OSError) as error:
             problem = str(error)
+    if patience is not None:
+        patience.meet()
     found, problem = broadcast_object((found, problem))
     if problem is not None:
         raise ConfigError(problem)
