@@ -159,14 +159,17 @@ def rows_of(group: CounterfactualGroup) -> list[Pictures]:
 
 
 def test_parts_of_a_batch_add_up_to_it(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
-    """One image and its texts in each of them, or as much as fits: the same scores, relative 1e-5, and no image encoded twice."""
+    """As much as fits in each of them: the same scores, relative 1e-5. No image is encoded twice unless it and its texts are too large
+    together: then they are cut between the texts."""
     whole = collator(groups)
+    largest = max(whole.model_inputs["forest"].lengths)
     with torch.no_grad():
         expected = whole.scores(sharp(**whole.model_inputs))
-        for limit in (1, whole.num_tokens // 2):
+        for limit in (1, largest, max(largest, whole.num_tokens // 2)):
             parts = collator.parts(groups, limit)
-            assert all(part.num_tokens <= limit or len(part.model_inputs["forest"].prefixes) == 1 for part in parts)
-            assert sum(part.num_tokens for part in parts) == whole.num_tokens and len(parts) > 1
+            assert all(part.num_tokens <= limit or len(part.model_inputs["forest"].branches[0]) == 1 for part in parts) and len(parts) > 1
+            encoded = sum(part.num_tokens for part in parts)
+            assert (encoded == whole.num_tokens) == (limit >= largest), "an image is encoded again"
             scores = Scores.joined([part.scores(sharp(**part.model_inputs)) for part in parts])
             torch.testing.assert_close(scores.logp, expected.logp, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(scores.end_logp, expected.end_logp, rtol=1e-5, atol=1e-5)
