@@ -25,6 +25,7 @@ from cfvlm_ds import cli
 from cfvlm_ds.cli import _with_quickstart, main
 from cfvlm_ds.config import IMAGE_LIMITS, BuildConfig, TinyLlavaConfig, parse_config
 from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.images import MAX_PIXELS
 from cfvlm_ds.data.scores import read_scores
 from cfvlm_ds.evaluation import score_groups
@@ -406,7 +407,7 @@ def test_stage_2_and_stage_3_take_the_same_steps(runs: Path) -> None:
 
 def test_score_writes_what_dpo_reads(scores_file: Path, model_dir: Path, manifests: dict[str, Path]) -> None:
     groups = read_manifest(manifests["train"])
-    stored = read_scores(scores_file, groups)
+    stored = read_scores(scores_file, groups, data=data_identity(groups, [manifests["train"].parent]))
     assert json.loads(scores_file.read_text().splitlines()[0])["model"] == str(model_dir)
     assert set(stored) == {group.id for group in groups}
     assert all(value < 0 for scores in stored.values() for line in scores.logp for value in line)
