@@ -109,7 +109,7 @@ def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder: Path) -> None:
     cases = {
         f"{header}\n{line}\n{line}\n": "scores.jsonl:3: group 'g' is one too many, or occurs twice",
         f'{header}\n{line[:-1]}, "id": "g"}}\n': "key 'id' occurs twice",
-        f'{header[:-1]}, "manifest": "x"}}\n{line}\n': "key 'manifest' occurs twice",
+        f'{header[:-1]}, "model": "x"}}\n{line}\n': "key 'model' occurs twice",
     }
     for content, said in cases.items():
         path.write_text(content)

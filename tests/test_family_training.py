@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from cfvlm_ds.config import LoraConfig
 from cfvlm_ds.data import GroupSampler, read_manifest
+from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.scores import read_scores
 from cfvlm_ds.export import export_hf
 from cfvlm_ds.export.zero import ZeroWeights
@@ -157,8 +158,9 @@ def test_a_fresh_process_scores_the_exports_as_the_run_did(
         )
         wanted |= {f"{full / 'export'}": full, f"{models[family]}+{lora / 'adapter'}": lora, f"{merged}": lora}
     groups = read_manifest(manifest["test"])
+    data = data_identity(groups, [manifest["test"].parent])
     for (model, folder), found in zip(wanted.items(), plain_scores(manifest["test"], *wanted), strict=True):
-        for name, stored in read_scores(folder / "scores" / "test.jsonl", groups).items():
+        for name, stored in read_scores(folder / "scores" / "test.jsonl", groups, data=data).items():
             for ours, theirs in zip(stored.logp, found[name], strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-4), (model, name)
 

@@ -160,8 +160,7 @@ def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir: Path
     said = (tmp_path / "rank-0.log").read_text()
     assert said.count("stopped: a signal asked for it; the same command continues\n") == 2 and "Traceback" not in said
     assert json.loads((folder / ".mlflow_delivery.json").read_text())["status"] == "SCHEDULED"
-    as_many = ["--train.per_device_train_batch_size", "32"]  # groups a step as on two ranks: others would be another run
-    assert end(start([*arguments, *as_many], tmp_path, size=1)) == [0]
+    assert end(start(arguments, tmp_path, size=1)) == [0]
     assert the_run(folder)[1] == "FINISHED" and (folder / "export").is_dir() and len(losses(folder)) == 2
 
 
