@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -61,6 +62,7 @@ from cfvlm_ds.self_check import refuse_unusable
 from cfvlm_ds.tracking import open_tracker
 from cfvlm_ds.training import _locked
 
+MEMORY = 6 << 30  # bytes
 COMPUTING_S, WAITING_S = 20, 600
 """A round takes milliseconds. The first bounds a loop, the second a wait; a busy machine can hold a round up for minutes of the clock."""
 
@@ -747,6 +749,8 @@ def main() -> None:
     given = parser.parse_args()
     ended: Counter[tuple[str, str]] = Counter()
     defects, started, say = 0, time.monotonic(), functools.partial(print, file=sys.__stdout__, flush=True)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))  # a defect is a MemoryError, not the end of the machine
     with prepared() as base:
         for number in range(given.rounds) if given.round is None else [given.round]:
             try:

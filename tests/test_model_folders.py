@@ -83,6 +83,11 @@ LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
     "an index that is none": (
         lambda folder: [sharded(lost=False)(folder), written("model.safetensors.index.json", "[]")(folder)], "is no index of weights"
     ),
+    "a lost section, which means a model of 7 billion": (
+        edited("config.json", lambda content: content.pop("text_config")), "and its weights are "
+    ),
+    "layers without end": (text_config(num_hidden_layers=2**31), "num_hidden_layers is 2.147e+09, and 10000 is the most"),
+    "a width without end": (text_config(hidden_size=2**40), "no model can be made of"),
     "no weights": (removed("model.safetensors"), "cannot be loaded"),
     "adapters of another model": (written("adapter_config.json", '{"base_model_name_or_path": "/etc"}'), "holds a model and adapters"),
 }  # fmt: skip
@@ -116,6 +121,10 @@ PROCESSORS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no window": (edited("config.json", lambda content: content["text_config"].update(max_position_embeddings=None)), ""),
     "a broken processor": (written("processor_config.json", "[1]"), "cannot be loaded"),
+    "images without end": (
+        edited("processor_config.json", lambda content: content["image_processor"].update(size={"height": 10**6, "width": 10**6})),
+        "scales images to size.height 1000000, and 8192 is the most",
+    ),
     "truncated weights": (shortened("model.safetensors"), "model.safetensors cannot be read"),
     "a link to elsewhere": (lambda folder: (folder / "extra.json").symlink_to("/etc/hostname"), "extra.json leads out of its folder"),
 }  # fmt: skip

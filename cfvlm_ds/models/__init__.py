@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from cfvlm_ds.attention import BACKENDS, registered
 from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, ModelConfig
@@ -34,7 +35,7 @@ from cfvlm_ds.models.lora import (
     quantisation,
 )
 from cfvlm_ds.models.qwen import QWEN_VL
-from cfvlm_ds.models.stored import check_files, explained
+from cfvlm_ds.models.stored import check_files, explained, num_stored, refuse_counts
 
 _RECORDS = (LLAVA, NEXT, ONEVISION, QWEN_VL, INTERNVL, IDEFICS)
 FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for model_type in family.model_types}
@@ -73,6 +74,7 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
     if not Path(name_or_path).exists() and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
         raise ConfigError(f"model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
+    refuse_counts(Path(name_or_path))
     with explained(f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a sound config.json, or a hub name"):
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
 
@@ -105,6 +107,26 @@ def _check_folder(name_or_path: str) -> None:
         check_files(Path(config).parent)
 
 
+def _check_size(config: ModelConfig, model_config: PreTrainedConfig) -> None:
+    """ConfigError where the configuration describes a model far larger than its weights: a lost section means the library's own default,
+    7 billion parameters, which would all be made before the missing ones could be named."""
+    stored = num_stored(Path(config.name_or_path).resolve()) if Path(config.name_or_path).is_dir() else None
+    if stored is None or getattr(model_config, "quantization_config", None) is not None:
+        return
+    described = sum(parameter.numel() for parameter in _on_meta(config, model_config, torch.float32, "sdpa").parameters())
+    if described > 2 * stored:
+        raise ConfigError(
+            f"the config.json of {config.name_or_path!r} describes a model of {described:,} parameters, and its weights are {stored:,}; "
+            "compare it with the published one"
+        )
+
+
+def _on_meta(config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str) -> Any:
+    impossible = f"no model can be made of the configuration of {config.name_or_path!r}", "compare its config.json with the published one"
+    with explained(*impossible), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(model_config, dtype=dtype, attn_implementation=attn_implementation)
+
+
 def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
     """Raise ConfigError for what options, libraries and, where it is ``there``, the model's own configuration say will not work.
 
@@ -118,6 +140,7 @@ def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: b
         _limit_images(config, None, load_config(config.name_or_path))
         if weights:
             _check_folder(config.name_or_path)
+            _check_size(config, load_config(config.name_or_path))
 
 
 _ALL_FROZEN = "every module is frozen; set model.vision_tower.tuning, model.projector.tuning or model.language_model.tuning to full or lora"
@@ -137,8 +160,25 @@ def load_processor(config: ModelConfig) -> Any:
         parts = {"tokenizer": "tokenizer", "image_processor": "image processor", "chat_template": "chat template"}
         if missing := [name for part, name in parts.items() if getattr(processor, part, None) is None]:
             raise ConfigError(f"{what} has no {' and no '.join(missing)}; name the instruction-tuned model, or add its files")
+        _refuse_enlarging(processor.image_processor, what)
         _limit_images(config, processor, model_config)
     return processor
+
+
+def _refuse_enlarging(images: Any, what: str) -> None:
+    """ConfigError where an image would be scaled to a size that no model takes, and that fills any memory.
+
+    Some families' shortest and longest edge are numbers of pixels.
+    """
+    for option in ("size", "crop_size", "pad_size", "max_image_size"):
+        sizes = getattr(images, option, None) or {}
+        for edge, value in sizes.items() if hasattr(sizes, "items") else vars(sizes).items():
+            most = _LARGEST_EDGE**2 if edge in ("shortest_edge", "longest_edge") and hasattr(images, "merge_size") else _LARGEST_EDGE
+            if value is not None and not 0 < value <= most:
+                raise ConfigError(f"{what} scales images to {option}.{edge} {value}, and {most} is the most; get its files again")
+
+
+_LARGEST_EDGE = 8192  # pixels
 
 
 def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> None:
@@ -162,6 +202,8 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     model_config = load_config(config.name_or_path)
     family = family_of(model_config)
     _check_folder(config.name_or_path)
+    if not is_deepspeed_zero3_enabled():  # a training's check_model has looked, and this would be partitioned
+        _check_size(config, model_config)
     quantised = quantisation(family, config, dtype)
     backends = _implementations(attention(config.attn_implementation))
     with explained(f"the model {config.name_or_path!r} cannot be loaded", "compare its config.json and weights with the published ones"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,33 @@ def check_files(folder: Path) -> None:
         header(folder / name)
     if (folder / _PICKLED_INDEX).is_file() and not weight_files(folder):
         read_index(folder / _PICKLED_INDEX, ".bin")
+
+
+def refuse_counts(folder: Path) -> None:
+    """ConfigError where config.json counts layers or experts that no model has: libraries would go on making them until memory ends."""
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # named where it is read to be used
+    for name, value in _numbers(described):
+        if _COUNT.search(name) and not -1 <= value <= _MOST:
+            raise ConfigError(f"{folder / 'config.json'}: {name} is {value:.4g}, and {_MOST} is the most; get the model again")
+
+
+_COUNT, _MOST = re.compile(r"layers|depth|experts|blocks"), 10_000
+
+
+def _numbers(value: Any) -> Iterator[tuple[str, float]]:
+    for name, item in value.items() if isinstance(value, dict) else ():
+        if isinstance(item, int | float) and not isinstance(item, bool):
+            yield name, min(max(item, -1e300), 1e300)
+        yield from _numbers(item)
+
+
+def num_stored(folder: Path) -> int | None:
+    """Numbers in the folder's safetensors; None where its weights are stored otherwise."""
+    files = weight_files(folder)
+    return sum(math.prod(shape) for file in files for shape, _ in header(folder / file).values()) if files else None
 
 
 def side_files(folder: Path) -> Iterator[Path]:
