@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,14 @@ def removed(*names: str) -> Callable[[Path], object]:
     return lambda folder: [(folder / name).unlink() for name in names]
 
 
+def linked(name: str, target: str) -> Callable[[Path], object]:
+    return lambda folder: [(folder / name).unlink(), (folder / name).symlink_to(target)]
+
+
+def piped(name: str) -> Callable[[Path], object]:
+    return lambda folder: [(folder / name).unlink(missing_ok=True), os.mkfifo(folder / name)]
+
+
 def shortened(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-40])
 
@@ -71,6 +80,8 @@ LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
     "another family": (config(model_type="blip-2"), "model type 'blip-2' is not supported; supported: llava, "),
     "unknown type": (config(model_type="zebra"), "cannot be read"),
     "no type": (edited("config.json", lambda content: content.pop("model_type")), "cannot be read"),
+    "a configuration without end": (linked("config.json", "/dev/zero"), "config.json leads out of its folder, to /dev/zero"),
+    "a side file that is a pipe": (piped("generation_config.json"), "generation_config.json is no file"),
     "no object": (written("config.json", "[]"), "cannot be read"),
     "no JSON": (written("config.json", "{"), "cannot be read"),
     "no text": (written("config.json", b"\xff\xfe\0"), "cannot be read"),

@@ -35,7 +35,7 @@ from cfvlm_ds.models.lora import (
     quantisation,
 )
 from cfvlm_ds.models.qwen import QWEN_VL
-from cfvlm_ds.models.stored import check_files, explained, num_stored, refuse_counts
+from cfvlm_ds.models.stored import check_files, explained, num_stored, refuse_counts, refuse_no_files
 
 _RECORDS = (LLAVA, NEXT, ONEVISION, QWEN_VL, INTERNVL, IDEFICS)
 FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for model_type in family.model_types}
@@ -74,7 +74,9 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
     if not Path(name_or_path).exists() and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
         raise ConfigError(f"model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
-    refuse_counts(Path(name_or_path))
+    if Path(name_or_path).is_dir():
+        refuse_no_files(Path(name_or_path).resolve())
+        refuse_counts(Path(name_or_path))
     with explained(f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a sound config.json, or a hub name"):
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
 

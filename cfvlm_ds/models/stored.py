@@ -26,8 +26,7 @@ _NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
 def check_files(folder: Path) -> None:
     """ConfigError, naming the file, where the folder's files cannot be those of a model: names that are paths, links that lead elsewhere,
     weights that are missing or cut short. Reads no weight."""
-    for path in side_files(folder):
-        refuse_foreign(path, folder)
+    refuse_no_files(folder)
     if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
         raise ConfigError(
             f"{folder} holds a model and adapters, and transformers would load the adapters' own base in its place; put them into folders "
@@ -37,6 +36,14 @@ def check_files(folder: Path) -> None:
         header(folder / name)
     if (folder / _PICKLED_INDEX).is_file() and not weight_files(folder):
         read_index(folder / _PICKLED_INDEX, ".bin")
+
+
+def refuse_no_files(folder: Path) -> None:
+    """ConfigError for what has the name of a model's side file and is none of the folder: reading a device or a pipe would not end."""
+    for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
+        refuse_foreign(path, folder)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ConfigError(f"{path} is no file; put one there, or remove it")
 
 
 def refuse_counts(folder: Path) -> None:
