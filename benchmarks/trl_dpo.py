@@ -49,6 +49,7 @@ from cfvlm_ds.cli import main as cfvlm
 from cfvlm_ds.collate import load_collator
 from cfvlm_ds.config import ModelConfig
 from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.scores import read_scores
 from cfvlm_ds.groups import Candidate, CounterfactualGroup, to_row
 from cfvlm_ds.models import Scorer, family_of, load_model, load_processor
@@ -215,7 +216,7 @@ class Ours:
         self.settings, self.scorer = settings, Scorer(model, family_of(model.config)).train()
         self.objectives = {"dpo": Dpo(weight=1.0, beta=settings.beta)}
         self.groups = read_manifest(folder / "groups.jsonl")
-        stored = read_scores(folder / "groups.jsonl.scores.jsonl", self.groups)
+        stored = read_scores(folder / "groups.jsonl.scores.jsonl", self.groups, data=data_identity(self.groups, [folder]))
         self.collator = load_collator(ModelConfig(str(folder / "policy")), required_cells(self.objectives), stored=stored)
         self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
