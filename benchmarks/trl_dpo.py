@@ -216,7 +216,7 @@ class Ours:
         self.settings, self.scorer = settings, Scorer(model, family_of(model.config)).train()
         self.objectives = {"dpo": Dpo(weight=1.0, beta=settings.beta)}
         self.groups = read_manifest(folder / "groups.jsonl")
-        stored = read_scores(folder / "groups.jsonl.scores.jsonl", self.groups, data=data_identity(self.groups, [folder]))
+        stored = read_scores(folder / "groups.jsonl.scores.jsonl", self.groups, data_identity(self.groups, [folder]))
         self.collator = load_collator(ModelConfig(str(folder / "policy")), required_cells(self.objectives), stored=stored)
         self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)

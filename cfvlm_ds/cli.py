@@ -187,7 +187,7 @@ def _score(arguments: argparse.Namespace) -> None:
     identity = data_identity(groups, data_roots(arguments.manifest, arguments.root), collator.checked)
     scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
     stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
-    write_scores(out, groups, stored, arguments.model, fingerprint(model), identity)
+    write_scores(out, groups, stored, arguments.model, identity, made_by=fingerprint(model))
     print(f"wrote {out}: {len(groups)} groups")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from cfvlm_ds.attention import Forest
-from cfvlm_ds.config import ModelConfig
+from cfvlm_ds.config import ConfigError, ModelConfig
 from cfvlm_ds.data.features import FeatureCache, Features
 from cfvlm_ds.data.images import MAX_PIXELS, open_image
 from cfvlm_ds.data.pictures import PictureTable
@@ -29,9 +29,11 @@ from cfvlm_ds.likelihood import Scores, score_matrix
 from cfvlm_ds.models import Family, family_of, load_config, load_processor
 from cfvlm_ds.models.stored import explained
 from cfvlm_ds.prompts import Encoded, Prompts
+from cfvlm_ds.templates import TemplateBound, try_out
 
 BLANK = Path("\0/<blank image>")
 """Stands for a mid-grey image, which the blind control shows in place of a picture. A suffix tells several apart; no file is named so."""
+_BLANK_SIZE = (336, 336)
 
 STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image.", "a"),), ((1,),))
 """What a rank computes whose groups cannot be read."""
@@ -141,6 +143,13 @@ class _Tree:
     branches: list[tuple[int, Encoded]]
     prompt_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+
+class TreeTokens(NamedTuple):
+    """Tokens of a tree, and of its prompt with its longest text alone: what is left when it is cut as often as it can be."""
+
+    whole: int
+    least: int
 
 
 class _Unprocessable(DataError):
@@ -306,21 +315,22 @@ class Collator:
         encoded = self.prompts.encoded(prompt, text, len(sizes), "text")
         return self._prefix_length(encoded, sizes) + encoded.length
 
-    def tree_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> list[int]:
-        """Tokens of each tree of the group, for the cells that this collator builds; ``sizes`` (width, height) of its pictures.
+    def tree_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> list[TreeTokens]:
+        """Each tree of the group, for the cells that this collator builds; ``sizes`` (width, height) of its pictures.
 
         Raises DataError naming group and file where the model's processor cannot take a picture of that size.
         """
-        trees: dict[tuple[Pictures, str], int] = {}
+        trees: dict[tuple[Pictures, str], tuple[int, list[int]]] = {}
         for _, i, c in self._layout([group]).valid.nonzero().tolist():
             text, pictures = self._text(group, c), group.images[i]
             if (pictures, text.prompt) not in trees:
+                shown = tuple(_BLANK_SIZE if picture.parent == BLANK.parent else sizes[picture] for picture in pictures)
                 try:
-                    trees[pictures, text.prompt] = self._prefix_length(text, tuple(sizes[picture] for picture in pictures))
+                    trees[pictures, text.prompt] = self._prefix_length(text, shown), []
                 except _Unprocessable as error:
                     raise DataError(_named(error, [group], sizes)) from error
-            trees[pictures, text.prompt] += text.length
-        return list(trees.values())
+            trees[pictures, text.prompt][1].append(text.length)
+        return [TreeTokens(prefix + sum(texts), prefix + max(texts)) for prefix, texts in trees.values()]
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
         """How many visual tokens pictures of ``sizes`` (width, height) become when they are shown together.
@@ -367,7 +377,7 @@ class Collator:
             texts = [self._text(group, c) for c in range(size[1])]
             tokens[g, : size[0], : size[1]] = torch.tensor([len(t.text_ids) for t in texts])
             end_tokens[g, : size[0], : size[1]] = torch.tensor([len(t.end_ids) for t in texts])
-        valid = exists & _wanted(match, self.cells)
+        valid = exists & _wanted(groups, match, prompt, self.cells)
         weight = torch.tensor([group.weight for group in groups], dtype=torch.float32)
         return GroupLayout(valid, match, tokens, end_tokens, weight, tuple(group.id for group in groups), prompt)
 
@@ -483,7 +493,7 @@ class Collator:
 
     def _open(self, path: Path) -> Image.Image:
         if path.parent == BLANK.parent:
-            return Image.new("RGB", (336, 336), (128, 128, 128))
+            return Image.new("RGB", _BLANK_SIZE, (128, 128, 128))
         if self.checked is not None:
             self.checked.verify(path)
         return open_image(path, self.max_pixels)
@@ -541,20 +551,28 @@ def _pieces(tree: _Tree, room: int) -> list[_Tree]:
     return pieces
 
 
-def _wanted(match: Tensor, cells: Cells) -> Tensor:
+def _wanted(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:
     """[G, I, C] bool: the cells of ``cells``; unknown cells only under ``full``, since no objective uses them."""
-    anchor, star = torch.zeros_like(match, dtype=torch.bool), torch.zeros_like(match, dtype=torch.bool)
-    anchor[:, 0, 0] = True
-    star[:, 0, :] = True
-    star[:, :, 0] = True
-    wanted = {"anchor": anchor, "matched": match == 1, "star": (match == 1) | (star & (match >= 0)), "full": torch.ones_like(star)}
-    return wanted[cells]
+    wanted = torch.full_like(match, cells == "full", dtype=torch.bool)
+    wanted[:, 0, 0] = True
+    if cells in ("matched", "star"):
+        wanted |= match == 1
+    if cells == "star":
+        star = torch.zeros_like(wanted)
+        star[:, 0, :] = True
+        for g, group in enumerate(groups):
+            for number, (i, c) in group.anchors.items():
+                star[g, i] |= prompt[g] == number
+                star[g, :, c] = True
+        wanted |= star & (match >= 0)
+    return wanted
 
 
 def load_collator(
     model: ModelConfig, cells: Cells, max_pixels: int = MAX_PIXELS, stored: Mapping[str, StoredScores] | None = None
 ) -> Collator:
-    """The collator of a model: its own processor, family and window. Raises ConfigError for a chat template that cannot be used."""
+    """The collator of a model: its own processor, family and window. Raises ConfigError for a chat template that cannot be used, and for a
+    tokenizer or processor that takes too much for a sentence or a picture."""
     config = load_config(model.name_or_path)
     processor = load_processor(model)
     with explained(
@@ -563,4 +581,13 @@ def load_collator(
         window = int(min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length))
     collator = Collator(processor, family_of(config), config, cells, window, max_pixels, stored)
     collator.prompts.check(model.name_or_path)
+
+    def stands() -> int:
+        torch.set_num_threads(1)  # a fork has none of its parent's threads
+        return len(collator._processed([Image.new("RGB", _BLANK_SIZE)], 0)[1][0])
+
+    try:
+        try_out(stands, "one picture")
+    except TemplateBound as error:
+        raise ConfigError(f"model {model.name_or_path!r}: its processor {error}; get its files again or name another model") from error
     return collator

@@ -162,8 +162,8 @@ class DataConfig:
         num_workers: processes that prepare batches, per rank; one per spare core, at most 4, when not given.
         max_tokens_per_micro_batch: pack whole groups up to this many tokens into a micro-batch, in place of
             ``train.per_device_train_batch_size`` of them; ranks then have equal work whatever the sizes of images and texts.
-        max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens, each image with its texts in one
-            of them, twice (a gradient cache, arXiv 2101.06983): the memory of one, the same gradients, about a third more time.
+        max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens, twice (a gradient cache, arXiv
+            2101.06983): the memory of one, the same gradients, about a third more time. An image's texts are divided where they are more.
         feature_cache: folder for what a frozen vision tower gives for each picture; filled before the first step, after which the tower
             never runs. Every rank must see it; runs may share it. docs/families.md says what it takes on disk.
     """

@@ -34,7 +34,10 @@ from cfvlm_ds.errors import InputError
 
 SCHEMA = "cfgroup/1"
 MAX_SIDE = 1024
-"""Images, and texts, that a group may have: its truth table, and what is compared pair by pair, grow with the square of that."""
+"""Images, and texts, that a group may have."""
+MAX_EDITS = 2 * MAX_SIDE
+MAX_CELLS = 1 << 16
+"""Cells of its truth table: comparisons are pairs of them, millions for so many."""
 SHAM = "sham"
 """Edit type of an image that was rendered again with nothing changed: a positive for the factual text."""
 
@@ -42,8 +45,9 @@ Pictures: TypeAlias = tuple[Path, ...]
 """What a text is scored with: one picture as a rule, several where a prompt shows several, none for text alone."""
 
 Cells = Literal["anchor", "matched", "star", "full"]
-"""Which cells of a group are scored, each set containing the one before: the factual pair; every true pair; also row 0 and column 0 (the
-factual image with every text, the factual text with every image) where the truth is known; everything."""
+"""Which cells of a group are scored, each set containing the one before: the factual pair; every true pair; also, where the truth is known,
+the factual image with every text, and the anchor of each prompt's image with the texts of that prompt, its text with every image (of the
+first prompt: row 0 and column 0); everything."""
 
 
 class DataError(InputError):
@@ -94,6 +98,10 @@ class CounterfactualGroup:
         if not self.images or not self.candidates:
             raise DataError(f"group {self.id!r} needs at least one image and one text")
         check_side(len(self.images), len(self.candidates), f"group {self.id!r}")
+        if len(self.edits) > MAX_EDITS:
+            raise DataError(
+                f"group {self.id!r} has {len(self.edits)} edits, and {MAX_EDITS} is the bound; name what each image or text changes once"
+            )
         if len(self.match) != len(self.images) or any(len(row) != len(self.candidates) for row in self.match):
             raise DataError(f"group {self.id!r}: match must be {len(self.images)} images x {len(self.candidates)} texts")
         for i, line in enumerate(self.match):
@@ -134,6 +142,16 @@ class CounterfactualGroup:
         """A number per text, equal where texts answer one prompt: only those can be compared with each other."""
         numbers: dict[str, int] = {}
         return tuple(numbers.setdefault(candidate.prompt, len(numbers)) for candidate in self.candidates)
+
+    @property
+    def anchors(self) -> dict[int, tuple[int, int]]:
+        """Prompt (of prompt_ids) -> its first true (image, text), for the first prompt the factual pair; none where nothing is true."""
+        prompts, found = self.prompt_ids, dict[int, tuple[int, int]]()
+        for i, line in enumerate(self.match):
+            for c, truth in enumerate(line):
+                if truth == 1:
+                    found.setdefault(prompts[c], (i, c))
+        return found
 
 
 @dataclass(frozen=True)
@@ -182,6 +200,8 @@ def check_side(num_images: int, num_texts: int, where: str) -> None:
     """Raise DataError for a group that is larger than any forward could take."""
     if max(num_images, num_texts) > MAX_SIDE:
         raise DataError(f"{where} has {num_images} images and {num_texts} texts, and {MAX_SIDE} is the bound for either; split the row")
+    if num_images * num_texts > MAX_CELLS:
+        raise DataError(f"{where} has {num_images} x {num_texts} images and texts, and {MAX_CELLS} pairs are the bound; split the row")
 
 
 def check_keys(row: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:

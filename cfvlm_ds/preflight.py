@@ -8,7 +8,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ import numpy.typing as npt
 
 from cfvlm_ds.collate import Collator, load_collator
 from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, DataConfig, DataSet, ModelConfig, RunConfig, cores_per_rank
-from cfvlm_ds.data import Share, check_share, data_roots, image_size, read_manifest
+from cfvlm_ds.data import Share, check_share, data_roots, read_manifest
 from cfvlm_ds.data.identity import Identity, data_identity
-from cfvlm_ds.data.pictures import PictureNotes, PictureTable, stored_pictures
+from cfvlm_ds.data.pictures import PictureNotes, PictureTable, sizes_of, stored_pictures
 from cfvlm_ds.distributed import Patience, World, broadcast_object, gather_objects
 from cfvlm_ds.errors import without_secrets
 from cfvlm_ds.groups import CounterfactualGroup, DataError
-from cfvlm_ds.models import fingerprint
+from cfvlm_ds.models import fingerprint, inputs_fingerprint
 from cfvlm_ds.run_files import keep
 
 _FORM = 2  # of data_check.json and of what a check looks at; another number has everything looked at again
@@ -89,7 +88,7 @@ def group_tokens(
     """Tokens of every group in the rows that ``collator`` builds; each rank measures its share.
 
     Headers are read of images that ``pictures`` do not know. Raises DataError on every rank, naming a file without a header, or a group
-    that is larger than a limit of ``data`` allows.
+    that is larger than a limit of ``data`` allows: of all its images and texts for a micro-batch, of an image with one text for a forward.
     """
     patience, problem = Patience(world, tick), None
     mine = groups[world.rank :: world.size]
@@ -99,16 +98,15 @@ def group_tokens(
             for start in range(0, len(mine), _CHUNK):
                 patience.alive()
                 chunk = mine[start : start + _CHUNK]
-                paths = list({picture: None for group in chunk for shown in group.images for picture in shown})
-                known = {path: found for path in paths if pictures is not None and (found := pictures.find(path))}
-                sizes = {path: (found.width, found.height) for path, found in known.items()}
-                unknown = [path for path in paths if path not in sizes]
-                sizes |= zip(unknown, pool.map(partial(image_size, max_pixels=data.max_pixels), unknown), strict=True)
+                shown = (picture for group in chunk for image in group.images for picture in image)
+                sizes = sizes_of(shown, pictures, data.max_pixels, pool)
                 trees = []
                 for group in chunk:
                     patience.alive()
                     trees.append(collator.tree_tokens(group, sizes))
-                counted.append(np.array([[sum(each) for each in trees], [max(each, default=0) for each in trees]], np.int32))
+                counted.append(
+                    np.array([[sum(t.whole for t in each) for each in trees], [max(t.least for t in each) for each in trees]], np.int32)
+                )
     except DataError as error:
         problem = str(error)
     patience.meet()
@@ -143,7 +141,7 @@ def _too_large(groups: Sequence[CounterfactualGroup], tokens: npt.NDArray[Any], 
     limit = getattr(data, option)
     if limit is None or (most := int(tokens.max(initial=0))) <= limit:
         return None
-    what = "one image and its texts" if option == "max_tokens_per_forward" else "its images and texts"
+    what = "one image with one text, which no forward divides," if option == "max_tokens_per_forward" else "its images and texts"
     group = groups[int(tokens.argmax())].id
     return f"group {group!r} has {most} tokens in {what}, and data.{option} is {limit}; raise it, or show images with fewer tokens"
 
@@ -176,6 +174,7 @@ class _Check:
         self._full = config.data.check == "full"
         self._collator: Collator | None = None
         self._known: dict[str, Any] = {}
+        self._stamps: dict[str, list[Any]] = {}
         if world.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._known = _recorded(self._file)
@@ -200,11 +199,14 @@ class _Check:
         pictures = stored_pictures(self._folder) if self._full else None
         found: Identity | None = None
         if self._world.is_main:
-            found = self._entry(each).get("identity")
-            if not isinstance(found, dict):
+            entry, table = self._entry(each), _state(pictures)
+            found = entry.get("identity")
+            if (
+                not isinstance(found, dict) or entry.get("pictures") != table
+            ):  # another set's check may have noted a changed picture of this
                 roots = data_roots(each.path, each.root)
                 found = data_identity(groups, roots, pictures, self._patience.alive)
-                self._keep(each, identity=found)
+                self._keep(each, identity=found, pictures=table)
         self._patience.meet()
         return _told(found, self._world), pictures
 
@@ -226,7 +228,8 @@ class _Check:
             more = sum(number for _, number, _ in shares) - 1
             raise DataError(problems[0] + (f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""))
         said = f"{each.path}: {report.num_groups} groups, {report.num_images} images"
-        return said + (f", visual tokens {report.visual_range}" if report.visual_range else ""), groups
+        said += f", visual tokens {report.visual_range}" if report.visual_range else ""
+        return said + (f", metadata {report.unused}" if report.metadata else ""), groups
 
     def _known_of(self, each: DataSet) -> tuple[str | None, str | None]:
         """(what is wrong, what was found): both None for a set that has to be looked at."""
@@ -241,8 +244,8 @@ class _Check:
 
     def _entry(self, each: DataSet) -> dict[str, Any]:
         """What is known of a set as it is now, looked at as it would be now."""
-        entry = self._known.get(_name(each, self._config.data.format))
-        return entry if isinstance(entry, dict) and entry.get("stamp") == self._stamp(each) else {}
+        stamp, entry = self._stamp(each), self._known.get(_name(each, self._config.data.format))
+        return entry if isinstance(entry, dict) and entry.get("stamp") == stamp else {}
 
     def _keep(self, each: DataSet, **found: Any) -> None:
         if self._world.is_main:
@@ -250,9 +253,22 @@ class _Check:
             keep(self._file, json.dumps(self._known, indent=1), self._world.say)
 
     def _stamp(self, each: DataSet) -> list[Any]:
-        model, data = self._config.model, self._config.data
-        stat = Path(each.path).stat()
-        roots = [os.path.abspath(root) for root in data_roots(each.path, each.root)]
-        limits = [getattr(model, option) for option in IMAGE_LIMITS]
-        paths = [without_secrets(path) for path in (*roots, model.name_or_path)]
-        return [_FORM, stat.st_size, stat.st_mtime_ns, self._format(each), data.check, data.max_pixels, *limits, *paths]
+        """The set before it is read: what is written to its manifest while it is looked at will be looked at by the next start."""
+        model, data, name = self._config.model, self._config.data, _name(each, self._config.data.format)
+        if name not in self._stamps:
+            stat = Path(each.path).stat()
+            roots = [os.path.abspath(root) for root in data_roots(each.path, each.root)]
+            limits = [getattr(model, option) for option in IMAGE_LIMITS]
+            paths = [without_secrets(path) for path in (*roots, model.name_or_path)]
+            written = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # an old time can be set again, but not the last one
+            inputs = inputs_fingerprint(model) if Path(model.name_or_path).is_dir() else None
+            self._stamps[name] = [_FORM, *written, self._format(each), data.check, data.max_pixels, *limits, *paths, inputs]
+        return self._stamps[name]
+
+
+def _state(pictures: PictureTable | None) -> list[int] | None:
+    """What tells one state of a stored table from another."""
+    if pictures is None or pictures.file is None:
+        return None
+    stat = pictures.file.stat()
+    return [stat.st_size, stat.st_mtime_ns]

@@ -76,7 +76,7 @@ class Prompts:
         self._ends: dict[str, tuple[int, ...]] = {}
 
     def check(self, name: str) -> None:
-        """Raises ConfigError where the chat template of the model ``name`` cannot be used at all."""
+        """Raises ConfigError where the chat template or tokenizer of the model ``name`` cannot be used at all."""
 
         def first() -> int:
             written = 0
@@ -90,6 +90,13 @@ class Prompts:
                     continue
             return written
 
+        def tokens() -> int:
+            return len(self.processor.tokenizer(_FIRST, add_special_tokens=False).input_ids)
+
+        try:
+            try_out(tokens, "one sentence")
+        except TemplateBound as error:
+            raise ConfigError(f"model {name!r}: its tokenizer {error}; get its files again or name another model") from error
         try:
             try_out(first)
             head = self._new_head(_FIRST, 1)

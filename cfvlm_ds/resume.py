@@ -51,9 +51,13 @@ class Start:
         if before.get("save_best", config.train.save_best) != config.train.save_best:
             state.best = None  # of another metric
 
-    def told(self, config: RunConfig) -> dict[str, Any]:
+    def told(self, config: RunConfig, world: World) -> dict[str, Any]:
         """The record for the run's checkpoints, when the model is there: a hub's may not have been when the run was started."""
-        return {**self.record, "model": self.record["model"] or changes.model_hashes(config.model.name_or_path)}
+        if self.record["model"]:
+            return self.record
+        patience = Patience(world)
+        hashes = _agreed(world, lambda: changes.model_hashes(config.model.name_or_path, patience.alive), patience)
+        return {**self.record, "model": hashes}
 
     def note(self, run_dir: Path, step: int, world: World) -> list[Path]:
         """Say what has changed and add it to the run folder (rank 0); the file, where there is something in it."""

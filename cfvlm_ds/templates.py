@@ -1,4 +1,5 @@
-"""Running a chat template, which is a program of whoever made the model folder: bounded in time, memory and what it writes.
+"""Running a chat template, which is a program of whoever made the model folder: bounded in time, memory and what it writes. A tokenizer and
+an image processor are tried in the same way.
 
 Jinja's sandbox keeps a template from files and the network, and not from looping, nor from computing 9**9**9. A first conversation is
 therefore rendered in a child process with limits that the kernel enforces, and every later one under a watch that ends loops.
@@ -18,11 +19,11 @@ import warnings
 from collections.abc import Callable, Iterator
 
 CPU_SECONDS = 5
-"""Processor time of the first conversations; they take some hundredths of a second."""
+"""Processor time of the first conversations, sentence or picture; they take some hundredths of a second."""
 MEMORY = 2**30
-"""Bytes that the first conversations may take beside what the process has."""
+"""Bytes that these may take beside what the process has."""
 MAX_WRITTEN = 1_000_000
-"""Characters of a conversation of one sentence."""
+"""Characters of a conversation of one sentence, or tokens of a picture."""
 WATCHED_SECONDS = 20
 """Time of any conversation, on the clock: a busy machine makes a template slow, too."""
 _WAITING_SECONDS = 120
@@ -32,8 +33,9 @@ class TemplateBound(Exception):
     """A chat template went over a bound, which the message names."""
 
 
-def try_out(render: Callable[[], int]) -> None:
-    """Call ``render``, which returns the number of characters written, in a child process. Raises TemplateBound.
+def try_out(render: Callable[[], int], of: str = "a conversation of one sentence") -> None:
+    """Call ``render``, which returns the number of characters or tokens that it makes ``of`` something, in a child process. Raises
+    TemplateBound.
 
     What else ``render`` raises is not reported: it will be raised again where it is called without a child.
     """
@@ -51,15 +53,15 @@ def try_out(render: Callable[[], int]) -> None:
         if not ended:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            raise TemplateBound(f"takes more than {_WAITING_SECONDS} s for a conversation of one sentence")
+            raise TemplateBound(f"takes more than {_WAITING_SECONDS} s for {of}")
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
-        raise TemplateBound(f"takes more than {CPU_SECONDS} s of processor time for a conversation of one sentence")
+        raise TemplateBound(f"takes more than {CPU_SECONDS} s of processor time for {of}")
     if os.WIFSIGNALED(status):
-        raise TemplateBound(f"crashes the process that renders a conversation of one sentence (signal {os.WTERMSIG(status)})")
+        raise TemplateBound(f"crashes the process that works on {of} (signal {os.WTERMSIG(status)})")
     if os.WEXITSTATUS(status) == _NO_MEMORY:
-        raise TemplateBound(f"takes more than {MEMORY // 2**20} MiB of memory for a conversation of one sentence")
+        raise TemplateBound(f"takes more than {MEMORY // 2**20} MiB of memory for {of}")
     if os.WEXITSTATUS(status) == _TOO_LONG:
-        raise TemplateBound(f"writes more than {MAX_WRITTEN} characters for a conversation of one sentence")
+        raise TemplateBound(f"writes more than {MAX_WRITTEN} characters or tokens for {of}")
 
 
 _NO_MEMORY, _TOO_LONG = 3, 4

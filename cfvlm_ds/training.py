@@ -129,7 +129,7 @@ def _train(config: RunConfig, world: World) -> None:
         if start.found is not None:
             _restore(run, start.found, start)
             _checked(config, world, refuse_nonfinite, driven.module.model, str(start.found))
-        state.record = start.told(config)
+        state.record = start.told(config, world)
         with random_kept(world.device):  # an uninterrupted run has checked before its first step, not here
             _check_scores(run)
             _rehearse(run)
@@ -229,7 +229,7 @@ def _stored_scores(config: RunConfig, data: RunData, world: World) -> dict[str, 
         return None
     made_by = model_fingerprint(config.model, world)
     try:
-        return read_scores(Path(str(config.data.scores)), data.groups, made_by, data.identity)
+        return read_scores(Path(str(config.data.scores)), data.groups, data.identity, made_by=made_by)
     except DataError:
         forget(config, world)
         raise
@@ -392,7 +392,7 @@ def _rehearse(run: Run) -> None:
     """Run the largest evaluation batch before the first step: memory that it lacks is not found out when the training is over."""
     if run.splits and run.state.step < run.total_steps:
         run.engine.eval()
-        rehearse(run.engine, run.collator, run.splits, run.world, **_evaluation_options(run))
+        rehearse(run.engine, run.collator, run.splits, run.world, shuffled=run.config.train.eval_shuffled, **_evaluation_options(run))
         run.engine.train()
 
 
@@ -506,7 +506,7 @@ def _finish(run: Run, tracker: Any) -> None:
                 stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
                 given = run.config.data.evaluation_sets[split]
                 identity = data_identity(groups, data_roots(given.path, given.root), run.collator.checked)
-                write_scores(path := run.dir / "scores" / f"{split}.jsonl", groups, stored, str(run.dir), data=identity)
+                write_scores(path := run.dir / "scores" / f"{split}.jsonl", groups, stored, str(run.dir), identity)
         except OSError as error:
             raise ConfigError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
         for path in [run.dir / "results.md", run.dir / "results.json", *_figures(run, scores)]:

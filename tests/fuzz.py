@@ -187,9 +187,10 @@ class Base:
             g.id: StoredScores(tuple(tuple(-1.5 - c for c in range(len(g.candidates))) for _ in g.images), (-2.5,) * len(g.candidates))
             for g in self.groups
         }
+        self.data = data_identity(self.groups, [folder / "data"])
         self.identity = {"weights": "w", "inputs": "i"}
         (folder / "scores").mkdir()
-        write_scores(folder / "scores" / "a.scores.jsonl", self.groups, self.stored, "model", self.identity)
+        write_scores(folder / "scores" / "a.scores.jsonl", self.groups, self.stored, "model", self.data, made_by=self.identity)
         self._write_run(folder / "run")
 
     def _write_shards(self, sharded: Path) -> None:
@@ -293,7 +294,7 @@ def read_groups(base: Base, path: Path, format: str, check: str, out: Path) -> N
     assert groups == read_manifest(path, None, format) and len({group.id for group in groups}) == len(groups) == report.num_groups
     for group in groups:
         consistent(group, path.parent)
-    data_identity(groups)
+    data_identity(groups, [path.parent])
     try:
         tokens = list(preflight.group_tokens(groups, base.collator, config.data, ONE))
     except DataError:
@@ -487,7 +488,7 @@ def scores_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
 
 
 def use_scores(base: Base, path: Path) -> None:
-    stored = read_scores(path, base.groups, base.identity)
+    stored = read_scores(path, base.groups, base.data, made_by=base.identity)
     for group in base.groups:
         lines = [*stored[group.id].logp, stored[group.id].blank]
         assert [len(line) for line in lines] == [len(group.candidates)] * (len(group.images) + 1)

@@ -22,7 +22,8 @@ from cfvlm_ds import engine, prompts, templates
 from cfvlm_ds.collate import load_collator
 from cfvlm_ds.config import ConfigError, ModelConfig, parse_config
 from cfvlm_ds.data import check_manifest, image_size, native, open_image, read_manifest, scores
-from cfvlm_ds.groups import MAX_SIDE, Candidate, CounterfactualGroup, DataError
+from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.groups import MAX_CELLS, MAX_EDITS, MAX_SIDE, Candidate, CounterfactualGroup, DataError
 from cfvlm_ds.models.tiny import CHAT_TEMPLATE
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.reading import MAX_SETTINGS, DuplicateKey, parse_json
@@ -96,6 +97,12 @@ def test_a_group_has_a_bounded_number_of_images_and_texts(folder: Path) -> None:
     same = [{"id": f"{k}", "path": "a.png"} for k in range(MAX_SIDE)]
     with within(20):
         read_manifest(manifest(folder, row(images=same, match=[["0", "t0", 1]], edits=[])))
+    square = {"images": many[:300], "texts": texts[:300], "match": [["0", "0", 1]]}
+    assert f"has 300 x 300 images and texts, and {MAX_CELLS} pairs are the bound; split" in problem(
+        manifest(folder, row(edits=[]) | square)
+    )
+    endless = [{"type": f"{k}"} for k in range(MAX_EDITS + 1)]
+    assert f"has {MAX_EDITS + 1} edits, and {MAX_EDITS} is the bound" in problem(manifest(folder, row(edits=endless)))
     with pytest.raises(DataError, match="is the bound"):
         CounterfactualGroup("g", ((Path("x"),),) * (MAX_SIDE + 1), (Candidate("", "a"),), ((1,),) * (MAX_SIDE + 1))
 
@@ -104,7 +111,7 @@ def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder: Path) -> None:
     groups = read_manifest(manifest(folder, row()))
     path = folder / "scores.jsonl"
     stored = scores.StoredScores(((-1.0, -2.0), (-2.0, -1.0)), (-3.0, -3.0))
-    scores.write_scores(path, groups, {"g": stored}, "m")
+    scores.write_scores(path, groups, {"g": stored}, "m", data := data_identity(groups, [folder]))
     header, line = path.read_text().splitlines()
     cases = {
         f"{header}\n{line}\n{line}\n": "scores.jsonl:3: group 'g' is one too many, or occurs twice",
@@ -114,16 +121,16 @@ def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder: Path) -> None:
     for content, said in cases.items():
         path.write_text(content)
         with pytest.raises(DataError) as raised:
-            scores.read_scores(path, groups)
+            scores.read_scores(path, groups, data)
         assert said in str(raised.value)
     path.write_text(f"{header}\n")
     os.truncate(path, 2**36)
     with within(20), pytest.raises(DataError, match=f"more than {scores.MAX_LINE} bytes"):
-        scores.read_scores(path, groups)
+        scores.read_scores(path, groups, data)
     path.unlink()
     os.mkfifo(path)
     with within(20), pytest.raises(DataError, match="a named pipe and not a regular file"):
-        scores.read_scores(path, groups)
+        scores.read_scores(path, groups, data)
 
 
 def test_configurations_are_regular_files_of_bounded_size(tmp_path: Path) -> None:

@@ -407,7 +407,7 @@ def test_stage_2_and_stage_3_take_the_same_steps(runs: Path) -> None:
 
 def test_score_writes_what_dpo_reads(scores_file: Path, model_dir: Path, manifests: dict[str, Path]) -> None:
     groups = read_manifest(manifests["train"])
-    stored = read_scores(scores_file, groups, data=data_identity(groups, [manifests["train"].parent]))
+    stored = read_scores(scores_file, groups, data_identity(groups, [manifests["train"].parent]))
     assert json.loads(scores_file.read_text().splitlines()[0])["model"] == str(model_dir)
     assert set(stored) == {group.id for group in groups}
     assert all(value < 0 for scores in stored.values() for line in scores.logp for value in line)
@@ -567,7 +567,7 @@ def test_export_scores_the_same_under_plain_transformers(runs: Path, manifests: 
     folder = runs / "z3" / "export"
     (plain,) = plain_scores(manifests["test"], str(folder))
     groups = read_manifest(manifests["test"])
-    stored = read_scores(runs / "z3" / "scores" / "test.jsonl", groups, data=data_identity(groups, [manifests["test"].parent]))
+    stored = read_scores(runs / "z3" / "scores" / "test.jsonl", groups, data_identity(groups, [manifests["test"].parent]))
     assert set(plain) == set(stored)
     for name, scores in stored.items():
         for ours, theirs in zip(scores.logp, plain[name], strict=True):

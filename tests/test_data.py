@@ -654,3 +654,16 @@ def test_whatever_a_model_cannot_take_is_reported_by_file_row_and_group(folder: 
         f"{path}:4: group 'two': text 0: text ('a <b>') contains a control token; reword it",
     ]
     assert sorted(report.visual_tokens) == [3, 3, 4], "a.png, b.png and narrow.png"
+    (folder / "broken.png").write_bytes(b"")
+    broken = manifest(folder, row("broken", texts=bad, images=[{"id": "i0", "path": "broken.png"}, {"id": "i1", "path": "none.png"}]))
+    *pictures, text = check_manifest(broken, lengths=Careful(), progress=pytest.fail).problems
+    assert len(pictures) == 2 and text == f"{broken}:1: group 'broken': text 1: text ('a <b>') contains a control token; reword it"
+
+
+def test_a_report_of_endless_names_ends(folder: Path) -> None:
+    rows = [row(f"g{n}", edits=[{"type": f"type\n{n} " + "x" * 500}], meta={f"key {n}": 1, "tag": 2}) for n in range(40)]
+    report = check_manifest(manifest(folder, *rows))
+    assert report.ok and len(report.edit_types) == 40 and len(report.metadata) == 41
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) < 3000 and sum(line.endswith("and 10 more") for line in lines) == 1
+    assert any("metadata         'tag' 40, 'key 0' 1, " in line and line.endswith("and 11 more (kept, not used)") for line in lines)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import plain_logp
+from conftest import COLOURS, PROMPT, plain_logp
 from PIL import Image
 
 from cfvlm_ds.collate import Collator, load_collator
@@ -22,6 +24,7 @@ from cfvlm_ds.evaluation import Accuracy, GroupScores, accuracies, evaluate, fla
 from cfvlm_ds.evaluation.metrics import CHANCE
 from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit
 from cfvlm_ds.models import Scorer, load_processor
+from cfvlm_ds.models.small import write_small
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 GREY = Image.new("RGB", (336, 336), (128, 128, 128))
@@ -401,6 +404,60 @@ def test_the_largest_batch_is_tried_before_training(collator: Collator, scorer: 
     rehearse(counting(scorer, tried), collator, {}, ALONE, 2, None, "lower it")
     with pytest.raises(DataError, match=r"gone\.png"):
         rehearse(scorer, collator, {"a": [replace(groups[0], images=((Path("gone.png"),),) * len(groups[0].images))]}, ALONE, 2, None, "")
+
+
+def test_the_batch_that_is_tried_may_show_no_image_of_its_own(tmp_path: Path) -> None:
+    """Where images have as many tokens as they are large: a blank image is larger than small ones, and another group's than one's own."""
+    collator = load_collator(ModelConfig(str(write_small("qwen2_5_vl", tmp_path / "qwen")), max_pixels=448**2), "full")
+    sides = {"small": 28, "wide": 28, "large": 448}
+    for name, side in sides.items():
+        Image.new("RGB", (side, side), "red").save(tmp_path / f"{name}.png")
+    texts = [Candidate(PROMPT, f"a {colour} {shape}") for colour in COLOURS for shape in ("circle", "square")]
+    groups = {name: CounterfactualGroup(name, ((tmp_path / f"{name}.png",),), (texts[0],), ((1,),)) for name in sides}
+    groups["small"] = replace(groups["small"], candidates=tuple(texts), match=((1, *[0] * 7),))
+    largest: list[int] = []
+
+    def forward(into: list[int], **inputs: Any) -> torch.Tensor:
+        into.append(inputs["input_ids"].numel())
+        return torch.zeros(len(inputs["targets"]))
+
+    for split in (["small", "wide"], ["small", "large"]):
+        for shuffled in (False, True):
+            ran: list[int] = []
+            tried: list[int] = []
+            chosen = [groups[name] for name in split]
+            score_groups(partial(forward, ran), collator, chosen, ALONE, 1, shuffled=shuffled)
+            rehearse(partial(forward, tried), collator, {"a": chosen}, ALONE, 1, None, "", shuffled=shuffled)
+            assert tried == [max(ran)]
+            largest += tried
+    assert largest[0] == largest[1] < largest[2] < largest[3]
+
+
+def test_the_rehearsal_keeps_to_the_pixels_that_data_may_have(collator: Collator, scorer: Scorer, tmp_path: Path) -> None:
+    """Sizes that the check knows are not read again, and a limit above the default holds for the others."""
+    Image.new("1", (8000, 6500)).save(large := tmp_path / "large.png")
+    group = CounterfactualGroup("g", ((large,),), (Candidate(PROMPT, "a red circle"),), ((1,),))
+    generous = copy.copy(collator)
+    generous.max_pixels = 60_000_000
+    rehearse(scorer, generous, {"a": [group]}, ALONE, 1, None, "")
+    with pytest.raises(DataError, match="over the limit of 50000000"):
+        rehearse(scorer, collator, {"a": [group]}, ALONE, 1, None, "")
+
+
+def test_scores_that_are_not_finite_are_counted_and_named(
+    collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def overflowing(**inputs: Any) -> torch.Tensor:
+        logp = scorer(**inputs)
+        return logp * float("nan") if len(inputs["forest"].prefixes) == 1 else logp
+
+    score_groups(overflowing, collator, groups, ALONE, 1, label="evaluating test")
+    named = [group.id for group in groups]  # each has a blank image, which is a tree of its own
+    said = capsys.readouterr().out
+    assert f"warning: evaluating test: scores of {len(named)} of {len(groups)} groups are not finite, and count as wrong: " in said
+    assert ", ".join(map(repr, named[:5])) in said
+    score_groups(scorer, collator, groups, ALONE, 1)
+    assert "not finite" not in capsys.readouterr().out
 
 
 def test_memory_that_runs_out_is_explained(collator: Collator, groups: list[CounterfactualGroup]) -> None:

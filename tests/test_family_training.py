@@ -160,7 +160,7 @@ def test_a_fresh_process_scores_the_exports_as_the_run_did(
     groups = read_manifest(manifest["test"])
     data = data_identity(groups, [manifest["test"].parent])
     for (model, folder), found in zip(wanted.items(), plain_scores(manifest["test"], *wanted), strict=True):
-        for name, stored in read_scores(folder / "scores" / "test.jsonl", groups, data=data).items():
+        for name, stored in read_scores(folder / "scores" / "test.jsonl", groups, data).items():
             for ours, theirs in zip(stored.logp, found[name], strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-4), (model, name)
 

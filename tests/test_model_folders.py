@@ -126,6 +126,9 @@ PROCESSORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (removed("tokenizer.json", "tokenizer_config.json", "tokenizer.model"), "cannot be loaded"),
     "a broken tokenizer": (written("tokenizer.json", '{"model": 7}'), "cannot be loaded"),
     "a truncated tokenizer": (shortened("tokenizer.json"), "cannot be loaded"),
+    "a tokenizer without end": (
+        lambda folder: os.truncate(folder / "tokenizer.json", 2**40), "has 1099511627776 bytes, and 134217728 is the bound"
+    ),
     "a broken tokenizer configuration": (written("tokenizer_config.json", "{"), "cannot be loaded"),
     "a window of a wrong type": (
         edited("tokenizer_config.json", lambda content: content.update(model_max_length="long")), "cannot be loaded"
@@ -135,6 +138,17 @@ PROCESSORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "images without end": (
         edited("processor_config.json", lambda content: content["image_processor"].update(size={"height": 10**6, "width": 10**6})),
         "scales images to size.height 1000000, and 8192 is the most",
+    ),
+    "more tokens for a picture than memory": (
+        edited("processor_config.json", lambda content: content.update(num_additional_image_tokens=10**10)),
+        "its processor takes more than ",
+    ),
+    "a sentence that becomes longer than memory": (
+        edited(
+            "tokenizer.json",
+            lambda content: content.update(normalizer={"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 2**20}),
+        ),
+        "its tokenizer ",
     ),
     "truncated weights": (shortened("model.safetensors"), "model.safetensors cannot be read"),
     "a link to elsewhere": (lambda folder: (folder / "extra.json").symlink_to("/etc/hostname"), "extra.json leads out of its folder"),

@@ -10,7 +10,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ import torch.distributed as dist
 from conftest import losses, run_ranks, train_arguments, write_manifest
 from PIL import Image
 
-from cfvlm_ds import engine, preflight
+from cfvlm_ds import engine, preflight, resume
 from cfvlm_ds.cli import train_main
 from cfvlm_ds.collate import load_collator
 from cfvlm_ds.config import DataSet, RunConfig, parse_config
-from cfvlm_ds.data import check, check_manifest, read_manifest
+from cfvlm_ds.data import check, check_manifest, check_share, read_manifest
 from cfvlm_ds.data.identity import changes, data_identity
-from cfvlm_ds.data.pictures import PictureTable
+from cfvlm_ds.data.pictures import PictureNotes, PictureTable
 from cfvlm_ds.distributed import World
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.objectives import OBJECTIVES
@@ -113,6 +114,116 @@ def test_what_was_checked_is_checked_again_under_other_options_only(
     assert read().pictures is not None and len(opened) == 12
     (run / "data_check.json").write_text('{"a": ')
     assert not read(check="rows").pictures and not opened
+
+
+def test_what_is_written_while_it_is_checked_is_looked_at_again(config: RunConfig, data: Path, tmp_path: Path) -> None:
+    """A manifest that changes after it was read, or under its old time, is another one; what was read is what a run is recognised by."""
+    run = configured(config, tmp_path / "run", train=str(data))
+    before, text = data.stat(), data.read_text()
+    flipped = text.replace('["i0", "t1", 0]', '["i0", "t1", 1]', 1)
+    assert flipped != text
+    ticks: list[int] = []
+
+    def write() -> None:
+        ticks.append(1)
+        if len(ticks) == 6:  # between two rows, which one read has fetched
+            data.write_text(flipped)
+
+    first = preflight.read_data(run, ONE, write)
+    assert first.groups[0].match[0] == (1, 0) and data.read_text() == flipped
+    second = preflight.read_data(run, ONE)
+    assert changes(first.identity, second.identity) == "labels (match)" and second.groups == read_manifest(data)
+    data.write_text(text)
+    os.utime(data, ns=(before.st_atime_ns, second_time := data.stat().st_mtime_ns))
+    third = preflight.read_data(run, ONE)
+    assert changes(second.identity, third.identity) == "labels (match)"
+    data.write_text(flipped)
+    os.utime(data, ns=(before.st_atime_ns, second_time))
+    assert changes(third.identity, preflight.read_data(run, ONE).identity) == "labels (match)", "of the same size, with its old time"
+
+
+def test_another_template_or_tokenizer_in_the_same_folder_is_tried_again(
+    config: RunConfig, data: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    run = replace(configured(config, tmp_path / "run", train=str(data)), model=replace(config.model, name_or_path=str(model)))
+    preflight.read_data(run, ONE)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    red = next(token for token in tokenizer["added_tokens"] if token["content"] == "</s>")
+    tokenizer["added_tokens"].append({**red, "id": len(tokenizer["model"]["vocab"]), "content": "red"})
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(DataError, match="contains the control token 'red'"):
+        preflight.read_data(run, ONE)
+
+
+def test_a_changed_picture_that_another_set_has_shown_is_noticed(config: RunConfig, data: Path, tmp_path: Path) -> None:
+    """The check of one set notes the picture as it is now; the identity of the other, whose manifest is unchanged, must follow."""
+    other = Path(shutil.copy(data, data.with_name("test.jsonl")))
+    run = configured(config, tmp_path / "run", train=str(data), evaluation={"test": str(other)})
+    first = preflight.read_data(run, ONE)
+    Image.new("RGB", (48, 48), "white").save(first.groups[2].images[1][0])
+    other.write_text(other.read_text())
+    assert changes(first.identity, preflight.read_data(run, ONE).identity) == "contents of pictures"
+
+
+def test_shares_together_are_one_report(config: RunConfig, data: Path, tmp_path: Path) -> None:
+    """Two processes that share a check count what one counts, further keys included; each opens and measures its part."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["meta"] = {"tag": number, f"key {number % 2}": "x"}
+    rows[3]["texts"][1]["text"] += " and a red circle" * 3
+    rows[4]["images"][1]["path"] = "images/none.png"
+    del rows[2]["id"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    collator = load_collator(config.model, "full")
+    whole = check_manifest(data, lengths=collator)
+    assert len(whole.problems) == 2 and whole.metadata == {"'tag'": 5, "'key 0'": 2, "'key 1'": 3}
+    together = threading.Barrier(2)
+
+    def part(rank: int) -> check.CheckReport:
+        share = check.Share(rank, 2, PictureNotes(tmp_path / "notes", rank, together.wait))
+        return check_share(data, None, "cfgroup", share, lengths=collator, max_pixels=10**6)[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(part, range(2))
+    assert sorted([*first.problems, *second.problems]) == sorted(whole.problems) and first.problems and second.problems
+    longest = max(first, second, key=lambda report: report.longest_text)
+    assert (longest.longest_text, longest.longest_text_where) == (whole.longest_text, whole.longest_text_where)
+    assert sorted(first.visual_tokens) == sorted(whole.visual_tokens) and not second.visual_tokens
+    counted = ("num_groups", "num_images", "num_texts", "num_cells", "num_unknown_cells", "edit_types", "num_counterfactuals", "metadata")
+    for name in counted:
+        assert getattr(first, name) == getattr(second, name) == getattr(whole, name), name
+    covered = {"manifest", "problems", "longest_text", "longest_text_unit", "longest_text_where", "visual_tokens", *counted}
+    assert covered == {each.name for each in fields(whole)}
+
+
+def test_a_training_says_which_keys_of_its_rows_are_not_used(
+    config: RunConfig, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) | {"meta": {"tag": 1}} for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = configured(config, tmp_path / "run", train=str(data))
+    for _ in range(2):  # looked at, and known
+        preflight.read_data(run, ONE)
+        assert "train.jsonl: 6 groups, 12 images, visual tokens min" in (said := capsys.readouterr().out)
+        assert "metadata 'tag' 6 (kept, not used)" in said
+
+
+def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config: RunConfig, data: Path) -> None:
+    """An image's texts are divided between forwards; one text with its prompt and image is not."""
+    groups, collator = read_manifest(data), load_collator(config.model, "full")
+    batches = collator.parts(groups, max_tokens=1)
+    least, whole = max(batch.num_tokens for batch in batches), max(part.num_tokens for group in groups for part in collator.parts([group]))
+    assert least < whole
+
+    def tokens(limit: int) -> Any:
+        return preflight.group_tokens(groups, collator, replace(config.data, max_tokens_per_forward=limit), ONE)
+
+    assert max(tokens(least)) == whole and all(part.num_tokens <= least for part in collator.parts(groups, least))
+    with pytest.raises(
+        DataError, match=f"has {least} tokens in one image with one text.*data.max_tokens_per_forward is {least - 1}; raise"
+    ):
+        tokens(least - 1)
 
 
 def test_a_check_that_is_killed_goes_on(
@@ -254,6 +365,9 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
     read = preflight.read_data(configured(config, Path(run), train=manifest, num_workers=0), world)
     tokens = preflight.group_tokens(read.groups, load_collator(config.model, "full"), config.data, world, read.pictures)
     print(json.dumps({"opened": opened, "identity": dict(read.identity), "tokens": list(tokens), "known": len(read.pictures or [])}))
+    resume.changes.model_hashes = lambda name, alive: print("hashed") or {"weights": "w", "inputs": "i"}  # type: ignore[func-returns-value]
+    told = resume.Start(None, [], {"model": None, "steps": 1}, 1, {}).told(config, world)
+    assert told == {"model": {"weights": "w", "inputs": "i"}, "steps": 1}
     for wrong in (bad, bad):
         try:
             preflight.read_data(configured(config, Path(run), train=wrong), world)
@@ -280,6 +394,7 @@ def test_ranks_share_a_check_that_takes_longer_than_a_collective_may(
     tokens = preflight.group_tokens(alone.groups, load_collator(config.model, "full"), config.data, ONE, alone.pictures)
     for rank in said:
         assert rank["identity"] == alone.identity and rank["known"] == 36 and rank["tokens"] == list(tokens)
+    assert ["hashed" in output.splitlines() for _, output in ended] == [True, False], "a model is read by one rank"
     first, second = (set(rank["opened"]) for rank in said)
     assert len(first) == len(second) == 18 and not first & second
     for _, output in ended:

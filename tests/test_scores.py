@@ -13,11 +13,16 @@ import pytest
 
 from cfvlm_ds.config import ModelConfig
 from cfvlm_ds.data import read_manifest
-from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.data.identity import Identity, data_identity
 from cfvlm_ds.data.pictures import PictureTable
 from cfvlm_ds.data.scores import StoredScores, read_scores, write_scores
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.models import fingerprint
+
+
+def of(groups: list[CounterfactualGroup]) -> Identity:
+    """The groups' identity by their paths as they are."""
+    return data_identity(groups, [])
 
 
 @pytest.fixture
@@ -36,7 +41,7 @@ def scores(groups: list[CounterfactualGroup]) -> dict[str, StoredScores]:
 
 @pytest.fixture
 def path(tmp_path: Path, groups: list[CounterfactualGroup], scores: dict[str, StoredScores]) -> Path:
-    write_scores(tmp_path / "scores.jsonl", groups, scores, "org/model")
+    write_scores(tmp_path / "scores.jsonl", groups, scores, "org/model", of(groups))
     return tmp_path / "scores.jsonl"
 
 
@@ -50,26 +55,26 @@ def edit(path: Path, row: int, change) -> None:
 
 
 def test_round_trip_keeps_every_bit(path: Path, groups: list[CounterfactualGroup], scores: dict[str, StoredScores]) -> None:
-    assert read_scores(path, groups) == scores
+    assert read_scores(path, groups, of(groups)) == scores
     assert [p.name for p in path.parent.iterdir()] == ["scores.jsonl"], "no partial file stays"
     header = json.loads(path.read_text().splitlines()[0])
-    assert header == {"schema": "cfscores/3", "data": data_identity(groups), "groups": len(groups), "model": "org/model"}
+    assert header == {"schema": "cfscores/3", "data": of(groups), "groups": len(groups), "model": "org/model"}
 
 
 def test_order_of_rows_does_not_matter(path: Path, groups: list[CounterfactualGroup], scores: dict[str, StoredScores]) -> None:
-    assert read_scores(path, groups[::-1]) == scores
+    assert read_scores(path, groups[::-1], of(groups[::-1])) == scores
 
 
 def test_a_missing_group_at_writing_leaves_no_file(tmp_path: Path, groups: list[CounterfactualGroup], scores) -> None:
     del scores[groups[3].id]
     with pytest.raises(KeyError):
-        write_scores(tmp_path / "new.jsonl", groups, scores, "m")
+        write_scores(tmp_path / "new.jsonl", groups, scores, "m", of(groups))
     assert not (tmp_path / "new.jsonl").exists()
 
 
 def test_missing_file(tmp_path: Path, groups: list[CounterfactualGroup]) -> None:
     with pytest.raises(DataError, match=r"absent\.jsonl: no such scores file; write it anew with `cfvlm-ds score`"):
-        read_scores(tmp_path / "absent.jsonl", groups)
+        read_scores(tmp_path / "absent.jsonl", groups, of(groups))
 
 
 def test_cut_off_files_are_refused_wherever_the_cut_is(path: Path, groups: list[CounterfactualGroup]) -> None:
@@ -78,7 +83,7 @@ def test_cut_off_files_are_refused_wherever_the_cut_is(path: Path, groups: list[
     for cut in (0, 10, whole.index(b"\n") + 1, row, row + 5, len(whole) - 30):
         path.write_bytes(whole[:cut])
         with pytest.raises(DataError, match=r"scores\.jsonl.*write it anew"):
-            read_scores(path, groups)
+            read_scores(path, groups, of(groups))
 
 
 def test_one_missing_group_is_named(path: Path, groups: list[CounterfactualGroup]) -> None:
@@ -86,7 +91,7 @@ def test_one_missing_group_is_named(path: Path, groups: list[CounterfactualGroup
     del lines[4]
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError, match=f"no scores for group '{groups[3].id}'"):
-        read_scores(path, groups)
+        read_scores(path, groups, of(groups))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1e300, None, "-3.0"])
@@ -99,29 +104,29 @@ def test_values_that_are_no_finite_numbers(path: Path, groups: list[Counterfactu
         original = path.read_text()
         edit(path, 3, spoil)
         with pytest.raises(DataError, match=f"group '{groups[2].id}'.*finite"):
-            read_scores(path, groups)
+            read_scores(path, groups, of(groups))
         path.write_text(original)
 
 
 def test_a_matrix_of_another_shape(path: Path, groups: list[CounterfactualGroup]) -> None:
     edit(path, 2, lambda row: row["blank"].append(-1.0))
     with pytest.raises(DataError, match=f"group '{groups[1].id}'"):
-        read_scores(path, groups)
+        read_scores(path, groups, of(groups))
 
 
 def test_a_matrix_with_images_and_texts_swapped(tmp_path: Path, groups: list[CounterfactualGroup], scores) -> None:
     """A sham makes I != C, so a transposed matrix is not the group's though it has as many numbers."""
     group = next(g for g in groups if len(g.images) != len(g.candidates))
     scores[group.id] = dataclasses.replace(scores[group.id], logp=tuple(zip(*scores[group.id].logp, strict=True)))
-    write_scores(tmp_path / "swapped.jsonl", groups, scores, "m")
+    write_scores(tmp_path / "swapped.jsonl", groups, scores, "m", of(groups))
     with pytest.raises(DataError, match=f"group '{group.id}'"):
-        read_scores(tmp_path / "swapped.jsonl", groups)
+        read_scores(tmp_path / "swapped.jsonl", groups, of(groups))
 
 
 def test_another_schema(path: Path, groups: list[CounterfactualGroup]) -> None:
     edit(path, 0, lambda header: header.update(schema="cfscores/1"))
     with pytest.raises(DataError, match="schema 'cfscores/1' is not 'cfscores/3'"):
-        read_scores(path, groups)
+        read_scores(path, groups, of(groups))
 
 
 def test_scores_of_another_manifest(path: Path, groups: list[CounterfactualGroup], scores) -> None:
@@ -138,11 +143,11 @@ def test_scores_of_another_manifest(path: Path, groups: list[CounterfactualGroup
         ({"id": "else"}, "other ids"),
     ):
         with pytest.raises(DataError, match=f"belong to another manifest, by .*{what}"):
-            read_scores(path, [dataclasses.replace(first, **change), *groups[1:]])
+            read_scores(path, changed := [dataclasses.replace(first, **change), *groups[1:]], of(changed))
     with pytest.raises(DataError, match=r"belong to another manifest, by the number of rows \(9, was 10\)"):
-        read_scores(path, groups[1:])
+        read_scores(path, groups[1:], of(groups[1:]))
     relabelled = [dataclasses.replace(group, weight=2.0, match=((1, *group.match[0][1:]), *group.match[1:])) for group in groups[::-1]]
-    assert read_scores(path, relabelled) == scores
+    assert read_scores(path, relabelled, of(relabelled)) == scores
 
 
 def test_scores_of_other_pictures(tmp_path: Path, groups: list[CounterfactualGroup], scores) -> None:
@@ -155,34 +160,34 @@ def test_scores_of_other_pictures(tmp_path: Path, groups: list[CounterfactualGro
         return data_identity(of, [], PictureTable.of_files(image for group in of for (image,) in group.images))
 
     path = tmp_path / "scores.jsonl"
-    write_scores(path, groups, scores, "m", data=identity(groups))
-    assert read_scores(path, moved, data=identity(moved)) == scores
+    write_scores(path, groups, scores, "m", identity(groups))
+    assert read_scores(path, moved, identity(moved)) == scores
     (one,), (other,) = next(group for group in moved if len(group.images) > 1).images[:2]
     one.rename(copied / "aside")
     other.rename(one)
     (copied / "aside").rename(other)
     with pytest.raises(DataError, match="belong to another manifest, by contents of pictures"):
-        read_scores(path, moved, data=identity(moved))
+        read_scores(path, moved, identity(moved))
 
 
 def test_scores_know_their_model(tmp_path: Path, groups: list[CounterfactualGroup], scores, model_dir: Path) -> None:
     """A copy of the model is the same one; other weights, tokenizer, template or bounds on visual tokens are refused by name."""
     path = tmp_path / "known.jsonl"
-    write_scores(path, groups, scores, "org/model", fingerprint(ModelConfig(str(model_dir))))
+    write_scores(path, groups, scores, "org/model", of(groups), made_by=fingerprint(ModelConfig(str(model_dir))))
     copied = shutil.copytree(model_dir, tmp_path / "copied")
     identity = fingerprint(ModelConfig(str(copied)))
-    assert read_scores(path, groups, identity) == scores
+    assert read_scores(path, groups, of(groups), made_by=identity) == scores
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    with pytest.raises(DataError, match="made by org/model with other weights than this run's model; write it anew"):
-        read_scores(path, groups, fingerprint(ModelConfig(str(copied))))
+    with pytest.raises(DataError, match="made by 'org/model' with other weights than this run's model; write it anew"):
+        read_scores(path, groups, of(groups), made_by=fingerprint(ModelConfig(str(copied))))
     shutil.copy(model_dir / "model.safetensors", weights)
     assert fingerprint(ModelConfig(str(copied))) == identity
     assert fingerprint(ModelConfig(str(copied), max_tiles=2)) != identity
     template = next(path for path in copied.glob("*.jinja"))
     template.write_text(template.read_text().replace("USER", "HUMAN"))
     with pytest.raises(DataError, match="with another tokenizer, processor or chat template than"):
-        read_scores(path, groups, fingerprint(ModelConfig(str(copied))))
+        read_scores(path, groups, of(groups), made_by=fingerprint(ModelConfig(str(copied))))
 
 
 def test_every_byte_of_the_weights_counts_and_is_read_once(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +218,6 @@ def test_every_byte_of_the_weights_counts_and_is_read_once(model_dir: Path, tmp_
 def test_a_moved_folder_is_the_same_manifest(tmp_path: Path, groups: list[CounterfactualGroup], scores) -> None:
     """Without the contents of pictures, their paths inside the data root tell."""
     root, path = groups[0].images[0][0].parent.parent, tmp_path / "scores.jsonl"
-    write_scores(path, groups, scores, "m", data=data_identity(groups, [root]))
+    write_scores(path, groups, scores, "m", data_identity(groups, [root]))
     moved = [dataclasses.replace(g, images=tuple((Path("/else") / image.relative_to(root),) for (image,) in g.images)) for g in groups]
-    assert read_scores(path, moved, data=data_identity(moved, [Path("/else")])) == scores
+    assert read_scores(path, moved, data_identity(moved, [Path("/else")])) == scores

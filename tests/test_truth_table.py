@@ -180,6 +180,19 @@ def test_the_collator_numbers_the_prompts(model_dir: Path, tmp_path: Path) -> No
     assert same == [[True, False, True], [False, True, False], [True, False, True]]
 
 
+def test_a_second_question_is_trained_on_every_image(model_dir: Path) -> None:
+    """Two images, two questions, yes and no: star has each question's own false answer on either image, and each answer's false image."""
+    one, _ = SHAPES["NaturalBench: two images, two questions"]
+    layout = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")._layout([one])
+    assert layout.valid.all()
+    ones = torch.ones(layout.valid.shape)
+    compared = Csd()._violations(ones, layout)[1].nonzero()[:, 1:].tolist()
+    assert sorted(compared) == [[0, 0, 1], [0, 3, 2], [1, 1, 0], [1, 2, 3]], "image, true text, false text"
+    (own,) = (replace(one, match=((1, 0, None, None), (0, 1, 1, 0))),)  # of the second question nothing is known on the factual image
+    star = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")._layout([own]).valid[0]
+    assert star.tolist() == [[True, True, False, False], [True] * 4]
+
+
 # Metrics: every comparison of the truth table, and no other -----------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from cfvlm_ds.groups import SHAM, CounterfactualGroup, DataError, Pictures
 
 PROGRESS_SECONDS = 5.0
 _SHOWN_PROBLEMS = 50
+_SHOWN, _SHOWN_CHARS = 30, 60  # edit types and keys of metadata in a line, and characters of each
 _CHUNK = 1024
 
 T = TypeVar("T")
@@ -86,6 +87,11 @@ class CheckReport:
         low, middle, high = min(self.visual_tokens), statistics.median_low(self.visual_tokens), max(self.visual_tokens)
         return f"min {low}, median {middle}, max {high} an image"
 
+    @property
+    def unused(self) -> str:
+        """The keys of ``metadata`` with their counts, the most frequent ones by name."""
+        return f"{_counted(self.metadata)} (kept, not used)"
+
     def __str__(self) -> str:
         lines = [
             ("manifest", self.manifest),
@@ -93,7 +99,7 @@ class CheckReport:
             ("images", f"{self.num_images} distinct files"),
             ("texts", str(self.num_texts)),
             ("unknown cells", f"{self.num_unknown_cells} of {self.num_cells}"),
-            ("edit types", ", ".join(f"{name} {count}" for name, count in self.edit_types.most_common()) or "none named"),
+            ("edit types", _counted(self.edit_types) or "none named"),
             ("counterfactuals", ", ".join(f"K={k}: {count} groups" for k, count in sorted(self.num_counterfactuals.items())) or "none"),
             (
                 "longest text",
@@ -103,13 +109,20 @@ class CheckReport:
         if self.visual_tokens:
             lines.append(("visual tokens", self.visual_range))
         if self.metadata:
-            lines.append(("metadata", ", ".join(f"{key} {count}" for key, count in self.metadata.items()) + " (kept, not used)"))
+            lines.append(("metadata", self.unused))
         lines.append(("problems", str(len(self.problems)) if self.problems else "none"))
         table = [f"{name:<16} {value}" for name, value in lines]
         table += [f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
         if len(self.problems) > _SHOWN_PROBLEMS:
             table.append(f"  ... and {len(self.problems) - _SHOWN_PROBLEMS} more")
         return "\n".join(table)
+
+
+def _counted(counts: Counter[str]) -> str:
+    """Names with their counts, on one line that ends."""
+    shown = [f"{name if len(name) <= _SHOWN_CHARS else f'{name[:_SHOWN_CHARS]}...'} {count}" for name, count in counts.most_common(_SHOWN)]
+    more = len(counts) - len(shown)
+    return ", ".join([*(" ".join(each.split()) for each in shown), *[f"and {more} more"] * bool(more)])
 
 
 @dataclass(frozen=True)
@@ -188,9 +201,12 @@ def _check_texts(report: CheckReport, where: str, group: CounterfactualGroup, le
                 sizes.add(shown)
         except DataError as error:
             report.problems.append(f"{where}: group {group.id!r}: {_named(image)}: {error}")
+    unseen = (_SOME_SIZE,) * group.num_pictures
     for index, candidate in enumerate(group.candidates):
         try:
             length = max((lengths.row_length(candidate.prompt, candidate.text, each) for each in sizes), default=0)
+            if not sizes:  # of pictures that are named above
+                lengths.row_length(candidate.prompt, candidate.text, unseen)
         except DataError as error:
             report.problems.append(f"{where}: group {group.id!r}: text {index}: {error}")
             continue
@@ -200,6 +216,9 @@ def _check_texts(report: CheckReport, where: str, group: CounterfactualGroup, le
                 f"{where}: group {group.id!r}: text {index} is {length} tokens long with its prompt and image, over the model's window of "
                 f"{lengths.max_length}; shorten it, or allow more tokens if the model does"
             )
+
+
+_SOME_SIZE = (56, 56)  # of pictures of which none is known: a text may have more against it than its length
 
 
 def _note_length(report: CheckReport, length: int, where: str) -> None:

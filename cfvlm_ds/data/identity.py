@@ -28,11 +28,12 @@ _MODULUS = 1 << 128
 
 def data_identity(
     groups: Iterable[CounterfactualGroup],
-    roots: Sequence[Path] = (),
+    roots: Sequence[Path],
     pictures: PictureTable | None = None,
     alive: Callable[[], object] = lambda: None,
 ) -> Identity:
-    """The identity of groups whose pictures are in ``roots``; moved with their folder, they are the same. ``alive`` is called for each.
+    """The identity of groups whose pictures are in ``roots`` (data_roots); moved with their folder, they are the same. ``alive`` is called
+    for each.
 
     Edits are not part of it: they name rows of a table of results, and nothing is trained or scored by them.
     """

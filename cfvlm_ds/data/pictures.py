@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cfvlm_ds.config import cores_per_rank
+from cfvlm_ds.data.images import Size, image_size
 from cfvlm_ds.groups import DataError
 
 _FACTS = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
@@ -189,6 +191,15 @@ class PictureNotes:
             yield
         except OSError as error:
             self.problem = f"{folder}: what the data check finds cannot be kept ({error.strerror}); make room, or correct the folder"
+
+
+def sizes_of(paths: Iterable[Path], known: PictureTable | None, max_pixels: int, pool: Executor) -> dict[Path, Size]:
+    """Width and height of each picture: those that are known, and the others' from their headers. Raises DataError as image_size does."""
+    distinct = list(dict.fromkeys(paths))
+    found = {} if known is None else {path: picture for path in distinct if (picture := known.find(path)) and picture.width}
+    unknown = [path for path in distinct if path not in found]
+    sizes = {path: (picture.width, picture.height) for path, picture in found.items()}
+    return sizes | dict(zip(unknown, pool.map(partial(image_size, max_pixels=max_pixels), unknown), strict=True))
 
 
 def stored_pictures(folder: Path) -> PictureTable | None:

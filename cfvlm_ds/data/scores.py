@@ -14,8 +14,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cfvlm_ds.data.identity import Identity, changes, data_identity
+from cfvlm_ds.data.identity import Identity, changes
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.reading import MIB, lines, open_regular, parse_json
 from cfvlm_ds.untrusted import create
@@ -39,16 +40,17 @@ def write_scores(
     groups: list[CounterfactualGroup],
     scores: Mapping[str, StoredScores],
     model: str,
-    identity: Mapping[str, str] | None = None,
-    data: Identity | None = None,
+    data: Identity,
+    *,
+    made_by: Mapping[str, str] | None = None,
 ) -> None:
     """Write the scores of every group; the file appears complete or not at all. Raises KeyError when a group has no scores.
 
-    ``data`` is the groups' identity with their roots and pictures; made from the groups alone where it is not given.
+    ``data`` is the groups' identity (data_identity), which a reader compares with that of its own; ``made_by`` the model's (fingerprint).
     """
     partial = path.with_name(path.name + ".partial")
     with io.TextIOWrapper(create(partial), encoding="utf-8") as handle:
-        header = {"schema": SCHEMA, "data": data or data_identity(groups), "groups": len(groups), "model": model, **(identity or {})}
+        header = {"schema": SCHEMA, "data": data, "groups": len(groups), "model": model, **(made_by or {})}
         handle.write(json.dumps(header) + "\n")
         for group in groups:
             stored = scores[group.id]
@@ -57,12 +59,14 @@ def write_scores(
 
 
 def read_scores(
-    path: Path, groups: list[CounterfactualGroup], identity: Mapping[str, str] | None = None, data: Identity | None = None
+    path: Path, groups: list[CounterfactualGroup], data: Identity, *, made_by: Mapping[str, str] | None = None
 ) -> dict[str, StoredScores]:
     """Scores by group id. Raises DataError on a missing, incomplete or foreign file, or a value that is not finite.
 
-    Foreign is a file of other ids, texts, prompts or pictures and, where ``identity`` is given, of other weights or of another tokenizer,
-    processor or template. Order, labels and weights of the groups may have changed: no score depends on them. ``data`` as in write_scores.
+    Foreign is a file of other ids, texts, prompts or pictures and, where ``made_by`` is given, of other weights or of another tokenizer,
+    processor or template. Order, labels and weights of the groups may have changed: no score depends on them.
+
+    ``data`` is the groups' identity, made with the roots that they were read with: paths count relative to these.
     """
     remedy = "write it anew with `cfvlm-ds score`"
     if not path.exists():
@@ -72,17 +76,19 @@ def read_scores(
             rows = (parse_json(line.decode()) for line in lines(handle, MAX_LINE))
             header = next(rows)
             if header["schema"] != SCHEMA:
-                raise DataError(f"{path}: schema {header['schema']!r} is not {SCHEMA!r}; {remedy}")
-            if what := changes(header["data"], data or data_identity(groups), of_scores=True):
+                raise DataError(f"{path}: schema {_shown(header['schema'])} is not {SCHEMA!r}; {remedy}")
+            if what := changes(header["data"], data, of_scores=True):
                 raise DataError(f"{path}: these scores belong to another manifest, by {what}; {remedy}")
-            for part, value in (identity or {}).items():
+            for part, value in (made_by or {}).items():
                 if header.get(part) != value:
                     what = {"weights": "other weights", "inputs": "another tokenizer, processor or chat template"}[part]
-                    raise DataError(f"{path}: these scores were made by {header['model']} with {what} than this run's model; {remedy}")
+                    raise DataError(
+                        f"{path}: these scores were made by {_shown(header['model'])} with {what} than this run's model; {remedy}"
+                    )
             stored: dict[str, StoredScores] = {}
             for number, row in enumerate(rows, start=2):
                 if row["id"] in stored or len(stored) == len(groups):
-                    raise DataError(f"{path}:{number}: group {row['id']!r} is one too many, or occurs twice; {remedy}")
+                    raise DataError(f"{path}:{number}: group {_shown(row['id'])} is one too many, or occurs twice; {remedy}")
                 stored[row["id"]] = StoredScores(tuple(tuple(line) for line in row["logp"]), tuple(row["blank"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError, StopIteration) as error:
         if isinstance(error, DataError):
@@ -98,3 +104,12 @@ def read_scores(
         if [len(line) for line in rows_of] != [texts] * (images + 1) or not finite:
             raise DataError(f"{path}:{number}: group {group.id!r} needs {images}x{texts} finite scores and {texts} blind ones; {remedy}")
     return stored
+
+
+def _shown(value: Any) -> str:
+    """A value of the file on one line of a message."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+_LONGEST_SHOWN = 200  # characters

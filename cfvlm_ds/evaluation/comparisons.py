@@ -6,6 +6,7 @@ comparisons would be those of the factual image a second time, so it is left to 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, product
@@ -47,17 +48,18 @@ def comparisons(group: CounterfactualGroup) -> Iterator[Comparison]:
         prompts.setdefault(prompt, []).append(c)
     for texts in prompts.values():
         for i, c in islice(((i, c) for i, c in product(images, texts) if match[i][c] == 1), 1):
-            for j, d in product(images, texts):
-                if match[j][d] == 1 and match[i][d] == 0 and match[j][c] == 0:
+            against = [d for d in texts if match[i][d] == 0]
+            for j, d in product([j for j in images if match[j][c] == 0], against):
+                if match[j][d] == 1:
                     yield Comparison("quad", (i, j, c, d), labels((i, j), (c, d)))
         for i in images:
-            for c, d in product(texts, texts):
-                if match[i][c] == 1 and match[i][d] == 0:
-                    yield Comparison("text", (i, c, d), labels((i,), (c, d)))
+            true, false = ([c for c in texts if match[i][c] == truth] for truth in (1, 0))
+            for c, d in product(true, false):
+                yield Comparison("text", (i, c, d), labels((i,), (c, d)))
     for c in range(len(group.candidates)):
-        for i, j in product(images, images):
-            if match[i][c] == 1 and match[j][c] == 0:
-                yield Comparison("image", (c, i, j), labels((i, j), (c,)))
+        true, false = ([i for i in images if match[i][c] == truth] for truth in (1, 0))
+        for i, j in product(true, false):
+            yield Comparison("image", (c, i, j), labels((i, j), (c,)))
     for i, j in product(sorted(shams), images):
         if match[j][0] == 0:
             yield Comparison("sham", (0, i, j), labels((j,), ()))
@@ -68,12 +70,18 @@ class _Labels:
 
     def __init__(self, group: CounterfactualGroup) -> None:
         self.edits = [edit for edit in group.edits if edit.type not in (SHAM, "")]
+        self.of_image: dict[int | None, list[int]] = {}
+        self.of_text: dict[int | None, list[int]] = {}
+        for number, edit in enumerate(self.edits):
+            self.of_image.setdefault(edit.image, []).append(number)
+            self.of_text.setdefault(edit.text, []).append(number)
         self.known: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[str, ...]] = {}
 
     def __call__(self, images: tuple[int, ...], texts: tuple[int, ...]) -> tuple[str, ...]:
         if (images, texts) not in self.known:
-            shared = [(edit.image in images) + (edit.text in texts) for edit in self.edits]
-            most = max(shared, default=0)
-            found = sorted({edit.type for edit, parts in zip(self.edits, shared, strict=True) if parts == most}) if most else [UNLABELLED]
+            shared = Counter(number for image in images for number in self.of_image.get(image, ()))
+            shared.update(number for text in texts for number in self.of_text.get(text, ()))
+            most = max(shared.values(), default=0)
+            found = sorted({self.edits[number].type for number, parts in shared.items() if parts == most}) or [UNLABELLED]
             self.known[images, texts] = tuple(found)
         return self.known[images, texts]

@@ -2,60 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
-from cfvlm_ds.collate import Collator
+from cfvlm_ds.collate import Collator, Size
 from cfvlm_ds.config import cores_per_rank
-from cfvlm_ds.data import image_size
-from cfvlm_ds.distributed import World, broadcast_object
-from cfvlm_ds.evaluation.scoring import Forward, batch_indices, guarded, score_batches
+from cfvlm_ds.data.pictures import sizes_of
+from cfvlm_ds.distributed import Patience, World, broadcast_object
+from cfvlm_ds.evaluation.scoring import Forward, batch_indices, guarded, other_images, score_batches, seen_as
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 
 Splits = Mapping[str, Sequence[CounterfactualGroup]]
+_CHUNK = 1024  # groups whose pictures' headers are read at a time
+
+
+class _Tried(NamedTuple):
+    """A batch of an evaluation: its split, its groups as they are seen there, its tokens, and those of its largest part in any cut."""
+
+    split: str
+    groups: list[CounterfactualGroup]
+    tokens: int
+    least: int
 
 
 def rehearse(
-    forward: Forward, collator: Collator, splits: Splits, world: World, batch_size: int, max_tokens: int | None, remedy: str
+    forward: Forward,
+    collator: Collator,
+    splits: Splits,
+    world: World,
+    batch_size: int,
+    max_tokens: int | None,
+    remedy: str,
+    *,
+    shuffled: bool = False,
 ) -> None:
-    """Score the batch with the most tokens, and the one with the largest tree where ``max_tokens`` divides batches; on every rank.
+    """Score the batch with the most tokens, and where ``max_tokens`` divides batches the one with the largest part that stays over it; on
+    every rank. They are looked for among all that ``score_groups`` will run, ``shuffled`` as there.
 
     Raises what ``score_groups`` raises, on all ranks.
     """
-    found: list[tuple[str, list[int], int]] | str = []
+    found: list[_Tried] | str = []
+    patience = Patience(world)  # rank 0 may have headers of very many pictures to read
     if world.is_main:
         try:
-            found = _largest(collator.scoring_everything(), splits, world.size, batch_size, max_tokens)
+            options = world.size, batch_size, shuffled, patience.alive
+            found = _largest(list(_batches(collator.scoring_everything(), splits, *options)), max_tokens)
         except DataError as error:
             found = str(error)
+    patience.meet()
     found = broadcast_object(found) if world.size > 1 else found
     if isinstance(found, str):
         raise DataError(found)
     collate = guarded(collator.scoring_everything(), max_tokens)
-    for split, indices, tokens in found:
-        parts = collate([splits[split][index] for index in indices])
+    for split, groups, tokens, _ in found:
+        parts = collate(groups)
         score_batches(forward, [parts], world, f"trying the largest evaluation batch, of {split},", remedy)
         forwards = 0 if isinstance(parts, DataError) else len(parts)
-        world.say(f"the largest evaluation batch, of {split}, fits: {len(indices)} groups, {tokens} tokens in {forwards} forwards")
+        world.say(f"the largest evaluation batch, of {split}, fits: {len(groups)} groups, {tokens} tokens in {forwards} forwards")
 
 
-def _largest(
-    collator: Collator, splits: Splits, world_size: int, batch_size: int, max_tokens: int | None
-) -> list[tuple[str, list[int], int]]:
-    """(split, groups of the batch, tokens) of at most two batches."""
-    shown = {picture: None for groups in splits.values() for group in groups for pictures in group.images for picture in pictures}
+def _batches(
+    collator: Collator, splits: Splits, world_size: int, batch_size: int, shuffled: bool, alive: Callable[[], object]
+) -> Iterator[_Tried]:
+    """Every batch of the evaluation of all splits."""
+    sizes: dict[Path, Size] = {}
     with ThreadPoolExecutor(cores_per_rank()) as pool:
-        sizes = dict(zip(shown, pool.map(image_size, shown), strict=True))
-    batches = []
+        for groups in splits.values():
+            for start in range(0, len(groups), _CHUNK):
+                alive()
+                shown = (picture for group in groups[start : start + _CHUNK] for pictures in group.images for picture in pictures)
+                sizes |= sizes_of(shown, collator.checked, collator.max_pixels, pool)
     for split, groups in splits.items():
-        trees = [collator.tree_tokens(group, sizes) for group in groups]
-        for start in range(0, len(groups), batch_size):
-            number, rank = divmod(start // batch_size, world_size)
-            indices = batch_indices(len(groups), batch_size, rank, world_size, number)
-            batches.append((sum(sum(trees[i]) for i in indices), max(max(trees[i]) for i in indices), split, indices))
+        for view in seen_as(groups, other_images(groups) if shuffled else None):
+            trees = []
+            for group in view:
+                alive()
+                trees.append(collator.tree_tokens(group, sizes))
+            for start in range(0, len(groups), batch_size):
+                number, rank = divmod(start // batch_size, world_size)
+                indices = batch_indices(len(groups), batch_size, rank, world_size, number)
+                of_batch = [tree for index in indices for tree in trees[index]]
+                tokens, least = sum(tree.whole for tree in of_batch), max(tree.least for tree in of_batch)
+                yield _Tried(split, [view[index] for index in indices], tokens, least)
+
+
+def _largest(batches: Sequence[_Tried], max_tokens: int | None) -> list[_Tried]:
     if not batches:
         return []
-    chosen = [max(batches, key=lambda batch: batch[0])]
-    if max_tokens is not None and (tree := max(batches, key=lambda batch: batch[1])) is not chosen[0] and tree[1] > max_tokens:
-        chosen.append(tree)
-    return [(split, indices, tokens) for tokens, _, split, indices in chosen]
+    chosen = [max(batches, key=lambda batch: batch.tokens)]
+    if max_tokens is not None and (over := max(batches, key=lambda batch: batch.least)) is not chosen[0] and over.least > max_tokens:
+        chosen.append(over)
+    return chosen

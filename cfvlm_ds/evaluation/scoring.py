@@ -33,6 +33,11 @@ class GroupScores:
     blank: Tensor
     shuffled: Tensor | None = None
 
+    @property
+    def finite(self) -> bool:
+        """Whether all scores of the texts, on the group's own images and on the blank one, are numbers."""
+        return bool(self.logp.isfinite().all() and self.blank.isfinite().all())
+
     def stored(self) -> StoredScores:
         """The same as plain numbers, for a scores file."""
         return StoredScores(tuple(map(tuple, self.logp.tolist())), tuple(self.blank.tolist()))
@@ -74,29 +79,26 @@ def score_groups(
     collator = collator.scoring_everything()
     rounds = -(-len(groups) // (batch_size * world.size))
     mine = [batch_indices(len(groups), batch_size, world.rank, world.size, r) for r in range(rounds)]
-    views: list[Sequence[CounterfactualGroup]] = [groups, [blinded(group) for group in groups]]
-    donors = other_images(groups) if shuffled else []
-    if shuffled:
-        views.append([shown_instead(group, donor) for group, donor in zip(groups, donors, strict=True)])
+    donors = other_images(groups) if shuffled else None
     results: dict[int, GroupScores] = {}
     started = spoken = time.monotonic()
     loaders: list[Any] = [
         DataLoader(
-            list(view),  # type: ignore[arg-type]
+            view,  # type: ignore[arg-type]
             batch_sampler=mine,
             collate_fn=guarded(collator, max_tokens),
             num_workers=num_workers,
             worker_init_fn=shield_worker,
             generator=apart(),
         )
-        for view in views
+        for view in seen_as(groups, donors)
     ]
     for done, (indices, *batches) in enumerate(zip(mine, *loaders, strict=True), start=1):
         seen, blind, *other = score_batches(forward, batches, world, f"{label}, groups from {groups[indices[0]].id!r}", remedy)
         for j, index in enumerate(indices):
             size = (len(groups[index].images), len(groups[index].candidates))
             foreign = None
-            if shuffled:
+            if donors is not None:
                 foreign = other[0][j, 0, : size[1]] if donors[index] is not None else torch.full((size[1],), torch.nan)
             results[index] = GroupScores(seen[j, : size[0], : size[1]], blind[j, 0, : size[1]], foreign)
         if time.monotonic() - spoken > 10:
@@ -106,7 +108,19 @@ def score_groups(
     merged: dict[int, GroupScores] = {}
     for part in gather_objects(results, world):
         merged.update(part)
-    return [merged[index] for index in range(len(groups))]
+    found = [merged[index] for index in range(len(groups))]
+    if broken := [group.id for group, scores in zip(groups, found, strict=True) if not scores.finite]:
+        named = f"{', '.join(map(repr, broken[:5]))}{', ...' * (len(broken) > 5)}"
+        world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite, and count as wrong: {named}")
+    return found
+
+
+def seen_as(groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | None] | None) -> list[list[CounterfactualGroup]]:
+    """The groups in every way in which they are scored: on their own images, on a blank one and, where there are any, on their donors'."""
+    views = [list(groups), [blinded(group) for group in groups]]
+    if donors is not None:
+        views.append([shown_instead(group, donor) for group, donor in zip(groups, donors, strict=True)])
+    return views
 
 
 def batch_indices(num_groups: int, batch_size: int, rank: int, world_size: int, number: int) -> list[int]:

@@ -15,11 +15,14 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from cfvlm_ds.config import ConfigError
+from cfvlm_ds.reading import MIB
 from cfvlm_ds.untrusted import bare_name, refuse_foreign
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "additional_chat_templates/*")
+LARGEST_SIDE_FILE = 128 * MIB
+"""Bytes of a file beside the weights; the largest tokenizers have 35 MiB."""
 _NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
 
 
@@ -39,11 +42,16 @@ def check_files(folder: Path) -> None:
 
 
 def refuse_no_files(folder: Path) -> None:
-    """ConfigError for what has the name of a model's side file and is none of the folder: reading a device or a pipe would not end."""
+    """ConfigError for what has the name of a model's side file and is none of the folder, or too large for one: reading a device or a pipe
+    would not end, and libraries take several times the size of a file in memory."""
     for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
         refuse_foreign(path, folder)
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ConfigError(f"{path} is no file; put one there, or remove it")
+        if path.is_file() and (size := path.stat().st_size) > LARGEST_SIDE_FILE:
+            raise ConfigError(
+                f"{path} has {size} bytes, and {LARGEST_SIDE_FILE} is the bound for what a model has beside its weights; get it again"
+            )
 
 
 def refuse_counts(folder: Path) -> None:
@@ -129,9 +137,12 @@ def explained(what: str, remedy: str) -> Iterator[None]:
         yield
     except (ConfigError, MemoryError, torch.OutOfMemoryError, dist.DistError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
         reason = " ".join(str(error).split()) or "no reason given"
         raise ConfigError(f"{what} ({type(error).__name__}: {reason[:_LONGEST_REASON]}); {remedy}") from error
 
 
+_PANIC = "PanicException"  # of libraries in Rust, which files that they did not expect can bring down; it is no Exception
 _LONGEST_REASON = 600  # characters
