@@ -6,20 +6,21 @@ is trained in all of their fields. A checkpoint keeps the record of its run, whi
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cfvlm_ds import checkpoint
 from cfvlm_ds.config import SECTIONS, ConfigError, Kind, ModelConfig, RunConfig, kinds
 from cfvlm_ds.errors import masked
 from cfvlm_ds.models import fingerprint
 from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.reading import MAX_RECORD, MAX_SETTINGS, parse_json, read_bytes
 from cfvlm_ds.run_files import append
+from cfvlm_ds.run_folder import recorded_options
 
 DEEPSPEED: dict[str, Kind] = {
     # compared as what _effective makes of them, or as train.*, which "auto" takes and the JSON may not contradict
@@ -112,12 +113,12 @@ def of_finished(run_dir: Path) -> dict[str, Any] | None:
 
 def _of_folder(run_dir: Path, ranks: int | None) -> dict[str, Any] | None:
     try:
-        options = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        known = all(isinstance(options[name], dict) for name in ("model", "data", "train", "objective"))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
+        options = recorded_options(run_dir)
+    except ConfigError:
         return None
+    known = all(isinstance(options.get(name), dict) for name in ("model", "data", "train", "objective"))
     try:
-        deepspeed = json.loads((run_dir / "ds_config.json").read_text(encoding="utf-8"))
+        deepspeed = parse_json(read_bytes(run_dir / "ds_config.json", MAX_SETTINGS).decode())
     except (OSError, ValueError, RecursionError):
         deepspeed = None
     return {"options": options, "deepspeed": deepspeed if isinstance(deepspeed, dict) else None, "ranks": ranks} if known else None
@@ -125,11 +126,14 @@ def _of_folder(run_dir: Path, ranks: int | None) -> dict[str, Any] | None:
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """What changes the meaning of the run, between two records. Raises ConfigError where the first is damaged."""
-    try:
-        old = _effective(before)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"the recorded options of the run cannot be read ({error!r}); restore its config.yaml") from error
     new = _effective(now)
+    try:
+        return _differences(before, _effective(before), now, new)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise ConfigError(f"the recorded options of the run cannot be read ({error!r}); restore its config.yaml") from error
+
+
+def _differences(before: Mapping[str, Any], old: dict[str, Any], now: Mapping[str, Any], new: dict[str, Any]) -> list[Change]:
     if _TOTAL in old:
         old, new = ({name: value for name, value in each.items() if name not in _STEPS} for each in (old, new))
     for one, other in ((old, new), (new, old)):
@@ -156,7 +160,7 @@ def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> s
     if changes and not allowed:
         return (
             f"{what} was trained with other options: {'; '.join(map(str, changes))}; restore them, choose another train.output_dir, or set "
-            f"train.resume_changes to allow to go on with the new ones behind step {step}"
+            f"train.resume_changes to allow to go on with the new ones after step {step}"
         )
     return None
 
@@ -164,7 +168,9 @@ def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> s
 def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], object]) -> None:
     """Add the changes at a step to a file of the run folder, unless it ends with them: a start may be repeated."""
     line = json.dumps({"step": step, "changes": {change.option: [change.before, change.now] for change in changes}})
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines: list[str] = []
+    with contextlib.suppress(OSError, ValueError):
+        lines = read_bytes(path, MAX_RECORD).decode().splitlines()
     if lines[-1:] != [line]:
         append(path, line, say)
 

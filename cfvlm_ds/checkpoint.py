@@ -10,11 +10,13 @@ import contextlib
 import gc
 import json
 import os
+import pickle
 import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch.distributed as dist
 
 from cfvlm_ds.config import ConfigError
 from cfvlm_ds.distributed import World, broadcast_object, gather_objects, random_state, set_random_state
+from cfvlm_ds.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.reshard import reshard
 from cfvlm_ds.untrusted import own_file, remove
 
@@ -67,8 +70,21 @@ class TrainState:
             raise ConfigError(f"its state has no {', '.join(lacking)}; resume from another checkpoint, or with the revision that wrote it")
         if unknown := sorted(state.keys() - vars(self).keys()):
             raise ConfigError(f"its state has {', '.join(unknown)}, which a newer revision must have written; resume with that one")
+        if odd := sorted(name for name, value in state.items() if not isinstance(value, _KINDS[name]) or isinstance(value, bool)):
+            raise ConfigError(f"its state has a {odd[0]} of type {type(state[odd[0]]).__name__}; resume from another checkpoint")
         for name, value in state.items():
             setattr(self, name, value)
+
+
+_KINDS: dict[str, Any] = {
+    "step": int,
+    **dict.fromkeys(("sampler", "record"), (dict, type(None))),
+    "data": (dict, str, type(None)),  # of an older revision, one hash
+    "run_id": (str, type(None)),
+    "baseline_lp": (int, float, type(None)),
+    "best": (dict, type(None)),
+    "skipped": dict,
+}
 
 
 def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: int, keep_every: int = 0) -> Path:
@@ -269,7 +285,7 @@ def newest(output_dir: Path) -> Path:
 
 def description(path: Path) -> dict[str, Any]:
     """What a complete checkpoint says of itself: ``step``, ``world_size``, ``run_id``, and ``files`` with their sizes and CRC-32."""
-    return json.loads((path / _COMPLETE).read_text())
+    return parse_json(read_bytes(path / _COMPLETE, MAX_RECORD).decode())
 
 
 def incomplete(path: Path) -> str | None:
@@ -337,7 +353,8 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
     flat = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups
     try:
         with _kept(failures):
-            reshard(path, cut, world.rank, world.size, engine._get_zero_param_shapes(), [tensor.numel() for tensor in flat])
+            shapes, sizes = engine._get_zero_param_shapes(), [tensor.numel() for tensor in flat]
+            reshard(path, cut, world.rank, world.size, shapes, sizes, partial(read_states, mmap=True))
         reasons = gather_objects(_reason(failures[0], cut) if failures else None, world)
         if reason := next(filter(None, reasons), None):
             raise ConfigError(f"{path} cannot be cut anew in {output_dir} ({reason}); make room, or start {ranks} ranks")
@@ -353,33 +370,70 @@ def kept_state(path: Path) -> TrainState | None:
 
     Raises ConfigError for what this revision cannot continue.
     """
-    loop = description(path).get("loop")
-    return None if loop is None else _state(loop, path)
+    described = description(path)
+    if (loop := described.get("loop")) is None:
+        return None
+    if (state := _state(loop, path)).step != described["step"]:
+        raise ConfigError(f"{path}: it was written at step {described['step']}, and its state is of step {state.step}; name another one")
+    return state
 
 
 def _state(loop: Any, path: Path) -> TrainState:
     state = TrainState()
     try:
         state.load_state_dict(loop)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except (AttributeError, TypeError) as error:
+        if state.best is not None:
+            float(state.best["step"]), float(state.best["value"])
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"{path}: {error}") from None
         raise ConfigError(f"{path}: its state cannot be read ({error}); name another checkpoint with train.resume") from error
     return state
 
 
 def _load(engine: Any, folder: Path, path: Path, state: TrainState, world: World) -> None:
     """Load what ``folder`` holds for this number of ranks of the checkpoint ``path``."""
-    _, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    with _tensors_alone(engine):
+        _, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if client is None:
         raise ConfigError(f"{path}: DeepSpeed could not load it; name another checkpoint with train.resume")
     found = kept_state(path) or _state(client.get("loop"), path)
     vars(state).update(vars(found))
     own = path / _RANDOM.format(world.rank % description(path)["world_size"])
-    random = torch.load(own, weights_only=True) if own.is_file() else client.get("rng")  # an older revision kept it among the weights
+    random = read_states(own) if own.is_file() else client.get("rng")  # an older revision kept it among the weights
     if random is None:
         raise ConfigError(f"{path} holds no random state; name another checkpoint with train.resume")
-    set_random_state(random, world.device)
+    try:
+        set_random_state(random, world.device)
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{own}: its random state cannot be used ({error}); name another checkpoint with train.resume") from error
+
+
+def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """A file of a checkpoint: tensors, and what DeepSpeed pickles beside them. Raises ConfigError for one that holds anything else, which
+    would be run."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    known: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(file, map_location=map_location, mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"{file} holds more than tensors ({str(error).splitlines()[0]}); name another checkpoint") from error
+
+
+@contextlib.contextmanager
+def _tensors_alone(engine: Any) -> Iterator[None]:
+    """DeepSpeed reads its files by ``read_states``: by its own reader, a checkpoint runs what whoever made it has put in."""
+    reader = engine.checkpoint_engine
+    load = reader.load
+    reader.load = lambda path, map_location=None: read_states(path, map_location)
+    try:
+        yield
+    finally:
+        reader.load = load
 
 
 def _by_step(output_dir: Path) -> list[Path]:

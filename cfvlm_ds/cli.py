@@ -206,7 +206,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.checkpoint import newest
+    from cfvlm_ds.checkpoint import damaged, description, incomplete, newest
     from cfvlm_ds.export import export_adapter, export_hf
 
     given = Path(arguments.run)
@@ -215,6 +215,8 @@ def _export(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{run_dir} is not a run folder (no config.yaml); name a run's output_dir or one of its checkpoints")
     model = recorded_model(run_dir)
     checkpoint = given if given != run_dir else newest(run_dir)
+    if defect := incomplete(checkpoint) or damaged(checkpoint, description(checkpoint)["files"]):
+        raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
     out = Path(arguments.out or run_dir / ("adapter" if arguments.adapter else "export"))
     write = export_adapter if arguments.adapter else export_hf
     print(f"exported to {write(checkpoint, model.name_or_path, out, lora=model.lora)}")

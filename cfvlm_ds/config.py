@@ -464,12 +464,13 @@ def _check_yaml(argv: Sequence[str], options: Iterable[str]) -> None:
                 continue  # named by the parser
             except ValueError as error:
                 raise ConfigError(f"{flag} {value}: {error}") from error
-            _check_document(text, value)
+            check_document(text, value)
         elif flag.startswith("--") and any(letter in value for letter in "*[{\n"):
-            _check_document(value, value)
+            check_document(value, value)
 
 
-def _check_document(text: str, named: str) -> None:
+def check_document(text: str, named: str) -> None:
+    """ConfigError on YAML that takes its parser, or whoever walks what it gives, without end, and on a key given twice."""
     import yaml
 
     steps = [1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", text)]

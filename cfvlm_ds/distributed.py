@@ -221,6 +221,23 @@ class Patience:
             time.sleep(_POLL_S)
 
 
+def agreed(world: World, function: Callable[[], Any], patience: Patience | None = None) -> Any:
+    """What rank 0 finds, on every rank, and what it raises about it; the others wait with ``patience`` where it may take long."""
+    found = problem = None
+    if world.is_main:
+        try:
+            found = function()
+        except (ConfigError, OSError) as error:
+            problem = str(error)
+    if patience is not None:
+        patience.meet()
+    if world.size > 1:
+        found, problem = broadcast_object((found, problem))
+    if problem is not None:
+        raise ConfigError(problem)
+    return found
+
+
 _PATIENCES = itertools.count()
 _SIGN_OF_LIFE_S, _POLL_S = 5.0, 0.1
 

@@ -16,7 +16,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import shutil
 import socket
 import threading
 import time
@@ -26,8 +25,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cfvlm_ds.config import ConfigError
 from cfvlm_ds.distributed import World
 from cfvlm_ds.errors import tell, unwritten
+from cfvlm_ds.reading import read_bytes
+from cfvlm_ds.run_files import remove
 from cfvlm_ds.stopping import EXIT_HANG
 
 FOLDER, HANG_FILE = "heartbeat", "hang.txt"
@@ -38,10 +40,15 @@ _RECORD_BYTES = 512  # written in place and in one piece, so that a full disk do
 
 
 def prepare(run_dir: Path) -> Path:
-    """The folder for the beats of a new start, emptied; for rank 0, before any rank starts to beat."""
+    """The folder for the beats of a new start, emptied; for rank 0, before any rank starts to beat. Raises ConfigError naming it."""
     folder = run_dir / FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    try:
+        remove(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.iterdir():  # a verdict or beats of an earlier start would be taken for this one's
+            left.unlink()
+    except OSError as error:
+        raise ConfigError(f"{unwritten(folder, error)}; make room, or choose another train.output_dir") from error
     return folder
 
 
@@ -164,7 +171,7 @@ class Heartbeat:
 
     def _read(self, rank: int) -> dict[str, Any] | None:
         with contextlib.suppress(OSError, ValueError):
-            return json.loads((self._folder / f"rank-{rank}.json").read_bytes())
+            return json.loads(read_bytes(self._folder / f"rank-{rank}.json", 8 * _RECORD_BYTES))
         return None
 
     def _leave(self, rank: int, sentence: str) -> None:

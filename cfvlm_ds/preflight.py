@@ -19,10 +19,11 @@ from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, DataConfig, DataSet, Mode
 from cfvlm_ds.data import Share, check_share, data_roots, read_manifest
 from cfvlm_ds.data.identity import Identity, data_identity
 from cfvlm_ds.data.pictures import PictureNotes, PictureTable, sizes_of, stored_pictures
-from cfvlm_ds.distributed import Patience, World, broadcast_object, gather_objects
+from cfvlm_ds.distributed import Patience, World, agreed, broadcast_object, gather_objects
 from cfvlm_ds.errors import without_secrets
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
+from cfvlm_ds.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.run_files import keep
 
 _FORM = 2  # of data_check.json and of what a check looks at; another number has everything looked at again
@@ -125,16 +126,7 @@ def group_tokens(
 def model_fingerprint(model: ModelConfig, world: World, tick: Tick = lambda: None) -> dict[str, str]:
     """``fingerprint``, for which rank 0 reads all weights. Raises ConfigError on every rank when they cannot be read."""
     patience = Patience(world, tick)
-    found: dict[str, str] | str = {}
-    if world.is_main:
-        try:
-            found = fingerprint(model, patience.alive)
-        except (ConfigError, OSError) as error:
-            found = str(error)
-    patience.meet()
-    if isinstance(found := _told(found, world), str):
-        raise ConfigError(found)
-    return found
+    return agreed(world, lambda: fingerprint(model, patience.alive), patience)
 
 
 def _too_large(groups: Sequence[CounterfactualGroup], tokens: npt.NDArray[Any], option: str, data: DataConfig) -> str | None:
@@ -152,7 +144,7 @@ def _told(item: Any, world: World) -> Any:
 
 def _recorded(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text()))
+        return dict(parse_json(read_bytes(file, MAX_RECORD).decode()))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
 

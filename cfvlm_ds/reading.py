@@ -16,6 +16,8 @@ from typing import IO, Any
 MIB = 2**20
 MAX_SETTINGS = MIB // 4
 """Bytes of a configuration, a DeepSpeed JSON, or another file of settings: some thirty times the longest one that people write."""
+MAX_RECORD = 64 * MIB
+"""Bytes of a file of records of a run or a model: a list of a checkpoint's files, an index of weights; ten times the longest ones."""
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]')

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +22,29 @@ from cfvlm_ds.untrusted import create, refuse_foreign
 Shapes = Sequence[Mapping[str, torch.Size]]
 """Name -> shape of the trained weights, one mapping per flat tensor, in the order in which they lie there."""
 
+Reader = Callable[[Path], dict[str, Any]]
+
 _RANK = re.compile(r"zero_pp_rank_(\d+)_")
 
 
-def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> None:
+def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int], read: Reader) -> None:
     """Write the files of ``rank`` of ``ranks`` into ``target``, a folder that DeepSpeed then loads as its own.
 
-    ``shapes`` is the engine's layout of the new run, and ``sizes`` the elements of this rank's flat tensors. Raises ConfigError when the
-    checkpoint's weights are not this run's.
+    ``shapes`` is the engine's layout of the new run, and ``sizes`` the elements of this rank's flat tensors; ``read`` maps a file. Raises
+    ConfigError when the checkpoint's weights are not this run's.
     """
     optimizer, model = _by_rank(source, "optim"), _by_rank(source, "model")
-    states = [_mapped(file)["optimizer_state_dict"] for file in optimizer]
-    state = _mapped(model[rank % len(model)])  # what is not cut is alike, but for the random state, of which every rank needs one
+    states = [read(file)["optimizer_state_dict"] for file in optimizer]
+    state = read(model[rank % len(model)])  # what is not cut is alike, but for the random state, of which every rank needs one
     lies = _Weights(states, state["param_shapes"])
     if lies.names != {name for group in shapes for name in group}:
         raise ConfigError(f"{source} trained other weights than this run does; restore model.*.tuning or choose another output_dir")
     new = lies.cut(rank, ranks, shapes, sizes)
     own = _RANK.sub(f"zero_pp_rank_{rank}_", optimizer[0].name)
     with create(target / own) as handle:
-        torch.save({**_mapped(optimizer[0]), "optimizer_state_dict": new}, handle)
+        torch.save({**read(optimizer[0]), "optimizer_state_dict": new}, handle)
     if lies.stage == 3:
-        state = {**state, "frozen_param_fragments": _frozen(model, state, rank, ranks)}
+        state = {**state, "frozen_param_fragments": _frozen([read(file) for file in model], state, rank, ranks)}
     elif rank:
         return
     with create(target / _RANK.sub(f"zero_pp_rank_{rank}_", model[0].name)) as handle:
@@ -54,11 +56,6 @@ def _by_rank(folder: Path, kind: str) -> list[Path]:
     for file in files:
         refuse_foreign(file, folder)
     return sorted(files, key=lambda file: int(match[1]) if (match := _RANK.search(file.name)) else 0)
-
-
-def _mapped(file: Path) -> dict[str, Any]:
-    # DeepSpeed pickles objects of its own beside the tensors, and loads its checkpoints in the same way.
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
 
 
 class _Weights:
@@ -141,11 +138,11 @@ class _Weights:
                 yield tensor.detach()[shift + first : shift + last]
 
 
-def _frozen(files: Sequence[Path], state: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Tensor] | None:
+def _frozen(states: Sequence[Mapping[str, Any]], state: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Tensor] | None:
     """The parts of the frozen weights that ZeRO-3 gives to this rank."""
     if state["frozen_param_fragments"] is None:
         return None
-    fragments = [_mapped(file)["frozen_param_fragments"] for file in files]
+    fragments = [each["frozen_param_fragments"] for each in states]
     parts = {}
     for name, shape in state["frozen_param_shapes"].items():
         part = -(-shape.numel() // ranks)

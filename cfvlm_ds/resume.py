@@ -1,10 +1,9 @@
-"""Where a run starts: at step 0 or behind a checkpoint, or not at all. All of it is decided before anything is loaded or touched."""
+"""Where a run starts: at step 0 or after a checkpoint, or not at all. All of it is decided before anything is loaded or touched."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.config import ConfigError, RunConfig
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.identity import changes as changed_data
-from cfvlm_ds.distributed import Patience, World, broadcast_object
+from cfvlm_ds.distributed import Patience, World, agreed
+from cfvlm_ds.reading import MAX_SETTINGS, parse_json, read_bytes
 
 FINISHED = "finished.json"
 CHANGES = "resume_changes.jsonl"
@@ -37,17 +37,24 @@ class Start:
 
     def check(self, state: TrainState, config: RunConfig, sampler: GroupSampler) -> None:
         """Move the sampler to where ``state`` is. Raises ConfigError or DataError where it is not a place in this run."""
-        if isinstance(state.data, dict) and (what := changed_data(state.data, self.data)):
+        try:
+            what = changed_data(state.data, self.data) if isinstance(state.data, dict) else None
+        except KeyError as error:
+            raise ConfigError(f"{self.found}: its state says nothing of {error} of its data; give train.resume another one") from error
+        if what:
             raise OtherData(
                 f"{self.found} was trained on {config.data.train} before a change of {what}; restore the data, or start a new run in "
                 "another train.output_dir"
             )
         if state.step > self.total_steps:
             raise ConfigError(
-                f"{self.found} is behind the run's last step {self.total_steps}; raise train.max_steps, or give train.resume an older one"
+                f"{self.found} is after the run's last step {self.total_steps}; raise train.max_steps, or give train.resume an older one"
             )
         sampler.load_state_dict(state.sampler or {})
-        before = ((state.record or {}).get("options") or {}).get("train") or {}
+        before: Any = state.record
+        for part in ("options", "train"):
+            before = before.get(part) if isinstance(before, dict) else None
+        before = before if isinstance(before, dict) else {}
         if before.get("save_best", config.train.save_best) != config.train.save_best:
             state.best = None  # of another metric
 
@@ -55,14 +62,14 @@ class Start:
         """The record for the run's checkpoints, when the model is there: a hub's may not have been when the run was started."""
         if self.record["model"]:
             return self.record
-        patience = Patience(world)
-        hashes = _agreed(world, lambda: changes.model_hashes(config.model.name_or_path, patience.alive), patience)
+        patience = Patience(world)  # rank 0 reads all weights of the model
+        hashes = agreed(world, lambda: changes.model_hashes(config.model.name_or_path, patience.alive), patience)
         return {**self.record, "model": hashes}
 
     def note(self, run_dir: Path, step: int, world: World) -> list[Path]:
         """Say what has changed and add it to the run folder (rank 0); the file, where there is something in it."""
         for change in self.changed:
-            world.say(f"behind step {step}: {change}")
+            world.say(f"after step {step}: {change}")
         if self.changed and world.is_main:
             changes.note(run_dir / CHANGES, step, self.changed, world.say)
         return [run_dir / CHANGES] if self.changed else []
@@ -79,7 +86,7 @@ def decide(
     run_dir, train = Path(config.train.output_dir), config.train
     allowed = train.resume_changes == "allow"
     patience = Patience(world)  # rank 0 may read all weights of the model
-    record = _agreed(world, lambda: changes.record(config, deepspeed, world.size, total_steps, patience.alive), patience)
+    record = agreed(world, lambda: changes.record(config, deepspeed, world.size, total_steps, patience.alive), patience)
 
     def changed_since(told: Mapping[str, Any], what: Path, step: int) -> list[Change]:
         found = changes.compare(told, record)
@@ -88,23 +95,23 @@ def decide(
         return found
 
     if is_finished(config, total_steps, world):
-        told = _agreed(world, lambda: changes.of_finished(run_dir))
+        told = agreed(world, lambda: changes.of_finished(run_dir))
         if told is not None:
-            _agreed(world, lambda: changed_since(told, run_dir, total_steps))
+            agreed(world, lambda: changed_since(told, run_dir, total_steps))
         world.say(
             f"{run_dir} has finished at step {total_steps}: nothing to do; remove {run_dir / FINISHED} to evaluate and export it again"
         )
         return None
     found = checkpoint.find(run_dir, train.resume, world)
     if found is None:
-        if train.resume == "auto" and (step := _agreed(world, lambda: _finished_at(run_dir))) is not None:
+        if train.resume == "auto" and (step := agreed(world, lambda: _finished_at(run_dir))) is not None:
             raise ConfigError(
                 f"{run_dir} has finished at step {step} and holds no checkpoint to go on from to step {total_steps}; choose another "
                 "train.output_dir, or set train.resume to restart to start at step 0"
             )
         return Start(None, [], record, total_steps, data)
     step = checkpoint.description(found)["step"]
-    start = Start(found, _agreed(world, lambda: changed_since(changes.recorded(found), found, step)), record, total_steps, data)
+    start = Start(found, agreed(world, lambda: changed_since(changes.recorded(found), found, step)), record, total_steps, data)
     if (state := checkpoint.kept_state(found)) is not None:
         start.check(state, config, sampler)
     return start
@@ -112,29 +119,13 @@ def decide(
 
 def is_finished(config: RunConfig, total_steps: int, world: World) -> bool:
     """Whether a start that takes what it finds has nothing to do; rank 0 decides."""
-    found = _agreed(world, lambda: _finished_at(Path(config.train.output_dir)))
+    found = agreed(world, lambda: _finished_at(Path(config.train.output_dir)))
     return config.train.resume in ("auto", "restart") and found == total_steps
 
 
 def _finished_at(run_dir: Path) -> int | None:
     with contextlib.suppress(OSError, ValueError, RecursionError):  # one that a power loss has cut is none
-        found = json.loads((run_dir / FINISHED).read_text())
+        found = parse_json(read_bytes(run_dir / FINISHED, MAX_SETTINGS).decode())
         if isinstance(found, dict) and type(found.get("step")) is int:
             return found["step"]
     return None
-
-
-def _agreed(world: World, function: Callable[[], Any], patience: Patience | None = None) -> Any:
-    """What rank 0 finds, on every rank, and what it raises about it; the others wait with ``patience`` where it may take long."""
-    found = problem = None
-    if world.is_main:
-        try:
-            found = function()
-        except (ConfigError, OSError) as error:
-            problem = str(error)
-    if patience is not None:
-        patience.meet()
-    found, problem = broadcast_object((found, problem))
-    if problem is not None:
-        raise ConfigError(problem)
-    return found

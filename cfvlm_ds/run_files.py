@@ -1,24 +1,48 @@
-"""Small files of a run folder, on a disk that may be full or fail for a while: what they say is not worth a training."""
+"""Small files of a run folder, on a disk that may be full or fail for a while: what they say is not worth a training.
+
+The folder may be one that somebody else has prepared: nothing is written through a link, and a pipe is not waited for.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from cfvlm_ds.errors import unwritten
+from cfvlm_ds.reading import read_bytes
 
 Say = Callable[[str], object]
+
+
+_APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def create(path: Path) -> IO[bytes]:
+    """A new file to write, in place of a file or a link of this name; never the file that a link leads to. Raises OSError."""
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all it holds; of a link, only the link."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def replace(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, never meets half of it. Raises OSError that names the file, and leaves nothing."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(content)
+        with create(temporary) as file:
+            file.write(content)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -28,8 +52,8 @@ def replace(path: Path, content: bytes) -> None:
 
 def update(path: Path, content: bytes) -> None:
     """``replace`` unless the file has this content already: a run that goes on needs no room for it."""
-    with contextlib.suppress(OSError):
-        if path.read_bytes() == content:
+    with contextlib.suppress(OSError, ValueError):
+        if read_bytes(path, len(content)) == content:
             return
     replace(path, content)
 
@@ -47,7 +71,7 @@ def keep(path: Path, text: str, say: Say) -> bool:
 def append(path: Path, line: str, say: Say) -> bool:
     """Add a whole line or nothing, where a failure is a warning. Whether it was added."""
     try:
-        with path.open("ab", buffering=0) as file:
+        with os.fdopen(os.open(path, _APPENDING, 0o666), "ab", buffering=0) as file:
             size = file.tell()
             try:
                 _write(file.fileno(), bytearray(line.encode() + b"\n"))
@@ -106,7 +130,7 @@ class Lines:
     def _flush(self) -> None:
         try:
             if self._handle is None:
-                self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+                self._handle = os.open(self.path, _APPENDING, 0o644)
             _write(self._handle, self._waiting)
         except OSError as error:
             if self._error is None:

@@ -23,6 +23,7 @@ import psutil
 
 from cfvlm_ds.config import ConfigError
 from cfvlm_ds.errors import tell, unwritten
+from cfvlm_ds.reading import MAX_SETTINGS, read_bytes
 
 NAME = "run.lock"
 _TOUCHED_EVERY_S = 30.0
@@ -201,10 +202,12 @@ def _content(lock: Path) -> str | None:
     """The lock's content, with a moment for a holder that has created it and is about to write."""
     for _ in range(20):
         try:
-            if content := lock.read_text(errors="replace"):
+            if content := read_bytes(lock, MAX_SETTINGS).decode(errors="replace"):
                 return content
         except FileNotFoundError:
             return None
+        except ValueError:  # a pipe, or no end of it: no lock that anybody holds
+            return "?"
         time.sleep(0.05)
     return ""
 

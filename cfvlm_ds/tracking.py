@@ -38,6 +38,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from cfvlm_ds.errors import masked, tell, unwritten, without_secrets
+from cfvlm_ds.reading import MAX_RECORD, open_regular, parse_json, read_bytes
 from cfvlm_ds.run_files import Lines, keep, replace
 
 METRICS_FILE = "metrics.jsonl"
@@ -259,7 +260,7 @@ class _Record:
         """None where there is none, and where a power loss has left something else in its place."""
         path = run_dir / RECORD_FILE
         try:
-            record = cls(**json.loads(path.read_text(encoding="utf-8")))
+            record = cls(**parse_json(read_bytes(path, MAX_RECORD).decode()))
             whole = all(isinstance(getattr(record, name), kinds) for name, kinds in _KINDS.items())
             whole = whole and record.offset >= 0 and all(artifact.keys() == {"path", "folder", "pending"} for artifact in record.artifacts)
         except FileNotFoundError:
@@ -571,7 +572,8 @@ def _truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple
     kept: list[bytes] = []
     names: set[str] = set()
     new_offset = position = 0
-    lines = path.read_bytes().splitlines(keepends=True)
+    with open_regular(path) as file:
+        lines = file.read().splitlines(keepends=True)
     for line in lines:
         position += len(line)
         row = _parse(line)

@@ -25,10 +25,10 @@ from cfvlm_ds.config import ConfigError, RunConfig
 from cfvlm_ds.data import GroupSampler, PackedSampler, data_roots, open_image
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.scores import StoredScores, read_scores, write_scores
-from cfvlm_ds.distributed import World, apart, broadcast_object, random_kept, seed_everything
+from cfvlm_ds.distributed import Patience, World, agreed, apart, broadcast_object, random_kept, seed_everything
 from cfvlm_ds.errors import masked, tell, unwritten
 from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, evaluate, flat_metrics, headline, metric_names, rehearse, table
-from cfvlm_ds.export import export_adapter, export_hf
+from cfvlm_ds.export import export_adapter, export_hf, refuse_replacing
 from cfvlm_ds.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.models import ModelFlops, load_config, only_adapters_train, parameter_counts, peak
@@ -36,6 +36,7 @@ from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.preflight import RunData, forget, group_tokens, model_fingerprint, read_data
 from cfvlm_ds.run_files import keep, update
 from cfvlm_ds.run_files import replace as replace_file
+from cfvlm_ds.run_folder import refuse_foreign_entries
 from cfvlm_ds.run_lock import RunLock
 from cfvlm_ds.self_check import check_scores, refuse_nonfinite, refuse_unusable
 from cfvlm_ds.step import Meter, Run, optimizer_step
@@ -58,7 +59,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
     world = world or engine.start()
     with stopping.before_leaving(lambda code: world.say(_LEFT[code])):
         validate(config, world)
-        with _locked(Path(config.train.output_dir), world):
+        with _locked(Path(config.train.output_dir), world, partial(_refuse_export, config)):
             _train(config, world)
 
 
@@ -69,18 +70,19 @@ _LEFT = {
 
 
 @contextlib.contextmanager
-def _locked(run_dir: Path, world: World) -> Iterator[None]:
-    """The run folder is this run's alone. Raises ConfigError on all ranks, naming its holder, when it is another's."""
-    lock: Any = contextlib.nullcontext()
-    problem = None
-    if world.is_main:
-        try:
-            lock = RunLock(run_dir, world.say)
-        except (ConfigError, OSError) as error:
-            problem = str(error)
-    if problem := broadcast_object(problem):
-        raise ConfigError(problem)
-    with lock, stopping.before_leaving(lambda code: lock.release() if world.is_main else None):
+def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """The run folder is this run's alone. Raises ConfigError on all ranks when it is another's, naming its holder, when what the run
+    writes there would end elsewhere, and when ``check`` does, before anything is touched."""
+    held: list[RunLock] = []
+
+    def hold() -> None:
+        refuse_foreign_entries(run_dir)
+        check()
+        held.append(RunLock(run_dir, world.say))
+
+    agreed(world, hold)
+    lock: Any = held[0] if held else contextlib.nullcontext()
+    with lock, stopping.before_leaving(lambda code: lock.release() if held else None):
         yield
 
 
@@ -108,9 +110,7 @@ def _train(config: RunConfig, world: World) -> None:
         raise
     if start is None:
         return
-    if world.is_main:
-        heartbeat.prepare(run_dir)
-    world.wait()
+    agreed(world, lambda: heartbeat.prepare(run_dir))
     with heartbeat.Heartbeat(run_dir / heartbeat.FOLDER, world, config.train.hang_timeout_s) as pulse:
         imported = import_mlflow() if world.is_main and config.tracking.enabled else None
         driven, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=start.data)
@@ -487,12 +487,14 @@ def _finish(run: Run, tracker: Any) -> None:
     """
     run.pulse.mark("evaluation and export", run.state.step)
     failed: Exception | None = None
+    patience = Patience(run.world)  # an export of hours outlasts the time limit of the evaluation's first collective
     if run.world.is_main and run.config.train.export:
         try:
-            _export(run)
+            _export(run, patience.alive)
         except Exception as error:
             failed = error
             run.world.say(f"warning: the export failed ({error}); the evaluation follows, then this error ends the run")
+    patience.meet()
     results, scores = _evaluate(run, run.config.train.eval_shuffled)
     tracker.log(run.state.step, flat_metrics(results))
     if run.world.is_main:
@@ -538,13 +540,28 @@ def _figures(run: Run, scores: Mapping[str, Sequence[GroupScores]]) -> list[Path
     return drawn
 
 
-def _export(run: Run) -> None:
+def _export(run: Run, alive: Callable[[], object]) -> None:
     model, last = run.config.model, run.dir / f"checkpoint-{run.state.step}"
+    folder, _ = _exported(run.config)
     if only_adapters_train(model):
-        exported = export_adapter(last, model.name_or_path, run.dir / "adapter", model.lora, run.world.say)
+        exported = export_adapter(last, model.name_or_path, folder, model.lora, run.world.say, alive)
     else:
-        exported = export_hf(last, model.name_or_path, run.dir / "export", run.world.say, model.lora)
+        exported = export_hf(last, model.name_or_path, folder, run.world.say, model.lora, alive)
     run.world.say(f"exported to {exported}")
+
+
+def _exported(config: RunConfig) -> tuple[Path, str]:
+    """The folder of a run's export, and the file by which an export is known."""
+    name, marker = ("adapter", "adapter_config.json") if only_adapters_train(config.model) else ("export", "config.json")
+    return Path(config.train.output_dir) / name, marker
+
+
+def _refuse_export(config: RunConfig) -> None:
+    """ConfigError where the export could not take its place when the training is over."""
+    if config.train.export:
+        folder, marker = _exported(config)
+        remedy = "choose another train.output_dir, or set train.export to false"
+        refuse_replacing(folder, marker, [Path(config.model.name_or_path).resolve()], remedy)
 
 
 def _captions(group: CounterfactualGroup) -> list[str]:

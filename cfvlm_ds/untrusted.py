@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cfvlm_ds.config import ConfigError
+from cfvlm_ds.run_files import create as create
+from cfvlm_ds.run_files import remove as remove
 
 _LONGEST_NAME = 255  # bytes: what file systems take
 
@@ -76,17 +77,3 @@ def write_text(path: Path, text: str) -> None:
     with create(partial := path.with_name(path.name + ".partial")) as handle:
         handle.write(text.encode())
     os.replace(partial, path)
-
-
-def create(path: Path) -> IO[bytes]:
-    """A new file to write, in place of a file or a link of this name; never the file that a link leads to. Raises OSError."""
-    path.unlink(missing_ok=True)
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
-
-
-def remove(path: Path) -> None:
-    """Remove a folder with all it holds; of a link, only the link."""
-    if path.is_symlink():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)

@@ -38,6 +38,8 @@ def validate(config: RunConfig, world: World | None) -> None:
     unset_hf_deepspeed_config()  # nothing is loaded by this one
     engine.validate(config, resolved, size, None if world is None else device)
     if world is not None:
+        if (resume := config.train.resume) not in ("auto", "never", "restart") and not Path(resume).is_dir():
+            raise ConfigError(f"train.resume {resume!r} is no folder; give auto, never, restart or the path of a checkpoint")
         _check_data(config)
 
 

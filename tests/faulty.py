@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
 
@@ -73,14 +74,13 @@ def no_room() -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_metrics(run_dir: str, first: int, last: int) -> Iterator[None]:
-    """From one step to another one metrics.jsonl finds no room, and nonfinite.jsonl never: the system itself refuses."""
+    """From one step to another one metrics.jsonl finds no room, and nonfinite.jsonl can never be written: the system itself refuses."""
     step, kept = training.optimizer_step, 0
-    if rank() == 0:
-        Path(run_dir).mkdir()
-        (Path(run_dir) / "nonfinite.jsonl").symlink_to("/dev/full")
 
     def stepped(run, batches, meter):  # type: ignore[no-untyped-def]
         nonlocal kept
+        if rank() == 0:
+            (Path(run_dir) / "nonfinite.jsonl").mkdir(exist_ok=True)
         number, done = run.state.step + 1, step(run, batches, meter)
         if rank() == 0 and number == first:
             kept = full(handle_of(run.dir / "metrics.jsonl"))
@@ -247,7 +247,29 @@ def refuse(run: object) -> None:
     raise ConfigError("the scores are wrong")
 
 
+@contextlib.contextmanager
+def slow_export(limit: float) -> Iterator[None]:
+    """The export takes three times as long as collectives may, and gets on; the limit is set when the training is over."""
+    finish, export = training._finish, training._export
+
+    def finished(run, tracker):  # type: ignore[no-untyped-def]
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=limit), dist.group.WORLD)
+        finish(run, tracker)
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30), dist.group.WORLD)
+
+    def exported(run, alive):  # type: ignore[no-untyped-def]
+        end = time.monotonic() + 3 * limit
+        while time.monotonic() < end:
+            alive()
+            time.sleep(0.1)
+        export(run, alive)
+
+    with patch.object(training, "_finish", finished), patch.object(training, "_export", exported):
+        yield
+
+
 FAULTS = {
+    "slow export": slow_export,
     "branched": branched,
     "unchanged": unchanged,
     "slow gathers": slow_gathers,

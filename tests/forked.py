@@ -49,12 +49,19 @@ def _rank(variables: dict[str, str], function: str, arguments: Sequence[object],
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing is left of tests that are cut off
     os.setsid()
     os.chdir(REPO)
-    os.environ |= variables | ON_CPU
+    take(variables | ON_CPU)
     output = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     module, name = function.split(":")
     getattr(importlib.import_module(module), name)(*arguments)
+
+
+def take(variables: Mapping[str, str]) -> None:
+    """Have these environment variables and no others: the server kept those of the test that started it, such as a tracking server's."""
+    for name in os.environ.keys() - variables.keys() - {"PYTHONPATH"}:
+        del os.environ[name]
+    os.environ |= variables
 
 
 def script(file: str, arguments: Sequence[str]) -> None:

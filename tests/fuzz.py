@@ -427,8 +427,12 @@ def run_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
         elif what == "state":
             states = ("finished.json", "metrics.jsonl", ".mlflow_delivery.json", "data_check.json", "run.lock")
             file = folder / chance.choice(states)
+            if not file.is_file() or file.is_symlink():
+                continue
             with contextlib.suppress(ValueError):
-                if chance.random() < 0.6 and file.name != "metrics.jsonl":
+                if chance.random() < 0.3:
+                    change = damage_file(file, chance, base.folder / "outside.png")
+                elif chance.random() < 0.6 and file.name != "metrics.jsonl":
                     value, change = mutated(json.loads(file.read_text()), chance)
                     file.write_text(json.dumps(value))
                 else:
@@ -456,9 +460,7 @@ def resume_run(base: Base, folder: Path, out: Path, resume: str) -> None:
         state = TrainState()
         checkpoint.load(Engine(), found, state, ONE, out)
         assert (state.step, state.run_id) == (step, run_id)
-    shutil.copytree(
-        folder, out, dirs_exist_ok=True, symlinks=True, ignore=lambda at, names: [n for n in names if n.startswith("checkpoint-")]
-    )
+    copied_run(folder, out)
     config = base.reading(base.folder / "data" / "a.jsonl", out, "full")
     with _locked(out, ONE):
         groups = preflight.read_data(config, ONE).groups
@@ -468,6 +470,19 @@ def resume_run(base: Base, folder: Path, out: Path, resume: str) -> None:
             tracker.log(step + 1, {"loss": 0.5})
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert all(row["step"] <= step for row in rows[:-1]) and rows[-1]["step"] == step + 1
+
+
+def copied_run(folder: Path, out: Path) -> None:
+    """A run folder without its checkpoints, with whatever else is in it."""
+    for path in (path for path in folder.iterdir() if not path.name.startswith("checkpoint-")):
+        if path.is_symlink():
+            (out / path.name).symlink_to(os.readlink(path))
+        elif path.is_fifo():
+            os.mkfifo(out / path.name)
+        elif path.is_file():
+            shutil.copy2(path, out / path.name)
+        else:
+            shutil.copytree(path, out / path.name, symlinks=True)
 
 
 # Stored scores, and the DeepSpeed JSON ---------------------------------------------------------------------------------------------------
@@ -518,8 +533,6 @@ def deepspeed_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
             done += f"; {damage_file(path, chance, base.folder / 'outside.png')}"
             if not path.is_file():
                 break
-    if path.exists() and not path.is_file() and not path.is_dir():
-        path.unlink()  # a pipe in its place is waited for, as a pipe from another command is
     return done, functools.partial(use_deepspeed, replace(base.config, deepspeed=str(path)))
 
 

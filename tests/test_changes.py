@@ -208,6 +208,37 @@ def test_a_checkpoint_without_a_record_is_compared_with_the_files_of_its_folder(
     assert checkpoint.description(saved)["step"] == 2
 
 
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) of a JSON value."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [place for key in keys for place in [(value, key), *places(value[key])]]
+
+
+def test_no_record_of_somebody_else_s_ends_in_a_traceback(told: Any) -> None:
+    """Every part of a record in turn is lost, or is something else: it is compared, or refused in one sentence."""
+    now = told("--model.language_model.tuning", "lora", "--data.max_tokens_per_micro_batch", "99")
+    nested: Any = []
+    for _ in range(900):  # as deep as JSON is read
+        nested = {"a": nested}
+    number = len(places(now))
+    refused = 0
+    for odd in (None, [], {}, "x", -1, 10**400, {"a": [1]}, nested, ...):
+        for index in range(number):
+            before = json.loads(json.dumps(now))
+            container, key = places(before)[index]
+            if odd is ...:
+                container.pop(key)
+            else:
+                container[key] = odd
+            try:
+                for change in changes.compare(before, now):
+                    assert str(change)
+            except ConfigError as error:
+                refused += 1
+                assert str(error).startswith("the recorded options of the run cannot be read (")
+    assert refused > 100
+
+
 def test_changes_are_noted_once(told: Any, tmp_path: Path) -> None:
     found = changes.compare(told(), told("--train.learning_rate", "0.1"))
     for step in (4, 4, 6):

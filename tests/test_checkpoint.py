@@ -37,7 +37,7 @@ class Engine:
     """Writes and reads files where DeepSpeed would, through a writer like DeepSpeed's, with a script that only rank 0 copies."""
 
     def __init__(self) -> None:
-        self.checkpoint_engine = SimpleNamespace(save=self.write, makedirs=os.makedirs)
+        self.checkpoint_engine = SimpleNamespace(save=self.write, load=self.read, makedirs=os.makedirs)
 
     def write(self, state_dict: Any, path: str) -> None:
         torch.save(state_dict, path)
@@ -53,7 +53,10 @@ class Engine:
         dist.barrier()  # the other ranks would wait here for one that had left
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
-        return folder, torch.load(Path(folder) / tag / "shards" / "rank0.pt", weights_only=False)
+        return folder, self.checkpoint_engine.load(str(Path(folder) / tag / "shards" / "rank0.pt"), map_location="cpu")
+
+    def read(self, path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location, weights_only=False)
 
 
 class FullDisk(Engine):
@@ -350,12 +353,48 @@ def test_states_of_other_revisions(tmp_path: Path) -> None:
     for other, said in (
         ({"step": 3, "data": "d"}, "its state has no sampler; resume from another checkpoint"),
         ({**loop, "aim": 1, "zeal": 2}, "its state has aim, zeal, which a newer revision must have written; resume with that one"),
+        ({**loop, "step": "3"}, "its state has a step of type str; resume from another checkpoint"),
+        ({**loop, "step": 4}, "it was written at step 3, and its state is of step 4; name another one"),
+        ({**loop, "skipped": ["a"]}, "its state has a skipped of type list"),
+        ({**loop, "record": [1]}, "its state has a record of type list"),
+        ({**loop, "baseline_lp": True}, "its state has a baseline_lp of type bool"),
+        ({**loop, "best": {"step": 3}}, "its state cannot be read ('value')"),
         ([1], "its state cannot be read"),
     ):
         rewritten(saved, loop=other)
         for read in (lambda: checkpoint.kept_state(saved), lambda: checkpoint.load(Engine(), saved, TrainState(), ONE, tmp_path)):
             with pytest.raises(ConfigError, match=re.escape(f"{saved}: {said}")):
                 read()
+
+
+class Payload:
+    """What a pickle can do to whoever loads it: here, make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("where", ["random-state-0.pt", "shards/rank0.pt"])
+def test_what_a_checkpoint_pickles_is_not_run(where: str, tmp_path: Path) -> None:
+    """A whole checkpoint by its list, made by somebody else; DeepSpeed's reader is that of the engine."""
+    saved = checkpoint.save(engine := Engine(), TrainState(3, {}, "d"), tmp_path, ONE, keep=1)
+    torch.save({"python": Payload(tmp_path / "taken over")}, saved / where)
+    rewritten(saved, files={str(file.relative_to(saved)): list(checkpoint._settled(file)) for file in saved.rglob("*.pt")})
+    assert checkpoint.incomplete(saved) is None
+    with pytest.raises(ConfigError, match=rf"{where} holds more than tensors .*; name another checkpoint"):
+        checkpoint.load(engine, saved, TrainState(), ONE, tmp_path)
+    assert not (tmp_path / "taken over").exists()
+
+
+def test_a_random_state_that_is_none_is_named(tmp_path: Path) -> None:
+    saved = checkpoint.save(Engine(), TrainState(3, {}, "d"), tmp_path, ONE, keep=1)
+    for odd in ([], {"python": (3, (1,), None), "torch": torch.zeros(3)}, {"python": 1, "torch": torch.zeros(3)}):
+        torch.save(odd, saved / "random-state-0.pt")
+        with pytest.raises(ConfigError, match=r"random-state-0\.pt: its random state cannot be used"):
+            checkpoint.load(Engine(), saved, TrainState(), ONE, tmp_path)
 
 
 def test_a_checkpoint_of_a_revision_that_kept_all_among_the_weights(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,12 @@ from conftest import environment, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cfvlm_ds.config import ConfigError
+from cfvlm_ds import training
+from cfvlm_ds.config import ConfigError, parse_config
+from cfvlm_ds.distributed import World
 from cfvlm_ds.export import export_hf, files, jobs
+from cfvlm_ds.export.zero import ZeroWeights
+from cfvlm_ds.objectives import OBJECTIVES
 
 RANKS = 3  # most weights are no multiple of it, so that every kind of padding occurs
 TOWER = "model.vision_tower"
@@ -370,6 +375,32 @@ def test_a_source_that_does_not_fit(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("stage", ["z3", "z2", "z1 frozen"])
+@pytest.mark.parametrize("pattern", ["*model_states.pt", "*optim_states.pt"])
+def test_parts_of_a_checkpoint_that_are_lost_or_odd(stage: str, pattern: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Each part of what an export reads, in turn: found, or one sentence."""
+    optimizer = "optim" in pattern
+    lost = 0
+    keys = ("partition_count", "zero_stage", "fp32_flat_groups", "single_partition_of_fp32_groups", "optimizer_state_dict")
+    for number, key in enumerate(keys if optimizer else ("param_shapes", "frozen_param_shapes", "shared_params", "buffer_names", "module")):
+        for odd in (None, [], "x", 10**400, ...):
+
+            def change(state: Any, key: str = key, odd: Any = odd) -> None:
+                holder = state["optimizer_state_dict"] if optimizer and key != "optimizer_state_dict" else state
+                if odd is ... or key not in holder:
+                    holder.pop(key, None)
+                else:
+                    holder[key] = odd
+
+            damaged = edited(checkpoints[stage], tmp_path / f"{number} {odd!r:.9}", pattern, change)
+            try:
+                ZeroWeights(damaged)
+            except ConfigError as error:
+                lost += 1
+                assert str(damaged) in str(error) and "name another" in str(error), error
+    assert lost >= 8
+
+
 def test_a_checkpoint_that_is_not_what_it_says(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
     def drop(state: dict[str, Any]) -> None:
         state["param_shapes"][0].popitem()
@@ -482,7 +513,7 @@ def test_links_are_neither_copied_from_elsewhere_nor_written_through(
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "config.json").write_text("mine")
-    for name in ("out", "out.old", "out.partial"):
+    for name in ("out", "out.replaced.partial", "out.partial"):
         (tmp_path / name).symlink_to(mine)
         if name == "out.partial":
             export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out")
@@ -518,13 +549,40 @@ def test_a_source_whose_tensors_changed_their_size(checkpoints: dict[str, Path],
 def test_an_export_replaces_an_older_one_and_what_a_killed_one_left(
     checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    for name in ("out.partial", "out.old"):
+    """What somebody has kept of an older one under a name of their own is theirs."""
+    for name in ("out.partial", "out.replaced.partial", "out.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("stale")
     for checkpoint in ("z2 frozen", "z3"):
         export_hf(checkpoints[checkpoint], str(sources["llava"]), tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"] and (tmp_path / "out.old" / "config.json").exists()
     assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(tmp_path / "out").items())
+
+
+def test_the_place_of_an_export_is_refused_before_a_training(tmp_path: Path) -> None:
+    """Where it could not be put when the training is over: the run's folder is as it was."""
+    for name, make, said in (
+        ("others", lambda out: (out.mkdir(), (out / "thesis.pdf").touch()), "holds other files and no earlier export"),
+        ("file", lambda out: out.touch(), "export is no folder, and a run writes one of that name"),
+        ("link", lambda out: out.symlink_to(tmp_path), "is a link to"),
+        ("source", lambda out: (out.mkdir(), (out / "config.json").touch()), "which the export is made from"),
+    ):
+        (run_dir := tmp_path / name).mkdir()
+        make(run_dir / "export")
+        source = str(run_dir / "export") if name == "source" else str(tmp_path / "model")
+        config = parse_config(["--model.name_or_path", source, "--train.output_dir", str(run_dir)], OBJECTIVES)
+        before = [str(path) for path in run_dir.rglob("*")]
+        refused = pytest.raises(ConfigError, match=rf"{said}.*choose another train\.output_dir")
+        with refused, training._locked(run_dir, World(0, 1, 0, torch.device("cpu")), partial(training._refuse_export, config)):
+            raise AssertionError
+        assert [str(path) for path in run_dir.rglob("*")] == before
+        training._refuse_export(parse_config([*ADAPTERS, "--train.output_dir", str(run_dir)], OBJECTIVES))
+
+
+ADAPTERS = ["--model.name_or_path", "m"]
+ADAPTERS += [
+    f"--model.{part}.tuning={how}" for part, how in (("vision_tower", "frozen"), ("projector", "lora"), ("language_model", "lora"))
+]
 
 
 def test_long_exports_say_how_long(
@@ -533,9 +591,11 @@ def test_long_exports_say_how_long(
     clock = iter(range(0, 100_000, 6))  # 6 s from block to block
     monkeypatch.setattr(files.time, "monotonic", lambda: next(clock))
     said: list[str] = []
-    export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out", said.append)
+    alive: list[int] = []
+    export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out", said.append, alive=lambda: alive.append(1))
     left = [float(line.split(", ")[1].removesuffix(" minutes left")) for line in said]
     blocks = RANKS * len(headers(sources["llava"]))
+    assert len(alive) == blocks + len(headers(sources["llava"])), "every block that is written, every tensor that is read back"
     assert len(said) == blocks // 2 and left[-1] < 0.2 and all(line.startswith("export: 0.0 of 0.0 GB, ") for line in said)
 
 

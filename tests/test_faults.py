@@ -29,6 +29,7 @@ def planned(manifests: dict[str, Path], folder: Path) -> Plans:
         "full for a while": (["full disk", 2], often),
         "full at the end": (["full disk", 3], often),
         "slow gathers": (["slow gathers", 0.02, str(folder / "slow.txt")], ["--train.max_steps", "3"]),
+        "slow export": (["slow export", 3.0], ["--train.max_steps", "1", "--train.export", "true", *test]),
         "left out": (["left out", ILL], FIVE),
         **{f"{what} {then}": (["nothing"], planted(what, then)) for what in ("loss", "gradient") for then in ("skip", "stop")},
         "no room for metrics": (["full metrics", str(folder / "no room for metrics"), 3, 4], planted("loss", "skip")),
@@ -102,6 +103,12 @@ def ids(rank: int) -> list[str]:
     return [f"train-{index}" for index in list(itertools.islice(sampler, ILL))[-1]]
 
 
+def test_an_export_may_take_longer_than_collectives(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    folder, said = trainings
+    assert not raised(said["slow export"]), said["slow export"]
+    assert (folder / "slow export" / "export" / "config.json").is_file() and (folder / "slow export" / "results.json").is_file()
+
+
 # Files that cannot be written ------------------------------------------------------------------------------------------------------------
 
 
@@ -127,14 +134,14 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_on_all_ranks(train
 
 
 def test_metrics_wait_for_room_and_cost_nothing(trainings: tuple[Path, dict[str, list[str]]]) -> None:
-    """The system has no room for metrics.jsonl in steps 3 and 4, and none for nonfinite.jsonl: two warnings, and the same rows in order."""
+    """The system has no room for metrics.jsonl in steps 3 and 4, and takes no nonfinite.jsonl: two warnings, and the same rows in order."""
     folder, said = trainings
     run_dir = folder / "no room for metrics"
     assert not raised(said[run_dir.name])
     spoken = "\n".join(said[run_dir.name])
     assert spoken.count(f"{run_dir}/metrics.jsonl cannot be written (No space left on device)") == 1
     assert spoken.count(f"{run_dir}/metrics.jsonl can be written again, and has everything") == 1
-    assert spoken.count(f"warning: {run_dir}/nonfinite.jsonl cannot be written (No space left on device)") == 1 and ids(1)[0] in spoken
+    assert spoken.count(f"warning: {run_dir}/nonfinite.jsonl cannot be written (Is a directory)") == 1 and ids(1)[0] in spoken
     rows, expected = (
         [
             {name: value for name, value in row.items() if not name.startswith(("time", "throughput/", "checkpoint/"))}

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_manifest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from cfvlm_ds.cli import main
 from cfvlm_ds.collate import load_collator
 from cfvlm_ds.config import ConfigError, ModelConfig
 from cfvlm_ds.export.source import skeleton
-from cfvlm_ds.models import load_model, meta_model
+from cfvlm_ds.models import fingerprint, load_model, meta_model
+from cfvlm_ds.models.stored import hashed_files, weight_patterns
 from cfvlm_ds.run_folder import named_model, recorded_model
 
 
@@ -82,6 +84,20 @@ LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
     "no type": (edited("config.json", lambda content: content.pop("model_type")), "cannot be read"),
     "a configuration without end": (linked("config.json", "/dev/zero"), "config.json leads out of its folder, to /dev/zero"),
     "a side file that is a pipe": (piped("generation_config.json"), "generation_config.json is no file"),
+    "a key given twice": (written("config.json", '{\n"model_type": "llava",\n"model_type": "llava"}'), "key 'model_type' occurs twice"),
+    "a configuration that is too large": (
+        lambda folder: os.truncate(folder / "config.json", 5 << 20), "config.json has 5242880 bytes, and 4194304 is the bound"
+    ),
+    "a side file that is too large": (
+        lambda folder: [(folder / "vocab.json").touch(), os.truncate(folder / "vocab.json", 1 << 40)], "vocab.json has 1099511627776 bytes"
+    ),
+    "a tensor listed twice": (
+        lambda folder: [
+            removed("model.safetensors")(folder),
+            written("model.safetensors.index.json", '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}')(folder),
+        ],
+        "key 'a' occurs twice",
+    ),
     "no object": (written("config.json", "[]"), "cannot be read"),
     "no JSON": (written("config.json", "{"), "cannot be read"),
     "no text": (written("config.json", b"\xff\xfe\0"), "cannot be read"),
@@ -118,6 +134,32 @@ def test_a_whole_model_in_shards_loads(model_dir: Path, tmp_path: Path) -> None:
     sharded(lost=False)(folder := shutil.copytree(model_dir, tmp_path / "model"))
     whole, parts = (load_model(ModelConfig(str(each), attn_implementation="sdpa"), torch.float32) for each in (model_dir, folder))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("files", "fetched"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "consolidated.safetensors"], {"model.safetensors"}),
+        (["model.safetensors.index.json", "model-1.safetensors", "pytorch_model-1.bin"], {"model-1.safetensors"}),
+        (["pytorch_model.bin", "adapter_model.safetensors"], {"pytorch_model.bin", "adapter_model.safetensors"}),
+        (["pytorch_model.bin.index.json", "pytorch_model-1.bin"], {"pytorch_model-1.bin"}),
+        ([], set()),
+    ],
+)
+def test_pickled_weights_of_a_hub_are_fetched_where_there_are_no_others(files: list[str], fetched: set[str]) -> None:
+    assert set(filter_repo_objects(files, allow_patterns=weight_patterns(files))) == fetched
+
+
+def test_a_model_is_recognised_by_the_weights_that_are_loaded(model_dir: Path, tmp_path: Path) -> None:
+    """Pickles that a cache has beside them are no part of it, and a pipe of that name is not waited for."""
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    known = fingerprint(ModelConfig(str(folder)))
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    os.mkfifo(folder / "more.bin")
+    assert fingerprint(ModelConfig(str(folder))) == known
+    removed("model.safetensors")(folder)
+    assert [path.name for path in hashed_files(folder)] == ["pytorch_model.bin"]
+    assert fingerprint(ModelConfig(str(folder)))["weights"] != known["weights"]
 
 
 PROCESSORS: dict[str, tuple[Callable[[Path], object], str]] = {

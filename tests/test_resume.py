@@ -113,7 +113,7 @@ def test_allowed_changes_are_kept_with_the_run(trained: tuple[Path, dict[str, li
     (line,) = [json.loads(line) for line in (folder / "z3 allowed" / "resume_changes.jsonl").read_text().splitlines()]
     assert line["step"] == 2 and line["changes"].keys() == {f"train.{name}" for name in NEW}
     assert line["changes"]["train.learning_rate"] == [0.003, 0.02]
-    assert "behind step 2: train.lr_scheduler_type was cosine and is linear" in said["z3 allowed"]
+    assert "after step 2: train.lr_scheduler_type was cosine and is linear" in said["z3 allowed"]
     assert yaml.safe_load((folder / "z3 allowed" / "config.yaml").read_text())["train"]["weight_decay"] == 0.25
     assert not (folder / "z3 broken" / "resume_changes.jsonl").exists()
 
@@ -121,14 +121,14 @@ def test_allowed_changes_are_kept_with_the_run(trained: tuple[Path, dict[str, li
 REFUSED = {
     "learning rate": "tracked/checkpoint-2 was trained with other options: steps in all (train.max_steps, train.num_train_epochs) was 2 "
     "and is 4; train.learning_rate was 0.003 and is 0.001; restore them, choose another train.output_dir, or set train.resume_changes to "
-    "allow to go on with the new ones behind step 2",
+    "allow to go on with the new ones after step 2",
     "finished": "tracked was trained with other options: train.weight_decay was 0.0 and is 0.5; restore them",
     "rank": "tracked/checkpoint-2 cannot be continued with what has changed: model.lora.rank was 16 and is 4; restore it, or choose",
     "full": "cannot be continued with what has changed: model.language_model.tuning was lora and is full; restore",
     "stage": "cannot be continued with what has changed: --deepspeed zero_optimization.stage was 3 and is 2; restore",
     "data": "tracked/checkpoint-2 was trained on ",
     "never": "already holds checkpoint-2; use train.resume=auto",
-    "named": "checkpoint-9: complete.json is missing or broken",
+    "named": "checkpoint-9' is no folder; give auto, never, restart or the path of a checkpoint",
     "late": "the scores are wrong",
 }
 

@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cfvlm_ds import changes, checkpoint, heartbeat
+from cfvlm_ds.config import ConfigError
+from cfvlm_ds.distributed import World
+from cfvlm_ds.preflight import _recorded
+from cfvlm_ds.resume import _finished_at
 from cfvlm_ds.run_files import Lines, append, keep, replace, update
-from cfvlm_ds.tracking import open_tracker
+from cfvlm_ds.run_folder import refuse_foreign_entries
+from cfvlm_ds.run_lock import _content
+from cfvlm_ds.tracking import _Record, open_tracker
+from cfvlm_ds.training import _locked
 
+ONE = World(0, 1, 0, torch.device("cpu"))
 FORK = multiprocessing.get_context("fork")
 
 
@@ -133,3 +143,94 @@ def test_errors_name_the_file_and_an_equal_one_needs_no_room(tmp_path: Path) -> 
     (path := tmp_path / "a.json").write_text("content")
     forked(limited, path)
     assert path.read_text() == "content"
+
+
+# Folders that somebody else has prepared ------------------------------------------------------------------------------------------------
+
+WRITERS: dict[str, tuple[str, Callable[[Path, Any], object]]] = {
+    "replace": ("a.json.tmp", lambda path, say: replace(path, b"new")),
+    "keep": ("a.json.tmp", lambda path, say: keep(path, "new", say)),
+    "update": ("a.json.tmp", lambda path, say: update(path, b"new")),
+    "append": ("a.json", lambda path, say: append(path, "new", say)),
+    "lines": ("a.json", lambda path, say: Lines(path, say).write("new")),
+}
+
+
+@pytest.mark.parametrize("how", WRITERS)
+def test_nothing_is_written_through_a_link(how: str, tmp_path: Path) -> None:
+    linked, write = WRITERS[how]
+    (victim := tmp_path / "victim").write_text("mine")
+    (folder := tmp_path / "run").mkdir()
+    (folder / linked).symlink_to(victim)
+    write(folder / "a.json", lambda said: None)
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", ["append", "lines", "update"])
+def test_a_pipe_is_not_waited_for(how: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.json")
+    forked(lambda path: (WRITERS[how][1](path, lambda said: None), None)[1], tmp_path / "a.json")
+
+
+ENTRIES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a link": (lambda run: (run / "results.md").symlink_to("../victim"), r"run/results\.md is a link to \.\./victim, and nothing"),
+    "a dangling link": (lambda run: (run / "mlflow.db").symlink_to("nothing"), r"run/mlflow\.db is a link to nothing"),
+    "a linked folder": (lambda run: (run / "export").symlink_to(".."), r"run/export is a link to \.\."),
+    "a pipe": (lambda run: os.mkfifo(run / "run.lock"), r"run/run\.lock is no file, and a run writes one of that name"),
+    "a folder for a file": (lambda run: (run / "metrics.jsonl").mkdir(), r"run/metrics\.jsonl is no file"),
+    "a file for a folder": (lambda run: (run / "scores").touch(), r"run/scores is no folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case: str, tmp_path: Path) -> None:
+    make, said = ENTRIES[case]
+    (run := tmp_path / "run").mkdir()
+    for own in ("data", "latest", "notes.md"):  # a user's links of other names are none of a run's
+        (run / own).symlink_to("..")
+    refuse_foreign_entries(run)
+    make(run)
+    before = sorted(path.name for path in run.iterdir())
+    with pytest.raises(ConfigError, match=rf"{said}.*; remove it, or choose another train\.output_dir$"), _locked(run, ONE):
+        raise AssertionError
+    assert sorted(path.name for path in run.iterdir()) == before
+    refuse_foreign_entries(tmp_path / "new")
+
+
+PIPED: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "finished.json": ("finished.json", _finished_at),
+    "the lock": ("run.lock", lambda run: _content(run / "run.lock")),
+    "the delivery": (".mlflow_delivery.json", _Record.load),
+    "the configuration": ("config.yaml", changes.of_finished),
+    "DeepSpeed's": ("ds_config.json", lambda run: ((run / "config.yaml").write_text(OPTIONS), changes.of_finished(run))),
+    "the data check": ("data_check.json", lambda run: _recorded(run / "data_check.json")),
+    "the list of a checkpoint": ("complete.json", checkpoint.incomplete),
+}
+OPTIONS = "{model: {}, data: {}, train: {}, objective: {}}"
+
+
+@pytest.mark.parametrize("what", PIPED)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_a_run_folder_holds_is_neither_waited_for_nor_read_without_end(what: str, kind: str, tmp_path: Path) -> None:
+    name, read = PIPED[what]
+
+    def reading(run: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (8 << 30),) * 2)
+        read(run)
+
+    os.mkfifo(tmp_path / name) if kind == "pipe" else (tmp_path / name).symlink_to("/dev/zero")
+    forked(reading, tmp_path)
+
+
+def test_the_beats_of_a_new_start_are_a_folder_of_their_own(tmp_path: Path) -> None:
+    """A folder that cannot be made is one sentence with its path, and what a link leads to stays."""
+    (kept := tmp_path / "mine").mkdir()
+    (kept / "rank-0.json").write_text("mine")
+    (tmp_path / "heartbeat").symlink_to(kept)
+    assert heartbeat.prepare(tmp_path) == tmp_path / "heartbeat" and not (tmp_path / "heartbeat").is_symlink()
+    assert (kept / "rank-0.json").read_text() == "mine"
+    (tmp_path / "heartbeat" / "hang.txt").write_text("of an earlier start")
+    assert not list(heartbeat.prepare(tmp_path).iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/heartbeat cannot be written \(Not a directory\); make room, or choose another train\.out"):
+        heartbeat.prepare(tmp_path / "file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from conftest import REPO, environment, run_ranks, train_arguments
 from test_tracking import Server, _free_port
@@ -71,6 +73,13 @@ def trained(variables: dict[str, str], arguments: list[str], folder: Path) -> tu
     """The same of a forked rank, which gets this environment behind its imports."""
     ((code, output),) = run_ranks(1, "forked:train_script", [*arguments, *TRACKED], variables, said=folder / "said")
     return code, output
+
+
+def test_a_forked_rank_has_the_environment_of_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the test that started the server: another one's tracking server would get what is to be searched here."""
+    monkeypatch.setattr(os, "environ", {"MLFLOW_TRACKING_URI": "http://gone", "PYTHONPATH": "tests", "A": "old"})
+    forked.take({"A": "new", "B": "b"})
+    assert os.environ == {"PYTHONPATH": "tests", "A": "new", "B": "b"}
 
 
 def test_the_search_finds_what_is_there(tmp_path: Path) -> None:

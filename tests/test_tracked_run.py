@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from conftest import REPO, losses, run, run_ranks, train_arguments
 from safetensors.torch import load_file
 from test_tracking import Server
+
+from cfvlm_ds.run_folder import FILES, FOLDERS
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -127,6 +130,12 @@ def test_parameters_and_tags_describe_the_run(client: Any, finished: Path, model
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
     tags = found.data.tags
     assert (tags["model_type"], tags["git_revision"], tags["world_size"]) == ("llava", revision, "2")
+
+
+def test_what_a_run_writes_is_known_by_name(finished: Path) -> None:
+    """A link or pipe of such a name is refused at a start (cfvlm_ds.run_folder)."""
+    listed = [path.name for path in finished.iterdir() if not path.name.startswith("checkpoint-")]
+    assert len(listed) > 12 and not [name for name in listed if not any(fnmatch(name, known) for known in (*FILES, *FOLDERS))]
 
 
 def test_artifacts_are_the_files_of_the_run_folder(client: Any, finished: Path, tmp_path: Path) -> None:

@@ -190,6 +190,7 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
         (["--model.attn_implementation", "flash_attention_2"], "flash_attention_2 needs a CUDA device and the flash-attn package"),
         (["--model.max_pixels", "1000"], "model.max_pixels has no meaning for model type 'llava'"),
         (["--deepspeed", "ds_configs/z4.json"], "ds_configs/z4.json: no such file; there are"),
+        (["--train.resume", "checkpoint-9"], "train.resume 'checkpoint-9' is no folder; give auto, never, restart or the path of a"),
     ],
 )
 def test_options_that_end_a_run_are_found_before_pictures_are_opened(

@@ -188,6 +188,8 @@ class PackedSampler(GroupSampler):
         waiting = state.get("waiting")
         if not isinstance(waiting, list):
             raise DataError("the checkpoint's sampler did not pack; resume without data.max_tokens_per_micro_batch, or start a new run")
+        if odd := [group for group in waiting if type(group) is not int or not 0 <= group < self.num_groups]:
+            raise DataError(f"the checkpoint's sampler has group {odd[0]!r} waiting, which is none; resume from another checkpoint")
         self._position = _Position(self.samples_seen + len(waiting), tuple(waiting))
 
     def _pack(self, position: _Position) -> tuple[list[list[int]], _Position]:

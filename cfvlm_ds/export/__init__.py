@@ -19,7 +19,7 @@ from cfvlm_ds.checkpoint import incomplete
 from cfvlm_ds.config import ConfigError, LoraConfig
 from cfvlm_ds.export.adapters import MergedWeights, export_adapter
 from cfvlm_ds.export.files import Files, verify, write_index
-from cfvlm_ds.export.folder import replaced
+from cfvlm_ds.export.folder import refuse_replacing, replaced
 from cfvlm_ds.export.jobs import Job, fill, find_jobs, revert
 from cfvlm_ds.export.source import INDEX, SINGLE, Saved, read_saved, skeleton
 from cfvlm_ds.export.zero import BLOCK, ZeroWeights
@@ -27,13 +27,20 @@ from cfvlm_ds.models import model_folder
 from cfvlm_ds.models.stored import check_files, side_files
 from cfvlm_ds.untrusted import create
 
-__all__ = ["export_adapter", "export_hf"]
+__all__ = ["export_adapter", "export_hf", "refuse_replacing"]
 
 
-def export_hf(checkpoint: Path, source: str, out_dir: Path, say: Callable[[str], object] = print, lora: LoraConfig | None = None) -> Path:
+def export_hf(
+    checkpoint: Path,
+    source: str,
+    out_dir: Path,
+    say: Callable[[str], object] = print,
+    lora: LoraConfig | None = None,
+    alive: Callable[[], object] = lambda: None,
+) -> Path:
     """Write the weights of ``checkpoint`` with the configuration and processor of ``source`` to ``out_dir``; needs no process group or GPU.
 
-    Adapters, which ``lora`` describes, are merged into the weights they stand beside.
+    Adapters, which ``lora`` describes, are merged into the weights they stand beside. ``alive`` is called while it gets on.
 
     The folder appears complete or not at all, and replaces an older export only then. What was written is read back and compared: names,
     shapes and dtypes with the source's, and some values of every tensor. Raises ConfigError when the checkpoint is incomplete or does not
@@ -56,10 +63,10 @@ def export_hf(checkpoint: Path, source: str, out_dir: Path, say: Callable[[str],
     with replaced(out_dir, "config.json", (folder, checkpoint.resolve())) as partial:
         _refuse_full_disk(partial, out_dir, sum(tensor.nbytes for tensor in saved.values()))
         _copy_files(folder, partial)
-        files = Files(partial, saved, say)
+        files = Files(partial, saved, say, alive)
         _write(files, saved, jobs, model, zero, folder)
         write_index(partial, saved, metadata)
-        verify(partial, saved, files.ends, source)
+        verify(partial, saved, files.ends, source, alive)
     return out_dir
 
 

@@ -61,7 +61,14 @@ class MergedWeights(ZeroWeights):
             start = stop
 
 
-def export_adapter(checkpoint: Path, source: str, out_dir: Path, lora: LoraConfig, say: Callable[[str], object] = print) -> Path:
+def export_adapter(
+    checkpoint: Path,
+    source: str,
+    out_dir: Path,
+    lora: LoraConfig,
+    say: Callable[[str], object] = print,
+    alive: Callable[[], object] = lambda: None,
+) -> Path:
     """Write the adapters of ``checkpoint`` to ``out_dir`` in peft's format, in float32, for ``PeftModel.from_pretrained`` on ``source``.
 
     The folder appears complete or not at all, and replaces older adapters only then. Raises ConfigError when the checkpoint is incomplete,
@@ -79,7 +86,10 @@ def export_adapter(checkpoint: Path, source: str, out_dir: Path, lora: LoraConfi
     family = family_of(model.config)
     modules = sorted({family.module_of(name) for name in adapters})
     with replaced(out_dir, "adapter_config.json", (Path(source).resolve(), checkpoint.resolve())) as partial:
-        tensors = {_saved_name(name): zero.tensor(name, torch.float32) for name in adapters}
+        tensors = {}
+        for name in adapters:
+            alive()
+            tensors[_saved_name(name)] = zero.tensor(name, torch.float32)
         save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
         described = peft_config(model, family, modules, source, lora)
         described.inference_mode = True

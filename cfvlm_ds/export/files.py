@@ -20,8 +20,10 @@ from cfvlm_ds.untrusted import bare_name, create
 class Files:
     """Safetensors files whose tensors are written in any order: names, shapes and dtypes give every place beforehand."""
 
-    def __init__(self, folder: Path, saved: Mapping[str, Saved], say: Callable[[str], object]) -> None:
-        self._folder, self._saved, self._say = folder, saved, say
+    def __init__(
+        self, folder: Path, saved: Mapping[str, Saved], say: Callable[[str], object], alive: Callable[[], object] = lambda: None
+    ) -> None:
+        self._folder, self._saved, self._say, self._alive = folder, saved, say, alive
         self._starts: dict[str, int] = {}
         self.ends: dict[str, tuple[Tensor, Tensor]] = {}
         self._total, self._done = sum(tensor.nbytes for tensor in saved.values()), 0
@@ -60,6 +62,7 @@ class Files:
 
     def _progress(self, num_bytes: int) -> None:
         self._done += num_bytes
+        self._alive()
         now = time.monotonic()
         if now - self._said >= 10:
             left = (now - self._began) * (self._total - self._done) / self._done
@@ -77,7 +80,13 @@ def write_index(folder: Path, saved: Mapping[str, Saved], metadata: Mapping[str,
         handle.write((json.dumps(index, indent=2) + "\n").encode())
 
 
-def verify(folder: Path, saved: Mapping[str, Saved], ends: Mapping[str, tuple[Tensor, Tensor]], source: str) -> None:
+def verify(
+    folder: Path,
+    saved: Mapping[str, Saved],
+    ends: Mapping[str, tuple[Tensor, Tensor]],
+    source: str,
+    alive: Callable[[], object] = lambda: None,
+) -> None:
     """Read back every tensor's name, file, shape and dtype, and its first and last values."""
     files = sorted({tensor.file for tensor in saved.values()})
     written = read_headers(folder, files)
@@ -87,6 +96,7 @@ def verify(folder: Path, saved: Mapping[str, Saved], ends: Mapping[str, tuple[Te
     for file in files:
         with safe_open(folder / file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118  (not a dict)
+                alive()
                 flat, (first, last) = handle.get_tensor(name).reshape(-1), ends[name]
                 for there, here in ((flat[: len(first)], first), (flat[len(flat) - len(last) :], last)):
                     if not torch.equal(there.view(torch.uint8), here.view(torch.uint8)):

@@ -12,21 +12,30 @@ from cfvlm_ds.config import ConfigError
 from cfvlm_ds.untrusted import refuse_link, remove
 
 
+def refuse_replacing(out_dir: Path, marker: str, needed: Iterable[Path], remedy: str = "name another folder with --out") -> None:
+    """ConfigError when ``out_dir`` holds one of ``needed``, or other files than an older export, which is known by its file ``marker``; and
+    when it is a link, whose target would be replaced."""
+    refuse_link(out_dir, remedy)
+    final = out_dir.resolve()
+    for path in needed:
+        if path.is_relative_to(final):
+            raise ConfigError(f"{out_dir} holds {path}, which the export is made from; {remedy}")
+    if final.exists() and not final.is_dir():
+        raise ConfigError(f"{out_dir} is a file, and the export is a folder; {remedy}")
+    if final.is_dir() and any(final.iterdir()) and not (final / marker).is_file():
+        raise ConfigError(f"{out_dir} holds other files and no earlier export, and would be replaced; {remedy}")
+
+
 @contextmanager
 def replaced(out_dir: Path, marker: str, needed: Iterable[Path]) -> Iterator[Path]:
     """An empty folder to write to, which becomes ``out_dir`` at the end of the block; until then what was there stays.
 
-    An older export is known by its file ``marker``. Raises ConfigError when ``out_dir`` holds one of ``needed`` or other files, when it
-    is a link, whose target would be replaced, and for an OSError inside the block.
+    Raises ConfigError as ``refuse_replacing`` does, and for an OSError inside the block.
     """
-    refuse_link(out_dir, "name the folder itself with --out")
+    refuse_replacing(out_dir, marker, needed)
     final = out_dir.resolve()
-    for path in needed:
-        if path.is_relative_to(final):
-            raise ConfigError(f"{out_dir} holds {path}, which the export is made from; name another folder with --out")
-    if final.is_dir() and any(final.iterdir()) and not (final / marker).is_file():
-        raise ConfigError(f"{out_dir} holds other files and no earlier export, and would be replaced; name another folder with --out")
-    partial, old = (final.with_name(final.name + suffix) for suffix in (".partial", ".old"))
+    # Both names are nobody else's: people keep an export of theirs as export.old.
+    partial, old = (final.with_name(final.name + suffix) for suffix in (".partial", ".replaced.partial"))
     refuse_link(old, "remove it")
     try:
         if old.exists() and not final.exists():  # a kill between the two renames of an earlier export

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfvlm_ds.checkpoint import read_states
 from cfvlm_ds.config import ConfigError
+from cfvlm_ds.models.stored import explained
 from cfvlm_ds.untrusted import refuse_foreign
 
 BLOCK = 1 << 23  # elements read, cast and written at a time
@@ -58,6 +59,13 @@ class ZeroWeights:
         for file in (*optimizer, *states):
             refuse_foreign(Path(file), checkpoint)
         self._mapped = max(_MAPPED, sum(os.path.getsize(file) for file in optimizer) // 512)  # at most 512 times
+        self.weights: dict[str, Weight] = {}
+        self.trained: set[str] = set()
+        with explained(f"{checkpoint} cannot be read", "name another checkpoint"):
+            self._find(optimizer, states)
+
+    def _find(self, optimizer: list[str], states: list[str]) -> None:
+        checkpoint = self._checkpoint
         zero = self._tree(optimizer[0])["optimizer_state_dict"]
         ranks = zero["partition_count"]
         if (expected := max(ranks) if isinstance(ranks, list) else ranks) != len(optimizer):
@@ -140,16 +148,7 @@ class ZeroWeights:
     def _tree(self, file: str) -> Any:
         """A file's contents, its tensors mapped."""
         if file not in self._open:
-            from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-            from deepspeed.runtime.zero.config import ZeroStageEnum
-            from deepspeed.utils.tensor_fragment import fragment_address
-
-            known: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-            try:
-                with torch.serialization.safe_globals(known):
-                    self._open[file] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            except pickle.UnpicklingError as error:
-                raise ConfigError(f"{file} holds more than tensors ({str(error).splitlines()[0]}); name another checkpoint") from error
+            self._open[file] = read_states(file, mmap=True)
         return self._open[file]
 
 

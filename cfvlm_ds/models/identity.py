@@ -16,9 +16,9 @@ from safetensors import safe_open
 
 from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, ModelConfig
 from cfvlm_ds.models.family import Family
+from cfvlm_ds.models.stored import hashed_files, weight_patterns
 
 _BLOCK = 1 << 22  # bytes read at a time
-_WEIGHTS = ("*.safetensors", "*.bin")
 _INPUTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _NOT_INPUTS = ("*.index.json", "config.json", "generation_config.json", "adapter_config.json", "trainer_state.json")
 
@@ -27,10 +27,13 @@ def model_folder(name_or_path: str) -> Path:
     """Where the files of a model are: itself, or the cached snapshot of a hub name. Raises ConfigError when it cannot be read."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path).resolve()
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
+    files: list[str] = []
+    with contextlib.suppress(Exception):  # no network: the snapshot is what the cache has
+        files = HfApi().list_repo_files(name_or_path)
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=[*_INPUTS, *_WEIGHTS]))
+        return Path(snapshot_download(name_or_path, allow_patterns=[*_INPUTS, *weight_patterns(files)]))
     except OSError as error:
         raise ConfigError(f"the files of {name_or_path} cannot be read ({' '.join(str(error).split())}); name its folder") from error
 
@@ -41,7 +44,7 @@ def fingerprint(config: ModelConfig, alive: Callable[[], object] = lambda: None)
     """
     folder = model_folder(config.name_or_path)
     weights = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+    for path in hashed_files(folder):
         weights.update(f"{path.name} {file_digest(path, alive)}".encode())
     return {"weights": weights.hexdigest(), "inputs": inputs_fingerprint(config)}
 

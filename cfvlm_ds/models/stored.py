@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from cfvlm_ds.config import ConfigError
-from cfvlm_ds.reading import MIB
+from cfvlm_ds.reading import MAX_RECORD, MIB, DuplicateKey, TooLarge, parse_json, read_bytes
 from cfvlm_ds.untrusted import bare_name, refuse_foreign
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "additional_chat_templates/*")
+LARGEST_CONFIG = 4 * MIB
 LARGEST_SIDE_FILE = 128 * MIB
 """Bytes of a file beside the weights; the largest tokenizers have 35 MiB."""
 _NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
@@ -48,21 +48,22 @@ def refuse_no_files(folder: Path) -> None:
         refuse_foreign(path, folder)
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ConfigError(f"{path} is no file; put one there, or remove it")
-        if path.is_file() and (size := path.stat().st_size) > LARGEST_SIDE_FILE:
-            raise ConfigError(
-                f"{path} has {size} bytes, and {LARGEST_SIDE_FILE} is the bound for what a model has beside its weights; get it again"
-            )
+        if path.is_file() and (size := path.stat().st_size) > (most := LARGEST_CONFIG if path.name == "config.json" else LARGEST_SIDE_FILE):
+            raise ConfigError(f"{path} has {size} bytes, and {most} is the bound for such a file beside a model's weights; get it again")
 
 
 def refuse_counts(folder: Path) -> None:
     """ConfigError where config.json counts layers or experts that no model has: libraries would go on making them until memory ends."""
+    path = folder / "config.json"
     try:
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        described = parse_json(read_bytes(path, LARGEST_CONFIG).decode())
+    except (DuplicateKey, TooLarge) as error:  # libraries would take the last, and wait
+        raise ConfigError(f"{path}: {error}; compare it with the published one") from error
     except (OSError, ValueError, RecursionError):
         return  # named where it is read to be used
     for name, value in _numbers(described):
         if _COUNT.search(name) and not -1 <= value <= _MOST:
-            raise ConfigError(f"{folder / 'config.json'}: {name} is {value:.4g}, and {_MOST} is the most; get the model again")
+            raise ConfigError(f"{path}: {name} is {value:.4g}, and {_MOST} is the most; get the model again")
 
 
 _COUNT, _MOST = re.compile(r"layers|depth|experts|blocks"), 10_000
@@ -95,12 +96,25 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(set(read_index(folder / INDEX, ".safetensors")[0].values())) if (folder / INDEX).is_file() else []
 
 
+def weight_patterns(files: Iterable[str]) -> list[str]:
+    """What to fetch of a model on a hub, of whose ``files`` these hold its weights: pickled ones where it has no others, as transformers
+    takes them."""
+    if SINGLE in (held := set(files)):
+        return [SINGLE]
+    return ["*.safetensors"] if INDEX in held else ["*.safetensors", "*.bin"]
+
+
+def hashed_files(folder: Path) -> list[Path]:
+    """The files that hold the model's weights, in whichever form."""
+    return [folder / name for name in weight_files(folder)] or sorted(path for path in folder.glob("*.bin") if path.is_file())
+
+
 def read_index(path: Path, ending: str) -> tuple[dict[str, str], dict[str, Any]]:
     """(tensor -> name of its file, metadata) of a model's index. Raises ConfigError naming what is wrong with it, or a file that is not
     there."""
     remedy = "get the model again"
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = parse_json(read_bytes(path, MAX_RECORD).decode())
         weight_map = index["weight_map"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is no index of weights ({type(error).__name__}: {error}); {remedy}") from error
