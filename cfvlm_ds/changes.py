@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def record(
 def model_hashes(name_or_path: str, alive: Callable[[], object] = lambda: None) -> dict[str, str] | None:
     """``fingerprint`` of the model's files; None while a hub's model is not on this machine."""
     folder = name_or_path
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         from huggingface_hub import snapshot_download
 
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     """Entry point of train.py: bare, it runs examples/quickstart.yaml."""
     arguments = _with_quickstart(sys.argv[1:] if argv is None else argv)
     mask_tracebacks()
+    _print_anything()
     stopping.install()
     _exit_cleanly(lambda: run(arguments))
 
@@ -138,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     arguments = parser.parse_args(argv)
     mask_tracebacks()
-    _exit_cleanly(lambda: arguments.function(arguments))
+    _print_anything()
+    _exit_cleanly(lambda: _files_named(lambda: arguments.function(arguments)))
 
 
 def _data_build(arguments: argparse.Namespace) -> None:
@@ -309,6 +312,33 @@ def _fields(command: argparse.ArgumentParser, section: type) -> None:
 
 def _values(arguments: argparse.Namespace, section: type) -> dict[str, Any]:
     return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(section) if hasattr(arguments, field.name)}
+
+
+def _print_anything() -> None:
+    """Captions and paths are in any script; what the terminal's encoding lacks is printed by its number and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _files_named(function: Callable[[], None]) -> None:
+    """What the system has against a file that a command reads or writes, such as a full disk, is one sentence too."""
+    try:
+        function()
+        sys.stdout.flush()
+    except (BrokenPipeError, ConnectionError, TimeoutError) as error:
+        if not isinstance(error, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
+        sys.exit(_PIPE_CLOSED)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        named = f"{error.filename}: " if error.filename is not None else ""
+        raise ConfigError(f"{named}{error.strerror}; make room, or correct the path or its permissions") from error
+
+
+_PIPE_CLOSED = 141  # what shells have for a program that SIGPIPE has ended
 
 
 def _exit_cleanly(function: Callable[[], None]) -> None:

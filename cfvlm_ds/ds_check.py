@@ -12,9 +12,9 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -189,7 +189,7 @@ def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, devi
         if where == "nvme":
             if zero.stage != 3:
                 yield f"zero_optimization.offload_{name}.device nvme needs stage 3, and stage is {int(zero.stage)}; use cpu"
-            if options.nvme_path is None or not Path(options.nvme_path).is_dir():
+            if options.nvme_path is None or not os.path.isdir(options.nvme_path):
                 yield f"zero_optimization.offload_{name}.nvme_path {options.nvme_path} is no folder; name one on a local NVMe disk"
             if not _can_build("AsyncIOBuilder"):
                 yield f"zero_optimization.offload_{name}.device nvme needs libaio and its headers on every node (libaio-dev); or use cpu"

@@ -5,6 +5,7 @@ Such folders may be somebody else's: what they hold is checked before it is read
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -40,7 +41,7 @@ def named_model(name: str) -> NamedModel:
     Raises ConfigError for a run folder that has neither, and for adapters that do not say what they belong to.
     """
     folder = Path(name)
-    if not folder.is_dir() or (folder / "config.json").is_file():
+    if not os.path.isdir(folder) or (folder / "config.json").is_file():
         return NamedModel(name)
     if (folder / "config.yaml").is_file():
         recorded = recorded_model(folder)
@@ -58,7 +59,7 @@ def refuse_foreign_entries(run_dir: Path) -> None:
     """ConfigError where what a run writes into its folder would end elsewhere, be waited for or fail when the training is over: where a
     link, a pipe, or a folder in place of a file has such a name."""
     remedy = "remove it, or choose another train.output_dir"
-    for path in sorted(run_dir.iterdir()) if run_dir.is_dir() else ():
+    for path in sorted(run_dir.iterdir()) if os.path.isdir(run_dir) else ():
         kinds = (("file", FILES, path.is_file), ("folder", FOLDERS, path.is_dir))
         for kind, names, right in kinds:
             if any(fnmatch(path.name, name) for name in names):

@@ -269,7 +269,12 @@ class _Record:
             whole = False
         if not whole:
             _say(f"{path} is damaged and left aside; what MLflow has is asked of it where a checkpoint knows the run")
-        return record if whole else None
+            return None
+        foreign = [each for each in record.artifacts if not _inside(each["path"], run_dir)]
+        if any(each["pending"] for each in foreign):
+            _say(f"{path} lists files that are not the run's, such as {foreign[0]['path']}; MLflow does not get them")
+        record.artifacts = [each for each in record.artifacts if each not in foreign]
+        return record
 
     def kept(self, run_dir: Path) -> str | None:
         """Write it; why it could not be written, or None."""
@@ -279,6 +284,14 @@ class _Record:
         except OSError as error:
             return unwritten(path, error)
         return None
+
+
+def _inside(path: Any, run_dir: Path) -> bool:
+    """Whether a file is of the run folder, links followed: a record may be somebody else's, and list a private key."""
+    try:
+        return Path(path).resolve().is_relative_to(run_dir.resolve())
+    except (OSError, ValueError, TypeError, RuntimeError):
+        return False
 
 
 _KINDS: dict[str, Any] = {

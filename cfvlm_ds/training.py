@@ -76,8 +76,11 @@ def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: N
     held: list[RunLock] = []
 
     def hold() -> None:
-        refuse_foreign_entries(run_dir)
-        check()
+        try:
+            refuse_foreign_entries(run_dir)
+            check()
+        except OSError as error:  # a name that is too long, a folder that must not be read
+            raise ConfigError(f"{unwritten(run_dir, error)}; choose another train.output_dir") from error
         held.append(RunLock(run_dir, world.say))
 
     agreed(world, hold)

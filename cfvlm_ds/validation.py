@@ -5,6 +5,7 @@ Looked at on every rank before anything else is: before pictures are opened, wei
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def validate(config: RunConfig, world: World | None) -> None:
     if not model.name_or_path:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
     tiny = config.build.tiny_llava
-    there = tiny is None or not _is_below(model.name_or_path, tiny.out_dir) or Path(model.name_or_path).exists()
+    there = tiny is None or not _is_below(model.name_or_path, tiny.out_dir) or os.path.exists(model.name_or_path)
     check_model(model, raw.get("zero_optimization", {}).get("stage") == 3, there, weights=world is not None)
     device = torch.device("cpu") if world is None else world.device
     size, width = 1 if world is None else world.size, engine.hidden_size(config) if there else _UNKNOWN_WIDTH
@@ -38,7 +39,7 @@ def validate(config: RunConfig, world: World | None) -> None:
     unset_hf_deepspeed_config()  # nothing is loaded by this one
     engine.validate(config, resolved, size, None if world is None else device)
     if world is not None:
-        if (resume := config.train.resume) not in ("auto", "never", "restart") and not Path(resume).is_dir():
+        if (resume := config.train.resume) not in ("auto", "never", "restart") and not os.path.isdir(resume):
             raise ConfigError(f"train.resume {resume!r} is no folder; give auto, never, restart or the path of a checkpoint")
         _check_data(config)
 
@@ -48,10 +49,10 @@ def _check_data(config: RunConfig) -> None:
     if not data.train:
         raise ConfigError("data.train is not set; give the manifest of your training groups")
     for each in (data.train_set, *data.evaluation_sets.values()):
-        there = Path(each.path).exists() or (scenes is not None and _is_below(each.path, scenes.out_dir))
+        there = os.path.exists(each.path) or (scenes is not None and _is_below(each.path, scenes.out_dir))
         if (each.format or data.format) not in FORMATS or not there:
             read_manifest(each.path, each.root, each.format or data.format)  # raises, and says what is near
-    if scores_needed(config) and not Path(str(data.scores)).exists():
+    if scores_needed(config) and not os.path.exists(str(data.scores)):
         raise ConfigError(f"{data.scores}: no such scores file; write it with `cfvlm-ds score`, or correct data.scores")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -59,6 +61,40 @@ def only_sentence(stderr: str) -> str:
     lines = [line for line in stderr.replace("\r", "\n").splitlines() if line and not foreign.search(line)]
     assert len(lines) == 1 and lines[0].startswith("error: "), stderr
     return lines[0]
+
+
+# --- where commands read and print --------------------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_that_lacks_a_letter_ends_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "check", str(tmp_path / "犬.jsonl")])
+    terminal.flush()
+    assert ended.value.code == 2 and rb"\u72ac.jsonl: no such manifest" in terminal.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_files_that_cannot_be_read_or_written_are_one_sentence(
+    bad: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    said = refused(capsys, "data", "build", tmp_path / "file" / "scenes", "--num_train", "1", "--num_test", "1")
+    assert f"{tmp_path / 'file'}" in said and "Not a directory; make room, or correct the path or its permissions" in said
+    for name in ("x" * 300, "/" + "y" * 5000):
+        assert "; " in refused(capsys, "data", "check", name)
+        assert "; " in refused(capsys, "evaluate", name, bad["good"])
+        assert "; " in refused(capsys, "export", name)
+
+
+def test_a_reader_that_has_enough_is_no_error(bad: dict[str, Path]) -> None:
+    """As ``| head`` is."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", "from cfvlm_ds.cli import main; main()", "data", "check", str(bad["good"])]
+    done = subprocess.run(command, cwd=REPO, env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 # --- help ---------------------------------------------------------------------------------------------------------------------------
@@ -623,6 +659,10 @@ def test_export_of_a_damaged_checkpoint_leaves_nothing(runs: Path, tmp_path: Pat
     shard.write_bytes(shard.read_bytes()[:-1])
     said = refused(capsys, "export", tmp_path / "checkpoint-2")
     assert shard.name in said and "instead of" in said and not (tmp_path / "export").exists()
+    whole = next((runs / "z3" / "checkpoint-2").glob("*optim_states.pt")).read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
+    said = refused(capsys, "export", tmp_path / "checkpoint-2")
+    assert f"{shard.name} is damaged: its CRC-32 is" in said and not (tmp_path / "export").exists(), "one bit of a weight"
 
 
 def test_build_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from cfvlm_ds.tracking import NullTracker, Tracker, deliver, open_tracker
+from cfvlm_ds.tracking import NullTracker, Tracker, _Record, deliver, open_tracker
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -326,6 +326,19 @@ def test_misuse_is_named(remote: Server, tmp_path: Path) -> None:
         deliver(tmp_path)
     with _open(tmp_path) as tracker, pytest.raises(ValueError, match="reserved"):
         tracker.log(1, {"step": 1.0})
+
+
+def test_a_record_of_somebody_else_sends_no_file_of_mine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (secret := tmp_path / "id_rsa").write_text("mine")
+    (run := tmp_path / "run").mkdir()
+    (run / "results.md").write_text("good")
+    (run / "figure.png").symlink_to(secret)
+    paths = [run / "results.md", secret, run / ".." / "id_rsa", run / "figure.png"]
+    record = {"artifacts": [{"path": str(path), "folder": "", "pending": True} for path in paths]}
+    (run / ".mlflow_delivery.json").write_text(json.dumps(record))
+    loaded = _Record.load(run)
+    assert loaded is not None and [each["path"] for each in loaded.artifacts] == [str(run / "results.md")]
+    assert f"lists files that are not the run's, such as {secret}; MLflow does not get them" in capsys.readouterr().err
 
 
 def test_disabled_does_nothing(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def read_scores(
     ``data`` is the groups' identity, made with the roots that they were read with: paths count relative to these.
     """
     remedy = "write it anew with `cfvlm-ds score`"
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{path}: no such scores file; {remedy}")
     try:
         with open_regular(path) as handle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import pickle
 import re
 from collections.abc import Iterator, Mapping
@@ -72,9 +73,9 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     """The model's configuration. Raises ConfigError when there is no such folder or hub name."""
     if not name_or_path:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
-    if not Path(name_or_path).exists() and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
+    if not os.path.exists(name_or_path) and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
         raise ConfigError(f"model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
-    if Path(name_or_path).is_dir():
+    if os.path.isdir(name_or_path):
         refuse_no_files(Path(name_or_path).resolve())
         refuse_counts(Path(name_or_path))
     with explained(f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a sound config.json, or a hub name"):
@@ -103,7 +104,7 @@ _MISSPELT = 0.85  # likeness from which on a name is another's misspelling rathe
 
 def _check_folder(name_or_path: str) -> None:
     """Of a hub name, what is in the cache; the rest is checked when it has been loaded."""
-    if Path(name_or_path).is_dir():
+    if os.path.isdir(name_or_path):
         check_files(Path(name_or_path).resolve())
     elif isinstance(config := try_to_load_from_cache(name_or_path, "config.json"), str):
         check_files(Path(config).parent)
@@ -112,7 +113,7 @@ def _check_folder(name_or_path: str) -> None:
 def _check_size(config: ModelConfig, model_config: PreTrainedConfig) -> None:
     """ConfigError where the configuration describes a model far larger than its weights: a lost section means the library's own default,
     7 billion parameters, which would all be made before the missing ones could be named."""
-    stored = num_stored(Path(config.name_or_path).resolve()) if Path(config.name_or_path).is_dir() else None
+    stored = num_stored(Path(config.name_or_path).resolve()) if os.path.isdir(config.name_or_path) else None
     if stored is None or getattr(model_config, "quantization_config", None) is not None:
         return
     described = sum(parameter.numel() for parameter in _on_meta(config, model_config, torch.float32, "sdpa").parameters())

@@ -25,7 +25,7 @@ _NOT_INPUTS = ("*.index.json", "config.json", "generation_config.json", "adapter
 
 def model_folder(name_or_path: str) -> Path:
     """Where the files of a model are: itself, or the cached snapshot of a hub name. Raises ConfigError when it cannot be read."""
-    if Path(name_or_path).is_dir():
+    if os.path.isdir(name_or_path):
         return Path(name_or_path).resolve()
     from huggingface_hub import HfApi, snapshot_download
 
