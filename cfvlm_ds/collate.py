@@ -24,6 +24,7 @@ from cfvlm_ds.data.features import FeatureCache, Features
 from cfvlm_ds.data.images import MAX_PIXELS, open_image
 from cfvlm_ds.data.pictures import PictureTable
 from cfvlm_ds.data.scores import StoredScores
+from cfvlm_ds.errors import is_failure
 from cfvlm_ds.groups import Candidate, Cells, CounterfactualGroup, DataError, GroupLayout, Pictures
 from cfvlm_ds.likelihood import Scores, score_matrix
 from cfvlm_ds.models import Family, family_of, load_config, load_processor
@@ -155,7 +156,7 @@ class TreeTokens(NamedTuple):
 class _Unprocessable(DataError):
     """The model's processor raised an error for pictures of this size."""
 
-    def __init__(self, size: Size, error: Exception) -> None:
+    def __init__(self, size: Size, error: BaseException) -> None:
         self.size = size
         super().__init__(
             f"the model's processor cannot take an image of {size[0]}x{size[1]} pixels ({type(error).__name__}: {error}); crop or resize "
@@ -511,7 +512,9 @@ class Collator:
             inputs = self.processor(images=samples, text=[token * len(pictures) for pictures in samples], padding=True, return_tensors="pt")
         except MemoryError:
             raise
-        except Exception as error:  # processors raise nearly anything on sizes that they were not made for
+        except BaseException as error:  # processors raise nearly anything on sizes that they were not made for
+            if not is_failure(error):
+                raise
             if any(picture is not opened[0] for picture in opened):
                 for k, picture in enumerate(opened):
                     self._processed([picture] * (1 + (k >= alone)), 2 * (k >= alone))
@@ -579,6 +582,8 @@ def load_collator(
         f"the window of {model.name_or_path!r} is not known", "compare its config.json and tokenizer_config.json with the published"
     ):
         window = int(min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length))
+    if window < 1:
+        raise ConfigError(f"the window of {model.name_or_path!r} is {window} tokens; compare its config.json and tokenizer_config.json")
     collator = Collator(processor, family_of(config), config, cells, window, max_pixels, stored)
     collator.prompts.check(model.name_or_path)
 

@@ -145,3 +145,8 @@ class InputError(ValueError):
         if len(line) > _LONGEST:
             line = f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
         super().__init__(line)
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether a library raised this about what it was given: an Exception, or what libraries in Rust raise in its place, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

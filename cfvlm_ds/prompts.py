@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from cfvlm_ds.config import ConfigError
+from cfvlm_ds.errors import is_failure
 from cfvlm_ds.groups import DataError
 from cfvlm_ds.templates import MAX_WRITTEN, TemplateBound, try_out, watched
 
@@ -60,6 +61,10 @@ class _Head:
     problem: str
 
 
+class _TokenizerFails(DataError):
+    """What a tokenizer raised about a text."""
+
+
 class Prompts:
     """A model's way of writing conversations.
 
@@ -91,7 +96,7 @@ class Prompts:
             return written
 
         def tokens() -> int:
-            return len(self.processor.tokenizer(_FIRST, add_special_tokens=False).input_ids)
+            return len(self._tokens(_FIRST))
 
         try:
             try_out(tokens, "one sentence")
@@ -100,6 +105,8 @@ class Prompts:
         try:
             try_out(first)
             head = self._new_head(_FIRST, 1)
+        except _TokenizerFails as error:
+            raise ConfigError(f"model {name!r}: {error}; get its files again or name another model") from error
         except (TemplateBound, DataError) as error:
             raise ConfigError(f"model {name!r}: its chat template {error}; correct the template or name another model") from error
         if head.problem:
@@ -111,7 +118,10 @@ class Prompts:
         if key not in self._texts:
             if len(self._texts) >= _CACHED:
                 self._texts.clear()
-            self._texts[key] = self._encode(*key, where)
+            try:
+                self._texts[key] = self._encode(*key, where)
+            except _TokenizerFails as error:
+                raise DataError(f"{where} ({text!r}): {error}; reword it, or get the model's files again") from error
         return self._texts[key]
 
     def ids(self, text: str) -> list[int]:
@@ -121,13 +131,26 @@ class Prompts:
         """
         tokenizer = self.processor.tokenizer
         written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        return list(tokenizer(text, add_special_tokens=not written).input_ids)
+        return self._tokens(text, add_special_tokens=not written)
+
+    def _tokens(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Raises _TokenizerFails."""
+        try:
+            return list(self.processor.tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+        except MemoryError:
+            raise
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise _TokenizerFails(f"the model's tokenizer raises {type(error).__name__} ({' '.join(str(error).split())[:300]})") from error
 
     def _encode(self, prompt: str, text: str, num_pictures: int, where: str) -> Encoded:
         self._check_size(prompt, text, num_pictures, where)
         try:
             head = self._head(prompt, num_pictures)
             whole = self._render(_conversation(prompt, num_pictures, text), False)
+        except _TokenizerFails:
+            raise
         except (TemplateBound, DataError) as error:
             raise DataError(f"{where} ({text!r}) cannot be written as a conversation: the model's chat template {error}") from error
         if head.problem:
@@ -150,7 +173,7 @@ class Prompts:
         if control := self._control.intersection(answer):
             raise DataError(f"{where} ({text!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(control))!r}; reword it")
         unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}  # says nothing, as a word it does not know
-        if inside := self._control.intersection(tokenizer(prompt, add_special_tokens=False).input_ids) - unknown:
+        if inside := self._control.intersection(self._tokens(prompt)) - unknown:
             raise DataError(
                 f"{where}: its prompt ({prompt!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(inside))!r}; reword it"
             )
@@ -227,7 +250,7 @@ class Prompts:
         """The control token with which the template ends an answer."""
         if tail not in self._ends:
             tokenizer = self.processor.tokenizer
-            found = [i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in self._control]
+            found = [i for i in self._tokens(tail) if i in self._control]
             end = found[0] if found else tokenizer.eos_token_id
             self._ends[tail] = () if end is None else (end,)
         return self._ends[tail]

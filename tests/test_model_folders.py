@@ -181,6 +181,16 @@ PROCESSORS: dict[str, tuple[Callable[[Path], object], str]] = {
         edited("processor_config.json", lambda content: content["image_processor"].update(size={"height": 10**6, "width": 10**6})),
         "scales images to size.height 1000000, and 8192 is the most",
     ),
+    "a tokenizer that brings its library down": (
+        edited(
+            "tokenizer.json",
+            lambda content: content.update(
+                pre_tokenizer={"type": "Split", "pattern": {"Regex": r"(([a-z]|.)*)*\d"}, "behavior": "Isolated", "invert": False}
+            ),
+        ),
+        "the model's tokenizer raises PanicException (",
+    ),
+    "no tokens in the window": (edited("tokenizer_config.json", lambda content: content.update(model_max_length=0)), "is 0 tokens; "),
     "more tokens for a picture than memory": (
         edited("processor_config.json", lambda content: content.update(num_additional_image_tokens=10**10)),
         "its processor takes more than ",

@@ -229,3 +229,30 @@ def test_what_a_processor_raises_names_file_and_group(
     for read in (collator.visual_tokens, lambda sizes: collator.row_length(PROMPT, TEXT, sizes)):
         with pytest.raises(DataError, match="the model's processor cannot take an image of 630x30"):
             read(((630, 30),))
+
+
+def test_a_text_that_brings_the_tokenizer_down_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What libraries in Rust raise is no Exception, and would pass every handler of one."""
+
+    class PanicException(BaseException):
+        pass
+
+    class Fragile:
+        def __init__(self, whole: Any) -> None:
+            self.whole = whole
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.whole, name)
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            if "red" in text:
+                raise PanicException("index out of bounds")
+            return self.whole(text, **options)
+
+    collator = make("llava", tmp_path)
+    monkeypatch.setattr(collator.processor, "tokenizer", Fragile(collator.processor.tokenizer))
+    prompts = Prompts(collator.processor, collator.max_length)
+    assert prompts.encoded(PROMPT, "a blue square", 1, "group 'g': text 0").text_ids
+    for prompt, text in ((PROMPT, "a red circle"), ("Is it red?", "a blue square")):
+        with pytest.raises(DataError, match=r"^group 'g': text 1 \('a .*'\): the model's tokenizer raises PanicException \(index out of b"):
+            prompts.encoded(prompt, text, 1, "group 'g': text 1")

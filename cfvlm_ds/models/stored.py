@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from cfvlm_ds.config import ConfigError
+from cfvlm_ds.errors import is_failure
 from cfvlm_ds.reading import MAX_RECORD, MIB, DuplicateKey, TooLarge, parse_json, read_bytes
 from cfvlm_ds.untrusted import bare_name, refuse_foreign
 
@@ -152,11 +153,10 @@ def explained(what: str, remedy: str) -> Iterator[None]:
     except (ConfigError, MemoryError, torch.OutOfMemoryError, dist.DistError):
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+        if not is_failure(error):
             raise
         reason = " ".join(str(error).split()) or "no reason given"
         raise ConfigError(f"{what} ({type(error).__name__}: {reason[:_LONGEST_REASON]}); {remedy}") from error
 
 
-_PANIC = "PanicException"  # of libraries in Rust, which files that they did not expect can bring down; it is no Exception
 _LONGEST_REASON = 600  # characters
