@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import signal
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,6 +211,28 @@ def test_the_sides_of_a_picture_are_bounded(tmp_path: Path, size: tuple[int, int
     for fits in ((200, 1), (3, 600)):
         Image.new("RGB", fits).save(path)
         assert open_image(path).size == image_size(path) == fits
+
+
+def test_the_tiles_of_a_tiff_are_bounded(tmp_path: Path) -> None:
+    """A kilobyte that shows 16x16 pixels of one tile, which is decoded whole: gigabytes."""
+    tags = [
+        (256, 16),
+        (257, 16),
+        (258, 8),
+        (259, 8),
+        (262, 1),
+        (277, 1),
+        (322, 40_000),
+        (323, 40_000),
+        (324, 8 + 2 + 10 * 12 + 4),
+        (325, 13),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    path = tmp_path / "tile.tif"
+    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + zlib.compress(bytes(256)))
+    for read in (open_image, image_size):
+        with pytest.raises(DataError, match=r"tile\.tif: image has tiles of 40000x40000 pixels, over the limit of 50000000; save it again"):
+            read(path)
 
 
 def test_a_header_is_held_against_the_pixel_limit_too(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import IO
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from cfvlm_ds.groups import DataError
 
@@ -41,7 +41,7 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with io.BufferedReader(io.FileIO(path), 1 << 16) as handle:
             handle.peek()  # fetch the header from disk before taking the lock, so that threads wait for the network side by side
             image = _read_header(handle)
-            _check_size(path, image.size, max_pixels)
+            _check_size(path, image, max_pixels)
             ImageOps.exif_transpose(image, in_place=True)  # decodes
             return _to_rgb(image)
     except (DataError, MemoryError):
@@ -62,7 +62,7 @@ def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
             raise DataError("no such image file")
         with open(path, "rb") as handle:
             image = _read_header(handle)
-            _check_size(path, image.size, max_pixels)  # a PNG may have its orientation after its pixels, and is decoded for it
+            _check_size(path, image, max_pixels)  # a PNG may have its orientation after its pixels, and is decoded for it
             return image.size[::-1] if _is_turned(image) else image.size
     except _OutOfBounds:
         raise
@@ -74,14 +74,18 @@ class _OutOfBounds(DataError):
     """The image is larger or longer than allowed."""
 
 
-def _check_size(path: str | Path, size: Size, max_pixels: int) -> None:
-    width, height = size
+def _check_size(path: str | Path, image: Image.Image, max_pixels: int) -> None:
+    size = width, height = image.size
     if width * height > max_pixels:
         raise _OutOfBounds(
             f"{path}: image is {width}x{height} = {width * height} pixels, over the limit of {max_pixels}; shrink it, or raise max_pixels"
         )
     if max(size) > MAX_ASPECT * min(size):
         raise _OutOfBounds(f"{path}: image is {width}x{height}, and its sides may be {MAX_ASPECT}:1 at most; crop it, or drop the row")
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # a tile is decoded whole, however little of it the image shows
+        across, down = (int(image.tag_v2.get(side, 1)) for side in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
+        if across * down > max_pixels:
+            raise _OutOfBounds(f"{path}: image has tiles of {across}x{down} pixels, over the limit of {max_pixels}; save it again")
 
 
 def _is_turned(image: Image.Image) -> bool:
