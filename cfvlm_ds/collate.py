@@ -304,8 +304,12 @@ class Collator:
 
     def scoring_everything(self) -> Collator:
         """The same collator building every cell, without stored scores: what evaluation needs."""
+        return self.building("full", None)
+
+    def building(self, cells: Cells, stored: Mapping[str, StoredScores] | None) -> Collator:
+        """The same collator for other cells and stored scores."""
         other = copy.copy(self)  # shares the cached tokens
-        other.cells, other.stored = "full", None
+        other.cells, other.stored = cells, stored
         return other
 
     def row_length(self, prompt: str, text: str, sizes: tuple[Size, ...]) -> int:

@@ -39,13 +39,14 @@ class RunData:
     """What a run trains on and is evaluated on.
 
     ``identity`` is that of the training groups. ``pictures`` are those that were found sound, against which a picture is held when it is
-    opened; None where only rows were checked.
+    opened; None where only rows were checked. ``collator`` is the model's own, where the check needed one.
     """
 
     groups: list[CounterfactualGroup]
     splits: dict[str, list[CounterfactualGroup]]
     identity: Identity
     pictures: PictureTable | None
+    collator: Collator | None = None
 
 
 def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> RunData:
@@ -65,7 +66,7 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
         raise ConfigError(
             f"the data check of {data.train} cannot end: {error}; look at its node and start again, nothing found is lost"
         ) from error
-    return RunData(train, dict(zip(data.evaluation, evaluation, strict=True)), identity, pictures)
+    return RunData(train, dict(zip(data.evaluation, evaluation, strict=True)), identity, pictures, check.collator)
 
 
 def forget(config: RunConfig, world: World) -> None:
@@ -164,7 +165,7 @@ class _Check:
         run_dir = Path(config.train.output_dir)
         self._file, self._folder = run_dir / _FILE, run_dir / "data_check"
         self._full = config.data.check == "full"
-        self._collator: Collator | None = None
+        self.collator: Collator | None = None
         self._known: dict[str, Any] = {}
         self._stamps: dict[str, list[Any]] = {}
         if world.is_main:
@@ -207,10 +208,10 @@ class _Check:
 
     def _looked_at(self, each: DataSet) -> tuple[str, list[CounterfactualGroup]]:
         world, patience, data = self._world, self._patience, self._config.data
-        self._collator = self._collator or load_collator(self._config.model, "full", data.max_pixels)
+        self.collator = self.collator or load_collator(self._config.model, "full", data.max_pixels)
         self._notes = self._notes or PictureNotes(self._folder, world.rank, patience.meet)
         share = Share(world.rank, world.size, self._notes, patience.alive)
-        options: Any = {"lengths": self._collator, "max_pixels": data.max_pixels, "progress": world.say}
+        options: Any = {"lengths": self.collator, "max_pixels": data.max_pixels, "progress": world.say}
         report, groups = check_share(each.path, each.root, self._format(each), share, **options)
         patience.meet()
         shares = gather_objects((self._notes.problem, len(report.problems), report.problems[:1]), world)

@@ -12,6 +12,7 @@ import ctypes
 import gc
 import os
 import resource
+import select
 import signal
 import threading
 import time
@@ -39,17 +40,20 @@ def try_out(render: Callable[[], int], of: str = "a conversation of one sentence
 
     What else ``render`` raises is not reported: it will be raised again where it is called without a child.
     """
+    alive, held = os.pipe()
     pid = _fork()
     if pid == 0:
         _render_and_leave(render)
+    os.close(held)  # the child's end alone is left, and closed when it ends
     deadline = time.monotonic() + _WAITING_SECONDS
-    pause, ended, status = 0.001, 0, 0
-    with contextlib.suppress(ChildProcessError):  # somebody else waited for every child
+    ended, status = 0, 0
+    with open(alive, "rb", buffering=0), contextlib.suppress(ChildProcessError):  # somebody else waited for every child
+        (poll := select.poll()).register(alive)
         while not ended and time.monotonic() < deadline:
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if not ended:
-                time.sleep(pause)
-                pause = min(2 * pause, 0.05)
+            if poll.poll(1000):
+                ended, status = os.waitpid(pid, 0)
+            else:  # another child may have been forked in between, and hold its end too
+                ended, status = os.waitpid(pid, os.WNOHANG)
         if not ended:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)

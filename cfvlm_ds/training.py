@@ -101,7 +101,8 @@ def _train(config: RunConfig, world: World) -> None:
     groups, splits = data.groups, data.splits
     _check_best(config, splits)
     stored = _stored_scores(config, data, world)
-    collator = load_collator(config.model, required_cells(config.objective), config.data.max_pixels, stored)
+    collator = data.collator or load_collator(config.model, "full", config.data.max_pixels)
+    collator = collator.building(required_cells(config.objective), stored)
     collator.checked = data.pictures
     sampler = _sampler(config, world, groups, collator)
     total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs)

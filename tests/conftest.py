@@ -207,6 +207,12 @@ def run_trainings(number: int, *trainings: list[str], said: Path, timeout: float
     return output
 
 
+def selected(request: pytest.FixtureRequest, name: str) -> list[Any]:
+    """The values of a parameter in this run's tests of the file: what is long may be deselected, and then is not trained either."""
+    chosen = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return list(dict.fromkeys(parameters[name] for parameters in chosen if name in parameters))
+
+
 def plain_scores(manifest: Path, *models: str) -> list[dict[str, list[list[float]]]]:
     """What tests/plain.py finds in a process that does not know this package; a model is its folder, or folder+adapter folder."""
     command = [sys.executable, str(REPO / "tests" / "plain.py"), str(manifest), *models]

@@ -84,7 +84,12 @@ def test_every_model_of_the_list_has_both_recipes() -> None:
     assert {path.stem for path in RECIPES} == {name + kind for name in PUBLISHED for kind in ("", "_lora")}
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+FEW = ("llava15_7b", "qwen2_5_vl_72b_lora", "qwen3_vl_8b")
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(path, id=path.stem, marks=() if path.stem in FEW else pytest.mark.long) for path in RECIPES]
+)
 def test_recipes_at_the_published_sizes(recipe: Path, tmp_path: Path) -> None:
     report = dry_run(configured(recipe, tmp_path))
     total, trains = row(report, "all")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run
 from PIL import Image
 from plain import plain
 
 from cfvlm_ds.attention import BACKENDS, ordinary, registered
+from cfvlm_ds.cli import main
 from cfvlm_ds.collate import Collator, load_collator
 from cfvlm_ds.config import ConfigError, LoraConfig, ModelConfig, ModuleConfig
 from cfvlm_ds.groups import Candidate, CounterfactualGroup, DataError, Pictures
@@ -324,7 +323,7 @@ def test_a_folder_or_type_that_cannot_be_written_is_refused(tmp_path: Path) -> N
         write_small("qwen2_vl", tmp_path)
 
 
-def test_the_command_writes_a_model_that_the_data_check_takes(tmp_path: Path, manifests: dict[str, Path]) -> None:
-    command, model = str(Path(sys.executable).parent / "cfvlm-ds"), str(tmp_path / "model")
-    run([command, "tiny", "qwen2_5_vl", model])
-    assert "visual tokens    min" in run([command, "data", "check", str(manifests["test"]), "--model", model])
+def test_the_command_writes_a_model_that_the_data_check_takes(tmp_path: Path, manifests: dict[str, Path], capsys: Any) -> None:
+    main(["tiny", "qwen2_5_vl", str(tmp_path / "model")])
+    main(["data", "check", str(manifests["test"]), "--model", str(tmp_path / "model")])
+    assert "visual tokens    min" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import losses, plain_scores, run_ranks, run_trainings, save_groups
+from conftest import losses, plain_scores, run_ranks, run_trainings, save_groups, selected
 from PIL import Image
 from safetensors import safe_open
 
@@ -22,7 +22,8 @@ from cfvlm_ds.export.zero import ZeroWeights
 from cfvlm_ds.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.models.small import SMALL, write_small
 
-FAMILIES = list(SMALL)
+FEW = ("llava", "qwen2_5_vl", "qwen3_vl_moe", "internvl")  # one token number, windows, features for several layers and experts, tiles
+FAMILIES = [pytest.param(family, marks=() if family in FEW else pytest.mark.long) for family in SMALL]
 STEPS, GLOBAL_BATCH, SEED = 3, 4, 0
 LORA = {"rank": 4, "alpha": 16.0}
 # Adapters of every kind are tried in some family: DoRA in a tower with windows, rsLoRA in the plainest.
@@ -78,16 +79,16 @@ def arguments(model: Path, manifest: dict[str, Path], out: Path, tuning: str, ra
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {family: write_small(family, folder / family) for family in FAMILIES}
+    return {family: write_small(family, folder / family) for family in SMALL}
 
 
 @pytest.fixture(scope="module")
 def trained(
-    models: dict[str, Path], manifest: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    models: dict[str, Path], manifest: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[tuple[str, str, int], Path]:
     """(family, tuning, ranks) -> run folder."""
-    out = tmp_path_factory.mktemp("runs")
-    found = {(f, tuning, ranks): out / f"{f}-{tuning}-{ranks}" for f in FAMILIES for tuning in ("full", "lora") for ranks in (1, 2)}
+    out, chosen = tmp_path_factory.mktemp("runs"), selected(request, "family") or FEW
+    found = {(f, tuning, ranks): out / f"{f}-{tuning}-{ranks}" for f in chosen for tuning in ("full", "lora") for ranks in (1, 2)}
     for ranks in (1, 2):
         runs = [arguments(models[family], manifest, folder, tuning, ranks) for (family, tuning, of), folder in found.items() if of == ranks]
         run_trainings(ranks, *runs, said=out / f"said-{ranks}", timeout=900)
@@ -151,7 +152,7 @@ def test_a_fresh_process_scores_the_exports_as_the_run_did(
 ) -> None:
     """The whole model, the adapters in peft's format, and the adapters merged, under transformers and peft alone; relative 1e-4."""
     wanted = {}
-    for family in FAMILIES:
+    for family in {family: None for family, _, _ in trained}:
         full, lora = trained[family, "full", 2], trained[family, "lora", 2]
         merged = export_hf(
             lora / f"checkpoint-{STEPS}", str(models[family]), tmp_path / family, lora=LoraConfig(**(LORA | KINDS.get(family, {})))

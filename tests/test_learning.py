@@ -89,6 +89,7 @@ def group_accuracy(scorer: Scorer, collator: Collator, groups: list[Counterfactu
 # What is learned ------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_eight_groups_are_learned_and_the_truth_stays_up(
     model_dir: Path, collator: Collator, groups: list[CounterfactualGroup], batch: Batch
 ) -> None:
@@ -99,6 +100,7 @@ def test_eight_groups_are_learned_and_the_truth_stays_up(
     assert history["lp_00"][-1] > -0.5, "the texts are learned too"
 
 
+@pytest.mark.long
 def test_the_factual_text_becomes_less_likely_on_the_other_image(
     model_dir: Path, collator: Collator, groups: list[CounterfactualGroup], batch: Batch
 ) -> None:
@@ -124,6 +126,7 @@ def test_contrast_alone_also_lowers_it_absolutely(model_dir: Path, batch: Batch)
     assert history["lp_k0"][-1] < history["lp_k0"][0] - 0.3 and history["lp_0k"][-1] < history["lp_0k"][0] - 0.3
 
 
+@pytest.mark.long
 def test_the_papers_matched_form_pushes_true_captions_down(model_dir: Path, batch: Batch) -> None:
     """The documented defect of mode ``matched``: T_k, true of I_k, is made less likely there, more so than the false T_0."""
     change = {}

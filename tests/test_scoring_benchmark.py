@@ -60,6 +60,7 @@ def test_model_flops_are_those_that_torch_counts(family: str, frozen: tuple[str,
     assert flops.of(inputs, int(inputs["scored"].sum())) == pytest.approx(products, rel=0.01)
 
 
+@pytest.mark.long
 def test_zero3_gathers_no_more_for_eight_texts_than_for_one(tmp_path: Path) -> None:
     """Two real ranks; elements and collectives of a step equal those of a plain supervised step on the same tokens."""
     options = ["--layouts", "supervised", "shared prefix", "--recompute", "0", "--json", str(tmp_path / "found.json")]

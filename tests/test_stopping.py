@@ -221,32 +221,13 @@ def test_a_killed_data_worker_costs_no_step(model_dir: Path, manifests: dict[str
     assert "Traceback" not in said[0] + said[1] and "error:" not in said[1]
 
 
-STUCK = """
-import sys, time, torch
-from pathlib import Path
-from cfvlm_ds.distributed import World
-from cfvlm_ds.heartbeat import Heartbeat
-rank, ended = int(sys.argv[2]), sys.argv[3] == "ended"
-(Path(sys.argv[1]) / f"ready-{rank}").touch()
-while len(list(Path(sys.argv[1]).glob("ready-*"))) < 3:  # what the process group does in a run
-    time.sleep(0.01)
-with Heartbeat(Path(sys.argv[1]), World(rank, 3, rank, torch.device("cpu")), 4.0) as pulse:
-    pulse.mark("data", 7)
-    if rank == 2:
-        if not ended: time.sleep(60)
-    else:
-        pulse.mark("agreement", 7)
-        time.sleep(60)
-"""
-
-
 @pytest.mark.parametrize("how", ["hangs", "ended"])
 def test_a_rank_that_beats_but_does_not_move_is_named(tmp_path: Path, how: str) -> None:
     """Rank 2 stays in its data while the others wait for it: all leave. Where it has ended, nobody accuses it, but the wait ends too."""
-    commands = [[sys.executable, "-c", STUCK, str(tmp_path), str(rank), how] for rank in range(3)]
-    ranks = [subprocess.Popen(c, cwd=REPO, env=environment(), stderr=subprocess.PIPE, text=True) for c in commands]
-    outputs = [rank.communicate(timeout=120)[1] for rank in ranks]
-    codes = [rank.returncode for rank in ranks]
+    ranks = forked.start(3, "planted:stand_still", tmp_path, how == "ended", said=tmp_path)
+    for rank in ranks:
+        rank.join(120)
+    outputs, codes = [(tmp_path / f"rank-{rank}.log").read_text() for rank in range(3)], [rank.exitcode for rank in ranks]
     said = "".join(outputs)
     if how == "ended":
         assert codes == [EXIT_HANG, EXIT_HANG, 0] and "rank 2" not in said and said.count("error: ") == 1
@@ -254,7 +235,7 @@ def test_a_rank_that_beats_but_does_not_move_is_named(tmp_path: Path, how: str) 
     assert codes == [EXIT_HANG] * 3
     assert said.count("error: ") == 1, "one sentence"
     assert f"(pid {ranks[2].pid}) has not moved for" in said and "it was at step 7, phase data; 2 of 3 ranks wait for it" in said
-    assert "time.sleep" in outputs[2] or "in <module>" in outputs[2], "its own log shows where it was stuck"
+    assert "in stand_still" in outputs[2], "its own log shows where it was stuck"
 
 
 def peer(phase: str, moves: int, silent_s: float = 0, still_s: float = 0) -> Peer:

@@ -6,7 +6,6 @@ import json
 import math
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
@@ -16,7 +15,7 @@ from typing import Any
 import forked
 import pytest
 import torch
-from conftest import REPO, losses, run, run_ranks, train_arguments
+from conftest import REPO, losses, run_ranks, run_trainings, train_arguments
 from safetensors.torch import load_file
 from test_tracking import Server
 
@@ -226,23 +225,6 @@ def wait_for(condition: Callable[[], object], seconds: float) -> None:
 
 # Modules, through real runs -------------------------------------------------------------------------------------------------------------
 
-COUNTING = """
-import json, sys
-from cfvlm_ds import cli, engine
-initialize, tower, language = engine.initialize, [], []
-def counting(*arguments):
-    built = initialize(*arguments)
-    model = built.module.model.model
-    for calls, layers in ((tower, model.vision_tower.encoder.layers), (language, model.language_model.layers)):
-        calls.append(0)
-        layers[0].mlp.register_forward_pre_hook(lambda *_, c=calls: c.__setitem__(-1, c[-1] + model.training))
-    return built
-engine.initialize = counting
-for arguments in sys.argv[1:]:
-    cli.run(json.loads(arguments))
-print("tower", tower, "language", language)
-"""
-
 
 def module_of(name: str) -> str:
     return next((module for key, module in (("vision_tower", "vision_tower"), ("projector", "projector")) if key in name), "language_model")
@@ -260,8 +242,8 @@ def test_freezing_learning_rates_and_gradient_checkpointing(model_dir: Path, man
         "recomputed": [*frozen, "--model.gradient_checkpointing", "true"],
     }
     always = ["--train.export", "true", "--train.per_device_train_batch_size", "8"]
-    arguments = [json.dumps(train_arguments(model_dir, manifests, tmp_path / name, *always, *extra)) for name, extra in runs.items()]
-    output = run([sys.executable, "-c", COUNTING, *arguments])
+    arguments = [train_arguments(model_dir, manifests, tmp_path / name, *always, *extra) for name, extra in runs.items()]
+    output = run_trainings(1, *arguments, said=tmp_path / "said", by="planted:counted")
 
     source = load_file(model_dir / "model.safetensors")
     exported = {name: load_file(tmp_path / name / "export" / "model.safetensors") for name in runs}

@@ -69,6 +69,7 @@ def is_all_there(server: Server, folder: Path) -> None:
     assert run.info.status == "FINISHED" and on_server(client, run) == on_disk(folder)
 
 
+@pytest.mark.long
 def test_a_server_that_takes_5_s_a_call_costs_no_step_anything(
     server: Server, model_dir: Path, manifests: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import forked
 import pytest
 import torch
-from conftest import REPO, environment, launcher, losses, metrics, run, run_trainings, train_arguments
+from conftest import REPO, environment, losses, metrics, run_trainings, selected, train_arguments
 
 from cfvlm_ds.distributed import World
 from cfvlm_ds.likelihood import Scores
@@ -25,35 +25,43 @@ GLOBAL_BATCH = 16
 FORWARD = 240  # tokens: a few images with their texts
 
 
+MANY = ((1, 2), (2, 4), (4, 2), (1, 2, FORWARD))
+LAYOUTS = [
+    pytest.param(layout, marks=pytest.mark.long if layout in MANY else ())
+    for layout in ((1, 2), (1, 4), (1, 2, FORWARD), (2, 1), (2, 2), (2, 4), (2, 2, FORWARD), (4, 1), (4, 2), (4, 4))
+]
+"""Ranks, accumulation steps and, where it is bounded, tokens of a forward: unequally many forwards on ranks."""
+
+
 @pytest.fixture(scope="module")
-def trajectories(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, ...], Path]:
-    """{1, 2, 4 ranks} x {1, 2, 4 accumulation steps}, 16 groups a step; and in forwards of few tokens, unequally many on ranks."""
-    folders = {}
+def trajectories(
+    model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[tuple[int, ...], Path]:
+    """Layout -> run folder, 16 groups a step; (1, 1) and (4, 1) always."""
+    chosen = list(dict.fromkeys([(1, 1), (4, 1), *selected(request, "layout")]))
+    folders = {layout: tmp_path_factory.mktemp("x".join(map(str, layout))) for layout in chosen}
     for ranks in (1, 2, 4):
         arguments = []
-        for steps in (1, 2, 4):
-            folder = folders[ranks, steps] = tmp_path_factory.mktemp(f"{ranks}x{steps}")
+        for (_, steps, *limit), folder in ((layout, folder) for layout, folder in folders.items() if layout[0] == ranks):
             micro = GLOBAL_BATCH // (ranks * steps)
             extra = ["--train.per_device_train_batch_size", str(micro), "--train.gradient_accumulation_steps", str(steps)]
+            extra += [part for tokens in limit for part in ("--data.max_tokens_per_forward", str(tokens))]
             arguments.append(train_arguments(model_dir, manifests, folder, *extra))
-        if ranks < 4:
-            folder = folders[ranks, 2, FORWARD] = tmp_path_factory.mktemp(f"{ranks}x2-forwards")
-            extra = ["--train.per_device_train_batch_size", str(GLOBAL_BATCH // (2 * ranks)), "--train.gradient_accumulation_steps", "2"]
-            arguments.append(train_arguments(model_dir, manifests, folder, *extra, "--data.max_tokens_per_forward", str(FORWARD)))
-        run_trainings(ranks, *arguments, said=tmp_path_factory.mktemp(f"said-{ranks}"))
+        if arguments:
+            run_trainings(ranks, *arguments, said=tmp_path_factory.mktemp(f"said-{ranks}"))
     return folders
 
 
-def test_ranks_and_accumulation_give_one_trajectory(trajectories: dict[tuple[int, ...], Path]) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_ranks_and_accumulation_give_one_trajectory(layout: tuple[int, ...], trajectories: dict[tuple[int, ...], Path]) -> None:
     """Ragged groups included (0 to 2 counterfactuals, shams): every term is divided by its global count. fp32, relative 2e-4."""
     expected = metrics(trajectories[1, 1])
     assert len(losses(trajectories[1, 1])) == 6
     assert losses(trajectories[1, 1])[-1] < losses(trajectories[1, 1])[0] - 0.3, "it must train, or equality means nothing"
-    for layout, folder in trajectories.items():
-        for want, have in zip(expected, metrics(folder), strict=True):
-            for name in want:
-                if name.startswith(("loss", "logp/", "grad_norm")):
-                    assert have[name] == pytest.approx(want[name], rel=2e-4, abs=2e-5), f"{name} at step {want['step']} with {layout}"
+    for want, have in zip(expected, metrics(trajectories[layout]), strict=True):
+        for name in want:
+            if name.startswith(("loss", "logp/", "grad_norm")):
+                assert have[name] == pytest.approx(want[name], rel=2e-4, abs=2e-5), f"{name} at step {want['step']} with {layout}"
 
 
 def test_rank_local_means_would_be_noticed(trajectories: dict[tuple[int, ...], Path]) -> None:
@@ -81,7 +89,7 @@ def test_equals_the_plain_torch_reference(trajectories: dict[tuple[int, ...], Pa
 
 
 def test_kill_between_steps_resumes_bit_identically(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    """kill -9 of every process mid-run, then the same options by the deepspeed launcher, with data workers: losses of the same bits."""
+    """kill -9 of every process mid-run, then the same options again, with data workers: losses of the same bits."""
     extra = ["--train.save_steps", "3", "--train.max_steps", "10", "--data.num_workers", "1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     command = train_arguments(model_dir, manifests, broken, *extra)
@@ -98,7 +106,7 @@ def test_kill_between_steps_resumes_bit_identically(model_dir: Path, manifests: 
         rank.join()
     assert len(losses(broken)) < 10, "killed too late to prove anything"
     (broken / "checkpoint-6" / "complete.json").unlink()  # a checkpoint whose writing was cut off is passed over
-    output = run([*launcher(2), "train.py", *command])
+    output = run_trainings(2, command, said=tmp_path / "said-again")
     assert "passed over" in output and "resumed from" in output and "step 3" in output
     assert losses(broken) == losses(whole)
 
