@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from cfvlm_ds.attention import Forest
 from cfvlm_ds.config import ConfigError, ModelConfig
 from cfvlm_ds.data.features import FeatureCache, Features
-from cfvlm_ds.data.images import MAX_PIXELS, open_image
+from cfvlm_ds.data.images import MAX_BYTES, MAX_PIXELS, open_image
 from cfvlm_ds.data.pictures import PictureTable
 from cfvlm_ds.data.scores import StoredScores
 from cfvlm_ds.errors import is_failure
@@ -30,6 +30,7 @@ from cfvlm_ds.likelihood import Scores, score_matrix
 from cfvlm_ds.models import Family, family_of, load_config, load_processor
 from cfvlm_ds.models.stored import explained
 from cfvlm_ds.prompts import Encoded, Prompts
+from cfvlm_ds.reading import read_bytes
 from cfvlm_ds.templates import TemplateBound, try_out
 
 BLANK = Path("\0/<blank image>")
@@ -464,11 +465,12 @@ class Collator:
                 return BLANK.name.encode()
             if self.checked is not None:
                 self.checked.verify(key[0])
-            return key[0].read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"{key[0]}: image cannot be read ({error.strerror}); restore it, or correct its path in the manifest"
-            ) from error
+            return read_bytes(key[0], MAX_BYTES)
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"{key[0]}: image cannot be read ({reason}); restore it, or correct its path in the manifest") from error
 
     def before_tower(self, key: PictureKey) -> tuple[dict[str, Tensor], Features]:
         """What the model's ``get_image_features`` takes of one picture, and its features but for what the tower gives.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from array import array
@@ -254,7 +255,9 @@ class _Check:
             limits = [getattr(model, option) for option in IMAGE_LIMITS]
             paths = [without_secrets(path) for path in (*roots, model.name_or_path)]
             written = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # an old time can be set again, but not the last one
-            inputs = inputs_fingerprint(model) if Path(model.name_or_path).is_dir() else None
+            inputs = None
+            with contextlib.suppress(OSError, ConfigError):  # named where they are read to be used
+                inputs = inputs_fingerprint(model) if os.path.isdir(model.name_or_path) else None
             self._stamps[name] = [_FORM, *written, self._format(each), data.check, data.max_pixels, *limits, *paths, inputs]
         return self._stamps[name]
 

@@ -47,8 +47,9 @@ def open_regular(path: str | Path) -> IO[bytes]:
 def read_bytes(path: str | Path, limit: int) -> bytes:
     """All of a regular file. Raises TooLarge for one of more than ``limit`` bytes."""
     with open_regular(path) as handle:
-        content = handle.read(limit + 1)
-    if len(content) > limit:
+        stated = os.fstat(handle.fileno()).st_size  # nothing is read of a file that says it is larger
+        content = handle.read(limit + 1) if stated <= limit else b""
+    if stated > limit or len(content) > limit:
         raise TooLarge(f"it has more than {limit} bytes, the bound for such a file")
     return content
 

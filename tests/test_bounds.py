@@ -25,6 +25,8 @@ from cfvlm_ds.collate import load_collator
 from cfvlm_ds.config import ConfigError, ModelConfig, parse_config
 from cfvlm_ds.data import check_manifest, image_size, native, open_image, read_manifest, scores
 from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.data.images import MAX_BYTES
+from cfvlm_ds.data.pictures import Picture, PictureTable
 from cfvlm_ds.groups import MAX_CELLS, MAX_EDITS, MAX_SIDE, Candidate, CounterfactualGroup, DataError
 from cfvlm_ds.models.tiny import CHAT_TEMPLATE
 from cfvlm_ds.objectives import OBJECTIVES
@@ -211,6 +213,23 @@ def test_the_sides_of_a_picture_are_bounded(tmp_path: Path, size: tuple[int, int
     for fits in ((200, 1), (3, 600)):
         Image.new("RGB", fits).save(path)
         assert open_image(path).size == image_size(path) == fits
+
+
+def test_the_file_of_a_picture_is_regular_and_bounded(tmp_path: Path, model_dir: Path) -> None:
+    """A small picture before a terabyte of zeros, and a pipe: not read to be hashed either, for stored scores or a feature cache."""
+    png(tmp_path / "long.png", 9, 9)
+    os.truncate(tmp_path / "long.png", 2**40)
+    os.mkfifo(tmp_path / "pipe.png")
+    collator = load_collator(ModelConfig(str(model_dir)), "full")
+    for name, said in (("long.png", f"has (more than {MAX_BYTES}|{2**40}) bytes"), ("pipe.png", "no such image|a named pipe and not")):
+        path = tmp_path / name
+        with within(20):
+            for read in (open_image, lambda path: collator.content((path, False))):
+                with pytest.raises(DataError, match=rf"{name}: .*({said})"):
+                    read(path)
+            assert len(PictureTable.of_files([path])) == 0
+            known = PictureTable.of({path: Picture(path.stat().st_size, 1, b"x" * 16, 9, 9)})
+            known.verify(path)  # whoever opens it says what is wrong
 
 
 def test_the_tiles_of_a_tiff_are_bounded(tmp_path: Path) -> None:

@@ -483,7 +483,7 @@ def test_save_best_is_refused_before_anything_is_trained(model_dir: Path, manife
 
 def finishing(tmp_path: Path, splits: dict[str, Any]) -> tuple[Any, list[str]]:
     said: list[str] = []
-    world = SimpleNamespace(is_main=True, say=said.append)
+    world = SimpleNamespace(is_main=True, size=1, say=said.append)
     train = SimpleNamespace(export=True, eval_shuffled=True, figures=True)
     config = SimpleNamespace(train=train, data=SimpleNamespace(max_pixels=10**6))
     pulse, state = SimpleNamespace(mark=lambda *_: None), SimpleNamespace(step=3)
@@ -498,13 +498,13 @@ class Refusing:
 def test_a_trained_model_is_exported_whatever_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tracker refuses, or the evaluation: the export is there. The export refuses: the evaluation is, and then the error."""
     run, said = finishing(tmp_path, {})
-    monkeypatch.setattr(training, "_export", lambda _: said.append("exported"))
+    monkeypatch.setattr(training, "_export", lambda *_: said.append("exported"))
     monkeypatch.setattr(training, "_evaluate", lambda *_: ({}, {}))
     with pytest.raises(OSError, match="no tracker"):
         training._finish(run, Refusing())
     assert said == ["exported"]
 
-    def full(_: object) -> None:
+    def full(*_: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(training, "_export", full)

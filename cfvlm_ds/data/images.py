@@ -21,6 +21,9 @@ MAX_ASPECT = 200
 """Limit on the longer side over the shorter one. Processors scale the shorter side up to a fixed length whatever the longer one becomes:
 34 GB for a line of 5,000,000 pixels. Qwen's own refuse more than 200 as well."""
 
+MAX_BYTES = 4 << 30
+"""Limit on a picture's file, which is read whole to be recognised again: 80 bytes for each of MAX_PIXELS."""
+
 # Formats with plain decoders. PIL would also start Ghostscript for EPS, and decode an ICO whose payload is larger than its header says.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _PIL_LIMIT = threading.Lock()
@@ -38,6 +41,8 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         if not path.is_file():  # also keeps a named pipe from blocking for ever
             raise DataError(f"{path}: no such image file; restore it, or correct its path in the manifest")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise _OutOfBounds(f"{path}: image file has {size} bytes, and {MAX_BYTES} is the bound; save it again, or drop the row")
         with io.BufferedReader(io.FileIO(path), 1 << 16) as handle:
             handle.peek()  # fetch the header from disk before taking the lock, so that threads wait for the network side by side
             image = _read_header(handle)

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cfvlm_ds.config import cores_per_rank
-from cfvlm_ds.data.images import Size, image_size
+from cfvlm_ds.data.images import MAX_BYTES, Size, image_size
 from cfvlm_ds.groups import DataError
+from cfvlm_ds.reading import TooLarge, open_regular
 
 _FACTS = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
 _RECORD = np.dtype([("key", "<u8"), ("facts", _FACTS)])
@@ -45,16 +46,20 @@ def picture_key(path: Path) -> int:
 
 
 def content_digest(path: Path) -> bytes:
-    """128 bits of the file's contents. Raises OSError."""
+    """128 bits of the file's contents. Raises OSError, and ValueError for what is no regular file or has more than MAX_BYTES."""
     digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb", buffering=0) as handle:
-        while block := handle.read(_BLOCK):
+    with open_regular(path) as handle:
+        left = os.fstat(handle.fileno()).st_size
+        if left > MAX_BYTES:
+            raise TooLarge(f"it has {left} bytes, and {MAX_BYTES} is the bound for a picture")
+        while left > 0 and (block := handle.read(min(_BLOCK, left))):
             digest.update(block)
+            left -= len(block)
     return digest.digest()
 
 
 def picture_of(path: Path, width: int, height: int) -> Picture:
-    """What is noted of a picture that was opened. Raises OSError."""
+    """What is noted of a picture that was opened. Raises as content_digest does."""
     stat = path.stat()
     return Picture(stat.st_size, stat.st_mtime_ns, content_digest(path), width, height)
 
@@ -84,7 +89,7 @@ class PictureTable:
         """A table of files whose contents are hashed here; those that cannot be read are left out, for whoever opens them says why."""
 
         def look(path: Path) -> Picture | None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 return picture_of(path, 0, 0)
             return None
 
@@ -125,7 +130,7 @@ class PictureTable:
             if (stat.st_size, stat.st_mtime_ns) == (known.size, known.mtime):
                 return
             same = stat.st_size == known.size and content_digest(path) == known.digest
-        except OSError:
+        except (OSError, ValueError):
             return  # opening it says what is wrong
         if not same:
             raise DataError(
