@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from cfvlm_ds.config import ConfigError
 from cfvlm_ds.distributed import World, broadcast_object, gather_objects, random_state, set_random_state
+from cfvlm_ds.models.stored import explained
 from cfvlm_ds.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.reshard import reshard
 from cfvlm_ds.untrusted import own_file, remove
@@ -207,7 +208,7 @@ def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: 
         os.replace(final, aside)
     os.replace(partial, final)
     _settle_names(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
 
 
 def _own_sum(listed: Mapping[str, Any]) -> int:
@@ -294,7 +295,9 @@ def incomplete(path: Path) -> str | None:
         described = description(path) if (path / _COMPLETE).is_file() else {}  # a pipe would be waited for
         listed = {name: (int(size), int(crc32)) for name, (size, crc32) in described["files"].items()}
         whole = described["crc32"] == _own_sum(described)
-        step, _ = int(described["step"]), int(described["world_size"])
+        step, ranks, run_id = described["step"], described["world_size"], described.get("run_id")
+        if not (type(step) is type(ranks) is int and step >= 0 < ranks and (run_id is None or isinstance(run_id, str))):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return f"{_COMPLETE} is missing or broken, so the checkpoint was never finished"
     if not whole:
@@ -352,7 +355,7 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
     zero, failures = engine.optimizer, list[str]()
     flat = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups
     try:
-        with _kept(failures):
+        with explained(f"{path} cannot be cut anew", "name another checkpoint with train.resume"), _kept(failures):
             shapes, sizes = engine._get_zero_param_shapes(), [tensor.numel() for tensor in flat]
             reshard(path, cut, world.rank, world.size, shapes, sizes, partial(read_states, mmap=True))
         reasons = gather_objects(_reason(failures[0], cut) if failures else None, world)
@@ -393,7 +396,7 @@ def _state(loop: Any, path: Path) -> TrainState:
 
 def _load(engine: Any, folder: Path, path: Path, state: TrainState, world: World) -> None:
     """Load what ``folder`` holds for this number of ranks of the checkpoint ``path``."""
-    with _tensors_alone(engine):
+    with explained(f"{path} cannot be loaded", "name another checkpoint with train.resume"), _tensors_alone(engine):
         _, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if client is None:
         raise ConfigError(f"{path}: DeepSpeed could not load it; name another checkpoint with train.resume")
@@ -421,7 +424,9 @@ def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False)
         with torch.serialization.safe_globals(known):
             return torch.load(file, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ConfigError(f"{file} holds more than tensors ({str(error).splitlines()[0]}); name another checkpoint") from error
+        found = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))  # the rest is advice to run it
+        reason = found[1].partition(" was not")[0] if found else str(error).splitlines()[0]
+        raise ConfigError(f"{file} holds more than tensors, which would be run ({reason}); name another checkpoint") from error
 
 
 @contextlib.contextmanager

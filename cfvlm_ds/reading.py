@@ -5,6 +5,7 @@ What is wrong is a ValueError or OSError without the file's name, which the call
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -36,9 +37,11 @@ def open_regular(path: str | Path) -> IO[bytes]:
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         kind = stat.S_IFMT(os.fstat(number).st_mode)
+        if kind == stat.S_IFDIR:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if kind in _KINDS:
             raise ValueError(f"it is {_KINDS[kind]} and not a regular file; write its contents to one")
-        return open(number, "rb")  # a folder is an OSError here, as anywhere
+        return open(number, "rb")
     except BaseException:
         os.close(number)
         raise

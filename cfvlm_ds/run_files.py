@@ -30,8 +30,8 @@ def create(path: Path) -> IO[bytes]:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all it holds; of a link, only the link."""
-    if path.is_symlink():
+    """Remove a folder with all it holds, or a file; of a link, only the link."""
+    if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)

@@ -270,7 +270,7 @@ class _Record:
         if not whole:
             _say(f"{path} is damaged and left aside; what MLflow has is asked of it where a checkpoint knows the run")
             return None
-        foreign = [each for each in record.artifacts if not _inside(each["path"], run_dir)]
+        foreign = [each for each in record.artifacts if not _inside(run_dir, each["path"])]
         if any(each["pending"] for each in foreign):
             _say(f"{path} lists files that are not the run's, such as {foreign[0]['path']}; MLflow does not get them")
         record.artifacts = [each for each in record.artifacts if each not in foreign]
@@ -286,10 +286,10 @@ class _Record:
         return None
 
 
-def _inside(path: Any, run_dir: Path) -> bool:
+def _inside(run_dir: Path, path: Any) -> bool:
     """Whether a file is of the run folder, links followed: a record may be somebody else's, and list a private key."""
     try:
-        return Path(path).resolve().is_relative_to(run_dir.resolve())
+        return (run_dir / path).resolve().is_relative_to(run_dir.resolve())
     except (OSError, ValueError, TypeError, RuntimeError):
         return False
 
@@ -322,6 +322,8 @@ class _Delivery:
             self._thread.start()
 
     def add_artifact(self, path: str, folder: str) -> None:
+        if Path(path).is_relative_to(self._run_dir):  # where it is found again when the folder has been moved
+            path = str(Path(path).relative_to(self._run_dir))
         with self._lock:
             others = [a for a in self.record.artifacts if (a["path"], a["folder"]) != (path, folder)]
             self.record.artifacts = [*others, {"path": path, "folder": folder, "pending": True}]
@@ -420,7 +422,7 @@ class _Delivery:
             try:
                 run = client.get_run(self.record.run_id)
             except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST" or self.record.run_id not in str(error):
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", *_REFUSED) or self.record.run_id not in str(error):
                     raise
             if run is None or run.info.lifecycle_stage == "deleted":
                 _say(f"MLflow at {self._uri} has no run {self.record.run_id}: a new one gets all that is in {METRICS_FILE}")
@@ -496,10 +498,10 @@ class _Delivery:
         for artifact in self.record.artifacts:
             if not artifact["pending"]:
                 continue
-            if Path(artifact["path"]).exists():
-                self._client.log_artifact(self.record.run_id, artifact["path"], artifact["folder"] or None)
+            if (path := self._run_dir / artifact["path"]).exists():
+                self._client.log_artifact(self.record.run_id, str(path), artifact["folder"] or None)
             else:
-                _say(f"{artifact['path']} is gone before MLflow got it")
+                _say(f"{path} is gone before MLflow got it")
             with self._lock:  # an artifact that changed meanwhile has a new entry, still pending
                 artifact["pending"] = False
                 self._save()

@@ -384,9 +384,31 @@ def test_what_a_checkpoint_pickles_is_not_run(where: str, tmp_path: Path) -> Non
     torch.save({"python": Payload(tmp_path / "taken over")}, saved / where)
     rewritten(saved, files={str(file.relative_to(saved)): list(checkpoint._settled(file)) for file in saved.rglob("*.pt")})
     assert checkpoint.incomplete(saved) is None
-    with pytest.raises(ConfigError, match=rf"{where} holds more than tensors .*; name another checkpoint"):
+    with pytest.raises(ConfigError, match=rf"{where} holds more than tensors, which would be run .*; name another checkpoint"):
         checkpoint.load(engine, saved, TrainState(), ONE, tmp_path)
     assert not (tmp_path / "taken over").exists()
+
+
+@pytest.mark.parametrize("change", [{"world_size": 0}, {"world_size": -3}, {"world_size": "1"}, {"step": "3"}, {"run_id": {"a": 1}}])
+def test_a_list_of_odd_numbers_is_broken(change: dict[str, Any], tmp_path: Path) -> None:
+    rewritten(saved := make(tmp_path, 3), **change)
+    assert "complete.json is missing or broken" in str(checkpoint.incomplete(saved))
+
+
+def test_what_the_library_finds_in_a_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    class Stumbling(Engine):
+        def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
+            return folder, {"copied": torch.zeros(3).copy_(torch.zeros(2))}
+
+    saved = checkpoint.save(Engine(), TrainState(3, {}, "d"), tmp_path, ONE, keep=1)
+    with pytest.raises(ConfigError, match=r"checkpoint-3 cannot be loaded \(RuntimeError: The size of tensor .*; name another checkpoint"):
+        checkpoint.load(Stumbling(), saved, TrainState(), ONE, tmp_path)
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3").write_text("x")
+    checkpoint.save(Engine(), TrainState(3, {}, "d"), tmp_path, ONE, keep=0)
+    assert names(tmp_path) == {"checkpoint-3"} and checkpoint.incomplete(tmp_path / "checkpoint-3") is None
 
 
 def test_a_random_state_that_is_none_is_named(tmp_path: Path) -> None:

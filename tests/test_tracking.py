@@ -341,6 +341,20 @@ def test_a_record_of_somebody_else_sends_no_file_of_mine(tmp_path: Path, capsys:
     assert f"lists files that are not the run's, such as {secret}; MLflow does not get them" in capsys.readouterr().err
 
 
+def test_a_moved_run_knows_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with open_tracker(True, tmp_path / "run", "tests", "a run", {}, {}, mlflow=False) as tracker:
+        (tmp_path / "run" / "results.md").write_text("good")
+        tracker.artifact(tmp_path / "run" / "results.md")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    capsys.readouterr()
+    with _open(tmp_path / "moved", resume_step=0) as again:
+        _wait_for(lambda: again.run_id)
+    assert "not the run's" not in capsys.readouterr().err
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/moved/mlflow.db")
+    assert "results.md" in {item.path for item in client.list_artifacts(again.run_id)}
+
+
 def test_disabled_does_nothing(tmp_path: Path) -> None:
     with open_tracker(True, tmp_path / "local", "tests", "a run", {}, {}, mlflow=False) as tracker:
         tracker.log(1, {"loss": 2.0})

@@ -41,7 +41,7 @@ def iter_groups(path: Path, roots: Sequence[Path], convert: Format) -> Iterator[
     be read at all, yields one error. Image files are not opened. Memory: one row at a time for JSON lines, of at most MAX_LINE bytes; a
     longer one ends the reading, and so does a list of more than MAX_LIST.
     """
-    if path.exists():
+    if os.path.exists(path):
         for root in roots:
             if not root.is_dir():
                 remedy = "pass the folder that image paths are relative to as root"

@@ -76,6 +76,10 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     if not os.path.exists(name_or_path) and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
         raise ConfigError(f"model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
     if os.path.isdir(name_or_path):
+        if os.path.isfile(os.path.join(name_or_path, "config.yaml")) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
+            raise ConfigError(
+                f"model.name_or_path {name_or_path!r} is a run folder; name its export, {os.path.join(name_or_path, 'export')}"
+            )
         refuse_no_files(Path(name_or_path).resolve())
         refuse_counts(Path(name_or_path))
     with explained(f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a sound config.json, or a hub name"):
