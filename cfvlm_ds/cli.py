@@ -189,6 +189,11 @@ def _score(arguments: argparse.Namespace) -> None:
     collator.checked = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
     identity = data_identity(groups, data_roots(arguments.manifest, arguments.root), collator.checked)
     scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
+    if broken := [group.id for group, score in zip(groups, scores, strict=True) if not score.finite]:
+        raise ConfigError(
+            f"{arguments.model}: scores of {len(broken)} of {len(groups)} groups are not finite, such as of {broken[0]!r}, and are not "
+            "written; compare the model's weights and processor files with the published ones"
+        )
     stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
     write_scores(out, groups, stored, arguments.model, identity, made_by=fingerprint(model))
     print(f"wrote {out}: {len(groups)} groups")

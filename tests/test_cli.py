@@ -413,6 +413,20 @@ def scores_file(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: p
     return out
 
 
+def test_scores_that_are_not_finite_are_not_written(
+    model_dir: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(model_dir, tmp_path / "model") / "processor_config.json"
+    described = json.loads(broken.read_text())
+    described["image_processor"]["image_mean"] = [math.nan] * 3
+    broken.write_text(json.dumps(described))
+    with pytest.raises(SystemExit) as ended:
+        main(["score", str(broken.parent), str(manifests["test"]), "--out", str(tmp_path / "out.jsonl")])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and said.startswith(f"error: {broken.parent}: scores of 10 of 10 groups are not finite, such as of ")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 @pytest.fixture(scope="module")
 def runs(model_dir: Path, manifests: dict[str, Path], scores_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Short trainings in one process: ``z2``, ``z3`` (evaluated and exported), ``dpo``, and DPO of adapters with two kinds of reference."""

@@ -364,7 +364,7 @@ def test_texts_are_scored_on_another_groups_image(
         with torch.no_grad():
             parts = [plain_logp(scorer.model, processor, donor, c.prompt, c.text)[0].sum() for c in one.candidates]
         torch.testing.assert_close(values.shuffled, torch.stack(parts), rtol=1e-5, atol=0)
-    assert score_groups(scorer, collator, groups[:1], ALONE, shuffled=True)[0].shuffled.isnan().all()  # type: ignore[union-attr]
+    assert score_groups(scorer, collator, groups[:1], ALONE, shuffled=True)[0].shuffled.shape == (0,)  # type: ignore[union-attr]
 
 
 def test_another_image_is_one_that_the_group_does_not_show() -> None:
@@ -458,6 +458,9 @@ def test_scores_that_are_not_finite_are_counted_and_named(
     assert ", ".join(map(repr, named[:5])) in said
     score_groups(scorer, collator, groups, ALONE, 1)
     assert "not finite" not in capsys.readouterr().out
+    broken = replace(scores([[-1.0, -2.0], [-2.0, -1.0]]), shuffled=torch.tensor([torch.nan, torch.nan]))
+    assert not broken.finite, "not taken for a group without a donor"
+    assert accuracies([group()], [broken])[-1].comparisons["shuffled_pair"] == 2
 
 
 def test_memory_that_runs_out_is_explained(collator: Collator, groups: list[CounterfactualGroup]) -> None:

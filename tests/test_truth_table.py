@@ -371,7 +371,7 @@ def test_a_balanced_table_gives_language_nothing_and_its_factual_side_shows_the_
 
 
 def test_the_shuffled_row_counts_the_groups_that_have_another_image() -> None:
-    nothing = [math.nan, math.nan]
+    nothing: list[float] = []
     groups = [group([[1, 0]], name=name) for name in ("a", "b", "c")]
     rows = accuracies(
         groups, [scores([[1, 0]], shuffled=[1.0, 0.0]), scores([[1, 0]], shuffled=[0.0, 0.0]), scores([[1, 0]], shuffled=nothing)]

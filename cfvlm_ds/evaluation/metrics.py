@@ -122,7 +122,7 @@ class _Outcome:
 def _outcomes(group: CounterfactualGroup, score: GroupScores) -> Iterable[tuple[tuple[str, ...], _Outcome]]:
     logp, debiased = score.logp.tolist(), (score.logp - score.blank).tolist()
     blank = score.blank.tolist()
-    shuffled = None if score.shuffled is None or score.shuffled.isnan().all() else score.shuffled.tolist()
+    shuffled = None if score.shuffled is None or not len(score.shuffled) else score.shuffled.tolist()
     for each in comparisons(group):
         won = {name: float(rule(logp, debiased, *each.at)) for name, rule in _RULES[each.kind].items()}
         language: dict[str, float] = {}

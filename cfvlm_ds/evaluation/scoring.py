@@ -26,7 +26,7 @@ Forward = Callable[..., Tensor]
 class GroupScores:
     """One group's full score matrix: ``logp`` [I, C] and ``blank`` [C] (the texts on a blank image), in nats.
 
-    ``shuffled`` [C] are the texts on another group's image, NaN where there is none; None where that was not asked for.
+    ``shuffled`` [C] are the texts on another group's image, empty where there is none; None where that was not asked for.
     """
 
     logp: Tensor
@@ -35,8 +35,8 @@ class GroupScores:
 
     @property
     def finite(self) -> bool:
-        """Whether all scores of the texts, on the group's own images and on the blank one, are numbers."""
-        return bool(self.logp.isfinite().all() and self.blank.isfinite().all())
+        """Whether all scores are numbers."""
+        return all(bool(part.isfinite().all()) for part in (self.logp, self.blank, self.shuffled) if part is not None)
 
     def stored(self) -> StoredScores:
         """The same as plain numbers, for a scores file."""
@@ -99,7 +99,7 @@ def score_groups(
             size = (len(groups[index].images), len(groups[index].candidates))
             foreign = None
             if donors is not None:
-                foreign = other[0][j, 0, : size[1]] if donors[index] is not None else torch.full((size[1],), torch.nan)
+                foreign = other[0][j, 0, : size[1]] if donors[index] is not None else torch.empty(0)
             results[index] = GroupScores(seen[j, : size[0], : size[1]], blind[j, 0, : size[1]], foreign)
         if time.monotonic() - spoken > 10:
             spoken = time.monotonic()
