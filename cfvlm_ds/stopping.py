@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -199,7 +200,9 @@ class Stop:
 
     def __init__(self, margin_s: float) -> None:
         self._margin_s = margin_s
-        self._end = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
+        self._end = math.inf
+        with contextlib.suppress(ValueError):  # of a site's own making
+            self._end = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
         self._last = time.time()
         self._longest = 0.0
 

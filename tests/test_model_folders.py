@@ -19,7 +19,7 @@ from cfvlm_ds.cli import main
 from cfvlm_ds.collate import load_collator
 from cfvlm_ds.config import ConfigError, ModelConfig
 from cfvlm_ds.export.source import skeleton
-from cfvlm_ds.models import fingerprint, load_model, meta_model
+from cfvlm_ds.models import attach_adapters, fingerprint, load_model, meta_model
 from cfvlm_ds.models.stored import hashed_files, weight_patterns
 from cfvlm_ds.run_folder import named_model, recorded_model
 
@@ -274,3 +274,50 @@ def test_outputs_that_cannot_be_written(model_dir: Path, tmp_path: Path, capsys:
             main([command, str(model_dir), str(manifest), "--out", str(tmp_path / "file" / "out")])
         said = capsys.readouterr().err.splitlines()[-1]
         assert ended.value.code == 2 and said.startswith(f"error: {tmp_path / 'file' / 'out'} cannot be written (") and "--out" in said
+
+
+@pytest.fixture(scope="module")
+def adapters(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import peft
+
+    torch.manual_seed(0)
+    model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+    described = peft.LoraConfig(r=3, target_modules=r".*language_model.*\.(q|v)_proj", init_lora_weights=False)
+    peft.get_peft_model(model, described).save_pretrained(folder := tmp_path_factory.mktemp("adapters"))
+    return folder
+
+
+def test_adapters_are_what_their_weights_are(adapters: Path, model_dir: Path, tmp_path: Path) -> None:
+    """A pattern of layers that would take for ever to match is not matched, and the same layers get the same adapters."""
+    import peft
+
+    def attached(folder: Path) -> dict[str, torch.Tensor]:
+        model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+        return attach_adapters(model, folder).state_dict()
+
+    model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+    expected = peft.PeftModel.from_pretrained(model, str(adapters)).get_base_model().state_dict()
+    slow = shutil.copytree(adapters, tmp_path / "slow")
+    edited("adapter_config.json", lambda content: content.update(target_modules=r"(?:[a-z_.\d]+)+\d+!"))(slow)
+    for folder in (adapters, slow):
+        found = attached(folder)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"r": 10**7}, "have rank 10000000 by their adapter_config.json, and at most 3 by their weights; restore the file"),
+        ({"rank_pattern": {"q_proj": 10**7}}, "have rank 10000000 by their"),
+        ({"r": -1}, "; "),
+        ({"r": "x"}, "; "),
+        ({"rank_pattern": {"(a+)+$": 3}}, "for the name of a layer in a pattern; write names"),
+        ({"lora_alpha": "x"}, "cannot be loaded"),
+    ],
+)
+def test_adapters_that_say_what_they_are_not(change: dict[str, Any], said: str, adapters: Path, model_dir: Path, tmp_path: Path) -> None:
+    edited("adapter_config.json", lambda content: content.update(change))(folder := shutil.copytree(adapters, tmp_path / "adapters"))
+    model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+    with pytest.raises(ConfigError) as refused:
+        attach_adapters(model, folder)
+    assert said in str(refused.value) and str(folder) in str(refused.value), refused.value

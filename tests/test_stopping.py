@@ -343,3 +343,8 @@ def test_a_compiler_that_is_ended_gives_its_lock_back(tmp_path: Path) -> None:
         wait(lambda: psutil.Process(process.pid).children(), 20)
         process.terminate()
         assert process.wait(30) == EXIT_STOPPED and not lock.exists()
+
+
+def test_an_end_time_that_is_none_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")
+    assert reason(Stop(1e9).votes().tolist()) is None

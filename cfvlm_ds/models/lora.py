@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,9 @@ def attach_adapters(model: Any, folder: Path) -> Any:
     from safetensors.torch import load_file
 
     with explained(f"the adapters of {folder} cannot be loaded", "name the folder that they were written to, with its base where it was"):
-        header(folder / ADAPTER_WEIGHTS)
+        stored = {name: shape for name, (shape, _) in header(folder / ADAPTER_WEIGHTS).items()}
         described = peft.PeftConfig.from_pretrained(str(folder))
-        described.inference_mode, described.init_lora_weights = True, True
+        _bound(described, stored, folder)
         adapted = peft.get_peft_model(model, described)
         weights = load_file(folder / ADAPTER_WEIGHTS)
         found = peft.set_peft_model_state_dict(adapted, weights)
@@ -110,6 +110,27 @@ def attach_adapters(model: Any, folder: Path) -> Any:
                 f"{next(iter(misfits), 'all of them')}; name the folder that they were written to"
             )
     return adapted.get_base_model()
+
+
+def _bound(described: Any, stored: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Have adapters be what their weights are: the layers that these name, and no rank that they have not. What their configuration says of
+    layers is a pattern, which may take for ever to match, and a rank fills memory before the first weight is compared with it.
+
+    Raises ConfigError where it says other ranks, or has patterns for them that are more than names.
+    """
+    ranks = [shape[0] for name, shape in stored.items() if name.endswith(".lora_A.weight") and shape]
+    patterns = {**(described.rank_pattern or {}), **(described.alpha_pattern or {})}
+    if odd := [name for name in patterns if not re.fullmatch(r"[\w.\\^$]*", name)]:
+        raise ConfigError(f"the adapters of {folder} have {odd[0]!r} for the name of a layer in a pattern; write names")
+    for rank in (described.r, *(described.rank_pattern or {}).values()):
+        if type(rank) is not int or not 0 < rank <= max(ranks, default=0):
+            raise ConfigError(
+                f"the adapters of {folder} have rank {rank} by their adapter_config.json, and at most {max(ranks, default=0)} by their "
+                "weights; restore the file"
+            )
+    described.target_modules = {name.removeprefix("base_model.model.").rpartition(".lora_A.")[0] for name in stored if ".lora_A." in name}
+    described.exclude_modules = described.layers_to_transform = described.layers_pattern = None
+    described.inference_mode, described.init_lora_weights = True, True
 
 
 def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any:
