@@ -348,6 +348,14 @@ def test_names_from_the_data_cannot_break_the_table() -> None:
 # What language alone achieves ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_line_of_the_log_ends_however_many_types_there_are() -> None:
+    groups = [group([[1, 0]], Edit(f"type {n:02}", text=1)) for n in range(40)]
+    rows = accuracies(groups, [scores([[0.0, -1.0]])] * 40)
+    said = headline(rows)
+    assert said.startswith("pair accuracy type 00 100.0, ") and said.endswith("type 10 100.0, 29 more types, all 100.0")
+    assert headline(accuracies(groups[:11], [scores([[0.0, -1.0]])] * 11)).endswith("type 09 100.0, type 10 100.0, all 100.0")
+
+
 def test_the_blind_row_says_what_language_alone_achieves() -> None:
     """Three groups of one image: language decides one rightly, one wrongly, and ties in one (1/2): 50 %, where the model has 100."""
     groups = [group([[1, 0]]) for _ in range(4)]

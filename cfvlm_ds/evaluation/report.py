@@ -8,6 +8,7 @@ from cfvlm_ds.evaluation.metrics import CHANCE, Accuracy
 
 SHOWN = ("text", "image", "group", "group_pmi", "pair", "image_pair", "factual", "sham")
 _NAME_CHARS = 60
+_MOST_TYPES = 12  # in a line of a progress log
 
 
 def table(splits: Mapping[str, Sequence[Accuracy]]) -> str:
@@ -51,7 +52,9 @@ def headline(rows: Sequence[Accuracy]) -> str:
     metric = next((metric for metric in ("group", "pair", "image_pair") if rows and metric in rows[-1].metrics), None)
     if metric is None:
         return "no comparison: match marks no text or image false beside a true one"
-    shown = ", ".join(f"{_plain(row.name)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics)
+    found = [f"{_plain(row.name)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics]
+    more = len(found) - _MOST_TYPES
+    shown = ", ".join(found if more <= 1 else [*found[: _MOST_TYPES - 1], f"{more} more types", found[-1]])
     used, num = rows[-1].groups[metric], rows[-1].num
     return f"{metric} accuracy {shown}" + (f" (of {used} of {num} groups)" if used < num else "")
 
