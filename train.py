@@ -4,11 +4,11 @@ import os
 import signal
 import sys
 
-# Held back while packages are imported; cfvlm_ds.stopping answers them from then on. Ctrl-C has nothing to save so far.
+# Held back while packages are imported; cfvlm_ds.cluster.signals answers them from then on. Ctrl-C has nothing to save so far.
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from cfvlm_ds.cli import train_main  # noqa: E402
+from cfvlm_ds.cli.train import train_main  # noqa: E402
 
 if __name__ == "__main__":
     try:

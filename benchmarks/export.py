@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 
-from cfvlm_ds.config import ScenesConfig
-from cfvlm_ds.models.small import write_small
-from cfvlm_ds.scenes import build_scenes
+from cfvlm_ds.core.config import ScenesConfig
+from cfvlm_ds.demo.scenes import build_scenes
+from cfvlm_ds.demo.small import write_small
 
 REPO = Path(__file__).resolve().parent.parent
 SHARD = "500MB"
 PEAK = """
 import resource, sys
-from cfvlm_ds.cli import main
+from cfvlm_ds.cli.main import main
 try:
     main(sys.argv[1:])
 finally:

@@ -24,14 +24,15 @@ from images import Engine
 from PIL import Image
 from scoring import SIZES
 
-from cfvlm_ds.collate import Batch, Collator, load_collator
-from cfvlm_ds.config import ModelConfig, ModuleConfig, TinyLlavaConfig
+from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.batching.precompute_features import precompute_features
+from cfvlm_ds.core.config import ModelConfig, ModuleConfig, TinyLlavaConfig
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.data.features import FeatureCache
-from cfvlm_ds.distributed import World
-from cfvlm_ds.groups import Candidate, CounterfactualGroup
+from cfvlm_ds.demo.tiny import llava_config, llava_processor, write_checkpoint
 from cfvlm_ds.models import ModelFlops, Scorer, family_of, load_model
-from cfvlm_ds.models.tiny import llava_config, llava_processor, write_checkpoint
-from cfvlm_ds.tower_pass import feature_cache
 
 TOWERS = {
     "llava": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4},
@@ -59,9 +60,9 @@ def measure(shape: str, folder: Path, repeats: int) -> None:
     collators: dict[str, Collator] = {name: load_collator(model, "full") for name in ("tower", "cache")}
     start = time.process_time()
     world = World(0, 1, 0, torch.device("cpu"))
-    cache: FeatureCache = feature_cache(folder / "cache", model, engine, collators["cache"], [group], world, 0)
+    cache: FeatureCache = precompute_features(folder / "cache", model, engine, collators["cache"].files, [group], world, 0)
     filled = time.process_time() - start
-    collators["cache"].features = cache
+    collators["cache"] = collators["cache"].taking_features(cache)
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in collators}
     for _ in range(repeats + 1):
         for name, collator in collators.items():

@@ -19,7 +19,8 @@ import torch
 from scoring import now, peak, reset_peak
 from torch import Tensor
 
-from cfvlm_ds.likelihood import head_logprobs, token_logprobs
+from cfvlm_ds.core.scores import token_logprobs
+from cfvlm_ds.models.chunked_logprobs import head_logprobs
 
 
 def main() -> None:

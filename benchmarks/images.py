@@ -18,18 +18,16 @@ import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from scoring import SIZES, TEXT, VOCABULARY, build, case, clear, now, packed_inputs, peak, reset_peak
 from torch import Tensor
 
-from cfvlm_ds.attention import BACKENDS, Forest, registered
-from cfvlm_ds.distributed import World
-from cfvlm_ds.likelihood import Scores
+from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.models import FAMILIES, Scorer
-from cfvlm_ds.step import two_passes
+from cfvlm_ds.models.forest_attention import BACKENDS, Forest, registered
+from cfvlm_ds.training.gradient_cache import two_passes
 
 
 def main() -> None:
@@ -74,8 +72,15 @@ def measure(arguments: argparse.Namespace, count: int) -> list[tuple[float, floa
         return loss.item()
 
     def cache() -> float:
-        run: Any = SimpleNamespace(engine=Engine(scorer), world=World(0, 1, 0, of.prefix.device), config=SimpleNamespace(objective={}))
-        two_passes(run, batches, len(batches), lambda scores: found.setdefault("loss", coupled(scores)), last=True)
+        two_passes(
+            Engine(scorer),
+            batches,
+            len(batches),
+            lambda scores: found.setdefault("loss", coupled(scores)),
+            lambda _: None,
+            last=True,
+            device=of.prefix.device,
+        )
         return found.pop("loss").item()
 
     found: dict[str, Tensor] = {}
@@ -133,7 +138,7 @@ class Part:
 
 
 def in_one_row(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Trees of several images beside each other, as cfvlm_ds.collate lays them out."""
+    """Trees of several images beside each other, as cfvlm_ds.batching.collator lays them out."""
     scored = [int(part["scored"].sum()) for part in parts]
     forests = [part["forest"] for part in parts]
     return {

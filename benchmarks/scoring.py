@@ -38,10 +38,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from cfvlm_ds.attention import BACKENDS, Forest, ordinary, registered
-from cfvlm_ds.engine import keep_freed_memory
-from cfvlm_ds.likelihood import token_logprobs
+from cfvlm_ds.core.scores import token_logprobs
+from cfvlm_ds.engine.setup import keep_freed_memory
 from cfvlm_ds.models import FAMILIES, ModelFlops, Scorer
+from cfvlm_ds.models.forest_attention import BACKENDS, Forest, registered, stock_attention
 
 PROMPT, TEXT = 16, 16  # tokens of a prompt beside its image, and of each text
 SIZES = {
@@ -161,7 +161,7 @@ def concatenated(case: Case, keep: bool = False, once: bool = False) -> Tensor:
         features.pooler_output = [piece for _ in range(texts) for piece in features.pooler_output]
     wanted = torch.arange(prefix - 1, ids.shape[1] - 1, device=ids.device)
     kept = {"logits_to_keep": wanted} if keep else {}
-    with ordinary(case.model):
+    with stock_attention(case.model):
         logits = case.model(input_ids=ids, position_ids=positions, mm_encoder_outputs={"image": features}, use_cache=False, **kept).logits
     logits = logits if keep else logits[:, :-1]
     targets = case.texts if keep else ids[:, 1:]
@@ -173,7 +173,7 @@ def supervised(case: Case) -> Tensor:
     ids = torch.cat([case.prefix, case.texts.flatten()]).unsqueeze(0)
     features = case.model.get_image_features(**case.images, return_dict=True)
     wanted = torch.arange(len(case.prefix) - 1, ids.shape[1] - 1, device=ids.device)
-    with ordinary(case.model):
+    with stock_attention(case.model):
         logits = case.model(
             input_ids=ids,
             position_ids=case.positions(ids.shape[1]),
@@ -185,7 +185,7 @@ def supervised(case: Case) -> Tensor:
 
 
 def packed_inputs(case: Case) -> dict[str, Any]:
-    """What cfvlm_ds.collate makes of the case."""
+    """What cfvlm_ds.batching.collator makes of the case."""
     texts, prefix = len(case.texts), len(case.prefix)
     one = case.positions(prefix + TEXT)
     starts = [prefix + k * TEXT for k in range(texts)]

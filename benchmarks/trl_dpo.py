@@ -45,18 +45,19 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from transformers.utils.logging import disable_progress_bar
 
-from cfvlm_ds.cli import main as cfvlm
-from cfvlm_ds.collate import load_collator
-from cfvlm_ds.config import ModelConfig
+from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.cli.main import main as cfvlm
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.identity import data_identity
-from cfvlm_ds.data.scores import read_scores
-from cfvlm_ds.groups import Candidate, CounterfactualGroup, to_row
+from cfvlm_ds.data.stored_scores import read_scores
+from cfvlm_ds.demo.scenes import all_captions
+from cfvlm_ds.demo.small import SMALL
+from cfvlm_ds.demo.tiny import write_checkpoint
 from cfvlm_ds.models import Scorer, family_of, load_model, load_processor
-from cfvlm_ds.models.small import SMALL
-from cfvlm_ds.models.tiny import write_checkpoint
-from cfvlm_ds.objectives import Dpo, group_units, required_cells, weighted_loss
-from cfvlm_ds.scenes import all_captions
+from cfvlm_ds.objectives import Dpo, denominators, required_cells, weighted_loss
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = (
@@ -230,7 +231,7 @@ class Ours:
         batch = self.collator(self.batch(number))
         began, clock = time.process_time(), time.perf_counter()
         scores = batch.scores(self.scorer(**batch.model_inputs))
-        loss, _ = weighted_loss(self.objectives, scores, group_units(self.objectives, batch.layout))
+        loss, _ = weighted_loss(self.objectives, scores, denominators(self.objectives, batch.layout))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         self.optimizer.step()

@@ -3,8 +3,9 @@
 What a researcher needs to write and try an objective; importing this needs torch alone.
 """
 
-from cfvlm_ds.groups import Candidate, CounterfactualGroup, GroupLayout
-from cfvlm_ds.likelihood import Scores, score_matrix, token_logprobs
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores, score_matrix, token_logprobs
 from cfvlm_ds.objectives import OBJECTIVES, Objective, weighted_loss
 
 __all__ = [

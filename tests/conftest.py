@@ -19,11 +19,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from cfvlm_ds.attention import ordinary
-from cfvlm_ds.config import ModelConfig, TinyLlavaConfig
-from cfvlm_ds.groups import Candidate, CounterfactualGroup, Edit, to_row
+from cfvlm_ds.core.config import ModelConfig, TinyLlavaConfig
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.demo.tiny import build_tiny_llava
 from cfvlm_ds.models import Scorer, family_of, load_model
-from cfvlm_ds.models.tiny import build_tiny_llava
+from cfvlm_ds.models.forest_attention import stock_attention
 
 pytest_plugins = ["budget"]
 REPO = Path(__file__).resolve().parent.parent
@@ -87,7 +88,7 @@ def plain_logp(
     start = processor(images=[image], text=[head], return_tensors="pt").input_ids.shape[1]
     inputs = processor(images=[image], text=[f"{head} {text}</s>"], return_tensors="pt")
     tokens = inputs.input_ids[0, start:]
-    with ordinary(model):
+    with stock_attention(model):
         logits = model(**inputs).logits
     logp = logits[0, start - 1 : -1].float().log_softmax(-1)[range(len(tokens)), tokens]
     return logp[:-1], logp[-1]

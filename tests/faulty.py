@@ -21,10 +21,16 @@ import torch.distributed as dist
 from test_run_files import full, handle_of
 from torch import Tensor
 
-from cfvlm_ds import OBJECTIVES, GroupLayout, Scores, checkpoint, cli, tower_pass, training
-from cfvlm_ds.cli import run
-from cfvlm_ds.config import ConfigError
+from cfvlm_ds import OBJECTIVES, GroupLayout, Scores, checkpoint
+from cfvlm_ds.batching import precompute_features as tower_pass
+from cfvlm_ds.cli.exits import exit_cleanly
+from cfvlm_ds.cli.train import run
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.data import GroupSampler
+from cfvlm_ds.training import run as training
+from cfvlm_ds.training import trainer
+from cfvlm_ds.training.step import OptimizerStep, StepResult
+from cfvlm_ds.training.trainer import Trainer
 
 
 def rank() -> int:
@@ -75,20 +81,20 @@ def no_room() -> Iterator[None]:
 @contextlib.contextmanager
 def full_metrics(run_dir: str, first: int, last: int) -> Iterator[None]:
     """From one step to another one metrics.jsonl finds no room, and nonfinite.jsonl can never be written: the system itself refuses."""
-    step, kept = training.optimizer_step, 0
+    take, kept = OptimizerStep.take, 0
 
-    def stepped(run, batches, meter):  # type: ignore[no-untyped-def]
+    def stepped(step, number, *arguments):  # type: ignore[no-untyped-def]
         nonlocal kept
         if rank() == 0:
             (Path(run_dir) / "nonfinite.jsonl").mkdir(exist_ok=True)
-        number, done = run.state.step + 1, step(run, batches, meter)
+        done = take(step, number, *arguments)
         if rank() == 0 and number == first:
-            kept = full(handle_of(run.dir / "metrics.jsonl"))
+            kept = full(handle_of(Path(run_dir) / "metrics.jsonl"))
         if rank() == 0 and number == last + 1:
             os.dup2(kept, handle_of(Path("/dev/full")))
         return done
 
-    with patch.object(training, "optimizer_step", stepped):
+    with patch.object(OptimizerStep, "take", stepped):
         yield
 
 
@@ -108,10 +114,10 @@ class Planted:
     what: str = "loss"
     cells, needs_reference, needs_prior = "anchor", False, False
 
-    def units(self, layout: GroupLayout) -> Tensor:
+    def denominator(self, layout: GroupLayout) -> Tensor:
         return layout.weight.sum()
 
-    def total(self, scores: Scores) -> Tensor:
+    def numerator(self, scores: Scores) -> Tensor:
         here, logp = self.group in scores.layout.ids, scores.logp.sum()
         if here and self.what == "memory":
             torch.empty(1 << 50, dtype=torch.uint8)
@@ -129,16 +135,16 @@ OBJECTIVES["planted"] = Planted
 @contextlib.contextmanager
 def left_out(number: int) -> Iterator[None]:
     """Step ``number`` takes its data and does nothing with it: what skipping a step should come to."""
-    step = training.optimizer_step
+    take = OptimizerStep.take
 
-    def stepped(run, batches, meter):  # type: ignore[no-untyped-def]
-        if run.state.step + 1 != number:
-            return step(run, batches, meter)
-        for _ in range(run.config.train.gradient_accumulation_steps):
+    def stepped(step, at, batches, *arguments):  # type: ignore[no-untyped-def]
+        if at != number:
+            return take(step, at, batches, *arguments)
+        for _ in range(step._config.train.gradient_accumulation_steps):
             next(batches)
-        return None, False
+        return StepResult(None, False, 0.0, [])
 
-    with patch.object(training, "optimizer_step", stepped):
+    with patch.object(OptimizerStep, "take", stepped):
         yield
 
 
@@ -187,7 +193,7 @@ def slow_gathers(delay: float, told: str) -> Iterator[None]:
     """Every collective that gathers weights takes ``delay`` seconds more; rank 0 tells how many more each step took."""
     from deepspeed import comm
 
-    step, slept = training.optimizer_step, 0.0
+    take, slept = OptimizerStep.take, 0.0
 
     def slow(gather):  # type: ignore[no-untyped-def]
         def slower(*arguments, **options):  # type: ignore[no-untyped-def]
@@ -198,17 +204,17 @@ def slow_gathers(delay: float, told: str) -> Iterator[None]:
 
         return slower
 
-    def told_step(run, batches, meter):  # type: ignore[no-untyped-def]
+    def told_step(step, *arguments):  # type: ignore[no-untyped-def]
         nonlocal slept
         slept = 0.0  # what evaluations and the check before the first step took is not the step's
-        done = step(run, batches, meter)
+        done = take(step, *arguments)
         if rank() == 0:
             with Path(told).open("a") as handle:
                 handle.write(f"{slept}\n")
         return done
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(training, "optimizer_step", told_step))
+        stack.enter_context(patch.object(OptimizerStep, "take", told_step))
         for name in ("allgather_fn", "all_gather_into_tensor", "all_gather_coalesced"):
             stack.enter_context(patch.object(comm, name, slow(getattr(comm, name))))
         yield
@@ -243,28 +249,28 @@ def contents(run_dir: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run_dir)): path.read_bytes() for path in sorted(files)}
 
 
-def refuse(run: object) -> None:
+def refuse(*arguments: object) -> None:
     raise ConfigError("the scores are wrong")
 
 
 @contextlib.contextmanager
 def slow_export(limit: float) -> Iterator[None]:
     """The export takes three times as long as collectives may, and gets on; the limit is set when the training is over."""
-    finish, export = training._finish, training._export
+    finish, export = Trainer._finish, trainer.export_checkpoint
 
-    def finished(run, tracker):  # type: ignore[no-untyped-def]
+    def finished(ending, tracker):  # type: ignore[no-untyped-def]
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=limit), dist.group.WORLD)
-        finish(run, tracker)
+        finish(ending, tracker)
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30), dist.group.WORLD)
 
-    def exported(run, alive):  # type: ignore[no-untyped-def]
+    def exported(config, checkpoint, say, alive):  # type: ignore[no-untyped-def]
         end = time.monotonic() + 3 * limit
         while time.monotonic() < end:
             alive()
             time.sleep(0.1)
-        export(run, alive)
+        export(config, checkpoint, say, alive)
 
-    with patch.object(training, "_finish", finished), patch.object(training, "_export", exported):
+    with patch.object(Trainer, "_finish", finished), patch.object(trainer, "export_checkpoint", exported):
         yield
 
 
@@ -292,7 +298,7 @@ def train_listed(listed: Path) -> None:
         planned = json.loads(line)
         name, *details = planned["fault"]
         if name == "exit":
-            cli._exit_cleanly(functools.partial(run, planned["arguments"]))
+            exit_cleanly(functools.partial(run, planned["arguments"]))
         try:
             with FAULTS[name](*details):
                 run(planned["arguments"])

@@ -79,7 +79,7 @@ def train_script(arguments: Sequence[str], variables: Mapping[str, str] | None =
 
 def train_all(listed: Path) -> None:
     """Trainings one after the other: each line of the file is one's options, a JSON list."""
-    from cfvlm_ds.cli import run
+    from cfvlm_ds.cli.train import run
 
     for line in listed.read_text().splitlines():
         run(json.loads(line))

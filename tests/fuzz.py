@@ -41,26 +41,32 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import ONE, Engine
 from transformers import get_scheduler
 
-from cfvlm_ds import checkpoint, engine, preflight
+from cfvlm_ds import checkpoint, engine
+from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.checkpoint import TrainState
-from cfvlm_ds.collate import Collator, load_collator
-from cfvlm_ds.config import ConfigError, ModelConfig, RunConfig, parse_config
+from cfvlm_ds.cluster.run_lock import RunLock
+from cfvlm_ds.core.config import ModelConfig, RunConfig
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import GroupSampler, check_manifest, read_manifest
+from cfvlm_ds.data.formats.cfgroup import from_row, to_row
 from cfvlm_ds.data.identity import data_identity
-from cfvlm_ds.data.scores import StoredScores, read_scores, write_scores
+from cfvlm_ds.data.stored_scores import StoredScores, read_scores, write_scores
+from cfvlm_ds.engine.configuration import warmup_steps
 from cfvlm_ds.export import _copy_files
 from cfvlm_ds.export.files import Files, write_index
 from cfvlm_ds.export.folder import replaced
 from cfvlm_ds.export.source import read_saved, skeleton
-from cfvlm_ds.groups import CounterfactualGroup, DataError, GroupLayout, from_row, to_row
-from cfvlm_ds.likelihood import Scores
 from cfvlm_ds.models import Scorer, family_of, load_config, load_model
-from cfvlm_ds.objectives import OBJECTIVES, group_units, weighted_loss
-from cfvlm_ds.resume import is_finished
-from cfvlm_ds.run_lock import RunLock
-from cfvlm_ds.self_check import refuse_unusable
+from cfvlm_ds.objectives import OBJECTIVES, denominators, weighted_loss
 from cfvlm_ds.tracking import open_tracker
-from cfvlm_ds.training import _locked
+from cfvlm_ds.training import read_data as preflight
+from cfvlm_ds.training.resume import is_finished
+from cfvlm_ds.training.run import _locked
+from cfvlm_ds.training.self_check import refuse_unusable
 
 MEMORY = 6 << 30  # bytes
 COMPUTING_S, WAITING_S = 20, 600
@@ -382,7 +388,7 @@ def read_config(argv: list[str], folder: Path, again: bool) -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
     decay, betas = train.weight_decay, (train.adam_beta1, train.adam_beta2)
     optimizer = torch.optim.AdamW([weight], train.learning_rate, betas, train.adam_epsilon, decay)
-    get_scheduler(train.lr_scheduler_type, optimizer, engine.warmup_steps(config, steps), steps).step()
+    get_scheduler(train.lr_scheduler_type, optimizer, warmup_steps(config, steps), steps).step()
     layout = GroupLayout(
         torch.ones(1, 2, 2, dtype=torch.bool),
         torch.eye(2, dtype=torch.int8)[None],
@@ -391,7 +397,7 @@ def read_config(argv: list[str], folder: Path, again: bool) -> None:
     )
     logp = torch.tensor([[[-1.0, -2.0], [-3.0, -1.5]]])
     scores = Scores(layout, logp, logp / 9, logp, logp[:, 0])
-    loss, _ = weighted_loss(config.objective, scores, group_units(config.objective, layout), 1, 0.5)
+    loss, _ = weighted_loss(config.objective, scores, denominators(config.objective, layout), 1, 0.5)
     assert torch.isfinite(loss), f"a loss of {loss}"
 
 

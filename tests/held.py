@@ -14,7 +14,7 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 from forked import train_script
 
-from cfvlm_ds import training
+from cfvlm_ds.training import run, trainer
 
 
 def held(mark: Path, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,7 +28,7 @@ def held(mark: Path, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def train(where: str, mark: str, arguments: Sequence[str]) -> None:
-    """``where``: the name of a function of cfvlm_ds.training, or "evaluation"."""
+    """``where``: the name of a function that cfvlm_ds.training's run or trainer calls, or "evaluation"."""
     if where == "evaluation":
         forward = DeepSpeedEngine.forward
 
@@ -39,13 +39,14 @@ def train(where: str, mark: str, arguments: Sequence[str]) -> None:
             return forward(self, *inputs, **named)
 
         DeepSpeedEngine.forward = slow
-        tracker = training._tracker
+        tracker = run.tracker_of
 
         def begun(*details: Any) -> Any:  # scores are checked before, by forwards in evaluation mode
             Path(mark).parent.joinpath("begun").touch()
             return tracker(*details)
 
-        training._tracker = begun
+        run.tracker_of = begun
     else:
-        setattr(training, where, held(Path(mark), getattr(training, where)))
+        module = run if hasattr(run, where) else trainer
+        setattr(module, where, held(Path(mark), getattr(module, where)))
     train_script(arguments)

@@ -1,6 +1,6 @@
 """kill -9 of a random rank at random times over one run, until it ends; part of ``make test-long``.
 
-Every round starts the training anew and kills one rank some steps later, or while it starts. The last
+Every round starts the training again and kills one rank some steps later, or while it starts. The last
 checkpoint is compared, bit for bit, with that of a run that nobody killed. Prints a row for docs/reliability.md.
 """
 
@@ -35,13 +35,13 @@ def main(ranks: int, rounds: int, seed: int) -> None:
         given = [part for option, value in options.items() for part in (f"--train.{option}", str(value))]
         train = {run_dir: train_arguments(model, {"train": manifest}, folder / run_dir, *given) for run_dir in ("whole", "killed")}
         started = time.monotonic()
-        processes = forked.start(ranks, "cfvlm_ds.cli:run", train["whole"], said=folder / "said-whole")
+        processes = forked.start(ranks, "cfvlm_ds.cli.train:run", train["whole"], said=folder / "said-whole")
         assert ended(processes) == [0] * ranks, (folder / "said-whole" / "rank-0.log").read_text()
         whole_s, started = time.monotonic() - started, time.monotonic()
         waits, kills, helped = [], 0, 0
         while True:
             before = recorded(folder / "killed")
-            processes = forked.start(ranks, "cfvlm_ds.cli:run", train["killed"], said=folder / f"said-{kills}")
+            processes = forked.start(ranks, "cfvlm_ds.cli.train:run", train["killed"], said=folder / f"said-{kills}")
             if kills == rounds:
                 break
             lives = chance.choice((None, *range(2 * SAVE_STEPS)))  # steps that it may take, or a time before the first one

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from cfvlm_ds import attention, engine
-from cfvlm_ds.cli import run
-from cfvlm_ds.distributed import World
-from cfvlm_ds.heartbeat import Heartbeat
+from cfvlm_ds import engine
+from cfvlm_ds.cli.train import run
+from cfvlm_ds.cluster.heartbeat import Heartbeat
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.models import forest_attention as attention
 
 
 def stand_still(folder: Path, ended: bool) -> None:

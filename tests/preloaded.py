@@ -9,7 +9,7 @@ import peft  # noqa: F401
 import transformers.integrations.deepspeed  # noqa: F401
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor, get_scheduler  # noqa: F401
 
-import cfvlm_ds.cli
-import cfvlm_ds.training  # noqa: F401
+import cfvlm_ds.cli.models
+import cfvlm_ds.training.trainer  # noqa: F401
 
 gc.freeze()  # DeepSpeed collects garbage in every set-up, and went through all that was imported: 0.3 s of a training's 3

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from cfvlm_ds import attention
-from cfvlm_ds.attention import BACKENDS, Forest, registered
-from cfvlm_ds.config import ConfigError
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models import forest_attention as attention
+from cfvlm_ds.models.forest_attention import BACKENDS, Forest, registered
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

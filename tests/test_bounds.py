@@ -20,17 +20,22 @@ from conftest import PROMPT
 from PIL import Image
 from test_data import folder, manifest, pair, png, row
 
-from cfvlm_ds import engine, prompts, templates
-from cfvlm_ds.collate import load_collator
-from cfvlm_ds.config import ConfigError, ModelConfig, parse_config
-from cfvlm_ds.data import check_manifest, image_size, native, open_image, read_manifest, scores
+from cfvlm_ds import engine
+from cfvlm_ds.batching import prompts, templates
+from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.groups import MAX_CELLS, MAX_EDITS, MAX_SIDE, Candidate, CounterfactualGroup
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.core.reading import MAX_SETTINGS, DuplicateKey, parse_json
+from cfvlm_ds.data import check_manifest, image_size, open_image, read_manifest
+from cfvlm_ds.data import manifest as reader
+from cfvlm_ds.data import stored_scores as scores
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.images import MAX_BYTES
 from cfvlm_ds.data.pictures import Picture, PictureTable
-from cfvlm_ds.groups import MAX_CELLS, MAX_EDITS, MAX_SIDE, Candidate, CounterfactualGroup, DataError
-from cfvlm_ds.models.tiny import CHAT_TEMPLATE
+from cfvlm_ds.demo.tiny import CHAT_TEMPLATE
 from cfvlm_ds.objectives import OBJECTIVES
-from cfvlm_ds.reading import MAX_SETTINGS, DuplicateKey, parse_json
 
 __all__ = ["folder"]
 
@@ -79,11 +84,11 @@ def test_lines_of_a_manifest_are_bounded(folder: Path, monkeypatch: pytest.Monke
     path = manifest(folder, row("first"))
     os.truncate(path, 2**36)
     found = problem(path)
-    assert found.startswith(f"{path}:2: the line has more than {native.MAX_LINE} bytes, the bound for one row")
+    assert found.startswith(f"{path}:2: the line has more than {reader.MAX_LINE} bytes, the bound for one row")
     (folder / "list.json").write_bytes(b"[")
     os.truncate(folder / "list.json", 2**36)
-    assert f"it has more than {native.MAX_LIST} bytes" in problem(folder / "list.json")
-    monkeypatch.setattr(native, "MAX_LINE", 300)
+    assert f"it has more than {reader.MAX_LIST} bytes" in problem(folder / "list.json")
+    monkeypatch.setattr(reader, "MAX_LINE", 300)
     for spaces, fits in ((300, True), (301, False)):
         path.write_text(json.dumps(pair()).ljust(spaces))
         assert bool(check_manifest(path, format="pairs").problems) is not fits
@@ -224,7 +229,7 @@ def test_the_file_of_a_picture_is_regular_and_bounded(tmp_path: Path, model_dir:
     for name, said in (("long.png", f"has (more than {MAX_BYTES}|{2**40}) bytes"), ("pipe.png", "no such image|a named pipe and not")):
         path = tmp_path / name
         with within(20):
-            for read in (open_image, lambda path: collator.content((path, False))):
+            for read in (open_image, lambda path: collator.files.content((path, False))):
                 with pytest.raises(DataError, match=rf"{name}: .*({said})"):
                     read(path)
             assert len(PictureTable.of_files([path])) == 0

@@ -24,7 +24,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> str:
     (tests / "test_within.py").write_text(f"{BURN}\ndef test_it():\n    burn(0.2)\n")
     (tests / "test_over.py").write_text(f"import subprocess, sys\n\ndef test_it():\n    subprocess.run({CHILD}, check=True)\n")
     (tests / "test_unknown.py").write_text("def test_it():\n    pass\n")
-    (tests / "budget.json").write_text(json.dumps({"fixed piece of work": fixed_work(), "test_within.py": 0.2, "test_over.py": 0.1}))
+    (tests / "budget.json").write_text(json.dumps({"fixed piece of work": 2 * fixed_work(), "test_within.py": 0.2, "test_over.py": 0.1}))
     command = [sys.executable, "-m", "pytest", "-p", "budget", "-n", "2", "--dist", "loadfile", "--rootdir", str(folder), str(tests)]
     variables = environment() | {"PYTHONPATH": str(REPO / "tests")}
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120, check=False)

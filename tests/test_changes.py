@@ -12,11 +12,14 @@ import pytest
 import yaml
 from conftest import REPO
 
-from cfvlm_ds import changes, checkpoint
+from cfvlm_ds import checkpoint
 from cfvlm_ds.checkpoint import TrainState
-from cfvlm_ds.config import SECTIONS, ConfigError, kinds, parse_config
-from cfvlm_ds.errors import masked
+from cfvlm_ds.core.config import SECTIONS, kinds
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.training import changes
 
 Z3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": False}, "gradient_clipping": 1.0}
 
@@ -25,7 +28,7 @@ def test_every_option_says_what_its_change_means() -> None:
     declared = {name: kind for section, options in SECTIONS.items() for name, kind in kinds(options, f"{section}.").items()}
     undeclared = [name for name, kind in declared.items() if kind is None]
     assert not undeclared, (
-        f"{', '.join(undeclared)}: say in cfvlm_ds/config.py what a change of it means when a run goes on, as `NAME: T = meaning(DEFAULT)` "
+        f"{', '.join(undeclared)}: say in cfvlm_ds/core/config.py what its change means for a run, as `NAME: T = meaning(DEFAULT)` "
         "(it decides what is trained: compared on a resume), fixed(DEFAULT) (so it does, and no checkpoint of another value can be "
         "continued), speed(DEFAULT) (the same is trained, faster or in less memory) or bookkeeping(DEFAULT) (names, records, checks, stops)"
     )
@@ -42,7 +45,9 @@ def test_every_deepspeed_setting_that_is_shipped_says_what_its_change_means() ->
     parts = {name: {name.rsplit(".", n)[0] for n in range(name.count(".") + 1)} for name in shipped}
     undeclared = sorted(name for name, above in parts.items() if not above & changes.DEEPSPEED.keys())
     assert len(files) > 4 and len(shipped) > 20
-    assert not undeclared, f"{undeclared}: add them, or what they are below, to DEEPSPEED in cfvlm_ds/changes.py with what a change means"
+    assert not undeclared, (
+        f"{undeclared}: add them, or what they are below, to DEEPSPEED in cfvlm_ds/training/changes.py with what a change means"
+    )
     assert changes.kind_of("zero_optimization.reduce_bucket_size") == "speed" and changes.kind_of("zero_optimization.stage") == "fixed"
     assert changes.kind_of("of_a_future_release.x") == "meaning", "what nobody has declared is compared"
 

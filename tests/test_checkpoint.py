@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 
 from cfvlm_ds import checkpoint
-from cfvlm_ds.checkpoint import TrainState
-from cfvlm_ds.config import ConfigError
-from cfvlm_ds.distributed import World, random_state
+from cfvlm_ds.checkpoint import TrainState, saving
+from cfvlm_ds.checkpoint.saving import flushed
+from cfvlm_ds.core.distributed import World, random_state
+from cfvlm_ds.core.errors import ConfigError
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -239,7 +240,7 @@ def test_what_rank_0_alone_cannot_write_is_an_error_too(part: str, tmp_path: Pat
         raise OSError(122, "Disk quota exceeded")
 
     checkpoint.save(Engine(), TrainState(step=1), tmp_path, ONE, keep=1)
-    monkeypatch.setattr(Engine if part.startswith("_copy") else checkpoint, part, full)
+    monkeypatch.setattr(Engine if part.startswith("_copy") else saving, part, full)
     with pytest.raises(checkpoint.SaveError, match="Disk quota exceeded"):
         checkpoint.save(Engine(), TrainState(step=2), tmp_path, ONE, keep=1)
     assert names(tmp_path) == {"checkpoint-1"}
@@ -382,7 +383,7 @@ def test_what_a_checkpoint_pickles_is_not_run(where: str, tmp_path: Path) -> Non
     """A whole checkpoint by its list, made by somebody else; DeepSpeed's reader is that of the engine."""
     saved = checkpoint.save(engine := Engine(), TrainState(3, {}, "d"), tmp_path, ONE, keep=1)
     torch.save({"python": Payload(tmp_path / "taken over")}, saved / where)
-    rewritten(saved, files={str(file.relative_to(saved)): list(checkpoint._settled(file)) for file in saved.rglob("*.pt")})
+    rewritten(saved, files={str(file.relative_to(saved)): list(flushed(file)) for file in saved.rglob("*.pt")})
     assert checkpoint.incomplete(saved) is None
     with pytest.raises(ConfigError, match=rf"{where} holds more than tensors, which would be run .*; name another checkpoint"):
         checkpoint.load(engine, saved, TrainState(), ONE, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import io
@@ -23,15 +24,18 @@ from conftest import REPO, environment, losses, metrics, plain_scores, run, run_
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cfvlm_ds import cli
-from cfvlm_ds.cli import _with_quickstart, main
-from cfvlm_ds.config import IMAGE_LIMITS, BuildConfig, TinyLlavaConfig, parse_config
+from cfvlm_ds.cli.main import main
+from cfvlm_ds.cli.models import load_scorer
+from cfvlm_ds.cli.options import model_of
+from cfvlm_ds.cli.train import with_quickstart
+from cfvlm_ds.core.config import IMAGE_LIMITS, BuildConfig, TinyLlavaConfig
+from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.images import MAX_PIXELS
-from cfvlm_ds.data.scores import read_scores
+from cfvlm_ds.data.stored_scores import read_scores
+from cfvlm_ds.demo.tiny import build_tiny_llava
 from cfvlm_ds.evaluation import score_groups
-from cfvlm_ds.models.tiny import build_tiny_llava
 from cfvlm_ds.objectives import OBJECTIVES
 
 COMMANDS = [
@@ -91,7 +95,7 @@ def test_a_reader_that_has_enough_is_no_error(bad: dict[str, Path]) -> None:
     """As ``| head`` is."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-c", "from cfvlm_ds.cli import main; main()", "data", "check", str(bad["good"])]
+    command = [sys.executable, "-c", "from cfvlm_ds.cli.main import main; main()", "data", "check", str(bad["good"])]
     done = subprocess.run(command, cwd=REPO, env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
@@ -108,7 +112,7 @@ def test_help_has_an_example_that_parses(command: list[str], capsys: pytest.Capt
     example = " ".join(capsys.readouterr().out.split()).split("example: ")[1]
     assert example.startswith(f"cfvlm-ds {' '.join(command)} ")
     ran = []
-    monkeypatch.setattr("cfvlm_ds.cli._exit_cleanly", ran.append)
+    monkeypatch.setattr("cfvlm_ds.cli.main.exit_cleanly", ran.append)
     main(example.split()[1:])
     assert len(ran) == 1
 
@@ -261,7 +265,7 @@ def test_export_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 SEVERAL = """
 import json, sys
-from cfvlm_ds.cli import train_main
+from cfvlm_ds.cli.train import train_main
 for arguments in sys.argv[1:]:
     try:
         train_main(json.loads(arguments))
@@ -355,7 +359,7 @@ def test_train_py_itself(bad: dict[str, Path], model_dir: Path, tmp_path: Path) 
 def test_a_model_or_data_of_ones_own_is_no_quickstart(options: list[str]) -> None:
     """Nothing but what was asked for and the documented defaults."""
     asked = parse_config(options, OBJECTIVES)
-    found = parse_config(_with_quickstart(options), OBJECTIVES)
+    found = parse_config(with_quickstart(options), OBJECTIVES)
     assert found.resolved == asked.resolved
     assert found.build == BuildConfig() and found.train.learning_rate == 1e-5 and found.train.output_dir == "runs/default"
 
@@ -373,7 +377,7 @@ def test_a_model_or_data_of_ones_own_is_no_quickstart(options: list[str]) -> Non
 )
 def test_other_options_change_the_quickstart(options: list[str], changed: dict[str, Any]) -> None:
     quickstart = parse_config(["--config", "examples/quickstart.yaml"], OBJECTIVES)
-    found = parse_config(_with_quickstart(options), OBJECTIVES)
+    found = parse_config(with_quickstart(options), OBJECTIVES)
     assert found.build.scenes is not None and found.data == quickstart.data
     assert found.train == dataclasses.replace(quickstart.train, **changed)
 
@@ -593,8 +597,8 @@ def test_evaluate_takes_run_folders_and_adapters(
     adapted, base = plain_scores(manifests["test"], f"{model_dir}+{runs / 'off' / 'adapter'}", str(model_dir))
     groups, tables = read_manifest(manifests["test"]), []
     for named in (runs / "off", runs / "off" / "adapter"):
-        model, adapter = cli._model(cli.argparse.Namespace(model=str(named), **{f"model.{name}": None for name in IMAGE_LIMITS}))
-        scorer, collator, world = cli._load_scorer(model, adapter, max_pixels=MAX_PIXELS)
+        model, adapter = model_of(argparse.Namespace(model=str(named), **{f"model.{name}": None for name in IMAGE_LIMITS}))
+        scorer, collator, world = load_scorer(model, adapter, max_pixels=MAX_PIXELS)
         for group, score in zip(groups, score_groups(scorer, collator, groups, world), strict=True):
             assert score.logp.tolist() == [pytest.approx(line, rel=1e-4) for line in adapted[group.id]], group.id
         main(["evaluate", str(named), str(manifests["test"])])

@@ -17,16 +17,20 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cfvlm_ds import collate
-from cfvlm_ds.attention import Forest, ordinary
-from cfvlm_ds.collate import BLANK, Batch, Collator, blinded, load_collator
-from cfvlm_ds.config import ModelConfig
-from cfvlm_ds.data.scores import StoredScores
-from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit, GroupLayout
-from cfvlm_ds.likelihood import Scores, token_logprobs
+from cfvlm_ds.batching import image_source
+from cfvlm_ds.batching.batch import BLANK, Batch, blinded
+from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores, token_logprobs
+from cfvlm_ds.data.images import MAX_PIXELS
+from cfvlm_ds.data.stored_scores import StoredScores
+from cfvlm_ds.demo.tiny import CHAT_TEMPLATE
 from cfvlm_ds.models import Scorer, load_processor
-from cfvlm_ds.models.tiny import CHAT_TEMPLATE
-from cfvlm_ds.objectives import group_units, weighted_loss
+from cfvlm_ds.models.forest_attention import Forest, stock_attention
+from cfvlm_ds.objectives import denominators, weighted_loss
 from cfvlm_ds.objectives.align import Align
 
 RED, BLUE, GREEN = ("red", "circle"), ("blue", "square"), ("green", "circle")
@@ -63,7 +67,8 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup
 @pytest.fixture(scope="module")
 def make(model_dir: Path) -> Callable[..., Collator]:
     def make(cells: str = "full", **changes: Any) -> Collator:
-        collator = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), cells)  # type: ignore[arg-type]
+        limit = changes.pop("max_pixels", MAX_PIXELS)
+        collator = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), cells, limit)  # type: ignore[arg-type]
         for name, value in changes.items():
             assert hasattr(collator, name)
             setattr(collator, name, value)
@@ -340,8 +345,8 @@ def test_each_image_is_opened_and_encoded_once(
 ) -> None:
     """Also an image of two groups, of two prompts and of several texts."""
     opened: list[Path] = []
-    original = collate.open_image
-    monkeypatch.setattr(collate, "open_image", lambda path, limit: opened.append(path) or original(path, limit))
+    original = image_source.open_image
+    monkeypatch.setattr(image_source, "open_image", lambda path, limit: opened.append(path) or original(path, limit))
     batch = make(share_prefix=share_prefix)(groups)
     distinct = {picture for group in groups for pictures in group.images for picture in pictures}
     assert len(opened) == len(distinct) == 8 and set(opened) == distinct
@@ -390,7 +395,7 @@ def test_rows_without_an_image_beside_rows_with_one(
     expected = {}
     for c, text in enumerate(texts):
         head, whole = (processor.tokenizer(f"USER: {text.prompt} ASSISTANT:{said}").input_ids for said in ("", f" {text.text}</s>"))
-        with ordinary(scorer.model):
+        with stock_attention(scorer.model):
             logits = scorer.model(input_ids=torch.tensor([whole])).logits[0, len(head) - 1 : -1].float()
         logp = logits.log_softmax(-1)[range(len(whole) - len(head)), whole[len(head) :]]
         expected["spoken", 0, c] = (logp[:-1].sum().detach(), logp[-1].detach())
@@ -432,7 +437,7 @@ def test_stored_scores_land_in_their_cells(make: Any, scorer: Scorer, groups: li
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_scoring_everything_keeps_the_options(share_prefix: bool, make: Any) -> None:
     collator = make("anchor", share_prefix=share_prefix, max_length=77, max_pixels=88).scoring_everything()
-    assert (collator.cells, collator.share_prefix, collator.max_length, collator.max_pixels) == ("full", share_prefix, 77, 88)
+    assert (collator.cells, collator.share_prefix, collator.max_length, collator.files.max_pixels) == ("full", share_prefix, 77, 88)
 
 
 def test_to_moves_every_tensor(make: Any, groups: list[CounterfactualGroup]) -> None:
@@ -545,7 +550,7 @@ def test_15_align_is_the_librarys_own_supervised_loss(
     batch_of = [replace(group, weight=1.0) for group in groups]
     objectives = {"align": Align(counterfactual=0.0)}
     scores = scored(scorer, make(cells)(batch_of))
-    loss, _ = weighted_loss(objectives, scores, group_units(objectives, scores.layout))
+    loss, _ = weighted_loss(objectives, scores, denominators(objectives, scores.layout))
     heads = [f"USER: <image>\n{group.candidates[0].prompt} ASSISTANT:" for group in groups]
     images = [[Image.open(group.images[0][0])] for group in groups]
     whole = [f"{head} {group.candidates[0].text}</s>" for head, group in zip(heads, groups, strict=True)]
@@ -554,7 +559,7 @@ def test_15_align_is_the_librarys_own_supervised_loss(
     labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
     for row, head in enumerate(heads):
         labels[row, : processor(images=images[row], text=[head], return_tensors="pt").input_ids.shape[1]] = -100
-    with ordinary(scorer.model):
+    with stock_attention(scorer.model):
         expected = scorer.model(**inputs, labels=labels).loss
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     ours, theirs = gradient(loss, scorer), gradient(expected, scorer)

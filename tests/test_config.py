@@ -11,8 +11,10 @@ import pytest
 import yaml
 from conftest import REPO
 
-from cfvlm_ds import hints
-from cfvlm_ds.config import ConfigError, DataSet, RunConfig, parse_config
+from cfvlm_ds.core import hints
+from cfvlm_ds.core.config import DataSet, RunConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.objectives import OBJECTIVES
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.data import CheckReport, check, check_manifest, image_size, named_apart, open_image, read_manifest
-from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit, from_row, to_row
+from cfvlm_ds.data.formats.cfgroup import from_row, to_row
 
 
 def save(path: Path, color: object = (10, 20, 30), mode: str = "RGB", size: tuple[int, int] = (8, 6), **options: object) -> Path:

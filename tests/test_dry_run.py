@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from conftest import REPO, run
 
-from cfvlm_ds.config import ConfigError, RunConfig, parse_config
-from cfvlm_ds.dry_run import dry_run
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.training.dry_run import dry_run
 
 RECIPES = sorted(path for path in (REPO / "examples").glob("*.yaml") if path.stem != "quickstart")
 QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}

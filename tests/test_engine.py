@@ -19,9 +19,14 @@ import pytest
 import torch
 from conftest import REPO, environment, train_arguments
 
-from cfvlm_ds import cluster, distributed, engine, versions
-from cfvlm_ds.config import ConfigError, RunConfig, parse_config
-from cfvlm_ds.distributed import meeting_point
+from cfvlm_ds import engine
+from cfvlm_ds.cluster import node_check as cluster
+from cfvlm_ds.core import distributed, versions
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.distributed import meeting_point
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.engine import compat, setup
 from cfvlm_ds.models import Scorer, family_of, load_model
 from cfvlm_ds.objectives import OBJECTIVES
 
@@ -185,7 +190,7 @@ def grouped(model_dir: Path, *argv: str) -> list[dict[str, Any]]:
     model = load_model(config.model, torch.float32)
     scorer = Scorer(model, family_of(model.config))
     name = {parameter: name for name, parameter in model.named_parameters()}
-    return [group | {"params": [name[p] for p in group["params"]]} for group in engine.parameter_groups(scorer, config)]
+    return [group | {"params": [name[p] for p in group["params"]]} for group in setup.parameter_groups(scorer, config)]
 
 
 def expected_module(name: str) -> str:
@@ -259,7 +264,7 @@ MEETING = """
 import os, sys
 import torch
 import torch.distributed as dist
-from cfvlm_ds.distributed import meeting_point
+from cfvlm_ds.core.distributed import meeting_point
 
 def rank(number):
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
@@ -337,11 +342,11 @@ def test_the_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm may show each task its own GPU alone; a launcher that shows all and starts more ranks is refused."""
     monkeypatch.setenv("RANK", "3")
     monkeypatch.delenv("SLURM_PROCID", raising=False)
-    assert [engine.device_index(rank, 8) for rank in range(8)] == list(range(8))
+    assert [setup.device_index(rank, 8) for rank in range(8)] == list(range(8))
     with pytest.raises(ConfigError, match=r"rank 3 is number 4 on .*, where torch sees 2 GPUs; .*--num_gpus 2"):
-        engine.device_index(3, 2)
+        setup.device_index(3, 2)
     monkeypatch.setenv("SLURM_PROCID", "3")
-    assert engine.device_index(3, 1) == 0 and engine.device_index(3, 8) == 3
+    assert setup.device_index(3, 1) == 0 and setup.device_index(3, 8) == 3
 
 
 # --- what runs here -------------------------------------------------------------------------------------------------------------------
@@ -352,14 +357,15 @@ def test_the_revision_is_the_package_s_wherever_a_run_is_started(tmp_path: Path)
     git = ["git", "-c", "user.name=a", "-c", "user.email=b", "-C"]
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     for folder in (here, elsewhere):
-        (folder / "cfvlm_ds").mkdir(parents=True)
-        (folder / "cfvlm_ds" / "versions.py").write_bytes(Path(versions.__file__).read_bytes())
+        (folder / "cfvlm_ds" / "core").mkdir(parents=True)
+        (folder / "cfvlm_ds" / "__init__.py").touch()
+        (folder / "cfvlm_ds" / "core" / "versions.py").write_bytes(Path(versions.__file__).read_bytes())
         subprocess.run(["git", "init", "-q", str(folder)], check=True)
         if folder == here:
             subprocess.run([*git, str(folder), "add", "cfvlm_ds"], check=True)
         subprocess.run([*git, str(folder), "commit", "-qm", "first", "--allow-empty"], check=True)
     head = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    ask = "from cfvlm_ds.versions import git_revision, version; print(git_revision(), version('no-such-package'))"
+    ask = "from cfvlm_ds.core.versions import git_revision, version; print(git_revision(), version('no-such-package'))"
 
     def asked(package: Path, **variables: str) -> str:
         done = subprocess.run(
@@ -397,7 +403,7 @@ def test_a_stale_lock_is_removed_and_named(tmp_path: Path) -> None:
     lock, said = plant(tmp_path, "cpu_adam"), []
     (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
     (tmp_path / "utils").mkdir()
-    assert engine.clear_stale_locks(tmp_path, said.append) == [lock]
+    assert compat.clear_stale_locks(tmp_path, said.append) == [lock]
     assert not lock.exists() and (tmp_path / "cpu_adam" / "cpu_adam.so").exists()
     assert len(said) == 1 and str(lock) in said[0]
 
@@ -409,10 +415,10 @@ def test_a_lock_that_a_process_holds_open_is_left_alone(tmp_path: Path) -> None:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert holder.stdout is not None and holder.stdout.readline() == "open\n"
-    assert engine.clear_stale_locks(tmp_path, said.append) == [stale]
+    assert compat.clear_stale_locks(tmp_path, said.append) == [stale]
     assert held.exists()
     holder.communicate("")
-    assert engine.clear_stale_locks(tmp_path, said.append) == [held]
+    assert compat.clear_stale_locks(tmp_path, said.append) == [held]
 
 
 def test_on_a_network_file_system_a_fresh_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,8 +435,8 @@ def test_on_a_network_file_system_a_fresh_lock_is_waited_for(tmp_path: Path, mon
         age = time.time() - (301 if len(naps) == 3 else 200)
         os.utime(lock, (age, age))
 
-    monkeypatch.setattr(engine.time, "sleep", nap)
-    assert engine.clear_stale_locks(tmp_path, said.append) == [lock]
+    monkeypatch.setattr(compat.time, "sleep", nap)
+    assert compat.clear_stale_locks(tmp_path, said.append) == [lock]
     assert len(naps) == 3 and "nfs4" in said[0]
 
 
@@ -439,7 +445,7 @@ def test_on_a_network_file_system_a_fresh_lock_is_waited_for(tmp_path: Path, mon
 SCRIPT = """
 import json, resource, sys
 import torch
-from cfvlm_ds import cluster, distributed, engine, versions
+from cfvlm_ds import engine
 world = engine.start()
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -447,28 +453,28 @@ def new_pages():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 pages = [new_pages(), new_pages()]
 started = {"mlflow": "mlflow" in sys.modules, "deepspeed": "deepspeed" in sys.modules, "world": [world.rank, world.size]}
-from cfvlm_ds.collate import load_collator
-from cfvlm_ds.config import parse_config
+from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.objectives import OBJECTIVES
 config = parse_config(sys.argv[1:], OBJECTIVES)
 resolved = engine.resolve(engine.read_json(config.deepspeed), config, world.size, world.device, engine.hidden_size(config), 2)
-driven = engine.initialize(config, resolved, world, 2)
-named = dict(driven.module.model.named_parameters())
+ds_engine = engine.initialize(config, resolved, world, 2)
+named = dict(ds_engine.module.model.named_parameters())
 state = lambda p: [hasattr(p, "ds_id"), list(p.shape), list(getattr(p, "ds_shape", []))]
 before = {name: state(p) for name, p in named.items()}
 inside = {}
 def hook(name):
     return lambda module, *_: inside.update({f"{name}.{k}": list(p.shape) for k, p in module.named_parameters(recurse=False)})
-for name, module in driven.module.model.named_modules():
+for name, module in ds_engine.module.model.named_modules():
     if type(module).__name__ == "Linear":
         module.register_forward_pre_hook(hook(name))
 batch = load_collator(config.model, "full", config.data.max_pixels)(read_manifest(config.data.train)[:2])
-logp = driven(**batch.model_inputs)
-driven.backward(logp.sum(), scale_wrt_gas=False)
-driven.step()
+logp = ds_engine(**batch.model_inputs)
+ds_engine.backward(logp.sum(), scale_wrt_gas=False)
+ds_engine.step()
 after = {name: state(p) for name, p in named.items()}
-groups = [[g["lr"], g["weight_decay"]] for g in driven.optimizer.param_groups]
+groups = [[g["lr"], g["weight_decay"]] for g in ds_engine.optimizer.param_groups]
 print("REPORT" + json.dumps({"started": started, "before": before, "inside": inside, "after": after, "groups": groups, "pages": pages}))
 """
 

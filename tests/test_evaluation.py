@@ -15,16 +15,18 @@ import torch
 from conftest import COLOURS, PROMPT, plain_logp
 from PIL import Image
 
-from cfvlm_ds.collate import Collator, load_collator
-from cfvlm_ds.config import ConfigError, ModelConfig
+from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.batching.image_source import ImageFiles
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.data import read_manifest
-from cfvlm_ds.data.scores import StoredScores
-from cfvlm_ds.distributed import World
+from cfvlm_ds.data.stored_scores import StoredScores
+from cfvlm_ds.demo.small import write_small
 from cfvlm_ds.evaluation import Accuracy, GroupScores, accuracies, evaluate, flat_metrics, guarded, rehearse, score_groups, scoring, table
 from cfvlm_ds.evaluation.metrics import CHANCE
-from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, DataError, Edit
 from cfvlm_ds.models import Scorer, load_processor
-from cfvlm_ds.models.small import write_small
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 GREY = Image.new("RGB", (336, 336), (128, 128, 128))
@@ -438,7 +440,7 @@ def test_the_rehearsal_keeps_to_the_pixels_that_data_may_have(collator: Collator
     Image.new("1", (8000, 6500)).save(large := tmp_path / "large.png")
     group = CounterfactualGroup("g", ((large,),), (Candidate(PROMPT, "a red circle"),), ((1,),))
     generous = copy.copy(collator)
-    generous.max_pixels = 60_000_000
+    generous.images = generous.files = ImageFiles(collator.processor, collator.family, 60_000_000)
     rehearse(scorer, generous, {"a": [group]}, ALONE, 1, None, "")
     with pytest.raises(DataError, match="over the limit of 50000000"):
         rehearse(scorer, collator, {"a": [group]}, ALONE, 1, None, "")

@@ -22,12 +22,14 @@ from conftest import environment, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cfvlm_ds import training
-from cfvlm_ds.config import ConfigError, parse_config
-from cfvlm_ds.distributed import World
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.export import export_hf, files, jobs
 from cfvlm_ds.export.zero import ZeroWeights
 from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.training.results import refuse_export
+from cfvlm_ds.training.run import _locked
 
 RANKS = 3  # most weights are no multiple of it, so that every kind of padding occurs
 TOWER = "model.vision_tower"
@@ -42,7 +44,7 @@ import deepspeed, torch
 from transformers import AutoModelForImageTextToText
 sys.path[:0] = ["tests", "."]
 from cfvlm_ds.checkpoint import TrainState, save
-from cfvlm_ds.distributed import World
+from cfvlm_ds.core.distributed import World
 from test_export import FACTOR, start
 
 class Wrapper(torch.nn.Module):  # names as in Scorer
@@ -573,10 +575,10 @@ def test_the_place_of_an_export_is_refused_before_a_training(tmp_path: Path) -> 
         config = parse_config(["--model.name_or_path", source, "--train.output_dir", str(run_dir)], OBJECTIVES)
         before = [str(path) for path in run_dir.rglob("*")]
         refused = pytest.raises(ConfigError, match=rf"{said}.*choose another train\.output_dir")
-        with refused, training._locked(run_dir, World(0, 1, 0, torch.device("cpu")), partial(training._refuse_export, config)):
+        with refused, _locked(run_dir, World(0, 1, 0, torch.device("cpu")), partial(refuse_export, config)):
             raise AssertionError
         assert [str(path) for path in run_dir.rglob("*")] == before
-        training._refuse_export(parse_config([*ADAPTERS, "--train.output_dir", str(run_dir)], OBJECTIVES))
+        refuse_export(parse_config([*ADAPTERS, "--train.output_dir", str(run_dir)], OBJECTIVES))
 
 
 ADAPTERS = ["--model.name_or_path", "m"]

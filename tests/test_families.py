@@ -12,15 +12,16 @@ import torch
 from PIL import Image
 from plain import plain
 
-from cfvlm_ds.attention import BACKENDS, ordinary, registered
-from cfvlm_ds.cli import main
-from cfvlm_ds.collate import Collator, load_collator
-from cfvlm_ds.config import ConfigError, LoraConfig, ModelConfig, ModuleConfig
-from cfvlm_ds.groups import Candidate, CounterfactualGroup, DataError, Pictures
-from cfvlm_ds.likelihood import Scores
+from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.cli.main import main
+from cfvlm_ds.core.config import LoraConfig, ModelConfig, ModuleConfig
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
+from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.demo.small import SMALL, write_small
 from cfvlm_ds.models import FAMILIES, MODULES, Scorer, adapters_off, family_of, load_model, load_processor
-from cfvlm_ds.models.small import SMALL, write_small
-from cfvlm_ds.objectives import Align, group_units, weighted_loss
+from cfvlm_ds.models.forest_attention import BACKENDS, registered, stock_attention
+from cfvlm_ds.objectives import Align, denominators, weighted_loss
 
 ONE = Path(__file__).parent.parent / "docs" / "scores.png"
 SIZES = [(60, 40), (90, 30), (40, 100), (28, 28)]
@@ -91,7 +92,7 @@ def test_scores_equal_one_plain_forward_per_cell(
         for g, group in enumerate(groups):
             for i, image in enumerate(group.images):
                 for c, candidate in enumerate(group.candidates):
-                    with ordinary(sharp.model):
+                    with stock_attention(sharp.model):
                         logp, loss = plain(sharp.model, processor, image, candidate.prompt, candidate.text)
                     found[g, i, c] = logp
                     assert scores.logp[g, i, c].item() == pytest.approx(logp, rel=1e-4), (group.id, i, c)
@@ -211,7 +212,7 @@ def test_gradients_reach_what_trains_and_nothing_else(frozen: str | None, folder
     for name, module in model.named_modules():
         if name.startswith(scorer.family.vision_tower) and not name.startswith(scorer.family.projector):
             module.register_forward_hook(lambda module, inputs, output: in_graph.append(getattr(output, "requires_grad", False)))
-    loss, _ = weighted_loss(objectives, batch.scores(scorer(**batch.model_inputs)), group_units(objectives, batch.layout))
+    loss, _ = weighted_loss(objectives, batch.scores(scorer(**batch.model_inputs)), denominators(objectives, batch.layout))
     assert any(in_graph) == (frozen != "vision_tower"), "a frozen tower keeps nothing for the backward pass"
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -236,7 +237,7 @@ def test_adapters_have_gradients_in_every_module(folder: Path, groups: list[Coun
                 parameter.normal_(0, 0.1)
     batch = load_collator(configured(folder), "matched")(groups)
     objectives = {"align": Align()}
-    loss, _ = weighted_loss(objectives, batch.scores(scorer(**batch.model_inputs)), group_units(objectives, batch.layout))
+    loss, _ = weighted_loss(objectives, batch.scores(scorer(**batch.model_inputs)), denominators(objectives, batch.layout))
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (".lora_" in name)
@@ -302,7 +303,7 @@ def test_limits_bound_the_visual_tokens(folder: Path, scorer: Scorer, collator: 
         scores = batch.scores(Scorer(model, family)(**batch.model_inputs))
         for g, group in enumerate(groups[:2]):
             for i, image in enumerate(group.images):
-                with ordinary(model):
+                with stock_attention(model):
                     logp, _ = plain(model, processor, image, group.candidates[0].prompt, group.candidates[0].text)
                 assert scores.logp[g, i, 0].item() == pytest.approx(logp, rel=1e-4), (group.id, i)
 

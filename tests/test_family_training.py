@@ -13,14 +13,14 @@ from conftest import losses, plain_scores, run_ranks, run_trainings, save_groups
 from PIL import Image
 from safetensors import safe_open
 
-from cfvlm_ds.config import LoraConfig
+from cfvlm_ds.core.config import LoraConfig
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.data import GroupSampler, read_manifest
 from cfvlm_ds.data.identity import data_identity
-from cfvlm_ds.data.scores import read_scores
+from cfvlm_ds.data.stored_scores import read_scores
+from cfvlm_ds.demo.small import SMALL, write_small
 from cfvlm_ds.export import export_hf
 from cfvlm_ds.export.zero import ZeroWeights
-from cfvlm_ds.groups import Candidate, CounterfactualGroup
-from cfvlm_ds.models.small import SMALL, write_small
 
 FEW = ("llava", "qwen2_5_vl", "qwen3_vl_moe", "internvl")  # one token number, windows, features for several layers and experts, tiles
 FAMILIES = [pytest.param(family, marks=() if family in FEW else pytest.mark.long) for family in SMALL]

@@ -19,15 +19,19 @@ from test_families import configured
 from test_families import groups as small_groups
 from test_family_training import arguments, manifest, models
 
-from cfvlm_ds.collate import Collator, blinded, load_collator
-from cfvlm_ds.config import ConfigError, LoraConfig, ModelConfig, ModuleConfig, parse_config
+from cfvlm_ds.batching.batch import blinded
+from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.batching.image_source import CachedFeatures
+from cfvlm_ds.batching.precompute_features import precompute_features
+from cfvlm_ds.core.config import LoraConfig, ModelConfig, ModuleConfig
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data.features import Features, read_features, write_features
-from cfvlm_ds.distributed import World
-from cfvlm_ds.groups import CounterfactualGroup, DataError
+from cfvlm_ds.demo.small import SMALL, write_small
 from cfvlm_ds.models import Scorer, family_of, load_model, tower_fingerprint
-from cfvlm_ds.models.small import SMALL, write_small
 from cfvlm_ds.objectives import OBJECTIVES
-from cfvlm_ds.tower_pass import feature_cache
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -72,7 +76,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def filled(where: Path, model: ModelConfig, engine: Engine, groups: list[CounterfactualGroup]) -> Collator:
     collator, numbers = load_collator(model, "full"), torch.get_rng_state()
-    collator.features = feature_cache(where, model, engine, collator, groups, ALONE, 0)
+    collator = collator.taking_features(precompute_features(where, model, engine, collator.files, groups, ALONE, 0))
     assert torch.equal(torch.get_rng_state(), numbers), "dropout has the numbers that it has without a cache"
     return collator
 
@@ -97,7 +101,7 @@ def test_scores_and_gradients_are_those_of_the_tower(folder: Path, groups: list[
         grads = torch.autograd.grad((weights * scores.logp).sum(), list(trained.values()))
         found.append((scores.logp.detach(), dict(zip(trained, grads, strict=True)), engine.tower_runs - before, whole))
     (logp, grads, runs, whole), (own_logp, own_grads, own_runs, own) = found
-    assert runs > 0 and own_runs == 0 and passed == len(cached.pictures(groups)), "each picture once, and then never"
+    assert runs > 0 and own_runs == 0 and passed == len(cached.files.all_keys(groups)), "each picture once, and then never"
     torch.testing.assert_close(own_logp, logp, rtol=1e-5, atol=1e-5)
     projector = [name for name in grads if engine.module.family.module_of(name) == "projector"]
     assert projector and all(grads[name].any() for name in projector)
@@ -224,9 +228,9 @@ def edited(folder: Path, source: Path, file: str, change: Any) -> Path:
 
 def place(where: Path, model: ModelConfig, groups: list[CounterfactualGroup], **options: Any) -> Path:
     """Where the features of the groups are."""
-    cache = filled(where, model, Engine(model, **options), groups).features
-    assert cache is not None
-    return cache.place
+    collator = filled(where, model, Engine(model, **options), groups)
+    assert isinstance(collator.images, CachedFeatures)
+    return collator.images.cache.place
 
 
 def test_what_changes_features_changes_their_names(next_dir: Path, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
@@ -290,8 +294,9 @@ def test_a_damaged_file(damage: str, next_dir: Path, groups: list[Counterfactual
     model, engine, group = configured(next_dir), Engine(configured(next_dir)), groups[-1]
     collator = filled(tmp_path, model, engine, [group])
     whole = collator([group]).model_inputs
-    assert collator.features is not None
-    file = collator.features.file(collator.features.known[collator.pictures([group])[-1]])
+    assert isinstance(collator.images, CachedFeatures)
+    cache = collator.images.cache
+    file = cache.file(cache.known[collator.files.all_keys([group])[-1]])
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content if damage == "another byte" else content[:-1])

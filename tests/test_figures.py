@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cfvlm_ds.figures import TRUE_COLOUR, learning_curves_figure, score_matrix_figure
+from cfvlm_ds.tracking.figures import TRUE_COLOUR, learning_curves_figure, score_matrix_figure
 
 
 def _group(**changes: Any) -> dict[str, Any]:
@@ -132,5 +132,5 @@ def test_learning_curves_without_data_are_named(tmp_path: Path) -> None:
 
 
 def test_importing_does_not_import_matplotlib() -> None:
-    code = "import sys, cfvlm_ds.figures; assert 'matplotlib' not in sys.modules"
+    code = "import sys, cfvlm_ds.tracking.figures; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

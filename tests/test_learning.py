@@ -10,16 +10,17 @@ import torch
 from conftest import metrics, run_trainings, train_arguments, write_manifest
 from torch import Tensor
 
-from cfvlm_ds.collate import Batch, Collator, load_collator
-from cfvlm_ds.config import ModelConfig, ModuleConfig
+from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.core.config import ModelConfig, ModuleConfig
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
-from cfvlm_ds.distributed import World
-from cfvlm_ds.engine import recompute_activations
+from cfvlm_ds.engine.setup import recompute_activations
 from cfvlm_ds.evaluation import accuracies, score_groups
-from cfvlm_ds.groups import CounterfactualGroup
-from cfvlm_ds.likelihood import Scores
 from cfvlm_ds.models import Scorer, family_of, load_model
-from cfvlm_ds.objectives import Align, Csd, Fcd, Objective, group_units, likelihood_report, weighted_loss
+from cfvlm_ds.objectives import Align, Csd, Fcd, Objective, denominators, likelihood_report, weighted_loss
 
 Loss = Callable[[Scores], Tensor]
 CF_VLM: dict[str, Objective] = {"align": Align(), "csd": Csd(), "fcd": Fcd()}
@@ -50,7 +51,7 @@ def batch(collator: Collator, groups: list[CounterfactualGroup]) -> Batch:
 
 
 def weighted(objectives: dict[str, Objective], batch: Batch) -> Loss:
-    units = group_units(objectives, batch.layout)
+    units = denominators(objectives, batch.layout)
     return lambda scores: weighted_loss(objectives, scores, units)[0]
 
 

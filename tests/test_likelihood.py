@@ -14,19 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from cfvlm_ds.groups import (
-    SHAM,
-    Candidate,
-    CounterfactualGroup,
-    DataError,
-    Edit,
-    GroupLayout,
-    check_keys,
-    from_row,
-    normalised,
-    to_row,
-)
-from cfvlm_ds.likelihood import Scores, head_logprobs, normalised_scores, score_matrix, token_counts, token_logprobs
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit, normalised
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores, normalised_scores, score_matrix, token_counts, token_logprobs
+from cfvlm_ds.data.formats.cfgroup import from_row, to_row
+from cfvlm_ds.data.formats.fields import check_keys
+from cfvlm_ds.models.chunked_logprobs import head_logprobs
 
 torch.set_num_threads(1)
 
@@ -90,7 +84,7 @@ def test_large_logits_are_stable() -> None:
 @pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight",)])
 def test_head_logprobs_equal_those_of_all_logits(rows: int, frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts of any size, several targets at one state and one of them twice: values and gradients, float64."""
-    monkeypatch.setattr("cfvlm_ds.likelihood.LOGITS", rows * 11)
+    monkeypatch.setattr("cfvlm_ds.models.chunked_logprobs.LOGITS", rows * 11)
     torch.manual_seed(0)
     hidden, weight = torch.randn(6, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
     predicted_by, targets = torch.tensor([3, 0, 0, 0, 5, 1, 2, 4, 3]), torch.tensor([1, 2, 3, 2, 10, 0, 4, 4, 9])
@@ -107,7 +101,7 @@ def test_head_logprobs_equal_those_of_all_logits(rows: int, frozen: tuple[str, .
 @pytest.mark.parametrize("rows", [8, 100])
 def test_half_precision_heads_have_an_fp32_softmax(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly the fp32 result of the bfloat16 logits."""
-    monkeypatch.setattr("cfvlm_ds.likelihood.LOGITS", rows * 5000)
+    monkeypatch.setattr("cfvlm_ds.models.chunked_logprobs.LOGITS", rows * 5000)
     torch.manual_seed(1)
     hidden, weight = torch.randn(20, 16).bfloat16(), torch.randn(5000, 16).bfloat16()
     predicted_by, targets = torch.arange(20).repeat(2), torch.randint(5000, (40,))

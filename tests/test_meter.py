@@ -12,12 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cfvlm_ds.collate import Batch, load_collator
-from cfvlm_ds.config import ModelConfig
+from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.distributed import World
 from cfvlm_ds.data import read_manifest
-from cfvlm_ds.distributed import World
-from cfvlm_ds.objectives import OBJECTIVES, group_units, weighted_loss
-from cfvlm_ds.step import Meter, _measure, one_pass
+from cfvlm_ds.objectives import OBJECTIVES, denominators, weighted_loss
+from cfvlm_ds.training.gradient_cache import one_pass
+from cfvlm_ds.training.meter import Meter, measure
+from cfvlm_ds.training.step import Measured
 
 OBJECTIVE = {name: objective() for name, objective in OBJECTIVES.items()}
 
@@ -46,20 +49,16 @@ def test_a_micro_batch_fetches_nothing_from_its_device(model_dir: Path, manifest
         def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
             loss.backward()
 
-    train = SimpleNamespace(gradient_accumulation_steps=2)
-    run: Any = SimpleNamespace(
-        engine=Engine(), world=World(0, 2, 0, device), config=SimpleNamespace(objective=OBJECTIVE, train=train), flops=SimpleNamespace()
-    )
-    run.flops.of = lambda inputs, scored: 1e12 * scored
-    meter = Meter(None)
+    flops: Any = SimpleNamespace(of=lambda inputs, scored: 1e12 * scored)
+    meter, engine = Meter(None), Engine()
 
     def loss_of(scores: Any) -> torch.Tensor:
-        loss, shares = weighted_loss(OBJECTIVE, scores, group_units(OBJECTIVE, batch.layout), 2, 0.5)
-        _measure(run, [batch], scores, loss, shares, meter)
+        loss, shares = weighted_loss(OBJECTIVE, scores, denominators(OBJECTIVE, batch.layout), 2, 0.5)
+        measure(meter, Measured([batch], scores, loss, shares), OBJECTIVE, 0.25, flops)
         return loss
 
     for last in (False, True):
-        one_pass(run, batch, loss_of, last)
+        one_pass(engine, batch, loss_of, lambda _: None, last)
     with pytest.raises((NotImplementedError, RuntimeError)):  # what the check rests on
         float(batch.layout.weight.sum())
     assert {"loss", "loss/csd", "loss/fcd", "loss/align", "loss/dpo", "logp/lp_00"} <= {*meter._numbers}

@@ -15,13 +15,14 @@ from conftest import write_manifest
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from cfvlm_ds.cli import main
-from cfvlm_ds.collate import load_collator
-from cfvlm_ds.config import ConfigError, ModelConfig
+from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.cli.main import main
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.export.source import skeleton
 from cfvlm_ds.models import attach_adapters, fingerprint, load_model, meta_model
+from cfvlm_ds.models.run_folder import named_model, recorded_model
 from cfvlm_ds.models.stored import hashed_files, weight_patterns
-from cfvlm_ds.run_folder import named_model, recorded_model
 
 
 def edited(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from cfvlm_ds.collate import load_collator
-from cfvlm_ds.config import ConfigError, ModelConfig, ModuleConfig, TinyLlavaConfig
+from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.core.config import ModelConfig, ModuleConfig, TinyLlavaConfig
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.data import read_manifest
+from cfvlm_ds.demo.tiny import build_tiny_llava
 from cfvlm_ds.models import FAMILIES, MODULES, Scorer, attention, family_of, load_config, load_model, parameter_counts
 from cfvlm_ds.models import trainable as trainable_of
-from cfvlm_ds.models.tiny import build_tiny_llava
 
 KEY = "multi_modal_projector.linear_1.weight"
 FROZEN = ModuleConfig("frozen")

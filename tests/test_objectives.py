@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from cfvlm_ds import objectives as registered
-from cfvlm_ds.groups import GroupLayout
-from cfvlm_ds.likelihood import Scores, score_matrix, token_logprobs
-from cfvlm_ds.objectives import OBJECTIVES, Dpo, Objective, group_units, likelihood_report, required_cells, weighted_loss
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores, score_matrix, token_logprobs
+from cfvlm_ds.objectives import OBJECTIVES, Dpo, Objective, denominators, likelihood_report, required_cells, weighted_loss
 
 # Hand-worked cases are in the paper's form, whose arithmetic is linear; the twins below cover every link and scale.
 PAPER = {"weight": 0.5, "link": "hinge", "len_norm": "anchor"}
@@ -123,7 +123,7 @@ def collate(groups: list[Group], pad: Cell = (0, 0), fill: float = 0.0) -> Score
 
 def run(objectives: dict[str, Objective], scores: Scores, units: dict[str, torch.Tensor] | None = None, **kw: Any) -> tuple[float, list]:
     """Loss, and per group {("logp" or "end", image, text): gradient} of its scored cells."""
-    loss, _ = weighted_loss(objectives, scores, units or group_units(objectives, scores.layout), **kw)
+    loss, _ = weighted_loss(objectives, scores, units or denominators(objectives, scores.layout), **kw)
     by_name = dict(zip(("logp", "end"), torch.autograd.grad(loss, (scores.logp, scores.end_logp), allow_unused=True), strict=True))
     found: list[dict] = [{} for _ in scores.layout.valid]
     for name, gradient in by_name.items():
@@ -283,9 +283,9 @@ def test_loss_and_units_equal_the_naive_twin(name: str, options: dict[str, Any])
     parts = [[(g.weight * total, g.weight * units) for total, units in TWINS[name](g, objectives[name])] for g in groups]
     totals, units = ([sum(column) for column in zip(*([pair[side] for pair in group] for group in parts), strict=True)] for side in (0, 1))
     scores = collate(groups)
-    assert group_units(objectives, scores.layout)[name].tolist() == pytest.approx(units)
+    assert denominators(objectives, scores.layout)[name].tolist() == pytest.approx(units)
     assert all(unit > 0 for unit in units)
-    loss, shares = weighted_loss(objectives, scores, group_units(objectives, scores.layout))
+    loss, shares = weighted_loss(objectives, scores, denominators(objectives, scores.layout))
     share = sum(total / unit for total, unit in zip(totals, units, strict=True))
     assert shares[name].item() == pytest.approx(share, rel=1e-6)
     assert loss.item() == pytest.approx(0.7 * share, rel=1e-6)
@@ -317,7 +317,7 @@ def test_gradient_equals_finite_differences(name: str, options: dict[str, Any]) 
     if options.get("mode") == "matched_sg":
         return  # a stopped gradient differs from finite differences by definition: test_14_matched_sg_* compares it with matched
     objectives, scores = make(name, options), collate([group(kinds, 3) for kinds in ("bb", "t", "", "i", "sb", "bu")])
-    units = group_units(objectives, scores.layout)
+    units = denominators(objectives, scores.layout)
 
     def loss(logp: torch.Tensor, end_logp: torch.Tensor) -> torch.Tensor:
         return weighted_loss(objectives, dataclasses.replace(scores, logp=logp, end_logp=end_logp), units)[0]
@@ -384,14 +384,14 @@ def test_cells_are_all_that_an_objective_reads(name: str, options: dict[str, Any
 def test_stored_scores_are_asked_for_exactly_when_needed(name: str, options: dict[str, Any]) -> None:
     objectives, scores = make(name, options), collate(ragged())
     objective = objectives[name]
-    expected = weighted_loss(objectives, scores, group_units(objectives, scores.layout))[0]
+    expected = weighted_loss(objectives, scores, denominators(objectives, scores.layout))[0]
     for needed, field, word in [(objective.needs_reference, "reference", "reference"), (objective.needs_prior, "prior", "blind")]:
         without = dataclasses.replace(scores, **{field: None})
         if needed:
             with pytest.raises(ValueError, match=word):
-                objective.total(without)
+                objective.numerator(without)
         else:
-            assert weighted_loss(objectives, without, group_units(objectives, scores.layout))[0] == expected
+            assert weighted_loss(objectives, without, denominators(objectives, scores.layout))[0] == expected
 
 
 @every_objective
@@ -683,9 +683,9 @@ def test_12_ranks_and_micro_batches_do_not_change_loss_or_gradient(partition: An
     groups = ragged()
     layout = collate(groups).layout
     one = run(MIX, collate(groups))
-    each = [group_units(MIX, collate([groups[x] for x in micro]).layout) for rank in partition for micro in rank]
+    each = [denominators(MIX, collate([groups[x] for x in micro]).layout) for rank in partition for micro in rank]
     units = {name: torch.stack([found[name] for found in each]).sum(0) for name in MIX}
-    assert all(torch.allclose(units[name], group_units(MIX, layout)[name]) for name in MIX)
+    assert all(torch.allclose(units[name], denominators(MIX, layout)[name]) for name in MIX)
     assert_same(split_step(partition, groups, units), one)
     assert abs(split_step(partition, groups, None)[0] - one[0]) > 1e-3, "means of a micro-batch of its own must be noticed"
 
@@ -698,7 +698,7 @@ def test_14_reference_and_prior_never_carry_a_gradient(name: str, options: dict[
     objectives, scores = make(name, options), collate(ragged())
     reference, prior = scores.reference.clone().requires_grad_(), scores.prior.clone().requires_grad_()
     with_leaves = dataclasses.replace(scores, reference=reference, prior=prior)
-    weighted_loss(objectives, with_leaves, group_units(objectives, scores.layout))[0].backward()
+    weighted_loss(objectives, with_leaves, denominators(objectives, scores.layout))[0].backward()
     assert reference.grad is None and prior.grad is None
     assert scores.logp.grad.abs().sum() > 0
 
@@ -730,7 +730,7 @@ def test_15_k0_reduces_to_ordinary_supervised_loss(pad: Cell) -> None:
     sums = score_matrix(token_logprobs(ours, targets), cell, is_end, layout)
     scores = Scores(layout, *sums, reference=torch.zeros_like(sums[0]), prior=torch.zeros(2, layout.valid.shape[2]))
     objectives = {"align": Align(), "csd": Csd(warmup=0.0), "fcd": Fcd(soft=0.2, warmup=0.0)}
-    units = group_units(objectives, layout)
+    units = denominators(objectives, layout)
     assert (units["csd"], units["fcd"]) == (0, 0)
     loss, shares = weighted_loss(objectives, scores, units)
     assert (shares["csd"], shares["fcd"]) == (0, 0)
@@ -744,7 +744,7 @@ def test_15_k0_reduces_to_ordinary_supervised_loss(pad: Cell) -> None:
 @every_objective
 def test_15_batch_without_any_comparison_has_finite_gradients(name: str, options: dict[str, Any]) -> None:
     objectives, scores = make(name, options), collate([group(""), group("u"), group("s")], pad=(4, 4))
-    loss, shares = weighted_loss(objectives, scores, group_units(objectives, scores.layout))
+    loss, shares = weighted_loss(objectives, scores, denominators(objectives, scores.layout))
     loss.backward()
     assert torch.isfinite(scores.logp.grad).all()
     if name in ("csd", "fcd"):
@@ -823,7 +823,7 @@ def test_logsigmoid_link() -> None:
 def test_warmup_ramps_linearly() -> None:
     g = collate([group("bb", 2)])
     csd = Csd(weight=0.5, warmup=0.2, margin=2.0)
-    units = group_units({"csd": csd}, g.layout)
+    units = denominators({"csd": csd}, g.layout)
     full, shares = weighted_loss({"csd": csd}, g, units)
     for progress, factor in [(0.0, 0.0), (0.05, 0.25), (0.1, 0.5), (0.2, 1.0), (0.9, 1.0)]:
         loss, unweighted = weighted_loss({"csd": csd}, g, units, progress=progress)
@@ -835,7 +835,7 @@ def test_warmup_ramps_linearly() -> None:
 
 def test_terms_add_and_world_size_multiplies() -> None:
     scores = collate(ragged())
-    units = group_units(MIX, scores.layout)
+    units = denominators(MIX, scores.layout)
     loss, shares = weighted_loss(MIX, scores, units)
     assert loss.item() == pytest.approx(sum(MIX[name].weight * shares[name].item() for name in MIX))
     assert not any(share.requires_grad for share in shares.values())

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import losses, run_ranks, run_trainings, train_arguments
 
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data import PackedSampler
-from cfvlm_ds.groups import DataError
 
 LIMIT = 8192
 RNG = random.Random(0)

@@ -22,16 +22,20 @@ import torch.distributed as dist
 from conftest import losses, run_ranks, train_arguments, write_manifest
 from PIL import Image
 
-from cfvlm_ds import engine, preflight, resume
-from cfvlm_ds.cli import train_main
-from cfvlm_ds.collate import load_collator
-from cfvlm_ds.config import DataSet, RunConfig, parse_config
+from cfvlm_ds import engine
+from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.cli.train import train_main
+from cfvlm_ds.core.config import DataSet, RunConfig
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import check, check_manifest, check_share, read_manifest
 from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.pictures import PictureNotes, PictureTable
-from cfvlm_ds.distributed import World
-from cfvlm_ds.groups import CounterfactualGroup, DataError
 from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.training import read_data as preflight
+from cfvlm_ds.training import resume
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -258,8 +262,7 @@ def test_a_check_that_is_killed_goes_on(
 def test_a_picture_is_held_against_the_check_when_it_is_opened(config: RunConfig, data: Path, tmp_path: Path) -> None:
     """Written again with the same bytes it passes; with others, of the same size too, it is refused by name."""
     read = preflight.read_data(configured(config, tmp_path / "run", train=str(data)), ONE)
-    collator = load_collator(config.model, "full")
-    collator.checked = pickle.loads(pickle.dumps(read.pictures))  # as a data worker may get it
+    collator = load_collator(config.model, "full", checked=pickle.loads(pickle.dumps(read.pictures)))  # as a data worker may get it
     (picture,) = read.groups[1].images[1]
     before = picture.read_bytes()
     picture.write_bytes(before)
@@ -267,7 +270,7 @@ def test_a_picture_is_held_against_the_check_when_it_is_opened(config: RunConfig
     whole = collator(read.groups)
     assert collator([read.groups[1]]).num_images == 2
     picture.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    for refused in (lambda: collator(read.groups), lambda: collator.content((picture, False))):
+    for refused in (lambda: collator(read.groups), lambda: collator.files.content((picture, False))):
         with pytest.raises(DataError, match=f"{picture}: the picture has other contents than when the data were checked"):
             refused()
     (kept, dropped) = collator.readable(read.groups)

@@ -12,12 +12,12 @@ from PIL import Image
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-from cfvlm_ds.collate import Collator
-from cfvlm_ds.config import ConfigError
-from cfvlm_ds.groups import Candidate, CounterfactualGroup, DataError
+from cfvlm_ds.batching.collator import Collator
+from cfvlm_ds.batching.prompts import Prompts
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
+from cfvlm_ds.demo.small import SMALL
 from cfvlm_ds.models import family_of
-from cfvlm_ds.models.small import SMALL
-from cfvlm_ds.prompts import Prompts
 
 PROMPT, TEXT = "describe the image.", "a red circle"
 SIZES = [(60, 40), (90, 30)]
@@ -225,7 +225,7 @@ def test_what_a_processor_raises_names_file_and_group(
         with pytest.raises(DataError, match=f"group '{group.id}': {files[1]}: the model's processor cannot take"):
             collator.tree_tokens(group, sizes)
     with pytest.raises(DataError, match=f"^{files[1]}: the model's processor cannot take an image of 630x30"):
-        collator.before_tower((files[1], False))
+        collator.files.tower_inputs((files[1], False))
     for read in (collator.visual_tokens, lambda sizes: collator.row_length(PROMPT, TEXT, sizes)):
         with pytest.raises(DataError, match="the model's processor cannot take an image of 630x30"):
             read(((630, 30),))

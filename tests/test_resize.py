@@ -12,8 +12,8 @@ import torch
 from conftest import REPO, losses, metrics, run_ranks, selected, train_arguments
 
 from cfvlm_ds.checkpoint import read_states
+from cfvlm_ds.checkpoint.reshard import reshard
 from cfvlm_ds.export.zero import ZeroWeights
-from cfvlm_ds.reshard import reshard
 
 STEPS, GROUPS = 6, 16
 FROZEN = ["--model.vision_tower.tuning", "frozen"]
@@ -74,8 +74,8 @@ def test_the_trajectory_goes_on(name: str, runs: tuple[Path, str]) -> None:
     assert set(expected.weights) == set(found.weights)
     for weight in expected.weights:
         torch.testing.assert_close(found.tensor(weight, torch.float32), expected.tensor(weight, torch.float32), rtol=2e-5, atol=2e-5)
-    assert f"{folder / name}/checkpoint-2 was written by {1 if 'up' in name else 4} ranks; cutting it anew for 2" in said
-    assert not list((folder / name).glob("*.partial")), "the folder of the new cut is gone"
+    assert f"{folder / name}/checkpoint-2 was written by {1 if 'up' in name else 4} ranks; resharding it for 2" in said
+    assert not list((folder / name).glob("*.partial")), "the resharded copy is gone"
 
 
 def flat_sizes(shapes: Sequence[Mapping[str, torch.Size]], ranks: int) -> list[int]:
@@ -84,7 +84,7 @@ def flat_sizes(shapes: Sequence[Mapping[str, torch.Size]], ranks: int) -> list[i
 
 @pytest.mark.parametrize("ranks", [1, 3, 7])
 def test_every_weight_and_moment_is_there_bit_for_bit(ranks: int, runs: tuple[Path, str], tmp_path: Path) -> None:
-    """The new cut is read by the export's reader of ZeRO checkpoints, and so are its moments, laid where the weights lie."""
+    """The resharded checkpoint is read by the export's reader of ZeRO checkpoints, and so are its moments, laid where the weights lie."""
     source = runs[0] / "z3 down" / "checkpoint-2"
     shapes = torch.load(source / "zero_pp_rank_0_mp_rank_00_model_states.pt", weights_only=False)["param_shapes"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -13,16 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from cfvlm_ds import changes, checkpoint, heartbeat
-from cfvlm_ds.config import ConfigError
-from cfvlm_ds.distributed import World
-from cfvlm_ds.preflight import _recorded
-from cfvlm_ds.resume import _finished_at
-from cfvlm_ds.run_files import Lines, append, keep, replace, update
-from cfvlm_ds.run_folder import refuse_foreign_entries
-from cfvlm_ds.run_lock import _content
-from cfvlm_ds.tracking import _Record, open_tracker
-from cfvlm_ds.training import _locked
+from cfvlm_ds import checkpoint
+from cfvlm_ds.cluster import heartbeat
+from cfvlm_ds.cluster.run_lock import _content
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import Lines, append, keep, replace, update
+from cfvlm_ds.models.run_folder import refuse_foreign_entries
+from cfvlm_ds.tracking import open_tracker
+from cfvlm_ds.tracking.record import Record
+from cfvlm_ds.training import changes
+from cfvlm_ds.training.read_data import _recorded
+from cfvlm_ds.training.resume import _finished_at
+from cfvlm_ds.training.run import _locked
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 FORK = multiprocessing.get_context("fork")
@@ -200,7 +203,7 @@ def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case:
 PIPED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "finished.json": ("finished.json", _finished_at),
     "the lock": ("run.lock", lambda run: _content(run / "run.lock")),
-    "the delivery": (".mlflow_delivery.json", _Record.load),
+    "the delivery": (".mlflow_delivery.json", Record.load),
     "the configuration": ("config.yaml", changes.of_finished),
     "DeepSpeed's": ("ds_config.json", lambda run: ((run / "config.yaml").write_text(OPTIONS), changes.of_finished(run))),
     "the data check": ("data_check.json", lambda run: _recorded(run / "data_check.json")),

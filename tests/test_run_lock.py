@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cfvlm_ds import run_lock
-from cfvlm_ds.config import ConfigError
-from cfvlm_ds.run_lock import RunLock
+from cfvlm_ds.cluster import run_lock
+from cfvlm_ds.cluster.run_lock import RunLock
+from cfvlm_ds.core.errors import ConfigError
 
 FORK = multiprocessing.get_context("fork")  # real processes without their own start-up
 
@@ -123,7 +123,7 @@ def test_a_requeued_job_takes_its_own_lock_over_at_once(tmp_path: Path, monkeypa
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     said: list[str] = []
     with RunLock(tmp_path, said.append):
-        assert "Slurm has started job 12 anew" in said[0]
+        assert "Slurm has started job 12 again" in said[0]
     first.let_go()
 
 

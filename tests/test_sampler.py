@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data import GroupSampler
-from cfvlm_ds.groups import DataError
 
 
 def make(

@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cfvlm_ds.config import ScenesConfig
-from cfvlm_ds.groups import SHAM, CounterfactualGroup, DataError, from_row
-from cfvlm_ds.scenes import all_captions, build_scenes
-from cfvlm_ds.scenes.build import RULES, SceneGroup, as_group, draw_group
-from cfvlm_ds.scenes.edits import EDITS, is_minimal, scene_difference
-from cfvlm_ds.scenes.grammar import PHRASINGS, describe, holds, say
-from cfvlm_ds.scenes.render import boxes, render
-from cfvlm_ds.scenes.world import BACKGROUNDS, COLOURS, HELD_OUT, RELATIONS, SHAPES, Rule, Scene, draw_plan, draw_scene, shake
+from cfvlm_ds.core.config import ScenesConfig
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
+from cfvlm_ds.data.formats.cfgroup import from_row
+from cfvlm_ds.demo.scenes import all_captions, build_scenes
+from cfvlm_ds.demo.scenes.build import RULES, SceneGroup, as_group, draw_group
+from cfvlm_ds.demo.scenes.edits import EDITS, is_minimal, scene_difference
+from cfvlm_ds.demo.scenes.grammar import PHRASINGS, describe, holds, say
+from cfvlm_ds.demo.scenes.render import boxes, render
+from cfvlm_ds.demo.scenes.world import BACKGROUNDS, COLOURS, HELD_OUT, RELATIONS, SHAPES, Rule, Scene, draw_plan, draw_scene, shake
 
 SMALL = {"num_train": 24, "num_test": 16}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above", "front": "behind", "behind": "front"}
@@ -289,7 +291,7 @@ def test_killed_build_is_built_again(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cfvlm_ds.scenes.build.as_group", killed)
+        patch.setattr("cfvlm_ds.demo.scenes.build.as_group", killed)
         with pytest.raises(KeyboardInterrupt):
             build_scenes(config)
     assert list(tmp_path.iterdir()) and not (tmp_path / "world").exists()
@@ -317,7 +319,7 @@ def test_wrong_settings_are_named(wrong: dict) -> None:
 
 
 def test_asking_for_more_edits_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cfvlm_ds.scenes.build._MAX_DRAWS", 50)
+    monkeypatch.setattr("cfvlm_ds.demo.scenes.build._MAX_DRAWS", 50)
     with pytest.raises(DataError, match="num_counterfactuals"):
         draw_group(ScenesConfig("unused", num_counterfactuals=3, edit_weights={"depth": 1.0}), "train", 0)
 

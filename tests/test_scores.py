@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from cfvlm_ds.config import ModelConfig
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.identity import Identity, data_identity
 from cfvlm_ds.data.pictures import PictureTable
-from cfvlm_ds.data.scores import StoredScores, read_scores, write_scores
-from cfvlm_ds.groups import CounterfactualGroup, DataError
+from cfvlm_ds.data.stored_scores import StoredScores, read_scores, write_scores
 from cfvlm_ds.models import fingerprint
 
 
@@ -73,7 +74,7 @@ def test_a_missing_group_at_writing_leaves_no_file(tmp_path: Path, groups: list[
 
 
 def test_missing_file(tmp_path: Path, groups: list[CounterfactualGroup]) -> None:
-    with pytest.raises(DataError, match=r"absent\.jsonl: no such scores file; write it anew with `cfvlm-ds score`"):
+    with pytest.raises(DataError, match=r"absent\.jsonl: no such scores file; write it again with `cfvlm-ds score`"):
         read_scores(tmp_path / "absent.jsonl", groups, of(groups))
 
 
@@ -82,7 +83,7 @@ def test_cut_off_files_are_refused_wherever_the_cut_is(path: Path, groups: list[
     row = whole.index(b"\n", whole.index(b"\n") + 1) + 1
     for cut in (0, 10, whole.index(b"\n") + 1, row, row + 5, len(whole) - 30):
         path.write_bytes(whole[:cut])
-        with pytest.raises(DataError, match=r"scores\.jsonl.*write it anew"):
+        with pytest.raises(DataError, match=r"scores\.jsonl.*write it again"):
             read_scores(path, groups, of(groups))
 
 
@@ -179,7 +180,7 @@ def test_scores_know_their_model(tmp_path: Path, groups: list[CounterfactualGrou
     assert read_scores(path, groups, of(groups), made_by=identity) == scores
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    with pytest.raises(DataError, match="made by 'org/model' with other weights than this run's model; write it anew"):
+    with pytest.raises(DataError, match="made by 'org/model' with other weights than this run's model; write it again"):
         read_scores(path, groups, of(groups), made_by=fingerprint(ModelConfig(str(copied))))
     shutil.copy(model_dir / "model.safetensors", weights)
     assert fingerprint(ModelConfig(str(copied))) == identity

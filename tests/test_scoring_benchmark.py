@@ -12,8 +12,8 @@ import torch
 from conftest import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
-from cfvlm_ds.attention import registered
 from cfvlm_ds.models import FAMILIES, MODULES, ModelFlops, Scorer
+from cfvlm_ds.models.forest_attention import registered
 
 SIZE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.convolution", "aten.convolution_backward")

@@ -16,7 +16,8 @@ import pytest
 from conftest import REPO, environment, run_ranks, train_arguments
 from test_tracking import Server, _free_port
 
-from cfvlm_ds.errors import InputError, masked, without_secrets
+from cfvlm_ds.core.errors import InputError
+from cfvlm_ds.core.secrets import masked, without_secrets
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -185,7 +186,7 @@ def test_a_mask_takes_no_time() -> None:
 
 def test_a_traceback_shows_no_secret() -> None:
     code = (
-        "import threading\nfrom cfvlm_ds.errors import mask_tracebacks\nmask_tracebacks()\n"
+        "import threading\nfrom cfvlm_ds.core.secrets import mask_tracebacks\nmask_tracebacks()\n"
         f"def fail(): raise OSError('http://me:{PLANTED['name']}@host/?sig={PLANTED['query']}')\n"
         "(thread := threading.Thread(target=fail)).start()\nthread.join()\nfail()"
     )

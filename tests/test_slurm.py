@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from slurm.cluster import Cluster, wait_until
 from slurm.jobs import ENVIRONMENT, sbatch, submit
 
-from cfvlm_ds.cluster import gpu_fault
-from cfvlm_ds.distributed import _tasks_on_node
+from cfvlm_ds.cluster.node_check import gpu_fault
+from cfvlm_ds.core.distributed import _tasks_on_node
 
 STEPS = 10
 OLD_ENV = """#!/bin/sh
@@ -47,7 +47,7 @@ def options(model_dir: Path, manifests: dict[str, Path]) -> list[str]:
     return [part for name, value in given.items() for part in (f"--{name}", value)]
 
 
-@pytest.mark.parametrize("nodes", [4, pytest.param(8, marks=pytest.mark.long)])
+@pytest.mark.parametrize("nodes", [2, pytest.param(8, marks=pytest.mark.long)])
 def test_a_signal_and_a_lost_node_change_nothing(nodes: int, cluster: Cluster, options: list[str], tmp_path: Path) -> None:
     """USR1 as before a time limit, later a power cut of one node: two requeues, one MLflow run, and the losses and weights of as many ranks
     that nothing happens to. An option with spaces and a dollar sign comes along, a run folder that would be a pattern to srun, and an `env`
@@ -73,9 +73,9 @@ def test_a_signal_and_a_lost_node_change_nothing(nodes: int, cluster: Cluster, o
     assert f"stopped after step {stopped} of {STEPS}: a signal asked for it" in job.log and (job.run_dir / f"checkpoint-{stopped}").exists()
     first = json.loads((job.run_dir / ".mlflow_delivery.json").read_text())["run_id"]
     job.reach(stopped + 2)
-    cluster.power_off("node4")
+    cluster.power_off(f"node{nodes}")
     time.sleep(1)
-    cluster.power_on("node4")
+    cluster.power_on(f"node{nodes}")
     # Slurm waits a minute for the lost node's part of the step: time to see what nothing happens to.
     ended = run_ranks(nodes, "forked:train_script", [*options, "--train.output_dir", str(tmp_path / "whole")], said=tmp_path / "said")
     assert [code for code, _ in ended] == [0] * nodes, ended[0]
@@ -103,11 +103,11 @@ def test_a_crash_without_progress_ends_after_the_bound(cluster: Cluster, options
 
 def test_a_bad_node_is_named_and_left_out(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
     """One of three nodes has other code than the first; the job was given one node more than it needs."""
-    cluster.mount("node6", REPO / "cfvlm_ds" / "heartbeat.py", REPO / "cfvlm_ds" / "figures.py")
+    cluster.mount("node6", REPO / "cfvlm_ds" / "core" / "hints.py", REPO / "cfvlm_ds" / "tracking" / "figures.py")
     one_step = [*options, "--train.max_steps", "1", "--train.export", "false"]
     job = submit(cluster, tmp_path / "run", one_step, "-N3", "--nodelist=node5,node6,node7", CFVLM_SPARE_NODES="1")
     state = job.end()
-    cluster.unmount("node6", REPO / "cfvlm_ds" / "figures.py")
+    cluster.unmount("node6", REPO / "cfvlm_ds" / "tracking" / "figures.py")
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), job.log
     assert re.search(r"bad node node6: it has code [0-9a-f]{12} where node5 has code [0-9a-f]{12}\n", job.log)
     assert "training on node5 node7" in job.log and (job.run_dir / "finished.json").exists()

@@ -21,12 +21,13 @@ import torch
 from conftest import REPO, environment, losses, train_arguments
 from torch.utils.data import DataLoader
 
-from cfvlm_ds import stopping
 from cfvlm_ds.checkpoint import incomplete
-from cfvlm_ds.config import ConfigError, parse_config
-from cfvlm_ds.heartbeat import Peer, verdict
+from cfvlm_ds.cluster import signals as stopping
+from cfvlm_ds.cluster.heartbeat import Peer, verdict
+from cfvlm_ds.cluster.signals import EXIT_HANG, EXIT_INTERRUPTED, EXIT_STOPPED, Stop, reason, shield_worker
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.objectives import OBJECTIVES
-from cfvlm_ds.stopping import EXIT_HANG, EXIT_INTERRUPTED, EXIT_STOPPED, Stop, reason, shield_worker
 
 
 def start(arguments: Sequence[str], output: Path, size: int = 2) -> list[ForkServerProcess]:
@@ -151,12 +152,12 @@ def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir: Path
     folder = tmp_path / "run"
     extra = ["--train.max_steps", "2", "--tracking.enabled", "true", "--train.export", "true"]
     arguments = train_arguments(model_dir, manifests, folder, *extra)
-    for where, number in (("read_data", signal.SIGTERM), ("_export", signal.SIGINT)):
+    for where, number in (("read_data", signal.SIGTERM), ("export_checkpoint", signal.SIGINT)):
         (rank,) = held(where, tmp_path, arguments)
         before = time.monotonic()
         os.kill(rank.pid or 0, number)
         assert end([rank], 60) == [EXIT_STOPPED] and time.monotonic() - before < 12, (tmp_path / "rank-0.log").read_text()
-        assert not (folder / "run.lock").exists() and (folder / "checkpoint-2").exists() == (where == "_export")
+        assert not (folder / "run.lock").exists() and (folder / "checkpoint-2").exists() == (where == "export_checkpoint")
     said = (tmp_path / "rank-0.log").read_text()
     assert said.count("stopped: a signal asked for it; the same command continues\n") == 2 and "Traceback" not in said
     assert json.loads((folder / ".mlflow_delivery.json").read_text())["status"] == "SCHEDULED"
@@ -277,7 +278,7 @@ EARLY = """
 import os, signal, time
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
 os.kill(os.getpid(), signal.SIGTERM)
-from cfvlm_ds import stopping
+from cfvlm_ds.cluster import signals as stopping
 assert stopping.Stop(0).votes().tolist() == [0, 0]
 with stopping.together():
     stopping.install()
@@ -292,7 +293,7 @@ def test_a_signal_during_the_imports_is_not_lost() -> None:
     """Nor obeyed while ranks have to agree; it is as soon as they have not."""
     done = subprocess.run([sys.executable, "-c", EARLY], cwd=REPO, env=environment(), stdout=subprocess.PIPE, text=True, timeout=50)
     assert (done.stdout, done.returncode) == ("here\n", EXIT_STOPPED)
-    held_back, imports = (REPO / "train.py").read_text().split("from cfvlm_ds.cli import")
+    held_back, imports = (REPO / "train.py").read_text().split("from cfvlm_ds.cli.train import")
     assert "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})" in held_back and "train_main()" in imports
 
 
@@ -324,7 +325,7 @@ def test_negative_times_are_refused(option: str) -> None:
 
 COMPILES = """
 import os, subprocess, sys, threading
-from cfvlm_ds import stopping
+from cfvlm_ds.cluster import signals as stopping
 stopping.install()
 try:
     print("here", flush=True)

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from cfvlm_ds.tracking import NullTracker, Tracker, _Record, deliver, open_tracker
+from cfvlm_ds.tracking import NullTracker, Tracker, deliver, open_tracker
+from cfvlm_ds.tracking.record import Record
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -336,7 +337,7 @@ def test_a_record_of_somebody_else_sends_no_file_of_mine(tmp_path: Path, capsys:
     paths = [run / "results.md", secret, run / ".." / "id_rsa", run / "figure.png"]
     record = {"artifacts": [{"path": str(path), "folder": "", "pending": True} for path in paths]}
     (run / ".mlflow_delivery.json").write_text(json.dumps(record))
-    loaded = _Record.load(run)
+    loaded = Record.load(run)
     assert loaded is not None and [each["path"] for each in loaded.artifacts] == [str(run / "results.md")]
     assert f"lists files that are not the run's, such as {secret}; MLflow does not get them" in capsys.readouterr().err
 

@@ -9,17 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import forked
 import pytest
 import torch
 from conftest import REPO, environment, losses, metrics, run_trainings, selected, train_arguments
 
-from cfvlm_ds.distributed import World
-from cfvlm_ds.likelihood import Scores
-from cfvlm_ds.step import two_passes
+from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.training.gradient_cache import two_passes
 
 GLOBAL_BATCH = 16
 FORWARD = 240  # tokens: a few images with their texts
@@ -138,12 +135,11 @@ def test_two_passes_draw_the_same_random_numbers() -> None:
         return scores.logp.sum() ** 2
 
     engine, parts = Engine(), [Part(slice(0, 3)), Part(slice(3, 6))]
-    run: Any = SimpleNamespace(engine=engine, world=World(0, 1, 0, torch.device("cpu")), config=SimpleNamespace(objective={}))
     torch.manual_seed(0)
     engine(parts[0].at)  # the repeat, because another rank has three parts
     (expected,) = torch.autograd.grad(loss_of(Scores.joined([part.scores(engine(part.at)) for part in parts])), weight)
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    two_passes(run, parts, 3, loss_of, last=True)  # type: ignore[arg-type]
+    two_passes(engine, parts, 3, loss_of, lambda _: None, last=True, device=torch.device("cpu"))  # type: ignore[arg-type]
     torch.testing.assert_close(weight.grad, expected)
     assert boundaries == [False, False, True] and torch.equal(torch.get_rng_state(), state)

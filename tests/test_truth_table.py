@@ -16,17 +16,20 @@ import pytest
 import torch
 from conftest import metrics, run_ranks, save_groups, train_arguments
 
-from cfvlm_ds import training
-from cfvlm_ds.cli import main
-from cfvlm_ds.collate import load_collator
-from cfvlm_ds.config import ConfigError, ModelConfig, parse_config
-from cfvlm_ds.data.pairs import pair_group
+from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.cli.main import main
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.data.formats.pairs import pair_group
 from cfvlm_ds.evaluation import GroupScores, accuracies, flat_metrics, headline, metric_names, table
 from cfvlm_ds.evaluation.metrics import CHANCE, METRICS
-from cfvlm_ds.groups import SHAM, Candidate, CounterfactualGroup, Edit, GroupLayout
-from cfvlm_ds.likelihood import Scores
-from cfvlm_ds.objectives import OBJECTIVES, Align, Csd, Dpo, Fcd, group_units, weighted_loss
-from cfvlm_ds.training import _check_best
+from cfvlm_ds.objectives import OBJECTIVES, Align, Csd, Dpo, Fcd, denominators, weighted_loss
+from cfvlm_ds.training import results, trainer
+from cfvlm_ds.training.evaluator import check_best
 
 Truth = list[list[int | None]]
 
@@ -138,11 +141,11 @@ def test_objectives_compare_answers_to_one_prompt(name: str) -> None:
     objective, part, naive = NAIVE[name]
     per_group = [naive(g) for g in GROUPS]
     scores = collated(GROUPS)
-    assert torch.atleast_1d(objective.units(scores.layout))[part].item() == sum(map(len, per_group)) > 20
-    total = torch.atleast_1d(objective.total(scores))[part].item()
+    assert torch.atleast_1d(objective.denominator(scores.layout))[part].item() == sum(map(len, per_group)) > 20
+    total = torch.atleast_1d(objective.numerator(scores))[part].item()
     assert total == pytest.approx(sum(map(sum, per_group)), rel=1e-9)
     for kept in GROUPS:  # each alone as well: sums could hide what one group has too much and another too little
-        alone = torch.atleast_1d(objective.total(collated([kept])))[part].item()
+        alone = torch.atleast_1d(objective.numerator(collated([kept])))[part].item()
         assert alone == pytest.approx(sum(naive(kept)), rel=1e-9, abs=1e-12)
 
 
@@ -151,8 +154,8 @@ def test_two_questions_by_hand() -> None:
     logp = [[-1.0, -3.0, -0.1, -0.5]]
     two = Asked([[1, 0, 0, 1]], [0, 0, 1, 1], logp, logp)
     expected = (softplus(1 - 2) + softplus(1 + 0.4)) / 2
-    assert Csd().total(collated([two])).item() == pytest.approx(expected)
-    (gradient,) = torch.autograd.grad(Csd().total(scores := collated([two])), scores.logp)
+    assert Csd().numerator(collated([two])).item() == pytest.approx(expected)
+    (gradient,) = torch.autograd.grad(Csd().numerator(scores := collated([two])), scores.logp)
     assert gradient[0, 0, :2].sum().item() == pytest.approx(0, abs=1e-12) and gradient[0, 0, 2:].sum().item() == pytest.approx(0, abs=1e-12)
 
 
@@ -163,7 +166,7 @@ def test_one_prompt_changes_no_bit(name: str) -> None:
     groups = [replace(g, prompts=[0] * len(g.prompts)) for g in GROUPS]
     found = []
     for scores in (collated(groups), collated(groups, prompt=False)):
-        units = group_units(objective, scores.layout)
+        units = denominators(objective, scores.layout)
         loss, _ = weighted_loss(objective, scores, units)
         report = [value for pair in objective[name].report(scores).values() for value in pair]
         found.append([loss, *units.values(), torch.autograd.grad(loss, scores.logp)[0], *report])
@@ -467,14 +470,14 @@ def test_a_training_evaluates_every_shape_within_its_budget(
 def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused() -> None:
     options = ["--train.eval_steps", "1", "--data.evaluation.s", "s.jsonl", "--data.train", "t.jsonl", "--train.save_best"]
     splits = {"s": [group([[1, 0]])]}
-    _check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), splits)
+    check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), splits)
     for name in ("eval/s/group", "eval/s/shuffled_pair", "eval/s/count/pair"):
         with pytest.raises(
             ConfigError, match=rf"^train.save_best '{name}' is no metric .*; take one of eval/s/blind_factual, [^\n]*eval/s/pair, "
         ):
-            _check_best(parse_config([*options, name], OBJECTIVES), splits)
+            check_best(parse_config([*options, name], OBJECTIVES), splits)
     with pytest.raises(ConfigError, match="no group has a comparison"):
-        _check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), {"s": [group([[1]])]})
+        check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), {"s": [group([[1]])]})
 
 
 def test_save_best_is_refused_before_anything_is_trained(model_dir: Path, manifests: dict[str, Path], shapes: Path, tmp_path: Path) -> None:
@@ -489,13 +492,15 @@ def test_save_best_is_refused_before_anything_is_trained(model_dir: Path, manife
 # The end of a training ------------------------------------------------------------------------------------------------------------------
 
 
-def finishing(tmp_path: Path, splits: dict[str, Any]) -> tuple[Any, list[str]]:
+def finishing(run_dir: Path) -> tuple[Any, list[str]]:
+    """A trainer at its end, of which only what the end needs is there."""
     said: list[str] = []
-    world = SimpleNamespace(is_main=True, size=1, say=said.append)
-    train = SimpleNamespace(export=True, eval_shuffled=True, figures=True)
-    config = SimpleNamespace(train=train, data=SimpleNamespace(max_pixels=10**6))
-    pulse, state = SimpleNamespace(mark=lambda *_: None), SimpleNamespace(step=3)
-    return SimpleNamespace(world=world, config=config, pulse=pulse, state=state, dir=tmp_path, splits=splits), said
+    ended: Any = object.__new__(trainer.Trainer)
+    ended.state, ended.evaluator = SimpleNamespace(step=3), lambda *_: ({}, {})
+    ended._world, ended._pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
+    ended._config = parse_config(["--train.output_dir", str(run_dir), "--train.figures", "false"], OBJECTIVES)
+    ended._data, ended._run_dir = SimpleNamespace(splits={}, pictures=None), run_dir
+    return ended, said
 
 
 class Refusing:
@@ -505,28 +510,27 @@ class Refusing:
 
 def test_a_trained_model_is_exported_whatever_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tracker refuses, or the evaluation: the export is there. The export refuses: the evaluation is, and then the error."""
-    run, said = finishing(tmp_path, {})
-    monkeypatch.setattr(training, "_export", lambda *_: said.append("exported"))
-    monkeypatch.setattr(training, "_evaluate", lambda *_: ({}, {}))
+    ended, said = finishing(tmp_path)
+    monkeypatch.setattr(trainer, "export_checkpoint", lambda *_: said.append("exported"))
     with pytest.raises(OSError, match="no tracker"):
-        training._finish(run, Refusing())
+        ended._finish(Refusing())
     assert said == ["exported"]
 
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(training, "_export", full)
+    monkeypatch.setattr(trainer, "export_checkpoint", full)
     tracker = SimpleNamespace(log=lambda *_: None, artifact=lambda _: None)
     with pytest.raises(OSError, match="disk full"):
-        training._finish(run, tracker)
+        ended._finish(tracker)
     assert (tmp_path / "results.md").exists() and said[1].startswith("warning: the export failed (disk full); the evaluation follows")
 
 
 def test_a_figure_that_fails_is_a_warning(tmp_path: Path) -> None:
     """No metrics to draw, and a picture that is gone since it was scored: each is named, and what can be drawn is."""
     good, gone = group([[1, 0]], name="good"), group([[1, 0]], name="gone")
-    run, said = finishing(tmp_path, {"good": [replace(good, images=((),))], "gone": [gone]})
-    drawn = training._figures(run, {name: [scores([[-1.0, -2.0]])] for name in ("good", "gone")})
+    splits, said = {"good": [replace(good, images=((),))], "gone": [gone]}, list[str]()
+    drawn = results.draw_figures(tmp_path, splits, {name: [scores([[-1.0, -2.0]])] for name in splits}, 10**6, said.append)
     assert drawn == [tmp_path / "scores-good.png"] and drawn[0].exists()
     assert [line.split(" could not be drawn (")[0] for line in said] == [
         f"warning: {tmp_path}/{n}.png" for n in ("learning_curves", "scores-gone")
@@ -537,6 +541,6 @@ def test_a_figure_that_fails_is_a_warning(tmp_path: Path) -> None:
 def test_a_figure_names_what_no_edit_describes_and_the_prompts_of_several(tmp_path: Path) -> None:
     groups = [replace(group([[1, 0, 0]], texts=(*YES_NO, ("Is it big?", "yes")), name="asked"), images=((),))]
     groups += [replace(group([[1, 0]], Edit("count", text=1), name="said"), images=((),))]
-    asked, said = training._samples(groups, [scores([[-1.0] * 3]), scores([[-1.0] * 2])], 100)
+    asked, said = results.samples(groups, [scores([[-1.0] * 3]), scores([[-1.0] * 2])], 100)
     assert (asked["title"], said["title"]) == ("unlabelled: asked", "count: said")
     assert (asked["captions"], said["captions"]) == (["Is it red? yes", "Is it red? no", "Is it big? yes"], ["text 0", "text 1"])

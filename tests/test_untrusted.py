@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from cfvlm_ds.config import ConfigError
-from cfvlm_ds.untrusted import bare_name, create, output_file, own_file, refuse_foreign, remove
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import create, remove
+from cfvlm_ds.core.untrusted import bare_name, output_file, own_file, refuse_foreign
 
 PATHS = ["", ".", "..", "/etc/passwd", "../x", "a/b", "a\\b", "x\0", "x\n", "\ud800", "n" * 256, "é" * 200, None, 3, ["x"], {"x": 1}]
 

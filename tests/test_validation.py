@@ -13,12 +13,12 @@ import torch
 from conftest import REPO, train_arguments
 
 from cfvlm_ds import engine
-from cfvlm_ds.config import ConfigError, parse_config
-from cfvlm_ds.distributed import World
-from cfvlm_ds.dry_run import dry_run
-from cfvlm_ds.errors import InputError
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError, InputError
+from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.objectives import OBJECTIVES
-from cfvlm_ds.validation import validate
+from cfvlm_ds.training.dry_run import dry_run
+from cfvlm_ds.training.validation import validate
 
 CPU = torch.device("cpu")
 

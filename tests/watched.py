@@ -7,30 +7,31 @@ from pathlib import Path
 
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from cfvlm_ds import engine, training
-from cfvlm_ds.cli import run
+from cfvlm_ds import engine
+from cfvlm_ds.cli.train import run
+from cfvlm_ds.training import run as training
 
 GATHER = "_PartitionedParameterCoordinator__all_gather_params"
-initialize, feature_cache, gather = engine.initialize, training.feature_cache, getattr(PartitionedParameterCoordinator, GATHER)
+initialize, precompute, gather = engine.initialize, training.precompute_features, getattr(PartitionedParameterCoordinator, GATHER)
 seen: dict[str, Counter[str]] = {}
 names: dict[int, str] = {}
 phase = "before"
 
 
 def watched(*arguments):  # type: ignore[no-untyped-def]
-    driven = initialize(*arguments)
-    scorer = driven.module
+    ds_engine = initialize(*arguments)
+    scorer = ds_engine.module
     names.update({id(p): name for name, p in scorer.model.named_parameters() if scorer.family.module_of(name) == "vision_tower"})
     for name, module in scorer.model.named_modules():
         parameters = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
         if any(scorer.family.module_of(parameter) == "vision_tower" for parameter in parameters):
             module.register_forward_hook(lambda *_: seen[phase].update(["runs"]))
-    return driven
+    return ds_engine
 
 
 def filled(*arguments):  # type: ignore[no-untyped-def]
     global phase
-    cache = feature_cache(*arguments)
+    cache = precompute(*arguments)
     phase = "after"
     return cache
 
@@ -43,7 +44,7 @@ def gathered(self, params, forward):  # type: ignore[no-untyped-def]
 def train_all(listed: Path) -> None:
     """As ``forked.train_all``."""
     global phase
-    engine.initialize, training.feature_cache = watched, filled
+    engine.initialize, training.precompute_features = watched, filled
     setattr(PartitionedParameterCoordinator, GATHER, gathered)
     for line in listed.read_text().splitlines():
         arguments, phase = json.loads(line), "before"

@@ -1,4 +1,4 @@
-"""Write tests/golden/train20.json anew from the plain-torch reference loop (make golden)."""
+"""Write tests/golden/train20.json again from the plain-torch reference loop (make golden)."""
 
 import json
 import subprocess

@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 
 from cfvlm_ds import engine
-from cfvlm_ds.cli import run
+from cfvlm_ds.cli.train import run
 from cfvlm_ds.models import Scorer
 
 encode = Scorer._encode

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 import time
-from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,15 +14,15 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cfvlm_ds.config import cores_per_rank
-from cfvlm_ds.data.images import open_image
-from cfvlm_ds.data.native import Entry, told_apart
+from cfvlm_ds.core.distributed import cores_per_rank
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.data.images import MAX_PIXELS, open_image
+from cfvlm_ds.data.manifest import Entry, Root, read_entries, told_apart
 from cfvlm_ds.data.pictures import Picture, PictureNotes, PictureTable, picture_key, picture_of
-from cfvlm_ds.groups import SHAM, CounterfactualGroup, DataError, Pictures
+from cfvlm_ds.data.report import CheckReport
 
 PROGRESS_SECONDS = 5.0
-_SHOWN_PROBLEMS = 50
-_SHOWN, _SHOWN_CHARS = 30, 60  # edit types and keys of metadata in a line, and characters of each
 _CHUNK = 1024
 
 T = TypeVar("T")
@@ -47,82 +43,6 @@ class Lengths(Protocol):
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
         """Tokens of the pictures of an image."""
         ...
-
-
-@dataclass
-class CheckReport:
-    """What a manifest contains, over its well-formed rows, and everything that is wrong with it (one sentence each, file and row first)."""
-
-    manifest: str
-    num_groups: int = 0
-    num_images: int = 0
-    """Distinct files, broken ones included."""
-    num_texts: int = 0
-    num_cells: int = 0
-    num_unknown_cells: int = 0
-    """Cells of the truth tables that ``match`` does not list."""
-    edit_types: Counter[str] = field(default_factory=Counter)
-    num_counterfactuals: Counter[int] = field(default_factory=Counter)
-    """K -> number of groups with K counterfactuals beside the factual pair (shams not counted)."""
-    longest_text: int = 0
-    longest_text_unit: str = "characters"
-    """"tokens" (prompt, image and text) where a text length was given, else "characters" of the text alone."""
-    longest_text_where: str = ""
-    visual_tokens: array[int] = field(default_factory=lambda: array("I"))
-    """Of every distinct image (its pictures together), where the model is known."""
-    metadata: Counter[str] = field(default_factory=Counter)
-    """Further key of rows -> number of groups that keep it."""
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problems
-
-    @property
-    def visual_range(self) -> str:
-        """Least, median and most visual tokens of an image; empty where the model is not known or nothing is shown."""
-        if not self.visual_tokens:
-            return ""
-        low, middle, high = min(self.visual_tokens), statistics.median_low(self.visual_tokens), max(self.visual_tokens)
-        return f"min {low}, median {middle}, max {high} an image"
-
-    @property
-    def unused(self) -> str:
-        """The keys of ``metadata`` with their counts, the most frequent ones by name."""
-        return f"{_counted(self.metadata)} (kept, not used)"
-
-    def __str__(self) -> str:
-        lines = [
-            ("manifest", self.manifest),
-            ("groups", str(self.num_groups)),
-            ("images", f"{self.num_images} distinct files"),
-            ("texts", str(self.num_texts)),
-            ("unknown cells", f"{self.num_unknown_cells} of {self.num_cells}"),
-            ("edit types", _counted(self.edit_types) or "none named"),
-            ("counterfactuals", ", ".join(f"K={k}: {count} groups" for k, count in sorted(self.num_counterfactuals.items())) or "none"),
-            (
-                "longest text",
-                f"{self.longest_text} {self.longest_text_unit}" + f" ({self.longest_text_where})" * bool(self.longest_text_where),
-            ),
-        ]
-        if self.visual_tokens:
-            lines.append(("visual tokens", self.visual_range))
-        if self.metadata:
-            lines.append(("metadata", self.unused))
-        lines.append(("problems", str(len(self.problems)) if self.problems else "none"))
-        table = [f"{name:<16} {value}" for name, value in lines]
-        table += [f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
-        if len(self.problems) > _SHOWN_PROBLEMS:
-            table.append(f"  ... and {len(self.problems) - _SHOWN_PROBLEMS} more")
-        return "\n".join(table)
-
-
-def _counted(counts: Counter[str]) -> str:
-    """Names with their counts, on one line that ends."""
-    shown = [f"{name if len(name) <= _SHOWN_CHARS else f'{name[:_SHOWN_CHARS]}...'} {count}" for name, count in counts.most_common(_SHOWN)]
-    more = len(counts) - len(shown)
-    return ", ".join([*(" ".join(each.split()) for each in shown), *[f"and {more} more"] * bool(more)])
 
 
 @dataclass(frozen=True)
@@ -161,7 +81,7 @@ def check_groups(
         if not isinstance(item, DataError):
             groups.append(item)
             places.append(where)
-            _count(report, item)
+            report.add_group(item)
         elif share.rank == 0:
             report.problems.append(str(item))
     pictures = _check_images(report, groups, places, max_pixels, progress, share)
@@ -175,24 +95,11 @@ def check_groups(
     return report, groups
 
 
-def _count(report: CheckReport, group: CounterfactualGroup) -> None:
-    report.num_groups += 1
-    report.num_texts += len(group.candidates)
-    report.num_cells += len(group.images) * len(group.candidates)
-    report.num_unknown_cells += sum(line.count(None) for line in group.match)
-    meta = json.loads(group.meta or "null")
-    report.metadata.update(map(repr, meta) if isinstance(meta, dict) else ["meta"] if meta else ())
-    report.edit_types.update(edit.type for edit in group.edits)
-    shams = {edit.image for edit in group.edits if edit.type == SHAM and edit.image is not None}
-    report.num_counterfactuals[max(len(group.images) - len(shams), len(group.candidates)) - 1] += 1
-
-
 def _check_texts(report: CheckReport, where: str, group: CounterfactualGroup, lengths: Lengths | None, pictures: PictureTable) -> None:
     if lengths is None:
         for index, candidate in enumerate(group.candidates):
-            _note_length(report, len(candidate.text), f"{where}, text {index}")
+            report.note_length(len(candidate.text), "characters", f"{where}, text {index}")
         return
-    report.longest_text_unit = "tokens"
     sizes: set[tuple[Size, ...]] = set()
     for image in group.images:
         try:
@@ -210,7 +117,7 @@ def _check_texts(report: CheckReport, where: str, group: CounterfactualGroup, le
         except DataError as error:
             report.problems.append(f"{where}: group {group.id!r}: text {index}: {error}")
             continue
-        _note_length(report, length, f"{where}, text {index}")
+        report.note_length(length, "tokens", f"{where}, text {index}")
         if length > lengths.max_length:
             report.problems.append(
                 f"{where}: group {group.id!r}: text {index} is {length} tokens long with its prompt and image, over the model's window of "
@@ -219,11 +126,6 @@ def _check_texts(report: CheckReport, where: str, group: CounterfactualGroup, le
 
 
 _SOME_SIZE = (56, 56)  # of pictures of which none is known: a text may have more against it than its length
-
-
-def _note_length(report: CheckReport, length: int, where: str) -> None:
-    if length > report.longest_text:
-        report.longest_text, report.longest_text_where = length, where
 
 
 def _count_visual_tokens(
@@ -273,7 +175,7 @@ def _check_images(
             yield picture_key(picture)
 
     firsts = _first_of_each(keys())
-    report.num_images = len(firsts)
+    report.add_images(len(firsts))
     mine = set(firsts[share.rank :: share.size].tolist())
     wanted = [use for place, use in enumerate(uses()) if place in mine]
     found = _open_all([picture for _, picture in wanted], max_pixels, share)
@@ -350,3 +252,37 @@ def _with_progress(items: Iterable[T], total: int, unit: str, progress: Callable
             reported = now
             rate = done / (now - started)
             progress(f"checked {done} of {total} {unit}, {rate:.1f} {unit}/s, {timedelta(seconds=round((total - done) / rate))} left")
+
+
+def check_manifest(
+    path: str | Path,
+    root: Root = None,
+    format: str = "cfgroup",
+    *,
+    lengths: Lengths | None = None,
+    max_pixels: int = MAX_PIXELS,
+    progress: Callable[[str], object] = print,
+) -> CheckReport:
+    """Everything that is wrong with a data set, and what it contains. Reads the manifest and decodes every image it names, once.
+
+    ``lengths`` (a Collator, say) knows how many tokens a row takes; with it, rows beyond the model's window are problems and visual tokens
+    are counted. ``max_pixels`` as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds of work.
+    Problems are collected, not raised; DataError is raised for an unknown format.
+    """
+    entries = read_entries(path, root, format)
+    return check_groups(Path(path), entries, lengths=lengths, max_pixels=max_pixels, progress=progress)[0]
+
+
+def check_share(
+    path: str | Path,
+    root: Root,
+    format: str,
+    share: Share,
+    *,
+    lengths: Lengths | None,
+    max_pixels: int,
+    progress: Callable[[str], object] = print,
+) -> tuple[CheckReport, list[CounterfactualGroup]]:
+    """One process's part of ``check_manifest``, and the groups of all well-formed rows."""
+    entries = read_entries(path, root, format)
+    return check_groups(Path(path), entries, lengths=lengths, max_pixels=max_pixels, progress=progress, share=share)

@@ -16,21 +16,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cfvlm_ds.groups import DataError
+from cfvlm_ds.core.errors import DataError
 
 _TOWER, _INPUT = "tower.", "input."
 
 
 @dataclass(frozen=True)
 class Features:
-    """A picture behind the tower: all that a batch needs of it.
+    """A picture after the tower: all that a batch needs of it.
 
-    ``size`` is its width and height in pixels; ``stands`` the token ids that stand for it in a prompt; ``tower`` what each module of the
-    projector takes, by the module's name; ``inputs`` the inputs of the model beside pixels, one row each.
+    ``size`` is its width and height in pixels; ``placeholder_ids`` the token ids that a prompt has in its place; ``tower`` what each module
+    of the projector takes, by the module's name; ``inputs`` the inputs of the model beside pixels, one row each.
     """
 
     size: tuple[int, int]
-    stands: list[int]
+    placeholder_ids: list[int]
     tower: Mapping[str, Tensor]
     inputs: Mapping[str, Tensor]
 
@@ -51,6 +51,10 @@ class FeatureCache:
 
     def __post_init__(self) -> None:
         self.place = self.folder / hashlib.sha256(json.dumps(dict(self.origin), sort_keys=True).encode()).hexdigest()[:16]
+
+    def note(self, picture: Any, digest: bytes | str) -> None:
+        """What is known of a picture."""
+        self.known[picture] = digest
 
     def file(self, digest: bytes) -> Path:
         """Where the features of a picture are, or will be."""
@@ -74,7 +78,7 @@ def write_features(file: Path, features: Features) -> None:
     """Write a picture's features; under another name first, so that the file is whole whoever else reads or writes it. Raises OSError."""
     tensors = {f"{_TOWER}{name}": tensor.contiguous() for name, tensor in features.tower.items()}
     tensors |= {f"{_INPUT}{name}": tensor.contiguous() for name, tensor in features.inputs.items()}
-    tensors |= {"size": torch.tensor(features.size), "stands": torch.tensor(features.stands)}
+    tensors |= {"size": torch.tensor(features.size), "placeholder_ids": torch.tensor(features.placeholder_ids)}
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{uuid4().hex}.partial")  # containers may share a host's name and their processes numbers
     try:
@@ -96,7 +100,7 @@ def read_features(file: Path) -> Features:
             f"{file}: features cannot be read ({error}); remove the file and start the run again, with a folder that all ranks see"
         ) from error
     width, height = tensors.pop("size").tolist()
-    return Features((width, height), tensors.pop("stands").tolist(), dict(_named(tensors, _TOWER)), dict(_named(tensors, _INPUT)))
+    return Features((width, height), tensors.pop("placeholder_ids").tolist(), dict(_named(tensors, _TOWER)), dict(_named(tensors, _INPUT)))
 
 
 def stored_bytes(file: Path) -> int | None:

@@ -9,7 +9,7 @@ from typing import IO
 
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from cfvlm_ds.groups import DataError
+from cfvlm_ds.core.errors import DataError
 
 Size = tuple[int, int]
 """Width and height in pixels."""

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from cfvlm_ds.groups import DataError
+from cfvlm_ds.core.errors import DataError
 
 
 class GroupSampler:
@@ -169,7 +169,7 @@ class PackedSampler(GroupSampler):
         position = self._position
         while True:
             bins, position = self._pack(position)
-            yield from self._evened(bins)[self.rank :: self.world_size]
+            yield from self._rebalanced(bins)[self.rank :: self.world_size]
 
     def num_steps(self, num_epochs: float) -> int:
         """Optimizer steps until every group has been seen so many times."""
@@ -193,7 +193,7 @@ class PackedSampler(GroupSampler):
         self._position = _Position(self.samples_seen + len(waiting), tuple(waiting))
 
     def _pack(self, position: _Position) -> tuple[list[list[int]], _Position]:
-        """The micro-batches of the step at ``position``, and the position behind it."""
+        """The micro-batches of the step at ``position``, and the position after it."""
         bins: list[list[int]] = [[] for _ in range(self.groups_per_step)]
         room = [(self.max_tokens, b) for b in range(len(bins))]  # sorted
         read, waiting, queue = position.read, list[int](), list(reversed(position.waiting))
@@ -214,7 +214,7 @@ class PackedSampler(GroupSampler):
             bisect.insort(room, (left - self.tokens[group], chosen))
         return bins, _Position(read, (*waiting, *reversed(queue)))
 
-    def _evened(self, bins: list[list[int]]) -> list[list[int]]:
+    def _rebalanced(self, bins: list[list[int]]) -> list[list[int]]:
         """The micro-batches, fullest first, after the fullest and the emptiest have exchanged groups while that left them less apart."""
         tokens = self.tokens
         ranked = sorted((sum(tokens[group] for group in each), b) for b, each in enumerate(bins))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice, product
 from typing import Literal
 
-from cfvlm_ds.groups import SHAM, CounterfactualGroup
+from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 
 UNLABELLED = "unlabelled"
 """Slice of the comparisons that no edit describes."""

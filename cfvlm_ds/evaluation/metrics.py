@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.evaluation.comparisons import Kind, comparisons
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.groups import CounterfactualGroup
 
 CHANCE = {
     "text": 25.0,

@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from cfvlm_ds.collate import Collator, Size
-from cfvlm_ds.config import cores_per_rank
+from cfvlm_ds.batching.collator import Collator
+from cfvlm_ds.core.distributed import Patience, World, broadcast_object, cores_per_rank
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.data.images import Size
 from cfvlm_ds.data.pictures import sizes_of
-from cfvlm_ds.distributed import Patience, World, broadcast_object
 from cfvlm_ds.evaluation.scoring import Forward, batch_indices, guarded, other_images, score_batches, seen_as
-from cfvlm_ds.groups import CounterfactualGroup, DataError
 
 Splits = Mapping[str, Sequence[CounterfactualGroup]]
 _CHUNK = 1024  # groups whose pictures' headers are read at a time
@@ -73,7 +74,7 @@ def _batches(
             for start in range(0, len(groups), _CHUNK):
                 alive()
                 shown = (picture for group in groups[start : start + _CHUNK] for pictures in group.images for picture in pictures)
-                sizes |= sizes_of(shown, collator.checked, collator.max_pixels, pool)
+                sizes |= sizes_of(shown, collator.files.checked, collator.files.max_pixels, pool)
     for split, groups in splits.items():
         for view in seen_as(groups, other_images(groups) if shuffled else None):
             trees = []

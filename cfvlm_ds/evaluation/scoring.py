@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cfvlm_ds.collate import Batch, Collator, blinded
-from cfvlm_ds.data.scores import StoredScores
-from cfvlm_ds.distributed import World, apart, gather_objects
-from cfvlm_ds.groups import CounterfactualGroup, DataError, Pictures
-from cfvlm_ds.memory import memory_explained
-from cfvlm_ds.stopping import shield_worker
+from cfvlm_ds.batching.batch import Batch, blinded
+from cfvlm_ds.batching.collator import Collator
+from cfvlm_ds.batching.out_of_memory import explain_out_of_memory
+from cfvlm_ds.cluster.signals import shield_worker
+from cfvlm_ds.core.distributed import World, apart, gather_objects
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.data.stored_scores import StoredScores
 
 Forward = Callable[..., Tensor]
 
@@ -142,7 +144,7 @@ def score_batches(forward: Forward, batches: Sequence[Sequence[Batch] | DataErro
     scored = []
     ready = [parts for parts in batches if not isinstance(parts, DataError)]
     for parts, *counts in zip(ready, *(each for each, _ in gathered), strict=True):
-        with torch.no_grad(), memory_explained(f"while {where} on rank {world.rank}", parts, remedy):
+        with torch.no_grad(), explain_out_of_memory(f"while {where} on rank {world.rank}", parts, remedy):
             found_parts = []
             for k in range(max(counts)):
                 part = parts[min(k, len(parts) - 1)].to(world.device)

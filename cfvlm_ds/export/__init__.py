@@ -16,16 +16,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cfvlm_ds.checkpoint import incomplete
-from cfvlm_ds.config import ConfigError, LoraConfig
+from cfvlm_ds.core.config import LoraConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import create
 from cfvlm_ds.export.adapters import MergedWeights, export_adapter
 from cfvlm_ds.export.files import Files, verify, write_index
 from cfvlm_ds.export.folder import refuse_replacing, replaced
 from cfvlm_ds.export.jobs import Job, fill, find_jobs, revert
-from cfvlm_ds.export.source import INDEX, SINGLE, Saved, read_saved, skeleton
+from cfvlm_ds.export.source import Saved, read_saved, skeleton
 from cfvlm_ds.export.zero import BLOCK, ZeroWeights
 from cfvlm_ds.models import model_folder
-from cfvlm_ds.models.stored import check_files, side_files
-from cfvlm_ds.untrusted import create
+from cfvlm_ds.models.stored import INDEX, SINGLE, check_files, side_files
 
 __all__ = ["export_adapter", "export_hf", "refuse_replacing"]
 

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cfvlm_ds.checkpoint import incomplete
-from cfvlm_ds.config import ConfigError, LoraConfig
+from cfvlm_ds.core.config import LoraConfig
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.export.folder import replaced
 from cfvlm_ds.export.source import skeleton
 from cfvlm_ds.export.zero import ZeroWeights

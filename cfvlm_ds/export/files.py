@@ -12,9 +12,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cfvlm_ds.config import ConfigError
-from cfvlm_ds.export.source import DTYPE_NAMES, INDEX, SINGLE, Saved, read_headers
-from cfvlm_ds.untrusted import bare_name, create
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import create
+from cfvlm_ds.core.untrusted import bare_name
+from cfvlm_ds.export.source import DTYPE_NAMES, Saved, read_headers
+from cfvlm_ds.models.stored import INDEX, SINGLE
 
 
 class Files:

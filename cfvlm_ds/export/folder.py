@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cfvlm_ds.config import ConfigError
-from cfvlm_ds.untrusted import refuse_link, remove
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import remove
+from cfvlm_ds.core.untrusted import refuse_link
 
 
 def refuse_replacing(out_dir: Path, marker: str, needed: Iterable[Path], remedy: str = "name another folder with --out") -> None:

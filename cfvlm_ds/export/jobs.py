@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfvlm_ds.config import ConfigError
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.export.source import Saved
 from cfvlm_ds.export.zero import ZeroWeights
 from cfvlm_ds.models import family_of

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cfvlm_ds.config import ConfigError
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models import load_config
 from cfvlm_ds.models.stored import INDEX, SINGLE, explained, header, read_index, weight_files
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from cfvlm_ds.checkpoint import read_states
-from cfvlm_ds.config import ConfigError
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.untrusted import refuse_foreign
 from cfvlm_ds.models.stored import explained
-from cfvlm_ds.untrusted import refuse_foreign
 
 BLOCK = 1 << 23  # elements read, cast and written at a time
-_MAPPED = 64 << 20  # bytes read before the files are mapped anew, at least
+_MAPPED = 64 << 20  # bytes read before the files are mapped again, at least
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from cfvlm_ds.attention import Forest
-from cfvlm_ds.config import ModelConfig
-from cfvlm_ds.likelihood import head_logprobs
+from cfvlm_ds.core.config import ModelConfig
 
 Module = Literal["vision_tower", "projector", "language_model"]
 MODULES: tuple[Module, ...] = ("vision_tower", "projector", "language_model")
@@ -33,22 +30,13 @@ Arrange = Callable[[Any, Tensor, Sequence[int], dict[str, Tensor]], Tensor | Seq
 
 
 def as_projected(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
-    """The model does nothing behind its projector."""
+    """The model does nothing after its projector."""
     return projected
 
 
 def everything_used(config: PreTrainedConfig) -> tuple[str, ...]:
     """No part of the model is left out of its forward."""
     return ()
-
-
-def after_selected_layer(config: PreTrainedConfig) -> tuple[str, ...]:
-    """What a LLaVA's tower has behind the layer whose output is taken: its last blocks, and the norm and head of its pooled output."""
-    depth, selected = config.vision_config.num_hidden_layers, config.vision_feature_layer
-    layers = [selected] if isinstance(selected, int) else selected
-    last = max(layer % (depth + 1) for layer in layers)
-    blocks = tuple(f"model.vision_tower.encoder.layers.{k}" for k in range(last, depth))
-    return (*blocks, "model.vision_tower.post_layernorm", "model.vision_tower.head")
 
 
 @dataclass(frozen=True)
@@ -59,10 +47,11 @@ class Family:
         model_types: values of ``config.model_type``; a path's name never decides.
         vision_tower, projector, language_model: prefixes of parameter names, after any wrapper prefix; the longest that fits decides, so a
             projector may live inside the tower. The output head belongs to the language model.
+        output_head: the head's own prefix: it gets no adapter and keeps its precision.
         image_inputs: processor outputs that travel with the images: the arguments of the model's ``get_image_features``.
-        per_image: those of them that hold one row per image and are needed behind the tower.
+        per_image: those of them that hold one row per image and are needed after the tower.
         grid: the one of these with an image's grid of patches, for families whose positions need it.
-        positions: position ids of a prompt; a text behind it goes on at the largest plus one, on every axis.
+        positions: position ids of a prompt; a text after it goes on at the largest plus one, on every axis.
         tiles_alone: whether only an image that is alone in its prompt is cut into tiles.
         arrange: what the model does between its projector and its language model.
         one_tensor: whether the model's forward takes the features of all images as one tensor instead of a list.
@@ -74,6 +63,7 @@ class Family:
     vision_tower: tuple[str, ...]
     projector: tuple[str, ...]
     language_model: tuple[str, ...]
+    output_head: str = "lm_head"
     image_inputs: tuple[str, ...] = ("pixel_values",)
     per_image: tuple[str, ...] = ()
     grid: str | None = None
@@ -104,130 +94,3 @@ class Family:
         found = {name: module for name, module in model.named_modules() if name in self.projector}
         lists = {name: [f"{name}.{k}" for k in range(len(module))] for name, module in found.items() if isinstance(module, nn.ModuleList)}
         return [part for name in self.projector if name in found for part in lists.get(name, [name])]
-
-
-class ScoringHead(nn.Linear):
-    """An output head, with its weight, that also takes what is scored and then returns log-probs instead of logits.
-
-    It is a module, because ZeRO-3 gathers a module's weight while it runs.
-    """
-
-    @classmethod
-    def of(cls, head: nn.Linear) -> ScoringHead:
-        """The head's own parameters in a scoring head. Raises ValueError when it has a bias, which no supported family's has."""
-        if head.bias is not None:
-            raise ValueError("the model's output head has a bias, which is not supported")
-        scoring = cls(head.in_features, head.out_features, bias=False, device="meta")
-        scoring.weight = head.weight
-        return scoring.train(head.training)
-
-    def forward(self, hidden: Tensor, predicted_by: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
-        """Logits [..., V] of ``hidden`` [..., d]; or log-probs [N] of ``targets`` [N], each predicted by a row of ``hidden`` [P, d]."""
-        if predicted_by is None or targets is None:
-            return super().forward(hidden)
-        return head_logprobs(hidden, self.weight, predicted_by, targets)
-
-
-class Scorer(nn.Module):
-    """The module DeepSpeed drives: encode each distinct image once, run the language model, return log-probs of the scored tokens.
-
-    Everything happens inside one forward, so that ZeRO-3 gathers each layer once however many candidates there are, and every rank calls
-    every submodule the same number of times.
-    """
-
-    def __init__(self, model: PreTrainedModel, family: Family) -> None:
-        super().__init__()
-        if not isinstance(head := model.get_output_embeddings(), ScoringHead):
-            model.set_output_embeddings(ScoringHead.of(head))
-        self.model = model
-        self.family = family
-        self.projectors = family.projectors(model)
-
-    def forward(self, **inputs: Any) -> Any:
-        """``logp`` of a row; or, of ``image_inputs`` alone, ``tower_features``: both are forwards of the module that ZeRO-3 watches."""
-        return self.logp(**inputs) if "input_ids" in inputs else self.tower_features(**inputs)
-
-    def tower_features(self, image_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the tower gives each module of the projector, by the module's name."""
-        model: Any = self.model
-        taken: dict[str, Tensor] = {}
-
-        def take(name: str) -> Any:
-            return model.get_submodule(name).register_forward_pre_hook(lambda module, args: taken.update({name: args[0]}))
-
-        hooks = [take(name) for name in self.projectors]
-        try:
-            model.get_image_features(**image_inputs, return_dict=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return taken
-
-    def logp(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        forest: Forest,
-        scored: Tensor,
-        predicted_by: Tensor,
-        targets: Tensor,
-        images_of_tree: Sequence[Sequence[int]],
-        visual_tokens: Sequence[int],
-        image_inputs: dict[str, Any],
-    ) -> Tensor:
-        """Log-probs [N], nats, fp32, of ``targets`` [N].
-
-        ``input_ids`` [1, T]; ``position_ids`` [1, T] or [axes, 1, T]; ``forest`` says which tokens are prefixes and which their branches;
-        ``scored`` [1, T] bool marks the positions whose logits are needed, and ``predicted_by`` [N] is the rank among them of the one that
-        predicts each target; ``images_of_tree`` the indices of each tree's images among the distinct images of ``image_inputs``;
-        ``visual_tokens`` the number of visual tokens of each distinct image. Where ``image_inputs`` has ``tower_features``, the tower does
-        not run.
-        """
-        encoded, unused = self._encode(images_of_tree, visual_tokens, image_inputs)
-        # An image that no tree shows takes part in the backward pass as if one did: ZeRO-3 waits for every rank at every module, and where
-        # the text's embeddings are frozen it is the image through which gradients pass all of the language model.
-        through = self.model.get_input_embeddings().register_forward_hook(lambda module, args, embedded: embedded + 0 * unused)
-        try:
-            hidden = self.model.base_model(
-                input_ids=input_ids, position_ids=position_ids, forest=forest, mm_encoder_outputs=encoded, use_cache=False
-            ).last_hidden_state
-        finally:
-            through.remove()
-        return self.model.get_output_embeddings()(hidden[scored], predicted_by, targets)
-
-    def _encode(
-        self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
-    ) -> tuple[dict[str, Any], Tensor]:
-        """The trees' image features in the form the model's forward takes, and the sum of the features that no tree uses."""
-        model: Any = self.model
-        known = "tower_features" in image_inputs
-        output = self._projected(**image_inputs) if known else model.get_image_features(**image_inputs, return_dict=True)
-        shown = [i for images in images_of_tree for i in images]
-        # Further features, for layers inside the language model, are used and left unused as the first ones are.
-        layers = [_per_image(layer, visual_tokens) for layer in (output.pooler_output, *getattr(output, "deepstack_features", ()))]
-        hidden = [layer[i].sum() for layer in layers for i in range(len(visual_tokens)) if i not in shown]
-        unused = torch.stack(hidden).sum() if hidden else torch.zeros((), dtype=layers[0][0].dtype, device=layers[0][0].device)
-        if not shown:
-            return {}, unused
-        first, *further = ([layer[i] for i in shown] for layer in layers)
-        output.pooler_output = torch.cat(first).unsqueeze(0) if self.family.one_tensor else first
-        if further:
-            output.deepstack_features = further
-        return {"image": output}, unused
-
-    def _projected(self, tower_features: dict[str, Tensor], rows: Sequence[int], **inputs: Tensor) -> Any:
-        """What ``get_image_features`` returns, from what the tower gave; each image has ``rows`` of the projector's output."""
-        model: Any = self.model
-        *further, first = (  # dropout in adapters must draw its numbers in the model's own order
-            self.family.arrange(model, model.get_submodule(name)(tower_features[name]), rows, inputs) for name in self.projectors
-        )
-        return SimpleNamespace(pooler_output=first, deepstack_features=further)
-
-
-def _per_image(features: Tensor | Sequence[Tensor], visual_tokens: Sequence[int]) -> list[Tensor]:
-    """Features however a family returns them (per image, per tile, in one piece) as one [visual tokens, hidden] tensor per image."""
-    pieces = [features] if isinstance(features, Tensor) else features
-    flat = torch.cat([piece.reshape(-1, piece.shape[-1]) for piece in pieces])
-    if len(flat) != sum(visual_tokens):
-        raise ValueError(f"the tower gave {len(flat)} visual tokens where the prompts have {sum(visual_tokens)} placeholders")
-    return list(flat.split(list(visual_tokens)))

@@ -14,7 +14,8 @@ from uuid import uuid4
 import torch
 from safetensors import safe_open
 
-from cfvlm_ds.config import IMAGE_LIMITS, ConfigError, ModelConfig
+from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models.family import Family
 from cfvlm_ds.models.stored import hashed_files, weight_patterns
 

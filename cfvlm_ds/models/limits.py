@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cfvlm_ds.config import ConfigError, ModelConfig
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.errors import ConfigError
 
 
 def pixels(processor: Any, config: Any, model: ModelConfig) -> None:

@@ -13,10 +13,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from cfvlm_ds.config import ConfigError
-from cfvlm_ds.errors import is_failure
-from cfvlm_ds.reading import MAX_RECORD, MIB, DuplicateKey, TooLarge, parse_json, read_bytes
-from cfvlm_ds.untrusted import bare_name, refuse_foreign
+from cfvlm_ds.core.errors import ConfigError, is_failure
+from cfvlm_ds.core.reading import MAX_RECORD, MIB, DuplicateKey, TooLarge, parse_json, read_bytes
+from cfvlm_ds.core.untrusted import bare_name, refuse_foreign
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"

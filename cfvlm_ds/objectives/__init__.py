@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cfvlm_ds.groups import Cells, GroupLayout
-from cfvlm_ds.likelihood import Scores
+from cfvlm_ds.core.groups import Cells
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.align import Align
 from cfvlm_ds.objectives.base import Objective, Report
 from cfvlm_ds.objectives.csd import Csd
@@ -32,9 +33,9 @@ def required_cells(objectives: Objectives) -> Cells:
     return CELLS[max((CELLS.index(objective.cells) for objective in objectives.values()), default=0)]
 
 
-def group_units(objectives: Objectives, layout: GroupLayout) -> dict[str, Tensor]:
-    """Each objective's own units on this layout, [P] each, ready to be added over micro-batches and ranks."""
-    return {name: torch.atleast_1d(objective.units(layout)) for name, objective in objectives.items()}
+def denominators(objectives: Objectives, layout: GroupLayout) -> dict[str, Tensor]:
+    """Each objective's denominators on this layout, [P] each, ready to be added over micro-batches and ranks."""
+    return {name: torch.atleast_1d(objective.denominator(layout)) for name, objective in objectives.items()}
 
 
 def ramp(objective: Objective, progress: float) -> float:
@@ -43,20 +44,20 @@ def ramp(objective: Objective, progress: float) -> float:
 
 
 def weighted_loss(
-    objectives: Objectives, scores: Scores, global_units: Mapping[str, Tensor], world_size: int = 1, progress: float = 1.0
+    objectives: Objectives, scores: Scores, global_denominators: Mapping[str, Tensor], world_size: int = 1, progress: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This micro-batch's share of the step's loss: (loss to call backward on, each term's unweighted share).
 
     Summed over the micro-batches and ranks of one optimizer step the shares are exactly the global means, however groups are spread over
-    ranks: each total is divided by its *global* units. DeepSpeed averages gradients over ranks, hence the factor ``world_size``;
-    accumulation must not be averaged on top (``engine.backward(..., scale_wrt_gas=False)``). A part without units contributes nothing.
+    ranks: each numerator is divided by its *global* denominator. DeepSpeed averages gradients over ranks, hence the factor ``world_size``;
+    accumulation must not be averaged on top (``engine.backward(..., scale_wrt_gas=False)``). A part with a denominator of 0 adds nothing.
     """
     loss = scores.logp.sum() * 0  # every rank runs the same backward, also one whose groups have no unit at all
     shares: dict[str, Tensor] = {}
     for name, objective in objectives.items():
-        units = global_units[name].to(scores.logp)
-        parts = torch.atleast_1d(objective.total(scores))
-        share = torch.where(units > 0, parts / units.clamp(min=torch.finfo(units.dtype).tiny), 0).sum()
+        below = global_denominators[name].to(scores.logp)
+        parts = torch.atleast_1d(objective.numerator(scores))
+        share = torch.where(below > 0, parts / below.clamp(min=torch.finfo(below.dtype).tiny), 0).sum()
         shares[name] = share.detach()
         loss = loss + objective.weight * ramp(objective, progress) * share
     return loss * world_size, shares

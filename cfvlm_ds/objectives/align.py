@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cfvlm_ds.groups import Cells, GroupLayout
-from cfvlm_ds.likelihood import LengthNorm, Scores, normalised_scores
+from cfvlm_ds.core.groups import Cells
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import LengthNorm, Scores, normalised_scores
 from cfvlm_ds.objectives.base import Report
 
 
@@ -53,12 +54,12 @@ class Align:
     def needs_prior(self) -> bool:
         return self.infonce != 0 and self.pmi != 0
 
-    def units(self, layout: GroupLayout) -> Tensor:
+    def denominator(self, layout: GroupLayout) -> Tensor:
         tokens = (layout.num_tokens + layout.num_end_tokens).to(layout.weight)
         contrasted = _infonce_mask(layout)[1].any(1).any(1)
         return torch.stack([*_factual_and_rest(tokens, layout), (layout.weight * contrasted).sum()])
 
-    def total(self, scores: Scores) -> Tensor:
+    def numerator(self, scores: Scores) -> Tensor:
         layout = scores.layout
         factual, rest = _factual_and_rest(-(scores.logp + scores.end_logp), layout)
         parts = [factual, self.counterfactual * rest, factual.new_zeros(())]

@@ -3,7 +3,7 @@
 Shapes: G groups, I images, C candidates, P parts of one objective. Two kinds of comparison exist, and the truth table alone defines them:
 
 - text side: one image and one prompt, a true text against a false one; an answer is never compared with one to another question;
-- image side: one text behind one prompt, an image it is true of against one it is false of. Prior and length cancel by construction.
+- image side: one text after one prompt, an image it is true of against one it is false of. Prior and length cancel by construction.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfvlm_ds.groups import Cells, GroupLayout
-from cfvlm_ds.likelihood import LengthNorm, Scores, normalised_scores, token_counts
+from cfvlm_ds.core.groups import Cells
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import LengthNorm, Scores, normalised_scores, token_counts
 
 Report = dict[str, tuple[Tensor, Tensor]]
 """Metric name -> (sum, count); only sums and counts survive being added over micro-batches and ranks."""
@@ -25,8 +26,8 @@ Report = dict[str, tuple[Tensor, Tensor]]
 class Objective(Protocol):
     """A term of the loss: a pure function of score matrices that never meets a GPU, a tokenizer or a rank.
 
-    The term's loss is ``weight * sum_p total_p / global_units_p``. ``units`` must depend on the layout alone, because it is added over all
-    ranks and accumulation steps before the first forward. Both may return a scalar, or [P] when parts have denominators of their own.
+    The term's loss is ``weight * sum_p numerator_p / denominator_p``. The denominator must depend on the layout alone, because it is added
+    over all ranks and accumulation steps before the first forward. Both are scalars, or [P] when parts have denominators of their own.
     """
 
     @property
@@ -46,12 +47,12 @@ class Objective(Protocol):
     @property
     def needs_prior(self) -> bool: ...
 
-    def units(self, layout: GroupLayout) -> Tensor:
-        """How many units (tokens, groups) each part has: scalar or [P]."""
+    def denominator(self, layout: GroupLayout) -> Tensor:
+        """How many tokens or groups each part is a mean over: scalar or [P]."""
         ...
 
-    def total(self, scores: Scores) -> Tensor:
-        """The differentiable sum over units: scalar or [P], nats."""
+    def numerator(self, scores: Scores) -> Tensor:
+        """The differentiable sum over them: scalar or [P], nats."""
         ...
 
     def report(self, scores: Scores) -> Report:

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cfvlm_ds.groups import Cells, GroupLayout
-from cfvlm_ds.likelihood import Scores
+from cfvlm_ds.core.groups import Cells
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.base import MarginTerm, Report, comparisons, has_any, mean_over
 
 
@@ -33,11 +34,11 @@ class Csd(MarginTerm):
     def cells(self) -> Cells:
         return "star" if self.mode == "cross" else "matched"
 
-    def units(self, layout: GroupLayout) -> Tensor:
+    def denominator(self, layout: GroupLayout) -> Tensor:
         zeros = torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
         return (layout.weight * has_any(self._violations(zeros, layout)[1])).sum()
 
-    def total(self, scores: Scores) -> Tensor:
+    def numerator(self, scores: Scores) -> Tensor:
         violation, mask = self._violations(self.normalised(scores), scores.layout)
         per_group = mean_over(self.penalty(violation, scores.layout), mask)
         return (scores.layout.weight.to(per_group) * per_group).sum()

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfvlm_ds.groups import Cells, GroupLayout
-from cfvlm_ds.likelihood import Scores
+from cfvlm_ds.core.groups import Cells
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.base import Report, comparisons, has_any, mean_over
 
 
@@ -52,13 +53,13 @@ class Dpo:
     def needs_prior(self) -> bool:
         return False
 
-    def units(self, layout: GroupLayout) -> Tensor:
+    def denominator(self, layout: GroupLayout) -> Tensor:
         ratio = torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
         text, image = self._pairs(ratio, layout)
         groups = torch.stack([has_any(text[1]), has_any(image[1]), layout.positive[:, 0, 0]], 1)
         return (layout.weight.unsqueeze(1) * groups).sum(0)
 
-    def total(self, scores: Scores) -> Tensor:
+    def numerator(self, scores: Scores) -> Tensor:
         layout, ratio = scores.layout, self._ratio(scores)
         weight = layout.weight.to(ratio)
         parts = []

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cfvlm_ds.groups import Cells, GroupLayout
-from cfvlm_ds.likelihood import Scores
+from cfvlm_ds.core.groups import Cells
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.base import MarginTerm, Report, comparisons, has_any, masked_max
 
 
@@ -35,11 +36,11 @@ class Fcd(MarginTerm):
     def cells(self) -> Cells:
         return "star"
 
-    def units(self, layout: GroupLayout) -> Tensor:
+    def denominator(self, layout: GroupLayout) -> Tensor:
         zeros = torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
         return (layout.weight * has_any(self._violations(zeros, layout)[1])).sum()
 
-    def total(self, scores: Scores) -> Tensor:
+    def numerator(self, scores: Scores) -> Tensor:
         violation, mask = self._violations(self.normalised(scores), scores.layout)
         penalty = torch.where(mask, self.penalty(violation, scores.layout), 0)
         per_group = penalty.sum(1) / mask.sum(1).clamp(min=1)

@@ -1,0 +1,112 @@
+"""One micro-batch: what the engine takes unchanged, and what makes a score matrix of its log-probs.
+
+Shapes: G groups, I images, C candidates, T tokens, N scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores, score_matrix
+
+BLANK = Path("\0/<blank image>")
+"""Stands for a mid-grey image, which the blind control shows in place of a picture. A suffix tells several apart; no file is named so."""
+BLANK_SIZE = (336, 336)
+"""Its width and height in pixels."""
+
+STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image.", "a"),), ((1,),))
+"""What a rank computes whose groups cannot be read."""
+
+
+def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
+    """The group with its images replaced by one blank image; every text but the first is neither true nor false of it."""
+    blank = tuple(BLANK.with_suffix(f".{k}") for k in range(group.num_pictures))
+    return replace(group, images=(blank,), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. ``model_inputs`` goes to the engine unchanged and returns one log-prob per scored token.
+
+    ``cell`` [N] is each scored token's flat index in [G, I, C]; ``is_end`` [N] marks end-of-turn tokens; ``num_tokens`` counts the
+    tokens of the row, ``num_scored`` those that something is predicted from; ``dropped`` are groups left out of it, (id, reason) each.
+    """
+
+    model_inputs: dict[str, Any]
+    cell: Tensor
+    is_end: Tensor
+    layout: GroupLayout
+    reference: Tensor | None
+    prior: Tensor | None
+    num_tokens: int
+    num_scored: int
+    num_images: int
+    dropped: tuple[tuple[str, str], ...] = ()
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        return _mapped(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in memory that a GPU copies from while it computes; a DataLoader calls it."""
+        return _mapped(self, Tensor, Tensor.pin_memory)
+
+    def __reduce__(self) -> Any:
+        """All tensors travel from process to process as one: each of them would cost a handshake of its own."""
+        tensors: dict[int, Tensor] = {}
+        stop = 0
+
+        def place(tensor: Tensor) -> _Place:
+            nonlocal stop
+            start, stop = stop, stop + -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            tensors[start] = tensor
+            return _Place(start, tensor.dtype, tensor.shape)
+
+        skeleton = {part.name: _mapped(getattr(self, part.name), Tensor, place) for part in fields(self)}
+        joined = torch.empty(stop, dtype=torch.uint8)
+        for start, tensor in tensors.items():
+            joined[start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
+        return _rejoined, (skeleton, joined)
+
+    def scores(self, token_logp: Tensor) -> Scores:
+        """The score matrix of the batch from the engine's output."""
+        logp, end_logp = score_matrix(token_logp, self.cell, self.is_end, self.layout)
+        return Scores(self.layout, logp, end_logp, self.reference, self.prior)
+
+
+_ALIGNMENT = 16  # bytes
+
+
+class _Place(NamedTuple):
+    """Where in the joined bytes a tensor lies."""
+
+    start: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+def _rejoined(skeleton: dict[str, Any], joined: Tensor) -> Batch:
+    def cut(place: _Place) -> Tensor:
+        size = place.dtype.itemsize * place.shape.numel()
+        return joined[place.start : place.start + size].view(place.dtype).view(place.shape)
+
+    return Batch(**_mapped(skeleton, _Place, cut))
+
+
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """``value`` with everything of ``kind`` in it changed, through dicts and dataclasses."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _mapped(item, kind, change) for name, item in value.items()}
+    if isinstance(value, Batch | GroupLayout):
+        return replace(value, **{part.name: _mapped(getattr(value, part.name), kind, change) for part in fields(value)})
+    return value

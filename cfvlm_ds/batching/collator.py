@@ -1,0 +1,302 @@
+"""Groups to batches: prompts encoded, images taken, texts packed after them, and what cannot be read left out by name.
+
+Shapes: G groups, I images, C candidates.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch
+from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, ImageSource, PictureKey, Size, Unprocessable, with_names
+from cfvlm_ds.batching.packing import Tree, divide, pack
+from cfvlm_ds.batching.prompts import Encoded, Prompts
+from cfvlm_ds.batching.templates import TemplateBound, try_out
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Pictures
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.data.features import FeatureCache
+from cfvlm_ds.data.images import MAX_PIXELS
+from cfvlm_ds.data.pictures import PictureTable
+from cfvlm_ds.data.stored_scores import StoredScores
+from cfvlm_ds.models import Family, family_of, load_config, load_processor
+from cfvlm_ds.models.stored import explained
+
+
+class TreeTokens(NamedTuple):
+    """Tokens of a tree, and of its prompt with its longest text alone: what is left when it is cut as often as it can be."""
+
+    whole: int
+    least: int
+
+
+class Collator:
+    """Turns a list of groups into a Batch.
+
+    Args:
+        processor: the model's own processor.
+        family: the model's family record.
+        model_config: the model's configuration, for the family's position rules.
+        cells: which cells to build.
+        max_length: the model's window in tokens; a longer row is a DataError, never truncated.
+        max_pixels: limit on the size of an image.
+        stored: reference and blind scores by group id, for objectives that need them.
+        share_prefix: lay all texts of an image after one prefix; without it a tree has one text, which costs more and scores the same.
+        checked: what the check of the data found in the pictures, to which they are compared when they are opened.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        family: Family,
+        model_config: PreTrainedConfig,
+        cells: Cells,
+        max_length: int,
+        max_pixels: int = MAX_PIXELS,
+        stored: Mapping[str, StoredScores] | None = None,
+        share_prefix: bool = True,
+        checked: PictureTable | None = None,
+    ) -> None:
+        self.processor = processor
+        self.family = family
+        self.model_config = model_config
+        self.cells = cells
+        self.max_length = max_length
+        self.stored = stored
+        self.share_prefix = share_prefix
+        self.prompts = Prompts(processor, max_length)
+        self.files = ImageFiles(processor, family, max_pixels, checked)
+        self.images: ImageSource = self.files
+
+    def taking_features(self, cache: FeatureCache) -> Collator:
+        """The same collator, taking what the vision tower gave for each picture in place of the picture."""
+        return self._changed(images=CachedFeatures(cache))
+
+    def scoring_everything(self) -> Collator:
+        """The same collator building every cell, without stored scores: what evaluation needs."""
+        return self.building("full", None)
+
+    def building(self, cells: Cells, stored: Mapping[str, StoredScores] | None) -> Collator:
+        """The same collator for other cells and stored scores."""
+        return self._changed(cells=cells, stored=stored)
+
+    def of_run(self, cells: Cells, stored: Mapping[str, StoredScores] | None, checked: PictureTable | None) -> Collator:
+        """The same collator for a run's cells and stored scores, comparing pictures to what was ``checked``."""
+        files = ImageFiles(self.processor, self.family, self.files.max_pixels, checked)
+        return self._changed(cells=cells, stored=stored, files=files, images=files)
+
+    def _changed(self, **changes: Any) -> Collator:
+        other = copy.copy(self)  # shares the cached tokens
+        vars(other).update(changes)
+        return other
+
+    def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
+        """Raises DataError naming the file of an image that cannot be opened, or the group whose text does not fit window or template."""
+        return self.parts(groups)[0]
+
+    def parts(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
+        """The groups' trees in batches of at most ``max_tokens`` tokens each; a tree that is larger is cut between its texts, and one of a
+        single text is a batch of its own.
+
+        All have the layout of the whole, and their score matrices add up to its. Raises DataError as ``__call__`` does.
+        """
+        layout = self._layout(groups)
+        trees = self._trees(groups, layout)
+        opened = {key: self.images.open(key) for key in dict.fromkeys(key for tree in trees for key in tree.pictures)}
+        reference, prior = self._stored(groups, layout)
+        batches = []
+        try:
+            for part in divide(trees, lambda tree: self._tree_prefix(tree, opened), max_tokens):
+                # The tower runs on every rank, also on one whose groups are text alone: ZeRO-3 waits for all of them.
+                blank = self.files.blank_keys()[:1]
+                keys = sorted(dict.fromkeys(key for tree in part for key in tree.pictures), key=lambda key: key[1]) or blank
+                image_inputs, placeholders = self.images.model_inputs(
+                    [opened[key] if key in opened else self.images.open(key) for key in keys], keys
+                )
+                image_token = self.processor.image_token_id
+                row = pack(part, keys, placeholders, image_inputs, self.family, self.model_config, image_token)
+                self._check_lengths(groups, part, row.model_inputs["forest"].prefixes, layout.valid.shape)
+                num_images = len({picture for tree in part for picture in tree.pictures})
+                batches.append(
+                    Batch(row.model_inputs, row.cell, row.is_end, layout, reference, prior, row.num_tokens, row.num_scored, num_images)
+                )
+        except Unprocessable as error:
+            raise DataError(with_names(error, groups, {key[0]: picture.size for key, picture in opened.items()})) from error
+        return batches
+
+    def readable(self, groups: Sequence[CounterfactualGroup]) -> tuple[list[CounterfactualGroup], tuple[tuple[str, str], ...]]:
+        """The groups that can be collated, and (id, reason) of each of the others."""
+        kept, dropped = [], []
+        for group in groups:
+            try:
+                self([group])
+                kept.append(group)
+            except DataError as error:
+                dropped.append((group.id, str(error)))
+        return kept, tuple(dropped)
+
+    def without_unreadable(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
+        """The ``parts`` of the groups that can be collated; the first one names the others. Without any, it is a stand-in of weight 0 that
+        counts no group: ZeRO-3 waits for this rank's forward and backward in any case."""
+        try:
+            return self.parts(groups, max_tokens)
+        except DataError:
+            kept, dropped = self.readable(groups)
+        if kept:
+            first, *more = self.parts(kept, max_tokens)
+            return [replace(first, dropped=dropped), *more]
+        batch = self.scoring_everything()([STAND_IN])
+        layout = replace(batch.layout, weight=torch.zeros_like(batch.layout.weight), ids=())
+        reference, prior = (None, None) if self.stored is None else (torch.zeros(layout.valid.shape), torch.zeros(1, 1))
+        return [replace(batch, layout=layout, reference=reference, prior=prior, dropped=dropped)]
+
+    def row_length(self, prompt: str, text: str, sizes: tuple[Size, ...]) -> int:
+        """Tokens of the row that a text makes after pictures of ``sizes`` (width, height), end-of-turn included.
+
+        Raises DataError as __call__ does.
+        """
+        encoded = self.prompts.encoded(prompt, text, len(sizes), "text")
+        return self._prefix_length(encoded, sizes) + encoded.length
+
+    def tree_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> list[TreeTokens]:
+        """Each tree of the group, for the cells that this collator builds; ``sizes`` (width, height) of its pictures.
+
+        Raises DataError naming group and file where the model's processor cannot take a picture of that size.
+        """
+        trees: dict[tuple[Pictures, str], tuple[int, list[int]]] = {}
+        for _, i, c in self._layout([group]).valid.nonzero().tolist():
+            text, pictures = self._text(group, c), group.images[i]
+            if (pictures, text.prompt) not in trees:
+                shown = tuple(BLANK_SIZE if picture.parent == BLANK.parent else sizes[picture] for picture in pictures)
+                try:
+                    trees[pictures, text.prompt] = self._prefix_length(text, shown), []
+                except Unprocessable as error:
+                    raise DataError(with_names(error, [group], sizes)) from error
+            trees[pictures, text.prompt][1].append(text.length)
+        return [TreeTokens(prefix + sum(texts), prefix + max(texts)) for prefix, texts in trees.values()]
+
+    def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
+        """How many visual tokens pictures of ``sizes`` (width, height) become when they are shown together.
+
+        Raises DataError where the model's processor cannot take one of that size.
+        """
+        return sum(self.files.num_placeholders(size, len(sizes) > 1)[1] for size in sizes)
+
+    def _prefix_length(self, text: Encoded, sizes: tuple[Size, ...]) -> int:
+        """Tokens of a text's prompt with pictures of these sizes in place of its placeholders."""
+        return len(text.prompt_ids) + sum(self.files.num_placeholders(size, len(sizes) > 1)[0] - 1 for size in sizes)
+
+    def _tree_prefix(self, tree: Tree, opened: Mapping[PictureKey, Any]) -> int:
+        return self._prefix_length(tree.branches[0][1], tuple(opened[key].size for key in tree.pictures))
+
+    def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
+        shape = (len(groups), max(len(g.images) for g in groups), max(len(g.candidates) for g in groups))
+        match = torch.full(shape, -1, dtype=torch.int8)
+        tokens, end_tokens = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+        exists = torch.zeros(shape, dtype=torch.bool)
+        prompt = torch.full(shape[::2], -1, dtype=torch.int64)
+        for g, group in enumerate(groups):
+            size = (len(group.images), len(group.candidates))
+            match[g, : size[0], : size[1]] = torch.tensor([[-1 if m is None else m for m in row] for row in group.match], dtype=torch.int8)
+            exists[g, : size[0], : size[1]] = True
+            prompt[g, : size[1]] = torch.tensor(group.prompt_ids)
+            texts = [self._text(group, c) for c in range(size[1])]
+            tokens[g, : size[0], : size[1]] = torch.tensor([len(t.text_ids) for t in texts])
+            end_tokens[g, : size[0], : size[1]] = torch.tensor([len(t.end_ids) for t in texts])
+        valid = exists & _wanted(groups, match, prompt, self.cells)
+        weight = torch.tensor([group.weight for group in groups], dtype=torch.float32)
+        return GroupLayout(valid, match, tokens, end_tokens, weight, tuple(group.id for group in groups), prompt)
+
+    def _trees(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> list[Tree]:
+        num_images, num_texts = layout.valid.shape[1:]
+        trees: dict[tuple[tuple[PictureKey, ...], str, int | None], Tree] = {}
+        for g, i, c in layout.valid.nonzero().tolist():
+            text, pictures = self._text(groups[g], c), self.files.keys(groups[g].images[i])
+            cell = (g * num_images + i) * num_texts + c
+            tree = trees.setdefault((pictures, text.prompt, None if self.share_prefix else cell), Tree(pictures, []))
+            tree.branches.append((cell, text))
+        return list(trees.values())
+
+    def _stored(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor | None, Tensor | None]:
+        if self.stored is None:
+            return None, None
+        reference = torch.zeros(layout.valid.shape)
+        prior = torch.zeros(layout.valid.shape[0], layout.valid.shape[2])
+        for g, group in enumerate(groups):
+            scores = self.stored[group.id]
+            reference[g, : len(group.images), : len(group.candidates)] = torch.tensor(scores.logp)
+            prior[g, : len(group.candidates)] = torch.tensor(scores.blank)
+        return reference, prior
+
+    def _text(self, group: CounterfactualGroup, c: int) -> Encoded:
+        candidate = group.candidates[c]
+        return self.prompts.encoded(candidate.prompt, candidate.text, group.num_pictures, f"group {group.id!r}: text {c}")
+
+    def _check_lengths(
+        self, groups: Sequence[CounterfactualGroup], trees: Sequence[Tree], prefixes: Sequence[int], shape: Sequence[int]
+    ) -> None:
+        for tree, prefix in zip(trees, prefixes, strict=True):
+            for cell, text in tree.branches:
+                if (length := prefix + text.length) > self.max_length:
+                    group = groups[cell // (shape[1] * shape[2])].id
+                    raise DataError(
+                        f"group {group!r}: text {cell % shape[2]} makes a row of {length} tokens, the model's window is {self.max_length}; "
+                        "shorten the text or its prompt"
+                    )
+
+
+def _wanted(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:
+    """[G, I, C] bool: the cells of ``cells``; unknown cells only under ``full``, since no objective uses them."""
+    wanted = torch.full_like(match, cells == "full", dtype=torch.bool)
+    wanted[:, 0, 0] = True
+    if cells in ("matched", "star"):
+        wanted |= match == 1
+    if cells == "star":
+        star = torch.zeros_like(wanted)
+        star[:, 0, :] = True
+        for g, group in enumerate(groups):
+            for number, (i, c) in group.anchors.items():
+                star[g, i] |= prompt[g] == number
+                star[g, :, c] = True
+        wanted |= star & (match >= 0)
+    return wanted
+
+
+def load_collator(
+    model: ModelConfig,
+    cells: Cells,
+    max_pixels: int = MAX_PIXELS,
+    stored: Mapping[str, StoredScores] | None = None,
+    checked: PictureTable | None = None,
+) -> Collator:
+    """The collator of a model: its own processor, family and window. Raises ConfigError for a chat template that cannot be used, and for a
+    tokenizer or processor that takes too much for a sentence or a picture."""
+    config = load_config(model.name_or_path)
+    processor = load_processor(model)
+    with explained(
+        f"the window of {model.name_or_path!r} is not known", "compare its config.json and tokenizer_config.json with the published"
+    ):
+        window = int(min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length))
+    if window < 1:
+        raise ConfigError(f"the window of {model.name_or_path!r} is {window} tokens; compare its config.json and tokenizer_config.json")
+    collator = Collator(processor, family_of(config), config, cells, window, max_pixels, stored, checked=checked)
+    collator.prompts.check(model.name_or_path)
+
+    def placeholders() -> int:
+        torch.set_num_threads(1)  # a fork has none of its parent's threads
+        return collator.files.num_placeholders(BLANK_SIZE, False)[0]
+
+    try:
+        try_out(placeholders, "one picture")
+    except TemplateBound as error:
+        raise ConfigError(f"model {model.name_or_path!r}: its processor {error}; get its files again or name another model") from error
+    return collator

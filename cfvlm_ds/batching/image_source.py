@@ -1,0 +1,185 @@
+"""Where the images of a batch come from: picture files, opened and given to the model's processor, or features that a cache holds.
+
+Both give what the model takes of a picture, and the placeholder ids that a prompt has in its place. Sizes are (width, height) in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE
+from cfvlm_ds.core.errors import DataError, is_failure
+from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.core.reading import read_bytes
+from cfvlm_ds.data.features import FeatureCache, Features
+from cfvlm_ds.data.images import MAX_BYTES, MAX_PIXELS, open_image
+from cfvlm_ds.data.pictures import PictureTable
+from cfvlm_ds.models import Family
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+PictureKey = tuple[Path, bool]
+"""What tells the pictures of a batch apart: the file, and whether the model takes it differently for not being alone."""
+
+
+class ImageSource(Protocol):
+    """What packing needs of the images of a batch."""
+
+    def open(self, key: PictureKey) -> Any:
+        """A picture, or what is kept of it; it has a ``size``. Raises DataError naming the file."""
+
+    def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
+        """What the model takes of the pictures, those of several in a prompt last, and each one's placeholder ids."""
+
+
+class Unprocessable(DataError):
+    """The model's processor raised an error for pictures of this size."""
+
+    def __init__(self, size: Size, error: BaseException) -> None:
+        self.size = size
+        super().__init__(
+            f"the model's processor cannot take an image of {size[0]}x{size[1]} pixels ({type(error).__name__}: {error}); crop or resize "
+            "it, or drop the row"
+        )
+
+
+def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], sizes: Mapping[Path, Size]) -> str:
+    """The error with the group and the file that have such a picture."""
+    for group in groups:
+        for picture in (picture for pictures in group.images for picture in pictures):
+            if sizes.get(picture) == error.size:
+                return f"group {group.id!r}: {picture}: {error}"
+    return str(error)
+
+
+class ImageFiles:
+    """Picture files, opened and processed.
+
+    Args:
+        processor: the model's own processor.
+        family: the model's family record.
+        max_pixels: limit on the size of an image.
+        checked: what the check of the data found in the pictures: one with other contents by now is a DataError. None for no comparison.
+    """
+
+    def __init__(self, processor: Any, family: Family, max_pixels: int = MAX_PIXELS, checked: PictureTable | None = None) -> None:
+        self.processor = processor
+        self.family = family
+        self.max_pixels = max_pixels
+        self.checked = checked
+        self._counted: dict[tuple[Size, bool], tuple[int, int]] = {}
+
+    def keys(self, pictures: Pictures) -> tuple[PictureKey, ...]:
+        """The pictures of one image of a group, as a batch tells them apart."""
+        return tuple((picture, self.family.tiles_alone and len(pictures) > 1) for picture in pictures)
+
+    def all_keys(self, groups: Iterable[CounterfactualGroup]) -> list[PictureKey]:
+        """The blank pictures, and every picture of the groups once; in the same order on every rank."""
+        shown = (key for group in groups for pictures in group.images for key in self.keys(pictures))
+        return list(dict.fromkeys([*self.blank_keys(), *shown]))
+
+    def blank_keys(self) -> list[PictureKey]:
+        """The blank image, alone and, where that makes a difference, among others."""
+        return [(BLANK, False), *[(BLANK, True)] * self.family.tiles_alone]
+
+    def open(self, key: PictureKey) -> Image.Image:
+        """The picture. Raises DataError naming a file that cannot be opened, or is not what was checked."""
+        path = key[0]
+        if path.parent == BLANK.parent:
+            return Image.new("RGB", BLANK_SIZE, (128, 128, 128))
+        if self.checked is not None:
+            self.checked.verify(path)
+        return open_image(path, self.max_pixels)
+
+    def content(self, key: PictureKey) -> bytes:
+        """The bytes of a picture's file. Raises DataError naming it where it cannot be read."""
+        try:
+            if key[0] == BLANK:
+                return BLANK.name.encode()
+            if self.checked is not None:
+                self.checked.verify(key[0])
+            return read_bytes(key[0], MAX_BYTES)
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"{key[0]}: image cannot be read ({reason}); restore it, or correct its path in the manifest") from error
+
+    def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
+        """As in ImageSource. Raises Unprocessable, without file and group, for the first picture that the processor cannot take."""
+        return self._processed(list(opened), sum(together for _, together in keys))
+
+    def num_placeholders(self, size: Size, together: bool) -> tuple[int, int]:
+        """(placeholder ids of a picture of this size, visual tokens among them); measured, for every family has rules of its own.
+
+        ``together``: with others in its prompt. Raises Unprocessable where the processor cannot take such a picture.
+        """
+        together = together and self.family.tiles_alone
+        if (size, together) not in self._counted:
+            ids = self._processed([Image.new("RGB", size)] * (1 + together), 2 * together)[1][0]
+            self._counted[size, together] = len(ids), ids.count(self.processor.image_token_id)
+        return self._counted[size, together]
+
+    def tower_inputs(self, key: PictureKey) -> tuple[dict[str, Tensor], Features]:
+        """What the model's ``get_image_features`` takes of one picture, and its features but for what the tower gives.
+
+        A picture that is not alone in its prompt stands there beside itself. Raises DataError naming a file that cannot be opened.
+        """
+        picture, together = self.open(key), key[1]
+        try:
+            inputs, placeholders = self._processed([picture] * (1 + together), 2 * together)
+        except Unprocessable as error:
+            raise DataError(f"{key[0]}: {error}") from error
+        return inputs, Features(picture.size, placeholders[0], {}, {name: inputs[name][:1] for name in self.family.per_image})
+
+    def _processed(self, opened: list[Image.Image], together: int) -> tuple[dict[str, Tensor], list[list[int]]]:
+        """The last ``together`` pictures are given to the processor as those of one prompt."""
+        token, tokenizer = self.processor.image_token, self.processor.tokenizer
+        alone = len(opened) - together
+        samples = [[picture] for picture in opened[:alone]] + ([opened[alone:]] if together else [])
+        try:
+            inputs = self.processor(images=samples, text=[token * len(pictures) for pictures in samples], padding=True, return_tensors="pt")
+        except MemoryError:
+            raise
+        except BaseException as error:  # processors raise nearly anything on sizes that they were not made for
+            if not is_failure(error):
+                raise
+            if any(picture is not opened[0] for picture in opened):
+                for k, picture in enumerate(opened):
+                    self._processed([picture] * (1 + (k >= alone)), 2 * (k >= alone))
+            raise Unprocessable(opened[0].size, error) from error
+        bare = tokenizer(token).input_ids
+        before = bare.index(self.processor.image_token_id)
+        after = len(bare) - before - 1
+        placeholders: list[list[int]] = []
+        for pictures, ids, mask in zip(samples, inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
+            kept = ids[mask][before:].tolist()
+            kept = kept[: len(kept) - after]
+            each = len(kept) // len(pictures)  # pictures shown together are not cut into tiles, and so are of one length
+            placeholders += [kept[k * each : (k + 1) * each] for k in range(len(pictures))]
+        return {name: inputs[name] for name in self.family.image_inputs}, placeholders
+
+
+class CachedFeatures:
+    """What a frozen vision tower gave for every picture, in place of the pictures, which are not opened."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self.cache = cache
+
+    def open(self, key: PictureKey) -> Features:
+        """The picture's features. Raises DataError naming a picture that has none."""
+        return self.cache.of((BLANK, key[1]) if key[0].parent == BLANK.parent else key)
+
+    def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
+        """As in ImageSource; the tower does not run on these."""
+        tower = {name: torch.cat([picture.tower[name] for picture in opened]) for name in opened[0].tower}
+        inputs = {name: torch.cat([picture.inputs[name] for picture in opened]) for name in opened[0].inputs}
+        rows = [len(next(iter(picture.tower.values()))) for picture in opened]
+        return {"tower_features": tower, "rows": rows, **inputs}, [picture.placeholder_ids for picture in opened]

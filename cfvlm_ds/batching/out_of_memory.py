@@ -1,0 +1,25 @@
+"""Memory that runs out is explained: the sizes of the largest forward and what to lower, in place of an allocator's traceback."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.core.errors import ConfigError
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(where: str, parts: Sequence[Batch], remedy: str) -> Iterator[None]:
+    """ConfigError with the sizes of the largest of ``parts`` and the ``remedy``, in place of an allocator's failure."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is what its CPU allocator raises
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        largest = max(parts, key=lambda part: part.num_tokens)
+        sizes = f"{len(largest.layout.ids)} groups, {largest.num_tokens} tokens and {largest.num_images} images"
+        said = (str(error) or "nothing").splitlines()[0]
+        raise ConfigError(f"out of memory {where}; its largest forward has {sizes}; {remedy}; the allocator said: {said}") from error

@@ -1,0 +1,168 @@
+"""The frozen vision tower's one pass over all pictures of a run, before the first step: what it gives is kept, and no step runs it again.
+
+A pass of its own, because under ZeRO-3 ranks run a module together or not at all, and each step would find other pictures missing on each
+rank. Here all ranks make as many forwards, whatever is missing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cfvlm_ds.batching.image_source import ImageFiles, PictureKey
+from cfvlm_ds.cluster.signals import shield_worker
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.distributed import World, apart, broadcast_object, cores_per_rank, gather_objects
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.data.features import FeatureCache, Features, picture_digest, stored_bytes, write_features
+from cfvlm_ds.models import inputs_fingerprint, tower_fingerprint
+
+Prepared = tuple[dict[str, Tensor], Features]
+_FORM = "2"  # of the files; another number leaves older ones alone
+_SPEAK_S = 10.0
+
+
+def precompute_features(
+    folder: Path, model: ModelConfig, engine: Any, files: ImageFiles, groups: Iterable[CounterfactualGroup], world: World, num_workers: int
+) -> FeatureCache:
+    """The features of all pictures of the groups; what ``folder`` lacks is computed, each picture once over all ranks, in evaluation mode.
+
+    ``engine`` drives a Scorer. A picture that cannot be read is noted, and is an error where it is used. Every rank calls it.
+    Raises ConfigError on all ranks when features cannot be written.
+    """
+    scorer = engine.module
+    origin = None
+    if world.is_main:
+        inputs, tower = inputs_fingerprint(model), tower_fingerprint(model, scorer.family)
+        origin = {
+            "form": _FORM,
+            "tower": tower,
+            "inputs": inputs,
+            "dtype": str(scorer.model.dtype),
+            "transformers": transformers.__version__,
+        }
+    cache = FeatureCache(folder, broadcast_object(origin) if world.size > 1 else origin or {})
+    keys = files.all_keys(groups)
+    sizes = _look(cache, files, keys, world)
+    first = {digest: key for key, digest in reversed(cache.known.items()) if isinstance(digest, bytes)}
+    missing = [(key, digest) for digest, key in first.items() if digest not in sizes]
+    if missing:
+        world.say(f"features: the vision tower runs once over {len(missing)} of {len(first)} pictures, for {cache.place}")
+        training = scorer.training
+        scorer.eval()
+        sizes |= _fill(cache, engine, files, missing, world, num_workers)
+        scorer.train(training)
+    total = sum(sizes.values())
+    world.say(f"features: {len(sizes)} pictures in {cache.place}, {total / 2**20:.1f} MiB, {total / 2**20 / len(sizes):.3f} MiB a picture")
+    return cache
+
+
+def _look(cache: FeatureCache, files: ImageFiles, keys: list[PictureKey], world: World) -> dict[bytes, int]:
+    """Note the digest of every picture, each rank reading its share, and return the sizes in bytes of features that are there."""
+
+    def look(key: PictureKey) -> tuple[bytes | str, int | None, str | None]:
+        try:
+            digest = picture_digest(files.content(key), key[1])
+        except DataError as error:
+            return str(error), None, None
+        try:
+            return digest, stored_bytes(cache.file(digest)), None
+        except DataError as error:
+            return digest, None, str(error)
+
+    with ThreadPoolExecutor(cores_per_rank()) as pool:
+        shares = gather_objects(list(pool.map(look, keys[world.rank :: world.size])), world)
+    sizes: dict[bytes, int] = {}
+    for place, key in enumerate(keys):
+        digest, size, damage = shares[place % world.size][place // world.size]
+        cache.note(key, digest)
+        if damage:
+            world.say(f"warning: {damage}; it is computed again")
+        if size is not None:
+            sizes[digest] = size
+    return sizes
+
+
+def _fill(
+    cache: FeatureCache, engine: Any, files: ImageFiles, missing: list[tuple[PictureKey, bytes]], world: World, num_workers: int
+) -> dict[bytes, int]:
+    """Compute and write what is missing; the sizes in bytes of what was written."""
+    rounds = -(-len(missing) // world.size)
+    blank = files.blank_keys()[0]
+    mine = [missing[place] if place < len(missing) else None for place in range(world.rank, rounds * world.size, world.size)]
+    loader: Any = DataLoader(
+        mine,  # type: ignore[arg-type]
+        batch_size=1,
+        collate_fn=_preparing(files),
+        num_workers=num_workers,
+        worker_init_fn=shield_worker,
+        generator=apart(),
+    )
+    sizes, unreadable = {}, {}
+    problem: str | None = None
+    started = spoken = time.monotonic()
+    for done, (wanted, prepared) in enumerate(zip(mine, loader, strict=True), start=1):
+        inputs, features = files.tower_inputs(blank) if prepared is None or isinstance(prepared, str) else prepared
+        with torch.no_grad():
+            tower = engine(image_inputs={name: tensor.to(world.device) for name, tensor in inputs.items()})
+        if wanted is not None and isinstance(prepared, str):
+            unreadable[wanted[1]] = prepared
+        elif wanted is not None:
+            (_, together), digest = wanted
+            own = {name: taken[: len(taken) // (1 + together)].cpu() for name, taken in tower.items()}
+            try:
+                write_features(cache.file(digest), replace(features, tower=own))
+                sizes[digest] = cache.file(digest).stat().st_size
+            except OSError as error:
+                problem = f"data.feature_cache: {cache.file(digest)} cannot be written ({error}); make room, or name another folder"
+        _agree(problem, world)
+        if time.monotonic() - spoken > _SPEAK_S:
+            spoken = time.monotonic()
+            left = (spoken - started) / done * (rounds - done)
+            world.say(f"features: {min(done * world.size, len(missing))}/{len(missing)} pictures, {left:.0f} s left")
+    written = gather_objects((sizes, unreadable), world)
+    wrong = {digest: why for _, found in written for digest, why in found.items()}
+    for key, known in list(cache.known.items()):
+        if isinstance(known, bytes) and known in wrong:
+            cache.note(key, wrong[known])
+    return {digest: size for found, _ in written for digest, size in found.items()}
+
+
+def _preparing(files: ImageFiles) -> Callable[[list[Any]], Prepared | str | None]:
+    """What a worker makes of a picture and its digest: the tower's inputs, or why there are none."""
+
+    def prepare(items: list[tuple[PictureKey, bytes] | None]) -> Prepared | str | None:
+        if items[0] is None:
+            return None
+        key, digest = items[0]
+        try:
+            prepared = files.tower_inputs(key)
+            if picture_digest(files.content(key), key[1]) != digest:
+                raise DataError(f"{key[0]}: the image has changed since this run began; start it again")
+            return prepared
+        except DataError as error:
+            return str(error)
+
+    return prepare
+
+
+def _agree(problem: str | None, world: World) -> None:
+    """ConfigError on all ranks where one has a problem."""
+    if world.size > 1:
+        bad = torch.tensor(float(problem is not None), device=world.device)
+        dist.all_reduce(bad)
+        if not bad:
+            return
+    if found := [each for each in gather_objects(problem, world) if each]:
+        raise ConfigError(found[0])

@@ -1,0 +1,259 @@
+"""Prompts and answers as token ids, through the model's own chat template: the ids that the model's own processor would give.
+
+The scored ids are exactly the answer's. Whatever the template writes between a prompt and its answer belongs to the prompt; where a model
+thinks before it answers, that is an empty thought, as the template's own mode without thinking writes it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from cfvlm_ds.batching.templates import MAX_WRITTEN, TemplateBound, try_out, watched
+from cfvlm_ds.core.errors import ConfigError, DataError, is_failure
+
+CHARACTERS_PER_TOKEN = 16
+"""Characters that a text may have for each token of the model's window; written language has about 4, and few tokens have more than 16."""
+MAX_CHARACTERS = 1_000_000
+"""Characters of a text, whatever the window: tokenizers take minutes for ten times as many."""
+
+_CACHED = 100_000  # texts and prompts; bounded, because a data set may have millions
+_FIRST, _MARK = "Describe the image.", "Xanswer1X"
+_OPEN = re.compile(r"<([\w-]*think[\w-]*)>\s*$")
+_EMPTY = re.compile(r"<([\w-]*think[\w-]*)>\s*</\1>\s*$")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a prompt with one placeholder per picture, of an answer, and of its end-of-turn; ``prompt`` is the prompt's text."""
+
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    text_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.text_ids) + len(self.end_ids)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A prompt: its text and ids, what is before and after an answer where a whole conversation is rendered, and what is wrong with it.
+
+    ``stem`` is the text that an answer follows at once: ``text``, and white space that belongs to the answer's first token. ``follows``
+    says whether the template writes an answer there.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    stem: str
+    before: str
+    after: str
+    follows: bool
+    problem: str
+
+
+class _TokenizerFails(DataError):
+    """What a tokenizer raised about a text."""
+
+
+class Prompts:
+    """A model's way of writing conversations.
+
+    Args:
+        processor: the model's own processor.
+        max_length: the model's window in tokens.
+    """
+
+    def __init__(self, processor: Any, max_length: int) -> None:
+        self.processor = processor
+        self.max_length = max_length
+        self._texts: dict[tuple[str, str, int], Encoded] = {}
+        self._heads: dict[tuple[str, int], _Head] = {}
+        self._ends: dict[str, tuple[int, ...]] = {}
+
+    def check(self, name: str) -> None:
+        """Raises ConfigError where the chat template or tokenizer of the model ``name`` cannot be used at all."""
+
+        def first() -> int:
+            written = 0
+            for pictures, answer in itertools.product((0, 1, 2), ((), (_MARK,))):
+                conversation = _conversation(_FIRST, pictures, *answer)
+                try:
+                    written = max(written, len(self.processor.apply_chat_template(conversation, add_generation_prompt=not answer)))
+                except MemoryError:
+                    raise
+                except Exception:  # raised again below, or never met
+                    continue
+            return written
+
+        def tokens() -> int:
+            return len(self._tokens(_FIRST))
+
+        try:
+            try_out(tokens, "one sentence")
+        except TemplateBound as error:
+            raise ConfigError(f"model {name!r}: its tokenizer {error}; get its files again or name another model") from error
+        try:
+            try_out(first)
+            head = self._new_head(_FIRST, 1)
+        except _TokenizerFails as error:
+            raise ConfigError(f"model {name!r}: {error}; get its files again or name another model") from error
+        except (TemplateBound, DataError) as error:
+            raise ConfigError(f"model {name!r}: its chat template {error}; correct the template or name another model") from error
+        if head.problem:
+            raise ConfigError(f"model {name!r}: its chat template {head.problem}")
+
+    def encoded(self, prompt: str, text: str, num_pictures: int, where: str) -> Encoded:
+        """Token ids of a text as the answer to its prompt. Raises DataError, beginning with ``where``, for what cannot be encoded."""
+        key = (prompt, text, num_pictures)
+        if key not in self._texts:
+            if len(self._texts) >= _CACHED:
+                self._texts.clear()
+            try:
+                self._texts[key] = self._encode(*key, where)
+            except _TokenizerFails as error:
+                raise DataError(f"{where} ({text!r}): {error}; reword it, or get the model's files again") from error
+        return self._texts[key]
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a rendered conversation, as the processor's own ``apply_chat_template`` gives them.
+
+        What a tokenizer adds at the beginning is not added where the template has written it.
+        """
+        tokenizer = self.processor.tokenizer
+        written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        return self._tokens(text, add_special_tokens=not written)
+
+    def _tokens(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Raises _TokenizerFails."""
+        try:
+            return list(self.processor.tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+        except MemoryError:
+            raise
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise _TokenizerFails(f"the model's tokenizer raises {type(error).__name__} ({' '.join(str(error).split())[:300]})") from error
+
+    def _encode(self, prompt: str, text: str, num_pictures: int, where: str) -> Encoded:
+        self._check_size(prompt, text, num_pictures, where)
+        try:
+            head = self._head(prompt, num_pictures)
+            whole = self._render(_conversation(prompt, num_pictures, text), False)
+        except _TokenizerFails:
+            raise
+        except (TemplateBound, DataError) as error:
+            raise DataError(f"{where} ({text!r}) cannot be written as a conversation: the model's chat template {error}") from error
+        if head.problem:
+            raise DataError(f"{where} ({text!r}): the model's chat template {head.problem}")
+        if not head.follows or whole != head.before + text + head.after:
+            raise DataError(
+                f"{where} ({text!r}) does not follow its prompt unchanged in the model's chat template; strip white space at its ends, or "
+                "repair the template"
+            )
+        tokenizer = self.processor.tokenizer
+        ids = self.ids(head.stem + text)
+        if tuple(ids[: len(head.ids)]) != head.ids:
+            raise DataError(
+                f"{where} ({text!r}) changes the tokens of its prompt: the model's chat template must end the prompt at a token border; "
+                "repair the template"
+            )
+        if ids.count(self.processor.image_token_id) != num_pictures:
+            raise DataError(f"{where}: {self.processor.image_token!r} in a prompt or text stands for an image; reword it")
+        answer = ids[len(head.ids) :]
+        if control := self._control.intersection(answer):
+            raise DataError(f"{where} ({text!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(control))!r}; reword it")
+        unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}  # says nothing, as a word it does not know
+        if inside := self._control.intersection(self._tokens(prompt)) - unknown:
+            raise DataError(
+                f"{where}: its prompt ({prompt!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(inside))!r}; reword it"
+            )
+        return Encoded(head.text, head.ids, tuple(answer), self._end_of_turn(head.after))
+
+    def _check_size(self, prompt: str, text: str, num_pictures: int, where: str) -> None:
+        limit = min(CHARACTERS_PER_TOKEN * self.max_length, MAX_CHARACTERS)
+        for what, given in (("", text), (" in its prompt", prompt)):
+            if len(given) > limit:
+                raise DataError(
+                    f"{where} has {len(given)} characters{what}, and {limit} are the bound for the model's window of "
+                    f"{self.max_length} tokens; shorten it"
+                )
+        if num_pictures > self.max_length:
+            raise DataError(
+                f"{where} has {num_pictures} pictures, more than the {self.max_length} tokens of the model's window; show fewer"
+            )
+
+    def _head(self, prompt: str, num_pictures: int) -> _Head:
+        key = (prompt, num_pictures)
+        if key not in self._heads:
+            if len(self._heads) >= _CACHED:
+                self._heads.clear()
+            self._heads[key] = self._new_head(*key)
+        return self._heads[key]
+
+    def _new_head(self, prompt: str, num_pictures: int) -> _Head:
+        """Where the answer begins. Raises TemplateBound, and DataError for a template that raises."""
+        asked = self._render(_conversation(prompt, num_pictures), True)
+        without_thought = self._render(_conversation(prompt, num_pictures), True, enable_thinking=False) if self._may_think else asked
+        whole = self._render(_conversation(prompt, num_pictures, _MARK), False)
+        before, found, after = whole.rpartition(_MARK)
+        text, stem, follows, problem = asked, before, bool(found), ""
+        if without_thought != asked and _EMPTY.search(without_thought):
+            text = stem = without_thought
+        elif not before.startswith(asked):
+            follows = False
+            if found and (opened := _OPEN.search(asked)):
+                problem = (
+                    f"has the model think before it answers (<{opened[1]}>), and writes no empty thought before a given answer, nor "
+                    "with enable_thinking=False; name the model's variant without thinking, or add that option to the template"
+                )
+        elif before[len(asked) :].strip():
+            text = before
+        return _Head(text, tuple(self.ids(text)), stem, before, after, follows, problem)
+
+    def _render(self, conversation: list[dict[str, Any]], ask: bool, **options: Any) -> str:
+        """Raises TemplateBound, and DataError saying what the template raised."""
+        try:
+            with watched():
+                written: str = self.processor.apply_chat_template(conversation, add_generation_prompt=ask, **options)
+        except TemplateBound:
+            raise
+        except Exception as error:  # a template can raise anything that Python raises
+            raise DataError(f"raises {type(error).__name__} ({error})") from error
+        allowed = MAX_WRITTEN + sum(len(part.get("text", "")) for turn in conversation for part in turn["content"])
+        if len(written) > allowed:
+            raise TemplateBound(f"writes more than {MAX_WRITTEN} characters beside the text")
+        return written
+
+    @property
+    def _may_think(self) -> bool:
+        """Whether the template has the option of Qwen and others; given to any other, it would go to the image processor."""
+        return "enable_thinking" in str(self.processor.chat_template)
+
+    @cached_property
+    def _control(self) -> frozenset[int]:
+        """Ids of the tokens that say what a part of a conversation is, and that no text may hold."""
+        tokenizer = self.processor.tokenizer
+        added: Mapping[int, Any] = tokenizer.added_tokens_decoder
+        return frozenset([*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)])
+
+    def _end_of_turn(self, tail: str) -> tuple[int, ...]:
+        """The control token with which the template ends an answer."""
+        if tail not in self._ends:
+            tokenizer = self.processor.tokenizer
+            found = [i for i in self._tokens(tail) if i in self._control]
+            end = found[0] if found else tokenizer.eos_token_id
+            self._ends[tail] = () if end is None else (end,)
+        return self._ends[tail]
+
+
+def _conversation(prompt: str, num_pictures: int, *answer: str) -> list[dict[str, Any]]:
+    user = {"role": "user", "content": [{"type": "image"}] * num_pictures + [{"type": "text", "text": prompt}]}
+    return [user, *({"role": "assistant", "content": [{"type": "text", "text": text}]} for text in answer)]

@@ -1,0 +1,22 @@
+"""Checkpoints of a run: saved complete or not at all, verified, found again, and resharded for another number of ranks."""
+
+from __future__ import annotations
+
+from cfvlm_ds.checkpoint.finding import damaged, description, find, incomplete, newest
+from cfvlm_ds.checkpoint.loading import kept_state, load, read_states
+from cfvlm_ds.checkpoint.saving import SaveError, save
+from cfvlm_ds.checkpoint.state import TrainState
+
+__all__ = [
+    "SaveError",
+    "TrainState",
+    "damaged",
+    "description",
+    "find",
+    "incomplete",
+    "kept_state",
+    "load",
+    "newest",
+    "read_states",
+    "save",
+]

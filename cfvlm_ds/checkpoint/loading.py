@@ -1,0 +1,128 @@
+"""Going on from a checkpoint, of any number of ranks. Only tensors are read: nothing that it pickles is run."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cfvlm_ds.checkpoint.finding import description
+from cfvlm_ds.checkpoint.reshard import reshard
+from cfvlm_ds.checkpoint.saving import RANDOM_STATE, kept_failures, reason_of
+from cfvlm_ds.checkpoint.state import TrainState
+from cfvlm_ds.core.distributed import World, gather_objects, set_random_state
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import remove
+from cfvlm_ds.models.stored import explained
+
+
+def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: Path) -> None:
+    """Restore weights, optimizer, schedule, random state and ``state`` from a complete checkpoint.
+
+    Where another number of ranks wrote it, it is first resharded for this one, into a folder of ``output_dir`` that is removed again; that
+    takes as much room as the checkpoint, and ConfigError is raised on all ranks where there is none.
+    """
+    if (ranks := description(path)["world_size"]) == world.size:
+        _load(engine, path, path, state, world)
+        return
+    world.say(f"{path} was written by {ranks} ranks; resharding it for {world.size}")
+    cut = output_dir / f"{path.name}.resharded.partial"
+    if world.is_main:
+        remove(cut)
+        cut.mkdir(parents=True)
+    dist.barrier()
+    zero, failures = engine.optimizer, list[str]()
+    flat = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups
+    try:
+        with explained(f"{path} cannot be resharded", "name another checkpoint with train.resume"), kept_failures(failures):
+            shapes, sizes = engine._get_zero_param_shapes(), [tensor.numel() for tensor in flat]
+            reshard(path, cut, world.rank, world.size, shapes, sizes, partial(read_states, mmap=True))
+        reasons = gather_objects(reason_of(failures[0], cut) if failures else None, world)
+        if reason := next(filter(None, reasons), None):
+            raise ConfigError(f"{path} cannot be resharded in {output_dir} ({reason}); make room, or start {ranks} ranks")
+        _load(engine, cut, path, state, world)
+        dist.barrier()
+    finally:
+        if world.is_main:
+            shutil.rmtree(cut, ignore_errors=True)
+
+
+def kept_state(path: Path) -> TrainState | None:
+    """The loop's state in a complete checkpoint, before anything is loaded; None where an older revision kept it among the weights.
+
+    Raises ConfigError for what this revision cannot continue.
+    """
+    described = description(path)
+    if (loop := described.get("loop")) is None:
+        return None
+    if (state := _state(loop, path)).step != described["step"]:
+        raise ConfigError(f"{path}: it was written at step {described['step']}, and its state is of step {state.step}; name another one")
+    return state
+
+
+def _state(loop: Any, path: Path) -> TrainState:
+    state = TrainState()
+    try:
+        state.load_state_dict(loop)
+        if state.best is not None:
+            float(state.best["step"]), float(state.best["value"])
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: its state cannot be read ({error}); name another checkpoint with train.resume") from error
+    return state
+
+
+def _load(engine: Any, folder: Path, path: Path, state: TrainState, world: World) -> None:
+    """Load what ``folder`` holds for this number of ranks of the checkpoint ``path``."""
+    with explained(f"{path} cannot be loaded", "name another checkpoint with train.resume"), _tensors_alone(engine):
+        _, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if client is None:
+        raise ConfigError(f"{path}: DeepSpeed could not load it; name another checkpoint with train.resume")
+    found = kept_state(path) or _state(client.get("loop"), path)
+    vars(state).update(vars(found))
+    own = path / RANDOM_STATE.format(world.rank % description(path)["world_size"])
+    random = read_states(own) if own.is_file() else client.get("rng")  # an older revision kept it among the weights
+    if random is None:
+        raise ConfigError(f"{path} holds no random state; name another checkpoint with train.resume")
+    try:
+        set_random_state(random, world.device)
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{own}: its random state cannot be used ({error}); name another checkpoint with train.resume") from error
+
+
+def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """A file of a checkpoint: tensors, and what DeepSpeed pickles beside them. Raises ConfigError for one that holds anything else, which
+    would be run."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    known: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(file, map_location=map_location, mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))  # the rest is advice to run it
+        reason = found[1].partition(" was not")[0] if found else str(error).splitlines()[0]
+        raise ConfigError(f"{file} holds more than tensors, which would be run ({reason}); name another checkpoint") from error
+
+
+@contextlib.contextmanager
+def _tensors_alone(engine: Any) -> Iterator[None]:
+    """DeepSpeed reads its files by ``read_states``: by its own reader, a checkpoint runs what whoever made it has put in."""
+    reader = engine.checkpoint_engine
+    load = reader.load
+    reader.load = lambda path, map_location=None: read_states(path, map_location)
+    try:
+        yield
+    finally:
+        reader.load = load

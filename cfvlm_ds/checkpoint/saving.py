@@ -1,0 +1,156 @@
+"""Checkpoints: DeepSpeed's shards plus the state of the loop, complete or invisible.
+
+A checkpoint is written as ``checkpoint-STEP.partial``. Every rank flushes its own files to the disk and takes their CRC-32; sizes and sums
+are listed in ``complete.json``, and one rename makes it ``checkpoint-STEP``. A folder that does not match its list is never resumed from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cfvlm_ds.checkpoint.finding import COMPLETE, by_step, crc32_of, own_sum, step_of
+from cfvlm_ds.checkpoint.state import TrainState
+from cfvlm_ds.core.distributed import World, broadcast_object, gather_objects, random_state
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import remove
+
+RANDOM_STATE = "random-state-{}.pt"
+
+
+class SaveError(ConfigError):
+    """A checkpoint could not be written, on any rank: nothing of it is left, and no older one was touched."""
+
+
+def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: int, keep_every: int = 0) -> Path:
+    """Write ``output_dir/checkpoint-STEP``; then, of the older ones, only the newest stay, ``keep`` in all (0 for every one of them), the
+    best one, and those whose step is a multiple of ``keep_every``.
+
+    Every rank calls it. Raises SaveError on all of them when one cannot write a file: disk full, quota, read-only folder.
+    """
+    final = output_dir / f"checkpoint-{state.step}"
+    partial = final.with_name(final.name + ".partial")
+    if world.is_main:
+        for left in output_dir.glob("checkpoint-*.partial"):
+            remove(left)
+    dist.barrier()
+    with _failures_kept(engine) as (written, failures):
+        engine.save_checkpoint(str(output_dir), tag=partial.name, client_state={}, save_latest=False)
+    files: dict[str, tuple[int, int]] = {}
+    with kept_failures(failures):
+        written.append(partial / RANDOM_STATE.format(world.rank))  # of every rank: ZeRO-1 and 2 keep the client state of the first alone
+        torch.save(random_state(world.device), written[-1])
+        files.update((str(file.relative_to(partial)), flushed(file)) for file in written)
+    reports = gather_objects((reason_of(failures[0], partial) if failures else None, files), world)
+    problem = next((f"rank {rank}: {failure}" for rank, (failure, _) in enumerate(reports) if failure), None)
+    if world.is_main and problem is None:
+        description = {"step": state.step, "world_size": world.size, "run_id": state.run_id, "loop": state.state_dict()}
+        with kept_failures(failures):
+            _publish(partial, final, description, {name: entry for _, each in reports for name, entry in each.items()})
+        problem = failures[0] if failures else None
+    if problem := broadcast_object(problem):
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise SaveError(
+            f"{final} cannot be written ({problem}); make room or correct the folder's permissions; older checkpoints are whole"
+        )
+    if world.is_main and keep > 0:
+        older = [path for path in by_step(output_dir) if step_of(path) <= state.step]
+        for path in older[keep:]:
+            if not (keep_every and step_of(path) % keep_every == 0) and not (state.best and step_of(path) == state.best["step"]):
+                shutil.rmtree(path, ignore_errors=True)
+    dist.barrier()
+    return final
+
+
+@contextlib.contextmanager
+def _failures_kept(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
+    """DeepSpeed's writes by this rank, and what went wrong with them instead of an exception.
+
+    Behind its writes it has collectives, in which the other ranks would wait for a rank that had left.
+    """
+    written: list[Path] = []
+    failures: list[str] = []
+    writer, script = engine.checkpoint_engine, engine._copy_recovery_script
+    save, makedirs = writer.save, writer.makedirs
+
+    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            with kept_failures(failures):
+                return function(*arguments, **named)
+
+        return call
+
+    def noted(state_dict: Any, path: str) -> None:
+        written.append(Path(path))
+        save(state_dict, path)
+
+    writer.save, writer.makedirs, engine._copy_recovery_script = guarded(noted), guarded(makedirs), guarded(script)
+    try:
+        yield written, failures
+    finally:
+        writer.save, writer.makedirs, engine._copy_recovery_script = save, makedirs, script
+    if failures:
+        gc.collect()  # in newer versions of torch the error's frames are a cycle
+
+
+@contextlib.contextmanager
+def kept_failures(failures: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        failures.append(str(error).partition("\n")[0])  # not the error: its frames hold the broken file open, and so its room
+
+
+def reason_of(failure: str, folder: Path) -> str:
+    """Why a write failed, in the system's words: torch's writer has none."""
+    if not folder.is_dir():
+        return failure
+    try:
+        (probe := folder / f"probe-{os.getpid()}").write_bytes(bytes(1 << 20))
+        probe.unlink()
+    except OSError as error:
+        return str(error)
+    return failure
+
+
+def flushed(file: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file that a power loss cannot take any more."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+    return file.stat().st_size, crc32_of(file)
+
+
+def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: dict[str, tuple[int, int]]) -> None:
+    """List the files, those that no rank has named too, and make the folder visible by its name."""
+    for file in partial.rglob("*"):
+        if file.is_file() and (name := str(file.relative_to(partial))) not in files:
+            files[name] = flushed(file)
+    listed = {**description, "files": dict(sorted(files.items()))}
+    (partial / COMPLETE).write_text(json.dumps({**listed, "crc32": own_sum(listed)}, indent=1))
+    flushed(partial / COMPLETE)
+    for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+        _sync_names(folder)
+    aside = final.with_name(final.name + ".old.partial")
+    if final.exists():
+        os.replace(final, aside)
+    os.replace(partial, final)
+    _sync_names(final.parent)
+    remove(aside)
+
+
+def _sync_names(folder: Path) -> None:
+    """Have the folder's entries on the disk, where its file system knows how."""
+    handle = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(handle)
+    os.close(handle)

@@ -1,0 +1,91 @@
+"""Where a run is: what a checkpoint holds besides weights, optimizer and schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cfvlm_ds.core.errors import ConfigError
+
+
+@dataclass
+class TrainState:
+    """Where the loop is: what a checkpoint holds besides weights, optimizer and schedule.
+
+    ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``data`` the identity of the training groups;
+    ``run_id`` the MLflow run; ``baseline_lp`` the factual log-likelihood per token at the start, against which displacement is measured;
+    ``best`` the ``step`` and ``value`` of the best evaluation by ``train.save_best``; ``skipped`` the groups left out, and why; ``record``
+    what the run was told (see changes.py).
+    """
+
+    step: int = 0
+    sampler: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    run_id: str | None = None
+    baseline_lp: float | None = None
+    best: dict[str, float] | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    record: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def step_done(self, sampler: dict[str, Any]) -> None:
+        """An optimizer step is finished; ``sampler`` is where the data go on."""
+        self.step += 1
+        self.sampler = sampler
+
+    def told(self, record: dict[str, Any]) -> None:
+        """What this start of the run was told."""
+        self.record = record
+
+    def trained_on(self, data: dict[str, Any]) -> None:
+        """The identity of the groups from here on."""
+        self.data = data
+
+    def tracked_as(self, run_id: str | None) -> None:
+        """The MLflow run, once its server has answered."""
+        self.run_id = run_id
+
+    def evaluated(self, value: float) -> bool:
+        """Whether this value of the metric of ``train.save_best`` is the best so far; notes it."""
+        if self.best is not None and value <= self.best["value"]:
+            return False
+        self.best = {"step": self.step, "value": value}
+        return True
+
+    def forget_best(self) -> None:
+        """The best evaluation was by another metric."""
+        self.best = None
+
+    def displacement(self, lp: float) -> float:
+        """By how many nats per token the factual log-likelihood has fallen since the first value given here."""
+        if self.baseline_lp is None:
+            self.baseline_lp = lp
+        return self.baseline_lp - lp
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state; what an older revision did not save keeps its default.
+
+        Raises ConfigError where it lacks what has no default, or has what this revision does not know.
+        """
+        if lacking := sorted({"step", "sampler", "data"} - state.keys()):
+            raise ConfigError(f"its state has no {', '.join(lacking)}; resume from another checkpoint, or with the revision that wrote it")
+        if unknown := sorted(state.keys() - vars(self).keys()):
+            raise ConfigError(f"its state has {', '.join(unknown)}, which a newer revision must have written; resume with that one")
+        if odd := sorted(name for name, value in state.items() if not isinstance(value, _KINDS[name]) or isinstance(value, bool)):
+            raise ConfigError(f"its state has a {odd[0]} of type {type(state[odd[0]]).__name__}; resume from another checkpoint")
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+_KINDS: dict[str, Any] = {
+    "step": int,
+    **dict.fromkeys(("sampler", "record"), (dict, type(None))),
+    "data": (dict, str, type(None)),  # of an older revision, one hash
+    "run_id": (str, type(None)),
+    "baseline_lp": (int, float, type(None)),
+    "best": (dict, type(None)),
+    "skipped": dict,
+}

@@ -1,0 +1,1 @@
+"""Commands: ``train.py`` for the launcher, ``cfvlm-ds`` for everything else. Parsing and printing only."""

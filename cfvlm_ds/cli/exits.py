@@ -1,0 +1,49 @@
+"""How a command prints and ends."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable
+
+from cfvlm_ds.cluster.signals import EXIT_INTERRUPTED
+from cfvlm_ds.core.errors import ConfigError, DataError
+
+
+def print_anything() -> None:
+    """Captions and paths are in any script; what the terminal's encoding lacks is printed by its number and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def files_named(function: Callable[[], None]) -> None:
+    """What the system has against a file that a command reads or writes, such as a full disk, is one sentence too."""
+    try:
+        function()
+        sys.stdout.flush()
+    except (BrokenPipeError, ConnectionError, TimeoutError) as error:
+        if not isinstance(error, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
+        sys.exit(_PIPE_CLOSED)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        named = f"{error.filename}: " if error.filename is not None else ""
+        raise ConfigError(f"{named}{error.strerror}; make room, or correct the path or its permissions") from error
+
+
+_PIPE_CLOSED = 141  # what shells have for a program that SIGPIPE has ended
+
+
+def exit_cleanly(function: Callable[[], None]) -> None:
+    """Bad input is the user's to correct: one sentence on stderr and exit code 2, no traceback."""
+    try:
+        function()
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:  # of a command; a training answers Ctrl-C itself
+        sys.exit(EXIT_INTERRUPTED)

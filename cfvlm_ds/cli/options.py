@@ -1,0 +1,63 @@
+"""Options that several commands share, and how a command is added to its parser."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.config import IMAGE_LIMITS, DataConfig, ModelConfig
+from cfvlm_ds.models.run_folder import named_model
+
+
+def add_command(parent: Any, name: str, function: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:
+    """A command of ``parent``'s that runs ``function``; its help ends with the example."""
+    command: argparse.ArgumentParser = parent.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+    command.set_defaults(function=function)
+    return command
+
+
+def add_data_options(command: argparse.ArgumentParser) -> None:
+    """How a manifest is read: --format, --root, --max_pixels."""
+    defaults = DataConfig()
+    command.add_argument("--format", default=defaults.format, help=f"manifest format (default {defaults.format})")
+    text = "folder of the images (default: the manifest's); may be given several times, absolute paths and links may lead into each"
+    command.add_argument("--root", action="append", metavar="FOLDER", help=text)
+    command.add_argument("--max_pixels", type=int, default=defaults.max_pixels, help=f"image size limit (default {defaults.max_pixels})")
+
+
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    """Bounds on the visual tokens of an image."""
+    for name in IMAGE_LIMITS:
+        command.add_argument(f"--model.{name}", type=positive, metavar="N", help="as in training; the model's own when not given")
+
+
+def model_of(arguments: argparse.Namespace) -> tuple[ModelConfig, Path | None]:
+    """The model that a command names, images bounded as in the run that made it unless the command says otherwise; and its adapters."""
+    named = named_model(arguments.model)
+    limits = {name: getattr(arguments, f"model.{name}") or getattr(named.recorded, name) for name in IMAGE_LIMITS}
+    return ModelConfig(named.name_or_path, **limits), named.adapter
+
+
+def add_fields(command: argparse.ArgumentParser, section: type) -> None:
+    """Options for the fields of a configuration section; the first is positional."""
+    first, *rest = dataclasses.fields(section)
+    command.add_argument(first.name)
+    for field in rest:
+        if not isinstance(field.default, (int, float)):
+            continue  # nested values belong in a run's YAML
+        command.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=f"default {field.default}")
+
+
+def values_of(arguments: argparse.Namespace, section: type) -> dict[str, Any]:
+    """What was given for the fields of a configuration section."""
+    return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(section) if hasattr(arguments, field.name)}
+
+
+def positive(text: str) -> int:
+    """An argument's type: a whole number of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value

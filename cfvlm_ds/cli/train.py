@@ -1,0 +1,73 @@
+"""``train.py``: options to a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cfvlm_ds.cli.exits import exit_cleanly, print_anything
+from cfvlm_ds.cluster import signals
+from cfvlm_ds.core.config import BuildConfig
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.core.secrets import mask_tracebacks
+from cfvlm_ds.core.versions import PACKAGE
+
+QUICKSTART = PACKAGE.parent / "examples" / "quickstart.yaml"
+
+
+def train_main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of train.py: bare, it runs examples/quickstart.yaml."""
+    arguments = with_quickstart(sys.argv[1:] if argv is None else argv)
+    mask_tracebacks()
+    print_anything()
+    signals.install()
+    exit_cleanly(lambda: run(arguments))
+
+
+def with_quickstart(argv: Sequence[str]) -> list[str]:
+    """The options of a run: small changes of the quickstart, or where they name a model, data or a file of options, these and no others."""
+    given = {option[2:].partition("=")[0] for option in argv if option.startswith("--")}
+    if given & {"model", "data"} or any(name == own or name.startswith(f"{own}.") for name in given for own in _OF_ONES_OWN):
+        return list(argv)
+    # Its max_steps would win over epochs that were asked for.
+    by_epochs = ["--train.max_steps", "-1"] if "train.num_train_epochs" in given and "train.max_steps" not in given else []
+    return ["--config", str(QUICKSTART), *by_epochs, *argv]
+
+
+_OF_ONES_OWN = ("config", "model.name_or_path", *(f"data.{name}" for name in ("train", "evaluation", "format", "root", "scores")))
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse, build what the configuration asks to be built, train."""
+    from cfvlm_ds.objectives import OBJECTIVES
+
+    config = parse_config(arguments, OBJECTIVES, prog="train.py")
+    if config.train.dry_run:
+        from cfvlm_ds.training.dry_run import dry_run
+
+        print(dry_run(config))
+        return
+    from cfvlm_ds.engine import start
+    from cfvlm_ds.training.run import train
+    from cfvlm_ds.training.validation import validate
+
+    world = start()
+    if config.build.scenes or config.build.tiny_llava:
+        validate(config, world)
+        if world.is_main:
+            build(config.build)
+        world.wait()
+    train(config, world)
+
+
+def build(config: BuildConfig) -> None:
+    """Write the embedded world and the small model, where they are asked for and not there yet."""
+    if config.scenes is not None:
+        from cfvlm_ds.demo.scenes import build_scenes
+
+        build_scenes(config.scenes)
+    if config.tiny_llava is not None:
+        from cfvlm_ds.demo.scenes import all_captions
+        from cfvlm_ds.demo.tiny import build_tiny_llava
+
+        build_tiny_llava(config.tiny_llava, all_captions(seed=0, num_captions=5000))

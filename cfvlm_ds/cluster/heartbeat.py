@@ -1,0 +1,188 @@
+"""Which rank hangs: every rank beats into a small file of the run folder, and every rank watches all files.
+
+A thread writes ``heartbeat/rank-N.json`` at an interval, so that it also beats while the rank waits in a collective. Two things are a hang:
+
+- a rank that does not beat for ``timeout_s`` (its process is stopped, its node lost), in whatever phase;
+- no rank has moved to another phase or micro-batch for ``timeout_s``, and the one that is furthest behind is within a step. Start-up,
+  checkpoints, evaluation and export take as long as they take; the collectives' own timeout bounds them.
+
+Whoever notices first prints one sentence and keeps it in ``heartbeat/hang.txt``; every rank that notices leaves with ``EXIT_HANG``, so that
+the launcher takes the job down. Clocks of different machines are never compared: what counts is how long this process saw no change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cfvlm_ds.cluster.signals import EXIT_HANG
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError, unwritten
+from cfvlm_ds.core.files import remove
+from cfvlm_ds.core.reading import read_bytes
+from cfvlm_ds.core.secrets import tell
+
+FOLDER, HANG_FILE = "heartbeat", "hang.txt"
+BOUNDED = ("data", "agreement", "computation")
+"""The phases of a step: here a rank must move within ``timeout_s``."""
+ENDED = "ended"
+_RECORD_BYTES = 512  # written in place and in one piece, so that a full disk does not silence a healthy rank
+
+
+def prepare(run_dir: Path) -> Path:
+    """The folder for the beats of a new start, emptied; for rank 0, before any rank starts to beat. Raises ConfigError naming it."""
+    folder = run_dir / FOLDER
+    try:
+        remove(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.iterdir():  # a verdict or beats of an earlier start would be taken for this one's
+            left.unlink()
+    except OSError as error:
+        raise ConfigError(f"{unwritten(folder, error)}; make room, or choose another train.output_dir") from error
+    return folder
+
+
+@dataclass
+class Peer:
+    """What is known of a rank: its last record, and for how many seconds it has shown no new beat, or no new phase."""
+
+    record: dict[str, Any] | None = None
+    silent_s: float = 0.0
+    still_s: float = 0.0
+
+    def update(self, record: dict[str, Any] | None, elapsed_s: float) -> None:
+        """Take in what its file holds now, ``elapsed_s`` after the last look."""
+        old = self.record or {}
+        new = record or old
+        self.silent_s = 0.0 if new.get("beat") != old.get("beat") else self.silent_s + elapsed_s
+        self.still_s = 0.0 if new.get("moves") != old.get("moves") else self.still_s + elapsed_s
+        self.record = record or self.record
+
+
+def verdict(peers: Sequence[Peer], timeout_s: float) -> tuple[int, str] | None:
+    """The rank that hangs and one sentence about it, or None."""
+    for rank, peer in enumerate(peers):
+        if peer.silent_s > timeout_s and not _ended(peer):
+            return rank, f"{_name(rank, peer)} has given no sign of life for {peer.silent_s:.0f} s; {_place(peer)}"
+    running = [rank for rank, peer in enumerate(peers) if peer.record is not None and not _ended(peer)]
+    if not running or any(peers[rank].still_s <= timeout_s for rank in running):
+        return None
+    last = min(running, key=lambda rank: peers[rank].record["moves"])  # type: ignore[index]
+    record = peers[last].record
+    if record is None or record["phase"] not in BOUNDED:
+        return None
+    ahead = sum(peers[rank].record["moves"] > record["moves"] for rank in running)  # type: ignore[index]
+    others = f"{ahead} of {len(peers)} ranks wait for it" if ahead else "no rank is further"
+    return last, f"{_name(last, peers[last])} has not moved for {peers[last].still_s:.0f} s; {_place(peers[last])}; {others}"
+
+
+def _ended(peer: Peer) -> bool:
+    return peer.record is not None and peer.record["phase"] == ENDED
+
+
+def _name(rank: int, peer: Peer) -> str:
+    return f"rank {rank}" + (f" on {peer.record['host']} (pid {peer.record['pid']})" if peer.record else "")
+
+
+def _place(peer: Peer) -> str:
+    return f"it was at step {peer.record['step']}, phase {peer.record['phase']}" if peer.record else "it never started to beat"
+
+
+class Heartbeat:
+    """This rank's beat and its watch over the others, while the context lasts.
+
+    Args:
+        folder: what ``prepare`` returned on rank 0.
+        timeout_s: how long a rank may show no life, or a step no progress; 0 switches the watch off.
+    """
+
+    def __init__(self, folder: Path, world: World, timeout_s: float) -> None:
+        self._folder, self._rank, self._timeout_s = folder, world.rank, timeout_s
+        self._own: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "beat": 0,
+            "moves": 0,
+            "step": 0,
+            "phase": "start-up",
+        }
+        self._peers = [Peer() for _ in range(world.size)]
+        self._interval = min(30.0, timeout_s / 20)
+        self._over = threading.Event()
+        self._silenced = False
+        self._thread = threading.Thread(target=self._run, name="cfvlm_ds-heartbeat", daemon=True)
+
+    def mark(self, phase: str, step: int) -> None:
+        """This rank goes on to ``phase`` of optimizer step ``step``. Every rank makes the same calls; a call costs a microsecond."""
+        self._own = {**self._own, "phase": phase, "step": step, "moves": self._own["moves"] + 1}
+
+    def __enter__(self) -> Heartbeat:
+        if self._timeout_s > 0:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._timeout_s > 0:
+            self._over.set()
+            self._thread.join()
+            self.mark(ENDED, self._own["step"])
+            self._beat(0)
+
+    def _run(self) -> None:
+        beat, looked = 0, time.monotonic()
+        while True:
+            beat += 1
+            self._beat(beat)
+            if self._over.wait(self._interval):
+                return
+            now = time.monotonic()
+            # Time in which this process did not run itself, or its file system stood still, tells nothing about the others.
+            elapsed_s, looked = min(now - looked, 2 * self._interval), now
+            for rank, peer in enumerate(self._peers):
+                peer.update(self._own | {"beat": beat} if rank == self._rank else self._read(rank), elapsed_s)
+            if found := verdict(self._peers, self._timeout_s):
+                self._leave(*found)
+
+    def _beat(self, beat: int) -> None:
+        record = json.dumps(self._own | {"beat": beat}).ljust(_RECORD_BYTES).encode()
+        path = self._folder / f"rank-{self._rank}.json"
+        try:
+            path.parent.mkdir(exist_ok=True)  # somebody may have tidied up
+            file = os.open(path, os.O_WRONLY | os.O_CREAT)
+            try:
+                os.pwrite(file, record, 0)
+            finally:
+                os.close(file)
+            self._silenced = False
+        except OSError as error:
+            if not self._silenced:
+                tell(f"warning: {unwritten(path, error)}: while this lasts, other ranks take this one for hanging", error=True)
+            self._silenced = True
+
+    def _read(self, rank: int) -> dict[str, Any] | None:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(read_bytes(self._folder / f"rank-{rank}.json", 8 * _RECORD_BYTES))
+        return None
+
+    def _leave(self, rank: int, sentence: str) -> None:
+        first = True
+        try:
+            with (self._folder / HANG_FILE).open("x") as file:
+                file.write(sentence + "\n")
+        except OSError as error:
+            first = not isinstance(error, FileExistsError)
+        if first:
+            tell(f"error: {sentence}", error=True)
+        if rank == self._rank:
+            faulthandler.dump_traceback()  # where it is stuck, for its log
+        os._exit(EXIT_HANG)

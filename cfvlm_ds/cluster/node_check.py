@@ -1,0 +1,112 @@
+"""The check of a Slurm job's nodes before ranks are started on them: one task per node, in less than a minute, with the bad one named.
+
+Each task looks at its own node (GPUs, packages, code), meets the others at the first node's TCP store, compares what it runs with the
+first node, and takes part in one small collective. It leaves one line in ``FOLDER/NODE``: ``ok``, ``bad: WHY``, or ``waited: WHY`` where
+the fault is somewhere else. A node that leaves nothing cannot start Python, sees another file system or does not answer:
+slurm/launch.sh names it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import socket
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cfvlm_ds.core.versions import PACKAGE, version
+
+PACKAGES = ("torch", "transformers", "deepspeed", "mlflow", "peft")
+
+
+def check(folder: Path, timeout_s: float) -> str:
+    """Check this node (a task of ``srun --ntasks-per-node=1``), write the line into ``folder`` and return it.
+
+    Needs MASTER_ADDR and MASTER_PORT; ``timeout_s`` bounds the meeting and the collective each. Raises OSError when ``folder`` is not
+    there or cannot be written.
+    """
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    line = _check(name, timeout_s)
+    # In one step, so that a reader never meets half a line.
+    temporary = folder / f".{name}"
+    temporary.write_text(line + "\n")
+    temporary.replace(folder / name)
+    return line
+
+
+def software() -> str:
+    """What must be the same on all nodes: Python, packages, and a hash of this package's own code."""
+    versions = [f"{name} {version(name)}" for name in PACKAGES]
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return ", ".join([f"python {platform.python_version()}", *versions, f"code {digest.hexdigest()[:12]}"])
+
+
+def gpu_fault(expected: int) -> str | None:
+    """What is wrong with the GPUs of this node where Slurm gave ``expected``, or None."""
+    visible = torch.cuda.device_count()
+    if visible != expected:
+        return f"Slurm gave {expected} GPUs and torch sees {visible}"
+    for index in range(visible):
+        try:
+            torch.ones(8, device=f"cuda:{index}").sum().item()
+        except RuntimeError as error:
+            return f"GPU {index} does not compute: {_first_line(error)}"
+    return None
+
+
+def _check(name: str, timeout_s: float) -> str:
+    rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
+    own = software()
+    fault = gpu_fault(int(os.environ.get("SLURM_GPUS_ON_NODE") or 0))
+    place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = timedelta(seconds=timeout_s)
+    try:
+        store = dist.TCPStore(place, port, size, is_master=rank == 0, timeout=limit, wait_for_workers=False)
+        if rank == 0:
+            store.set("software", own)
+        first = store.get("software").decode()
+        if fault is None and own != first:
+            fault = f"it has {_difference(own, first)} where {place} has {_difference(first, own)}"
+        store.set(f"node {rank}", "ok" if fault is None else "bad")
+        others = [store.get(f"node {other}") for other in range(size)]
+    except (dist.DistError, RuntimeError) as error:
+        return f"bad: {fault}" if fault else f"waited: no meeting at {place}:{port} within {timeout_s:g} s: {_first_line(error)}"
+    if fault:
+        return f"bad: {fault}"
+    if b"bad" in others:
+        return "ok"
+    try:
+        _collective(store, rank, size, limit)
+    except (dist.DistError, RuntimeError) as error:
+        return f"waited: the collective failed: {_first_line(error)}"
+    if rank == 0:
+        print(f"{size} nodes with {own}", flush=True)
+    return "ok"
+
+
+def _collective(store: dist.Store, rank: int, size: int, limit: timedelta) -> None:
+    """One MiB added over all nodes, over the network that the ranks will use; all leave together. RuntimeError when it fails."""
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
+    ones = torch.ones(2**18, device="cuda" if cuda else "cpu")
+    dist.all_reduce(ones)
+    if not bool((ones == size).all()):
+        raise RuntimeError("the sum is wrong")
+    dist.destroy_process_group()
+    store.set(f"left {rank}", "")
+    for other in range(size) if rank == 0 else ():  # it holds the store
+        store.get(f"left {other}")
+
+
+def _difference(one: str, other: str) -> str:
+    return ", ".join(part for part in one.split(", ") if part not in other.split(", "))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

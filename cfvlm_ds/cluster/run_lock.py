@@ -1,0 +1,226 @@
+"""One run per folder: a lock that says who holds it, on file systems that may not know flock.
+
+The lock is a file made with O_EXCL, which network file systems honour, and its holder touches it every half minute. It is stale when its
+holder's process is gone on this machine, when it is another start of the same Slurm job (which Slurm never runs twice at a time), or when
+nobody has touched it for five minutes by the file server's own clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from cfvlm_ds.core.errors import ConfigError, unwritten
+from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
+from cfvlm_ds.core.secrets import tell
+
+NAME = "run.lock"
+_TOUCHED_EVERY_S = 30.0
+_STALE_AFTER_S = 300.0
+_CLAIMED_FOR_S = 30.0
+_NAMED_AFTER_S = 30.0
+
+
+class RunLock:
+    """Holds ``folder/run.lock`` from its creation to its exit. Raises ConfigError naming the holder when another run has the folder."""
+
+    def __init__(self, folder: Path, say: Callable[[str], object] = print) -> None:
+        self.path = folder / NAME
+        self._mine = json.dumps(_identity())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._take(folder, say)
+        except OSError as error:
+            raise ConfigError(f"{unwritten(self.path, error)}; make room, or choose another train.output_dir") from error
+        self._ended, self._failing = threading.Event(), False
+        threading.Thread(target=self._touch, daemon=True).start()
+
+    def _take(self, folder: Path, say: Callable[[str], object]) -> None:
+        while not self._created():
+            content = _content(self.path)
+            if content is None:
+                continue  # released in between
+            holder, reason = _parsed(content), self._stale(content)
+            if reason is None:
+                raise ConfigError(
+                    f"{folder} is in use by {_named(holder)}; choose another train.output_dir, or remove {self.path} if that run is gone"
+                )
+            if self._taken_over(content):
+                say(f"took {folder} over from {_named(holder)}: {reason}")
+                break
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let the folder go."""
+        self._ended.set()
+        with contextlib.suppress(OSError):  # it must not hide why the run ends, and is stale in any case
+            if _content(self.path) == self._mine:
+                self.path.unlink(missing_ok=True)
+
+    def _created(self) -> bool:
+        try:
+            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            with open(handle, "wb", buffering=0) as file:
+                if file.write(mine := self._mine.encode()) < len(mine):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self.path.unlink(missing_ok=True)  # an empty one would refuse the next start
+            raise
+        return _content(self.path) == self._mine  # not where this took so long that another run believed its maker dead
+
+    def _stale(self, content: str) -> str | None:
+        """Why the holder cannot be alive, or None."""
+        holder, here = _parsed(content), json.loads(self._mine)
+        if holder.get("processes") == here["processes"]:
+            return None if _runs(holder) else "its process is gone"
+        if holder.get("job") and holder["job"] == here["job"] and holder.get("restart") != here["restart"]:
+            return f"Slurm has started job {here['job']} again"
+        age = _age(self.path)
+        if not content and age > _NAMED_AFTER_S:
+            return "it died before it said who it is"
+        return f"it has not touched the lock for {age / 60:.0f} minutes" if age > _STALE_AFTER_S else None
+
+    def _taken_over(self, content: str) -> bool:
+        """Make the stale lock this run's, unless another run has been faster.
+
+        Only who has made the claim file may change a lock that is not its own, so what it finds there is still there when it replaces it.
+        """
+        claim, mine = self.path.with_name(f"{NAME}.claim"), self.path.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}")
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            self._wait_for(claim)
+            return False
+        try:
+            if _content(self.path) != content:
+                return False
+            try:
+                mine.write_text(self._mine)
+                os.replace(mine, self.path)
+            except OSError:
+                mine.unlink(missing_ok=True)
+                raise
+            return True
+        finally:
+            claim.unlink()
+
+    def _wait_for(self, claim: Path) -> None:
+        """Until the run that takes the lock over has done so, which is a matter of milliseconds."""
+        until = time.monotonic() + _CLAIMED_FOR_S
+        while claim.exists():
+            if time.monotonic() > until:
+                raise ConfigError(f"a run died while it took {self.path.parent} over; remove {claim} and start again")
+            time.sleep(0.05)
+
+    def _touch(self) -> None:
+        while not self._ended.wait(_TOUCHED_EVERY_S):
+            try:
+                content = _content(self.path)
+                if content == self._mine:
+                    os.utime(self.path)
+                    self._failing = False
+                    continue
+            except OSError as error:  # a file server that is away for a while
+                if not self._failing:
+                    tell(f"warning: {unwritten(self.path, error)}: another run may take the folder over in five minutes")
+                self._failing = True
+                continue
+            if self._ended.is_set():
+                return
+            # Two must not write here, and the launcher ends the other ranks.
+            if content is None and not self.path.parent.is_dir():
+                why = f"{self.path.parent} has been removed while this run was writing to it"
+            elif content is None:
+                why = f"{self.path} has been removed while this run was holding it"
+            else:  # suspended for minutes, this run was taken for dead
+                why = f"another run has taken {self.path.parent} over"
+            tell(f"error: {why}; this one ends")
+            os._exit(1)
+
+
+def _identity() -> dict[str, Any]:
+    process = psutil.Process()
+    return {
+        "host": socket.gethostname(),
+        "pid": process.pid,
+        "born": process.create_time(),
+        "processes": _process_space(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _process_space() -> str:
+    """Where this process's number means something: one boot and one namespace, since containers share host names."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return f"{socket.gethostname()} {psutil.boot_time()}"
+
+
+def _runs(holder: dict[str, Any]) -> bool:
+    try:
+        process = psutil.Process(holder["pid"])
+        return abs(process.create_time() - holder["born"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError, OverflowError):  # gone, or never the number of a process
+        return False
+
+
+def _age(lock: Path) -> float:
+    """Seconds since the lock was touched. The clock is that of the file server, which stamps a file that is written now."""
+    probe = lock.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}.now")
+    try:
+        probe.write_text("")
+        return probe.stat().st_mtime - lock.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _content(lock: Path) -> str | None:
+    """The lock's content, with a moment for a holder that has created it and is about to write."""
+    for _ in range(20):
+        try:
+            if content := read_bytes(lock, MAX_SETTINGS).decode(errors="replace"):
+                return content
+        except FileNotFoundError:
+            return None
+        except ValueError:  # a pipe, or no end of it: no lock that anybody holds
+            return "?"
+        time.sleep(0.05)
+    return ""
+
+
+def _parsed(content: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        return {}
+
+
+def _named(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "a run that has not said who it is"
+    job = f", Slurm job {holder['job']}" if holder.get("job") else ""
+    return f"process {holder.get('pid')} on {holder.get('host')}{job}, started {holder.get('started')}"

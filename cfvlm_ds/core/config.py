@@ -1,0 +1,398 @@
+"""The run configuration: nested dataclasses <- YAML <- dotted command line; strict; printable.
+
+Names follow transformers' TrainingArguments where it has one. The DeepSpeed JSON owns ZeRO, precision and offload; the run configuration
+owns batch sizes, learning rates and steps; "auto" in the JSON takes the run's value, and a contradiction is an error (see engine.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from cfvlm_ds.core.distributed import default_workers
+
+Kind = Literal["meaning", "fixed", "speed", "bookkeeping"]
+
+
+Range = tuple[float, float]
+"""The least and the most that an option's number can be."""
+ENDLESS = 2**53
+"""The most of what has no bound: the largest whole number that every float below it counts to."""
+COUNT, AT_LEAST_ONE, SHARE, FINITE = (0, ENDLESS), (1, ENDLESS), (0, 1), (0, 1e38)
+
+
+def _declared(kind: Kind, default: Any, default_factory: Any, within: Range | None) -> Any:
+    given = {"default": default} if default_factory is None else {"default_factory": default_factory}
+    return field(**given, metadata={"kind": kind, "within": within})
+
+
+def meaning(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
+    """An option that decides what is trained: changed on a resume, it is refused unless ``train.resume_changes`` allows it."""
+    return _declared("meaning", default, default_factory, within)
+
+
+def fixed(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
+    """An option of ``meaning`` with which no checkpoint of another value can be continued."""
+    return _declared("fixed", default, default_factory, within)
+
+
+def speed(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
+    """An option that decides how fast and with how much memory the same is trained; it may change on a resume."""
+    return _declared("speed", default, default_factory, within)
+
+
+def bookkeeping(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
+    """An option of names, records, checks and stops, or of what is compared by its contents; it may change on a resume."""
+    return _declared("bookkeeping", default, default_factory, within)
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """One of the three modules of a vision-language model.
+
+    Args:
+        tuning: ``full`` trains every weight, ``lora`` adapters beside the linear layers, ``frozen`` nothing.
+        learning_rate: the module's own peak learning rate; ``train.learning_rate`` when not given.
+    """
+
+    tuning: Literal["full", "lora", "frozen"] = fixed("full")
+    learning_rate: float | None = meaning(None, within=FINITE)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) of the modules whose ``tuning`` is ``lora``.
+
+    Args:
+        rank: rank of an adapter.
+        alpha: an adapter's output is scaled by alpha / rank.
+        dropout: dropout of an adapter's input.
+        load_in_4bit: keep the language model's own weights in 4 bits (QLoRA, arXiv 2305.14314); needs bitsandbytes, and ZeRO-2.
+        dora: also train the length of every weight row (DoRA, arXiv 2402.09353).
+        rslora: scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
+    """
+
+    rank: int = fixed(16, within=(1, 1e6))
+    alpha: float = meaning(32.0)
+    dropout: float = meaning(0.0, within=SHARE)
+    dora: bool = fixed(False)
+    rslora: bool = meaning(False)
+    load_in_4bit: bool = fixed(False)
+
+    @property
+    def scaling(self) -> float:
+        """The factor of an adapter's output."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to fine-tune.
+
+    Args:
+        name_or_path: model folder or hub name.
+        attn_implementation: ``auto`` takes flash-attn where it is available, else sdpa; or ``flash_attention_2``, ``varlen`` (torch's
+            kernel, GPU), ``sdpa``, ``cascade`` (CPU, long prompts).
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        min_pixels: scale smaller images up to this many pixels (Qwen-VL).
+        max_pixels: scale larger images down to this many pixels, and so bound their visual tokens (Qwen-VL).
+        max_tiles: cut an image into at most this many tiles (LLaVA-NeXT, OneVision, InternVL, Idefics3, SmolVLM).
+        vision_tower: tuning and learning rate of the vision tower.
+        projector: tuning and learning rate of the projector.
+        language_model: tuning and learning rate of the language model and its output head.
+        lora: the adapters of the modules that are tuned by them.
+    """
+
+    name_or_path: str = bookkeeping("")
+    attn_implementation: str = speed("auto")
+    gradient_checkpointing: bool = speed(False)
+    min_pixels: int | None = meaning(None, within=AT_LEAST_ONE)
+    max_pixels: int | None = meaning(None, within=AT_LEAST_ONE)
+    max_tiles: int | None = meaning(None, within=AT_LEAST_ONE)
+    vision_tower: ModuleConfig = field(default_factory=ModuleConfig)
+    projector: ModuleConfig = field(default_factory=ModuleConfig)
+    language_model: ModuleConfig = field(default_factory=ModuleConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+IMAGE_LIMITS = ("min_pixels", "max_pixels", "max_tiles")
+"""The options of a ModelConfig that bound the visual tokens of an image."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A manifest with a format and a place of its own.
+
+    Args:
+        path: manifest of counterfactual groups.
+        root: as ``data.root``, which it has when not given.
+        format: as ``data.format``, which it has when not given.
+    """
+
+    path: str
+    root: list[str] | str | None = None
+    format: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training and evaluation data.
+
+    Args:
+        train: manifest of counterfactual groups.
+        evaluation: name -> manifest, evaluated every ``train.eval_steps`` and at the end; or name -> {path: manifest, root: FOLDERS,
+            format: NAME} where a manifest has a root or a format of its own (``--data.evaluation.NAME.root FOLDER``).
+        format: format of the manifests, a name in ``cfvlm_ds.data.FORMATS``.
+        root: folder of the images, or a list of folders; the manifest's own when not given. Paths in a manifest are absolute, or relative
+            to the first of them that has the file; what a path leads to, through links too, must be inside one of them.
+        scores: file written by ``cfvlm-ds score`` with reference and blind log-likelihoods of the training manifest (DPO and PMI need it).
+        max_pixels: refuse images with more pixels than this.
+        check: ``full`` opens every image before training starts; ``rows`` checks the manifests only.
+        on_error: what all ranks do when a training group turns out to be unreadable during training, such as by an image that was damaged
+            after the check: ``error``, or ``skip`` the whole group. skipped.json in the run folder lists those.
+        max_skipped: groups that ``skip`` may leave out in a run; one more is an error.
+        num_workers: processes that prepare batches, per rank; one per spare core, at most 4, when not given.
+        max_tokens_per_micro_batch: pack whole groups up to this many tokens into a micro-batch, in place of
+            ``train.per_device_train_batch_size`` of them; ranks then have equal work whatever the sizes of images and texts.
+        max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens, twice (a gradient cache, arXiv
+            2101.06983): the memory of one, the same gradients, about a third more time. An image's texts are divided where they are more.
+        feature_cache: folder for what a frozen vision tower gives for each picture; filled before the first step, after which the tower
+            never runs. Every rank must see it; runs may share it. docs/families.md says what it takes on disk.
+    """
+
+    train: str = bookkeeping("")
+    evaluation: dict[str, str | DataSet] = bookkeeping(default_factory=dict)
+    format: str = bookkeeping("cfgroup")
+    root: list[str] | str | None = bookkeeping(None)
+    scores: str | None = bookkeeping(None)
+    max_pixels: int = bookkeeping(50_000_000, within=AT_LEAST_ONE)
+    check: Literal["full", "rows"] = bookkeeping("full")
+    on_error: Literal["error", "skip"] = bookkeeping("error")
+    max_skipped: int = bookkeeping(10, within=COUNT)
+    num_workers: int | None = speed(None, within=(0, 1024))
+    max_tokens_per_micro_batch: int | None = meaning(None, within=AT_LEAST_ONE)
+    max_tokens_per_forward: int | None = speed(None, within=AT_LEAST_ONE)
+    feature_cache: str | None = speed(None)
+
+    @property
+    def train_set(self) -> DataSet:
+        """The training manifest with its root and format."""
+        return DataSet(self.train, self.root, self.format)
+
+    @property
+    def evaluation_sets(self) -> dict[str, DataSet]:
+        """The evaluation manifests, each with its root and format."""
+        sets = {name: DataSet(split) if isinstance(split, str) else split for name, split in self.evaluation.items()}
+        return {
+            name: DataSet(split.path, self.root if split.root is None else split.root, split.format or self.format)
+            for name, split in sets.items()
+        }
+
+    @property
+    def workers(self) -> int:
+        """``num_workers``, or the machine's."""
+        return default_workers() if self.num_workers is None else self.num_workers
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation and the run folder.
+
+    Args:
+        output_dir: run folder: configuration, metrics, checkpoints, tracking store, export.
+        per_device_train_batch_size: groups per micro-batch and rank (see also ``data.max_tokens_per_micro_batch``).
+        gradient_accumulation_steps: micro-batches per optimizer step.
+        per_device_eval_batch_size: groups per evaluation batch and rank, scored in forwards of at most ``data.max_tokens_per_forward`` (or
+            else ``data.max_tokens_per_micro_batch``) tokens.
+        learning_rate: peak learning rate of every module without one of its own.
+        weight_decay: AdamW's decoupled weight decay; biases and norms are exempt.
+        adam_beta1: AdamW's first-moment decay.
+        adam_beta2: AdamW's second-moment decay.
+        adam_epsilon: AdamW's epsilon.
+        max_grad_norm: clip the global gradient norm to this; 0 for no clipping.
+        lr_scheduler_type: a schedule name of transformers, such as cosine, linear, constant_with_warmup.
+        warmup_ratio: share of all steps over which the learning rate rises linearly.
+        num_train_epochs: passes over the training groups, when ``max_steps`` is not given.
+        max_steps: optimizer steps; -1 to use ``num_train_epochs``.
+        seed: seed of sampling order and of anything random.
+        bf16: ``auto`` trains in bfloat16 where the device has it, else in float32; or ``true`` / ``false``.
+        logging_steps: steps between progress lines and metric records.
+        eval_steps: steps between evaluations; 0 evaluates at the end only.
+        eval_shuffled: the evaluation at the end also scores every group's texts on another group's image, which shows what language alone
+            achieves; it costs one more image and its texts per group.
+        save_steps: steps between checkpoints; 0 saves at the end only.
+        save_minutes: also save when this much time has passed since the last checkpoint; 0 never.
+        save_total_limit: newest checkpoints kept; 0 keeps all.
+        save_keep_every: also keep checkpoints whose step is a multiple of this; 0 none.
+        save_best: also keep the checkpoint with the highest value of this metric, which is saved when an evaluation finds it; a name as in
+            metrics.jsonl, such as ``eval/test/group``.
+        resume: ``auto`` continues from the newest complete checkpoint of output_dir, if any; ``never`` starts at step 0 and refuses a
+            folder that has any; ``restart`` is ``auto``, but starts at step 0 beside checkpoints of which none can be used; or the path of
+            a checkpoint.
+        resume_changes: what a changed option comes to with which a checkpoint would train something else: ``refuse``, naming it; or
+            ``allow``, which goes on with the new value and notes it in resume_changes.jsonl in the run folder.
+        on_nonfinite: what all ranks do when the loss of one of them, or the gradient, is NaN or infinite: ``stop``, or ``skip`` the step,
+            up to 10 in a row. No weight changes either way, and nonfinite.jsonl in the run folder lists the groups.
+        stop_margin_s: stop, save and leave with exit code 85 when a Slurm job has less than this many seconds left, beside the time of the
+            longest step so far (its evaluation and checkpoint included); it must cover a first checkpoint.
+        hang_timeout_s: leave with exit code 86 when a rank shows no life, or a step no progress, for this many seconds; 0 for never.
+        self_check: what comes of weights that are not finite, or of scores in packed rows that differ from ordinary forwards by more than
+            the precision explains, before the first step: ``error``, ``warn`` and go on, or ``off``, which does not look.
+        displacement_warning: warn when the factual log-likelihood falls this many nats per token below its start.
+        figures: draw the learning curves and some groups' score matrices at the end.
+        export: write a Hugging Face folder, ``output_dir/export``, at the end; where nothing but adapters trains, ``output_dir/adapter``.
+        dry_run: only report sizes, what trains and memory per GPU; needs no GPU, weights or data.
+    """
+
+    output_dir: str = bookkeeping("runs/default")
+    per_device_train_batch_size: int = speed(8, within=(1, 1e6))
+    gradient_accumulation_steps: int = speed(1, within=(1, 1e6))
+    per_device_eval_batch_size: int = speed(16, within=(1, 1e6))
+    learning_rate: float = meaning(1e-5, within=FINITE)
+    weight_decay: float = meaning(0.0, within=FINITE)
+    adam_beta1: float = meaning(0.9, within=(0, math.nextafter(1, 0)))
+    adam_beta2: float = meaning(0.999, within=(0, math.nextafter(1, 0)))
+    adam_epsilon: float = meaning(1e-8, within=SHARE)
+    max_grad_norm: float = meaning(1.0, within=FINITE)
+    lr_scheduler_type: str = meaning("cosine")
+    warmup_ratio: float = meaning(0.03, within=SHARE)
+    num_train_epochs: float = meaning(1.0, within=(1e-6, 1e6))
+    max_steps: int = meaning(-1, within=(-1, 1e9))
+    seed: int = fixed(0, within=(0, 2**32 - 1))
+    bf16: Literal["auto", True, False] = meaning("auto")
+    logging_steps: int = bookkeeping(10, within=AT_LEAST_ONE)
+    eval_steps: int = bookkeeping(0, within=COUNT)
+    eval_shuffled: bool = bookkeeping(True)
+    save_steps: int = bookkeeping(500, within=COUNT)
+    save_minutes: float = bookkeeping(0.0, within=(0, 1e8))
+    save_total_limit: int = bookkeeping(2, within=COUNT)
+    save_keep_every: int = bookkeeping(0, within=COUNT)
+    save_best: str | None = bookkeeping(None)
+    resume: str = bookkeeping("auto")
+    resume_changes: Literal["refuse", "allow"] = bookkeeping("refuse")
+    on_nonfinite: Literal["stop", "skip"] = bookkeeping("stop")
+    stop_margin_s: float = bookkeeping(120.0, within=(0, 1e8))
+    hang_timeout_s: float = bookkeeping(600.0, within=(0, 1e8))
+    self_check: Literal["error", "warn", "off"] = bookkeeping("error")
+    displacement_warning: float = bookkeeping(0.1)
+    figures: bool = bookkeeping(True)
+    export: bool = bookkeeping(True)
+    dry_run: bool = bookkeeping(False)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """MLflow.
+
+    Args:
+        enabled: record the run in MLflow; metrics.jsonl is written either way. MLFLOW_TRACKING_URI names a server; without it the store is
+            the run folder itself.
+        experiment: experiment name.
+        run_name: run name; the output folder's name when not given.
+    """
+
+    enabled: bool = bookkeeping(True)
+    experiment: str = bookkeeping("cfvlm_ds")
+    run_name: str | None = bookkeeping(None)
+
+
+@dataclass(frozen=True)
+class ScenesConfig:
+    """The embedded world of scenes, written as an ordinary manifest with PNG files.
+
+    Args:
+        out_dir: folder to write; left alone if it already holds this world.
+        num_train: training groups.
+        num_test: groups of each test split.
+        num_counterfactuals: counterfactual pairs per training group.
+        image_size: side of the square images in pixels.
+        sham_share: share of training groups with a sham image.
+        seed: seed of everything random.
+        edit_weights: how often each edit type is drawn in training; all equally often when not given.
+    """
+
+    out_dir: str
+    num_train: int = 4000
+    num_test: int = 400
+    num_counterfactuals: int = 1
+    image_size: int = 48
+    sham_share: float = 0.0
+    seed: int = 0
+    edit_weights: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class TinyLlavaConfig:
+    """A small, randomly initialised LLaVA whose tokenizer is trained on the captions of the embedded world; 1.04 M parameters.
+
+    Args:
+        out_dir: folder to write; left alone if it is there.
+        image_size: side of the square input in pixels.
+        patch_size: side of a patch in pixels.
+        hidden_size: width of the language model.
+        vision_hidden_size: width of the tower.
+        seed: seed of the initial weights.
+    """
+
+    out_dir: str
+    image_size: int = bookkeeping(48, within=(1, 1e4))
+    patch_size: int = bookkeeping(12, within=(1, 1e4))
+    hidden_size: int = bookkeeping(128, within=(1, 1e4))
+    vision_hidden_size: int = bookkeeping(64, within=(1, 1e4))
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What to build before training if it is not there; nothing by default.
+
+    Args:
+        scenes: the embedded world of scenes.
+        tiny_llava: a small model to train on it.
+    """
+
+    scenes: ScenesConfig | None = bookkeeping(None)
+    tiny_llava: TinyLlavaConfig | None = bookkeeping(None)
+
+
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "tracking": TrackingConfig, "build": BuildConfig}
+
+
+def kinds(section: type, prefix: str) -> dict[str, Kind | None]:
+    """What a change of each option of a section means on a resume, by its name after ``prefix``; None where its field does not say."""
+    found: dict[str, Kind | None] = {}
+    for option in fields(section):
+        if dataclasses.is_dataclass(option.default_factory):
+            found |= kinds(option.default_factory, f"{prefix}{option.name}.")
+        else:
+            found[prefix + option.name] = option.metadata.get("kind")
+    return found
+
+
+def ranges(section: type, prefix: str) -> dict[str, Range]:
+    """The least and the most of each option of a section that has bounds, by its name after ``prefix``."""
+    found: dict[str, Range] = {}
+    for option in fields(section):
+        if dataclasses.is_dataclass(option.default_factory):
+            found |= ranges(option.default_factory, f"{prefix}{option.name}.")
+        elif (within := option.metadata.get("within")) is not None:
+            found[prefix + option.name] = within
+    return found
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run; ``objective`` maps the names of the active terms to the terms themselves."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    tracking: TrackingConfig
+    build: BuildConfig
+    objective: Mapping[str, Any]
+    deepspeed: str
+    resolved: Mapping[str, Any]
+    """The same configuration as plain nested values, every default filled in."""

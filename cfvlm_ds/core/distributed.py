@@ -1,0 +1,292 @@
+"""Ranks: who am I, sums over all of us, one seed, one voice. The same code on one CPU process and on 64 GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import math
+import os
+import random
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.secrets import tell
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only one that prints, tracks and exports."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def say(self, message: str) -> None:
+        """Print on rank 0, without secrets."""
+        if self.is_main:
+            tell(message)
+
+
+def launch_environment() -> None:
+    """Fill in the launcher's variables: from Slurm's for a task of ``srun``, else for one rank started by hand."""
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:
+        slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+        os.environ.update({name: os.environ[value] for name, value in slurm.items()})
+        os.environ["LOCAL_WORLD_SIZE"] = str(_tasks_on_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ["SLURM_NODEID"])))
+    elif "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", CROSS_SIZE="1")
+        os.environ.pop("MASTER_PORT", None)
+
+
+@contextlib.contextmanager
+def meeting_point() -> Iterator[None]:
+    """MASTER_PORT is a port at which the ranks can meet inside the block; they have met at its end.
+
+    DeepSpeed's launcher gives every training port 29500, so that a second one on the machine would fail. Ranks of one node that were given
+    that port, or none, take a free one instead: rank 0 chooses it and leaves it in a file named after the launcher, their parent. Of any
+    other port rank 0 says when it is in use. Where torchrun has started the ranks, its agent holds the port.
+    """
+    if dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ:
+        yield
+        return
+    main, given = os.environ["RANK"] == "0", os.environ.get("MASTER_PORT", _EVERYBODYS)
+    if given != _EVERYBODYS or os.environ.get("CROSS_SIZE") != "1":
+        if main and not _is_free(int(given)):
+            raise _port_in_use(given)
+        yield
+    elif os.environ["WORLD_SIZE"] == "1":
+        os.environ["MASTER_PORT"] = str(_free_port())
+        yield
+    else:
+        told = Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{os.getppid()}-{_started(os.getppid())}.port"
+        os.environ["MASTER_PORT"] = _tell(told) if main else _hear(told)
+        try:
+            yield
+        finally:
+            if main:
+                told.unlink(missing_ok=True)
+
+
+_EVERYBODYS = "29500"
+_PORTS = range(20_000, 29_500)  # below those that systems give to outgoing connections
+_PATIENCE_S = 300.0
+
+
+def _started(process: int) -> str:
+    """When a process was started, in ticks since the machine was: the same for all who ask, unlike the time of day."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5): field 22, counted from the third
+    except (OSError, IndexError):
+        return "0"
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store that will listen there does
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
+    return True
+
+
+def _free_port() -> int:
+    chance = random.SystemRandom()
+    return next(port for port in (chance.choice(_PORTS) for _ in itertools.count()) if _is_free(port))
+
+
+def _port_in_use(port: str) -> Exception:
+    sentence = f"port {port} of {socket.gethostname()}, at which the ranks would meet, is in use"
+    if "SLURM_JOB_ID" in os.environ:  # the next start of the job has another one
+        return RuntimeError(sentence)
+    return ConfigError(f"{sentence}; give the launcher another --master_port, or on one machine none")
+
+
+def _tell(told: Path) -> str:
+    port = str(_free_port())
+    handle, written = tempfile.mkstemp(dir=told.parent, prefix=told.name)
+    with os.fdopen(handle, "w") as file:
+        file.write(port)
+    os.replace(written, told)
+    return port
+
+
+def _hear(told: Path) -> str:
+    """The port that rank 0 has chosen; another user's file of that name is none."""
+    end = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), told.open() as file:
+            if os.fstat(file.fileno()).st_uid == os.getuid():
+                return file.read()
+        time.sleep(0.05)
+    raise ConfigError(f"rank 0 has chosen no port within {_PATIENCE_S:g} s (by {told}); give the launcher a --master_port")
+
+
+def _tasks_on_node(described: str, node: int) -> int:
+    """Tasks of the ``node``-th node, from Slurm's form: "8(x2),1" is 8, 8, 1."""
+    counts: list[int] = []
+    for part in described.split(","):
+        tasks, _, repeated = part.partition("(x")
+        counts += [int(tasks)] * int(repeated.rstrip(")") or 1)
+    return counts[node]
+
+
+def all_reduce_sums(values: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Add every tensor over all ranks in one collective, in float64; order and shapes must be the same everywhere."""
+    flat = [value.detach().to(device=device, dtype=torch.float64).reshape(-1) for value in values]
+    joined = torch.cat(flat)
+    dist.all_reduce(joined)
+    parts = joined.split([len(part) for part in flat])
+    return [part.view(value.shape) for value, part in zip(values, parts, strict=True)]
+
+
+def gather_objects(item: Any, world: World) -> list[Any]:
+    """Every rank's ``item``, in rank order, on every rank; needs no process group when there is one rank."""
+    if world.size == 1:
+        return [item]
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, item)
+    return gathered
+
+
+def broadcast_object(item: Any) -> Any:
+    """Rank 0's ``item`` on every rank."""
+    box = [item]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class Patience:
+    """Ranks that wait for one another as long as one of them gets on, whatever the time limit of collectives is.
+
+    Every rank makes one at the same point of the program, calls ``alive`` while it works, and ``meet`` where all have to be.
+
+    Args:
+        world: this process among its peers.
+        tick: called at least every second, while waiting too; may raise, to leave.
+        limit_s: without a sign of life from any rank for so long, ``meet`` raises TimeoutError, naming those that are missing.
+    """
+
+    def __init__(self, world: World, tick: Callable[[], object] = lambda: None, limit_s: float = 1800.0) -> None:
+        self._world, self._tick, self._limit_s = world, tick, limit_s
+        self._name, self._meetings = f"cfvlm_ds/patience/{next(_PATIENCES)}", 0
+        self._store: Any = None if world.size == 1 else dist.distributed_c10d._get_default_store()
+        self._spoken = -math.inf
+
+    def alive(self) -> None:
+        """This rank gets on; cheap enough for every item of work."""
+        self._tick()
+        if self._store is not None and (now := time.monotonic()) - self._spoken > _SIGN_OF_LIFE_S:
+            self._spoken = now
+            self._store.add(f"{self._name}/alive", 1)
+
+    def meet(self) -> None:
+        """Wait for every rank. A collective that comes next finds all of them there."""
+        self.alive()
+        if self._store is None:
+            return
+        self._meetings += 1
+        here = [f"{self._name}/{self._meetings}/{rank}" for rank in range(self._world.size)]
+        self._store.set(here[self._world.rank], "here")
+        signs, since = -1, time.monotonic()
+        while not self._store.check(here):
+            self._tick()
+            if (now_signs := self._store.add(f"{self._name}/alive", 0)) != signs:
+                signs, since = now_signs, time.monotonic()
+            if time.monotonic() - since > self._limit_s:
+                missing = ", ".join(str(rank) for rank, key in enumerate(here) if not self._store.check([key]))
+                raise TimeoutError(f"rank {missing} shows no life for {self._limit_s:.0f} s")
+            time.sleep(_POLL_S)
+
+
+def agreed(world: World, function: Callable[[], Any], patience: Patience | None = None) -> Any:
+    """What rank 0 finds, on every rank, and what it raises about it; the others wait with ``patience`` where it may take long."""
+    found = problem = None
+    if world.is_main:
+        try:
+            found = function()
+        except (ConfigError, OSError) as error:
+            problem = str(error)
+    if patience is not None:
+        patience.meet()
+    if world.size > 1:
+        found, problem = broadcast_object((found, problem))
+    if problem is not None:
+        raise ConfigError(problem)
+    return found
+
+
+_PATIENCES = itertools.count()
+_SIGN_OF_LIFE_S, _POLL_S = 5.0, 0.1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python and torch; every rank gets the same seed, because data order is a function of the seed and the position alone."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def apart() -> torch.Generator:
+    """The ``generator`` of every DataLoader: its iterators draw a seed, and from the common random numbers they would take one that
+    dropout has next, at a resume where an uninterrupted run takes none.
+    """
+    return torch.Generator()
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of Python's and torch's random numbers, on the CPU and on ``device``."""
+    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Go on from what ``random_state`` returned, there or on another kind of device."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextlib.contextmanager
+def random_kept(device: torch.device) -> Iterator[None]:
+    """Whatever draws random numbers inside the block, what follows it draws those that it would have drawn without."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(state, device)
+
+
+def cores_per_rank() -> int:
+    """Cores of this machine for each rank on it."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // local_ranks)
+
+
+def default_workers() -> int:
+    """Data workers per rank when not configured: the cores beside the one that computes, at least 1 and at most 4."""
+    return max(1, min(4, cores_per_rank() - 1))

@@ -1,0 +1,43 @@
+"""The errors of this package: what somebody's input is refused with, and what ends a run for a reason outside of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cfvlm_ds.core.secrets import without_secrets
+
+
+def unwritten(path: Path, error: OSError) -> str:
+    """Why a file could not be written: the file, which such errors often lack, and the system's own words."""
+    return f"{path} cannot be written ({error.strerror or error})"
+
+
+class InputError(ValueError):
+    """Input that its owner can correct. The message is one printable line without secrets, whatever it quotes.
+
+    Ids, paths and values come from files that nobody vouches for: a line break would end the sentence, an escape sequence would command
+    the terminal, and half a surrogate pair cannot be printed at all. Such characters are shown as Python writes them, and a quotation of
+    thousands of characters loses its middle.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in without_secrets(message))
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
+        super().__init__(line)
+
+
+class DataError(InputError):
+    """Bad input data. The message is one sentence that names the file, the row and the remedy."""
+
+
+class ConfigError(InputError):
+    """A configuration that cannot be run. The message names the option, its value and the remedy."""
+
+
+_LONGEST = 2000  # characters
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether a library raised this about what it was given: an Exception, or what libraries in Rust raise in its place, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -1,0 +1,144 @@
+"""Counterfactual groups: images x texts with a truth table, as plain data.
+
+A group is the unit of data. Image 0 and candidate 0 are the factual pair (the anchor); everything else is a counterfactual of it, or a
+sham: the anchor re-rendered with nothing changed. Shapes used throughout the package: G groups, I images, C candidates.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from cfvlm_ds.core.errors import DataError
+
+MAX_SIDE = 1024
+"""Images, and texts, that a group may have."""
+MAX_EDITS = 2 * MAX_SIDE
+MAX_CELLS = 1 << 16
+"""Cells of its truth table: comparisons are pairs of them, millions for so many."""
+SHAM = "sham"
+"""Edit type of an image that was rendered again with nothing changed: a positive for the factual text."""
+
+Pictures: TypeAlias = tuple[Path, ...]
+"""What a text is scored with: one picture as a rule, several where a prompt shows several, none for text alone."""
+
+Cells = Literal["anchor", "matched", "star", "full"]
+"""Which cells of a group are scored, each set containing the one before: the factual pair; every true pair; also, where the truth is known,
+the factual image with every text, and the anchor of each prompt's image with the texts of that prompt, its text with every image (of the
+first prompt: row 0 and column 0); everything."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A text to be scored, and the prompt it answers."""
+
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What distinguishes a counterfactual from the anchor; used to slice metrics, never by an objective.
+
+    ``image`` and ``text`` are indices into the group (None where the edit has no image, or no text, of its own); ``source`` and ``target``
+    are the words that changed.
+    """
+
+    type: str
+    image: int | None = None
+    text: int | None = None
+    source: str = ""
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class CounterfactualGroup:
+    """I images x C candidate texts with a truth table; (image 0, candidate 0) is the factual pair.
+
+    ``match[i][c]`` is 1 where text c is true of image i, 0 where it is false, None where that is unknown. An image is a tuple of pictures,
+    as many as every other image of its group has. ``meta`` is what else its row says, as JSON: read by nothing, and kept.
+    """
+
+    id: str
+    images: tuple[Pictures, ...]
+    candidates: tuple[Candidate, ...]
+    match: tuple[tuple[int | None, ...], ...]
+    edits: tuple[Edit, ...] = ()
+    weight: float = 1.0
+    source: str = ""
+    meta: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.images or not self.candidates:
+            raise DataError(f"group {self.id!r} needs at least one image and one text")
+        check_side(len(self.images), len(self.candidates), f"group {self.id!r}")
+        if len(self.edits) > MAX_EDITS:
+            raise DataError(
+                f"group {self.id!r} has {len(self.edits)} edits, and {MAX_EDITS} is the bound; name what each image or text changes once"
+            )
+        if len(self.match) != len(self.images) or any(len(row) != len(self.candidates) for row in self.match):
+            raise DataError(f"group {self.id!r}: match must be {len(self.images)} images x {len(self.candidates)} texts")
+        for i, line in enumerate(self.match):
+            for c, truth in enumerate(line):
+                if truth not in (0, 1, None):
+                    raise DataError(f"group {self.id!r}: match[{i}][{c}] is {truth!r}; it must be 1, 0 or None")
+        for index, pictures in enumerate(self.images):
+            if len(pictures) != self.num_pictures:
+                raise DataError(
+                    f"group {self.id!r}: image {index} has {len(pictures)} pictures and image 0 has {self.num_pictures}; split the row"
+                )
+            if len(set(pictures)) < len(pictures):
+                raise DataError(f"group {self.id!r}: image {index} shows a picture twice; name each once")
+        if not self.num_pictures and len(self.images) > 1:
+            raise DataError(f"group {self.id!r}: a group without an image has one image entry, with the path null; split the row")
+        if self.match[0][0] != 1:
+            raise DataError(f"group {self.id!r}: the first image and the first text must match; list the factual pair first")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise DataError(f"group {self.id!r}: weight must be a positive number, not {self.weight}; drop the row to leave it out")
+        for index, candidate in enumerate(self.candidates):
+            if not candidate.text.strip():
+                raise DataError(f"group {self.id!r}: text {index} is empty; write a text or remove it")
+        seen: dict[tuple[str, str], int] = {}
+        for index, candidate in enumerate(self.candidates):
+            key = (normalised(candidate.prompt), normalised(candidate.text))
+            if key in seen:
+                other = f"text {seen[key]} ({self.candidates[seen[key]].text!r})"
+                raise DataError(f"group {self.id!r}: text {index} equals {other}; a counterfactual must differ, remove one of them")
+            seen[key] = index
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures that a text is scored with: 1 as a rule, 0 without an image."""
+        return len(self.images[0])
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """A number per text, equal where texts answer one prompt: only those can be compared with each other."""
+        numbers: dict[str, int] = {}
+        return tuple(numbers.setdefault(candidate.prompt, len(numbers)) for candidate in self.candidates)
+
+    @property
+    def anchors(self) -> dict[int, tuple[int, int]]:
+        """Prompt (of prompt_ids) -> its first true (image, text), for the first prompt the factual pair; none where nothing is true."""
+        prompts, found = self.prompt_ids, dict[int, tuple[int, int]]()
+        for i, line in enumerate(self.match):
+            for c, truth in enumerate(line):
+                if truth == 1:
+                    found.setdefault(prompts[c], (i, c))
+        return found
+
+
+def normalised(text: str) -> str:
+    """Text in Unicode's composed form (NFC) with runs of white space collapsed: two texts equal in this form are the same caption."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def check_side(num_images: int, num_texts: int, where: str) -> None:
+    """Raise DataError for a group that is larger than any forward could take."""
+    if max(num_images, num_texts) > MAX_SIDE:
+        raise DataError(f"{where} has {num_images} images and {num_texts} texts, and {MAX_SIDE} is the bound for either; split the row")
+    if num_images * num_texts > MAX_CELLS:
+        raise DataError(f"{where} has {num_images} x {num_texts} images and texts, and {MAX_CELLS} pairs are the bound; split the row")

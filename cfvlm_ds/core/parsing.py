@@ -1,0 +1,216 @@
+"""Options: YAML and the command line to a RunConfig, with one sentence for what is unknown, of another type or out of range."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from cfvlm_ds.core.config import ENDLESS, SECTIONS, DataSet, RunConfig, ScenesConfig, TinyLlavaConfig, ranges
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.hints import nearest
+from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
+
+
+def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str | None = None) -> RunConfig:
+    """The run configuration from command-line arguments.
+
+    ``objectives`` maps the name of a term to a dataclass with at least ``weight``; a term of weight 0 is left out. Options may be given as
+    ``--train.learning_rate 1e-5`` or ``--train.learning_rate=1e-5``; ``--config FILE`` reads YAML; later ones win.
+
+    Raises ConfigError on an unknown option (naming the nearest valid one) or a value of the wrong type. ``--help`` and ``--print_config``
+    print and exit.
+    """
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Fine-tune a vision-language model with counterfactual objectives under DeepSpeed.",
+        epilog="example: deepspeed train.py --deepspeed ds_configs/z3.json --config examples/quickstart.yaml --train.max_steps 100",
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
+    parser.add_argument("--deepspeed", type=str, default="ds_configs/z3.json", help="DeepSpeed JSON; its 'auto' values take the run's")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; ignored")
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    for name, objective in objectives.items():
+        parser.add_class_arguments(objective, f"objective.{name}")
+    _check_yaml(argv, _option_names(parser))
+    try:
+        parsed = parser.parse_args(list(argv))
+        resolved = parsed.clone().as_dict()
+        _refuse_nulls(resolved, parser.get_defaults().as_dict())
+        built = parser.instantiate(parsed)
+    except ArgumentError as error:
+        message = str(error).replace("<unicode string>", (_config_files(argv) or ["--config"])[-1])
+        raise ConfigError(_one_sentence(message, _option_names(parser))) from error
+    except ConfigError:
+        raise
+    except Exception as error:  # the parser and YAML raise nearly anything on bytes that are no text, tags and thousands of brackets
+        given = ", ".join(_config_files(argv)) or "the options"
+        raise ConfigError(f"{given}: not a configuration ({type(error).__name__}: {error}); write YAML as in examples/") from error
+    for key in ("config", "local_rank"):
+        resolved.pop(key, None)
+    _check_ranges(resolved)
+    terms = {name: getattr(built.objective, name) for name in objectives}
+    active = {name: term for name, term in terms.items() if term.weight != 0}
+    if not active:
+        raise ConfigError("every objective has weight 0; give at least one of objective.NAME.weight a positive value")
+    values = {name: getattr(built, name) for name in SECTIONS}
+    return RunConfig(**values, objective=active, deepspeed=parsed.deepspeed, resolved=resolved)
+
+
+def _config_files(argv: Sequence[str]) -> list[str]:
+    separate = [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
+    return separate + [option.removeprefix("--config=") for option in argv if option.startswith("--config=")]
+
+
+def _check_yaml(argv: Sequence[str], options: Iterable[str]) -> None:
+    """ConfigError on what the parser would wait for, read without end, expand without end, or silently take the last of.
+
+    A named pipe or a file of more than MAX_SETTINGS bytes; a list of nine aliases of a list of nine aliases, and so on; a key given twice.
+    """
+    sections = {option.rpartition(".")[0] for option in options} - {""}
+    sections |= {section[:at] for section in sections for at, letter in enumerate(section) if letter == "."} | {"config"}
+    separate = [(flag, value) for flag, value in itertools.pairwise(argv) if "=" not in flag]
+    joined = [(flag, value) for flag, equals, value in (option.partition("=") for option in argv) if equals]
+    for flag, value in separate + joined:
+        if flag.removeprefix("--") in sections and os.path.exists(value):
+            try:
+                text = read_bytes(value, MAX_SETTINGS).decode()
+            except (OSError, UnicodeDecodeError):
+                continue  # named by the parser
+            except ValueError as error:
+                raise ConfigError(f"{flag} {value}: {error}") from error
+            check_document(text, value)
+        elif flag.startswith("--") and any(letter in value for letter in "*[{\n"):
+            check_document(value, value)
+
+
+def check_document(text: str, named: str) -> None:
+    """ConfigError on YAML that takes its parser, or whoever walks what it gives, without end, and on a key given twice."""
+    import yaml
+
+    steps = [1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", text)]
+    if (deepest := max(itertools.accumulate(steps), default=0)) > _DEPTH:  # YAML's parser takes hours for a hundred thousand
+        raise ConfigError(f"{named}: {deepest} brackets inside each other, and {_DEPTH} are the most; write YAML as in examples/")
+    mappings: list[dict[str, int] | None] = [None]  # of each open collection: its keys and their lines, or None for a list
+    is_key = [False]
+    aliases = 0
+    with contextlib.suppress(yaml.YAMLError):
+        for event in yaml.parse(text):
+            aliases += isinstance(event, yaml.AliasEvent)
+            if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+                mappings.pop()
+                is_key.pop()
+            keys, line = mappings[-1], event.start_mark.line + 1
+            if is_key[-1] and keys is not None and isinstance(event, yaml.ScalarEvent):
+                if event.value in keys:
+                    where = f"on line {line}, after line {keys[event.value]}"
+                    raise ConfigError(f"{named}: key {event.value!r} occurs twice in one section ({where}); keep one of them")
+                keys[event.value] = line
+            if isinstance(event, (yaml.CollectionStartEvent, yaml.ScalarEvent, yaml.AliasEvent)):
+                is_key[-1] = not is_key[-1] and mappings[-1] is not None
+            if isinstance(event, yaml.CollectionStartEvent):
+                mappings.append({} if isinstance(event, yaml.MappingStartEvent) else None)
+                is_key.append(isinstance(event, yaml.MappingStartEvent))
+    if aliases > _ALIASES:
+        raise ConfigError(f"{aliases} YAML aliases in {named}, and {_ALIASES} are the most; write the values out")
+
+
+_ALIASES = 20
+
+
+_DEPTH = 100
+
+
+def _refuse_nulls(values: Mapping[str, Any], defaults: Mapping[str, Any], section: str = "") -> None:
+    """jsonargparse lets a null pass for any option, and a plain value for a section: ConfigError for both."""
+    for name, default in defaults.items():
+        option, value = f"{section}{name}", values[name]
+        if default is not None and value is None:
+            raise ConfigError(f"{option}: null is not a value; leave the option out for its default")
+        if isinstance(default, dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{option}: expected options below it, got {value!r}; see --help")
+            _refuse_nulls(value, default, f"{option}.")
+
+
+_RANGES = {
+    **{option: within for name, section in SECTIONS.items() for option, within in ranges(section, f"{name}.").items()},
+    **ranges(TinyLlavaConfig, "build.tiny_llava."),
+}
+_TERM = {"weight": (0, 1e9), "warmup": (0, 1)}
+"""Of every term of the objective; they check the rest of their options themselves."""
+
+
+def _check_ranges(resolved: Mapping[str, Any]) -> None:
+    """ConfigError on a number that no run can have: one that is not finite, or outside the range of its option."""
+    train = resolved["train"]
+    for option, value in _numbers(resolved):
+        term = _TERM.get(option.rpartition(".")[2]) if option.startswith("objective.") else None
+        low, high = term or _RANGES.get(option, (-ENDLESS, ENDLESS))
+        if not low <= value <= high:
+            wrong = f"must not be negative, and is {value}" if value < low == 0 else f"must be from {low:.16g} to {high:.16g}, not {value}"
+            raise ConfigError(f"{option} {wrong}; leave it out for the default")
+    if train["max_steps"] == 0:
+        raise ConfigError("train.max_steps must be at least 1, or -1 to use train.num_train_epochs, not 0")
+    for split, given in resolved["data"]["evaluation"].items():
+        if isinstance(given, str) and given.lstrip().startswith("{"):  # the parser takes an object that it cannot read for a path
+            raise ConfigError(
+                f"data.evaluation: {given} is not a manifest; give NAME: PATH, or NAME: {{path: PATH, root: ..., format: ...}}"
+            )
+        if not re.fullmatch(r"\w[\w.+-]{0,99}", split, re.ASCII):
+            raise ConfigError(f"data.evaluation: {split!r} names files and metrics; use letters, digits and _ . + - for it")
+    tower = resolved["model"]["vision_tower"]["tuning"]
+    if (folder := resolved["data"]["feature_cache"]) is not None and tower != "frozen":
+        raise ConfigError(
+            f"data.feature_cache {folder!r} keeps what a frozen tower gives, and model.vision_tower.tuning is {tower}; set that to frozen "
+            "or leave the cache out"
+        )
+    if (best := train["save_best"]) is not None:
+        splits = sorted(resolved["data"]["evaluation"])
+        if not train["eval_steps"]:
+            raise ConfigError(f"train.save_best {best!r} needs evaluations during training; set train.eval_steps")
+        if not any(best.startswith(f"eval/{split}/") for split in splits):
+            raise ConfigError(
+                f"train.save_best {best!r} is no metric of data.evaluation ({', '.join(splits) or 'empty'}); write eval/SPLIT/METRIC"
+            )
+
+
+_SPLITS = "give NAME: PATH, or NAME: {path: PATH, root: FOLDER, format: NAME} with any of the last two"
+
+
+def _numbers(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, int | float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{section}{name}.")
+        elif isinstance(value, (int, float)):
+            yield f"{section}{name}", value
+
+
+def _option_names(parser: Any) -> list[str]:
+    """Every dotted option, those of the optional sections of ``build`` included, which the parser itself does not list."""
+    nested = {"build.scenes": ScenesConfig, "build.tiny_llava": TinyLlavaConfig}
+    return [a.dest for a in parser._actions] + [f"{name}.{f.name}" for name, section in nested.items() for f in fields(section)]
+
+
+def _one_sentence(message: str, names: Sequence[str]) -> str:
+    """jsonargparse's message on one line, with the nearest valid option where the user named an unknown one."""
+    message = " ".join(message.split())
+    if f"'{DataSet.__module__}.{DataSet.__name__}'" in message:  # pages about classes that nobody named
+        return f"data.evaluation: an entry is not a manifest; {_SPLITS}"
+    unknown = re.search(r"(?:[Uu]nrecognized arguments:|[Kk]ey|[Oo]ption) '?-{0,2}([\w.-]+)'?", message)
+    if not unknown or unknown[1] in names:
+        return message.removeprefix("Parser key ").replace('"', "")
+    # A key of a YAML section is reported beside its section; one that was given without any is compared with the last parts of options.
+    section = re.search(r"Group '([\w.]+)'|Parser key \"([\w.]+)\"", message)
+    option = f"{section[1] or section[2]}.{unknown[1]}" if section else unknown[1]
+    near = nearest(option, names)
+    return f"unknown option {option!r}" + (f"; did you mean {near!r}?" if near else "; see --help")

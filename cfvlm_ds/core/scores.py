@@ -1,0 +1,88 @@
+"""From logits to the score matrix, in fp32 whatever the compute dtype.
+
+S[g, i, c] = sum over response tokens t of log p(y_t | y_<t, image i, prompt), in nats. Shapes: N scored tokens, V vocabulary, G groups,
+I images, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cfvlm_ds.core.layout import GroupLayout
+
+LengthNorm = Literal["anchor", "own", "none"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-likelihoods of every scored cell of a batch of groups, in nats; 0 where ``layout.valid`` is false.
+
+    ``logp`` [G, I, C] sums over the text's tokens; ``end_logp`` [G, I, C] over its end-of-turn tokens; ``reference`` [G, I, C] is ``logp``
+    under the reference model; ``prior`` [G, C] is log p(text | blank image) under the reference model. The last two are stored data: they
+    never carry a gradient.
+    """
+
+    layout: GroupLayout
+    logp: Tensor
+    end_logp: Tensor
+    reference: Tensor | None = None
+    prior: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """The scores of batches that have one layout and different cells of it."""
+        logp, end_logp = (torch.stack([getattr(part, name) for part in parts]).sum(0) for name in ("logp", "end_logp"))
+        return replace(parts[0], logp=logp, end_logp=end_logp)
+
+
+def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log p(target) per row: logits [N, V] of any floating dtype, targets [N] -> [N] in nats.
+
+    The upcast comes before the softmax: a bfloat16 log-softmax over 152k entries shifts a 64-token sum by 0.1 nat, and margins are 0.25.
+    float64 stays float64.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return chosen - torch.logsumexp(logits, dim=-1)
+
+
+def score_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+    """Sum token log-probs into (logp, end_logp), each [G, I, C].
+
+    ``token_logp`` [N] nats; ``cell`` [N] flat index of the token's cell in [G, I, C]; ``is_end`` [N] bool marks end-of-turn tokens.
+    """
+    shape = layout.valid.shape
+    flat = token_logp.new_zeros(2, layout.valid.numel())
+    flat = flat.view(-1).index_add(0, cell + is_end.to(cell.dtype) * layout.valid.numel(), token_logp).view_as(flat)
+    return flat[0].view(shape), flat[1].view(shape)
+
+
+def token_counts(layout: GroupLayout, len_norm: LengthNorm) -> Tensor:
+    """The divisor of each cell, [G, I, C]: the anchor text's tokens for the whole group, the cell's own, or 1.
+
+    One normaliser per group is the default, because own-length means put a spurious gradient on the words two captions share.
+    """
+    if len_norm == "none":
+        return torch.ones_like(layout.num_tokens)
+    tokens = layout.num_tokens[:, :1, :1].expand_as(layout.num_tokens) if len_norm == "anchor" else layout.num_tokens
+    return tokens.clamp(min=1)
+
+
+def normalised_scores(scores: Scores, len_norm: LengthNorm, pmi: float = 0.0) -> Tensor:
+    """S = (log p(text | image) - pmi * log p(text | blank)) / tokens, [G, I, C].
+
+    With ``pmi`` = 1 this is pointwise mutual information per token; the prior cancels wherever one text is compared on two images.
+
+    Raises ValueError when ``pmi`` is not 0 and the scores carry no prior.
+    """
+    logp = scores.logp
+    if pmi:
+        if scores.prior is None:
+            raise ValueError("pmi needs stored blind scores: write them with `cfvlm-ds score` and pass --data.scores")
+        logp = logp - pmi * scores.prior.detach().to(logp).unsqueeze(1)
+    return logp / token_counts(scores.layout, len_norm)

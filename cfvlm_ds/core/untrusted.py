@@ -1,0 +1,72 @@
+"""Names and links in files that somebody else made: where they may lead, and how a file is written so that it cannot land elsewhere."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import create as create
+from cfvlm_ds.core.files import remove as remove
+
+_LONGEST_NAME = 255  # bytes: what file systems take
+
+
+def bare_name(name: Any, said_by: Path | str, ending: str = "") -> str:
+    """``name`` where it is one file's name and no path. Raises ConfigError naming the file ``said_by`` that has it.
+
+    It is neither empty nor ``.`` or ``..``, has no separator of any system and only printable characters, and ends in ``ending``.
+    """
+    wrong = None
+    if not isinstance(name, str):
+        wrong = f"is a {type(name).__name__}, not a file name"
+    elif name in ("", ".", "..") or "/" in name or "\\" in name:
+        wrong = "is no bare file name, and files are only taken from the folder itself"
+    elif not name.isprintable() or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
+        wrong = "is no name that a file can have"
+    elif not name.endswith(ending):
+        wrong = f"does not end in {ending}"
+    if wrong:
+        raise ConfigError(f"{said_by}: {str(name)[:300]!r} {wrong}; correct it, or get the folder again")
+    return str(name)
+
+
+def own_file(folder: Path, name: Any, said_by: Path | str) -> Path:
+    """The file of ``folder`` that ``name`` means: bare names, one below the other. Raises ConfigError for any other name, and for a link
+    that leads out of the folder."""
+    parts = name.split("/") if isinstance(name, str) else [name]
+    path = folder.joinpath(*(bare_name(part, said_by) for part in parts))
+    refuse_foreign(path, folder)
+    return path
+
+
+def refuse_foreign(path: Path, folder: Path) -> None:
+    """ConfigError where ``path``, links followed, is outside of ``folder``. A hub cache's snapshot may link to the blobs beside it."""
+    try:
+        target, inside = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise ConfigError(f"{path} cannot be followed ({error}); put the file itself there") from error
+    blobs = [inside.parent.parent / "blobs"] if inside.parent.name == "snapshots" else []
+    if not any(target.is_relative_to(allowed) for allowed in (inside, *(blob.resolve() for blob in blobs))):
+        raise ConfigError(f"{path} leads out of its folder, to {target}; put the file itself there")
+
+
+def refuse_link(path: Path, remedy: str) -> None:
+    """ConfigError where something would be written to, or put in place of, what a link leads to."""
+    if path.is_symlink():
+        raise ConfigError(f"{path} is a link to {os.readlink(path)}, and nothing is written through a link; {remedy}")
+
+
+def output_file(path: Path) -> Path:
+    """``path``, to which a result is to be written, with its folder made. Raises ConfigError where that will not be possible."""
+    refuse_link(path, "name the file itself with --out")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is there and is no file; name another one with --out")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error}); name another file with --out") from error
+    return path

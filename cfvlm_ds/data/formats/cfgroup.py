@@ -1,0 +1,137 @@
+"""The native row, ``cfgroup/1``: one JSON object per line.
+
+    {"schema": "cfgroup/1", "id": "dog-17", "source": "mine", "prompt": "Describe the image.",
+     "images": [{"id": "i0", "path": "img/17.jpg"}, {"id": "i1", "path": "img/17_edit.jpg"}],
+     "texts":  [{"id": "t0", "text": "two dogs"}, {"id": "t1", "text": "three dogs"}],
+     "match":  [["i0", "t0", 1], ["i0", "t1", 0], ["i1", "t0", 0], ["i1", "t1", 1]],
+     "edits":  [{"type": "count", "image": "i1", "text": "t1", "from": "two", "to": "three"}],
+     "weight": 1.0}
+
+``match`` lists what is known: 1 the text is true of the image, 0 it is false. A cell that is not listed is unknown and is never used as a
+negative. A text may carry its own ``prompt``. Several pictures that are shown together are one entry of ``images`` with a list as ``path``;
+a row of text alone has one entry, whose ``path`` is null.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures, check_side
+from cfvlm_ds.data.formats.fields import as_meta, check_keys, index, items, lookup, number, required, string
+
+SCHEMA = "cfgroup/1"
+_GROUP_KEYS = ("schema", "id", "source", "split", "license", "prompt", "images", "texts", "match", "edits", "weight", "meta")
+_IMAGE_KEYS = ("id", "path", "role", "sha256", "meta")
+_TEXT_KEYS = ("id", "text", "prompt", "role", "meta")
+_EDIT_KEYS = ("type", "image", "text", "from", "to", "meta")
+
+
+def native_group(row: Mapping[str, Any]) -> CounterfactualGroup:
+    """A ``cfgroup/1`` row as a group. Raises DataError."""
+    return from_row(row, Path())
+
+
+def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
+    """One ``cfgroup/1`` row as a group; image paths are joined to ``root`` and not opened here.
+
+    Raises DataError (without file and line, which the caller knows) on a missing or unknown key, a duplicate or unknown id, a truth value
+    other than 0 or 1, or anything CounterfactualGroup refuses.
+    """
+    check_keys(row, _GROUP_KEYS, "row")
+    if row.get("schema", SCHEMA) != SCHEMA:
+        raise DataError(f"schema is {row['schema']!r}, this version reads {SCHEMA!r}; convert the file")
+    group_id = str(required(row, "id", "row"))
+    where = f"group {group_id!r}"
+    images = items(row, "images", _IMAGE_KEYS, where)
+    texts = items(row, "texts", _TEXT_KEYS, where)
+    check_side(len(images), len(texts), where)
+    image_index = index(images, f"{where}: images")
+    text_index = index(texts, f"{where}: texts")
+    match: list[list[int | None]] = [[None] * len(texts) for _ in images]
+    cells = required(row, "match", where)
+    if not isinstance(cells, list):
+        raise DataError(f"{where}: 'match' must be a list of [image id, text id, 0 or 1], not {cells!r}")
+    for cell in cells:
+        if not isinstance(cell, list) or len(cell) != 3 or type(cell[2]) is not int or cell[2] not in (0, 1):
+            raise DataError(f"{where}: match entry {cell!r} must be [image id, text id, 0 or 1]")
+        i, c = lookup(image_index, cell[0], f"{where}: match"), lookup(text_index, cell[1], f"{where}: match")
+        if match[i][c] not in (None, cell[2]):
+            raise DataError(f"{where}: match says both 0 and 1 for ({cell[0]}, {cell[1]}); keep one")
+        match[i][c] = cell[2]
+    prompt = string({"prompt": ""} | dict(row), "prompt", where)
+    listed, edits = row.get("edits", []), []
+    if not isinstance(listed, list) or not all(isinstance(edit, Mapping) for edit in listed):
+        raise DataError(f"{where}: 'edits' must be a list of objects, not {listed!r}")
+    for edit in listed:
+        check_keys(edit, _EDIT_KEYS, f"{where}: edits")
+        image, text = edit.get("image"), edit.get("text")
+        edits.append(
+            Edit(
+                type=str(required(edit, "type", f"{where}: edits")),
+                image=None if image is None else lookup(image_index, image, f"{where}: edits"),
+                text=None if text is None else lookup(text_index, text, f"{where}: edits"),
+                source=str(edit.get("from", "")),
+                target=str(edit.get("to", "")),
+            )
+        )
+    return CounterfactualGroup(
+        id=group_id,
+        images=tuple(_pictures(image, root, f"{where}: images") for image in images),
+        candidates=tuple(
+            Candidate(string({"prompt": prompt} | dict(text), "prompt", f"{where}: texts"), string(text, "text", f"{where}: texts"))
+            for text in texts
+        ),
+        match=tuple(tuple(line) for line in match),
+        edits=tuple(edits),
+        weight=number(row.get("weight", 1.0), f"{where}: weight"),
+        source=str(row.get("source", "")),
+        meta=as_meta(row.get("meta")),
+    )
+
+
+def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The ``cfgroup/1`` row of a group; the inverse of from_row. Image paths are written relative to ``root``; ``meta``, where it is given,
+    is written in place of the group's own."""
+    prompts = {candidate.prompt for candidate in group.candidates}
+    shared = group.candidates[0].prompt if len(prompts) == 1 else ""
+    row: dict[str, Any] = {
+        "schema": SCHEMA,
+        "id": group.id,
+        "source": group.source,
+        "prompt": shared,
+        "images": [
+            {"id": f"i{i}", "path": _paths([picture.relative_to(root).as_posix() for picture in pictures])}
+            for i, pictures in enumerate(group.images)
+        ],
+        "texts": [
+            {"id": f"t{c}", "text": candidate.text} | ({} if candidate.prompt == shared else {"prompt": candidate.prompt})
+            for c, candidate in enumerate(group.candidates)
+        ],
+        "match": [[f"i{i}", f"t{c}", truth] for i, line in enumerate(group.match) for c, truth in enumerate(line) if truth is not None],
+        "edits": [
+            {"type": edit.type}
+            | ({} if edit.image is None else {"image": f"i{edit.image}"})
+            | ({} if edit.text is None else {"text": f"t{edit.text}"})
+            | {"from": edit.source, "to": edit.target}
+            for edit in group.edits
+        ],
+        "weight": group.weight,
+    }
+    own = dict(meta) if meta else json.loads(group.meta or "null")
+    return row | ({"meta": own} if own else {})
+
+
+def _pictures(image: Mapping[str, Any], root: Path, where: str) -> Pictures:
+    path = required(image, "path", where)
+    listed = path if isinstance(path, list) else [] if path is None else [path]
+    if not all(isinstance(name, str) for name in listed) or path == []:
+        raise DataError(f"{where}: 'path' must be a string, a list of strings, or null for text alone, not {path!r}")
+    return tuple(root / name for name in listed)
+
+
+def _paths(names: list[str]) -> str | list[str] | None:
+    return names if len(names) > 1 else names[0] if names else None

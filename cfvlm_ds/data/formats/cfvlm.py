@@ -1,0 +1,57 @@
+"""The data format of CF-VLM's released code (arXiv 2506.17267): a captioned image and K counterfactual captions with images of theirs.
+
+    {"orig_input": "COCO Yes: <|vision_start|>coco/17.jpg<|vision_end|>", "orig_output": "two dogs on a lawn",
+     "cf_samples": [{"cf_text": "three dogs on a lawn", "cf_image_path": "cf/17_0.png"}]}
+
+Its files hold one object per line and are named .json. Further keys, of a row or a sample, are metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.data.formats.fields import as_meta, further_keys, string
+
+_KEYS = ("orig_input", "orig_output", "cf_samples")
+_SAMPLE_KEYS = ("cf_text", "cf_image_path")
+_INPUT = re.compile(r"(?P<before>.*?)<\|vision_start\|>(?P<path>.+?)<\|vision_end\|>(?P<after>.*)", re.DOTALL)
+
+
+def cfvlm_group(row: Mapping[str, Any]) -> CounterfactualGroup:
+    """One row as a group: image 0 and text 0 as given, image k and text k the k-th sample.
+
+    A sample's text is false of the original's image, and the other way round; what two samples are to each other is unknown.
+
+    The prompt is what ``orig_input`` has around the image's path. A row has no id and is named by a hash of its contents. Raises DataError
+    (without file and line) on a missing or misspelt key, a value of another type, an input without exactly one image, or anything
+    CounterfactualGroup refuses.
+    """
+    further = further_keys(row, _KEYS, "row")
+    found = _INPUT.fullmatch(string(row, "orig_input", "row"))
+    if found is None or "<|vision_start|>" in found["after"]:
+        raise DataError("row: 'orig_input' must hold one image as <|vision_start|>PATH<|vision_end|>; write it so")
+    samples = row.get("cf_samples")
+    if not isinstance(samples, list) or not all(isinstance(sample, Mapping) for sample in samples):
+        raise DataError(f"row: 'cf_samples' must be a list of objects, not {samples!r}")
+    if any(of_samples := [further_keys(sample, _SAMPLE_KEYS, "row: cf_samples") for sample in samples]):
+        further["cf_samples"] = of_samples
+    paths = [found["path"].strip(), *(string(sample, "cf_image_path", "row: cf_samples") for sample in samples)]
+    texts = [string(row, "orig_output", "row"), *(string(sample, "cf_text", "row: cf_samples") for sample in samples)]
+    prompt = f"{found['before']} {found['after']}".strip()
+    digest = hashlib.sha256("\0".join([prompt, *paths, *texts]).encode("utf-8", "surrogatepass")).hexdigest()
+    size = range(len(paths))
+    return CounterfactualGroup(
+        id=f"cfvlm-{digest[:16]}",
+        images=tuple((Path(path),) for path in paths),
+        candidates=tuple(Candidate(prompt, text) for text in texts),
+        match=tuple(tuple(1 if i == c else 0 if 0 in (i, c) else None for c in size) for i in size),
+        edits=tuple(Edit("counterfactual", image=k, text=k) for k in size[1:]),
+        source="cfvlm",
+        meta=as_meta(further),
+    )

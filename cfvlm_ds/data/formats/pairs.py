@@ -1,0 +1,41 @@
+"""Winoground-style rows: two images and two captions, where caption k is true of image k only (Thrush et al. 2022, arXiv 2204.03162).
+
+    {"id": "7", "image_0": "7a.png", "image_1": "7b.png", "caption_0": "a dog chases a cat", "caption_1": "a cat chases a dog",
+     "prompt": "Describe the image.", "edit": "relation"}
+
+``id``, ``prompt`` and ``edit`` (the type of the difference) are optional. Further keys, such as Winoground's own ``tag``, are metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.data.formats.fields import as_meta, further_keys, string
+
+_PAIR_KEYS = ("image_0", "image_1", "caption_0", "caption_1")
+_KEYS = (*_PAIR_KEYS, "id", "prompt", "edit")
+
+
+def pair_group(row: Mapping[str, Any]) -> CounterfactualGroup:
+    """One row as a group of 2 images x 2 texts whose truth table is the identity; image paths are as written.
+
+    A row without ``id`` is named by a hash of its files and captions: the name does not change when rows move, and a repeated row is found
+    as a duplicate id. Raises DataError (without file and line) on a missing or misspelt key, a value that is not a string, or anything
+    CounterfactualGroup refuses, such as two equal captions.
+    """
+    further = further_keys(row, _KEYS, "row")
+    image_0, image_1, caption_0, caption_1 = values = [string(row, key, "row") for key in _PAIR_KEYS]
+    prompt = string(row, "prompt", "row") if "prompt" in row else ""
+    digest = hashlib.sha256("\0".join([*values, prompt]).encode("utf-8", "surrogatepass")).hexdigest()
+    return CounterfactualGroup(
+        id=str(row.get("id", f"pair-{digest[:16]}")),
+        images=((Path(image_0),), (Path(image_1),)),
+        candidates=(Candidate(prompt, caption_0), Candidate(prompt, caption_1)),
+        match=((1, 0), (0, 1)),
+        edits=(Edit(type=string(row, "edit", "row"), image=1, text=1),) if "edit" in row else (),
+        meta=as_meta(further),
+    )

@@ -1,0 +1,114 @@
+"""What a check of a data set has found, and how a person reads it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+
+from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
+
+_SHOWN_PROBLEMS = 50
+
+
+_SHOWN, _SHOWN_CHARS = 30, 60  # edit types and keys of metadata in a line, and characters of each
+
+
+@dataclass
+class CheckReport:
+    """What a manifest contains, over its well-formed rows, and everything that is wrong with it (one sentence each, file and row first)."""
+
+    manifest: str
+    num_groups: int = 0
+    num_images: int = 0
+    """Distinct files, broken ones included."""
+    num_texts: int = 0
+    num_cells: int = 0
+    num_unknown_cells: int = 0
+    """Cells of the truth tables that ``match`` does not list."""
+    edit_types: Counter[str] = field(default_factory=Counter)
+    num_counterfactuals: Counter[int] = field(default_factory=Counter)
+    """K -> number of groups with K counterfactuals beside the factual pair (shams not counted)."""
+    longest_text: int = 0
+    longest_text_unit: str = "characters"
+    """"tokens" (prompt, image and text) where a text length was given, else "characters" of the text alone."""
+    longest_text_where: str = ""
+    visual_tokens: array[int] = field(default_factory=lambda: array("I"))
+    """Of every distinct image (its pictures together), where the model is known."""
+    metadata: Counter[str] = field(default_factory=Counter)
+    """Further key of rows -> number of groups that keep it."""
+    problems: list[str] = field(default_factory=list)
+
+    def add_group(self, group: CounterfactualGroup) -> None:
+        """Count what a well-formed row contains."""
+        self.num_groups += 1
+        self.num_texts += len(group.candidates)
+        self.num_cells += len(group.images) * len(group.candidates)
+        self.num_unknown_cells += sum(line.count(None) for line in group.match)
+        meta = json.loads(group.meta or "null")
+        self.metadata.update(map(repr, meta) if isinstance(meta, dict) else ["meta"] if meta else ())
+        self.edit_types.update(edit.type for edit in group.edits)
+        shams = {edit.image for edit in group.edits if edit.type == SHAM and edit.image is not None}
+        self.num_counterfactuals[max(len(group.images) - len(shams), len(group.candidates)) - 1] += 1
+
+    def add_images(self, number: int) -> None:
+        """Count distinct image files."""
+        self.num_images += number
+
+    def note_length(self, length: int, unit: str, where: str) -> None:
+        """A text's length in ``unit``, the same for all of them; the longest is reported."""
+        self.longest_text_unit = unit
+        if length > self.longest_text:
+            self.longest_text, self.longest_text_where = length, where
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    @property
+    def visual_range(self) -> str:
+        """Least, median and most visual tokens of an image; empty where the model is not known or nothing is shown."""
+        if not self.visual_tokens:
+            return ""
+        low, middle, high = min(self.visual_tokens), statistics.median_low(self.visual_tokens), max(self.visual_tokens)
+        return f"min {low}, median {middle}, max {high} an image"
+
+    @property
+    def unused(self) -> str:
+        """The keys of ``metadata`` with their counts, the most frequent ones by name."""
+        return f"{_counted(self.metadata)} (kept, not used)"
+
+    def __str__(self) -> str:
+        lines = [
+            ("manifest", self.manifest),
+            ("groups", str(self.num_groups)),
+            ("images", f"{self.num_images} distinct files"),
+            ("texts", str(self.num_texts)),
+            ("unknown cells", f"{self.num_unknown_cells} of {self.num_cells}"),
+            ("edit types", _counted(self.edit_types) or "none named"),
+            ("counterfactuals", ", ".join(f"K={k}: {count} groups" for k, count in sorted(self.num_counterfactuals.items())) or "none"),
+            (
+                "longest text",
+                f"{self.longest_text} {self.longest_text_unit}" + f" ({self.longest_text_where})" * bool(self.longest_text_where),
+            ),
+        ]
+        if self.visual_tokens:
+            lines.append(("visual tokens", self.visual_range))
+        if self.metadata:
+            lines.append(("metadata", self.unused))
+        lines.append(("problems", str(len(self.problems)) if self.problems else "none"))
+        table = [f"{name:<16} {value}" for name, value in lines]
+        table += [f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
+        if len(self.problems) > _SHOWN_PROBLEMS:
+            table.append(f"  ... and {len(self.problems) - _SHOWN_PROBLEMS} more")
+        return "\n".join(table)
+
+
+def _counted(counts: Counter[str]) -> str:
+    """Names with their counts, on one line that ends."""
+    shown = [f"{name if len(name) <= _SHOWN_CHARS else f'{name[:_SHOWN_CHARS]}...'} {count}" for name, count in counts.most_common(_SHOWN)]
+    more = len(counts) - len(shown)
+    return ", ".join([*(" ".join(each.split()) for each in shown), *[f"and {more} more"] * bool(more)])

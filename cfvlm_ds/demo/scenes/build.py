@@ -1,0 +1,257 @@
+"""Scenes -> an ordinary folder of ``cfgroup/1`` manifests and PNG files; nothing in it tells that the data is synthetic.
+
+Splits: ``train`` and ``test_iid`` (planted correlation 90 %), ``test_corr50`` and ``test_corr10`` (the same at 50 % and 10 %), all without
+held-out combinations, and ``test_combo`` (50 %; the factual scene of every group has a held-out combination).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+from PIL import Image, ImageChops
+
+from cfvlm_ds.core.config import ScenesConfig
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.demo.scenes.edits import EDITS, is_minimal, scene_difference
+from cfvlm_ds.demo.scenes.grammar import PHRASINGS, describe, difference, holds, say
+from cfvlm_ds.demo.scenes.render import boxes, render
+from cfvlm_ds.demo.scenes.world import GRID, Rule, Scene, draw_plan, draw_scene, shake
+
+PROMPT = "Describe the image."
+SOURCE = "scenes"
+RULES = {
+    "train": Rule(0.9),
+    "test_iid": Rule(0.9),
+    "test_combo": Rule(0.5, held_out="must"),
+    "test_corr50": Rule(0.5),
+    "test_corr10": Rule(0.1),
+}
+GENERATOR = 3
+"""Raised whenever the same settings would give other data, so that an older folder is not taken for the new one."""
+
+_MIN_CHANGED = 24  # pixels of a 48 x 48 image that an edit must change visibly, scaled with the area
+_VISIBLE = 24  # levels of grey
+_MAX_DRAWS = 2000  # one in seven scenes allows the rarest edit, one in forty the two rarest together
+
+
+@dataclass(frozen=True)
+class SceneGroup:
+    """A group before it is written: the anchor, K edits of it (with their types) and perhaps a sham, said in one phrasing."""
+
+    scenes: tuple[Scene, ...]
+    edits: tuple[str, ...]
+    sham: Scene | None
+    phrasing: int
+    a_first: bool
+
+    @property
+    def pictured(self) -> tuple[Scene, ...]:
+        """The scenes that get an image, in the group's image order."""
+        return self.scenes if self.sham is None else (*self.scenes, self.sham)
+
+
+def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = print) -> Path:
+    """Write the manifests, ``images/`` and ``scenes.json`` under ``config.out_dir`` and return that folder.
+
+    Does nothing if the folder already holds these scenes. It is built beside its place and renamed into it when complete, so a killed
+    build leaves nothing that looks finished; one process at a time may build a folder. Raises DataError on settings that cannot be built,
+    or if the folder holds something else.
+    """
+    _check(config)
+    out = Path(config.out_dir).resolve()
+    settings = _settings(config)
+    if _is_complete(out, settings):
+        return out
+    partial = out.with_name(f".{out.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+    sizes = {split: config.num_train if split == "train" else config.num_test for split in RULES}
+    total, done, num_images = sum(sizes.values()), 0, 0
+    digest = hashlib.sha256()
+    start = last = time.monotonic()
+    for split, size in sizes.items():
+        (partial / "images" / split).mkdir(parents=True)
+        with open(partial / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as manifest:
+            for index in range(size):
+                line, images = _write_group(config, split, index, partial)
+                manifest.write(line + "\n")
+                digest.update(line.encode())
+                for image in images:
+                    digest.update(image.tobytes())
+                num_images += len(images)
+                done += 1
+                now = time.monotonic()
+                if now - last > 5:
+                    last, rate = now, done / (now - start)
+                    progress(
+                        f"scenes: {done}/{total} groups, {num_images / (now - start):.0f} scenes/s, {(total - done) / rate:.0f} s left"
+                    )
+    seconds = time.monotonic() - start
+    record = {
+        "settings": settings,
+        "content_sha256": digest.hexdigest(),
+        "num_groups": sizes,
+        "num_images": num_images,
+        "scenes_per_second": round(num_images / seconds, 1),
+    }
+    (partial / "scenes.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if out.exists():
+        out.rmdir()  # empty, _is_complete has looked
+    os.replace(partial, out)
+    progress(f"scenes: {total} groups, {num_images} images in {out}, {num_images / seconds:.0f} scenes/s")
+    return out
+
+
+def _check(config: ScenesConfig) -> None:
+    if config.num_train < 1 or config.num_test < 1 or config.num_counterfactuals < 1:
+        raise DataError("scenes: num_train, num_test and num_counterfactuals must be at least 1")
+    if config.image_size < GRID:
+        raise DataError(f"scenes: image_size is {config.image_size}; below {GRID} pixels the things cannot be told apart")
+    if not 0 <= config.sham_share <= 1:
+        raise DataError(f"scenes: sham_share must be between 0 and 1, not {config.sham_share}")
+    weights = config.edit_weights
+    if weights is not None and (set(weights) - set(EDITS) or any(w < 0 for w in weights.values()) or not sum(weights.values())):
+        raise DataError(f"scenes: edit_weights must be non-negative and not all 0; the types are {', '.join(EDITS)}")
+
+
+def draw_group(config: ScenesConfig, split: str, index: int) -> SceneGroup:
+    """Group ``index`` of a split; depends on nothing but the arguments (``out_dir`` and the number of groups do not matter).
+
+    The first edit's type is drawn before the scene (in tests: taken in turn), so that rarely applicable types are as frequent as others;
+    further ones are drawn from those that apply. Raises DataError if no scene allows that many edits of the weighted types, RuntimeError
+    if an edit is not exact, which would be a bug.
+    """
+    rng, rule = Random(f"{config.seed}/{split}/{index}"), RULES[split]
+    test = split != "train"
+    weights = dict.fromkeys(EDITS, 1.0) if test or config.edit_weights is None else {k: config.edit_weights.get(k, 0.0) for k in EDITS}
+    first = list(EDITS)[index % len(EDITS)] if test else rng.choices(list(weights), list(weights.values()))[0]
+    num_edits = 1 if test else config.num_counterfactuals
+    plan = draw_plan(rng, rule)
+    may_hold_out = rule.held_out != "never"
+    for _ in range(_MAX_DRAWS):
+        anchor = draw_scene(rng, rule, plan)
+        edits = _draw_edits(rng, anchor, first, num_edits, weights, may_hold_out, config.image_size)
+        if edits is not None:
+            break
+    else:
+        raise DataError(
+            f"scenes: no scene allows {num_edits} different edits of these types; lower num_counterfactuals or weight more types"
+        )
+    sham = shake(anchor, rng) if test or rng.random() < config.sham_share else None
+    scenes = (anchor, *(scene for _, scene in edits))
+    return SceneGroup(scenes, tuple(kind for kind, _ in edits), sham, rng.randrange(len(PHRASINGS)), rng.random() < 0.5)
+
+
+def as_group(drawn: SceneGroup, group_id: str, images: tuple[Path, ...]) -> CounterfactualGroup:
+    """The group with its truth table, which is read off the scene graphs.
+
+    Raises RuntimeError if an edit's text is true of the anchor or the anchor's text of an edit, which would be a bug.
+    """
+    claims = [describe(scene, drawn.a_first) for scene in drawn.scenes]
+    match = tuple(tuple(int(holds(claim, scene)) for claim in claims) for scene in drawn.pictured)
+    for k in range(1, len(claims)):
+        if not match[k][k] or match[0][k] or match[k][0]:
+            raise RuntimeError(
+                f"scenes: the {drawn.edits[k - 1]} edit of group {group_id} is not a counterfactual: {claims[0]} / {claims[k]}"
+            )
+    edits = [
+        Edit(kind, image=k, text=k, source=words[0], target=words[1])
+        for k, kind in enumerate(drawn.edits, start=1)
+        for words in [difference(claims[0], claims[k], drawn.phrasing)]
+    ]
+    if drawn.sham is not None:
+        edits.append(Edit(SHAM, image=len(drawn.scenes)))
+    candidates = tuple(Candidate(PROMPT, say(claim, drawn.phrasing)) for claim in claims)
+    return CounterfactualGroup(group_id, tuple((image,) for image in images), candidates, match, tuple(edits), source=SOURCE)
+
+
+def check_pixels(before: Scene, after: Scene, image_size: int) -> bool:
+    """Whether an edit is visible, after making sure that it changed no pixel away from the edited things (RuntimeError: a bug)."""
+    change = ImageChops.difference(render(before, image_size), render(after, image_size))
+    grey = change.convert("L")
+    changed = scene_difference(before, after)
+    for index in (0, 1):
+        if changed & {"spots", "front"} or any(name.startswith(f"{index}.") for name in changed):
+            for box in boxes(before, index, image_size) + boxes(after, index, image_size):
+                change.paste((0, 0, 0), box)
+    if change.getbbox() is not None:
+        raise RuntimeError(f"scenes: an edit of {sorted(changed)} changed pixels away from the things it edits: {before}")
+    return sum(grey.histogram()[_VISIBLE:]) >= _MIN_CHANGED * image_size**2 // GRID**2
+
+
+def _draw_edits(
+    rng: Random, anchor: Scene, first: str, num_edits: int, weights: Mapping[str, float], may_hold_out: bool, image_size: int
+) -> list[tuple[str, Scene]] | None:
+    """``num_edits`` different visible edits, of different types as long as there are such; None if the anchor does not allow them."""
+    edits: list[tuple[str, Scene]] = []
+    queue = [first]
+    for _ in range(len(EDITS) * num_edits):
+        queue = queue or _shuffled(rng, weights)
+        kind = queue.pop(0)
+        scene = EDITS[kind](anchor, rng, may_hold_out)
+        if scene is not None and not is_minimal(kind, scene_difference(anchor, scene)):
+            raise RuntimeError(f"scenes: the {kind} edit changed {sorted(scene_difference(anchor, scene))}")
+        if scene is None or not check_pixels(anchor, scene, image_size):
+            if not edits:
+                return None  # the first type is wanted: draw another scene
+        elif all(describe(scene, True) != describe(other, True) for _, other in edits):
+            edits.append((kind, scene))
+        if len(edits) == num_edits:
+            return edits
+    return None
+
+
+def _shuffled(rng: Random, weights: Mapping[str, float]) -> list[str]:
+    """The types with a positive weight in random order, heavier ones earlier."""
+    left = {kind: weight for kind, weight in weights.items() if weight > 0}
+    order = []
+    while left:
+        order.append(rng.choices(list(left), list(left.values()))[0])
+        del left[order[-1]]
+    return order
+
+
+def _write_group(config: ScenesConfig, split: str, index: int, root: Path) -> tuple[str, list[Image.Image]]:
+    """Write the images of a group; returns its manifest line and the images."""
+    drawn = draw_group(config, split, index)
+    group_id = f"{split}-{index:05d}"
+    paths = tuple(root / "images" / split / f"{group_id}-{i}.png" for i in range(len(drawn.pictured)))
+    images = [render(scene, config.image_size) for scene in drawn.pictured]
+    for path, image in zip(paths, images, strict=True):
+        image.save(path, compress_level=1)
+    row = to_row(as_group(drawn, group_id, paths), root)
+    return json.dumps(row, ensure_ascii=False, sort_keys=False), images
+
+
+def _settings(config: ScenesConfig) -> dict[str, object]:
+    settings = {key: value for key, value in asdict(config).items() if key != "out_dir"}
+    settings["edit_weights"] = None if config.edit_weights is None else dict(config.edit_weights)
+    return {"generator": GENERATOR} | settings
+
+
+def _is_complete(out: Path, settings: dict[str, object]) -> bool:
+    """True: holds these scenes; False: free to build. Raises DataError if the folder holds anything else."""
+    record = out / "scenes.json"
+    if record.exists():
+        try:
+            found = json.loads(record.read_text(encoding="utf-8")).get("settings")
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"{record} is unreadable ({error}); delete the folder {out} or choose another out_dir") from error
+        if found != settings:
+            raise DataError(f"{out} holds scenes of other settings ({found}); choose another out_dir or delete the folder")
+        return True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and was not made by build_scenes; choose another out_dir")
+    return False

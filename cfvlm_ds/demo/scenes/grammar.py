@@ -1,0 +1,120 @@
+"""Captions: what is claimed of a scene, several ways to say it, and the check of whether a claim is true of a scene.
+
+A caption always says shape, colour and number of both things and their relation; texture and size where they are not the default. An
+anchor and its counterfactuals use the same phrasing and the same mention order, so they differ only in the words of the edited factor.
+Numbers are exact ("a" is one), an unsaid texture or size is left open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from cfvlm_ds.demo.scenes.world import OPPOSITE, Rule, Scene, Thing, draw_plan, draw_scene
+
+_NUMBERS = {1: "a", 2: "two", 3: "three"}
+_OF = {"left": "left of", "right": "right of", "above": "above", "below": "below", "front": "in front of", "behind": "behind"}
+_TO = _OF | {"left": "to the left of", "right": "to the right of"}
+_SIDE = {"left": "to the left", "right": "to the right", "above": "above", "below": "below", "front": "in front", "behind": "behind"}
+_AT = _SIDE | {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
+
+PHRASINGS = (
+    "{x} {of} {y}",
+    "{x} {to} {y}",
+    "we see {x} {of} {y}",
+    "a picture of {x} {of} {y}",
+    "{y} with {x} {side}",
+    "{at} {x} and {at_other} {y}",
+    "{of} {y} we see {x}",
+)
+"""Templates over two noun phrases x and y; the others are the relation of x to y, ``at_other`` that of y to x. "{at} ..." keeps the bag of
+words when the relation is reversed."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a caption says of one thing; None is unsaid."""
+
+    count: int
+    size: str | None
+    texture: str | None
+    colour: str
+    shape: str
+
+    def fits(self, thing: Thing) -> bool:
+        """Whether it is true of ``thing``."""
+        return (
+            (self.count, self.colour, self.shape) == (thing.count, thing.colour, thing.shape)
+            and self.size in (None, thing.size)
+            and self.texture in (None, thing.texture)
+        )
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The content of a caption: x stands in ``relation`` to y."""
+
+    x: Description
+    relation: str
+    y: Description
+
+
+def describe(scene: Scene, a_first: bool) -> Claim:
+    """The claim that is made of a scene: A is x (``a_first``) or B is."""
+    a, b = (
+        Description(
+            thing.count,
+            None if thing.size == "medium" else thing.size,
+            None if thing.texture == "plain" else thing.texture,
+            thing.colour,
+            thing.shape,
+        )
+        for thing in scene.things
+    )
+    return Claim(a, scene.relation, b) if a_first else Claim(b, OPPOSITE[scene.relation], a)
+
+
+def holds(claim: Claim, scene: Scene) -> bool:
+    """Whether a claim is true of a scene, whichever thing of the scene plays which part."""
+    a, b = scene.things
+    as_is = claim.x.fits(a) and claim.y.fits(b) and claim.relation == scene.relation
+    reversed_ = claim.x.fits(b) and claim.y.fits(a) and claim.relation == OPPOSITE[scene.relation]
+    return as_is or reversed_
+
+
+def parts(claim: Claim, phrasing: int) -> list[str]:
+    """The caption in pieces, unsaid ones empty: two claims in one phrasing have the same pieces at the same places."""
+    relation = claim.relation
+    words = {
+        "{x}": _noun_phrase(claim.x),
+        "{y}": _noun_phrase(claim.y),
+        "{of}": [_OF[relation]],
+        "{to}": [_TO[relation]],
+        "{side}": [_SIDE[relation]],
+        "{at}": [_AT[relation]],
+        "{at_other}": [_AT[OPPOSITE[relation]]],
+    }
+    return [piece for token in PHRASINGS[phrasing].split() for piece in words.get(token, [token])]
+
+
+def say(claim: Claim, phrasing: int) -> str:
+    """The caption: lower case, no full stop."""
+    return " ".join(piece for piece in parts(claim, phrasing) if piece)
+
+
+def difference(before: Claim, after: Claim, phrasing: int) -> tuple[str, str]:
+    """The words that differ between the captions of two claims: (those of ``before``, those of ``after``)."""
+    pairs = [(p, q) for p, q in zip(parts(before, phrasing), parts(after, phrasing), strict=True) if p != q]
+    return " ".join(p for p, _ in pairs), " ".join(q for _, q in pairs)
+
+
+def all_captions(seed: int, num_captions: int) -> list[str]:
+    """Captions from the whole grammar, held-out combinations included and nothing correlated: what a tokenizer should be trained on."""
+    rng, rule = Random(f"{seed}/captions"), Rule(p=0.5, held_out="may")
+    claims = (describe(draw_scene(rng, rule, draw_plan(rng, rule)), a_first=True) for _ in range(num_captions))
+    return [say(claim, rng.randrange(len(PHRASINGS))) for claim in claims]
+
+
+def _noun_phrase(what: Description) -> list[str]:
+    noun = what.shape if what.count == 1 else what.shape + ("es" if what.shape.endswith("s") else "s")
+    return [_NUMBERS[what.count], what.size or "", what.texture or "", what.colour, noun]

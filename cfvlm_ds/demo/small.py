@@ -1,0 +1,232 @@
+"""Small random checkpoints in each family's real on-disk format (configuration, safetensors, processor, tokenizer, chat template), for
+smoke tests of code and clusters. What they say means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfvlm_ds.core.config import TinyLlavaConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.demo.tiny import llava_config, llava_processor, write_checkpoint
+
+_CORPUS = ["describe the image. is it red? yes, no. a red circle left of two blue squares; 0 1 2 3 4 5 6 7 8 9"]
+_WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_TEXT = {**_WIDTHS, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+_TILE = {"height": 28, "width": 28}
+_TILINGS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+_CONTENT = "{%- for item in message['content'] %}{% if item['type'] == 'image' %}IMAGE{% else %}{{ item['text'] }}{% endif %}{% endfor %}"
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}" + _CONTENT + "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+_INST = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}[INST] "
+    + _CONTENT
+    + " [/INST]{% else %} "
+    + _CONTENT
+    + "</s>{% endif %}"
+    "{% endfor %}"
+)
+_IDEFICS = (
+    "<|begin_of_text|>{% for message in messages %}{{ message['role'] | capitalize }}:{% if message['content'][0]['type'] != 'image' %} "
+    "{% endif %}" + _CONTENT + "<end_of_utterance>{{ '\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+Parts = tuple[Any, Any]
+"""(configuration or model, processor)"""
+
+
+def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
+    """Write a checkpoint of about 100,000 parameters to ``out_dir``.
+
+    Raises ConfigError for an unknown ``model_type`` or a folder that is there.
+    """
+    if model_type not in SMALL:
+        raise ConfigError(f"no small model of type {model_type!r}; there are {', '.join(SMALL)}")
+    if out_dir.exists():
+        raise ConfigError(f"{out_dir} is there already; name another folder")
+    from transformers import AutoModelForImageTextToText
+
+    def make(folder: Path) -> Parts:
+        config, processor = SMALL[model_type](folder)
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.1)  # the usual 0.02 makes a model this narrow say the same of everything
+        return model, processor
+
+    return write_checkpoint(out_dir, make)
+
+
+def _tokenizer(special: Sequence[str], end: str, pad: str, **named: Any) -> Any:
+    """A byte-level BPE tokenizer with the family's control tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        _CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=end, pad_token=pad, additional_special_tokens=list(special), model_max_length=4096, **named
+    )
+
+
+def _transformers() -> Any:
+    """The library, when it is needed; its constructors take what its configuration classes leave to ``**kwargs``, hence Any."""
+    import transformers
+
+    return transformers
+
+
+def _ids(tokenizer: Any) -> dict[str, int]:
+    """What a language model's configuration says of its tokenizer."""
+    return {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+
+
+def _llava(folder: Path) -> Parts:
+    config = TinyLlavaConfig(str(folder), hidden_size=32, vision_hidden_size=32)
+    processor = llava_processor(folder, config, _CORPUS)
+    return llava_config(config, processor), processor
+
+
+def _qwen(model_type: str) -> Parts:
+    t = _transformers()
+
+    names = ["object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end", "vision_start", "vision_end"]
+    names += ["vision_pad", "image_pad", "video_pad"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|{name}|>" for name in names)]
+    tokenizer = _tokenizer(special, "<|im_end|>", "<|endoftext|>")
+    placeholders = {
+        f"{field}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for field, name in {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}.items()
+    }
+    text: dict[str, Any] = {**_TEXT, **_ids(tokenizer), "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    vision: dict[str, Any] = {"depth": 3, "num_heads": 4, "hidden_size": 32}
+    template = _CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    if model_type == "qwen2_vl":
+        kind, processor_kind, video = t.Qwen2VLConfig, t.Qwen2VLProcessor, t.Qwen2VLVideoProcessor
+        vision |= {"embed_dim": 32, "mlp_ratio": 2, "patch_size": 14}
+    elif model_type == "qwen2_5_vl":
+        kind, processor_kind, video = t.Qwen2_5_VLConfig, t.Qwen2_5_VLProcessor, t.Qwen2VLVideoProcessor
+        vision |= {"intermediate_size": 64, "out_hidden_size": 32, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
+    else:
+        kind = t.Qwen3VLMoeConfig if model_type == "qwen3_vl_moe" else t.Qwen3VLConfig
+        processor_kind, video = t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor
+        vision |= {"intermediate_size": 64, "out_hidden_size": 32, "patch_size": 16}
+        vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+        text |= {"head_dim": 8, "num_hidden_layers": 3}  # features added after the last layer would reach no text
+        if model_type == "qwen3_vl_moe":
+            text |= {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    side = 2 * vision["patch_size"]
+    images = t.Qwen2VLImageProcessor(patch_size=vision["patch_size"], size={"shortest_edge": side**2, "longest_edge": 64 * side**2})
+    config = kind(text_config=text, vision_config=vision, **placeholders)
+    template = template if model_type.startswith("qwen3") else _SYSTEM + template
+    return config, processor_kind(images, tokenizer, video(), chat_template=template)
+
+
+def _llava_next() -> Parts:
+    t = _transformers()
+
+    tokenizer = _tokenizer(["<unk>", "<s>", "</s>", "<image>"], "</s>", "<unk>", bos_token="<s>")
+    config = t.LlavaNextConfig(
+        vision_config=t.CLIPVisionConfig(**_WIDTHS, image_size=28, patch_size=14),
+        text_config=t.MistralConfig(**_TEXT, **_ids(tokenizer), sliding_window=None),
+        image_grid_pinpoints=_TILINGS,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    images = t.LlavaNextImageProcessor(size={"shortest_edge": 28}, crop_size=_TILE, image_grid_pinpoints=_TILINGS)
+    processor = t.LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_INST.replace("IMAGE", "<image>{{ '\n' }}"),
+    )
+    return config, processor
+
+
+def _llava_onevision() -> Parts:
+    t = _transformers()
+
+    tokenizer = _tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"], "<|im_end|>", "<|endoftext|>")
+    config = t.LlavaOnevisionConfig(
+        vision_config=t.SiglipVisionConfig(**_WIDTHS, image_size=28, patch_size=7, vision_use_head=False),
+        text_config=t.Qwen2Config(**_TEXT, **_ids(tokenizer)),
+        image_grid_pinpoints=[[28, 28], *_TILINGS],
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+    )
+    processor = t.LlavaOnevisionProcessor(
+        t.LlavaOnevisionImageProcessor(size=_TILE, image_grid_pinpoints=[[28, 28], *_TILINGS]),
+        tokenizer,
+        t.LlavaOnevisionVideoProcessor(size=_TILE),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=_CHATML.replace("IMAGE", "<image>{{ '\n' }}"),
+    )
+    return config, processor
+
+
+def _internvl() -> Parts:
+    t = _transformers()
+
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values()]
+    tokenizer = _tokenizer(special, "<|im_end|>", "<|endoftext|>", extra_special_tokens=named)
+    config = t.InternVLConfig(
+        vision_config={**_WIDTHS, "image_size": [28, 28], "patch_size": [7, 7]},
+        text_config=t.Qwen2Config(**_TEXT, **_ids(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+    )
+    images = t.GotOcr2ImageProcessor(size=_TILE, crop_to_patches=True, min_patches=1, max_patches=4)
+    video = t.InternVLVideoProcessor(size=_TILE)
+    template = _CHATML.replace("IMAGE", "<IMG_CONTEXT>{{ '\n' }}")
+    return config, t.InternVLProcessor(images, tokenizer, video, image_seq_length=4, chat_template=template)
+
+
+def _idefics(model_type: str) -> Parts:
+    t = _transformers()
+
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+    special += ["<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5))]
+    tokenizer = _tokenizer(special, "<end_of_utterance>", "<|pad|>", bos_token="<|begin_of_text|>")
+    pad = {"pad_token_id": tokenizer.pad_token_id}
+    vision = {**_WIDTHS, "image_size": 28, "patch_size": 7}
+    text = t.LlamaConfig(**_TEXT, **_ids(tokenizer), **pad)
+    placeholder = tokenizer.convert_tokens_to_ids("<image>")
+    sizes = {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}}
+    options = {"image_seq_len": 4, "chat_template": _IDEFICS.replace("IMAGE", "<image>")}
+    kind = t.Idefics3Config if model_type == "idefics3" else t.SmolVLMConfig
+    config = kind(vision_config=vision, text_config=text, image_token_id=placeholder, scale_factor=2, **pad)
+    if model_type == "idefics3":
+        return config, t.Idefics3Processor(t.Idefics3ImageProcessor(**sizes), tokenizer, **options)
+    return config, t.SmolVLMProcessor(t.SmolVLMImageProcessor(**sizes), tokenizer, t.SmolVLMVideoProcessor(), **options)
+
+
+SMALL: dict[str, Callable[[Path], Parts]] = {
+    "llava": _llava,
+    "llava_next": lambda folder: _llava_next(),
+    "llava_onevision": lambda folder: _llava_onevision(),
+    "qwen2_vl": lambda folder: _qwen("qwen2_vl"),
+    "qwen2_5_vl": lambda folder: _qwen("qwen2_5_vl"),
+    "qwen3_vl": lambda folder: _qwen("qwen3_vl"),
+    "qwen3_vl_moe": lambda folder: _qwen("qwen3_vl_moe"),
+    "internvl": lambda folder: _internvl(),
+    "idefics3": lambda folder: _idefics("idefics3"),
+    "smolvlm": lambda folder: _idefics("smolvlm"),
+}
+"""Model type -> its parts; a tokenizer that is a file of its own is put into the folder."""

@@ -1,0 +1,357 @@
+"""A resolved DeepSpeed JSON, checked to the last key before anything is loaded.
+
+DeepSpeed ignores keys it does not know, and finds most of what it cannot do when the model is there. What can be said of a JSON without a
+model is said here, in one sentence that names the key.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import torch
+
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.engine.configuration import unusable, warmup_steps
+
+
+def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torch.device | None = None) -> None:
+    """Have DeepSpeed read a resolved JSON, and refuse what it would ignore, or could not do with the model loaded.
+
+    ``device`` is where the run trains; None where that is another machine. Raises ConfigError naming the key.
+    """
+    path, found = config.deepspeed, resolved.config
+    given, known = _Asked(copy.deepcopy(found)), _Asked(_SMALLEST)
+    dict.pop(given, "train_batch_size", None)  # compared with the run's own when it was resolved
+    parsed, _ = _parse(path, given), _parse(path, known)
+    if unknown := [key for key in found if key not in (*known.asked, *_READ_ELSEWHERE) and not _is_comment(key)]:
+        _refuse_key(path, "", unknown[0], [*known.asked, *_READ_ELSEWHERE])
+    for section in _READ_WHOLE:
+        values = found.get(section)
+        for key in values if isinstance(values, dict) else ():
+            if f"{section}.{key}" not in (*given.asked, "optimizer.params", "scheduler.params") and not _is_comment(key):
+                _refuse_key(path, f"{section}.", key, [name.partition(".")[2] for name in given.asked if name.startswith(f"{section}.")])
+    for problem in _cannot_be_done(parsed, found, world_size, device):
+        raise ConfigError(f"{path}: {problem}")
+    _try_schedules(config, found)
+
+
+_SMALLEST = {"train_micro_batch_size_per_gpu": 1}
+_READ_ELSEWHERE = ("sequence_parallel_size", "data_parallel_size")
+_READ_WHOLE = (
+    "optimizer", "scheduler", "activation_checkpointing", "flops_profiler", "aio", "checkpoint", "data_types", "torch_autocast",
+)  # fmt: skip
+"""Sections that DeepSpeed reads key by key, all of them whatever their values; its pydantic models refuse unknown keys themselves."""
+
+
+class _Asked(dict[str, Any]):
+    """A JSON object that remembers the keys it is asked for and their defaults: what DeepSpeed knows, whichever version is installed."""
+
+    def __init__(self, values: Mapping[str, Any], asked: dict[str, Any] | None = None, section: str = "") -> None:
+        super().__init__(values)
+        self.asked: dict[str, Any] = {} if asked is None else asked
+        self._section = section
+
+    def _ask(self, key: str, default: Any = None) -> str:
+        name = f"{self._section}{key}"
+        known = self.asked.pop(name, None)  # the last one is what is being read
+        self.asked[name] = known if default is None else default
+        return name
+
+    def _inside(self, name: str, value: Any) -> Any:
+        return _Asked(value, self.asked, f"{name}.") if type(value) is dict else value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._inside(self._ask(key, default), super().get(key, default))
+
+    def __getitem__(self, key: str) -> Any:
+        return self._inside(self._ask(key), super().__getitem__(key))
+
+    def __contains__(self, key: object) -> bool:
+        self._ask(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        return self
+
+
+def _parse(path: str, given: _Asked) -> Any:
+    """DeepSpeed's own reading of a JSON. Raises ConfigError naming the key it stumbles over, or one of a type it would not check."""
+    import deepspeed
+    from pydantic import ValidationError
+
+    parsed, stumbled = None, None
+    try:
+        parsed = deepspeed.DeepSpeedConfig(given)
+    except Exception as error:  # beside its models, DeepSpeed asserts, compares and divides what it finds
+        stumbled = error
+    asked = dict(given.asked)
+    for name, default in asked.items():
+        *sections, key = name.split(".")
+        values: Any = given
+        for part in sections:
+            values = dict.get(values, part) if isinstance(values, dict) else None
+        if isinstance(values, dict) and dict.__contains__(values, key):
+            value = dict.__getitem__(values, key)
+            wrong = None if value is default is None else _wrong_type(_DEFAULTS.get(name, default), value)
+            if wrong:
+                raise ConfigError(f"{path}: {name} must be {wrong}, not {_shown(value)}")
+    if isinstance(stumbled, ValidationError):
+        first, section = stumbled.errors()[0], [] if stumbled.title == "DeepSpeedMonitorConfig" else [list(asked)[-1]]
+        if first["type"] == "extra_forbidden":
+            *inside, key = (str(part) for part in first["loc"])
+            _refuse_key(path, ".".join([*section, *inside, ""]), key, _fields(stumbled.title, inside))
+        option = ".".join([*section, *(str(part) for part in first["loc"])])
+        raise ConfigError(f"{path}: {option}: {first['msg']}; see DeepSpeed's configuration reference") from None
+    if stumbled is not None:
+        raise unusable(path, stumbled, list(asked)[-1]) from stumbled
+    return parsed
+
+
+_DEFAULTS: dict[str, Any] = {"steps_per_print": 1, "log_level": ""}
+"""Of the type they should have, for keys whose default is None."""
+
+
+def _wrong_type(default: Any, value: Any) -> str | None:
+    """What a value should be, by the type of its default, where it is not that; None where it is, or where the default does not say."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int):
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        return None if whole and not isinstance(value, bool) else "a whole number"
+    if isinstance(default, float):
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return None if finite else "a number"
+    for kind, name in ((str, "a text"), (dict, "an object with options in it")):
+        if isinstance(default, kind):
+            return None if isinstance(value, kind) else name
+    return None
+
+
+def _fields(model: str, inside: list[str]) -> list[str]:
+    """Names that one of DeepSpeed's models has, or the model of one of its fields."""
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    classes: list[Any] = [DeepSpeedConfigModel]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    found: Any = next((cls for cls in classes if cls.__name__ == model), None)
+    for part in inside:
+        named = {field.alias or name: field for name, field in found.model_fields.items()} if found else {}
+        kinds = [named[part].annotation, *getattr(named[part].annotation, "__args__", ())] if part in named else []
+        found = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
+    return [name for key, field in found.model_fields.items() for name in (key, field.alias) if name] if found else []
+
+
+def _is_comment(key: str) -> bool:
+    return key.startswith(("_", "#", "//"))
+
+
+def _refuse_key(path: str, section: str, key: str, known: list[str]) -> NoReturn:
+    near = difflib.get_close_matches(key, [name for name in known if "." not in name], n=1, cutoff=0.5)
+    remedy = f"did you mean {near[0]!r}?" if near else "DeepSpeed has no such key; leave it out"
+    raise ConfigError(f"{path}: unknown key {section + key!r}; {remedy}")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) < 80 else f"{text[:76]} ..."
+
+
+_MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # section -> the package it imports
+
+
+def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, device: torch.device | None) -> Iterator[str]:
+    """What DeepSpeed would stumble over once the model is loaded, a sentence each."""
+    yield from _not_here(parsed, found)
+    zero = parsed.zero_config
+    offloads = {name: _device(getattr(zero, f"offload_{name}")) for name in ("optimizer", "param")}
+    on_cpu = device is not None and device.type == "cpu"
+    if on_cpu and parsed.float16_config.enabled:
+        yield "fp16.enabled=true needs a GPU, and this machine has none; set it to false (bf16 trains on CPUs)"
+    for name, package in _MONITORS.items():
+        if getattr(parsed.monitor_config, name).enabled and importlib.util.find_spec(package) is None:
+            yield f"{name}.enabled=true needs the package {package}; `pip install {package}`, or set it to false (MLflow records runs here)"
+    if offloads["param"] != "none" and zero.stage != 3:
+        yield f"zero_optimization.offload_param needs stage 3, and stage is {int(zero.stage)}; set its device to none"
+    if offloads["optimizer"] != "none" and zero.stage == 0:
+        yield "zero_optimization.offload_optimizer needs stage 1, 2 or 3, and stage is 0; set its device to none"
+    for name, where in offloads.items():
+        options = getattr(zero, f"offload_{name}")
+        if where == "nvme":
+            if zero.stage != 3:
+                yield f"zero_optimization.offload_{name}.device nvme needs stage 3, and stage is {int(zero.stage)}; use cpu"
+            if options.nvme_path is None or not os.path.isdir(options.nvme_path):
+                yield f"zero_optimization.offload_{name}.nvme_path {options.nvme_path} is no folder; name one on a local NVMe disk"
+            if not _can_build("AsyncIOBuilder"):
+                yield f"zero_optimization.offload_{name}.device nvme needs libaio and its headers on every node (libaio-dev); or use cpu"
+    if "optimizer" not in found and offloads["optimizer"] != "none" and parsed.zero_force_ds_cpu_optimizer:
+        yield (
+            'zero_optimization.offload_optimizer needs an "optimizer" section, from which DeepSpeed makes its Adam for CPUs; copy that '
+            "of ds_configs/z3_offload.json, or set the device to none"
+        )
+    if on_cpu and (quantised := [name for name in _QUANTISED if getattr(zero, name)]):
+        yield f"zero_optimization.{quantised[0]}=true has kernels for GPUs alone, and this machine has none; set it to false"
+    if device is not None and world_size % min(max(1, zero.zero_hpz_partition_size), world_size):
+        yield (
+            f"zero_optimization.zero_hpz_partition_size={zero.zero_hpz_partition_size} must divide the number of ranks, which is "
+            f"{world_size}; set it to the ranks of one node, or to 1"
+        )
+    if "optimizer" in found:
+        yield from _optimizer(parsed, found["optimizer"], offloads["optimizer"] != "none", device)
+
+
+def _not_here(parsed: Any, found: Mapping[str, Any]) -> Iterator[str]:
+    """What DeepSpeed can do and this training cannot, or what would change what it computes."""
+    from deepspeed.runtime.config import DtypeEnum
+
+    zero, stage = parsed.zero_config, int(parsed.zero_config.stage)
+    if stage == 0:
+        yield "zero_optimization.stage 0 keeps checkpoints that cannot be exported; write 1, 2 or 3 (on one rank 1 is the same training)"
+    if parsed.gradient_allreduce_op != "mean":
+        yield "gradient_allreduce_op=sum makes gradients as many times larger as there are ranks; leave it out"
+    if not zero.compute_grad_norm:
+        yield "zero_optimization.compute_grad_norm=false leaves nothing to clip and record gradients by; leave it out"
+    if not parsed.managed_gradient_accumulation:
+        yield "managed_gradient_accumulation=false is not how this training accumulates gradients; leave it out"
+    if stage == 3 and (parsed.prescale_gradients or parsed.gradient_predivide_factor != 1.0):
+        yield "prescale_gradients and gradient_predivide_factor cannot be had with stage 3; leave them out"
+    if parsed.bfloat16_config.bf16_master_weights_and_grads and _device(zero.offload_optimizer) == "none":
+        yield "bf16.bf16_master_weights_and_grads needs zero_optimization.offload_optimizer and DeepSpeed's Adam; leave it out"
+    switched = [name for name in ("hybrid_engine", "data_efficiency", "expert_parallel") if (found.get(name) or {}).get("enabled")]
+    wide = [name for name in ("sequence_parallel_size", "data_parallel_size") if found.get(name, 1) != 1]
+    tensor = ["tensor_parallel"] if (found.get("tensor_parallel") or {}).get("autotp_size", 0) > 1 else []
+    if unused := [*switched, *wide, *tensor, *(["checkpoint.load_universal"] if parsed.load_universal_checkpoint else [])]:
+        yield f"{unused[0]} is not used here: batches are the run's own, and weights are partitioned by ZeRO alone; leave it out"
+    for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
+        if (wanted := (found.get("data_types") or {}).get(name)) is not None:
+            try:
+                DtypeEnum(wanted)
+            except ValueError:
+                yield f"data_types.{name} must be fp32, bf16 or fp16, not {_shown(wanted)}"
+
+
+_QUANTISED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
+
+
+def _device(options: Any) -> str:
+    return "none" if options is None else str(getattr(options.device, "value", options.device))
+
+
+def _can_build(builder: str) -> bool:
+    """Whether DeepSpeed finds what one of its extensions is built from."""
+    from deepspeed.accelerator import get_accelerator
+
+    made = get_accelerator().create_op_builder(builder)
+    return made is not None and bool(made.is_compatible(verbose=False))
+
+
+def _optimizer(parsed: Any, section: Mapping[str, Any], offloaded: bool, device: torch.device | None) -> Iterator[str]:
+    """What is wrong with the JSON's own optimizer: its name, its parameters, what it is compiled with."""
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    name, params = parsed.optimizer_name, dict(section.get("params") or {})
+    if not isinstance(name, str):
+        yield 'optimizer.type is missing; write "AdamW", or leave the section out for torch\'s AdamW'
+        return
+    cls = _optimizer_class(name, offloaded, bool(params.pop("torch_adam", False)))
+    if cls is None:
+        if name in DEEPSPEED_OPTIMIZERS:
+            return
+        known = [*DEEPSPEED_OPTIMIZERS, *(key for key, value in vars(torch.optim).items() if isinstance(value, type))]
+        near = difflib.get_close_matches(name, known, n=1)
+        yield f"optimizer.type {name!r} is not known to DeepSpeed or torch" + (f"; did you mean {near[0]!r}?" if near else "; use AdamW")
+        return
+    for option in ("adam_w_mode", "fp32_optimizer_states"):
+        params.pop(option, None) if name in ("adam", "adamw") else None
+    signature = inspect.signature(cls)
+    if unknown := [key for key in params if key not in list(signature.parameters)[1:]]:
+        near = difflib.get_close_matches(unknown[0], list(signature.parameters)[1:], n=1, cutoff=0.5)
+        yield f"unknown key 'optimizer.params.{unknown[0]}'; " + (f"did you mean {near[0]!r}?" if near else f"{name} has no such parameter")
+        return
+    if parsed.zero_enabled and cls not in ZERO_SUPPORTED_OPTIMIZERS and not parsed.zero_allow_untested_optimizer:
+        yield f'optimizer.type {name!r} has not been tested under ZeRO; use AdamW, or add "zero_allow_untested_optimizer": true'
+    if device is not None and cls.__module__.startswith("deepspeed.") and (missing := _missing_tools(cls, device)):
+        yield (
+            f"optimizer.type {name!r} is DeepSpeed's {cls.__name__}, compiled at the first start, and there is no {missing}; install it, "
+            'or add "torch_adam": true to optimizer.params'
+        )
+    try:
+        if cls.__module__.startswith("torch."):
+            cls([torch.nn.Parameter(torch.zeros(1))], **params)
+        else:
+            signature.bind([], **params)
+    except Exception as error:
+        yield f"optimizer.params: {type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _optimizer_class(name: str, offloaded: bool, torch_adam: bool) -> Any:
+    """The class that DeepSpeed makes for an optimizer of this name, where that is simply one."""
+    from deepspeed.ops import adam, lamb, lion
+
+    if name in ("adam", "adamw"):
+        if torch_adam:
+            return torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+        return adam.DeepSpeedCPUAdam if offloaded else adam.FusedAdam
+    if name == "lamb":
+        return lamb.FusedLamb
+    if name == "lion":
+        return lion.DeepSpeedCPULion if offloaded else lion.FusedLion
+    found = getattr(torch.optim, name, None)
+    return found if isinstance(found, type) and issubclass(found, torch.optim.Optimizer) else None
+
+
+def _missing_tools(cls: Any, device: torch.device) -> str | None:
+    """What is not there of what one of DeepSpeed's optimizers is built with."""
+    from torch.utils import cpp_extension
+
+    if shutil.which("ninja") is None and importlib.util.find_spec("ninja") is None:
+        return "ninja"
+    if shutil.which(cpp_extension.get_cxx_compiler()) is None:
+        return f"a C++ compiler ({cpp_extension.get_cxx_compiler()})"
+    if device.type == "cuda" and "CPU" not in cls.__name__ and cpp_extension.CUDA_HOME is None:
+        return "nvcc (CUDA_HOME)"
+    return None
+
+
+def _try_schedules(config: RunConfig, found: Mapping[str, Any]) -> None:
+    """Build the schedule of the run on a stand-in for the optimizer and take a few steps. ConfigError where that fails."""
+    from deepspeed.runtime import lr_schedules
+    from transformers import SchedulerType, get_scheduler
+
+    name, steps = config.train.lr_scheduler_type, 10
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.train.learning_rate or 1e-5)
+    if "scheduler" in found:
+        kind, params = found["scheduler"].get("type"), found["scheduler"].get("params", {})
+        cls = getattr(lr_schedules, str(kind), None) if kind in lr_schedules.VALID_LR_SCHEDULES else None
+        cls = cls or getattr(torch.optim.lr_scheduler, str(kind), None)
+        if cls is None:
+            near = difflib.get_close_matches(str(kind), lr_schedules.VALID_LR_SCHEDULES, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}"
+            raise ConfigError(f"{config.deepspeed}: scheduler.type {_shown(kind)} is no schedule of DeepSpeed or torch; {hint}")
+        option, build = f"{config.deepspeed}: scheduler", lambda: cls(optimizer, **params)
+    else:
+        option, build = "train.lr_scheduler_type", lambda: get_scheduler(name, optimizer, warmup_steps(config, steps), steps)
+        try:
+            SchedulerType(name)
+        except ValueError as error:
+            raise ConfigError(f"train.lr_scheduler_type: {error}") from None
+    try:
+        schedule = build()
+        for _ in range(3):
+            optimizer.step()
+            schedule.step()
+    except Exception as error:  # a schedule that asks for options or metrics which a run does not give it
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        named = found["scheduler"].get("type") if "scheduler" in found else name
+        raise ConfigError(f"{option} {named!r} cannot be used here ({reason}); use cosine, or another without options") from error

@@ -1,0 +1,114 @@
+"""The DeepSpeed JSON of a run: read, and every "auto" in it resolved. What DeepSpeed would make of it is checked in ds_check.py."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+
+_SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run. Raises ConfigError naming the file when it is missing or broken."""
+    try:
+        found = parse_json(read_bytes(path, MAX_SETTINGS).decode())
+    except FileNotFoundError:
+        known = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json")))
+        raise ConfigError(f"--deepspeed {path}: no such file" + (f"; there are {known}" if known else "")) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--deepspeed {path}: broken JSON at line {error.lineno}, column {error.colno} ({error.msg})") from error
+    except (OSError, ValueError, RecursionError) as error:  # a folder, bytes that are no text, thousands of brackets
+        raise ConfigError(f"--deepspeed {path}: cannot be read ({error}); name a file like those of ds_configs") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"--deepspeed {path}: holds a {type(found).__name__}, not an object; name a file like those of ds_configs")
+    if flat := sorted(name for name in _SECTIONS if not isinstance(found.get(name, {}), dict)):
+        raise ConfigError(f"--deepspeed {path}: {', '.join(flat)} must be an object with options in it, as in ds_configs")
+    for section in ("bf16", "fp16"):  # transformers, DeepSpeed and Python differ in what they take for true
+        enabled = found.get(section, {}).get("enabled", False)
+        if not isinstance(enabled, bool) and enabled != "auto":
+            raise ConfigError(f'--deepspeed {path}: {section}.enabled must be true, false or "auto", not {json.dumps(enabled)}')
+    stage = found.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage <= 3:
+        raise ConfigError(f"--deepspeed {path}: zero_optimization.stage must be 0, 1, 2 or 3, not {json.dumps(stage)}")
+    return found
+
+
+def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: torch.device, hidden_size: int, total_steps: int) -> Any:
+    """The DeepSpeed configuration with every "auto" filled in by the rules transformers uses, as transformers' own config object.
+
+    The object must be kept alive as long as models are loaded: ``from_pretrained`` finds ZeRO-3 through it. Raises ConfigError naming both
+    values where the JSON and the run configuration contradict each other.
+    """
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    train = config.train
+    written = raw.get("bf16", {}).get("enabled", False)
+    capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    fp16 = raw.get("fp16", {}).get("enabled", False) is True
+    bf16 = train.bf16 if train.bf16 != "auto" else (capable and not fp16 if written == "auto" else bool(written))
+    arguments = SimpleNamespace(
+        world_size=world_size,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        max_grad_norm=train.max_grad_norm,
+        learning_rate=train.learning_rate,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_epsilon=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+        save_on_each_node=False,
+        fp16=fp16,
+        fp16_full_eval=False,
+        bf16=bf16,
+        bf16_full_eval=False,
+        get_warmup_steps=lambda steps: warmup_steps(config, steps),
+    )
+    resolved = None
+    try:
+        resolved = HfTrainerDeepSpeedConfig(copy.deepcopy(raw))
+        resolved.trainer_config_process(arguments)
+        resolved.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=hidden_size)), total_steps)
+    except Exception as error:  # what is not a contradiction is a value that transformers cannot use, and it checks none
+        if resolved is None or not resolved.mismatches:
+            raise unusable(config.deepspeed, error) from error
+        pairs = "; ".join(line[2:].replace("ds ", "", 1).replace(" vs hf ", " against train.") for line in resolved.mismatches)
+        pairs = pairs.replace("train.train_batch_size (calculated)", "micro-batch x accumulation x ranks").replace("|bf16_full_eval", "")
+        raise ConfigError(f'{config.deepspeed} contradicts the run configuration: {pairs}; write "auto" there or change one') from error
+    if left := sorted(_autos(resolved.config)):
+        raise ConfigError(f'{config.deepspeed}: no rule fills "auto" of {", ".join(left)}; write a value')
+    if "gradient_clipping" not in resolved.config:
+        raise ConfigError(f'{config.deepspeed}: gradient_clipping is missing, and releases differ in what that means; write it or "auto"')
+    if bf16 and resolved.dtype() != torch.bfloat16:
+        raise ConfigError(f'{config.deepspeed}: train.bf16=true needs "bf16": {{"enabled": "auto"}} there, and it gives {resolved.dtype()}')
+    return resolved
+
+
+def unusable(path: str, error: Exception, key: str = "") -> ConfigError:
+    """What a JSON is called that raises ``error`` in DeepSpeed or transformers."""
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    at = f" at {key}" if key else ""
+    return ConfigError(f"{path}: not a DeepSpeed configuration{at} ({reason}); compare it with those of ds_configs")
+
+
+def _autos(node: Any, path: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _autos(value, f"{path}.{key}" if path else key)
+    elif node == "auto":
+        yield path
+
+
+def warmup_steps(config: RunConfig, total_steps: int) -> int:
+    """Optimizer steps over which the learning rate rises, rounded up as transformers does."""
+    return math.ceil(config.train.warmup_ratio * total_steps)

@@ -1,0 +1,159 @@
+"""DeepSpeed: start-up, the resolved JSON, loading under zero.Init, parameter groups, initialize."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.distributed import World, cores_per_rank, default_workers, launch_environment, meeting_point
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.engine.compat import _absent, clear_stale_locks
+from cfvlm_ds.engine.configuration import unusable, warmup_steps
+from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainable
+
+
+def start(timeout: timedelta = timedelta(minutes=30)) -> World:
+    """Join the process group (NCCL on CUDA, gloo on CPU) and return this process's place in it.
+
+    ``timeout`` bounds every collective, so that a dead peer is an error and not a hang.
+    """
+    launch_environment()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    # DeepSpeed calls collectives by names that newer torch renames, once per call and rank.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    with _absent("mlflow"):  # deepspeed's autotuner would import it on every rank: 1.4 CPU seconds each
+        import deepspeed
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank == 0:
+        clear_stale_locks()
+    # The shared-memory all-reduce serves CPU inference; ZeRO-3 makes no use of it, and it costs a compiler and a minute at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    cuda = torch.cuda.is_available()
+    if cuda:
+        index = device_index(local_rank, torch.cuda.device_count())
+        torch.cuda.set_device(index)
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes it for the number of the device
+    else:
+        keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:  # sharing a core with a data worker costs a fifth of the speed
+            torch.set_num_threads(max(1, cores_per_rank() - default_workers()))
+    with meeting_point():
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, auto_mpi_discovery=False, verbose=False)
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return World(rank, int(os.environ["WORLD_SIZE"]), local_rank, device)
+
+
+def device_index(local_rank: int, visible: int) -> int:
+    """The GPU of a rank among those it sees. Raises ConfigError where a launcher has started more ranks than there are GPUs.
+
+    A task of Slurm may see its own alone (--gpus-per-task); then that is number 0.
+    """
+    if local_rank >= visible and "SLURM_PROCID" not in os.environ:
+        raise ConfigError(
+            f"rank {os.environ['RANK']} is number {local_rank + 1} on {socket.gethostname()}, where torch sees {visible} GPUs; start one "
+            f"rank for each (`deepspeed --num_gpus {visible}`), or look at CUDA_VISIBLE_DEVICES"
+        )
+    return local_rank % visible
+
+
+def keep_freed_memory() -> None:
+    """Have the C library hand freed memory out again, as CUDA's allocator does, instead of returning it to the system.
+
+    Without it every step asks for its activations and gradients again, page by page: 10 to 15 % of a training step on a CPU. It is glibc's
+    setting (mallopt(3)); where there is another C library, nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, (1 << 31) - 1), (_TOP_PAD, 1 << 26)):
+            mallopt(option, value)
+
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
+
+
+def hidden_size(config: RunConfig) -> int:
+    """Width of the language model, which sizes DeepSpeed's buckets."""
+    model_config = load_config(config.model.name_or_path)
+    return int(model_config.get_text_config().hidden_size)
+
+
+def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int) -> Any:
+    """Load the model (partitioned as it loads under ZeRO-3) and hand it to DeepSpeed; returns the engine, whose module is a Scorer."""
+    import deepspeed
+    from transformers import get_scheduler
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    dtype = resolved.dtype()
+    model = load_model(config.model, dtype)
+    unset_hf_deepspeed_config()  # a later from_pretrained, such as the export's, is an ordinary one
+    if config.model.gradient_checkpointing:
+        recompute_activations(model)
+    scorer = Scorer(model, family_of(model.config))
+    groups = parameter_groups(scorer, config)
+    optimizer = None
+    if "optimizer" not in resolved.config:
+        train = config.train
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+            weight_decay=train.weight_decay,
+            fused=world.device.type == "cuda",
+        )
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        return get_scheduler(config.train.lr_scheduler_type, optimizer, warmup_steps(config, total_steps), total_steps)
+
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=scorer,
+            model_parameters=groups,
+            optimizer=optimizer,
+            lr_scheduler=None if "scheduler" in resolved.config else schedule,
+            config=resolved.config,
+        )
+    except (AssertionError, ValueError, NotImplementedError) as error:  # a combination that it refuses, and ds_check.py does not know
+        raise unusable(config.deepspeed, error) from error
+    return engine
+
+
+def recompute_activations(model: Any) -> None:
+    """Gradient checkpointing of every block that has a gradient."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # It makes all embeddings require a gradient, which only reentrant checkpoints need, and a frozen tower would run twice and backward.
+    model.disable_input_require_grads()
+
+
+def parameter_groups(scorer: Scorer, config: RunConfig) -> list[dict[str, Any]]:
+    """One optimizer group per module and kind of weight: each module's learning rate; no decay of biases and norms.
+
+    The order is fixed (module, then decayed before exempt), because checkpoints store optimizer state by position.
+    """
+    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    for module, _, parameter in trainable(scorer):
+        decays = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        groups.setdefault((module, decays), []).append(parameter)
+    result = []
+    for (name, decays), parameters in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1])):
+        rate = getattr(config.model, name).learning_rate
+        result.append(
+            {
+                "params": parameters,
+                "lr": config.train.learning_rate if rate is None else rate,
+                "weight_decay": config.train.weight_decay if decays else 0.0,
+                "name": f"{name}{'' if decays else '.exempt'}",
+            }
+        )
+    return result

@@ -1,0 +1,167 @@
+"""Low-rank adapters through peft: which layers get one, and how the model is used without them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfvlm_ds.core.config import LoraConfig, ModelConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models.family import MODULES, Family, Module
+from cfvlm_ds.models.run_folder import ADAPTER_WEIGHTS
+from cfvlm_ds.models.stored import explained, header
+
+# It misses, loudly and wherever peft imports it, a kernel of 4-bit inference that a training does not use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def adapted_modules(config: ModelConfig) -> list[Module]:
+    """The modules that are tuned by adapters."""
+    return [module for module in MODULES if getattr(config, module).tuning == "lora"]
+
+
+def only_adapters_train(config: ModelConfig) -> bool:
+    """Whether the model without its adapters is the one it started from."""
+    return bool(adapted_modules(config)) and all(getattr(config, module).tuning != "full" for module in MODULES)
+
+
+def is_adapter(parameter: str) -> bool:
+    """Whether a parameter, by its name, belongs to an adapter."""
+    return any(part.startswith("lora_") for part in parameter.split("."))
+
+
+def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str:
+    """A regular expression that fits the full names of the linear layers of ``modules`` that the model's forward uses, and no others.
+
+    The output head gets no adapter. Fused experts are no linear layers, and get none either.
+    """
+    unused = family.unused(model.config)
+    names = {
+        re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))  # one alternative for the layers of all blocks
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+        and name != family.output_head
+        and family.module_of(name) in modules
+        and not any(name.startswith(f"{prefix}.") for prefix in unused)
+    }
+    barred = "".join(rf"(?!{re.escape(prefix)}\.)" for prefix in unused)
+    return f"{barred}(?:{'|'.join(sorted(names))})"
+
+
+def peft_config(model: Any, family: Family, modules: Sequence[Module], name_or_path: str, lora: LoraConfig) -> Any:
+    """Adapters of ``modules`` in peft's terms."""
+    import peft
+
+    return peft.LoraConfig(
+        base_model_name_or_path=name_or_path,
+        target_modules=target_pattern(model, family, modules),
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # an integer in peft's signature, which only divides it
+        lora_dropout=lora.dropout,
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+    )
+
+
+def add_adapters(model: Any, family: Family, config: ModelConfig) -> None:
+    """Put the configured adapters into the model, in place; they start without any effect."""
+    import peft
+
+    peft.inject_adapter_in_model(peft_config(model, family, adapted_modules(config), config.name_or_path, config.lora), model)
+
+
+def check_4bit(config: ModelConfig, zero3: bool) -> None:
+    """Raise ConfigError where weights of 4 bits are asked for and cannot be had, or something would have to train that cannot."""
+    if not config.lora.load_in_4bit:
+        return
+    if config.language_model.tuning != "lora" or not only_adapters_train(config):
+        raise ConfigError(
+            "model.lora.load_in_4bit: weights of 4 bits cannot train, and a model of them is exported as adapters; set "
+            "model.language_model.tuning to lora and the other modules to lora or frozen"
+        )
+    if zero3:
+        raise ConfigError("model.lora.load_in_4bit: transformers cannot load 4-bit weights in ZeRO-3's parts; use ds_configs/z2.json")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("model.lora.load_in_4bit needs bitsandbytes; install it with `pip install bitsandbytes`")
+
+
+def attach_adapters(model: Any, folder: Path) -> Any:
+    """The model with the adapters of ``folder``, in peft's format, in its layers. Raises ConfigError when they do not fit it."""
+    import peft
+    from safetensors.torch import load_file
+
+    with explained(f"the adapters of {folder} cannot be loaded", "name the folder that they were written to, with its base where it was"):
+        stored = {name: shape for name, (shape, _) in header(folder / ADAPTER_WEIGHTS).items()}
+        described = peft.PeftConfig.from_pretrained(str(folder))
+        _bound(described, stored, folder)
+        adapted = peft.get_peft_model(model, described)
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+        found = peft.set_peft_model_state_dict(adapted, weights)
+        misfits = [*found.unexpected_keys, *(name for name in found.missing_keys if is_adapter(name))]
+        if misfits or not weights:
+            raise ConfigError(
+                f"the adapters of {folder} do not fit their base: {len(misfits)} weights have no counterpart, such as "
+                f"{next(iter(misfits), 'all of them')}; name the folder that they were written to"
+            )
+    return adapted.get_base_model()
+
+
+def _bound(described: Any, stored: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Have adapters be what their weights are: the layers that these name, and no rank that they have not. What their configuration says of
+    layers is a pattern, which may take for ever to match, and a rank fills memory before the first weight is compared with it.
+
+    Raises ConfigError where it says other ranks, or has patterns for them that are more than names.
+    """
+    ranks = [shape[0] for name, shape in stored.items() if name.endswith(".lora_A.weight") and shape]
+    patterns = {**(described.rank_pattern or {}), **(described.alpha_pattern or {})}
+    if odd := [name for name in patterns if not re.fullmatch(r"[\w.\\^$]*", name)]:
+        raise ConfigError(f"the adapters of {folder} have {odd[0]!r} for the name of a layer in a pattern; write names")
+    for rank in (described.r, *(described.rank_pattern or {}).values()):
+        if type(rank) is not int or not 0 < rank <= max(ranks, default=0):
+            raise ConfigError(
+                f"the adapters of {folder} have rank {rank} by their adapter_config.json, and at most {max(ranks, default=0)} by their "
+                "weights; restore the file"
+            )
+    described.target_modules = {name.removeprefix("base_model.model.").rpartition(".lora_A.")[0] for name in stored if ".lora_A." in name}
+    described.exclude_modules = described.layers_to_transform = described.layers_pattern = None
+    described.inference_mode, described.init_lora_weights = True, True
+
+
+def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any:
+    """How transformers is to load the language model's linear layers in 4 bits, or None where that is not asked for.
+
+    Tower, projector and output head keep their precision. Raises ConfigError where something would have to train that cannot.
+    """
+    if not config.lora.load_in_4bit:
+        return None
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    check_4bit(config, is_deepspeed_zero3_enabled())
+    kept = [*family.vision_tower, *family.projector, family.output_head]
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept)
+
+
+@contextlib.contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Inside the block the model computes what it did before it had adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    trains = {parameter: parameter.requires_grad for layer in layers for parameter in layer.parameters()}
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, before in trains.items():  # peft switches gradients with the adapters
+            parameter.requires_grad_(before)

@@ -1,0 +1,69 @@
+"""Log-probs of targets from hidden states and the output head, with some of the logits in memory at a time.
+
+Shapes: P states that predict something, N scored tokens, V vocabulary, d hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def head_logprobs(hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets: Tensor) -> Tensor:
+    """``token_logprobs`` of an output head's logits, without all logits at once: [N] in nats, fp32.
+
+    ``hidden`` [P, d] are the states that predict something, ``weight`` [V, d] the head, and ``targets`` [N] is predicted by the state
+    ``predicted_by`` [N]. Logits exist for as many states as ``LOGITS`` allows; where that is not all of them, each part's are computed
+    again in the backward pass, and add to one gradient of the head.
+    """
+    logp: Tensor = _HeadLogProbs.apply(hidden, weight, predicted_by, targets)
+    return logp
+
+
+LOGITS = 1 << 26
+"""Logits in memory at a time."""
+
+
+class _HeadLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets: Tensor) -> Tensor:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        normaliser, logp = hidden.new_empty(len(hidden), dtype=wide), hidden.new_empty(len(targets), dtype=wide)
+        parts, kept = _parts(hidden, weight, predicted_by), None
+        for part, mine in parts:
+            kept = hidden[part] @ weight.T
+            logits = kept.to(wide)
+            normaliser[part] = logits.logsumexp(-1)
+            logp[mine] = logits[predicted_by[mine] - part.start, targets[mine]] - normaliser[predicted_by[mine]]
+        ctx.save_for_backward(hidden, weight, predicted_by, targets, normaliser, kept if len(parts) == 1 else None)
+        return logp
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        hidden, weight, predicted_by, targets, normaliser, kept = ctx.saved_tensors
+        of_state = torch.zeros_like(normaliser).index_add(0, predicted_by, grad)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        for part, mine in _parts(hidden, weight, predicted_by):
+            logits = (hidden[part] @ weight.T if kept is None else kept).to(normaliser.dtype)
+            # d log p(y) / d logits = [y] - softmax
+            pull = (logits - normaliser[part].unsqueeze(1)).exp_().mul_(-of_state[part].unsqueeze(1))
+            pull = pull.index_put_((predicted_by[mine] - part.start, targets[mine]), grad[mine], accumulate=True).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = pull @ weight
+            if ctx.needs_input_grad[1]:
+                grad_weight = pull.T @ hidden[part] if grad_weight is None else grad_weight.addmm_(pull.T, hidden[part])
+        return grad_hidden, grad_weight, None, None
+
+
+def _parts(hidden: Tensor, weight: Tensor, predicted_by: Tensor) -> list[tuple[slice, Tensor | slice]]:
+    """States whose logits are in memory together, and the targets they predict."""
+    rows = max(1, LOGITS // len(weight))
+    if len(hidden) <= rows:
+        return [(slice(0, len(hidden)), slice(None))]
+    starts = range(0, len(hidden), rows)
+    return [
+        (slice(start, start + rows), ((predicted_by >= start) & (predicted_by < start + rows)).nonzero().squeeze(1)) for start in starts
+    ]

@@ -1,0 +1,37 @@
+"""The families by ``config.model_type``, one file each. A further one is one record and one name in _RECORDS."""
+
+from __future__ import annotations
+
+import difflib
+
+from transformers import PreTrainedConfig
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models.families.idefics import IDEFICS
+from cfvlm_ds.models.families.internvl import INTERNVL
+from cfvlm_ds.models.families.llava import LLAVA, NEXT, ONEVISION
+from cfvlm_ds.models.families.qwen import QWEN_VL
+from cfvlm_ds.models.family import Family
+
+_RECORDS = (LLAVA, NEXT, ONEVISION, QWEN_VL, INTERNVL, IDEFICS)
+FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for model_type in family.model_types}
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family record of a model's configuration. Raises ConfigError naming the supported model types."""
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type]
+    if not hasattr(config, "vision_config"):
+        raise ConfigError(
+            f"model type {config.model_type!r} has no vision tower; name a vision-language model of one of these types: "
+            f"{', '.join(FAMILIES)}"
+        )
+    near = difflib.get_close_matches(config.model_type, FAMILIES, n=1, cutoff=_MISSPELT)
+    hint = f" (the nearest is {near[0]!r})" if near else ""
+    raise ConfigError(
+        f"model type {config.model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}; a family is one "
+        "record, and docs/families.md shows how to add one"
+    )
+
+
+_MISSPELT = 0.85  # likeness from which on a name is another's misspelling rather than another family's

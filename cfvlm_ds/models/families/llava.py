@@ -1,0 +1,66 @@
+"""The LLaVA line: a CLIP or SigLIP tower, a two-layer projector and a causal language model.
+
+LLaVA-1.5 has a fixed number of visual tokens per image; NeXT and OneVision cut the image into tiles and add a learned newline per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from cfvlm_ds.models.family import Arrange, Family
+from cfvlm_ds.models.limits import grids
+
+
+def after_selected_layer(config: PreTrainedConfig) -> tuple[str, ...]:
+    """What a LLaVA's tower has after the layer whose output is taken: its last blocks, and the norm and head of its pooled output."""
+    depth, selected = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    layers = [selected] if isinstance(selected, int) else selected
+    last = max(layer % (depth + 1) for layer in layers)
+    blocks = tuple(f"model.vision_tower.encoder.layers.{k}" for k in range(last, depth))
+    return (*blocks, "model.vision_tower.post_layernorm", "model.vision_tower.head")
+
+
+def tiles_packed(option: str) -> Arrange:
+    """The overview, then the tiles laid side by side without their padding and with a newline after each row.
+
+    ``option`` of the model's configuration is what its ``pack_image_features`` also takes.
+    """
+
+    def arrange(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Sequence[Tensor]:
+        base, options = model.base_model, {option: getattr(model.config, option)}
+        return base.pack_image_features(projected.split(rows), inputs["image_sizes"], image_newline=base.image_newline, **options)[0]
+
+    return arrange
+
+
+LLAVA = Family(
+    model_types=("llava",),
+    vision_tower=("model.vision_tower",),
+    projector=("model.multi_modal_projector",),
+    language_model=("model.language_model", "lm_head"),
+    unused=after_selected_layer,
+)
+NEXT = Family(
+    model_types=("llava_next",),
+    vision_tower=("model.vision_tower",),
+    projector=("model.multi_modal_projector", "model.image_newline"),
+    language_model=("model.language_model", "lm_head"),
+    unused=after_selected_layer,
+    image_inputs=("pixel_values", "image_sizes"),
+    per_image=("image_sizes",),
+    arrange=tiles_packed("vision_feature_select_strategy"),
+    limit=grids,
+    limited_by=("max_tiles",),
+)
+ONEVISION = replace(
+    NEXT,
+    model_types=("llava_onevision",),
+    image_inputs=("pixel_values", "image_sizes", "batch_num_images"),
+    arrange=tiles_packed("vision_aspect_ratio"),
+    tiles_alone=True,
+)

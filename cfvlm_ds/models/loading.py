@@ -1,0 +1,264 @@
+"""Loading: every model, tiny or 70B, its configuration and its processor come in here."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models.adapters import (
+    adapted_modules,
+    add_adapters,
+    check_4bit,
+    is_adapter,
+    quantisation,
+)
+from cfvlm_ds.models.families import family_of
+from cfvlm_ds.models.family import MODULES, Family, Module
+from cfvlm_ds.models.forest_attention import BACKENDS, registered
+from cfvlm_ds.models.scorer import Scorer
+from cfvlm_ds.models.stored import check_files, explained, num_stored, refuse_counts, refuse_no_files
+
+
+def load_config(name_or_path: str) -> PreTrainedConfig:
+    """The model's configuration. Raises ConfigError when there is no such folder or hub name."""
+    if not name_or_path:
+        raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
+    if not os.path.exists(name_or_path) and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
+        raise ConfigError(f"model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
+    if os.path.isdir(name_or_path):
+        if os.path.isfile(os.path.join(name_or_path, "config.yaml")) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
+            raise ConfigError(
+                f"model.name_or_path {name_or_path!r} is a run folder; name its export, {os.path.join(name_or_path, 'export')}"
+            )
+        refuse_no_files(Path(name_or_path).resolve())
+        refuse_counts(Path(name_or_path))
+    with explained(f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a sound config.json, or a hub name"):
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+
+
+def _check_folder(name_or_path: str) -> None:
+    """Of a hub name, what is in the cache; the rest is checked when it has been loaded."""
+    if os.path.isdir(name_or_path):
+        check_files(Path(name_or_path).resolve())
+    elif isinstance(config := try_to_load_from_cache(name_or_path, "config.json"), str):
+        check_files(Path(config).parent)
+
+
+def _check_size(config: ModelConfig, model_config: PreTrainedConfig) -> None:
+    """ConfigError where the configuration describes a model far larger than its weights: a lost section means the library's own default,
+    7 billion parameters, which would all be made before the missing ones could be named."""
+    stored = num_stored(Path(config.name_or_path).resolve()) if os.path.isdir(config.name_or_path) else None
+    if stored is None or getattr(model_config, "quantization_config", None) is not None:
+        return
+    described = sum(parameter.numel() for parameter in _on_meta(config, model_config, torch.float32, "sdpa").parameters())
+    if described > 2 * stored:
+        raise ConfigError(
+            f"the config.json of {config.name_or_path!r} describes a model of {described:,} parameters, and its weights are {stored:,}; "
+            "compare it with the published one"
+        )
+
+
+def _on_meta(config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str) -> Any:
+    impossible = f"no model can be made of the configuration of {config.name_or_path!r}", "compare its config.json with the published one"
+    with explained(*impossible), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(model_config, dtype=dtype, attn_implementation=attn_implementation)
+
+
+def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
+    """Raise ConfigError for what options, libraries and, where it is ``there``, the model's own configuration say will not work.
+
+    ``weights`` are looked for too, and not read.
+    """
+    attention(config.attn_implementation)
+    if all(getattr(config, module).tuning == "frozen" for module in MODULES):
+        raise ConfigError(_ALL_FROZEN)
+    check_4bit(config, zero3)
+    if there:
+        _limit_images(config, None, load_config(config.name_or_path))
+        if weights:
+            _check_folder(config.name_or_path)
+            _check_size(config, load_config(config.name_or_path))
+
+
+_ALL_FROZEN = "every module is frozen; set model.vision_tower.tuning, model.projector.tuning or model.language_model.tuning to full or lora"
+
+
+def load_processor(config: ModelConfig) -> Any:
+    """The model's own processor (tokenizer, image processor and chat template), with the configured bounds on visual tokens.
+
+    Raises ConfigError naming the model where one of the three is missing or cannot be used.
+    """
+    model_config = load_config(config.name_or_path)
+    family_of(model_config)
+    _check_folder(config.name_or_path)
+    what = f"the processor of {config.name_or_path!r}"
+    with explained(f"{what} cannot be loaded", "compare its tokenizer and processor files with the published ones"):
+        processor = AutoProcessor.from_pretrained(config.name_or_path, trust_remote_code=False)
+        parts = {"tokenizer": "tokenizer", "image_processor": "image processor", "chat_template": "chat template"}
+        if missing := [name for part, name in parts.items() if getattr(processor, part, None) is None]:
+            raise ConfigError(f"{what} has no {' and no '.join(missing)}; name the instruction-tuned model, or add its files")
+        _refuse_enlarging(processor.image_processor, what)
+        _limit_images(config, processor, model_config)
+    return processor
+
+
+def _refuse_enlarging(images: Any, what: str) -> None:
+    """ConfigError where an image would be scaled to a size that no model takes, and that fills any memory.
+
+    Some families' shortest and longest edge are numbers of pixels.
+    """
+    for option in ("size", "crop_size", "pad_size", "max_image_size"):
+        sizes = getattr(images, option, None) or {}
+        for edge, value in sizes.items() if hasattr(sizes, "items") else vars(sizes).items():
+            most = _LARGEST_EDGE**2 if edge in ("shortest_edge", "longest_edge") and hasattr(images, "merge_size") else _LARGEST_EDGE
+            if value is not None and not 0 < value <= most:
+                raise ConfigError(f"{what} scales images to {option}.{edge} {value}, and {most} is the most; get its files again")
+
+
+_LARGEST_EDGE = 8192  # pixels
+
+
+def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> None:
+    """Raises ConfigError naming the options a family has, where another one is set."""
+    family = family_of(model_config)
+    for option in IMAGE_LIMITS:
+        if getattr(config, option) is not None and option not in family.limited_by:
+            known = " and ".join(f"model.{name}" for name in family.limited_by)
+            remedy = f"use {known}" if known else "its images have a fixed number of visual tokens; leave it out"
+            raise ConfigError(f"model.{option} has no meaning for model type {model_config.model_type!r}: {remedy}")
+    if family.limit is not None:
+        family.limit(processor, model_config, config)
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The pretrained model in ``dtype``, partitioned as it is built when a ZeRO-3 configuration is active, tuned as configured.
+
+    Raises ConfigError naming the keys when the checkpoint lacks a weight of the model or holds one the model has no place for, when
+    pickled weights hold anything but tensors, and when the folder's files are not those of a model.
+    """
+    model_config = load_config(config.name_or_path)
+    family = family_of(model_config)
+    _check_folder(config.name_or_path)
+    if not is_deepspeed_zero3_enabled():  # a training's check_model has looked, and this would be partitioned
+        _check_size(config, model_config)
+    quantised = quantisation(family, config, dtype)
+    backends = _implementations(attention(config.attn_implementation))
+    with explained(f"the model {config.name_or_path!r} cannot be loaded", "compare its config.json and weights with the published ones"):
+        return _loaded(config, family, dtype, backends, quantised)
+
+
+def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: dict[str, str], quantised: Any) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            config.name_or_path,
+            dtype=dtype,
+            attn_implementation=backends,
+            output_loading_info=True,
+            quantization_config=quantised,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+        model, info = loaded
+    except pickle.UnpicklingError:
+        raise ConfigError(
+            f"the pickled weights of {config.name_or_path!r} hold more than tensors, and are not read; convert them to safetensors"
+        ) from None
+    except RuntimeError as error:  # under ZeRO-3 sizes are not ignored
+        if not (mismatched := re.findall(r"size mismatch for (.+)", str(error))):
+            raise
+        info = {"mismatched_keys": mismatched}
+    for kind, keys in info.items():
+        if keys and kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            named = ", ".join(sorted(str(key) for key in keys)[:5])
+            raise ConfigError(f"checkpoint {config.name_or_path!r} has {len(keys)} {kind.replace('_', ' ')}: {named}; repair it")
+    _check_folder(config.name_or_path)  # a hub name's files are there now
+    _limit_images(config, None, model.config)
+    # Under ZeRO-3 this version of transformers keeps conversions it did not use, and would rename every weight at save time.
+    model._weight_conversions = [c for c in model._weight_conversions or [] if c.was_used()] or None
+    tune(model, family, config)
+    return model
+
+
+def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    """The model without any data, tuned as configured: names, sizes and what trains, whatever its size."""
+    model_config = load_config(config.name_or_path)
+    family = family_of(model_config)
+    impossible = f"no model can be made of the configuration of {config.name_or_path!r}", "compare its config.json with the published one"
+    with explained(*impossible), torch.device("meta"):
+        _limit_images(config, None, model_config)
+        model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype, attn_implementation=attn_implementation)
+        tune(model, family, config)
+    return model
+
+
+def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
+    """Add adapters and let gradients reach what the configuration trains. Raises ConfigError when nothing is left to train.
+
+    What the library's own forward leaves out is not trained either: it would have no gradient.
+    """
+    if adapted_modules(config):
+        add_adapters(model, family, config)
+    unused = family.unused(model.config)
+    for name, parameter in model.named_parameters():
+        tuning = getattr(config, family.module_of(name)).tuning
+        used = not any(f"{name}.".startswith(f"{prefix}.") for prefix in unused)
+        parameter.requires_grad_(used and (is_adapter(name) if tuning == "lora" else tuning == "full"))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(_ALL_FROZEN)
+
+
+def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
+    """(module, name, parameter) of everything that trains."""
+    for name, parameter in scorer.model.named_parameters():
+        if parameter.requires_grad:
+            yield scorer.family.module_of(name), name, parameter
+
+
+def attention(requested: str) -> str:
+    """The back end (see forest_attention.py) of a request: ``auto`` takes flash-attn where a GPU and the package are there, else sdpa.
+
+    Raises ConfigError when a request cannot be met.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    if requested == "auto":
+        return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    if requested not in BACKENDS:
+        raise ConfigError(f"model.attn_implementation {requested!r} is not known; use auto, {', '.join(BACKENDS)}")
+    if requested == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ConfigError(
+            "model.attn_implementation flash_attention_2 needs a CUDA device and the flash-attn package; "
+            "install it with `pip install flash-attn --no-build-isolation` or use auto"
+        )
+    if requested == "varlen" and not torch.cuda.is_available():
+        raise ConfigError("model.attn_implementation varlen needs a CUDA device; use auto")
+    if requested == "cascade" and torch.cuda.is_available():
+        raise ConfigError("model.attn_implementation cascade is for CPUs; use auto")
+    return requested
+
+
+def _implementations(backend: str) -> dict[str, str]:
+    """In transformers' terms: the forest in the language model, an ordinary kernel in the tower."""
+    return {"": "sdpa", "text_config": registered(backend), "vision_config": backend if backend == "flash_attention_2" else "sdpa"}
+
+
+def parameter_counts(model: PreTrainedModel, family: Family) -> Mapping[str, tuple[int, int]]:
+    """Module -> (parameters, trainable parameters), from the real sizes also under ZeRO-3, where ``numel()`` is that of a shard."""
+    counts = {module: [0, 0] for module in MODULES}
+    for name, parameter in model.named_parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        counts[family.module_of(name)][0] += size
+        counts[family.module_of(name)][1] += size * parameter.requires_grad
+    return {module: (total, trains) for module, (total, trains) in counts.items()}

@@ -1,0 +1,122 @@
+"""What a run folder, or a folder of adapters, says of its model: so that a command that takes a model takes these too.
+
+Such folders may be somebody else's: what they hold is checked before it is read, and before a run writes beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.parsing import check_document
+from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.untrusted import own_file, refuse_link
+
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+FILES = (
+    "config.yaml", "ds_config.json", "environment.json", "metrics.jsonl", ".mlflow_delivery.json", "params.json", "params_*.json",
+    "mlflow.db*", "finished.json", "resume_changes.jsonl", "skipped.json", "nonfinite.jsonl", "results.md", "results.json",
+    "scores-*.png", "learning_curves.png", "run.lock*", "data_check.json", "zero_to_*.py",
+    "*.tmp",
+)  # fmt: skip
+FOLDERS = ("mlartifacts", "scores", "heartbeat", "data_check", "export", "adapter")
+"""Names of what a run writes into its folder, checkpoints excepted, which are made elsewhere and renamed."""
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model folder or hub name, the folder of adapters that belong to it or None, and what the run that made it says of its model."""
+
+    name_or_path: str
+    adapter: Path | None = None
+    recorded: ModelConfig = field(default_factory=ModelConfig)
+
+
+def named_model(name: str) -> NamedModel:
+    """What ``name`` means: a run folder its export, or else its adapters; adapters the model they were trained on; anything else itself.
+
+    Raises ConfigError for a run folder that has neither, and for adapters that do not say what they belong to.
+    """
+    folder = Path(name)
+    if not os.path.isdir(folder) or (folder / "config.json").is_file():
+        return NamedModel(name)
+    if (folder / "config.yaml").is_file():
+        recorded = recorded_model(folder)
+        if (folder / "export" / "config.json").is_file():
+            return NamedModel(str(folder / "export"), recorded=recorded)
+        if (folder / "adapter" / ADAPTER).is_file():
+            return NamedModel(base_of(folder / "adapter"), folder / "adapter", recorded)
+        raise ConfigError(f"{folder} is a run folder without an export; write one with `cfvlm-ds export {folder}`")
+    if (folder / ADAPTER).is_file():
+        return NamedModel(base_of(folder), folder)
+    return NamedModel(name)
+
+
+def refuse_foreign_entries(run_dir: Path) -> None:
+    """ConfigError where what a run writes into its folder would end elsewhere, be waited for or fail when the training is over: where a
+    link, a pipe, or a folder in place of a file has such a name."""
+    remedy = "remove it, or choose another train.output_dir"
+    for path in sorted(run_dir.iterdir()) if os.path.isdir(run_dir) else ():
+        kinds = (("file", FILES, path.is_file), ("folder", FOLDERS, path.is_dir))
+        for kind, names, right in kinds:
+            if any(fnmatch(path.name, name) for name in names):
+                refuse_link(path, remedy)
+                if not right():
+                    raise ConfigError(f"{path} is no {kind}, and a run writes one of that name; {remedy}")
+
+
+def recorded_options(run_dir: Path) -> dict[str, Any]:
+    """The configuration in a run's folder. Raises ConfigError where it is none."""
+    import yaml
+
+    path = run_dir / "config.yaml"
+    try:
+        check_document(text := read_bytes(path, MAX_SETTINGS).decode(), str(path))
+        options = yaml.safe_load(text)
+        if not isinstance(options, dict):
+            raise ValueError(f"it holds a {type(options).__name__}")
+        return options
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not a run's configuration ({error}); restore it") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not a run's configuration ({type(error).__name__}: {error}); restore it") from error
+
+
+def recorded_model(run_dir: Path) -> ModelConfig:
+    """The model of a run, from the configuration in its folder. Raises ConfigError where that is none."""
+    from jsonargparse import ArgumentParser
+
+    path = run_dir / "config.yaml"
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ModelConfig, "model")
+    options = recorded_options(run_dir)
+    try:
+        model: ModelConfig = parser.instantiate(parser.parse_object({"model": options["model"]})).model
+        if not model.name_or_path:
+            raise ValueError("model.name_or_path is empty")
+        return model
+    except Exception as error:  # the parser and YAML raise nearly anything on what is no configuration
+        raise ConfigError(f"{path} is not a run's configuration ({type(error).__name__}: {error}); restore it") from error
+
+
+def base_of(folder: Path) -> str:
+    """The model that adapters in peft's format were trained on. Raises ConfigError where the folder holds no such adapters."""
+    remedy = "name a folder that `cfvlm-ds export --adapter` wrote"
+    try:
+        described: Any = parse_json(read_bytes(own_file(folder, ADAPTER, folder), MAX_SETTINGS).decode())
+        kind, base = described["peft_type"], described["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{folder / ADAPTER} describes no adapters ({type(error).__name__}: {error}); {remedy}") from error
+    if kind != "LORA" or not isinstance(base, str) or not base:
+        raise ConfigError(f"{folder / ADAPTER}: adapters of kind {kind!r} on {base!r} are not known; {remedy}")
+    if not own_file(folder, ADAPTER_WEIGHTS, folder).is_file():
+        raise ConfigError(f"{folder} has no {ADAPTER_WEIGHTS}; {remedy}")
+    return base

@@ -1,0 +1,77 @@
+"""metrics.jsonl: one line a record, read from where delivery has got to, cut at the step where a run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.reading import open_regular
+from cfvlm_ds.core.secrets import tell
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, float, int, int]], int]:
+    """(name, value, milliseconds, step) of the lines after ``offset`` bytes, at least ``limit`` points if there are; and where to go on."""
+    points: list[tuple[str, float, int, int]] = []
+    if not path.exists():
+        return points, offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            row = parse_line(line)
+            if not line.endswith(b"\n") or len(points) >= limit:
+                break
+            offset += len(line)
+            if row is not None:
+                step, milliseconds = row.pop("step"), round(row.pop("time") * 1000)
+                points += [(name, float(value), milliseconds, step) for name, value in row.items()]
+    return points, offset
+
+
+def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[set[str], int]:
+    """Drop steps after ``resume_step`` (None: all) and torn lines. The names recorded at that step, and where ``offset`` has moved."""
+    if not path.exists():
+        return set(), 0
+    kept: list[bytes] = []
+    names: set[str] = set()
+    new_offset = position = 0
+    with open_regular(path) as file:
+        lines = file.read().splitlines(keepends=True)
+    for line in lines:
+        position += len(line)
+        row = parse_line(line)
+        if resume_step is None or row is None or row["step"] > resume_step:
+            continue
+        kept.append(line)
+        if position <= offset:
+            new_offset += len(line)
+        if row["step"] == resume_step:
+            names |= row.keys()
+    if kept != lines[: len(kept)]:
+        replace(path, b"".join(kept))
+    elif len(kept) < len(lines):
+        os.truncate(path, sum(map(len, kept)))  # in place: takes no room
+    return names, new_offset
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """One line of metrics.jsonl; None if a killed process left it torn, or a disk has damaged it."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else {}
+        [float(value) for value in row.values()], round(row["time"])
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return None
+    return row if type(row.get("step")) is int else None
+
+
+def now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def say(message: str) -> None:
+    tell(f"cfvlm_ds tracking: {message}", error=True)

@@ -1,0 +1,1 @@
+"""One run: checked, resumed, trained step by step, evaluated, exported."""

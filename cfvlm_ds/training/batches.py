@@ -1,0 +1,53 @@
+"""Micro-batches, prepared by data workers while the engine computes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.collator import Collator
+from cfvlm_ds.cluster import signals
+from cfvlm_ds.core.config import DataConfig
+from cfvlm_ds.core.distributed import World, apart
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.data import GroupSampler
+
+
+def forkable(num_workers: int, importing: threading.Thread | None) -> int:
+    """The number of data workers, when they may be forked: one that is forked during an import inherits its lock for ever."""
+    if importing is not None:
+        importing.join()
+    return num_workers
+
+
+def micro_batches(
+    groups: Sequence[CounterfactualGroup], sampler: GroupSampler, collator: Collator, data: DataConfig, world: World, num_workers: int
+) -> Iterator[list[Batch]]:
+    """Micro-batches from where the sampler is, each in the parts that are run one after the other.
+
+    Raises WorkerLost when a data worker has died.
+    """
+    loader: Any = DataLoader(
+        groups,  # type: ignore[arg-type]
+        batch_sampler=sampler,
+        collate_fn=partial(collator.without_unreadable, max_tokens=data.max_tokens_per_forward),
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=signals.shield_worker,
+        generator=apart(),
+    )
+    iterator = iter(loader)
+    if num_workers:
+        signals.hold_deaths_back()
+    while True:
+        with signals.worker_deaths(), signals.deaths_heard():
+            parts = next(iterator, None)
+        if parts is None:
+            return
+        yield parts

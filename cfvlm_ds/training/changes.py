@@ -1,0 +1,264 @@
+"""What a run would do differently from the one that it continues.
+
+Every option declares what its change means (see config.py), and so does every DeepSpeed setting below; terms of the objective decide what
+is trained in all of their fields. A checkpoint keeps the record of its run, which a start compares with its own before it touches anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds import checkpoint
+from cfvlm_ds.core.config import SECTIONS, Kind, ModelConfig, RunConfig, kinds
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import append
+from cfvlm_ds.core.reading import MAX_RECORD, MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.secrets import masked
+from cfvlm_ds.models import fingerprint
+from cfvlm_ds.models.run_folder import recorded_options
+from cfvlm_ds.objectives import OBJECTIVES
+
+DEEPSPEED: dict[str, Kind] = {
+    # compared as what _effective makes of them, or as train.*, which "auto" takes and the JSON may not contradict
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "speed"),
+    **dict.fromkeys((f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")), "speed"),
+    **dict.fromkeys(("bf16.enabled", "fp16.enabled", "optimizer.type", "optimizer.params.torch_adam"), "speed"),
+    "scheduler.params.total_num_steps": "speed",
+    **dict.fromkeys(("bf16", "fp16", "communication_data_type", "data_types", "optimizer.params", "scheduler.params"), "meaning"),
+    **dict.fromkeys(("scheduler.type", "zero_optimization.stage"), "fixed"),
+    **dict.fromkeys((f"zero_optimization.zero_quantized_{what}" for what in ("weights", "gradients", "nontrainable_weights")), "meaning"),
+    **dict.fromkeys(("zero_optimization", "activation_checkpointing", "aio", "compile", "disable_allgather"), "speed"),
+    **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"), "speed"),
+    **dict.fromkeys(("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler"), "bookkeeping"),
+    **dict.fromkeys(("comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint"), "bookkeeping"),
+}
+"""What a change of a DeepSpeed setting, or of any below it, means; of one that is not listed it may be anything, so it is compared."""
+
+_UNSET = {
+    "optimizer.params.adam_w_mode": True,
+    "zero_optimization.stage": 0,
+    **{name: False for name in DEEPSPEED if "zero_quantized" in name},
+}
+_STEPS, _TOTAL = ("train.max_steps", "train.num_train_epochs"), "steps in all (train.max_steps, train.num_train_epochs)"
+_WEIGHTS, _INPUTS = "weights of model.name_or_path", "tokenizer, processor or chat template of model.name_or_path"
+
+
+@dataclass(frozen=True)
+class Change:
+    """An option, what the continued run was told, and what this one is."""
+
+    option: str
+    before: Any
+    now: Any
+    fixed: bool
+
+    def __str__(self) -> str:
+        return f"{self.option} was {_shown(self.before)} and is {_shown(self.now)}"
+
+
+def record(
+    config: RunConfig, deepspeed: Mapping[str, Any], ranks: int, steps: int, alive: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
+    """What a run is told, as plain JSON without secrets: options, resolved DeepSpeed settings, ranks, steps in all, hashes of the model.
+
+    ``alive`` is called while the model's files are read.
+    """
+    told = {"options": masked(config.resolved), "deepspeed": masked(deepspeed), "ranks": ranks, "steps": steps}
+    return json.loads(json.dumps({**told, "model": model_hashes(config.model.name_or_path, alive)}, default=str))
+
+
+def model_hashes(name_or_path: str, alive: Callable[[], object] = lambda: None) -> dict[str, str] | None:
+    """``fingerprint`` of the model's files; None while a hub's model is not on this machine."""
+    folder = name_or_path
+    if not os.path.isdir(folder):
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = snapshot_download(name_or_path, local_files_only=True)
+        except (OSError, ValueError):
+            return None
+    return fingerprint(ModelConfig(folder), alive)  # bounds on visual tokens are options, and compared as such
+
+
+def recorded(found: Path) -> dict[str, Any]:
+    """The record of a checkpoint. One of an older revision has none: then it is what its run folder's config.yaml and ds_config.json say.
+
+    Raises ConfigError where those are missing too.
+    """
+    described = checkpoint.description(found)
+    loop = described.get("loop")
+    if isinstance(loop, dict) and isinstance(told := loop.get("record"), dict):
+        return told
+    return _of_folder(found.parent, described["world_size"]) or _unknown(found)
+
+
+def _unknown(found: Path) -> dict[str, Any]:
+    raise ConfigError(
+        f"{found} has no record of its options, and {found.parent / 'config.yaml'} is none either, so that nothing can be compared; put "
+        "the run's config.yaml there, or choose another train.output_dir"
+    )
+
+
+def of_finished(run_dir: Path) -> dict[str, Any] | None:
+    """The record of a run that has finished: its newest checkpoint's, or its folder's; None where neither says anything."""
+    try:
+        return recorded(checkpoint.newest(run_dir))
+    except ConfigError:
+        return _of_folder(run_dir, None)
+
+
+def _of_folder(run_dir: Path, ranks: int | None) -> dict[str, Any] | None:
+    try:
+        options = recorded_options(run_dir)
+    except ConfigError:
+        return None
+    known = all(isinstance(options.get(name), dict) for name in ("model", "data", "train", "objective"))
+    try:
+        deepspeed = parse_json(read_bytes(run_dir / "ds_config.json", MAX_SETTINGS).decode())
+    except (OSError, ValueError, RecursionError):
+        deepspeed = None
+    return {"options": options, "deepspeed": deepspeed if isinstance(deepspeed, dict) else None, "ranks": ranks} if known else None
+
+
+def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """What changes the meaning of the run, between two records. Raises ConfigError where the first is damaged."""
+    new = _effective(now)
+    try:
+        return _differences(before, _effective(before), now, new)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise ConfigError(f"the recorded options of the run cannot be read ({error!r}); restore its config.yaml") from error
+
+
+def _differences(before: Mapping[str, Any], old: dict[str, Any], now: Mapping[str, Any], new: dict[str, Any]) -> list[Change]:
+    if _TOTAL in old:
+        old, new = ({name: value for name, value in each.items() if name not in _STEPS} for each in (old, new))
+    for one, other in ((old, new), (new, old)):
+        one.update({name: (0.0, "meaning") for name in other.keys() - one.keys() if name.startswith("objective.") and _is_weight(name)})
+    changes = []
+    for name in sorted(old.keys() & new.keys()):
+        (was, kind), (value, _) = old[name], new[name]
+        if was != value:
+            packing = name == "data.max_tokens_per_micro_batch" and None in (was, value)
+            if name in (_WEIGHTS, _INPUTS):
+                was, value = (f"{each['options']['model']['name_or_path']} ({what[:8]})" for each, what in ((before, was), (now, value)))
+            changes.append(Change(name, was, value, kind == "fixed" or packing))
+    return changes
+
+
+def _is_weight(option: str) -> bool:
+    return option.endswith(".weight")
+
+
+def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> str | None:
+    """Why ``what`` cannot be continued with these changes, or None."""
+    if fixed := "; ".join(str(change) for change in changes if change.fixed):
+        return f"{what} cannot be continued with what has changed: {fixed}; restore it, or choose another train.output_dir"
+    if changes and not allowed:
+        return (
+            f"{what} was trained with other options: {'; '.join(map(str, changes))}; restore them, choose another train.output_dir, or set "
+            f"train.resume_changes to allow to go on with the new ones after step {step}"
+        )
+    return None
+
+
+def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], object]) -> None:
+    """Add the changes at a step to a file of the run folder, unless it ends with them: a start may be repeated."""
+    line = json.dumps({"step": step, "changes": {change.option: [change.before, change.now] for change in changes}})
+    lines: list[str] = []
+    with contextlib.suppress(OSError, ValueError):
+        lines = read_bytes(path, MAX_RECORD).decode().splitlines()
+    if lines[-1:] != [line]:
+        append(path, line, say)
+
+
+def _effective(told: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
+    """What decides what is trained, of a record: values that are in use, with what is made of several of them in their place."""
+    declared = {name: kind for section, options in SECTIONS.items() for name, kind in kinds(options, f"{section}.").items()}
+    options = {**_defaults(), **dict(_flat(told["options"]))}
+    terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
+    absent = {term for term in terms if not options.get(f"objective.{term}.weight")}
+    modules = [name.split(".")[1] for name in declared if name.endswith(".tuning")]
+    adapted = any(options[f"model.{module}.tuning"] == "lora" for module in modules)
+    values: dict[str, tuple[Any, Kind]] = {}
+    for name, value in options.items():
+        section, part, *_ = [*name.split("."), ""]
+        if section == "objective":
+            if part not in absent or _is_weight(name):
+                values[name] = (value, "meaning")
+        elif (kind := declared.get(name)) in ("meaning", "fixed") and not (
+            name == "train.bf16"
+            or (section == "model" and part == "lora" and not adapted)
+            or (name.endswith(".learning_rate") and part in modules and options[f"model.{part}.tuning"] == "frozen")
+        ):
+            values[name] = (value, kind)
+    accumulated, ranks = options["train.gradient_accumulation_steps"], told.get("ranks")
+    if ranks is not None and options["data.max_tokens_per_micro_batch"] is None:
+        groups = options["train.per_device_train_batch_size"] * accumulated * ranks
+        values["groups per step (train.per_device_train_batch_size x train.gradient_accumulation_steps x ranks)"] = (groups, "meaning")
+    elif ranks is not None:
+        values["micro-batches per step (train.gradient_accumulation_steps x ranks)"] = (accumulated * ranks, "meaning")
+    if told.get("steps") is not None:
+        values[_TOTAL] = (told["steps"], "meaning")
+    if told.get("model"):
+        values |= {_WEIGHTS: (told["model"]["weights"], "fixed"), _INPUTS: (told["model"]["inputs"], "meaning")}
+    if told.get("deepspeed") is not None:
+        values |= _settings(told["deepspeed"])
+    return values
+
+
+def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
+    """What decides what is trained among DeepSpeed's settings."""
+    given = {**_UNSET, **dict(_flat(deepspeed))}
+    given.setdefault("scheduler.type", "train.lr_scheduler_type")
+    declared = ((name, value, kind_of(name)) for name, value in given.items())
+    found: dict[str, tuple[Any, Kind]] = {f"--deepspeed {n}": (value, kind) for n, value, kind in declared if kind in ("meaning", "fixed")}
+    half = [name for name in ("bf16", "fp16") if given.get(f"{name}.enabled")]
+    steps = f"{given.get('optimizer.type', 'AdamW')}"  # three programs under one name, each with a state of its own form
+    if "optimizer.type" not in given or given.get("optimizer.params.torch_adam"):
+        steps += " of torch"
+    elif given.get("zero_optimization.offload_optimizer.device", "none") != "none":
+        steps += " of DeepSpeed on the CPU"
+    made = {"precision (train.bf16, bf16 and fp16 of the DeepSpeed JSON)": " ".join(half) or "fp32", "--deepspeed optimizer": steps}
+    return found | {name: (value, "fixed") for name, value in made.items()}
+
+
+def kind_of(setting: str) -> Kind:
+    """What a change of a DeepSpeed setting means."""
+    while setting not in DEEPSPEED and "." in setting:
+        setting = setting.rpartition(".")[0]
+    return DEEPSPEED.get(setting, "meaning")
+
+
+def _defaults() -> dict[str, Any]:
+    """What an option has where the record is older than the option: what its run did is what the default does. A new term is no term."""
+    found = dict(_flat({name: _plain(section) for name, section in SECTIONS.items()}))
+    return found | dict(_flat({"objective": {name: {**_plain(term), "weight": 0.0} for name, term in OBJECTIVES.items()}}))
+
+
+def _plain(section: type) -> dict[str, Any]:
+    return {
+        option.name: _plain(option.default_factory)
+        if is_dataclass(option.default_factory)
+        else None
+        if option.default is MISSING
+        else option.default
+        for option in fields(section)
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)

@@ -1,0 +1,40 @@
+"""The checkpoints of a run: when one is due by time, and what saving costs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds import checkpoint
+from cfvlm_ds.checkpoint import TrainState
+from cfvlm_ds.core.config import TrainConfig
+from cfvlm_ds.core.distributed import World
+
+
+class Checkpoints:
+    """Saves checkpoints of a run from when it is made."""
+
+    def __init__(self, engine: Any, state: TrainState, run_dir: Path, world: World, train: TrainConfig) -> None:
+        self._engine, self._state, self._run_dir, self._world, self._train = engine, state, run_dir, world, train
+        self._saved_at = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether train.save_minutes have passed since the last one."""
+        return 0 < self._train.save_minutes * 60 <= time.monotonic() - self._saved_at
+
+    def save(self, needed: bool) -> dict[str, float]:
+        """Save one and return its cost as metrics. One that cannot be written is a warning, and an error where it is ``needed``."""
+        started, train = time.monotonic(), self._train
+        failed = False
+        try:
+            checkpoint.save(self._engine, self._state, self._run_dir, self._world, train.save_total_limit, train.save_keep_every)
+        except checkpoint.SaveError as error:
+            if needed:
+                raise
+            failed = True
+            self._world.say(f"warning: {error}; training goes on and the next checkpoint is tried in its turn")
+        ended = time.monotonic()
+        share = (ended - started) / (ended - self._saved_at)  # of the time since the last one
+        self._saved_at = ended
+        return {"checkpoint/seconds": ended - started, "checkpoint/share": share, "checkpoint/failed": float(failed)}

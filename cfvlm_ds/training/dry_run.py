@@ -1,0 +1,107 @@
+"""What a run would need, without weights, data or other ranks: sizes, what trains, memory per GPU. For a login node, before the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from cfvlm_ds import engine
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.models import MODULES, attention, family_of, meta_model, parameter_counts
+from cfvlm_ds.training.validation import validate
+
+_GPUS = (1, 2, 4, 8, 16, 32, 64)
+_GPUS_PER_NODE = 8
+_TOKENS = 1024
+_GIB = 1 << 30
+
+
+def dry_run(config: RunConfig) -> str:
+    """Resolve the configuration and the DeepSpeed JSON, build the model without data, and report. Raises ConfigError as a run would.
+
+    The states of the model (weights, gradients, optimizer) are DeepSpeed's own estimates for mixed precision. Activations are those that
+    the language model keeps for its backward pass in bfloat16, measured on tensors without data.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    validate(config, None)
+    resolved = engine.resolve(engine.read_json(config.deepspeed), config, 1, torch.device("cpu"), engine.hidden_size(config), 1)
+    unset_hf_deepspeed_config()  # the model is built whole
+    AttentionInterface.register("no_data", _attention)
+    model = meta_model(config.model, torch.bfloat16, "no_data")
+    lines = [f"model type       {model.config.model_type}", f"attention        {attention(config.model.attn_implementation)}", ""]
+    return "\n".join([*lines, *_modules(model, config), "", *_states(model, resolved.config), "", *_activations(model, config)])
+
+
+def _modules(model: Any, config: RunConfig) -> Iterator[str]:
+    counts = parameter_counts(model, family_of(model.config))
+    yield f"{'module':<16} {'parameters':>16} {'trainable':>16} {'tuning':>8} {'learning rate':>14}"
+    for module in MODULES:
+        options = getattr(config.model, module)
+        rate = config.train.learning_rate if options.learning_rate is None else options.learning_rate
+        yield f"{module:<16} {counts[module][0]:>16,} {counts[module][1]:>16,} {options.tuning:>8} {rate:>14.2g}"
+    total, trains = (sum(each[k] for each in counts.values()) for k in (0, 1))
+    yield f"{'all':<16} {total:>16,} {trains:>16,}"
+
+
+def _states(model: Any, ds_config: dict[str, Any]) -> Iterator[str]:
+    stage, away = ds_config.get("zero_optimization", {}).get("stage", 0), engine.offloaded(ds_config)
+    yield f"memory of the model's states, ZeRO-{stage}, {_GPUS_PER_NODE} GPUs a node{_offloaded(away)}"
+    yield f"{'GPUs':>6} {'GiB per GPU':>12} {'GiB of host memory per node':>28}"
+    for gpus in _GPUS:
+        card, host = engine.model_states(model, ds_config, gpus, _GPUS_PER_NODE)
+        yield f"{gpus:>6} {card / _GIB:>12.1f} {host / _GIB:>28.1f}"
+
+
+def _offloaded(offload: dict[str, bool]) -> str:
+    named = [{"optimizer": "optimizer", "param": "weights"}[name] for name, away in offload.items() if away]
+    return f", {' and '.join(named)} offloaded" if named else ""
+
+
+def _activations(model: Any, config: RunConfig) -> Iterator[str]:
+    """Per 1024 tokens of a micro-batch; the images' prompts count as the texts do."""
+    chosen = config.model.gradient_checkpointing
+    for recompute in (True, False):
+        size = _kept_by_language_model(model, recompute)
+        mark = " (configured)" if recompute == chosen else ""
+        how = "with" if recompute else "without"
+        yield f"activations      {size / _GIB:.2f} GiB per {_TOKENS} tokens {how} gradient checkpointing{mark}"
+
+
+def _kept_by_language_model(model: Any, recompute: bool) -> int:
+    """Bytes of what autograd keeps of a forward of the language model, weights excluded."""
+    if recompute:
+        engine.recompute_activations(model)
+    else:
+        model.gradient_checkpointing_disable()
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    width = model.config.get_text_config().hidden_size
+    embedded = torch.empty(1, _TOKENS, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train().get_decoder()(inputs_embeds=embedded, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what flash attention keeps: its inputs, its output and a log-sum-exp in float32 for every query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, output.new_empty(output.shape[:-1], dtype=torch.float32))
+        return output
+
+
+def _attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    return _Attention.apply(query, key, value).transpose(1, 2), None

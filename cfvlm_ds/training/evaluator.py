@@ -1,0 +1,89 @@
+"""Evaluation within a run: all of its splits, by the engine that trains, with the ranks' votes to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from cfvlm_ds.batching.collator import Collator
+from cfvlm_ds.cluster.signals import Asked, Stop, reason, together, worker_deaths
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, metric_names, rehearse
+
+Splits = Mapping[str, Sequence[CounterfactualGroup]]
+
+
+class Evaluator:
+    """Evaluates the splits of a run; keeps to the token budget of training."""
+
+    def __init__(
+        self, config: RunConfig, world: World, engine: Any, collator: Collator, splits: Splits, stop: Stop, num_workers: int
+    ) -> None:
+        self._config, self._world, self._engine, self._collator = config, world, engine, collator
+        self.splits = splits
+        self._stop, self._num_workers = stop, num_workers
+
+    def __call__(self, shuffled: bool = False) -> tuple[dict[str, list[Accuracy]], dict[str, list[GroupScores]]]:
+        """Results and scores by split. Raises Asked on all ranks where they are to stop, and WorkerLost on the one that has lost a data
+        worker."""
+        self._engine.eval()
+        hook = self._engine.register_forward_pre_hook(self._vote)  # every rank makes as many forwards
+        try:
+            with together(), worker_deaths():
+                return evaluate(
+                    self._engine,
+                    self._collator,
+                    self.splits,
+                    self._world,
+                    num_workers=self._num_workers,
+                    shuffled=shuffled,
+                    **self._options(),
+                )
+        finally:
+            hook.remove()
+            self._engine.train()
+
+    def rehearse(self) -> None:
+        """Run the largest evaluation batch before the first step: memory that it lacks is not found out when the training is over."""
+        self._engine.eval()
+        shuffled = self._config.train.eval_shuffled
+        rehearse(self._engine, self._collator, self.splits, self._world, shuffled=shuffled, **self._options())
+        self._engine.train()
+
+    def _vote(self, *arguments: Any) -> None:
+        votes = self._stop.votes().to(self._world.device)
+        dist.all_reduce(votes)
+        if (why := reason(votes.tolist())) is not None:
+            raise Asked(why)
+
+    def _options(self) -> dict[str, Any]:
+        """The token budget, and what to lower where that is not enough."""
+        data, size = self._config.data, self._config.train.per_device_eval_batch_size
+        limit = data.max_tokens_per_forward or data.max_tokens_per_micro_batch
+        option = "data.max_tokens_per_forward" if data.max_tokens_per_forward else "data.max_tokens_per_micro_batch"
+        setting = f"{option} ({limit})" if limit else f"train.per_device_eval_batch_size ({size}), set data.max_tokens_per_forward"
+        remedy = f"lower {setting}, or set limits on visual tokens (model.max_pixels, model.max_tiles)"
+        return {"batch_size": size, "max_tokens": limit, "remedy": remedy}
+
+
+def check_best(config: RunConfig, splits: Splits) -> None:
+    """ConfigError where train.save_best names a metric that no evaluation of this data can have."""
+    name = config.train.save_best
+    if name is not None and name not in (known := metric_names(splits)):
+        raise ConfigError(
+            f"train.save_best {name!r} is no metric that an evaluation of data.evaluation has: no comparison of its groups makes one; take "
+            f"one of {', '.join(sorted(known)) or 'none, for no group has a comparison'}"
+        )
+
+
+def best_metric(config: RunConfig, metrics: Mapping[str, float]) -> float | None:
+    """The value of train.save_best; None where none is named. Raises ConfigError when this evaluation has no such metric."""
+    name = config.train.save_best
+    if name is not None and name not in metrics:
+        raise ConfigError(f"train.save_best {name!r} is not among the metrics of an evaluation: {', '.join(sorted(metrics))}")
+    return None if name is None else metrics[name]

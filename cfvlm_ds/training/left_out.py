@@ -1,0 +1,81 @@
+"""What a run leaves out and goes on: groups that cannot be read, and steps that are not finite. All of it is counted and named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.core.config import DataConfig, TrainConfig
+from cfvlm_ds.core.distributed import World, gather_objects
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.files import append, keep
+
+_MOST_IN_A_ROW = 10
+
+
+class SkippedGroups:
+    """The groups that could not be read, and why: ``skipped`` of the run's state, and skipped.json.
+
+    Args:
+        skipped: group id -> reason; added to here.
+    """
+
+    def __init__(self, data: DataConfig, run_dir: Path, skipped: dict[str, str], world: World) -> None:
+        self._data, self._file, self._skipped, self._world = data, run_dir / "skipped.json", skipped, world
+
+    def note(self, batches: Sequence[Batch]) -> None:
+        """Note the groups that these micro-batches lack; all ranks call it where one of them lacks some.
+
+        Raises DataError on all of them where data.on_error and data.max_skipped do not allow it.
+        """
+        mine = [entry for batch in batches for entry in batch.dropped]
+        found = dict(entry for entries in gather_objects(mine, self._world) for entry in entries)
+        if self._data.on_error == "error":
+            first, *more = found.values()
+            raise DataError(first + (f" ({len(more)} more groups of this step cannot be read)" if more else ""))
+        self._skipped.update(found)
+        if len(self._skipped) > self._data.max_skipped:
+            raise DataError(
+                f"{len(self._skipped)} groups cannot be read, over data.max_skipped ({self._data.max_skipped}), such as "
+                f"{next(iter(found.values()))}"
+            )
+        for name, why in found.items():
+            self._world.say(f"warning: group {name!r} is left out: {why}")
+        if self._world.is_main:
+            keep(self._file, json.dumps(self._skipped, indent=1), self._world.say)
+
+
+class NonfiniteSteps:
+    """The steps whose loss or gradient was not finite: nonfinite.jsonl."""
+
+    def __init__(self, train: TrainConfig, run_dir: Path, world: World) -> None:
+        self._train, self._file, self._world = train, run_dir / "nonfinite.jsonl", world
+        self._in_a_row = 0
+
+    def finite(self) -> None:
+        """A step was taken."""
+        self._in_a_row = 0
+
+    def note(self, step: int, losses: Sequence[tuple[Batch, Tensor]], what: str, applied: bool) -> None:
+        """Record a non-finite step with its groups; all ranks call it. ``what`` is "loss" or "gradient".
+
+        Of a loss they are the groups of the micro-batches where it was not finite; a gradient is known as the sum over all ranks only, and
+        they are all of the step's. Raises FloatingPointError where train.on_nonfinite does not skip it, or where it has been ``applied``.
+        """
+        mine = [name for batch, loss in losses if what == "gradient" or not torch.isfinite(loss) for name in batch.layout.ids]
+        by_rank = {rank: names for rank, names in enumerate(gather_objects(mine, self._world)) if names}
+        self._in_a_row += 1
+        if self._world.is_main:
+            append(self._file, json.dumps({"step": step, "what": what, "groups": by_rank}), self._world.say)
+        shown = "; ".join(f"rank {rank}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}" for rank, names in by_rank.items())
+        message = f"the {what} is not finite at step {step}; groups of {shown}; {self._file} lists them"
+        if self._train.on_nonfinite == "stop" or applied:
+            raise FloatingPointError(message)
+        if self._in_a_row > _MOST_IN_A_ROW:
+            raise FloatingPointError(f"{message}; it is the {self._in_a_row}th step in a row, and a lower learning rate may help")
+        self._world.say(f"warning: {message}; the step is left out on all ranks")

@@ -1,0 +1,87 @@
+"""Metrics of training steps: sums that stay on the device until they are recorded, and rates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cfvlm_ds.core.distributed import World, all_reduce_sums
+from cfvlm_ds.models import ModelFlops
+from cfvlm_ds.objectives import Objectives, likelihood_report
+from cfvlm_ds.training.step import Measured
+
+
+class Meter:
+    """Sums and counts since the last record; ratios are taken only after adding over ranks.
+
+    ``gathering``, where weights are partitioned, returns the seconds since its last call in which computation waited for them.
+    """
+
+    def __init__(self, gathering: Callable[[], float] | None) -> None:
+        self.gathering = gathering
+        self.reset()
+
+    def reset(self) -> None:
+        self._numbers: dict[str, list[float]] = {}  # name -> [sum, count] of what was given as Python's numbers, and of tensors below
+        self._tensors: dict[str, list[Tensor | None]] = {}
+        self._waited = 0.0
+        self.since = time.monotonic()
+        if self.gathering is not None:
+            self.gathering()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Add to a metric's sum and count, in float64. Tensors stay on their device: fetching one would wait for the GPU."""
+        numbers, tensors = self._numbers.setdefault(name, [0.0, 0.0]), self._tensors.setdefault(name, [None, None])
+        for place, value in enumerate((total, count)):
+            if isinstance(value, Tensor):
+                before, value = tensors[place], value.detach().double()
+                tensors[place] = value if before is None else before + value
+            else:
+                numbers[place] += value
+
+    def wait(self, seconds: float) -> None:
+        """A step has waited for its data."""
+        self._waited += seconds
+
+    def reduce(self, world: World) -> dict[str, float]:
+        """Global means, and rates per second of the wall clock. Collective, and the one fetch of a record; starts the next record."""
+        names = list(self._numbers)
+        numbers = torch.tensor([self._numbers[name] for name in names], dtype=torch.float64)
+        none = torch.zeros((), dtype=torch.float64)
+        tensors = torch.stack([(none if part is None else part).to(world.device) for name in names for part in self._tensors[name]])
+        local = numbers.to(world.device) + tensors.view_as(numbers)
+        both = dict(zip(names, all_reduce_sums([local], world.device)[0].tolist(), strict=True))
+        elapsed = time.monotonic() - self.since
+        metrics = {name: total / (elapsed if name.startswith("throughput/") else count) for name, (total, count) in both.items() if count}
+        metrics["throughput/data_wait_share"] = self._waited / elapsed
+        if self.gathering is not None:
+            metrics["throughput/all_gather_share"] = self.gathering() / elapsed
+        self.reset()
+        return metrics
+
+
+def measure(meter: Meter, measured: Measured, objectives: Objectives, part_of_step: float, flops: ModelFlops) -> None:
+    """Add what a micro-batch has measured. Shares add up over the micro-batches and ranks of a step to its loss, so each counts as
+    ``part_of_step`` of one; ``flops`` counts the model's own operations."""
+    scores = measured.scores
+    real = float(len(scores.layout.ids) > 0)  # a stand-in for groups that cannot be read is not measured
+    meter.add("loss", measured.loss, part_of_step)
+    for name, share in measured.shares.items():
+        meter.add(f"loss/{name}", share, part_of_step)
+    for objective in objectives.values():
+        for key, (total, count) in objective.report(scores).items():
+            meter.add(key, total * real, count * real)
+    for key, (total, count) in likelihood_report(scores).items():
+        meter.add(key, total * real, count * real)
+    meter.add("throughput/groups_per_s", len(scores.layout.ids), 1)
+    meter.add("throughput/candidates_per_s", scores.layout.valid.sum() * real, 1)
+    for batch in measured.parts:
+        meter.add("throughput/tokens_per_s", batch.num_tokens, 1)
+        meter.add("throughput/images_per_s", batch.num_images, 1)
+        meter.add("throughput/model_tflop_per_s", flops.of(batch.model_inputs, batch.num_scored) / 1e12, 1)

@@ -1,0 +1,271 @@
+"""Data is checked before anything is trained on it: what is wrong with it is one sentence on every rank, not a crash after an hour."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.core.config import IMAGE_LIMITS, DataConfig, DataSet, ModelConfig, RunConfig
+from cfvlm_ds.core.distributed import Patience, World, agreed, broadcast_object, cores_per_rank, gather_objects
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.files import keep
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
+from cfvlm_ds.core.secrets import without_secrets
+from cfvlm_ds.data import Share, check_share, data_roots, read_manifest
+from cfvlm_ds.data.identity import Identity, data_identity
+from cfvlm_ds.data.pictures import PictureNotes, PictureTable, sizes_of, stored_pictures
+from cfvlm_ds.models import fingerprint, inputs_fingerprint
+
+_FORM = 2  # of data_check.json and of what a check looks at; another number has everything looked at again
+_FILE = "data_check.json"
+_CHUNK = 1024  # groups whose pictures' headers are read at a time
+
+Tick = Callable[[], object]
+"""Called at least every second in whatever takes long here; may raise, to leave."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on and is evaluated on.
+
+    ``identity`` is that of the training groups. ``pictures`` are those that were found sound, against which a picture is held when it is
+    opened; None where only rows were checked. ``collator`` is the model's own, where the check needed one.
+    """
+
+    groups: list[CounterfactualGroup]
+    splits: dict[str, list[CounterfactualGroup]]
+    identity: Identity
+    pictures: PictureTable | None
+    collator: Collator | None = None
+
+
+def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> RunData:
+    """Training groups and evaluation splits, after a check that all ranks share; what one of them finds is raised on every rank.
+
+    Raises ConfigError when no training manifest is named, or a rank is lost, DataError for anything wrong with a manifest, an image or a
+    text.
+    """
+    data = config.data
+    if not data.train:
+        raise ConfigError("data.train is not set; give the manifest of your training groups")
+    try:
+        check = _Check(config, world, Patience(world, tick))
+        train, *evaluation = (check(each) for each in (data.train_set, *data.evaluation_sets.values()))
+        identity, pictures = check.identity(data.train_set, train)
+    except TimeoutError as error:
+        raise ConfigError(
+            f"the data check of {data.train} cannot end: {error}; look at its node and start again, nothing found is lost"
+        ) from error
+    return RunData(train, dict(zip(data.evaluation, evaluation, strict=True)), identity, pictures, check.collator)
+
+
+def forget(config: RunConfig, world: World) -> None:
+    """Have the next start look at the training data again, because this one is refused for them: files may be restored beside a manifest
+    that is not written. Pictures that have not been written since are not opened even so."""
+    if world.is_main:
+        file = Path(config.train.output_dir) / _FILE
+        known = _recorded(file)
+        if known.pop(_name(config.data.train_set, config.data.format), None) is not None:
+            keep(file, json.dumps(known, indent=1), world.say)
+
+
+def group_tokens(
+    groups: Sequence[CounterfactualGroup],
+    collator: Collator,
+    data: DataConfig,
+    world: World,
+    pictures: PictureTable | None = None,
+    tick: Tick = lambda: None,
+) -> array[int]:
+    """Tokens of every group in the rows that ``collator`` builds; each rank measures its share.
+
+    Headers are read of images that ``pictures`` do not know. Raises DataError on every rank, naming a file without a header, or a group
+    that is larger than a limit of ``data`` allows: of all its images and texts for a micro-batch, of an image with one text for a forward.
+    """
+    patience, problem = Patience(world, tick), None
+    mine = groups[world.rank :: world.size]
+    counted: list[npt.NDArray[Any]] = [np.empty((2, 0), np.int32)]
+    try:
+        with ThreadPoolExecutor(cores_per_rank()) as pool:
+            for start in range(0, len(mine), _CHUNK):
+                patience.alive()
+                chunk = mine[start : start + _CHUNK]
+                shown = (picture for group in chunk for image in group.images for picture in image)
+                sizes = sizes_of(shown, pictures, data.max_pixels, pool)
+                trees = []
+                for group in chunk:
+                    patience.alive()
+                    trees.append(collator.tree_tokens(group, sizes))
+                counted.append(
+                    np.array([[sum(t.whole for t in each) for each in trees], [max(t.least for t in each) for each in trees]], np.int32)
+                )
+    except DataError as error:
+        problem = str(error)
+    patience.meet()
+    shares = gather_objects((problem, np.concatenate(counted, 1)), world)
+    tokens = np.zeros((2, len(groups)), np.int32)
+    for rank, (_, part) in enumerate(shares):
+        if part.shape[1] == tokens[:, rank :: world.size].shape[1]:
+            tokens[:, rank :: world.size] = part
+    problem = next((found for found, _ in shares if found), None)
+    problem = problem or _too_large(groups, tokens[0], "max_tokens_per_micro_batch", data)
+    if problem := problem or _too_large(groups, tokens[1], "max_tokens_per_forward", data):
+        raise DataError(problem)
+    return array("i", tokens[0].tobytes())
+
+
+def model_fingerprint(model: ModelConfig, world: World, tick: Tick = lambda: None) -> dict[str, str]:
+    """``fingerprint``, for which rank 0 reads all weights. Raises ConfigError on every rank when they cannot be read."""
+    patience = Patience(world, tick)
+    return agreed(world, lambda: fingerprint(model, patience.alive), patience)
+
+
+def _too_large(groups: Sequence[CounterfactualGroup], tokens: npt.NDArray[Any], option: str, data: DataConfig) -> str | None:
+    limit = getattr(data, option)
+    if limit is None or (most := int(tokens.max(initial=0))) <= limit:
+        return None
+    what = "one image with one text, which no forward divides," if option == "max_tokens_per_forward" else "its images and texts"
+    group = groups[int(tokens.argmax())].id
+    return f"group {group!r} has {most} tokens in {what}, and data.{option} is {limit}; raise it, or show images with fewer tokens"
+
+
+def _told(item: Any, world: World) -> Any:
+    return broadcast_object(item) if world.size > 1 else item
+
+
+def _recorded(file: Path) -> dict[str, Any]:
+    try:
+        return dict(parse_json(read_bytes(file, MAX_RECORD).decode()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def _name(each: DataSet, format: str) -> str:
+    return without_secrets(json.dumps([os.path.abspath(each.path), each.root, each.format or format]))
+
+
+class _Check:
+    """Checks data sets once: what was found sound with the same options is not looked at again while its manifest is unchanged.
+
+    ``data_check.json`` in the run folder says what is sound, the folder ``data_check`` beside it which pictures were seen.
+    """
+
+    def __init__(self, config: RunConfig, world: World, patience: Patience) -> None:
+        self._config, self._world, self._patience = config, world, patience
+        run_dir = Path(config.train.output_dir)
+        self._file, self._folder = run_dir / _FILE, run_dir / "data_check"
+        self._full = config.data.check == "full"
+        self.collator: Collator | None = None
+        self._known: dict[str, Any] = {}
+        self._stamps: dict[str, list[Any]] = {}
+        if world.is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._known = _recorded(self._file)
+        self._notes: PictureNotes | None = None
+
+    def __call__(self, each: DataSet) -> list[CounterfactualGroup]:
+        """The groups of a set without a problem; rank 0 says what it holds. Raises DataError with the first problem on every rank."""
+        problem, said = _told(self._known_of(each) if self._world.is_main else None, self._world)
+        if problem:
+            raise DataError(problem)
+        if said is None and self._full:
+            said, groups = self._looked_at(each)
+        else:
+            groups = read_manifest(each.path, each.root, self._format(each))
+            said = said or f"{each.path}: {len(groups)} groups"
+        self._world.say(said)
+        self._keep(each, said=without_secrets(said))
+        return groups
+
+    def identity(self, each: DataSet, groups: Sequence[CounterfactualGroup]) -> tuple[Identity, PictureTable | None]:
+        """What the groups of a set are recognised by, and the pictures that were checked."""
+        pictures = stored_pictures(self._folder) if self._full else None
+        found: Identity | None = None
+        if self._world.is_main:
+            entry, table = self._entry(each), _state(pictures)
+            found = entry.get("identity")
+            if (
+                not isinstance(found, dict) or entry.get("pictures") != table
+            ):  # another set's check may have noted a changed picture of this
+                roots = data_roots(each.path, each.root)
+                found = data_identity(groups, roots, pictures, self._patience.alive)
+                self._keep(each, identity=found, pictures=table)
+        self._patience.meet()
+        return _told(found, self._world), pictures
+
+    def _format(self, each: DataSet) -> str:
+        return each.format or self._config.data.format
+
+    def _looked_at(self, each: DataSet) -> tuple[str, list[CounterfactualGroup]]:
+        world, patience, data = self._world, self._patience, self._config.data
+        self.collator = self.collator or load_collator(self._config.model, "full", data.max_pixels)
+        self._notes = self._notes or PictureNotes(self._folder, world.rank, patience.meet)
+        share = Share(world.rank, world.size, self._notes, patience.alive)
+        options: Any = {"lengths": self.collator, "max_pixels": data.max_pixels, "progress": world.say}
+        report, groups = check_share(each.path, each.root, self._format(each), share, **options)
+        patience.meet()
+        shares = gather_objects((self._notes.problem, len(report.problems), report.problems[:1]), world)
+        if lost := next((problem for problem, *_ in shares if problem), None):
+            raise ConfigError(lost)
+        if problems := [first for *_, firsts in shares for first in firsts]:
+            more = sum(number for _, number, _ in shares) - 1
+            raise DataError(problems[0] + (f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""))
+        said = f"{each.path}: {report.num_groups} groups, {report.num_images} images"
+        said += f", visual tokens {report.visual_range}" if report.visual_range else ""
+        return said + (f", metadata {report.unused}" if report.metadata else ""), groups
+
+    def _known_of(self, each: DataSet) -> tuple[str | None, str | None]:
+        """(what is wrong, what was found): both None for a set that has to be looked at."""
+        try:
+            Path(each.path).stat()
+        except OSError as error:
+            missing = "no such manifest" if isinstance(error, FileNotFoundError) else f"the manifest cannot be read ({error.strerror})"
+            return f"{each.path}: {missing}; correct data.train or data.evaluation", None
+        said = self._entry(each).get("said")
+        pictures = not self._full or stored_pictures(self._folder) is not None
+        return None, said if isinstance(said, str) and pictures else None
+
+    def _entry(self, each: DataSet) -> dict[str, Any]:
+        """What is known of a set as it is now, looked at as it would be now."""
+        stamp, entry = self._stamp(each), self._known.get(_name(each, self._config.data.format))
+        return entry if isinstance(entry, dict) and entry.get("stamp") == stamp else {}
+
+    def _keep(self, each: DataSet, **found: Any) -> None:
+        if self._world.is_main:
+            self._known[_name(each, self._config.data.format)] = {**self._entry(each), "stamp": self._stamp(each), **found}
+            keep(self._file, json.dumps(self._known, indent=1), self._world.say)
+
+    def _stamp(self, each: DataSet) -> list[Any]:
+        """The set before it is read: what is written to its manifest while it is looked at will be looked at by the next start."""
+        model, data, name = self._config.model, self._config.data, _name(each, self._config.data.format)
+        if name not in self._stamps:
+            stat = Path(each.path).stat()
+            roots = [os.path.abspath(root) for root in data_roots(each.path, each.root)]
+            limits = [getattr(model, option) for option in IMAGE_LIMITS]
+            paths = [without_secrets(path) for path in (*roots, model.name_or_path)]
+            written = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # an old time can be set again, but not the last one
+            inputs = None
+            with contextlib.suppress(OSError, ConfigError):  # named where they are read to be used
+                inputs = inputs_fingerprint(model) if os.path.isdir(model.name_or_path) else None
+            self._stamps[name] = [_FORM, *written, self._format(each), data.check, data.max_pixels, *limits, *paths, inputs]
+        return self._stamps[name]
+
+
+def _state(pictures: PictureTable | None) -> list[int] | None:
+    """What tells one state of a stored table from another."""
+    if pictures is None or pictures.file is None:
+        return None
+    stat = pictures.file.stat()
+    return [stat.st_size, stat.st_mtime_ns]

@@ -1,0 +1,117 @@
+"""What a run leaves to its user: the exported model, tables, scores and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.errors import ConfigError, unwritten
+from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.data import data_roots, open_image
+from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.data.pictures import PictureTable
+from cfvlm_ds.data.stored_scores import write_scores
+from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, table
+from cfvlm_ds.export import export_adapter, export_hf
+from cfvlm_ds.export.folder import refuse_replacing
+from cfvlm_ds.models import only_adapters_train
+from cfvlm_ds.tracking.figures import learning_curves_figure, score_matrix_figure
+from cfvlm_ds.training.evaluator import Splits
+
+Say = Callable[[str], object]
+
+
+def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
+    """The run's last checkpoint as a Hugging Face folder, or as adapters where only those are trained; ``alive`` is called meanwhile."""
+    model, (folder, _) = config.model, _exported(config)
+    if only_adapters_train(model):
+        exported = export_adapter(checkpoint, model.name_or_path, folder, model.lora, say, alive)
+    else:
+        exported = export_hf(checkpoint, model.name_or_path, folder, say, model.lora, alive)
+    say(f"exported to {exported}")
+
+
+def refuse_export(config: RunConfig) -> None:
+    """ConfigError where the export could not take its place when the training is over."""
+    if config.train.export:
+        folder, marker = _exported(config)
+        remedy = "choose another train.output_dir, or set train.export to false"
+        refuse_replacing(folder, marker, [Path(config.model.name_or_path).resolve()], remedy)
+
+
+def _exported(config: RunConfig) -> tuple[Path, str]:
+    """The folder of a run's export, and the file by which an export is known."""
+    name, marker = ("adapter", "adapter_config.json") if only_adapters_train(config.model) else ("export", "config.json")
+    return Path(config.train.output_dir) / name, marker
+
+
+def write_results(
+    config: RunConfig,
+    splits: Splits,
+    results: Mapping[str, Sequence[Accuracy]],
+    scores: Mapping[str, Sequence[GroupScores]],
+    checked: PictureTable | None,
+) -> list[Path]:
+    """results.md, results.json and the scores of every split, in the run folder; the first two. Raises ConfigError on a full disk."""
+    run_dir = Path(config.train.output_dir)
+    path = tables = run_dir / "results.md"
+    try:
+        replace(path, (table(results) + "\n").encode())
+        path = rows = run_dir / "results.json"
+        replace(path, json.dumps({name: [vars(row) for row in found] for name, found in results.items()}, indent=1).encode())
+        (run_dir / "scores").mkdir(exist_ok=True)
+        for split, groups in splits.items():
+            stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
+            given = config.data.evaluation_sets[split]
+            identity = data_identity(groups, data_roots(given.path, given.root), checked)
+            write_scores(path := run_dir / "scores" / f"{split}.jsonl", list(groups), stored, str(run_dir), identity)
+    except OSError as error:
+        raise ConfigError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
+    return [tables, rows]
+
+
+def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], max_pixels: int, say: Say) -> list[Path]:
+    """The figures that could be drawn; one that could not is a warning."""
+    drawn: list[Path] = []
+
+    def attempt(name: str, draw: Callable[[Path], None]) -> None:
+        path = run_dir / name
+        try:
+            draw(path)
+            drawn.append(path)
+        except Exception as error:  # whatever a drawing library has against captions and numbers
+            say(f"warning: {path} could not be drawn ({type(error).__name__}: {' '.join(str(error).split())}); the run goes on")
+
+    attempt("learning_curves.png", lambda path: learning_curves_figure(path, run_dir / "metrics.jsonl"))
+    for split, groups in splits.items():
+        shown = partial(samples, groups, scores[split], max_pixels)
+        attempt(f"scores-{split}.png", lambda path, shown=shown: score_matrix_figure(path, shown()))  # type: ignore[misc]
+    return drawn
+
+
+def samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
+    """One group of each edit type, at most four types, as score_matrix_figure takes them."""
+    first: dict[str, int] = {}
+    for index, group in enumerate(groups):
+        first.setdefault(group.edits[0].type if group.edits else UNLABELLED, index)
+    return [
+        {
+            "title": f"{kind}: {groups[index].id}",
+            "images": [[open_image(picture, max_pixels) for picture in pictures] for pictures in groups[index].images],
+            "captions": _captions(groups[index]),
+            "scores": scores[index].logp.tolist(),
+            "match": groups[index].match,
+        }
+        for kind, index in list(first.items())[-4:]
+    ]
+
+
+def _captions(group: CounterfactualGroup) -> list[str]:
+    """The texts, after their prompts where the group has several."""
+    alone = len(set(group.prompt_ids)) == 1
+    return [each.text if alone else f"{each.prompt} {each.text}" for each in group.candidates]

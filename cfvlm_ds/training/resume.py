@@ -1,0 +1,133 @@
+"""Where a run starts: at step 0 or after a checkpoint, or not at all. All of it is decided before anything is loaded or touched."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds import checkpoint
+from cfvlm_ds.checkpoint import TrainState
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.distributed import Patience, World, agreed
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.data import GroupSampler
+from cfvlm_ds.data.identity import changes as changed_data
+from cfvlm_ds.training import changes
+from cfvlm_ds.training.changes import Change
+
+FINISHED = "finished.json"
+CHANGES = "resume_changes.jsonl"
+
+
+class OtherData(ConfigError):
+    """The training groups are not those that the checkpoint was trained on."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that is continued, if any, what of the run has changed since, and the record of what this start was told."""
+
+    found: Path | None
+    changed: Sequence[Change]
+    record: dict[str, Any]
+    total_steps: int
+    data: dict[str, Any]
+
+    def check(self, state: TrainState, config: RunConfig, sampler: GroupSampler) -> None:
+        """Move the sampler to where ``state`` is. Raises ConfigError or DataError where it is not a place in this run."""
+        try:
+            what = changed_data(state.data, self.data) if isinstance(state.data, dict) else None
+        except KeyError as error:
+            raise ConfigError(f"{self.found}: its state says nothing of {error} of its data; give train.resume another one") from error
+        if what:
+            raise OtherData(
+                f"{self.found} was trained on {config.data.train} before a change of {what}; restore the data, or start a new run in "
+                "another train.output_dir"
+            )
+        if state.step > self.total_steps:
+            raise ConfigError(
+                f"{self.found} is after the run's last step {self.total_steps}; raise train.max_steps, or give train.resume an older one"
+            )
+        sampler.load_state_dict(state.sampler or {})
+        before: Any = state.record
+        for part in ("options", "train"):
+            before = before.get(part) if isinstance(before, dict) else None
+        before = before if isinstance(before, dict) else {}
+        if before.get("save_best", config.train.save_best) != config.train.save_best:
+            state.forget_best()
+
+    def told(self, config: RunConfig, world: World) -> dict[str, Any]:
+        """The record for the run's checkpoints, when the model is there: a hub's may not have been when the run was started."""
+        if self.record["model"]:
+            return self.record
+        patience = Patience(world)  # rank 0 reads all weights of the model
+        hashes = agreed(world, lambda: changes.model_hashes(config.model.name_or_path, patience.alive), patience)
+        return {**self.record, "model": hashes}
+
+    def note(self, run_dir: Path, step: int, world: World) -> list[Path]:
+        """Say what has changed and add it to the run folder (rank 0); the file, where there is something in it."""
+        for change in self.changed:
+            world.say(f"after step {step}: {change}")
+        if self.changed and world.is_main:
+            changes.note(run_dir / CHANGES, step, self.changed, world.say)
+        return [run_dir / CHANGES] if self.changed else []
+
+
+def decide(
+    config: RunConfig, deepspeed: Mapping[str, Any], world: World, sampler: GroupSampler, data: dict[str, Any], total_steps: int
+) -> Start | None:
+    """Where to start; None when the run has finished and ``train.resume`` names no checkpoint. ``data`` is what identifies the groups.
+
+    Raises ConfigError or DataError on all ranks for whatever stands against it: checkpoints that cannot be used, a changed option that
+    matters, other data.
+    """
+    run_dir, train = Path(config.train.output_dir), config.train
+    allowed = train.resume_changes == "allow"
+    patience = Patience(world)  # rank 0 may read all weights of the model
+    record = agreed(world, lambda: changes.record(config, deepspeed, world.size, total_steps, patience.alive), patience)
+
+    def changed_since(told: Mapping[str, Any], what: Path, step: int) -> list[Change]:
+        found = changes.compare(told, record)
+        if problem := changes.refused(found, str(what), step, allowed):
+            raise ConfigError(problem)
+        return found
+
+    if is_finished(config, total_steps, world):
+        told = agreed(world, lambda: changes.of_finished(run_dir))
+        if told is not None:
+            agreed(world, lambda: changed_since(told, run_dir, total_steps))
+        world.say(
+            f"{run_dir} has finished at step {total_steps}: nothing to do; remove {run_dir / FINISHED} to evaluate and export it again"
+        )
+        return None
+    found = checkpoint.find(run_dir, train.resume, world)
+    if found is None:
+        if train.resume == "auto" and (step := agreed(world, lambda: _finished_at(run_dir))) is not None:
+            raise ConfigError(
+                f"{run_dir} has finished at step {step} and holds no checkpoint to go on from to step {total_steps}; choose another "
+                "train.output_dir, or set train.resume to restart to start at step 0"
+            )
+        return Start(None, [], record, total_steps, data)
+    step = checkpoint.description(found)["step"]
+    start = Start(found, agreed(world, lambda: changed_since(changes.recorded(found), found, step)), record, total_steps, data)
+    if (state := checkpoint.kept_state(found)) is not None:
+        start.check(state, config, sampler)
+    return start
+
+
+def is_finished(config: RunConfig, total_steps: int, world: World) -> bool:
+    """Whether a start that takes what it finds has nothing to do; rank 0 decides."""
+    found = agreed(world, lambda: _finished_at(Path(config.train.output_dir)))
+    return config.train.resume in ("auto", "restart") and found == total_steps
+
+
+def _finished_at(run_dir: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # one that a power loss has cut is none
+        found = parse_json(read_bytes(run_dir / FINISHED, MAX_SETTINGS).decode())
+        if isinstance(found, dict) and type(found.get("step")) is int:
+            return found["step"]
+    return None

@@ -1,0 +1,204 @@
+"""One run from its options to its results. Each step takes what the one before it has made."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds import checkpoint, engine
+from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.batching.precompute_features import precompute_features
+from cfvlm_ds.checkpoint import TrainState
+from cfvlm_ds.cluster import heartbeat, signals
+from cfvlm_ds.cluster.run_lock import RunLock
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.distributed import World, agreed, random_kept, seed_everything
+from cfvlm_ds.core.errors import ConfigError, DataError, unwritten
+from cfvlm_ds.core.files import keep
+from cfvlm_ds.data import GroupSampler, PackedSampler
+from cfvlm_ds.data.stored_scores import StoredScores, read_scores
+from cfvlm_ds.models.run_folder import refuse_foreign_entries
+from cfvlm_ds.objectives import required_cells
+from cfvlm_ds.tracking import import_mlflow
+from cfvlm_ds.training import resume
+from cfvlm_ds.training.batches import forkable
+from cfvlm_ds.training.evaluator import check_best
+from cfvlm_ds.training.read_data import RunData, forget, group_tokens, model_fingerprint, read_data
+from cfvlm_ds.training.results import refuse_export
+from cfvlm_ds.training.run_record import tracker_of, write_record
+from cfvlm_ds.training.self_check import check_scores, refuse_nonfinite, refuse_unusable
+from cfvlm_ds.training.trainer import Trainer
+from cfvlm_ds.training.validation import scores_needed, validate
+
+
+def train(config: RunConfig, world: World | None = None) -> None:
+    """Train, evaluate and export one run; every rank calls it. Joins the process group unless ``world`` says that it has been joined.
+
+    A run that has finished before only says so. One that is asked to stop saves a checkpoint and leaves by SystemExit with
+    ``EXIT_STOPPED``, neither evaluated nor exported; started again, it goes on.
+
+    Raises ConfigError or DataError before the first step for anything wrong with configuration or data, and FloatingPointError on all ranks
+    when the loss or its gradient is not finite.
+    """
+    world = world or engine.start()
+    with signals.before_leaving(lambda code: world.say(_LEFT[code])):
+        validate(config, world)
+        with _locked(Path(config.train.output_dir), world, partial(refuse_export, config)):
+            _run(config, world)
+
+
+_LEFT = {
+    signals.EXIT_STOPPED: "stopped: a signal asked for it; the same command continues",
+    signals.EXIT_INTERRUPTED: "ended by a second Ctrl-C; the same command continues from the last checkpoint",
+}
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """The run folder is this run's alone. Raises ConfigError on all ranks when it is another's, naming its holder, when what the run
+    writes there would end elsewhere, and when ``check`` does, before anything is touched."""
+    held: list[RunLock] = []
+
+    def hold() -> None:
+        try:
+            refuse_foreign_entries(run_dir)
+            check()
+        except OSError as error:  # a name that is too long, a folder that must not be read
+            raise ConfigError(f"{unwritten(run_dir, error)}; choose another train.output_dir") from error
+        held.append(RunLock(run_dir, world.say))
+
+    agreed(world, hold)
+    lock: Any = held[0] if held else contextlib.nullcontext()
+    with lock, signals.before_leaving(lambda code: lock.release() if held else None):
+        yield
+
+
+def _run(config: RunConfig, world: World) -> None:
+    """Check, then touch: until the weights are in place and their scores right, the run folder and MLflow stay as they are.
+
+    Exempt are the caches of the data check and of features, and the ranks' signs of life.
+    """
+    seed_everything(config.train.seed)
+    run_dir = Path(config.train.output_dir)
+    raw, width = engine.read_json(config.deepspeed), engine.hidden_size(config)
+    data = read_data(config, world)
+    check_best(config, data.splits)
+    stored = _stored_scores(config, data, world)
+    collator = data.collator or load_collator(config.model, "full", config.data.max_pixels)
+    collator = collator.of_run(required_cells(config.objective), stored, data.pictures)
+    sampler = _sampler(config, world, data, collator)
+    total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs)
+    resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
+    try:
+        start = resume.decide(config, resolved.config, world, sampler, dict(data.identity), total_steps)
+    except resume.OtherData:
+        forget(config, world)
+        raise
+    if start is None:
+        return
+    agreed(world, lambda: heartbeat.prepare(run_dir))
+    with heartbeat.Heartbeat(run_dir / heartbeat.FOLDER, world, config.train.hang_timeout_s) as pulse:
+        importing = import_mlflow() if world.is_main and config.tracking.enabled else None
+        ds_engine, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=start.data)
+        num_workers = forkable(config.data.workers, importing)
+        _checked(config, world, refuse_nonfinite, ds_engine.module.model, config.model.name_or_path)
+        collator = _with_features(config, world, ds_engine, collator, data, pulse, num_workers)
+        trainer = Trainer(config, world, ds_engine, collator, data, sampler, state, total_steps, pulse, num_workers)
+        if start.found is not None:
+            _restore(config, world, ds_engine, state, start, sampler)
+            _checked(config, world, refuse_nonfinite, ds_engine.module.model, str(start.found))
+        state.told(start.told(config, world))
+        with random_kept(world.device):  # an uninterrupted run has checked before its first step, not here
+            _check_scores(config, world, ds_engine, collator, data, sampler)
+            if data.splits and state.step < total_steps:
+                trainer.evaluator.rehearse()
+        with tracker_of(config, world, start.found) as tracker, signals.before_leaving(partial(_close_at_once, tracker)):
+            if world.is_main:
+                (run_dir / resume.FINISHED).unlink(missing_ok=True)
+            for path in [*write_record(config, ds_engine.module, resolved.config, world), *start.note(run_dir, state.step, world)]:
+                tracker.artifact(path)
+            trainer.run(tracker)
+    if world.is_main:
+        keep(run_dir / resume.FINISHED, json.dumps({"step": total_steps}), world.say)
+    world.wait()
+
+
+def _close_at_once(tracker: Any, code: int) -> None:
+    tracker.close("SCHEDULED" if code == signals.EXIT_STOPPED else "KILLED", timeout=5.0)
+
+
+def _stored_scores(config: RunConfig, data: RunData, world: World) -> dict[str, StoredScores] | None:
+    """The scores file of the training groups, if an objective needs one and the model without its adapters does not serve."""
+    if not scores_needed(config):
+        return None
+    made_by = model_fingerprint(config.model, world)
+    try:
+        return read_scores(Path(str(config.data.scores)), data.groups, data.identity, made_by=made_by)
+    except DataError:
+        forget(config, world)
+        raise
+
+
+def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator) -> GroupSampler:
+    options, limit = config.train, config.data.max_tokens_per_micro_batch
+    counted = limit or config.data.max_tokens_per_forward
+    tokens = group_tokens(data.groups, collator, config.data, world, data.pictures) if counted else []
+    place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "seed": options.seed}
+    place["gradient_accumulation_steps"] = options.gradient_accumulation_steps
+    if limit is not None:
+        return PackedSampler(tokens=tokens, max_tokens=limit, **place)
+    return GroupSampler(num_groups=len(data.groups), groups_per_micro_batch=options.per_device_train_batch_size, **place)
+
+
+def _with_features(
+    config: RunConfig, world: World, ds_engine: Any, collator: Collator, data: RunData, pulse: heartbeat.Heartbeat, num_workers: int
+) -> Collator:
+    """The collator, taking features in place of pictures where data.feature_cache keeps them; what is missing is computed."""
+    if config.data.feature_cache is None:
+        return collator
+    pulse.mark("features", 0)
+    shown = itertools.chain(data.groups, *data.splits.values())
+    cache = precompute_features(Path(config.data.feature_cache), config.model, ds_engine, collator.files, shown, world, num_workers)
+    engine.invalidate_prefetch_trace(ds_engine)  # of the tower, which does not run again
+    return collator.taking_features(cache)
+
+
+def _restore(config: RunConfig, world: World, ds_engine: Any, state: TrainState, start: resume.Start, sampler: GroupSampler) -> None:
+    """Go on from a checkpoint, with the options of this run where they have changed."""
+    found, told = start.found, engine.optimizer_options(ds_engine)
+    assert found is not None
+    checkpoint.load(ds_engine, found, state, world, Path(config.train.output_dir))
+    start.check(state, config, sampler)
+    if start.changed:
+        engine.apply_optimizer_options(ds_engine, told)
+    if not isinstance(state.data, dict):
+        world.say(f"warning: {found} is of an earlier version, and on which data it was trained cannot be told; they are taken to be these")
+    state.trained_on(start.data)
+    world.say(f"resumed from {found} at step {state.step}")
+
+
+def _checked(config: RunConfig, world: World, check: Callable[..., None], *arguments: Any) -> None:
+    """Run a check of the model; what it finds is an error on all ranks, or what train.self_check makes of it."""
+    wanted = config.train.self_check
+    try:
+        if wanted != "off":
+            check(*arguments, world)
+    except ConfigError as error:
+        if wanted == "error":
+            raise
+        world.say(f"warning: {error}")
+
+
+def _check_scores(config: RunConfig, world: World, ds_engine: Any, collator: Collator, data: RunData, sampler: GroupSampler) -> None:
+    """Compare packed scores of this rank's first micro-batch with ordinary forwards."""
+    ds_engine.eval()
+    if config.data.feature_cache is None:  # which does not hold the picture of the stand-in
+        refuse_unusable(ds_engine, collator, config.model.name_or_path, world.device)
+    groups = [data.groups[index] for index in next(iter(sampler))]
+    _checked(config, world, check_scores, config, ds_engine, collator, groups)
+    ds_engine.train()

@@ -1,0 +1,200 @@
+"""One optimizer step: its micro-batches, the denominators that all ranks agree on, one forward and one backward of the engine each.
+
+What can go wrong within a step is answered here too, and on all ranks alike: groups that cannot be read, a loss that is not finite, memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.out_of_memory import explain_out_of_memory
+from cfvlm_ds.cluster.signals import WorkerLost, reason
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.distributed import World, all_reduce_sums, gather_objects
+from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.models import adapters_off
+from cfvlm_ds.objectives import denominators, weighted_loss
+from cfvlm_ds.training.gradient_cache import one_pass, two_passes
+from cfvlm_ds.training.left_out import NonfiniteSteps, SkippedGroups
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A micro-batch after its forward: ``loss`` and each term's ``shares`` are its shares of the step's, on this rank."""
+
+    parts: Sequence[Batch]
+    scores: Scores
+    loss: Tensor
+    shares: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the ranks have agreed on, the same everywhere, and what was measured here; nothing where the step was left out.
+
+    ``stop`` says why the run is to stop after this step; ``save_due`` whether a checkpoint is wanted by time; ``waited_s`` for data.
+    """
+
+    stop: str | None
+    save_due: bool
+    waited_s: float
+    measured: Sequence[Measured]
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    """Sums over all ranks, of one collective."""
+
+    denominators: Mapping[str, Tensor]
+    votes: Sequence[float]
+    save_due: bool
+    worker_lost: bool
+    dropped: bool
+
+
+class OptimizerStep:
+    """Takes one optimizer step after the other.
+
+    Args:
+        engine: drives a Scorer.
+        stand_in: makes a batch of which only the form matters, for a rank whose data workers have died.
+        mark: told the phase and the step's number, by which a hang is found.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        engine: Any,
+        stand_in: Callable[[], Batch],
+        skipped: SkippedGroups,
+        nonfinite: NonfiniteSteps,
+        mark: Callable[[str, int], None],
+    ) -> None:
+        self._config, self._world, self._engine = config, world, engine
+        self._stand_in, self._skipped, self._nonfinite, self._mark = stand_in, skipped, nonfinite, mark
+
+    def take(self, number: int, batches: Iterator[list[Batch]], progress: float, votes: Tensor, save_due: bool) -> StepResult:
+        """Fetch the micro-batches, agree on the global denominators, compute, update the weights.
+
+        Args:
+            number: of the step, from 1.
+            progress: share of all steps done before, 0 to 1.
+            votes: [2] this rank's votes to stop, see cfvlm_ds.cluster.signals.
+            save_due: whether this rank wants a checkpoint.
+
+        Raises WorkerLost on all ranks, before anything is computed, when one of them has no batches any more.
+        """
+        self._mark("data", number)
+        asked = time.monotonic()
+        micro_batches, lost = self._fetch(batches)
+        waited = time.monotonic() - asked
+        self._mark("agreement", number)
+        agreed = self._agree(micro_batches, votes, save_due, lost)
+        if agreed.worker_lost:
+            found = ((rank, said) for rank, said in enumerate(gather_objects(lost, self._world)) if said is not None)
+            raise WorkerLost("; ".join(f"rank {rank}: {said}" for rank, said in found))
+        if agreed.dropped:
+            self._skipped.note([parts[0] for parts in micro_batches])
+        measured, finite = self._compute(number, micro_batches, agreed.denominators, progress)
+        # fp16's loss scaling leaves steps out by itself
+        if not finite or not (self._engine.was_step_applied() or self._engine.fp16_enabled()):
+            losses = [(each.parts[0], each.loss) for each in measured]
+            self._nonfinite.note(number, losses, "gradient" if finite else "loss", self._engine.was_step_applied())
+            measured = []
+        else:
+            self._nonfinite.finite()
+        return StepResult(reason(agreed.votes), agreed.save_due, waited, measured)
+
+    def _fetch(self, batches: Iterator[list[Batch]]) -> tuple[list[list[Batch]], str | None]:
+        """The step's micro-batches; where a data worker has died, a stand-in of which only the form matters, and what became of it."""
+        device, count = self._world.device, self._config.train.gradient_accumulation_steps
+        try:
+            return [[part.to(device) for part in next(batches)] for _ in range(count)], None
+        except WorkerLost as error:
+            return [[self._stand_in().to(device)]], str(error)
+
+    def _agree(self, micro_batches: Sequence[Sequence[Batch]], votes: Tensor, save_due: bool, lost: str | None) -> _Agreed:
+        local: dict[str, Tensor] = {}
+        for parts in micro_batches:
+            for name, units in denominators(self._config.objective, parts[0].layout).items():
+                local[name] = local[name] + units if name in local else units
+        dropped = sum(len(parts[0].dropped) for parts in micro_batches)
+        flags = torch.tensor([float(save_due), float(lost is not None), float(dropped)])
+        *sums, control = all_reduce_sums([*local.values(), torch.cat([votes, flags])], self._world.device)
+        *stop, due, dead, missing = control.tolist()
+        return _Agreed(dict(zip(local, sums, strict=True)), stop, bool(due), bool(dead), bool(missing))
+
+    def _compute(
+        self, number: int, micro_batches: Sequence[Sequence[Batch]], denominators: Mapping[str, Tensor], progress: float
+    ) -> tuple[list[Measured], bool]:
+        """Gradients of all micro-batches and the optimizer's update; what was measured, and whether the loss was finite on all ranks."""
+        world = self._world
+        measured: list[Measured] = []
+        all_finite = torch.ones((), device=world.device)
+        finite = True
+
+        def loss_of(scores: Scores) -> Tensor:
+            nonlocal finite
+            loss, shares = weighted_loss(self._config.objective, scores, denominators, world.size, progress)
+            measured.append(Measured(micro_batches[len(measured)], scores, loss.detach() / world.size, shares))
+            all_finite.mul_(torch.isfinite(loss.detach()))
+            if len(measured) == len(micro_batches):
+                dist.all_reduce(all_finite, op=dist.ReduceOp.MIN)
+                finite = bool(all_finite)
+                if not finite:
+                    return loss * torch.nan  # on every rank: DeepSpeed takes no step whose gradient's global norm is not finite
+            return loss
+
+        parts_of_all = [part for parts in micro_batches for part in parts]
+        with explain_out_of_memory(f"at step {number} on rank {world.rank}", parts_of_all, _memory_remedy(self._config)):
+            for parts, forwards in zip(micro_batches, self._forwards(micro_batches), strict=True):
+                self._mark("computation", number)
+                last = parts is micro_batches[-1]
+                if forwards == 1:
+                    one_pass(self._engine, parts[0], loss_of, self._reference, last)
+                else:
+                    two_passes(self._engine, parts, forwards, loss_of, self._reference, last, world.device)
+            self._engine.step()
+        return measured, finite
+
+    def _forwards(self, micro_batches: Sequence[Sequence[Batch]]) -> list[int]:
+        """How many forwards each micro-batch takes: as many on every rank, because ZeRO-3 gathers weights on all of them together."""
+        forwards = [len(parts) for parts in micro_batches]
+        if self._config.data.max_tokens_per_forward is None:
+            return forwards
+        most = torch.tensor(forwards, device=self._world.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return most.tolist()
+
+    def _reference(self, batch: Batch) -> Tensor | None:
+        """Log-likelihoods under the model without its adapters, where an objective needs a reference and none is stored."""
+        if batch.reference is not None or not any(term.needs_reference for term in self._config.objective.values()):
+            return None
+        self._engine.eval()
+        with torch.no_grad(), adapters_off(self._engine.module.model):
+            logp = batch.scores(self._engine(**batch.model_inputs)).logp
+        self._engine.train()
+        return logp
+
+
+def _memory_remedy(config: RunConfig) -> str:
+    train, data = config.train, config.data
+    if data.max_tokens_per_forward is not None:
+        setting = f"data.max_tokens_per_forward ({data.max_tokens_per_forward})"
+    elif data.max_tokens_per_micro_batch is not None:
+        setting = f"data.max_tokens_per_micro_batch ({data.max_tokens_per_micro_batch})"
+    else:
+        setting = f"train.per_device_train_batch_size ({train.per_device_train_batch_size}), and raise train.gradient_accumulation_steps"
+    return (
+        f"lower {setting}, set data.max_tokens_per_forward, model.gradient_checkpointing or limits on visual tokens (model.max_pixels, "
+        "model.max_tiles)"
+    )

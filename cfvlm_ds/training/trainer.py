@@ -1,0 +1,217 @@
+"""The training loop: step after step, records, evaluations and checkpoints in between, and what is done at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cfvlm_ds import engine as deepspeed_engine
+from cfvlm_ds.batching.batch import STAND_IN
+from cfvlm_ds.batching.collator import Collator
+from cfvlm_ds.checkpoint import TrainState
+from cfvlm_ds.cluster.heartbeat import Heartbeat
+from cfvlm_ds.cluster.signals import EXIT_STOPPED, Asked, Stop, WorkerLost, together
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.distributed import Patience, World
+from cfvlm_ds.core.secrets import tell
+from cfvlm_ds.data import GroupSampler
+from cfvlm_ds.evaluation import flat_metrics, headline, table
+from cfvlm_ds.models import ModelFlops, peak
+from cfvlm_ds.training.batches import micro_batches
+from cfvlm_ds.training.checkpoints import Checkpoints
+from cfvlm_ds.training.evaluator import Evaluator, best_metric
+from cfvlm_ds.training.left_out import NonfiniteSteps, SkippedGroups
+from cfvlm_ds.training.meter import Meter, measure
+from cfvlm_ds.training.read_data import RunData
+from cfvlm_ds.training.results import draw_figures, export_checkpoint, write_results
+from cfvlm_ds.training.step import OptimizerStep, StepResult
+
+
+class Trainer:
+    """Trains a model from where its state is.
+
+    Args:
+        engine: DeepSpeed's, which drives a Scorer.
+        collator: makes batches of the groups, with images as they are from here on.
+        sampler: at the place where the data go on.
+        pulse: told the phase and step, by which a hang is found.
+        num_workers: data workers that may be forked.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        engine: Any,
+        collator: Collator,
+        data: RunData,
+        sampler: GroupSampler,
+        state: TrainState,
+        total_steps: int,
+        pulse: Heartbeat,
+        num_workers: int,
+    ) -> None:
+        self.state, self.total_steps = state, total_steps
+        self._config, self._world, self._engine, self._collator = config, world, engine, collator
+        self._data, self._sampler, self._pulse, self._num_workers = data, sampler, pulse, num_workers
+        self._run_dir = Path(config.train.output_dir)
+        self._flops = ModelFlops(engine.module.model, engine.module.family)
+        self._stop = Stop(config.train.stop_margin_s)
+        self.evaluator = Evaluator(config, world, engine, collator, data.splits, self._stop, num_workers)
+
+    def run(self, tracker: Any) -> None:
+        """Train to the end, evaluate and export; or leave by SystemExit with ``EXIT_STOPPED`` where the ranks agree to stop."""
+        try:
+            with together():
+                if stopped := self._train(tracker):
+                    self._leave(tracker, stopped)
+            self._finish(tracker)
+        except Asked as asked:
+            self._leave(tracker, f"{asked}, before the evaluation was done")
+        except WorkerLost as lost:
+            self._end(
+                tracker, f"rank {self._world.rank}, in the evaluation: {lost}", "the same command continues from the last checkpoint", True
+            )
+
+    def _train(self, tracker: Any) -> str | None:
+        """Train to the end, or to where the ranks agree to stop: then the reason."""
+        train, state, world = self._config.train, self.state, self._world
+        stand_in = partial(self._collator.scoring_everything(), [STAND_IN])
+        skipped = SkippedGroups(self._config.data, self._run_dir, state.skipped, world)
+        nonfinite = NonfiniteSteps(train, self._run_dir, world)
+        step = OptimizerStep(self._config, world, self._engine, stand_in, skipped, nonfinite, self._pulse.mark)
+        batches = micro_batches(self._data.groups, self._sampler, self._collator, self._config.data, world, self._num_workers)
+        meter = Meter(deepspeed_engine.gather_clock(self._engine, world.device))
+        checkpoints = Checkpoints(self._engine, state, self._run_dir, world, train)
+        started, first_step = time.monotonic(), state.step
+        self._engine.train()
+        saved = first_step
+        while state.step < self.total_steps:
+            try:
+                due = world.is_main and checkpoints.due()
+                result = step.take(state.step + 1, batches, state.step / self.total_steps, self._stop.votes(), due)
+            except WorkerLost as lost:
+                if saved < state.step:
+                    tracker.log(state.step, checkpoints.save(needed=True))
+                then = f"step {state.step} is the last whole one and is saved" if state.step else "nothing was trained"
+                self._end(tracker, f"at step {state.step + 1}, {lost}", f"{then}, and the same command continues", alone=False)
+            self._add(meter, result)
+            self._sampler.advance()
+            state.step_done(self._sampler.state_dict())
+            stop, save_due, last = result.stop, result.save_due, state.step == self.total_steps
+            if (state.step % train.logging_steps == 0 or last) and len(meter):  # there are none where every step was left out
+                seconds_a_step = (time.monotonic() - started) / (state.step - first_step)
+                self._record(tracker, meter, seconds_a_step * (self.total_steps - state.step))
+            state.tracked_as(tracker.run_id)
+            if train.eval_steps and state.step % train.eval_steps == 0 and not last and not stop:
+                try:
+                    save_due |= self._evaluate(tracker)
+                except Asked as asked:
+                    stop = str(asked)
+                meter.reset()  # the evaluation's time is not training time
+            if last or stop or save_due or (train.save_steps and state.step % train.save_steps == 0):
+                self._pulse.mark("checkpoint", state.step)
+                tracker.log(state.step, checkpoints.save(needed=last or stop is not None))
+                saved = state.step
+            if stop:
+                return stop
+        return None
+
+    def _add(self, meter: Meter, result: StepResult) -> None:
+        meter.wait(result.waited_s)
+        part_of_step = 1 / (self._world.size * self._config.train.gradient_accumulation_steps)
+        for measured in result.measured:
+            measure(meter, measured, self._config.objective, part_of_step, self._flops)
+
+    def _record(self, tracker: Any, meter: Meter, remaining_s: float) -> None:
+        """Log what was measured since the last record, and say it."""
+        engine, state, world = self._engine, self.state, self._world
+        metrics = meter.reduce(world)
+        rates = {group["name"].split(".")[0]: group["lr"] for group in engine.optimizer.param_groups}
+        metrics |= {"learning_rate": max(rates.values())} | {f"learning_rate/{module}": rate for module, rate in rates.items()}
+        metrics["grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
+        metrics |= {"epoch": self._sampler.epoch, "skipped_steps": engine.skipped_steps, "skipped_groups": len(state.skipped)}
+        if (fastest := peak(world.device)) is not None:
+            metrics["throughput/mfu"] = metrics["throughput/model_tflop_per_s"] * 1e12 / (fastest * world.size)
+        tracker.log(state.step, metrics)
+        world.say(_progress(state.step, self.total_steps, metrics, remaining_s))
+        fallen = state.displacement(metrics["logp/lp_00"]) if "logp/lp_00" in metrics else 0.0
+        if fallen > self._config.train.displacement_warning:  # the margin then grows by pushing everything down (arXiv 2410.08847)
+            world.say(
+                f"warning: likelihood displacement: the factual log-likelihood fell {fallen:.2f} nats per token below its start; raise "
+                "objective.align.weight or lower the margins"
+            )
+
+    def _evaluate(self, tracker: Any) -> bool:
+        """Evaluate between steps; whether it is the best so far by train.save_best."""
+        self._pulse.mark("evaluation", self.state.step)
+        results, _ = self.evaluator()
+        tracker.log(self.state.step, flat_metrics(results))
+        for split, rows in results.items():
+            self._world.say(f"  {split}: {headline(rows)}")
+        value = best_metric(self._config, flat_metrics(results))
+        return value is not None and self.state.evaluated(value)
+
+    def _finish(self, tracker: Any) -> None:
+        """Export, evaluate every split, write the tables and figures.
+
+        The export is first, so that nothing that fails afterwards keeps a trained model from its user; where it fails itself, that is
+        raised when the evaluation has been written.
+        """
+        config, step, say = self._config, self.state.step, self._world.say
+        self._pulse.mark("evaluation and export", step)
+        failed: Exception | None = None
+        patience = Patience(self._world)  # an export of hours outlasts the time limit of the evaluation's first collective
+        if self._world.is_main and config.train.export:
+            try:
+                export_checkpoint(config, self._run_dir / f"checkpoint-{step}", say, patience.alive)
+            except Exception as error:
+                failed = error
+                say(f"warning: the export failed ({error}); the evaluation follows, then this error ends the run")
+        patience.meet()
+        results, scores = self.evaluator(config.train.eval_shuffled)
+        tracker.log(step, flat_metrics(results))
+        if self._world.is_main:
+            written = write_results(config, self._data.splits, results, scores, self._data.pictures)
+            if config.train.figures:
+                written += draw_figures(self._run_dir, self._data.splits, scores, config.data.max_pixels, say)
+            for path in written:
+                tracker.artifact(path)
+            if results:
+                say(table(results))
+        if failed is not None:
+            raise failed
+
+    def _leave(self, tracker: Any, why: str) -> NoReturn:
+        """Leave a run that is to go on, from the checkpoint of its last step; all ranks call it."""
+        done = f"stopped after step {self.state.step} of {self.total_steps}"
+        self._world.say(f"{done}: {why}; the same command continues from the checkpoint")
+        tracker.close("SCHEDULED")
+        self._world.wait()  # the first rank to leave with a code that is not 0 makes the launcher end the others
+        sys.exit(EXIT_STOPPED)
+
+    def _end(self, tracker: Any, what: str, then: str, alone: bool) -> NoReturn:
+        """Leave a run that has lost a data worker; this rank, or all of them together."""
+        tracker.close("FAILED")
+        if self._world.is_main or alone:
+            tell(f"error: {what}; memory is what such processes are usually killed for: lower data.num_workers; {then}", error=True)
+        if not alone:
+            self._world.wait()
+        sys.exit(1)
+
+
+def _progress(step: int, total_steps: int, metrics: Mapping[str, float], remaining_s: float) -> str:
+    terms = " ".join(f"{name.split('/')[1]} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/"))
+    rates = {name: metrics[f"throughput/{name}"] for name in ("groups_per_s", "tokens_per_s", "model_tflop_per_s", "data_wait_share")}
+    utilisation = f" (MFU {metrics['throughput/mfu']:.1%})" if "throughput/mfu" in metrics else ""
+    gathering = f" all-gather {metrics['throughput/all_gather_share']:.1%}" if "throughput/all_gather_share" in metrics else ""
+    minutes, seconds = divmod(int(remaining_s), 60)
+    return (
+        f"step {step}/{total_steps} epoch {metrics['epoch']:.2f} loss {metrics['loss']:.4f} ({terms}) "
+        f"lr {metrics['learning_rate']:.2e} {rates['groups_per_s']:.1f} groups/s {rates['tokens_per_s']:.0f} tokens/s "
+        f"{rates['model_tflop_per_s']:.3g} TFLOP/s{utilisation} wait {rates['data_wait_share']:.1%}{gathering} ETA {minutes}:{seconds:02d}"
+    )

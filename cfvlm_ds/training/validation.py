@@ -1,0 +1,75 @@
+"""What can be known of a run from its options, the DeepSpeed JSON, the model's configuration and the installed libraries.
+
+Looked at on every rank before anything else is: before pictures are opened, weights are loaded, and a folder or an MLflow run exists.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from cfvlm_ds import engine
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.data import FORMATS, read_manifest
+from cfvlm_ds.models import check_model, only_adapters_train
+
+_UNKNOWN_WIDTH = 64
+
+
+def validate(config: RunConfig, world: World | None) -> None:
+    """Raise ConfigError or DataError for what would stop the run later.
+
+    ``world`` is None in a dry run, which needs no data and may be meant for another machine. What ``build`` of the configuration is yet to
+    write need not be there.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    raw, model = engine.read_json(config.deepspeed), config.model
+    if not model.name_or_path:
+        raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
+    tiny = config.build.tiny_llava
+    there = tiny is None or not _is_below(model.name_or_path, tiny.out_dir) or os.path.exists(model.name_or_path)
+    check_model(model, raw.get("zero_optimization", {}).get("stage") == 3, there, weights=world is not None)
+    device = torch.device("cpu") if world is None else world.device
+    size, width = 1 if world is None else world.size, engine.hidden_size(config) if there else _UNKNOWN_WIDTH
+    resolved = engine.resolve(raw, config, size, device, width, max(1, config.train.max_steps))
+    unset_hf_deepspeed_config()  # nothing is loaded by this one
+    engine.validate(config, resolved, size, None if world is None else device)
+    if world is not None:
+        if (resume := config.train.resume) not in ("auto", "never", "restart") and not os.path.isdir(resume):
+            raise ConfigError(f"train.resume {resume!r} is no folder; give auto, never, restart or the path of a checkpoint")
+        _check_data(config)
+
+
+def _check_data(config: RunConfig) -> None:
+    data, scenes = config.data, config.build.scenes
+    if not data.train:
+        raise ConfigError("data.train is not set; give the manifest of your training groups")
+    for each in (data.train_set, *data.evaluation_sets.values()):
+        there = os.path.exists(each.path) or (scenes is not None and _is_below(each.path, scenes.out_dir))
+        if (each.format or data.format) not in FORMATS or not there:
+            read_manifest(each.path, each.root, each.format or data.format)  # raises, and says what is near
+    if scores_needed(config) and not os.path.exists(str(data.scores)):
+        raise ConfigError(f"{data.scores}: no such scores file; write it with `cfvlm-ds score`, or correct data.scores")
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return Path(path).absolute().is_relative_to(Path(folder).absolute())
+
+
+def scores_needed(config: RunConfig) -> bool:
+    """Whether an objective needs stored scores of the training groups: the model without its adapters is a reference, and no prior.
+
+    Raises ConfigError where no file of them is named.
+    """
+    terms = config.objective.values()
+    prior, reference = any(term.needs_prior for term in terms), any(term.needs_reference for term in terms)
+    if not (prior or reference) or (config.data.scores is None and not prior and only_adapters_train(config.model)):
+        return False
+    if config.data.scores is None:
+        raise ConfigError("an objective needs stored scores; write them with `cfvlm-ds score` and set data.scores")
+    return True
