@@ -417,7 +417,7 @@ def run_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
         if what == "file" and files:
             change = damage_file(chance.choice(files), chance, base.folder / "outside.png")
         elif what == "list" and (point / "complete.json").is_file():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 value, change = mutated(json.loads((point / "complete.json").read_text()), chance)
                 (point / "complete.json").write_text(json.dumps(value))
         elif what == "add":
@@ -435,7 +435,7 @@ def run_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
             file = folder / chance.choice(states)
             if not file.is_file() or file.is_symlink():
                 continue
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 if chance.random() < 0.3:
                     change = damage_file(file, chance, base.folder / "outside.png")
                 elif chance.random() < 0.6 and file.name != "metrics.jsonl":
