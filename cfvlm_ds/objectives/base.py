@@ -28,6 +28,8 @@ class Objective(Protocol):
 
     The term's loss is ``weight * sum_p numerator_p / denominator_p``. The denominator must depend on the layout alone, because it is added
     over all ranks and accumulation steps before the first forward. Both are scalars, or [P] when parts have denominators of their own.
+
+    A class that inherits from this one needs these two and a ``weight``; the rest has a default.
     """
 
     @property
@@ -36,16 +38,22 @@ class Objective(Protocol):
     @property
     def warmup(self) -> float:
         """Share of all steps over which the weight rises linearly from 0."""
-        ...
+        return 0.0
 
     @property
-    def cells(self) -> Cells: ...
+    def cells(self) -> Cells:
+        """The cells that it looks at: fewer cost less."""
+        return "full"
 
     @property
-    def needs_reference(self) -> bool: ...
+    def needs_reference(self) -> bool:
+        """Whether scores must have ``reference``."""
+        return False
 
     @property
-    def needs_prior(self) -> bool: ...
+    def needs_prior(self) -> bool:
+        """Whether scores must have ``prior``."""
+        return False
 
     def denominator(self, layout: GroupLayout) -> Tensor:
         """How many tokens or groups each part is a mean over: scalar or [P]."""
@@ -57,7 +65,7 @@ class Objective(Protocol):
 
     def report(self, scores: Scores) -> Report:
         """Extra metrics as sums and counts."""
-        ...
+        return {}
 
 
 def comparisons(scores: Tensor, positive: Tensor, negative: Tensor, together: Tensor | None = None) -> tuple[Tensor, Tensor]:
