@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from budget import fixed_work, judged
@@ -39,6 +40,17 @@ def test_a_file_over_its_budget_fails_a_run_whose_tests_pass(said: str) -> None:
 
 def test_a_file_without_a_budget_is_told_how_to_get_one(said: str) -> None:
     assert "over budget: tests/test_unknown.py has no budget" in said and "pytest --write-budget tests/test_unknown.py" in said
+
+
+def test_what_is_long_has_no_budget(tmp_path: Path) -> None:
+    (tests := tmp_path / "tests").mkdir()
+    (tests / "test_long.py").write_text("import pytest\n\n@pytest.mark.long\ndef test_it():\n    pass\n")
+    (tests / "budget.json").write_text(json.dumps({"fixed piece of work": 1.0}))
+    command = [sys.executable, "-m", "pytest", "-p", "budget", "-q", "--rootdir", str(tmp_path), str(tests)]
+    variables = environment() | {"PYTHONPATH": str(REPO / "tests")}
+    for options, code in (([], pytest.ExitCode.TESTS_FAILED), (["-m", "long"], pytest.ExitCode.OK)):
+        done = subprocess.run([*command, *options], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120, check=False)
+        assert "1 passed" in done.stdout and done.returncode == code, done.stdout + done.stderr
 
 
 def test_a_slower_machine_gets_as_much_more() -> None:
