@@ -14,8 +14,9 @@ from conftest import REPO
 
 from cfvlm_ds import checkpoint
 from cfvlm_ds.checkpoint import TrainState
-from cfvlm_ds.core.config import SECTIONS, kinds
+from cfvlm_ds.core.config import SECTIONS
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.options import kinds
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.objectives import OBJECTIVES
@@ -75,7 +76,7 @@ RESUMABLE = (
     ("--model.lora.dropout", "0.1", "model.lora.dropout was 0.0 and is 0.1"),
     ("--model.max_pixels", "999", "model.max_pixels was not set and is 999"),
     ("--objective.csd.margin", "2", "objective.csd.margin was 1.0 and is 2.0"),
-    ("--objective.dpo.weight", "1", "objective.dpo.weight was 0.0 and is 1.0"),
+    ("--objective.dpo.beta", "0.1", "objective.dpo.weight was 0.0 and is 1.0"),
     ("--objective.csd.weight", "0", "objective.csd.weight was 1.0 and is 0.0"),
     ("--train.gradient_accumulation_steps", "4", "groups per step (train.per_device_train_batch_size x "
      "train.gradient_accumulation_steps x ranks) was 16 and is 64"),
@@ -145,7 +146,9 @@ def test_what_changes_nothing_passes(told: Any) -> None:
         "false",
     )
     assert changes.compare(told(), told(*free, "--tracking.experiment", "e", "--train.on_nonfinite", "skip")) == []
-    assert changes.compare(told(), told("--model.lora.rank", "4", "--objective.dpo.beta", "9")) == [], "nothing has adapters, or this term"
+    assert changes.compare(told(), told("--model.lora.rank", "4", "--objective.dpo.weight", "0")) == [], (
+        "nothing has adapters, or this term"
+    )
     frozen = ("--model.projector.tuning", "frozen")
     assert changes.compare(told(*frozen), told(*frozen, "--model.projector.learning_rate", "1")) == []
     packed = ("--data.max_tokens_per_micro_batch", "500", "--train.per_device_train_batch_size")
@@ -197,7 +200,8 @@ def test_a_checkpoint_without_a_record_is_compared_with_the_files_of_its_folder(
         changes.recorded(saved)
     config = parse_config(["--model.name_or_path", "base@here", "--train.learning_rate", "0.1"], OBJECTIVES)
     options = json.loads(json.dumps(masked(config.resolved)))
-    del options["train"]["adam_epsilon"], options["objective"]["dpo"]
+    del options["train"]["adam_epsilon"]
+    options["objective"]["dpo"] = {"weight": 0.0, "beta": 0.3}  # earlier revisions recorded every term
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
     (tmp_path / "ds_config.json").write_text(json.dumps(Z3))
     old = changes.recorded(saved)

@@ -176,9 +176,32 @@ def test_missing_config_file() -> None:
         parse("--config", "no/such.yaml")
 
 
-def test_term_of_weight_zero_is_left_out() -> None:
-    assert set(parse().objective) == {name for name, term in OBJECTIVES.items() if term().weight != 0}
-    assert set(parse("--objective.csd.weight", "0", "--objective.dpo.weight", "0.1").objective) == {"align", "fcd", "dpo"}
+@pytest.mark.parametrize(
+    ("stated", "options", "terms"),
+    [
+        ("", [], ["align", "csd", "fcd"]),
+        ("", ["--objective.csd.weight", "0"], ["align", "fcd"]),
+        ("", ["--objective.csd.weight", "0", "--objective.dpo.beta=0.2"], ["align", "fcd", "dpo"]),
+        ("train: {seed: 1}\nobjective: {}", [], ["align", "csd", "fcd"]),
+        ("objective: {align: {}}", [], ["align"]),
+        ("objective: {csd: {margin: 2}, align: {weight: 2}}", [], ["align", "csd"]),
+        ("objective.dpo.beta: 0.2", [], ["dpo"]),
+        ("objective: {dpo: {}}", ["--objective.fcd", "{}"], ["fcd", "dpo"]),
+        ("objective: {dpo: {}, fcd: {weight: 0}}", ["--objective.align.weight=3"], ["align", "dpo"]),
+    ],
+)
+def test_a_run_has_the_terms_that_are_named(stated: str, options: list[str], terms: list[str], written) -> None:
+    """A file states the whole objective, the command line adds to it; none named is the default. Always in one order, as sums are."""
+    config = parse(*(written(stated) if stated else ()), *options)
+    assert list(config.objective) == list(config.resolved["objective"]) == terms
+    assert parse(*written(yaml.safe_dump(dict(config.resolved)))).objective == config.objective
+
+
+def test_several_files_state_the_objective_together(tmp_path: Path) -> None:
+    for name in ("align", "dpo"):
+        (tmp_path / name).write_text(f"objective: {{{name}: {{weight: 2}}}}")
+    config = parse("--config", str(tmp_path / "dpo"), f"--config={tmp_path / 'align'}")
+    assert config.loss == "2 align + 2 dpo"
 
 
 def test_all_weights_zero_is_refused() -> None:
@@ -206,7 +229,7 @@ def test_resolved_is_plain_yaml_and_complete(written) -> None:
     text = yaml.safe_dump(dict(resolved))
     assert parse(*written(text)).resolved == resolved
     assert set(resolved) == {"model", "data", "train", "tracking", "build", "objective", "deepspeed"}
-    assert set(resolved["objective"]) == set(OBJECTIVES)
+    assert set(resolved["objective"]) == {"align", "csd", "fcd"}
 
 
 def test_help_has_the_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,13 +249,13 @@ def test_the_launcher_s_local_rank_is_accepted() -> None:
 def test_a_researcher_s_objective_gets_its_options() -> None:
     @dataclass(frozen=True)
     class Mine:
-        weight: float = 0.0
+        weight: float = 1.0
         sharpness: int = 2
 
     mapping = {**OBJECTIVES, "mine": Mine}
     config = parse_config(["--objective.mine.weight", "0.5", "--objective.mine.sharpness", "4"], mapping)
     assert config.objective["mine"] == Mine(0.5, 4)
-    assert "mine" not in parse_config([], mapping).objective
+    assert "mine" not in parse_config([], mapping).objective, "being registered switches nothing on"
     with pytest.raises(ConfigError, match=r"unknown option 'objective\.mine\.sharpnes'; did you mean 'objective\.mine\.sharpness'"):
         parse_config(["--objective.mine.sharpnes", "4"], mapping)
 

@@ -6,47 +6,16 @@ owns batch sizes, learning rates and steps; "auto" in the JSON takes the run's v
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cfvlm_ds.core.distributed import default_workers
+from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, bookkeeping, fixed, meaning, speed
 
-Kind = Literal["meaning", "fixed", "speed", "bookkeeping"]
-
-
-Range = tuple[float, float]
-"""The least and the most that an option's number can be."""
-ENDLESS = 2**53
-"""The most of what has no bound: the largest whole number that every float below it counts to."""
-COUNT, AT_LEAST_ONE, SHARE, FINITE = (0, ENDLESS), (1, ENDLESS), (0, 1), (0, 1e38)
-
-
-def _declared(kind: Kind, default: Any, default_factory: Any, within: Range | None) -> Any:
-    given = {"default": default} if default_factory is None else {"default_factory": default_factory}
-    return field(**given, metadata={"kind": kind, "within": within})
-
-
-def meaning(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
-    """An option that decides what is trained: changed on a resume, it is refused unless ``train.resume_changes`` allows it."""
-    return _declared("meaning", default, default_factory, within)
-
-
-def fixed(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
-    """An option of ``meaning`` with which no checkpoint of another value can be continued."""
-    return _declared("fixed", default, default_factory, within)
-
-
-def speed(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
-    """An option that decides how fast and with how much memory the same is trained; it may change on a resume."""
-    return _declared("speed", default, default_factory, within)
-
-
-def bookkeeping(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
-    """An option of names, records, checks and stops, or of what is compared by its contents; it may change on a resume."""
-    return _declared("bookkeeping", default, default_factory, within)
+CFVLM = ("align", "csd", "fcd")
+"""The terms of the objective where a run names none: those of CF-VLM (arXiv 2506.17267)."""
 
 
 @dataclass(frozen=True)
@@ -361,28 +330,6 @@ class BuildConfig:
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "tracking": TrackingConfig, "build": BuildConfig}
 
 
-def kinds(section: type, prefix: str) -> dict[str, Kind | None]:
-    """What a change of each option of a section means on a resume, by its name after ``prefix``; None where its field does not say."""
-    found: dict[str, Kind | None] = {}
-    for option in fields(section):
-        if dataclasses.is_dataclass(option.default_factory):
-            found |= kinds(option.default_factory, f"{prefix}{option.name}.")
-        else:
-            found[prefix + option.name] = option.metadata.get("kind")
-    return found
-
-
-def ranges(section: type, prefix: str) -> dict[str, Range]:
-    """The least and the most of each option of a section that has bounds, by its name after ``prefix``."""
-    found: dict[str, Range] = {}
-    for option in fields(section):
-        if dataclasses.is_dataclass(option.default_factory):
-            found |= ranges(option.default_factory, f"{prefix}{option.name}.")
-        elif (within := option.metadata.get("within")) is not None:
-            found[prefix + option.name] = within
-    return found
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that defines a run; ``objective`` maps the names of the active terms to the terms themselves."""
@@ -396,3 +343,8 @@ class RunConfig:
     deepspeed: str
     resolved: Mapping[str, Any]
     """The same configuration as plain nested values, every default filled in."""
+
+    @property
+    def loss(self) -> str:
+        """The objective as people write it: ``1 align + 1 csd + 1 fcd``."""
+        return " + ".join(f"{term.weight:g} {name}" for name, term in self.objective.items())

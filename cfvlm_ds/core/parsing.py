@@ -10,17 +10,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from cfvlm_ds.core.config import ENDLESS, SECTIONS, DataSet, RunConfig, ScenesConfig, TinyLlavaConfig, ranges
+from cfvlm_ds.core.config import CFVLM, SECTIONS, DataSet, RunConfig, ScenesConfig, TinyLlavaConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.hints import nearest
+from cfvlm_ds.core.options import ENDLESS, ranges
 from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
 
 
 def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str | None = None) -> RunConfig:
     """The run configuration from command-line arguments.
 
-    ``objectives`` maps the name of a term to a dataclass with at least ``weight``; a term of weight 0 is left out. Options may be given as
-    ``--train.learning_rate 1e-5`` or ``--train.learning_rate=1e-5``; ``--config FILE`` reads YAML; later ones win.
+    ``objectives`` maps the name of a term to a dataclass with at least ``weight``. The terms of the run are those that its YAML files name
+    (``cfvlm``, that is align, csd and fcd, where they name none) and those that the command line names; one of weight 0 is left out.
+    Options may be given as ``--train.learning_rate 1e-5`` or ``--train.learning_rate=1e-5``; ``--config FILE`` reads YAML; later ones win.
 
     Raises ConfigError on an unknown option (naming the nearest valid one) or a value of the wrong type. ``--help`` and ``--print_config``
     print and exit.
@@ -31,11 +33,13 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         prog=prog,
         exit_on_error=False,
         allow_abbrev=False,
+        print_config=None,
         description="Fine-tune a vision-language model with counterfactual objectives under DeepSpeed.",
         epilog="example: deepspeed train.py --deepspeed ds_configs/z3.json --config examples/quickstart.yaml --train.max_steps 100",
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
     parser.add_argument("--deepspeed", type=str, default="ds_configs/z3.json", help="DeepSpeed JSON; its 'auto' values take the run's")
+    parser.add_argument("--print_config", action="store_true", help="print the configuration of this run as YAML and exit")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; ignored")
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
@@ -55,15 +59,37 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
     except Exception as error:  # the parser and YAML raise nearly anything on bytes that are no text, tags and thousands of brackets
         given = ", ".join(_config_files(argv)) or "the options"
         raise ConfigError(f"{given}: not a configuration ({type(error).__name__}: {error}); write YAML as in examples/") from error
+    terms = {name: getattr(built.objective, name) for name in objectives if name in _named_terms(argv)}
+    active = {name: term for name, term in terms.items() if term.weight != 0}
+    resolved["objective"] = {name: resolved["objective"][name] for name in active}
+    printed = resolved.pop("print_config")
     for key in ("config", "local_rank"):
         resolved.pop(key, None)
     _check_ranges(resolved)
-    terms = {name: getattr(built.objective, name) for name in objectives}
-    active = {name: term for name, term in terms.items() if term.weight != 0}
     if not active:
-        raise ConfigError("every objective has weight 0; give at least one of objective.NAME.weight a positive value")
+        raise ConfigError(
+            f"every objective that is named has weight 0 ({', '.join(terms)}); name one with a weight, or none for the default"
+        )
+    if printed:
+        import yaml
+
+        print(yaml.safe_dump(resolved, sort_keys=False), end="")
+        raise SystemExit(0)
     values = {name: getattr(built, name) for name in SECTIONS}
     return RunConfig(**values, objective=active, deepspeed=parsed.deepspeed, resolved=resolved)
+
+
+def _named_terms(argv: Sequence[str]) -> set[str]:
+    """The terms of the objective: those of the YAML files, or the default where they state none, and those that the command line adds."""
+    import yaml
+
+    stated: set[str] = set()
+    for path in _config_files(argv):
+        given = yaml.safe_load(read_bytes(path, MAX_SETTINGS))
+        section = given.get("objective") if isinstance(given, Mapping) else None
+        dotted = (name.split(".")[1] for name in given or () if name.startswith("objective."))
+        stated |= {*(section if isinstance(section, Mapping) else ()), *dotted}
+    return (stated or set(CFVLM)) | {option.split(".")[1].partition("=")[0] for option in argv if option.startswith("--objective.")}
 
 
 def _config_files(argv: Sequence[str]) -> list[str]:

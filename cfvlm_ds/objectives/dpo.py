@@ -22,7 +22,7 @@ class Dpo:
     factual text on the factual image and on each counterfactual image. Means over a group's pairs, so a group counts once.
 
     Args:
-        weight: factor of the term in the loss; 0 leaves the term out.
+        weight: factor of the term in the loss.
         warmup: share of all steps over which the weight rises linearly from 0.
         beta: inverse temperature, per nat of log-ratio.
         text_side: weight of the text pairs (plain DPO).
@@ -30,7 +30,7 @@ class Dpo:
         anchor: weight of -log sigmoid(beta r_00) (mDPO's anchor: the chosen answer must not become less likely).
     """
 
-    weight: float = 0.0
+    weight: float = 1.0
     warmup: float = 0.0
     beta: float = 0.1
     text_side: float = 1.0

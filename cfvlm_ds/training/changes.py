@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds import checkpoint
-from cfvlm_ds.core.config import SECTIONS, Kind, ModelConfig, RunConfig, kinds
+from cfvlm_ds.core.config import SECTIONS, ModelConfig, RunConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import append
+from cfvlm_ds.core.options import Kind, kinds
 from cfvlm_ds.core.reading import MAX_RECORD, MAX_SETTINGS, parse_json, read_bytes
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.models import fingerprint

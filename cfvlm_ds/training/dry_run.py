@@ -32,7 +32,8 @@ def dry_run(config: RunConfig) -> str:
     unset_hf_deepspeed_config()  # the model is built whole
     AttentionInterface.register("no_data", _attention)
     model = meta_model(config.model, torch.bfloat16, "no_data")
-    lines = [f"model type       {model.config.model_type}", f"attention        {attention(config.model.attn_implementation)}", ""]
+    lines = [f"model type       {model.config.model_type}", f"attention        {attention(config.model.attn_implementation)}"]
+    lines += [f"objective        {config.loss}", ""]
     return "\n".join([*lines, *_modules(model, config), "", *_states(model, resolved.config), "", *_activations(model, config)])
 
 

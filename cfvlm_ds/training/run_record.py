@@ -47,6 +47,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
             problem = problem or unwritten(path, error)
     if problem := broadcast_object(problem):
         raise ConfigError(f"{problem}; make room, and start again")
+    world.say(f"objective: {config.loss}")
     world.say("parameters: " + ", ".join(f"{name} {total:,} ({trains:,} trainable)" for name, (total, trains) in counts.items()))
     return list(contents)
 

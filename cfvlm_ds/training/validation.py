@@ -71,5 +71,6 @@ def scores_needed(config: RunConfig) -> bool:
     if not (prior or reference) or (config.data.scores is None and not prior and only_adapters_train(config.model)):
         return False
     if config.data.scores is None:
-        raise ConfigError("an objective needs stored scores; write them with `cfvlm-ds score` and set data.scores")
+        named = ", ".join(name for name, term in config.objective.items() if term.needs_prior or term.needs_reference)
+        raise ConfigError(f"{named}: an objective needs stored scores; write them with `cfvlm-ds score` and set data.scores")
     return True
