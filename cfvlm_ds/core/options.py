@@ -1,0 +1,61 @@
+"""How an option of the configuration is declared: its default, its bounds, and what its change means when a run goes on."""
+
+from __future__ import annotations
+
+from dataclasses import field, fields, is_dataclass
+from typing import Any, Literal
+
+Kind = Literal["meaning", "fixed", "speed", "bookkeeping"]
+
+Range = tuple[float, float]
+"""The least and the most that an option's number can be."""
+ENDLESS = 2**53
+"""The most of what has no bound: the largest whole number that every float below it counts to."""
+COUNT, AT_LEAST_ONE, SHARE, FINITE = (0, ENDLESS), (1, ENDLESS), (0, 1), (0, 1e38)
+
+
+def _declared(kind: Kind, default: Any, default_factory: Any, within: Range | None) -> Any:
+    given = {"default": default} if default_factory is None else {"default_factory": default_factory}
+    return field(**given, metadata={"kind": kind, "within": within})
+
+
+def meaning(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
+    """An option that decides what is trained: changed on a resume, it is refused unless ``train.resume_changes`` allows it."""
+    return _declared("meaning", default, default_factory, within)
+
+
+def fixed(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
+    """An option of ``meaning`` with which no checkpoint of another value can be continued."""
+    return _declared("fixed", default, default_factory, within)
+
+
+def speed(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
+    """An option that decides how fast and with how much memory the same is trained; it may change on a resume."""
+    return _declared("speed", default, default_factory, within)
+
+
+def bookkeeping(default: Any = None, default_factory: Any = None, within: Range | None = None) -> Any:
+    """An option of names, records, checks and stops, or of what is compared by its contents; it may change on a resume."""
+    return _declared("bookkeeping", default, default_factory, within)
+
+
+def kinds(section: type, prefix: str) -> dict[str, Kind | None]:
+    """What a change of each option of a section means on a resume, by its name after ``prefix``; None where its field does not say."""
+    found: dict[str, Kind | None] = {}
+    for option in fields(section):
+        if is_dataclass(option.default_factory):
+            found |= kinds(option.default_factory, f"{prefix}{option.name}.")
+        else:
+            found[prefix + option.name] = option.metadata.get("kind")
+    return found
+
+
+def ranges(section: type, prefix: str) -> dict[str, Range]:
+    """The least and the most of each option of a section that has bounds, by its name after ``prefix``."""
+    found: dict[str, Range] = {}
+    for option in fields(section):
+        if is_dataclass(option.default_factory):
+            found |= ranges(option.default_factory, f"{prefix}{option.name}.")
+        elif (within := option.metadata.get("within")) is not None:
+            found[prefix + option.name] = within
+    return found
