@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import losses, metrics, run_ranks, train_arguments, write_manifest
+from conftest import losses, metrics, run_ranks, selected, train_arguments, write_manifest
 
 TUNED = [part for module in ("vision_tower", "projector") for part in (f"--model.{module}.tuning", "frozen")]
 TUNED += ["--model.language_model.tuning", "lora", "--model.lora.dropout", "0.3"]
@@ -27,7 +27,9 @@ def new_options() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
+def trained(
+    model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, dict[str, list[str]]]:
     """Two ranks: runs that were interrupted behind their second step, or not; then starts that are refused. What each start said."""
     folder = tmp_path_factory.mktemp("resume")
     plans: list[tuple[str, str, list[Any], list[str]]] = []
@@ -35,7 +37,8 @@ def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
     def plan(start: str, name: str, fault: list[Any], *extra: str) -> None:
         plans.append((start, name, fault, [*TUNED, *OFTEN, *extra]))
 
-    for stage, given in STAGES.items():
+    for stage in dict.fromkeys(["z3", *selected(request, "stage")]):
+        given = STAGES[stage]
         plan(f"{stage} whole", f"{stage} whole", ["nothing"], *given)
         plan(f"{stage} first", f"{stage} broken", ["stopped", 2], *given)
         plan(f"{stage} allowed", f"{stage} allowed", ["branched", str(folder / f"{stage} broken")], *given, *new_options(),
@@ -69,7 +72,7 @@ def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
     return folder, said
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["z3", pytest.param("z2", marks=pytest.mark.long)])
 def test_a_run_with_dropout_goes_on_bit_for_bit(stage: str, trained: tuple[Path, dict[str, list[str]]]) -> None:
     """Two ranks, whose random numbers part at the first forward, since their rows have other sizes."""
     folder, said = trained
@@ -86,7 +89,7 @@ def shards(checkpoint: Path, rank: int) -> tuple[list[torch.Tensor], list[dict[s
     return weights, [entry for _, entry in sorted(base["state"].items())], base["param_groups"][0]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["z3", pytest.param("z2", marks=pytest.mark.long)])
 def test_changed_options_of_the_optimizer_apply_to_the_first_step(stage: str, trained: tuple[Path, dict[str, list[str]]]) -> None:
     """AdamW by hand from one checkpoint to the next: gradient from the first moment, then second moment, clipping, decay and step."""
     folder = trained[0]

@@ -107,6 +107,7 @@ def test_a_tracked_run_tells_no_secret(server: Server, model_dir: Path, manifest
     assert not leaks_of(server.folder), "store, artifacts and log of the server"
 
 
+@pytest.mark.long
 def test_a_server_that_is_down_is_named_without_its_password(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{_free_port()}"
     code, said = trained(planted(url), train_arguments(model_dir, manifests, tmp_path / "run"), tmp_path)

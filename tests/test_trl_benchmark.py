@@ -19,6 +19,7 @@ def trl_dpo() -> Any:
         return importlib.import_module("trl_dpo")
 
 
+@pytest.mark.long
 def test_our_side_computes_dpo_of_the_librarys_own_forwards(trl_dpo: Any, tmp_path: Path) -> None:
     """Two images with two rejected texts each; transformers scores every text by itself, in a process that does not know this package."""
     settings = trl_dpo.Settings(rejected=2, pairs=4, visual=16, vocabulary=512, batch=4)
