@@ -19,9 +19,9 @@ from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.run_folder import named_model, recorded_model
 from cfvlm_ds.export.source import skeleton
 from cfvlm_ds.models import attach_adapters, fingerprint, load_model, meta_model
-from cfvlm_ds.models.run_folder import named_model, recorded_model
 from cfvlm_ds.models.stored import hashed_files, weight_patterns
 
 

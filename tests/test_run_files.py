@@ -19,7 +19,7 @@ from cfvlm_ds.cluster.run_lock import _content
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import Lines, append, keep, replace, update
-from cfvlm_ds.models.run_folder import refuse_foreign_entries
+from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.tracking import open_tracker
 from cfvlm_ds.tracking.record import Record
 from cfvlm_ds.training import changes

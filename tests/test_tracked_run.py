@@ -19,7 +19,7 @@ from conftest import REPO, losses, run_ranks, run_trainings, train_arguments
 from safetensors.torch import load_file
 from test_tracking import Server
 
-from cfvlm_ds.models.run_folder import FILES, FOLDERS
+from cfvlm_ds.core.run_folder import FILES, FOLDERS
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -132,7 +132,7 @@ def test_parameters_and_tags_describe_the_run(client: Any, finished: Path, model
 
 
 def test_what_a_run_writes_is_known_by_name(finished: Path) -> None:
-    """A link or pipe of such a name is refused at a start (cfvlm_ds.models.run_folder)."""
+    """A link or pipe of such a name is refused at a start (cfvlm_ds.core.run_folder)."""
     listed = [path.name for path in finished.iterdir() if not path.name.startswith("checkpoint-")]
     assert len(listed) > 12 and not [name for name in listed if not any(fnmatch(name, known) for known in (*FILES, *FOLDERS))]
 

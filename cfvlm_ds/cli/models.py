@@ -11,8 +11,8 @@ from cfvlm_ds.cli.options import add_command, add_data_options, add_model_option
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.run_folder import recorded_model
 from cfvlm_ds.core.untrusted import output_file
-from cfvlm_ds.models.run_folder import recorded_model
 
 if TYPE_CHECKING:
     from cfvlm_ds.batching.collator import Collator

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.config import IMAGE_LIMITS, DataConfig, ModelConfig
-from cfvlm_ds.models.run_folder import named_model
+from cfvlm_ds.core.run_folder import named_model
 
 
 def add_command(parent: Any, name: str, function: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:

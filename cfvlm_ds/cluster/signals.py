@@ -22,11 +22,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # a command's --help does not need it
+    from torch import Tensor
 
 EXIT_STOPPED = 85
 """Exit code of a run that stopped because it was asked to: saved, and to be continued."""
@@ -210,6 +211,8 @@ class Stop:
         """[2], to be added over ranks: 1 where a signal has come, 1 where time runs out."""
         now = time.time()
         self._longest, self._last = max(self._longest, now - self._last), now
+        import torch
+
         return torch.tensor([float(_asked.is_set()), float(now + self._longest + self._margin_s > self._end)])
 
 

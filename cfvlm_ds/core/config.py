@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cfvlm_ds.core.distributed import default_workers
 from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, bookkeeping, fixed, meaning, speed
 
 CFVLM = ("align", "csd", "fcd")
@@ -163,6 +162,8 @@ class DataConfig:
     @property
     def workers(self) -> int:
         """``num_workers``, or the machine's."""
+        from cfvlm_ds.core.distributed import default_workers  # torch, which a command's --help does not need
+
         return default_workers() if self.num_workers is None else self.num_workers
 
 

@@ -20,9 +20,9 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import append
 from cfvlm_ds.core.options import Kind, kinds
 from cfvlm_ds.core.reading import MAX_RECORD, MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.run_folder import recorded_options
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.models import fingerprint
-from cfvlm_ds.models.run_folder import recorded_options
 from cfvlm_ds.objectives import OBJECTIVES
 
 DEEPSPEED: dict[str, Kind] = {

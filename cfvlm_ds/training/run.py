@@ -20,9 +20,9 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, agreed, random_kept, seed_everything
 from cfvlm_ds.core.errors import ConfigError, DataError, unwritten
 from cfvlm_ds.core.files import keep
+from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import GroupSampler, PackedSampler
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
-from cfvlm_ds.models.run_folder import refuse_foreign_entries
 from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.tracking import import_mlflow
 from cfvlm_ds.training import resume
