@@ -28,7 +28,7 @@ check: install
 	shellcheck -x slurm/*.sh tests/slurm/*.sh
 
 golden: install
-	python tests/write_golden.py
+	python tests/support/write_golden.py
 
 install: $(VENV)/.installed
 

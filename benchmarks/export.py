@@ -68,7 +68,7 @@ def write_model(folder: Path, gigabytes: float) -> None:
 
 def train(model: Path, run: Path, out: Path) -> None:
     build_scenes(ScenesConfig(out_dir=str(out / "scenes"), num_train=8, num_test=9))
-    command = ["deepspeed", "--num_gpus", "2", "train.py", "--config", "tests/train.yaml", "--deepspeed", "ds_configs/z3.json"]
+    command = ["deepspeed", "--num_gpus", "2", "train.py", "--config", "tests/support/train.yaml", "--deepspeed", "ds_configs/z3.json"]
     options = {
         "model.name_or_path": model,
         "model.gradient_checkpointing": "true",

@@ -18,8 +18,9 @@ data alone (nothing of TRL is patched), and why:
                 step. Its time is measured inside TRL's and told apart.
 
 Checked before and while it is timed (exit code 1 where they differ): token ids; loss, log-probs and gradient norm of the first step
-between TRL, this package, and one forward per sequence by transformers alone (tests/plain.py); the losses of later steps. Neither
-side runs under DeepSpeed. A step is forward, backward, clipping and update; times are seconds of process time, medians after a warm-up.
+between TRL, this package, and one forward per sequence by transformers alone (tests/support/transformers_scores.py); the losses of later
+steps. Neither side runs under DeepSpeed. A step is forward, backward, clipping and update; times are seconds of process time, medians
+after a warm-up.
 """
 
 from __future__ import annotations
@@ -259,7 +260,13 @@ def unaided(folder: Path, groups: Sequence[CounterfactualGroup], beta: float) ->
     """Loss and mean log-probs of the groups by transformers alone, one forward per sequence, in a process that knows neither side."""
     manifest = folder / "first.jsonl"
     manifest.write_text("".join(json.dumps(to_row(group, folder)) + "\n" for group in groups))
-    command = [sys.executable, HERE.parent / "tests" / "plain.py", manifest, folder / "policy", folder / "reference"]
+    command = [
+        sys.executable,
+        HERE.parent / "tests" / "support" / "transformers_scores.py",
+        manifest,
+        folder / "policy",
+        folder / "reference",
+    ]
     policy, reference = json.loads(subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout)
     losses, chosen, rejected = [], [], []
     for name, [[first, *others]] in policy.items():

@@ -183,10 +183,10 @@ def run(command: list[str], timeout: float = 300) -> str:
 
 
 def run_ranks(number: int, function: str, *arguments: object, said: Path, timeout: float = 600) -> list[tuple[int, str]]:
-    """Run ``MODULE:FUNCTION`` as so many ranks (tests/forked.py): each one's exit code and output; what still runs at the end is killed."""
-    import forked
+    """Run ``MODULE:FUNCTION`` as so many ranks (support/forkserver_ranks.py): exit codes and output; what still runs is killed."""
+    import forkserver_ranks
 
-    ranks = forked.start(number, function, *arguments, said=said)
+    ranks = forkserver_ranks.start(number, function, *arguments, said=said)
     deadline = time.monotonic() + timeout
     for rank in ranks:
         rank.join(max(0.0, deadline - time.monotonic()))
@@ -199,7 +199,7 @@ def run_ranks(number: int, function: str, *arguments: object, said: Path, timeou
     return ended
 
 
-def run_trainings(number: int, *trainings: list[str], said: Path, timeout: float = 600, by: str = "forked:train_all") -> str:
+def run_trainings(number: int, *trainings: list[str], said: Path, timeout: float = 600, by: str = "forkserver_ranks:train_all") -> str:
     """The trainings, one after the other, by one family of ranks; what they said."""
     (listed := said.with_suffix(".jsonl")).write_text("".join(json.dumps(arguments) + "\n" for arguments in trainings))
     ended = run_ranks(number, by, listed, said=said, timeout=timeout)
@@ -215,8 +215,8 @@ def selected(request: pytest.FixtureRequest, name: str) -> list[Any]:
 
 
 def plain_scores(manifest: Path, *models: str) -> list[dict[str, list[list[float]]]]:
-    """What tests/plain.py finds in a process that does not know this package; a model is its folder, or folder+adapter folder."""
-    command = [sys.executable, str(REPO / "tests" / "plain.py"), str(manifest), *models]
+    """What support/transformers_scores.py finds in a process that does not know this package; a model is its folder, or folder+adapter."""
+    command = [sys.executable, str(REPO / "tests" / "support" / "transformers_scores.py"), str(manifest), *models]
     done = subprocess.run(command, cwd=manifest.parent, env=environment(), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -224,8 +224,8 @@ def plain_scores(manifest: Path, *models: str) -> list[dict[str, list[list[float
 
 def train_arguments(model_dir: Path, manifests: dict[str, Path], output_dir: Path, *extra: str) -> list[str]:
     options = {
-        "--config": "tests/train.yaml",
-        "--deepspeed": "tests/z3_partitioned.json",  # no parameter is small enough to stay gathered
+        "--config": "tests/support/train.yaml",
+        "--deepspeed": "tests/support/z3_partitioned.json",  # no parameter is small enough to stay gathered
         "--model.name_or_path": str(model_dir),
         "--data.train": str(manifests["train"]),
         "--train.output_dir": str(output_dir),

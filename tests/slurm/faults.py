@@ -103,7 +103,7 @@ def main(names: list[str]) -> None:
     chosen = [fault for fault in FAULTS if fault is nothing or not names or fault.__name__ in names]
     with tempfile.TemporaryDirectory(prefix="cfvlm_ds-faults-") as folder:
         work = Path(folder)
-        given = {"config": "tests/train.yaml", "deepspeed": "tests/z3_partitioned.json", "train.max_steps": str(STEPS)}
+        given = {"config": "tests/support/train.yaml", "deepspeed": "tests/support/z3_partitioned.json", "train.max_steps": str(STEPS)}
         given |= {"data.train": str(write_manifest(work / "train.jsonl", 48)), "train.per_device_train_batch_size": "2"}
         given |= {"model.name_or_path": str(build_test_model(work / "model")), "train.save_steps": "10", "train.export": "true"}
         given |= {"train.hang_timeout_s": "20"}

@@ -1,0 +1,696 @@
+"""Commands as a person types them: help, one-sentence answers to bad input, scores, evaluation, export, and the runs that need them."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPO, environment, losses, metrics, plain_scores, run, run_ranks, run_trainings, train_arguments, write_manifest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from cfvlm_ds.cli.main import main
+from cfvlm_ds.cli.models import load_scorer
+from cfvlm_ds.cli.options import model_of
+from cfvlm_ds.cli.train import with_quickstart
+from cfvlm_ds.core.config import IMAGE_LIMITS, BuildConfig, TinyLlavaConfig
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.data.images import MAX_PIXELS
+from cfvlm_ds.data.stored_scores import read_scores
+from cfvlm_ds.demo.tiny import build_tiny_llava
+from cfvlm_ds.evaluation import score_groups
+from cfvlm_ds.objectives import OBJECTIVES
+
+COMMANDS = [
+    ["data", "build"],
+    ["data", "check"],
+    ["tiny"],
+    ["score"],
+    ["evaluate"],
+    ["export"],
+    *(["cluster", name] for name in ("check", "output_dir")),
+]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one sentence a command ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    return only_sentence(capsys.readouterr().err)
+
+
+def only_sentence(stderr: str) -> str:
+    # Hugging Face's progress bars, the tokenizer's own warning about a long text, and torch's about a CUDA toolkit without a device are not
+    # ours to silence here.
+    foreign = re.compile(r"it/s\]|^\[transformers\]|No CUDA runtime is found")
+    lines = [line for line in stderr.replace("\r", "\n").splitlines() if line and not foreign.search(line)]
+    assert len(lines) == 1 and lines[0].startswith("error: "), stderr
+    return lines[0]
+
+
+# --- where commands read and print --------------------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_that_lacks_a_letter_ends_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "check", str(tmp_path / "犬.jsonl")])
+    terminal.flush()
+    assert ended.value.code == 2 and rb"\u72ac.jsonl: no such manifest" in terminal.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_files_that_cannot_be_read_or_written_are_one_sentence(
+    bad: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    said = refused(capsys, "data", "build", tmp_path / "file" / "scenes", "--num_train", "1", "--num_test", "1")
+    assert f"{tmp_path / 'file'}" in said and "Not a directory; make room, or correct the path or its permissions" in said
+    for name in ("x" * 300, "/" + "y" * 5000):
+        assert "; " in refused(capsys, "data", "check", name)
+        assert "; " in refused(capsys, "evaluate", name, bad["good"])
+        assert "; " in refused(capsys, "export", name)
+
+
+def test_a_reader_that_has_enough_is_no_error(bad: dict[str, Path]) -> None:
+    """As ``| head`` is."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", "from cfvlm_ds.cli.main import main; main()", "data", "check", str(bad["good"])]
+    done = subprocess.run(command, cwd=REPO, env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+# --- help ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_has_an_example_that_parses(command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    example = " ".join(capsys.readouterr().out.split()).split("example: ")[1]
+    assert example.startswith(f"cfvlm-ds {' '.join(command)} ")
+    ran = []
+    monkeypatch.setattr("cfvlm_ds.cli.main.exit_cleanly", ran.append)
+    main(example.split()[1:])
+    assert len(ran) == 1
+
+
+def test_the_list_of_commands_is_the_one_tested_here(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = []
+    for prefix in ([], ["data"], ["cluster"]):
+        with pytest.raises(SystemExit):
+            main([*prefix, "--help"])
+        names = capsys.readouterr().out.split("{")[1].split("}")[0].split(",")
+        listed += [[*prefix, name] for name in names if name not in ("data", "cluster")]
+    assert sorted(listed) == sorted(COMMANDS)
+
+
+def test_installed_command() -> None:
+    assert "example: cfvlm-ds data check" in run([str(Path(sys.executable).with_name("cfvlm-ds")), "data", "check", "--help"])
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------------------------
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises width x height."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One manifest per defect, always in row 2 of 3."""
+    folder = tmp_path_factory.mktemp("bad")
+    good = write_manifest(folder / "good.jsonl", 3, seed=5, ragged=False)
+    rows = [json.loads(line) for line in good.read_text().splitlines()]
+    (folder / "images" / "huge.png").write_bytes(png_header(30_000, 30_000))
+    (folder / "images" / "corrupt.png").write_bytes((folder / "images" / "good-0-0.png").read_bytes()[:60])
+    (folder.parent / "outside.png").write_bytes((folder / "images" / "good-0-0.png").read_bytes())
+
+    def image(path: str) -> Callable[[dict[str, Any]], object]:
+        return lambda row: row["images"][1].update(path=path)
+
+    def text(value: str) -> Callable[[dict[str, Any]], object]:
+        return lambda row: row["texts"][1].update(text=value)
+
+    changes = {
+        "missing_image": image("images/none.png"),
+        "corrupt_image": image("images/corrupt.png"),
+        "huge_image": image("images/huge.png"),
+        "outside": image("../outside.png"),
+        "absolute": image("/etc/passwd"),
+        "equal_caption": text(rows[1]["texts"][0]["text"]),
+        "empty_text": text(" "),
+        "long_text": text("a red circle and a blue square " * 100 + "end"),
+    }
+    found = {"good": good}
+    for name, change in changes.items():
+        changed = copy.deepcopy(rows)
+        change(changed[1])
+        found[name] = folder / f"{name}.jsonl"
+        found[name].write_text("\n".join(map(json.dumps, changed)) + "\n")
+    found["broken_json"] = folder / "broken_json.jsonl"
+    found["broken_json"].write_text("\n".join([json.dumps(rows[0]), json.dumps(rows[1])[:-1], json.dumps(rows[2])]) + "\n")
+    return found
+
+
+DEFECTS = {
+    "missing_image": ["images/none.png", "no such image file", "restore it"],
+    "corrupt_image": ["images/corrupt.png", "truncated or corrupt", "copy or download it again"],
+    "huge_image": ["images/huge.png", "30000x30000", "shrink it, or raise max_pixels"],
+    "outside": ["'../outside.png'", "outside the data root", "add the folder that holds it to data.root"],
+    "absolute": ["'/etc/passwd'", "outside the data root", "add the folder that holds it to data.root"],
+    "equal_caption": ["text 1 equals text 0", "must differ"],
+    "empty_text": ["text 1 is empty", "write a text"],
+    "long_text": ["text 1 is", "window of 512", "shorten it"],
+    "broken_json": ["broken JSON at column", "write one JSON object per line"],
+}
+
+
+def test_every_defect_is_covered(bad: dict[str, Path]) -> None:
+    assert set(bad) == {"good", *DEFECTS}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_data_check_names_file_row_and_remedy(
+    defect: str, bad: dict[str, Path], model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, "data", "check", bad[defect], "--model", model_dir)
+    assert said.startswith(f"error: {bad[defect]}:2: ")
+    assert all(part in said for part in DEFECTS[defect]), said
+
+
+def test_data_check_of_sound_data(bad: dict[str, Path], model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["data", "check", str(bad["good"]), "--model", str(model_dir)])
+    assert "problems         none" in capsys.readouterr().out
+
+
+def test_data_check_reports_every_text_that_a_model_cannot_take(
+    bad: dict[str, Path], model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in bad["good"].read_text().splitlines()]
+    for row in rows[::2]:
+        row["texts"][1]["text"] += " </s>"
+    (path := bad["good"].with_name("control.jsonl")).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit):
+        main(["data", "check", str(path), "--model", str(model_dir)])
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {path}:1: group 'good-0': text 1: ") and said.err.endswith("(1 more, listed above)\n")
+    for line, group in ((1, "good-0"), (3, "good-2")):
+        (problem,) = [each for each in said.out.splitlines() if f"{path}:{line}: " in each]
+        assert f"group '{group}': text 1: " in problem and "'</s>'" in problem
+
+
+def test_data_check_options_reach_the_check(bad: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "48x48" in refused(capsys, "data", "check", bad["good"], "--max_pixels", "2000")
+    assert "no such image file" in refused(capsys, "data", "check", bad["good"], "--root", tmp_path)
+    assert "unknown format 'cfgrop'; did you mean 'cfgroup'?" in refused(capsys, "data", "check", bad["good"], "--format", "cfgrop")
+    assert "(5 more, listed above)" in refused(capsys, "data", "check", bad["good"], "--max_pixels", "1")
+
+
+def test_missing_manifest_or_model(bad: dict[str, Path], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    near = bad["good"].with_name("god.jsonl")
+    for arguments in (["data", "check", near], ["score", model_dir, near], ["evaluate", model_dir, near]):
+        assert f"{near}: no such manifest; did you mean 'good.jsonl'" in refused(capsys, *arguments)
+    absent = tmp_path / "no" / "model"
+    for arguments in (["data", "check", bad["good"], "--model", absent], ["score", absent, bad["good"]], ["evaluate", absent, bad["good"]]):
+        assert f"model.name_or_path {str(absent)!r} does not exist" in refused(capsys, *arguments)
+
+
+def test_scoring_names_a_bad_image_and_writes_nothing(
+    bad: dict[str, Path], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scores.jsonl"
+    assert "images/corrupt.png" in refused(capsys, "score", model_dir, bad["corrupt_image"], "--out", out)
+    assert "no such manifest" not in refused(capsys, "evaluate", model_dir, bad["missing_image"], "--out", out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not a run folder (no config.yaml)" in refused(capsys, "export", tmp_path)
+    (tmp_path / "config.yaml").write_text("model: {name_or_path: x}")
+    assert "holds no complete checkpoint" in refused(capsys, "export", tmp_path)
+    (tmp_path / "checkpoint-3").mkdir()
+    assert "checkpoint-3: complete.json is missing" in refused(capsys, "export", tmp_path / "checkpoint-3")
+
+
+# --- train.py refuses before it trains ------------------------------------------------------------------------------------------------
+
+SEVERAL = """
+import json, sys
+from cfvlm_ds.cli.train import train_main
+for arguments in sys.argv[1:]:
+    try:
+        train_main(json.loads(arguments))
+        print("trained", file=sys.stderr, flush=True)
+    except SystemExit as ended:
+        assert ended.code == 2
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(
+    bad: dict[str, Path], model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[str, Path]]:
+    """What train_main ends with, and its run folder: every case in turn, in one process."""
+    folder = tmp_path_factory.mktemp("refusals")
+    unknown = json.loads((REPO / "ds_configs" / "z3.json").read_text())
+    unknown["zero_optimization"]["sub_grup_size"] = 1
+    (folder / "unknown.json").write_text(json.dumps(unknown))
+    hostile = folder / "hostile"  # its index names the tested model's own weights
+    shutil.copytree(model_dir, hostile, ignore=shutil.ignore_patterns("*.safetensors"))
+    index = {"weight_map": dict.fromkeys(tensors(model_dir), str(model_dir / "model.safetensors"))}
+    (hostile / "model.safetensors.index.json").write_text(json.dumps(index))
+    evaluation = [f"--data.evaluation.test={bad['missing_image']}"]
+    cases = {
+        "long_text": (bad["long_text"], []),
+        "broken_json": (bad["broken_json"], ["--data.check", "rows"]),
+        "evaluation": (manifests["train"], evaluation),
+        "no_manifest": (folder / "absent.jsonl", []),
+        "no_model": (manifests["train"], ["--model.name_or_path", str(folder / "no" / "model")]),
+        "hostile": (manifests["train"], ["--model.name_or_path", str(hostile)]),
+        "no_scores": (manifests["train"], ["--objective.dpo.weight", "1"]),
+        "scores_absent": (manifests["train"], ["--objective.dpo.weight", "1", "--data.scores", str(folder / "absent.jsonl")]),
+        "no_json": (manifests["train"], ["--deepspeed", str(folder / "absent.json")]),
+        "unknown_key": (manifests["train"], ["--deepspeed", str(folder / "unknown.json")]),
+        "schedule": (manifests["train"], ["--train.lr_scheduler_type", "cosin"]),
+    }
+    arguments = [json.dumps(train_arguments(model_dir, {"train": m}, folder / name, *extra)) for name, (m, extra) in cases.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL, *arguments], cwd=REPO, env=environment(), capture_output=True, text=True, timeout=200
+    )
+    said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith(("error:", "trained", "Traceback"))]
+    assert done.returncode == 0 and len(said) == len(cases), done.stdout + done.stderr
+    return {name: (line, folder / name) for name, line in zip(cases, said, strict=True)}
+
+
+REFUSALS = {
+    "long_text": ["long_text.jsonl:2: ", "window of 512"],
+    "broken_json": ["broken_json.jsonl:2: ", "broken JSON"],
+    "evaluation": ["missing_image.jsonl:2: ", "no such image file"],
+    "no_manifest": ["absent.jsonl: no such manifest"],
+    "no_model": ["model.name_or_path", "does not exist"],
+    "hostile": ["hostile/model.safetensors.index.json: ", "is no bare file name"],
+    "no_scores": ["`cfvlm-ds score`", "data.scores"],
+    "scores_absent": ["absent.jsonl: no such scores file", "`cfvlm-ds score`"],
+    "no_json": ["absent.json: no such file; there are ds_configs/"],
+    "unknown_key": ["unknown.json", "sub_grup_size", "did you mean 'sub_group_size'?"],
+    "schedule": ["train.lr_scheduler_type", "cosin ", "cosine_with_restarts"],
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_training_refuses_before_it_starts(case: str, refusals: dict[str, tuple[str, Path]]) -> None:
+    said, folder = refusals[case]
+    assert said.startswith("error: ") and all(part in said for part in REFUSALS[case]), said
+    assert not (folder / "metrics.jsonl").exists() and not list(folder.glob("checkpoint*"))
+
+
+def test_train_py_itself(bad: dict[str, Path], model_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", *train_arguments(model_dir, {"train": bad["corrupt_image"]}, tmp_path / "run")]
+    ended = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 2
+    said = only_sentence(ended.stderr)
+    assert said.startswith(f"error: {bad['corrupt_image']}:2: ") and all(part in said for part in DEFECTS["corrupt_image"])
+    assert "step 1" not in ended.stdout and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# --- the quickstart ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.name_or_path", "M", "--data.train", "F"],
+        ["--model.name_or_path=M"],
+        ["--data.train=F", "--train.max_steps", "9"],
+        ["--data.evaluation.test", "F"],
+        ["--data.evaluation={test: F}"],
+        ["--model", "{name_or_path: M}"],
+    ],
+)
+def test_a_model_or_data_of_ones_own_is_no_quickstart(options: list[str]) -> None:
+    """Nothing but what was asked for and the documented defaults."""
+    asked = parse_config(options, OBJECTIVES)
+    found = parse_config(with_quickstart(options), OBJECTIVES)
+    assert found.resolved == asked.resolved
+    assert found.build == BuildConfig() and found.train.learning_rate == 1e-5 and found.train.output_dir == "runs/default"
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ([], {}),
+        (["--train.output_dir", "X", "--deepspeed", "ds_configs/z2.json"], {"output_dir": "X"}),
+        (["--train.max_steps=9", "--build.scenes.num_train", "60"], {"max_steps": 9}),
+        (["--train.num_train_epochs", "2"], {"num_train_epochs": 2.0, "max_steps": -1}),
+        (["--train.num_train_epochs", "2", "--train.max_steps", "9"], {"num_train_epochs": 2.0, "max_steps": 9}),
+        (["--objective.csd.weight", "0", "--model.projector.tuning", "frozen"], {}),
+    ],
+)
+def test_other_options_change_the_quickstart(options: list[str], changed: dict[str, Any]) -> None:
+    quickstart = parse_config(["--config", "examples/quickstart.yaml"], OBJECTIVES)
+    found = parse_config(with_quickstart(options), OBJECTIVES)
+    assert found.build.scenes is not None and found.data == quickstart.data
+    assert found.train == dataclasses.replace(quickstart.train, **changed)
+
+
+def test_slurm_finds_the_folder_of_the_same_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, folder in (([], "runs/quickstart"), (["--model.name_or_path", "M", "--data.train", "F"], "runs/default")):
+        main(["cluster", "output_dir", "--", *options])
+        assert capsys.readouterr().out.strip().endswith(f"/{folder}")
+
+
+def test_bitsandbytes_does_not_miss_its_kernel_aloud() -> None:
+    """Its module for CPUs is read as where it misses the kernel: with the library's own logging, and with ours."""
+    code = """
+import logging, importlib, sys
+import bitsandbytes._ops, bitsandbytes.functional
+import bitsandbytes.backends.cpu.ops as ops
+bitsandbytes._ops.register_kernel = lambda *names: lambda function: function
+bitsandbytes.functional.has_avx512bf16 = lambda: True
+sys.modules["kernels"] = None
+importlib.reload(ops)
+print("ours", file=sys.stderr)
+import cfvlm_ds.models
+importlib.reload(ops)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
+    theirs, ours = done.stderr.split("ours\n")
+    assert done.returncode == 0 and "Failed to load CPU gemm_4bit" in theirs and "gemm_4bit" not in ours
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scores_file(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scores") / "new" / "train.jsonl"
+    main(["score", str(model_dir), str(manifests["train"]), "--out", str(out), "--batch_size", "7"])
+    return out
+
+
+def test_scores_that_are_not_finite_are_not_written(
+    model_dir: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(model_dir, tmp_path / "model") / "processor_config.json"
+    described = json.loads(broken.read_text())
+    described["image_processor"]["image_mean"] = [math.nan] * 3
+    broken.write_text(json.dumps(described))
+    with pytest.raises(SystemExit) as ended:
+        main(["score", str(broken.parent), str(manifests["test"]), "--out", str(tmp_path / "out.jsonl")])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and said.startswith(f"error: {broken.parent}: scores of 10 of 10 groups are not finite, such as of ")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.fixture(scope="module")
+def runs(model_dir: Path, manifests: dict[str, Path], scores_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Short trainings in one process: ``z2``, ``z3`` (evaluated and exported), ``dpo``, and DPO of adapters with two kinds of reference."""
+    folder = tmp_path_factory.mktemp("runs")
+    dpo = ["--objective.dpo.weight", "1", "--objective.align.weight", "0"]
+    modules = {"vision_tower": "frozen", "projector": "frozen", "language_model": "lora"}
+    adapters = [*dpo, *(part for name, tuning in modules.items() for part in (f"--model.{name}.tuning", tuning))]
+    extra = {
+        "z2": ["--deepspeed", "ds_configs/z2.json"],
+        "z3": [f"--data.evaluation.test={manifests['test']}", "--train.export", "true"],
+        "dpo": [*dpo, "--data.scores", str(scores_file)],
+        "stored": [*adapters, "--data.scores", str(scores_file), "--model.lora.dropout", "0"],
+        "off": [*adapters, "--train.export", "true"],
+    }
+    options = {
+        name: train_arguments(model_dir, manifests, folder / name, "--train.max_steps", "2", "--train.warmup_ratio", "0", *more)
+        for name, more in extra.items()
+    }
+    run_trainings(1, *options.values(), said=folder / "said")
+    return folder
+
+
+def test_stage_2_and_stage_3_take_the_same_steps(runs: Path) -> None:
+    assert len(losses(runs / "z3")) == 2
+    assert losses(runs / "z2") == pytest.approx(losses(runs / "z3"), rel=1e-5)
+    assert json.loads((runs / "z2" / "ds_config.json").read_text())["zero_optimization"]["stage"] == 2
+
+
+def test_score_writes_what_dpo_reads(scores_file: Path, model_dir: Path, manifests: dict[str, Path]) -> None:
+    groups = read_manifest(manifests["train"])
+    stored = read_scores(scores_file, groups, data_identity(groups, [manifests["train"].parent]))
+    assert json.loads(scores_file.read_text().splitlines()[0])["model"] == str(model_dir)
+    assert set(stored) == {group.id for group in groups}
+    assert all(value < 0 for scores in stored.values() for line in scores.logp for value in line)
+
+
+def test_dpo_starts_at_log_2(runs: Path) -> None:
+    """At the first step the policy is the reference, so every margin is 0 (arXiv 2305.18290, equation 7)."""
+    first, second = (row for row in metrics(runs / "dpo") if "loss" in row)
+    assert first["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["dpo/margin"] == pytest.approx(0, abs=1e-5)
+    assert abs(second["loss/dpo"] - math.log(2)) > 1e-4, "the policy moves away from the reference"
+
+
+def test_without_its_adapters_the_model_is_the_reference(runs: Path) -> None:
+    """The same losses as with the scores that the model had before, two steps under ZeRO-3."""
+    assert losses(runs / "off") == pytest.approx(losses(runs / "stored"), rel=1e-5)
+    assert losses(runs / "off")[0] != pytest.approx(losses(runs / "off")[1], abs=1e-4)
+
+
+def test_dpo_of_a_whole_model_needs_a_file(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    arguments = train_arguments(model_dir, manifests, tmp_path / "run", "--objective.dpo.weight", "1")
+    ((code, output),) = run_ranks(1, "forkserver_ranks:train_script", arguments, said=tmp_path / "said")
+    assert code == 2 and output.count("error: ") == 1
+    assert "needs stored scores; write them with `cfvlm-ds score` and set data.scores" in output.splitlines()[-1]
+
+
+def test_export_of_adapters(runs: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's own adapters are those of the command, which merges them when not told otherwise."""
+    main(["export", str(runs / "off"), "--adapter", "--out", str(tmp_path / "adapter")])
+    written = tensors(tmp_path / "adapter")
+    assert written.keys() == tensors(runs / "off" / "adapter").keys() and not (runs / "off" / "export").exists()
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model_dir)
+    main(["export", str(runs / "off"), "--out", str(tmp_path / "merged")])
+    merged, source = tensors(tmp_path / "merged"), tensors(model_dir)
+    changed = {name for name in source if not merged[name].equal(source[name])}
+    assert changed == {name for name in source if "language_model" in name and "_proj." in name}
+    with pytest.raises(SystemExit):
+        main(["export", str(runs / "z3"), "--adapter", "--out", str(tmp_path / "none")])
+    assert "has no adapters; export it without --adapter" in capsys.readouterr().err
+
+
+def test_adapters_on_a_base_of_4_bits(manifests: dict[str, Path], tmp_path: Path) -> None:
+    """QLoRA under ZeRO-2, with bitsandbytes' CPU code: near the whole base's loss at the first step, and adapters that peft loads."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    captions = [candidate.text for group in read_manifest(manifests["train"]) for candidate in group.candidates]
+    model = build_tiny_llava(TinyLlavaConfig(str(tmp_path / "model"), hidden_size=64, vision_hidden_size=32), captions)
+    modules = {"vision_tower": "frozen", "projector": "frozen", "language_model": "lora"}
+    options = ["--deepspeed", "ds_configs/z2.json", "--train.export", "true"]
+    options += [part for name, tuning in modules.items() for part in (f"--model.{name}.tuning", tuning)]
+    trainings = [
+        train_arguments(model, manifests, tmp_path / name, *options, "--model.lora.load_in_4bit", wanted)
+        for name, wanted in (("whole", "false"), ("quarter", "true"))
+    ]
+    run_trainings(1, *trainings, said=tmp_path / "said")
+    whole, quarter = losses(tmp_path / "whole"), losses(tmp_path / "quarter")
+    assert quarter[0] == pytest.approx(whole[0], rel=0.05) and quarter[0] != pytest.approx(whole[0], rel=1e-4)
+    assert quarter[-1] < quarter[0] - 0.3
+    adapted = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(model), tmp_path / "quarter" / "adapter")
+    assert sum(bool(p.any()) for name, p in adapted.named_parameters() if "lora_B" in name) == 3 * 7
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "quarter"), "--out", str(tmp_path / "merged")])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.vision_tower.tuning", "frozen", "--model.projector.tuning", "frozen"], "cannot load 4-bit weights in ZeRO-3's parts"),
+        (["--deepspeed", "ds_configs/z2.json"], "the other modules to lora or frozen"),
+    ],
+)
+def test_4_bits_where_they_cannot_be(options: list[str], message: str, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    quantised = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "true", *options]
+    arguments = train_arguments(model_dir, manifests, tmp_path / "run", *quantised)
+    ((code, output),) = run_ranks(1, "forkserver_ranks:train_script", arguments, said=tmp_path / "said")
+    assert code == 2 and message in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda weights, name: weights.pop(name), "has 1 missing keys: "),
+        (lambda weights, name: weights.update({name: weights[name][:3]}), "has 1 mismatched keys: "),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_not_this_model_is_named_under_zero_3(
+    edit: Any, message: str, model_dir: Path, manifests: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = shutil.copytree(model_dir, tmp_path / "broken")
+    weights = tensors(broken)
+    name = next(name for name in weights if "linear_1.weight" in name)
+    edit(weights, name)
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    ((code, output),) = run_ranks(
+        1, "forkserver_ranks:train_script", train_arguments(broken, manifests, tmp_path / "run"), said=tmp_path / "said"
+    )
+    assert code == 2 and f"{message}model.{name}" in output and "; repair it" in output, output[-2000:]
+
+
+def test_manifests_of_one_name_have_a_row_each(
+    model_dir: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = manifests["test"].read_text().splitlines()
+    for folder, rows in (("iid", lines[:2]), ("ood", lines[2:3])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text("\n".join(rows))
+    named = [str(tmp_path / folder / "test.jsonl") for folder in ("iid", "ood")]
+    options = ["--root", str(manifests["test"].parent), "--out", str(tmp_path / "r.json"), "--no_shuffled"]
+    main(["evaluate", str(model_dir), *named, *options])
+    printed, written = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
+    assert list(written) == ["iid/test", "ood/test"] and all(name in printed for name in written)
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(model_dir), named[0], named[0]])
+    assert f"error: {named[0]} is given twice; name each manifest once" in capsys.readouterr().err
+
+
+def test_evaluate_prints_the_table_of_the_run(
+    runs: Path, manifests: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exported folder, scored in one process with another batch size, has the run's own results."""
+    main(["evaluate", str(runs / "z3" / "export"), str(manifests["test"]), "--out", str(tmp_path / "e" / "r.json"), "--batch_size", "3"])
+    printed = capsys.readouterr().out.strip()
+    assert printed == (runs / "z3" / "results.md").read_text().strip()
+    assert "| chance |" in printed and "| test | all, blank image |" in printed
+    assert json.loads((tmp_path / "e" / "r.json").read_text()) == json.loads((runs / "z3" / "results.json").read_text())
+
+
+def test_evaluate_takes_run_folders_and_adapters(
+    runs: Path, model_dir: Path, manifests: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run folder stands for its export, or for its adapters; these score as peft's own model does, in a process without this package."""
+    main(["evaluate", str(runs / "z3"), str(manifests["test"])])
+    assert capsys.readouterr().out.strip() == (runs / "z3" / "results.md").read_text().strip()
+    adapted, base = plain_scores(manifests["test"], f"{model_dir}+{runs / 'off' / 'adapter'}", str(model_dir))
+    groups, tables = read_manifest(manifests["test"]), []
+    for named in (runs / "off", runs / "off" / "adapter"):
+        model, adapter = model_of(argparse.Namespace(model=str(named), **{f"model.{name}": None for name in IMAGE_LIMITS}))
+        scorer, collator, world = load_scorer(model, adapter, max_pixels=MAX_PIXELS)
+        for group, score in zip(groups, score_groups(scorer, collator, groups, world), strict=True):
+            assert score.logp.tolist() == [pytest.approx(line, rel=1e-4) for line in adapted[group.id]], group.id
+        main(["evaluate", str(named), str(manifests["test"])])
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] and "| chance |" in tables[0]
+    moved = [
+        abs(a - b) for name in base for line, other in zip(adapted[name], base[name], strict=True) for a, b in zip(line, other, strict=True)
+    ]
+    assert max(moved) > 0.05, "the adapters have an effect"
+    assert "holds adapters, and stored scores belong to one model" in refused(capsys, "score", runs / "off", manifests["test"])
+    assert f"{runs / 'z2'} is a run folder without an export" in refused(capsys, "evaluate", runs / "z2", manifests["test"])
+    with safe_open(runs / "off" / "adapter" / "adapter_model.safetensors", "pt") as handle:
+        weights = {name: handle.get_tensor(name) for name in list(handle.keys())[:-1]}
+    broken = shutil.copytree(runs / "off" / "adapter", runs / "broken")
+    save_file(weights, broken / "adapter_model.safetensors")
+    assert "do not fit their base: 1 weights have no counterpart, such as" in refused(capsys, "evaluate", broken, manifests["test"])
+
+
+def test_export_scores_the_same_under_plain_transformers(runs: Path, manifests: dict[str, Path]) -> None:
+    folder = runs / "z3" / "export"
+    (plain,) = plain_scores(manifests["test"], str(folder))
+    groups = read_manifest(manifests["test"])
+    stored = read_scores(runs / "z3" / "scores" / "test.jsonl", groups, data_identity(groups, [manifests["test"].parent]))
+    assert set(plain) == set(stored)
+    for name, scores in stored.items():
+        for ours, theirs in zip(scores.logp, plain[name], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5), name
+
+
+def tensors(folder: Path) -> dict[str, Any]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as handle:
+            found |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
+    return found
+
+
+def test_export_has_the_source_s_tensors_with_other_values(runs: Path, model_dir: Path) -> None:
+    source, exported = tensors(model_dir), tensors(runs / "z3" / "export")
+    assert {n: (t.shape, t.dtype) for n, t in exported.items()} == {n: (t.shape, t.dtype) for n, t in source.items()}
+    moved = [name for name, tensor in exported.items() if not tensor.equal(source[name])]
+    # Without gradient: LLaVA takes the tower's patches before its last norm, and a bias of keys shifts all logits of a query alike.
+    assert {name for name in source if name not in moved} <= {name for name in source if "post_layernorm." in name or "k_proj.bias" in name}
+    for name in ("config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json"):
+        assert (runs / "z3" / "export" / name).exists() == (model_dir / name).exists()
+
+
+def test_export_keeps_the_source_s_dtype(runs: Path, model_dir: Path, tmp_path: Path) -> None:
+    """Training is in float32 or with a float32 master copy; a bfloat16 model stays one on disk."""
+    source, run_dir = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(model_dir, source)
+    save_file({name: tensor.bfloat16() for name, tensor in tensors(model_dir).items()}, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["dtype"] = config["text_config"]["dtype"] = config["vision_config"]["dtype"] = "bfloat16"
+    (source / "config.json").write_text(json.dumps(config))
+    shutil.copytree(runs / "z3" / "checkpoint-2", run_dir / "checkpoint-2")
+    (run_dir / "config.yaml").write_text(json.dumps({"model": {"name_or_path": str(source)}}))
+    main(["export", str(run_dir)])
+    exported, full = tensors(run_dir / "export"), tensors(runs / "z3" / "export")
+    assert set(exported) == set(full)
+    assert all(tensor.equal(full[name].bfloat16()) for name, tensor in exported.items())
+
+
+def test_export_command_writes_the_same_folder(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given in (runs / "z3", runs / "z3" / "checkpoint-2"):
+        main(["export", str(given), "--out", str(tmp_path / given.name)])
+        assert f"exported to {tmp_path / given.name}" in capsys.readouterr().out
+        again, first = tensors(tmp_path / given.name), tensors(runs / "z3" / "export")
+        assert set(again) == set(first) and all(again[name].equal(first[name]) for name in first)
+
+
+def test_export_of_a_damaged_checkpoint_leaves_nothing(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs / "z3" / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copy(runs / "z3" / "config.yaml", tmp_path)
+    shard = next((tmp_path / "checkpoint-2").glob("*optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    said = refused(capsys, "export", tmp_path / "checkpoint-2")
+    assert shard.name in said and "instead of" in said and not (tmp_path / "export").exists()
+    whole = next((runs / "z3" / "checkpoint-2").glob("*optim_states.pt")).read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
+    said = refused(capsys, "export", tmp_path / "checkpoint-2")
+    assert f"{shard.name} is damaged: its CRC-32 is" in said and not (tmp_path / "export").exists(), "one bit of a weight"
+
+
+def test_build_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["data", "build", str(tmp_path / "scenes"), "--num_train", "5", "--num_test", "2", "--seed", "3"])
+    manifest = tmp_path / "scenes" / "train.jsonl"
+    assert len(manifest.read_text().splitlines()) == 5
+    for path in sorted((tmp_path / "scenes").glob("*.jsonl")):
+        capsys.readouterr()
+        main(["data", "check", str(path)])
+        assert "problems         none" in capsys.readouterr().out
+    assert "holds scenes of other settings" in refused(capsys, "data", "build", tmp_path / "scenes", "--num_train", "6")

@@ -1,0 +1,637 @@
+"""Exports of real ZeRO checkpoints of three ranks: every name, file, shape, dtype and value, whatever the stage, the source's form and the
+frozen module; refusals; and memory that does not grow with the model. The command and a run's own export are in test_cli."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import environment, run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.export import export_hf, files, jobs
+from cfvlm_ds.export.zero import ZeroWeights
+from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.training.results import refuse_export
+from cfvlm_ds.training.run import _locked
+
+RANKS = 3  # most weights are no multiple of it, so that every kind of padding occurs
+TOWER = "model.vision_tower"
+BF16 = ("z3 frozen", "z1 frozen", "moe z2")
+NORM = "language_model.model.norm.weight"
+
+# Every rank starts from known values, scales the float32 copies that DeepSpeed trains by a factor no bfloat16 has, and saves.
+WRITE = """
+import json, logging, multiprocessing, os, sys
+from pathlib import Path
+import deepspeed, torch
+from transformers import AutoModelForImageTextToText
+sys.path[:0] = ["tests/distributed", "tests", "."]
+from cfvlm_ds.checkpoint import TrainState, save
+from cfvlm_ds.core.distributed import World
+from test_export import FACTOR, start
+
+class Wrapper(torch.nn.Module):  # names as in Scorer
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+def work(rank, ranks, out, jobs):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    deepspeed.init_distributed("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=ranks, auto_mpi_discovery=False)
+    for name, source, stage, frozen, bf16 in jobs:
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16 if bf16 else torch.float32)
+        groups = [{"params": []}, {"params": []}]
+        for n, p in model.named_parameters():
+            p.requires_grad_(not frozen or not n.startswith(frozen))
+            if p.requires_grad:
+                p.data.copy_(start(n, p.shape))
+                groups[p.dim() > 1]["params"].append(p)
+        zero = {"stage": stage, "sub_group_size": 5000, "stage3_param_persistence_threshold": 0, "round_robin_gradients": stage == 2}
+        config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16}, "zero_optimization": zero}
+        engine, *_ = deepspeed.initialize(
+            model=Wrapper(model), model_parameters=groups, optimizer=torch.optim.AdamW(groups), config=config
+        )
+        o = engine.optimizer
+        flats = o.fp32_partitioned_groups_flat if stage == 3 else o.single_partition_of_fp32_groups
+        for flat in flats:
+            flat.data.mul_(FACTOR)
+        save(engine, TrainState(step=1), Path(out) / name, World(rank, ranks, rank, torch.device("cpu")), 0)
+        engine.destroy()
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    fork = multiprocessing.get_context("fork")
+    ranks = int(sys.argv[1])
+    children = [fork.Process(target=work, args=(rank, ranks, sys.argv[2], json.loads(sys.argv[3]))) for rank in range(ranks)]
+    for child in children: child.start()
+    for child in children: child.join()
+    sys.exit(any(child.exitcode for child in children))
+"""
+
+
+FACTOR = 1.001
+
+
+def start(name: str, shape: Any) -> torch.Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
+def value(name: str, shape: Any, bf16: bool = False) -> torch.Tensor:
+    """What the checkpoint's fp32 weight of this name holds; a bf16 run has started from rounded values."""
+    return (start(name, shape).bfloat16().float() if bf16 else start(name, shape)) * FACTOR
+
+
+# --- sources and checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def build(config: Any, folder: Path) -> Path:
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def llava(folder: Path, text: Any) -> Path:
+    from transformers import CLIPVisionConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=24, patch_size=12
+    )
+    return build(LlavaConfig(vision_config=vision, text_config=text), folder)
+
+
+def qwen3_vl_moe(folder: Path) -> Path:
+    """Tied embeddings, and experts as the published checkpoints have them: turned against the model's."""
+    from transformers import Qwen3VLMoeConfig
+
+    text = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 12, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2}
+    text |= {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "depth": 1, "num_heads": 2, "patch_size": 4, "out_hidden_size": 16}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    build(Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=True), folder)
+    stored = load_file(folder / "model.safetensors")
+    turned = {name: t.transpose(1, 2).contiguous() if ".experts." in name else t for name, t in stored.items()}
+    save_file(turned, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``llava``, and the same in other forms; ``mixtral``, whose experts are stored apart; ``moe``; ``wide``, of 180 MB."""
+    from transformers import LlamaConfig, MixtralConfig
+
+    out = tmp_path_factory.mktemp("sources")
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    wide = {"vocab_size": 16001, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 1, "num_attention_heads": 8}
+    found = {
+        "llava": model_dir,
+        "mixtral": llava(out / "mixtral", MixtralConfig(vocab_size=41, num_hidden_layers=2, num_local_experts=3, **small)),
+        "moe": qwen3_vl_moe(out / "moe"),
+        "wide": llava(out / "wide", LlamaConfig(**wide)),
+    }
+    stored = load_file(model_dir / "model.safetensors")
+
+    sharded = out / "sharded"  # bfloat16 but for one weight, neighbours in different files, and a tensor no model has a place for
+    shutil.copytree(model_dir, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
+    placed: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for index, (name, tensor) in enumerate(sorted(stored.items())):
+        placed[f"model-{index % 3 + 1:05d}-of-00003.safetensors"][name] = tensor if name == NORM else tensor.bfloat16()
+    placed["model-00002-of-00003.safetensors"]["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(7)
+    for file, tensors in placed.items():
+        save_file(tensors, sharded / file, {"format": "pt"})
+    weight_map = {name: file for file, tensors in placed.items() for name in tensors}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_parameters": 5}, "weight_map": weight_map}))
+    for left in ("optimizer.pt", "training_args.bin", "trainer_state.json", "pytorch_model.bin.index.json"):
+        (sharded / left).write_text("{}")
+    found["sharded"] = sharded
+
+    found["bin"] = out / "bin"
+    shutil.copytree(model_dir, found["bin"], ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(stored, found["bin"] / "pytorch_model.bin")
+
+    found["both"] = out / "both"  # tied, and stored under both names
+    shutil.copytree(found["moe"], found["both"])
+    stored = load_file(found["moe"] / "model.safetensors")
+    head = {"lm_head.weight": stored["model.language_model.embed_tokens.weight"].clone()}
+    save_file(stored | head, found["both"] / "model.safetensors", {"format": "pt"})
+    return found
+
+
+@pytest.fixture(scope="module")
+def checkpoints(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = tmp_path_factory.mktemp("zero")
+    plan = [  # name, source, stage, what is frozen
+        ("z3", "llava", 3, None),
+        ("z2", "llava", 2, None),
+        ("z3 frozen", "llava", 3, TOWER),
+        ("z2 frozen", "llava", 2, TOWER),
+        ("z1 frozen", "llava", 1, TOWER),
+        ("moe", "moe", 3, None),
+        ("moe z2", "moe", 2, None),
+        ("mixtral", "mixtral", 3, None),
+        ("wide", "wide", 3, None),
+    ]
+    work = [[name, str(sources[source]), stage, frozen, name in BF16] for name, source, stage, frozen in plan]
+    (out / "write.py").write_text(WRITE)
+    run([sys.executable, str(out / "write.py"), str(RANKS), str(out), json.dumps(work)], timeout=180)
+    return {name: out / name / "checkpoint-1" for name, *_ in plan}
+
+
+def headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as handle:
+            for name in handle.keys():  # noqa: SIM118  (not a dict)
+                part = handle.get_slice(name)
+                found[name] = (file.name, tuple(part.get_shape()), part.get_dtype())
+    return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What transformers computes with, in float32, each tied weight once."""
+    from transformers import AutoModelForImageTextToText
+
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+# --- what is written ------------------------------------------------------------------------------------------------------------------
+
+CASES = [("z3", "llava"), ("z2", "llava"), ("z3 frozen", "llava"), ("z2 frozen", "llava"), ("z1 frozen", "llava")]
+CASES += [("z3", "sharded"), ("z2 frozen", "sharded"), ("moe", "moe"), ("moe z2", "moe"), ("moe", "both"), ("mixtral", "mixtral")]
+
+
+@pytest.mark.parametrize(("checkpoint", "source"), CASES)
+def test_every_tensor(checkpoint: str, source: str, checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+    said: list[str] = []
+    out = export_hf(checkpoints[checkpoint], str(sources[source]), tmp_path / "out", said.append)
+    stored = headers(sources[source])
+    assert headers(out) == stored, "names, files, shapes, dtypes"
+    bf16, before = checkpoint in BF16, weights(sources[source])
+    for name, tensor in weights(out).items():
+        if "frozen" in checkpoint and name.startswith(TOWER):
+            expected = before[name].bfloat16() if bf16 else before[name]  # a bf16 run holds no more of what it does not train
+        else:
+            expected = value(name, tensor.shape, bf16)
+        if source == "sharded" and not name.endswith("language_model.norm.weight"):
+            expected = expected.bfloat16()
+        assert torch.equal(tensor, expected.float()), name
+    assert said == (
+        ["export: 1 tensors that the checkpoint does not hold come from " + f"{sources[source]}, such as " + EXTRA] * (source == "sharded")
+    )
+
+
+EXTRA = "vision_tower.vision_model.embeddings.position_ids"
+
+
+def test_both_names_of_a_tied_weight_have_its_value(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+    stored = load_file(export_hf(checkpoints["moe"], str(sources["both"]), tmp_path / "out") / "model.safetensors")
+    expected = value("model.language_model.embed_tokens.weight", (41, 16))
+    assert torch.equal(stored["lm_head.weight"], expected) and torch.equal(stored["model.language_model.embed_tokens.weight"], expected)
+
+
+def test_index_and_the_source_s_other_files(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+    source = sources["sharded"]
+    out = export_hf(checkpoints["z3"], str(source), tmp_path / "out")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    sizes = {"BF16": 2, "F32": 4, "I64": 8}
+    total = sum(sizes[dtype] * torch.Size(shape).numel() for _, shape, dtype in headers(source).values())
+    assert index["metadata"] == {"total_parameters": 5, "total_size": total}
+    assert torch.equal(load_file(out / "model-00002-of-00003.safetensors")[EXTRA], torch.arange(7))
+    left = {"optimizer.pt", "training_args.bin", "trainer_state.json", "pytorch_model.bin.index.json"}
+    assert {path.name for path in out.iterdir()} == {path.name for path in source.iterdir()} - left
+    for path in source.glob("*"):
+        if path.name not in left and path.suffix != ".safetensors" and "index" not in path.name:
+            assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_source_without_safetensors_gets_the_library_s_own_names(
+    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    out = export_hf(checkpoints["z3"], str(sources["bin"]), tmp_path / "out")
+    assert headers(out) == headers(sources["llava"]), "which the library saved"
+    assert not list(out.glob("*.bin"))
+    assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(out).items())
+
+
+def test_large_files_are_split(
+    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    whole = huggingface_hub.split_torch_state_dict_into_shards
+    limits = []
+
+    def split(tensors: Any, *, filename_pattern: str, max_shard_size: str) -> Any:
+        limits.append(max_shard_size)
+        return whole(tensors, filename_pattern=filename_pattern, max_shard_size="300KB")
+
+    monkeypatch.setattr(huggingface_hub, "split_torch_state_dict_into_shards", split)
+    out = export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out")
+    assert limits == ["5GB"] and len(list(out.glob("*.safetensors"))) > 1
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {name: file for name, (file, *_) in headers(out).items()} == index and set(index) == set(headers(sources["llava"]))
+    assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(out).items())
+
+
+@pytest.mark.parametrize("together", [4, 30], ids=["the ones that fail", "all"])
+def test_conversions_that_need_more_weights_get_them(
+    together: int, checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixtral's four expert weights convert one by one; here they fail unless given together, or with all others."""
+    alone = jobs.revert
+
+    def revert(model: Any, conversions: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if len(tensors) < together:
+            raise ValueError("Undefined Operation encountered!")
+        return alone(model, conversions, tensors)
+
+    monkeypatch.setattr(jobs, "revert", revert)
+    said: list[str] = []
+    out = export_hf(checkpoints["mixtral"], str(sources["mixtral"]), tmp_path / "out", said.append)
+    assert len(said) == 1 and int(said[0].split()[1]) >= together and "can only be converted together" in said[0]
+    assert headers(out) == headers(sources["mixtral"])
+    assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(out).items())
+
+
+def edited(checkpoint: Path, folder: Path, pattern: str, change: Any) -> Path:
+    """A copy of a checkpoint whose files of this pattern are changed, and which is complete again."""
+    shutil.copytree(checkpoint, folder / checkpoint.name)
+    for file in (folder / checkpoint.name).glob(pattern):
+        state = torch.load(file, weights_only=False)
+        change(state)
+        torch.save(state, file)
+    listed = folder / checkpoint.name / "complete.json"
+    description = json.loads(listed.read_text())
+    description["files"] = {name: ((listed.parent / name).stat().st_size, 0) for name in description["files"]}
+    del description["crc32"]
+    description["crc32"] = zlib.crc32(json.dumps(description, sort_keys=True).encode())
+    listed.write_text(json.dumps(description))
+    return folder / checkpoint.name
+
+
+def test_a_frozen_module_that_was_not_kept_comes_from_the_source(
+    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    checkpoint = edited(
+        checkpoints["z3 frozen"], tmp_path, "*model_states.pt", lambda s: s.update(frozen_param_shapes=None, frozen_param_fragments=None)
+    )
+    said: list[str] = []
+    exported = weights(export_hf(checkpoint, str(sources["llava"]), tmp_path / "out", said.append))
+    before = weights(sources["llava"])
+    assert all(torch.equal(exported[name], before[name]) for name in before if name.startswith(TOWER))
+    assert sum(name.startswith(TOWER) for name in before) == int(said[0].split()[1]) and str(sources["llava"]) in said[0]
+    with pytest.raises(ConfigError, match=r"lacks .*vision_tower.* has no safetensors to copy it from"):
+        export_hf(checkpoint, str(sources["bin"]), tmp_path / "other")
+
+
+# --- what is refused, and what remains then -------------------------------------------------------------------------------------------
+
+
+def with_layers(source: Path, folder: Path, layers: int, **text: int) -> Path:
+    """The model of ``source`` with another number of layers or width."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source)
+    config.text_config.update({"num_hidden_layers": layers, **text})
+    return build(config, folder)
+
+
+@pytest.mark.parametrize(
+    ("layers", "text", "said"),
+    [
+        (4, {}, r"weights are missing, such as model\.language_model\.layers\.3\."),
+        (2, {}, r"trained weights have no place in it, such as model\.language_model\.layers\.2\."),
+        (3, {"intermediate_size": 40}, r"mlp\.\w+\.weight has shape \[.*\], not \["),
+    ],
+)
+def test_a_source_that_does_not_fit(
+    layers: int, text: dict[str, int], said: str, checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source = with_layers(sources["llava"], tmp_path / "source", layers, **text)
+    with pytest.raises(ConfigError, match=rf"does not fit {source}.*{said}"):
+        export_hf(checkpoints["z3"], str(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["z3", "z2", "z1 frozen"])
+@pytest.mark.parametrize("pattern", ["*model_states.pt", "*optim_states.pt"])
+def test_parts_of_a_checkpoint_that_are_lost_or_odd(stage: str, pattern: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Each part of what an export reads, in turn: found, or one sentence."""
+    optimizer = "optim" in pattern
+    lost = 0
+    keys = ("partition_count", "zero_stage", "fp32_flat_groups", "single_partition_of_fp32_groups", "optimizer_state_dict")
+    for number, key in enumerate(keys if optimizer else ("param_shapes", "frozen_param_shapes", "shared_params", "buffer_names", "module")):
+        for odd in (None, [], "x", 10**400, ...):
+
+            def change(state: Any, key: str = key, odd: Any = odd) -> None:
+                holder = state["optimizer_state_dict"] if optimizer and key != "optimizer_state_dict" else state
+                if odd is ... or key not in holder:
+                    holder.pop(key, None)
+                else:
+                    holder[key] = odd
+
+            damaged = edited(checkpoints[stage], tmp_path / f"{number} {odd!r:.9}", pattern, change)
+            try:
+                ZeroWeights(damaged)
+            except ConfigError as error:
+                lost += 1
+                assert str(damaged) in str(error) and "name another" in str(error), error
+    assert lost >= 8
+
+
+def test_a_checkpoint_that_is_not_what_it_says(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+    def drop(state: dict[str, Any]) -> None:
+        state["param_shapes"][0].popitem()
+
+    def foreign(state: dict[str, Any]) -> None:
+        state["other"] = resource.struct_rusage
+
+    def fewer(state: dict[str, Any]) -> None:
+        state["optimizer_state_dict"]["partition_count"] = 4
+
+    cases = [
+        ("z3", "*model_states.pt", drop, "elements of each rank's"),
+        ("z2", "*model_states.pt", drop, "elements; name another one"),
+        ("z3", "*model_states.pt", foreign, "holds more than tensors"),
+        ("z3", "*optim_states.pt", fewer, "was written by 4 ranks and holds the shards of 3"),
+    ]
+    for index, (name, pattern, change, said) in enumerate(cases):
+        checkpoint = edited(checkpoints[name], tmp_path / str(index), pattern, change)
+        with pytest.raises(ConfigError, match=said):
+            export_hf(checkpoint, str(sources["llava"]), tmp_path / "out")
+
+
+@pytest.fixture
+def older(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> Iterator[Path]:
+    """An earlier export, which must be there unchanged at the end."""
+    out = export_hf(checkpoints["z2 frozen"], str(sources["llava"]), tmp_path / "out")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    yield out
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_full_disk_leaves_the_older_export(
+    older: Path, checkpoints: dict[str, Path], sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"out cannot be written \(.*File too large.*; what was there is unchanged"):
+            export_hf(checkpoints["z3"], str(sources["llava"]), older)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"out needs 0\.0 GB and its disk has 0\.0 GB free; name another folder"):
+        export_hf(checkpoints["z3"], str(sources["llava"]), older)
+
+
+def test_a_damaged_write_is_seen(
+    older: Path, checkpoints: dict[str, Path], sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = files.Files.write
+
+    def write(self: files.Files, name: str, blocks: Any) -> None:
+        whole(self, name, blocks)
+        if name == NORM:
+            with open(next(self._folder.glob("*.safetensors")), "r+b") as handle:
+                handle.seek(self._starts[name])
+                handle.write(b"\0\0\0\0")
+
+    monkeypatch.setattr(files.Files, "write", write)
+    with pytest.raises(ConfigError, match=rf"{NORM} reads back from the export with other values"):
+        export_hf(checkpoints["z3"], str(sources["llava"]), older)
+
+
+def test_folders_that_must_not_be_replaced(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+    source = tmp_path / "models" / "source"
+    shutil.copytree(sources["llava"], source)
+    (tmp_path / "file").write_text("")
+    refused = {source: "made from", tmp_path / "models": "made from", tmp_path: "made from", tmp_path / "file" / "out": "cannot be written"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    for out, said in {**refused, tmp_path / "mine": "holds other files"}.items():
+        with pytest.raises(ConfigError, match=said):
+            export_hf(checkpoints["z3"], str(source), out)
+    assert headers(source) == headers(sources["llava"]) and (tmp_path / "mine" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("name", ["{outside}", "../{outside.name}", "sub/x.safetensors", "config.json", "..", ["x"]], ids=str)
+def test_an_index_that_names_files_elsewhere(name: Any, checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+    """The file that it names is one of safetensors with the model's own tensors, which an export would otherwise rewrite."""
+    source, outside = tmp_path / "source", tmp_path / "other.safetensors"
+    shutil.copytree(sources["sharded"], source)
+    first = source / "model-00001-of-00003.safetensors"
+    (source / "sub").mkdir()
+    for copy in (outside, source / "sub" / "x.safetensors"):
+        shutil.copy(first, copy)
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    name = name.format(outside=outside) if isinstance(name, str) else name
+    index["weight_map"] = {key: name if file == first.name else file for key, file in index["weight_map"].items()}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"source/model\.safetensors\.index\.json: .* (is no bare file name|does not end in|is a list)"):
+        export_hf(checkpoints["z3"], str(source), tmp_path / "out")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_links_are_neither_copied_from_elsewhere_nor_written_through(
+    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key.jinja").write_text("a private key")
+    for kind in ("file", "folder"):
+        source = tmp_path / kind
+        shutil.copytree(sources["llava"], source)
+        if kind == "file":
+            (source / "NOTICE").symlink_to(tmp_path / "secret" / "key.jinja")
+        else:
+            (source / "additional_chat_templates").symlink_to(tmp_path / "secret")
+        with pytest.raises(ConfigError, match=r"leads out of its folder, to .*secret/key\.jinja; put the file itself there"):
+            export_hf(checkpoints["z3"], str(source), tmp_path / "out")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "config.json").write_text("mine")
+    for name in ("out", "out.replaced.partial", "out.partial"):
+        (tmp_path / name).symlink_to(mine)
+        if name == "out.partial":
+            export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out")
+            assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out").is_symlink()
+        else:
+            with pytest.raises(ConfigError, match=rf"{name} is a link to {mine}, and nothing is written through a link"):
+                export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out")
+            (tmp_path / name).unlink()
+        assert [path.name for path in mine.iterdir()] == ["config.json"] and (mine / "config.json").read_text() == "mine"
+
+
+def test_the_links_of_a_hub_cache_are_read(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--org--model" / "snapshots" / "abc", tmp_path / "models--org--model" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(path for path in sources["sharded"].iterdir() if path.is_file()):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    out = export_hf(checkpoints["z3"], str(snapshot), tmp_path / "out")
+    assert headers(out) == headers(sources["sharded"]) and not any(path.is_symlink() for path in out.iterdir())
+
+
+def test_a_source_whose_tensors_changed_their_size(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
+    """A header that is right by itself, of a tensor with fewer or more values than its weight: its neighbours are not written over."""
+    for rows in (1, 77):
+        shutil.copytree(sources["llava"], source := tmp_path / str(rows))
+        stored = load_file(source / "model.safetensors")
+        save_file(stored | {NORM: torch.zeros(rows)}, source / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ConfigError, match=rf"stores {NORM} with shape \[{rows}\], which its weight has not"):
+            export_hf(checkpoints["z3"], str(source), tmp_path / "out")
+
+
+def test_an_export_replaces_an_older_one_and_what_a_killed_one_left(
+    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """What somebody has kept of an older one under a name of their own is theirs."""
+    for name in ("out.partial", "out.replaced.partial", "out.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("stale")
+    for checkpoint in ("z2 frozen", "z3"):
+        export_hf(checkpoints[checkpoint], str(sources["llava"]), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"] and (tmp_path / "out.old" / "config.json").exists()
+    assert all(torch.equal(tensor, value(name, tensor.shape)) for name, tensor in weights(tmp_path / "out").items())
+
+
+def test_the_place_of_an_export_is_refused_before_a_training(tmp_path: Path) -> None:
+    """Where it could not be put when the training is over: the run's folder is as it was."""
+    for name, make, said in (
+        ("others", lambda out: (out.mkdir(), (out / "thesis.pdf").touch()), "holds other files and no earlier export"),
+        ("file", lambda out: out.touch(), "export is no folder, and a run writes one of that name"),
+        ("link", lambda out: out.symlink_to(tmp_path), "is a link to"),
+        ("source", lambda out: (out.mkdir(), (out / "config.json").touch()), "which the export is made from"),
+    ):
+        (run_dir := tmp_path / name).mkdir()
+        make(run_dir / "export")
+        source = str(run_dir / "export") if name == "source" else str(tmp_path / "model")
+        config = parse_config(["--model.name_or_path", source, "--train.output_dir", str(run_dir)], OBJECTIVES)
+        before = [str(path) for path in run_dir.rglob("*")]
+        refused = pytest.raises(ConfigError, match=rf"{said}.*choose another train\.output_dir")
+        with refused, _locked(run_dir, World(0, 1, 0, torch.device("cpu")), partial(refuse_export, config)):
+            raise AssertionError
+        assert [str(path) for path in run_dir.rglob("*")] == before
+        refuse_export(parse_config([*ADAPTERS, "--train.output_dir", str(run_dir)], OBJECTIVES))
+
+
+ADAPTERS = ["--model.name_or_path", "m"]
+ADAPTERS += [
+    f"--model.{part}.tuning={how}" for part, how in (("vision_tower", "frozen"), ("projector", "lora"), ("language_model", "lora"))
+]
+
+
+def test_long_exports_say_how_long(
+    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 100_000, 6))  # 6 s from block to block
+    monkeypatch.setattr(files.time, "monotonic", lambda: next(clock))
+    said: list[str] = []
+    alive: list[int] = []
+    export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out", said.append, alive=lambda: alive.append(1))
+    left = [float(line.split(", ")[1].removesuffix(" minutes left")) for line in said]
+    blocks = RANKS * len(headers(sources["llava"]))
+    assert len(alive) == blocks + len(headers(sources["llava"])), "every block that is written, every tensor that is read back"
+    assert len(said) == blocks // 2 and left[-1] < 0.2 and all(line.startswith("export: 0.0 of 0.0 GB, ") for line in said)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+from cfvlm_ds.export import export_hf
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+out, first, *wide = sys.argv[1:]
+export_hf(Path(first), "org/model", Path(out) / "hub", lambda line: None)
+before = peak()
+export_hf(Path(wide[0]), wide[1], Path(out) / "wide", lambda line: None)
+print(json.dumps(peak() - before))
+"""
+
+
+def test_memory_stays_far_below_the_model_and_a_hub_name_serves(
+    checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """A fresh process exports a small model by its hub name, which imports all there is, and then one of 180 MB."""
+    repository = tmp_path / "cache" / "models--org--model"
+    shutil.copytree(sources["llava"], repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(checkpoints["z3"]), str(checkpoints["wide"]), str(sources["wide"])]
+    offline = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, env=environment() | offline, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    size, peak = (sources["wide"] / "model.safetensors").stat().st_size, int(done.stdout.split()[-1])  # DeepSpeed may print before
+    assert size > 180e6 and peak < 0.6 * size, f"{peak / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
+    assert headers(tmp_path / "hub") == headers(sources["llava"])
+    for name, tensor in load_file(tmp_path / "wide" / "model.safetensors").items():
+        if name.startswith("language_model.model.layers.0.mlp"):
+            assert torch.equal(tensor, value(name.replace("language_model.model", "model.language_model"), tensor.shape))

@@ -1,0 +1,177 @@
+"""Every family trained under real ZeRO-3: two ranks, of which one may have no image, equal one; what is exported is what was trained."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import losses, plain_scores, run_ranks, run_trainings, save_groups, selected
+from PIL import Image
+from safetensors import safe_open
+
+from cfvlm_ds.core.config import LoraConfig
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
+from cfvlm_ds.data import GroupSampler, read_manifest
+from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.data.stored_scores import read_scores
+from cfvlm_ds.demo.small import SMALL, write_small
+from cfvlm_ds.export import export_hf
+from cfvlm_ds.export.zero import ZeroWeights
+
+FEW = ("qwen2_5_vl", "qwen3_vl_moe")  # windows; features for several layers, and experts
+FAMILIES = [pytest.param(family, marks=() if family in FEW else pytest.mark.long) for family in SMALL]
+STEPS, GLOBAL_BATCH, SEED = 3, 4, 0
+LORA = {"rank": 4, "alpha": 16.0}
+# Adapters of every kind are tried in some family: DoRA in a tower with windows, rsLoRA in the plainest.
+KINDS = {"qwen2_5_vl": {"dora": True}, "llava": {"rslora": True}}
+
+
+def write_groups(path: Path, num: int, text_only: bool) -> Path:
+    """Pairs of images of various sizes, and (from the third row on, every other one) text alone; one row shows two pictures at once."""
+    generator, groups = random.Random(num), []
+    for g in range(num):
+        files = [path.parent / f"{path.stem}-{g}-{k}.png" for k in range(2)]
+        for file in files:
+            Image.effect_noise((generator.randrange(28, 90), generator.randrange(28, 90)), 80).convert("RGB").save(file)
+        texts = (Candidate("describe", f"a red circle {g}"), Candidate("describe", f"two blue dogs on a lawn {g}"))
+        images: Any = ((files[0], files[1]), (files[1], files[0])) if g == 1 else ((files[0],), (files[1],))
+        group = CounterfactualGroup(f"{path.stem}-{g}", images, texts, ((1, 0), (0, 1)))
+        if text_only and g > 2 and g % 2:
+            group = CounterfactualGroup(group.id, ((),), texts, ((1, 0),))
+        groups.append(group)
+    return save_groups(path, groups)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("groups")
+    return {"train": write_groups(folder / "train.jsonl", 12, True), "test": write_groups(folder / "test.jsonl", 3, False)}
+
+
+def arguments(model: Path, manifest: dict[str, Path], out: Path, tuning: str, ranks: int) -> list[str]:
+    """Two ranks recompute activations and one does not: the gradients must be equal all the same."""
+    lora = LORA | KINDS.get(model.name, {})
+    options = {
+        "--config": "tests/support/train.yaml",
+        "--deepspeed": "tests/support/z3_partitioned.json",
+        "--model.name_or_path": str(model),
+        "--model.gradient_checkpointing": str(ranks == 2).lower(),
+        "--model.vision_tower.tuning": tuning,
+        "--model.language_model.tuning": tuning,
+        "--model.projector.tuning": "frozen" if tuning == "lora" else "full",
+        "--model.projector.learning_rate": "1e-3",
+        **{f"--model.lora.{name}": str(value).lower() for name, value in lora.items()},
+        "--data.train": str(manifest["train"]),
+        "--data.evaluation": json.dumps({"test": str(manifest["test"])} if ranks == 2 else {}),
+        "--train.output_dir": str(out),
+        "--train.max_steps": str(STEPS),
+        "--train.per_device_train_batch_size": str(GLOBAL_BATCH // ranks),
+        "--train.seed": str(SEED),
+        "--train.export": str(ranks == 2).lower(),
+    }
+    return [part for pair in options.items() for part in pair]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {family: write_small(family, folder / family) for family in SMALL}
+
+
+@pytest.fixture(scope="module")
+def trained(
+    models: dict[str, Path], manifest: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[tuple[str, str, int], Path]:
+    """(family, tuning, ranks) -> run folder."""
+    out, chosen = tmp_path_factory.mktemp("runs"), selected(request, "family") or FEW
+    found = {(f, tuning, ranks): out / f"{f}-{tuning}-{ranks}" for f in chosen for tuning in ("full", "lora") for ranks in (1, 2)}
+    for ranks in (1, 2):
+        runs = [arguments(models[family], manifest, folder, tuning, ranks) for (family, tuning, of), folder in found.items() if of == ranks]
+        run_trainings(ranks, *runs, said=out / f"said-{ranks}", timeout=900)
+    return found
+
+
+def test_one_rank_has_no_image_at_some_step(manifest: dict[str, Path]) -> None:
+    """The data do what the tests below say."""
+    groups = read_manifest(manifest["train"])
+    layout = {"num_groups": len(groups), "groups_per_micro_batch": GLOBAL_BATCH // 2, "gradient_accumulation_steps": 1, "world_size": 2}
+    streams = [iter(GroupSampler(**layout, rank=rank, seed=SEED)) for rank in range(2)]
+    shown = [[any(groups[g].num_pictures for g in next(stream)) for stream in streams] for _ in range(STEPS)]
+    assert [True, False] in shown or [False, True] in shown, shown
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_equal_one(family: str, tuning: str, trained: dict[tuple[str, str, int], Path]) -> None:
+    """Images on one rank only, gradient checkpointing on and off, ZeRO-3: one trajectory. fp32, relative 2e-4."""
+    expected = losses(trained[family, tuning, 1])
+    assert losses(trained[family, tuning, 2]) == pytest.approx(expected, rel=2e-4)
+    assert len(expected) == STEPS and len(set(expected)) == STEPS
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as handle:
+            found |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exports_have_the_sources_names_and_dtypes(family: str, models: dict[str, Path], trained: dict[tuple[str, str, int], Path]) -> None:
+    source, exported = tensors(models[family]), tensors(trained[family, "full", 2] / "export")
+    assert {name: (t.shape, t.dtype) for name, t in exported.items()} == {name: (t.shape, t.dtype) for name, t in source.items()}
+    assert sum(not torch.equal(exported[name], source[name]) for name in source) > len(source) / 2, "it trained"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_leave_the_model_as_it_was(family: str, trained: dict[tuple[str, str, int], Path], models: dict[str, Path]) -> None:
+    """After some steps of both modules' adapters the frozen projector, and every weight beside an adapter, is bit for bit the source's."""
+    folder = trained[family, "lora", 2]
+    held, merged_names = ZeroWeights(folder / f"checkpoint-{STEPS}"), 0
+    before = ZeroWeights(trained[family, "lora", 1] / f"checkpoint-{STEPS}")
+    from transformers import AutoModelForImageTextToText
+
+    source = AutoModelForImageTextToText.from_pretrained(models[family], dtype=torch.float32).state_dict()
+    for name in held.weights:
+        if ".lora_" not in name:
+            assert torch.equal(held.tensor(name, torch.float32), source[name.replace(".base_layer.", ".")].float()), name
+            merged_names += ".base_layer." in name
+        elif "lora_B" in name:
+            assert held.tensor(name, torch.float32).any(), f"{name} has trained"
+            torch.testing.assert_close(held.tensor(name, torch.float32), before.tensor(name, torch.float32), rtol=1e-2, atol=1e-4)
+    assert merged_names > 8
+
+
+def test_a_fresh_process_scores_the_exports_as_the_run_did(
+    models: dict[str, Path], trained: dict[tuple[str, str, int], Path], manifest: dict[str, Path], tmp_path: Path
+) -> None:
+    """The whole model, the adapters in peft's format, and the adapters merged, under transformers and peft alone; relative 1e-4."""
+    wanted = {}
+    for family in {family: None for family, _, _ in trained}:
+        full, lora = trained[family, "full", 2], trained[family, "lora", 2]
+        merged = export_hf(
+            lora / f"checkpoint-{STEPS}", str(models[family]), tmp_path / family, lora=LoraConfig(**(LORA | KINDS.get(family, {})))
+        )
+        wanted |= {f"{full / 'export'}": full, f"{models[family]}+{lora / 'adapter'}": lora, f"{merged}": lora}
+    groups = read_manifest(manifest["test"])
+    data = data_identity(groups, [manifest["test"].parent])
+    for (model, folder), found in zip(wanted.items(), plain_scores(manifest["test"], *wanted), strict=True):
+        for name, stored in read_scores(folder / "scores" / "test.jsonl", groups, data).items():
+            for ours, theirs in zip(stored.logp, found[name], strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-4), (model, name)
+
+
+@pytest.mark.parametrize("wrong", [pytest.param(False, marks=pytest.mark.long), True])
+def test_a_rank_that_leaves_the_tower_out_is_caught(
+    wrong: bool, models: dict[str, Path], manifest: dict[str, Path], tmp_path: Path
+) -> None:
+    """The mistake that the tests above would miss if ranks did not wait for each other: it ends in an error, within a time limit."""
+    options = [*arguments(models["qwen3_vl"], manifest, tmp_path / "run", "lora", 2), "--train.export", "false", "--data.evaluation", "{}"]
+    ended = run_ranks(2, "wrong_order:train", wrong, options, said=tmp_path / "said", timeout=120)
+    assert all((code != 0) == wrong for code, _ in ended), ended
+    assert (len(losses(tmp_path / "run")) < STEPS) == wrong

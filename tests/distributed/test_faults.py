@@ -1,0 +1,285 @@
+"""What goes wrong on one of two ranks of a real ZeRO-3 training: both go on, or stop with one named error, together."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import losses, metrics, run_ranks, train_arguments
+
+from cfvlm_ds.data import GroupSampler
+
+Plans = dict[str, tuple[list[Any], list[str]]]
+"""Name of the run folder -> (fault of tests/support/fault_injection.py with its details, options)."""
+
+
+def planned(manifests: dict[str, Path], folder: Path) -> Plans:
+    """What is trained, one after the other, in one family of processes."""
+    often = ["--train.save_steps", "1", "--train.max_steps", "3", "--train.save_total_limit", "0"]
+    last, test = ["--train.save_total_limit", "1"], [f"--data.evaluation.test={manifests['test']}"]
+    one_epoch = ["--train.max_steps", "3"]
+    unreadable = [*one_epoch, "--data.train", str(damaged(manifests["train"], folder / "damaged")), "--data.check", "rows"]
+    alone = ["--train.per_device_train_batch_size", "1", "--train.gradient_accumulation_steps", "8"]
+    plans: Plans = {
+        "whole": (["nothing"], often),
+        "full for a while": (["full disk", 2], often),
+        "full at the end": (["full disk", 3], often),
+        "slow gathers": (["slow gathers", 0.02, str(folder / "slow.txt")], ["--train.max_steps", "3"]),
+        "slow export": (["slow export", 3.0], ["--train.max_steps", "1", "--train.export", "true", *test]),
+        "left out": (["left out", ILL], FIVE),
+        **{f"{what} {then}": (["nothing"], planted(what, then)) for what in ("loss", "gradient") for then in ("skip", "stop")},
+        "no room for metrics": (["full metrics", str(folder / "no room for metrics"), 3, 4], planted("loss", "skip")),
+        "without": (["without", BROKEN], one_epoch),
+        "unreadable skip": (["nothing"], [*unreadable, "--data.on_error", "skip", "--data.num_workers", "1"]),
+        "unreadable skip alone": (["nothing"], [*unreadable, "--data.on_error", "skip", *alone]),
+        "unreadable over": (["nothing"], [*unreadable, "--data.on_error", "skip", "--data.max_skipped", "0"]),
+        "unreadable error": (["nothing"], unreadable),
+        "by the clock": (["nothing"], ["--train.save_minutes", "1e-6", "--train.max_steps", "3", *last, "--train.save_keep_every", "2"]),
+        "best": (["nothing"], ["--train.eval_steps", "1", "--train.max_steps", "4", *last, "--train.save_best", "eval/test/pair", *test]),
+        "taken": (["taken", str(folder / "taken" / "run.lock")], one_epoch),
+        "memory": (["exit"], planted("memory", "stop")),
+    }
+    return plans
+
+
+def train_all(model_dir: Path, manifests: dict[str, Path], folder: Path, plans: Plans) -> dict[str, list[str]]:
+    """Train every plan in one family of two ranks, the last of which ends with an exit code; what the ranks said in each."""
+    micro = ["--train.per_device_train_batch_size", "8"]
+    rows = [
+        {"fault": fault, "arguments": train_arguments(model_dir, manifests, folder / name, *micro, *extra)}
+        for name, (fault, extra) in plans.items()
+    ]
+    listed = folder / "plans.jsonl"
+    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said: dict[str, list[str]] = {name: [] for name in plans}
+    for code, output in run_ranks(2, "fault_injection:train_listed", listed, said=folder / "plans", timeout=1500):
+        assert (code != 0) == ("memory" in plans), output[-4000:]
+        for name, part in zip(plans, output.split("=== next training\n"), strict=True):
+            said[name] += part.splitlines()
+    return said
+
+
+@pytest.fixture(scope="module")
+def trainings(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
+    folder = tmp_path_factory.mktemp("faults")
+    return folder, train_all(model_dir, manifests, folder, planned(manifests, folder))
+
+
+FIVE = ["--train.max_steps", "5", "--train.per_device_train_batch_size", "4"]
+ILL = 2  # the step in which the planted group is seen first
+
+
+BROKEN = 31  # this group of the manifest has a truncated image
+
+
+def damaged(manifest: Path, folder: Path) -> Path:
+    """A copy of the manifest and its images, one of them cut short."""
+    shutil.copytree(manifest.parent, folder)
+    image = folder / "images" / f"train-{BROKEN}-0.png"
+    image.write_bytes(image.read_bytes()[:-40])
+    return folder / manifest.name
+
+
+def planted(what: str, then: str) -> list[str]:
+    """A group of rank 1's micro-batch of step ILL spoils the loss or the gradient; an epoch is of 6 steps, so it is not seen again."""
+    options = {"weight": 1, "group": ids(1)[3], "what": what}
+    given = [part for name, value in options.items() for part in (f"--objective.planted.{name}", str(value))]
+    return [*given, "--train.on_nonfinite", then, *FIVE]
+
+
+def raised(lines: list[str]) -> dict[int, str]:
+    """What every rank raised."""
+    found = [line.removeprefix("rank ").split(" raised ", 1) for line in lines if line.startswith("rank ") and " raised " in line]
+    return {int(rank): message for rank, message in found}
+
+
+def ids(rank: int) -> list[str]:
+    """The groups of a rank's micro-batch of step ILL."""
+    sampler = GroupSampler(num_groups=48, groups_per_micro_batch=4, gradient_accumulation_steps=1, rank=rank, world_size=2, seed=0)
+    return [f"train-{index}" for index in list(itertools.islice(sampler, ILL))[-1]]
+
+
+def test_an_export_may_take_longer_than_collectives(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    folder, said = trainings
+    assert not raised(said["slow export"]), said["slow export"]
+    assert (folder / "slow export" / "export" / "config.json").is_file() and (folder / "slow export" / "results.json").is_file()
+
+
+# Files that cannot be written ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    """The system refuses rank 1's files at step 2: a warning on rank 0, nothing left of that checkpoint, and the same losses."""
+    folder, said = trainings
+    run_dir = folder / "full for a while"
+    assert not raised(said[run_dir.name])
+    (warning,) = [line for line in said[run_dir.name] if line.startswith("warning")]
+    assert f"{run_dir}/checkpoint-2 cannot be written (rank 1: [Errno 27] File too large" in warning and "training goes on" in warning
+    assert {path.name for path in run_dir.glob("checkpoint*")} == {"checkpoint-1", "checkpoint-3"}
+    assert losses(run_dir) == losses(folder / "whole")
+    assert [(row["step"], row["checkpoint/failed"]) for row in metrics(run_dir) if "checkpoint/failed" in row] == [(1, 0), (2, 1), (3, 0)]
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error_on_all_ranks(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    folder, said = trainings
+    run_dir = folder / "full at the end"
+    messages = raised(said[run_dir.name])
+    assert set(messages) == {0, 1} and len(set(messages.values())) == 1, "one sentence, on both"
+    assert messages[0].startswith(f"SaveError: {run_dir}/checkpoint-3 cannot be written (rank 1: [Errno 27] File too large")
+    assert {path.name for path in run_dir.glob("checkpoint*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_metrics_wait_for_room_and_cost_nothing(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    """The system has no room for metrics.jsonl in steps 3 and 4, and takes no nonfinite.jsonl: two warnings, and the same rows in order."""
+    folder, said = trainings
+    run_dir = folder / "no room for metrics"
+    assert not raised(said[run_dir.name])
+    spoken = "\n".join(said[run_dir.name])
+    assert spoken.count(f"{run_dir}/metrics.jsonl cannot be written (No space left on device)") == 1
+    assert spoken.count(f"{run_dir}/metrics.jsonl can be written again, and has everything") == 1
+    assert spoken.count(f"warning: {run_dir}/nonfinite.jsonl cannot be written (Is a directory)") == 1 and ids(1)[0] in spoken
+    rows, expected = (
+        [
+            {name: value for name, value in row.items() if not name.startswith(("time", "throughput/", "checkpoint/"))}
+            for row in metrics(path)
+        ]
+        for path in (run_dir, folder / "loss skip")
+    )
+    assert rows == expected and {row["step"] for row in rows} == {1, 3, 4, 5}
+
+
+def test_the_cost_of_saving_is_recorded(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    for row in metrics(trainings[0] / "whole"):
+        if "checkpoint/seconds" in row:
+            assert 0 < row["checkpoint/seconds"] < 60 and 0 < row["checkpoint/share"] < 1
+
+
+def test_saving_by_the_clock_and_keeping_multiples(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    run_dir = trainings[0] / "by the clock"
+    assert [row["step"] for row in metrics(run_dir) if "checkpoint/failed" in row] == [1, 2, 3]
+    assert {path.name for path in run_dir.glob("checkpoint*")} == {"checkpoint-2", "checkpoint-3"}
+
+
+def test_the_best_evaluation_is_kept(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    run_dir = trainings[0] / "best"
+    found = {row["step"]: row["eval/test/pair"] for row in metrics(run_dir) if "eval/test/pair" in row and row["step"] < 4}
+    best = max(found, key=lambda step: (found[step], -step))
+    assert {path.name for path in run_dir.glob("checkpoint*")} == {f"checkpoint-{best}", "checkpoint-4"}
+
+
+# Losses and gradients that are not finite ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(what: str, trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    """As if its data had been taken and nothing computed: weights, moments and schedule are untouched, and later figures the same."""
+    folder, said = trainings
+    run_dir = folder / f"{what} skip"
+    assert not raised(said[run_dir.name])
+    rows, expected = metrics(run_dir), metrics(folder / "left out")
+    for name in ("step", "loss/align", "loss/csd", "grad_norm", "learning_rate"):
+        assert [row[name] for row in rows if "loss" in row] == [row[name] for row in expected if "loss" in row], name
+    assert [row["step"] for row in rows if "loss" in row] == [1, 3, 4, 5]
+    assert [row["skipped_steps"] for row in rows if "loss" in row] == [0, 1, 1, 1]
+    (listed,) = [json.loads(line) for line in (run_dir / "nonfinite.jsonl").read_text().splitlines()]
+    groups = {"1": ids(1)} if what == "loss" else {"0": ids(0), "1": ids(1)}
+    assert listed == {"step": ILL, "what": what, "groups": groups}
+    (warning,) = [line for line in said[run_dir.name] if line.startswith("warning: the")]
+    assert f"the {what} is not finite at step 2; groups of rank" in warning and "left out on all ranks" in warning
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_both_ranks_by_default(what: str, trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    folder, said = trainings
+    messages = raised(said[f"{what} stop"])
+    assert set(messages) == {0, 1} and len(set(messages.values())) == 1
+    assert messages[1].startswith(f"FloatingPointError: the {what} is not finite at step 2; groups of rank") and ids(1)[0] in messages[1]
+    assert losses(folder / f"{what} stop") == losses(folder / f"{what} skip")[:1]
+    assert not list((folder / f"{what} stop").glob("checkpoint-*"))
+
+
+def so_far() -> list[set[int]]:
+    """The groups that both ranks have seen after each of three steps."""
+    sampler = GroupSampler(num_groups=48, groups_per_micro_batch=16, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
+    return [set().union(*seen) for seen in itertools.accumulate(([step] for step in itertools.islice(sampler, 3)), list.__add__)]
+
+
+# Groups that cannot be read --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unreadable_group_is_left_out_with_the_same_counts_everywhere(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    """The reference never hears of the group: its sampler leaves it out of the micro-batch, and all its files are sound."""
+    folder, said = trainings
+    run_dir = folder / "unreadable skip"
+    assert not raised(said[run_dir.name])
+    assert losses(run_dir) == losses(folder / "without") and len(losses(run_dir)) == 3
+    reasons = json.loads((run_dir / "skipped.json").read_text())
+    assert set(reasons) == {f"train-{BROKEN}"} and f"train-{BROKEN}-0.png: image cannot be read" in reasons[f"train-{BROKEN}"]
+    assert [row["skipped_groups"] for row in metrics(run_dir) if "loss" in row] == [BROKEN in seen for seen in so_far()]
+    (warning,) = [line for line in said[run_dir.name] if line.startswith("warning: group")]
+    assert f"'train-{BROKEN}' is left out" in warning
+
+
+def test_a_rank_whose_micro_batch_is_empty_still_takes_part(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    """One group a micro-batch, so that nothing is left of the damaged one's: the same trajectory, nothing of the stand-in in any metric."""
+    rows, expected = metrics(trainings[0] / "unreadable skip alone"), metrics(trainings[0] / "without")
+    for want, have in zip(expected, rows, strict=True):
+        for name in want:
+            if name.startswith(("loss", "logp/", "grad_norm", "active/", "violated/")):
+                assert have[name] == pytest.approx(want[name], rel=2e-4, abs=2e-5), (name, want["step"])
+
+
+def test_unreadable_groups_over_the_budget_are_an_error_on_all_ranks(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    for name, sentence in (
+        ("unreadable over", "DataError: 1 groups cannot be read, over data.max_skipped (0), such as "),
+        ("unreadable error", "DataError: "),
+    ):
+        messages = raised(trainings[1][name])
+        assert set(messages) == {0, 1} and len(set(messages.values())) == 1, name
+        assert messages[0].startswith(sentence) and f"train-{BROKEN}-0.png: image cannot be read" in messages[0]
+
+
+# Two runs in one folder ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_refused_on_all_ranks(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    messages = raised(trainings[1]["taken"])
+    assert set(messages) == {0, 1} and len(set(messages.values())) == 1
+    assert "ConfigError: " in messages[1] and "is in use by process 7 on node9, Slurm job 4711, started yesterday; choose" in messages[1]
+    assert [path.name for path in (trainings[0] / "taken").iterdir()] == ["run.lock"]
+
+
+# Memory ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_names_the_batch_and_the_setting(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    """torch's own allocator refuses on one rank; the other one ends too, and neither well, without a launcher to see to it."""
+    said = "\n".join(trainings[1]["memory"])
+    assert "error: out of memory at step 2 on rank 1; its largest forward has 4 groups, " in said
+    assert "; lower train.per_device_train_batch_size (4), and raise train.gradient_accumulation_steps, set data." in said
+    assert "can't allocate memory" in said
+
+
+# Where the time goes ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_wait_for_weights_is_measured(trainings: tuple[Path, dict[str, list[str]]]) -> None:
+    """Gathers that take longer by known times show up as those times in the share of the step, and in the progress line."""
+    folder, said = trainings
+
+    def of_run(name: str) -> tuple[list[float], list[float]]:
+        steps = [row for row in metrics(folder / name) if "loss" in row]
+        elapsed = [8 * 2 / step["throughput/groups_per_s"] for step in steps]
+        return elapsed, [step["throughput/all_gather_share"] * seconds for step, seconds in zip(steps, elapsed, strict=True)]
+
+    added = [float(line) for line in (folder / "slow.txt").read_text().split()]
+    elapsed, slow = of_run("slow gathers")
+    _, quick = of_run("whole")
+    assert len(added) == 3 and min(added) > 1, "some sixty gathers forward, and as many backward"
+    for more, seconds, waited, usual in zip(added, elapsed, slow, quick, strict=True):
+        assert more <= waited < seconds and 0 < usual < more
+    assert sum("all-gather" in line for line in said["slow gathers"] if line.startswith("step ")) == 3

@@ -1,0 +1,463 @@
+"""The check before a run: what it may skip, what it keeps, how ranks share it, and what a run's data are recognised by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import losses, run_ranks, train_arguments, write_manifest
+from PIL import Image
+
+from cfvlm_ds import engine
+from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.cli.train import train_main
+from cfvlm_ds.core.config import DataSet, RunConfig
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.data import check, check_manifest, check_share, read_manifest
+from cfvlm_ds.data.identity import changes, data_identity
+from cfvlm_ds.data.pictures import PictureNotes, PictureTable
+from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.training import read_data as preflight
+from cfvlm_ds.training import resume
+
+ONE = World(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def config(model_dir: Path) -> RunConfig:
+    return parse_config(["--config", "tests/support/train.yaml", "--model.name_or_path", str(model_dir)], OBJECTIVES)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_manifest(tmp_path / "data" / "train.jsonl", 6, seed=2, ragged=False)
+
+
+def configured(config: RunConfig, run: Path, **changes: Any) -> RunConfig:
+    given = {"train": config.data.train, "evaluation": {}} | changes
+    return replace(config, data=replace(config.data, **given), train=replace(config.train, output_dir=str(run)))
+
+
+def test_every_set_has_its_own_root_and_format(config: RunConfig, data: Path, tmp_path: Path) -> None:
+    """Training groups under one folder, pairs under another; an evaluation set may be named train."""
+    other = tmp_path / "other"
+    shutil.copytree(data.parent / "images", other / "pictures")
+    names = [f"pictures/train-{k}-{n}.png" for k in range(2) for n in range(2)]
+    pairs = [
+        {"image_0": names[k], "image_1": names[k + 1], "caption_0": "a red circle", "caption_1": "a blue square", "id": str(k)}
+        for k in (0, 2)
+    ]
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    moved = shutil.copy(data, lists / "train.jsonl")
+    evaluation = {"train": DataSet(str(lists / "pairs.jsonl"), str(other), "pairs"), "same": str(moved)}
+    read = preflight.read_data(configured(config, tmp_path / "run", train=str(moved), root=[str(data.parent)], evaluation=evaluation), ONE)
+    groups, splits = read.groups, read.splits
+    assert len(groups) == 6 and groups == splits["same"] and groups[0].images[0][0].parent.parent == data.parent
+    assert [group.id for group in splits["train"]] == ["0", "2"] and splits["train"][0].images[0] == (other / names[0],)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the pictures that the check opens."""
+    names: list[str] = []
+    right = check.open_image
+
+    def recorded(path: Path, max_pixels: int) -> Image.Image:
+        names.append(path.name)
+        return right(path, max_pixels)
+
+    monkeypatch.setattr(check, "open_image", recorded)
+    return names
+
+
+def test_what_was_checked_is_checked_again_under_other_options_only(
+    config: RunConfig, data: Path, tmp_path: Path, opened: list[str]
+) -> None:
+    """A root, a format or a limit that has changed, and a manifest that was written, are looked at; pictures that have not been are not."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(data.parent, other)
+
+    def read(**changes: Any) -> preflight.RunData:
+        opened.clear()
+        return preflight.read_data(configured(config, run, **{"train": str(data), **changes}), ONE)
+
+    first = read()
+    assert len(opened) == 12 == len(set(opened))
+    assert read().identity == first.identity and not opened
+    with pytest.raises(DataError, match=r"48x48 = 2304 pixels, over the limit of 2000.*11 more"):
+        read(max_pixels=2000)
+    with pytest.raises(DataError, match="row: unknown key"):
+        read(format="pairs")
+    assert read(root=str(other)).groups[0].images[0][0].is_relative_to(other) and len(opened) == 12
+    data.write_text(data.read_text())
+    assert read().identity == first.identity and not opened
+    Image.new("RGB", (48, 48), "white").save(picture := first.groups[2].images[1][0])
+    assert read().identity == first.identity and not opened, "the manifest alone is looked at; the picture is, when it is opened"
+    data.write_text(data.read_text())
+    assert changes(first.identity, read().identity) == "contents of pictures" and opened == [picture.name]
+    shutil.rmtree(run / "data_check")
+    assert read().pictures is not None and len(opened) == 12
+    (run / "data_check.json").write_text('{"a": ')
+    assert not read(check="rows").pictures and not opened
+
+
+def test_what_is_written_while_it_is_checked_is_looked_at_again(config: RunConfig, data: Path, tmp_path: Path) -> None:
+    """A manifest that changes after it was read, or under its old time, is another one; what was read is what a run is recognised by."""
+    run = configured(config, tmp_path / "run", train=str(data))
+    before, text = data.stat(), data.read_text()
+    flipped = text.replace('["i0", "t1", 0]', '["i0", "t1", 1]', 1)
+    assert flipped != text
+    ticks: list[int] = []
+
+    def write() -> None:
+        ticks.append(1)
+        if len(ticks) == 6:  # between two rows, which one read has fetched
+            data.write_text(flipped)
+
+    first = preflight.read_data(run, ONE, write)
+    assert first.groups[0].match[0] == (1, 0) and data.read_text() == flipped
+    second = preflight.read_data(run, ONE)
+    assert changes(first.identity, second.identity) == "labels (match)" and second.groups == read_manifest(data)
+    data.write_text(text)
+    os.utime(data, ns=(before.st_atime_ns, second_time := data.stat().st_mtime_ns))
+    third = preflight.read_data(run, ONE)
+    assert changes(second.identity, third.identity) == "labels (match)"
+    data.write_text(flipped)
+    os.utime(data, ns=(before.st_atime_ns, second_time))
+    assert changes(third.identity, preflight.read_data(run, ONE).identity) == "labels (match)", "of the same size, with its old time"
+
+
+def test_another_template_or_tokenizer_in_the_same_folder_is_tried_again(
+    config: RunConfig, data: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    run = replace(configured(config, tmp_path / "run", train=str(data)), model=replace(config.model, name_or_path=str(model)))
+    preflight.read_data(run, ONE)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    red = next(token for token in tokenizer["added_tokens"] if token["content"] == "</s>")
+    tokenizer["added_tokens"].append({**red, "id": len(tokenizer["model"]["vocab"]), "content": "red"})
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(DataError, match="contains the control token 'red'"):
+        preflight.read_data(run, ONE)
+
+
+def test_a_changed_picture_that_another_set_has_shown_is_noticed(config: RunConfig, data: Path, tmp_path: Path) -> None:
+    """The check of one set notes the picture as it is now; the identity of the other, whose manifest is unchanged, must follow."""
+    other = Path(shutil.copy(data, data.with_name("test.jsonl")))
+    run = configured(config, tmp_path / "run", train=str(data), evaluation={"test": str(other)})
+    first = preflight.read_data(run, ONE)
+    Image.new("RGB", (48, 48), "white").save(first.groups[2].images[1][0])
+    other.write_text(other.read_text())
+    assert changes(first.identity, preflight.read_data(run, ONE).identity) == "contents of pictures"
+
+
+def test_shares_together_are_one_report(config: RunConfig, data: Path, tmp_path: Path) -> None:
+    """Two processes that share a check count what one counts, further keys included; each opens and measures its part."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["meta"] = {"tag": number, f"key {number % 2}": "x"}
+    rows[3]["texts"][1]["text"] += " and a red circle" * 3
+    rows[4]["images"][1]["path"] = "images/none.png"
+    del rows[2]["id"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    collator = load_collator(config.model, "full")
+    whole = check_manifest(data, lengths=collator)
+    assert len(whole.problems) == 2 and whole.metadata == {"'tag'": 5, "'key 0'": 2, "'key 1'": 3}
+    together = threading.Barrier(2)
+
+    def part(rank: int) -> check.CheckReport:
+        share = check.Share(rank, 2, PictureNotes(tmp_path / "notes", rank, together.wait))
+        return check_share(data, None, "cfgroup", share, lengths=collator, max_pixels=10**6)[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(part, range(2))
+    assert sorted([*first.problems, *second.problems]) == sorted(whole.problems) and first.problems and second.problems
+    longest = max(first, second, key=lambda report: report.longest_text)
+    assert (longest.longest_text, longest.longest_text_where) == (whole.longest_text, whole.longest_text_where)
+    assert sorted(first.visual_tokens) == sorted(whole.visual_tokens) and not second.visual_tokens
+    counted = ("num_groups", "num_images", "num_texts", "num_cells", "num_unknown_cells", "edit_types", "num_counterfactuals", "metadata")
+    for name in counted:
+        assert getattr(first, name) == getattr(second, name) == getattr(whole, name), name
+    covered = {"manifest", "problems", "longest_text", "longest_text_unit", "longest_text_where", "visual_tokens", *counted}
+    assert covered == {each.name for each in fields(whole)}
+
+
+def test_a_training_says_which_keys_of_its_rows_are_not_used(
+    config: RunConfig, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) | {"meta": {"tag": 1}} for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = configured(config, tmp_path / "run", train=str(data))
+    for _ in range(2):  # looked at, and known
+        preflight.read_data(run, ONE)
+        assert "train.jsonl: 6 groups, 12 images, visual tokens min" in (said := capsys.readouterr().out)
+        assert "metadata 'tag' 6 (kept, not used)" in said
+
+
+def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config: RunConfig, data: Path) -> None:
+    """An image's texts are divided between forwards; one text with its prompt and image is not."""
+    groups, collator = read_manifest(data), load_collator(config.model, "full")
+    batches = collator.parts(groups, max_tokens=1)
+    least, whole = max(batch.num_tokens for batch in batches), max(part.num_tokens for group in groups for part in collator.parts([group]))
+    assert least < whole
+
+    def tokens(limit: int) -> Any:
+        return preflight.group_tokens(groups, collator, replace(config.data, max_tokens_per_forward=limit), ONE)
+
+    assert max(tokens(least)) == whole and all(part.num_tokens <= least for part in collator.parts(groups, least))
+    with pytest.raises(
+        DataError, match=f"has {least} tokens in one image with one text.*data.max_tokens_per_forward is {least - 1}; raise"
+    ):
+        tokens(least - 1)
+
+
+def test_a_check_that_is_killed_goes_on(
+    config: RunConfig, data: Path, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has seen is kept, to the last whole record; it leaves when it is asked to, between two pictures."""
+    monkeypatch.setattr(check, "_CHUNK", 2)
+    run = configured(config, tmp_path / "run", train=str(data))
+
+    def leave() -> None:
+        if len(opened) >= 7:
+            raise SystemExit(85)
+
+    with pytest.raises(SystemExit):
+        preflight.read_data(run, ONE, leave)
+    (notes,) = (tmp_path / "run" / "data_check").iterdir()
+    kept = notes.stat().st_size // 48
+    assert 4 <= kept < 12
+    with notes.open("ab") as handle:
+        handle.write(b"a record that was cut off")
+    seen = opened.copy()
+    opened.clear()
+    read = preflight.read_data(run, ONE)
+    assert len(opened) == 12 - kept and set(seen) | set(opened) == {picture.name for group in read.groups for (picture,) in group.images}
+    assert read.pictures is not None and len(read.pictures) == 12
+    for group in read.groups:
+        for (picture,) in group.images:
+            found, stat = read.pictures.find(picture), picture.stat()
+            assert found == (stat.st_size, stat.st_mtime_ns, hashlib.blake2b(picture.read_bytes(), digest_size=16).digest(), 48, 48)
+
+
+def test_a_picture_is_held_against_the_check_when_it_is_opened(config: RunConfig, data: Path, tmp_path: Path) -> None:
+    """Written again with the same bytes it passes; with others, of the same size too, it is refused by name."""
+    read = preflight.read_data(configured(config, tmp_path / "run", train=str(data)), ONE)
+    collator = load_collator(config.model, "full", checked=pickle.loads(pickle.dumps(read.pictures)))  # as a data worker may get it
+    (picture,) = read.groups[1].images[1]
+    before = picture.read_bytes()
+    picture.write_bytes(before)
+    os.utime(picture, ns=(1, 1))
+    whole = collator(read.groups)
+    assert collator([read.groups[1]]).num_images == 2
+    picture.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    for refused in (lambda: collator(read.groups), lambda: collator.files.content((picture, False))):
+        with pytest.raises(DataError, match=f"{picture}: the picture has other contents than when the data were checked"):
+            refused()
+    (kept, dropped) = collator.readable(read.groups)
+    assert [name for name, _ in dropped] == [read.groups[1].id] and len(kept) == 5
+    shutil.copy(read.groups[0].images[0][0], picture)
+    with pytest.raises(DataError, match="other contents"):
+        collator(read.groups)
+    picture.write_bytes(before)
+    assert torch.equal(collator(read.groups).model_inputs["input_ids"], whole.model_inputs["input_ids"])
+
+
+def relabelled(group: CounterfactualGroup) -> CounterfactualGroup:
+    return replace(group, match=((1, 1), *group.match[1:]))
+
+
+CHANGES: dict[str, tuple[Callable[[list[CounterfactualGroup]], list[CounterfactualGroup]], str | None]] = {
+    "nothing": (list, None),
+    "order": (lambda groups: [groups[1], groups[0], *groups[2:]], "the order of the rows"),
+    "label": (lambda groups: [relabelled(groups[0]), *groups[1:]], "labels (match)"),
+    "weight": (lambda groups: [replace(groups[0], weight=2.0), *groups[1:]], "weights"),
+    "prompt": (
+        lambda groups: [replace(groups[0], candidates=tuple(replace(c, prompt="Which?") for c in groups[0].candidates)), *groups[1:]],
+        "prompts or texts",
+    ),
+    "texts exchanged": (
+        lambda groups: [
+            replace(groups[0], candidates=groups[1].candidates),
+            replace(groups[1], candidates=groups[0].candidates),
+            *groups[2:],
+        ],
+        "prompts or texts",
+    ),
+    "images exchanged": (lambda groups: [replace(groups[0], images=groups[0].images[::-1]), *groups[1:]], "PICTURES"),
+    "row": (lambda groups: groups[1:], "the number of rows (5, was 6)"),
+    "other row": (lambda groups: [replace(groups[0], id="new"), *groups[1:]], "the groups (other ids)"),
+    "two": (lambda groups: [relabelled(replace(groups[0], weight=2.0)), *groups[1:]], "labels (match) and weights"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_is_named(change: str, data: Path, tmp_path: Path) -> None:
+    """By paths where contents are not known, and by contents where they are; a copy in another folder is the same either way."""
+    groups = read_manifest(data)
+    shutil.copytree(data.parent, tmp_path / "copied")
+    copied = read_manifest(tmp_path / "copied" / data.name)
+    changed, what = CHANGES[change][0](copied), CHANGES[change][1]
+
+    def of(some: list[CounterfactualGroup], root: Path, contents: bool) -> Any:
+        files = [picture for group in some for image in group.images for picture in image]
+        return data_identity(some, [root], PictureTable.of_files(files) if contents else None)
+
+    for contents, pictures in ((False, "image paths"), (True, "contents of pictures")):
+        expected = pictures if what == "PICTURES" else what
+        assert changes(of(groups, data.parent, contents), of(changed, tmp_path / "copied", contents)) == expected
+
+
+def test_threads_of_the_check_keep_to_the_cores_they_are_given(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most = 0, 0
+    lock, right = threading.Lock(), check.open_image
+
+    def slow(path: Path, max_pixels: int) -> Image.Image:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+        return right(path, max_pixels)
+
+    monkeypatch.setattr(check, "open_image", slow)
+    given = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(given)})
+        assert check_manifest(data).ok and most == 1
+    finally:
+        os.sched_setaffinity(0, given)
+
+
+def read_late(manifest: str, model: str, run: str, bad: str) -> None:
+    """A rank whose collectives end after three seconds reads the data, and takes five for its pictures if it is the second."""
+    world = engine.start()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)
+    config = parse_config(
+        ["--config", "tests/support/train.yaml", "--model.name_or_path", model, "--data.max_tokens_per_micro_batch", "4000"], OBJECTIVES
+    )
+    right, opened = check.open_image, []
+
+    def slow(path: Path, max_pixels: int) -> Image.Image:
+        opened.append(path.name)
+        time.sleep(5 / 18 if world.rank == 1 else 0)
+        return right(path, max_pixels)
+
+    check.open_image = slow  # type: ignore[assignment]
+    read = preflight.read_data(configured(config, Path(run), train=manifest, num_workers=0), world)
+    tokens = preflight.group_tokens(read.groups, load_collator(config.model, "full"), config.data, world, read.pictures)
+    print(json.dumps({"opened": opened, "identity": dict(read.identity), "tokens": list(tokens), "known": len(read.pictures or [])}))
+    resume.changes.model_hashes = lambda name, alive: print("hashed") or {"weights": "w", "inputs": "i"}  # type: ignore[func-returns-value]
+    told = resume.Start(None, [], {"model": None, "steps": 1}, 1, {}).told(config, world)
+    assert told == {"model": {"weights": "w", "inputs": "i"}, "steps": 1}
+    for wrong in (bad, bad):
+        try:
+            preflight.read_data(configured(config, Path(run), train=wrong), world)
+        except DataError as error:
+            print("refused", error)
+
+
+def test_ranks_share_a_check_that_takes_longer_than_a_collective_may(
+    config: RunConfig, data: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    """Each opens its part, both know everything afterwards; what one of them finds is said by both."""
+    train = write_manifest(tmp_path / "data" / "long.jsonl", 18, seed=4, ragged=False)
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    for row, name in ((rows[3], "none"), (rows[4], "nothing"), (rows[5], "naught")):
+        row["images"][1]["path"] = f"images/{name}.png"
+    (tmp_path / "data" / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = run_ranks(
+        2, "test_preflight:read_late", str(train), str(model_dir), str(tmp_path / "run"), str(tmp_path / "data" / "bad.jsonl"),
+        said=tmp_path / "said", timeout=120,
+    )  # fmt: skip
+    assert [code for code, _ in ended] == [0, 0], ended
+    said = [json.loads(next(line for line in output.splitlines() if line.startswith("{"))) for _, output in ended]
+    alone = preflight.read_data(configured(config, tmp_path / "alone", train=str(train)), ONE)
+    tokens = preflight.group_tokens(alone.groups, load_collator(config.model, "full"), config.data, ONE, alone.pictures)
+    for rank in said:
+        assert rank["identity"] == alone.identity and rank["known"] == 36 and rank["tokens"] == list(tokens)
+    assert ["hashed" in output.splitlines() for _, output in ended] == [True, False], "a model is read by one rank"
+    first, second = (set(rank["opened"]) for rank in said)
+    assert len(first) == len(second) == 18 and not first & second
+    for _, output in ended:
+        refused = [line for line in output.splitlines() if line.startswith("refused")]
+        assert len(refused) == 2 and all("no such image file" in line and "(2 more: see" in line for line in refused), output
+
+
+def exchange(one: Path, other: Path) -> None:
+    one.rename(one.with_name("aside"))
+    other.rename(one)
+    one.with_name("aside").rename(other)
+
+
+def train_again(arguments: list[str], changed: str) -> None:
+    """A training, and the same one with each of the changed manifests in its place, in one process; what ends with 2 is said on stderr."""
+    listed = json.loads(changed)
+    (name := Path(listed[0]["train"])).write_text(listed[0]["text"])
+    train_main(arguments)
+    for each in listed[1:]:
+        Path(each["train"]).parent.mkdir(exist_ok=True)
+        if "exchange" in each:
+            exchange(*map(Path, each["exchange"]))
+        else:
+            Path(each["train"]).write_text(each["text"])
+        try:
+            options = [option if option != str(name) else each["train"] for option in arguments]
+            train_main([*options, "--train.max_steps", str(each.get("steps", 3)), "--train.resume_changes", "allow"])
+            print("trained", flush=True)
+        except SystemExit as ended:
+            print("ended", ended.code, flush=True)
+
+
+def test_a_run_goes_on_with_its_own_data_only(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Rows in another order, a label, a weight: one sentence each, and nothing is touched. A copy in another folder goes on, and so does
+    what was exchanged and is restored."""
+    text = data.read_text()
+    lines = text.splitlines()
+    row = json.loads(lines[0])
+    flipped, weighted = (
+        json.dumps(row | {"match": [*row["match"][:1], ["i0", "t1", 1], *row["match"][2:]]}),
+        json.dumps(row | {"weight": 3.0}),
+    )
+    shutil.copytree(data.parent, moved := tmp_path / "moved")
+    shutil.copytree(data.parent, swapped := tmp_path / "swapped")
+    one, other = (swapped / image["path"] for image in row["images"])
+    exchange(one, other)
+    texts = [text, "\n".join(lines[::-1]), "\n".join([flipped, *lines[1:]]), "\n".join([weighted, *lines[1:]]), "\n".join(lines[1:])]
+    changed = [{"train": str(data), "text": each} for each in texts]
+    changed += [{"train": str(swapped / data.name), "text": text}]
+    changed += [{"train": str(swapped / data.name), "exchange": [str(one), str(other)]}]  # restored, with their old times
+    changed += [{"train": str(moved / data.name), "text": text, "steps": 4}]
+    run = tmp_path / "run"
+    arguments = train_arguments(
+        model_dir, {"train": data}, run, "--train.max_steps", "2", "--train.per_device_train_batch_size", "2", "--data.num_workers", "0"
+    )  # fmt: skip
+    ((code, output),) = run_ranks(1, "test_preflight:train_again", arguments, json.dumps(changed), said=tmp_path / "said")
+    assert code == 0, output[-4000:]
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    reasons = ["the order of the rows", "labels (match)", "weights", "the number of rows (5, was 6)", "contents of pictures"]
+    assert len(errors) == len(reasons) and output.count("ended 2") == 5, output[-4000:]
+    for error, reason in zip(errors, reasons, strict=True):
+        assert "checkpoint-2 was trained on" in error and f"before a change of {reason}; restore the data" in error
+    assert output.count("trained\n") == 2 and len(losses(run)) == 4

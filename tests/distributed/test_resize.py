@@ -1,0 +1,110 @@
+"""Training that goes on with another number of ranks, 4 to 2 to 1 and 1 to 2, against one that was never interrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, losses, metrics, run_ranks, selected, train_arguments
+
+from cfvlm_ds.checkpoint import read_states
+from cfvlm_ds.checkpoint.reshard import reshard
+from cfvlm_ds.export.zero import ZeroWeights
+
+STEPS, GROUPS = 6, 16
+FROZEN = ["--model.vision_tower.tuning", "frozen"]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, str]:
+    """Runs of one global batch size under ZeRO-3 (frozen tower, so many elements a sub-group that their number changes with the ranks) and
+    ZeRO-2 (whose round robin orders weights by the number of ranks); and all that was said."""
+    folder = tmp_path_factory.mktemp("resize")
+    config = json.loads((REPO / "tests/support/z3_partitioned.json").read_text())
+    config["zero_optimization"]["sub_group_size"] = 20_000
+    (folder / "z3.json").write_text(json.dumps(config))
+
+    def plan(family: int, ranks: int, plans: Mapping[str, int]) -> list[tuple[int, str]]:
+        """The named runs with so many ranks, up to a step."""
+        rows = []
+        for name, stop in plans.items():
+            if name.startswith("z2") and "z2 down" not in selected(request, "name"):
+                continue
+            stage = ["--deepspeed", "ds_configs/z2.json"] if name.startswith("z2") else ["--deepspeed", str(folder / "z3.json"), *FROZEN]
+            options = ["--train.max_steps", str(STEPS), "--train.save_steps", "2", "--train.save_total_limit", "0", *stage]
+            options += ["--train.per_device_train_batch_size", str(GROUPS // ranks)]
+            fault = ["stopped", stop] if stop < STEPS else ["nothing"]
+            rows.append({"fault": fault, "arguments": train_arguments(model_dir, manifests, folder / name, *options)})
+        listed = folder / f"{family}.jsonl"
+        listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return run_ranks(ranks, "fault_injection:train_listed", listed, said=folder / f"said-{family}")
+
+    families = [
+        plan(0, 1, {"z3 up": 2}),
+        plan(1, 4, {"z3 down": 2, "z2 down": 2}),
+        plan(2, 2, {"z3 whole": STEPS, "z2 whole": STEPS, "z3 down": 4, "z2 down": 4, "z3 up": STEPS}),
+        plan(3, 1, {"z3 down": STEPS, "z2 down": STEPS}),
+    ]
+    ended = [each for family in families for each in family]
+    assert not any(code for code, _ in ended), ended
+    return folder, "".join(output for _, output in ended)
+
+
+def test_nothing_else_was_raised(runs: tuple[Path, str]) -> None:
+    assert {line.split(" raised ")[1] for line in runs[1].splitlines() if " raised " in line} == {"Stopped: as planned"}
+
+
+@pytest.mark.parametrize("name", ["z3 down", pytest.param("z2 down", marks=pytest.mark.long), "z3 up"])
+def test_the_trajectory_goes_on(name: str, runs: tuple[Path, str]) -> None:
+    """Losses and gradient norms within 2e-5, final weights within 2e-5 of the largest: the order of additions differs, nothing else."""
+    folder, said = runs
+    whole = folder / f"{name[:2]} whole"
+    assert len(losses(folder / name)) == STEPS
+    recorded = [[row for row in metrics(run_dir) if "loss" in row] for run_dir in (whole, folder / name)]
+    for want, have in zip(*recorded, strict=True):
+        for key in ("step", "loss", "grad_norm", "learning_rate", "epoch"):
+            assert have[key] == pytest.approx(want[key], rel=2e-5), (key, want["step"])
+    expected, found = ZeroWeights(whole / f"checkpoint-{STEPS}"), ZeroWeights(folder / name / f"checkpoint-{STEPS}")
+    assert set(expected.weights) == set(found.weights)
+    for weight in expected.weights:
+        torch.testing.assert_close(found.tensor(weight, torch.float32), expected.tensor(weight, torch.float32), rtol=2e-5, atol=2e-5)
+    assert f"{folder / name}/checkpoint-2 was written by {1 if 'up' in name else 4} ranks; resharding it for 2" in said
+    assert not list((folder / name).glob("*.partial")), "the resharded copy is gone"
+
+
+def flat_sizes(shapes: Sequence[Mapping[str, torch.Size]], ranks: int) -> list[int]:
+    return [sum(-(-shape.numel() // ranks) for shape in group.values()) for group in shapes]
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 7])
+def test_every_weight_and_moment_is_there_bit_for_bit(ranks: int, runs: tuple[Path, str], tmp_path: Path) -> None:
+    """The resharded checkpoint is read by the export's reader of ZeRO checkpoints, and so are its moments, laid where the weights lie."""
+    source = runs[0] / "z3 down" / "checkpoint-2"
+    shapes = torch.load(source / "zero_pp_rank_0_mp_rank_00_model_states.pt", weights_only=False)["param_shapes"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    cut.mkdir()
+    for rank in range(ranks):
+        reshard(source, cut, rank, ranks, shapes, flat_sizes(shapes, ranks), partial(read_states, mmap=True))
+    for key in (None, "exp_avg", "exp_avg_sq"):
+        one, other = (ZeroWeights(moments(folder, key, whole.with_name(f"{folder.name}-{key}"))) for folder in (source, cut))
+        assert set(one.weights) == set(other.weights) and len(one.trained) > 20
+        for name in one.weights:
+            assert torch.equal(one.tensor(name, torch.float32), other.tensor(name, torch.float32)), (name, key)
+
+
+def moments(folder: Path, key: str | None, target: Path) -> Path:
+    """A copy of a checkpoint's files in which the moments ``key`` stand in for the weights."""
+    target.mkdir()
+    for file in folder.glob("*_states.pt"):
+        state = torch.load(file, weights_only=False)
+        if "optimizer_state_dict" in state and key:
+            zero = state["optimizer_state_dict"]
+            zero["fp32_flat_groups"] = [entry[key] for _, entry in sorted(zero["optimizer_state_dict"]["state"].items())]
+        torch.save(state, target / file.name)
+    return target

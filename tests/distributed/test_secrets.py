@@ -1,0 +1,195 @@
+"""Planted secrets: real trainings with tokens and passwords in their environment and options, and a search for them afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import forkserver_ranks
+import pytest
+from conftest import REPO, environment, run_ranks, train_arguments
+from test_tracking import Server, _free_port
+
+from cfvlm_ds.core.errors import InputError
+from cfvlm_ds.core.secrets import masked, without_secrets
+
+mlflow = pytest.importorskip("mlflow")
+
+SECRET = "hunter2-{}-0123456789abcdef"
+"""One for each place, so that a leak says where it comes from."""
+PLACES = ("uri", "password", "token", "hf", "wandb", "aws", "proxy", "option", "name", "query", "signature", "fragment", "root", "key")
+PLANTED = {place: SECRET.format(place) for place in PLACES}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("server")).running() as server:
+        yield server
+
+
+def planted(url: str) -> dict[str, str]:
+    """What is in the environment of a user with secrets; the server asks for none of them, and they are sent all the same."""
+    return {
+        "MLFLOW_TRACKING_URI": url.replace("://", f"://me:{PLANTED['uri']}@"),
+        "MLFLOW_TRACKING_USERNAME": "me",
+        "MLFLOW_TRACKING_PASSWORD": PLANTED["password"],
+        "MLFLOW_TRACKING_TOKEN": PLANTED["token"],
+        "HF_TOKEN": PLANTED["hf"],
+        "WANDB_API_KEY": PLANTED["wandb"],
+        "AWS_SECRET_ACCESS_KEY": PLANTED["aws"],
+        "HTTPS_PROXY": f"http://me:{PLANTED['proxy']}@127.0.0.1:9",
+    }
+
+
+def leaks(*texts: str | bytes) -> set[str]:
+    """The places whose secret is in one of these."""
+    contents = [text.encode() if isinstance(text, str) else text for text in texts]
+    return {place for place, secret in PLANTED.items() if any(secret.encode() in content for content in contents)}
+
+
+def leaks_of(folder: Path) -> dict[str, set[str]]:
+    """The files of a folder, databases and checkpoints included, that hold a secret."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    return {str(path.relative_to(folder)): found for path in files if (found := leaks(path.read_bytes()))}
+
+
+TRACKED = ["--tracking.enabled", "true", "--train.max_steps", "2"]
+
+
+def process(arguments: list[str], url: str) -> tuple[int, str]:
+    """``python train.py``, which imports everything with the secrets around it: its exit code and all that it printed."""
+    command = [sys.executable, "train.py", *arguments, *TRACKED]
+    done = subprocess.run(command, cwd=REPO, env=environment() | planted(url), capture_output=True, text=True, timeout=400, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def trained(variables: dict[str, str], arguments: list[str], folder: Path) -> tuple[int, str]:
+    """The same of a forked rank, which gets this environment behind its imports."""
+    ((code, output),) = run_ranks(1, "forkserver_ranks:train_script", [*arguments, *TRACKED], variables, said=folder / "said")
+    return code, output
+
+
+def test_a_forked_rank_has_the_environment_of_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the test that started the server: another one's tracking server would get what is to be searched here."""
+    monkeypatch.setattr(os, "environ", {"MLFLOW_TRACKING_URI": "http://gone", "PYTHONPATH": "tests", "A": "old"})
+    forkserver_ranks.take({"A": "new", "B": "b"})
+    assert os.environ == {"PYTHONPATH": "tests", "A": "new", "B": "b"}
+
+
+def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"\0" + PLANTED["hf"].encode() + b"\xff")
+    assert leaks_of(tmp_path) == {"a.bin": {"hf"}} and leaks(f"x{PLANTED['aws']}y") == {"aws"}
+
+
+def test_a_tracked_run_tells_no_secret(server: Server, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """A run named with a signed URL, as people do who paste an address into the wrong option, and a folder that was saved under one."""
+    address = f"https://me:{PLANTED['name']}@host/run?password={PLANTED['query']}&sig={PLANTED['signature']}#t={PLANTED['fragment']}"
+    (root := tmp_path / f"pictures?sig={PLANTED['root']}").symlink_to(manifests["train"].parent)
+    named = ["--tracking.experiment", "secrets", "--tracking.run_name", address, "--data.root", str(root)]
+    evaluated = ["--data.evaluation.test", str(manifests["test"]), "--train.export", "true", "--train.figures", "true"]
+    code, said = process(train_arguments(model_dir, manifests, tmp_path / "run", *named, *evaluated), server.url)
+    assert code == 0, said[-3000:]
+    assert "MLflow run" in said and "://***@127.0.0.1" in said, "the address is said, without its password"
+    assert not leaks(said)
+    assert "pictures?sig=***" in (tmp_path / "run" / "config.yaml").read_text()
+    assert (tmp_path / "run" / "metrics.jsonl").exists() and not leaks_of(tmp_path / "run")
+    client: Any = mlflow.MlflowClient(tracking_uri=server.url)
+    (run,) = client.search_runs([client.get_experiment_by_name("secrets").experiment_id])
+    assert run.info.run_name == "https://***@host/run?password=***&sig=***#t=***"
+    assert run.info.status == "FINISHED" and not leaks(json.dumps(run.to_dictionary(), default=str))
+    assert not leaks_of(server.folder), "store, artifacts and log of the server"
+
+
+@pytest.mark.long
+def test_a_server_that_is_down_is_named_without_its_password(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{_free_port()}"
+    code, said = trained(planted(url), train_arguments(model_dir, manifests, tmp_path / "run"), tmp_path)
+    assert code == 0, said[-3000:]
+    assert "does not answer" in said and "://***@127.0.0.1" in said and "did not get" in said
+    assert not leaks(said) and not leaks_of(tmp_path / "run")
+
+
+def test_no_secret_in_the_local_store(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """Without a server: the SQLite file of the run folder. The tokens are those of other services."""
+    variables = planted("http://unused")
+    del variables["MLFLOW_TRACKING_URI"]
+    code, said = trained(variables, train_arguments(model_dir, manifests, tmp_path / "run"), tmp_path)
+    assert code == 0, said[-3000:]
+    assert (tmp_path / "run" / "mlflow.db").exists() and not leaks(said) and not leaks_of(tmp_path / "run")
+
+
+def test_an_error_that_quotes_an_option_leaves_its_password_out(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    given = f"--data.train=https://me:{PLANTED['option']}@host/a.jsonl?sig={PLANTED['signature']}"
+    code, said = process([*train_arguments(model_dir, manifests, tmp_path), given], "http://x")
+    assert code == 2 and not leaks(said), said
+    assert "error: https:/***@host/a.jsonl?sig=***: no such manifest" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:a@b@host/x?v=1: gone", "http://***@host/x?v=***: gone"),  # passwords that nobody has quoted
+        ("http://me:a/b@host/x", "http://***@host/x"),
+        ("at http://127.0.0.1:5000/a@main", "at http://127.0.0.1:5000/a@main"),
+        ("sqlite:////tmp/a@b?password=x", "sqlite:////tmp/a@b?password=***"),
+        (
+            "https:/host/a?Expires=1&Signature=a%2Fb==, and (https://h/b?x)",
+            "https:/host/a?Expires=***&Signature=***, and (https://h/b?***)",
+        ),
+        ("http://a/b?next=http://c/d?sig=e&f=g h", "http://a/b?next=***://c/d?sig=***&f=*** h"),
+        ("http://a/b#section, http://u:p@c/d#access_token=e", "http://a/b#section, http://***@c/d#access_token=***"),
+        ("a.jsonl?sig=x&n=1: no such manifest", "a.jsonl?sig=***&n=1: no such manifest"),
+        ("--opt=password=x y", "--opt=password=*** y"),
+        ("{'password': 'a b', \"api_key\": \"c\", 'key': 'd'}", "{'password': '***', \"api_key\": \"***\", 'key': 'd'}"),
+        ("Authorization: Bearer a.b", "Authorization: ***"),
+        ("AWS_SECRET_ACCESS_KEY=a/b== hf_token=c Pwd=d;Server=e", "AWS_SECRET_ACCESS_KEY=*** hf_token=*** Pwd=***;Server=e"),
+        (
+            "512 tokens: too many; num_key_value_heads=2 max_tokens=9 token=7",
+            "512 tokens: too many; num_key_value_heads=2 max_tokens=9 token=7",
+        ),
+    ],
+)
+def test_what_is_masked_in_a_text(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown == without_secrets(shown)
+    assert str(InputError(text)) == shown
+
+
+def test_names_of_credentials_mask_their_values() -> None:
+    """Also as keys of a DeepSpeed JSON, in the styles that names have."""
+    key = PLANTED["key"]
+    secret = {
+        "X-Amz-Signature": key,
+        "accessKeyId": key,
+        "client_secret": key,
+        "sas": key,
+        "AUTH_TOKEN": key,
+        "credentials": {"a": [key, 7]},
+    }
+    plain = {"author": "me", "tokenizer": "fast", "token_budget": 512, "num_key_value_heads": 2, "monkey": "x", "weights": None, "on": True}
+    assert not leaks(json.dumps(masked({"wandb": secret}))) and masked(plain) == plain
+    assert masked({f"http://h/?sig={key}": 1}) == {"http://h/?sig=***": 1}
+
+
+def test_a_mask_takes_no_time() -> None:
+    """Texts from files may be large, and made to be slow."""
+    started = time.process_time()
+    for text in ("=a" * 10**5, "token='" * 30_000, "://u:" * 30_000, "://a?" + "b&" * 30_000, "a" * 10**6 + "=", " bearer " * 10**5):
+        without_secrets(text)
+    assert time.process_time() - started < 20
+
+
+def test_a_traceback_shows_no_secret() -> None:
+    code = (
+        "import threading\nfrom cfvlm_ds.core.secrets import mask_tracebacks\nmask_tracebacks()\n"
+        f"def fail(): raise OSError('http://me:{PLANTED['name']}@host/?sig={PLANTED['query']}')\n"
+        "(thread := threading.Thread(target=fail)).start()\nthread.join()\nfail()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("OSError: http://***@host/?sig=***") == 2 and "line 4, in fail" in done.stderr

@@ -1,0 +1,170 @@
+"""What a run looks at before its first step: weights that are not numbers, and packed scores that no rounding explains."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import run_ranks, train_arguments
+from safetensors.torch import load_file, save_file
+
+from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.models import Scorer, family_of, load_model
+from cfvlm_ds.models import forest_attention as attention
+from cfvlm_ds.training.run import _checked
+from cfvlm_ds.training.self_check import check_scores, refuse_nonfinite
+
+ONE = World(0, 1, 0, torch.device("cpu"))
+
+
+class Engine:
+    """Calls its module, as DeepSpeed's does."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.module = scorer
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+def wide(model_dir: Path, dtype: torch.dtype, seed: int) -> Engine:
+    """The test model with logits of about 30, as those of published models are: a unit of bfloat16's last place is 0.125 there."""
+    model: Any = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 1.5 if "lm_head" in name else 0.15, generator=generator)
+    return Engine(Scorer(model.to(dtype), family_of(model.config)))
+
+
+@pytest.fixture(scope="module")
+def collator(model_dir: Path) -> Collator:
+    return load_collator(ModelConfig(str(model_dir)), "star")
+
+
+@pytest.fixture(scope="module")
+def answers(manifests: dict[str, Path]) -> list[CounterfactualGroup]:
+    """Groups whose texts are one word each."""
+    words = ("red", "green", "blue")
+    return [
+        dataclasses.replace(
+            group, candidates=tuple(dataclasses.replace(c, text=word) for c, word in zip(group.candidates, words, strict=False))
+        )
+        for group in read_manifest(manifests["train"])
+        if len(group.candidates) > 1
+    ]
+
+
+def outcome(engine: Engine, collator: Collator, groups: Sequence[CounterfactualGroup]) -> str | None:
+    """None where the check is content, else its sentence."""
+    config: Any = SimpleNamespace(model=SimpleNamespace(attn_implementation="sdpa"), data=SimpleNamespace(max_tokens_per_forward=None))
+    try:
+        with torch.no_grad():
+            check_scores(config, engine, collator, groups, ONE)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def seeing_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention._padded
+    monkeypatch.setattr(attention, "_padded", lambda f: right(attention.Forest(f.prefixes, tuple((sum(b),) for b in f.branches))))
+
+
+def going_on_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions of the row, not of each tree."""
+    right = Scorer.logp
+
+    def logp(self: Scorer, **inputs: Any) -> Any:
+        return right(self, **inputs | {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None]})
+
+    monkeypatch.setattr(Scorer, "logp", logp)
+
+
+def other_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Scorer.logp
+
+    def logp(self: Scorer, **inputs: Any) -> Any:
+        shown = inputs["images_of_tree"]
+        return right(self, **inputs | {"images_of_tree": [*shown[1:], shown[0]]})
+
+    monkeypatch.setattr(Scorer, "logp", logp)
+
+
+SEEDS = range(4)
+
+
+def test_good_runs_in_bfloat16_are_not_refused(
+    model_dir: Path, collator: Collator, answers: list[CounterfactualGroup], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One rounding of an answer of one token is more than the 0.05 nats that once were the bound; and it is said that it was."""
+    for seed in SEEDS:
+        engine = wide(model_dir, torch.bfloat16, seed)
+        for start in (0, 8):
+            assert outcome(engine, collator, answers[start : start + 4]) is None
+    said = capsys.readouterr().out.splitlines()
+    off = [float(line.split("within ")[1].split()[0]) for line in said]
+    assert max(off) > 0.05, "or the test shows nothing"
+    assert all((", which bfloat16 explains" in line) == (value > 0.05) for line, value in zip(said, off, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("wrong", [seeing_siblings, going_on_counting, other_images])
+def test_wrong_masks_positions_and_images_are_refused(
+    wrong: Callable[[pytest.MonkeyPatch], None], dtype: torch.dtype, model_dir: Path, collator: Collator, manifests: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    groups = [group for group in read_manifest(manifests["train"]) if len(group.candidates) > 1]
+    engine = wide(model_dir, dtype, 0)
+    wrong(monkeypatch)
+    said = [outcome(engine, collator, groups[start : start + 4]) for start in (0, 4, 8)]
+    assert all(said), said
+    assert all("scores that differ by" in str(each) and "use sdpa" not in str(each) for each in said), "which is in use"
+
+
+def test_weights_that_are_not_finite_are_named(model_dir: Path) -> None:
+    model = wide(model_dir, torch.bfloat16, 0).module.model
+    refuse_nonfinite(model, "source", ONE)
+    with torch.no_grad():
+        model.lm_head.weight[0, 3] = torch.nan
+        model.model.multi_modal_projector.linear_1.bias[-1] = -torch.inf
+    with pytest.raises(
+        ConfigError, match=r"source has weights that are not finite: lm_head\.weight, model\.multi_modal_projector\.linear_1\."
+    ):
+        refuse_nonfinite(model, "source", ONE)
+
+
+def test_ranks_name_what_is_not_finite_in_their_parts(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """Under ZeRO-3 the last rows of a weight are with rank 1; both end with the one sentence, and nothing is written."""
+    broken = shutil.copytree(model_dir, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["language_model.lm_head.weight"][-1, -1] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    ended = run_ranks(2, "forkserver_ranks:train_script", train_arguments(broken, manifests, tmp_path / "run"), said=tmp_path / "said")
+    for code, output in ended:
+        assert code == 2 and f"{broken} has weights that are not finite: lm_head.weight; get the model again" in output.splitlines()[-1]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_the_check_can_be_a_warning_or_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def find(*arguments: Any) -> None:
+        raise ConfigError("found")
+
+    for wanted, said in {"warn": "warning: found\n", "off": ""}.items():
+        config: Any = SimpleNamespace(train=SimpleNamespace(self_check=wanted))
+        _checked(config, ONE, find)
+        assert capsys.readouterr().out == said
+    with pytest.raises(ConfigError, match="found"):
+        _checked(SimpleNamespace(train=SimpleNamespace(self_check="error")), ONE, find)  # type: ignore[arg-type]

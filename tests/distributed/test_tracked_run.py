@@ -1,0 +1,259 @@
+"""Real trainings that report to a real MLflow server: what is there at the end, after a kill, and after a crash."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import forkserver_ranks
+import pytest
+import torch
+from conftest import REPO, losses, run_ranks, run_trainings, train_arguments
+from safetensors.torch import load_file
+from test_tracking import Server
+
+from cfvlm_ds.core.run_folder import FILES, FOLDERS
+
+mlflow = pytest.importorskip("mlflow")
+
+ARTIFACTS = {"config.yaml", "ds_config.json", "environment.json", "results.md", "results.json", "learning_curves.png", "scores-test.png"}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The server that every training of this module finds in its environment."""
+    with Server(tmp_path_factory.mktemp("server")).running() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", server.url)
+        patch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+        yield mlflow.MlflowClient(tracking_uri=server.url)
+
+
+def tracked(model_dir: Path, manifests: dict[str, Path], output_dir: Path, *extra: str) -> list[str]:
+    """Options of a tracked training; its experiment has the name of its folder."""
+    options = ["--tracking.enabled", "true", "--tracking.experiment", output_dir.name, "--train.figures", "true"]
+    return train_arguments(model_dir, manifests, output_dir, *options, *extra)
+
+
+def the_run(client: Any, experiment: str) -> Any:
+    """The one run of an experiment."""
+    (found,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return found
+
+
+def on_server(client: Any, run: Any) -> dict[str, list[tuple[int, float]]]:
+    """Every metric's (step, value) in order, except MLflow's own measurements of the machine."""
+    names = [name for name in run.data.metrics if not name.startswith("system/")]
+    return {name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] for name in names}
+
+
+def on_disk(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """The same of metrics.jsonl."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in (output_dir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for name in row.keys() - {"step", "time"}:
+            points.setdefault(name, []).append((row["step"], float(row[name])))
+    return points
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+    return result
+
+
+# A run that ends well -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(client: Any, model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, four steps, an evaluation in between and at the end."""
+    folder = tmp_path_factory.mktemp("data") / "finished"
+    extra = ["--train.max_steps", "4", "--train.eval_steps", "2", "--train.per_device_train_batch_size", "8"]
+    extra += [f"--data.evaluation.test={manifests['test']}", "--tracking.run_name", "four steps", "--model.projector.learning_rate", "1e-4"]
+    ended = run_ranks(2, "forkserver_ranks:train_script", tracked(model_dir, manifests, folder, *extra), said=folder.with_name("said"))
+    assert [code for code, _ in ended] == [0, 0], ended
+    return folder
+
+
+def test_metrics_are_on_the_server_as_on_disk(client: Any, finished: Path) -> None:
+    found = on_server(client, the_run(client, "finished"))
+    assert found == on_disk(finished)
+    every_step = {"loss", "loss/align", "loss/csd", "loss/fcd", "logp/lp_00", "logp/lp_kk", "logp/lp_k0", "logp/lp_0k"}
+    every_step |= {
+        "active/csd",
+        "active/fcd",
+        "violated/csd",
+        "violated/fcd",
+        "learning_rate",
+        *(f"learning_rate/{module}" for module in ("vision_tower", "projector", "language_model")),
+        "grad_norm",
+        "epoch",
+        "skipped_steps",
+        "skipped_groups",
+    }
+    every_step |= {f"throughput/{n}_per_s" for n in ("groups", "candidates", "tokens", "images", "model_tflop")} | {
+        "throughput/data_wait_share",
+        "throughput/all_gather_share",
+    }
+    assert {name for name in found if not name.startswith(("eval/", "checkpoint/"))} == every_step
+    for name in ("seconds", "share", "failed"):
+        assert [step for step, _ in found[f"checkpoint/{name}"]] == [4], name
+    for name in every_step:
+        assert [step for step, _ in found[name]] == [1, 2, 3, 4], name
+    for name in ("pair", "text", "image", "group", "group_pmi", "sham", "blind_pair", "colour/group"):
+        assert [step for step, _ in found[f"eval/test/{name}"]] == [2, 4], name
+    assert [step for step, _ in found["eval/test/shuffled_pair"]] == [4], "one more image per group, at the end only"
+    total = found["loss/align"][-1][1] + 0.5 * found["loss/csd"][-1][1] + 0.7 * found["loss/fcd"][-1][1]
+    assert found["loss"][-1][1] == pytest.approx(total, rel=1e-5), "weighted, after the warm-up"
+
+
+def test_parameters_and_tags_describe_the_run(client: Any, finished: Path, model_dir: Path) -> None:
+    import yaml
+
+    found = the_run(client, "finished")
+    assert (found.info.status, found.info.run_name) == ("FINISHED", "four steps")
+    params = found.data.params
+    configured = flat(yaml.safe_load((finished / "config.yaml").read_text()))
+    assert params.keys() == configured.keys() and len(params) > 60
+    assert params["model.name_or_path"] == str(model_dir)
+    assert (params["train.max_steps"], params["objective.fcd.weight"], params["model.projector.learning_rate"]) == ("4", "0.7", "0.0001")
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
+    tags = found.data.tags
+    assert (tags["model_type"], tags["git_revision"], tags["world_size"]) == ("llava", revision, "2")
+
+
+def test_what_a_run_writes_is_known_by_name(finished: Path) -> None:
+    """A link or pipe of such a name is refused at a start (cfvlm_ds.core.run_folder)."""
+    listed = [path.name for path in finished.iterdir() if not path.name.startswith("checkpoint-")]
+    assert len(listed) > 12 and not [name for name in listed if not any(fnmatch(name, known) for known in (*FILES, *FOLDERS))]
+
+
+def test_artifacts_are_the_files_of_the_run_folder(client: Any, finished: Path, tmp_path: Path) -> None:
+    run_id = the_run(client, "finished").info.run_id
+    assert {item.path for item in client.list_artifacts(run_id)} == ARTIFACTS | {"config"}
+    assert {item.path for item in client.list_artifacts(run_id, "config")} == {"config/params.json"}, "nothing was resumed"
+    assert not list(finished.glob("params_*"))
+    for name in sorted(ARTIFACTS):
+        assert Path(client.download_artifacts(run_id, name, str(tmp_path))).read_bytes() == (finished / name).read_bytes(), name
+    assert "| test | all |" in (tmp_path / "results.md").read_text()
+    described = json.loads((tmp_path / "environment.json").read_text())
+    assert described["world_size"] == 2 and described["packages"]["deepspeed"]
+    assert json.loads((tmp_path / "ds_config.json").read_text())["zero_optimization"]["stage"] == 3
+
+
+# A run that does not ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_as_the_same_run(client: Any, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """kill -9 when the server has steps that the newest checkpoint has not: they are computed again and not recorded twice."""
+    folder, last = tmp_path / "killed", 100
+    extra = ["--train.max_steps", str(last), "--train.save_steps", "25"]
+    command = (1, "forkserver_ranks:train_script", tracked(model_dir, manifests, folder, *extra))
+    (process,) = forkserver_ranks.start(*command, said=tmp_path / "said-first")
+
+    def delivered() -> int:
+        experiment = client.get_experiment_by_name("killed")
+        runs = client.search_runs([experiment.experiment_id]) if experiment else []
+        return max((m.step for found in runs for m in client.get_metric_history(found.info.run_id, "loss")), default=0)
+
+    wait_for(lambda: not process.is_alive() or ((folder / "checkpoint-25").exists() and delivered() > 26), 300)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "said-first" / "rank-0.log").read_text()
+    before, first = delivered(), the_run(client, "killed")
+    first_losses = dict(on_server(client, first)["loss"])
+    assert first.info.status == "RUNNING" and 26 < before < last, "killed too late to prove anything"
+    assert len(losses(folder)) >= before
+
+    ((code, output),) = run_ranks(*command, said=tmp_path / "said-second")
+    assert code == 0 and "resumed from" in output, output
+    second = the_run(client, "killed")
+    assert second.info.run_id == first.info.run_id and second.info.status == "FINISHED"
+    found, kept = on_server(client, second), on_disk(folder)
+    assert found.keys() == kept.keys()
+    for name, points in found.items():
+        if name.startswith(("eval/", "checkpoint/")):
+            continue
+        assert [step for step, _ in points] == list(range(1, last + 1)) == [step for step, _ in kept[name]], name
+        if not name.startswith("throughput/"):  # a rate of a step that ran twice is measured twice; MLflow keeps the first
+            assert points == kept[name], name
+    assert first_losses.items() <= dict(found["loss"]).items()
+
+
+def test_a_crashed_run_is_marked_failed(client: Any, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """A learning rate that overflows the weights, on two ranks: an error that names step and groups, on both, and no hang."""
+    folder = tmp_path / "crashed"
+    extra = ["--train.learning_rate", "1e30", "--train.per_device_train_batch_size", "8"]
+    ended = run_ranks(2, "forkserver_ranks:train_script", tracked(model_dir, manifests, folder, *extra), said=tmp_path / "said")
+    output = "".join(said for _, said in ended)
+    assert all(code for code, _ in ended), output
+    message = "FloatingPointError: the loss is not finite at step 3; groups of rank 0: train-"
+    assert output.count(message) == 2, output[-5000:]
+    (row,) = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
+    assert (row["step"], row["what"]) == (3, "loss") and [len(row["groups"][rank]) for rank in ("0", "1")] == [8, 8]
+    failed = the_run(client, "crashed")
+    assert failed.info.status == "FAILED"
+    found, kept = on_server(client, failed), on_disk(folder)
+    assert [step for step, _ in found["loss"]] == [1, 2]
+    assert found.keys() == kept.keys()
+    for name in kept:
+        assert all(s == t and (v == w or (math.isnan(v) and math.isnan(w))) for (s, v), (t, w) in zip(found[name], kept[name], strict=True))
+    assert not list(folder.glob("checkpoint-*"))
+    assert {item.path for item in client.list_artifacts(failed.info.run_id)} == {
+        "config.yaml",
+        "ds_config.json",
+        "environment.json",
+        "config",
+    }
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+# Modules, through real runs -------------------------------------------------------------------------------------------------------------
+
+
+def module_of(name: str) -> str:
+    return next((module for key, module in (("vision_tower", "vision_tower"), ("projector", "projector")) if key in name), "language_model")
+
+
+def test_freezing_learning_rates_and_gradient_checkpointing(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """Three trainings under ZeRO-3 in one process, judged by their exports: plain torch sees what every module's weights did."""
+    rates = {"vision_tower": 1e-3, "projector": 2e-3, "language_model": 4e-3}
+    own = [part for module, rate in rates.items() for part in (f"--model.{module}.learning_rate", str(rate))]
+    frozen = ["--train.max_steps", "2", "--model.vision_tower.tuning", "frozen"]
+    runs = {
+        # AdamW's first step moves every weight by the learning rate, whatever its gradient.
+        "rates": ["--train.max_steps", "1", "--train.lr_scheduler_type", "constant", "--train.warmup_ratio", "0", *own],
+        "frozen": frozen,
+        "recomputed": [*frozen, "--model.gradient_checkpointing", "true"],
+    }
+    always = ["--train.export", "true", "--train.per_device_train_batch_size", "8"]
+    arguments = [train_arguments(model_dir, manifests, tmp_path / name, *always, *extra) for name, extra in runs.items()]
+    output = run_trainings(1, *arguments, said=tmp_path / "said", by="rank_functions:counted")
+
+    source = load_file(model_dir / "model.safetensors")
+    exported = {name: load_file(tmp_path / name / "export" / "model.safetensors") for name in runs}
+    moves: dict[str, list[float]] = {module: [] for module in rates}
+    for name, tensor in source.items():
+        moves[module_of(name)].append(float((exported["rates"][name] - tensor).abs().max()))
+        if module_of(name) == "vision_tower":
+            assert torch.equal(exported["frozen"][name], tensor), name
+        else:
+            assert not torch.equal(exported["frozen"][name], tensor), name
+    assert {module: max(values) for module, values in moves.items()} == pytest.approx(rates, rel=0.02)
+    assert "tower [1, 2, 2] language [1, 2, 4]" in output, "recomputed in the backward pass, once per step, but not where nothing trains"
+    assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "frozen"), rel=1e-5)

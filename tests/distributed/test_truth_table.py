@@ -1,0 +1,546 @@
+"""What the truth table alone decides: which texts and images an objective or a metric compares, for every shape of group."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import metrics, run_ranks, save_groups, train_arguments
+
+from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.cli.main import main
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.data.formats.pairs import pair_group
+from cfvlm_ds.evaluation import GroupScores, accuracies, flat_metrics, headline, metric_names, table
+from cfvlm_ds.evaluation.metrics import CHANCE, METRICS
+from cfvlm_ds.objectives import OBJECTIVES, Align, Csd, Dpo, Fcd, denominators, weighted_loss
+from cfvlm_ds.training import results, trainer
+from cfvlm_ds.training.evaluator import check_best
+
+Truth = list[list[int | None]]
+
+
+# Objectives: texts are compared within one prompt ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Asked:
+    """A group in plain Python: a full truth table whose texts answer several prompts, and the log-likelihood of every cell."""
+
+    truth: Truth
+    prompts: list[int]
+    logp: list[list[float]]
+    reference: list[list[float]]
+
+    @property
+    def star(self) -> Iterator[tuple[int, int]]:
+        for i, row in enumerate(self.truth):
+            for c, truth in enumerate(row):
+                if truth == 1 or (truth == 0 and 0 in (i, c)):
+                    yield i, c
+
+
+def asked(seed: int, num_images: int, num_texts: int, num_prompts: int) -> Asked:
+    rng = random.Random(seed)
+    truth: Truth = [[rng.choice((0, 0, 1, None)) for _ in range(num_texts)] for _ in range(num_images)]
+    truth[0][0] = 1
+    prompts = [0, *(rng.randrange(num_prompts) for _ in range(num_texts - 1))]
+    values = [[[rng.uniform(-4, 0) for _ in range(num_texts)] for _ in range(num_images)] for _ in range(2)]
+    return Asked(truth, prompts, *values)
+
+
+def collated(groups: list[Asked], prompt: bool = True) -> Scores:
+    shape = (len(groups), max(len(g.truth) for g in groups), max(len(g.prompts) for g in groups))
+    match, valid = torch.full(shape, -1, dtype=torch.int8), torch.zeros(shape, dtype=torch.bool)
+    logp, reference = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+    prompts = torch.full(shape[::2], -1)
+    for x, g in enumerate(groups):
+        prompts[x, : len(g.prompts)] = torch.tensor(g.prompts)
+        for i, c in itertools.product(range(len(g.truth)), range(len(g.prompts))):
+            truth = g.truth[i][c]
+            match[x, i, c] = -1 if truth is None else truth
+            logp[x, i, c], reference[x, i, c] = g.logp[i][c], g.reference[i][c]
+        for i, c in g.star:
+            valid[x, i, c] = True
+    ones = valid.long()
+    weight = torch.ones(len(groups), dtype=torch.float64)
+    layout = GroupLayout(valid, match, ones, torch.zeros_like(ones), weight, prompt=prompts if prompt else None)
+    return Scores(layout, torch.where(valid, logp, 0).requires_grad_(), torch.zeros_like(logp), torch.where(valid, reference, 0))
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def mean(values: list[float]) -> list[float]:
+    return [sum(values) / len(values)] if values else []
+
+
+def naive_csd(g: Asked, mode: str) -> list[float]:
+    star, s, found = set(g.star), g.logp, []
+    for i, c in star:
+        for d in range(len(g.prompts)):
+            if mode == "cross" and (i, d) in star and g.prompts[c] == g.prompts[d] and (g.truth[i][c], g.truth[i][d]) == (1, 0):
+                found.append(softplus(1 + s[i][d] - s[i][c]))
+        if mode == "matched" and g.truth[i][c] == 1 and i > 0 and c > 0 and g.prompts[c] == g.prompts[0]:
+            found.append(softplus(1 + s[i][c] - s[0][0]))
+    return mean(found)
+
+
+def naive_fcd(g: Asked) -> list[float]:
+    star, halves = set(g.star), {0: [], 1: []}
+    for c in range(len(g.prompts)):
+        own = next((i for i in range(len(g.truth)) if g.truth[i][c] == 1), None)
+        for i in range(len(g.truth)):
+            if own is not None and g.truth[i][c] == 0 and (i, c) in star:
+                halves[min(c, 1)].append(g.logp[i][c] - g.logp[own][c])
+    return mean([softplus(1 + max(values)) for values in halves.values() if values])
+
+
+def naive_infonce(g: Asked) -> list[float]:
+    e = lambda i, c: math.exp(g.logp[i][c])  # noqa: E731
+    texts = [c for c, truth in enumerate(g.truth[0]) if truth == 0 and g.prompts[c] == g.prompts[0]]
+    images = [i for i, row in enumerate(g.truth) if row[0] == 0]
+    if not texts and not images:
+        return []
+    return [sum(-math.log(e(0, 0) / (e(0, 0) + sum(rest))) for rest in ([e(0, c) for c in texts], [e(i, 0) for i in images])) / 2]
+
+
+def naive_dpo(g: Asked) -> list[float]:
+    r = lambda i, c: g.logp[i][c] - g.reference[i][c]  # noqa: E731
+    return mean([softplus(r(0, c) - r(0, 0)) for c, truth in enumerate(g.truth[0]) if truth == 0 and g.prompts[c] == g.prompts[0]])
+
+
+NAIVE: dict[str, tuple[Any, int, Callable[[Asked], list[float]]]] = {
+    "csd": (Csd(), 0, lambda g: naive_csd(g, "cross")),
+    "csd matched": (Csd(mode="matched"), 0, lambda g: naive_csd(g, "matched")),
+    "fcd": (Fcd(), 0, naive_fcd),
+    "infonce": (Align(infonce=1.0, counterfactual=0.0, temperature=1.0, len_norm="none"), 2, naive_infonce),
+    "dpo": (Dpo(beta=1.0), 0, naive_dpo),
+}
+GROUPS = [asked(seed, 1 + seed % 4, 2 + seed % 5, 1 + seed % 3) for seed in range(60)]
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_objectives_compare_answers_to_one_prompt(name: str) -> None:
+    """Loss and units of 60 groups of 1 to 4 images, 2 to 6 texts and 1 to 3 prompts, against loops over cells."""
+    objective, part, naive = NAIVE[name]
+    per_group = [naive(g) for g in GROUPS]
+    scores = collated(GROUPS)
+    assert torch.atleast_1d(objective.denominator(scores.layout))[part].item() == sum(map(len, per_group)) > 20
+    total = torch.atleast_1d(objective.numerator(scores))[part].item()
+    assert total == pytest.approx(sum(map(sum, per_group)), rel=1e-9)
+    for kept in GROUPS:  # each alone as well: sums could hide what one group has too much and another too little
+        alone = torch.atleast_1d(objective.numerator(collated([kept])))[part].item()
+        assert alone == pytest.approx(sum(naive(kept)), rel=1e-9, abs=1e-12)
+
+
+def test_two_questions_by_hand() -> None:
+    """Yes to one question and no to another: the answers of the first never meet those of the second, however likely these are."""
+    logp = [[-1.0, -3.0, -0.1, -0.5]]
+    two = Asked([[1, 0, 0, 1]], [0, 0, 1, 1], logp, logp)
+    expected = (softplus(1 - 2) + softplus(1 + 0.4)) / 2
+    assert Csd().numerator(collated([two])).item() == pytest.approx(expected)
+    (gradient,) = torch.autograd.grad(Csd().numerator(scores := collated([two])), scores.logp)
+    assert gradient[0, 0, :2].sum().item() == pytest.approx(0, abs=1e-12) and gradient[0, 0, 2:].sum().item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_one_prompt_changes_no_bit(name: str) -> None:
+    """Prompt numbers of groups that have one prompt, or none given: loss, units, gradient and report are the same bits."""
+    objective = {name: OBJECTIVES[name](weight=0.7, warmup=0.0, **({"infonce": 0.5} if name == "align" else {}))}
+    groups = [replace(g, prompts=[0] * len(g.prompts)) for g in GROUPS]
+    found = []
+    for scores in (collated(groups), collated(groups, prompt=False)):
+        units = denominators(objective, scores.layout)
+        loss, _ = weighted_loss(objective, scores, units)
+        report = [value for pair in objective[name].report(scores).values() for value in pair]
+        found.append([loss, *units.values(), torch.autograd.grad(loss, scores.logp)[0], *report])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_the_collator_numbers_the_prompts(model_dir: Path, tmp_path: Path) -> None:
+    texts = (("Is it red?", "yes"), ("Is it big?", "yes"), ("Is it red?", "no"))
+    one = group([[1, 1, 0]], texts=texts)
+    assert one.prompt_ids == (0, 1, 0)
+    layout = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")._layout([one, group([[1, 0]])])
+    assert layout.prompt is not None and layout.prompt.tolist() == [[0, 1, 0], [0, 0, -1]]
+    same = layout.same_prompt[0].tolist()
+    assert same == [[True, False, True], [False, True, False], [True, False, True]]
+
+
+def test_a_second_question_is_trained_on_every_image(model_dir: Path) -> None:
+    """Two images, two questions, yes and no: star has each question's own false answer on either image, and each answer's false image."""
+    one, _ = SHAPES["NaturalBench: two images, two questions"]
+    layout = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")._layout([one])
+    assert layout.valid.all()
+    ones = torch.ones(layout.valid.shape)
+    compared = Csd()._violations(ones, layout)[1].nonzero()[:, 1:].tolist()
+    assert sorted(compared) == [[0, 0, 1], [0, 3, 2], [1, 1, 0], [1, 2, 3]], "image, true text, false text"
+    (own,) = (replace(one, match=((1, 0, None, None), (0, 1, 1, 0))),)  # of the second question nothing is known on the factual image
+    star = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")._layout([own]).valid[0]
+    assert star.tolist() == [[True, True, False, False], [True] * 4]
+
+
+# Metrics: every comparison of the truth table, and no other -----------------------------------------------------------------------------
+
+
+def group(truth: Truth, *edits: Edit, texts: tuple[tuple[str, str], ...] = (), name: str = "g") -> CounterfactualGroup:
+    images = tuple((Path(f"{name}-{i}.png"),) for i in range(len(truth)))
+    candidates = tuple(Candidate(*pair) for pair in texts or [("", f"text {c}") for c in range(len(truth[0]))])
+    return CounterfactualGroup(name, images, candidates, tuple(map(tuple, truth)), edits)
+
+
+def scores(logp: list[list[float]], blank: list[float] | None = None, shuffled: list[float] | None = None) -> GroupScores:
+    matrix = torch.tensor(logp, dtype=torch.float64)
+    empty = torch.zeros(matrix.shape[1]).double() if blank is None else torch.tensor(blank, dtype=torch.float64)
+    return GroupScores(matrix, empty, None if shuffled is None else torch.tensor(shuffled, dtype=torch.float64))
+
+
+YES_NO = (("Is it red?", "yes"), ("Is it red?", "no"))
+SHAPES: dict[str, tuple[CounterfactualGroup, dict[str, int]]] = {
+    "SugarCrepe: an image, a true and a false text": (group([[1, 0]]), {"pair": 1, "factual": 1}),
+    "SugarCrepe++: a second true text": (group([[1, 1, 0]]), {"pair": 2, "factual": 2}),
+    "POPE: an image, yes and no": (group([[1, 0]], texts=YES_NO), {"pair": 1, "factual": 1}),
+    "NaturalBench: two images, two questions": (
+        group([[1, 0, 0, 1], [0, 1, 1, 0]], texts=(*YES_NO, ("Is it big?", "yes"), ("Is it big?", "no"))),
+        {"text": 2, "image": 2, "group": 2, "text_pmi": 2, "group_pmi": 2, "pair": 4, "factual": 2, "image_pair": 4},
+    ),
+    "Winoground without an edit": (
+        pair_group({"image_0": "a.png", "image_1": "b.png", "caption_0": "a", "caption_1": "b"}),
+        {"text": 1, "image": 1, "group": 1, "text_pmi": 1, "group_pmi": 1, "pair": 2, "factual": 1, "image_pair": 2},
+    ),
+    "an edited image without a text": (group([[1], [0]], Edit("count", image=1)), {"image_pair": 1}),
+    "an edited text without an image": (group([[1, 0]], Edit("count", text=1)), {"pair": 1, "factual": 1}),
+    "multiple choice": (group([[1, 0, 0, 0]]), {"pair": 3, "factual": 3}),
+    "a true pair alone": (group([[1]]), {}),
+    "nothing known beside the factual pair": (group([[1, None], [None, 1]], Edit("count", 1, 1)), {}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_of_group_counts(shape: str) -> None:
+    """Comparisons of each metric; all won, then all lost; a metric without one is absent and its count is 0, in row and table."""
+    one, expected = SHAPES[shape]
+    right = [[0.0 if truth == 1 else -1.0 for truth in row] for row in one.match]
+    rows = accuracies([one], [scores(right)])
+    mean_row = rows[-1]
+    assert (mean_row.name, mean_row.mean, mean_row.num) == ("all", True, 1)
+    assert mean_row.comparisons == {metric: expected.get(metric, 0) for metric in METRICS}
+    assert mean_row.groups == {metric: int(metric in expected) for metric in METRICS}
+    assert mean_row.metrics == dict.fromkeys(expected, 100)
+    assert mean_row.unused == {metric: [one.id] for metric in METRICS if metric not in expected}
+    lost = accuracies([one], [scores([[-value for value in row] for row in right])])[-1].metrics
+    assert lost == dict.fromkeys(expected, 0)
+    kinds = {edit.type for edit in one.edits} or {"unlabelled"}
+    assert {row.name for row in rows[:-1]} == (kinds if expected else set())
+    flat = flat_metrics({"s": rows})
+    assert metric_names({"s": [one]}) == flat.keys()
+    assert flat.keys() >= {f"eval/s/{metric}" for metric in expected}
+    printed = table({"s": rows})
+    for metric in METRICS:
+        (line,) = [line for line in printed.splitlines() if line.startswith("| s |") and metric in line.split(" | ")[1].split(", ")]
+        assert line.startswith("| s | ") and f" | {int(metric in expected)} | {expected.get(metric, 0)} |" in line
+    assert headline(rows).startswith(next((m for m in ("group", "pair", "image_pair") if m in expected), "no comparison"))
+
+
+def naive_metrics(g: CounterfactualGroup, s: list[list[float]], blank: list[float]) -> dict[str, list[float]]:
+    """Every metric of a group without shams, by loops over all index tuples."""
+    images, texts, m = range(len(g.images)), range(len(g.candidates)), g.match
+    same = lambda c, d: g.candidates[c].prompt == g.candidates[d].prompt  # noqa: E731
+    found: dict[str, list[float]] = {metric: [] for metric in METRICS}
+    for prompt in dict.fromkeys(candidate.prompt for candidate in g.candidates):
+        anchors = [(i, c) for i in images for c in texts if m[i][c] == 1 and g.candidates[c].prompt == prompt]
+        for (i, c), (j, d) in itertools.product(anchors[:1], itertools.product(images, texts)):
+            if same(c, d) and m[j][d] == 1 and m[i][d] == 0 and m[j][c] == 0:
+                for suffix, p in (("", [0.0] * len(texts)), ("_pmi", blank)):
+                    t = s[i][c] - p[c] > s[i][d] - p[d] and s[j][d] - p[d] > s[j][c] - p[c]
+                    v = s[i][c] > s[j][c] and s[j][d] > s[i][d]
+                    found[f"text{suffix}"].append(t)
+                    found[f"group{suffix}"].append(t and v)
+                found["image"].append(v)
+    for i, c, d in itertools.product(images, texts, texts):
+        if m[i][c] == 1 and m[i][d] == 0 and same(c, d):
+            found["pair"].append(s[i][c] > s[i][d])
+            found["factual"] += [s[i][c] > s[i][d]] * (i == 0)
+    for c, i, j in itertools.product(texts, images, images):
+        if m[i][c] == 1 and m[j][c] == 0:
+            found["image_pair"].append(s[i][c] > s[j][c])
+    return found
+
+
+def test_metrics_equal_the_naive_twin() -> None:
+    """500 groups of any shape, truth unknown here and there, up to three prompts: pooled shares, counts, and the groups without one."""
+    rng = random.Random(3)
+    groups, values = [], []
+    for seed in range(500):
+        g = asked(seed, rng.randint(1, 4), rng.randint(1, 5), rng.randint(1, 3))
+        texts = tuple((f"question {prompt}", f"text {c}") for c, prompt in enumerate(g.prompts))
+        groups.append(group(g.truth, texts=texts, name=f"g{seed}"))
+        values.append(scores(g.logp, [rng.uniform(-3, 0) for _ in g.prompts]))
+    naive = [naive_metrics(g, v.logp.tolist(), v.blank.tolist()) for g, v in zip(groups, values, strict=True)]
+    unlabelled, everything = accuracies(groups, values)
+    assert unlabelled.name == "unlabelled" and unlabelled.metrics == everything.metrics
+    for metric in METRICS:
+        pooled = [outcome for found in naive for outcome in found[metric]]
+        assert everything.comparisons[metric] == len(pooled) and (metric == "sham" or len(pooled) > 30), metric
+        assert everything.groups[metric] == sum(bool(found[metric]) for found in naive)
+        without = [g.id for g, found in zip(groups, naive, strict=True) if not found[metric]]
+        assert everything.unused[metric] == without[:5]
+        if pooled:
+            assert everything.metrics[metric] == pytest.approx(100 * sum(pooled) / len(pooled)), metric
+
+
+# What is true, or unknown, is no error ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("truth", [1, None], ids=["true of it", "unknown"])
+def test_a_text_that_may_be_true_of_the_factual_image_is_no_error(truth: int | None) -> None:
+    """Text 1 is preferred on the factual image, and right so, or nobody knows: it counts in no comparison there."""
+    one = group([[1, truth, 0], [0, 1, 0]], Edit("count", 1, 1), Edit("colour", text=2))
+    rows = {row.name: row for row in accuracies([one], [scores([[-2.0, -1.0, -3.0], [-2.0, -1.0, -3.0]])])}
+    assert rows["all"].metrics["pair"] == 100 and "group" not in rows["all"].metrics
+    assert rows["all"].comparisons["pair"] == (4 if truth == 1 else 3), "on image 1 two, on image 0 one or two"
+
+
+def test_a_sham_edit_with_a_text_is_no_row() -> None:
+    """It says that the factual text is true of its image: no comparison, and no part of the mean."""
+    edits = (Edit("colour", 1, 1), Edit(SHAM, 2, 0))
+    one = group([[1, 0], [0, 1], [1, 0]], *edits)
+    logp = [[-1.0, -2.0], [-2.0, -1.0], [-1.5, -2.5]]
+    rows = accuracies([one], [scores(logp)])
+    assert [row.name for row in rows] == ["colour", "all"]
+    assert rows[-1].metrics == dict.fromkeys(METRICS, 100)
+    plain = accuracies([group([[1, 0], [0, 1]], edits[0])], [scores(logp[:2])])[-1].metrics
+    assert {m: v for m, v in rows[-1].metrics.items() if m != "sham"} == plain, "a sham image repeats no comparison of the factual one"
+    assert rows[-1].comparisons["pair"] == 2 and rows[-1].comparisons["sham"] == 1
+
+
+def test_an_edit_type_named_all_is_not_the_mean() -> None:
+    wins, loses = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]
+    identity: Truth = [[1, 0], [0, 1]]
+    splits = {"s": accuracies([group(identity, Edit("all", 1, 1)), group(identity, Edit("colour", 1, 1))], [scores(wins), scores(loses)])}
+    flat = flat_metrics(splits)
+    assert (flat["eval/s/group"], flat["eval/s/all/group"], flat["eval/s/colour/group"]) == (50, 100, 0)
+    assert [(row.name, row.mean) for row in splits["s"]] == [("all", False), ("colour", False), ("all", True)]
+    lines = table(splits).splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:6]] == ['"all"', "colour", "all", "all, blank image"]
+
+
+def test_names_from_the_data_cannot_break_the_table() -> None:
+    rows = accuracies([group([[1, 0]], Edit("a|b\n| x | y", text=1)), group([[1]], name="g|\nh" * 90)], [scores([[1, 0]]), scores([[1]])])
+    lines = table({"s": rows}).splitlines()
+    assert any("| a\\|b \\| x \\| y |" in line for line in lines) and all(len(line) < 300 for line in lines)
+    assert all(line.startswith("|") for line in lines if line)
+
+
+# What language alone achieves ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_of_the_log_ends_however_many_types_there_are() -> None:
+    groups = [group([[1, 0]], Edit(f"type {n:02}", text=1)) for n in range(40)]
+    rows = accuracies(groups, [scores([[0.0, -1.0]])] * 40)
+    said = headline(rows)
+    assert said.startswith("pair accuracy type 00 100.0, ") and said.endswith("type 10 100.0, 29 more types, all 100.0")
+    assert headline(accuracies(groups[:11], [scores([[0.0, -1.0]])] * 11)).endswith("type 09 100.0, type 10 100.0, all 100.0")
+
+
+def test_the_blind_row_says_what_language_alone_achieves() -> None:
+    """Three groups of one image: language decides one rightly, one wrongly, and ties in one (1/2): 50 %, where the model has 100."""
+    groups = [group([[1, 0]]) for _ in range(4)]
+    right = [[1.0, 0.0]]
+    values = [scores(right, [0.0, -1.0]), scores(right, [-1.0, 0.0]), scores(right, [-2.0, -2.0]), scores(right, [0.0, -3.0])]
+    row = accuracies(groups, values)[-1]
+    assert row.metrics == {"pair": 100, "factual": 100} and row.blind == {"pair": 62.5, "factual": 62.5}
+    assert row.shuffled == {} and "shuffled_pair" not in row.comparisons
+    flat = flat_metrics({"s": [row]})
+    assert flat["eval/s/blind_pair"] == 62.5 and not any("shuffled" in name for name in flat)
+
+
+def test_a_balanced_table_gives_language_nothing_and_its_factual_side_shows_the_bias() -> None:
+    """Two images, each text true of one: what language wins on one image it loses on the other. On the factual images alone it shows."""
+    rng = random.Random(0)
+    groups = [group([[1, 0], [0, 1]], Edit("colour", 1, 1)) for _ in range(50)]
+    values = [scores([[0.0, -1.0], [-1.0, 0.0]], [-1.0, rng.choice([-5.0, -5.0, -5.0, 0.0])]) for _ in groups]
+    row = accuracies(groups, values)[-1]
+    assert row.blind["pair"] == 50 and 60 < row.blind["factual"] < 90
+    assert row.blind["factual"] == 100 * sum(v.blank[0] > v.blank[1] for v in values) / 50
+
+
+def test_the_shuffled_row_counts_the_groups_that_have_another_image() -> None:
+    nothing: list[float] = []
+    groups = [group([[1, 0]], name=name) for name in ("a", "b", "c")]
+    rows = accuracies(
+        groups, [scores([[1, 0]], shuffled=[1.0, 0.0]), scores([[1, 0]], shuffled=[0.0, 0.0]), scores([[1, 0]], shuffled=nothing)]
+    )
+    assert rows[-1].shuffled == {"pair": 75, "factual": 75}
+    assert (rows[-1].groups["shuffled_pair"], rows[-1].unused["shuffled_pair"]) == (2, ["c"])
+    printed = table({"s": rows})
+    assert "| s | all, another group's image | 3 |  |  |  |  | 75.0 |  | 75.0 |  |" in printed
+    assert "| s | shuffled_pair, shuffled_factual | 2 | 2 | 1: c |" in printed
+    assert flat_metrics({"s": rows})["eval/s/shuffled_pair"] == 75
+
+
+def test_chance_is_what_random_scores_have() -> None:
+    """The metrics of single comparisons; the others are in test_evaluation."""
+    torch.manual_seed(1)
+    num = 4000
+    one = group([[1, 0], [0, 1]])
+    values = [GroupScores(torch.randn(2, 2), torch.randn(2), torch.randn(2)) for _ in range(num)]
+    row = accuracies([one] * num, values)[-1]
+    for name in ("pair", "image_pair", "factual"):
+        assert abs(row.metrics[name] - CHANCE[name]) < 4 * 100 * (0.25 / num) ** 0.5, name
+    assert row.blind["pair"] == 50 and abs(row.blind["factual"] - 50) < 3.2 and abs(row.shuffled["factual"] - 50) < 3.2
+
+
+# From a manifest to the table -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shapes(manifests: dict[str, Path]) -> Path:
+    """Groups without edits on real pictures: captions, two questions on two images, an edited image without a text, eight choices."""
+    picture = [(path,) for path in sorted((manifests["test"].parent / "images").glob("test-*.png"))]
+    identity, questions = (
+        ((1, 0), (0, 1)),
+        tuple(Candidate(f"Is it {word}?", answer) for word in ("red", "blue") for answer in ("yes", "no")),
+    )
+    colours = tuple(
+        Candidate("Describe the image.", f"a {c} {s} costs $x_{{$")
+        for c in ("red", "green", "blue", "yellow")
+        for s in ("circle", "square")
+    )
+    groups = [
+        CounterfactualGroup("captions", (picture[0],), colours[:2], ((1, 0),)),
+        CounterfactualGroup("questions", tuple(picture[1:3]), questions, ((1, 0, 0, 1), (0, 1, 1, 0))),
+        CounterfactualGroup("edited", tuple(picture[3:5]), colours[:1], ((1,), (0,)), (Edit("count", image=1),)),
+        CounterfactualGroup("pairs", tuple(picture[5:7]), colours[1:3], identity),
+        CounterfactualGroup("choices", (picture[7],), colours, ((1, *[0] * 7),)),
+    ]
+    return save_groups(manifests["test"].parent / "shapes.jsonl", groups)
+
+
+def test_a_training_evaluates_every_shape_within_its_budget(
+    model_dir: Path, manifests: dict[str, Path], shapes: Path, tmp_path: Path
+) -> None:
+    """Two ranks of ZeRO-3, forwards of at most 60 tokens: the largest evaluation batch before step 1, the best by a metric of single
+    comparisons, the export before the tables, and a figure of captions that read as broken formulas."""
+    run_dir = tmp_path / "run"
+    options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps", "1", "--train.max_steps", "2", "--train.figures", "true"]
+    options += ["--train.save_best", "eval/shapes/pair", "--data.max_tokens_per_forward", "60", "--train.export", "true"]
+    options += ["--train.per_device_train_batch_size", "2", "--data.num_workers", "1"]
+    ended = run_ranks(2, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
+    assert [code for code, _ in ended] == [0, 0], ended
+    said = ended[0][1]
+    assert "warning" not in said
+    order = [
+        "the largest evaluation batch, of shapes, fits: 5 groups, ",
+        "step 1/2",
+        "  shapes: group accuracy unlabelled",
+        "exported to",
+        "| split |",
+    ]
+    assert [said.index(text) for text in order] == sorted(said.index(text) for text in order)
+    assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png", "scores-shapes.png"}
+    rows = [row for row in json.loads((run_dir / "results.json").read_text())["shapes"]]
+    assert [row["name"] for row in rows] == ["count", "unlabelled", "all"] and rows[-1]["num"] == 5
+    assert rows[-1]["comparisons"] == dict.fromkeys(("text", "image", "group", "text_pmi", "group_pmi"), 3) | {
+        "pair": 14, "factual": 11, "image_pair": 7, "sham": 0, "shuffled_pair": 14, "shuffled_factual": 11
+    }  # fmt: skip
+    assert "| shapes | sham | 0 | 0 | 5: captions, questions, edited, pairs, choices |" in (run_dir / "results.md").read_text()
+    assert {"eval/shapes/pair", "eval/shapes/blind_pair"} <= {name for row in metrics(run_dir) for name in row}
+
+    main(["evaluate", str(run_dir / "export"), str(shapes), "--out", str(tmp_path / "found.json"), "--batch_size", "2"])
+    assert json.loads((tmp_path / "found.json").read_text())["shapes"] == rows, "one forward per batch, on one rank"
+
+
+def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused() -> None:
+    options = ["--train.eval_steps", "1", "--data.evaluation.s", "s.jsonl", "--data.train", "t.jsonl", "--train.save_best"]
+    splits = {"s": [group([[1, 0]])]}
+    check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), splits)
+    for name in ("eval/s/group", "eval/s/shuffled_pair", "eval/s/count/pair"):
+        with pytest.raises(
+            ConfigError, match=rf"^train.save_best '{name}' is no metric .*; take one of eval/s/blind_factual, [^\n]*eval/s/pair, "
+        ):
+            check_best(parse_config([*options, name], OBJECTIVES), splits)
+    with pytest.raises(ConfigError, match="no group has a comparison"):
+        check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), {"s": [group([[1]])]})
+
+
+def test_save_best_is_refused_before_anything_is_trained(model_dir: Path, manifests: dict[str, Path], shapes: Path, tmp_path: Path) -> None:
+    options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps", "1", "--train.save_best", "eval/shapes/sham"]
+    ((code, said),) = run_ranks(
+        1, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, tmp_path / "run", *options), said=tmp_path / "said"
+    )
+    assert code == 2 and "error: train.save_best 'eval/shapes/sham' is no metric that an evaluation of data.evaluation has" in said, said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and "step 1" not in said
+
+
+# The end of a training ------------------------------------------------------------------------------------------------------------------
+
+
+def finishing(run_dir: Path) -> tuple[Any, list[str]]:
+    """A trainer at its end, of which only what the end needs is there."""
+    said: list[str] = []
+    ended: Any = object.__new__(trainer.Trainer)
+    ended.state, ended.evaluator = SimpleNamespace(step=3), lambda *_: ({}, {})
+    ended._world, ended._pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
+    ended._config = parse_config(["--train.output_dir", str(run_dir), "--train.figures", "false"], OBJECTIVES)
+    ended._data, ended._run_dir = SimpleNamespace(splits={}, pictures=None), run_dir
+    return ended, said
+
+
+class Refusing:
+    def log(self, *_: object) -> None:
+        raise OSError("no tracker")
+
+
+def test_a_trained_model_is_exported_whatever_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tracker refuses, or the evaluation: the export is there. The export refuses: the evaluation is, and then the error."""
+    ended, said = finishing(tmp_path)
+    monkeypatch.setattr(trainer, "export_checkpoint", lambda *_: said.append("exported"))
+    with pytest.raises(OSError, match="no tracker"):
+        ended._finish(Refusing())
+    assert said == ["exported"]
+
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(trainer, "export_checkpoint", full)
+    tracker = SimpleNamespace(log=lambda *_: None, artifact=lambda _: None)
+    with pytest.raises(OSError, match="disk full"):
+        ended._finish(tracker)
+    assert (tmp_path / "results.md").exists() and said[1].startswith("warning: the export failed (disk full); the evaluation follows")
+
+
+def test_a_figure_that_fails_is_a_warning(tmp_path: Path) -> None:
+    """No metrics to draw, and a picture that is gone since it was scored: each is named, and what can be drawn is."""
+    good, gone = group([[1, 0]], name="good"), group([[1, 0]], name="gone")
+    splits, said = {"good": [replace(good, images=((),))], "gone": [gone]}, list[str]()
+    drawn = results.draw_figures(tmp_path, splits, {name: [scores([[-1.0, -2.0]])] for name in splits}, 10**6, said.append)
+    assert drawn == [tmp_path / "scores-good.png"] and drawn[0].exists()
+    assert [line.split(" could not be drawn (")[0] for line in said] == [
+        f"warning: {tmp_path}/{n}.png" for n in ("learning_curves", "scores-gone")
+    ]
+    assert all(line.endswith("; the run goes on") and "\n" not in line for line in said)
+
+
+def test_a_figure_names_what_no_edit_describes_and_the_prompts_of_several(tmp_path: Path) -> None:
+    groups = [replace(group([[1, 0, 0]], texts=(*YES_NO, ("Is it big?", "yes")), name="asked"), images=((),))]
+    groups += [replace(group([[1, 0]], Edit("count", text=1), name="said"), images=((),))]
+    asked, said = results.samples(groups, [scores([[-1.0] * 3]), scores([[-1.0] * 2])], 100)
+    assert (asked["title"], said["title"]) == ("unlabelled: asked", "count: said")
+    assert (asked["captions"], said["captions"]) == (["Is it red? yes", "Is it red? no", "Is it big? yes"], ["text 0", "text 1"])

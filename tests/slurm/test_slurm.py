@@ -1,0 +1,204 @@
+"""The scripts in slurm/ on a real Slurm (slurm/cluster.py): ranks of ZeRO-3, stopped, bereft of a node, and ending all the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, losses, run_ranks
+from safetensors.torch import load_file
+from slurm.cluster import Cluster, wait_until
+from slurm.jobs import ENVIRONMENT, sbatch, submit
+
+from cfvlm_ds.cluster.node_check import gpu_fault
+from cfvlm_ds.core.distributed import _tasks_on_node
+
+STEPS = 10
+OLD_ENV = """#!/bin/sh
+case "$1" in --block-signal*) echo "env: unrecognized option '$1'" >&2; exit 125 ;; esac
+exec /usr/bin/env "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    running = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def options(model_dir: Path, manifests: dict[str, Path]) -> list[str]:
+    """A training whose weights are written at the end."""
+    given = {"config": "tests/support/train.yaml", "deepspeed": "tests/support/z3_partitioned.json", "data.train": str(manifests["train"])}
+    given |= {"model.name_or_path": str(model_dir), "train.per_device_train_batch_size": "2"}
+    given |= {"train.max_steps": str(STEPS), "train.save_steps": "4", "train.export": "true"}
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "lost"), [(2, False), pytest.param(2, True, marks=pytest.mark.long), pytest.param(8, True, marks=pytest.mark.long)]
+)
+def test_a_signal_and_a_lost_node_change_nothing(nodes: int, lost: bool, cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+    """USR1 as before a time limit, later a power cut of one node: a requeue each, one MLflow run, and the losses and weights of as many
+    ranks that nothing happens to. An option with spaces and a dollar sign comes along, a run folder that would be a pattern to srun, and an
+    `env` of before coreutils 8.31."""
+    from mlflow import MlflowClient
+
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "env").write_text(OLD_ENV)
+    (tmp_path / "old" / "env").chmod(0o755)
+    options = [*options, "--train.per_device_train_batch_size", str(16 // nodes)]
+    tracked = [*options, "--tracking.enabled", "true", "--tracking.experiment", "two words; $HOME 'quoted'"]
+    path = f"{tmp_path / 'old'}:{ENVIRONMENT['PATH']}"
+    job = submit(cluster, tmp_path / "100% run-%t", tracked, f"-N{nodes}", PATH=path)
+    job.reach(2)
+    assert cluster.job(job.id)["NumCPUs"] == str(8 * nodes), "eight for each task"
+    assert f"start 1, on {' '.join(f'node{n + 1}' for n in range(nodes))}" in job.log
+    assert re.search(rf"{nodes} nodes with python [\d.]+, torch [\d.+cpu]+, transformers .*, code [0-9a-f]{{12}}\n", job.log)
+    assert sorted(path.name for path in (job.run_dir / "slurm" / job.id / "0").glob("rank-*")) == [f"rank-{r}.log" for r in range(nodes)]
+    assert "experiment: two words; $HOME 'quoted'\n" in (job.run_dir / "config.yaml").read_text(), "quoting survives"
+    job.usr1()
+    wait_until(lambda: "requeue: stopped on request" in job.log, 900, "requeue")
+    stopped = len(job.losses)
+    assert f"stopped after step {stopped} of {STEPS}: a signal asked for it" in job.log and (job.run_dir / f"checkpoint-{stopped}").exists()
+    first = json.loads((job.run_dir / ".mlflow_delivery.json").read_text())["run_id"]
+    if lost:
+        job.reach(stopped + 2)
+        cluster.power_off(f"node{nodes}")
+        time.sleep(1)
+        cluster.power_on(f"node{nodes}")
+    # Slurm waits a minute for a lost node's part of the step: time to see what nothing happens to.
+    ended = run_ranks(
+        nodes, "forkserver_ranks:train_script", [*options, "--train.output_dir", str(tmp_path / "whole")], said=tmp_path / "said"
+    )
+    assert [code for code, _ in ended] == [0] * nodes, ended[0]
+    state = job.end()
+    assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), job.log
+    starts = 2 + lost
+    assert int(state["Restarts"]) >= starts - 1 and f"start {starts}, on" in job.log
+    assert job.losses == losses(tmp_path / "whole") and len(job.losses) == STEPS and (job.run_dir / "finished.json").exists()
+    ours, theirs = (load_file(run_dir / "export" / "model.safetensors") for run_dir in (job.run_dir, tmp_path / "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    client = MlflowClient(f"sqlite:///{job.run_dir}/mlflow.db")
+    (found,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert (found.info.run_id, found.info.status) == (first, "FINISHED")
+    assert [point.step for point in client.get_metric_history(found.info.run_id, "loss")] == list(range(1, STEPS + 1))
+
+
+def test_a_crash_without_progress_ends_after_the_bound(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+    """Weights overflow at step 3 of every start, on one node: the job gives up with the run's exit code and says why."""
+    broken = [*options, "--train.learning_rate", "1e30", "--train.per_device_train_batch_size", "16"]
+    job = submit(cluster, tmp_path / "run", broken, script="train_1node.sh", CFVLM_MAX_STARTS="2")
+    state = job.end()
+    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "1", "1:0"), job.log
+    assert "FloatingPointError: the loss is not finite at step 3" in job.log
+    assert "giving up: a rank failed" in job.log and "2 starts in a row have not got beyond step -1 (CFVLM_MAX_STARTS=2)" in job.log
+
+
+def test_a_bad_node_is_named_and_left_out(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+    """One of three nodes has other code than the first; the job was given one node more than it needs."""
+    cluster.mount("node6", REPO / "cfvlm_ds" / "core" / "hints.py", REPO / "cfvlm_ds" / "tracking" / "figures.py")
+    one_step = [*options, "--train.max_steps", "1", "--train.export", "false"]
+    job = submit(cluster, tmp_path / "run", one_step, "-N3", "--nodelist=node5,node6,node7", CFVLM_SPARE_NODES="1")
+    state = job.end()
+    cluster.unmount("node6", REPO / "cfvlm_ds" / "tracking" / "figures.py")
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), job.log
+    assert re.search(r"bad node node6: it has code [0-9a-f]{12} where node5 has code [0-9a-f]{12}\n", job.log)
+    assert "training on node5 node7" in job.log and (job.run_dir / "finished.json").exists()
+
+
+def test_bad_options_end_a_job_before_any_rank_starts(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path / "run", [*options, "--train.max_stepz", "3"], script="train_1node.sh")
+    state = job.end()
+    assert (state["JobState"], state["ExitCode"]) == ("FAILED", "2:0")
+    assert "unknown option 'train.max_stepz'; did you mean 'train.max_steps'?" in job.log
+
+
+def test_a_model_is_evaluated(cluster: Cluster, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    arguments = [str(model_dir), str(manifests["test"]), "--out", str(tmp_path / "a b" / "results.json")]
+    job = sbatch(cluster, tmp_path / "log", [], "evaluate.sh", *arguments)
+    state = cluster.finish(job, 600)
+    said = (tmp_path / "log").read_text()
+    assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), said
+    assert f"job {job} on node" in said and "| test | all, blank image |" in said and (tmp_path / "a b" / "results.json").exists()
+
+
+def sourced(script: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Bash that has read slurm/launch.sh; what ``srun`` and ``apptainer`` are given, they print."""
+    (folder / "srun").write_text('#!/bin/sh\nif [ "$1" = --help ]; then echo "$SRUN_HELP"; else printf "<%s>" srun "$@"; fi\n')
+    (folder / "apptainer").write_text("#!/bin/sh\n")
+    for name in ("srun", "apptainer"):
+        (folder / name).chmod(0o755)
+    given = {"SLURM_JOB_ID": "7", "HOME": str(folder), "PATH": f"{folder}:/usr/bin:/bin", "SRUN_HELP": "--ntasks"} | variables
+    command = ["bash", "-c", f"source slurm/launch.sh; {script}"]
+    return subprocess.run(command, cwd=REPO, env=given, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_secrets_are_read_through_a_link_to_a_file_that_is_closed_to_others(tmp_path: Path) -> None:
+    (secrets := tmp_path / "stored").write_text("TOKEN=abc\n")
+    (link := tmp_path / "link").symlink_to(secrets)
+    for mode, code, said in ((0o600, 0, "abc\n"), (0o640, 2, f"error: others can read {link}; chmod 600 it\n")):
+        secrets.chmod(mode)
+        done = sourced('bash -c "echo \\$TOKEN"', tmp_path, CFVLM_SECRETS=str(link))
+        assert done.returncode == code and done.stdout.endswith(said), done
+
+
+def test_steps_run_in_a_container_by_pyxis_or_apptainer(tmp_path: Path) -> None:
+    """Only their command lines: neither is here. The caches are mounted, and the signal's shield is around the container."""
+    image, train = "/shared/a b.sif", "shield=(shield); step --ntasks=2 -- python train.py 'a b'"
+    mounts = f"{REPO}:{REPO},{tmp_path}/.cache/huggingface:{tmp_path}/.cache/huggingface,/tmp:/tmp"
+    common = "<srun><--export=ALL><--kill-on-bad-exit=1>"
+    pyxis = sourced(train, tmp_path, CONTAINER_IMAGE=image, SRUN_HELP="      --container-image=[USER@]")
+    options = f"<--container-image={image}><--container-mounts={mounts}><--container-workdir={REPO}>"
+    assert pyxis.stdout == f"{common}{options}<--ntasks=2><shield><python><train.py><a b>", pyxis
+    assert (tmp_path / ".cache" / "huggingface").is_dir(), "what is mounted has to be there"
+    apptainer = sourced(train, tmp_path, CONTAINER_IMAGE=image, SLURM_GPUS_ON_NODE="8")
+    command = f"<apptainer><exec><--bind><{mounts}><--pwd><{REPO}><--nv><{image}><python><train.py><a b>"
+    assert apptainer.stdout == f"{common}<--ntasks=2><shield>{command}", apptainer
+    named = sourced(
+        train, tmp_path, CONTAINER_IMAGE=image, CONTAINER_RUNTIME="apptainer", CONTAINER_MOUNTS="/x:/x", SRUN_HELP="--container-image"
+    )
+    assert f"<apptainer><exec><--bind></x:/x><--pwd><{REPO}><{image}>" in named.stdout, "without GPUs no --nv"
+    assert sourced(train, tmp_path).stdout == f"{common}<--ntasks=2><shield><python><train.py><a b>"
+    wrong = sourced(train, tmp_path, CONTAINER_IMAGE=image, CONTAINER_RUNTIME="docker")
+    assert wrong.returncode == 2 and "error: nothing runs CONTAINER_IMAGE here: docker; set CONTAINER_RUNTIME" in wrong.stdout
+
+
+def test_signals_before_python_answers_them_do_not_end_a_rank(tmp_path: Path) -> None:
+    """The shield of slurm/launch.sh around a program that, as train.py does, first holds signals back and then answers them."""
+    (shield,) = re.findall(r"shield=\((sh -c '.*') \"\$PWD\"\)", (REPO / "slurm" / "launch.sh").read_text())
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import signal, sys\nboth = {signal.SIGUSR1, signal.SIGTERM}\nsignal.pthread_sigmask(signal.SIG_BLOCK, both)\n"
+        "print('held', flush=True)\nsys.stdin.readline()\ngot = []\n"
+        "for number in both: signal.signal(number, lambda number, frame: got.append(signal.Signals(number).name))\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, both)\nprint(*got, flush=True)\n"
+    )
+    (folder := tmp_path / "a b").mkdir()
+    early = f"exec {shield} '{folder}' sh -c 'pwd; kill -USR1 $$; kill -TERM $$; exec {sys.executable} {program}'"
+    process = subprocess.Popen(["bash", "-c", early], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None and [process.stdout.readline() for _ in range(2)] == [f"{folder}\n", "held\n"]
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate("go on\n", timeout=60)[0] == "SIGUSR1\n" and process.returncode == 0
+
+
+def test_missing_gpus_are_named() -> None:
+    assert gpu_fault(torch.cuda.device_count()) is None
+    assert gpu_fault(torch.cuda.device_count() + 8).startswith("Slurm gave ")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("described", "counts"), [("8", [8]), ("8(x2),1", [8, 8, 1]), ("2,1(x3)", [2, 1, 1, 1])])
+def test_tasks_of_a_node_are_read_from_slurms_form(described: str, counts: list[int]) -> None:
+    assert [_tasks_on_node(described, node) for node in range(len(counts))] == counts

@@ -1,0 +1,52 @@
+"""train.py with a phase that takes for ever, or every forward of an evaluation half a second: it makes ``mark`` and goes on waiting.
+
+The wait is one of the C library's, as of a collective or a decoder: Python's own handlers do not run in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from deepspeed import DeepSpeedEngine
+from forkserver_ranks import train_script
+
+from cfvlm_ds.training import run, trainer
+
+
+def held(mark: Path, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wait(*arguments: Any, **named: Any) -> None:
+        mark.touch()
+        lock, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)  # a mutex of the C library, as its initialiser makes it
+        for _ in range(2):
+            library.pthread_mutex_lock(lock)
+
+    return wait
+
+
+def train(where: str, mark: str, arguments: Sequence[str]) -> None:
+    """``where``: the name of a function that cfvlm_ds.training's run or trainer calls, or "evaluation"."""
+    if where == "evaluation":
+        forward = DeepSpeedEngine.forward
+
+        def slow(self: Any, *inputs: Any, **named: Any) -> Any:
+            if not self.module.training and Path(mark).parent.joinpath("begun").exists():
+                Path(mark).touch()
+                time.sleep(0.5)
+            return forward(self, *inputs, **named)
+
+        DeepSpeedEngine.forward = slow
+        tracker = run.tracker_of
+
+        def begun(*details: Any) -> Any:  # scores are checked before, by forwards in evaluation mode
+            Path(mark).parent.joinpath("begun").touch()
+            return tracker(*details)
+
+        run.tracker_of = begun
+    else:
+        module = run if hasattr(run, where) else trainer
+        setattr(module, where, held(Path(mark), getattr(module, where)))
+    train_script(arguments)

@@ -1,0 +1,57 @@
+"""What forked ranks run with something planted in it (see forkserver_ranks.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfvlm_ds import engine
+from cfvlm_ds.cli.train import run
+from cfvlm_ds.cluster.heartbeat import Heartbeat
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.models import forest_attention as attention
+
+
+def stand_still(folder: Path, ended: bool) -> None:
+    """Rank 2 of 3 stays in its data, or ends there, while the others wait for it."""
+    rank = int(os.environ["RANK"])
+    (folder / f"ready-{rank}").touch()
+    while len(list(folder.glob("ready-*"))) < 3:  # what the process group does in a run
+        time.sleep(0.01)
+    with Heartbeat(folder, World(rank, 3, rank, torch.device("cpu")), 4.0) as pulse:
+        pulse.mark("data", 7)
+        if rank < 2:
+            pulse.mark("agreement", 7)
+        if rank < 2 or not ended:
+            time.sleep(60)
+
+
+def seeing_siblings(options: Sequence[str]) -> None:
+    """A training whose attention lets the texts of an image see each other."""
+    right = attention._padded
+    attention._padded = lambda forest: right(attention.Forest(forest.prefixes, tuple((sum(texts),) for texts in forest.branches)))
+    run(options)
+
+
+def counted(listed: Path) -> None:
+    """Trainings that print how often the first block of tower and language model ran while training."""
+    initialize, tower, language = engine.initialize, list[int](), list[int]()
+
+    def counting(*arguments: Any) -> Any:
+        built = initialize(*arguments)
+        model = built.module.model.model
+        for calls, layers in ((tower, model.vision_tower.encoder.layers), (language, model.language_model.layers)):
+            calls.append(0)
+            layers[0].mlp.register_forward_pre_hook(lambda *_, c=calls: c.__setitem__(-1, c[-1] + model.training))
+        return built
+
+    engine.initialize = counting
+    for line in listed.read_text().splitlines():
+        run(json.loads(line))
+    print("tower", tower, "language", language)

@@ -1,0 +1,267 @@
+"""What a run may change when it goes on, what it may not, and what is left when it is refused."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import REPO
+
+from cfvlm_ds import checkpoint
+from cfvlm_ds.checkpoint import TrainState
+from cfvlm_ds.core.config import SECTIONS
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.options import kinds
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.core.secrets import masked
+from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.training import changes
+
+Z3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": False}, "gradient_clipping": 1.0}
+
+
+def test_every_option_says_what_its_change_means() -> None:
+    declared = {name: kind for section, options in SECTIONS.items() for name, kind in kinds(options, f"{section}.").items()}
+    undeclared = [name for name, kind in declared.items() if kind is None]
+    assert not undeclared, (
+        f"{', '.join(undeclared)}: say in cfvlm_ds/core/config.py what its change means for a run, as `NAME: T = meaning(DEFAULT)` "
+        "(it decides what is trained: compared on a resume), fixed(DEFAULT) (so it does, and no checkpoint of another value can be "
+        "continued), speed(DEFAULT) (the same is trained, faster or in less memory) or bookkeeping(DEFAULT) (names, records, checks, stops)"
+    )
+    assert declared["model.vision_tower.tuning"] == "fixed" and declared["train.learning_rate"] == "meaning" and len(declared) > 60
+
+
+def test_every_deepspeed_setting_that_is_shipped_says_what_its_change_means() -> None:
+    def leaves(values: dict[str, Any], prefix: str = "") -> set[str]:
+        below = [leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key} for key, value in values.items()]
+        return set().union(*below)
+
+    files = [*(REPO / "ds_configs").glob("*.json"), REPO / "tests" / "support" / "z3_partitioned.json"]
+    shipped = set().union(*(leaves(json.loads(file.read_text())) for file in files))
+    parts = {name: {name.rsplit(".", n)[0] for n in range(name.count(".") + 1)} for name in shipped}
+    undeclared = sorted(name for name, above in parts.items() if not above & changes.DEEPSPEED.keys())
+    assert len(files) > 4 and len(shipped) > 20
+    assert not undeclared, (
+        f"{undeclared}: add them, or what they are below, to DEEPSPEED in cfvlm_ds/training/changes.py with what a change means"
+    )
+    assert changes.kind_of("zero_optimization.reduce_bucket_size") == "speed" and changes.kind_of("zero_optimization.stage") == "fixed"
+    assert changes.kind_of("of_a_future_release.x") == "meaning", "what nobody has declared is compared"
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function from options, and what else a run is told, to its record."""
+    monkeypatch.setattr(changes, "model_hashes", lambda name, alive: {"weights": name.split("@")[0], "inputs": "i"})
+
+    def record(*options: str, ranks: int = 2, steps: int = 38, **deepspeed: Any) -> dict[str, Any]:
+        config = parse_config(["--model.name_or_path", "base@here", *options], OBJECTIVES)
+        return changes.record(config, {**Z3, **deepspeed}, ranks, steps)
+
+    return record
+
+
+LORA = ("--model.language_model.tuning", "lora")
+RESUMABLE = (
+    ("--train.learning_rate", "0.1", "train.learning_rate was 1e-05 and is 0.1"),
+    ("--train.weight_decay", "0.1", "train.weight_decay was 0.0 and is 0.1"),
+    ("--train.adam_beta2", "0.95", "train.adam_beta2 was 0.999 and is 0.95"),
+    ("--train.lr_scheduler_type", "linear", "train.lr_scheduler_type was cosine and is linear"),
+    ("--model.projector.learning_rate", "0.1", "model.projector.learning_rate was not set and is 0.1"),
+    ("--model.lora.alpha", "8", "model.lora.alpha was 32.0 and is 8.0"),
+    ("--model.lora.dropout", "0.1", "model.lora.dropout was 0.0 and is 0.1"),
+    ("--model.max_pixels", "999", "model.max_pixels was not set and is 999"),
+    ("--objective.csd.margin", "2", "objective.csd.margin was 1.0 and is 2.0"),
+    ("--objective.dpo.beta", "0.1", "objective.dpo.weight was 0.0 and is 1.0"),
+    ("--objective.csd.weight", "0", "objective.csd.weight was 1.0 and is 0.0"),
+    ("--train.gradient_accumulation_steps", "4", "groups per step (train.per_device_train_batch_size x "
+     "train.gradient_accumulation_steps x ranks) was 16 and is 64"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "value", "said"), RESUMABLE)
+def test_what_decides_what_is_trained_is_named_and_may_be_allowed(option: str, value: str, said: str, told: Any) -> None:
+    found = changes.compare(told(*LORA), told(*LORA, option, value))
+    assert [(str(change), change.fixed) for change in found] == [(said, False)]
+    message = changes.refused(found, "run/checkpoint-7", 7, allowed=False)
+    assert message is not None and message.startswith(f"run/checkpoint-7 was trained with other options: {said}; restore them")
+    assert changes.refused(found, "run/checkpoint-7", 7, allowed=True) is None
+
+
+FIXED = (
+    (("--model.lora.rank", "4"), "model.lora.rank was 16 and is 4"),
+    (("--model.lora.dora", "true"), "model.lora.dora was False and is True"),
+    (("--model.vision_tower.tuning", "frozen"), "model.vision_tower.tuning was full and is frozen"),
+    (("--train.seed", "1"), "train.seed was 0 and is 1"),
+    (("--data.max_tokens_per_micro_batch", "500"), "data.max_tokens_per_micro_batch was not set and is 500"),
+    (("--model.name_or_path", "other@here"), "weights of model.name_or_path was base@here (base) and is other@here (other)"),
+)
+
+
+@pytest.mark.parametrize(("options", "said"), FIXED)
+def test_what_no_checkpoint_of_another_value_can_continue_is_refused_even_where_changes_are_allowed(
+    options: tuple[str, ...], said: str, told: Any
+) -> None:
+    found = changes.compare(told(*LORA), told(*LORA, *options))
+    message = changes.refused(found, "c", 7, allowed=True)
+    assert message == f"c cannot be continued with what has changed: {said}; restore it, or choose another train.output_dir"
+
+
+def test_deepspeed_settings(told: Any) -> None:
+    def said(**deepspeed: Any) -> list[str]:
+        return [f"{change}{' (fixed)' if change.fixed else ''}" for change in changes.compare(told(), told(**deepspeed))]
+
+    assert said(zero_optimization={"stage": 3, "reduce_bucket_size": 5, "offload_param": {"device": "cpu"}}, steps_per_print=3) == []
+    assert said(optimizer={"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}}) == []
+    assert said(zero_optimization={"stage": 2}) == ["--deepspeed zero_optimization.stage was 3 and is 2 (fixed)"]
+    assert said(zero_optimization={"stage": 3, "zero_quantized_weights": True}) == [
+        "--deepspeed zero_optimization.zero_quantized_weights was False and is True"
+    ]
+    precision = "precision (train.bf16, bf16 and fp16 of the DeepSpeed JSON) was fp32 and is bf16 (fixed)"
+    assert said(bf16={"enabled": True}) == [precision]
+    offloaded = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    assert said(optimizer={"type": "AdamW"}, zero_optimization=offloaded) == [
+        "--deepspeed optimizer was AdamW of torch and is AdamW of DeepSpeed on the CPU (fixed)"
+    ]
+    assert said(optimizer={"type": "Lamb"}) == ["--deepspeed optimizer was AdamW of torch and is Lamb (fixed)"]
+
+
+def test_what_changes_nothing_passes(told: Any) -> None:
+    """Other ranks with as many groups a step, other places, speed and records, and options that are not in use."""
+    same = ("--train.per_device_train_batch_size", "4", "--train.gradient_accumulation_steps", "1")
+    assert changes.compare(told(), told(*same, ranks=4)) == []
+    free = ("--model.name_or_path", "base@there", "--data.train", "moved.jsonl", "--train.output_dir", "o", "--train.save_steps", "3")
+    free += (
+        "--data.num_workers",
+        "3",
+        "--data.max_tokens_per_forward",
+        "99",
+        "--model.attn_implementation",
+        "sdpa",
+        "--train.bf16",
+        "false",
+    )
+    assert changes.compare(told(), told(*free, "--tracking.experiment", "e", "--train.on_nonfinite", "skip")) == []
+    assert changes.compare(told(), told("--model.lora.rank", "4", "--objective.dpo.weight", "0")) == [], (
+        "nothing has adapters, or this term"
+    )
+    frozen = ("--model.projector.tuning", "frozen")
+    assert changes.compare(told(*frozen), told(*frozen, "--model.projector.learning_rate", "1")) == []
+    packed = ("--data.max_tokens_per_micro_batch", "500", "--train.per_device_train_batch_size")
+    assert changes.compare(told(*packed, "8"), told(*packed, "4")) == []
+
+
+def test_other_ranks_or_epochs_are_named(told: Any) -> None:
+    found = [str(change) for change in changes.compare(told(), told(ranks=1, steps=75))]
+    assert found == [
+        "groups per step (train.per_device_train_batch_size x train.gradient_accumulation_steps x ranks) was 16 and is 8",
+        "steps in all (train.max_steps, train.num_train_epochs) was 38 and is 75",
+    ]
+    assert changes.compare(told(), told("--train.max_steps", "38")) == [], "as many steps, said in another way"
+
+
+def test_a_model_is_known_by_its_files(model_dir: Path, tmp_path: Path) -> None:
+    """Moved, it is the same; other weights, another architecture or another chat template are told apart."""
+    copy = tmp_path / "moved"
+    shutil.copytree(model_dir, copy)
+    first = changes.model_hashes(str(model_dir))
+    assert first is not None and changes.model_hashes(str(copy)) == first and changes.model_hashes("nobody/has-this") is None
+    for name, part in (("model.safetensors", "weights"), ("config.json", "weights"), ("chat_template.jinja", "inputs")):
+        whole = (copy / name).read_bytes()
+        (copy / name).write_bytes(whole[:-2] + b"?" + whole[-1:])
+        now = changes.model_hashes(str(copy))
+        assert now is not None and {key for key in first if now[key] != first[key]} == {part}, name
+        (copy / name).write_bytes(whole)
+    weights = (copy / "model.safetensors").read_bytes()
+    for place in range(len(weights) // 2, len(weights), len(weights) // 25):
+        (copy / "model.safetensors").write_bytes(weights[:place] + bytes([weights[place] ^ 1]) + weights[place + 1 :])
+        now = changes.model_hashes(str(copy))
+        assert now is not None and now["weights"] != first["weights"], "one bit, wherever it is"
+    (copy / "model.safetensors").write_bytes(weights)
+    (copy / "generation_config.json").write_text("{}")
+    assert changes.model_hashes(str(copy)) == first
+
+
+def test_secrets_neither_leave_nor_count(told: Any) -> None:
+    url = "https://me:hunter2@host/data.jsonl"
+    assert "hunter2" not in json.dumps(told("--data.train", url)) and changes.compare(told("--data.train", url), told()) == []
+
+
+def test_a_checkpoint_without_a_record_is_compared_with_the_files_of_its_folder(told: Any, tmp_path: Path) -> None:
+    """As an older revision has written them, which also knew fewer options."""
+    saved = tmp_path / "checkpoint-2"
+    saved.mkdir()
+    (saved / "complete.json").write_text(json.dumps({"step": 2, "world_size": 2, "loop": TrainState(2).state_dict()}))
+    with pytest.raises(ConfigError, match=r"checkpoint-2 has no record of its options, and .*config\.yaml is none either"):
+        changes.recorded(saved)
+    config = parse_config(["--model.name_or_path", "base@here", "--train.learning_rate", "0.1"], OBJECTIVES)
+    options = json.loads(json.dumps(masked(config.resolved)))
+    del options["train"]["adam_epsilon"]
+    options["objective"]["dpo"] = {"weight": 0.0, "beta": 0.3}  # earlier revisions recorded every term
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+    (tmp_path / "ds_config.json").write_text(json.dumps(Z3))
+    old = changes.recorded(saved)
+    assert changes.compare(old, told("--train.learning_rate", "0.1")) == []
+    found = changes.compare(old, told("--train.max_steps", "9", "--objective.dpo.weight", "1", zero_optimization={"stage": 2}))
+    assert {change.option: change.before for change in found} == {
+        "train.learning_rate": 0.1, "train.max_steps": -1, "objective.dpo.weight": 0.0, "--deepspeed zero_optimization.stage": 3,
+    }  # fmt: skip
+    options["train"]["gradient_accumulation_steps"] = None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+    with pytest.raises(ConfigError, match=r"the recorded options of the run cannot be read .*; restore its config\.yaml"):
+        changes.compare(changes.recorded(saved), told())
+    assert checkpoint.description(saved)["step"] == 2
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) of a JSON value."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [place for key in keys for place in [(value, key), *places(value[key])]]
+
+
+def test_no_record_of_somebody_else_s_ends_in_a_traceback(told: Any) -> None:
+    """Every part of a record in turn is lost, or is something else: it is compared, or refused in one sentence."""
+    now = told("--model.language_model.tuning", "lora", "--data.max_tokens_per_micro_batch", "99")
+    nested: Any = []
+    for _ in range(900):  # as deep as JSON is read
+        nested = {"a": nested}
+    number = len(places(now))
+    refused = 0
+    for odd in (None, [], "x", 10**400, nested, ...):
+        for index in range(number):
+            before = json.loads(json.dumps(now))
+            container, key = places(before)[index]
+            if odd is ...:
+                container.pop(key)
+            else:
+                container[key] = odd
+            try:
+                for change in changes.compare(before, now):
+                    assert str(change)
+            except ConfigError as error:
+                refused += 1
+                assert str(error).startswith("the recorded options of the run cannot be read (")
+    assert refused > 20
+
+
+def test_changes_are_noted_once(told: Any, tmp_path: Path) -> None:
+    found = changes.compare(told(), told("--train.learning_rate", "0.1"))
+    for step in (4, 4, 6):
+        changes.note(tmp_path / "c.jsonl", step, found, print)
+    lines = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert lines == [{"step": step, "changes": {"train.learning_rate": [1e-05, 0.1]}} for step in (4, 6)]
+
+
+def test_no_data_loader_draws_from_the_random_numbers_of_the_run() -> None:
+    """Its iterators draw a seed each, which dropout would miss behind a resume."""
+    calls = [
+        (path.name, {keyword.arg for keyword in node.keywords})
+        for path in (REPO / "cfvlm_ds").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "DataLoader"
+    ]
+    assert len(calls) >= 3 and not [name for name, given in calls if "generator" not in given], "generator=apart()"

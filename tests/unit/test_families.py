@@ -1,0 +1,331 @@
+"""Every model family, on a small checkpoint in its real format: scores equal the library's own forward, gradients reach what trains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+from PIL import Image
+from transformers_scores import plain
+
+from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.cli.main import main
+from cfvlm_ds.core.config import LoraConfig, ModelConfig, ModuleConfig
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
+from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.demo.small import SMALL, write_small
+from cfvlm_ds.models import FAMILIES, MODULES, Scorer, adapters_off, family_of, load_model, load_processor
+from cfvlm_ds.models.forest_attention import BACKENDS, registered, stock_attention
+from cfvlm_ds.objectives import Align, denominators, weighted_loss
+
+ONE = REPO / "docs" / "scores.png"
+SIZES = [(60, 40), (90, 30), (40, 100), (28, 28)]
+TEXTS = (Candidate("describe", "a red circle"), Candidate("describe", "two blue dogs on a lawn"), Candidate("is it red?", "Yes"))
+
+
+@pytest.fixture(scope="module", params=list(SMALL))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small(request.param, tmp_path_factory.mktemp("families") / request.param)
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+    """Images of different sizes, several in one prompt and alone, a text of a single token, two prompts on one image, and no image."""
+    where = tmp_path_factory.mktemp("images")
+    images = [where / f"{k}.png" for k in range(len(SIZES))]
+    noise = np.random.default_rng(2)  # in bfloat16 no token of it goes to another expert, as happens near a tie
+    for path, (width, height) in zip(images, SIZES, strict=True):
+        Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    return [
+        CounterfactualGroup("pair", ((images[0],), (images[1],)), TEXTS[:2], ((1, 0), (0, 1))),
+        CounterfactualGroup("texts", ((images[2],),), TEXTS, ((1, 0, None),)),
+        CounterfactualGroup("spoken", ((),), TEXTS[:2], ((1, 0),)),
+        CounterfactualGroup("several", ((images[0], images[2], images[1]), (images[1], images[0], images[3])), TEXTS[1:], ((1, 0), (0, 1))),
+        CounterfactualGroup("single", ((images[3],),), TEXTS[2:], ((1,),)),
+    ]
+
+
+def configured(folder: Path, **options: Any) -> ModelConfig:
+    return ModelConfig(str(folder), attn_implementation="sdpa", **options)
+
+
+@pytest.fixture(scope="module")
+def scorer(folder: Path) -> Scorer:
+    model = load_model(configured(folder), torch.float32).eval()
+    return Scorer(model, family_of(model.config))
+
+
+@pytest.fixture(scope="module")
+def sharp(folder: Path) -> Scorer:
+    """Sharper queries than random weights make: attention that is almost uniform would hide wrong positions and wrong masks."""
+    model = load_model(configured(folder), torch.float32).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("q_proj.weight"):
+                weight *= 20
+    return Scorer(model, family_of(model.config))
+
+
+@pytest.fixture(scope="module")
+def collator(folder: Path) -> Collator:
+    return load_collator(configured(folder), "full")
+
+
+def test_every_family_has_a_small_model_and_every_type_a_family() -> None:
+    assert SMALL.keys() == FAMILIES.keys()
+
+
+def test_scores_equal_one_plain_forward_per_cell(
+    sharp: Scorer, collator: Collator, folder: Path, groups: list[CounterfactualGroup]
+) -> None:
+    """Candidates behind one prefix, images of several sizes, text alone in the same batch; fp32, relative 1e-4."""
+    processor = load_processor(configured(folder))
+    batch = collator(groups)
+    with torch.no_grad():
+        scores = batch.scores(sharp(**batch.model_inputs))
+        found = {}
+        for g, group in enumerate(groups):
+            for i, image in enumerate(group.images):
+                for c, candidate in enumerate(group.candidates):
+                    with stock_attention(sharp.model):
+                        logp, loss = plain(sharp.model, processor, image, candidate.prompt, candidate.text)
+                    found[g, i, c] = logp
+                    assert scores.logp[g, i, c].item() == pytest.approx(logp, rel=1e-4), (group.id, i, c)
+                    assert -logp / int(scores.layout.num_tokens[g, i, c]) == pytest.approx(loss, rel=1e-4), "labels= of the library"
+        assert abs(found[0, 0, 0] - found[0, 1, 0]) > 1e-3, "the image matters"
+
+
+def test_positions_on_a_grid_are_needed(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    """Where a family has positions on several axes, ordinary ones give other scores without an error, far beyond the tolerance.
+
+    So they are always passed, and a processor need not say which tokens are visual (``mm_token_type_ids``).
+    """
+    batch = collator(groups[:1])
+    positions = batch.model_inputs["position_ids"]
+    assert (positions.dim() == 3) == (sharp.family.grid is not None)
+    if sharp.family.grid is None:
+        return
+    forest, ordinary_positions = batch.model_inputs["forest"], []
+    for prefix, branches in zip(forest.prefixes, forest.branches, strict=True):
+        ordinary_positions += [torch.arange(prefix), *[torch.arange(prefix, prefix + size) for size in branches]]
+    changed = torch.cat(ordinary_positions).expand_as(positions)
+    with torch.no_grad():
+        right, wrong = (batch.scores(sharp(**(batch.model_inputs | {"position_ids": p}))).logp for p in (positions, changed))
+    assert ((right - wrong).abs() / right.abs()).max() > 1e-3
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "sdpa"])
+def test_every_attention_scores_and_trains_alike(
+    backend: str, sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]
+) -> None:
+    """Values and gradients against padded trees under a mask, which the test above compares with the library; fp32, relative 1e-4."""
+    batch, found = collator(groups), []
+    weights = torch.randn(2, *batch.layout.valid.shape, generator=torch.Generator().manual_seed(0))
+    text = sharp.model.config.get_text_config()
+    for name in ("sdpa", backend):
+        text._attn_implementation = registered(name)
+        scores = batch.scores(sharp(**batch.model_inputs))
+        trained = [parameter for parameter in sharp.parameters() if parameter.requires_grad]
+        total = (weights * torch.stack([scores.logp, scores.end_logp])).sum()
+        grads = torch.autograd.grad(total, trained, materialize_grads=True, allow_unused=True)
+        found.append((scores.logp.detach(), torch.cat([grad.flatten() for grad in grads])))
+    text._attn_implementation = registered("sdpa")
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
+    assert (found[1][1] - found[0][1]).norm() < 1e-4 * found[0][1].norm()
+
+
+def test_batch_mates_and_their_order_do_not_matter(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    with torch.no_grad():
+        expected = [(batch := collator([group])).scores(sharp(**batch.model_inputs)).logp[0] for group in groups]
+        mixed = collator(groups[::-1])
+        scores = mixed.scores(sharp(**mixed.model_inputs))
+    for want, have in zip(expected, scores.logp.flip(0), strict=True):
+        torch.testing.assert_close(have[: want.shape[0], : want.shape[1]], want, rtol=1e-4, atol=1e-4)
+
+
+def sizes_of(pictures: Pictures) -> tuple[tuple[int, int], ...]:
+    return tuple(Image.open(picture).size for picture in pictures)
+
+
+def rows_of(group: CounterfactualGroup) -> list[Pictures]:
+    """Each image once for every prompt."""
+    return [pictures for pictures in group.images for _ in {candidate.prompt for candidate in group.candidates}]
+
+
+def test_parts_of_a_batch_add_up_to_it(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    """As much as fits in each of them: the same scores, relative 1e-5. No image is encoded twice unless it and its texts are too large
+    together: then they are cut between the texts."""
+    whole = collator(groups)
+    largest = max(whole.model_inputs["forest"].lengths)
+    with torch.no_grad():
+        expected = whole.scores(sharp(**whole.model_inputs))
+        for limit in (1, largest, max(largest, whole.num_tokens // 2)):
+            parts = collator.parts(groups, limit)
+            assert all(part.num_tokens <= limit or len(part.model_inputs["forest"].branches[0]) == 1 for part in parts) and len(parts) > 1
+            encoded = sum(part.num_tokens for part in parts)
+            assert (encoded == whole.num_tokens) == (limit >= largest), "an image is encoded again"
+            scores = Scores.joined([part.scores(sharp(**part.model_inputs)) for part in parts])
+            torch.testing.assert_close(scores.logp, expected.logp, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(scores.end_logp, expected.end_logp, rtol=1e-5, atol=1e-5)
+    assert len(collator.parts(groups, whole.num_tokens)) == 1
+
+
+def test_visual_tokens_and_lengths_are_those_of_the_batch(collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    batch = collator(groups)
+    spent = [sum(batch.model_inputs["visual_tokens"][picture] for picture in tree) for tree in batch.model_inputs["images_of_tree"]]
+    assert spent == [collator.visual_tokens(sizes_of(pictures)) for group in groups for pictures in rows_of(group)]
+    for group in groups:
+        sizes = {picture: Image.open(picture).size for pictures in group.images for picture in pictures}
+        assert sum(tree.whole for tree in collator.tree_tokens(group, sizes)) == collator([group]).num_tokens
+        for candidate in group.candidates:
+            alone = replace(group, images=group.images[:1], candidates=(candidate,), match=((1,),))
+            assert collator.row_length(candidate.prompt, candidate.text, sizes_of(group.images[0])) == collator([alone]).num_tokens, (
+                group.id,
+                candidate,
+            )
+
+
+def test_a_placeholder_in_a_text_is_refused(collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    written = Candidate("describe", f"a {collator.processor.image_token} on a wall")
+    with pytest.raises(DataError, match="stands for an image; reword it"):
+        collator([replace(groups[-1], candidates=(written,))])
+
+
+def test_every_parameter_has_a_module(scorer: Scorer) -> None:
+    assert {scorer.family.module_of(name) for name, _ in scorer.model.named_parameters()} == set(MODULES)
+
+
+@pytest.mark.parametrize("frozen", [None, *MODULES])
+def test_gradients_reach_what_trains_and_nothing_else(frozen: str | None, folder: Path, groups: list[CounterfactualGroup]) -> None:
+    options = {frozen: ModuleConfig("frozen")} if frozen else {}
+    model = load_model(configured(folder, **options), torch.float32)
+    scorer = Scorer(model, family_of(model.config))
+    batch = load_collator(configured(folder, **options), "matched")(groups)
+    objectives = {"align": Align()}
+    in_graph = []
+    for name, module in model.named_modules():
+        if name.startswith(scorer.family.vision_tower) and not name.startswith(scorer.family.projector):
+            module.register_forward_hook(lambda module, inputs, output: in_graph.append(getattr(output, "requires_grad", False)))
+    loss, _ = weighted_loss(objectives, batch.scores(scorer(**batch.model_inputs)), denominators(objectives, batch.layout))
+    assert any(in_graph) == (frozen != "vision_tower"), "a frozen tower keeps nothing for the backward pass"
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if scorer.family.module_of(name) == frozen:
+            assert parameter.grad is None, name
+        elif parameter.requires_grad:
+            # A bias that adds the same to every attention score of a query changes nothing.
+            assert parameter.grad is not None and parameter.grad.isfinite().all() and (parameter.grad.any() or "k_proj.bias" in name), name
+        else:
+            assert any(part in name for part in ("vision_tower.encoder.layers.1.", "post_layernorm", "vision_tower.head")), name
+
+
+def test_adapters_have_gradients_in_every_module(folder: Path, groups: list[CounterfactualGroup]) -> None:
+    """DoRA beside every linear layer, once the second factor, which starts at zero, is not: all of an adapter learns and nothing else."""
+    lora = ModuleConfig("lora")
+    options = {"vision_tower": lora, "projector": lora, "language_model": lora, "lora": LoraConfig(rank=2, dora=True)}
+    model = load_model(configured(folder, **options), torch.float32)
+    scorer = Scorer(model, family_of(model.config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    batch = load_collator(configured(folder), "matched")(groups)
+    objectives = {"align": Align()}
+    loss, _ = weighted_loss(objectives, batch.scores(scorer(**batch.model_inputs)), denominators(objectives, batch.layout))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name)
+        assert not parameter.requires_grad or (parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()), (
+            name
+        )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_adapters_stand_beside_the_linear_layers_of_their_module(module: str, folder: Path, scorer: Scorer) -> None:
+    """Counted on the library's own modules: every linear layer that a gradient reaches, in that module and in no other."""
+    adapted = load_model(
+        configured(folder, **({m: ModuleConfig("frozen") for m in MODULES} | {module: ModuleConfig("lora")})), torch.float32
+    )
+    found = {name.partition(".lora_")[0] for name, _ in adapted.named_parameters() if ".lora_" in name}
+    whole = Scorer(load_model(configured(folder), torch.float32), scorer.family).requires_grad_(True)
+    layers = {name: layer.weight for name, layer in whole.model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    picture = CounterfactualGroup("one", ((ONE,),), TEXTS[:1], ((1,),))
+    logp = whole(**load_collator(configured(folder), "full")([picture]).model_inputs)
+    reached = dict(zip(layers, torch.autograd.grad(logp.sum(), list(layers.values()), allow_unused=True), strict=True))
+    inside = {name for name, grad in reached.items() if grad is not None and scorer.family.module_of(name) == module}
+    assert found == inside - {"lm_head"} and found
+
+
+def test_the_model_without_its_adapters_is_the_one_it_was(scorer: Scorer, collator: Collator, folder: Path, groups: Any) -> None:
+    options = {"language_model": ModuleConfig("lora"), "vision_tower": ModuleConfig("lora"), "projector": ModuleConfig("frozen")}
+    model = load_model(configured(folder, **options), torch.float32)
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    adapted, batch = Scorer(model, family_of(model.config)).eval(), collator(groups)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+        with adapters_off(model):
+            off = adapted(**batch.model_inputs)
+        on, plain_scores = adapted(**batch.model_inputs), scorer(**batch.model_inputs)
+    assert torch.equal(off, plain_scores) and (on - off).abs().max() > 1e-3
+    assert trains == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def test_limits_bound_the_visual_tokens(folder: Path, scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    """The largest image takes fewer tokens, the bound holds, and scores are still the library's own with the same bound."""
+    family, side = scorer.family, 2 * getattr(scorer.model.config.vision_config, "patch_size", 0) if scorer.family.grid else 0
+    if not family.limited_by:
+        with pytest.raises(ConfigError, match="max_tiles has no meaning for model type 'llava': its images have a fixed number"):
+            load_collator(configured(folder, max_tiles=2), "full")
+        return
+    options = {"max_pixels": 2 * side**2} if "max_pixels" in family.limited_by else {"max_tiles": 1 if family.one_tensor else 2}
+    tight = configured(folder, **options)
+    limited, model, processor = load_collator(tight, "full"), load_model(tight, torch.float32).eval(), load_processor(tight)
+    tokens = {size: (limited.visual_tokens((size,)), collator.visual_tokens((size,))) for size in SIZES}
+    assert all(few <= many for few, many in tokens.values()) and any(few < many for few, many in tokens.values()), tokens
+    if "max_pixels" in family.limited_by:
+        assert max(few for few, _ in tokens.values()) <= 2
+        wide = load_collator(configured(folder, min_pixels=9 * side**2), "full")
+        assert all(wide.visual_tokens((size,)) >= 9 for size in SIZES)
+        with pytest.raises(ConfigError, match=r"model\.min_pixels is \d+ and model\.max_pixels 5; make the first"):
+            load_collator(configured(folder, max_pixels=5), "full")
+        with pytest.raises(ConfigError, match=r"max_tiles has no meaning for .*: use model\.min_pixels and model\.max_pixels"):
+            load_collator(configured(folder, max_tiles=5), "full")
+    batch = limited(groups[:2])
+    with torch.no_grad():
+        scores = batch.scores(Scorer(model, family)(**batch.model_inputs))
+        for g, group in enumerate(groups[:2]):
+            for i, image in enumerate(group.images):
+                with stock_attention(model):
+                    logp, _ = plain(model, processor, image, group.candidates[0].prompt, group.candidates[0].text)
+                assert scores.logp[g, i, 0].item() == pytest.approx(logp, rel=1e-4), (group.id, i)
+
+
+def test_bfloat16_scores_are_those_of_float32(folder: Path, scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
+    """Because the softmax is in float32: 0.05 nats a token, of some 5 (weights, activations and logits in bfloat16 have 8 bits)."""
+    narrow = Scorer(load_model(configured(folder), torch.bfloat16).eval(), scorer.family)
+    batch = collator(groups)
+    with torch.no_grad():
+        wide, found = scorer(**batch.model_inputs), narrow(**batch.model_inputs)
+    assert found.dtype == torch.float32 and 0 < (found - wide).abs().max() < 0.05
+
+
+def test_a_folder_or_type_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no small model of type 'llama'; there are llava, llava_next, "):
+        write_small("llama", tmp_path / "x")
+    with pytest.raises(ConfigError, match="is there already; name another folder"):
+        write_small("qwen2_vl", tmp_path)
+
+
+def test_the_command_writes_a_model_that_the_data_check_takes(tmp_path: Path, manifests: dict[str, Path], capsys: Any) -> None:
+    main(["tiny", "qwen2_5_vl", str(tmp_path / "model")])
+    main(["data", "check", str(manifests["test"]), "--model", str(tmp_path / "model")])
+    assert "visual tokens    min" in capsys.readouterr().out

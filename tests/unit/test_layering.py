@@ -1,0 +1,116 @@
+"""Imports go to a lower floor only; heavy packages are imported in their own rooms only (docs/architecture.md shows the floors)."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+PACKAGE = REPO / "cfvlm_ds"
+PAGE = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+ROWS = re.findall(r"^\| (\d) \| (.+?) \|", PAGE, re.MULTILINE)
+FLOOR = {room: int(floor) for floor, rooms in ROWS for room in re.findall(r"`(\w+)`", rooms)}
+"""Room -> floor, from the page that a newcomer reads."""
+ONLY_IN = {"deepspeed": {"engine", "checkpoint", "export"}, "mlflow": {"tracking"}, "matplotlib": {"tracking"}}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules, of this package by their full names, that a file imports at its top or within its functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            module = str(node.module)
+            for alias in node.names:
+                yield inner if (inner := f"{module}.{alias.name}") in MODULES else module
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_go_down(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0]
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == PACKAGE.name and rest:
+            if rest[0] == own:
+                assert path.name == "__init__.py" or len(rest) > 1, f"{path} imports the door of its own room"
+            else:
+                assert FLOOR[rest[0]] < FLOOR[own], f"{path} (floor {FLOOR[own]}) imports {name} (floor {FLOOR[rest[0]]})"
+        if top in ONLY_IN:
+            assert own in ONLY_IN[top], f"{path} imports {top}"
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    graph = {name: {other for other in imports(path) if other in MODULES and other != name} for name, path in MODULES.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_every_room_has_a_floor_and_one_sentence_at_its_door() -> None:
+    assert {path.relative_to(PACKAGE).parts[0] for path in FILES} == set(FLOOR)
+    for room in FLOOR:
+        assert ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())), f"{room} says nothing at its door"
+
+
+def test_every_file_that_the_page_names_is_there() -> None:
+    named = re.findall(r"`(\w+/[\w/]*(?:\.py)?)`", PAGE)
+    assert len(named) > 20 and not [name for name in named if not (PACKAGE / name).exists() and not (PACKAGE.parent / name).exists()]
+
+
+def stored_attributes(tree: ast.AST) -> Iterator[ast.Attribute]:
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign | ast.AnnAssign) else []
+        for target in targets:
+            yield from (part for part in ast.walk(target) if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store))
+
+
+def of_self(attribute: ast.Attribute) -> bool:
+    return isinstance(attribute.value, ast.Name) and attribute.value.id in ("self", "cls")
+
+
+OF_LIBRARIES = {"ctx.forest", "ctx.scale", "processor.image_processor.size", "images.size", "scoring.weight"}
+
+
+def test_no_object_is_finished_from_outside() -> None:
+    """No attribute that a class of this package has is assigned but by its own methods; those of the libraries' objects may be."""
+    trees = {path: ast.parse(path.read_text()) for path in FILES}
+    classes = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    own = {each.attr for found in classes for each in stored_attributes(found) if of_self(each)}
+    own |= {n.target.id for found in classes for n in ast.walk(found) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    assert {"_waited", "step", "offset"} <= own
+    stored = [(path, each) for path, tree in trees.items() for each in stored_attributes(tree) if not of_self(each)]
+    outside = [f"{path}:{each.lineno}: {ast.unparse(each)}" for path, each in stored if each.attr in own]
+    assert not [place for place in outside if place.split(": ")[1] not in OF_LIBRARIES]
+
+
+@pytest.mark.parametrize("kind, most", [("file", 400), ("class", 220)])
+def test_nothing_is_larger_than_a_reader_holds(kind: str, most: int) -> None:
+    for path in FILES:
+        lines = {path.name: len(path.read_text().splitlines())}
+        if kind == "class":
+            nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef))
+            lines = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in nodes}
+        assert not {name: number for name, number in lines.items() if number > most}, path
+
+
+def test_commands_start_without_torch_and_objectives_need_it_alone() -> None:
+    """What nobody uses yet is not imported: --help in 0.2 s where torch takes 2 and transformers 4 more."""
+    heavy = "[m for m in ('torch', 'transformers', 'deepspeed', 'mlflow', 'PIL', 'matplotlib', 'jsonargparse') if m in sys.modules]"
+    code = f"import sys, cfvlm_ds.cli.main; print({heavy}); from cfvlm_ds import *; print({heavy}, weighted_loss.__name__)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines() == ["[]", "['torch'] weighted_loss"]
