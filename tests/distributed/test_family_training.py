@@ -22,8 +22,17 @@ from cfvlm_ds.demo.small import SMALL, write_small
 from cfvlm_ds.export import export_hf
 from cfvlm_ds.export.zero import ZeroWeights
 
-FEW = ("qwen2_5_vl", "qwen3_vl_moe")  # windows; features for several layers, and experts
-FAMILIES = [pytest.param(family, marks=() if family in FEW else pytest.mark.long) for family in SMALL]
+FEW = {("qwen2_5_vl", "lora"), ("qwen3_vl_moe", "full")}  # windows; features for several layers, and experts
+
+
+def each(*tunings: str) -> pytest.MarkDecorator:
+    """A test of every family with these tunings."""
+    pairs = [(family, tuning) for family in SMALL for tuning in tunings]
+    return pytest.mark.parametrize(
+        "on", [pytest.param(pair, marks=() if pair in FEW else pytest.mark.long, id="-".join(pair)) for pair in pairs]
+    )
+
+
 STEPS, GLOBAL_BATCH, SEED = 3, 4, 0
 LORA = {"rank": 4, "alpha": 16.0}
 # Adapters of every kind are tried in some family: DoRA in a tower with windows, rsLoRA in the plainest.
@@ -87,8 +96,8 @@ def trained(
     models: dict[str, Path], manifest: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[tuple[str, str, int], Path]:
     """(family, tuning, ranks) -> run folder."""
-    out, chosen = tmp_path_factory.mktemp("runs"), selected(request, "family") or FEW
-    found = {(f, tuning, ranks): out / f"{f}-{tuning}-{ranks}" for f in chosen for tuning in ("full", "lora") for ranks in (1, 2)}
+    out, chosen = tmp_path_factory.mktemp("runs"), selected(request, "on") or FEW
+    found = {(*pair, ranks): out / f"{'-'.join(pair)}-{ranks}" for pair in chosen for ranks in (1, 2)}
     for ranks in (1, 2):
         runs = [arguments(models[family], manifest, folder, tuning, ranks) for (family, tuning, of), folder in found.items() if of == ranks]
         run_trainings(ranks, *runs, said=out / f"said-{ranks}", timeout=900)
@@ -104,12 +113,11 @@ def test_one_rank_has_no_image_at_some_step(manifest: dict[str, Path]) -> None:
     assert [True, False] in shown or [False, True] in shown, shown
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_ranks_equal_one(family: str, tuning: str, trained: dict[tuple[str, str, int], Path]) -> None:
+@each("full", "lora")
+def test_two_ranks_equal_one(on: tuple[str, str], trained: dict[tuple[str, str, int], Path]) -> None:
     """Images on one rank only, gradient checkpointing on and off, ZeRO-3: one trajectory. fp32, relative 2e-4."""
-    expected = losses(trained[family, tuning, 1])
-    assert losses(trained[family, tuning, 2]) == pytest.approx(expected, rel=2e-4)
+    expected = losses(trained[(*on, 1)])
+    assert losses(trained[(*on, 2)]) == pytest.approx(expected, rel=2e-4)
     assert len(expected) == STEPS and len(set(expected)) == STEPS
 
 
@@ -121,22 +129,26 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_exports_have_the_sources_names_and_dtypes(family: str, models: dict[str, Path], trained: dict[tuple[str, str, int], Path]) -> None:
-    source, exported = tensors(models[family]), tensors(trained[family, "full", 2] / "export")
+@each("full")
+def test_exports_have_the_sources_names_and_dtypes(
+    on: tuple[str, str], models: dict[str, Path], trained: dict[tuple[str, str, int], Path]
+) -> None:
+    source, exported = tensors(models[on[0]]), tensors(trained[(*on, 2)] / "export")
     assert {name: (t.shape, t.dtype) for name, t in exported.items()} == {name: (t.shape, t.dtype) for name, t in source.items()}
     assert sum(not torch.equal(exported[name], source[name]) for name in source) > len(source) / 2, "it trained"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_leave_the_model_as_it_was(family: str, trained: dict[tuple[str, str, int], Path], models: dict[str, Path]) -> None:
+@each("lora")
+def test_adapters_leave_the_model_as_it_was(
+    on: tuple[str, str], trained: dict[tuple[str, str, int], Path], models: dict[str, Path]
+) -> None:
     """After some steps of both modules' adapters the frozen projector, and every weight beside an adapter, is bit for bit the source's."""
-    folder = trained[family, "lora", 2]
+    folder = trained[(*on, 2)]
     held, merged_names = ZeroWeights(folder / f"checkpoint-{STEPS}"), 0
-    before = ZeroWeights(trained[family, "lora", 1] / f"checkpoint-{STEPS}")
+    before = ZeroWeights(trained[(*on, 1)] / f"checkpoint-{STEPS}")
     from transformers import AutoModelForImageTextToText
 
-    source = AutoModelForImageTextToText.from_pretrained(models[family], dtype=torch.float32).state_dict()
+    source = AutoModelForImageTextToText.from_pretrained(models[on[0]], dtype=torch.float32).state_dict()
     for name in held.weights:
         if ".lora_" not in name:
             assert torch.equal(held.tensor(name, torch.float32), source[name.replace(".base_layer.", ".")].float()), name
@@ -152,12 +164,13 @@ def test_a_fresh_process_scores_the_exports_as_the_run_did(
 ) -> None:
     """The whole model, the adapters in peft's format, and the adapters merged, under transformers and peft alone; relative 1e-4."""
     wanted = {}
-    for family in {family: None for family, _, _ in trained}:
-        full, lora = trained[family, "full", 2], trained[family, "lora", 2]
-        merged = export_hf(
-            lora / f"checkpoint-{STEPS}", str(models[family]), tmp_path / family, lora=LoraConfig(**(LORA | KINDS.get(family, {})))
-        )
-        wanted |= {f"{full / 'export'}": full, f"{models[family]}+{lora / 'adapter'}": lora, f"{merged}": lora}
+    for (family, tuning, ranks), folder in trained.items():
+        if tuning == "full" and ranks == 2:
+            wanted[f"{folder / 'export'}"] = folder
+        elif ranks == 2:
+            adapters = LoraConfig(**(LORA | KINDS.get(family, {})))
+            merged = export_hf(folder / f"checkpoint-{STEPS}", str(models[family]), tmp_path / family, lora=adapters)
+            wanted |= {f"{models[family]}+{folder / 'adapter'}": folder, f"{merged}": folder}
     groups = read_manifest(manifest["test"])
     data = data_identity(groups, [manifest["test"].parent])
     for (model, folder), found in zip(wanted.items(), plain_scores(manifest["test"], *wanted), strict=True):

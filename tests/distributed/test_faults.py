@@ -64,12 +64,21 @@ def train_all(model_dir: Path, manifests: dict[str, Path], folder: Path, plans: 
 
 
 @pytest.fixture(scope="module")
-def trainings(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
-    folder = tmp_path_factory.mktemp("faults")
-    return folder, train_all(model_dir, manifests, folder, planned(manifests, folder))
+def trainings(
+    model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, dict[str, list[str]]]:
+    folder, tests = tmp_path_factory.mktemp("faults"), {item.name for item in request.session.items if item.path == request.path}
+    plans = {name: plan for name, plan in planned(manifests, folder).items() if name not in LONG or LONG[name] in tests}
+    return folder, train_all(model_dir, manifests, folder, plans)
 
 
 FIVE = ["--train.max_steps", "5", "--train.per_device_train_batch_size", "4"]
+LONG = {
+    "slow export": "test_an_export_may_take_longer_than_collectives",
+    "gradient skip": "test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both[gradient]",
+    "gradient stop": "test_a_step_that_is_not_finite_stops_both_ranks_by_default[gradient]",
+}
+"""Plans that are trained where these tests of theirs are, which are long."""
 ILL = 2  # the step in which the planted group is seen first
 
 
@@ -103,6 +112,7 @@ def ids(rank: int) -> list[str]:
     return [f"train-{index}" for index in list(itertools.islice(sampler, ILL))[-1]]
 
 
+@pytest.mark.long
 def test_an_export_may_take_longer_than_collectives(trainings: tuple[Path, dict[str, list[str]]]) -> None:
     folder, said = trainings
     assert not raised(said["slow export"]), said["slow export"]
@@ -174,7 +184,7 @@ def test_the_best_evaluation_is_kept(trainings: tuple[Path, dict[str, list[str]]
 # Losses and gradients that are not finite ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.long)])
 def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(what: str, trainings: tuple[Path, dict[str, list[str]]]) -> None:
     """As if its data had been taken and nothing computed: weights, moments and schedule are untouched, and later figures the same."""
     folder, said = trainings
@@ -192,7 +202,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(what: str, tr
     assert f"the {what} is not finite at step 2; groups of rank" in warning and "left out on all ranks" in warning
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.long)])
 def test_a_step_that_is_not_finite_stops_both_ranks_by_default(what: str, trainings: tuple[Path, dict[str, list[str]]]) -> None:
     folder, said = trainings
     messages = raised(said[f"{what} stop"])

@@ -22,7 +22,7 @@ GLOBAL_BATCH = 16
 FORWARD = 240  # tokens: a few images with their texts
 
 
-MANY = ((1, 2), (2, 1), (2, 4), (4, 2), (1, 2, FORWARD))
+MANY = ((1, 2), (2, 1), (2, 4), (4, 2), (4, 4), (1, 2, FORWARD))
 LAYOUTS = [
     pytest.param(layout, marks=pytest.mark.long if layout in MANY else ())
     for layout in ((1, 2), (1, 4), (1, 2, FORWARD), (2, 1), (2, 2), (2, 4), (2, 2, FORWARD), (4, 1), (4, 2), (4, 4))
