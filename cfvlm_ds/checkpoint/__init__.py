@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cfvlm_ds.checkpoint.finding import damaged, description, find, incomplete, newest
-from cfvlm_ds.checkpoint.loading import kept_state, load, read_states
+from cfvlm_ds.checkpoint.loading import kept_state, load
 from cfvlm_ds.checkpoint.saving import SaveError, save
 from cfvlm_ds.checkpoint.state import TrainState
 
@@ -17,6 +17,5 @@ __all__ = [
     "kept_state",
     "load",
     "newest",
-    "read_states",
     "save",
 ]

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import pickle
-import re
 import shutil
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from cfvlm_ds.checkpoint.finding import description
 from cfvlm_ds.checkpoint.reshard import reshard
 from cfvlm_ds.checkpoint.saving import RANDOM_STATE, kept_failures, reason_of
 from cfvlm_ds.checkpoint.state import TrainState
+from cfvlm_ds.compat.checkpoint_files import flat_tensors, read_states, reading_tensors_alone
 from cfvlm_ds.core.distributed import World, gather_objects, set_random_state
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import remove
@@ -39,12 +34,10 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
         remove(cut)
         cut.mkdir(parents=True)
     dist.barrier()
-    zero, failures = engine.optimizer, list[str]()
-    flat = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups
+    failures = list[str]()
     try:
         with explained(f"{path} cannot be resharded", "name another checkpoint with train.resume"), kept_failures(failures):
-            shapes, sizes = engine._get_zero_param_shapes(), [tensor.numel() for tensor in flat]
-            reshard(path, cut, world.rank, world.size, shapes, sizes, partial(read_states, mmap=True))
+            reshard(path, cut, world.rank, world.size, *flat_tensors(engine))
         reasons = gather_objects(reason_of(failures[0], cut) if failures else None, world)
         if reason := next(filter(None, reasons), None):
             raise ConfigError(f"{path} cannot be resharded in {output_dir} ({reason}); make room, or start {ranks} ranks")
@@ -83,7 +76,7 @@ def _state(loop: Any, path: Path) -> TrainState:
 
 def _load(engine: Any, folder: Path, path: Path, state: TrainState, world: World) -> None:
     """Load what ``folder`` holds for this number of ranks of the checkpoint ``path``."""
-    with explained(f"{path} cannot be loaded", "name another checkpoint with train.resume"), _tensors_alone(engine):
+    with explained(f"{path} cannot be loaded", "name another checkpoint with train.resume"), reading_tensors_alone(engine):
         _, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if client is None:
         raise ConfigError(f"{path}: DeepSpeed could not load it; name another checkpoint with train.resume")
@@ -97,32 +90,3 @@ def _load(engine: Any, folder: Path, path: Path, state: TrainState, world: World
         set_random_state(random, world.device)
     except (TypeError, KeyError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{own}: its random state cannot be used ({error}); name another checkpoint with train.resume") from error
-
-
-def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """A file of a checkpoint: tensors, and what DeepSpeed pickles beside them. Raises ConfigError for one that holds anything else, which
-    would be run."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    known: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-    try:
-        with torch.serialization.safe_globals(known):
-            return torch.load(file, map_location=map_location, mmap=mmap, weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))  # the rest is advice to run it
-        reason = found[1].partition(" was not")[0] if found else str(error).splitlines()[0]
-        raise ConfigError(f"{file} holds more than tensors, which would be run ({reason}); name another checkpoint") from error
-
-
-@contextlib.contextmanager
-def _tensors_alone(engine: Any) -> Iterator[None]:
-    """DeepSpeed reads its files by ``read_states``: by its own reader, a checkpoint runs what whoever made it has put in."""
-    reader = engine.checkpoint_engine
-    load = reader.load
-    reader.load = lambda path, map_location=None: read_states(path, map_location)
-    try:
-        yield
-    finally:
-        reader.load = load

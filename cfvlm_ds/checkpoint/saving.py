@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from cfvlm_ds.checkpoint.finding import COMPLETE, by_step, crc32_of, own_sum, step_of
 from cfvlm_ds.checkpoint.state import TrainState
+from cfvlm_ds.compat.checkpoint_files import guarded_writes
 from cfvlm_ds.core.distributed import World, broadcast_object, gather_objects, random_state
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import remove
@@ -43,8 +44,19 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
         for left in output_dir.glob("checkpoint-*.partial"):
             remove(left)
     dist.barrier()
-    with _failures_kept(engine) as (written, failures):
+    failures: list[str] = []
+
+    def guard(write: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            with kept_failures(failures):
+                return write(*arguments, **named)
+
+        return call
+
+    with guarded_writes(engine, guard) as written:
         engine.save_checkpoint(str(output_dir), tag=partial.name, client_state={}, save_latest=False)
+    if failures:
+        gc.collect()  # in newer versions of torch the error's frames are a cycle
     files: dict[str, tuple[int, int]] = {}
     with kept_failures(failures):
         written.append(partial / RANDOM_STATE.format(world.rank))  # of every rank: ZeRO-1 and 2 keep the client state of the first alone
@@ -70,37 +82,6 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
                 shutil.rmtree(path, ignore_errors=True)
     dist.barrier()
     return final
-
-
-@contextlib.contextmanager
-def _failures_kept(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
-    """DeepSpeed's writes by this rank, and what went wrong with them instead of an exception.
-
-    Behind its writes it has collectives, in which the other ranks would wait for a rank that had left.
-    """
-    written: list[Path] = []
-    failures: list[str] = []
-    writer, script = engine.checkpoint_engine, engine._copy_recovery_script
-    save, makedirs = writer.save, writer.makedirs
-
-    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            with kept_failures(failures):
-                return function(*arguments, **named)
-
-        return call
-
-    def noted(state_dict: Any, path: str) -> None:
-        written.append(Path(path))
-        save(state_dict, path)
-
-    writer.save, writer.makedirs, engine._copy_recovery_script = guarded(noted), guarded(makedirs), guarded(script)
-    try:
-        yield written, failures
-    finally:
-        writer.save, writer.makedirs, engine._copy_recovery_script = save, makedirs, script
-    if failures:
-        gc.collect()  # in newer versions of torch the error's frames are a cycle
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
-"""DeepSpeed: the configuration it gets, its start, and every use of what is not its public interface."""
+"""DeepSpeed: the configuration it gets, checked to the last key, its estimates of memory, and its start."""
 
 from __future__ import annotations
 
+from cfvlm_ds.compat.stepping import apply_optimizer_options, gather_clock, invalidate_prefetch_trace, optimizer_options
 from cfvlm_ds.engine.check import validate
-from cfvlm_ds.engine.compat import apply_optimizer_options, gather_clock, invalidate_prefetch_trace, optimizer_options
 from cfvlm_ds.engine.configuration import read_json, resolve
 from cfvlm_ds.engine.memory import model_states, offloaded
 from cfvlm_ds.engine.setup import hidden_size, initialize, recompute_activations, start

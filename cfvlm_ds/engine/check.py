@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from cfvlm_ds.compat import settings
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.engine.configuration import unusable, warmup_steps
@@ -30,7 +31,7 @@ def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torc
     ``device`` is where the run trains; None where that is another machine. Raises ConfigError naming the key.
     """
     path, found = config.deepspeed, resolved.config
-    given, known = _Asked(copy.deepcopy(found)), _Asked(_SMALLEST)
+    given, known = _Noted(copy.deepcopy(found)), _Noted(_SMALLEST)
     dict.pop(given, "train_batch_size", None)  # compared with the run's own when it was resolved
     parsed, _ = _parse(path, given), _parse(path, known)
     if unknown := [key for key in found if key not in (*known.asked, *_READ_ELSEWHERE) and not _is_comment(key)]:
@@ -53,7 +54,7 @@ _READ_WHOLE = (
 """Sections that DeepSpeed reads key by key, all of them whatever their values; its pydantic models refuse unknown keys themselves."""
 
 
-class _Asked(dict[str, Any]):
+class _Noted(dict[str, Any]):
     """A JSON object that remembers the keys it is asked for and their defaults: what DeepSpeed knows, whichever version is installed."""
 
     def __init__(self, values: Mapping[str, Any], asked: dict[str, Any] | None = None, section: str = "") -> None:
@@ -68,7 +69,7 @@ class _Asked(dict[str, Any]):
         return name
 
     def _inside(self, name: str, value: Any) -> Any:
-        return _Asked(value, self.asked, f"{name}.") if type(value) is dict else value
+        return _Noted(value, self.asked, f"{name}.") if type(value) is dict else value
 
     def get(self, key: str, default: Any = None) -> Any:
         return self._inside(self._ask(key, default), super().get(key, default))
@@ -84,7 +85,7 @@ class _Asked(dict[str, Any]):
         return self
 
 
-def _parse(path: str, given: _Asked) -> Any:
+def _parse(path: str, given: _Noted) -> Any:
     """DeepSpeed's own reading of a JSON. Raises ConfigError naming the key it stumbles over, or one of a type it would not check."""
     import deepspeed
     from pydantic import ValidationError
@@ -109,7 +110,7 @@ def _parse(path: str, given: _Asked) -> Any:
         first, section = stumbled.errors()[0], [] if stumbled.title == "DeepSpeedMonitorConfig" else [list(asked)[-1]]
         if first["type"] == "extra_forbidden":
             *inside, key = (str(part) for part in first["loc"])
-            _refuse_key(path, ".".join([*section, *inside, ""]), key, _fields(stumbled.title, inside))
+            _refuse_key(path, ".".join([*section, *inside, ""]), key, settings.field_names(stumbled.title, inside))
         option = ".".join([*section, *(str(part) for part in first["loc"])])
         raise ConfigError(f"{path}: {option}: {first['msg']}; see DeepSpeed's configuration reference") from None
     if stumbled is not None:
@@ -135,21 +136,6 @@ def _wrong_type(default: Any, value: Any) -> str | None:
         if isinstance(default, kind):
             return None if isinstance(value, kind) else name
     return None
-
-
-def _fields(model: str, inside: list[str]) -> list[str]:
-    """Names that one of DeepSpeed's models has, or the model of one of its fields."""
-    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
-
-    classes: list[Any] = [DeepSpeedConfigModel]
-    for cls in classes:
-        classes += cls.__subclasses__()
-    found: Any = next((cls for cls in classes if cls.__name__ == model), None)
-    for part in inside:
-        named = {field.alias or name: field for name, field in found.model_fields.items()} if found else {}
-        kinds = [named[part].annotation, *getattr(named[part].annotation, "__args__", ())] if part in named else []
-        found = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
-    return [name for key, field in found.model_fields.items() for name in (key, field.alias) if name] if found else []
 
 
 def _is_comment(key: str) -> bool:
@@ -192,7 +178,7 @@ def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, devi
                 yield f"zero_optimization.offload_{name}.device nvme needs stage 3, and stage is {int(zero.stage)}; use cpu"
             if options.nvme_path is None or not os.path.isdir(options.nvme_path):
                 yield f"zero_optimization.offload_{name}.nvme_path {options.nvme_path} is no folder; name one on a local NVMe disk"
-            if not _can_build("AsyncIOBuilder"):
+            if not settings.can_build("AsyncIOBuilder"):
                 yield f"zero_optimization.offload_{name}.device nvme needs libaio and its headers on every node (libaio-dev); or use cpu"
     if "optimizer" not in found and offloads["optimizer"] != "none" and parsed.zero_force_ds_cpu_optimizer:
         yield (
@@ -212,8 +198,6 @@ def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, devi
 
 def _not_here(parsed: Any, found: Mapping[str, Any]) -> Iterator[str]:
     """What DeepSpeed can do and this training cannot, or what would change what it computes."""
-    from deepspeed.runtime.config import DtypeEnum
-
     zero, stage = parsed.zero_config, int(parsed.zero_config.stage)
     if stage == 0:
         yield "zero_optimization.stage 0 keeps checkpoints that cannot be exported; write 1, 2 or 3 (on one rank 1 is the same training)"
@@ -233,11 +217,8 @@ def _not_here(parsed: Any, found: Mapping[str, Any]) -> Iterator[str]:
     if unused := [*switched, *wide, *tensor, *(["checkpoint.load_universal"] if parsed.load_universal_checkpoint else [])]:
         yield f"{unused[0]} is not used here: batches are the run's own, and weights are partitioned by ZeRO alone; leave it out"
     for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
-        if (wanted := (found.get("data_types") or {}).get(name)) is not None:
-            try:
-                DtypeEnum(wanted)
-            except ValueError:
-                yield f"data_types.{name} must be fp32, bf16 or fp16, not {_shown(wanted)}"
+        if (wanted := (found.get("data_types") or {}).get(name)) is not None and not settings.is_data_type(wanted):
+            yield f"data_types.{name} must be fp32, bf16 or fp16, not {_shown(wanted)}"
 
 
 _QUANTISED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
@@ -247,28 +228,17 @@ def _device(options: Any) -> str:
     return "none" if options is None else str(getattr(options.device, "value", options.device))
 
 
-def _can_build(builder: str) -> bool:
-    """Whether DeepSpeed finds what one of its extensions is built from."""
-    from deepspeed.accelerator import get_accelerator
-
-    made = get_accelerator().create_op_builder(builder)
-    return made is not None and bool(made.is_compatible(verbose=False))
-
-
 def _optimizer(parsed: Any, section: Mapping[str, Any], offloaded: bool, device: torch.device | None) -> Iterator[str]:
     """What is wrong with the JSON's own optimizer: its name, its parameters, what it is compiled with."""
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-
     name, params = parsed.optimizer_name, dict(section.get("params") or {})
     if not isinstance(name, str):
         yield 'optimizer.type is missing; write "AdamW", or leave the section out for torch\'s AdamW'
         return
-    cls = _optimizer_class(name, offloaded, bool(params.pop("torch_adam", False)))
+    cls = settings.optimizer_class(name, offloaded, bool(params.pop("torch_adam", False)))
     if cls is None:
-        if name in DEEPSPEED_OPTIMIZERS:
+        if name in (own := settings.optimizer_names()):
             return
-        known = [*DEEPSPEED_OPTIMIZERS, *(key for key, value in vars(torch.optim).items() if isinstance(value, type))]
+        known = [*own, *(key for key, value in vars(torch.optim).items() if isinstance(value, type))]
         near = difflib.get_close_matches(name, known, n=1)
         yield f"optimizer.type {name!r} is not known to DeepSpeed or torch" + (f"; did you mean {near[0]!r}?" if near else "; use AdamW")
         return
@@ -279,7 +249,7 @@ def _optimizer(parsed: Any, section: Mapping[str, Any], offloaded: bool, device:
         near = difflib.get_close_matches(unknown[0], list(signature.parameters)[1:], n=1, cutoff=0.5)
         yield f"unknown key 'optimizer.params.{unknown[0]}'; " + (f"did you mean {near[0]!r}?" if near else f"{name} has no such parameter")
         return
-    if parsed.zero_enabled and cls not in ZERO_SUPPORTED_OPTIMIZERS and not parsed.zero_allow_untested_optimizer:
+    if parsed.zero_enabled and not settings.is_tested_under_zero(cls) and not parsed.zero_allow_untested_optimizer:
         yield f'optimizer.type {name!r} has not been tested under ZeRO; use AdamW, or add "zero_allow_untested_optimizer": true'
     if device is not None and cls.__module__.startswith("deepspeed.") and (missing := _missing_tools(cls, device)):
         yield (
@@ -293,22 +263,6 @@ def _optimizer(parsed: Any, section: Mapping[str, Any], offloaded: bool, device:
             signature.bind([], **params)
     except Exception as error:
         yield f"optimizer.params: {type(error).__name__}: {error}".partition("\n")[0]
-
-
-def _optimizer_class(name: str, offloaded: bool, torch_adam: bool) -> Any:
-    """The class that DeepSpeed makes for an optimizer of this name, where that is simply one."""
-    from deepspeed.ops import adam, lamb, lion
-
-    if name in ("adam", "adamw"):
-        if torch_adam:
-            return torch.optim.AdamW if name == "adamw" else torch.optim.Adam
-        return adam.DeepSpeedCPUAdam if offloaded else adam.FusedAdam
-    if name == "lamb":
-        return lamb.FusedLamb
-    if name == "lion":
-        return lion.DeepSpeedCPULion if offloaded else lion.FusedLion
-    found = getattr(torch.optim, name, None)
-    return found if isinstance(found, type) and issubclass(found, torch.optim.Optimizer) else None
 
 
 def _missing_tools(cls: Any, device: torch.device) -> str | None:
@@ -326,18 +280,16 @@ def _missing_tools(cls: Any, device: torch.device) -> str | None:
 
 def _try_schedules(config: RunConfig, found: Mapping[str, Any]) -> None:
     """Build the schedule of the run on a stand-in for the optimizer and take a few steps. ConfigError where that fails."""
-    from deepspeed.runtime import lr_schedules
     from transformers import SchedulerType, get_scheduler
 
     name, steps = config.train.lr_scheduler_type, 10
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.train.learning_rate or 1e-5)
     if "scheduler" in found:
         kind, params = found["scheduler"].get("type"), found["scheduler"].get("params", {})
-        cls = getattr(lr_schedules, str(kind), None) if kind in lr_schedules.VALID_LR_SCHEDULES else None
-        cls = cls or getattr(torch.optim.lr_scheduler, str(kind), None)
+        cls = settings.schedule_class(str(kind))
         if cls is None:
-            near = difflib.get_close_matches(str(kind), lr_schedules.VALID_LR_SCHEDULES, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}"
+            near = difflib.get_close_matches(str(kind), known := settings.schedule_names(), n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
             raise ConfigError(f"{config.deepspeed}: scheduler.type {_shown(kind)} is no schedule of DeepSpeed or torch; {hint}")
         option, build = f"{config.deepspeed}: scheduler", lambda: cls(optimizer, **params)
     else:

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON of a run: read, and every "auto" in it resolved. What DeepSpeed would make of it is checked in ds_check.py."""
+"""The DeepSpeed JSON of a run: read, and every "auto" in it resolved. What DeepSpeed would make of it is checked in check.py."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from cfvlm_ds.compat import settings
+
 
 def offloaded(ds_config: dict[str, Any]) -> dict[str, bool]:
     """Whether ``optimizer`` states and ``param``, the weights, are kept elsewhere than on the GPU."""
@@ -15,19 +17,16 @@ def offloaded(ds_config: dict[str, Any]) -> dict[str, bool]:
 
 def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, gpus_per_node: int) -> tuple[int, int]:
     """Bytes per GPU, and of host memory per node, of weights, gradients and optimizer states in mixed precision."""
-    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as stage_3
-    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as stage_2
-
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     away, nodes = offloaded(ds_config), max(1, gpus // gpus_per_node)
-    place = {"num_gpus_per_node": min(gpus, gpus_per_node), "num_nodes": nodes}
+    place = min(gpus, gpus_per_node), nodes
     if ds_config.get("zero_optimization", {}).get("stage", 0) == 3:
         layer = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
-        host, card, _ = stage_3(trained, layer, **place, cpu_offload=away["optimizer"], cpu_offload_params=away["param"])
+        card, host = settings.states_of_stage_3(trained, layer, *place, away["optimizer"], away["param"])
         card += 0 if away["param"] else 2 * frozen // gpus
         host += 2 * frozen // nodes if away["param"] else 0
     else:
-        host, card = stage_2(trained, **place, cpu_offload=away["optimizer"])
+        card, host = settings.states_of_stage_2(trained, *place, away["optimizer"])
         card += 2 * frozen
     return card, host

@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 
+from cfvlm_ds.compat.parameters import whole_shape
+from cfvlm_ds.compat.starting import clear_stale_locks, import_deepspeed
+from cfvlm_ds.compat.versions import unknown_version
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, cores_per_rank, default_workers, launch_environment, meeting_point
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.engine.compat import _absent, clear_stale_locks
+from cfvlm_ds.core.versions import version
 from cfvlm_ds.engine.configuration import unusable, warmup_steps
 from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainable
 
@@ -32,13 +35,12 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     # DeepSpeed calls collectives by names that newer torch renames, once per call and rank.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    with _absent("mlflow"):  # deepspeed's autotuner would import it on every rank: 1.4 CPU seconds each
-        import deepspeed
+    import_deepspeed()
+    import deepspeed
+
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank == 0:
         clear_stale_locks()
-    # The shared-memory all-reduce serves CPU inference; ZeRO-3 makes no use of it, and it costs a compiler and a minute at the first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     cuda = torch.cuda.is_available()
     if cuda:
         index = device_index(local_rank, torch.cuda.device_count())
@@ -51,7 +53,10 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     with meeting_point():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, auto_mpi_discovery=False, verbose=False)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return World(rank, int(os.environ["WORLD_SIZE"]), local_rank, device)
+    world = World(rank, int(os.environ["WORLD_SIZE"]), local_rank, device)
+    if unknown := unknown_version(version("deepspeed")):
+        world.say(f"warning: {unknown}")
+    return world
 
 
 def device_index(local_rank: int, visible: int) -> int:
@@ -124,7 +129,7 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
             lr_scheduler=None if "scheduler" in resolved.config else schedule,
             config=resolved.config,
         )
-    except (AssertionError, ValueError, NotImplementedError) as error:  # a combination that it refuses, and ds_check.py does not know
+    except (AssertionError, ValueError, NotImplementedError) as error:  # a combination that it refuses, and check.py does not know
         raise unusable(config.deepspeed, error) from error
     return engine
 
@@ -143,7 +148,7 @@ def parameter_groups(scorer: Scorer, config: RunConfig) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for module, _, parameter in trainable(scorer):
-        decays = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        decays = len(whole_shape(parameter)) > 1
         groups.setdefault((module, decays), []).append(parameter)
     result = []
     for (name, decays), parameters in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1])):

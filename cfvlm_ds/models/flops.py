@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cfvlm_ds.compat.parameters import whole_shape
 from cfvlm_ds.models.family import MODULES, Family
 from cfvlm_ds.models.forest_attention import Forest
 
@@ -42,12 +43,12 @@ class ModelFlops:
         self._trained = dict.fromkeys(MODULES, 0.0)
         self._patch_weights = 0.0  # of convolutions over pixels, which need no gradient
         for name, parameter in model.named_parameters():
-            if id(parameter) not in tables and len(_shape(parameter)) > 1 and not name.startswith(unused):
-                size = math.prod(_shape(parameter)) * (share if ".experts." in name else 1)
+            if id(parameter) not in tables and len(whole_shape(parameter)) > 1 and not name.startswith(unused):
+                size = math.prod(whole_shape(parameter)) * (share if ".experts." in name else 1)
                 self._weights[family.module_of(name)] += size
                 self._trained[family.module_of(name)] += size * parameter.requires_grad
-                self._patch_weights += size * (len(_shape(parameter)) > 3)
-        self._head = math.prod(_shape(head))
+                self._patch_weights += size * (len(whole_shape(parameter)) > 3)
+        self._head = math.prod(whole_shape(head))
         self._head_trained = self._head * head.requires_grad
         heads = text.num_attention_heads
         self._pair = 4 * heads * (getattr(text, "head_dim", None) or text.hidden_size // heads) * text.num_hidden_layers
@@ -71,11 +72,6 @@ class ModelFlops:
             total += 2 * tokens[module] * ((1 + flows) * self._weights[module] + self._trained[module])
         total -= 2 * tokens["vision_tower"] * self._patch_weights * (self._trained["vision_tower"] > 0)
         return total + (1 + 2 * flows) * self._pair * pairs + 2 * num_scored * ((1 + flows) * self._head + self._head_trained)
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """The whole parameter's shape, also under ZeRO-3."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _square(size: Any) -> int:

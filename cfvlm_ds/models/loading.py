@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from cfvlm_ds.compat.parameters import whole_shape
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models.adapters import (
@@ -258,7 +259,7 @@ def parameter_counts(model: PreTrainedModel, family: Family) -> Mapping[str, tup
     """Module -> (parameters, trainable parameters), from the real sizes also under ZeRO-3, where ``numel()`` is that of a shard."""
     counts = {module: [0, 0] for module in MODULES}
     for name, parameter in model.named_parameters():
-        size = getattr(parameter, "ds_numel", parameter.numel())
+        size = whole_shape(parameter).numel()
         counts[family.module_of(name)][0] += size
         counts[family.module_of(name)][1] += size * parameter.requires_grad
     return {module: (total, trains) for module, (total, trains) in counts.items()}

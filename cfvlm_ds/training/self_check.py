@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cfvlm_ds.batching.batch import STAND_IN, Batch
 from cfvlm_ds.batching.collator import Collator
+from cfvlm_ds.compat.parameters import own_part
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.errors import ConfigError
@@ -39,7 +40,7 @@ def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
     """ConfigError on all ranks naming the weights that hold NaN or infinite values; under ZeRO-3 every rank looks at its own part."""
     tensors: dict[str, Tensor] = {}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        part = getattr(value, "ds_tensor", value).detach()
+        part = own_part(value).detach()
         if part.is_floating_point() and part.numel() and part.device.type != "meta":
             tensors[name] = part
     finite = {name: torch.stack(torch.aminmax(part)).isfinite().all() for name, part in tensors.items()}

@@ -21,12 +21,13 @@ from conftest import REPO, environment, train_arguments
 
 from cfvlm_ds import engine
 from cfvlm_ds.cluster import node_check as cluster
+from cfvlm_ds.compat import starting
 from cfvlm_ds.core import distributed, versions
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import meeting_point
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
-from cfvlm_ds.engine import compat, setup
+from cfvlm_ds.engine import setup
 from cfvlm_ds.models import Scorer, family_of, load_model
 from cfvlm_ds.objectives import OBJECTIVES
 
@@ -403,7 +404,7 @@ def test_a_stale_lock_is_removed_and_named(tmp_path: Path) -> None:
     lock, said = plant(tmp_path, "cpu_adam"), []
     (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
     (tmp_path / "utils").mkdir()
-    assert compat.clear_stale_locks(tmp_path, said.append) == [lock]
+    assert starting.clear_stale_locks(tmp_path, said.append) == [lock]
     assert not lock.exists() and (tmp_path / "cpu_adam" / "cpu_adam.so").exists()
     assert len(said) == 1 and str(lock) in said[0]
 
@@ -415,10 +416,10 @@ def test_a_lock_that_a_process_holds_open_is_left_alone(tmp_path: Path) -> None:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert holder.stdout is not None and holder.stdout.readline() == "open\n"
-    assert compat.clear_stale_locks(tmp_path, said.append) == [stale]
+    assert starting.clear_stale_locks(tmp_path, said.append) == [stale]
     assert held.exists()
     holder.communicate("")
-    assert compat.clear_stale_locks(tmp_path, said.append) == [held]
+    assert starting.clear_stale_locks(tmp_path, said.append) == [held]
 
 
 def test_on_a_network_file_system_a_fresh_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,8 +436,8 @@ def test_on_a_network_file_system_a_fresh_lock_is_waited_for(tmp_path: Path, mon
         age = time.time() - (301 if len(naps) == 3 else 200)
         os.utime(lock, (age, age))
 
-    monkeypatch.setattr(compat.time, "sleep", nap)
-    assert compat.clear_stale_locks(tmp_path, said.append) == [lock]
+    monkeypatch.setattr(starting.time, "sleep", nap)
+    assert starting.clear_stale_locks(tmp_path, said.append) == [lock]
     assert len(naps) == 3 and "nfs4" in said[0]
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPO, losses, metrics, run_ranks, selected, train_arguments
 
-from cfvlm_ds.checkpoint import read_states
 from cfvlm_ds.checkpoint.reshard import reshard
 from cfvlm_ds.export.zero import ZeroWeights
 
@@ -90,7 +88,7 @@ def test_every_weight_and_moment_is_there_bit_for_bit(ranks: int, runs: tuple[Pa
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     cut.mkdir()
     for rank in range(ranks):
-        reshard(source, cut, rank, ranks, shapes, flat_sizes(shapes, ranks), partial(read_states, mmap=True))
+        reshard(source, cut, rank, ranks, shapes, flat_sizes(shapes, ranks))
     for key in (None, "exp_avg", "exp_avg_sq"):
         one, other = (ZeroWeights(moments(folder, key, whole.with_name(f"{folder.name}-{key}"))) for folder in (source, cut))
         assert set(one.weights) == set(other.weights) and len(one.trained) > 20

@@ -11,14 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPO
+
+from cfvlm_ds.compat.versions import KNOWN, unknown_version
+from cfvlm_ds.core.versions import version
 
 PACKAGE = REPO / "cfvlm_ds"
 PAGE = (PACKAGE.parent / "docs" / "architecture.md").read_text()
 ROWS = re.findall(r"^\| (\d) \| (.+?) \|", PAGE, re.MULTILINE)
 FLOOR = {room: int(floor) for floor, rooms in ROWS for room in re.findall(r"`(\w+)`", rooms)}
 """Room -> floor, from the page that a newcomer reads."""
-ONLY_IN = {"deepspeed": {"engine", "checkpoint", "export"}, "mlflow": {"tracking"}, "matplotlib": {"tracking"}}
+ONLY_IN = {"deepspeed": {"engine", "compat"}, "mlflow": {"tracking"}, "matplotlib": {"tracking"}}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -96,6 +100,63 @@ def test_no_object_is_finished_from_outside() -> None:
     stored = [(path, each) for path, tree in trees.items() for each in stored_attributes(tree) if not of_self(each)]
     outside = [f"{path}:{each.lineno}: {ast.unparse(each)}" for path, each in stored if each.attr in own]
     assert not [place for place in outside if place.split(": ")[1] not in OF_LIBRARIES]
+
+
+PUBLIC = {"initialize", "init_distributed", "DeepSpeedConfig"}
+"""Of ``deepspeed`` itself."""
+OF_ENGINES = {
+    *dir(torch.nn.Module), "module", "optimizer", "lr_scheduler", "backward", "step", "save_checkpoint", "load_checkpoint",
+    "set_gradient_accumulation_boundary", "was_step_applied", "get_global_grad_norm", "skipped_steps", "fp16_enabled",
+}  # fmt: skip
+"""And of an engine's optimizer ``param_groups``, which is torch's."""
+INTERNAL = re.compile(
+    r"ds_(tensor|shape|numel|id|status|process_group|active_sub_modules)|(fp32_)?\w*flat_groups|\w*partition\w*_groups\w*"
+)
+
+
+def beyond_public(path: Path) -> Iterator[str]:
+    """Uses of DeepSpeed beside its public interface: what is imported from below it, private attributes, what it puts on parameters."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("deepspeed."))
+        elif isinstance(node, ast.ImportFrom):
+            yield from (str(node.module) for _ in node.names if str(node.module).split(".")[0] == "deepspeed")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and INTERNAL.fullmatch(node.value):
+            yield node.value
+        elif isinstance(node, ast.Attribute):
+            owner = ast.unparse(node.value)
+            of_engine = re.fullmatch(r"(self\.)?(_|ds_)?engine", owner) and "engine" not in module_aliases(path)
+            beside = [
+                re.search(r"(engine|optimizer|coordinator|zero|writer|reader)$", owner) and node.attr.startswith("_"),
+                INTERNAL.fullmatch(node.attr),
+                owner == "deepspeed" and node.attr not in PUBLIC,
+                of_engine and node.attr not in OF_ENGINES,
+                owner.endswith(("engine.optimizer", "engine.lr_scheduler")) and node.attr != "param_groups",
+            ]
+            if any(beside):
+                yield f"{owner}.{node.attr}"
+
+
+def module_aliases(path: Path) -> set[str]:
+    """Names under which a file has this package's own rooms."""
+    nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name)
+    return {alias.asname or alias.name for node in nodes for alias in node.names}
+
+
+def test_what_deepspeed_does_not_offer_is_used_in_one_place() -> None:
+    found = {path: list(beyond_public(path)) for path in FILES}
+    assert len([use for path, uses in found.items() if path.parent.name == "compat" for use in uses]) > 20
+    assert not {path: uses for path, uses in found.items() if uses and path.parent.name != "compat"}
+
+
+def test_this_version_of_deepspeed_has_been_read() -> None:
+    sentence = unknown_version(version("deepspeed"))
+    assert sentence is None, sentence
+    assert f'"deepspeed{KNOWN}"' in (PACKAGE.parent / "pyproject.toml").read_text()
+    assert [unknown_version(each) is None for each in ("0.19.8", "0.19.10+cu130", "0.19.7", "0.20.0", "0.20.0.dev1", "none")] == [
+        True, True, False, False, False, False,
+    ]  # fmt: skip
+    assert "0.21.3 is installed" in str(unknown_version("0.21.3")) and f"'deepspeed{KNOWN}'" in str(unknown_version("0.21.3"))
 
 
 @pytest.mark.parametrize("kind, most", [("file", 400), ("class", 220)])

@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.vision_utils import get_vision_window_index
 
+from cfvlm_ds.compat.parameters import whole_shape
 from cfvlm_ds.models.family import Family
 from cfvlm_ds.models.limits import pixels
 
@@ -67,7 +68,7 @@ class TransposeByWholeShape(Transpose):
         parameter = kwargs["model"].get_parameter(kwargs["full_layer_name"])
         (stored,) = input_dict.values()
         tensor = stored[0] if isinstance(stored, list) else stored
-        if tensor.shape == getattr(parameter, "ds_shape", parameter.shape):
+        if tensor.shape == whole_shape(parameter):
             return {self.get_target_pattern(input_dict, source_patterns, target_patterns): tensor}
         turned: Any = Transpose(self.dim0, self.dim1)
         return turned.convert(input_dict, source_patterns, target_patterns, **kwargs)

@@ -1,0 +1,73 @@
+"""How DeepSpeed writes and reads the files of a checkpoint, each of which can be had in another way than it does."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfvlm_ds.core.errors import ConfigError
+
+Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@contextlib.contextmanager
+def guarded_writes(engine: Any, guard: Guard) -> Iterator[list[Path]]:
+    """What ``engine.save_checkpoint`` does to the disk inside the block, each call as ``guard`` makes it; gives the files of this rank.
+
+    After its writes it has collectives, in which the other ranks would wait for a rank that had left.
+    """
+    written: list[Path] = []
+    writer, script = engine.checkpoint_engine, engine._copy_recovery_script
+    save, makedirs = writer.save, writer.makedirs
+
+    def noted(state_dict: Any, path: str) -> None:
+        written.append(Path(path))
+        save(state_dict, path)
+
+    writer.save, writer.makedirs, engine._copy_recovery_script = guard(noted), guard(makedirs), guard(script)
+    try:
+        yield written
+    finally:
+        writer.save, writer.makedirs, engine._copy_recovery_script = save, makedirs, script
+
+
+@contextlib.contextmanager
+def reading_tensors_alone(engine: Any) -> Iterator[None]:
+    """``engine.load_checkpoint`` inside the block reads by ``read_states``: its own reader runs whatever the maker of a file has put in."""
+    reader = engine.checkpoint_engine
+    load = reader.load
+    reader.load = lambda path, map_location=None: read_states(path, map_location)
+    try:
+        yield
+    finally:
+        reader.load = load
+
+
+def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """A file of a checkpoint: tensors, and what DeepSpeed pickles beside them. Raises ConfigError for one that holds anything else, which
+    would be run."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    known: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(file, map_location=map_location, mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))  # the rest is advice to run it
+        reason = found[1].partition(" was not")[0] if found else str(error).splitlines()[0]
+        raise ConfigError(f"{file} holds more than tensors, which would be run ({reason}); name another checkpoint") from error
+
+
+def flat_tensors(engine: Any) -> tuple[Sequence[Mapping[str, torch.Size]], list[int]]:
+    """Of each flat tensor in which the optimizer keeps trained weights, their names and shapes, and its elements on this rank."""
+    zero = engine.optimizer
+    flat = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups
+    return engine._get_zero_param_shapes(), [tensor.numel() for tensor in flat]

@@ -1,0 +1,263 @@
+"""How ZeRO lays weights and their moments out over the files of its ranks: an export reads them so, and a reshard writes them so.
+
+ZeRO-3 cuts every weight into one part per rank, padded to equal sizes; a rank's parts follow each other through its flat tensors, one per
+sub-group. ZeRO-1 and 2 lay the weights of a group end to end, pad the end and cut that. Moments lie as their weights do. It is defined by
+what DeepSpeed's zero_to_fp32 reads, whose lazy mode is lazy for the trained weights of ZeRO-3 only: it loads every frozen weight, and under
+ZeRO-2 concatenates all trained ones; under ZeRO-1 it has no frozen weights at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfvlm_ds.compat.checkpoint_files import read_states
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.untrusted import refuse_foreign
+
+Shapes = Sequence[Mapping[str, torch.Size]]
+"""Name -> shape of the trained weights, one mapping per flat tensor, in the order in which they lie there."""
+
+_RANK = re.compile(r"zero_pp_rank_(\d+)_")
+_ZERO = "optimizer_state_dict"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements ``start`` to ``stop`` of a rank's flat tensor number ``flat``."""
+
+    rank: int
+    flat: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements ``start`` to ``stop`` of a flattened tensor, which is found in a file of the checkpoint by ``keys``."""
+
+    file: Path
+    keys: tuple[str | int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight as the parts that make it up, end to end; what the last ones hold beyond its size is padding."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+def layout(stage: int, shapes: Shapes, sizes: Sequence[Sequence[int]], paddings: Any = None) -> dict[str, list[Piece]]:
+    """Where each weight lies, end to end; ``sizes`` are the elements of each rank's flat tensors. ConfigError where they do not fit."""
+    return _partitioned(shapes, sizes) if stage == 3 else _end_to_end(shapes, sizes, paddings)
+
+
+def _partitioned(shapes: Shapes, sizes: Sequence[Sequence[int]]) -> dict[str, list[Piece]]:
+    found, offset, own = {}, 0, sizes[0]  # alike on every rank
+    for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
+        end = offset + math.ceil(shape.numel() / len(sizes))
+        pieces = list(_cut(offset, end, own))
+        found[name] = [Piece(rank, flat, start, stop) for rank in range(len(sizes)) for flat, start, stop in pieces]
+        offset = end
+    if offset != sum(own):
+        raise ConfigError(f"the weights take {offset} elements of each rank's {sum(own)}")
+    return found
+
+
+def _end_to_end(shapes: Shapes, sizes: Sequence[Sequence[int]], paddings: Any) -> dict[str, list[Piece]]:
+    found = {}
+    for flat, group in enumerate(shapes):
+        of_ranks, offset = [each[flat] for each in sizes], 0
+        for position, (name, shape) in enumerate(group.items()):
+            end = offset + shape.numel()
+            found[name] = [Piece(rank, flat, start, stop) for rank, start, stop in _cut(offset, end, of_ranks)]
+            offset = end + (paddings[flat][position] if paddings else 0)
+        if not 0 <= sum(of_ranks) - offset < 2 * len(sizes):  # the end is padded to a multiple of twice the number of ranks
+            raise ConfigError(f"the weights take {offset} of {sum(of_ranks)} elements")
+    return found
+
+
+def _cut(start: int, stop: int, sizes: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+    """(index, start, stop) of the pieces that ``start`` to ``stop`` has in tensors of these sizes laid end to end."""
+    before = 0
+    for index, size in enumerate(sizes):
+        first, last = max(start - before, 0), min(stop - before, size)
+        if first < last:
+            yield index, first, last
+        before += size
+
+
+class Shards:
+    """The files of a checkpoint of ZeRO-1, 2 or 3, which are mapped when they are first asked for.
+
+    Raises ConfigError for what is none, or has the files of another number of ranks than wrote it; whatever else its files lack or have
+    in another form surfaces as any exception.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[Path, Any] = {}
+        self._optimizer, self._model = (_by_rank(folder, kind) for kind in ("optim", "model"))
+        zero, self._state = self._zero(0), self.contents(self._model[0])
+        ranks = zero["partition_count"]
+        if (expected := max(ranks) if isinstance(ranks, list) else ranks) != len(self._optimizer):
+            raise ConfigError(f"{folder} was written by {expected} ranks and holds the shards of {len(self._optimizer)}; name another one")
+        self._stage = int(zero["zero_stage"])
+        flat3, flat12 = ("optimizer_state_dict", "fp32_flat_groups"), ("base_optimizer_state", "single_partition_of_fp32_groups")
+        self._base, self._flat = flat3 if self._stage == 3 else flat12
+        self._paddings = zero.get("param_alignment_paddings")
+        self._shapes: dict[str, torch.Size] = {name: shape for group in self._state["param_shapes"] for name, shape in group.items()}
+        try:
+            self._pieces = layout(self._stage, self._state["param_shapes"], self._sizes(), self._paddings)
+        except ConfigError as error:
+            raise ConfigError(f"{folder}: {error}; name another one") from None
+
+    @property
+    def trained(self) -> set[str]:
+        """Names of the weights that the optimizer holds."""
+        return set(self._pieces)
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Size of the files that hold the trained weights and their moments."""
+        return sum(file.stat().st_size for file in self._optimizer)
+
+    def weights(self) -> dict[str, Weight]:
+        """All weights and buffers of the module that DeepSpeed drove, by their names in it."""
+        state, found = self._state, {}
+        for name, pieces in self._pieces.items():
+            parts = [Part(self._optimizer[piece.rank], (_ZERO, self._flat, piece.flat), piece.start, piece.stop) for piece in pieces]
+            found[name] = Weight(tuple(self._shapes[name]), tuple(parts))
+        files = self._model if self._stage == 3 else self._model[:1]
+        for name, shape in (state.get("frozen_param_shapes") or {}).items():
+            parts = [Part(file, ("frozen_param_fragments", name), 0, math.ceil(shape.numel() / len(files))) for file in files]
+            found[name] = Weight(tuple(shape), tuple(parts))
+        for alias, name in state["shared_params"].items():
+            if name in found:
+                found[alias] = found[name]
+        # The module holds buffers; outside ZeRO-3 all weights too, and under ZeRO-1 it alone has the frozen ones.
+        for name in state["buffer_names"] if self._stage == 3 else state["module"]:
+            tensor = state["module"][name]
+            found.setdefault(name, Weight(tuple(tensor.shape), (Part(self._model[0], ("module", name), 0, tensor.numel()),)))
+        return found
+
+    def flat(self, part: Part) -> Tensor:
+        """The flattened tensor of which a part is some elements; a view of a mapped file."""
+        found = self.contents(part.file)
+        for key in part.keys:
+            found = found[key]
+        return found.detach().reshape(-1)
+
+    def contents(self, file: Path) -> Any:
+        """What a file holds, its tensors mapped."""
+        if file not in self._open:
+            self._open[file] = read_states(file, mmap=True)
+        return self._open[file]
+
+    def let_go(self) -> None:
+        """Map the files again when they are next asked for: pages that were read count as this process's memory until then."""
+        self._open.clear()
+
+    def resharded(self, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> Iterator[tuple[str, Any]]:
+        """(name, contents) of the files that one of ``ranks`` ranks has of the same training: the same values, bit for bit.
+
+        ``shapes`` and ``sizes`` are ``flat_tensors`` of its engine. Raises ConfigError for what ties a checkpoint to its number of ranks.
+        """
+        if any(any(padding) for padding in self._paddings or ()):
+            raise ConfigError("zero_optimization.parameter_alignment ties a checkpoint to its number of ranks; start as many as wrote it")
+        own = f"zero_pp_rank_{rank}_"
+        first, model = self._optimizer[0], self._model[0]
+        yield _RANK.sub(own, first.name), {**self.contents(first), _ZERO: self._optimizer_of(rank, ranks, shapes, sizes)}
+        # What is not cut is alike, but for the random state, of which every rank needs one.
+        state = {**self.contents(self._model[rank % len(self._model)]), "dp_world_size": ranks}
+        if self._stage == 3:
+            yield _RANK.sub(own, model.name), {**state, "frozen_param_fragments": self._frozen_of(state, rank, ranks)}
+        elif rank == 0:
+            yield model.name, state
+
+    def _zero(self, rank: int) -> Any:
+        return self.contents(self._optimizer[rank])[_ZERO]
+
+    def _sizes(self) -> list[list[int]]:
+        """Elements of each rank's flat tensors; under ZeRO-3 all ranks have those of the first, and the others' files are not opened."""
+        ranks = [0] if self._stage == 3 else range(len(self._optimizer))
+        sizes = [[flat.numel() for flat in self._zero(rank)[self._flat]] for rank in ranks]
+        return sizes * len(self._optimizer) if self._stage == 3 else sizes
+
+    def _optimizer_of(self, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> dict[str, Any]:
+        old, new = self._zero(0), layout(self._stage, shapes, [list(sizes)] * ranks)
+
+        def flat(index: int, moment: str | None) -> Tensor:
+            filled = torch.zeros(sizes[index])
+            for name in shapes[index]:
+                first = 0
+                for piece in new[name]:
+                    last, position = first + piece.stop - piece.start, piece.start
+                    for block in self._elements(name, moment, first, last) if piece.rank == rank else ():
+                        filled[position : position + block.numel()] = block
+                        position += block.numel()
+                    first = last
+            return filled
+
+        state, owners = {}, []
+        for index, names in enumerate(shapes):
+            owners.append(group := self._pieces[next(iter(names))][0].flat)
+            entry = old[self._base]["state"][group]
+            # Copies, because two sub-groups that were one would go on to count their steps in the same tensor.
+            state[index] = {
+                key: flat(index, key) if torch.is_tensor(value) and value.dim() else copy.deepcopy(value) for key, value in entry.items()
+            }
+        # A sub-group of ZeRO-3 belongs to the optimizer's group of its weights, and how many there are depends on the number of ranks.
+        groups = [
+            {**group, "params": [index for index, owner in enumerate(owners) if owner in group["params"]]}
+            for group in old[self._base]["param_groups"]
+        ]
+        weights = [flat(index, None) for index in range(len(shapes))]
+        count = old["partition_count"]
+        count = [ranks] * len(count) if isinstance(count, list) else ranks
+        return {**old, "partition_count": count, self._base: {"state": state, "param_groups": groups}, self._flat: weights}
+
+    def _elements(self, name: str, moment: str | None, start: int, stop: int) -> Iterator[Tensor]:
+        """Elements ``start`` to ``stop`` of a weight, or of its ``moment``, as far as there are any, from the ranks that have them."""
+        stop, first = min(stop, self._shapes[name].numel()), 0
+        for piece in self._pieces[name]:
+            last = first + piece.stop - piece.start
+            if max(start, first) < min(stop, last):
+                zero = self._zero(piece.rank)
+                tensor = zero[self._flat][piece.flat] if moment is None else zero[self._base]["state"][piece.flat][moment]
+                yield tensor.detach()[piece.start + max(start, first) - first : piece.start + min(stop, last) - first]
+            first = last
+
+    def _frozen_of(self, state: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Tensor] | None:
+        """The parts of the frozen weights that ZeRO-3 gives to a rank."""
+        if state["frozen_param_fragments"] is None:
+            return None
+        fragments = [self.contents(file)["frozen_param_fragments"] for file in self._model]
+        parts = {}
+        for name, shape in state["frozen_param_shapes"].items():
+            part = math.ceil(shape.numel() / ranks)
+            whole = torch.cat([each[name].reshape(-1) for each in fragments])[: shape.numel()]
+            own = whole[part * rank : part * (rank + 1)]
+            parts[name] = torch.cat([own, own.new_zeros(part - own.numel())])
+        return parts
+
+
+def _by_rank(folder: Path, kind: str) -> list[Path]:
+    """Raises ConfigError where there are none, or a link leads elsewhere."""
+    files = list(folder.glob(f"*_{kind}_states.pt"))
+    if not files:
+        raise ConfigError(f"{folder} is no ZeRO checkpoint (it has no *_{kind}_states.pt); name another one")
+    for file in files:
+        refuse_foreign(file, folder)
+    return sorted(files, key=lambda file: int(match[1]) if (match := _RANK.search(file.name)) else 0)

@@ -1,0 +1,23 @@
+"""The versions of DeepSpeed in which this folder's code was read."""
+
+from __future__ import annotations
+
+KNOWN = ">=0.19.8,<0.20"
+"""As in pyproject.toml."""
+
+
+def unknown_version(installed: str) -> str | None:
+    """One sentence where ``installed`` is a version of DeepSpeed that nobody has read, or None."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        known = SpecifierSet(KNOWN).contains(Version(installed), prereleases=True)
+    except InvalidVersion:  # DeepSpeed that runs from its sources has no version
+        known = False
+    if known:
+        return None
+    return (
+        f"DeepSpeed {installed} is installed, and what is used of it beside its public interface was read in {KNOWN} only; install "
+        f"'deepspeed{KNOWN}', or read cfvlm_ds/compat against its sources and run the tests"
+    )
