@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from cfvlm_ds.batching.batch import Batch
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import OutOfMemory
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(where: str, parts: Sequence[Batch], remedy: str) -> Iterator[None]:
-    """ConfigError with the sizes of the largest of ``parts`` and the ``remedy``, in place of an allocator's failure."""
+    """OutOfMemory with the sizes of the largest of ``parts`` and the ``remedy``, in place of an allocator's failure."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is what its CPU allocator raises
@@ -22,4 +22,4 @@ def explain_out_of_memory(where: str, parts: Sequence[Batch], remedy: str) -> It
         largest = max(parts, key=lambda part: part.num_tokens)
         sizes = f"{len(largest.layout.ids)} groups, {largest.num_tokens} tokens and {largest.num_images} images"
         said = (str(error) or "nothing").splitlines()[0]
-        raise ConfigError(f"out of memory {where}; its largest forward has {sizes}; {remedy}; the allocator said: {said}") from error
+        raise OutOfMemory(f"out of memory {where}; its largest forward has {sizes}; {remedy}; the allocator said: {said}") from error

@@ -23,7 +23,7 @@ from cfvlm_ds.batching.image_source import ImageFiles, PictureKey
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import World, apart, broadcast_object, cores_per_rank, gather_objects
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.errors import DataError, StorageError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data.features import FeatureCache, Features, picture_digest, stored_bytes, write_features
 from cfvlm_ds.models import inputs_fingerprint, tower_fingerprint
@@ -39,7 +39,7 @@ def precompute_features(
     """The features of all pictures of the groups; what ``folder`` lacks is computed, each picture once over all ranks, in evaluation mode.
 
     ``engine`` drives a Scorer. A picture that cannot be read is noted, and is an error where it is used. Every rank calls it.
-    Raises ConfigError on all ranks when features cannot be written.
+    Raises StorageError on all ranks when features cannot be written.
     """
     scorer = engine.module
     origin = None
@@ -158,11 +158,11 @@ def _preparing(files: ImageFiles) -> Callable[[list[Any]], Prepared | str | None
 
 
 def _agree(problem: str | None, world: World) -> None:
-    """ConfigError on all ranks where one has a problem."""
+    """StorageError on all ranks where one has a problem."""
     if world.size > 1:
         bad = torch.tensor(float(problem is not None), device=world.device)
         dist.all_reduce(bad)
         if not bad:
             return
     if found := [each for each in gather_objects(problem, world) if each]:
-        raise ConfigError(found[0])
+        raise StorageError(found[0])

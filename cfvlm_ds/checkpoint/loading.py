@@ -14,7 +14,7 @@ from cfvlm_ds.checkpoint.saving import RANDOM_STATE, kept_failures, reason_of
 from cfvlm_ds.checkpoint.state import TrainState
 from cfvlm_ds.compat.checkpoint_files import flat_tensors, read_states, reading_tensors_alone
 from cfvlm_ds.core.distributed import World, gather_objects, set_random_state
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import remove
 from cfvlm_ds.models.stored import explained
 
@@ -23,7 +23,7 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
     """Restore weights, optimizer, schedule, random state and ``state`` from a complete checkpoint.
 
     Where another number of ranks wrote it, it is first resharded for this one, into a folder of ``output_dir`` that is removed again; that
-    takes as much room as the checkpoint, and ConfigError is raised on all ranks where there is none.
+    takes as much room as the checkpoint, and StorageError is raised on all ranks where there is none.
     """
     if (ranks := description(path)["world_size"]) == world.size:
         _load(engine, path, path, state, world)
@@ -40,7 +40,7 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
             reshard(path, cut, world.rank, world.size, *flat_tensors(engine))
         reasons = gather_objects(reason_of(failures[0], cut) if failures else None, world)
         if reason := next(filter(None, reasons), None):
-            raise ConfigError(f"{path} cannot be resharded in {output_dir} ({reason}); make room, or start {ranks} ranks")
+            raise StorageError(f"{path} cannot be resharded in {output_dir} ({reason}); make room, or start {ranks} ranks")
         _load(engine, cut, path, state, world)
         dist.barrier()
     finally:

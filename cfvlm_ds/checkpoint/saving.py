@@ -22,13 +22,13 @@ from cfvlm_ds.checkpoint.finding import COMPLETE, by_step, crc32_of, own_sum, st
 from cfvlm_ds.checkpoint.state import TrainState
 from cfvlm_ds.compat.checkpoint_files import guarded_writes
 from cfvlm_ds.core.distributed import World, broadcast_object, gather_objects, random_state
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import StorageError
 from cfvlm_ds.core.files import remove
 
 RANDOM_STATE = "random-state-{}.pt"
 
 
-class SaveError(ConfigError):
+class SaveError(StorageError):
     """A checkpoint could not be written, on any rank: nothing of it is left, and no older one was touched."""
 
 

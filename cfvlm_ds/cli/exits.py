@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from cfvlm_ds.cluster.signals import EXIT_INTERRUPTED
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.errors import InputError, StorageError
 
 
 def print_anything() -> None:
@@ -32,7 +32,7 @@ def files_named(function: Callable[[], None]) -> None:
         if error.errno is None:
             raise
         named = f"{error.filename}: " if error.filename is not None else ""
-        raise ConfigError(f"{named}{error.strerror}; make room, or correct the path or its permissions") from error
+        raise StorageError(f"{named}{error.strerror}; make room, or correct the path or its permissions") from error
 
 
 _PIPE_CLOSED = 141  # what shells have for a program that SIGPIPE has ended
@@ -42,7 +42,7 @@ def exit_cleanly(function: Callable[[], None]) -> None:
     """Bad input is the user's to correct: one sentence on stderr and exit code 2, no traceback."""
     try:
         function()
-    except (ConfigError, DataError) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:  # of a command; a training answers Ctrl-C itself

@@ -27,7 +27,7 @@ from typing import Any
 
 from cfvlm_ds.cluster.signals import EXIT_HANG
 from cfvlm_ds.core.distributed import World
-from cfvlm_ds.core.errors import ConfigError, unwritten
+from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import remove
 from cfvlm_ds.core.reading import read_bytes
 from cfvlm_ds.core.secrets import tell
@@ -40,7 +40,7 @@ _RECORD_BYTES = 512  # written in place and in one piece, so that a full disk do
 
 
 def prepare(run_dir: Path) -> Path:
-    """The folder for the beats of a new start, emptied; for rank 0, before any rank starts to beat. Raises ConfigError naming it."""
+    """The folder for the beats of a new start, emptied; for rank 0, before any rank starts to beat. Raises StorageError naming it."""
     folder = run_dir / FOLDER
     try:
         remove(folder)
@@ -48,7 +48,7 @@ def prepare(run_dir: Path) -> Path:
         for left in folder.iterdir():  # a verdict or beats of an earlier start would be taken for this one's
             left.unlink()
     except OSError as error:
-        raise ConfigError(f"{unwritten(folder, error)}; make room, or choose another train.output_dir") from error
+        raise StorageError(f"{unwritten(folder, error)}; make room, or choose another train.output_dir") from error
     return folder
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from cfvlm_ds.core.errors import ConfigError, unwritten
+from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
 from cfvlm_ds.core.secrets import tell
 
@@ -42,7 +42,7 @@ class RunLock:
             folder.mkdir(parents=True, exist_ok=True)
             self._take(folder, say)
         except OSError as error:
-            raise ConfigError(f"{unwritten(self.path, error)}; make room, or choose another train.output_dir") from error
+            raise StorageError(f"{unwritten(self.path, error)}; make room, or choose another train.output_dir") from error
         self._ended, self._failing = threading.Event(), False
         threading.Thread(target=self._touch, daemon=True).start()
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, InputError, StorageError
 from cfvlm_ds.core.secrets import tell
 
 
@@ -224,18 +224,21 @@ class Patience:
 
 def agreed(world: World, function: Callable[[], Any], patience: Patience | None = None) -> Any:
     """What rank 0 finds, on every rank, and what it raises about it; the others wait with ``patience`` where it may take long."""
-    found = problem = None
+    found: Any = None
+    problem: InputError | None = None
     if world.is_main:
         try:
             found = function()
-        except (ConfigError, OSError) as error:
-            problem = str(error)
+        except InputError as error:
+            problem = error
+        except OSError as error:
+            problem = StorageError(str(error))
     if patience is not None:
         patience.meet()
     if world.size > 1:
         found, problem = broadcast_object((found, problem))
     if problem is not None:
-        raise ConfigError(problem)
+        raise problem
     return found
 
 

@@ -1,4 +1,4 @@
-"""The errors of this package: what somebody's input is refused with, and what ends a run for a reason outside of it."""
+"""The errors of this package: input that is refused, and a disk or a memory that does not hold what a run needs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ def unwritten(path: Path, error: OSError) -> str:
 
 
 class InputError(ValueError):
-    """Input that its owner can correct. The message is one printable line without secrets, whatever it quotes.
+    """What the user can correct: input, or the room that a run is given. A command ends with it and exit code 2.
 
+    The message is one printable line without secrets, whatever it quotes.
     Ids, paths and values come from files that nobody vouches for: a line break would end the sentence, an escape sequence would command
     the terminal, and half a surrogate pair cannot be printed at all. Such characters are shown as Python writes them, and a quotation of
     thousands of characters loses its middle.
@@ -33,6 +34,14 @@ class DataError(InputError):
 
 class ConfigError(InputError):
     """A configuration that cannot be run. The message names the option, its value and the remedy."""
+
+
+class StorageError(InputError):
+    """A file that the system does not let be written or read: a full disk, a quota, permissions. The message names it and the remedy."""
+
+
+class OutOfMemory(InputError):
+    """A device has less memory than what was asked of it takes. The message names its size and what to lower."""
 
 
 _LONGEST = 2000  # characters

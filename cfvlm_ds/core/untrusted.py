@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import create as create
 from cfvlm_ds.core.files import remove as remove
 
@@ -60,7 +60,7 @@ def refuse_link(path: Path, remedy: str) -> None:
 
 
 def output_file(path: Path) -> Path:
-    """``path``, to which a result is to be written, with its folder made. Raises ConfigError where that will not be possible."""
+    """``path``, to which a result is to be written, with its folder made. Raises ConfigError or StorageError where it cannot be."""
     refuse_link(path, "name the file itself with --out")
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is there and is no file; name another one with --out")
@@ -68,5 +68,5 @@ def output_file(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error}); name another file with --out") from error
+        raise StorageError(f"{path} cannot be written ({error}); name another file with --out") from error
     return path

@@ -76,7 +76,7 @@ def score_groups(
     ``max_tokens`` tokens. Every rank runs the same number of forwards, as ZeRO-3 requires: the last ones may repeat a group, or a part of
     a batch, whose second result is dropped. ``shuffled`` scores every text on another group's image too, one more per group.
 
-    Raises DataError as the collator does, on all ranks, and ConfigError with the ``remedy`` where memory runs out.
+    Raises DataError as the collator does, on all ranks, and OutOfMemory with the ``remedy`` where memory runs out.
     """
     collator = collator.scoring_everything()
     rounds = -(-len(groups) // (batch_size * world.size))

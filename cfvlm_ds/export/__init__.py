@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cfvlm_ds.checkpoint import incomplete
 from cfvlm_ds.core.config import LoraConfig
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import create
 from cfvlm_ds.export.adapters import MergedWeights, export_adapter
 from cfvlm_ds.export.files import Files, verify, write_index
@@ -45,7 +45,7 @@ def export_hf(
 
     The folder appears complete or not at all, and replaces an older export only then. What was written is read back and compared: names,
     shapes and dtypes with the source's, and some values of every tensor. Raises ConfigError when the checkpoint is incomplete or does not
-    fit the source, when a trained weight is missing, and when the folder cannot be written.
+    fit the source, when a trained weight is missing, and StorageError when the folder cannot be written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
@@ -73,7 +73,7 @@ def export_hf(
 
 def _refuse_full_disk(partial: Path, named: Path, needed: int) -> None:
     if (free := shutil.disk_usage(partial).free) < needed:
-        raise ConfigError(f"{named} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; name another folder with --out")
+        raise StorageError(f"{named} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; name another folder with --out")
 
 
 def _copy_files(folder: Path, partial: Path) -> None:

@@ -73,7 +73,8 @@ def export_adapter(
     """Write the adapters of ``checkpoint`` to ``out_dir`` in peft's format, in float32, for ``PeftModel.from_pretrained`` on ``source``.
 
     The folder appears complete or not at all, and replaces older adapters only then. Raises ConfigError when the checkpoint is incomplete,
-    has no adapters, or trained more than adapters, which peft's format has no place for, and when the folder cannot be written.
+    has no adapters, or trained more than adapters, which peft's format has no place for, and StorageError when the folder cannot be
+    written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import create
 from cfvlm_ds.core.untrusted import bare_name
 from cfvlm_ds.export.source import DTYPE_NAMES, Saved, read_headers
@@ -102,4 +102,4 @@ def verify(
                 flat, (first, last) = handle.get_tensor(name).reshape(-1), ends[name]
                 for there, here in ((flat[: len(first)], first), (flat[len(flat) - len(last) :], last)):
                     if not torch.equal(there.view(torch.uint8), here.view(torch.uint8)):
-                        raise ConfigError(f"{name} reads back from the export with other values than were written; check the disk")
+                        raise StorageError(f"{name} reads back from the export with other values than were written; check the disk")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import remove
 from cfvlm_ds.core.untrusted import refuse_link
 
@@ -31,7 +31,7 @@ def refuse_replacing(out_dir: Path, marker: str, needed: Iterable[Path], remedy:
 def replaced(out_dir: Path, marker: str, needed: Iterable[Path]) -> Iterator[Path]:
     """An empty folder to write to, which becomes ``out_dir`` at the end of the block; until then what was there stays.
 
-    Raises ConfigError as ``refuse_replacing`` does, and for an OSError inside the block.
+    Raises ConfigError as ``refuse_replacing`` does, and StorageError for an OSError inside the block.
     """
     refuse_replacing(out_dir, marker, needed)
     final = out_dir.resolve()
@@ -52,6 +52,6 @@ def replaced(out_dir: Path, marker: str, needed: Iterable[Path]) -> Iterator[Pat
     except OSError as error:
         if old.exists() and not final.exists():
             os.replace(old, final)
-        raise ConfigError(f"{out_dir} cannot be written ({error}); what was there is unchanged; name another folder with --out") from error
+        raise StorageError(f"{out_dir} cannot be written ({error}); what was there is unchanged; name another folder with --out") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

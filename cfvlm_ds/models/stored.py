@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from cfvlm_ds.core.errors import ConfigError, is_failure
+from cfvlm_ds.core.errors import ConfigError, OutOfMemory, StorageError, is_failure
 from cfvlm_ds.core.reading import MAX_RECORD, MIB, DuplicateKey, TooLarge, parse_json, read_bytes
 from cfvlm_ds.core.untrusted import bare_name, refuse_foreign
 
@@ -149,7 +149,7 @@ def explained(what: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ConfigError, MemoryError, torch.OutOfMemoryError, dist.DistError):
+    except (ConfigError, StorageError, OutOfMemory, MemoryError, torch.OutOfMemoryError, dist.DistError):
         raise
     except BaseException as error:
         if not is_failure(error):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.core.config import IMAGE_LIMITS, DataConfig, DataSet, ModelConfig, RunConfig
 from cfvlm_ds.core.distributed import Patience, World, agreed, broadcast_object, cores_per_rank, gather_objects
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import keep
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
@@ -218,7 +218,7 @@ class _Check:
         patience.meet()
         shares = gather_objects((self._notes.problem, len(report.problems), report.problems[:1]), world)
         if lost := next((problem for problem, *_ in shares if problem), None):
-            raise ConfigError(lost)
+            raise StorageError(lost)
         if problems := [first for *_, firsts in shares for first in firsts]:
             more = sum(number for _, number, _ in shares) - 1
             raise DataError(problems[0] + (f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""))

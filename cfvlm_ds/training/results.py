@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.errors import ConfigError, unwritten
+from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import data_roots, open_image
@@ -57,7 +57,7 @@ def write_results(
     scores: Mapping[str, Sequence[GroupScores]],
     checked: PictureTable | None,
 ) -> list[Path]:
-    """results.md, results.json and the scores of every split, in the run folder; the first two. Raises ConfigError on a full disk."""
+    """results.md, results.json and the scores of every split, in the run folder; the first two. Raises StorageError on a full disk."""
     run_dir = Path(config.train.output_dir)
     path = tables = run_dir / "results.md"
     try:
@@ -71,7 +71,7 @@ def write_results(
             identity = data_identity(groups, data_roots(given.path, given.root), checked)
             write_scores(path := run_dir / "scores" / f"{split}.jsonl", list(groups), stored, str(run_dir), identity)
     except OSError as error:
-        raise ConfigError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
+        raise StorageError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
     return [tables, rows]
 
 

@@ -18,7 +18,7 @@ from cfvlm_ds.cluster import heartbeat, signals
 from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, agreed, random_kept, seed_everything
-from cfvlm_ds.core.errors import ConfigError, DataError, unwritten
+from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.files import keep
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import GroupSampler, PackedSampler
@@ -69,7 +69,7 @@ def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: N
             refuse_foreign_entries(run_dir)
             check()
         except OSError as error:  # a name that is too long, a folder that must not be read
-            raise ConfigError(f"{unwritten(run_dir, error)}; choose another train.output_dir") from error
+            raise StorageError(f"{unwritten(run_dir, error)}; choose another train.output_dir") from error
         held.append(RunLock(run_dir, world.say))
 
     agreed(world, hold)

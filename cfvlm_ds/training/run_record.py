@@ -14,7 +14,7 @@ import yaml
 from cfvlm_ds import checkpoint
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, broadcast_object
-from cfvlm_ds.core.errors import ConfigError, unwritten
+from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import update
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.core.versions import git_revision, version
@@ -23,7 +23,7 @@ from cfvlm_ds.tracking import open_tracker
 
 
 def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any], world: World) -> list[Path]:
-    """config.yaml, ds_config.json and environment.json in the run folder (rank 0). Raises ConfigError on all ranks when it cannot."""
+    """config.yaml, ds_config.json and environment.json in the run folder (rank 0). Raises StorageError on all ranks when it cannot."""
     run_dir = Path(config.train.output_dir)
     counts = parameter_counts(scorer.model, scorer.family)
     environment = {
@@ -46,7 +46,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
         except OSError as error:
             problem = problem or unwritten(path, error)
     if problem := broadcast_object(problem):
-        raise ConfigError(f"{problem}; make room, and start again")
+        raise StorageError(f"{problem}; make room, and start again")
     world.say(f"objective: {config.loss}")
     world.say("parameters: " + ", ".join(f"{name} {total:,} ({trains:,} trainable)" for name, (total, trains) in counts.items()))
     return list(contents)

@@ -20,15 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import REPO, environment, losses, metrics, plain_scores, run, run_ranks, run_trainings, train_arguments, write_manifest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from cfvlm_ds.checkpoint import SaveError
+from cfvlm_ds.cli.exits import exit_cleanly
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.cli.models import load_scorer
 from cfvlm_ds.cli.options import model_of
 from cfvlm_ds.cli.train import with_quickstart
 from cfvlm_ds.core.config import IMAGE_LIMITS, BuildConfig, TinyLlavaConfig
+from cfvlm_ds.core.distributed import World, agreed
+from cfvlm_ds.core.errors import ConfigError, DataError, InputError, OutOfMemory, StorageError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.identity import data_identity
@@ -89,6 +94,21 @@ def test_files_that_cannot_be_read_or_written_are_one_sentence(
         assert "; " in refused(capsys, "data", "check", name)
         assert "; " in refused(capsys, "evaluate", name, bad["good"])
         assert "; " in refused(capsys, "export", name)
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError, StorageError, SaveError, OutOfMemory])
+def test_what_a_user_can_correct_is_one_sentence_and_exit_code_2(kind: type[InputError], capsys: pytest.CaptureFixture[str]) -> None:
+    """Whichever it is, and whichever rank found it; a full disk and a small memory are no faults of a configuration."""
+
+    def found() -> None:
+        raise kind("the disk of x is full; make room")
+
+    with pytest.raises(kind):
+        agreed(World(0, 1, 0, torch.device("cpu")), found)
+    with pytest.raises(SystemExit) as ended:
+        exit_cleanly(found)
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: the disk of x is full; make room\n"
+    assert issubclass(kind, ConfigError) == (kind is ConfigError)
 
 
 def test_a_reader_that_has_enough_is_no_error(bad: dict[str, Path]) -> None:

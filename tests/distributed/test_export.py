@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cfvlm_ds.core.distributed import World
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, InputError, StorageError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.export import export_hf, files, jobs
 from cfvlm_ds.export.zero import ZeroWeights
@@ -440,12 +440,12 @@ def test_a_full_disk_leaves_the_older_export(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(ConfigError, match=r"out cannot be written \(.*File too large.*; what was there is unchanged"):
+        with pytest.raises(StorageError, match=r"out cannot be written \(.*File too large.*; what was there is unchanged"):
             export_hf(checkpoints["z3"], str(sources["llava"]), older)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match=r"out needs 0\.0 GB and its disk has 0\.0 GB free; name another folder"):
+    with pytest.raises(StorageError, match=r"out needs 0\.0 GB and its disk has 0\.0 GB free; name another folder"):
         export_hf(checkpoints["z3"], str(sources["llava"]), older)
 
 
@@ -462,7 +462,7 @@ def test_a_damaged_write_is_seen(
                 handle.write(b"\0\0\0\0")
 
     monkeypatch.setattr(files.Files, "write", write)
-    with pytest.raises(ConfigError, match=rf"{NORM} reads back from the export with other values"):
+    with pytest.raises(StorageError, match=rf"{NORM} reads back from the export with other values"):
         export_hf(checkpoints["z3"], str(sources["llava"]), older)
 
 
@@ -474,7 +474,7 @@ def test_folders_that_must_not_be_replaced(checkpoints: dict[str, Path], sources
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     for out, said in {**refused, tmp_path / "mine": "holds other files"}.items():
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(InputError, match=said):
             export_hf(checkpoints["z3"], str(source), out)
     assert headers(source) == headers(sources["llava"]) and (tmp_path / "mine" / "thesis.tex").exists()
 

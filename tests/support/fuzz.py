@@ -48,7 +48,7 @@ from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.config import ModelConfig, RunConfig
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.errors import DataError, InputError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.parsing import parse_config
@@ -733,7 +733,7 @@ def play(base: Base, seed: int, number: int) -> tuple[str, str]:
         try:
             with limited(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 attempt()
-        except (ConfigError, DataError) as error:
+        except InputError as error:
             ended = type(error).__name__
             try:
                 one_line(str(error))

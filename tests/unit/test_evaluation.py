@@ -19,7 +19,7 @@ from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.batching.image_source import ImageFiles
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import World
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.errors import DataError, OutOfMemory
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.stored_scores import StoredScores
@@ -474,7 +474,7 @@ def test_memory_that_runs_out_is_explained(collator: Collator, groups: list[Coun
         lambda: rehearse(forward, collator, {"test": groups}, ALONE, 4, None, "lower this"),
     ):
         with pytest.raises(
-            ConfigError,
+            OutOfMemory,
             match=r"^out of memory .*test.* on rank 0; its largest forward has [34] groups, \d+ tokens.*; lower this; ",
         ):
             work()

@@ -17,7 +17,7 @@ from cfvlm_ds import checkpoint
 from cfvlm_ds.cluster import heartbeat
 from cfvlm_ds.cluster.run_lock import _content
 from cfvlm_ds.core.distributed import World
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import Lines, append, keep, replace, update
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.tracking import open_tracker
@@ -235,5 +235,7 @@ def test_the_beats_of_a_new_start_are_a_folder_of_their_own(tmp_path: Path) -> N
     (tmp_path / "heartbeat" / "hang.txt").write_text("of an earlier start")
     assert not list(heartbeat.prepare(tmp_path).iterdir())
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"file/heartbeat cannot be written \(Not a directory\); make room, or choose another train\.out"):
+    with pytest.raises(
+        StorageError, match=r"file/heartbeat cannot be written \(Not a directory\); make room, or choose another train\.out"
+    ):
         heartbeat.prepare(tmp_path / "file")

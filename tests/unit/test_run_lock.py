@@ -19,7 +19,7 @@ import pytest
 
 from cfvlm_ds.cluster import run_lock
 from cfvlm_ds.cluster.run_lock import RunLock
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, StorageError
 
 FORK = multiprocessing.get_context("fork")  # real processes without their own start-up
 
@@ -203,7 +203,7 @@ def test_a_full_disk_is_named_and_leaves_no_lock(tmp_path: Path) -> None:
 
     def refused() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        with pytest.raises(ConfigError, match=r"run\.lock cannot be written \(.*\); make room, or choose another train\.output_dir"):
+        with pytest.raises(StorageError, match=r"run\.lock cannot be written \(.*\); make room, or choose another train\.output_dir"):
             RunLock(tmp_path / "run")
 
     process = FORK.Process(target=refused)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, InputError, StorageError
 from cfvlm_ds.core.files import create, remove
 from cfvlm_ds.core.untrusted import bare_name, output_file, own_file, refuse_foreign
 
@@ -83,8 +83,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: P
     os.mkfifo(tmp_path / "fifo")
     cases = {"file/out.json": "cannot be written", "link": "is a link to", "fifo": "is no file", "": "is no file"}
     for name, said in cases.items():
-        with pytest.raises(ConfigError, match=rf"{said}.* with --out$"):
+        with pytest.raises(InputError, match=rf"{said}.* with --out$"):
             output_file(tmp_path / name)
-    with pytest.raises(ConfigError, match=r"cannot be written .* with --out$"):
+    with pytest.raises(StorageError, match=r"cannot be written .* with --out$"):
         output_file(Path("/proc/out.json"))
     assert output_file(tmp_path / "new" / "out.json").parent.is_dir()
