@@ -6,7 +6,6 @@ rank. Here all ranks make as many forwards, whatever is missing.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,12 +24,12 @@ from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import World, apart, broadcast_object, cores_per_rank, gather_objects
 from cfvlm_ds.core.errors import DataError, StorageError
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data.features import FeatureCache, Features, picture_digest, stored_bytes, write_features
 from cfvlm_ds.models import inputs_fingerprint, tower_fingerprint
 
 Prepared = tuple[dict[str, Tensor], Features]
 _FORM = "2"  # of the files; another number leaves older ones alone
-_SPEAK_S = 10.0
 
 
 def precompute_features(
@@ -111,8 +110,8 @@ def _fill(
     )
     sizes, unreadable = {}, {}
     problem: str | None = None
-    started = spoken = time.monotonic()
-    for done, (wanted, prepared) in enumerate(zip(mine, loader, strict=True), start=1):
+    progress = Progress(world.say, "features", len(missing), "pictures")
+    for number, (wanted, prepared) in enumerate(zip(mine, loader, strict=True)):
         inputs, features = files.tower_inputs(blank) if prepared is None or isinstance(prepared, str) else prepared
         with torch.no_grad():
             tower = engine(image_inputs={name: tensor.to(world.device) for name, tensor in inputs.items()})
@@ -127,10 +126,7 @@ def _fill(
             except OSError as error:
                 problem = f"data.feature_cache: {cache.file(digest)} cannot be written ({error}); make room, or name another folder"
         _agree(problem, world)
-        if time.monotonic() - spoken > _SPEAK_S:
-            spoken = time.monotonic()
-            left = (spoken - started) / done * (rounds - done)
-            world.say(f"features: {min(done * world.size, len(missing))}/{len(missing)} pictures, {left:.0f} s left")
+        progress.advance(min(world.size, len(missing) - number * world.size))
     written = gather_objects((sizes, unreadable), world)
     wrong = {digest: why for _, found in written for digest, why in found.items()}
     for key, known in list(cache.known.items()):

@@ -23,7 +23,7 @@ from cfvlm_ds.checkpoint.state import TrainState
 from cfvlm_ds.compat.checkpoint_files import guarded_writes
 from cfvlm_ds.core.distributed import World, broadcast_object, gather_objects, random_state
 from cfvlm_ds.core.errors import StorageError
-from cfvlm_ds.core.files import remove
+from cfvlm_ds.core.files import put_in_place, remove
 
 RANDOM_STATE = "random-state-{}.pt"
 
@@ -121,12 +121,9 @@ def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: 
     flushed(partial / COMPLETE)
     for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
         _sync_names(folder)
-    aside = final.with_name(final.name + ".old.partial")
-    if final.exists():
-        os.replace(final, aside)
-    os.replace(partial, final)
+    put_in_place(partial, final, older := final.with_name(final.name + ".old.partial"))
     _sync_names(final.parent)
-    remove(aside)
+    remove(older)
 
 
 def _sync_names(folder: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.versions import PACKAGE, version
 
 PACKAGES = ("torch", "transformers", "deepspeed", "mlflow", "peft")
@@ -31,10 +32,7 @@ def check(folder: Path, timeout_s: float) -> str:
     """
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     line = _check(name, timeout_s)
-    # In one step, so that a reader never meets half a line.
-    temporary = folder / f".{name}"
-    temporary.write_text(line + "\n")
-    temporary.replace(folder / name)
+    replace(folder / name, f"{line}\n".encode())
     return line
 
 

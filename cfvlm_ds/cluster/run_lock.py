@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
+from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
 from cfvlm_ds.core.secrets import tell
 
@@ -104,7 +105,7 @@ class RunLock:
 
         Only who has made the claim file may change a lock that is not its own, so what it finds there is still there when it replaces it.
         """
-        claim, mine = self.path.with_name(f"{NAME}.claim"), self.path.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}")
+        claim = self.path.with_name(f"{NAME}.claim")
         try:
             os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
@@ -113,12 +114,7 @@ class RunLock:
         try:
             if _content(self.path) != content:
                 return False
-            try:
-                mine.write_text(self._mine)
-                os.replace(mine, self.path)
-            except OSError:
-                mine.unlink(missing_ok=True)
-                raise
+            replace(self.path, self._mine.encode(), shared=True)
             return True
         finally:
             claim.unlink()

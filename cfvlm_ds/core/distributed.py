@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cfvlm_ds.core.errors import ConfigError, InputError, StorageError
+from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.secrets import tell
 
 
@@ -127,10 +128,7 @@ def _port_in_use(port: str) -> Exception:
 
 def _tell(told: Path) -> str:
     port = str(_free_port())
-    handle, written = tempfile.mkstemp(dir=told.parent, prefix=told.name)
-    with os.fdopen(handle, "w") as file:
-        file.write(port)
-    os.replace(written, told)
+    replace(told, port.encode(), shared=True)
     return port
 
 

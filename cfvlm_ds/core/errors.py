@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cfvlm_ds.core.secrets import without_secrets
+from cfvlm_ds.core.text import printable
 
 
 def unwritten(path: Path, error: OSError) -> str:
@@ -22,7 +23,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in without_secrets(message))
+        line = printable(without_secrets(message))
         if len(line) > _LONGEST:
             line = f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
         super().__init__(line)

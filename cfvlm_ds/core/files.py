@@ -1,5 +1,6 @@
-"""Small files of a run folder, on a disk that may be full or fail for a while: what they say is not worth a training.
+"""Files that appear whole or not at all, and small ones of a run folder, on a disk that may be full or fail for a while.
 
+What the small ones say is not worth a training.
 The folder may be one that somebody else has prepared: nothing is written through a link, and a pipe is not waited for.
 """
 
@@ -10,9 +11,10 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
+from uuid import uuid4
 
 from cfvlm_ds.core.errors import unwritten
 from cfvlm_ds.core.reading import read_bytes
@@ -37,17 +39,63 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, never meets half of it. Raises OSError that names the file, and leaves nothing."""
-    temporary = path.with_name(path.name + ".tmp")
+@contextlib.contextmanager
+def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
+    """A file to write under another name, which becomes ``path`` at the end of the block: a reader, or a crash, never meets half of it.
+
+    ``shared`` is for a file that several processes may write at the same time. Raises OSError that names the file, and leaves nothing.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     try:
         with create(temporary) as file:
-            file.write(content)
-        temporary.replace(path)
+            yield file
+        os.replace(temporary, path)
     except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise _named(error, path) from error
+
+
+@contextlib.contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """An empty folder to write to, which becomes ``final`` at the end of the block; until then what was there stays. One process at a time
+    may do so. Raises OSError, and leaves nothing."""
+    partial, older = final.with_name(f"{final.name}.partial"), aside_of(final)
+    try:
+        if older.exists() and not final.exists():  # a kill between the two renames of an earlier one
+            os.replace(older, final)
+        remove(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        remove(older)
+        put_in_place(partial, final, older)
+        remove(older)
+    finally:
+        remove(partial)
+
+
+def aside_of(final: Path) -> Path:
+    """Where ``whole_folder`` keeps the older folder while it puts the new one in its place: a name that is nobody else's."""
+    return final.with_name(f"{final.name}.replaced.partial")
+
+
+def put_in_place(finished: Path, final: Path, older: Path) -> None:
+    """Rename a folder to ``final``; what was there has the name ``older`` then, or its own again where that fails. Raises OSError."""
+    if final.exists():
+        os.replace(final, older)
+    try:
+        os.replace(finished, final)
+    except OSError:
+        if older.exists() and not final.exists():
+            os.replace(older, final)
+        raise
+
+
+def replace(path: Path, content: bytes, shared: bool = False) -> None:
+    """Write the whole content of a file as ``whole_file`` does."""
+    with whole_file(path, shared) as file:
+        file.write(content)
 
 
 def update(path: Path, content: bytes) -> None:
@@ -150,7 +198,3 @@ def _write(handle: int, waiting: bytearray) -> None:
     """Write and take off what the system accepts, until nothing is left."""
     while waiting:
         del waiting[: os.write(handle, waiting)]
-
-
-def _named(error: OSError, path: Path) -> OSError:
-    return OSError(error.errno, error.strerror, str(path))

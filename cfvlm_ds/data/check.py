@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +15,15 @@ import numpy.typing as npt
 from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.secrets import tell
 from cfvlm_ds.data.images import MAX_PIXELS, open_image
 from cfvlm_ds.data.manifest import Entry, Root, read_entries, told_apart
 from cfvlm_ds.data.pictures import Picture, PictureNotes, PictureTable, picture_key, picture_of
 from cfvlm_ds.data.report import CheckReport
 
-PROGRESS_SECONDS = 5.0
 _CHUNK = 1024
 
-T = TypeVar("T")
 Size = tuple[int, int]
 """Width and height in pixels."""
 
@@ -88,7 +86,7 @@ def check_groups(
     if lengths is not None and share.rank == 0:
         _count_visual_tokens(report, groups, pictures, lengths, share.alive)
     mine = range(share.rank, len(groups), share.size)
-    for index in _with_progress(mine, len(mine), "groups" + _of_share(share), progress):
+    for index in Progress(progress, f"check of texts{_of_share(share)}", len(mine), "groups").over(mine):
         share.alive()
         _check_pairs(report, places[index], groups[index], pictures)
         _check_texts(report, places[index], groups[index], lengths, pictures)
@@ -179,7 +177,8 @@ def _check_images(
     mine = set(firsts[share.rank :: share.size].tolist())
     wanted = [use for place, use in enumerate(uses()) if place in mine]
     found = _open_all([picture for _, picture in wanted], max_pixels, share)
-    for (index, _), problem in zip(wanted, _with_progress(found, len(wanted), "images" + _of_share(share), progress), strict=True):
+    counted = Progress(progress, f"check of images{_of_share(share)}", len(wanted), "images").over(found)
+    for (index, _), problem in zip(wanted, counted, strict=True):
         if problem is not None:
             report.problems.append(f"{places[index]}: {problem}")
     return share.notes.all()
@@ -240,18 +239,7 @@ def _open(path: Path, known: PictureTable, max_pixels: int) -> Picture | str | N
 
 
 def _of_share(share: Share) -> str:
-    return f" (of rank {share.rank}; {share.size} ranks share them)" if share.size > 1 else ""
-
-
-def _with_progress(items: Iterable[T], total: int, unit: str, progress: Callable[[str], object]) -> Iterator[T]:
-    started = reported = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - reported >= PROGRESS_SECONDS:
-            reported = now
-            rate = done / (now - started)
-            progress(f"checked {done} of {total} {unit}, {rate:.1f} {unit}/s, {timedelta(seconds=round((total - done) / rate))} left")
+    return f" (rank {share.rank}; {share.size} ranks share them)" if share.size > 1 else ""
 
 
 def check_manifest(
@@ -261,7 +249,7 @@ def check_manifest(
     *,
     lengths: Lengths | None = None,
     max_pixels: int = MAX_PIXELS,
-    progress: Callable[[str], object] = print,
+    progress: Callable[[str], object] = tell,
 ) -> CheckReport:
     """Everything that is wrong with a data set, and what it contains. Reads the manifest and decodes every image it names, once.
 
@@ -281,7 +269,7 @@ def check_share(
     *,
     lengths: Lengths | None,
     max_pixels: int,
-    progress: Callable[[str], object] = print,
+    progress: Callable[[str], object] = tell,
 ) -> tuple[CheckReport, list[CounterfactualGroup]]:
     """One process's part of ``check_manifest``, and the groups of all well-formed rows."""
     entries = read_entries(path, root, format)

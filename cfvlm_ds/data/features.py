@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.files import replace
 
 _TOWER, _INPUT = "tower.", "input."
 
@@ -75,17 +75,12 @@ def picture_digest(content: bytes, together: bool) -> bytes:
 
 
 def write_features(file: Path, features: Features) -> None:
-    """Write a picture's features; under another name first, so that the file is whole whoever else reads or writes it. Raises OSError."""
+    """Write a picture's features; the file is whole whoever else reads or writes it. Raises OSError."""
     tensors = {f"{_TOWER}{name}": tensor.contiguous() for name, tensor in features.tower.items()}
     tensors |= {f"{_INPUT}{name}": tensor.contiguous() for name, tensor in features.inputs.items()}
     tensors |= {"size": torch.tensor(features.size), "placeholder_ids": torch.tensor(features.placeholder_ids)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{uuid4().hex}.partial")  # containers may share a host's name and their processes numbers
-    try:
-        partial.write_bytes(save(tensors, {"sum": _sum(tensors)}))
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace(file, save(tensors, {"sum": _sum(tensors)}), shared=True)
 
 
 def read_features(file: Path) -> Features:

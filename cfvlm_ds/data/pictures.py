@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.reading import TooLarge, open_regular
 from cfvlm_ds.data.images import MAX_BYTES, Size, image_size
 
@@ -232,11 +233,8 @@ def _read_all(folder: Path, notes: Sequence[Path]) -> npt.NDArray[Any]:
 
 
 def _write(file: Path, table: PictureTable) -> None:
-    """Whole or not at all."""
-    partial = file.with_suffix(".partial")
-    with partial.open("wb") as handle:
+    with whole_file(file) as handle:
         handle.write(np.ascontiguousarray(table._keys).tobytes())
         handle.write(np.ascontiguousarray(table._facts).tobytes())
         handle.flush()
         os.fsync(handle.fileno())
-    os.replace(partial, file)

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
+from cfvlm_ds.core.text import one_line
 
 _SHOWN_PROBLEMS = 50
 
@@ -109,6 +110,6 @@ class CheckReport:
 
 def _counted(counts: Counter[str]) -> str:
     """Names with their counts, on one line that ends."""
-    shown = [f"{name if len(name) <= _SHOWN_CHARS else f'{name[:_SHOWN_CHARS]}...'} {count}" for name, count in counts.most_common(_SHOWN)]
+    shown = [f"{one_line(name, _SHOWN_CHARS)} {count}" for name, count in counts.most_common(_SHOWN)]
     more = len(counts) - len(shown)
-    return ", ".join([*(" ".join(each.split()) for each in shown), *[f"and {more} more"] * bool(more)])
+    return ", ".join([*shown, *[f"and {more} more"] * bool(more)])

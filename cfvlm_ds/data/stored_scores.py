@@ -8,18 +8,17 @@ records its own scores.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.files import create
+from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import MIB, lines, open_regular, parse_json
+from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.identity import Identity, changes
 
 MAX_LINE = 32 * MIB
@@ -49,14 +48,12 @@ def write_scores(
 
     ``data`` is the groups' identity (data_identity), which a reader compares with that of its own; ``made_by`` the model's (fingerprint).
     """
-    partial = path.with_name(path.name + ".partial")
-    with io.TextIOWrapper(create(partial), encoding="utf-8") as handle:
+    with whole_file(path) as handle:
         header = {"schema": SCHEMA, "data": data, "groups": len(groups), "model": model, **(made_by or {})}
-        handle.write(json.dumps(header) + "\n")
+        handle.write(json.dumps(header).encode() + b"\n")
         for group in groups:
             stored = scores[group.id]
-            handle.write(json.dumps({"id": group.id, "logp": stored.logp, "blank": stored.blank}) + "\n")
-    os.replace(partial, path)
+            handle.write(json.dumps({"id": group.id, "logp": stored.logp, "blank": stored.blank}).encode() + b"\n")
 
 
 def read_scores(
@@ -77,19 +74,19 @@ def read_scores(
             rows = (parse_json(line.decode()) for line in lines(handle, MAX_LINE))
             header = next(rows)
             if header["schema"] != SCHEMA:
-                raise DataError(f"{path}: schema {_shown(header['schema'])} is not {SCHEMA!r}; {remedy}")
+                raise DataError(f"{path}: schema {quoted(header['schema'])} is not {SCHEMA!r}; {remedy}")
             if what := changes(header["data"], data, of_scores=True):
                 raise DataError(f"{path}: these scores belong to another manifest, by {what}; {remedy}")
             for part, value in (made_by or {}).items():
                 if header.get(part) != value:
                     what = {"weights": "other weights", "inputs": "another tokenizer, processor or chat template"}[part]
                     raise DataError(
-                        f"{path}: these scores were made by {_shown(header['model'])} with {what} than this run's model; {remedy}"
+                        f"{path}: these scores were made by {quoted(header['model'])} with {what} than this run's model; {remedy}"
                     )
             stored: dict[str, StoredScores] = {}
             for number, row in enumerate(rows, start=2):
                 if row["id"] in stored or len(stored) == len(groups):
-                    raise DataError(f"{path}:{number}: group {_shown(row['id'])} is one too many, or occurs twice; {remedy}")
+                    raise DataError(f"{path}:{number}: group {quoted(row['id'])} is one too many, or occurs twice; {remedy}")
                 stored[row["id"]] = StoredScores(tuple(tuple(line) for line in row["logp"]), tuple(row["blank"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError, StopIteration) as error:
         if isinstance(error, DataError):
@@ -105,12 +102,3 @@ def read_scores(
         if [len(line) for line in rows_of] != [texts] * (images + 1) or not finite:
             raise DataError(f"{path}:{number}: group {group.id!r} needs {images}x{texts} finite scores and {texts} blind ones; {remedy}")
     return stored
-
-
-def _shown(value: Any) -> str:
-    """A value of the file on one line of a message."""
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
-
-
-_LONGEST_SHOWN = 200  # characters

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from cfvlm_ds.core.config import TinyLlavaConfig
+from cfvlm_ds.core.files import whole_folder
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -40,12 +40,9 @@ def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
 
 def write_checkpoint(out_dir: Path, make: Callable[[Path], tuple[Any, Any]]) -> Path:
     """Save the (model, processor) that ``make`` gives; it may put files into the folder it gets. ``out_dir`` is complete or absent."""
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for part in make(partial):
-        part.save_pretrained(partial)
-    partial.rename(out_dir)
+    with whole_folder(out_dir) as partial:
+        for part in make(partial):
+            part.save_pretrained(partial)
     return out_dir
 
 

@@ -22,6 +22,7 @@ import torch
 from cfvlm_ds.compat import settings
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.text import one_line
 from cfvlm_ds.engine.configuration import unusable, warmup_steps
 
 
@@ -149,8 +150,7 @@ def _refuse_key(path: str, section: str, key: str, known: list[str]) -> NoReturn
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=repr)
-    return text if len(text) < 80 else f"{text[:76]} ..."
+    return one_line(json.dumps(value, default=repr), 80)
 
 
 _MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # section -> the package it imports

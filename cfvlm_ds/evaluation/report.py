@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from cfvlm_ds.core.text import one_line
 from cfvlm_ds.evaluation.metrics import CHANCE, Accuracy
 
 SHOWN = ("text", "image", "group", "group_pmi", "pair", "image_pair", "factual", "sham")
@@ -65,5 +66,4 @@ def _cells(metrics: Mapping[str, float]) -> str:
 
 def _plain(name: str) -> str:
     """A name from the data on one line of a table."""
-    name = " ".join(name.split()).replace("|", "\\|")
-    return name if len(name) <= _NAME_CHARS else f"{name[:_NAME_CHARS]}..."
+    return one_line(name, _NAME_CHARS).replace("|", "\\|")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.distributed import World, apart, gather_objects
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data.stored_scores import StoredScores
 
 Forward = Callable[..., Tensor]
@@ -83,7 +83,7 @@ def score_groups(
     mine = [batch_indices(len(groups), batch_size, world.rank, world.size, r) for r in range(rounds)]
     donors = other_images(groups) if shuffled else None
     results: dict[int, GroupScores] = {}
-    started = spoken = time.monotonic()
+    progress = Progress(world.say, label, len(groups), "groups")
     loaders: list[Any] = [
         DataLoader(
             view,  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def score_groups(
         )
         for view in seen_as(groups, donors)
     ]
-    for done, (indices, *batches) in enumerate(zip(mine, *loaders, strict=True), start=1):
+    for number, (indices, *batches) in enumerate(zip(mine, *loaders, strict=True)):
         seen, blind, *other = score_batches(forward, batches, world, f"{label}, groups from {groups[indices[0]].id!r}", remedy)
         for j, index in enumerate(indices):
             size = (len(groups[index].images), len(groups[index].candidates))
@@ -103,10 +103,7 @@ def score_groups(
             if donors is not None:
                 foreign = other[0][j, 0, : size[1]] if donors[index] is not None else torch.empty(0)
             results[index] = GroupScores(seen[j, : size[0], : size[1]], blind[j, 0, : size[1]], foreign)
-        if time.monotonic() - spoken > 10:
-            spoken = time.monotonic()
-            remaining = (spoken - started) / done * (rounds - done)
-            world.say(f"{label}: {min(done * batch_size * world.size, len(groups))}/{len(groups)} groups, {remaining:.0f} s left")
+        progress.advance(min(batch_size * world.size, len(groups) - number * batch_size * world.size))
     merged: dict[int, GroupScores] = {}
     for part in gather_objects(results, world):
         merged.update(part)

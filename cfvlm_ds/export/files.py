@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import create
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.untrusted import bare_name
 from cfvlm_ds.export.source import DTYPE_NAMES, Saved, read_headers
 from cfvlm_ds.models.stored import INDEX, SINGLE
@@ -25,11 +25,10 @@ class Files:
     def __init__(
         self, folder: Path, saved: Mapping[str, Saved], say: Callable[[str], object], alive: Callable[[], object] = lambda: None
     ) -> None:
-        self._folder, self._saved, self._say, self._alive = folder, saved, say, alive
+        self._folder, self._saved, self._alive = folder, saved, alive
         self._starts: dict[str, int] = {}
         self.ends: dict[str, tuple[Tensor, Tensor]] = {}
-        self._total, self._done = sum(tensor.nbytes for tensor in saved.values()), 0
-        self._began = self._said = time.monotonic()
+        self._progress = Progress(say, "export", sum(tensor.nbytes for tensor in saved.values()) / 1e9, "GB")
         for file in {tensor.file: None for tensor in saved.values()}:
             header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
             end = 0
@@ -58,18 +57,10 @@ class Files:
                     break
                 handle.write(block.view(torch.uint8).numpy().data)
                 self.ends[name] = (self.ends[name][0] if name in self.ends else block[:8].clone(), block[-8:].clone())
-                self._progress(block.nbytes)
+                self._alive()
+                self._progress.advance(block.nbytes / 1e9)
         if left:
             raise ConfigError(f"the source stores {name} with shape {list(tensor.shape)}, which its weight has not; get the model again")
-
-    def _progress(self, num_bytes: int) -> None:
-        self._done += num_bytes
-        self._alive()
-        now = time.monotonic()
-        if now - self._said >= 10:
-            left = (now - self._began) * (self._total - self._done) / self._done
-            self._say(f"export: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB, {left / 60:.1f} minutes left")
-            self._said = now
 
 
 def write_index(folder: Path, saved: Mapping[str, Saved], metadata: Mapping[str, Any]) -> None:

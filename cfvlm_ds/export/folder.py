@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError, StorageError
-from cfvlm_ds.core.files import remove
+from cfvlm_ds.core.files import aside_of, whole_folder
 from cfvlm_ds.core.untrusted import refuse_link
 
 
@@ -35,23 +33,9 @@ def replaced(out_dir: Path, marker: str, needed: Iterable[Path]) -> Iterator[Pat
     """
     refuse_replacing(out_dir, marker, needed)
     final = out_dir.resolve()
-    # Both names are nobody else's: people keep an export of theirs as export.old.
-    partial, old = (final.with_name(final.name + suffix) for suffix in (".partial", ".replaced.partial"))
-    refuse_link(old, "remove it")
+    refuse_link(aside_of(final), "remove it")
     try:
-        if old.exists() and not final.exists():  # a kill between the two renames of an earlier export
-            os.replace(old, final)
-        remove(partial)
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            os.replace(final, old)
-        os.replace(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
+        with whole_folder(final) as partial:
+            yield partial
     except OSError as error:
-        if old.exists() and not final.exists():
-            os.replace(old, final)
         raise StorageError(f"{out_dir} cannot be written ({error}); what was there is unchanged; name another folder with --out") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -9,13 +9,13 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from safetensors import safe_open
 
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import replace
 from cfvlm_ds.models.family import Family
 from cfvlm_ds.models.stored import hashed_files, weight_patterns
 
@@ -75,9 +75,7 @@ def file_digest(path: Path, alive: Callable[[], object] = lambda: None) -> str:
             alive()
     with contextlib.suppress(OSError):  # a home that cannot be written costs time, no more
         remembered.parent.mkdir(parents=True, exist_ok=True)
-        partial = remembered.with_name(f"{remembered.name}.{uuid4().hex}.partial")
-        partial.write_text(digest.hexdigest())
-        partial.replace(remembered)
+        replace(remembered, digest.hexdigest().encode(), shared=True)
     return digest.hexdigest()
 
 

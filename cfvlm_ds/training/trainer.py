@@ -17,6 +17,7 @@ from cfvlm_ds.cluster.heartbeat import Heartbeat
 from cfvlm_ds.cluster.signals import EXIT_STOPPED, Asked, Stop, WorkerLost, together
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import Patience, World
+from cfvlm_ds.core.progress import time_left
 from cfvlm_ds.core.secrets import tell
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.evaluation import flat_metrics, headline, table
@@ -104,8 +105,8 @@ class Trainer:
             state.step_done(self._sampler.state_dict())
             stop, save_due, last = result.stop, result.save_due, state.step == self.total_steps
             if (state.step % train.logging_steps == 0 or last) and len(meter):  # there are none where every step was left out
-                seconds_a_step = (time.monotonic() - started) / (state.step - first_step)
-                self._record(tracker, meter, seconds_a_step * (self.total_steps - state.step))
+                passed_s = time.monotonic() - started
+                self._record(tracker, meter, time_left(passed_s, state.step - first_step, self.total_steps - first_step))
             state.tracked_as(tracker.run_id)
             if train.eval_steps and state.step % train.eval_steps == 0 and not last and not stop:
                 try:
@@ -127,7 +128,7 @@ class Trainer:
         for measured in result.measured:
             measure(meter, measured, self._config.objective, part_of_step, self._flops)
 
-    def _record(self, tracker: Any, meter: Meter, remaining_s: float) -> None:
+    def _record(self, tracker: Any, meter: Meter, left: str) -> None:
         """Log what was measured since the last record, and say it."""
         engine, state, world = self._engine, self.state, self._world
         metrics = meter.reduce(world)
@@ -138,7 +139,7 @@ class Trainer:
         if (fastest := peak(world.device)) is not None:
             metrics["throughput/mfu"] = metrics["throughput/model_tflop_per_s"] * 1e12 / (fastest * world.size)
         tracker.log(state.step, metrics)
-        world.say(_progress(state.step, self.total_steps, metrics, remaining_s))
+        world.say(_progress(state.step, self.total_steps, metrics, left))
         fallen = state.displacement(metrics["logp/lp_00"]) if "logp/lp_00" in metrics else 0.0
         if fallen > self._config.train.displacement_warning:  # the margin then grows by pushing everything down (arXiv 2410.08847)
             world.say(
@@ -204,14 +205,13 @@ class Trainer:
         sys.exit(1)
 
 
-def _progress(step: int, total_steps: int, metrics: Mapping[str, float], remaining_s: float) -> str:
+def _progress(step: int, total_steps: int, metrics: Mapping[str, float], left: str) -> str:
     terms = " ".join(f"{name.split('/')[1]} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/"))
     rates = {name: metrics[f"throughput/{name}"] for name in ("groups_per_s", "tokens_per_s", "model_tflop_per_s", "data_wait_share")}
     utilisation = f" (MFU {metrics['throughput/mfu']:.1%})" if "throughput/mfu" in metrics else ""
     gathering = f" all-gather {metrics['throughput/all_gather_share']:.1%}" if "throughput/all_gather_share" in metrics else ""
-    minutes, seconds = divmod(int(remaining_s), 60)
     return (
         f"step {step}/{total_steps} epoch {metrics['epoch']:.2f} loss {metrics['loss']:.4f} ({terms}) "
         f"lr {metrics['learning_rate']:.2e} {rates['groups_per_s']:.1f} groups/s {rates['tokens_per_s']:.0f} tokens/s "
-        f"{rates['model_tflop_per_s']:.3g} TFLOP/s{utilisation} wait {rates['data_wait_share']:.1%}{gathering} ETA {minutes}:{seconds:02d}"
+        f"{rates['model_tflop_per_s']:.3g} TFLOP/s{utilisation} wait {rates['data_wait_share']:.1%}{gathering} ETA {left}"
     )

@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data import CheckReport, check, check_manifest, image_size, named_apart, open_image, read_manifest
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
 
@@ -572,12 +573,28 @@ def test_each_image_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted(opened) == [folder / "a.png", folder / "b.png"]
 
 
-def test_progress_has_rate_and_remaining_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 1000, 4))  # each step of work takes 4 seconds
-    monkeypatch.setattr(check.time, "monotonic", lambda: next(clock))
+def test_progress_has_rate_and_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 4))  # each step of work takes 4 seconds, and a line comes after 5 at the earliest
+    monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
     lines: list[str] = []
-    assert list(check._with_progress("abcde", 5, "images", lines.append)) == list("abcde")
-    assert lines == ["checked 2 of 5 images, 0.2 images/s, 0:00:12 left", "checked 4 of 5 images, 0.2 images/s, 0:00:04 left"]
+    assert list(Progress(lines.append, "check of images", 5, "images").over("abcde")) == list("abcde")
+    assert lines == [
+        "check of images: 2 of 5 images, 0.25 images/s, 0:00:12 left",
+        "check of images: 4 of 5 images, 0.25 images/s, 0:00:04 left",
+    ]
+    lines.clear()
+    written = Progress(lines.append, "export", 3000, "GB", every_s=8)
+    written.advance(0.0)
+    written.advance(1500.5)  # 8 s after the start: 187.6 a second
+    assert lines == ["export: 1500.5 of 3000 GB, 188 GB/s, 0:00:08 left"]
+
+
+def test_checks_say_how_far_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Progress.__init__, "__defaults__", (0.0,))
+    lines: list[str] = []
+    check_manifest(manifest(folder, row("a"), row("b")), progress=lines.append)
+    counted = ("images: 1 of 2 images", "images: 2 of 2 images", "texts: 1 of 2 groups", "texts: 2 of 2 groups")
+    assert [line.partition(",")[0] for line in lines] == [f"check of {each}" for each in counted]
 
 
 def test_long_reports_are_cut(folder: Path) -> None:

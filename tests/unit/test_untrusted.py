@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cfvlm_ds.core.errors import ConfigError, InputError, StorageError
+from cfvlm_ds.core.errors import ConfigError, DataError, InputError, StorageError
 from cfvlm_ds.core.files import create, remove
+from cfvlm_ds.core.text import one_line, printable, quoted
 from cfvlm_ds.core.untrusted import bare_name, output_file, own_file, refuse_foreign
+from cfvlm_ds.data.formats.cfgroup import native_group
+from cfvlm_ds.data.report import CheckReport
+from cfvlm_ds.evaluation.report import _plain
 
 PATHS = ["", ".", "..", "/etc/passwd", "../x", "a/b", "a\\b", "x\0", "x\n", "\ud800", "n" * 256, "é" * 200, None, 3, ["x"], {"x": 1}]
 
@@ -88,3 +93,34 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: P
     with pytest.raises(StorageError, match=r"cannot be written .* with --out$"):
         output_file(Path("/proc/out.json"))
     assert output_file(tmp_path / "new" / "out.json").parent.is_dir()
+
+
+# Names in rows of data ---------------------------------------------------------------------------------------------------------------
+
+HOSTILE = "a\x1b[2Jb\nc\ud800d\u202ee"
+
+
+def test_nothing_commands_a_terminal_or_ends_a_line() -> None:
+    assert printable("zwei Hunde 犬 ✓") == "zwei Hunde 犬 ✓"
+    assert printable(HOSTILE) == r"a\x1b[2Jb\nc\ud800d\u202ee"
+    assert one_line(HOSTILE, 60) == r"a\x1b[2Jb c\ud800d\u202ee"
+    assert one_line("x" * 10**6, 60) == "x" * 60 + "..." and one_line("x" * 60, 60) == "x" * 60
+    assert quoted({"a": "\n"}) == r"{'a': '\n'}" and len(quoted(["x"] * 1000)) == 203
+    assert _plain("a|b\x07") == r"a\|b\x07"
+    assert r"\x1b[2Jb" in str(CheckReport("m", edit_types=Counter({HOSTILE: 2})))
+
+
+@pytest.mark.parametrize(("place", "key"), [((), "id"), ((), "source"), (("edits", 0), "type"), (("edits", 0), "from")])
+@pytest.mark.parametrize("value", [None, [], {"a": 1}, True])
+def test_a_name_in_a_row_is_a_string_or_a_number(place: tuple[str | int, ...], key: str, value: object) -> None:
+    row = {
+        "id": 7, "images": [{"id": "i0", "path": "a.png"}], "texts": [{"id": "t0", "text": "a"}], "match": [["i0", "t0", 1]],
+        "edits": [{"type": 3}],
+    }  # fmt: skip
+    assert native_group(row).id == "7" and native_group(row).edits[0].type == "3"
+    holder = row
+    for part in place:
+        holder = holder[part]  # type: ignore[index]
+    holder[key] = value
+    with pytest.raises(DataError, match=rf"'{key}' must be a string, not .*; quote it"):
+        native_group(row)

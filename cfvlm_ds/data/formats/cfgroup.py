@@ -21,7 +21,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures, check_side
-from cfvlm_ds.data.formats.fields import as_meta, check_keys, index, items, lookup, number, required, string
+from cfvlm_ds.data.formats.fields import as_meta, check_keys, index, items, lookup, name, number, required, string
 
 SCHEMA = "cfgroup/1"
 _GROUP_KEYS = ("schema", "id", "source", "split", "license", "prompt", "images", "texts", "match", "edits", "weight", "meta")
@@ -44,7 +44,7 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
     check_keys(row, _GROUP_KEYS, "row")
     if row.get("schema", SCHEMA) != SCHEMA:
         raise DataError(f"schema is {row['schema']!r}, this version reads {SCHEMA!r}; convert the file")
-    group_id = str(required(row, "id", "row"))
+    group_id = name(row, "id", "row")
     where = f"group {group_id!r}"
     images = items(row, "images", _IMAGE_KEYS, where)
     texts = items(row, "texts", _TEXT_KEYS, where)
@@ -71,11 +71,11 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
         image, text = edit.get("image"), edit.get("text")
         edits.append(
             Edit(
-                type=str(required(edit, "type", f"{where}: edits")),
+                type=name(edit, "type", f"{where}: edits"),
                 image=None if image is None else lookup(image_index, image, f"{where}: edits"),
                 text=None if text is None else lookup(text_index, text, f"{where}: edits"),
-                source=str(edit.get("from", "")),
-                target=str(edit.get("to", "")),
+                source=name(edit, "from", f"{where}: edits", ""),
+                target=name(edit, "to", f"{where}: edits", ""),
             )
         )
     return CounterfactualGroup(
@@ -88,7 +88,7 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
         match=tuple(tuple(line) for line in match),
         edits=tuple(edits),
         weight=number(row.get("weight", 1.0), f"{where}: weight"),
-        source=str(row.get("source", "")),
+        source=name(row, "source", where, ""),
         meta=as_meta(row.get("meta")),
     )
 

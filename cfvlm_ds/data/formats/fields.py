@@ -58,6 +58,14 @@ def string(row: Mapping[str, Any], key: str, where: str) -> str:
     return value
 
 
+def name(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
+    """A string, or a number as one: ids are either in published files. Without a ``default`` the key must be there."""
+    value = required(row, key, where) if default is None else row.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise DataError(f"{where}: {key!r} must be a string, not {value!r}; quote it")
+    return str(value)
+
+
 def number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DataError(f"{where} must be a number, not {value!r}")

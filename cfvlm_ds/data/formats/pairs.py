@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
-from cfvlm_ds.data.formats.fields import as_meta, further_keys, string
+from cfvlm_ds.data.formats.fields import as_meta, further_keys, name, string
 
 _PAIR_KEYS = ("image_0", "image_1", "caption_0", "caption_1")
 _KEYS = (*_PAIR_KEYS, "id", "prompt", "edit")
@@ -32,7 +32,7 @@ def pair_group(row: Mapping[str, Any]) -> CounterfactualGroup:
     prompt = string(row, "prompt", "row") if "prompt" in row else ""
     digest = hashlib.sha256("\0".join([*values, prompt]).encode("utf-8", "surrogatepass")).hexdigest()
     return CounterfactualGroup(
-        id=str(row.get("id", f"pair-{digest[:16]}")),
+        id=name(row, "id", "row", f"pair-{digest[:16]}"),
         images=((Path(image_0),), (Path(image_1),)),
         candidates=(Candidate(prompt, caption_0), Candidate(prompt, caption_1)),
         match=((1, 0), (0, 1)),

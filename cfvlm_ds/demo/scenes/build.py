@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,7 +18,10 @@ from PIL import Image, ImageChops
 
 from cfvlm_ds.core.config import ScenesConfig
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.files import whole_folder
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.secrets import tell
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.demo.scenes.edits import EDITS, is_minimal, scene_difference
 from cfvlm_ds.demo.scenes.grammar import PHRASINGS, describe, difference, holds, say
@@ -60,7 +61,7 @@ class SceneGroup:
         return self.scenes if self.sham is None else (*self.scenes, self.sham)
 
 
-def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = print) -> Path:
+def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = tell) -> Path:
     """Write the manifests, ``images/`` and ``scenes.json`` under ``config.out_dir`` and return that folder.
 
     Does nothing if the folder already holds these scenes. It is built beside its place and renamed into it when complete, so a killed
@@ -72,46 +73,38 @@ def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = print
     settings = _settings(config)
     if _is_complete(out, settings):
         return out
-    partial = out.with_name(f".{out.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-
     sizes = {split: config.num_train if split == "train" else config.num_test for split in RULES}
-    total, done, num_images = sum(sizes.values()), 0, 0
-    digest = hashlib.sha256()
-    start = last = time.monotonic()
+    began = time.monotonic()
+    with whole_folder(out) as folder:
+        digest, num_images = _write_splits(config, sizes, folder, Progress(progress, "scenes", sum(sizes.values()), "groups"))
+        rate = num_images / (time.monotonic() - began)
+        record = {
+            "settings": settings,
+            "content_sha256": digest,
+            "num_groups": sizes,
+            "num_images": num_images,
+            "scenes_per_second": round(rate, 1),
+        }
+        (folder / "scenes.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    progress(f"scenes: {sum(sizes.values())} groups, {num_images} images in {out}, {rate:.0f} scenes/s")
+    return out
+
+
+def _write_splits(config: ScenesConfig, sizes: Mapping[str, int], folder: Path, progress: Progress) -> tuple[str, int]:
+    """Write every split; sha256 over all rows and pixels, and the number of images."""
+    digest, num_images = hashlib.sha256(), 0
     for split, size in sizes.items():
-        (partial / "images" / split).mkdir(parents=True)
-        with open(partial / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as manifest:
+        (folder / "images" / split).mkdir(parents=True)
+        with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as manifest:
             for index in range(size):
-                line, images = _write_group(config, split, index, partial)
+                line, images = _write_group(config, split, index, folder)
                 manifest.write(line + "\n")
                 digest.update(line.encode())
                 for image in images:
                     digest.update(image.tobytes())
                 num_images += len(images)
-                done += 1
-                now = time.monotonic()
-                if now - last > 5:
-                    last, rate = now, done / (now - start)
-                    progress(
-                        f"scenes: {done}/{total} groups, {num_images / (now - start):.0f} scenes/s, {(total - done) / rate:.0f} s left"
-                    )
-    seconds = time.monotonic() - start
-    record = {
-        "settings": settings,
-        "content_sha256": digest.hexdigest(),
-        "num_groups": sizes,
-        "num_images": num_images,
-        "scenes_per_second": round(num_images / seconds, 1),
-    }
-    (partial / "scenes.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    if out.exists():
-        out.rmdir()  # empty, _is_complete has looked
-    os.replace(partial, out)
-    progress(f"scenes: {total} groups, {num_images} images in {out}, {num_images / seconds:.0f} scenes/s")
-    return out
+                progress.advance()
+    return digest.hexdigest(), num_images
 
 
 def _check(config: ScenesConfig) -> None:

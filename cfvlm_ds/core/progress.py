@@ -1,0 +1,55 @@
+"""How far something long has come: a line with a rate and the time left, one at most every few seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+T = TypeVar("T")
+
+EVERY_S = 5.0
+
+
+def time_left(passed_s: float, done: float, total: float) -> str:
+    """What is left goes as fast as what is ``done``: hours, minutes and seconds."""
+    return str(timedelta(seconds=round(passed_s * (total - done) / done))) if done else "an unknown time"
+
+
+class Progress:
+    """Counts units of work that are done and says so: ``scenes: 40 of 800 groups, 13.3 groups/s, 0:00:57 left``.
+
+    Args:
+        say: prints a line at once, as World.say does on rank 0 alone.
+        what: is done.
+        total: units in all.
+        unit: their name, in the plural.
+        every_s: seconds from one line to the next, at least.
+    """
+
+    def __init__(self, say: Callable[[str], object], what: str, total: float, unit: str, every_s: float = EVERY_S) -> None:
+        self._say, self._what, self._total, self._unit, self._every_s = say, what, total, unit, every_s
+        self._began = self._said = time.monotonic()
+        self._done = 0.0
+
+    def advance(self, units: float = 1) -> None:
+        """So many more are done."""
+        self._done += units
+        now = time.monotonic()
+        if now - self._said >= self._every_s:
+            self._said = now
+            rate = self._done / (now - self._began)
+            speed = f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
+            left = time_left(now - self._began, self._done, self._total)
+            self._say(f"{self._what}: {_number(self._done)} of {_number(self._total)} {self._unit}, {speed} {self._unit}/s, {left} left")
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, each of which is a unit that is done when the next one is asked for."""
+        for item in items:
+            yield item
+            self.advance()
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) else f"{value:.1f}"

@@ -1,0 +1,20 @@
+"""Texts of somebody else's, such as names in rows of data, where a person reads them."""
+
+from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    """The text with what is no printable character as Python writes it: an escape sequence would command the terminal, a line break end a
+    sentence, and half of a surrogate pair cannot be printed at all."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: str, most: int) -> str:
+    """The text on one line of a log or table, of at most ``most`` characters and three dots."""
+    text = printable(" ".join(text[: 2 * most].split()) if len(text) > 2 * most else " ".join(text.split()))
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def quoted(value: object, most: int = 200) -> str:
+    """A value as Python writes it, on one line of a message."""
+    return one_line(repr(value), most)
