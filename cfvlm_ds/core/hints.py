@@ -1,4 +1,4 @@
-"""What somebody meant who wrote an option that does not exist."""
+"""What somebody meant who wrote an option that does not exist, or no longer does."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ _ELSEWHERE_CALLED = {
     "workers": "data.num_workers",
 }
 """An option, or its last part, as other programs call it -> what it is called here."""
+
+
+RENAMED = {f"model.{module}.freeze": f"model.{module}.tuning" for module in ("vision_tower", "projector", "language_model")}
+"""An option of an earlier revision -> what it is called now. A metric that is renamed, which train.save_best may name, belongs here too."""
 
 
 def nearest(option: str, names: Sequence[str]) -> str | None:

@@ -12,9 +12,10 @@ from typing import Any
 
 from cfvlm_ds.core.config import CFVLM, SECTIONS, DataSet, RunConfig, ScenesConfig, TinyLlavaConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.hints import nearest
-from cfvlm_ds.core.options import ENDLESS, ranges
+from cfvlm_ds.core.hints import RENAMED, nearest
+from cfvlm_ds.core.options import ENDLESS, kinds, ranges
 from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
+from cfvlm_ds.core.text import one_line
 
 
 def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str | None = None) -> RunConfig:
@@ -176,6 +177,41 @@ _TERM = {"weight": (0, 1e9), "warmup": (0, 1)}
 """Of every term of the objective; they check the rest of their options themselves."""
 
 
+_KNOWN = {name for section, options in SECTIONS.items() for name in kinds(options, f"{section}.")} | {"deepspeed"}
+
+
+def of_other_revision(recorded: Mapping[str, Any]) -> str | None:
+    """What a recorded configuration has that this revision does not know, in a few words; None where it knows all of it.
+
+    An option that it lacks is none: it has the default, which does what the older revision did. Terms of the objective may be anybody's.
+    """
+    unknown = []
+    try:
+        options = list(_leaves(recorded))
+    except RecursionError:
+        return "options nested so deep"
+    for option in options:
+        parts = option.split(".")
+        known = len(parts) > 2 if parts[0] == "objective" else any(".".join(parts[:end]) in _KNOWN for end in range(1, len(parts) + 1))
+        if not known:
+            unknown.append(f"{option} (called {RENAMED[option]} now)" if option in RENAMED else option)
+    if not unknown:
+        return None
+    more = len(unknown) - _NAMED
+    return ", ".join([*(one_line(name, 80) for name in unknown[:_NAMED]), *[f"{more} more"] * (more > 0)])
+
+
+_NAMED = 5
+
+
+def _leaves(values: Mapping[str, Any], section: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{section}{name}.")
+        elif not (section == "" and isinstance(value, Mapping)):  # an empty section says nothing
+            yield f"{section}{name}"
+
+
 def _check_ranges(resolved: Mapping[str, Any]) -> None:
     """ConfigError on a number that no run can have: one that is not finite, or outside the range of its option."""
     train = resolved["train"]
@@ -238,5 +274,7 @@ def _one_sentence(message: str, names: Sequence[str]) -> str:
     # A key of a YAML section is reported beside its section; one that was given without any is compared with the last parts of options.
     section = re.search(r"Group '([\w.]+)'|Parser key \"([\w.]+)\"", message)
     option = f"{section[1] or section[2]}.{unknown[1]}" if section else unknown[1]
+    if option in RENAMED:
+        return f"option {option!r} is called {RENAMED[option]!r} now; see --help for what it takes"
     near = nearest(option, names)
     return f"unknown option {option!r}" + (f"; did you mean {near!r}?" if near else "; see --help")

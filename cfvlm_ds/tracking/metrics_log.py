@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.files import replace
-from cfvlm_ds.core.reading import open_regular
+from cfvlm_ds.core.reading import MAX_RECORD, lines, open_regular
 from cfvlm_ds.core.secrets import tell
 
 METRICS_FILE = "metrics.jsonl"
@@ -41,8 +41,8 @@ def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[
     names: set[str] = set()
     new_offset = position = 0
     with open_regular(path) as file:
-        lines = file.read().splitlines(keepends=True)
-    for line in lines:
+        found = file.read().splitlines(keepends=True)
+    for line in found:
         position += len(line)
         row = parse_line(line)
         if resume_step is None or row is None or row["step"] > resume_step:
@@ -52,11 +52,19 @@ def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[
             new_offset += len(line)
         if row["step"] == resume_step:
             names |= row.keys()
-    if kept != lines[: len(kept)]:
+    if kept != found[: len(kept)]:
         replace(path, b"".join(kept))
-    elif len(kept) < len(lines):
+    elif len(kept) < len(found):
         os.truncate(path, sum(map(len, kept)))  # in place: takes no room
     return names, new_offset
+
+
+def last_step(path: Path) -> int:
+    """The last step that has a record; -1 where there is none."""
+    if not path.is_file():
+        return -1
+    with open_regular(path) as file:
+        return max((row["step"] for line in lines(file, MAX_RECORD) if (row := parse_line(line)) is not None), default=-1)
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:

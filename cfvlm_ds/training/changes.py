@@ -19,6 +19,7 @@ from cfvlm_ds.core.config import SECTIONS, ModelConfig, RunConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import append
 from cfvlm_ds.core.options import Kind, kinds
+from cfvlm_ds.core.parsing import of_other_revision
 from cfvlm_ds.core.reading import MAX_RECORD, MAX_SETTINGS, parse_json, read_bytes
 from cfvlm_ds.core.run_folder import recorded_options
 from cfvlm_ds.core.secrets import masked
@@ -125,6 +126,16 @@ def _of_folder(run_dir: Path, ranks: int | None) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         deepspeed = None
     return {"options": options, "deepspeed": deepspeed if isinstance(deepspeed, dict) else None, "ranks": ranks} if known else None
+
+
+def refuse_other_revision(record: Mapping[str, Any], what: Path) -> None:
+    """ConfigError where a record has options that this revision does not know, and so cannot compare; ``what`` is whose record it is."""
+    options = record.get("options")
+    if isinstance(options, dict) and (unknown := of_other_revision(options)):
+        raise ConfigError(
+            f"{what} was written by another revision, and this one does not know {unknown}; go on with that one (environment.json in the "
+            "run folder names it), or choose another train.output_dir"
+        )
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:

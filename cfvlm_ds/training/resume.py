@@ -16,6 +16,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.identity import changes as changed_data
+from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_step
 from cfvlm_ds.training import changes
 from cfvlm_ds.training.changes import Change
 
@@ -90,8 +91,9 @@ def decide(
     patience = Patience(world)  # rank 0 may read all weights of the model
     record = agreed(world, lambda: changes.record(config, deepspeed, world.size, total_steps, patience.alive), patience)
 
-    def changed_since(told: Mapping[str, Any], what: Path, step: int) -> list[Change]:
-        found = changes.compare(told, record)
+    def changed_since(before: Mapping[str, Any], what: Path, step: int) -> list[Change]:
+        changes.refuse_other_revision(before, what)
+        found = changes.compare(before, record)
         if problem := changes.refused(found, str(what), step, allowed):
             raise ConfigError(problem)
         return found
@@ -121,13 +123,25 @@ def decide(
 
 def is_finished(config: RunConfig, total_steps: int, world: World) -> bool:
     """Whether a start that takes what it finds has nothing to do; rank 0 decides."""
-    found = agreed(world, lambda: _finished_at(Path(config.train.output_dir)))
-    return config.train.resume in ("auto", "restart") and found == total_steps
+    if config.train.resume not in ("auto", "restart"):
+        return False
+    return agreed(world, lambda: _finished_at(Path(config.train.output_dir))) == total_steps
 
 
 def _finished_at(run_dir: Path) -> int | None:
+    """The step at which the run in a folder has ended; None where it has not. ConfigError where nothing else there has come so far."""
+    found: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):  # one that a power loss has cut is none
         found = parse_json(read_bytes(run_dir / FINISHED, MAX_SETTINGS).decode())
-        if isinstance(found, dict) and type(found.get("step")) is int:
-            return found["step"]
-    return None
+    if not isinstance(found, dict) or type(step := found.get("step")) is not int:
+        return None
+    try:
+        done = (run_dir / f"checkpoint-{step}").is_dir() or last_step(run_dir / METRICS_FILE) >= step
+    except (OSError, ValueError):
+        done = False
+    if not done:
+        raise ConfigError(
+            f"{run_dir / FINISHED} says that the run ended at step {step}, and neither a checkpoint nor {METRICS_FILE} beside it has come "
+            "so far; remove it to go on from what is there"
+        )
+    return step

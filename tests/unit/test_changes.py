@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import REPO
 
 from cfvlm_ds import checkpoint
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.core.config import SECTIONS
+from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import kinds
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.secrets import masked
+from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.objectives import OBJECTIVES
-from cfvlm_ds.training import changes
+from cfvlm_ds.training import changes, resume
 
 Z3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": False}, "gradient_clipping": 1.0}
 
@@ -215,6 +218,69 @@ def test_a_checkpoint_without_a_record_is_compared_with_the_files_of_its_folder(
     with pytest.raises(ConfigError, match=r"the recorded options of the run cannot be read .*; restore its config\.yaml"):
         changes.compare(changes.recorded(saved), told())
     assert checkpoint.description(saved)["step"] == 2
+
+
+OTHER_REVISIONS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "a renamed option": ({"model": {"vision_tower": {"freeze": True}}}, "model.vision_tower.freeze (called model.vision_tower.tuning now)"),
+    "options that are gone": ({"train": {"swa": 1}, "data": {"evaluation": {"a": "b"}, "cache": {"x": 1}}}, "train.swa, data.cache.x"),
+    "a flat objective": ({"objective": {"align_weight": 1.0, "csd": {"weight": 1.0}}}, "objective.align_weight"),
+    "a section of another kind": ({"train": [], "tracking": "mlflow"}, "train, tracking"),
+    "a section of its own": ({"optimizer": {"lr": 1e-5}}, "optimizer.lr"),
+    "many": ({"train": {f"old_{k}": k for k in range(9)}}, "train.old_0, train.old_1, train.old_2, train.old_3, train.old_4, 4 more"),
+    "a hostile name": ({"train": {"\x1b[2J" * 100: 1}}, "train." + r"\x1b[2J"),
+    "every term, most of weight 0": ({"objective": {"dpo": {"weight": 0.0}, "mine": {"weight": 0.5}}}, None),
+    "no sections": ({"model": {"name_or_path": "x"}, "deepspeed": "z3.json"}, None),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_REVISIONS)
+def test_a_run_of_another_revision_is_one_sentence(case: str, tmp_path: Path) -> None:
+    options, named = OTHER_REVISIONS[case]
+    record = {"options": options}
+    if named is None:
+        changes.refuse_other_revision(record, tmp_path)
+        return
+    with pytest.raises(ConfigError) as raised:
+        changes.refuse_other_revision(record, tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path} was written by another revision, and this one does not know {named}")
+    assert str(raised.value).endswith(
+        "; go on with that one (environment.json in the run folder names it), or choose another train.output_dir"
+    )
+
+
+def test_a_finished_run_of_another_revision_is_not_taken_for_this_one(told: Any, tmp_path: Path) -> None:
+    config = parse_config(["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path)], OBJECTIVES)
+    options = json.loads(json.dumps(masked(config.resolved)))
+    options["train"]["label_smoothing"] = 0.1
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+    (tmp_path / "finished.json").write_text('{"step": 5}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "time": 1.0, "loss": 2.0}\n')
+    before = sorted(path.name for path in tmp_path.iterdir())
+    world, counts = World(0, 1, 0, torch.device("cpu")), {"num_groups": 8, "groups_per_micro_batch": 2, "gradient_accumulation_steps": 1}
+    sampler = GroupSampler(**counts, rank=0, world_size=1, seed=0)
+    with pytest.raises(
+        ConfigError, match=rf"^{tmp_path} was written by another revision, and this one does not know train\.label_smoothing;"
+    ):
+        resume.decide(config, Z3, world, sampler, {}, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("found", ["", '{"step": 4, "time": 1.0}\n{"step": 5, "ti', "not json\n", "[5]\n"])
+def test_a_finished_run_that_left_nothing_of_its_last_step_is_not_believed(found: str, told: Any, tmp_path: Path) -> None:
+    config = parse_config(["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path)], OBJECTIVES)
+    (tmp_path / "finished.json").write_text('{"step": 5}')
+    (tmp_path / "metrics.jsonl").write_text(found)
+    world, counts = World(0, 1, 0, torch.device("cpu")), {"num_groups": 8, "groups_per_micro_batch": 2, "gradient_accumulation_steps": 1}
+    sampler = GroupSampler(**counts, rank=0, world_size=1, seed=0)
+    with pytest.raises(
+        ConfigError, match=r"finished\.json says that the run ended at step 5, and neither .*; remove it to go on from what"
+    ):
+        resume.decide(config, Z3, world, sampler, {}, 5)
+    (tmp_path / "checkpoint-5").mkdir()
+    assert resume.decide(config, Z3, world, sampler, {}, 5) is None
+    (tmp_path / "checkpoint-5").rmdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "time": 1}\n')
+    assert resume.decide(config, Z3, world, sampler, {}, 5) is None
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:

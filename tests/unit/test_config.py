@@ -95,6 +95,19 @@ def test_unknown_option_names_the_nearest(wrong: str, joined: bool) -> None:
     assert str(raised.value) == f"unknown option {wrong!r}; did you mean {UNKNOWN_OPTIONS[wrong]!r}?"
 
 
+def test_an_option_that_was_renamed_says_what_it_is_called_now(written) -> None:
+    for old, new in hints.RENAMED.items():
+        section, _, last = old.rpartition(".")
+        nested = f"{{{last}: true}}"
+        for part in reversed(section.split(".")):
+            nested = f"{{{part}: {nested}}}"
+        for argv in ([f"--{old}", "true"], written(nested)):
+            with pytest.raises(ConfigError) as raised:
+                parse(*argv)
+            assert str(raised.value) == f"option {old!r} is called {new!r} now; see --help for what it takes"
+            parse(f"--{new}", "frozen")
+
+
 def test_what_other_programs_call_an_option_is_one_here() -> None:
     resolved = parse().resolved
     for option in set(hints._ELSEWHERE_CALLED.values()):
