@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cfvlm_ds.cli.exits import exit_cleanly, print_anything
 from cfvlm_ds.cluster import signals
@@ -47,6 +47,7 @@ def run(arguments: Sequence[str]) -> None:
 
         print(dry_run(config))
         return
+    from cfvlm_ds.core.distributed import Patience, agreed
     from cfvlm_ds.engine import start
     from cfvlm_ds.training.run import train
     from cfvlm_ds.training.validation import validate
@@ -54,18 +55,17 @@ def run(arguments: Sequence[str]) -> None:
     world = start()
     if config.build.scenes or config.build.tiny_llava:
         validate(config, world)
-        if world.is_main:
-            build(config.build)
-        world.wait()
+        patience = Patience(world)  # a large world takes longer than the time limit of a collective
+        agreed(world, lambda: build(config.build, patience.alive), patience)
     train(config, world)
 
 
-def build(config: BuildConfig) -> None:
-    """Write the embedded world and the small model, where they are asked for and not there yet."""
+def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> None:
+    """Write the embedded world and the small model, where they are asked for and not there yet; ``alive`` is called meanwhile."""
     if config.scenes is not None:
         from cfvlm_ds.demo.scenes import build_scenes
 
-        build_scenes(config.scenes)
+        build_scenes(config.scenes, alive=alive)
     if config.tiny_llava is not None:
         from cfvlm_ds.demo.scenes import all_captions
         from cfvlm_ds.demo.tiny import build_tiny_llava

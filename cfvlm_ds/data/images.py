@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import threading
 from pathlib import Path
-from typing import IO
 
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
@@ -23,6 +22,9 @@ MAX_ASPECT = 200
 
 MAX_BYTES = 4 << 30
 """Limit on a picture's file, which is read whole to be recognised again: 80 bytes for each of MAX_PIXELS."""
+
+MAX_HEADER_READS = 1 << 16
+"""Limit on the reads that a header takes; those of photographs take hundreds."""
 
 # Formats with plain decoders. PIL would also start Ghostscript for EPS, and decode an ICO whose payload is larger than its header says.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -43,7 +45,7 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise DataError(f"{path}: no such image file; restore it, or correct its path in the manifest")
         if (size := path.stat().st_size) > MAX_BYTES:
             raise _OutOfBounds(f"{path}: image file has {size} bytes, and {MAX_BYTES} is the bound; save it again, or drop the row")
-        with io.BufferedReader(io.FileIO(path), 1 << 16) as handle:
+        with _Picture(path) as handle:
             handle.peek()  # fetch the header from disk before taking the lock, so that threads wait for the network side by side
             image = _read_header(handle)
             _check_size(path, image, max_pixels)
@@ -65,7 +67,7 @@ def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
     try:
         if not Path(path).is_file():
             raise DataError("no such image file")
-        with open(path, "rb") as handle:
+        with _Picture(path) as handle:
             image = _read_header(handle)
             _check_size(path, image, max_pixels)  # a PNG may have its orientation after its pixels, and is decoded for it
             return image.size[::-1] if _is_turned(image) else image.size
@@ -77,6 +79,30 @@ def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
 
 class _OutOfBounds(DataError):
     """The image is larger or longer than allowed."""
+
+
+class _Picture(io.BufferedReader):
+    """A picture's file, whose header is read in at most MAX_HEADER_READS reads: some decoders take a comment byte by byte, and meanwhile
+    hold up every thread that opens another picture."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(io.FileIO(path), 1 << 16)
+        self._path, self._reads = path, 0
+        self._in_header = True
+
+    def header_read(self) -> None:
+        """What follows are pixels, of which there may be many."""
+        self._in_header = False
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self._in_header:
+            self._reads += 1
+            if self._reads > MAX_HEADER_READS:
+                raise _OutOfBounds(
+                    f"{self._path}: its header takes more than {MAX_HEADER_READS} reads, as a comment of so many bytes does; save the "
+                    "image again"
+                )
+        return super().read(size)
 
 
 def _check_size(path: str | Path, image: Image.Image, max_pixels: int) -> None:
@@ -98,7 +124,7 @@ def _is_turned(image: Image.Image) -> bool:
     return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
-def _read_header(handle: IO[bytes]) -> Image.Image:
+def _read_header(handle: _Picture) -> Image.Image:
     # PIL warns above its own limit and raises above twice that, without telling the size. Ours is checked right after, on every path, so
     # PIL's is lifted for the header only. The limit is a global of PIL, hence the lock (warnings.catch_warnings is no better with threads).
     with _PIL_LIMIT:
@@ -107,6 +133,7 @@ def _read_header(handle: IO[bytes]) -> Image.Image:
             return Image.open(handle, formats=_FORMATS)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
+            handle.header_read()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

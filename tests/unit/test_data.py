@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -395,6 +397,43 @@ def test_limit_above_that_of_pil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         warnings.simplefilter("error")
         assert open_image(save(tmp_path / "a.png", size=(8, 6))).size == (8, 6)
     assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_what_a_native_row_has_beside_is_kept_and_counted(folder: Path) -> None:
+    parts = row("a", split="val", license="CC0", meta={"split": "mine", "tag": 1}, edits=[{"type": "count", "image": "i1", "meta": 7}])
+    parts["images"][1] |= {"sha256": "ab", "role": "edited"}
+    parts["texts"][0]["meta"] = {"by": "hand"}
+    path = manifest(folder, parts, row("b"), row("c", split="train"), row("d", meta="a note", license="MIT"))
+    groups = read_manifest(path)
+    kept = {
+        "split": "mine", "tag": 1, "row.split": "val", "license": "CC0", "images.role": [None, "edited"], "images.sha256": [None, "ab"],
+        "texts.meta": [{"by": "hand"}, None], "edits.meta": [7],
+    }  # fmt: skip
+    assert [json.loads(group.meta or "null") for group in groups] == [kept, None, {"split": "train"}, {"meta": "a note", "license": "MIT"}]
+    for group in groups:
+        assert from_row(to_row(group, folder), folder) == group, "and is there after it is written again"
+    report = check_manifest(path)
+    assert report.ok and report.metadata["'images.sha256'"] == 1 and report.metadata["'license'"] == 2 and report.metadata["'split'"] == 2
+    assert "'images.sha256' 1" in str(report) and "(kept, not used)" in str(report)
+
+
+def test_a_header_that_is_read_byte_by_byte_is_bounded(tmp_path: Path) -> None:
+    """PIL takes the comment of a PPM and the bytes between a GIF's blocks one at a time: 10 MB of them are ten seconds."""
+    pixels = b"2 1\n255\n" + bytes(6)
+    (tmp_path / "short.ppm").write_bytes(b"P6\n#" + b"x" * 30_000 + b"\n" + pixels)
+    assert open_image(tmp_path / "short.ppm").size == image_size(tmp_path / "short.ppm") == (2, 1)
+    (tmp_path / "plain.ppm").write_bytes(b"P3 300 300 255 " + b"1 " * 270_000)
+    assert open_image(tmp_path / "plain.ppm").size == (300, 300), "pixels are no header"
+    (tmp_path / "long.ppm").write_bytes(b"P6\n#" + b"x" * 10_000_000 + b"\n" + pixels)
+    gif = io.BytesIO()
+    Image.new("P", (2, 1)).save(gif, "GIF")
+    (tmp_path / "long.gif").write_bytes(gif.getvalue().replace(b",", b"\0" * 10_000_000 + b",", 1))
+    for name in ("long.ppm", "long.gif"):
+        began = time.process_time()
+        for read in (open_image, image_size):
+            with pytest.raises(DataError, match=rf"^{tmp_path / name}: its header takes more than 65536 reads.*; save the image again$"):
+                read(tmp_path / name)
+        assert time.process_time() - began < 2
 
 
 def test_bad_images(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@
 
 ``match`` lists what is known: 1 the text is true of the image, 0 it is false. A cell that is not listed is unknown and is never used as a
 negative. A text may carry its own ``prompt``. Several pictures that are shown together are one entry of ``images`` with a list as ``path``;
-a row of text alone has one entry, whose ``path`` is null.
+a row of text alone has one entry, whose ``path`` is null. ``split`` and ``license`` of a row, ``role``, ``sha256`` and ``meta`` of its
+parts are kept as metadata, which nothing uses and a check counts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures,
 from cfvlm_ds.data.formats.fields import as_meta, check_keys, index, items, lookup, name, number, required, string
 
 SCHEMA = "cfgroup/1"
-_GROUP_KEYS = ("schema", "id", "source", "split", "license", "prompt", "images", "texts", "match", "edits", "weight", "meta")
-_IMAGE_KEYS = ("id", "path", "role", "sha256", "meta")
-_TEXT_KEYS = ("id", "text", "prompt", "role", "meta")
+_KEPT, _KEPT_OF_IMAGE, _KEPT_OF_TEXT = ("split", "license"), ("role", "sha256", "meta"), ("role", "meta")
+_GROUP_KEYS = ("schema", "id", "source", "prompt", "images", "texts", "match", "edits", "weight", "meta", *_KEPT)
+_IMAGE_KEYS = ("id", "path", *_KEPT_OF_IMAGE)
+_TEXT_KEYS = ("id", "text", "prompt", *_KEPT_OF_TEXT)
 _EDIT_KEYS = ("type", "image", "text", "from", "to", "meta")
 
 
@@ -89,8 +91,22 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
         edits=tuple(edits),
         weight=number(row.get("weight", 1.0), f"{where}: weight"),
         source=name(row, "source", where, ""),
-        meta=as_meta(row.get("meta")),
+        meta=as_meta(_unused(row, images, texts, listed)),
     )
+
+
+def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
+    """What a row says that no group uses: its ``meta``, and under names such as ``images.sha256`` what its parts have beside."""
+    found = {key: row[key] for key in _KEPT if key in row}
+    for kind, listed, keys in zip(("images", "texts", "edits"), parts, (_KEPT_OF_IMAGE, _KEPT_OF_TEXT, ("meta",)), strict=True):
+        for key in keys:
+            if any(key in part for part in listed):
+                found[f"{kind}.{key}"] = [part.get(key) for part in listed]
+    own = row.get("meta")
+    if not found:
+        return own
+    own = own if isinstance(own, Mapping) else {"meta": own} if own else {}
+    return {**own, **{f"row.{key}" if key in own else key: value for key, value in found.items()}}
 
 
 def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -61,12 +61,12 @@ class SceneGroup:
         return self.scenes if self.sham is None else (*self.scenes, self.sham)
 
 
-def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = tell) -> Path:
+def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = tell, alive: Callable[[], object] = lambda: None) -> Path:
     """Write the manifests, ``images/`` and ``scenes.json`` under ``config.out_dir`` and return that folder.
 
     Does nothing if the folder already holds these scenes. It is built beside its place and renamed into it when complete, so a killed
     build leaves nothing that looks finished; one process at a time may build a folder. Raises DataError on settings that cannot be built,
-    or if the folder holds something else.
+    or if the folder holds something else. ``alive`` is called for every group.
     """
     _check(config)
     out = Path(config.out_dir).resolve()
@@ -76,7 +76,7 @@ def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = tell)
     sizes = {split: config.num_train if split == "train" else config.num_test for split in RULES}
     began = time.monotonic()
     with whole_folder(out) as folder:
-        digest, num_images = _write_splits(config, sizes, folder, Progress(progress, "scenes", sum(sizes.values()), "groups"))
+        digest, num_images = _write_splits(config, sizes, folder, Progress(progress, "scenes", sum(sizes.values()), "groups"), alive)
         rate = num_images / (time.monotonic() - began)
         record = {
             "settings": settings,
@@ -90,13 +90,16 @@ def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = tell)
     return out
 
 
-def _write_splits(config: ScenesConfig, sizes: Mapping[str, int], folder: Path, progress: Progress) -> tuple[str, int]:
+def _write_splits(
+    config: ScenesConfig, sizes: Mapping[str, int], folder: Path, progress: Progress, alive: Callable[[], object]
+) -> tuple[str, int]:
     """Write every split; sha256 over all rows and pixels, and the number of images."""
     digest, num_images = hashlib.sha256(), 0
     for split, size in sizes.items():
         (folder / "images" / split).mkdir(parents=True)
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as manifest:
             for index in range(size):
+                alive()
                 line, images = _write_group(config, split, index, folder)
                 manifest.write(line + "\n")
                 digest.update(line.encode())
