@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from cfvlm_ds.cli.exits import exit_cleanly, print_anything
 from cfvlm_ds.cluster import signals
@@ -11,6 +12,9 @@ from cfvlm_ds.core.config import BuildConfig
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.secrets import mask_tracebacks
 from cfvlm_ds.core.versions import PACKAGE
+
+if TYPE_CHECKING:
+    from cfvlm_ds.core.distributed import World
 
 QUICKSTART = PACKAGE.parent / "examples" / "quickstart.yaml"
 
@@ -47,7 +51,6 @@ def run(arguments: Sequence[str]) -> None:
 
         print(dry_run(config))
         return
-    from cfvlm_ds.core.distributed import Patience, agreed
     from cfvlm_ds.engine import start
     from cfvlm_ds.training.run import train
     from cfvlm_ds.training.validation import validate
@@ -55,9 +58,16 @@ def run(arguments: Sequence[str]) -> None:
     world = start()
     if config.build.scenes or config.build.tiny_llava:
         validate(config, world)
-        patience = Patience(world)  # a large world takes longer than the time limit of a collective
-        agreed(world, lambda: build(config.build, patience.alive), patience)
+        build_once(config.build, world)
     train(config, world)
+
+
+def build_once(config: BuildConfig, world: World) -> None:
+    """``build`` on rank 0; all ranks call it, and wait as long as it gets on. What it raises about its options is raised on all of them."""
+    from cfvlm_ds.core.distributed import Patience, agreed
+
+    patience = Patience(world)
+    agreed(world, lambda: build(config, patience.alive), patience)
 
 
 def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> None:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from cfvlm_ds import engine
 from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.cli import train as commands
 from cfvlm_ds.cli.train import train_main
 from cfvlm_ds.core.config import DataSet, RunConfig
 from cfvlm_ds.core.distributed import World
@@ -350,6 +351,13 @@ def test_threads_of_the_check_keep_to_the_cores_they_are_given(data: Path, monke
         os.sched_setaffinity(0, given)
 
 
+def build_late(config: Any, alive: Callable[[], object]) -> None:
+    """As long as two collectives may take."""
+    for _ in range(60):
+        time.sleep(0.1)
+        alive()
+
+
 def read_late(manifest: str, model: str, run: str, bad: str) -> None:
     """A rank whose collectives end after three seconds reads the data, and takes five for its pictures if it is the second."""
     world = engine.start()
@@ -368,6 +376,8 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
     read = preflight.read_data(configured(config, Path(run), train=manifest, num_workers=0), world)
     tokens = preflight.group_tokens(read.groups, load_collator(config.model, "full"), config.data, world, read.pictures)
     print(json.dumps({"opened": opened, "identity": dict(read.identity), "tokens": list(tokens), "known": len(read.pictures or [])}))
+    commands.build = build_late
+    commands.build_once(config.build, world)
     resume.changes.model_hashes = lambda name, alive: print("hashed") or {"weights": "w", "inputs": "i"}  # type: ignore[func-returns-value]
     told = resume.Start(None, [], {"model": None, "steps": 1}, 1, {}).told(config, world)
     assert told == {"model": {"weights": "w", "inputs": "i"}, "steps": 1}
