@@ -16,7 +16,7 @@ class TrainState:
     ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``data`` the identity of the training groups;
     ``run_id`` the MLflow run; ``baseline_lp`` the factual log-likelihood per token at the start, against which displacement is measured;
     ``best`` the ``step`` and ``value`` of the best evaluation by ``train.save_best``; ``skipped`` the groups left out, and why; ``record``
-    what the run was told (see changes.py).
+    its options (see changes.py).
     """
 
     step: int = 0
@@ -36,8 +36,8 @@ class TrainState:
         self.step += 1
         self.sampler = sampler
 
-    def told(self, record: dict[str, Any]) -> None:
-        """What this start of the run was told."""
+    def configured_by(self, record: dict[str, Any]) -> None:
+        """The record of this start's options."""
         self.record = record
 
     def trained_on(self, data: dict[str, Any]) -> None:

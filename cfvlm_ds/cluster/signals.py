@@ -39,7 +39,7 @@ EXIT_INTERRUPTED = 130
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _ONE_PRESS_S = 1.0  # a terminal and a launcher may both pass one Ctrl-C on
 _LEAVE_WITHIN_S = 10.0
-_asked = threading.Event()
+_stop_requested = threading.Event()
 _together = False
 _left = threading.Lock()
 _before_leaving: list[Callable[[int], object]] = []
@@ -58,7 +58,7 @@ def install() -> None:
 
 
 def _ask(number: int, frame: FrameType | None) -> None:
-    _asked.set()
+    _stop_requested.set()
 
 
 def _deafen() -> None:
@@ -72,7 +72,7 @@ def _listen(reader: int) -> None:
         for number in numbers:
             if number not in _SIGNALS:  # others have handlers too
                 continue
-            _asked.set()
+            _stop_requested.set()
             if not _together:
                 _leave(EXIT_STOPPED)
             if number == signal.SIGINT:
@@ -124,13 +124,13 @@ def together() -> Iterator[None]:
     before, _together = _together, True
     try:
         yield
-        if _asked.is_set() and not before:  # after the last vote
+        if _stop_requested.is_set() and not before:  # after the last vote
             _leave(EXIT_STOPPED)
     finally:
         _together = before
 
 
-class Asked(Exception):
+class StopRequested(Exception):
     """The ranks have agreed to stop in an evaluation; the message says why."""
 
 
@@ -213,7 +213,7 @@ class Stop:
         self._longest, self._last = max(self._longest, now - self._last), now
         import torch
 
-        return torch.tensor([float(_asked.is_set()), float(now + self._longest + self._margin_s > self._end)])
+        return torch.tensor([float(_stop_requested.is_set()), float(now + self._longest + self._margin_s > self._end)])
 
 
 def reason(votes: Sequence[float]) -> str | None:

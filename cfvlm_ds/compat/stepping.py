@@ -13,7 +13,7 @@ from cfvlm_ds.core.errors import ConfigError
 
 
 def optimizer_options(engine: Any) -> dict[str, Any]:
-    """What optimizer, clipping and schedule were told by this run's options; a checkpoint puts those of its own run in their place."""
+    """What this run's options make of optimizer, clipping and schedule; a checkpoint puts those of its own run in their place."""
     groups = [{name: value for name, value in group.items() if name not in ("params", "step")} for group in engine.optimizer.param_groups]
     return {
         "groups": groups,

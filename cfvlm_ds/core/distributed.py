@@ -82,13 +82,13 @@ def meeting_point() -> Iterator[None]:
         os.environ["MASTER_PORT"] = str(_free_port())
         yield
     else:
-        told = Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{os.getppid()}-{_started(os.getppid())}.port"
-        os.environ["MASTER_PORT"] = _tell(told) if main else _hear(told)
+        published = Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{os.getppid()}-{_started(os.getppid())}.port"
+        os.environ["MASTER_PORT"] = _publish_port(published) if main else _published_port(published)
         try:
             yield
         finally:
             if main:
-                told.unlink(missing_ok=True)
+                published.unlink(missing_ok=True)
 
 
 _EVERYBODYS = "29500"
@@ -126,21 +126,21 @@ def _port_in_use(port: str) -> Exception:
     return ConfigError(f"{sentence}; give the launcher another --master_port, or on one machine none")
 
 
-def _tell(told: Path) -> str:
+def _publish_port(file: Path) -> str:
     port = str(_free_port())
-    replace(told, port.encode(), shared=True)
+    replace(file, port.encode(), shared=True)
     return port
 
 
-def _hear(told: Path) -> str:
+def _published_port(file: Path) -> str:
     """The port that rank 0 has chosen; another user's file of that name is none."""
     end = time.monotonic() + _PATIENCE_S
     while time.monotonic() < end:
-        with contextlib.suppress(OSError), told.open() as file:
-            if os.fstat(file.fileno()).st_uid == os.getuid():
-                return file.read()
+        with contextlib.suppress(OSError), file.open() as handle:
+            if os.fstat(handle.fileno()).st_uid == os.getuid():
+                return handle.read()
         time.sleep(0.05)
-    raise ConfigError(f"rank 0 has chosen no port within {_PATIENCE_S:g} s (by {told}); give the launcher a --master_port")
+    raise ConfigError(f"rank 0 has chosen no port within {_PATIENCE_S:g} s (by {file}); give the launcher a --master_port")
 
 
 def _tasks_on_node(described: str, node: int) -> int:

@@ -106,7 +106,7 @@ def _parse(path: str, given: _Noted) -> Any:
             value = dict.__getitem__(values, key)
             wrong = None if value is default is None else _wrong_type(_DEFAULTS.get(name, default), value)
             if wrong:
-                raise ConfigError(f"{path}: {name} must be {wrong}, not {_shown(value)}")
+                raise ConfigError(f"{path}: {name} must be {wrong}, not {_quoted(value)}")
     if isinstance(stumbled, ValidationError):
         first, section = stumbled.errors()[0], [] if stumbled.title == "DeepSpeedMonitorConfig" else [list(asked)[-1]]
         if first["type"] == "extra_forbidden":
@@ -149,7 +149,7 @@ def _refuse_key(path: str, section: str, key: str, known: list[str]) -> NoReturn
     raise ConfigError(f"{path}: unknown key {section + key!r}; {remedy}")
 
 
-def _shown(value: Any) -> str:
+def _quoted(value: Any) -> str:
     return one_line(json.dumps(value, default=repr), 80)
 
 
@@ -218,7 +218,7 @@ def _not_here(parsed: Any, found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{unused[0]} is not used here: batches are the run's own, and weights are partitioned by ZeRO alone; leave it out"
     for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
         if (wanted := (found.get("data_types") or {}).get(name)) is not None and not settings.is_data_type(wanted):
-            yield f"data_types.{name} must be fp32, bf16 or fp16, not {_shown(wanted)}"
+            yield f"data_types.{name} must be fp32, bf16 or fp16, not {_quoted(wanted)}"
 
 
 _QUANTISED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
@@ -290,7 +290,7 @@ def _try_schedules(config: RunConfig, found: Mapping[str, Any]) -> None:
         if cls is None:
             near = difflib.get_close_matches(str(kind), known := settings.schedule_names(), n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
-            raise ConfigError(f"{config.deepspeed}: scheduler.type {_shown(kind)} is no schedule of DeepSpeed or torch; {hint}")
+            raise ConfigError(f"{config.deepspeed}: scheduler.type {_quoted(kind)} is no schedule of DeepSpeed or torch; {hint}")
         option, build = f"{config.deepspeed}: scheduler", lambda: cls(optimizer, **params)
     else:
         option, build = "train.lr_scheduler_type", lambda: get_scheduler(name, optimizer, warmup_steps(config, steps), steps)

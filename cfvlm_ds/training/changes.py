@@ -53,7 +53,7 @@ _WEIGHTS, _INPUTS = "weights of model.name_or_path", "tokenizer, processor or ch
 
 @dataclass(frozen=True)
 class Change:
-    """An option, what the continued run was told, and what this one is."""
+    """An option, its value in the continued run, and its value now."""
 
     option: str
     before: Any
@@ -61,18 +61,18 @@ class Change:
     fixed: bool
 
     def __str__(self) -> str:
-        return f"{self.option} was {_shown(self.before)} and is {_shown(self.now)}"
+        return f"{self.option} was {_quoted(self.before)} and is {_quoted(self.now)}"
 
 
 def record(
     config: RunConfig, deepspeed: Mapping[str, Any], ranks: int, steps: int, alive: Callable[[], object] = lambda: None
 ) -> dict[str, Any]:
-    """What a run is told, as plain JSON without secrets: options, resolved DeepSpeed settings, ranks, steps in all, hashes of the model.
+    """What configures a run, as plain JSON without secrets: options, resolved DeepSpeed settings, ranks, steps in all, hashes of the model.
 
     ``alive`` is called while the model's files are read.
     """
-    told = {"options": masked(config.resolved), "deepspeed": masked(deepspeed), "ranks": ranks, "steps": steps}
-    return json.loads(json.dumps({**told, "model": model_hashes(config.model.name_or_path, alive)}, default=str))
+    record = {"options": masked(config.resolved), "deepspeed": masked(deepspeed), "ranks": ranks, "steps": steps}
+    return json.loads(json.dumps({**record, "model": model_hashes(config.model.name_or_path, alive)}, default=str))
 
 
 def model_hashes(name_or_path: str, alive: Callable[[], object] = lambda: None) -> dict[str, str] | None:
@@ -95,8 +95,8 @@ def recorded(found: Path) -> dict[str, Any]:
     """
     described = checkpoint.description(found)
     loop = described.get("loop")
-    if isinstance(loop, dict) and isinstance(told := loop.get("record"), dict):
-        return told
+    if isinstance(loop, dict) and isinstance(kept := loop.get("record"), dict):
+        return kept
     return _of_folder(found.parent, described["world_size"]) or _unknown(found)
 
 
@@ -189,10 +189,10 @@ def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], 
         append(path, line, say)
 
 
-def _effective(told: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
+def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
     """What decides what is trained, of a record: values that are in use, with what is made of several of them in their place."""
     declared = {name: kind for section, options in SECTIONS.items() for name, kind in kinds(options, f"{section}.").items()}
-    options = {**_defaults(), **dict(_flat(told["options"]))}
+    options = {**_defaults(), **dict(_flat(record["options"]))}
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}
     modules = [name.split(".")[1] for name in declared if name.endswith(".tuning")]
@@ -209,18 +209,18 @@ def _effective(told: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
             or (name.endswith(".learning_rate") and part in modules and options[f"model.{part}.tuning"] == "frozen")
         ):
             values[name] = (value, kind)
-    accumulated, ranks = options["train.gradient_accumulation_steps"], told.get("ranks")
+    accumulated, ranks = options["train.gradient_accumulation_steps"], record.get("ranks")
     if ranks is not None and options["data.max_tokens_per_micro_batch"] is None:
         groups = options["train.per_device_train_batch_size"] * accumulated * ranks
         values["groups per step (train.per_device_train_batch_size x train.gradient_accumulation_steps x ranks)"] = (groups, "meaning")
     elif ranks is not None:
         values["micro-batches per step (train.gradient_accumulation_steps x ranks)"] = (accumulated * ranks, "meaning")
-    if told.get("steps") is not None:
-        values[_TOTAL] = (told["steps"], "meaning")
-    if told.get("model"):
-        values |= {_WEIGHTS: (told["model"]["weights"], "fixed"), _INPUTS: (told["model"]["inputs"], "meaning")}
-    if told.get("deepspeed") is not None:
-        values |= _settings(told["deepspeed"])
+    if record.get("steps") is not None:
+        values[_TOTAL] = (record["steps"], "meaning")
+    if record.get("model"):
+        values |= {_WEIGHTS: (record["model"]["weights"], "fixed"), _INPUTS: (record["model"]["inputs"], "meaning")}
+    if record.get("deepspeed") is not None:
+        values |= _settings(record["deepspeed"])
     return values
 
 
@@ -272,5 +272,5 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
-def _shown(value: Any) -> str:
+def _quoted(value: Any) -> str:
     return "not set" if value is None else str(value)

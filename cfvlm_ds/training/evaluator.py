@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from cfvlm_ds.batching.collator import Collator
-from cfvlm_ds.cluster.signals import Asked, Stop, reason, together, worker_deaths
+from cfvlm_ds.cluster.signals import Stop, StopRequested, reason, together, worker_deaths
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
@@ -29,8 +29,10 @@ class Evaluator:
         self._stop, self._num_workers = stop, num_workers
 
     def __call__(self, shuffled: bool = False) -> tuple[dict[str, list[Accuracy]], dict[str, list[GroupScores]]]:
-        """Results and scores by split. Raises Asked on all ranks where they are to stop, and WorkerLost on the one that has lost a data
-        worker."""
+        """Results and scores by split.
+
+        Raises StopRequested on all ranks where they are to stop, and WorkerLost on the one that has lost a data worker.
+        """
         self._engine.eval()
         hook = self._engine.register_forward_pre_hook(self._vote)  # every rank makes as many forwards
         try:
@@ -59,7 +61,7 @@ class Evaluator:
         votes = self._stop.votes().to(self._world.device)
         dist.all_reduce(votes)
         if (why := reason(votes.tolist())) is not None:
-            raise Asked(why)
+            raise StopRequested(why)
 
     def _options(self) -> dict[str, Any]:
         """The token budget, and what to lower where that is not enough."""

@@ -28,7 +28,7 @@ from cfvlm_ds.data.identity import Identity, data_identity
 from cfvlm_ds.data.pictures import PictureNotes, PictureTable, sizes_of, stored_pictures
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
 
-_FORM = 2  # of data_check.json and of what a check looks at; another number has everything looked at again
+_FORM = 3  # of data_check.json and of what a check looks at; another number has everything looked at again
 _FILE = "data_check.json"
 _CHUNK = 1024  # groups whose pictures' headers are read at a time
 
@@ -141,7 +141,7 @@ def _too_large(groups: Sequence[CounterfactualGroup], tokens: npt.NDArray[Any], 
     return f"group {group!r} has {most} tokens in {what}, and data.{option} is {limit}; raise it, or show images with fewer tokens"
 
 
-def _told(item: Any, world: World) -> Any:
+def _from_main(item: Any, world: World) -> Any:
     return broadcast_object(item) if world.size > 1 else item
 
 
@@ -177,16 +177,16 @@ class _Check:
 
     def __call__(self, each: DataSet) -> list[CounterfactualGroup]:
         """The groups of a set without a problem; rank 0 says what it holds. Raises DataError with the first problem on every rank."""
-        problem, said = _told(self._known_of(each) if self._world.is_main else None, self._world)
+        problem, summary = _from_main(self._known_of(each) if self._world.is_main else None, self._world)
         if problem:
             raise DataError(problem)
-        if said is None and self._full:
-            said, groups = self._looked_at(each)
+        if summary is None and self._full:
+            summary, groups = self._looked_at(each)
         else:
             groups = read_manifest(each.path, each.root, self._format(each))
-            said = said or f"{each.path}: {len(groups)} groups"
-        self._world.say(said)
-        self._keep(each, said=without_secrets(said))
+            summary = summary or f"{each.path}: {len(groups)} groups"
+        self._world.say(summary)
+        self._keep(each, summary=without_secrets(summary))
         return groups
 
     def identity(self, each: DataSet, groups: Sequence[CounterfactualGroup]) -> tuple[Identity, PictureTable | None]:
@@ -203,7 +203,7 @@ class _Check:
                 found = data_identity(groups, roots, pictures, self._patience.alive)
                 self._keep(each, identity=found, pictures=table)
         self._patience.meet()
-        return _told(found, self._world), pictures
+        return _from_main(found, self._world), pictures
 
     def _format(self, each: DataSet) -> str:
         return each.format or self._config.data.format
@@ -222,9 +222,9 @@ class _Check:
         if problems := [first for *_, firsts in shares for first in firsts]:
             more = sum(number for _, number, _ in shares) - 1
             raise DataError(problems[0] + (f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""))
-        said = f"{each.path}: {report.num_groups} groups, {report.num_images} images"
-        said += f", visual tokens {report.visual_range}" if report.visual_range else ""
-        return said + (f", metadata {report.unused}" if report.metadata else ""), groups
+        summary = f"{each.path}: {report.num_groups} groups, {report.num_images} images"
+        summary += f", visual tokens {report.visual_range}" if report.visual_range else ""
+        return summary + (f", metadata {report.unused}" if report.metadata else ""), groups
 
     def _known_of(self, each: DataSet) -> tuple[str | None, str | None]:
         """(what is wrong, what was found): both None for a set that has to be looked at."""
@@ -233,9 +233,9 @@ class _Check:
         except OSError as error:
             missing = "no such manifest" if isinstance(error, FileNotFoundError) else f"the manifest cannot be read ({error.strerror})"
             return f"{each.path}: {missing}; correct data.train or data.evaluation", None
-        said = self._entry(each).get("said")
+        summary = self._entry(each).get("summary")
         pictures = not self._full or stored_pictures(self._folder) is not None
-        return None, said if isinstance(said, str) and pictures else None
+        return None, summary if isinstance(summary, str) and pictures else None
 
     def _entry(self, each: DataSet) -> dict[str, Any]:
         """What is known of a set as it is now, looked at as it would be now."""

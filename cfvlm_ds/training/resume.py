@@ -30,7 +30,7 @@ class OtherData(ConfigError):
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that is continued, if any, what of the run has changed since, and the record of what this start was told."""
+    """The checkpoint that is continued, if any, what of the run has changed since, and the record of the options of this start."""
 
     found: Path | None
     changed: Sequence[Change]
@@ -61,7 +61,7 @@ class Start:
         if before.get("save_best", config.train.save_best) != config.train.save_best:
             state.forget_best()
 
-    def told(self, config: RunConfig, world: World) -> dict[str, Any]:
+    def complete_record(self, config: RunConfig, world: World) -> dict[str, Any]:
         """The record for the run's checkpoints, when the model is there: a hub's may not have been when the run was started."""
         if self.record["model"]:
             return self.record
@@ -99,9 +99,9 @@ def decide(
         return found
 
     if is_finished(config, total_steps, world):
-        told = agreed(world, lambda: changes.of_finished(run_dir))
-        if told is not None:
-            agreed(world, lambda: changed_since(told, run_dir, total_steps))
+        before = agreed(world, lambda: changes.of_finished(run_dir))
+        if before is not None:
+            agreed(world, lambda: changed_since(before, run_dir, total_steps))
         world.say(
             f"{run_dir} has finished at step {total_steps}: nothing to do; remove {run_dir / FINISHED} to evaluate and export it again"
         )

@@ -112,7 +112,7 @@ def _run(config: RunConfig, world: World) -> None:
         if start.found is not None:
             _restore(config, world, ds_engine, state, start, sampler)
             _checked(config, world, refuse_nonfinite, ds_engine.module.model, str(start.found))
-        state.told(start.told(config, world))
+        state.configured_by(start.complete_record(config, world))
         with random_kept(world.device):  # an uninterrupted run has checked before its first step, not here
             _check_scores(config, world, ds_engine, collator, data, sampler)
             if data.splits and state.step < total_steps:
@@ -170,14 +170,14 @@ def _with_features(
 
 def _restore(config: RunConfig, world: World, ds_engine: Any, state: TrainState, start: resume.Start, sampler: GroupSampler) -> None:
     """Go on from a checkpoint, with the options of this run where they have changed."""
-    found, told = start.found, engine.optimizer_options(ds_engine)
+    found, options = start.found, engine.optimizer_options(ds_engine)
     assert found is not None
     checkpoint.load(ds_engine, found, state, world, Path(config.train.output_dir))
     start.check(state, config, sampler)
     if start.changed:
-        engine.apply_optimizer_options(ds_engine, told)
+        engine.apply_optimizer_options(ds_engine, options)
     if not isinstance(state.data, dict):
-        world.say(f"warning: {found} is of an earlier version, and on which data it was trained cannot be told; they are taken to be these")
+        world.say(f"warning: {found} is of an earlier version and does not say which data it was trained on; they are taken to be these")
     state.trained_on(start.data)
     world.say(f"resumed from {found} at step {state.step}")
 

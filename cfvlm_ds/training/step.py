@@ -66,7 +66,7 @@ class OptimizerStep:
     Args:
         engine: drives a Scorer.
         stand_in: makes a batch of which only the form matters, for a rank whose data workers have died.
-        mark: told the phase and the step's number, by which a hang is found.
+        mark: called with the phase and the step's number, by which a hang is found.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class OptimizerStep:
     def _agree(self, micro_batches: Sequence[Sequence[Batch]], votes: Tensor, save_due: bool, lost: str | None) -> _Agreed:
         local: dict[str, Tensor] = {}
         for parts in micro_batches:
-            for name, units in denominators(self._config.objective, parts[0].layout).items():
-                local[name] = local[name] + units if name in local else units
+            for name, denominator in denominators(self._config.objective, parts[0].layout).items():
+                local[name] = local[name] + denominator if name in local else denominator
         dropped = sum(len(parts[0].dropped) for parts in micro_batches)
         flags = torch.tensor([float(save_due), float(lost is not None), float(dropped)])
         *sums, control = all_reduce_sums([*local.values(), torch.cat([votes, flags])], self._world.device)

@@ -14,7 +14,7 @@ from cfvlm_ds.batching.batch import STAND_IN
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.cluster.heartbeat import Heartbeat
-from cfvlm_ds.cluster.signals import EXIT_STOPPED, Asked, Stop, WorkerLost, together
+from cfvlm_ds.cluster.signals import EXIT_STOPPED, Stop, StopRequested, WorkerLost, together
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import Patience, World
 from cfvlm_ds.core.progress import time_left
@@ -39,7 +39,7 @@ class Trainer:
         engine: DeepSpeed's, which drives a Scorer.
         collator: makes batches of the groups, with images as they are from here on.
         sampler: at the place where the data go on.
-        pulse: told the phase and step, by which a hang is found.
+        pulse: notes the phase and step, by which a hang is found.
         num_workers: data workers that may be forked.
     """
 
@@ -71,8 +71,8 @@ class Trainer:
                 if stopped := self._train(tracker):
                     self._leave(tracker, stopped)
             self._finish(tracker)
-        except Asked as asked:
-            self._leave(tracker, f"{asked}, before the evaluation was done")
+        except StopRequested as request:
+            self._leave(tracker, f"{request}, before the evaluation was done")
         except WorkerLost as lost:
             self._end(
                 tracker, f"rank {self._world.rank}, in the evaluation: {lost}", "the same command continues from the last checkpoint", True
@@ -111,8 +111,8 @@ class Trainer:
             if train.eval_steps and state.step % train.eval_steps == 0 and not last and not stop:
                 try:
                     save_due |= self._evaluate(tracker)
-                except Asked as asked:
-                    stop = str(asked)
+                except StopRequested as request:
+                    stop = str(request)
                 meter.reset()  # the evaluation's time is not training time
             if last or stop or save_due or (train.save_steps and state.step % train.save_steps == 0):
                 self._pulse.mark("checkpoint", state.step)

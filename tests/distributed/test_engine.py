@@ -332,11 +332,11 @@ def test_a_port_in_use_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_port_file_of_somebody_else_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_PATIENCE_S", 0.2)
-    (told := tmp_path / "told").write_text("1")
-    assert distributed._hear(told) == "1"
-    monkeypatch.setattr(os, "getuid", lambda: told.stat().st_uid + 1)
+    (published := tmp_path / "published").write_text("1")
+    assert distributed._published_port(published) == "1"
+    monkeypatch.setattr(os, "getuid", lambda: published.stat().st_uid + 1)
     with pytest.raises(ConfigError, match="rank 0 has chosen no port"):
-        distributed._hear(told)
+        distributed._published_port(published)
 
 
 def test_the_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:

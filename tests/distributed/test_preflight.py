@@ -379,8 +379,8 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
     commands.build = build_late
     commands.build_once(config.build, world)
     resume.changes.model_hashes = lambda name, alive: print("hashed") or {"weights": "w", "inputs": "i"}  # type: ignore[func-returns-value]
-    told = resume.Start(None, [], {"model": None, "steps": 1}, 1, {}).told(config, world)
-    assert told == {"model": {"weights": "w", "inputs": "i"}, "steps": 1}
+    record = resume.Start(None, [], {"model": None, "steps": 1}, 1, {}).complete_record(config, world)
+    assert record == {"model": {"weights": "w", "inputs": "i"}, "steps": 1}
     for wrong in (bad, bad):
         try:
             preflight.read_data(configured(config, Path(run), train=wrong), world)
