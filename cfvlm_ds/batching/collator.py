@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig
 
 from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch
 from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, ImageSource, PictureKey, Size, Unprocessable, with_names
+from cfvlm_ds.batching.layout import group_layout, stored_scores
 from cfvlm_ds.batching.packing import Tree, divide, pack
 from cfvlm_ds.batching.prompts import Encoded, Prompts
 from cfvlm_ds.batching.templates import TemplateBound, try_out
@@ -112,7 +112,7 @@ class Collator:
         layout = self._layout(groups)
         trees = self._trees(groups, layout)
         opened = {key: self.images.open(key) for key in dict.fromkeys(key for tree in trees for key in tree.pictures)}
-        reference, prior = self._stored(groups, layout)
+        reference, prior = (None, None) if self.stored is None else stored_scores(self.stored, groups, layout)
         batches = []
         try:
             for part in divide(trees, lambda tree: self._tree_prefix(tree, opened), max_tokens):
@@ -199,22 +199,7 @@ class Collator:
         return self._prefix_length(tree.branches[0][1], tuple(opened[key].size for key in tree.pictures))
 
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
-        shape = (len(groups), max(len(g.images) for g in groups), max(len(g.candidates) for g in groups))
-        match = torch.full(shape, -1, dtype=torch.int8)
-        tokens, end_tokens = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-        exists = torch.zeros(shape, dtype=torch.bool)
-        prompt = torch.full(shape[::2], -1, dtype=torch.int64)
-        for g, group in enumerate(groups):
-            size = (len(group.images), len(group.candidates))
-            match[g, : size[0], : size[1]] = torch.tensor([[-1 if m is None else m for m in row] for row in group.match], dtype=torch.int8)
-            exists[g, : size[0], : size[1]] = True
-            prompt[g, : size[1]] = torch.tensor(group.prompt_ids)
-            texts = [self._text(group, c) for c in range(size[1])]
-            tokens[g, : size[0], : size[1]] = torch.tensor([len(t.text_ids) for t in texts])
-            end_tokens[g, : size[0], : size[1]] = torch.tensor([len(t.end_ids) for t in texts])
-        valid = exists & _wanted(groups, match, prompt, self.cells)
-        weight = torch.tensor([group.weight for group in groups], dtype=torch.float32)
-        return GroupLayout(valid, match, tokens, end_tokens, weight, tuple(group.id for group in groups), prompt)
+        return group_layout(groups, [[self._text(group, c) for c in range(len(group.candidates))] for group in groups], self.cells)
 
     def _trees(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> list[Tree]:
         num_images, num_texts = layout.valid.shape[1:]
@@ -225,17 +210,6 @@ class Collator:
             tree = trees.setdefault((pictures, text.prompt, None if self.share_prefix else cell), Tree(pictures, []))
             tree.branches.append((cell, text))
         return list(trees.values())
-
-    def _stored(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor | None, Tensor | None]:
-        if self.stored is None:
-            return None, None
-        reference = torch.zeros(layout.valid.shape)
-        prior = torch.zeros(layout.valid.shape[0], layout.valid.shape[2])
-        for g, group in enumerate(groups):
-            scores = self.stored[group.id]
-            reference[g, : len(group.images), : len(group.candidates)] = torch.tensor(scores.logp)
-            prior[g, : len(group.candidates)] = torch.tensor(scores.blank)
-        return reference, prior
 
     def _text(self, group: CounterfactualGroup, c: int) -> Encoded:
         candidate = group.candidates[c]
@@ -252,23 +226,6 @@ class Collator:
                         f"group {group!r}: text {cell % shape[2]} makes a row of {length} tokens, the model's window is {self.max_length}; "
                         "shorten the text or its prompt"
                     )
-
-
-def _wanted(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:
-    """[G, I, C] bool: the cells of ``cells``; unknown cells only under ``full``, since no objective uses them."""
-    wanted = torch.full_like(match, cells == "full", dtype=torch.bool)
-    wanted[:, 0, 0] = True
-    if cells in ("matched", "star"):
-        wanted |= match == 1
-    if cells == "star":
-        star = torch.zeros_like(wanted)
-        star[:, 0, :] = True
-        for g, group in enumerate(groups):
-            for number, (i, c) in group.anchors.items():
-                star[g, i] |= prompt[g] == number
-                star[g, :, c] = True
-        wanted |= star & (match >= 0)
-    return wanted
 
 
 def load_collator(

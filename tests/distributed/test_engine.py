@@ -447,6 +447,8 @@ SCRIPT = """
 import json, resource, sys
 import torch
 from cfvlm_ds import engine
+from cfvlm_ds.engine import setup
+setup.version = lambda package: "0.21.0"
 world = engine.start()
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -507,6 +509,13 @@ def test_a_start_behind_a_stale_lock_does_not_hang(process: dict[str, Any]) -> N
 
 def test_start_joins_alone_and_leaves_mlflow_out(process: dict[str, Any]) -> None:
     assert process["started"] == {"mlflow": False, "deepspeed": True, "world": [0, 1]}
+
+
+def test_start_says_that_nobody_has_read_this_version_of_deepspeed(process: dict[str, Any]) -> None:
+    said = [line for line in process["output"].splitlines() if line.startswith("warning: DeepSpeed")]
+    assert len(said) == 1 and said[0].startswith(
+        "warning: DeepSpeed 0.21.0 is installed, and what is used of it beside its public interface"
+    )
 
 
 def test_freed_memory_is_used_again(process: dict[str, Any]) -> None:
