@@ -130,7 +130,8 @@ class ImageFiles:
     def tower_inputs(self, key: PictureKey) -> tuple[dict[str, Tensor], Features]:
         """What the model's ``get_image_features`` takes of one picture, and its features but for what the tower gives.
 
-        A picture that is not alone in its prompt stands there beside itself. Raises DataError naming a file that cannot be opened.
+        A picture that is not alone in its prompt is given twice, so that it is processed as one of several. Raises DataError naming a file
+        that cannot be opened.
         """
         picture, together = self.open(key), key[1]
         try:

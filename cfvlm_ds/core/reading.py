@@ -83,7 +83,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _duplicate(text: str) -> tuple[str, int, int]:
-    """The first repeated key of well-formed JSON, and the lines where it stands."""
+    """The first repeated key of well-formed JSON, and its lines."""
     objects: list[dict[str, int]] = []
     last = ""
     line, end = 1, 0

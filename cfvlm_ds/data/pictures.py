@@ -42,7 +42,7 @@ class Picture(NamedTuple):
 
 
 def picture_key(path: Path) -> int:
-    """64 bits that stand for a picture's path, absolute."""
+    """A hash of a picture's absolute path, 64 bits."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).digest(), "little")
 
 

@@ -42,7 +42,7 @@ def export_hf(
 ) -> Path:
     """Write the weights of ``checkpoint`` with the configuration and processor of ``source`` to ``out_dir``; needs no process group or GPU.
 
-    Adapters, which ``lora`` describes, are merged into the weights they stand beside. ``alive`` is called while it gets on.
+    Adapters, which ``lora`` describes, are merged into the weights they adapt. ``alive`` is called while it gets on.
 
     The folder appears complete or not at all, and replaces an older export only then. What was written is read back and compared: names,
     shapes and dtypes with the source's, and some values of every tensor. Raises ConfigError when the checkpoint is incomplete or does not

@@ -1,4 +1,4 @@
-"""Adapters of a checkpoint: worked into the weights they stand beside, or on their own in peft's format."""
+"""Adapters of a checkpoint: merged into the weights they adapt, or on their own in peft's format."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def tower_fingerprint(config: ModelConfig, family: Family) -> str:
     """sha256 over the configuration and every byte of the vision tower's weights; of all weights, as in ``fingerprint``, where they are not
     in safetensors.
 
-    Files may have older names than the model: a weight belongs to the tower by the tower's own name, wherever it stands in the weight's.
+    Files may have older names than the model: a weight belongs to the tower by the tower's own name, wherever it is in the weight's.
     """
     folder = model_folder(config.name_or_path)
     found, weights = False, hashlib.sha256((folder / "config.json").read_bytes())

@@ -21,7 +21,7 @@ TRUE_COLOUR = "#e8710a"
 LINES = ("#2563a8", "#e8710a", "#2f9e62", "#8a4fbf", "#c2334d", "#6b7785", "#b08900", "#1296a8")
 DPI = 160
 
-# Inches. A cell is as high as a thumbnail, so that an image stands beside its own row.
+# Inches. A cell is as high as a thumbnail, so that an image is beside its own row.
 _CELL_W, _CELL_H, _THUMB, _MARGIN, _LINE, _TITLE, _GAP = 1.75, 1.05, 1.05, 0.2, 0.145, 0.24, 0.3
 _CAPTION_CHARS, _CAPTION_LINES, _TITLE_CHARS = 26, 8, 90
 _MOST_IMAGES, _MOST_CAPTIONS = 6, 8

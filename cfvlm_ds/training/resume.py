@@ -83,7 +83,7 @@ def decide(
 ) -> Start | None:
     """Where to start; None when the run has finished and ``train.resume`` names no checkpoint. ``data`` is what identifies the groups.
 
-    Raises ConfigError or DataError on all ranks for whatever stands against it: checkpoints that cannot be used, a changed option that
+    Raises ConfigError or DataError on all ranks where the run cannot go on: checkpoints that cannot be used, a changed option that
     matters, other data.
     """
     run_dir, train = Path(config.train.output_dir), config.train

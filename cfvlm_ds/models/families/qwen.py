@@ -18,7 +18,7 @@ from cfvlm_ds.models.limits import pixels
 
 
 def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
-    """Position ids [3, P] (time, height, width): text advances all axes together, a visual token stands at its place in the grid.
+    """Position ids [3, P] (time, height, width): text advances all axes together, a visual token has its place in the grid.
 
     After an image the text goes on at the largest position plus one (Qwen2-VL, arXiv 2409.12191, section 2.1). ``grids`` [images, 3] is
     (t, h, w) in patches, before merging.
@@ -61,7 +61,7 @@ QWEN_VL = Family(
 class TransposeByWholeShape(Transpose):
     """Turns the experts of a published Qwen3-VL-MoE unless they have the model's shape already.
 
-    The library compares with a parameter's ``shape``, which under ZeRO-3 is that of an empty tensor; the whole one stands beside it.
+    The library compares with a parameter's ``shape``, which under ZeRO-3 is that of an empty tensor; the whole one is kept beside it.
     """
 
     def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
