@@ -168,7 +168,7 @@ class Delivery:
         while self._deliver_metrics():
             pass
         if status is None:
-            self._send(self.record.run_id, "metrics", self._system_metrics.sample() if self._system_metrics else [])
+            send(self._client, self.record.run_id, "metrics", self._system_metrics.sample() if self._system_metrics else [])
         elif status == "SCHEDULED":  # no end time
             self._client.update_run(self.record.run_id, status=status)
         else:  # before the artifacts, which an unfit artifact store may refuse for ever
@@ -238,8 +238,8 @@ class Delivery:
         tags = {_name(name): text[:_MAX_TAG_CHARS] for name, text in _flat(self.record.tags).items()}
         changed = {name: text for name, text in params.items() if run.data.params.get(name, text) != text}
         tags.update({_name(f"param_changed.{name}"): text[:_MAX_TAG_CHARS] for name, text in changed.items()})
-        self._send(run_id, "params", [Param(name, text) for name, text in params.items() if name not in run.data.params])
-        self._send(run_id, "tags", [RunTag(name, text) for name, text in tags.items()])
+        send(self._client, run_id, "params", [Param(name, text) for name, text in params.items() if name not in run.data.params])
+        send(self._client, run_id, "tags", [RunTag(name, text) for name, text in tags.items()])
         suffix = f"_resumed_at_{self.record.resume_step}" if self.record.resume_step else ""  # at 0 it is still the run's beginning
         with self._lock:
             self.record.known_as(run_id)
@@ -256,7 +256,7 @@ class Delivery:
             for name, value, milliseconds, step in points
             if not self._is_on_server(_name(name), step)
         ]
-        self._send(self.record.run_id, "metrics", metrics)
+        send(self._client, self.record.run_id, "metrics", metrics)
         if offset == self.record.offset:
             return False
         with self._lock:
@@ -284,24 +284,25 @@ class Delivery:
                 artifact["pending"] = False
                 self._save()
 
-    def _send(self, run_id: str | None, kind: Literal["metrics", "params", "tags"], entities: list[Any]) -> None:
-        """log_batch in requests of permitted size. What MLflow refuses is named and left out, so that it does not hold up the rest."""
-        from mlflow.exceptions import MlflowException
 
-        size = min(_MAX_PER_REQUEST[kind], len(entities)) or 1
-        for start in range(0, len(entities), size):
-            part = entities[start : start + size]
-            batch: dict[str, list[Any]] = {"metrics": [], "params": [], "tags": []}
-            try:
-                self._client.log_batch(run_id, **{**batch, kind: part}, synchronous=True)
-            except MlflowException as error:
-                if error.error_code not in _REFUSED:
-                    raise
-                if len(part) == 1:
-                    say(f"MLflow refuses {kind[:-1]} {part[0].key!r}: {_first_line(error)}")
-                else:
-                    for entity in part:
-                        self._send(run_id, kind, [entity])
+def send(client: Any, run_id: str | None, kind: Literal["metrics", "params", "tags"], entities: list[Any]) -> None:
+    """log_batch in requests of permitted size. What MLflow refuses is named and left out, so that it does not hold up the rest."""
+    from mlflow.exceptions import MlflowException
+
+    size = min(_MAX_PER_REQUEST[kind], len(entities)) or 1
+    for start in range(0, len(entities), size):
+        part = entities[start : start + size]
+        batch: dict[str, list[Any]] = {"metrics": [], "params": [], "tags": []}
+        try:
+            client.log_batch(run_id, **{**batch, kind: part}, synchronous=True)
+        except MlflowException as error:
+            if error.error_code not in _REFUSED:
+                raise
+            if len(part) == 1:
+                say(f"MLflow refuses {kind[:-1]} {part[0].key!r}: {_first_line(error)}")
+            else:
+                for entity in part:
+                    send(client, run_id, kind, [entity])
 
 
 class SystemMetrics:
