@@ -30,7 +30,7 @@ from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import remove
 from cfvlm_ds.core.reading import read_bytes
-from cfvlm_ds.core.secrets import tell
+from cfvlm_ds.core.secrets import print_line
 
 FOLDER, HANG_FILE = "heartbeat", "hang.txt"
 BOUNDED = ("data", "agreement", "computation")
@@ -166,7 +166,7 @@ class Heartbeat:
             self._silenced = False
         except OSError as error:
             if not self._silenced:
-                tell(f"warning: {unwritten(path, error)}: while this lasts, other ranks take this one for hanging", error=True)
+                print_line(f"warning: {unwritten(path, error)}: while this lasts, other ranks take this one for hanging", error=True)
             self._silenced = True
 
     def _read(self, rank: int) -> dict[str, Any] | None:
@@ -182,7 +182,7 @@ class Heartbeat:
         except OSError as error:
             first = not isinstance(error, FileExistsError)
         if first:
-            tell(f"error: {sentence}", error=True)
+            print_line(f"error: {sentence}", error=True)
         if rank == self._rank:
             faulthandler.dump_traceback()  # where it is stuck, for its log
         os._exit(EXIT_HANG)

@@ -24,7 +24,7 @@ import psutil
 from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
-from cfvlm_ds.core.secrets import tell
+from cfvlm_ds.core.secrets import print_line
 
 NAME = "run.lock"
 _TOUCHED_EVERY_S = 30.0
@@ -137,7 +137,7 @@ class RunLock:
                     continue
             except OSError as error:  # a file server that is away for a while
                 if not self._failing:
-                    tell(f"warning: {unwritten(self.path, error)}: another run may take the folder over in five minutes")
+                    print_line(f"warning: {unwritten(self.path, error)}: another run may take the folder over in five minutes")
                 self._failing = True
                 continue
             if self._ended.is_set():
@@ -149,7 +149,7 @@ class RunLock:
                 why = f"{self.path} has been removed while this run was holding it"
             else:  # suspended for minutes, this run was taken for dead
                 why = f"another run has taken {self.path.parent} over"
-            tell(f"error: {why}; this one ends")
+            print_line(f"error: {why}; this one ends")
             os._exit(1)
 
 

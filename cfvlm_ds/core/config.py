@@ -209,7 +209,7 @@ class TrainConfig:
         stop_margin_s: stop, save and leave with exit code 85 when a Slurm job has less than this many seconds left, beside the time of the
             longest step so far (its evaluation and checkpoint included); it must cover a first checkpoint.
         hang_timeout_s: leave with exit code 86 when a rank shows no life, or a step no progress, for this many seconds; 0 for never.
-        self_check: what comes of weights that are not finite, or of scores in packed rows that differ from ordinary forwards by more than
+        self_check: what comes of weights that are not finite, or of scores in packed rows that differ from single-row forwards by more than
             the precision explains, before the first step: ``error``, ``warn`` and go on, or ``off``, which does not look.
         displacement_warning: warn when the factual log-likelihood falls this many nats per token below its start.
         figures: draw the learning curves and some groups' score matrices at the end.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cfvlm_ds.core.errors import ConfigError, InputError, StorageError
 from cfvlm_ds.core.files import replace
-from cfvlm_ds.core.secrets import tell
+from cfvlm_ds.core.secrets import print_line
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class World:
     def say(self, message: str) -> None:
         """Print on rank 0, without secrets."""
         if self.is_main:
-            tell(message)
+            print_line(message)
 
 
 def launch_environment() -> None:

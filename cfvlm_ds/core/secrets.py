@@ -113,13 +113,13 @@ def mask_tracebacks() -> None:
     """Have what ends this process, or one of its threads, printed without secrets."""
 
     def shown(kind: type[BaseException], error: BaseException | None, trace: Any) -> None:
-        tell("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), error=True)
+        print_line("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), error=True)
 
     sys.excepthook = shown
     threading.excepthook = lambda ended: shown(ended.exc_type, ended.exc_value, ended.exc_traceback)
 
 
-def tell(message: str, error: bool = False) -> None:
+def print_line(message: str, error: bool = False) -> None:
     """Print a line without secrets, to stderr if it is about an ``error``; a log on a full disk does not end a run."""
     with contextlib.suppress(OSError):
         print(without_secrets(message), file=sys.stderr if error else sys.stdout, flush=True)

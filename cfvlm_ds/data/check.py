@@ -16,7 +16,7 @@ from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.secrets import tell
+from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data.images import MAX_PIXELS, open_image
 from cfvlm_ds.data.manifest import Entry, Root, read_entries, told_apart
 from cfvlm_ds.data.pictures import Picture, PictureNotes, PictureTable, picture_key, picture_of
@@ -249,7 +249,7 @@ def check_manifest(
     *,
     lengths: Lengths | None = None,
     max_pixels: int = MAX_PIXELS,
-    progress: Callable[[str], object] = tell,
+    progress: Callable[[str], object] = print_line,
 ) -> CheckReport:
     """Everything that is wrong with a data set, and what it contains. Reads the manifest and decodes every image it names, once.
 
@@ -269,7 +269,7 @@ def check_share(
     *,
     lengths: Lengths | None,
     max_pixels: int,
-    progress: Callable[[str], object] = tell,
+    progress: Callable[[str], object] = print_line,
 ) -> tuple[CheckReport, list[CounterfactualGroup]]:
     """One process's part of ``check_manifest``, and the groups of all well-formed rows."""
     entries = read_entries(path, root, format)

@@ -19,7 +19,7 @@ from cfvlm_ds.checkpoint import incomplete
 from cfvlm_ds.core.config import LoraConfig
 from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import create
-from cfvlm_ds.core.secrets import tell
+from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.export.adapters import MergedWeights, export_adapter
 from cfvlm_ds.export.files import Files, verify, write_index
 from cfvlm_ds.export.folder import refuse_replacing, replaced
@@ -36,7 +36,7 @@ def export_hf(
     checkpoint: Path,
     source: str,
     out_dir: Path,
-    say: Callable[[str], object] = tell,
+    say: Callable[[str], object] = print_line,
     lora: LoraConfig | None = None,
     alive: Callable[[], object] = lambda: None,
 ) -> Path:

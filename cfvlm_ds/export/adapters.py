@@ -12,7 +12,7 @@ from torch import Tensor
 from cfvlm_ds.checkpoint import incomplete
 from cfvlm_ds.core.config import LoraConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.secrets import tell
+from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.export.folder import replaced
 from cfvlm_ds.export.source import skeleton
 from cfvlm_ds.export.zero import ZeroWeights
@@ -68,7 +68,7 @@ def export_adapter(
     source: str,
     out_dir: Path,
     lora: LoraConfig,
-    say: Callable[[str], object] = tell,
+    say: Callable[[str], object] = print_line,
     alive: Callable[[], object] = lambda: None,
 ) -> Path:
     """Write the adapters of ``checkpoint`` to ``out_dir`` in peft's format, in float32, for ``PeftModel.from_pretrained`` on ``source``.

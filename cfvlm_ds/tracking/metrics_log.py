@@ -10,7 +10,7 @@ from typing import Any
 
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.reading import MAX_RECORD, lines, open_regular
-from cfvlm_ds.core.secrets import tell
+from cfvlm_ds.core.secrets import print_line
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -82,4 +82,4 @@ def now_ms() -> int:
 
 
 def say(message: str) -> None:
-    tell(f"cfvlm_ds tracking: {message}", error=True)
+    print_line(f"cfvlm_ds tracking: {message}", error=True)

@@ -195,7 +195,7 @@ def _checked(config: RunConfig, world: World, check: Callable[..., None], *argum
 
 
 def _check_scores(config: RunConfig, world: World, ds_engine: Any, collator: Collator, data: RunData, sampler: GroupSampler) -> None:
-    """Compare packed scores of this rank's first micro-batch with ordinary forwards."""
+    """Compare packed scores of this rank's first micro-batch with single-row forwards."""
     ds_engine.eval()
     if config.data.feature_cache is None:  # which does not hold the picture of the stand-in
         refuse_unusable(ds_engine, collator, config.model.name_or_path, world.device)

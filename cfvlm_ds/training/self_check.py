@@ -1,8 +1,8 @@
-"""Before anything is trained: whether the weights are numbers, and whether packed rows score as ordinary forwards do.
+"""Before anything is trained: whether the weights are numbers, and whether packed rows score as single rows do, with stock attention.
 
 Kernels and versions of libraries that were never tested together give wrong scores without an error. A score that is off is judged by what
-the precision explains: ordinary forwards are repeated in which every module's output is rounded otherwise, and the largest logit tells what
-one rounding of a logit is worth. A wrong mask or position is off by more than both.
+the precision explains: forwards of single rows are repeated in which every module's output is rounded otherwise, and the largest logit
+tells what one rounding of a logit is worth. A wrong mask or position is off by more than both.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.d
 
 @dataclass
 class Cell:
-    """One cell of a packed row, and the same scored alone: nats, tokens of its text, and the inputs of the ordinary forward."""
+    """One cell of a packed row, and the same scored alone: nats, tokens of its text, and the inputs of the single-row forward."""
 
     packed: float
     alone: float
@@ -83,7 +83,7 @@ class Cell:
 
 
 def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Sequence[CounterfactualGroup], world: World) -> None:
-    """Compare two cells of the first packed row of ``groups``, the first one and one after other texts, with one ordinary forward each.
+    """Compare two cells of the first packed row of ``groups``, the first one and one after other texts, with one single-row forward each.
 
     Every rank calls it with groups of its own; ``forward`` is the engine, in evaluation mode. Raises ConfigError on all ranks where a score
     is off by more than its precision explains.
@@ -106,12 +106,12 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Se
     if not worst <= allowed:
         other = "" if backend == "sdpa" else "use sdpa, or "
         raise ConfigError(
-            f"model.attn_implementation {backend} gives scores that differ by {worst:.3g} nats per token from ordinary forwards, and "
+            f"model.attn_implementation {backend} gives scores that differ by {worst:.3g} nats per token from single-row forwards, and "
             f"{str(dtype).removeprefix('torch.')} explains {allowed:.2g}; {other}report the versions of torch and transformers, or go on "
             "with train.self_check=warn if you know the cause"
         )
     explained = "" if allowed == bound else f", which {str(dtype).removeprefix('torch.')} explains"
-    world.say(f"scores of packed rows ({backend}) equal ordinary forwards within {worst:.1e} nats per token{explained}")
+    world.say(f"scores of packed rows ({backend}) equal single-row forwards within {worst:.1e} nats per token{explained}")
 
 
 @dataclass

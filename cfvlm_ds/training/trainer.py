@@ -18,7 +18,7 @@ from cfvlm_ds.cluster.signals import EXIT_STOPPED, Stop, StopRequested, WorkerLo
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import Patience, World
 from cfvlm_ds.core.progress import time_left
-from cfvlm_ds.core.secrets import tell
+from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.evaluation import flat_metrics, headline, table
 from cfvlm_ds.models import ModelFlops, peak
@@ -199,7 +199,7 @@ class Trainer:
         """Leave a run that has lost a data worker; this rank, or all of them together."""
         tracker.close("FAILED")
         if self._world.is_main or alone:
-            tell(f"error: {what}; memory is what such processes are usually killed for: lower data.num_workers; {then}", error=True)
+            print_line(f"error: {what}; memory is what such processes are usually killed for: lower data.num_workers; {then}", error=True)
         if not alone:
             self._world.wait()
         sys.exit(1)

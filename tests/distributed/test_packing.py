@@ -134,7 +134,7 @@ def test_packed_training_is_the_same_on_two_ranks_and_after_a_stop(packed: dict[
 
 def test_the_first_row_is_compared_with_ordinary_forwards(packed: dict[str, tuple[Path, str]]) -> None:
     for _, output in packed.values():
-        assert "scores of packed rows (sdpa) equal ordinary forwards within" in output
+        assert "scores of packed rows (sdpa) equal single-row forwards within" in output
         assert "train.jsonl: 48 groups, 106 images, visual tokens min 16, median 16, max 16 an image" in output
 
 

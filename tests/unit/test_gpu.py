@@ -1,4 +1,4 @@
-"""What only a GPU shows: the variable-length kernels themselves, and a run in bfloat16 that compares its scores with ordinary forwards."""
+"""What only a GPU shows: the variable-length kernels themselves, and a run in bfloat16 that compares its scores with single-row forwards."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def test_kernels_are_as_near_as_a_dense_attention(backend: str, name: str, heads
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_in_bfloat16(backend: str, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
-    """ZeRO-3 over NCCL; the run itself compares its packed scores with ordinary forwards, and its losses fall near those of float32."""
+    """ZeRO-3 over NCCL; the run itself compares its packed scores with single-row forwards, and its losses fall near those of float32."""
     common = ["--data.max_tokens_per_micro_batch", "500", "--train.max_steps", "5"]
     half = train_arguments(model_dir, manifests, tmp_path / "half", *common, "--model.attn_implementation", backend, "--train.bf16", "true")
     full = train_arguments(model_dir, manifests, tmp_path / "full", *common, "--model.attn_implementation", "sdpa", "--train.bf16", "false")
     output = "".join(run([sys.executable, "train.py", *arguments]) for arguments in (half, full))
-    assert f"scores of packed rows ({backend}) equal ordinary forwards within" in output
+    assert f"scores of packed rows ({backend}) equal single-row forwards within" in output
     assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "full"), rel=0.02)

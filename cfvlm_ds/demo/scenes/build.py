@@ -21,7 +21,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_folder
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.secrets import tell
+from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.demo.scenes.edits import EDITS, is_minimal, scene_difference
 from cfvlm_ds.demo.scenes.grammar import PHRASINGS, describe, difference, holds, say
@@ -61,7 +61,7 @@ class SceneGroup:
         return self.scenes if self.sham is None else (*self.scenes, self.sham)
 
 
-def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = tell, alive: Callable[[], object] = lambda: None) -> Path:
+def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = print_line, alive: Callable[[], object] = lambda: None) -> Path:
     """Write the manifests, ``images/`` and ``scenes.json`` under ``config.out_dir`` and return that folder.
 
     Does nothing if the folder already holds these scenes. It is built beside its place and renamed into it when complete, so a killed
