@@ -1,4 +1,4 @@
-"""What only a GPU shows: the variable-length kernels themselves, and a run in bfloat16 that compares its scores with single-row forwards."""
+"""What only a GPU shows: the variable-length kernels themselves, and a run in bfloat16 whose scores are compared with single rows."""
 
 from __future__ import annotations
 
