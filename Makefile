@@ -1,4 +1,4 @@
-# make demo: train, evaluate and export the quickstart.  make test: the tests.  make check: format, lint and types.
+# make demo: train, evaluate and export the quickstart.  make test: the tests.  make check: format, lint, types and documentation.
 # make test-long: what takes minutes (fault campaigns, fuzzing, learning); it prints tables, which are for docs/reliability.md.
 PYTHON ?= python3
 VENV := .venv
@@ -26,6 +26,7 @@ check: install
 	ruff check .
 	mypy
 	shellcheck -x slurm/*.sh tests/slurm/*.sh
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 golden: install
 	python tests/support/write_golden.py
@@ -43,4 +44,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -10,7 +10,7 @@ Layouts, all computing the same loss (InfoNCE over the texts' scores plus the fi
     concatenated   one sequence per text, its image beside it; logits of every token (as preference trainers lay out a batch)
     sparse         the same, logits at scored tokens only
     encoded once   the same, and the image's features computed once and repeated
-    shared prefix  cfvlm_ds: one row, the image and prompt once, behind them every text
+    shared prefix  cfvlm_ds: one row, the image and prompt once, after them every text
     supervised     the tokens of the last layout as one ordinary causal sequence, NLL at the same tokens: what they cost anyway
 
 Each row has a process of its own, in which the layouts and a large matrix product take turns. Times are medians: seconds of process time of

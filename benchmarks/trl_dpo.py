@@ -7,11 +7,11 @@
 Qwen2.5-VL with random weights; the reference is another one, so that the loss does not begin at log 2. What was aligned, by options and
 data alone (nothing of TRL is patched), and why:
 
-    text        pairs are strings behind the checkpoint's own chat template, and token ids are compared. In conversational pairs TRL also
+    text        pairs are strings after the checkpoint's own chat template, and token ids are compared. In conversational pairs TRL also
                 scores what the template writes after an answer (`<|im_end|>` and a newline), on both sides; our `dpo` scores the text.
                 How many tokens that would be is printed.
     rows        in the data set's order; an image with R rejected texts is one group here and R pairs with one chosen text there
-    length      no truncation (max_length=None; TRL's default of 1024 would cut answers behind a large image without an error)
+    length      no truncation (max_length=None; TRL's default of 1024 would cut answers after a large image without an error)
     numbers     float32, sdpa, no gradient checkpointing (TRL's default is on), every weight trains
     optimizer   AdamW without decay, constant rate, gradients clipped to a norm of 1
     reference   stored scores here (`cfvlm-ds score`); TRL refuses precompute_ref_log_probs for images and runs the reference model in each

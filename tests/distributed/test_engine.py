@@ -500,7 +500,7 @@ def process(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
     return json.loads(report.removeprefix("REPORT")) | {"lock": lock, "output": printed.stdout}
 
 
-def test_a_start_behind_a_stale_lock_does_not_hang(process: dict[str, Any]) -> None:
+def test_a_start_after_a_stale_lock_does_not_hang(process: dict[str, Any]) -> None:
     """Ending within the time limit is the point; the lock was seen and named."""
     assert not process["lock"].exists()
     assert f"removed the stale extension build lock {process['lock']}" in process["output"]
@@ -519,7 +519,7 @@ def test_start_says_that_nobody_has_read_this_version_of_deepspeed(process: dict
 
 
 def test_freed_memory_is_used_again(process: dict[str, Any]) -> None:
-    """A tensor of 64 MB needs new pages of the system (16384, or 32 huge ones), and one behind it none."""
+    """A tensor of 64 MB needs new pages of the system (16384, or 32 huge ones), and one after it none."""
     first, second = process["pages"]
     assert second < first / 4
 

@@ -30,7 +30,7 @@ def new_options() -> list[str]:
 def trained(
     model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> tuple[Path, dict[str, list[str]]]:
-    """Two ranks: runs that were interrupted behind their second step, or not; then starts that are refused. What each start said."""
+    """Two ranks: runs that were interrupted after their second step, or not; then starts that are refused. What each start said."""
     folder = tmp_path_factory.mktemp("resume")
     plans: list[tuple[str, str, list[Any], list[str]]] = []
 
@@ -94,7 +94,7 @@ def test_changed_options_of_the_optimizer_apply_to_the_first_step(stage: str, tr
     """AdamW by hand from one checkpoint to the next: gradient from the first moment, then second moment, clipping, decay and step."""
     folder = trained[0]
     before, after = folder / f"{stage} broken" / "checkpoint-2", folder / f"{stage} allowed" / "checkpoint-3"
-    b1, b2, rate = NEW["adam_beta1"], NEW["adam_beta2"], NEW["learning_rate"] * 2 / 4  # linear to 0 in four steps, behind the second
+    b1, b2, rate = NEW["adam_beta1"], NEW["adam_beta2"], NEW["learning_rate"] * 2 / 4  # linear to 0 in four steps, after the second
     squares = 0.0
     for rank in (0, 1):
         old, new = shards(before, rank), shards(after, rank)

@@ -71,7 +71,7 @@ def process(arguments: list[str], url: str) -> tuple[int, str]:
 
 
 def trained(variables: dict[str, str], arguments: list[str], folder: Path) -> tuple[int, str]:
-    """The same of a forked rank, which gets this environment behind its imports."""
+    """The same of a forked rank, which gets this environment after its imports."""
     ((code, output),) = run_ranks(1, "forkserver_ranks:train_script", [*arguments, *TRACKED], variables, said=folder / "said")
     return code, output
 

@@ -22,7 +22,7 @@ from test_run_files import full, handle_of
 from torch import Tensor
 
 from cfvlm_ds import OBJECTIVES, GroupLayout, Scores, checkpoint
-from cfvlm_ds.batching import precompute_features as tower_pass
+from cfvlm_ds.batching import precompute_features
 from cfvlm_ds.cli.exits import exit_cleanly
 from cfvlm_ds.cli.train import run
 from cfvlm_ds.core.errors import ConfigError
@@ -63,7 +63,7 @@ def full_disk(*steps: int) -> Iterator[None]:
 @contextlib.contextmanager
 def no_room() -> Iterator[None]:
     """Rank 1 cannot write features: the system itself refuses."""
-    write = tower_pass.write_features
+    write = precompute_features.write_features
 
     def limited(file, features):  # type: ignore[no-untyped-def]
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -74,7 +74,7 @@ def no_room() -> Iterator[None]:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    with patch.object(tower_pass, "write_features", limited):
+    with patch.object(precompute_features, "write_features", limited):
         yield
 
 

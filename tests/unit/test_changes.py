@@ -323,7 +323,7 @@ def test_changes_are_noted_once(told: Any, tmp_path: Path) -> None:
 
 
 def test_no_data_loader_draws_from_the_random_numbers_of_the_run() -> None:
-    """Its iterators draw a seed each, which dropout would miss behind a resume."""
+    """Its iterators draw a seed each, which dropout would miss after a resume."""
     calls = [
         (path.name, {keyword.arg for keyword in node.keywords})
         for path in (REPO / "cfvlm_ds").rglob("*.py")

@@ -507,7 +507,7 @@ def test_a_template_whose_prompt_is_not_a_prefix_is_refused(make: Any, groups: l
 
 
 def test_a_prompt_that_ends_inside_a_token_is_refused(make: Any, groups: list[CounterfactualGroup]) -> None:
-    """A generation prompt with a space behind it: alone the space is a token, before a word it is part of the word's."""
+    """A generation prompt with a space after it: alone the space is a token, before a word it is part of the word's."""
     broken = with_template(make, CHAT_TEMPLATE.replace("%}ASSISTANT:{%", "%}ASSISTANT: {%"))
     with pytest.raises(DataError, match=r"group 'one': text 0 .* changes the tokens of its prompt"):
         broken([groups[3]])

@@ -694,7 +694,7 @@ class Careful(Words):
 
 
 def test_whatever_a_model_cannot_take_is_reported_by_file_row_and_group(folder: Path) -> None:
-    """Not only the first of it, and each once, though a text is measured behind images of several sizes."""
+    """Not only the first of it, and each once, though a text is measured after images of several sizes."""
     for name, width in (("narrow.png", 16), ("wide.png", 64)):
         Image.new("RGB", (width, 16)).save(folder / name)
     bad = [{"id": "t0", "text": "x"}, {"id": "t1", "text": "a <b>"}]

@@ -85,7 +85,7 @@ def test_every_family_has_a_small_model_and_every_type_a_family() -> None:
 def test_scores_equal_one_plain_forward_per_cell(
     sharp: Scorer, collator: Collator, folder: Path, groups: list[CounterfactualGroup]
 ) -> None:
-    """Candidates behind one prefix, images of several sizes, text alone in the same batch; fp32, relative 1e-4."""
+    """Candidates after one prefix, images of several sizes, text alone in the same batch; fp32, relative 1e-4."""
     processor = load_processor(configured(folder))
     batch = collator(groups)
     with torch.no_grad():

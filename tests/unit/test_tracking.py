@@ -176,7 +176,7 @@ def test_resume_continues_the_run_and_doubles_no_step(remote: Server, client: An
     assert run.info.status == "FINISHED"
 
 
-def test_a_new_run_in_a_used_folder_starts_anew(remote: Server, client: Any, tmp_path: Path) -> None:
+def test_a_new_run_in_a_used_folder_starts_over(remote: Server, client: Any, tmp_path: Path) -> None:
     with _open(tmp_path) as first:
         first.log(1, {"loss": 1.0})
     with _open(tmp_path) as second:

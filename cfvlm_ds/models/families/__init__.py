@@ -30,7 +30,7 @@ def family_of(config: PreTrainedConfig) -> Family:
     hint = f" (the nearest is {near[0]!r})" if near else ""
     raise ConfigError(
         f"model type {config.model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}; a family is one "
-        "record, and docs/families.md shows how to add one"
+        "record, and docs/extending.md shows how to add one"
     )
 
 

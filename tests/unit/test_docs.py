@@ -1,0 +1,202 @@
+"""The pages of docs/ and README: what they quote, the commands they show, and the reference that is generated from the code."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import functools
+import importlib.util
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import REPO, environment
+from PIL import Image, ImageDraw
+
+from cfvlm_ds.cli import main
+from cfvlm_ds.cli.train import with_quickstart
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.data import FORMATS, read_manifest
+from cfvlm_ds.objectives import OBJECTIVES
+
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+FENCE = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+
+
+@functools.cache
+def site_hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("site_hooks", REPO / "docs" / "site_hooks.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_is_short_and_uses_no_word_that_it_does_not_explain() -> None:
+    text = (REPO / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    assert "GPU" in text.splitlines()[1]
+    assert not re.findall(r"\b(combo|sham|blind|PMI|anchor)s?\b", text, re.IGNORECASE)
+
+
+def said_in_the_code() -> list[str]:
+    """Every string of the package on one line, with a NUL for what is filled in."""
+    said = []
+    for path in (REPO / "cfvlm_ds").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                said.append("".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+    return [" ".join(text.split()) for text in said]
+
+
+def test_every_message_of_the_troubleshooting_page_is_one() -> None:
+    page = (REPO / "docs" / "troubleshooting.md").read_text().split("\n## Options\n")[1].split("\n## Results\n")[0]
+    quoted, said = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE), said_in_the_code()
+    assert len(quoted) > 40
+    patterns = {message: ".*?".join(re.escape(part.strip()) for part in message.split("...") if part.strip()) for message in quoted}
+    assert not [message for message, pattern in patterns.items() if not any(re.search(pattern, text) for text in said)]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands of cfvlm-ds and of train.py that a page shows: two may share a line; "..." is no option."""
+    found = []
+    for _, _, block in FENCE.findall(page.read_text()):
+        for line in block.splitlines():
+            for part in re.split(r" {3,}(?=cfvlm-ds )", line):
+                words = shlex.split(part, comments=True) if re.match(r"(cfvlm-ds|train\.py|python|deepspeed|sbatch) ", part) else []
+                if (
+                    words
+                    and "..." not in words
+                    and (words[0] == "cfvlm-ds" or any(word.endswith(("train.py", "node.sh")) for word in words))
+                ):
+                    found.append(words)
+    return found
+
+
+COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
+
+
+def test_pages_show_commands() -> None:
+    assert len(COMMANDS) > 20 and {"README.md", "tutorial.md", "slurm.md"} <= {name for name, _ in COMMANDS}
+
+
+@pytest.mark.parametrize("name, words", COMMANDS, ids=[f"{name}: {' '.join(words)}" for name, words in COMMANDS])
+def test_every_command_of_the_pages_parses(name: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands and options that a page shows are there; nothing is run."""
+    ran: list[Any] = []
+    monkeypatch.setattr(main, "exit_cleanly", ran.append)
+    for folder in ("examples", "ds_configs"):
+        (tmp_path / folder).symlink_to(REPO / folder)
+    (tmp_path / "my.yaml").write_text("model: {name_or_path: some/model}\n")
+    monkeypatch.chdir(tmp_path)
+    script = next((place for place, word in enumerate(words) if word.endswith(("train.py", "node.sh"))), None)
+    if words[0] == "cfvlm-ds" and words[1] != "train":
+        main.main(words[1:])
+        assert len(ran) == 1
+    else:
+        arguments = words[2:] if script is None else words[script + 1 :]
+        parse_config(with_quickstart(arguments), OBJECTIVES)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+    return found
+
+
+def test_the_reference_lists_what_the_parser_takes() -> None:
+    """Names and defaults, compared with what jsonargparse makes of an option that is the default."""
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in site_hooks().options().splitlines()]
+    rows = {row[0].strip("`"): row for row in cells if row and row[0].startswith("`")}
+    taken = flat(parse_config(["--objective.dpo.weight", "1"], OBJECTIVES).resolved)
+    del taken["deepspeed"]
+    inside = {name for name in rows if name.startswith(("build.scenes.", "build.tiny_llava.", "data.evaluation.NAME."))}
+    assert rows.keys() - inside == taken.keys() - {"build.scenes", "build.tiny_llava"} and len(inside) == 8 + 6 + 3
+    for name, default in taken.items():
+        if name in rows:
+            shown = rows[name][2].strip("`")
+            assert shown == "none" if default in (None, "", {}) else shown == str(default).lower() or float(shown) == default, name
+    assert all(row[4] in ("meaning", "fixed", "speed", "bookkeeping") and row[5] for row in rows.values())
+
+
+def test_a_link_that_leads_nowhere_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Which a strict build makes an error; a good one leads to the page's place in the site."""
+    hooks = site_hooks()
+
+    def relinked(text: str, uri: str) -> str:
+        return hooks._LINK.sub(lambda link: hooks._relinked(link, uri), text)
+
+    assert relinked("[x](docs/slurm.md#environment)", "README.md") == "[x](slurm.md#environment)"
+    assert relinked("[x](../benchmarks/RESULTS.md)", "families.md") == "[x](benchmarks/RESULTS.md)"
+    assert relinked("![x](../docs/scoring.png)", "benchmarks/RESULTS.md") == "![x](../scoring.png)"
+    assert relinked("[x](https://arxiv.org/abs/2506.17267)", "README.md") == "[x](https://arxiv.org/abs/2506.17267)"
+    with caplog.at_level(logging.WARNING):
+        assert not caplog.messages
+        relinked("[x](docs/nowhere.md)", "README.md")
+        relinked("[x](../LICENSE)", "families.md")
+    assert ["which is not there" in message or "is no page" in message for message in caplog.messages] == [True, True]
+
+
+def test_the_format_of_the_page_reads_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (REPO / "docs" / "extending.md").read_text().split("\n## A data format\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    monkeypatch.setitem(FORMATS, "negated", None)  # and taken out again at the end
+    exec(compile(block, "extending.md", "exec"), {})
+    row = {"id": "a", "image": "a.png", "caption": "a dog", "wrong": "no dog"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (group,) = read_manifest(tmp_path / "rows.jsonl", format="negated")
+    assert group.images == ((tmp_path / "a.png",),) and group.match == ((1, 0),)
+    assert [each.text for each in group.candidates] == ["a dog", "no dog"]
+
+
+@pytest.mark.long
+def test_the_tutorial_runs(tmp_path: Path) -> None:
+    """Its files and commands as they stand, in order, on pictures drawn for its table, which has more lines of the same kind."""
+    for name in ("train.py", "cfvlm_ds", "ds_configs"):
+        (tmp_path / name).symlink_to(REPO / name)
+    said = ""
+    for language, title, block in FENCE.findall((REPO / "docs" / "tutorial.md").read_text()):
+        if title:
+            (tmp_path / title).write_text(block)
+        if title == "captions.csv":
+            draw_pictures(tmp_path)
+        for command in block.splitlines() if language == "bash" else ():
+            done = subprocess.run(
+                command, shell=True, cwd=tmp_path, env=environment() | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+            said += done.stdout
+    assert "step 20/20" in said and "| test | all, another group's image |" in said
+    assert {"results.md", "learning_curves.png", "scores-test.png", "export"} <= set(os.listdir(tmp_path / "runs" / "mine"))
+
+
+def draw_pictures(folder: Path) -> None:
+    """Twenty lines of the table, each with pictures of its own."""
+    with open(folder / "captions.csv", newline="") as table:
+        rows = list(csv.DictReader(table))
+    (folder / "photos").mkdir()
+    more = []
+    for copy in range(5):
+        for number, row in enumerate(rows):
+            named = dict(row)
+            for place, key in enumerate(("image", "edited_image")):
+                if row[key]:
+                    named[key] = row[key] if not copy else f"{copy}_{row[key]}"
+                    picture = Image.new("RGB", (64 + 8 * number, 56), ((40 * copy) % 256, 60 * number, 120))
+                    ImageDraw.Draw(picture).rectangle((10 + 12 * place, 10, 30 + 12 * place, 30), fill=("red", "blue")[place])
+                    picture.save(folder / "photos" / named[key])
+            more.append(named | {"id": f"{row['id']}-{copy}"})
+    with open(folder / "captions.csv", "w", newline="") as table:
+        writer = csv.DictWriter(table, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(more)
