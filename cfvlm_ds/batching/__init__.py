@@ -1,1 +1,1 @@
-"""Groups to rows of tokens: prompts encoded, images opened or taken from the feature cache, texts packed after them as a forest."""
+"""Groups become rows of tokens: prompts are encoded, images opened or read from the feature cache, texts packed after them as a forest."""

@@ -1,4 +1,4 @@
-"""One micro-batch: what the engine takes unchanged, and what makes a score matrix of its log-probs.
+"""One micro-batch: inputs that go to the engine unchanged, and what is needed to turn its log-probs into a score matrix.
 
 Shapes: G groups, I images, C candidates, T tokens, N scored tokens.
 """
@@ -18,12 +18,12 @@ from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores, score_matrix
 
 BLANK = Path("\0/<blank image>")
-"""Stands for a mid-grey image, which the blind control shows in place of a picture. A suffix tells several apart; no file is named so."""
+"""Stands for the mid-grey image of the blind control. A suffix tells several apart; no file has this name."""
 BLANK_SIZE = (336, 336)
 """Its width and height in pixels."""
 
 STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image.", "a"),), ((1,),))
-"""What a rank computes whose groups cannot be read."""
+"""What a rank computes when its groups cannot be read, because under ZeRO-3 the other ranks wait for its forward."""
 
 
 def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
@@ -36,8 +36,9 @@ def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
 class Batch:
     """One micro-batch. ``model_inputs`` goes to the engine unchanged and returns one log-prob per scored token.
 
-    ``cell`` [N] is each scored token's flat index in [G, I, C]; ``is_end`` [N] marks end-of-turn tokens; ``num_tokens`` counts the
-    tokens of the row, ``num_scored`` those that something is predicted from; ``dropped`` are groups left out of it, (id, reason) each.
+    ``cell`` [N] is the flat index in [G, I, C] of each scored token's cell; ``is_end`` [N] marks end-of-turn tokens; ``num_tokens`` counts
+    the tokens of the row, ``num_scored`` the positions from which something is predicted; ``dropped`` are groups left out, (id, reason)
+    each.
     """
 
     model_inputs: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Groups to batches: prompts encoded, images taken, texts packed after them, and what cannot be read left out by name.
+"""Groups become batches: prompts are encoded, images opened, texts packed after them; groups that cannot be read are left out by name.
 
 Shapes: G groups, I images, C candidates.
 """
@@ -33,7 +33,7 @@ from cfvlm_ds.models.stored import explained
 
 
 class TreeTokens(NamedTuple):
-    """Tokens of a tree, and of its prompt with its longest text alone: what is left when it is cut as often as it can be."""
+    """Tokens of a tree, and of its prompt with its longest text alone, the least that a forward of it can have."""
 
     whole: int
     least: int
@@ -50,8 +50,8 @@ class Collator:
         max_length: the model's window in tokens; a longer row is a DataError, never truncated.
         max_pixels: limit on the size of an image.
         stored: reference and blind scores by group id, for objectives that need them.
-        share_prefix: lay all texts of an image after one prefix; without it a tree has one text, which costs more and scores the same.
-        checked: what the check of the data found in the pictures, to which they are compared when they are opened.
+        share_prefix: put all texts of an image after one prefix; without it a tree has one text, which costs more and scores the same.
+        checked: what the data check found in the pictures; they are compared with it when they are opened.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Collator:
         self.images: ImageSource = self.files
 
     def taking_features(self, cache: FeatureCache) -> Collator:
-        """The same collator, taking what the vision tower gave for each picture in place of the picture."""
+        """The same collator, reading the vision tower's stored output for each picture in place of the picture."""
         return self._changed(images=CachedFeatures(cache))
 
     def scoring_everything(self) -> Collator:
@@ -90,7 +90,7 @@ class Collator:
         return self._changed(cells=cells, stored=stored)
 
     def of_run(self, cells: Cells, stored: Mapping[str, StoredScores] | None, checked: PictureTable | None) -> Collator:
-        """The same collator for a run's cells and stored scores, comparing pictures to what was ``checked``."""
+        """The same collator for a run's cells and stored scores; pictures are compared with what was ``checked``."""
         files = ImageFiles(self.processor, self.family, self.files.max_pixels, checked)
         return self._changed(cells=cells, stored=stored, files=files, images=files)
 
@@ -100,14 +100,14 @@ class Collator:
         return other
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
-        """Raises DataError naming the file of an image that cannot be opened, or the group whose text does not fit window or template."""
+        """Raises DataError naming the image file that cannot be opened, or the group whose text does not fit the window or the template."""
         return self.parts(groups)[0]
 
     def parts(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
         """The groups' trees in batches of at most ``max_tokens`` tokens each; a tree that is larger is cut between its texts, and one of a
         single text is a batch of its own.
 
-        All have the layout of the whole, and their score matrices add up to its. Raises DataError as ``__call__`` does.
+        Each has the layout of the whole, and their score matrices add up to its score matrix. Raises DataError as ``__call__`` does.
         """
         layout = self._layout(groups)
         trees = self._trees(groups, layout)
@@ -145,8 +145,8 @@ class Collator:
         return kept, tuple(dropped)
 
     def without_unreadable(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
-        """The ``parts`` of the groups that can be collated; the first one names the others. Without any, it is a stand-in of weight 0 that
-        counts no group: ZeRO-3 waits for this rank's forward and backward in any case."""
+        """The ``parts`` of the groups that can be collated; the first one names the groups left out. If none can, it is a stand-in of
+        weight 0 that counts no group: ZeRO-3 waits for this rank's forward and backward in any case."""
         try:
             return self.parts(groups, max_tokens)
         except DataError:
@@ -160,7 +160,7 @@ class Collator:
         return [replace(batch, layout=layout, reference=reference, prior=prior, dropped=dropped)]
 
     def row_length(self, prompt: str, text: str, sizes: tuple[Size, ...]) -> int:
-        """Tokens of the row that a text makes after pictures of ``sizes`` (width, height), end-of-turn included.
+        """Tokens of a row with one text after pictures of ``sizes`` (width, height), end-of-turn included.
 
         Raises DataError as __call__ does.
         """
@@ -235,8 +235,8 @@ def load_collator(
     stored: Mapping[str, StoredScores] | None = None,
     checked: PictureTable | None = None,
 ) -> Collator:
-    """The collator of a model: its own processor, family and window. Raises ConfigError for a chat template that cannot be used, and for a
-    tokenizer or processor that takes too much for a sentence or a picture."""
+    """The collator of a model: its own processor, family and window. Raises ConfigError for a chat template that cannot be
+    used, and for a tokenizer or processor that takes too much time or memory for one sentence or picture."""
     config = load_config(model.name_or_path)
     processor = load_processor(model)
     with explained(

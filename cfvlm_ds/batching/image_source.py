@@ -1,6 +1,6 @@
-"""Where the images of a batch come from: picture files, opened and given to the model's processor, or features that a cache holds.
+"""Where the images of a batch come from: picture files, which go through the model's processor, or features from a cache.
 
-Both give what the model takes of a picture, and the placeholder ids that a prompt has in its place. Sizes are (width, height) in pixels.
+Both give the model's inputs for a picture, and the placeholder ids that stand for it in the prompt. Sizes are (width, height) in pixels.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 PictureKey = tuple[Path, bool]
-"""What tells the pictures of a batch apart: the file, and whether the model takes it differently for not being alone."""
+"""What tells the pictures of a batch apart: the file, and whether the model treats it differently beside others in its prompt."""
 
 
 class ImageSource(Protocol):
     """What packing needs of the images of a batch."""
 
     def open(self, key: PictureKey) -> Any:
-        """A picture, or what is kept of it; it has a ``size``. Raises DataError naming the file."""
+        """A picture, or its stored features; either has a ``size``. Raises DataError naming the file."""
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
-        """What the model takes of the pictures, those of several in a prompt last, and each one's placeholder ids."""
+        """The model's inputs for the pictures (those that share a prompt with others last), and each picture's placeholder ids."""
 
 
 class Unprocessable(DataError):
@@ -51,7 +51,7 @@ class Unprocessable(DataError):
 
 
 def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], sizes: Mapping[Path, Size]) -> str:
-    """The error with the group and the file that have such a picture."""
+    """The error, naming the group and the file with such a picture."""
     for group in groups:
         for picture in (picture for pictures in group.images for picture in pictures):
             if sizes.get(picture) == error.size:
@@ -66,7 +66,7 @@ class ImageFiles:
         processor: the model's own processor.
         family: the model's family record.
         max_pixels: limit on the size of an image.
-        checked: what the check of the data found in the pictures: one with other contents by now is a DataError. None for no comparison.
+        checked: what the data check found in the pictures; one whose contents have changed since is a DataError. None for no comparison.
     """
 
     def __init__(self, processor: Any, family: Family, max_pixels: int = MAX_PIXELS, checked: PictureTable | None = None) -> None:
@@ -90,7 +90,7 @@ class ImageFiles:
         return [(BLANK, False), *[(BLANK, True)] * self.family.tiles_alone]
 
     def open(self, key: PictureKey) -> Image.Image:
-        """The picture. Raises DataError naming a file that cannot be opened, or is not what was checked."""
+        """The picture. Raises DataError naming a file that cannot be opened, or has changed since it was checked."""
         path = key[0]
         if path.parent == BLANK.parent:
             return Image.new("RGB", BLANK_SIZE, (128, 128, 128))
@@ -117,7 +117,7 @@ class ImageFiles:
         return self._processed(list(opened), sum(together for _, together in keys))
 
     def num_placeholders(self, size: Size, together: bool) -> tuple[int, int]:
-        """(placeholder ids of a picture of this size, visual tokens among them); measured, for every family has rules of its own.
+        """(number of placeholder ids of a picture of this size, visual tokens among them); measured, since every family has its own rules.
 
         ``together``: with others in its prompt. Raises Unprocessable where the processor cannot take such a picture.
         """
@@ -169,7 +169,7 @@ class ImageFiles:
 
 
 class CachedFeatures:
-    """What a frozen vision tower gave for every picture, in place of the pictures, which are not opened."""
+    """The stored output of a frozen vision tower for every picture; the pictures themselves are not opened."""
 
     def __init__(self, cache: FeatureCache) -> None:
         self.cache = cache

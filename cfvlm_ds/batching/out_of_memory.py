@@ -1,4 +1,4 @@
-"""Memory that runs out is explained: the sizes of the largest forward and what to lower, in place of an allocator's traceback."""
+"""Explain an out-of-memory error: the sizes of the largest forward and what to lower, in place of an allocator's traceback."""
 
 from __future__ import annotations
 

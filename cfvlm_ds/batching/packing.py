@@ -1,7 +1,7 @@
 """Trees packed into one row without padding: the only place that knows how cells are laid out as tokens.
 
-A tree is the chat template's prompt with its image and, after that prefix, every text the image is scored with: each text is a branch that
-sees the prefix and itself. Shapes: T tokens of the row, P tokens of a prompt, N scored tokens.
+A tree is a prefix (the chat template's prompt with its image) followed by every text that the image is scored with. Each text is a
+branch: it sees the prefix and itself. Shapes: T tokens of the row, P tokens of a prompt, N scored tokens.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Tree:
 
 @dataclass(frozen=True)
 class Row:
-    """Trees as one row: what the model takes, and whose tokens are scored.
+    """Trees as one row: the model's inputs, and which tokens are scored.
 
-    ``cell`` [N] and ``is_end`` [N] as in Batch; ``num_tokens`` of the row; ``num_scored`` are those that something is predicted from.
+    ``cell`` [N] and ``is_end`` [N] as in Batch; ``num_tokens`` of the row; ``num_scored`` positions from which something is predicted.
     """
 
     model_inputs: dict[str, Any]
@@ -92,8 +92,8 @@ def pack(
     """The row of ``trees``, whose pictures are among ``keys``.
 
     Args:
-        placeholders: of each picture, the ids that a prompt has in its place; ``image_token`` is the id of those that are visual.
-        image_inputs: what the model takes of the pictures.
+        placeholders: for each picture the ids that stand for it in a prompt; ``image_token`` is the id of the visual ones.
+        image_inputs: the model's inputs for the pictures.
         family, config: the model's, for its position rules.
     """
     shown = [tuple(keys.index(key) for key in tree.pictures) for tree in trees]
@@ -154,7 +154,7 @@ def divide(trees: Sequence[Tree], prefix_length: Callable[[Tree], int], max_toke
 
 
 def _pieces(tree: Tree, room: int) -> list[Tree]:
-    """The tree's texts in as few trees as keep to ``room`` tokens after the prefix; a text that is longer is alone."""
+    """The tree's texts in as few trees as possible, with at most ``room`` tokens after the prefix; a longer text has its own tree."""
     pieces = [Tree(tree.pictures, [])]
     left = room
     for branch in tree.branches:

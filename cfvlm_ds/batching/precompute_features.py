@@ -1,7 +1,7 @@
-"""The frozen vision tower's one pass over all pictures of a run, before the first step: what it gives is kept, and no step runs it again.
+"""Precompute the features of a frozen vision tower for all pictures of a run, before the first step; no step then runs the tower.
 
-A pass of its own, because under ZeRO-3 ranks run a module together or not at all, and each step would find other pictures missing on each
-rank. Here all ranks make as many forwards, whatever is missing.
+This is a pass of its own because under ZeRO-3 ranks run a module together or not at all, and in a training step each rank would miss other
+pictures. Here all ranks make the same number of forwards, whatever is missing.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def precompute_features(
 
 
 def _look(cache: FeatureCache, files: ImageFiles, keys: list[PictureKey], world: World) -> dict[bytes, int]:
-    """Note the digest of every picture, each rank reading its share, and return the sizes in bytes of features that are there."""
+    """Note the digest of every picture (each rank reads its share), and return the sizes in bytes of the features that exist."""
 
     def look(key: PictureKey) -> tuple[bytes | str, int | None, str | None]:
         try:
@@ -96,7 +96,7 @@ def _look(cache: FeatureCache, files: ImageFiles, keys: list[PictureKey], world:
 def _fill(
     cache: FeatureCache, engine: Any, files: ImageFiles, missing: list[tuple[PictureKey, bytes]], world: World, num_workers: int
 ) -> dict[bytes, int]:
-    """Compute and write what is missing; the sizes in bytes of what was written."""
+    """Compute and write the missing features; returns the sizes in bytes of what was written."""
     rounds = -(-len(missing) // world.size)
     blank = files.blank_keys()[0]
     mine = [missing[place] if place < len(missing) else None for place in range(world.rank, rounds * world.size, world.size)]
@@ -136,7 +136,7 @@ def _fill(
 
 
 def _preparing(files: ImageFiles) -> Callable[[list[Any]], Prepared | str | None]:
-    """What a worker makes of a picture and its digest: the tower's inputs, or why there are none."""
+    """A worker's part: from a picture and its digest to the tower's inputs, or the reason why there are none."""
 
     def prepare(items: list[tuple[PictureKey, bytes] | None]) -> Prepared | str | None:
         if items[0] is None:

@@ -1,7 +1,7 @@
 """Prompts and answers as token ids, through the model's own chat template: the ids that the model's own processor would give.
 
-The scored ids are exactly the answer's. Whatever the template writes between a prompt and its answer belongs to the prompt; where a model
-thinks before it answers, that is an empty thought, as the template's own mode without thinking writes it.
+The scored ids are exactly the answer's. Whatever the template writes between a prompt and its answer belongs to the prompt. For a model
+that thinks before it answers this is an empty thought, as the template writes it when thinking is off.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Head:
-    """A prompt: its text and ids, what is before and after an answer where a whole conversation is rendered, and what is wrong with it.
+    """A prompt: its text and ids, what a rendered conversation has before and after the answer, and what is wrong with it, if anything.
 
-    ``stem`` is the text that an answer follows at once: ``text``, and white space that belongs to the answer's first token. ``follows``
-    says whether the template writes an answer there.
+    ``stem`` is the text directly before the answer: ``text`` plus white space that belongs to the answer's first token. ``follows`` says
+    whether the template writes the answer there.
     """
 
     text: str
@@ -60,7 +60,7 @@ class _Head:
 
 
 class _TokenizerFails(DataError):
-    """What a tokenizer raised about a text."""
+    """A tokenizer raised an error for a text; the message is its own."""
 
 
 class Prompts:
@@ -123,9 +123,9 @@ class Prompts:
         return self._texts[key]
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a rendered conversation, as the processor's own ``apply_chat_template`` gives them.
+        """Token ids of a rendered conversation, the same as the processor's own ``apply_chat_template`` gives.
 
-        What a tokenizer adds at the beginning is not added where the template has written it.
+        A beginning-of-sequence token is added only where the template has not written one.
         """
         tokenizer = self.processor.tokenizer
         written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
@@ -234,12 +234,12 @@ class Prompts:
 
     @property
     def _may_think(self) -> bool:
-        """Whether the template has the option of Qwen and others; given to any other, it would go to the image processor."""
+        """Whether the template has the option ``enable_thinking``; passed to one without it, it would reach the image processor."""
         return "enable_thinking" in str(self.processor.chat_template)
 
     @cached_property
     def _control(self) -> frozenset[int]:
-        """Ids of the tokens that say what a part of a conversation is, and that no text may hold."""
+        """Ids of the control tokens, which mark the parts of a conversation; no text may contain them."""
         tokenizer = self.processor.tokenizer
         added: Mapping[int, Any] = tokenizer.added_tokens_decoder
         return frozenset([*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)])

@@ -1,8 +1,8 @@
-"""Running a chat template, which is a program of whoever made the model folder: bounded in time, memory and what it writes. A tokenizer and
-an image processor are tried in the same way.
+"""Running a chat template, which is a program written by whoever made the model folder: bounded in time, memory and output. A tokenizer and
+an image processor are tried out in the same way.
 
-Jinja's sandbox keeps a template from files and the network, and not from looping, nor from computing 9**9**9. A first conversation is
-therefore rendered in a child process with limits that the kernel enforces, and every later one under a watch that ends loops.
+Jinja's sandbox keeps a template away from files and the network, but does not stop it from looping or computing 9**9**9. The first
+conversation is therefore rendered in a child process with limits that the kernel enforces, every later one under a watch that ends loops.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import warnings
 from collections.abc import Callable, Iterator
 
 CPU_SECONDS = 5
-"""Processor time of the first conversations, sentence or picture; they take some hundredths of a second."""
+"""Processor time for the first conversation, sentence or picture; these take some hundredths of a second."""
 MEMORY = 2**30
-"""Bytes that these may take beside what the process has."""
+"""Bytes of memory that these may take on top of what the process already has."""
 MAX_WRITTEN = 1_000_000
 """Characters of a conversation of one sentence, or tokens of a picture."""
 WATCHED_SECONDS = 20

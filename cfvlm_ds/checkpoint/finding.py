@@ -36,7 +36,7 @@ def crc32_of(file: Path) -> int:
 
 
 def own_sum(listed: Mapping[str, Any]) -> int:
-    """CRC-32 of the list itself, but for this number: a flipped bit in ``step`` or ``world_size`` would not be noticed otherwise."""
+    """CRC-32 of the list itself without this number: otherwise a flipped bit in ``step`` or ``world_size`` would go unnoticed."""
     return zlib.crc32(json.dumps({name: value for name, value in listed.items() if name != "crc32"}, sort_keys=True).encode())
 
 
@@ -78,7 +78,7 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
 
 
 def _renamed(output_dir: Path) -> list[tuple[Path, int]]:
-    """Folders that are checkpoints by what is in them and not by their names, with their steps; what a killed save left is none."""
+    """Folders with the contents of a checkpoint but another name, and their steps; what a killed save has left does not count."""
     found = []
     for listed in sorted(output_dir.glob(f"*/{COMPLETE}")):
         if _NAME.fullmatch(listed.parent.name) or listed.parent.name.endswith(".partial"):
@@ -133,7 +133,7 @@ def incomplete(path: Path) -> str | None:
 
 
 def damaged(path: Path, names: Iterable[str]) -> str | None:
-    """Which of these files of a complete checkpoint does not have the contents that were written, or None."""
+    """Which of these files of a complete checkpoint no longer has the contents that were written, or None."""
     listed = description(path)["files"]
     for name in names:
         try:

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint, of any number of ranks. Only tensors are read: nothing that it pickles is run."""
+"""Continuing from a checkpoint written by any number of ranks. Only tensors are read: nothing that it pickles is run."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
 
 
 def kept_state(path: Path) -> TrainState | None:
-    """The loop's state in a complete checkpoint, before anything is loaded; None where an older revision kept it among the weights.
+    """The loop's state in a complete checkpoint, before anything is loaded; None if an older revision stored it among the weights.
 
-    Raises ConfigError for what this revision cannot continue.
+    Raises ConfigError for a state that this revision cannot continue from.
     """
     described = description(path)
     if (loop := described.get("loop")) is None:
@@ -75,7 +75,7 @@ def _state(loop: Any, path: Path) -> TrainState:
 
 
 def _load(engine: Any, folder: Path, path: Path, state: TrainState, world: World) -> None:
-    """Load what ``folder`` holds for this number of ranks of the checkpoint ``path``."""
+    """Load the checkpoint ``path`` from ``folder``, which holds it for this number of ranks."""
     with explained(f"{path} cannot be loaded", "name another checkpoint with train.resume"), reading_tensors_alone(engine):
         _, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if client is None:

@@ -33,8 +33,8 @@ class SaveError(StorageError):
 
 
 def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: int, keep_every: int = 0) -> Path:
-    """Write ``output_dir/checkpoint-STEP``; then, of the older ones, only the newest stay, ``keep`` in all (0 for every one of them), the
-    best one, and those whose step is a multiple of ``keep_every``.
+    """Write ``output_dir/checkpoint-STEP``, then remove older ones. The newest ``keep`` stay (0 keeps all), the best one, and those whose
+    step is a multiple of ``keep_every``.
 
     Every rank calls it. Raises SaveError on all of them when one cannot write a file: disk full, quota, read-only folder.
     """
@@ -93,7 +93,7 @@ def kept_failures(failures: list[str]) -> Iterator[None]:
 
 
 def reason_of(failure: str, folder: Path) -> str:
-    """Why a write failed, in the system's words: torch's writer has none."""
+    """Why a write failed, in the system's words; torch's writer does not say."""
     if not folder.is_dir():
         return failure
     try:
@@ -105,14 +105,14 @@ def reason_of(failure: str, folder: Path) -> str:
 
 
 def flushed(file: Path) -> tuple[int, int]:
-    """Size and CRC-32 of a file that a power loss cannot take any more."""
+    """Flush a file to the disk, so that a power loss cannot take it; its size and CRC-32."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
     return file.stat().st_size, crc32_of(file)
 
 
 def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: dict[str, tuple[int, int]]) -> None:
-    """List the files, those that no rank has named too, and make the folder visible by its name."""
+    """List the files, also those that no rank has named, and give the folder its final name."""
     for file in partial.rglob("*"):
         if file.is_file() and (name := str(file.relative_to(partial))) not in files:
             files[name] = flushed(file)
@@ -127,7 +127,7 @@ def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: 
 
 
 def _sync_names(folder: Path) -> None:
-    """Have the folder's entries on the disk, where its file system knows how."""
+    """Flush the folder's entries to the disk, where the file system supports it."""
     handle = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):
         os.fsync(handle)

@@ -32,7 +32,7 @@ class TrainState:
         return dict(vars(self))
 
     def step_done(self, sampler: dict[str, Any]) -> None:
-        """An optimizer step is finished; ``sampler`` is where the data go on."""
+        """Note that an optimizer step is finished; ``sampler`` says where the data continue."""
         self.step += 1
         self.sampler = sampler
 
@@ -41,22 +41,22 @@ class TrainState:
         self.record = record
 
     def trained_on(self, data: dict[str, Any]) -> None:
-        """The identity of the groups from here on."""
+        """Note the identity of the groups that are trained on from here."""
         self.data = data
 
     def tracked_as(self, run_id: str | None) -> None:
-        """The MLflow run, once its server has answered."""
+        """Note the MLflow run, once its server has answered."""
         self.run_id = run_id
 
     def evaluated(self, value: float) -> bool:
-        """Whether this value of the metric of ``train.save_best`` is the best so far; notes it."""
+        """Whether this value of the metric ``train.save_best`` is the best so far; if so, it is noted."""
         if self.best is not None and value <= self.best["value"]:
             return False
         self.best = {"step": self.step, "value": value}
         return True
 
     def forget_best(self) -> None:
-        """The best evaluation was by another metric."""
+        """Forget the best evaluation: it was by another metric."""
         self.best = None
 
     def displacement(self, lp: float) -> float:
@@ -66,9 +66,9 @@ class TrainState:
         return self.baseline_lp - lp
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state; what an older revision did not save keeps its default.
+        """Take over a saved state; fields that an older revision did not save keep their defaults.
 
-        Raises ConfigError where it lacks what has no default, or has what this revision does not know.
+        Raises ConfigError if it lacks a field without a default, or has one that this revision does not know.
         """
         if lacking := sorted({"step", "sampler", "data"} - state.keys()):
             raise ConfigError(f"its state has no {', '.join(lacking)}; resume from another checkpoint, or with the revision that wrote it")

@@ -3,8 +3,8 @@
 A thread writes ``heartbeat/rank-N.json`` at an interval, so that it also beats while the rank waits in a collective. Two things are a hang:
 
 - a rank that does not beat for ``timeout_s`` (its process is stopped, its node lost), in whatever phase;
-- no rank has moved to another phase or micro-batch for ``timeout_s``, and the one that is furthest behind is within a step. Start-up,
-  checkpoints, evaluation and export take as long as they take; the collectives' own timeout bounds them.
+- no rank has moved to another phase or micro-batch for ``timeout_s``, and the slowest one is within a step. Start-up, checkpoints,
+  evaluation and export may take any time; the collectives' own timeout bounds them.
 
 Whoever notices first prints one sentence and keeps it in ``heartbeat/hang.txt``; every rank that notices leaves with ``EXIT_HANG``, so that
 the launcher takes the job down. Clocks of different machines are never compared: what counts is how long this process saw no change.
@@ -34,7 +34,7 @@ from cfvlm_ds.core.secrets import print_line
 
 FOLDER, HANG_FILE = "heartbeat", "hang.txt"
 BOUNDED = ("data", "agreement", "computation")
-"""The phases of a step: here a rank must move within ``timeout_s``."""
+"""The phases of a step, in which a rank must move within ``timeout_s``."""
 ENDED = "ended"
 _RECORD_BYTES = 512  # written in place and in one piece, so that a full disk does not silence a healthy rank
 
@@ -61,7 +61,7 @@ class Peer:
     still_s: float = 0.0
 
     def update(self, record: dict[str, Any] | None, elapsed_s: float) -> None:
-        """Take in what its file holds now, ``elapsed_s`` after the last look."""
+        """Read its file again, ``elapsed_s`` seconds after the last look."""
         old = self.record or {}
         new = record or old
         self.silent_s = 0.0 if new.get("beat") != old.get("beat") else self.silent_s + elapsed_s
@@ -99,7 +99,7 @@ def _place(peer: Peer) -> str:
 
 
 class Heartbeat:
-    """This rank's beat and its watch over the others, while the context lasts.
+    """This rank's heartbeat and its watch over the others, while the context lasts.
 
     Args:
         folder: what ``prepare`` returned on rank 0.
@@ -123,7 +123,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="cfvlm_ds-heartbeat", daemon=True)
 
     def mark(self, phase: str, step: int) -> None:
-        """This rank goes on to ``phase`` of optimizer step ``step``. Every rank makes the same calls; a call costs a microsecond."""
+        """Note that this rank enters ``phase`` of optimizer step ``step``. Every rank makes the same calls; a call costs a microsecond."""
         self._own = {**self._own, "phase": phase, "step": step, "moves": self._own["moves"] + 1}
 
     def __enter__(self) -> Heartbeat:

@@ -37,7 +37,7 @@ def check(folder: Path, timeout_s: float) -> str:
 
 
 def software() -> str:
-    """What must be the same on all nodes: Python, packages, and a hash of this package's own code."""
+    """What must be equal on all nodes: Python, packages, and a hash of this package's own code."""
     versions = [f"{name} {version(name)}" for name in PACKAGES]
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):

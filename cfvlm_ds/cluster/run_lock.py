@@ -34,7 +34,7 @@ _NAMED_AFTER_S = 30.0
 
 
 class RunLock:
-    """Holds ``folder/run.lock`` from its creation to its exit. Raises ConfigError naming the holder when another run has the folder."""
+    """Holds ``folder/run.lock`` from construction to exit. Raises ConfigError naming the holder when another run has the folder."""
 
     def __init__(self, folder: Path, say: Callable[[str], object] = print) -> None:
         self.path = folder / NAME
@@ -101,9 +101,10 @@ class RunLock:
         return f"it has not touched the lock for {age / 60:.0f} minutes" if age > _STALE_AFTER_S else None
 
     def _taken_over(self, content: str) -> bool:
-        """Make the stale lock this run's, unless another run has been faster.
+        """Take the stale lock over, unless another run has been faster.
 
-        Only who has made the claim file may change a lock that is not its own, so what it finds there is still there when it replaces it.
+        Only the run that has made the claim file may change a lock that is not its own; so the lock that it has read is the one it
+        replaces.
         """
         claim = self.path.with_name(f"{NAME}.claim")
         try:
@@ -120,7 +121,7 @@ class RunLock:
             claim.unlink()
 
     def _wait_for(self, claim: Path) -> None:
-        """Until the run that takes the lock over has done so, which is a matter of milliseconds."""
+        """Wait until another run has taken the lock over, which is a matter of milliseconds."""
         until = time.monotonic() + _CLAIMED_FOR_S
         while claim.exists():
             if time.monotonic() > until:
@@ -167,7 +168,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _process_space() -> str:
-    """Where this process's number means something: one boot and one namespace, since containers share host names."""
+    """Where this process's number is meaningful: one boot and one process namespace, since containers share host names."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
@@ -195,7 +196,7 @@ def _age(lock: Path) -> float:
 
 
 def _content(lock: Path) -> str | None:
-    """The lock's content, with a moment for a holder that has created it and is about to write."""
+    """The lock's content; waits a moment for a holder that has just created the file and is about to write."""
     for _ in range(20):
         try:
             if content := read_bytes(lock, MAX_SETTINGS).decode(errors="replace"):

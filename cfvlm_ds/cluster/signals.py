@@ -46,7 +46,7 @@ _before_leaving: list[Callable[[int], object]] = []
 
 
 def install() -> None:
-    """Have the signals ask for a stop, also those that arrived while train.py held them back during its imports."""
+    """Make signals ask for a stop, also those that arrived while train.py held them back during its imports."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in _SIGNALS:
@@ -62,7 +62,7 @@ def _ask(number: int, frame: FrameType | None) -> None:
 
 
 def _deafen() -> None:
-    """A child must not tell its parent of the signals that it gets itself, such as from a pool that ends it."""
+    """A child process must not report its own signals to its parent, such as one from a pool that ends it."""
     signal.set_wakeup_fd(-1)
 
 
@@ -83,7 +83,7 @@ def _listen(reader: int) -> None:
 
 
 def _leave(code: int) -> None:
-    """End this process at once, but for what is registered to be done before, and for no longer than that may take."""
+    """End this process at once, after the actions registered by ``before_leaving`` and within their time limit."""
     if not _left.acquire(blocking=False):
         return
 
@@ -131,11 +131,11 @@ def together() -> Iterator[None]:
 
 
 class StopRequested(Exception):
-    """The ranks have agreed to stop in an evaluation; the message says why."""
+    """The ranks have agreed to stop during an evaluation; the message says why."""
 
 
 class WorkerLost(Exception):
-    """A process that prepares batches has died, of this rank or another one; no rank has begun the step."""
+    """A data worker has died, of this rank or of another; no rank has begun the step."""
 
 
 def shield_worker(worker_id: int) -> None:
@@ -170,7 +170,7 @@ _torchs_handler: Any = None
 
 
 def hold_deaths_back() -> None:
-    """Have torch's handler of SIGCHLD, once a DataLoader has installed it, raise in ``deaths_heard`` only: it would cut a step."""
+    """Let torch's SIGCHLD handler, which a DataLoader installs, raise in ``deaths_heard`` only; elsewhere it would interrupt a step."""
     global _torchs_handler
     if threading.current_thread() is threading.main_thread() and callable(handler := signal.getsignal(signal.SIGCHLD)):
         _torchs_handler = handler
@@ -179,7 +179,7 @@ def hold_deaths_back() -> None:
 
 @contextlib.contextmanager
 def deaths_heard() -> Iterator[None]:
-    """While this lasts, the death of a DataLoader's worker, or an earlier one, is raised at once."""
+    """While this lasts, the death of a DataLoader's worker is raised at once, also one that happened before."""
     if _torchs_handler is None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -196,7 +196,7 @@ class Stop:
 
     Args:
         margin_s: seconds before the job's end (``SLURM_JOB_END_TIME``, Unix time) by which the next step and a checkpoint must be done. The
-            longest time between two votes so far, with whatever evaluation or checkpoint it held, is added.
+            longest time between two votes so far, including any evaluation or checkpoint in it, is added.
     """
 
     def __init__(self, margin_s: float) -> None:

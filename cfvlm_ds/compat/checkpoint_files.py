@@ -50,8 +50,8 @@ def reading_tensors_alone(engine: Any) -> Iterator[None]:
 
 
 def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """A file of a checkpoint: tensors, and what DeepSpeed pickles beside them. Raises ConfigError for one that holds anything else, which
-    would be run."""
+    """A file of a checkpoint: tensors, and the objects that DeepSpeed pickles beside them. Raises ConfigError for a file that holds
+    anything else, because unpickling it would run code."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

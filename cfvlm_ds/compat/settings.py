@@ -34,7 +34,7 @@ def is_data_type(name: Any) -> bool:
 
 
 def can_build(builder: str) -> bool:
-    """Whether DeepSpeed finds what one of its extensions is built from."""
+    """Whether DeepSpeed finds the tools and libraries that one of its extensions is built with."""
     from deepspeed.accelerator import get_accelerator
 
     made = get_accelerator().create_op_builder(builder)
@@ -56,7 +56,7 @@ def is_tested_under_zero(optimizer: type) -> bool:
 
 
 def optimizer_class(name: str, offloaded: bool, torch_adam: bool) -> Any:
-    """The class that DeepSpeed makes for an optimizer of this name, where that is simply one."""
+    """The class that DeepSpeed makes for an optimizer of this name, if it makes a single one."""
     from deepspeed.ops import adam, lamb, lion
 
     if name in ("adam", "adamw"):

@@ -24,7 +24,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.untrusted import refuse_foreign
 
 Shapes = Sequence[Mapping[str, torch.Size]]
-"""Name -> shape of the trained weights, one mapping per flat tensor, in the order in which they lie there."""
+"""Name -> shape of the trained weights, one mapping per flat tensor, in their order in it."""
 
 _RANK = re.compile(r"zero_pp_rank_(\d+)_")
 _ZERO = "optimizer_state_dict"
@@ -52,7 +52,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight as the parts that make it up, end to end; what the last ones hold beyond its size is padding."""
+    """A weight as its parts, end to end; anything beyond its size in the last ones is padding."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]

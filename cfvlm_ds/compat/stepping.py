@@ -23,7 +23,7 @@ def optimizer_options(engine: Any) -> dict[str, Any]:
 
 
 def apply_optimizer_options(engine: Any, options: dict[str, Any]) -> None:
-    """Give a restored engine what ``optimizer_options`` returned before: the next step goes by it, at its place in the schedule."""
+    """Set in a restored engine what ``optimizer_options`` returned before; the next step uses it, at its place in the schedule."""
     if options["clip"] is not None:  # without ZeRO it is the engine's own, from its configuration
         engine.optimizer.clip_grad = options["clip"]
     groups, schedule = engine.optimizer.param_groups, engine.lr_scheduler
@@ -43,8 +43,8 @@ def apply_optimizer_options(engine: Any, options: dict[str, Any]) -> None:
 def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | None:
     """A function that returns for how many seconds, since its last call, computation waited for ZeRO-3 to gather weights; None elsewhere.
 
-    A module's wait is from its request for its weights to their arrival: on CUDA by events of the stream that computes, and those it has
-    not reached yet count in the next call, so that nothing is held up to be measured; elsewhere by the process's own clock.
+    A module waits from its request for its weights to their arrival. On CUDA this is measured by events of the computing stream; events
+    that it has not reached yet count in the next call, so that measuring delays nothing. Elsewhere it is measured by the process's clock.
     """
     if (coordinator := _coordinator(engine)) is None:
         return None
@@ -82,13 +82,13 @@ def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | Non
 
 
 def invalidate_prefetch_trace(engine: Any) -> None:
-    """Have ZeRO-3 prefetch nothing in the next forward, which runs other modules than the last ones did; it notes their order again."""
+    """Invalidate ZeRO-3's prefetch trace, because the next forward runs other modules than the last ones did; it records a new one."""
     coordinator = _coordinator(engine)
     if coordinator is not None and not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
 
 
 def _coordinator(engine: Any) -> Any:
-    """What fetches the weights of modules; None where weights are not partitioned."""
+    """ZeRO-3's parameter coordinator, which fetches weights; None where weights are not partitioned."""
     offload = getattr(engine.optimizer, "parameter_offload", None)
     return None if offload is None else offload.get_param_coordinator()

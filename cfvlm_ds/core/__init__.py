@@ -1,1 +1,1 @@
-"""The types everything is said in, and what every room needs: groups, score matrices, options, ranks, files, errors."""
+"""The types that all other folders use: groups, score matrices, options, ranks, files, errors."""

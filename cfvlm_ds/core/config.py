@@ -1,7 +1,8 @@
 """The run configuration: nested dataclasses <- YAML <- dotted command line; strict; printable.
 
 Names follow transformers' TrainingArguments where it has one. The DeepSpeed JSON owns ZeRO, precision and offload; the run configuration
-owns batch sizes, learning rates and steps; "auto" in the JSON takes the run's value, and a contradiction is an error (see engine.py).
+owns batch sizes, learning rates and steps; "auto" in the JSON takes the run's value, and a contradiction is an error (see
+engine/configuration.py).
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ class DataSet:
 
     Args:
         path: manifest of counterfactual groups.
-        root: as ``data.root``, which it has when not given.
-        format: as ``data.format``, which it has when not given.
+        root: as ``data.root``, which is used when not given.
+        format: as ``data.format``, which is used when not given.
     """
 
     path: str
@@ -119,16 +120,16 @@ class DataConfig:
         scores: file written by ``cfvlm-ds score`` with reference and blind log-likelihoods of the training manifest (DPO and PMI need it).
         max_pixels: refuse images with more pixels than this.
         check: ``full`` opens every image before training starts; ``rows`` checks the manifests only.
-        on_error: what all ranks do when a training group turns out to be unreadable during training, such as by an image that was damaged
-            after the check: ``error``, or ``skip`` the whole group. skipped.json in the run folder lists those.
+        on_error: what all ranks do when a training group cannot be read, for instance because an image was damaged after the check:
+            ``error``, or ``skip`` the whole group. skipped.json in the run folder lists those.
         max_skipped: groups that ``skip`` may leave out in a run; one more is an error.
         num_workers: processes that prepare batches, per rank; one per spare core, at most 4, when not given.
         max_tokens_per_micro_batch: pack whole groups up to this many tokens into a micro-batch, in place of
             ``train.per_device_train_batch_size`` of them; ranks then have equal work whatever the sizes of images and texts.
         max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens, twice (a gradient cache, arXiv
-            2101.06983): the memory of one, the same gradients, about a third more time. An image's texts are divided where they are more.
-        feature_cache: folder for what a frozen vision tower gives for each picture; filled before the first step, after which the tower
-            never runs. Every rank must see it; runs may share it. docs/families.md says what it takes on disk.
+            2101.06983): the memory of one, the same gradients, about a third more time. An image with too many texts is divided.
+        feature_cache: folder for the outputs of a frozen vision tower, one per picture; filled before the first step, after which the tower
+            never runs. Every rank must see it; runs may share it. docs/families.md says how large it gets.
     """
 
     train: str = bookkeeping("")

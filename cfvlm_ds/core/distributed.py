@@ -1,4 +1,4 @@
-"""Ranks: who am I, sums over all of us, one seed, one voice. The same code on one CPU process and on 64 GPUs."""
+"""Ranks: which one this is, sums over all, one seed, one rank that prints. The same code runs on one CPU process and on 64 GPUs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def launch_environment() -> None:
 
 @contextlib.contextmanager
 def meeting_point() -> Iterator[None]:
-    """MASTER_PORT is a port at which the ranks can meet inside the block; they have met at its end.
+    """Inside the block MASTER_PORT is a port at which the ranks can meet; at its end they have met.
 
     DeepSpeed's launcher gives every training port 29500, so that a second one on the machine would fail. Ranks of one node that were given
     that port, or none, take a free one instead: rank 0 chooses it and leaves it in a file named after the launcher, their parent. Of any
@@ -97,7 +97,7 @@ _PATIENCE_S = 300.0
 
 
 def _started(process: int) -> str:
-    """When a process was started, in ticks since the machine was: the same for all who ask, unlike the time of day."""
+    """When a process was started, in ticks since the machine booted: unlike the time of day the same for everyone who asks."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5): field 22, counted from the third
     except (OSError, IndexError):
@@ -133,7 +133,7 @@ def _publish_port(file: Path) -> str:
 
 
 def _published_port(file: Path) -> str:
-    """The port that rank 0 has chosen; another user's file of that name is none."""
+    """The port that rank 0 has chosen; a file of that name that belongs to another user is ignored."""
     end = time.monotonic() + _PATIENCE_S
     while time.monotonic() < end:
         with contextlib.suppress(OSError), file.open() as handle:
@@ -178,14 +178,14 @@ def broadcast_object(item: Any) -> Any:
 
 
 class Patience:
-    """Ranks that wait for one another as long as one of them gets on, whatever the time limit of collectives is.
+    """Lets ranks wait for one another as long as any of them makes progress, whatever the time limit of collectives is.
 
-    Every rank makes one at the same point of the program, calls ``alive`` while it works, and ``meet`` where all have to be.
+    Every rank makes one at the same point of the program, calls ``alive`` while it works, and ``meet`` where all have to arrive.
 
     Args:
         world: this process among its peers.
-        tick: called at least every second, while waiting too; may raise, to leave.
-        limit_s: without a sign of life from any rank for so long, ``meet`` raises TimeoutError, naming those that are missing.
+        tick: called at least every second, also while waiting; may raise in order to leave.
+        limit_s: seconds without a sign of life from any rank after which ``meet`` raises TimeoutError, naming the missing ranks.
     """
 
     def __init__(self, world: World, tick: Callable[[], object] = lambda: None, limit_s: float = 1800.0) -> None:
@@ -195,14 +195,14 @@ class Patience:
         self._spoken = -math.inf
 
     def alive(self) -> None:
-        """This rank gets on; cheap enough for every item of work."""
+        """Note that this rank makes progress; cheap enough for every item of work."""
         self._tick()
         if self._store is not None and (now := time.monotonic()) - self._spoken > _SIGN_OF_LIFE_S:
             self._spoken = now
             self._store.add(f"{self._name}/alive", 1)
 
     def meet(self) -> None:
-        """Wait for every rank. A collective that comes next finds all of them there."""
+        """Wait for every rank, so that the next collective finds all of them there."""
         self.alive()
         if self._store is None:
             return
@@ -221,7 +221,7 @@ class Patience:
 
 
 def agreed(world: World, function: Callable[[], Any], patience: Patience | None = None) -> Any:
-    """What rank 0 finds, on every rank, and what it raises about it; the others wait with ``patience`` where it may take long."""
+    """The result of a call on rank 0, or its error, on every rank; the others wait with ``patience`` where it may take long."""
     found: Any = None
     problem: InputError | None = None
     if world.is_main:
@@ -251,8 +251,8 @@ def seed_everything(seed: int) -> None:
 
 
 def apart() -> torch.Generator:
-    """The ``generator`` of every DataLoader: its iterators draw a seed, and from the common random numbers they would take one that
-    dropout has next, at a resume where an uninterrupted run takes none.
+    """The ``generator`` of every DataLoader: its iterators draw a seed. Taken from the common random numbers, it would be missing to
+    dropout after a resume, where an uninterrupted run draws none.
     """
     return torch.Generator()
 
@@ -264,7 +264,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Go on from what ``random_state`` returned, there or on another kind of device."""
+    """Restore what ``random_state`` returned, on the same or another kind of device."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
@@ -273,7 +273,7 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 @contextlib.contextmanager
 def random_kept(device: torch.device) -> Iterator[None]:
-    """Whatever draws random numbers inside the block, what follows it draws those that it would have drawn without."""
+    """Random numbers drawn inside the block do not change those drawn after it."""
     state = random_state(device)
     try:
         yield

@@ -49,5 +49,5 @@ _LONGEST = 2000  # characters
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether a library raised this about what it was given: an Exception, or what libraries in Rust raise in its place, which is none."""
+    """Whether a library raised this about its input: an Exception, or the panic of a library in Rust, which is no Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -107,7 +107,7 @@ def update(path: Path, content: bytes) -> None:
 
 
 def keep(path: Path, text: str, say: Say) -> bool:
-    """``replace`` where a file that cannot be written is a warning. Whether it was written."""
+    """``replace``, but a file that cannot be written is only a warning; returns whether it was written."""
     try:
         replace(path, text.encode())
     except OSError as error:
@@ -117,7 +117,7 @@ def keep(path: Path, text: str, say: Say) -> bool:
 
 
 def append(path: Path, line: str, say: Say) -> bool:
-    """Add a whole line or nothing, where a failure is a warning. Whether it was added."""
+    """Add a whole line or nothing; a failure is only a warning. Returns whether it was added."""
     try:
         with os.fdopen(os.open(path, _APPENDING, 0o666), "ab", buffering=0) as file:
             size = file.tell()
@@ -134,9 +134,9 @@ def append(path: Path, line: str, say: Say) -> bool:
 
 
 class Lines:
-    """A file that grows by lines. What cannot be written waits in memory, and every later line tries again, in order.
+    """A file that grows by lines. Lines that cannot be written wait in memory, and every later line tries again, in order.
 
-    A line of which the disk took a part goes on where it stopped, so nobody else may write the file meanwhile.
+    A line that was written in part is continued where it stopped, so nobody else may write the file meanwhile.
 
     Args:
         say: gets a sentence when writing fails for the first time, when it works again, and when something is lost in the end.
@@ -158,7 +158,7 @@ class Lines:
             self._flush()
 
     def close(self) -> list[str]:
-        """Try a last time; the lines that are lost. Later calls do nothing."""
+        """Try a last time; returns the lines that are lost. Later calls do nothing."""
         if self.closed:
             return []
         with self._lock:
@@ -195,6 +195,6 @@ class Lines:
 
 
 def _write(handle: int, waiting: bytearray) -> None:
-    """Write and take off what the system accepts, until nothing is left."""
+    """Write as much as the system accepts, until nothing is left."""
     while waiting:
         del waiting[: os.write(handle, waiting)]

@@ -26,9 +26,14 @@ Pictures: TypeAlias = tuple[Path, ...]
 """What a text is scored with: one picture as a rule, several where a prompt shows several, none for text alone."""
 
 Cells = Literal["anchor", "matched", "star", "full"]
-"""Which cells of a group are scored, each set containing the one before: the factual pair; every true pair; also, where the truth is known,
-the factual image with every text, and the anchor of each prompt's image with the texts of that prompt, its text with every image (of the
-first prompt: row 0 and column 0); everything."""
+"""Which cells of a group are scored, each set containing the one before.
+
+- ``anchor``: the factual pair;
+- ``matched``: every true pair;
+- ``star``: also, where the truth is known, the row and column of each prompt's anchor (its first true cell): the anchor's image with the
+  texts of that prompt, the anchor's text with every image. For the first prompt these are row 0 and column 0;
+- ``full``: everything.
+"""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ _ELSEWHERE_CALLED = {
     "wd": "train.weight_decay",
     "workers": "data.num_workers",
 }
-"""An option, or its last part, as other programs call it -> what it is called here."""
+"""An option, or its last part, under the name that other programs give it -> its name here."""
 
 
 RENAMED = {f"model.{module}.freeze": f"model.{module}.tuning" for module in ("vision_tower", "projector", "language_model")}
@@ -36,7 +36,7 @@ RENAMED = {f"model.{module}.freeze": f"model.{module}.tuning" for module in ("vi
 def nearest(option: str, names: Sequence[str]) -> str | None:
     """The one of ``names``, dotted options, that ``option`` may have meant, or None.
 
-    First what other programs call so; then an option of that section, or of any where none was given, whose name has all of its words; last
+    First the option that other programs call so; then one of that section (of any, if none was given) whose name has all of its words; last
     the likeliest misspelling.
     """
     leaves = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]

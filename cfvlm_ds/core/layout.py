@@ -1,4 +1,4 @@
-"""What is known of a batch of groups before any model has run: which cells are scored, which are true, how many tokens they have."""
+"""What is known of a batch of groups before a model runs: which cells are scored, which are true, how many tokens they have."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Reading files that somebody else made: regular files only, never more of one than a bound, and no JSON key twice.
+"""Reading untrusted files: regular files only, never more than a bound, and no JSON key twice.
 
-What is wrong is a ValueError or OSError without the file's name, which the caller knows and puts before it.
+Errors are ValueError or OSError without the file's name; the caller knows it and puts it in front.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TooLarge(ValueError):
 
 
 class DuplicateKey(ValueError):
-    """An object has a key twice; readers commonly let the last one win."""
+    """An object has a key twice; most readers would silently take the last one."""
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
@@ -58,7 +58,7 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 
 def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
-    """The lines of a file. Raises TooLarge at one of more than ``limit`` bytes: nobody knows where the next one begins."""
+    """The lines of a file. Raises TooLarge at one of more than ``limit`` bytes, since it is not known where the next one begins."""
     while line := handle.readline(limit + 1):
         if len(line) > limit:
             raise TooLarge(f"the line has more than {limit} bytes, the bound for one row")

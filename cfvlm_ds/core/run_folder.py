@@ -1,6 +1,6 @@
-"""What a run folder, or a folder of adapters, says of its model: so that a command that takes a model takes these too.
+"""What a run folder or a folder of adapters says of its model, so that commands that take a model take these too.
 
-Such folders may be somebody else's: what they hold is checked before it is read, and before a run writes beside it.
+Such folders are untrusted: their contents are checked before they are read, and before a run writes beside them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILES = (
     "*.tmp",
 )  # fmt: skip
 FOLDERS = ("mlartifacts", "scores", "heartbeat", "data_check", "export", "adapter")
-"""Names of what a run writes into its folder, checkpoints excepted, which are made elsewhere and renamed."""
+"""Names that a run writes into its folder, except checkpoints, which are made elsewhere and renamed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class NamedModel:
 
 
 def named_model(name: str) -> NamedModel:
-    """What ``name`` means: a run folder its export, or else its adapters; adapters the model they were trained on; anything else itself.
+    """What ``name`` stands for: a run folder for its export, or else its adapters; adapters for the model they were trained on; anything
+    else for itself.
 
     Raises ConfigError for a run folder that has neither, and for adapters that do not say what they belong to.
     """
@@ -59,8 +60,8 @@ def named_model(name: str) -> NamedModel:
 
 
 def refuse_foreign_entries(run_dir: Path) -> None:
-    """ConfigError where what a run writes into its folder would end elsewhere, be waited for or fail when the training is over: where a
-    link, a pipe, or a folder in place of a file has such a name."""
+    """Raise ConfigError if a link, a pipe, or a folder in place of a file has a name that the run writes to: its output would end
+    elsewhere, be waited for, or fail when the training is over."""
     remedy = "remove it, or choose another train.output_dir"
     for path in sorted(run_dir.iterdir()) if os.path.isdir(run_dir) else ():
         kinds = (("file", FILES, path.is_file), ("folder", FOLDERS, path.is_dir))
@@ -72,7 +73,7 @@ def refuse_foreign_entries(run_dir: Path) -> None:
 
 
 def recorded_options(run_dir: Path) -> dict[str, Any]:
-    """The configuration in a run's folder. Raises ConfigError where it is none."""
+    """The configuration in a run's folder. Raises ConfigError if it is not one."""
     import yaml
 
     path = run_dir / "config.yaml"
@@ -89,7 +90,7 @@ def recorded_options(run_dir: Path) -> dict[str, Any]:
 
 
 def recorded_model(run_dir: Path) -> ModelConfig:
-    """The model of a run, from the configuration in its folder. Raises ConfigError where that is none."""
+    """The model of a run, from the configuration in its folder. Raises ConfigError if that is not one."""
     from jsonargparse import ArgumentParser
 
     path = run_dir / "config.yaml"

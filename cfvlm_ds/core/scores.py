@@ -35,7 +35,7 @@ class Scores:
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
-        """The scores of batches that have one layout and different cells of it."""
+        """The scores of batches with the same layout, each of which has other cells of it."""
         logp, end_logp = (torch.stack([getattr(part, name) for part in parts]).sum(0) for name in ("logp", "end_logp"))
         return replace(parts[0], logp=logp, end_logp=end_logp)
 
@@ -65,7 +65,7 @@ def score_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: Group
 def token_counts(layout: GroupLayout, len_norm: LengthNorm) -> Tensor:
     """The divisor of each cell, [G, I, C]: the anchor text's tokens for the whole group, the cell's own, or 1.
 
-    One normaliser per group is the default, because own-length means put a spurious gradient on the words two captions share.
+    ``anchor`` is one divisor for the group: with ``own``, words that two texts of different length share would have a gradient.
     """
     if len_norm == "none":
         return torch.ones_like(layout.num_tokens)

@@ -1,4 +1,4 @@
-"""What no message and no file of a run may hold: passwords, tokens and signatures are masked before anything is printed or written."""
+"""Passwords, tokens and signatures are masked before anything is printed or written."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _is_credential(name: str, binding: str) -> tuple[bool, bool]:
 
 
 def is_secret(name: str, value: Any) -> bool:
-    """Whether a value is to be masked for the sake of its dotted name alone."""
+    """Whether a value has to be masked because of its dotted name alone."""
     words = _words(name)
     if any(_ALWAYS.search(part) for part in ("_".join(words), *words)):
         return True
@@ -110,7 +110,7 @@ def masked(value: Any, name: str = "") -> Any:
 
 
 def mask_tracebacks() -> None:
-    """Have what ends this process, or one of its threads, printed without secrets."""
+    """Print the exception that ends this process, or one of its threads, without secrets."""
 
     def shown(kind: type[BaseException], error: BaseException | None, trace: Any) -> None:
         print_line("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), error=True)

@@ -1,4 +1,4 @@
-"""Names and links in files that somebody else made: where they may lead, and how a file is written so that it cannot land elsewhere."""
+"""Names and links in untrusted files: where they may lead, and how a file is written so that it cannot land elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LONGEST_NAME = 255  # bytes: what file systems take
 
 
 def bare_name(name: Any, said_by: Path | str, ending: str = "") -> str:
-    """``name`` where it is one file's name and no path. Raises ConfigError naming the file ``said_by`` that has it.
+    """``name``, if it is the name of a file and not a path. Raises ConfigError naming the file ``said_by`` that contains it.
 
     It is neither empty nor ``.`` or ``..``, has no separator of any system and only printable characters, and ends in ``ending``.
     """
@@ -54,7 +54,7 @@ def refuse_foreign(path: Path, folder: Path) -> None:
 
 
 def refuse_link(path: Path, remedy: str) -> None:
-    """ConfigError where something would be written to, or put in place of, what a link leads to."""
+    """Raise ConfigError if something would be written through a link, or put in place of one."""
     if path.is_symlink():
         raise ConfigError(f"{path} is a link to {os.readlink(path)}, and nothing is written through a link; {remedy}")
 

@@ -1,4 +1,4 @@
-"""What runs here: versions of packages, and the git revision of this package. Neither is needed to train, so neither can end a run."""
+"""Versions of packages, and the git revision of this package. Neither is needed to train, so neither can end a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole of a data set looked at once, before a long run meets its first broken image at night: all problems, and what it contains."""
+"""Check a whole data set before a long run meets its first broken image at night: all problems, and what the data set contains."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Size = tuple[int, int]
 
 
 class Lengths(Protocol):
-    """What a model makes of a row; the collator is one."""
+    """How long a row is for a model; the collator implements it."""
 
     max_length: int
     """The model's window in tokens."""
@@ -45,9 +45,9 @@ class Lengths(Protocol):
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of a check is this process's, and where it keeps what it has seen.
+    """This process's part of a check, and where it notes what it has seen.
 
-    ``alive`` is called for every row and picture; may raise, to leave.
+    ``alive`` is called for every row and picture; it may raise in order to leave.
     """
 
     rank: int = 0
@@ -67,8 +67,8 @@ def check_groups(
 ) -> tuple[CheckReport, list[CounterfactualGroup]]:
     """Check the entries of a manifest and open each image they name, once; see cfvlm_ds.data.check_manifest. Returns the groups too.
 
-    Of several processes with a ``share`` each, every one reads all rows and counts them; it opens its part of the images and measures its
-    part of the groups, and reports what is wrong with those. The first one also reports what is wrong with rows, and the visual tokens.
+    With several processes, each having a ``share``, every one reads and counts all rows, opens its part of the images, measures its part of
+    the groups, and reports what is wrong with those. The first one also reports what is wrong with rows, and the visual tokens.
     """
     share = share or Share()
     report = CheckReport(str(manifest))
@@ -162,7 +162,7 @@ def _check_images(
     progress: Callable[[str], object],
     share: Share,
 ) -> PictureTable:
-    """What is known of the images that can be opened, after all processes have opened their part."""
+    """What is known of the images that can be opened, once all processes have opened their part."""
 
     def uses() -> Iterator[tuple[int, Path]]:
         return ((index, picture) for index, group in enumerate(groups) for image in group.images for picture in image)
@@ -225,7 +225,7 @@ def _open_all(paths: Sequence[Path], max_pixels: int, share: Share) -> Iterator[
 
 
 def _open(path: Path, known: PictureTable, max_pixels: int) -> Picture | str | None:
-    """What is to be noted of a picture, or the problem; None for one that was found sound before and has not been written since."""
+    """What to note of a picture, or its problem; None for one that was sound before and has not been written since."""
     try:
         if (before := known.find(path)) is not None and before.width * before.height <= max_pixels:
             stat = path.stat()

@@ -1,4 +1,4 @@
-"""What a frozen vision tower gives for a picture, on disk: one safetensors file per picture, named by everything it depends on."""
+"""The output of a frozen vision tower on disk: one safetensors file per picture, named by everything that it depends on."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _TOWER, _INPUT = "tower.", "input."
 
 @dataclass(frozen=True)
 class Features:
-    """A picture after the tower: all that a batch needs of it.
+    """A picture after the tower: everything that a batch needs of it.
 
-    ``size`` is its width and height in pixels; ``placeholder_ids`` the token ids that a prompt has in its place; ``tower`` what each module
-    of the projector takes, by the module's name; ``inputs`` the inputs of the model beside pixels, one row each.
+    ``size`` is its width and height in pixels; ``placeholder_ids`` are the token ids that stand for it in a prompt; ``tower`` the inputs of
+    each module of the projector, by the module's name; ``inputs`` the model's other inputs, one row each.
     """
 
     size: tuple[int, int]
@@ -41,7 +41,7 @@ class FeatureCache:
 
     Args:
         folder: where files are; runs may share it, at the same time too.
-        origin: what features depend on beside the picture (tower, processor, dtype, versions); any other gives another sub-folder.
+        origin: what features depend on beside the picture (tower, processor, dtype, versions); each has a sub-folder of its own.
         known: picture -> its digest, or the sentence that says why it cannot be read.
     """
 
@@ -53,7 +53,7 @@ class FeatureCache:
         self.place = self.folder / hashlib.sha256(json.dumps(dict(self.origin), sort_keys=True).encode()).hexdigest()[:16]
 
     def note(self, picture: Any, digest: bytes | str) -> None:
-        """What is known of a picture."""
+        """Note what is known of a picture."""
         self.known[picture] = digest
 
     def file(self, digest: bytes) -> Path:
@@ -70,7 +70,7 @@ class FeatureCache:
 
 
 def picture_digest(content: bytes, together: bool) -> bytes:
-    """What names a picture: the bytes of its file, and whether the model takes it differently for not being alone."""
+    """What a picture's features are named by: the bytes of its file, and whether the model treats it differently beside others."""
     return hashlib.sha256(bytes([together]) + content).digest()
 
 

@@ -1,4 +1,4 @@
-"""What data are recognised by: an order, and sums of hashes over the rows for each part of them, so that what has changed can be named."""
+"""What a data set is recognised by: hashes for its order and for each part of its rows, so that what has changed can be named."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def data_identity(
 
 
 def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str | None:
-    """What tells two identities apart, in words; None where nothing does.
+    """The difference of two identities in words; None if there is none.
 
     Pictures that are known on both sides are compared by their contents, and by their paths otherwise. Of scores, which are by id and
     depend on texts and pictures alone, the order, labels and weights do not matter.

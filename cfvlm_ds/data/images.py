@@ -1,4 +1,4 @@
-"""Opening an image file that nobody vouches for: size checked before decoding, one colour mode out, a named error for the rest."""
+"""Opening untrusted image files: the size is checked before decoding, the result is always RGB, anything else is a named error."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def iter_groups(path: Path, roots: Sequence[Path], convert: Format) -> Iterator[
 
 
 def told_apart(group: CounterfactualGroup, first: int, second: int) -> bool:
-    """Whether some text is known to be true of one of two images of the group and false of the other."""
+    """Whether some text is known to be true of one of these two images of the group and false of the other."""
     return any({a, b} == {0, 1} for a, b in zip(group.match[first], group.match[second], strict=True))
 
 

@@ -1,7 +1,7 @@
 """What is known of the pictures of a run: size, time and contents of every file, in one mapped file that all processes share.
 
-A check notes each sound picture as soon as it has seen it, so that one that is killed goes on where it was. What it found is held against
-the file whenever a picture is opened: a file of the same size and time is trusted, of another time it is read again, and one with other
+A check notes each sound picture as soon as it has seen it, so that a check that was killed continues where it was. Whenever a picture is
+opened, the file is compared with the note: one of the same size and time is trusted, one of another time is read again, and one with other
 contents is refused.
 """
 
@@ -60,7 +60,7 @@ def content_digest(path: Path) -> bytes:
 
 
 def picture_of(path: Path, width: int, height: int) -> Picture:
-    """What is noted of a picture that was opened. Raises as content_digest does."""
+    """The note of a picture that was opened. Raises as content_digest does."""
     stat = path.stat()
     return Picture(stat.st_size, stat.st_mtime_ns, content_digest(path), width, height)
 
@@ -144,16 +144,16 @@ class PictureNotes:
     """The pictures that a check has seen: in memory, or in a folder, to which each of several processes adds its own.
 
     Args:
-        folder: where notes are kept; the check of this process alone, in memory, without one.
-        rank: which of the processes this is; 0 puts the notes together.
-        meet: waits until every process has come to this place.
+        folder: where notes are kept; None for a check by this process alone, in memory.
+        rank: which of the processes this is; 0 merges the notes.
+        meet: waits until every process has arrived here.
     """
 
     def __init__(self, folder: Path | None = None, rank: int = 0, meet: Callable[[], object] = lambda: None) -> None:
         self._folder, self._rank, self._meet = folder, rank, meet
         self._recent: list[npt.NDArray[Any]] = []
         self.problem: str | None = None
-        """Why notes could not be kept; nothing is raised, for other processes would wait where they meet."""
+        """Why notes could not be kept; nothing is raised, because other processes would wait where they meet."""
         self.known = PictureTable.of({})
         """What was known before this check."""
         if folder is not None:
@@ -172,7 +172,7 @@ class PictureNotes:
             handle.write(records.tobytes())
 
     def all(self) -> PictureTable:
-        """What all processes know, now that each has added its last."""
+        """The notes of all processes, once each has added its last."""
         if self._folder is None:
             self.known = PictureTable._sorted(np.concatenate([_records([]), *self._recent]))
         else:
@@ -221,7 +221,7 @@ def _records(pictures: Iterable[tuple[Path, Picture]]) -> npt.NDArray[Any]:
 
 
 def _read_all(folder: Path, notes: Sequence[Path]) -> npt.NDArray[Any]:
-    """Every record of a folder, the table's first: a later note of the same picture holds."""
+    """Every record of a folder, the table's first: a later note of the same picture replaces an earlier one."""
     parts = [_records([])]
     if (table := stored_pictures(folder)) is not None:
         parts.append(np.empty(len(table), _RECORD))

@@ -1,4 +1,4 @@
-"""What a check of a data set has found, and how a person reads it."""
+"""What a check of a data set has found, as data and as text."""
 
 from __future__ import annotations
 

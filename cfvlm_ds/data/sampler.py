@@ -8,7 +8,7 @@ epoch borders: no batch is short and no group is dropped. Element j of those B g
 
 so the groups of a step depend on B and the position only, not on how B is factorised.
 
-PackedSampler fills micro-batches by tokens instead: the number of groups varies, and the work of a micro-batch hardly does.
+PackedSampler fills micro-batches by tokens instead: the number of groups varies, the work of a micro-batch hardly varies.
 """
 
 from __future__ import annotations
@@ -133,12 +133,12 @@ class _Position:
 class PackedSampler(GroupSampler):
     """Micro-batches of whole groups, as many as fit ``max_tokens``; every rank of a step has about as many tokens as every other.
 
-    A step has one micro-batch per rank and accumulation step. Groups are taken in the order of the stream while one of these has room for
-    them, each where it leaves the least (best fit); a group that fits nowhere waits for the next step, where it comes first, and with
-    ``_WINDOW`` of them waiting the step is full. It is also full where the stream comes to a group that waits already: in small data, the
-    others would be seen again and again meanwhile. Then the fullest micro-batch and the emptiest exchange groups until they are even.
-    Nothing is lost and nothing repeated, no group is ahead of another one by more than two times it was seen, and the order depends on
-    data, seed, limit and the number of micro-batches of a step only.
+    A step has one micro-batch per rank and accumulation step. Groups are taken in the order of the stream and put where they leave the
+    least room (best fit). A group that fits nowhere waits for the next step, where it comes first. The step is full when ``_WINDOW`` groups
+    wait, or when the stream comes to a group that already waits: in a small data set the others would otherwise be seen again and again
+    meanwhile. Then the fullest and the emptiest micro-batch exchange groups until they are balanced. No group is lost or repeated, the
+    numbers of times that two groups were seen differ by at most two, and the order depends only on data, seed, limit and the number of
+    micro-batches of a step.
     """
 
     def __init__(
@@ -215,7 +215,8 @@ class PackedSampler(GroupSampler):
         return bins, _Position(read, (*waiting, *reversed(queue)))
 
     def _rebalanced(self, bins: list[list[int]]) -> list[list[int]]:
-        """The micro-batches, fullest first, after the fullest and the emptiest have exchanged groups while that left them less apart."""
+        """The micro-batches, fullest first, after the fullest and the emptiest have exchanged groups as long as that brought them
+        closer."""
         tokens = self.tokens
         ranked = sorted((sum(tokens[group] for group in each), b) for b, each in enumerate(bins))
         while True:

@@ -1,9 +1,9 @@
 """Stored scores: reference and blind log-likelihoods of a manifest, written once by ``cfvlm-ds score`` and read by DPO and PMI runs.
 
 One JSON object per line: a header {"schema": "cfscores/3", "data": identity, "groups": n, "model": name, "weights": sha256, "inputs":
-sha256}, then one line per group {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` says of what the scores are (see
-cfvlm_ds.data.identity); the last two of the header say which model scored (see cfvlm_ds.models.identity) and are left out where a run
-records its own scores.
+sha256}, then one line per group {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` identifies the scored groups (see
+cfvlm_ds.data.identity). ``weights`` and ``inputs`` identify the model (see cfvlm_ds.models.identity); a run that records its own scores
+leaves them out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def write_scores(
 ) -> None:
     """Write the scores of every group; the file appears complete or not at all. Raises KeyError when a group has no scores.
 
-    ``data`` is the groups' identity (data_identity), which a reader compares with that of its own; ``made_by`` the model's (fingerprint).
+    ``data`` is the groups' identity (data_identity), which a reader compares with that of its own groups; ``made_by`` is the model's
+    (fingerprint).
     """
     with whole_file(path) as handle:
         header = {"schema": SCHEMA, "data": data, "groups": len(groups), "model": model, **(made_by or {})}

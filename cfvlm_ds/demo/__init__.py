@@ -1,1 +1,1 @@
-"""The embedded world of scenes and small random checkpoints: everything can be trained and tested without a download."""
+"""The embedded world of scenes and small random checkpoints, with which everything can be trained and tested without a download."""

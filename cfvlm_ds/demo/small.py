@@ -1,5 +1,5 @@
 """Small random checkpoints in each family's real on-disk format (configuration, safetensors, processor, tokenizer, chat template), for
-smoke tests of code and clusters. What they say means nothing.
+smoke tests of code and clusters. Their output means nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A resolved DeepSpeed JSON, checked to the last key before anything is loaded.
 
-DeepSpeed ignores keys it does not know, and finds most of what it cannot do when the model is there. What can be said of a JSON without a
-model is said here, in one sentence that names the key.
+DeepSpeed ignores keys that it does not know, and finds most of what it cannot do only once the model is loaded. Whatever can be found
+without a model is said here, in one sentence that names the key.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cfvlm_ds.engine.configuration import unusable, warmup_steps
 
 
 def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torch.device | None = None) -> None:
-    """Have DeepSpeed read a resolved JSON, and refuse what it would ignore, or could not do with the model loaded.
+    """Have DeepSpeed read a resolved JSON; refuse what it would ignore, or could not do once the model is loaded.
 
     ``device`` is where the run trains; None where that is another machine. Raises ConfigError naming the key.
     """
@@ -56,7 +56,8 @@ _READ_WHOLE = (
 
 
 class _Noted(dict[str, Any]):
-    """A JSON object that remembers the keys it is asked for and their defaults: what DeepSpeed knows, whichever version is installed."""
+    """A JSON object that remembers which keys it is asked for, and their defaults: so the keys that the installed DeepSpeed knows are
+    found."""
 
     def __init__(self, values: Mapping[str, Any], asked: dict[str, Any] | None = None, section: str = "") -> None:
         super().__init__(values)
@@ -87,7 +88,7 @@ class _Noted(dict[str, Any]):
 
 
 def _parse(path: str, given: _Noted) -> Any:
-    """DeepSpeed's own reading of a JSON. Raises ConfigError naming the key it stumbles over, or one of a type it would not check."""
+    """Let DeepSpeed read the JSON. Raises ConfigError naming the key that it fails on, or one whose type it would not check."""
     import deepspeed
     from pydantic import ValidationError
 
@@ -120,11 +121,11 @@ def _parse(path: str, given: _Noted) -> Any:
 
 
 _DEFAULTS: dict[str, Any] = {"steps_per_print": 1, "log_level": ""}
-"""Of the type they should have, for keys whose default is None."""
+"""Values of the right type for keys whose default is None."""
 
 
 def _wrong_type(default: Any, value: Any) -> str | None:
-    """What a value should be, by the type of its default, where it is not that; None where it is, or where the default does not say."""
+    """What a value should be, by the type of its default; None if it is that, or if the default does not tell."""
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"
     if isinstance(default, int):
@@ -157,7 +158,7 @@ _MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"
 
 
 def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, device: torch.device | None) -> Iterator[str]:
-    """What DeepSpeed would stumble over once the model is loaded, a sentence each."""
+    """What DeepSpeed would fail on once the model is loaded, one sentence each."""
     yield from _not_here(parsed, found)
     zero = parsed.zero_config
     offloads = {name: _device(getattr(zero, f"offload_{name}")) for name in ("optimizer", "param")}
@@ -197,7 +198,7 @@ def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, devi
 
 
 def _not_here(parsed: Any, found: Mapping[str, Any]) -> Iterator[str]:
-    """What DeepSpeed can do and this training cannot, or what would change what it computes."""
+    """What DeepSpeed can do but this training cannot, and what would change its results."""
     zero, stage = parsed.zero_config, int(parsed.zero_config.stage)
     if stage == 0:
         yield "zero_optimization.stage 0 keeps checkpoints that cannot be exported; write 1, 2 or 3 (on one rank 1 is the same training)"
@@ -229,7 +230,7 @@ def _device(options: Any) -> str:
 
 
 def _optimizer(parsed: Any, section: Mapping[str, Any], offloaded: bool, device: torch.device | None) -> Iterator[str]:
-    """What is wrong with the JSON's own optimizer: its name, its parameters, what it is compiled with."""
+    """What is wrong with the JSON's own optimizer: its name, its parameters, or the tools it is compiled with."""
     name, params = parsed.optimizer_name, dict(section.get("params") or {})
     if not isinstance(name, str):
         yield 'optimizer.type is missing; write "AdamW", or leave the section out for torch\'s AdamW'
@@ -266,7 +267,7 @@ def _optimizer(parsed: Any, section: Mapping[str, Any], offloaded: bool, device:
 
 
 def _missing_tools(cls: Any, device: torch.device) -> str | None:
-    """What is not there of what one of DeepSpeed's optimizers is built with."""
+    """Which of the tools that one of DeepSpeed's optimizers is built with are missing."""
     from torch.utils import cpp_extension
 
     if shutil.which("ninja") is None and importlib.util.find_spec("ninja") is None:

@@ -95,7 +95,7 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
 
 
 def unusable(path: str, error: Exception, key: str = "") -> ConfigError:
-    """What a JSON is called that raises ``error`` in DeepSpeed or transformers."""
+    """The ConfigError for a JSON that raises ``error`` in DeepSpeed or transformers."""
     reason = f"{type(error).__name__}: {error}".partition("\n")[0]
     at = f" at {key}" if key else ""
     return ConfigError(f"{path}: not a DeepSpeed configuration{at} ({reason}); compare it with those of ds_configs")

@@ -1,4 +1,4 @@
-"""DeepSpeed: start-up, the resolved JSON, loading under zero.Init, parameter groups, initialize."""
+"""Starting DeepSpeed: process group, loading under zero.Init, parameter groups, initialize."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
 def device_index(local_rank: int, visible: int) -> int:
     """The GPU of a rank among those it sees. Raises ConfigError where a launcher has started more ranks than there are GPUs.
 
-    A task of Slurm may see its own alone (--gpus-per-task); then that is number 0.
+    A Slurm task may see only its own (--gpus-per-task); that is number 0 then.
     """
     if local_rank >= visible and "SLURM_PROCID" not in os.environ:
         raise ConfigError(
@@ -73,10 +73,10 @@ def device_index(local_rank: int, visible: int) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library hand freed memory out again, as CUDA's allocator does, instead of returning it to the system.
+    """Make the C library reuse freed memory, as CUDA's allocator does, instead of returning it to the system.
 
-    Without it every step asks for its activations and gradients again, page by page: 10 to 15 % of a training step on a CPU. It is glibc's
-    setting (mallopt(3)); where there is another C library, nothing happens.
+    Without this every step requests its activations and gradients from the system again, page by page: 10 to 15 % of a training step on a
+    CPU. It is a setting of glibc (mallopt(3)); with another C library nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

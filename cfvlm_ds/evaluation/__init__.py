@@ -1,4 +1,4 @@
-"""Evaluation: score groups with the training forward, then metrics that are functions of score matrices."""
+"""Evaluation: groups are scored with the training forward; all metrics are functions of score matrices."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def evaluate(
     shuffled: bool = False,
     remedy: str = "lower the batch size",
 ) -> tuple[dict[str, list[Accuracy]], dict[str, list[GroupScores]]]:
-    """Accuracies and scores of every split, the same on every rank; options as those of ``score_groups``."""
+    """Accuracies and scores of every split, the same on every rank; the options are those of ``score_groups``."""
     scores = {}
     for name, groups in splits.items():
         label = f"evaluating {name}"

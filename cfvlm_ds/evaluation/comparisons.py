@@ -22,7 +22,7 @@ Kind = Literal["quad", "text", "image", "sham"]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One comparison and the edit types it is reported under, one as a rule.
+    """One comparison and the edit types (usually one) that it is reported under.
 
     ``at`` are indices into the score matrix, by ``kind``:
 
@@ -66,7 +66,7 @@ def comparisons(group: CounterfactualGroup) -> Iterator[Comparison]:
 
 
 class _Labels:
-    """Edit types of a comparison of some images and texts of a group: those of the edits that share most with it."""
+    """The edit types of a comparison: those of the edits that share the most images and texts with it."""
 
     def __init__(self, group: CounterfactualGroup) -> None:
         self.edits = [edit for edit in group.edits if edit.type not in (SHAM, "")]

@@ -1,10 +1,10 @@
 """Accuracies over the comparisons of groups: Winoground's text, image and group score (arXiv 2204.03162), and single comparisons.
 
-With S the log-likelihood of a text on an image, two images i, j and two texts c, d of one prompt, each text true of its own image only
-(see Comparison), are right in
+S is the log-likelihood of a text on an image. Two images i, j and two texts c, d of one prompt, each text true of its own image only (see
+Comparison), are right in
 
-- text: on both images the own text beats the other, S_ic > S_id and S_jd > S_jc;
-- image: both texts prefer their own image, S_ic > S_jc and S_jd > S_id;
+- text: each image prefers its own text, S_ic > S_id and S_jd > S_jc;
+- image: each text prefers its own image, S_ic > S_jc and S_jd > S_id;
 - group: both.
 
 ``pair`` is the share of single text comparisons won (one image, a true text against a false one of the same prompt), ``factual`` of those
@@ -40,9 +40,9 @@ CHANCE = {
 
 METRICS = tuple(CHANCE)
 SHUFFLED = ("shuffled_pair", "shuffled_factual")
-"""How the counts of the shuffled control are named beside those of the metrics: groups may have no other picture to show."""
+"""Names for the counts of the shuffled control, which may differ from those of the metrics: a group may have no other picture to show."""
 NAMED = 5
-"""Groups named where a metric could not use them all; the others are counted."""
+"""How many of the groups that a metric could not use are named; the others are counted."""
 
 Matrix = list[list[float]]
 
@@ -51,12 +51,12 @@ Matrix = list[list[float]]
 class Accuracy:
     """One row of a result table: an edit type, or the mean over edit types (``mean``, named ``all``). Accuracies are in %.
 
-    ``num`` counts the groups of the row; ``comparisons`` and ``groups`` how many of each a metric is made of. The mean row has all
-    metrics there, with the count 0 where a split has no comparison for one, which is then not in ``metrics``; its ``unused`` names a few of
-    the groups that a metric cannot use.
+    ``num`` counts the groups of the row; ``comparisons`` and ``groups`` how many of each a metric is made of. In the mean row
+    both have all metrics, with the count 0 for one without any comparison in the split, which is then absent from ``metrics``; its
+    ``unused`` names a few of the groups that a metric cannot use.
 
-    ``blind`` holds ``pair`` and ``factual`` where no picture is seen (one blank image), ``shuffled`` the same where the picture is another
-    group's: what language alone achieves. A tie counts one half there.
+    ``blind`` holds ``pair`` and ``factual`` with one blank image in place of the pictures, ``shuffled`` the same with another group's
+    picture: what language alone achieves. A tie counts one half there.
     """
 
     name: str

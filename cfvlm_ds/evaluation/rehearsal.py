@@ -1,4 +1,4 @@
-"""The largest evaluation batch runs once before training: what does not fit or cannot be read is known then, and not hours later."""
+"""The largest evaluation batch runs once before training: what does not fit or cannot be read is known then and not hours later."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CHUNK = 1024  # groups whose pictures' headers are read at a time
 
 
 class _Tried(NamedTuple):
-    """A batch of an evaluation: its split, its groups as they are seen there, its tokens, and those of its largest part in any cut."""
+    """An evaluation batch: its split, its groups as they are shown, its tokens, and the tokens of its largest indivisible part."""
 
     split: str
     groups: list[CounterfactualGroup]
@@ -39,8 +39,8 @@ def rehearse(
     *,
     shuffled: bool = False,
 ) -> None:
-    """Score the batch with the most tokens, and where ``max_tokens`` divides batches the one with the largest part that stays over it; on
-    every rank. They are looked for among all that ``score_groups`` will run, ``shuffled`` as there.
+    """Score, on every rank, the batch with the most tokens and, where ``max_tokens`` divides batches, the one with the largest part that is
+    still over it. All batches that ``score_groups`` will run are considered; ``shuffled`` as there.
 
     Raises what ``score_groups`` raises, on all ranks.
     """

@@ -1,4 +1,4 @@
-"""Accuracies as a person reads them: a Markdown table with controls, and what each metric is made of."""
+"""Accuracies as Markdown tables: the metrics beside their controls, and of how many comparisons each is made."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ Forward = Callable[..., Tensor]
 class GroupScores:
     """One group's full score matrix: ``logp`` [I, C] and ``blank`` [C] (the texts on a blank image), in nats.
 
-    ``shuffled`` [C] are the texts on another group's image, empty where there is none; None where that was not asked for.
+    ``shuffled`` [C] are the texts on another group's image: empty if there is none, None if that was not requested.
     """
 
     logp: Tensor
@@ -46,7 +46,7 @@ class GroupScores:
 
 
 def guarded(collator: Collator, max_tokens: int | None = None) -> Callable[[Sequence[CounterfactualGroup]], list[Batch] | DataError]:
-    """``Collator.parts`` for a worker process: a DataError comes back as a value, because raised there it would lose its clear sentence."""
+    """``Collator.parts`` for a worker process: a DataError is returned as a value, because raised in a worker it would lose its message."""
 
     def collate(groups: Sequence[CounterfactualGroup]) -> list[Batch] | DataError:
         try:
@@ -115,7 +115,7 @@ def score_groups(
 
 
 def seen_as(groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | None] | None) -> list[list[CounterfactualGroup]]:
-    """The groups in every way in which they are scored: on their own images, on a blank one and, where there are any, on their donors'."""
+    """The groups in every way in which they are scored: on their own images, on a blank one and, if wanted, on another group's."""
     views = [list(groups), [blinded(group) for group in groups]]
     if donors is not None:
         views.append([shown_instead(group, donor) for group, donor in zip(groups, donors, strict=True)])
@@ -123,15 +123,16 @@ def seen_as(groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | N
 
 
 def batch_indices(num_groups: int, batch_size: int, rank: int, world_size: int, number: int) -> list[int]:
-    """Groups of a rank's ``number``-th batch; past the end it is the last group alone."""
+    """The groups of a rank's ``number``-th batch; past the end, the last group alone."""
     start = min((number * world_size + rank) * batch_size, num_groups - 1)
     return list(range(start, min(start + batch_size, num_groups)))
 
 
 def score_batches(forward: Forward, batches: Sequence[Sequence[Batch] | DataError], world: World, where: str, remedy: str) -> list[Tensor]:
-    """The score matrix of each batch, in parts; every rank calls it with as many batches, of any number of parts.
+    """The score matrix of each batch, which comes in parts. Every rank calls it with the same number of batches, each of any number of
+    parts.
 
-    Raises DataError on all ranks where one of them has one.
+    Raises DataError on all ranks if one of them has one.
     """
     sizes = [0 if isinstance(parts, DataError) else len(parts) for parts in batches]
     problem = next((str(parts) for parts in batches if isinstance(parts, DataError)), None)
@@ -154,8 +155,8 @@ def score_batches(forward: Forward, batches: Sequence[Sequence[Batch] | DataErro
 def other_images(groups: Sequence[CounterfactualGroup], seed: int = 0) -> list[Pictures | None]:
     """For each group the factual image of another one that shows none of its own pictures; None where there is none.
 
-    Groups in an order drawn by ``seed`` take the image of the next one, so each image serves once, but for groups that share pictures:
-    these take the nearest that fits, and of groups with very many neighbours that do not, at most ``_TRIES`` are looked at.
+    In an order drawn by ``seed`` each group takes the image of the next one, so that each image serves once. Groups that share pictures
+    take the nearest image that fits; at most ``_TRIES`` neighbours are looked at.
     """
     found: list[Pictures | None] = [None] * len(groups)
     alike: dict[int, list[int]] = {}
@@ -178,6 +179,6 @@ _TRIES = 1000
 
 
 def shown_instead(group: CounterfactualGroup, image: Pictures | None) -> CounterfactualGroup:
-    """The group with one image in place of its own, a blank one for None; of no text but the first its truth is known."""
+    """The group with one image in place of its own (None: a blank one); the truth is unknown for every text but the first."""
     blind = blinded(group)
     return blind if image is None else replace(blind, images=(image,))

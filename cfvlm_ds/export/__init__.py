@@ -1,7 +1,8 @@
-"""A DeepSpeed checkpoint as an ordinary Hugging Face folder: the names, shapes, dtypes and files of the model it started from.
+"""A DeepSpeed checkpoint as an ordinary Hugging Face folder, with the names, shapes, dtypes and files of the model it started from.
 
-No model is ever in memory. A weight is read in blocks from the ranks' files, cast, and written at its place in the output, so that an
-export of any size takes a few hundred MiB; where transformers stores weights in another form than it computes with, those of one layer.
+The model is never in memory as a whole. A weight is read in blocks from the ranks' files, cast, and written at its place in the output, so
+that an export of any size takes a few hundred MiB, or the weights of one layer where transformers stores them in another form than it
+computes with.
 """
 
 from __future__ import annotations

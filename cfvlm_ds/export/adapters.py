@@ -22,7 +22,7 @@ _A, _B, _LENGTH = (f"lora_{part}.default.weight" for part in ("A", "B", "magnitu
 
 
 class MergedWeights(ZeroWeights):
-    """The weights of a checkpoint as the model without adapters names them, with the effect of its adapters in them, in float32.
+    """The weights of a checkpoint under their names in the model without adapters, with the adapters merged in, in float32.
 
     W' = W + scaling * B A; DoRA then gives every row its trained length (arXiv 2402.09353, equation 5).
     """

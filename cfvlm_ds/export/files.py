@@ -1,4 +1,4 @@
-"""Safetensors written tensor by tensor, and read back."""
+"""Safetensors files, written tensor by tensor and read back."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from cfvlm_ds.core.untrusted import refuse_link
 
 
 def refuse_replacing(out_dir: Path, marker: str, needed: Iterable[Path], remedy: str = "name another folder with --out") -> None:
-    """ConfigError when ``out_dir`` holds one of ``needed``, or other files than an older export, which is known by its file ``marker``; and
-    when it is a link, whose target would be replaced."""
+    """Raise ConfigError if ``out_dir`` holds one of ``needed``, or files that are not an older export (recognised by its file ``marker``),
+    or if it is a link, whose target would be replaced."""
     refuse_link(out_dir, remedy)
     final = out_dir.resolve()
     for path in needed:

@@ -19,7 +19,7 @@ from cfvlm_ds.models import family_of
 
 @dataclass(frozen=True)
 class Job:
-    """Weights of the model and the tensors they are stored as: one and the same, or what the reversed ``conversions`` make of them."""
+    """Weights of the model and the tensors they are stored as: the same, or those that the reversed ``conversions`` make of them."""
 
     stored: tuple[str, ...]
     weights: tuple[str, ...]
@@ -94,7 +94,7 @@ def revert(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> di
 
 
 def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, source: str) -> list[Job]:
-    """The jobs, where one without weights copies from the source: what the model does not know, and frozen modules that were not kept.
+    """The jobs. One without weights copies from the source: tensors that the model does not know, and frozen modules that were not saved.
 
     Gives every tied weight the name under which the checkpoint holds it. Raises ConfigError where a trained weight is missing, the
     checkpoint has one that the source has not, or shapes differ.

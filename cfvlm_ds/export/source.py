@@ -1,4 +1,4 @@
-"""What a model folder stores: the tensors of its safetensors, file by file, and the model they belong to."""
+"""What a model folder stores: the tensors of its safetensors files, and the model they belong to."""
 
 from __future__ import annotations
 

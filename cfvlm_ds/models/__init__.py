@@ -1,4 +1,4 @@
-"""Models: loaded, told apart by family, adapted, and made to score rows of trees."""
+"""Models: loading, families, adapters, and scoring rows of trees."""
 
 from __future__ import annotations
 

@@ -38,9 +38,9 @@ def is_adapter(parameter: str) -> bool:
 
 
 def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str:
-    """A regular expression that fits the full names of the linear layers of ``modules`` that the model's forward uses, and no others.
+    """A regular expression for the full names of the linear layers of ``modules`` that the model's forward uses, and of no others.
 
-    The output head gets no adapter. Fused experts are no linear layers, and get none either.
+    The output head gets no adapter; neither do fused experts, which are not linear layers.
     """
     unused = family.unused(model.config)
     names = {
@@ -78,7 +78,7 @@ def add_adapters(model: Any, family: Family, config: ModelConfig) -> None:
 
 
 def check_4bit(config: ModelConfig, zero3: bool) -> None:
-    """Raise ConfigError where weights of 4 bits are asked for and cannot be had, or something would have to train that cannot."""
+    """Raise ConfigError if 4-bit weights are asked for and are not possible, or would have to be trained."""
     if not config.lora.load_in_4bit:
         return
     if config.language_model.tuning != "lora" or not only_adapters_train(config):
@@ -114,10 +114,10 @@ def attach_adapters(model: Any, folder: Path) -> Any:
 
 
 def _bound(described: Any, stored: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Have adapters be what their weights are: the layers that these name, and no rank that they have not. What their configuration says of
-    layers is a pattern, which may take for ever to match, and a rank fills memory before the first weight is compared with it.
+    """Restrict an adapter configuration to what the weights have: the layers that they name, and no larger rank. As configured, the layers
+    are a pattern, which may take forever to match, and a large rank fills memory before the first weight is compared with it.
 
-    Raises ConfigError where it says other ranks, or has patterns for them that are more than names.
+    Raises ConfigError if the configuration has other ranks, or patterns for them instead of names.
     """
     ranks = [shape[0] for name, shape in stored.items() if name.endswith(".lora_A.weight") and shape]
     patterns = {**(described.rank_pattern or {}), **(described.alpha_pattern or {})}
@@ -135,9 +135,9 @@ def _bound(described: Any, stored: Mapping[str, tuple[int, ...]], folder: Path) 
 
 
 def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any:
-    """How transformers is to load the language model's linear layers in 4 bits, or None where that is not asked for.
+    """The configuration with which transformers loads the language model's linear layers in 4 bits; None if that is not asked for.
 
-    Tower, projector and output head keep their precision. Raises ConfigError where something would have to train that cannot.
+    Tower, projector and output head keep their precision. Raises ConfigError if 4-bit weights would have to be trained.
     """
     if not config.lora.load_in_4bit:
         return None
@@ -151,7 +151,7 @@ def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any
 
 @contextlib.contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Inside the block the model computes what it did before it had adapters."""
+    """Inside the block the model computes as it did without adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]

@@ -1,4 +1,4 @@
-"""Log-probs of targets from hidden states and the output head, with some of the logits in memory at a time.
+"""Log-probs of targets from hidden states and the output head, with only some of the logits in memory at a time.
 
 Shapes: P states that predict something, N scored tokens, V vocabulary, d hidden.
 """
@@ -15,8 +15,8 @@ def head_logprobs(hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets:
     """``token_logprobs`` of an output head's logits, without all logits at once: [N] in nats, fp32.
 
     ``hidden`` [P, d] are the states that predict something, ``weight`` [V, d] the head, and ``targets`` [N] is predicted by the state
-    ``predicted_by`` [N]. Logits exist for as many states as ``LOGITS`` allows; where that is not all of them, each part's are computed
-    again in the backward pass, and add to one gradient of the head.
+    ``predicted_by`` [N]. Logits exist for as many states at a time as ``LOGITS`` allows. If that is not all of them, the logits of
+    each part are computed again in the backward pass, and add to one gradient of the head.
     """
     logp: Tensor = _HeadLogProbs.apply(hidden, weight, predicted_by, targets)
     return logp

@@ -21,7 +21,7 @@ Positions = Callable[[PreTrainedConfig, Tensor, Tensor], Tensor]
 
 
 def sequential(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
-    """Ordinary positions: 0, 1, 2, ..."""
+    """Consecutive positions: 0, 1, 2, ..."""
     return torch.arange(len(visual))
 
 
@@ -52,10 +52,10 @@ class Family:
         per_image: those of them that hold one row per image and are needed after the tower.
         grid: the one of these with an image's grid of patches, for families whose positions need it.
         positions: position ids of a prompt; a text after it goes on at the largest plus one, on every axis.
-        tiles_alone: whether only an image that is alone in its prompt is cut into tiles.
+        tiles_alone: whether an image is cut into tiles only if it is alone in its prompt.
         arrange: what the model does between its projector and its language model.
         one_tensor: whether the model's forward takes the features of all images as one tensor instead of a list.
-        unused: prefixes of what the checkpoint has and the forward does not use.
+        unused: prefixes of weights that the checkpoint has and the forward does not use.
         limit: bounds an image's visual tokens (cfvlm_ds.models.limits) by the options ``limited_by`` of the model's configuration.
     """
 
@@ -90,7 +90,7 @@ class Family:
         return max(fitting)[1]
 
     def projectors(self, model: nn.Module) -> list[str]:
-        """Names of the modules that take what the tower gives, in the order in which the model calls them."""
+        """Names of the modules that take the tower's output, in the order in which the model calls them."""
         found = {name: module for name, module in model.named_modules() if name in self.projector}
         lists = {name: [f"{name}.{k}" for k in range(len(module))] for name, module in found.items() if isinstance(module, nn.ModuleList)}
         return [part for name in self.projector if name in found for part in lists.get(name, [name])]

@@ -1,4 +1,4 @@
-"""How many floating-point operations the model itself needs for a micro-batch: what throughput is measured against."""
+"""How many floating-point operations the model itself needs for a micro-batch; throughput is measured by them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S":
 
 
 def peak(device: torch.device) -> float | None:
-    """Operations per second that the device is said to reach, or None where that is not known."""
+    """The device's peak operations per second by its data sheet, or None if not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -28,9 +28,9 @@ def peak(device: torch.device) -> float | None:
 class ModelFlops:
     """Multiplications and additions of one forward and backward pass, each counted as one operation.
 
-    Weights count twice per token that passes them (four times more where a gradient is needed for token and weight), attention of the
-    language model by pairs of tokens that see each other. Left out: the tower's attention, norms, softmax, and what gradient checkpointing
-    computes again, which the model does not need. Of a mixture of experts only those that a token visits count.
+    A weight counts twice per token that passes it (four more times where both token and weight need a gradient); the language model's
+    attention counts by pairs of tokens that see each other. Not counted: the tower's attention, norms, softmax, and what gradient
+    checkpointing computes again. Of a mixture of experts only those that a token visits count.
     """
 
     def __init__(self, model: Any, family: Family) -> None:

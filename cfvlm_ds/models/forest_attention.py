@@ -1,8 +1,8 @@
 """Attention over a row of trees: a tree is a prefix (prompt and images) and branches after it (texts) that see the prefix and themselves.
 
-The back ends compute one function and are registered with transformers' public attention interface. The forest reaches them as a keyword
-argument that travels through every layer, also when a layer is computed again for its gradient: never as a mask or as restarted positions,
-which several kernels take for something else without an error.
+The back ends compute the same function and are registered with transformers' public attention interface. The forest reaches them as a
+keyword argument that travels through every layer, also when a layer is computed again for its gradient: never as a mask or as restarted
+positions, which several kernels silently misread.
 
     sdpa      trees of similar length padded to one length inside the attention; torch's kernel with a mask: for many short trees
     cascade   prefix on itself, branches on their prefix, branches on themselves, merged by log-sum-exp: nothing is computed twice
@@ -66,7 +66,7 @@ class Forest:
         return {}
 
     def on(self, build: Callable[[Forest], Any], device: torch.device) -> Any:
-        """What ``build`` makes of the forest, on ``device``; made once, for all layers."""
+        """The result of ``build`` for the forest, on ``device``; computed once for all layers."""
         key = build, device
         if key not in self._placed:
             self._placed[key] = _move(build(self), device)
@@ -271,8 +271,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: fl
 
 
 def registered(backend: str) -> str:
-    """Registers a back end with transformers and returns its name there; one that has none of the names that the library treats on their
-    own."""
+    """Register a back end with transformers and return its name there, which contains none of the names that the library treats
+    specially."""
     name = f"forest_{BACKENDS.index(backend)}"
     attend = {"sdpa": _sdpa, "cascade": _cascade, "flash_attention_2": _flash, "varlen": _varlen}[backend]
     AttentionInterface.register(name, _interface(attend))

@@ -1,4 +1,5 @@
-"""What a model is, as hashes: its weights, those of its vision tower alone, and everything that turns images and texts into its inputs."""
+"""A model's identity as hashes: of its weights, of its vision tower's weights, and of everything that turns images and texts into
+inputs."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def model_folder(name_or_path: str) -> Path:
 
 def fingerprint(config: ModelConfig, alive: Callable[[], object] = lambda: None) -> dict[str, str]:
     """{"weights": sha256, "inputs": sha256}: the first over the configuration and every byte of the weight files, each of which is read
-    once while it does not change; the second as in ``inputs_fingerprint``. ``alive`` is called while files are read.
+    only once unless it changes; the second as in ``inputs_fingerprint``. ``alive`` is called while files are read.
     """
     folder = model_folder(config.name_or_path)
     weights = hashlib.sha256((folder / "config.json").read_bytes())
@@ -61,7 +62,7 @@ def inputs_fingerprint(config: ModelConfig) -> str:
 
 
 def file_digest(path: Path, alive: Callable[[], object] = lambda: None) -> str:
-    """sha256 of a file; remembered in the user's cache folder by everything that a write to the file changes."""
+    """sha256 of a file; cached in the user's cache folder, keyed by everything that a write to the file changes."""
     stat = path.stat()
     state = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     remembered = _cache_folder() / hashlib.sha256(f"{path.resolve()} {state}".encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""Bounds on the visual tokens of an image, for each way in which families choose how many there are.
+"""Bounds on the visual tokens of an image, for each way in which families choose their number.
 
-A limit changes the processor and, where the model works out the same sizes again, its configuration; either may be None.
+A limit changes the processor and, if the model computes the same sizes, its configuration; either may be None.
 """
 
 from __future__ import annotations

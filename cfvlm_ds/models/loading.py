@@ -1,4 +1,4 @@
-"""Loading: every model, tiny or 70B, its configuration and its processor come in here."""
+"""Loading: every model, tiny or 70B, its configuration and its processor are loaded here."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
 
 
 def _check_folder(name_or_path: str) -> None:
-    """Of a hub name, what is in the cache; the rest is checked when it has been loaded."""
+    """Check a folder, or what the cache has of a hub name; the rest is checked when it has been loaded."""
     if os.path.isdir(name_or_path):
         check_files(Path(name_or_path).resolve())
     elif isinstance(config := try_to_load_from_cache(name_or_path, "config.json"), str):
@@ -58,8 +58,8 @@ def _check_folder(name_or_path: str) -> None:
 
 
 def _check_size(config: ModelConfig, model_config: PreTrainedConfig) -> None:
-    """ConfigError where the configuration describes a model far larger than its weights: a lost section means the library's own default,
-    7 billion parameters, which would all be made before the missing ones could be named."""
+    """Raise ConfigError if the configuration describes a model far larger than its weights. For a lost section the library takes its own
+    default of 7 billion parameters, all of which would be made before the missing ones could be named."""
     stored = num_stored(Path(config.name_or_path).resolve()) if os.path.isdir(config.name_or_path) else None
     if stored is None or getattr(model_config, "quantization_config", None) is not None:
         return
@@ -78,9 +78,9 @@ def _on_meta(config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.d
 
 
 def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
-    """Raise ConfigError for what options, libraries and, where it is ``there``, the model's own configuration say will not work.
+    """Raise ConfigError for what will not work by the options, the libraries and, if the model is ``there``, its own configuration.
 
-    ``weights`` are looked for too, and not read.
+    ``weights`` are looked for too, but not read.
     """
     attention(config.attn_implementation)
     if all(getattr(config, module).tuning == "frozen" for module in MODULES):
@@ -116,9 +116,9 @@ def load_processor(config: ModelConfig) -> Any:
 
 
 def _refuse_enlarging(images: Any, what: str) -> None:
-    """ConfigError where an image would be scaled to a size that no model takes, and that fills any memory.
+    """Raise ConfigError if images would be scaled to a size that no model takes and that fills any memory.
 
-    Some families' shortest and longest edge are numbers of pixels.
+    For some families ``shortest_edge`` and ``longest_edge`` are numbers of pixels.
     """
     for option in ("size", "crop_size", "pad_size", "max_image_size"):
         sizes = getattr(images, option, None) or {}
@@ -144,7 +144,7 @@ def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> Non
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The pretrained model in ``dtype``, partitioned as it is built when a ZeRO-3 configuration is active, tuned as configured.
+    """The pretrained model in ``dtype``, tuned as configured; partitioned while it is built when a ZeRO-3 configuration is active.
 
     Raises ConfigError naming the keys when the checkpoint lacks a weight of the model or holds one the model has no place for, when
     pickled weights hold anything but tensors, and when the folder's files are not those of a model.
@@ -205,9 +205,9 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str
 
 
 def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
-    """Add adapters and let gradients reach what the configuration trains. Raises ConfigError when nothing is left to train.
+    """Add adapters, and enable gradients for what the configuration trains. Raises ConfigError when nothing is left to train.
 
-    What the library's own forward leaves out is not trained either: it would have no gradient.
+    Parts that the library's own forward does not use are not trained either: they would have no gradient.
     """
     if adapted_modules(config):
         add_adapters(model, family, config)
@@ -228,7 +228,8 @@ def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
 
 
 def attention(requested: str) -> str:
-    """The back end (see forest_attention.py) of a request: ``auto`` takes flash-attn where a GPU and the package are there, else sdpa.
+    """The attention back end (see forest_attention.py) for a request: ``auto`` takes flash-attn if there are a GPU and the package, else
+    sdpa.
 
     Raises ConfigError when a request cannot be met.
     """

@@ -1,4 +1,4 @@
-"""The module that DeepSpeed drives: a model with an output head that returns log-probs of scored tokens."""
+"""The module that DeepSpeed runs: a model whose output head returns log-probs of scored tokens."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cfvlm_ds.models.forest_attention import Forest
 
 
 class ScoringHead(nn.Linear):
-    """An output head, with its weight, that also takes what is scored and then returns log-probs instead of logits.
+    """An output head that, given the scored targets, returns log-probs instead of logits.
 
-    It is a module, because ZeRO-3 gathers a module's weight while it runs.
+    It is a module because ZeRO-3 gathers a module's weight while the module runs.
     """
 
     @classmethod
@@ -38,7 +38,7 @@ class ScoringHead(nn.Linear):
 
 
 class Scorer(nn.Module):
-    """The module DeepSpeed drives: encode each distinct image once, run the language model, return log-probs of the scored tokens.
+    """The module that DeepSpeed runs: encode each distinct image once, run the language model, return log-probs of the scored tokens.
 
     Everything happens inside one forward, so that ZeRO-3 gathers each layer once however many candidates there are, and every rank calls
     every submodule the same number of times.
@@ -53,11 +53,12 @@ class Scorer(nn.Module):
         self.projectors = family.projectors(model)
 
     def forward(self, **inputs: Any) -> Any:
-        """``logp`` of a row; or, of ``image_inputs`` alone, ``tower_features``: both are forwards of the module that ZeRO-3 watches."""
+        """``logp`` of a row or, for ``image_inputs`` alone, ``tower_features``; both have to be forwards of the module that ZeRO-3
+        watches."""
         return self.logp(**inputs) if "input_ids" in inputs else self.tower_features(**inputs)
 
     def tower_features(self, image_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the tower gives each module of the projector, by the module's name."""
+        """The tower's outputs for each module of the projector, by the module's name."""
         model: Any = self.model
         taken: dict[str, Tensor] = {}
 
@@ -107,7 +108,7 @@ class Scorer(nn.Module):
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
     ) -> tuple[dict[str, Any], Tensor]:
-        """The trees' image features in the form the model's forward takes, and the sum of the features that no tree uses."""
+        """The trees' image features in the form that the model's forward takes, and the sum of the features that no tree uses."""
         model: Any = self.model
         known = "tower_features" in image_inputs
         output = self._projected(**image_inputs) if known else model.get_image_features(**image_inputs, return_dict=True)
@@ -125,7 +126,7 @@ class Scorer(nn.Module):
         return {"image": output}, unused
 
     def _projected(self, tower_features: dict[str, Tensor], rows: Sequence[int], **inputs: Tensor) -> Any:
-        """What ``get_image_features`` returns, from what the tower gave; each image has ``rows`` of the projector's output."""
+        """The result of ``get_image_features``, computed from the tower's output; each image has ``rows`` of the projector's output."""
         model: Any = self.model
         *further, first = (  # dropout in adapters must draw its numbers in the model's own order
             self.family.arrange(model, model.get_submodule(name)(tower_features[name]), rows, inputs) for name in self.projectors

@@ -1,4 +1,4 @@
-"""The files of a model folder, which somebody else made: what they are called, where they lead, and whether the weights are all there."""
+"""The untrusted files of a model folder: their names, where links lead, and whether the weights are all there."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
 
 
 def check_files(folder: Path) -> None:
-    """ConfigError, naming the file, where the folder's files cannot be those of a model: names that are paths, links that lead elsewhere,
-    weights that are missing or cut short. Reads no weight."""
+    """Raise ConfigError naming a file that cannot be a model's: a name that is a path, a link that leads elsewhere, weights that are
+    missing or truncated. Reads no weight."""
     refuse_no_files(folder)
     if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
         raise ConfigError(
@@ -42,8 +42,8 @@ def check_files(folder: Path) -> None:
 
 
 def refuse_no_files(folder: Path) -> None:
-    """ConfigError for what has the name of a model's side file and is none of the folder, or too large for one: reading a device or a pipe
-    would not end, and libraries take several times the size of a file in memory."""
+    """Raise ConfigError for a side file that is no regular file of the folder, or too large: reading a device or a pipe would not end, and
+    libraries take several times the size of a file in memory."""
     for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
         refuse_foreign(path, folder)
         if path.exists() and not path.is_file() and not path.is_dir():
@@ -53,7 +53,8 @@ def refuse_no_files(folder: Path) -> None:
 
 
 def refuse_counts(folder: Path) -> None:
-    """ConfigError where config.json counts layers or experts that no model has: libraries would go on making them until memory ends."""
+    """Raise ConfigError if config.json has numbers of layers or experts that no model has: libraries would create them until memory
+    ends."""
     path = folder / "config.json"
     try:
         described = parse_json(read_bytes(path, LARGEST_CONFIG).decode())
@@ -77,7 +78,7 @@ def _numbers(value: Any) -> Iterator[tuple[str, float]]:
 
 
 def num_stored(folder: Path) -> int | None:
-    """Numbers in the folder's safetensors; None where its weights are stored otherwise."""
+    """How many numbers the folder's safetensors hold; None if its weights are stored otherwise."""
     files = weight_files(folder)
     return sum(math.prod(shape) for file in files for shape, _ in header(folder / file).values()) if files else None
 
@@ -97,8 +98,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def weight_patterns(files: Iterable[str]) -> list[str]:
-    """What to fetch of a model on a hub, of whose ``files`` these hold its weights: pickled ones where it has no others, as transformers
-    takes them."""
+    """Which weight files of a hub model with these ``files`` to fetch: pickled ones only if it has no others, as transformers does."""
     if SINGLE in (held := set(files)):
         return [SINGLE]
     return ["*.safetensors"] if INDEX in held else ["*.safetensors", "*.bin"]
@@ -142,10 +142,10 @@ def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 @contextlib.contextmanager
 def explained(what: str, remedy: str) -> Iterator[None]:
-    """Whatever the libraries raise inside the block about files that they cannot use, as a ConfigError: ``what`` (why); ``remedy``.
+    """Turn whatever the libraries raise inside the block about files into a ConfigError: ``what`` (why); ``remedy``.
 
-    They check little of what a model folder says, so that a wrong value surfaces as any exception. What the machine lacks, and what other
-    ranks did, passes.
+    They check little of what a model folder says, so a wrong value may surface as any exception. Errors of the machine, such as missing
+    memory, and of other ranks pass.
     """
     try:
         yield

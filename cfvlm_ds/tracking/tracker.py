@@ -51,7 +51,7 @@ def open_tracker(
         run_dir: the run's folder, of one run at a time; made if missing.
         experiment, run_name: names in MLflow (``MLFLOW_EXPERIMENT_NAME`` overrides the first).
         params: nested mapping; MLflow gets it flattened with dots and cut at its length limits, and whole as an artifact in ``config/``.
-            Secrets are masked (``cfvlm_ds.core.errors.masked``). On resume a changed value becomes a tag ``param_changed.<name>``, since
+            Secrets are masked (``cfvlm_ds.core.secrets.masked``). On resume a changed value becomes a tag ``param_changed.<name>``, since
             MLflow's parameters are immutable.
         tags: plain strings, masked likewise.
         run_id: the MLflow run to continue, as kept in a checkpoint. The run folder's own record comes first, being at least as new.

@@ -1,7 +1,7 @@
-"""What a run would do differently from the one that it continues.
+"""What a run would do differently from the run that it continues.
 
-Every option declares what its change means (see config.py), and so does every DeepSpeed setting below; terms of the objective decide what
-is trained in all of their fields. A checkpoint keeps the record of its run, which a start compares with its own before it touches anything.
+Every option declares what its change means (see core/options.py), and so does every DeepSpeed setting below; all fields of an objective
+decide what is trained. A checkpoint holds the record of its run, and a start compares it with its own before it touches anything.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DEEPSPEED: dict[str, Kind] = {
     **dict.fromkeys(("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler"), "bookkeeping"),
     **dict.fromkeys(("comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint"), "bookkeeping"),
 }
-"""What a change of a DeepSpeed setting, or of any below it, means; of one that is not listed it may be anything, so it is compared."""
+"""What a change of a DeepSpeed setting, or of any below it, means; one that is not listed counts as ``meaning``, to be safe."""
 
 _UNSET = {
     "optimizer.params.adam_w_mode": True,
@@ -89,7 +89,7 @@ def model_hashes(name_or_path: str, alive: Callable[[], object] = lambda: None) 
 
 
 def recorded(found: Path) -> dict[str, Any]:
-    """The record of a checkpoint. One of an older revision has none: then it is what its run folder's config.yaml and ds_config.json say.
+    """The record of a checkpoint; for one of an older revision, which has none, config.yaml and ds_config.json of its run folder.
 
     Raises ConfigError where those are missing too.
     """
@@ -139,7 +139,7 @@ def refuse_other_revision(record: Mapping[str, Any], what: Path) -> None:
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """What changes the meaning of the run, between two records. Raises ConfigError where the first is damaged."""
+    """What differs between two records and decides what is trained. Raises ConfigError if the first is damaged."""
     new = _effective(now)
     try:
         return _differences(before, _effective(before), now, new)
@@ -180,7 +180,7 @@ def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> s
 
 
 def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], object]) -> None:
-    """Add the changes at a step to a file of the run folder, unless it ends with them: a start may be repeated."""
+    """Add the changes at a step to a file of the run folder, unless it already ends with them, since a start may be repeated."""
     line = json.dumps({"step": step, "changes": {change.option: [change.before, change.now] for change in changes}})
     lines: list[str] = []
     with contextlib.suppress(OSError, ValueError):
@@ -190,7 +190,7 @@ def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], 
 
 
 def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
-    """What decides what is trained, of a record: values that are in use, with what is made of several of them in their place."""
+    """The part of a record that decides what is trained: values in use, where several make one value that one in their place."""
     declared = {name: kind for section, options in SECTIONS.items() for name, kind in kinds(options, f"{section}.").items()}
     options = {**_defaults(), **dict(_flat(record["options"]))}
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
@@ -225,7 +225,7 @@ def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
 
 
 def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
-    """What decides what is trained among DeepSpeed's settings."""
+    """The DeepSpeed settings that decide what is trained."""
     given = {**_UNSET, **dict(_flat(deepspeed))}
     given.setdefault("scheduler.type", "train.lr_scheduler_type")
     declared = ((name, value, kind_of(name)) for name, value in given.items())
@@ -248,7 +248,7 @@ def kind_of(setting: str) -> Kind:
 
 
 def _defaults() -> dict[str, Any]:
-    """What an option has where the record is older than the option: what its run did is what the default does. A new term is no term."""
+    """The values of options that are younger than the record: such a run did what the default does, without any newer term."""
     found = dict(_flat({name: _plain(section) for name, section in SECTIONS.items()}))
     return found | dict(_flat({"objective": {name: {**_plain(term), "weight": 0.0} for name, term in OBJECTIVES.items()}}))
 

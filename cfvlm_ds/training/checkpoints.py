@@ -13,7 +13,7 @@ from cfvlm_ds.core.distributed import World
 
 
 class Checkpoints:
-    """Saves checkpoints of a run from when it is made."""
+    """Saves the checkpoints of a run; time counts from its construction."""
 
     def __init__(self, engine: Any, state: TrainState, run_dir: Path, world: World, train: TrainConfig) -> None:
         self._engine, self._state, self._run_dir, self._world, self._train = engine, state, run_dir, world, train
@@ -24,7 +24,7 @@ class Checkpoints:
         return 0 < self._train.save_minutes * 60 <= time.monotonic() - self._saved_at
 
     def save(self, needed: bool) -> dict[str, float]:
-        """Save one and return its cost as metrics. One that cannot be written is a warning, and an error where it is ``needed``."""
+        """Save a checkpoint and return its cost as metrics. A failure is a warning, or an error if the checkpoint is ``needed``."""
         started, train = time.monotonic(), self._train
         failed = False
         try:

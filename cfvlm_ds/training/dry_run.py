@@ -1,4 +1,5 @@
-"""What a run would need, without weights, data or other ranks: sizes, what trains, memory per GPU. For a login node, before the queue."""
+"""What a run would need, found without weights, data or other ranks: sizes, what trains, memory per GPU. For a login node, before
+queueing."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def dry_run(config: RunConfig) -> str:
     """Resolve the configuration and the DeepSpeed JSON, build the model without data, and report. Raises ConfigError as a run would.
 
     The states of the model (weights, gradients, optimizer) are DeepSpeed's own estimates for mixed precision. Activations are those that
-    the language model keeps for its backward pass in bfloat16, measured on tensors without data.
+    the language model keeps for its backward pass in bfloat16, measured on meta tensors.
     """
     from transformers import AttentionInterface
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -73,7 +74,7 @@ def _activations(model: Any, config: RunConfig) -> Iterator[str]:
 
 
 def _kept_by_language_model(model: Any, recompute: bool) -> int:
-    """Bytes of what autograd keeps of a forward of the language model, weights excluded."""
+    """Bytes that autograd keeps of a forward of the language model, weights excluded."""
     if recompute:
         engine.recompute_activations(model)
     else:

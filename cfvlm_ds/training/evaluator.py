@@ -1,4 +1,4 @@
-"""Evaluation within a run: all of its splits, by the engine that trains, with the ranks' votes to stop."""
+"""Evaluation within a run: all of its splits, with the training engine and the ranks' votes to stop."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Evaluator:
             self._engine.train()
 
     def rehearse(self) -> None:
-        """Run the largest evaluation batch before the first step: memory that it lacks is not found out when the training is over."""
+        """Run the largest evaluation batch before the first step, so that a lack of memory is not found only after the training."""
         self._engine.eval()
         shuffled = self._config.train.eval_shuffled
         rehearse(self._engine, self._collator, self.splits, self._world, shuffled=shuffled, **self._options())
@@ -74,7 +74,7 @@ class Evaluator:
 
 
 def check_best(config: RunConfig, splits: Splits) -> None:
-    """ConfigError where train.save_best names a metric that no evaluation of this data can have."""
+    """Raise ConfigError if train.save_best names a metric that no evaluation of this data can have."""
     name = config.train.save_best
     if name is not None and name not in (known := metric_names(splits)):
         raise ConfigError(

@@ -15,7 +15,7 @@ from cfvlm_ds.core.scores import Scores
 
 LossOf = Callable[[Scores], Tensor]
 ReferenceOf = Callable[[Batch], Tensor | None]
-"""Reference scores [G, I, C] of a batch that are computed now; None where they are stored, or not needed."""
+"""Computes the reference scores [G, I, C] of a batch; None if they are stored or not needed."""
 
 
 def one_pass(engine: Any, batch: Batch, loss_of: LossOf, reference_of: ReferenceOf, last: bool) -> None:
@@ -30,11 +30,11 @@ def one_pass(engine: Any, batch: Batch, loss_of: LossOf, reference_of: Reference
 def two_passes(
     engine: Any, parts: Sequence[Batch], forwards: int, loss_of: LossOf, reference_of: ReferenceOf, last: bool, device: torch.device
 ) -> None:
-    """As ``one_pass``, for a micro-batch in parts, with the activations of one of them in memory.
+    """As ``one_pass``, for a micro-batch in parts, with the activations of only one part in memory.
 
-    The first pass finds the scores, which the loss couples; its derivatives by the log-probs are their weights in the second, whose random
-    numbers are those of the first. The last part's activations serve both. A rank with fewer parts than others, which need ``forwards``,
-    begins with repeats of its first one, which count nothing.
+    The first pass computes the scores, which the loss couples. The loss's derivatives by the log-probs weight them in the second pass,
+    which uses the same random numbers. The last part's activations serve both passes. All ranks make ``forwards`` forwards: a rank with
+    fewer parts begins with repeats of its first one, with weight 0.
     """
     repeats = forwards - len(parts)
     repeated = [*[parts[0]] * repeats, *parts]

@@ -1,4 +1,4 @@
-"""What a run leaves out and goes on: groups that cannot be read, and steps that are not finite. All of it is counted and named."""
+"""What a run leaves out and continues: groups that cannot be read, and steps that are not finite. All are counted and named."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class SkippedGroups:
         self._data, self._file, self._skipped, self._world = data, run_dir / "skipped.json", skipped, world
 
     def note(self, batches: Sequence[Batch]) -> None:
-        """Note the groups that these micro-batches lack; all ranks call it where one of them lacks some.
+        """Note the groups that were left out of these micro-batches; all ranks call it if one of them has left some out.
 
-        Raises DataError on all of them where data.on_error and data.max_skipped do not allow it.
+        Raises DataError on all of them if data.on_error and data.max_skipped do not allow it.
         """
         mine = [entry for batch in batches for entry in batch.dropped]
         found = dict(entry for entries in gather_objects(mine, self._world) for entry in entries)
@@ -58,14 +58,15 @@ class NonfiniteSteps:
         self._in_a_row = 0
 
     def finite(self) -> None:
-        """A step was taken."""
+        """Note that a step was finite."""
         self._in_a_row = 0
 
     def note(self, step: int, losses: Sequence[tuple[Batch, Tensor]], what: str, applied: bool) -> None:
         """Record a non-finite step with its groups; all ranks call it. ``what`` is "loss" or "gradient".
 
-        Of a loss they are the groups of the micro-batches where it was not finite; a gradient is known as the sum over all ranks only, and
-        they are all of the step's. Raises FloatingPointError where train.on_nonfinite does not skip it, or where it has been ``applied``.
+        For a loss these are the groups of the micro-batches where it was not finite; a gradient is known only as the sum over all ranks, so
+        all groups of the step are listed. Raises FloatingPointError if train.on_nonfinite is not ``skip``, or if the step has been
+        ``applied``.
         """
         mine = [name for batch, loss in losses if what == "gradient" or not torch.isfinite(loss) for name in batch.layout.ids]
         by_rank = {rank: names for rank, names in enumerate(gather_objects(mine, self._world)) if names}

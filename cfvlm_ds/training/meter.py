@@ -17,7 +17,7 @@ from cfvlm_ds.training.step import Measured
 class Meter:
     """Sums and counts since the last record; ratios are taken only after adding over ranks.
 
-    ``gathering``, where weights are partitioned, returns the seconds since its last call in which computation waited for them.
+    ``gathering``, where weights are partitioned, returns the seconds for which computation waited for them since its last call.
     """
 
     def __init__(self, gathering: Callable[[], float] | None) -> None:
@@ -46,11 +46,12 @@ class Meter:
                 numbers[place] += value
 
     def wait(self, seconds: float) -> None:
-        """A step has waited for its data."""
+        """Count seconds that a step has waited for its data."""
         self._waited += seconds
 
     def reduce(self, world: World) -> dict[str, float]:
-        """Global means, and rates per second of the wall clock. Collective, and the one fetch of a record; starts the next record."""
+        """Global means, and rates per second of the wall clock. A collective, and the only fetch from the device for a record; starts the
+        next record."""
         names = list(self._numbers)
         numbers = torch.tensor([self._numbers[name] for name in names], dtype=torch.float64)
         none = torch.zeros((), dtype=torch.float64)

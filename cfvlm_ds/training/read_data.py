@@ -1,4 +1,4 @@
-"""Data is checked before anything is trained on it: what is wrong with it is one sentence on every rank, not a crash after an hour."""
+"""Data is checked before anything is trained on it: a problem is one sentence on every rank, not a crash after an hour."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _FILE = "data_check.json"
 _CHUNK = 1024  # groups whose pictures' headers are read at a time
 
 Tick = Callable[[], object]
-"""Called at least every second in whatever takes long here; may raise, to leave."""
+"""Called at least every second in whatever takes long here; may raise in order to leave."""
 
 
 @dataclass(frozen=True)
 class RunData:
     """What a run trains on and is evaluated on.
 
-    ``identity`` is that of the training groups. ``pictures`` are those that were found sound, against which a picture is held when it is
-    opened; None where only rows were checked. ``collator`` is the model's own, where the check needed one.
+    ``identity`` is that of the training groups. ``pictures`` are those found sound, with which a picture is compared when it is opened;
+    None if only rows were checked. ``collator`` is the model's, if the check needed one.
     """
 
     groups: list[CounterfactualGroup]
@@ -52,7 +52,7 @@ class RunData:
 
 
 def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> RunData:
-    """Training groups and evaluation splits, after a check that all ranks share; what one of them finds is raised on every rank.
+    """Training groups and evaluation splits, after a check that all ranks share; a problem found by one is raised on every rank.
 
     Raises ConfigError when no training manifest is named, or a rank is lost, DataError for anything wrong with a manifest, an image or a
     text.
@@ -72,8 +72,8 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
 
 
 def forget(config: RunConfig, world: World) -> None:
-    """Have the next start look at the training data again, because this one is refused for them: files may be restored beside a manifest
-    that is not written. Pictures that have not been written since are not opened even so."""
+    """Make the next start check the training data again, because this start is refused for them: files may be restored while the manifest
+    stays the same. Pictures that have not been written since are not opened again."""
     if world.is_main:
         file = Path(config.train.output_dir) / _FILE
         known = _recorded(file)
@@ -92,7 +92,7 @@ def group_tokens(
     """Tokens of every group in the rows that ``collator`` builds; each rank measures its share.
 
     Headers are read of images that ``pictures`` do not know. Raises DataError on every rank, naming a file without a header, or a group
-    that is larger than a limit of ``data`` allows: of all its images and texts for a micro-batch, of an image with one text for a forward.
+    that exceeds a limit of ``data``: with all its images and texts that of a micro-batch, with one image and one text that of a forward.
     """
     patience, problem = Patience(world, tick), None
     mine = groups[world.rank :: world.size]
@@ -157,7 +157,7 @@ def _name(each: DataSet, format: str) -> str:
 
 
 class _Check:
-    """Checks data sets once: what was found sound with the same options is not looked at again while its manifest is unchanged.
+    """Checks data sets once: a set that was sound with the same options is not checked again while its manifest is unchanged.
 
     ``data_check.json`` in the run folder says what is sound, the folder ``data_check`` beside it which pictures were seen.
     """
@@ -238,7 +238,7 @@ class _Check:
         return None, summary if isinstance(summary, str) and pictures else None
 
     def _entry(self, each: DataSet) -> dict[str, Any]:
-        """What is known of a set as it is now, looked at as it would be now."""
+        """The entry for a set in its present state, checked with the present options."""
         stamp, entry = self._stamp(each), self._known.get(_name(each, self._config.data.format))
         return entry if isinstance(entry, dict) and entry.get("stamp") == stamp else {}
 
@@ -248,7 +248,7 @@ class _Check:
             keep(self._file, json.dumps(self._known, indent=1), self._world.say)
 
     def _stamp(self, each: DataSet) -> list[Any]:
-        """The set before it is read: what is written to its manifest while it is looked at will be looked at by the next start."""
+        """The state of a set before it is read: if its manifest is written during the check, the next start checks it again."""
         model, data, name = self._config.model, self._config.data, _name(each, self._config.data.format)
         if name not in self._stamps:
             stat = Path(each.path).stat()

@@ -1,4 +1,4 @@
-"""What a run leaves to its user: the exported model, tables, scores and figures."""
+"""The results of a run: the exported model, tables, scores and figures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Call
 
 
 def refuse_export(config: RunConfig) -> None:
-    """ConfigError where the export could not take its place when the training is over."""
+    """Raise ConfigError if the export could not be put in its place when the training is over."""
     if config.train.export:
         folder, marker = _exported(config)
         remedy = "choose another train.output_dir, or set train.export to false"
@@ -76,7 +76,7 @@ def write_results(
 
 
 def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], max_pixels: int, say: Say) -> list[Path]:
-    """The figures that could be drawn; one that could not is a warning."""
+    """Draw the figures; returns those that could be drawn, the others are warnings."""
     drawn: list[Path] = []
 
     def attempt(name: str, draw: Callable[[Path], None]) -> None:

@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0 or after a checkpoint, or not at all. All of it is decided before anything is loaded or touched."""
+"""Where a run starts: at step 0, after a checkpoint, or not at all. This is decided before anything is loaded or touched."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Start:
     data: dict[str, Any]
 
     def check(self, state: TrainState, config: RunConfig, sampler: GroupSampler) -> None:
-        """Move the sampler to where ``state`` is. Raises ConfigError or DataError where it is not a place in this run."""
+        """Move the sampler to the position in ``state``. Raises ConfigError or DataError if that is not a position in this run."""
         try:
             what = changed_data(state.data, self.data) if isinstance(state.data, dict) else None
         except KeyError as error:
@@ -62,7 +62,7 @@ class Start:
             state.forget_best()
 
     def complete_record(self, config: RunConfig, world: World) -> dict[str, Any]:
-        """The record for the run's checkpoints, when the model is there: a hub's may not have been when the run was started."""
+        """The record for the run's checkpoints, made once the model is there: a hub's model may not have been when the run was started."""
         if self.record["model"]:
             return self.record
         patience = Patience(world)  # rank 0 reads all weights of the model
@@ -70,7 +70,7 @@ class Start:
         return {**self.record, "model": hashes}
 
     def note(self, run_dir: Path, step: int, world: World) -> list[Path]:
-        """Say what has changed and add it to the run folder (rank 0); the file, where there is something in it."""
+        """Print what has changed and add it to the run folder (rank 0); returns the file if there is one."""
         for change in self.changed:
             world.say(f"after step {step}: {change}")
         if self.changed and world.is_main:
@@ -122,7 +122,7 @@ def decide(
 
 
 def is_finished(config: RunConfig, total_steps: int, world: World) -> bool:
-    """Whether a start that takes what it finds has nothing to do; rank 0 decides."""
+    """Whether a start with train.resume ``auto`` has nothing left to do; rank 0 decides."""
     if config.train.resume not in ("auto", "restart"):
         return False
     return agreed(world, lambda: _finished_at(Path(config.train.output_dir))) == total_steps

@@ -1,4 +1,4 @@
-"""One run from its options to its results. Each step takes what the one before it has made."""
+"""One run from its options to its results. Each step takes the result of the step before."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from cfvlm_ds.training.validation import scores_needed, validate
 
 
 def train(config: RunConfig, world: World | None = None) -> None:
-    """Train, evaluate and export one run; every rank calls it. Joins the process group unless ``world`` says that it has been joined.
+    """Train, evaluate and export one run; every rank calls it. Joins the process group unless a ``world`` is given.
 
     A run that has finished before only says so. One that is asked to stop saves a checkpoint and leaves by SystemExit with
-    ``EXIT_STOPPED``, neither evaluated nor exported; started again, it goes on.
+    ``EXIT_STOPPED``, without evaluation and export; started again, it continues.
 
     Raises ConfigError or DataError before the first step for anything wrong with configuration or data, and FloatingPointError on all ranks
     when the loss or its gradient is not finite.
@@ -79,9 +79,9 @@ def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: N
 
 
 def _run(config: RunConfig, world: World) -> None:
-    """Check, then touch: until the weights are in place and their scores right, the run folder and MLflow stay as they are.
+    """Check first, write later: the run folder and MLflow stay as they are until the weights are loaded and their scores correct.
 
-    Exempt are the caches of the data check and of features, and the ranks' signs of life.
+    Exceptions are the caches of the data check and of features, and the ranks' heartbeats.
     """
     seed_everything(config.train.seed)
     run_dir = Path(config.train.output_dir)
@@ -133,7 +133,7 @@ def _close_at_once(tracker: Any, code: int) -> None:
 
 
 def _stored_scores(config: RunConfig, data: RunData, world: World) -> dict[str, StoredScores] | None:
-    """The scores file of the training groups, if an objective needs one and the model without its adapters does not serve."""
+    """The stored scores of the training groups, if an objective needs them and the model without its adapters does not suffice."""
     if not scores_needed(config):
         return None
     made_by = model_fingerprint(config.model, world)
@@ -158,7 +158,7 @@ def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator)
 def _with_features(
     config: RunConfig, world: World, ds_engine: Any, collator: Collator, data: RunData, pulse: heartbeat.Heartbeat, num_workers: int
 ) -> Collator:
-    """The collator, taking features in place of pictures where data.feature_cache keeps them; what is missing is computed."""
+    """The collator, reading features in place of pictures if data.feature_cache is set; missing ones are computed."""
     if config.data.feature_cache is None:
         return collator
     pulse.mark("features", 0)
@@ -169,7 +169,7 @@ def _with_features(
 
 
 def _restore(config: RunConfig, world: World, ds_engine: Any, state: TrainState, start: resume.Start, sampler: GroupSampler) -> None:
-    """Go on from a checkpoint, with the options of this run where they have changed."""
+    """Continue from a checkpoint, with this run's options where they have changed."""
     found, options = start.found, engine.optimizer_options(ds_engine)
     assert found is not None
     checkpoint.load(ds_engine, found, state, world, Path(config.train.output_dir))
@@ -183,7 +183,7 @@ def _restore(config: RunConfig, world: World, ds_engine: Any, state: TrainState,
 
 
 def _checked(config: RunConfig, world: World, check: Callable[..., None], *arguments: Any) -> None:
-    """Run a check of the model; what it finds is an error on all ranks, or what train.self_check makes of it."""
+    """Run a check of the model; a finding is an error on all ranks, or a warning if train.self_check says so."""
     wanted = config.train.self_check
     try:
         if wanted != "off":

@@ -1,4 +1,4 @@
-"""What defines a run, written where a person and MLflow find it."""
+"""The record of what defines a run, written for people and for MLflow."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
 
 
 def tracker_of(config: RunConfig, world: World, found: Path | None) -> Any:
-    """The run's tracker, going on where the checkpoint ``found`` was written."""
+    """The run's tracker, continuing at the step of the checkpoint ``found``."""
     # Killed before its first checkpoint, a run starts over at step 0 and is still the same run.
     afresh = {"step": None if config.train.resume == "never" else 0}
     written: dict[str, Any] = afresh if found is None else checkpoint.description(found)

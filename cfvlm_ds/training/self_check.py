@@ -37,7 +37,7 @@ _NAMED = 5
 
 
 def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
-    """ConfigError on all ranks naming the weights that hold NaN or infinite values; under ZeRO-3 every rank looks at its own part."""
+    """Raise ConfigError on all ranks naming weights with NaN or infinite values; under ZeRO-3 every rank looks at its own part."""
     tensors: dict[str, Tensor] = {}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         part = own_part(value).detach()
@@ -54,9 +54,9 @@ def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
 
 
 def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.device) -> None:
-    """ConfigError where the model ``name`` cannot score one text on one image: until then, libraries believe much of a config.json.
+    """Raise ConfigError if the model ``name`` cannot score one text on one image: only then do many errors of a config.json show.
 
-    Every rank calls it; what the machine lacks is raised as it is.
+    Every rank calls it; errors of the machine, such as missing memory, are raised as they are.
     """
     with (
         explained(f"the model {name!r} cannot be run", "compare its config.json and processor files with the published ones"),
@@ -155,10 +155,10 @@ def _alone(forward: Any, model: Any, single: Batch) -> float:
 
 
 def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype, world: World) -> float:
-    """How many times the differences of the cells are what roundings explain, root mean square over cells and ranks.
+    """The differences of the cells as multiples of what rounding explains, root mean square over cells and ranks.
 
-    What roundings explain of a text is the spread of its score under other roundings, which grows with the square root of its tokens, and
-    one unit of the last place of its largest logit.
+    Rounding explains the spread of a text's score under other roundings, which grows with the square root of its tokens, and one unit in
+    the last place of its largest logit.
     """
     squares = []
     for number in range(_REPEATS):
@@ -180,7 +180,7 @@ def _mean(values: Sequence[float], world: World) -> float:
 
 @contextlib.contextmanager
 def rounded_otherwise(model: nn.Module, dtype: torch.dtype, seed: int, device: torch.device) -> Iterator[None]:
-    """Inside the block every module's output of ``dtype`` is moved by up to half a unit of its last place, at random."""
+    """Inside the block every module's output of ``dtype`` is moved at random by up to half a unit in the last place."""
     chance = torch.Generator(device).manual_seed(seed)
     step = torch.finfo(dtype).eps / 2
 

@@ -1,6 +1,6 @@
 """One optimizer step: its micro-batches, the denominators that all ranks agree on, one forward and one backward of the engine each.
 
-What can go wrong within a step is answered here too, and on all ranks alike: groups that cannot be read, a loss that is not finite, memory.
+What can go wrong within a step is also handled here, on all ranks alike: groups that cannot be read, a loss that is not finite, memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the ranks have agreed on, the same everywhere, and what was measured here; nothing where the step was left out.
+    """What the ranks have agreed on, equal everywhere, and what was measured here; nothing was if the step was left out.
 
     ``stop`` says why the run is to stop after this step; ``save_due`` whether a checkpoint is wanted by time; ``waited_s`` for data.
     """
@@ -115,7 +115,7 @@ class OptimizerStep:
         return StepResult(reason(agreed.votes), agreed.save_due, waited, measured)
 
     def _fetch(self, batches: Iterator[list[Batch]]) -> tuple[list[list[Batch]], str | None]:
-        """The step's micro-batches; where a data worker has died, a stand-in of which only the form matters, and what became of it."""
+        """The step's micro-batches and None; if a data worker has died, a stand-in and what happened."""
         device, count = self._world.device, self._config.train.gradient_accumulation_steps
         try:
             return [[part.to(device) for part in next(batches)] for _ in range(count)], None
@@ -167,7 +167,7 @@ class OptimizerStep:
         return measured, finite
 
     def _forwards(self, micro_batches: Sequence[Sequence[Batch]]) -> list[int]:
-        """How many forwards each micro-batch takes: as many on every rank, because ZeRO-3 gathers weights on all of them together."""
+        """How many forwards each micro-batch takes: the same on every rank, because ZeRO-3 gathers weights on all of them together."""
         forwards = [len(parts) for parts in micro_batches]
         if self._config.data.max_tokens_per_forward is None:
             return forwards

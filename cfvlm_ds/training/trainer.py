@@ -79,7 +79,7 @@ class Trainer:
             )
 
     def _train(self, tracker: Any) -> str | None:
-        """Train to the end, or to where the ranks agree to stop: then the reason."""
+        """Train to the end, or until the ranks agree to stop; returns the reason then."""
         train, state, world = self._config.train, self.state, self._world
         stand_in = partial(self._collator.scoring_everything(), [STAND_IN])
         skipped = SkippedGroups(self._config.data, self._run_dir, state.skipped, world)
@@ -129,7 +129,7 @@ class Trainer:
             measure(meter, measured, self._config.objective, part_of_step, self._flops)
 
     def _record(self, tracker: Any, meter: Meter, left: str) -> None:
-        """Log what was measured since the last record, and say it."""
+        """Log what was measured since the last record, and print it."""
         engine, state, world = self._engine, self.state, self._world
         metrics = meter.reduce(world)
         rates = {group["name"].split(".")[0]: group["lr"] for group in engine.optimizer.param_groups}
@@ -148,7 +148,7 @@ class Trainer:
             )
 
     def _evaluate(self, tracker: Any) -> bool:
-        """Evaluate between steps; whether it is the best so far by train.save_best."""
+        """Evaluate between steps; returns whether the result is the best so far by train.save_best."""
         self._pulse.mark("evaluation", self.state.step)
         results, _ = self.evaluator()
         tracker.log(self.state.step, flat_metrics(results))
@@ -160,7 +160,7 @@ class Trainer:
     def _finish(self, tracker: Any) -> None:
         """Export, evaluate every split, write the tables and figures.
 
-        The export is first, so that nothing that fails afterwards keeps a trained model from its user; where it fails itself, that is
+        The export comes first, so that no later failure keeps the trained model from its user; if the export itself fails, its error is
         raised when the evaluation has been written.
         """
         config, step, say = self._config, self.state.step, self._world.say
@@ -188,7 +188,7 @@ class Trainer:
             raise failed
 
     def _leave(self, tracker: Any, why: str) -> NoReturn:
-        """Leave a run that is to go on, from the checkpoint of its last step; all ranks call it."""
+        """Leave a run that will be continued from the checkpoint of its last step; all ranks call it."""
         done = f"stopped after step {self.state.step} of {self.total_steps}"
         self._world.say(f"{done}: {why}; the same command continues from the checkpoint")
         tracker.close("SCHEDULED")

@@ -1,6 +1,6 @@
-"""What can be known of a run from its options, the DeepSpeed JSON, the model's configuration and the installed libraries.
+"""Checks of a run by its options, the DeepSpeed JSON, the model's configuration and the installed libraries.
 
-Looked at on every rank before anything else is: before pictures are opened, weights are loaded, and a folder or an MLflow run exists.
+Every rank makes them first of all: before pictures are opened, weights are loaded, and a folder or an MLflow run exists.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _UNKNOWN_WIDTH = 64
 def validate(config: RunConfig, world: World | None) -> None:
     """Raise ConfigError or DataError for what would stop the run later.
 
-    ``world`` is None in a dry run, which needs no data and may be meant for another machine. What ``build`` of the configuration is yet to
+    ``world`` is None in a dry run, which needs no data and may be meant for another machine. Files that ``build`` of the configuration will
     write need not be there.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -62,7 +62,8 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 def scores_needed(config: RunConfig) -> bool:
-    """Whether an objective needs stored scores of the training groups: the model without its adapters is a reference, and no prior.
+    """Whether an objective needs stored scores of the training groups. The model without its adapters can serve as the reference, not as
+    the prior.
 
     Raises ConfigError where no file of them is named.
     """

@@ -1,4 +1,4 @@
-"""Keys and values of rows that somebody else wrote: taken out with one sentence for each that is missing, unknown or of another type.
+"""Keys and values of untrusted rows, with one sentence for each that is missing, unknown or of another type.
 
 ``where`` begins the sentence: the caller knows file and row.
 """

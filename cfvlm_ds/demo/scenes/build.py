@@ -1,4 +1,4 @@
-"""Scenes -> an ordinary folder of ``cfgroup/1`` manifests and PNG files; nothing in it tells that the data is synthetic.
+"""Scenes as an ordinary folder of ``cfgroup/1`` manifests and PNG files; nothing in its form shows that the data is synthetic.
 
 Splits: ``train`` and ``test_iid`` (planted correlation 90 %), ``test_corr50`` and ``test_corr10`` (the same at 50 % and 10 %), all without
 held-out combinations, and ``test_combo`` (50 %; the factual scene of every group has a held-out combination).

@@ -109,7 +109,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Plan:
-    """The coin flips behind one scene, drawn once: redrawing a scene must not bend their rates."""
+    """The coin flips that decide one scene, drawn once: redrawing a scene must not bias their rates."""
 
     follows_order: bool
     held_out_thing: int | None

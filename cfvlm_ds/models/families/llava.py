@@ -17,7 +17,7 @@ from cfvlm_ds.models.limits import grids
 
 
 def after_selected_layer(config: PreTrainedConfig) -> tuple[str, ...]:
-    """What a LLaVA's tower has after the layer whose output is taken: its last blocks, and the norm and head of its pooled output."""
+    """The parts of a LLaVA's tower after the layer whose output is used: its last blocks, and the norm and head of its pooled output."""
     depth, selected = config.vision_config.num_hidden_layers, config.vision_feature_layer
     layers = [selected] if isinstance(selected, int) else selected
     last = max(layer % (depth + 1) for layer in layers)
@@ -28,7 +28,7 @@ def after_selected_layer(config: PreTrainedConfig) -> tuple[str, ...]:
 def tiles_packed(option: str) -> Arrange:
     """The overview, then the tiles laid side by side without their padding and with a newline after each row.
 
-    ``option`` of the model's configuration is what its ``pack_image_features`` also takes.
+    ``option`` of the model's configuration is passed to its ``pack_image_features``.
     """
 
     def arrange(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Sequence[Tensor]:

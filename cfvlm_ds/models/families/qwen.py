@@ -35,7 +35,7 @@ def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
 
 
 def out_of_windows(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
-    """Visual tokens line by line: a tower with window attention (Qwen2.5-VL) hands them to its merger window by window."""
+    """Visual tokens in row-major order: a tower with window attention (Qwen2.5-VL) passes them to its merger window by window."""
     vision = model.config.vision_config
     if not hasattr(vision, "window_size"):
         return projected
