@@ -26,7 +26,7 @@ check: install
 	ruff check .
 	mypy
 	shellcheck -x slurm/*.sh tests/slurm/*.sh
-	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict  # never with --quiet, which hides warnings from --strict too
 
 golden: install
 	python tests/support/write_golden.py
