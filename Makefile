@@ -15,11 +15,11 @@ demo: install
 
 test: install check
 	tests/slurm/install.sh
-	pytest -n 3 --dist loadfile --no-loadscope-reorder
+	pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 test-long: install
 	tests/slurm/install.sh
-	pytest -n 2 -m long -rP
+	pytest -n 2 --dist loadgroup --no-loadscope-reorder -m long -rP
 
 check: install
 	ruff format --check .

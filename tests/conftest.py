@@ -36,8 +36,8 @@ ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "DEEPSPEED_LOG_LE
 
 
 LONG = (
-    "slurm", "family_training", "training", "features", "faults", "tracked_run", "secrets", "tracking_faults", "scoring_benchmark",
-    "stopping", "cli", "resize", "export", "tracking", "packing", "families", "fuzz", "dry_run",
+    "campaigns", "slurm", "family_training", "training", "features", "faults", "tracked_run", "secrets", "tracking_faults",
+    "scoring_benchmark", "stopping", "cli", "resize", "export", "tracking", "packing", "families", "fuzz", "dry_run",
 )  # fmt: skip
 """Test files that take longest come first, so that nobody waits for them in the end."""
 
@@ -45,6 +45,8 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+    for item in items:  # a file's tests share what it has trained; campaigns share nothing
+        item.add_marker(pytest.mark.xdist_group(item.name if item.path.name == "test_campaigns.py" else item.path.name))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
