@@ -30,7 +30,7 @@ _ELSEWHERE_CALLED = {
 
 
 RENAMED = {f"model.{module}.freeze": f"model.{module}.tuning" for module in ("vision_tower", "projector", "language_model")}
-"""An option of an earlier revision -> what it is called now. A metric that is renamed, which train.save_best may name, belongs here too."""
+"""An option, or a metric that train.save_best may name, of an earlier revision -> what it is called now."""
 
 
 def nearest(option: str, names: Sequence[str]) -> str | None:

@@ -238,6 +238,8 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
         )
     if (best := train["save_best"]) is not None:
         splits = sorted(resolved["data"]["evaluation"])
+        if best in RENAMED:
+            raise ConfigError(f"train.save_best {best!r} is called {RENAMED[best]!r} now")
         if not train["eval_steps"]:
             raise ConfigError(f"train.save_best {best!r} needs evaluations during training; set train.eval_steps")
         if not any(best.startswith(f"eval/{split}/") for split in splits):

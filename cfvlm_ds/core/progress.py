@@ -14,7 +14,7 @@ EVERY_S = 5.0
 
 def time_left(passed_s: float, done: float, total: float) -> str:
     """What is left goes as fast as what is ``done``: hours, minutes and seconds."""
-    return str(timedelta(seconds=round(passed_s * (total - done) / done))) if done else "an unknown time"
+    return str(timedelta(seconds=round(passed_s * max(total - done, 0) / done))) if done else "an unknown time"
 
 
 class Progress:

@@ -108,6 +108,12 @@ def test_an_option_that_was_renamed_says_what_it_is_called_now(written) -> None:
             parse(f"--{new}", "frozen")
 
 
+def test_a_metric_that_was_renamed_says_what_it_is_called_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hints.RENAMED, "eval/test/pairs", "eval/test/pair")
+    with pytest.raises(ConfigError, match=r"^train\.save_best 'eval/test/pairs' is called 'eval/test/pair' now$"):
+        parse("--train.save_best", "eval/test/pairs", "--train.eval_steps", "2", "--data.evaluation.test", "a.jsonl")
+
+
 def test_what_other_programs_call_an_option_is_one_here() -> None:
     resolved = parse().resolved
     for option in set(hints._ELSEWHERE_CALLED.values()):
