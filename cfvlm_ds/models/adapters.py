@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +114,31 @@ def attach_adapters(model: Any, folder: Path) -> Any:
     return adapted.get_base_model()
 
 
+_USED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "fan_in_fan_out", "bias", "modules_to_save"}
+_WITHOUT_EFFECT = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "init_lora_weights", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
+"""Of an adapter configuration: replaced by what the weights have, or of training alone."""
+
+
 def _bound(described: Any, stored: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     """Restrict an adapter configuration to what the weights have: the layers that they name, and no larger rank. As configured, the layers
     are a pattern, which may take forever to match, and a large rank fills memory before the first weight is compared with it.
 
-    Raises ConfigError if the configuration has other ranks, or patterns for them instead of names.
+    Raises ConfigError if the configuration has other ranks, patterns for them instead of names, or options that are not known here: some
+    import modules by name, or repeat layers without end.
     """
+    default = type(described)()
+    known = _USED | _WITHOUT_EFFECT
+    if foreign := [f.name for f in fields(default) if f.name not in known and getattr(described, f.name) != getattr(default, f.name)]:
+        raise ConfigError(
+            f"the adapters of {folder} have {foreign[0]} in their adapter_config.json, which is not supported; merge them into their base "
+            "with peft, and name the merged folder"
+        )
     ranks = [shape[0] for name, shape in stored.items() if name.endswith(".lora_A.weight") and shape]
-    patterns = {**(described.rank_pattern or {}), **(described.alpha_pattern or {})}
+    patterns = [*(described.rank_pattern or {}), *(described.alpha_pattern or {}), *(described.modules_to_save or [])]
     if odd := [name for name in patterns if not re.fullmatch(r"[\w.\\^$]*", name)]:
         raise ConfigError(f"the adapters of {folder} have {odd[0]!r} for the name of a layer in a pattern; write names")
     for rank in (described.r, *(described.rank_pattern or {}).values()):

@@ -305,6 +305,20 @@ def test_adapters_are_what_their_weights_are(adapters: Path, model_dir: Path, tm
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_modules_that_were_saved_whole_are_those_of_peft(model_dir: Path, tmp_path: Path) -> None:
+    import peft
+
+    model = load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
+    described = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["multi_modal_projector"], init_lora_weights=False)
+    trained = peft.get_peft_model(model, described)
+    for parameter in trained.parameters():
+        parameter.data += parameter.requires_grad
+    trained.save_pretrained(tmp_path)
+    expected = trained.get_base_model().state_dict()
+    found = attach_adapters(load_model(ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32), tmp_path).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -314,6 +328,11 @@ def test_adapters_are_what_their_weights_are(adapters: Path, model_dir: Path, tm
         ({"r": "x"}, "; "),
         ({"rank_pattern": {"(a+)+$": 3}}, "for the name of a layer in a pattern; write names"),
         ({"lora_alpha": "x"}, "cannot be loaded"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "have megatron_config in their adapter_config.json, which is not"),
+        ({"layer_replication": [[0, 10**9]]}, "have layer_replication in their adapter_config.json, which is not supported; merge them"),
+        ({"target_parameters": ["(a+)+$"]}, "have target_parameters in their"),
+        ({"modules_to_save": ["(a+)+$"]}, "for the name of a layer in a pattern; write names"),
+        ({"modules_to_save": ["multi_modal_projector"]}, "cannot be loaded (KeyError: "),
     ],
 )
 def test_adapters_that_say_what_they_are_not(change: dict[str, Any], said: str, adapters: Path, model_dir: Path, tmp_path: Path) -> None:
