@@ -147,6 +147,12 @@ def test_a_link_that_leads_nowhere_is_a_warning(caplog: pytest.LogCaptureFixture
     assert ["which is not there" in message or "is no page" in message for message in caplog.messages] == [True, True]
 
 
+def test_the_picture_of_the_architecture_shows_every_folder() -> None:
+    picture = FENCE.findall((REPO / "docs" / "architecture.md").read_text().split("\n## The picture\n")[1])[0][2]
+    shown = set(re.findall(r"(?:^ |\+-- )([a-z]+)  ", picture, re.MULTILINE))
+    assert shown == {path.parent.name for path in (REPO / "cfvlm_ds").glob("*/__init__.py")}
+
+
 def test_the_format_of_the_page_reads_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = (REPO / "docs" / "extending.md").read_text().split("\n## A data format\n")[1].split("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
