@@ -1,4 +1,4 @@
-"""How DeepSpeed writes and reads the files of a checkpoint, each of which can be had in another way than it does."""
+"""How DeepSpeed writes and reads the files of a checkpoint, with hooks to do either differently."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @contextlib.contextmanager
 def guarded_writes(engine: Any, guard: Guard) -> Iterator[list[Path]]:
-    """What ``engine.save_checkpoint`` does to the disk inside the block, each call as ``guard`` makes it; gives the files of this rank.
+    """Inside the block every write of ``engine.save_checkpoint`` goes through ``guard``; yields the files of this rank.
 
-    After its writes it has collectives, in which the other ranks would wait for a rank that had left.
+    After its writes come collectives, in which the other ranks would wait for a rank that had left with an exception.
     """
     written: list[Path] = []
     writer, script = engine.checkpoint_engine, engine._copy_recovery_script
@@ -39,7 +39,7 @@ def guarded_writes(engine: Any, guard: Guard) -> Iterator[list[Path]]:
 
 @contextlib.contextmanager
 def reading_tensors_alone(engine: Any) -> Iterator[None]:
-    """``engine.load_checkpoint`` inside the block reads by ``read_states``: its own reader runs whatever the maker of a file has put in."""
+    """Inside the block ``engine.load_checkpoint`` reads by ``read_states``: its own reader would run code that a file contains."""
     reader = engine.checkpoint_engine
     load = reader.load
     reader.load = lambda path, map_location=None: read_states(path, map_location)
@@ -67,7 +67,7 @@ def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False)
 
 
 def flat_tensors(engine: Any) -> tuple[Sequence[Mapping[str, torch.Size]], list[int]]:
-    """Of each flat tensor in which the optimizer keeps trained weights, their names and shapes, and its elements on this rank."""
+    """For each flat tensor of trained weights in the optimizer, the names and shapes of the weights, and its elements on this rank."""
     zero = engine.optimizer
     flat = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups
     return engine._get_zero_param_shapes(), [tensor.numel() for tensor in flat]

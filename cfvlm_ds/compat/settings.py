@@ -1,4 +1,4 @@
-"""What DeepSpeed knows of optimizers, schedules, types and extensions, and what it estimates of memory."""
+"""DeepSpeed's optimizers, schedules, types and extensions, and its estimates of memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def field_names(model: str, inside: list[str]) -> list[str]:
-    """Names that one of DeepSpeed's models of its JSON has, or the model of one of its fields."""
+    """Field names of one of DeepSpeed's pydantic models of its JSON, or of the model of one of its fields."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     classes: list[Any] = [DeepSpeedConfigModel]
@@ -49,7 +49,7 @@ def optimizer_names() -> list[str]:
 
 
 def is_tested_under_zero(optimizer: type) -> bool:
-    """Whether ZeRO takes this class of optimizers unasked."""
+    """Whether ZeRO accepts this class of optimizers without zero_allow_untested_optimizer."""
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     return optimizer in ZERO_SUPPORTED_OPTIMIZERS
@@ -87,7 +87,7 @@ def schedule_class(name: str) -> Any:
 
 
 def states_of_stage_3(trained: int, largest_layer: int, gpus_per_node: int, nodes: int, optimizer: bool, weights: bool) -> tuple[int, int]:
-    """Bytes per GPU, and of host memory per node, of so many trained parameters; ``optimizer`` and ``weights`` may be offloaded."""
+    """Bytes per GPU, and of host memory per node, for this many trained parameters; ``optimizer`` and ``weights`` may be offloaded."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
     place = {"num_gpus_per_node": gpus_per_node, "num_nodes": nodes}

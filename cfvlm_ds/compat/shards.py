@@ -1,9 +1,9 @@
-"""How ZeRO lays weights and their moments out over the files of its ranks: an export reads them so, and a reshard writes them so.
+"""How ZeRO distributes weights and their moments over the files of its ranks; the export reads this layout, resharding also writes it.
 
 ZeRO-3 cuts every weight into one part per rank, padded to equal sizes; a rank's parts follow each other through its flat tensors, one per
-sub-group. ZeRO-1 and 2 lay the weights of a group end to end, pad the end and cut that. Moments lie as their weights do. It is defined by
-what DeepSpeed's zero_to_fp32 reads, whose lazy mode is lazy for the trained weights of ZeRO-3 only: it loads every frozen weight, and under
-ZeRO-2 concatenates all trained ones; under ZeRO-1 it has no frozen weights at all.
+sub-group. ZeRO-1 and 2 lay the weights of a group end to end, pad the end and cut that. Moments are laid out like their weights.
+DeepSpeed's zero_to_fp32 defines the layout. It is not used itself, because its lazy mode is lazy only for the trained weights of ZeRO-3: it
+loads every frozen weight, concatenates all trained ones under ZeRO-2, and has no frozen weights under ZeRO-1.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def _cut(start: int, stop: int, sizes: Iterable[int]) -> Iterator[tuple[int, int
 class Shards:
     """The files of a checkpoint of ZeRO-1, 2 or 3, which are mapped when they are first asked for.
 
-    Raises ConfigError for what is none, or has the files of another number of ranks than wrote it; whatever else its files lack or have
-    in another form surfaces as any exception.
+    Raises ConfigError for a folder that is no such checkpoint, or has the files of another number of ranks than wrote it; other damage
+    surfaces as any exception.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -134,7 +134,7 @@ class Shards:
         return sum(file.stat().st_size for file in self._optimizer)
 
     def weights(self) -> dict[str, Weight]:
-        """All weights and buffers of the module that DeepSpeed drove, by their names in it."""
+        """All weights and buffers of the module that DeepSpeed trained, by their names in it."""
         state, found = self._state, {}
         for name, pieces in self._pieces.items():
             parts = [Part(self._optimizer[piece.rank], (_ZERO, self._flat, piece.flat), piece.start, piece.stop) for piece in pieces]
@@ -153,26 +153,27 @@ class Shards:
         return found
 
     def flat(self, part: Part) -> Tensor:
-        """The flattened tensor of which a part is some elements; a view of a mapped file."""
+        """The flattened tensor that a part belongs to; a view of a mapped file."""
         found = self.contents(part.file)
         for key in part.keys:
             found = found[key]
         return found.detach().reshape(-1)
 
     def contents(self, file: Path) -> Any:
-        """What a file holds, its tensors mapped."""
+        """The contents of a file, with its tensors mapped."""
         if file not in self._open:
             self._open[file] = read_states(file, mmap=True)
         return self._open[file]
 
     def let_go(self) -> None:
-        """Map the files again when they are next asked for: pages that were read count as this process's memory until then."""
+        """Drop the mappings, to be made again on the next use: pages that were read count as this process's memory until then."""
         self._open.clear()
 
     def resharded(self, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> Iterator[tuple[str, Any]]:
-        """(name, contents) of the files that one of ``ranks`` ranks has of the same training: the same values, bit for bit.
+        """(name, contents) of the files of one rank for ``ranks`` ranks: the same values, bit for bit.
 
-        ``shapes`` and ``sizes`` are ``flat_tensors`` of its engine. Raises ConfigError for what ties a checkpoint to its number of ranks.
+        ``shapes`` and ``sizes`` are ``flat_tensors`` of its engine. Raises ConfigError if a setting ties the checkpoint to its number of
+        ranks.
         """
         if any(any(padding) for padding in self._paddings or ()):
             raise ConfigError("zero_optimization.parameter_alignment ties a checkpoint to its number of ranks; start as many as wrote it")

@@ -1,4 +1,4 @@
-"""Before DeepSpeed is there: its import, and build locks of torch's extensions that a killed process has left."""
+"""Importing DeepSpeed, and build locks of torch's extensions that a killed process has left."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _held(lock: Path) -> str | None:
 
 
 def import_deepspeed() -> None:
-    """Import DeepSpeed without what no training here uses of it."""
+    """Import DeepSpeed without the parts that no training here uses."""
     with _absent("mlflow"):  # its autotuner would import it on every rank: 1.4 CPU seconds each
         import deepspeed
     # The shared-memory all-reduce serves CPU inference; ZeRO-3 makes no use of it, and it costs a compiler and a minute at the first start.

@@ -1,4 +1,4 @@
-"""The engine between its steps: options of a restored optimizer, waits for gathered weights, the order in which it prefetches."""
+"""The engine between its steps: options of a restored optimizer, time spent waiting for weights, the prefetch trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cfvlm_ds.core.errors import ConfigError
 
 
 def optimizer_options(engine: Any) -> dict[str, Any]:
-    """What this run's options make of optimizer, clipping and schedule; a checkpoint puts those of its own run in their place."""
+    """This run's settings of optimizer, clipping and schedule; loading a checkpoint replaces them by those of its own run."""
     groups = [{name: value for name, value in group.items() if name not in ("params", "step")} for group in engine.optimizer.param_groups]
     return {
         "groups": groups,

@@ -1,4 +1,4 @@
-"""How far something long has come: a line with a rate and the time left, one at most every few seconds."""
+"""Progress of long work: a line with a rate and the time left, at most one every few seconds."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ EVERY_S = 5.0
 
 
 def time_left(passed_s: float, done: float, total: float) -> str:
-    """What is left goes as fast as what is ``done``: hours, minutes and seconds."""
+    """The time left in hours, minutes and seconds, at the rate so far."""
     return str(timedelta(seconds=round(passed_s * max(total - done, 0) / done))) if done else "an unknown time"
 
 
 class Progress:
-    """Counts units of work that are done and says so: ``scenes: 40 of 800 groups, 13.3 groups/s, 0:00:57 left``.
+    """Counts finished units of work and prints lines such as ``scenes: 40 of 800 groups, 13.3 groups/s, 0:00:57 left``.
 
     Args:
         say: prints a line at once, as World.say does on rank 0 alone.
@@ -34,7 +34,7 @@ class Progress:
         self._done = 0.0
 
     def advance(self, units: float = 1) -> None:
-        """So many more are done."""
+        """Count more units as done."""
         self._done += units
         now = time.monotonic()
         if now - self._said >= self._every_s:
@@ -45,7 +45,7 @@ class Progress:
             self._say(f"{self._what}: {_number(self._done)} of {_number(self._total)} {self._unit}, {speed} {self._unit}/s, {left} left")
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, each of which is a unit that is done when the next one is asked for."""
+        """The items; each counts as done when the next one is asked for."""
         for item in items:
             yield item
             self.advance()
