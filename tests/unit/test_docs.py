@@ -66,6 +66,17 @@ def test_every_message_of_the_troubleshooting_page_is_one() -> None:
     assert not [message for message, pattern in patterns.items() if not any(re.search(pattern, text) for text in said)]
 
 
+def test_every_metric_of_a_training_is_on_the_page() -> None:
+    page = (REPO / "docs" / "objectives.md").read_text()
+    code = "".join(path.read_text() for room in ("training", "objectives") for path in (REPO / "cfvlm_ds" / room).glob("*.py"))
+    named = set(re.findall(r'"((?:throughput|checkpoint|active|violated|dpo)/\w+)"', code)) | {
+        "skipped_steps",
+        "skipped_groups",
+        "grad_norm",
+    }
+    assert len(named) > 15 and not [name for name in sorted(named) if f"`{name}`" not in page]
+
+
 def commands(page: Path) -> list[list[str]]:
     """The commands of cfvlm-ds and of train.py that a page shows: two may share a line; "..." is no option."""
     found = []
