@@ -29,23 +29,23 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
         _load(engine, path, path, state, world)
         return
     world.say(f"{path} was written by {ranks} ranks; resharding it for {world.size}")
-    cut = output_dir / f"{path.name}.resharded.partial"
+    resharded = output_dir / f"{path.name}.resharded.partial"
     if world.is_main:
-        remove(cut)
-        cut.mkdir(parents=True)
+        remove(resharded)
+        resharded.mkdir(parents=True)
     dist.barrier()
     failures = list[str]()
     try:
         with explained(f"{path} cannot be resharded", "name another checkpoint with train.resume"), kept_failures(failures):
-            reshard(path, cut, world.rank, world.size, *flat_tensors(engine))
-        reasons = gather_objects(reason_of(failures[0], cut) if failures else None, world)
+            reshard(path, resharded, world.rank, world.size, *flat_tensors(engine))
+        reasons = gather_objects(reason_of(failures[0], resharded) if failures else None, world)
         if reason := next(filter(None, reasons), None):
             raise StorageError(f"{path} cannot be resharded in {output_dir} ({reason}); make room, or start {ranks} ranks")
-        _load(engine, cut, path, state, world)
+        _load(engine, resharded, path, state, world)
         dist.barrier()
     finally:
         if world.is_main:
-            shutil.rmtree(cut, ignore_errors=True)
+            shutil.rmtree(resharded, ignore_errors=True)
 
 
 def kept_state(path: Path) -> TrainState | None:

@@ -165,7 +165,7 @@ class Shards:
             self._open[file] = read_states(file, mmap=True)
         return self._open[file]
 
-    def let_go(self) -> None:
+    def unmap(self) -> None:
         """Drop the mappings, to be made again on the next use: pages that were read count as this process's memory until then."""
         self._open.clear()
 

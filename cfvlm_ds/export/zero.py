@@ -34,7 +34,7 @@ class ZeroWeights:
             for start in range(part.start, part.stop, BLOCK):
                 # The pages of a mapping count as this process's memory from the first time that they are read.
                 if self._read > self._mapped:
-                    self._shards.let_go()
+                    self._shards.unmap()
                     self._read = 0
                 block = self._shards.flat(part)[start : min(start + BLOCK, part.stop, start + left)]
                 left -= block.numel()
