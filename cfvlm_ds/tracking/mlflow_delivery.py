@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from cfvlm_ds.core.files import keep
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, read_metrics, say
-from cfvlm_ds.tracking.record import RECORD_FILE, Record, Status
+from cfvlm_ds.tracking.run_description import RECORD_FILE, Record, Status
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",

@@ -14,7 +14,7 @@ from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import data_roots, open_image
 from cfvlm_ds.data.identity import data_identity
-from cfvlm_ds.data.pictures import PictureTable
+from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.data.stored_scores import write_scores
 from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, table
 from cfvlm_ds.export import export_adapter, export_hf

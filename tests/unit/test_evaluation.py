@@ -23,7 +23,7 @@ from cfvlm_ds.core.errors import DataError, OutOfMemory
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.stored_scores import StoredScores
-from cfvlm_ds.demo.small import write_small
+from cfvlm_ds.demo.family_checkpoints import write_small
 from cfvlm_ds.evaluation import Accuracy, GroupScores, accuracies, evaluate, flat_metrics, guarded, rehearse, score_groups, scoring, table
 from cfvlm_ds.evaluation.metrics import CHANCE
 from cfvlm_ds.models import Scorer, load_processor
