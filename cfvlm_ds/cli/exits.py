@@ -5,10 +5,15 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from cfvlm_ds.cluster.signals import EXIT_INTERRUPTED
 from cfvlm_ds.core.errors import InputError, StorageError
+from cfvlm_ds.core.secrets import print_line
+from cfvlm_ds.core.verbosity import shows_everything
+
+_PIPE_CLOSED = 141  # what shells have for a program that SIGPIPE has ended
 
 
 def print_anything() -> None:
@@ -35,15 +40,26 @@ def files_named(function: Callable[[], None]) -> None:
         raise StorageError(f"{named}{error.strerror}; make room, or correct the path or its permissions") from error
 
 
-_PIPE_CLOSED = 141  # what shells have for a program that SIGPIPE has ended
-
-
 def exit_cleanly(function: Callable[[], None]) -> None:
-    """Bad input is the user's to correct: one sentence on stderr and exit code 2, no traceback."""
+    """Bad input is the user's to correct: one sentence on stderr and exit code 2, and a traceback only with --verbose."""
     try:
         function()
     except InputError as error:
+        if shows_everything():
+            print_line(traceback.format_exc().rstrip("\n"), error=True)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:  # of a command; a training answers Ctrl-C itself
         sys.exit(EXIT_INTERRUPTED)
+
+
+def leave_at_once(function: Callable[[], None]) -> None:
+    """Run a training. An exit code that is not 0 is left with at once: torch takes seconds to tear down, and the TERM that launchers send
+    when the first rank has left would change the code."""
+    try:
+        function()
+    except SystemExit as left:
+        if not left.code:
+            raise
+        sys.stdout.flush()
+        os._exit(int(left.code))

@@ -1,22 +1,58 @@
-"""``cfvlm-ds``: the parser of all commands but train.py. Bad input ends with one sentence and exit code 2."""
+"""``cfvlm-ds``: the parser of all commands. Bad input ends with one sentence and exit code 2.
+
+Nothing heavy is imported before a command is known, so that help and completion are there at once, and a launcher's signals are held back
+before a training imports what takes seconds.
+"""
 
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from collections.abc import Sequence
 
-from cfvlm_ds.cli import cluster, data, models
-from cfvlm_ds.cli.exits import exit_cleanly, files_named, print_anything
+from cfvlm_ds.cli import cluster, data, models, package
+from cfvlm_ds.cli.exits import exit_cleanly, files_named, leave_at_once, print_anything
+from cfvlm_ds.cli.options import add_verbosity
 from cfvlm_ds.core.secrets import mask_tracebacks
+from cfvlm_ds.core.verbosity import asked, show
+
+_BEFORE_TRAIN = ("--local_rank", "--quiet", "--verbose")
+"""What may stand before the command: DeepSpeed's launcher puts its own option first."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of cfvlm-ds."""
-    parser = argparse.ArgumentParser(prog="cfvlm-ds", description="Data, scores, evaluation and export for counterfactual fine-tuning.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for group in (data, models, cluster):
-        group.add(commands)
-    arguments = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    first = next((place for place, each in enumerate(given) if not each.startswith("-")), len(given))
+    if given[first : first + 1] == ["train"] and all(each.partition("=")[0] in _BEFORE_TRAIN for each in given[:first]):
+        _train([*given[:first], *given[first + 1 :]])
+        return
+    arguments = parser().parse_args(given)
+    show(asked(arguments.quiet, arguments.verbose))
     mask_tracebacks()
     print_anything()
     exit_cleanly(lambda: files_named(lambda: arguments.function(arguments)))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of every command; that of ``train`` is another one (cfvlm_ds.core.parsing), of which only the name is here."""
+    text = "Training, data, scores, evaluation and export for counterfactual fine-tuning."
+    top = argparse.ArgumentParser(prog="cfvlm-ds", description=text)
+    top.add_argument("--version", action=package.ShowVersion, help="print the version and the revision of the code, and end")
+    top.set_defaults(quiet=False, verbose=False, parser=top)
+    add_verbosity(top)
+    commands = top.add_subparsers(dest="command", required=True)
+    commands.add_parser("train", help="train, evaluate and export a run; see cfvlm-ds train --help", add_help=False)
+    for group in (data, models, cluster, package):
+        group.add(commands)
+    return top
+
+
+def _train(argv: list[str]) -> None:
+    """As train.py does it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from cfvlm_ds.cli.train import train_main
+
+    leave_at_once(lambda: train_main(argv, "cfvlm-ds train"))

@@ -10,13 +10,22 @@ from typing import Any
 
 from cfvlm_ds.core.config import IMAGE_LIMITS, DataConfig, ModelConfig
 from cfvlm_ds.core.run_folder import named_model
+from cfvlm_ds.core.verbosity import VERBOSITY
 
 
 def add_command(parent: Any, name: str, function: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:
     """A command of ``parent``'s that runs ``function``; its help ends with the example."""
     command: argparse.ArgumentParser = parent.add_parser(name, help=text, description=text, epilog=f"example: {example}")
     command.set_defaults(function=function)
+    add_verbosity(command)
     return command
+
+
+def add_verbosity(command: argparse.ArgumentParser) -> None:
+    """--quiet and --verbose, before a command's name or after it."""
+    group = command.add_mutually_exclusive_group()
+    for name, text in VERBOSITY.items():
+        group.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
 
 
 def add_data_options(command: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""``train.py``: options to a run."""
+"""``train.py`` and ``cfvlm-ds train``: options to a run."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from cfvlm_ds.cluster import signals
 from cfvlm_ds.core.config import BuildConfig
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.secrets import mask_tracebacks
-from cfvlm_ds.core.versions import PACKAGE
+from cfvlm_ds.core.verbosity import asked, show
 
 if TYPE_CHECKING:
     from cfvlm_ds.core.distributed import World
 
-QUICKSTART = PACKAGE.parent / "examples" / "quickstart.yaml"
+QUICKSTART = "examples/quickstart.yaml"
 
 
-def train_main(argv: Sequence[str] | None = None) -> None:
+def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Entry point of train.py: bare, it runs examples/quickstart.yaml."""
     arguments = with_quickstart(sys.argv[1:] if argv is None else argv)
+    show(asked("--quiet" in arguments, "--verbose" in arguments))  # before the options are read, which may be what is wrong
     mask_tracebacks()
     print_anything()
     signals.install()
-    exit_cleanly(lambda: run(arguments))
+    exit_cleanly(lambda: run(arguments, prog))
 
 
 def with_quickstart(argv: Sequence[str]) -> list[str]:
@@ -35,17 +36,18 @@ def with_quickstart(argv: Sequence[str]) -> list[str]:
         return list(argv)
     # Its max_steps would win over epochs that were asked for.
     by_epochs = ["--train.max_steps", "-1"] if "train.num_train_epochs" in given and "train.max_steps" not in given else []
-    return ["--config", str(QUICKSTART), *by_epochs, *argv]
+    return ["--config", QUICKSTART, *by_epochs, *argv]
 
 
 _OF_ONES_OWN = ("config", "model.name_or_path", *(f"data.{name}" for name in ("train", "evaluation", "format", "root", "scores")))
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str], prog: str = "train.py") -> None:
     """Parse, build what the configuration asks to be built, train."""
     from cfvlm_ds.objectives import OBJECTIVES
 
-    config = parse_config(arguments, OBJECTIVES, prog="train.py")
+    config = parse_config(arguments, OBJECTIVES, prog=prog)
+    show(config.shows)
     if config.train.dry_run:
         from cfvlm_ds.training.dry_run import dry_run
 
@@ -78,6 +80,6 @@ def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> No
         build_scenes(config.scenes, alive=alive)
     if config.tiny_llava is not None:
         from cfvlm_ds.demo.scenes import all_captions
-        from cfvlm_ds.demo.tiny_llava import build_tiny_llava
+        from cfvlm_ds.demo.tiny import build_tiny_llava
 
         build_tiny_llava(config.tiny_llava, all_captions(seed=0, num_captions=5000))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, bookkeeping, fixed, meaning, speed
+from cfvlm_ds.core.verbosity import Shows
 
 CFVLM = ("align", "csd", "fcd")
 """The terms of the objective where a run names none: those of CF-VLM (arXiv 2506.17267)."""
@@ -345,6 +346,8 @@ class RunConfig:
     deepspeed: str
     resolved: Mapping[str, Any]
     """The same configuration as plain nested values, every default filled in."""
+    shows: Shows = "progress"
+    """How much the run prints; not a part of what it is."""
 
     @property
     def loss(self) -> str:

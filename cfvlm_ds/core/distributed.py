@@ -24,6 +24,7 @@ from torch import Tensor
 from cfvlm_ds.core.errors import ConfigError, InputError, StorageError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.secrets import print_line
+from cfvlm_ds.core.verbosity import shows_progress
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class World:
             dist.barrier()
 
     def say(self, message: str) -> None:
-        """Print on rank 0, without secrets."""
-        if self.is_main:
+        """Print on rank 0, without secrets; with --quiet only what is a warning."""
+        if self.is_main and (shows_progress() or message.startswith(("warning: ", "passed over "))):
             print_line(message)
 
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from cfvlm_ds.core.config import CFVLM, SECTIONS, DataSet, RunConfig, ScenesConfig, TinyLlavaConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.nearest_option import RENAMED, nearest
+from cfvlm_ds.core.hints import RENAMED, nearest
 from cfvlm_ds.core.options import ENDLESS, kinds, ranges
 from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
+from cfvlm_ds.core.shipped import found, listed
 from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.verbosity import VERBOSITY, asked
 
 
 def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str | None = None) -> RunConfig:
@@ -24,28 +26,15 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
     ``objectives`` maps the name of a term to a dataclass with at least ``weight``. The terms of the run are those that its YAML files name
     (``cfvlm``, that is align, csd and fcd, where they name none) and those that the command line names; one of weight 0 is left out.
     Options may be given as ``--train.learning_rate 1e-5`` or ``--train.learning_rate=1e-5``; ``--config FILE`` reads YAML; later ones win.
+    A file of options, or a DeepSpeed JSON, that is not there is looked for among those that come with the package (core/shipped.py).
 
     Raises ConfigError on an unknown option (naming the nearest valid one) or a value of the wrong type. ``--help`` and ``--print_config``
     print and exit.
     """
-    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    parser = ArgumentParser(
-        prog=prog,
-        exit_on_error=False,
-        allow_abbrev=False,
-        print_config=None,
-        description="Fine-tune a vision-language model with counterfactual objectives under DeepSpeed.",
-        epilog="example: deepspeed train.py --deepspeed ds_configs/z3.json --config examples/quickstart.yaml --train.max_steps 100",
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
-    parser.add_argument("--deepspeed", type=str, default="ds_configs/z3.json", help="DeepSpeed JSON; its 'auto' values take the run's")
-    parser.add_argument("--print_config", action="store_true", help="print the configuration of this run as YAML and exit")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; ignored")
-    for name, section in SECTIONS.items():
-        parser.add_class_arguments(section, name)
-    for name, objective in objectives.items():
-        parser.add_class_arguments(objective, f"objective.{name}")
+    parser = option_parser(objectives, prog)
+    argv = _with_shipped(argv)
     _check_yaml(argv, _option_names(parser))
     try:
         parsed = parser.parse_args(list(argv))
@@ -64,8 +53,10 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
     active = {name: term for name, term in terms.items() if term.weight != 0}
     resolved["objective"] = {name: resolved["objective"][name] for name in active}
     printed = resolved.pop("print_config")
-    for key in ("config", "local_rank"):
+    for key in ("config", "local_rank", "quiet", "verbose"):
         resolved.pop(key, None)
+    if parsed.quiet and parsed.verbose:
+        raise ConfigError("--quiet and --verbose contradict each other; give one of them")
     _check_ranges(resolved)
     if not active:
         raise ConfigError(
@@ -77,7 +68,55 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         print(yaml.safe_dump(resolved, sort_keys=False), end="")
         raise SystemExit(0)
     values = {name: getattr(built, name) for name in SECTIONS}
-    return RunConfig(**values, objective=active, deepspeed=parsed.deepspeed, resolved=resolved)
+    json_file, shows = found(parsed.deepspeed, "ds_configs"), asked(parsed.quiet, parsed.verbose)
+    return RunConfig(**values, objective=active, deepspeed=json_file, resolved=resolved, shows=shows)
+
+
+def option_parser(objectives: Mapping[str, type], prog: str | None = None) -> Any:
+    """The parser of a run's options, jsonargparse's."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    started = "deepspeed train.py" if prog in (None, "train.py") else prog
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,
+        description="Fine-tune a vision-language model with counterfactual objectives under DeepSpeed.",
+        epilog=f"{_WHERE} example: {started} {_EXAMPLE}",
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
+    parser.add_argument("--deepspeed", type=str, default="ds_configs/z3.json", help="DeepSpeed JSON; its 'auto' values take the run's")
+    parser.add_argument("--print_config", action="store_true", help="print the configuration of this run as YAML and exit")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; ignored")
+    for name, text in VERBOSITY.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    for name, objective in objectives.items():
+        parser.add_class_arguments(objective, f"objective.{name}")
+    return parser
+
+
+_WHERE = (
+    "A file that --config or --deepspeed names, bare or as examples/NAME and ds_configs/NAME, is the one in the working directory where "
+    "that is there, else the one of that name that comes with the package; `cfvlm-ds init FOLDER` writes copies to edit."
+)
+_EXAMPLE = "--deepspeed ds_configs/z3.json --config examples/quickstart.yaml --train.max_steps 100"
+
+
+def _with_shipped(argv: Sequence[str]) -> list[str]:
+    """The same options, with the file that each --config means. Raises ConfigError for one that neither the user nor the package has."""
+    taken: list[str] = []
+    for before, option in itertools.pairwise(["", *argv]):
+        flag, equals, value = ("--config", " ", option) if before == "--config" else option.partition("=")
+        if flag == "--config" and equals:
+            value = found(value, "examples")
+            if not os.path.lexists(value) and not re.search(r"[\s:{]", value):  # which options themselves have in them
+                raise ConfigError(f"--config {value}: no such file; give the path of yours, or one of {listed('examples')}")
+            option = value if equals == " " else f"{flag}={value}"
+        taken.append(option)
+    return taken
 
 
 def _named_terms(argv: Sequence[str]) -> set[str]:

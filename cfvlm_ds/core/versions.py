@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -26,9 +27,18 @@ def version(package: str) -> str:
 def git_revision() -> str:
     """The commit that this package's own files are checked out from, whatever the working directory; ``unknown`` where there is none.
 
-    A package that was installed below somebody's checkout, in its .venv say, is not part of that.
+    A package that was installed below somebody's checkout, in its .venv say, is not part of that; of a wheel it is the commit that the
+    wheel was built from.
     """
-    return (_git("ls-files", "--error-unmatch", "__init__.py") and _git("rev-parse", "HEAD")) or "unknown"
+    return (_git("ls-files", "--error-unmatch", "__init__.py") and _git("rev-parse", "HEAD")) or _built_from() or "unknown"
+
+
+def _built_from() -> str:
+    try:
+        written = (PACKAGE / "shipped" / "revision").read_text().strip()  # by setup.py
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return written if re.fullmatch(r"[0-9a-f]{40,64}", written) else ""
 
 
 def _git(*command: str) -> str:

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.shipped import listed
 
 _SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
 
@@ -24,8 +24,7 @@ def read_json(path: str) -> dict[str, Any]:
     try:
         found = parse_json(read_bytes(path, MAX_SETTINGS).decode())
     except FileNotFoundError:
-        known = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json")))
-        raise ConfigError(f"--deepspeed {path}: no such file" + (f"; there are {known}" if known else "")) from None
+        raise ConfigError(f"--deepspeed {path}: no such file; there are {listed('ds_configs')}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"--deepspeed {path}: broken JSON at line {error.lineno}, column {error.colno} ({error.msg})") from error
     except (OSError, ValueError, RecursionError) as error:  # a folder, bytes that are no text, thousands of brackets

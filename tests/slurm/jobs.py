@@ -57,15 +57,24 @@ class Job:
         self.cluster.run("scancel", "--batch", "--signal=USR1", self.id)
 
 
-def sbatch(cluster: Cluster, log: Path, options: Sequence[str], script: str, *arguments: str, **environment: str) -> str:
-    """``sbatch OPTIONS slurm/SCRIPT ARGUMENTS`` from the repository, with one rank per node and no GPUs; the job's id."""
+def sbatch(cluster: Cluster, log: Path, options: Sequence[str], script: str, *arguments: str, root: Path = REPO, **environment: str) -> str:
+    """``sbatch OPTIONS slurm/SCRIPT ARGUMENTS`` from the repository, or another folder with such scripts, with one rank per node and no
+    GPUs; the job's id."""
     exported = ",".join(f"{name}={value}" for name, value in (ENVIRONMENT | environment).items())
     pattern = str(log).replace("%", "%%")
-    place = ["--gpus-per-node=0", "--ntasks-per-node=1", f"--chdir={REPO}", f"--output={pattern}", f"--export={exported}"]
-    return cluster.run("sbatch", "--parsable", *place, *options, str(REPO / "slurm" / script), *arguments).strip()
+    place = ["--gpus-per-node=0", "--ntasks-per-node=1", f"--chdir={root}", f"--output={pattern}", f"--export={exported}"]
+    return cluster.run("sbatch", "--parsable", *place, *options, str(root / "slurm" / script), *arguments).strip()
 
 
-def submit(cluster: Cluster, run_dir: Path, train: Sequence[str], *options: str, script: str = "train_8node.sh", **environment: str) -> Job:
+def submit(
+    cluster: Cluster,
+    run_dir: Path,
+    train: Sequence[str],
+    *options: str,
+    script: str = "train_8node.sh",
+    root: Path = REPO,
+    **environment: str,
+) -> Job:
     """A training job that writes to ``run_dir``, its log beside it."""
     arguments = [*train, "--train.output_dir", str(run_dir)]
-    return Job(cluster, sbatch(cluster, run_dir.with_suffix(".log"), options, script, *arguments, **environment), run_dir)
+    return Job(cluster, sbatch(cluster, run_dir.with_suffix(".log"), options, script, *arguments, root=root, **environment), run_dir)

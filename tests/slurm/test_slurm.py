@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from slurm.cluster import Cluster, wait_until
 from slurm.jobs import ENVIRONMENT, sbatch, submit
 
+from cfvlm_ds.cli.main import main
 from cfvlm_ds.cluster.node_check import gpu_fault
 from cfvlm_ds.core.distributed import _tasks_on_node
 
@@ -41,7 +42,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def options(model_dir: Path, manifests: dict[str, Path]) -> list[str]:
     """A training whose weights are written at the end."""
-    given = {"config": "tests/support/train.yaml", "deepspeed": "tests/support/z3_partitioned.json", "data.train": str(manifests["train"])}
+    support = REPO / "tests" / "support"
+    given = {
+        "config": str(support / "train.yaml"),
+        "deepspeed": str(support / "z3_partitioned.json"),
+        "data.train": str(manifests["train"]),
+    }
     given |= {"model.name_or_path": str(model_dir), "train.per_device_train_batch_size": "2"}
     given |= {"train.max_steps": str(STEPS), "train.save_steps": "4", "train.export": "true"}
     return [part for name, value in given.items() for part in (f"--{name}", value)]
@@ -97,10 +103,20 @@ def test_a_signal_and_a_lost_node_change_nothing(nodes: int, lost: bool, cluster
     assert [point.step for point in client.get_metric_history(found.info.run_id, "loss")] == list(range(1, STEPS + 1))
 
 
-def test_a_crash_without_progress_ends_after_the_bound(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `cfvlm-ds init` writes: its jobs find this Python without the PATH of whoever submits them."""
+    main(["init", str(folder := tmp_path_factory.mktemp("copies") / "my runs")])
+    return folder
+
+
+BARE = "/usr/bin:/bin:/usr/sbin:/sbin"
+
+
+def test_a_crash_without_progress_ends_after_the_bound(cluster: Cluster, copies: Path, options: list[str], tmp_path: Path) -> None:
     """Weights overflow at step 3 of every start, on one node: the job gives up with the run's exit code and says why."""
     broken = [*options, "--train.learning_rate", "1e30", "--train.per_device_train_batch_size", "16"]
-    job = submit(cluster, tmp_path / "run", broken, script="train_1node.sh", CFVLM_MAX_STARTS="2")
+    job = submit(cluster, tmp_path / "run", broken, script="train_1node.sh", root=copies, PATH=BARE, CFVLM_MAX_STARTS="2")
     state = job.end()
     assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "1", "1:0"), job.log
     assert "FloatingPointError: the loss is not finite at step 3" in job.log
@@ -109,7 +125,7 @@ def test_a_crash_without_progress_ends_after_the_bound(cluster: Cluster, options
 
 def test_a_bad_node_is_named_and_left_out(cluster: Cluster, options: list[str], tmp_path: Path) -> None:
     """One of three nodes has other code than the first; the job was given one node more than it needs."""
-    cluster.mount("node6", REPO / "cfvlm_ds" / "core" / "nearest_option.py", REPO / "cfvlm_ds" / "tracking" / "figures.py")
+    cluster.mount("node6", REPO / "cfvlm_ds" / "core" / "hints.py", REPO / "cfvlm_ds" / "tracking" / "figures.py")
     one_step = [*options, "--train.max_steps", "1", "--train.export", "false"]
     job = submit(cluster, tmp_path / "run", one_step, "-N3", "--nodelist=node5,node6,node7", CFVLM_SPARE_NODES="1")
     state = job.end()
@@ -126,9 +142,9 @@ def test_bad_options_end_a_job_before_any_rank_starts(cluster: Cluster, options:
     assert "unknown option 'train.max_stepz'; did you mean 'train.max_steps'?" in job.log
 
 
-def test_a_model_is_evaluated(cluster: Cluster, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_is_evaluated(cluster: Cluster, copies: Path, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     arguments = [str(model_dir), str(manifests["test"]), "--out", str(tmp_path / "a b" / "results.json")]
-    job = sbatch(cluster, tmp_path / "log", [], "evaluate.sh", *arguments)
+    job = sbatch(cluster, tmp_path / "log", [], "evaluate.sh", *arguments, root=copies, PATH=BARE)
     state = cluster.finish(job, 600)
     said = (tmp_path / "log").read_text()
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), said

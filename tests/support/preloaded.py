@@ -10,6 +10,6 @@ import transformers.integrations.deepspeed  # noqa: F401
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor, get_scheduler  # noqa: F401
 
 import cfvlm_ds.cli.models
-import cfvlm_ds.training.trainer  # noqa: F401
+import cfvlm_ds.training.run  # noqa: F401
 
 gc.freeze()  # DeepSpeed collects garbage in every set-up, and went through all that was imported: 0.3 s of a training's 3

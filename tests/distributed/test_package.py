@@ -1,0 +1,353 @@
+"""The package as somebody gets it: a wheel, installed where there is no repository, that trains in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, environment, launcher
+from test_cli import refused
+
+from cfvlm_ds.cli.main import main
+from cfvlm_ds.core import verbosity
+from cfvlm_ds.core.config import SECTIONS
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.parsing import option_parser, parse_config
+from cfvlm_ds.core.shipped import SHIPPED, found, shipped
+from cfvlm_ds.objectives import OBJECTIVES
+
+ROOT_FILES = sorted(str(path.relative_to(REPO)) for name in SHIPPED for path in [REPO / name, *(REPO / name).glob("*")] if path.is_file())
+SMALL = [
+    *(
+        "--build.scenes.num_train",
+        "24",
+        "--build.scenes.num_test",
+        "4",
+        "--data.num_workers",
+        "0",
+        "--train.per_device_train_batch_size",
+        "4",
+    ),
+    *("--train.max_steps", "3", "--train.logging_steps", "1", "--train.eval_steps", "0"),
+    *("--train.figures", "false", "--tracking.enabled", "false"),
+]
+IN_ONE_PROCESS = """
+import runpy, sys
+import cfvlm_ds
+from cfvlm_ds.cli.main import main
+main(["init", "copies"])
+sys.argv = ["cfvlm-ds", "--local_rank=0", "train", *sys.argv[1:]]
+runpy.run_module("cfvlm_ds", run_name="__main__")
+print("imported from", cfvlm_ds.__file__)
+"""
+
+
+def git(folder: Path, *command: str) -> str:
+    named = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@example.org", *command]
+    return subprocess.run(named, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the repository as they are now, committed elsewhere: a build writes into the tree that it builds. And some that a
+    working tree has besides."""
+    folder = tmp_path_factory.mktemp("source") / "tree"
+    for name in filter(None, git(REPO, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")):
+        if (REPO / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(REPO / name, folder / name)
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "as it is")
+    for name in (
+        "examples/notes.txt",
+        "ds_configs/z3.json~",
+        "build/lib/cfvlm_ds/of_an_earlier_build.py",
+        "runs/quickstart/export/config.json",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("stray")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip(["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)])
+    (built,) = folder.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the wheel alone is installed; everything that it depends on comes from this environment."""
+    folder = tmp_path_factory.mktemp("installed") / "packages"
+    pip(["install", "--no-deps", "--target", str(folder), str(wheel)])
+    return folder
+
+
+def pip(command: list[str]) -> None:
+    quiet = ["--quiet", "--no-index", "--disable-pip-version-check"]
+    done = subprocess.run([sys.executable, "-m", "pip", *command, *quiet], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def with_packages(installed: Path) -> dict[str, str]:
+    return environment() | {"PYTHONPATH": str(installed), "PATH": f"{installed / 'bin'}:{environment()['PATH']}"}
+
+
+def test_the_wheel_has_the_package_and_what_a_run_needs_and_nothing_else(wheel: Path) -> None:
+    code = {str(path.relative_to(REPO)) for path in (REPO / "cfvlm_ds").rglob("*") if path.suffix == ".py" or path.name == "py.typed"}
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert names == code | {f"cfvlm_ds/shipped/{name}" for name in ROOT_FILES} | {"cfvlm_ds/shipped/revision"}
+        for name in ROOT_FILES:
+            assert archive.read(f"cfvlm_ds/shipped/{name}") == (REPO / name).read_bytes(), name
+        (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        assert any(name.endswith("/licenses/LICENSE") for name in archive.namelist())
+    assert "License-Expression: Apache-2.0" in metadata and "Project-URL: Paper, https://arxiv.org/abs/2506.17267" in metadata
+    assert "Classifier: Typing :: Typed" in metadata and metadata.count("Project-URL") == 1
+    version = re.search(r"^Version: (.*)$", metadata, re.MULTILINE)
+    assert version and f"\nversion: {version[1]}\n" in (REPO / "CITATION.cff").read_text(), "the citation names another version"
+
+
+def test_the_installed_copy_trains_in_an_empty_folder(source: Path, installed: Path, tmp_path: Path) -> None:
+    """With the packaged recipe and DeepSpeed JSON, by their names; the option of DeepSpeed's launcher stands where that puts it."""
+    command = [sys.executable, "-c", IN_ONE_PROCESS, "--config", "quickstart.yaml", "--deepspeed", "z3.json", *SMALL]
+    done = subprocess.run(command, cwd=tmp_path, env=with_packages(installed), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert f"imported from {installed / 'cfvlm_ds'}/" in done.stdout and "step 3/3" in done.stdout
+    run_dir = tmp_path / "runs" / "quickstart"
+    assert json.loads((run_dir / "finished.json").read_text()) == {"step": 3} and (run_dir / "export" / "config.json").is_file()
+    assert "| combo | all, weighted | | " in (run_dir / "export" / "README.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "copies"}
+    assert json.loads((run_dir / "environment.json").read_text())["git_revision"] == git(source, "rev-parse", "HEAD").strip()
+    written = {str(path.relative_to(tmp_path / "copies")): path.read_bytes() for path in (tmp_path / "copies").rglob("*") if path.is_file()}
+    assert written.keys() == set(ROOT_FILES)
+    assert all(written[name] == (REPO / name).read_bytes() for name in ROOT_FILES if name != "slurm/env.sh")
+
+
+def test_an_archive_of_the_sources_has_what_a_wheel_is_built_from(source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"]
+    subprocess.run(command, cwd=source, capture_output=True, check=True, timeout=100)
+    (archive,) = tmp_path.iterdir()
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert {*ROOT_FILES, "setup.py", "pyproject.toml", "LICENSE", "cfvlm_ds/py.typed"} <= names
+    assert not {name for name in names if name.startswith(("runs", "build")) or name.endswith((".txt~", "notes.txt", "json~"))}
+
+
+@pytest.mark.long
+def test_deepspeeds_launcher_starts_the_installed_module(installed: Path, tmp_path: Path) -> None:
+    command = [*launcher(2), "--module", "cfvlm_ds", "train", *SMALL]
+    done = subprocess.run(command, cwd=tmp_path, env=with_packages(installed), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and "step 3/3" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]
+    assert (tmp_path / "runs" / "quickstart" / "export" / "config.json").is_file()
+    wrong = subprocess.run([*command, "--train.max_stepz", "3"], cwd=tmp_path, env=with_packages(installed), capture_output=True, text=True)
+    assert wrong.returncode != 0 and "unknown option 'train.max_stepz'; did you mean 'train.max_steps'?" in wrong.stderr + wrong.stdout
+
+
+@pytest.mark.long
+def test_an_empty_environment_by_the_lines_of_the_page(source: Path, tmp_path: Path) -> None:
+    """Downloads everything that the package depends on: minutes, and gigabytes."""
+    (block,) = re.findall(r"```\n(python3 -m venv .*?)```", (REPO / "docs" / "install.md").read_text(), re.DOTALL)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    clean["PATH"] = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if part != str(Path(sys.executable).parent))
+    script = f"set -e\n{block.replace('PATH_OF_THE_CLONE', str(source))}\ncd {tmp_path / 'empty'}\ncfvlm-ds train {' '.join(SMALL)}\n"
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=3000, check=False)
+    assert done.returncode == 0 and "step 3/3" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]
+    assert (tmp_path / "empty" / "runs" / "quickstart" / "export" / "README.md").is_file()
+
+
+# --- files by their names ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_means_the_file_of_the_working_directory_and_else_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    packaged = str(REPO / "ds_configs" / "z3.json")
+    assert found("z3.json", "ds_configs") == found("ds_configs/z3.json", "ds_configs") == packaged
+    for other in (
+        "z9.json",
+        "examples/z3.json",
+        "./z3.json",
+        "../ds_configs/z3.json",
+        "/z3.json",
+        "ds_configs/../train.py",
+        "..",
+        "",
+        "x/ds_configs/z3.json",
+    ):
+        assert found(other, "ds_configs") == other
+    (tmp_path / "z3.json").symlink_to("nowhere")
+    assert found("z3.json", "ds_configs") == "z3.json", "what is named is what is there, also where that is broken"
+    assert found("ds_configs/z3.json", "ds_configs") == packaged
+
+
+def test_options_name_packaged_files_and_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = parse_config(["--config", "qwen2_5_vl_7b.yaml"], OBJECTIVES)
+    assert recipe.model.name_or_path == "Qwen/Qwen2.5-VL-7B-Instruct" and recipe.deepspeed == str(shipped("ds_configs") / "z3.json")
+    assert recipe.resolved["deepspeed"] == "ds_configs/z3.json", "recorded as it was given: it means the same on another machine"
+    own = parse_config(["--config=examples/qwen2_5_vl_7b.yaml", "--deepspeed", "z2.json"], OBJECTIVES)
+    assert own.model == recipe.model and own.deepspeed == str(shipped("ds_configs") / "z2.json")
+    (tmp_path / "qwen2_5_vl_7b.yaml").write_text("model: {name_or_path: mine}\n")
+    assert parse_config(["--config", "qwen2_5_vl_7b.yaml"], OBJECTIVES).model.name_or_path == "mine"
+    with pytest.raises(
+        ConfigError, match=r"--config qwen\.yaml: no such file; give the path of yours, or one of examples/.*qwen2_5_vl_7b\.yaml"
+    ):
+        parse_config(["--config", "qwen.yaml"], OBJECTIVES)
+    with pytest.raises(ConfigError, match=r"--config /none\.yaml: no such file"):
+        parse_config(["--config=/none.yaml"], OBJECTIVES)
+
+
+# --- init -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_written_copies_are_not_overwritten_and_their_jobs_find_this_python(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/opt/a b's/bin/python")
+    main(["init", str(folder := tmp_path / "my runs")])
+    script = "SLURM_JOB_ID=7 HOME=/h PATH=/bin; source slurm/env.sh; echo $PATH"
+    assert subprocess.check_output(["bash", "-c", script], cwd=folder, text=True) == "/opt/a b's/bin:/bin\n"
+    (folder / ".venv").mkdir()
+    assert subprocess.check_output(["bash", "-c", script], cwd=folder, text=True).startswith(f"{folder}/.venv/bin:")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert f"{folder / 'train.py'} is there, and nothing is overwritten" in refused(capsys, "init", folder)
+    for name in ("train.py", "ds_configs", "examples"):
+        (folder / name).rename(tmp_path / name)
+    assert f"{folder / 'slurm'} is there" in refused(capsys, "init", folder) and not (folder / "train.py").exists()
+    assert all(path.read_bytes() == before[path] for path in (folder / "slurm").iterdir())
+    (link := tmp_path / "link").symlink_to(folder)
+    assert "is a link" in refused(capsys, "init", link) and "is no folder" in refused(capsys, "init", tmp_path / "train.py")
+    assert "give . for this one" in refused(capsys, "init", "")
+    (dangling := tmp_path / "other").mkdir()
+    (dangling / "slurm").symlink_to("nowhere")
+    assert "slurm is there" in refused(capsys, "init", dangling) and [path.name for path in dangling.iterdir()] == ["slurm"]
+
+
+def test_copies_that_fail_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").touch()
+
+    def full(path: Path) -> bytes:
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        read = Path.read_bytes
+        patch.setattr(Path, "read_bytes", lambda path: full(path) if path.suffix == ".yaml" else read(path))
+        assert "No space left on device; make room" in refused(capsys, "init", tmp_path)
+        assert "No space left on device; make room" in refused(capsys, "init", tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    main(["init", str(tmp_path)])
+
+
+# --- the command ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_version_names_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and re.fullmatch(r"cfvlm-ds \S+ \(revision [0-9a-f]{40}\)\n", said), said
+
+
+def test_the_help_of_train_has_an_example_that_parses_and_the_rule_of_names() -> None:
+    said = " ".join(option_parser(OBJECTIVES, "cfvlm-ds train").format_help().split())
+    assert "is the one in the working directory where that is there, else the one of that name that comes with the package" in said
+    rule, example = said.split(" example: cfvlm-ds train ")
+    assert parse_config(example.split(), OBJECTIVES).train.max_steps == 100 and "--quiet print warnings" in rule
+
+
+@pytest.fixture
+def mask() -> Iterator[None]:
+    before, interrupt = signal.pthread_sigmask(signal.SIG_BLOCK, ()), signal.getsignal(signal.SIGINT)
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def test_train_holds_signals_back_and_passes_its_options_on(mask: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("cfvlm_ds.cli.train.train_main", lambda *given: seen.append((given, signal.pthread_sigmask(signal.SIG_BLOCK, ()))))
+    main(["--local_rank=1", "train", "--config", "train", "train"])
+    main(["train"])
+    (first, held), (bare, _) = seen
+    assert first == (["--local_rank=1", "--config", "train", "train"], "cfvlm-ds train") and bare == ([], "cfvlm-ds train")
+    assert {signal.SIGUSR1, signal.SIGTERM} <= held
+
+
+def test_quiet_and_verbose_are_options_of_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DEEPSPEED_LOG_LEVEL", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, "warning")
+    monkeypatch.setattr(verbosity, "_shown", "progress")
+    world = World(0, 1, 0, torch.device("cpu"))
+
+    def said() -> list[str]:
+        capsys.readouterr()
+        for line in ("step 1", "warning: low", "passed over x: torn"):
+            world.say(line)
+        return capsys.readouterr().out.splitlines()
+
+    assert said() == ["step 1", "warning: low", "passed over x: torn"]
+    for arguments in (["--quiet", "init", str(tmp_path / "a")], ["init", "--quiet", str(tmp_path / "b")]):
+        main(arguments)
+        assert said() == ["warning: low", "passed over x: torn"]
+    main(["init", str(tmp_path / "c")])
+    assert len(said()) == 3, "what one command was asked for is not kept for the next"
+    with pytest.raises(SystemExit):
+        main(["--verbose", "init", str(tmp_path / "c")])
+    shown = capsys.readouterr().err
+    assert (
+        "Traceback" in shown and shown.splitlines()[-1].startswith("error: ") and "Traceback" not in refused(capsys, "init", tmp_path / "c")
+    )
+    assert [parse_config([*given, "--model.name_or_path", "M"], OBJECTIVES).shows for given in ([], ["--quiet"], ["--verbose"])] == [
+        "progress",
+        "results",
+        "everything",
+    ]
+    assert not {"quiet", "verbose"} & parse_config(["--quiet"], OBJECTIVES).resolved.keys()
+    with pytest.raises(ConfigError, match="--quiet and --verbose contradict each other"):
+        parse_config(["--quiet", "--verbose"], OBJECTIVES)
+
+
+def test_bash_completes_commands_options_words_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By bash itself, which is asked as it asks when somebody presses TAB."""
+    main(["completion", "bash"])
+    (script := tmp_path / "completion").write_text(capsys.readouterr().out)
+    (tmp_path / "groups.jsonl").touch()
+
+    def completed(*words: str) -> set[str]:
+        ask = 'source completion; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_cfvlm_ds "$1" "${@: -1}" "${@: -2:1}"; '
+        ask += 'printf "%s\\n" "${COMPREPLY[@]}"'
+        return set(subprocess.check_output(["bash", "-c", ask, "bash", "cfvlm-ds", *words], cwd=script.parent, text=True).split())
+
+    assert {"train", "data", "export", "init", "completion"} <= completed("")
+    assert completed("data", "") >= {"build", "check"} and completed("exp") == {"export"}
+    assert completed("train", "--model.language_model.t") == {"--model.language_model.tuning"}
+    assert completed("train", "--model.language_model.tuning", "") == {"full", "lora", "frozen"}
+    assert completed("train", "--train.export", "") == {"true", "false"}
+    assert {f"--{name}." for name in SECTIONS} | {"--objective."} <= {f"{name.partition('.')[0]}." for name in completed("train", "--")}
+    assert completed("data", "check", "gr") == {"groups.jsonl"} and completed("train", "--data.train", "gr") == {"groups.jsonl"}
+    for shell in ("zsh", "tcsh"):
+        main(["completion", shell])
+        assert "--data.train" in capsys.readouterr().out
+
+
+def test_completion_says_what_it_lacks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert "completion is written by shtab, which is not installed; `pip install shtab`" in refused(capsys, "completion", "bash")
