@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.data.picture_index import PictureTable
+from cfvlm_ds.data.pictures import PictureTable
 
 Identity: TypeAlias = Mapping[str, int | str | None]
 """``rows`` counts them, ``order`` is a hash of their ids in order, the rest are sums over the rows, which their order does not change.
@@ -63,6 +63,11 @@ def data_identity(
         **{name: f"{value:032x}" for name, value in sums.items()},
         **({} if known else {"pictures": None}),
     }
+
+
+def digest(identity: Identity) -> str:
+    """Thirty-two hexadecimal digits that stand for an identity, where it is named and not compared part by part."""
+    return hashlib.blake2b(json.dumps(dict(identity), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str | None:

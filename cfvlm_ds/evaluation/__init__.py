@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.evaluation.comparisons import UNLABELLED, Comparison, comparisons
-from cfvlm_ds.evaluation.largest_batch import rehearse
+from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
 from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
+from cfvlm_ds.evaluation.rehearsal import rehearse
 from cfvlm_ds.evaluation.report import headline, table
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, guarded, score_groups
+from cfvlm_ds.objectives import Objectives
 
 __all__ = [
     "UNLABELLED",
@@ -42,12 +46,19 @@ def evaluate(
     max_tokens: int | None = None,
     shuffled: bool = False,
     remedy: str = "lower the batch size",
+    objectives: Objectives | None = None,
+    reference: Reference | None = None,
 ) -> tuple[dict[str, list[Accuracy]], dict[str, list[GroupScores]]]:
-    """Accuracies and scores of every split, the same on every rank; the options are those of ``score_groups``."""
-    scores = {}
+    """Accuracies and scores of every split, the same on every rank; the options are those of ``score_groups``.
+
+    The rows of each split's mean also have the losses of ``objectives``; ``reference`` gives what a term of them compares with.
+    """
+    results, scores = {}, {}
     for name, groups in splits.items():
-        label = f"evaluating {name}"
-        scores[name] = score_groups(
-            forward, collator, groups, world, batch_size, num_workers, label, max_tokens=max_tokens, shuffled=shuffled, remedy=remedy
-        )
-    return {name: accuracies(splits[name], scores[name]) for name in splits}, scores
+        options: dict[str, Any] = {"max_tokens": max_tokens, "shuffled": shuffled, "remedy": remedy}
+        loss = EvaluationLoss(objectives, reference) if objectives else None
+        scores[name] = score_groups(forward, collator, groups, world, batch_size, num_workers, f"evaluating {name}", loss=loss, **options)
+        results[name] = accuracies(groups, scores[name])
+        if loss is not None and (found := loss.reduce(world)) and results[name]:
+            results[name][-1] = replace(results[name][-1], losses=found)
+    return results, scores

@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.evaluation.comparisons import Kind, comparisons
+from cfvlm_ds.evaluation.loss import NAMED
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 CHANCE = {
@@ -41,9 +43,6 @@ CHANCE = {
 METRICS = tuple(CHANCE)
 SHUFFLED = ("shuffled_pair", "shuffled_factual")
 """Names for the counts of the shuffled control, which may differ from those of the metrics: a group may have no other picture to show."""
-NAMED = 5
-"""How many of the groups that a metric could not use are named; the others are counted."""
-
 Matrix = list[list[float]]
 
 
@@ -57,6 +56,8 @@ class Accuracy:
 
     ``blind`` holds ``pair`` and ``factual`` with one blank image in place of the pictures, ``shuffled`` the same with another group's
     picture: what language alone achieves. A tie counts one half there.
+
+    ``losses`` of the mean row, by term of the objective, are those of the training's loss on this split (cfvlm_ds.evaluation.loss).
     """
 
     name: str
@@ -68,6 +69,7 @@ class Accuracy:
     groups: dict[str, int] = field(default_factory=dict)
     unused: dict[str, list[str]] = field(default_factory=dict)
     mean: bool = False
+    losses: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]) -> list[Accuracy]:
@@ -196,7 +198,10 @@ class _Slice:
 
 
 def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
-    """The accuracies under the names metrics are logged by: eval/SPLIT/METRIC for the mean, eval/SPLIT/EDIT/METRIC by edit type."""
+    """The accuracies under the names metrics are logged by: eval/SPLIT/METRIC for the mean, eval/SPLIT/EDIT/METRIC by edit type.
+
+    The training's loss is eval/SPLIT/loss, its terms eval/SPLIT/loss_TERM.
+    """
     flat = {}
     for split, rows in splits.items():
         for row in rows:
@@ -205,7 +210,16 @@ def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
             if row.mean:
                 flat.update({f"{prefix}/blind_{metric}": value for metric, value in row.blind.items()})
                 flat.update({f"{prefix}/shuffled_{metric}": value for metric, value in row.shuffled.items()})
+                flat.update({f"{prefix}/loss_{name}": term["value"] for name, term in row.losses.items() if term["value"] is not None})
+                if (whole := total_loss(row.losses)) is not None:
+                    flat[f"{prefix}/loss"] = whole
     return flat
+
+
+def total_loss(losses: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The weighted sum of the terms; None where one of them could not be computed, or no group has anything for any."""
+    found = [(term["weight"], term["value"]) for term in losses.values() if term["value"] is not None]
+    return None if not found or any(term["lacking"] for term in losses.values()) else sum(weight * value for weight, value in found)
 
 
 def metric_names(splits: Mapping[str, Sequence[CounterfactualGroup]]) -> set[str]:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from cfvlm_ds.core.text import one_line
-from cfvlm_ds.evaluation.metrics import CHANCE, Accuracy
+from cfvlm_ds.evaluation.metrics import CHANCE, Accuracy, total_loss
 
 SHOWN = ("text", "image", "group", "group_pmi", "pair", "image_pair", "factual", "sham")
-_NAME_CHARS = 60
+_NAME_CHARS, _REASON_CHARS = 60, 200
 _MOST_TYPES = 12  # in a line of a progress log
 
 
-def table(splits: Mapping[str, Sequence[Accuracy]]) -> str:
+def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] | None = None) -> str:
     """The accuracies as a Markdown table, a block per split, with rows for chance and for what language alone achieves.
 
-    A second table says of how many groups and comparisons each metric is made, and which groups it could not use.
+    A second table says of how many groups and comparisons each metric is made, and which groups it could not use; a third, after a
+    training, what its loss is on each split. ``plain`` makes what the data call something fit for a cell.
     """
+    reason = plain or partial(_plain, most=_REASON_CHARS)
+    plain = plain or _plain
     lines = [f"| split | edit | groups | {' | '.join(SHOWN)} |", f"|---|---|---:|{'---:|' * len(SHOWN)}"]
     for split, rows in splits.items():
         for row in rows:
             # An edit type of the mean's name is quoted, so that it cannot be taken for the mean.
             name = row.name if row.mean or not row.name.startswith("all") else f'"{row.name}"'
-            lines.append(f"| {split} | {_plain(name)} | {row.num} | {_cells(row.metrics)} |")
+            lines.append(f"| {split} | {plain(name)} | {row.num} | {_cells(row.metrics)} |")
         for row in rows[-1:]:
             lines.append(f"| {split} | all, blank image | {row.num} | {_cells(row.blind)} |")
             if row.shuffled:
@@ -31,11 +35,32 @@ def table(splits: Mapping[str, Sequence[Accuracy]]) -> str:
     lines += ["", "| split | metric | groups used | comparisons | groups without one |", "|---|---|---:|---:|---|"]
     for split, rows in splits.items():
         for row in rows[-1:]:
-            lines += [f"| {split} | {line}" for line in _coverage(row)]
+            lines += [f"| {split} | {line}" for line in _coverage(row, plain)]
+    if losses := [f"| {split} | {line}" for split, rows in splits.items() for row in rows[-1:] for line in _losses(row, plain, reason)]:
+        lines += [
+            "",
+            "| split | loss | weight | value | groups used | groups that have nothing for it |",
+            "|---|---|---:|---:|---:|---|",
+            *losses,
+        ]
     return "\n".join(lines)
 
 
-def _coverage(row: Accuracy) -> list[str]:
+def _losses(row: Accuracy, plain: Callable[[str], str], reason: Callable[[str], str]) -> list[str]:
+    """A line for each term of the training's loss, and one for their weighted sum."""
+    lines = []
+    for name, term in row.losses.items():
+        without = row.num - term["groups"]
+        named = f"{without}: {', '.join(map(plain, term['unused']))}{', ...' * (without > len(term['unused']))}" if without else ""
+        value = "" if term["value"] is None else f"{term['value']:.4f}"
+        shown = f"{value} | {term['groups']} | {named}" if not term["lacking"] else f"| | not computed: {reason(term['lacking'])}"
+        lines.append(f"{name} | {term['weight']:g} | {shown} |")
+    if (whole := total_loss(row.losses)) is not None:
+        lines.append(f"all, weighted | | {whole:.4f} | | |")
+    return lines
+
+
+def _coverage(row: Accuracy, plain: Callable[[str], str]) -> list[str]:
     """A line for all metrics that are made of the same comparisons."""
     alike: dict[tuple[int, int, tuple[str, ...]], list[str]] = {}
     for metric in row.groups:
@@ -43,7 +68,7 @@ def _coverage(row: Accuracy) -> list[str]:
     lines = []
     for (groups, comparisons, unused), metrics in alike.items():
         without = row.num - groups
-        named = f"{without}: {', '.join(map(_plain, unused))}{', ...' * (without > len(unused))}" if without else ""
+        named = f"{without}: {', '.join(map(plain, unused))}{', ...' * (without > len(unused))}" if without else ""
         lines.append(f"{', '.join(metrics)} | {groups} | {comparisons} | {named} |")
     return lines
 
@@ -56,14 +81,15 @@ def headline(rows: Sequence[Accuracy]) -> str:
     found = [f"{_plain(row.name)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics]
     more = len(found) - _MOST_TYPES
     shown = ", ".join(found if more <= 1 else [*found[: _MOST_TYPES - 1], f"{more} more types", found[-1]])
-    used, num = rows[-1].groups[metric], rows[-1].num
-    return f"{metric} accuracy {shown}" + (f" (of {used} of {num} groups)" if used < num else "")
+    used, num, loss = rows[-1].groups[metric], rows[-1].num, total_loss(rows[-1].losses)
+    counted = f" (of {used} of {num} groups)" if used < num else ""
+    return f"{metric} accuracy {shown}{counted}" + ("" if loss is None else f"; loss {loss:.4f}")
 
 
 def _cells(metrics: Mapping[str, float]) -> str:
     return " | ".join(f"{metrics[name]:.1f}" if name in metrics else "" for name in SHOWN)
 
 
-def _plain(name: str) -> str:
+def _plain(name: str, most: int = _NAME_CHARS) -> str:
     """A name from the data on one line of a table."""
-    return one_line(name, _NAME_CHARS).replace("|", "\\|")
+    return one_line(name, most).replace("|", "\\|")

@@ -19,7 +19,9 @@ from cfvlm_ds.core.distributed import World, apart, gather_objects
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data.stored_scores import StoredScores
+from cfvlm_ds.evaluation.loss import EvaluationLoss
 
 Forward = Callable[..., Tensor]
 
@@ -69,12 +71,14 @@ def score_groups(
     max_tokens: int | None = None,
     shuffled: bool = False,
     remedy: str = "lower the batch size",
+    loss: EvaluationLoss | None = None,
 ) -> list[GroupScores]:
     """Every cell of every group, and every text on a blank image, in the order of ``groups``; the same list on every rank.
 
     ``forward`` is an engine or a Scorer in evaluation mode; ``batch_size`` counts groups per rank, which are scored in forwards of at most
     ``max_tokens`` tokens. Every rank runs the same number of forwards, as ZeRO-3 requires: the last ones may repeat a group, or a part of
-    a batch, whose second result is dropped. ``shuffled`` scores every text on another group's image too, one more per group.
+    a batch, whose second result is dropped. ``shuffled`` scores every text on another group's image too, one more per group; ``loss`` is
+    told the scores on the groups' own images.
 
     Raises DataError as the collator does, on all ranks, and OutOfMemory with the ``remedy`` where memory runs out.
     """
@@ -96,7 +100,11 @@ def score_groups(
         for view in seen_as(groups, donors)
     ]
     for number, (indices, *batches) in enumerate(zip(mine, *loaders, strict=True)):
-        seen, blind, *other = score_batches(forward, batches, world, f"{label}, groups from {groups[indices[0]].id!r}", remedy)
+        reference = None if loss is None else loss.reference
+        scored = score_batches(forward, batches, world, f"{label}, groups from {groups[indices[0]].id!r}", remedy, reference)
+        if loss is not None and not indices_repeat(len(groups), batch_size, world.rank, world.size, number):
+            loss.add(indices, [groups[index] for index in indices], scored[0])
+        seen, blind, *other = (each.logp for each in scored)
         for j, index in enumerate(indices):
             size = (len(groups[index].images), len(groups[index].candidates))
             foreign = None
@@ -128,9 +136,21 @@ def batch_indices(num_groups: int, batch_size: int, rank: int, world_size: int, 
     return list(range(start, min(start + batch_size, num_groups)))
 
 
-def score_batches(forward: Forward, batches: Sequence[Sequence[Batch] | DataError], world: World, where: str, remedy: str) -> list[Tensor]:
-    """The score matrix of each batch, which comes in parts. Every rank calls it with the same number of batches, each of any number of
-    parts.
+def indices_repeat(num_groups: int, batch_size: int, rank: int, world_size: int, number: int) -> bool:
+    """Whether that batch is past the end, and its group belongs to another one."""
+    return (number * world_size + rank) * batch_size >= num_groups
+
+
+def score_batches(
+    forward: Forward,
+    batches: Sequence[Sequence[Batch] | DataError],
+    world: World,
+    where: str,
+    remedy: str,
+    reference: Callable[[Batch], Tensor] | None = None,
+) -> list[Scores]:
+    """The scores of each batch, which comes in parts. Every rank calls it with the same number of batches, each of any number of parts.
+    ``reference`` gives those of the first one reference scores.
 
     Raises DataError on all ranks if one of them has one.
     """
@@ -139,16 +159,22 @@ def score_batches(forward: Forward, batches: Sequence[Sequence[Batch] | DataErro
     gathered = gather_objects((sizes, problem), world)
     if found := [each for _, each in gathered if each is not None]:
         raise DataError(found[0])
-    scored = []
+    scored: list[Scores] = []
     ready = [parts for parts in batches if not isinstance(parts, DataError)]
     for parts, *counts in zip(ready, *(each for each, _ in gathered), strict=True):
+        compared = reference if not scored else None
         with torch.no_grad(), explain_out_of_memory(f"while {where} on rank {world.rank}", parts, remedy):
-            found_parts = []
+            found_parts, references = [], list[Tensor]()
             for k in range(max(counts)):
-                part = parts[min(k, len(parts) - 1)].to(world.device)
-                logp = part.scores(forward(**part.model_inputs)).logp.cpu()
-                found_parts += [logp] if k < len(parts) else []
-        scored.append(torch.stack(found_parts).sum(0))
+                prepared = parts[min(k, len(parts) - 1)]
+                part = prepared.to(world.device)
+                scores = part.scores(forward(**part.model_inputs))
+                told = [] if compared is None else [compared(part).cpu()]
+                if k < len(parts):
+                    found_parts.append(Scores(prepared.layout, scores.logp.cpu(), scores.end_logp.cpu()))
+                    references += told
+        joined = Scores.joined(found_parts)
+        scored.append(replace(joined, reference=torch.stack(references).sum(0)) if references else joined)
     return scored
 
 

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cfvlm_ds.core.files import keep
+from cfvlm_ds.core.verbosity import shows_progress
+from cfvlm_ds.tracking.inputs import log_inputs
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, read_metrics, say
-from cfvlm_ds.tracking.run_description import RECORD_FILE, Record, Status
+from cfvlm_ds.tracking.record import RECORD_FILE, Record, Status
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -191,7 +193,8 @@ class Delivery:
             self._client = None
             raise
         self._system_metrics = SystemMetrics(run.info.run_id, run.info.start_time, self._uri)
-        say(f"MLflow run {run.info.run_id} at {self._uri}, experiment {self.record.experiment!r}")
+        if shows_progress():
+            say(f"MLflow run {run.info.run_id} at {self._uri}, experiment {self.record.experiment!r}")
 
     def _find_run(self, client: Any) -> Any:
         """The run that exists already, set to RUNNING; None if there is none. A run unknown to this server is delivered again."""
@@ -230,7 +233,7 @@ class Delivery:
         return client.create_run(experiment_id, self.record.start_ms, {_TOKEN_TAG: self.record.token}, self.record.run_name)
 
     def _describe(self, run: Any) -> None:
-        """Parameters, tags and the full configuration; then the run id counts as known."""
+        """Parameters, tags, data sets and the full configuration; then the run id counts as known."""
         from mlflow.entities import Param, RunTag
 
         run_id = run.info.run_id
@@ -240,6 +243,7 @@ class Delivery:
         tags.update({_name(f"param_changed.{name}"): text[:_MAX_TAG_CHARS] for name, text in changed.items()})
         send(self._client, run_id, "params", [Param(name, text) for name, text in params.items() if name not in run.data.params])
         send(self._client, run_id, "tags", [RunTag(name, text) for name, text in tags.items()])
+        log_inputs(self._client, run, self.record.inputs)
         suffix = f"_resumed_at_{self.record.resume_step}" if self.record.resume_step else ""  # at 0 it is still the run's beginning
         with self._lock:
             self.record.known_as(run_id)

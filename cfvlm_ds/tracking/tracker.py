@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +30,7 @@ from cfvlm_ds.core.files import Lines
 from cfvlm_ds.core.secrets import masked, without_secrets
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, parse_line, say, truncate_metrics
 from cfvlm_ds.tracking.mlflow_delivery import Delivery
-from cfvlm_ds.tracking.run_description import RECORD_FILE, Record, Status
+from cfvlm_ds.tracking.record import RECORD_FILE, Record, Status
 
 
 def open_tracker(
@@ -44,6 +44,7 @@ def open_tracker(
     resume_step: int | None = None,
     mlflow: bool = True,
     close_timeout: float = 30.0,
+    inputs: Sequence[Mapping[str, Any]] = (),
 ) -> Tracker | NullTracker:
     """Start tracking: a ``Tracker`` where ``enabled`` (rank 0), else an object with the same methods that does nothing.
 
@@ -59,6 +60,7 @@ def open_tracker(
             later steps are dropped from ``metrics.jsonl``, to be logged again.
         mlflow: False keeps the metrics in ``metrics.jsonl`` alone; ``deliver`` can bring them to MLflow later.
         close_timeout: the most seconds that ``close`` waits for MLflow.
+        inputs: the data sets, see cfvlm_ds.tracking.record.INPUT; one that the run has already is not logged again. Masked likewise.
 
     Raises:
         ValueError: a run id without a step to resume at.
@@ -77,7 +79,8 @@ def open_tracker(
     kept_names, offset = truncate_metrics(run_dir / METRICS_FILE, resume_step, record.offset)
     record.delivered_to(offset)
     named = without_secrets(os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment)
-    record.begin(named, without_secrets(run_name), masked(params), masked(tags), resume_step)
+    shown = [{name: without_secrets(value) if isinstance(value, str) else value for name, value in each.items()} for each in inputs]
+    record.begin(named, without_secrets(run_name), masked(params), masked(tags), shown, resume_step)
     if problem := record.kept(run_dir):
         say(f"{problem}: the run goes on, and it is tried again with every delivery")
     return Tracker(run_dir, record, kept_names, mlflow, close_timeout)

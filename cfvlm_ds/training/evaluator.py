@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
+from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.signals import Stop, StopRequested, reason, together, worker_deaths
 from cfvlm_ds.core.config import RunConfig
@@ -14,6 +16,7 @@ from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, metric_names, rehearse
+from cfvlm_ds.models import adapters_off, only_adapters_train
 
 Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
@@ -44,11 +47,18 @@ class Evaluator:
                     self._world,
                     num_workers=self._num_workers,
                     shuffled=shuffled,
+                    objectives=self._config.objective,
+                    reference=self._reference if only_adapters_train(self._config.model) else None,
                     **self._options(),
                 )
         finally:
             hook.remove()
             self._engine.train()
+
+    def _reference(self, batch: Batch) -> Tensor:
+        """Scores under the model without its adapters, as in training (cfvlm_ds.training.step)."""
+        with adapters_off(self._engine.module.model):
+            return batch.scores(self._engine(**batch.model_inputs)).logp
 
     def rehearse(self) -> None:
         """Run the largest evaluation batch before the first step, so that a lack of memory is not found only after the training."""

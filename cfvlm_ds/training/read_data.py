@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.data import Share, check_share, data_roots, read_manifest
 from cfvlm_ds.data.identity import Identity, data_identity
-from cfvlm_ds.data.picture_index import PictureNotes, PictureTable, sizes_of, stored_pictures
+from cfvlm_ds.data.pictures import PictureNotes, PictureTable, sizes_of, stored_pictures
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
 
 _FORM = 3  # of data_check.json and of what a check looks at; another number has everything looked at again
@@ -40,8 +40,8 @@ Tick = Callable[[], object]
 class RunData:
     """What a run trains on and is evaluated on.
 
-    ``identity`` is that of the training groups. ``pictures`` are those found sound, with which a picture is compared when it is opened;
-    None if only rows were checked. ``collator`` is the model's, if the check needed one.
+    ``identity`` is that of the training groups, ``identities`` those of the splits. ``pictures`` are those found sound, with which a
+    picture is compared when it is opened; None if only rows were checked. ``collator`` is the model's, if the check needed one.
     """
 
     groups: list[CounterfactualGroup]
@@ -49,6 +49,7 @@ class RunData:
     identity: Identity
     pictures: PictureTable | None
     collator: Collator | None = None
+    identities: Mapping[str, Identity] = field(default_factory=dict)
 
 
 def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> RunData:
@@ -64,11 +65,13 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
         check = _Check(config, world, Patience(world, tick))
         train, *evaluation = (check(each) for each in (data.train_set, *data.evaluation_sets.values()))
         identity, pictures = check.identity(data.train_set, train)
+        sets = zip(data.evaluation_sets.items(), evaluation, strict=True)
+        identities = {name: check.identity(each, groups)[0] for (name, each), groups in sets}
     except TimeoutError as error:
         raise ConfigError(
             f"the data check of {data.train} cannot end: {error}; look at its node and start again, nothing found is lost"
         ) from error
-    return RunData(train, dict(zip(data.evaluation, evaluation, strict=True)), identity, pictures, check.collator)
+    return RunData(train, dict(zip(data.evaluation, evaluation, strict=True)), identity, pictures, check.collator, identities)
 
 
 def forget(config: RunConfig, world: World) -> None:

@@ -117,10 +117,10 @@ def _run(config: RunConfig, world: World) -> None:
             _check_scores(config, world, ds_engine, collator, data, sampler)
             if data.splits and state.step < total_steps:
                 trainer.evaluator.rehearse()
-        with tracker_of(config, world, start.found) as tracker, signals.before_leaving(partial(_close_at_once, tracker)):
+        with tracker_of(config, world, start.found, data) as tracker, signals.before_leaving(partial(_close_at_once, tracker)):
             if world.is_main:
                 (run_dir / resume.FINISHED).unlink(missing_ok=True)
-            for path in [*write_record(config, ds_engine.module, resolved.config, world), *start.note(run_dir, state.step, world)]:
+            for path in [*write_record(config, ds_engine.module, resolved.config, world, data), *start.note(run_dir, state.step, world)]:
                 tracker.artifact(path)
             trainer.run(tracker)
     if world.is_main:

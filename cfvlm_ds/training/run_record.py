@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,18 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, broadcast_object
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import update
-from cfvlm_ds.core.secrets import masked
+from cfvlm_ds.core.secrets import masked, without_secrets
 from cfvlm_ds.core.versions import git_revision, version
+from cfvlm_ds.data.identity import digest
 from cfvlm_ds.models import Scorer, load_config, parameter_counts
 from cfvlm_ds.tracking import open_tracker
+from cfvlm_ds.tracking.record import INPUT
+from cfvlm_ds.training.read_data import RunData
 
 
-def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any], world: World) -> list[Path]:
-    """config.yaml, ds_config.json and environment.json in the run folder (rank 0). Raises StorageError on all ranks when it cannot."""
+def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any], world: World, data: RunData) -> list[Path]:
+    """config.yaml, ds_config.json, environment.json and data.json in the run folder (rank 0). Raises StorageError on all ranks when it
+    cannot."""
     run_dir = Path(config.train.output_dir)
     counts = parameter_counts(scorer.model, scorer.family)
     environment = {
@@ -38,6 +44,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
         run_dir / "config.yaml": yaml.safe_dump(masked(config.resolved), sort_keys=False),
         run_dir / "ds_config.json": json.dumps(masked(ds_config), indent=2),
         run_dir / "environment.json": json.dumps(environment, indent=2),
+        run_dir / "data.json": json.dumps(described(config, data), indent=2),
     }
     problem = None
     for path, text in contents.items() if world.is_main else ():
@@ -52,7 +59,25 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
     return list(contents)
 
 
-def tracker_of(config: RunConfig, world: World, found: Path | None) -> Any:
+def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
+    """The data sets of a run, by which a person and MLflow recognise them: what is known of them anyway, without looking again."""
+    sets = [("train", "training", config.data.train_set, data.groups, data.identity)]
+    for name, each in config.data.evaluation_sets.items():
+        sets.append((name, "evaluation", each, data.splits[name], data.identities[name]))
+    return [
+        {
+            "name": name,
+            "context": context,
+            "source": without_secrets(os.path.abspath(each.path)),
+            "format": each.format or config.data.format,
+            "groups": len(groups),
+            "digest": digest(identity),
+        }
+        for name, context, each, groups, identity in sets
+    ]
+
+
+def tracker_of(config: RunConfig, world: World, found: Path | None, data: RunData) -> Any:
     """The run's tracker, continuing at the step of the checkpoint ``found``."""
     # Killed before its first checkpoint, a run starts over at step 0 and is still the same run.
     afresh = {"step": None if config.train.resume == "never" else 0}
@@ -68,8 +93,18 @@ def tracker_of(config: RunConfig, world: World, found: Path | None) -> Any:
             "git_revision": git_revision(),
             "world_size": str(world.size),
             "model_type": load_config(config.model.name_or_path).model_type,
+            **_source(),
         },
+        inputs=[{name: each[name] for name in INPUT} for each in described(config, data)],
         run_id=written.get("run_id"),
         resume_step=written["step"],
         mlflow=config.tracking.enabled,
     )
+
+
+def _source() -> dict[str, str]:
+    """What was started, and of which revision, under the names by which MLflow shows them."""
+    program = os.path.basename(sys.argv[0])
+    name = "cfvlm-ds train" if program in ("__main__.py", "cfvlm-ds") else os.path.abspath(sys.argv[0])
+    commit = {} if (revision := git_revision()) == "unknown" else {"mlflow.source.git.commit": revision}
+    return {"mlflow.source.name": name, "mlflow.source.type": "LOCAL", **commit}

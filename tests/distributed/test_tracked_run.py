@@ -20,10 +20,14 @@ from safetensors.torch import load_file
 from test_tracking import Server
 
 from cfvlm_ds.core.run_folder import FILES, FOLDERS
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.identity import data_identity, digest
+from cfvlm_ds.data.pictures import PictureTable
 
 mlflow = pytest.importorskip("mlflow")
 
-ARTIFACTS = {"config.yaml", "ds_config.json", "environment.json", "results.md", "results.json", "learning_curves.png", "scores-test.png"}
+ARTIFACTS = {"config.yaml", "ds_config.json", "environment.json", "data.json", "results.md", "results.json"}
+ARTIFACTS |= {"learning_curves.png", "scores-test.png"}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +133,30 @@ def test_parameters_and_tags_describe_the_run(client: Any, finished: Path, model
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
     tags = found.data.tags
     assert (tags["model_type"], tags["git_revision"], tags["world_size"]) == ("llava", revision, "2")
+    assert (tags["mlflow.source.type"], tags["mlflow.source.git.commit"]) == ("LOCAL", revision)
+    assert Path(tags["mlflow.source.name"]) == REPO / "train.py"
+
+
+def test_the_runs_data_sets_are_there_by_digest_size_and_place(client: Any, finished: Path, manifests: dict[str, Path]) -> None:
+    inputs = {each.dataset.name: each for each in the_run(client, "finished").inputs.dataset_inputs}
+    listed = {each["name"]: each for each in json.loads((finished / "data.json").read_text())}
+    assert inputs.keys() == listed.keys() == {"train", "test"}
+    for name, context in (("train", "training"), ("test", "evaluation")):
+        groups = read_manifest(manifests[name])
+        pictures = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
+        assert inputs[name].dataset.digest == digest(data_identity(groups, [manifests[name].parent], pictures)) == listed[name]["digest"]
+        assert json.loads(inputs[name].dataset.source) == {"uri": str(manifests[name])}
+        assert json.loads(inputs[name].dataset.profile)["num_groups"] == len(groups)
+        assert {tag.key: tag.value for tag in inputs[name].tags} == {"mlflow.data.context": context}
+
+
+def test_the_evaluation_s_loss_is_logged_beside_its_accuracies(client: Any, finished: Path) -> None:
+    found = on_server(client, the_run(client, "finished"))
+    for name in ("loss", "loss_align", "loss_csd", "loss_fcd"):
+        assert [step for step, _ in found[f"eval/test/{name}"]] == [2, 4], name
+    align, csd, fcd, whole = (found[f"eval/test/{name}"][-1][1] for name in ("loss_align", "loss_csd", "loss_fcd", "loss"))
+    assert whole == pytest.approx(align + 0.5 * csd + 0.7 * fcd, rel=1e-6)
+    assert f"| test | all, weighted | | {whole:.4f} | | |" in (finished / "results.md").read_text()
 
 
 def test_what_a_run_writes_is_known_by_name(finished: Path) -> None:
@@ -212,6 +240,7 @@ def test_a_crashed_run_is_marked_failed(client: Any, model_dir: Path, manifests:
         "config.yaml",
         "ds_config.json",
         "environment.json",
+        "data.json",
         "config",
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,17 @@ from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import DataError, OutOfMemory
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.stored_scores import StoredScores
-from cfvlm_ds.demo.family_checkpoints import write_small
+from cfvlm_ds.demo.small import write_small
 from cfvlm_ds.evaluation import Accuracy, GroupScores, accuracies, evaluate, flat_metrics, guarded, rehearse, score_groups, scoring, table
+from cfvlm_ds.evaluation import loss as losses
+from cfvlm_ds.evaluation.loss import EvaluationLoss
 from cfvlm_ds.evaluation.metrics import CHANCE
 from cfvlm_ds.models import Scorer, load_processor
+from cfvlm_ds.objectives import Align, Csd, Dpo, Fcd, Objective, denominators, required_cells, weighted_loss
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 GREY = Image.new("RGB", (336, 336), (128, 128, 128))
@@ -262,23 +267,30 @@ def test_ranks_share_the_groups_and_agree(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Ranks as threads: as many forwards on each, also where the groups run out; the same whole list on every rank."""
-    barrier, parts, calls, results = threading.Barrier(ranks, timeout=60), {}, [0] * ranks, {}
+    barrier, parts, calls, results, found_losses = threading.Barrier(ranks, timeout=60), {}, [0] * ranks, {}, {}
+    shares: dict[int, int] = {}
 
     def gather(item: Any, world: World) -> list[Any]:
         parts[world.rank] = item
+        if isinstance(item, dict):
+            shares[world.rank] = len(item)
         barrier.wait()
         gathered = [parts[rank] for rank in range(world.size)]
         barrier.wait()  # or a rank would put its next item where another has yet to read this one
         return gathered
 
-    monkeypatch.setattr(scoring, "gather_objects", gather)
+    for module in (scoring, losses):
+        monkeypatch.setattr(module, "gather_objects", gather)
 
     def work(rank: int) -> None:
         def forward(**inputs: Any) -> torch.Tensor:
             calls[rank] += 1
             return scorer(**inputs)
 
-        results[rank] = score_groups(forward, collator, groups[:num], World(rank, ranks, rank, torch.device("cpu")), batch_size)
+        world = World(rank, ranks, rank, torch.device("cpu"))
+        loss = EvaluationLoss(TERMS)
+        results[rank] = score_groups(forward, collator, groups[:num], world, batch_size, loss=loss)
+        found_losses[rank] = loss.reduce(world)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
@@ -289,7 +301,14 @@ def test_ranks_share_the_groups_and_agree(
     assert calls == [2 * rounds] * ranks
     for rank in range(ranks):
         assert_equal(results[rank], plain[:num])
-    assert num == 1 or all(len(part) < num for part in parts.values()), "the work was shared"
+    assert len(shares) == ranks and (num == 1 or all(share < num for share in shares.values())), "the work was shared"
+    monkeypatch.undo()
+    alone = EvaluationLoss(TERMS)
+    score_groups(scorer, collator, groups[:num], ALONE, 16, loss=alone)
+    expected = alone.reduce(ALONE)
+    for found in found_losses.values():
+        for name, term in expected.items():
+            assert found[name] == {**term, "value": pytest.approx(term["value"], rel=1e-5)}, "every group counts once"
 
 
 # Budget, memory, and another group's image ----------------------------------------------------------------------------------------------
@@ -498,6 +517,83 @@ def test_evaluate_scores_every_split(
     assert_equal(found["a"] + found["b"], plain)
     assert rows == {"a": accuracies(groups[:4], plain[:4]), "b": accuracies(groups[4:], plain[4:])}
     assert rows["a"][-1].name == "all" and rows["a"][-1].num == sum(e.text is not None for g in groups[:4] for e in g.edits)
+
+
+# The training's loss ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryScoredCell(Objective):
+    """Somebody's own term: of all cells that are scored, and so of those alone that training would score for it."""
+
+    weight: float = 0.25
+    cells = "matched"
+
+    def denominator(self, layout: GroupLayout) -> torch.Tensor:
+        return layout.valid.sum().float()
+
+    def numerator(self, scores: Scores) -> torch.Tensor:
+        return scores.logp.sum()
+
+
+TERMS: dict[str, Any] = {"align": Align(counterfactual=0.5), "csd": Csd(weight=0.5), "fcd": Fcd(warmup=0.9)}
+
+
+@pytest.mark.parametrize(
+    ("terms", "batch_size", "max_tokens"), [(TERMS, 1, None), (TERMS, 3, 60), (TERMS, 16, None), ({"own": EveryScoredCell()}, 3, None)]
+)
+def test_the_loss_is_that_of_a_training_step_over_the_whole_split(
+    terms: dict[str, Any], batch_size: int, max_tokens: int | None, collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup]
+) -> None:
+    """At full weights: in one batch of the cells that training scores, by training's own function."""
+    batch = collator.building(required_cells(terms), None)(groups)
+    with torch.no_grad():
+        whole, shares = weighted_loss(terms, batch.scores(scorer(**batch.model_inputs)), denominators(terms, batch.layout))
+    rows, _ = evaluate(scorer, collator, {"s": groups}, ALONE, batch_size, max_tokens=max_tokens, objectives=terms)
+    flat = flat_metrics(rows)
+    assert flat["eval/s/loss"] == pytest.approx(float(whole), rel=1e-5)
+    assert {name: flat[f"eval/s/loss_{name}"] for name in terms} == pytest.approx({k: float(v) for k, v in shares.items()}, rel=1e-5)
+
+
+def test_the_loss_of_the_factual_pairs_is_their_mean_over_tokens(
+    collator: Collator, scorer: Scorer, model_dir: Path, groups: list[CounterfactualGroup]
+) -> None:
+    """The library's own forward of each pair, its end-of-turn token included."""
+    processor = load_processor(ModelConfig(str(model_dir)))
+    with torch.no_grad():
+        pairs = [plain_logp(scorer.model, processor, g.images[0], g.candidates[0].prompt, g.candidates[0].text) for g in groups]
+    expected = -sum(float(text.sum() + end) for text, end in pairs) / sum(len(text) + 1 for text, _ in pairs)
+    rows, _ = evaluate(scorer, collator, {"s": groups}, ALONE, 2, objectives={"align": Align(weight=2.0, counterfactual=0.0)})
+    assert flat_metrics(rows)["eval/s/loss_align"] == pytest.approx(expected, rel=1e-5)
+    assert flat_metrics(rows)["eval/s/loss"] == pytest.approx(2 * expected, rel=1e-5)
+
+
+def test_what_a_loss_cannot_be_computed_from_is_counted_and_named(
+    collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup]
+) -> None:
+    class Broken(EveryScoredCell):
+        def numerator(self, scores: Scores) -> torch.Tensor:
+            raise KeyError("no such\ncolumn")
+
+    bare = [g for g in groups if len(g.candidates) == 1]
+    assert 0 < len(bare) < len(groups)
+    terms: dict[str, Any] = {"align": Align(), "csd": Csd(), "dpo": Dpo(weight=1.0), "prior": Csd(pmi=0.5), "broken": Broken()}
+    rows, _ = evaluate(scorer, collator, {"s": groups}, ALONE, 3, objectives=terms)
+    losses, flat = rows["s"][-1].losses, flat_metrics(rows)
+    assert losses["csd"]["groups"] == len(groups) - len(bare) and losses["csd"]["unused"] == [g.id for g in bare][:5]
+    assert losses["align"]["groups"] == len(groups) and losses["align"]["unused"] == []
+    assert {name for name in flat if "loss" in name} == {"eval/s/loss_align", "eval/s/loss_csd"}, "no sum of some of the terms"
+    said = table(rows)
+    assert "| s | dpo | 1 | | | not computed: it needs reference scores, which are stored for the training groups alone |" in said
+    assert "| s | prior | 1 | | | not computed: it needs the texts' prior likelihood" in said
+    assert "| s | broken | 0.25 | | | not computed: it raises KeyError: 'no such\\ncolumn' |" in said and "all, weighted" not in said
+    assert f"| {len(groups) - len(bare)} | {len(bare)}: {bare[0].id}" in said
+    whole = evaluate(scorer, collator, {"s": groups}, ALONE, objectives={"align": Align()})[0]
+    assert f"| s | all, weighted | | {flat_metrics(whole)['eval/s/loss']:.4f} | | |" in table(whole)
+    broken = evaluate(lambda **inputs: scorer(**inputs) * torch.nan, collator, {"s": groups}, ALONE, objectives={"align": Align()})[0]
+    assert "| s | align | 1 | | | not computed: scores of some groups are not finite |" in table(broken)
+    none = flat_metrics(evaluate(scorer, collator, {"s": bare}, ALONE, objectives={"csd": Csd()})[0])
+    assert not any("loss" in name for name in none), "no group has anything for it"
 
 
 def test_stored_is_the_same_in_plain_numbers() -> None:

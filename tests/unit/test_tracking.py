@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from cfvlm_ds.tracking import NullTracker, Tracker, deliver, open_tracker
-from cfvlm_ds.tracking.run_description import Record
+from cfvlm_ds.tracking.record import Record
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -174,6 +174,46 @@ def test_resume_continues_the_run_and_doubles_no_step(remote: Server, client: An
     assert run.data.params == {"lr": "0.1", "seed": "1", "new": "True"}
     assert run.data.tags["param_changed.lr"] == "0.2" and "param_changed.seed" not in run.data.tags
     assert run.info.status == "FINISHED"
+
+
+TRAIN = {"name": "train", "digest": "a" * 32, "source": "/data/train.jsonl", "context": "training", "groups": 48}
+
+
+def inputs_of(client: Any, run_id: str | None) -> list[tuple[str, str, str]]:
+    """(name, first letter of the digest, context), in the order of the names and digests."""
+    found = client.get_run(run_id).inputs.dataset_inputs
+    return sorted((each.dataset.name, each.dataset.digest[0], each.tags[0].value) for each in found)
+
+
+def test_a_resume_does_not_log_data_sets_twice(remote: Server, client: Any, tmp_path: Path) -> None:
+    """The same in both starts; another evaluation set, and changed training data, are inputs besides."""
+    test = {**TRAIN, "name": "test", "context": "evaluation", "groups": 3}
+    changed = {**TRAIN, "digest": "b" * 32}
+    with _open(tmp_path, inputs=[TRAIN, test]) as first:
+        first.log(2, {"loss": 1.0})
+    for inputs in ([TRAIN, test], [TRAIN, test, {**test, "name": "other"}], [changed]):
+        with _open(tmp_path, run_id=first.run_id, resume_step=2, inputs=inputs):
+            pass
+    expected = [("other", "a", "evaluation"), ("test", "a", "evaluation"), ("train", "a", "training"), ("train", "b", "training")]
+    assert inputs_of(client, first.run_id) == expected
+
+
+def test_data_sets_reach_a_server_that_was_down_and_one_that_has_lost_the_run(
+    tmp_path: Path, server: Server, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{_free_port()}")
+    inputs = [{**TRAIN, "source": "https://me:hunter2@host/train.jsonl", "name": "x" * 600}]
+    with open_tracker(True, tmp_path, "tests", "down", {}, {}, close_timeout=0.5, inputs=inputs) as tracker:
+        tracker.log(1, {"loss": 1.0})
+    assert "hunter2" not in (tmp_path / ".mlflow_delivery.json").read_text()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    assert deliver(tmp_path)
+    run_id = Record.load(tmp_path).run_id  # type: ignore[union-attr]
+    (found,) = client.get_run(run_id).inputs.dataset_inputs
+    assert (found.dataset.name, json.loads(found.dataset.source)) == ("x" * 500, {"uri": "https://***@host/train.jsonl"})
+    client.delete_run(run_id)
+    assert deliver(tmp_path) and Record.load(tmp_path).run_id != run_id  # type: ignore[union-attr]
+    assert len(client.get_run(Record.load(tmp_path).run_id).inputs.dataset_inputs) == 1  # type: ignore[union-attr]
 
 
 def test_a_new_run_in_a_used_folder_starts_over(remote: Server, client: Any, tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ from cfvlm_ds.tracking.metrics_log import say
 RECORD_FILE = ".mlflow_delivery.json"
 
 
+INPUT: dict[str, type] = {"name": str, "digest": str, "source": str, "context": str, "groups": int}
+"""Of a data set: what the configuration calls it, the digest of its identity, its manifest, training or evaluation, its size."""
+
 Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 
 
@@ -28,6 +31,8 @@ class Record:
     run_name: str = ""
     params: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, Any] = field(default_factory=dict)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    """The data sets of this start, see ``INPUT``."""
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Finds the run again when the answer to its creation was lost."""
     run_id: str | None = None
@@ -47,6 +52,8 @@ class Record:
             record = cls(**parse_json(read_bytes(path, MAX_RECORD).decode()))
             whole = all(isinstance(getattr(record, name), kinds) for name, kinds in _KINDS.items())
             whole = whole and record.offset >= 0 and all(artifact.keys() == {"path", "folder", "pending"} for artifact in record.artifacts)
+            whole = whole and all(each.keys() == INPUT.keys() for each in record.inputs)
+            whole = whole and all(isinstance(each[name], kind) for each in record.inputs for name, kind in INPUT.items())
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
@@ -59,9 +66,17 @@ class Record:
             say(f"{path} lists files that are not the run's, such as {foreign[0]['path']}; MLflow does not get them")
         return record
 
-    def begin(self, experiment: str, run_name: str, params: dict[str, Any], tags: dict[str, Any], resume_step: int | None) -> None:
+    def begin(
+        self,
+        experiment: str,
+        run_name: str,
+        params: dict[str, Any],
+        tags: dict[str, Any],
+        inputs: list[dict[str, Any]],
+        resume_step: int | None,
+    ) -> None:
         """A start of the run, which is not over then."""
-        self.experiment, self.run_name, self.params, self.tags = experiment, run_name, params, tags
+        self.experiment, self.run_name, self.params, self.tags, self.inputs = experiment, run_name, params, tags, inputs
         self.resume_step, self.status, self.end_ms = resume_step, None, None
 
     def end(self, status: Status, end_ms: int) -> None:
@@ -117,5 +132,5 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(("run_id", "status"), (str, type(None))),
     **dict.fromkeys(("resume_step", "end_ms"), (int, type(None))),
     **dict.fromkeys(("start_ms", "offset"), int),
-    "artifacts": list,
+    **dict.fromkeys(("artifacts", "inputs"), list),
 }

@@ -1,0 +1,132 @@
+"""The training objective's loss on groups that are evaluated: means over a whole split, at full weights whatever the warm-up.
+
+A term is computed where a split has what it needs. Stored scores are of the training groups alone: a term that compares with a reference is
+computed where the model without its adapters is that, and one that needs the texts' prior is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.layout import wanted_cells
+from cfvlm_ds.core.distributed import World, gather_objects
+from cfvlm_ds.core.groups import Cells, CounterfactualGroup
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.objectives import Objectives, denominators, required_cells
+
+NAMED = 5
+"""Groups named that a term has nothing for; the others are counted."""
+Reference = Callable[[Batch], Tensor]
+"""[G, I, C] log-likelihoods of a batch under the reference model; every rank calls it as often."""
+
+
+@dataclass
+class _Sums:
+    """Numerators and denominators of a term so far, and which groups it had nothing for."""
+
+    numerators: Tensor | None = None
+    denominators: Tensor | None = None
+    groups: int = 0
+    unused: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, numerators: Tensor, below: Tensor) -> None:
+        both = numerators.detach().double(), below.double()
+        before = self.numerators, self.denominators
+        self.numerators, self.denominators = (new if old is None else old + new for old, new in zip(before, both, strict=True))
+
+    def note(self, group: tuple[int, str], used: bool) -> None:
+        self.groups += used
+        self.unused += [] if used else [group]
+
+
+class EvaluationLoss:
+    """Adds up the loss of one split, batch by batch; each group once.
+
+    Args:
+        objectives: the terms of the run.
+        reference: computes reference scores, or None where there is no such model.
+    """
+
+    def __init__(self, objectives: Objectives, reference: Reference | None = None) -> None:
+        self._objectives, self._cells = objectives, required_cells(objectives)
+        self._sums = {name: _Sums() for name in objectives}
+        self._lacking: dict[str, str] = {}
+        for name, term in objectives.items():
+            if term.needs_prior:
+                self._lacking[name] = "it needs the texts' prior likelihood, which is stored for the training groups alone"
+            elif term.needs_reference and reference is None:
+                self._lacking[name] = "it needs reference scores, which are stored for the training groups alone"
+        wanted = any(term.needs_reference and name not in self._lacking for name, term in objectives.items())
+        self.reference = reference if wanted else None
+
+    def add(self, numbers: Sequence[int], groups: Sequence[CounterfactualGroup], scores: Scores) -> None:
+        """Add a batch whose every cell is scored; ``numbers`` are the places of its groups in their split."""
+        layout = restricted(scores.layout, groups, self._cells)
+        logp, end_logp = (torch.where(layout.valid, each, 0) for each in (scores.logp, scores.end_logp))
+        scores = replace(scores, layout=layout, logp=logp, end_logp=end_logp)
+        for name, term in self._objectives.items():
+            if name in self._lacking:
+                continue
+            sums, alone = self._sums[name], {name: term}
+            try:
+                sums.add(torch.atleast_1d(term.numerator(scores)), denominators(alone, scores.layout)[name])
+                for place, (number, group) in enumerate(zip(numbers, groups, strict=True)):
+                    sums.note((number, group.id), bool((denominators(alone, _one(scores.layout, place))[name] > 0).any()))
+            except Exception as error:  # of somebody's own term: it has trained, and what it lacks here must not cost the evaluation
+                self._lacking[name] = f"it raises {type(error).__name__}: {' '.join(str(error).split())}"
+
+    def reduce(self, world: World) -> dict[str, dict[str, Any]]:
+        """Every term over all ranks' groups; collective.
+
+        ``value`` is the term's mean, unweighted; None where there is none, and ``lacking`` says why it could not be computed. ``groups``
+        have something for it; ``unused`` names a few of the others.
+        """
+        gathered = gather_objects((self._lacking, self._sums), world)
+        found = {}
+        for name, term in self._objectives.items():
+            reasons = [lacking[name] for lacking, _ in gathered if name in lacking]
+            total, of_ranks = _Sums(), [sums[name] for _, sums in gathered]
+            for each in of_ranks:
+                if each.numerators is not None and each.denominators is not None:
+                    total.add(each.numerators, each.denominators)
+            value = _mean(total)
+            if value is not None and not math.isfinite(value):
+                reasons.append("scores of some groups are not finite")
+            unused = sorted(entry for each in of_ranks for entry in each.unused)
+            found[name] = {
+                "weight": term.weight,
+                "value": None if reasons else value,
+                "groups": 0 if reasons else sum(each.groups for each in of_ranks),
+                "unused": [] if reasons else [identity for _, identity in unused[:NAMED]],
+                "lacking": reasons[0] if reasons else "",
+            }
+        return found
+
+
+def _mean(sums: _Sums) -> float | None:
+    """As in training: every part is divided by its own denominator, and one without any adds nothing; None where no part has one."""
+    if sums.numerators is None or sums.denominators is None or not bool((sums.denominators > 0).any()):
+        return None
+    below = sums.denominators
+    return float(torch.where(below > 0, sums.numerators / below.clamp(min=torch.finfo(below.dtype).tiny), 0).sum())
+
+
+def restricted(layout: GroupLayout, groups: Sequence[CounterfactualGroup], cells: Cells) -> GroupLayout:
+    """The layout that training would have given these groups: an objective may take any scored cell for one of its own."""
+    prompt = torch.zeros_like(layout.match[:, 0], dtype=torch.int64) if layout.prompt is None else layout.prompt
+    return replace(layout, valid=layout.valid & wanted_cells(groups, layout.match, prompt, cells))
+
+
+def _one(layout: GroupLayout, place: int) -> GroupLayout:
+    """The layout of one group of a batch."""
+    of = slice(place, place + 1)
+    tensors = {name: getattr(layout, name)[of] for name in ("valid", "match", "num_tokens", "num_end_tokens", "weight")}
+    return GroupLayout(**tensors, ids=layout.ids[of], prompt=None if layout.prompt is None else layout.prompt[of])
