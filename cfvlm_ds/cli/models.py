@@ -13,10 +13,11 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.run_folder import recorded_model
 from cfvlm_ds.core.untrusted import output_file
+from cfvlm_ds.core.verbosity import shows_progress
 
 if TYPE_CHECKING:
     from cfvlm_ds.batching.collator import Collator
-    from cfvlm_ds.data.picture_index import PictureTable
+    from cfvlm_ds.data.pictures import PictureTable
     from cfvlm_ds.models import Scorer
 
 
@@ -52,7 +53,7 @@ def add(commands: Any) -> None:
 def _score(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.data import data_roots, read_manifest
     from cfvlm_ds.data.identity import data_identity
-    from cfvlm_ds.data.picture_index import PictureTable
+    from cfvlm_ds.data.pictures import PictureTable
     from cfvlm_ds.data.stored_scores import write_scores
     from cfvlm_ds.evaluation import score_groups
     from cfvlm_ds.models import fingerprint
@@ -94,6 +95,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.checkpoint import damaged, description, incomplete, newest
     from cfvlm_ds.export import export_adapter, export_hf
+    from cfvlm_ds.training.card import card_of
 
     given = Path(arguments.run)
     run_dir = given.parent if given.name.startswith("checkpoint-") else given
@@ -105,7 +107,9 @@ def _export(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
     out = Path(arguments.out or run_dir / ("adapter" if arguments.adapter else "export"))
     write = export_adapter if arguments.adapter else export_hf
-    print(f"exported to {write(checkpoint, model.name_or_path, out, lora=model.lora)}")
+    say = print if shows_progress() else lambda message: None
+    card = card_of(checkpoint, print, adapter=arguments.adapter)
+    print(f"exported to {write(checkpoint, model.name_or_path, out, say=say, lora=model.lora, card=card)}")
 
 
 def _batches(arguments: argparse.Namespace) -> dict[str, Any]:

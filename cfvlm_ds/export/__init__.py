@@ -23,12 +23,12 @@ from cfvlm_ds.core.files import create
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.export.adapters import MergedWeights, export_adapter
 from cfvlm_ds.export.files import Files, verify, write_index
-from cfvlm_ds.export.folder import refuse_replacing, replaced
+from cfvlm_ds.export.folder import place_card, refuse_replacing, replaced
 from cfvlm_ds.export.jobs import Job, fill, find_jobs, revert
 from cfvlm_ds.export.source import Saved, read_saved, skeleton
 from cfvlm_ds.export.zero import BLOCK, ZeroWeights
 from cfvlm_ds.models import model_folder
-from cfvlm_ds.models.model_files import INDEX, SINGLE, check_files, side_files
+from cfvlm_ds.models.stored import INDEX, SINGLE, check_files, side_files
 
 __all__ = ["export_adapter", "export_hf", "refuse_replacing"]
 
@@ -40,10 +40,12 @@ def export_hf(
     say: Callable[[str], object] = print_line,
     lora: LoraConfig | None = None,
     alive: Callable[[], object] = lambda: None,
+    card: str | None = None,
 ) -> Path:
     """Write the weights of ``checkpoint`` with the configuration and processor of ``source`` to ``out_dir``; needs no process group or GPU.
 
-    Adapters, which ``lora`` describes, are merged into the weights they adapt. ``alive`` is called while it gets on.
+    Adapters, which ``lora`` describes, are merged into the weights they adapt. ``alive`` is called while it gets on. ``card`` is the
+    folder's README.md, unless there is one that somebody else has written.
 
     The folder appears complete or not at all, and replaces an older export only then. What was written is read back and compared: names,
     shapes and dtypes with the source's, and some values of every tensor. Raises ConfigError when the checkpoint is incomplete or does not
@@ -70,6 +72,7 @@ def export_hf(
         _write(files, saved, jobs, model, zero, folder)
         write_index(partial, saved, metadata)
         verify(partial, saved, files.ends, source, alive)
+        place_card(partial, out_dir, card)
     return out_dir
 
 

@@ -13,7 +13,7 @@ from cfvlm_ds.checkpoint import incomplete
 from cfvlm_ds.core.config import LoraConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.secrets import print_line
-from cfvlm_ds.export.folder import replaced
+from cfvlm_ds.export.folder import place_card, replaced
 from cfvlm_ds.export.source import skeleton
 from cfvlm_ds.export.zero import ZeroWeights
 from cfvlm_ds.models import family_of, is_adapter, peft_config
@@ -70,12 +70,13 @@ def export_adapter(
     lora: LoraConfig,
     say: Callable[[str], object] = print_line,
     alive: Callable[[], object] = lambda: None,
+    card: str | None = None,
 ) -> Path:
     """Write the adapters of ``checkpoint`` to ``out_dir`` in peft's format, in float32, for ``PeftModel.from_pretrained`` on ``source``.
 
-    The folder appears complete or not at all, and replaces older adapters only then. Raises ConfigError when the checkpoint is incomplete,
-    has no adapters, or trained more than adapters, which peft's format has no place for, and StorageError when the folder cannot be
-    written.
+    The folder appears complete or not at all, and replaces older adapters only then. ``card`` is as for ``export_hf``. Raises ConfigError
+    when the checkpoint is incomplete, has no adapters, or trained more than adapters, which peft's format has no place for, and
+    StorageError when the folder cannot be written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
@@ -97,6 +98,7 @@ def export_adapter(
         described = peft_config(model, family, modules, source, lora)
         described.inference_mode = True
         described.save_pretrained(partial)
+        place_card(partial, out_dir, card)
     say(f"export: {len(tensors)} adapter tensors of {', '.join(modules)}")
     return out_dir
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError, StorageError
-from cfvlm_ds.core.files import aside_of, whole_folder
+from cfvlm_ds.core.files import aside_of, create, replace, whole_folder
+from cfvlm_ds.core.reading import MIB, read_bytes
 from cfvlm_ds.core.untrusted import refuse_link
 
 
@@ -23,6 +28,52 @@ def refuse_replacing(out_dir: Path, marker: str, needed: Iterable[Path], remedy:
         raise ConfigError(f"{out_dir} is a file, and the export is a folder; {remedy}")
     if final.is_dir() and any(final.iterdir()) and not (final / marker).is_file():
         raise ConfigError(f"{out_dir} holds other files and no earlier export, and would be replaced; {remedy}")
+
+
+CARD = "README.md"
+_SEAL = re.compile(r"<!-- cfvlm-ds wrote this card: ([0-9a-f]{32}) -->\n")
+"""Ends a card. It holds a digest of what is above it: a card that somebody has edited is theirs from then on."""
+
+
+def sealed(text: str) -> str:
+    """A model card that is known again as one that nobody has changed."""
+    return f"{text}<!-- cfvlm-ds wrote this card: {_digest(text)} -->\n"
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether a file is a card that ``sealed`` has made, unchanged."""
+    try:
+        text = "" if path.is_symlink() else read_bytes(path, MIB).decode()
+    except (OSError, ValueError):
+        return False
+    *_, last = ["", *_SEAL.finditer(text)]
+    return isinstance(last, re.Match) and last.end() == len(text) and last[1] == _digest(text[: last.start()])
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def write_card(folder: Path, card: str) -> bool:
+    """Put a card in place of an earlier one of ours. Whether that was done: another README.md is somebody's own, and stays."""
+    path = folder / CARD
+    if os.path.lexists(path) and not is_own_card(path):
+        return False
+    replace(path, card.encode())
+    return True
+
+
+def place_card(partial: Path, out_dir: Path, card: str | None) -> None:
+    """The card of a folder that is to take the place of ``out_dir``: its README.md, where that is somebody's own, else ``card``."""
+    there = out_dir / CARD
+    if os.path.lexists(there) and not is_own_card(there):
+        if there.is_dir() and not there.is_symlink():
+            shutil.copytree(there, partial / CARD, symlinks=True)
+        else:
+            shutil.copy2(there, partial / CARD, follow_symlinks=False)
+    elif card is not None:
+        with create(partial / CARD) as handle:
+            handle.write(card.encode())
 
 
 @contextmanager

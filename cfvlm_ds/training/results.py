@@ -12,15 +12,15 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.data import data_roots, open_image
-from cfvlm_ds.data.identity import data_identity
-from cfvlm_ds.data.picture_index import PictureTable
+from cfvlm_ds.data import open_image
+from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
 from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, table
 from cfvlm_ds.export import export_adapter, export_hf
-from cfvlm_ds.export.folder import refuse_replacing
+from cfvlm_ds.export.folder import CARD, refuse_replacing, write_card
 from cfvlm_ds.models import only_adapters_train
 from cfvlm_ds.tracking.figures import learning_curves_figure, score_matrix_figure
+from cfvlm_ds.training.card import card_of
 from cfvlm_ds.training.evaluator import Splits
 
 Say = Callable[[str], object]
@@ -29,11 +29,23 @@ Say = Callable[[str], object]
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
     """The run's last checkpoint as a Hugging Face folder, or as adapters where only those are trained; ``alive`` is called meanwhile."""
     model, (folder, _) = config.model, _exported(config)
+    card = card_of(checkpoint, say, adapter=only_adapters_train(model))
     if only_adapters_train(model):
-        exported = export_adapter(checkpoint, model.name_or_path, folder, model.lora, say, alive)
+        exported = export_adapter(checkpoint, model.name_or_path, folder, model.lora, say, alive, card)
     else:
-        exported = export_hf(checkpoint, model.name_or_path, folder, say, model.lora, alive)
+        exported = export_hf(checkpoint, model.name_or_path, folder, say, model.lora, alive, card)
     say(f"exported to {exported}")
+
+
+def complete_card(config: RunConfig, checkpoint: Path, say: Say) -> None:
+    """Add the results of the evaluation, which is done after the export, to its card."""
+    folder, marker = _exported(config)
+    card = card_of(checkpoint, say, adapter=only_adapters_train(config.model), evaluated=True)
+    try:
+        if card is not None and (folder / marker).is_file() and not write_card(folder, card):
+            say(f"warning: {folder / CARD} was not written by this package, and stays as it is")
+    except OSError as error:
+        say(f"warning: {unwritten(folder / CARD, error)}; the export is whole without the results in it")
 
 
 def refuse_export(config: RunConfig) -> None:
@@ -55,7 +67,7 @@ def write_results(
     splits: Splits,
     results: Mapping[str, Sequence[Accuracy]],
     scores: Mapping[str, Sequence[GroupScores]],
-    checked: PictureTable | None,
+    identities: Mapping[str, Identity],
 ) -> list[Path]:
     """results.md, results.json and the scores of every split, in the run folder; the first two. Raises StorageError on a full disk."""
     run_dir = Path(config.train.output_dir)
@@ -67,9 +79,7 @@ def write_results(
         (run_dir / "scores").mkdir(exist_ok=True)
         for split, groups in splits.items():
             stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
-            given = config.data.evaluation_sets[split]
-            identity = data_identity(groups, data_roots(given.path, given.root), checked)
-            write_scores(path := run_dir / "scores" / f"{split}.jsonl", list(groups), stored, str(run_dir), identity)
+            write_scores(path := run_dir / "scores" / f"{split}.jsonl", list(groups), stored, str(run_dir), identities[split])
     except OSError as error:
         raise StorageError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
     return [tables, rows]

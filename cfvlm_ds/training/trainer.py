@@ -25,10 +25,10 @@ from cfvlm_ds.models import ModelFlops, peak
 from cfvlm_ds.training.batches import micro_batches
 from cfvlm_ds.training.checkpoints import Checkpoints
 from cfvlm_ds.training.evaluator import Evaluator, best_metric
+from cfvlm_ds.training.left_out import NonfiniteSteps, SkippedGroups
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.read_data import RunData
-from cfvlm_ds.training.results import draw_figures, export_checkpoint, write_results
-from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
+from cfvlm_ds.training.results import complete_card, draw_figures, export_checkpoint, write_results
 from cfvlm_ds.training.step import OptimizerStep, StepResult
 
 
@@ -177,13 +177,15 @@ class Trainer:
         results, scores = self.evaluator(config.train.eval_shuffled)
         tracker.log(step, flat_metrics(results))
         if self._world.is_main:
-            written = write_results(config, self._data.splits, results, scores, self._data.pictures)
+            written = write_results(config, self._data.splits, results, scores, self._data.identities)
             if config.train.figures:
                 written += draw_figures(self._run_dir, self._data.splits, scores, config.data.max_pixels, say)
+            if config.train.export and failed is None:
+                complete_card(config, self._run_dir / f"checkpoint-{step}", say)
             for path in written:
                 tracker.artifact(path)
             if results:
-                say(table(results))
+                print_line(table(results))  # also with --quiet
         if failed is not None:
             raise failed
 

@@ -31,15 +31,15 @@ from cfvlm_ds.cli.main import main
 from cfvlm_ds.cli.models import load_scorer
 from cfvlm_ds.cli.options import model_of
 from cfvlm_ds.cli.train import with_quickstart
-from cfvlm_ds.core.config import IMAGE_LIMITS, BuildConfig, TinyLlavaConfig
+from cfvlm_ds.core.config import IMAGE_LIMITS, BuildConfig, ModelConfig, TinyLlavaConfig
 from cfvlm_ds.core.distributed import World, agreed
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError, OutOfMemory, StorageError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import read_manifest
-from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.data.images import MAX_PIXELS
 from cfvlm_ds.data.stored_scores import read_scores
-from cfvlm_ds.demo.tiny_llava import build_tiny_llava
+from cfvlm_ds.demo.tiny import build_tiny_llava
 from cfvlm_ds.evaluation import score_groups
 from cfvlm_ds.objectives import OBJECTIVES
 
@@ -50,6 +50,8 @@ COMMANDS = [
     ["score"],
     ["evaluate"],
     ["export"],
+    ["init"],
+    ["completion"],
     *(["cluster", name] for name in ("check", "output_dir")),
 ]
 
@@ -144,7 +146,7 @@ def test_the_list_of_commands_is_the_one_tested_here(capsys: pytest.CaptureFixtu
             main([*prefix, "--help"])
         names = capsys.readouterr().out.split("{")[1].split("}")[0].split(",")
         listed += [[*prefix, name] for name in names if name not in ("data", "cluster")]
-    assert sorted(listed) == sorted(COMMANDS)
+    assert sorted(listed) == sorted([*COMMANDS, ["train"]]), "whose options are those of train.py"
 
 
 def test_installed_command() -> None:
@@ -461,9 +463,9 @@ def runs(model_dir: Path, manifests: dict[str, Path], scores_file: Path, tmp_pat
     extra = {
         "z2": ["--deepspeed", "ds_configs/z2.json"],
         "z3": [f"--data.evaluation.test={manifests['test']}", "--train.export", "true"],
-        "dpo": [*dpo, "--data.scores", str(scores_file)],
+        "dpo": [*dpo, "--data.scores", str(scores_file), f"--data.evaluation.test={manifests['test']}"],
         "stored": [*adapters, "--data.scores", str(scores_file), "--model.lora.dropout", "0"],
-        "off": [*adapters, "--train.export", "true"],
+        "off": [*adapters, "--train.export", "true", f"--data.evaluation.test={manifests['test']}"],
     }
     options = {
         name: train_arguments(model_dir, manifests, folder / name, "--train.max_steps", "2", "--train.warmup_ratio", "0", *more)
@@ -499,6 +501,27 @@ def test_without_its_adapters_the_model_is_the_reference(runs: Path) -> None:
     """The same losses as with the scores that the model had before, two steps under ZeRO-3."""
     assert losses(runs / "off") == pytest.approx(losses(runs / "stored"), rel=1e-5)
     assert losses(runs / "off")[0] != pytest.approx(losses(runs / "off")[1], abs=1e-4)
+
+
+def test_an_evaluation_compares_adapters_with_the_model_without_them(runs: Path, model_dir: Path, manifests: dict[str, Path]) -> None:
+    """DPO by hand, of the scores that the run has left and of those of the model that it began with; the other terms are there too."""
+    groups = read_manifest(manifests["test"])
+    scorer, collator, world = load_scorer(ModelConfig(str(model_dir)), max_pixels=MAX_PIXELS)
+    before = score_groups(scorer, collator, groups, world)
+    after = {row["id"]: row["logp"] for row in map(json.loads, (runs / "off" / "scores" / "test.jsonl").read_text().splitlines()[1:])}
+    means = []
+    for group, reference in zip(groups, before, strict=True):
+        ratio = [now - was for now, was in zip(after[group.id][0], reference.logp[0].tolist(), strict=True)]
+        against = [c for c, truth in enumerate(group.match[0]) if truth == 0]
+        means += [sum(math.log1p(math.exp(0.1 * (ratio[c] - ratio[0]))) for c in against) / len(against)] if against else []
+    found = metrics(runs / "off")[-1]
+    assert found["eval/test/loss_dpo"] == pytest.approx(sum(means) / len(means), rel=1e-5) != pytest.approx(math.log(2), abs=1e-6)
+    assert found["eval/test/loss"] == pytest.approx(found["eval/test/loss_dpo"] + sum(
+        weight * found[f"eval/test/loss_{name}"] for name, weight in (("csd", 0.5), ("fcd", 0.7))
+    ))  # fmt: skip
+    whole = metrics(runs / "dpo")[-1]
+    assert "eval/test/loss_csd" in whole and "eval/test/loss_dpo" not in whole and "eval/test/loss" not in whole
+    assert "| test | dpo | 1 | | | not computed: it needs reference scores" in (runs / "dpo" / "results.md").read_text()
 
 
 def test_dpo_of_a_whole_model_needs_a_file(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
@@ -605,9 +628,29 @@ def test_evaluate_prints_the_table_of_the_run(
     """The exported folder, scored in one process with another batch size, has the run's own results."""
     main(["evaluate", str(runs / "z3" / "export"), str(manifests["test"]), "--out", str(tmp_path / "e" / "r.json"), "--batch_size", "3"])
     printed = capsys.readouterr().out.strip()
-    assert printed == (runs / "z3" / "results.md").read_text().strip()
+    assert (runs / "z3" / "results.md").read_text().startswith(f"{printed}\n\n| split | loss |"), "it knows of no objective"
     assert "| chance |" in printed and "| test | all, blank image |" in printed
-    assert json.loads((tmp_path / "e" / "r.json").read_text()) == json.loads((runs / "z3" / "results.json").read_text())
+    found, of_run = (json.loads(path.read_text())["test"] for path in (tmp_path / "e" / "r.json", runs / "z3" / "results.json"))
+    assert [row | {"losses": {}} for row in of_run] == found and of_run[-1]["losses"].keys() == {"align", "csd", "fcd"}
+
+
+def test_exports_have_cards_with_what_the_run_knows(runs: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """Written with the export, completed by the evaluation, and the same when the checkpoint is exported again."""
+    card = (runs / "z3" / "export" / "README.md").read_text()
+    listed = json.loads((runs / "z3" / "data.json").read_text())
+    for each, name, context, groups in zip(listed, ("train", "test"), ("training", "evaluation"), (48, 10), strict=True):
+        assert f"| `{name}` | `{context}` | `{groups}` | `cfgroup` | `{manifests[name].name}` | `{each['digest']}` |" in card
+    assert all(f"| `{name}` | `{weight}` |" in card for name, weight in (("align", 1.0), ("csd", 0.5), ("fcd", 0.7)))
+    assert (
+        "Weights after 2 optimizer steps from `llava`" in card and "| ZeRO stage | `3` |" in card and 'library_name: "transformers"' in card
+    )
+    for line in (runs / "z3" / "results.md").read_text().splitlines():
+        if line.startswith(("| test | all", "| chance", "| test | csd")):
+            assert line.replace("| test | all |", "| test | `all` |") in card, line
+    main(["export", str(runs / "z3"), "--out", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "README.md").read_text() == card
+    adapter = (runs / "off" / "adapter" / "README.md").read_text()
+    assert 'library_name: "peft"' in adapter and "| `dpo` | `1.0` |" in adapter and "| test | all, blank image |" in adapter
 
 
 def test_evaluate_takes_run_folders_and_adapters(
@@ -615,7 +658,7 @@ def test_evaluate_takes_run_folders_and_adapters(
 ) -> None:
     """A run folder stands for its export, or for its adapters; these score as peft's own model does, in a process without this package."""
     main(["evaluate", str(runs / "z3"), str(manifests["test"])])
-    assert capsys.readouterr().out.strip() == (runs / "z3" / "results.md").read_text().strip()
+    assert (runs / "z3" / "results.md").read_text().startswith(capsys.readouterr().out.strip())
     adapted, base = plain_scores(manifests["test"], f"{model_dir}+{runs / 'off' / 'adapter'}", str(model_dir))
     groups, tables = read_manifest(manifests["test"]), []
     for named in (runs / "off", runs / "off" / "adapter"):

@@ -1,0 +1,278 @@
+"""Model cards: what stands in them, of run folders of ours and of hostile ones, and that nobody's own README.md is replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.versions import git_revision
+from cfvlm_ds.export.folder import CARD, is_own_card, place_card, replaced, sealed, write_card
+from cfvlm_ds.training.card import card_of, license_of, model_card
+
+ROWS = [
+    {"name": "colour", "num": 3, "metrics": {"group": 66.7, "pair": 75.0}, "blind": {"pair": 50.0}, "groups": {"group": 3, "pair": 3}}
+    | {"comparisons": {"group": 3, "pair": 6}},
+    {"name": "all", "num": 4, "metrics": {"group": 66.7, "pair": 75.0}, "blind": {"pair": 50.0}, "shuffled": {"pair": 25.0}, "mean": True}
+    | {"groups": {"group": 3, "pair": 3}, "comparisons": {"group": 3, "pair": 6}, "unused": {"group": ["g-4"], "pair": ["g-4"]}}
+    | {"losses": {"align": {"weight": 1.0, "value": 2.5, "groups": 4, "unused": [], "lacking": ""}}},
+]
+OPTIONS: dict[str, Any] = {
+    "model": {"name_or_path": "org/base-7b", "projector": {"tuning": "full", "learning_rate": 2e-5}, "lora": {"rank": 8}},
+    "train": {"learning_rate": 1e-4, "seed": 7},
+    "objective": {"align": {"weight": 1.0, "counterfactual": 0.5}, "csd": {"weight": 0.25, "margin": 1.0}, "dpo": {"weight": 0}},
+}
+DATA = [
+    {"name": "train", "context": "training", "source": "/home/me/groups.jsonl", "format": "cfgroup", "groups": 48, "digest": "a" * 32},
+    {"name": "test", "context": "evaluation", "source": "/home/me/test.jsonl", "format": "pairs", "groups": 4, "digest": "b" * 32},
+]
+ENVIRONMENT = {"git_revision": "c" * 40, "world_size": 16, "device": "H100", "packages": {"torch": "2.13.0", "cfvlm-ds": "0.1.0"}}
+
+
+def run_folder(folder: Path, step: int = 300, **files: Any) -> Path:
+    """A run folder with as much as a card reads of it; the checkpoint."""
+    (checkpoint := folder / f"checkpoint-{step}").mkdir(parents=True)
+    (checkpoint / "complete.json").write_text(json.dumps({"step": step}))
+    given = {"config": OPTIONS, "data": DATA, "environment": ENVIRONMENT, "results": {"test": ROWS}, "finished": {"step": step}} | files
+    for name, content in given.items():
+        if content is not None:
+            (folder / f"{name}.{'yaml' if name == 'config' else 'json'}").write_text(json.dumps(content))
+    return checkpoint
+
+
+def parts(card: str) -> tuple[dict[str, Any], str]:
+    """Front matter and body, as readers of cards take them apart."""
+    _, front, body = card.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_a_card_says_base_data_objective_settings_and_results(tmp_path: Path) -> None:
+    front, body = parts(model_card(run_folder(tmp_path / "my-run"), adapter=False))
+    assert front == {
+        "base_model": "org/base-7b",
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["cfvlm-ds", "counterfactual", "vision-language"],
+    }
+    for expected in (
+        "# `my-run`",
+        "Weights after 300 optimizer steps from `org/base-7b`",
+        "https://arxiv.org/abs/2506.17267",
+        f"| `train` | `training` | `48` | `cfgroup` | `groups.jsonl` | `{'a' * 32}` |",
+        f"| `test` | `evaluation` | `4` | `pairs` | `test.jsonl` | `{'b' * 32}` |",
+        "| `align` | `1.0` | `counterfactual 0.5` |",
+        "| `csd` | `0.25` | `margin 1.0` |",
+        "| train.learning_rate | `0.0001` |",
+        "| model.projector.learning_rate | `2e-05` |",
+        "| ranks | `16` |",
+        f"| revision of the training | `{'c' * 40}` |",
+        f"| revision of this export | `{git_revision()}` |",
+        "| cfvlm-ds of the training | `0.1.0` |",
+        "| deepspeed | not known |",
+        "| test | `colour` | 3 | ",
+        "| test | all, blank image | 4 | ",
+        "| test | all, another group's image | 4 | ",
+        "| chance | | | 25.0 |",
+        "| test | align | 1 | 2.5000 | 4 |  |",
+        "The license is not known",
+        "AutoModelForImageTextToText.from_pretrained",
+    ):
+        assert expected in body, expected
+    assert "dpo" not in body and "lora" not in body and "/home/me" not in body
+
+
+def test_a_card_of_adapters(tmp_path: Path) -> None:
+    model = OPTIONS["model"] | {"language_model": {"tuning": "lora"}}
+    front, body = parts(model_card(run_folder(tmp_path / "run", config=OPTIONS | {"model": model}), adapter=True))
+    assert (front["library_name"], front["base_model_relation"], front["tags"][-1]) == ("peft", "adapter", "lora")
+    assert "Adapters after 300 optimizer steps" in body and "| model.lora.rank | `8` |" in body and "PeftModel.from_pretrained" in body
+
+
+def test_a_card_says_what_it_does_not_know(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("data", "environment", "results", "finished"))
+    body = parts(model_card(run_folder(tmp_path / "bare", **nothing), adapter=False))[1]
+    for text in ("Not known: the run folder has no data.json", "| ranks | not known |", "Not known: these weights were exported before"):
+        assert text in body
+    earlier = run_folder(tmp_path / "earlier", finished={"step": 900})
+    assert "Not known: these weights were exported before" in model_card(earlier, adapter=False), "the results are of step 900"
+    assert "| test | `colour` |" in model_card(earlier, adapter=False, evaluated=True)
+    assert "None: the run had no evaluation sets." in model_card(run_folder(tmp_path / "none", results={}), adapter=False)
+    assert "states none" in model_card(run_folder(tmp_path / "no", config={**OPTIONS, "objective": {}}), adapter=False)
+    with pytest.raises(ConfigError, match=r"config\.yaml is not a run's configuration"):
+        model_card(run_folder(tmp_path / "torn", config=[1]), adapter=False)
+    said: list[str] = []
+    assert card_of(tmp_path / "torn" / "checkpoint-300", said.append, adapter=False) is None
+    assert said[0].startswith("warning: no README.md could be written for ")
+
+
+# What somebody else has written ------------------------------------------------------------------------------------------------------
+
+EVIL = "x` | <img src=//evil>\n---\nlicense: mit\n# [a](javascript:b)\\| \\\\| ![](//evil) \x1b[2J \ud800 <!-- cfvlm-ds"
+
+
+def only_code(body: str) -> str:
+    """The body without its code spans and its own markup: what could mean something to a renderer."""
+    return re.sub(r"`[^`\n]*`", "", body.partition("```python")[0])
+
+
+def test_what_comes_from_a_run_folder_means_nothing_to_yaml_markdown_or_html(tmp_path: Path) -> None:
+    row = {**ROWS[0], "name": EVIL}
+    mean = {**ROWS[1], "unused": {"group": [EVIL]}, "losses": {"align": {**ROWS[1]["losses"]["align"], "lacking": EVIL}}}
+    options = {
+        "model": {"name_or_path": EVIL, "vision_tower": {"tuning": EVIL}},
+        "train": {EVIL: EVIL, "lr_scheduler_type": EVIL},
+        "objective": {EVIL: {"weight": EVIL, EVIL: EVIL}},
+    }
+    hostile = run_folder(
+        tmp_path / "a `b` <i>|c",
+        config=options,
+        data=[{"name": EVIL, "context": EVIL, "source": f"/x/{EVIL}", "format": EVIL, "groups": EVIL, "digest": EVIL}, EVIL],
+        environment={"git_revision": EVIL, "world_size": EVIL, "device": EVIL, "packages": {"torch": EVIL}},
+        results={"test": [row, mean]},
+    )
+    card = model_card(hostile, adapter=False)
+    front, body = parts(card)
+    assert front.keys() == {"base_model_relation", "library_name", "pipeline_tag", "tags"}
+    left = only_code(body)
+    for sign in ("<img", "evil", "javascript", "license: mit", "<i>", "\x1b", "---\n\n---"):
+        assert sign not in left, left
+    assert all(letter.isprintable() or letter == "\n" for letter in card)
+    tables = [line for line in left.splitlines() if line.startswith("|")]
+    widths = {line.count("|") for line in tables}
+    assert widths <= {3, 4, 7, 6, 11, 12}, "no bar of a value makes a cell"
+    assert [line for line in left.splitlines() if line.startswith("#")] == [
+        "# ",
+        *(f"## {n}" for n in ("Data", "Objective", "Training", "Results", "Use")),
+    ]
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        {"../../x": ROWS},
+        {"<b>": ROWS},
+        {"test": [{**ROWS[0], "metrics": {"group": "<b>"}}]},
+        {"test": [{**ROWS[0], "metrics": {"<b>": 1.0}}, {**ROWS[1], "groups": {"<b>": 1}}]},
+        {"test": [{**ROWS[0], "num": "<b>"}]},
+        {"test": [{**ROWS[0], "name": ["<b>"]}]},
+        {"test": [{**ROWS[1], "comparisons": {"group": "<b>", "pair": 1}}]},
+        {"test": [{**ROWS[1], "unused": {"group": "<b>"}}], "x": 3},
+        {"test": [{**ROWS[1], "losses": {"<b>": ROWS[1]["losses"]["align"]}}]},
+        {"test": [{**ROWS[1], "losses": {"align": {"value": "<b>"}}}]},
+        {"test": [{**ROWS[1], "metrics": {"group": 10**400}}]},
+        {"test": [["<b>"]]},
+        {"test": [{**ROWS[0], "other": 1}]},
+    ],
+    ids=range(13),
+)
+def test_results_that_no_run_writes_are_not_shown(results: Any, tmp_path: Path) -> None:
+    card = model_card(run_folder(tmp_path / "run", results=results), adapter=False)
+    assert "Not known: the run folder's results.json cannot be read." in card and "<b>" not in card
+
+
+def test_thousands_of_edit_types_do_not_make_a_card_of_megabytes(tmp_path: Path) -> None:
+    many = [{**ROWS[0], "name": f"type {number}"} for number in range(5000)]
+    card = model_card(run_folder(tmp_path / "run", results={"test": [*many, ROWS[1]]}), adapter=False)
+    assert len(card) < 20_000 and "4951 more rows are in the run's results.md." in card and "| test | all, blank image |" in card
+    options = {**OPTIONS, "objective": {"align": {"weight": 1, "x": "y" * 100_000}}}
+    assert len(model_card(run_folder(tmp_path / "long", config=options), adapter=False)) < 20_000
+
+
+def test_secrets_are_masked(tmp_path: Path) -> None:
+    options = {
+        "model": {"name_or_path": "https://me:hunter2@host/x"},
+        "train": {"lr_scheduler_type": "token=hunter2"},
+        "objective": {"align": {"weight": 1, "api_key": "hunter2", "note": "https://host/?sig=hunter2"}},
+    }
+    sources = [{**DATA[0], "source": "https://me:hunter2@host/a?token=hunter2", "name": "password=hunter2"}]
+    run = run_folder(tmp_path / "run", config=options, data=sources, environment={"device": "hf_token: hunter2"})
+    assert "hunter2" not in model_card(run, adapter=False)
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: apache-2.0\n---\n", {"license": "apache-2.0"}),
+        ("---\r\nlicense: mit\r\n---\r\n# x", {"license": "mit"}),
+        (
+            "---\nlicense: other\nlicense_name: 'a\n\n  b'\nlicense_link: https://me:hunter2@x/\n---\n",
+            {"license": "other", "license_name": "a b", "license_link": "https://***@x/"},
+        ),
+        ("# no front matter\n---\nlicense: mit\n---\n", {}),
+        ("---\nlicense: [mit]\n---\n", {}),
+        ('---\nlicense: "mit\\n---"\n---\n', {}),
+        ("---\nlicense: !!python/object/apply:os.system [true]\n---\n", {}),
+        ("---\nlicense: mit\nlicense: gpl\n---\n", {}),
+        ("---\nx: " + "[" * 1000 + "\n---\n", {}),
+        ("---\n- license\n---\n", {}),
+        ("---\nlicense: mit\n---\n" + "x" * 2**19, {}),
+    ],
+    ids=range(11),
+)
+def test_a_license_is_what_the_base_states(card: str, expected: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / CARD).write_bytes(card.encode())
+    assert license_of(str(tmp_path)) == expected
+    front, body = parts(
+        model_card(run_folder(tmp_path / "run", config={**OPTIONS, "model": {"name_or_path": str(tmp_path)}}), adapter=False)
+    )
+    assert {name: value for name, value in front.items() if name.startswith("license")} == expected
+    assert "base_model" not in front and ("license is not known" in body) == (not expected)
+    assert f"from `{tmp_path.name}`" in body and str(tmp_path.parent) not in body, "of a folder its name alone"
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/etc/passwd"), os.mkfifo, os.mkdir], ids=["link", "pipe", "folder"])
+def test_a_base_whose_card_is_no_file_states_no_license(make: Callable[[Path], object], tmp_path: Path) -> None:
+    make(tmp_path / CARD)
+    assert license_of(str(tmp_path)) == {}
+    assert license_of("no/such-model") == license_of("no such name at all") == license_of("") == {}
+
+
+# Whose README.md it is -------------------------------------------------------------------------------------------------------------------
+
+
+def export(out: Path, card: str | None) -> None:
+    with replaced(out, "config.json", ()) as partial:
+        (partial / "config.json").write_text("{}")
+        place_card(partial, out, card)
+
+
+def test_a_card_of_ours_is_replaced_and_anything_else_stays(tmp_path: Path) -> None:
+    first, second = sealed("# one\n"), sealed("# two\n")
+    export(out := tmp_path / "export", first)
+    assert (out / CARD).read_text() == first and is_own_card(out / CARD)
+    export(out, second)
+    assert (out / CARD).read_text() == second
+    assert write_card(out, first) and (out / CARD).read_text() == first
+    for theirs in (
+        first.replace("one", "mine"),
+        first + "\n",
+        "# mine\n",
+        "",
+        sealed("# other\n") + first[-20:],
+        first.replace("\n", "\r\n"),
+    ):
+        (out / CARD).write_bytes(theirs.encode())
+        export(out, second)
+        assert (out / CARD).read_bytes() == theirs.encode() and not write_card(out, second)
+        assert (out / CARD).read_bytes() == theirs.encode()
+    export(out, None)
+    assert (out / CARD).exists(), "nor is it lost where no card is written"
+
+
+def test_a_link_a_folder_and_a_pipe_of_that_name_are_not_followed_or_read(tmp_path: Path) -> None:
+    (target := tmp_path / "target").write_text(sealed("# linked\n"))
+    for number, make in enumerate((lambda path: path.symlink_to(target), lambda path: path.symlink_to("nowhere"), os.mkdir)):
+        export(out := tmp_path / str(number), None)
+        make(out / CARD)
+        export(out, sealed("# ours\n"))
+        assert (out / CARD).is_symlink() or (out / CARD).is_dir()
+        assert not write_card(out, sealed("# ours\n"))
+    assert target.read_text() == sealed("# linked\n")
