@@ -248,39 +248,35 @@ def test_a_run_of_another_revision_is_one_sentence(case: str, tmp_path: Path) ->
     )
 
 
-def test_a_finished_run_of_another_revision_is_not_taken_for_this_one(told: Any, tmp_path: Path) -> None:
+def test_a_finished_run_is_what_the_folder_says(told: Any, tmp_path: Path) -> None:
+    """Of this revision, and with something left of its last step: else it is not taken for one, and nothing is touched."""
     config = parse_config(["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path)], OBJECTIVES)
+    sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
+    files = {"finished.json": '{"step": 5}'}
+
+    def start() -> Any:
+        for name, content in files.items():
+            (tmp_path / name).write_text(content)
+        before = sorted(tmp_path.iterdir())
+        try:
+            return resume.decide(config, Z3, World(0, 1, 0, torch.device("cpu")), sampler, {}, 5)
+        finally:
+            assert sorted(tmp_path.iterdir()) == before
+
+    for found in ("", '{"step": 4, "time": 1.0}\n{"step": 5, "ti', "not json\n", "[5]\n"):
+        files["metrics.jsonl"] = found
+        with pytest.raises(ConfigError, match=r"finished\.json says that the run ended at step 5, and neither .*; remove it to go on from"):
+            start()
+    (tmp_path / "checkpoint-5").mkdir()
+    assert start() is None
+    (tmp_path / "checkpoint-5").rmdir()
+    files["metrics.jsonl"] = '{"step": 5, "time": 1, "loss": 2.0}\n'
+    assert start() is None
     options = json.loads(json.dumps(masked(config.resolved)))
     options["train"]["label_smoothing"] = 0.1
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
-    (tmp_path / "finished.json").write_text('{"step": 5}')
-    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "time": 1.0, "loss": 2.0}\n')
-    before = sorted(path.name for path in tmp_path.iterdir())
-    world, counts = World(0, 1, 0, torch.device("cpu")), {"num_groups": 8, "groups_per_micro_batch": 2, "gradient_accumulation_steps": 1}
-    sampler = GroupSampler(**counts, rank=0, world_size=1, seed=0)
-    with pytest.raises(
-        ConfigError, match=rf"^{tmp_path} was written by another revision, and this one does not know train\.label_smoothing;"
-    ):
-        resume.decide(config, Z3, world, sampler, {}, 5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize("found", ["", '{"step": 4, "time": 1.0}\n{"step": 5, "ti', "not json\n", "[5]\n"])
-def test_a_finished_run_that_left_nothing_of_its_last_step_is_not_believed(found: str, told: Any, tmp_path: Path) -> None:
-    config = parse_config(["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path)], OBJECTIVES)
-    (tmp_path / "finished.json").write_text('{"step": 5}')
-    (tmp_path / "metrics.jsonl").write_text(found)
-    world, counts = World(0, 1, 0, torch.device("cpu")), {"num_groups": 8, "groups_per_micro_batch": 2, "gradient_accumulation_steps": 1}
-    sampler = GroupSampler(**counts, rank=0, world_size=1, seed=0)
-    with pytest.raises(
-        ConfigError, match=r"finished\.json says that the run ended at step 5, and neither .*; remove it to go on from what"
-    ):
-        resume.decide(config, Z3, world, sampler, {}, 5)
-    (tmp_path / "checkpoint-5").mkdir()
-    assert resume.decide(config, Z3, world, sampler, {}, 5) is None
-    (tmp_path / "checkpoint-5").rmdir()
-    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "time": 1}\n')
-    assert resume.decide(config, Z3, world, sampler, {}, 5) is None
+    files["config.yaml"] = yaml.safe_dump(options)
+    with pytest.raises(ConfigError, match=rf"^{tmp_path} was written by another revision, and .* not know train\.label_smoothing;"):
+        start()
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
