@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from cfvlm_ds.core.config import ScenesConfig
+from cfvlm_ds.demo.family_checkpoints import write_small
 from cfvlm_ds.demo.scenes import build_scenes
-from cfvlm_ds.demo.small import write_small
 
 REPO = Path(__file__).resolve().parent.parent
 SHARD = "500MB"

@@ -31,7 +31,7 @@ from cfvlm_ds.core.config import ModelConfig, ModuleConfig, TinyLlavaConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.data.features import FeatureCache
-from cfvlm_ds.demo.tiny import llava_config, llava_processor, write_checkpoint
+from cfvlm_ds.demo.tiny_llava import llava_config, llava_processor, write_checkpoint
 from cfvlm_ds.models import ModelFlops, Scorer, family_of, load_model
 
 TOWERS = {

@@ -54,9 +54,9 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import read_scores
+from cfvlm_ds.demo.family_checkpoints import SMALL
 from cfvlm_ds.demo.scenes import all_captions
-from cfvlm_ds.demo.small import SMALL
-from cfvlm_ds.demo.tiny import write_checkpoint
+from cfvlm_ds.demo.tiny_llava import write_checkpoint
 from cfvlm_ds.models import Scorer, family_of, load_model, load_processor
 from cfvlm_ds.objectives import Dpo, denominators, required_cells, weighted_loss
 

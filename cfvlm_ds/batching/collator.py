@@ -15,21 +15,21 @@ import torch
 from transformers import PreTrainedConfig
 
 from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch
+from cfvlm_ds.batching.batch_layout import group_layout, stored_scores
 from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, ImageSource, PictureKey, Size, Unprocessable, with_names
-from cfvlm_ds.batching.layout import group_layout, stored_scores
 from cfvlm_ds.batching.packing import Tree, divide, pack
 from cfvlm_ds.batching.prompts import Encoded, Prompts
-from cfvlm_ds.batching.templates import TemplateBound, try_out
+from cfvlm_ds.batching.template_sandbox import TemplateBound, try_out
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Pictures
 from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.features import FeatureCache
-from cfvlm_ds.data.images import MAX_PIXELS
-from cfvlm_ds.data.pictures import PictureTable
+from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.models import Family, family_of, load_config, load_processor
-from cfvlm_ds.models.stored import explained
+from cfvlm_ds.models.model_files import explained
 
 
 class TreeTokens(NamedTuple):

@@ -17,9 +17,9 @@ from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE
 from cfvlm_ds.core.errors import DataError, is_failure
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.reading import read_bytes
+from cfvlm_ds.data.decoding import MAX_BYTES, MAX_PIXELS, open_image
 from cfvlm_ds.data.features import FeatureCache, Features
-from cfvlm_ds.data.images import MAX_BYTES, MAX_PIXELS, open_image
-from cfvlm_ds.data.pictures import PictureTable
+from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.models import Family
 
 Size = tuple[int, int]

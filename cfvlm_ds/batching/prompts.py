@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from cfvlm_ds.batching.templates import MAX_WRITTEN, TemplateBound, try_out, watched
+from cfvlm_ds.batching.template_sandbox import MAX_WRITTEN, TemplateBound, try_out, watched
 from cfvlm_ds.core.errors import ConfigError, DataError, is_failure
 
 CHARACTERS_PER_TOKEN = 16

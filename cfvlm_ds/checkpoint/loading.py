@@ -12,11 +12,11 @@ from cfvlm_ds.checkpoint.finding import description
 from cfvlm_ds.checkpoint.reshard import reshard
 from cfvlm_ds.checkpoint.saving import RANDOM_STATE, kept_failures, reason_of
 from cfvlm_ds.checkpoint.state import TrainState
-from cfvlm_ds.compat.checkpoint_files import flat_tensors, read_states, reading_tensors_alone
 from cfvlm_ds.core.distributed import World, gather_objects, set_random_state
 from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import remove
-from cfvlm_ds.models.stored import explained
+from cfvlm_ds.deepspeed_compat.checkpoint_files import flat_tensors, read_states, reading_tensors_alone
+from cfvlm_ds.models.model_files import explained
 
 
 def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: Path) -> None:

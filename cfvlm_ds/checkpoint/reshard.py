@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from cfvlm_ds.compat.shards import Shapes, Shards
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import create
+from cfvlm_ds.deepspeed_compat.shards import Shapes, Shards
 
 
 def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> None:

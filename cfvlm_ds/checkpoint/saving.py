@@ -18,12 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cfvlm_ds.checkpoint.finding import COMPLETE, by_step, crc32_of, own_sum, step_of
+from cfvlm_ds.checkpoint.finding import COMPLETE, crc32_of, own_sum
+from cfvlm_ds.checkpoint.retention import delete_older
 from cfvlm_ds.checkpoint.state import TrainState
-from cfvlm_ds.compat.checkpoint_files import guarded_writes
 from cfvlm_ds.core.distributed import World, broadcast_object, gather_objects, random_state
 from cfvlm_ds.core.errors import StorageError
 from cfvlm_ds.core.files import put_in_place, remove
+from cfvlm_ds.deepspeed_compat.checkpoint_files import guarded_writes
 
 RANDOM_STATE = "random-state-{}.pt"
 
@@ -75,11 +76,8 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
         raise SaveError(
             f"{final} cannot be written ({problem}); make room or correct the folder's permissions; older checkpoints are whole"
         )
-    if world.is_main and keep > 0:
-        older = [path for path in by_step(output_dir) if step_of(path) <= state.step]
-        for path in older[keep:]:
-            if not (keep_every and step_of(path) % keep_every == 0) and not (state.best and step_of(path) == state.best["step"]):
-                shutil.rmtree(path, ignore_errors=True)
+    if world.is_main:
+        delete_older(output_dir, state, keep, keep_every)
     dist.barrier()
     return final
 

@@ -16,7 +16,7 @@ class TrainState:
     ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``data`` the identity of the training groups;
     ``run_id`` the MLflow run; ``baseline_lp`` the factual log-likelihood per token at the start, against which displacement is measured;
     ``best`` the ``step`` and ``value`` of the best evaluation by ``train.save_best``; ``skipped`` the groups left out, and why; ``record``
-    its options (see changes.py).
+    its options (see option_changes.py).
     """
 
     step: int = 0

@@ -34,7 +34,7 @@ def _build(arguments: argparse.Namespace) -> None:
 
 
 def _tiny(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.demo.small import write_small
+    from cfvlm_ds.demo.family_checkpoints import write_small
 
     print(f"wrote {write_small(arguments.family, Path(arguments.out_dir), arguments.seed)}")
 

@@ -17,7 +17,7 @@ from cfvlm_ds.core.verbosity import shows_progress
 
 if TYPE_CHECKING:
     from cfvlm_ds.batching.collator import Collator
-    from cfvlm_ds.data.pictures import PictureTable
+    from cfvlm_ds.data.picture_index import PictureTable
     from cfvlm_ds.models import Scorer
 
 
@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
 def _score(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.data import data_roots, read_manifest
     from cfvlm_ds.data.identity import data_identity
-    from cfvlm_ds.data.pictures import PictureTable
+    from cfvlm_ds.data.picture_index import PictureTable
     from cfvlm_ds.data.stored_scores import write_scores
     from cfvlm_ds.evaluation import score_groups
     from cfvlm_ds.models import fingerprint

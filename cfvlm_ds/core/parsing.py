@@ -12,7 +12,7 @@ from typing import Any
 
 from cfvlm_ds.core.config import CFVLM, SECTIONS, DataSet, RunConfig, ScenesConfig, TinyLlavaConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.hints import RENAMED, nearest
+from cfvlm_ds.core.nearest_option import RENAMED, nearest
 from cfvlm_ds.core.options import ENDLESS, kinds, ranges
 from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
 from cfvlm_ds.core.shipped import found, listed

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cfvlm_ds.data.check import Share, check_manifest, check_share
+from cfvlm_ds.data.decoding import MAX_PIXELS, image_size, open_image
 from cfvlm_ds.data.formats import FORMATS, Format
-from cfvlm_ds.data.images import MAX_PIXELS, image_size, open_image
 from cfvlm_ds.data.manifest import Root, data_roots, named_apart, read_manifest
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.sampler import GroupSampler, PackedSampler

@@ -17,9 +17,9 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
-from cfvlm_ds.data.images import MAX_PIXELS, open_image
+from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
 from cfvlm_ds.data.manifest import Entry, Root, read_entries, told_apart
-from cfvlm_ds.data.pictures import Picture, PictureNotes, PictureTable, picture_key, picture_of
+from cfvlm_ds.data.picture_index import Picture, PictureNotes, PictureTable, picture_key, picture_of
 from cfvlm_ds.data.report import CheckReport
 
 _CHUNK = 1024

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.data.pictures import PictureTable
+from cfvlm_ds.data.picture_index import PictureTable
 
 Identity: TypeAlias = Mapping[str, int | str | None]
 """``rows`` counts them, ``order`` is a hash of their ids in order, the rest are sums over the rows, which their order does not change.

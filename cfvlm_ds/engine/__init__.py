@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.compat.stepping import apply_optimizer_options, gather_clock, invalidate_prefetch_trace, optimizer_options
+from cfvlm_ds.deepspeed_compat.running_engine import apply_optimizer_options, gather_clock, invalidate_prefetch_trace, optimizer_options
 from cfvlm_ds.engine.check import validate
 from cfvlm_ds.engine.configuration import read_json, resolve
 from cfvlm_ds.engine.memory import model_states, offloaded

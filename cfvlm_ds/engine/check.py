@@ -19,10 +19,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from cfvlm_ds.compat import settings
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.text import one_line
+from cfvlm_ds.deepspeed_compat import settings as settings
 from cfvlm_ds.engine.configuration import unusable, warmup_steps
 
 

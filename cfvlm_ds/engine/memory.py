@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cfvlm_ds.compat import settings
+from cfvlm_ds.deepspeed_compat import settings as settings
 
 
 def offloaded(ds_config: dict[str, Any]) -> dict[str, bool]:

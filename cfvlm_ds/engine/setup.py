@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from cfvlm_ds.compat.parameters import whole_shape
-from cfvlm_ds.compat.starting import clear_stale_locks, import_deepspeed
-from cfvlm_ds.compat.versions import unknown_version
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, cores_per_rank, default_workers, launch_environment, meeting_point
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.versions import version
+from cfvlm_ds.deepspeed_compat.parameters import whole_shape
+from cfvlm_ds.deepspeed_compat.starting import clear_stale_locks, import_deepspeed
+from cfvlm_ds.deepspeed_compat.versions import unknown_version
 from cfvlm_ds.engine.configuration import unusable, warmup_steps
 from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainable
 

@@ -10,9 +10,9 @@ from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.evaluation.comparisons import UNLABELLED, Comparison, comparisons
+from cfvlm_ds.evaluation.largest_batch import rehearse
 from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
 from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
-from cfvlm_ds.evaluation.rehearsal import rehearse
 from cfvlm_ds.evaluation.report import headline, table
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, guarded, score_groups
 from cfvlm_ds.objectives import Objectives

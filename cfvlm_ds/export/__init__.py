@@ -28,7 +28,7 @@ from cfvlm_ds.export.jobs import Job, fill, find_jobs, revert
 from cfvlm_ds.export.source import Saved, read_saved, skeleton
 from cfvlm_ds.export.zero import BLOCK, ZeroWeights
 from cfvlm_ds.models import model_folder
-from cfvlm_ds.models.stored import INDEX, SINGLE, check_files, side_files
+from cfvlm_ds.models.model_files import INDEX, SINGLE, check_files, side_files
 
 __all__ = ["export_adapter", "export_hf", "refuse_replacing"]
 

@@ -16,7 +16,7 @@ from cfvlm_ds.core.files import create
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.untrusted import bare_name
 from cfvlm_ds.export.source import DTYPE_NAMES, Saved, read_headers
-from cfvlm_ds.models.stored import INDEX, SINGLE
+from cfvlm_ds.models.model_files import INDEX, SINGLE
 
 
 class Files:

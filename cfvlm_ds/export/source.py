@@ -12,7 +12,7 @@ import torch
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models import load_config
-from cfvlm_ds.models.stored import INDEX, SINGLE, explained, header, read_index, weight_files
+from cfvlm_ds.models.model_files import INDEX, SINGLE, explained, header, read_index, weight_files
 
 DTYPES = {
     "F64": torch.float64,

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfvlm_ds.compat.shards import Shards, Weight
-from cfvlm_ds.models.stored import explained
+from cfvlm_ds.deepspeed_compat.shards import Shards, Weight
+from cfvlm_ds.models.model_files import explained
 
 BLOCK = 1 << 23  # elements read, cast and written at a time
 _MAPPED = 64 << 20  # bytes read before the files are mapped again, at least

@@ -17,7 +17,7 @@ from cfvlm_ds.core.config import LoraConfig, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.run_folder import ADAPTER_WEIGHTS
 from cfvlm_ds.models.family import MODULES, Family, Module
-from cfvlm_ds.models.stored import explained, header
+from cfvlm_ds.models.model_files import explained, header
 
 # It misses, loudly and wherever peft imports it, a kernel of 4-bit inference that a training does not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -56,7 +56,7 @@ class Family:
         arrange: what the model does between its projector and its language model.
         one_tensor: whether the model's forward takes the features of all images as one tensor instead of a list.
         unused: prefixes of weights that the checkpoint has and the forward does not use.
-        limit: bounds an image's visual tokens (cfvlm_ds.models.limits) by the options ``limited_by`` of the model's configuration.
+        limit: bounds an image's visual tokens (visual_token_limits.py) by the options ``limited_by`` of the model's configuration.
     """
 
     model_types: tuple[str, ...]

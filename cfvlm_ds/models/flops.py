@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfvlm_ds.compat.parameters import whole_shape
+from cfvlm_ds.deepspeed_compat.parameters import whole_shape
 from cfvlm_ds.models.family import MODULES, Family
 from cfvlm_ds.models.forest_attention import Forest
 

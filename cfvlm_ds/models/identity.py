@@ -18,7 +18,7 @@ from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.models.family import Family
-from cfvlm_ds.models.stored import hashed_files, weight_patterns
+from cfvlm_ds.models.model_files import hashed_files, weight_patterns
 
 _BLOCK = 1 << 22  # bytes read at a time
 _INPUTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")

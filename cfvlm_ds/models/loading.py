@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from cfvlm_ds.compat.parameters import whole_shape
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.deepspeed_compat.parameters import whole_shape
 from cfvlm_ds.models.adapters import (
     adapted_modules,
     add_adapters,
@@ -28,8 +28,8 @@ from cfvlm_ds.models.adapters import (
 from cfvlm_ds.models.families import family_of
 from cfvlm_ds.models.family import MODULES, Family, Module
 from cfvlm_ds.models.forest_attention import BACKENDS, registered
+from cfvlm_ds.models.model_files import check_files, explained, num_stored, refuse_counts, refuse_no_files
 from cfvlm_ds.models.scorer import Scorer
-from cfvlm_ds.models.stored import check_files, explained, num_stored, refuse_counts, refuse_no_files
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:

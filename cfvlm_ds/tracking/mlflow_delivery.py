@@ -21,7 +21,7 @@ from cfvlm_ds.core.files import keep
 from cfvlm_ds.core.verbosity import shows_progress
 from cfvlm_ds.tracking.inputs import log_inputs
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, read_metrics, say
-from cfvlm_ds.tracking.record import RECORD_FILE, Record, Status
+from cfvlm_ds.tracking.run_description import RECORD_FILE, Record, Status
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",

@@ -30,7 +30,7 @@ from cfvlm_ds.core.files import Lines
 from cfvlm_ds.core.secrets import masked, without_secrets
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, parse_line, say, truncate_metrics
 from cfvlm_ds.tracking.mlflow_delivery import Delivery
-from cfvlm_ds.tracking.record import RECORD_FILE, Record, Status
+from cfvlm_ds.tracking.run_description import RECORD_FILE, Record, Status
 
 
 def open_tracker(

@@ -25,7 +25,7 @@ from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.data import Share, check_share, data_roots, read_manifest
 from cfvlm_ds.data.identity import Identity, data_identity
-from cfvlm_ds.data.pictures import PictureNotes, PictureTable, sizes_of, stored_pictures
+from cfvlm_ds.data.picture_index import PictureNotes, PictureTable, sizes_of, stored_pictures
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
 
 _FORM = 3  # of data_check.json and of what a check looks at; another number has everything looked at again

@@ -17,8 +17,8 @@ from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.identity import changes as changed_data
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_step
-from cfvlm_ds.training import changes
-from cfvlm_ds.training.changes import Change
+from cfvlm_ds.training import option_changes
+from cfvlm_ds.training.option_changes import Change
 
 FINISHED = "finished.json"
 CHANGES = "resume_changes.jsonl"
@@ -66,7 +66,7 @@ class Start:
         if self.record["model"]:
             return self.record
         patience = Patience(world)  # rank 0 reads all weights of the model
-        hashes = agreed(world, lambda: changes.model_hashes(config.model.name_or_path, patience.alive), patience)
+        hashes = agreed(world, lambda: option_changes.model_hashes(config.model.name_or_path, patience.alive), patience)
         return {**self.record, "model": hashes}
 
     def note(self, run_dir: Path, step: int, world: World) -> list[Path]:
@@ -74,7 +74,7 @@ class Start:
         for change in self.changed:
             world.say(f"after step {step}: {change}")
         if self.changed and world.is_main:
-            changes.note(run_dir / CHANGES, step, self.changed, world.say)
+            option_changes.note(run_dir / CHANGES, step, self.changed, world.say)
         return [run_dir / CHANGES] if self.changed else []
 
 
@@ -89,17 +89,17 @@ def decide(
     run_dir, train = Path(config.train.output_dir), config.train
     allowed = train.resume_changes == "allow"
     patience = Patience(world)  # rank 0 may read all weights of the model
-    record = agreed(world, lambda: changes.record(config, deepspeed, world.size, total_steps, patience.alive), patience)
+    record = agreed(world, lambda: option_changes.record(config, deepspeed, world.size, total_steps, patience.alive), patience)
 
     def changed_since(before: Mapping[str, Any], what: Path, step: int) -> list[Change]:
-        changes.refuse_other_revision(before, what)
-        found = changes.compare(before, record)
-        if problem := changes.refused(found, str(what), step, allowed):
+        option_changes.refuse_other_revision(before, what)
+        found = option_changes.compare(before, record)
+        if problem := option_changes.refused(found, str(what), step, allowed):
             raise ConfigError(problem)
         return found
 
     if is_finished(config, total_steps, world):
-        before = agreed(world, lambda: changes.of_finished(run_dir))
+        before = agreed(world, lambda: option_changes.of_finished(run_dir))
         if before is not None:
             agreed(world, lambda: changed_since(before, run_dir, total_steps))
         world.say(
@@ -115,7 +115,7 @@ def decide(
             )
         return Start(None, [], record, total_steps, data)
     step = checkpoint.description(found)["step"]
-    start = Start(found, agreed(world, lambda: changed_since(changes.recorded(found), found, step)), record, total_steps, data)
+    start = Start(found, agreed(world, lambda: changed_since(option_changes.recorded(found), found, step)), record, total_steps, data)
     if (state := checkpoint.kept_state(found)) is not None:
         start.check(state, config, sampler)
     return start

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from cfvlm_ds.batching.batch import STAND_IN, Batch
 from cfvlm_ds.batching.collator import Collator
-from cfvlm_ds.compat.parameters import own_part
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.deepspeed_compat.parameters import own_part
 from cfvlm_ds.models import attention
 from cfvlm_ds.models.forest_attention import stock_attention
-from cfvlm_ds.models.stored import explained
+from cfvlm_ds.models.model_files import explained
 
 UNSUSPICIOUS = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Nats per token up to which a difference needs no explanation; 0.05 in types of half precision."""

@@ -23,7 +23,7 @@ from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.models import adapters_off
 from cfvlm_ds.objectives import denominators, weighted_loss
 from cfvlm_ds.training.gradient_cache import one_pass, two_passes
-from cfvlm_ds.training.left_out import NonfiniteSteps, SkippedGroups
+from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from cfvlm_ds.models import ModelFlops, peak
 from cfvlm_ds.training.batches import micro_batches
 from cfvlm_ds.training.checkpoints import Checkpoints
 from cfvlm_ds.training.evaluator import Evaluator, best_metric
-from cfvlm_ds.training.left_out import NonfiniteSteps, SkippedGroups
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.read_data import RunData
 from cfvlm_ds.training.results import complete_card, draw_figures, export_checkpoint, write_results
+from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 from cfvlm_ds.training.step import OptimizerStep, StepResult
 
 

@@ -36,10 +36,10 @@ from cfvlm_ds.core.distributed import World, agreed
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError, OutOfMemory, StorageError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.identity import data_identity
-from cfvlm_ds.data.images import MAX_PIXELS
 from cfvlm_ds.data.stored_scores import read_scores
-from cfvlm_ds.demo.tiny import build_tiny_llava
+from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 from cfvlm_ds.evaluation import score_groups
 from cfvlm_ds.objectives import OBJECTIVES
 

@@ -21,12 +21,12 @@ from conftest import REPO, environment, train_arguments
 
 from cfvlm_ds import engine
 from cfvlm_ds.cluster import node_check as cluster
-from cfvlm_ds.compat import starting
 from cfvlm_ds.core import distributed, versions
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import meeting_point
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.deepspeed_compat import starting as starting
 from cfvlm_ds.engine import setup
 from cfvlm_ds.models import Scorer, family_of, load_model
 from cfvlm_ds.objectives import OBJECTIVES

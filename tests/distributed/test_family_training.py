@@ -18,7 +18,7 @@ from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.data import GroupSampler, read_manifest
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import read_scores
-from cfvlm_ds.demo.small import SMALL, write_small
+from cfvlm_ds.demo.family_checkpoints import SMALL, write_small
 from cfvlm_ds.export import export_hf
 from cfvlm_ds.export.zero import ZeroWeights
 

@@ -29,7 +29,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data.features import Features, read_features, write_features
-from cfvlm_ds.demo.small import SMALL, write_small
+from cfvlm_ds.demo.family_checkpoints import SMALL, write_small
 from cfvlm_ds.models import Scorer, family_of, load_model, tower_fingerprint
 from cfvlm_ds.objectives import OBJECTIVES
 

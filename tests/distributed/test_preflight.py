@@ -33,7 +33,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import check, check_manifest, check_share, read_manifest
 from cfvlm_ds.data.identity import changes, data_identity
-from cfvlm_ds.data.pictures import PictureNotes, PictureTable
+from cfvlm_ds.data.picture_index import PictureNotes, PictureTable
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training import read_data as preflight
 from cfvlm_ds.training import resume

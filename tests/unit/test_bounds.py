@@ -21,7 +21,7 @@ from PIL import Image
 from test_data import folder, manifest, pair, png, row
 
 from cfvlm_ds import engine
-from cfvlm_ds.batching import prompts, templates
+from cfvlm_ds.batching import prompts, template_sandbox
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
@@ -31,10 +31,10 @@ from cfvlm_ds.core.reading import MAX_SETTINGS, DuplicateKey, parse_json
 from cfvlm_ds.data import check_manifest, image_size, open_image, read_manifest
 from cfvlm_ds.data import manifest as reader
 from cfvlm_ds.data import stored_scores as scores
+from cfvlm_ds.data.decoding import MAX_BYTES
 from cfvlm_ds.data.identity import data_identity
-from cfvlm_ds.data.images import MAX_BYTES
-from cfvlm_ds.data.pictures import Picture, PictureTable
-from cfvlm_ds.demo.tiny import CHAT_TEMPLATE
+from cfvlm_ds.data.picture_index import Picture, PictureTable
+from cfvlm_ds.demo.tiny_llava import CHAT_TEMPLATE
 from cfvlm_ds.objectives import OBJECTIVES
 
 __all__ = ["folder"]
@@ -290,7 +290,7 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_chat_template_is_bounded(case: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a run begins, in the process that loads it, whichever thread that is."""
-    monkeypatch.setattr(templates, "CPU_SECONDS", 1)
+    monkeypatch.setattr(template_sandbox, "CPU_SECONDS", 1)
     template, said = HOSTILE[case]
     copy = shutil.copytree(model_dir, tmp_path / "model")
     for name in ("chat_template.jinja", "chat_template.json"):
@@ -316,7 +316,7 @@ def test_a_chat_template_is_bounded(case: str, model_dir: Path, tmp_path: Path, 
 
 def test_a_chat_template_that_waits_for_its_text_is_ended_too(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It knows what it is tried with, or simply takes longer the longer the text is; in the thread that renders, and in no other."""
-    monkeypatch.setattr(templates, "WATCHED_SECONDS", 1)
+    monkeypatch.setattr(template_sandbox, "WATCHED_SECONDS", 1)
     collator = load_collator(ModelConfig(str(model_dir)), "full")
     looping = "{% if messages[1] and messages[1].content[0].text == 'a red circle' %}" + LOOPS + "{% endif %}"
     collator.processor.chat_template = looping + CHAT_TEMPLATE

@@ -23,7 +23,7 @@ from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.objectives import OBJECTIVES
-from cfvlm_ds.training import changes, resume
+from cfvlm_ds.training import option_changes, resume
 
 Z3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": False}, "gradient_clipping": 1.0}
 
@@ -47,23 +47,26 @@ def test_every_deepspeed_setting_that_is_shipped_says_what_its_change_means() ->
     files = [*(REPO / "ds_configs").glob("*.json"), REPO / "tests" / "support" / "z3_partitioned.json"]
     shipped = set().union(*(leaves(json.loads(file.read_text())) for file in files))
     parts = {name: {name.rsplit(".", n)[0] for n in range(name.count(".") + 1)} for name in shipped}
-    undeclared = sorted(name for name, above in parts.items() if not above & changes.DEEPSPEED.keys())
+    undeclared = sorted(name for name, above in parts.items() if not above & option_changes.DEEPSPEED.keys())
     assert len(files) > 4 and len(shipped) > 20
     assert not undeclared, (
-        f"{undeclared}: add them, or what they are below, to DEEPSPEED in cfvlm_ds/training/changes.py with what a change means"
+        f"{undeclared}: add them, or what they are below, to DEEPSPEED in cfvlm_ds/training/option_changes.py with what a change means"
     )
-    assert changes.kind_of("zero_optimization.reduce_bucket_size") == "speed" and changes.kind_of("zero_optimization.stage") == "fixed"
-    assert changes.kind_of("of_a_future_release.x") == "meaning", "what nobody has declared is compared"
+    assert (
+        option_changes.kind_of("zero_optimization.reduce_bucket_size") == "speed"
+        and option_changes.kind_of("zero_optimization.stage") == "fixed"
+    )
+    assert option_changes.kind_of("of_a_future_release.x") == "meaning", "what nobody has declared is compared"
 
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function from options, and what else a run is told, to its record."""
-    monkeypatch.setattr(changes, "model_hashes", lambda name, alive: {"weights": name.split("@")[0], "inputs": "i"})
+    monkeypatch.setattr(option_changes, "model_hashes", lambda name, alive: {"weights": name.split("@")[0], "inputs": "i"})
 
     def record(*options: str, ranks: int = 2, steps: int = 38, **deepspeed: Any) -> dict[str, Any]:
         config = parse_config(["--model.name_or_path", "base@here", *options], OBJECTIVES)
-        return changes.record(config, {**Z3, **deepspeed}, ranks, steps)
+        return option_changes.record(config, {**Z3, **deepspeed}, ranks, steps)
 
     return record
 
@@ -88,11 +91,11 @@ RESUMABLE = (
 
 @pytest.mark.parametrize(("option", "value", "said"), RESUMABLE)
 def test_what_decides_what_is_trained_is_named_and_may_be_allowed(option: str, value: str, said: str, told: Any) -> None:
-    found = changes.compare(told(*LORA), told(*LORA, option, value))
+    found = option_changes.compare(told(*LORA), told(*LORA, option, value))
     assert [(str(change), change.fixed) for change in found] == [(said, False)]
-    message = changes.refused(found, "run/checkpoint-7", 7, allowed=False)
+    message = option_changes.refused(found, "run/checkpoint-7", 7, allowed=False)
     assert message is not None and message.startswith(f"run/checkpoint-7 was trained with other options: {said}; restore them")
-    assert changes.refused(found, "run/checkpoint-7", 7, allowed=True) is None
+    assert option_changes.refused(found, "run/checkpoint-7", 7, allowed=True) is None
 
 
 FIXED = (
@@ -109,14 +112,14 @@ FIXED = (
 def test_what_no_checkpoint_of_another_value_can_continue_is_refused_even_where_changes_are_allowed(
     options: tuple[str, ...], said: str, told: Any
 ) -> None:
-    found = changes.compare(told(*LORA), told(*LORA, *options))
-    message = changes.refused(found, "c", 7, allowed=True)
+    found = option_changes.compare(told(*LORA), told(*LORA, *options))
+    message = option_changes.refused(found, "c", 7, allowed=True)
     assert message == f"c cannot be continued with what has changed: {said}; restore it, or choose another train.output_dir"
 
 
 def test_deepspeed_settings(told: Any) -> None:
     def said(**deepspeed: Any) -> list[str]:
-        return [f"{change}{' (fixed)' if change.fixed else ''}" for change in changes.compare(told(), told(**deepspeed))]
+        return [f"{change}{' (fixed)' if change.fixed else ''}" for change in option_changes.compare(told(), told(**deepspeed))]
 
     assert said(zero_optimization={"stage": 3, "reduce_bucket_size": 5, "offload_param": {"device": "cpu"}}, steps_per_print=3) == []
     assert said(optimizer={"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}}) == []
@@ -136,7 +139,7 @@ def test_deepspeed_settings(told: Any) -> None:
 def test_what_changes_nothing_passes(told: Any) -> None:
     """Other ranks with as many groups a step, other places, speed and records, and options that are not in use."""
     same = ("--train.per_device_train_batch_size", "4", "--train.gradient_accumulation_steps", "1")
-    assert changes.compare(told(), told(*same, ranks=4)) == []
+    assert option_changes.compare(told(), told(*same, ranks=4)) == []
     free = ("--model.name_or_path", "base@there", "--data.train", "moved.jsonl", "--train.output_dir", "o", "--train.save_steps", "3")
     free += (
         "--data.num_workers",
@@ -148,50 +151,50 @@ def test_what_changes_nothing_passes(told: Any) -> None:
         "--train.bf16",
         "false",
     )
-    assert changes.compare(told(), told(*free, "--tracking.experiment", "e", "--train.on_nonfinite", "skip")) == []
-    assert changes.compare(told(), told("--model.lora.rank", "4", "--objective.dpo.weight", "0")) == [], (
+    assert option_changes.compare(told(), told(*free, "--tracking.experiment", "e", "--train.on_nonfinite", "skip")) == []
+    assert option_changes.compare(told(), told("--model.lora.rank", "4", "--objective.dpo.weight", "0")) == [], (
         "nothing has adapters, or this term"
     )
     frozen = ("--model.projector.tuning", "frozen")
-    assert changes.compare(told(*frozen), told(*frozen, "--model.projector.learning_rate", "1")) == []
+    assert option_changes.compare(told(*frozen), told(*frozen, "--model.projector.learning_rate", "1")) == []
     packed = ("--data.max_tokens_per_micro_batch", "500", "--train.per_device_train_batch_size")
-    assert changes.compare(told(*packed, "8"), told(*packed, "4")) == []
+    assert option_changes.compare(told(*packed, "8"), told(*packed, "4")) == []
 
 
 def test_other_ranks_or_epochs_are_named(told: Any) -> None:
-    found = [str(change) for change in changes.compare(told(), told(ranks=1, steps=75))]
+    found = [str(change) for change in option_changes.compare(told(), told(ranks=1, steps=75))]
     assert found == [
         "groups per step (train.per_device_train_batch_size x train.gradient_accumulation_steps x ranks) was 16 and is 8",
         "steps in all (train.max_steps, train.num_train_epochs) was 38 and is 75",
     ]
-    assert changes.compare(told(), told("--train.max_steps", "38")) == [], "as many steps, said in another way"
+    assert option_changes.compare(told(), told("--train.max_steps", "38")) == [], "as many steps, said in another way"
 
 
 def test_a_model_is_known_by_its_files(model_dir: Path, tmp_path: Path) -> None:
     """Moved, it is the same; other weights, another architecture or another chat template are told apart."""
     copy = tmp_path / "moved"
     shutil.copytree(model_dir, copy)
-    first = changes.model_hashes(str(model_dir))
-    assert first is not None and changes.model_hashes(str(copy)) == first and changes.model_hashes("nobody/has-this") is None
+    first = option_changes.model_hashes(str(model_dir))
+    assert first is not None and option_changes.model_hashes(str(copy)) == first and option_changes.model_hashes("nobody/has-this") is None
     for name, part in (("model.safetensors", "weights"), ("config.json", "weights"), ("chat_template.jinja", "inputs")):
         whole = (copy / name).read_bytes()
         (copy / name).write_bytes(whole[:-2] + b"?" + whole[-1:])
-        now = changes.model_hashes(str(copy))
+        now = option_changes.model_hashes(str(copy))
         assert now is not None and {key for key in first if now[key] != first[key]} == {part}, name
         (copy / name).write_bytes(whole)
     weights = (copy / "model.safetensors").read_bytes()
     for place in range(len(weights) // 2, len(weights), len(weights) // 25):
         (copy / "model.safetensors").write_bytes(weights[:place] + bytes([weights[place] ^ 1]) + weights[place + 1 :])
-        now = changes.model_hashes(str(copy))
+        now = option_changes.model_hashes(str(copy))
         assert now is not None and now["weights"] != first["weights"], "one bit, wherever it is"
     (copy / "model.safetensors").write_bytes(weights)
     (copy / "generation_config.json").write_text("{}")
-    assert changes.model_hashes(str(copy)) == first
+    assert option_changes.model_hashes(str(copy)) == first
 
 
 def test_secrets_neither_leave_nor_count(told: Any) -> None:
     url = "https://me:hunter2@host/data.jsonl"
-    assert "hunter2" not in json.dumps(told("--data.train", url)) and changes.compare(told("--data.train", url), told()) == []
+    assert "hunter2" not in json.dumps(told("--data.train", url)) and option_changes.compare(told("--data.train", url), told()) == []
 
 
 def test_a_checkpoint_without_a_record_is_compared_with_the_files_of_its_folder(told: Any, tmp_path: Path) -> None:
@@ -200,23 +203,23 @@ def test_a_checkpoint_without_a_record_is_compared_with_the_files_of_its_folder(
     saved.mkdir()
     (saved / "complete.json").write_text(json.dumps({"step": 2, "world_size": 2, "loop": TrainState(2).state_dict()}))
     with pytest.raises(ConfigError, match=r"checkpoint-2 has no record of its options, and .*config\.yaml is none either"):
-        changes.recorded(saved)
+        option_changes.recorded(saved)
     config = parse_config(["--model.name_or_path", "base@here", "--train.learning_rate", "0.1"], OBJECTIVES)
     options = json.loads(json.dumps(masked(config.resolved)))
     del options["train"]["adam_epsilon"]
     options["objective"]["dpo"] = {"weight": 0.0, "beta": 0.3}  # earlier revisions recorded every term
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
     (tmp_path / "ds_config.json").write_text(json.dumps(Z3))
-    old = changes.recorded(saved)
-    assert changes.compare(old, told("--train.learning_rate", "0.1")) == []
-    found = changes.compare(old, told("--train.max_steps", "9", "--objective.dpo.weight", "1", zero_optimization={"stage": 2}))
+    old = option_changes.recorded(saved)
+    assert option_changes.compare(old, told("--train.learning_rate", "0.1")) == []
+    found = option_changes.compare(old, told("--train.max_steps", "9", "--objective.dpo.weight", "1", zero_optimization={"stage": 2}))
     assert {change.option: change.before for change in found} == {
         "train.learning_rate": 0.1, "train.max_steps": -1, "objective.dpo.weight": 0.0, "--deepspeed zero_optimization.stage": 3,
     }  # fmt: skip
     options["train"]["gradient_accumulation_steps"] = None
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
     with pytest.raises(ConfigError, match=r"the recorded options of the run cannot be read .*; restore its config\.yaml"):
-        changes.compare(changes.recorded(saved), told())
+        option_changes.compare(option_changes.recorded(saved), told())
     assert checkpoint.description(saved)["step"] == 2
 
 
@@ -238,10 +241,10 @@ def test_a_run_of_another_revision_is_one_sentence(case: str, tmp_path: Path) ->
     options, named = OTHER_REVISIONS[case]
     record = {"options": options}
     if named is None:
-        changes.refuse_other_revision(record, tmp_path)
+        option_changes.refuse_other_revision(record, tmp_path)
         return
     with pytest.raises(ConfigError) as raised:
-        changes.refuse_other_revision(record, tmp_path)
+        option_changes.refuse_other_revision(record, tmp_path)
     assert str(raised.value).startswith(f"{tmp_path} was written by another revision, and this one does not know {named}")
     assert str(raised.value).endswith(
         "; go on with that one (environment.json in the run folder names it), or choose another train.output_dir"
@@ -302,7 +305,7 @@ def test_no_record_of_somebody_else_s_ends_in_a_traceback(told: Any) -> None:
             else:
                 container[key] = odd
             try:
-                for change in changes.compare(before, now):
+                for change in option_changes.compare(before, now):
                     assert str(change)
             except ConfigError as error:
                 refused += 1
@@ -311,9 +314,9 @@ def test_no_record_of_somebody_else_s_ends_in_a_traceback(told: Any) -> None:
 
 
 def test_changes_are_noted_once(told: Any, tmp_path: Path) -> None:
-    found = changes.compare(told(), told("--train.learning_rate", "0.1"))
+    found = option_changes.compare(told(), told("--train.learning_rate", "0.1"))
     for step in (4, 4, 6):
-        changes.note(tmp_path / "c.jsonl", step, found, print)
+        option_changes.note(tmp_path / "c.jsonl", step, found, print)
     lines = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     assert lines == [{"step": step, "changes": {"train.learning_rate": [1e-05, 0.1]}} for step in (4, 6)]
 

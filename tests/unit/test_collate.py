@@ -25,9 +25,9 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores, token_logprobs
-from cfvlm_ds.data.images import MAX_PIXELS
+from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.stored_scores import StoredScores
-from cfvlm_ds.demo.tiny import CHAT_TEMPLATE
+from cfvlm_ds.demo.tiny_llava import CHAT_TEMPLATE
 from cfvlm_ds.models import Scorer, load_processor
 from cfvlm_ds.models.forest_attention import Forest, stock_attention
 from cfvlm_ds.objectives import denominators, weighted_loss

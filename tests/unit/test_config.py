@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import REPO
 
-from cfvlm_ds.core import hints
+from cfvlm_ds.core import nearest_option
 from cfvlm_ds.core.config import DataSet, RunConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
@@ -96,7 +96,7 @@ def test_unknown_option_names_the_nearest(wrong: str, joined: bool) -> None:
 
 
 def test_an_option_that_was_renamed_says_what_it_is_called_now(written) -> None:
-    for old, new in hints.RENAMED.items():
+    for old, new in nearest_option.RENAMED.items():
         section, _, last = old.rpartition(".")
         nested = f"{{{last}: true}}"
         for part in reversed(section.split(".")):
@@ -109,14 +109,14 @@ def test_an_option_that_was_renamed_says_what_it_is_called_now(written) -> None:
 
 
 def test_a_metric_that_was_renamed_says_what_it_is_called_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(hints.RENAMED, "eval/test/pairs", "eval/test/pair")
+    monkeypatch.setitem(nearest_option.RENAMED, "eval/test/pairs", "eval/test/pair")
     with pytest.raises(ConfigError, match=r"^train\.save_best 'eval/test/pairs' is called 'eval/test/pair' now$"):
         parse("--train.save_best", "eval/test/pairs", "--train.eval_steps", "2", "--data.evaluation.test", "a.jsonl")
 
 
 def test_what_other_programs_call_an_option_is_one_here() -> None:
     resolved = parse().resolved
-    for option in set(hints._ELSEWHERE_CALLED.values()):
+    for option in set(nearest_option._ELSEWHERE_CALLED.values()):
         value: Any = resolved
         for part in option.split("."):
             value = value[part]

@@ -25,7 +25,7 @@ from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.stored_scores import StoredScores
-from cfvlm_ds.demo.small import write_small
+from cfvlm_ds.demo.family_checkpoints import write_small
 from cfvlm_ds.evaluation import Accuracy, GroupScores, accuracies, evaluate, flat_metrics, guarded, rehearse, score_groups, scoring, table
 from cfvlm_ds.evaluation import loss as losses
 from cfvlm_ds.evaluation.loss import EvaluationLoss

@@ -19,7 +19,7 @@ from cfvlm_ds.core.config import LoraConfig, ModelConfig, ModuleConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.demo.small import SMALL, write_small
+from cfvlm_ds.demo.family_checkpoints import SMALL, write_small
 from cfvlm_ds.models import FAMILIES, MODULES, Scorer, adapters_off, family_of, load_model, load_processor
 from cfvlm_ds.models.forest_attention import BACKENDS, registered, stock_attention
 from cfvlm_ds.objectives import Align, denominators, weighted_loss

@@ -14,15 +14,15 @@ import pytest
 import torch
 from conftest import REPO
 
-from cfvlm_ds.compat.versions import KNOWN, unknown_version
 from cfvlm_ds.core.versions import version
+from cfvlm_ds.deepspeed_compat.versions import KNOWN, unknown_version
 
 PACKAGE = REPO / "cfvlm_ds"
 PAGE = (PACKAGE.parent / "docs" / "architecture.md").read_text()
 ROWS = re.findall(r"^\| (\d) \| (.+?) \|", PAGE, re.MULTILINE)
 FLOOR = {room: int(floor) for floor, rooms in ROWS for room in re.findall(r"`(\w+)`", rooms)}
 """Room -> floor, from the page that a newcomer reads."""
-ONLY_IN = {"deepspeed": {"engine", "compat"}, "mlflow": {"tracking"}, "matplotlib": {"tracking"}}
+ONLY_IN = {"deepspeed": {"engine", "deepspeed_compat"}, "mlflow": {"tracking"}, "matplotlib": {"tracking"}}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 
 
@@ -145,13 +145,13 @@ def module_aliases(path: Path) -> set[str]:
 
 def test_what_deepspeed_does_not_offer_is_used_in_one_place() -> None:
     found = {path: list(beyond_public(path)) for path in FILES}
-    assert len([use for path, uses in found.items() if path.parent.name == "compat" for use in uses]) > 20
-    assert not {path: uses for path, uses in found.items() if uses and path.parent.name != "compat"}
+    assert len([use for path, uses in found.items() if path.parent.name == "deepspeed_compat" for use in uses]) > 20
+    assert not {path: uses for path, uses in found.items() if uses and path.parent.name != "deepspeed_compat"}
 
 
 ONE_PLACE = {
     "os.replace": "core/files.py", "os.rename": "core/files.py", "timedelta": "core/progress.py", "isprintable": "core/text.py",
-    "fp32_flat_groups": "compat/shards.py", "frozen_param_fragments": "compat/shards.py",
+    "fp32_flat_groups": "deepspeed_compat/shards.py", "frozen_param_fragments": "deepspeed_compat/shards.py",
 }  # fmt: skip
 """Renames of what is finished, times that are left, characters that a terminal takes, ZeRO's layout on disk: each is known in one file."""
 AS_LIMIT = {("timedelta", "engine/setup.py"), ("timedelta", "cluster/node_check.py"), ("isprintable", "core/untrusted.py")}

@@ -22,7 +22,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.run_folder import named_model, recorded_model
 from cfvlm_ds.export.source import skeleton
 from cfvlm_ds.models import attach_adapters, fingerprint, load_model, meta_model
-from cfvlm_ds.models.stored import hashed_files, weight_patterns
+from cfvlm_ds.models.model_files import hashed_files, weight_patterns
 
 
 def edited(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:

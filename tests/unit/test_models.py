@@ -20,7 +20,7 @@ from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig, ModuleConfig, TinyLlavaConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.data import read_manifest
-from cfvlm_ds.demo.tiny import build_tiny_llava
+from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 from cfvlm_ds.models import FAMILIES, MODULES, Scorer, attention, family_of, load_config, load_model, parameter_counts
 from cfvlm_ds.models import trainable as trainable_of
 

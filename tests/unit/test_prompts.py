@@ -16,7 +16,7 @@ from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.batching.prompts import Prompts
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
-from cfvlm_ds.demo.small import SMALL
+from cfvlm_ds.demo.family_checkpoints import SMALL
 from cfvlm_ds.models import family_of
 
 PROMPT, TEXT = "describe the image.", "a red circle"

@@ -16,7 +16,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.identity import Identity, data_identity
-from cfvlm_ds.data.pictures import PictureTable
+from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores, write_scores
 from cfvlm_ds.models import fingerprint
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from cfvlm_ds.tracking import NullTracker, Tracker, deliver, open_tracker
-from cfvlm_ds.tracking.record import Record
+from cfvlm_ds.tracking.run_description import Record
 
 mlflow = pytest.importorskip("mlflow")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cfvlm_ds.models.family import Family
-from cfvlm_ds.models.limits import patches
+from cfvlm_ds.models.visual_token_limits import patches
 
 INTERNVL = Family(
     model_types=("internvl",),

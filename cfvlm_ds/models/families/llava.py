@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from cfvlm_ds.models.family import Arrange, Family
-from cfvlm_ds.models.limits import grids
+from cfvlm_ds.models.visual_token_limits import grids
 
 
 def after_selected_layer(config: PreTrainedConfig) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.vision_utils import get_vision_window_index
 
-from cfvlm_ds.compat.parameters import whole_shape
+from cfvlm_ds.deepspeed_compat.parameters import whole_shape
 from cfvlm_ds.models.family import Family
-from cfvlm_ds.models.limits import pixels
+from cfvlm_ds.models.visual_token_limits import pixels
 
 
 def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:

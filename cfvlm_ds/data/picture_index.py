@@ -23,7 +23,7 @@ from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.reading import TooLarge, open_regular
-from cfvlm_ds.data.images import MAX_BYTES, Size, image_size
+from cfvlm_ds.data.decoding import MAX_BYTES, Size, image_size
 
 _FACTS = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
 _RECORD = np.dtype([("key", "<u8"), ("facts", _FACTS)])

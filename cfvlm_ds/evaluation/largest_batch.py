@@ -11,8 +11,8 @@ from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.distributed import Patience, World, broadcast_object, cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.data.images import Size
-from cfvlm_ds.data.pictures import sizes_of
+from cfvlm_ds.data.decoding import Size
+from cfvlm_ds.data.picture_index import sizes_of
 from cfvlm_ds.evaluation.scoring import Forward, batch_indices, guarded, other_images, score_batches, seen_as
 
 Splits = Mapping[str, Sequence[CounterfactualGroup]]

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfvlm_ds.compat.checkpoint_files import read_states
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.untrusted import refuse_foreign
+from cfvlm_ds.deepspeed_compat.checkpoint_files import read_states
 
 Shapes = Sequence[Mapping[str, torch.Size]]
 """Name -> shape of the trained weights, one mapping per flat tensor, in their order in it."""

@@ -19,5 +19,5 @@ def unknown_version(installed: str) -> str | None:
         return None
     return (
         f"DeepSpeed {installed} is installed, and what is used of it beside its public interface was read in {KNOWN} only; install "
-        f"'deepspeed{KNOWN}', or read cfvlm_ds/compat against its sources and run the tests"
+        f"'deepspeed{KNOWN}', or read cfvlm_ds/deepspeed_compat against its sources and run the tests"
     )
