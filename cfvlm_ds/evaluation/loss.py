@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cfvlm_ds.batching.batch import Batch
-from cfvlm_ds.batching.layout import wanted_cells
+from cfvlm_ds.batching.batch_layout import wanted_cells
 from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout

@@ -60,7 +60,7 @@ def open_tracker(
             later steps are dropped from ``metrics.jsonl``, to be logged again.
         mlflow: False keeps the metrics in ``metrics.jsonl`` alone; ``deliver`` can bring them to MLflow later.
         close_timeout: the most seconds that ``close`` waits for MLflow.
-        inputs: the data sets, see cfvlm_ds.tracking.record.INPUT; one that the run has already is not logged again. Masked likewise.
+        inputs: the data sets, see cfvlm_ds.tracking.run_description.INPUT; one that the run has already is not logged again. Masked too.
 
     Raises:
         ValueError: a run id without a step to resume at.

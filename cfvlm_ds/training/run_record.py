@@ -23,7 +23,7 @@ from cfvlm_ds.core.versions import git_revision, version
 from cfvlm_ds.data.identity import digest
 from cfvlm_ds.models import Scorer, load_config, parameter_counts
 from cfvlm_ds.tracking import open_tracker
-from cfvlm_ds.tracking.record import INPUT
+from cfvlm_ds.tracking.run_description import INPUT
 from cfvlm_ds.training.read_data import RunData
 
 

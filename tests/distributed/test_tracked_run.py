@@ -22,7 +22,7 @@ from test_tracking import Server
 from cfvlm_ds.core.run_folder import FILES, FOLDERS
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.identity import data_identity, digest
-from cfvlm_ds.data.pictures import PictureTable
+from cfvlm_ds.data.picture_index import PictureTable
 
 mlflow = pytest.importorskip("mlflow")
 
