@@ -160,7 +160,7 @@ def test_a_link_that_leads_nowhere_is_a_warning(caplog: pytest.LogCaptureFixture
 
 def test_the_picture_of_the_architecture_shows_every_folder() -> None:
     picture = FENCE.findall((REPO / "docs" / "architecture.md").read_text().split("\n## The picture\n")[1])[0][2]
-    shown = set(re.findall(r"(?:^ |\+-- )([a-z]+)  ", picture, re.MULTILINE))
+    shown = set(re.findall(r"(?:^ |\+-- )([a-z_]+)  ", picture, re.MULTILINE))
     assert shown == {path.parent.name for path in (REPO / "cfvlm_ds").glob("*/__init__.py")}
 
 
