@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -92,4 +93,4 @@ def _cells(metrics: Mapping[str, float]) -> str:
 
 def _plain(name: str, most: int = _NAME_CHARS) -> str:
     """A name from the data on one line of a table."""
-    return one_line(name, most).replace("|", "\\|")
+    return re.sub(r"(\\*)\|", r"\1\1\\|", one_line(name, most))

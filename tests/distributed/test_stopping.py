@@ -294,7 +294,9 @@ def test_a_signal_during_the_imports_is_not_lost() -> None:
     done = subprocess.run([sys.executable, "-c", EARLY], cwd=REPO, env=environment(), stdout=subprocess.PIPE, text=True, timeout=50)
     assert (done.stdout, done.returncode) == ("here\n", EXIT_STOPPED)
     held_back, imports = (REPO / "train.py").read_text().split("from cfvlm_ds.cli.train import")
-    assert "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})" in held_back and "train_main()" in imports
+    assert (
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})" in held_back and "leave_at_once(train_main)" in imports
+    )
 
 
 class Slow(torch.utils.data.Dataset[int]):

@@ -464,7 +464,9 @@ def test_a_training_evaluates_every_shape_within_its_budget(
     assert {"eval/shapes/pair", "eval/shapes/blind_pair"} <= {name for row in metrics(run_dir) for name in row}
 
     main(["evaluate", str(run_dir / "export"), str(shapes), "--out", str(tmp_path / "found.json"), "--batch_size", "2"])
-    assert json.loads((tmp_path / "found.json").read_text())["shapes"] == rows, "one forward per batch, on one rank"
+    found = json.loads((tmp_path / "found.json").read_text())["shapes"]
+    assert rows[-1]["losses"].keys() == {"align", "csd", "fcd"} and not any(row["losses"] for row in found), "it knows no objective"
+    assert [row | {"losses": {}} for row in rows] == found, "one forward per batch, on one rank"
 
 
 def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +27,19 @@ from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.demo.family_checkpoints import write_small
-from cfvlm_ds.evaluation import Accuracy, GroupScores, accuracies, evaluate, flat_metrics, guarded, rehearse, score_groups, scoring, table
+from cfvlm_ds.evaluation import (
+    Accuracy,
+    GroupScores,
+    accuracies,
+    evaluate,
+    flat_metrics,
+    guarded,
+    rehearse,
+    report,
+    score_groups,
+    scoring,
+    table,
+)
 from cfvlm_ds.evaluation import loss as losses
 from cfvlm_ds.evaluation.loss import EvaluationLoss
 from cfvlm_ds.evaluation.metrics import CHANCE
@@ -598,3 +611,10 @@ def test_what_a_loss_cannot_be_computed_from_is_counted_and_named(
 
 def test_stored_is_the_same_in_plain_numbers() -> None:
     assert scores([[-1.0, -2.0], [-3.0, -4.0]], [-5.0, -6.0]).stored() == StoredScores(((-1.0, -2.0), (-3.0, -4.0)), (-5.0, -6.0))
+
+
+def test_no_name_from_the_data_ends_a_cell_of_a_table() -> None:
+    r"""Read as a table is: ``\\`` is a backslash, ``\|`` a bar, and a bar alone ends the cell."""
+    for name in ("a|b", "a\\|b", "\\", "a\\\\|", "a||\\b"):
+        cell = report._plain(name)
+        assert "|" not in re.sub(r"\\[\\|]", "", cell) and re.sub(r"\\([\\|])", r"\1", cell) == name
