@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from cfvlm_ds.core.files import keep
+from cfvlm_ds.core.files import keep, put_in_place
 from cfvlm_ds.core.verbosity import shows_progress
 from cfvlm_ds.tracking.inputs import log_inputs
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, read_metrics, say
@@ -184,6 +184,7 @@ class Delivery:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial database tables..."
+        _make_store(self._uri)
         client = MlflowClient(tracking_uri=self._uri)
         run = self._find_run(client) or self._create_run(client)
         self._client = client
@@ -361,3 +362,16 @@ def _name(name: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def _make_store(uri: str) -> None:
+    """A local store with all of its tables, or none: MLflow refuses one whose making was cut off, at every later start."""
+    from mlflow import MlflowClient
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or path.exists():
+        return
+    made = path.with_name(path.name + ".tmp")
+    made.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"sqlite:///{made.as_posix()}").search_experiments()
+    put_in_place(made, path, path.with_name(path.name + ".old.tmp"))

@@ -412,3 +412,15 @@ def test_disabled_does_nothing(tmp_path: Path) -> None:
 def test_importing_does_not_import_mlflow() -> None:
     code = "import sys, cfvlm_ds.tracking; assert 'mlflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
+def test_a_local_store_whose_making_was_cut_off_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between two of its migrations, MLflow's own file is refused as out of date by every later start."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "mlflow.db.tmp").write_bytes(b"half of a store")
+    with open_tracker(True, tmp_path, "tests", "a run", {"lr": 0.1}, {}) as tracker:
+        tracker.log(1, {"loss": 1.0})
+    assert not (tmp_path / "mlflow.db.tmp").exists()
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert run.info.status == "FINISHED" and run.data.metrics["loss"] == 1.0
