@@ -1,19 +1,22 @@
 """A pytest plugin: processor seconds of each test file, held to ``budget.json`` beside it.
 
 Wall-clock time depends on what else the machine does, processor time hardly does. What counts for a file is what its tests spend in their
-worker, in processes that they start and wait for, and in ranks forked for them. The JSON also holds the seconds of a fixed piece of work on
-the machine that wrote it: a slower machine gets as much more. Runs of what is long (`-m long`) are not held to it.
+worker, in processes that they start and wait for, and in ranks forked for them. The JSON also holds the seconds of a fixed piece of work,
+the median over the run that wrote it: where that takes longer, each file gets as much more. Machines differ most in what their kernel takes
+for forks and pages, so that part is told. Runs of what is long (`-m long`) are not held to a budget.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import resource
 import time
 import zlib
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from multiprocessing import forkserver
+from statistics import median
 from typing import Any
 
 import psutil
@@ -25,29 +28,36 @@ LEAST_S = 2.0
 _WORK = "fixed piece of work"
 
 
-def spent() -> float:
-    """Processor seconds of this process, of its children that have ended, and of the ranks that its fork server has seen end."""
-    total = 0.0
+def spent() -> tuple[float, float]:
+    """Processor seconds, in all and in the kernel, of this process, of children that have ended and of ranks that were forked."""
+    user = system = 0.0
     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
         usage = resource.getrusage(who)
-        total += usage.ru_utime + usage.ru_stime
+        user, system = user + usage.ru_utime, system + usage.ru_stime
     if (server := forkserver._forkserver._forkserver_pid) is not None:
-        total += sum(psutil.Process(server).cpu_times()[:4])
-    return total
+        times = psutil.Process(server).cpu_times()
+        user, system = user + times.user + times.children_user, system + times.system + times.children_system
+    return user + system, system
 
 
 def fixed_work() -> float:
-    """Processor seconds, the least of three, of a loop and of a compression. Products of matrices would wait in threads of their own."""
+    """Processor seconds, the least of three, of a loop, a compression and fresh memory.
+
+    Products of matrices would wait in threads of their own.
+    """
     found, data = [], bytes(range(256)) * 4096
     for _ in range(3):
         started = time.process_time()
         sum(n * n for n in range(400_000))
         zlib.compress(data, 6)
+        with mmap.mmap(-1, 32 << 20) as fresh:
+            for page in range(0, len(fresh), mmap.PAGESIZE):
+                fresh[page] = 1
         found.append(time.process_time() - started)
     return min(found)
 
 
-def judged(spent_s: dict[str, float], work_s: float, budget: dict[str, float]) -> list[str]:
+def judged(spent_s: Mapping[str, float], system_s: Mapping[str, float], work_s: float, budget: dict[str, float]) -> list[str]:
     """What is wrong, a sentence a file."""
     slower = max(1.0, work_s / budget[_WORK])
     wrong = []
@@ -58,7 +68,7 @@ def judged(spent_s: dict[str, float], work_s: float, budget: dict[str, float]) -
         elif seconds > (limit := max(LEAST_S, ALLOWED * budget[name]) * slower):
             allowed = f"over the {limit:.1f} that its budget of {budget[name]:.1f} allows here"
             remedy = "make it cheaper, mark what is long as long, or say in the commit why the budget is raised"
-            wrong.append(f"{name} took {seconds:.1f} processor seconds, {allowed}: {remedy}")
+            wrong.append(f"{name} took {seconds:.1f} processor seconds ({system_s[name]:.1f} in the kernel), {allowed}: {remedy}")
     return wrong
 
 
@@ -70,41 +80,50 @@ class Plugin:
         self.writes = config.getoption("--write-budget")
         self.judges = config.getoption("markexpr") != "long"  # what is long has the time of its campaign, and no budget
         self.spent: Counter[str] = Counter()
-        self.work = 0.0
+        self.system: Counter[str] = Counter()
+        self.work: dict[str, float] = {}
         self.wrong: list[str] = []
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        self.work = self.work or fixed_work()
+        name = item.path.name
+        if name not in self.work:
+            self.work[name] = fixed_work()
         before = spent()
         try:
             return (yield)
         finally:
-            self.spent[item.path.name] += spent() - before
+            total, system = spent()
+            self.spent[name] += total - before[0]
+            self.system[name] += system - before[1]
 
     def pytest_testnodedown(self, node: Any) -> None:
-        found = getattr(node, "workeroutput", {}).get("budget", {"spent": {}, "work": 0.0})
+        found = getattr(node, "workeroutput", {}).get("budget", {"spent": {}, "system": {}, "work": {}})
         self.spent.update(found["spent"])
-        self.work = max(self.work, found["work"])
+        self.system.update(found["system"])
+        self.work |= found["work"]
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if hasattr(session.config, "workeroutput"):
-            session.config.workeroutput["budget"] = {"spent": dict(self.spent), "work": self.work}
+            session.config.workeroutput["budget"] = {"spent": dict(self.spent), "system": dict(self.system), "work": self.work}
             return
         if not self.work:  # cut off before a worker could tell
             return
-        known = json.loads(self.file.read_text()) if self.file.is_file() else {_WORK: self.work}
+        work = median(self.work.values())
+        known = json.loads(self.file.read_text()) if self.file.is_file() else {_WORK: work}
         if self.writes:
-            slower = max(1.0, self.work / known[_WORK])
+            slower = max(1.0, work / known[_WORK])
             known |= {name: round(seconds / slower, 1) for name, seconds in self.spent.items()}
             self.file.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
         elif self.judges and self.spent and self.file.is_file():
-            self.wrong = judged(dict(self.spent), self.work, known)
+            self.wrong = judged(self.spent, self.system, work, known)
             if self.wrong and session.exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        terminalreporter.write_line(f"processor seconds: {sum(self.spent.values()):.0f} in {len(self.spent)} files")
+        total, system = sum(self.spent.values()), sum(self.system.values())
+        work = f"; the fixed piece of work took {1000 * median(self.work.values()):.0f} ms" if self.work else ""
+        terminalreporter.write_line(f"processor seconds: {total:.0f} ({system:.0f} in the kernel) in {len(self.spent)} files{work}")
         for sentence in self.wrong:
             terminalreporter.write_line(f"over budget: {sentence}", red=True)
 

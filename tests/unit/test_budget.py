@@ -55,6 +55,10 @@ def test_what_is_long_has_no_budget(tmp_path: Path) -> None:
 
 def test_a_slower_machine_gets_as_much_more() -> None:
     budget = {"fixed piece of work": 1.0, "test_a.py": 10.0}
-    assert judged({"test_a.py": 15.1}, 1.0, budget) and not judged({"test_a.py": 14.9}, 1.0, budget)
-    assert judged({"test_a.py": 30.1}, 2.0, budget) and not judged({"test_a.py": 29.9}, 2.0, budget)
-    assert judged({"test_a.py": 15.1}, 0.5, budget), "a faster one does not get less"
+
+    def wrong(seconds: float, work_s: float) -> list[str]:
+        return judged({"test_a.py": seconds}, {"test_a.py": 1.0}, work_s, budget)
+
+    assert wrong(15.1, 1.0) and not wrong(14.9, 1.0)
+    assert wrong(30.1, 2.0) and not wrong(29.9, 2.0)
+    assert wrong(15.1, 0.5), "a faster one does not get less"
