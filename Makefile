@@ -16,7 +16,7 @@ demo: install
 test: install
 	$(MAKE) --jobs 2 --output-sync check
 	tests/slurm/install.sh
-	pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	pytest -n 3 --dist loadfile --no-loadscope-reorder  # a file's tests share what they train
 
 test-long: install
 	tests/slurm/install.sh
