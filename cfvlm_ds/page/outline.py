@@ -13,7 +13,7 @@ GRID = 96
 """Cells of the longer side of the grid on which pictures are compared."""
 VISIBLE = 10
 """Levels of 255 by which the mean of a cell must differ. Saving a picture again, as JPEG or by a latent model, changes less."""
-_MOST_SEGMENTS = 1500
+_MOST_SEGMENTS, _MOST_GROWTH = 1000, 8
 _EVERYWHERE = 0.6
 
 
@@ -41,12 +41,11 @@ def difference(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> Difference:
     share = float(mask.mean())
     path = ""
     if 0 < share <= _EVERYWHERE:
-        grown = _grown(mask) if max(mask.shape) > GRID // 2 else mask  # a little room around it, where cells are fine enough
-        for _ in range(8):
-            path, segments = _boundary(grown)
+        for _ in range(_MOST_GROWTH):
+            mask = _without_holes(_grown(mask))  # a little room around it, so that the line does not hide what it shows
+            path, segments = _boundary(mask)
             if segments <= _MOST_SEGMENTS:
                 break
-            grown = _grown(grown)
     return Difference(path, (width, height), share)
 
 
@@ -55,6 +54,18 @@ def _grown(mask: npt.NDArray[Any]) -> npt.NDArray[Any]:
     padded = np.pad(mask, 1)
     height, width = mask.shape
     return np.logical_or.reduce([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)])
+
+
+def _without_holes(mask: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The mask with what it encloses: all but what sweeps over the grid reach from outside, in as many rounds as it has windings."""
+    free = ~np.pad(mask, 1)
+    outside = np.pad(np.zeros_like(mask), 1, constant_values=True)
+    reached = 0
+    while reached < (reached := int(outside.sum())):
+        for seen, open_ in ((outside, free), (outside[::-1], free[::-1]), (outside.T, free.T), (outside.T[::-1], free.T[::-1])):
+            for line in range(1, len(seen)):
+                seen[line] |= seen[line - 1] & open_[line]
+    return ~outside[1:-1, 1:-1]
 
 
 def _boundary(mask: npt.NDArray[Any]) -> tuple[str, int]:

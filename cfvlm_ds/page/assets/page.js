@@ -1,7 +1,7 @@
 // Draws a page of groups. What the data say only ever becomes text (textContent, alt, value), never markup; data/*.js call cfvlmPage below.
 "use strict";
 (() => {
-  const MOST_IMAGES = 12, MOST_TEXTS = 60, KEPT_CHUNKS = 64, SMALL = 200, SMALL_WIDTH = 320;
+  const SHEET = 24, MOST_IMAGES = 12, MOST_TEXTS = 60, KEPT_CHUNKS = 64, SMALL = 200, SMALL_WIDTH = 320;
   const TRUTH = { 1: ["\u2713", "true"], 0: ["\u2717", "false"], null: ["?", "unknown"] };
   const byId = (id) => document.getElementById(id);
 
@@ -11,6 +11,7 @@
   let place = 0;        // in listed
   let searched = null;  // lower-case words of every item, once they are loaded
   let outlines = true;
+  let sheet = false;    // many groups at a time
   const chunks = new Map(), waiting = new Map();
 
   // ---- elements
@@ -89,11 +90,12 @@
     byId("item").classList.toggle("plain", !outlines);
   }
 
-  function verdict(table) {
+  function verdict(table, brief = false) {
     const name = table.name ? `${table.name}: ` : "";
     if (!table.compared) return make("span", "verdict", `${name}nothing to compare`);
-    const lost = `${name}${table.lost} of ${table.compared} comparisons lost, least margin ${signed(table.worst)}`;
-    return make("span", table.lost ? "verdict lost" : "verdict won", table.lost ? lost : `${name}all ${table.compared} comparisons won, least margin ${signed(table.worst)}`);
+    const said = table.lost ? `${table.lost} of ${table.compared}` : `all ${table.compared}`, how = table.lost ? "lost" : "won";
+    const whole = `${said} comparisons ${how}, least margin ${signed(table.worst)}`;
+    return make("span", `verdict ${how}`, name + (brief ? `${said} ${how}, ${signed(table.worst)}` : whole));
   }
 
   function matrix(item, images, texts) {
@@ -123,6 +125,35 @@
     return scroll;
   }
 
+  function drawSheet(start) {
+    const cards = listed.slice(start, start + SHEET).map((chosen, k) => {
+      const [chunk, id] = index.rows[chosen], card = make("button", start + k === place ? "card here" : "card", make("strong", "", id));
+      card.type = "button";
+      card.dir = "auto";
+      card.addEventListener("click", () => { place = start + k; overview(false); });
+      withChunk(chunk, (items) => {
+        const item = items[chosen - firstOf[chunk]], both = make("span", "both");
+        item.images.slice(0, 2).forEach(({ label, pictures: [first] }, i) => {
+          if (!first) return;
+          const shown = Object.assign(document.createElement("img"), { loading: "lazy", decoding: "async", alt: `image ${i}: ${label}` });
+          if (first.src) both.append(Object.assign(shown, { src: first.src, className: Math.max(...first.size) < SMALL ? "small" : "" }));
+          else both.append(make("span", "note", "missing"));
+        });
+        card.prepend(both);
+        card.append(words(item.texts[0].runs), ...item.scores.map((table) => verdict(table, true)));
+      });
+      return card;
+    });
+    byId("item").replaceChildren(make("div", "sheet", ...cards));
+  }
+
+  function overview(wanted) {
+    sheet = wanted;
+    byId("sheet").setAttribute("aria-pressed", String(sheet));
+    show();
+    scrollTo(0, 0);
+  }
+
   function role(element, name) {  // narrow screens show the table as blocks, and it shall be a table still
     element.setAttribute("role", name);
     return element;
@@ -131,7 +162,7 @@
   function promptRow(turns, columns) {
     const said = turns.map(([who, parts]) => {
       const shown = parts.map((part) => (part === null ? make("span", "slot", "picture") : words(part)));
-      return make("div", "turn", who ? make("span", "who", who) : null, ...shown);
+      return make("div", who ? "turn" : "turn alone", who ? make("span", "who", who) : null, ...shown);
     });
     const header = role(make("th", "prompt", make("span", "label", "prompt"), ...said), "rowheader");
     header.colSpan = columns;
@@ -150,7 +181,8 @@
   }
 
   function picture(each, alt, many) {
-    const file = make("span", "file", each.name);
+    const cut = each.name.lastIndexOf("/") + 1;
+    const file = make("span", "file", make("span", "", each.name.slice(0, cut)), make("span", "base", each.name.slice(cut)));
     file.title = each.name;
     if (each.missing) return make("div", "missing", make("strong", "", "missing"), make("span", "", each.missing), file);
     const [width, height] = each.size, small = Math.max(width, height) < SMALL;
@@ -180,7 +212,7 @@
 
   function scoreLine(item, table, value, margins) {
     const line = make("span", "score", item.scores.length > 1 ? make("span", "who", table.name) : null, make("b", "", number(value)));
-    for (const [k, against] of [[0, "text"], [1, "image"]]) {
+    for (const [k, against] of [[0, "vs texts"], [1, "vs images"]]) {
       const margin = margins ? margins[k] : null;
       if (margin === null || margin === undefined) continue;
       const won = margin > 0;
@@ -235,20 +267,26 @@
 
   function show() {
     const total = index.rows.length, most = listed.length;
-    byId("previous").disabled = place <= 0;
-    byId("next").disabled = place >= most - 1;
-    const filtered = most < total ? ` of ${total}` : "";
-    byId("position").textContent = most ? `${place + 1} / ${most}${filtered}` : `0${filtered}`;
+    const start = sheet ? place - place % SHEET : place, end = Math.min(most, sheet ? start + SHEET : start + 1);
+    byId("previous").disabled = start <= 0;
+    byId("next").disabled = end >= most;
+    const shown = end - start > 1 ? `${start + 1}\u2013${end}` : `${end}`, filtered = most < total ? ` of ${total}` : "";
+    byId("position").textContent = most ? `${shown} / ${most}${filtered}` : `0${filtered}`;
     remember();
     if (!most) return say(total ? "No group is left by the filters and the search." : "There are no groups.");
+    if (sheet) return drawSheet(start);
     const chosen = listed[place], chunk = index.rows[chosen][0];
     withChunk(chunk, (items) => {
-      if (listed[place] !== chosen) return;  // somebody has gone on meanwhile
+      if (listed[place] !== chosen || sheet) return;  // somebody has gone on meanwhile
       draw(items[chosen - firstOf[chunk]]);
       byId("item").dataset.shown = String(chosen);
       ahead(1);
       ahead(-1);
     });
+  }
+
+  function step(by) {
+    go(sheet ? place - place % SHEET + by * SHEET : place + by);
   }
 
   function go(to) {
@@ -286,6 +324,7 @@
     chosenFilters().forEach((value, k) => { if (value !== "") said.set(index.filters[k].name, index.filters[k].values[value][0]); });
     if (byId("search").value.trim()) said.set("search", byId("search").value);
     if (byId("order").value) said.set("order", byId("order").value);
+    if (sheet) said.set("overview", "1");
     const hash = `#${said}`;
     if (hash === location.hash) return;
     try { history.replaceState(null, "", hash); } catch { location.replace(hash); }
@@ -299,6 +338,8 @@
     });
     byId("search").value = said.get("search") || "";
     byId("order").value = said.get("order") === "worst" && !byId("ordered").hidden ? "worst" : "";
+    sheet = said.get("overview") === "1";
+    byId("sheet").setAttribute("aria-pressed", String(sheet));
     relist(Number(said.get("group") || 1) - 1);
   }
 
@@ -323,14 +364,15 @@
     byId("order").addEventListener("change", () => relist(-1));
     byId("search").addEventListener("input", () => relist());
     byId("controls").addEventListener("submit", (event) => event.preventDefault());
-    byId("previous").addEventListener("click", () => go(place - 1));
-    byId("next").addEventListener("click", () => go(place + 1));
+    byId("previous").addEventListener("click", () => step(-1));
+    byId("next").addEventListener("click", () => step(1));
+    byId("sheet").addEventListener("click", () => overview(!sheet));
     byId("help-button").addEventListener("click", () => byId("help").showModal());
     addEventListener("hashchange", recall);
   }
 
   const KEYS = {
-    ArrowRight: () => go(place + 1), j: () => go(place + 1), ArrowLeft: () => go(place - 1), k: () => go(place - 1),
+    ArrowRight: () => step(1), j: () => step(1), ArrowLeft: () => step(-1), k: () => step(-1), o: () => overview(!sheet),
     Home: () => go(0), End: () => go(listed.length - 1), "/": () => byId("search").focus(), "?": () => byId("help").showModal(),
     e: () => byId("item").classList.toggle("plain", !(outlines = !outlines)),
   };
