@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,38 +40,90 @@ class Statistics:
     """What the well-formed rows of a manifest hold. Lengths are in tokens where a model's were given, else in characters."""
 
     manifest: str
+    unit: str = "characters"
     num_groups: int = 0
     cells: Counter[str] = field(default_factory=Counter)
     """"true", "false" and "unknown" cells of the truth tables."""
     shapes: Counter[str] = field(default_factory=Counter)
     edit_types: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
-    num_prompts: int = 0
-    """Different prompts."""
-    unit: str = "characters"
     text_lengths: array[int] = field(default_factory=lambda: array("I"))
     """Of every text; in tokens, those of its row: prompt, pictures of its group's first image and text."""
     visual_tokens: array[int] = field(default_factory=lambda: array("I"))
     """Of every image, where the model is known."""
     sides: array[int] = field(default_factory=lambda: array("I"))
     """The longer side in pixels of every different picture file."""
-    num_pictures: int = 0
-    """Different files."""
-    repeated_texts: int = 0
-    """Texts that are said elsewhere too, in this or another group."""
-    different_texts: int = 0
     equal_pictures: int = 0
     """Files with the same bytes as another file."""
     equal_ids: int = 0
+    """Rows that are left out because their id is an earlier row's."""
     num_problems: int = 0
     problems: list[str] = field(default_factory=list)
     """The first few, a sentence each."""
+    sizes: dict[Path, Size | None] = field(default_factory=dict)
+    """Width and height of every different picture file; None for one that cannot be read."""
+    texts: array[int] = field(default_factory=lambda: array("Q"))
+    """A hash of every text."""
+    prompts: set[int] = field(default_factory=set)
 
-    def problem(self, sentence: str) -> None:
+    def add_problem(self, sentence: str) -> None:
         """Count what is wrong with a row, a picture or a text; the first few are kept."""
         self.num_problems += 1
+        self.equal_ids += " is already used by " in sentence
         if len(self.problems) < _SHOWN_PROBLEMS:
             self.problems.append(sentence)
+
+    def add_pictures(self, groups: Sequence[CounterfactualGroup], pool: ThreadPoolExecutor, max_pixels: int) -> None:
+        """Read the headers of pictures that were not seen before."""
+        new = dict.fromkeys(p for group in groups for image in group.images for p in image if p not in self.sizes)
+        for picture, size in zip(new, pool.map(partial(_size, max_pixels=max_pixels), new), strict=True):
+            self.sizes[picture] = None if isinstance(size, str) else size
+            if isinstance(size, str):
+                self.add_problem(size)
+            else:
+                self.sides.append(max(size))
+
+    def add_group(self, group: CounterfactualGroup, lengths: Lengths | None) -> None:
+        """Count what a group holds, whose pictures are known."""
+        self.num_groups += 1
+        self.shapes[f"{len(group.images) if group.num_pictures else 0} x {len(group.candidates)}"] += 1
+        self.sources[group.source or "(none)"] += 1
+        self.edit_types.update(edit.type for edit in group.edits)
+        for line in group.match:
+            for truth, name in ((1, "true"), (0, "false"), (None, "unknown")):
+                self.cells[name] += line.count(truth)
+        self.texts.extend(_key(normalised(candidate.text)) for candidate in group.candidates)
+        self.prompts.update(_key(repr(candidate.prompt)) for candidate in group.candidates)
+        if lengths is None:
+            self.text_lengths.extend(len(candidate.text) for candidate in group.candidates)
+        else:
+            self._measure(group, lengths)
+
+    def _measure(self, group: CounterfactualGroup, lengths: Lengths) -> None:
+        sizes = [tuple(size for picture in image if (size := self.sizes[picture]) is not None) for image in group.images]
+        whole = [each for each, image in zip(sizes, group.images, strict=True) if len(each) == len(image)]
+        try:
+            for each in whole if group.num_pictures else ():
+                self.visual_tokens.append(lengths.visual_tokens(each))
+            for candidate in group.candidates if whole else ():
+                self.text_lengths.append(lengths.row_length(candidate.prompt, candidate.text, whole[0]))
+        except DataError as error:
+            self.add_problem(f"group {group.id!r}: {error}")
+
+    def compare_pictures(self, pool: ThreadPoolExecutor, progress: Callable[[str], object]) -> None:
+        """Count the files that have the same bytes as another one. Only those that share their number of bytes are read."""
+        pictures = list(self.sizes)
+        bytes_of = np.fromiter(_in_chunks(pool, _num_bytes, pictures), np.int64, len(pictures))
+        alike = [pictures[int(k)] for k in np.flatnonzero(_shared(bytes_of) & (bytes_of > 0))]
+        counted = Progress(progress, "pictures with as many bytes as another", len(alike), "pictures")
+        digests = Counter(counted.over(_in_chunks(pool, _digest, alike)))
+        self.equal_pictures = sum(count for digest, count in digests.items() if count > 1 and digest)
+
+    @property
+    def different_texts(self) -> tuple[int, int]:
+        """How many different texts there are, and how many texts are said elsewhere too, in this or another group."""
+        _, counts = np.unique(np.asarray(self.texts), return_counts=True)
+        return len(counts), int(counts[counts > 1].sum())
 
     @property
     def histograms(self) -> list[tuple[str, str, Sequence[int]]]:
@@ -87,21 +139,22 @@ class Statistics:
         return [each for each in [("Truth tables", "cells", self.cells), *found] if each[2]]
 
     def __str__(self) -> str:
-        num_texts, cells = len(self.text_lengths), sum(self.cells.values())
+        num_texts, cells = len(self.texts), sum(self.cells.values())
+        different, repeated = self.different_texts
         length = "row length" if self.unit == "tokens" else "text length"
         lines = [
             ("manifest", self.manifest),
             ("groups", str(self.num_groups)),
             ("images x texts", _counted(self.shapes)),
-            ("pictures", f"{self.num_pictures} different files{_spread(self.sides, 'pixels of the longer side', ', ')}"),
-            ("texts", f"{self.different_texts} different of {num_texts}, for {self.num_prompts} different prompts"),
+            ("pictures", f"{len(self.sizes)} different files{_spread(self.sides, 'pixels of the longer side', ', ')}"),
+            ("texts", f"{different} different of {num_texts}, for {len(self.prompts)} different prompts"),
             (length, _spread(self.text_lengths, self.unit) or "none"),
             *[("visual tokens", f"{_spread(self.visual_tokens, 'an image')}")] * bool(self.visual_tokens),
             ("cells", f"{self.cells['true']} true, {self.cells['false']} false, {self.cells['unknown']} unknown of {cells}"),
             ("edit types", _counted(self.edit_types) or "none named"),
             ("sources", _counted(self.sources)),
-            ("equal texts", f"{self.repeated_texts} of {num_texts} are said more than once" if self.repeated_texts else "none"),
-            ("equal pictures", f"{self.equal_pictures} of {self.num_pictures} files" if self.equal_pictures else "none"),
+            ("equal texts", f"{repeated} of {num_texts} are said more than once" if repeated else "none"),
+            ("equal pictures", f"{self.equal_pictures} of {len(self.sizes)} files" if self.equal_pictures else "none"),
             ("equal ids", f"{self.equal_ids} rows" if self.equal_ids else "none"),
             ("problems", f"{self.num_problems} (`cfvlm-ds data check` names all)" if self.num_problems else "none"),
         ]
@@ -123,63 +176,20 @@ def statistics(
     A row, picture or text with something wrong is counted and left out of the rest. ``lengths`` (a Collator, say) measures in tokens.
     Memory: 16 bytes a group, 12 a text, and the paths of different pictures. Raises DataError for an unknown format.
     """
-    found = Statistics(str(path), unit="tokens" if lengths else "characters")
-    texts, prompts = array("Q"), set[int]()
-    sizes: dict[Path, Size | None] = {}
+    found = Statistics(str(path), "tokens" if lengths else "characters")
+    entries, counter = read_entries(path, root, format), Progress(progress, "statistics", None, "rows")
     with ThreadPoolExecutor(cores_per_rank()) as pool:
-        entries = read_entries(path, root, format)
-        counter = Progress(progress, "statistics", None, "rows")
-        while chunk := list(islice(entries, _CHUNK)):
-            groups = []
-            for _, item in chunk:
+        while chunk := [item for _, item in islice(entries, _CHUNK)]:
+            for item in chunk:
                 if isinstance(item, DataError):
-                    found.problem(str(item))
-                    found.equal_ids += " is already used by " in str(item)
-                else:
-                    groups.append(item)
-            new = dict.fromkeys(p for group in groups for image in group.images for p in image if p not in sizes)
-            for picture, size in zip(new, pool.map(partial(_size, max_pixels=max_pixels), new), strict=True):
-                if isinstance(size, str):
-                    found.problem(size)
-                else:
-                    found.sides.append(max(size))
-                sizes[picture] = None if isinstance(size, str) else size
+                    found.add_problem(str(item))
+            groups = [item for item in chunk if not isinstance(item, DataError)]
+            found.add_pictures(groups, pool, max_pixels)
             for group in groups:
-                _add(found, group)
-                texts.extend(_key(normalised(candidate.text)) for candidate in group.candidates)
-                prompts.update(_key(repr(candidate.prompt)) for candidate in group.candidates)
-                _measure(found, group, lengths, sizes)
+                found.add_group(group, lengths)
             counter.advance(len(chunk))
-        found.num_pictures, found.num_prompts = len(sizes), len(prompts)
-        found.equal_pictures = _equal(list(sizes), pool, progress)
-    _, counts = np.unique(np.asarray(texts), return_counts=True)
-    found.different_texts, found.repeated_texts = len(counts), int(counts[counts > 1].sum())
+        found.compare_pictures(pool, progress)
     return found
-
-
-def _add(found: Statistics, group: CounterfactualGroup) -> None:
-    found.num_groups += 1
-    found.shapes[f"{len(group.images) if group.num_pictures else 0} x {len(group.candidates)}"] += 1
-    found.sources[group.source or "(none)"] += 1
-    found.edit_types.update(edit.type for edit in group.edits)
-    for line in group.match:
-        for truth, name in ((1, "true"), (0, "false"), (None, "unknown")):
-            found.cells[name] += line.count(truth)
-
-
-def _measure(found: Statistics, group: CounterfactualGroup, lengths: Lengths | None, sizes: Mapping[Path, Size | None]) -> None:
-    if lengths is None:
-        found.text_lengths.extend(len(candidate.text) for candidate in group.candidates)
-        return
-    shown = [tuple(size for picture in image if (size := sizes[picture]) is not None) for image in group.images]
-    whole = [each for each, image in zip(shown, group.images, strict=True) if len(each) == len(image)]
-    try:
-        for each in whole if group.num_pictures else ():
-            found.visual_tokens.append(lengths.visual_tokens(each))
-        for candidate in group.candidates if whole else ():
-            found.text_lengths.append(lengths.row_length(candidate.prompt, candidate.text, whole[0]))
-    except DataError as error:
-        found.problem(f"group {group.id!r}: {error}")
 
 
 def _size(picture: Path, max_pixels: int) -> Size | str:
@@ -194,16 +204,7 @@ def _key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def _equal(pictures: Sequence[Path], pool: ThreadPoolExecutor, progress: Callable[[str], object]) -> int:
-    """How many files have the same bytes as another one. Only those that share their number of bytes are read."""
-    bytes_of = np.fromiter(_in_chunks(pool, _num_bytes, pictures), np.int64, len(pictures))
-    alike = [pictures[int(k)] for k in np.flatnonzero(_shared(bytes_of) & (bytes_of > 0))]
-    counted = Progress(progress, "pictures with as many bytes as another", len(alike), "pictures")
-    digests = list(counted.over(_in_chunks(pool, _digest, alike)))
-    return sum(count for digest, count in Counter(digests).items() if count > 1 and digest)
-
-
-def _in_chunks(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Sequence[T]) -> Any:
+def _in_chunks(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     for start in range(0, len(items), _CHUNK):
         yield from pool.map(function, items[start : start + _CHUNK])
 
