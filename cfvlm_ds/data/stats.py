@@ -25,6 +25,7 @@ from cfvlm_ds.core.text import one_line
 from cfvlm_ds.data.check import Lengths
 from cfvlm_ds.data.decoding import MAX_PIXELS, Size, image_size
 from cfvlm_ds.data.manifest import Root, read_entries
+from cfvlm_ds.data.picture_file import picture_stat
 from cfvlm_ds.data.picture_index import content_digest
 
 T = TypeVar("T")
@@ -217,8 +218,8 @@ def _shared(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _num_bytes(picture: Path) -> int:
     try:
-        return picture.stat().st_size
-    except OSError:
+        return picture_stat(picture)[0]
+    except (OSError, DataError):
         return 0
 
 

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,10 @@ MARKER, SCHEMA = "page.json", "cfpage/1"
 _ASSETS = ("page.css", "page.js")
 _NAMES = {"index.html", "data", "pictures", MARKER, *_ASSETS}
 _CHUNK_ITEMS, _CHUNK_BYTES = 32, 1 << 18
+_MOST_PICTURES = 256  # that are decoded before the next item is asked for
 _MOST_VALUES = 200  # of a filter
 _OTHER = "(all others)"
-_SEARCHED = 600  # characters of an item's texts
+_SEARCHED = 1000  # characters of an item's texts
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,7 @@ def _chunks(items: Iterable[Item], copies: Copies, pool: ThreadPoolExecutor, ind
     """The items' content, in lists of a bounded size, of which each is one file."""
     chunk: list[str] = []
     number = size = 0
-    several = iter(items)
-    while batch := list(islice(several, _CHUNK_ITEMS)):
+    for batch in _batches(items):
         seen = copies.look((picture for item in batch for image in item.images for picture in image.pictures), pool)
         for item in batch:
             text = as_script(item_content(item, seen, copies.problems))
@@ -138,6 +137,20 @@ def _chunks(items: Iterable[Item], copies: Copies, pool: ThreadPoolExecutor, ind
             progress.advance()
     if chunk:
         yield chunk
+
+
+def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """A few items at a time, whose pictures are decoded side by side and compared."""
+    batch: list[Item] = []
+    pictures = 0
+    for item in items:
+        batch.append(item)
+        pictures += sum(len(image.pictures) for image in item.images)
+        if len(batch) == _CHUNK_ITEMS or pictures >= _MOST_PICTURES:
+            yield batch
+            batch, pictures = [], 0
+    if batch:
+        yield batch
 
 
 @dataclass

@@ -28,15 +28,15 @@ class Difference:
 
 
 def reduced(image: Image.Image) -> npt.NDArray[Any]:
-    """The means of an RGB picture on its grid, [height, width, 3]; a picture that is smaller than the grid is its own."""
+    """The means of an RGB picture on its grid, [height, width, 3] in uint8; a picture that is smaller than the grid is its own."""
     scale = min(1.0, GRID / max(image.size))
     size = tuple(max(1, round(side * scale)) for side in image.size)
-    return np.asarray(image.resize(size, Image.Resampling.BOX), np.int16)  # type: ignore[arg-type]
+    return np.asarray(image.resize(size, Image.Resampling.BOX))  # type: ignore[arg-type]
 
 
 def difference(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> Difference:
     """Compare two reduced pictures of the same shape."""
-    mask = np.abs(first - second).max(2) > VISIBLE
+    mask = np.abs(first.astype(np.int16) - second).max(2) > VISIBLE
     height, width = mask.shape
     share = float(mask.mean())
     path = ""

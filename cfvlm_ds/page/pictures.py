@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Copies:
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
         self._folder, self._max_pixels = folder, max_pixels
         self._known: dict[Path, Copy] = {}
+        self._numbers = itertools.count()
         self.problems: dict[Path, str] = {}
         """What could not be shown, and why."""
         (folder / "pictures").mkdir()
@@ -64,7 +66,7 @@ class Copies:
         """
         wanted = [path for path in dict.fromkeys(pictures) if path not in self.problems]
         new = [path for path in wanted if path not in self._known]
-        numbers = {path: len(self._known) + place for place, path in enumerate(new)}
+        numbers = {path: next(self._numbers) for path in new}
         seen: dict[Path, Seen] = {}
         for path, found in zip(wanted, pool.map(lambda path: self._decoded(path, numbers.get(path)), wanted), strict=True):
             alive()

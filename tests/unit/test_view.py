@@ -27,7 +27,7 @@ from cfvlm_ds.data.stored_scores import StoredScores, write_scores
 from cfvlm_ds.evaluation import view
 from cfvlm_ds.evaluation.view import score_table
 from cfvlm_ds.page import Image as Shown
-from cfvlm_ds.page import Item, Page, Text, write_page
+from cfvlm_ds.page import Item, Page, ScoreTable, Text, write_page
 from cfvlm_ds.page.outline import difference, reduced
 from cfvlm_ds.page.words import MAX_TEXT, changed_words, runs
 
@@ -212,6 +212,29 @@ def test_a_text_of_megabytes_says_how_much_is_left_out() -> None:
     assert said(found) == "x" * MAX_TEXT + "(1000000 more characters)" and marked(found) == ["x" * (MAX_TEXT - 5)]
 
 
+def conversation(folder: Path, images: int = 1, texts: int = 2) -> Item:
+    """An item as other uses of a page have it: turns, two models' scores, many cells."""
+    turns = [("system", ["Be brief."]), ("user", [None, "What is it?"])]
+    tables = [ScoreTable(name, [[float("nan"), *[-1.5] * (texts - 1)]] * images) for name in ("before", "after")]
+    return Item(
+        "talk",
+        [Shown([folder / "a.png"], "first")] + [Shown([folder / "c.png"], "") for _ in range(images - 1)],
+        [Text(f"a text {c}", reference=None if c == 0 else 0) for c in range(texts)],
+        [[1, *[0] * (texts - 1)]] * images,
+        prompts=[turns],
+        scores=tables,
+    )
+
+
+def test_turns_and_several_tables(folder: Path) -> None:
+    write_page(Page("p", [conversation(folder)], 1), folder / "page")
+    (item,) = items(folder / "page")
+    assert item["prompts"] == [[["system", [["Be brief."]]], ["user", [None, ["What is it?"]]]]]
+    assert [(table["name"], table["rows"], table["blank"]) for table in item["scores"]] == [
+        (n, [["nan", -1.5]], []) for n in ("before", "after")
+    ]
+
+
 # ---- words
 
 
@@ -356,6 +379,7 @@ def test_a_picture_that_is_missing_is_named(folder: Path, capsys: pytest.Capture
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
     images = [{"id": "i0", "path": "gone.png"}, {"id": "i1", "path": "broken.png"}, {"id": "i2", "path": "b.png"}]
     main(["data", "view", str(manifest(folder, group("g", images=images))), "--out", "page"])
+    assert view(manifest(folder, *(group(f"g{k}", images=images[k % 2 :]) for k in range(40)), group("h")), "page").num_pictures == 2
     gone, broken, there = (image["pictures"][0] for image in items(folder / "page")[0]["images"])
     assert "no such image file" in gone["missing"] and gone["name"].endswith("gone.png") and "src" not in gone
     assert "truncated or corrupt" in broken["missing"] and there["src"] and "outline" not in there
@@ -681,6 +705,42 @@ def test_keys_filters_and_address(folder: Path, tab: browser.Browser) -> None:
         tab.look(width, 900)
         assert tab.run("document.documentElement.scrollWidth") <= width
     assert tab.complaints == []
+
+
+@pytest.mark.long
+@needs_browser
+def test_what_is_large_or_rare_is_drawn(folder: Path, tab: browser.Browser) -> None:
+    alone = Item("alone", [Shown([], "")], [Text("x")], [[None]])
+    lost = Item("lost", [Shown([folder / "gone.png"], "")], [Text("x")], [[1]])
+    some = [conversation(folder, 20, 100), alone, lost, *(conversation(folder) for _ in range(30))]
+    page = write_page(Page("p", some, len(some)), folder / "page").folder / "index.html"
+    tab.open(page.as_uri())
+    tab.run(DRAWN)
+
+    def count(selector: str) -> Any:
+        return tab.run(f"document.querySelectorAll('{selector}').length")
+
+    assert (count("tbody .text"), count("th.image"), count(".slot"), count(".turn")) == (60, 12, 1, 2)
+    assert tab.run("document.querySelector('.cell').textContent").count("nan") == 2
+    tab.run("document.querySelector('.cut button').click()")
+    assert (count("tbody .text"), count("th.image"), count(".cut")) == (100, 20, 0)
+    tab.press("j")
+    assert tab.run("document.querySelector('.cell').textContent") == "? unknown " and "text alone" in tab.run("document.body.textContent")
+    tab.press("j")
+    assert "no such image file" in tab.run("document.querySelector('.missing').textContent")
+    tab.press("o")
+    assert (count(".card"), count(".card.here"), tab.run("document.getElementById('position').textContent")) == (24, 1, "1\u201324 / 33")
+    tab.press("j")
+    assert count(".card") == 9
+    tab.run("document.querySelector('.card').click()")
+    assert tab.run("document.getElementById('position').textContent") == "25 / 33" and tab.complaints == []
+    (folder / "page" / "data" / "chunk-00000.js").unlink()
+    tab.open("about:blank")
+    tab.open(page.as_uri())
+    told = (
+        "new Promise((go) => { const f = () => document.querySelector('.empty') ? go(document.body.textContent) : setTimeout(f, 5); f(); })"
+    )
+    assert "data/chunk-00000.js cannot be loaded" in tab.run(told)
 
 
 @pytest.mark.long
