@@ -190,6 +190,7 @@ class _Index:
         return {
             "title": printable(page.title),
             "facts": [[printable(part) for part in fact] for fact in page.facts],
+            "scored": printable(page.scored),
             "filters": filters,
             "rows": rows,
         }

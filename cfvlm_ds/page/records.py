@@ -73,9 +73,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Page:
-    """A page of items, which are asked for one by one and once. ``total`` is how many there will be, for the progress."""
+    """A page of items, which are asked for one by one and once. ``total`` is how many there will be, for the progress; ``scored`` says what
+    the numbers of its score tables are."""
 
     title: str
     items: Iterable[Item]
     total: int
     facts: Sequence[Fact] = ()
+    scored: str = "log p(text | image) in nats"

@@ -5,7 +5,7 @@
   const TRUTH = { 1: ["\u2713", "true"], 0: ["\u2717", "false"], null: ["?", "unknown"] };
   const byId = (id) => document.getElementById(id);
 
-  let index = null;     // {title, facts, filters, rows: [chunk, id, worst margin, [numbers of values] by filter]}
+  let index = null;     // {title, facts, scored, filters, rows: [chunk, id, worst margin, [numbers of values] by filter]}
   let firstOf = [];     // chunk -> the number of its first item
   let listed = [];      // numbers of the items that pass the filters, in order
   let place = 0;        // in listed
@@ -130,7 +130,7 @@
       const [chunk, id] = index.rows[chosen], card = make("button", start + k === place ? "card here" : "card", make("strong", "", id));
       card.type = "button";
       card.dir = "auto";
-      card.addEventListener("click", () => { place = start + k; overview(false); });
+      card.addEventListener("click", () => { place = start + k; overview(false); byId("item").focus(); });
       withChunk(chunk, (items) => {
         const item = items[chosen - firstOf[chunk]], both = make("span", "both");
         item.images.slice(0, 2).forEach(({ label, pictures: [first] }, i) => {
@@ -217,7 +217,7 @@
       if (margin === null || margin === undefined) continue;
       const won = margin > 0;
       const shown = make("span", won ? "margin won" : "margin lost", `${won ? "\u25b2" : "\u25bc"} ${signed(margin)} ${against}`);
-      shown.title = k ? "against the likeliest false image for this text" : "against the likeliest false text on this image";
+      shown.title = k ? "over the best false image for this text" : "over the best false text on this image";
       line.append(shown);
     }
     return line;
@@ -227,7 +227,7 @@
     const said = ["\u2713 true, \u2717 false, ? unknown"];
     if (item.texts.some((text) => text.runs.some((run) => typeof run !== "string" && run[0].includes("c")))) said.push("words that differ are marked");
     if (item.images.some((each) => each.pictures.some((one) => one.outline))) said.push("what differs in a picture is outlined (key e)");
-    if (item.scores.length) said.push("numbers: log p(text | image) in nats, and its margin over the likeliest false text and image");
+    if (item.scores.length) said.push(`numbers: ${index.scored}, and the margin over the best false text and image`);
     return make("p", "legend", said.join("; "));
   }
 
@@ -314,7 +314,7 @@
 
   function relist(keep = listed[place]) {
     if (!byId("search").value.trim() || searched) return list(keep);
-    load("data/search.js", () => say("data/search.js cannot be loaded: the page's folder is not whole. Write the page again."));
+    if (!waiting.has("search")) load("data/search.js", () => say("data/search.js cannot be loaded: the page's folder is not whole. Write the page again."));
     waiting.set("search", () => list(keep));
   }
 
