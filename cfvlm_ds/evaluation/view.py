@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
@@ -32,15 +30,22 @@ _MAX_ID = 1 << 16  # bytes of a line of a file of ids
 
 
 @dataclass(frozen=True)
-class _Shown:
-    """Groups of one manifest, which of them are shown, and their scores by id."""
+class _Source:
+    """Groups of one manifest and their scores by id, if any; ``split`` is its name in a run's evaluation."""
 
     groups: Sequence[CounterfactualGroup]
-    chosen: Sequence[int]
     scores: Mapping[str, StoredScores]
     split: str = ""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which groups are shown, as (source, place in it) in order, how they were chosen, and how many compare nothing and are left out."""
+
+    sources: Sequence[_Source]
+    shown: Sequence[tuple[int, int]]
+    how: str
     without: int = 0
-    """Groups that are left out because their scores compare nothing."""
 
 
 def view(
@@ -67,57 +72,46 @@ def view(
     refuse_foreign_folder(Path(out))
     if sample > MOST:
         raise ConfigError(f"a page of {sample} groups is more than the {MOST} that a browser takes; lower --sample")
-    shown = (
-        _of_run(Path(source), sample, ids, scores) if _is_run(source) else [_of_manifest(source, root, format, scores, sample, seed, ids)]
-    )
-    number, total = sum(len(each.chosen) for each in shown), sum(len(each.groups) for each in shown)
-    how = "all" if number == total else "worst first" if _is_run(source) else "by id" if ids else f"drawn by seed {seed}"
-    facts: list[Fact] = [("source", str(source)), ("groups", f"{number} of {total} ({how})" if total > number else str(number))]
+    if os.path.isdir(source) and (Path(source) / "config.yaml").is_file():
+        if (ids, scores, root) != (None, None, None):
+            raise ConfigError(
+                f"{source} is a run folder, which has scores and roots of its own; name a manifest with --ids, --scores, --root"
+            )
+        choice = _of_run(Path(source), sample)
+    else:
+        choice = _of_manifest(source, root, format, scores, sample, seed, ids)
+    number, total = len(choice.shown), sum(len(each.groups) for each in choice.sources)
+    facts: list[Fact] = [("source", str(source)), ("groups", f"{number} of {total} ({choice.how})" if total > number else str(number))]
     facts += [("scores", str(scores))] * (scores is not None)
-    if without := sum(each.without for each in shown):
-        facts.append(("left out", f"{without} groups without anything to compare"))
-    page = Page(Path(os.path.normpath(source)).name, _items(shown, _is_run(source)), number, facts)
+    facts += [("left out", f"{choice.without} groups without anything to compare")] * bool(choice.without)
+    page = Page(Path(os.path.normpath(source)).name, _items(choice), number, facts)
     return write_page(page, Path(out), max_pixels=max_pixels, say=say)
-
-
-def _is_run(source: str | Path) -> bool:
-    return os.path.isdir(source) and (Path(source) / "config.yaml").is_file()
 
 
 def _of_manifest(
     source: str | Path, root: Root, format: str, scores: str | Path | None, sample: int, seed: int, ids: str | Path | None
-) -> _Shown:
+) -> _Choice:
     groups = read_manifest(source, root, format)
-    stored = {} if scores is None else _stored(Path(scores), groups, source, root)
+    found = _Source(groups, {} if scores is None else _stored(Path(scores), groups, source, root))
     if ids is not None:
-        return _Shown(groups, _named(Path(ids), groups, str(source)), stored)
-    everything = range(len(groups))
-    drawn = everything if sample >= len(groups) else sorted(random.Random(seed).sample(everything, sample))
-    return _Shown(groups, drawn, stored)
+        return _Choice([found], [(0, index) for index in _named(Path(ids), groups, str(source))], "by id")
+    drawn = range(len(groups)) if sample >= len(groups) else sorted(random.Random(seed).sample(range(len(groups)), sample))
+    return _Choice([found], [(0, index) for index in drawn], f"drawn by seed {seed}")
 
 
-def _of_run(run_dir: Path, sample: int, ids: str | Path | None, scores: str | Path | None) -> list[_Shown]:
-    """Every split of a run's evaluation, with as many of its worst groups as are among the worst of all."""
-    if ids is not None or scores is not None:
-        raise ConfigError(f"{run_dir} is a run folder, whose own scores order its groups; name a manifest with --ids or --scores")
-    splits: list[tuple[str, Any, dict[str, StoredScores]]] = []
+def _of_run(run_dir: Path, sample: int) -> _Choice:
+    """The groups of all splits of a run's evaluation whose least margin is the worst, in this order."""
+    sources = []
     for name, (path, root, format) in _evaluated(run_dir).items():
         file = run_dir / "scores" / f"{bare_name(name, run_dir / 'config.yaml')}.jsonl"
         if not file.is_file():
             raise DataError(f"{file}: no such scores; a run writes them when it is over, so end it, or name a manifest and --scores")
         groups = read_manifest(path, root, format)
-        splits.append((name, groups, _stored(file, groups, path, root)))
-    ranked: list[tuple[float, int, int]] = []
-    without = [0] * len(splits)
-    for k, (_, groups, stored) in enumerate(splits):
-        for index, group in enumerate(groups):
-            if (worst := score_table(group, stored[group.id]).worst) is None:
-                without[k] += 1
-            else:
-                ranked.append((worst, k, index))
-    chosen = sorted(ranked)[:sample]
-    shown = [[index for _, of, index in chosen if of == k] for k in range(len(splits))]
-    return [_Shown(groups, shown[k], stored, name, without[k]) for k, (name, groups, stored) in enumerate(splits)]
+        sources.append(_Source(groups, _stored(file, groups, path, root), name))
+    every = ((k, index, group) for k, source in enumerate(sources) for index, group in enumerate(source.groups))
+    ranked = [(score_table(group, sources[k].scores[group.id]).worst, k, index) for k, index, group in every]
+    compared = sorted((worst, k, index) for worst, k, index in ranked if worst is not None)
+    return _Choice(sources, [(k, index) for _, k, index in compared[:sample]], "worst first", len(ranked) - len(compared))
 
 
 def _evaluated(run_dir: Path) -> dict[str, tuple[str, Root, str]]:
@@ -170,23 +164,14 @@ def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> li
     return list(found)
 
 
-def _items(shown: Sequence[_Shown], by_margin: bool) -> Iterator[Item]:
-    """The items of all groups that are shown, or, ``by_margin``, those of all splits with the worst first."""
-    found: Iterator[tuple[_Shown, int]] = ((each, index) for each in shown for index in each.chosen)
-    if by_margin:
-
-        def margin(at: tuple[_Shown, int]) -> float:
-            group = at[0].groups[at[1]]
-            worst = score_table(group, at[0].scores[group.id]).worst
-            return math.inf if worst is None else worst
-
-        found = iter(sorted(found, key=margin))
-    for each, index in found:
-        group = each.groups[index]
-        tables = [score_table(group, each.scores[group.id])] if each.scores else []
-        filters: dict[str, list[str]] = {"split": [each.split]} if each.split else {}
-        if tables:
-            filters["comparisons"] = ["none" if not tables[0].compared else "some lost" if tables[0].lost else "all won"]
+def _items(choice: _Choice) -> Iterator[Item]:
+    for k, index in choice.shown:
+        source = choice.sources[k]
+        group = source.groups[index]
+        filters: dict[str, list[str]] = {"split": [source.split]} if source.split else {}
+        tables = [score_table(group, source.scores[group.id])] if source.scores else []
+        for table in tables:
+            filters["comparisons"] = ["none" if not table.compared else "some lost" if table.lost else "all won"]
         yield group_item(group, tables, filters=filters)
 
 

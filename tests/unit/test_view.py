@@ -529,7 +529,7 @@ def test_a_run_shows_its_worst_groups(folder: Path) -> None:
 
 def test_what_a_run_lacks_is_named(folder: Path) -> None:
     run = run_folder(folder, {"test": [group("a")]}, {"a": ((-1.0, -2.0), (-1.0, -2.0))})
-    with pytest.raises(ConfigError, match="name a manifest with --ids or --scores"):
+    with pytest.raises(ConfigError, match="name a manifest with --ids"):
         view(run, folder / "page", ids=folder / "ids.txt")
     manifest(folder, group("a", texts=[{"id": "t0", "text": "other"}, {"id": "t1", "text": "words"}]), name="test.jsonl")
     with pytest.raises(DataError, match="belong to another manifest, by prompts or texts"):
