@@ -215,7 +215,9 @@ def test_a_text_of_megabytes_says_how_much_is_left_out() -> None:
 def conversation(folder: Path, images: int = 1, texts: int = 2) -> Item:
     """An item as other uses of a page have it: turns, two models' scores, many cells."""
     turns = [("system", ["Be brief."]), ("user", [None, "What is it?"])]
-    tables = [ScoreTable(name, [[float("nan"), *[-1.5] * (texts - 1)]] * images) for name in ("before", "after")]
+    tables = [
+        ScoreTable(name, [[float("nan"), *[-1.5] * (texts - 1)]] * images, compared=2, lost=1, worst=-1.0) for name in ("before", "after")
+    ]
     return Item(
         "talk",
         [Shown([folder / "a.png"], "first")] + [Shown([folder / "c.png"], "") for _ in range(images - 1)],
@@ -722,6 +724,8 @@ def test_what_is_large_or_rare_is_drawn(folder: Path, tab: browser.Browser) -> N
 
     assert (count("tbody .text"), count("th.image"), count(".slot"), count(".turn")) == (60, 12, 1, 2)
     assert tab.run("document.querySelector('.cell').textContent").count("nan") == 2
+    verdicts = tab.run("[...document.querySelectorAll('.verdict')].map((each) => each.textContent)")
+    assert verdicts == [f"{name}: 1 of 2 comparisons lost, least margin \u22121.0" for name in ("before", "after")]
     tab.run("document.querySelector('.cut button').click()")
     assert (count("tbody .text"), count("th.image"), count(".cut")) == (100, 20, 0)
     tab.press("j")

@@ -70,7 +70,7 @@
     const texts = all ? item.texts.length : Math.min(item.texts.length, MOST_TEXTS);
     const title = make("h2", "", item.id);
     title.dir = "auto";
-    const parts = [make("div", "title", title, ...item.scores.map(verdict))];
+    const parts = [make("div", "title", title, ...item.scores.map((table) => verdict(table)))];
     if (item.changes.length) parts.push(make("ul", "changes", ...item.changes.map((change) => words(change, "li", ""))));
     parts.push(matrix(item, images, texts), legend(item));
     if (images < item.images.length || texts < item.texts.length) {
