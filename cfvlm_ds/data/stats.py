@@ -56,8 +56,8 @@ class Statistics:
     """The longer side in pixels of every different picture file."""
     equal_pictures: int = 0
     """Files with the same bytes as another file."""
-    equal_ids: int = 0
-    """Rows that are left out because their id is an earlier row's."""
+    refused_ids: int = 0
+    """Rows that were not read because their id is an earlier row's."""
     num_problems: int = 0
     problems: list[str] = field(default_factory=list)
     """The first few, a sentence each."""
@@ -66,11 +66,13 @@ class Statistics:
     texts: array[int] = field(default_factory=lambda: array("Q"))
     """A hash of every text."""
     prompts: set[int] = field(default_factory=set)
+    ids: array[int] = field(default_factory=lambda: array("Q"))
+    """A hash of every group's id."""
 
     def add_problem(self, sentence: str) -> None:
         """Count what is wrong with a row, a picture or a text; the first few are kept."""
         self.num_problems += 1
-        self.equal_ids += " is already used by " in sentence
+        self.refused_ids += " is already used by " in sentence
         if len(self.problems) < _SHOWN_PROBLEMS:
             self.problems.append(sentence)
 
@@ -87,6 +89,7 @@ class Statistics:
     def add_group(self, group: CounterfactualGroup, lengths: Lengths | None) -> None:
         """Count what a group holds, whose pictures are known."""
         self.num_groups += 1
+        self.ids.append(_key(group.id))
         self.shapes[f"{len(group.images) if group.num_pictures else 0} x {len(group.candidates)}"] += 1
         self.sources[group.source or "(none)"] += 1
         self.edit_types.update(edit.type for edit in group.edits)
@@ -125,6 +128,11 @@ class Statistics:
         """How many different texts there are, and how many texts are said elsewhere too, in this or another group."""
         _, counts = np.unique(np.asarray(self.texts), return_counts=True)
         return len(counts), int(counts[counts > 1].sum())
+
+    @property
+    def equal_ids(self) -> int:
+        """How many rows have an earlier row's id."""
+        return self.refused_ids + len(self.ids) - len(np.unique(np.asarray(self.ids)))
 
     @property
     def histograms(self) -> list[tuple[str, str, Sequence[int]]]:
