@@ -68,9 +68,9 @@ def _text_label(group: CounterfactualGroup, c: int) -> str:
 
 
 def _change(edit: Edit) -> str:
-    words = f" {edit.source or '(nothing)'} \N{RIGHTWARDS ARROW} {edit.target or '(nothing)'}" if edit.source or edit.target else ""
+    words = f": {edit.source or '(nothing)'} \N{RIGHTWARDS ARROW} {edit.target or '(nothing)'}" if edit.source or edit.target else ""
     places = [f"{kind} {place}" for kind, place in (("image", edit.image), ("text", edit.text)) if place is not None]
-    return f"{edit.type}:{words} ({', '.join(places)})" if places else f"{edit.type}:{words}"
+    return f"{edit.type}{words} ({', '.join(places)})" if places else f"{edit.type}{words}"
 
 
 def _meta(meta: str) -> str:

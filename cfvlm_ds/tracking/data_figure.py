@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_BARS, _NAME_CHARS, _BINS = 12, 28, 40
+_ROOM = 5  # bars that a panel has room for at least: one is not as high as all of it
 
 
 def data_figure(
@@ -49,17 +50,9 @@ def _draw_histogram(axes: Axes, title: str, unit: str, values: Sequence[int]) ->
     axes.hist(found, edges.tolist(), color=LINES[0])
     middle = float(np.percentile(found, 50, method="lower"))
     axes.axvline(middle, color=LINES[1], linewidth=1.5)
-    axes.annotate(
-        f"median {middle:.0f}",
-        (middle, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(4, -10),
-        textcoords="offset points",
-        fontsize=8,
-        color=MUTED,
-    )
+    axes.set_xlim(low - 2 * step, high + 2 * step)
     _in_style(axes, title, "y")
-    axes.set_xlabel(unit, fontsize=8.5, color=MUTED)
+    axes.set_xlabel(f"{unit} (line: median, {middle:.0f})", fontsize=8.5, color=MUTED)
 
 
 def _draw_bars(axes: Axes, title: str, unit: str, counts: Mapping[str, int]) -> None:
@@ -70,7 +63,7 @@ def _draw_bars(axes: Axes, title: str, unit: str, counts: Mapping[str, int]) -> 
     places = range(len(shown))
     axes.barh(places, [count for _, count in shown], color=LINES[0], height=0.7)
     axes.set_yticks(places, [one_line(name, _NAME_CHARS) for name, _ in shown])
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(shown), _ROOM) - 0.5, -0.5)
     for label in axes.get_yticklabels():
         label.set(**AS_WRITTEN)
     for place, (_, count) in zip(places, shown, strict=True):

@@ -104,7 +104,7 @@
     table.style.setProperty("--columns", images + (blank ? 1 : 0));
     const head = make("tr", "", role(make("th", "corner", make("span", "unseen", "text")), "columnheader"));
     for (let i = 0; i < images; i++) head.append(role(make("th", "image", image(item, i)), "columnheader"));
-    if (blank) head.append(role(make("th", "image blank", make("span", "label", "no image")), "columnheader"));
+    if (blank) head.append(role(make("th", "image blank", make("div", "shown", make("span", "label", "no image"))), "columnheader"));
     const body = make("tbody");
     for (let c = 0, prompt = -1; c < texts; c++) {
       const text = item.texts[c];
