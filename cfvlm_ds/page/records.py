@@ -39,8 +39,8 @@ class Text:
 class ScoreTable:
     """Scores of every cell, such as a model's log-likelihoods; several tables of one item are shown side by side.
 
-    ``rows`` is ``[I][C]``; ``blank`` ``[C]`` are the texts without an image. ``margins`` is ``[I][C]``, None for cells that are compared with nothing.
-    ``compared`` is how many comparisons the table decides, ``lost`` how many of them wrongly, ``worst`` the least margin of all.
+    ``rows`` is ``[I][C]``; ``blank`` ``[C]`` are the texts without an image. ``margins`` is ``[I][C]``, None for cells that are compared
+    with nothing. ``compared`` is how many comparisons the table decides, ``lost`` how many of them wrongly, ``worst`` the least margin.
     """
 
     name: str
