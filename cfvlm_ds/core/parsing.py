@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -73,7 +74,12 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
 
 
 def option_parser(objectives: Mapping[str, type], prog: str | None = None) -> Any:
-    """The parser of a run's options, jsonargparse's."""
+    """The parser of a run's options, jsonargparse's; it takes longer to make than to use, and may be used any number of times."""
+    return _parser(tuple(objectives.items()), prog)
+
+
+@functools.lru_cache(8)
+def _parser(objectives: tuple[tuple[str, type], ...], prog: str | None) -> Any:
     from jsonargparse import ActionConfigFile, ArgumentParser
 
     started = "deepspeed train.py" if prog in (None, "train.py") else prog
@@ -93,7 +99,7 @@ def option_parser(objectives: Mapping[str, type], prog: str | None = None) -> An
         parser.add_argument(f"--{name}", action="store_true", help=text)
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
-    for name, objective in objectives.items():
+    for name, objective in objectives:
         parser.add_class_arguments(objective, f"objective.{name}")
     return parser
 
