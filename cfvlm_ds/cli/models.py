@@ -51,14 +51,14 @@ def add(commands: Any) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.data import data_roots, read_manifest
+    from cfvlm_ds.data import data_roots, sound_groups
     from cfvlm_ds.data.identity import data_identity
     from cfvlm_ds.data.picture_index import PictureTable
     from cfvlm_ds.data.stored_scores import write_scores
     from cfvlm_ds.evaluation import score_groups
     from cfvlm_ds.models import fingerprint
 
-    groups = read_manifest(arguments.manifest, arguments.root, arguments.format)
+    groups = sound_groups(arguments.manifest, arguments.root, arguments.format)
     model, adapter = model_of(arguments)
     if adapter is not None:
         raise ConfigError(f"{adapter} holds adapters, and stored scores belong to one model; merge them with `cfvlm-ds export`, name that")
@@ -78,12 +78,12 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.data import named_apart, read_manifest
+    from cfvlm_ds.data import named_apart, sound_groups
     from cfvlm_ds.evaluation import evaluate, table
 
     if arguments.out:
         output_file(Path(arguments.out))
-    splits = {name: read_manifest(path, arguments.root, arguments.format) for name, path in named_apart(arguments.manifest).items()}
+    splits = {name: sound_groups(path, arguments.root, arguments.format) for name, path in named_apart(arguments.manifest).items()}
     scorer, collator, world = load_scorer(*model_of(arguments), max_pixels=arguments.max_pixels)
     results, _ = evaluate(scorer, collator, splits, world, shuffled=not arguments.no_shuffled, **_batches(arguments))
     print(table(results))

@@ -14,17 +14,17 @@ PackedSampler fills micro-batches by tokens instead: the number of groups varies
 from __future__ import annotations
 
 import bisect
-import functools
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.data.permutation import STORED, permuted
 
 
 class GroupSampler:
@@ -108,7 +108,8 @@ class GroupSampler:
         self.samples_seen = position
 
     def _identity(self) -> dict[str, Any]:
-        return {"num_groups": self.num_groups, "seed": self.seed, "shuffle": self.shuffle}
+        order = {"order": _COMPUTED} if self.shuffle and self.num_groups > STORED else {}
+        return {"num_groups": self.num_groups, "seed": self.seed, "shuffle": self.shuffle, **order}
 
     def _stream(self, start: int, count: int) -> list[int]:
         indices: list[int] = []
@@ -116,10 +117,13 @@ class GroupSampler:
             epoch, offset = divmod(start + len(indices), self.num_groups)
             stop = offset + count - len(indices)
             if self.shuffle:
-                indices += _permutation(self.num_groups, self.seed, epoch)[offset:stop].tolist()
+                indices += permuted(offset, stop - offset, self.num_groups, self.seed, epoch)
             else:
                 indices += range(offset, min(stop, self.num_groups))
         return indices
+
+
+_COMPUTED = "feistel-1"  # in the state of a sampler; another name for another order
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,14 @@ class PackedSampler(GroupSampler):
     """
 
     def __init__(
-        self, *, tokens: Sequence[int], max_tokens: int, gradient_accumulation_steps: int, rank: int, world_size: int, seed: int
+        self,
+        *,
+        tokens: Sequence[int] | npt.NDArray[np.int32],
+        max_tokens: int,
+        gradient_accumulation_steps: int,
+        rank: int,
+        world_size: int,
+        seed: int,
     ) -> None:
         """``tokens`` of every group. Raises ValueError if one is larger than ``max_tokens``, and as GroupSampler does."""
         super().__init__(
@@ -153,9 +164,9 @@ class PackedSampler(GroupSampler):
             world_size=world_size,
             seed=seed,
         )
-        if max(tokens) > max_tokens:
-            raise ValueError(f"group {tokens.index(max(tokens))} has {max(tokens)} tokens, over max_tokens ({max_tokens})")
-        self.tokens = tokens
+        self.tokens: npt.NDArray[np.int32] = np.asarray(tokens, np.int32)
+        if (most := int(self.tokens.max())) > max_tokens:
+            raise ValueError(f"group {int(self.tokens.argmax())} has {most} tokens, over max_tokens ({max_tokens})")
         self.max_tokens = max_tokens
         self._position = _Position()
 
@@ -172,11 +183,21 @@ class PackedSampler(GroupSampler):
             yield from self._rebalanced(bins)[self.rank :: self.world_size]
 
     def num_steps(self, num_epochs: float) -> int:
-        """Optimizer steps until every group has been seen so many times."""
-        position, steps, wanted = _Position(), 0, _groups_in(num_epochs, self.num_groups)
-        while position.read - len(position.waiting) < wanted:
-            position, steps = self._pack(position)[1], steps + 1
-        return steps
+        """Optimizer steps until every group has been seen so many times.
+
+        To see up to ``_COUNTED`` groups the steps are counted. For more than that, those of the first ``_TRIED`` are, and the others are
+        taken to hold as many tokens each: packing keeps steps full, so that the number is off by less than one in a thousand. It is the
+        same for every start, and nobody waits for a whole epoch to be packed before the first step.
+        """
+        wanted = _groups_in(num_epochs, self.num_groups)
+        counted = wanted if wanted <= _COUNTED else min(wanted, _TRIED)
+        position, steps, tokens = _Position(), 0, 0
+        while position.read - len(position.waiting) < counted:
+            bins, position = self._pack(position)
+            tokens, steps = tokens + sum(int(self.tokens[group]) for each in bins for group in each), steps + 1
+        if counted == wanted:
+            return steps
+        return math.ceil(Fraction(steps * int(self.tokens.sum(dtype=np.int64)) * wanted, tokens * self.num_groups))
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what must be equal for it to mean the same place in the same stream."""
@@ -205,19 +226,20 @@ class PackedSampler(GroupSampler):
                 if group in waiting:
                     break
                 read += 1
-            best = bisect.bisect_left(room, (self.tokens[group], 0))
+            tokens = int(self.tokens[group])
+            best = bisect.bisect_left(room, (tokens, 0))
             if best == len(room):
                 waiting.append(group)
                 continue
             left, chosen = room.pop(best)
             bins[chosen].append(group)
-            bisect.insort(room, (left - self.tokens[group], chosen))
+            bisect.insort(room, (left - tokens, chosen))
         return bins, _Position(read, (*waiting, *reversed(queue)))
 
     def _rebalanced(self, bins: list[list[int]]) -> list[list[int]]:
         """The micro-batches, fullest first, after the fullest and the emptiest have exchanged groups as long as that brought them
         closer."""
-        tokens = self.tokens
+        tokens = {group: int(self.tokens[group]) for each in bins for group in each}
         ranked = sorted((sum(tokens[group] for group in each), b) for b, each in enumerate(bins))
         while True:
             (least, e), (most, f) = ranked[0], ranked[-1]
@@ -240,6 +262,7 @@ class PackedSampler(GroupSampler):
             bisect.insort(ranked, (most - moved, f))
 
 
+_COUNTED, _TRIED = 1 << 20, 1 << 16  # groups whose steps are counted, or tried: seconds, or a fraction of one
 _WINDOW = 32  # groups that may wait: enough to fill gaps, few enough that the order stays that of the stream
 
 
@@ -248,11 +271,3 @@ def _groups_in(num_epochs: float, num_groups: int) -> int:
     though the float is less; and n / num_groups, rounded as floats are, is n groups."""
     whole = round(num_epochs * num_groups)
     return whole if whole / num_groups == num_epochs else math.ceil(Fraction(repr(float(num_epochs))) * num_groups)
-
-
-@functools.lru_cache(maxsize=2)  # the epoch in progress and the one that prefetching has reached
-def _permutation(num_groups: int, seed: int, epoch: int) -> torch.Tensor:
-    """[num_groups] int64. CPU generator whatever the default device, and seeds hashed so that (0, 1) and (1, 0) are unrelated."""
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
-    return torch.randperm(num_groups, generator=generator, device="cpu")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class StoredScores:
 
 def write_scores(
     path: Path,
-    groups: list[CounterfactualGroup],
+    groups: Sequence[CounterfactualGroup],
     scores: Mapping[str, StoredScores],
     model: str,
     data: Identity,
@@ -58,7 +58,7 @@ def write_scores(
 
 
 def read_scores(
-    path: Path, groups: list[CounterfactualGroup], data: Identity, *, made_by: Mapping[str, str] | None = None
+    path: Path, groups: Sequence[CounterfactualGroup], data: Identity, *, made_by: Mapping[str, str] | None = None
 ) -> dict[str, StoredScores]:
     """Scores by group id. Raises DataError on a missing, incomplete or foreign file, or a value that is not finite.
 

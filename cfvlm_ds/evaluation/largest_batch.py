@@ -23,7 +23,7 @@ class _Tried(NamedTuple):
     """An evaluation batch: its split, its groups as they are shown, its tokens, and the tokens of its largest indivisible part."""
 
     split: str
-    groups: list[CounterfactualGroup]
+    groups: Sequence[CounterfactualGroup]
     tokens: int
     least: int
 
@@ -49,7 +49,8 @@ def rehearse(
     if world.is_main:
         try:
             options = world.size, batch_size, shuffled, patience.alive
-            found = _largest(list(_batches(collator.scoring_everything(), splits, *options)), max_tokens)
+            largest = _largest(list(_batches(collator.scoring_everything(), splits, *options)), max_tokens)
+            found = [batch._replace(groups=list(batch.groups)) for batch in largest]
         except DataError as error:
             found = str(error)
     patience.meet()
@@ -86,7 +87,7 @@ def _batches(
                 indices = batch_indices(len(groups), batch_size, rank, world_size, number)
                 of_batch = [tree for index in indices for tree in trees[index]]
                 tokens, least = sum(tree.whole for tree in of_batch), max(tree.least for tree in of_batch)
-                yield _Tried(split, [view[index] for index in indices], tokens, least)
+                yield _Tried(split, view[indices[0] : indices[-1] + 1], tokens, least)
 
 
 def _largest(batches: Sequence[_Tried], max_tokens: int | None) -> list[_Tried]:

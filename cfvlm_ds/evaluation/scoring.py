@@ -20,6 +20,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.evaluation.loss import EvaluationLoss
 
@@ -122,11 +123,11 @@ def score_groups(
     return found
 
 
-def seen_as(groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | None] | None) -> list[list[CounterfactualGroup]]:
+def seen_as(groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | None] | None) -> list[Sequence[CounterfactualGroup]]:
     """The groups in every way in which they are scored: on their own images, on a blank one and, if wanted, on another group's."""
-    views = [list(groups), [blinded(group) for group in groups]]
+    views: list[Sequence[CounterfactualGroup]] = [groups, Lazy(lambda index: blinded(groups[index]), len(groups))]
     if donors is not None:
-        views.append([shown_instead(group, donor) for group, donor in zip(groups, donors, strict=True)])
+        views.append(Lazy(lambda index: shown_instead(groups[index], donors[index]), len(groups)))
     return views
 
 

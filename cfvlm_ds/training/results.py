@@ -79,7 +79,7 @@ def write_results(
         (run_dir / "scores").mkdir(exist_ok=True)
         for split, groups in splits.items():
             stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
-            write_scores(path := run_dir / "scores" / f"{split}.jsonl", list(groups), stored, str(run_dir), identities[split])
+            write_scores(path := run_dir / "scores" / f"{split}.jsonl", groups, stored, str(run_dir), identities[split])
     except OSError as error:
         raise StorageError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
     return [tables, rows]

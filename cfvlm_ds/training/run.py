@@ -23,15 +23,17 @@ from cfvlm_ds.core.files import keep
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import GroupSampler, PackedSampler
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
+from cfvlm_ds.models import inputs_fingerprint
 from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.tracking import import_mlflow
 from cfvlm_ds.training import resume
 from cfvlm_ds.training.batches import forkable
 from cfvlm_ds.training.evaluator import check_best
-from cfvlm_ds.training.read_data import RunData, forget, group_tokens, model_fingerprint, read_data
+from cfvlm_ds.training.read_data import RunData, forget, model_fingerprint, read_data
 from cfvlm_ds.training.results import refuse_export
 from cfvlm_ds.training.run_record import tracker_of, write_record
 from cfvlm_ds.training.self_check import check_scores, refuse_nonfinite, refuse_unusable
+from cfvlm_ds.training.token_counts import group_tokens
 from cfvlm_ds.training.trainer import Trainer
 from cfvlm_ds.training.validation import scores_needed, validate
 
@@ -147,7 +149,10 @@ def _stored_scores(config: RunConfig, data: RunData, world: World) -> dict[str, 
 def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator) -> GroupSampler:
     options, limit = config.train, config.data.max_tokens_per_micro_batch
     counted = limit or config.data.max_tokens_per_forward
-    tokens = group_tokens(data.groups, collator, config.data, world, data.pictures) if counted else []
+    if counted:
+        depends_on = None if data.pictures is None else lambda: [dict(data.identity), inputs_fingerprint(config.model)]
+        where: dict[str, Any] = {"folder": Path(options.output_dir) / "data_check", "depends_on": depends_on}
+        tokens = group_tokens(data.groups, collator, config.data, world, data.pictures, **where)
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "seed": options.seed}
     place["gradient_accumulation_steps"] = options.gradient_accumulation_steps
     if limit is not None:

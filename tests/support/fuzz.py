@@ -69,6 +69,7 @@ from cfvlm_ds.training import read_data as preflight
 from cfvlm_ds.training.resume import is_finished
 from cfvlm_ds.training.run import _locked
 from cfvlm_ds.training.self_check import refuse_unusable
+from cfvlm_ds.training.token_counts import group_tokens
 
 MEMORY = 6 << 30  # bytes
 COMPUTING_S, WAITING_S = 20, 600
@@ -297,14 +298,14 @@ def read_groups(base: Base, path: Path, format: str, check: str, out: Path) -> N
     for problem in report.problems:
         one_line(problem)
     config = base.reading(path, out, check, format)
-    groups = preflight.read_data(config, ONE).groups
+    groups = list(preflight.read_data(config, ONE).groups)
     assert report.ok or check == "rows", "the check of a training let pass what `data check` finds"
     assert groups == read_manifest(path, None, format) and len({group.id for group in groups}) == len(groups) == report.num_groups
     for group in groups:
         consistent(group, path.parent)
     data_identity(groups, [path.parent])
     try:
-        tokens = list(preflight.group_tokens(groups, base.collator, config.data, ONE))
+        tokens = list(group_tokens(groups, base.collator, config.data, ONE))
     except DataError:
         assert not report.ok, "headers can be read of images that open"
         raise
@@ -471,8 +472,7 @@ def resume_run(base: Base, folder: Path, out: Path, resume: str) -> None:
     copied_run(folder, out)
     config = base.reading(base.folder / "data" / "a.jsonl", out, "full")
     with _locked(out, ONE):
-        groups = preflight.read_data(config, ONE).groups
-        assert groups == base.groups
+        assert list(preflight.read_data(config, ONE).groups) == base.groups
         is_finished(config, 4, ONE)
         with open_tracker(True, out, "experiment", "run", {"a": 1}, {}, run_id=run_id, resume_step=step, mlflow=False) as tracker:
             tracker.log(step + 1, {"loss": 0.5})

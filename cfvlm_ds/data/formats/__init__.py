@@ -5,7 +5,7 @@ A further format is one function from a row to a group (see cfgroup.py) and one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cfvlm_ds.core.groups import CounterfactualGroup
@@ -13,8 +13,9 @@ from cfvlm_ds.data.formats.cfgroup import native_group
 from cfvlm_ds.data.formats.cfvlm import cfvlm_group
 from cfvlm_ds.data.formats.pairs import pair_group
 
-Format = Callable[[Mapping[str, Any]], CounterfactualGroup]
-"""Row -> group with image paths as written in the row. Raises DataError without file and line."""
+Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[CounterfactualGroup]]
+"""Row -> group with image paths as written in the row; or an object that gives several, and how many by ``parts(row)``. Raises DataError
+without file and line."""
 
 FORMATS: dict[str, Format] = {
     "cfgroup": native_group,
