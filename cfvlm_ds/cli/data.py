@@ -10,7 +10,8 @@ from cfvlm_ds.cli import looking
 from cfvlm_ds.cli.options import add_command, add_data_options, add_fields, add_model_options, model_of, values_of
 from cfvlm_ds.cli.train import build
 from cfvlm_ds.core.config import BuildConfig, ScenesConfig
-from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.errors import DataError, StorageError, unwritten
+from cfvlm_ds.core.secrets import print_line
 
 
 def add(commands: Any) -> None:
@@ -25,6 +26,15 @@ def add(commands: Any) -> None:
     add_model_options(command)
 
     looking.add(data)
+    example = "cfvlm-ds data pack groups.jsonl --out STORE"
+    command = add_command(data, "pack", _pack, "rows in shards and pictures in tars, for data of any size", example)
+    command.add_argument("manifest")
+    command.add_argument(
+        "--out", required=True, metavar="FOLDER", help="folder to write; what an earlier call has packed is not packed again"
+    )
+    text = "pack every N-th shard from number I on, 0 to N-1; the others are for other calls, at the same time or not"
+    command.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help=text)
+    add_data_options(command)
 
     command = add_command(commands, "tiny", _tiny, "write a small random model for smoke tests", "cfvlm-ds tiny qwen2_5_vl runs/tiny-qwen")
     command.add_argument("family", help="a model type such as llava, llava_onevision, qwen2_vl, qwen3_vl, internvl")
@@ -40,6 +50,28 @@ def _tiny(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.demo.family_checkpoints import write_small
 
     print(f"wrote {write_small(arguments.family, Path(arguments.out_dir), arguments.seed)}")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """An argument's type: 3/64 is the fourth of 64 parts."""
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N-1, such as 0/8, not {text!r}")
+    return int(number), int(of)
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.data import open_groups
+    from cfvlm_ds.data.pack import pack
+
+    out, (shard, of) = Path(arguments.out), arguments.shard
+    groups = open_groups(arguments.manifest, arguments.root, arguments.format, progress=print_line)
+    try:
+        whole = pack(groups, out, print_line, shard=shard, of=of, max_pixels=arguments.max_pixels)
+    except OSError as error:
+        raise StorageError(f"{unwritten(out, error)}; make room, or correct --out: what is packed is kept") from error
+    if whole:
+        print(f"packed {len(groups)} groups into {out}: a data set by this name, as data.train for instance")
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.data import data_roots, sound_groups
+    from cfvlm_ds.data import sound_groups
     from cfvlm_ds.data.identity import data_identity
     from cfvlm_ds.data.picture_index import PictureTable
     from cfvlm_ds.data.stored_scores import write_scores
@@ -65,7 +65,7 @@ def _score(arguments: argparse.Namespace) -> None:
     out = output_file(Path(arguments.out or f"{arguments.manifest}.scores.jsonl"))
     checked = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
     scorer, collator, world = load_scorer(model, max_pixels=arguments.max_pixels, checked=checked)
-    identity = data_identity(groups, data_roots(arguments.manifest, arguments.root), checked)
+    identity = data_identity(groups, groups.roots, checked)
     scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
     if broken := [group.id for group, score in zip(groups, scores, strict=True) if not score.finite]:
         raise ConfigError(

@@ -112,7 +112,7 @@ class DataConfig:
     """Training and evaluation data.
 
     Args:
-        train: manifest of counterfactual groups.
+        train: manifest of counterfactual groups, or a store made by ``cfvlm-ds data pack``.
         evaluation: name -> manifest, evaluated every ``train.eval_steps`` and at the end; or name -> {path: manifest, root: FOLDERS,
             format: NAME} where a manifest has a root or a format of its own (``--data.evaluation.NAME.root FOLDER``).
         format: format of the manifests, a name in ``cfvlm_ds.data.FORMATS``.
@@ -120,7 +120,7 @@ class DataConfig:
             to the first of them that has the file; what a path leads to, through links too, must be inside one of them.
         scores: file written by ``cfvlm-ds score`` with reference and blind log-likelihoods of the training manifest (DPO and PMI need it).
         max_pixels: refuse images with more pixels than this.
-        check: ``full`` opens every image before training starts; ``rows`` checks the manifests only.
+        check: ``full`` opens every image before training starts; ``rows`` checks the manifests only, which suffices for a packed store.
         on_error: what all ranks do when a training group cannot be read, for instance because an image was damaged after the check:
             ``error``, or ``skip`` the whole group. skipped.json in the run folder lists those.
         max_skipped: groups that ``skip`` may leave out in a run; one more is an error.

@@ -56,7 +56,7 @@ class Lengths(Protocol):
 def check_rows(store: GroupStore, *, progress: Callable[[str], object], share: Share | None = None) -> CheckReport:
     """What is wrong with the rows of this process's range, and what they contain: nothing is opened but the manifest."""
     share, report = share or Share(), CheckReport(str(store.path))
-    _look_at_rows(report, store, progress, share)
+    look_at_rows(report, store, progress, share)
     return report
 
 
@@ -74,7 +74,7 @@ def check_groups(
     their reports add up to that of one.
     """
     share, report = share or Share(), CheckReport(str(store.path))
-    seen = _look_at_rows(report, store, progress, share)
+    seen = look_at_rows(report, store, progress, share)
     keys, places = seen.pictures
     mine = owned(keys, share.board.show("pictures", keys), share.rank)
     report.add_images(len(mine))
@@ -109,7 +109,8 @@ class _Rows(NamedTuple):
     images: tuple[Array, Array]
 
 
-def _look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], share: Share) -> _Seen:
+def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], share: Share) -> _Seen:
+    """Count what the rows of this process's range hold and what is wrong with them, and find their pictures."""
     places, ids = share.of(len(store)), [np.empty(0, np.uint64)]
     pictures, images = Firsts(), Firsts()
     counted = Progress(progress, f"check of rows{_of_share(share)}", len(places), "groups")
@@ -190,14 +191,14 @@ def _open_pictures(
     share: Share,
 ) -> None:
     """Open each picture once, named by the first group of this range that shows it."""
-    wanted = _first_uses(store, keys, places)
+    wanted = first_uses(store, keys, places)
     counted = Progress(progress, f"check of images{_of_share(share)}", len(keys), "images")
     for index, problem in counted.over(_open_all(wanted, max_pixels, share)):
         if problem is not None:
             report.problems.append(f"{store.where(index)}: {problem}")
 
 
-def _first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
+def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
     """The pictures with these keys, each with the group that shows it first; only those groups are read."""
     left = np.ones(len(keys), bool)
     for index in np.unique(places).tolist():

@@ -89,7 +89,7 @@ class IndexedLines:
         """
         held = HeldFile(path)
         state = state_of(held)
-        places = list(index_files(path)) if state[0] >= _WORTH else []
+        places = list(index_files(path)) if fixed or state[0] >= _WORTH else []
         for file in places:
             if (index := _mapped(file, state, fixed)) is not None and (found := cls(path, held, index, file))._proves():
                 return found
@@ -97,7 +97,7 @@ class IndexedLines:
         index = _scanned(held, state[0], alive, Progress(say, f"index of {path}", state[0] / 1e6, "MB"))
         if state_of(held) != state:
             raise ValueError("it was written while it was indexed; start again when it is whole")
-        for file in places:
+        for file in places if not fixed else ():  # whose index is a part of it
             with contextlib.suppress(OSError):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 _write(file, state, index)
@@ -169,6 +169,14 @@ def index_files(path: Path, kind: str = "idx") -> Iterator[Path]:
     yield path.with_name(f"{path.name}.{kind}")
     name = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
     yield cache_folder() / "rows" / f"{path.name[:100]}-{name}.{kind}"
+
+
+def write_index(path: Path) -> Path:
+    """Index a file that is not written any more: without times, so that the index of a copy is the same. Raises OSError."""
+    held = HeldFile(path)
+    size = state_of(held)[0]
+    _write(file := next(index_files(path)), (size, 0, 0), _scanned(held, size, lambda: None, Progress(lambda line: None, "index", 1, "MB")))
+    return file
 
 
 class _Block(NamedTuple):

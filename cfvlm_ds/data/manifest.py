@@ -13,7 +13,9 @@ from pathlib import Path
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data.formats import FORMATS, Format
+from cfvlm_ds.data.formats.cfgroup import native_group
 from cfvlm_ds.data.lines import State
+from cfvlm_ds.data.packed import PackedRows
 from cfvlm_ds.data.passes import Share
 from cfvlm_ds.data.rows import open_rows
 from cfvlm_ds.data.store import GroupStore, count_parts
@@ -34,13 +36,17 @@ def open_groups(
 
     Image paths are absolute, or relative to ``root`` (default: the manifest's folder), of several to the first that has such a file, and
     are returned joined to it. The file a path leads to, links followed, must be inside one of them; images are not opened. A large file is
-    indexed beside it, or in the user's cache folder, the first time. ``share`` is told that this process is alive, and bounds nothing else.
+    indexed beside it, or in the user's cache folder, the first time. A folder is a packed store, which has its own format and pictures.
+    ``share`` is told that this process is alive, and bounds nothing else.
 
     Raises DataError for a manifest that cannot be read at all or has no row. A row that is no group raises one when it is asked for: one
     sentence naming file, row (1-based line, or item of a list) and remedy. Two groups of one id are found by the data check.
     """
     path, share = Path(path), share or Share()
     convert, roots = known_format(path, format), data_roots(path, root)
+    if path.is_dir():
+        packed = PackedRows(path)
+        return GroupStore(packed, [path], native_group, None, (_again, (path, roots, format, packed.state)))
     if os.path.exists(path):
         for each in roots:
             if not each.is_dir():

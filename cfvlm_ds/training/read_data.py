@@ -21,6 +21,7 @@ from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.data import CheckReport, GroupStore, Share, check_groups, check_rows, data_roots, open_groups
 from cfvlm_ds.data.identity import Identity, shared_identity
+from cfvlm_ds.data.packed import FILE as STORE
 from cfvlm_ds.data.passes import Board
 from cfvlm_ds.data.picture_index import PictureNotes, PictureTable, stored_pictures
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
@@ -212,8 +213,10 @@ class _Check:
     def _known_of(self, each: DataSet) -> tuple[str | None, str | None]:
         """(what is wrong, what was found): both None for a set that has to be looked at."""
         try:
-            Path(each.path).stat()
+            _written(each)
         except OSError as error:
+            if os.path.isdir(each.path):
+                return None, None  # whoever opens it says what it lacks
             missing = "no such manifest" if isinstance(error, FileNotFoundError) else f"the manifest cannot be read ({error.strerror})"
             return f"{each.path}: {missing}; correct data.train or data.evaluation", None
         summary = self._entry(each).get("summary")
@@ -246,7 +249,8 @@ class _Check:
 
 def _written(each: DataSet) -> list[int]:
     """The state of a manifest: an old time can be set again, but not the last one."""
-    stat = Path(each.path).stat()
+    path = Path(each.path)
+    stat = (path / STORE if path.is_dir() else path).stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 

@@ -1,0 +1,96 @@
+"""A packed store: a folder of rows in shards, pictures in uncompressed tars, an index of each shard, and store.json that names them all.
+
+It may be copied anywhere, and is written by nobody: files are held against their sizes and the sums of their indexes, not against times.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.reading import MAX_RECORD, MIB, HeldFile, parse_json, read_bytes
+from cfvlm_ds.core.untrusted import own_file
+from cfvlm_ds.data.lines import IndexedLines, state_of
+from cfvlm_ds.data.rows import LineRows
+
+SCHEMA = "cfstore/1"
+FILE = "store.json"
+_OPEN = 256  # shards of rows that a process keeps open
+
+
+class PackedRows:
+    """The rows of a packed store, shard after shard."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DataError for a folder that is no store, or whose files are not those that its store.json names."""
+        self.path = folder
+        self._file, self._remedy = folder / FILE, "pack the data again, or copy the store whole"
+        if not self._file.exists():
+            begun = " whole yet: run `cfvlm-ds data pack` again, for all shards" if (folder / "parts").is_dir() else "; name the data file"
+            raise DataError(f"{folder} is a folder and no packed store{begun}")
+        try:
+            self.state = state_of(HeldFile(self._file))
+            record = parse_json(read_bytes(self._file, MAX_RECORD).decode())
+            if record["schema"] != SCHEMA:
+                raise ValueError(f"its schema is not {SCHEMA}")
+            shards = [(shard["rows"], shard["images"]) for shard in record["shards"]]
+            for shard in (each for both in shards for each in both if each is not None):
+                file = own_file(folder, shard["file"], self._file)
+                if (size := file.stat().st_size) != shard["bytes"]:
+                    raise ValueError(f"{file.name} has {size} bytes and not {shard['bytes']}")
+            self._shards = [(own_file(folder, rows["file"], self._file), int(rows["index"]), int(rows["groups"])) for rows, _ in shards]
+            self._firsts = np.cumsum([0, *(groups for *_, groups in self._shards)])
+            if not shards or any(groups < 1 for *_, groups in self._shards):
+                raise ValueError("it has a shard without groups, or no shard")
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            if isinstance(error, DataError):
+                raise
+            reason = error.strerror if isinstance(error, OSError) else f"key {error}" if isinstance(error, KeyError) else error
+            raise DataError(f"{self._file}: the store cannot be read ({reason}); {self._remedy}") from error
+        except ConfigError as error:
+            raise DataError(str(error)) from error
+        self._opened = functools.lru_cache(_OPEN)(self._shard)
+        for shard in range(len(self._shards)):
+            self._opened(shard)
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def where(self, row: int) -> str:
+        """``file:line`` of a row, in its shard."""
+        rows, place = self._find(row)
+        return rows.where(place)
+
+    def value(self, row: int) -> Any:
+        """What JSON says, or a DataError that names the place."""
+        rows, place = self._find(row)
+        return rows.value(place)
+
+    def _find(self, row: int) -> tuple[LineRows, int]:
+        shard = int(self._firsts.searchsorted(row, "right")) - 1
+        return self._opened(shard), row - int(self._firsts[shard])
+
+    def _shard(self, shard: int) -> LineRows:
+        """The rows of a shard. Its index has a sum of each row, and store.json one of the index: a shard in another's place is noticed."""
+        file, index, groups = self._shards[shard]
+        try:
+            lines = IndexedLines.open(file, fixed=True)
+            if lines.file is None or index_sum(lines.file) != index or len(lines) != groups:
+                raise ValueError("its index is another than store.json says")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"{file}: the rows cannot be read ({reason}); {self._remedy}") from error
+        return LineRows(lines)
+
+
+def index_sum(file: Path) -> int:
+    """The checksum of an index."""
+    total, held, place = 0, HeldFile(file), 0
+    while block := held.read(place, MIB):
+        total, place = zlib.crc32(block, total), place + len(block)
+    return total

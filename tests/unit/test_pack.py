@@ -1,0 +1,232 @@
+"""A packed store holds the same groups and pictures, whoever packed it and however often they were killed; another's files are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_manifest
+
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.data import check_manifest, lines, open_groups, pack, packed, read_manifest
+from cfvlm_ds.data.decoding import MAX_PIXELS
+from cfvlm_ds.data.identity import changes, data_identity
+from cfvlm_ds.data.pack import ROWS
+from cfvlm_ds.data.picture_file import picture_bytes
+from cfvlm_ds.data.picture_index import PictureTable
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ROWS == 1 << 15
+    monkeypatch.setattr(pack, "ROWS", 5)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seventeen rows: ragged ones, one of text alone, one that shows pictures of others, one of two pictures at once."""
+    path = write_manifest(tmp_path_factory.mktemp("source") / "m.jsonl", 14, seed=3)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    alone = {"id": "alone", "images": [{"id": "i0", "path": None}], "texts": [{"id": "t0", "text": "é"}], "match": [["i0", "t0", 1]]}
+    shown = [rows[k]["images"][0]["path"] for k in (1, 9)]
+    again = {
+        "id": "again",
+        "images": [{"id": f"i{k}", "path": each} for k, each in enumerate(shown)],
+        **{k: alone[k] for k in ("texts", "match")},
+    }
+    both = {**alone, "id": "both", "images": [{"id": "i0", "path": shown[::-1]}], "meta": {"a": [1, "x"]}, "weight": 0.5}
+    rows.insert(3, alone)
+    rows.insert(12, again)
+    rows.insert(0, both)
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def packing(source: Path, out: Path, shard: int = 0, of: int = 1, say: Callable[[str], object] = str) -> bool:
+    return pack.pack(open_groups(source), out, say, shard=shard, of=of, max_pixels=MAX_PIXELS)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def store(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack, "ROWS", 5)
+        out = tmp_path_factory.mktemp("out") / "store"
+        assert packing(source, out)
+    return out
+
+
+def plain(group: CounterfactualGroup) -> dict[str, Any]:
+    """A group with the bytes of its pictures in place of their names."""
+    return vars(group) | {"images": [[picture_bytes(picture, 1 << 20) for picture in image] for image in group.images]}
+
+
+def test_a_store_is_the_data_set(source: Path, store: Path, tmp_path: Path) -> None:
+    """Groups, order, contents of pictures; as a copy in another place with other times, too, to which nothing is written."""
+    groups = read_manifest(source)
+    shutil.copytree(store, copied := tmp_path / "copied", copy_function=shutil.copyfile)
+    for folder in (store, copied):
+        opened = open_groups(folder, ["/nowhere"], "pairs")
+        assert [plain(group) for group in opened] == [plain(group) for group in groups]
+        shown = [picture for group in opened for image in group.images for picture in image]
+        assert {picture.name.split("-")[0] for picture in shown} == {"images"} and all(folder in picture.parents for picture in shown)
+        identity = data_identity(opened, opened.roots, PictureTable.of_files(shown))
+        files_of = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
+        assert changes(data_identity(groups, [source.parent], files_of), identity) is None
+        assert check_manifest(folder, progress=pytest.fail).ok
+        assert opened.where(7) == f"{folder}/groups-00001.jsonl:3"
+    assert files(copied) == files(store)
+    names = sorted(files(store))
+    assert [name.split("-")[0] for name in names] == ["groups"] * 8 + ["images"] * 4 + ["store.json"]
+
+
+def test_pictures_are_members_of_tars(source: Path, store: Path) -> None:
+    """Each file is there once, under a name of its own, for whoever unpacks it; store.json has the sums of all files."""
+    found = []
+    for tar in sorted(store.glob("*.tar")):
+        with tarfile.open(tar) as archive:
+            members = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
+        assert len({name for name, _ in members}) == len(members) and all(name.endswith(".png") for name, _ in members)
+        found += [content for _, content in members]
+    shown = {picture for group in read_manifest(source) for image in group.images for picture in image}
+    assert sorted(found) == sorted(picture.read_bytes() for picture in shown)
+    record = json.loads((store / "store.json").read_text())
+    for shard in record["shards"]:
+        for each in shard.values():
+            content = (store / each["file"]).read_bytes()
+            assert (each["bytes"], each["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.parametrize("of", [2, 3, 7])
+def test_shards_together_are_the_store_of_one(of: int, source: Path, store: Path, tmp_path: Path) -> None:
+    """In any order; rows wait for the pictures of all shards, and who was there first is called again."""
+    order, said = random.Random(of).sample(range(of), of), list[str]()
+    wholes = [packing(source, tmp_path / "store", shard, of, said.append) for shard in [*order, *order]]
+    assert wholes[-1] and files(tmp_path / "store") == files(store)
+    assert any("the pictures of" in line and "run this again" in line for line in said)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
+    assert packing(source, tmp_path / "store", 1, of), "a store that is whole is left alone"
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
+
+
+def test_a_packing_that_is_killed_goes_on(source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL after ever more writes: what was finished is not made again, and the bytes are the same in the end."""
+    out, right, finished = tmp_path / "store", pack._Summed.write, dict[str, int]()
+    for calls in itertools.count(1):
+        left = itertools.count(8 * calls, -1)
+
+        def write(self: Any, data: bytes, left: Iterator[int] = left) -> None:
+            if not next(left):
+                os.kill(os.getpid(), signal.SIGKILL)
+            right(self, data)
+
+        monkeypatch.setattr(pack._Summed, "write", write)
+        if not (child := os.fork()):
+            os._exit(0 if packing(source, out) else 3)
+        status = os.waitpid(child, 0)[1]
+        now = {file.name: file.stat().st_mtime_ns for file in out.iterdir() if file.suffix in (".tar", ".jsonl")}
+        assert finished.items() <= now.items()
+        finished = {name: now[name] for name in now if (out / "parts" / name).with_suffix(".json").exists()}
+        if status == 0:
+            break
+        assert status == signal.SIGKILL
+    assert calls > 3 and files(out) == files(store)
+
+
+def test_a_broken_picture_is_named_before_anything_is_whole(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source.parent, tmp_path / "data")
+    broken = read_manifest(tmp_path / "data" / "m.jsonl")[8].images[0][0]
+    broken.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=rf"m.jsonl:9: {broken}: no image in it"):
+        packing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
+    with pytest.raises(DataError, match=r"no packed store whole yet: run `cfvlm-ds data pack` again"):
+        open_groups(tmp_path / "store")
+    rows = (tmp_path / "data" / "m.jsonl").read_text().splitlines()
+    (tmp_path / "data" / "m.jsonl").write_text("\n".join([*rows, rows[0]]))
+    with pytest.raises(ConfigError, match="packed from another state of"):
+        packing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
+    with pytest.raises(DataError, match="make ids unique"):
+        packing(tmp_path / "data" / "m.jsonl", tmp_path / "other")
+
+
+def test_what_is_no_store_is_left_alone(source: Path, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    (tmp_path / "file").write_text("x")
+    for name, reason in (("mine", "no packed store"), ("link", "is a link"), ("file", "no packed store")):
+        with pytest.raises(ConfigError, match=reason):
+            packing(source, tmp_path / name)
+    assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
+    with pytest.raises(DataError, match="is a folder and no packed store; name the data file"):
+        open_groups(tmp_path / "mine")
+
+
+def renamed(store: Path, one: str, other: str) -> None:
+    (store / one).rename(store / "aside")
+    (store / other).rename(store / one)
+    (store / "aside").rename(store / other)
+
+
+def edited(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    record = json.loads((store / "store.json").read_text())
+    change(record)
+    (store / "store.json").write_text(json.dumps(record))
+
+
+def swapped(store: Path) -> None:
+    """Rows with their index in the place of others: the same sizes, so that only sums tell."""
+    for name in ("groups-00000.jsonl", "groups-00001.jsonl"):
+        text = (store / name).read_text().ljust(6000)
+        (store / name).write_text(text[:-1] + "\n")
+        lines.write_index(store / name)
+    edited(store, lambda record: [shard["rows"].update(bytes=6000) for shard in record["shards"][:2]])
+    edited(
+        store,
+        lambda record: [shard["rows"].update(index=packed.index_sum(store / f"{shard['rows']['file']}.idx")) for shard in record["shards"]],
+    )
+    assert len(open_groups(store)) == 17, "and so far it is one"
+    renamed(store, "groups-00000.jsonl", "groups-00001.jsonl")
+    renamed(store, "groups-00000.jsonl.idx", "groups-00001.jsonl.idx")
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "rows cut": lambda store: os.truncate(store / "groups-00001.jsonl", 100),
+    "tar cut": lambda store: os.truncate(store / "images-00000.tar", 1000),
+    "no tar": lambda store: (store / "images-00002.tar").unlink(),
+    "no index": lambda store: (store / "groups-00002.jsonl.idx").unlink(),
+    "index cut": lambda store: os.truncate(store / "groups-00002.jsonl.idx", 90),
+    "swapped": swapped,
+    "no JSON": lambda store: (store / "store.json").write_text("{"),
+    "a list": lambda store: (store / "store.json").write_text("[]"),
+    "nested": lambda store: (store / "store.json").write_text("[" * 10000),
+    "a later kind": lambda store: edited(store, lambda record: record.update(schema="cfstore/9")),
+    "out of the store": lambda store: edited(store, lambda record: record["shards"][0]["rows"].update(file="../m.jsonl")),
+    "a number for a name": lambda store: edited(store, lambda record: record["shards"][0]["rows"].update(file=7)),
+    "other counts": lambda store: edited(store, lambda record: record["shards"][0]["rows"].update(groups=6)),
+    "no groups": lambda store: edited(store, lambda record: record["shards"][0]["rows"].update(groups=0)),
+    "no shards": lambda store: edited(store, lambda record: record.update(shards=[])),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_store_is_refused(damage: str, store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, copied := tmp_path / "store")
+    DAMAGE[damage](copied)
+    with pytest.raises(DataError) as error:
+        open_groups(copied)
+    assert str(copied) in str(error.value) and str(error.value).isprintable() and "; " in str(error.value)
