@@ -144,13 +144,19 @@ class Collator:
                 dropped.append((group.id, str(error)))
         return kept, tuple(dropped)
 
-    def without_unreadable(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
-        """The ``parts`` of the groups that can be collated; the first one names the groups left out. If none can, it is a stand-in of
-        weight 0 that counts no group: ZeRO-3 waits for this rank's forward and backward in any case."""
+    def without_unreadable(self, groups: Sequence[CounterfactualGroup | DataError], max_tokens: int | None = None) -> list[Batch]:
+        """The ``parts`` of the groups that can be collated; the first one names the groups left out, and rows that could not be read, by
+        their places. If none can, it is a stand-in of weight 0 that counts no group: ZeRO-3 waits for this rank's forward and backward in
+        any case."""
+        found = [group for group in groups if not isinstance(group, DataError)]
+        lost = tuple((str(each).partition(": ")[0], str(each)) for each in groups if isinstance(each, DataError))
         try:
-            return self.parts(groups, max_tokens)
+            if not lost:
+                return self.parts(found, max_tokens)
         except DataError:
-            kept, dropped = self.readable(groups)
+            pass
+        kept, dropped = self.readable(found)
+        dropped = (*lost, *dropped)
         if kept:
             first, *more = self.parts(kept, max_tokens)
             return [replace(first, dropped=dropped), *more]

@@ -57,6 +57,7 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object], share: S
     """What is wrong with the rows of this process's range, and what they contain: nothing is opened but the manifest."""
     share, report = share or Share(), CheckReport(str(store.path))
     look_at_rows(report, store, progress, share)
+    share.board.clear()
     return report
 
 

@@ -89,7 +89,7 @@ class IndexedLines:
         """
         held = HeldFile(path)
         state = state_of(held)
-        places = list(index_files(path)) if fixed or state[0] >= _WORTH else []
+        places = list(index_files(path))[: 1 if fixed else 2] if fixed or state[0] >= _WORTH else []
         for file in places:
             if (index := _mapped(file, state, fixed)) is not None and (found := cls(path, held, index, file))._proves():
                 return found

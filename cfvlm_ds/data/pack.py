@@ -1,8 +1,8 @@
 """Make a packed store of a data set: its rows in shards, and its pictures in uncompressed tars, where each is read by its offset.
 
-A shard holds the groups of a range of rows, and the pictures that come first in it; a picture that many groups show is there once. Pictures
-are packed before rows, whose names of them say where in a tar they are. What a shard is made of depends on the data set alone: whoever
-packs it, in however many processes and after however many kills, its bytes are the same.
+A tar holds the pictures that come first in a range of groups; a picture that many groups show is there once. Pictures are packed before
+rows, which say where in a tar they are. What a file is made of depends on the data set alone: whoever packs it, in however many processes
+and after however many kills, its bytes are the same.
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ from cfvlm_ds.data.picture_index import picture_key
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore
 
-ROWS = 1 << 15
-"""Groups of a shard: a few GB of photographs, and some hundred shards for ten million groups."""
+PICTURED = 1 << 15
+"""Groups whose pictures are in one tar: a few GB of photographs, and some hundred files for ten million groups."""
 
-_PLACE = np.dtype([("key", "<u8"), ("shard", "<u4"), ("start", "<i8"), ("length", "<i8")])
+ROWS = 1 << 18
+"""Groups in one file of rows: some tens of files that a process keeps open."""
+
+_PLACE = np.dtype([("key", "<u8"), ("tar", "<u4"), ("start", "<i8"), ("length", "<i8")])
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 _AT_ONCE = 64  # pictures that are read before they are written
 
@@ -65,32 +68,25 @@ def pack(source: GroupStore, out: Path, say: Say, *, shard: int = 0, of: int = 1
     if report.problems:
         more = len(report.problems) - 1
         raise DataError(report.problems[0] + (f" ({more} more: see `cfvlm-ds data check {source.path}`)" if more else ""))
-    shards = range(-(-len(source) // ROWS))
-    progress = Progress(say, "pictures", int((places // ROWS % of == shard).sum()), "pictures")
-    for each in shards[shard::of]:
-        within = places // ROWS == each
-        if not (work / f"images-{each:05}.json").exists():
-            _pack_pictures(source, out, work, each, keys[within], places[within], max_pixels, progress)
-    if missing := [each for each in shards if not (work / f"images-{each:05}.json").exists()]:
-        say(f"{out}: the pictures of {len(missing)} of {len(shards)} shards are still to be packed; run this again when they are")
+    if (out / FILE).exists():  # others have been as far meanwhile
+        return True
+    tars, files = (_Files(work, kind, -(-len(source) // size)) for kind, size in (("images", PICTURED), ("groups", ROWS)))
+    progress = Progress(say, "pictures", int((places // PICTURED % of == shard).sum()), "pictures")
+    for number in tars.missing(shard, of):
+        within = places // PICTURED == number
+        _pack_pictures(source, out, tars, number, keys[within], places[within], max_pixels, progress)
+    if missing := tars.missing():
+        say(f"{out}: the pictures of {len(missing)} of {tars.count} tars are still to be packed by others; run this again when they are")
         return False
-    found = np.concatenate([np.load(work / f"images-{each:05}.npy", allow_pickle=False) for each in shards])
+    found = np.concatenate([np.load(tars.file(number, "npy"), allow_pickle=False) for number in range(tars.count)])
     found = found[np.argsort(found["key"])]
-    progress = Progress(say, "rows", sum(min(ROWS, len(source) - each * ROWS) for each in shards[shard::of]), "groups")
-    for each in shards[shard::of]:
-        if not (work / f"groups-{each:05}.json").exists():
-            _pack_rows(source, out, work, each, found, progress)
-    if missing := [each for each in shards if not (work / f"groups-{each:05}.json").exists()]:
-        say(f"{out}: the rows of {len(missing)} of {len(shards)} shards are still to be packed by others; the last one ends the store")
+    progress = Progress(say, "rows", len(source) / of, "groups")
+    for number in files.missing(shard, of):
+        _pack_rows(source, out, files, number, found, progress)
+    if missing := files.missing():
+        say(f"{out}: {len(missing)} of {files.count} files of rows are still to be packed by others; who comes last ends the store")
         return False
-    record = {
-        "schema": SCHEMA,
-        "groups": len(source),
-        "source": stamp,
-        "shards": [
-            {"rows": _record(work / f"groups-{each:05}.json"), "images": _record(work / f"images-{each:05}.json")} for each in shards
-        ],
-    }
+    record = {"schema": SCHEMA, "groups": len(source), "source": stamp, "rows": files.records(), "images": tars.records()}
     for left in out.glob("*.tmp"):  # by calls that were killed
         left.unlink(missing_ok=True)
     replace(out / FILE, json.dumps(record, indent=1).encode(), shared=True)
@@ -98,9 +94,37 @@ def pack(source: GroupStore, out: Path, say: Say, *, shard: int = 0, of: int = 1
     return True
 
 
+class _Files:
+    """Files of one kind, and what was noted of each when it was whole."""
+
+    def __init__(self, work: Path, kind: str, count: int) -> None:
+        self._work, self._kind, self.count = work, kind, count
+
+    def name(self, number: int) -> str:
+        """``kind-00007``."""
+        return f"{self._kind}-{number:05}"
+
+    def file(self, number: int, suffix: str) -> Path:
+        """What is noted of a file."""
+        return self._work / f"{self.name(number)}.{suffix}"
+
+    def missing(self, shard: int = 0, of: int = 1) -> list[int]:
+        """The files of a shard that are not whole."""
+        return [number for number in range(self.count)[shard::of] if not self.file(number, "json").exists()]
+
+    def note(self, number: int, written: _Summed, **more: int) -> None:
+        """A file is whole."""
+        record = {"file": written.path.name, "bytes": written.size, "sha256": written.sha256, **more}
+        replace(self.file(number, "json"), json.dumps(record).encode(), shared=True)
+
+    def records(self) -> list[Any]:
+        """What was noted."""
+        return [_record(self.file(number, "json")) for number in range(self.count)]
+
+
 def _stamp(source: GroupStore) -> str:
     """What a store is recognised by: the data set, as it is now."""
-    parts = [SCHEMA, ROWS, len(source), source.rows.state, [str(root) for root in source.roots]]
+    parts = [SCHEMA, PICTURED, ROWS, len(source), source.rows.state, [str(root) for root in source.roots]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -124,31 +148,30 @@ def _begun(source: GroupStore, out: Path, stamp: str) -> Path:
 def _pack_pictures(
     source: GroupStore,
     out: Path,
-    work: Path,
-    shard: int,
+    tars: _Files,
+    number: int,
     keys: npt.NDArray[Any],
     places: npt.NDArray[Any],
     max_pixels: int,
     progress: Progress,
 ) -> None:
-    """The tar of a shard, and where in it each picture is."""
+    """A tar, and where in it each picture is."""
     found = []
-    with whole_file(out / f"images-{shard:05}.tar", shared=True) as handle:
-        written = _Summed(handle)
-        for number, (key, path, content) in enumerate(_contents(source, keys, places, max_pixels)):
+    with _Summed.of(out / f"{tars.name(number)}.tar") as written:
+        for k, (key, path, content) in enumerate(_contents(source, keys, places, max_pixels)):
             suffix = path.suffix.lower()
-            member = tarfile.TarInfo(f"{shard:05}-{number:07}{suffix if suffix in _SUFFIXES else ''}")
+            member = tarfile.TarInfo(f"{number:05}-{k:07}{suffix if suffix in _SUFFIXES else ''}")
             member.size = len(content)
             written.write(member.tobuf(tarfile.USTAR_FORMAT))
-            found.append((key, shard, written.size, len(content)))
+            found.append((key, number, written.size, len(content)))
             written.write(content)
             written.write(bytes(-len(content) % tarfile.BLOCKSIZE))
             progress.advance()
         written.write(bytes(2 * tarfile.BLOCKSIZE))
         written.write(bytes(-written.size % tarfile.RECORDSIZE))
-    with whole_file(work / f"images-{shard:05}.npy", shared=True) as handle:
+    with whole_file(tars.file(number, "npy"), shared=True) as handle:
         np.save(handle, np.array(found, _PLACE), allow_pickle=False)
-    _note(work / f"images-{shard:05}.json", out / f"images-{shard:05}.tar", written, pictures=len(found))
+    tars.note(number, written, pictures=len(found))
 
 
 def _contents(source: GroupStore, keys: npt.NDArray[Any], places: npt.NDArray[Any], max_pixels: int) -> Iterator[tuple[int, Path, bytes]]:
@@ -170,13 +193,11 @@ def _contents(source: GroupStore, keys: npt.NDArray[Any], places: npt.NDArray[An
                 yield picture_key(path), path, content
 
 
-def _pack_rows(source: GroupStore, out: Path, work: Path, shard: int, found: npt.NDArray[Any], progress: Progress) -> None:
-    """The rows of a shard and their index."""
-    file = out / f"groups-{shard:05}.jsonl"
-    named = partial(_named, out, found)
-    places = range(shard * ROWS, min((shard + 1) * ROWS, len(source)))
-    with whole_file(file, shared=True) as handle:
-        written = _Summed(handle)
+def _pack_rows(source: GroupStore, out: Path, files: _Files, number: int, found: npt.NDArray[Any], progress: Progress) -> None:
+    """A file of rows and its index."""
+    file, named = out / f"{files.name(number)}.jsonl", partial(_named, out, found)
+    places = range(number * ROWS, min((number + 1) * ROWS, len(source)))
+    with _Summed.of(file) as written:
         for index in places:
             group = source[index]
             inside = dataclasses.replace(group, images=tuple(tuple(map(named, image)) for image in group.images))
@@ -185,8 +206,7 @@ def _pack_rows(source: GroupStore, out: Path, work: Path, shard: int, found: npt
                 raise DataError(f"{source.where(index)}: the row has more than {lines.MAX_LINE} bytes; split it")
             written.write(line)
             progress.advance()
-    index_file = lines.write_index(file)
-    _note(work / f"groups-{shard:05}.json", file, written, groups=len(places), index=index_sum(index_file))
+    files.note(number, written, groups=len(places), index=index_sum(lines.write_index(file)))
 
 
 def _named(out: Path, found: npt.NDArray[Any], picture: Path) -> Path:
@@ -201,8 +221,15 @@ def _named(out: Path, found: npt.NDArray[Any], picture: Path) -> Path:
 class _Summed:
     """A file that is written, its size and its sum."""
 
-    def __init__(self, handle: IO[bytes]) -> None:
-        self._handle, self._sum, self.size = handle, hashlib.sha256(), 0
+    def __init__(self, path: Path, handle: IO[bytes]) -> None:
+        self.path, self._handle, self._sum, self.size = path, handle, hashlib.sha256(), 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, path: Path) -> Iterator[_Summed]:
+        """A file that appears whole at the end of the block."""
+        with whole_file(path, shared=True) as handle:
+            yield cls(path, handle)
 
     def write(self, data: bytes) -> None:
         """Write data."""
@@ -214,10 +241,6 @@ class _Summed:
     def sha256(self) -> str:
         """Of what was written."""
         return self._sum.hexdigest()
-
-
-def _note(file: Path, of: Path, written: _Summed, **more: int) -> None:
-    replace(file, json.dumps({"file": of.name, "bytes": written.size, "sha256": written.sha256, **more}).encode(), shared=True)
 
 
 def _record(file: Path) -> Any:

@@ -1,4 +1,4 @@
-"""A packed store: a folder of rows in shards, pictures in uncompressed tars, an index of each shard, and store.json that names them all.
+"""A packed store: a folder of files of rows, each with its index, of uncompressed tars of pictures, and store.json that names them all.
 
 It may be copied anywhere, and is written by nobody: files are held against their sizes and the sums of their indexes, not against times.
 """
@@ -20,7 +20,7 @@ from cfvlm_ds.data.rows import LineRows
 
 SCHEMA = "cfstore/1"
 FILE = "store.json"
-_OPEN = 256  # shards of rows that a process keeps open
+_OPEN = 200  # files of rows that a process keeps open
 
 
 class PackedRows:
@@ -38,15 +38,14 @@ class PackedRows:
             record = parse_json(read_bytes(self._file, MAX_RECORD).decode())
             if record["schema"] != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
-            shards = [(shard["rows"], shard["images"]) for shard in record["shards"]]
-            for shard in (each for both in shards for each in both if each is not None):
-                file = own_file(folder, shard["file"], self._file)
-                if (size := file.stat().st_size) != shard["bytes"]:
-                    raise ValueError(f"{file.name} has {size} bytes and not {shard['bytes']}")
-            self._shards = [(own_file(folder, rows["file"], self._file), int(rows["index"]), int(rows["groups"])) for rows, _ in shards]
+            for each in (*record["rows"], *record["images"]):
+                file = own_file(folder, each["file"], self._file)
+                if (size := file.stat().st_size) != each["bytes"]:
+                    raise ValueError(f"{file.name} has {size} bytes and not {each['bytes']}")
+            self._shards = [(folder / each["file"], int(each["index"]), int(each["groups"])) for each in record["rows"]]
             self._firsts = np.cumsum([0, *(groups for *_, groups in self._shards)])
-            if not shards or any(groups < 1 for *_, groups in self._shards):
-                raise ValueError("it has a shard without groups, or no shard")
+            if not self._shards or any(groups < 1 for *_, groups in self._shards):
+                raise ValueError("it has a file of no rows, or none at all")
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise

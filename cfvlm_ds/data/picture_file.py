@@ -19,7 +19,7 @@ from cfvlm_ds.core.reading import HeldFile, TooLarge, open_regular
 _PART = re.compile(r"(?P<file>.+\.(?:tar|arrow|bin))#(?P<start>0|[1-9][0-9]{0,17})\+(?P<length>0|[1-9][0-9]{0,17})", re.DOTALL)
 """One name for a part and no other: without leading zeros, or digits of other scripts."""
 
-_OPEN = 64  # containers that a process keeps open: opening a file is what parallel file systems are slow at
+_OPEN = 256  # containers that a process keeps open: opening a file is what parallel file systems are slow at
 
 
 def part_name(container: str, start: int, length: int) -> str:

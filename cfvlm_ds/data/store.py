@@ -117,6 +117,18 @@ class GroupStore(Sequence[CounterfactualGroup]):
             return DataError(f"{self.rows.where(row)}: {error}")
 
 
+def unraised(groups: Sequence[CounterfactualGroup]) -> Sequence[CounterfactualGroup | DataError]:
+    """The groups, with what is wrong in place of one whose row cannot be read: raised in a data worker, it would lose its message."""
+
+    def group(index: int) -> CounterfactualGroup | DataError:
+        try:
+            return groups[index]
+        except DataError as error:
+            return error
+
+    return Lazy(group, len(groups))
+
+
 def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]]) -> npt.NDArray[Any] | None:
     """Number of groups before each row, and in all; None for a format of one group a row. ``over`` goes through the rows."""
     parts = getattr(convert, "parts", None)

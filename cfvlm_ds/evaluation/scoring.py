@@ -21,6 +21,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.core.sequences import Lazy
+from cfvlm_ds.data.store import unraised
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.evaluation.loss import EvaluationLoss
 
@@ -48,12 +49,16 @@ class GroupScores:
         return StoredScores(tuple(map(tuple, self.logp.tolist())), tuple(self.blank.tolist()))
 
 
-def guarded(collator: Collator, max_tokens: int | None = None) -> Callable[[Sequence[CounterfactualGroup]], list[Batch] | DataError]:
-    """``Collator.parts`` for a worker process: a DataError is returned as a value, because raised in a worker it would lose its message."""
+def guarded(
+    collator: Collator, max_tokens: int | None = None
+) -> Callable[[Sequence[CounterfactualGroup | DataError]], list[Batch] | DataError]:
+    """``Collator.parts`` for a worker process: a DataError, of a row that could not be read too, is returned as a value, because raised in
+    a worker it would lose its message."""
 
-    def collate(groups: Sequence[CounterfactualGroup]) -> list[Batch] | DataError:
+    def collate(groups: Sequence[CounterfactualGroup | DataError]) -> list[Batch] | DataError:
         try:
-            return collator.parts(groups, max_tokens)
+            found = [group for group in groups if not isinstance(group, DataError)]
+            return next((each for each in groups if isinstance(each, DataError)), None) or collator.parts(found, max_tokens)
         except DataError as error:
             return error
 
@@ -91,7 +96,7 @@ def score_groups(
     progress = Progress(world.say, label, len(groups), "groups")
     loaders: list[Any] = [
         DataLoader(
-            view,  # type: ignore[arg-type]
+            unraised(view),  # type: ignore[arg-type]
             batch_sampler=mine,
             collate_fn=guarded(collator, max_tokens),
             num_workers=num_workers,

@@ -22,15 +22,18 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import check_manifest, lines, open_groups, pack, packed, read_manifest
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.identity import changes, data_identity
-from cfvlm_ds.data.pack import ROWS
 from cfvlm_ds.data.picture_file import picture_bytes
 from cfvlm_ds.data.picture_index import PictureTable
 
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ROWS == 1 << 15
-    monkeypatch.setattr(pack, "ROWS", 5)
+    small(monkeypatch)
+
+
+def small(patch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PICTURED", 5), ("ROWS", 6)):
+        patch.setattr(pack, name, value)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def store(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pack, "ROWS", 5)
+        small(patch)
         out = tmp_path_factory.mktemp("out") / "store"
         assert packing(source, out)
     return out
@@ -88,10 +91,10 @@ def test_a_store_is_the_data_set(source: Path, store: Path, tmp_path: Path) -> N
         files_of = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
         assert changes(data_identity(groups, [source.parent], files_of), identity) is None
         assert check_manifest(folder, progress=pytest.fail).ok
-        assert opened.where(7) == f"{folder}/groups-00001.jsonl:3"
+        assert opened.where(7) == f"{folder}/groups-00001.jsonl:2"
     assert files(copied) == files(store)
     names = sorted(files(store))
-    assert [name.split("-")[0] for name in names] == ["groups"] * 8 + ["images"] * 4 + ["store.json"]
+    assert [name.split("-")[0] for name in names] == ["groups"] * 6 + ["images"] * 4 + ["store.json"]
 
 
 def test_pictures_are_members_of_tars(source: Path, store: Path) -> None:
@@ -105,10 +108,9 @@ def test_pictures_are_members_of_tars(source: Path, store: Path) -> None:
     shown = {picture for group in read_manifest(source) for image in group.images for picture in image}
     assert sorted(found) == sorted(picture.read_bytes() for picture in shown)
     record = json.loads((store / "store.json").read_text())
-    for shard in record["shards"]:
-        for each in shard.values():
-            content = (store / each["file"]).read_bytes()
-            assert (each["bytes"], each["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    for each in (*record["rows"], *record["images"]):
+        content = (store / each["file"]).read_bytes()
+        assert (each["bytes"], each["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
 
 
 @pytest.mark.parametrize("of", [2, 3, 7])
@@ -191,14 +193,10 @@ def edited(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def swapped(store: Path) -> None:
     """Rows with their index in the place of others: the same sizes, so that only sums tell."""
     for name in ("groups-00000.jsonl", "groups-00001.jsonl"):
-        text = (store / name).read_text().ljust(6000)
-        (store / name).write_text(text[:-1] + "\n")
+        (store / name).write_bytes((store / name).read_bytes().ljust(5999) + b"\n")
         lines.write_index(store / name)
-    edited(store, lambda record: [shard["rows"].update(bytes=6000) for shard in record["shards"][:2]])
-    edited(
-        store,
-        lambda record: [shard["rows"].update(index=packed.index_sum(store / f"{shard['rows']['file']}.idx")) for shard in record["shards"]],
-    )
+    edited(store, lambda record: [each.update(bytes=6000) for each in record["rows"][:2]])
+    edited(store, lambda record: [each.update(index=packed.index_sum(store / f"{each['file']}.idx")) for each in record["rows"]])
     assert len(open_groups(store)) == 17, "and so far it is one"
     renamed(store, "groups-00000.jsonl", "groups-00001.jsonl")
     renamed(store, "groups-00000.jsonl.idx", "groups-00001.jsonl.idx")
@@ -215,11 +213,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a list": lambda store: (store / "store.json").write_text("[]"),
     "nested": lambda store: (store / "store.json").write_text("[" * 10000),
     "a later kind": lambda store: edited(store, lambda record: record.update(schema="cfstore/9")),
-    "out of the store": lambda store: edited(store, lambda record: record["shards"][0]["rows"].update(file="../m.jsonl")),
-    "a number for a name": lambda store: edited(store, lambda record: record["shards"][0]["rows"].update(file=7)),
-    "other counts": lambda store: edited(store, lambda record: record["shards"][0]["rows"].update(groups=6)),
-    "no groups": lambda store: edited(store, lambda record: record["shards"][0]["rows"].update(groups=0)),
-    "no shards": lambda store: edited(store, lambda record: record.update(shards=[])),
+    "out of the store": lambda store: edited(store, lambda record: record["rows"][0].update(file="../m.jsonl")),
+    "a number for a name": lambda store: edited(store, lambda record: record["rows"][0].update(file=7)),
+    "other counts": lambda store: edited(store, lambda record: record["rows"][0].update(groups=5)),
+    "no groups": lambda store: edited(store, lambda record: record["rows"][0].update(groups=0)),
+    "no rows": lambda store: edited(store, lambda record: record.update(rows=[])),
 }
 
 
