@@ -53,7 +53,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.data import GroupSampler, check_manifest, read_manifest
+from cfvlm_ds.data import GroupSampler, check_manifest, open_groups, pack, read_manifest
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores, write_scores
@@ -197,6 +197,8 @@ class Base:
             for g in self.groups
         }
         self.data = data_identity(self.groups, [folder / "data"])
+        pack.PICTURED, pack.ROWS = 2, 3
+        pack.pack(open_groups(folder / "data" / "a.jsonl"), folder / "store", str, max_pixels=10**6)
         self.identity = {"weights": "w", "inputs": "i"}
         (folder / "scores").mkdir()
         write_scores(folder / "scores" / "a.scores.jsonl", self.groups, self.stored, "model", self.data, made_by=self.identity)
@@ -333,6 +335,47 @@ def consistent(group: CounterfactualGroup, root: Path) -> None:
         assert os.path.realpath(picture).startswith(f"{os.path.realpath(root)}/"), picture
     assert from_row(json.loads(json.dumps(to_row(group, root))), root) == group
     repr(group).encode()
+
+
+# A packed store -------------------------------------------------------------------------------------------------------------------------
+
+
+def store_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
+    shutil.copytree(base.folder / "store", folder, dirs_exist_ok=True)
+    done = []
+    for _ in range(chance.choice((1, 1, 2))):
+        what = chance.choice(["file", "file", "record", "exchange", "nothing"])
+        files, change = sorted(path for path in folder.iterdir() if path.is_file() and not path.is_symlink()), ""
+        record = folder / "store.json"
+        if what == "file" and files:
+            change = damage_file(chance.choice(files), chance, base.folder / "outside.png")
+        elif what == "record" and record in files:
+            with contextlib.suppress(ValueError):
+                value, change = mutated(json.loads(record.read_bytes()), chance)
+                record.write_text(json.dumps(value))
+        elif what == "exchange":
+            one, other = chance.sample(files, 2)
+            one.rename(folder / "aside")
+            other.rename(one)
+            (folder / "aside").rename(other)
+            change = f"{one.name} {other.name}"
+        done.append(f"{what} {change}")
+    return "; ".join(done), functools.partial(use_store, base, folder, out)
+
+
+def use_store(base: Base, folder: Path, out: Path) -> None:
+    """What is found sound holds groups of the data set that was packed, and their pictures, and nothing else."""
+    report = check_manifest(folder, lengths=base.collator, progress=str)
+    for problem in report.problems:
+        one_line(problem)
+    known = {group.id: group for group in base.groups}
+    groups = list(preflight.read_data(base.reading(folder, out, "full"), ONE).groups)
+    assert report.ok, "the check of a training let pass what `data check` finds"
+    for group in groups:
+        expected = known[group.id]
+        assert replace(group, images=expected.images) == expected
+        assert all(picture.parent == folder for image in group.images for picture in image)
+    base.collator(groups)
 
 
 # A configuration ------------------------------------------------------------------------------------------------------------------------
@@ -655,6 +698,7 @@ def use_template(base: Base, folder: Path) -> None:
 
 KINDS: dict[str, tuple[int, Callable[[Base, Random, Path, Path], Case]]] = {
     "manifests": (40, manifest_case),
+    "packed stores": (8, store_case),
     "configurations": (10, config_case),
     "run folders": (18, run_case),
     "stored scores": (8, scores_case),
