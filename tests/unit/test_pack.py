@@ -138,7 +138,10 @@ def test_a_packing_that_is_killed_goes_on(source: Path, store: Path, tmp_path: P
 
         monkeypatch.setattr(pack._Summed, "write", write)
         if not (child := os.fork()):
-            os._exit(0 if packing(source, out) else 3)
+            try:
+                os._exit(0 if packing(source, out) else 3)
+            finally:
+                os._exit(4)
         status = os.waitpid(child, 0)[1]
         now = {file.name: file.stat().st_mtime_ns for file in out.iterdir() if file.suffix in (".tar", ".jsonl")}
         assert finished.items() <= now.items()

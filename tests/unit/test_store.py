@@ -194,10 +194,9 @@ def test_a_pickle_of_a_file_that_was_written_since_is_refused(manifest: Path, tm
 
 def test_the_first_problem_of_a_row_is_raised_where_it_is_used(manifest: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    (tmp_path / "images").symlink_to(manifest.parent / "images")
     path.write_text(manifest.read_text() + "{\n")
-    store = open_groups(path, [tmp_path, manifest.parent])
-    assert list(store[:12]) == read_manifest(manifest, [tmp_path, manifest.parent]) or store[0].id == "m-0"
+    store = open_groups(path, manifest.parent)
+    assert len(store) == 13 and list(store[:12]) == read_manifest(manifest)
     with pytest.raises(DataError, match=rf"{path}:18: broken JSON at column 2"):
         store[12]
 
