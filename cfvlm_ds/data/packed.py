@@ -40,11 +40,9 @@ class PackedRows:
                 raise ValueError(f"its schema is not {SCHEMA}")
             for each in (*record["rows"], *record["images"]):
                 file = own_file(folder, each["file"], self._file)
-                size = file.stat().st_size if file.is_file() else None
-                if size is None or size != each["bytes"]:
-                    raise ValueError(
-                        f"{file.name} has {size} bytes and not {each['bytes']}" if file.is_file() else f"{file.name} is not there"
-                    )
+                size = file.stat().st_size if file.is_file() else "no"
+                if size != each["bytes"]:
+                    raise ValueError(f"{file.name} has {size} bytes and not {each['bytes']}")
             self._shards = [(folder / each["file"], int(each["index"]), int(each["groups"])) for each in record["rows"]]
             self._firsts = np.cumsum([0, *(groups for *_, groups in self._shards)])
             if not self._shards or any(groups < 1 for *_, groups in self._shards):
