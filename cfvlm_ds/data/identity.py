@@ -56,17 +56,20 @@ def shared_identity(store: GroupStore, pictures: PictureTable | None, share: Sha
         except DataError as error:
             return str(error)
 
-    mine = []
+    mine, problem = [], None
     for part in share.over(share.of(len(store)), work):
         if isinstance(part, str):
-            raise DataError(part)
+            problem = part
+            break
         mine.append(part)
     rows, known, sums = sum(part.rows for part in mine), all(part.known for part in mine), _added(mine)
-    numbers = np.array([rows, known, *(half for name in _SUMS for half in divmod(sums[name], 1 << 64))], np.uint64)
+    numbers = np.array([problem is not None, rows, known, *(half for name in _SUMS for half in divmod(sums[name], 1 << 64))], np.uint64)
     orders = share.board.show("order", np.frombuffer(b"".join(part.order for part in mine), np.uint8))
     parts = []
     for order, of_rank in zip(orders, share.board.show("sums", numbers), strict=True):
-        rows, known, *halves = of_rank.tolist()
+        if not len(of_rank) or of_rank[0]:
+            raise DataError(problem or f"{store.path}: another rank could not read one of its rows, and says which")
+        rows, known, *halves = of_rank[1:].tolist()
         whole = {name: (high << 64) + low for name, high, low in zip(_SUMS, halves[::2], halves[1::2], strict=True)}
         parts.append(_Part(rows, order.data, bool(known), whole))
     found = _joined(parts)

@@ -18,7 +18,7 @@ from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.config import DataConfig
 from cfvlm_ds.core.distributed import Patience, World, agreed, cores_per_rank, gather_objects
-from cfvlm_ds.core.errors import DataError, StorageError
+from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
@@ -49,11 +49,9 @@ def group_tokens(
     with all its images and texts that of a micro-batch, with one image and one text that of a forward.
     """
     patience = Patience(world, tick)
-    key: str | None = None
-    if world.is_main and depends_on is not None:
-        parts = [_FORM, depends_on(), collator.cells, collator.share_prefix, transformers.__version__]
-        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    kept: list[int] | None = agreed(world, lambda: _kept(folder, key, len(groups)), patience)
+    key: str | None
+    kept: list[int] | None
+    key, kept = agreed(world, lambda: _known(folder, depends_on, collator, len(groups)), patience)
     tokens: Tokens | None = None
     if kept is None:
         tokens, kept = _counted(groups, collator, data, world, pictures, patience, folder)
@@ -119,6 +117,20 @@ def _counted(
         raise StorageError(f"{folder}: counts of tokens are missing; name a train.output_dir that all ranks see")
     places = both.argmax(1).tolist()
     return both[0].copy(), [int(both[0, places[0]]), places[0], int(both[1, places[1]]), places[1]]
+
+
+def _known(
+    folder: Path | None, depends_on: Callable[[], Any] | None, collator: Collator, count: int
+) -> tuple[str | None, list[int] | None]:
+    """What tells these counts from others, if anything does; and the largest of them, where an earlier start has left them."""
+    if folder is None or depends_on is None:
+        return None, None
+    try:
+        parts = [_FORM, depends_on(), collator.cells, collator.share_prefix, transformers.__version__]
+    except (OSError, ConfigError):  # of the model's files: named where they are needed
+        return None, None
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return key, _kept(folder, key, count)
 
 
 def _kept(folder: Path | None, key: str | None, count: int) -> list[int] | None:
