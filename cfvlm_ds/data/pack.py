@@ -215,7 +215,7 @@ def _named(out: Path, found: npt.NDArray[Any], picture: Path) -> Path:
     at = int(found["key"].searchsorted(key))
     if at == len(found) or (place := found[at])["key"] != key:
         raise DataError(f"{picture}: the picture is not packed; the data set was written meanwhile: remove the store and pack it again")
-    return out / part_name(f"images-{int(place['shard']):05}.tar", int(place["start"]), int(place["length"]))
+    return out / part_name(f"images-{int(place['tar']):05}.tar", int(place["start"]), int(place["length"]))
 
 
 class _Summed:

@@ -335,7 +335,7 @@ def test_bad_files(folder: Path) -> None:
         (folder / "trian.jsonl", {}, ["no such manifest", "did you mean 'train.jsonl'"]),
         (folder / "zzz", {}, ["no such manifest", "correct the path"]),
         (folder / "none" / "m.jsonl", {}, ["nor its folder", "correct the path"]),
-        (folder, {}, ["cannot be read", "name a readable"]),
+        (folder, {}, ["is a folder and no packed store", "name the data file"]),
         (manifest(folder, "", " ", name="empty.jsonl"), {}, ["no rows", "write one JSON object per line"]),
         (manifest(folder, "[]", name="empty.json"), {}, ["no rows"]),
         (manifest(folder, "{", json.dumps(row())[1:], name="object.json"), {}, ["holds a dict, not a list", "name the file .jsonl"]),

@@ -237,7 +237,7 @@ def test_more_than_a_million_groups_have_a_computed_order(monkeypatch: pytest.Mo
 
 
 def test_steps_of_a_packed_run_are_tried_where_they_are_too_many_to_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the mix of lengths, what is taken from a part of an epoch is within one in two hundred of what counting finds."""
+    """Whatever the mix of lengths, what is taken from a part of an epoch is within one in a hundred of what counting finds."""
     chance = np.random.default_rng(0)
     for tokens in (chance.integers(600, 800, 6000), chance.lognormal(6.2, 0.9, 6000).clip(60, 7000), chance.choice([90, 1300], 6000)):
         monkeypatch.undo()
@@ -246,4 +246,4 @@ def test_steps_of_a_packed_run_are_tried_where_they_are_too_many_to_count(monkey
         monkeypatch.setattr("cfvlm_ds.data.sampler._COUNTED", 100)
         monkeypatch.setattr("cfvlm_ds.data.sampler._TRIED", 2000)
         tried = [packed.num_steps(epochs) for epochs in (0.5, 1, 2.25)]
-        assert tried == pytest.approx(counted, rel=0.005, abs=1)
+        assert tried == pytest.approx(counted, rel=0.01, abs=1)
