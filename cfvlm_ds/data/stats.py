@@ -24,7 +24,7 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.data.check import Lengths
 from cfvlm_ds.data.decoding import MAX_PIXELS, Size, image_size
-from cfvlm_ds.data.manifest import Root, read_entries
+from cfvlm_ds.data.manifest import Root, open_groups
 from cfvlm_ds.data.picture_file import picture_stat
 from cfvlm_ds.data.picture_index import content_digest
 
@@ -183,10 +183,11 @@ def statistics(
     same number of bytes.
 
     A row, picture or text with something wrong is counted and left out of the rest. ``lengths`` (a Collator, say) measures in tokens.
-    Memory: 16 bytes a group, 12 a text, and the paths of different pictures. Raises DataError for an unknown format.
+    Memory: 16 bytes a group, 12 a text, and the paths of different pictures. Raises DataError for an unknown format, and for a manifest that cannot be read at all.
     """
     found = Statistics(str(path), "tokens" if lengths else "characters")
-    entries, counter = read_entries(path, root, format), Progress(progress, "statistics", None, "rows")
+    store = open_groups(path, root, format)
+    entries, counter = store.entries(), Progress(progress, "statistics", len(store), "groups")
     with ThreadPoolExecutor(cores_per_rank()) as pool:
         while chunk := [item for _, item in islice(entries, _CHUNK)]:
             for item in chunk:
