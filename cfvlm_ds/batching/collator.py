@@ -22,7 +22,7 @@ from cfvlm_ds.batching.prompts import Encoded, Prompts
 from cfvlm_ds.batching.template_sandbox import TemplateBound, try_out
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Pictures, Prompt
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.features import FeatureCache
@@ -165,7 +165,7 @@ class Collator:
         reference, prior = (None, None) if self.stored is None else (torch.zeros(layout.valid.shape), torch.zeros(1, 1))
         return [replace(batch, layout=layout, reference=reference, prior=prior, dropped=dropped)]
 
-    def row_length(self, prompt: str, text: str, sizes: tuple[Size, ...]) -> int:
+    def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
         """Tokens of a row with one text after pictures of ``sizes`` (width, height), end-of-turn included.
 
         Raises DataError as __call__ does.

@@ -7,11 +7,15 @@ sham: the anchor re-rendered with nothing changed. Shapes used throughout the pa
 from __future__ import annotations
 
 import math
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from cfvlm_ds.core.conversation import PICTURE as PICTURE
+from cfvlm_ds.core.conversation import Prompt as Prompt
+from cfvlm_ds.core.conversation import Turn as Turn
+from cfvlm_ds.core.conversation import check_conversation, normalised_prompt, pictures_of
+from cfvlm_ds.core.conversation import normalised as normalised
 from cfvlm_ds.core.errors import DataError
 
 MAX_SIDE = 1024
@@ -38,9 +42,9 @@ Cells = Literal["anchor", "matched", "star", "full"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A text to be scored, and the prompt it answers."""
+    """A text to be scored, and the prompt it answers: a string, or a conversation (see cfvlm_ds.core.conversation)."""
 
-    prompt: str
+    prompt: Prompt
     text: str
 
 
@@ -106,9 +110,16 @@ class CounterfactualGroup:
         for index, candidate in enumerate(self.candidates):
             if not candidate.text.strip():
                 raise DataError(f"group {self.id!r}: text {index} is empty; write a text or remove it")
-        seen: dict[tuple[str, str], int] = {}
+        for turns in dict.fromkeys(candidate.prompt for candidate in self.candidates if not isinstance(candidate.prompt, str)):
+            check_conversation(turns, f"group {self.id!r}")
+            if (shown := pictures_of(turns)) != self.num_pictures:
+                raise DataError(
+                    f"group {self.id!r}: the conversation shows {shown} pictures, and an image has {self.num_pictures}; name a picture for "
+                    "every place, and a place for every picture"
+                )
+        seen: dict[tuple[Prompt, str], int] = {}
         for index, candidate in enumerate(self.candidates):
-            key = (normalised(candidate.prompt), normalised(candidate.text))
+            key = (normalised_prompt(candidate.prompt), normalised(candidate.text))
             if key in seen:
                 other = f"text {seen[key]} ({self.candidates[seen[key]].text!r})"
                 raise DataError(f"group {self.id!r}: text {index} equals {other}; a counterfactual must differ, remove one of them")
@@ -122,7 +133,7 @@ class CounterfactualGroup:
     @property
     def prompt_ids(self) -> tuple[int, ...]:
         """A number per text, equal where texts answer one prompt: only those can be compared with each other."""
-        numbers: dict[str, int] = {}
+        numbers: dict[Prompt, int] = {}
         return tuple(numbers.setdefault(candidate.prompt, len(numbers)) for candidate in self.candidates)
 
     @property
@@ -134,11 +145,6 @@ class CounterfactualGroup:
                 if truth == 1:
                     found.setdefault(prompts[c], (i, c))
         return found
-
-
-def normalised(text: str) -> str:
-    """Text in Unicode's composed form (NFC) with runs of white space collapsed: two texts equal in this form are the same caption."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def check_side(num_images: int, num_texts: int, where: str) -> None:

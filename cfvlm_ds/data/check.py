@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import CounterfactualGroup, Pictures, Prompt
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
@@ -44,7 +44,7 @@ class Lengths(Protocol):
     max_length: int
     """The model's window in tokens."""
 
-    def row_length(self, prompt: str, text: str, sizes: tuple[Size, ...]) -> int:
+    def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
         """Tokens of prompt, pictures and text."""
         ...
 

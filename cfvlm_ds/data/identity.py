@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from cfvlm_ds.core.conversation import spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data.passes import Done, Share
@@ -96,7 +97,7 @@ def _part(groups: Iterable[CounterfactualGroup], roots: Sequence[Path], pictures
         order += _hash([group.id]).to_bytes(16, "little")
         parts: dict[str, Any] = {
             "ids": None,
-            "texts": [[candidate.prompt, candidate.text] for candidate in group.candidates],
+            "texts": [[spelled(candidate.prompt), candidate.text] for candidate in group.candidates],
             "labels": group.match,
             "weights": group.weight,
             "paths": [[_inside(picture, prefixes) for picture in each] for each in group.images],

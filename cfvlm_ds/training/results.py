@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.conversation import readable
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
@@ -124,4 +125,4 @@ def samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]
 def _captions(group: CounterfactualGroup) -> list[str]:
     """The texts, after their prompts where the group has several."""
     alone = len(set(group.prompt_ids)) == 1
-    return [each.text if alone else f"{each.prompt} {each.text}" for each in group.candidates]
+    return [each.text if alone else f"{readable(each.prompt)} {each.text}" for each in group.candidates]

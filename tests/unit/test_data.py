@@ -16,10 +16,11 @@ import pytest
 from PIL import Image, ImageFile
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.core.groups import PICTURE, SHAM, Candidate, CounterfactualGroup, Edit, Turn
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data import CheckReport, check, check_manifest, image_size, named_apart, open_image, read_manifest
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
+from cfvlm_ds.data.identity import data_identity
 
 
 def save(path: Path, color: object = (10, 20, 30), mode: str = "RGB", size: tuple[int, int] = (8, 6), **options: object) -> Path:
@@ -397,6 +398,35 @@ def test_limit_above_that_of_pil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         warnings.simplefilter("error")
         assert open_image(save(tmp_path / "a.png", size=(8, 6))).size == (8, 6)
     assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_a_prompt_may_be_a_conversation(folder: Path) -> None:
+    """As written in a row, and as written again; several questions of one group have conversations of their own."""
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    later = [*asked, {"role": "assistant", "content": "dogs"}, {"role": "user", "content": "How many?"}]
+    texts = [{"id": "t0", "text": "two dogs"}, {"id": "t1", "text": "three dogs", "prompt": later}]
+    path = manifest(folder, row(prompt=asked), row("h", prompt=later), row("j", prompt=asked, texts=texts), row("k", prompt="What?"))
+    groups = read_manifest(path)
+    system, user = Turn("system", ("Be brief.",)), Turn("user", (PICTURE, "What?"))
+    long = (system, user, Turn("assistant", ("dogs",)), Turn("user", ("How many?",)))
+    prompts = [[candidate.prompt for candidate in group.candidates] for group in groups]
+    assert prompts == [[(system, user)] * 2, [long] * 2, [(system, user), long], ["What?"] * 2]
+    assert [group.prompt_ids for group in groups] == [(0, 0), (0, 0), (0, 1), (0, 0)]
+    for group in groups:
+        written = json.loads(json.dumps(to_row(group, folder)))
+        assert from_row(written, folder) == group
+    assert to_row(groups[1], folder)["prompt"] == later
+    assert len({data_identity([group], [folder])["texts"] for group in groups}) == 4
+    for bad, said in (
+        ([{"role": "user"}], "prompt: key 'content' is missing"),
+        ([{"role": "user", "contnet": "x"}], "unknown key 'contnet'; did you mean 'content'"),
+        ([{"role": "user", "content": [{"type": "image", "path": "a.png"}]}], "pictures are in 'images'"),
+        ([{"role": "user", "content": 3}], "a part is"),
+        (later[:3], "ends with the turn of the assistant"),
+        (later[2:], "the conversation shows 0 pictures, and an image has 1"),
+        (7, "'prompt' must be a string or a list of turns"),
+    ):
+        assert said in refusal(manifest(folder, row(prompt=bad))), said
 
 
 def test_what_a_native_row_has_beside_is_kept_and_counted(folder: Path) -> None:
