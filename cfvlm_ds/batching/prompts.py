@@ -6,6 +6,7 @@ that thinks before it answers this is an empty thought, as the template writes i
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Mapping
@@ -145,7 +146,7 @@ class Prompts:
             raise _TokenizerFails(f"the model's tokenizer raises {type(error).__name__} ({' '.join(str(error).split())[:300]})") from error
 
     def _encode(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> Encoded:
-        self._check_size(prompt, text, num_pictures, where)
+        _check_size(prompt, text, num_pictures, self.max_length, where)
         try:
             head = self._head(prompt, num_pictures)
             whole = self._render(_conversation(prompt, num_pictures, text), False)
@@ -181,19 +182,6 @@ class Prompts:
                     f"{where}: its prompt ({said!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(inside))!r}; reword it"
                 )
         return Encoded(head.text, head.ids, tuple(answer), self._end_of_turn(head.after))
-
-    def _check_size(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> None:
-        limit = min(CHARACTERS_PER_TOKEN * self.max_length, MAX_CHARACTERS)
-        for what, length in (("", len(text)), (" in its prompt", sum(map(len, texts_of(prompt))))):
-            if length > limit:
-                raise DataError(
-                    f"{where} has {length} characters{what}, and {limit} are the bound for the model's window of "
-                    f"{self.max_length} tokens; shorten it"
-                )
-        if num_pictures > self.max_length:
-            raise DataError(
-                f"{where} has {num_pictures} pictures, more than the {self.max_length} tokens of the model's window; show fewer"
-            )
 
     def _head(self, prompt: Prompt, num_pictures: int) -> _Head:
         key = (prompt, num_pictures)
@@ -239,11 +227,9 @@ class Prompts:
             raise DataError(f"{error} for turns of {roles}; bring them into the order that it takes") from error
 
     def _renders(self, turns: tuple[Turn, ...]) -> bool:
-        try:
-            self._render(messages(turns), True)
-        except DataError:
-            return False
-        return True
+        with contextlib.suppress(DataError):
+            return bool(self._render(messages(turns), True))
+        return False
 
     def _render(self, conversation: list[dict[str, Any]], ask: bool, **options: Any) -> str:
         """Raises TemplateBound, and DataError saying what the template raised."""
@@ -296,6 +282,17 @@ def _left_out(turns: tuple[Turn, ...], written: str) -> str:
                 return f"leaves out or changes what the {turn.role} says ({quoted(said)}); leave it out of the data, or name another model"
             place = found + len(said)
     return ""
+
+
+def _check_size(prompt: Prompt, text: str, num_pictures: int, window: int, where: str) -> None:
+    limit = min(CHARACTERS_PER_TOKEN * window, MAX_CHARACTERS)
+    for what, length in (("", len(text)), (" in its prompt", sum(map(len, texts_of(prompt))))):
+        if length > limit:
+            raise DataError(
+                f"{where} has {length} characters{what}, and {limit} are the bound for the model's window of {window} tokens; shorten it"
+            )
+    if num_pictures > window:
+        raise DataError(f"{where} has {num_pictures} pictures, more than the {window} tokens of the model's window; show fewer")
 
 
 def _conversation(prompt: Prompt, num_pictures: int, *answer: str) -> list[dict[str, Any]]:

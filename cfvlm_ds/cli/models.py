@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive
+from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive, said_format
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace
@@ -58,7 +58,7 @@ def _score(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.evaluation import score_groups
     from cfvlm_ds.models import fingerprint
 
-    groups = sound_groups(arguments.manifest, arguments.root, arguments.format)
+    groups = sound_groups(arguments.manifest, arguments.root, said_format(arguments.manifest, arguments.format))
     model, adapter = model_of(arguments)
     if adapter is not None:
         raise ConfigError(f"{adapter} holds adapters, and stored scores belong to one model; merge them with `cfvlm-ds export`, name that")
@@ -83,7 +83,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     if arguments.out:
         output_file(Path(arguments.out))
-    splits = {name: sound_groups(path, arguments.root, arguments.format) for name, path in named_apart(arguments.manifest).items()}
+    splits = {
+        name: sound_groups(path, arguments.root, said_format(path, arguments.format))
+        for name, path in named_apart(arguments.manifest).items()
+    }
     scorer, collator, world = load_scorer(*model_of(arguments), max_pixels=arguments.max_pixels)
     results, _ = evaluate(scorer, collator, splits, world, shuffled=not arguments.no_shuffled, **_batches(arguments))
     print(table(results))

@@ -97,7 +97,7 @@ class DataSet:
     """A manifest with a format and a place of its own.
 
     Args:
-        path: manifest of counterfactual groups.
+        path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
         root: as ``data.root``, which is used when not given.
         format: as ``data.format``, which is used when not given.
     """
@@ -112,10 +112,12 @@ class DataConfig:
     """Training and evaluation data.
 
     Args:
-        train: manifest of counterfactual groups, or a store made by ``cfvlm-ds data pack``.
+        train: manifest of counterfactual groups, a store made by ``cfvlm-ds data pack``, or any data of a known format: JSON lines, a JSON
+            list, CSV, TSV, Parquet, a saved data set, tars; a file, a folder, or a pattern of files.
         evaluation: name -> manifest, evaluated every ``train.eval_steps`` and at the end; or name -> {path: manifest, root: FOLDERS,
             format: NAME} where a manifest has a root or a format of its own (``--data.evaluation.NAME.root FOLDER``).
-        format: format of the manifests, a name in ``cfvlm_ds.data.FORMATS``.
+        format: format of the rows, NAME (of ``cfvlm_ds.data.FORMATS``) or NAME:OPTION=VALUE,OPTION=VALUE, such as
+            ``captions:image=file_name,caption=text``; ``auto`` takes the one that the first row fits, and says which.
         root: folder of the images, or a list of folders; the manifest's own when not given. Paths in a manifest are absolute, or relative
             to the first of them that has the file; what a path leads to, through links too, must be inside one of them.
         scores: file written by ``cfvlm-ds score`` with reference and blind log-likelihoods of the training manifest (DPO and PMI need it).

@@ -5,20 +5,23 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.data.formats import FORMATS, Format
+from cfvlm_ds.data.containers.kinds import container_of
+from cfvlm_ds.data.formats import AUTO, format_named
 from cfvlm_ds.data.formats.cfgroup import native_group
+from cfvlm_ds.data.formats.recognise import recognised
 from cfvlm_ds.data.lines import State
-from cfvlm_ds.data.packed import PackedRows
+from cfvlm_ds.data.packed import PackedRows, is_store
 from cfvlm_ds.data.passes import Share
-from cfvlm_ds.data.rows import open_rows
+from cfvlm_ds.data.rows import Rows, open_rows
 from cfvlm_ds.data.store import GroupStore, count_parts
+
+NATIVE = "cfgroup"
 
 Root = str | Path | Sequence[str | Path] | None
 """Folders that hold the images of a manifest; None for the manifest's own."""
@@ -31,8 +34,10 @@ def open_groups(
     *,
     share: Share | None = None,
     progress: Callable[[str], object] = lambda line: None,
+    cache: Sequence[Path] | None = None,
 ) -> GroupStore:
-    """The groups of a manifest, in file order, each read when it is asked for: JSON lines, or one JSON list in a file named .json.
+    """The groups of a manifest, in file order, each read when it is asked for: JSON lines, or another container of rows, of which JSON
+    lines are made in a folder of ``cache`` the first time (cfvlm_ds/data/containers/). ``format`` is a name, with options or not, or auto.
 
     Image paths are absolute, or relative to ``root`` (default: the manifest's folder), of several to the first that has such a file, and
     are returned joined to it. The file a path leads to, links followed, must be inside one of them; images are not opened. A large file is
@@ -42,20 +47,42 @@ def open_groups(
     Raises DataError for a manifest that cannot be read at all or has no row. A row that is no group raises one when it is asked for: one
     sentence naming file, row (1-based line, or item of a list) and remedy. Two groups of one id are found by the data check.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise DataError(
+            f"data are a {type(path).__name__}, not a path; what is streamed has no row number n, and a run could not go on where it was: "
+            "write it to files (save_to_disk, to_parquet, to_json) and name those"
+        )
     path, share = Path(path), share or Share()
-    convert, roots = known_format(path, format), data_roots(path, root)
-    if path.is_dir():
+    known_format(path, format)
+    roots = data_roots(path, root)
+    if path.is_dir() and is_store(path):
         packed = PackedRows(path)
-        return GroupStore(packed, [path], native_group, None, (_again, (path, roots, format, packed.state)))
+        return GroupStore(packed, [path], native_group, None, (_again, (path, roots, format, packed.state)), NATIVE)
     if os.path.exists(path):
         for each in roots:
             if not each.is_dir():
                 remedy = "pass the folder that image paths are relative to as root"
                 raise DataError(f"{path}: its data root {each} is not a folder; {remedy}")
-    rows = open_rows(path, alive=share.alive, progress=progress)
+    rows = open_rows(path, cache=cache, alive=share.alive, progress=progress)
+    format = taken(rows) if format == AUTO else format
+    convert = format_named(format, path)
     whole = Share(alive=share.alive, shield=share.shield)
     firsts = count_parts(rows, convert, lambda work: whole.over(range(len(rows)), lambda places, done: work(places)))
-    return GroupStore(rows, roots, convert, firsts, (_again, (path, roots, format, rows.state)))
+    own = [each for each in rows.roots if each not in roots]
+    return GroupStore(rows, [*roots, *own], convert, firsts, (_again, (path, roots, format, rows.state)), format)
+
+
+def taken(rows: Rows) -> str:
+    """The format that the first row has. Raises DataError for none."""
+    if isinstance(first := rows.value(0), DataError):
+        raise first
+    return recognised(first, rows.where(0))
+
+
+def taken_as(groups: GroupStore) -> str:
+    """What a manifest is taken for, in words."""
+    kind = "packed store" if is_store(groups.path) else container_of(groups.path)
+    return f"{groups.path}: taken as {kind}, format {groups.format}"
 
 
 def _again(path: Path, roots: Sequence[Path], format: str, state: State) -> GroupStore:
@@ -84,13 +111,10 @@ def repeated(store: GroupStore, index: int, first: int, group_id: str) -> str:
     return f"{store.where(index)}: group id {group_id!r} is already used by {store.where(first)}; make ids unique"
 
 
-def known_format(path: str | Path, format: str) -> Format:
-    """The function of a format. Raises DataError for an unknown one."""
-    if format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(FORMATS)}"
-        raise DataError(f"{path}: unknown format {format!r}; {hint}")
-    return FORMATS[format]
+def known_format(path: str | Path, format: str) -> None:
+    """Raise DataError for an unknown format, or an unknown option of one."""
+    if format != AUTO:
+        format_named(format, path)
 
 
 def data_roots(path: str | Path, root: Root) -> list[Path]:

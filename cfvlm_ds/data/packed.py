@@ -23,12 +23,18 @@ FILE = "store.json"
 _OPEN = 200  # files of rows that a process keeps open
 
 
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a packed store, or is to become one."""
+    return (folder / FILE).exists() or (folder / "parts").is_dir()
+
+
 class PackedRows:
     """The rows of a packed store, shard after shard."""
 
     def __init__(self, folder: Path) -> None:
         """Raises DataError for a folder that is no store, or whose files are not those that its store.json names."""
         self.path = folder
+        self.roots: tuple[Path, ...] = (folder,)
         self._file, self._remedy = folder / FILE, "pack the data again, or copy the store whole"
         if not self._file.exists():
             begun = " whole yet: run `cfvlm-ds data pack` again, for all shards" if (folder / "parts").is_dir() else "; name the data file"

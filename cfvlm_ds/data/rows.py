@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import MIB, DuplicateKey, HeldFile, TooLarge, lines, open_regular, parse_json, read_bytes
-from cfvlm_ds.data import lines as of_lines
-from cfvlm_ds.data.lines import IndexedLines, State, state_of
+from cfvlm_ds.core.reading import MIB, DuplicateKey, TooLarge, parse_json
+from cfvlm_ds.data.containers.json_file import json_rows
+from cfvlm_ds.data.containers.kinds import LINES, container_of, is_there, sources_state
+from cfvlm_ds.data.containers.prepared import prepare, prepared_places
+from cfvlm_ds.data.lines import IndexedLines, State, cache_folder
 
-MAX_LIST = 128 * MIB
-"""Bytes of a manifest that is one JSON list, which is in memory at once, several times its size."""
+MAX_LIST = 16 * MIB
+"""Bytes of one JSON value whose rows are held in memory, several times its size; JSON lines are made of a larger one."""
 
 
 class Rows(Protocol):
@@ -22,6 +24,8 @@ class Rows(Protocol):
 
     path: Path
     state: State
+    roots: tuple[Path, ...]
+    """Folders that the names of a container's own pictures are relative to."""
 
     def __len__(self) -> int: ...
 
@@ -36,6 +40,8 @@ class Rows(Protocol):
 
 class LineRows:
     """Rows of JSON lines, read when they are asked for."""
+
+    roots: tuple[Path, ...] = ()
 
     def __init__(self, lines: IndexedLines) -> None:
         self.path, self.state, self._lines = lines.path, lines.state, lines
@@ -60,30 +66,65 @@ class LineRows:
 
 
 class ListRows:
-    """Items of one JSON list, in memory."""
+    """Rows of one JSON value, in memory, each with its place in it."""
 
-    def __init__(self, path: Path, state: State, items: list[Any]) -> None:
+    roots: tuple[Path, ...] = ()
+
+    def __init__(self, path: Path, state: State, items: list[tuple[str, Any]]) -> None:
         self.path, self.state, self._items = path, state, items
 
     def __len__(self) -> int:
         return len(self._items)
 
     def where(self, row: int) -> str:
+        return f"{self.path}: {self._items[row][0]}"
+
+    def value(self, row: int) -> Any:
+        value = self._items[row][1]
+        if isinstance(value, DataError):
+            return DataError(f"{self.where(row)}: {value}")
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            return _half(error, self.where(row))
+        return value
+
+
+class PreparedRows(LineRows):
+    """Rows of a container, of which JSON lines were made: row n is line n."""
+
+    def __init__(self, path: Path, state: State, lines: IndexedLines, roots: tuple[Path, ...]) -> None:
+        super().__init__(lines)
+        self.path, self.state, self.roots = path, state, roots
+
+    def where(self, row: int) -> str:
         return f"{self.path}: item {row + 1}"
 
     def value(self, row: int) -> Any:
-        return self._items[row]
+        value = super().value(row)
+        return DataError(f"{self.where(row)}: {value}") if isinstance(value, str) else value
 
 
-def open_rows(path: Path, **options: Any) -> Rows:
-    """The rows of a file: JSON lines, or one JSON list if its name ends in .json; ``options`` as of IndexedLines.open. Raises DataError for
-    a file that cannot be read at all, or has no row."""
+def open_rows(
+    path: Path,
+    *,
+    cache: Sequence[Path] | None = None,
+    alive: Callable[[], object] = lambda: None,
+    progress: Callable[[str], object] = lambda line: None,
+) -> Rows:
+    """The rows of JSON lines, or of another container, of which JSON lines are made in a folder of ``cache`` (beside the data, else in the
+    user's cache folder) the first time. Raises DataError for a file that cannot be read at all, or has no row."""
+    options: Any = {"alive": alive, "progress": progress}
     try:
-        found = (
-            _list_rows(path)
-            if path.suffix == ".json" and not _starts_with_an_object(path)
-            else LineRows(IndexedLines.open(path, **options))
-        )
+        kind = container_of(path) if is_there(path) else LINES
+        if kind == LINES:
+            found: Rows = LineRows(IndexedLines.open(path, **options))
+        elif kind == "json" and path.stat().st_size <= MAX_LIST:
+            found = ListRows(path, sources_state(path), list(json_rows(path)))
+        else:
+            state = sources_state(path)
+            made = prepare(path, kind, prepared_places(path, cache_folder()) if cache is None else cache, progress, alive)
+            found = PreparedRows(path, state, IndexedLines.open(made.lines, **options), made.roots)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -97,27 +138,9 @@ def open_rows(path: Path, **options: Any) -> Rows:
     return found
 
 
-def _starts_with_an_object(path: Path) -> bool:
-    """Whether the first line is an object by itself: published data sets name files of one object per line .json too."""
-    with open_regular(path) as handle:
-        try:
-            return isinstance(_parsed(next(lines(handle, of_lines.MAX_LINE), b""), lambda: "", ""), dict)
-        except TooLarge:
-            return False
-
-
-def _list_rows(path: Path) -> ListRows:
-    state = state_of(HeldFile(path))
-    try:
-        content = read_bytes(path, MAX_LIST)
-    except TooLarge as error:
-        raise DataError(f"{path}: {error}; write one object per line to a file named .jsonl, which is read row by row") from error
-    items = _parsed(content, lambda: str(path), "correct it, or name the file .jsonl if it holds one object per line")
-    if isinstance(items, DataError):
-        raise items
-    if not isinstance(items, list):
-        raise DataError(f"{path}: holds a {type(items).__name__}, not a list of rows; write [...] or name the file .jsonl")
-    return ListRows(path, state, items)
+def _half(error: UnicodeEncodeError, where: str) -> DataError:
+    half = ascii(error.object[error.start])[1:-1]
+    return DataError(f"{where}: {half} is half of a character, and no tokenizer or file takes it; write the whole or remove it")
 
 
 def _parsed(data: bytes, where: Callable[[], str], remedy: str) -> Any:
@@ -132,8 +155,7 @@ def _parsed(data: bytes, where: Callable[[], str], remedy: str) -> Any:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         return DataError(f"{where()}: broken JSON at {line}column {error.colno} ({error.msg}); {remedy}")
     except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])[1:-1]
-        return DataError(f"{where()}: {half} is half of a character, and no tokenizer or file takes it; write the whole or remove it")
+        return _half(error, where())
     except UnicodeDecodeError as error:
         return DataError(f"{where()}: byte {error.start + 1} is not UTF-8; save the file as UTF-8")
     except DuplicateKey as error:

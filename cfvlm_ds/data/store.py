@@ -36,6 +36,7 @@ class GroupStore(Sequence[CounterfactualGroup]):
         convert: the format's function.
         firsts: number of groups before each row, and in all; None where every row is one.
         again: what to call with which arguments in a process that gets the store as a pickle.
+        format: name of the format, with its options.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class GroupStore(Sequence[CounterfactualGroup]):
         convert: Format,
         firsts: npt.NDArray[Any] | None = None,
         again: tuple[Callable[..., Any], tuple[Any, ...]] | None = None,
+        format: str = "",
     ) -> None:
-        self.rows, self.roots, self.firsts = rows, roots, firsts
+        self.rows, self.roots, self.firsts, self.format = rows, roots, firsts, format
         self._convert, self._confine, self._again = convert, Confinement(roots), again
         self._last: tuple[int, Sequence[CounterfactualGroup] | DataError] = (-1, ())
 

@@ -20,8 +20,12 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.data import CheckReport, GroupStore, Share, check_groups, check_rows, data_roots, open_groups
+from cfvlm_ds.data.containers.kinds import sources_state
+from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.identity import Identity, shared_identity
+from cfvlm_ds.data.manifest import taken_as
 from cfvlm_ds.data.packed import FILE as STORE
+from cfvlm_ds.data.packed import is_store
 from cfvlm_ds.data.passes import Board
 from cfvlm_ds.data.picture_index import PictureNotes, PictureTable, stored_pictures
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
@@ -133,6 +137,8 @@ class _Check:
         if problem:
             raise DataError(problem)
         groups = self._opened(each)
+        if self._format(each) == AUTO:
+            self._world.say(taken_as(groups))
         if summary is None:
             summary = self._looked_at(each, groups)
             agreed(self._world, lambda: self._refuse_written(each, groups))
@@ -214,6 +220,8 @@ class _Check:
         """(what is wrong, what was found): both None for a set that has to be looked at."""
         try:
             _written(each)
+        except DataError as error:
+            return str(error), None
         except OSError as error:
             if os.path.isdir(each.path):
                 return None, None  # whoever opens it says what it lacks
@@ -250,8 +258,7 @@ class _Check:
 def _written(each: DataSet) -> list[int]:
     """The state of a manifest: an old time can be set again, but not the last one."""
     path = Path(each.path)
-    stat = (path / STORE if path.is_dir() else path).stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return list(sources_state(path / STORE if path.is_dir() and is_store(path) else path))
 
 
 def _state(pictures: PictureTable | None) -> list[int] | None:

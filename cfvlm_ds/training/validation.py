@@ -14,7 +14,9 @@ from cfvlm_ds import engine
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.data import FORMATS, open_groups
+from cfvlm_ds.data import open_groups
+from cfvlm_ds.data.containers.kinds import is_there
+from cfvlm_ds.data.manifest import known_format
 from cfvlm_ds.models import check_model, only_adapters_train
 
 _UNKNOWN_WIDTH = 64
@@ -47,8 +49,9 @@ def _check_data(config: RunConfig) -> None:
     if not data.train:
         raise ConfigError("data.train is not set; give the manifest of your training groups")
     for each in (data.train_set, *data.evaluation_sets.values()):
-        there = os.path.exists(each.path) or (scenes is not None and _is_below(each.path, scenes.out_dir))
-        if (each.format or data.format) not in FORMATS or not there:
+        there = is_there(Path(each.path)) or (scenes is not None and _is_below(each.path, scenes.out_dir))
+        known_format(each.path, each.format or data.format)  # raises, and says what is near
+        if not there:
             open_groups(each.path, each.root, each.format or data.format)  # raises, and says what is near
     if scores_needed(config) and not os.path.exists(str(data.scores)):
         raise ConfigError(f"{data.scores}: no such scores file; write it with `cfvlm-ds score`, or correct data.scores")

@@ -39,6 +39,7 @@ import torch.distributed as dist
 import yaml
 from conftest import REPO, build_test_model, write_manifest
 from PIL import Image
+from public_data import PUBLIC
 from safetensors.torch import load_file, save_file
 from test_checkpoint import ONE, Engine
 from transformers import get_scheduler
@@ -53,7 +54,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.data import GroupSampler, check_manifest, open_groups, pack, read_manifest
+from cfvlm_ds.data import FORMATS, GroupSampler, check_manifest, open_groups, pack, read_manifest
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores, write_scores
@@ -233,6 +234,11 @@ class Base:
         samples = [{"cf_text": "a cat", "cf_image_path": other}, {"cf_text": "a hen", "cf_image_path": "images/b.ppm"}]
         published = {"orig_input": f"Yes: <|vision_start|>{one}<|vision_end|>", "orig_output": "a dog", "cf_samples": samples}
         (data / "a.cfvlm.json").write_text(json.dumps(published) + "\n" + json.dumps({**published, "orig_output": "an ox"}) + "\n")
+        self.public: dict[str, tuple[Path, str]] = {}
+        for name, (write, _) in PUBLIC.items():
+            (place := self.folder / "public" / name).mkdir(parents=True)
+            path, format = write(place, 4)
+            self.public[name] = path.relative_to(place), format
 
     def _write_run(self, run: Path) -> None:
         run.mkdir()
@@ -291,6 +297,45 @@ def manifest_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
                 done[-1] = change
     check = chance.choice(("full", "full", "rows"))
     return f"{path.name} as {format}, check {check}: {'; '.join(done)}", functools.partial(read_groups, base, path, format, check, out)
+
+
+def public_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
+    """Data as other projects publish them: a row changed, or the bytes of any file, or one file in the place of another."""
+    name = chance.choice(list(base.public))
+    folder = out / "data"  # what containers are made into lies beside them
+    shutil.copytree(base.folder / "public" / name, folder)
+    (folder / "outside.png").symlink_to(base.folder / "outside.png")
+    os.mkfifo(folder / "fifo")
+    relative, format = base.public[name]
+    path, done = folder / relative, []
+    for _ in range(chance.choice((1, 1, 1, 2, 4))):
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.is_symlink()]
+        holding = [file for file in files if file == path or path in file.parents] or files
+        what = chance.choice(["row", "row", "row", "bytes", "bytes", "form", "any", "nothing"])
+        done.append(what)
+        with contextlib.suppress(ValueError, IndexError, OSError):  # an earlier mutation left nothing to change, or no text
+            if what == "row" and path.suffix in (".json", ".jsonl"):
+                text = path.read_text()
+                rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+                rows, change = mutated(rows, chance)
+                done[-1] += f" {change}"
+                is_list = path.suffix == ".json" or not isinstance(rows, list)
+                path.write_text(json.dumps(rows) if is_list else "".join(json.dumps(row) + "\n" for row in rows))
+            elif what == "any":
+                done[-1] = damage_file(chance.choice(files), chance, base.folder / "outside.png")
+            elif what != "nothing":
+                data, change = (reformatted if what == "form" else damaged)((file := chance.choice(holding)).read_bytes(), chance)
+                file.write_bytes(data)
+                done[-1] = f"{file.name}: {change}"
+    format = chance.choice([format] * 8 + ["auto", *FORMATS])
+    check = chance.choice(("full", "full", "rows"))
+    return f"{name} as {format}, check {check}: {'; '.join(done)}", functools.partial(read_public, base, path, format, check, out / "run")
+
+
+def read_public(base: Base, path: Path, format: str, check: str, run: Path) -> None:
+    """As any manifest."""
+    os.environ["XDG_CACHE_HOME"] = str(run.parent / "cache")
+    read_groups(base, path, open_groups(path, format=format).format, check, run)
 
 
 def read_groups(base: Base, path: Path, format: str, check: str, out: Path) -> None:
@@ -697,7 +742,8 @@ def use_template(base: Base, folder: Path) -> None:
 
 
 KINDS: dict[str, tuple[int, Callable[[Base, Random, Path, Path], Case]]] = {
-    "manifests": (40, manifest_case),
+    "manifests": (28, manifest_case),
+    "public data": (12, public_case),
     "packed stores": (8, store_case),
     "configurations": (10, config_case),
     "run folders": (18, run_case),

@@ -336,7 +336,7 @@ def test_bad_files(folder: Path) -> None:
         (folder / "trian.jsonl", {}, ["no such manifest", "did you mean 'train.jsonl'"]),
         (folder / "zzz", {}, ["no such manifest", "correct the path"]),
         (folder / "none" / "m.jsonl", {}, ["nor its folder", "correct the path"]),
-        (folder, {}, ["is a folder and no packed store", "name the data file"]),
+        (folder, {}, ["is a folder without", "name the data file"]),
         (manifest(folder, "", " ", name="empty.jsonl"), {}, ["no rows", "write one JSON object per line"]),
         (manifest(folder, "[]", name="empty.json"), {}, ["no rows"]),
         (manifest(folder, "{", json.dumps(row())[1:], name="object.json"), {}, ["holds a dict, not a list", "name the file .jsonl"]),
@@ -402,7 +402,10 @@ def test_limit_above_that_of_pil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_prompt_may_be_a_conversation(folder: Path) -> None:
     """As written in a row, and as written again; several questions of one group have conversations of their own."""
-    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    asked = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+    ]
     later = [*asked, {"role": "assistant", "content": "dogs"}, {"role": "user", "content": "How many?"}]
     texts = [{"id": "t0", "text": "two dogs"}, {"id": "t1", "text": "three dogs", "prompt": later}]
     path = manifest(folder, row(prompt=asked), row("h", prompt=later), row("j", prompt=asked, texts=texts), row("k", prompt="What?"))

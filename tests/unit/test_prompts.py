@@ -201,7 +201,7 @@ def test_a_template_that_is_silent_about_a_turn_is_refused(tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"leaves out or changes what the system says \('answer in one word.'\); leave it out of the data"):
         collator.prompts.encoded(CHATS["system"], TEXT, 1, "g")
     collator.processor.chat_template = "{% set messages = messages[-2:] %}" + collator.processor.chat_template
-    with pytest.raises(DataError, match="g: the model's chat template shows 0 of 1 pictures|leaves out or changes what the user says"):
+    with pytest.raises(DataError, match=r"g: the model's chat template shows 0 of 1 pictures|leaves out or changes what the user says"):
         collator.prompts.encoded(CHATS["earlier turns"], TEXT, 1, "g")
 
 

@@ -113,8 +113,8 @@ def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The ``cfgroup/1`` row of a group; the inverse of from_row. Image paths are written relative to ``root``; ``meta``, where it is given,
-    is written in place of the group's own."""
+    """The ``cfgroup/1`` row of a group; the inverse of from_row. Image paths are written relative to ``root``, those of other folders
+    whole; ``meta``, where it is given, is written in place of the group's own."""
     prompts = {candidate.prompt for candidate in group.candidates}
     shared: Prompt = group.candidates[0].prompt if len(prompts) == 1 else ""
     row: dict[str, Any] = {
@@ -123,8 +123,7 @@ def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | Non
         "source": group.source,
         "prompt": spelled(shared),
         "images": [
-            {"id": f"i{i}", "path": _paths([picture.relative_to(root).as_posix() for picture in pictures])}
-            for i, pictures in enumerate(group.images)
+            {"id": f"i{i}", "path": _paths([_relative(picture, root) for picture in pictures])} for i, pictures in enumerate(group.images)
         ],
         "texts": [
             {"id": f"t{c}", "text": candidate.text} | ({} if candidate.prompt == shared else {"prompt": spelled(candidate.prompt)})
@@ -178,6 +177,10 @@ def _pictures(image: Mapping[str, Any], root: Path, where: str) -> Pictures:
     if not all(isinstance(name, str) for name in listed) or path == []:
         raise DataError(f"{where}: 'path' must be a string, a list of strings, or null for text alone, not {path!r}")
     return tuple(root / name for name in listed)
+
+
+def _relative(picture: Path, root: Path) -> str:
+    return (picture.relative_to(root) if picture.is_relative_to(root) else picture).as_posix()
 
 
 def _paths(names: list[str]) -> str | list[str] | None:
