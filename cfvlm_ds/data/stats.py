@@ -183,7 +183,8 @@ def statistics(
     same number of bytes.
 
     A row, picture or text with something wrong is counted and left out of the rest. ``lengths`` (a Collator, say) measures in tokens.
-    Memory: 16 bytes a group, 12 a text, and the paths of different pictures. Raises DataError for an unknown format, and for a manifest that cannot be read at all.
+    Memory: 16 bytes a group, 12 a text, and the paths of different pictures. Raises DataError for an unknown format, and for a manifest
+    that cannot be read at all.
     """
     found = Statistics(str(path), "tokens" if lengths else "characters")
     store = open_groups(path, root, format)
