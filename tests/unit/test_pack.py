@@ -177,7 +177,7 @@ def test_what_is_no_store_is_left_alone(source: Path, store: Path, tmp_path: Pat
         with pytest.raises(ConfigError, match=reason):
             packing(source, tmp_path / name)
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
-    with pytest.raises(DataError, match="is a folder and no packed store; name the data file"):
+    with pytest.raises(DataError, match=r"is a folder without .*, and no packed store; name the data file"):
         open_groups(tmp_path / "mine")
 
 

@@ -574,18 +574,18 @@ def test_statistics_by_hand(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     printed = dict(re.findall(r"^(\S.{15}) (.*)$", capsys.readouterr().out, re.MULTILINE))
     assert {name.strip(): value for name, value in printed.items()} == {
         "manifest": str(folder / "groups.jsonl"),
-        "groups": "3",
-        "images x texts": "2 x 2: 2, 1 x 1: 1",
+        "groups": "4",
+        "images x texts": "2 x 2: 3, 1 x 1: 1",
         "pictures": "5 different files, min 60, median 120, 95 % up to 120, max 120 pixels of the longer side",
-        "texts": "3 different of 5, for 2 different prompts",
+        "texts": "3 different of 7, for 2 different prompts",
         "text length": "min 1, median 12, 95 % up to 14, max 14 characters",
-        "cells": "5 true, 2 false, 2 unknown of 9",
-        "edit types": "count: 2",
-        "sources": "lawn: 2, (none): 1",
-        "equal texts": "4 of 5 are said more than once",
+        "cells": "7 true, 3 false, 3 unknown of 13",
+        "edit types": "count: 3",
+        "sources": "lawn: 3, (none): 1",
+        "equal texts": "6 of 7 are said more than once",
         "equal pictures": "2 of 5 files",
         "equal ids": "1 rows",
-        "problems": "3 (`cfvlm-ds data check` names all)",
+        "problems": "2 (`cfvlm-ds data check` names all)",
     }
     with Image.open(folder / "stats.png") as figure:
         assert figure.format == "PNG" and figure.width > 1000
