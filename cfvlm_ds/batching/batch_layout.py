@@ -29,7 +29,18 @@ def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence
         end_tokens[g, : size[0], : size[1]] = torch.tensor([len(t.end_ids) for t in encoded])
     valid = exists & wanted_cells(groups, match, prompt, cells)
     weight = torch.tensor([group.weight for group in groups], dtype=torch.float32)
-    return GroupLayout(valid, match, tokens, end_tokens, weight, tuple(group.id for group in groups), prompt)
+    named = tuple(group.objectives for group in groups)
+    return GroupLayout(
+        valid,
+        match,
+        tokens,
+        end_tokens,
+        weight,
+        ids=tuple(group.id for group in groups),
+        prompt=prompt,
+        sources=tuple(group.source for group in groups),
+        objectives=named if any(each is not None for each in named) else (),
+    )
 
 
 def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:

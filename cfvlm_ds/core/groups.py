@@ -68,7 +68,8 @@ class CounterfactualGroup:
     """I images x C candidate texts with a truth table; (image 0, candidate 0) is the factual pair.
 
     ``match[i][c]`` is 1 where text c is true of image i, 0 where it is false, None where that is unknown. An image is a tuple of pictures,
-    as many as every other image of its group has. ``meta`` is what else its row says, as JSON: read by nothing, and kept.
+    as many as every other image of its group has. ``source`` names the data set it comes from; ``objectives`` those that it counts in, None
+    for all. ``meta`` is what else its row says, as JSON: read by nothing, and kept.
     """
 
     id: str
@@ -79,6 +80,7 @@ class CounterfactualGroup:
     weight: float = 1.0
     source: str = ""
     meta: str = ""
+    objectives: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.images or not self.candidates:
