@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.sequences import Lazy
+from cfvlm_ds.data.permutation import permuted
 
 WINDOW = 1000
 """Draws in which every source has its share, to one."""
@@ -116,3 +120,103 @@ def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequ
         given = [Fraction(repr(float(weight or 0))) for weight in weights]
     total = sum(given, Fraction(0))
     return tuple(each / total for each in given)
+
+
+@dataclass(frozen=True)
+class MixedOrder:
+    """The stream of a mixture: numbers of groups in the concatenation of its sources, each of which goes through its own epochs.
+
+    Args:
+        sizes: groups of each source.
+        shares: of the draws, one for each source; they add up to 1.
+        seed: of the permutations.
+        stop: an epoch of the mixture ends when ``all`` sources have been seen whole, or when the ``first`` has.
+        shuffle: draw each source in a new permutation every epoch of its own; else in its order.
+    """
+
+    sizes: tuple[int, ...]
+    shares: tuple[Fraction, ...]
+    seed: int
+    stop: Literal["all", "first"] = "all"
+    shuffle: bool = True
+
+    @functools.cached_property
+    def length(self) -> int:
+        """Draws of an epoch of the mixture."""
+        ends = [Draws(self.shares).place_of(source, size - 1) + 1 for source, size in enumerate(self.sizes) if self.shares[source]]
+        return max(ends) if self.stop == "all" else min(ends)
+
+    def at(self, start: int, count: int) -> list[int]:
+        """The groups at ``count`` places of the stream."""
+        sources, numbers = Draws(self.shares).at(start, count)
+        found = np.empty(count, np.int64)
+        first = 0
+        for source, size in enumerate(self.sizes):
+            places = np.flatnonzero(sources == source)
+            while len(places):  # a source's draws follow each other: one stretch of each of its epochs
+                epoch, offset = divmod(int(numbers[places[0]]), size)
+                stretch = places[: size - offset]
+                found[stretch] = first + np.array(self._drawn(offset, len(stretch), source, epoch), np.int64)
+                places = places[len(stretch) :]
+            first += size
+        return found.tolist()
+
+    def _drawn(self, offset: int, count: int, source: int, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(offset, offset + count))
+        return permuted(offset, count, self.sizes[source], f"{self.seed}/{source}", epoch)
+
+    def epochs(self, seen: int) -> list[float]:
+        """Passes over each source after so many draws."""
+        window, rest = divmod(seen, WINDOW)
+        drawn = Draws(self.shares).before(window) + np.bincount(Draws(self.shares).at(window * WINDOW, rest)[0], minlength=len(self.sizes))
+        return (drawn / np.array(self.sizes)).tolist()
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a place to mean the same groups."""
+        return {
+            "num_groups": sum(self.sizes),
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "sizes": list(self.sizes),
+            "shares": [str(share) for share in self.shares],
+        }
+
+
+class MixedGroups(Sequence[CounterfactualGroup]):
+    """The groups of all sources, one source after the other; each is named ``SOURCE/ID`` and carries its source and its objectives.
+
+    Args:
+        sources: groups of each.
+        names: of the sources.
+        objectives: those that the groups of a source count in; None for all.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Sequence[CounterfactualGroup]],
+        names: Sequence[str],
+        objectives: Sequence[tuple[str, ...] | None],
+    ) -> None:
+        self.sources, self.names, self.objectives = list(sources), list(names), list(objectives)
+        self._ends = np.cumsum([len(source) for source in sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> CounterfactualGroup: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[CounterfactualGroup]: ...
+
+    def __getitem__(self, index: int | slice) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
+        if isinstance(index, slice):
+            return Lazy(self._group, range(len(self))[index])
+        return self._group(range(len(self))[index])
+
+    def _group(self, index: int) -> CounterfactualGroup:
+        source = int(self._ends.searchsorted(index, "right"))
+        group = self.sources[source][index - (int(self._ends[source - 1]) if source else 0)]
+        name = self.names[source]
+        return replace(group, id=f"{name}/{group.id}", source=name, objectives=self.objectives[source])
