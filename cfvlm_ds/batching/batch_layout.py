@@ -61,10 +61,12 @@ def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: T
 
 
 def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """(reference [G, I, C], prior [G, C]) of the groups; 0 where they have no such cell."""
+    """(reference [G, I, C], prior [G, C]) of the groups; 0 where they have no such cell, and for groups of a source that needs none."""
     reference = torch.zeros(layout.valid.shape)
     prior = torch.zeros(layout.valid.shape[0], layout.valid.shape[2])
     for g, group in enumerate(groups):
+        if group.objectives is not None and group.id not in stored:
+            continue
         scores = stored[group.id]
         reference[g, : len(group.images), : len(group.candidates)] = torch.tensor(scores.logp)
         prior[g, : len(group.candidates)] = torch.tensor(scores.blank)

@@ -128,6 +128,17 @@ def _joined(parts: Sequence[_Part]) -> Identity:
     }
 
 
+def mixed_identity(sources: Mapping[str, Identity], objectives: Mapping[str, Any]) -> Identity:
+    """The identity of a mixture: that of its sources, their names and the objectives that each counts in."""
+    known = all(identity.get("pictures") is not None for identity in sources.values())
+    parts: dict[str, Any] = {}
+    for part in ("order", *_SUMS):
+        parts[part] = f"{_hash([[name, identity[part]] for name, identity in sources.items()]):032x}"
+    parts["mixture"] = f"{_hash([[name, objectives[name]] for name in sources]):032x}"
+    rows = sum(int(identity["rows"] or 0) for identity in sources.values())
+    return {"rows": rows, **parts, **({} if known else {"pictures": None})}
+
+
 def digest(identity: Identity) -> str:
     """Thirty-two hexadecimal digits that stand for an identity, where it is named and not compared part by part."""
     return hashlib.blake2b(json.dumps(dict(identity), sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -141,6 +152,8 @@ def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str 
     """
     if before["rows"] != now["rows"]:
         return f"the number of rows ({now['rows']}, was {before['rows']})"
+    if before.get("mixture") != now.get("mixture"):
+        return "the mixture: its sources, their names or their objectives"
     if before["ids"] != now["ids"]:
         return "the groups (other ids)"
     left_out = "pictures" if before["pictures"] is None or now["pictures"] is None else "paths"

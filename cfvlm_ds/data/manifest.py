@@ -32,6 +32,7 @@ def open_groups(
     root: Root = None,
     format: str = "cfgroup",
     *,
+    limit: int | None = None,
     share: Share | None = None,
     progress: Callable[[str], object] = lambda line: None,
     cache: Sequence[Path] | None = None,
@@ -42,7 +43,7 @@ def open_groups(
     Image paths are absolute, or relative to ``root`` (default: the manifest's folder), of several to the first that has such a file, and
     are returned joined to it. The file a path leads to, links followed, must be inside one of them; images are not opened. A large file is
     indexed beside it, or in the user's cache folder, the first time. A folder is a packed store, which has its own format and pictures.
-    ``share`` is told that this process is alive, and bounds nothing else.
+    ``limit`` leaves out what comes after so many groups. ``share`` is told that this process is alive, and bounds nothing else.
 
     Raises DataError for a manifest that cannot be read at all or has no row. A row that is no group raises one when it is asked for: one
     sentence naming file, row (1-based line, or item of a list) and remedy. Two groups of one id are found by the data check.
@@ -57,7 +58,7 @@ def open_groups(
     roots = data_roots(path, root)
     if path.is_dir() and is_store(path):
         packed = PackedRows(path)
-        return GroupStore(packed, [path], native_group, None, (_again, (path, roots, format, packed.state)), NATIVE)
+        return GroupStore(packed, [path], native_group, None, (_again, (path, roots, format, packed.state, limit)), NATIVE, limit)
     if os.path.exists(path):
         for each in roots:
             if not each.is_dir():
@@ -69,7 +70,7 @@ def open_groups(
     whole = Share(alive=share.alive, shield=share.shield)
     firsts = count_parts(rows, convert, lambda work: whole.over(range(len(rows)), lambda places, done: work(places)))
     own = [each for each in rows.roots if each not in roots]
-    return GroupStore(rows, [*roots, *own], convert, firsts, (_again, (path, roots, format, rows.state)), format)
+    return GroupStore(rows, [*roots, *own], convert, firsts, (_again, (path, roots, format, rows.state, limit)), format, limit)
 
 
 def taken(rows: Rows) -> str:
@@ -85,9 +86,9 @@ def taken_as(groups: GroupStore) -> str:
     return f"{groups.path}: taken as {kind}, format {groups.format}"
 
 
-def _again(path: Path, roots: Sequence[Path], format: str, state: State) -> GroupStore:
+def _again(path: Path, roots: Sequence[Path], format: str, state: State, limit: int | None) -> GroupStore:
     """The same groups in another process."""
-    store = open_groups(path, roots, format)
+    store = open_groups(path, roots, format, limit=limit)
     if store.rows.state != state:
         raise DataError(f"{path}: the data set was written while it is used; start again")
     return store

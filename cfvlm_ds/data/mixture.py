@@ -130,21 +130,21 @@ class MixedOrder:
         sizes: groups of each source.
         shares: of the draws, one for each source; they add up to 1.
         seed: of the permutations.
-        stop: an epoch of the mixture ends when ``all`` sources have been seen whole, or when the ``first`` has.
+        stop: an epoch of the mixture ends when ``all_exhausted`` sources have been seen whole, or when the ``first_exhausted`` has.
         shuffle: draw each source in a new permutation every epoch of its own; else in its order.
     """
 
     sizes: tuple[int, ...]
     shares: tuple[Fraction, ...]
     seed: int
-    stop: Literal["all", "first"] = "all"
+    stop: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
     shuffle: bool = True
 
     @functools.cached_property
     def length(self) -> int:
         """Draws of an epoch of the mixture."""
         ends = [Draws(self.shares).place_of(source, size - 1) + 1 for source, size in enumerate(self.sizes) if self.shares[source]]
-        return max(ends) if self.stop == "all" else min(ends)
+        return max(ends) if self.stop == "all_exhausted" else min(ends)
 
     def at(self, start: int, count: int) -> list[int]:
         """The groups at ``count`` places of the stream."""
@@ -165,6 +165,14 @@ class MixedOrder:
         if not self.shuffle:
             return list(range(offset, offset + count))
         return permuted(offset, count, self.sizes[source], f"{self.seed}/{source}", epoch)
+
+    def mean(self, values: npt.NDArray[Any]) -> Fraction:
+        """What a draw has on average of what each group has."""
+        parts = np.split(values, np.cumsum(self.sizes)[:-1])
+        return sum(
+            (share * Fraction(int(part.sum(dtype=np.int64)), len(part)) for share, part in zip(self.shares, parts, strict=True)),
+            Fraction(0),
+        )
 
     def epochs(self, seen: int) -> list[float]:
         """Passes over each source after so many draws."""

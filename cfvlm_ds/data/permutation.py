@@ -22,7 +22,7 @@ _ROUNDS = 8  # four suffice for a pseudorandom permutation where the round funct
 Array = npt.NDArray[np.uint64]
 
 
-def permuted(start: int, count: int, num_groups: int, seed: int, epoch: int) -> list[int]:
+def permuted(start: int, count: int, num_groups: int, seed: int | str, epoch: int) -> list[int]:
     """The groups at places ``start`` and following of an epoch; fewer where the epoch ends."""
     stop = min(start + count, num_groups)
     if num_groups <= STORED:
@@ -35,21 +35,29 @@ def permuted(start: int, count: int, num_groups: int, seed: int, epoch: int) -> 
     return found
 
 
-@functools.lru_cache(maxsize=2)  # the epoch in progress and the one that prefetching has reached
-def _stored(num_groups: int, seed: int, epoch: int) -> torch.Tensor:
+_KEPT: dict[tuple[int, int | str], dict[int, torch.Tensor]] = {}
+"""(number of groups, seed) -> the permutations of two epochs: the one in progress, and the one that prefetching has reached."""
+
+
+def _stored(num_groups: int, seed: int | str, epoch: int) -> torch.Tensor:
     """[num_groups] int64. CPU generator whatever the default device, and seeds hashed so that (0, 1) and (1, 0) are unrelated."""
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
-    return torch.randperm(num_groups, generator=generator, device="cpu")
+    kept = _KEPT.setdefault((num_groups, seed), {})
+    if epoch not in kept:
+        digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
+        while len(kept) > 1:
+            del kept[next(iter(kept))]
+        kept[epoch] = torch.randperm(num_groups, generator=generator, device="cpu")
+    return kept[epoch]
 
 
-@functools.lru_cache(maxsize=4)  # where the loop is, and where prefetching has reached
-def _computed(block: int, num_groups: int, seed: int, epoch: int) -> list[int]:
+@functools.lru_cache(maxsize=64)  # where the loop is, and where prefetching has reached, of each source
+def _computed(block: int, num_groups: int, seed: int | str, epoch: int) -> list[int]:
     places = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, num_groups), dtype=np.uint64)
     return feistel(places, num_groups, seed, epoch).tolist()
 
 
-def feistel(places: Array, num_groups: int, seed: int, epoch: int) -> Array:
+def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Array:
     """Where each of the places 0 to ``num_groups`` - 1 goes; no two go to the same."""
     keys = np.frombuffer(hashlib.sha512(f"{seed}/{epoch}".encode()).digest(), "<u8")[:_ROUNDS]
     bits = max(2, (num_groups - 1).bit_length())

@@ -29,6 +29,7 @@ class CheckReport:
     num_cells: int = 0
     num_unknown_cells: int = 0
     """Cells of the truth tables that ``match`` does not list."""
+    num_false_cells: int = 0
     edit_types: Counter[str] = field(default_factory=Counter)
     num_counterfactuals: Counter[int] = field(default_factory=Counter)
     """K -> number of groups with K counterfactuals beside the factual pair (shams not counted)."""
@@ -48,6 +49,7 @@ class CheckReport:
         self.num_texts += len(group.candidates)
         self.num_cells += len(group.images) * len(group.candidates)
         self.num_unknown_cells += sum(line.count(None) for line in group.match)
+        self.num_false_cells += sum(line.count(0) for line in group.match)
         meta = json.loads(group.meta or "null")
         self.metadata.update(map(repr, meta) if isinstance(meta, dict) else ["meta"] if meta else ())
         self.edit_types.update(edit.type for edit in group.edits)
@@ -66,7 +68,7 @@ class CheckReport:
 
     def add(self, other: CheckReport) -> None:
         """Add what was found in later rows of the same manifest."""
-        for name in ("num_groups", "num_images", "num_texts", "num_cells", "num_unknown_cells"):
+        for name in ("num_groups", "num_images", "num_texts", "num_cells", "num_unknown_cells", "num_false_cells"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("edit_types", "num_counterfactuals", "visual_tokens", "metadata"):
             getattr(self, name).update(getattr(other, name))

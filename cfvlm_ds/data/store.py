@@ -37,6 +37,7 @@ class GroupStore(Sequence[CounterfactualGroup]):
         firsts: number of groups before each row, and in all; None where every row is one.
         again: what to call with which arguments in a process that gets the store as a pickle.
         format: name of the format, with its options.
+        limit: groups that it has at most, the first ones.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class GroupStore(Sequence[CounterfactualGroup]):
         firsts: npt.NDArray[Any] | None = None,
         again: tuple[Callable[..., Any], tuple[Any, ...]] | None = None,
         format: str = "",
+        limit: int | None = None,
     ) -> None:
-        self.rows, self.roots, self.firsts, self.format = rows, roots, firsts, format
+        self.rows, self.roots, self.firsts, self.format, self._limit = rows, roots, firsts, format, limit
         self._convert, self._confine, self._again = convert, Confinement(roots), again
         self._last: tuple[int, Sequence[CounterfactualGroup] | DataError] = (-1, ())
 
@@ -58,7 +60,8 @@ class GroupStore(Sequence[CounterfactualGroup]):
         return self.rows.path
 
     def __len__(self) -> int:
-        return len(self.rows) if self.firsts is None else int(self.firsts[-1])
+        number = len(self.rows) if self.firsts is None else int(self.firsts[-1])
+        return number if self._limit is None else min(number, self._limit)
 
     @overload
     def __getitem__(self, index: int) -> CounterfactualGroup: ...

@@ -8,22 +8,27 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.cluster.signals import WorkerLost, shield_worker, worker_deaths
-from cfvlm_ds.core.config import IMAGE_LIMITS, DataSet, ModelConfig, RunConfig
+from cfvlm_ds.core.config import IMAGE_LIMITS, DataConfig, DataSet, ModelConfig, RunConfig
 from cfvlm_ds.core.distributed import Patience, World, agreed, broadcast_object, gather_objects
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import keep
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.data import CheckReport, GroupStore, Share, check_groups, check_rows, data_roots, open_groups
 from cfvlm_ds.data.containers.kinds import sources_state
 from cfvlm_ds.data.formats import AUTO
-from cfvlm_ds.data.identity import Identity, shared_identity
+from cfvlm_ds.data.identity import Identity, digest, mixed_identity, shared_identity
 from cfvlm_ds.data.manifest import taken_as
+from cfvlm_ds.data.mixture import MixedGroups
+from cfvlm_ds.data.overlap import shared_with
 from cfvlm_ds.data.packed import FILE as STORE
 from cfvlm_ds.data.packed import is_store
 from cfvlm_ds.data.passes import Board
@@ -42,7 +47,8 @@ class RunData:
     """What a run trains on and is evaluated on.
 
     ``identity`` is that of the training groups, ``identities`` those of the splits. ``pictures`` are those found sound, with which a
-    picture is compared when it is opened; None if only rows were checked. ``collator`` is the model's, if the check needed one.
+    picture is compared when it is opened; None if only rows were checked. ``collator`` is the model's, if the check needed one. ``sources``
+    are the training sets by name, of which ``groups`` are made.
     """
 
     groups: Sequence[CounterfactualGroup]
@@ -51,6 +57,14 @@ class RunData:
     pictures: PictureTable | None
     collator: Collator | None = None
     identities: Mapping[str, Identity] = field(default_factory=dict)
+    sources: Mapping[str, SourceData] = field(default_factory=dict)
+
+
+class SourceData(NamedTuple):
+    """One of the training sets, and what it is recognised by."""
+
+    groups: Sequence[CounterfactualGroup]
+    identity: Identity
 
 
 def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> RunData:
@@ -64,21 +78,34 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
         raise ConfigError("data.train is not set; give the manifest of your training groups")
     try:
         with worker_deaths():
-            check = _Check(config, world, Patience(world, tick))
-            train, *evaluation = [check(each) for each in (data.train_set, *data.evaluation_sets.values())]
-            identity, pictures = check.identity(data.train_set, train)
-            sets = zip(data.evaluation_sets.items(), evaluation, strict=True)
-            identities = {name: check.identity(each, groups)[0] for (name, each), groups in sets}
+            check, train_sets, evaluation_sets = _Check(config, world, Patience(world, tick)), data.train_sets, data.evaluation_sets
+            train = {name: check(each) for name, each in train_sets.items()}
+            splits: dict[str, Sequence[CounterfactualGroup]] = {name: check(each) for name, each in evaluation_sets.items()}
+            sources = {name: SourceData(train[name], check.identity(each, train[name])) for name, each in train_sets.items()}
+            identities = {name: check.identity(each, splits[name]) for name, each in evaluation_sets.items()}
+            groups, identity = _together(data, sources)
+            check.name_shared(sources, splits, identities)
+            check.name_idle(config.objective)
     except WorkerLost as lost:
         raise StorageError(
-            f"the data check of {data.train} has lost a process ({lost}); memory is what such processes are usually killed for: start "
+            f"the data check of {data.trained_on} has lost a process ({lost}); memory is what such processes are usually killed for: start "
             "again with more of it, nothing found is lost"
         ) from lost
     except TimeoutError as error:
         raise ConfigError(
-            f"the data check of {data.train} cannot end: {error}; look at its node and start again, nothing found is lost"
+            f"the data check of {data.trained_on} cannot end: {error}; look at its node and start again, nothing found is lost"
         ) from error
-    return RunData(train, dict(zip(data.evaluation, evaluation, strict=True)), identity, pictures, check.collator, identities)
+    return RunData(groups, splits, identity, check.pictures, check.collator, identities, sources)
+
+
+def _together(data: DataConfig, sources: Mapping[str, SourceData]) -> tuple[Sequence[CounterfactualGroup], Identity]:
+    """The training groups of a run and their identity: those of its one set, or of the sources of a mixture."""
+    if not data.is_mixture:
+        (only,) = sources.values()
+        return only.groups, only.identity
+    objectives = {name: None if each.objectives is None else tuple(each.objectives) for name, each in data.train_sets.items()}
+    groups = MixedGroups([each.groups for each in sources.values()], list(sources), list(objectives.values()))
+    return groups, mixed_identity({name: each.identity for name, each in sources.items()}, objectives)
 
 
 def forget(config: RunConfig, world: World) -> None:
@@ -87,7 +114,8 @@ def forget(config: RunConfig, world: World) -> None:
     if world.is_main:
         file = Path(config.train.output_dir) / _FILE
         known = _recorded(file)
-        if known.pop(_name(config.data.train_set, config.data.format), None) is not None:
+        names = [_name(each, config.data.format) for each in config.data.train_sets.values()]
+        if [name for name in names if known.pop(name, None) is not None]:
             keep(file, json.dumps(known, indent=1), world.say)
 
 
@@ -109,7 +137,9 @@ def _recorded(file: Path) -> dict[str, Any]:
 
 
 def _name(each: DataSet, format: str) -> str:
-    return without_secrets(json.dumps([os.path.abspath(each.path), each.root, each.format or format]))
+    return without_secrets(
+        json.dumps([os.path.abspath(each.path), each.root, each.format or format, *[each.limit] * (each.limit is not None)])
+    )
 
 
 class _Check:
@@ -140,15 +170,21 @@ class _Check:
         if self._format(each) == AUTO:
             self._world.say(taken_as(groups))
         if summary is None:
-            summary = self._looked_at(each, groups)
+            summary, known_false = self._looked_at(each, groups)
             agreed(self._world, lambda: self._refuse_written(each, groups))
+            self._keep(each, summary=without_secrets(summary), known_false=known_false)
         self._world.say(summary)
-        self._keep(each, summary=without_secrets(summary))
         return groups
 
-    def identity(self, each: DataSet, groups: GroupStore) -> tuple[Identity, PictureTable | None]:
-        """What the groups of a set are recognised by, and the pictures that were checked."""
-        pictures = stored_pictures(self._folder) if self._full else None
+    @property
+    def pictures(self) -> PictureTable | None:
+        """The pictures that were checked."""
+        return stored_pictures(self._folder) if self._full else None
+
+    def identity(self, each: DataSet, groups: Sequence[CounterfactualGroup]) -> Identity:
+        """What the groups of a set are recognised by."""
+        assert isinstance(groups, GroupStore)
+        pictures = self.pictures
         found: Any = None
         entry, table = self._entry(each) if self._world.is_main else {}, _state(pictures)
         if isinstance(known := entry.get("identity"), dict) and entry.get("pictures") == table:
@@ -158,7 +194,39 @@ class _Check:
         if found is None:
             found = _from_main(shared_identity(groups, pictures, self._share()), self._world)
             self._keep(each, identity=found, pictures=table)
-        return found, pictures
+        return dict(found)
+
+    def name_shared(
+        self, sources: Mapping[str, SourceData], splits: Mapping[str, Sequence[CounterfactualGroup]], identities: Mapping[str, Identity]
+    ) -> None:
+        """Say what training and evaluation sets have in common: a result on what was trained on says little."""
+        data, say = self._config.data, self._world.say
+        for name, each in data.train_sets.items():
+            depends = digest({part: digest(identity) for part, identity in {"": sources[name].identity, **identities}.items()})
+            kept = self._entry(each).get("shared") if self._world.is_main else None
+            said = kept["said"] if isinstance(kept, dict) and kept.get("of") == depends and isinstance(kept.get("said"), list) else None
+            said = _from_main(said, self._world)
+            if said is None:
+                found = shared_with(sources[name].groups, splits, self.pictures, self._share())
+                said = [
+                    f"data.evaluation.{split}: {what} are in the training set {each.path} too" for split, what in found.items() if str(what)
+                ]
+                self._keep(each, shared={"of": depends, "said": [without_secrets(line) for line in said]})
+            for line in said:
+                say(f"warning: {line}; what is measured there is no generalisation")
+
+    def name_idle(self, objectives: Mapping[str, Any]) -> None:
+        """Say which terms have nothing to do, where no training group has a text that is known to be false of an image."""
+        sets = self._config.data.train_sets.values()
+        if self._world.is_main and all(self._entry(each).get("known_false") == 0 for each in sets):
+            one = torch.ones(1, 1, 1, dtype=torch.int64)
+            plain = GroupLayout(one.bool(), one.to(torch.int8), one, one, torch.ones(1))
+            idle = [name for name, term in objectives.items() if not (torch.atleast_1d(term.denominator(plain)) > 0).any()]
+            if idle:
+                self._world.say(
+                    f"warning: no training group has a text that is false of one of its images: {', '.join(idle)} have nothing to compare, "
+                    "and this is plain supervised fine-tuning"
+                )
 
     def _format(self, each: DataSet) -> str:
         return each.format or self._config.data.format
@@ -176,7 +244,9 @@ class _Check:
             problem = None
             try:
                 if turn and not found:
-                    found.append(open_groups(each.path, each.root, self._format(each), share=self._share(), progress=world.say))
+                    found.append(
+                        open_groups(each.path, each.root, self._format(each), limit=each.limit, share=self._share(), progress=world.say)
+                    )
             except DataError as error:
                 problem = str(error)
             self._patience.meet()
@@ -184,7 +254,8 @@ class _Check:
                 raise DataError(problem)
         return found[0]
 
-    def _looked_at(self, each: DataSet, groups: GroupStore) -> str:
+    def _looked_at(self, each: DataSet, groups: GroupStore) -> tuple[str, int]:
+        """What a set holds, in a line, and how many cells of its truth tables are known to be false."""
         world, patience, data = self._world, self._patience, self._config.data
         if self._full:
             self.collator = self.collator or load_collator(self._config.model, "full", data.max_pixels)
@@ -205,10 +276,10 @@ class _Check:
         if report.problems:
             raise DataError(report.problems[0] + (f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""))
         if not self._full:
-            return f"{each.path}: {report.num_groups} groups"
+            return f"{each.path}: {report.num_groups} groups", report.num_false_cells
         summary = f"{each.path}: {report.num_groups} groups, {report.num_images} images"
         summary += f", visual tokens {report.visual_range}" if report.visual_range else ""
-        return summary + (f", metadata {report.unused}" if report.metadata else "")
+        return summary + (f", metadata {report.unused}" if report.metadata else ""), report.num_false_cells
 
     def _refuse_written(self, each: DataSet, groups: GroupStore) -> None:
         """DataError where a manifest is not what it was before it was checked: its rows are read again, whenever they are used."""

@@ -22,6 +22,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.files import keep
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import GroupSampler, PackedSampler
+from cfvlm_ds.data.mixture import MixedOrder, shares_of
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
 from cfvlm_ds.models import inputs_fingerprint
 from cfvlm_ds.objectives import required_cells
@@ -140,10 +141,21 @@ def _stored_scores(config: RunConfig, data: RunData, world: World) -> dict[str, 
         return None
     made_by = model_fingerprint(config.model, world)
     try:
-        return read_scores(Path(str(config.data.scores)), data.groups, data.identity, made_by=made_by)
+        return _read_scores(config, data, made_by)
     except DataError:
         forget(config, world)
         raise
+
+
+def _read_scores(config: RunConfig, data: RunData, made_by: dict[str, str]) -> dict[str, StoredScores]:
+    """Scores of the training groups by id: of each source that has a file of them."""
+    found: dict[str, StoredScores] = {}
+    for name, each in config.data.train_sets.items():
+        if each.scores is not None:
+            groups, identity = data.sources[name]
+            of_source = read_scores(Path(each.scores), groups, identity, made_by=made_by)
+            found |= {f"{name}/{number}": scores for number, scores in of_source.items()} if config.data.is_mixture else of_source
+    return found
 
 
 def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator) -> GroupSampler:
@@ -155,9 +167,18 @@ def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator)
         tokens = group_tokens(data.groups, collator, config.data, world, data.pictures, **where)
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "seed": options.seed}
     place["gradient_accumulation_steps"] = options.gradient_accumulation_steps
+    if config.data.is_mixture:
+        place["order"] = _mixed_order(config, data)
     if limit is not None:
         return PackedSampler(tokens=tokens, max_tokens=limit, **place)
     return GroupSampler(num_groups=len(data.groups), groups_per_micro_batch=options.per_device_train_batch_size, **place)
+
+
+def _mixed_order(config: RunConfig, data: RunData) -> MixedOrder:
+    sources = config.data.train_sets
+    sizes = tuple(len(each.groups) for each in data.sources.values())
+    shares = shares_of([each.weight for each in sources.values()], sizes, list(sources))
+    return MixedOrder(sizes, shares, config.train.seed, config.data.stopping_strategy)
 
 
 def _with_features(
