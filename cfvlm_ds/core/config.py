@@ -212,8 +212,8 @@ class DataConfig:
                 raise ConfigError(f"data.train: {name!r} names metrics and groups; give {each.path} a name of letters, digits and _ . + -")
             if name in found:
                 raise ConfigError(f"data.train: {found[name].path} and {each.path} are both called {name!r}; give one of them another name")
-            own = {"root": self.root if each.root is None else each.root, "format": each.format or self.format, "name": name}
-            found[name] = replace(each, **own)
+            root = self.root if each.root is None else each.root
+            found[name] = replace(each, root=root, format=each.format or self.format, name=name)
         return found
 
     @property
