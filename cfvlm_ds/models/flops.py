@@ -59,8 +59,8 @@ class ModelFlops:
         """Operations for the model inputs of a batch that scores from ``num_scored`` positions."""
         forest: Forest = inputs["forest"]
         pairs = 0.0
-        for start, stop, before, prefix in forest.segments:
-            pairs += (stop - start) * (prefix - before) + (stop - start) * (stop - start + 1) / 2
+        for length, seen in zip(forest.lengths, forest.seen, strict=True):
+            pairs += length * seen + length * (length + 1) / 2
         tokens = {
             "vision_tower": pixels.numel() / self._pixels if (pixels := inputs["image_inputs"].get("pixel_values")) is not None else 0,
             "projector": sum(inputs["visual_tokens"]),

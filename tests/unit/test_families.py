@@ -113,8 +113,8 @@ def test_positions_on_a_grid_are_needed(sharp: Scorer, collator: Collator, group
     if sharp.family.grid is None:
         return
     forest, ordinary_positions = batch.model_inputs["forest"], []
-    for prefix, branches in zip(forest.prefixes, forest.branches, strict=True):
-        ordinary_positions += [torch.arange(prefix), *[torch.arange(prefix, prefix + size) for size in branches]]
+    for before, length in zip(forest.seen, forest.lengths, strict=True):
+        ordinary_positions.append(torch.arange(before, before + length))
     changed = torch.cat(ordinary_positions).expand_as(positions)
     with torch.no_grad():
         right, wrong = (batch.scores(sharp(**(batch.model_inputs | {"position_ids": p}))).logp for p in (positions, changed))
@@ -164,12 +164,12 @@ def test_parts_of_a_batch_add_up_to_it(sharp: Scorer, collator: Collator, groups
     """As much as fits in each of them: the same scores, relative 1e-5. No image is encoded twice unless it and its texts are too large
     together: then they are cut between the texts."""
     whole = collator(groups)
-    largest = max(whole.model_inputs["forest"].lengths)
+    largest = max(whole.model_inputs["forest"].tree_lengths)
     with torch.no_grad():
         expected = whole.scores(sharp(**whole.model_inputs))
         for limit in (1, largest, max(largest, whole.num_tokens // 2)):
             parts = collator.parts(groups, limit)
-            assert all(part.num_tokens <= limit or len(part.model_inputs["forest"].branches[0]) == 1 for part in parts) and len(parts) > 1
+            assert all(part.num_tokens <= limit or len(part.model_inputs["forest"].lengths) == 2 for part in parts) and len(parts) > 1
             encoded = sum(part.num_tokens for part in parts)
             assert (encoded == whole.num_tokens) == (limit >= largest), "an image is encoded again"
             scores = Scores.joined([part.scores(sharp(**part.model_inputs)) for part in parts])

@@ -61,7 +61,7 @@ def ours(
     for file, image in zip(files, images, strict=True):
         image.save(file)
     batch = collator([CounterfactualGroup("g", (tuple(files),), (Candidate(prompt, text),), ((1,),))])
-    (prefix,), ((branch,),) = batch.model_inputs["forest"].prefixes, batch.model_inputs["forest"].branches
+    prefix, branch = batch.model_inputs["forest"].lengths
     ids = batch.model_inputs["input_ids"][0].tolist()
     assert len(ids) == prefix + branch and batch.model_inputs["targets"].tolist() == ids[prefix:]
     ends = int(batch.is_end.sum())
