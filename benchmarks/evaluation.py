@@ -1,4 +1,4 @@
-"""What it costs to ask an image many questions: one forest, a tree per question, and a sequence per answer; forward, and a step of training.
+"""What it costs to ask an image many questions, in one forest, a tree per question and a sequence per answer; evaluation and training.
 
     python benchmarks/evaluation.py                               # LLaVA and Qwen2.5-VL with 576 visual tokens
     python benchmarks/evaluation.py --family llava --visual 1024 --cases yes_no_10 --repeats 5
@@ -43,9 +43,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        "| family | visual tokens | case | layout | tokens | times as many | forward, s | times as long | forward and backward, s | times as long |"
-    )
+    print("| family | visual tokens | case | layout | tokens | ratio | forward, s | ratio | with backward, s | ratio |")
     print("|---|---:|---|---|---:|---:|---:|---:|---:|---:|")
     for family, visual in itertools.product(arguments.family, arguments.visual):
         model = build(family, visual, SIZES[arguments.size], torch.device(arguments.device), getattr(torch, arguments.dtype))
