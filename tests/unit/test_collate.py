@@ -120,7 +120,7 @@ def test_08_every_cell_and_its_gradient_equal_one_plain_forward(
     share_prefix: bool, make: Any, scorer: Scorer, groups: list[CounterfactualGroup], plain: dict[Any, Any]
 ) -> None:
     batch = make(share_prefix=share_prefix)(groups)
-    assert len(batch.model_inputs["forest"].roots) - 1 == (10 if share_prefix else 19)
+    assert len(batch.model_inputs["forest"].roots) - 1 == (8 if share_prefix else 19)
     cells = by_cell(scored(scorer, batch), groups)
     assert_same(cells, {key: values[:2] for key, values in plain.items()})
     for key, (logp, _) in cells.items():

@@ -155,11 +155,6 @@ def sizes_of(pictures: Pictures) -> tuple[tuple[int, int], ...]:
     return tuple(Image.open(picture).size for picture in pictures)
 
 
-def rows_of(group: CounterfactualGroup) -> list[Pictures]:
-    """Each image once for every prompt."""
-    return [pictures for pictures in group.images for _ in {candidate.prompt for candidate in group.candidates}]
-
-
 def test_parts_of_a_batch_add_up_to_it(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
     """As much as fits in each of them: the same scores, relative 1e-5. No image is encoded twice unless it and its texts are too large
     together: then they are cut between the texts."""
@@ -181,7 +176,7 @@ def test_parts_of_a_batch_add_up_to_it(sharp: Scorer, collator: Collator, groups
 def test_visual_tokens_and_lengths_are_those_of_the_batch(collator: Collator, groups: list[CounterfactualGroup]) -> None:
     batch = collator(groups)
     spent = [sum(batch.model_inputs["visual_tokens"][picture] for picture in tree) for tree in batch.model_inputs["images_of_tree"]]
-    assert spent == [collator.visual_tokens(sizes_of(pictures)) for group in groups for pictures in rows_of(group)]
+    assert spent == [collator.visual_tokens(sizes_of(pictures)) for group in groups for pictures in group.images], "once each"
     for group in groups:
         sizes = {picture: Image.open(picture).size for pictures in group.images for picture in pictures}
         assert sum(tree.whole for tree in collator.tree_tokens(group, sizes)) == collator([group]).num_tokens
