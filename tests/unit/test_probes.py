@@ -213,7 +213,8 @@ def test_letters_are_parsed_strictly(said: str, meant: int | None) -> None:
 @pytest.mark.parametrize(
     ("rule", "said", "meant"),
     [
-        ("", "yes", 0), ("", "No, there is not", 1), ("", "There is no cup", None), ("", "Nothing", None), ("", "", None), ("", '"Yes."', 0),
+        ("", "yes", 0), ("", "No, there is not", 1), ("", "There is no cup", None), ("", "Nothing", None), ("", "", None),
+        ("", '"Yes."', 0),
         ("pope", "There is no cup", 1), ("pope", "", 0), ("pope", "Yes. No doubt", 0), ("pope", "It is not, sadly", 1), ("pope", "none", 0),
         ("mme", "Yes.", 0), ("mme", "n", 1), ("mme", "x", None), ("mme", "Not so", 1), ("mme", "I see none", None),
         ("amber", "Yes", 0), ("amber", "yes", None), ("amber", "No.", None),
