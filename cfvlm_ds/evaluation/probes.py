@@ -18,6 +18,7 @@ from cfvlm_ds.core.groups import Candidate
 from cfvlm_ds.evaluation.benchmarks.base import Item
 
 Row = tuple[float, ...]
+LETTERS = 26
 ALL_ORDERS = 4
 """Options of which all orders are asked; more are asked in cyclic orders."""
 
@@ -136,6 +137,8 @@ class Letters(Probe):
         return self._asked(item, "") if self.prior and not item.listed else ()
 
     def _asked(self, item: Item, question: str) -> tuple[Candidate, ...]:
+        if len(item.texts) > LETTERS:
+            raise ConfigError(f"item {item.id!r} has {len(item.texts)} options, and there are {LETTERS} letters; choose another probe")
         return tuple(
             Candidate(self.asked(item, order, question), _letter(place))
             for order in orders(len(item.texts))

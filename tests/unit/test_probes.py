@@ -161,8 +161,10 @@ def test_groups_stay_within_bounds() -> None:
     asked = plan(many, Answers())
     assert max(len(group.candidates) for group in asked.groups) <= MOST_CELLS and sum(len(g.candidates) for g in asked.groups) == 600
     assert ask(many, Answers()) == [ask([item], Answers())[0] for item in many]
-    huge = Item("huge", (A,), tuple(f"text {k}" for k in range(40)), ((1, *[0] * 39),), "Which?")
-    with pytest.raises(DataError, match="'huge' needs 1600 texts"):
+    huge = Item("huge", (A,), tuple(f"text {k}" for k in range(1025)), ((1, *[0] * 1024),), "Which?")
+    with pytest.raises(DataError, match="'huge' needs 1025 texts"):
+        plan([huge], Caption())
+    with pytest.raises(ConfigError, match="26 letters"):
         plan([huge], Letters())
 
 

@@ -8,7 +8,7 @@ computed again from a file of results, without the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +195,9 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
 def chance(benchmark: Benchmark, items: Sequence[Item]) -> Values:
     """What random scores give on these items: every comparison a tie, except where the benchmark states a value."""
     tied = [Judged(item, ((0.0,) * len(item.texts),) * len(item.images), blind=True) for item in items]
-    found = benchmark.metrics(tied)
-    stated = {name: benchmark.chance[last] for name in found if (last := name.split("/")[0]) in benchmark.chance}
-    return {**dict(benchmark.chance), **found, **stated}
+    named = benchmark.metrics([replace(each, blind=False) for each in tied])
+    stated = {name: benchmark.chance[whole] for name in named if (whole := name.split("/")[0]) in benchmark.chance}
+    return benchmark.metrics(tied) | stated
 
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:

@@ -150,7 +150,8 @@ def said(judged: Judged, text: int) -> float:
 def binary(table: Sequence[Judged], positive: int = 0) -> Values:
     """Accuracy, precision, recall and F1 of the answer ``positive`` (0: yes), and the share of yes among all predictions.
 
-    An item has the texts yes and no, in this order. An answer that is neither is wrong and not predicted.
+    An item has the texts yes and no, in this order. An answer that is neither is wrong and not predicted. Where nothing is positive there
+    is nothing to find, and only accuracy and share remain.
     """
     if not table:
         return {}
@@ -158,8 +159,10 @@ def binary(table: Sequence[Judged], positive: int = 0) -> Values:
     predicted = [said(each, positive) for each in table]
     hit = sum(value for value, true in zip(predicted, gold, strict=True) if true)
     found = {**accuracy(table), "yes_ratio": mean([said(each, 0) for each in table])}
+    if not any(gold):
+        return found
     precision = hit / sum(predicted) if sum(predicted) else 0.0
-    recall = hit / sum(gold) if any(gold) else 0.0
+    recall = hit / sum(gold)
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     return found | {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1}
 

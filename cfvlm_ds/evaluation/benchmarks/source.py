@@ -54,10 +54,10 @@ class Source:
         path, read = self.root / name, _READERS.get(Path(name).suffix)
         if lines and (self.root / lines).is_file():
             path, read = self.root / lines, _json_lines
-        self.counts[name] = 0
         if read is None or not path.is_file():
             yield str(path), self._missing(path, lines)
             return
+        self.counts[name] = 0
         try:
             for where, value in read(path):
                 self.counts[name] += 1
