@@ -554,7 +554,7 @@ def test_orders_are_frozen_and_differ() -> None:
     assert content == ["a", "on", "the"] and made[0].split()[0] == "a", "words of the language's frame stay in place"
 
 
-FROZEN: list[str] = []
+FROZEN = ["a dog, red on the old mat", "the red dog, a on old mat", "red dog, a the on old mat", "mat on the old a red dog,"]
 
 
 # Metrics by hand --------------------------------------------------------------------------------------------------------------------------
