@@ -49,7 +49,7 @@ CVBENCH = Benchmark(
     metrics=metrics,
     headline="cv_bench",
     probes=("letters", "generate"),
-    published=(Published("accuracy", "Qwen2.5-VL-7B (plain share)", 79.95, "research notes of this project, source not kept"),),
+    published=(Published("accuracy", "Qwen2.5-VL-7B (plain share)", 79.95, "in circulation, its source was not established"),),
     traps=("one public evaluator reports the plain share, which the authors' formula is not",),
     unofficial="letters in all orders up to four options, and cyclic ones beyond",
 )

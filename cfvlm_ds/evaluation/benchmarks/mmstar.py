@@ -41,7 +41,7 @@ MMSTAR = Benchmark(
     metrics=metrics,
     headline="macro",
     probes=("yes_no", "generate"),
-    published=(Published("macro", "Qwen2.5-VL-7B", 62.5, "research notes of this project, source not kept"),),
+    published=(Published("macro", "Qwen2.5-VL-7B", 62.5, "in circulation, its source was not established"),),
     traps=(
         "the authors ask for runs without the picture beside every score: that is the blind row",
         "the question contains its options, so that their order is as released",

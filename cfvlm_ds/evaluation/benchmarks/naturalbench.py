@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Published, Values, one_hot
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Values, one_hot
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, all_right, grouped, mean, tag, text_right, together
 from cfvlm_ds.evaluation.benchmarks.source import Row, Source, choice, each, text
 
@@ -71,7 +71,6 @@ NATURALBENCH = Benchmark(
     metrics=metrics,
     headline="g_acc",
     probes=("yes_no", "generate"),
-    published=(Published("g_acc", "human", 92.0, "arXiv 2410.14669 (about, from memory)"),),
     traps=(
         "an answer that cannot be read counts as wrong",
         "one public evaluator takes the article a for option A",
