@@ -735,6 +735,9 @@ def test_a_name_leads_to_no_file_outside(tmp_path: Path) -> None:
     for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), "a/../../secret.jpg", "", "a\0b", "..\\secret.jpg", 7, None):
         with pytest.raises(DataError, match=r"^here: "):
             Source(tmp_path / "inner").picture("here", name, "images", "../coco")
+    put(tmp_path / "coco/shard.tar", "x" * 90)
+    part = Source(tmp_path / "inner").picture("here", "shard.tar#10+20", "images", "../coco")
+    assert part == tmp_path / "coco/shard.tar#10+20", "a part of a container is a picture too"
 
 
 def test_files_that_are_no_files_of_rows(tmp_path: Path) -> None:
