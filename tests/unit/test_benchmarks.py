@@ -703,6 +703,10 @@ def test_whatsup_by_hand(tmp_path: Path) -> None:
     assert (found["individual/images"], found["pair/images"], found["set/images"]) == (75, 50, 0)
     assert (found["individual/clevr"], found["pair/clevr"], found["set/clevr"], found["individual/vg_two"]) == (100, 100, 100, 100)
     assert found["individual"] == pytest.approx((75 + 5 * 100) / 6)
+    path = tmp_path / "whatsup/controlled_images_dataset.json"
+    put(path, json.loads(path.read_text())[:3])
+    found = BENCHMARKS["whatsup"].metrics(answered(read("whatsup", tmp_path / "whatsup"), lambda item, i, c: item.match[i][c]))
+    assert (found["pair/images"], found["set/images"]) == (pytest.approx(100 / 1.5), 0), "a pair and a scene without their fourth picture"
 
 
 def test_aro_means(tmp_path: Path) -> None:
@@ -732,6 +736,9 @@ def test_cvbench_vl_checklist_vismin_and_the_counterfacts_by_hand(tmp_path: Path
 
 def test_a_name_leads_to_no_file_outside(tmp_path: Path) -> None:
     put(tmp_path / "secret.jpg", "secret")
+    (tmp_path / "inner/images").mkdir(parents=True)
+    with pytest.raises(DataError, match="leads out of"):
+        Source(tmp_path / "inner").picture("here", "../../secret.jpg", "images")
     for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), "a/../../secret.jpg", "", "a\0b", "..\\secret.jpg", 7, None):
         with pytest.raises(DataError, match=r"^here: "):
             Source(tmp_path / "inner").picture("here", name, "images", "../coco")
