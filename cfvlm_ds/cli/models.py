@@ -36,6 +36,8 @@ def add(commands: Any) -> None:
         command.add_argument("--batch_size", type=positive, default=16, help="groups per batch (default 16)")
         limit = "tokens per forward at most; a larger batch is scored in several (default: one forward per batch)"
         command.add_argument("--max_tokens_per_forward", type=positive, metavar="N", help=limit)
+        text = "score the first N groups alone, as the option limit of a data set does"
+        command.add_argument("--limit", type=positive, metavar="N", help=text)
         if name == "evaluate":
             text = "leave out the row of another group's image, which costs one more image and its texts per group"
             command.add_argument("--no_shuffled", action="store_true", help=text)
@@ -58,7 +60,7 @@ def _score(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.evaluation import score_groups
     from cfvlm_ds.models import fingerprint
 
-    groups = sound_groups(arguments.manifest, arguments.root, said_format(arguments.manifest, arguments.format))
+    groups = sound_groups(arguments.manifest, arguments.root, said_format(arguments.manifest, arguments.format), arguments.limit)
     model, adapter = model_of(arguments)
     if adapter is not None:
         raise ConfigError(f"{adapter} holds adapters, and stored scores belong to one model; merge them with `cfvlm-ds export`, name that")
@@ -84,7 +86,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out:
         output_file(Path(arguments.out))
     splits = {
-        name: sound_groups(path, arguments.root, said_format(path, arguments.format))
+        name: sound_groups(path, arguments.root, said_format(path, arguments.format), arguments.limit)
         for name, path in named_apart(arguments.manifest).items()
     }
     scorer, collator, world = load_scorer(*model_of(arguments), max_pixels=arguments.max_pixels)

@@ -201,7 +201,7 @@ class DataConfig:
     def train_sets(self) -> dict[str, Source]:
         """The sources of training groups by name, each with its root and format; one, called train, where there is no mixture.
 
-        Raises ConfigError where two have one name, or a name that metrics and files cannot have.
+        Raises ConfigError where two have one name, or a name that metrics and files cannot have, and where only some have a weight.
         """
         if isinstance(self.train, str):
             return {"train": Source(self.train, self.root, self.format, scores=self.scores)}
@@ -214,6 +214,9 @@ class DataConfig:
                 raise ConfigError(f"data.train: {found[name].path} and {each.path} are both called {name!r}; give one of them another name")
             root = self.root if each.root is None else each.root
             found[name] = replace(each, root=root, format=each.format or self.format, name=name)
+        without = [name for name, each in found.items() if each.weight is None]
+        if 0 < len(without) < len(found):
+            raise ConfigError(f"data.train: source {without[0]!r} has no weight and others have; give each a weight, or none")
         return found
 
     @property

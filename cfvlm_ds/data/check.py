@@ -356,9 +356,9 @@ def _of_share(share: Share) -> str:
     return f" (rank {share.rank}; {share.size} ranks share them)" if share.size > 1 else ""
 
 
-def sound_groups(path: str | Path, root: Root = None, format: str = "cfgroup") -> GroupStore:
+def sound_groups(path: str | Path, root: Root = None, format: str = "cfgroup", limit: int | None = None) -> GroupStore:
     """``open_groups`` of a manifest whose rows are looked at first. Raises DataError on the first problem, ids that come twice included."""
-    store = open_groups(path, root, format)
+    store = open_groups(path, root, format, limit=limit)
     if problems := check_rows(store, progress=lambda line: None).problems:
         raise DataError(problems[0])
     return store

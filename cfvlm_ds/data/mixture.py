@@ -1,8 +1,9 @@
 """Several sources in one stream of groups: which source each place of the stream draws from, computed from the place alone.
 
 The stream is cut into windows of 1,000 draws. A window takes from each source its share of 1,000, rounded down or up; who is rounded up
-turns from window to window, so that in the long run every source has exactly its share (systematic sampling with a start that advances by
-the golden ratio). Within a window a source's draws lie evenly. Nothing depends on the number of ranks, and any place can be asked for.
+turns from window to window, so that in the long run every source has its share (systematic sampling with a start that advances by the
+golden ratio). Within a window a source's draws lie evenly. Nothing depends on the number of ranks, and any place can be asked for: what
+was drawn before a window is a sum in closed form, not a count.
 
 Shapes: S sources, W windows.
 """
@@ -21,13 +22,14 @@ import numpy.typing as npt
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.sequences import Lazy
-from cfvlm_ds.data.permutation import permuted
+from cfvlm_ds.data.permutation import COMPUTED, STORED, permuted
 
 WINDOW = 1000
 """Draws in which every source has its share, to one."""
 _TURN = 0x9E3779B97F4A7C15  # the golden ratio's fraction, of 2**64: multiples of it lie evenly on the circle
 _CIRCLE = 1 << 64
-_BLOCK = 1024  # windows counted at a time
+_LEAST = Fraction(1, 10**9)  # of a share: places are numbers of 64 bits
+_KEPT = 1 << 10  # windows that are remembered
 
 
 @dataclass(frozen=True)
@@ -53,52 +55,56 @@ class Draws:
 
     def counts(self, window: int) -> npt.NDArray[np.int64]:
         """[S] draws of each source in a window; WINDOW together."""
-        return self._counted(window // _BLOCK)[0][window % _BLOCK]
+        return self.before(window + 1) - self.before(window)
 
     def before(self, window: int) -> npt.NDArray[np.int64]:
         """[S] draws of each source in all windows before this one."""
-        return self._counted(window // _BLOCK)[1][window % _BLOCK]
+        return _before(self.shares, window)
 
     def place_of(self, source: int, number: int) -> int:
         """The place in the stream of a source's draw ``number``, from 0. Raises ValueError for a source without a share."""
         if not self.shares[source]:
             raise ValueError(f"source {source} has no share")
-        low, high = 0, int(number / self.shares[source]) // WINDOW + 3
+        low, high = 0, 1
+        while int(self.before(high)[source]) <= number:
+            low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if int(self.before(middle)[source]) <= number else (low, middle)
         drawn, place = _window(tuple(self.counts(low).tolist()))
         return low * WINDOW + int(np.flatnonzero((drawn == source) & (place == number - int(self.before(low)[source])))[0])
 
-    def _counted(self, block: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """([_BLOCK, S] draws in each window of a block, [_BLOCK, S] those in all windows before)."""
-        counts = _counts(self.shares, block)
-        return counts, _earlier(self.shares, block) + np.cumsum(counts, 0) - counts
 
+@functools.lru_cache(maxsize=_KEPT)
+def _before(shares: tuple[Fraction, ...], windows: int) -> npt.NDArray[np.int64]:
+    """[S] draws of each source in so many windows.
 
-@functools.lru_cache(maxsize=4)
-def _counts(shares: tuple[Fraction, ...], block: int) -> npt.NDArray[np.int64]:
+    In every window the sources lie one after the other on a circle of 1, each as long as what its share of WINDOW is beyond a whole number,
+    and behind a start that advances by the golden ratio. A source is rounded up as often as its part of the circle passes a whole number.
+    """
     whole = [int(share * WINDOW) for share in shares]
-    ends = [(sum(shares[: s + 1], Fraction(0)) * WINDOW - sum(whole[: s + 1])) * _CIRCLE for s in range(len(shares))]
-    turns, rest = zip(*(divmod(int(end), _CIRCLE) for end in ends), strict=True)
-    starts = np.arange(block * _BLOCK, (block + 1) * _BLOCK, dtype=np.uint64) * np.uint64(_TURN)  # modulo 2**64
-    around = starts[:, None] + np.array(rest, np.uint64)
-    reached = np.array(turns, np.int64) + (around < starts[:, None])
-    return np.array(whole, np.int64) + np.diff(reached, axis=1, prepend=0)
+    none = _floors(windows, _TURN, 0)
+    passed, end, found = 0, Fraction(0), list[int]()
+    for share, count in zip(shares, whole, strict=True):
+        end += share * WINDOW - count
+        turns, rest = divmod(int(end * _CIRCLE), _CIRCLE)
+        reached = turns * windows + _floors(windows, _TURN, rest) - none
+        found.append(count * windows + reached - passed)
+        passed = reached
+    return np.array(found, np.int64)
 
 
-_TOTALS: dict[tuple[Fraction, ...], list[npt.NDArray[np.int64]]] = {}
-"""Shares -> draws of each source before each block, as far as they have been asked for."""
+def _floors(count: int, step: int, first: int) -> int:
+    """The sum of floor((step k + first) / _CIRCLE) over k from 0 to ``count`` - 1, in as many operations as the numbers have bits."""
+    total, modulus = 0, _CIRCLE
+    while count > 0:
+        total += (count - 1) * count // 2 * (step // modulus) + count * (first // modulus)
+        step, first = step % modulus, first % modulus
+        count, first, step, modulus = *divmod(step * count + first, modulus), modulus, step
+    return total
 
 
-def _earlier(shares: tuple[Fraction, ...], block: int) -> npt.NDArray[np.int64]:
-    totals = _TOTALS.setdefault(shares, [np.zeros(len(shares), np.int64)])
-    while len(totals) <= block:
-        totals.append(totals[-1] + _counts(shares, len(totals) - 1).sum(0))
-    return totals[block]
-
-
-@functools.lru_cache(maxsize=1 << 10)
+@functools.lru_cache(maxsize=_KEPT)
 def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(source, its how many-th draw of the window) of each place of a window: the k-th of n draws lies at (k + 1/2) / n."""
     source = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
@@ -110,7 +116,7 @@ def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray
 def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequence[str]) -> tuple[Fraction, ...]:
     """The share of draws of each source: by weight, or by number of groups where none has a weight.
 
-    Raises DataError where some have a weight and others have none.
+    Raises DataError where some have a weight and others have none, and for a share that no run would ever see.
     """
     if all(weight is None for weight in weights):
         given = [Fraction(size) for size in sizes]
@@ -119,6 +125,9 @@ def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequ
     else:
         given = [Fraction(repr(float(weight or 0))) for weight in weights]
     total = sum(given, Fraction(0))
+    for each, name in zip(given, names, strict=True):
+        if 0 < each / total < _LEAST:
+            raise DataError(f"data.train: source {name!r} has {float(each / total):.1g} of the draws, less than one in 1e9; leave it out")
     return tuple(each / total for each in given)
 
 
@@ -182,12 +191,14 @@ class MixedOrder:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a place to mean the same groups."""
+        computed = {"order": COMPUTED} if self.shuffle and max(self.sizes) > STORED else {}
         return {
             "num_groups": sum(self.sizes),
             "seed": self.seed,
             "shuffle": self.shuffle,
             "sizes": list(self.sizes),
             "shares": [str(share) for share in self.shares],
+            **computed,
         }
 
 

@@ -16,6 +16,9 @@ import torch
 STORED = 1_000_000
 """Groups up to which the permutation is stored: 8 MB an epoch."""
 
+COMPUTED = "feistel-1"
+"""What the state of a sampler calls the order beyond; another name for another order."""
+
 _BLOCK = 1 << 12  # places that are computed at once
 _ROUNDS = 8  # four suffice for a pseudorandom permutation where the round functions are (Luby, Rackoff 1988)
 

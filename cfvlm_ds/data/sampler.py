@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.data.permutation import STORED, permuted
+from cfvlm_ds.data.permutation import COMPUTED, STORED, permuted
 
 
 class Order(Protocol):
@@ -84,9 +84,6 @@ class OneAfterTheOther:
 
     def epochs(self, seen: int) -> list[float]:
         return []
-
-
-COMPUTED = "feistel-1"  # in the state of a sampler; another name for another order
 
 
 class GroupSampler:

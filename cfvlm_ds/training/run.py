@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from cfvlm_ds.core.files import keep
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import GroupSampler, PackedSampler
 from cfvlm_ds.data.mixture import MixedOrder, shares_of
-from cfvlm_ds.data.stored_scores import StoredScores, read_scores
+from cfvlm_ds.data.stored_scores import ScoresOfSources, StoredScores, read_scores
 from cfvlm_ds.models import inputs_fingerprint
 from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.tracking import import_mlflow
@@ -135,7 +135,7 @@ def _close_at_once(tracker: Any, code: int) -> None:
     tracker.close("SCHEDULED" if code == signals.EXIT_STOPPED else "KILLED", timeout=5.0)
 
 
-def _stored_scores(config: RunConfig, data: RunData, world: World) -> dict[str, StoredScores] | None:
+def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[str, StoredScores] | None:
     """The stored scores of the training groups, if an objective needs them and the model without its adapters does not suffice."""
     if not scores_needed(config):
         return None
@@ -147,15 +147,14 @@ def _stored_scores(config: RunConfig, data: RunData, world: World) -> dict[str, 
         raise
 
 
-def _read_scores(config: RunConfig, data: RunData, made_by: dict[str, str]) -> dict[str, StoredScores]:
+def _read_scores(config: RunConfig, data: RunData, made_by: dict[str, str]) -> Mapping[str, StoredScores]:
     """Scores of the training groups by id: of each source that has a file of them."""
-    found: dict[str, StoredScores] = {}
-    for name, each in config.data.train_sets.items():
-        if each.scores is not None:
-            groups, identity = data.sources[name]
-            of_source = read_scores(Path(each.scores), groups, identity, made_by=made_by)
-            found |= {f"{name}/{number}": scores for number, scores in of_source.items()} if config.data.is_mixture else of_source
-    return found
+    found = {
+        name: read_scores(Path(each.scores), *data.sources[name], made_by=made_by)
+        for name, each in config.data.train_sets.items()
+        if each.scores is not None
+    }
+    return ScoresOfSources(found) if config.data.is_mixture else next(iter(found.values()))
 
 
 def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator) -> GroupSampler:

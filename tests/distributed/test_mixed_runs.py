@@ -55,7 +55,10 @@ def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
                 said[name] = said.get(name, "") + part
 
     run(2, {"two": (["nothing"], arguments("two", 4, *evaluation)), "broken": (["stopped", 2], arguments("broken", 4))})
-    without = {0: {"path": str(plain), "name": "a"}, 2: {"path": str(plain), "name": "b", "objectives": ["align"]}}
+    without = {
+        0: {"path": str(plain), "name": "a"},
+        2: {"path": str(plain), "name": "b", "objectives": ["align"], "root": str(folder)},
+    }
     refused = ["unchanged", str(folder / "broken"), False]
     run(1, {
         "share": (refused, arguments("broken", 8, changed={0: {"weight": 5}})),
@@ -110,7 +113,13 @@ def test_a_changed_mixture_is_refused(trained: Trained) -> None:
 def test_what_is_shared_and_what_is_idle_is_named(trained: Trained, manifests: dict[str, Path]) -> None:
     """The evaluation set is the training file, of which thirty rows are trained on; three sources without a negative."""
     _, said = trained
-    shared = [line for line in said["two"].splitlines() if line.startswith("warning: data.evaluation.half: ")]
-    assert len(shared) == 1 and "30 of its 48 rows and " in shared[0] and str(manifests["train"]) in shared[0]
+    groups = read_manifest(manifests["train"])
+    rows = [(sorted(each.text for each in group.candidates), sorted(image[0].read_bytes() for image in group.images)) for group in groups]
+    pictures = [image[0].read_bytes() for group in groups for image in group.images]
+    trained_on = {image[0].read_bytes() for group in groups[:30] for image in group.images}
+    there, which = sum(row in rows[:30] for k, row in enumerate(rows) if row not in rows[:k]), len({str(row) for row in rows})
+    counts = f"{there} of its {which} rows and {len(trained_on)} of its {len(set(pictures))} pictures"
+    whole = f"warning: data.evaluation.half: {counts} are in the training set {manifests['train']} too"
+    assert sum(line.startswith(whole) for line in said["two"].splitlines()) == 1
     assert "csd, fcd have nothing to compare, and this is plain supervised fine-tuning" in said["idle"]
     assert "nothing to compare" not in said["two"]
