@@ -24,6 +24,7 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
 from cfvlm_ds.data.manifest import Root, data_roots, known_format, open_groups, repeated
+from cfvlm_ds.data.packed import PackedRows
 from cfvlm_ds.data.passes import Done, Firsts, Share, contains, owned
 from cfvlm_ds.data.picture_file import picture_stat
 from cfvlm_ds.data.picture_index import Picture, PictureTable, picture_key, picture_of
@@ -194,7 +195,8 @@ def _open_pictures(
     """Open each picture once, named by the first group of this range that shows it."""
     wanted = first_uses(store, keys, places)
     counted = Progress(progress, f"check of images{_of_share(share)}", len(keys), "images")
-    for index, problem in counted.over(_open_all(wanted, max_pixels, share)):
+    packed = store.rows.pictures if isinstance(store.rows, PackedRows) else None
+    for index, problem in counted.over(_open_all(wanted, packed, max_pixels, share)):
         if problem is not None:
             report.problems.append(f"{store.where(index)}: {problem}")
 
@@ -216,15 +218,17 @@ def _find(keys: Array, key: int) -> int | None:
     return place if place < len(keys) and int(keys[place]) == key else None
 
 
-def _open_all(wanted: Iterator[tuple[int, Path]], max_pixels: int, share: Share) -> Iterator[tuple[int, str | None]]:
+def _open_all(
+    wanted: Iterator[tuple[int, Path]], packed: PictureTable | None, max_pixels: int, share: Share
+) -> Iterator[tuple[int, str | None]]:
     """What is wrong with each picture, or None; the sound ones are noted, a chunk at a time."""
     # Threads suffice: PIL decodes without holding the interpreter lock. Chunks bound the memory of pending work for millions of files.
     pool = ThreadPoolExecutor(cores_per_rank())
     try:
+        look = partial(_open, known=share.notes.known, packed=packed, max_pixels=max_pixels)
         while chunk := [use for _, use in zip(range(_CHUNK), wanted, strict=False)]:
             sound = []
-            paths = [path for _, path in chunk]
-            opened = pool.map(partial(_open, known=share.notes.known, max_pixels=max_pixels), paths)
+            opened = pool.map(look, [path for _, path in chunk])
             for (index, path), found in zip(chunk, opened, strict=True):
                 share.alive()
                 if isinstance(found, Picture):
@@ -235,13 +239,17 @@ def _open_all(wanted: Iterator[tuple[int, Path]], max_pixels: int, share: Share)
         pool.shutdown(cancel_futures=True)
 
 
-def _open(path: Path, known: PictureTable, max_pixels: int) -> Picture | str | None:
-    """What to note of a picture, or its problem; None for one that was sound before and has not been written since."""
+def _open(path: Path, known: PictureTable, packed: PictureTable | None, max_pixels: int) -> Picture | str | None:
+    """What to note of a picture, or its problem; None for one that was sound before and has not been written since. One of a packed store
+    is the one that was ``packed``."""
     try:
         before = known.find(path)
         if before is not None and before.width * before.height <= max_pixels and picture_stat(path) == (before.size, before.mtime):
             return None
-        return picture_of(path, *open_image(path, max_pixels).size)
+        found = picture_of(path, *open_image(path, max_pixels).size)
+        if packed is not None and (before := packed.find(path)) is not None and before != found:
+            return f"{path}: the picture is not the one that was packed; copy the store whole, or pack the data again"
+        return found
     except DataError as error:
         return str(error)
     except OSError as error:
@@ -377,7 +385,8 @@ def check_manifest(
 
     ``lengths`` (a Collator, say) knows how many tokens a row takes; with it, rows beyond the model's window are problems and visual tokens
     are counted. ``max_pixels`` as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds of work.
-    Problems are collected, not raised; DataError is raised for an unknown format.
+    Of a packed store every file is held against its sha256 too. Problems are collected, not raised; DataError is raised for an unknown
+    format.
     """
     known_format(path, format)
     data_roots(path, root)
@@ -385,4 +394,7 @@ def check_manifest(
         store = open_groups(path, root, format, progress=progress)
     except DataError as error:
         return CheckReport(str(path), problems=[str(error)])
-    return check_groups(store, lengths=lengths, max_pixels=max_pixels, progress=progress)
+    report = check_groups(store, lengths=lengths, max_pixels=max_pixels, progress=progress)
+    if isinstance(store.rows, PackedRows):
+        report.problems.extend(store.rows.altered(progress, lambda: None))
+    return report

@@ -31,10 +31,10 @@ from cfvlm_ds.data import lines
 from cfvlm_ds.data.check import first_uses, look_at_rows
 from cfvlm_ds.data.decoding import MAX_BYTES, open_image
 from cfvlm_ds.data.formats.cfgroup import to_row
-from cfvlm_ds.data.packed import FILE, SCHEMA, index_sum
+from cfvlm_ds.data.packed import FILE, PICTURES, SCHEMA, index_sum
 from cfvlm_ds.data.passes import Share
 from cfvlm_ds.data.picture_file import part_name, picture_bytes
-from cfvlm_ds.data.picture_index import picture_key
+from cfvlm_ds.data.picture_index import FACTS, PictureTable, digest_of, picture_key
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore
 
@@ -44,7 +44,7 @@ PICTURED = 1 << 15
 ROWS = 1 << 18
 """Groups in one file of rows: some tens of files that a process keeps open."""
 
-_PLACE = np.dtype([("key", "<u8"), ("tar", "<u4"), ("start", "<i8"), ("length", "<i8")])
+_PLACE = np.dtype([("key", "<u8"), ("tar", "<u4"), ("start", "<i8"), ("facts", FACTS)])
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 _AT_ONCE = 64  # pictures that are read before they are written
 
@@ -87,9 +87,14 @@ def pack(source: GroupStore, out: Path, say: Say, *, shard: int = 0, of: int = 1
         say(f"{out}: {len(missing)} of {files.count} files of rows are still to be packed by others; who comes last ends the store")
         return False
     record = {"schema": SCHEMA, "groups": len(source), "source": stamp, "rows": files.records(), "images": tars.records()}
-    for left in out.glob("*.tmp"):  # by calls that were killed
-        left.unlink(missing_ok=True)
-    replace(out / FILE, json.dumps(record, indent=1).encode(), shared=True)
+    try:
+        record["pictures"] = _write_table(out, found)
+        for left in out.glob("*.tmp"):  # by calls that were killed
+            left.unlink(missing_ok=True)
+        replace(out / FILE, json.dumps(record, indent=1).encode(), shared=True)
+    except FileNotFoundError:  # others have ended it at the same time, and taken this for what was left
+        if not (out / FILE).exists():
+            raise
     remove(work)
     return True
 
@@ -124,7 +129,7 @@ class _Files:
 
 def _stamp(source: GroupStore) -> str:
     """What a store is recognised by: the data set, as it is now."""
-    parts = [SCHEMA, PICTURED, ROWS, len(source), source.rows.state, [str(root) for root in source.roots]]
+    parts = [SCHEMA, _PLACE.itemsize, PICTURED, ROWS, len(source), source.rows.state, [str(root) for root in source.roots]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -158,12 +163,12 @@ def _pack_pictures(
     """A tar, and where in it each picture is."""
     found = []
     with _Summed.of(out / f"{tars.name(number)}.tar") as written:
-        for k, (key, path, content) in enumerate(_contents(source, keys, places, max_pixels)):
+        for k, (key, path, content, size) in enumerate(_contents(source, keys, places, max_pixels)):
             suffix = path.suffix.lower()
             member = tarfile.TarInfo(f"{number:05}-{k:07}{suffix if suffix in _SUFFIXES else ''}")
             member.size = len(content)
             written.write(member.tobuf(tarfile.USTAR_FORMAT))
-            found.append((key, number, written.size, len(content)))
+            found.append((key, number, written.size, (len(content), 0, digest_of(content), *size)))
             written.write(content)
             written.write(bytes(-len(content) % tarfile.BLOCKSIZE))
             progress.advance()
@@ -174,23 +179,36 @@ def _pack_pictures(
     tars.note(number, written, pictures=len(found))
 
 
-def _contents(source: GroupStore, keys: npt.NDArray[Any], places: npt.NDArray[Any], max_pixels: int) -> Iterator[tuple[int, Path, bytes]]:
-    """Key, name and bytes of each picture, once it has been opened."""
+def _write_table(out: Path, found: npt.NDArray[Any]) -> dict[str, Any]:
+    """What is known of the pictures, by their names in the store; the record of its file."""
+    names = (part_name(f"images-{int(each['tar']):05}.tar", int(each["start"]), int(each["facts"]["size"])) for each in found)
+    keys = np.fromiter((picture_key(Path("/", name)) for name in names), np.uint64, len(found))
+    order = np.argsort(keys, kind="stable")
+    with _Summed.of(out / PICTURES) as written:
+        for part in PictureTable(keys[order], found["facts"][order]).parts():
+            written.write(part)
+    return {"file": written.path.name, "bytes": written.size, "sha256": written.sha256}
 
-    def look(use: tuple[int, Path]) -> bytes | str:
+
+def _contents(
+    source: GroupStore, keys: npt.NDArray[Any], places: npt.NDArray[Any], max_pixels: int
+) -> Iterator[tuple[int, Path, bytes, tuple[int, int]]]:
+    """Key, name, bytes and size of each picture, once it has been opened."""
+
+    def look(use: tuple[int, Path]) -> tuple[bytes, tuple[int, int]] | str:
         try:
-            open_image(use[1], max_pixels)
-            return picture_bytes(use[1], MAX_BYTES)
+            size = open_image(use[1], max_pixels).size
+            return picture_bytes(use[1], MAX_BYTES), size
         except (OSError, ValueError) as error:
             return str(error) if isinstance(error, DataError) else f"{use[1]}: image cannot be read ({error}); restore it"
 
     uses = first_uses(source, keys, places)
     with ThreadPoolExecutor(cores_per_rank()) as pool:
         while chunk := [use for _, use in zip(range(_AT_ONCE), uses, strict=False)]:
-            for (index, path), content in zip(chunk, pool.map(look, chunk), strict=True):
-                if isinstance(content, str):
-                    raise DataError(f"{source.where(index)}: {content}")
-                yield picture_key(path), path, content
+            for (index, path), seen in zip(chunk, pool.map(look, chunk), strict=True):
+                if isinstance(seen, str):
+                    raise DataError(f"{source.where(index)}: {seen}")
+                yield picture_key(path), path, *seen
 
 
 def _pack_rows(source: GroupStore, out: Path, files: _Files, number: int, found: npt.NDArray[Any], progress: Progress) -> None:
@@ -215,7 +233,7 @@ def _named(out: Path, found: npt.NDArray[Any], picture: Path) -> Path:
     at = int(found["key"].searchsorted(key))
     if at == len(found) or (place := found[at])["key"] != key:
         raise DataError(f"{picture}: the picture is not packed; the data set was written meanwhile: remove the store and pack it again")
-    return out / part_name(f"images-{int(place['tar']):05}.tar", int(place["start"]), int(place["length"]))
+    return out / part_name(f"images-{int(place['tar']):05}.tar", int(place["start"]), int(place["facts"]["size"]))
 
 
 class _Summed:

@@ -1,25 +1,33 @@
 """A packed store: a folder of files of rows, each with its index, of uncompressed tars of pictures, and store.json that names them all.
 
 It may be copied anywhere, and is written by nobody: files are held against their sizes and the sums of their indexes, not against times.
+What was known of each picture when it was packed is in a table of its own, so that nothing has to be opened to know sizes and contents.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import MAX_RECORD, MIB, HeldFile, parse_json, read_bytes
 from cfvlm_ds.core.untrusted import own_file
+from cfvlm_ds.data.decoding import MAX_ASPECT, MAX_PIXELS
 from cfvlm_ds.data.lines import IndexedLines, state_of
+from cfvlm_ds.data.picture_file import picture_file
+from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.data.rows import LineRows
 
 SCHEMA = "cfstore/1"
-FILE = "store.json"
+FILE, PICTURES = "store.json", "pictures.table"
 _OPEN = 200  # files of rows that a process keeps open
 
 
@@ -44,11 +52,16 @@ class PackedRows:
             record = parse_json(read_bytes(self._file, MAX_RECORD).decode())
             if record["schema"] != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
-            for each in (*record["rows"], *record["images"]):
+            table = record.get("pictures")
+            self._sums = dict[str, str]()
+            for each in (*record["rows"], *record["images"], *([] if table is None else [table])):
                 file = own_file(folder, each["file"], self._file)
                 size = file.stat().st_size if file.is_file() else "no"
                 if size != each["bytes"]:
                     raise ValueError(f"{file.name} has {size} bytes and not {each['bytes']}")
+                self._sums[file.name] = str(each["sha256"])
+            self.pictures = None if table is None else PackedPictures(folder, record["images"], PictureTable.opened(folder / table["file"]))
+            """What was known of each picture when it was packed."""
             self._shards = [(folder / each["file"], int(each["index"]), int(each["groups"])) for each in record["rows"]]
             self._firsts = np.cumsum([0, *(groups for *_, groups in self._shards)])
             if not self._shards or any(groups < 1 for *_, groups in self._shards):
@@ -77,6 +90,26 @@ class PackedRows:
         rows, place = self._find(row)
         return rows.value(place)
 
+    def altered(self, progress: Callable[[str], object], alive: Callable[[], object]) -> Iterator[str]:
+        """A sentence for each file whose sha256 is not that of store.json; reads them all."""
+        counted = Progress(progress, f"sha256 of the files of {self.path}", sum(map(self._size, self._sums)) / 1e6, "MB")
+        for name, expected in self._sums.items():
+            try:
+                held, found, place = HeldFile(self.path / name), hashlib.sha256(), 0
+                while block := held.read(place, MIB):
+                    found.update(block)
+                    place += len(block)
+                    counted.advance(len(block) / 1e6)
+                    alive()
+            except (OSError, ValueError) as error:
+                yield f"{self.path / name}: the file cannot be read ({error}); {self._remedy}"
+                continue
+            if found.hexdigest() != expected:
+                yield f"{self.path / name}: it is not the file that was packed (its sha256 is another); {self._remedy}"
+
+    def _size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
     def _find(self, row: int) -> tuple[LineRows, int]:
         shard = int(self._firsts.searchsorted(row, "right")) - 1
         return self._opened(shard), row - int(self._firsts[shard])
@@ -92,6 +125,31 @@ class PackedRows:
             reason = error.strerror if isinstance(error, OSError) else error
             raise DataError(f"{file}: the rows cannot be read ({reason}); {self._remedy}") from error
         return LineRows(lines)
+
+
+class PackedPictures(PictureTable):
+    """The pictures of a store by their names in it, wherever the store is. What its table says is believed as far as a picture may be."""
+
+    def __init__(self, folder: Path, tars: list[Mapping[str, Any]], table: PictureTable) -> None:
+        self._folder, self._table, self.file = os.path.abspath(folder), table, None
+        self._times = {str(each["file"]): (folder / each["file"]).stat().st_mtime_ns for each in tars}
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __reduce__(self) -> Any:
+        return object.__reduce__(self)
+
+    def find(self, path: Path) -> Picture | None:
+        """What was known of a picture; a file that is written from now on is one of another time."""
+        time = self._times.get(picture_file(path).name)
+        if time is None or os.path.abspath(path.parent) != self._folder:
+            return None
+        known = self._table.find(Path("/", path.name))
+        if known is None or not 0 < known.width * known.height <= MAX_PIXELS:
+            return None
+        aspect = max(known.width, known.height) / min(known.width, known.height)
+        return None if aspect > MAX_ASPECT else known._replace(mtime=time)
 
 
 def index_sum(file: Path) -> int:

@@ -30,9 +30,9 @@ from cfvlm_ds.data.manifest import taken_as
 from cfvlm_ds.data.mixture import MixedGroups
 from cfvlm_ds.data.overlap import shared_with
 from cfvlm_ds.data.packed import FILE as STORE
-from cfvlm_ds.data.packed import is_store
+from cfvlm_ds.data.packed import PackedRows, is_store
 from cfvlm_ds.data.passes import Board
-from cfvlm_ds.data.picture_index import PictureNotes, PictureTable, stored_pictures
+from cfvlm_ds.data.picture_index import PictureNotes, PictureTable, PictureTables, stored_pictures
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
 
 _FORM = 3  # of data_check.json and of what a check looks at; another number has everything looked at again
@@ -47,8 +47,8 @@ class RunData:
     """What a run trains on and is evaluated on.
 
     ``identity`` is that of the training groups, ``identities`` those of the splits. ``pictures`` are those found sound, with which a
-    picture is compared when it is opened; None if only rows were checked. ``collator`` is the model's, if the check needed one. ``sources``
-    are the training sets by name, of which ``groups`` are made.
+    picture is compared when it is opened; if only rows were checked those of packed stores, or None. ``collator`` is the model's, if the
+    check needed one. ``sources`` are the training sets by name, of which ``groups`` are made.
     """
 
     groups: Sequence[CounterfactualGroup]
@@ -156,6 +156,7 @@ class _Check:
         self.collator: Collator | None = None
         self._known: dict[str, Any] = {}
         self._stamps: dict[str, list[Any]] = {}
+        self._packed: list[PictureTable] = []
         if world.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._known = _recorded(self._file)
@@ -169,6 +170,8 @@ class _Check:
         groups = self._opened(each)
         if self._format(each) == AUTO:
             self._world.say(taken_as(groups))
+        if isinstance(groups.rows, PackedRows) and groups.rows.pictures is not None:
+            self._packed.append(groups.rows.pictures)
         if summary is None:
             summary, known_false = self._looked_at(each, groups)
             agreed(self._world, lambda: self._refuse_written(each, groups))
@@ -178,8 +181,10 @@ class _Check:
 
     @property
     def pictures(self) -> PictureTable | None:
-        """The pictures that were checked."""
-        return stored_pictures(self._folder) if self._full else None
+        """The pictures that were checked; if only rows were, what packed stores say of theirs."""
+        if self._full:
+            return stored_pictures(self._folder)
+        return PictureTables(self._packed) if self._packed else None
 
     def identity(self, each: DataSet, groups: Sequence[CounterfactualGroup]) -> Identity:
         """What the groups of a set are recognised by."""

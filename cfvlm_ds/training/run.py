@@ -23,6 +23,7 @@ from cfvlm_ds.core.files import keep
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import GroupSampler, PackedSampler
 from cfvlm_ds.data.mixture import MixedOrder, shares_of
+from cfvlm_ds.data.packed import is_store
 from cfvlm_ds.data.stored_scores import ScoresOfSources, StoredScores, read_scores
 from cfvlm_ds.models import inputs_fingerprint
 from cfvlm_ds.objectives import required_cells
@@ -161,8 +162,11 @@ def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator)
     options, limit = config.train, config.data.max_tokens_per_micro_batch
     counted = limit or config.data.max_tokens_per_forward
     if counted:
-        depends_on = None if data.pictures is None else lambda: [dict(data.identity), inputs_fingerprint(config.model)]
+        known = data.identity.get("pictures") is not None  # else a picture may have another size tomorrow
+        depends_on = (lambda: [dict(data.identity), inputs_fingerprint(config.model)]) if known else None
         where: dict[str, Any] = {"folder": Path(options.output_dir) / "data_check", "depends_on": depends_on}
+        if not config.data.is_mixture and is_store(Path(str(config.data.train))):
+            where["shared"] = Path(str(config.data.train)) / "tokens"
         tokens = group_tokens(data.groups, collator, config.data, world, data.pictures, **where)
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "seed": options.seed}
     place["gradient_accumulation_steps"] = options.gradient_accumulation_steps

@@ -27,6 +27,8 @@ from cfvlm_ds.data.passes import Board, Done, Share
 from cfvlm_ds.data.picture_index import PictureTable, sizes_of
 
 Tokens = npt.NDArray[np.int32]
+_NAME = 16  # characters of a key in the name of a shared folder
+_SAMPLE = 16  # groups that are measured again
 _FORM = 1  # of the files and of what is counted; another number has everything counted again
 
 
@@ -40,25 +42,33 @@ def group_tokens(
     *,
     folder: Path | None = None,
     depends_on: Callable[[], Any] | None = None,
+    shared: Path | None = None,
 ) -> Tokens:
     """Tokens of every group in the rows that ``collator`` builds; each rank measures its share.
 
     Headers are read of images that ``pictures`` do not know. In ``folder``, which all ranks see and one process may do without, the counts
     are kept: the ranks of a node map one file, and the next start finds it if what they depend on is the same; None of that is known where
-    pictures were not checked. Raises DataError on every rank, naming a file without a header, or a group that exceeds a limit of ``data``:
+    pictures were not checked. ``shared`` is a folder beside the data where other runs find them too, which need not be writable. Raises
+    DataError on every rank, naming a file without a header, or a group that exceeds a limit of ``data``:
     with all its images and texts that of a micro-batch, with one image and one text that of a forward.
     """
     patience = Patience(world, tick)
     key: str | None
     kept: list[int] | None
-    key, kept = agreed(world, lambda: _known(folder, depends_on, collator, len(groups)), patience)
+
+    def sampled(places: Sequence[int]) -> Tokens | str:
+        return _measured(groups, collator, data, pictures, places)
+
+    key, kept, found = agreed(world, lambda: _known(folder, shared, depends_on, collator, len(groups), sampled), patience)
     tokens: Tokens | None = None
     if kept is None:
         tokens, kept = _counted(groups, collator, data, world, pictures, patience, folder)
         if folder is not None and world.is_main:
-            with contextlib.suppress(OSError):  # a full disk costs memory and the next start's time, no more
-                _keep(folder, key, tokens, kept)
+            for place in (folder, *[shared / key[:_NAME]] * (shared is not None and key is not None)):
+                with contextlib.suppress(OSError):  # a full disk costs memory and the next start's time, no more
+                    _keep(place, key, tokens, kept)
         patience.meet()
+    folder = found or folder
     if folder is not None and (mapped := _mapped(folder, len(groups))) is not None and (tokens is None or np.array_equal(mapped, tokens)):
         tokens = mapped
     if tokens is None:
@@ -82,19 +92,7 @@ def _counted(
     """Tokens of all groups; and the most of a group with its place, and the most of an image with one text with its group's place."""
 
     def work(places: Sequence[int], done: Done) -> Tokens | str:
-        try:
-            chunk = [groups[index] for index in places]
-            shown = (picture for group in chunk for image in group.images for picture in image)
-            with ThreadPoolExecutor(cores_per_rank()) as pool:
-                sizes = sizes_of(shown, pictures, data.max_pixels, pool)
-            counted = np.zeros((2, len(chunk)), np.int32)
-            for k, group in enumerate(chunk):
-                trees = collator.tree_tokens(group, sizes)
-                counted[:, k] = sum(tree.whole for tree in trees), max(tree.least for tree in trees)
-                done()
-            return counted
-        except DataError as error:
-            return str(error)
+        return _measured(groups, collator, data, pictures, places, done)
 
     board = Board(folder, world.rank, world.size, patience.meet)
     share = Share(world.rank, world.size, alive=patience.alive, board=board, shield=shield_worker)
@@ -119,29 +117,67 @@ def _counted(
     return both[0].copy(), [int(both[0, places[0]]), places[0], int(both[1, places[1]]), places[1]]
 
 
+def _measured(
+    groups: Sequence[CounterfactualGroup],
+    collator: Collator,
+    data: DataConfig,
+    pictures: PictureTable | None,
+    places: Sequence[int],
+    done: Done = lambda: None,
+) -> Tokens | str:
+    """[2, groups] tokens of some groups, and of the largest of their images with one text; or what is wrong with one."""
+    try:
+        chunk = [groups[index] for index in places]
+        shown = (picture for group in chunk for image in group.images for picture in image)
+        with ThreadPoolExecutor(cores_per_rank()) as pool:
+            sizes = sizes_of(shown, pictures, data.max_pixels, pool)
+        counted = np.zeros((2, len(chunk)), np.int32)
+        for k, group in enumerate(chunk):
+            trees = collator.tree_tokens(group, sizes)
+            counted[:, k] = sum(tree.whole for tree in trees), max(tree.least for tree in trees)
+            done()
+        return counted
+    except DataError as error:
+        return str(error)
+
+
 def _known(
-    folder: Path | None, depends_on: Callable[[], Any] | None, collator: Collator, count: int
-) -> tuple[str | None, list[int] | None]:
-    """What tells these counts from others, if anything does; and the largest of them, where an earlier start has left them."""
+    folder: Path | None,
+    shared: Path | None,
+    depends_on: Callable[[], Any] | None,
+    collator: Collator,
+    count: int,
+    sampled: Callable[[Sequence[int]], Tokens | str],
+) -> tuple[str | None, list[int] | None, Path | None]:
+    """What tells these counts from others, if anything does; and the largest of them, where an earlier start has left them, and where."""
     if folder is None or depends_on is None:
-        return None, None
+        return None, None, None
     try:
         parts = [_FORM, depends_on(), collator.cells, collator.share_prefix, transformers.__version__]
     except (OSError, ConfigError):  # of the model's files: named where they are needed
-        return None, None
+        return None, None, None
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return key, _kept(folder, key, count)
+    for place in (folder, *[shared / key[:_NAME]] * (shared is not None)):
+        if (kept := _kept(place, key, count)) is not None and (place == folder or _proves(place, count, sampled)):
+            return key, kept, place
+    return key, None, None
+
+
+def _proves(place: Path, count: int, sampled: Callable[[Sequence[int]], Tokens | str]) -> bool:
+    """Whether counts that somebody else may have left are those of some groups."""
+    tokens, places = _mapped(place, count), np.unique(np.linspace(0, count - 1, _SAMPLE, dtype=np.int64)).tolist()
+    return tokens is not None and not isinstance(found := sampled(places), str) and bool((found[0] == tokens[places]).all())
 
 
 def _kept(folder: Path | None, key: str | None, count: int) -> list[int] | None:
     """The largest counts, where those of another start are the ones that would be found."""
-    if folder is None or key is None or _mapped(folder, count) is None:
+    if folder is None or key is None or (tokens := _mapped(folder, count)) is None:
         return None
     try:
         record = parse_json(read_bytes(folder / "tokens.json", MAX_SETTINGS).decode())
         largest = record["largest"]
         valid = record["key"] == key and len(largest) == 4 and all(type(each) is int and each >= 0 for each in largest)
-        return largest if valid and max(largest[1::2]) < count else None
+        return largest if valid and max(largest[1::2]) < count and tokens.min() > 0 and tokens.max() == largest[0] else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 

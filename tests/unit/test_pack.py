@@ -94,7 +94,7 @@ def test_a_store_is_the_data_set(source: Path, store: Path, tmp_path: Path) -> N
         assert opened.where(7) == f"{folder}/groups-00001.jsonl:2"
     assert files(copied) == files(store)
     names = sorted(files(store))
-    assert [name.split("-")[0] for name in names] == ["groups"] * 6 + ["images"] * 4 + ["store.json"]
+    assert [name.split("-")[0] for name in names] == ["groups"] * 6 + ["images"] * 4 + ["pictures.table", "store.json"]
 
 
 def test_pictures_are_members_of_tars(source: Path, store: Path) -> None:
@@ -108,7 +108,7 @@ def test_pictures_are_members_of_tars(source: Path, store: Path) -> None:
     shown = {picture for group in read_manifest(source) for image in group.images for picture in image}
     assert sorted(found) == sorted(picture.read_bytes() for picture in shown)
     record = json.loads((store / "store.json").read_text())
-    for each in (*record["rows"], *record["images"]):
+    for each in (*record["rows"], *record["images"], record["pictures"]):
         content = (store / each["file"]).read_bytes()
         assert (each["bytes"], each["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
 
