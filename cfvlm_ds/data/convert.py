@@ -12,6 +12,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.untrusted import output_file
+from cfvlm_ds.data.containers.hub import fetched
 from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.manifest import Root, data_roots, open_groups, taken_as
@@ -39,6 +40,7 @@ def convert(
     and where no row is a group; ConfigError or StorageError where ``out`` cannot be written.
     """
     output_file(out)
+    path = fetched(path, say=say)
     if out.exists() and path.exists() and out.samefile(path):
         raise DataError(f"{out}: is the file that is converted; name another one with --out")
     roots = [each.absolute() for each in data_roots(path, root)]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.data.containers.hub import fetched
 from cfvlm_ds.data.containers.kinds import container_of
 from cfvlm_ds.data.formats import AUTO, format_named
 from cfvlm_ds.data.formats.cfgroup import native_group
@@ -43,6 +44,7 @@ def open_groups(
     Image paths are absolute, or relative to ``root`` (default: the manifest's folder), of several to the first that has such a file, and
     are returned joined to it. The file a path leads to, links followed, must be inside one of them; images are not opened. A large file is
     indexed beside it, or in the user's cache folder, the first time. A folder is a packed store, which has its own format and pictures.
+    An address such as hf://datasets/ORG/NAME/data/train-*.parquet is fetched from the Hugging Face hub the first time.
     ``limit`` leaves out what comes after so many groups. ``share`` is told that this process is alive, and bounds nothing else.
 
     Raises DataError for a manifest that cannot be read at all or has no row. A row that is no group raises one when it is asked for: one
@@ -53,8 +55,9 @@ def open_groups(
             f"data are a {type(path).__name__}, not a path; what is streamed has no row number n, and a run could not go on where it was: "
             "write it to files (save_to_disk, to_parquet, to_json) and name those"
         )
-    path, share = Path(path), share or Share()
     known_format(path, format)
+    share = share or Share()
+    path = fetched(path, share.alive, progress)
     roots = data_roots(path, root)
     if path.is_dir() and is_store(path):
         packed = PackedRows(path)

@@ -23,6 +23,7 @@ from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.data import CheckReport, GroupStore, Share, check_groups, check_rows, data_roots, open_groups
+from cfvlm_ds.data.containers.hub import fetched, is_hub
 from cfvlm_ds.data.containers.kinds import sources_state
 from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.identity import Identity, digest, mixed_identity, shared_identity
@@ -78,7 +79,10 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
         raise ConfigError("data.train is not set; give the manifest of your training groups")
     try:
         with worker_deaths():
-            check, train_sets, evaluation_sets = _Check(config, world, Patience(world, tick)), data.train_sets, data.evaluation_sets
+            patience, train_sets, evaluation_sets = Patience(world, tick), data.train_sets, data.evaluation_sets
+            if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
+                agreed(world, lambda: [str(fetched(path, patience.alive, world.say)) for path in hub], patience)
+            check = _Check(config, world, patience)
             train = {name: check(each) for name, each in train_sets.items()}
             splits: dict[str, Sequence[CounterfactualGroup]] = {name: check(each) for name, each in evaluation_sets.items()}
             sources = {name: SourceData(train[name], check.identity(each, train[name])) for name, each in train_sets.items()}
@@ -333,7 +337,7 @@ class _Check:
 
 def _written(each: DataSet) -> list[int]:
     """The state of a manifest: an old time can be set again, but not the last one."""
-    path = Path(each.path)
+    path = fetched(each.path)
     return list(sources_state(path / STORE if path.is_dir() and is_store(path) else path))
 
 

@@ -15,6 +15,7 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.data import open_groups
+from cfvlm_ds.data.containers.hub import is_hub
 from cfvlm_ds.data.containers.kinds import is_there
 from cfvlm_ds.data.manifest import known_format
 from cfvlm_ds.models import check_model, only_adapters_train
@@ -55,7 +56,7 @@ def _check_data(config: RunConfig) -> None:
     if data.is_mixture and data.scores is not None:
         raise ConfigError("data.scores is of one manifest, and data.train is a list; give each source that has some its own scores")
     for each in (*data.train_sets.values(), *data.evaluation_sets.values()):
-        there = is_there(Path(each.path)) or (scenes is not None and _is_below(each.path, scenes.out_dir))
+        there = is_hub(each.path) or is_there(Path(each.path)) or (scenes is not None and _is_below(each.path, scenes.out_dir))
         known_format(each.path, each.format or data.format)  # raises, and says what is near
         if not there:
             open_groups(each.path, each.root, each.format or data.format)  # raises, and says what is near
