@@ -1,11 +1,13 @@
 """Data of any size: indexing, opening, starting, reading and resuming, each in processes of its own, beside the targets that they have.
 
-    python benchmarks/data.py FOLDER                       # 100,000 rows
-    python benchmarks/data.py FOLDER --rows 10000000       # ten million: 5 GB in FOLDER, some minutes
+    python benchmarks/data.py FOLDER                       # ten thousand, a million and ten million rows: 6 GB in FOLDER, about ten minutes
+    python benchmarks/data.py FOLDER --rows 10000 100000   # less of it
 
-Rows have two pictures out of a thousand and two texts. Seconds are of the clock, memory is what a process has of its own beyond imports.
-"Start" is what stands between a checked data set and its first micro-batch: opening, the map of token counts, the packed sampler with its
-number of steps, and a batch of groups from a data worker. The check before a first run is measured on some rows, and said for each.
+Rows have two pictures out of a thousand and two texts. Seconds are of the clock, memory is what a process has written for itself: pages of
+mapped files, which all processes of a machine share, are not counted. "Start" is what stands between a checked data set and its first
+micro-batch: opening, the map of token counts, the packed sampler with its number of steps, and a batch of groups from a data worker. What a
+first start does with every row (check, identity), packing and reading are measured on a hundred thousand rows. Prints the table of
+RESULTS.md.
 """
 
 from __future__ import annotations
@@ -28,54 +30,76 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cfvlm_ds.core.distributed import apart
+from cfvlm_ds.core.files import remove
 from cfvlm_ds.data import GroupSampler, PackedSampler, check_rows, open_groups
 from cfvlm_ds.data.identity import shared_identity
 from cfvlm_ds.data.lines import index_files
+from cfvlm_ds.data.pack import pack
 from cfvlm_ds.data.passes import Share
 
-PICTURES, CHECKED, READ = 1000, 100_000, 20_000
+SIZES = (10_000, 1_000_000, 10_000_000)
+PICTURES, LOOKED_AT, READ = 1000, 100_000, 50_000
 STEP = 64  # groups of all ranks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         name, *rest = arguments.one
         print(json.dumps(PARTS[name](arguments.folder, *rest)))
         return
-    folder, rows = arguments.folder, arguments.rows
-    few = min(10_000, rows)
-    for number in {few, min(CHECKED, rows), rows}:
-        make(folder, number)
-    for file in index_files(folder / f"{rows}.jsonl"):
-        file.unlink(missing_ok=True)
-    indexed = fresh(folder, "opening", rows)
-    opened = fresh(folder, "opening", rows)
-    small, large = (fresh(folder, "starting", number) for number in (few, rows))
-    checked = fresh(folder, "checking", min(CHECKED, rows))
-    packed = fresh(folder, "packing", few)
-    read = fresh(folder, "reading")
-    say(f"index of {rows:,} rows, s", indexed["s"], "< 60 for 10 M")
-    say("opening with an index, s", opened["s"], "< 2")
-    say("its memory, MB", opened["mb"], "< 500")
-    say("a random row, us", opened["row_us"], "")
-    say(f"start with {few:,} rows, s", small["s"], "")
-    say(f"start with {rows:,} rows, s", large["s"], f"within 10 % of a first step's time, {large['s'] - small['s']:+.2f} s here")
-    say(f"memory, MB more than with {few:,}", large["mb"] - small["mb"], "< 20")
-    say("rows looked at, s per million", checked["rows"], "")
-    say("identity, s per million", checked["identity"], "")
-    say(f"packing {few:,} rows, s", packed["s"], "")
-    say("shuffled rows/s of a worker", read["rows"], ">= 5,000 from a packed store")
-    say("killed on 2, resumed on 1 and 4", resumed(folder, rows), "the same groups in the same order")
+    folder, sizes = arguments.folder, sorted(arguments.rows)
+    some = min(LOOKED_AT, sizes[-1])
+    for number in sorted({some, *sizes}):
+        said(f"{number:,} rows are written", make, folder, number)
+    for number in sizes:
+        for file in index_files(folder / f"{number}.jsonl"):
+            file.unlink(missing_ok=True)
+    indexed = [said(f"{number:,} rows: index", fresh, folder, "opening", number) for number in sizes]
+    opened = [said(f"{number:,} rows: opening", fresh, folder, "opening", number) for number in sizes]
+    started = [said(f"{number:,} rows: start", fresh, folder, "starting", number) for number in sizes]
+    looked = said(f"{some:,} rows: check", fresh, folder, "checking", some)
+    packed = said(f"{some:,} rows: packing", fresh, folder, "packing", some)
+    read = said(f"{some:,} rows: reading", fresh, folder, "reading")
+    went_on = said(f"{sizes[-1]:,} rows: killed and resumed", resumed, folder, sizes[-1])
+    table(sizes, [
+        ("index, made once: s", [each["s"] for each in indexed], "60 for 10 M"),
+        ("opening with it: s", [each["s"] for each in opened], "2"),
+        ("memory of it: MB", [each["mb"] for each in opened], "500"),
+        ("a row at random: us", [each["row_us"] for each in opened], ""),
+        ("start: s", [each["s"] for each in started], ""),
+        ("start, more than with the fewest rows: s", [each["s"] - started[0]["s"] for each in started], "10 % of a first step"),
+        ("memory, more than with the fewest rows: MB", [each["mb"] - started[0]["mb"] for each in started], "20"),
+    ])  # fmt: skip
+    table([some], [
+        ("rows looked at: s per million", [looked["rows"]], ""),
+        ("identity: s per million", [looked["identity"]], ""),
+        ("packing: s per million", [packed["s"]], ""),
+        ("shuffled rows of the packed store, one worker: per s", [read["rows"]], "at least 5,000"),
+    ])  # fmt: skip
+    print(f"2 ranks of {sizes[-1]:,} rows killed, resumed on 1 and on 4: the same groups in the same order as undisturbed: {went_on}")
 
 
-def say(what: str, value: float | str, target: str) -> None:
-    shown = value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    print(f"{what:<36} {shown:>12}   {target}", flush=True)
+def said(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a measurement, whose name and seconds are told meanwhile."""
+    began = time.perf_counter()
+    found = function(*arguments)
+    print(f"{what}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def table(sizes: list[int], rows: list[tuple[str, list[float], str]]) -> None:
+    """In Markdown, a column for each size."""
+    print(f"| rows | {' | '.join(f'{number:,}' for number in sizes)} | target |")
+    print(f"|---|{'---:|' * len(sizes)}---:|")
+    for what, values, target in rows:
+        shown = (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" for value in values)
+        print(f"| {what} | {' | '.join(shown)} | {target} |")
+    print()
 
 
 def fresh(folder: Path, name: str, *arguments: object) -> dict[str, float]:
@@ -97,9 +121,10 @@ def make(folder: Path, rows: int) -> None:
     if file.exists():
         return
     begun = file.with_suffix(".begun")
-    with begun.open("w") as handle:
+    with begun.open("w", buffering=1 << 20) as handle:
         for k in range(rows):
-            a, b = chance.sample(range(PICTURES), 2)
+            a = int(chance.random() * PICTURES)
+            b = (a + 1 + int(chance.random() * (PICTURES - 1))) % PICTURES
             handle.write(
                 f'{{"id": "g{k}", "prompt": "Describe the image.", "images": [{{"id": "i0", "path": "pictures/{a}.png"}}, '
                 f'{{"id": "i1", "path": "pictures/{b}.png"}}], "texts": [{{"id": "t0", "text": "two dogs run over a lawn in front of house '
@@ -112,9 +137,9 @@ def make(folder: Path, rows: int) -> None:
 
 
 def private_mb() -> float:
-    """What this process has for itself; what it maps and shares is not counted."""
+    """What this process has written for itself; pages of files that it maps are everybody's."""
     found = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in found if line.startswith("Private_")) / 1000
+    return sum(int(line.split()[1]) for line in found if line.startswith("Private_Dirty")) / 1000
 
 
 def opening(folder: Path, rows: str) -> dict[str, float]:
@@ -155,14 +180,11 @@ def checking(folder: Path, rows: str) -> dict[str, float]:
 
 
 def packing(folder: Path, rows: str) -> dict[str, float]:
-    """Pack some rows."""
-    from cfvlm_ds.core.files import remove
-    from cfvlm_ds.data.pack import pack
-
+    """Pack some rows, in seconds per million: their thousand pictures take none of it."""
     remove(folder / "store")
     began = time.perf_counter()
-    pack(open_groups(folder / f"{rows}.jsonl"), folder / "store", str, max_pixels=10**6)
-    return {"s": time.perf_counter() - began}
+    pack(groups := open_groups(folder / f"{rows}.jsonl"), folder / "store", str, max_pixels=10**6)
+    return {"s": (time.perf_counter() - began) / len(groups) * 1e6}
 
 
 def reading(folder: Path) -> dict[str, float]:
@@ -194,6 +216,7 @@ def resumed(folder: Path, rows: int) -> str:
     out.mkdir(exist_ok=True)
     ranks = [start(folder, rows, 2, rank, 0, 10**9, out / f"2-{rank}") for rank in range(2)]
     while min(lines_of(out / f"2-{rank}") for rank in range(2)) < 10:
+        assert all(process.poll() is None for process in ranks), "a rank has ended by itself"
         time.sleep(0.05)
     for process in ranks:
         process.send_signal(signal.SIGKILL)

@@ -55,7 +55,7 @@ def test_no_group_is_lost_or_repeated(mix: str) -> None:
         seen += itertools.chain(*step)
         of.advance()
         waiting = list(of.state_dict()["waiting"])
-        stream = of._stream(0, len(seen) + len(waiting))
+        stream = of.order.at(0, len(seen) + len(waiting))
         assert Counter(seen + waiting) == Counter(stream) and of.samples_seen == len(seen)
         assert len(waiting) <= 32
     assert len(seen) > 2 * of.num_groups, "epochs were crossed"

@@ -14,16 +14,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import write_manifest
 
+from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import check_manifest, lines, open_groups, pack, packed, read_manifest
-from cfvlm_ds.data.decoding import MAX_PIXELS
+from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
 from cfvlm_ds.data.identity import changes, data_identity
+from cfvlm_ds.data.packed import PackedRows
 from cfvlm_ds.data.picture_file import picture_bytes
-from cfvlm_ds.data.picture_index import PictureTable
+from cfvlm_ds.data.picture_index import PictureTable, picture_of
+from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.training import token_counts
+from cfvlm_ds.training.read_data import RunData, read_data
+from cfvlm_ds.training.run import _sampler
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +121,98 @@ def test_pictures_are_members_of_tars(source: Path, store: Path) -> None:
     for each in (*record["rows"], *record["images"], record["pictures"]):
         content = (store / each["file"]).read_bytes()
         assert (each["bytes"], each["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def shown_in(folder: Path) -> list[Path]:
+    return [picture for group in open_groups(folder) for image in group.images for picture in image]
+
+
+def test_a_store_knows_its_pictures_without_opening_them(store: Path, tmp_path: Path) -> None:
+    """Sizes and contents as whoever opens them finds them, wherever the store is; a tar that is written afterwards is found out."""
+    shutil.copytree(store, copied := tmp_path / "copied", copy_function=shutil.copyfile)
+    for folder in (store, copied):
+        known = PackedRows(folder).pictures
+        assert known is not None and len(known) == len(set(shown_in(folder)))
+        for picture in shown_in(folder):
+            assert known.find(picture) == picture_of(picture, *open_image(picture).size)
+            assert known.find(tmp_path / picture.name) is None and known.find(picture.with_name("images-00000.tar#0+1")) is None
+    picture = shown_in(copied)[0]
+    known = PackedRows(copied).pictures
+    assert known is not None
+    known.verify(picture)
+    tar, _, place = picture.name.partition("#")
+    with (copied / tar).open("r+b") as file:
+        file.seek(int(place.partition("+")[0]) + 60)
+        file.write(b"other")
+    os.utime(copied / tar, ns=(1, 1))
+    with pytest.raises(DataError, match="other contents than when the data were checked"):
+        known.verify(picture)
+
+
+def test_what_a_table_says_is_believed_as_far_as_a_picture_may_be(store: Path, tmp_path: Path) -> None:
+    """A processor would be given a picture of that size to count its tokens."""
+    shutil.copytree(store, copied := tmp_path / "store")
+    table = copied / packed.PICTURES
+    count = table.stat().st_size // 48
+    for width, height in ((2**31, 2**31), (0, 5), (300, 1)):
+        data = bytearray(table.read_bytes())
+        for k in range(count):
+            at = 8 * count + 40 * k + 32
+            data[at : at + 8] = width.to_bytes(4, "little") + height.to_bytes(4, "little")
+        table.write_bytes(data)
+        known = PackedRows(copied).pictures
+        assert known is not None and all(known.find(picture) is None for picture in shown_in(copied))
+
+
+@pytest.mark.parametrize("where", ["picture", "header", "table"])
+def test_every_byte_of_a_store_is_held_against_its_sum(where: str, store: Path, tmp_path: Path) -> None:
+    """A byte is changed, and no size: the check names the file, and the picture where one is another now."""
+    shutil.copytree(store, copied := tmp_path / "store")
+    assert check_manifest(copied, progress=str).ok
+    tar, _, place = shown_in(copied)[0].name.partition("#")
+    file = {"picture": tar, "header": tar, "table": "pictures.table"}[where]
+    data = bytearray((copied / file).read_bytes())
+    data[{"picture": int(place.partition("+")[0]) + 70, "header": 100, "table": -20}[where]] ^= 1
+    (copied / file).write_bytes(data)
+    problems = check_manifest(copied, progress=str).problems
+    assert f"{copied / file}: it is not the file that was packed (its sha256 is another); pack the data again" in problems[-1]
+    about = {"picture": f"{tar}#", "header": None, "table": "is not the one that was packed"}[where]
+    assert len(problems) == (1 if about is None else 2) and (about or "sha256") in problems[0]
+
+
+def reading(train: Path, run: Path, model: Path, check: str) -> Any:
+    names = {"--model.name_or_path": model, "--data.train": train, "--train.output_dir": run, "--data.check": check}
+    options = [str(part) for pair in names.items() for part in pair]
+    return parse_config(["--config", "tests/support/train.yaml", *options, "--data.max_tokens_per_micro_batch", "1000"], OBJECTIVES)
+
+
+def test_a_run_on_a_store_knows_its_pictures_and_shares_its_token_counts(
+    source: Path, store: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ``check: rows`` the identity is that of a full check of the files; counts are made once for all runs, and again if they are not
+    those of the groups."""
+    shutil.copytree(store, copied := tmp_path / "store")
+    alone = World(0, 1, 0, torch.device("cpu"))
+
+    def tokens(run: str, train: Path = copied, check: str = "rows") -> tuple[list[int], RunData]:
+        config = reading(train, tmp_path / run, model_dir, check)
+        data = read_data(config, alone)
+        collator = load_collator(config.model, "full").of_run("full", None, data.pictures)
+        return _sampler(config, alone, data, collator).tokens.tolist(), data  # type: ignore[attr-defined]
+
+    expected, plain_data = tokens("files", source, "full")
+    found, data = tokens("one")
+    assert found == expected and changes(plain_data.identity, data.identity) is None
+    assert data.identity["pictures"] == plain_data.identity["pictures"] is not None
+    (kept,) = (copied / "tokens").iterdir()
+    counted = token_counts._counted
+    monkeypatch.setattr(token_counts, "_counted", pytest.fail)
+    assert tokens("two")[0] == expected
+    monkeypatch.setattr(token_counts, "_counted", counted)
+    others = np.load(kept / "tokens.npy")
+    others[others < others.max()] = 1
+    np.save(kept / "tokens.npy", others)
+    assert tokens("three")[0] == expected
 
 
 @pytest.mark.parametrize("of", [2, 3, 7])
@@ -221,6 +323,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "other counts": lambda store: edited(store, lambda record: record["rows"][0].update(groups=5)),
     "no groups": lambda store: edited(store, lambda record: record["rows"][0].update(groups=0)),
     "no rows": lambda store: edited(store, lambda record: record.update(rows=[])),
+    "table cut": lambda store: os.truncate(store / "pictures.table", 48),
+    "no table": lambda store: (store / "pictures.table").unlink(),
+    "a table elsewhere": lambda store: edited(store, lambda record: record["pictures"].update(file="../pictures.table")),
+    "a table of nothing": lambda store: edited(store, lambda record: record.update(pictures=[1])),
 }
 
 
