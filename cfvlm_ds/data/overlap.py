@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cfvlm_ds.core.groups import CounterfactualGroup, normalised
+from cfvlm_ds.core.conversation import normalised, normalised_prompt
+from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data.passes import Done, Share, contains
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
@@ -81,17 +82,20 @@ def _all_keys(groups: Sequence[CounterfactualGroup], pictures: PictureTable | No
     return found
 
 
+def row_key(group: CounterfactualGroup, pictures: Sequence[Sequence[int]]) -> int:
+    """64 bits that stand for what a row says, whatever its id, the order of its texts and images, or its labels; ``pictures`` are the keys
+    of each image's."""
+    texts = sorted((json.dumps(normalised_prompt(each.prompt), default=str), normalised(each.text)) for each in group.candidates)
+    content = json.dumps([texts, sorted(map(list, pictures))], ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
 def _keys(groups: Any, pictures: PictureTable | None, done: Done) -> _Keys:
     rows, shown = set[int](), set[int]()
     for group in groups:
-        of_images = []
-        for image in group.images:
-            keys = [_picture(picture, pictures) for picture in image]
-            shown.update(keys)
-            of_images.append(keys)
-        texts = sorted((json.dumps(candidate.prompt, default=str), normalised(candidate.text)) for candidate in group.candidates)
-        content = json.dumps([texts, sorted(of_images)], ensure_ascii=False).encode("utf-8", "surrogatepass")
-        rows.add(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
+        of_images = [[_picture(picture, pictures) for picture in image] for image in group.images]
+        shown.update(key for keys in of_images for key in keys)
+        rows.add(row_key(group, of_images))
         done()
     return _Keys(*(np.unique(np.fromiter(found, np.uint64, len(found))) for found in (rows, shown)))
 

@@ -16,6 +16,7 @@ import browser
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from public_data import PUBLIC
 
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.errors import ConfigError, DataError
@@ -582,6 +583,7 @@ def test_statistics_by_hand(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         "cells": "7 true, 3 false, 3 unknown of 13",
         "edit types": "count: 3",
         "sources": "lawn: 3, (none): 1",
+        "equal rows": "2 of 4 have another's texts and pictures",
         "equal texts": "6 of 7 are said more than once",
         "equal pictures": "2 of 5 files",
         "equal ids": "1 rows",
@@ -589,6 +591,20 @@ def test_statistics_by_hand(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     }
     with Image.open(folder / "stats.png") as figure:
         assert figure.format == "PNG" and figure.width > 1000
+
+
+def test_statistics_of_what_others_publish(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any format, recognised; a row that is there twice under two ids, texts in another order."""
+    (folder / "llava").mkdir()
+    path, _ = PUBLIC["LLaVA"][0](folder / "llava", 20)
+    main(["data", "stats", str(path), "--format", "auto"])
+    printed = capsys.readouterr().out
+    assert f"{path}: taken as json, format llava" in printed and re.search(r"groups +20\n", printed)
+    assert re.search(r"cells +20 true, 0 false, 0 unknown of 20\n", printed)
+    assert re.search(r"images x texts +1 x 1: 18, 0 x 1: 2\n", printed)
+    again = group("h", texts=list(reversed(group("g")["texts"])), match=[["i0", "t1", 1], ["i0", "t0", 1], ["i1", "t0", 0]])
+    found = statistics(manifest(folder, group("g"), again, group("k", prompt="Other.")))
+    assert found.equal_rows == 2 and "2 of 3 have another's texts and pictures" in str(found)
 
 
 class Tokens:
