@@ -1,10 +1,10 @@
 """Mutated inputs by the thousand: [ROUNDS [SEED]] [--round N] (default 10000 0); part of ``make test-long``.
 
-Every round damages one good input (a manifest and its images, a configuration, a run folder with checkpoints, stored scores, the DeepSpeed
-JSON, a model folder, a chat template) and has the functions read it that the commands and a training read it with. It must come to a value
-that is right by what is checked here, or to a ConfigError or DataError of one printable line; within seconds, and without a change to the
-input or to anything outside. Anything else is a defect, printed with the seed and the round that repeat it. Prints a row for
-docs/reliability.md.
+Every round damages one good input (a manifest and its images, data as others publish them, a packed store, an index of rows, a
+configuration, a run folder with checkpoints, stored scores, the DeepSpeed JSON, a model folder, a chat template) and has the functions read
+it that the commands and a training read it with. It must come to a value that is right by what is checked here, or to a ConfigError or
+DataError of one printable line; within seconds, and without a change to the input or to anything outside. Anything else is a defect,
+printed with the seed and the round that repeat it. Prints a row for docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.extend(str(Path(__file__).resolve().parent.parent / part) for part in ("", "unit"))
 
@@ -54,7 +55,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.data import FORMATS, GroupSampler, check_manifest, open_groups, pack, read_manifest
+from cfvlm_ds.data import FORMATS, GroupSampler, check_manifest, lines, open_groups, pack, read_manifest
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores, write_scores
@@ -424,6 +425,46 @@ def use_store(base: Base, folder: Path, out: Path) -> None:
     base.collator(groups)
 
 
+# An index of rows -----------------------------------------------------------------------------------------------------------------------
+
+
+def index_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
+    """An index that does not fit its file: damaged, cut, of another file, or with rows hidden; the file itself is as it was."""
+    folder = out / "data"  # where an index may be made again
+    shutil.copytree(base.folder / "data", folder)
+    path, index = folder / "a.jsonl", folder / "a.jsonl.idx"
+    with patch.object(lines, "_WORTH", 0), patch.object(lines, "_NUMBERED", 2):
+        open_groups(path)
+    done = []
+    for _ in range(chance.choice((1, 1, 2))):
+        what = chance.choice(["bytes", "bytes", "number", "number", "file", "nothing"])
+        if not index.is_file() or index.is_symlink():
+            break
+        data = index.read_bytes()
+        if what == "number" and len(data) > lines._HEADER.itemsize + 8:  # any of them, in place of any other
+            at, of = (lines._HEADER.itemsize + 4 * chance.randrange((len(data) - lines._HEADER.itemsize - 8) // 4) for _ in range(2))
+            index.write_bytes(data[:at] + data[of : of + 8] + data[at + 8 :])
+            what = f"number at {at} from {of}"
+        elif what == "bytes":
+            data, what = damaged(data, chance)
+            index.write_bytes(data)
+        elif what == "file":
+            what = damage_file(index, chance, base.folder / "outside.png")
+        done.append(what)
+    return "; ".join(done), functools.partial(use_index, base, path)
+
+
+def use_index(base: Base, path: Path) -> None:
+    """The rows of the file, or an error that names one; whatever the index says."""
+    with patch.object(lines, "_WORTH", 0), patch.object(lines, "_NUMBERED", 2):
+        groups = list(open_groups(path))
+
+    def said(found: list[CounterfactualGroup]) -> list[Any]:
+        return [[getattr(group, part) for part in ("id", "candidates", "match", "edits", "weight", "source", "meta")] for group in found]
+
+    assert said(groups) == said(base.groups)
+
+
 # A configuration ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -743,9 +784,10 @@ def use_template(base: Base, folder: Path) -> None:
 
 
 KINDS: dict[str, tuple[int, Callable[[Base, Random, Path, Path], Case]]] = {
-    "manifests": (28, manifest_case),
+    "manifests": (24, manifest_case),
     "public data": (12, public_case),
     "packed stores": (8, store_case),
+    "row indexes": (4, index_case),
     "configurations": (10, config_case),
     "run folders": (18, run_case),
     "stored scores": (8, scores_case),
