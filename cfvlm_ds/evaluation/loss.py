@@ -44,7 +44,8 @@ class _Sums:
 
     def note(self, group: tuple[int, str], used: bool) -> None:
         self.groups += used
-        self.unused += [] if used else [group]
+        if not used:  # the first ones by their places are named in the end
+            self.unused = sorted([*self.unused, group])[:NAMED]
 
 
 class EvaluationLoss:

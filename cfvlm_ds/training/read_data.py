@@ -225,17 +225,23 @@ class _Check:
                 say(f"warning: {line}; what is measured there is no generalisation")
 
     def name_idle(self, objectives: Mapping[str, Any]) -> None:
-        """Say which terms have nothing to do, where no training group has a text that is known to be false of an image."""
-        sets = self._config.data.train_sets.values()
-        if self._world.is_main and all(self._entry(each).get("known_false") == 0 for each in sets):
-            one = torch.ones(1, 1, 1, dtype=torch.int64)
-            plain = GroupLayout(one.bool(), one.to(torch.int8), one, one, torch.ones(1))
-            idle = [name for name, term in objectives.items() if not (torch.atleast_1d(term.denominator(plain)) > 0).any()]
-            if idle:
-                self._world.say(
-                    f"warning: no training group has a text that is false of one of its images: {', '.join(idle)} have nothing to compare, "
-                    "and this is plain supervised fine-tuning"
-                )
+        """Say which terms have nothing to do, where no training group that counts in them has a text that is known to be false."""
+        if not self._world.is_main:
+            return
+        sets = [(each.objectives, self._entry(each).get("known_false") == 0) for each in self._config.data.train_sets.values()]
+        one = torch.ones(1, 1, 1, dtype=torch.int64)
+        plain = GroupLayout(one.bool(), one.to(torch.int8), one, one, torch.ones(1))
+        idle = []
+        for name, term in objectives.items():
+            counting = [nothing_false for named, nothing_false in sets if named is None or name in named]
+            if not counting or (all(counting) and not (torch.atleast_1d(term.denominator(plain)) > 0).any()):
+                idle.append(name)
+        if idle:
+            supervised = ", and this is plain supervised fine-tuning" * all(nothing_false for _, nothing_false in sets)
+            self._world.say(
+                f"warning: no training group that counts in {', '.join(idle)} has a text that is false of one of its images, so that there "
+                f"is nothing to compare{supervised}"
+            )
 
     def _format(self, each: DataSet) -> str:
         return each.format or self._config.data.format

@@ -59,6 +59,7 @@ def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
         0: {"path": str(plain), "name": "a"},
         2: {"path": str(plain), "name": "b", "objectives": ["align"], "root": str(folder)},
     }
+    masked = {k: {"objectives": ["align", "csd"]} for k in (0, 2)}
     refused = ["unchanged", str(folder / "broken"), False]
     run(1, {
         "share": (refused, arguments("broken", 8, changed={0: {"weight": 5}})),
@@ -67,6 +68,7 @@ def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
         "one": (["nothing"], arguments("one", 8)),
         "resumed": (["nothing"], arguments("broken", 8)),
         "idle": (["nothing"], arguments("idle", 4, "--train.max_steps", "1", changed=without)),
+        "masked": (["nothing"], arguments("masked", 4, "--train.max_steps", "1", changed=masked)),
     })  # fmt: skip
     return folder, said
 
@@ -121,5 +123,7 @@ def test_what_is_shared_and_what_is_idle_is_named(trained: Trained, manifests: d
     counts = f"{there} of its {which} rows and {len(trained_on)} of its {len(set(pictures))} pictures"
     whole = f"warning: data.evaluation.half: {counts} are in the training set {manifests['train']} too"
     assert sum(line.startswith(whole) for line in said["two"].splitlines()) == 1
-    assert "csd, fcd have nothing to compare, and this is plain supervised fine-tuning" in said["idle"]
+    nothing = "has a text that is false of one of its images, so that there is nothing to compare"
+    assert f"no training group that counts in csd, fcd {nothing}, and this is plain supervised fine-tuning" in said["idle"]
+    assert f"no training group that counts in fcd {nothing}\n" in said["masked"], "for the source that has some does not count in it"
     assert "nothing to compare" not in said["two"]
