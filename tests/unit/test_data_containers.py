@@ -372,6 +372,17 @@ def test_a_folder_says_what_it_lacks(folder: Path) -> None:
             read_manifest(folder / "saved", format="hf")
 
 
+def test_the_splits_of_a_downloaded_data_set_are_not_one_data_set(folder: Path) -> None:
+    """A folder as the hub has it: training and test files side by side, in a folder below."""
+    (data := folder / "mine" / "data").mkdir(parents=True)
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        (data / f"{name}.parquet").touch()
+    assert f"is a folder without *.arrow, *.parquet, *.tar, and no packed store; name {data}, which has some" in refusal(folder / "mine")
+    assert f"holds several splits (test, train); name the files of one of them, such as {data}/test-*.parquet" in refusal(data)
+    (data / "test-00000-of-00001.parquet").unlink()
+    assert [file.name[:11] for file in sources_of(data)] == ["train-00000", "train-00001"]
+
+
 def test_without_pyarrow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for name in ("a.parquet", "a.arrow"):

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,8 @@ CONTAINERS: dict[str, Callable[[Path], Rows]] = {
 
 _SUFFIXES = {".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
 _IN_FOLDERS = ("*.arrow", "*.parquet", "*.tar")
+_NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}", re.ASCII)
+"""The name of a file of a split, as the hub and ``datasets`` number them."""
 COMPRESSED = {
     ".tgz": "gunzip", ".gz": "gunzip", ".tbz2": "bunzip2", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip",
 }  # fmt: skip
@@ -118,8 +121,14 @@ def _in_folder(path: Path) -> list[Path]:
         return _saved(path)
     for pattern in _IN_FOLDERS:
         if found := sorted(path.glob(pattern)):
+            splits = sorted({split[1] for each in found if (split := _NUMBERED.fullmatch(each.stem))})
+            if len(splits) > 1:
+                one = path / f"{splits[0]}-*{found[0].suffix}"
+                raise DataError(f"{path}: holds several splits ({', '.join(splits[:10])}); name the files of one of them, such as {one}")
             return found
-    raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)}, and no packed store; name the data file")
+    below = sorted({each.parent for pattern in _IN_FOLDERS for each in path.glob(f"*/{pattern}")})
+    hint = f"name {' or '.join(map(str, below[:3]))}, which has some" if below else "name the data file"
+    raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)}, and no packed store; {hint}")
 
 
 def _saved(path: Path) -> list[Path]:
