@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from cfvlm_ds.core.errors import DataError
@@ -99,7 +99,8 @@ def _fetch(path: str, address: _Address, folder: Path, record: Path, problems: l
     """Fetch the files of an address, and note them when they are whole; or what is wrong."""
     from huggingface_hub import HfApi
 
-    api, where = HfApi(), {"repo_id": address.name, "repo_type": "dataset"}
+    api: Any = HfApi()
+    where = {"repo_id": address.name, "repo_type": "dataset"}
     try:
         known = api.repo_info(**where, revision=address.revision)
         every = sorted(each.rfilename for each in known.siblings or ())
