@@ -22,7 +22,7 @@ import numpy.typing as npt
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.sequences import Lazy
-from cfvlm_ds.data.permutation import COMPUTED, STORED, permuted
+from cfvlm_ds.data.permutation import RowsTogether, named_order, permuted
 
 WINDOW = 1000
 """Draws in which every source has its share, to one."""
@@ -141,6 +141,7 @@ class MixedOrder:
         seed: of the permutations.
         stop: an epoch of the mixture ends when ``all_exhausted`` sources have been seen whole, or when the ``first_exhausted`` has.
         shuffle: draw each source in a new permutation every epoch of its own; else in its order.
+        rows: of each source whose rows have several groups, which stay together; None for another, or for all of them.
     """
 
     sizes: tuple[int, ...]
@@ -148,6 +149,7 @@ class MixedOrder:
     seed: int
     stop: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
     shuffle: bool = True
+    rows: tuple[RowsTogether | None, ...] | None = None
 
     @functools.cached_property
     def length(self) -> int:
@@ -173,6 +175,8 @@ class MixedOrder:
     def _drawn(self, offset: int, count: int, source: int, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(offset, offset + count))
+        if self.rows is not None and (rows := self.rows[source]) is not None:
+            return rows.permuted(offset, count, f"{self.seed}/{source}", epoch)
         return permuted(offset, count, self.sizes[source], f"{self.seed}/{source}", epoch)
 
     def mean(self, values: npt.NDArray[Any]) -> Fraction:
@@ -191,14 +195,13 @@ class MixedOrder:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a place to mean the same groups."""
-        computed = {"order": COMPUTED} if self.shuffle and max(self.sizes) > STORED else {}
         return {
             "num_groups": sum(self.sizes),
             "seed": self.seed,
             "shuffle": self.shuffle,
             "sizes": list(self.sizes),
             "shares": [str(share) for share in self.shares],
-            **computed,
+            **named_order(self.shuffle, self.sizes, self.rows or ()),
         }
 
 

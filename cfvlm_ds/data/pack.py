@@ -31,7 +31,7 @@ from cfvlm_ds.data import lines
 from cfvlm_ds.data.check import first_uses, look_at_rows
 from cfvlm_ds.data.decoding import MAX_BYTES, open_image
 from cfvlm_ds.data.formats.cfgroup import to_row
-from cfvlm_ds.data.packed import FILE, PICTURES, SCHEMA, index_sum
+from cfvlm_ds.data.packed import FILE, PICTURES, SCHEMA, TOGETHER, index_sum
 from cfvlm_ds.data.passes import Share
 from cfvlm_ds.data.picture_file import part_name, picture_bytes
 from cfvlm_ds.data.picture_index import FACTS, PictureTable, digest_of, picture_key
@@ -89,6 +89,8 @@ def pack(source: GroupStore, out: Path, say: Say, *, shard: int = 0, of: int = 1
     record = {"schema": SCHEMA, "groups": len(source), "source": stamp, "rows": files.records(), "images": tars.records()}
     try:
         record["pictures"] = _write_table(out, found)
+        if source.together is not None:
+            record["together"] = _write_together(out, source.together, len(source))
         for left in out.glob("*.tmp"):  # by calls that were killed
             left.unlink(missing_ok=True)
         replace(out / FILE, json.dumps(record, indent=1).encode(), shared=True)
@@ -187,6 +189,14 @@ def _write_table(out: Path, found: npt.NDArray[Any]) -> dict[str, Any]:
     with _Summed.of(out / PICTURES) as written:
         for part in PictureTable(keys[order], found["facts"][order]).parts():
             written.write(part)
+    return {"file": written.path.name, "bytes": written.size, "sha256": written.sha256}
+
+
+def _write_together(out: Path, firsts: npt.NDArray[Any], groups: int) -> dict[str, Any]:
+    """Which groups are of one row, so that they stay together in an epoch; the record of its file."""
+    held = np.append(firsts[: np.searchsorted(firsts, groups)], groups).astype("<u4")
+    with _Summed.of(out / TOGETHER) as written:
+        np.lib.format.write_array(written, held, allow_pickle=False)
     return {"file": written.path.name, "bytes": written.size, "sha256": written.sha256}
 
 

@@ -27,7 +27,7 @@ from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.data.rows import LineRows
 
 SCHEMA = "cfstore/1"
-FILE, PICTURES = "store.json", "pictures.table"
+FILE, PICTURES, TOGETHER = "store.json", "pictures.table", "together.npy"
 _OPEN = 200  # files of rows that a process keeps open
 
 
@@ -52,9 +52,9 @@ class PackedRows:
             record = parse_json(read_bytes(self._file, MAX_RECORD).decode())
             if record["schema"] != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
-            table = record.get("pictures")
+            table, together = record.get("pictures"), record.get("together")
             self._sums = dict[str, str]()
-            for each in (*record["rows"], *record["images"], *([] if table is None else [table])):
+            for each in (*record["rows"], *record["images"], *(each for each in (table, together) if each is not None)):
                 file = own_file(folder, each["file"], self._file)
                 size = file.stat().st_size if file.is_file() else "no"
                 if size != each["bytes"]:
@@ -62,11 +62,15 @@ class PackedRows:
                 self._sums[file.name] = str(each["sha256"])
             self.pictures = None if table is None else PackedPictures(folder, record["images"], PictureTable.opened(folder / table["file"]))
             """What was known of each picture when it was packed."""
+            self.together = None if together is None else np.lib.format.open_memmap(folder / together["file"], mode="r")
+            """Groups before each of the rows that were packed, and in all, where a row had several."""
             self._shards = [(folder / each["file"], int(each["index"]), int(each["groups"])) for each in record["rows"]]
             self._firsts = np.cumsum([0, *(groups for *_, groups in self._shards)])
             if not self._shards or any(groups < 1 for *_, groups in self._shards):
                 raise ValueError("it has a file of no rows, or none at all")
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            if self.together is not None and not _are_firsts(self.together, len(self)):
+                raise ValueError(f"{together['file']} does not fit its groups")
+        except (OSError, ValueError, EOFError, TypeError, KeyError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
             reason = error.strerror if isinstance(error, OSError) else f"key {error}" if isinstance(error, KeyError) else error
@@ -125,6 +129,12 @@ class PackedRows:
             reason = error.strerror if isinstance(error, OSError) else error
             raise DataError(f"{file}: the rows cannot be read ({reason}); {self._remedy}") from error
         return LineRows(lines)
+
+
+def _are_firsts(together: Any, groups: int) -> bool:
+    """Whether an array says how many groups are before each row, and in all."""
+    fits = together.dtype == np.uint32 and together.ndim == 1 and len(together) > 1 and together[0] == 0 and together[-1] == groups
+    return bool(fits and (together[1:] > together[:-1]).all())
 
 
 class PackedPictures(PictureTable):

@@ -2,12 +2,17 @@
 
 Up to ``STORED`` groups it is drawn and kept. Beyond that it is computed where it is asked for, and takes no memory: a Feistel network over
 the next power of two, whose results beyond the number of groups are sent through it again until they are below.
+
+Where a row has several groups, such as the answers of a conversation, rows are permuted and their groups stay together: what they have in
+common is then in a micro-batch once.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +21,8 @@ import torch
 STORED = 1_000_000
 """Groups up to which the permutation is stored: 8 MB an epoch."""
 
-COMPUTED = "feistel-1"
-"""What the state of a sampler calls the order beyond; another name for another order."""
+COMPUTED, TOGETHER = "feistel-1", "rows-1"
+"""What the state of a sampler calls the order beyond, and that of rows of several groups; another name for another order."""
 
 _BLOCK = 1 << 12  # places that are computed at once
 _ROUNDS = 8  # four suffice for a pseudorandom permutation where the round functions are (Luby, Rackoff 1988)
@@ -36,6 +41,56 @@ def permuted(start: int, count: int, num_groups: int, seed: int | str, epoch: in
         found += _computed(block, num_groups, seed, epoch)[offset : offset + stop - start]
         start = (block + 1) * _BLOCK
     return found
+
+
+def named_order(shuffle: bool, sizes: Sequence[int], rows: Sequence[RowsTogether | None]) -> dict[str, str]:
+    """What the state of a sampler says of an order that is not the first and simplest one."""
+    kinds = [*[COMPUTED] * (max(sizes) > STORED), *[TOGETHER] * any(each is not None for each in rows)] if shuffle else []
+    return {"order": "+".join(kinds)} if kinds else {}
+
+
+class RowsTogether:
+    """An order of rows of several groups each.
+
+    Args:
+        firsts: [rows + 1] number of groups before each row, and in all.
+        num_groups: those that count, if not all: the first ones.
+    """
+
+    def __init__(self, firsts: npt.NDArray[Any], num_groups: int | None = None) -> None:
+        self.num_groups = int(firsts[-1]) if num_groups is None else num_groups
+        self._firsts, self._rows = firsts, int(np.searchsorted(firsts, self.num_groups))
+        self._before: dict[tuple[int | str, int], npt.NDArray[np.int64]] = {}
+        self._kept = functools.lru_cache(maxsize=8)(self._block)
+
+    def permuted(self, start: int, count: int, seed: int | str, epoch: int) -> list[int]:
+        """As the function ``permuted``."""
+        stop, found = min(start + count, self.num_groups), list[int]()
+        before = self._groups_before(seed, epoch)
+        while start < stop:
+            block = int(before.searchsorted(start, "right")) - 1
+            first, sizes, ends = self._kept(block, seed, epoch)
+            places = np.arange(start - before[block], min(stop - before[block], ends[-1]))
+            rows = ends.searchsorted(places, "right")
+            found += (first[rows] + places - (ends[rows] - sizes[rows])).tolist()
+            start = int(before[block + 1])
+        return found
+
+    def _groups_before(self, seed: int | str, epoch: int) -> npt.NDArray[np.int64]:
+        """Groups before each block of rows, and in all: of the epoch in progress and of the one that prefetching has reached."""
+        if (seed, epoch) not in self._before:
+            while len(self._before) > 1:
+                del self._before[next(iter(self._before))]
+            sizes = [int(self._block(block, seed, epoch)[2][-1]) for block in range(-(-self._rows // _BLOCK))]
+            self._before[seed, epoch] = np.cumsum([0, *sizes], dtype=np.int64)
+        return self._before[seed, epoch]
+
+    def _block(self, block: int, seed: int | str, epoch: int) -> tuple[npt.NDArray[np.int64], ...]:
+        """First group, number of groups, and number up to its last, of each row of a block of the order."""
+        rows = np.array(permuted(block * _BLOCK, _BLOCK, self._rows, seed, epoch), np.int64)
+        first, end = (self._firsts[each].astype(np.int64) for each in (rows, rows + 1))
+        sizes = np.minimum(end, self.num_groups) - first
+        return first, sizes, np.cumsum(sizes)
 
 
 _KEPT: dict[tuple[int, int | str], dict[int, torch.Tensor]] = {}

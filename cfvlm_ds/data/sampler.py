@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.data.permutation import COMPUTED, STORED, permuted
+from cfvlm_ds.data.permutation import RowsTogether, named_order, permuted
 
 
 class Order(Protocol):
@@ -54,11 +54,13 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class OneAfterTheOther:
-    """One data set, epoch after epoch, each in a permutation of its own, or as it is without ``shuffle``."""
+    """One data set, epoch after epoch, each in a permutation of its own, or as it is without ``shuffle``; groups of one of the ``rows``
+    together."""
 
     num_groups: int
     seed: int
     shuffle: bool = True
+    rows: RowsTogether | None = None
 
     @property
     def length(self) -> int:
@@ -69,15 +71,21 @@ class OneAfterTheOther:
         while len(indices) < count:
             epoch, offset = divmod(start + len(indices), self.num_groups)
             stop = offset + count - len(indices)
-            if self.shuffle:
+            if self.shuffle and self.rows is not None:
+                indices += self.rows.permuted(offset, stop - offset, self.seed, epoch)
+            elif self.shuffle:
                 indices += permuted(offset, stop - offset, self.num_groups, self.seed, epoch)
             else:
                 indices += range(offset, min(stop, self.num_groups))
         return indices
 
     def identity(self) -> dict[str, Any]:
-        order = {"order": COMPUTED} if self.shuffle and self.num_groups > STORED else {}
-        return {"num_groups": self.num_groups, "seed": self.seed, "shuffle": self.shuffle, **order}
+        return {
+            "num_groups": self.num_groups,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            **named_order(self.shuffle, [self.num_groups], [self.rows]),
+        }
 
     def mean(self, values: npt.NDArray[Any]) -> Fraction:
         return Fraction(int(values.sum(dtype=np.int64)), len(values))
@@ -161,7 +169,7 @@ class GroupSampler:
 
         Raises DataError if the state is of other data (num_groups) or another order (seed, shuffle), or is not a sampler's state.
         """
-        for name, value in self.order.identity().items():
+        for name, value in {"order": None, **self.order.identity()}.items():
             if state.get(name) != value:
                 raise DataError(
                     f"the checkpoint's sampler has {name} {state.get(name)!r} and this run has {value!r}; resume with the data and seed of "

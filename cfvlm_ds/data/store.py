@@ -59,6 +59,12 @@ class GroupStore(Sequence[CounterfactualGroup]):
         """The manifest."""
         return self.rows.path
 
+    @property
+    def together(self) -> npt.NDArray[Any] | None:
+        """Number of groups before each row, and in all, where a row has several: of a packed store those of the data that were packed."""
+        found: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
+        return self.firsts if found is None else found
+
     def __len__(self) -> int:
         number = len(self.rows) if self.firsts is None else int(self.firsts[-1])
         return number if self._limit is None else min(number, self._limit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, agreed, random_kept, seed_everything
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.files import keep
+from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
-from cfvlm_ds.data import GroupSampler, PackedSampler
+from cfvlm_ds.data import GroupSampler, GroupStore, PackedSampler
 from cfvlm_ds.data.mixture import MixedOrder, shares_of
 from cfvlm_ds.data.packed import is_store
+from cfvlm_ds.data.permutation import RowsTogether
+from cfvlm_ds.data.sampler import OneAfterTheOther
 from cfvlm_ds.data.stored_scores import ScoresOfSources, StoredScores, read_scores
 from cfvlm_ds.models import inputs_fingerprint
 from cfvlm_ds.objectives import required_cells
@@ -170,18 +173,27 @@ def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator)
         tokens = group_tokens(data.groups, collator, config.data, world, data.pictures, **where)
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "seed": options.seed}
     place["gradient_accumulation_steps"] = options.gradient_accumulation_steps
+    rows = [_rows_of(each.groups) for each in data.sources.values()]
     if config.data.is_mixture:
-        place["order"] = _mixed_order(config, data)
+        place["order"] = _mixed_order(config, data, rows)
+    elif rows[0] is not None:
+        place["order"] = OneAfterTheOther(len(data.groups), options.seed, rows=rows[0])
     if limit is not None:
         return PackedSampler(tokens=tokens, max_tokens=limit, **place)
     return GroupSampler(num_groups=len(data.groups), groups_per_micro_batch=options.per_device_train_batch_size, **place)
 
 
-def _mixed_order(config: RunConfig, data: RunData) -> MixedOrder:
+def _rows_of(groups: Sequence[CounterfactualGroup]) -> RowsTogether | None:
+    """The rows of a data set that has rows of several groups."""
+    firsts = groups.together if isinstance(groups, GroupStore) else None
+    return None if firsts is None else RowsTogether(firsts, len(groups))
+
+
+def _mixed_order(config: RunConfig, data: RunData, rows: Sequence[RowsTogether | None]) -> MixedOrder:
     sources = config.data.train_sets
     sizes = tuple(len(each.groups) for each in data.sources.values())
     shares = shares_of([each.weight for each in sources.values()], sizes, list(sources))
-    return MixedOrder(sizes, shares, config.train.seed, config.data.stopping_strategy)
+    return MixedOrder(sizes, shares, config.train.seed, config.data.stopping_strategy, rows=tuple(rows))
 
 
 def _with_features(

@@ -187,5 +187,5 @@ def test_a_state_of_another_mixture_is_refused(monkeypatch: pytest.MonkeyPatch) 
     for change, name in (({"shares": ["1/2", "1/3", "1/6"]}, "shares"), ({"sizes": [7, 11, 3]}, "sizes"), ({"seed": 6}, "seed")):
         with pytest.raises(DataError, match=rf"sampler has {name}.*resume"):
             samplers(1, 1, False)[0].load_state_dict(state | change)
-    monkeypatch.setattr("cfvlm_ds.data.mixture.STORED", 10)
+    monkeypatch.setattr(permutation, "STORED", 10)
     assert order().identity()["order"] == permutation.COMPUTED, "as of one data set of so many groups"

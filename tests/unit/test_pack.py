@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_manifest
+from public_data import PUBLIC
 
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.distributed import World
@@ -28,6 +29,7 @@ from cfvlm_ds.data import check_manifest, lines, open_groups, pack, packed, read
 from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
 from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.packed import PackedRows
+from cfvlm_ds.data.permutation import RowsTogether
 from cfvlm_ds.data.picture_file import picture_bytes
 from cfvlm_ds.data.picture_index import PictureTable, picture_of
 from cfvlm_ds.objectives import OBJECTIVES
@@ -162,6 +164,28 @@ def test_what_a_table_says_is_believed_as_far_as_a_picture_may_be(store: Path, t
         table.write_bytes(data)
         known = PackedRows(copied).pictures
         assert known is not None and all(known.find(picture) is None for picture in shown_in(copied))
+
+
+def test_groups_of_one_row_stay_together_in_a_store(tmp_path: Path) -> None:
+    """The answers of a conversation are drawn one after the other, from the file and from a store of it, or of a part of it."""
+    (tmp_path / "data").mkdir()
+    path, _ = PUBLIC["LLaVA"][0](tmp_path / "data", 20)
+    for limit in (None, 8):
+        groups = open_groups(path, format="llava:per_turn=true", limit=limit)
+        out = tmp_path / f"store-{limit}"
+        assert pack.pack(groups, out, str, max_pixels=MAX_PIXELS)
+        packed_groups = open_groups(out)
+        assert groups.together is not None and packed_groups.together is not None
+        orders = [RowsTogether(each.together, len(each)).permuted(0, len(each), 0, 0) for each in (groups, packed_groups)]  # type: ignore[arg-type]
+        assert [each.id for each in groups] == [each.id for each in packed_groups] and orders[0] == orders[1]
+        drawn = [groups[index].id.rpartition("-")[0] for index in orders[0]]
+        assert len([name for name, _ in itertools.groupby(drawn)]) == len(set(drawn)) < len(drawn)
+    assert open_groups(path, format="llava").together is None
+    for wrong in ([0, 3, 2, 8], [0, 8, 9], [1, 8], [8], []):
+        np.save(out / "together.npy", np.array(wrong, "<u4"))
+        edited(out, lambda record: record["together"].update(bytes=(out / "together.npy").stat().st_size))
+        with pytest.raises(DataError, match=r"together.npy does not fit its groups"):
+            open_groups(out)
 
 
 @pytest.mark.parametrize("where", ["picture", "header", "table"])

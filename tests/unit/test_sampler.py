@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data import GroupSampler, PackedSampler, permutation
+from cfvlm_ds.data.permutation import RowsTogether
+from cfvlm_ds.data.sampler import OneAfterTheOther
 
 
 def make(
@@ -219,7 +222,6 @@ def test_more_than_a_million_groups_have_a_computed_order(monkeypatch: pytest.Mo
     assert make(1_000_000).state_dict().keys() == make().state_dict().keys()
     monkeypatch.setattr(permutation, "STORED", 10)
     monkeypatch.setattr(permutation, "_BLOCK", 4)
-    monkeypatch.setattr("cfvlm_ds.data.sampler.STORED", 10)
     permutation._computed.cache_clear()
     elements = stream(60)
     assert elements == [naive_feistel(place, 23, 3, epoch) for epoch in range(3) for place in range(23)][:60]
@@ -233,6 +235,39 @@ def test_more_than_a_million_groups_have_a_computed_order(monkeypatch: pytest.Mo
     earlier = {name: value for name, value in running.state_dict().items() if name != "order"}
     with pytest.raises(DataError, match="order None and this run has 'feistel-1'"):
         resumed.load_state_dict(earlier)
+    permutation._computed.cache_clear()
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_groups_of_a_row_come_together(computed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in the order that they have alone, each with its groups in theirs; any stretch, any number of ranks, part of a file."""
+    monkeypatch.setattr(permutation, "_BLOCK", 4)
+    if computed:
+        monkeypatch.setattr(permutation, "STORED", 10)
+    permutation._computed.cache_clear()
+    sizes = np.random.default_rng(0).integers(1, 6, 30)
+    firsts = np.concatenate([[0], np.cumsum(sizes)]).astype("<u4")
+    for limit in (int(firsts[-1]), int(firsts[17]), int(firsts[17]) + 1, 1):
+        rows = RowsTogether(firsts, limit)
+        parts = [range(int(a), min(int(b), limit)) for a, b in itertools.pairwise(firsts) if a < limit]
+        for epoch in range(3):
+            whole = [group for row in permutation.permuted(0, len(parts), len(parts), 3, epoch) for group in parts[row]]
+            assert sorted(whole) == list(range(limit)) and rows.permuted(0, limit, 3, epoch) == whole
+            for start, count in ((0, 1), (5, 17), (limit - 1, 9), (limit // 2, limit)):
+                assert rows.permuted(start, count, 3, epoch) == whole[start : start + count]
+        order = OneAfterTheOther(limit, 3, rows=rows)
+        elements = order.at(0, 4 * limit)
+        options = {"num_groups": limit, "gradient_accumulation_steps": 2, "seed": 3, "order": order}
+        ranks = [GroupSampler(rank=rank, world_size=2, groups_per_micro_batch=3, **options) for rank in range(2)]
+        streams = [take(sampler, limit // 3 + 1) for sampler in ranks]
+        seen = [group for micro in zip(*streams, strict=True) for each in micro for group in each]
+        assert seen == elements[: len(seen)] if len(seen) <= len(elements) else seen[: len(elements)] == elements
+        state = ranks[0].state_dict()
+        assert state["order"] == ("feistel-1+rows-1" if computed and limit > 10 else "rows-1")
+        with pytest.raises(DataError, match=re.escape(f"sampler has order '{state['order']}' and this run has ")):
+            make(limit).load_state_dict(state)
+        with pytest.raises(DataError, match=r"sampler has order (None|'feistel-1') and"):
+            ranks[0].load_state_dict(make(limit).state_dict())
     permutation._computed.cache_clear()
 
 
