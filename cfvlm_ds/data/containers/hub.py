@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import cache_folder, replace
 from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.untrusted import bare_name
 
 _ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?(?:/(.+))?", re.ASCII)
 _CONVERTED = {"~parquet": "refs/convert/parquet"}
@@ -52,18 +53,17 @@ def fetched(
     if not is_hub(path):
         return Path(path)
     address = _read(str(path))
-    folder = cache_folder() / "hub" / _named(address.name, address.revision)
-    record = folder.with_name(_named(address.name, address.revision, address.files) + ".json")
-    if not _are_there(folder, record):
-        say(f"fetching {path} into {folder}")
+    record = cache_folder() / "hub" / f"{_named(address)}.json"
+    if (folder := _are_there(record)) is None:
+        say(f"fetching {path} into {record.parent}")
         problems: list[DataError] = []
-        fetching = threading.Thread(target=_fetch, args=(str(path), address, folder, record, problems), daemon=True)
+        fetching = threading.Thread(target=_fetch, args=(str(path), address, record, problems), daemon=True)
         fetching.start()
         while fetching.is_alive():
             alive()
             fetching.join(_EVERY_S)
-        if problems:
-            raise problems[0]
+        if problems or (folder := _are_there(record)) is None:
+            raise problems[0] if problems else DataError(f"{path}: what was fetched is not there any more; start again")
     return folder / address.files
 
 
@@ -81,39 +81,42 @@ def _read(path: str) -> _Address:
     return _Address(name, _CONVERTED.get(revision, revision), files)
 
 
-def _named(name: str, *parts: str) -> str:
-    digest = hashlib.sha256(json.dumps([name, *parts]).encode()).hexdigest()[:16]
-    return f"{name.replace('/', '--')[:80]}.{digest}"
+def _named(address: _Address) -> str:
+    digest = hashlib.sha256(json.dumps(address).encode()).hexdigest()[:16]
+    return f"{address.name.replace('/', '--')[:80]}.{digest}"
 
 
-def _are_there(folder: Path, record: Path) -> bool:
-    """Whether an earlier call has fetched all files, and they are as long as they were then."""
+def _are_there(record: Path) -> Path | None:
+    """The folder into which an earlier call has fetched all files, if they are as long as they were then."""
     try:
-        files = parse_json(read_bytes(record, MAX_RECORD).decode())["files"]
-        return bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return False
+        found = parse_json(read_bytes(record, MAX_RECORD).decode())
+        folder, files = record.parent / bare_name(found["folder"], record), found["files"]
+        whole = bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
+        return folder if whole else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
+        return None
 
 
-def _fetch(path: str, address: _Address, folder: Path, record: Path, problems: list[DataError]) -> None:
-    """Fetch the files of an address, and note them when they are whole; or what is wrong."""
+def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]) -> None:
+    """Fetch the files of an address, into a folder of the commit that they are of, and note them when they are whole; or what is wrong."""
     from huggingface_hub import HfApi
 
     api: Any = HfApi()
     where = {"repo_id": address.name, "repo_type": "dataset"}
     try:
         known = api.repo_info(**where, revision=address.revision)
-        every = sorted(each.rfilename for each in known.siblings or ())
+        every = sorted(name for name in (each.rfilename for each in known.siblings or ()) if ".." not in name.split("/"))
         depth = address.files.count("/")
         files = [name for name in every if name.count("/") == depth and fnmatchcase(name, address.files)]
         if not files:
-            near = ", ".join(every[:_SHOWN]) + ", ..." * (len(every) > _SHOWN)
+            near = one_line(", ".join(every[:_SHOWN]), 1000) + ", ..." * (len(every) > _SHOWN)
             problems.append(DataError(f"{path}: the data set has no such file; it has {near or 'none at all'}"))
             return
+        folder = record.with_name(f"{address.name.replace('/', '--')[:80]}.{str(known.sha)[:40]}")
         folder.mkdir(parents=True, exist_ok=True)
         api.snapshot_download(**where, revision=known.sha, local_dir=folder, allow_patterns=[glob.escape(name) for name in files])
         sizes = {name: (folder / name).stat().st_size for name in files}
-        replace(record, json.dumps({"commit": known.sha, "files": sizes}).encode(), shared=True)
+        replace(record, json.dumps({"folder": folder.name, "files": sizes}).encode(), shared=True)
     except Exception as error:  # of the network, the hub, the disk
         reason = f"{type(error).__name__}: {one_line(str(error), 300)}"
         elsewhere = f"`hf download --repo-type dataset {address.name} --local-dir FOLDER`"
