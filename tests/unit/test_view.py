@@ -21,7 +21,7 @@ from public_data import PUBLIC
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
-from cfvlm_ds.data import data_roots, read_manifest
+from cfvlm_ds.data import data_roots, open_groups, read_manifest
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stats import statistics
 from cfvlm_ds.data.stored_scores import StoredScores, write_scores
@@ -530,6 +530,24 @@ def test_a_run_shows_its_worst_groups(folder: Path) -> None:
     }
     view(folder / "test.jsonl", folder / "page", scores=run / "scores" / "test.jsonl")
     assert [item["scores"][0]["rows"][0] for item in items(folder / "page")] == [[-10.0, -13.0], [-10.0, -8.0]]
+
+
+def test_a_run_that_was_evaluated_on_a_part_shows_groups_of_that_part(folder: Path) -> None:
+    """``limit`` of an evaluation set: its scores are of the first groups alone."""
+    path = manifest(folder, group("a"), group("b"), group("c"))
+    (folder / "run" / "scores").mkdir(parents=True)
+    groups = open_groups(path, limit=2)
+    stored = {each.id: StoredScores(((-1.0, -2.0), (-3.0, -1.0)), (-5.0, -5.0)) for each in groups}
+    write_scores(folder / "run" / "scores" / "half.jsonl", groups, stored, "run", data_identity(groups, groups.roots))
+    for limit in (2, 3):
+        evaluation = {"half": {"path": str(path), "limit": limit}}
+        (folder / "run" / "config.yaml").write_text(json.dumps({"data": {"evaluation": evaluation, "format": "cfgroup", "root": None}}))
+        if limit == 3:
+            with pytest.raises(DataError, match="another manifest, by the number of rows"):
+                view(folder / "run", folder / "page")
+        else:
+            view(folder / "run", folder / "page")
+            assert [item["id"] for item in items(folder / "page")] == ["a", "b"]
 
 
 def test_what_a_run_lacks_is_named(folder: Path) -> None:
