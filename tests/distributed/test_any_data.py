@@ -46,10 +46,9 @@ def test_a_mixture_of_all_formats(model_dir: Path, manifests: dict[str, Path], t
         false = any(truth == 0 for k in range(ROWS) for line in says(k).match for truth in line)
         own = {metric for metric in seen if metric.startswith("loss/") and metric.endswith(f"/{name.replace(' ', '-')}")}
         assert (len(own) > 1) == false, f"{name} has something false, or nothing but a likelihood: {own}"
-    for source in sources.values():  # each is trained on and evaluated
-        assert f"{ROWS} of its {ROWS} rows and " in next(
-            line for line in said.splitlines() if f"in the training set {source['path']} too" in line
-        )
+    for name, source in sources.items():  # each is trained on and evaluated
+        begin, end = f"warning: data.evaluation.{name}: {ROWS} of its {ROWS} rows and ", f"in the training set {source['path']} too"
+        assert any(line.startswith(begin) and end in line for line in said.splitlines()), name
 
     plan = tmp_path / "broken.jsonl"
     plan.write_text(json.dumps(arguments("broken")) + "\n")
