@@ -181,7 +181,7 @@ def test_groups_of_one_row_stay_together_in_a_store(tmp_path: Path) -> None:
         drawn = [groups[index].id.rpartition("-")[0] for index in orders[0]]
         assert len([name for name, _ in itertools.groupby(drawn)]) == len(set(drawn)) < len(drawn)
     assert open_groups(path, format="llava").together is None
-    for wrong in ([0, 3, 2, 8], [0, 8, 9], [1, 8], [8], []):
+    for wrong in ([0, 3, 2, 8], [0, 8, 9], [1, 8], [8]):
         np.save(out / "together.npy", np.array(wrong, "<u4"))
         edited(out, lambda record: record["together"].update(bytes=(out / "together.npy").stat().st_size))
         with pytest.raises(DataError, match=r"together.npy does not fit its groups"):
