@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from cfvlm_ds.core.conversation import normalised, normalised_prompt
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import MAX_CELLS, MAX_SIDE, Candidate, CounterfactualGroup, Pictures, normalised
+from cfvlm_ds.core.groups import MAX_CELLS, MAX_SIDE, Candidate, CounterfactualGroup, Pictures, Prompt
 from cfvlm_ds.evaluation.benchmarks.base import Item, Outcome
 from cfvlm_ds.evaluation.benchmarks.parsers import Parser, answer
 from cfvlm_ds.evaluation.probes import Letters, Probe, Row
@@ -87,11 +88,11 @@ class _Packing:
     """Groups under construction: pictures -> the group that still has room, and its texts by what the engine takes for the same."""
 
     def __init__(self) -> None:
-        self._started: list[tuple[str, tuple[Pictures, ...], dict[tuple[str, str], tuple[int, Candidate]]]] = []
+        self._started: list[tuple[str, tuple[Pictures, ...], dict[tuple[Prompt, str], tuple[int, Candidate]]]] = []
         self._open: dict[tuple[Pictures, ...], int] = {}
 
     def add(self, name: str, images: tuple[Pictures, ...], cells: Sequence[Candidate]) -> _Place:
-        keyed = {(normalised(cell.prompt), normalised(cell.text)): cell for cell in cells}
+        keyed = {(normalised_prompt(cell.prompt), normalised(cell.text)): cell for cell in cells}
         if len(keyed) > MAX_SIDE or len(keyed) * len(images) > MAX_CELLS:
             raise DataError(f"item {name!r} needs {len(keyed)} texts on {len(images)} images, more than a group can have; ask it otherwise")
         number = self._open.get(images, -1)
@@ -101,7 +102,7 @@ class _Packing:
         known = self._started[number][2]
         for key, cell in keyed.items():
             known.setdefault(key, (len(known), cell))
-        return _Place(number, tuple(known[normalised(cell.prompt), normalised(cell.text)][0] for cell in cells))
+        return _Place(number, tuple(known[normalised_prompt(cell.prompt), normalised(cell.text)][0] for cell in cells))
 
     def groups(self) -> tuple[CounterfactualGroup, ...]:
         """The truth of a cell is the item's affair: of a group only the first cell is marked, as every group needs one."""
