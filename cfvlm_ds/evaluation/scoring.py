@@ -103,7 +103,7 @@ class ScoresPart:
         """Add a group's."""
         self.numbers.append(number)
         self.sizes.extend((*scores.logp.shape, -1 if scores.shuffled is None else len(scores.shuffled)))
-        self.values.append(torch.cat([scores.logp.flatten(), scores.blank, *[scores.shuffled] * (scores.shuffled is not None)]))
+        self.values.append(torch.cat([scores.logp.flatten(), scores.blank, *([] if scores.shuffled is None else [scores.shuffled])]))
         if len(self.values) >= _JOINED:
             self.values = [torch.cat(self.values)]
 

@@ -167,8 +167,8 @@ def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> li
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{file}: ids cannot be read ({reason}); write one id a line, in UTF-8") from error
     if not 0 < len(wanted) <= MOST:
-        number = "no" if not wanted else f"more than {MOST}"
-        raise DataError(f"{file}: it names {number} groups, and a page has 1 to {MOST}; write one id a line")
+        many = "no" if not wanted else f"more than {MOST}"
+        raise DataError(f"{file}: it names {many} groups, and a page has 1 to {MOST}; write one id a line")
     found: dict[str, int] = {}
     others: list[str] = []  # of which one may be what was meant
     for index, group in enumerate(groups):

@@ -64,7 +64,7 @@ def group_tokens(
     if kept is None:
         tokens, kept = _counted(groups, collator, data, world, pictures, patience, folder)
         if folder is not None and world.is_main:
-            for place in (folder, *[shared / key[:_NAME]] * (shared is not None and key is not None)):
+            for place in _places(folder, shared, key):
                 with contextlib.suppress(OSError):  # a full disk costs memory and the next start's time, no more
                     _keep(place, key, tokens, kept)
         patience.meet()
@@ -141,6 +141,11 @@ def _measured(
         return str(error)
 
 
+def _places(folder: Path, shared: Path | None, key: str | None) -> list[Path]:
+    """Where counts are kept: with the run, and where other runs find them."""
+    return [folder] if shared is None or key is None else [folder, shared / key[:_NAME]]
+
+
 def _known(
     folder: Path | None,
     shared: Path | None,
@@ -157,7 +162,7 @@ def _known(
     except (OSError, ConfigError):  # of the model's files: named where they are needed
         return None, None, None
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    for place in (folder, *[shared / key[:_NAME]] * (shared is not None)):
+    for place in _places(folder, shared, key):
         if (kept := _kept(place, key, count)) is not None and (place == folder or _proves(place, count, sampled)):
             return key, kept, place
     return key, None, None

@@ -121,10 +121,10 @@ def _in_folder(path: Path) -> list[Path]:
         return _saved(path)
     for pattern in _IN_FOLDERS:
         if found := sorted(path.glob(pattern)):
-            splits = sorted({split[1] for each in found if (split := _NUMBERED.fullmatch(each.stem))})
-            if len(splits) > 1:
-                one = path / f"{splits[0]}-*{found[0].suffix}"
-                raise DataError(f"{path}: holds several splits ({', '.join(splits[:10])}); name the files of one of them, such as {one}")
+            names = sorted({split[1] for each in found if (split := _NUMBERED.fullmatch(each.stem))})
+            if len(names) > 1:
+                one = path / f"{names[0]}-*{found[0].suffix}"
+                raise DataError(f"{path}: holds several splits ({', '.join(names[:10])}); name the files of one of them, such as {one}")
             return found
     below = sorted({each.parent for pattern in _IN_FOLDERS for each in path.glob(f"*/{pattern}")})
     hint = f"name {' or '.join(map(str, below[:3]))}, which has some" if below else "name the data file"
