@@ -26,7 +26,8 @@ from torch import Tensor
 
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.models import FAMILIES, Scorer
-from cfvlm_ds.models.forest_attention import BACKENDS, Forest, registered
+from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.forest_attention import BACKENDS, registered
 from cfvlm_ds.training.gradient_cache import two_passes
 
 

@@ -41,7 +41,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from cfvlm_ds.core.scores import token_logprobs
 from cfvlm_ds.engine.setup import keep_freed_memory
 from cfvlm_ds.models import FAMILIES, ModelFlops, Scorer
-from cfvlm_ds.models.forest_attention import BACKENDS, Forest, registered, stock_attention
+from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.forest_attention import BACKENDS, registered, stock_attention
 
 PROMPT, TEXT = 16, 16  # tokens of a prompt beside its image, and of each text
 SIZES = {

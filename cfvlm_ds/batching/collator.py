@@ -128,7 +128,7 @@ class Collator:
                 )
                 image_token = self.processor.image_token_id
                 row = pack(part, keys, placeholders, image_inputs, self.family, self.model_config, image_token)
-                self._check_lengths(groups, part, prompt_length, layout.valid.shape)
+                _check_window(groups, part, prompt_length, layout.valid.shape, self.max_length)
                 num_images = len({picture for tree in part for picture in tree.pictures})
                 batches.append(
                     Batch(row.model_inputs, row.cell, row.is_end, layout, reference, prior, row.num_tokens, row.num_scored, num_images)
@@ -185,7 +185,8 @@ class Collator:
         trees: dict[tuple[Any, ...], Tree] = {}
         for _, i, c in self._layout([group]).valid.nonzero().tolist():
             text, pictures = self._text(group, c), group.images[i]
-            trees.setdefault(self._tree_of(pictures, text, 0), Tree(self.files.keys(pictures), [])).branches.append((c, text))
+            key = _tree_of(pictures, text, 0, self.processor.image_token_id)
+            trees.setdefault(key, Tree(self.files.keys(pictures), [])).branches.append((c, text))
 
         def prompt_length(tree: Tree, text: Encoded) -> int:
             pictures = [key[0] for key in tree.pictures]
@@ -219,33 +220,34 @@ class Collator:
         for g, i, c in layout.valid.nonzero().tolist():
             text, pictures = self._text(groups[g], c), self.files.keys(groups[g].images[i])
             cell = (g * num_images + i) * num_texts + c
-            tree = trees.setdefault(self._tree_of(pictures, text, g) if self.share_prefix else (cell,), Tree(pictures, []))
-            tree.branches.append((cell, text))
+            key = _tree_of(pictures, text, g, self.processor.image_token_id) if self.share_prefix else (cell,)
+            trees.setdefault(key, Tree(pictures, [])).branches.append((cell, text))
         return list(trees.values())
-
-    def _tree_of(self, pictures: tuple[Any, ...], text: Encoded, group: int) -> tuple[Any, ...]:
-        """What tells the trees of a row apart: the pictures, and the prompt up to the last of them. Without a picture a group has its
-        own."""
-        if not pictures:
-            return (group,)
-        ids, token = text.prompt_ids, self.processor.image_token_id
-        return pictures, ids[: len(ids) - ids[::-1].index(token)]
 
     def _text(self, group: CounterfactualGroup, c: int) -> Encoded:
         candidate = group.candidates[c]
         return self.prompts.encoded(candidate.prompt, candidate.text, group.num_pictures, f"group {group.id!r}: text {c}")
 
-    def _check_lengths(
-        self, groups: Sequence[CounterfactualGroup], trees: Sequence[Tree], prompt_length: PromptLength, shape: Sequence[int]
-    ) -> None:
-        for tree in trees:
-            for cell, text in tree.branches:
-                if (length := prompt_length(tree, text) + text.length) > self.max_length:
-                    group = groups[cell // (shape[1] * shape[2])].id
-                    raise DataError(
-                        f"group {group!r}: text {cell % shape[2]} makes a row of {length} tokens, the model's window is {self.max_length}; "
-                        "shorten the text or its prompt"
-                    )
+
+def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: int) -> tuple[Any, ...]:
+    """What tells the trees of a row apart: the pictures, and the prompt up to the last of them. Without a picture a group has its own."""
+    if not pictures:
+        return (group,)
+    ids = text.prompt_ids
+    return pictures, ids[: len(ids) - ids[::-1].index(image_token)]
+
+
+def _check_window(
+    groups: Sequence[CounterfactualGroup], trees: Sequence[Tree], prompt_length: PromptLength, shape: Sequence[int], window: int
+) -> None:
+    for tree in trees:
+        for cell, text in tree.branches:
+            if (length := prompt_length(tree, text) + text.length) > window:
+                group = groups[cell // (shape[1] * shape[2])].id
+                raise DataError(
+                    f"group {group!r}: text {cell % shape[2]} makes a row of {length} tokens, the model's window is {window}; shorten the "
+                    "text or its prompt"
+                )
 
 
 def load_collator(

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from cfvlm_ds.batching.image_source import PictureKey
 from cfvlm_ds.batching.prompts import Encoded
 from cfvlm_ds.models import Family
-from cfvlm_ds.models.forest_attention import Forest
+from cfvlm_ds.models.forest import Forest
 
 
 @dataclass

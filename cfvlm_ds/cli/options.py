@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.core.config import IMAGE_LIMITS, DataConfig, ModelConfig
+from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
+from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.run_folder import named_model
 from cfvlm_ds.core.verbosity import VERBOSITY
 

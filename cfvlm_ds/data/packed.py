@@ -33,7 +33,7 @@ _OPEN = 200  # files of rows that a process keeps open
 
 def is_store(folder: Path) -> bool:
     """Whether a folder is a packed store, or is to become one."""
-    return (folder / FILE).exists() or (folder / "parts").is_dir()
+    return os.path.lexists(folder / FILE) or (folder / "parts").is_dir()
 
 
 class PackedRows:
@@ -44,7 +44,7 @@ class PackedRows:
         self.path = folder
         self.roots: tuple[Path, ...] = (folder,)
         self._file, self._remedy = folder / FILE, "pack the data again, or copy the store whole"
-        if not self._file.exists():
+        if not os.path.lexists(self._file):
             begun = " whole yet: run `cfvlm-ds data pack` again, for all shards" if (folder / "parts").is_dir() else "; name the data file"
             raise DataError(f"{folder} is a folder and no packed store{begun}")
         try:

@@ -11,7 +11,7 @@ from torch import nn
 
 from cfvlm_ds.deepspeed_compat.parameters import whole_shape
 from cfvlm_ds.models.family import MODULES, Family
-from cfvlm_ds.models.forest_attention import Forest
+from cfvlm_ds.models.forest import Forest
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "A10G": 70e12}
 """Dense bfloat16 operations per second by a part of the device's name (vendor's data sheets)."""

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster import signals
-from cfvlm_ds.core.config import DataConfig
+from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.distributed import World, apart
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import GroupSampler

@@ -14,7 +14,8 @@ import torch
 
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.cluster.signals import WorkerLost, shield_worker, worker_deaths
-from cfvlm_ds.core.config import IMAGE_LIMITS, DataConfig, DataSet, ModelConfig, RunConfig
+from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig, RunConfig
+from cfvlm_ds.core.data_config import DataConfig, DataSet
 from cfvlm_ds.core.distributed import Patience, World, agreed, broadcast_object, gather_objects
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import keep

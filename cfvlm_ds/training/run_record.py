@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from cfvlm_ds import checkpoint
-from cfvlm_ds.core.config import DataSet, RunConfig
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.data_config import DataSet
 from cfvlm_ds.core.distributed import World, broadcast_object
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import update

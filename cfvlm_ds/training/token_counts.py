@@ -16,7 +16,7 @@ import transformers
 
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.signals import shield_worker
-from cfvlm_ds.core.config import DataConfig
+from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.distributed import Patience, World, agreed, cores_per_rank, gather_objects
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import replace, whole_file

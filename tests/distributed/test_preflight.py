@@ -26,7 +26,8 @@ from cfvlm_ds import engine
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.cli import train as commands
 from cfvlm_ds.cli.train import train_main
-from cfvlm_ds.core.config import DataSet, RunConfig
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.data_config import DataSet
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup

@@ -12,7 +12,8 @@ from transformers import AttentionInterface
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models import forest_attention as attention
-from cfvlm_ds.models.forest_attention import BACKENDS, Forest, registered
+from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.forest_attention import BACKENDS, registered
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

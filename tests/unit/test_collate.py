@@ -31,7 +31,8 @@ from cfvlm_ds.data.picture_file import part_name
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.demo.tiny_llava import CHAT_TEMPLATE
 from cfvlm_ds.models import Scorer, load_processor
-from cfvlm_ds.models.forest_attention import Forest, stock_attention
+from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.forest_attention import stock_attention
 from cfvlm_ds.objectives import denominators, weighted_loss
 from cfvlm_ds.objectives.align import Align
 

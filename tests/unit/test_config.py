@@ -12,7 +12,8 @@ import yaml
 from conftest import REPO
 
 from cfvlm_ds.core import nearest_option
-from cfvlm_ds.core.config import DataSet, RunConfig, Source
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.data_config import DataSet, Source
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.objectives import OBJECTIVES
@@ -70,7 +71,7 @@ def test_training_data_may_be_a_list_of_sources(written) -> None:
     }
     data = parse(*written(MIXTURE)).data
     assert data.is_mixture and data.train_sets == wanted and list(data.train_sets) == list(wanted)
-    listed = '[{"path": "a/groups.jsonl"}, {"path": "b/x.jsonl", "weight": 0.5}]'
+    listed = '[{"path": "a/groups.jsonl", "weight": 1}, {"path": "b/x.jsonl", "weight": 0.5}]'
     assert list(parse("--data.train", listed).data.train_sets) == ["groups", "x"]
     assert not parse("--data.train", "a.jsonl").data.is_mixture
 
@@ -78,12 +79,13 @@ def test_training_data_may_be_a_list_of_sources(written) -> None:
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ("{path: a.jsonl, weight: -1}", "weight of 'a.jsonl' must be positive"),
-        ("{path: a.jsonl, limit: 0}", "limit of 'a.jsonl' must be at least 1"),
+        ("{path: a.jsonl, weight: -1}", "weight of 'a.jsonl' must be from"),
+        ("{path: a.jsonl, limit: 0}", "limit of 'a.jsonl' must be from 1"),
         ("{path: a.jsonl, objectives: []}", "objectives of 'a.jsonl' is an empty list"),
-        ("{path: a.jsonl, wieght: 1}", "wieght"),
-        ("{weight: 1}", "path"),
-        ("3", "data.train"),
+        ("{path: a.jsonl, wieght: 1}", "a source has no 'wieght'; did you mean 'weight'?"),
+        ("{path: a.jsonl, weight: much}", "weight of a source cannot be much"),
+        ("{weight: 1}", "a source has no path"),
+        ("3", "data.train: an entry is not a source"),
     ],
 )
 def test_a_source_that_is_none_is_one_sentence(written, source: str, sentence: str) -> None:

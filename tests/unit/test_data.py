@@ -590,6 +590,7 @@ def test_report_counts(folder: Path) -> None:
         num_texts=5,
         num_cells=4 + 6 + 1,
         num_unknown_cells=1 + 3,
+        num_false_cells=1 + 1,
         edit_types={"count": 2, SHAM: 1},  # type: ignore[arg-type]
         num_counterfactuals={1: 2, 0: 1},  # type: ignore[arg-type]
         longest_text=len("three dogs"),

@@ -551,7 +551,7 @@ def test_evaluate_scores_every_split(
     collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores]
 ) -> None:
     rows, found = evaluate(scorer, collator, {"a": groups[:4], "b": groups[4:]}, ALONE, batch_size=3)
-    assert_equal(found["a"] + found["b"], plain)
+    assert_equal([*found["a"], *found["b"]], plain)
     assert rows == {"a": accuracies(groups[:4], plain[:4]), "b": accuracies(groups[4:], plain[4:])}
     assert rows["a"][-1].name == "all" and rows["a"][-1].num == sum(e.text is not None for g in groups[:4] for e in g.edits)
 

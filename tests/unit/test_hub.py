@@ -105,7 +105,7 @@ def test_files_are_fetched_once_and_stay(server: Hub, tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_said_in_a_sentence(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = {
-        "hf://datasets/me/mine": "names no files; add them, such as hf://datasets/me/mine/data/train-*.parquet, or hf://datasets/me/mine@~parquet",
+        "hf://datasets/me/mine": r"names no files; add them, such as hf://datasets/me/mine/data/train-\*\.parquet, or hf://datasets/me/mine@~parquet",
         "hf://datasets/mine": "is no address of a data set; write hf://datasets/ORG/NAME/FILES",
         "hf://models/me/mine/x": "is no address of a data set",
         "hf://datasets/me/mine/../../x": "no part may be empty or a dot",

@@ -173,14 +173,14 @@ def test_a_string_is_one_turn_of_the_user(collator: Collator) -> None:
         assert one == collator.prompts.encoded((Turn("user", (PICTURE,) * pictures + (PROMPT,)),), TEXT, pictures, "g")
 
 
-def test_answers_to_different_turns_are_trees_of_one_picture(tmp_path: Path) -> None:
-    """A group may ask several things of a picture, each after what was said before."""
+def test_a_later_turn_goes_on_from_the_earlier_ones(tmp_path: Path) -> None:
+    """A group may ask several things of a picture, each after what was said before: the picture and its first question are there once."""
     collator = make("qwen2_5_vl", tmp_path)
     Image.effect_noise((60, 40), 90).convert("RGB").save(tmp_path / "a.png")
     first = CHATS["earlier turns"][:1]
     asked = (Candidate(first, "a circle"), Candidate(CHATS["earlier turns"], "yes"), Candidate(CHATS["earlier turns"], "no"))
     batch = collator([CounterfactualGroup("g", ((tmp_path / "a.png",),), asked, ((1, 1, 0),))])
-    assert batch.num_images == 1 and [len(branches) for branches in batch.model_inputs["forest"].branches] == [1, 2]
+    assert batch.num_images == 1 and batch.model_inputs["forest"].parents == (-1, 0, 0, 2, 2)
 
 
 def test_a_template_that_takes_no_system_says_so_in_one_sentence(collator: Collator) -> None:
