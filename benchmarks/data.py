@@ -3,7 +3,7 @@
     python benchmarks/data.py FOLDER                       # ten thousand, a million and ten million rows: 6 GB in FOLDER, about ten minutes
     python benchmarks/data.py FOLDER --rows 10000 100000   # less of it
 
-Rows have two pictures out of a thousand and two texts. Seconds are of the clock, memory is what a process has written for itself: pages of
+Rows have two pictures out of a thousand and two texts. Seconds are of the clock, memory is what a process has for itself: pages of
 mapped files, which all processes of a machine share, are not counted. "Start" is what stands between a checked data set and its first
 micro-batch: opening, the map of token counts, the packed sampler with its number of steps, and a batch of groups from a data worker. What a
 first start does with every row (check, identity), packing and reading are measured on a hundred thousand rows. Prints the table of
@@ -137,9 +137,9 @@ def make(folder: Path, rows: int) -> None:
 
 
 def private_mb() -> float:
-    """What this process has written for itself; pages of files that it maps are everybody's."""
+    """What this process has for itself; pages of files that it maps are everybody's."""
     found = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in found if line.startswith("Private_Dirty")) / 1000
+    return sum(int(line.split()[1]) for line in found if line.startswith("Anonymous")) / 1000
 
 
 def opening(folder: Path, rows: str) -> dict[str, float]:

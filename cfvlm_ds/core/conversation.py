@@ -106,7 +106,7 @@ def readable(prompt: Prompt) -> str:
 
 def normalised(text: str) -> str:
     """Text in Unicode's composed form (NFC) with runs of white space collapsed: two texts equal in this form are the same caption."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
 
 
 def normalised_prompt(prompt: Prompt) -> Prompt:

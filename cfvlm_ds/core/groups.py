@@ -6,6 +6,7 @@ sham: the anchor re-rendered with nothing changed. Shapes used throughout the pa
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,13 +97,7 @@ class CounterfactualGroup:
             for c, truth in enumerate(line):
                 if truth not in (0, 1, None):
                     raise DataError(f"group {self.id!r}: match[{i}][{c}] is {truth!r}; it must be 1, 0 or None")
-        for index, pictures in enumerate(self.images):
-            if len(pictures) != self.num_pictures:
-                raise DataError(
-                    f"group {self.id!r}: image {index} has {len(pictures)} pictures and image 0 has {self.num_pictures}; split the row"
-                )
-            if len(set(pictures)) < len(pictures):
-                raise DataError(f"group {self.id!r}: image {index} shows a picture twice; name each once")
+        self._check_pictures()
         if not self.num_pictures and len(self.images) > 1:
             raise DataError(f"group {self.id!r}: a group without an image has one image entry, with the path null; split the row")
         if self.match[0][0] != 1:
@@ -120,12 +115,29 @@ class CounterfactualGroup:
                     "every place, and a place for every picture"
                 )
         seen: dict[tuple[Prompt, str], int] = {}
+        prompts = {candidate.prompt: normalised_prompt(candidate.prompt) for candidate in self.candidates}
         for index, candidate in enumerate(self.candidates):
-            key = (normalised_prompt(candidate.prompt), normalised(candidate.text))
+            key = (prompts[candidate.prompt], normalised(candidate.text))
             if key in seen:
                 other = f"text {seen[key]} ({self.candidates[seen[key]].text!r})"
                 raise DataError(f"group {self.id!r}: text {index} equals {other}; a counterfactual must differ, remove one of them")
             seen[key] = index
+
+    def _check_pictures(self) -> None:
+        for index, pictures in enumerate(self.images):
+            if len(pictures) != self.num_pictures:
+                raise DataError(
+                    f"group {self.id!r}: image {index} has {len(pictures)} pictures and image 0 has {self.num_pictures}; split the row"
+                )
+            if len(pictures) > 1 and len(set(pictures)) < len(pictures):
+                raise DataError(f"group {self.id!r}: image {index} shows a picture twice; name each once")
+
+    def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
+        """The same group with as many images under other paths; what is not about pictures is not checked a second time."""
+        other = copy.copy(self)
+        object.__setattr__(other, "images", images)
+        other._check_pictures()
+        return other
 
     @property
     def num_pictures(self) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.data.picture_file import picture_file
+from cfvlm_ds.data.picture_file import file_name, picture_file
 
 
 class Confinement:
@@ -19,7 +20,7 @@ class Confinement:
     def __init__(self, roots: Sequence[Path]) -> None:
         self.roots = roots
         self.resolved_roots = [root.resolve() for root in roots]
-        self.folders: dict[Path, Path] = {}
+        self._folders: dict[str, tuple[str, bool]] = {}
 
     def __call__(self, path: Path) -> Path:
         if not path.name:
@@ -28,28 +29,43 @@ class Confinement:
             raise DataError(f"image path {str(path)!r} cannot be followed (it has a null byte); correct it")
         joined = [root / path for root in (self.roots if not path.is_absolute() else self.roots[:1])]
         full = joined[0] if len(joined) == 1 else next((each for each in joined if os.path.lexists(picture_file(each))), joined[0])
-        file = picture_file(full)
+        target = full
         try:
-            if ".." in path.parts:
-                target = file.resolve()
-            else:
-                # A million images sit in few folders. Resolving each folder once leaves one system call per image on a network file system.
-                if full.parent not in self.folders:
-                    if len(self.folders) >= _FOLDERS:
-                        self.folders.clear()
-                    self.folders[full.parent] = full.parent.resolve()
-                target = self.folders[full.parent] / file.name
-                if target.is_symlink():
-                    target = target.resolve()
+            folder, name = os.path.split(full)
+            really, inside = self._folder(folder)
+            if ".." in path.parts or is_link(f"{really}/{file_name(name)}"):
+                target, inside = self._followed(picture_file(full))
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
             raise DataError(f"image path {str(path)!r} cannot be followed ({error}); correct it") from error
-        if not any(target.is_relative_to(root) for root in self.resolved_roots):
+        if not inside:
             roots = f"root {self.roots[0]}" if len(self.roots) == 1 else f"roots {', '.join(map(str, self.roots))}"
             raise DataError(
-                f"image path {str(path)!r} leads outside the data {roots} (to {target}); add the folder that holds it to data.root, which "
-                "may be a list of folders (cfvlm-ds: --root, once for each), or correct the path"
+                f"image path {str(path)!r} leads outside the data {roots} (to {target.resolve()}); add the folder that holds it to "
+                "data.root, which may be a list of folders (cfvlm-ds: --root, once for each), or correct the path"
             )
         return full
+
+    def _folder(self, folder: str) -> tuple[str, bool]:
+        """Where a folder really is, and whether that is inside a root. A million images sit in few folders: resolving each of those once
+        leaves one system call per image on a network file system."""
+        if (found := self._folders.get(folder)) is None:
+            if len(self._folders) >= _FOLDERS:
+                self._folders.clear()
+            target, inside = self._followed(Path(folder))
+            found = self._folders[folder] = str(target), inside
+        return found
+
+    def _followed(self, path: Path) -> tuple[Path, bool]:
+        target = path.resolve()
+        return target, any(target.is_relative_to(root) for root in self.resolved_roots)
+
+
+def is_link(path: str) -> bool:
+    """Raises OSError for a path that cannot be looked at, but not for one that is not there."""
+    try:
+        return stat.S_ISLNK(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 _FOLDERS = 4096  # that are remembered: a million rows may also have a folder each

@@ -322,7 +322,7 @@ class PackedSampler(GroupSampler):
             bisect.insort(ranked, (most - moved, f))
 
 
-_COUNTED, _TRIED = 1 << 20, 1 << 16  # groups whose steps are counted, or tried: seconds, or a fraction of one
+_COUNTED, _TRIED = 1 << 18, 1 << 16  # groups whose steps are counted, or tried: seconds, or a fraction of one
 _AHEAD = 64  # groups that are asked for at once
 _WINDOW = 32  # groups that may wait: enough to fill gaps, few enough that the order stays that of the stream
 

@@ -7,7 +7,6 @@ happens here once for all formats, so that a format cannot forget it.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -173,7 +172,7 @@ def groups_of(row: Any, convert: Format, confine: Confinement) -> Sequence[Count
 
 
 def _confined(group: CounterfactualGroup, confine: Confinement) -> CounterfactualGroup:
-    group = dataclasses.replace(group, images=tuple(tuple(confine(picture) for picture in pictures) for pictures in group.images))
+    group = group.with_images(tuple(tuple(map(confine, pictures)) for pictures in group.images))
     equal: dict[Pictures, list[int]] = {}
     for second, pictures in enumerate(group.images):
         for first in equal.setdefault(pictures, []):
