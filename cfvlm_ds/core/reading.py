@@ -72,10 +72,17 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     """All of a regular file. Raises TooLarge for one of more than ``limit`` bytes."""
     with open_regular(path) as handle:
         stated = os.fstat(handle.fileno()).st_size  # nothing is read of a file that says it is larger
-        content = handle.read(limit + 1) if stated <= limit else b""
+        content = read_within(handle, stated, limit) if stated <= limit else b""
     if stated > limit or len(content) > limit:
         raise TooLarge(f"it has more than {limit} bytes, the bound for such a file")
     return content
+
+
+def read_within(handle: IO[bytes], stated: int, limit: int) -> bytes:
+    """What is left of a file that says it has ``stated`` bytes, or the first ``limit`` + 1 of more: no memory is asked for that it does not
+    take."""
+    content = handle.read(stated + 1)
+    return content if len(content) <= stated else content + handle.read(limit + 1 - len(content))
 
 
 def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
