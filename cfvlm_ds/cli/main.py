@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given[first : first + 1] == ["train"] and all(each.partition("=")[0] in _BEFORE_TRAIN for each in given[:first]):
         _train([*given[:first], *given[first + 1 :]])
         return
-    arguments = parser().parse_args(given)
+    arguments = parser().parse_args([each for each in given[:first] if not each.startswith("--local_rank=")] + given[first:])
     show(asked(arguments.quiet, arguments.verbose))
     mask_tracebacks()
     print_anything()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.evaluation.suite.asked import Asked, Settings, evaluate_benchmarks
+from cfvlm_ds.evaluation.suite.asked import Asked, Settings, evaluate_benchmarks, results_held
 from cfvlm_ds.evaluation.suite.chosen import Chosen, choose, load_items
 from cfvlm_ds.evaluation.suite.comparing import compare_results
 from cfvlm_ds.evaluation.suite.item_check import checked_items
@@ -22,6 +22,7 @@ __all__ = [
     "load_items",
     "markdown",
     "read_results",
+    "results_held",
     "summary",
     "write_result",
 ]

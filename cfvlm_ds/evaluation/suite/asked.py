@@ -16,7 +16,7 @@ from cfvlm_ds.batching.batch import BLANK
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.distributed import Patience, World, agreed, gather_objects
-from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
+from cfvlm_ds.core.errors import ConfigError, DataError, InputError, StorageError, unwritten
 from cfvlm_ds.core.files import replace as write_whole
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
@@ -321,15 +321,20 @@ class _Evaluation:
         progress = self._progress(len(checked.items), len(checked.items) - len(left), "items")
         for start in range(0, len(left), settings.batch_size * world.size):
             turn = left[start : start + settings.batch_size * world.size]
-            own: dict[int, dict[str, Any]] = {}
-            for k in turn[world.rank :: world.size]:
-                item, donor, asked = checked.items[k], donors[k], way.asked(checked.items[k])
-                own[k] = {"said": [say(image, asked) for image in item.images], "blank": say(_blank(item), asked)}
-                own[k] |= {} if donor is None else {"shuffled": say(donor, asked)}
-                self._patience.alive()
+            own, problem = dict[int, dict[str, Any]](), None
+            try:
+                for k in turn[world.rank :: world.size]:
+                    item, donor, asked = checked.items[k], donors[k], way.asked(checked.items[k])
+                    own[k] = {"said": [say(image, asked) for image in item.images], "blank": say(_blank(item), asked)}
+                    own[k] |= {} if donor is None else {"shuffled": say(donor, asked)}
+                    self._patience.alive()
+            except InputError as error:
+                problem = error
             self._patience.meet()
             together: dict[int, dict[str, Any]] = {}
-            for part in gather_objects(own, world):
+            for part, wrong in gather_objects((own, problem), world):
+                if wrong is not None:
+                    raise wrong
                 together |= part
             agreed(world, lambda together=together: journal.add(together))
             journal.rows.update(together)

@@ -108,9 +108,7 @@ def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]]
     pairs, changed = [], []
     for outcome in before.outcomes:
         other = later.pop(outcome.item.id, None)
-        if other is None:
-            changed.append(outcome.item.id)
-        elif _said(outcome) != _said(other):
+        if other is None or _said(outcome) != _said(other):
             changed.append(outcome.item.id)
         else:
             pairs.append((outcome, other))
@@ -146,7 +144,9 @@ def comparison_table(found: Sequence[Compared], before: str, after: str) -> str:
         names += [name for name, difference in each.differences.items() if name != headline and difference.resolved]
         for name in names:
             counts = f"{len(better)} | {len(worse)}" if name == headline else " | "
-            lines.append(f"| {in_cell(each.before.name)} | {in_cell(each.before.label)} | {_row(name, each.differences[name])} | {counts} |")
+            lines.append(
+                f"| {in_cell(each.before.name)} | {in_cell(each.before.label)} | {_row(name, each.differences[name])} | {counts} |"
+            )
     notes = [f"{each.place}: {note}" for each in found for note in each.notes]
     return "\n".join([*lines, *([""] if notes else []), *notes])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,8 +78,8 @@ def _facts(result: Result | Compared) -> list[Fact]:
         return []
     better, worse = result.changes()
     resolved = "resolved" if found.resolved else "not resolved"
-    said = f"{number(found.before)} to {number(found.after)}, a difference of {found.after - found.before:+.1f} ({between(found.interval)}), "
-    return [(f"{result.place}: {headline}", f"{said}{resolved}; {len(better)} items got better, {len(worse)} worse")]
+    said = f"{number(found.before)} to {number(found.after)}, {found.after - found.before:+.1f} ({between(found.interval)}), {resolved}"
+    return [(f"{result.place}: {headline}", f"{said}; {len(better)} items got better, {len(worse)} worse")]
 
 
 def _pictures(benchmark: Benchmark, root: Path, say: Callable[[str], object]) -> dict[str, tuple[Pictures, ...]]:
@@ -115,11 +115,12 @@ def _item(shown: _Shown, names: Sequence[str], pictures: Mapping[str, Mapping[st
         for i, text in enumerate(outcome.said or ())
         if outcome.said is not None
     ]
-    tags = [(name, value) for name, value in item.tags.items()]
+    tags = list(item.tags.items())
+    true = next((c for c, truth in enumerate(item.match[0]) if truth), None)
     return Item(
         id=f"{shown.place}: {item.id}",
         images=[Image(each, "") for each in images],
-        texts=[Text(text, reference=None) for text in item.texts],
+        texts=[Text(text, reference=None if c == true or len(text.split()) < 2 else true) for c, text in enumerate(item.texts)],
         match=item.match,
         prompts=(item.prompt[:_MOST_PROMPT],) if item.prompt else (),
         facts=[*said, *tags],

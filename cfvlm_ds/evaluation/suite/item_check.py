@@ -115,6 +115,7 @@ def _unfit(item: Item, way: Way, collator: Collator, table: PictureTable) -> str
         longest = max(_length(candidate, size, collator) for size in _sizes(item, table) for candidate in cells_of(item, way))
     except DataError as error:
         return f"item {item.id!r}: {error}"
+    longest += way.max_new_tokens if isinstance(way, Generate) else 0
     if longest > collator.max_length:
         return f"item {item.id!r}: {longest} tokens with its pictures, and the model's window is {collator.max_length}"
     return None

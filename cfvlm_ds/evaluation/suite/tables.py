@@ -72,7 +72,8 @@ def _section(result: Result) -> list[str]:
         *(f"- {in_cell(str(note), 300)}" for note in record.get("notes") or ()),
         *(f"- unofficial: {in_cell(str(each), 300)}" for each in [record.get("unofficial")] if each),
     ]
-    parts = [f"## {in_cell(str(record.get('title')))} ({in_cell(result.label)})", "\n".join(asked), every_metric(result.metrics, record["intervals"])]
+    heading = f"## {in_cell(str(record.get('title')))} ({in_cell(result.label)})"
+    parts = [heading, "\n".join(asked), every_metric(result.metrics, record["intervals"])]
     if left_out := record.get("left_out"):
         named = [f"- {in_cell(str(reason), 300)}" for _, reason in left_out[:_NAMED]]
         more = [f"- and {len(left_out) - _NAMED} more, in results.json"] * (len(left_out) > _NAMED)

@@ -94,9 +94,7 @@ def write_result(folder: Path, result: Result) -> None:
         replace(folder / RESULTS, (json.dumps(_finite(result.record), indent=1) + "\n").encode())
         (folder / SCORES).unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(
-            f"{unwritten(folder / RESULTS, error)}; make room, and the same command goes on with what was scored"
-        ) from error
+        raise StorageError(f"{unwritten(folder / RESULTS, error)}; make room, and the same command goes on with what was scored") from error
 
 
 def _item(item: Item) -> dict[str, Any]:
@@ -289,8 +287,8 @@ def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         was = _flat(before).get(name)
         if was != value:
             raise ConfigError(
-                f"{path.parent} holds results of another evaluation: {name} was {quoted(was, 80)}, and is {quoted(value, 80)}; name another "
-                "folder with --out, or remove that one"
+                f"{path.parent} holds results of another evaluation: {name} was {quoted(was, 80)}, and is {quoted(value, 80)}; name "
+                "another folder with --out, or remove that one"
             )
 
 
