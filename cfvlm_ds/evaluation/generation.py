@@ -34,8 +34,8 @@ def writer(model: Any, collator: Collator, device: torch.device) -> Callable[[in
                 inputs = collator.processor(text=[encoded.prompt], add_special_tokens=not written, return_tensors="pt", **given).to(device)
                 if inputs.input_ids.shape[1] + max_new_tokens > collator.max_length:
                     raise DataError(
-                        f"{inputs.input_ids.shape[1]} tokens of a question and {max_new_tokens} of its answer are over the model's window of "
-                        f"{collator.max_length}; lower max_new_tokens"
+                        f"{inputs.input_ids.shape[1]} tokens of a question and {max_new_tokens} of its answer are over the model's window "
+                        f"of {collator.max_length}; lower max_new_tokens"
                     )
                 inputs = {name: _of(value, model.dtype) for name, value in inputs.items()}
                 with torch.no_grad(), stock_attention(model):

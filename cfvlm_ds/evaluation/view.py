@@ -134,6 +134,8 @@ def _evaluated(run_dir: Path) -> dict[str, tuple[str, Root, str, int | None]]:
     found: dict[str, tuple[str, Root, str, int | None]] = {}
     for name, split in splits.items():
         own = {"path": split} if isinstance(split, str) else split if isinstance(split, dict) else {}
+        if own.get("benchmark"):
+            continue  # whose items `cfvlm-ds compare RUN/benchmarks` shows
         root = data.get("root") if own.get("root") is None else own["root"]
         path, format, limit = own.get("path"), own.get("format") or data.get("format") or "cfgroup", own.get("limit")
         roots = root if isinstance(root, list) else [] if root is None else [root]

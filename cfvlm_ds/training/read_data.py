@@ -36,6 +36,7 @@ from cfvlm_ds.data.packed import PackedRows, is_store
 from cfvlm_ds.data.passes import Board
 from cfvlm_ds.data.picture_index import PictureNotes, PictureTable, PictureTables, stored_pictures
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
+from cfvlm_ds.training.benchmarks import RunBenchmark
 
 _FORM = 3  # of data_check.json and of what a check looks at; another number has everything looked at again
 _FILE = "data_check.json"
@@ -50,7 +51,7 @@ class RunData:
 
     ``identity`` is that of the training groups, ``identities`` those of the splits. ``pictures`` are those found sound, with which a
     picture is compared when it is opened; if only rows were checked those of packed stores, or None. ``collator`` is the model's, if the
-    check needed one. ``sources`` are the training sets by name, of which ``groups`` are made.
+    check needed one. ``sources`` are the training sets by name, of which ``groups`` are made; ``benchmarks`` are those of the evaluation.
     """
 
     groups: Sequence[CounterfactualGroup]
@@ -60,6 +61,7 @@ class RunData:
     collator: Collator | None = None
     identities: Mapping[str, Identity] = field(default_factory=dict)
     sources: Mapping[str, SourceData] = field(default_factory=dict)
+    benchmarks: Mapping[str, RunBenchmark] = field(default_factory=dict)
 
 
 class SourceData(NamedTuple):

@@ -17,6 +17,7 @@ from cfvlm_ds.data import open_image
 from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
 from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, table
+from cfvlm_ds.evaluation.suite import Result, markdown
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.export.folder import CARD, refuse_replacing, write_card
 from cfvlm_ds.models import only_adapters_train
@@ -69,12 +70,15 @@ def write_results(
     results: Mapping[str, Sequence[Accuracy]],
     scores: Mapping[str, Sequence[GroupScores]],
     identities: Mapping[str, Identity],
+    asked: Sequence[Result] = (),
 ) -> list[Path]:
-    """results.md, results.json and the scores of every split, in the run folder; the first two. Raises StorageError on a full disk."""
+    """results.md, results.json and the scores of every split, in the run folder; the first two. Raises StorageError on a full disk.
+    ``asked`` are the results of benchmarks, which results.md has too."""
     run_dir = Path(config.train.output_dir)
     path = tables = run_dir / "results.md"
     try:
-        replace(path, (table(results) + "\n").encode())
+        beside = f"\n{markdown(asked)}\n" if asked else ""
+        replace(path, (table(results) + "\n" + beside).encode())
         path = rows = run_dir / "results.json"
         replace(path, json.dumps({name: [vars(row) for row in found] for name, found in results.items()}, indent=1).encode())
         (run_dir / "scores").mkdir(exist_ok=True)

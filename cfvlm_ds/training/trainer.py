@@ -22,8 +22,10 @@ from cfvlm_ds.core.progress import time_left
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.evaluation import flat_metrics, headline, table
+from cfvlm_ds.evaluation.suite.tables import overview, summary
 from cfvlm_ds.models import ModelFlops, peak
 from cfvlm_ds.training.batches import micro_batches
+from cfvlm_ds.training.benchmarks import benchmark_metrics, headline_of, write_benchmarks
 from cfvlm_ds.training.checkpoints import Checkpoints
 from cfvlm_ds.training.evaluator import Evaluator, best_metric
 from cfvlm_ds.training.meter import Meter, measure
@@ -64,7 +66,7 @@ class Trainer:
         self._flops = ModelFlops(engine.module.model, engine.module.family)
         self._sources = tuple(data.sources) if config.data.is_mixture else ()
         self._stop = Stop(config.train.stop_margin_s)
-        self.evaluator = Evaluator(config, world, engine, collator, data.splits, self._stop, num_workers)
+        self.evaluator = Evaluator(config, world, engine, collator, data.splits, data.benchmarks, self._stop, num_workers)
 
     def run(self, tracker: Any) -> None:
         """Train to the end, evaluate and export; or leave by SystemExit with ``EXIT_STOPPED`` where the ranks agree to stop."""
@@ -153,11 +155,16 @@ class Trainer:
     def _evaluate(self, tracker: Any) -> bool:
         """Evaluate between steps; returns whether the result is the best so far by train.save_best."""
         self._pulse.mark("evaluation", self.state.step)
+        benchmarks = self._data.benchmarks
         results, _ = self.evaluator()
-        tracker.log(self.state.step, flat_metrics(results))
+        outcomes = self.evaluator.ask() if benchmarks else {}
+        metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes)
+        tracker.log(self.state.step, metrics)
         for split, rows in results.items():
             self._world.say(f"  {split}: {headline(rows)}")
-        value = best_metric(self._config, flat_metrics(results))
+        for name, found in outcomes.items():
+            self._world.say(f"  {name}: {headline_of(benchmarks[name], found)}")
+        value = best_metric(self._config, metrics)
         return value is not None and self.state.evaluated(value)
 
     def _finish(self, tracker: Any) -> None:
@@ -177,10 +184,13 @@ class Trainer:
                 failed = error
                 say(f"warning: the export failed ({error}); the evaluation follows, then this error ends the run")
         patience.meet()
+        benchmarks = self._data.benchmarks
         results, scores = self.evaluator(config.train.eval_shuffled)
-        tracker.log(step, flat_metrics(results))
+        outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
+        tracker.log(step, flat_metrics(results) | benchmark_metrics(benchmarks, outcomes))
         if self._world.is_main:
-            written = write_results(config, self._data.splits, results, scores, self._data.identities)
+            asked = write_benchmarks(config, benchmarks, outcomes)
+            written = write_results(config, self._data.splits, results, scores, self._data.identities, asked)
             if config.train.figures:
                 written += draw_figures(self._run_dir, self._data.splits, scores, config.data.max_pixels, say)
             if config.train.export and failed is None:
@@ -189,6 +199,8 @@ class Trainer:
                 tracker.artifact(path)
             if results:
                 print_line(table(results))  # also with --quiet
+            if asked:
+                print_line("\n".join([overview(asked), *map(summary, asked)]))
         if failed is not None:
             raise failed
 

@@ -35,14 +35,13 @@ from cfvlm_ds.evaluation.suite.item_check import Checked, cells_of, checked_item
 from cfvlm_ds.evaluation.suite.tables import markdown
 from cfvlm_ds.evaluation.suite.written import (
     RESULTS,
-    SCHEMA,
     Journal,
     Result,
     bootstrap_of,
-    computed,
     kept,
     read_result,
     read_results,
+    recorded,
     refuse_other,
     result_folder,
     taken,
@@ -206,33 +205,21 @@ class _Evaluation:
 
     def _record(self, header: Mapping[str, Any], checked: Checked, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """What results.json says."""
-        benchmark, draws = self._chosen.benchmark, self._settings.draws
-        draws = draws_for(len(outcomes)) if draws is None else draws
-        bootstrap = bootstrap_of(outcomes)
+        draws = draws_for(len(outcomes)) if self._settings.draws is None else self._settings.draws
         first = cells_of(checked.items[0], self._chosen.way)[0]
         pictures = len(checked.items[0].images[0])
         encoded = self._model.collator.prompts.encoded(first.prompt, first.text, pictures, checked.items[0].id)
-        return {
-            "schema": SCHEMA,
-            **header,
-            "model": {"name": without_secrets(self._model.name), **header["model"]},
-            "title": benchmark.title,
-            "prompt": encoded.prompt,
-            "answer": first.text,
-            "items": {
-                "in files": len(self._loaded.items) + len(self._loaded.problems),
-                "asked": len(outcomes),
-                "left out": len(checked.left_out) + len(self._loaded.problems),
-            },
-            "left_out": [["", str(problem)] for problem in self._loaded.problems] + [list(each) for each in checked.left_out],
-            "not_finite": [each.item.id for each in outcomes if any(value != value for row in each.seen for value in row)],
-            "notes": list(self._loaded.notes),
-            **computed(benchmark, outcomes, self._drawn(outcomes, draws)),
-            "bootstrap": {"draws": draws, "clusters": bootstrap.clusters, "seed": 0},
-            "published": [asdict(each) for each in benchmark.published],
-            "traps": list(benchmark.traps),
-            "unofficial": benchmark.unofficial,
-        }
+        left_out = [("", str(problem)) for problem in self._loaded.problems] + list(checked.left_out)
+        return recorded(
+            self._chosen.benchmark,
+            {**header, "model": {"name": without_secrets(self._model.name), **header["model"]}},
+            outcomes,
+            self._drawn(outcomes, draws),
+            left_out,
+            self._loaded.notes,
+            prompt=encoded.prompt,
+            answer=first.text,
+        )
 
     def _drawn(self, outcomes: Sequence[Outcome], draws: int) -> list[Values]:
         """The metrics of each draw of the bootstrap, in order; ranks share the draws."""

@@ -23,7 +23,7 @@ SKIP = "name --on_error skip to leave such items out, counted and named"
 
 @dataclass(frozen=True)
 class Chosen:
-    """A benchmark that is asked in one way. ``label`` names the way in files: the probe, and its options where they are not the defaults."""
+    """A benchmark that is asked in one way. ``label`` names it in files: the probe, and its options where they are not the defaults."""
 
     name: str
     benchmark: Benchmark

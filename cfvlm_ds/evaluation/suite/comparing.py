@@ -131,7 +131,7 @@ def _said(outcome: Outcome) -> tuple[object, ...]:
 
 
 def comparison_table(found: Sequence[Compared], before: str, after: str) -> str:
-    """The headline of each benchmark, and every other metric whose difference is resolved; what got better and worse; what is to be noted."""
+    """The headline of each benchmark, every other metric whose difference is resolved, what got better and worse, and notes."""
     one, other = (in_cell(name) for name in (before, after))
     lines = [
         f"| benchmark | probe | metric | {one} | {other} | difference | 95 % | resolved | better | worse |",
@@ -145,7 +145,7 @@ def comparison_table(found: Sequence[Compared], before: str, after: str) -> str:
         for name in names:
             counts = f"{len(better)} | {len(worse)}" if name == headline else " | "
             lines.append(
-                f"| {in_cell(each.before.name)} | {in_cell(each.before.label)} | {_row(name, each.differences[name])} | {counts} |"
+                f"| {in_cell(each.before.called)} | {in_cell(each.before.label)} | {_row(name, each.differences[name])} | {counts} |"
             )
     notes = [f"{each.place}: {note}" for each in found for note in each.notes]
     return "\n".join([*lines, *([""] if notes else []), *notes])

@@ -24,6 +24,7 @@ _MOST_PROMPT = 20_000
 class _Shown:
     """An item that is shown: its benchmark and what one or two models made of it."""
 
+    name: str
     place: str
     benchmark: Benchmark
     outcomes: tuple[Outcome, ...]
@@ -51,7 +52,7 @@ def results_page(
     for each in results:
         found = _of(each)
         facts += _facts(each)
-        name = found[0].place.split("/")[0] if found else ""
+        name = found[0].name if found else ""
         if found and name not in pictures:
             pictures[name] = _pictures(found[0].benchmark, root / name, say)
         chosen = sorted(range(len(found)), key=lambda k, found=found: _order(found[k]))  # type: ignore[misc]
@@ -65,9 +66,9 @@ def results_page(
 
 def _of(result: Result | Compared) -> list[_Shown]:
     if isinstance(result, Compared):
-        return [_Shown(result.place, result.benchmark, pair) for pair in result.pairs]
+        return [_Shown(result.before.name, result.place, result.benchmark, pair) for pair in result.pairs]
     benchmark = benchmark_named(result.name)
-    return [_Shown(result.place, benchmark, (outcome,)) for outcome in result.outcomes]
+    return [_Shown(result.name, result.place, benchmark, (outcome,)) for outcome in result.outcomes]
 
 
 def _facts(result: Result | Compared) -> list[Fact]:
@@ -103,7 +104,7 @@ def _order(shown: _Shown) -> float:
 
 def _item(shown: _Shown, names: Sequence[str], pictures: Mapping[str, Mapping[str, tuple[Pictures, ...]]]) -> Item:
     item = shown.outcomes[0].item
-    images = pictures[shown.place.split("/")[0]].get(item.id, item.images)
+    images = pictures[shown.name].get(item.id, item.images)
     if len(images) != len(item.images):
         images = item.images
     right = [is_right(shown.benchmark, outcome) for outcome in shown.outcomes]

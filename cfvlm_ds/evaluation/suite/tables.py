@@ -27,7 +27,7 @@ def overview(results: Sequence[Result]) -> str:
         metric = str(result.record["headline"])
         values = [number(result.metrics.get(name, {}).get(metric)) for name in shown]
         value, span = number(result.metrics["seen"].get(metric)), between(result.record["intervals"].get(metric))
-        start = f"| {in_cell(result.name)} | {in_cell(result.label)} | {len(result.outcomes)} | {in_cell(metric)} |"
+        start = f"| {in_cell(result.called)} | {in_cell(result.label)} | {len(result.outcomes)} | {in_cell(metric)} |"
         lines.append(f"{start} {value} | {span} | {' | '.join(values)} |")
     return "\n".join(lines)
 

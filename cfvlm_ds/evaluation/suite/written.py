@@ -14,7 +14,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,25 @@ MAX_LINE = 32 * MIB
 
 @dataclass(frozen=True)
 class Result:
-    """The results of a benchmark that was asked in one way: what results.json has, and the outcomes of its items."""
+    """The results of a benchmark that was asked in one way: what results.json has, and the outcomes of its items.
 
-    name: str
+    ``called`` and ``label`` are the names of its folders: those of the benchmark, or of a run's evaluation set, and of the way.
+    """
+
+    called: str
     label: str
     record: Mapping[str, Any]
     outcomes: tuple[Outcome, ...]
 
     @property
+    def name(self) -> str:
+        """The benchmark's."""
+        return str(self.record["benchmark"])
+
+    @property
     def place(self) -> str:
-        """Benchmark and way, as its folder is called."""
-        return f"{self.name}/{self.label}"
+        """Where it is, below a folder of results."""
+        return f"{self.called}/{self.label}"
 
     @property
     def metrics(self) -> dict[str, Values]:
@@ -57,11 +65,34 @@ class Result:
         return found
 
 
-def computed(benchmark: Benchmark, outcomes: Sequence[Outcome], drawn: Sequence[Values]) -> dict[str, Any]:
-    """What of the record follows from the outcomes: the metrics of every table, and intervals of what was seen, by the metrics that a
-    bootstrap has ``drawn``."""
-    spans = {name: list(span) for name, span in intervals(drawn).items()}
-    return {"headline": benchmark.headline, "metrics": results(benchmark, outcomes), "intervals": spans}
+def recorded(
+    benchmark: Benchmark,
+    header: Mapping[str, Any],
+    outcomes: Sequence[Outcome],
+    drawn: Sequence[Values],
+    left_out: Sequence[tuple[str, str]] = (),
+    notes: Sequence[str] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    """What results.json says: a ``header`` with all that the scores depend on, metrics of every table, intervals of what was seen by the
+    metrics that a bootstrap has ``drawn``, what was left out, and what is worth knowing of the benchmark."""
+    return {
+        "schema": SCHEMA,
+        **header,
+        "title": benchmark.title,
+        **more,
+        "items": {"in files": len(outcomes) + len(left_out), "asked": len(outcomes), "left out": len(left_out)},
+        "left_out": [list(each) for each in left_out],
+        "not_finite": [each.item.id for each in outcomes if any(value != value for row in each.seen for value in row)],
+        "notes": list(notes),
+        "headline": benchmark.headline,
+        "metrics": results(benchmark, outcomes),
+        "intervals": {name: list(span) for name, span in intervals(drawn).items()},
+        "bootstrap": {"draws": len(drawn), "clusters": bootstrap_of(outcomes).clusters, "seed": 0},
+        "published": [asdict(each) for each in benchmark.published],
+        "traps": list(benchmark.traps),
+        "unofficial": benchmark.unofficial,
+    }
 
 
 def bootstrap_of(outcomes: Sequence[Outcome], seed: int = 0) -> Bootstrap:
