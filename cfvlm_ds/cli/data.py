@@ -20,6 +20,8 @@ def add(commands: Any) -> None:
     data = commands.add_parser("data", help="build or check manifests").add_subparsers(dest="action", required=True)
     command = add_command(data, "build", _build, "write the embedded world of scenes", "cfvlm-ds data build scenes --num_train 4000")
     add_fields(command, ScenesConfig)
+    text = "also write its test groups into this folder in the forms of SugarCrepe, NaturalBench and POPE"
+    command.add_argument("--benchmarks", metavar="FOLDER", help=text)
     command = add_command(data, "check", _check, "report everything wrong with a manifest", "cfvlm-ds data check groups.jsonl")
     command.add_argument("manifest")
     add_data_options(command)
@@ -58,7 +60,12 @@ def add(commands: Any) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    build(BuildConfig(scenes=ScenesConfig(**values_of(arguments, ScenesConfig))))
+    config = ScenesConfig(**values_of(arguments, ScenesConfig))
+    build(BuildConfig(scenes=config))
+    if arguments.benchmarks:
+        from cfvlm_ds.demo.scenes import build_benchmarks
+
+        print(f"wrote {build_benchmarks(config, Path(arguments.benchmarks))}: sugarcrepe, naturalbench, pope")
 
 
 def _tiny(arguments: argparse.Namespace) -> None:
