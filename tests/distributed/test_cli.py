@@ -55,6 +55,7 @@ COMMANDS = [
     ["tiny"],
     ["score"],
     ["evaluate"],
+    ["compare"],
     ["export"],
     ["init"],
     ["completion"],

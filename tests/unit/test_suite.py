@@ -630,7 +630,7 @@ def test_nothing_is_written_through_a_link(scorer: Scorer, collator: Collator, r
 
 
 def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
-    with asking.results_held(tmp_path / "out", ALONE), pytest.raises(ConfigError, match="in use by .*choose another folder with --out"):
+    with asking.results_held(tmp_path / "out", ALONE), pytest.raises(ConfigError, match=r"in use by .*choose another folder with --out"):
         asking.results_held(tmp_path / "out", ALONE).__enter__()
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
