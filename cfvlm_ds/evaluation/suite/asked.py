@@ -23,6 +23,7 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.core.versions import version
+from cfvlm_ds.data.picture_index import Picture
 from cfvlm_ds.evaluation.asking import Plan, Say, plan, written
 from cfvlm_ds.evaluation.benchmarks import Item, Loaded, Outcome
 from cfvlm_ds.evaluation.benchmarks.base import Values, judged
@@ -129,7 +130,8 @@ def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], o
             f"{model.name}: its chat template writes what is asked before the picture, so prompts of a picture share its encoding and no "
             "tokens; each is a tree of its own"
         )
-    found = [_Evaluation(model, each, loaded, out, settings).result() for each, loaded in chosen]
+    seen: dict[Path, Picture | str] = {}
+    found = [_Evaluation(model, each, loaded, out, settings).result(seen) for each, loaded in chosen]
 
     def write() -> None:
         try:
@@ -157,11 +159,11 @@ class _Evaluation:
         self._folder = out / chosen.name / chosen.label
         self._patience = Patience(model.world)
 
-    def result(self) -> Result:
-        """What is on disk, or what the model says now."""
+    def result(self, seen: dict[Path, Picture | str]) -> Result:
+        """What is on disk, or what the model says now; pictures that were ``seen`` are not opened again to be checked."""
         settings, world = self._settings, self._world
         items = spread(self._loaded.items, settings.limit)
-        checked = checked_items(items, self._chosen.way, self._model.collator, world, self._label)
+        checked = checked_items(items, self._chosen.way, self._model.collator, world, self._label, seen=seen)
         if checked.left_out and not (settings.skip and checked.items):
             more = f" ({len(checked.left_out) - 1} more)" if len(checked.left_out) > 1 else ""
             remedy = f"; {SKIP}" if checked.items else ""
@@ -217,6 +219,7 @@ class _Evaluation:
             self._drawn(outcomes, draws),
             left_out,
             self._loaded.notes,
+            in_files=len(self._loaded.items) + len(self._loaded.problems),
             prompt=encoded.prompt,
             answer=first.text,
         )

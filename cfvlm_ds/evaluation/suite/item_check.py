@@ -57,18 +57,21 @@ def checked_items(
     world: World,
     label: str,
     alive: Callable[[], object] = lambda: None,
+    seen: dict[Path, Picture | str] | None = None,
 ) -> Checked:
-    """Look at all items; collective. Nothing is raised for what is wrong with one of them."""
+    """Look at all items; collective. Nothing is raised for what is wrong with one of them. Pictures that were ``seen`` before are not
+    opened again, and the others are added to these."""
     patience = Patience(world, alive)
-    shown = list(dict.fromkeys(picture for item in items for image in item.images for picture in image))
-    found: dict[Path, Picture | str] = {}
+    found: dict[Path, Picture | str] = {} if seen is None else seen
+    shown = [picture for picture in dict.fromkeys(p for item in items for image in item.images for p in image) if picture not in found]
     mine = shown[world.rank :: world.size]
     progress = Progress(world.say, f"{label}: pictures{' of this rank' * (world.size > 1)}", len(mine), "pictures")
+    opened: dict[Path, Picture | str] = {}
     for path, picture in _opened(mine, collator.files.max_pixels, progress):
-        found[path] = picture
+        opened[path] = picture
         patience.alive()
     patience.meet()
-    for part in gather_objects(found, world):
+    for part in gather_objects(opened, world):
         found |= part
     table = PictureTable.of({path: picture for path, picture in found.items() if isinstance(picture, Picture)})
     problems: dict[int, str] = {}
@@ -136,9 +139,14 @@ def fitting(
 ) -> list[Pictures | None]:
     """The pictures that groups are shown in place of their own, without those with which a text would be over the window."""
 
+    def sizes_of(pictures: Pictures) -> tuple[Size, ...]:
+        return tuple((found.width, found.height) for picture in pictures if (found := table.find(picture)))
+
     def fits(group: CounterfactualGroup, donor: Pictures) -> bool:
-        sizes = tuple((found.width, found.height) for picture in donor if (found := table.find(picture)))
+        sizes = sizes_of(donor)
         try:
+            if collator.visual_tokens(sizes) <= max(collator.visual_tokens(sizes_of(image)) for image in group.images):
+                return True  # as its own do
             return all(_length(each, sizes, collator) <= collator.max_length for each in group.candidates)
         except DataError:
             return False

@@ -72,6 +72,7 @@ def recorded(
     drawn: Sequence[Values],
     left_out: Sequence[tuple[str, str]] = (),
     notes: Sequence[str] = (),
+    in_files: int | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """What results.json says: a ``header`` with all that the scores depend on, metrics of every table, intervals of what was seen by the
@@ -81,7 +82,11 @@ def recorded(
         **header,
         "title": benchmark.title,
         **more,
-        "items": {"in files": len(outcomes) + len(left_out), "asked": len(outcomes), "left out": len(left_out)},
+        "items": {
+            "in files": len(outcomes) + len(left_out) if in_files is None else in_files,
+            "asked": len(outcomes),
+            "left out": len(left_out),
+        },
         "left_out": [list(each) for each in left_out],
         "not_finite": [each.item.id for each in outcomes if any(value != value for row in each.seen for value in row)],
         "notes": list(notes),
