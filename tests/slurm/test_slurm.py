@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, losses, run_ranks
+from conftest import REPO, draw, losses, run_ranks
 from safetensors.torch import load_file
 from slurm.cluster import Cluster, wait_until
 from slurm.jobs import ENVIRONMENT, sbatch, submit
@@ -149,6 +149,30 @@ def test_a_model_is_evaluated(cluster: Cluster, copies: Path, model_dir: Path, m
     said = (tmp_path / "log").read_text()
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), said
     assert f"job {job} on node" in said and "| test | all, blank image |" in said and (tmp_path / "a b" / "results.json").exists()
+
+
+@pytest.mark.long
+def test_benchmarks_go_on_after_a_requeue(cluster: Cluster, copies: Path, model_dir: Path, tmp_path: Path) -> None:
+    """Two tasks share the items; USR1 as before a time limit; the next start scores what is left, and the results are those of one task."""
+    pope = tmp_path / "benchmarks" / "pope"
+    (pope / "output" / "coco").mkdir(parents=True)
+    pictures = [draw(pope / "val2014" / f"{n}.png", [("red", "circle"), ("blue", "square")]).name for n in range(150)]
+    for split in ("random", "popular", "adversarial"):
+        rows = [{"question_id": n, "image": name, "text": f"Is it red {n}?", "label": "yes"} for n, name in enumerate(pictures)]
+        (pope / "output" / "coco" / f"coco_pope_{split}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--benchmarks", "pope", "--benchmark_root", str(pope.parent), "--batch_size", "1", "--num_workers", "0", "--draws", "5"]
+    out = tmp_path / "two words"
+    job = sbatch(cluster, tmp_path / "log", ["-N2"], "evaluate.sh", str(model_dir), *options, "--out", str(out), root=copies, PATH=BARE)
+    scored = out / "pope" / "yes_no" / "scores.jsonl"
+    wait_until(lambda: scored.exists() and len(scored.read_text().splitlines()) > 20, 300, "scores")
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    state = cluster.finish(job, 900)
+    said = (tmp_path / "log").read_text()
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), said
+    assert "requeue: the time limit is near" in said and "groups are on disk, and it goes on from there" in said
+    main(["evaluate", str(model_dir), *options, "--out", str(tmp_path / "alone")])
+    for name in ("results.json", "items.jsonl"):
+        assert (out / "pope" / "yes_no" / name).read_bytes() == (tmp_path / "alone" / "pope" / "yes_no" / name).read_bytes()
 
 
 def sourced(script: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:

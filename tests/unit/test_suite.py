@@ -132,7 +132,7 @@ def test_every_score_is_that_of_plain_forwards(scorer: Scorer, collator: Collato
         return plain(image, "Describe the image.", text)
 
     naive = {"caption": captioned, "match": matched, "yes_no": together_}
-    settings = replace(FEW, limit=3)
+    settings = replace(FEW, limit=10)
     results = ask(asked(scorer, collator), root, tmp_path / "out", "sugarcrepe,pope", "caption", "match", "yes_no", settings=settings)
     assert [result.place for result in results] == ["sugarcrepe/caption", "sugarcrepe/match", "pope/yes_no"]
     for result in results:
