@@ -18,7 +18,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "benchmarks",
         "in place of manifests: cfvlm-ds evaluate runs/mine --benchmarks pope,mmvp --benchmark_root /data/benchmarks --out results",
     )
-    group.add_argument("--benchmarks", metavar="NAMES", help="names of public benchmarks, or of your own, joined by commas")
+    group.add_argument(
+        "--benchmarks", metavar="NAMES", action=_InPlaceOfManifests, help="names of public benchmarks, or of your own, joined by commas"
+    )
     group.add_argument("--benchmark_root", metavar="FOLDER", help="folder with a folder of official files for each of them")
     text = "NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi; each asks the benchmarks that it fits (default: each one's own)"
     group.add_argument("--probes", nargs="+", default=[], metavar="PROBE", help=text)
@@ -42,15 +44,25 @@ def add(commands: Any) -> None:
     command.add_argument("--draws", type=_count, metavar="N", help="draws of the paired bootstrap (default: as of evaluate)")
 
 
+class _InPlaceOfManifests(argparse.Action):
+    """With benchmarks a manifest is not required. Nor is it without, if it may be left out: argparse would then not wait for it where an
+    option stands between it and the model."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+        for action in parser._actions:
+            if action.dest == "manifest":
+                action.nargs, action.required = "*", False
+
+
 def asked_for(arguments: argparse.Namespace) -> bool:
-    """Whether benchmarks are to be evaluated, and not manifests. Raises ConfigError for both or neither."""
-    if bool(arguments.benchmarks) == bool(arguments.manifest):
-        both = "both a manifest and --benchmarks" if arguments.manifest else "neither a manifest nor --benchmarks"
-        raise ConfigError(f"evaluate is given {both}; give one of them, such as --benchmarks pope --benchmark_root FOLDER --out FOLDER")
+    """Whether benchmarks are to be evaluated, and not manifests. Raises ConfigError for both."""
+    if arguments.benchmarks is not None and arguments.manifest:
+        raise ConfigError(f"evaluate is given both {arguments.manifest[0]} and --benchmarks; give manifests, or benchmarks")
     alone = ("benchmark_root", "probes", "limit", "draws")
     if arguments.manifest and (given := [name for name in alone if getattr(arguments, name)]):
         raise ConfigError(f"--{given[0]} is of --benchmarks, and a manifest is evaluated; leave it out")
-    return bool(arguments.benchmarks)
+    return arguments.benchmarks is not None
 
 
 def evaluate(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+import test_benchmarks
 import torch
 from conftest import caption, draw, plain_logp
 from PIL import Image
@@ -25,6 +26,7 @@ from cfvlm_ds.core.config import ModelConfig, ScenesConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError
 from cfvlm_ds.data import read_manifest
+from cfvlm_ds.demo.family_checkpoints import write_small
 from cfvlm_ds.demo.scenes import build_benchmarks, build_scenes
 from cfvlm_ds.demo.scenes.benchmarks import SUBSETS
 from cfvlm_ds.evaluation import accuracies, score_groups
@@ -52,7 +54,7 @@ from cfvlm_ds.evaluation.suite.comparing import comparison_table
 from cfvlm_ds.evaluation.suite.comparison_page import results_page
 from cfvlm_ds.evaluation.suite.tables import markdown, omissions, overview
 from cfvlm_ds.evaluation.suite.written import ITEMS, RESULTS, SCORES
-from cfvlm_ds.models import Scorer, load_processor
+from cfvlm_ds.models import Scorer, family_of, load_model, load_processor
 from cfvlm_ds.models.forest_attention import stock_attention
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -234,6 +236,46 @@ def test_the_world_of_scenes_has_the_numbers_that_a_run_gives_it(scorer: Scorer,
     splits = {each.item.tags["split"] for each in results[2].outcomes}
     assert len(results[2].outcomes) == 3 * 18 * 4 and splits == {"random", "popular", "adversarial"}
     assert results[2].metrics["chance"]["accuracy"] == 50
+
+
+def everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files of all benchmarks in their official forms, with pictures that are ones."""
+
+    def drawn(root: Path, *names: str) -> None:
+        for number, name in enumerate(names):
+            path = draw(folder / "drawn.png", SCENES[number % 3])
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(path.read_bytes())
+
+    monkeypatch.setattr(test_benchmarks, "pictures", drawn)
+    for name, write in test_benchmarks.WRITERS.items():
+        write(folder / name)
+    return folder
+
+
+def test_every_benchmark_is_evaluated_from_its_official_form(
+    scorer: Scorer, collator: Collator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = everything(tmp_path / "benchmarks", monkeypatch)
+    settings = Settings(draws=3)
+    results = ask(asked(scorer, collator), root, tmp_path / "out", ",".join(BENCHMARKS), settings=settings)
+    assert [result.name for result in results] == list(BENCHMARKS)
+    for found, result in zip(read_results(tmp_path / "out"), sorted(results, key=lambda each: each.place), strict=True):
+        benchmark = BENCHMARKS[result.name]
+        assert found.metrics == result.metrics and benchmark.headline in result.metrics["seen"] and result.metrics["blank"]
+        assert benchmark.headline in result.metrics["chance"] and summary(result)
+    assert len(overview(results).splitlines()) == 2 + len(BENCHMARKS)
+
+
+@pytest.mark.long
+def test_a_small_qwen_is_asked_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, folder = everything(tmp_path / "benchmarks", monkeypatch), write_small("qwen2_5_vl", tmp_path / "qwen", 0)
+    config = ModelConfig(str(folder), attn_implementation="sdpa")
+    model = load_model(config, torch.float32).eval()
+    qwen = Scorer(model, family_of(model.config))
+    results = ask(asked(qwen, load_collator(config, "full")), root, tmp_path / "out", ",".join(BENCHMARKS), settings=Settings(draws=3))
+    assert len(results) == len(BENCHMARKS)
+    assert not [result.place for result in results if result.record["not_finite"]]
 
 
 # What is on disk ------------------------------------------------------------------------------------------------------------------------
