@@ -36,7 +36,8 @@ def add(commands: Any) -> None:
         command = add_command(commands, name, function, text, example)
         taken = ", or folder of adapters" if name == "evaluate" else ""
         command.add_argument("model", help=f"model folder or hub name, run folder{taken}")
-        command.add_argument("manifest", nargs="+" if name == "evaluate" else None)
+        text = "groups to evaluate; or --benchmarks in their place" if name == "evaluate" else "groups to score"
+        command.add_argument("manifest", nargs="+" if name == "evaluate" else None, help=text)
         written = "JSON file to write (default none); with --benchmarks a folder" if name == "evaluate" else "default MANIFEST.scores.jsonl"
         command.add_argument("--out", help=f"file to write ({written})" if name == "score" else written)
         command.add_argument("--batch_size", type=positive, default=16, help="groups per batch (default 16)")
