@@ -156,7 +156,8 @@ def in_parts(config: ModelConfig, dtype: torch.dtype, world: World) -> Any:
         del found_by_transformers
         unset_hf_deepspeed_config()
     engine, *_ = deepspeed.initialize(model=Scorer(model, family_of(model.config)), config=settings)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def recompute_activations(model: Any) -> None:
