@@ -212,13 +212,18 @@ class _Evaluation:
         pictures = len(checked.items[0].images[0])
         encoded = self._model.collator.prompts.encoded(first.prompt, first.text, pictures, checked.items[0].id)
         left_out = [("", str(problem)) for problem in self._loaded.problems] + list(checked.left_out)
+
+        def placed(said: str) -> str:
+            """Without the place of the files on this machine."""
+            return said.replace(f"{self._chosen.root.parent}/", "")
+
         return recorded(
             self._chosen.benchmark,
             {**header, "model": {"name": without_secrets(self._model.name), **header["model"]}},
             outcomes,
             self._drawn(outcomes, draws),
-            left_out,
-            self._loaded.notes,
+            [(name, placed(why)) for name, why in left_out],
+            [placed(note) for note in self._loaded.notes],
             in_files=len(self._loaded.items) + len(self._loaded.problems),
             prompt=encoded.prompt,
             answer=first.text,

@@ -58,7 +58,7 @@ def results_page(
         chosen = sorted(range(len(found)), key=lambda k, found=found: _order(found[k]))  # type: ignore[misc]
         half = min(sample // 2 or 1, len(chosen))
         taken = dict.fromkeys([*chosen[:half], *chosen[len(chosen) - max(0, min(sample, len(chosen)) - half) :]])
-        shown += [found[k] for k in taken if sample >= 2 or k == chosen[0]]
+        shown += [found[k] for k in taken]
         facts += [(f"{found[0].place}: items", f"{len(taken)} of {len(found)}, worst and best")] * bool(found)
     items = (_item(each, names, pictures) for each in shown)
     return write_page(Page(" and ".join(names), items, len(shown), facts, "score of the probe"), out, max_pixels=max_pixels, say=say)

@@ -136,7 +136,7 @@ def write_result(folder: Path, result: Result) -> None:
 def _item(item: Item) -> dict[str, Any]:
     """All of an item but its pictures, which the benchmark's own files name."""
     said = {"id": item.id, "texts": item.texts, "match": item.match, "prompt": item.prompt, "cluster": item.cluster}
-    return said | {"listed": True} * item.listed | {"tags": dict(item.tags)}
+    return said | ({"listed": True} if item.listed else {}) | {"tags": dict(item.tags)}
 
 
 def _line(value: Any) -> bytes:
