@@ -11,7 +11,6 @@ from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.config import DataSet, RunConfig
 from cfvlm_ds.core.distributed import Patience, World, agreed
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.groups import Candidate
 from cfvlm_ds.evaluation.asking import Plan, plan
 from cfvlm_ds.evaluation.benchmarks import Judged, Outcome, results
 from cfvlm_ds.evaluation.benchmarks.base import Values, judged
@@ -72,11 +71,6 @@ def read_benchmarks(
         )
         found[name] = RunBenchmark(chosen, asked, checked.identity(), loaded.notes)
     return found
-
-
-def token_lengths(collator: Collator) -> Callable[[Candidate], int]:
-    """Tokens of a text, as the model's tokenizer has them."""
-    return lambda candidate: len(collator.prompts.encoded(candidate.prompt, candidate.text, 1, "a text").text_ids)
 
 
 def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes) -> dict[str, float]:

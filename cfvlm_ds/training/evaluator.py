@@ -18,8 +18,9 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, metric_names, rehearse, score_groups
 from cfvlm_ds.evaluation.benchmarks import Outcome
+from cfvlm_ds.evaluation.suite.item_check import token_lengths
 from cfvlm_ds.models import adapters_off, only_adapters_train
-from cfvlm_ds.training.benchmarks import RunBenchmark, benchmark_names, token_lengths
+from cfvlm_ds.training.benchmarks import RunBenchmark, benchmark_names
 
 Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
@@ -67,7 +68,8 @@ class Evaluator:
             for name, each in self._benchmarks.items():
                 options: dict[str, Any] = {"num_workers": self._num_workers, "label": f"evaluating {name}", "shuffled": shuffled}
                 scores = score_groups(self._engine, self._collator, each.plan.groups, self._world, **options, **self._options())
-                found[name] = each.plan.outcomes(scores, token_lengths(self._collator))
+                lengths = token_lengths(self._collator) if each.plan.probe.needs_lengths else None
+                found[name] = each.plan.outcomes(scores, lengths)
         return found
 
     @contextlib.contextmanager

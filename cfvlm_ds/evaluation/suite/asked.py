@@ -32,7 +32,7 @@ from cfvlm_ds.evaluation.probes import Generate, Probe
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, matrices, other_images, scored_batches, seen_as
 from cfvlm_ds.evaluation.suite.bootstrap import draws_for
 from cfvlm_ds.evaluation.suite.chosen import SKIP, Chosen, spread
-from cfvlm_ds.evaluation.suite.item_check import Checked, cells_of, checked_items, fitting
+from cfvlm_ds.evaluation.suite.item_check import Checked, cells_of, checked_items, fitting, token_lengths
 from cfvlm_ds.evaluation.suite.tables import markdown
 from cfvlm_ds.evaluation.suite.written import (
     RESULTS,
@@ -274,10 +274,8 @@ class _Evaluation:
                 f"warning: {self._label}: scores of {len(broken)} groups are not finite, and count as wrong: {', '.join(broken[:5])}"
             )
 
-        def tokens(candidate: Candidate) -> int:
-            return len(collator.prompts.encoded(candidate.prompt, candidate.text, 1, "a text").text_ids)
-
-        return asked.outcomes([scores[k] for k in range(len(asked.groups))], tokens)
+        lengths = token_lengths(collator) if probe.needs_lengths else None
+        return asked.outcomes([scores[k] for k in range(len(asked.groups))], lengths)
 
     def _batches(
         self,

@@ -152,3 +152,8 @@ def fitting(
             return False
 
     return [donor if donor is not None and fits(group, donor) else None for group, donor in zip(groups, donors, strict=True)]
+
+
+def token_lengths(collator: Collator) -> Callable[[Candidate], int]:
+    """Tokens of a text, as the model's tokenizer has them."""
+    return lambda candidate: len(collator.prompts.encoded(candidate.prompt, candidate.text, 1, "a text").text_ids)
