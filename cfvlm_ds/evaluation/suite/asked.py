@@ -310,7 +310,7 @@ class _Evaluation:
         say, world, settings = self._model.say(way.max_new_tokens), self._world, self._settings
         shown = [CounterfactualGroup(item.id, item.images, (Candidate("", "x"),), _first_true(item)) for item in checked.items]
         donors = other_images(shown) if settings.shuffled else [None] * len(shown)
-        left = [k for k in range(len(checked.items)) if k not in journal.rows]
+        left = [k for k, item in enumerate(checked.items) if not _is_written(journal.rows.get(k), item)]
         progress = self._progress(len(checked.items), len(checked.items) - len(left), "items")
         for start in range(0, len(left), settings.batch_size * world.size):
             turn = left[start : start + settings.batch_size * world.size]
@@ -340,6 +340,13 @@ class _Evaluation:
         if done:
             self._world.say(f"{self._label}: {done} of {total} {unit} are on disk, and it goes on from there")
         return Progress(self._world.say, self._label, total - done, unit)
+
+
+def _is_written(row: Any, item: Item) -> bool:
+    """Whether a row of the journal is what was written about an item."""
+    if not isinstance(row, dict) or not isinstance(said := row.get("said"), list) or len(said) != len(item.images):
+        return False
+    return all(isinstance(text, str) for text in (*said, row.get("blank"), row.get("shuffled", "")))
 
 
 def _first_true(item: Item) -> tuple[tuple[int | None], ...]:
