@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def evaluate(
     with results_held(out, world):
         patience = Patience(world)
         loaded = {
-            name: agreed(world, lambda each=each: load_items(each, world.say, skip=skip), patience)
+            name: agreed(world, partial(load_items, each, world.say, skip=skip), patience)
             for name, each in {each.name: each for each in chosen}.items()
         }
         identity = agreed(world, lambda: _identity(model, adapter, patience.alive), patience)
@@ -142,16 +143,16 @@ def _compare(arguments: argparse.Namespace) -> None:
     if arguments.out and not arguments.benchmark_root:
         raise ConfigError("--out needs --benchmark_root, the folder of the benchmarks, from which the page takes the pictures; add it")
     say: Callable[[str], object] = print_line if shows_progress() else lambda line: None
-    folders = [Path(each) for each in arguments.results]
+    first, *more = (Path(each) for each in arguments.results)
     if arguments.out:
         from cfvlm_ds.page import refuse_foreign_folder
 
         refuse_foreign_folder(Path(arguments.out))
-    if len(folders) == 1:
-        found: Any = read_results(folders[0])
+    if not more:
+        found: Any = read_results(first)
         print("\n".join([overview(found), "", *map(summary, found)]))
     else:
-        found = compare_results(*folders, arguments.draws, say)
+        found = compare_results(first, more[0], arguments.draws, say)
         print(comparison_table(found, *arguments.results))
     if arguments.out:
         from cfvlm_ds.evaluation.suite.comparison_page import results_page

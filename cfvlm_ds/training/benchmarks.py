@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def read_benchmarks(
     found = {}
     for name, each in config.data.benchmark_sets.items():
         chosen = chosen_of(name, each)
-        loaded = agreed(world, lambda chosen=chosen: load_items(chosen, world.say), Patience(world, tick))
+        loaded = agreed(world, partial(load_items, chosen, world.say), Patience(world, tick))
         checked = checked_items(spread(loaded.items, each.limit), chosen.way, collator, world, f"data.evaluation.{name}", tick)
         if checked.left_out:
             more = f" ({len(checked.left_out) - 1} more)" if len(checked.left_out) > 1 else ""
@@ -112,7 +113,7 @@ def write_benchmarks(config: RunConfig, benchmarks: Mapping[str, RunBenchmark], 
         drawn = [first for (first,) in bootstrap.values(benchmark.metrics, [judged(found)["seen"]], range(draws_for(len(found))))]
         header = {
             "benchmark": each.chosen.name,
-            "probe": {"name": each.chosen.way.name, **asdict(each.chosen.way)},  # type: ignore[call-overload]
+            "probe": {"name": each.chosen.way.name, **asdict(each.chosen.way)},  # type: ignore[arg-type]
             "model": {"name": str(run_dir), "weights": None, "inputs": None, "adapter": None},
             "data": dict(each.identity),
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ class _Evaluation:
         way, settings = self._chosen.way, self._settings
         return {
             "benchmark": self._chosen.name,
-            "probe": {"name": way.name, **asdict(way)},  # type: ignore[call-overload]
+            "probe": {"name": way.name, **asdict(way)},  # type: ignore[arg-type]
             "model": {name: self._model.identity.get(name) for name in _OF_MODEL},
             "data": checked.identity(),
             "settings": {
@@ -265,10 +266,10 @@ class _Evaluation:
             views = seen_as(asked.groups, donors) if pictured else [asked.groups]
             batches = [every[start : start + settings.batch_size] for start in range(0, len(every), settings.batch_size)]
             left = [batch for batch in batches if not all(k in scores for k in batch)]
-            for found in self._batches(asked, views, left, donors, collator):
-                agreed(self._world, lambda found=found: journal.add({k: kept(each) for k, each in found.items()}))
-                scores |= found
-                progress.advance(len(found))
+            for batch in self._batches(asked, views, left, donors, collator):
+                agreed(self._world, partial(journal.add, {k: kept(each) for k, each in batch.items()}))
+                scores |= batch
+                progress.advance(len(batch))
         if broken := [asked.groups[k].id for k, found in scores.items() if not found.finite]:
             self._world.say(
                 f"warning: {self._label}: scores of {len(broken)} groups are not finite, and count as wrong: {', '.join(broken[:5])}"
@@ -329,7 +330,7 @@ class _Evaluation:
                 if wrong is not None:
                     raise wrong
                 together |= part
-            agreed(world, lambda together=together: journal.add(together))
+            agreed(world, partial(journal.add, together))
             journal.rows.update(together)
             progress.advance(len(turn))
         parse = PARSERS.get(self._chosen.name, answer)

@@ -54,7 +54,8 @@ class Compared:
 
     def changes(self) -> tuple[list[str], list[str]]:
         """The items that were wrong and are right, and those that were right and are wrong."""
-        better, worse = [], []
+        better: list[str] = []
+        worse: list[str] = []
         for before, after in self.pairs:
             was, now = is_right(self.benchmark, before), is_right(self.benchmark, after)
             if was != now:

@@ -176,7 +176,7 @@ def read_result(folder: Path) -> Result:
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise ValueError(f"its schema is not {SCHEMA!r}")
         _check_record(record)
-        names = [bare_name(part, path) for part in (folder.parent.name, folder.name)]
+        called, label = (bare_name(part, path) for part in (folder.parent.name, folder.name))
         path = folder / ITEMS
         outcomes = tuple(_outcomes(path))
     except (OSError, ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
@@ -184,7 +184,7 @@ def read_result(folder: Path) -> Result:
             raise
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: not the results of a benchmark ({reason}); {remedy}") from error
-    return Result(*names, record, outcomes)
+    return Result(called, label, record, outcomes)
 
 
 def _check_record(record: Mapping[str, Any]) -> None:
