@@ -83,7 +83,7 @@ class Collator:
         """Whether the chat template writes pictures before what is asked of them, so that all prompts of a picture share one tree."""
         picture = (("picture", False),)
         asked = (self.prompts.encoded(prompt, "yes", 1, "a prompt") for prompt in ("What is red?", "Is it day?"))
-        return len({self._tree_of(picture, text, 0) for text in asked}) == 1
+        return len({_tree_of(picture, text, 0, self.processor.image_token_id) for text in asked}) == 1
 
     def taking_features(self, cache: FeatureCache) -> Collator:
         """The same collator, reading the vision tower's stored output for each picture in place of the picture."""

@@ -25,7 +25,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--benchmark_root", metavar="FOLDER", help="folder with a folder of official files for each of them")
     text = "NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi; each asks the benchmarks that it fits (default: each one's own)"
     group.add_argument("--probes", nargs="+", default=[], metavar="PROBE", help=text)
-    group.add_argument("--limit", type=positive, metavar="N", help="ask about N items of each, spread over all of them")
     text = "what comes of an item that cannot be asked: error, or skip it, counted and named (default error)"
     group.add_argument("--on_error", choices=("error", "skip"), default="error", help=text)
     text = "draws of the bootstrap; 0 for no intervals (default: 1000, fewer of benchmarks of over 10,000 items)"
@@ -60,7 +59,7 @@ def asked_for(arguments: argparse.Namespace) -> bool:
     """Whether benchmarks are to be evaluated, and not manifests. Raises ConfigError for both."""
     if arguments.benchmarks is not None and arguments.manifest:
         raise ConfigError(f"evaluate is given both {arguments.manifest[0]} and --benchmarks; give manifests, or benchmarks")
-    alone = ("benchmark_root", "probes", "limit", "draws")
+    alone = ("benchmark_root", "probes", "draws")
     if arguments.manifest and (given := [name for name in alone if getattr(arguments, name)]):
         raise ConfigError(f"--{given[0]} is of --benchmarks, and a manifest is evaluated; leave it out")
     return arguments.benchmarks is not None

@@ -44,6 +44,7 @@ def add(commands: Any) -> None:
         limit = "tokens per forward at most; a larger batch is scored in several (default: one forward per batch)"
         command.add_argument("--max_tokens_per_forward", type=positive, metavar="N", help=limit)
         text = "score the first N groups alone, as the option limit of a data set does"
+        text += "; of a benchmark about N items, spread over all of it" * (name == "evaluate")
         command.add_argument("--limit", type=positive, metavar="N", help=text)
         if name == "evaluate":
             text = "leave out the row of another group's image, which costs one more image and its texts per group"

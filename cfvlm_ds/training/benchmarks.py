@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.batching.collator import Collator
-from cfvlm_ds.core.config import DataSet, RunConfig
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.data_config import EvaluationSet
 from cfvlm_ds.core.distributed import Patience, World, agreed
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.evaluation.asking import Plan, plan
@@ -42,7 +43,7 @@ Outcomes = Mapping[str, Sequence[Outcome]]
 """Name of the evaluation set -> what the model said of its items."""
 
 
-def chosen_of(name: str, each: DataSet) -> Chosen:
+def chosen_of(name: str, each: EvaluationSet) -> Chosen:
     """How a set is asked. Raises ConfigError for an unknown benchmark, one that is not asked so, and a way that writes text."""
     try:
         (chosen,) = choose([str(each.benchmark)], Path(str(each.root)), [each.probe] if each.probe else [])
