@@ -495,7 +495,8 @@ def test_a_pair_that_is_drawn_twice_is_two_pairs() -> None:
         assert value["pair"] == pytest.approx(100 * sum(cluster != 0 for cluster in clusters) / 3)
     assert bootstrap.draw(1) == Bootstrap([each.item.cluster for each in found]).draw(1) != bootstrap.draw(2)
     assert Bootstrap([each.item.cluster for each in found], seed=1).draw(1) != bootstrap.draw(1)
-    assert interval([1.0]) is None and interval([1.0, 3.0]) == pytest.approx((1.05, 2.95)) and intervals([{"a": 1.0}, {"b": 2.0}]) == {}
+    assert interval([1.0]) is None and interval([1.0, 3.0]) == pytest.approx((1.05, 2.95)) and intervals([{"a": 1.0}, {"b": 2.0}], 2) == {}
+    assert intervals([{"a": 1.0}] * 2, 2) == {"a": (1, 1)} and intervals([{"a": 1.0}] * 2, 1) == {}
     assert (draws_for(10), draws_for(20_000), draws_for(10**6)) == (1000, 500, 200)
 
 
@@ -678,6 +679,7 @@ def test_nothing_is_written_through_a_link(scorer: Scorer, collator: Collator, r
 def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
     with asking.results_held(tmp_path / "out", ALONE), pytest.raises(ConfigError, match=r"in use by .*choose another folder with --out"):
         asking.results_held(tmp_path / "out", ALONE).__enter__()
+    assert not (tmp_path / "out").exists(), "nothing came of it"
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         asking.results_held(tmp_path / "file", ALONE).__enter__()

@@ -113,8 +113,13 @@ def results_held(out: Path, world: World) -> Iterator[None]:
             raise StorageError(f"{unwritten(out, error)}; name another folder with --out") from error
 
     agreed(world, hold)
-    with held[0] if held else contextlib.nullcontext():
-        yield
+    try:
+        with held[0] if held else contextlib.nullcontext():
+            yield
+    finally:
+        if held:  # nothing is left of what was refused
+            with contextlib.suppress(OSError):
+                out.rmdir()
 
 
 def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], out: Path, settings: Settings) -> list[Result]:

@@ -81,8 +81,10 @@ def interval(values: Sequence[float]) -> Interval | None:
     return at((1 - LEVEL) / 2), at((1 + LEVEL) / 2)
 
 
-def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
-    """The interval of each metric over the draws that have it."""
+def intervals(drawn: Sequence[Values], clusters: int) -> dict[str, Interval]:
+    """The interval of each metric over the draws that have it; none of a single cluster, of which every draw is the same."""
+    if clusters < 2:
+        return {}
     names = dict.fromkeys(name for values in drawn for name in values)
     found = {name: interval([values[name] for values in drawn if name in values]) for name in names}
     return {name: each for name, each in found.items() if each is not None}

@@ -98,7 +98,7 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
     for k in progress.over(range(draws)):
         one, other = bootstrap.values(benchmark.metrics, tables, [k])[0]
         drawn.append({name: other[name] - one[name] for name in one if name in other})
-    spans, (was, now) = intervals(drawn), [benchmark.metrics(table) for table in tables]
+    spans, (was, now) = intervals(drawn, bootstrap.clusters), [benchmark.metrics(table) for table in tables]
     differences = {name: Difference(was[name], now[name], spans.get(name)) for name in was if name in now}
     return Compared(before, after, benchmark, tuple(pairs), differences, tuple(notes))
 
