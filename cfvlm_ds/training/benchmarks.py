@@ -20,6 +20,7 @@ from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.suite import Chosen, Result, bootstrap_of, checked_items, choose, load_items, recorded, result_folder, write_result
 from cfvlm_ds.evaluation.suite.bootstrap import draws_for
 from cfvlm_ds.evaluation.suite.chosen import spread
+from cfvlm_ds.evaluation.suite.item_check import example_of
 
 FOLDER = "benchmarks"
 """In a run's folder: the results of its benchmarks, as `cfvlm-ds compare` reads them."""
@@ -27,12 +28,13 @@ FOLDER = "benchmarks"
 
 @dataclass(frozen=True)
 class RunBenchmark:
-    """A benchmark of a run: how it is asked, the groups that are scored for it, and what its items are recognised by."""
+    """A benchmark of a run: how it is asked, with an example, the groups that are scored for it, and what its items are recognised by."""
 
     chosen: Chosen
     plan: Plan
     identity: Mapping[str, Any]
     notes: tuple[str, ...]
+    example: Mapping[str, Any]
 
     def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, Values]:
         """Table -> metric -> value."""
@@ -71,7 +73,7 @@ def read_benchmarks(
         world.say(
             f"{chosen.root}: {len(checked.items)} items of {chosen.benchmark.title}, asked by {chosen.label} in {len(asked.groups)} groups"
         )
-        found[name] = RunBenchmark(chosen, asked, checked.identity(), loaded.notes)
+        found[name] = RunBenchmark(chosen, asked, checked.identity(), loaded.notes, example_of(checked.items[0], chosen.way, collator))
     return found
 
 
@@ -118,7 +120,7 @@ def write_benchmarks(config: RunConfig, benchmarks: Mapping[str, RunBenchmark], 
             "model": {"name": str(run_dir), "weights": None, "inputs": None, "adapter": None},
             "data": dict(each.identity),
         }
-        result = Result(name, each.chosen.label, recorded(benchmark, header, found, drawn, (), each.notes), tuple(found))
+        result = Result(name, each.chosen.label, recorded(benchmark, header, found, drawn, (), each.notes, **each.example), tuple(found))
         write_result(result_folder(run_dir / FOLDER / name / each.chosen.label), result)
         written.append(result)
     return written

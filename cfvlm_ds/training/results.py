@@ -77,8 +77,8 @@ def write_results(
     run_dir = Path(config.train.output_dir)
     path = tables = run_dir / "results.md"
     try:
-        beside = f"\n{markdown(asked)}\n" if asked else ""
-        replace(path, (table(results) + "\n" + beside).encode())
+        parts = [*([table(results)] if results or not asked else []), *([markdown(asked)] if asked else [])]
+        replace(path, ("\n\n".join(parts) + "\n").encode())
         path = rows = run_dir / "results.json"
         replace(path, json.dumps({name: [vars(row) for row in found] for name, found in results.items()}, indent=1).encode())
         (run_dir / "scores").mkdir(exist_ok=True)

@@ -23,9 +23,10 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.evaluation import flat_metrics, headline, table
 from cfvlm_ds.evaluation.suite.tables import overview, summary
+from cfvlm_ds.evaluation.suite.written import RESULTS
 from cfvlm_ds.models import ModelFlops, peak
 from cfvlm_ds.training.batches import micro_batches
-from cfvlm_ds.training.benchmarks import benchmark_metrics, headline_of, write_benchmarks
+from cfvlm_ds.training.benchmarks import FOLDER, benchmark_metrics, headline_of, write_benchmarks
 from cfvlm_ds.training.checkpoints import Checkpoints
 from cfvlm_ds.training.evaluator import Evaluator, best_metric
 from cfvlm_ds.training.meter import Meter, measure
@@ -197,10 +198,12 @@ class Trainer:
                 complete_card(config, self._run_dir / f"checkpoint-{step}", say)
             for path in written:
                 tracker.artifact(path)
+            for each in asked:
+                tracker.artifact(self._run_dir / FOLDER / each.place / RESULTS, f"{FOLDER}/{each.place}")
             if results:
                 print_line(table(results))  # also with --quiet
             if asked:
-                print_line("\n".join([overview(asked), *map(summary, asked)]))
+                print_line("\n".join([*([""] if results else []), overview(asked), "", *map(summary, asked)]))
         if failed is not None:
             raise failed
 

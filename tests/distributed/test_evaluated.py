@@ -158,7 +158,10 @@ def test_a_training_evaluates_benchmarks(
     assert "eval/crepe/shuffled_macro" in evaluated[1] and "eval/crepe/shuffled_macro" not in evaluated[0]
     assert "| crepe | caption | 21 | macro |" in (run_dir / "results.md").read_text()
     main(["compare", str(run_dir / "benchmarks"), str(run_dir / "benchmarks")])
-    assert "| crepe | caption | macro |" in capsys.readouterr().out
+    compared = capsys.readouterr().out
+    assert "| crepe | caption | macro |" in compared and "in different words" not in compared
+    record = json.loads((run_dir / "benchmarks/crepe/caption/results.json").read_text())
+    assert "Describe the image." in record["prompt"] and record["answer"] == "a red circle and a blue square"
     for change, sentence in (
         (["--train.save_best", "eval/crepe/macro/nothing"], "is no metric that an evaluation of data.evaluation has"),
         (

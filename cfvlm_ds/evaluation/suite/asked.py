@@ -33,7 +33,7 @@ from cfvlm_ds.evaluation.probes import Generate, Probe
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, matrices, other_images, scored_batches, seen_as
 from cfvlm_ds.evaluation.suite.bootstrap import draws_for
 from cfvlm_ds.evaluation.suite.chosen import SKIP, Chosen, spread
-from cfvlm_ds.evaluation.suite.item_check import Checked, cells_of, checked_items, fitting, token_lengths
+from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, example_of, fitting, token_lengths
 from cfvlm_ds.evaluation.suite.tables import markdown
 from cfvlm_ds.evaluation.suite.written import (
     RESULTS,
@@ -214,9 +214,6 @@ class _Evaluation:
     def _record(self, header: Mapping[str, Any], checked: Checked, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """What results.json says."""
         draws = draws_for(len(outcomes)) if self._settings.draws is None else self._settings.draws
-        first = cells_of(checked.items[0], self._chosen.way)[0]
-        pictures = len(checked.items[0].images[0])
-        encoded = self._model.collator.prompts.encoded(first.prompt, first.text, pictures, checked.items[0].id)
         left_out = [("", str(problem)) for problem in self._loaded.problems] + list(checked.left_out)
 
         def placed(said: str) -> str:
@@ -231,8 +228,7 @@ class _Evaluation:
             [(name, placed(why)) for name, why in left_out],
             [placed(note) for note in self._loaded.notes],
             in_files=len(self._loaded.items) + len(self._loaded.problems),
-            prompt=encoded.prompt,
-            answer=first.text,
+            **example_of(checked.items[0], self._chosen.way, self._model.collator),
         )
 
     def _drawn(self, outcomes: Sequence[Outcome], draws: int) -> list[Values]:

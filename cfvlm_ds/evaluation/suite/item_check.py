@@ -112,6 +112,12 @@ def cells_of(item: Item, way: Way) -> tuple[Candidate, ...]:
     return way.cells(item)  # those of the options alone are shorter
 
 
+def example_of(item: Item, way: Way, collator: Collator) -> dict[str, str]:
+    """What a model is asked about an item as its chat template writes it, and the first text that is scored."""
+    first = cells_of(item, way)[0]
+    return {"prompt": collator.prompts.encoded(first.prompt, first.text, len(item.images[0]), item.id).prompt, "answer": first.text}
+
+
 def _unfit(item: Item, way: Way, collator: Collator, table: PictureTable) -> str | None:
     """Why a model cannot be asked an item, if it cannot."""
     try:
