@@ -17,13 +17,14 @@ set -euo pipefail
 source slurm/launch.sh
 say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST:$(printf ' %q' cfvlm-ds evaluate "$@")"
 rendezvous "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-requeued=0
-trap 'interrupted=1; if [[ " $* " == *" --benchmarks"[\ =]* ]]; then requeued=1; fi; if ((requeued)) && [[ -n ${ranks:-} ]]; then kill "$ranks"; fi' USR1
+resumable=0 requeued=0
+if [[ " $* " == *" --benchmarks"[\ =]* ]]; then resumable=1; fi # a trap would see the arguments of the function that it interrupts
+trap 'interrupted=1; if ((resumable)) && [[ -n ${ranks:-} ]]; then requeued=1; say "USR1: the ranks are ended"; kill "$ranks"; fi' USR1
 trap 'interrupted=1; if [[ -n ${ranks:-} ]]; then kill "$ranks"; fi' TERM
 step -- cfvlm-ds evaluate "$@" &
 ranks=$!
 await $ranks
-if ((requeued && rc != 0 && rc != 2)); then
+if ((resumable && requeued && rc != 0 && rc != 2)); then
     say "requeue: the time limit is near; what is scored is on disk"
     scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not requeue this job; the same sbatch command continues it"
 fi

@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.batching.collator import Collator
+from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
 from cfvlm_ds.core.distributed import Patience, World, agreed
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan
 from cfvlm_ds.evaluation.benchmarks import Judged, Outcome, results
 from cfvlm_ds.evaluation.benchmarks.base import Values, judged
@@ -28,13 +29,16 @@ FOLDER = "benchmarks"
 
 @dataclass(frozen=True)
 class RunBenchmark:
-    """A benchmark of a run: how it is asked, with an example, the groups that are scored for it, and what its items are recognised by."""
+    """A benchmark of a run: how it is asked, with an example, the groups that are scored for it, what its items are recognised by, its
+    pictures, and the collator of the model that was found able to take it."""
 
     chosen: Chosen
     plan: Plan
     identity: Mapping[str, Any]
     notes: tuple[str, ...]
     example: Mapping[str, Any]
+    pictures: PictureTable
+    collator: Collator
 
     def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, Values]:
         """Table -> metric -> value."""
@@ -57,12 +61,13 @@ def chosen_of(name: str, each: EvaluationSet) -> Chosen:
 
 
 def read_benchmarks(
-    config: RunConfig, world: World, collator: Collator, tick: Callable[[], object] = lambda: None
+    config: RunConfig, world: World, collator: Collator | None, tick: Callable[[], object] = lambda: None
 ) -> dict[str, RunBenchmark]:
     """The benchmarks of data.evaluation, every item of which the model can be asked; collective. Raises DataError for the first that it
     cannot."""
     found = {}
     for name, each in config.data.benchmark_sets.items():
+        collator = collator or load_collator(config.model, "full", config.data.max_pixels)
         chosen = chosen_of(name, each)
         loaded = agreed(world, partial(load_items, chosen, world.say), Patience(world, tick))
         checked = checked_items(spread(loaded.items, each.limit), chosen.way, collator, world, f"data.evaluation.{name}", tick)
@@ -73,7 +78,8 @@ def read_benchmarks(
         world.say(
             f"{chosen.root}: {len(checked.items)} items of {chosen.benchmark.title}, asked by {chosen.label} in {len(asked.groups)} groups"
         )
-        found[name] = RunBenchmark(chosen, asked, checked.identity(), loaded.notes, example_of(checked.items[0], chosen.way, collator))
+        example = example_of(checked.items[0], chosen.way, collator)
+        found[name] = RunBenchmark(chosen, asked, checked.identity(), loaded.notes, example, checked.pictures, collator)
     return found
 
 

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.tracking import import_mlflow
 from cfvlm_ds.training import resume
 from cfvlm_ds.training.batches import forkable
-from cfvlm_ds.training.benchmarks import read_benchmarks
 from cfvlm_ds.training.evaluator import check_best
 from cfvlm_ds.training.read_data import RunData, forget, model_fingerprint, read_data
 from cfvlm_ds.training.results import refuse_export
@@ -98,7 +96,6 @@ def _run(config: RunConfig, world: World) -> None:
     data = read_data(config, world)
     stored = _stored_scores(config, data, world)
     collator = data.collator or load_collator(config.model, "full", config.data.max_pixels)
-    data = replace(data, benchmarks=read_benchmarks(config, world, collator))
     check_best(config, data.splits, data.benchmarks)
     collator = collator.of_run(required_cells(config.objective), stored, data.pictures)
     sampler = _sampler(config, world, data, collator)

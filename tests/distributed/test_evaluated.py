@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,10 @@ def test_a_training_evaluates_benchmarks(
 ) -> None:
     """In its metrics, for save_best, and as results that compare reads; beside a manifest, on two ranks."""
     run_dir = tmp_path / "run"
+    root = shutil.copytree(root, tmp_path / "benchmarks")
+    trained = sorted((manifests["train"].parent / "images").glob("train-*.png"))
+    shutil.copyfile(trained[0], root / "coco" / "val2017" / "0.png")
+    own, shown = ({path.read_bytes() for path in found} for found in ((root / "coco").rglob("*.png"), trained))
     more = [
         f'--data.evaluation={{"crepe": {{"benchmark": "sugarcrepe", "root": "{root}", "probe": "caption"}}, "test": "{manifests["test"]}"}}'
     ]
@@ -148,6 +153,7 @@ def test_a_training_evaluates_benchmarks(
     ended = run_ranks(2, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, run_dir, *more), said=tmp_path / "said")
     assert [code for code, _ in ended] == [0, 0], ended
     said, recorded = ended[0][1], metrics(run_dir)
+    assert f"data.evaluation.crepe: {len(own & shown)} of its {len(own)} pictures are in the training set" in said
     assert "21 items of SugarCrepe, asked by caption in" in said and "  crepe: macro " in said
     evaluated = [row for row in recorded if "eval/crepe/macro" in row]
     assert (

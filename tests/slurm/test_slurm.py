@@ -148,7 +148,7 @@ def test_a_model_is_evaluated(cluster: Cluster, copies: Path, model_dir: Path, m
     state = cluster.finish(job, 600)
     said = (tmp_path / "log").read_text()
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), said
-    assert f"job {job} on node" in said and "| test | all, blank image |" in said and (tmp_path / "a b" / "results.json").exists()
+    assert f"job {job}, start 1, on node" in said and "| test | all, blank image |" in said and (tmp_path / "a b" / "results.json").exists()
 
 
 @pytest.mark.long
@@ -156,7 +156,7 @@ def test_benchmarks_go_on_after_a_requeue(cluster: Cluster, copies: Path, model_
     """Two tasks share the items; USR1 as before a time limit; the next start scores what is left, and the results are those of one task."""
     pope = tmp_path / "benchmarks" / "pope"
     (pope / "output" / "coco").mkdir(parents=True)
-    pictures = [draw(pope / "val2014" / f"{n}.png", [("red", "circle"), ("blue", "square")]).name for n in range(150)]
+    pictures = [draw(pope / "val2014" / f"{n}.png", [("red", "circle"), ("blue", "square")]).name for n in range(500)]
     for split in ("random", "popular", "adversarial"):
         rows = [{"question_id": n, "image": name, "text": f"Is it red {n}?", "label": "yes"} for n, name in enumerate(pictures)]
         (pope / "output" / "coco" / f"coco_pope_{split}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -164,7 +164,7 @@ def test_benchmarks_go_on_after_a_requeue(cluster: Cluster, copies: Path, model_
     out = tmp_path / "two words"
     job = sbatch(cluster, tmp_path / "log", ["-N2"], "evaluate.sh", str(model_dir), *options, "--out", str(out), root=copies, PATH=BARE)
     scored = out / "pope" / "yes_no" / "scores.jsonl"
-    wait_until(lambda: scored.exists() and len(scored.read_text().splitlines()) > 20, 300, "scores")
+    wait_until(lambda: scored.exists() and len(scored.read_text().splitlines()) > 5, 300, "scores")
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     state = cluster.finish(job, 900)
     said = (tmp_path / "log").read_text()
