@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     text = "draws of the bootstrap; 0 for no intervals (default: 1000, fewer of benchmarks of over 10,000 items)"
     group.add_argument("--draws", type=_count, metavar="N", help=text)
     group.add_argument("--num_workers", type=_count, metavar="N", help="processes that prepare batches, per rank (default: spare cores)")
+    text = "also send the metrics to MLflow: to the server of MLFLOW_TRACKING_URI, or to mlflow.db in the folder with --out (default none)"
+    group.add_argument("--experiment", metavar="NAME", help=text)
 
 
 def add(commands: Any) -> None:
@@ -59,7 +61,7 @@ def asked_for(arguments: argparse.Namespace) -> bool:
     """Whether benchmarks are to be evaluated, and not manifests. Raises ConfigError for both."""
     if arguments.benchmarks is not None and arguments.manifest:
         raise ConfigError(f"evaluate is given both {arguments.manifest[0]} and --benchmarks; give manifests, or benchmarks")
-    alone = ("benchmark_root", "probes", "draws")
+    alone = ("benchmark_root", "probes", "draws", "experiment")
     if arguments.manifest and (given := [name for name in alone if getattr(arguments, name)]):
         raise ConfigError(f"--{given[0]} is of --benchmarks, and a manifest is evaluated; leave it out")
     return arguments.benchmarks is not None
@@ -106,9 +108,32 @@ def evaluate(
             remedy=batches["remedy"].replace("set --max_tokens", "lower --max_tokens"),
         )
         results = evaluate_benchmarks(asked, [(each, loaded[each.name]) for each in chosen], out, settings)
+        if arguments.experiment and world.is_main:
+            _track(arguments.experiment, results, out)
     if world.is_main:
         print("\n".join([overview(results), "", *map(summary, results), *(line for each in results for line in omissions(each))]))
         print(f"wrote {out / 'results.md'}")
+
+
+_DELIVERED_WITHIN_S = 300.0  # MLflow is imported then, and makes its database
+
+
+def _track(experiment: str, results: Sequence[Any], out: Path) -> None:
+    """Send results to MLflow, under the names that a training's have; what cannot be delivered waits in the folder."""
+    from cfvlm_ds.core.secrets import without_secrets
+    from cfvlm_ds.evaluation.suite.tables import logged
+    from cfvlm_ds.evaluation.suite.written import RESULTS
+    from cfvlm_ds.tracking import open_tracker
+
+    names = [each.called for each in results]
+    record = results[0].record
+    params = {"model": record["model"], "settings": record["settings"], "benchmarks": [each.place for each in results]}
+    tags = {"cfvlm_ds": record["versions"]["cfvlm-ds"], "mlflow.source.name": "cfvlm-ds evaluate", "mlflow.source.type": "LOCAL"}
+    with open_tracker(True, out, experiment, without_secrets(out.name), params, tags, close_timeout=_DELIVERED_WITHIN_S) as tracker:
+        for each in results:
+            tracker.log(0, logged(each.called if names.count(each.called) == 1 else each.place, each.metrics))
+            tracker.artifact(out / each.place / RESULTS, each.place)
+        tracker.artifact(out / "results.md")
 
 
 def _identity(model: Any, adapter: Path | None, alive: Callable[[], object]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from cfvlm_ds.evaluation.suite import Chosen, Result, bootstrap_of, checked_item
 from cfvlm_ds.evaluation.suite.bootstrap import draws_for
 from cfvlm_ds.evaluation.suite.chosen import spread
 from cfvlm_ds.evaluation.suite.item_check import example_of
+from cfvlm_ds.evaluation.suite.tables import logged
 
 FOLDER = "benchmarks"
 """In a run's folder: the results of its benchmarks, as `cfvlm-ds compare` reads them."""
@@ -84,13 +85,10 @@ def read_benchmarks(
 
 
 def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes) -> dict[str, float]:
-    """The metrics under the names that they are logged by: eval/SET/METRIC, and eval/SET/blind_METRIC, shuffled_METRIC of what is had
-    without looking."""
+    """The metrics under the names that they are logged by."""
     flat: dict[str, float] = {}
     for name, found in outcomes.items():
-        tables = benchmarks[name].metrics(found)
-        for table, prefix in (("seen", ""), ("blank", "blind_"), ("shuffled", "shuffled_")):
-            flat |= {f"eval/{name}/{prefix}{metric}": value for metric, value in tables.get(table, {}).items()}
+        flat |= logged(name, benchmarks[name].metrics(found))
     return flat
 
 
