@@ -40,6 +40,7 @@ from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
 _FORM = 3  # of data_check.json and of what a check looks at; another number has everything looked at again
 _FILE = "data_check.json"
+Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 Tick = Callable[[], object]
 """Called at least every second in whatever takes long here; may raise in order to leave."""
@@ -211,11 +212,7 @@ class _Check:
         return dict(found)
 
     def name_shared(
-        self,
-        sources: Mapping[str, SourceData],
-        splits: Mapping[str, Sequence[CounterfactualGroup]],
-        identities: Mapping[str, Identity],
-        benchmarks: Mapping[str, RunBenchmark],
+        self, sources: Mapping[str, SourceData], splits: Splits, identities: Mapping[str, Identity], benchmarks: Mapping[str, RunBenchmark]
     ) -> None:
         """Say what training and evaluation sets have in common: a result on what was trained on says little."""
         data, say, pictures = self._config.data, self._world.say, self.pictures
