@@ -92,8 +92,8 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
             sources = {name: SourceData(train[name], check.identity(each, train[name])) for name, each in train_sets.items()}
             identities = {name: check.identity(each, splits[name]) for name, each in evaluation_sets.items()}
             groups, identity = _together(data, sources)
-            if benchmarks := read_benchmarks(config, world, check.collator, tick):
-                check.collator = next(each.collator for each in benchmarks.values())
+            benchmarks = read_benchmarks(config, world, check.collator, tick)
+            collator = next((each.collator for each in benchmarks.values()), check.collator)
             check.name_shared(sources, splits, identities, benchmarks)
             check.name_idle(config.objective)
     except WorkerLost as lost:
@@ -105,7 +105,7 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
         raise ConfigError(
             f"the data check of {data.trained_on} cannot end: {error}; look at its node and start again, nothing found is lost"
         ) from error
-    return RunData(groups, splits, identity, check.pictures, check.collator, identities, sources, benchmarks)
+    return RunData(groups, splits, identity, check.pictures, collator, identities, sources, benchmarks)
 
 
 def _together(data: DataConfig, sources: Mapping[str, SourceData]) -> tuple[Sequence[CounterfactualGroup], Identity]:
