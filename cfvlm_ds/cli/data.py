@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.cli import looking
+from cfvlm_ds.cli import looking, making
 from cfvlm_ds.cli.options import add_command, add_data_options, add_fields, add_model_options, model_of, positive, said_format, values_of
 from cfvlm_ds.cli.train import build
 from cfvlm_ds.core.config import BuildConfig, ScenesConfig
@@ -17,7 +17,7 @@ from cfvlm_ds.core.secrets import print_line
 
 def add(commands: Any) -> None:
     """Add the commands to a parser's."""
-    data = commands.add_parser("data", help="build or check manifests").add_subparsers(dest="action", required=True)
+    data = commands.add_parser("data", help="make, check and look at data").add_subparsers(dest="action", required=True)
     command = add_command(data, "build", _build, "write the embedded world of scenes", "cfvlm-ds data build scenes --num_train 4000")
     add_fields(command, ScenesConfig)
     text = "also write its test groups into this folder in the forms of SugarCrepe, NaturalBench and POPE"
@@ -43,6 +43,7 @@ def add(commands: Any) -> None:
     command.add_argument("--threads", type=positive, default=16, help="pictures fetched side by side (default 16)")
 
     looking.add(data)
+    making.add(data)
     example = "cfvlm-ds data pack groups.jsonl --out STORE"
     command = add_command(data, "pack", _pack, "rows in shards and pictures in tars, for data of any size", example)
     command.add_argument("manifest")

@@ -52,6 +52,7 @@ COMMANDS = [
     ["data", "convert"],
     ["data", "download"],
     ["data", "pack"],
+    *(["data", name] for name in ("propose", "edit", "verify", "select", "audit", "run", "status")),
     ["tiny"],
     ["score"],
     ["evaluate"],
