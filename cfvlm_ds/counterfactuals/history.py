@@ -72,7 +72,21 @@ class History:
 
 
 def histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[History]:
-    """The sources of a shard, those without edits too. Memory: what was made of the shard's edits, without pictures."""
+    """The sources of a shard, those without edits too. Memory: what was made of the shard's edits, without pictures.
+
+    Raises DataError for records that are none of these steps.
+    """
+    try:
+        yield from _histories(work, shard, thresholds)
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{work.path}: a record of shard {shard} is damaged ({type(error).__name__}: {error}); make the shard again"
+        ) from error
+
+
+def _histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[History]:
     made: dict[tuple[str, int], Mapping[str, Any]] = {}
     order: dict[str, list[int]] = {}
     for record in work.records("edit", shard):
@@ -83,17 +97,12 @@ def histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[
     for line in work.records("propose", shard):
         if "problem" in line:
             continue
-        try:
-            edits = []
-            for each in line["edits"]:
-                found = Edited(each)
-                for attempt in order.get(each["id"], ()):
-                    record, seen = made[each["id"], attempt], measured.get((each["id"], attempt))
-                    said = verdict(seen, thresholds) if seen is not None else Verdict("not verified", -float("inf"), 0)
-                    found.attempts.append(Attempt(record, seen, said, picture_path(work, record)))
-                edits.append(found)
-            yield History(line, edits)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{work.path}: a record of shard {shard} is damaged ({type(error).__name__}: {error}); make the shard again"
-            ) from error
+        edits = []
+        for each in line["edits"]:
+            found = Edited(each)
+            for attempt in order.get(each["id"], ()):
+                record, seen = made[each["id"], attempt], measured.get((each["id"], attempt))
+                said = verdict(seen, thresholds) if seen is not None else Verdict("not verified", -float("inf"), 0)
+                found.attempts.append(Attempt(record, seen, said, picture_path(work, record)))
+            edits.append(found)
+        yield History(line, edits)

@@ -99,10 +99,15 @@ def candidates(work: WorkFolder, shard: int) -> Iterator[Candidate]:
     for record in work.records("edit", shard):
         try:
             proposal, caption, original = proposals[str(record["edit"])]
-        except KeyError:
-            raise DataError(f"{work.file('edit', shard)}: no proposal has the id {record.get('edit')!r}; make the shard again") from None
+            edited = picture_path(work, record)
+            if type(record["attempt"]) is not int:
+                raise KeyError
+        except (KeyError, TypeError, ValueError):
+            raise DataError(
+                f"{work.file('edit', shard)}: no attempt at a proposal is {record.get('edit')!r}; make the shard again"
+            ) from None
         mask = picture_by_id(Path(masks), str(record["edit"]), (".png",)) if masks and "mask_sha256" in record else None
-        yield Candidate(record, proposal, caption, None if original is None else Path(original), picture_path(work, record), mask)
+        yield Candidate(record, proposal, caption, None if original is None else Path(original), edited, mask)
 
 
 def measured(chunk: Sequence[Candidate], options: VerifyOptions, score: Score | None) -> list[dict[str, Any]]:

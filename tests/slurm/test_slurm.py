@@ -242,3 +242,43 @@ def test_missing_gpus_are_named() -> None:
 @pytest.mark.parametrize(("described", "counts"), [("8", [8]), ("8(x2),1", [8, 8, 1]), ("2,1(x3)", [2, 1, 1, 1])])
 def test_tasks_of_a_node_are_read_from_slurms_form(described: str, counts: list[int]) -> None:
     assert [_tasks_on_node(described, node) for node in range(len(counts))] == counts
+
+
+EDITOR = """
+import json, pathlib, sys, time
+from PIL import Image
+told = json.load(open(sys.argv[1]))
+while not pathlib.Path(sys.argv[3]).exists(): time.sleep(0.05)
+image = Image.open(told["image"])
+image.paste((told["seed"] % 256, 0, 0), (8, 8, 24, 24))
+image.save(sys.argv[2], "PNG")
+"""
+
+
+@pytest.mark.long
+def test_data_are_made_by_an_array_of_which_a_task_is_killed(cluster: Cluster, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """Three shards; a task is requeued in the midst of its pictures. The work folder has the bytes of one that nothing happened to."""
+    (tmp_path / "editor.py").write_text(EDITOR)
+    gates = {name: tmp_path / f"{name}.go" for name in ("job", "whole")}
+    plans = {}
+    for name, gate in gates.items():
+        command = f"{sys.executable} {tmp_path / 'editor.py'} {{request}} {{output}} {gate}"
+        plans[name] = tmp_path / f"{name}.yaml"
+        plans[name].write_text(
+            f"data: {manifests['test']}\nout: {tmp_path / name}\ngroups: {tmp_path / name}.jsonl\nformat: cfgroup\nshards: 3\n"
+            f"edit: {{with: command, command: '{command}', threads: 1}}\nselect: {{rule: checks}}\n"
+        )
+    job = sbatch(cluster, tmp_path / "log", ["--array=0-2"], "build_data.sh", "--config", str(plans["job"]))
+    journal = tmp_path / "job" / "edit" / "shard-00001.jsonl"
+    wait_until(journal.exists, 300, "a shard that is edited")
+    cluster.run("scontrol", "requeue", f"{job}_1")
+    gates["job"].touch()
+    gates["whole"].touch()
+    done = [tmp_path / "job" / "verify" / f"shard-{shard:05d}.done.json" for shard in range(3)]
+    wait_until(lambda: all(path.exists() for path in done), 600, "three shards")
+    main(["data", "run", "--config", str(plans["whole"])])
+    main(["data", "select", str(tmp_path / "job"), "--out", str(tmp_path / "job.jsonl"), "--rule", "checks"])
+    for step in ("propose", "edit", "verify", "pictures"):
+        for path in sorted((tmp_path / "whole" / step).iterdir()):
+            assert path.read_bytes() == (tmp_path / "job" / step / path.name).read_bytes(), path
+    assert (tmp_path / "job.jsonl").read_text().count("\n") == (tmp_path / "whole.jsonl").read_text().count("\n") > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -58,12 +59,17 @@ def table() -> Iterator[tuple[str, dict[str, str]]]:
 TABLE = list(table())
 
 
+def plain(text: str) -> str:
+    """Without the n of articles: which of them belongs there depends on what was drawn, and is another test's."""
+    return re.sub(r"\b(a)n\b", r"\1", text, flags=re.IGNORECASE)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_rules_propose_what_the_table_says(seed: int) -> None:
     wrong = []
     for caption, expected in TABLE:
         found = proposed(caption, seed=seed)
-        if found.keys() != expected.keys() or not all(fnmatch.fnmatchcase(found[kind], expected[kind]) for kind in expected):
+        if found.keys() != expected.keys() or not all(fnmatch.fnmatchcase(plain(found[kind]), plain(expected[kind])) for kind in expected):
             wrong.append((caption, expected, found))
     assert len(TABLE) > 120 and not wrong, "\n".join(map(str, wrong))
 
@@ -163,7 +169,8 @@ def test_libraries_widen_what_is_known_where_they_are_installed() -> None:
         ("a blue car near two dogs", "colour", None),
         ("a red car near three dogs", "count", None),
         ("a red car near one dog", "count", None),
-        ("two red dogs near a car", "swap_object", "a swap has the same words"),
+        ("two red dogs near a car", "swap_object", None),
+        ("two red cats near a car", "swap_object", "a swap has the same words"),
         ("a blue car near three dogs", "colour", "more than one thing changed"),
         ("a red car near three cats", "count", "more than one thing changed"),
         ("a red automobile near two dogs", "object", "a paraphrase"),
@@ -362,7 +369,7 @@ def test_a_fault_is_retried_and_never_kept(fault: str, captions: Path, tmp_path:
     assert len(kept) == 4 and all("edits" in json.loads(line)["reply"] for line in kept)
 
 
-def test_a_reply_that_never_ends_is_left(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
+def test_a_reply_that_never_ends_is_left() -> None:
     slow = {"body": (200, drip(b" ", 100, 0.1), {}), "nothing": (200, drip(b"", 40, 0.1), {"Content-Length": "5"})}
     for name, answer in slow.items():
         server = Server(lambda body, number, answer=answer: answer)
@@ -438,6 +445,7 @@ def mined(tmp_path: Path, shards: int = 1, **options: Any) -> set[tuple[str, str
         ("g", "two red cars in a street", "6.png"), ("h", "a grey car in a street", "7.png"), ("i", "a gray car in a street", "8.png"),
         ("j", "a blue car in a street", "0.png"),
     ]  # fmt: skip
+    tmp_path.mkdir(exist_ok=True)
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps({"id": i, "caption": c, "image": p}) + "\n" for i, c, p in rows))
     found = set()
@@ -453,16 +461,11 @@ def mined(tmp_path: Path, shards: int = 1, **options: Any) -> set[tuple[str, str
 
 def test_real_pairs_are_found_once_and_by_every_cut(tmp_path: Path) -> None:
     """Against all pairs by hand: a word of one list in place of another one of it, pictures that are not the same, synonyms left out."""
-    expected = {
-        ("a", "colour", "1.png"), ("a", "colour", "7.png"), ("b", "colour", "3.png"), ("b", "colour", "7.png"), ("d", "colour", "7.png"),
-        ("d", "colour", "0.png"), ("h", "colour", "0.png"), ("i", "colour", "0.png"),
-    }  # fmt: skip
-    found = mined(tmp_path)
-    for pair in expected - {("a", "colour", "1.png")}:
-        assert pair in found or pair[2] in ("7.png", "0.png")
-    assert ("a", "colour", "1.png") in found and not {pair for pair in found if pair[0] == "e" or pair[2] in ("4.png", "5.png", "6.png")}
-    assert all(kind == "colour" for _, kind, _ in found)  # a car and a bus are too much alike to be told by their words: see below
-    assert mined(tmp_path, 3) == found
+    pairs = "a1 a7 a8 b3 b7 b8 d7 d8 d0 h0 i0"  # d3 says what a0 says, and j0 is a's own picture; grey is gray
+    expected = {(pair[0], "colour", f"{pair[1]}.png") for pair in pairs.split()}
+    assert mined(tmp_path) == mined(tmp_path, 3) == expected
+    wider = mined(tmp_path / "wider", types="colour,other")
+    assert wider - expected == {("a", "other", "5.png"), ("d", "other", "5.png")}  # a house in place of a car
 
 
 def test_registered_back_ends_are_called_by_name(captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ class Caption:
     def ends(self, place: int) -> bool:
         """Whether a noun phrase can end before a place: at a mark, a small word, or a verb that describes it."""
         word = self.word(place)
-        if not word or word in FOLLOWING:
+        if not word or word in FOLLOWING or (word in ("left", "right") and self.word(place + 1) == "of"):
             return True
         return word.endswith(("ing", "ed")) and word not in NOT_VERBS and len(word) > 4
 

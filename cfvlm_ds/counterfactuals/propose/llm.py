@@ -65,6 +65,10 @@ class LanguageModel:
         asked = {"url": self._url, "model": self._options.llm_model, "see": self._options.llm_see, "max_tokens": _MAX_TOKENS}
         return {"version": VERSION, "prompt_sha256": told, **asked}
 
+    def close(self) -> None:
+        """Hand the replies to the disk."""
+        self._journal.close()
+
     def propose(self, source: Source) -> Found:
         try:
             body = self._request(source)

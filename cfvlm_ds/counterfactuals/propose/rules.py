@@ -243,6 +243,8 @@ def _object(caption: Caption, choose: Choose) -> Iterator[Change]:
             continue
         if one in v.NEVER_PROPOSED and category != "shape" and not caption.words[phrase.noun].endswith("s"):
             continue
+        if caption.word(phrase.noun + 1) == "of" and category not in ("dish", "bag"):  # a coat of paint
+            continue
         others = [
             (s, p) for s, p in v.SIBLINGS[category]
             if s not in _ALIKE[one] and s != one and s not in forms and (category == "shape" or s not in v.NEVER_PROPOSED)

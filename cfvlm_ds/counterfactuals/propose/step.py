@@ -57,6 +57,9 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     except BaseException:
         step.close()
         raise
+    finally:
+        for back_end in back_ends.values():
+            getattr(back_end, "close", lambda: None)()
 
 
 def _through(
