@@ -117,6 +117,8 @@ class Journal:
 
     def close(self) -> None:
         """Hand it to the disk."""
-        with suppress(OSError):
-            os.fsync(self._handle)
-        os.close(self._handle)
+        if self._handle >= 0:
+            with suppress(OSError):
+                os.fsync(self._handle)
+            os.close(self._handle)
+            self._handle = -1

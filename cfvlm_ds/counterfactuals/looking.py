@@ -23,7 +23,7 @@ def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, 
     """
     work = WorkFolder.open(out)
     own = work.path / "thresholds.json"
-    rule = "" if work.settings("verify").get("scorer") not in (None, "none") else "checks"
+    rule = "" if work.settings("verify").get("scored") else "checks"
     thresholds = read_thresholds(own if own.is_file() else None, rule)
     chosen: list[tuple[float, History, Edited]] = []
     draw, seen = random.Random(seed), 0

@@ -108,7 +108,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
 def _thresholds(work: WorkFolder, options: SelectOptions) -> Thresholds:
     own = work.path / "thresholds.json"
     given = options.thresholds or (str(own) if own.is_file() else "")
-    scored = work.settings("verify").get("scorer") not in (None, "none")
+    scored = work.settings("verify").get("scored") is True
     return read_thresholds(given, options.rule or ("" if given or scored else "checks"), options.margin)
 
 
@@ -212,7 +212,7 @@ def _row(
 
 def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What of a step's settings belongs to every group: back ends, models and versions, by which it can be made again."""
-    kept = ("settings", "scorer", "template", "seed", "cfvlm-ds", "composite")
+    kept = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
     return {key: settings[key] for key in kept if key in settings}
 
 

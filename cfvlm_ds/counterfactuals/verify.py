@@ -55,10 +55,12 @@ def verify(
     work = WorkFolder.open(out)
     work.check_shard(shard, work.shards if of is None else of)
     work.need("edit", shard)
+    said = {"scorer": options.scorer, "template": options.template, "prompt": options.prompt}
+    work.refuse_other(STEP, said)
     if (done := work.done(STEP, shard)) is not None:
         say(f"{out}: verify is through with shard {shard}")
         return done
-    work.settle(STEP, {"scorer": dict(identity or {}) if score else "none", "template": options.template, "prompt": options.prompt})
+    work.settle(STEP, {**said, "scored": score is not None, "weights": dict(identity or {})})
     step = ShardStep(work, STEP, shard)
     try:
         total = (work.done("edit", shard) or {"records": 0})["records"]

@@ -25,7 +25,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import append, replace
-from cfvlm_ds.core.reading import MAX_RECORD, MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.core.versions import version
@@ -94,6 +94,12 @@ class WorkFolder:
     def settle(self, step: str, settings: Mapping[str, Any]) -> None:
         """Note what decides a step, or refuse what differs from an earlier shard or call."""
         _settled(self.path / f"{step}.json", {**settings, "cfvlm-ds": version("cfvlm-ds")}, self.path)
+
+    def refuse_other(self, step: str, options: Mapping[str, Any]) -> None:
+        """Refuse options that differ from those that a step was begun with, before anything is loaded for it."""
+        if (path := self.path / f"{step}.json").exists():
+            begun = self.settings(step)
+            _settled(path, {**begun, **options} if begun else options, self.path)
 
     def settings(self, step: str) -> dict[str, Any]:
         """What decides a step; empty where it was not begun."""
@@ -181,31 +187,27 @@ class ShardStep:
 
 
 def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
+    """Write a file of settings, or refuse settings that differ from those that are there."""
     refuse_link(path, "remove it")
     text = json.dumps(wanted, indent=1, sort_keys=True) + "\n"
     if not path.exists():
         replace(path, text.encode(), shared=True)
         return
-    found = _read(path)
-    wanted = json.loads(text)
-    if found == wanted:
+    found, now = _read(path), json.loads(text)
+    if found == now:
         return
-    differing = (
-        [key for key in sorted({*wanted, *(found or {})}) if (found or {}).get(key) != wanted.get(key)] if isinstance(found, dict) else []
-    )
-    shown = (
-        "; ".join(f"{key}: {quoted(found.get(key), 80)} then, {quoted(wanted.get(key), 80)} now" for key in differing[:4])
-        if differing
-        else ""
-    )
-    raise ConfigError(
-        f"{path} was begun with other settings ({shown or 'it cannot be read'}); take the same ones, or another folder than {folder}"
-    )
+    remedy = f"take the same ones, or another folder than {folder}"
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} cannot be read, so it is not known with which settings it was begun; {remedy}")
+    differing = [key for key in sorted({*now, *found}) if found.get(key) != now.get(key)]
+    shown = "; ".join(f"{key}: {quoted(found.get(key), 80)} then, {quoted(now.get(key), 80)} now" for key in differing[:4])
+    raise ConfigError(f"{path} was begun with other settings ({shown}); {remedy}")
 
 
 def _read(path: Path) -> Any:
+    """The value of a small JSON file; None where there is none."""
     with suppress(OSError, ValueError, RecursionError):
-        return parse_json(read_bytes(path, MAX_RECORD if path.suffix == ".jsonl" else 4 * MAX_SETTINGS).decode())
+        return parse_json(read_bytes(path, 4 * MAX_SETTINGS).decode())
     return None
 
 

@@ -164,7 +164,7 @@ def test_records_are_whole_and_say_where_everything_comes_from(whole: Path, scen
     assert len({each["seed"] for each in made}) == len(made) and all(
         len(each["parent_sha256"]) == 64 for each in made if "refused" not in each
     )
-    assert set(work.settings("edit")["settings"]) == {"scenes"} and work.settings("verify")["scorer"] == {}
+    assert set(work.settings("edit")["settings"]) == {"scenes"} and work.settings("verify")["scored"] is True
     assert {json.loads(line)["step"] for line in (whole / "costs.jsonl").read_text().splitlines()} == {"propose", "edit", "verify"}
 
 
@@ -614,7 +614,8 @@ def test_a_server_that_edits_is_checked_like_any_other(photos: Path, tmp_path: P
     is_png, is_json = ({"Content-Type": kind} for kind in ("image/png", "application/json; charset=utf-8"))
     within = json.dumps({"image": base64.b64encode(good).decode()}).encode()
     answers: dict[str, Any] = {
-        "p0/0": (200, good, is_png), "p0/1": (200, within, is_json), "p1/0": (200, huge, is_png), "p1/1": (200, b'{"image": "no!"}', is_json),
+        "p0/0": (200, good, is_png), "p0/1": (200, within, is_json), "p1/0": (200, huge, is_png),
+        "p1/1": (200, b'{"image": "no!"}', is_json),
         "p2/0": (500, b"cuda out of memory", {}), "p2/1": (200, b"<html>", {"Content-Type": "text/html"}),
         "p3/0": (200, png_of(noise_picture(3, 48)), is_png), "p3/1": (200, b"", is_png), "p4/0": (200, b"[]", is_json),
         "p4/1": (200, good[:200], is_png), "p5/0": (200, b'{"image": {}}', is_json), "p5/1": (200, good, is_png),

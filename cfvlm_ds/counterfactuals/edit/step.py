@@ -53,12 +53,14 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
     work = WorkFolder.open(out)
     work.check_shard(shard, work.shards if of is None else of)
     work.need("propose", shard)
+    said: dict[str, Any] = {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING}
+    work.refuse_other(STEP, said)
     if (done := work.done(STEP, shard)) is not None:
         say(f"{out}: edit is through with shard {shard}")
         return done
     editors = {name: EDITORS[name](EditContext(options, work, shard)) for name in names}
     own = {name: dict(editor.settings()) for name, editor in editors.items()}
-    work.settle(STEP, {**{k: x for k, x in asdict(options).items() if k not in _NOT_MEANING}, "settings": own})
+    work.settle(STEP, {**said, "settings": own})
     step = ShardStep(work, STEP, shard)
     try:
         with _Tar(work, shard) as tar:

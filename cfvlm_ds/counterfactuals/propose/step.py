@@ -35,9 +35,11 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     """
     names = named(options.back_ends, PROPOSERS, "--with")
     words = read_words(options.words)
-    _ = options.wanted
+    said: dict[str, Any] = {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING}
+    said["types"] = ",".join(options.wanted)
     work = WorkFolder.begin(out, store, options.shards)
     work.check_shard(shard, options.shards)
+    work.refuse_other(STEP, said)
     if (done := work.done(STEP, shard)) is not None:
         say(f"{out}: propose is through with shard {shard}")
         return done
@@ -47,7 +49,7 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
         if notice := getattr(back_end, "notice", lambda: "")():
             say(f"note: {notice}")
     own = {name: dict(back_end.settings()) for name, back_end in back_ends.items()}
-    work.settle(STEP, {**{k: x for k, x in asdict(options).items() if k not in _NOT_MEANING}, "settings": own})
+    work.settle(STEP, {**said, "settings": own})
     step = ShardStep(work, STEP, shard)
     try:
         stopped = _through(
