@@ -70,12 +70,13 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
     kind: Any = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname, parts.port, timeout=timeout_s)
     late = threading.Event()
+    sockets: list[socket.socket] = []
 
     def end() -> None:
         late.set()
-        if connection.sock is not None:
+        for each in sockets:
             with suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)  # whoever reads it gets an error
+                each.shutdown(socket.SHUT_RDWR)  # whoever reads it gets an error, or the end
 
     timer = threading.Timer(timeout_s, end)
     timer.daemon = True
@@ -84,6 +85,8 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
         headers = {"Content-Type": "application/json", "Accept": "application/json, image/*"}
         headers |= {"Authorization": f"Bearer {token}"} if token else {}
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.connect()
+        sockets.append(connection.sock)  # the connection forgets it when the reply's headers are there
         connection.request("POST", path, json.dumps(body).encode(), headers)
         response = connection.getresponse()
         content = response.read(most_bytes + 1)

@@ -680,6 +680,51 @@ def test_diffusers_that_is_absent_is_one_sentence(whole: Path) -> None:
         call_options("steps")
 
 
+def tiny_pipeline(folder: Path, kind: str) -> Path:
+    """A pipeline of random weights in diffusers' own form: InstructPix2Pix, or inpainting."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    letters = [chr(n) for n in range(33, 127)]
+    vocabulary = {word: n for n, word in enumerate([*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])}
+    parts: dict[str, Any] = {
+        "vae": diffusers.AutoencoderKL(
+            block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2
+        ),
+        "unet": diffusers.UNet2DConditionModel(
+            sample_size=32, in_channels=8 if kind == "instruct" else 9, out_channels=4, layers_per_block=1, block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=32,
+        ),
+        "text_encoder": transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(len(vocabulary), 32, 37, num_hidden_layers=1, num_attention_heads=4, eos_token_id=189, bos_token_id=188)
+        ),
+        "tokenizer": transformers.CLIPTokenizer(vocabulary, [], model_max_length=77),
+        "scheduler": diffusers.DDIMScheduler(),
+    }  # fmt: skip
+    made = diffusers.StableDiffusionInstructPix2PixPipeline if kind == "instruct" else diffusers.StableDiffusionInpaintPipeline
+    made(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["instruct", "inpaint"])
+def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: str, whole: Path, tmp_path: Path) -> None:
+    noise_picture(3).crop((0, 0, 50, 41)).save(path := tmp_path / "a.png")
+    mask = Image.new("L", (50, 41), 0)
+    mask.paste(255, (10, 10, 30, 30))
+    mask.save(tmp_path / "m.png")
+    options = EditOptions(model=str(tiny_pipeline(tmp_path / "pipe", kind)), options="num_inference_steps=2")
+    editor = Diffusers(EditContext(options, WorkFolder.open(whole)))
+    assert editor.kind == kind and editor.settings()["batch"] == 1 and editor.takes(task(path)) == (kind == "instruct")
+    pictures = [editor.edit(task(path, seed=seed, mask=tmp_path / "m.png")) for seed in (1, 1, 2)]
+    content = [picture.image.tobytes() for picture in pictures if isinstance(picture, Picture) and picture.image.size == (50, 41)]
+    assert content[0] == content[1] != content[2]
+    with pytest.raises(ConfigError, match="--options steps: .* is not called with it; it takes .*num_inference_steps"):
+        Diffusers(EditContext(EditOptions(model=options.model, options="steps=2"), WorkFolder.open(whole)))
+    with pytest.raises(ConfigError, match="no pipeline of diffusers"):
+        Diffusers(EditContext(EditOptions(model=str(tmp_path)), WorkFolder.open(whole)))
+
+
 # --- selection --------------------------------------------------------------------------------------------------------------------------
 
 

@@ -157,7 +157,7 @@ def _count(caption: Caption, choose: Choose) -> Iterator[Change]:
         if (
             not number
             or noun in v.UNITS
-            or before in ("number", "route", "all", "of", "every", "channel", "flight", "bus")
+            or before in ("number", "route", "all", "every", "channel", "flight", "bus")
             or noun.endswith("ss")
         ):
             continue
@@ -212,7 +212,7 @@ def _relation(caption: Caption, choose: Choose) -> Iterator[Change]:
 def _is_place(caption: Caption, places: list[int], phrase: str) -> bool:
     """Whether a phrase says where something is, and its opposite would say something else."""
     after = [caption.word(places[-1] + k) for k in (1, 2, 3)]
-    if set(v.NO_OPPOSITE.get(phrase, "").split()) & set(after):
+    if v.NO_OPPOSITE.get(phrase, frozenset()) & set(after):
         return False
     if phrase in ("left of", "right of"):  # "what is left of the cake"
         before = caption.word(places[0] - 1)
