@@ -95,7 +95,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
                     handles[name].write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
                     written[name] += 1
         if not written:
-            raise ConfigError(f"{out}: no candidate is left; this is what became of them:\n{_brief(survival)}")
+            raise ConfigError(f"{out}: no candidate is left; this is what became of them: {_brief(survival)}")
     survival.files.update({str(files[name]): written[name] for name in files})
     further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
     survival.roots.extend(map(str, [folder, *further] if further else []))
@@ -125,8 +125,9 @@ def _problems(work: WorkFolder, shard: int) -> Counter[str]:
             found["rows that cannot be read"] += 1
             continue
         found["captions"] += 1
-        found["with a proposal"] += bool(line["edits"])
-        found.update(f"not proposed: {each['reason']}" if not each.get("failed") else "without a reply" for each in line["rejected"])
+        found["with a proposal"] += bool(line.get("edits"))
+        for each in line.get("rejected") or ():
+            found["without a reply" if each.get("failed") else f"not proposed: {each.get('reason')}"] += 1
     return found
 
 

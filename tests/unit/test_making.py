@@ -696,7 +696,7 @@ def tiny_pipeline(folder: Path, kind: str) -> Path:
             cross_attention_dim=32,
         ),
         "text_encoder": transformers.CLIPTextModel(
-            transformers.CLIPTextConfig(len(vocabulary), 32, 37, num_hidden_layers=1, num_attention_heads=4, eos_token_id=189, bos_token_id=188)
+            transformers.CLIPTextConfig(len(vocabulary), 32, 37, num_hidden_layers=1, num_attention_heads=4, eos_token_id=189)
         ),
         "tokenizer": transformers.CLIPTokenizer(vocabulary, [], model_max_length=77),
         "scheduler": diffusers.DDIMScheduler(),
@@ -719,7 +719,7 @@ def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: s
     pictures = [editor.edit(task(path, seed=seed, mask=tmp_path / "m.png")) for seed in (1, 1, 2)]
     content = [picture.image.tobytes() for picture in pictures if isinstance(picture, Picture) and picture.image.size == (50, 41)]
     assert content[0] == content[1] != content[2]
-    with pytest.raises(ConfigError, match="--options steps: .* is not called with it; it takes .*num_inference_steps"):
+    with pytest.raises(ConfigError, match=r"--options steps: .* is not called with it; it takes .*num_inference_steps"):
         Diffusers(EditContext(EditOptions(model=options.model, options="steps=2"), WorkFolder.open(whole)))
     with pytest.raises(ConfigError, match="no pipeline of diffusers"):
         Diffusers(EditContext(EditOptions(model=str(tmp_path)), WorkFolder.open(whole)))
