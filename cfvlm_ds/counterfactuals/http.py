@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import parse_json
-from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.text import one_line, printable
 
 T = TypeVar("T")
 _LONGEST_WAIT_S = 60.0
@@ -53,7 +53,7 @@ def check_url(url: str, option: str) -> str:
     """An address of http or https without user or password. Raises ConfigError."""
     try:
         parts = urlsplit(url)
-        right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isprintable() and " " not in url
+        right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and printable(url) == url and " " not in url
     except ValueError:
         right, parts = False, urlsplit("")
     if not right:

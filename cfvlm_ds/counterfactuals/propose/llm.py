@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.text import one_line, printable
 from cfvlm_ds.counterfactuals.http import CallFailed, check_url, member, post, token_named, with_retries
 from cfvlm_ds.counterfactuals.journal import Journal
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source
@@ -154,7 +154,7 @@ class LanguageModel:
             text, shown = text.strip(), one_line(text, MOST_CHARACTERS)
             reason = None if kind in self._types else "a type that was not asked for"
             reason = reason or defect(source.caption, text, kind)
-            if reason is None and not (told.isprintable() and 0 < len(told) <= MOST_CHARACTERS):
+            if reason is None and not (printable(told) == told and 0 < len(told) <= MOST_CHARACTERS):
                 reason = "an instruction that is not one printable line"
             if reason is None and (made[kind] >= self._options.per_type or any(each.text == text for each in found)):
                 reason = "one of its type is there already"

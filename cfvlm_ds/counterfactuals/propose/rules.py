@@ -11,6 +11,7 @@ from itertools import combinations
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, drawn
 from cfvlm_ds.counterfactuals.propose.caption import OF_KIND, Caption, Phrase
@@ -57,7 +58,7 @@ class Rules:
 
     def propose(self, source: Source) -> Found:
         """Proposals of each type, and why there is none where one reason is true of the whole caption."""
-        if len(source.caption) > MOST_CHARACTERS or not source.caption.isprintable():
+        if len(source.caption) > MOST_CHARACTERS or printable(source.caption) != source.caption:
             return [Rejected("rules", "no caption of one printable line")]
         caption = Caption(source.caption)
         if any(word in v.NEGATIONS or word.endswith("n't") for word in caption.words):

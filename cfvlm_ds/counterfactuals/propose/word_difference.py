@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cfvlm_ds.core.conversation import normalised
+from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, NUMBERS
 
 WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*|\d+|[^\w\s]|_")
@@ -99,7 +100,7 @@ def defect(caption: str, text: str, kind: str) -> str | None:
     """Why a text is no counterfactual of a caption, by its words; None where nothing speaks against it."""
     if not text.strip():
         return "no text"
-    if not text.isprintable() or len(text) > MOST_CHARACTERS:
+    if printable(text) != text or len(text) > MOST_CHARACTERS:
         return "not one printable line"
     if normalised(caption) == normalised(text):
         return "nothing changed"
