@@ -197,6 +197,8 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
     if found == now:
         return
     remedy = f"take the same ones, or another folder than {folder}"
+    if path.stem in STEPS:
+        remedy += f"; to do {path.stem} again, remove {path} and {path.with_suffix('')}, and those of the steps after it"
     if not isinstance(found, dict):
         raise ConfigError(f"{path} cannot be read, so it is not known with which settings it was begun; {remedy}")
     differing = [key for key in sorted({*now, *found}) if found.get(key) != now.get(key)]

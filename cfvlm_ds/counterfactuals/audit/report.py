@@ -79,7 +79,6 @@ class _Set:
 
     name: str
     groups: Sequence[CounterfactualGroup]
-    roots: Sequence[Path]
 
 
 def audit(
@@ -88,8 +87,7 @@ def audit(
     """Look at every group and picture of some manifests, which are splits of one set."""
     sets = []
     for name, path in named_apart(manifests).items():
-        store = open_groups(path, root, format, progress=say)
-        sets.append(_Set(name, store, store.roots))
+        sets.append(_Set(name, open_groups(path, root, format, progress=say)))
     found = Audit()
     _balance(found, sets)
     looks, broken = _looks(sets, say)

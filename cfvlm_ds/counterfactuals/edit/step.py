@@ -30,6 +30,7 @@ from cfvlm_ds.data.picture_file import part_name, picture_bytes
 STEP = "edit"
 COMPOSITES = ("mask", "difference", "none")
 _NOT_MEANING = ("threads", "timeout_s")
+NO_PICTURE = Path()
 _CHANGED = 24  # levels of 255 from which a difference counts where the composite is made of it
 
 Say = Callable[[str], object]
@@ -110,7 +111,16 @@ def _task(record: Mapping[str, Any], each: Mapping[str, Any], attempt: int, opti
         name, words = each["id"], (record["caption"], each["text"], each["from"], each["to"], each["instruction"])
         mask = picture_by_id(masks, name, (".png",)) if masks is not None else None
         seed = seed_of(options.seed, name, attempt) % 2**53
-        return Task(name, record["source"], each["type"], Path(str(record["picture"])), *words, attempt, seed, mask)
+        return Task(
+            name,
+            record["source"],
+            each["type"],
+            NO_PICTURE if record["picture"] is None else Path(record["picture"]),
+            *words,
+            attempt,
+            seed,
+            mask,
+        )
     except (KeyError, TypeError) as error:
         raise DataError(f"a record of the step propose has no {error}; remove it, and propose again") from error
 
@@ -147,15 +157,15 @@ def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tup
         "editor": unit.editor or "mine",
     }
     try:
-        if unit.editor == "none":
+        if task.picture == NO_PICTURE:
             return record | {"picture": None}, None
         parent = sha256_of(picture_bytes(task.picture, MAX_BYTES))
         record["parent_sha256"] = parent
         if unit.mined:
             return record | {"picture": {"path": unit.mined, "sha256": sha256_of(picture_bytes(Path(unit.mined), MAX_BYTES))}}, None
-        if unit.editor not in editors:
+        if unit.editor not in editors and unit.editor != "none":
             return record | {"refused": "no editor takes it"}, None
-        found = editors[unit.editor].edit(task)
+        found = editors[unit.editor].edit(task) if unit.editor in editors else None
         if found is None:
             return record | {"picture": None}, None
         if isinstance(found, Refused):
