@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeO
 
 if TYPE_CHECKING:
     from cfvlm_ds.counterfactuals.plan import Plan
-    from cfvlm_ds.counterfactuals.verify import Score
+    from cfvlm_ds.counterfactuals.scorer import RankedScorer
 
 _WORK = "work folder that `data propose` began"
 _SHARD = "the shard to work on, I of 0 to N-1; the others are for other processes, at the same time or not"
@@ -130,6 +131,7 @@ def described(section: type) -> list[tuple[str, str, Any, str]]:
 def _propose(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.counterfactuals.propose.step import propose
 
+    _one_process("propose")
     shard, of = arguments.shard or (0, None)
     options = _values(arguments, "propose")
     if of is not None:
@@ -141,6 +143,7 @@ def _propose(arguments: argparse.Namespace) -> None:
 
 
 def _edit(arguments: argparse.Namespace) -> None:
+    _one_process("edit")
     _edited(Path(arguments.work), _values(arguments, "edit"), arguments.shard)
 
 
@@ -172,16 +175,25 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _verified(work: Path, options: VerifyOptions, shard: tuple[int, int | None] | None) -> None:
-    from cfvlm_ds.counterfactuals.verify import verify
-    from cfvlm_ds.counterfactuals.work_folder import WorkFolder
+    from cfvlm_ds.counterfactuals.verify import refuse_unfit, verify
 
     number, of = shard or (0, None)
-    needed = WorkFolder.open(work).done("verify", number) is None
+    needed = refuse_unfit(work, options, number, of)
     score, identity = _scoring(options.scorer, options.batch_size) if options.scorer and needed else (None, None)
-    _print_done("verify", verify(work, options, number, _say, score, of, identity))
+    if score is None:
+        if _ranks() == 1 or (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "0":
+            _print_done("verify", verify(work, options, number, _say, None, of))
+    elif score.world.is_main:
+        try:
+            _print_done("verify", verify(work, options, number, _say, score, of, identity))
+        finally:
+            score.end()
+    else:
+        score.follow()
 
 
 def _select(arguments: argparse.Namespace) -> None:
+    _one_process("select")
     _selected(Path(arguments.work), Path(arguments.out), _values(arguments, "select"), arguments.figure)
 
 
@@ -216,6 +228,7 @@ def _audit(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.counterfactuals.audit.report import audit, write_report
     from cfvlm_ds.page import refuse_foreign_folder
 
+    _one_process("audit")
     options, out = _values(arguments, "audit"), Path(arguments.out)
     refuse_foreign_folder(out)
     if options.refine:
@@ -235,6 +248,7 @@ def _audit(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.counterfactuals.plan import read_plan
 
+    _one_process("run")
     plan = read_plan(arguments.config)
     if arguments.shard is not None:
         shard, of = arguments.shard
@@ -271,35 +285,31 @@ def _opened(manifest: str, root: Any, format: str) -> Any:
     return open_groups(manifest, root, format, progress=_say)
 
 
-def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
+def _scoring(name: str, batch_size: int) -> tuple[RankedScorer, dict[str, Any]]:
     """What scores groups with a model, and which weights do."""
     from cfvlm_ds.cli.models import load_scorer
     from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
-    from cfvlm_ds.core.distributed import World
     from cfvlm_ds.core.run_folder import named_model
+    from cfvlm_ds.counterfactuals.scorer import RankedScorer
     from cfvlm_ds.data.decoding import MAX_PIXELS
-    from cfvlm_ds.evaluation.scoring import score_groups
     from cfvlm_ds.models import fingerprint
 
     named = named_model(name)
     model = ModelConfig(named.name_or_path, **{limit: getattr(named.recorded, limit) for limit in IMAGE_LIMITS})
     scorer, collator, world = load_scorer(model, named.adapter, max_pixels=MAX_PIXELS)
-
-    class Quiet(World):
-        """The step says how far it is; its batches do not."""
-
-        def say(self, message: str) -> None:
-            if message.startswith("warning: "):
-                super().say(message)
-
-    quiet = Quiet(world.rank, world.size, world.local_rank, world.device)
-
-    def score(groups: Sequence[Any]) -> Sequence[Any]:
-        remedy = f"lower --batch_size ({batch_size})"
-        return score_groups(scorer, collator, groups, quiet, batch_size, remedy=remedy)
-
     identity: dict[str, Any] = {"model": name, **fingerprint(model)}
-    return score, identity | ({"adapter": str(named.adapter)} if named.adapter else {})
+    return RankedScorer(scorer, collator, world, batch_size), identity | ({"adapter": str(named.adapter)} if named.adapter else {})
+
+
+def _ranks() -> int:
+    """Processes of this launch, as ``joined`` counts them."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
+def _one_process(command: str) -> None:
+    """Raise ConfigError where a launcher has started several: they would do the same work side by side."""
+    if _ranks() > 1:
+        raise ConfigError(f"data {command} is for one process, and {_ranks()} were started; several ranks are for data verify --scorer")
 
 
 def _say(line: str) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data.decoding import open_image
 
 SIDE = 128
@@ -93,12 +92,3 @@ def _reduced_size(size: tuple[int, int]) -> tuple[int, int]:
 
 def _rounded(value: float) -> float:
     return round(float(value), 5)
-
-
-def readable(path: Path) -> str:
-    """Why a picture cannot be read; empty where it can."""
-    try:
-        open_image(path)
-    except DataError as error:
-        return str(error)
-    return ""

@@ -101,8 +101,8 @@ def _histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator
         for each in line["edits"]:
             found = Edited(each)
             for attempt in order.get(each["id"], ()):
-                record, seen = made[each["id"], attempt], measured.get((each["id"], attempt))
+                tried, seen = made[each["id"], attempt], measured.get((each["id"], attempt))
                 said = verdict(seen, thresholds) if seen is not None else Verdict("not verified", -float("inf"), 0)
-                found.attempts.append(Attempt(record, seen, said, picture_path(work, record)))
+                found.attempts.append(Attempt(tried, seen, said, picture_path(work, tried)))
             edits.append(found)
         yield History(line, edits)

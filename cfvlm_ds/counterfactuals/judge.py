@@ -143,15 +143,14 @@ def read_thresholds(file: str | Path | None, rule: str = "", margin: float | Non
                 raise ValueError(f"its keys are {', '.join(known)}")
             if "changed" in value:
                 value["changed"] = {str(kind): (float(low), float(high)) for kind, (low, high) in dict(value["changed"]).items()}
-            numbers = {name: float(value[name]) for name in ("margin", "largest", "outside") if name in value}
-            found = replace(found, **{**value, **numbers})
+            found = replace(found, **value | {name: float(value[name]) for name in ("margin", "largest", "outside") if name in value})
         except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
                 f"--thresholds {file}: no thresholds ({error}); write them as `cfvlm-ds data verify --calibrate` does"
             ) from error
-    return replace(found, **({"rule": rule} if rule else {}), **({"margin": margin} if margin is not None else {}))
+    return replace(found, rule=rule or found.rule, margin=found.margin if margin is None else margin)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder, seed_of
 from cfvlm_ds.data.formats.cfgroup import to_row
 
 KEPT, NO_ROOM, QUOTA = "kept", "good, but its source has enough", "good, but its type has enough"
+TWICE, ELSEWHERE = "good, but its text is there already", "good, but its real picture is of another split"
+_ROWS = 24
 _SHOWN = 60
 
 Say = Callable[[str], object]
@@ -51,10 +53,13 @@ class Survival:
         total: Counter[str] = sum(self.by_type.values(), Counter())
         rest = [name for name, _ in sorted(total.items(), key=lambda item: (-item[1], item[0])) if name not in ("proposed", KEPT)]
         lines = [f"| | {' | '.join(kinds)} | all | |", f"|---|{'---:|' * (len(kinds) + 2)}"]
-        for name in ["proposed", *rest, KEPT]:
-            share = f"{100 * total[name] / max(total['proposed'], 1):.1f} %"
-            shown = one_line(name, _SHOWN).replace("|", "/")
-            lines.append(f"| {shown} | {' | '.join(str(self.by_type[kind][name]) for kind in kinds)} | {total[name]} | {share} |")
+        rows = [(name, [name]) for name in ("proposed", *rest[:_ROWS], KEPT)]
+        if more := rest[_ROWS:]:
+            rows.insert(-1, (f"{len(more)} further reasons", more))
+        for shown, names in rows:
+            counts = [sum(self.by_type[kind][name] for name in names) for kind in kinds]
+            share = f"{100 * sum(counts) / max(total['proposed'], 1):.1f} %"
+            lines.append(f"| {one_line(shown, _SHOWN).replace('|', '/')} | {' | '.join(map(str, counts))} | {sum(counts)} | {share} |")
         return "\n".join(lines)
 
     def captions(self) -> str:
@@ -88,10 +93,10 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
         for shard in progress.over(range(work.shards)):
             survival.sources.update(_problems(work, shard))
             for history in histories(work, shard, thresholds):
-                kept = _kept(history, options, cuts, survival)
+                name = _split(history, shares, options.seed)
+                kept = _kept(history, options, cuts, survival, lambda sha256, name=name: _drawn(sha256, shares, options.seed) == name)
                 if kept:
                     row = _row(history, kept, options, folder, steps, thresholds)
-                    name = _split(history, shares, options.seed)
                     handles[name].write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
                     written[name] += 1
         if not written:
@@ -151,10 +156,18 @@ def _cuts(work: WorkFolder, thresholds: Thresholds, options: SelectOptions) -> d
     return {kind: sorted(found)[options.per_type - 1] for kind, found in scores.items() if len(found) > options.per_type}
 
 
-def _kept(history: History, options: SelectOptions, cuts: Mapping[str, tuple[float, int]], survival: Survival) -> list[Edited]:
-    """The edits of a source that become part of its group, in the order of their proposal; every edit is counted."""
+def _kept(
+    history: History,
+    options: SelectOptions,
+    cuts: Mapping[str, tuple[float, int]],
+    survival: Survival,
+    belongs: Callable[[str], bool],
+) -> list[Edited]:
+    """The edits of a source that become part of its group, in the order of their proposal; every edit is counted. ``belongs`` says of the
+    sha256 of a real picture whether it is of the source's split."""
     ranked = _ranked(history)
     kept: list[Edited] = []
+    texts = {normalised(str(history.line["caption"]))}
     for each in history.edits:
         kind = str(each.proposal["type"])
         if each.reason != GOOD:
@@ -166,10 +179,21 @@ def _kept(history: History, options: SelectOptions, cuts: Mapping[str, tuple[flo
             survival.add(kind, NO_ROOM)
         elif cut is not None and (-_worst(each), seed_of(each.proposal["id"])) > cut:
             survival.add(kind, QUOTA)
+        elif (mined := _mined(each)) and not belongs(mined):
+            survival.add(kind, ELSEWHERE)
+        elif (text := normalised(str(each.proposal["text"]))) in texts:
+            survival.add(kind, TWICE)
         else:
             survival.add(kind, KEPT)
             kept.append(each)
+            texts.add(text)
     return kept
+
+
+def _mined(edited: Edited) -> str:
+    """The sha256 of the real picture that an edit has; empty where it has none."""
+    picture = (edited.best.made.get("picture") if edited.best is not None else None) or {}
+    return str(picture["sha256"]) if "path" in picture else ""
 
 
 def _row(
@@ -190,8 +214,7 @@ def _row(
     for each in kept:
         best = each.best
         text = str(each.proposal["text"])
-        if best is None or any(normalised(text) == normalised(other) for other in texts):
-            continue
+        assert best is not None
         texts.append(text)
         match[0].append(0)
         for line in match[1:]:
@@ -239,6 +262,13 @@ def _split(history: History, shares: Mapping[str, float], seed: int) -> str:
         return ""
     made = next((attempt.made for each in history.edits for attempt in each.attempts if "parent_sha256" in attempt.made), {})
     name = str(made.get("parent_sha256") or history.line.get("picture") or history.id)
+    return _drawn(name, shares, seed)
+
+
+def _drawn(name: str, shares: Mapping[str, float], seed: int) -> str:
+    """The split of a picture by its sha256."""
+    if not shares:
+        return ""
     place = seed_of(seed, name) / 2**63
     for split, share in shares.items():
         place -= share

@@ -30,8 +30,9 @@ from cfvlm_ds.evaluation.probes import Caption, Match
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 STEP = "verify"
-CHUNK = 32
-"""Candidates that are scored together: batches are cut from the shard alone, never from where a kill was."""
+BATCHES = 8
+"""Batches of candidates that are scored together, by as many ranks at most: they are cut from the shard alone, never from where a kill
+was."""
 _DECIMALS = 4
 _LABELS = 1 << 20  # bytes of a line of labels
 
@@ -50,16 +51,12 @@ def verify(
     identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure every candidate of a shard; returns its completion. ``identity`` says which weights score."""
-    if "{text}" not in options.template:
-        raise ConfigError(f"--template {options.template!r}: it has no {{text}} in it, the place of the caption")
+    refuse_unfit(out, options, shard, of)
     work = WorkFolder.open(out)
-    work.check_shard(shard, work.shards if of is None else of)
-    work.need("edit", shard)
-    said = {"scorer": options.scorer, "template": options.template, "prompt": options.prompt}
-    work.refuse_other(STEP, said)
     if (done := work.done(STEP, shard)) is not None:
         say(f"{out}: verify is through with shard {shard}")
         return done
+    said = _said(options)
     work.settle(STEP, {**said, "scored": score is not None, "weights": dict(identity or {})})
     step = ShardStep(work, STEP, shard)
     try:
@@ -67,7 +64,7 @@ def verify(
         progress = Progress(say, STEP, max(total - step.count, 1), "candidates")
         units = candidates(work, shard)
         place = 0
-        while chunk := list(islice(units, CHUNK)):
+        while chunk := list(islice(units, BATCHES * options.batch_size)):
             if place + len(chunk) > step.count:
                 for record in measured(chunk, options, score)[max(0, step.count - place) :]:
                     step.add(record)
@@ -77,6 +74,23 @@ def verify(
     except BaseException:
         step.close()
         raise
+
+
+def refuse_unfit(out: Path, options: VerifyOptions, shard: int, of: int | None = None) -> bool:
+    """Whether a shard is still to be verified. Raises ConfigError for what can be refused before a scorer is loaded."""
+    if "{text}" not in options.template:
+        raise ConfigError(f"--template {options.template!r}: it has no {{text}} in it, the place of the caption")
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch_size {options.batch_size}: a batch has at least one candidate")
+    work = WorkFolder.open(out)
+    work.check_shard(shard, work.shards if of is None else of)
+    work.need("edit", shard)
+    work.refuse_other(STEP, _said(options))
+    return work.done(STEP, shard) is None
+
+
+def _said(options: VerifyOptions) -> dict[str, Any]:
+    return {"scorer": options.scorer, "template": options.template, "prompt": options.prompt}
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,9 @@ def measured(chunk: Sequence[Candidate], options: VerifyOptions, score: Score | 
     for k in wanted:
         each = scores[k]
         found[k] |= (
-            {"problem": f"it cannot be scored: {each}"} if isinstance(each, str) else {"scores": score_record(chunk[k], each, options)}
+            {"problem": "it cannot be scored", "detail": each}
+            if isinstance(each, str)
+            else {"scores": score_record(chunk[k], each, options)}
         )
     return found
 
@@ -149,15 +165,17 @@ def _looked_at(candidate: Candidate) -> dict[str, Any]:
     }
     if "refused" in made:
         return record | {"problem": f"no picture: {one_line(str(made['refused']), 200)}"}
-    if candidate.edited is None or candidate.original is None:
-        return record | {"checks": None}
-    if "path" in made["picture"]:
-        record["mined"] = True
     try:
+        if candidate.original is None or candidate.edited is None:
+            if candidate.original is not None:
+                open_image(candidate.original)  # what nobody can look at is no example of anything
+            return record | {"checks": None}
+        if "path" in made["picture"]:
+            record["mined"] = True
         mask = open_image(candidate.mask).convert("L") if candidate.mask is not None else None
         return record | {"checks": compared(candidate.original, candidate.edited, mask)}
     except (DataError, OSError, ValueError) as error:
-        return record | {"problem": f"a picture cannot be read: {one_line(str(error), 200)}"}
+        return record | {"problem": "a picture cannot be read", "detail": one_line(str(error), 300)}
 
 
 def _item(candidate: Candidate) -> Item:
@@ -224,8 +242,8 @@ def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) ->
             if (name := (str(record["edit"]), int(record["attempt"]))) in labels:
                 found.append((record, labels.pop(name)))
     if labels:
-        name, attempt = next(iter(labels))
-        raise DataError(f"{labelled}: {len(labels)} labels are of no verified candidate, such as {name!r}, attempt {attempt}; verify first")
+        edit, attempt = next(iter(labels))
+        raise DataError(f"{labelled}: {len(labels)} labels are of no verified candidate, such as {edit!r}, attempt {attempt}; verify first")
     fitted = calibrated(found, start, precision)
     replace(out / "thresholds.json", fitted.as_json().encode(), shared=True)
     return fitted

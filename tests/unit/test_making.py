@@ -169,7 +169,7 @@ def test_records_are_whole_and_say_where_everything_comes_from(whole: Path, scen
 
 
 @pytest.mark.parametrize("step", ["propose", "edit", "verify"])
-@pytest.mark.parametrize("part", [0.0, 0.31, 0.62, 0.999])
+@pytest.mark.parametrize("part", [0.31, 0.999])
 def test_whatever_is_torn_ends_in_the_same_bytes(step: str, part: float, whole: Path, scenes: Path, tmp_path: Path) -> None:
     out = tmp_path / "W"
     shutil.copytree(whole, out)
@@ -185,7 +185,7 @@ def test_whatever_is_torn_ends_in_the_same_bytes(step: str, part: float, whole: 
     begun(scenes, out)
     edit(out, scene_options(scenes), 0, quiet)
     oracle = Oracle(out, scenes, noise=2.5)
-    verify(out, VerifyOptions(), 0, quiet, oracle)
+    verify(out, VerifyOptions(batch_size=4), 0, quiet, oracle)
     assert contents(out) == contents(whole)
     assert oracle.calls > 0 and (step != "verify" or part < 0.9 or oracle.calls <= 64)
 
@@ -297,7 +297,7 @@ def test_a_shard_is_worked_on_by_one_process(whole: Path, scenes: Path, tmp_path
 
 
 def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
-    draw(tmp_path / "a.png", [("red", "circle")])
+    draw(tmp_path / "a.png", [("red", "circle"), ("blue", "square")])
     rows = [
         '{"id": "a", "image": "a.png", "caption": "a red car"}',
         '{"id": "a", "image": "a.png", "caption": "a blue bus"}',
@@ -437,7 +437,7 @@ def test_a_candidate_that_cannot_be_scored_does_not_take_the_others_with_it(whol
 
     (out / "verify.json").unlink()
     done = verify(out, VerifyOptions(), 0, quiet, score)
-    problems = [record for record in WorkFolder.open(out).records("verify", 0) if "cannot be scored" in record.get("problem", "")]
+    problems = [record for record in WorkFolder.open(out).records("verify", 0) if record.get("problem") == "it cannot be scored"]
     assert len(problems) == 1 and f"{problems[0]['edit']}@{problems[0]['attempt']}" == bad and done["counts"]["scored"] > 50
 
 
@@ -596,7 +596,7 @@ def test_masks_confine_what_changes(photos: Path, tmp_path: Path) -> None:
         image = np.asarray(Image.open(io.BytesIO(tar.read(place["length"]))))
     original, inside = np.asarray(open_image(photos.with_name("0.png"))), np.asarray(mask) > 0
     assert (image[~inside] == original[~inside]).all() and (image[inside] == np.asarray(noise_picture(20))[inside]).all()
-    assert "the mask is 32x32 and its picture 64x64" in next(each for each in found if each["edit"] == "p1/0")["refused"]
+    assert "the mask is 32x32 and its picture 64x64" in next(each for each in found if each["edit"] == "p1/0")["detail"]
     verify(tmp_path / "W", VerifyOptions(), 0, quiet, None)
     assert next(work.records("verify", 0))["checks"]["outside"] == 0
 
@@ -667,14 +667,10 @@ def test_a_command_that_edits_is_called_without_a_shell_and_bounded(photos: Path
         edited(photos, tmp_path / "U", back_ends="command", command="nosuchprogram {request} {output}")
 
 
-def test_diffusers_that_is_absent_is_one_sentence(whole: Path) -> None:
-    if "diffusers" in sys.modules:
-        pytest.skip("diffusers is installed")
-    try:
-        import diffusers  # noqa: F401
-    except ImportError:
-        with pytest.raises(ConfigError, match=r"which is not installed; pip install 'cfvlm-ds\[edit\]'"):
-            Diffusers(EditContext(EditOptions(model="x"), WorkFolder.open(whole)))
+def test_diffusers_that_is_absent_is_one_sentence(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ConfigError, match=r"which is not installed; pip install 'cfvlm-ds\[edit\]'"):
+        Diffusers(EditContext(EditOptions(model="x"), WorkFolder.open(whole)))
     assert call_options("steps=28, scale=3.5,flag=true,name=x") == {"steps": 28, "scale": 3.5, "flag": True, "name": "x"}
     with pytest.raises(ConfigError, match="write NAME=VALUE"):
         call_options("steps")
@@ -856,8 +852,8 @@ def test_duplicates_and_leaks_are_found_and_named(tmp_path: Path) -> None:
     assert [(sorted(ids), sentence) for sentence, ids in said.items()] == [
         (["g3", "g5"], "train: 1 pairs of originals are the same picture (1) or nearly so (0)"),
         (["g25", "g7"], "train and test share 1 originals or nearly so, and 0 picture files"),
-        (["g9"], "train has 0 pictures of bench, and 1 that are nearly one of them"),
-        (["g9"], "train has 0 pictures of text.jsonl, and 1 that are nearly one of them"),
+        (["g9"], "train has 0 pictures of bench, and 2 that are nearly one of them"),  # its original is alike, but for a disc
+        (["g9"], "train has 0 pictures of text.jsonl, and 2 that are nearly one of them"),
         (["g11"], f"train: 1 groups have a text of text.jsonl, such as {rows[11]['texts'][1]['text']!r}"),
     ]
     written = write_report(found, sets, tmp_path / "page", quiet)

@@ -150,14 +150,20 @@ def test_forms_of_listed_words(plural: bool) -> None:
     ]  # fmt: skip
 
 
-def test_libraries_widen_what_is_known_where_they_are_installed() -> None:
-    """By their documented interface; without them a sentence says so."""
-    if (missing := grammar.absent()) != "":
-        assert "inflect" in missing and "pip install 'cfvlm-ds[counterfactuals]'" in missing
-        pytest.skip(missing)
-    assert grammar.renumbered("kangaroos", False) == "kangaroo" and grammar.renumbered("kangaroo", True) == "kangaroos"
-    assert grammar.agreeing("swims", True) == "swim" and grammar.agreeing("swim", False) == "swims"
-    assert proposed("two kangaroos swim in a river", types="count", words="")["count"]
+def test_libraries_widen_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their documented interface; without them a sentence says so, and what is not certain is not proposed."""
+    swimmers = "two kangaroos swim in a river"
+    if grammar.absent() == "":
+        assert grammar.renumbered("kangaroos", False) == "kangaroo" and grammar.renumbered("kangaroo", True) == "kangaroos"
+        assert grammar.agreeing("swims", True) == "swim" and grammar.agreeing("swim", False) == "swims"
+        found = {proposed(swimmers, types="count", seed=seed)["count"] for seed in range(20)}
+        assert found == {"one kangaroo swims in a river", *(f"{many} kangaroos swim in a river" for many in ("three", "four", "five"))}
+    grammar.is_finite.cache_clear()
+    monkeypatch.setattr(grammar, "_library", lambda name: None)
+    monkeypatch.setattr(grammar, "_inflect", lambda: None)
+    assert "inflect and lemminflect are not installed" in grammar.absent() and "pip install 'cfvlm-ds[counterfactuals]'" in grammar.absent()
+    assert rules().settings()["inflect"] == "none" and rules().notice() == grammar.absent()
+    assert [proposed(swimmers, types="count", seed=seed) for seed in range(20)] == 20 * [{}]
 
 
 # --- what differs -----------------------------------------------------------------------------------------------------------------------
@@ -399,8 +405,11 @@ def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_e
 
 
 def test_a_restart_costs_nothing_and_gives_the_same(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
-    server = Server(lambda body, number: (200, reply([edit("colour", f"a {'blue' if number < 4 else 'green'} car near two dogs")]), {}))
-    out = tmp_path / "W"
+    def answers(body: dict[str, Any], number: int) -> Any:
+        threading.Event().wait(0.1)  # so that calls meet
+        return 200, reply([edit("colour", f"a {'blue' if number < 4 else 'green'} car near two dogs")]), {}
+
+    server, out = Server(answers), tmp_path / "W"
     with server.running():
         asked_model(captions, out, server, llm_calls=3)
         assert len(server.asked) == 4 and 1 < server.most_at_once <= 3

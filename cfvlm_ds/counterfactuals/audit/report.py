@@ -123,7 +123,7 @@ def _balance(found: Audit, sets: Sequence[_Set]) -> None:
                     new = group.candidates[edit.text].text
                     longer += len(new) > len(group.candidates[0].text)
                     negated += bool(_NEGATIONS & set(new.lower().split()) - set(group.candidates[0].text.lower().split()))
-    found.facts += [
+    facts = [
         ("groups", f"{groups} in {', '.join(f'{each.name} ({len(each.groups)})' for each in sets)}"),
         ("sources", ", ".join(f"{name} {count}" for name, count in sources.most_common(8))),
         ("edits by type", ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()) or "none"),
@@ -131,6 +131,7 @@ def _balance(found: Audit, sets: Sequence[_Set]) -> None:
         ("groups with a sham", f"{shams} of {groups}"),
         ("counterfactual texts that are longer", f"{longer} of {edits}"),
     ]
+    found.facts.extend(facts)
     if edits and negated / edits > LIMIT_NEGATED:
         found.fault(f"{negated} of {edits} edits negate; a language model tells them by the negation alone (limit {LIMIT_NEGATED:.0%})")
 
@@ -177,7 +178,7 @@ def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: S
                 if edit.image is not None and group.num_pictures == 1:
                     pictures.append((group.images[0][0], group.images[edit.image][0], half))
     if texts:
-        found.shortcuts += [by_length(texts), by_words(texts, text_halves)]
+        found.shortcuts.extend([by_length(texts), by_words(texts, text_halves)])
     if len(pictures) > options.sample:
         pictures = random.Random(options.seed).sample(pictures, options.sample)
     grains: tuple[list[Array], list[Array], list[bool]] = ([], [], [])
@@ -192,9 +193,9 @@ def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: S
         grains[2].append(half)
     if grains[0]:
         found.shortcuts.append(by_grain(*grains))
-    for each in found.shortcuts:
-        if each.low > 0.5 and each.auc > LIMIT_AUC:
-            found.fault(f"{each.name}: AUC {each.auc:.2f} (limit {LIMIT_AUC}), without the picture; goes by {', '.join(each.telling[:4])}")
+    for cue in found.shortcuts:
+        if cue.low > 0.5 and cue.auc > LIMIT_AUC:
+            found.fault(f"{cue.name}: AUC {cue.auc:.2f} (limit {LIMIT_AUC}), without the picture; goes by {', '.join(cue.telling[:4])}")
 
 
 def _groups_by_picture(each: _Set) -> dict[Path, list[str]]:
@@ -258,9 +259,10 @@ def _against(found: Audit, sets: Sequence[_Set], looks: Sequence[Mapping[Path, L
             owners, mine = _groups_by_picture(each), list(seen.values())
             pairs = list(near_pairs(mine, theirs))
             if pairs:
-                exact = sum(pair.bits < 0 for pair in pairs)
+                exact = {pair.first for pair in pairs if pair.bits < 0}
+                nearly = {pair.first for pair in pairs} - exact
                 ids = [name for pair in pairs for name in owners[mine[pair.first].path]]
-                found.fault(f"{each.name} has {exact} pictures of {path.name}, and {len(pairs) - exact} that are nearly one of them", ids)
+                found.fault(f"{each.name} has {len(exact)} pictures of {path.name}, and {len(nearly)} that are nearly one of them", ids)
             ours = {group.id: [candidate.text for candidate in group.candidates] for group in each.groups}
             if shared := shared_texts(ours, texts):
                 found.fault(

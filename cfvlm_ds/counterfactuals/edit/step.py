@@ -174,7 +174,7 @@ def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tup
     except ConfigError:
         raise
     except (DataError, OSError, ValueError) as error:
-        return record | {"refused": one_line(f"the picture cannot be edited: {error}", 300)}, None
+        return record | {"refused": "a picture cannot be read", "detail": one_line(str(error), 300)}, None
 
 
 def _checked(task: Task, found: Picture, options: EditOptions, record: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cfvlm_ds.counterfactuals.propose.grammar import article, is_plural
+from cfvlm_ds.counterfactuals.propose.grammar import article, is_finite, is_plural
 from cfvlm_ds.counterfactuals.propose.vocabulary import (
     ADJECTIVES,
     ANIMATE,
@@ -25,6 +25,7 @@ from cfvlm_ds.counterfactuals.propose.word_difference import WORD
 
 OF_KIND = {"colour": frozenset(COLOURS_READ), "size": frozenset(SIZES), "material": frozenset(MATERIALS), "texture": frozenset(TEXTURES)}
 _MODIFIERS = ADJECTIVES.union(*OF_KIND.values()) | {"short"}
+_ONE = ("a", "an", "one", "this", "that", "each", "every", "another")
 _MARKS = re.compile(r"[^\w]")
 
 
@@ -78,7 +79,7 @@ class Caption:
 
     def _phrase(self, noun: int) -> Phrase | None:
         word = self.word(noun)
-        if not word.isalpha() or not self.ends(noun + 1) or word in FOLLOWING or word in DETERMINERS:
+        if not word.isalpha() or word in FOLLOWING or word in DETERMINERS:
             return None
         known = NOUNS.get(word)
         if known is None and (word in _MODIFIERS or word.endswith("ing") or len(word) < 3):
@@ -91,6 +92,8 @@ class Caption:
         adjectives = tuple(range(start, noun))
         before = self.word(start - 1)
         if before in OF_KIND["colour"] or (before == "and" and self.word(start - 2) in _MODIFIERS):
+            return None
+        if not self.ends(noun + 1) and not self._acts(word, before, self.word(noun + 1)):
             return None
         determiner = start - 1 if before in DETERMINERS or before.isdecimal() else None
         if determiner is None and not self._begins(start):
@@ -105,8 +108,12 @@ class Caption:
         before = self.word(start - 1)
         return not before or before in FOLLOWING or (before.endswith("ing") and before not in NOT_VERBS) or before == "see"
 
+    def _acts(self, noun: str, before: str, after: str) -> bool:
+        """Whether a verb in the present follows a noun: of one, "the dog bowls" may be about bowls."""
+        return is_finite(after, True) if is_plural(noun) else before in _ONE[:3] and is_finite(after, False)
+
     def _plural(self, word: str, before: str) -> bool | None:
-        if before in ("a", "an", "one", "this", "that", "each", "every", "another"):
+        if before in _ONE:
             return not (word not in NOUNS or NOUNS[word][1] == word)
         if NUMBERS.get(before, 0) > 1 or before in ("several", "many", "both", "these", "those", "some", "few") or before.isdecimal():
             return True

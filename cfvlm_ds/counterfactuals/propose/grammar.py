@@ -51,12 +51,12 @@ def article(following: str) -> str:
 
 def versions() -> dict[str, str]:
     """The libraries that proposals depend on; ``none`` where one is absent."""
-    return {name: version(name) for name in LIBRARIES}
+    return {name: version(name) if _library(name) is not None else "none" for name in LIBRARIES}
 
 
 def absent() -> str:
     """What is not proposed because a library is absent, in one sentence; empty where all are there."""
-    missing = [name for name in LIBRARIES if version(name) == "none"]
+    missing = [name for name in LIBRARIES if _library(name) is None]
     if not missing:
         return ""
     return (
@@ -71,12 +71,12 @@ def renumbered(noun: str, plural: bool) -> str | None:
     if word in NOUNS:
         _, one, many = NOUNS[word]
         return many if plural else one
-    engine = _inflect()
-    if engine is None or word in UNCOUNTED:
+    forms = _inflect()
+    if forms is None or word in UNCOUNTED:
         return None
-    singular = engine.singular_noun(word)  # False where the word is one already
+    singular = forms.singular_noun(word)  # False where the word is one already
     if plural:
-        return str(engine.plural_noun(word)) if not singular else word
+        return str(forms.plural_noun(word)) if not singular else word
     return str(singular) if singular else word
 
 
@@ -87,8 +87,8 @@ def is_plural(noun: str) -> bool | None:
         return None
     if word in NOUNS:
         return NOUNS[word][2] == word
-    if (engine := _inflect()) is not None:
-        return bool(engine.singular_noun(word))
+    if (forms := _inflect()) is not None:
+        return bool(forms.singular_noun(word))
     return True if word.endswith("s") and not word.endswith(("ss", "us", "is")) else None
 
 
@@ -109,16 +109,33 @@ def agreeing(verb: str, plural: bool) -> str | None:
 
 
 @functools.cache
-def _inflect() -> Any:
+def is_finite(word: str, plural: bool) -> bool:
+    """Whether a word is a verb in the present, as it follows one or many; False where that is not known for certain."""
+    if word in _VERBS or word in _OF_MANY:
+        return word in (_OF_MANY if plural else _VERBS)
+    lemminflect = _lemminflect()
+    if lemminflect is None or not word.isalpha():
+        return False
+    lemmas = lemminflect.getAllLemmas(word)  # of its dictionary alone: what it does not know it does not guess
+    if plural:
+        return word in lemmas.get("VERB", ()) and word in lemmas.get("NOUN", (word,))
+    return any(word in lemminflect.getInflection(lemma, tag="VBZ") for lemma in lemmas.get("VERB", ()))
+
+
+@functools.cache
+def _library(name: str) -> Any:
+    """A module; None where it, or what it needs, is not installed."""
     try:
-        return importlib.import_module("inflect").engine()
+        return importlib.import_module(name)
     except ImportError:
         return None
 
 
 @functools.cache
+def _inflect() -> Any:
+    library = _library("inflect")
+    return None if library is None else library.engine()
+
+
 def _lemminflect() -> Any:
-    try:
-        return importlib.import_module("lemminflect")
-    except ImportError:
-        return None
+    return _library("lemminflect")

@@ -189,10 +189,10 @@ def _agreement(caption: Caption, phrase: Phrase, plural: bool) -> dict[int, str]
         changes[phrase.start - 1] = {"is": "are", "are": "is", "was": "were", "were": "was"}[before]
     if not after or after.endswith("ing") or (after.endswith("ed") and after not in v.NOT_VERBS):
         return changes
+    if after in _PREPOSITIONS:  # "near" is a verb, too
+        return changes
     verb = agreeing(after, plural)
-    if verb is not None and verb != after:
-        return changes | {phrase.noun + 1: verb}
-    return changes if verb == after or after in _PREPOSITIONS else None
+    return None if verb is None else changes if verb == after else changes | {phrase.noun + 1: verb}
 
 
 _PREPOSITIONS = v.FOLLOWING - set(

@@ -117,7 +117,7 @@ UNITS = _set(
     o'clock year-old stories story levels lanes percent half halves thirds people's of way ways different others other more sides"""
 )
 LETTERING = _set(
-    """sign signs clock clocks watch letter letters lettering text word words writing written logo number numbers license licence plate
+    """sign signs clock clocks watch letter letters lettering text word words writing written logo number numbers license licence
     newspaper newspapers book books jersey jerseys reads says saying label labels poster posters billboard map maps keyboard keyboards
     screen menu magazine graffiti banner calendar page pages name named tattoo monitor laptop scoreboard ticket stamp money"""
 )

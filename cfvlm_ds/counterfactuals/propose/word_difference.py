@@ -131,7 +131,14 @@ def _uncounted(side: Sequence[str]) -> list[str]:
     kept = [
         word for word in side if word not in EMPTY_WORDS and word not in NUMBERS and not word.isdecimal() and word not in ("single", "pair")
     ]
-    return [NOUNS[word][1] if word in NOUNS else re.sub(r"(?<=[a-z]{2})(?:(?<=[sxzh])es|s)$", "", word) for word in kept]
+    return [NOUNS[word][1] if word in NOUNS else _stem(word) for word in kept]
+
+
+def _stem(word: str) -> str:
+    """A word without the ending of many nouns, or of a verb of one: flies and fly, passes and pass are the same."""
+    if word.endswith("ies") and len(word) > 4:
+        return f"{word[:-3]}y"
+    return re.sub(r"(?<=[a-z]{2})(?:(?<=[sxzh])es|(?<!s)s)$", "", word)
 
 
 def _kept_between(found: Difference) -> int:
