@@ -66,9 +66,10 @@ def verify(
         place = 0
         while chunk := list(islice(units, BATCHES * options.batch_size)):
             if place + len(chunk) > step.count:
-                for record in measured(chunk, options, score)[max(0, step.count - place) :]:
+                new = measured(chunk, options, score)[max(0, step.count - place) :]
+                for record in new:
                     step.add(record)
-                    progress.advance()
+                progress.advance(len(new))
             place += len(chunk)
         return step.finish(counted)
     except BaseException:

@@ -39,7 +39,7 @@ from cfvlm_ds.counterfactuals.checks import compared, largest_piece, perceptual_
 from cfvlm_ds.counterfactuals.edit.base import EditContext, Picture, Task
 from cfvlm_ds.counterfactuals.edit.diffusion import Diffusers, call_options
 from cfvlm_ds.counterfactuals.edit.flip import Flip
-from cfvlm_ds.counterfactuals.edit.step import edit
+from cfvlm_ds.counterfactuals.edit.step import Unit, edit, make
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, calibrated, read_thresholds, verdict, wilson
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.plan import read_plan
@@ -677,28 +677,43 @@ def test_diffusers_that_is_absent_is_one_sentence(whole: Path, monkeypatch: pyte
 
 
 def tiny_pipeline(folder: Path, kind: str) -> Path:
-    """A pipeline of random weights in diffusers' own form: InstructPix2Pix, or inpainting."""
-    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    """A pipeline of random weights in diffusers' own form: InstructPix2Pix, or SDXL's inpainting."""
+    import transformers
+
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is for Python 3.11 and later")
     torch.manual_seed(0)
     letters = [chr(n) for n in range(33, 127)]
     vocabulary = {word: n for n, word in enumerate([*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = transformers.CLIPTokenizer(vocabulary, [], model_max_length=77)
+    told = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, projection_dim=32,
+        bos_token_id=188, eos_token_id=189, pad_token_id=189,
+    )  # fmt: skip
     parts: dict[str, Any] = {
         "vae": diffusers.AutoencoderKL(
             block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2
         ),
-        "unet": diffusers.UNet2DConditionModel(
-            sample_size=32, in_channels=8 if kind == "instruct" else 9, out_channels=4, layers_per_block=1, block_out_channels=(32, 64),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=32,
-        ),
-        "text_encoder": transformers.CLIPTextModel(
-            transformers.CLIPTextConfig(len(vocabulary), 32, 37, num_hidden_layers=1, num_attention_heads=4, eos_token_id=189)
-        ),
-        "tokenizer": transformers.CLIPTokenizer(vocabulary, [], model_max_length=77),
+        "text_encoder": transformers.CLIPTextModel(told),
+        "tokenizer": tokenizer,
         "scheduler": diffusers.DDIMScheduler(),
+    }
+    unet: dict[str, Any] = {
+        "sample_size": 32, "out_channels": 4, "layers_per_block": 1, "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     }  # fmt: skip
-    made = diffusers.StableDiffusionInstructPix2PixPipeline if kind == "instruct" else diffusers.StableDiffusionInpaintPipeline
-    made(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+    if kind == "instruct":
+        parts["unet"] = diffusers.UNet2DConditionModel(in_channels=8, cross_attention_dim=32, **unet)
+        pipe = diffusers.StableDiffusionInstructPix2PixPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    else:
+        parts["unet"] = diffusers.UNet2DConditionModel(
+            in_channels=9, cross_attention_dim=64, attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=8, projection_class_embeddings_input_dim=80, **unet,
+        )  # fmt: skip
+        second = transformers.CLIPTextModelWithProjection(told)
+        pipe = diffusers.StableDiffusionXLInpaintPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer, add_watermarker=False)
+    pipe.save_pretrained(folder)
     return folder
 
 
@@ -719,6 +734,11 @@ def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: s
         Diffusers(EditContext(EditOptions(model=options.model, options="steps=2"), WorkFolder.open(whole)))
     with pytest.raises(ConfigError, match="no pipeline of diffusers"):
         Diffusers(EditContext(EditOptions(model=str(tmp_path)), WorkFolder.open(whole)))
+    unit = Unit(task(path, seed=1, mask=tmp_path / "m.png"), "diffusers", "")
+    record, made = make(unit, {"diffusers": editor}, EditOptions())
+    assert made is not None and record["picture"]["size"] == [50, 41]
+    pixels, original, inside = np.asarray(Image.open(io.BytesIO(made))), np.asarray(open_image(path)), np.asarray(mask) > 0
+    assert (pixels[~inside] == original[~inside]).all() and (pixels[inside] != original[inside]).any()
 
 
 # --- selection --------------------------------------------------------------------------------------------------------------------------
@@ -763,6 +783,29 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"no candidate is left; this is what became of them: .*score: "):
         select(whole, tmp_path / "x.jsonl", SelectOptions(margin=1000.0), quiet)
     assert not list(tmp_path.glob("x*"))
+
+
+def test_a_real_pair_is_of_one_split_or_of_none(tmp_path: Path) -> None:
+    """`mine` shows the picture of another source: where that is of another split, the pair is counted and left out."""
+    rows = []
+    for k in range(24):
+        noise_picture(k).save(tmp_path / f"{k}.png")
+        rows.append({"id": f"p{k:02d}", "image": f"{k}.png", "caption": f"a {COLOURS[k % 2]} cup near plate number {k // 2}"})
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "23.png").write_bytes(b"no picture")
+    options = ProposeOptions(back_ends="mine,rules", types="colour")
+    propose(open_groups(tmp_path / "c.jsonl", None, "auto"), tmp_path / "W", options, 0, quiet)
+    edit(tmp_path / "W", EditOptions(back_ends="none"), 0, quiet)
+    done = verify(tmp_path / "W", VerifyOptions(), 0, quiet, None)
+    assert done["counts"]["not: a picture cannot be read"] == 2  # in a pair, and as one that is to be edited
+    parts = select(tmp_path / "W", tmp_path / "g.jsonl", SelectOptions(splits="a=0.5,b=0.5"), quiet)
+    counts = parts.by_type["colour"]
+    assert counts["good, but its real picture is of another split"] > 1 and counts["kept"] > 15
+    shown = []
+    for name in parts.files:
+        groups = read_manifest(Path(name))
+        shown.append({path for group in groups for image in group.images for path in image})
+    assert all(shown) and not shown[0] & shown[1]
 
 
 # --- audit ------------------------------------------------------------------------------------------------------------------------------

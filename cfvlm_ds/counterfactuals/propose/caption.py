@@ -105,8 +105,11 @@ class Caption:
 
     def _begins(self, start: int) -> bool:
         """Whether a phrase without a determiner can begin here: after nothing, a small word or a verb in -ing."""
-        before = self.word(start - 1)
-        return not before or before in FOLLOWING or (before.endswith("ing") and before not in NOT_VERBS) or before == "see"
+        before, first = self.word(start - 1), self.word(start - 2)
+        if not before or before in FOLLOWING or before == "see":
+            return True
+        named = not first or first in DETERMINERS or first in _MODIFIERS  # "a standing lamp", "running water"
+        return before.endswith("ing") and before not in NOT_VERBS and not named
 
     def _acts(self, noun: str, before: str, after: str) -> bool:
         """Whether a verb in the present follows a noun: of one, "the dog bowls" may be about bowls."""

@@ -244,16 +244,22 @@ def _object(caption: Caption, choose: Choose) -> Iterator[Change]:
             continue
         if one in v.NEVER_PROPOSED and category != "shape" and not caption.words[phrase.noun].endswith("s"):
             continue
-        if caption.word(phrase.noun + 1) == "of" and category not in ("dish", "bag"):  # a coat of paint
+        before, holds = caption.word(phrase.start - 1), caption.word(phrase.noun + 1) == "of"
+        if holds and one not in v.HOLDING:  # a coat of paint
             continue
-        others = [
-            (s, p) for s, p in v.SIBLINGS[category]
-            if s not in _ALIKE[one] and s != one and s not in forms and (category == "shape" or s not in v.NEVER_PROPOSED)
-        ]  # fmt: skip
+        if (before == "of" and phrase.determiner is None and not phrase.plural) or (one == "camera" and before in ("at", "for", "to")):
+            continue  # a slice of pizza; smiling at the camera
+        unfit = frozenset(s for s, _ in v.SIBLINGS[category]) - v.HOLDING if holds else v.UTENSILS if before in _PLACES else frozenset()
+        never = frozenset[str]() if category == "shape" else v.NEVER_PROPOSED
+        unfit |= {one, *forms} | _ALIKE[one] | never
+        others = [(s, p) for s, p in v.SIBLINGS[category] if s not in unfit]
         by_form = {(p if phrase.plural else s): (s, p) for s, p in others}
         for new in choose(list(by_form)):
             told = f"Replace the {caption.words[phrase.noun]} with {'' if phrase.plural else f'{article(new)} '}{new}."
             yield {phrase.noun: new}, told
+
+
+_PLACES = ("in", "inside", "into", "from", "on", "onto")
 
 
 def _action(caption: Caption, choose: Choose) -> Iterator[Change]:
@@ -265,6 +271,8 @@ def _action(caption: Caption, choose: Choose) -> Iterator[Change]:
         if not caption.is_done_by_somebody(place) or (old in v.OF_PLACE and after and after not in v.AFTER_PLACE):
             continue
         if old in ("smiling", "laughing", "crying") and after not in ("", "at", "in", "on", "and", "while", "with"):
+            continue
+        if old in ("throwing", "catching") and {"to", "at", "from", "towards"} & set(caption.words[place:]):
             continue
         for new in choose(others):
             yield {place: new}, f"Make the one who is {old} be {new}: {caption.with_words({place: new})}"

@@ -68,13 +68,16 @@ def _through(
     step: ShardStep, units: Iterator[Source | DataError], back_ends: Mapping[str, Proposer], options: ProposeOptions, say: Say, total: float
 ) -> str:
     """Propose for every unit that has no record yet; returns why it stopped before the end, if it did."""
+    problems: list[str] = []
     for record, unit in zip(step.work.records(STEP, step.shard), units, strict=False):
+        problems += [str(unit)] if isinstance(unit, DataError) and not problems else []
         step.expect(record, **({"problem": str(unit)} if isinstance(unit, DataError) else {"source": unit.id, "caption": unit.caption}))
     progress = Progress(say, STEP, max(total - step.count, 1), "captions")
     threads = max(back_end.threads for back_end in back_ends.values())
     made = 0
     for unit, answers in _asked(units, back_ends, threads):
         if isinstance(unit, DataError):
+            problems += [str(unit)] if not problems else []
             step.add({"problem": str(unit)})
         else:
             record = record_of(unit, answers)
@@ -84,6 +87,8 @@ def _through(
         if options.budget_hours and step.seconds > 3600 * options.budget_hours:
             return "the budget of hours is spent"
     say(f"{STEP}: shard {step.shard}: {made} edits proposed")
+    if problems:
+        say(f"warning: some rows cannot be used, and are counted as unreadable; the first: {problems[0]}")
     return ""
 
 

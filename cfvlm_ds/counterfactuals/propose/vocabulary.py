@@ -70,9 +70,12 @@ for _category, _pairs in SIBLINGS.items():
     for _singular, _plural in _pairs:
         for _form in (_singular, _plural):
             NOUNS.setdefault(_form, (_category, _singular, _plural))
+HOLDING = _set("cup bowl plate bottle vase basket backpack suitcase handbag")
+"""What something can be in, or made of so many of: flowers are in no fork."""
+UTENSILS = _set("fork knife spoon")
 UNCOUNTED = frozenset(("sheep", "fish"))
 """One form for one and for many."""
-NEVER_PROPOSED = _set("cross star orange tie saw square diamond bear fish")
+NEVER_PROPOSED = _set("cross star orange tie saw square diamond bear fish bridge")
 """Nouns that mean something else in many captions; only a shape is replaced by a shape."""
 ALIKE = _groups(
     """couch sofa bed chair bench, bike bicycle motorcycle, table desk, van car truck bus, cup bowl vase, lemon orange, cow sheep goat
