@@ -31,6 +31,7 @@ LIMIT_AUC = 0.6
 LIMIT_BLIND = 0.6
 LIMIT_NEGATED = 0.1
 _SHOWN = 400
+_SCORED = 256  # groups at a time
 _NEGATIONS = {"no", "not", "without", "never", "none"}
 
 Say = Callable[[str], object]
@@ -98,7 +99,7 @@ def audit(
     if options.against:
         _against(found, sets, looks, options.against, say)
     if score is not None:
-        _blind(found, sets, options, score)
+        _blind(found, sets, options, score, say)
     elif options.refine:
         raise ConfigError("--refine thins by what a scorer guesses without a picture; name one with --scorer")
     return found, sets
@@ -270,12 +271,15 @@ def _against(found: Audit, sets: Sequence[_Set], looks: Sequence[Mapping[Path, L
                 )
 
 
-def _blind(found: Audit, sets: Sequence[_Set], options: AuditOptions, score: Score) -> None:
+def _blind(found: Audit, sets: Sequence[_Set], options: AuditOptions, score: Score, say: Say) -> None:
     kept_file = Path(options.refine) if options.refine else None
     every: list[tuple[_Set, CounterfactualGroup, list[float]]] = []
     for each in sets:
-        groups = list(each.groups)
-        every += [(each, group, scores.blank.tolist()) for group, scores in zip(groups, score(groups), strict=True)]
+        progress = Progress(say, f"blind scores of {each.name}", len(each.groups), "groups")
+        for start in range(0, len(each.groups), _SCORED):
+            groups = list(each.groups[start : start + _SCORED])
+            every += [(each, group, scores.blank.tolist()) for group, scores in zip(groups, score(groups), strict=True)]
+            progress.advance(len(groups))
     share, total = blind_share([blank for _, _, blank in every], [group.match[0] for _, group, _ in every])
     found.facts.append(("texts told on a blank picture", f"{100 * share:.1f} % of {total} comparisons"))
     if total and max(share, 1 - share) > LIMIT_BLIND:
