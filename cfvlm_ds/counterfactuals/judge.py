@@ -143,7 +143,9 @@ def read_thresholds(file: str | Path | None, rule: str = "", margin: float | Non
                 raise ValueError(f"its keys are {', '.join(known)}")
             if "changed" in value:
                 value["changed"] = {str(kind): (float(low), float(high)) for kind, (low, high) in dict(value["changed"]).items()}
-            found = replace(found, **value | {name: float(value[name]) for name in ("margin", "largest", "outside") if name in value})
+            given: dict[str, Any] = dict(value)
+            given.update((name, float(value[name])) for name in ("margin", "largest", "outside") if name in value)
+            found = replace(found, **given)
         except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
             if isinstance(error, ConfigError):
                 raise
