@@ -94,7 +94,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
             survival.sources.update(_problems(work, shard))
             for history in histories(work, shard, thresholds):
                 name = _split(history, shares, options.seed)
-                kept = _kept(history, options, cuts, survival, lambda sha256, name=name: _drawn(sha256, shares, options.seed) == name)
+                kept = _kept(history, options, cuts, survival, name, shares)
                 if kept:
                     row = _row(history, kept, options, folder, steps, thresholds)
                     handles[name].write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
@@ -161,10 +161,11 @@ def _kept(
     options: SelectOptions,
     cuts: Mapping[str, tuple[float, int]],
     survival: Survival,
-    belongs: Callable[[str], bool],
+    home: str,
+    shares: Mapping[str, float],
 ) -> list[Edited]:
-    """The edits of a source that become part of its group, in the order of their proposal; every edit is counted. ``belongs`` says of the
-    sha256 of a real picture whether it is of the source's split."""
+    """The edits of a source that become part of its group, in the order of their proposal; every edit is counted. ``home`` is the
+    split of the source, of which a real picture has to be too."""
     ranked = _ranked(history)
     kept: list[Edited] = []
     texts = {normalised(str(history.line["caption"]))}
@@ -179,7 +180,7 @@ def _kept(
             survival.add(kind, NO_ROOM)
         elif cut is not None and (-_worst(each), seed_of(each.proposal["id"])) > cut:
             survival.add(kind, QUOTA)
-        elif (mined := _mined(each)) and not belongs(mined):
+        elif (mined := _mined(each)) and _drawn(mined, shares, options.seed) != home:
             survival.add(kind, ELSEWHERE)
         elif (text := normalised(str(each.proposal["text"]))) in texts:
             survival.add(kind, TWICE)
