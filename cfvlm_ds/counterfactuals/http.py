@@ -24,6 +24,8 @@ from cfvlm_ds.core.text import one_line, printable
 
 T = TypeVar("T")
 _LONGEST_WAIT_S = 60.0
+pause = time.sleep
+"""Between one call and the next."""
 
 
 class CallFailed(Exception):
@@ -131,7 +133,7 @@ def with_retries(call: Callable[[], T], attempts: int, seed: int, told: Callable
             told(str(failure))
             if number == attempts or not failure.again:
                 raise
-            time.sleep(max(failure.after_s, min(pause_s * 2 ** (number - 1), _LONGEST_WAIT_S) * (0.5 + draw.random() / 2)))
+            pause(max(failure.after_s, min(pause_s * 2 ** (number - 1), _LONGEST_WAIT_S) * (0.5 + draw.random() / 2)))
     raise AssertionError("no attempt")
 
 

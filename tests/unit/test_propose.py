@@ -287,7 +287,7 @@ def lines_of(out: Path, step: str = "propose") -> list[dict[str, Any]]:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Pauses between calls are noted and not waited for."""
     pauses: list[float] = []
-    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.time.sleep", pauses.append)
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.pause", pauses.append)
     return pauses
 
 
