@@ -120,15 +120,12 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _download(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.data.download import download
+    from cfvlm_ds.data.download import COLUMNS, download
 
-    rows, problems = download(Path(arguments.manifest), Path(arguments.out), arguments.on_error, arguments.threads, print)
-    for problem in problems[:_SHOWN]:
-        print(f"  {problem}")
-    print(f"wrote {arguments.out}: {rows} rows" + f", {len(problems)} left out" * bool(problems))
-
-
-_SHOWN = 50
+    done = download(Path(arguments.manifest), Path(arguments.out), arguments.on_error, arguments.threads, print)
+    print(f"wrote {arguments.out}: {done.rows} rows with {done.pictures} pictures in {Path(arguments.out).name}.pictures")
+    if not done.pictures:
+        print(f"no row names an address, which is looked for in the columns {', '.join(sorted(COLUMNS))}: rename a column that has some")
 
 
 def _check(arguments: argparse.Namespace) -> None:
