@@ -16,7 +16,7 @@ from typing import Any, cast
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import HeldFile, TooLarge, open_regular, read_within
 
-_PART = re.compile(r"(?P<file>.+\.(?:tar|arrow|bin))#(?P<start>0|[1-9][0-9]{0,17})\+(?P<length>0|[1-9][0-9]{0,17})", re.DOTALL)
+_PART = re.compile(r"(?P<file>.+\.(?i:tar|arrow|bin))#(?P<start>0|[1-9][0-9]{0,17})\+(?P<length>0|[1-9][0-9]{0,17})", re.DOTALL)
 """One name for a part and no other: without leading zeros, or digits of other scripts."""
 
 _OPEN = 256  # containers that a process keeps open: opening a file is what parallel file systems are slow at

@@ -50,9 +50,10 @@ def arrow_rows(path: Path) -> Rows:
         number = 0
         for batch in _batches(mapped, arrow):
             batch.validate(full=True)  # offsets that lead out of the file would be read
-            for row in _batch_rows(batch, arrow, named):
-                number += 1
-                yield f"row {number}", row
+            for start in range(0, len(batch), _ROWS):  # a writer may have put all rows into one
+                for row in _batch_rows(batch.slice(start, _ROWS), arrow, named):
+                    number += 1
+                    yield f"row {number}", row
 
 
 def _batches(mapped: Any, arrow: Any) -> Iterator[Any]:
@@ -79,8 +80,10 @@ def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
     kind, types = array.type, arrow.types
     if isinstance(array, arrow.ExtensionArray):
         return _values(array.storage, arrow, named)
-    if types.is_dictionary(kind):
-        return _values(array.dictionary_decode(), arrow, named)
+    if types.is_dictionary(kind):  # decoded, it would be as large as its longest value times its rows
+        places = array.indices.unique().drop_null()
+        found = dict(zip(places.to_pylist(), _values(array.dictionary.take(places), arrow, named), strict=True))
+        return [found.get(place) for place in array.indices.to_pylist()]
     if types.is_struct(kind):
         if {"bytes", "path"} >= {field.name for field in kind} and "bytes" in {field.name for field in kind}:
             return _pictures(array, arrow, named)
