@@ -134,8 +134,9 @@ class _Files:
 
 
 def _stamp(source: GroupStore) -> str:
-    """What a store is recognised by: the data set, as it is now."""
-    parts = [SCHEMA, _PLACE.itemsize, PICTURED, ROWS, len(source), source.rows.state, [str(root) for root in source.roots]]
+    """What a store is recognised by: the data set, as it is now and as it is read."""
+    roots = [str(root) for root in source.roots]
+    parts = [SCHEMA, _PLACE.itemsize, PICTURED, ROWS, len(source), source.rows.state, roots, source.format]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -152,7 +153,9 @@ def _begun(source: GroupStore, out: Path, stamp: str) -> Path:
     with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
         if _record(whole if whole.is_file() else file)["source"] == stamp:
             return work
-    raise ConfigError(f"{out} was packed from another state of {source.path}; remove it, or name another folder with --out")
+    raise ConfigError(
+        f"{out} was packed from another state of {source.path}, or with another format or root; remove it, or name another with --out"
+    )
 
 
 def _holds_something(out: Path) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_manifest
-from public_data import PUBLIC
+from public_data import PUBLIC, write_pictures
 
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.distributed import World
@@ -310,6 +310,15 @@ def test_a_broken_picture_is_named_before_anything_is_whole(source: Path, tmp_pa
         packing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
     with pytest.raises(DataError, match="make ids unique"):
         packing(tmp_path / "data" / "m.jsonl", tmp_path / "other")
+
+
+def test_a_store_of_the_same_rows_read_otherwise_is_another(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    rows = [{"id": k, "image": "images/000.png", "caption": f"dog {k}"} for k in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert pack.pack(open_groups(tmp_path / "rows.jsonl", format="captions"), tmp_path / "other", str, max_pixels=MAX_PIXELS)
+    with pytest.raises(ConfigError, match="or with another format or root; remove it"):
+        pack.pack(open_groups(tmp_path / "rows.jsonl", format="captions:ask=What?"), tmp_path / "other", str, max_pixels=MAX_PIXELS)
 
 
 def test_what_is_no_store_is_left_alone(source: Path, store: Path, tmp_path: Path) -> None:
