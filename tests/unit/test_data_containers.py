@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 import tarfile
 import threading
@@ -219,6 +220,35 @@ def test_columns_of_every_type_that_arrow_has(tmp_path: Path) -> None:
         found = [row for _, row in CONTAINERS["arrow"](path)]
         assert [{key: at_places(value) for key, value in row.items()} for row in found] == [*expected[1:], *expected]
         assert isinstance(found[2]["one"], str), "named, not copied"
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_few_bytes_that_become_many_are_bounded(name: str, folder: Path) -> None:
+    """Sixty-four texts of 6 MB, each of which is said once in Arrow's dictionary, or compressed in Parquet."""
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    text, most = "x" * (6 << 20), 560 << 20
+    if name == "a.parquet":
+        schema = arrow.schema([("image", arrow.string()), ("caption", arrow.string())])
+        with parquet.ParquetWriter(folder / name, schema, compression="zstd", use_dictionary=False, write_statistics=False) as writer:
+            for _ in range(4):
+                writer.write_table(arrow.table({"image": ["images/000.png"] * 16, "caption": [text] * 16}, schema))
+        assert (folder / name).stat().st_size < 1 << 20
+    else:
+        captions = arrow.DictionaryArray.from_arrays(arrow.array([0] * 64, arrow.int32()), arrow.array([text]))
+        source = arrow.table({"image": ["images/000.png"] * 64, "caption": captions})
+        with arrow.OSFile(str(folder / name), "wb") as sink, arrow.ipc.new_file(sink, source.schema) as writer:
+            writer.write_table(source)
+    program = (
+        "import resource, sys; from pathlib import Path; from cfvlm_ds.data.containers.kinds import CONTAINERS, container_of\n"
+        "path, before = Path(sys.argv[1]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "rows = [row['caption'] for _, row in CONTAINERS[container_of(path)](path)]\n"
+        "print(len(rows), rows[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(folder / name)], capture_output=True, text=True, check=True)
+    count, *said, grown = done.stdout.split()
+    assert count == "64" and f"has a text of {len(text)} bytes" in " ".join(said) and int(grown) << 10 < most
 
 
 def test_several_files_are_one_source(folder: Path) -> None:

@@ -134,12 +134,12 @@ def _write(
     path: Path, container: str, sources: Sequence[Path], folder: Path, say: Callable[[str], object], alive: Callable[[], object]
 ) -> None:
     said = time.monotonic()
-    pictures, counted = _Pictures(folder / _PICTURES), dict.fromkeys((each.name for each in sources), 0)
+    pictures, counted = _Pictures(folder / _PICTURES), dict.fromkeys(sources, 0)
     try:
         with open(folder / _LINES, "xb") as lines:
             for number, (source, row) in enumerate(_rows(container, sources), 1):
                 alive()
-                counted[source.name] += 1
+                counted[source] += 1
                 lines.write(_line(row, pictures) + b"\n")
                 if time.monotonic() - said >= EVERY_S:
                     said = time.monotonic()
@@ -148,7 +148,7 @@ def _write(
     finally:
         pictures.close()
     if len(sources) > 1:
-        (folder / _SOURCES).write_text(json.dumps(list(counted.items())))
+        (folder / _SOURCES).write_text(json.dumps([(each.name, rows) for each, rows in counted.items()]))
 
 
 def _rows(container: str, sources: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any] | DataError]]:
@@ -172,6 +172,8 @@ def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
             if len(line) <= MAX_ROW:
                 return line
             row = DataError(f"the row has {len(line)} bytes as JSON, and {MAX_ROW} are the bound for one row; shorten it")
+        except DataError as error:  # in place of a value
+            row = error
         except (ValueError, RecursionError, TypeError) as error:
             row = DataError(f"the row cannot be written as JSON ({error}); correct it")
     return json.dumps(str(row)).encode()
@@ -187,7 +189,9 @@ class _Pictures:
         self._count = 0
 
     def name_of(self, value: Any) -> str:
-        """The name of a picture's bytes. Raises TypeError for a value of another type."""
+        """The name of a picture's bytes. Raises TypeError for a value of another type, and the DataError that stands in place of one."""
+        if isinstance(value, DataError):
+            raise value
         if not isinstance(value, bytes):
             raise TypeError(f"a value of type {type(value).__name__}")
         digest = hashlib.blake2b(value, digest_size=16).digest()
