@@ -17,7 +17,7 @@ from cfvlm_ds.core.secrets import print_line
 
 def add(commands: Any) -> None:
     """Add the commands to a parser's."""
-    data = commands.add_parser("data", help="make, check and look at data").add_subparsers(dest="action", required=True)
+    data = commands.add_parser("data", help="make, check, convert, pack and look at data").add_subparsers(dest="action", required=True)
     command = add_command(data, "build", _build, "write the embedded world of scenes", "cfvlm-ds data build scenes --num_train 4000")
     add_fields(command, ScenesConfig)
     text = "also write its test groups into this folder in the forms of SugarCrepe, NaturalBench and POPE"
