@@ -21,6 +21,7 @@ MAX_RECORD = 64 * MIB
 """Bytes of a file of records of a run or a model: a list of a checkpoint's files, an index of weights; ten times the longest ones."""
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+_SPARE = 100  # of the thousand calls within one another that Python allows
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]')
 
 
@@ -94,13 +95,21 @@ def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError as json.loads does, DuplicateKey naming key and lines."""
+    """The value of a JSON text. Raises ValueError as json.loads does, DuplicateKey naming key and lines.
+
+    Raises RecursionError for lists and objects within one another by the hundred, some of which could just be read: not where the stack
+    is deeper, though, and they could not be written.
+    """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _loaded(text, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
     except DuplicateKey:
         key, first, second = _duplicate(text)
         where = f"on lines {first} and {second}" if second > first else f"on line {second}" if "\n" in text.strip() else ""
         raise DuplicateKey(f"key {key!r} occurs twice in one object{f' ({where})' if where else ''}; keep one of them") from None
+
+
+def _loaded(text: str, frames: int) -> Any:
+    return _loaded(text, frames - 1) if frames else json.loads(text, object_pairs_hook=_object)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from public_data import NEEDS_PYARROW, PUBLIC, lines, llava_row, picture, prefer
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import PICTURE, Turn
 from cfvlm_ds.data import FORMATS, check_manifest, open_groups, read_manifest
+from cfvlm_ds.data.convert import convert
 from cfvlm_ds.data.formats import format_named
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
 from cfvlm_ds.data.formats.recognise import SAMPLES, recognised
@@ -300,6 +301,24 @@ def test_a_format_that_is_not_understood(spec: str, said: str, tmp_path: Path) -
     path = lines(tmp_path / "rows.jsonl", [CAPTION])
     with pytest.raises(DataError, match=f"^{re.escape(str(path))}: .*{re.escape(said)}"):
         read_manifest(path, format=spec)
+
+
+def test_values_within_values_by_the_hundred_are_one_sentence(tmp_path: Path) -> None:
+    """As deep as can be read, and a little less and more: it is written as metadata, and read again, from where the stack is deeper."""
+    write_pictures(tmp_path)
+    for name in ("rows.jsonl", "rows.json"):
+        path, found = tmp_path / name, set[bool]()
+        for depth in (100, *range(700, 1000, 3)):
+            row = json.dumps(CAPTION)[:-1] + f', "x": {"[" * depth}{"]" * depth}}}'
+            path.write_text(row if name == "rows.jsonl" else f"[{row}]")
+            try:
+                problems = check_manifest(path, format="captions", progress=str).problems
+                convert(path, None, "captions", tmp_path / "out.jsonl")
+            except DataError as error:
+                problems = [str(error)]
+            found.add(not problems)
+            assert all(re.match(rf"{path}:.* JSON that cannot be parsed .*; ", problem) for problem in problems), problems
+        assert found == {True, False}
 
 
 def test_rows_of_no_format_are_shown(tmp_path: Path) -> None:
