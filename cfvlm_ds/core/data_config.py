@@ -78,8 +78,8 @@ class DataConfig:
         stopping_strategy: an epoch of a mixture ends when ``all_exhausted`` sources have been seen whole, the smaller ones again and again
             meanwhile, or when the ``first_exhausted`` has.
         evaluation: name -> manifest, evaluated every ``train.eval_steps`` and at the end; or name -> {path: manifest, root: FOLDERS,
-            format: NAME, limit: N} where a manifest has a root, format or limit of its own (``--data.evaluation.NAME.root FOLDER``); or name ->
-            {benchmark: NAME, root: FOLDER} for a public benchmark.
+            format: NAME, limit: N} where a manifest has a root, format or limit of its own (``--data.evaluation.NAME.root FOLDER``); or
+            name -> {benchmark: NAME, root: FOLDER} for a public benchmark.
         format: format of the rows, NAME (of ``cfvlm_ds.data.FORMATS``) or NAME:OPTION=VALUE,OPTION=VALUE, such as
             ``captions:image=file_name,caption=text``; ``auto`` takes the one that the first row fits, and says which.
         root: folder of the images, or a list of folders; the manifest's own when not given. Paths in a manifest are absolute, or relative

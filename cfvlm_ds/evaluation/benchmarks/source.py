@@ -18,8 +18,8 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import cache_folder
 from cfvlm_ds.core.reading import MIB, DuplicateKey, TooLarge, lines, open_regular, parse_json, read_bytes
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.containers import prepare, prepared_places
 from cfvlm_ds.data.containers.kinds import is_there
+from cfvlm_ds.data.containers.prepared import prepare, prepared_places
 from cfvlm_ds.data.formats.fields import further_keys
 from cfvlm_ds.data.picture_file import picture_file
 
