@@ -58,6 +58,7 @@ COMMANDS = [
     ["evaluate"],
     ["compare"],
     ["export"],
+    ["lmms_args"],
     ["init"],
     ["completion"],
     *(["cluster", name] for name in ("check", "output_dir")),
