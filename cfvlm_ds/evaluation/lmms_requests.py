@@ -159,7 +159,9 @@ class _Files:
         found: list[Path] = []
         for visual in visuals:
             if not isinstance(visual, Image.Image):
-                raise DataError(f"{named} shows a {type(visual).__name__}, and pictures alone can be shown; leave out tasks of videos and sound")
+                raise DataError(
+                    f"{named} shows a {type(visual).__name__}, and pictures alone can be shown; leave out tasks of videos and sound"
+                )
             written = io.BytesIO()
             (visual if visual.mode in _AS_PNG else visual.convert("RGB")).save(written, "PNG", compress_level=1)
             name = hashlib.sha256(written.getvalue()).hexdigest()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import COLOURS, PROMPT, draw, plain_logp
+from conftest import COLOURS, PROMPT, REPO, draw, environment, plain_logp
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.cli.lmms import checked_model
@@ -40,16 +45,10 @@ def asked(*targets: Any, row: int = 0, context: str = PROMPT) -> list[Any]:
     return [SimpleNamespace(args=(context, target, lambda doc: [doc["image"]], row, "mine", "test")) for target in targets]
 
 
-def plain(answers: Answers, image: Image.Image, text: str) -> tuple[float, int, bool]:
-    """log p, tokens, and whether greedy decoding with the same prompt writes the text, by the library alone."""
-    model, processor = answers.scorer.model, answers.collator.processor
-    logp = plain_logp(model, processor, image, PROMPT, text)[0]
-    inputs = processor(images=[image], text=[f"USER: <image>\n{PROMPT} ASSISTANT:"], return_tensors="pt")
-    from cfvlm_ds.models.forest_attention import stock_attention
-
-    with stock_attention(model):
-        written = model.generate(**inputs, do_sample=False, max_new_tokens=len(logp), min_new_tokens=len(logp), pad_token_id=0)
-    return logp.sum().item(), len(logp), processor.tokenizer.decode(written[0, inputs.input_ids.shape[1] :]).strip() == text
+def plain(answers: Answers, image: Image.Image, text: str) -> tuple[float, int]:
+    """log p and tokens by the library alone."""
+    logp = plain_logp(answers.scorer.model, answers.collator.processor, image, PROMPT, text)[0]
+    return logp.sum().item(), len(logp)
 
 
 def documents(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -64,7 +63,7 @@ def test_a_choice_has_the_loss_and_a_text_alone_its_log_likelihood(answers: Answ
     assert [value for value, _ in found] == pytest.approx([-value for value in expected], rel=1e-4)
     assert min(value for value, _ in found) > 0, "lmms-eval takes the least"
     assert len({round(value, 3) for value, _ in found}) == 8, "the pictures matter"
-    text, tokens, _ = plain(answers, rows[0]["image"], rows[0]["target"])
+    text, tokens = plain(answers, rows[0]["image"], rows[0]["target"])
     alone = asked(lambda doc: doc["target"])
     assert answers.loglikelihood(alone, documents(rows))[0][0] == pytest.approx(text, rel=1e-4), "perplexity is exp(-mean)"
     means = Answers(answers.scorer, answers.collator, answers.world, per_token=True).loglikelihood(alone, documents(rows))
@@ -72,24 +71,32 @@ def test_a_choice_has_the_loss_and_a_text_alone_its_log_likelihood(answers: Answ
 
 
 def test_greedy_is_what_generate_writes(answers: Answers, rows: list[dict[str, Any]]) -> None:
-    given = {"max_new_tokens": 3, "min_new_tokens": 3, "until": [], "temperature": 0, "do_sample": False, "top_p": None}
-    (written,) = answers.generate_until(asked(given, row=1), documents(rows))
-    other = f"{written.rsplit(' ', 1)[0]} red" if not written.endswith("red") else f"{written.rsplit(' ', 1)[0]} blue"
-    found = answers.loglikelihood(asked(written, other, OPTIONS[0], row=1), documents(rows))
-    image = rows[1]["image"]
-    assert [greedy for _, greedy in found] == [plain(answers, image, text)[2] for text in (written.strip(), other.strip(), OPTIONS[0])]
-    assert [greedy for _, greedy in found] == [True, False, False]
+    """Of a text that some prompt has the model write, which this one knows no words for."""
+    given = {"max_new_tokens": 1, "min_new_tokens": 1, "until": [], "temperature": 0, "do_sample": False, "top_p": None}
+    for prompt in (f"{text}{end}" for text in OPTIONS for end in ("", "?", ".", " or", " and", ":", "!", ";")):
+        (word,) = (text.strip() for text in answers.generate_until(asked(given, context=prompt), documents(rows)))
+        if word.isalpha() and len(answers.collator.prompts.encoded(prompt, word, 1, "").text_ids) == 1:
+            break
+    else:
+        pytest.fail("no prompt has it write a word")
+    others = [text for text in ("green", "blue", f"{word} {word} {word}", *OPTIONS) if text != word]
+    found = answers.loglikelihood(asked(word, *others, context=prompt), documents(rows))
+    least, *more = (each for each, _ in found)
+    assert [greedy for _, greedy in found][:3] == [True, False, False] and least < min(more)
+    assert not any(greedy for _, greedy in found[3:])
 
 
 def test_a_text_ends_where_the_task_says(answers: Answers, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    (whole,) = answers.generate_until(asked({"max_new_tokens": 6, "min_new_tokens": 6}), documents(rows))
-    end = whole.split()[2]
-    (cut,) = answers.generate_until(asked({"max_new_tokens": 6, "min_new_tokens": 6, "until": end, "frames": 8}), documents(rows))
-    assert cut == whole.split(end)[0] and len(cut) < len(whole)
+    six = {"max_new_tokens": 6, "min_new_tokens": 6}
+    (whole,) = answers.generate_until(asked(six), documents(rows))
+    end = whole[len(whole) // 2 :][:2]
+    (cut,) = answers.generate_until(asked({**six, "until": end, "frames": 8}), documents(rows))
+    assert cut == whole.split(end)[0] and 0 < len(cut) < len(whole)
     assert "warning: the task's option frames (8) is not used" in capsys.readouterr().out
-    torch.manual_seed(0)
-    several = answers.generate_until(asked({"max_new_tokens": 6, "temperature": 9.0}, {"max_new_tokens": 6, "temperature": 9.0}), documents(rows))
-    assert several[0] != several[1], "it draws where the task asks for it"
+    several = answers.generate_until(
+        asked(*[{**six, "temperature": 9.0}] * 2, {**six, "temperature": 9.0, "do_sample": False}), documents(rows)
+    )
+    assert several[0] != several[1] and several[2] == whole, "it draws where the task asks for it"
 
 
 def test_pictures_stand_where_the_text_shows_them(answers: Answers, rows: list[dict[str, Any]]) -> None:
@@ -123,7 +130,9 @@ def test_what_cannot_be_answered_is_one_sentence(answers: Answers, rows: list[di
         import cfvlm_ds.cli.lmms_model  # noqa: F401
 
 
-def test_a_score_that_is_no_number_is_the_unlikeliest(answers: Answers, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_that_is_no_number_is_the_unlikeliest(
+    answers: Answers, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """NumPy's argmin would take it for the least."""
     monkeypatch.setattr("cfvlm_ds.evaluation.lmms_requests.likelihoods", lambda *_: [SimpleNamespace(logp=math.nan, tokens=2, greedy=True)])
     assert answers.loglikelihood(asked("a cat"), documents(rows)) == [(math.inf, False)]
@@ -131,8 +140,6 @@ def test_a_score_that_is_no_number_is_the_unlikeliest(answers: Answers, rows: li
 
 
 def test_arguments_name_the_weights(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)
     main(["lmms_args", str(folder)])
@@ -153,3 +160,162 @@ def test_arguments_name_the_weights(model_dir: Path, tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit):
         main(["lmms_args", f"{folder},x"])
     assert "take no such letters" in capsys.readouterr().err
+
+
+# lmms-eval itself -------------------------------------------------------------------------------------------------------------------
+
+REQUIREMENTS = ("datasets", "evaluate", "sacrebleu", "pytablewriter", "tenacity", "loguru", "pytz")
+"""Of all that lmms-eval 0.7.3 requires, what its evaluator imports."""
+ALONE = ("lmms-eval==0.7.3", "filelock<4")
+"""It imports a module that filelock 4 has no more."""
+TASKS = {
+    "choice.yaml": """
+task: mine_choice
+output_type: multiple_choice
+doc_to_choice: "{{options}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}, {metric: acc_norm}, {metric: exact_match}]
+""",
+    "perplexity.yaml": """
+task: mine_perplexity
+output_type: loglikelihood
+doc_to_target: "{{options[0]}}"
+process_results: !function of_tasks.kept
+metric_list: [{metric: perplexity}]
+""",
+    "text.yaml": """
+task: mine_text
+output_type: generate_until
+doc_to_target: "{{options[0]}}"
+generation_kwargs: {max_new_tokens: 5, temperature: 0, do_sample: false, until: ["\\0"]}
+process_results: !function of_tasks.length
+metric_list: [{metric: length, aggregation: mean, higher_is_better: true}]
+""",
+}
+COMMON = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_visual: !function of_tasks.pictures
+"""
+OF_TASKS = """
+from PIL import Image
+
+
+def pictures(doc):
+    return [Image.open(doc["image"])]
+
+
+def kept(doc, results):  # lmms-eval's own rule unpacks a pair where it has a list of one
+    ((value, greedy),) = results
+    return {"perplexity": value}
+
+
+def length(doc, results):
+    return {"length": len(results[0])}
+"""
+
+
+def environment_of_lmms_eval(folder: Path) -> Path:
+    """The Python of an environment that has lmms-eval, and all else from this one; made where it is not there."""
+    python, stamp = folder / "bin" / "python", folder / "requirements.txt"
+    if not stamp.is_file() or stamp.read_text() != " ".join((*REQUIREMENTS, *ALONE)):
+        subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", folder], check=True)
+        here = Path(sysconfig.get_paths()["purelib"])
+        (folder / here.relative_to(sys.prefix) / "beside.pth").write_text(f"{here}\n")
+        install(python, *REQUIREMENTS)
+        install(python, "--no-deps", "--ignore-installed", *ALONE)
+        stamp.write_text(" ".join((*REQUIREMENTS, *ALONE)))
+    return python
+
+
+def install(python: Path, *what: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", *what], check=True)
+
+
+def wide_weights(source: Path, folder: Path, seed: int) -> Path:
+    """The model with weights that make pictures and prompts matter."""
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15, generator=generator)
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.long
+def test_lmms_eval_asks_it(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three tasks of ours through its own command, against the library's own forwards and generate; with its cache, before and after the
+    weights are replaced by others at the same place."""
+    python = environment_of_lmms_eval(REPO / "runs" / "lmms-venv")
+    copy = shutil.copytree(
+        REPO, tmp_path / "source", ignore=lambda at, names: [name for name in names if name in NOT_BUILT or name[0] == "."]
+    )
+    install(python, "--no-deps", "--no-build-isolation", "--force-reinstall", str(copy))
+    rows = [
+        {"image": str(draw(tmp_path / f"{c}.png", [(c, "circle"), ("red", "square")])), "question": PROMPT, "options": OPTIONS, "answer": k}
+        for k, c in enumerate(COLOURS)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder := tmp_path / "tasks").mkdir()
+    (folder / "of_tasks.py").write_text(OF_TASKS)
+    for name, text in TASKS.items():
+        (folder / name).write_text(COMMON.replace("ROWS", str(tmp_path / "rows.jsonl")) + text)
+    model = tmp_path / "model"
+    for seed in (0, 1):
+        wide_weights(model_dir, model, seed)
+        samples, metrics = lmms_eval(python, model, folder, tmp_path / f"out-{seed}", capsys)
+        compare(model, rows, samples, metrics)
+    again, metrics = lmms_eval(python, model, folder, tmp_path / "out-again", capsys)
+    compare(model, rows, again, metrics)
+
+
+NOT_BUILT = ("runs", "tests", "docs", "site", "build", "dist", "mlruns")
+
+
+Found = tuple[dict[str, Any], dict[str, Any]]
+"""Samples and metrics, by task."""
+
+
+def lmms_eval(python: Path, model: Path, tasks: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> Found:
+    """What lmms-eval writes of a model."""
+    capsys.readouterr()
+    main(["lmms_args", str(model)])
+    given = capsys.readouterr().out.strip()
+    command = [python, "-m", "lmms_eval", "--model", "cfvlm_ds", "--model_args", given, "--include_path", tasks, "--tasks", ",".join(NAMES)]
+    command += ["--batch_size", "2", "--device", "cpu", "--log_samples", "--output_path", out, "--use_cache", tasks.parent / "cache"]
+    alone = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    alone |= {"HF_HOME": str(tasks.parent / "hub"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(list(map(str, command)), cwd=tasks.parent, env=alone, capture_output=True, text=True, timeout=600, check=False)
+    found = list(out.rglob("*_results.json"))
+    assert done.returncode == 0 and found, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    samples = {name: [json.loads(line) for line in next(out.rglob(f"*_samples_{name}.jsonl")).read_text().splitlines()] for name in NAMES}
+    return samples, json.loads(found[0].read_text())["results"]
+
+
+NAMES = ("mine_choice", "mine_perplexity", "mine_text")
+
+
+def compare(model: Path, rows: list[dict[str, Any]], samples: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """What lmms-eval has written, with the library alone."""
+    plain, processor = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32), AutoProcessor.from_pretrained(model)
+    with torch.no_grad():
+        logp = [[plain_logp(plain, processor, (Path(row["image"]),), PROMPT, text)[0].sum().item() for text in OPTIONS] for row in rows]
+    values = [[pair[0] for pair in each["filtered_resps"]] for each in samples["mine_choice"]]
+    assert values == [pytest.approx([-value for value in line], rel=1e-4) for line in logp]
+    chosen = [max(range(len(OPTIONS)), key=line.__getitem__) for line in logp]
+    per_letter = [max(range(len(OPTIONS)), key=lambda c: line[c] / len(OPTIONS[c])) for line in logp]
+    for name, best in (("acc", chosen), ("acc_norm", per_letter)):
+        right = [k == each for k, each in enumerate(best)]
+        assert metrics["mine_choice"][f"{name},none"] == pytest.approx(sum(right) / len(right)), name
+    expected = math.exp(-sum(line[0] for line in logp) / len(logp))
+    assert metrics["mine_perplexity"]["perplexity,none"] == pytest.approx(expected, rel=1e-3)
+    for row, sample in zip(rows, samples["mine_text"], strict=True):
+        inputs = processor(images=[Image.open(row["image"])], text=[f"USER: <image>\n{PROMPT} ASSISTANT:"], return_tensors="pt")
+        whole = plain.generate(**inputs, do_sample=False, max_new_tokens=5)
+        text = processor.tokenizer.decode(whole[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        assert sample["filtered_resps"] == [text.strip()] or sample["filtered_resps"] == [text]
