@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -86,9 +86,9 @@ def _grouped(questions: Sequence[Question]) -> tuple[list[CounterfactualGroup], 
 
 
 @contextmanager
-def _misses(scorer: Scorer) -> Any:
+def _misses(scorer: Scorer) -> Iterator[Callable[[Batch], Tensor]]:
     """A function that says of the batch that was scored last how many tokens of each cell are not the likeliest in their places."""
-    head = scorer.model.get_output_embeddings()
+    head: Any = scorer.model.get_output_embeddings()
     wrong: list[Tensor] = []
 
     def compare(module: Any, given: tuple[Tensor, Tensor, Tensor], result: Tensor) -> None:
@@ -97,10 +97,6 @@ def _misses(scorer: Scorer) -> Any:
 
     hook = head.register_forward_hook(compare)
     try:
-        yield lambda batch: _summed(batch, wrong[0])
+        yield lambda batch: batch.scores(wrong[0]).logp
     finally:
         hook.remove()
-
-
-def _summed(batch: Batch, values: Tensor) -> Tensor:
-    return batch.scores(values).logp

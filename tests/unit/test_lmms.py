@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -249,7 +250,7 @@ def wide_weights(source: Path, folder: Path, seed: int) -> Path:
 
 @pytest.mark.long
 def test_lmms_eval_asks_it(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three tasks of ours through its own command, against the library's own forwards and generate; with its cache, before and after the
+    """Three tasks of ours through its own evaluator, against the library's own forwards and generate; with its cache, before and after the
     weights are replaced by others at the same place."""
     python = environment_of_lmms_eval(REPO / "runs" / "lmms-venv")
     copy = shutil.copytree(
@@ -266,38 +267,45 @@ def test_lmms_eval_asks_it(model_dir: Path, tmp_path: Path, capsys: pytest.Captu
     for name, text in TASKS.items():
         (folder / name).write_text(COMMON.replace("ROWS", str(tmp_path / "rows.jsonl")) + text)
     model = tmp_path / "model"
-    for seed in (0, 1):
-        wide_weights(model_dir, model, seed)
-        samples, metrics = lmms_eval(python, model, folder, tmp_path / f"out-{seed}", capsys)
-        compare(model, rows, samples, metrics)
-    again, metrics = lmms_eval(python, model, folder, tmp_path / "out-again", capsys)
-    compare(model, rows, again, metrics)
+    asking = [python, "-c", ASKING, folder, tmp_path / "cache"]
+    alone = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    alone |= {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    with (
+        (tmp_path / "said").open("w") as said,
+        subprocess.Popen(
+            list(map(str, asking)), cwd=tmp_path, env=alone, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said
+        ) as process,
+    ):
+        assert process.stdin and process.stdout
+        for seed in (0, 0, 1):
+            wide_weights(model_dir, model, seed)
+            capsys.readouterr()
+            main(["lmms_args", str(model)])
+            process.stdin.write(capsys.readouterr().out)
+            process.stdin.flush()
+            lines = list(itertools.takewhile(lambda line: not line.startswith("FOUND "), process.stdout))
+            answer = next(process.stdout, "")
+            assert answer, "".join(lines)[-4000:] + (tmp_path / "said").read_text()[-4000:]
+            found = json.loads(answer)
+            compare(model, rows, found["samples"], found["results"])
+        process.stdin.close()
 
 
 NOT_BUILT = ("runs", "tests", "docs", "site", "build", "dist", "mlruns")
+ASKING = """
+import json, sys
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager
 
-
-Found = tuple[dict[str, Any], dict[str, Any]]
-"""Samples and metrics, by task."""
-
-
-def lmms_eval(python: Path, model: Path, tasks: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> Found:
-    """What lmms-eval writes of a model."""
-    capsys.readouterr()
-    main(["lmms_args", str(model)])
-    given = capsys.readouterr().out.strip()
-    command = [python, "-m", "lmms_eval", "--model", "cfvlm_ds", "--model_args", given, "--include_path", tasks, "--tasks", ",".join(NAMES)]
-    command += ["--batch_size", "2", "--device", "cpu", "--log_samples", "--output_path", out, "--use_cache", tasks.parent / "cache"]
-    alone = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
-    alone |= {"HF_HOME": str(tasks.parent / "hub"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=tasks.parent, env=alone, capture_output=True, text=True, timeout=600, check=False)
-    found = list(out.rglob("*_results.json"))
-    assert done.returncode == 0 and found, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-    samples = {name: [json.loads(line) for line in next(out.rglob(f"*_samples_{name}.jsonl")).read_text().splitlines()] for name in NAMES}
-    return samples, json.loads(found[0].read_text())["results"]
-
-
-NAMES = ("mine_choice", "mine_perplexity", "mine_text")
+tasks, cache = sys.argv[1:]
+manager = TaskManager(include_path=tasks, include_defaults=False, model_name="cfvlm_ds")
+for line in sys.stdin:
+    given = {"batch_size": 2, "device": "cpu", "use_cache": cache, "task_manager": manager}
+    found = simple_evaluate("cfvlm_ds", line.strip(), tasks=["mine_choice", "mine_perplexity", "mine_text"], **given)
+    print("FOUND ")
+    print(json.dumps({name: found[name] for name in ("samples", "results")}, default=str), flush=True)
+"""
+"""Its own evaluator, for each line of arguments; its command does the same once, after it has read all of its own tasks."""
 
 
 def compare(model: Path, rows: list[dict[str, Any]], samples: dict[str, Any], metrics: dict[str, Any]) -> None:
