@@ -51,7 +51,6 @@ def results_page(
     pictures: dict[str, Mapping[str, tuple[Pictures, ...]]] = {}
     for each in results:
         found = _of(each)
-        facts += _facts(each)
         name = found[0].name if found else ""
         if found and name not in pictures:
             pictures[name] = _pictures(found[0].benchmark, root / name, say)
@@ -59,7 +58,11 @@ def results_page(
         half = min(sample // 2 or 1, len(chosen))
         taken = dict.fromkeys([*chosen[:half], *chosen[len(chosen) - max(0, min(sample, len(chosen)) - half) :]])
         shown += [found[k] for k in taken]
-        facts += [(f"{found[0].place}: items", f"{len(taken)} of {len(found)}, worst and best")] * bool(found)
+        told = _facts(each)
+        if len(taken) < len(found):
+            count = f"{len(taken)} of {len(found)} items are shown, the worst and best"
+            told = [(label, f"{said}; {count}") for label, said in told] or [(found[0].place, count)]
+        facts += told
     items = (_item(each, names, pictures) for each in shown)
     return write_page(Page(" and ".join(names), items, len(shown), facts, "score of the probe"), out, max_pixels=max_pixels, say=say)
 
