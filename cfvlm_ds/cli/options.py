@@ -65,7 +65,8 @@ def model_of(arguments: argparse.Namespace) -> tuple[ModelConfig, Path | None]:
 def model_named(name: str, limits: Mapping[str, int | None]) -> tuple[ModelConfig, Path | None]:
     """The same of a model's name and the bounds that are given."""
     named = named_model(name)
-    return ModelConfig(named.name_or_path, **{each: limits[each] or getattr(named.recorded, each) for each in IMAGE_LIMITS}), named.adapter
+    bounds: dict[str, Any] = {each: limits[each] or getattr(named.recorded, each) for each in IMAGE_LIMITS}
+    return ModelConfig(named.name_or_path, **bounds), named.adapter
 
 
 def add_fields(command: argparse.ArgumentParser, section: type) -> None:
