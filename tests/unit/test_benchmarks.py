@@ -191,6 +191,14 @@ def whatsup(root: Path) -> None:
     pictures(root, "val2017/000000000139.jpg", "vg_images/77.jpg")
 
 
+def conme(root: Path) -> None:
+    columns = "image,question,answer,base_question,correct_option,incorrect_option"
+    asked = '"What is left, say?\nA: a cup\nB: a box",B,"What is left, say?",a box,a cup'
+    for part in ("att", "obj", "rel"):
+        put(root / f"replace-{part}.csv", f"{columns}\nimages/1.jpg,{asked}\n139,{asked}\n")
+    pictures(root, "images/1.jpg", "images/000000000139.jpg")
+
+
 def vl_checklist(root: Path) -> None:
     for name in ("Attribute/vaw/action", "Attribute/vg/color", "Object/Size/hake_size/hake_obj_small", "Relation/swig_action"):
         put(root / "data" / f"{name}.json", [["sub/1.jpg", {"POS": ["a wet dog"], "NEG": ["a dry dog"]}]])
@@ -418,7 +426,7 @@ def test_a_picture_a_file_or_a_column_that_is_missing_is_one_sentence(name: str,
 
     if name not in ("mme", "cola", "whatsup", "vl_checklist"):  # no columns
         for path in annotations:
-            path.write_text(re.sub(r'"(\w+)":|\b(Question)(?=,Options)', r'"\1s":' if path.suffix != ".csv" else r"\2s", path.read_text()))
+            path.write_text(re.sub(r'"(\w+)":|\b(Question(?=,Options)|base_question)', r'"\1s":' if path.suffix != ".csv" else r"\2s", path.read_text()))
         problem = str(load(benchmark, root).problems[0])
         assert "did you mean" in problem and str(root) in problem, problem
     for path in annotations:
@@ -514,6 +522,8 @@ def test_rows_become_items(tmp_path: Path) -> None:
     assert written("vl_checklist", tmp_path)["Attribute/vaw/action/1"].images[0][0] == tmp_path / "vl_checklist/vg/sub/1.jpg"
     item = written("cvbench", tmp_path)["3d/1"]
     assert item.texts == ("chair", "desk") and item.match == ((1, 0),)
+    item = written("conme", tmp_path)["replace-rel/7"]
+    assert item.images[0][0].name == "000000000139.jpg" and (item.prompt, item.texts) == ("What is left, say?", ("a box", "a cup"))
     item = written("cola", tmp_path)["1"]
     assert [p.name for image in item.images for p in image] == ["1.jpg", "2.jpg"]
 

@@ -24,6 +24,7 @@ from cfvlm_ds.evaluation.benchmarks.base import (
 from cfvlm_ds.evaluation.benchmarks.bivlc import BIVLC
 from cfvlm_ds.evaluation.benchmarks.blink import BLINK
 from cfvlm_ds.evaluation.benchmarks.cola import COLA
+from cfvlm_ds.evaluation.benchmarks.conme import CONME
 from cfvlm_ds.evaluation.benchmarks.cvbench import CVBENCH
 from cfvlm_ds.evaluation.benchmarks.eqben import EQBEN
 from cfvlm_ds.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
@@ -77,6 +78,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "bivlc": BIVLC,
     "vismin": VISMIN,
     "cola": COLA,
+    "conme": CONME,
     "vl_checklist": VL_CHECKLIST,
     "mme": MME,
     "amber": AMBER,
