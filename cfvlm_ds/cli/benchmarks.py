@@ -109,7 +109,7 @@ def evaluate(
         )
         results = evaluate_benchmarks(asked, [(each, loaded[each.name]) for each in chosen], out, settings)
         if arguments.experiment and world.is_main:
-            _track(arguments.experiment, results, out)
+            track(arguments.experiment, results, out)
     if world.is_main:
         print("\n".join([overview(results), "", *map(summary, results), *(line for each in results for line in omissions(each))]))
         print(f"wrote {out / 'results.md'}")
@@ -118,22 +118,40 @@ def evaluate(
 _DELIVERED_WITHIN_S = 300.0  # MLflow is imported then, and makes its database
 
 
-def _track(experiment: str, results: Sequence[Any], out: Path) -> None:
-    """Send results to MLflow, under the names that a training's have; what cannot be delivered waits in the folder."""
+def track(experiment: str, asked: Sequence[Any], out: Path) -> None:
+    """Send what a folder of results holds, of which some was ``asked`` now, to MLflow, under the names that a training's have; what cannot
+    be delivered waits in the folder.
+
+    A folder is one run of an experiment, however often it is evaluated into: what is new, or has another value, is added to it.
+    """
     from cfvlm_ds.core.secrets import without_secrets
+    from cfvlm_ds.evaluation.benchmarks import BENCHMARKS
+    from cfvlm_ds.evaluation.suite import read_results
     from cfvlm_ds.evaluation.suite.tables import logged
     from cfvlm_ds.evaluation.suite.written import RESULTS
-    from cfvlm_ds.tracking import open_tracker
+    from cfvlm_ds.tracking import going_on, open_tracker
 
-    names = [each.called for each in results]
-    record = results[0].record
-    params = {"model": record["model"], "settings": record["settings"], "benchmarks": [each.place for each in results]}
-    tags = {"cfvlm_ds": record["versions"]["cfvlm-ds"], "mlflow.source.name": "cfvlm-ds evaluate", "mlflow.source.type": "LOCAL"}
-    with open_tracker(True, out, experiment, without_secrets(out.name), params, tags, close_timeout=_DELIVERED_WITHIN_S) as tracker:
+    results, metrics = read_results(out), dict[str, float]()
+    for each in results:
+        usual = each.name not in BENCHMARKS or each.label == BENCHMARKS[each.name].probes[0]  # no later way renames what was logged
+        metrics |= logged(each.called if usual else each.place, each.metrics)
+    before, step = going_on(out, experiment) or ({}, None)
+    others = {name: value for name, value in metrics.items() if name in before and before[name] != value}
+    added = {name: value for name, value in metrics.items() if name not in before}
+    record = asked[0].record
+    params = {"model": record["model"], "settings": record["settings"]}
+    tags = {"benchmarks": ", ".join(each.place for each in results), "cfvlm_ds": record["versions"]["cfvlm-ds"]}
+    tags |= {"mlflow.source.name": "cfvlm-ds evaluate", "mlflow.source.type": "LOCAL"}
+    options: dict[str, Any] = {"close_timeout": _DELIVERED_WITHIN_S, "resume_step": None if step is None else max(step, 0)}
+    with open_tracker(True, out, experiment, without_secrets(out.resolve().name), params, tags, **options) as tracker:
+        if added or others:
+            tracker.log(max(step or 0, 0) + bool(others), added | others)
         for each in results:
-            tracker.log(0, logged(each.called if names.count(each.called) == 1 else each.place, each.metrics))
             tracker.artifact(out / each.place / RESULTS, each.place)
         tracker.artifact(out / "results.md")
+
+
+_DELIVERED_WITHIN_S = 300.0  # MLflow is imported then, and makes its database
 
 
 def _identity(model: Any, adapter: Path | None, alive: Callable[[], object]) -> dict[str, str]:

@@ -67,6 +67,19 @@ def last_step(path: Path) -> int:
         return max((row["step"] for line in lines(file, MAX_RECORD) if (row := parse_line(line)) is not None), default=-1)
 
 
+def last_values(path: Path) -> tuple[dict[str, float], int]:
+    """The last value of each metric, and the last step that has a record; -1 where there is none."""
+    values: dict[str, float] = {}
+    step = -1
+    if path.is_file():
+        with open_regular(path) as handle:
+            for line in lines(handle, MAX_RECORD):
+                if (row := parse_line(line)) is not None:
+                    step = max(step, row.pop("step"))
+                    values |= {name: float(value) for name, value in row.items() if name != "time"}
+    return values, step
+
+
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """One line of metrics.jsonl; None if a killed process left it torn, or a disk has damaged it."""
     try:

@@ -28,7 +28,7 @@ from typing import Any
 
 from cfvlm_ds.core.files import Lines
 from cfvlm_ds.core.secrets import masked, without_secrets
-from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, parse_line, say, truncate_metrics
+from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_values, now_ms, parse_line, say, truncate_metrics
 from cfvlm_ds.tracking.mlflow_delivery import Delivery
 from cfvlm_ds.tracking.run_description import RECORD_FILE, Record, Status
 
@@ -84,6 +84,14 @@ def open_tracker(
     if problem := record.kept(run_dir):
         say(f"{problem}: the run goes on, and it is tried again with every delivery")
     return Tracker(run_dir, record, kept_names, mlflow, close_timeout)
+
+
+def going_on(run_dir: Path, experiment: str) -> tuple[dict[str, float], int] | None:
+    """The last values, and the last step, of the run that a folder has in an experiment; None where a new one begins there."""
+    record = Record.load(Path(run_dir).absolute())
+    if record is None or record.experiment != without_secrets(os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment):
+        return None
+    return last_values(Path(run_dir) / METRICS_FILE)
 
 
 class NullTracker:

@@ -19,7 +19,7 @@ from cfvlm_ds.evaluation.benchmarks import Judged, Outcome, results
 from cfvlm_ds.evaluation.benchmarks.base import Values, judged
 from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.suite import Chosen, Result, bootstrap_of, checked_items, choose, load_items, recorded, result_folder, write_result
-from cfvlm_ds.evaluation.suite.bootstrap import draws_for
+from cfvlm_ds.evaluation.suite.bootstrap import drawn_together, draws_for
 from cfvlm_ds.evaluation.suite.chosen import spread
 from cfvlm_ds.evaluation.suite.item_check import example_of
 from cfvlm_ds.evaluation.suite.tables import logged
@@ -111,20 +111,24 @@ def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
     return f"{metric} {'not known' if value is None else f'{value:.1f}'} ({', '.join(beside)})"
 
 
-def write_benchmarks(config: RunConfig, benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes) -> list[Result]:
-    """Write the results of every benchmark into the run's folder."""
-    run_dir, written = Path(config.train.output_dir), []
+def write_benchmarks(config: RunConfig, benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes, world: World) -> list[Result]:
+    """Write the results of every benchmark into the run's folder, on rank 0; collective, since ranks share the bootstrap. The results, on
+    rank 0."""
+    run_dir, drawn, patience = Path(config.train.output_dir), dict[str, list[Values]](), Patience(world)
     for name, found in outcomes.items():
+        metrics, draws, label = benchmarks[name].chosen.benchmark.metrics, draws_for(len(found)), f"evaluating {name}"
+        drawn[name] = drawn_together(world, bootstrap_of(found), metrics, judged(found)["seen"], draws, label, patience)
+    written = []
+    for name, found in outcomes.items() if world.is_main else ():
         each = benchmarks[name]
-        benchmark, bootstrap = each.chosen.benchmark, bootstrap_of(found)
-        drawn = [first for (first,) in bootstrap.values(benchmark.metrics, [judged(found)["seen"]], range(draws_for(len(found))))]
         header = {
             "benchmark": each.chosen.name,
             "probe": {"name": each.chosen.way.name, **asdict(each.chosen.way)},  # type: ignore[arg-type]
             "model": {"name": str(run_dir), "weights": None, "inputs": None, "adapter": None},
             "data": dict(each.identity),
         }
-        result = Result(name, each.chosen.label, recorded(benchmark, header, found, drawn, (), each.notes, **each.example), tuple(found))
+        record = recorded(each.chosen.benchmark, header, found, drawn[name], (), each.notes, **each.example)
+        result = Result(name, each.chosen.label, record, tuple(found))
         write_result(result_folder(run_dir / FOLDER / name / each.chosen.label), result)
         written.append(result)
     return written

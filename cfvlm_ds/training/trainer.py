@@ -189,8 +189,8 @@ class Trainer:
         results, scores = self.evaluator(config.train.eval_shuffled)
         outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
         tracker.log(step, flat_metrics(results) | benchmark_metrics(benchmarks, outcomes))
+        asked = write_benchmarks(config, benchmarks, outcomes, self._world)
         if self._world.is_main:
-            asked = write_benchmarks(config, benchmarks, outcomes)
             written = write_results(config, self._data.splits, results, scores, self._data.identities, asked)
             if config.train.figures:
                 written += draw_figures(self._run_dir, self._data.splits, scores, config.data.max_pixels, say)

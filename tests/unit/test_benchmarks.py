@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import REPO
 from PIL import Image
@@ -426,7 +427,9 @@ def test_a_picture_a_file_or_a_column_that_is_missing_is_one_sentence(name: str,
 
     if name not in ("mme", "cola", "whatsup", "vl_checklist"):  # no columns
         for path in annotations:
-            path.write_text(re.sub(r'"(\w+)":|\b(Question(?=,Options)|base_question)', r'"\1s":' if path.suffix != ".csv" else r"\2s", path.read_text()))
+            path.write_text(
+                re.sub(r'"(\w+)":|\b(Question(?=,Options)|base_question)', r'"\1s":' if path.suffix != ".csv" else r"\2s", path.read_text())
+            )
         problem = str(load(benchmark, root).problems[0])
         assert "did you mean" in problem and str(root) in problem, problem
     for path in annotations:
@@ -549,6 +552,42 @@ def test_aro_cuts_pictures_to_their_box_once(tmp_path: Path) -> None:
     )
     problems = [str(problem) for problem in load(BENCHMARKS["aro_relation"], tmp_path / "aro_relation").problems]
     assert "leads out of it" in problems[0] and all("whole numbers" in problem for problem in problems[1:]) and len(problems) == 3
+
+
+def test_frames_of_videos_are_arrays_of_blue_green_and_red(tmp_path: Path) -> None:
+    """As EqBen's own loader reads them; written once. A file that declares more than it holds costs no memory."""
+    eqben(tmp_path)
+    frame = np.zeros((2, 3, 3), np.uint8)
+    frame[0, 1] = (255, 0, 9)
+    (tmp_path / "images/eqbenyoucook2/v").mkdir(parents=True)
+    for name in ("a", "b"):
+        np.save(tmp_path / f"images/eqbenyoucook2/v/{name}.npy", frame)
+    row = {"image0": "eqbenyoucook2/v/a.npy", "image1": "eqbenyoucook2/v/b.npy", "caption0": "a cup", "caption1": "a hat"}
+    put(tmp_path / "all_select.json", [row])
+    (item,) = read("eqben", tmp_path)
+    assert item.images[0][0] == tmp_path / "png/eqbenyoucook2/v/a.png" and item.tags["subset"] == "youcook2"
+    with Image.open(item.images[0][0]) as image:
+        assert image.size == (3, 2) and image.getpixel((1, 0)) == (9, 0, 255)
+    written = item.images[0][0].stat().st_mtime_ns
+    assert read("eqben", tmp_path)[0].images[0][0].stat().st_mtime_ns == written
+    header = {"descr": "|u1", "fortran_order": False, "shape": (40_000, 40_000, 3)}
+    for content, sentence in (
+        (b"\x93NUMPY", "no array"),
+        (b"PK\x03\x04", "no array"),
+        (None, "no array"),
+        (frame[0], "is no picture"),
+        (frame * 1.0, "is no picture"),
+    ):
+        item.images[0][0].unlink(missing_ok=True)
+        with open(tmp_path / "images/eqbenyoucook2/v/a.npy", "wb") as file:
+            if content is None:
+                np.lib.format.write_array_header_1_0(file, header)
+            elif isinstance(content, bytes):
+                file.write(content)
+            else:
+                np.save(file, content)
+        (problem,) = load(BENCHMARKS["eqben"], tmp_path).problems
+        assert sentence in str(problem) and "all_select.json" in str(problem) and "a.npy" in str(problem) and "\n" not in str(problem)
 
 
 def test_orders_are_frozen_and_differ() -> None:

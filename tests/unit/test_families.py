@@ -13,13 +13,20 @@ from conftest import REPO
 from PIL import Image
 from transformers_scores import plain
 
+from cfvlm_ds.batching.batch import BLANK_SIZE
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import LoraConfig, ModelConfig, ModuleConfig
+from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.demo.family_checkpoints import SMALL, write_small
+from cfvlm_ds.evaluation import GroupScores, score_groups
+from cfvlm_ds.evaluation.asking import plan
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Item, Outcome
+from cfvlm_ds.evaluation.probes import Answers, Caption, Letters, Match, Probe
+from cfvlm_ds.evaluation.suite.item_check import token_lengths
 from cfvlm_ds.models import FAMILIES, MODULES, Scorer, adapters_off, family_of, load_model, load_processor
 from cfvlm_ds.models.forest_attention import BACKENDS, registered, stock_attention
 from cfvlm_ds.objectives import Align, denominators, weighted_loss
@@ -100,6 +107,50 @@ def test_scores_equal_one_plain_forward_per_cell(
                     assert scores.logp[g, i, c].item() == pytest.approx(logp, rel=1e-4), (group.id, i, c)
                     assert -logp / int(scores.layout.num_tokens[g, i, c]) == pytest.approx(loss, rel=1e-4), "labels= of the library"
         assert abs(found[0, 0, 0] - found[0, 1, 0]) > 1e-3, "the image matters"
+
+
+CAPTIONS, ALONE = ("a red circle", "two blue dogs on a lawn"), World(0, 1, 0, torch.device("cpu"))
+WAYS: dict[str, tuple[Probe, tuple[str, ...], str, float]] = {
+    "caption": (Caption(), CAPTIONS, "", 9),
+    "caption, mean": (Caption("mean"), CAPTIONS, "", 9),
+    "match": (Match(), CAPTIONS, "", 9),
+    "letters": (Letters(), ("red", "blue"), "which colour?", 9),
+    "yes_no": (Answers(), YES_NO, "is it red?", 9),
+}
+"""A probe, the texts and the question of an item, and by how many nats its scores in bfloat16 may differ from those in float32."""
+
+
+def test_every_probe_scores_as_plain_forwards_and_nearly_so_in_bfloat16(
+    scorer: Scorer, collator: Collator, folder: Path, groups: list[CounterfactualGroup], tmp_path: Path
+) -> None:
+    """On an item's pictures and a blank one, and letters without any: relative 1e-4 in float32, and the bounds of ``WAYS`` in bfloat16."""
+    processor, narrow = load_processor(configured(folder)), Scorer(load_model(configured(folder), torch.bfloat16).eval(), scorer.family)
+    Image.new("RGB", BLANK_SIZE, (128, 128, 128)).save(grey := tmp_path / "grey.png")
+    known: dict[Any, float] = {}
+
+    def logp(image: Pictures, cell: Candidate) -> float:
+        if (key := (image, cell.prompt, cell.text)) not in known:
+            with stock_attention(scorer.model), torch.no_grad():
+                known[key] = plain(scorer.model, processor, image, cell.prompt, cell.text)[0]
+        return known[key]
+
+    def read(found: Outcome) -> list[float]:
+        return [value for row in (*found.seen, found.blank, found.prior or ()) for value in row]
+
+    for name, (probe, texts, question, bound) in WAYS.items():
+        item = Item(name, groups[0].images, texts, ((1, 0), (0, 1)), question)
+        asked, expected = plan([item], probe), []
+        for group in asked.groups:
+            rows = [[logp(image, cell) for cell in group.candidates] for image in (*group.images, (grey,) * group.num_pictures)]
+            expected.append(GroupScores(torch.tensor(rows[:-1]), torch.tensor(rows[-1])))
+        lengths = token_lengths(collator)
+        wide, half = (
+            read(asked.outcomes(list(score_groups(model, collator, asked.groups, ALONE)), lengths)[0]) for model in (scorer, narrow)
+        )
+        assert wide == pytest.approx(read(asked.outcomes(expected, lengths)[0]), rel=1e-4), name
+        off = max(abs(a - b) for a, b in zip(wide, half, strict=True))
+        print("BF16", folder.name, name, off)
+        assert 0 < off < bound, (name, off)
 
 
 def test_positions_on_a_grid_are_needed(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:

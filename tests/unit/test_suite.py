@@ -22,8 +22,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.cli import benchmarks as tracked
 from cfvlm_ds.core.config import ModelConfig, ScenesConfig
-from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.distributed import Patience, World
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.demo.family_checkpoints import write_small
@@ -44,11 +45,12 @@ from cfvlm_ds.evaluation.suite import (
     load_items,
     read_results,
     recorded,
+    result_folder,
     summary,
     write_result,
 )
 from cfvlm_ds.evaluation.suite import asked as asking
-from cfvlm_ds.evaluation.suite.bootstrap import Bootstrap, draws_for, interval, intervals
+from cfvlm_ds.evaluation.suite.bootstrap import Bootstrap, drawn_together, draws_for, interval, intervals
 from cfvlm_ds.evaluation.suite.chosen import spread, way_named
 from cfvlm_ds.evaluation.suite.comparing import comparison_table
 from cfvlm_ds.evaluation.suite.comparison_page import results_page
@@ -500,6 +502,17 @@ def test_a_pair_that_is_drawn_twice_is_two_pairs() -> None:
     assert (draws_for(10), draws_for(20_000), draws_for(10**6)) == (1000, 500, 200)
 
 
+def test_ranks_share_draws_and_say_how_long_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes, said, clock = rows([True, False, True]), list[str](), iter(range(0, 1000, 3))
+    bootstrap, metrics = Bootstrap([each.item.cluster for each in outcomes]), BENCHMARKS["sugarcrepe"].metrics
+    world = replace(ALONE)
+    monkeypatch.setattr(World, "say", lambda self, line: said.append(line))
+    monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
+    found = drawn_together(world, bootstrap, metrics, seen(outcomes), 8, "evaluating it", Patience(world))
+    assert found == [first for (first,) in bootstrap.values(metrics, [seen(outcomes)], range(8))]
+    assert said[0].startswith("evaluating it: bootstrap: 2 of 8 draws, ") and said[0].endswith(" left") and len(said) == 4
+
+
 # Without looking ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -683,3 +696,53 @@ def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         asking.results_held(tmp_path / "file", ALONE).__enter__()
+
+
+def test_what_is_not_of_an_evaluation_is_not_written_over(tmp_path: Path) -> None:
+    """A training's folder has a results.md and metrics of its own; so may any folder."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("model: {}\n")
+    with pytest.raises(ConfigError, match="is a training's folder"):
+        asking.results_held(tmp_path / "run", ALONE).__enter__()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "results.md").write_text("# My thesis\n")
+    with pytest.raises(ConfigError, match=r"results.md is not of an evaluation, and would be written over; name another"):
+        asking.results_held(tmp_path / "mine", ALONE).__enter__()
+    (tmp_path / "mine" / "results.md").write_text(markdown([result(rows([True]))]))
+    with asking.results_held(tmp_path / "mine", ALONE):
+        pass
+
+
+def test_a_folder_is_one_run_of_an_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In MLflow's own store: evaluated again, with one benchmark more, with another value, and for another experiment."""
+    mlflow = pytest.importorskip("mlflow")
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    out = tmp_path / "base"
+    (out / "results.md").parent.mkdir()
+    (out / "results.md").write_text("# Results\n")
+
+    def evaluated(*results: Result, experiment: str = "mine") -> Any:
+        for each in results:
+            record = {**each.record, "settings": {"limit": None}, "versions": {"cfvlm-ds": "1"}}
+            write_result(result_folder(out / each.place), replace(each, record=record))
+        tracked.track(experiment, read_results(out), out)
+        client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{(out / 'mlflow.db').as_posix()}")
+        (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+        return client, run
+
+    first = result(rows([True, False]))
+    client, run = evaluated(first)
+    assert run.data.metrics["eval/sugarcrepe/macro"] == 50 and run.info.run_name == "base" and run.info.status == "FINISHED"
+    again = evaluated(first)[1]
+    assert again.info.run_id == run.info.run_id and again.data.metrics == run.data.metrics
+    more = evaluated(replace(result(rows([True, True])), label="caption"))[1]
+    assert more.info.run_id == run.info.run_id and more.data.tags["benchmarks"] == "sugarcrepe/caption, sugarcrepe/match"
+    assert (more.data.metrics["eval/sugarcrepe/macro"], more.data.metrics["eval/sugarcrepe/caption/macro"]) == (50, 100)
+    changed = evaluated(result(rows([True, True])))[1]
+    history = client.get_metric_history(run.info.run_id, "eval/sugarcrepe/macro")
+    assert changed.info.run_id == run.info.run_id and sorted((each.step, each.value) for each in history) == [(0, 50), (1, 100)]
+    assert [
+        len(client.get_metric_history(run.info.run_id, name)) for name in ("eval/sugarcrepe/caption/macro", "eval/sugarcrepe/accuracy")
+    ] == [1, 2]
+    assert evaluated(first, experiment="another")[1].info.run_id != run.info.run_id

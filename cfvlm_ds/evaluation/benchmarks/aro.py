@@ -6,16 +6,14 @@ their own.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cfvlm_ds.core.errors import DataError, StorageError, unwritten
-from cfvlm_ds.core.files import whole_file
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Values, one_hot
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, tag
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, each, text
+from cfvlm_ds.evaluation.benchmarks.source import Row, Source, each, keep_picture, text
 
 BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 COLUMNS = ("image_path", *BOX, "true_caption", "false_caption")
@@ -81,15 +79,7 @@ def _cut(picture: Path, box: Sequence[int], folder: Path) -> Path:
     image = open_image(picture)
     if x + width > image.width or y + height > image.height:
         raise DataError(f"{picture}: has {image.width} x {image.height} pixels, and the box {tuple(box)} leads out of it")
-    content = io.BytesIO()
-    image.crop((x, y, x + width, y + height)).save(content, "PNG")
-    try:
-        folder.mkdir(exist_ok=True)
-        with whole_file(cut, shared=True) as file:
-            file.write(content.getvalue())
-    except OSError as error:
-        raise StorageError(unwritten(cut, error)) from error
-    return cut
+    return keep_picture(cut, image.crop((x, y, x + width, y + height)))
 
 
 def relation_metrics(table: Sequence[Judged]) -> Values:

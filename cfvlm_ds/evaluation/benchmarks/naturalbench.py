@@ -74,6 +74,7 @@ NATURALBENCH = Benchmark(
     traps=(
         "an answer that cannot be read counts as wrong",
         "one public evaluator takes the article a for option A",
+        "the authors' script joins question and instruction without a space; here, as in public evaluators, there is one",
         "the split for fine-tuning calls its type mcq, which the authors' own script refuses, and so does this",
     ),
 )

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.files import cache_folder
+from PIL import Image
+
+from cfvlm_ds.core.errors import DataError, StorageError, unwritten
+from cfvlm_ds.core.files import cache_folder, whole_file
 from cfvlm_ds.core.reading import MIB, DuplicateKey, TooLarge, lines, open_regular, parse_json, read_bytes
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.containers.kinds import is_there
@@ -116,6 +118,19 @@ class Source:
 
     def _folder(self, folder: str) -> Path:
         return self.root.parent / folder[3:] if folder.startswith("../") else self.root / folder
+
+
+def keep_picture(path: Path, image: Image.Image) -> Path:
+    """Write what was made of an official picture, as PNG. Raises StorageError."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path, shared=True) as file:
+            file.write(content.getvalue())
+    except OSError as error:
+        raise StorageError(unwritten(path, error)) from error
+    return path
 
 
 def each(rows: Iterator[tuple[str, Row | DataError]], make: Callable[[str, Row], Any]) -> Iterator[Any]:

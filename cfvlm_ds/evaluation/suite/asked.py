@@ -21,20 +21,21 @@ from cfvlm_ds.core.errors import ConfigError, DataError, InputError, StorageErro
 from cfvlm_ds.core.files import replace as write_whole
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.reading import open_regular
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.data.picture_index import Picture
 from cfvlm_ds.evaluation.asking import Plan, Say, plan, written
 from cfvlm_ds.evaluation.benchmarks import Item, Loaded, Outcome
-from cfvlm_ds.evaluation.benchmarks.base import Values, judged
+from cfvlm_ds.evaluation.benchmarks.base import judged
 from cfvlm_ds.evaluation.benchmarks.parsers import PARSERS, answer
 from cfvlm_ds.evaluation.probes import Generate, Probe
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, matrices, other_images, scored_batches, seen_as
-from cfvlm_ds.evaluation.suite.bootstrap import draws_for
+from cfvlm_ds.evaluation.suite.bootstrap import drawn_together, draws_for
 from cfvlm_ds.evaluation.suite.chosen import SKIP, Chosen, spread
 from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, example_of, fitting, token_lengths
-from cfvlm_ds.evaluation.suite.tables import markdown
+from cfvlm_ds.evaluation.suite.tables import HEADING, markdown
 from cfvlm_ds.evaluation.suite.written import (
     RESULTS,
     Journal,
@@ -52,6 +53,7 @@ from cfvlm_ds.evaluation.suite.written import (
 
 MAX_TOKENS = 16_384
 """Tokens of a forward where nobody says: a hundred questions of a picture, whatever the model."""
+_TABLES = "results.md"
 _OF_MODEL = ("weights", "inputs", "adapter")
 
 
@@ -106,6 +108,10 @@ def results_held(out: Path, world: World) -> Iterator[None]:
         refuse_link(out, "name the folder itself with --out")
         if out.exists() and not out.is_dir():
             raise ConfigError(f"{out} is a file, and results are a folder; name another one with --out")
+        if (out / "config.yaml").exists():
+            raise ConfigError(f"{out} is a training's folder, whose own results would be written over; name another one with --out")
+        if (out / _TABLES).exists() and not _is_ours(out / _TABLES):
+            raise ConfigError(f"{out / _TABLES} is not of an evaluation, and would be written over; name another folder with --out")
         try:
             out.mkdir(parents=True, exist_ok=True)
             held.append(RunLock(out, world.say, "folder with --out"))
@@ -120,6 +126,14 @@ def results_held(out: Path, world: World) -> Iterator[None]:
         if held:  # nothing is left of what was refused
             with contextlib.suppress(OSError):
                 out.rmdir()
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with open_regular(path) as file:
+            return bool(file.read(len(HEADING)) == HEADING.encode())
+    except (OSError, ValueError):
+        return False
 
 
 def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], out: Path, settings: Settings) -> list[Result]:
@@ -141,9 +155,9 @@ def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], o
 
     def write() -> None:
         try:
-            write_whole(out / "results.md", (markdown(read_results(out)) + "\n").encode())
+            write_whole(out / _TABLES, (markdown(read_results(out)) + "\n").encode())
         except OSError as error:
-            raise StorageError(f"{unwritten(out / 'results.md', error)}; make room, and start again: nothing is asked twice") from error
+            raise StorageError(f"{unwritten(out / _TABLES, error)}; make room, and start again: nothing is asked twice") from error
 
     agreed(world, write)
     return found
@@ -224,28 +238,20 @@ class _Evaluation:
             self._chosen.benchmark,
             {**header, "model": {"name": without_secrets(self._model.name), **header["model"]}},
             outcomes,
-            self._drawn(outcomes, draws),
+            drawn_together(
+                self._world,
+                bootstrap_of(outcomes),
+                self._chosen.benchmark.metrics,
+                judged(outcomes)["seen"],
+                draws,
+                self._label,
+                self._patience,
+            ),
             [(name, placed(why)) for name, why in left_out],
             [placed(note) for note in self._loaded.notes],
             in_files=len(self._loaded.items) + len(self._loaded.problems),
             **example_of(checked.items[0], self._chosen.way, self._model.collator),
         )
-
-    def _drawn(self, outcomes: Sequence[Outcome], draws: int) -> list[Values]:
-        """The metrics of each draw of the bootstrap, in order; ranks share the draws."""
-        world, seen = self._world, judged(outcomes)["seen"]
-        bootstrap, mine = bootstrap_of(outcomes), range(self._world.rank, draws, self._world.size)
-        found: dict[int, Values] = {}
-        progress = Progress(world.say, f"{self._label}: bootstrap", draws, "draws")
-        for k in mine:
-            found[k] = bootstrap.values(self._chosen.benchmark.metrics, [seen], [k])[0][0]
-            progress.advance(world.size)
-            self._patience.alive()
-        self._patience.meet()
-        every: dict[int, Values] = {}
-        for part in gather_objects(found, world):
-            every |= part
-        return [every[k] for k in range(draws)]
 
     # What the model says ---------------------------------------------------------------------------------------------------------------
 

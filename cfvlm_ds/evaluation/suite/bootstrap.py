@@ -9,6 +9,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from cfvlm_ds.core.distributed import Patience, World, gather_objects
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.evaluation.benchmarks.base import Judged, Values
 
 Metrics = Callable[[Sequence[Judged]], Values]
@@ -64,6 +66,23 @@ class Bootstrap:
             return known[which][at]
 
         return [[metrics([copy(which, at) for at in drawn]) for which in range(len(tables))] for drawn in map(self.draw, draws)]
+
+
+def drawn_together(
+    world: World, bootstrap: Bootstrap, metrics: Metrics, table: Sequence[Judged], draws: int, label: str, patience: Patience
+) -> list[Values]:
+    """The metrics of each draw, in order, on every rank; ranks share the draws, and wait as long as one of them makes progress."""
+    found: dict[int, Values] = {}
+    progress = Progress(world.say, f"{label}: bootstrap", draws, "draws")
+    for k in range(world.rank, draws, world.size):
+        found[k] = bootstrap.values(metrics, [table], [k])[0][0]
+        progress.advance(world.size)
+        patience.alive()
+    patience.meet()
+    every: dict[int, Values] = {}
+    for part in gather_objects(found, world):
+        every |= part
+    return [every[k] for k in range(draws)]
 
 
 def interval(values: Sequence[float]) -> Interval | None:

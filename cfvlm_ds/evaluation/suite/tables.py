@@ -13,6 +13,7 @@ TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "
 """The tables beside what was seen, as people call them."""
 _WITHOUT_IMAGES = ("accuracy", "pair", "text")
 """Metrics that stand in for one that compares images, and so has no blank row."""
+HEADING = "# Results"
 _NAMED = 20
 
 
@@ -58,7 +59,7 @@ def omissions(result: Result) -> list[str]:
 
 def markdown(results: Sequence[Result]) -> str:
     """All there is to say of some results: results.md."""
-    parts = ["# Results", overview(results), "\n".join(f"- {summary(result)}" for result in results)]
+    parts = [HEADING, overview(results), "\n".join(f"- {summary(result)}" for result in results)]
     return "\n\n".join([*parts, *(part for result in results for part in _section(result))])
 
 
