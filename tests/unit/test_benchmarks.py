@@ -16,7 +16,7 @@ import pytest
 from conftest import REPO
 from PIL import Image
 
-from cfvlm_ds.core.errors import DataError, InputError
+from cfvlm_ds.core.errors import ConfigError, DataError, InputError
 from cfvlm_ds.evaluation.asking import generate, plan
 from cfvlm_ds.evaluation.benchmarks import (
     BENCHMARKS,
@@ -36,7 +36,7 @@ from cfvlm_ds.evaluation.benchmarks.aro import SYMMETRIC
 from cfvlm_ds.evaluation.benchmarks.base import Values, judged, one_hot, stored
 from cfvlm_ds.evaluation.benchmarks.metrics import auc, binary, calibrated, quads, text_right, threshold
 from cfvlm_ds.evaluation.benchmarks.parsers import PARSERS, answer
-from cfvlm_ds.evaluation.benchmarks.source import each
+from cfvlm_ds.evaluation.benchmarks.source import each, keep_picture
 from cfvlm_ds.evaluation.probes import PROBES
 
 # Official formats --------------------------------------------------------------------------------------------------------------------
@@ -791,10 +791,25 @@ def test_a_name_leads_to_no_file_outside(tmp_path: Path) -> None:
     (tmp_path / "inner/images").mkdir(parents=True)
     with pytest.raises(DataError, match="leads out of"):
         Source(tmp_path / "inner").picture("here", "../../secret.jpg", "images")
-    for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), "a/../../secret.jpg", "", "a\0b", "..\\secret.jpg", 7, None):
+    for name in (
+        "../secret.jpg",
+        str(tmp_path / "secret.jpg"),
+        "a/../../secret.jpg",
+        "",
+        "a\0b",
+        "..\\secret.jpg",
+        7,
+        None,
+        "x" * 5000,
+        "x/" * 5000,
+    ):
         with pytest.raises(DataError, match=r"^here: "):
             Source(tmp_path / "inner").picture("here", name, "images", "../coco")
     put(tmp_path / "coco/shard.tar", "x" * 90)
+    (tmp_path / "inner/cut").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="leads out of its folder"):
+        keep_picture(tmp_path / "inner", tmp_path / "inner/cut/a.png", Image.new("RGB", (2, 2)))
+    assert not (tmp_path / "a.png").exists(), "nothing is written through a link"
     part = Source(tmp_path / "inner").picture("here", "shard.tar#10+20", "images", "../coco")
     assert part == tmp_path / "coco/shard.tar#10+20", "a part of a container is a picture too"
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -657,6 +658,14 @@ def test_a_page_shows_the_worst_and_the_best(scorer: Scorer, collator: Collator,
         (ITEMS, {"match": [[1, 0], [0, 1]]}, "2 images"),
         (ITEMS, {"tags": {"a": 1}}, "is no text"),
         (ITEMS, "x" * 100, "no scores of an item"),
+        (ITEMS, {"seen": [[10**400, 1.0]]}, "other than 2 numbers"),
+        (RESULTS, {"metrics": {"blank": {"macro": 1.0}}}, "nothing of what was seen"),
+        (RESULTS, {"metrics": {"seen": {"macro": 10**400}}}, "'macro' is no number"),
+        (RESULTS, {"intervals": {"macro": [1.0, 2.0, 3.0]}}, "'macro' is no number"),
+        (RESULTS, {"left_out": [["one"]]}, "'left_out' is not of the form"),
+        (RESULTS, {"published": [{"metric": "a"}]}, "'published' is not of the form"),
+        (RESULTS, {"items": [1]}, "'items' is not of the form"),
+        (RESULTS, {"not_finite": 1}, "'not_finite' is not of the form"),
     ],
 )
 def test_a_hostile_file_is_one_sentence(name: str, content: Any, said: str, tmp_path: Path) -> None:
@@ -668,6 +677,22 @@ def test_a_hostile_file_is_one_sentence(name: str, content: Any, said: str, tmp_
     with pytest.raises(DataError, match=said) as raised:
         read_results(tmp_path / "one")
     assert "\n" not in str(raised.value) and str(folder) in str(raised.value)
+
+
+def test_items_of_another_benchmark_are_one_sentence(tmp_path: Path) -> None:
+    """Whole files, whose items have no tag that the metrics need, or not as many texts."""
+    folder = written(tmp_path / "one", rows([True, False]))
+    for change in ({"tags": {}}, {"texts": ["a"], "match": [[1]], "seen": [[1.0]], "blank": [1.0], "tags": {"split": "x"}}):
+        other = shutil.copytree(folder, tmp_path / f"other-{len(change)}")
+        record = json.loads((other / "sugarcrepe/match" / RESULTS).read_text()) | {"benchmark": "pope"}
+        (other / "sugarcrepe/match" / RESULTS).write_text(json.dumps(record))
+        lines = [
+            json.loads(line) | {"shuffled": change.get("blank", [1.0, 0.0])} | change
+            for line in (other / "sugarcrepe/match" / ITEMS).read_text().splitlines()
+        ]
+        (other / "sugarcrepe/match" / ITEMS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(DataError, match=r"sugarcrepe/match: .*none of POPE .*Error: "):
+            compare_results(other, other)
 
 
 def test_scores_that_are_no_numbers_are_kept_counted_and_wrong(tmp_path: Path) -> None:

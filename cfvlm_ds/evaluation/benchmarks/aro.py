@@ -66,20 +66,20 @@ def _pair(source: Source, where: str, row: Row, tags: dict[str, str]) -> Item:
     if not all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1 << 20 for value in box) or not min(box[2:]):
         raise DataError(f"{where}: the box {box} must be four whole numbers, with a width and a height; get the official file again")
     captions = text(where, row, "true_caption"), text(where, row, "false_caption")
-    cut = _cut(picture, box, source.root / CUTS)
+    cut = _cut(picture, box, source.root)
     return Item(where.rpartition("item ")[2], ((cut,),), captions, (one_hot(0, 2),), tags=tags, cluster=str(row["image_path"]))
 
 
-def _cut(picture: Path, box: Sequence[int], folder: Path) -> Path:
+def _cut(picture: Path, box: Sequence[int], root: Path) -> Path:
     """The part of a picture in a box, as a file that is written once."""
     x, y, width, height = box
-    cut = folder / f"{picture.stem}_{x}_{y}_{width}_{height}.png"
+    cut = root / CUTS / f"{picture.stem}_{x}_{y}_{width}_{height}.png"
     if cut.is_file():
         return cut
     image = open_image(picture)
     if x + width > image.width or y + height > image.height:
         raise DataError(f"{picture}: has {image.width} x {image.height} pixels, and the box {tuple(box)} leads out of it")
-    return keep_picture(cut, image.crop((x, y, x + width, y + height)))
+    return keep_picture(root, cut, image.crop((x, y, x + width, y + height)))
 
 
 def relation_metrics(table: Sequence[Judged]) -> Values:

@@ -46,7 +46,7 @@ def _picture(source: Source, where: str, name: Any) -> Path:
     if path.suffix != ".npy":
         return path
     made = (source.root / MADE / path.relative_to(source.root / "images")).with_suffix(".png")
-    return made if made.is_file() else keep_picture(made, _frame(path))
+    return made if made.is_file() else keep_picture(source.root, made, _frame(path))
 
 
 def _frame(path: Path) -> Image.Image:

@@ -20,6 +20,7 @@ from cfvlm_ds.core.errors import DataError, StorageError, unwritten
 from cfvlm_ds.core.files import cache_folder, whole_file
 from cfvlm_ds.core.reading import MIB, DuplicateKey, TooLarge, lines, open_regular, parse_json, read_bytes
 from cfvlm_ds.core.text import quoted
+from cfvlm_ds.core.untrusted import refuse_foreign
 from cfvlm_ds.data.containers.kinds import is_there
 from cfvlm_ds.data.containers.prepared import prepare, prepared_places
 from cfvlm_ds.data.formats.fields import further_keys
@@ -110,9 +111,14 @@ class Source:
             raise DataError(f"{where}: picture {quoted(name)} leads out of the benchmark's folder; get the official file again")
         made = self._made.get(where.rpartition(":")[0])
         tried = [self._folder(folder) / name for folder in folders or ("",)]
-        for path in tried if made is None else [made / name, *tried]:
-            if picture_file(path).is_file():
-                return path
+        try:
+            for path in tried if made is None else [made / name, *tried]:
+                if picture_file(path).is_file():
+                    return path
+        except OSError as error:  # such as a name that is too long for the file system
+            raise DataError(
+                f"{where}: picture {quoted(name)} cannot be looked for ({error.strerror or error}); get the file again"
+            ) from error
         others = f" (nor {', '.join(str(path) for path in tried[1:])})" if len(tried) > 1 else ""
         raise DataError(f"{where}: no picture {tried[0]}{others}; put the pictures there, as docs/benchmarks says")
 
@@ -120,8 +126,10 @@ class Source:
         return self.root.parent / folder[3:] if folder.startswith("../") else self.root / folder
 
 
-def keep_picture(path: Path, image: Image.Image) -> Path:
-    """Write what was made of an official picture, as PNG. Raises StorageError."""
+def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
+    """Write what was made of an official picture, as PNG, below the benchmark's folder. Raises StorageError, and ConfigError where a link
+    leads out of it."""
+    refuse_foreign(path, root)
     content = io.BytesIO()
     image.save(content, "PNG")
     try:

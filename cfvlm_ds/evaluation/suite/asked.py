@@ -23,6 +23,7 @@ from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import open_regular
 from cfvlm_ds.core.secrets import without_secrets
+from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.data.picture_index import Picture
@@ -278,10 +279,8 @@ class _Evaluation:
                 scores |= batch
                 progress.advance(len(batch))
         if broken := [asked.groups[k].id for k, found in scores.items() if not found.finite]:
-            self._world.say(
-                f"warning: {self._label}: scores of {len(broken)} groups are not finite, and count as wrong: {', '.join(broken[:5])}"
-            )
-
+            named = ", ".join(one_line(each, 60) for each in broken[:5])
+            self._world.say(f"warning: {self._label}: scores of {len(broken)} groups are not finite, and count as wrong: {named}")
         lengths = token_lengths(collator) if probe.needs_lengths else None
         return asked.outcomes([scores[k] for k in range(len(asked.groups))], lengths)
 

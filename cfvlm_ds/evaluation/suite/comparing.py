@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome
@@ -95,10 +95,17 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
     bootstrap = bootstrap_of([pair[0] for pair in pairs])
     progress = Progress(say, f"{before.place}: bootstrap", draws := draws_for(len(pairs)) if draws is None else draws, "draws")
     drawn: list[Values] = []
-    for k in progress.over(range(draws)):
-        one, other = bootstrap.values(benchmark.metrics, tables, [k])[0]
-        drawn.append({name: other[name] - one[name] for name in one if name in other})
-    spans, (was, now) = intervals(drawn, bootstrap.clusters), [benchmark.metrics(table) for table in tables]
+    try:
+        was, now = (benchmark.metrics(table) for table in tables)
+        for k in progress.over(range(draws)):
+            one, other = bootstrap.values(benchmark.metrics, tables, [k])[0]
+            drawn.append({name: other[name] - one[name] for name in one if name in other})
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
+        raise DataError(
+            f"{before.place}: the items of the two results are none of {benchmark.title} ({type(error).__name__}: {error}); "
+            "write them again with `cfvlm-ds evaluate`"
+        ) from error
+    spans = intervals(drawn, bootstrap.clusters)
     differences = {name: Difference(was[name], now[name], spans.get(name)) for name in was if name in now}
     return Compared(before, after, benchmark, tuple(pairs), differences, tuple(notes))
 

@@ -29,6 +29,7 @@ from cfvlm_ds.evaluation.benchmarks import Item, Outcome, results, stored
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Values
 from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.evaluation.suite.bootstrap import Bootstrap, intervals
+from cfvlm_ds.evaluation.suite.record_form import check_record, is_number
 
 SCHEMA, JOURNAL = "cfresults/1", "cfpartial/1"
 RESULTS, ITEMS, SCORES = "results.json", "items.jsonl", "scores.jsonl"
@@ -176,7 +177,7 @@ def read_result(folder: Path) -> Result:
         record = parse_json(read_bytes(path, MAX_RESULTS).decode())
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise ValueError(f"its schema is not {SCHEMA!r}")
-        _check_record(record)
+        check_record(record)
         called, label = (bare_name(part, path) for part in (folder.parent.name, folder.name))
         path = folder / ITEMS
         outcomes = tuple(_outcomes(path))
@@ -186,19 +187,6 @@ def read_result(folder: Path) -> Result:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: not the results of a benchmark ({reason}); {remedy}") from error
     return Result(called, label, record, outcomes)
-
-
-def _check_record(record: Mapping[str, Any]) -> None:
-    """Raise ValueError for a record whose parts are of other types than this file writes."""
-    kinds = {"benchmark": str, "headline": str, "metrics": dict, "intervals": dict, "data": dict, "model": dict, "probe": dict}
-    if wrong := [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]:
-        raise ValueError(f"{wrong[0]!r} is missing or no {kinds[wrong[0]].__name__}")
-    tables = [*record["metrics"].values(), {name: tuple(span) for name, span in record["intervals"].items()}]
-    for table in tables:
-        for name, value in table.items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if not all(_number(each) for each in numbers):
-                raise ValueError(f"the value of {quoted(name, 60)} is no number")
 
 
 def _outcomes(path: Path) -> Iterator[Outcome]:
@@ -227,7 +215,7 @@ def _outcome(row: Any) -> Outcome:
     )
 
     def scores(values: Any) -> tuple[float, ...]:
-        found = tuple(math.nan if value is None else float(value) for value in values if value is None or _number(value))
+        found = tuple(math.nan if value is None else float(value) for value in values if value is None or is_number(value))
         if len(found) != len(values) or len(found) != len(texts):
             raise ValueError(f"{len(texts)} texts, and other than {len(texts)} numbers for them")
         return found
@@ -236,7 +224,7 @@ def _outcome(row: Any) -> Outcome:
     if len(seen) != len(match):
         raise ValueError(f"{len(match)} images, and scores for {len(seen)}")
     consistency, said = row.get("consistency"), row.get("said")
-    if consistency is not None and not _number(consistency):
+    if consistency is not None and not is_number(consistency):
         raise ValueError("its consistency is no number")
     return Outcome(
         item,
@@ -259,10 +247,6 @@ def _truth(value: Any) -> int:
     if value not in (0, 1) or isinstance(value, bool):
         raise ValueError(f"{quoted(value, 60)} in match is neither 1 nor 0")
     return int(value)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # What is scored so far ------------------------------------------------------------------------------------------------------------------
@@ -351,7 +335,7 @@ def taken(row: Mapping[str, Any], shape: tuple[int, int]) -> GroupScores | None:
     try:
         logp, blank = torch.tensor(row["logp"], dtype=torch.float32), torch.tensor(row["blank"], dtype=torch.float32)
         shuffled = torch.tensor(row["shuffled"], dtype=torch.float32) if "shuffled" in row else None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         return None
     if tuple(logp.shape) != shape or tuple(blank.shape) != shape[1:] or (shuffled is not None and shuffled.shape not in ((0,), shape[1:])):
         return None
