@@ -1,4 +1,4 @@
-# make demo: train, evaluate and export the quickstart.  make test: the tests.  make check: format, lint, types and documentation.
+# make demo: train, evaluate and export the quickstart, and ask it benchmarks.  make test: the tests.  make check: format, lint, types and documentation.
 # make test-long: what takes minutes (fault campaigns, fuzzing, learning); it prints tables, which are for docs/reliability.md.
 PYTHON ?= python3
 VENV := .venv
@@ -10,6 +10,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/sbin:/sbin
 
 demo: install
 	deepspeed --num_gpus 1 train.py --deepspeed ds_configs/z3.json
+	cfvlm-ds data build runs/quickstart/scenes --benchmarks runs/quickstart-world
+	cfvlm-ds evaluate runs/quickstart --benchmarks sugarcrepe,naturalbench,pope --probes caption yes_no \
+		--benchmark_root runs/quickstart-world --out runs/quickstart-benchmarks
 	@echo "results: runs/quickstart/results.md   figures: runs/quickstart/*.png   model: runs/quickstart/export"
 	@echo "tracking: cd runs/quickstart && ../../$(BIN)/mlflow ui"
 

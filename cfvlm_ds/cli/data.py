@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
     data = commands.add_parser("data", help="make, check, convert, pack and look at data").add_subparsers(dest="action", required=True)
     command = add_command(data, "build", _build, "write the embedded world of scenes", "cfvlm-ds data build scenes --num_train 4000")
     add_fields(command, ScenesConfig)
-    text = "also write its test groups into this folder in the forms of SugarCrepe, NaturalBench and POPE"
+    text = "also write its test groups, or those of a world that is there, into this folder as SugarCrepe, NaturalBench and POPE"
     command.add_argument("--benchmarks", metavar="FOLDER", help=text)
     command = add_command(data, "check", _check, "report everything wrong with a manifest", "cfvlm-ds data check groups.jsonl")
     command.add_argument("manifest")
@@ -61,11 +61,13 @@ def add(commands: Any) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    config = ScenesConfig(**values_of(arguments, ScenesConfig))
+    from cfvlm_ds.demo.scenes import build_benchmarks, config_in
+
+    given = values_of(arguments, ScenesConfig)
+    there = config_in(Path(given["out_dir"])) if arguments.benchmarks and len(given) == 1 else None
+    config = there or ScenesConfig(**given)
     build(BuildConfig(scenes=config))
     if arguments.benchmarks:
-        from cfvlm_ds.demo.scenes import build_benchmarks
-
         print(f"wrote {build_benchmarks(config, Path(arguments.benchmarks))}: sugarcrepe, naturalbench, pope")
 
 

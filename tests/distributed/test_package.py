@@ -26,6 +26,7 @@ from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import option_parser, parse_config
 from cfvlm_ds.core.shipped import SHIPPED, found, shipped
+from cfvlm_ds.demo.scenes.benchmarks import SUBSETS
 from cfvlm_ds.objectives import OBJECTIVES
 
 ROOT_FILES = sorted(str(path.relative_to(REPO)) for name in SHIPPED for path in [REPO / name, *(REPO / name).glob("*")] if path.is_file())
@@ -137,9 +138,30 @@ def test_the_installed_copy_trains_in_an_empty_folder(source: Path, installed: P
     assert "| combo | all, weighted | | " in (run_dir / "export" / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "copies"}
     assert json.loads((run_dir / "environment.json").read_text())["git_revision"] == git(source, "rev-parse", "HEAD").strip()
+    own, public = demonstrated(run_dir, tmp_path / "world", tmp_path / "results")
+    assert own == pytest.approx(public) and len(list((tmp_path / "results").glob("*/*/results.json"))) == 3
     written = {str(path.relative_to(tmp_path / "copies")): path.read_bytes() for path in (tmp_path / "copies").rglob("*") if path.is_file()}
     assert written.keys() == set(ROOT_FILES)
     assert all(written[name] == (REPO / name).read_bytes() for name in ROOT_FILES if name != "slurm/env.sh")
+
+
+def demonstrated(run_dir: Path, world: Path, out: Path) -> tuple[float, float]:
+    """The accuracy of true captions against false ones that a run has of its own test groups, and that of the same groups as a benchmark,
+    by the last commands of `make demo`."""
+    recipe = (REPO / "Makefile").read_text().replace("\\\n", " ").split("\ndemo: ")[1].split("\n\n")[0]
+    places = {
+        "runs/quickstart-world": world,
+        "runs/quickstart-benchmarks": out,
+        "runs/quickstart/scenes": run_dir / "scenes",
+        "runs/quickstart": run_dir,
+    }
+    for line in recipe.splitlines():
+        if line.startswith("\tcfvlm-ds "):
+            main([str(places.get(word, word)) for word in line.split()[1:]])
+    rows = [row for row in json.loads((run_dir / "results.json").read_text())["iid"] if row["name"] in set().union(*SUBSETS.values())]
+    count = sum(row["comparisons"]["factual"] for row in rows)
+    metrics = json.loads((out / "sugarcrepe" / "caption" / "results.json").read_text())["metrics"]
+    return sum(row["metrics"]["factual"] * row["comparisons"]["factual"] for row in rows) / count, metrics["seen"]["accuracy"]
 
 
 def test_an_archive_of_the_sources_has_what_a_wheel_is_built_from(source: Path, tmp_path: Path) -> None:

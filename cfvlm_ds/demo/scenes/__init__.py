@@ -1,7 +1,7 @@
 """The embedded world: scenes with exact counterfactual edits, so that everything can be trained and tested without a download."""
 
 from cfvlm_ds.demo.scenes.benchmarks import build_benchmarks
-from cfvlm_ds.demo.scenes.build import build_scenes
+from cfvlm_ds.demo.scenes.build import build_scenes, config_in
 from cfvlm_ds.demo.scenes.grammar import all_captions
 
-__all__ = ["all_captions", "build_benchmarks", "build_scenes"]
+__all__ = ["all_captions", "build_benchmarks", "build_scenes", "config_in"]

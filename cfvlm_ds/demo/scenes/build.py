@@ -21,6 +21,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_folder
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.demo.scenes.edits import EDITS, is_minimal, scene_difference
@@ -235,6 +236,20 @@ def settings_of(config: ScenesConfig) -> dict[str, object]:
     settings = {key: value for key, value in asdict(config).items() if key != "out_dir"}
     settings["edit_weights"] = None if config.edit_weights is None else dict(config.edit_weights)
     return {"generator": GENERATOR} | settings
+
+
+def config_in(out: Path) -> ScenesConfig | None:
+    """The settings of the world that a folder holds; None where it holds none. Raises DataError where they are none of this revision's."""
+    record = out / "scenes.json"
+    if not record.is_file():
+        return None
+    try:
+        settings = dict(parse_json(read_bytes(record, MAX_SETTINGS).decode())["settings"])
+        if settings.pop("generator") != GENERATOR:
+            raise ValueError("another revision has drawn them")
+        return ScenesConfig(str(out), **settings)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{record}: no settings of scenes ({type(error).__name__}: {error}); draw them again in another folder") from error
 
 
 def is_complete(out: Path, settings: dict[str, object]) -> bool:

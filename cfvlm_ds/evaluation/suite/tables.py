@@ -53,9 +53,8 @@ def omissions(result: Result) -> list[str]:
     if left_out:
         found.append(f"{result.place}: {len(left_out)} items left out, the first: {one_line(str(left_out[0][1]), 300)}")
     if broken:
-        found.append(
-            f"{result.place}: scores of {len(broken)} items are not finite and count as wrong: {', '.join(one_line(str(each), 60) for each in broken[:5])}"
-        )
+        named = ", ".join(one_line(str(each), 60) for each in broken[:5])
+        found.append(f"{result.place}: scores of {len(broken)} items are not finite and count as wrong: {named}")
     return found
 
 
