@@ -2,6 +2,7 @@
 
     python benchmarks/evaluation.py                               # LLaVA and Qwen2.5-VL with 576 visual tokens
     python benchmarks/evaluation.py --family llava --visual 1024 --cases yes_no_10 --repeats 5
+    python benchmarks/evaluation.py --family llava --forward      # without the backward pass, as an evaluation has it
     python benchmarks/evaluation.py --device cuda --dtype bfloat16 --size 7b --attention flash_attention_2
 
 Cases: 10 and 18 questions of 24 tokens answered by yes and no; a question of 20 tokens with four options of 8 in all 24 orders, answered by
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--attention", choices=BACKENDS, default="cascade", help="(default cascade)")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--forward", action="store_true", help="time the forward alone")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
@@ -49,7 +51,7 @@ def main() -> None:
         model = build(family, visual, SIZES[arguments.size], torch.device(arguments.device), getattr(torch, arguments.dtype))
         model.config.get_text_config()._attn_implementation = registered(arguments.attention)
         for name in arguments.cases:
-            measured(model, family, visual, name, arguments.repeats)
+            measured(model, family, visual, name, arguments.repeats, arguments.forward)
 
 
 def words(count: int, generator: torch.Generator) -> tuple[int, ...]:
@@ -114,7 +116,7 @@ def scores(scorer: Scorer, row: dict[str, Any]) -> Tensor:
     return logp.new_zeros(row["cells"]).index_add(0, row["cell"], logp)
 
 
-def measured(model: Any, family: str, visual: int, name: str, repeats: int) -> None:
+def measured(model: Any, family: str, visual: int, name: str, repeats: int, forward: bool) -> None:
     scorer, layouts = Scorer(model, FAMILIES[model.config.model_type]), rows(model, family, visual, name)
     of = case(model, family, visual, 1)
     times: dict[str, tuple[list[float], list[float]]] = {layout: ([], []) for layout in layouts}
@@ -125,7 +127,8 @@ def measured(model: Any, family: str, visual: int, name: str, repeats: int) -> N
             with torch.no_grad():
                 found[layout] = scores(scorer, row)
             middle = now(of)
-            scores(scorer, row).sum().backward()
+            if not forward:
+                scores(scorer, row).sum().backward()
             end = now(of)
             clear(model)
             if turn:  # the first warms up
@@ -138,6 +141,7 @@ def measured(model: Any, family: str, visual: int, name: str, repeats: int) -> N
     for layout, row in layouts.items():
         both = [statistics.median(each) for each in times[layout]]
         cells = [f"{seconds:.3f} | {seconds / own:.2f}" for seconds, own in zip(both, ours, strict=True)]
+        cells[1:] = [" | "] if forward else cells[1:]
         more = row["tokens"] / layouts["forest"]["tokens"]
         print(f"| {family} | {visual} | {name} | {layout} | {row['tokens']} | {more:.2f} | {' | '.join(cells)} |", flush=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
 from cfvlm_ds.core.distributed import Patience, World, agreed
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.versions import version
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan
 from cfvlm_ds.evaluation.benchmarks import Judged, Outcome, results
@@ -23,6 +24,7 @@ from cfvlm_ds.evaluation.suite.bootstrap import drawn_together, draws_for
 from cfvlm_ds.evaluation.suite.chosen import spread
 from cfvlm_ds.evaluation.suite.item_check import example_of
 from cfvlm_ds.evaluation.suite.tables import logged
+from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_train
 
 FOLDER = "benchmarks"
 """In a run's folder: the results of its benchmarks, as `cfvlm-ds compare` reads them."""
@@ -111,24 +113,41 @@ def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
     return f"{metric} {'not known' if value is None else f'{value:.1f}'} ({', '.join(beside)})"
 
 
-def write_benchmarks(config: RunConfig, benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes, world: World) -> list[Result]:
+def write_benchmarks(
+    config: RunConfig, benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes, world: World, exported: bool
+) -> list[Result]:
     """Write the results of every benchmark into the run's folder, on rank 0; collective, since ranks share the bootstrap. The results, on
-    rank 0."""
+    rank 0. They name the weights where the model is ``exported``, and so on disk."""
     run_dir, drawn, patience = Path(config.train.output_dir), dict[str, list[Values]](), Patience(world)
     for name, found in outcomes.items():
         metrics, draws, label = benchmarks[name].chosen.benchmark.metrics, draws_for(len(found)), f"evaluating {name}"
         drawn[name] = drawn_together(world, bootstrap_of(found), metrics, judged(found)["seen"], draws, label, patience)
     written = []
+    identity = _identity(config, world, patience.alive) if exported and outcomes and world.is_main else {}
     for name, found in outcomes.items() if world.is_main else ():
         each = benchmarks[name]
         header = {
             "benchmark": each.chosen.name,
             "probe": {"name": each.chosen.way.name, **asdict(each.chosen.way)},  # type: ignore[arg-type]
-            "model": {"name": str(run_dir), "weights": None, "inputs": None, "adapter": None},
+            "model": {"name": str(run_dir), **{part: identity.get(part) for part in ("weights", "inputs", "adapter")}},
             "data": dict(each.identity),
+            "settings": {"shuffled": config.train.eval_shuffled, "limit": config.data.benchmark_sets[name].limit},
+            "versions": {package: version(package) for package in ("cfvlm-ds", "torch", "transformers")},
         }
         record = recorded(each.chosen.benchmark, header, found, drawn[name], (), each.notes, **each.example)
         result = Result(name, each.chosen.label, record, tuple(found))
         write_result(result_folder(run_dir / FOLDER / name / each.chosen.label), result)
         written.append(result)
     return written
+
+
+def _identity(config: RunConfig, world: World, alive: Callable[[], object]) -> dict[str, str]:
+    """What the exported model is recognised by, as `cfvlm-ds evaluate` of the run's folder does."""
+    run_dir = Path(config.train.output_dir)
+    try:
+        if only_adapters_train(config.model):
+            return fingerprint(config.model, alive) | {"adapter": adapter_fingerprint(run_dir / "adapter", alive)}
+        return fingerprint(replace(config.model, name_or_path=str(run_dir / "export")), alive)
+    except (OSError, ConfigError) as error:
+        world.say(f"warning: the results of benchmarks do not name the weights, which cannot be read ({error})")
+        return {}

@@ -189,7 +189,7 @@ class Trainer:
         results, scores = self.evaluator(config.train.eval_shuffled)
         outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
         tracker.log(step, flat_metrics(results) | benchmark_metrics(benchmarks, outcomes))
-        asked = write_benchmarks(config, benchmarks, outcomes, self._world)
+        asked = write_benchmarks(config, benchmarks, outcomes, self._world, config.train.export and failed is None)
         if self._world.is_main:
             written = write_results(config, self._data.splits, results, scores, self._data.identities, asked)
             if config.train.figures:

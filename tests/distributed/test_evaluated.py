@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import caption, draw, metrics, run_ranks, train_arguments
 
 from cfvlm_ds.cli.main import main
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.models import fingerprint
 
 SCENES = [[("red", "circle"), ("blue", "square")], [("green", "circle"), ("red", "square")], [("yellow", "square"), ("blue", "circle")]]
 COMMAND = """\
@@ -167,6 +170,9 @@ def test_a_training_evaluates_benchmarks(
     compared = capsys.readouterr().out
     assert "| crepe | caption | macro |" in compared and "in different words" not in compared
     record = json.loads((run_dir / "benchmarks/crepe/caption/results.json").read_text())
+    assert record["versions"]["torch"] == torch.__version__ and record["settings"] == {"shuffled": True, "limit": None}
+    identity = fingerprint(ModelConfig(str(run_dir / "export")))
+    assert {part: record["model"][part] for part in identity} == identity, "of the exported model"
     assert "Describe the image." in record["prompt"] and record["answer"] == "a red circle and a blue square"
     for change, sentence in (
         (["--train.save_best", "eval/crepe/macro/nothing"], "is no metric that an evaluation of data.evaluation has"),

@@ -786,6 +786,47 @@ def test_cvbench_vl_checklist_vismin_and_the_counterfacts_by_hand(tmp_path: Path
 # Hostile and odd files --------------------------------------------------------------------------------------------------------------------
 
 
+def test_captions_and_choices_by_hand(tmp_path: Path) -> None:
+    """Some items right, some wrong, some tied, in each of the others."""
+    found = on("valse", tmp_path, lambda item: None if "existence" in item.id else item.tags["part"] != "plurals")
+    assert found["macro"] == found["accuracy"] == pytest.approx(100 * 9 / 11) and found["macro/plurals"] == found["macro/existence"] == 0
+    items = list(written("sugarcrepe_pp", tmp_path).values())
+    found = BENCHMARKS["sugarcrepe_pp"].metrics(with_scores(items, [[2, 1, 0], [2, 0, 1], [1, 0, 0], [1, 1, 0], [0, 0, -1]]))
+    assert found["macro"] == 60 and found["macro/replace_obj"] == found["macro/replace_rel"] == 0, (
+        "both true captions must win; a tie loses"
+    )
+    found = on("conme", tmp_path, lambda item: {"att": item.id.endswith("/3"), "obj": True, "rel": None}[item.tags["part"][-3:]])
+    assert (found["macro/replace-att"], found["macro/replace-obj"], found["macro/replace-rel"], found["macro"]) == (50, 100, 0, 50)
+    found = on("mmstar", tmp_path, lambda item: item.tags["category"] == "math" or None)
+    assert (found["macro/math"], found["macro/coarse perception"], found["macro"], found["accuracy"]) == (100, 0, 50, 50)
+    found = on("blink", tmp_path, lambda item: item.tags["task"] in ("Counting", "Jigsaw"))
+    assert found["macro"] == found["accuracy"] == pytest.approx(100 * 2 / 14) and found["macro/Jigsaw"] == 100
+    found = on("aro_coco_order", tmp_path, lambda item: item.id == "1/0")
+    assert found["accuracy"] == 50, "of two captions; one of a single word has no other order"
+    assert on("aro_flickr_order", tmp_path, lambda item: None)["accuracy"] == 0
+
+
+def test_vsr_by_hand(tmp_path: Path) -> None:
+    """Truth yes, no, no; the model says yes, nothing, yes."""
+    found = BENCHMARKS["vsr"].metrics(with_scores(list(written("vsr", tmp_path).values()), [[2, 1], [1, 1], [3, 1]]))
+    assert found["accuracy"] == pytest.approx(100 / 3) and found["yes_ratio"] == pytest.approx(200 / 3)
+    assert (found["precision"], found["recall"]) == (50, 100) and found["f1"] == pytest.approx(200 / 3)
+    assert found["auc"] == 50, "margin 1 of yes, 0 and 2 of no"
+    assert found["macro"] == 25, "half of two about under, none of one about on"
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"), [("eqben", ("sd", "ag")), ("bivlc", ("replace_object", "swap_object")), ("winoground", ("Object",))]
+)
+def test_quads_by_hand(name: str, parts: Sequence[str], tmp_path: Path) -> None:
+    """The first item is right throughout; of the second one the second picture is wrong, and its texts tell no picture apart."""
+    items = list(written(name, tmp_path).values())
+    first = items[0].id
+    found = on(name, tmp_path / "again", lambda item: True if item.id == first else [True, False])
+    assert (found["text"], found["image"], found["group"], found["pair"]) == (50, 50, 50, 75)
+    assert found[f"text/{parts[0]}"] == (100 if len(parts) > 1 else 50) and found.get(f"pair/{parts[-1]}") == (50 if len(parts) > 1 else 75)
+
+
 def test_a_name_leads_to_no_file_outside(tmp_path: Path) -> None:
     put(tmp_path / "secret.jpg", "secret")
     (tmp_path / "inner/images").mkdir(parents=True)
