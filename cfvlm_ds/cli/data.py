@@ -63,9 +63,9 @@ def add(commands: Any) -> None:
 def _build(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.demo.scenes import build_benchmarks, config_in
 
-    given = values_of(arguments, ScenesConfig)
-    there = config_in(Path(given["out_dir"])) if arguments.benchmarks and len(given) == 1 else None
-    config = there or ScenesConfig(**given)
+    config = ScenesConfig(**values_of(arguments, ScenesConfig))
+    if arguments.benchmarks and config == ScenesConfig(config.out_dir):  # without options, the world that is there
+        config = config_in(Path(config.out_dir)) or config
     build(BuildConfig(scenes=config))
     if arguments.benchmarks:
         print(f"wrote {build_benchmarks(config, Path(arguments.benchmarks))}: sugarcrepe, naturalbench, pope")

@@ -152,7 +152,16 @@ def test_a_training_evaluates_benchmarks(
     more = [
         f'--data.evaluation={{"crepe": {{"benchmark": "sugarcrepe", "root": "{root}", "probe": "caption"}}, "test": "{manifests["test"]}"}}'
     ]
-    more += ["--train.max_steps", "2", "--train.eval_steps", "1", "--train.save_best", "eval/crepe/macro/swap_obj"]
+    more += [
+        "--train.max_steps",
+        "2",
+        "--train.eval_steps",
+        "1",
+        "--train.save_best",
+        "eval/crepe/macro/swap_obj",
+        "--train.export",
+        "true",
+    ]
     ended = run_ranks(2, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, run_dir, *more), said=tmp_path / "said")
     assert [code for code, _ in ended] == [0, 0], ended
     said, recorded = ended[0][1], metrics(run_dir)

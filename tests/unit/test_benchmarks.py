@@ -795,7 +795,7 @@ def test_captions_and_choices_by_hand(tmp_path: Path) -> None:
     assert found["macro"] == 60 and found["macro/replace_obj"] == found["macro/replace_rel"] == 0, (
         "both true captions must win; a tie loses"
     )
-    found = on("conme", tmp_path, lambda item: {"att": item.id.endswith("/3"), "obj": True, "rel": None}[item.tags["part"][-3:]])
+    found = on("conme", tmp_path, lambda item: {"att": item.id.endswith("/4"), "obj": True, "rel": None}[item.tags["part"][-3:]])
     assert (found["macro/replace-att"], found["macro/replace-obj"], found["macro/replace-rel"], found["macro"]) == (50, 100, 0, 50)
     found = on("mmstar", tmp_path, lambda item: item.tags["category"] == "math" or None)
     assert (found["macro/math"], found["macro/coarse perception"], found["macro"], found["accuracy"]) == (100, 0, 50, 50)

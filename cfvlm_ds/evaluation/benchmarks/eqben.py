@@ -51,7 +51,7 @@ def _picture(source: Source, where: str, name: Any) -> Path:
 
 def _frame(path: Path) -> Image.Image:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # whose size is checked before anything of it is in memory
+        array = np.lib.format.open_memmap(path, mode="r")  # which is held against the size of the file, and takes no objects
     except (OSError, ValueError, EOFError, SyntaxError, MemoryError, RecursionError, OverflowError) as error:
         raise DataError(f"{path}: no array of numbers in it ({error}); get the official file again") from error
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not 0 < array.shape[0] * array.shape[1] <= MAX_PIXELS:
