@@ -881,6 +881,8 @@ def test_files_that_are_no_files_of_rows(tmp_path: Path) -> None:
         "Index,Question,Options,Correct Answer\n1,Which?,(a) x (b) y,(c)\n2,Which?\n0,Which?,(a) x (b) y,(a)\n"
     )
     problems = [str(problem) for problem in load(BENCHMARKS["mmvp"], tmp_path).problems]
+    (tmp_path / "Questions.csv").write_bytes("Index,Question,Options,Correct Answer\n1,Où?,(a) x (b) y,(a)\n".encode("latin-1"))
+    assert "Questions.csv: is not UTF-8" in str(load(BENCHMARKS["mmvp"], tmp_path).problems[0])
     assert "one of them" in problems[0] and "2 fields for 4 columns" in problems[1] and "number from 1" in problems[2]
 
 

@@ -338,7 +338,7 @@ def test_results_of_something_else_are_not_written_over(scorer: Scorer, collator
     before = files(out)
     for model, settings, what in (
         (asked(scorer, collator, "other"), few, "model.weights was 'a', and is 'other'"),
-        (asked(scorer, collator), replace(few, limit=4), "(data.items|settings.limit) was"),
+        (asked(scorer, collator), replace(few, limit=4), "settings.limit was 2, and is 4"),
         (asked(scorer, collator), replace(few, batch_size=3), "settings.batch_size was 16, and is 3"),
     ):
         with pytest.raises(ConfigError, match=what):
@@ -693,6 +693,8 @@ def test_items_of_another_benchmark_are_one_sentence(tmp_path: Path) -> None:
         (other / "sugarcrepe/match" / ITEMS).write_text("".join(json.dumps(line) + "\n" for line in lines))
         with pytest.raises(DataError, match=r"sugarcrepe/match: .*none of POPE .*Error: "):
             compare_results(other, other)
+    with pytest.raises(ConfigError, match="is of sugarcrepe in the one folder and of pope in the other"):
+        compare_results(folder, other)
 
 
 def test_scores_that_are_no_numbers_are_kept_counted_and_wrong(tmp_path: Path) -> None:

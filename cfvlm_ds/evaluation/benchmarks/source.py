@@ -75,6 +75,8 @@ class Source:
                 yield where, value
         except DataError as error:  # which names the file and what to do
             yield str(path), error
+        except UnicodeDecodeError as error:
+            yield str(path), DataError(f"{path}: is not UTF-8 ({error}); save it as UTF-8, or get the official file again")
         except (TooLarge, DuplicateKey, ValueError, RecursionError) as error:
             yield str(path), DataError(f"{path}: cannot be read ({error}); get the official file again")
         except OSError as error:

@@ -88,6 +88,8 @@ def compare_results(
 
 def _compared(before: Result, after: Result, draws: int | None, say: Callable[[str], object]) -> Compared:
     benchmark = benchmark_named(before.name)
+    if before.name != after.name:
+        raise ConfigError(f"{before.place} is of {before.name} in the one folder and of {after.name} in the other; compare results of one")
     pairs, notes = _pairs(before, after)
     if not pairs:
         raise ConfigError(f"{before.place}: the two results have no item in common; evaluate both models on the same files")
@@ -128,6 +130,8 @@ def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]]
     one, other_data = before.record["data"], after.record["data"]
     if not changed and one.get("pictures") != other_data.get("pictures"):
         notes.append("the pictures of the two results differ: these are differences of the data too")
+    if before.record["probe"] != after.record["probe"]:
+        notes.append("the two models were asked with other options of the probe")
     if before.record.get("prompt") != after.record.get("prompt"):
         notes.append("the two models were asked in different words, by their chat templates")
     return pairs, notes

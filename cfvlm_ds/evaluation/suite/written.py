@@ -304,8 +304,9 @@ class Journal:
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ConfigError where a file is of another evaluation, naming what differs."""
-    for name, value in _flat(now).items():
-        was = _flat(before).get(name)
+    known, asked = _flat(before), _flat(now)
+    for name in sorted(asked, key=lambda name: not name.startswith("settings.")):  # a limit rather than the items that come of it
+        was, value = known.get(name), asked[name]
         if was != value:
             raise ConfigError(
                 f"{path.parent} holds results of another evaluation: {name} was {quoted(was, 80)}, and is {quoted(value, 80)}; name "
