@@ -77,6 +77,8 @@ def evaluate(
     for name in ("benchmark_root", "out"):
         if not getattr(arguments, name):
             raise ConfigError(f"--benchmarks needs --{name}, a folder; add it")
+    if Path(arguments.out).resolve() == Path(arguments.benchmark_root).resolve():
+        raise ConfigError(f"--out {arguments.out} is the folder of the benchmarks, whose files results would lie among; name another one")
     from cfvlm_ds.core.distributed import Patience, agreed, default_workers
     from cfvlm_ds.evaluation.suite import Settings, choose, evaluate_benchmarks, load_items, results_held
     from cfvlm_ds.evaluation.suite.asked import MAX_TOKENS

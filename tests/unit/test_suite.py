@@ -24,6 +24,7 @@ from pyarrow import parquet
 
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.cli import benchmarks as tracked
+from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import ModelConfig, ScenesConfig
 from cfvlm_ds.core.distributed import Patience, World
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError
@@ -725,7 +726,7 @@ def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
         asking.results_held(tmp_path / "file", ALONE).__enter__()
 
 
-def test_what_is_not_of_an_evaluation_is_not_written_over(tmp_path: Path) -> None:
+def test_what_is_not_of_an_evaluation_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A training's folder has a results.md and metrics of its own; so may any folder."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("model: {}\n")
@@ -738,6 +739,9 @@ def test_what_is_not_of_an_evaluation_is_not_written_over(tmp_path: Path) -> Non
     (tmp_path / "mine" / "results.md").write_text(markdown([result(rows([True]))]))
     with asking.results_held(tmp_path / "mine", ALONE):
         pass
+    with pytest.raises(SystemExit):
+        main(["evaluate", "model", "--benchmarks", "pope", "--benchmark_root", str(tmp_path), "--out", f"{tmp_path}/mine/.."])
+    assert "is the folder of the benchmarks" in capsys.readouterr().err
 
 
 def test_a_folder_is_one_run_of_an_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
