@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import re
 import threading
 import time
@@ -17,14 +18,15 @@ from typing import Any
 
 import pytest
 from conftest import REPO, draw
+from stamps import judged as judged_stamps
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.counterfactuals.http import CallFailed, check_url, post
 from cfvlm_ds.counterfactuals.options import TYPES, ProposeOptions
-from cfvlm_ds.counterfactuals.propose import PROPOSERS, grammar, llm, vocabulary
+from cfvlm_ds.counterfactuals.propose import PROPOSERS, grammar, llm, slots, vocabulary
 from cfvlm_ds.counterfactuals.propose.base import Context, Proposal, Rejected, Source
 from cfvlm_ds.counterfactuals.propose.rules import Rules
-from cfvlm_ds.counterfactuals.propose.step import propose
+from cfvlm_ds.counterfactuals.propose.step import Seen, propose
 from cfvlm_ds.counterfactuals.propose.word_difference import defect
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 from cfvlm_ds.data import open_groups
@@ -108,7 +110,22 @@ def test_the_rules_propose_what_is_right_and_nothing_else() -> None:
     assert len(TABLE) >= 300 and not wrong, f"{len(wrong)} rows\n" + "\n".join(f"{caption}: {said}" for caption, said in wrong.items())
 
 
-FRAMES = {"a {} near a river": 0, "two {} near a river": 1, "several {} in a park": 1, "the {} near a fence": 0}
+def test_edits_of_captions_that_nobody_here_wrote_are_right() -> None:
+    """A list that tests/support/stamps.py drew, with a reader's verdict on each line: their share, and that the rules still propose them."""
+    rows = judged_stamps(REPO / "tests" / "golden" / "stamps_judged.txt")
+    assert len(rows) == 200 and {verdict.split(":")[0] for verdict, *_ in rows} <= {"right", "wrong"}
+    right = [row[1:] for row in rows if row[0] == "right"]
+    assert len(right) / len(rows) >= 0.95, f"{len(right)} of {len(rows)}"
+    found = {
+        (each.type, caption, each.text)
+        for caption in {caption for _, caption, _ in right}
+        for each in rules(per_type=99).propose(Source("x", caption))
+        if isinstance(each, Proposal)
+    }
+    assert not set(right) - found, "the rules have changed: judge a fresh list"
+
+
+FRAMES = {"a {} near a wall": 0, "two {} near a wall": 1, "several {} in a park": 1, "the {} near a fence": 0}
 
 
 def test_every_listed_noun_is_replaced_by_a_sibling_of_its_number_and_by_nothing_alike() -> None:
@@ -373,6 +390,8 @@ def drip(part: bytes, times: int, pause_s: float) -> Callable[[Any], None]:
 
 FAULTS: dict[str, tuple[int, bytes | Callable[[Any], None], dict[str, str]]] = {
     "too many calls": (429, b"{}", {"Retry-After": "7"}),
+    "a wait that is no number": (429, b"{}", {"Retry-After": "nan"}),
+    "a wait without end": (503, b"{}", {"Retry-After": "inf"}),
     "server error": (500, b"boom", {}),
     "cut JSON": (200, reply([edit("colour", "x")])[:-30], {}),
     "no JSON": (200, b"<html>login</html>", {}),
@@ -403,6 +422,7 @@ def test_a_fault_is_retried_and_never_kept(fault: str, captions: Path, tmp_path:
     with server.running():
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
     assert len(server.asked) == 8 and len(at_once) == 4 and done["counts"]["edits"] == 1 and "failed" not in done["counts"]
+    assert all(0 < pause <= 60 for pause in at_once)
     if fault == "too many calls":
         assert all(pause >= 7 for pause in at_once)
     kept = (tmp_path / "W" / "llm" / "shard-00000.jsonl").read_text().splitlines()
@@ -438,6 +458,21 @@ def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_e
             asked_model(captions, tmp_path / f"U{status}", server)
 
 
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_request_that_is_not_taken_is_one_failure_unless_none_is(
+    status: int, captions: Path, tmp_path: Path, at_once: list[float]
+) -> None:
+    """A caption that is too long for a server must not end the step at every start."""
+    server = Server(lambda body, number: (status, b"too long", {}) if "red car" in json.dumps(body) else (200, reply([]), {}))
+    with server.running():
+        done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
+    assert done["counts"]["failed"] == 1 and len(server.asked) == 4 and not at_once
+    assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == f"no usable reply: status {status}: too long"
+    server = Server(lambda body, number: (status, b"no such option", {}))
+    with server.running(), pytest.raises(ConfigError, match=f"takes no request, the last: status {status}: no such option; correct"):
+        asked_model(captions, tmp_path / "V", server, llm_calls=1)
+
+
 def test_a_restart_costs_nothing_and_gives_the_same(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
     def answers(body: dict[str, Any], number: int) -> Any:
         threading.Event().wait(0.1)  # so that calls meet
@@ -468,6 +503,12 @@ def test_a_budget_of_tokens_is_not_passed_by_far(captions: Path, tmp_path: Path,
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1, budget_tokens=150)
     assert len(server.asked) == 2 and done["counts"]["failed"] == 2
     assert lines_of(tmp_path / "W")[3]["rejected"][0]["reason"] == "no usable reply: the budget of 150 tokens is spent"
+    silent = json.dumps({"choices": [{"finish_reason": "stop", "message": {"content": '{"edits": []}'}}]}).encode()
+    for answer, asked in ((silent, 1), (reply("prose"), 6)):  # a cost that is not said, and one that bought nothing
+        server = Server(lambda body, number, answer=answer: (200, answer, {}))
+        with server.running():
+            asked_model(captions, tmp_path / f"V{asked}", server, llm_calls=1, budget_tokens=400, llm_attempts=3)
+        assert len(server.asked) == asked
 
 
 def test_addresses() -> None:
@@ -506,9 +547,41 @@ def test_real_pairs_are_found_once_and_by_every_cut(tmp_path: Path) -> None:
     """Against all pairs by hand: a word of one list in place of another one of it, pictures that are not the same, synonyms left out."""
     pairs = "a1 a7 a8 b3 b7 b8 d7 d8 d0 h0 i0"  # d3 says what a0 says, and j0 is a's own picture; grey is gray
     expected = {(pair[0], "colour", f"{pair[1]}.png") for pair in pairs.split()}
-    assert mined(tmp_path) == mined(tmp_path, 3) == expected
+    assert mined(tmp_path) == mined(tmp_path, 3) == mined(tmp_path, 7) == expected
+    assert len({(tmp_path / f"M{shards}" / "mine" / "slots.bin").read_bytes() for shards in (1, 3, 7)}) == 1
     wider = mined(tmp_path / "wider", types="colour,other")
     assert wider - expected == {("a", "other", "5.png"), ("d", "other", "5.png")}  # a house in place of a car
+
+
+def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_WAITING", 4)
+    draw_word = random.Random(3)
+    captions = [(row, " ".join(draw_word.choice("abcd") for _ in range(4))) for row in range(400)]
+    expected: dict[int, list[int]] = {}
+    for row, caption in captions:
+        for key, _, _ in slots.slots(caption):
+            expected.setdefault(key, []).append(row)
+    index = slots.opened(tmp_path / "i" / "slots.bin", iter(captions))
+    assert len({len(rows) > 1 for rows in expected.values()}) == 2 or len(expected) == 256
+    for key, rows in expected.items():
+        assert index.rows(key, 1000, 0) == (rows if len(rows) > 1 else [])
+        some = index.rows(key, 2, 7)
+        assert len(some) <= 2 and (len(rows) == 1 or (len(set(some)) == 2 and set(some) <= set(rows)))
+    assert index.rows(12345, 10, 0) == []
+    before = (tmp_path / "i" / "slots.bin").read_bytes()
+    (tmp_path / "i" / "slots.bin").write_bytes(before[:-5])  # a file that a full disk cut is made again
+    slots.opened(tmp_path / "i" / "slots.bin", iter(captions))
+    assert (tmp_path / "i" / "slots.bin").read_bytes() == before and list((tmp_path / "i").iterdir()) == [tmp_path / "i" / "slots.bin"]
+    assert slots.opened(tmp_path / "none.bin", iter([])).rows(1, 5, 0) == []
+
+
+def test_numbers_that_were_there_are_known() -> None:
+    draw_number, seen, known = random.Random(5), Seen(), set[int]()
+    for _ in range(20_000):
+        number = draw_number.randrange(9000) * (1 << 48) + draw_number.randrange(2)
+        assert seen.add(number) == (number not in known)
+        known.add(number)
+    assert seen.add((1 << 63) - 1) and not seen.add((1 << 63) - 1)
 
 
 def test_registered_back_ends_are_called_by_name(captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def test_verify_writes_all_of_it_down_and_thresholds_decide(
     whole = SecondOpinion(str(contrastive), str(encoder), str(inference))
     assert flipped["models"] == whole.of(*TEXTS, pictures)
     assert set(alone["models"]) == {"clip", "nli"} and len(alone["models"]["clip"]) == 1
-    with pytest.raises(ConfigError, match="nli: .*then, '' now"):
+    with pytest.raises(ConfigError, match=r"nli: .*then, '' now"):
         verify(tmp_path / "W", VerifyOptions(clip=str(contrastive), dino=str(encoder)), 0, quiet, None)
 
 

@@ -98,7 +98,7 @@ class Caption:
         if not word.isalpha() or word in FOLLOWING or word in DETERMINERS:
             return None
         known = NOUNS.get(word)
-        if known is None and (word in _MODIFIERS or word.endswith("ing") or len(word) < 3):
+        if known is None and (word in _MODIFIERS or (word.endswith("ing") and word not in NOT_VERBS) or len(word) < 3):
             return None
         if word in OF_KIND["colour"] and self.word(noun + 1) == "and" and self.word(noun + 2) in OF_KIND["colour"]:
             return None

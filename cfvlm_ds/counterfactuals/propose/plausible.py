@@ -30,7 +30,7 @@ boy: girl
 girl: boy
 dog cat rabbit bird duck: dog cat rabbit
 horse cow pig sheep goat: horse cow pig sheep goat
-elephant zebra giraffe lion tiger monkey: elephant zebra giraffe lion tiger monkey
+elephant zebra giraffe lion tiger monkey bear: elephant zebra giraffe lion tiger monkey
 car bus truck van tractor motorcycle bicycle bike: car bus truck van tractor motorcycle bicycle
 boat train: bus truck
 airplane: helicopter
@@ -183,6 +183,12 @@ def instead(caption: Caption, phrase: Phrase) -> frozenset[str]:
         found -= _set("shirt dress")  # who wears a hat wears a shirt too
     if category == "furniture" and said & OUTSIDE:
         found -= _set("bed couch")
+    if said & _MEN:
+        found -= _set("dress")
+    if category == "sport" and said & _THROWN:
+        found &= _set("ball frisbee")
+    if category == "dish" and after == "with":
+        found -= _set("plate fork knife spoon")
     if before in _INTO:
         found -= _set("plate fork knife spoon umbrella")
     return frozenset(each for each in found if _fits(caption, phrase, each))
@@ -211,6 +217,8 @@ def _held_by_place(category: str, one: str, before: str, earlier: str, said: set
     return before == "with" and using and earlier != "table"
 
 
+_MEN = _set("man men boy boys guy guys")
+_THROWN = _set("throwing throws throw catching catches catch tossing tossed")
 _USED = _set("cutting cuts cut slicing eating eats spreading stirring")
 
 

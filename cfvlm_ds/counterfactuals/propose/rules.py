@@ -213,7 +213,7 @@ def _agreement(caption: Caption, phrase: Phrase, plural: bool) -> dict[int, str]
         changes[phrase.start - 1] = {"is": "are", "are": "is", "was": "were", "were": "was"}[before]
     if not after or after.endswith("ing") or (after.endswith("ed") and after not in v.NOT_VERBS):
         return changes
-    if after in _PREPOSITIONS:  # "near" is a verb, too
+    if after in _PREPOSITIONS or after in ("left", "right"):  # "near" is a verb, too
         return changes
     verb = agreeing(after, plural)
     return None if verb is None else changes if verb == after else changes | {phrase.noun + 1: verb}
