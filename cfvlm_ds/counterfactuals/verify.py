@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
@@ -58,26 +60,41 @@ def verify(
     if (done := work.done(STEP, shard)) is not None:
         say(f"{out}: verify is through with shard {shard}")
         return done
-    said = _said(options)
-    work.settle(STEP, {**said, "scored": score is not None, "weights": dict(identity or {})})
     others = SecondOpinion(options.clip, options.dino, options.nli) if options.clip or options.dino or options.nli else None
+    work.settle(STEP, {**_said(options), "scored": score is not None, "weights": dict(identity or {})})
     step = ShardStep(work, STEP, shard)
     try:
         total = (work.done("edit", shard) or {"records": 0})["records"]
         progress = Progress(say, STEP, max(total - step.count, 1), "candidates")
-        units = candidates(work, shard)
-        place = 0
-        while chunk := list(islice(units, BATCHES * options.batch_size)):
-            if place + len(chunk) > step.count:
-                new = measured(chunk, options, score, others)[max(0, step.count - place) :]
-                for record in new:
-                    step.add(record)
-                progress.advance(len(new))
-            place += len(chunk)
+        for there, chunk, looked in _looked_at_ahead(candidates(work, shard), BATCHES * options.batch_size, step.count):
+            new = measured(chunk, looked, options, score, others)[there:]
+            for record in new:
+                step.add(record)
+            progress.advance(len(new))
         return step.finish(counted)
     except BaseException:
         step.close()
         raise
+
+
+def _looked_at_ahead(units: Iterator[Candidate], size: int, done: int) -> Iterator[tuple[int, list[Candidate], list[dict[str, Any]]]]:
+    """Chunks of candidates without a record, with how many of each have one, and what the pixels say: threads look at the pictures of the
+    next chunk while the scorer has this one."""
+    pool = ThreadPoolExecutor(cores_per_rank())
+    try:
+        waiting: list[tuple[int, list[Candidate], list[Future[dict[str, Any]]]]] = []
+        place = 0
+        while chunk := list(islice(units, size)):
+            if place + len(chunk) > done:
+                waiting.append((max(0, done - place), chunk, [pool.submit(_looked_at, each) for each in chunk]))
+            place += len(chunk)
+            if len(waiting) > 1:
+                there, first, answers = waiting.pop(0)
+                yield there, first, [answer.result() for answer in answers]
+        for there, first, answers in waiting:
+            yield there, first, [answer.result() for answer in answers]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def refuse_unfit(out: Path, options: VerifyOptions, shard: int, of: int | None = None) -> bool:
@@ -124,10 +141,9 @@ def candidates(work: WorkFolder, shard: int) -> Iterator[Candidate]:
 
 
 def measured(
-    chunk: Sequence[Candidate], options: VerifyOptions, score: Score | None, others: SecondOpinion | None = None
+    chunk: Sequence[Candidate], found: list[dict[str, Any]], options: VerifyOptions, score: Score | None, others: SecondOpinion | None
 ) -> list[dict[str, Any]]:
-    """The records of some candidates."""
-    found = [_looked_at(candidate) for candidate in chunk]
+    """The records of some candidates: ``found``, what the pixels say, with what models say."""
     if others is not None:
         for candidate, record in zip(chunk, found, strict=True):
             if "problem" not in record:

@@ -111,7 +111,7 @@ def test_the_rules_propose_what_is_right_and_nothing_else() -> None:
 
 
 def test_edits_of_captions_that_nobody_here_wrote_are_right() -> None:
-    """A list that tests/support/stamps.py drew, with a reader's verdict on each line: their share, and that the rules still propose them."""
+    """A list that tests/support/stamps.py drew, with a verdict on each line: their share, and that the rules still propose them."""
     rows = judged_stamps(REPO / "tests" / "golden" / "stamps_judged.txt")
     assert len(rows) == 200 and {verdict.split(":")[0] for verdict, *_ in rows} <= {"right", "wrong"}
     right = [row[1:] for row in rows if row[0] == "right"]
@@ -168,6 +168,51 @@ def test_proposals_are_drawn_by_id_and_seed_alone_and_judged_like_any_other() ->
     assert {each.type for each in first} == {"colour", "size", "count", "relation", "object"}
     many = Counter(each.type for each in rules(per_type=3).propose(Source("a", caption)))
     assert many == {"colour": 3, "size": 1, "count": 3, "relation": 1, "object": 3}
+
+
+def test_no_caption_breaks_the_rules() -> None:
+    """Words of the lists in any order, with marks, numbers and capitals between them."""
+    chance = random.Random(11)
+    listed = [
+        "a",
+        "an",
+        "the",
+        "two",
+        "one",
+        "3",
+        "\u0663",
+        "left",
+        "of",
+        "to",
+        "the right of",
+        ",",
+        ".",
+        "\u201c",
+        "-",
+        "of",
+        "and",
+        "is",
+        "are",
+        "with",
+    ]
+    listed += [
+        *vocabulary.NOUNS,
+        *vocabulary.COLOURS_READ,
+        *vocabulary.SIZES,
+        *vocabulary.FOLLOWING,
+        "sitting",
+        "Fuji",
+        "hydrants",
+        "wooden",
+    ]
+    proposals = 0
+    for _ in range(1500):
+        caption = " ".join(chance.choices(listed, k=chance.randrange(1, 9)))
+        for each in rules().propose(Source("x", caption)):
+            if isinstance(each, Proposal):
+                assert defect(caption, each.text, each.type) is None and each.text != caption
+                proposals += 1
+    assert proposals > 100
 
 
 def test_words_of_ones_own_are_what_edits_lead_to(tmp_path: Path) -> None:

@@ -180,7 +180,8 @@ def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
         if not number or caption.word(place - 1) in _NO_COUNT or caption.words.count(word) > 1 or caption.is_named(place):
             continue
         phrase = phrases.get(place)
-        noun = phrase.noun if phrase is not None else next((k for k in (place + 2, place + 3) if caption.ends(k + 1)), 0)
+        further = [k for k in (place + 2, place + 3) if k < len(caption.words) and caption.ends(k + 1)]
+        noun = phrase.noun if phrase is not None else next(iter(further), 0)
         said = caption.words[place + 1 : noun + 1]
         if (
             not noun
