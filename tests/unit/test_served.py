@@ -55,7 +55,7 @@ def test_a_real_server_that_talks_nonsense_breaks_nothing(server: str, model_dir
         rows.append({"id": f"c{k}", "image": f"{k}.png", "caption": caption})
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     store = open_groups(tmp_path / "c.jsonl", None, "auto")
-    options = ProposeOptions(back_ends="rules,llm", llm_url=server, llm_model=str(model_dir), llm_attempts=2, llm_timeout_s=120)
+    options = ProposeOptions(back_ends="rules,llm", llm_url=server, llm_model=str(model_dir), llm_attempts=2, llm_timeout_s=600)
     done = propose(store, tmp_path / "W", options, 0, quiet)
     lines = [json.loads(line) for line in (tmp_path / "W" / "propose" / "shard-00000.jsonl").read_text().splitlines()]
     assert done["counts"]["failed"] == 2 and len(lines) == 2
