@@ -840,12 +840,11 @@ def test_refine_thins_planted_cues_by_the_command_line(tmp_path: Path, capsys: p
     for k in range(300):
         old, new = ("red", "blue") if k % 2 else ("blue", "red")
         texts = [f"a {old} disc number {k}", f"a {new} disc number {k}"]
-        texts[1] += " " + "here and there" * (k % 3 != 0)
-        texts[0] += " " + "near this thing" * (k % 3 == 0)
+        texts[k % 3 != 0] += " here and there"
         texts[1] = texts[1].replace("disc", "orb" if k % 5 == 0 else "disc")
         rows.append({
             "id": f"g{k}", "source": "test", "images": [{"id": "i0", "path": "0-0.png"}],
-            "texts": [{"id": f"t{i}", "text": text.strip()} for i, text in enumerate(texts)], "match": [["i0", "t0", 1], ["i0", "t1", 0]],
+            "texts": [{"id": f"t{i}", "text": text} for i, text in enumerate(texts)], "match": [["i0", "t0", 1], ["i0", "t1", 0]],
             "edits": [{"type": "colour", "text": "t1", "from": old, "to": new}],
         })  # fmt: skip
     pair_rows(tmp_path, 1)
@@ -858,7 +857,7 @@ def test_refine_thins_planted_cues_by_the_command_line(tmp_path: Path, capsys: p
         assert said.setdefault(seed, content) == content and re.search(r"refined \| \d+ of 300 groups, of which a blind guess", shown)
     kept = [[each["text"] for each in json.loads(line)["texts"]] for line in said[1].splitlines()]
     longer, shorter = sum(len(new) > len(old) for old, new in kept), sum(len(new) < len(old) for old, new in kept)
-    assert said[1] != said[2] and len(kept) >= 100 and abs(longer - shorter) <= 0.04 * len(kept)
+    assert said[1] != said[2] and len(kept) >= 60 and abs(longer - shorter) <= 0.04 * len(kept)
     assert sum("orb" in new for _, new in kept) <= 0.16 * len(kept)  # it was 20 %
     assert len(read_manifest(tmp_path / "kept.jsonl")) == len(kept)
     for row in rows:
