@@ -216,7 +216,7 @@ def test_no_caption_breaks_the_rules() -> None:
 
 
 def test_words_of_ones_own_are_what_edits_lead_to(tmp_path: Path) -> None:
-    context = Context(ProposeOptions(), None, None, words={"colour": ["cyan", "white"], "object": ["bus"]})  # type: ignore[arg-type]
+    context = Context(ProposeOptions(), None, None, words={"colour": ["cyan", "white"], "object": ["van"]})  # type: ignore[arg-type]
     found = [each for each in Rules(context).propose(Source("x", "a red car in a park")) if isinstance(each, Proposal)]
     assert {each.text for each in found} <= {"a cyan car in a park", "a white car in a park"} and found
     for words, said in (({"relation": ["left"]}, "has no list of words"), ({"object": ["dragon"]}, "the forms of 'dragon' are not known")):
