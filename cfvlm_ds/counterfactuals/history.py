@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.counterfactuals.attempts import ByAttempt
 from cfvlm_ds.counterfactuals.edit.step import picture_path
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, Verdict, verdict
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
@@ -72,7 +73,7 @@ class History:
 
 
 def histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[History]:
-    """The sources of a shard, those without edits too. Memory: what was made of the shard's edits, without pictures.
+    """The sources of a shard, those without edits too.
 
     Raises DataError for records that are none of these steps.
     """
@@ -87,22 +88,19 @@ def histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[
 
 
 def _histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[History]:
-    made: dict[tuple[str, int], Mapping[str, Any]] = {}
-    order: dict[str, list[int]] = {}
-    for record in work.records("edit", shard):
-        name, attempt = str(record["edit"]), int(record["attempt"])
-        made[name, attempt] = record
-        order.setdefault(name, []).append(attempt)
-    measured = {(str(record["edit"]), int(record["attempt"])): record for record in work.records("verify", shard)}
+    made, measured = ByAttempt(work, "edit", shard), ByAttempt(work, "verify", shard)
     for line in work.records("propose", shard):
         if "problem" in line:
             continue
         edits = []
         for each in line["edits"]:
             found = Edited(each)
-            for attempt in order.get(each["id"], ()):
-                tried, seen = made[each["id"], attempt], measured.get((each["id"], attempt))
-                said = verdict(seen, thresholds) if seen is not None else Verdict("not verified", -float("inf"), 0)
-                found.attempts.append(Attempt(tried, seen, said, picture_path(work, tried)))
+            seen = {record["attempt"]: record for record in measured.at(each["id"])}
+            for tried in made.at(each["id"]):
+                record = seen.get(tried["attempt"])
+                said = verdict(record, thresholds) if record is not None else Verdict("not verified", -float("inf"), 0)
+                found.attempts.append(Attempt(tried, record, said, picture_path(work, tried)))
             edits.append(found)
         yield History(line, edits)
+    made.end()
+    measured.end()

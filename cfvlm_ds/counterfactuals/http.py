@@ -36,6 +36,36 @@ class CallFailed(Exception):
         self.again, self.after_s = again, after_s
 
 
+class Unfit(CallFailed):
+    """A request that the server does not take (400, 422): one picture or caption may be at fault, or all requests are."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, again=False)
+
+
+class Patience:
+    """Whether the server does not take one request or none. Used by several threads."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._answered, self._unfit, self._lock = url, False, 0, threading.Lock()
+
+    def answered(self) -> None:
+        """It has taken a request."""
+        self._answered = True
+
+    def unfit(self, failure: Unfit) -> None:
+        """Raise ConfigError where it has taken none and turned down several."""
+        with self._lock:
+            self._unfit += 1
+            if not self._answered and self._unfit >= _MOST_UNFIT:
+                raise ConfigError(
+                    f"{self._url}: the server takes no request, the last: {failure}; correct the address, the model's name or its options"
+                ) from failure
+
+
+_MOST_UNFIT = 3
+
+
 @dataclass(frozen=True)
 class Reply:
     """A reply of status 200."""
@@ -115,11 +145,14 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
 def _refuse(url: str, response: Any, content: bytes) -> None:
     """Raise for a status that is not 200."""
     said = one_line(content[:400].decode("utf-8", "replace"), 200)
-    if response.status in (400, 401, 403, 404, 405, 422) or 300 <= response.status < 400:
+    if response.status in (400, 422):
+        raise Unfit(f"status {response.status}: {said}")
+    if response.status in (401, 403, 404, 405) or 300 <= response.status < 400:
         raise ConfigError(f"{url}: the server answers {response.status} ({said}); correct the address, the model's name or the token")
     wait = 0.0
     with suppress(ValueError, TypeError):
-        wait = min(max(float(response.getheader("Retry-After")), 0.0), _LONGEST_WAIT_S)
+        said_s = float(response.getheader("Retry-After"))
+        wait = min(said_s, _LONGEST_WAIT_S) if said_s > 0 else 0.0  # it may be no number
     raise CallFailed(f"status {response.status}: {said}", after_s=wait)
 
 

@@ -32,6 +32,9 @@ class Thresholds:
         changed: least and most share of visibly changed pixels, by type of edit; "*" for the others.
         largest: least share of the changed pixels that are in one piece.
         outside: most share of the pixels outside of the mask that may differ.
+        clip: cosine by which each of the four comparisons of a CLIP must be won; null for what it says not to count.
+        dino: least cosine of both pictures by a vision encoder; null likewise.
+        entailment: most share that the caption entails the new text, or the other way round; null likewise.
     """
 
     rule: str = "match"
@@ -41,6 +44,9 @@ class Thresholds:
     )
     largest: float = 0.05
     outside: float = 0.0
+    clip: float | None = None
+    dino: float | None = None
+    entailment: float | None = None
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -68,6 +74,8 @@ def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
     checks = record.get("checks")
     if checks is not None and (reason := _picture_defect(checks, str(record.get("type", "")), thresholds, bool(record.get("mined")))):
         return Verdict(reason, -math.inf, 1)
+    if reason := _other_defect(record.get("models") or {}, thresholds, checks is not None, bool(record.get("mined"))):
+        return Verdict(reason, -math.inf, 1)
     if thresholds.rule == "checks":
         return Verdict(GOOD, 0.0, 2)
     named = margins(record, thresholds.rule)
@@ -93,6 +101,24 @@ def _picture_defect(checks: Mapping[str, Any], kind: str, thresholds: Thresholds
     if checks.get("largest", 1.0) < thresholds.largest:
         return "picture: changes all over it"
     return "picture: changed outside of its mask" if checks.get("outside", 0.0) > thresholds.outside else ""
+
+
+def _other_defect(said: Mapping[str, Any], thresholds: Thresholds, two: bool, mined: bool) -> str:
+    """What models beside the scorer have against it; a number that is missing or not finite counts as that."""
+    if thresholds.entailment is not None and not all(_number(share) <= thresholds.entailment for share in said.get("nli", (math.nan,))):
+        return "nli: one text follows from the other"
+    if thresholds.dino is not None and not mined and two and not _number(said.get("dino")) >= thresholds.dino:
+        return "dino: the pictures are not alike"
+    if thresholds.clip is not None:
+        rows = [[_number(value) for value in row] for row in said.get("clip", ((math.nan, math.nan),))]
+        for name, margin in _four(rows, rows, "").items():
+            if not margin > thresholds.clip:
+                return f"clip: {name}"
+    return ""
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
 
 
 def margins(record: Mapping[str, Any], rule: str) -> dict[str, float]:
@@ -145,6 +171,7 @@ def read_thresholds(file: str | Path | None, rule: str = "", margin: float | Non
                 value["changed"] = {str(kind): (float(low), float(high)) for kind, (low, high) in dict(value["changed"]).items()}
             given: dict[str, Any] = dict(value)
             given.update((name, float(value[name])) for name in ("margin", "largest", "outside") if name in value)
+            given.update((name, float(value[name])) for name in ("clip", "dino", "entailment") if value.get(name) is not None)
             found = replace(found, **given)
         except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
             if isinstance(error, ConfigError):

@@ -107,12 +107,18 @@ class VerifyOptions:
         template: question whether a picture shows a text, with {text} in it; the default is that of VQAScore.
         prompt: what a caption answers.
         batch_size: candidates per batch of the scorer.
+        clip: folder or hub name of a CLIP or SigLIP, whose cosines of pictures and texts are written down too.
+        dino: vision encoder, such as DINOv2, whose cosine of both pictures is written down too.
+        nli: model of natural language inference, by which a text that follows from its caption is told.
     """
 
     scorer: str = ""
     template: str = TEMPLATE
     prompt: str = PROMPT
     batch_size: int = 32
+    clip: str = ""
+    dino: str = ""
+    nli: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,8 @@ class AuditOptions:
         against: benchmarks that must share nothing with the data: manifests, and folders of pictures; several by commas.
         sample: pictures that are looked at by grain at most.
         seed: draws halves and samples.
-        refine: file for the groups that stay when the set is thinned until a blind guess is right in 50 +- 2 %.
+        refine: file for the groups that stay when the set is thinned until a guess by length, by words and, with a scorer, on a blank
+            picture is right in 50 +- 2 %.
         strict: end with exit code 1 where something passes a limit.
     """
 

@@ -7,22 +7,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import lines, open_regular, parse_json
 from cfvlm_ds.core.text import one_line
+from cfvlm_ds.counterfactuals.attempts import with_proposals
 from cfvlm_ds.counterfactuals.checks import compared
 from cfvlm_ds.counterfactuals.edit.base import picture_by_id
 from cfvlm_ds.counterfactuals.edit.step import picture_path
 from cfvlm_ds.counterfactuals.judge import GOOD, Calibrated, Thresholds, calibrated, verdict
 from cfvlm_ds.counterfactuals.options import VerifyOptions
+from cfvlm_ds.counterfactuals.second_opinion import SecondOpinion
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder
 from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.evaluation.benchmarks.base import Item
@@ -56,25 +60,41 @@ def verify(
     if (done := work.done(STEP, shard)) is not None:
         say(f"{out}: verify is through with shard {shard}")
         return done
-    said = _said(options)
-    work.settle(STEP, {**said, "scored": score is not None, "weights": dict(identity or {})})
+    others = SecondOpinion(options.clip, options.dino, options.nli) if options.clip or options.dino or options.nli else None
+    work.settle(STEP, {**_said(options), "scored": score is not None, "weights": dict(identity or {})})
     step = ShardStep(work, STEP, shard)
     try:
         total = (work.done("edit", shard) or {"records": 0})["records"]
         progress = Progress(say, STEP, max(total - step.count, 1), "candidates")
-        units = candidates(work, shard)
-        place = 0
-        while chunk := list(islice(units, BATCHES * options.batch_size)):
-            if place + len(chunk) > step.count:
-                new = measured(chunk, options, score)[max(0, step.count - place) :]
-                for record in new:
-                    step.add(record)
-                progress.advance(len(new))
-            place += len(chunk)
+        for there, chunk, looked in _looked_at_ahead(candidates(work, shard), BATCHES * options.batch_size, step.count):
+            new = measured(chunk, looked, options, score, others)[there:]
+            for record in new:
+                step.add(record)
+            progress.advance(len(new))
         return step.finish(counted)
     except BaseException:
         step.close()
         raise
+
+
+def _looked_at_ahead(units: Iterator[Candidate], size: int, done: int) -> Iterator[tuple[int, list[Candidate], list[dict[str, Any]]]]:
+    """Chunks of candidates without a record, with how many of each have one, and what the pixels say: threads look at the pictures of the
+    next chunk while the scorer has this one."""
+    pool = ThreadPoolExecutor(cores_per_rank())
+    try:
+        waiting: list[tuple[int, list[Candidate], list[Future[dict[str, Any]]]]] = []
+        place = 0
+        while chunk := list(islice(units, size)):
+            if place + len(chunk) > done:
+                waiting.append((max(0, done - place), chunk, [pool.submit(_looked_at, each) for each in chunk]))
+            place += len(chunk)
+            if len(waiting) > 1:
+                there, first, answers = waiting.pop(0)
+                yield there, first, [answer.result() for answer in answers]
+        for there, first, answers in waiting:
+            yield there, first, [answer.result() for answer in answers]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def refuse_unfit(out: Path, options: VerifyOptions, shard: int, of: int | None = None) -> bool:
@@ -91,7 +111,7 @@ def refuse_unfit(out: Path, options: VerifyOptions, shard: int, of: int | None =
 
 
 def _said(options: VerifyOptions) -> dict[str, Any]:
-    return {"scorer": options.scorer, "template": options.template, "prompt": options.prompt}
+    return {key: getattr(options, key) for key in ("scorer", "template", "prompt", "clip", "dino", "nli")}
 
 
 @dataclass(frozen=True)
@@ -107,29 +127,28 @@ class Candidate:
 
 
 def candidates(work: WorkFolder, shard: int) -> Iterator[Candidate]:
-    """The attempts of a shard in their order, each with its proposal. Memory: the proposals of the shard."""
-    proposals: dict[str, tuple[Mapping[str, Any], str, str | None]] = {}
-    for line in work.records("propose", shard):
-        for each in line.get("edits", ()):
-            proposals[str(each["id"])] = (each, str(line["caption"]), line.get("picture"))
+    """The attempts of a shard in their order, each with its proposal."""
     masks = work.settings("edit").get("masks")
-    for record in work.records("edit", shard):
+    for record, proposal, line in with_proposals(work, shard):
         try:
-            proposal, caption, original = proposals[str(record["edit"])]
-            edited = picture_path(work, record)
+            edited, original = picture_path(work, record), line.get("picture")
             if type(record["attempt"]) is not int:
                 raise KeyError
         except (KeyError, TypeError, ValueError):
-            raise DataError(
-                f"{work.file('edit', shard)}: no attempt at a proposal is {record.get('edit')!r}; make the shard again"
-            ) from None
+            raise DataError(f"{work.file('edit', shard)}: the attempt at {record.get('edit')!r} is damaged; make the shard again") from None
         mask = picture_by_id(Path(masks), str(record["edit"]), (".png",)) if masks and "mask_sha256" in record else None
-        yield Candidate(record, proposal, caption, None if original is None else Path(original), edited, mask)
+        yield Candidate(record, proposal, str(line["caption"]), None if original is None else Path(original), edited, mask)
 
 
-def measured(chunk: Sequence[Candidate], options: VerifyOptions, score: Score | None) -> list[dict[str, Any]]:
-    """The records of some candidates."""
-    found = [_looked_at(candidate) for candidate in chunk]
+def measured(
+    chunk: Sequence[Candidate], found: list[dict[str, Any]], options: VerifyOptions, score: Score | None, others: SecondOpinion | None
+) -> list[dict[str, Any]]:
+    """The records of some candidates: ``found``, what the pixels say, with what models say."""
+    if others is not None:
+        for candidate, record in zip(chunk, found, strict=True):
+            if "problem" not in record:
+                pictures = [open_image(picture) for picture in (candidate.original, candidate.edited) if picture is not None]
+                record["models"] = others.of(candidate.caption, str(candidate.proposal["text"]), pictures)
     wanted = [k for k, record in enumerate(found) if "problem" not in record and chunk[k].original is not None]
     if score is None or not wanted:
         return found

@@ -5,6 +5,7 @@
     W/STEP/shard-00003.jsonl          a line a unit of work; shard-00003.done.json when the shard is through
     W/pictures/shard-00003.tar        edited pictures, named by their places in it
     W/llm/shard-00003.jsonl           replies of a language model by request
+    W/mine/slots.bin                  captions with one word left open, of the back end mine
     W/costs.jsonl                     times, which nothing compares
 
 A source belongs to the shard that its id says, whatever else there is: one shard and many give the same candidates.

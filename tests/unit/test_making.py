@@ -11,11 +11,13 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from cfvlm_ds.core.config import ScenesConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.counterfactuals import EDITORS
+from cfvlm_ds.counterfactuals.audit import refine as refining
 from cfvlm_ds.counterfactuals.audit import shortcuts
 from cfvlm_ds.counterfactuals.audit.duplicates import look, near_pairs
 from cfvlm_ds.counterfactuals.audit.report import audit, write_report
@@ -821,12 +824,49 @@ def test_area_under_the_curve_is_that_of_all_pairs() -> None:
     assert shortcuts.auc([], [1.0]) == (0.5, 0.0, 1.0)
 
 
-def test_thinning_leaves_as_many_lost_as_won() -> None:
-    margins = [1.0] * 70 + [-1.0] * 20 + [0.0] * 4
-    kept = shortcuts.thinned(margins, 0.02, {k: (k * 37) % 101 for k in range(94)})
-    won, lost, tied = (sum(cond(margins[k]) for k in kept) for cond in (lambda m: m > 0, lambda m: m < 0, lambda m: m == 0))
-    assert lost == 20 and tied == 4 and abs((won + tied / 2) / len(kept) - 0.5) <= 0.02
-    assert kept == shortcuts.thinned(margins, 0.02, {k: (k * 37) % 101 for k in range(94)})
+def test_of_each_pattern_of_guesses_as_many_stay_as_of_the_opposite() -> None:
+    margins = [(1.0, 1.0)] * 40 + [(-1.0, -1.0)] * 15 + [(1.0, -1.0)] * 7 + [(0.0, 0.0)] * 4 + [(0.0, 1.0)] * 3
+    draw = [(k * 37) % 101 for k in range(len(margins))]
+    kept = refining.balanced(margins, draw)
+    left = Counter(margins[k] for k in kept)
+    assert left == {(1.0, 1.0): 15, (-1.0, -1.0): 15, (0.0, 0.0): 4}
+    assert {k for k in kept if k < 40} == set(sorted(range(40), key=lambda k: draw[k])[:15])
+    assert kept == refining.balanced(margins, draw) != refining.balanced(margins, draw[::-1])
+
+
+def test_refine_thins_planted_cues_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 300 groups, 200 have a counterfactual that is longer and 60 one with a word of its own; judged by naive counts of the file."""
+    rows = []
+    for k in range(300):
+        old, new = ("red", "blue") if k % 2 else ("blue", "red")
+        texts = [f"a {old} disc number {k}", f"a {new} disc number {k}"]
+        texts[k % 3 != 0] += " here and there"
+        texts[1] = texts[1].replace("disc", "orb" if k % 5 == 0 else "disc")
+        rows.append({
+            "id": f"g{k}", "source": "test", "images": [{"id": "i0", "path": "0-0.png"}],
+            "texts": [{"id": f"t{i}", "text": text} for i, text in enumerate(texts)], "match": [["i0", "t0", 1], ["i0", "t1", 0]],
+            "edits": [{"type": "colour", "text": "t1", "from": old, "to": new}],
+        })  # fmt: skip
+    pair_rows(tmp_path, 1)
+    (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = {}
+    for seed in (1, 1, 2):
+        words = ["data", "audit", tmp_path / "g.jsonl", "--out", tmp_path / "a", "--refine", tmp_path / "kept.jsonl", "--seed", seed]
+        shown = said_by(capsys, *words)
+        content = (tmp_path / "kept.jsonl").read_bytes()
+        assert said.setdefault(seed, content) == content and re.search(r"refined \| \d+ of 300 groups, of which a blind guess", shown)
+    kept = [[each["text"] for each in json.loads(line)["texts"]] for line in said[1].splitlines()]
+    longer, shorter = sum(len(new) > len(old) for old, new in kept), sum(len(new) < len(old) for old, new in kept)
+    assert said[1] != said[2] and len(kept) >= 60 and abs(longer - shorter) <= 0.04 * len(kept)
+    assert sum("orb" in new for _, new in kept) <= 0.16 * len(kept)  # it was 20 %
+    assert len(read_manifest(tmp_path / "kept.jsonl")) == len(kept)
+    for row in rows:
+        row["texts"][1]["text"] = row["texts"][0]["text"] + " indeed"
+    (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit):
+        main.main([str(word) for word in words])
+    assert "a blind guess (length) is right or wrong in the same way for all 300 groups" in capsys.readouterr().err
+    assert (tmp_path / "kept.jsonl").read_bytes() == said[2]
 
 
 def audited(tmp_path: Path, rows: dict[str, list[dict[str, Any]]], **options: Any) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import json
+import random
 import re
 import threading
 import time
@@ -18,14 +18,15 @@ from typing import Any
 
 import pytest
 from conftest import REPO, draw
+from stamps import judged as judged_stamps
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.counterfactuals.http import CallFailed, check_url, post
 from cfvlm_ds.counterfactuals.options import TYPES, ProposeOptions
-from cfvlm_ds.counterfactuals.propose import PROPOSERS, grammar, llm, vocabulary
+from cfvlm_ds.counterfactuals.propose import PROPOSERS, grammar, llm, slots, vocabulary
 from cfvlm_ds.counterfactuals.propose.base import Context, Proposal, Rejected, Source
 from cfvlm_ds.counterfactuals.propose.rules import Rules
-from cfvlm_ds.counterfactuals.propose.step import propose
+from cfvlm_ds.counterfactuals.propose.step import Seen, propose
 from cfvlm_ds.counterfactuals.propose.word_difference import defect
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 from cfvlm_ds.data import open_groups
@@ -49,32 +50,83 @@ def proposed(caption: str, **options: Any) -> dict[str, str]:
 # --- rules ------------------------------------------------------------------------------------------------------------------------------
 
 
-def table() -> Iterator[tuple[str, dict[str, str]]]:
+def table() -> tuple[dict[str, list[str]], list[tuple[str, list[tuple[str, bool, set[str]]]]]]:
+    """The lists of the table by name, and its rows: a caption with its edits, each a type, whether it must be found, and its texts."""
+    lists: dict[str, list[str]] = {}
+    rows = []
     for line in (REPO / "tests" / "golden" / "rule_edits.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            caption, _, listed = line.partition("=>")
-            yield caption.strip(), dict(part.strip().split(": ", 1) for part in listed.split("; ") if part.strip())
+        if line.startswith("! "):
+            name, _, words = line[2:].partition(" = ")
+            lists[name] = words.split()
+        elif line and not line.startswith("#"):
+            caption, _, listed = (part.strip() for part in line.partition("=>"))
+            rows.append((caption, [read_edit(caption, part.strip(), lists) for part in listed.split("; ") if part]))
+    return lists, rows
 
 
-TABLE = list(table())
+def read_edit(caption: str, part: str, lists: dict[str, list[str]]) -> tuple[str, bool, set[str]]:
+    kind, _, change = part.partition(" ")
+    if "<>" in change:
+        one, other = change.split("<>")
+        marked = swapped(swapped(caption, one, "\0"), other, one).replace("\0", other)
+        texts = {with_articles(marked)}
+    else:
+        old, _, listed = change.partition(">")
+        new = [word for name in listed.split("|") for word in lists.get(name, [name])]
+        texts = {with_articles(swapped(caption, old, word)) for word in new} - {caption}
+    return kind.removesuffix("?"), not kind.endswith("?"), texts
 
 
-def plain(text: str) -> str:
-    """Without the n of articles: which of them belongs there depends on what was drawn, and is another test's."""
-    return re.sub(r"\b(a)n\b", r"\1", text, flags=re.IGNORECASE)
+def swapped(caption: str, old: str, new: str) -> str:
+    """Another word in place of the first or second one."""
+    word, _, number = old.partition("#")
+    found = list(re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", caption))
+    assert found, (caption, old)
+    place = found[int(number or 1) - 1]
+    return caption[: place.start()] + new + caption[place.end() :]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_rules_propose_what_the_table_says(seed: int) -> None:
-    wrong = []
-    for caption, expected in TABLE:
-        found = proposed(caption, seed=seed)
-        if found.keys() != expected.keys() or not all(fnmatch.fnmatchcase(plain(found[kind]), plain(expected[kind])) for kind in expected):
-            wrong.append((caption, expected, found))
-    assert len(TABLE) >= 300 and not wrong, "\n".join(map(str, wrong))
+def with_articles(text: str) -> str:
+    """a or an by the letter that follows, as it is right for every word of the table."""
+    return re.sub(r"\b(a)n?(?= (\w))", lambda m: m[1] + ("n" if m[2] in "aeiou" else "N" if m[2] in "AEIOU" else ""), text, flags=re.I)
 
 
-FRAMES = {"a {} near a river": 0, "two {} near a river": 1, "several {} in a park": 1, "the {} near a fence": 0}
+TABLE = table()[1]
+
+
+def judged(caption: str, edits: list[tuple[str, bool, set[str]]]) -> list[str]:
+    """What is proposed and not right, and what is right and not proposed."""
+    found = [each for each in rules(per_type=99).propose(Source("x", caption)) if isinstance(each, Proposal)]
+    wrong = [
+        f"wrong {each.type}: {each.text}" for each in found if not any(each.type == kind and each.text in texts for kind, _, texts in edits)
+    ]
+    texts = {(each.type, each.text) for each in found}
+    return wrong + [f"no {kind}: {min(right)}" for kind, must, right in edits if must and not any((kind, text) in texts for text in right)]
+
+
+def test_the_rules_propose_what_is_right_and_nothing_else() -> None:
+    """All that they may propose of each caption, against a table written by hand."""
+    wrong = {caption: said for caption, edits in TABLE if (said := judged(caption, edits))}
+    assert len(TABLE) >= 300 and not wrong, f"{len(wrong)} rows\n" + "\n".join(f"{caption}: {said}" for caption, said in wrong.items())
+
+
+def test_of_captions_that_nobody_here_wrote_what_is_still_proposed_is_right() -> None:
+    """A list that tests/support/stamps.py drew, with a verdict on each line. The rules were mended with it, so it guards against change: what
+    they are worth is the share of a fresh list."""
+    rows = judged_stamps(REPO / "tests" / "golden" / "stamps_judged.txt")
+    assert len(rows) == 200 and {verdict.split(":")[0] for verdict, *_ in rows} == {"right", "wrong"}
+    found = {
+        (each.type, caption, each.text)
+        for caption in {caption for _, _, caption, _ in rows}
+        for each in rules(per_type=99).propose(Source("x", caption))
+        if isinstance(each, Proposal)
+    }
+    still = [row for row in rows if row[1:] in found]
+    right = sum(verdict == "right" for verdict, *_ in still)
+    assert len(still) >= 180 and right / len(still) >= 0.95, f"{right} of {len(still)}"
+
+
+FRAMES = {"a {} near a wall": 0, "two {} near a wall": 1, "several {} in a park": 1, "the {} near a fence": 0}
 
 
 def test_every_listed_noun_is_replaced_by_a_sibling_of_its_number_and_by_nothing_alike() -> None:
@@ -119,8 +171,53 @@ def test_proposals_are_drawn_by_id_and_seed_alone_and_judged_like_any_other() ->
     assert many == {"colour": 3, "size": 1, "count": 3, "relation": 1, "object": 3}
 
 
+def test_no_caption_breaks_the_rules() -> None:
+    """Words of the lists in any order, with marks, numbers and capitals between them."""
+    chance = random.Random(11)
+    listed = [
+        "a",
+        "an",
+        "the",
+        "two",
+        "one",
+        "3",
+        "\u0663",
+        "left",
+        "of",
+        "to",
+        "the right of",
+        ",",
+        ".",
+        "\u201c",
+        "-",
+        "of",
+        "and",
+        "is",
+        "are",
+        "with",
+    ]
+    listed += [
+        *vocabulary.NOUNS,
+        *vocabulary.COLOURS_READ,
+        *vocabulary.SIZES,
+        *vocabulary.FOLLOWING,
+        "sitting",
+        "Fuji",
+        "hydrants",
+        "wooden",
+    ]
+    proposals = 0
+    for _ in range(1500):
+        caption = " ".join(chance.choices(listed, k=chance.randrange(1, 9)))
+        for each in rules().propose(Source("x", caption)):
+            if isinstance(each, Proposal):
+                assert defect(caption, each.text, each.type) is None and each.text != caption
+                proposals += 1
+    assert proposals > 100
+
+
 def test_words_of_ones_own_are_what_edits_lead_to(tmp_path: Path) -> None:
-    context = Context(ProposeOptions(), None, None, words={"colour": ["cyan", "white"], "object": ["bus"]})  # type: ignore[arg-type]
+    context = Context(ProposeOptions(), None, None, words={"colour": ["cyan", "white"], "object": ["van"]})  # type: ignore[arg-type]
     found = [each for each in Rules(context).propose(Source("x", "a red car in a park")) if isinstance(each, Proposal)]
     assert {each.text for each in found} <= {"a cyan car in a park", "a white car in a park"} and found
     for words, said in (({"relation": ["left"]}, "has no list of words"), ({"object": ["dragon"]}, "the forms of 'dragon' are not known")):
@@ -339,6 +436,8 @@ def drip(part: bytes, times: int, pause_s: float) -> Callable[[Any], None]:
 
 FAULTS: dict[str, tuple[int, bytes | Callable[[Any], None], dict[str, str]]] = {
     "too many calls": (429, b"{}", {"Retry-After": "7"}),
+    "a wait that is no number": (429, b"{}", {"Retry-After": "nan"}),
+    "a wait without end": (503, b"{}", {"Retry-After": "inf"}),
     "server error": (500, b"boom", {}),
     "cut JSON": (200, reply([edit("colour", "x")])[:-30], {}),
     "no JSON": (200, b"<html>login</html>", {}),
@@ -369,6 +468,7 @@ def test_a_fault_is_retried_and_never_kept(fault: str, captions: Path, tmp_path:
     with server.running():
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
     assert len(server.asked) == 8 and len(at_once) == 4 and done["counts"]["edits"] == 1 and "failed" not in done["counts"]
+    assert all(0 < pause <= 60 for pause in at_once)
     if fault == "too many calls":
         assert all(pause >= 7 for pause in at_once)
     kept = (tmp_path / "W" / "llm" / "shard-00000.jsonl").read_text().splitlines()
@@ -404,6 +504,21 @@ def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_e
             asked_model(captions, tmp_path / f"U{status}", server)
 
 
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_request_that_is_not_taken_is_one_failure_unless_none_is(
+    status: int, captions: Path, tmp_path: Path, at_once: list[float]
+) -> None:
+    """A caption that is too long for a server must not end the step at every start."""
+    server = Server(lambda body, number: (status, b"too long", {}) if "red car" in json.dumps(body) else (200, reply([]), {}))
+    with server.running():
+        done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
+    assert done["counts"]["failed"] == 1 and len(server.asked) == 4 and not at_once
+    assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == f"no usable reply: status {status}: too long"
+    server = Server(lambda body, number: (status, b"no such option", {}))
+    with server.running(), pytest.raises(ConfigError, match=f"takes no request, the last: status {status}: no such option; correct"):
+        asked_model(captions, tmp_path / "V", server, llm_calls=1)
+
+
 def test_a_restart_costs_nothing_and_gives_the_same(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
     def answers(body: dict[str, Any], number: int) -> Any:
         threading.Event().wait(0.1)  # so that calls meet
@@ -434,6 +549,12 @@ def test_a_budget_of_tokens_is_not_passed_by_far(captions: Path, tmp_path: Path,
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1, budget_tokens=150)
     assert len(server.asked) == 2 and done["counts"]["failed"] == 2
     assert lines_of(tmp_path / "W")[3]["rejected"][0]["reason"] == "no usable reply: the budget of 150 tokens is spent"
+    silent = json.dumps({"choices": [{"finish_reason": "stop", "message": {"content": '{"edits": []}'}}]}).encode()
+    for answer, asked in ((silent, 1), (reply("prose"), 6)):  # a cost that is not said, and one that bought nothing
+        server = Server(lambda body, number, answer=answer: (200, answer, {}))
+        with server.running():
+            asked_model(captions, tmp_path / f"V{asked}", server, llm_calls=1, budget_tokens=400, llm_attempts=3)
+        assert len(server.asked) == asked
 
 
 def test_addresses() -> None:
@@ -472,9 +593,41 @@ def test_real_pairs_are_found_once_and_by_every_cut(tmp_path: Path) -> None:
     """Against all pairs by hand: a word of one list in place of another one of it, pictures that are not the same, synonyms left out."""
     pairs = "a1 a7 a8 b3 b7 b8 d7 d8 d0 h0 i0"  # d3 says what a0 says, and j0 is a's own picture; grey is gray
     expected = {(pair[0], "colour", f"{pair[1]}.png") for pair in pairs.split()}
-    assert mined(tmp_path) == mined(tmp_path, 3) == expected
+    assert mined(tmp_path) == mined(tmp_path, 3) == mined(tmp_path, 7) == expected
+    assert len({(tmp_path / f"M{shards}" / "mine" / "slots.bin").read_bytes() for shards in (1, 3, 7)}) == 1
     wider = mined(tmp_path / "wider", types="colour,other")
     assert wider - expected == {("a", "other", "5.png"), ("d", "other", "5.png")}  # a house in place of a car
+
+
+def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_WAITING", 4)
+    draw_word = random.Random(3)
+    captions = [(row, " ".join(draw_word.choice("abcd") for _ in range(4))) for row in range(400)]
+    expected: dict[int, list[int]] = {}
+    for row, caption in captions:
+        for key, _, _ in slots.slots(caption):
+            expected.setdefault(key, []).append(row)
+    index = slots.opened(tmp_path / "i" / "slots.bin", iter(captions))
+    assert len({len(rows) > 1 for rows in expected.values()}) == 2 or len(expected) == 256
+    for key, rows in expected.items():
+        assert index.rows(key, 1000, 0) == (rows if len(rows) > 1 else [])
+        some = index.rows(key, 2, 7)
+        assert len(some) <= 2 and (len(rows) == 1 or (len(set(some)) == 2 and set(some) <= set(rows)))
+    assert index.rows(12345, 10, 0) == []
+    before = (tmp_path / "i" / "slots.bin").read_bytes()
+    (tmp_path / "i" / "slots.bin").write_bytes(before[:-5])  # a file that a full disk cut is made again
+    slots.opened(tmp_path / "i" / "slots.bin", iter(captions))
+    assert (tmp_path / "i" / "slots.bin").read_bytes() == before and list((tmp_path / "i").iterdir()) == [tmp_path / "i" / "slots.bin"]
+    assert slots.opened(tmp_path / "none.bin", iter([])).rows(1, 5, 0) == []
+
+
+def test_numbers_that_were_there_are_known() -> None:
+    draw_number, seen, known = random.Random(5), Seen(), set[int]()
+    for _ in range(20_000):
+        number = draw_number.randrange(9000) * (1 << 48) + draw_number.randrange(2)
+        assert seen.add(number) == (number not in known)
+        known.add(number)
+    assert seen.add((1 << 63) - 1) and not seen.add((1 << 63) - 1)
 
 
 def test_registered_back_ends_are_called_by_name(captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.distributed import cores_per_rank
-from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.files import replace, whole_file
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
-from cfvlm_ds.counterfactuals.audit.shortcuts import Array, Shortcut, blind_share, by_grain, by_length, by_words, grain, thinned
+from cfvlm_ds.counterfactuals.audit.refine import refine
+from cfvlm_ds.counterfactuals.audit.shortcuts import Array, Shortcut, blind_share, by_grain, by_length, by_words, grain
 from cfvlm_ds.counterfactuals.options import AuditOptions
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 from cfvlm_ds.data.decoding import open_image
-from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.manifest import Root, named_apart, open_groups
 from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.page import Item, Page, Written, group_item, write_page
@@ -98,10 +98,10 @@ def audit(
     _duplicates(found, sets, looks)
     if options.against:
         _against(found, sets, looks, options.against, say)
-    if score is not None:
-        _blind(found, sets, options, score, say)
-    elif options.refine:
-        raise ConfigError("--refine thins by what a scorer guesses without a picture; name one with --scorer")
+    margins = _blind(found, sets, score, say) if score is not None else None
+    if options.refine:
+        groups = [group for each in sets for group in each.groups]
+        found.facts.append(("refined", refine(groups, margins, options.seed, Path(options.refine))))
     return found, sets
 
 
@@ -271,33 +271,20 @@ def _against(found: Audit, sets: Sequence[_Set], looks: Sequence[Mapping[Path, L
                 )
 
 
-def _blind(found: Audit, sets: Sequence[_Set], options: AuditOptions, score: Score, say: Say) -> None:
-    kept_file = Path(options.refine) if options.refine else None
-    every: list[tuple[_Set, CounterfactualGroup, list[float]]] = []
+def _blind(found: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[float]:
+    """What a scorer guesses on a blank picture; returns the margin of every group."""
+    every: list[tuple[CounterfactualGroup, list[float]]] = []
     for each in sets:
         progress = Progress(say, f"blind scores of {each.name}", len(each.groups), "groups")
         for start in range(0, len(each.groups), _SCORED):
             groups = list(each.groups[start : start + _SCORED])
-            every += [(each, group, scores.blank.tolist()) for group, scores in zip(groups, score(groups), strict=True)]
+            every += [(group, scores.blank.tolist()) for group, scores in zip(groups, score(groups), strict=True)]
             progress.advance(len(groups))
-    share, total = blind_share([blank for _, _, blank in every], [group.match[0] for _, group, _ in every])
+    share, total = blind_share([blank for _, blank in every], [group.match[0] for group, _ in every])
     found.facts.append(("texts told on a blank picture", f"{100 * share:.1f} % of {total} comparisons"))
     if total and max(share, 1 - share) > LIMIT_BLIND:
         found.fault(f"a scorer without a picture is right in {100 * share:.1f} % of {total} comparisons (limit {100 * LIMIT_BLIND:.0f})")
-    if kept_file is None:
-        return
-    margins = [_margin(group, blank) for _, group, blank in every]
-    kept = thinned(margins, 0.02, {k: seed_of(options.seed, group.id) for k, (_, group, _) in enumerate(every)})
-    if not kept:
-        raise ConfigError(
-            f"--refine: the scorer's guess is the same for all {len(every)} groups, so none can stay; propose edits of both kinds"
-        )
-    folder = kept_file.parent.absolute()
-    with whole_file(kept_file) as file:
-        for k in kept:
-            file.write(json.dumps(to_row(every[k][1], folder), ensure_ascii=False).encode() + b"\n")
-    won = sum(margins[k] > 0 for k in kept) + sum(margins[k] == 0 for k in kept) / 2
-    found.facts.append(("refined", f"{len(kept)} of {len(every)} groups, of which a blind guess is right in {100 * won / len(kept):.1f} %"))
+    return [_margin(group, blank) for group, blank in every]
 
 
 def _margin(group: CounterfactualGroup, blank: Sequence[float]) -> float:

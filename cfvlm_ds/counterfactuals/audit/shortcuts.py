@@ -64,20 +64,32 @@ def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
 
 def by_words(pairs: Sequence[tuple[str, str]], halves: Sequence[bool]) -> Shortcut:
     """A bag of words: the log-odds of each word in counterfactuals and originals of one half, added up on the other."""
-    counts: list[dict[str, int]] = [{}, {}]
-    for (old, new), fitted in zip(pairs, halves, strict=True):
-        if fitted:
-            for side, text in enumerate((old, new)):
-                for word in set(words(text)):
-                    counts[side][word] = counts[side].get(word, 0) + 1
-    known = {*counts[0], *counts[1]}
-    weight = {word: math.log((counts[1].get(word, 0) + 0.5) / (counts[0].get(word, 0) + 0.5)) for word in known}
+    counts = _word_counts([pair for pair, fitted in zip(pairs, halves, strict=True) if fitted])
+    weight = _log_odds(counts)
     judged = [pair for pair, fitted in zip(pairs, halves, strict=True) if not fitted]
     scores = [[sum(weight.get(word, 0.0) for word in set(words(pair[side]))) for pair in judged] for side in (1, 0)]
-    seen = {word: counts[0].get(word, 0) + counts[1].get(word, 0) for word in known}
-    most = sorted(known, key=lambda word: (-abs(weight[word]) * math.sqrt(seen[word]), word))[:_TELLING]
+    seen = {word: counts[0].get(word, 0) + counts[1].get(word, 0) for word in weight}
+    most = sorted(weight, key=lambda word: (-abs(weight[word]) * math.sqrt(seen[word]), word))[:_TELLING]
     telling = tuple(f"{word} ({counts[0].get(word, 0)} original, {counts[1].get(word, 0)} counterfactual)" for word in most)
     return Shortcut("texts by their words", *auc(*scores), len(judged), telling)
+
+
+def word_weights(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Word -> log-odds that a text with it is the counterfactual."""
+    return _log_odds(_word_counts(pairs))
+
+
+def _word_counts(pairs: Sequence[tuple[str, str]]) -> list[dict[str, int]]:
+    counts: list[dict[str, int]] = [{}, {}]
+    for pair in pairs:
+        for side, text in enumerate(pair):
+            for word in set(words(text)):
+                counts[side][word] = counts[side].get(word, 0) + 1
+    return counts
+
+
+def _log_odds(counts: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    return {word: math.log((counts[1].get(word, 0) + 0.5) / (counts[0].get(word, 0) + 0.5)) for word in {*counts[0], *counts[1]}}
 
 
 FEATURES = (
@@ -145,19 +157,3 @@ def blind_share(blank: Sequence[Sequence[float]], truths: Sequence[Sequence[int 
                     won += 1.0 if values[c] > values[d] else 0.5 if values[c] == values[d] else 0.0
                     total += 1
     return (won / total if total else 0.5), total
-
-
-def thinned(margins: Sequence[float], target: float, draw: Mapping[int, int]) -> list[int]:
-    """The places that stay where a set is thinned until as many blind margins are lost as won, within ``target`` of one half; which of the
-    larger side go is drawn."""
-    won = [k for k, margin in enumerate(margins) if margin > 0]
-    lost = [k for k, margin in enumerate(margins) if margin < 0]
-    tied = [k for k, margin in enumerate(margins) if margin == 0]
-    more, fewer = (won, lost) if len(won) >= len(lost) else (lost, won)
-    most = len(fewer)
-    if not fewer or not more:
-        most = 0 if not fewer and more else len(more)
-    while most < len(more) and (most + 1 + len(tied) / 2) / (most + 1 + len(fewer) + len(tied)) <= 0.5 + target / 2:
-        most += 1
-    kept = sorted(more, key=lambda k: draw[k])[:most]
-    return sorted([*kept, *fewer, *tied])

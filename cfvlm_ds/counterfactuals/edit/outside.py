@@ -21,7 +21,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import read_bytes
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.edit.base import MAX_REPLY, EditContext, Picture, Refused, Task, decoded
-from cfvlm_ds.counterfactuals.http import CallFailed, check_url, member, post, token_named, with_retries
+from cfvlm_ds.counterfactuals.http import CallFailed, Patience, Unfit, check_url, member, post, token_named, with_retries
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 _ATTEMPTS = 4
@@ -58,7 +58,7 @@ class Http:
     def __init__(self, context: EditContext) -> None:
         options = context.options
         self._url, self._timeout_s, self.threads = check_url(options.url, "--url"), options.timeout_s, options.threads
-        self._token = token_named(os.environ, "CFVLM_EDITOR_API_KEY")
+        self._token, self._patience = token_named(os.environ, "CFVLM_EDITOR_API_KEY"), Patience(self._url)
 
     def settings(self) -> Mapping[str, Any]:
         return {"version": 1, "url": self._url}
@@ -82,7 +82,10 @@ class Http:
         try:
             content = with_retries(call, _ATTEMPTS, seed_of(task.id, task.attempt), lambda trouble: None)
         except CallFailed as failure:
+            if isinstance(failure, Unfit):
+                self._patience.unfit(failure)
             return Refused(f"no picture from the server: {failure}")
+        self._patience.answered()
         image = decoded(content)
         return image if isinstance(image, Refused) else Picture(image)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,6 +87,7 @@ class Context:
     work: WorkFolder
     shard: int = 0
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    say: Callable[[str], object] = lambda line: None
 
 
 def sources(store: GroupStore, places: Sequence[int] | None = None) -> Iterator[Source | DataError]:

@@ -27,6 +27,7 @@ OF_KIND = {"colour": frozenset(COLOURS_READ), "size": frozenset(SIZES), "materia
 _MODIFIERS = ADJECTIVES.union(*OF_KIND.values()) | {"short"}
 _ONE = ("a", "an", "one", "this", "that", "each", "every", "another")
 _MARKS = re.compile(r"[^\w]")
+_ENDS = (".", "!", "?", ":", ";")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Caption:
         self.text = text
         found = list(WORD.finditer(text))
         self.spans = [(word.start(), word.end()) for word in found]
+        self._as_written = [word[0] for word in found]
         self.words = [word[0].lower() for word in found]
 
     @functools.cached_property
@@ -60,6 +62,20 @@ class Caption:
         """The word at a place; empty beyond both ends, and for a mark."""
         word = self.words[place] if 0 <= place < len(self.words) else ""
         return "" if _MARKS.fullmatch(word) else word
+
+    def is_named(self, place: int) -> bool:
+        """Whether a word is written as part of a name: with a capital, and not as all are or as the first of a sentence."""
+        word, before = self._as_written[place], self._as_written[place - 1] if place else "."
+        return word[:1].isupper() and before not in _ENDS and not self.text.isupper()
+
+    def is_aside(self, place: int) -> bool:
+        """Whether a mark other than that of a list or a new sentence stands before a word."""
+        return place > 0 and bool(_MARKS.fullmatch(self.words[place - 1])) and self.words[place - 1] not in {*_ENDS, ","}
+
+    @functools.cached_property
+    def first_sentence(self) -> int:
+        """Words and marks of the first sentence; what follows explains, or speaks to somebody."""
+        return next((k + 1 for k, word in enumerate(self.words[:-1]) if word in _ENDS and self.word(k + 1)), len(self.words))
 
     def ends(self, place: int) -> bool:
         """Whether a noun phrase can end before a place: at a mark, a small word, or a verb that describes it."""
@@ -82,7 +98,7 @@ class Caption:
         if not word.isalpha() or word in FOLLOWING or word in DETERMINERS:
             return None
         known = NOUNS.get(word)
-        if known is None and (word in _MODIFIERS or word.endswith("ing") or len(word) < 3):
+        if known is None and (word in _MODIFIERS or (word.endswith("ing") and word not in NOT_VERBS) or len(word) < 3):
             return None
         if word in OF_KIND["colour"] and self.word(noun + 1) == "and" and self.word(noun + 2) in OF_KIND["colour"]:
             return None
@@ -95,6 +111,10 @@ class Caption:
             return None
         if not self.ends(noun + 1) and not self._acts(word, before, self.word(noun + 1)):
             return None
+        if self.is_aside(start) or any(self.is_named(place) for place in range(start, noun + 1)):
+            return None
+        if before == "the" and start == 2 and self.words[0] not in FOLLOWING | DETERMINERS and not self.words[0].endswith("ing"):
+            return None  # George the groper
         determiner = start - 1 if before in DETERMINERS or before.isdecimal() else None
         if determiner is None and not self._begins(start):
             return None

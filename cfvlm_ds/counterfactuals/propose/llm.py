@@ -19,7 +19,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.text import one_line, printable
-from cfvlm_ds.counterfactuals.http import CallFailed, check_url, member, post, token_named, with_retries
+from cfvlm_ds.counterfactuals.http import CallFailed, Patience, Unfit, check_url, member, post, token_named, with_retries
 from cfvlm_ds.counterfactuals.journal import Journal
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, defect, difference
@@ -31,6 +31,7 @@ _MOST_BYTES = 1 << 20
 _MAX_TOKENS = 700  # white space without end is a known failure: the bound is what makes it a short one
 _SIDE = 768  # pixels of a picture that is sent
 _MOST_EDITS = 32
+_UNSAID = 400  # tokens of a request whose cost the server does not say
 _IN_A_ROW = 20  # sources without any reply, after which the server is taken to be down
 
 SYSTEM = """You write counterfactual captions. Given a caption of a photograph, you propose edits that change exactly one visible thing.
@@ -56,8 +57,10 @@ class LanguageModel:
         self._journal = Journal(context.work.path / "llm" / f"shard-{context.shard:05d}.jsonl")
         self._lock, self._known, self.tokens, self._in_a_row = threading.Lock(), dict[str, int](), 0, 0
         self.troubles: Counter[str] = Counter()
+        self._patience = Patience(self._url)
         for place, record in self._journal.entries():
             self._known[str(record.get("request"))] = place
+            self._patience.answered()
             self.tokens += record["tokens"] if type(record.get("tokens")) is int else 0
 
     def settings(self) -> Mapping[str, Any]:
@@ -78,6 +81,8 @@ class LanguageModel:
         try:
             content = self._reply(name, body)
         except CallFailed as failure:
+            if isinstance(failure, Unfit):
+                self._patience.unfit(failure)
             with self._lock:
                 self._in_a_row += 1
                 if self._in_a_row >= _IN_A_ROW:
@@ -86,6 +91,7 @@ class LanguageModel:
                     ) from failure
             return [Rejected("llm", f"no usable reply: {failure}", failed=True)]
         self._in_a_row = 0
+        self._patience.answered()
         return self._judged(source, parsed(content), name)
 
     def _reply(self, name: str, body: dict[str, Any]) -> str:
@@ -98,16 +104,17 @@ class LanguageModel:
 
         def call() -> tuple[str, int, Any]:
             value = post(self._url, body, token=self._token, timeout_s=self._options.llm_timeout_s, most_bytes=_MOST_BYTES).json()
+            spent = _spent(value)
+            with self._lock:
+                self.tokens += spent  # of a reply that cannot be used, too
             if member(value, "choices", 0, "finish_reason") == "length":
                 raise CallFailed("the reply was cut off at its bound of tokens")
             content = member(value, "choices", 0, "message", "content")
             if not isinstance(content, str):
                 raise CallFailed("the reply has no text")
             parsed(content)
-            used = value.get("usage") if isinstance(value, dict) else None
-            spent = used.get("total_tokens") if isinstance(used, dict) else None
             model = value.get("model")
-            return content, spent if type(spent) is int and 0 <= spent < 1 << 31 else 0, model if isinstance(model, str) else ""
+            return content, spent, model if isinstance(model, str) else ""
 
         def told(trouble: str) -> None:
             with self._lock:
@@ -115,7 +122,6 @@ class LanguageModel:
 
         content, spent, model = with_retries(call, self._options.llm_attempts, seed_of(name), told)
         with self._lock:
-            self.tokens += spent
             self._known[name] = self._journal.append(
                 {"request": name, "reply": content, "tokens": spent, "model": one_line(str(model), 200)}
             )
@@ -167,6 +173,13 @@ class LanguageModel:
         if len(edits) > _MOST_EDITS:
             found.append(Rejected("llm", f"{len(edits) - _MOST_EDITS} more edits than can be meant"))
         return found
+
+
+def _spent(value: Any) -> int:
+    """Tokens that a reply says it cost; about as many as its bytes make where it says nothing, so that a budget ends anyway."""
+    used = value.get("usage") if isinstance(value, dict) else None
+    spent = used.get("total_tokens") if isinstance(used, dict) else None
+    return spent if type(spent) is int and 0 <= spent < 1 << 31 else _UNSAID + len(str(value)) // 4
 
 
 def parsed(content: str) -> list[Any]:

@@ -5,20 +5,20 @@ An index over all captions with one word left open: each pair is proposed once, 
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Source, sources
+from cfvlm_ds.counterfactuals.propose.slots import opened, slots
 from cfvlm_ds.counterfactuals.propose.word_difference import SYNONYMS, defect, words
+from cfvlm_ds.counterfactuals.work_folder import seed_of
 
-VERSION = 1
-_SHORTEST, _LONGEST = 3, 24  # words of a caption: of fewer, any two fit; of more, no two
+VERSION = 2
+_LOOKED_AT = 256
+"""Rows that say the same but for a word, which a caption is compared with: where more do, those that are drawn."""
 _LISTS: dict[str, frozenset[str]] = {
     "colour": frozenset(v.COLOURS_READ), "size": frozenset(v.SIZES), "material": frozenset(v.MATERIALS), "texture": frozenset(v.TEXTURES),
     "count": frozenset(v.NUMBERS), "object": frozenset(v.NOUNS), "action": frozenset(word for line in v.ACTIONS for word in line),
@@ -27,25 +27,22 @@ _LISTS: dict[str, frozenset[str]] = {
 
 
 class Mine:
-    """The back end ``mine``. Memory: 32 bytes for each word of all captions."""
+    """The back end ``mine``. Memory does not grow with the data: the index lies in the work folder."""
 
     threads = 1
 
     def __init__(self, context: Context) -> None:
         self._store, self._types, self._most = context.store, context.options.wanted, context.options.per_type
-        keys, owners = array("Q"), array("q")
-        for group, source in self._sources():
-            for key, _, _ in _slots(source.caption):
-                keys.append(key)
-                owners.append(group)
-        order = np.argsort(np.array(keys, np.uint64), kind="stable")
-        self._keys, self._owners = np.array(keys, np.uint64)[order], np.array(owners, np.int64)[order]
+        self._index = opened(context.work.path / "mine" / "slots.bin", self._captions(context))
 
-    def _sources(self) -> Iterator[tuple[int, Source]]:
-        for group in range(len(self._store)):
-            for source in sources(self._store, [group]):
+    def _captions(self, context: Context) -> Iterator[tuple[int, str]]:
+        count = len(self._store)
+        progress = Progress(context.say, "mine: index", count, "captions")
+        for row in range(count):
+            for source in sources(self._store, [row]):
                 if not isinstance(source, DataError) and source.picture is not None:
-                    yield group, source
+                    yield row, source.caption
+            progress.advance()
 
     def settings(self) -> Mapping[str, Any]:
         return {"version": VERSION}
@@ -55,10 +52,13 @@ class Mine:
             return []
         found: list[Proposal] = []
         made = dict.fromkeys(self._types, 0)
-        for key, place, word in _slots(source.caption):
-            start, end = self._keys.searchsorted(np.uint64(key), "left"), self._keys.searchsorted(np.uint64(key), "right")
-            for group in dict.fromkeys(int(each) for each in self._owners[start:end]):
-                for other in sources(self._store, [group]):
+        for key, place, word in slots(source.caption):
+            for row in dict.fromkeys(self._index.rows(key, _LOOKED_AT, seed_of("mine", source.id, place))):
+                if all(number >= self._most for number in made.values()):
+                    return found
+                if not 0 <= row < len(self._store):
+                    raise DataError("the index W/mine/slots.bin is of other data; remove it")
+                for other in sources(self._store, [row]):
                     if isinstance(other, DataError) or other.picture is None or not _comes_first(source, other):
                         continue
                     kind = self._kind(source, other, place, word)
@@ -86,14 +86,3 @@ class Mine:
 
 def _comes_first(source: Source, other: Source) -> bool:
     return source.id < other.id
-
-
-def _slots(caption: str) -> Iterator[tuple[int, int, str]]:
-    """A key of 64 bits for the caption without each of its words, the place and the word."""
-    said = words(caption)
-    if not _SHORTEST <= len(said) <= _LONGEST:
-        return
-    for place, word in enumerate(said):
-        if word.isalnum():
-            rest = "\0".join([*said[:place], "", *said[place + 1 :]])
-            yield int.from_bytes(hashlib.blake2b(rest.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"), place, word

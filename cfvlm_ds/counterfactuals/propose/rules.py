@@ -15,10 +15,11 @@ from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, drawn
 from cfvlm_ds.counterfactuals.propose.caption import OF_KIND, Caption, Phrase
-from cfvlm_ds.counterfactuals.propose.grammar import absent, agreeing, article, renumbered, versions
+from cfvlm_ds.counterfactuals.propose.grammar import absent, agreeing, article, is_plural, renumbered, versions
+from cfvlm_ds.counterfactuals.propose.plausible import MADE_OF, can_be, instead
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
 
-VERSION = 1
+VERSION = 2
 """Raised when the same caption gets other edits than before."""
 
 Change = tuple[dict[int, str], str]
@@ -32,7 +33,6 @@ for _first, _second in v.RELATIONS:
     _OPPOSITE.setdefault(_first, _second)
     _OPPOSITE.setdefault(_second, _first)
 _NEAR = {word: frozenset().union(*(group for group in v.NEAR_COLOURS if word in group)) for word in v.COLOURS_READ}
-_ALIKE = {word: frozenset().union(*(group for group in v.ALIKE if word in group)) for _, word, _ in v.NOUNS.values()}
 
 
 class Rules:
@@ -63,6 +63,8 @@ class Rules:
         caption = Caption(source.caption)
         if any(word in v.NEGATIONS or word.endswith("n't") for word in caption.words):
             return [Rejected("rules", "a negation")]
+        if "?" in caption.words:
+            return [Rejected("rules", "a question")]
         found: list[Proposal | Rejected] = []
         for kind in self._types:
             made = 0
@@ -76,6 +78,9 @@ class Rules:
         return found or [Rejected("rules", "nothing to edit")]
 
     def _proposal(self, kind: str, caption: Caption, changes: dict[int, str], told: str) -> Proposal | None:
+        explained = caption.first_sentence < len(caption.words)
+        if explained and (max(changes) >= caption.first_sentence or kind in ("object", "swap_object")):
+            return None
         text = caption.with_words(changes)
         if defect(caption.text, text, kind) is not None:
             return None
@@ -102,7 +107,8 @@ def _colour(caption: Caption, choose: Choose) -> Iterator[Change]:
     for phrase in _describable(caption, "colour"):
         (place,) = caption.said_of(phrase, "colour")
         old = caption.words[place]
-        for new in choose([colour for colour in v.COLOURS if colour not in _NEAR[old]]):
+        noun = caption.words[phrase.noun]
+        for new in choose([colour for colour in v.COLOURS if colour not in _NEAR[old] and can_be(noun, colour)]):
             yield {place: new}, f"Change the colour of the {caption.words[phrase.noun]} from {old} to {new}."
 
 
@@ -117,7 +123,8 @@ def _size(caption: Caption, choose: Choose) -> Iterator[Change]:
 def _material(caption: Caption, choose: Choose) -> Iterator[Change]:
     for phrase in _describable(caption, "material"):
         (place,) = caption.said_of(phrase, "material")
-        for new in choose([each for each in v.MATERIALS if {each, caption.words[place]} != {"stone", "brick"}]):
+        made_of = MADE_OF[caption.words[phrase.noun]]
+        for new in choose([each for each in v.MATERIALS if each in made_of and {each, caption.words[place]} != {"stone", "brick"}]):
             yield {place: new}, f"Make the {caption.words[phrase.noun]} {new} and not {caption.words[place]}."
 
 
@@ -139,9 +146,9 @@ def _describable(caption: Caption, kind: str) -> Iterator[Phrase]:
         if len(caption.said_of(phrase, kind)) != 1 or noun in v.PEOPLE:
             continue
         fixed = {
-            "colour": noun in v.FIXED_COLOUR,
+            "colour": noun in v.FIXED_COLOUR or "ripe" in caption.words,
             "size": noun in v.NOT_SIZED or caption.word(phrase.noun + 1) == "of",
-            "material": noun not in v.TOUCHABLE,
+            "material": noun not in MADE_OF,
             "texture": phrase.known is not None and phrase.known[0] == "animal",
         }
         if not fixed[kind]:
@@ -149,33 +156,49 @@ def _describable(caption: Caption, kind: str) -> Iterator[Phrase]:
 
 
 def _count(caption: Caption, choose: Choose) -> Iterator[Change]:
-    for phrase in caption.phrases:
-        if phrase.determiner is None:
-            continue
-        word, noun = caption.words[phrase.determiner], caption.words[phrase.noun]
-        number = int(word) if word.isdecimal() and len(word) == 1 else v.NUMBERS.get(word, 0)
-        before = caption.word(phrase.determiner - 1)
-        if (
-            not number
-            or noun in v.UNITS
-            or before in ("number", "route", "all", "every", "channel", "flight", "bus")
-            or noun.endswith("ss")
-        ):
-            continue
-        if (number > 1) != (phrase.plural is True) or (
-            number > 1 and phrase.known is None and not noun.endswith(("s", "people", "children"))
-        ):
-            continue
+    for determiner, nouns, known in _counted(caption):
+        word, noun = caption.words[determiner], caption.words[nouns]
+        number = int(word) if word.isdecimal() else v.NUMBERS[word]
         options = {v.NUMBER_WORDS[n]: n for n in (1, 2, 3, 4, 5) if n != number}
         for new in choose(list(options)):
-            changes = {phrase.determiner: str(options[new]) if word.isdecimal() else new}
+            changes = {determiner: str(options[new]) if word.isdecimal() else new}
             if (number == 1) != (options[new] == 1):
-                agreed = _agreement(caption, phrase, options[new] > 1)
+                agreed = None if known is None else _agreement(caption, known, options[new] > 1)
                 if agreed is None:
                     continue
                 changes |= agreed
             many = renumbered(noun, True) or noun
             yield changes, f"Change the number of {many} from {number} to {options[new]}."
+
+
+def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
+    """Places of a number and of the noun that it counts, with the noun's phrase; None for several things of a kind that is not listed,
+    such as three fire hydrants."""
+    phrases = {phrase.determiner: phrase for phrase in caption.phrases if phrase.determiner is not None}
+    for place, word in enumerate(caption.words):
+        number = int(word) if word.isdecimal() and len(word) == 1 else v.NUMBERS.get(word, 0)
+        if not number or caption.word(place - 1) in _NO_COUNT or caption.words.count(word) > 1 or caption.is_named(place):
+            continue
+        phrase = phrases.get(place)
+        further = [k for k in (place + 2, place + 3) if k < len(caption.words) and caption.ends(k + 1)]
+        noun = phrase.noun if phrase is not None else next(iter(further), 0)
+        said = caption.words[place + 1 : noun + 1]
+        if (
+            not noun
+            or set(said) & v.UNITS
+            or said[-1].endswith("ss")
+            or not all(each.isalpha() for each in said)
+            or caption.is_aside(place)
+        ):
+            continue
+        if phrase is None and (number == 1 or not is_plural(said[-1]) or set(said) & (v.FOLLOWING | v.DETERMINERS)):
+            continue
+        many = phrase is None or phrase.known is not None or said[-1].endswith(("s", "people", "children"))
+        if phrase is None or ((number > 1) == (phrase.plural is True) and (number == 1 or many)):
+            yield place, noun, phrase
+
+
+_NO_COUNT = ("number", "route", "all", "every", "channel", "flight", "bus", "or", "back", "war")
 
 
 def _agreement(caption: Caption, phrase: Phrase, plural: bool) -> dict[int, str] | None:
@@ -184,17 +207,28 @@ def _agreement(caption: Caption, phrase: Phrase, plural: bool) -> dict[int, str]
     after, before = caption.word(phrase.noun + 1), caption.word(phrase.start - 1)
     if noun is None or v.THEIR & set(caption.words) or (after == "and" and {"is", "are", "was", "were"} & set(caption.words)):
         return None
+    if before == "the" or _shared(caption, phrase, plural):
+        return None
     changes = {phrase.noun: noun}
     if before in ("is", "are", "was", "were") and caption.word(phrase.start - 2) == "there":
         changes[phrase.start - 1] = {"is": "are", "are": "is", "was": "were", "were": "was"}[before]
     if not after or after.endswith("ing") or (after.endswith("ed") and after not in v.NOT_VERBS):
         return changes
-    if after in _PREPOSITIONS:  # "near" is a verb, too
+    if after in _PREPOSITIONS or after in ("left", "right"):  # "near" is a verb, too
         return changes
     verb = agreeing(after, plural)
     return None if verb is None else changes if verb == after else changes | {phrase.noun + 1: verb}
 
 
+def _shared(caption: Caption, phrase: Phrase, plural: bool) -> bool:
+    """Whether one and many differ in what they have, too: two girls hold umbrellas, and one of them holds no umbrellas."""
+    rest = caption.words[phrase.noun + 1 :]
+    if any(word in _HAVING for word in rest[:2]):
+        return True
+    return not plural and any(is_plural(word) for word in rest if word in v.NOUNS)
+
+
+_HAVING = v.FOLLOWING & {"has", "have", "with"} | {"wearing", "holding", "carrying", "riding", "wears", "wear", "hold", "holds", "throwing"}
 _PREPOSITIONS = v.FOLLOWING - set(
     ["is", "are", "was", "were", "has", "have", "that", "which", "who", "sit", "sits", "stand", "stands", "lie", "lies", "like"]
 )
@@ -218,6 +252,9 @@ def _is_place(caption: Caption, places: list[int], phrase: str) -> bool:
     if phrase in ("left of", "right of"):  # "what is left of the cake"
         before = caption.word(places[0] - 1)
         return (caption.word(places[0] - 2) if before in ("is", "are") else before) in v.NOUNS
+    subject = caption.word(places[0] - 1)
+    if subject in v.LIES_BELOW or (phrase in ("above", "below") and subject in v.ABOVE_ALL):
+        return False
     of_body = after[0] in ("hand", "arm", "foot", "leg", "turn", "lane", "field", "shoulder", "eye")
     return not of_body and not (phrase in ("inside", "outside") and not after[0])
 
@@ -240,42 +277,52 @@ def _object(caption: Caption, choose: Choose) -> Iterator[Change]:
         if phrase.known is None or phrase.plural is None:
             continue
         category, one, _many = phrase.known
-        if forms.count(one) > 1 or (category == "person" and v.GENDERED & set(caption.words)):
+        if forms.count(one) > 1 or (one in v.NEVER_PROPOSED and category != "shape" and not caption.words[phrase.noun].endswith("s")):
             continue
-        if one in v.NEVER_PROPOSED and category != "shape" and not caption.words[phrase.noun].endswith("s"):
-            continue
-        before, holds = caption.word(phrase.start - 1), caption.word(phrase.noun + 1) == "of"
-        if holds and one not in v.HOLDING:  # a coat of paint
-            continue
-        if (before == "of" and phrase.determiner is None and not phrase.plural) or (one == "camera" and before in ("at", "for", "to")):
-            continue  # a slice of pizza; smiling at the camera
-        unfit = frozenset(s for s, _ in v.SIBLINGS[category]) - v.HOLDING if holds else v.UTENSILS if before in _PLACES else frozenset()
-        never = frozenset[str]() if category == "shape" else v.NEVER_PROPOSED
-        unfit |= {one, *forms} | _ALIKE[one] | never
-        others = [(s, p) for s, p in v.SIBLINGS[category] if s not in unfit]
-        by_form = {(p if phrase.plural else s): (s, p) for s, p in others}
-        for new in choose(list(by_form)):
+        if caption.word(phrase.start - 1) == "of" and phrase.determiner is None and not phrase.plural:
+            continue  # a slice of pizza
+        fit = instead(caption, phrase).difference(forms)
+        by_form = [p if phrase.plural else s for s, p in v.SIBLINGS[category] if s in fit]
+        for new in choose(by_form):
             told = f"Replace the {caption.words[phrase.noun]} with {'' if phrase.plural else f'{article(new)} '}{new}."
             yield {phrase.noun: new}, told
 
 
-_PLACES = ("in", "inside", "into", "from", "on", "onto")
-
-
 def _action(caption: Caption, choose: Choose) -> Iterator[Change]:
     for old, *others in v.ACTIONS:
-        if caption.words.count(old) != 1:
-            continue
-        place = caption.words.index(old)
-        after = caption.word(place + 1)
-        if not caption.is_done_by_somebody(place) or (old in v.OF_PLACE and after and after not in v.AFTER_PLACE):
-            continue
-        if old in ("smiling", "laughing", "crying") and after not in ("", "at", "in", "on", "and", "while", "with"):
-            continue
-        if old in ("throwing", "catching") and {"to", "at", "from", "towards"} & set(caption.words[place:]):
-            continue
-        for new in choose(others):
-            yield {place: new}, f"Make the one who is {old} be {new}: {caption.with_words({place: new})}"
+        forms = {old: others} | {
+            v.FINITE[old][many]: [v.FINITE[new][many] for new in others if new in v.FINITE] for many in (0, 1) if old in v.FINITE
+        }
+        for form, options in forms.items():
+            if caption.words.count(form) == 1 and _is_action(caption, caption.words.index(form), old, form):
+                place = caption.words.index(form)
+                for new in choose(_done_there(caption, place, options)):
+                    yield {place: new}, f"Make the picture show this instead of {form}: {caption.with_words({place: new})}"
+
+
+def _is_action(caption: Caption, place: int, action: str, form: str) -> bool:
+    """Whether a word says what somebody does, and a still picture shows it."""
+    after = caption.word(place + 1)
+    if not caption.is_done_by_somebody(place) or (action in v.OF_PLACE and after and after not in v.AFTER_PLACE):
+        return False
+    if form != action and (not after or caption.word(place - 1) in ("is", "are", "was", "were")):
+        return False
+    if action in ("smiling", "laughing", "crying") and after not in ("", "at", "in", "on", "and", "while", "with"):
+        return False
+    return not (action in ("throwing", "catching") and {"to", "at", "from", "towards"} & set(caption.words[place:]))
+
+
+def _done_there(caption: Caption, place: int, options: Sequence[str]) -> list[str]:
+    """Without what those who do it cannot do, or not at such a place: birds sit or stand, horses do not sit, nobody lies at a desk."""
+    somebody = caption.word(place - 1) if caption.word(place - 1) not in ("is", "are", "was", "were") else caption.word(place - 2)
+    one = v.NOUNS[somebody][1] if somebody in v.NOUNS else somebody
+    if one in ("bird", "duck"):
+        return []
+    hoofed = one in ("horse", "cow", "sheep", "goat", "pig", "zebra", "giraffe", "elephant")
+    never = {"sitting", "sits", "sit"} if hoofed else set[str]()
+    if caption.word(place + 1) == "at":
+        never |= {"lying", "lies", "lie", "sleeping", "sleeps", "sleep"}
+    return [option for option in options if option not in never]
 
 
 def _swap_attribute(caption: Caption, choose: Choose) -> Iterator[Change]:
@@ -286,6 +333,11 @@ def _swap_attribute(caption: Caption, choose: Choose) -> Iterator[Change]:
         if len(found) == 2 and caption.words[found[0].noun] != caption.words[found[1].noun]:
             (first,), (second,) = (caption.said_of(phrase, kind) for phrase in found)
             old, new = caption.words[first], caption.words[second]
+            nouns = [caption.words[phrase.noun] for phrase in found]
+            if kind == "colour" and not (can_be(nouns[0], new) and can_be(nouns[1], old)):
+                continue
+            if kind == "material" and not (new in MADE_OF[nouns[0]] and old in MADE_OF[nouns[1]]):
+                continue
             if old != new and SYNONYMS.get(old, old) != SYNONYMS.get(new, new) and new not in _NEAR.get(old, ()):
                 yield {first: new, second: old}, ""
 

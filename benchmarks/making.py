@@ -1,0 +1,218 @@
+"""Making data at size: proposals per second and core, memory of every step, and what verifying costs beside scoring.
+
+    python benchmarks/making.py FOLDER                          # ten thousand, a hundred thousand and a million captions: hours
+    python benchmarks/making.py FOLDER --rows 2000 20000        # less of it
+    python benchmarks/making.py FOLDER --parts rules verify     # some of it
+
+Captions are said of a thousand pictures; each has a colour, two nouns and sides that `flip` exchanges, and a street of its own for every
+twenty, in which `mine` finds its pairs. Each step has a process of its own. Seconds are of its processor time, memory is the most that it
+had for itself: pages of mapped files, which all processes of a machine share, are not counted. Verifying and scoring take turns on the same
+candidate groups with the same probes, so their forward tokens are the same. Prints the tables of RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cfvlm_ds.core.files import remove
+
+SIZES = (10_000, 100_000, 1_000_000)
+PICTURES, SIDE = 1000, 64
+PARTS = ("rules", "steps", "verify")
+STEPS = ("propose", "edit", "verify", "select")
+COLOURS, NOUNS = ("red", "blue", "green", "white"), ("car", "bus", "bicycle", "truck", "tractor", "bench", "table", "chair", "dog", "cat")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rows", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--candidates", type=int, default=96, help="candidates that are verified and scored")
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    if arguments.one:
+        name, rows = arguments.one
+        print(json.dumps(measured(ONE[name], folder, int(rows))))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if "rules" in arguments.parts:
+        found = fresh(folder, "rules", min(arguments.rows[0], 10_000))
+        print(
+            f"rules, one core: {found['edits'] / found['s']:,.0f} proposals/s, {found['captions'] / found['s']:,.0f} captions/s", flush=True
+        )
+    if "steps" in arguments.parts:
+        of_steps(folder, sorted(arguments.rows))
+    if "verify" in arguments.parts:
+        found = fresh(folder, "beside", arguments.candidates)
+        print(
+            f"{found['candidates']:.0f} candidates verified in {found['verify']:.2f} s and scored in {found['score']:.2f} s of processor "
+            f"time: {found['score'] / found['verify']:.3f} of the rate of scoring (target 0.9)"
+        )
+
+
+def of_steps(folder: Path, sizes: list[int]) -> None:
+    found: dict[str, list[dict[str, float]]] = {step: [] for step in STEPS}
+    for rows in sizes:
+        captions(folder, rows)
+        remove(folder / f"W{rows}")
+        for step in STEPS:
+            began = time.perf_counter()
+            found[step].append(fresh(folder, step, rows))
+            print(f"{rows:,} rows: {step}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    print(f"| captions | {' | '.join(f'{rows:,}' for rows in sizes)} |\n|---|{'---:|' * len(sizes)}")
+    for step in STEPS:
+        for what, key in (("s of processor time", "s"), ("most memory, MB", "mb")):
+            print(f"| {step}: {what} | {' | '.join(f'{each[key]:,.1f}' for each in found[step])} |")
+    print()
+
+
+def fresh(folder: Path, name: str, rows: int) -> dict[str, float]:
+    """A measurement in a process of its own."""
+    command = [sys.executable, __file__, str(folder), "--one", name, str(rows)]
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return found
+
+
+def measured(part: Callable[[Path, int], dict[str, float]], folder: Path, rows: int) -> dict[str, float]:
+    """What a part says, with its processor seconds and the most memory that it had for itself."""
+    most, over = [private_mb()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            most.append(max(most.pop(), private_mb()))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    began = time.process_time()
+    found = part(folder, rows)
+    seconds = time.process_time() - began
+    over.set()
+    watcher.join()
+    return {"s": seconds, "mb": most[0]} | found
+
+
+def private_mb() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 1000
+    return 0.0
+
+
+def caption(k: int) -> str:
+    chance = random.Random(k // 20 if k % 20 else k)
+    first, second = chance.sample(NOUNS, 2)
+    colour = COLOURS[k % len(COLOURS)]
+    return f"a {colour} {first} to the left of a {second} in street {k // 20}"
+
+
+def captions(folder: Path, rows: int) -> Path:
+    (folder / "pictures").mkdir(exist_ok=True)
+    for k in range(PICTURES):
+        if not (file := folder / "pictures" / f"{k}.png").exists():
+            Image.effect_noise((SIDE, SIDE), 1 + k % 90).convert("RGB").save(file)
+    file = folder / f"{rows}.jsonl"
+    if not file.exists():
+        with file.open("w", buffering=1 << 20) as handle:
+            for k in range(rows):
+                handle.write(json.dumps({"id": f"r{k}", "image": f"pictures/{k % PICTURES}.png", "caption": caption(k)}) + "\n")
+    return file
+
+
+def rules(folder: Path, rows: int) -> dict[str, float]:
+    from cfvlm_ds.counterfactuals.options import ProposeOptions
+    from cfvlm_ds.counterfactuals.propose.base import Context, Proposal, Source
+    from cfvlm_ds.counterfactuals.propose.rules import Rules
+
+    back_end: Any = Rules(Context(ProposeOptions(), None, None))  # type: ignore[arg-type]
+    sources = [Source(f"r{k}", caption(k)) for k in range(rows)]
+    back_end.propose(sources[0])
+    began = time.process_time()
+    edits = sum(isinstance(each, Proposal) for source in sources for each in back_end.propose(source))
+    return {"edits": edits, "captions": rows, "s": time.process_time() - began}
+
+
+def step_of(step: str) -> Callable[[Path, int], dict[str, float]]:
+    def run(folder: Path, rows: int) -> dict[str, float]:
+        from cfvlm_ds.counterfactuals.edit.step import edit
+        from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, SelectOptions, VerifyOptions
+        from cfvlm_ds.counterfactuals.propose.step import propose
+        from cfvlm_ds.counterfactuals.select import select
+        from cfvlm_ds.counterfactuals.verify import verify
+        from cfvlm_ds.data import open_groups
+
+        out = folder / f"W{rows}"
+        if step == "propose":
+            propose(open_groups(folder / f"{rows}.jsonl", None, "captions"), out, ProposeOptions(back_ends="rules,mine"), 0, str)
+        elif step == "edit":
+            edit(out, EditOptions(), 0, str)
+        elif step == "verify":
+            verify(out, VerifyOptions(), 0, str, None)
+        else:
+            select(out, folder / f"{rows}.groups.jsonl", SelectOptions(), str)
+        return {}
+
+    return run
+
+
+def beside(folder: Path, number: int) -> dict[str, float]:
+    """Seconds of verifying candidates and of scoring the same groups, in turns; the least of three."""
+    import torch
+
+    from cfvlm_ds.cli.making import _scoring
+    from cfvlm_ds.core.config import TinyLlavaConfig
+    from cfvlm_ds.counterfactuals.edit.step import edit
+    from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, VerifyOptions
+    from cfvlm_ds.counterfactuals.propose.step import propose
+    from cfvlm_ds.counterfactuals.verify import candidates, group_of, verify
+    from cfvlm_ds.counterfactuals.work_folder import WorkFolder
+    from cfvlm_ds.data import open_groups
+    from cfvlm_ds.demo.tiny_llava import build_tiny_llava
+
+    torch.set_num_threads(1)
+    config = TinyLlavaConfig(str(folder / "model"), image_size=224, patch_size=16, hidden_size=512, vision_hidden_size=256)
+    model = build_tiny_llava(config, [caption(k) for k in range(400)])
+    photos, out = folder / "photos", folder / "Wbeside"
+    photos.mkdir(exist_ok=True)
+    for k in range(number):
+        if not (photos / f"{k}.jpg").exists():
+            Image.effect_noise((640, 480), 60).convert("RGB").save(photos / f"{k}.jpg", quality=85)
+    rows = [{"id": f"r{k}", "image": f"photos/{k}.jpg", "caption": caption(20 * k)} for k in range(number)]
+    (folder / "beside.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    remove(out)
+    propose(open_groups(folder / "beside.jsonl", None, "captions"), out, ProposeOptions(types="relation"), 0, str)
+    edit(out, EditOptions(back_ends="flip"), 0, str)
+    score, identity = _scoring(str(model), 8)
+    options, work = VerifyOptions(scorer=str(model), batch_size=8), WorkFolder.open(out)
+    found: dict[str, list[float]] = {"verify": [], "score": []}
+    count = 0
+    for _ in range(3):
+        groups = [group_of(candidate, options) for candidate in candidates(work, 0)]
+        count = len(groups)
+        began = time.process_time()
+        score(groups)
+        found["score"].append(time.process_time() - began)
+        for file in (*(out / "verify").glob("*"), out / "verify.json"):
+            file.unlink(missing_ok=True)
+        began = time.process_time()
+        verify(out, options, 0, str, score, None, identity)
+        found["verify"].append(time.process_time() - began)
+    return {"candidates": count} | {name: min(each) for name, each in found.items()}
+
+
+ONE: dict[str, Callable[[Path, int], dict[str, float]]] = {"rules": rules, "beside": beside} | {step: step_of(step) for step in STEPS}
+
+if __name__ == "__main__":
+    main()

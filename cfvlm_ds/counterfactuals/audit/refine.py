@@ -1,0 +1,110 @@
+"""Thinning a set until what is guessed without a picture is as often wrong as right: by length, by words, by a scorer on a blank picture.
+
+Adversarial, as in the filtering of SugarCrepe: of each pattern of right and wrong guesses as many stay as of the opposite, and the
+words are learnt anew on what is left until they tell nothing more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import whole_file
+from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
+from cfvlm_ds.counterfactuals.audit.shortcuts import word_weights
+from cfvlm_ds.counterfactuals.propose.word_difference import words
+from cfvlm_ds.counterfactuals.work_folder import seed_of
+from cfvlm_ds.data.formats.cfgroup import to_row
+
+TARGET = 0.02
+"""How far from one half the share of right guesses may be."""
+_ROUNDS = 50
+
+Pairs = Sequence[tuple[str, str]]
+
+
+def text_pairs(group: CounterfactualGroup) -> list[tuple[str, str]]:
+    """A group's caption with each text that is its counterfactual."""
+    return [
+        (group.candidates[0].text, group.candidates[edit.text].text) for edit in group.edits if edit.type != SHAM and edit.text is not None
+    ]
+
+
+def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None, seed: int, file: Path) -> str:
+    """Write the groups that stay, and say what a guess is worth on them. ``blind`` are the margins of a scorer without a picture.
+
+    Raises ConfigError where none can stay.
+    """
+    pairs = [text_pairs(group) for group in groups]
+    draw = {k: seed_of("refine", seed, group.id) for k, group in enumerate(groups)}
+    kept, shares = thinned(pairs, blind, draw)
+    if not kept:
+        raise ConfigError(
+            f"--refine: a blind guess ({worst_cue(pairs, blind, draw)}) is right or wrong in the same way for all {len(groups)} groups, so "
+            "none can stay; propose edits in both directions"
+        )
+    folder = file.parent.absolute()
+    with whole_file(file) as out:
+        for k in kept:
+            out.write(json.dumps(to_row(groups[k], folder), ensure_ascii=False).encode() + b"\n")
+    said = ", ".join(f"{100 * share:.1f} % by {cue}" for cue, share in shares.items())
+    return f"{len(kept)} of {len(groups)} groups, of which a blind guess is right in {said}"
+
+
+def thinned(pairs: Sequence[Pairs], blind: Sequence[float] | None, draw: Mapping[int, int]) -> tuple[list[int], dict[str, float]]:
+    """The places of the groups that stay, and the share of right guesses of each cue on them."""
+    kept = list(range(len(pairs)))
+    for _ in range(_ROUNDS):
+        cues = cues_of(pairs, blind, draw, kept)
+        shares = {cue: right(margins) for cue, margins in cues.items()}
+        noise = 0.98 / math.sqrt(max(len(kept), 1))  # of a guess that is none
+        if all(abs(share - 0.5) <= (max(TARGET, noise) if cue == "words" else TARGET) for cue, share in shares.items()):
+            return kept, shares
+        stay = balanced(list(zip(*cues.values(), strict=True)), [draw[k] for k in kept])
+        kept = [kept[k] for k in stay]
+        if not kept:
+            break
+    return [], {}
+
+
+def cues_of(pairs: Sequence[Pairs], blind: Sequence[float] | None, draw: Mapping[int, int], kept: Sequence[int]) -> dict[str, list[float]]:
+    """By cue the margin of each group that is left: above 0 where the guess is right. The words of one half are learnt on the other."""
+    weights = [word_weights([pair for k in kept if draw[k] % 2 == half for pair in pairs[k]]) for half in (0, 1)]
+
+    def by_words(k: int) -> float:
+        weight = weights[1 - draw[k] % 2]
+        scores = [[sum(weight.get(word, 0.0) for word in set(words(text))) for text in pair] for pair in pairs[k]]
+        return sum(new - old for old, new in scores)
+
+    cues = {
+        "length": [float(sum(len(new) - len(old) for old, new in pairs[k])) for k in kept],
+        "words": [round(by_words(k), 9) for k in kept],
+    }
+    return cues | ({} if blind is None else {"the scorer": [blind[k] for k in kept]})
+
+
+def balanced(margins: Sequence[Sequence[float]], draw: Sequence[int]) -> list[int]:
+    """The places that stay where as many have a pattern of right and wrong guesses as have the opposite one; which of the more go is drawn.
+    Where nothing is guessed, all stay."""
+    patterns: dict[tuple[int, ...], list[int]] = {}
+    for k, row in enumerate(margins):
+        patterns.setdefault(tuple((margin > 0) - (margin < 0) for margin in row), []).append(k)
+    kept: list[int] = []
+    for pattern, places in patterns.items():
+        opposite = patterns.get(tuple(-sign for sign in pattern), [])
+        kept += sorted(places, key=lambda k: (draw[k], k))[: len(opposite)]
+    return sorted(kept)
+
+
+def right(margins: Sequence[float]) -> float:
+    """Share of right guesses, ties one half."""
+    return sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins) / max(len(margins), 1)
+
+
+def worst_cue(pairs: Sequence[Pairs], blind: Sequence[float] | None, draw: Mapping[int, int]) -> str:
+    """The cue whose guess is farthest from one half on all groups."""
+    shares = {cue: right(margins) for cue, margins in cues_of(pairs, blind, draw, range(len(pairs))).items()}
+    return max(shares, key=lambda cue: abs(shares[cue] - 0.5))

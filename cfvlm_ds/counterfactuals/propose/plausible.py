@@ -1,0 +1,241 @@
+"""What may stand in the place of a noun, and what a noun can be like.
+
+A picture of the edited caption must be thinkable: a giraffe on a wire or a purple horse is told from a photograph by its words alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cfvlm_ds.counterfactuals.propose.caption import Caption, Phrase
+from cfvlm_ds.counterfactuals.propose.vocabulary import ALIKE, GENDERED, NEVER_PROPOSED, NOUNS
+
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+def _lines(text: str) -> Iterator[tuple[list[str], frozenset[str]]]:
+    for line in text.strip().splitlines():
+        names, _, listed = line.partition(":")
+        yield names.split(), _set(listed)
+
+
+INSTEAD: dict[str, frozenset[str]] = {}
+"""Noun -> what is found in the places where it is."""
+_INSTEAD = """
+man: woman
+woman: man
+boy: girl
+girl: boy
+dog cat rabbit bird duck: dog cat rabbit
+horse cow pig sheep goat: horse cow pig sheep goat
+elephant zebra giraffe lion tiger monkey bear: elephant zebra giraffe lion tiger monkey
+car bus truck van tractor motorcycle bicycle bike: car bus truck van tractor motorcycle bicycle
+boat train: bus truck
+airplane: helicopter
+helicopter: airplane
+chair bench couch sofa bed table desk: chair bench couch bed table desk
+cup bowl plate bottle vase fork knife spoon: cup bowl plate bottle vase fork knife spoon
+apple banana pear lemon strawberry orange: apple banana pear lemon strawberry
+carrot tomato potato cucumber: carrot tomato potato cucumber
+sandwich pizza hamburger: sandwich pizza hamburger
+donut cake cookie: donut cake cookie
+laptop phone television keyboard camera: laptop phone television keyboard camera
+clock: lamp
+lamp: clock
+microwave oven refrigerator toaster sink: microwave oven refrigerator toaster sink
+backpack suitcase handbag umbrella basket: backpack suitcase handbag umbrella basket
+ball frisbee kite: ball frisbee kite
+skateboard surfboard snowboard: ball frisbee kite
+hat shirt jacket dress tie scarf coat: hat shirt jacket dress tie scarf coat
+tree bush: cactus
+flower cactus mushroom: flower cactus mushroom
+book newspaper map: book newspaper map
+hammer saw shovel broom: hammer saw shovel broom
+circle square triangle star cross diamond: circle square triangle star cross diamond
+house church barn tower castle: house church barn tower castle
+"""
+for _names, _listed in _lines(_INSTEAD):
+    INSTEAD.update(dict.fromkeys(_names, _listed))
+
+BESIDE: dict[str, frozenset[str]] = {}
+"""Noun -> words of a caption in which nothing else would do."""
+_BESIDE = """
+train: track tracks rail rails railway railroad station platform locomotive traveling travelling carriage conductor
+boat: water lake river sea ocean harbor harbour dock docks pier sail sails sailing floating bay beach shore pond canal fishing wave waves
+bird duck: flying flies fly wire wires branch branches tree trees sky perched wings air above over roof pole nest feeder egg eggs
+bird duck: water pond lake river swimming singing beak feathers
+dog: leash collar barking frisbee bone sheepdog
+horse: riding rides ride rider saddle jockey carriage racing
+bike bicycle motorcycle: riding rides ride rider helmet pushing pulling against leaning lean locked pedals race
+car bus truck van tractor: driving drives seat wheel passengers plowing race
+flower: vase vases pot pots bouquet petals stem wearing
+mushroom: eating soup pizza cooked
+tree: leaves trunk climbing christmas branches orchard
+sink: bathroom toilet water running washing shower bathtub mirror
+umbrella: rain raining opening closing open opens closed shade
+basket: wicker laundry basketball hoop opening closing
+suitcase backpack handbag: opening closing
+kite: flying flies fly string sky wind
+ball: playing plays kicking kicks hitting hits bouncing tennis soccer bat racket goal net dribbling bouncy
+skateboard surfboard snowboard: riding rides ride trick tricks ramp jumping wave waves surfing snow
+chair: dining
+pizza: toppings slice slices pepperoni
+cake: candles birthday wedding
+clock: time hands o'clock tower
+phone television laptop camera keyboard: talking talks watching watches typing types call photo photos picture pictures
+dress skirt: dancing ballet
+house church barn castle tower: roof lives
+"""
+for _names, _listed in _lines(_BESIDE):
+    for _name in _names:
+        BESIDE[_name] = BESIDE.get(_name, frozenset()) | _listed
+OF_ONE_SEX = _set(
+    """dress dresses skirt skirts bikini bikinis beard beards bearded mustache moustache bald pregnant bra gown heels shirtless bride groom
+    wedding makeup lipstick nun monk king queen husband wife father mother son daughter"""
+)
+OUTSIDE = _set("park street road beach garden yard field grass river lake forest hill sidewalk parking lawn meadow snow")
+GRAZERS = _set("zebra giraffe elephant horse cow sheep goat")
+WORN = _set("wearing wears wear dressed worn")
+
+_CAN_BE = """
+dog dogs puppy rabbit rabbits bunny goat goats sheep lamb donkey: black white brown gray
+cat cats kitten kittens: black white gray orange brown
+horse horses pony ponies: black white brown gray
+cow cows bull bulls hen hens chicken chickens rooster: black white brown
+pig pigs: pink black brown white
+duck ducks: white brown black yellow
+mouse rat: gray white black brown
+bird birds: red blue green yellow black white brown gray
+slug snail: brown black orange
+elephant elephants zebra zebras giraffe giraffes lion lions tiger tigers monkey monkeys bear bears:
+apple apples: red green yellow
+pear pears banana bananas lemon lemons: yellow green
+strawberry strawberries: red
+orange oranges carrot carrots: orange
+tomato tomatoes: red green yellow
+potato potatoes: brown
+cucumber cucumbers: green
+pepper peppers: green red yellow
+grape grapes: green purple
+corn: yellow white
+eye eyes: blue green brown gray
+hair: black brown gray white red
+flower flowers rose roses tulip tulips: red yellow white pink purple blue orange
+field fields meadow: green brown yellow
+rock rocks: gray brown black white red
+egg eggs: white brown
+tree trees bush bushes cactus cactuses mountain mountains hill hills sand gull whale owl eagle hawk flamingo retriever planet gnu:
+"""
+CAN_BE: dict[str, frozenset[str]] = {}
+"""Noun -> the colours that it has; any where it is not listed."""
+for _names, _listed in _lines(_CAN_BE):
+    CAN_BE.update(dict.fromkeys(_names, _listed))
+
+_MADE_OF = """
+chair chairs stool stools: wooden metal plastic
+bench benches: wooden metal plastic stone
+table tables desk desks: wooden metal plastic glass
+wall walls: brick stone wooden metal
+fence fences: wooden metal plastic
+gate gates barrel: wooden metal
+bridge house building buildings tower cottage church: wooden stone brick
+door doors: wooden metal glass plastic
+boat boats: wooden metal plastic
+bowl bowls cup cups plate plates vase vases: wooden metal plastic glass
+spoon spoons fork forks box boxes tray trays bucket basket crate crates hanger hangers mallet toy: wooden metal plastic
+floor floors: wooden stone
+shelf shelves cabinet cabinets: wooden metal plastic glass
+statue post posts: wooden metal stone
+couch sofa jacket coat hat: leather
+"""
+MADE_OF: dict[str, frozenset[str]] = {}
+"""Noun -> the materials that it is made of; none are known where it is not listed."""
+for _names, _listed in _lines(_MADE_OF):
+    MADE_OF.update(dict.fromkeys(_names, _listed))
+_ALIKE = {word: frozenset().union(*(group for group in ALIKE if word in group)) for _, word, _ in NOUNS.values()}
+_INTO = ("in", "inside", "into", "from", "outside")
+
+
+def can_be(noun: str, colour: str) -> bool:
+    """Whether there are things of a kind that have a colour."""
+    return noun not in CAN_BE or {"grey": "gray"}.get(colour, colour) in CAN_BE[noun]
+
+
+def instead(caption: Caption, phrase: Phrase) -> frozenset[str]:
+    """Singulars of what may stand in the place of a noun; none where it is what the rest of the caption needs."""
+    assert phrase.known is not None
+    category, one, _ = phrase.known
+    said, before, after = set(caption.words), caption.word(phrase.start - 1), caption.word(phrase.noun + 1)
+    before = "on" if before == "of" and caption.word(phrase.start - 2) == "top" else before
+    if said & BESIDE.get(one, frozenset()) or (category == "person" and said & (GENDERED | OF_ONE_SEX)):
+        return frozenset()
+    if _held_by_place(category, one, before, caption.word(phrase.start - 2), said):
+        return frozenset()
+    found = INSTEAD.get(one, frozenset()) - _ALIKE[one] - {one}
+    found -= frozenset() if category == "shape" else NEVER_PROPOSED
+    if after == "of":  # a bowl of fruit, a plate of food; a coat of paint and a vase of flowers are left alone
+        found &= frozenset(("bowl", "plate")) if one in ("bowl", "plate") and not said & _set("soup cereal milk water") else frozenset()
+    if category == "animal" and said & _set("grazing grazes graze herd"):
+        found &= GRAZERS
+    if category == "clothing" and (said & WORN or before in ("in", "with")):
+        found -= _set("shirt dress")  # who wears a hat wears a shirt too
+    if category == "furniture" and said & OUTSIDE:
+        found -= _set("bed couch")
+    if said & _MEN:
+        found -= _set("dress")
+    if category == "sport" and said & _THROWN:
+        found &= _set("ball frisbee")
+    if category == "dish" and after == "with":
+        found -= _set("plate fork knife spoon")
+    if before in _INTO:
+        found -= _set("plate fork knife spoon umbrella")
+    return frozenset(each for each in found if _fits(caption, phrase, each))
+
+
+def _held_by_place(category: str, one: str, before: str, earlier: str, said: set[str]) -> bool:
+    """Whether the words before a noun leave room for no other one."""
+    on = before in ("on", "onto", "riding", "rides", "ride")
+    if category in ("animal", "device", "sport", "dish") and on:
+        return True
+    if one in ("bike", "bicycle", "motorcycle") and (on or before in ("his", "her", "their")):
+        return True
+    if one in ("tree", "bush") and before in ("in", "under", "on", "up", "from", "beneath", "into", "of", "underneath"):
+        return True
+    if one == "umbrella" and before in ("under", "beneath", "underneath"):
+        return True
+    if category == "furniture" and before == "at":
+        return True
+    if category == "building" and before in ("in", "inside", "into"):
+        return True
+    if category == "device" and before in ("in", "at", "for", "to"):  # smiling at the camera
+        return True
+    if one == "sink" and before in _INTO:
+        return True
+    using = category == "tool" or (one in ("fork", "knife", "spoon") and bool(said & _USED))
+    return before == "with" and using and earlier != "table"
+
+
+_MEN = _set("man men boy boys guy guys")
+_THROWN = _set("throwing throws throw catching catches catch tossing tossed")
+_USED = _set("cutting cuts cut slicing eating eats spreading stirring")
+
+
+def _fits(caption: Caption, phrase: Phrase, noun: str) -> bool:
+    """Whether what is said of a noun may be said of another one."""
+    words = [caption.words[place] for place in phrase.adjectives]
+    for word in words:
+        if not can_be(noun, word) and word in _COLOURS:
+            return False
+        if word in _MATERIALS and word not in MADE_OF.get(noun, frozenset()):
+            return False
+    return not (
+        phrase.known is not None and phrase.known[0] == "vehicle" and set(words) & {"long", "tall"} and noun not in ("bus", "truck")
+    )
+
+
+_COLOURS = frozenset(
+    ["red", "green", "blue", "yellow", "purple", "cyan", "orange", "pink", "brown", "black", "white", "gray", "grey"]
+) | _set("violet beige tan silver gold golden turquoise maroon")
+_MATERIALS = _set("wooden metal plastic glass stone brick leather")
