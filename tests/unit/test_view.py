@@ -806,7 +806,7 @@ def test_ten_thousand_groups_are_there_at_once(folder: Path, tab: browser.Browse
     """The first group in 2 s, the next in 100 ms: the median, and nine of ten."""
     draw = random.Random(0)
     for k in range(64):
-        Image.effect_noise((640, 480), 20 + k).convert("RGB").save(folder / f"p{k}.jpg")
+        Image.effect_noise((640 - k // 8, 480), 20 + k).convert("RGB").save(folder / f"p{k}.jpg")  # those of one size are compared
     words = ["red", "green", "blue", "dog", "cat", "lawn", "car", "tree", "big", "small", "left", "right", "of", "a", "the"]
 
     def caption() -> str:
