@@ -23,14 +23,15 @@ test: install
 
 test-long: install
 	tests/slurm/install.sh
-	pytest -n 3 --dist loadfile --no-loadscope-reorder -m long -rP
+	tests/support/install_chromium.sh
+	pytest -n 3 --dist loadfile --no-loadscope-reorder -m "long or browser" -rP
 
 check: lint types docs
 
 lint: install
 	ruff format --check .
 	ruff check .
-	shellcheck -x slurm/*.sh tests/slurm/*.sh
+	shellcheck -x slurm/*.sh tests/slurm/*.sh tests/support/*.sh
 
 types: install
 	mypy

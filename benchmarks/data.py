@@ -36,6 +36,7 @@ from cfvlm_ds.data.identity import shared_identity
 from cfvlm_ds.data.lines import index_files
 from cfvlm_ds.data.pack import pack
 from cfvlm_ds.data.passes import Share
+from cfvlm_ds.data.store import Unraised
 
 SIZES = (10_000, 1_000_000, 10_000_000)
 PICTURES, LOOKED_AT, READ = 1000, 100_000, 50_000
@@ -192,7 +193,7 @@ def reading(folder: Path) -> dict[str, float]:
     groups = open_groups(folder / "store")
     sampler = GroupSampler(num_groups=len(groups), groups_per_micro_batch=8, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
     loader: Any = DataLoader(
-        groups,  # type: ignore[arg-type]
+        Unraised(groups),  # type: ignore[arg-type]  # as a training has them
         batch_sampler=sampler,
         collate_fn=len,
         num_workers=1,

@@ -62,7 +62,9 @@ class HeldFile:
 
     def read(self, offset: int, length: int) -> bytes:
         """So many bytes from a place on; fewer only at the end of the file. Raises OSError."""
-        parts = [part := os.pread(self.number, length, offset)]
+        if len(part := os.pread(self.number, length, offset)) == length:
+            return part
+        parts = [part]
         while part and len(part) < length:
             offset, length = offset + len(part), length - len(part)
             parts.append(part := os.pread(self.number, length, offset))
@@ -109,7 +111,9 @@ def parse_json(text: str) -> Any:
 
 
 def _loaded(text: str, frames: int) -> Any:
-    return _loaded(text, frames - 1) if frames else json.loads(text, object_pairs_hook=_object)
+    if frames:
+        return _loaded(text, frames - 1)
+    return json.loads(text) if text.startswith("\ufeff") else _DECODER.decode(text)  # the former says what is wrong with it
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -117,6 +121,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise DuplicateKey
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for each text
 
 
 def _duplicate(text: str) -> tuple[str, int, int]:

@@ -21,8 +21,11 @@ class Confinement:
         self.roots = roots
         self.resolved_roots = [root.resolve() for root in roots]
         self._folders: dict[str, tuple[str, bool]] = {}
+        self._containers: dict[str, Path] = {}
 
     def __call__(self, path: Path) -> Path:
+        if self._containers and (known := self._containers.get(_container(path))) is not None:
+            return known / path
         if not path.name:
             raise DataError(f"image path is empty; write the file's path, relative to the data root {self.roots[0]} or absolute")
         if "\0" in str(path):
@@ -43,6 +46,10 @@ class Confinement:
                 f"image path {str(path)!r} leads outside the data {roots} (to {target.resolve()}); add the folder that holds it to "
                 "data.root, which may be a list of folders (cfvlm-ds: --root, once for each), or correct the path"
             )
+        if (container := _container(path)) and os.path.lexists(picture_file(full)):
+            if len(self._containers) >= _FOLDERS:
+                self._containers.clear()
+            self._containers[container] = self.roots[joined.index(full)]
         return full
 
     def _folder(self, folder: str) -> tuple[str, bool]:
@@ -60,6 +67,14 @@ class Confinement:
         return target, any(target.is_relative_to(root) for root in self.resolved_roots)
 
 
+def _container(path: Path) -> str:
+    """The path of the file that a picture is a part of, as it is written; nothing for a file of its own. Some tars have the pictures of
+    all rows: where each is, is asked once."""
+    name = path.name
+    inner = file_name(name)
+    return "" if inner == name else str(path)[: len(inner) - len(name)]
+
+
 def is_link(path: str) -> bool:
     """Raises OSError for a path that cannot be looked at, but not for one that is not there."""
     try:
@@ -68,4 +83,4 @@ def is_link(path: str) -> bool:
         return False
 
 
-_FOLDERS = 4096  # that are remembered: a million rows may also have a folder each
+_FOLDERS = 4096  # and containers, that are remembered: a million rows may also have a folder each

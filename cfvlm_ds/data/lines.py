@@ -122,14 +122,14 @@ class IndexedLines:
     def line(self, row: int) -> bytes:
         """A row without its line break. Raises TooLarge for one of more than MAX_LINE bytes, DataError for one that is not what was
         indexed, OSError."""
-        start, end = int(self.index.starts[row]), int(self.index.starts[row + 1])
+        start, end = self.index.starts.item(row), self.index.starts.item(row + 1)
         if self.index.long and row == len(self) - 1 and end - start > MAX_LINE:
             raise TooLarge(f"the line has more than {MAX_LINE} bytes, the bound for one row")
         before = min(start, 1)
         data = self._held.read(start - before, min(end - start, MAX_LINE + 1) + before)
         stop = data.find(b"\n", before) + 1 or len(data)
         line = data[before:stop]
-        is_row = (not before or data[:1] == b"\n") and zlib.crc32(line) == self.index.sums[row] and line.strip()
+        is_row = (not before or data[:1] == b"\n") and zlib.crc32(line) == self.index.sums.item(row) and line.strip()
         if not is_row or not self._is_blank(start + len(line), end):
             raise DataError(
                 f"{self.where(row)}: the row is not the one that was indexed; do not write a data set while it is used"

@@ -10,7 +10,9 @@ import functools
 import hashlib
 import os
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +70,10 @@ class PackedRows:
             self.together = None if together is None else np.lib.format.open_memmap(folder / together["file"], mode="r")
             """Groups before each of the rows that were packed, and in all, where a row had several."""
             self._shards = [(folder / each["file"], int(each["index"]), int(each["groups"])) for each in record["rows"]]
-            self._firsts = np.cumsum([0, *(groups for *_, groups in self._shards)])
+            self._firsts = list(accumulate((groups for *_, groups in self._shards), initial=0))
             if not self._shards or any(groups < 1 for *_, groups in self._shards):
                 raise ValueError("it has a file of no rows, or none at all")
-            if self.together is not None and not _are_firsts(self.together, len(self)):
+            if self.together is not None and not _are_firsts(self.together, self._firsts[-1]):
                 raise ValueError(f"{together['file']} does not fit its groups")
         except (OSError, ValueError, EOFError, TypeError, KeyError, RecursionError) as error:
             if isinstance(error, DataError):
@@ -85,7 +87,7 @@ class PackedRows:
             self._opened(shard)
 
     def __len__(self) -> int:
-        return int(self._firsts[-1])
+        return self._firsts[-1]
 
     def where(self, row: int) -> str:
         """``file:line`` of a row, in its shard."""
@@ -118,8 +120,8 @@ class PackedRows:
         return (self.path / name).stat().st_size
 
     def _find(self, row: int) -> tuple[LineRows, int]:
-        shard = int(self._firsts.searchsorted(row, "right")) - 1
-        return self._opened(shard), row - int(self._firsts[shard])
+        shard = bisect_right(self._firsts, row) - 1
+        return self._opened(shard), row - self._firsts[shard]
 
     def _shard(self, shard: int) -> LineRows:
         """The rows of a shard. Its index has a sum of each row, and store.json one of the index: a shard in another's place is noticed."""

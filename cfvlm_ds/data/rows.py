@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from bisect import bisect_right
+from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -156,7 +157,7 @@ def _half(error: UnicodeEncodeError, where: str) -> DataError:
 def _parsed(data: bytes, where: Callable[[], str], remedy: str) -> Any:
     """The value of a JSON text, or what is wrong with it."""
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig" if data.startswith(BOM_UTF8) else "utf-8")  # the former is decoded in Python
         value = parse_json(text)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()

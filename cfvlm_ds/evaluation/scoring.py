@@ -23,7 +23,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.core.sequences import Lazy
-from cfvlm_ds.data.store import unraised
+from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.evaluation.loss import EvaluationLoss
 
@@ -199,7 +199,7 @@ def scored_batches(
     """
     loaders: list[Any] = [
         DataLoader(
-            unraised(view),  # type: ignore[arg-type]
+            Unraised(view),  # type: ignore[arg-type]
             batch_sampler=mine,
             collate_fn=guarded(collator.scoring_everything(), max_tokens),
             num_workers=num_workers,

@@ -19,6 +19,7 @@ from cfvlm_ds.page.outline import reduced
 
 MAX_SIDE = 768
 """Pixels of a copy's longer side."""
+_RECENT = 2048  # pictures of which is kept what they are compared by, 27 kB at most: groups of one scene share them
 _LOSSLESS_SIDE = 256
 """Up to here a copy is the picture itself, saved as PNG."""
 
@@ -51,6 +52,7 @@ class Copies:
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
         self._folder, self._max_pixels = folder, max_pixels
         self._known: dict[Path, Copy] = {}
+        self._recent: dict[Path, Seen] = {}
         self._numbers = itertools.count()
         self.problems: dict[Path, str] = {}
         """What could not be shown, and why."""
@@ -60,20 +62,25 @@ class Copies:
         return len(self._known)
 
     def look(self, pictures: Iterable[Path], pool: ThreadPoolExecutor, alive: Callable[[], object] = lambda: None) -> dict[Path, Seen]:
-        """Decode pictures, and write copies of those that have none yet. What cannot be decoded is noted as a problem and left out.
+        """Decode pictures but those looked at last, and write copies of those that have none yet. What cannot be decoded is noted as a
+        problem and left out.
 
         Raises OSError for a copy that cannot be written.
         """
-        wanted = [path for path in dict.fromkeys(pictures) if path not in self.problems]
+        asked = [path for path in dict.fromkeys(pictures) if path not in self.problems]
+        seen = {path: self._recent.pop(path) for path in asked if path in self._recent}
+        wanted = [path for path in asked if path not in seen]
         new = [path for path in wanted if path not in self._known]
         numbers = {path: next(self._numbers) for path in new}
-        seen: dict[Path, Seen] = {}
         for path, found in zip(wanted, pool.map(lambda path: self._decoded(path, numbers.get(path)), wanted), strict=True):
             alive()
             if isinstance(found, Seen):
                 seen[path], self._known[path] = found, found.copy
             else:
                 self.problems[path] = found
+        self._recent |= seen
+        for path in list(self._recent)[:-_RECENT]:
+            del self._recent[path]
         return seen
 
     def _decoded(self, path: Path, number: int | None) -> Seen | str:

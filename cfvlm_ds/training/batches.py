@@ -16,7 +16,7 @@ from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.distributed import World, apart
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import GroupSampler
-from cfvlm_ds.data.store import unraised
+from cfvlm_ds.data.store import Unraised
 
 
 def forkable(num_workers: int, importing: threading.Thread | None) -> int:
@@ -34,7 +34,7 @@ def micro_batches(
     Raises WorkerLost when a data worker has died.
     """
     loader: Any = DataLoader(
-        unraised(groups),  # type: ignore[arg-type]
+        Unraised(groups),  # type: ignore[arg-type]
         batch_sampler=sampler,
         collate_fn=partial(collator.without_unreadable, max_tokens=data.max_tokens_per_forward),
         num_workers=num_workers,

@@ -13,15 +13,13 @@ from typing import Any
 import forkserver_ranks
 import pytest
 from conftest import losses, metrics, run_trainings, train_arguments
-from public_data import NEEDS_PYARROW, PUBLIC
+from public_data import PUBLIC
 
 pytestmark = pytest.mark.long
 ROWS = 204
 
 
 def test_a_mixture_of_all_formats(model_dir: Path, manifests: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in NEEDS_PYARROW:
-        pytest.importorskip("pyarrow", reason=name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     sources: dict[str, dict[str, Any]] = {}
     for name, (write, _) in PUBLIC.items():

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import forkserver_ranks
+import mlflow
 import pytest
 from conftest import REPO, environment, run_ranks, train_arguments
 from test_tracking import Server, _free_port
 
 from cfvlm_ds.core.errors import InputError
 from cfvlm_ds.core.secrets import masked, without_secrets
-
-mlflow = pytest.importorskip("mlflow")
 
 SECRET = "hunter2-{}-0123456789abcdef"
 """One for each place, so that a leak says where it comes from."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import forkserver_ranks
+import mlflow
 import pytest
 import torch
 from conftest import REPO, losses, run_ranks, run_trainings, train_arguments
@@ -23,8 +24,6 @@ from cfvlm_ds.core.run_folder import FILES, FOLDERS
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.identity import data_identity, digest
 from cfvlm_ds.data.picture_index import PictureTable
-
-mlflow = pytest.importorskip("mlflow")
 
 ARTIFACTS = {"config.yaml", "ds_config.json", "environment.json", "data.json", "results.md", "results.json"}
 ARTIFACTS |= {"learning_curves.png", "scores-test.png"}

@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import forkserver_ranks
+import mlflow
 import pytest
 from conftest import run_ranks
 from test_tracked_run import on_disk, on_server, the_run, tracked, wait_for
 from test_tracking import Server
 
 from cfvlm_ds.tracking import deliver
-
-mlflow = pytest.importorskip("mlflow")
 
 DELAY_S = 5.0
 

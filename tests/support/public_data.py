@@ -427,4 +427,3 @@ PUBLIC: dict[str, tuple[Callable[[Path, int], tuple[Path, str]], Callable[[int],
     "TripletData": (triplets, winoground_said),
 }
 """Name -> what writes it, and what a row says."""
-NEEDS_PYARROW = ("Winoground Parquet", "saved data set")

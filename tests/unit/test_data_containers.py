@@ -20,8 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow
 import pytest
-from public_data import NEEDS_PYARROW, PUBLIC, lines, member, picture, write_pictures
+from public_data import PUBLIC, lines, member, picture, write_pictures
+from pyarrow import parquet
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data import check_manifest, open_groups, open_image, read_manifest
@@ -64,8 +66,6 @@ def refusal(path: Path, format: str = "captions") -> str:
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_check_opens_the_pictures_of_every_container(name: str, tmp_path: Path) -> None:
     """A second start finds what the first has prepared, and what was converted is the same data."""
-    if name in NEEDS_PYARROW:
-        pytest.importorskip("pyarrow")
     (data := tmp_path / "data").mkdir()
     path, format = PUBLIC[name][0](data, 9)
     report = check_manifest(path, format=format, progress=str)
@@ -158,7 +158,6 @@ def test_a_json_file_is_gone_through_as_json_reads_it(tmp_path: Path, monkeypatc
 
 
 def test_pictures_of_arrow_stay_and_those_of_parquet_are_copied_once(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
     (tmp_path / "arrow").mkdir()
     path, format = PUBLIC["saved data set"][0](tmp_path / "arrow", 50)
     groups = read_manifest(path, format=format)
@@ -178,7 +177,6 @@ def test_pictures_of_arrow_stay_and_those_of_parquet_are_copied_once(tmp_path: P
 
 def test_columns_of_every_type_that_arrow_has(tmp_path: Path) -> None:
     """Slices, nulls, lists of pictures, dictionaries, dates; against pyarrow's own values."""
-    arrow = pytest.importorskip("pyarrow")
     shots = [{"bytes": picture(k), "path": f"{k}.png"} for k in range(3)]
     rows = [
         {
@@ -192,9 +190,9 @@ def test_columns_of_every_type_that_arrow_has(tmp_path: Path) -> None:
         {"images": [], "one": None, "text": None, "when": None, "nested": None, "no": None},
         {"images": None, "one": {"bytes": None, "path": "c.png"}, "text": "c", "when": None, "nested": {"x": None}, "no": None},
     ]
-    table = arrow.Table.from_pylist(rows)
+    table = pyarrow.Table.from_pylist(rows)
     table = table.set_column(2, "text", table["text"].dictionary_encode())
-    table = table.append_column("box", arrow.array([[1, 2], [5, 6], [3, 4]], arrow.list_(arrow.int8(), 2)))
+    table = table.append_column("box", pyarrow.array([[1, 2], [5, 6], [3, 4]], pyarrow.list_(pyarrow.int8(), 2)))
     expected = [
         {"images": [picture(0), picture(1)], "one": picture(2), "text": "a", "when": "2024-01-02", "nested": {"x": [1, None]}, "no": None},
         {"images": [], "one": None, "text": None, "when": None, "nested": None, "no": None},
@@ -209,12 +207,10 @@ def test_columns_of_every_type_that_arrow_has(tmp_path: Path) -> None:
             return (tmp_path / value.partition("#")[0]).read_bytes()[start : start + length]
         return [at_places(each) for each in value] if isinstance(value, list) else value
 
-    from pyarrow import parquet
-
     parquet.write_table(table, tmp_path / "a.parquet")
     assert [row for _, row in CONTAINERS["parquet"](tmp_path / "a.parquet")] == expected
-    for name, new in (("stream", arrow.ipc.new_stream), ("file", arrow.ipc.new_file)):
-        with arrow.OSFile(str(path := tmp_path / f"{name}.arrow"), "wb") as sink, new(sink, table.schema) as writer:
+    for name, new in (("stream", pyarrow.ipc.new_stream), ("file", pyarrow.ipc.new_file)):
+        with pyarrow.OSFile(str(path := tmp_path / f"{name}.arrow"), "wb") as sink, new(sink, table.schema) as writer:
             writer.write_table(table.slice(1))
             writer.write_table(table)
         found = [row for _, row in CONTAINERS["arrow"](path)]
@@ -225,20 +221,17 @@ def test_columns_of_every_type_that_arrow_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_a_few_bytes_that_become_many_are_bounded(name: str, folder: Path) -> None:
     """Sixty-four texts of 6 MB, each of which is said once in Arrow's dictionary, or compressed in Parquet."""
-    arrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     text, most = "x" * (6 << 20), 560 << 20
     if name == "a.parquet":
-        schema = arrow.schema([("image", arrow.string()), ("caption", arrow.string())])
+        schema = pyarrow.schema([("image", pyarrow.string()), ("caption", pyarrow.string())])
         with parquet.ParquetWriter(folder / name, schema, compression="zstd", use_dictionary=False, write_statistics=False) as writer:
             for _ in range(4):
-                writer.write_table(arrow.table({"image": ["images/000.png"] * 16, "caption": [text] * 16}, schema))
+                writer.write_table(pyarrow.table({"image": ["images/000.png"] * 16, "caption": [text] * 16}, schema))
         assert (folder / name).stat().st_size < 1 << 20
     else:
-        captions = arrow.DictionaryArray.from_arrays(arrow.array([0] * 64, arrow.int32()), arrow.array([text]))
-        source = arrow.table({"image": ["images/000.png"] * 64, "caption": captions})
-        with arrow.OSFile(str(folder / name), "wb") as sink, arrow.ipc.new_file(sink, source.schema) as writer:
+        captions = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64, pyarrow.int32()), pyarrow.array([text]))
+        source = pyarrow.table({"image": ["images/000.png"] * 64, "caption": captions})
+        with pyarrow.OSFile(str(folder / name), "wb") as sink, pyarrow.ipc.new_file(sink, source.schema) as writer:
             writer.write_table(source)
     program = (
         "import resource, sys; from pathlib import Path; from cfvlm_ds.data.containers.kinds import CONTAINERS, container_of\n"
@@ -384,14 +377,11 @@ def test_a_bad_file_is_one_sentence(case: str, folder: Path) -> None:
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_a_damaged_arrow_or_parquet_file_is_one_sentence(name: str, folder: Path) -> None:
     """Cut at every kind of place, bytes changed, of another kind, empty: never a crash, and no row that is not there."""
-    arrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    source = arrow.Table.from_pylist([CAPTION | {"picture": {"bytes": picture(k), "path": None}} for k in range(5)])
+    source = pyarrow.Table.from_pylist([CAPTION | {"picture": {"bytes": picture(k), "path": None}} for k in range(5)])
     if name == "a.parquet":
         parquet.write_table(source, folder / name)
     else:
-        with arrow.OSFile(str(folder / name), "wb") as sink, arrow.ipc.new_stream(sink, source.schema) as writer:
+        with pyarrow.OSFile(str(folder / name), "wb") as sink, pyarrow.ipc.new_stream(sink, source.schema) as writer:
             writer.write_table(source)
     whole = (folder / name).read_bytes()
     assert len(read_manifest(folder / name, format="hf:image=picture,caption=caption")) == 5

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from public_data import NEEDS_PYARROW, PUBLIC, lines, llava_row, picture, preference_trl_row, trl_row, write_pictures
+from public_data import PUBLIC, lines, llava_row, picture, preference_trl_row, trl_row, write_pictures
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import PICTURE, Turn
@@ -32,8 +32,6 @@ def contents(path: Path) -> bytes:
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_data_are_groups(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in the order of the file; ``auto`` takes the same format where columns have the usual names."""
-    if name in NEEDS_PYARROW:
-        pytest.importorskip("pyarrow")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write, said = PUBLIC[name]
     (tmp_path / "data").mkdir()

@@ -681,9 +681,9 @@ def test_diffusers_that_is_absent_is_one_sentence(whole: Path, monkeypatch: pyte
 
 def tiny_pipeline(folder: Path, kind: str) -> Path:
     """A pipeline of random weights in diffusers' own form: InstructPix2Pix, or SDXL's inpainting."""
+    import diffusers
     import transformers
 
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is for Python 3.11 and later")
     torch.manual_seed(0)
     letters = [chr(n) for n in range(33, 127)]
     vocabulary = {word: n for n, word in enumerate([*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])}
@@ -721,6 +721,7 @@ def tiny_pipeline(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.long
+@pytest.mark.diffusers
 @pytest.mark.parametrize("kind", ["instruct", "inpaint"])
 def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: str, whole: Path, tmp_path: Path) -> None:
     noise_picture(3).crop((0, 0, 50, 41)).save(path := tmp_path / "a.png")

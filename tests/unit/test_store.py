@@ -25,6 +25,7 @@ from cfvlm_ds.data.identity import data_identity, shared_identity
 from cfvlm_ds.data.lines import IndexedLines
 from cfvlm_ds.data.passes import Board, Share
 from cfvlm_ds.data.picture_index import PictureNotes, PictureTable
+from cfvlm_ds.data.store import Unraised
 
 ODD_LINES = [b"", b" \t", b"\r", b"{}", b" {}", b'{"a": 1}', b"x" * 90, b"\xef\xbb\xbf{}", b"\x0c", b"\xff", b"\x00", b" " * 70]
 
@@ -280,3 +281,29 @@ def test_processes_find_what_one_finds(manifest: Path, tmp_path: Path, monkeypat
     store = open_groups(manifest)
     assert shared(3, tmp_path, lambda share: shared_identity(store, pictures, share)) == [identity] * 3
     assert shared(2, tmp_path, lambda share: shared_identity(store, None, share)) == [data_identity(groups, [manifest.parent])] * 2
+
+
+def test_a_batch_is_its_groups_one_by_one(tmp_path: Path) -> None:
+    """What is wrong stands in its place, in the words of whoever asks for that row alone; rows of several groups too."""
+    sound = [json.loads(line) for line in write_manifest(tmp_path / "m.jsonl", 6).read_text().splitlines()]
+    wrong: list[Any] = [
+        {**sound[0], "match": 7},
+        [1],
+        {**sound[1], "images": [{"id": "i0", "path": "../x.png"}]},
+        {"image": "a", "caption": "b"},
+    ]
+    lines = [json.dumps(row) for each in zip(sound, [*wrong, *sound], strict=False) for row in each]
+    (path := tmp_path / "odd.jsonl").write_text("\n".join([*lines, "{", '{"id": 1, "id": 2}']))
+    order = random.Random(0).choices(range(len(groups := open_groups(path))), k=40)
+    expected = [groups.entry(index) for index in order]
+    given = [batch for batch in DataLoader(Unraised(groups), batch_size=7, sampler=order, collate_fn=list, num_workers=1)]  # type: ignore[arg-type,var-annotated]
+    assert [str(each) for batch in given for each in batch] == [str(each) for each in expected]
+    assert len({str(each) for each in expected if isinstance(each, DataError)}) == len(wrong) + 2
+    rows = [
+        {"id": k, "conversations": [{"from": f, "value": f"{f} {k} {n}"} for n in range(k % 3 + 1) for f in ("human", "gpt")]}
+        for k in range(5)
+    ]
+    (path := tmp_path / "turns.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    several = open_groups(path, format="llava:per_turn=true")
+    places = [6, 0, 1, 5, 2, 6]
+    assert several.batch(places) == [several[place] for place in places] and len(several) == 9

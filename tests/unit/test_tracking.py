@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 
 from cfvlm_ds.tracking import NullTracker, Tracker, deliver, open_tracker
 from cfvlm_ds.tracking.run_description import Record
-
-mlflow = pytest.importorskip("mlflow")
 
 
 def _free_port() -> int:

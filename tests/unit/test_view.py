@@ -8,6 +8,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from cfvlm_ds.data.stored_scores import StoredScores, write_scores
 from cfvlm_ds.evaluation import view
 from cfvlm_ds.evaluation.view import score_table
 from cfvlm_ds.page import Image as Shown
-from cfvlm_ds.page import Item, Page, ScoreTable, Text, write_page
+from cfvlm_ds.page import Item, Page, ScoreTable, Text, pictures, write_page
 from cfvlm_ds.page.outline import difference, reduced
 from cfvlm_ds.page.words import MAX_TEXT, changed_words, runs
 
@@ -655,9 +656,28 @@ def test_a_figure_is_refused_before_anything_is_read(folder: Path, capsys: pytes
         assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_pictures_that_many_groups_show_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While they are among the last; whoever asks gets the same as from a page of his own."""
+    files = [tmp_path / f"{k}.png" for k in range(5)]
+    for k, file in enumerate(files):
+        Image.effect_noise((120, 80), 9 + k).convert("RGB").save(file)
+    opened, right = list[Path](), pictures.open_image
+    monkeypatch.setattr(pictures, "open_image", lambda path, most: opened.append(path) or right(path, most))
+    monkeypatch.setattr(pictures, "_RECENT", 3)
+    (tmp_path / "page").mkdir()
+    copies = pictures.Copies(tmp_path / "page")
+    with ThreadPoolExecutor(1) as pool:
+        for asked, decoded in (([0, 1, 0], [0, 1]), ([1, 0, 2], [2]), ([3, 1], [3]), ([0, 3, 1], [0]), ([4, 3, 2, 1], [4, 2])):
+            opened.clear()
+            seen = copies.look([files[k] for k in asked], pool)
+            assert [files.index(path) for path in opened] == decoded and seen.keys() == {files[k] for k in asked}
+            for path, each in seen.items():
+                assert (each.grid == reduced(Image.open(path))).all() and each.copy.name == f"pictures/{files.index(path):06d}.png"
+    assert len(copies) == len(list((tmp_path / "page" / "pictures").iterdir())) == 5
+
+
 # ---- in a browser
 
-needs_browser = pytest.mark.skipif(browser.found() is None, reason="no Chromium here: apt-get install chromium, or name one in CHROMIUM")
 NEXT = """
 (async () => {
   const before = document.getElementById("item").dataset.shown, started = performance.now();
@@ -678,13 +698,13 @@ DRAWN = """
 
 @pytest.fixture
 def tab() -> Iterator[browser.Browser]:
-    with browser.Browser(str(browser.found())) as opened:
+    command = browser.found() or pytest.fail("no Chromium here: run tests/support/install_chromium.sh, or name one in CHROMIUM")
+    with browser.Browser(command) as opened:
         opened.look(1280, 900)
         yield opened
 
 
-@pytest.mark.long
-@needs_browser
+@pytest.mark.browser
 def test_hostile_words_are_text_in_a_browser(folder: Path, tab: browser.Browser) -> None:
     page = view(manifest(folder, *hostile_rows(), name="<b>groups.jsonl"), folder / "page").folder
     tab.open((page / "index.html").as_uri())
@@ -699,8 +719,7 @@ def test_hostile_words_are_text_in_a_browser(folder: Path, tab: browser.Browser)
     assert tab.complaints == []
 
 
-@pytest.mark.long
-@needs_browser
+@pytest.mark.browser
 def test_keys_filters_and_address(folder: Path, tab: browser.Browser) -> None:
     kinds = ["count", "colour"]
     rows = [group(f"g{k}", edits=[{"type": kinds[k % 2], "text": "t1"}], source=f"s{k % 3}") for k in range(9)]
@@ -745,8 +764,7 @@ def test_keys_filters_and_address(folder: Path, tab: browser.Browser) -> None:
     assert tab.complaints == []
 
 
-@pytest.mark.long
-@needs_browser
+@pytest.mark.browser
 def test_what_is_large_or_rare_is_drawn(folder: Path, tab: browser.Browser) -> None:
     alone = Item("alone", [Shown([], "")], [Text("x")], [[None]])
     lost = Item("lost", [Shown([folder / "gone.png"], "")], [Text("x")], [[1]])
@@ -783,13 +801,12 @@ def test_what_is_large_or_rare_is_drawn(folder: Path, tab: browser.Browser) -> N
     assert "data/chunk-00000.js cannot be loaded" in tab.run(told)
 
 
-@pytest.mark.long
-@needs_browser
+@pytest.mark.browser
 def test_ten_thousand_groups_are_there_at_once(folder: Path, tab: browser.Browser) -> None:
     """The first group in 2 s, the next in 100 ms: the median, and nine of ten."""
     draw = random.Random(0)
     for k in range(64):
-        Image.effect_noise((640, 480), 20 + k).convert("RGB").save(folder / f"p{k}.jpg")
+        Image.effect_noise((640 - k // 8, 480), 20 + k).convert("RGB").save(folder / f"p{k}.jpg")  # those of one size are compared
     words = ["red", "green", "blue", "dog", "cat", "lawn", "car", "tree", "big", "small", "left", "right", "of", "a", "the"]
 
     def caption() -> str:

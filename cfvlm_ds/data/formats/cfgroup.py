@@ -19,25 +19,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, check_conversation, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures, check_side
-from cfvlm_ds.data.formats.fields import as_meta, check_keys, index, items, lookup, name, number, required, string
+from cfvlm_ds.data.formats.fields import all_objects, as_meta, check_keys, index, items, lookup, name, number, required, string
 
 SCHEMA = "cfgroup/1"
 _KEPT, _KEPT_OF_IMAGE, _KEPT_OF_TEXT = ("split", "license"), ("role", "sha256", "meta"), ("role", "meta")
-_GROUP_KEYS = ("schema", "id", "source", "prompt", "images", "texts", "match", "edits", "weight", "meta", *_KEPT)
-_IMAGE_KEYS = ("id", "path", *_KEPT_OF_IMAGE)
-_TEXT_KEYS = ("id", "text", "prompt", *_KEPT_OF_TEXT)
-_EDIT_KEYS = ("type", "image", "text", "from", "to", "meta")
+_AS_WRITTEN = Path()
+_BESIDE, _BESIDE_PARTS = frozenset(_KEPT), frozenset((*_KEPT_OF_IMAGE, *_KEPT_OF_TEXT))
+_GROUP_KEYS = frozenset(("schema", "id", "source", "prompt", "images", "texts", "match", "edits", "weight", "meta", *_KEPT))
+_IMAGE_KEYS = frozenset(("id", "path", *_KEPT_OF_IMAGE))
+_TEXT_KEYS = frozenset(("id", "text", "prompt", *_KEPT_OF_TEXT))
+_EDIT_KEYS = frozenset(("type", "image", "text", "from", "to", "meta"))
 
 
 def native_group(row: Mapping[str, Any]) -> CounterfactualGroup:
     """A ``cfgroup/1`` row as a group. Raises DataError."""
-    return from_row(row, Path())
+    return from_row(row, _AS_WRITTEN)
 
 
 def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
@@ -60,37 +63,39 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
     cells = required(row, "match", where)
     if not isinstance(cells, list):
         raise DataError(f"{where}: 'match' must be a list of [image id, text id, 0 or 1], not {cells!r}")
+    at = f"{where}: match"
     for cell in cells:
-        if not isinstance(cell, list) or len(cell) != 3 or type(cell[2]) is not int or cell[2] not in (0, 1):
+        if not isinstance(cell, list) or len(cell) != 3 or type(truth := cell[2]) is not int or truth not in (0, 1):
             raise DataError(f"{where}: match entry {cell!r} must be [image id, text id, 0 or 1]")
-        i, c = lookup(image_index, cell[0], f"{where}: match"), lookup(text_index, cell[1], f"{where}: match")
-        if match[i][c] not in (None, cell[2]):
+        line, c = match[lookup(image_index, cell[0], at)], lookup(text_index, cell[1], at)
+        if line[c] is not None and line[c] != truth:
             raise DataError(f"{where}: match says both 0 and 1 for ({cell[0]}, {cell[1]}); keep one")
-        match[i][c] = cell[2]
+        line[c] = truth
     prompt = _prompt(row.get("prompt", ""), where)
     listed, edits = row.get("edits", []), []
-    if not isinstance(listed, list) or not all(isinstance(edit, Mapping) for edit in listed):
+    if not isinstance(listed, list) or not all_objects(listed):
         raise DataError(f"{where}: 'edits' must be a list of objects, not {listed!r}")
+    at = f"{where}: edits"
     for edit in listed:
-        check_keys(edit, _EDIT_KEYS, f"{where}: edits")
+        check_keys(edit, _EDIT_KEYS, at)
         image, text = edit.get("image"), edit.get("text")
         edits.append(
             Edit(
-                type=name(edit, "type", f"{where}: edits"),
-                image=None if image is None else lookup(image_index, image, f"{where}: edits"),
-                text=None if text is None else lookup(text_index, text, f"{where}: edits"),
-                source=name(edit, "from", f"{where}: edits", ""),
-                target=name(edit, "to", f"{where}: edits", ""),
+                type=name(edit, "type", at),
+                image=None if image is None else lookup(image_index, image, at),
+                text=None if text is None else lookup(text_index, text, at),
+                source=name(edit, "from", at, ""),
+                target=name(edit, "to", at, ""),
             )
         )
+    at, of_images = f"{where}: texts", f"{where}: images"
     return CounterfactualGroup(
         id=group_id,
-        images=tuple(_pictures(image, root, f"{where}: images") for image in images),
+        images=tuple([_pictures(image, root, of_images) for image in images]),
         candidates=tuple(
-            Candidate(_prompt(text["prompt"], f"{where}: texts") if "prompt" in text else prompt, string(text, "text", f"{where}: texts"))
-            for text in texts
+            [Candidate(_prompt(text["prompt"], at) if "prompt" in text else prompt, string(text, "text", at)) for text in texts]
         ),
-        match=tuple(tuple(line) for line in match),
+        match=tuple(map(tuple, match)),
         edits=tuple(edits),
         weight=number(row.get("weight", 1.0), f"{where}: weight"),
         source=name(row, "source", where, ""),
@@ -100,6 +105,8 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
 
 def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
     """What a row says that no group uses: its ``meta``, and under names such as ``images.sha256`` what its parts have beside."""
+    if _BESIDE.isdisjoint(row) and all(map(_BESIDE_PARTS.isdisjoint, chain(*parts))):  # as a rule
+        return row.get("meta")
     found = {key: row[key] for key in _KEPT if key in row}
     for kind, listed, keys in zip(("images", "texts", "edits"), parts, (_KEPT_OF_IMAGE, _KEPT_OF_TEXT, ("meta",)), strict=True):
         for key in keys:
@@ -173,6 +180,8 @@ def _part(part: Any, where: str) -> Part:
 
 def _pictures(image: Mapping[str, Any], root: Path, where: str) -> Pictures:
     path = required(image, "path", where)
+    if isinstance(path, str):
+        return (root / path,)
     listed = path if isinstance(path, list) else [] if path is None else [path]
     if not all(isinstance(name, str) for name in listed) or path == []:
         raise DataError(f"{where}: 'path' must be a string, a list of strings, or null for text alone, not {path!r}")

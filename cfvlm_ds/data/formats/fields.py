@@ -52,16 +52,17 @@ def required(row: Mapping[str, Any], key: str, where: str) -> Any:
 
 
 def string(row: Mapping[str, Any], key: str, where: str) -> str:
-    value = required(row, key, where)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} must be a string, not {value!r}; quote it")
-    return value
+    if isinstance(value := row.get(key), str):
+        return value
+    raise DataError(f"{where}: {key!r} must be a string, not {required(row, key, where)!r}; quote it")
 
 
 def name(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
     """A string, or a number as one: ids are either in published files. Without a ``default`` the key must be there."""
-    value = required(row, key, where) if default is None else row.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if isinstance(value := row.get(key, default), str):
+        return value
+    value = required(row, key, where) if default is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DataError(f"{where}: {key!r} must be a string, not {value!r}; quote it")
     return str(value)
 
@@ -74,11 +75,20 @@ def number(value: Any, where: str) -> float:
 
 def items(row: Mapping[str, Any], key: str, allowed: Collection[str], where: str) -> list[Mapping[str, Any]]:
     items = required(row, key, where)
-    if not isinstance(items, list) or not items or not all(isinstance(item, Mapping) for item in items):
+    if not isinstance(items, list) or not items or not all_objects(items):
         raise DataError(f"{where}: {key!r} must be a non-empty list of objects")
+    at = f"{where}: {key}"
     for item in items:
-        check_keys(item, allowed, f"{where}: {key}")
+        check_keys(item, allowed, at)
     return items
+
+
+def all_objects(items: list[Any]) -> bool:
+    """Whether all items are JSON objects."""
+    return {*map(type, items)} <= _OBJECT or all(isinstance(item, Mapping) for item in items)
+
+
+_OBJECT = {dict}
 
 
 def index(items: list[Mapping[str, Any]], where: str) -> dict[str, int]:
@@ -92,6 +102,7 @@ def index(items: list[Mapping[str, Any]], where: str) -> dict[str, int]:
 
 
 def lookup(index: Mapping[str, int], name: Any, where: str) -> int:
-    if not isinstance(name, str) or name not in index:
-        raise DataError(f"{where}: no id {name!r}; known: {', '.join(index)}")
-    return index[name]
+    try:
+        return index[name]
+    except (KeyError, TypeError):
+        raise DataError(f"{where}: no id {name!r}; known: {', '.join(index)}") from None
