@@ -9,6 +9,7 @@ positions, which several kernels silently misread.
     cascade   root on itself, the rest on the root, the rest's paths on themselves, merged by log-sum-exp: no root is computed twice
     flash_attention_2  one call of flash-attn's variable-length kernel; a node's keys are its ancestors' and its own, gathered
     varlen    the same through torch's own variable-length kernel
+    flex      torch's FlexAttention under a block mask: blocks of keys that no query of a block sees are left out, nothing is gathered
 
 Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S segments (nodes), B trees, L a padded length.
 """
@@ -16,6 +17,8 @@ Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S se
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +32,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models.forest import Forest
 
-BACKENDS = ("sdpa", "cascade", "flash_attention_2", "varlen")
+BACKENDS = ("sdpa", "cascade", "flash_attention_2", "varlen", "flex")
 _PADDED = 1.25  # trees are padded to one length while the longest has at most this many times the tokens of the shortest
 
 
@@ -279,22 +282,104 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: flo
 def _varlen(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # causal
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before, it took fewer heads of keys unasked
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+
     def kernel(q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor, q_max: int, k_max: int, scale: float) -> Tensor:
-        causal = (-1, 0)
-        out: Any = varlen_attn(q, k, v, q_at, k_at, q_max, k_max, scale=scale, window_size=causal, enable_gqa=q.shape[1] != k.shape[1])
+        out: Any = varlen_attn(q, k, v, q_at, k_at, q_max, k_max, **options)
         return out
 
     return _variable_length(kernel, query, key, value, forest, scale)
 
 
+# --- FlexAttention ----------------------------------------------------------------------------------------------------------------------
+
+_BLOCK = 128  # tokens of a side of a block
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Which blocks of keys each block of queries sees, in part or in full. ``stops`` [T] is where the subtree of each token's node ends: in
+    depth-first order a query sees a key when it is not before the key and before that."""
+
+    stops: Tensor
+    partial: Tensor
+    full: Tensor
+
+    @classmethod
+    def of(cls, forest: Forest) -> _Blocks:
+        ends = list(forest.starts[1:])
+        for node in reversed(range(len(ends))):
+            if (parent := forest.parents[node]) >= 0:
+                ends[parent] = max(ends[parent], ends[node])
+        stops = torch.tensor(ends).repeat_interleave(torch.tensor(forest.lengths))
+        length, blocks = len(stops), -(-len(stops) // _BLOCK)
+        padded = torch.nn.functional.pad(stops, (0, blocks * _BLOCK - length)).view(blocks, _BLOCK)
+        begin = torch.arange(blocks).unsqueeze(1) * _BLOCK  # of each block of queries
+        before = begin > begin.T
+        full = before & (padded.amin(1) >= begin + _BLOCK) & (begin + _BLOCK <= length)
+        partial = (before & (padded.amax(1) > begin) | (begin == begin.T)) & ~full
+        return cls(stops, partial, full)
+
+    def to(self, device: torch.device, **options: Any) -> Any:
+        """torch's BlockMask there."""
+        from torch.nn.attention.flex_attention import BlockMask
+
+        stops = self.stops.to(device)
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (query < stops[key])
+
+        counted = [
+            part.to(device)
+            for kind in (self.partial, self.full)
+            for part in (
+                kind.sum(1, dtype=torch.int32)[None, None],
+                kind.int().argsort(dim=1, descending=True, stable=True).int()[None, None],
+            )
+        ]
+        return BlockMask.from_kv_blocks(*counted, BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=(len(stops), len(stops)))
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)  # rows differ in length, and are not to be compiled for each
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
+    from torch.nn.attention.flex_attention import create_mask, flex_attention
+
+    mask = forest.on(_Blocks.of, query.device)
+    grouped = query.shape[1] != key.shape[1]
+    if query.device.type != "cpu":
+        out: Tensor = _compiled_flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):  # has no backward on CPUs: by its definition
+        seen = create_mask(mask.mask_mod, None, None, query.shape[2], key.shape[2], device="cpu")
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=grouped)
+    else:
+        out = flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
 # --- transformers -----------------------------------------------------------------------------------------------------------------------
+
+
+_PREFIX = "forest_"
+
+
+def sees_trees(text: Any) -> bool:
+    """Whether the language model of this configuration has one of these back ends, and not a stock one."""
+    return str(text._attn_implementation).startswith(_PREFIX)
 
 
 def registered(backend: str) -> str:
     """Register a back end with transformers and return its name there, which contains none of the names that the library treats
     specially."""
-    name = f"forest_{BACKENDS.index(backend)}"
-    attend = {"sdpa": _sdpa, "cascade": _cascade, "flash_attention_2": _flash, "varlen": _varlen}[backend]
+    name = f"{_PREFIX}{BACKENDS.index(backend)}"
+    attend = {"sdpa": _sdpa, "cascade": _cascade, "flash_attention_2": _flash, "varlen": _varlen, "flex": _flex}[backend]
     AttentionInterface.register(name, _interface(attend))
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     return name

@@ -3,7 +3,7 @@
 Wall-clock time depends on what else the machine does, processor time hardly does. What counts for a file is what its tests spend in their
 worker, in processes that they start and wait for, and in ranks forked for them. The JSON also holds the seconds of a fixed piece of work,
 the median over the run that wrote it: where that takes longer, each file gets as much more. Machines differ most in what their kernel takes
-for forks and pages, so that part is told. Runs of what is long (`-m long`) are not held to a budget.
+for forks and pages, so that part is told. Runs of what is long (`-m long`), and of what needs a GPU (`-m gpu`), are not held to a budget.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ class Plugin:
     def __init__(self, config: pytest.Config) -> None:
         self.file = config.rootpath / "tests" / "budget.json"
         self.writes = config.getoption("--write-budget")
-        self.judges = config.getoption("markexpr") != "long"  # what is long has the time of its campaign, and no budget
+        self.judges = config.getoption("markexpr") not in (
+            "long",
+            "gpu",
+        )  # a campaign's time is its own, a GPU's nowhere else
         self.spent: Counter[str] = Counter()
         self.system: Counter[str] = Counter()
         self.work: dict[str, float] = {}

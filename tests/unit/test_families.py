@@ -24,7 +24,15 @@ from cfvlm_ds.models import FAMILIES, MODULES, Scorer, adapters_off, family_of, 
 from cfvlm_ds.models.forest_attention import BACKENDS, registered, stock_attention
 from cfvlm_ds.objectives import Align, denominators, weighted_loss
 
-UNLIKE = ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl_moe", "internvl", "idefics3")  # every kind of positions, tiles and features
+UNLIKE = (
+    "llava",
+    "llava_onevision",
+    "qwen2_5_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "internvl",
+    "idefics3",
+)  # every kind of positions, tiles and features
 ONE = REPO / "docs" / "scores.png"
 SIZES = [(60, 40), (90, 30), (40, 100), (28, 28)]
 TEXTS = (Candidate("describe", "a red circle"), Candidate("describe", "two blue dogs on a lawn"), Candidate("is it red?", "Yes"))
