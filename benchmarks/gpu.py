@@ -136,7 +136,7 @@ class Parts:
             taken += len(whole) + bool(whole)
             if ended:
                 return None
-            part = self.begun[0] if self.begun else self.arguments.parts[0]
+            part = self.begun[0] if self.begun else self.left[0][0] if self.left else self.arguments.parts[0]
             if time.monotonic() > self.ends[part]:
                 return part
             time.sleep(0.1)

@@ -36,6 +36,7 @@ from cfvlm_ds.models import FAMILIES, ModelFlops, attention, meta_model  # noqa:
 from cfvlm_ds.models.forest import Forest  # noqa: E402
 from cfvlm_ds.models.forest_attention import BACKENDS, registered  # noqa: E402
 
+FAMILY = "qwen2_5_vl"
 EXACT = 2.0
 """An attention is exact if it is at most so many times as far from float64 as a dense attention in the same dtype."""
 
@@ -44,7 +45,7 @@ EXACT = 2.0
 class Sizes:
     """What is measured; the same code at other sizes on a CPU."""
 
-    family: str
+    words: int
     scored: dict[str, int]
     trained: dict[str, int]
     shared: dict[str, int]
@@ -58,10 +59,9 @@ class Sizes:
 
 _TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 _SMALLER = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
-LARGE = Sizes(
-    "qwen2_5_vl", {**scoring.SIZES["7b"], "num_hidden_layers": 8}, scoring.SIZES["7b"], _SMALLER, 1024, (8, 1, 4, 2), 7, 50, 4, 5
-)  # fmt: skip
-SMALL = Sizes("llava", _TINY, _TINY, _TINY, 64, (2, 1), 1, 3, 2, 2)
+_SEVEN = scoring.SIZES["7b"]  # four layers of its widths
+LARGE = Sizes(scoring.VOCABULARY[FAMILY], {**_SEVEN, "num_hidden_layers": 8}, _SEVEN, _SMALLER, 1024, (8, 1, 4, 2), 7, 50, 4, 5)
+SMALL = Sizes(2000, _TINY, _TINY, _TINY, 64, (2, 1), 1, 3, 2, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +263,7 @@ STOCK = ("concatenated", "sparse", "supervised")  # of benchmarks/scoring.py
 def layouts(texts: int, run: Run) -> dict[str, Any]:
     """All layouts in turns; one that fails is named and left out."""
     model = model_of(run)
-    of = scoring.case(model, run.sizes.family, run.sizes.visual, texts)
+    of = scoring.case(model, FAMILY, run.sizes.visual, texts)
     taken: dict[str, scoring.Layout] = {name: scoring.LAYOUTS[name] for name in STOCK}
     taken |= {f"shared prefix, {backend}": functools.partial(shared_prefix, backend) for backend in BACKENDS}
     found: dict[str, dict[str, Any]] = {}
@@ -294,7 +294,8 @@ def shared_prefix(backend: str, of: scoring.Case) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def model_of(run: Run) -> Any:
-    return scoring.build(run.sizes.family, run.sizes.visual, run.sizes.scored, run.device, run.dtype)
+    dtype = run.dtype if run.device.type == "cuda" else torch.float32  # for the sake of the tests' time
+    return scoring.build(FAMILY, run.sizes.visual, run.sizes.scored, run.device, dtype)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------------------------
@@ -314,7 +315,7 @@ def one_rank(run: Run) -> dict[str, Any]:
 
 
 def write_model(run: Run, size: dict[str, int], folder: Path) -> None:
-    model = scoring.build(run.sizes.family, run.sizes.visual, size, run.device, run.dtype)
+    model = scoring.build(FAMILY, run.sizes.visual, size, run.device, run.dtype)
     model.save_pretrained(folder)
 
 
@@ -334,7 +335,7 @@ def trained(run: Run, folder: Path, steps: int, accumulation: int) -> dict[str, 
     before = scoring.reset_peak(world.device)
     driver = engine.initialize(config, resolved, world, steps)
     model = driver.module.model
-    of = [scoring.case(model, sizes.family, sizes.visual, max(sizes.texts), seed) for seed in range(accumulation * world.size)]
+    of = [scoring.case(model, FAMILY, sizes.visual, max(sizes.texts), seed) for seed in range(accumulation * world.size)]
     own = [(each, scoring.packed_inputs(each)) for each in of[world.rank :: world.size]]
     flops = ModelFlops(model, FAMILIES[model.config.model_type])
     losses, times = [], []
@@ -382,22 +383,17 @@ def two_ranks(run: Run) -> dict[str, Any]:
             port = str(probe.getsockname()[1])
         places = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, __file__, "--device", run.device.type, *(["--small"] if run.sizes is SMALL else [])]
-        started = [
-            subprocess.Popen(
-                [*command, "--rank", str(folder / "model"), "--into", str(folder / f"{rank}.json")],
-                env={**os.environ, **places, "RANK": str(rank)},
-                stderr=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                text=True,
-            )
-            for rank in range(2)
-        ]
+        started = []
+        for rank in range(2):
+            with (folder / f"{rank}.txt").open("w") as said:  # a pipe that nobody reads yet would fill
+                begin = [*command, "--rank", str(folder / "model"), "--into", str(folder / f"{rank}.json")]
+                own = {**os.environ, **places, "RANK": str(rank)}
+                started.append(subprocess.Popen(begin, env=own, stdout=said, stderr=subprocess.STDOUT))
         alone = trained(run, folder / "model", run.sizes.rank_steps, 2)
-        said = [rank.communicate()[1] for rank in started]
-        for rank, text in zip(started, said, strict=True):
-            if rank.returncode:
-                last = [line for line in text.splitlines() if line.strip()][-1:]
-                raise RuntimeError(f"a rank ended with {rank.returncode}: {' '.join(last)}")
+        for rank, process in enumerate(started):
+            if code := process.wait():
+                last = [line.strip() for line in (folder / f"{rank}.txt").read_text().splitlines() if line.strip()][-1:]
+                raise RuntimeError(f"rank {rank} ended with {code}: {' '.join(last)}")
         together = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     losses = [statistics.mean(pair) for pair in zip(*(each["losses"] for each in together), strict=True)]
     off = max(abs(ours / theirs - 1) for ours, theirs in zip(losses, alone["losses"], strict=True))
@@ -451,6 +447,7 @@ def main() -> None:
         with arguments.into.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    scoring.VOCABULARY[FAMILY] = (SMALL if arguments.small else LARGE).words
     run = Run(device, SMALL if arguments.small else LARGE, note, tuple(arguments.without))
     if arguments.rank is not None:
         return as_rank(run, arguments.rank, arguments.into)

@@ -3,6 +3,7 @@
     python benchmarks/scoring.py                                  # LLaVA and Qwen2.5-VL, 256 to 1024 visual tokens, 2 to 8 texts
     python benchmarks/scoring.py --family llava --visual 1024 --texts 8 --repeats 5 --json runs/scoring.json
     python benchmarks/scoring.py --figure docs/scoring.png --json runs/scoring.json          # of what was written there
+    python benchmarks/scoring.py --family qwen3_5 --visual 1024 --texts 8                    # gated delta nets, whose state is forked
     python benchmarks/scoring.py --device cuda --dtype bfloat16 --size 7b --attention flash_attention_2
 
 Layouts, all computing the same loss (InfoNCE over the texts' scores plus the first one's NLL; the values are compared):
@@ -49,12 +50,12 @@ SIZES = {
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4},
     "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 4, "num_attention_heads": 28, "num_key_value_heads": 4},
 }
-VOCABULARY = {"llava": 32_000, "qwen2_5_vl": 152_064}
+VOCABULARY = {"llava": 32_000, "qwen2_5_vl": 152_064, "qwen3_5": 248_320}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", choices=list(VOCABULARY), default=list(VOCABULARY))
+    parser.add_argument("--family", nargs="+", choices=list(VOCABULARY), default=["llava", "qwen2_5_vl"])
     parser.add_argument(
         "--visual", nargs="+", type=int, default=[256, 576, 1024], help="visual tokens of the image; squares of even numbers"
     )
@@ -96,6 +97,14 @@ def build(family: str, visual: int, size: dict[str, int], device: torch.device, 
             "text_config": {**text, "model_type": "llama"},
             "image_token_id": VOCABULARY[family] - 1,
         }
+    elif family == "qwen3_5":  # three of four layers are gated delta nets
+        vision = {"hidden_size": 192, "intermediate_size": 512, "depth": 5, "num_heads": 4, "out_hidden_size": size["hidden_size"]}
+        heads, head = size["num_attention_heads"], size["hidden_size"] // size["num_attention_heads"]
+        text |= {"head_dim": head, "linear_num_key_heads": heads // 2, "linear_num_value_heads": heads}
+        text |= {"linear_key_head_dim": head, "linear_value_head_dim": head}
+        sections = [head // 8 - 2 * (head // 24), head // 24, head // 24]
+        rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": sections}
+        options = {"vision_config": vision, "text_config": {**text, "rope_parameters": rope}, "image_token_id": VOCABULARY[family] - 1}
     else:
         vision = {"hidden_size": 192, "intermediate_size": 512, "depth": 5, "num_heads": 4, "out_hidden_size": size["hidden_size"]}
         vision |= {"fullatt_block_indexes": [4]}
@@ -139,7 +148,7 @@ def case(model: Any, family: str, visual: int, texts: int, seed: int = 1) -> Cas
         images = {"pixel_values": torch.randn(1, 3, 14 * side, 14 * side, generator=generator)}
     else:
         images = {
-            "pixel_values": torch.randn(4 * visual, 1176, generator=generator),
+            "pixel_values": torch.randn(4 * visual, 6 * model.config.vision_config.patch_size**2, generator=generator),
             "image_grid_thw": torch.tensor([[1, 2 * side, 2 * side]]),
         }
     images = {n: t.to(parameter.device, parameter.dtype if t.is_floating_point() else t.dtype) for n, t in images.items()}
@@ -388,7 +397,7 @@ def matmul_rate(of: Case) -> float:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256  # few CPUs are quick in another one
     a = torch.randn(size, size, device=device, dtype=dtype)
     a @ a
     start = clock(device)

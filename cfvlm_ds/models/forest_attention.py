@@ -17,7 +17,6 @@ Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S se
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from torch.torch_version import TorchVersion
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models.flex_attention import flex
 from cfvlm_ds.models.forest import Forest
 
 BACKENDS = ("sdpa", "cascade", "flash_attention_2", "varlen", "flex")
@@ -293,77 +293,6 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: fl
     return _variable_length(kernel, query, key, value, forest, scale)
 
 
-# --- FlexAttention ----------------------------------------------------------------------------------------------------------------------
-
-_BLOCK = 128  # tokens of a side of a block
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """Which blocks of keys each block of queries sees, in part or in full. ``stops`` [T] is where the subtree of each token's node ends: in
-    depth-first order a query sees a key when it is not before the key and before that."""
-
-    stops: Tensor
-    partial: Tensor
-    full: Tensor
-
-    @classmethod
-    def of(cls, forest: Forest) -> _Blocks:
-        ends = list(forest.starts[1:])
-        for node in reversed(range(len(ends))):
-            if (parent := forest.parents[node]) >= 0:
-                ends[parent] = max(ends[parent], ends[node])
-        stops = torch.tensor(ends).repeat_interleave(torch.tensor(forest.lengths))
-        length, blocks = len(stops), -(-len(stops) // _BLOCK)
-        padded = torch.nn.functional.pad(stops, (0, blocks * _BLOCK - length)).view(blocks, _BLOCK)
-        begin = torch.arange(blocks).unsqueeze(1) * _BLOCK  # of each block of queries
-        before = begin > begin.T
-        full = before & (padded.amin(1) >= begin + _BLOCK) & (begin + _BLOCK <= length)
-        partial = (before & (padded.amax(1) > begin) | (begin == begin.T)) & ~full
-        return cls(stops, partial, full)
-
-    def to(self, device: torch.device, **options: Any) -> Any:
-        """torch's BlockMask there."""
-        from torch.nn.attention.flex_attention import BlockMask
-
-        stops = self.stops.to(device)
-
-        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (key <= query) & (query < stops[key])
-
-        counted = [
-            part.to(device)
-            for kind in (self.partial, self.full)
-            for part in (
-                kind.sum(1, dtype=torch.int32)[None, None],
-                kind.int().argsort(dim=1, descending=True, stable=True).int()[None, None],
-            )
-        ]
-        return BlockMask.from_kv_blocks(*counted, BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=(len(stops), len(stops)))
-
-
-@functools.cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)  # rows differ in length, and are not to be compiled for each
-
-
-def _flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
-    from torch.nn.attention.flex_attention import create_mask, flex_attention
-
-    mask = forest.on(_Blocks.of, query.device)
-    grouped = query.shape[1] != key.shape[1]
-    if query.device.type != "cpu":
-        out: Tensor = _compiled_flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):  # has no backward on CPUs: by its definition
-        seen = create_mask(mask.mask_mod, None, None, query.shape[2], key.shape[2], device="cpu")
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=grouped)
-    else:
-        out = flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2)
-
-
 # --- transformers -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -379,7 +308,7 @@ def registered(backend: str) -> str:
     """Register a back end with transformers and return its name there, which contains none of the names that the library treats
     specially."""
     name = f"{_PREFIX}{BACKENDS.index(backend)}"
-    attend = {"sdpa": _sdpa, "cascade": _cascade, "flash_attention_2": _flash, "varlen": _varlen, "flex": _flex}[backend]
+    attend = {"sdpa": _sdpa, "cascade": _cascade, "flash_attention_2": _flash, "varlen": _varlen, "flex": flex}[backend]
     AttentionInterface.register(name, _interface(attend))
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     return name

@@ -12,7 +12,9 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import AttentionInterface
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models import flex_attention
 from cfvlm_ds.models import forest_attention as attention
+from cfvlm_ds.models.flex_attention import Blocks, compiled_flex
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import BACKENDS, registered
 
@@ -89,9 +91,9 @@ def test_values_and_gradients_are_those_of_a_dense_attention(backend: str, name:
 @pytest.mark.parametrize("name", FORESTS)
 def test_blocks_are_those_that_torch_finds_in_the_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 16 tokens, so that these rows have several: torch asks the mask of every pair of tokens, we the ends of subtrees."""
-    monkeypatch.setattr(attention, "_BLOCK", 16)
+    monkeypatch.setattr(flex_attention, "BLOCK", 16)
     forest = Forest(FORESTS[name].lengths, FORESTS[name].parents)  # nothing of it is placed yet
-    length, ours = forest.bounds[-1], forest.on(attention._Blocks.of, torch.device("cpu"))
+    length, ours = forest.bounds[-1], forest.on(Blocks.of, torch.device("cpu"))
     theirs = create_block_mask(ours.mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=16)
     assert torch.equal(create_mask(ours.mask_mod, None, None, length, length, device="cpu")[0, 0], seen_by(forest))
     assert ours.shape == theirs.shape
@@ -113,10 +115,10 @@ def test_flex_attention_itself_computes_the_same(name: str) -> None:
 @pytest.mark.long
 def test_flex_attention_compiled_for_this_machine() -> None:
     """As on a GPU: with blocks that are left out, and one compilation for rows of several lengths."""
-    compiled = attention._compiled_flex()
+    compiled = compiled_flex()
     for forest in (SEVERAL_BLOCKS, Forest(SEVERAL_BLOCKS.lengths[:5], SEVERAL_BLOCKS.parents[:5]), FORESTS["deep"]):
         q, k, v = (t.detach() for t in inputs(forest, (6, 2), torch.float32, 16))
-        mask = forest.on(attention._Blocks.of, torch.device("cpu"))
+        mask = forest.on(Blocks.of, torch.device("cpu"))
         out = compiled(q, k, v, block_mask=mask, scale=0.3, enable_gqa=True).transpose(1, 2)
         torch.testing.assert_close(out, dense(q, k, v, forest, 0.3), rtol=1e-5, atol=1e-5)
 
