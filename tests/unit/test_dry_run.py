@@ -79,7 +79,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
                 "num_position_embeddings": 2304,
             },
         },
-        0,
+        9_409_813_744,
     ),
 }  # fmt: skip
 
