@@ -61,10 +61,10 @@ def measure(arguments: argparse.Namespace, words: int) -> list[tuple[float, int]
     peaks: list[int] = []
     for turn in range(arguments.repeats + 1):
         for way, times in ways.items():
-            before, start = reset_peak(of) if turn == 0 else 0, now(of)
+            before, start = reset_peak(of.prefix.device) if turn == 0 else 0, now(of)
             way().sum().backward()
             if turn == 0:
-                peaks.append(peak(of) - before)
+                peaks.append(peak(of.prefix.device) - before)
             else:
                 times.append(now(of) - start)
             weight.grad = hidden.grad = None

@@ -90,11 +90,11 @@ def measure(arguments: argparse.Namespace, count: int) -> list[tuple[float, floa
     peaks: list[int] = []
     for turn in range(arguments.repeats + 1):
         for way, times in ways.items():
-            before, start = reset_peak(of) if turn == 0 else 0, now(of)
+            before, start = reset_peak(of.prefix.device) if turn == 0 else 0, now(of)
             loss = way()
             if turn == 0:
                 losses.append(loss)
-                peaks.append(peak(of) - before)
+                peaks.append(peak(of.prefix.device) - before)
             else:
                 times.append(now(of) - start)
             clear(model)

@@ -3,6 +3,7 @@
     python benchmarks/scoring.py                                  # LLaVA and Qwen2.5-VL, 256 to 1024 visual tokens, 2 to 8 texts
     python benchmarks/scoring.py --family llava --visual 1024 --texts 8 --repeats 5 --json runs/scoring.json
     python benchmarks/scoring.py --figure docs/scoring.png --json runs/scoring.json          # of what was written there
+    python benchmarks/scoring.py --family qwen3_5 --visual 1024 --texts 8                    # gated delta nets, whose state is forked
     python benchmarks/scoring.py --device cuda --dtype bfloat16 --size 7b --attention flash_attention_2
 
 Layouts, all computing the same loss (InfoNCE over the texts' scores plus the first one's NLL; the values are compared):
@@ -28,7 +29,7 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +50,12 @@ SIZES = {
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4},
     "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 4, "num_attention_heads": 28, "num_key_value_heads": 4},
 }
-VOCABULARY = {"llava": 32_000, "qwen2_5_vl": 152_064}
+VOCABULARY = {"llava": 32_000, "qwen2_5_vl": 152_064, "qwen3_5": 248_320}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", choices=list(VOCABULARY), default=list(VOCABULARY))
+    parser.add_argument("--family", nargs="+", choices=list(VOCABULARY), default=["llava", "qwen2_5_vl"])
     parser.add_argument(
         "--visual", nargs="+", type=int, default=[256, 576, 1024], help="visual tokens of the image; squares of even numbers"
     )
@@ -96,6 +97,14 @@ def build(family: str, visual: int, size: dict[str, int], device: torch.device, 
             "text_config": {**text, "model_type": "llama"},
             "image_token_id": VOCABULARY[family] - 1,
         }
+    elif family == "qwen3_5":  # three of four layers are gated delta nets
+        vision = {"hidden_size": 192, "intermediate_size": 512, "depth": 5, "num_heads": 4, "out_hidden_size": size["hidden_size"]}
+        heads, head = size["num_attention_heads"], size["hidden_size"] // size["num_attention_heads"]
+        text |= {"head_dim": head, "linear_num_key_heads": heads // 2, "linear_num_value_heads": heads}
+        text |= {"linear_key_head_dim": head, "linear_value_head_dim": head}
+        sections = [head // 8 - 2 * (head // 24), head // 24, head // 24]
+        rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": sections}
+        options = {"vision_config": vision, "text_config": {**text, "rope_parameters": rope}, "image_token_id": VOCABULARY[family] - 1}
     else:
         vision = {"hidden_size": 192, "intermediate_size": 512, "depth": 5, "num_heads": 4, "out_hidden_size": size["hidden_size"]}
         vision |= {"fullatt_block_indexes": [4]}
@@ -139,7 +148,7 @@ def case(model: Any, family: str, visual: int, texts: int, seed: int = 1) -> Cas
         images = {"pixel_values": torch.randn(1, 3, 14 * side, 14 * side, generator=generator)}
     else:
         images = {
-            "pixel_values": torch.randn(4 * visual, 1176, generator=generator),
+            "pixel_values": torch.randn(4 * visual, 6 * model.config.vision_config.patch_size**2, generator=generator),
             "image_grid_thw": torch.tensor([[1, 2 * side, 2 * side]]),
         }
     images = {n: t.to(parameter.device, parameter.dtype if t.is_floating_point() else t.dtype) for n, t in images.items()}
@@ -210,7 +219,8 @@ def shared_prefix(case: Case) -> Tensor:
     return logp.view_as(case.texts)
 
 
-LAYOUTS: dict[str, Callable[[Case], Tensor]] = {
+Layout = Callable[[Case], Tensor]
+LAYOUTS: dict[str, Layout] = {
     "concatenated": concatenated,
     "sparse": lambda case: concatenated(case, keep=True),
     "encoded once": lambda case: concatenated(case, keep=True, once=True),
@@ -225,33 +235,43 @@ LAYOUTS: dict[str, Callable[[Case], Tensor]] = {
 def measure(model: Any, family: str, visual: int, texts: int, arguments: argparse.Namespace) -> dict[str, Any]:
     of = case(model, family, visual, texts)
     model.config.get_text_config()._attn_implementation = registered(arguments.attention)
-    clear(model)  # else the first step's peak would hold them
-    times: dict[str, list[float]] = {name: [] for name in arguments.layouts}
-    found: dict[str, dict[str, float]] = {}
-    rates: list[float] = []
-    for name in arguments.layouts:  # the first time round warms up and is weighed instead of timed
-        loss, saved, peak = weighed(LAYOUTS[name], of)
-        found[name] = {"loss": loss, "saved": saved, "peak": peak, "flop": flop(name, of)}
-    for _ in range(arguments.repeats):
-        for name in arguments.layouts:
-            start = now(of)
-            step(LAYOUTS[name], of)
-            times[name].append(now(of) - start)
-            clear(model)
-            rates.append(matmul_rate(of))
-    losses = [found[name]["loss"] for name in arguments.layouts if name != "supervised"]
+    timed, rate = take_turns({name: LAYOUTS[name] for name in arguments.layouts}, of, arguments.repeats)
+    losses = [timed[name]["loss"] for name in arguments.layouts if name != "supervised"]
     if max(losses) - min(losses) > 1e-4 * abs(losses[0]) and model.dtype == torch.float32:
         raise SystemExit(f"the layouts do not agree: {losses}")
-    timed = {name: {**found[name], "time": statistics.median(times[name]), "times": times[name]} for name in arguments.layouts}
-    return {"matmul": statistics.median(rates), **timed}
+    return {"matmul": rate, **timed}
 
 
-def step(layout: Callable[[Case], Tensor], of: Case) -> float:
-    logp = layout(of)
-    scores = logp.sum(-1)
-    loss = -scores.log_softmax(0)[0] - logp[0].mean()
+def take_turns(layouts: Mapping[str, Layout], of: Case, repeats: int) -> tuple[dict[str, dict[str, Any]], float]:
+    """Each layout's figures, and the median rate of a matrix product beside them."""
+    clear(of.model)  # else the first step's peak would hold them
+    times: dict[str, list[float]] = {name: [] for name in layouts}
+    found: dict[str, dict[str, Any]] = {}
+    rates: list[float] = []
+    for name, layout in layouts.items():  # the first time round warms up and is weighed instead of timed
+        loss, saved, peak = weighed(layout, of)
+        found[name] = {"loss": loss, "saved": saved, "peak": peak, "flop": flop(name, of)}
+    for _ in range(repeats):
+        for name, layout in layouts.items():
+            start = now(of)
+            step(layout, of)
+            times[name].append(now(of) - start)
+            clear(of.model)
+            rates.append(matmul_rate(of))
+    for name in layouts:
+        found[name] |= {"time": statistics.median(times[name]), "times": times[name]}
+    return found, statistics.median(rates)
+
+
+def step(layout: Layout, of: Case) -> float:
+    loss = loss_of(layout(of))
     loss.backward()
     return loss.item()
+
+
+def loss_of(logp: Tensor) -> Tensor:
+    """InfoNCE over the texts' scores, the first being true, plus its NLL per token; ``logp`` is [K, TEXT]."""
+    return -logp.sum(-1).log_softmax(0)[0] - logp[0].mean()
 
 
 def clear(model: Any) -> None:
@@ -261,13 +281,18 @@ def clear(model: Any) -> None:
 
 
 def now(of: Case) -> float:
-    if of.prefix.device.type == "cuda":
+    return clock(of.prefix.device)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: of this process's time, or of the wall when the device has done what it was given."""
+    if device.type == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
     return time.process_time()
 
 
-def weighed(layout: Callable[[Case], Tensor], of: Case) -> tuple[float, int, int]:
+def weighed(layout: Layout, of: Case) -> tuple[float, int, int]:
     """(loss, bytes that autograd keeps, peak bytes above what was there)."""
     own = {parameter.untyped_storage().data_ptr() for parameter in of.model.parameters()}
     kept: dict[int, int] = {}
@@ -282,15 +307,15 @@ def weighed(layout: Callable[[Case], Tensor], of: Case) -> tuple[float, int, int
         graph = layout(of)  # alive, so that no storage is counted twice or used again
     saved = sum(kept.values())
     del graph
-    before = reset_peak(of)
+    before = reset_peak(of.prefix.device)
     loss = step(layout, of)
-    most = peak(of) - before
+    most = peak(of.prefix.device) - before
     clear(of.model)
     return loss, saved, most
 
 
-def reset_peak(of: Case) -> int:
-    if of.prefix.device.type == "cuda":
+def reset_peak(device: torch.device) -> int:
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     libc = ctypes.CDLL("libc.so.6")
@@ -301,8 +326,8 @@ def reset_peak(of: Case) -> int:
     return _status("VmRSS")
 
 
-def peak(of: Case) -> int:
-    if of.prefix.device.type == "cuda":
+def peak(device: torch.device) -> int:
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     keep_freed_memory()  # as when training, whose time is measured
     return _status("VmHWM")
@@ -317,7 +342,8 @@ def _status(name: str) -> int:
 
 
 def flop(name: str, of: Case) -> float:
-    """Floating-point operations of forward and backward."""
+    """Floating-point operations of forward and backward; what follows a comma in the name makes no difference."""
+    name = name.partition(",")[0]
     texts, prefix = len(of.texts), len(of.prefix)
     repeated = texts if name in ("concatenated", "sparse", "encoded once") else 1
     encoded = texts if name in ("concatenated", "sparse") else 1
@@ -367,14 +393,17 @@ def figure(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def matmul_rate(of: Case) -> float:
     """Floating-point operations per second of a large product in the model's dtype."""
-    weight = of.model.get_input_embeddings().weight
-    size = 8192 if weight.device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=weight.device, dtype=weight.dtype)
+    return product_rate(of.prefix.device, of.model.dtype)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    size = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256  # few CPUs are quick in another one
+    a = torch.randn(size, size, device=device, dtype=dtype)
     a @ a
-    start = now(of)
+    start = clock(device)
     for _ in range(4):
         a @ a
-    return 4 * 2 * size**3 / (now(of) - start)
+    return 4 * 2 * size**3 / (clock(device) - start)
 
 
 COLUMNS = ("concatenated", "sparse", "encoded once", "supervised")

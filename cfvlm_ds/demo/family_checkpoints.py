@@ -121,6 +121,17 @@ def _qwen(model_type: str) -> Parts:
     elif model_type == "qwen2_5_vl":
         kind, processor_kind, video = t.Qwen2_5_VLConfig, t.Qwen2_5_VLProcessor, t.Qwen2VLVideoProcessor
         vision |= {"intermediate_size": 64, "out_hidden_size": 32, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
+    elif model_type.startswith("qwen3_5"):
+        kind = t.Qwen3_5MoeConfig if model_type == "qwen3_5_moe" else t.Qwen3_5Config
+        processor_kind, video = t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor
+        vision |= {"intermediate_size": 64, "out_hidden_size": 32, "patch_size": 16, "num_position_embeddings": 64}
+        del text["rope_scaling"]
+        text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}}
+        text |= {"head_dim": 32, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}  # three gated delta nets, then one layer of attention
+        if model_type == "qwen3_5_moe":
+            text |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+            del text["intermediate_size"]
     else:
         kind = t.Qwen3VLMoeConfig if model_type == "qwen3_vl_moe" else t.Qwen3VLConfig
         processor_kind, video = t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor
@@ -225,6 +236,8 @@ SMALL: dict[str, Callable[[Path], Parts]] = {
     "qwen2_5_vl": lambda folder: _qwen("qwen2_5_vl"),
     "qwen3_vl": lambda folder: _qwen("qwen3_vl"),
     "qwen3_vl_moe": lambda folder: _qwen("qwen3_vl_moe"),
+    "qwen3_5": lambda folder: _qwen("qwen3_5"),
+    "qwen3_5_moe": lambda folder: _qwen("qwen3_5_moe"),
     "internvl": lambda folder: _internvl(),
     "idefics3": lambda folder: _idefics("idefics3"),
     "smolvlm": lambda folder: _idefics("smolvlm"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from cfvlm_ds.deepspeed_compat.running_engine import apply_optimizer_options, gather_clock, invalidate_prefetch_trace, optimizer_options
 from cfvlm_ds.engine.check import validate
 from cfvlm_ds.engine.configuration import read_json, resolve
-from cfvlm_ds.engine.memory import model_states, offloaded
+from cfvlm_ds.engine.memory import activations, attention_without_data, model_states, offloaded
 from cfvlm_ds.engine.setup import hidden_size, in_parts, initialize, recompute_activations, start
 
 __all__ = [
+    "activations",
     "apply_optimizer_options",
+    "attention_without_data",
     "gather_clock",
     "hidden_size",
     "in_parts",

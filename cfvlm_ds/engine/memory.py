@@ -1,4 +1,4 @@
-"""Memory of a model's states under ZeRO, by DeepSpeed's own estimates."""
+"""Memory of a model's states under ZeRO, by DeepSpeed's own estimates, and of what a forward keeps, counted on meta tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cfvlm_ds.deepspeed_compat import settings as settings
+from cfvlm_ds.engine.setup import recompute_activations
 
 
 def offloaded(ds_config: dict[str, Any]) -> dict[str, bool]:
@@ -30,3 +31,50 @@ def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, g
         card, host = settings.states_of_stage_2(trained, *place, away["optimizer"])
         card += 2 * frozen
     return card, host
+
+
+def attention_without_data() -> str:
+    """Register an attention for a model on the meta device, which keeps what flash attention keeps; its name in transformers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("no_data", _attention)
+    return "no_data"
+
+
+def activations(model: Any, tokens: int, recompute: bool) -> int:
+    """Bytes that autograd keeps of a forward of the language model over so many tokens, weights excluded.
+
+    The model is on the meta device with ``attention_without_data``; ``recompute`` is gradient checkpointing.
+    """
+    if recompute:
+        recompute_activations(model)
+    else:
+        model.gradient_checkpointing_disable()
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    width = model.config.get_text_config().hidden_size
+    embedded = torch.empty(1, tokens, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train().get_decoder()(inputs_embeds=embedded, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what flash attention keeps: its inputs, its output and a log-sum-exp in float32 for every query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, output.new_empty(output.shape[:-1], dtype=torch.float32))
+        return output
+
+
+def _attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    return _Attention.apply(query, key, value).transpose(1, 2), None

@@ -39,6 +39,10 @@ def everything_used(config: PreTrainedConfig) -> tuple[str, ...]:
     return ()
 
 
+def as_loaded(model: nn.Module) -> None:
+    """All that reaches other tokens is attention, which has back ends for trees."""
+
+
 @dataclass(frozen=True)
 class Family:
     """What the toolkit must know about a family of models.
@@ -56,6 +60,7 @@ class Family:
         arrange: what the model does between its projector and its language model.
         one_tensor: whether the model's forward takes the features of all images as one tensor instead of a list.
         unused: prefixes of weights that the checkpoint has and the forward does not use.
+        take_trees: makes what is not attention compute rows of trees; called once a model, before it scores.
         limit: bounds an image's visual tokens (visual_token_limits.py) by the options ``limited_by`` of the model's configuration.
     """
 
@@ -72,6 +77,7 @@ class Family:
     arrange: Arrange = as_projected
     one_tensor: bool = False
     unused: Callable[[PreTrainedConfig], tuple[str, ...]] = everything_used
+    take_trees: Callable[[nn.Module], None] = as_loaded
     limit: Callable[[Any, Any, ModelConfig], None] | None = None
     limited_by: tuple[str, ...] = ()
 

@@ -29,8 +29,8 @@ class ModelFlops:
     """Multiplications and additions of one forward and backward pass, each counted as one operation.
 
     A weight counts twice per token that passes it (four more times where both token and weight need a gradient); the language model's
-    attention counts by pairs of tokens that see each other. Not counted: the tower's attention, norms, softmax, and what gradient
-    checkpointing computes again. Of a mixture of experts only those that a token visits count.
+    attention counts by pairs of tokens that see each other. Not counted: the tower's attention, the rule of gated delta nets, norms,
+    softmax, and what gradient checkpointing computes again. Of a mixture of experts only those that a token visits count.
     """
 
     def __init__(self, model: Any, family: Family) -> None:
@@ -51,7 +51,9 @@ class ModelFlops:
         self._head = math.prod(whole_shape(head))
         self._head_trained = self._head * head.requires_grad
         heads = text.num_attention_heads
-        self._pair = 4 * heads * (getattr(text, "head_dim", None) or text.hidden_size // heads) * text.num_hidden_layers
+        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+        layers = sum("attention" in kind and kind != "linear_attention" for kind in kinds)
+        self._pair = 4 * heads * (getattr(text, "head_dim", None) or text.hidden_size // heads) * layers
         vision = model.config.vision_config
         self._pixels = getattr(vision, "in_channels", 3) * _square(vision.patch_size) * getattr(vision, "temporal_patch_size", 1)
 

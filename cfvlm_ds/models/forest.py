@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,6 @@ class Forest:
 
 
 def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
+    if hasattr(value, "to"):
         return value.to(device, non_blocking=True)
     return type(value)(_move(item, device) for item in value) if isinstance(value, list | tuple) else value

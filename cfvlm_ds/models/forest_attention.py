@@ -9,6 +9,7 @@ positions, which several kernels silently misread.
     cascade   root on itself, the rest on the root, the rest's paths on themselves, merged by log-sum-exp: no root is computed twice
     flash_attention_2  one call of flash-attn's variable-length kernel; a node's keys are its ancestors' and its own, gathered
     varlen    the same through torch's own variable-length kernel
+    flex      torch's FlexAttention under a block mask: blocks of keys that no query of a block sees are left out, nothing is gathered
 
 Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S segments (nodes), B trees, L a padded length.
 """
@@ -16,6 +17,7 @@ Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S se
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,9 +29,10 @@ from torch.torch_version import TorchVersion
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models.flex_attention import flex
 from cfvlm_ds.models.forest import Forest
 
-BACKENDS = ("sdpa", "cascade", "flash_attention_2", "varlen")
+BACKENDS = ("sdpa", "cascade", "flash_attention_2", "varlen", "flex")
 _PADDED = 1.25  # trees are padded to one length while the longest has at most this many times the tokens of the shortest
 
 
@@ -279,9 +282,12 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: flo
 def _varlen(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # causal
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before, it took fewer heads of keys unasked
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+
     def kernel(q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor, q_max: int, k_max: int, scale: float) -> Tensor:
-        causal = (-1, 0)
-        out: Any = varlen_attn(q, k, v, q_at, k_at, q_max, k_max, scale=scale, window_size=causal, enable_gqa=q.shape[1] != k.shape[1])
+        out: Any = varlen_attn(q, k, v, q_at, k_at, q_max, k_max, **options)
         return out
 
     return _variable_length(kernel, query, key, value, forest, scale)
@@ -290,11 +296,19 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: fl
 # --- transformers -----------------------------------------------------------------------------------------------------------------------
 
 
+_PREFIX = "forest_"
+
+
+def sees_trees(text: Any) -> bool:
+    """Whether the language model of this configuration has one of these back ends, and not a stock one."""
+    return str(text._attn_implementation).startswith(_PREFIX)
+
+
 def registered(backend: str) -> str:
     """Register a back end with transformers and return its name there, which contains none of the names that the library treats
     specially."""
-    name = f"forest_{BACKENDS.index(backend)}"
-    attend = {"sdpa": _sdpa, "cascade": _cascade, "flash_attention_2": _flash, "varlen": _varlen}[backend]
+    name = f"{_PREFIX}{BACKENDS.index(backend)}"
+    attend = {"sdpa": _sdpa, "cascade": _cascade, "flash_attention_2": _flash, "varlen": _varlen, "flex": flex}[backend]
     AttentionInterface.register(name, _interface(attend))
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
 import re
@@ -244,8 +245,10 @@ def attention(requested: str) -> str:
             "model.attn_implementation flash_attention_2 needs a CUDA device and the flash-attn package; "
             "install it with `pip install flash-attn --no-build-isolation` or use auto"
         )
-    if requested == "varlen" and not torch.cuda.is_available():
-        raise ConfigError("model.attn_implementation varlen needs a CUDA device; use auto")
+    if requested in ("varlen", "flex") and not torch.cuda.is_available():
+        raise ConfigError(f"model.attn_implementation {requested} needs a CUDA device; use auto")
+    if requested == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        raise ConfigError(f"model.attn_implementation varlen needs a newer torch than {torch.__version__}; use auto")
     if requested == "cascade" and torch.cuda.is_available():
         raise ConfigError("model.attn_implementation cascade is for CPUs; use auto")
     return requested

@@ -48,6 +48,7 @@ class Scorer(nn.Module):
         super().__init__()
         if not isinstance(head := model.get_output_embeddings(), ScoringHead):
             model.set_output_embeddings(ScoringHead.of(head))
+        family.take_trees(model)
         self.model = model
         self.family = family
         self.projectors = family.projectors(model)

@@ -25,12 +25,9 @@ def dry_run(config: RunConfig) -> str:
     The states of the model (weights, gradients, optimizer) are DeepSpeed's own estimates for mixed precision. Activations are those that
     the language model keeps for its backward pass in bfloat16, measured on meta tensors.
     """
-    from transformers import AttentionInterface
-
     validate(config, None)
     resolved = engine.resolve(engine.read_json(config.deepspeed), config, 1, torch.device("cpu"), engine.hidden_size(config), 1)
-    AttentionInterface.register("no_data", _attention)
-    model = meta_model(config.model, torch.bfloat16, "no_data")
+    model = meta_model(config.model, torch.bfloat16, engine.attention_without_data())
     lines = [f"model type       {model.config.model_type}", f"attention        {attention(config.model.attn_implementation)}"]
     lines += [f"objective        {config.loss}", ""]
     return "\n".join([*lines, *_modules(model, config), "", *_states(model, resolved.config), "", *_activations(model, config)])
@@ -65,43 +62,7 @@ def _activations(model: Any, config: RunConfig) -> Iterator[str]:
     """Per 1024 tokens of a micro-batch; the images' prompts count as the texts do."""
     chosen = config.model.gradient_checkpointing
     for recompute in (True, False):
-        size = _kept_by_language_model(model, recompute)
+        size = engine.activations(model, _TOKENS, recompute)
         mark = " (configured)" if recompute == chosen else ""
         how = "with" if recompute else "without"
         yield f"activations      {size / _GIB:.2f} GiB per {_TOKENS} tokens {how} gradient checkpointing{mark}"
-
-
-def _kept_by_language_model(model: Any, recompute: bool) -> int:
-    """Bytes that autograd keeps of a forward of the language model, weights excluded."""
-    if recompute:
-        engine.recompute_activations(model)
-    else:
-        model.gradient_checkpointing_disable()
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    width = model.config.get_text_config().hidden_size
-    embedded = torch.empty(1, _TOKENS, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.train().get_decoder()(inputs_embeds=embedded, use_cache=False)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-class _Attention(torch.autograd.Function):
-    """Keeps what flash attention keeps: its inputs, its output and a log-sum-exp in float32 for every query."""
-
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output, output.new_empty(output.shape[:-1], dtype=torch.float32))
-        return output
-
-
-def _attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, None]:
-    return _Attention.apply(query, key, value).transpose(1, 2), None

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import AttentionInterface
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models import flex_attention
 from cfvlm_ds.models import forest_attention as attention
+from cfvlm_ds.models.flex_attention import Blocks, compiled_flex
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import BACKENDS, registered
 
@@ -30,8 +33,12 @@ FORESTS = {
 }
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> Tensor:
-    """The definition: one big attention with a mask written token by token, each walking up from its node to the root."""
+SEVERAL_BLOCKS = Forest((150, 60, 20, 30, 7, 130, 9, 40), (-1, 0, 1, 1, 0, -1, 5, 5))
+"""More tokens than a block of FlexAttention has, which is left out where no query of it sees a key."""
+
+
+def seen_by(forest: Forest) -> Tensor:
+    """[T, T] bool, written token by token, each walking up from its node to the root."""
     owner = [node for node, length in enumerate(forest.lengths) for _ in range(length)]
 
     def sees(query: int, key: int) -> bool:
@@ -40,9 +47,13 @@ def dense(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> Tens
             node = forest.parents[node]
         return node >= 0 and key <= query
 
-    seen = [[sees(i, j) for j in range(len(owner))] for i in range(len(owner))]
+    return torch.tensor([[sees(i, j) for j in range(len(owner))] for i in range(len(owner))])
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> Tensor:
+    """The definition: one big attention with a mask."""
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    logits = (q @ k.transpose(-1, -2) * scale).masked_fill(~torch.tensor(seen, device=q.device), -torch.inf)
+    logits = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen_by(forest).to(q.device), -torch.inf)
     return (logits.softmax(-1) @ v).transpose(1, 2)
 
 
@@ -75,6 +86,41 @@ def test_values_and_gradients_are_those_of_a_dense_attention(backend: str, name:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     for ours, theirs in gradients:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", FORESTS)
+def test_blocks_are_those_that_torch_finds_in_the_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 tokens, so that these rows have several: torch asks the mask of every pair of tokens, we the ends of subtrees."""
+    monkeypatch.setattr(flex_attention, "BLOCK", 16)
+    forest = Forest(FORESTS[name].lengths, FORESTS[name].parents)  # nothing of it is placed yet
+    length, ours = forest.bounds[-1], forest.on(Blocks.of, torch.device("cpu"))
+    theirs = create_block_mask(ours.mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=16)
+    assert torch.equal(create_mask(ours.mask_mod, None, None, length, length, device="cpu")[0, 0], seen_by(forest))
+    assert ours.shape == theirs.shape
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts, places = getattr(theirs, f"{kind}_num_blocks")[0, 0], getattr(theirs, f"{kind}_indices")[0, 0]
+        assert torch.equal(getattr(ours, f"{kind}_num_blocks")[0, 0], counts)
+        for found, expected, count in zip(getattr(ours, f"{kind}_indices")[0, 0], places, counts.tolist(), strict=True):
+            assert sorted(found[:count].tolist()) == sorted(expected[:count].tolist())
+
+
+@pytest.mark.parametrize("name", ["ragged", "deep", "questions of two pictures"])
+def test_flex_attention_itself_computes_the_same(name: str) -> None:
+    """Without gradients, which it has on a GPU alone: there it is torch's function that gets the mask, and not its definition."""
+    forest = FORESTS[name]
+    qkv = [t.detach() for t in inputs(forest, (6, 2), torch.float64, 16)]
+    torch.testing.assert_close(call("flex", *qkv, forest=forest, scaling=0.3), dense(*qkv, forest, 0.3), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.long
+def test_flex_attention_compiled_for_this_machine() -> None:
+    """As on a GPU: with blocks that are left out, and one compilation for rows of several lengths."""
+    compiled = compiled_flex()
+    for forest in (SEVERAL_BLOCKS, Forest(SEVERAL_BLOCKS.lengths[:5], SEVERAL_BLOCKS.parents[:5]), FORESTS["deep"]):
+        q, k, v = (t.detach() for t in inputs(forest, (6, 2), torch.float32, 16))
+        mask = forest.on(Blocks.of, torch.device("cpu"))
+        out = compiled(q, k, v, block_mask=mask, scale=0.3, enable_gqa=True).transpose(1, 2)
+        torch.testing.assert_close(out, dense(q, k, v, forest, 0.3), rtol=1e-5, atol=1e-5)
 
 
 def test_the_cascade_on_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:

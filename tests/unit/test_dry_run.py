@@ -67,6 +67,20 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         },
         8_767_123_696,
     ),
+    "qwen3_5_9b": (  # 8.95 billion of them in the language model, as published; the rest by the published sizes, without the weights for
+        {            # several tokens at once (mtp.*), which the library leaves out
+            "model_type": "qwen3_5",
+            "text_config": {
+                "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 32, "num_attention_heads": 16,
+                "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 248_320, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+            },
+            "vision_config": {
+                "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096,
+                "num_position_embeddings": 2304,
+            },
+        },
+        9_409_813_744,
+    ),
 }  # fmt: skip
 
 

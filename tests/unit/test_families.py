@@ -31,7 +31,15 @@ from cfvlm_ds.models import FAMILIES, MODULES, Scorer, adapters_off, family_of, 
 from cfvlm_ds.models.forest_attention import BACKENDS, registered, stock_attention
 from cfvlm_ds.objectives import Align, denominators, weighted_loss
 
-UNLIKE = ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl_moe", "internvl", "idefics3")  # every kind of positions, tiles and features
+UNLIKE = (
+    "llava",
+    "llava_onevision",
+    "qwen2_5_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "internvl",
+    "idefics3",
+)  # every kind of positions, tiles and features
 ONE = REPO / "docs" / "scores.png"
 SIZES = [(60, 40), (90, 30), (40, 100), (28, 28)]
 TEXTS = (Candidate("describe", "a red circle"), Candidate("describe", "two blue dogs on a lawn"), Candidate("is it red?", "Yes"))
@@ -356,12 +364,29 @@ def test_limits_bound_the_visual_tokens(folder: Path, scorer: Scorer, collator: 
 
 
 def test_bfloat16_scores_are_those_of_float32(folder: Path, scorer: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
-    """Because the softmax is in float32: 0.05 nats a token, of some 5 (weights, activations and logits in bfloat16 have 8 bits)."""
+    """Because the softmax is in float32: 0.05 nats a token, of some 5 (weights, activations and logits in bfloat16 have 8 bits).
+
+    A gated delta net divides what it gives by its norm, which after few tokens is small: there at most twice as far as the library's own
+    forward of single rows.
+    """
     narrow = Scorer(load_model(configured(folder), torch.bfloat16).eval(), scorer.family)
-    batch = collator(groups)
+    batch, bound = collator(groups), 0.05
     with torch.no_grad():
         wide, found = scorer(**batch.model_inputs), narrow(**batch.model_inputs)
-    assert found.dtype == torch.float32 and 0 < (found - wide).abs().max() < 0.05
+        if "linear_attention" in getattr(scorer.model.config.get_text_config(), "layer_types", ()):
+            bound = 2 * max(off_alone(scorer, narrow, collator, group) for group in groups)
+    assert found.dtype == torch.float32 and 0 < (found - wide).abs().max() < bound < 0.5
+
+
+def off_alone(wide: Scorer, narrow: Scorer, collator: Collator, group: CounterfactualGroup) -> float:
+    """The most nats a token by which the library's forward of one image and one text is off in the other precision."""
+    worst = 0.0
+    for image in group.images:
+        for candidate in group.candidates:
+            single = collator([CounterfactualGroup("single", (image,), (candidate,), ((1,),))])
+            with stock_attention(wide.model), stock_attention(narrow.model):
+                worst = max(worst, float((narrow(**single.model_inputs) - wide(**single.model_inputs)).abs().max()))
+    return worst
 
 
 def test_a_folder_or_type_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -8,25 +8,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses, run, train_arguments
-from test_attention import FORESTS, call, dense, inputs, relative
+from conftest import COLOURS, SHAPES, losses, run, train_arguments
+from test_attention import FORESTS, SEVERAL_BLOCKS, call, dense, inputs, relative
+
+from cfvlm_ds.core.config import TinyLlavaConfig
+from cfvlm_ds.demo.tiny_llava import build_tiny_llava
+from cfvlm_ds.models.forest import Forest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BACKENDS = [
     "sdpa",
-    "varlen",
+    pytest.param(
+        "varlen",
+        marks=pytest.mark.skipif(importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="needs torch 2.10 or newer"),
+    ),
+    "flex",
     pytest.param(
         "flash_attention_2", marks=pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn and a GPU")
     ),
 ]
 
+ROWS: dict[str, Forest] = {**FORESTS, "several blocks": SEVERAL_BLOCKS}
+
 
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=["heads", "grouped"])
-@pytest.mark.parametrize("name", FORESTS)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_kernels_are_as_near_as_a_dense_attention(backend: str, name: str, heads: tuple[int, int]) -> None:
     """bfloat16: at most twice as far from float64 as a dense attention computed in bfloat16, values and gradients."""
-    forest = FORESTS[name]
+    forest = ROWS[name]
     qkv = [t.detach().cuda().requires_grad_() for t in inputs(forest, heads, torch.bfloat16, 64)]
     exact = [t.detach().double().requires_grad_() for t in qkv]
     truth = dense(*exact, forest, 0.3)
@@ -40,12 +50,20 @@ def test_kernels_are_as_near_as_a_dense_attention(backend: str, name: str, heads
         assert ours < 2 * theirs
 
 
+@pytest.fixture(scope="module")
+def wider(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA with heads of 32, for the kernels take none as small as those of the other tests' model."""
+    captions = [f"a {c} {s} and a {d} {t}" for c in COLOURS for d in COLOURS for s in SHAPES for t in SHAPES]
+    config = TinyLlavaConfig(out_dir=str(tmp_path_factory.mktemp("model") / "llava"), hidden_size=128, vision_hidden_size=64)
+    return build_tiny_llava(config, captions)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_run_in_bfloat16(backend: str, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_in_bfloat16(backend: str, wider: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """ZeRO-3 over NCCL; the run itself compares its packed scores with single-row forwards, and its losses fall near those of float32."""
     common = ["--data.max_tokens_per_micro_batch", "500", "--train.max_steps", "5"]
-    half = train_arguments(model_dir, manifests, tmp_path / "half", *common, "--model.attn_implementation", backend, "--train.bf16", "true")
-    full = train_arguments(model_dir, manifests, tmp_path / "full", *common, "--model.attn_implementation", "sdpa", "--train.bf16", "false")
+    half = train_arguments(wider, manifests, tmp_path / "half", *common, "--model.attn_implementation", backend, "--train.bf16", "true")
+    full = train_arguments(wider, manifests, tmp_path / "full", *common, "--model.attn_implementation", "sdpa", "--train.bf16", "false")
     output = "".join(run([sys.executable, "train.py", *arguments]) for arguments in (half, full))
     assert f"scores of packed rows ({backend}) equal single-row forwards within" in output
     assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "full"), rel=0.02)

@@ -26,7 +26,7 @@ def scoring() -> Any:
         return importlib.import_module("scoring")
 
 
-@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.long)])
+@pytest.mark.parametrize("family", ["llava", *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen2_5_vl", "qwen3_5"))])
 def test_all_layouts_compute_one_loss(family: str, scoring: Any) -> None:
     """fp32, relative 1e-5; the supervised step sees other texts before its own and is another one."""
     model = scoring.build(family, 64, SIZE, torch.device("cpu"), torch.float32)

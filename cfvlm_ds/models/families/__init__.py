@@ -10,10 +10,10 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models.families.idefics import IDEFICS
 from cfvlm_ds.models.families.internvl import INTERNVL
 from cfvlm_ds.models.families.llava import LLAVA, NEXT, ONEVISION
-from cfvlm_ds.models.families.qwen import QWEN_VL
+from cfvlm_ds.models.families.qwen import QWEN_3_5, QWEN_VL
 from cfvlm_ds.models.family import Family
 
-_RECORDS = (LLAVA, NEXT, ONEVISION, QWEN_VL, INTERNVL, IDEFICS)
+_RECORDS = (LLAVA, NEXT, ONEVISION, QWEN_VL, QWEN_3_5, INTERNVL, IDEFICS)
 FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for model_type in family.model_types}
 
 

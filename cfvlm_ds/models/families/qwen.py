@@ -1,8 +1,12 @@
-"""Qwen2-VL, 2.5-VL and 3-VL: a tower at native resolution, a merger of 2 x 2 patches, and positions on three axes (M-RoPE)."""
+"""Qwen2-VL, 2.5-VL, 3-VL and 3.5: a tower at native resolution, a merger of 2 x 2 patches, and positions on three axes (M-RoPE).
+
+In Qwen3.5 three of four layers are gated delta nets, which start each text from the state in which its prefix has ended.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from cfvlm_ds.deepspeed_compat.parameters import whole_shape
 from cfvlm_ds.models.family import Family
+from cfvlm_ds.models.gated_delta_net import fork_states
 from cfvlm_ds.models.visual_token_limits import pixels
 
 
@@ -56,6 +61,8 @@ QWEN_VL = Family(
     limit=pixels,
     limited_by=("min_pixels", "max_pixels"),
 )
+
+QWEN_3_5 = replace(QWEN_VL, model_types=("qwen3_5", "qwen3_5_moe"), projector=("model.visual.merger",), take_trees=fork_states)
 
 
 class TransposeByWholeShape(Transpose):

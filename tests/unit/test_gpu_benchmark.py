@@ -1,0 +1,100 @@
+"""The one command for a card: every part of it runs on a CPU, and what takes its process with it is named while the rest goes on."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPO, environment
+
+ABSENT = ("mlflow", "jsonargparse", "peft", "matplotlib", "PIL", "torchvision", "pyarrow", "sentencepiece")
+"""What the package otherwise needs and a bare machine may lack."""
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(REPO / "benchmarks"))
+        return importlib.import_module("gpu")
+
+
+def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
+    """From the source tree, without the launcher and most packages: no case fails, back ends for GPUs are named as such."""
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n")
+    command = [sys.executable, str(REPO / "benchmarks" / "gpu.py"), "--device", "cpu", "--small", "--json", str(tmp_path / "gpu.json")]
+    started = {**environment(), "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=started, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = {(each["part"], each["case"]): each["result"] for each in json.loads((tmp_path / "gpu.json").read_text())["results"]}
+    assert {part for part, _ in written} == {"card", "kernels", "scoring", "training", "ranks"} and "ERROR" not in done.stdout
+    assert all(result["exact"] for result in written.values() if "exact" in result)
+    assert "needs a CUDA device" in written["kernels", "64 + 2 texts, varlen"]["unusable"]
+    layouts = written["scoring", "2 texts"]["layouts"]
+    losses = [layouts[name]["loss"] for name in ("sparse", "shared prefix, sdpa", "shared prefix, cascade", "shared prefix, flex")]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+    training = written["training", "ZeRO-3, gloo, 1 rank"]
+    assert training["finite"] and len(training["losses"]) == 3 and training["losses"][-1] < training["losses"][0]
+    (ranks,) = [result for (part, _), result in written.items() if part == "ranks"]
+    assert ranks["backend"] == "gloo" and ranks["loss_off"] < 0.02
+    assert "2 texts: the fastest exact back end is" in done.stdout
+
+
+STAND_IN = """
+import json, os, sys, time
+into, left, without = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
+def note(**line):
+    with open(into, "a") as file:
+        file.write(json.dumps(line) + "\\n")
+cases = [["card", "well"], ["kernels", "dies"], ["kernels", "after it"], ["scoring", "layouts"], ["training", "hangs"], ["ranks", "last"]]
+cases = [case for case in cases if left is None or case in left]
+note(cases=cases)
+for part, name in cases:
+    note(begun=[part, name])
+    if name == "layouts":
+        note(at="good")
+        note(at="bad")
+        if "bad" not in without:
+            os._exit(4)
+        note(at=None)
+    if name == "dies":
+        print("a sentence of its own", file=sys.stderr, flush=True)
+        os._exit(3)
+    if name == "hangs":
+        time.sleep(60)
+    note(ended=[part, name], result={"unusable": "measured"})
+"""
+
+
+def test_what_ends_its_process_is_named_and_the_rest_goes_on(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case that dies, a layout that does, a part that hangs: each costs itself and nothing else, and all is written."""
+
+    class Acted(gpu.Parts):
+        def command(self, into: Path) -> list[str]:
+            return [sys.executable, "-S", "-c", STAND_IN, str(into), json.dumps(self.left), *self.without]
+
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    parts = Acted(argparse.Namespace(device="cpu", small=True, parts=list(gpu.SHARES), minutes=8.0, json=tmp_path / "gpu.json"))
+    parts.ends["training"] = time.monotonic() + 3
+    results = parts.run()
+    assert results["kernels", "dies"] == {"error": "the process ended with 3: a sentence of its own"}
+    assert results["training", "hangs"] == {"error": "was not done when the part's time was up"}
+    fine = [key for key, result in results.items() if "unusable" in result]
+    assert fine == [("card", "well"), ("kernels", "after it"), ("scoring", "layouts"), ("ranks", "last")]
+    assert parts.without == ["bad"] and len(json.loads((tmp_path / "gpu.json").read_text())["results"]) == 6
+
+
+def test_a_process_that_never_begins_is_one_error(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(gpu.Parts):
+        def command(self, into: Path) -> list[str]:
+            return [sys.executable, "-S", "-c", "raise SystemExit('torch sees no CUDA device')"]
+
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    parts = Broken(argparse.Namespace(device="cuda", small=False, parts=["kernels"], minutes=8.0, json=tmp_path / "gpu.json"))
+    assert parts.run() == {("kernels", "start"): {"error": "the process ended with 1: torch sees no CUDA device"}}
