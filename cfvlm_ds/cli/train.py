@@ -79,7 +79,7 @@ def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> No
 
         build_scenes(config.scenes, alive=alive)
     if config.tiny_llava is not None:
-        from cfvlm_ds.demo.scenes import all_captions
+        from cfvlm_ds.demo.scenes import all_texts
         from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 
-        build_tiny_llava(config.tiny_llava, all_captions(seed=0, num_captions=5000))
+        build_tiny_llava(config.tiny_llava, all_texts(seed=0, number=3000))

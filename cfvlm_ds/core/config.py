@@ -282,6 +282,7 @@ class ScenesConfig:
         num_counterfactuals: counterfactual pairs per training group.
         image_size: side of the square images in pixels.
         sham_share: share of training groups with a sham image.
+        question_share: share of training groups that ask a question (yes or no, A or B, how many) in place of a description.
         seed: seed of everything random.
         edit_weights: how often each edit type is drawn in training; all equally often when not given.
     """
@@ -292,6 +293,7 @@ class ScenesConfig:
     num_counterfactuals: int = 1
     image_size: int = 48
     sham_share: float = 0.0
+    question_share: float = 0.0
     seed: int = 0
     edit_weights: dict[str, float] | None = None
 
@@ -306,6 +308,8 @@ class TinyLlavaConfig:
         patch_size: side of a patch in pixels.
         hidden_size: width of the language model.
         vision_hidden_size: width of the tower.
+        num_layers: layers of the language model.
+        vision_num_layers: layers of the tower.
         seed: seed of the initial weights.
     """
 
@@ -314,6 +318,8 @@ class TinyLlavaConfig:
     patch_size: int = bookkeeping(12, within=(1, 1e4))
     hidden_size: int = bookkeeping(128, within=(1, 1e4))
     vision_hidden_size: int = bookkeeping(64, within=(1, 1e4))
+    num_layers: int = bookkeeping(3, within=(1, 100))
+    vision_num_layers: int = bookkeeping(2, within=(1, 100))
     seed: int = 0
 
 

@@ -2,5 +2,6 @@
 
 from cfvlm_ds.demo.scenes.build import build_scenes
 from cfvlm_ds.demo.scenes.grammar import all_captions
+from cfvlm_ds.demo.scenes.questions import all_texts
 
-__all__ = ["all_captions", "build_scenes"]
+__all__ = ["all_captions", "all_texts", "build_scenes"]
