@@ -58,7 +58,7 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
     from cfvlm_ds.training.validation import validate
 
     world = start()
-    if config.build.scenes or config.build.tiny_llava:
+    if config.build != BuildConfig():
         validate(config, world)
         build_once(config.build, world)
     train(config, world)
@@ -83,3 +83,7 @@ def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> No
         from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 
         build_tiny_llava(config.tiny_llava, all_texts(seed=0, number=3000))
+    if config.base is not None:
+        from cfvlm_ds.demo.base import write_base
+
+        write_base(config.base)

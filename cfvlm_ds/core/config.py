@@ -193,6 +193,7 @@ class TrainConfig:
         bf16: ``auto`` trains in bfloat16 where the device has it, else in float32; or ``true`` / ``false``.
         logging_steps: steps between progress lines and metric records.
         eval_steps: steps between evaluations; 0 evaluates at the end only.
+        eval_on_start: also evaluate before the first step; the tables at the end then say what the training changed.
         eval_shuffled: the evaluation at the end also scores every group's texts on another group's image, which shows what language alone
             achieves; it costs one more image and its texts per group.
         save_steps: steps between checkpoints; 0 saves at the end only.
@@ -237,6 +238,7 @@ class TrainConfig:
     bf16: Literal["auto", True, False] = meaning("auto")
     logging_steps: int = bookkeeping(10, within=AT_LEAST_ONE)
     eval_steps: int = bookkeeping(0, within=COUNT)
+    eval_on_start: bool = bookkeeping(False)
     eval_shuffled: bool = bookkeeping(True)
     save_steps: int = bookkeeping(500, within=COUNT)
     save_minutes: float = bookkeeping(0.0, within=(0, 1e8))
@@ -329,11 +331,13 @@ class BuildConfig:
 
     Args:
         scenes: the embedded world of scenes.
-        tiny_llava: a small model to train on it.
+        tiny_llava: a small model with random weights to train on it.
+        base: folder for a copy of the package's pretrained small model, which knows the world's words and things.
     """
 
     scenes: ScenesConfig | None = bookkeeping(None)
     tiny_llava: TinyLlavaConfig | None = bookkeeping(None)
+    base: str | None = bookkeeping(None)
 
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "tracking": TrackingConfig, "build": BuildConfig}

@@ -10,12 +10,13 @@ from typing import Any
 
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import StorageError, unwritten
-from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.files import keep, replace
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.data import open_image
 from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
-from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, table
+from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, changes, table
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.export.folder import CARD, refuse_replacing, write_card
 from cfvlm_ds.models import only_adapters_train
@@ -24,6 +25,8 @@ from cfvlm_ds.training.card import card_of
 from cfvlm_ds.training.evaluator import Splits
 
 Say = Callable[[str], object]
+START = "results_start.json"
+"""Accuracies before the first step."""
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
@@ -73,7 +76,7 @@ def write_results(
     run_dir = Path(config.train.output_dir)
     path = tables = run_dir / "results.md"
     try:
-        replace(path, (table(results) + "\n").encode())
+        replace(path, (text_of(run_dir, results) + "\n").encode())
         path = rows = run_dir / "results.json"
         replace(path, json.dumps({name: [vars(row) for row in found] for name, found in results.items()}, indent=1).encode())
         (run_dir / "scores").mkdir(exist_ok=True)
@@ -83,6 +86,25 @@ def write_results(
     except OSError as error:
         raise StorageError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
     return [tables, rows]
+
+
+def write_start(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], say: Say) -> Path:
+    """The accuracies before the first step, for the tables at the end."""
+    found = {split: {row.name: row.metrics for row in rows} for split, rows in results.items()}
+    keep(run_dir / START, json.dumps(found, indent=1), say)
+    return run_dir / START
+
+
+def text_of(run_dir: Path, results: Mapping[str, Sequence[Accuracy]]) -> str:
+    """The tables of a run: accuracies, and what has changed since its start where that was evaluated."""
+    parts, start = [table(results)], run_dir / START
+    if start.is_file():
+        try:
+            before = parse_json(read_bytes(start, MAX_RECORD).decode())
+            parts.append(changes(before, results))
+        except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
+            parts.append(f"What the training changed is not shown: {start} is damaged ({' '.join(str(error).split())}).")
+    return "\n\n".join(part for part in parts if part)
 
 
 def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], max_pixels: int, say: Say) -> list[Path]:

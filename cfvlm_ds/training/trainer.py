@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,14 +20,14 @@ from cfvlm_ds.core.distributed import Patience, World
 from cfvlm_ds.core.progress import time_left
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data import GroupSampler
-from cfvlm_ds.evaluation import flat_metrics, headline, table
+from cfvlm_ds.evaluation import Accuracy, flat_metrics, headline
 from cfvlm_ds.models import ModelFlops, peak
 from cfvlm_ds.training.batches import micro_batches
 from cfvlm_ds.training.checkpoints import Checkpoints
 from cfvlm_ds.training.evaluator import Evaluator, best_metric
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.read_data import RunData
-from cfvlm_ds.training.results import complete_card, draw_figures, export_checkpoint, write_results
+from cfvlm_ds.training.results import START, complete_card, draw_figures, export_checkpoint, text_of, write_results, write_start
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 from cfvlm_ds.training.step import OptimizerStep, StepResult
 
@@ -88,6 +88,8 @@ class Trainer:
         batches = micro_batches(self._data.groups, self._sampler, self._collator, self._config.data, world, self._num_workers)
         meter = Meter(deepspeed_engine.gather_clock(self._engine, world.device))
         checkpoints = Checkpoints(self._engine, state, self._run_dir, world, train)
+        if state.step == 0:
+            self._begin(tracker)
         started, first_step = time.monotonic(), state.step
         self._engine.train()
         saved = first_step
@@ -147,13 +149,30 @@ class Trainer:
                 "objective.align.weight or lower the margins"
             )
 
+    def _begin(self, tracker: Any) -> None:
+        """Evaluate the model as it came, for the tables at the end, if that is asked for; what an earlier run has found of its own goes."""
+        if self._world.is_main:
+            (self._run_dir / START).unlink(missing_ok=True)
+        if not self._config.train.eval_on_start:
+            return
+        self._pulse.mark("evaluation", 0)
+        results, _ = self.evaluator()
+        tracker.log(0, flat_metrics(results))
+        self._world.say("before the first step:")
+        self._headlines(results)
+        if self._world.is_main:
+            write_start(self._run_dir, results, self._world.say)
+
+    def _headlines(self, results: Mapping[str, Sequence[Accuracy]]) -> None:
+        for split, rows in results.items():
+            self._world.say(f"  {split}: {headline(rows)}")
+
     def _evaluate(self, tracker: Any) -> bool:
         """Evaluate between steps; returns whether the result is the best so far by train.save_best."""
         self._pulse.mark("evaluation", self.state.step)
         results, _ = self.evaluator()
         tracker.log(self.state.step, flat_metrics(results))
-        for split, rows in results.items():
-            self._world.say(f"  {split}: {headline(rows)}")
+        self._headlines(results)
         value = best_metric(self._config, flat_metrics(results))
         return value is not None and self.state.evaluated(value)
 
@@ -185,14 +204,14 @@ class Trainer:
             for path in written:
                 tracker.artifact(path)
             if results:
-                print_line(table(results))  # also with --quiet
+                print_line(text_of(self._run_dir, results))  # also with --quiet
         if failed is not None:
             raise failed
 
     def _leave(self, tracker: Any, why: str) -> NoReturn:
         """Leave a run that will be continued from the checkpoint of its last step; all ranks call it."""
-        done = f"stopped after step {self.state.step} of {self.total_steps}"
-        self._world.say(f"{done}: {why}; the same command continues from the checkpoint")
+        done, goes_on = f"stopped after step {self.state.step} of {self.total_steps}", "continues from the checkpoint"
+        self._world.say(f"{done}: {why}; the same command {goes_on if self.state.step else 'starts again'}")
         tracker.close("SCHEDULED")
         self._world.wait()  # the first rank to leave with a code that is not 0 makes the launcher end the others
         sys.exit(EXIT_STOPPED)
