@@ -23,7 +23,8 @@ FILES = (
     "config.yaml", "ds_config.json", "environment.json", "data.json",
     "metrics.jsonl", ".mlflow_delivery.json", "params.json", "params_*.json",
     "mlflow.db*", "finished.json", "resume_changes.jsonl", "skipped.json", "nonfinite.jsonl",
-    "results.md", "results.json", "results_start.json", "scores-*.png", "learning_curves.png", "run.lock*", "data_check.json", "zero_to_*.py",
+    "results.md", "results.json", "results_start.json",
+    "scores-*.png", "learning_curves.png", "run.lock*", "data_check.json", "zero_to_*.py",
     "*.tmp",
 )  # fmt: skip
 FOLDERS = ("mlartifacts", "scores", "heartbeat", "data_check", "export", "adapter")
