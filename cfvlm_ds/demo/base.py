@@ -1,6 +1,6 @@
 """The demo's pretrained base: a small LLaVA that knows words and things and fails at composition.
 
-`make base` makes it again: it trains examples/base.yaml and then calls ``python -m cfvlm_ds.demo.base RUN``, which puts the run's export
+`make base` makes it again: it trains benchmarks/base.yaml and then calls ``python -m cfvlm_ds.demo.base RUN``, which puts the run's export
 where the package keeps it, with what the run was and how it did.
 """
 

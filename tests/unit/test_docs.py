@@ -132,7 +132,7 @@ def test_the_reference_lists_what_the_parser_takes() -> None:
     taken = flat(parse_config(["--objective.dpo.weight", "1"], OBJECTIVES).resolved)
     del taken["deepspeed"]
     inside = {name for name in rows if name.startswith(("build.scenes.", "build.tiny_llava.", "data.evaluation.NAME."))}
-    assert rows.keys() - inside == taken.keys() - {"build.scenes", "build.tiny_llava"} and len(inside) == 8 + 6 + 3
+    assert rows.keys() - inside == taken.keys() - {"build.scenes", "build.tiny_llava"} and len(inside) == 9 + 8 + 3
     for name, default in taken.items():
         if name in rows:
             shown = rows[name][2].strip("`")
