@@ -6,14 +6,15 @@ BIN := $(VENV)/bin
 # Slurm's daemons are in sbin, which is not on every PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/sbin:/sbin
 
-.PHONY: demo test test-long check install golden clean
+.PHONY: demo test test-long check lint types docs install golden clean
 
 demo: install
 	deepspeed --num_gpus 1 train.py --deepspeed ds_configs/z3.json
 	@echo "results: runs/quickstart/results.md   figures: runs/quickstart/*.png   model: runs/quickstart/export"
 	@echo "tracking: cd runs/quickstart && ../../$(BIN)/mlflow ui"
 
-test: install check
+test: install
+	$(MAKE) --jobs 2 --output-sync check
 	tests/slurm/install.sh
 	pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
@@ -21,11 +22,17 @@ test-long: install
 	tests/slurm/install.sh
 	pytest -n 2 --dist loadgroup --no-loadscope-reorder -m long -rP
 
-check: install
+check: lint types docs
+
+lint: install
 	ruff format --check .
 	ruff check .
-	mypy
 	shellcheck -x slurm/*.sh tests/slurm/*.sh
+
+types: install
+	mypy
+
+docs: install
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict  # never with --quiet, which hides warnings from --strict too
 
 golden: install

@@ -159,6 +159,7 @@ def test_adapters_leave_the_model_as_it_was(
     assert merged_names > 8
 
 
+@pytest.mark.long  # test_export and test_cli have it of LLaVA
 def test_a_fresh_process_scores_the_exports_as_the_run_did(
     models: dict[str, Path], trained: dict[tuple[str, str, int], Path], manifest: dict[str, Path], tmp_path: Path
 ) -> None:

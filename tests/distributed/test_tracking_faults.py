@@ -88,6 +88,7 @@ def test_a_server_that_takes_5_s_a_call_costs_no_step_anything(
     is_all_there(server, folder)
 
 
+@pytest.mark.long  # test_tracking has a server that starts late and is killed
 def test_a_server_that_dies_in_mid_run_and_comes_back_gets_everything_once(
     server: Server, model_dir: Path, manifests: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

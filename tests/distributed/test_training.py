@@ -91,6 +91,7 @@ def test_equals_the_plain_torch_reference(
         assert expected == pytest.approx(golden, rel=2e-3), "the reference itself moved: see CONTRIBUTING on golden files"
 
 
+@pytest.mark.long  # test_resume has it without a kill, and test_tracked_run kills a run
 def test_kill_between_steps_resumes_bit_identically(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """kill -9 of every process mid-run, then the same options again, with data workers: losses of the same bits."""
     extra = ["--train.save_steps", "3", "--train.max_steps", "10", "--data.num_workers", "1"]

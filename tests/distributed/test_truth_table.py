@@ -433,6 +433,7 @@ def shapes(manifests: dict[str, Path]) -> Path:
     return save_groups(manifests["test"].parent / "shapes.jsonl", groups)
 
 
+@pytest.mark.long
 def test_a_training_evaluates_every_shape_within_its_budget(
     model_dir: Path, manifests: dict[str, Path], shapes: Path, tmp_path: Path
 ) -> None:
