@@ -22,11 +22,11 @@ base: install
 test: install
 	$(MAKE) --jobs 2 --output-sync check
 	tests/slurm/install.sh
-	pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	pytest -n 3 --dist loadfile --no-loadscope-reorder  # a file's tests share what they train
 
 test-long: install
 	tests/slurm/install.sh
-	pytest -n 2 --dist loadgroup --no-loadscope-reorder -m long -rP
+	pytest -n 2 --dist loadfile --no-loadscope-reorder -m long -rP
 
 check: lint types docs
 

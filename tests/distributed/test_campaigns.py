@@ -22,7 +22,7 @@ def campaign(*arguments: str, timeout: float) -> str:
 
 def test_slurm_faults() -> None:
     """Ten faults to jobs of eight nodes on a real Slurm: the weights are those of the undisturbed job."""
-    assert campaign("tests/slurm/faults.py", timeout=3600).count("the same bits") == 10
+    assert campaign("tests/slurm/faults.py", timeout=4500).count("the same bits") == 10
 
 
 def test_kill_9_of_random_ranks() -> None:
