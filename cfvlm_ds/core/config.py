@@ -285,6 +285,7 @@ class ScenesConfig:
         image_size: side of the square images in pixels.
         sham_share: share of training groups with a sham image.
         question_share: share of training groups that ask a question (yes or no, A or B, how many) in place of a description.
+        question_weight: weight of those groups; an answer has few tokens, and counts for little beside captions of many.
         seed: seed of everything random.
         edit_weights: how often each edit type is drawn in training; all equally often when not given.
     """
@@ -296,6 +297,7 @@ class ScenesConfig:
     image_size: int = 48
     sham_share: float = 0.0
     question_share: float = 0.0
+    question_weight: float = 1.0
     seed: int = 0
     edit_weights: dict[str, float] | None = None
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -128,6 +128,8 @@ def _check(config: ScenesConfig) -> None:
     for name in ("sham_share", "question_share"):
         if not 0 <= (share := getattr(config, name)) <= 1:
             raise DataError(f"scenes: {name} must be between 0 and 1, not {share}")
+    if not 0 < config.question_weight < float("inf"):
+        raise DataError(f"scenes: question_weight must be a positive number, not {config.question_weight}")
     weights = config.edit_weights
     if weights is not None and (set(weights) - set(EDITS) or any(w < 0 for w in weights.values()) or not sum(weights.values())):
         raise DataError(f"scenes: edit_weights must be non-negative and not all 0; the types are {', '.join(EDITS)}")
@@ -253,7 +255,10 @@ def _write_group(config: ScenesConfig, split: str, index: int, root: Path) -> tu
     images = [render(scene, config.image_size) for scene in drawn.pictured]
     for path, image in zip(paths, images, strict=True):
         image.save(path, compress_level=1)
-    row = to_row(as_group(drawn, group_id, paths), root)
+    group = as_group(drawn, group_id, paths)
+    if drawn.question and split == "train":
+        group = replace(group, weight=config.question_weight)
+    row = to_row(group, root)
     return json.dumps(row, ensure_ascii=False, sort_keys=False), images
 
 
