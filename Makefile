@@ -26,7 +26,7 @@ test: install
 
 test-long: install
 	tests/slurm/install.sh
-	pytest -n 2 --dist loadfile --no-loadscope-reorder -m long -rP
+	pytest -n 3 --dist loadfile --no-loadscope-reorder -m long -rP
 
 check: lint types docs
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE
 from cfvlm_ds.core.errors import DataError, is_failure
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
-from cfvlm_ds.core.reading import read_bytes
 from cfvlm_ds.data.decoding import MAX_BYTES, MAX_PIXELS, open_image
 from cfvlm_ds.data.features import FeatureCache, Features
+from cfvlm_ds.data.picture_file import picture_bytes
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.models import Family
 
@@ -105,7 +105,7 @@ class ImageFiles:
                 return BLANK.name.encode()
             if self.checked is not None:
                 self.checked.verify(key[0])
-            return read_bytes(key[0], MAX_BYTES)
+            return picture_bytes(key[0], MAX_BYTES)
         except DataError:
             raise
         except (OSError, ValueError) as error:

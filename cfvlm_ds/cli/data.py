@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from cfvlm_ds.cli import looking
 from cfvlm_ds.cli.options import add_command, add_data_options, add_fields, add_model_options, model_of, values_of
 from cfvlm_ds.cli.train import build
 from cfvlm_ds.core.config import BuildConfig, ScenesConfig
@@ -22,6 +23,8 @@ def add(commands: Any) -> None:
     add_data_options(command)
     command.add_argument("--model", help="model folder or hub name; also checks that every text fits its window")
     add_model_options(command)
+
+    looking.add(data)
 
     command = add_command(commands, "tiny", _tiny, "write a small random model for smoke tests", "cfvlm-ds tiny qwen2_5_vl runs/tiny-qwen")
     command.add_argument("family", help="a model type such as llava, llava_onevision, qwen2_vl, qwen3_vl, internvl")

@@ -23,12 +23,12 @@ class Progress:
     Args:
         say: prints a line at once, as World.say does on rank 0 alone.
         what: is done.
-        total: units in all.
+        total: units in all; None where that is not known.
         unit: their name, in the plural.
         every_s: seconds from one line to the next, at least.
     """
 
-    def __init__(self, say: Callable[[str], object], what: str, total: float, unit: str, every_s: float = EVERY_S) -> None:
+    def __init__(self, say: Callable[[str], object], what: str, total: float | None, unit: str, every_s: float = EVERY_S) -> None:
         self._say, self._what, self._total, self._unit, self._every_s = say, what, total, unit, every_s
         self._began = self._said = time.monotonic()
         self._done = 0.0
@@ -41,6 +41,9 @@ class Progress:
             self._said = now
             rate = self._done / (now - self._began)
             speed = f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
+            if self._total is None:
+                self._say(f"{self._what}: {_number(self._done)} {self._unit}, {speed} {self._unit}/s")
+                return
             left = time_left(now - self._began, self._done, self._total)
             self._say(f"{self._what}: {_number(self._done)} of {_number(self._total)} {self._unit}, {speed} {self._unit}/s, {left} left")
 

@@ -19,6 +19,7 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
 from cfvlm_ds.data.manifest import Entry, Root, read_entries, told_apart
+from cfvlm_ds.data.picture_file import picture_stat
 from cfvlm_ds.data.picture_index import Picture, PictureNotes, PictureTable, picture_key, picture_of
 from cfvlm_ds.data.report import CheckReport
 
@@ -227,10 +228,9 @@ def _open_all(paths: Sequence[Path], max_pixels: int, share: Share) -> Iterator[
 def _open(path: Path, known: PictureTable, max_pixels: int) -> Picture | str | None:
     """What to note of a picture, or its problem; None for one that was sound before and has not been written since."""
     try:
-        if (before := known.find(path)) is not None and before.width * before.height <= max_pixels:
-            stat = path.stat()
-            if (stat.st_size, stat.st_mtime_ns) == (before.size, before.mtime):
-                return None
+        before = known.find(path)
+        if before is not None and before.width * before.height <= max_pixels and picture_stat(path) == (before.size, before.mtime):
+            return None
         return picture_of(path, *open_image(path, max_pixels).size)
     except DataError as error:
         return str(error)

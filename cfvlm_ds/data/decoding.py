@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.data.picture_file import open_raw, picture_file, picture_stat
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -41,9 +42,9 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     path = Path(path)
     try:
-        if not path.is_file():  # also keeps a named pipe from blocking for ever
+        if not picture_file(path).is_file():  # also keeps a named pipe from blocking for ever
             raise DataError(f"{path}: no such image file; restore it, or correct its path in the manifest")
-        if (size := path.stat().st_size) > MAX_BYTES:
+        if (size := picture_stat(path)[0]) > MAX_BYTES:
             raise _OutOfBounds(f"{path}: image file has {size} bytes, and {MAX_BYTES} is the bound; save it again, or drop the row")
         with _Picture(path) as handle:
             handle.peek()  # fetch the header from disk before taking the lock, so that threads wait for the network side by side
@@ -64,8 +65,9 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
     """Width and height that open_image gives, from the header alone. Raises DataError naming a file that has none, or is out of bounds."""
+    path = Path(path)
     try:
-        if not Path(path).is_file():
+        if not picture_file(path).is_file():
             raise DataError("no such image file")
         with _Picture(path) as handle:
             image = _read_header(handle)
@@ -85,8 +87,8 @@ class _Picture(io.BufferedReader):
     """A picture's file, whose header is read in at most MAX_HEADER_READS reads: some decoders take a comment byte by byte, and meanwhile
     hold up every thread that opens another picture."""
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(io.FileIO(path), 1 << 16)
+    def __init__(self, path: Path) -> None:
+        super().__init__(open_raw(path), 1 << 16)
         self._path, self._reads = path, 0
         self._in_header = True
 

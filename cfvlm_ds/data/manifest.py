@@ -18,6 +18,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.reading import MIB, DuplicateKey, TooLarge, lines, open_regular, parse_json, read_bytes
 from cfvlm_ds.data.formats import FORMATS, Format
+from cfvlm_ds.data.picture_file import picture_file
 
 MAX_LINE = 4 * MIB
 """Bytes of a row of JSON lines: four times as many as a group of a thousand captions has."""
@@ -106,15 +107,16 @@ class _Confinement:
         if "\0" in str(path):
             raise DataError(f"image path {str(path)!r} cannot be followed (it has a null byte); correct it")
         joined = [root / path for root in (self.roots if not path.is_absolute() else self.roots[:1])]
-        full = joined[0] if len(joined) == 1 else next(filter(os.path.lexists, joined), joined[0])
+        full = joined[0] if len(joined) == 1 else next((each for each in joined if os.path.lexists(picture_file(each))), joined[0])
+        file = picture_file(full)
         try:
             if ".." in path.parts:
-                target = full.resolve()
+                target = file.resolve()
             else:
                 # A million images sit in few folders. Resolving each folder once leaves one system call per image on a network file system.
                 if full.parent not in self.folders:
                     self.folders[full.parent] = full.parent.resolve()
-                target = self.folders[full.parent] / full.name
+                target = self.folders[full.parent] / file.name
                 if target.is_symlink():
                     target = target.resolve()
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13

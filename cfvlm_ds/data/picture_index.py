@@ -22,8 +22,9 @@ import numpy.typing as npt
 from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.core.reading import TooLarge, open_regular
+from cfvlm_ds.core.reading import TooLarge
 from cfvlm_ds.data.decoding import MAX_BYTES, Size, image_size
+from cfvlm_ds.data.picture_file import open_picture, picture_stat
 
 _FACTS = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
 _RECORD = np.dtype([("key", "<u8"), ("facts", _FACTS)])
@@ -49,10 +50,11 @@ def picture_key(path: Path) -> int:
 def content_digest(path: Path) -> bytes:
     """128 bits of the file's contents. Raises OSError, and ValueError for what is no regular file or has more than MAX_BYTES."""
     digest = hashlib.blake2b(digest_size=16)
-    with open_regular(path) as handle:
-        left = os.fstat(handle.fileno()).st_size
+    with open_picture(path) as handle:
+        left = handle.seek(0, os.SEEK_END)
         if left > MAX_BYTES:
             raise TooLarge(f"it has {left} bytes, and {MAX_BYTES} is the bound for a picture")
+        handle.seek(0)
         while left > 0 and (block := handle.read(min(_BLOCK, left))):
             digest.update(block)
             left -= len(block)
@@ -61,8 +63,7 @@ def content_digest(path: Path) -> bytes:
 
 def picture_of(path: Path, width: int, height: int) -> Picture:
     """The note of a picture that was opened. Raises as content_digest does."""
-    stat = path.stat()
-    return Picture(stat.st_size, stat.st_mtime_ns, content_digest(path), width, height)
+    return Picture(*picture_stat(path), content_digest(path), width, height)
 
 
 class PictureTable:
@@ -127,10 +128,10 @@ class PictureTable:
         if known is None:
             return
         try:
-            stat = path.stat()
-            if (stat.st_size, stat.st_mtime_ns) == (known.size, known.mtime):
+            size, mtime = picture_stat(path)
+            if (size, mtime) == (known.size, known.mtime):
                 return
-            same = stat.st_size == known.size and content_digest(path) == known.digest
+            same = size == known.size and content_digest(path) == known.digest
         except (OSError, ValueError):
             return  # opening it says what is wrong
         if not same:

@@ -46,10 +46,9 @@ def read_json(path: str) -> dict[str, Any]:
 def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: torch.device, hidden_size: int, total_steps: int) -> Any:
     """The DeepSpeed configuration with every "auto" filled in by the rules transformers uses, as transformers' own config object.
 
-    The object must be kept alive as long as models are loaded: ``from_pretrained`` finds ZeRO-3 through it. Raises ConfigError naming both
-    values where the JSON and the run configuration contradict each other.
+    Raises ConfigError naming both values where the JSON and the run configuration contradict each other.
     """
-    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 
     train = config.train
     written = raw.get("bf16", {}).get("enabled", False)
@@ -84,6 +83,8 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
         pairs = "; ".join(line[2:].replace("ds ", "", 1).replace(" vs hf ", " against train.") for line in resolved.mismatches)
         pairs = pairs.replace("train.train_batch_size (calculated)", "micro-batch x accumulation x ranks").replace("|bf16_full_eval", "")
         raise ConfigError(f'{config.deepspeed} contradicts the run configuration: {pairs}; write "auto" there or change one') from error
+    finally:
+        unset_hf_deepspeed_config()  # transformers partitions every model that is made while one is set, on whichever ranks it is made
     if left := sorted(_autos(resolved.config)):
         raise ConfigError(f'{config.deepspeed}: no rule fills "auto" of {", ".join(left)}; write a value')
     if "gradient_clipping" not in resolved.config:

@@ -97,11 +97,14 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
     """Load the model (partitioned as it loads under ZeRO-3) and hand it to DeepSpeed; returns the engine, whose module is a Scorer."""
     import deepspeed
     from transformers import get_scheduler
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
     dtype = resolved.dtype()
-    model = load_model(config.model, dtype)
-    unset_hf_deepspeed_config()  # a later from_pretrained, such as the export's, is an ordinary one
+    set_hf_deepspeed_config(resolved)  # from_pretrained finds ZeRO-3 through it
+    try:
+        model = load_model(config.model, dtype)
+    finally:
+        unset_hf_deepspeed_config()  # a later from_pretrained, such as the export's, is an ordinary one
     if config.model.gradient_checkpointing:
         recompute_activations(model)
     scorer = Scorer(model, family_of(model.config))

@@ -15,6 +15,7 @@ from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
 from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
 from cfvlm_ds.evaluation.report import changes, headline, table
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, guarded, score_groups
+from cfvlm_ds.evaluation.view import view
 from cfvlm_ds.objectives import Objectives
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "rehearse",
     "score_groups",
     "table",
+    "view",
 ]
 
 

@@ -27,7 +27,7 @@ _CAPTION_CHARS, _CAPTION_LINES, _TITLE_CHARS = 26, 8, 90
 _MOST_IMAGES, _MOST_CAPTIONS = 6, 8
 _MOST_SERIES, _SERIES_CHARS = 8, 30
 
-_AS_WRITTEN: dict[str, Any] = {"parse_math": False, "usetex": False}
+AS_WRITTEN: dict[str, Any] = {"parse_math": False, "usetex": False}
 """For every text that holds words of the data: a caption with two dollar signs is not a formula."""
 
 
@@ -112,12 +112,12 @@ def _draw_group(figure: Figure, group: Mapping[str, Any], top: float) -> None:
     cells_left, cells_top = _MARGIN + _THUMB + 0.1, top + _group_height(group) - num_images * _CELL_H
     total_w, total_h = figure.get_size_inches()
     if group.get("title"):
-        figure.text(_MARGIN / total_w, 1 - top / total_h, group["title"], fontsize=10.5, weight="bold", color=INK, va="top", **_AS_WRITTEN)
+        figure.text(_MARGIN / total_w, 1 - top / total_h, group["title"], fontsize=10.5, weight="bold", color=INK, va="top", **AS_WRITTEN)
     for c, caption in enumerate(group["captions"]):
         x = (cells_left + (c + 0.5) * _CELL_W) / total_w
         y = 1 - (cells_top - 0.07) / total_h
         lines = "\n".join(_wrapped(caption))
-        figure.text(x, y, lines, fontsize=8.5, color=INK, ha="center", va="bottom", linespacing=1.2, **_AS_WRITTEN)
+        figure.text(x, y, lines, fontsize=8.5, color=INK, ha="center", va="bottom", linespacing=1.2, **AS_WRITTEN)
     for i, pictures in enumerate(group["images"]):
         part = _THUMB / max(1, len(pictures))
         for k, picture in enumerate(pictures):
@@ -260,7 +260,7 @@ def _draw_curves(axes: Axes, title: str, label: str, chosen: Mapping[str, list[t
         fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, handlelength=1.2
     )
     for text in legend.get_texts():
-        text.set(**_AS_WRITTEN)
+        text.set(**AS_WRITTEN)
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

@@ -26,11 +26,9 @@ def dry_run(config: RunConfig) -> str:
     the language model keeps for its backward pass in bfloat16, measured on meta tensors.
     """
     from transformers import AttentionInterface
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     validate(config, None)
     resolved = engine.resolve(engine.read_json(config.deepspeed), config, 1, torch.device("cpu"), engine.hidden_size(config), 1)
-    unset_hf_deepspeed_config()  # the model is built whole
     AttentionInterface.register("no_data", _attention)
     model = meta_model(config.model, torch.bfloat16, "no_data")
     lines = [f"model type       {model.config.model_type}", f"attention        {attention(config.model.attn_implementation)}"]

@@ -26,8 +26,6 @@ def validate(config: RunConfig, world: World | None) -> None:
     ``world`` is None in a dry run, which needs no data and may be meant for another machine. Files that ``build`` of the configuration will
     write need not be there.
     """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
     raw, model = engine.read_json(config.deepspeed), config.model
     if not model.name_or_path:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
@@ -37,7 +35,6 @@ def validate(config: RunConfig, world: World | None) -> None:
     device = torch.device("cpu") if world is None else world.device
     size, width = 1 if world is None else world.size, engine.hidden_size(config) if there else _UNKNOWN_WIDTH
     resolved = engine.resolve(raw, config, size, device, width, max(1, config.train.max_steps))
-    unset_hf_deepspeed_config()  # nothing is loaded by this one
     engine.validate(config, resolved, size, None if world is None else device)
     if world is not None:
         if (resume := config.train.resume) not in ("auto", "never", "restart") and not os.path.isdir(resume):

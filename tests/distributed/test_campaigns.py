@@ -1,4 +1,7 @@
-"""The campaigns that take minutes: `make test-long` runs them. Each prints its table, which belongs into docs/reliability.md."""
+"""The campaigns that take minutes: `make test-long` runs them. Each prints its table, which belongs into docs/reliability.md.
+
+The shortest comes first: the worker that has it takes another one, and nothing waits for the one on Slurm, which is mostly waiting itself.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,16 @@ def campaign(*arguments: str, timeout: float) -> str:
     return done.stdout
 
 
+def test_the_quickstart_runs_to_its_end_and_learns(tmp_path: Path) -> None:
+    """The README's command: on combinations never trained on, group accuracy over all edits is twice what chance gives (16.7 %)."""
+    run([*launcher(1), "train.py", "--deepspeed", "ds_configs/z3.json", "--train.output_dir", str(tmp_path / "run")], timeout=4200)
+    print(table := (tmp_path / "run" / "results.md").read_text())
+    columns, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if not line.startswith("|-"))
+    (group,) = (float(row[columns.index("group")]) for row in rows if row[:2] == ["combo", "all"])
+    assert group > 33.4
+    assert (tmp_path / "run" / "export" / "config.json").is_file()
+
+
 def test_slurm_faults() -> None:
     """Ten faults to jobs of eight nodes on a real Slurm: the weights are those of the undisturbed job."""
     assert campaign("tests/slurm/faults.py", timeout=4500).count("the same bits") == 10
@@ -27,18 +40,8 @@ def test_slurm_faults() -> None:
 
 def test_kill_9_of_random_ranks() -> None:
     """Thirty times over one run of eight ranks: weights, moments and losses have the bits of a run that nobody killed."""
-    assert "30 rounds" in campaign("tests/support/kill_ranks.py", timeout=2400)
+    assert "30 rounds" in campaign("tests/support/kill_ranks.py", timeout=4200)
 
 
 def test_ten_thousand_mutated_inputs() -> None:
-    assert "10000 rounds of seed 0, 0 defects" in campaign("tests/support/fuzz.py", timeout=2400)
-
-
-def test_the_quickstart_runs_to_its_end_and_learns(tmp_path: Path) -> None:
-    """The README's command: on combinations never trained on, group accuracy over all edits is twice what chance gives (16.7 %)."""
-    run([*launcher(1), "train.py", "--deepspeed", "ds_configs/z3.json", "--train.output_dir", str(tmp_path / "run")], timeout=2400)
-    print(table := (tmp_path / "run" / "results.md").read_text())
-    columns, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if not line.startswith("|-"))
-    (group,) = (float(row[columns.index("group")]) for row in rows if row[:2] == ["combo", "all"])
-    assert group > 33.4
-    assert (tmp_path / "run" / "export" / "config.json").is_file()
+    assert "10000 rounds of seed 0, 0 defects" in campaign("tests/support/fuzz.py", timeout=4200)

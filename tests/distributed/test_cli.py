@@ -46,6 +46,8 @@ from cfvlm_ds.objectives import OBJECTIVES
 COMMANDS = [
     ["data", "build"],
     ["data", "check"],
+    ["data", "view"],
+    ["data", "stats"],
     ["tiny"],
     ["score"],
     ["evaluate"],

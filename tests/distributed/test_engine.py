@@ -138,6 +138,17 @@ def test_contradictions_name_both_values(changes: dict[str, Any], argv: list[str
     assert "\n" not in str(raised.value)
 
 
+def test_a_model_made_after_a_configuration_is_resolved_is_whole() -> None:
+    """Also where one is refused: a start that follows in the process would partition what rank 0 alone makes to count parameters."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    kept = resolve(raw())
+    assert kept.is_zero3() and not is_deepspeed_zero3_enabled()
+    with pytest.raises(ConfigError) as refused:
+        resolve(raw(gradient_clipping=0.5))
+    assert refused.traceback and not is_deepspeed_zero3_enabled()
+
+
 def test_several_contradictions_are_all_named() -> None:
     with pytest.raises(ConfigError, match=r"gradient_clipping=0\.5 .*; train_micro|train_micro.*; gradient_clipping=0\.5"):
         resolve(raw(gradient_clipping=0.5, train_micro_batch_size_per_gpu=4))

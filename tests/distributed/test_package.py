@@ -109,7 +109,10 @@ def with_packages(installed: Path) -> dict[str, str]:
 
 
 def test_the_wheel_has_the_package_and_what_a_run_needs_and_nothing_else(wheel: Path) -> None:
-    code = {str(path.relative_to(REPO)) for path in (REPO / "cfvlm_ds").rglob("*") if path.suffix == ".py" or path.name == "py.typed"}
+    files = [
+        path for path in (REPO / "cfvlm_ds").rglob("*") if path.suffix == ".py" or path.name == "py.typed" or path.parent.name == "assets"
+    ]
+    code = {str(path.relative_to(REPO)) for path in files}
     demo = REPO / "cfvlm_ds" / "demo"
     code |= {str(path.relative_to(REPO)) for path in (demo / "control.json", *(demo / "base_checkpoint").iterdir())}
     with zipfile.ZipFile(wheel) as archive:

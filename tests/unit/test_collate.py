@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores, token_logprobs
 from cfvlm_ds.data.decoding import MAX_PIXELS
+from cfvlm_ds.data.picture_file import part_name
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.demo.tiny_llava import CHAT_TEMPLATE
 from cfvlm_ds.models import Scorer, load_processor
@@ -525,6 +527,16 @@ def test_a_file_that_is_named_as_the_blank_image_is_a_picture(make: Any, groups:
         make()([replace(groups[3], images=((path,),))]).model_inputs["image_inputs"] for path in (named, groups[3].images[0][0])
     )
     assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
+def test_a_picture_in_a_tar_scores_as_the_file_does(make: Any, scorer: Scorer, groups: list[CounterfactualGroup], tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for (file,) in groups[0].images:
+            tar.add(file, file.name)
+    with tarfile.open(tmp_path / "all.tar") as tar:
+        parts = tuple((tmp_path / part_name("all.tar", member.offset_data, member.size),) for member in tar)
+    found, expected = (scored(scorer, make()([group])).logp for group in (replace(groups[0], images=parts), groups[0]))
+    assert torch.equal(found, expected)
 
 
 def test_a_bad_image_is_refused_by_file(make: Any, groups: list[CounterfactualGroup], tmp_path: Path) -> None:

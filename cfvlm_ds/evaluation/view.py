@@ -1,0 +1,204 @@
+"""Groups to look at, as a static page: of a manifest a sample, of a run the groups that its stored scores decide worst."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.reading import lines, open_regular
+from cfvlm_ds.core.run_folder import recorded_options
+from cfvlm_ds.core.secrets import print_line
+from cfvlm_ds.core.text import quoted
+from cfvlm_ds.core.untrusted import bare_name
+from cfvlm_ds.data import MAX_PIXELS, Root, data_roots, read_manifest
+from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.data.stored_scores import StoredScores, read_scores
+from cfvlm_ds.evaluation.comparisons import comparisons
+from cfvlm_ds.page import Item, Page, ScoreTable, Written, group_item, refuse_foreign_folder, write_page
+from cfvlm_ds.page.records import Fact, Margin
+
+MOST = 100_000
+"""Groups of a page."""
+SAMPLE = 200
+_MAX_ID = 1 << 16  # bytes of a line of a file of ids
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Groups of one manifest and their scores by id, if any; ``split`` is its name in a run's evaluation."""
+
+    groups: Sequence[CounterfactualGroup]
+    scores: Mapping[str, StoredScores]
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which groups are shown, as (source, place in it) in order, how they were chosen, and how many compare nothing and are left out."""
+
+    sources: Sequence[_Source]
+    shown: Sequence[tuple[int, int]]
+    how: str
+    without: int = 0
+
+
+def view(
+    source: str | Path,
+    out: str | Path = "page",
+    *,
+    root: Root = None,
+    format: str = "cfgroup",
+    scores: str | Path | None = None,
+    sample: int = SAMPLE,
+    seed: int = 0,
+    ids: str | Path | None = None,
+    max_pixels: int = MAX_PIXELS,
+    say: Callable[[str], object] = print_line,
+) -> Written:
+    """Write a page of groups into the folder ``out``, in place of an earlier page there; in a notebook the result shows itself.
+
+    ``source`` is a manifest, of which ``sample`` groups drawn by ``seed`` are shown in its order, or those named in the file ``ids``, one a
+    line, in the file's order; or a run folder, of whose evaluation those are shown that its scores decide worst. ``scores`` is a file that
+    ``cfvlm-ds score`` wrote, or one of a run.
+
+    Raises DataError for a manifest, scores or ids that cannot be read, ConfigError for a folder that is no page and would be replaced.
+    """
+    refuse_foreign_folder(Path(out))
+    if sample > MOST:
+        raise ConfigError(f"a page of {sample} groups is more than the {MOST} that a browser takes; lower --sample")
+    if os.path.isdir(source) and (Path(source) / "config.yaml").is_file():
+        if (ids, scores, root) != (None, None, None):
+            raise ConfigError(
+                f"{source} is a run folder, which has scores and roots of its own; name a manifest with --ids, --scores, --root"
+            )
+        choice = _of_run(Path(source), sample)
+    else:
+        choice = _of_manifest(source, root, format, scores, sample, seed, ids)
+    number, total = len(choice.shown), sum(len(each.groups) for each in choice.sources)
+    facts: list[Fact] = [("source", str(source)), ("groups", f"{number} of {total} ({choice.how})" if total > number else str(number))]
+    facts += [("scores", str(scores))] * (scores is not None)
+    facts += [("left out", f"{choice.without} groups without anything to compare")] * bool(choice.without)
+    page = Page(Path(os.path.normpath(source)).name, _items(choice), number, facts)
+    return write_page(page, Path(out), max_pixels=max_pixels, say=say)
+
+
+def _of_manifest(
+    source: str | Path, root: Root, format: str, scores: str | Path | None, sample: int, seed: int, ids: str | Path | None
+) -> _Choice:
+    groups = read_manifest(source, root, format)
+    found = _Source(groups, {} if scores is None else _stored(Path(scores), groups, source, root))
+    if ids is not None:
+        return _Choice([found], [(0, index) for index in _named(Path(ids), groups, str(source))], "by id")
+    drawn = range(len(groups)) if sample >= len(groups) else sorted(random.Random(seed).sample(range(len(groups)), sample))
+    return _Choice([found], [(0, index) for index in drawn], f"drawn by seed {seed}")
+
+
+def _of_run(run_dir: Path, sample: int) -> _Choice:
+    """The groups of all splits of a run's evaluation whose least margin is the worst, in this order."""
+    sources = []
+    for name, (path, root, format) in _evaluated(run_dir).items():
+        file = run_dir / "scores" / f"{bare_name(name, run_dir / 'config.yaml')}.jsonl"
+        if not file.is_file():
+            raise DataError(f"{file}: no such scores; a run writes them when it is over, so end it, or name a manifest and --scores")
+        groups = read_manifest(path, root, format)
+        sources.append(_Source(groups, _stored(file, groups, path, root), name))
+    every = ((k, index, group) for k, source in enumerate(sources) for index, group in enumerate(source.groups))
+    ranked = [(score_table(group, sources[k].scores[group.id]).worst, k, index) for k, index, group in every]
+    compared = sorted((worst, k, index) for worst, k, index in ranked if worst is not None)
+    return _Choice(sources, [(k, index) for _, k, index in compared[:sample]], "worst first", len(ranked) - len(compared))
+
+
+def _evaluated(run_dir: Path) -> dict[str, tuple[str, Root, str]]:
+    """Split -> manifest, root and format, as the run's configuration has them. Raises ConfigError where it has none."""
+    file = run_dir / "config.yaml"
+    data = recorded_options(run_dir).get("data")
+    splits = data.get("evaluation") if isinstance(data, dict) else None
+    if not isinstance(splits, dict) or not isinstance(data, dict) or not splits:
+        raise ConfigError(f"{file} names no evaluation (data.evaluation), so the run has no scores; name a manifest")
+    found: dict[str, tuple[str, Root, str]] = {}
+    for name, split in splits.items():
+        own = {"path": split} if isinstance(split, str) else split if isinstance(split, dict) else {}
+        root = data.get("root") if own.get("root") is None else own["root"]
+        path, format = own.get("path"), own.get("format") or data.get("format") or "cfgroup"
+        roots = root if isinstance(root, list) else [] if root is None else [root]
+        if not all(isinstance(each, str) for each in (name, path, format, *roots)):
+            raise ConfigError(f"{file}: data.evaluation.{name} names no manifest; restore it")
+        found[str(name)] = (str(path), root, str(format))
+    return found
+
+
+def _stored(file: Path, groups: Sequence[CounterfactualGroup], source: str | Path, root: Root) -> dict[str, StoredScores]:
+    """The scores of a file, if it is of these groups by their texts and the paths of their pictures; contents are not hashed for a look."""
+    return read_scores(file, list(groups), data_identity(groups, data_roots(source, root)))
+
+
+def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> list[int]:
+    """The places of the groups that a file names, one id a line. Raises DataError for one that is not there, or is named twice."""
+    places = {group.id: index for index, group in enumerate(groups)}
+    found: dict[int, int] = {}
+    try:
+        with open_regular(file) as handle:
+            for number, line in enumerate(lines(handle, _MAX_ID), 1):
+                if not (name := line.decode("utf-8-sig").strip()):
+                    continue
+                if name not in places:
+                    near = difflib.get_close_matches(name, places, n=1) if len(places) < MOST else []
+                    hint = f"did you mean {near[0]!r}?" if near else "correct or remove the line"
+                    raise DataError(f"{file}:{number}: {source} has no group {quoted(name)}; {hint}")
+                if places[name] in found:
+                    raise DataError(f"{file}:{number}: group {quoted(name)} is named on line {found[places[name]]} too; keep one")
+                found[places[name]] = number
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{file}: ids cannot be read ({reason}); write one id a line, in UTF-8") from error
+    if not 0 < len(found) <= MOST:
+        raise DataError(f"{file}: it names {len(found)} groups, and a page has 1 to {MOST}; write one id a line")
+    return list(found)
+
+
+def _items(choice: _Choice) -> Iterator[Item]:
+    for k, index in choice.shown:
+        source = choice.sources[k]
+        group = source.groups[index]
+        filters: dict[str, list[str]] = {"split": [source.split]} if source.split else {}
+        tables = [score_table(group, source.scores[group.id])] if source.scores else []
+        for table in tables:
+            filters["comparisons"] = ["none" if not table.compared else "some lost" if table.lost else "all won"]
+        yield group_item(group, tables, filters=filters)
+
+
+def score_table(group: CounterfactualGroup, stored: StoredScores, name: str = "") -> ScoreTable:
+    """A group's stored scores with the margins of every true cell, over the comparisons that evaluation makes of it (docs/evaluation.md).
+
+    A tie is lost. Two images with two texts add no comparison of their own: they are right where those of their cells are.
+    """
+    logp = stored.logp
+    beside: dict[tuple[int, int], list[float | None]] = {}
+    compared = lost = 0
+    worst: float | None = None
+    for each in comparisons(group):
+        if each.kind == "quad":
+            continue
+        if each.kind == "text":
+            i, c, d = each.at
+            cell, margin, side = (i, c), logp[i][c] - logp[i][d], 0
+        else:
+            c, i, j = each.at
+            cell, margin, side = (i, c), logp[i][c] - logp[j][c], 1
+        compared, lost = compared + 1, lost + (margin <= 0)
+        worst = margin if worst is None else min(worst, margin)
+        known = beside.setdefault(cell, [None, None])
+        before = known[side]
+        known[side] = margin if before is None else min(before, margin)
+    margins: list[list[Margin | None]] = [[None] * len(group.candidates) for _ in group.images]
+    for (i, c), (text, image) in beside.items():
+        margins[i][c] = (text, image)
+    return ScoreTable(name, logp, stored.blank, margins, compared, lost, worst)

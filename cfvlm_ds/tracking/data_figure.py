@@ -1,0 +1,83 @@
+"""One figure of what a data set is made of, in the style of the others. Plain data in, one PNG out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import IO, TYPE_CHECKING
+
+from cfvlm_ds.core.text import one_line
+from cfvlm_ds.tracking.figures import AS_WRITTEN, DPI, INK, LINES, MUTED, RULE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MOST_BARS, _NAME_CHARS, _BINS = 12, 28, 40
+_ROOM = 5  # bars that a panel has room for at least: one is not as high as all of it
+
+
+def data_figure(
+    file: IO[bytes], histograms: Sequence[tuple[str, str, Sequence[int]]], bars: Sequence[tuple[str, str, Mapping[str, int]]]
+) -> None:
+    """A panel for each histogram (title, unit, values) and each count (title, unit, count by name), the largest first.
+
+    Raises ValueError for none.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    panels = len(histograms) + len(bars)
+    if not panels:
+        raise ValueError("the data set has no group: nothing to draw")
+    columns = min(2, panels)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.04)
+    size = (5.2 * columns, 2.6 * math.ceil(panels / columns))
+    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout=layout)
+    for index, (title, unit, values) in enumerate(histograms):
+        _draw_histogram(figure.add_subplot(math.ceil(panels / columns), columns, index + 1), title, unit, values)
+    for index, (title, unit, counts) in enumerate(bars, len(histograms)):
+        _draw_bars(figure.add_subplot(math.ceil(panels / columns), columns, index + 1), title, unit, counts)
+    figure.savefig(file, format="png")
+
+
+def _draw_histogram(axes: Axes, title: str, unit: str, values: Sequence[int]) -> None:
+    import numpy as np
+
+    found = np.asarray(values)
+    low, high = int(found.min()), int(found.max())
+    step = max(1, math.ceil((high - low + 1) / _BINS))  # whole numbers: no bin has more of them than another
+    edges = np.arange(low, high + step + 1, step) - 0.5
+    axes.hist(found, edges.tolist(), color=LINES[0])
+    middle = float(np.percentile(found, 50, method="lower"))
+    axes.axvline(middle, color=LINES[1], linewidth=1.5)
+    axes.set_xlim(low - 2 * step, high + 2 * step)
+    _in_style(axes, title, "y")
+    axes.set_xlabel(f"{unit} (line: median, {middle:.0f})", fontsize=8.5, color=MUTED)
+
+
+def _draw_bars(axes: Axes, title: str, unit: str, counts: Mapping[str, int]) -> None:
+    ordered = sorted(counts.items(), key=lambda each: -each[1])
+    shown, rest = ordered[:_MOST_BARS], ordered[_MOST_BARS:]
+    if rest:
+        shown.append((f"{len(rest)} others", sum(count for _, count in rest)))
+    places = range(len(shown))
+    axes.barh(places, [count for _, count in shown], color=LINES[0], height=0.7)
+    axes.set_yticks(places, [one_line(name, _NAME_CHARS) for name, _ in shown])
+    axes.set_ylim(max(len(shown), _ROOM) - 0.5, -0.5)
+    for label in axes.get_yticklabels():
+        label.set(**AS_WRITTEN)
+    for place, (_, count) in zip(places, shown, strict=True):
+        axes.annotate(str(count), (count, place), xytext=(3, 0), textcoords="offset points", fontsize=8, color=INK, va="center")
+    axes.margins(x=0.14)
+    _in_style(axes, title, "x")
+    axes.set_xlabel(unit, fontsize=8.5, color=MUTED)
+
+
+def _in_style(axes: Axes, title: str, grid: str) -> None:
+    axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
+    axes.tick_params(labelsize=8, colors=MUTED, length=0)
+    axes.grid(axis=grid, color=RULE, linewidth=0.7)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
