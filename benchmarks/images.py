@@ -26,7 +26,8 @@ from torch import Tensor
 
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.models import FAMILIES, Scorer
-from cfvlm_ds.models.forest_attention import BACKENDS, Forest, registered
+from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.forest_attention import BACKENDS, registered
 from cfvlm_ds.training.gradient_cache import two_passes
 
 
@@ -144,7 +145,7 @@ def in_one_row(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "input_ids": torch.cat([part["input_ids"] for part in parts], 1),
         "position_ids": torch.cat([part["position_ids"] for part in parts], -1),
-        "forest": Forest(tuple(forest.prefixes[0] for forest in forests), tuple(forest.branches[0] for forest in forests)),
+        "forest": Forest.of([forest.lengths[0] for forest in forests], [forest.lengths[1:] for forest in forests]),
         "scored": torch.cat([part["scored"] for part in parts], 1),
         "predicted_by": torch.cat([part["predicted_by"] + sum(scored[:k]) for k, part in enumerate(parts)]),
         "targets": torch.cat([part["targets"] for part in parts]),

@@ -41,7 +41,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from cfvlm_ds.core.scores import token_logprobs
 from cfvlm_ds.engine.setup import keep_freed_memory
 from cfvlm_ds.models import FAMILIES, ModelFlops, Scorer
-from cfvlm_ds.models.forest_attention import BACKENDS, Forest, registered, stock_attention
+from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.forest_attention import BACKENDS, registered, stock_attention
 
 PROMPT, TEXT = 16, 16  # tokens of a prompt beside its image, and of each text
 SIZES = {
@@ -194,7 +195,7 @@ def packed_inputs(case: Case) -> dict[str, Any]:
     return {
         "input_ids": torch.cat([case.prefix, case.texts.flatten()]).unsqueeze(0),
         "position_ids": torch.cat([one[..., :prefix], *[one[..., prefix:]] * texts], -1),
-        "forest": Forest((prefix,), ((TEXT,) * texts,)),
+        "forest": Forest.of((prefix,), ((TEXT,) * texts,)),
         "scored": torch.zeros(1, prefix + texts * TEXT, dtype=torch.bool).index_fill(1, places, True).to(case.prefix.device),
         "predicted_by": predicted_by.to(case.prefix.device),
         "targets": case.texts.flatten(),
@@ -321,11 +322,11 @@ def flop(name: str, of: Case) -> float:
     repeated = texts if name in ("concatenated", "sparse", "encoded once") else 1
     encoded = texts if name in ("concatenated", "sparse") else 1
     if name == "supervised":
-        forest, scored = Forest((prefix + texts * TEXT,), ((),)), texts * TEXT
+        forest, scored = Forest.of((prefix + texts * TEXT,), ((),)), texts * TEXT
     elif name == "shared prefix":
-        forest, scored = Forest((prefix,), ((TEXT,) * texts,)), texts * (TEXT - 1) + 1
+        forest, scored = Forest.of((prefix,), ((TEXT,) * texts,)), texts * (TEXT - 1) + 1
     else:
-        forest = Forest((prefix,) * texts, ((TEXT,),) * texts)
+        forest = Forest.of((prefix,) * texts, ((TEXT,),) * texts)
         scored = texts * (prefix + TEXT - 1 if name == "concatenated" else TEXT)
     inputs = {
         "forest": forest,

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -246,7 +247,8 @@ class Ours:
         batch = self.collator(self.batch(0))
         ids, forest, ends = batch.model_inputs["input_ids"][0].tolist(), batch.model_inputs["forest"], batch.layout.num_end_tokens[:, 0]
         chosen, rejected, start = [], [], 0
-        for prefix, branches, end in zip(forest.prefixes, forest.branches, ends.tolist(), strict=True):
+        for (root, after), end in zip(itertools.pairwise(forest.roots), ends.tolist(), strict=True):
+            prefix, *branches = forest.lengths[root:after]
             prompt, start, texts = ids[start : start + prefix], start + prefix, []
             for length, closing in zip(branches, end, strict=True):
                 texts.append({"prompt": prompt, "scored": ids[start : start + length - closing]})

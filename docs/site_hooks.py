@@ -92,10 +92,11 @@ def _section(prefix: str, section: Any, kind: str | None) -> str:
             raise PluginError(f"{section.__name__}.{option.name} has no sentence under Args, and the reference of options needs one")
         hint, own = hints[option.name], option.metadata.get("kind") or kind
         nested = next(filter(dataclasses.is_dataclass, _parts(hint)), None)
-        by_name = typing.get_origin(hint) is dict
+        kinds = {typing.get_origin(part) for part in _parts(hint)}  # several by name, or in a list
+        several = "NAME." if dict in kinds else f"{nested.__name__.upper()}." if nested and list in kinds else ""
         if nested:
-            inside.append(_section(f"{prefix}{option.name}.{'NAME.' * by_name}", nested, own))
-        if not nested or by_name:
+            inside.append(_section(f"{prefix}{option.name}.{several}", nested, own))
+        if not nested or several:
             rows.append(_row(prefix, option, hint, said[option.name], own or "bookkeeping"))
     table = "| option | type | default | range | class | |\n|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n" if rows else ""
     return f"### {prefix.rstrip('.')}\n\n{_plain(inspect.getdoc(section).split('Args:')[0])}\n\n{table}\n" + "\n".join(inside)
@@ -129,6 +130,8 @@ def _type(hint: Any) -> str:
         return ", ".join(f"`{_written(value)}`" for value in typing.get_args(hint))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_type(part) for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+        return f"list of {typing.get_args(hint)[0].__name__.upper()}"
     names = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", list: "list of texts", dict: "names with values"}
     return names.get(typing.get_origin(hint) or hint) or hint.__name__
 

@@ -29,7 +29,18 @@ def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence
         end_tokens[g, : size[0], : size[1]] = torch.tensor([len(t.end_ids) for t in encoded])
     valid = exists & wanted_cells(groups, match, prompt, cells)
     weight = torch.tensor([group.weight for group in groups], dtype=torch.float32)
-    return GroupLayout(valid, match, tokens, end_tokens, weight, tuple(group.id for group in groups), prompt)
+    named = tuple(group.objectives for group in groups)
+    return GroupLayout(
+        valid,
+        match,
+        tokens,
+        end_tokens,
+        weight,
+        ids=tuple(group.id for group in groups),
+        prompt=prompt,
+        sources=tuple(group.source for group in groups),
+        objectives=named if any(each is not None for each in named) else (),
+    )
 
 
 def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:
@@ -50,10 +61,12 @@ def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: T
 
 
 def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """(reference [G, I, C], prior [G, C]) of the groups; 0 where they have no such cell."""
+    """(reference [G, I, C], prior [G, C]) of the groups; 0 where they have no such cell, and for groups of a source that needs none."""
     reference = torch.zeros(layout.valid.shape)
     prior = torch.zeros(layout.valid.shape[0], layout.valid.shape[2])
     for g, group in enumerate(groups):
+        if group.objectives is not None and group.id not in stored:
+            continue
         scores = stored[group.id]
         reference[g, : len(group.images), : len(group.candidates)] = torch.tensor(scores.logp)
         prior[g, : len(group.candidates)] = torch.tensor(scores.blank)

@@ -16,13 +16,13 @@ from transformers import PreTrainedConfig
 
 from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch
 from cfvlm_ds.batching.batch_layout import group_layout, stored_scores
-from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, ImageSource, PictureKey, Size, Unprocessable, with_names
-from cfvlm_ds.batching.packing import Tree, divide, pack
+from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, ImageSource, Size, Unprocessable, with_names
+from cfvlm_ds.batching.packing import PromptLength, Tree, divide, num_tokens, pack
 from cfvlm_ds.batching.prompts import Encoded, Prompts
 from cfvlm_ds.batching.template_sandbox import TemplateBound, try_out
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Prompt
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.features import FeatureCache
@@ -114,8 +114,12 @@ class Collator:
         opened = {key: self.images.open(key) for key in dict.fromkeys(key for tree in trees for key in tree.pictures)}
         reference, prior = (None, None) if self.stored is None else stored_scores(self.stored, groups, layout)
         batches = []
+
+        def prompt_length(tree: Tree, text: Encoded) -> int:
+            return self._prefix_length(text, tuple(opened[key].size for key in tree.pictures))
+
         try:
-            for part in divide(trees, lambda tree: self._tree_prefix(tree, opened), max_tokens):
+            for part in divide(trees, prompt_length, max_tokens):
                 # The tower runs on every rank, also on one whose groups are text alone: ZeRO-3 waits for all of them.
                 blank = self.files.blank_keys()[:1]
                 keys = sorted(dict.fromkeys(key for tree in part for key in tree.pictures), key=lambda key: key[1]) or blank
@@ -124,7 +128,7 @@ class Collator:
                 )
                 image_token = self.processor.image_token_id
                 row = pack(part, keys, placeholders, image_inputs, self.family, self.model_config, image_token)
-                self._check_lengths(groups, part, row.model_inputs["forest"].prefixes, layout.valid.shape)
+                _check_window(groups, part, prompt_length, layout.valid.shape, self.max_length)
                 num_images = len({picture for tree in part for picture in tree.pictures})
                 batches.append(
                     Batch(row.model_inputs, row.cell, row.is_end, layout, reference, prior, row.num_tokens, row.num_scored, num_images)
@@ -144,13 +148,19 @@ class Collator:
                 dropped.append((group.id, str(error)))
         return kept, tuple(dropped)
 
-    def without_unreadable(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
-        """The ``parts`` of the groups that can be collated; the first one names the groups left out. If none can, it is a stand-in of
-        weight 0 that counts no group: ZeRO-3 waits for this rank's forward and backward in any case."""
+    def without_unreadable(self, groups: Sequence[CounterfactualGroup | DataError], max_tokens: int | None = None) -> list[Batch]:
+        """The ``parts`` of the groups that can be collated; the first one names the groups left out, and rows that could not be read, by
+        their places. If none can, it is a stand-in of weight 0 that counts no group: ZeRO-3 waits for this rank's forward and backward in
+        any case."""
+        found = [group for group in groups if not isinstance(group, DataError)]
+        lost = tuple((str(each).partition(": ")[0], str(each)) for each in groups if isinstance(each, DataError))
         try:
-            return self.parts(groups, max_tokens)
+            if not lost:
+                return self.parts(found, max_tokens)
         except DataError:
-            kept, dropped = self.readable(groups)
+            pass
+        kept, dropped = self.readable(found)
+        dropped = (*lost, *dropped)
         if kept:
             first, *more = self.parts(kept, max_tokens)
             return [replace(first, dropped=dropped), *more]
@@ -159,7 +169,7 @@ class Collator:
         reference, prior = (None, None) if self.stored is None else (torch.zeros(layout.valid.shape), torch.zeros(1, 1))
         return [replace(batch, layout=layout, reference=reference, prior=prior, dropped=dropped)]
 
-    def row_length(self, prompt: str, text: str, sizes: tuple[Size, ...]) -> int:
+    def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
         """Tokens of a row with one text after pictures of ``sizes`` (width, height), end-of-turn included.
 
         Raises DataError as __call__ does.
@@ -172,17 +182,23 @@ class Collator:
 
         Raises DataError naming group and file where the model's processor cannot take a picture of that size.
         """
-        trees: dict[tuple[Pictures, str], tuple[int, list[int]]] = {}
+        trees: dict[tuple[Any, ...], Tree] = {}
         for _, i, c in self._layout([group]).valid.nonzero().tolist():
             text, pictures = self._text(group, c), group.images[i]
-            if (pictures, text.prompt) not in trees:
-                shown = tuple(BLANK_SIZE if picture.parent == BLANK.parent else sizes[picture] for picture in pictures)
-                try:
-                    trees[pictures, text.prompt] = self._prefix_length(text, shown), []
-                except Unprocessable as error:
-                    raise DataError(with_names(error, [group], sizes)) from error
-            trees[pictures, text.prompt][1].append(text.length)
-        return [TreeTokens(prefix + sum(texts), prefix + max(texts)) for prefix, texts in trees.values()]
+            key = _tree_of(pictures, text, 0, self.processor.image_token_id)
+            trees.setdefault(key, Tree(self.files.keys(pictures), [])).branches.append((c, text))
+
+        def prompt_length(tree: Tree, text: Encoded) -> int:
+            pictures = [key[0] for key in tree.pictures]
+            return self._prefix_length(text, tuple(BLANK_SIZE if each.parent == BLANK.parent else sizes[each] for each in pictures))
+
+        try:
+            return [
+                TreeTokens(num_tokens(tree, prompt_length), max(prompt_length(tree, text) + text.length for _, text in tree.branches))
+                for tree in trees.values()
+            ]
+        except Unprocessable as error:
+            raise DataError(with_names(error, [group], sizes)) from error
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
         """How many visual tokens pictures of ``sizes`` (width, height) become when they are shown together.
@@ -195,37 +211,43 @@ class Collator:
         """Tokens of a text's prompt with pictures of these sizes in place of its placeholders."""
         return len(text.prompt_ids) + sum(self.files.num_placeholders(size, len(sizes) > 1)[0] - 1 for size in sizes)
 
-    def _tree_prefix(self, tree: Tree, opened: Mapping[PictureKey, Any]) -> int:
-        return self._prefix_length(tree.branches[0][1], tuple(opened[key].size for key in tree.pictures))
-
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
         return group_layout(groups, [[self._text(group, c) for c in range(len(group.candidates))] for group in groups], self.cells)
 
     def _trees(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> list[Tree]:
         num_images, num_texts = layout.valid.shape[1:]
-        trees: dict[tuple[tuple[PictureKey, ...], str, int | None], Tree] = {}
+        trees: dict[tuple[Any, ...], Tree] = {}
         for g, i, c in layout.valid.nonzero().tolist():
             text, pictures = self._text(groups[g], c), self.files.keys(groups[g].images[i])
             cell = (g * num_images + i) * num_texts + c
-            tree = trees.setdefault((pictures, text.prompt, None if self.share_prefix else cell), Tree(pictures, []))
-            tree.branches.append((cell, text))
+            key = _tree_of(pictures, text, g, self.processor.image_token_id) if self.share_prefix else (cell,)
+            trees.setdefault(key, Tree(pictures, [])).branches.append((cell, text))
         return list(trees.values())
 
     def _text(self, group: CounterfactualGroup, c: int) -> Encoded:
         candidate = group.candidates[c]
         return self.prompts.encoded(candidate.prompt, candidate.text, group.num_pictures, f"group {group.id!r}: text {c}")
 
-    def _check_lengths(
-        self, groups: Sequence[CounterfactualGroup], trees: Sequence[Tree], prefixes: Sequence[int], shape: Sequence[int]
-    ) -> None:
-        for tree, prefix in zip(trees, prefixes, strict=True):
-            for cell, text in tree.branches:
-                if (length := prefix + text.length) > self.max_length:
-                    group = groups[cell // (shape[1] * shape[2])].id
-                    raise DataError(
-                        f"group {group!r}: text {cell % shape[2]} makes a row of {length} tokens, the model's window is {self.max_length}; "
-                        "shorten the text or its prompt"
-                    )
+
+def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: int) -> tuple[Any, ...]:
+    """What tells the trees of a row apart: the pictures, and the prompt up to the last of them. Without a picture a group has its own."""
+    if not pictures:
+        return (group,)
+    ids = text.prompt_ids
+    return pictures, ids[: len(ids) - ids[::-1].index(image_token)]
+
+
+def _check_window(
+    groups: Sequence[CounterfactualGroup], trees: Sequence[Tree], prompt_length: PromptLength, shape: Sequence[int], window: int
+) -> None:
+    for tree in trees:
+        for cell, text in tree.branches:
+            if (length := prompt_length(tree, text) + text.length) > window:
+                group = groups[cell // (shape[1] * shape[2])].id
+                raise DataError(
+                    f"group {group!r}: text {cell % shape[2]} makes a row of {length} tokens, the model's window is {window}; shorten the "
+                    "text or its prompt"
+                )
 
 
 def load_collator(

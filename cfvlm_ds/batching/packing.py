@@ -1,12 +1,14 @@
 """Trees packed into one row without padding: the only place that knows how cells are laid out as tokens.
 
-A tree is a prefix (the chat template's prompt with its image) followed by every text that the image is scored with. Each text is a
-branch: it sees the prefix and itself. Shapes: T tokens of the row, P tokens of a prompt, N scored tokens.
+A tree begins with what all prompts of its pictures have in common, the pictures included. Where prompts part, each goes on in a branch of
+its own, and after a prompt comes a branch for every text that is scored as an answer to it. A branch sees what leads to it and itself, so
+whatever is asked of a picture, and however often, the picture is in the row once. Shapes: T tokens of the row, P tokens of a prompt, N
+scored tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +19,23 @@ from transformers import PreTrainedConfig
 from cfvlm_ds.batching.image_source import PictureKey
 from cfvlm_ds.batching.prompts import Encoded
 from cfvlm_ds.models import Family
-from cfvlm_ds.models.forest_attention import Forest
+from cfvlm_ds.models.forest import Forest
 
 
 @dataclass
 class Tree:
-    """A prompt with its pictures, and a branch for each text: (flat cell index, text)."""
+    """Pictures, and the texts that are scored with them, each with its prompt: (flat cell index, text).
+
+    The prompts are alike as far as their last picture.
+    """
 
     pictures: tuple[PictureKey, ...]
     branches: list[tuple[int, Encoded]]
+
+    @property
+    def ordered(self) -> list[tuple[int, Encoded]]:
+        """The branches in an order in which a prompt has most in common with the one before it."""
+        return sorted(self.branches, key=lambda branch: branch[1].prompt_ids)
 
 
 @dataclass(frozen=True)
@@ -43,41 +53,73 @@ class Row:
 
 
 @dataclass
-class _Prefix:
-    """A tree's prompt, placeholders expanded: its token ids [P], and their positions, [P] or [axes, P]."""
+class _Prompt:
+    """A prompt with its pictures: its own ids, where each of them begins once placeholders are expanded [P + 1], the expanded ids, their
+    positions, [T] or [axes, T], and its texts."""
 
-    ids: Tensor
+    ids: tuple[int, ...]
+    begins: list[int]
+    expanded: Tensor
     positions: Tensor
+    texts: list[tuple[int, Encoded]]
 
 
 @dataclass
 class _Tokens:
-    """The tokens of a row, as they are laid out one tree after the other."""
+    """The tokens of a row, as they are laid out one node after the other."""
 
     ids: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
     predicts: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     cell: list[int] = field(default_factory=list)
     is_end: list[bool] = field(default_factory=list)
     length: int = 0
 
-    def add(self, tree: Tree, prefix: _Prefix) -> None:
-        last, first = self.length + len(prefix.ids) - 1, int(prefix.positions.max()) + 1
-        self.length = last + 1
-        self.ids.append(prefix.ids)
-        self.positions.append(prefix.positions)
-        for index, text in tree.branches:
-            response = [*text.text_ids, *text.end_ids]
-            stop = self.length + len(response)
-            self.ids.append(torch.tensor(response))
-            self.positions.append(torch.arange(first, first + len(response)).expand(*prefix.positions.shape[:-1], -1))
-            # A branch's first token is predicted at the end of the prompt, every other one at the token before it.
-            self.predicts += [last, *range(self.length, stop - 1)]
-            self.targets += response
-            self.cell += [index] * len(response)
-            self.is_end += [False] * len(text.text_ids) + [True] * len(text.end_ids)
-            self.length = stop
+    def grow(self, prompts: Sequence[_Prompt], since: int = 0, parent: int = -1) -> None:
+        """Add what these prompts, in their order and equal in their first ``since`` ids, have in common, and after it each apart."""
+        first, node = prompts[0], parent
+        until = _common(first.ids, prompts[-1].ids)
+        if until > since:  # else these have nothing in common, and no picture
+            place = slice(first.begins[since], first.begins[until])
+            node = self._node(first.expanded[place], first.positions[..., place], parent)
+        rest = list(prompts)
+        if len(first.ids) == until:
+            for index, text in rest.pop(0).texts:
+                self._text(index, text, first, node)
+        while rest:
+            alike = [prompt for prompt in rest if prompt.ids[until] == rest[0].ids[until]]
+            self.grow(alike, until, node)
+            rest = rest[len(alike) :]
+
+    def _text(self, index: int, text: Encoded, prompt: _Prompt, parent: int) -> None:
+        response, last = [*text.text_ids, *text.end_ids], self._last[parent]
+        begin, first = self.length, int(prompt.positions.max()) + 1
+        positions = torch.arange(first, first + len(response)).expand(*prompt.positions.shape[:-1], -1)
+        self._node(torch.tensor(response), positions, parent)
+        # A text's first token is predicted at the end of the prompt, every other one at the token before it.
+        self.predicts += [last, *range(begin, begin + len(response) - 1)]
+        self.targets += response
+        self.cell += [index] * len(response)
+        self.is_end += [False] * len(text.text_ids) + [True] * len(text.end_ids)
+
+    def _node(self, ids: Tensor, positions: Tensor, parent: int) -> int:
+        self.ids.append(ids)
+        self.positions.append(positions)
+        self.lengths.append(len(ids))
+        self.parents.append(parent)
+        self.length += len(ids)
+        self._last.append(self.length - 1)
+        return len(self.lengths) - 1
+
+    _last: list[int] = field(default_factory=list)
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    return next((k for k, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), min(len(first), len(second)))
 
 
 def pack(
@@ -97,17 +139,14 @@ def pack(
         family, config: the model's, for its position rules.
     """
     shown = [tuple(keys.index(key) for key in tree.pictures) for tree in trees]
-    tokens, prefixes = _Tokens(), []
+    tokens = _Tokens()
     for tree, pictures in zip(trees, shown, strict=True):
-        prefixes.append(_prefix(tree, pictures, placeholders, image_inputs, family, config, image_token))
-        tokens.add(tree, prefixes[-1])
+        tokens.grow(_prompts(tree, pictures, placeholders, image_inputs, family, config, image_token))
     places, predicted_by = torch.tensor(tokens.predicts).unique(return_inverse=True)
     model_inputs = {
         "input_ids": torch.cat(tokens.ids).unsqueeze(0),
         "position_ids": torch.cat(tokens.positions, -1).unsqueeze(-2),
-        "forest": Forest(
-            tuple(len(prefix.ids) for prefix in prefixes), tuple(tuple(text.length for _, text in tree.branches) for tree in trees)
-        ),
+        "forest": Forest(tuple(tokens.lengths), tuple(tokens.parents)),
         "scored": torch.zeros(1, tokens.length, dtype=torch.bool).index_fill(1, places, True),
         "predicted_by": predicted_by,
         "targets": torch.tensor(tokens.targets),
@@ -118,7 +157,7 @@ def pack(
     return Row(model_inputs, torch.tensor(tokens.cell), torch.tensor(tokens.is_end), tokens.length, len(places))
 
 
-def _prefix(
+def _prompts(
     tree: Tree,
     pictures: Sequence[int],
     placeholders: Sequence[list[int]],
@@ -126,25 +165,50 @@ def _prefix(
     family: Family,
     config: PreTrainedConfig,
     image_token: int,
-) -> _Prefix:
-    left, ids = iter(pictures), []
-    for token in tree.branches[0][1].prompt_ids:
-        ids += placeholders[next(left)] if token == image_token else [token]
-    expanded = torch.tensor(ids)
+) -> list[_Prompt]:
+    """The tree's prompts in order, each with its texts."""
+    found: list[_Prompt] = []
     grids = image_inputs[family.grid][list(pictures)] if family.grid else torch.empty(0)
-    return _Prefix(expanded, family.positions(config, expanded == image_token, grids))
+    for index, text in tree.ordered:
+        if not found or found[-1].ids != text.prompt_ids:
+            left, ids, begins = iter(pictures), list[int](), [0]
+            for token in text.prompt_ids:
+                ids += placeholders[next(left)] if token == image_token else [token]
+                begins.append(len(ids))
+            expanded = torch.tensor(ids)
+            found.append(_Prompt(text.prompt_ids, begins, expanded, family.positions(config, expanded == image_token, grids), []))
+        found[-1].texts.append((index, text))
+    return found
 
 
-def divide(trees: Sequence[Tree], prefix_length: Callable[[Tree], int], max_tokens: int | None) -> list[list[Tree]]:
+PromptLength = Callable[[Tree, Encoded], int]
+"""(tree, one of its texts) -> tokens of its prompt, placeholders expanded."""
+
+
+def num_tokens(tree: Tree, prompt_length: PromptLength) -> int:
+    """Tokens that a tree has in a row."""
+    return sum(tokens for _, tokens in _added(tree, prompt_length))
+
+
+def _added(tree: Tree, prompt_length: PromptLength) -> Iterator[tuple[tuple[int, Encoded], int]]:
+    """Each branch in order, and the tokens by which it makes the tree larger: those of its text, and of its prompt what is new."""
+    before: tuple[int, ...] | None = None
+    for branch in tree.ordered:
+        text = branch[1]
+        new = prompt_length(tree, text) if before is None else len(text.prompt_ids) - _common(before, text.prompt_ids)
+        before = text.prompt_ids
+        yield branch, new + text.length
+
+
+def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int | None) -> list[list[Tree]]:
     """The trees in parts of at most ``max_tokens`` tokens. A larger tree is cut between its texts; one of a single text is a part alone."""
     if max_tokens is None:
         return [list(trees)]
     parts: list[list[Tree]] = []
     room = 0
     for tree in sorted(trees, key=lambda tree: tree.pictures):  # a picture whose trees are neighbours is encoded once
-        prefix = prefix_length(tree)
-        for piece in _pieces(tree, max_tokens - prefix):
-            tokens = prefix + sum(text.length for _, text in piece.branches)
+        for piece in _pieces(tree, prompt_length, max_tokens):
+            tokens = num_tokens(piece, prompt_length)
             if tokens > room:
                 parts.append([])
                 room = max_tokens
@@ -153,14 +217,14 @@ def divide(trees: Sequence[Tree], prefix_length: Callable[[Tree], int], max_toke
     return parts
 
 
-def _pieces(tree: Tree, room: int) -> list[Tree]:
-    """The tree's texts in as few trees as possible, with at most ``room`` tokens after the prefix; a longer text has its own tree."""
+def _pieces(tree: Tree, prompt_length: PromptLength, max_tokens: int) -> list[Tree]:
+    """The tree in as few trees of at most ``max_tokens`` tokens as possible; a longer text with its prompt has its own."""
     pieces = [Tree(tree.pictures, [])]
-    left = room
-    for branch in tree.branches:
-        if branch[1].length > left and pieces[-1].branches:
+    left = max_tokens
+    for branch, tokens in _added(tree, prompt_length):
+        if tokens > left and pieces[-1].branches:
             pieces.append(Tree(tree.pictures, []))
-            left = room
+            left, tokens = max_tokens, prompt_length(tree, branch[1]) + branch[1].length
         pieces[-1].branches.append(branch)
-        left -= branch[1].length
+        left -= tokens
     return pieces

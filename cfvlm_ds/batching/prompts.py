@@ -6,6 +6,7 @@ that thinks before it answers this is an empty thought, as the template writes i
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Mapping
@@ -14,7 +15,9 @@ from functools import cached_property
 from typing import Any
 
 from cfvlm_ds.batching.template_sandbox import MAX_WRITTEN, TemplateBound, try_out, watched
+from cfvlm_ds.core.conversation import Prompt, Turn, messages, texts_of
 from cfvlm_ds.core.errors import ConfigError, DataError, is_failure
+from cfvlm_ds.core.text import quoted
 
 CHARACTERS_PER_TOKEN = 16
 """Characters that a text may have for each token of the model's window; written language has about 4, and few tokens have more than 16."""
@@ -74,8 +77,8 @@ class Prompts:
     def __init__(self, processor: Any, max_length: int) -> None:
         self.processor = processor
         self.max_length = max_length
-        self._texts: dict[tuple[str, str, int], Encoded] = {}
-        self._heads: dict[tuple[str, int], _Head] = {}
+        self._texts: dict[tuple[Prompt, str, int], Encoded] = {}
+        self._heads: dict[tuple[Prompt, int], _Head] = {}
         self._ends: dict[str, tuple[int, ...]] = {}
 
     def check(self, name: str) -> None:
@@ -110,7 +113,7 @@ class Prompts:
         if head.problem:
             raise ConfigError(f"model {name!r}: its chat template {head.problem}")
 
-    def encoded(self, prompt: str, text: str, num_pictures: int, where: str) -> Encoded:
+    def encoded(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> Encoded:
         """Token ids of a text as the answer to its prompt. Raises DataError, beginning with ``where``, for what cannot be encoded."""
         key = (prompt, text, num_pictures)
         if key not in self._texts:
@@ -142,8 +145,8 @@ class Prompts:
                 raise
             raise _TokenizerFails(f"the model's tokenizer raises {type(error).__name__} ({' '.join(str(error).split())[:300]})") from error
 
-    def _encode(self, prompt: str, text: str, num_pictures: int, where: str) -> Encoded:
-        self._check_size(prompt, text, num_pictures, where)
+    def _encode(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> Encoded:
+        _check_size(prompt, text, num_pictures, self.max_length, where)
         try:
             head = self._head(prompt, num_pictures)
             whole = self._render(_conversation(prompt, num_pictures, text), False)
@@ -165,32 +168,22 @@ class Prompts:
                 f"{where} ({text!r}) changes the tokens of its prompt: the model's chat template must end the prompt at a token border; "
                 "repair the template"
             )
-        if ids.count(self.processor.image_token_id) != num_pictures:
+        if (shown := ids.count(self.processor.image_token_id)) > num_pictures:
             raise DataError(f"{where}: {self.processor.image_token!r} in a prompt or text stands for an image; reword it")
+        if shown < num_pictures:
+            raise DataError(f"{where}: the model's chat template shows {shown} of {num_pictures} pictures; move them to turns of the user")
         answer = ids[len(head.ids) :]
         if control := self._control.intersection(answer):
             raise DataError(f"{where} ({text!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(control))!r}; reword it")
         unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}  # says nothing, as a word it does not know
-        if inside := self._control.intersection(self._tokens(prompt)) - unknown:
-            raise DataError(
-                f"{where}: its prompt ({prompt!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(inside))!r}; reword it"
-            )
+        for said in texts_of(prompt):
+            if inside := self._control.intersection(self._tokens(said)) - unknown:
+                raise DataError(
+                    f"{where}: its prompt ({said!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(inside))!r}; reword it"
+                )
         return Encoded(head.text, head.ids, tuple(answer), self._end_of_turn(head.after))
 
-    def _check_size(self, prompt: str, text: str, num_pictures: int, where: str) -> None:
-        limit = min(CHARACTERS_PER_TOKEN * self.max_length, MAX_CHARACTERS)
-        for what, given in (("", text), (" in its prompt", prompt)):
-            if len(given) > limit:
-                raise DataError(
-                    f"{where} has {len(given)} characters{what}, and {limit} are the bound for the model's window of "
-                    f"{self.max_length} tokens; shorten it"
-                )
-        if num_pictures > self.max_length:
-            raise DataError(
-                f"{where} has {num_pictures} pictures, more than the {self.max_length} tokens of the model's window; show fewer"
-            )
-
-    def _head(self, prompt: str, num_pictures: int) -> _Head:
+    def _head(self, prompt: Prompt, num_pictures: int) -> _Head:
         key = (prompt, num_pictures)
         if key not in self._heads:
             if len(self._heads) >= _CACHED:
@@ -198,9 +191,9 @@ class Prompts:
             self._heads[key] = self._new_head(*key)
         return self._heads[key]
 
-    def _new_head(self, prompt: str, num_pictures: int) -> _Head:
+    def _new_head(self, prompt: Prompt, num_pictures: int) -> _Head:
         """Where the answer begins. Raises TemplateBound, and DataError for a template that raises."""
-        asked = self._render(_conversation(prompt, num_pictures), True)
+        asked = self._asked(prompt, num_pictures)
         without_thought = self._render(_conversation(prompt, num_pictures), True, enable_thinking=False) if self._may_think else asked
         whole = self._render(_conversation(prompt, num_pictures, _MARK), False)
         before, found, after = whole.rpartition(_MARK)
@@ -216,7 +209,27 @@ class Prompts:
                 )
         elif before[len(asked) :].strip():
             text = before
+        if not isinstance(prompt, str):
+            problem = problem or _left_out(prompt, text)
         return _Head(text, tuple(self.ids(text)), stem, before, after, follows, problem)
+
+    def _asked(self, prompt: Prompt, num_pictures: int) -> str:
+        """The prompt with what the template writes where an answer begins. Raises as ``_new_head`` does, naming a role that is refused."""
+        try:
+            return self._render(_conversation(prompt, num_pictures), True)
+        except DataError as error:
+            if isinstance(prompt, str):
+                raise
+            if prompt[0].role == "system" and self._renders(prompt[1:]):
+                remedy = "leave that turn out, or name a model whose template takes one"
+                raise DataError(f"takes no turn of the system: it {error}; {remedy}") from error
+            roles = ", ".join(turn.role for turn in prompt[:_ROLES_SHOWN]) + ", ..." * (len(prompt) > _ROLES_SHOWN)
+            raise DataError(f"{error} for turns of {roles}; bring them into the order that it takes") from error
+
+    def _renders(self, turns: tuple[Turn, ...]) -> bool:
+        with contextlib.suppress(DataError):
+            return bool(self._render(messages(turns), True))
+        return False
 
     def _render(self, conversation: list[dict[str, Any]], ask: bool, **options: Any) -> str:
         """Raises TemplateBound, and DataError saying what the template raised."""
@@ -254,6 +267,37 @@ class Prompts:
         return self._ends[tail]
 
 
-def _conversation(prompt: str, num_pictures: int, *answer: str) -> list[dict[str, Any]]:
-    user = {"role": "user", "content": [{"type": "image"}] * num_pictures + [{"type": "text", "text": prompt}]}
-    return [user, *({"role": "assistant", "content": [{"type": "text", "text": text}]} for text in answer)]
+_ROLES_SHOWN = 8
+
+
+def _left_out(turns: tuple[Turn, ...], written: str) -> str:
+    """What is wrong with a template that does not write all that is said; a thought of an earlier turn may be left out, as models that
+    think have it."""
+    place = 0
+    for turn in turns:
+        for said in (part.strip() for part in turn.parts if isinstance(part, str)):
+            if turn.role == "assistant":
+                said = said.rpartition("</think>")[2].strip()
+            if (found := written.find(said, place)) < 0:
+                return f"leaves out or changes what the {turn.role} says ({quoted(said)}); leave it out of the data, or name another model"
+            place = found + len(said)
+    return ""
+
+
+def _check_size(prompt: Prompt, text: str, num_pictures: int, window: int, where: str) -> None:
+    limit = min(CHARACTERS_PER_TOKEN * window, MAX_CHARACTERS)
+    for what, length in (("", len(text)), (" in its prompt", sum(map(len, texts_of(prompt))))):
+        if length > limit:
+            raise DataError(
+                f"{where} has {length} characters{what}, and {limit} are the bound for the model's window of {window} tokens; shorten it"
+            )
+    if num_pictures > window:
+        raise DataError(f"{where} has {num_pictures} pictures, more than the {window} tokens of the model's window; show fewer")
+
+
+def _conversation(prompt: Prompt, num_pictures: int, *answer: str) -> list[dict[str, Any]]:
+    if isinstance(prompt, str):
+        asked = [{"role": "user", "content": [{"type": "image"}] * num_pictures + [{"type": "text", "text": prompt}]}]
+    else:
+        asked = messages(prompt)
+    return [*asked, *({"role": "assistant", "content": [{"type": "text", "text": text}]} for text in answer)]

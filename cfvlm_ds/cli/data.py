@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.cli import looking
-from cfvlm_ds.cli.options import add_command, add_data_options, add_fields, add_model_options, model_of, values_of
+from cfvlm_ds.cli.options import add_command, add_data_options, add_fields, add_model_options, model_of, positive, said_format, values_of
 from cfvlm_ds.cli.train import build
 from cfvlm_ds.core.config import BuildConfig, ScenesConfig
-from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.errors import DataError, StorageError, unwritten
+from cfvlm_ds.core.secrets import print_line
 
 
 def add(commands: Any) -> None:
@@ -23,8 +25,31 @@ def add(commands: Any) -> None:
     add_data_options(command)
     command.add_argument("--model", help="model folder or hub name; also checks that every text fits its window")
     add_model_options(command)
+    add_command(data, "formats", _formats, "list the formats of rows and the containers of files", "cfvlm-ds data formats")
+    example = "cfvlm-ds data convert llava_665k.json --root /data/coco --out groups.jsonl"
+    command = add_command(data, "convert", _convert, "write any data as groups, one JSON object per line", example)
+    command.add_argument("manifest")
+    command.add_argument("--out", required=True, help="file to write")
+    command.add_argument("--on_error", choices=("error", "skip"), default="error", help="skip rows that are no group, and list them")
+    add_data_options(command, "auto")
+    example = "cfvlm-ds data download rows.jsonl --out local.jsonl"
+    text = "fetch the pictures that rows name by http(s) address, or hold as text, and write the rows with files in their place"
+    command = add_command(data, "download", _download, text, example)
+    command.add_argument("manifest")
+    command.add_argument("--out", required=True, help="JSON lines to write; the pictures go to the folder OUT.pictures beside it")
+    command.add_argument("--on_error", choices=("error", "skip"), default="error", help="skip rows without their pictures, and list them")
+    command.add_argument("--threads", type=positive, default=16, help="pictures fetched side by side (default 16)")
 
     looking.add(data)
+    example = "cfvlm-ds data pack groups.jsonl --out STORE"
+    command = add_command(data, "pack", _pack, "rows in shards and pictures in tars, for data of any size", example)
+    command.add_argument("manifest")
+    command.add_argument(
+        "--out", required=True, metavar="FOLDER", help="folder to write; what an earlier call has packed is not packed again"
+    )
+    text = "pack every N-th shard from number I on, 0 to N-1; the others are for other calls, at the same time or not"
+    command.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help=text)
+    add_data_options(command)
 
     command = add_command(commands, "tiny", _tiny, "write a small random model for smoke tests", "cfvlm-ds tiny qwen2_5_vl runs/tiny-qwen")
     command.add_argument("family", help="a model type such as llava, llava_onevision, qwen2_vl, qwen3_vl, internvl")
@@ -42,6 +67,62 @@ def _tiny(arguments: argparse.Namespace) -> None:
     print(f"wrote {write_small(arguments.family, Path(arguments.out_dir), arguments.seed)}")
 
 
+def _shard(text: str) -> tuple[int, int]:
+    """An argument's type: 3/64 is the fourth of 64 parts."""
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N-1, such as 0/8, not {text!r}")
+    return int(number), int(of)
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.data import open_groups
+    from cfvlm_ds.data.pack import pack
+
+    out, (shard, of) = Path(arguments.out), arguments.shard
+    groups = open_groups(arguments.manifest, arguments.root, said_format(arguments.manifest, arguments.format), progress=print_line)
+    try:
+        whole = pack(groups, out, print_line, shard=shard, of=of, max_pixels=arguments.max_pixels)
+    except OSError as error:
+        raise StorageError(f"{unwritten(out, error)}; make room, or correct --out: what is packed is kept") from error
+    if whole:
+        print(f"packed {len(groups)} groups into {out}: a data set by this name, as data.train for instance")
+
+
+def _formats(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.data.containers.kinds import CONTAINERS
+    from cfvlm_ds.data.formats import FORMATS
+    from cfvlm_ds.data.formats.recognise import SAMPLES
+
+    print(f"containers (by the ending of a name, or what is in a folder): jsonl, {', '.join(CONTAINERS)}\n")
+    for name in FORMATS:
+        sample = SAMPLES[name]
+        print(f"{name}: {sample.what}" + (f"\n    --format {name}:{sample.options}" if sample.options else ""))
+        print(f"    {json.dumps(sample.row)}\n")
+    print("--format auto takes the one that the first row fits, and says which.")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.data.convert import convert
+
+    out = Path(arguments.out)
+    done = convert(Path(arguments.manifest), arguments.root, arguments.format, out, arguments.on_error, print)
+    where = "its folder" if done.root == out.parent.absolute() else f"{done.root}, which is to be named as root"
+    print(f"wrote {out}: {done.groups} groups; paths of pictures are relative to {where}")
+
+
+def _download(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.data.download import download
+
+    rows, problems = download(Path(arguments.manifest), Path(arguments.out), arguments.on_error, arguments.threads, print)
+    for problem in problems[:_SHOWN]:
+        print(f"  {problem}")
+    print(f"wrote {arguments.out}: {rows} rows" + f", {len(problems)} left out" * bool(problems))
+
+
+_SHOWN = 50
+
+
 def _check(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.batching.collator import load_collator
     from cfvlm_ds.data import check_manifest
@@ -50,7 +131,7 @@ def _check(arguments: argparse.Namespace) -> None:
     report = check_manifest(
         arguments.manifest,
         arguments.root,
-        arguments.format,
+        said_format(arguments.manifest, arguments.format),
         lengths=collator,
         max_pixels=arguments.max_pixels,
     )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive
+from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive, said_format
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.untrusted import output_file
@@ -61,7 +61,8 @@ def _stats(arguments: argparse.Namespace) -> None:
 
         lengths = load_collator(model_of(arguments)[0], "full", arguments.max_pixels)
     options: dict[str, Any] = {} if shows_progress() else {"progress": lambda line: None}
-    found = statistics(arguments.manifest, arguments.root, arguments.format, lengths=lengths, max_pixels=arguments.max_pixels, **options)
+    format = said_format(arguments.manifest, arguments.format)
+    found = statistics(arguments.manifest, arguments.root, format, lengths=lengths, max_pixels=arguments.max_pixels, **options)
     print(found)
     if arguments.out is not None and found.num_groups:
         from cfvlm_ds.tracking.data_figure import data_figure

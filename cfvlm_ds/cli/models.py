@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive
+from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive, said_format
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace
@@ -36,6 +36,8 @@ def add(commands: Any) -> None:
         command.add_argument("--batch_size", type=positive, default=16, help="groups per batch (default 16)")
         limit = "tokens per forward at most; a larger batch is scored in several (default: one forward per batch)"
         command.add_argument("--max_tokens_per_forward", type=positive, metavar="N", help=limit)
+        text = "score the first N groups alone, as the option limit of a data set does"
+        command.add_argument("--limit", type=positive, metavar="N", help=text)
         if name == "evaluate":
             text = "leave out the row of another group's image, which costs one more image and its texts per group"
             command.add_argument("--no_shuffled", action="store_true", help=text)
@@ -51,21 +53,21 @@ def add(commands: Any) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.data import data_roots, read_manifest
+    from cfvlm_ds.data import sound_groups
     from cfvlm_ds.data.identity import data_identity
     from cfvlm_ds.data.picture_index import PictureTable
     from cfvlm_ds.data.stored_scores import write_scores
     from cfvlm_ds.evaluation import score_groups
     from cfvlm_ds.models import fingerprint
 
-    groups = read_manifest(arguments.manifest, arguments.root, arguments.format)
+    groups = sound_groups(arguments.manifest, arguments.root, said_format(arguments.manifest, arguments.format), arguments.limit)
     model, adapter = model_of(arguments)
     if adapter is not None:
         raise ConfigError(f"{adapter} holds adapters, and stored scores belong to one model; merge them with `cfvlm-ds export`, name that")
     out = output_file(Path(arguments.out or f"{arguments.manifest}.scores.jsonl"))
     checked = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
     scorer, collator, world = load_scorer(model, max_pixels=arguments.max_pixels, checked=checked)
-    identity = data_identity(groups, data_roots(arguments.manifest, arguments.root), checked)
+    identity = data_identity(groups, groups.roots, checked)
     scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
     if broken := [group.id for group, score in zip(groups, scores, strict=True) if not score.finite]:
         raise ConfigError(
@@ -78,12 +80,15 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.data import named_apart, read_manifest
+    from cfvlm_ds.data import named_apart, sound_groups
     from cfvlm_ds.evaluation import evaluate, table
 
     if arguments.out:
         output_file(Path(arguments.out))
-    splits = {name: read_manifest(path, arguments.root, arguments.format) for name, path in named_apart(arguments.manifest).items()}
+    splits = {
+        name: sound_groups(path, arguments.root, said_format(path, arguments.format), arguments.limit)
+        for name, path in named_apart(arguments.manifest).items()
+    }
     scorer, collator, world = load_scorer(*model_of(arguments), max_pixels=arguments.max_pixels)
     results, _ = evaluate(scorer, collator, splits, world, shuffled=not arguments.no_shuffled, **_batches(arguments))
     print(table(results))

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.core.config import IMAGE_LIMITS, DataConfig, ModelConfig
+from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
+from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.run_folder import named_model
 from cfvlm_ds.core.verbosity import VERBOSITY
 
@@ -28,13 +29,26 @@ def add_verbosity(command: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
 
 
-def add_data_options(command: argparse.ArgumentParser) -> None:
+def add_data_options(command: argparse.ArgumentParser, format: str = "") -> None:
     """How a manifest is read: --format, --root, --max_pixels."""
     defaults = DataConfig()
-    command.add_argument("--format", default=defaults.format, help=f"manifest format (default {defaults.format})")
+    format = format or defaults.format
+    text = "NAME or NAME:OPTION=VALUE,OPTION=VALUE; auto takes the one that the first row fits; see `cfvlm-ds data formats`"
+    command.add_argument("--format", default=format, help=f"format of the rows (default {format}): {text}")
     text = "folder of the images (default: the manifest's); may be given several times, absolute paths and links may lead into each"
     command.add_argument("--root", action="append", metavar="FOLDER", help=text)
     command.add_argument("--max_pixels", type=int, default=defaults.max_pixels, help=f"image size limit (default {defaults.max_pixels})")
+
+
+def said_format(manifest: str | Path, format: str) -> str:
+    """The format of a manifest; for ``auto`` the one that its first row has, which is printed."""
+    from cfvlm_ds.data.formats import AUTO
+    from cfvlm_ds.data.manifest import open_groups, taken_as
+
+    if format != AUTO:
+        return format
+    print(taken_as(groups := open_groups(manifest, None, format, progress=print)))
+    return groups.format
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, bookkeeping, fixed, meaning, speed
 from cfvlm_ds.core.verbosity import Shows
 
@@ -90,83 +91,6 @@ class ModelConfig:
 
 IMAGE_LIMITS = ("min_pixels", "max_pixels", "max_tiles")
 """The options of a ModelConfig that bound the visual tokens of an image."""
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """A manifest with a format and a place of its own.
-
-    Args:
-        path: manifest of counterfactual groups.
-        root: as ``data.root``, which is used when not given.
-        format: as ``data.format``, which is used when not given.
-    """
-
-    path: str
-    root: list[str] | str | None = None
-    format: str | None = None
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Training and evaluation data.
-
-    Args:
-        train: manifest of counterfactual groups.
-        evaluation: name -> manifest, evaluated every ``train.eval_steps`` and at the end; or name -> {path: manifest, root: FOLDERS,
-            format: NAME} where a manifest has a root or a format of its own (``--data.evaluation.NAME.root FOLDER``).
-        format: format of the manifests, a name in ``cfvlm_ds.data.FORMATS``.
-        root: folder of the images, or a list of folders; the manifest's own when not given. Paths in a manifest are absolute, or relative
-            to the first of them that has the file; what a path leads to, through links too, must be inside one of them.
-        scores: file written by ``cfvlm-ds score`` with reference and blind log-likelihoods of the training manifest (DPO and PMI need it).
-        max_pixels: refuse images with more pixels than this.
-        check: ``full`` opens every image before training starts; ``rows`` checks the manifests only.
-        on_error: what all ranks do when a training group cannot be read, for instance because an image was damaged after the check:
-            ``error``, or ``skip`` the whole group. skipped.json in the run folder lists those.
-        max_skipped: groups that ``skip`` may leave out in a run; one more is an error.
-        num_workers: processes that prepare batches, per rank; one per spare core, at most 4, when not given.
-        max_tokens_per_micro_batch: pack whole groups up to this many tokens into a micro-batch, in place of
-            ``train.per_device_train_batch_size`` of them; ranks then have equal work whatever the sizes of images and texts.
-        max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens, twice (a gradient cache, arXiv
-            2101.06983): the memory of one, the same gradients, about a third more time. An image with too many texts is divided.
-        feature_cache: folder for the outputs of a frozen vision tower, one per picture; filled before the first step, after which the tower
-            never runs. Every rank must see it; runs may share it. docs/families.md says how large it gets.
-    """
-
-    train: str = bookkeeping("")
-    evaluation: dict[str, str | DataSet] = bookkeeping(default_factory=dict)
-    format: str = bookkeeping("cfgroup")
-    root: list[str] | str | None = bookkeeping(None)
-    scores: str | None = bookkeeping(None)
-    max_pixels: int = bookkeeping(50_000_000, within=AT_LEAST_ONE)
-    check: Literal["full", "rows"] = bookkeeping("full")
-    on_error: Literal["error", "skip"] = bookkeeping("error")
-    max_skipped: int = bookkeeping(10, within=COUNT)
-    num_workers: int | None = speed(None, within=(0, 1024))
-    max_tokens_per_micro_batch: int | None = meaning(None, within=AT_LEAST_ONE)
-    max_tokens_per_forward: int | None = speed(None, within=AT_LEAST_ONE)
-    feature_cache: str | None = speed(None)
-
-    @property
-    def train_set(self) -> DataSet:
-        """The training manifest with its root and format."""
-        return DataSet(self.train, self.root, self.format)
-
-    @property
-    def evaluation_sets(self) -> dict[str, DataSet]:
-        """The evaluation manifests, each with its root and format."""
-        sets = {name: DataSet(split) if isinstance(split, str) else split for name, split in self.evaluation.items()}
-        return {
-            name: DataSet(split.path, self.root if split.root is None else split.root, split.format or self.format)
-            for name, split in sets.items()
-        }
-
-    @property
-    def workers(self) -> int:
-        """``num_workers``, or the machine's."""
-        from cfvlm_ds.core.distributed import default_workers  # torch, which a command's --help does not need
-
-        return default_workers() if self.num_workers is None else self.num_workers
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,11 @@ def create(path: Path) -> IO[bytes]:
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
 
 
+def cache_folder() -> Path:
+    """The user's folder for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cfvlm_ds"
+
+
 def remove(path: Path) -> None:
     """Remove a folder with all it holds, or a file; of a link, only the link."""
     if path.is_symlink() or path.is_file():

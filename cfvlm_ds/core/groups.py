@@ -6,12 +6,17 @@ sham: the anchor re-rendered with nothing changed. Shapes used throughout the pa
 
 from __future__ import annotations
 
+import copy
 import math
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from cfvlm_ds.core.conversation import PICTURE as PICTURE
+from cfvlm_ds.core.conversation import Prompt as Prompt
+from cfvlm_ds.core.conversation import Turn as Turn
+from cfvlm_ds.core.conversation import check_conversation, normalised_prompt, pictures_of
+from cfvlm_ds.core.conversation import normalised as normalised
 from cfvlm_ds.core.errors import DataError
 
 MAX_SIDE = 1024
@@ -38,9 +43,9 @@ Cells = Literal["anchor", "matched", "star", "full"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A text to be scored, and the prompt it answers."""
+    """A text to be scored, and the prompt it answers: a string, or a conversation (see cfvlm_ds.core.conversation)."""
 
-    prompt: str
+    prompt: Prompt
     text: str
 
 
@@ -64,7 +69,8 @@ class CounterfactualGroup:
     """I images x C candidate texts with a truth table; (image 0, candidate 0) is the factual pair.
 
     ``match[i][c]`` is 1 where text c is true of image i, 0 where it is false, None where that is unknown. An image is a tuple of pictures,
-    as many as every other image of its group has. ``meta`` is what else its row says, as JSON: read by nothing, and kept.
+    as many as every other image of its group has. ``source`` names the data set it comes from; ``objectives`` those that it counts in, None
+    for all. ``meta`` is what else its row says, as JSON: read by nothing, and kept.
     """
 
     id: str
@@ -75,6 +81,7 @@ class CounterfactualGroup:
     weight: float = 1.0
     source: str = ""
     meta: str = ""
+    objectives: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.images or not self.candidates:
@@ -90,13 +97,7 @@ class CounterfactualGroup:
             for c, truth in enumerate(line):
                 if truth not in (0, 1, None):
                     raise DataError(f"group {self.id!r}: match[{i}][{c}] is {truth!r}; it must be 1, 0 or None")
-        for index, pictures in enumerate(self.images):
-            if len(pictures) != self.num_pictures:
-                raise DataError(
-                    f"group {self.id!r}: image {index} has {len(pictures)} pictures and image 0 has {self.num_pictures}; split the row"
-                )
-            if len(set(pictures)) < len(pictures):
-                raise DataError(f"group {self.id!r}: image {index} shows a picture twice; name each once")
+        self._check_pictures()
         if not self.num_pictures and len(self.images) > 1:
             raise DataError(f"group {self.id!r}: a group without an image has one image entry, with the path null; split the row")
         if self.match[0][0] != 1:
@@ -106,13 +107,37 @@ class CounterfactualGroup:
         for index, candidate in enumerate(self.candidates):
             if not candidate.text.strip():
                 raise DataError(f"group {self.id!r}: text {index} is empty; write a text or remove it")
-        seen: dict[tuple[str, str], int] = {}
+        for turns in dict.fromkeys(candidate.prompt for candidate in self.candidates if not isinstance(candidate.prompt, str)):
+            check_conversation(turns, f"group {self.id!r}")
+            if (shown := pictures_of(turns)) != self.num_pictures:
+                raise DataError(
+                    f"group {self.id!r}: the conversation shows {shown} pictures, and an image has {self.num_pictures}; name a picture for "
+                    "every place, and a place for every picture"
+                )
+        seen: dict[tuple[Prompt, str], int] = {}
+        prompts = {candidate.prompt: normalised_prompt(candidate.prompt) for candidate in self.candidates}
         for index, candidate in enumerate(self.candidates):
-            key = (normalised(candidate.prompt), normalised(candidate.text))
+            key = (prompts[candidate.prompt], normalised(candidate.text))
             if key in seen:
                 other = f"text {seen[key]} ({self.candidates[seen[key]].text!r})"
                 raise DataError(f"group {self.id!r}: text {index} equals {other}; a counterfactual must differ, remove one of them")
             seen[key] = index
+
+    def _check_pictures(self) -> None:
+        for index, pictures in enumerate(self.images):
+            if len(pictures) != self.num_pictures:
+                raise DataError(
+                    f"group {self.id!r}: image {index} has {len(pictures)} pictures and image 0 has {self.num_pictures}; split the row"
+                )
+            if len(pictures) > 1 and len(set(pictures)) < len(pictures):
+                raise DataError(f"group {self.id!r}: image {index} shows a picture twice; name each once")
+
+    def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
+        """The same group with as many images under other paths; what is not about pictures is not checked a second time."""
+        other = copy.copy(self)
+        object.__setattr__(other, "images", images)
+        other._check_pictures()
+        return other
 
     @property
     def num_pictures(self) -> int:
@@ -122,7 +147,7 @@ class CounterfactualGroup:
     @property
     def prompt_ids(self) -> tuple[int, ...]:
         """A number per text, equal where texts answer one prompt: only those can be compared with each other."""
-        numbers: dict[str, int] = {}
+        numbers: dict[Prompt, int] = {}
         return tuple(numbers.setdefault(candidate.prompt, len(numbers)) for candidate in self.candidates)
 
     @property
@@ -134,11 +159,6 @@ class CounterfactualGroup:
                 if truth == 1:
                     found.setdefault(prompts[c], (i, c))
         return found
-
-
-def normalised(text: str) -> str:
-    """Text in Unicode's composed form (NFC) with runs of white space collapsed: two texts equal in this form are the same caption."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def check_side(num_images: int, num_texts: int, where: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -14,7 +16,8 @@ class GroupLayout:
     All tensors are [G, I, C] except ``weight`` [G] and ``prompt`` [G, C]:
     ``valid`` (bool) the cells that are scored; ``match`` (int8) 1 true, 0 false, -1 unknown; ``num_tokens`` (int64) response tokens of the
     cell's text, end-of-turn excluded; ``num_end_tokens`` (int64) its end-of-turn tokens, which count in the NLL and nowhere else;
-    ``prompt`` (int64) numbers the prompt of each text within its group; None where every group has one.
+    ``prompt`` (int64) numbers the prompt of each text within its group; None where every group has one. ``sources`` and ``objectives`` are
+    those of each group (see CounterfactualGroup); empty where no group names any.
     """
 
     valid: Tensor
@@ -24,6 +27,8 @@ class GroupLayout:
     weight: Tensor
     ids: tuple[str, ...] = ()
     prompt: Tensor | None = None
+    sources: tuple[str, ...] = ()
+    objectives: tuple[tuple[str, ...] | None, ...] = ()
 
     @property
     def same_prompt(self) -> Tensor:
@@ -42,3 +47,18 @@ class GroupLayout:
     def negative(self) -> Tensor:
         """[G, I, C] bool: scored cells whose text is known to be false of their image."""
         return self.valid & (self.match == 0)
+
+    def only(self, groups: Sequence[bool]) -> GroupLayout:
+        """The same layout in which the other groups have no scored cell, and so count in nothing."""
+        keep = torch.tensor(groups, device=self.valid.device)
+        return replace(self, valid=self.valid & keep.view(-1, 1, 1), weight=self.weight * keep)
+
+    def of_objective(self, name: str) -> GroupLayout:
+        """The layout that an objective sees: without the groups that name others only."""
+        if all(named is None for named in self.objectives):
+            return self
+        return self.only([named is None or name in named for named in self.objectives])
+
+    def of_source(self, name: str) -> GroupLayout:
+        """The layout of the groups of one source."""
+        return self.only([source == name for source in self.sources])

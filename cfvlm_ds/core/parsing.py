@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -10,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from cfvlm_ds.core.config import CFVLM, SECTIONS, DataSet, RunConfig, ScenesConfig, TinyLlavaConfig
+from cfvlm_ds.core.config import CFVLM, SECTIONS, RunConfig, ScenesConfig, TinyLlavaConfig
+from cfvlm_ds.core.data_config import DataSet, Source
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.nearest_option import RENAMED, nearest
 from cfvlm_ds.core.options import ENDLESS, kinds, ranges
@@ -73,7 +75,12 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
 
 
 def option_parser(objectives: Mapping[str, type], prog: str | None = None) -> Any:
-    """The parser of a run's options, jsonargparse's."""
+    """The parser of a run's options, jsonargparse's; it takes longer to make than to use, and may be used any number of times."""
+    return _parser(tuple(objectives.items()), prog)
+
+
+@functools.lru_cache(8)
+def _parser(objectives: tuple[tuple[str, type], ...], prog: str | None) -> Any:
     from jsonargparse import ActionConfigFile, ArgumentParser
 
     started = "deepspeed train.py" if prog in (None, "train.py") else prog
@@ -93,7 +100,7 @@ def option_parser(objectives: Mapping[str, type], prog: str | None = None) -> An
         parser.add_argument(f"--{name}", action="store_true", help=text)
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
-    for name, objective in objectives.items():
+    for name, objective in objectives:
         parser.add_class_arguments(objective, f"objective.{name}")
     return parser
 
@@ -262,6 +269,9 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
             raise ConfigError(f"{option} {wrong}; leave it out for the default")
     if train["max_steps"] == 0:
         raise ConfigError("train.max_steps must be at least 1, or -1 to use train.num_train_epochs, not 0")
+    sources = [] if isinstance(resolved["data"]["train"], str) else resolved["data"]["train"]
+    for given in [*sources, *(each for each in resolved["data"]["evaluation"].values() if isinstance(each, Mapping))]:
+        _check_data_set(given)
     for split, given in resolved["data"]["evaluation"].items():
         if isinstance(given, str) and given.lstrip().startswith("{"):  # the parser takes an object that it cannot read for a path
             raise ConfigError(
@@ -287,7 +297,23 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
             )
 
 
+def _check_data_set(given: Mapping[str, Any]) -> None:
+    """As ``_check_ranges``, for one source or evaluation set."""
+    for name, (low, high) in ranges(Source, "").items():
+        if (value := given.get(name)) is not None and not low <= value <= high:
+            raise ConfigError(
+                f"data: {name} of {given['path']!r} must be from {low:.16g} to {high:.16g}, not {value}; leave it out for the default"
+            )
+    if given.get("objectives") == []:
+        raise ConfigError(
+            f"data: objectives of {given['path']!r} is an empty list; name those that its groups count in, or leave it out for all"
+        )
+
+
 _SPLITS = "give NAME: PATH, or NAME: {path: PATH, root: FOLDER, format: NAME} with any of the last two"
+
+
+_SOURCES = "give FILE, or a list of {path: FILE, weight: NUMBER, root: FOLDER, format: NAME} with any of the last three"
 
 
 def _numbers(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, int | float]]:
@@ -309,6 +335,17 @@ def _one_sentence(message: str, names: Sequence[str]) -> str:
     message = " ".join(message.split())
     if f"'{DataSet.__module__}.{DataSet.__name__}'" in message:  # pages about classes that nobody named
         return f"data.evaluation: an entry is not a manifest; {_SPLITS}"
+    if f"[{Source.__module__}.{Source.__name__}]" in message:
+        stranger = re.search(r"Option '(\w+)' is not accepted", message)
+        wrong = re.search(r'Parser key "?(\w+)"?: .*? Given value: (.*?) - Expected', message)
+        if stranger:
+            near = nearest(f"data.train.{stranger[1]}", [f"data.train.{each.name}" for each in fields(Source)])
+            said = f"a source has no {stranger[1]!r}" + (f"; did you mean {near.rpartition('.')[2]!r}?" if near else "")
+        elif wrong:
+            said = f"{wrong[1]} of a source cannot be {wrong[2]}"
+        else:
+            said = "a source has no path" if "required: path" in message else "an entry is not a source"
+        return f"data.train: {said}; {_SOURCES}"
     unknown = re.search(r"(?:[Uu]nrecognized arguments:|[Kk]ey|[Oo]ption) '?-{0,2}([\w.-]+)'?", message)
     if not unknown or unknown[1] in names:
         return message.removeprefix("Parser key ").replace('"', "")

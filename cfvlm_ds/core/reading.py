@@ -47,6 +47,27 @@ def open_regular(path: str | Path) -> IO[bytes]:
         raise
 
 
+class HeldFile:
+    """A regular file that stays open as long as somebody holds it. Nobody moves in it: threads share it, and processes that are forked."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises as open_regular does."""
+        self._handle = open_regular(path)
+        self.number = self._handle.fileno()
+
+    def __del__(self) -> None:
+        if handle := getattr(self, "_handle", None):
+            handle.close()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """So many bytes from a place on; fewer only at the end of the file. Raises OSError."""
+        parts = [part := os.pread(self.number, length, offset)]
+        while part and len(part) < length:
+            offset, length = offset + len(part), length - len(part)
+            parts.append(part := os.pread(self.number, length, offset))
+        return b"".join(parts)
+
+
 def read_bytes(path: str | Path, limit: int) -> bytes:
     """All of a regular file. Raises TooLarge for one of more than ``limit`` bytes."""
     with open_regular(path) as handle:

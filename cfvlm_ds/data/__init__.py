@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.data.check import Share, check_manifest, check_share
+from cfvlm_ds.data.check import check_groups, check_manifest, check_rows, sound_groups
 from cfvlm_ds.data.decoding import MAX_PIXELS, image_size, open_image
 from cfvlm_ds.data.formats import FORMATS, Format
-from cfvlm_ds.data.manifest import Root, data_roots, named_apart, read_manifest
+from cfvlm_ds.data.manifest import Root, data_roots, named_apart, open_groups, read_manifest
+from cfvlm_ds.data.passes import Share
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.sampler import GroupSampler, PackedSampler
+from cfvlm_ds.data.store import GroupStore
 
 __all__ = [
     "FORMATS",
@@ -15,14 +17,18 @@ __all__ = [
     "CheckReport",
     "Format",
     "GroupSampler",
+    "GroupStore",
     "PackedSampler",
     "Root",
     "Share",
+    "check_groups",
     "check_manifest",
-    "check_share",
+    "check_rows",
     "data_roots",
     "image_size",
     "named_apart",
+    "open_groups",
     "open_image",
     "read_manifest",
+    "sound_groups",
 ]

@@ -1,32 +1,42 @@
-"""Check a whole data set before a long run meets its first broken image at night: all problems, and what the data set contains."""
+"""Check a whole data set before a long run meets its first broken image at night: all problems, and what the data set contains.
+
+It goes through the groups three times, each process through its range, and keeps none of them: rows, then pictures, then texts. What ranks
+must know of one another is 8 bytes for each id and each distinct picture.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import CounterfactualGroup, Pictures, Prompt
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
-from cfvlm_ds.data.manifest import Entry, Root, read_entries, told_apart
+from cfvlm_ds.data.manifest import Root, data_roots, known_format, open_groups, repeated
+from cfvlm_ds.data.packed import PackedRows
+from cfvlm_ds.data.passes import Done, Firsts, Share, contains, owned
 from cfvlm_ds.data.picture_file import picture_stat
-from cfvlm_ds.data.picture_index import Picture, PictureNotes, PictureTable, picture_key, picture_of
+from cfvlm_ds.data.picture_index import Picture, PictureTable, picture_key, picture_of
 from cfvlm_ds.data.report import CheckReport
+from cfvlm_ds.data.store import GroupStore, told_apart
 
-_CHUNK = 1024
+_CHUNK = 1024  # pictures that are opened before they are noted
 
 Size = tuple[int, int]
 """Width and height in pixels."""
+
+Array = npt.NDArray[Any]
 
 
 class Lengths(Protocol):
@@ -35,7 +45,7 @@ class Lengths(Protocol):
     max_length: int
     """The model's window in tokens."""
 
-    def row_length(self, prompt: str, text: str, sizes: tuple[Size, ...]) -> int:
+    def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
         """Tokens of prompt, pictures and text."""
         ...
 
@@ -44,100 +54,291 @@ class Lengths(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Share:
-    """This process's part of a check, and where it notes what it has seen.
-
-    ``alive`` is called for every row and picture; it may raise in order to leave.
-    """
-
-    rank: int = 0
-    size: int = 1
-    notes: PictureNotes = field(default_factory=PictureNotes)
-    alive: Callable[[], object] = lambda: None
+def check_rows(store: GroupStore, *, progress: Callable[[str], object], share: Share | None = None) -> CheckReport:
+    """What is wrong with the rows of this process's range, and what they contain: nothing is opened but the manifest."""
+    share, report = share or Share(), CheckReport(str(store.path))
+    look_at_rows(report, store, progress, share)
+    share.board.clear()
+    return report
 
 
 def check_groups(
-    manifest: Path,
-    entries: Iterable[Entry],
+    store: GroupStore,
     *,
     lengths: Lengths | None,
     max_pixels: int,
     progress: Callable[[str], object],
     share: Share | None = None,
-) -> tuple[CheckReport, list[CounterfactualGroup]]:
-    """Check the entries of a manifest and open each image they name, once; see cfvlm_ds.data.check_manifest. Returns the groups too.
+) -> CheckReport:
+    """Check the groups of a manifest and open each image they name, once; see cfvlm_ds.data.check_manifest.
 
-    With several processes, each having a ``share``, every one reads and counts all rows, opens its part of the images, measures its part of
-    the groups, and reports what is wrong with those. The first one also reports what is wrong with rows, and the visual tokens.
+    With several processes, each having a ``share``, every one looks at the rows and texts of its range, and opens a part of the pictures;
+    their reports add up to that of one.
     """
-    share = share or Share()
-    report = CheckReport(str(manifest))
-    groups: list[CounterfactualGroup] = []
-    places: list[str] = []
-    for where, item in entries:
-        share.alive()
-        if not isinstance(item, DataError):
-            groups.append(item)
-            places.append(where)
-            report.add_group(item)
-        elif share.rank == 0:
-            report.problems.append(str(item))
-    pictures = _check_images(report, groups, places, max_pixels, progress, share)
-    if lengths is not None and share.rank == 0:
-        _count_visual_tokens(report, groups, pictures, lengths, share.alive)
-    mine = range(share.rank, len(groups), share.size)
-    for index in Progress(progress, f"check of texts{_of_share(share)}", len(mine), "groups").over(mine):
-        share.alive()
-        _check_pairs(report, places[index], groups[index], pictures)
-        _check_texts(report, places[index], groups[index], lengths, pictures)
-    return report, groups
+    share, report = share or Share(), CheckReport(str(store.path))
+    seen = look_at_rows(report, store, progress, share)
+    keys, places = seen.pictures
+    mine = owned(keys, share.board.show("pictures", keys), share.rank)
+    report.add_images(len(mine))
+    _open_pictures(report, store, mine, places[contains(mine, keys)], max_pixels, progress, share)
+    pictures = share.notes.all()
+    keys, places = seen.images
+    mine = owned(keys, share.board.show("images", keys), share.rank)
+    texts = _Texts(store, lengths, pictures, mine, places[contains(mine, keys)])
+    counted = Progress(progress, f"check of texts{_of_share(share)}", len(share.of(len(store))), "groups")
+    for part in share.over(share.of(len(store)), texts, counted):
+        report.add(part)
+    share.board.clear()
+    return report
 
 
-def _check_texts(report: CheckReport, where: str, group: CounterfactualGroup, lengths: Lengths | None, pictures: PictureTable) -> None:
-    if lengths is None:
-        for index, candidate in enumerate(group.candidates):
-            report.note_length(len(candidate.text), "characters", f"{where}, text {index}")
+# Rows --------------------------------------------------------------------------------------------------------------------------------
+
+
+class _Seen(NamedTuple):
+    """Distinct pictures, and images of several pictures, by their keys, each with the first group of this range that shows it."""
+
+    pictures: tuple[Array, Array]
+    images: tuple[Array, Array]
+
+
+class _Rows(NamedTuple):
+    """What a chunk of rows holds; ``ids`` is 0 for a row that is no group."""
+
+    report: CheckReport
+    ids: Array
+    pictures: tuple[Array, Array]
+    images: tuple[Array, Array]
+
+
+def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], share: Share) -> _Seen:
+    """Count what the rows of this process's range hold and what is wrong with them, and find their pictures."""
+    places, ids = share.of(len(store)), [np.empty(0, np.uint64)]
+    pictures, images = Firsts(), Firsts()
+    counted = Progress(progress, f"check of rows{_of_share(share)}", len(places), "groups")
+    for part in share.over(places, partial(_rows, store), counted):
+        report.add(part.report)
+        ids.append(part.ids)
+        pictures.add(*part.pictures)
+        images.add(*part.images)
+    report.problems.extend(_repeated(store, share.board.show("ids", np.concatenate(ids)), share))
+    return _Seen(pictures.sorted(), images.sorted())
+
+
+def _rows(store: GroupStore, places: Sequence[int], done: Done) -> _Rows:
+    report, ids = CheckReport(str(store.path)), np.zeros(len(places), np.uint64)
+    pictures: dict[int, int] = {}
+    images: dict[int, int] = {}
+    last: object = None
+    for k, (index, group) in enumerate(store.entries(places)):
+        if isinstance(group, DataError):
+            if group is not last:  # of all groups of a row
+                report.problems.append(str(group))
+            last = group
+        else:
+            report.add_group(group)
+            ids[k] = _id_key(group.id)
+            for image in group.images:
+                keys = [picture_key(picture) for picture in image]
+                for key in keys:
+                    pictures.setdefault(key, index)
+                if image:
+                    images.setdefault(_image_key(keys), index)
+        done()
+    return _Rows(report, ids, _arrays(pictures), _arrays(images))
+
+
+def _arrays(firsts: dict[int, int]) -> tuple[Array, Array]:
+    return np.fromiter(firsts.keys(), np.uint64, len(firsts)), np.fromiter(firsts.values(), np.int64, len(firsts))
+
+
+def _id_key(group_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(group_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") or 1
+
+
+def _image_key(keys: Sequence[int]) -> int:
+    """A hash of an image by those of its pictures."""
+    if len(keys) == 1:
+        return keys[0]
+    return int.from_bytes(hashlib.blake2b(np.array(keys, np.uint64).tobytes(), digest_size=8).digest(), "little")
+
+
+def _repeated(store: GroupStore, ids: Sequence[Array], share: Share) -> Iterator[str]:
+    """The groups of this range whose id an earlier group has: keys that come twice are compared as texts."""
+    mine = np.sort(ids[share.rank])
+    twice = [mine[1:][mine[1:] == mine[:-1]], *(np.asarray(each)[contains(mine, np.asarray(each))] for each in ids[: share.rank])]
+    suspects = np.setdiff1d(np.concatenate(twice), np.zeros(1, np.uint64))
+    if not len(suspects):
         return
-    sizes: set[tuple[Size, ...]] = set()
-    for image in group.images:
-        try:
-            if (shown := _sizes(image, pictures)) is not None and shown not in sizes:
-                lengths.visual_tokens(shown)  # a text is not blamed for what the model cannot take as a picture
-                sizes.add(shown)
-        except DataError as error:
-            report.problems.append(f"{where}: group {group.id!r}: {_named(image)}: {error}")
-    unseen = (_SOME_SIZE,) * group.num_pictures
-    for index, candidate in enumerate(group.candidates):
-        try:
-            length = max((lengths.row_length(candidate.prompt, candidate.text, each) for each in sizes), default=0)
-            if not sizes:  # of pictures that are named above
-                lengths.row_length(candidate.prompt, candidate.text, unseen)
-        except DataError as error:
-            report.problems.append(f"{where}: group {group.id!r}: text {index}: {error}")
-            continue
-        report.note_length(length, "tokens", f"{where}, text {index}")
-        if length > lengths.max_length:
-            report.problems.append(
-                f"{where}: group {group.id!r}: text {index} is {length} tokens long with its prompt and image, over the model's window of "
-                f"{lengths.max_length}; shorten it, or allow more tokens if the model does"
-            )
+    first: dict[str, int] = {}
+    for rank in range(share.rank + 1):
+        begin = Share(rank, share.size).of(len(store)).start
+        for place in np.flatnonzero(contains(suspects, np.asarray(ids[rank]))).tolist():
+            share.alive()
+            group = store.entry(index := begin + place)
+            if not isinstance(group, DataError) and first.setdefault(group.id, index) != index and rank == share.rank:
+                yield repeated(store, index, first[group.id], group.id)
+
+
+# Pictures ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _open_pictures(
+    report: CheckReport,
+    store: GroupStore,
+    keys: Array,
+    places: Array,
+    max_pixels: int,
+    progress: Callable[[str], object],
+    share: Share,
+) -> None:
+    """Open each picture once, named by the first group of this range that shows it."""
+    wanted = first_uses(store, keys, places)
+    counted = Progress(progress, f"check of images{_of_share(share)}", len(keys), "images")
+    packed = store.rows.pictures if isinstance(store.rows, PackedRows) else None
+    for index, problem in counted.over(_open_all(wanted, packed, max_pixels, share)):
+        if problem is not None:
+            report.problems.append(f"{store.where(index)}: {problem}")
+
+
+def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
+    """The pictures with these keys, each with the group that shows it first; only those groups are read."""
+    left = np.ones(len(keys), bool)
+    for index in np.unique(places).tolist():
+        group = store.entry(index)
+        for image in () if isinstance(group, DataError) else group.images:
+            for picture in image:
+                if (found := _find(keys, picture_key(picture))) is not None and left[found] and places[found] == index:
+                    left[found] = False
+                    yield index, picture
+
+
+def _find(keys: Array, key: int) -> int | None:
+    place = int(keys.searchsorted(np.uint64(key)))
+    return place if place < len(keys) and int(keys[place]) == key else None
+
+
+def _open_all(
+    wanted: Iterator[tuple[int, Path]], packed: PictureTable | None, max_pixels: int, share: Share
+) -> Iterator[tuple[int, str | None]]:
+    """What is wrong with each picture, or None; the sound ones are noted, a chunk at a time."""
+    # Threads suffice: PIL decodes without holding the interpreter lock. Chunks bound the memory of pending work for millions of files.
+    pool = ThreadPoolExecutor(cores_per_rank())
+    try:
+        look = partial(_open, known=share.notes.known, packed=packed, max_pixels=max_pixels)
+        while chunk := [use for _, use in zip(range(_CHUNK), wanted, strict=False)]:
+            sound = []
+            opened = pool.map(look, [path for _, path in chunk])
+            for (index, path), found in zip(chunk, opened, strict=True):
+                share.alive()
+                if isinstance(found, Picture):
+                    sound.append((path, found))
+                yield index, found if isinstance(found, str) else None
+            share.notes.add(sound)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _open(path: Path, known: PictureTable, packed: PictureTable | None, max_pixels: int) -> Picture | str | None:
+    """What to note of a picture, or its problem; None for one that was sound before and has not been written since. One of a packed store
+    is the one that was ``packed``."""
+    try:
+        before = known.find(path)
+        if before is not None and before.width * before.height <= max_pixels and picture_stat(path) == (before.size, before.mtime):
+            return None
+        found = picture_of(path, *open_image(path, max_pixels).size)
+        if packed is not None and (before := packed.find(path)) is not None and before != found:
+            return f"{path}: the picture is not the one that was packed; copy the store whole, or pack the data again"
+        return found
+    except DataError as error:
+        return str(error)
+    except OSError as error:
+        return f"{path}: image cannot be read ({error.strerror}); restore it, or correct its path in the manifest"
+
+
+# Texts -------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The last look at a chunk of groups, which knows the pictures; ``images`` are counted where they come first, at ``places``."""
+
+    store: GroupStore
+    lengths: Lengths | None
+    pictures: PictureTable
+    images: Array
+    places: Array
+
+    def __call__(self, places: Sequence[int], done: Done) -> CheckReport:
+        report = CheckReport(str(self.store.path))
+        counted: set[int] = set()
+        for index, group in self.store.entries(places):
+            if not isinstance(group, DataError):
+                self._check_pairs(report, index, group)
+                self._check_texts(report, index, group)
+                if self.lengths is not None:
+                    self._count_visual_tokens(report, index, group, self.lengths, counted)
+            done()
+        return report
+
+    def _check_texts(self, report: CheckReport, index: int, group: CounterfactualGroup) -> None:
+        if (lengths := self.lengths) is None:
+            for number, candidate in enumerate(group.candidates):
+                report.note_length(len(candidate.text), "characters", self._where_text(index, number))
+            return
+        sizes: set[tuple[Size, ...]] = set()
+        for image in group.images:
+            try:
+                if (shown := _sizes(image, self.pictures)) is not None and shown not in sizes:
+                    lengths.visual_tokens(shown)  # a text is not blamed for what the model cannot take as a picture
+                    sizes.add(shown)
+            except DataError as error:
+                report.problems.append(f"{self.store.where(index)}: group {group.id!r}: {_named(image)}: {error}")
+        unseen = (_SOME_SIZE,) * group.num_pictures
+        for number, candidate in enumerate(group.candidates):
+            try:
+                length = max((lengths.row_length(candidate.prompt, candidate.text, each) for each in sizes), default=0)
+                if not sizes:  # of pictures that are named above
+                    lengths.row_length(candidate.prompt, candidate.text, unseen)
+            except DataError as error:
+                report.problems.append(f"{self.store.where(index)}: group {group.id!r}: text {number}: {error}")
+                continue
+            report.note_length(length, "tokens", self._where_text(index, number))
+            if length > lengths.max_length:
+                report.problems.append(
+                    f"{self.store.where(index)}: group {group.id!r}: text {number} is {length} tokens long with its prompt and image, over "
+                    f"the model's window of {lengths.max_length}; shorten it, or allow more tokens if the model does"
+                )
+
+    def _where_text(self, index: int, number: int) -> Callable[[], str]:
+        return lambda: f"{self.store.where(index)}, text {number}"
+
+    def _count_visual_tokens(
+        self, report: CheckReport, index: int, group: CounterfactualGroup, lengths: Lengths, counted: set[int]
+    ) -> None:
+        for image in group.images:
+            place = _find(self.images, _image_key([picture_key(picture) for picture in image])) if image else None
+            if place is None or self.places[place] != index or place in counted:
+                continue
+            counted.add(place)
+            try:
+                if (shown := _sizes(image, self.pictures)) is not None:
+                    report.visual_tokens[lengths.visual_tokens(shown)] += 1
+            except DataError:
+                continue  # named with its group
+
+    def _check_pairs(self, report: CheckReport, index: int, group: CounterfactualGroup) -> None:
+        for second in range(1, len(group.images)):
+            for first in range(second):
+                if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], self.pictures):
+                    report.problems.append(
+                        f"{self.store.where(index)}: group {group.id!r}: counterfactual image {second} equals image {first} byte for byte "
+                        f"({_named(group.images[second])} and {_named(group.images[first])}) though match tells them apart; redo the edit, "
+                        "or remove it"
+                    )
 
 
 _SOME_SIZE = (56, 56)  # of pictures of which none is known: a text may have more against it than its length
-
-
-def _count_visual_tokens(
-    report: CheckReport, groups: list[CounterfactualGroup], pictures: PictureTable, lengths: Lengths, alive: Callable[[], object]
-) -> None:
-    images = [image for group in groups for image in group.images if image]
-    for place in _first_of_each(hash(image) for image in images):
-        alive()
-        try:
-            if (shown := _sizes(images[place], pictures)) is not None:
-                report.visual_tokens.append(lengths.visual_tokens(shown))
-        except DataError:
-            continue  # named with its group
 
 
 def _sizes(image: Pictures, pictures: PictureTable) -> tuple[Size, ...] | None:
@@ -145,55 +346,6 @@ def _sizes(image: Pictures, pictures: PictureTable) -> tuple[Size, ...] | None:
     found = [pictures.find(picture) for picture in image]
     known = [(picture.width, picture.height) for picture in found if picture is not None]
     return tuple(known) if len(known) == len(image) else None
-
-
-def _first_of_each(keys: Iterable[int]) -> npt.NDArray[Any]:
-    """Where each distinct key comes first, in that order."""
-    return np.sort(np.unique(np.fromiter((key & _KEY for key in keys), np.uint64), return_index=True)[1])
-
-
-_KEY = (1 << 64) - 1
-
-
-def _check_images(
-    report: CheckReport,
-    groups: list[CounterfactualGroup],
-    places: list[str],
-    max_pixels: int,
-    progress: Callable[[str], object],
-    share: Share,
-) -> PictureTable:
-    """What is known of the images that can be opened, once all processes have opened their part."""
-
-    def uses() -> Iterator[tuple[int, Path]]:
-        return ((index, picture) for index, group in enumerate(groups) for image in group.images for picture in image)
-
-    def keys() -> Iterator[int]:
-        for _, picture in uses():
-            share.alive()
-            yield picture_key(picture)
-
-    firsts = _first_of_each(keys())
-    report.add_images(len(firsts))
-    mine = set(firsts[share.rank :: share.size].tolist())
-    wanted = [use for place, use in enumerate(uses()) if place in mine]
-    found = _open_all([picture for _, picture in wanted], max_pixels, share)
-    counted = Progress(progress, f"check of images{_of_share(share)}", len(wanted), "images").over(found)
-    for (index, _), problem in zip(wanted, counted, strict=True):
-        if problem is not None:
-            report.problems.append(f"{places[index]}: {problem}")
-    return share.notes.all()
-
-
-def _check_pairs(report: CheckReport, where: str, group: CounterfactualGroup, pictures: PictureTable) -> None:
-    for second in range(1, len(group.images)):
-        for first in range(second):
-            if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], pictures):
-                report.problems.append(
-                    f"{where}: group {group.id!r}: counterfactual image {second} equals image {first} byte for byte "
-                    f"({_named(group.images[second])} and {_named(group.images[first])}) though match tells them apart; redo the edit, "
-                    "or remove it"
-                )
 
 
 def _named(pictures: Pictures) -> str:
@@ -208,38 +360,16 @@ def _same_bytes(first: Pictures, second: Pictures, pictures: PictureTable) -> bo
     return all(a == b or same(a, b) for a, b in zip(first, second, strict=True))
 
 
-def _open_all(paths: Sequence[Path], max_pixels: int, share: Share) -> Iterator[str | None]:
-    """What is wrong with each picture, or None; the sound ones are noted, a chunk at a time."""
-    # Threads suffice: PIL decodes without holding the interpreter lock. Chunks bound the memory of pending work for millions of files.
-    pool = ThreadPoolExecutor(cores_per_rank())
-    try:
-        for start in range(0, len(paths), _CHUNK):
-            chunk, sound = paths[start : start + _CHUNK], []
-            for path, found in zip(chunk, pool.map(partial(_open, known=share.notes.known, max_pixels=max_pixels), chunk), strict=True):
-                share.alive()
-                if isinstance(found, Picture):
-                    sound.append((path, found))
-                yield found if isinstance(found, str) else None
-            share.notes.add(sound)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _open(path: Path, known: PictureTable, max_pixels: int) -> Picture | str | None:
-    """What to note of a picture, or its problem; None for one that was sound before and has not been written since."""
-    try:
-        before = known.find(path)
-        if before is not None and before.width * before.height <= max_pixels and picture_stat(path) == (before.size, before.mtime):
-            return None
-        return picture_of(path, *open_image(path, max_pixels).size)
-    except DataError as error:
-        return str(error)
-    except OSError as error:
-        return f"{path}: image cannot be read ({error.strerror}); restore it, or correct its path in the manifest"
-
-
 def _of_share(share: Share) -> str:
     return f" (rank {share.rank}; {share.size} ranks share them)" if share.size > 1 else ""
+
+
+def sound_groups(path: str | Path, root: Root = None, format: str = "cfgroup", limit: int | None = None) -> GroupStore:
+    """``open_groups`` of a manifest whose rows are looked at first. Raises DataError on the first problem, ids that come twice included."""
+    store = open_groups(path, root, format, limit=limit)
+    if problems := check_rows(store, progress=lambda line: None).problems:
+        raise DataError(problems[0])
+    return store
 
 
 def check_manifest(
@@ -255,22 +385,16 @@ def check_manifest(
 
     ``lengths`` (a Collator, say) knows how many tokens a row takes; with it, rows beyond the model's window are problems and visual tokens
     are counted. ``max_pixels`` as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds of work.
-    Problems are collected, not raised; DataError is raised for an unknown format.
+    Of a packed store every file is held against its sha256 too. Problems are collected, not raised; DataError is raised for an unknown
+    format.
     """
-    entries = read_entries(path, root, format)
-    return check_groups(Path(path), entries, lengths=lengths, max_pixels=max_pixels, progress=progress)[0]
-
-
-def check_share(
-    path: str | Path,
-    root: Root,
-    format: str,
-    share: Share,
-    *,
-    lengths: Lengths | None,
-    max_pixels: int,
-    progress: Callable[[str], object] = print_line,
-) -> tuple[CheckReport, list[CounterfactualGroup]]:
-    """One process's part of ``check_manifest``, and the groups of all well-formed rows."""
-    entries = read_entries(path, root, format)
-    return check_groups(Path(path), entries, lengths=lengths, max_pixels=max_pixels, progress=progress, share=share)
+    known_format(path, format)
+    data_roots(path, root)
+    try:
+        store = open_groups(path, root, format, progress=progress)
+    except DataError as error:
+        return CheckReport(str(path), problems=[str(error)])
+    report = check_groups(store, lengths=lengths, max_pixels=max_pixels, progress=progress)
+    if isinstance(store.rows, PackedRows):
+        report.problems.extend(store.rows.altered(progress, lambda: None))
+    return report

@@ -5,11 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
+from cfvlm_ds.core.conversation import spelled
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.data.passes import Done, Share
 from cfvlm_ds.data.picture_index import PictureTable
+from cfvlm_ds.data.store import GroupStore
 
 Identity: TypeAlias = Mapping[str, int | str | None]
 """``rows`` counts them, ``order`` is a hash of their ids in order, the rest are sums over the rows, which their order does not change.
@@ -22,6 +29,7 @@ _PARTS = {
     "paths": "image paths",
     "pictures": "contents of pictures",
 }
+_SUMS = ("ids", *_PARTS)
 _OF_SCORES = ("texts", "paths", "pictures")
 _MODULUS = 1 << 128
 
@@ -37,16 +45,59 @@ def data_identity(
 
     Edits are not part of it: they name rows of a table of results, and nothing is trained or scored by them.
     """
+    return _joined([_part(groups, roots, pictures, alive)])
+
+
+def shared_identity(store: GroupStore, pictures: PictureTable | None, share: Share) -> Identity:
+    """``data_identity`` of groups that ranks go through together; collective. Raises DataError for a row that is none."""
+
+    def work(places: Sequence[int], done: Done) -> _Part | str:
+        try:
+            return _part((store[index] for index in places), store.roots, pictures, done)
+        except DataError as error:
+            return str(error)
+
+    mine, problem = [], None
+    for part in share.over(share.of(len(store)), work):
+        if isinstance(part, str):
+            problem = part
+            break
+        mine.append(part)
+    rows, known, sums = sum(part.rows for part in mine), all(part.known for part in mine), _added(mine)
+    numbers = np.array([problem is not None, rows, known, *(half for name in _SUMS for half in divmod(sums[name], 1 << 64))], np.uint64)
+    orders = share.board.show("order", np.frombuffer(b"".join(part.order for part in mine), np.uint8))
+    parts = []
+    for order, of_rank in zip(orders, share.board.show("sums", numbers), strict=True):
+        if not len(of_rank) or of_rank[0]:
+            raise DataError(problem or f"{store.path}: another rank could not read one of its rows, and says which")
+        rows, known, *halves = of_rank[1:].tolist()
+        whole = {name: (high << 64) + low for name, high, low in zip(_SUMS, halves[::2], halves[1::2], strict=True)}
+        parts.append(_Part(rows, order.data, bool(known), whole))
+    found = _joined(parts)
+    share.board.clear()
+    return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What some rows, one after the other, add to an identity; ``order`` has 16 bytes of each."""
+
+    rows: int
+    order: Any
+    known: bool
+    sums: dict[str, int]
+
+
+def _part(groups: Iterable[CounterfactualGroup], roots: Sequence[Path], pictures: PictureTable | None, done: Callable[[], object]) -> _Part:
     prefixes = [root.parts for root in roots]
-    sums: dict[str, int] = dict.fromkeys(("ids", *_PARTS), 0)
-    order, rows, known = hashlib.blake2b(digest_size=16), 0, pictures is not None
+    sums: dict[str, int] = dict.fromkeys(_SUMS, 0)
+    order, rows, known = bytearray(), 0, pictures is not None
     for group in groups:
-        alive()
         rows += 1
-        order.update(_hash([group.id]).to_bytes(16, "little"))
+        order += _hash([group.id]).to_bytes(16, "little")
         parts: dict[str, Any] = {
             "ids": None,
-            "texts": [[candidate.prompt, candidate.text] for candidate in group.candidates],
+            "texts": [[spelled(candidate.prompt), candidate.text] for candidate in group.candidates],
             "labels": group.match,
             "weights": group.weight,
             "paths": [[_inside(picture, prefixes) for picture in each] for each in group.images],
@@ -57,12 +108,35 @@ def data_identity(
             parts["pictures"] = [[picture.size, picture.digest.hex()] for each in found for picture in each if picture is not None]
         for name, part in parts.items():
             sums[name] = (sums[name] + _hash([group.id, part])) % _MODULUS
+        done()
+    return _Part(rows, bytes(order), known, sums)
+
+
+def _added(parts: Sequence[_Part]) -> dict[str, int]:
+    return {name: sum(part.sums[name] for part in parts) % _MODULUS for name in _SUMS}
+
+
+def _joined(parts: Sequence[_Part]) -> Identity:
+    order = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        order.update(part.order)
     return {
-        "rows": rows,
+        "rows": sum(part.rows for part in parts),
         "order": order.hexdigest(),
-        **{name: f"{value:032x}" for name, value in sums.items()},
-        **({} if known else {"pictures": None}),
+        **{name: f"{value:032x}" for name, value in _added(parts).items()},
+        **({} if all(part.known for part in parts) else {"pictures": None}),
     }
+
+
+def mixed_identity(sources: Mapping[str, Identity], objectives: Mapping[str, Any]) -> Identity:
+    """The identity of a mixture: that of its sources, their names and the objectives that each counts in."""
+    known = all(identity.get("pictures") is not None for identity in sources.values())
+    parts: dict[str, Any] = {}
+    for part in ("order", *_SUMS):
+        parts[part] = f"{_hash([[name, identity[part]] for name, identity in sources.items()]):032x}"
+    parts["mixture"] = f"{_hash([[name, objectives[name]] for name in sources]):032x}"
+    rows = sum(int(identity["rows"] or 0) for identity in sources.values())
+    return {"rows": rows, **parts, **({} if known else {"pictures": None})}
 
 
 def digest(identity: Identity) -> str:
@@ -78,6 +152,8 @@ def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str 
     """
     if before["rows"] != now["rows"]:
         return f"the number of rows ({now['rows']}, was {before['rows']})"
+    if before.get("mixture") != now.get("mixture"):
+        return "the mixture: its sources, their names or their objectives"
     if before["ids"] != now["ids"]:
         return "the groups (other ids)"
     left_out = "pictures" if before["pictures"] is None or now["pictures"] is None else "paths"

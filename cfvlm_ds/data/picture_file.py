@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import TooLarge, open_regular
+from cfvlm_ds.core.reading import HeldFile, TooLarge, open_regular
 
 _PART = re.compile(r"(?P<file>.+\.(?:tar|arrow|bin))#(?P<start>0|[1-9][0-9]{0,17})\+(?P<length>0|[1-9][0-9]{0,17})", re.DOTALL)
 """One name for a part and no other: without leading zeros, or digits of other scripts."""
 
-_OPEN = 64  # containers that a process keeps open: opening a file is what parallel file systems are slow at
+_OPEN = 256  # containers that a process keeps open: opening a file is what parallel file systems are slow at
 
 
 def part_name(container: str, start: int, length: int) -> str:
@@ -29,8 +29,14 @@ def part_name(container: str, start: int, length: int) -> str:
 
 def picture_file(path: Path) -> Path:
     """The file that a picture is in: itself as a rule. Confinement and questions of existence are about this one."""
-    found = _PART.fullmatch(path.name)
-    return path if found is None else path.with_name(found["file"])
+    name = file_name(path.name)
+    return path if name == path.name else path.with_name(name)
+
+
+def file_name(name: str) -> str:
+    """The same for the last part of a path."""
+    found = _PART.fullmatch(name) if "#" in name else None
+    return name if found is None else found["file"]
 
 
 def picture_stat(path: Path) -> tuple[int, int]:
@@ -83,28 +89,16 @@ def _inside(path: Path, part: tuple[int, int], size: int) -> tuple[int, int]:
     return part
 
 
-class _Container:
-    """A file that stays open as long as somebody reads a part of it; a fork may go on reading, for nobody moves in it."""
-
-    def __init__(self, path: str) -> None:
-        self._handle = open_regular(path)
-        self.number = self._handle.fileno()
-
-    def __del__(self) -> None:
-        if handle := getattr(self, "_handle", None):
-            handle.close()
-
-
 @functools.lru_cache(_OPEN)
-def _container(path: str, *state: int) -> _Container:
+def _container(path: str, *state: int) -> HeldFile:
     """The file in this state: one that was put in its place is another."""
-    return _Container(path)
+    return HeldFile(path)
 
 
 class _Part(io.RawIOBase):
     """Some bytes of a container, as a file. It has no descriptor to give away: image libraries would read the container from its start."""
 
-    def __init__(self, path: Path, container: _Container, start: int, length: int) -> None:
+    def __init__(self, path: Path, container: HeldFile, start: int, length: int) -> None:
         self._path, self._container, self._start, self._length, self._place = path, container, start, length, 0
 
     def readable(self) -> bool:
@@ -126,7 +120,7 @@ class _Part(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         view = memoryview(buffer).cast("B")
         wanted = max(0, min(len(view), self._length - self._place))
-        got = os.pread(self._container.number, wanted, self._start + self._place)
+        got = self._container.read(self._start + self._place, wanted)
         if wanted and not got:
             raise DataError(f"{self._path}: its file has become shorter while it was read; get it whole again")
         view[: len(got)] = got

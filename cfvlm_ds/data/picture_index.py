@@ -26,9 +26,10 @@ from cfvlm_ds.core.reading import TooLarge
 from cfvlm_ds.data.decoding import MAX_BYTES, Size, image_size
 from cfvlm_ds.data.picture_file import open_picture, picture_stat
 
-_FACTS = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
-_RECORD = np.dtype([("key", "<u8"), ("facts", _FACTS)])
-_BLOCK = 1 << 20  # bytes read at a time
+FACTS = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
+_RECORD = np.dtype([("key", "<u8"), ("facts", FACTS)])
+_BLOCK = 1 << 20  # bytes read at a time, and records written
+_DIGEST = 16  # bytes
 _TABLE, _NOTES = "pictures-1", "notes-1"  # another number for another form: older files are left alone
 
 
@@ -49,7 +50,7 @@ def picture_key(path: Path) -> int:
 
 def content_digest(path: Path) -> bytes:
     """128 bits of the file's contents. Raises OSError, and ValueError for what is no regular file or has more than MAX_BYTES."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=_DIGEST)
     with open_picture(path) as handle:
         left = handle.seek(0, os.SEEK_END)
         if left > MAX_BYTES:
@@ -59,6 +60,11 @@ def content_digest(path: Path) -> bytes:
             digest.update(block)
             left -= len(block)
     return digest.digest()
+
+
+def digest_of(content: bytes) -> bytes:
+    """``content_digest`` of a file of this content."""
+    return hashlib.blake2b(content, digest_size=_DIGEST).digest()
 
 
 def picture_of(path: Path, width: int, height: int) -> Picture:
@@ -79,7 +85,7 @@ class PictureTable:
         if not count:
             return cls.of({})
         keys = np.memmap(file, np.dtype("<u8"), "r", 0, (count,))
-        return cls(np.asarray(keys), np.asarray(np.memmap(file, _FACTS, "r", keys.nbytes, (count,))), file)
+        return cls(np.asarray(keys), np.asarray(np.memmap(file, FACTS, "r", keys.nbytes, (count,))), file)
 
     @classmethod
     def of(cls, pictures: dict[Path, Picture]) -> PictureTable:
@@ -105,6 +111,12 @@ class PictureTable:
         """Of records with the same key, the last one holds."""
         keys, place = np.unique(records["key"][::-1], return_index=True)
         return cls(keys, records["facts"][::-1][place])
+
+    def parts(self) -> Iterator[bytes]:
+        """What ``opened`` reads, one part after the other."""
+        for array in (self._keys, self._facts):
+            for start in range(0, len(array), _BLOCK):
+                yield np.ascontiguousarray(array[start : start + _BLOCK]).tobytes()
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -139,6 +151,22 @@ class PictureTable:
                 f"{path}: the picture has other contents than when the data were checked for this run; restore it, or name another "
                 "train.output_dir for a run on it"
             )
+
+
+class PictureTables(PictureTable):
+    """Several tables as one: of a picture, what the first one says that knows it."""
+
+    def __init__(self, tables: Sequence[PictureTable]) -> None:
+        self._tables, self.file = tuple(tables), None
+
+    def __len__(self) -> int:
+        return sum(map(len, self._tables))
+
+    def __reduce__(self) -> Any:
+        return PictureTables, (self._tables,)
+
+    def find(self, path: Path) -> Picture | None:
+        return next((found for table in self._tables if (found := table.find(path)) is not None), None)
 
 
 class PictureNotes:
@@ -235,7 +263,7 @@ def _read_all(folder: Path, notes: Sequence[Path]) -> npt.NDArray[Any]:
 
 def _write(file: Path, table: PictureTable) -> None:
     with whole_file(file) as handle:
-        handle.write(np.ascontiguousarray(table._keys).tobytes())
-        handle.write(np.ascontiguousarray(table._facts).tobytes())
+        for part in table.parts():
+            handle.write(part)
         handle.flush()
         os.fsync(handle.fileno())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import statistics
-from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
@@ -29,6 +29,7 @@ class CheckReport:
     num_cells: int = 0
     num_unknown_cells: int = 0
     """Cells of the truth tables that ``match`` does not list."""
+    num_false_cells: int = 0
     edit_types: Counter[str] = field(default_factory=Counter)
     num_counterfactuals: Counter[int] = field(default_factory=Counter)
     """K -> number of groups with K counterfactuals beside the factual pair (shams not counted)."""
@@ -36,8 +37,8 @@ class CheckReport:
     longest_text_unit: str = "characters"
     """"tokens" (prompt, image and text) where a text length was given, else "characters" of the text alone."""
     longest_text_where: str = ""
-    visual_tokens: array[int] = field(default_factory=lambda: array("I"))
-    """Of every distinct image (its pictures together), where the model is known."""
+    visual_tokens: Counter[int] = field(default_factory=Counter)
+    """Number of visual tokens -> distinct images (their pictures together) with so many, where the model is known."""
     metadata: Counter[str] = field(default_factory=Counter)
     """Further key of rows -> number of groups that keep it."""
     problems: list[str] = field(default_factory=list)
@@ -48,6 +49,7 @@ class CheckReport:
         self.num_texts += len(group.candidates)
         self.num_cells += len(group.images) * len(group.candidates)
         self.num_unknown_cells += sum(line.count(None) for line in group.match)
+        self.num_false_cells += sum(line.count(0) for line in group.match)
         meta = json.loads(group.meta or "null")
         self.metadata.update(map(repr, meta) if isinstance(meta, dict) else ["meta"] if meta else ())
         self.edit_types.update(edit.type for edit in group.edits)
@@ -58,11 +60,21 @@ class CheckReport:
         """Count distinct image files."""
         self.num_images += number
 
-    def note_length(self, length: int, unit: str, where: str) -> None:
+    def note_length(self, length: int, unit: str, where: Callable[[], str]) -> None:
         """A text's length in ``unit``, the same for all of them; the longest is reported."""
         self.longest_text_unit = unit
         if length > self.longest_text:
-            self.longest_text, self.longest_text_where = length, where
+            self.longest_text, self.longest_text_where = length, where()
+
+    def add(self, other: CheckReport) -> None:
+        """Add what was found in later rows of the same manifest."""
+        for name in ("num_groups", "num_images", "num_texts", "num_cells", "num_unknown_cells", "num_false_cells"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("edit_types", "num_counterfactuals", "visual_tokens", "metadata"):
+            getattr(self, name).update(getattr(other, name))
+        if other.longest_text_where:
+            self.note_length(other.longest_text, other.longest_text_unit, lambda: other.longest_text_where)
+        self.problems += other.problems
 
     @property
     def ok(self) -> bool:
@@ -74,8 +86,12 @@ class CheckReport:
         """Least, median and most visual tokens of an image; empty where the model is not known or nothing is shown."""
         if not self.visual_tokens:
             return ""
-        low, middle, high = min(self.visual_tokens), statistics.median_low(self.visual_tokens), max(self.visual_tokens)
-        return f"min {low}, median {middle}, max {high} an image"
+        counts = sorted(self.visual_tokens.items())
+        half = (self.visual_tokens.total() + 1) // 2
+        middle = next(
+            tokens for (tokens, _), below in zip(counts, itertools.accumulate(n for _, n in counts), strict=True) if below >= half
+        )
+        return f"min {counts[0][0]}, median {middle}, max {counts[-1][0]} an image"
 
     @property
     def unused(self) -> str:

@@ -14,17 +14,84 @@ PackedSampler fills micro-batches by tokens instead: the number of groups varies
 from __future__ import annotations
 
 import bisect
-import functools
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.data.permutation import RowsTogether, named_order, permuted
+
+
+class Order(Protocol):
+    """The stream that a sampler cuts into steps."""
+
+    @property
+    def length(self) -> int:
+        """Places of an epoch."""
+        ...
+
+    def at(self, start: int, count: int) -> list[int]:
+        """The groups at ``count`` places from ``start`` on."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a place to mean the same group; JSON."""
+        ...
+
+    def mean(self, values: npt.NDArray[Any]) -> Fraction:
+        """What a place has on average of what each group has."""
+        ...
+
+    def epochs(self, seen: int) -> list[float]:
+        """Passes over each source of a mixture after so many places; none of one data set."""
+        ...
+
+
+@dataclass(frozen=True)
+class OneAfterTheOther:
+    """One data set, epoch after epoch, each in a permutation of its own, or as it is without ``shuffle``; groups of one of the ``rows``
+    together."""
+
+    num_groups: int
+    seed: int
+    shuffle: bool = True
+    rows: RowsTogether | None = None
+
+    @property
+    def length(self) -> int:
+        return self.num_groups
+
+    def at(self, start: int, count: int) -> list[int]:
+        indices: list[int] = []
+        while len(indices) < count:
+            epoch, offset = divmod(start + len(indices), self.num_groups)
+            stop = offset + count - len(indices)
+            if self.shuffle and self.rows is not None:
+                indices += self.rows.permuted(offset, stop - offset, self.seed, epoch)
+            elif self.shuffle:
+                indices += permuted(offset, stop - offset, self.num_groups, self.seed, epoch)
+            else:
+                indices += range(offset, min(stop, self.num_groups))
+        return indices
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "num_groups": self.num_groups,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            **named_order(self.shuffle, [self.num_groups], [self.rows]),
+        }
+
+    def mean(self, values: npt.NDArray[Any]) -> Fraction:
+        return Fraction(int(values.sum(dtype=np.int64)), len(values))
+
+    def epochs(self, seen: int) -> list[float]:
+        return []
 
 
 class GroupSampler:
@@ -44,8 +111,13 @@ class GroupSampler:
         world_size: int,
         seed: int,
         shuffle: bool = True,
+        order: Order | None = None,
     ) -> None:
-        """Raises DataError if there are no groups, ValueError on a size below 1 or a rank outside the world."""
+        """Raises DataError if there are no groups, ValueError on a size below 1 or a rank outside the world.
+
+        ``order`` is that of a mixture's groups; without it they are one data set, in an order by ``seed``, or as they are without
+        ``shuffle``.
+        """
         if num_groups < 1:
             raise DataError("the data has no groups to sample; check the manifest")
         if min(groups_per_micro_batch, gradient_accumulation_steps, world_size) < 1:
@@ -60,14 +132,17 @@ class GroupSampler:
         self.groups_per_step = groups_per_micro_batch * gradient_accumulation_steps * world_size
         self.rank = rank
         self.world_size = world_size
-        self.seed = seed
-        self.shuffle = shuffle
+        self.order = order or OneAfterTheOther(num_groups, seed, shuffle)
         self.samples_seen = 0
 
     @property
     def epoch(self) -> float:
         """Consumed passes over the data."""
-        return self.samples_seen / self.num_groups
+        return self.samples_seen / self.order.length
+
+    def epochs_by_source(self) -> list[float]:
+        """Consumed passes over each source of a mixture."""
+        return self.order.epochs(self.samples_seen)
 
     def advance(self) -> None:
         """Count one optimizer step as consumed."""
@@ -77,24 +152,24 @@ class GroupSampler:
         """Micro-batches of this rank from the consumed position on: ``gradient_accumulation_steps`` of them make a step. Never ends."""
         start = self.samples_seen + self.rank * self.groups_per_micro_batch
         while True:
-            yield self._stream(start, self.groups_per_micro_batch)
+            yield self.order.at(start, self.groups_per_micro_batch)
             # Steps are whole multiples of this stride, so one stride serves within a step and from one step to the next.
             start += self.groups_per_micro_batch * self.world_size
 
     def num_steps(self, num_epochs: float) -> int:
         """Optimizer steps until every group has been seen so many times."""
-        return -(-_groups_in(num_epochs, self.num_groups) // self.groups_per_step)
+        return -(-_groups_in(num_epochs, self.order.length) // self.groups_per_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what must be equal for it to mean the same place in the same stream."""
-        return {"samples_seen": self.samples_seen, **self._identity()}
+        return {"samples_seen": self.samples_seen, **self.order.identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Move to a saved position. World size, accumulation and micro-batch may differ from those of the saved run: it counts groups.
 
         Raises DataError if the state is of other data (num_groups) or another order (seed, shuffle), or is not a sampler's state.
         """
-        for name, value in self._identity().items():
+        for name, value in {"order": None, **self.order.identity()}.items():
             if state.get(name) != value:
                 raise DataError(
                     f"the checkpoint's sampler has {name} {state.get(name)!r} and this run has {value!r}; resume with the data and seed of "
@@ -106,20 +181,6 @@ class GroupSampler:
                 f"the checkpoint's sampler has samples_seen {position!r}, not a count of groups; resume from another checkpoint"
             )
         self.samples_seen = position
-
-    def _identity(self) -> dict[str, Any]:
-        return {"num_groups": self.num_groups, "seed": self.seed, "shuffle": self.shuffle}
-
-    def _stream(self, start: int, count: int) -> list[int]:
-        indices: list[int] = []
-        while len(indices) < count:
-            epoch, offset = divmod(start + len(indices), self.num_groups)
-            stop = offset + count - len(indices)
-            if self.shuffle:
-                indices += _permutation(self.num_groups, self.seed, epoch)[offset:stop].tolist()
-            else:
-                indices += range(offset, min(stop, self.num_groups))
-        return indices
 
 
 @dataclass(frozen=True)
@@ -142,7 +203,15 @@ class PackedSampler(GroupSampler):
     """
 
     def __init__(
-        self, *, tokens: Sequence[int], max_tokens: int, gradient_accumulation_steps: int, rank: int, world_size: int, seed: int
+        self,
+        *,
+        tokens: Sequence[int] | npt.NDArray[np.int32],
+        max_tokens: int,
+        gradient_accumulation_steps: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        order: Order | None = None,
     ) -> None:
         """``tokens`` of every group. Raises ValueError if one is larger than ``max_tokens``, and as GroupSampler does."""
         super().__init__(
@@ -152,10 +221,11 @@ class PackedSampler(GroupSampler):
             rank=rank,
             world_size=world_size,
             seed=seed,
+            order=order,
         )
-        if max(tokens) > max_tokens:
-            raise ValueError(f"group {tokens.index(max(tokens))} has {max(tokens)} tokens, over max_tokens ({max_tokens})")
-        self.tokens = tokens
+        self.tokens: npt.NDArray[np.int32] = np.asarray(tokens, np.int32)
+        if (most := int(self.tokens.max())) > max_tokens:
+            raise ValueError(f"group {int(self.tokens.argmax())} has {most} tokens, over max_tokens ({max_tokens})")
         self.max_tokens = max_tokens
         self._position = _Position()
 
@@ -172,11 +242,21 @@ class PackedSampler(GroupSampler):
             yield from self._rebalanced(bins)[self.rank :: self.world_size]
 
     def num_steps(self, num_epochs: float) -> int:
-        """Optimizer steps until every group has been seen so many times."""
-        position, steps, wanted = _Position(), 0, _groups_in(num_epochs, self.num_groups)
-        while position.read - len(position.waiting) < wanted:
-            position, steps = self._pack(position)[1], steps + 1
-        return steps
+        """Optimizer steps until every group has been seen so many times.
+
+        To see up to ``_COUNTED`` groups the steps are counted. For more than that, those of the first ``_TRIED`` are, and the others are
+        taken to hold as many tokens each: packing keeps steps full, so that the number is off by less than one in a thousand. It is the
+        same for every start, and nobody waits for a whole epoch to be packed before the first step.
+        """
+        wanted = _groups_in(num_epochs, self.order.length)
+        counted = wanted if wanted <= _COUNTED else min(wanted, _TRIED)
+        position, steps, tokens = _Position(), 0, 0
+        while position.read - len(position.waiting) < counted:
+            bins, position = self._pack(position)
+            tokens, steps = tokens + sum(int(self.tokens[group]) for each in bins for group in each), steps + 1
+        if counted == wanted:
+            return steps
+        return math.ceil(Fraction(steps * wanted, tokens) * self.order.mean(self.tokens))
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what must be equal for it to mean the same place in the same stream."""
@@ -197,27 +277,29 @@ class PackedSampler(GroupSampler):
         bins: list[list[int]] = [[] for _ in range(self.groups_per_step)]
         room = [(self.max_tokens, b) for b in range(len(bins))]  # sorted
         read, waiting, queue = position.read, list[int](), list(reversed(position.waiting))
+        ahead: list[int] = []
         while len(waiting) < _WINDOW:
             if queue:
                 group = queue.pop()
             else:
-                (group,) = self._stream(read, 1)
-                if group in waiting:
+                ahead = ahead or self.order.at(read, _AHEAD)[::-1]
+                if (group := ahead.pop()) in waiting:
                     break
                 read += 1
-            best = bisect.bisect_left(room, (self.tokens[group], 0))
+            tokens = int(self.tokens[group])
+            best = bisect.bisect_left(room, (tokens, 0))
             if best == len(room):
                 waiting.append(group)
                 continue
             left, chosen = room.pop(best)
             bins[chosen].append(group)
-            bisect.insort(room, (left - self.tokens[group], chosen))
+            bisect.insort(room, (left - tokens, chosen))
         return bins, _Position(read, (*waiting, *reversed(queue)))
 
     def _rebalanced(self, bins: list[list[int]]) -> list[list[int]]:
         """The micro-batches, fullest first, after the fullest and the emptiest have exchanged groups as long as that brought them
         closer."""
-        tokens = self.tokens
+        tokens = {group: int(self.tokens[group]) for each in bins for group in each}
         ranked = sorted((sum(tokens[group] for group in each), b) for b, each in enumerate(bins))
         while True:
             (least, e), (most, f) = ranked[0], ranked[-1]
@@ -240,6 +322,8 @@ class PackedSampler(GroupSampler):
             bisect.insort(ranked, (most - moved, f))
 
 
+_COUNTED, _TRIED = 1 << 18, 1 << 16  # groups whose steps are counted, or tried: seconds, or a fraction of one
+_AHEAD = 64  # groups that are asked for at once
 _WINDOW = 32  # groups that may wait: enough to fill gaps, few enough that the order stays that of the stream
 
 
@@ -248,11 +332,3 @@ def _groups_in(num_epochs: float, num_groups: int) -> int:
     though the float is less; and n / num_groups, rounded as floats are, is n groups."""
     whole = round(num_epochs * num_groups)
     return whole if whole / num_groups == num_epochs else math.ceil(Fraction(repr(float(num_epochs))) * num_groups)
-
-
-@functools.lru_cache(maxsize=2)  # the epoch in progress and the one that prefetching has reached
-def _permutation(num_groups: int, seed: int, epoch: int) -> torch.Tensor:
-    """[num_groups] int64. CPU generator whatever the default device, and seeds hashed so that (0, 1) and (1, 0) are unrelated."""
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
-    return torch.randperm(num_groups, generator=generator, device="cpu")

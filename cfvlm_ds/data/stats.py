@@ -24,9 +24,10 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.data.check import Lengths
 from cfvlm_ds.data.decoding import MAX_PIXELS, Size, image_size
-from cfvlm_ds.data.manifest import Root, read_entries
+from cfvlm_ds.data.manifest import Root, open_groups
+from cfvlm_ds.data.overlap import row_key
 from cfvlm_ds.data.picture_file import picture_stat
-from cfvlm_ds.data.picture_index import content_digest
+from cfvlm_ds.data.picture_index import content_digest, picture_key
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,6 +69,8 @@ class Statistics:
     prompts: set[int] = field(default_factory=set)
     ids: array[int] = field(default_factory=lambda: array("Q"))
     """A hash of every group's id."""
+    rows: array[int] = field(default_factory=lambda: array("Q"))
+    """A hash of what every group says: its prompts, texts and pictures by their paths."""
 
     def add_problem(self, sentence: str) -> None:
         """Count what is wrong with a row, a picture or a text; the first few are kept."""
@@ -90,6 +93,7 @@ class Statistics:
         """Count what a group holds, whose pictures are known."""
         self.num_groups += 1
         self.ids.append(_key(group.id))
+        self.rows.append(row_key(group, [[picture_key(picture) for picture in image] for image in group.images]))
         self.shapes[f"{len(group.images) if group.num_pictures else 0} x {len(group.candidates)}"] += 1
         self.sources[group.source or "(none)"] += 1
         self.edit_types.update(edit.type for edit in group.edits)
@@ -135,6 +139,12 @@ class Statistics:
         return self.refused_ids + len(self.ids) - len(np.unique(np.asarray(self.ids)))
 
     @property
+    def equal_rows(self) -> int:
+        """How many rows say what another row says, whatever their ids."""
+        _, counts = np.unique(np.asarray(self.rows), return_counts=True)
+        return int(counts[counts > 1].sum())
+
+    @property
     def histograms(self) -> list[tuple[str, str, Sequence[int]]]:
         """(title, unit, values) of what there is to draw."""
         what = "Rows: prompt, pictures and text" if self.unit == "tokens" else "Texts"
@@ -162,6 +172,7 @@ class Statistics:
             ("cells", f"{self.cells['true']} true, {self.cells['false']} false, {self.cells['unknown']} unknown of {cells}"),
             ("edit types", _counted(self.edit_types) or "none named"),
             ("sources", _counted(self.sources)),
+            ("equal rows", f"{self.equal_rows} of {self.num_groups} have another's texts and pictures" if self.equal_rows else "none"),
             ("equal texts", f"{repeated} of {num_texts} are said more than once" if repeated else "none"),
             ("equal pictures", f"{self.equal_pictures} of {len(self.sizes)} files" if self.equal_pictures else "none"),
             ("equal ids", f"{self.equal_ids} rows" if self.equal_ids else "none"),
@@ -183,10 +194,12 @@ def statistics(
     same number of bytes.
 
     A row, picture or text with something wrong is counted and left out of the rest. ``lengths`` (a Collator, say) measures in tokens.
-    Memory: 16 bytes a group, 12 a text, and the paths of different pictures. Raises DataError for an unknown format.
+    Memory: 24 bytes a group, 12 a text, and the paths of different pictures. Raises DataError for an unknown format, and for a manifest
+    that cannot be read at all.
     """
     found = Statistics(str(path), "tokens" if lengths else "characters")
-    entries, counter = read_entries(path, root, format), Progress(progress, "statistics", None, "rows")
+    store = open_groups(path, root, format)
+    entries, counter = store.entries(), Progress(progress, "statistics", len(store), "groups")
     with ThreadPoolExecutor(cores_per_rank()) as pool:
         while chunk := [item for _, item in islice(entries, _CHUNK)]:
             for item in chunk:

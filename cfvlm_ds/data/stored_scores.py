@@ -3,26 +3,32 @@
 One JSON object per line: a header {"schema": "cfscores/3", "data": identity, "groups": n, "model": name, "weights": sha256, "inputs":
 sha256}, then one line per group {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` identifies the scored groups (see
 cfvlm_ds.data.identity). ``weights`` and ``inputs`` identify the model (see cfvlm_ds.models.identity); a run that records its own scores
-leaves them out.
+leaves them out. A line is read when its group is used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.reading import MIB, lines, open_regular, parse_json
+from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.identity import Identity, changes
+from cfvlm_ds.data.lines import MAX_LINE as MAX_LINE
+from cfvlm_ds.data.lines import IndexedLines
 
-MAX_LINE = 32 * MIB
-"""Bytes of a group's scores: 20 for each cell of a thousand images and a thousand texts, and as much again."""
 SCHEMA = "cfscores/3"
 _FLOAT32 = 3e38  # what is larger becomes infinite as a tensor
 
@@ -37,7 +43,7 @@ class StoredScores:
 
 def write_scores(
     path: Path,
-    groups: list[CounterfactualGroup],
+    groups: Sequence[CounterfactualGroup],
     scores: Mapping[str, StoredScores],
     model: str,
     data: Identity,
@@ -57,49 +63,152 @@ def write_scores(
             handle.write(json.dumps({"id": group.id, "logp": stored.logp, "blank": stored.blank}).encode() + b"\n")
 
 
+class ScoresFile(Mapping[str, StoredScores]):
+    """Scores by group id, read from their file when they are asked for: 16 bytes a group in memory, and those of an index of lines.
+
+    Args:
+        rows: the lines of the file, of which the first is the header.
+        keys: a hash of the id of each row.
+    """
+
+    def __init__(self, rows: IndexedLines, keys: npt.NDArray[np.uint64]) -> None:
+        self._rows, order = rows, np.argsort(keys, kind="stable")
+        self._keys, self._places = keys[order], order + 1
+
+    def __getitem__(self, group_id: str) -> StoredScores:
+        return _scores_of(self._row(self.row_of(group_id)))
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._row(place)["id"] for place in range(1, len(self._rows)))
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def row_of(self, group_id: str) -> int:
+        """The row of a group, counted from the header's 0. Raises KeyError."""
+        key = np.uint64(_key(group_id))
+        for at in range(int(self._keys.searchsorted(key)), len(self._keys)):
+            if self._keys[at] != key:
+                break
+            if self._row(place := int(self._places[at]))["id"] == group_id:
+                return place
+        raise KeyError(group_id)
+
+    def twice(self) -> tuple[int, str] | None:
+        """The row and id of a group that an earlier row has too; None where there is none."""
+        for at in np.flatnonzero(self._keys[1:] == self._keys[:-1]).tolist():  # of equal keys, rows are in their order
+            name = str(self._row(later := int(self._places[at + 1]))["id"])
+            if self.row_of(name) != later:
+                return later, name
+        return None
+
+    def _row(self, place: int) -> Any:
+        return _parsed(self._rows, place)
+
+
+class ScoresOfSources(Mapping[str, StoredScores]):
+    """Scores of a mixture's groups, which are named SOURCE/ID; a source may have none."""
+
+    def __init__(self, sources: Mapping[str, Mapping[str, StoredScores]]) -> None:
+        self._sources = sources
+
+    def __getitem__(self, group_id: str) -> StoredScores:
+        source, _, name = group_id.partition("/")
+        return self._sources[source][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{source}/{name}" for source, scores in self._sources.items() for name in scores)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._sources.values()))
+
+
 def read_scores(
-    path: Path, groups: list[CounterfactualGroup], data: Identity, *, made_by: Mapping[str, str] | None = None
-) -> dict[str, StoredScores]:
-    """Scores by group id. Raises DataError on a missing, incomplete or foreign file, or a value that is not finite.
+    path: Path, groups: Sequence[CounterfactualGroup], data: Identity, *, made_by: Mapping[str, str] | None = None
+) -> Mapping[str, StoredScores]:
+    """Scores by group id, in no memory that grows with their values. Raises DataError on a missing, incomplete or foreign file, or a value
+    that is not finite.
 
     Foreign is a file of other ids, texts, prompts or pictures and, where ``made_by`` is given, of other weights or of another tokenizer,
     processor or template. Order, labels and weights of the groups may have changed: no score depends on them.
 
     ``data`` is the groups' identity, made with the roots that they were read with: paths count relative to these.
     """
-    remedy = "write it again with `cfvlm-ds score`"
     if not os.path.exists(path):
-        raise DataError(f"{path}: no such scores file; {remedy}")
+        raise DataError(f"{path}: no such scores file; {_REMEDY}")
     try:
-        with open_regular(path) as handle:
-            rows = (parse_json(line.decode()) for line in lines(handle, MAX_LINE))
-            header = next(rows)
-            if header["schema"] != SCHEMA:
-                raise DataError(f"{path}: schema {quoted(header['schema'])} is not {SCHEMA!r}; {remedy}")
-            if what := changes(header["data"], data, of_scores=True):
-                raise DataError(f"{path}: these scores belong to another manifest, by {what}; {remedy}")
-            for part, value in (made_by or {}).items():
-                if header.get(part) != value:
-                    what = {"weights": "other weights", "inputs": "another tokenizer, processor or chat template"}[part]
-                    raise DataError(
-                        f"{path}: these scores were made by {quoted(header['model'])} with {what} than this run's model; {remedy}"
-                    )
-            stored: dict[str, StoredScores] = {}
-            for number, row in enumerate(rows, start=2):
-                if row["id"] in stored or len(stored) == len(groups):
-                    raise DataError(f"{path}:{number}: group {quoted(row['id'])} is one too many, or occurs twice; {remedy}")
-                stored[row["id"]] = StoredScores(tuple(tuple(line) for line in row["logp"]), tuple(row["blank"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, StopIteration) as error:
+        rows = IndexedLines.open(path)
+        if not len(rows):
+            raise ValueError("it is empty")
+        _check_header(path, _parsed(rows, 0), data, made_by)
+        found, elsewhere = _checked(rows, groups)
+        if again := found.twice():
+            raise DataError(_one_too_many(rows, *again))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"{path}: not a scores file ({reason}); {remedy}") from error
-    for number, group in enumerate(groups, start=2):
-        if group.id not in stored:
-            raise DataError(f"{path}: no scores for group {group.id!r}, the file is incomplete; {remedy}")
-        rows_of = [*stored[group.id].logp, stored[group.id].blank]
-        images, texts = len(group.images), len(group.candidates)
-        finite = all(isinstance(value, float) and abs(value) < _FLOAT32 for line in rows_of for value in line)
-        if [len(line) for line in rows_of] != [texts] * (images + 1) or not finite:
-            raise DataError(f"{path}:{number}: group {group.id!r} needs {images}x{texts} finite scores and {texts} blind ones; {remedy}")
-    return stored
+        raise DataError(f"{path}: not a scores file ({reason}); {_REMEDY}") from error
+    for place in (*elsewhere, *range(len(found), len(groups))):
+        group = groups[place]
+        if group.id not in found:
+            raise DataError(f"{path}: no scores for group {group.id!r}, the file is incomplete; {_REMEDY}")
+        _check_matrix(rows, found.row_of(group.id), group, found[group.id])
+    return found
+
+
+_REMEDY = "write it again with `cfvlm-ds score`"
+
+
+def _checked(rows: IndexedLines, groups: Sequence[CounterfactualGroup]) -> tuple[ScoresFile, Sequence[int]]:
+    """The scores of a file, and the places of groups whose row is not the one at their place. Raises DataError, and as a row is parsed."""
+    keys, elsewhere = np.zeros(len(rows) - 1, np.uint64), array("q")
+    for place in range(1, len(rows)):
+        row = _parsed(rows, place)
+        if place > len(groups):
+            raise DataError(_one_too_many(rows, place, row["id"]))
+        keys[place - 1] = _key(row["id"])
+        scores, group = _scores_of(row), groups[place - 1]
+        if group.id == row["id"]:
+            _check_matrix(rows, place, group, scores)
+        else:
+            elsewhere.append(place - 1)
+    return ScoresFile(rows, keys), elsewhere
+
+
+def _check_header(path: Path, header: Any, data: Identity, made_by: Mapping[str, str] | None) -> None:
+    if header["schema"] != SCHEMA:
+        raise DataError(f"{path}: schema {quoted(header['schema'])} is not {SCHEMA!r}; {_REMEDY}")
+    if what := changes(header["data"], data, of_scores=True):
+        raise DataError(f"{path}: these scores belong to another manifest, by {what}; {_REMEDY}")
+    for part, value in (made_by or {}).items():
+        if header.get(part) != value:
+            what = {"weights": "other weights", "inputs": "another tokenizer, processor or chat template"}[part]
+            raise DataError(f"{path}: these scores were made by {quoted(header['model'])} with {what} than this run's model; {_REMEDY}")
+
+
+def _check_matrix(rows: IndexedLines, place: int, group: CounterfactualGroup, scores: StoredScores) -> None:
+    rows_of = [*scores.logp, scores.blank]
+    images, texts = len(group.images), len(group.candidates)
+    finite = all(isinstance(value, float) and abs(value) < _FLOAT32 for line in rows_of for value in line)
+    if [len(line) for line in rows_of] != [texts] * (images + 1) or not finite:
+        raise DataError(f"{rows.where(place)}: group {group.id!r} needs {images}x{texts} finite scores and {texts} blind ones; {_REMEDY}")
+
+
+def _one_too_many(rows: IndexedLines, place: int, name: object) -> str:
+    return f"{rows.where(place)}: group {quoted(name)} is one too many, or occurs twice; {_REMEDY}"
+
+
+def _parsed(rows: IndexedLines, place: int) -> Any:
+    return parse_json(rows.line(place).decode())
+
+
+def _scores_of(row: Any) -> StoredScores:
+    return StoredScores(tuple(tuple(line) for line in row["logp"]), tuple(row["blank"]))
+
+
+def _key(name: str) -> int:
+    """64 bits that stand for an id. Raises TypeError for what is no text."""
+    if not isinstance(name, str):
+        raise TypeError(f"an id is a {type(name).__name__}")
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

@@ -51,7 +51,7 @@ def evaluate(
     remedy: str = "lower the batch size",
     objectives: Objectives | None = None,
     reference: Reference | None = None,
-) -> tuple[dict[str, list[Accuracy]], dict[str, list[GroupScores]]]:
+) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
     """Accuracies and scores of every split, the same on every rank; the options are those of ``score_groups``.
 
     The rows of each split's mean also have the losses of ``objectives``; ``reference`` gives what a term of them compares with.

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
+from cfvlm_ds.batching.batch import BLANK
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.distributed import Patience, World, broadcast_object, cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.data.decoding import Size
 from cfvlm_ds.data.picture_index import sizes_of
 from cfvlm_ds.evaluation.scoring import Forward, batch_indices, guarded, other_images, score_batches, seen_as
 
 Splits = Mapping[str, Sequence[CounterfactualGroup]]
-_CHUNK = 1024  # groups whose pictures' headers are read at a time
 
 
 class _Tried(NamedTuple):
     """An evaluation batch: its split, its groups as they are shown, its tokens, and the tokens of its largest indivisible part."""
 
     split: str
-    groups: list[CounterfactualGroup]
+    groups: Sequence[CounterfactualGroup]
     tokens: int
     least: int
 
@@ -49,7 +47,8 @@ def rehearse(
     if world.is_main:
         try:
             options = world.size, batch_size, shuffled, patience.alive
-            found = _largest(list(_batches(collator.scoring_everything(), splits, *options)), max_tokens)
+            largest = _largest(_batches(collator.scoring_everything(), splits, *options), max_tokens)
+            found = [batch._replace(groups=list(batch.groups)) for batch in largest]
         except DataError as error:
             found = str(error)
     patience.meet()
@@ -68,31 +67,29 @@ def _batches(
     collator: Collator, splits: Splits, world_size: int, batch_size: int, shuffled: bool, alive: Callable[[], object]
 ) -> Iterator[_Tried]:
     """Every batch of the evaluation of all splits."""
-    sizes: dict[Path, Size] = {}
     with ThreadPoolExecutor(cores_per_rank()) as pool:
-        for groups in splits.values():
-            for start in range(0, len(groups), _CHUNK):
-                alive()
-                shown = (picture for group in groups[start : start + _CHUNK] for pictures in group.images for picture in pictures)
-                sizes |= sizes_of(shown, collator.files.checked, collator.files.max_pixels, pool)
-    for split, groups in splits.items():
-        for view in seen_as(groups, other_images(groups) if shuffled else None):
-            trees = []
-            for group in view:
-                alive()
-                trees.append(collator.tree_tokens(group, sizes))
-            for start in range(0, len(groups), batch_size):
-                number, rank = divmod(start // batch_size, world_size)
-                indices = batch_indices(len(groups), batch_size, rank, world_size, number)
-                of_batch = [tree for index in indices for tree in trees[index]]
-                tokens, least = sum(tree.whole for tree in of_batch), max(tree.least for tree in of_batch)
-                yield _Tried(split, [view[index] for index in indices], tokens, least)
+        for split, groups in splits.items():
+            for view in seen_as(groups, other_images(groups) if shuffled else None):
+                for start in range(0, len(groups), batch_size):
+                    number, rank = divmod(start // batch_size, world_size)
+                    indices = batch_indices(len(groups), batch_size, rank, world_size, number)
+                    shown = view[indices[0] : indices[-1] + 1]
+                    pictures = [each for group in shown for image in group.images for each in image if each.parent != BLANK.parent]
+                    sizes = sizes_of(pictures, collator.files.checked, collator.files.max_pixels, pool)
+                    of_batch = []
+                    for group in shown:
+                        alive()
+                        of_batch += collator.tree_tokens(group, sizes)
+                    tokens, least = sum(tree.whole for tree in of_batch), max(tree.least for tree in of_batch)
+                    yield _Tried(split, shown, tokens, least)
 
 
-def _largest(batches: Sequence[_Tried], max_tokens: int | None) -> list[_Tried]:
-    if not batches:
+def _largest(batches: Iterator[_Tried], max_tokens: int | None) -> list[_Tried]:
+    most: _Tried | None = None
+    over: _Tried | None = None
+    for batch in batches:
+        most = batch if most is None or batch.tokens > most.tokens else most
+        over = batch if over is None or batch.least > over.least else over
+    if most is None or over is None:
         return []
-    chosen = [max(batches, key=lambda batch: batch.tokens)]
-    if max_tokens is not None and (over := max(batches, key=lambda batch: batch.least)) is not chosen[0] and over.least > max_tokens:
-        chosen.append(over)
-    return chosen
+    return [most, *[over] * (max_tokens is not None and over is not most and over.least > max_tokens)]

@@ -20,7 +20,7 @@ from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.objectives import Objectives, denominators, required_cells
+from cfvlm_ds.objectives import Objectives, denominators, required_cells, scores_of
 
 NAMED = 5
 """Groups named that a term has nothing for; the others are counted."""
@@ -44,7 +44,8 @@ class _Sums:
 
     def note(self, group: tuple[int, str], used: bool) -> None:
         self.groups += used
-        self.unused += [] if used else [group]
+        if not used:  # the first ones by their places are named in the end
+            self.unused = sorted([*self.unused, group])[:NAMED]
 
 
 class EvaluationLoss:
@@ -77,7 +78,7 @@ class EvaluationLoss:
                 continue
             sums, alone = self._sums[name], {name: term}
             try:
-                sums.add(torch.atleast_1d(term.numerator(scores)), denominators(alone, scores.layout)[name])
+                sums.add(torch.atleast_1d(term.numerator(scores_of(name, scores))), denominators(alone, scores.layout)[name])
                 for place, (number, group) in enumerate(zip(numbers, groups, strict=True)):
                     sums.note((number, group.id), bool((denominators(alone, _one(scores.layout, place))[name] > 0).any()))
             except Exception as error:  # of somebody's own term: it has trained, and what it lacks here must not cost the evaluation
@@ -129,4 +130,5 @@ def _one(layout: GroupLayout, place: int) -> GroupLayout:
     """The layout of one group of a batch."""
     of = slice(place, place + 1)
     tensors = {name: getattr(layout, name)[of] for name in ("valid", "match", "num_tokens", "num_end_tokens", "weight")}
-    return GroupLayout(**tensors, ids=layout.ids[of], prompt=None if layout.prompt is None else layout.prompt[of])
+    named = {name: getattr(layout, name)[of] for name in ("ids", "sources", "objectives")}
+    return GroupLayout(**tensors, **named, prompt=None if layout.prompt is None else layout.prompt[of])

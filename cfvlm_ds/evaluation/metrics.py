@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.evaluation.comparisons import Kind, comparisons
 from cfvlm_ds.evaluation.loss import NAMED
 from cfvlm_ds.evaluation.scoring import GroupScores
@@ -228,7 +229,10 @@ def metric_names(splits: Mapping[str, Sequence[CounterfactualGroup]]) -> set[str
     def tied(group: CounterfactualGroup) -> GroupScores:
         return GroupScores(torch.zeros(len(group.images), len(group.candidates)), torch.zeros(len(group.candidates)))
 
-    return set(flat_metrics({name: accuracies(groups, [tied(group) for group in groups]) for name, groups in splits.items()}))
+    def scored(groups: Sequence[CounterfactualGroup]) -> Sequence[GroupScores]:
+        return Lazy(lambda index: tied(groups[index]), len(groups))
+
+    return set(flat_metrics({name: accuracies(groups, scored(groups)) for name, groups in splits.items()}))
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -20,6 +22,8 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.core.sequences import Lazy
+from cfvlm_ds.data.store import unraised
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.evaluation.loss import EvaluationLoss
 
@@ -47,12 +51,84 @@ class GroupScores:
         return StoredScores(tuple(map(tuple, self.logp.tolist())), tuple(self.blank.tolist()))
 
 
-def guarded(collator: Collator, max_tokens: int | None = None) -> Callable[[Sequence[CounterfactualGroup]], list[Batch] | DataError]:
-    """``Collator.parts`` for a worker process: a DataError is returned as a value, because raised in a worker it would lose its message."""
+class AllScores(Sequence[GroupScores]):
+    """The scores of many groups as numbers one after the other: four bytes each, and 20 a group.
 
-    def collate(groups: Sequence[CounterfactualGroup]) -> list[Batch] | DataError:
+    Args:
+        parts: what each of several processes has scored; of a group that two have, the later one counts.
+    """
+
+    def __init__(self, parts: Sequence[ScoresPart]) -> None:
+        numbers, sizes = (np.concatenate([np.asarray(getattr(part, name)) for part in parts]) for name in ("numbers", "sizes"))
+        sizes = sizes.reshape(-1, 3).astype(np.int32)
+        lengths = sizes[:, 0].astype(np.int64) * sizes[:, 1] + sizes[:, 1] + sizes[:, 2].clip(min=0)
+        count = int(numbers.max()) + 1 if len(numbers) else 0
+        self._starts, self._sizes = np.full(count, -1, np.int64), np.zeros((count, 3), np.int32)
+        self._starts[numbers], self._sizes[numbers] = np.cumsum(lengths) - lengths, sizes
+        self._values = torch.cat([torch.empty(0), *(value for part in parts for value in part.values)])
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> GroupScores: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[GroupScores]: ...
+
+    def __getitem__(self, index: int | slice) -> GroupScores | Sequence[GroupScores]:
+        if isinstance(index, slice):
+            return Lazy(self._scores, range(len(self))[index])
+        return self._scores(range(len(self))[index])
+
+    def _scores(self, index: int) -> GroupScores:
+        start, (images, texts, others) = int(self._starts[index]), self._sizes[index].tolist()
+        if start < 0:
+            raise KeyError(index)
+        cells = images * texts
+        values = self._values[start : start + cells + texts + max(others, 0)]
+        shuffled = values[cells + texts :] if others >= 0 else None
+        return GroupScores(values[:cells].view(images, texts), values[cells : cells + texts], shuffled)
+
+
+@dataclass
+class ScoresPart:
+    """Scores of some groups: their places, their numbers of images, texts and shuffled texts (-1 where none were asked for), all values."""
+
+    numbers: array[int] = field(default_factory=lambda: array("q"))
+    sizes: array[int] = field(default_factory=lambda: array("i"))
+    values: list[Tensor] = field(default_factory=list)
+
+    def add(self, number: int, scores: GroupScores) -> None:
+        """Add a group's."""
+        self.numbers.append(number)
+        self.sizes.extend((*scores.logp.shape, -1 if scores.shuffled is None else len(scores.shuffled)))
+        self.values.append(torch.cat([scores.logp.flatten(), scores.blank, *([] if scores.shuffled is None else [scores.shuffled])]))
+        if len(self.values) >= _JOINED:
+            self.values = [torch.cat(self.values)]
+
+    def __getstate__(self) -> Any:
+        """One array of values: tensors would be pickled one by one."""
+        return self.numbers, self.sizes, torch.cat([torch.empty(0), *self.values]).numpy()
+
+    def __setstate__(self, state: Any) -> None:
+        self.numbers, self.sizes, values = state
+        self.values = [torch.from_numpy(values)]
+
+
+_JOINED = 1 << 12
+
+
+def guarded(
+    collator: Collator, max_tokens: int | None = None
+) -> Callable[[Sequence[CounterfactualGroup | DataError]], list[Batch] | DataError]:
+    """``Collator.parts`` for a worker process: a DataError, of a row that could not be read too, is returned as a value, because raised in
+    a worker it would lose its message."""
+
+    def collate(groups: Sequence[CounterfactualGroup | DataError]) -> list[Batch] | DataError:
         try:
-            return collator.parts(groups, max_tokens)
+            found = [group for group in groups if not isinstance(group, DataError)]
+            return next((each for each in groups if isinstance(each, DataError)), None) or collator.parts(found, max_tokens)
         except DataError as error:
             return error
 
@@ -72,8 +148,8 @@ def score_groups(
     shuffled: bool = False,
     remedy: str = "lower the batch size",
     loss: EvaluationLoss | None = None,
-) -> list[GroupScores]:
-    """Every cell of every group, and every text on a blank image, in the order of ``groups``; the same list on every rank.
+) -> Sequence[GroupScores]:
+    """Every cell of every group, and every text on a blank image, in the order of ``groups``; the same on every rank.
 
     ``forward`` is an engine or a Scorer in evaluation mode; ``batch_size`` counts groups per rank, which are scored in forwards of at most
     ``max_tokens`` tokens. Every rank runs the same number of forwards, as ZeRO-3 requires: the last ones may repeat a group, or a part of
@@ -86,11 +162,11 @@ def score_groups(
     rounds = -(-len(groups) // (batch_size * world.size))
     mine = [batch_indices(len(groups), batch_size, world.rank, world.size, r) for r in range(rounds)]
     donors = other_images(groups) if shuffled else None
-    results: dict[int, GroupScores] = {}
+    mine_scored = ScoresPart()
     progress = Progress(world.say, label, len(groups), "groups")
     loaders: list[Any] = [
         DataLoader(
-            view,  # type: ignore[arg-type]
+            unraised(view),  # type: ignore[arg-type]
             batch_sampler=mine,
             collate_fn=guarded(collator, max_tokens),
             num_workers=num_workers,
@@ -110,23 +186,20 @@ def score_groups(
             foreign = None
             if donors is not None:
                 foreign = other[0][j, 0, : size[1]] if donors[index] is not None else torch.empty(0)
-            results[index] = GroupScores(seen[j, : size[0], : size[1]], blind[j, 0, : size[1]], foreign)
+            mine_scored.add(index, GroupScores(seen[j, : size[0], : size[1]], blind[j, 0, : size[1]], foreign))
         progress.advance(min(batch_size * world.size, len(groups) - number * batch_size * world.size))
-    merged: dict[int, GroupScores] = {}
-    for part in gather_objects(results, world):
-        merged.update(part)
-    found = [merged[index] for index in range(len(groups))]
-    if broken := [group.id for group, scores in zip(groups, found, strict=True) if not scores.finite]:
+    found: Sequence[GroupScores] = AllScores(gather_objects(mine_scored, world)) if len(groups) else []
+    if broken := [groups[index].id for index, scores in enumerate(found) if not scores.finite]:
         named = f"{', '.join(map(repr, broken[:5]))}{', ...' * (len(broken) > 5)}"
         world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite, and count as wrong: {named}")
     return found
 
 
-def seen_as(groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | None] | None) -> list[list[CounterfactualGroup]]:
+def seen_as(groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | None] | None) -> list[Sequence[CounterfactualGroup]]:
     """The groups in every way in which they are scored: on their own images, on a blank one and, if wanted, on another group's."""
-    views = [list(groups), [blinded(group) for group in groups]]
+    views: list[Sequence[CounterfactualGroup]] = [groups, Lazy(lambda index: blinded(groups[index]), len(groups))]
     if donors is not None:
-        views.append([shown_instead(group, donor) for group, donor in zip(groups, donors, strict=True)])
+        views.append(Lazy(lambda index: shown_instead(groups[index], donors[index]), len(groups)))
     return views
 
 

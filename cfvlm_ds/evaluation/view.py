@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import heapq
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from cfvlm_ds.core.run_folder import recorded_options
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import bare_name
-from cfvlm_ds.data import MAX_PIXELS, Root, data_roots, read_manifest
+from cfvlm_ds.data import MAX_PIXELS, GroupStore, Root, open_groups
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
 from cfvlm_ds.evaluation.comparisons import comparisons
@@ -91,8 +92,8 @@ def view(
 def _of_manifest(
     source: str | Path, root: Root, format: str, scores: str | Path | None, sample: int, seed: int, ids: str | Path | None
 ) -> _Choice:
-    groups = read_manifest(source, root, format)
-    found = _Source(groups, {} if scores is None else _stored(Path(scores), groups, source, root))
+    groups = open_groups(source, root, format)
+    found = _Source(groups, {} if scores is None else _stored(Path(scores), groups))
     if ids is not None:
         return _Choice([found], [(0, index) for index in _named(Path(ids), groups, str(source))], "by id")
     drawn = range(len(groups)) if sample >= len(groups) else sorted(random.Random(seed).sample(range(len(groups)), sample))
@@ -102,66 +103,85 @@ def _of_manifest(
 def _of_run(run_dir: Path, sample: int) -> _Choice:
     """The groups of all splits of a run's evaluation whose least margin is the worst, in this order."""
     sources = []
-    for name, (path, root, format) in _evaluated(run_dir).items():
+    for name, (path, root, format, limit) in _evaluated(run_dir).items():
         file = run_dir / "scores" / f"{bare_name(name, run_dir / 'config.yaml')}.jsonl"
         if not file.is_file():
             raise DataError(f"{file}: no such scores; a run writes them when it is over, so end it, or name a manifest and --scores")
-        groups = read_manifest(path, root, format)
-        sources.append(_Source(groups, _stored(file, groups, path, root), name))
-    every = ((k, index, group) for k, source in enumerate(sources) for index, group in enumerate(source.groups))
-    ranked = [(score_table(group, sources[k].scores[group.id]).worst, k, index) for k, index, group in every]
-    compared = sorted((worst, k, index) for worst, k, index in ranked if worst is not None)
-    return _Choice(sources, [(k, index) for _, k, index in compared[:sample]], "worst first", len(ranked) - len(compared))
+        groups = open_groups(path, root, format, limit=limit)
+        sources.append(_Source(groups, _stored(file, groups), name))
+    without = 0
+
+    def compared() -> Iterator[tuple[float, int, int]]:
+        nonlocal without
+        for k, source in enumerate(sources):
+            for index, group in enumerate(source.groups):
+                worst = score_table(group, source.scores[group.id]).worst
+                without += worst is None
+                if worst is not None:
+                    yield worst, k, index
+
+    ranked = heapq.nsmallest(sample, compared())
+    return _Choice(sources, [(k, index) for _, k, index in ranked], "worst first", without)
 
 
-def _evaluated(run_dir: Path) -> dict[str, tuple[str, Root, str]]:
-    """Split -> manifest, root and format, as the run's configuration has them. Raises ConfigError where it has none."""
+def _evaluated(run_dir: Path) -> dict[str, tuple[str, Root, str, int | None]]:
+    """Split -> manifest, root, format and limit, as the run's configuration has them. Raises ConfigError where it has none."""
     file = run_dir / "config.yaml"
     data = recorded_options(run_dir).get("data")
     splits = data.get("evaluation") if isinstance(data, dict) else None
     if not isinstance(splits, dict) or not isinstance(data, dict) or not splits:
         raise ConfigError(f"{file} names no evaluation (data.evaluation), so the run has no scores; name a manifest")
-    found: dict[str, tuple[str, Root, str]] = {}
+    found: dict[str, tuple[str, Root, str, int | None]] = {}
     for name, split in splits.items():
         own = {"path": split} if isinstance(split, str) else split if isinstance(split, dict) else {}
         root = data.get("root") if own.get("root") is None else own["root"]
-        path, format = own.get("path"), own.get("format") or data.get("format") or "cfgroup"
+        path, format, limit = own.get("path"), own.get("format") or data.get("format") or "cfgroup", own.get("limit")
         roots = root if isinstance(root, list) else [] if root is None else [root]
-        if not all(isinstance(each, str) for each in (name, path, format, *roots)):
+        if not all(isinstance(each, str) for each in (name, path, format, *roots)) or not (limit is None or type(limit) is int):
             raise ConfigError(f"{file}: data.evaluation.{name} names no manifest; restore it")
-        found[str(name)] = (str(path), root, str(format))
+        found[str(name)] = (str(path), root, str(format), limit)
     return found
 
 
-def _stored(file: Path, groups: Sequence[CounterfactualGroup], source: str | Path, root: Root) -> dict[str, StoredScores]:
+def _stored(file: Path, groups: GroupStore) -> Mapping[str, StoredScores]:
     """The scores of a file, if it is of these groups by their texts and the paths of their pictures; contents are not hashed for a look."""
-    return read_scores(file, list(groups), data_identity(groups, data_roots(source, root)))
+    return read_scores(file, groups, data_identity(groups, groups.roots))
 
 
 def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> list[int]:
     """The places of the groups that a file names, one id a line. Raises DataError for one that is not there, or is named twice."""
-    places = {group.id: index for index, group in enumerate(groups)}
-    found: dict[int, int] = {}
+    wanted: dict[str, int] = {}
     try:
         with open_regular(file) as handle:
             for number, line in enumerate(lines(handle, _MAX_ID), 1):
                 if not (name := line.decode("utf-8-sig").strip()):
                     continue
-                if name not in places:
-                    near = difflib.get_close_matches(name, places, n=1) if len(places) < MOST else []
-                    hint = f"did you mean {near[0]!r}?" if near else "correct or remove the line"
-                    raise DataError(f"{file}:{number}: {source} has no group {quoted(name)}; {hint}")
-                if places[name] in found:
-                    raise DataError(f"{file}:{number}: group {quoted(name)} is named on line {found[places[name]]} too; keep one")
-                found[places[name]] = number
+                if name in wanted:
+                    raise DataError(f"{file}:{number}: group {quoted(name)} is named on line {wanted[name]} too; keep one")
+                wanted[name] = number
+                if len(wanted) > MOST:
+                    break
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{file}: ids cannot be read ({reason}); write one id a line, in UTF-8") from error
-    if not 0 < len(found) <= MOST:
-        raise DataError(f"{file}: it names {len(found)} groups, and a page has 1 to {MOST}; write one id a line")
-    return list(found)
+    if not 0 < len(wanted) <= MOST:
+        many = "no" if not wanted else f"more than {MOST}"
+        raise DataError(f"{file}: it names {many} groups, and a page has 1 to {MOST}; write one id a line")
+    found: dict[str, int] = {}
+    others: list[str] = []  # of which one may be what was meant
+    for index, group in enumerate(groups):
+        if group.id in wanted:
+            found.setdefault(group.id, index)
+        elif len(others) < MOST:
+            others.append(group.id)
+    for name, number in wanted.items():
+        if name not in found:
+            near = difflib.get_close_matches(name, [*others, *found], n=1) if len(groups) <= MOST else []
+            hint = f"did you mean {near[0]!r}?" if near else "correct or remove the line"
+            raise DataError(f"{file}:{number}: {source} has no group {quoted(name)}; {hint}")
+    return [found[name] for name in wanted]
 
 
 def _items(choice: _Choice) -> Iterator[Item]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from cfvlm_ds.deepspeed_compat.parameters import whole_shape
 from cfvlm_ds.models.family import MODULES, Family
-from cfvlm_ds.models.forest_attention import Forest
+from cfvlm_ds.models.forest import Forest
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "A10G": 70e12}
 """Dense bfloat16 operations per second by a part of the device's name (vendor's data sheets)."""
@@ -59,8 +59,8 @@ class ModelFlops:
         """Operations for the model inputs of a batch that scores from ``num_scored`` positions."""
         forest: Forest = inputs["forest"]
         pairs = 0.0
-        for start, stop, before, prefix in forest.segments:
-            pairs += (stop - start) * (prefix - before) + (stop - start) * (stop - start + 1) / 2
+        for length, seen in zip(forest.lengths, forest.seen, strict=True):
+            pairs += length * seen + length * (length + 1) / 2
         tokens = {
             "vision_tower": pixels.numel() / self._pixels if (pixels := inputs["image_inputs"].get("pixel_values")) is not None else 0,
             "projector": sum(inputs["visual_tokens"]),

@@ -1,23 +1,23 @@
-"""Attention over a row of trees: a tree is a prefix (prompt and images) and branches after it (texts) that see the prefix and themselves.
+"""Attention over a row of trees: images and what comes before every prompt, after them prompts, after those texts. Each node of a tree
+sees its ancestors and itself.
 
 The back ends compute the same function and are registered with transformers' public attention interface. The forest reaches them as a
 keyword argument that travels through every layer, also when a layer is computed again for its gradient: never as a mask or as restarted
 positions, which several kernels silently misread.
 
     sdpa      trees of similar length padded to one length inside the attention; torch's kernel with a mask: for many short trees
-    cascade   prefix on itself, branches on their prefix, branches on themselves, merged by log-sum-exp: nothing is computed twice
-    flash_attention_2  one call of flash-attn's variable-length kernel; a branch's keys are its prefix's and its own, gathered
+    cascade   root on itself, the rest on the root, the rest's paths on themselves, merged by log-sum-exp: no root is computed twice
+    flash_attention_2  one call of flash-attn's variable-length kernel; a node's keys are its ancestors' and its own, gathered
     varlen    the same through torch's own variable-length kernel
 
-Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S segments (prefixes and branches), B trees, L a padded length.
+Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S segments (nodes), B trees, L a padded length.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,56 +27,10 @@ from torch.torch_version import TorchVersion
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models.forest import Forest
 
 BACKENDS = ("sdpa", "cascade", "flash_attention_2", "varlen")
 _PADDED = 1.25  # trees are padded to one length while the longest has at most this many times the tokens of the shortest
-
-
-@dataclass(frozen=True)
-class Forest:
-    """The trees of a row in their order: tokens of each prefix, and of each of its branches."""
-
-    prefixes: tuple[int, ...]
-    branches: tuple[tuple[int, ...], ...]
-
-    @functools.cached_property
-    def lengths(self) -> list[int]:
-        """Tokens of each tree."""
-        return [prefix + sum(branches) for prefix, branches in zip(self.prefixes, self.branches, strict=True)]
-
-    @functools.cached_property
-    def bounds(self) -> list[int]:
-        """Where each tree begins and, last, where the row ends."""
-        return list(itertools.accumulate(self.lengths, initial=0))
-
-    @functools.cached_property
-    def segments(self) -> list[tuple[int, int, int, int]]:
-        """(start, stop, prefix start, prefix stop) of each prefix and branch; of a prefix, the prefix before it is empty."""
-        found = []
-        for start, prefix, branches in zip(self.bounds, self.prefixes, self.branches, strict=False):
-            found.append((start, start + prefix, start, start))
-            at = start + prefix
-            for length in branches:
-                found.append((at, at + length, start, start + prefix))
-                at += length
-        return found
-
-    @functools.cached_property
-    def _placed(self) -> dict[Any, Any]:
-        return {}
-
-    def on(self, build: Callable[[Forest], Any], device: torch.device) -> Any:
-        """The result of ``build`` for the forest, on ``device``; computed once for all layers."""
-        key = build, device
-        if key not in self._placed:
-            self._placed[key] = _move(build(self), device)
-        return self._placed[key]
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    return type(value)(_move(item, device) for item in value) if isinstance(value, list | tuple) else value
 
 
 # --- padded trees, with a mask ----------------------------------------------------------------------------------------------------------
@@ -84,35 +38,40 @@ def _move(value: Any, device: torch.device) -> Any:
 
 def _padded(forest: Forest) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Buckets of trees as (tokens [B, L] by their place in the row, mask [B, 1, L, L] bool); each token's place in the padded buckets."""
-    order = sorted(range(len(forest.lengths)), key=lambda tree: forest.lengths[tree])
+    lengths = forest.tree_lengths
+    order = sorted(range(len(lengths)), key=lambda tree: lengths[tree])
     buckets: list[list[int]] = []
     for tree in order:
-        if not buckets or forest.lengths[tree] > _PADDED * forest.lengths[buckets[-1][0]]:
+        if not buckets or lengths[tree] > _PADDED * lengths[buckets[-1][0]]:
             buckets.append([])
         buckets[-1].append(tree)
     found, back, offset = [], torch.empty(forest.bounds[-1], dtype=torch.int64), 0
+    node_of = torch.arange(len(forest.lengths)).repeat_interleave(torch.tensor(forest.lengths))
     for bucket in buckets:
-        width = forest.lengths[bucket[-1]]
-        tokens, branch = torch.zeros(len(bucket), width, dtype=torch.int64), torch.full((len(bucket), width), -2)
+        width = lengths[bucket[-1]]
+        tokens, nodes = torch.zeros(len(bucket), width, dtype=torch.int64), torch.full((len(bucket), width), len(forest.lengths))
         for b, tree in enumerate(bucket):
-            start, length = forest.bounds[tree], forest.lengths[tree]
+            start, length = forest.bounds[tree], lengths[tree]
             tokens[b, :length] = torch.arange(start, start + length)
-            sizes = torch.tensor([forest.prefixes[tree], *forest.branches[tree]])
-            branch[b, :length] = torch.arange(-1, len(sizes) - 1).repeat_interleave(sizes)
+            nodes[b, :length] = node_of[start : start + length]
             back[start : start + length] = torch.arange(offset + b * width, offset + b * width + length)
-        found.append((tokens, _tree_mask(branch)))
+        found.append((tokens, _tree_mask(forest, nodes)))
         offset += tokens.numel()
     return found, back
 
 
-def _tree_mask(branch: Tensor) -> Tensor:
-    """[B, 1, L, L] bool, true where a query may see a key: ``branch`` [B, L] is -1 for the prefix, b for branch b, -2 for padding.
+def _tree_mask(forest: Forest, nodes: Tensor) -> Tensor:
+    """[B, 1, L, L] bool, true where a query may see a key: ``nodes`` [B, L] is each token's node, one past the last for padding.
 
-    A token sees the prefix and its own branch, never a sibling. Padding sees itself, because a row of nothing is NaN.
+    A token sees its ancestors and its own node, never a sibling. Padding sees itself, because a row of nothing is NaN.
     """
-    query, key = branch.unsqueeze(2), branch.unsqueeze(1)
-    causal = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool).tril()
-    return ((causal & ((key == -1) | (key == query)) & (key >= -1)) | torch.eye(branch.shape[1], dtype=torch.bool)).unsqueeze(1)
+    sees = torch.eye(len(forest.lengths) + 1, dtype=torch.bool)
+    for node, ancestors in enumerate(forest.ancestors):
+        sees[node, list(ancestors)] = True
+    sees[-1] = False
+    causal = torch.ones(nodes.shape[1], nodes.shape[1], dtype=torch.bool).tril()
+    allowed = sees[nodes.unsqueeze(2), nodes.unsqueeze(1)]
+    return ((causal & allowed) | torch.eye(nodes.shape[1], dtype=torch.bool)).unsqueeze(1)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
@@ -136,7 +95,8 @@ _GROUPED = TorchVersion(torch.__version__) >= "2.9"  # they take fewer heads of 
 
 
 class _Cascade(torch.autograd.Function):
-    """Three partial attentions a tree, merged by their log-sum-exp.
+    """Three partial attentions a tree, merged by their log-sum-exp: the root on itself, all that is below it on the root, and the paths
+    from there to the leaves on themselves.
 
     The gradient of a merged attention is the sum of the partial ones, each computed with the merged output and the merged log-sum-exp
     (Ring Attention, arXiv 2310.01889). Letting autograd go through the merge instead loses the gradient of the log-sum-exp.
@@ -146,14 +106,14 @@ class _Cascade(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
         out = torch.empty_like(query)
         lse = query.new_empty(query.shape[:-1], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
-        for prefix, rest, branches in _tree_slices(forest):
-            out[:, :, prefix], lse[:, :, prefix] = _forward(*(t[:, :, prefix] for t in (query, key, value)), is_causal=True, scale=scale)
-            if not branches.lengths:
+        for root, rest, paths in forest.on(_tree_slices, query.device):
+            out[:, :, root], lse[:, :, root] = _forward(*(t[:, :, root] for t in (query, key, value)), is_causal=True, scale=scale)
+            if paths is None:
                 continue
             q, k, v = (t[:, :, rest] for t in (query, key, value))
-            before, before_lse = _forward(q, key[:, :, prefix], value[:, :, prefix], scale=scale)
-            own, own_lse = _forward(*(branches.pad(t) for t in (q, k, v)), is_causal=True, scale=scale)
-            own, own_lse = branches.flat(own), branches.flat(own_lse)
+            before, before_lse = _forward(q, key[:, :, root], value[:, :, root], scale=scale)
+            own, own_lse = _forward(*(paths.pad(t) for t in (q, k, v)), is_causal=True, scale=scale)
+            own, own_lse = paths.first(own), paths.first(own_lse)
             merged = torch.logaddexp(before_lse, own_lse)
             out[:, :, rest] = (before_lse - merged).exp().unsqueeze(-1) * before + (own_lse - merged).exp().unsqueeze(-1) * own
             lse[:, :, rest] = merged
@@ -165,21 +125,21 @@ class _Cascade(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         query, key, value, out, lse = ctx.saved_tensors
         grads = tuple(torch.empty_like(t) for t in (query, key, value))
-        for prefix, rest, branches in _tree_slices(ctx.forest):
-            whole = tuple(t[:, :, prefix] for t in (grad, query, key, value, out, lse))
-            of_prefix = _backward(*whole, 0.0, True, scale=ctx.scale)
-            if not branches.lengths:
-                for into, of in zip(grads, of_prefix, strict=True):
-                    into[:, :, prefix] = of
+        for root, rest, paths in ctx.forest.on(_tree_slices, query.device):
+            whole = tuple(t[:, :, root] for t in (grad, query, key, value, out, lse))
+            of_root = _backward(*whole, 0.0, True, scale=ctx.scale)
+            if paths is None:
+                for into, of in zip(grads, of_root, strict=True):
+                    into[:, :, root] = of
                 continue
             g, q, k, v, o, m = (t[:, :, rest] for t in (grad, query, key, value, out, lse))
-            of_before = _backward(g, q, key[:, :, prefix], value[:, :, prefix], o, m, 0.0, False, scale=ctx.scale)
-            of_own = _backward(*(branches.pad(t) for t in (g, q, k, v, o, m)), 0.0, True, scale=ctx.scale)
-            grads[0][:, :, prefix] = of_prefix[0]
-            grads[0][:, :, rest] = of_before[0] + branches.flat(of_own[0])
-            for into, alone, shared, own in zip(grads[1:], of_prefix[1:], of_before[1:], of_own[1:], strict=True):
-                into[:, :, prefix] = alone + shared
-                into[:, :, rest] = branches.flat(own)
+            of_before = _backward(g, q, key[:, :, root], value[:, :, root], o, m, 0.0, False, scale=ctx.scale)
+            of_own = _backward(paths.pad_once(g), *(paths.pad(t) for t in (q, k, v, o, m)), 0.0, True, scale=ctx.scale)
+            grads[0][:, :, root] = of_root[0]
+            grads[0][:, :, rest] = of_before[0] + paths.total(of_own[0])
+            for into, alone, shared, own in zip(grads[1:], of_root[1:], of_before[1:], of_own[1:], strict=True):
+                into[:, :, root] = alone + shared
+                into[:, :, rest] = paths.total(own)
         return *grads, None, None
 
 
@@ -200,17 +160,77 @@ class _Branches:
             padded[b, :, : part.shape[1]] = part
         return padded
 
-    def flat(self, padded: Tensor) -> Tensor:
+    def first(self, padded: Tensor) -> Tensor:
         if len(set(self.lengths)) == 1:
             return padded.transpose(0, 1).flatten(1, 2).unsqueeze(0)
         return torch.cat([padded[b, :, :length] for b, length in enumerate(self.lengths)], 1).unsqueeze(0)
 
+    pad_once, total = pad, first
 
-def _tree_slices(forest: Forest) -> Iterator[tuple[slice, slice, _Branches]]:
-    """(prefix, all its branches, how they are padded) of each tree; a prefix with its only branch is an ordinary causal sequence."""
-    for (start, stop), prefix, branches in zip(itertools.pairwise(forest.bounds), forest.prefixes, forest.branches, strict=True):
-        border, several = (stop, ()) if len(branches) == 1 else (start + prefix, branches)
-        yield slice(start, border), slice(border, stop), _Branches(several)
+
+class _Paths:
+    """The same where branches have branches: a path for each leaf, from below the root, so that a node with several leaves is in several.
+
+    What a node computes it computes in each of its paths; it is taken from the ``first``. There alone it has a gradient (``pad_once``),
+    while its keys and values have one in every path (``total``). This repeats attention among few tokens and nothing else.
+
+    Args:
+        paths: places of each path's tokens, counted from the first token below the root.
+    """
+
+    def __init__(self, paths: Sequence[Sequence[int]]) -> None:
+        width = max(map(len, paths))
+        self.places = torch.tensor([[*path, *[0] * (width - len(path))] for path in paths])
+        self.real = torch.tensor([[True] * len(path) + [False] * (width - len(path)) for path in paths])
+        firsts: dict[int, int] = {}
+        for row, path in enumerate(paths):
+            for column, place in enumerate(path):
+                firsts.setdefault(place, row * width + column)
+        self.firsts = torch.tensor([firsts[place] for place in range(len(firsts))])
+        self.once = torch.zeros(self.places.numel(), dtype=torch.bool).index_fill(0, self.firsts, True).view_as(self.places)
+
+    def pad(self, flat: Tensor) -> Tensor:
+        return self._padded(flat, self.real)
+
+    def pad_once(self, flat: Tensor) -> Tensor:
+        return self._padded(flat, self.once)
+
+    def first(self, padded: Tensor) -> Tensor:
+        return padded.transpose(0, 1).flatten(1, 2).index_select(1, self.firsts).unsqueeze(0)
+
+    def total(self, padded: Tensor) -> Tensor:
+        flat = padded.transpose(0, 1).flatten(1, 2)[:, self.real.view(-1)]
+        into = flat.new_zeros(flat.shape[0], len(self.firsts), *flat.shape[2:])
+        return into.index_add_(1, self.places[self.real], flat).unsqueeze(0)
+
+    def _padded(self, flat: Tensor, kept: Tensor) -> Tensor:
+        taken = flat[0].index_select(1, self.places.view(-1)).unflatten(1, self.places.shape).transpose(0, 1)
+        return taken.masked_fill(~kept.view(len(kept), 1, -1, *[1] * (taken.dim() - 3)), 0)
+
+
+def _tree_slices(forest: Forest) -> list[tuple[slice, slice, _Branches | _Paths | None]]:
+    """(root, all that is below it, how that is padded; None for nothing) of each tree; a root with one child makes one root of both."""
+    found: list[tuple[slice, slice, _Branches | _Paths | None]] = []
+    inner = set(forest.parents)
+    for root, after in itertools.pairwise(forest.roots):
+        start, stop, top = forest.starts[root], forest.starts[after], root
+        while top + 1 < after and forest.parents[root:after].count(top) == 1:
+            top += 1
+        border = forest.starts[top + 1]
+        leaves = [node for node in range(top + 1, after) if node not in inner]
+        nodes = [[*(above for above in forest.ancestors[leaf] if above > top), leaf] for leaf in leaves]
+        paths: _Branches | _Paths | None = None
+        if leaves:
+            of_two_levels = all(len(path) == 1 for path in nodes)
+            paths = (
+                _Branches(tuple(forest.lengths[leaf] for leaf in leaves))
+                if of_two_levels
+                else _Paths(
+                    [[place - border for node in path for place in range(forest.starts[node], forest.starts[node + 1])] for path in nodes]
+                )
+            )
+        found.append((slice(start, border), slice(border, stop), paths))
+    return found
 
 
 def _cascade(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
@@ -231,10 +251,10 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Ten
 def _gathered(forest: Forest) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """(place of every key in the row, where the segments' queries and keys begin, longest of each)."""
     places, queries, keys = [], [0], [0]
-    for start, stop, before, prefix in forest.segments:
-        places += [torch.arange(before, prefix), torch.arange(start, stop)]
-        queries.append(stop)
-        keys.append(keys[-1] + prefix - before + stop - start)
+    for node, ancestors in enumerate(forest.ancestors):
+        places += [torch.arange(forest.starts[each], forest.starts[each + 1]) for each in (*ancestors, node)]
+        queries.append(forest.starts[node + 1])
+        keys.append(keys[-1] + forest.seen[node] + forest.lengths[node])
     begins = (torch.tensor(queries, dtype=torch.int32), torch.tensor(keys, dtype=torch.int32))
     longest = (int(begins[0].diff().max()), int(begins[1].diff().max()))
     return torch.cat(places), *begins, *longest
@@ -308,8 +328,8 @@ def _interface(attend: Callable[[Tensor, Tensor, Tensor, Forest, float], Tensor]
             raise ValueError("a model loaded for scoring takes a forest and no mask; load it with transformers for anything else")
         if dropout:
             raise ConfigError(f"attention dropout of {dropout} makes scores depend on what is packed together; set it to 0 in config.json")
-        if (window := options.get("sliding_window")) is not None and window < max(forest.lengths):
-            raise ConfigError(f"a sliding window of {window} tokens cannot take rows of {max(forest.lengths)}; shorten prompts or images")
+        if (window := options.get("sliding_window")) is not None and window < forest.longest_path:
+            raise ConfigError(f"a sliding window of {window} tokens cannot take rows of {forest.longest_path}; shorten prompts or images")
         return attend(query, key, value, forest, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 
     return function

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.files import cache_folder, replace
 from cfvlm_ds.models.family import Family
 from cfvlm_ds.models.model_files import hashed_files, weight_patterns
 
@@ -65,7 +65,7 @@ def file_digest(path: Path, alive: Callable[[], object] = lambda: None) -> str:
     """sha256 of a file; cached in the user's cache folder, keyed by everything that a write to the file changes."""
     stat = path.stat()
     state = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-    remembered = _cache_folder() / hashlib.sha256(f"{path.resolve()} {state}".encode()).hexdigest()
+    remembered = cache_folder() / "weights" / hashlib.sha256(f"{path.resolve()} {state}".encode()).hexdigest()
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if re.fullmatch(r"[0-9a-f]{64}", found := remembered.read_text()):
             return found
@@ -78,10 +78,6 @@ def file_digest(path: Path, alive: Callable[[], object] = lambda: None) -> str:
         remembered.parent.mkdir(parents=True, exist_ok=True)
         replace(remembered, digest.hexdigest().encode(), shared=True)
     return digest.hexdigest()
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cfvlm_ds" / "weights"
 
 
 def tower_fingerprint(config: ModelConfig, family: Family) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from cfvlm_ds.models.chunked_logprobs import head_logprobs
 from cfvlm_ds.models.family import Family
-from cfvlm_ds.models.forest_attention import Forest
+from cfvlm_ds.models.forest import Forest
 
 
 class ScoringHead(nn.Linear):

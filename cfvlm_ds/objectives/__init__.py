@@ -6,6 +6,7 @@ A new objective is one file with a frozen dataclass and one line in OBJECTIVES; 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,7 +36,12 @@ def required_cells(objectives: Objectives) -> Cells:
 
 def denominators(objectives: Objectives, layout: GroupLayout) -> dict[str, Tensor]:
     """Each objective's denominators on this layout, [P] each, ready to be added over micro-batches and ranks."""
-    return {name: torch.atleast_1d(objective.denominator(layout)) for name, objective in objectives.items()}
+    return {name: torch.atleast_1d(objective.denominator(layout.of_objective(name))) for name, objective in objectives.items()}
+
+
+def scores_of(name: str, scores: Scores) -> Scores:
+    """The scores that an objective sees: those of the groups that count in it."""
+    return replace(scores, layout=scores.layout.of_objective(name))
 
 
 def ramp(objective: Objective, progress: float) -> float:
@@ -56,7 +62,7 @@ def weighted_loss(
     shares: dict[str, Tensor] = {}
     for name, objective in objectives.items():
         below = global_denominators[name].to(scores.logp)
-        parts = torch.atleast_1d(objective.numerator(scores))
+        parts = torch.atleast_1d(objective.numerator(scores_of(name, scores)))
         share = torch.where(below > 0, parts / below.clamp(min=torch.finfo(below.dtype).tiny), 0).sum()
         shares[name] = share.detach()
         loss = loss + objective.weight * ramp(objective, progress) * share

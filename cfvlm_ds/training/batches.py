@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster import signals
-from cfvlm_ds.core.config import DataConfig
+from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.distributed import World, apart
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import GroupSampler
+from cfvlm_ds.data.store import unraised
 
 
 def forkable(num_workers: int, importing: threading.Thread | None) -> int:
@@ -33,7 +34,7 @@ def micro_batches(
     Raises WorkerLost when a data worker has died.
     """
     loader: Any = DataLoader(
-        groups,  # type: ignore[arg-type]
+        unraised(groups),  # type: ignore[arg-type]
         batch_sampler=sampler,
         collate_fn=partial(collator.without_unreadable, max_tokens=data.max_tokens_per_forward),
         num_workers=num_workers,

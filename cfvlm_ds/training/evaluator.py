@@ -31,7 +31,7 @@ class Evaluator:
         self.splits = splits
         self._stop, self._num_workers = stop, num_workers
 
-    def __call__(self, shuffled: bool = False) -> tuple[dict[str, list[Accuracy]], dict[str, list[GroupScores]]]:
+    def __call__(self, shuffled: bool = False) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
         """Results and scores by split.
 
         Raises StopRequested on all ranks where they are to stop, and WorkerLost on the one that has lost a data worker.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cfvlm_ds.core.distributed import World, all_reduce_sums
+from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.models import ModelFlops
-from cfvlm_ds.objectives import Objectives, likelihood_report
+from cfvlm_ds.objectives import Objectives, likelihood_report, scores_of
 from cfvlm_ds.training.step import Measured
 
 
@@ -59,7 +61,11 @@ class Meter:
         local = numbers.to(world.device) + tensors.view_as(numbers)
         both = dict(zip(names, all_reduce_sums([local], world.device)[0].tolist(), strict=True))
         elapsed = time.monotonic() - self.since
-        metrics = {name: total / (elapsed if name.startswith("throughput/") else count) for name, (total, count) in both.items() if count}
+        metrics: dict[str, float] = {}
+        for name, (total, count) in both.items():
+            if count:  # a term's parts have denominators of their own, and its loss is the sum of their means
+                metric = name.partition(_PART)[0]
+                metrics[metric] = metrics.get(metric, 0.0) + total / (elapsed if name.startswith("throughput/") else count)
         metrics["throughput/data_wait_share"] = self._waited / elapsed
         if self.gathering is not None:
             metrics["throughput/all_gather_share"] = self.gathering() / elapsed
@@ -67,16 +73,21 @@ class Meter:
         return metrics
 
 
-def measure(meter: Meter, measured: Measured, objectives: Objectives, part_of_step: float, flops: ModelFlops) -> None:
+_PART = "#"
+
+
+def measure(
+    meter: Meter, measured: Measured, objectives: Objectives, part_of_step: float, flops: ModelFlops, sources: Sequence[str] = ()
+) -> None:
     """Add what a micro-batch has measured. Shares add up over the micro-batches and ranks of a step to its loss, so each counts as
-    ``part_of_step`` of one; ``flops`` counts the model's own operations."""
+    ``part_of_step`` of one; ``flops`` counts the model's own operations; ``sources`` are those of a mixture, measured one by one too."""
     scores = measured.scores
     real = float(len(scores.layout.ids) > 0)  # a stand-in for groups that cannot be read is not measured
     meter.add("loss", measured.loss, part_of_step)
     for name, share in measured.shares.items():
         meter.add(f"loss/{name}", share, part_of_step)
-    for objective in objectives.values():
-        for key, (total, count) in objective.report(scores).items():
+    for name, objective in objectives.items():
+        for key, (total, count) in objective.report(scores_of(name, scores)).items():
             meter.add(key, total * real, count * real)
     for key, (total, count) in likelihood_report(scores).items():
         meter.add(key, total * real, count * real)
@@ -86,3 +97,17 @@ def measure(meter: Meter, measured: Measured, objectives: Objectives, part_of_st
         meter.add("throughput/tokens_per_s", batch.num_tokens, 1)
         meter.add("throughput/images_per_s", batch.num_images, 1)
         meter.add("throughput/model_tflop_per_s", flops.of(batch.model_inputs, batch.num_scored) / 1e12, 1)
+    for source in sources:
+        _measure_source(meter, scores, objectives, source)
+
+
+def _measure_source(meter: Meter, scores: Scores, objectives: Objectives, source: str) -> None:
+    """Each term's mean over the groups of one source; every rank names the same metrics, whatever it has of them."""
+    layout = scores.layout.of_source(source)
+    for name, objective in objectives.items():
+        seen = scores_of(name, replace(scores, layout=layout))
+        counts = torch.atleast_1d(objective.denominator(seen.layout))
+        with torch.no_grad():
+            totals = torch.atleast_1d(objective.numerator(seen)) if source in layout.sources else torch.zeros_like(counts)
+        for number, (total, count) in enumerate(zip(totals, counts, strict=True)):
+            meter.add(f"loss/{name}/{source}{_PART}{number}", total, count)

@@ -5,32 +5,40 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from array import array
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
+import torch
 
 from cfvlm_ds.batching.collator import Collator, load_collator
-from cfvlm_ds.core.config import IMAGE_LIMITS, DataConfig, DataSet, ModelConfig, RunConfig
-from cfvlm_ds.core.distributed import Patience, World, agreed, broadcast_object, cores_per_rank, gather_objects
+from cfvlm_ds.cluster.signals import WorkerLost, shield_worker, worker_deaths
+from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig, RunConfig
+from cfvlm_ds.core.data_config import DataConfig, DataSet
+from cfvlm_ds.core.distributed import Patience, World, agreed, broadcast_object, gather_objects
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import keep
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.core.secrets import without_secrets
-from cfvlm_ds.data import Share, check_share, data_roots, read_manifest
-from cfvlm_ds.data.identity import Identity, data_identity
-from cfvlm_ds.data.picture_index import PictureNotes, PictureTable, sizes_of, stored_pictures
+from cfvlm_ds.data import CheckReport, GroupStore, Share, check_groups, check_rows, data_roots, open_groups
+from cfvlm_ds.data.containers.hub import fetched, is_hub
+from cfvlm_ds.data.containers.kinds import sources_state
+from cfvlm_ds.data.formats import AUTO
+from cfvlm_ds.data.identity import Identity, digest, mixed_identity, shared_identity
+from cfvlm_ds.data.manifest import taken_as
+from cfvlm_ds.data.mixture import MixedGroups
+from cfvlm_ds.data.overlap import shared_with
+from cfvlm_ds.data.packed import FILE as STORE
+from cfvlm_ds.data.packed import PackedRows, is_store
+from cfvlm_ds.data.passes import Board
+from cfvlm_ds.data.picture_index import PictureNotes, PictureTable, PictureTables, stored_pictures
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
 
 _FORM = 3  # of data_check.json and of what a check looks at; another number has everything looked at again
 _FILE = "data_check.json"
-_CHUNK = 1024  # groups whose pictures' headers are read at a time
 
 Tick = Callable[[], object]
 """Called at least every second in whatever takes long here; may raise in order to leave."""
@@ -41,15 +49,24 @@ class RunData:
     """What a run trains on and is evaluated on.
 
     ``identity`` is that of the training groups, ``identities`` those of the splits. ``pictures`` are those found sound, with which a
-    picture is compared when it is opened; None if only rows were checked. ``collator`` is the model's, if the check needed one.
+    picture is compared when it is opened; if only rows were checked those of packed stores, or None. ``collator`` is the model's, if the
+    check needed one. ``sources`` are the training sets by name, of which ``groups`` are made.
     """
 
-    groups: list[CounterfactualGroup]
-    splits: dict[str, list[CounterfactualGroup]]
+    groups: Sequence[CounterfactualGroup]
+    splits: dict[str, Sequence[CounterfactualGroup]]
     identity: Identity
     pictures: PictureTable | None
     collator: Collator | None = None
     identities: Mapping[str, Identity] = field(default_factory=dict)
+    sources: Mapping[str, SourceData] = field(default_factory=dict)
+
+
+class SourceData(NamedTuple):
+    """One of the training sets, and what it is recognised by."""
+
+    groups: Sequence[CounterfactualGroup]
+    identity: Identity
 
 
 def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> RunData:
@@ -62,16 +79,38 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
     if not data.train:
         raise ConfigError("data.train is not set; give the manifest of your training groups")
     try:
-        check = _Check(config, world, Patience(world, tick))
-        train, *evaluation = (check(each) for each in (data.train_set, *data.evaluation_sets.values()))
-        identity, pictures = check.identity(data.train_set, train)
-        sets = zip(data.evaluation_sets.items(), evaluation, strict=True)
-        identities = {name: check.identity(each, groups)[0] for (name, each), groups in sets}
+        with worker_deaths():
+            patience, train_sets, evaluation_sets = Patience(world, tick), data.train_sets, data.evaluation_sets
+            if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
+                agreed(world, lambda: [str(fetched(path, patience.alive, world.say)) for path in hub], patience)
+            check = _Check(config, world, patience)
+            train = {name: check(each) for name, each in train_sets.items()}
+            splits: dict[str, Sequence[CounterfactualGroup]] = {name: check(each) for name, each in evaluation_sets.items()}
+            sources = {name: SourceData(train[name], check.identity(each, train[name])) for name, each in train_sets.items()}
+            identities = {name: check.identity(each, splits[name]) for name, each in evaluation_sets.items()}
+            groups, identity = _together(data, sources)
+            check.name_shared(sources, splits, identities)
+            check.name_idle(config.objective)
+    except WorkerLost as lost:
+        raise StorageError(
+            f"the data check of {data.trained_on} has lost a process ({lost}); memory is what such processes are usually killed for: start "
+            "again with more of it, nothing found is lost"
+        ) from lost
     except TimeoutError as error:
         raise ConfigError(
-            f"the data check of {data.train} cannot end: {error}; look at its node and start again, nothing found is lost"
+            f"the data check of {data.trained_on} cannot end: {error}; look at its node and start again, nothing found is lost"
         ) from error
-    return RunData(train, dict(zip(data.evaluation, evaluation, strict=True)), identity, pictures, check.collator, identities)
+    return RunData(groups, splits, identity, check.pictures, check.collator, identities, sources)
+
+
+def _together(data: DataConfig, sources: Mapping[str, SourceData]) -> tuple[Sequence[CounterfactualGroup], Identity]:
+    """The training groups of a run and their identity: those of its one set, or of the sources of a mixture."""
+    if not data.is_mixture:
+        (only,) = sources.values()
+        return only.groups, only.identity
+    objectives = {name: None if each.objectives is None else tuple(each.objectives) for name, each in data.train_sets.items()}
+    groups = MixedGroups([each.groups for each in sources.values()], list(sources), list(objectives.values()))
+    return groups, mixed_identity({name: each.identity for name, each in sources.items()}, objectives)
 
 
 def forget(config: RunConfig, world: World) -> None:
@@ -80,68 +119,15 @@ def forget(config: RunConfig, world: World) -> None:
     if world.is_main:
         file = Path(config.train.output_dir) / _FILE
         known = _recorded(file)
-        if known.pop(_name(config.data.train_set, config.data.format), None) is not None:
+        names = [_name(each, config.data.format) for each in config.data.train_sets.values()]
+        if [name for name in names if known.pop(name, None) is not None]:
             keep(file, json.dumps(known, indent=1), world.say)
-
-
-def group_tokens(
-    groups: Sequence[CounterfactualGroup],
-    collator: Collator,
-    data: DataConfig,
-    world: World,
-    pictures: PictureTable | None = None,
-    tick: Tick = lambda: None,
-) -> array[int]:
-    """Tokens of every group in the rows that ``collator`` builds; each rank measures its share.
-
-    Headers are read of images that ``pictures`` do not know. Raises DataError on every rank, naming a file without a header, or a group
-    that exceeds a limit of ``data``: with all its images and texts that of a micro-batch, with one image and one text that of a forward.
-    """
-    patience, problem = Patience(world, tick), None
-    mine = groups[world.rank :: world.size]
-    counted: list[npt.NDArray[Any]] = [np.empty((2, 0), np.int32)]
-    try:
-        with ThreadPoolExecutor(cores_per_rank()) as pool:
-            for start in range(0, len(mine), _CHUNK):
-                patience.alive()
-                chunk = mine[start : start + _CHUNK]
-                shown = (picture for group in chunk for image in group.images for picture in image)
-                sizes = sizes_of(shown, pictures, data.max_pixels, pool)
-                trees = []
-                for group in chunk:
-                    patience.alive()
-                    trees.append(collator.tree_tokens(group, sizes))
-                counted.append(
-                    np.array([[sum(t.whole for t in each) for each in trees], [max(t.least for t in each) for each in trees]], np.int32)
-                )
-    except DataError as error:
-        problem = str(error)
-    patience.meet()
-    shares = gather_objects((problem, np.concatenate(counted, 1)), world)
-    tokens = np.zeros((2, len(groups)), np.int32)
-    for rank, (_, part) in enumerate(shares):
-        if part.shape[1] == tokens[:, rank :: world.size].shape[1]:
-            tokens[:, rank :: world.size] = part
-    problem = next((found for found, _ in shares if found), None)
-    problem = problem or _too_large(groups, tokens[0], "max_tokens_per_micro_batch", data)
-    if problem := problem or _too_large(groups, tokens[1], "max_tokens_per_forward", data):
-        raise DataError(problem)
-    return array("i", tokens[0].tobytes())
 
 
 def model_fingerprint(model: ModelConfig, world: World, tick: Tick = lambda: None) -> dict[str, str]:
     """``fingerprint``, for which rank 0 reads all weights. Raises ConfigError on every rank when they cannot be read."""
     patience = Patience(world, tick)
     return agreed(world, lambda: fingerprint(model, patience.alive), patience)
-
-
-def _too_large(groups: Sequence[CounterfactualGroup], tokens: npt.NDArray[Any], option: str, data: DataConfig) -> str | None:
-    limit = getattr(data, option)
-    if limit is None or (most := int(tokens.max(initial=0))) <= limit:
-        return None
-    what = "one image with one text, which no forward divides," if option == "max_tokens_per_forward" else "its images and texts"
-    group = groups[int(tokens.argmax())].id
-    return f"group {group!r} has {most} tokens in {what}, and data.{option} is {limit}; raise it, or show images with fewer tokens"
 
 
 def _from_main(item: Any, world: World) -> Any:
@@ -156,7 +142,9 @@ def _recorded(file: Path) -> dict[str, Any]:
 
 
 def _name(each: DataSet, format: str) -> str:
-    return without_secrets(json.dumps([os.path.abspath(each.path), each.root, each.format or format]))
+    return without_secrets(
+        json.dumps([os.path.abspath(each.path), each.root, each.format or format, *[each.limit] * (each.limit is not None)])
+    )
 
 
 class _Check:
@@ -173,67 +161,157 @@ class _Check:
         self.collator: Collator | None = None
         self._known: dict[str, Any] = {}
         self._stamps: dict[str, list[Any]] = {}
+        self._packed: list[PictureTable] = []
         if world.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._known = _recorded(self._file)
         self._notes: PictureNotes | None = None
 
-    def __call__(self, each: DataSet) -> list[CounterfactualGroup]:
+    def __call__(self, each: DataSet) -> GroupStore:
         """The groups of a set without a problem; rank 0 says what it holds. Raises DataError with the first problem on every rank."""
         problem, summary = _from_main(self._known_of(each) if self._world.is_main else None, self._world)
         if problem:
             raise DataError(problem)
-        if summary is None and self._full:
-            summary, groups = self._looked_at(each)
-        else:
-            groups = read_manifest(each.path, each.root, self._format(each))
-            summary = summary or f"{each.path}: {len(groups)} groups"
+        groups = self._opened(each)
+        if self._format(each) == AUTO:
+            self._world.say(taken_as(groups))
+        if isinstance(groups.rows, PackedRows) and groups.rows.pictures is not None:
+            self._packed.append(groups.rows.pictures)
+        if summary is None:
+            summary, known_false = self._looked_at(each, groups)
+            agreed(self._world, lambda: self._refuse_written(each, groups))
+            self._keep(each, summary=without_secrets(summary), known_false=known_false)
         self._world.say(summary)
-        self._keep(each, summary=without_secrets(summary))
         return groups
 
-    def identity(self, each: DataSet, groups: Sequence[CounterfactualGroup]) -> tuple[Identity, PictureTable | None]:
-        """What the groups of a set are recognised by, and the pictures that were checked."""
-        pictures = stored_pictures(self._folder) if self._full else None
-        found: Identity | None = None
-        if self._world.is_main:
-            entry, table = self._entry(each), _state(pictures)
-            found = entry.get("identity")
-            if (
-                not isinstance(found, dict) or entry.get("pictures") != table
-            ):  # another set's check may have noted a changed picture of this
-                roots = data_roots(each.path, each.root)
-                found = data_identity(groups, roots, pictures, self._patience.alive)
-                self._keep(each, identity=found, pictures=table)
+    @property
+    def pictures(self) -> PictureTable | None:
+        """The pictures that were checked; if only rows were, what packed stores say of theirs."""
+        if self._full:
+            return stored_pictures(self._folder)
+        return PictureTables(self._packed) if self._packed else None
+
+    def identity(self, each: DataSet, groups: Sequence[CounterfactualGroup]) -> Identity:
+        """What the groups of a set are recognised by."""
+        assert isinstance(groups, GroupStore)
+        pictures = self.pictures
+        found: Any = None
+        entry, table = self._entry(each) if self._world.is_main else {}, _state(pictures)
+        if isinstance(known := entry.get("identity"), dict) and entry.get("pictures") == table:
+            found = known  # else another set's check may have noted a changed picture of this
         self._patience.meet()
-        return _from_main(found, self._world), pictures
+        found = _from_main(found, self._world)
+        if found is None:
+            found = _from_main(shared_identity(groups, pictures, self._share()), self._world)
+            self._keep(each, identity=found, pictures=table)
+        return dict(found)
+
+    def name_shared(
+        self, sources: Mapping[str, SourceData], splits: Mapping[str, Sequence[CounterfactualGroup]], identities: Mapping[str, Identity]
+    ) -> None:
+        """Say what training and evaluation sets have in common: a result on what was trained on says little."""
+        data, say = self._config.data, self._world.say
+        for name, each in data.train_sets.items():
+            depends = digest({part: digest(identity) for part, identity in {"": sources[name].identity, **identities}.items()})
+            kept = self._entry(each).get("shared") if self._world.is_main else None
+            said = kept["said"] if isinstance(kept, dict) and kept.get("of") == depends and isinstance(kept.get("said"), list) else None
+            said = _from_main(said, self._world)
+            if said is None:
+                found = shared_with(sources[name].groups, splits, self.pictures, self._share())
+                said = [
+                    f"data.evaluation.{split}: {what} are in the training set {each.path} too" for split, what in found.items() if str(what)
+                ]
+                self._keep(each, shared={"of": depends, "said": [without_secrets(line) for line in said]})
+            for line in said:
+                say(f"warning: {line}; what is measured there is no generalisation")
+
+    def name_idle(self, objectives: Mapping[str, Any]) -> None:
+        """Say which terms have nothing to do, where no training group that counts in them has a text that is known to be false."""
+        if not self._world.is_main:
+            return
+        sets = [(each.objectives, self._entry(each).get("known_false") == 0) for each in self._config.data.train_sets.values()]
+        one = torch.ones(1, 1, 1, dtype=torch.int64)
+        plain = GroupLayout(one.bool(), one.to(torch.int8), one, one, torch.ones(1))
+        idle = []
+        for name, term in objectives.items():
+            counting = [nothing_false for named, nothing_false in sets if named is None or name in named]
+            if not counting or (all(counting) and not (torch.atleast_1d(term.denominator(plain)) > 0).any()):
+                idle.append(name)
+        if idle:
+            supervised = ", and this is plain supervised fine-tuning" * all(nothing_false for _, nothing_false in sets)
+            self._world.say(
+                f"warning: no training group that counts in {', '.join(idle)} has a text that is false of one of its images, so that there "
+                f"is nothing to compare{supervised}"
+            )
 
     def _format(self, each: DataSet) -> str:
         return each.format or self._config.data.format
 
-    def _looked_at(self, each: DataSet) -> tuple[str, list[CounterfactualGroup]]:
+    def _share(self) -> Share:
+        """This rank's part of what goes through all groups."""
+        world, patience = self._world, self._patience
+        board = Board(self._folder, world.rank, world.size, patience.meet)
+        return Share(world.rank, world.size, self._notes or PictureNotes(), patience.alive, board, shield_worker)
+
+    def _opened(self, each: DataSet) -> GroupStore:
+        """The groups of a set. A large file is indexed by one rank, or by one of each node that does not see what the first has written."""
+        world, found = self._world, list[GroupStore]()
+        for turn in (world.is_main, world.local_rank == 0, True)[-1 if world.size == 1 else 0 :]:
+            problem = None
+            try:
+                if turn and not found:
+                    found.append(
+                        open_groups(each.path, each.root, self._format(each), limit=each.limit, share=self._share(), progress=world.say)
+                    )
+            except DataError as error:
+                problem = str(error)
+            self._patience.meet()
+            if problem := next((each for each in gather_objects(problem, world) if each), None):
+                raise DataError(problem)
+        return found[0]
+
+    def _looked_at(self, each: DataSet, groups: GroupStore) -> tuple[str, int]:
+        """What a set holds, in a line, and how many cells of its truth tables are known to be false."""
         world, patience, data = self._world, self._patience, self._config.data
-        self.collator = self.collator or load_collator(self._config.model, "full", data.max_pixels)
-        self._notes = self._notes or PictureNotes(self._folder, world.rank, patience.meet)
-        share = Share(world.rank, world.size, self._notes, patience.alive)
-        options: Any = {"lengths": self.collator, "max_pixels": data.max_pixels, "progress": world.say}
-        report, groups = check_share(each.path, each.root, self._format(each), share, **options)
+        if self._full:
+            self.collator = self.collator or load_collator(self._config.model, "full", data.max_pixels)
+            self._notes = self._notes or PictureNotes(self._folder, world.rank, patience.meet)
+            share = self._share()
+            mine = check_groups(groups, lengths=self.collator, max_pixels=data.max_pixels, progress=world.say, share=share)
+        else:
+            share = self._share()
+            mine = check_rows(groups, progress=world.say, share=share)
         patience.meet()
-        shares = gather_objects((self._notes.problem, len(report.problems), report.problems[:1]), world)
-        if lost := next((problem for problem, *_ in shares if problem), None):
+        report, lost = CheckReport(each.path), share.notes.problem or share.board.problem
+        more = -1
+        for lost_there, number, part in gather_objects((lost, len(mine.problems), replace(mine, problems=mine.problems[:1])), world):
+            report.add(part)
+            lost, more = lost or lost_there, more + number
+        if lost:
             raise StorageError(lost)
-        if problems := [first for *_, firsts in shares for first in firsts]:
-            more = sum(number for _, number, _ in shares) - 1
-            raise DataError(problems[0] + (f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""))
+        if report.problems:
+            raise DataError(report.problems[0] + (f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""))
+        if not self._full:
+            return f"{each.path}: {report.num_groups} groups", report.num_false_cells
         summary = f"{each.path}: {report.num_groups} groups, {report.num_images} images"
         summary += f", visual tokens {report.visual_range}" if report.visual_range else ""
-        return summary + (f", metadata {report.unused}" if report.metadata else ""), groups
+        return summary + (f", metadata {report.unused}" if report.metadata else ""), report.num_false_cells
+
+    def _refuse_written(self, each: DataSet, groups: GroupStore) -> None:
+        """DataError where a manifest is not what it was before it was checked: its rows are read again, whenever they are used."""
+        written = _written(each)
+        if not written == list(groups.rows.state) == self._stamp(each)[1:4]:
+            raise DataError(f"{each.path}: the manifest was written while it was checked; start again when it is whole")
 
     def _known_of(self, each: DataSet) -> tuple[str | None, str | None]:
         """(what is wrong, what was found): both None for a set that has to be looked at."""
         try:
-            Path(each.path).stat()
+            _written(each)
+        except DataError as error:
+            return str(error), None
         except OSError as error:
+            if os.path.isdir(each.path):
+                return None, None  # whoever opens it says what it lacks
             missing = "no such manifest" if isinstance(error, FileNotFoundError) else f"the manifest cannot be read ({error.strerror})"
             return f"{each.path}: {missing}; correct data.train or data.evaluation", None
         summary = self._entry(each).get("summary")
@@ -254,16 +332,20 @@ class _Check:
         """The state of a set before it is read: if its manifest is written during the check, the next start checks it again."""
         model, data, name = self._config.model, self._config.data, _name(each, self._config.data.format)
         if name not in self._stamps:
-            stat = Path(each.path).stat()
             roots = [os.path.abspath(root) for root in data_roots(each.path, each.root)]
             limits = [getattr(model, option) for option in IMAGE_LIMITS]
             paths = [without_secrets(path) for path in (*roots, model.name_or_path)]
-            written = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # an old time can be set again, but not the last one
             inputs = None
             with contextlib.suppress(OSError, ConfigError):  # named where they are read to be used
                 inputs = inputs_fingerprint(model) if os.path.isdir(model.name_or_path) else None
-            self._stamps[name] = [_FORM, *written, self._format(each), data.check, data.max_pixels, *limits, *paths, inputs]
+            self._stamps[name] = [_FORM, *_written(each), self._format(each), data.check, data.max_pixels, *limits, *paths, inputs]
         return self._stamps[name]
+
+
+def _written(each: DataSet) -> list[int]:
+    """The state of a manifest: an old time can be set again, but not the last one."""
+    path = fetched(each.path)
+    return list(sources_state(path / STORE if path.is_dir() and is_store(path) else path))
 
 
 def _state(pictures: PictureTable | None) -> list[int] | None:

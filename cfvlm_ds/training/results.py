@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.conversation import readable
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import keep, replace
 from cfvlm_ds.core.groups import CounterfactualGroup
@@ -82,7 +83,7 @@ def write_results(
         (run_dir / "scores").mkdir(exist_ok=True)
         for split, groups in splits.items():
             stored = {group.id: score.stored() for group, score in zip(groups, scores[split], strict=True)}
-            write_scores(path := run_dir / "scores" / f"{split}.jsonl", list(groups), stored, str(run_dir), identities[split])
+            write_scores(path := run_dir / "scores" / f"{split}.jsonl", groups, stored, str(run_dir), identities[split])
     except OSError as error:
         raise StorageError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
     return [tables, rows]
@@ -146,4 +147,4 @@ def samples(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]
 def _captions(group: CounterfactualGroup) -> list[str]:
     """The texts, after their prompts where the group has several."""
     alone = len(set(group.prompt_ids)) == 1
-    return [each.text if alone else f"{each.prompt} {each.text}" for each in group.candidates]
+    return [each.text if alone else f"{readable(each.prompt)} {each.text}" for each in group.candidates]

@@ -46,7 +46,7 @@ class Start:
             raise ConfigError(f"{self.found}: its state says nothing of {error} of its data; give train.resume another one") from error
         if what:
             raise OtherData(
-                f"{self.found} was trained on {config.data.train} before a change of {what}; restore the data, or start a new run in "
+                f"{self.found} was trained on {config.data.trained_on} before a change of {what}; restore the data, or start a new run in "
                 "another train.output_dir"
             )
         if state.step > self.total_steps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,25 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, agreed, random_kept, seed_everything
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.files import keep
+from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
-from cfvlm_ds.data import GroupSampler, PackedSampler
-from cfvlm_ds.data.stored_scores import StoredScores, read_scores
+from cfvlm_ds.data import GroupSampler, GroupStore, PackedSampler
+from cfvlm_ds.data.mixture import MixedOrder, shares_of
+from cfvlm_ds.data.packed import is_store
+from cfvlm_ds.data.permutation import RowsTogether
+from cfvlm_ds.data.sampler import OneAfterTheOther
+from cfvlm_ds.data.stored_scores import ScoresOfSources, StoredScores, read_scores
+from cfvlm_ds.models import inputs_fingerprint
 from cfvlm_ds.objectives import required_cells
 from cfvlm_ds.tracking import import_mlflow
 from cfvlm_ds.training import resume
 from cfvlm_ds.training.batches import forkable
 from cfvlm_ds.training.evaluator import check_best
-from cfvlm_ds.training.read_data import RunData, forget, group_tokens, model_fingerprint, read_data
+from cfvlm_ds.training.read_data import RunData, forget, model_fingerprint, read_data
 from cfvlm_ds.training.results import refuse_export
 from cfvlm_ds.training.run_record import tracker_of, write_record
 from cfvlm_ds.training.self_check import check_scores, refuse_nonfinite, refuse_unusable
+from cfvlm_ds.training.token_counts import group_tokens
 from cfvlm_ds.training.trainer import Trainer
 from cfvlm_ds.training.validation import scores_needed, validate
 
@@ -132,27 +139,61 @@ def _close_at_once(tracker: Any, code: int) -> None:
     tracker.close("SCHEDULED" if code == signals.EXIT_STOPPED else "KILLED", timeout=5.0)
 
 
-def _stored_scores(config: RunConfig, data: RunData, world: World) -> dict[str, StoredScores] | None:
+def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[str, StoredScores] | None:
     """The stored scores of the training groups, if an objective needs them and the model without its adapters does not suffice."""
     if not scores_needed(config):
         return None
     made_by = model_fingerprint(config.model, world)
     try:
-        return read_scores(Path(str(config.data.scores)), data.groups, data.identity, made_by=made_by)
+        return _read_scores(config, data, made_by)
     except DataError:
         forget(config, world)
         raise
 
 
+def _read_scores(config: RunConfig, data: RunData, made_by: dict[str, str]) -> Mapping[str, StoredScores]:
+    """Scores of the training groups by id: of each source that has a file of them."""
+    found = {
+        name: read_scores(Path(each.scores), *data.sources[name], made_by=made_by)
+        for name, each in config.data.train_sets.items()
+        if each.scores is not None
+    }
+    return ScoresOfSources(found) if config.data.is_mixture else next(iter(found.values()))
+
+
 def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator) -> GroupSampler:
     options, limit = config.train, config.data.max_tokens_per_micro_batch
     counted = limit or config.data.max_tokens_per_forward
-    tokens = group_tokens(data.groups, collator, config.data, world, data.pictures) if counted else []
+    if counted:
+        known = data.identity.get("pictures") is not None  # else a picture may have another size tomorrow
+        depends_on = (lambda: [dict(data.identity), inputs_fingerprint(config.model)]) if known else None
+        where: dict[str, Any] = {"folder": Path(options.output_dir) / "data_check", "depends_on": depends_on}
+        if not config.data.is_mixture and is_store(Path(str(config.data.train))):
+            where["shared"] = Path(str(config.data.train)) / "tokens"
+        tokens = group_tokens(data.groups, collator, config.data, world, data.pictures, **where)
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "seed": options.seed}
     place["gradient_accumulation_steps"] = options.gradient_accumulation_steps
+    rows = [_rows_of(each.groups) for each in data.sources.values()]
+    if config.data.is_mixture:
+        place["order"] = _mixed_order(config, data, rows)
+    elif rows[0] is not None:
+        place["order"] = OneAfterTheOther(len(data.groups), options.seed, rows=rows[0])
     if limit is not None:
         return PackedSampler(tokens=tokens, max_tokens=limit, **place)
     return GroupSampler(num_groups=len(data.groups), groups_per_micro_batch=options.per_device_train_batch_size, **place)
+
+
+def _rows_of(groups: Sequence[CounterfactualGroup]) -> RowsTogether | None:
+    """The rows of a data set that has rows of several groups."""
+    firsts = groups.together if isinstance(groups, GroupStore) else None
+    return None if firsts is None else RowsTogether(firsts, len(groups))
+
+
+def _mixed_order(config: RunConfig, data: RunData, rows: Sequence[RowsTogether | None]) -> MixedOrder:
+    sources = config.data.train_sets
+    sizes = tuple(len(each.groups) for each in data.sources.values())
+    shares = shares_of([each.weight for each in sources.values()], sizes, list(sources))
+    return MixedOrder(sizes, shares, config.train.seed, config.data.stopping_strategy, rows=tuple(rows))
 
 
 def _with_features(

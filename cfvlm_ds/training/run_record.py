@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import yaml
 
 from cfvlm_ds import checkpoint
 from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.data_config import DataSet
 from cfvlm_ds.core.distributed import World, broadcast_object
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import update
 from cfvlm_ds.core.secrets import masked, without_secrets
 from cfvlm_ds.core.versions import git_revision, version
-from cfvlm_ds.data.identity import digest
+from cfvlm_ds.data.containers.hub import is_hub
+from cfvlm_ds.data.identity import Identity, digest
 from cfvlm_ds.models import Scorer, load_config, parameter_counts
 from cfvlm_ds.tracking import open_tracker
 from cfvlm_ds.tracking.run_description import INPUT
@@ -61,14 +63,16 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
 
 def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
     """The data sets of a run, by which a person and MLflow recognise them: what is known of them anyway, without looking again."""
-    sets = [("train", "training", config.data.train_set, data.groups, data.identity)]
+    sets: list[tuple[str, str, DataSet, Sequence[Any], Identity]] = [
+        (name, "training", each, *data.sources[name]) for name, each in config.data.train_sets.items()
+    ]
     for name, each in config.data.evaluation_sets.items():
         sets.append((name, "evaluation", each, data.splits[name], data.identities[name]))
     return [
         {
             "name": name,
             "context": context,
-            "source": without_secrets(os.path.abspath(each.path)),
+            "source": without_secrets(each.path if is_hub(each.path) else os.path.abspath(each.path)),
             "format": each.format or config.data.format,
             "groups": len(groups),
             "digest": digest(identity),

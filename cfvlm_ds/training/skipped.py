@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cfvlm_ds.batching.batch import Batch
-from cfvlm_ds.core.config import DataConfig, TrainConfig
+from cfvlm_ds.core.config import TrainConfig
+from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import append, keep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,7 @@ class Trainer:
         self._data, self._sampler, self._pulse, self._num_workers = data, sampler, pulse, num_workers
         self._run_dir = Path(config.train.output_dir)
         self._flops = ModelFlops(engine.module.model, engine.module.family)
+        self._sources = tuple(data.sources) if config.data.is_mixture else ()
         self._stop = Stop(config.train.stop_margin_s)
         self.evaluator = Evaluator(config, world, engine, collator, data.splits, self._stop, num_workers)
 
@@ -128,7 +130,7 @@ class Trainer:
         meter.wait(result.waited_s)
         part_of_step = 1 / (self._world.size * self._config.train.gradient_accumulation_steps)
         for measured in result.measured:
-            measure(meter, measured, self._config.objective, part_of_step, self._flops)
+            measure(meter, measured, self._config.objective, part_of_step, self._flops, self._sources)
 
     def _record(self, tracker: Any, meter: Meter, left: str) -> None:
         """Log what was measured since the last record, and print it."""
@@ -137,6 +139,7 @@ class Trainer:
         rates = {group["name"].split(".")[0]: group["lr"] for group in engine.optimizer.param_groups}
         metrics |= {"learning_rate": max(rates.values())} | {f"learning_rate/{module}": rate for module, rate in rates.items()}
         metrics["grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
+        metrics |= {f"epoch/{name}": passes for name, passes in zip(self._sources, self._sampler.epochs_by_source(), strict=True)}
         metrics |= {"epoch": self._sampler.epoch, "skipped_steps": engine.skipped_steps, "skipped_groups": len(state.skipped)}
         if (fastest := peak(world.device)) is not None:
             metrics["throughput/mfu"] = metrics["throughput/model_tflop_per_s"] * 1e12 / (fastest * world.size)
@@ -227,7 +230,7 @@ class Trainer:
 
 
 def _progress(step: int, total_steps: int, metrics: Mapping[str, float], left: str) -> str:
-    terms = " ".join(f"{name.split('/')[1]} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/"))
+    terms = " ".join(f"{name.split('/')[1]} {value:.4f}" for name, value in metrics.items() if re.fullmatch("loss/[^/]+", name))
     rates = {name: metrics[f"throughput/{name}"] for name in ("groups_per_s", "tokens_per_s", "model_tflop_per_s", "data_wait_share")}
     utilisation = f" (MFU {metrics['throughput/mfu']:.1%})" if "throughput/mfu" in metrics else ""
     gathering = f" all-gather {metrics['throughput/all_gather_share']:.1%}" if "throughput/all_gather_share" in metrics else ""

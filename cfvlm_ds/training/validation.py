@@ -14,7 +14,10 @@ from cfvlm_ds import engine
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.data import FORMATS, read_manifest
+from cfvlm_ds.data import open_groups
+from cfvlm_ds.data.containers.hub import is_hub
+from cfvlm_ds.data.containers.kinds import is_there
+from cfvlm_ds.data.manifest import known_format
 from cfvlm_ds.models import check_model, only_adapters_train
 
 _UNKNOWN_WIDTH = 64
@@ -46,12 +49,20 @@ def _check_data(config: RunConfig) -> None:
     data, scenes = config.data, config.build.scenes
     if not data.train:
         raise ConfigError("data.train is not set; give the manifest of your training groups")
-    for each in (data.train_set, *data.evaluation_sets.values()):
-        there = os.path.exists(each.path) or (scenes is not None and _is_below(each.path, scenes.out_dir))
-        if (each.format or data.format) not in FORMATS or not there:
-            read_manifest(each.path, each.root, each.format or data.format)  # raises, and says what is near
-    if scores_needed(config) and not os.path.exists(str(data.scores)):
-        raise ConfigError(f"{data.scores}: no such scores file; write it with `cfvlm-ds score`, or correct data.scores")
+    for name, source in data.train_sets.items():
+        if unknown := [term for term in source.objectives or () if term not in config.objective]:
+            known = ", ".join(config.objective)
+            raise ConfigError(f"data.train: source {name!r} names objective {unknown[0]!r}, which this run does not have ({known})")
+    if data.is_mixture and data.scores is not None:
+        raise ConfigError("data.scores is of one manifest, and data.train is a list; give each source that has some its own scores")
+    for each in (*data.train_sets.values(), *data.evaluation_sets.values()):
+        there = is_hub(each.path) or is_there(Path(each.path)) or (scenes is not None and _is_below(each.path, scenes.out_dir))
+        known_format(each.path, each.format or data.format)  # raises, and says what is near
+        if not there:
+            open_groups(each.path, each.root, each.format or data.format)  # raises, and says what is near
+    for source in data.train_sets.values() if scores_needed(config) else ():
+        if source.scores is not None and not os.path.exists(source.scores):
+            raise ConfigError(f"{source.scores}: no such scores file; write it with `cfvlm-ds score`, or correct the option scores")
 
 
 def _is_below(path: str, folder: str) -> bool:
@@ -64,11 +75,16 @@ def scores_needed(config: RunConfig) -> bool:
 
     Raises ConfigError where no file of them is named.
     """
-    terms = config.objective.values()
-    prior, reference = any(term.needs_prior for term in terms), any(term.needs_reference for term in terms)
-    if not (prior or reference) or (config.data.scores is None and not prior and only_adapters_train(config.model)):
-        return False
-    if config.data.scores is None:
-        named = ", ".join(name for name, term in config.objective.items() if term.needs_prior or term.needs_reference)
-        raise ConfigError(f"{named}: an objective needs stored scores; write them with `cfvlm-ds score` and set data.scores")
-    return True
+    without = [name for name, source in config.data.train_sets.items() if source.scores is None]
+    needed = False
+    for name, source in config.data.train_sets.items():
+        terms = {key: term for key, term in config.objective.items() if source.objectives is None or key in source.objectives}
+        prior, reference = any(term.needs_prior for term in terms.values()), any(term.needs_reference for term in terms.values())
+        if not (prior or reference) or (len(without) == len(config.data.train_sets) and not prior and only_adapters_train(config.model)):
+            continue
+        needed = True
+        if source.scores is None:
+            named = ", ".join(key for key, term in terms.items() if term.needs_prior or term.needs_reference)
+            where = f"give the source {name!r} its scores" if config.data.is_mixture else "set data.scores"
+            raise ConfigError(f"{named}: an objective needs stored scores; write them with `cfvlm-ds score` and {where}")
+    return needed

@@ -48,6 +48,10 @@ COMMANDS = [
     ["data", "check"],
     ["data", "view"],
     ["data", "stats"],
+    ["data", "formats"],
+    ["data", "convert"],
+    ["data", "download"],
+    ["data", "pack"],
     ["tiny"],
     ["score"],
     ["evaluate"],
@@ -134,7 +138,7 @@ def test_help_has_an_example_that_parses(command: list[str], capsys: pytest.Capt
         main([*command, "--help"])
     assert ended.value.code == 0
     example = " ".join(capsys.readouterr().out.split()).split("example: ")[1]
-    assert example.startswith(f"cfvlm-ds {' '.join(command)} ")
+    assert f"{example} ".startswith(f"cfvlm-ds {' '.join(command)} ")
     ran = []
     monkeypatch.setattr("cfvlm_ds.cli.main.exit_cleanly", ran.append)
     main(example.split()[1:])

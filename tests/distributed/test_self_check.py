@@ -80,7 +80,8 @@ def outcome(engine: Engine, collator: Collator, groups: Sequence[CounterfactualG
 
 def seeing_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention._padded
-    monkeypatch.setattr(attention, "_padded", lambda f: right(attention.Forest(f.prefixes, tuple((sum(b),) for b in f.branches))))
+    chained = lambda f: attention.Forest(f.lengths, tuple(node - 1 if parent >= 0 else -1 for node, parent in enumerate(f.parents)))  # noqa: E731
+    monkeypatch.setattr(attention, "_padded", lambda f: right(chained(f)))
 
 
 def going_on_counting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(model_dir: Path, manifests: dict[str
     """Of a rank that waits in a collective for one that never comes: its MLflow run is KILLED and its folder free."""
     folder = tmp_path / "run"
     ranks = start(train_arguments(model_dir, manifests, folder, "--train.max_steps", "9999", "--tracking.enabled", "true"), tmp_path)
-    wait(lambda: len(recorded(folder)) >= 2 or not ranks[0].is_alive())
+    wait(lambda: (len(recorded(folder)) >= 2 and (folder / "mlflow.db").exists()) or not ranks[0].is_alive())
     os.kill(ranks[1].pid or 0, signal.SIGSTOP)
     try:
         time.sleep(1)

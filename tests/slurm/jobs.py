@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,22 @@ class Job:
         rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
         return [row["loss"] for row in rows if "loss" in row]
 
+    @property
+    def record(self) -> dict[str, str]:
+        """What the controller says of it: JobState, Restarts, ..."""
+        return self.cluster.job(self.id)
+
+    @property
+    def nodes(self) -> list[str]:
+        """Where it runs."""
+        return self.cluster.run("scontrol", "show", "hostnames", self.record["NodeList"]).split()
+
+    def trained_again(self, start: int) -> set[int]:
+        """The steps of one start, counted from 0, that an earlier one had trained."""
+        logs = [self.run_dir / "slurm" / self.id / str(number) / "rank-0.log" for number in range(start + 1)]
+        steps = [set(map(int, re.findall(r"^step (\d+)/", path.read_text(), re.M))) if path.exists() else set() for path in logs]
+        return steps[-1] & set().union(*steps[:-1])
+
     def reach(self, step: int, seconds: float = 900) -> None:
         """Wait until ``step`` steps are recorded; fails at once when the job has ended without them."""
         wait_until(lambda: len(self.losses) >= step or not self.alive(), seconds, f"step {step} of {self.run_dir.name}")
@@ -46,7 +63,7 @@ class Job:
 
     def alive(self) -> bool:
         """Whether Slurm still has something to do for it."""
-        return self.cluster.job(self.id)["JobState"] in LIVE
+        return self.record["JobState"] in LIVE
 
     def end(self, seconds: float = 1200) -> dict[str, str]:
         """The controller's record once the job has ended."""

@@ -1,10 +1,10 @@
 """Mutated inputs by the thousand: [ROUNDS [SEED]] [--round N] (default 10000 0); part of ``make test-long``.
 
-Every round damages one good input (a manifest and its images, a configuration, a run folder with checkpoints, stored scores, the DeepSpeed
-JSON, a model folder, a chat template) and has the functions read it that the commands and a training read it with. It must come to a value
-that is right by what is checked here, or to a ConfigError or DataError of one printable line; within seconds, and without a change to the
-input or to anything outside. Anything else is a defect, printed with the seed and the round that repeat it. Prints a row for
-docs/reliability.md.
+Every round damages one good input (a manifest and its images, data as others publish them, a packed store, an index of rows, a
+configuration, a run folder with checkpoints, stored scores, the DeepSpeed JSON, a model folder, a chat template) and has the functions read
+it that the commands and a training read it with. It must come to a value that is right by what is checked here, or to a ConfigError or
+DataError of one printable line; within seconds, and without a change to the input or to anything outside. Anything else is a defect,
+printed with the seed and the round that repeat it. Prints a row for docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.extend(str(Path(__file__).resolve().parent.parent / part) for part in ("", "unit"))
 
@@ -39,6 +40,7 @@ import torch.distributed as dist
 import yaml
 from conftest import REPO, build_test_model, write_manifest
 from PIL import Image
+from public_data import PUBLIC
 from safetensors.torch import load_file, save_file
 from test_checkpoint import ONE, Engine
 from transformers import get_scheduler
@@ -53,7 +55,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.data import GroupSampler, check_manifest, read_manifest
+from cfvlm_ds.data import FORMATS, GroupSampler, check_manifest, lines, open_groups, pack, read_manifest
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores, write_scores
@@ -69,6 +71,7 @@ from cfvlm_ds.training import read_data as preflight
 from cfvlm_ds.training.resume import is_finished
 from cfvlm_ds.training.run import _locked
 from cfvlm_ds.training.self_check import refuse_unusable
+from cfvlm_ds.training.token_counts import group_tokens
 
 MEMORY = 6 << 30  # bytes
 COMPUTING_S, WAITING_S = 20, 600
@@ -196,6 +199,8 @@ class Base:
             for g in self.groups
         }
         self.data = data_identity(self.groups, [folder / "data"])
+        pack.PICTURED, pack.ROWS = 2, 3
+        pack.pack(open_groups(folder / "data" / "a.jsonl"), folder / "store", str, max_pixels=10**6)
         self.identity = {"weights": "w", "inputs": "i"}
         (folder / "scores").mkdir()
         write_scores(folder / "scores" / "a.scores.jsonl", self.groups, self.stored, "model", self.data, made_by=self.identity)
@@ -230,6 +235,11 @@ class Base:
         samples = [{"cf_text": "a cat", "cf_image_path": other}, {"cf_text": "a hen", "cf_image_path": "images/b.ppm"}]
         published = {"orig_input": f"Yes: <|vision_start|>{one}<|vision_end|>", "orig_output": "a dog", "cf_samples": samples}
         (data / "a.cfvlm.json").write_text(json.dumps(published) + "\n" + json.dumps({**published, "orig_output": "an ox"}) + "\n")
+        self.public: dict[str, tuple[Path, str]] = {}
+        for name, (write, _) in PUBLIC.items():
+            (place := self.folder / "public" / name).mkdir(parents=True)
+            path, format = write(place, 4)
+            self.public[name] = path.relative_to(place), format
 
     def _write_run(self, run: Path) -> None:
         run.mkdir()
@@ -290,6 +300,45 @@ def manifest_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
     return f"{path.name} as {format}, check {check}: {'; '.join(done)}", functools.partial(read_groups, base, path, format, check, out)
 
 
+def public_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
+    """Data as other projects publish them: a row changed, or the bytes of any file, or one file in the place of another."""
+    name = chance.choice(list(base.public))
+    folder = out / "data"  # what containers are made into lies beside them
+    shutil.copytree(base.folder / "public" / name, folder)
+    (folder / "outside.png").symlink_to(base.folder / "outside.png")
+    os.mkfifo(folder / "fifo")
+    relative, format = base.public[name]
+    path, done = folder / relative, []
+    for _ in range(chance.choice((1, 1, 1, 2, 4))):
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.is_symlink()]
+        holding = [file for file in files if file == path or path in file.parents] or files
+        what = chance.choice(["row", "row", "row", "bytes", "bytes", "form", "any", "nothing"])
+        done.append(what)
+        with contextlib.suppress(ValueError, IndexError, OSError):  # an earlier mutation left nothing to change, or no text
+            if what == "row" and path.suffix in (".json", ".jsonl"):
+                text = path.read_text()
+                rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+                rows, change = mutated(rows, chance)
+                done[-1] += f" {change}"
+                is_list = path.suffix == ".json" or not isinstance(rows, list)
+                path.write_text(json.dumps(rows) if is_list else "".join(json.dumps(row) + "\n" for row in rows))
+            elif what == "any":
+                done[-1] = damage_file(chance.choice(files), chance, base.folder / "outside.png")
+            elif what != "nothing":
+                data, change = (reformatted if what == "form" else damaged)((file := chance.choice(holding)).read_bytes(), chance)
+                file.write_bytes(data)
+                done[-1] = f"{file.name}: {change}"
+    format = chance.choice([format] * 8 + ["auto", *FORMATS])
+    check = chance.choice(("full", "full", "rows"))
+    return f"{name} as {format}, check {check}: {'; '.join(done)}", functools.partial(read_public, base, path, format, check, out / "run")
+
+
+def read_public(base: Base, path: Path, format: str, check: str, run: Path) -> None:
+    """As any manifest."""
+    os.environ["XDG_CACHE_HOME"] = str(run.parent / "cache")
+    read_groups(base, path, open_groups(path, format=format).format, check, run)
+
+
 def read_groups(base: Base, path: Path, format: str, check: str, out: Path) -> None:
     """As ``cfvlm-ds data check`` and a training do; what one accepts the other must, and a batch must come of it."""
     report = check_manifest(path, None, format, lengths=base.collator, progress=str)
@@ -297,14 +346,14 @@ def read_groups(base: Base, path: Path, format: str, check: str, out: Path) -> N
     for problem in report.problems:
         one_line(problem)
     config = base.reading(path, out, check, format)
-    groups = preflight.read_data(config, ONE).groups
+    groups = list(preflight.read_data(config, ONE).groups)
     assert report.ok or check == "rows", "the check of a training let pass what `data check` finds"
     assert groups == read_manifest(path, None, format) and len({group.id for group in groups}) == len(groups) == report.num_groups
     for group in groups:
         consistent(group, path.parent)
     data_identity(groups, [path.parent])
     try:
-        tokens = list(preflight.group_tokens(groups, base.collator, config.data, ONE))
+        tokens = list(group_tokens(groups, base.collator, config.data, ONE))
     except DataError:
         assert not report.ok, "headers can be read of images that open"
         raise
@@ -332,6 +381,88 @@ def consistent(group: CounterfactualGroup, root: Path) -> None:
         assert os.path.realpath(picture).startswith(f"{os.path.realpath(root)}/"), picture
     assert from_row(json.loads(json.dumps(to_row(group, root))), root) == group
     repr(group).encode()
+
+
+# A packed store -------------------------------------------------------------------------------------------------------------------------
+
+
+def store_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
+    shutil.copytree(base.folder / "store", folder, dirs_exist_ok=True)
+    done = []
+    for _ in range(chance.choice((1, 1, 2))):
+        what = chance.choice(["file", "file", "record", "exchange", "nothing"])
+        files, change = sorted(path for path in folder.iterdir() if path.is_file() and not path.is_symlink()), ""
+        record = folder / "store.json"
+        if what == "file" and files:
+            change = damage_file(chance.choice(files), chance, base.folder / "outside.png")
+        elif what == "record" and record in files:
+            with contextlib.suppress(ValueError):
+                value, change = mutated(json.loads(record.read_bytes()), chance)
+                record.write_text(json.dumps(value))
+        elif what == "exchange":
+            one, other = chance.sample(files, 2)
+            one.rename(folder / "aside")
+            other.rename(one)
+            (folder / "aside").rename(other)
+            change = f"{one.name} {other.name}"
+        done.append(f"{what} {change}")
+    return "; ".join(done), functools.partial(use_store, base, folder, out)
+
+
+def use_store(base: Base, folder: Path, out: Path) -> None:
+    """What is found sound holds groups of the data set that was packed, and their pictures, and nothing else."""
+    report = check_manifest(folder, lengths=base.collator, progress=str)
+    for problem in report.problems:
+        one_line(problem)
+    known = {group.id: group for group in base.groups}
+    groups = list(preflight.read_data(base.reading(folder, out, "full"), ONE).groups)
+    left = [problem for problem in report.problems if "its sha256 is another" not in problem]  # of bytes that no picture has
+    assert not left, "the check of a training let pass what `data check` finds"
+    for group in groups:
+        expected = known[group.id]
+        assert replace(group, images=expected.images) == expected
+        assert all(picture.parent == folder for image in group.images for picture in image)
+    base.collator(groups)
+
+
+# An index of rows -----------------------------------------------------------------------------------------------------------------------
+
+
+def index_case(base: Base, chance: Random, folder: Path, out: Path) -> Case:
+    """An index that does not fit its file: damaged, cut, of another file, or with rows hidden; the file itself is as it was."""
+    folder = out / "data"  # where an index may be made again
+    shutil.copytree(base.folder / "data", folder)
+    path, index = folder / "a.jsonl", folder / "a.jsonl.idx"
+    with patch.object(lines, "_WORTH", 0), patch.object(lines, "_NUMBERED", 2):
+        open_groups(path)
+    done = []
+    for _ in range(chance.choice((1, 1, 2))):
+        what = chance.choice(["bytes", "bytes", "number", "number", "file", "nothing"])
+        if not index.is_file() or index.is_symlink():
+            break
+        data = index.read_bytes()
+        if what == "number" and len(data) > lines._HEADER.itemsize + 8:  # any of them, in place of any other
+            at, of = (lines._HEADER.itemsize + 4 * chance.randrange((len(data) - lines._HEADER.itemsize - 8) // 4) for _ in range(2))
+            index.write_bytes(data[:at] + data[of : of + 8] + data[at + 8 :])
+            what = f"number at {at} from {of}"
+        elif what == "bytes":
+            data, what = damaged(data, chance)
+            index.write_bytes(data)
+        elif what == "file":
+            what = damage_file(index, chance, base.folder / "outside.png")
+        done.append(what)
+    return "; ".join(done), functools.partial(use_index, base, path)
+
+
+def use_index(base: Base, path: Path) -> None:
+    """The rows of the file, or an error that names one; whatever the index says."""
+    with patch.object(lines, "_WORTH", 0), patch.object(lines, "_NUMBERED", 2):
+        groups = list(open_groups(path))
+
+    def said(found: list[CounterfactualGroup]) -> list[Any]:
+        return [[getattr(group, part) for part in ("id", "candidates", "match", "edits", "weight", "source", "meta")] for group in found]
+
+    assert said(groups) == said(base.groups)
 
 
 # A configuration ------------------------------------------------------------------------------------------------------------------------
@@ -471,8 +602,7 @@ def resume_run(base: Base, folder: Path, out: Path, resume: str) -> None:
     copied_run(folder, out)
     config = base.reading(base.folder / "data" / "a.jsonl", out, "full")
     with _locked(out, ONE):
-        groups = preflight.read_data(config, ONE).groups
-        assert groups == base.groups
+        assert list(preflight.read_data(config, ONE).groups) == base.groups
         is_finished(config, 4, ONE)
         with open_tracker(True, out, "experiment", "run", {"a": 1}, {}, run_id=run_id, resume_step=step, mlflow=False) as tracker:
             tracker.log(step + 1, {"loss": 0.5})
@@ -654,7 +784,10 @@ def use_template(base: Base, folder: Path) -> None:
 
 
 KINDS: dict[str, tuple[int, Callable[[Base, Random, Path, Path], Case]]] = {
-    "manifests": (40, manifest_case),
+    "manifests": (24, manifest_case),
+    "public data": (12, public_case),
+    "packed stores": (8, store_case),
+    "row indexes": (4, index_case),
     "configurations": (10, config_case),
     "run folders": (18, run_case),
     "stored scores": (8, scores_case),

@@ -111,7 +111,7 @@ def same(one: Path, other: Path, rank: int) -> bool:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tests/support/kill_ranks.py 2 5")
-    parser.add_argument("ranks", type=int, nargs="?", default=8, help="default 8")
+    parser.add_argument("ranks", type=int, nargs="?", default=4, help="default 4")
     parser.add_argument("rounds", type=int, nargs="?", default=30, help="default 30")
     parser.add_argument("seed", type=int, nargs="?", default=0, help="of who is killed, and when (default 0)")
     main(**vars(parser.parse_args()))

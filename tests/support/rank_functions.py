@@ -35,7 +35,9 @@ def stand_still(folder: Path, ended: bool) -> None:
 def seeing_siblings(options: Sequence[str]) -> None:
     """A training whose attention lets the texts of an image see each other."""
     right = attention._padded
-    attention._padded = lambda forest: right(attention.Forest(forest.prefixes, tuple((sum(texts),) for texts in forest.branches)))
+    attention._padded = lambda forest: right(
+        attention.Forest(forest.lengths, tuple(node - 1 if parent >= 0 else -1 for node, parent in enumerate(forest.parents)))
+    )
     run(options)
 
 

@@ -61,9 +61,9 @@ def step_loss(groups, progress):
 
 def order(epoch):
     """Groups of an epoch, as the sampler shuffles them."""
-    from cfvlm_ds.data.sampler import _permutation  # the order is data, not what is compared
+    from cfvlm_ds.data.permutation import permuted  # the order is data, not what is compared
 
-    return _permutation(len(rows), 0, epoch).tolist()
+    return permuted(0, len(rows), len(rows), 0, epoch)
 
 
 def factor(step, warmup):

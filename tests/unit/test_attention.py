@@ -12,26 +12,35 @@ from transformers import AttentionInterface
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models import forest_attention as attention
-from cfvlm_ds.models.forest_attention import BACKENDS, Forest, registered
+from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.forest_attention import BACKENDS, registered
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 FORESTS = {
-    "ragged": Forest((20, 1, 50, 3), ((3, 4, 1), (2,), (7, 7), (30,))),
-    "one tree": Forest((9,), ((4, 4, 4),)),
-    "alike": Forest((12, 12), ((2, 3), (2, 3))),
-    "prefix shorter than its branches": Forest((1, 2), ((9, 1), (8,))),
+    "ragged": Forest.of((20, 1, 50, 3), ((3, 4, 1), (2,), (7, 7), (30,))),
+    "one tree": Forest.of((9,), ((4, 4, 4),)),
+    "alike": Forest.of((12, 12), ((2, 3), (2, 3))),
+    "prefix shorter than its branches": Forest.of((1, 2), ((9, 1), (8,))),
+    "questions": Forest((12, 4, 2, 1, 5, 1, 1, 1, 3, 2), (-1, 0, 1, 1, 0, 4, 4, 4, 0, 8)),
+    "questions of two pictures": Forest((12, 4, 2, 1, 4, 2, 1, 9, 3, 1, 3, 1), (-1, 0, 1, 1, 0, 4, 4, -1, 7, 8, 7, 10)),
+    "answers after both question and image": Forest((6, 3, 4, 2, 2, 1, 3), (-1, 0, 0, 2, 2, 0, 5)),
+    "deep": Forest((7, 2, 3, 1, 2, 4, 2, 2, 3, 1, 5), (-1, 0, 1, 2, 2, 1, 5, 5, 7, 8, 0)),
+    "chains": Forest((5, 3, 2, 4, 2, 3, 1, 6, 2), (-1, 0, 1, 1, 3, 4, -1, 6, 7)),
 }
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> Tensor:
-    """The definition: one big attention with a mask written token by token."""
-    owner = []  # (tree, branch) of every token; the prefix is branch -1
-    for t, (prefix, branches) in enumerate(zip(forest.prefixes, forest.branches, strict=True)):
-        owner += [(t, -1)] * prefix + [(t, b) for b, size in enumerate(branches) for _ in range(size)]
-    seen = [
-        [j <= i and owner[i][0] == owner[j][0] and owner[j][1] in (-1, owner[i][1]) for j in range(len(owner))] for i in range(len(owner))
-    ]
+    """The definition: one big attention with a mask written token by token, each walking up from its node to the root."""
+    owner = [node for node, length in enumerate(forest.lengths) for _ in range(length)]
+
+    def sees(query: int, key: int) -> bool:
+        node = owner[query]
+        while node >= 0 and node != owner[key]:
+            node = forest.parents[node]
+        return node >= 0 and key <= query
+
+    seen = [[sees(i, j) for j in range(len(owner))] for i in range(len(owner))]
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     logits = (q @ k.transpose(-1, -2) * scale).masked_fill(~torch.tensor(seen, device=q.device), -torch.inf)
     return (logits.softmax(-1) @ v).transpose(1, 2)
@@ -74,9 +83,10 @@ def test_the_cascade_on_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_half_precision_is_as_near_as_a_dense_attention_in_it(backend: str) -> None:
+@pytest.mark.parametrize("name", ["ragged", "deep"])
+def test_half_precision_is_as_near_as_a_dense_attention_in_it(backend: str, name: str) -> None:
     """bfloat16: at most twice as far from float64 as the dense attention computed in bfloat16, values and gradients."""
-    forest = FORESTS["ragged"]
+    forest = FORESTS[name]
     qkv = inputs(forest, (4, 2), torch.bfloat16)
     exact = [t.detach().double().requires_grad_() for t in qkv]
     truth = dense(*exact, forest, 0.3)
@@ -92,8 +102,10 @@ def test_half_precision_is_as_near_as_a_dense_attention_in_it(backend: str) -> N
         assert ours < 2 * theirs
 
 
-def test_the_cascades_backward_by_finite_differences() -> None:
-    forest = Forest((3, 1), ((2, 1), (2,)))
+@pytest.mark.parametrize(
+    "forest", [Forest.of((3, 1), ((2, 1), (2,))), Forest((3, 2, 1, 1, 1, 2), (-1, 0, 1, 1, 0, 4))], ids=["flat", "deep"]
+)
+def test_the_cascades_backward_by_finite_differences(forest: Forest) -> None:
     qkv = inputs(forest, (2, 1), torch.float64)
     assert torch.autograd.gradcheck(lambda *t: call("cascade", *t, forest=forest), qkv)
 
@@ -101,16 +113,26 @@ def test_the_cascades_backward_by_finite_differences() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_wrong_forest_would_be_noticed(backend: str) -> None:
     """Siblings that see each other, a branch cut elsewhere, trees that see each other: each moves the output by 1e-3 at least."""
-    forest = Forest((20, 5), ((3, 4), (6,)))
+    forest = Forest.of((20, 5), ((3, 4), (6,)))
     qkv = inputs(forest, (4, 2), torch.float64)
     right = call(backend, *qkv, forest=forest)
     for wrong in (
-        Forest((20, 5), ((7,), (6,))),
-        Forest((20, 5), ((2, 5), (6,))),
-        Forest((20,), ((3, 4, 11),)),
-        Forest((19, 5), ((4, 4), (6,))),
+        Forest.of((20, 5), ((7,), (6,))),
+        Forest.of((20, 5), ((2, 5), (6,))),
+        Forest.of((20,), ((3, 4, 11),)),
+        Forest.of((19, 5), ((4, 4), (6,))),
     ):
         assert (call(backend, *qkv, forest=wrong) - right).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_leak_between_siblings_at_any_level_would_be_noticed(backend: str) -> None:
+    """Image, two questions, two answers each: answers that see each other, questions that do, an answer after the other question."""
+    lengths, parents = (9, 4, 2, 2, 4, 2, 2), (-1, 0, 1, 1, 0, 4, 4)
+    qkv = inputs(Forest(lengths, parents), (4, 2), torch.float64)
+    right = call(backend, *qkv, forest=Forest(lengths, parents))
+    for wrong in ((-1, 0, 1, 2, 0, 4, 4), (-1, 0, 1, 1, 1, 4, 4), (-1, 0, 1, 1, 0, 4, 0), (-1, 0, 1, 1, -1, 4, 4), (-1, 0, 1, 1, 3, 4, 4)):
+        assert (call(backend, *qkv, forest=Forest(lengths, wrong)) - right).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -121,6 +143,6 @@ def test_what_would_change_scores_without_an_error_is_refused(backend: str) -> N
         call(backend, *qkv, forest=None)
     with pytest.raises(ConfigError, match=r"attention dropout of 0\.1 makes"):
         call(backend, *qkv, forest=forest, dropout=0.1)
-    with pytest.raises(ConfigError, match="sliding window of 20 tokens cannot take rows of 21"):
-        call(backend, *qkv, forest=forest, sliding_window=20)
-    call(backend, *qkv, forest=forest, sliding_window=21)
+    with pytest.raises(ConfigError, match="sliding window of 12 tokens cannot take rows of 13"):
+        call(backend, *qkv, forest=forest, sliding_window=12)
+    call(backend, *qkv, forest=forest, sliding_window=13)

@@ -31,7 +31,8 @@ from cfvlm_ds.data.picture_file import part_name
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.demo.tiny_llava import CHAT_TEMPLATE
 from cfvlm_ds.models import Scorer, load_processor
-from cfvlm_ds.models.forest_attention import Forest, stock_attention
+from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.forest_attention import stock_attention
 from cfvlm_ds.objectives import denominators, weighted_loss
 from cfvlm_ds.objectives.align import Align
 
@@ -120,7 +121,7 @@ def test_08_every_cell_and_its_gradient_equal_one_plain_forward(
     share_prefix: bool, make: Any, scorer: Scorer, groups: list[CounterfactualGroup], plain: dict[Any, Any]
 ) -> None:
     batch = make(share_prefix=share_prefix)(groups)
-    assert len(batch.model_inputs["forest"].prefixes) == (10 if share_prefix else 19)
+    assert len(batch.model_inputs["forest"].roots) - 1 == (8 if share_prefix else 19)
     cells = by_cell(scored(scorer, batch), groups)
     assert_same(cells, {key: values[:2] for key, values in plain.items()})
     for key, (logp, _) in cells.items():
@@ -153,12 +154,10 @@ def test_08_a_fault_in_the_tree_would_be_noticed(
     """Siblings seen, positions that run on, a prefix that is not seen: each moves every text it touches by more than 1e-3 nats."""
     batch = make()(groups[:1])
     forest = batch.model_inputs["forest"]
-    segments = [(prefix, *branches) for prefix, branches in zip(forest.prefixes, forest.branches, strict=True)]
-    alone = [((size, ()) if k == 0 else (0, (size,))) for tree in segments for k, size in enumerate(tree)]
     changes = {
-        "leak": {"forest": Forest(forest.prefixes, tuple((sum(branches),) for branches in forest.branches))},
-        "positions": {"position_ids": torch.cat([torch.arange(sum(tree)) for tree in segments]).unsqueeze(0)},
-        "prefix": {"forest": Forest(tuple(prefix for prefix, _ in alone), tuple(branches for _, branches in alone))},
+        "leak": {"forest": Forest(forest.lengths, tuple(node - 1 if parent >= 0 else -1 for node, parent in enumerate(forest.parents)))},
+        "positions": {"position_ids": torch.cat([torch.arange(length) for length in forest.tree_lengths]).unsqueeze(0)},
+        "prefix": {"forest": Forest(forest.lengths, (-1,) * len(forest.parents))},
     }[fault]
     cells = by_cell(scored(scorer, batch, **changes), groups)
     for key, values in cells.items():

@@ -12,7 +12,8 @@ import yaml
 from conftest import REPO
 
 from cfvlm_ds.core import nearest_option
-from cfvlm_ds.core.config import DataSet, RunConfig
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.data_config import DataSet, Source
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.objectives import OBJECTIVES
@@ -39,17 +40,68 @@ def test_every_split_may_have_a_root_and_a_format_of_its_own(tmp_path: Path) -> 
     )
     data = parse("--config", str(file), "--data.train", "x.jsonl", "--data.evaluation.more.path", "m.jsonl", "--data.root+", "/c").data
     roots = ["/a", "/b", "/c"]
-    assert data.train_set == DataSet("x.jsonl", roots, "cfgroup")
+    assert data.train_sets == {"train": Source("x.jsonl", roots, "cfgroup")}
     assert data.evaluation_sets == {
         "plain": DataSet("p.jsonl", roots, "cfgroup"),
         "own": DataSet("o.jsonl", "/r", "pairs"),
         "train": DataSet("t.jsonl", roots, "cfgroup"),
         "more": DataSet("m.jsonl", roots, "cfgroup"),
     }
-    assert parse("--data.root", "/a").data.train_set.root == "/a" and parse("--data.root=[/a,/b]").data.train_set.root == ["/a", "/b"]
+    assert [parse(f"--data.root={root}").data.train_sets["train"].root for root in ("/a", "[/a,/b]")] == ["/a", ["/a", "/b"]]
     for wrong in (["", '{"a": {"pth": "b.jsonl"}}'], ["", '{"a": {"path": "b.jsonl", "root": 3}}'], [".a.path", "null"], [".a.root", "/x"]):
         with pytest.raises(ConfigError, match=r"data\.evaluation: .* is not a manifest; give NAME: PATH"):
             parse(f"--data.evaluation{wrong[0]}", wrong[1])
+
+
+MIXTURE = """
+data:
+  format: pairs
+  root: /r
+  train:
+    - {path: a/groups.jsonl, format: cfgroup, weight: 2}
+    - {path: b/chat.jsonl, name: chat, weight: 1, limit: 5, objectives: [align], root: /own}
+"""
+
+
+def test_training_data_may_be_a_list_of_sources(written) -> None:
+    """From YAML and from the command line; what a source does not say is the data's."""
+    wanted = {
+        "groups": Source("a/groups.jsonl", "/r", "cfgroup", name="groups", weight=2),
+        "chat": Source("b/chat.jsonl", "/own", "pairs", limit=5, name="chat", weight=1, objectives=["align"]),
+    }
+    data = parse(*written(MIXTURE)).data
+    assert data.is_mixture and data.train_sets == wanted and list(data.train_sets) == list(wanted)
+    listed = '[{"path": "a/groups.jsonl", "weight": 1}, {"path": "b/x.jsonl", "weight": 0.5}]'
+    assert list(parse("--data.train", listed).data.train_sets) == ["groups", "x"]
+    assert not parse("--data.train", "a.jsonl").data.is_mixture
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("{path: a.jsonl, weight: -1}", "weight of 'a.jsonl' must be from"),
+        ("{path: a.jsonl, limit: 0}", "limit of 'a.jsonl' must be from 1"),
+        ("{path: a.jsonl, objectives: []}", "objectives of 'a.jsonl' is an empty list"),
+        ("{path: a.jsonl, wieght: 1}", "a source has no 'wieght'; did you mean 'weight'?"),
+        ("{path: a.jsonl, weight: much}", "weight of a source cannot be much"),
+        ("{weight: 1}", "a source has no path"),
+        ("3", "data.train: an entry is not a source"),
+    ],
+)
+def test_a_source_that_is_none_is_one_sentence(written, source: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        parse(*written(f"data: {{train: [{source}]}}"))
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def test_sources_have_names_of_their_own() -> None:
+    for listed, sentence in (
+        ('[{"path": "a/x.jsonl"}, {"path": "b/x.json"}]', "a/x.jsonl and b/x.json are both called 'x'"),
+        ('[{"path": "my data.jsonl"}]', "give my data.jsonl a name of letters"),
+        ('[{"path": "a.jsonl", "name": "a/b"}]', "'a/b' names metrics"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            _ = parse("--data.train", listed).data.train_sets
 
 
 def test_defaults_then_yaml_then_command_line(written) -> None:

@@ -16,10 +16,11 @@ import pytest
 from PIL import Image, ImageFile
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.core.groups import PICTURE, SHAM, Candidate, CounterfactualGroup, Edit, Turn
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data import CheckReport, check, check_manifest, image_size, named_apart, open_image, read_manifest
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
+from cfvlm_ds.data.identity import data_identity
 
 
 def save(path: Path, color: object = (10, 20, 30), mode: str = "RGB", size: tuple[int, int] = (8, 6), **options: object) -> Path:
@@ -335,7 +336,7 @@ def test_bad_files(folder: Path) -> None:
         (folder / "trian.jsonl", {}, ["no such manifest", "did you mean 'train.jsonl'"]),
         (folder / "zzz", {}, ["no such manifest", "correct the path"]),
         (folder / "none" / "m.jsonl", {}, ["nor its folder", "correct the path"]),
-        (folder, {}, ["cannot be read", "name a readable"]),
+        (folder, {}, ["is a folder without", "name the data file"]),
         (manifest(folder, "", " ", name="empty.jsonl"), {}, ["no rows", "write one JSON object per line"]),
         (manifest(folder, "[]", name="empty.json"), {}, ["no rows"]),
         (manifest(folder, "{", json.dumps(row())[1:], name="object.json"), {}, ["holds a dict, not a list", "name the file .jsonl"]),
@@ -397,6 +398,38 @@ def test_limit_above_that_of_pil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         warnings.simplefilter("error")
         assert open_image(save(tmp_path / "a.png", size=(8, 6))).size == (8, 6)
     assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_a_prompt_may_be_a_conversation(folder: Path) -> None:
+    """As written in a row, and as written again; several questions of one group have conversations of their own."""
+    asked = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+    ]
+    later = [*asked, {"role": "assistant", "content": "dogs"}, {"role": "user", "content": "How many?"}]
+    texts = [{"id": "t0", "text": "two dogs"}, {"id": "t1", "text": "three dogs", "prompt": later}]
+    path = manifest(folder, row(prompt=asked), row("h", prompt=later), row("j", prompt=asked, texts=texts), row("k", prompt="What?"))
+    groups = read_manifest(path)
+    system, user = Turn("system", ("Be brief.",)), Turn("user", (PICTURE, "What?"))
+    long = (system, user, Turn("assistant", ("dogs",)), Turn("user", ("How many?",)))
+    prompts = [[candidate.prompt for candidate in group.candidates] for group in groups]
+    assert prompts == [[(system, user)] * 2, [long] * 2, [(system, user), long], ["What?"] * 2]
+    assert [group.prompt_ids for group in groups] == [(0, 0), (0, 0), (0, 1), (0, 0)]
+    for group in groups:
+        written = json.loads(json.dumps(to_row(group, folder)))
+        assert from_row(written, folder) == group
+    assert to_row(groups[1], folder)["prompt"] == later
+    assert len({data_identity([group], [folder])["texts"] for group in groups}) == 4
+    for bad, said in (
+        ([{"role": "user"}], "prompt: key 'content' is missing"),
+        ([{"role": "user", "contnet": "x"}], "unknown key 'contnet'; did you mean 'content'"),
+        ([{"role": "user", "content": [{"type": "image", "path": "a.png"}]}], "pictures are in 'images'"),
+        ([{"role": "user", "content": 3}], "a part is"),
+        (later[:3], "ends with the turn of the assistant"),
+        (later[2:], "the conversation shows 0 pictures, and an image has 1"),
+        (7, "'prompt' must be a string or a list of turns"),
+    ):
+        assert said in refusal(manifest(folder, row(prompt=bad))), said
 
 
 def test_what_a_native_row_has_beside_is_kept_and_counted(folder: Path) -> None:
@@ -557,6 +590,7 @@ def test_report_counts(folder: Path) -> None:
         num_texts=5,
         num_cells=4 + 6 + 1,
         num_unknown_cells=1 + 3,
+        num_false_cells=1 + 1,
         edit_types={"count": 2, SHAM: 1},  # type: ignore[arg-type]
         num_counterfactuals={1: 2, 0: 1},  # type: ignore[arg-type]
         longest_text=len("three dogs"),
@@ -603,7 +637,7 @@ def test_all_problems_are_collected(folder: Path) -> None:
         (problem,) = [problem for problem in report.problems if problem.startswith(f"{path}:{line}: ")]
         assert all(fragment in problem for fragment in fragments), problem
         assert problem in str(report)
-    assert (report.num_groups, report.longest_text, report.longest_text_unit) == (8, 11, "tokens")
+    assert (report.num_groups, report.longest_text, report.longest_text_unit) == (9, 11, "tokens"), "one of an id that is taken is a group"
     assert report.longest_text_where == f"{path}:10, text 1"
 
 
@@ -639,7 +673,7 @@ def test_checks_say_how_far_they_are(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Progress.__init__, "__defaults__", (0.0,))
     lines: list[str] = []
     check_manifest(manifest(folder, row("a"), row("b")), progress=lines.append)
-    counted = ("images: 1 of 2 images", "images: 2 of 2 images", "texts: 1 of 2 groups", "texts: 2 of 2 groups")
+    counted = [f"{what}: {n} of 2 {unit}" for what, unit in (("rows", "groups"), ("images", "images"), ("texts", "groups")) for n in (1, 2)]
     assert [line.partition(",")[0] for line in lines] == [f"check of {each}" for each in counted]
 
 
@@ -680,7 +714,7 @@ def test_rows_are_measured_with_their_largest_image_and_visual_tokens_counted(fo
     )
     (problem,) = report.problems
     assert ":2: " in problem and "text 0 is 13 tokens" in problem
-    assert report.num_images == 3 and sorted(report.visual_tokens) == [4, 5, 9, 9, 10]
+    assert report.num_images == 3 and sorted(report.visual_tokens.elements()) == [4, 5, 9, 9, 10]
     assert "min 4, median 9, max 10" in str(report)
 
 
@@ -718,7 +752,7 @@ def test_whatever_a_model_cannot_take_is_reported_by_file_row_and_group(folder: 
         f"{path}:4: group 'two': {folder}/wide.png: the processor refuses it; crop it",
         f"{path}:4: group 'two': text 0: text ('a <b>') contains a control token; reword it",
     ]
-    assert sorted(report.visual_tokens) == [3, 3, 4], "a.png, b.png and narrow.png"
+    assert sorted(report.visual_tokens.elements()) == [3, 3, 4], "a.png, b.png and narrow.png"
     (folder / "broken.png").write_bytes(b"")
     broken = manifest(folder, row("broken", texts=bad, images=[{"id": "i0", "path": "broken.png"}, {"id": "i1", "path": "none.png"}]))
     *pictures, text = check_manifest(broken, lengths=Careful(), progress=pytest.fail).problems

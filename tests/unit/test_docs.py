@@ -131,8 +131,10 @@ def test_the_reference_lists_what_the_parser_takes() -> None:
     rows = {row[0].strip("`"): row for row in cells if row and row[0].startswith("`")}
     taken = flat(parse_config(["--objective.dpo.weight", "1"], OBJECTIVES).resolved)
     del taken["deepspeed"]
-    inside = {name for name in rows if name.startswith(("build.scenes.", "build.tiny_llava.", "data.evaluation.NAME."))}
-    assert rows.keys() - inside == taken.keys() - {"build.scenes", "build.tiny_llava"} and len(inside) == 9 + 8 + 3
+    inside = {
+        name for name in rows if name.startswith(("build.scenes.", "build.tiny_llava.", "data.evaluation.NAME.", "data.train.SOURCE."))
+    }
+    assert rows.keys() - inside == taken.keys() - {"build.scenes", "build.tiny_llava"} and len(inside) == 9 + 8 + 4 + 8
     for name, default in taken.items():
         if name in rows:
             shown = rows[name][2].strip("`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 import re
 import threading
@@ -299,8 +300,8 @@ def test_ranks_share_the_groups_and_agree(
 
     def gather(item: Any, world: World) -> list[Any]:
         parts[world.rank] = item
-        if isinstance(item, dict):
-            shares[world.rank] = len(item)
+        if isinstance(item, scoring.ScoresPart):
+            shares[world.rank] = len(set(item.numbers))
         barrier.wait()
         gathered = [parts[rank] for rank in range(world.size)]
         barrier.wait()  # or a rank would put its next item where another has yet to read this one
@@ -336,6 +337,29 @@ def test_ranks_share_the_groups_and_agree(
     for found in found_losses.values():
         for name, term in expected.items():
             assert found[name] == {**term, "value": pytest.approx(term["value"], rel=1e-5)}, "every group counts once"
+
+
+def test_scores_of_many_groups_are_kept_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of any shape, spread over ranks that send them to one another: bit for bit what was given; of two of a group the later."""
+    monkeypatch.setattr(scoring, "_JOINED", 3)
+    draw, chance = torch.Generator().manual_seed(0), random.Random(0)
+    for asked in (False, True):
+        given, parts = list[GroupScores](), [scoring.ScoresPart() for _ in range(3)]
+        for number in range(40):
+            images, texts = chance.randrange(1, 4), chance.randrange(1, 5)
+            shuffled = torch.randn(chance.choice((0, texts)), generator=draw) if asked else None
+            given.append(GroupScores(torch.randn(images, texts, generator=draw), torch.randn(texts, generator=draw), shuffled))
+            parts[number % 3].add(number, given[-1])
+        parts[2].add(0, again := GroupScores(torch.zeros(5, 2), torch.ones(2), torch.ones(1) if asked else None))
+        sent = [pickle.loads(pickle.dumps(part)) for part in parts]
+        for found in (scoring.AllScores(sent), scoring.AllScores(parts)):
+            assert len(found) == 40 and found[39].finite and len(list(found)) == 40
+            for one, other in zip(found, [again, *given[1:]], strict=True):
+                assert torch.equal(one.logp, other.logp) and torch.equal(one.blank, other.blank)
+                assert one.shuffled is other.shuffled is None or torch.equal(one.shuffled, other.shuffled)  # type: ignore[arg-type]
+        assert len(pickle.dumps(parts[1])) < 4 * sum(each.logp.numel() + 2 * len(each.blank) for each in given[1::3]) + 2000
+    with pytest.raises(IndexError):
+        found[40]
 
 
 # Budget, memory, and another group's image ----------------------------------------------------------------------------------------------
@@ -497,7 +521,7 @@ def test_scores_that_are_not_finite_are_counted_and_named(
 ) -> None:
     def overflowing(**inputs: Any) -> torch.Tensor:
         logp = scorer(**inputs)
-        return logp * float("nan") if len(inputs["forest"].prefixes) == 1 else logp
+        return logp * float("nan") if len(inputs["forest"].roots) == 2 else logp
 
     score_groups(overflowing, collator, groups, ALONE, 1, label="evaluating test")
     named = [group.id for group in groups]  # each has a blank image, which is a tree of its own
@@ -541,7 +565,7 @@ def test_evaluate_scores_every_split(
     collator: Collator, scorer: Scorer, groups: list[CounterfactualGroup], plain: list[GroupScores]
 ) -> None:
     rows, found = evaluate(scorer, collator, {"a": groups[:4], "b": groups[4:]}, ALONE, batch_size=3)
-    assert_equal(found["a"] + found["b"], plain)
+    assert_equal([*found["a"], *found["b"]], plain)
     assert rows == {"a": accuracies(groups[:4], plain[:4]), "b": accuracies(groups[4:], plain[4:])}
     assert rows["a"][-1].name == "all" and rows["a"][-1].num == sum(e.text is not None for g in groups[:4] for e in g.edits)
 

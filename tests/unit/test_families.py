@@ -113,8 +113,8 @@ def test_positions_on_a_grid_are_needed(sharp: Scorer, collator: Collator, group
     if sharp.family.grid is None:
         return
     forest, ordinary_positions = batch.model_inputs["forest"], []
-    for prefix, branches in zip(forest.prefixes, forest.branches, strict=True):
-        ordinary_positions += [torch.arange(prefix), *[torch.arange(prefix, prefix + size) for size in branches]]
+    for before, length in zip(forest.seen, forest.lengths, strict=True):
+        ordinary_positions.append(torch.arange(before, before + length))
     changed = torch.cat(ordinary_positions).expand_as(positions)
     with torch.no_grad():
         right, wrong = (batch.scores(sharp(**(batch.model_inputs | {"position_ids": p}))).logp for p in (positions, changed))
@@ -155,21 +155,16 @@ def sizes_of(pictures: Pictures) -> tuple[tuple[int, int], ...]:
     return tuple(Image.open(picture).size for picture in pictures)
 
 
-def rows_of(group: CounterfactualGroup) -> list[Pictures]:
-    """Each image once for every prompt."""
-    return [pictures for pictures in group.images for _ in {candidate.prompt for candidate in group.candidates}]
-
-
 def test_parts_of_a_batch_add_up_to_it(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
     """As much as fits in each of them: the same scores, relative 1e-5. No image is encoded twice unless it and its texts are too large
     together: then they are cut between the texts."""
     whole = collator(groups)
-    largest = max(whole.model_inputs["forest"].lengths)
+    largest = max(whole.model_inputs["forest"].tree_lengths)
     with torch.no_grad():
         expected = whole.scores(sharp(**whole.model_inputs))
         for limit in (1, largest, max(largest, whole.num_tokens // 2)):
             parts = collator.parts(groups, limit)
-            assert all(part.num_tokens <= limit or len(part.model_inputs["forest"].branches[0]) == 1 for part in parts) and len(parts) > 1
+            assert all(part.num_tokens <= limit or len(part.model_inputs["forest"].lengths) == 2 for part in parts) and len(parts) > 1
             encoded = sum(part.num_tokens for part in parts)
             assert (encoded == whole.num_tokens) == (limit >= largest), "an image is encoded again"
             scores = Scores.joined([part.scores(sharp(**part.model_inputs)) for part in parts])
@@ -181,7 +176,7 @@ def test_parts_of_a_batch_add_up_to_it(sharp: Scorer, collator: Collator, groups
 def test_visual_tokens_and_lengths_are_those_of_the_batch(collator: Collator, groups: list[CounterfactualGroup]) -> None:
     batch = collator(groups)
     spent = [sum(batch.model_inputs["visual_tokens"][picture] for picture in tree) for tree in batch.model_inputs["images_of_tree"]]
-    assert spent == [collator.visual_tokens(sizes_of(pictures)) for group in groups for pictures in rows_of(group)]
+    assert spent == [collator.visual_tokens(sizes_of(pictures)) for group in groups for pictures in group.images], "once each"
     for group in groups:
         sizes = {picture: Image.open(picture).size for pictures in group.images for picture in pictures}
         assert sum(tree.whole for tree in collator.tree_tokens(group, sizes)) == collator([group]).num_tokens

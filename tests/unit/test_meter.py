@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.objectives import OBJECTIVES, denominators, weighted_loss
 from cfvlm_ds.training.gradient_cache import one_pass
@@ -83,3 +85,35 @@ def test_sums_are_those_of_float64(alone: World) -> None:
     assert metrics.pop("throughput/data_wait_share") == 0 and 7 / 11 < rate <= 7 / 10
     assert metrics == {name: total / count for name, (total, count) in sums.items()}
     assert not len(meter)
+
+
+def test_losses_by_source_are_those_of_its_groups_alone(alone: World, model_dir: Path, manifests: dict[str, Path]) -> None:
+    """Against the loss of the same groups without the others, each term with its own global denominators; two micro-batches."""
+    groups = [replace(group, source="ab"[n % 3 == 0]) for n, group in enumerate(read_manifest(manifests["train"])[:8])]
+    groups = [replace(group, objectives=("align",)) if group.source == "b" else group for group in groups]
+    collate = load_collator(ModelConfig(str(model_dir)), "full")
+    flops: Any = SimpleNamespace(of=lambda inputs, scored: 0.0)
+    chance, meter = torch.Generator().manual_seed(0), Meter(None)
+    drawn: dict[str, torch.Tensor] = {}
+
+    def scored(some: list[Any]) -> Any:
+        batch = collate(some)
+        for group in some:
+            drawn.setdefault(group.id, -torch.rand(4, 4, generator=chance) * 9)
+        images, texts = batch.layout.valid.shape[1:]
+        logp = torch.stack([drawn[group.id][:images, :texts] for group in some])
+        return batch, Scores(batch.layout, logp, logp / 9, logp * 0.9, logp[:, 0] - 1)
+
+    for half in (groups[:4], groups[4:]):
+        batch, scores = scored(half)
+        measure(meter, Measured([batch], scores, torch.zeros(()), {}), OBJECTIVE, 0.5, flops, ("a", "b", "c"))
+    found = meter.reduce(alone)
+    for source in "ab":
+        _, scores = scored([replace(group, objectives=None) for group in groups if group.source == source])
+        _, shares = weighted_loss(OBJECTIVE, scores, denominators(OBJECTIVE, scores.layout))
+        for name, share in shares.items():
+            if source == "b" and name != "align":
+                assert f"loss/{name}/b" not in found
+            else:
+                assert found[f"loss/{name}/{source}"] == pytest.approx(float(share), rel=1e-5)
+    assert not any(name.endswith("/c") for name in found)

@@ -367,6 +367,28 @@ def test_weight_two_equals_the_group_listed_twice(name: str, options: dict[str, 
 
 
 @every_objective
+def test_a_group_that_names_other_objectives_counts_as_if_it_were_not_there(name: str, options: dict[str, Any]) -> None:
+    """Loss, denominators, gradients and reports, whichever groups of the batch are left out: some, or all of them."""
+    objectives, groups = make(name, options), ragged()
+    full = collate(groups)
+    for kept in ([0, 2, 3, 7, 12], [1], []):
+        named = tuple((name, "else") if x in kept else ("else",) if x % 2 else () for x in range(len(groups)))
+        scores = dataclasses.replace(full, layout=dataclasses.replace(full.layout, objectives=named))
+        loss, gradients = run(objectives, scores)
+        assert [cell for x, found in enumerate(gradients) if x not in kept for cell in found.values() if cell] == []
+        report = objectives[name].report(registered.scores_of(name, scores))
+        if not kept:
+            assert loss == 0 and not any(float(count) for _, count in report.values())
+            continue
+        alone = collate([groups[x] for x in kept])
+        assert_same((loss, [gradients[x] for x in kept]), run(objectives, alone))
+        both = denominators(objectives, scores.layout)[name], denominators(objectives, alone.layout)[name]
+        assert both[0].tolist() == pytest.approx(both[1].tolist())
+        for key, (total, count) in objectives[name].report(alone).items():
+            assert [float(v) for v in report[key]] == pytest.approx([float(total), float(count)])
+
+
+@every_objective
 def test_cells_are_all_that_an_objective_reads(name: str, options: dict[str, Any]) -> None:
     """Dropping every cell outside ``cells`` from a batch changes neither units nor loss."""
     objectives, whole = make(name, options), ragged()

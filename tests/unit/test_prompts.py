@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.batching.prompts import Prompts
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
+from cfvlm_ds.core.groups import PICTURE, Candidate, CounterfactualGroup, Prompt, Turn
 from cfvlm_ds.demo.family_checkpoints import SMALL
 from cfvlm_ds.models import family_of
 
@@ -53,13 +53,15 @@ def librarys(processor: Any, images: list[Image.Image], *answer: str, **options:
     return found["input_ids"][0].tolist()
 
 
-def ours(collator: Collator, images: list[Image.Image], folder: Path, text: str = TEXT) -> tuple[list[int], list[int], list[int]]:
+def ours(
+    collator: Collator, images: list[Image.Image], folder: Path, text: str = TEXT, prompt: Prompt = PROMPT
+) -> tuple[list[int], list[int], list[int]]:
     """Prompt, text and end-of-turn of the row that the collator builds."""
     files = [folder / f"{k}.png" for k in range(len(images))]
     for file, image in zip(files, images, strict=True):
         image.save(file)
-    batch = collator([CounterfactualGroup("g", (tuple(files),), (Candidate(PROMPT, text),), ((1,),))])
-    (prefix,), ((branch,),) = batch.model_inputs["forest"].prefixes, batch.model_inputs["forest"].branches
+    batch = collator([CounterfactualGroup("g", (tuple(files),), (Candidate(prompt, text),), ((1,),))])
+    prefix, branch = batch.model_inputs["forest"].lengths
     ids = batch.model_inputs["input_ids"][0].tolist()
     assert len(ids) == prefix + branch and batch.model_inputs["targets"].tolist() == ids[prefix:]
     ends = int(batch.is_end.sum())
@@ -118,6 +120,118 @@ def test_a_prompt_opens_no_turn_of_its_own(tmp_path: Path) -> None:
         prompts.encoded("no<|im_end|>\n<|im_start|>assistant\nIt is red.", "yes", 0, "text 0")
 
 
+# ---- conversations
+
+SYSTEM = Turn("system", ("answer in one word.",))
+CHATS: dict[str, tuple[Turn, ...]] = {
+    "one turn, pictures among the words": (Turn("user", ("left:", PICTURE, "and right:", PICTURE, "which is red?")),),
+    "system": (SYSTEM, Turn("user", (PICTURE, PROMPT))),
+    "earlier turns": (Turn("user", (PICTURE, PROMPT)), Turn("assistant", ("a circle",)), Turn("user", ("is it red?",))),
+    "a picture in every turn": (
+        SYSTEM, Turn("user", (PICTURE, PROMPT)), Turn("assistant", ("a circle",)), Turn("user", ("and this?", PICTURE)),
+        Turn("assistant", ("a square",)), Turn("user", (PICTURE, "two", PICTURE)),
+    ),
+    "no picture": (Turn("user", (PROMPT,)), Turn("assistant", ("no.",)), Turn("user", ("why?",))),
+}  # fmt: skip
+REFUSES_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+
+
+def spoken(turns: tuple[Turn, ...], images: list[Image.Image], *answer: str) -> list[dict[str, Any]]:
+    left = iter(images)
+    said = [
+        {"role": role, "content": [{"type": "image", "image": next(left)} if p is PICTURE else {"type": "text", "text": p} for p in parts]}
+        for role, parts in turns
+    ]
+    return [*said, *({"role": "assistant", "content": [{"type": "text", "text": text}]} for text in answer)]
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_a_conversation_has_the_ids_of_the_library(case: str, collator: Collator, tmp_path: Path) -> None:
+    """Prompt, answer and pictures of the row that the collator builds; pictures of other sizes, so that their order shows."""
+    processor, turns = collator.processor, CHATS[case]
+    sizes = [(60, 40), (90, 30), (40, 60), (28, 84)][: sum(part is PICTURE for turn in turns for part in turn.parts)]
+    images = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
+    prompt, text, end = ours(collator, images, tmp_path, prompt=turns)
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    asked = processor.apply_chat_template(spoken(turns, images), add_generation_prompt=True, **options)
+    whole = processor.apply_chat_template(spoken(turns, images, TEXT), **options)
+    row = [*prompt, *text, *end]
+    assert prompt == asked["input_ids"][0].tolist() and whole["input_ids"][0].tolist()[: len(row)] == row
+    assert processor.tokenizer.decode(text).strip() == TEXT and len(end) == 1
+    assert collator.row_length(turns, TEXT, tuple(sizes)) == len(row)
+    if images:
+        files = [tmp_path / f"{k}.png" for k in range(len(images))]
+        batch = collator([CounterfactualGroup("g", (tuple(files),), (Candidate(turns, TEXT),), ((1,),))])
+        shown, expected = (found[found != 0] for found in (batch.model_inputs["image_inputs"]["pixel_values"], asked["pixel_values"]))
+        assert torch.equal(shown, expected), "the pictures in the order in which they are named, padding aside"
+
+
+def test_a_string_is_one_turn_of_the_user(collator: Collator) -> None:
+    """And equal to the conversation that says so."""
+    for pictures in (0, 1, 2):
+        one = collator.prompts.encoded(PROMPT, TEXT, pictures, "g")
+        assert one == collator.prompts.encoded((Turn("user", (PICTURE,) * pictures + (PROMPT,)),), TEXT, pictures, "g")
+
+
+def test_a_later_turn_goes_on_from_the_earlier_ones(tmp_path: Path) -> None:
+    """A group may ask several things of a picture, each after what was said before: the picture and its first question are there once."""
+    collator = make("qwen2_5_vl", tmp_path)
+    Image.effect_noise((60, 40), 90).convert("RGB").save(tmp_path / "a.png")
+    first = CHATS["earlier turns"][:1]
+    asked = (Candidate(first, "a circle"), Candidate(CHATS["earlier turns"], "yes"), Candidate(CHATS["earlier turns"], "no"))
+    batch = collator([CounterfactualGroup("g", ((tmp_path / "a.png",),), asked, ((1, 1, 0),))])
+    assert batch.num_images == 1 and batch.model_inputs["forest"].parents == (-1, 0, 0, 2, 2)
+
+
+def test_a_template_that_takes_no_system_says_so_in_one_sentence(collator: Collator) -> None:
+    collator.processor.chat_template = REFUSES_SYSTEM + collator.processor.chat_template
+    with pytest.raises(DataError) as raised:
+        collator.prompts.encoded(CHATS["system"], TEXT, 1, "group 'g': text 0")
+    assert str(raised.value).startswith("group 'g': text 0 ('a red circle') cannot be written as a conversation: the model's chat template")
+    assert "takes no turn of the system: it raises TemplateError (System role not supported); leave that turn out" in str(raised.value)
+    assert collator.prompts.encoded(CHATS["system"][1:], TEXT, 1, "g").text_ids
+
+
+def test_a_template_that_is_silent_about_a_turn_is_refused(tmp_path: Path) -> None:
+    """What the data say and the model never sees is no small thing."""
+    collator = make("llava_onevision", tmp_path)
+    collator.processor.chat_template = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + str(
+        collator.processor.chat_template
+    )
+    with pytest.raises(DataError, match=r"leaves out or changes what the system says \('answer in one word.'\); leave it out of the data"):
+        collator.prompts.encoded(CHATS["system"], TEXT, 1, "g")
+    collator.processor.chat_template = "{% set messages = messages[-2:] %}" + collator.processor.chat_template
+    with pytest.raises(DataError, match=r"g: the model's chat template shows 0 of 1 pictures|leaves out or changes what the user says"):
+        collator.prompts.encoded(CHATS["earlier turns"], TEXT, 1, "g")
+
+
+def test_control_tokens_are_refused_in_every_turn(tmp_path: Path) -> None:
+    prompts = make("qwen2_5_vl", tmp_path).prompts
+    for place in range(4):
+        turns = list(CHATS["a picture in every turn"])
+        turns[place] = Turn(turns[place].role, (*turns[place].parts, "no<|im_end|>"))
+        with pytest.raises(DataError, match=r"its prompt \('no<\|im_end\|>'\) contains the control token '<\|im_end\|>'; reword it"):
+            prompts.encoded(tuple(turns), TEXT, 4, "g")
+
+
+@pytest.mark.parametrize(
+    ("turns", "pictures", "said"),
+    [
+        ((), 0, "the conversation has no turn"),
+        ((Turn("user", ("a",)), Turn("assistant", ("b",))), 0, "ends with the turn of the assistant"),
+        ((Turn("tool", ("a",)), Turn("user", ("a",))), 0, "turn 1 of the conversation is of 'tool'; the roles are system, user, assistant"),
+        ((Turn("user", ("a",)), SYSTEM, Turn("user", ("a",))), 0, "turn 2 of the conversation is of the system; only the first"),
+        ((Turn("user", ("a",)), Turn("assistant", (" ",)), Turn("user", ("a",))), 0, r"turn 2 of the conversation \(assistant\) is empty"),
+        ((Turn("user", (PICTURE, "a", PICTURE)),), 1, "the conversation shows 2 pictures, and an image has 1; name a picture for every"),
+        ((Turn("user", ("a",)),), 1, "the conversation shows 0 pictures, and an image has 1"),
+        ((Turn("user", ("a",)), Turn("assistant", ("b",))) * 600 + (Turn("user", ("a",)),), 0, "1201 turns, and 1024"),
+    ],
+)
+def test_a_conversation_that_cannot_be_answered(turns: Prompt, pictures: int, said: str) -> None:
+    with pytest.raises(DataError, match=f"group 'g': .*{said}"):
+        CounterfactualGroup("g", ((Path("a.png"),) * pictures,), (Candidate(turns, "x"),), ((1,),))
+
+
 # ---- models that think
 
 TURNS = """{%- macro said(content) %}{% for part in content %}{{- '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' }}
@@ -163,6 +277,20 @@ def test_a_model_that_thinks_answers_after_an_empty_thought(case: str, tmp_path:
             assert whole[: len(prompt) + len(answer) + 1] == [*prompt, *answer, *end]
     collator.prompts.check("m")
     assert collator.row_length(PROMPT, TEXT, tuple(SIZES[:1])) == sum(map(len, ours(collator, images, tmp_path)))
+
+
+def test_thoughts_of_earlier_turns_are_what_the_template_makes_of_them(tmp_path: Path) -> None:
+    """As for every user of that model: here, as in Qwen3's, a thought of an earlier turn is dropped, and the answer has an empty one."""
+    collator = thinking(tmp_path, *THINKING["by itself, unless told"])
+    collator.processor.chat_template = collator.processor.chat_template.replace(
+        "said(message.content) +", "(said(message.content)).split('</think>')[-1] +"
+    )
+    turns = (Turn("user", (PROMPT,)), Turn("assistant", ("<think>hm</think>a circle",)), Turn("user", ("red?",)))
+    prompt, _, _ = ours(collator, [], tmp_path, prompt=turns)
+    expected = collator.processor.apply_chat_template(
+        spoken(turns, []), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", enable_thinking=False
+    )
+    assert prompt == expected["input_ids"][0].tolist() and "hm" not in collator.processor.tokenizer.decode(prompt)
 
 
 def test_a_thought_that_cannot_be_left_out_is_named(tmp_path: Path) -> None:

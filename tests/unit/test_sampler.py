@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.data import GroupSampler
+from cfvlm_ds.data import GroupSampler, PackedSampler, permutation
+from cfvlm_ds.data.permutation import RowsTogether
+from cfvlm_ds.data.sampler import OneAfterTheOther
 
 
 def make(
@@ -157,3 +162,123 @@ def test_data_loader_prefetch_does_not_move_the_position() -> None:
     resumed = make(mb=2, accumulation=2)
     resumed.load_state_dict(running.state_dict())
     assert list(itertools.islice(loader(resumed), 14)) == whole[6:]
+
+
+# More groups than a permutation is stored of ------------------------------------------------------------------------------------------
+
+
+def naive_feistel(place: int, num_groups: int, seed: int, epoch: int) -> int:
+    """The same network in whole numbers, a place at a time."""
+
+    def mixed(value: int) -> int:
+        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+        return value ^ (value >> 31)
+
+    digest = hashlib.sha512(f"{seed}/{epoch}".encode()).digest()
+    bits = max(2, (num_groups - 1).bit_length())
+    while True:
+        low, high = bits // 2, bits - bits // 2
+        left, right = place >> low, place % 2**low
+        for k in range(8):
+            key = int.from_bytes(digest[8 * k : 8 * k + 8], "little")
+            left, right = right, left ^ (mixed((right + key) % 2**64) >> (64 - high))
+            low, high = high, low
+        place = left << low | right
+        if place < num_groups:
+            return place
+
+
+@pytest.mark.parametrize("num_groups", [*range(1, 70), 1000, 1024, 1025, 4097, 1_000_003])
+def test_a_computed_order_is_a_permutation(num_groups: int) -> None:
+    places = np.arange(num_groups, dtype=np.uint64)
+    found = permutation.feistel(places, num_groups, 3, 1)
+    assert np.array_equal(np.sort(found), places)
+    some = range(0, num_groups, max(1, num_groups // 50))
+    assert [int(found[place]) for place in some] == [naive_feistel(place, num_groups, 3, 1) for place in some]
+
+
+def test_a_computed_order_looks_drawn() -> None:
+    """Groups of any stretch of an epoch come evenly from the whole file; neighbours, epochs and seeds are unrelated."""
+    number = 1_048_577  # where nearly half of all results go through the network again
+    orders = [
+        permutation.feistel(np.arange(number, dtype=np.uint64), number, seed, epoch).astype(float)
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
+    for order in orders:
+        for stretch in np.split(order[: 1 << 20], 64):
+            counts = np.histogram(stretch, 64, (0, number))[0]
+            assert ((counts - 256) ** 2 / 256).sum() < 150, "chi-square of 63 degrees of freedom: 150 once in 10^8"
+        assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.006
+        assert abs(np.corrcoef(order, np.arange(number))[0, 1]) < 0.006
+    assert all(abs(np.corrcoef(first, second)[0, 1]) < 0.006 for first, second in itertools.combinations(orders, 2))
+
+
+def test_more_than_a_million_groups_have_a_computed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The million-and-first group changes how the order is found, and nothing else: any number of ranks, a resume, other orders refused."""
+    drawn = stream(1, num_groups=1_000_000), stream(5, num_groups=1_000_001)
+    assert drawn[0] == permutation._stored(1_000_000, 3, 0)[:1].tolist()
+    assert drawn[1] == [naive_feistel(place, 1_000_001, 3, 0) for place in range(5)]
+    assert make(1_000_000).state_dict().keys() == make().state_dict().keys()
+    monkeypatch.setattr(permutation, "STORED", 10)
+    monkeypatch.setattr(permutation, "_BLOCK", 4)
+    permutation._computed.cache_clear()
+    elements = stream(60)
+    assert elements == [naive_feistel(place, 23, 3, epoch) for epoch in range(3) for place in range(23)][:60]
+    ranks = [take(make(mb=2, accumulation=2, rank=rank, world=3), 10) for rank in range(3)]
+    assert [index for micro in range(10) for rank in range(3) for index in ranks[rank][micro]] == elements
+    running = make(mb=2)
+    running.advance()
+    resumed = make(mb=2)
+    resumed.load_state_dict(running.state_dict())
+    assert take(resumed, 3) == [elements[2:4], elements[4:6], elements[6:8]]
+    earlier = {name: value for name, value in running.state_dict().items() if name != "order"}
+    with pytest.raises(DataError, match="order None and this run has 'feistel-1'"):
+        resumed.load_state_dict(earlier)
+    permutation._computed.cache_clear()
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_groups_of_a_row_come_together(computed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in the order that they have alone, each with its groups in theirs; any stretch, any number of ranks, part of a file."""
+    monkeypatch.setattr(permutation, "_BLOCK", 4)
+    if computed:
+        monkeypatch.setattr(permutation, "STORED", 10)
+    permutation._computed.cache_clear()
+    sizes = np.random.default_rng(0).integers(1, 6, 30)
+    firsts = np.concatenate([[0], np.cumsum(sizes)]).astype("<u4")
+    for limit in (int(firsts[-1]), int(firsts[17]), int(firsts[17]) + 1, 1):
+        rows = RowsTogether(firsts, limit)
+        parts = [range(int(a), min(int(b), limit)) for a, b in itertools.pairwise(firsts) if a < limit]
+        for epoch in range(3):
+            whole = [group for row in permutation.permuted(0, len(parts), len(parts), 3, epoch) for group in parts[row]]
+            assert sorted(whole) == list(range(limit)) and rows.permuted(0, limit, 3, epoch) == whole
+            for start, count in ((0, 1), (5, 17), (limit - 1, 9), (limit // 2, limit)):
+                assert rows.permuted(start, count, 3, epoch) == whole[start : start + count]
+        order = OneAfterTheOther(limit, 3, rows=rows)
+        elements = order.at(0, 4 * limit)
+        options = {"num_groups": limit, "gradient_accumulation_steps": 2, "seed": 3, "order": order}
+        ranks = [GroupSampler(rank=rank, world_size=2, groups_per_micro_batch=3, **options) for rank in range(2)]
+        streams = [take(sampler, limit // 3 + 1) for sampler in ranks]
+        seen = [group for micro in zip(*streams, strict=True) for each in micro for group in each]
+        assert seen == elements[: len(seen)] if len(seen) <= len(elements) else seen[: len(elements)] == elements
+        state = ranks[0].state_dict()
+        assert state["order"] == ("feistel-1+rows-1" if computed and limit > 10 else "rows-1")
+        with pytest.raises(DataError, match=re.escape(f"sampler has order '{state['order']}' and this run has ")):
+            make(limit).load_state_dict(state)
+        with pytest.raises(DataError, match=r"sampler has order (None|'feistel-1') and"):
+            ranks[0].load_state_dict(make(limit).state_dict())
+    permutation._computed.cache_clear()
+
+
+def test_steps_of_a_packed_run_are_tried_where_they_are_too_many_to_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the mix of lengths, what is taken from a part of an epoch is within one in a hundred of what counting finds."""
+    chance = np.random.default_rng(0)
+    for tokens in (chance.integers(600, 800, 6000), chance.lognormal(6.2, 0.9, 6000).clip(60, 7000), chance.choice([90, 1300], 6000)):
+        monkeypatch.undo()
+        packed = PackedSampler(tokens=tokens.astype(np.int32), max_tokens=8192, gradient_accumulation_steps=2, rank=0, world_size=2, seed=1)
+        counted = [packed.num_steps(epochs) for epochs in (0.5, 1, 2.25)]
+        monkeypatch.setattr("cfvlm_ds.data.sampler._COUNTED", 100)
+        monkeypatch.setattr("cfvlm_ds.data.sampler._TRIED", 2000)
+        tried = [packed.num_steps(epochs) for epochs in (0.5, 1, 2.25)]
+        assert tried == pytest.approx(counted, rel=0.01, abs=1)

@@ -9,15 +9,16 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data import read_manifest, stored_scores
 from cfvlm_ds.data.identity import Identity, data_identity
 from cfvlm_ds.data.picture_index import PictureTable
-from cfvlm_ds.data.stored_scores import StoredScores, read_scores, write_scores
+from cfvlm_ds.data.stored_scores import ScoresOfSources, StoredScores, read_scores, write_scores
 from cfvlm_ds.models import fingerprint
 
 
@@ -64,6 +65,36 @@ def test_round_trip_keeps_every_bit(path: Path, groups: list[CounterfactualGroup
 
 def test_order_of_rows_does_not_matter(path: Path, groups: list[CounterfactualGroup], scores: dict[str, StoredScores]) -> None:
     assert read_scores(path, groups[::-1], of(groups[::-1])) == scores
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_scores_are_read_when_they_are_used(
+    alike: bool, path: Path, groups: list[CounterfactualGroup], scores: dict[str, StoredScores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the file, whose numbers are nowhere in memory; also where ids have one hash. Of a mixture they are named SOURCE/ID."""
+    if alike:
+        monkeypatch.setattr(stored_scores, "_key", lambda name: 7)
+    found = read_scores(path, groups[::-1], of(groups[::-1]))
+    assert found == scores and list(found) == [group.id for group in groups] and len(found) == len(groups)
+    held = [value for value in vars(found).values() if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in held) == 16 * len(groups) and len(vars(found)) == len(held) + 1
+    assert "absent" not in found and found.get("absent") is None
+    mixed = ScoresOfSources({"a": found, "b.c": {groups[0].id: scores[groups[1].id]}})
+    assert mixed[f"a/{groups[0].id}"] == scores[groups[0].id] and mixed[f"b.c/{groups[0].id}"] == scores[groups[1].id]
+    assert len(mixed) == len(groups) + 1 and list(mixed)[-1] == f"b.c/{groups[0].id}"
+    assert "d/x" not in mixed and f"b.c/{groups[1].id}" not in mixed
+    edit(path, 3, lambda row: row.update(blank=[-1.25]))
+    with pytest.raises(DataError, match="the row is not the one that was indexed"):
+        found[groups[2].id]
+
+
+def test_a_group_that_is_there_twice_is_named(path: Path, groups: list[CounterfactualGroup], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:-1], lines[2]]))
+    for key in (stored_scores._key, lambda name: 7):
+        monkeypatch.setattr(stored_scores, "_key", key)
+        with pytest.raises(DataError, match=f"scores.jsonl:{len(lines)}: group '{groups[1].id}' is one too many, or occurs twice"):
+            read_scores(path, groups, of(groups))
 
 
 def test_a_missing_group_at_writing_leaves_no_file(tmp_path: Path, groups: list[CounterfactualGroup], scores) -> None:

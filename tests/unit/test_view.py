@@ -16,11 +16,12 @@ import browser
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from public_data import PUBLIC
 
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
-from cfvlm_ds.data import data_roots, read_manifest
+from cfvlm_ds.data import data_roots, open_groups, read_manifest
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stats import statistics
 from cfvlm_ds.data.stored_scores import StoredScores, write_scores
@@ -531,6 +532,24 @@ def test_a_run_shows_its_worst_groups(folder: Path) -> None:
     assert [item["scores"][0]["rows"][0] for item in items(folder / "page")] == [[-10.0, -13.0], [-10.0, -8.0]]
 
 
+def test_a_run_that_was_evaluated_on_a_part_shows_groups_of_that_part(folder: Path) -> None:
+    """``limit`` of an evaluation set: its scores are of the first groups alone."""
+    path = manifest(folder, group("a"), group("b"), group("c"))
+    (folder / "run" / "scores").mkdir(parents=True)
+    groups = open_groups(path, limit=2)
+    stored = {each.id: StoredScores(((-1.0, -2.0), (-3.0, -1.0)), (-5.0, -5.0)) for each in groups}
+    write_scores(folder / "run" / "scores" / "half.jsonl", groups, stored, "run", data_identity(groups, groups.roots))
+    for limit in (2, 3):
+        evaluation = {"half": {"path": str(path), "limit": limit}}
+        (folder / "run" / "config.yaml").write_text(json.dumps({"data": {"evaluation": evaluation, "format": "cfgroup", "root": None}}))
+        if limit == 3:
+            with pytest.raises(DataError, match="another manifest, by the number of rows"):
+                view(folder / "run", folder / "page")
+        else:
+            view(folder / "run", folder / "page")
+            assert [item["id"] for item in items(folder / "page")] == ["a", "b"]
+
+
 def test_what_a_run_lacks_is_named(folder: Path) -> None:
     run = run_folder(folder, {"test": [group("a")]}, {"a": ((-1.0, -2.0), (-1.0, -2.0))})
     with pytest.raises(ConfigError, match="name a manifest with --ids"):
@@ -574,21 +593,36 @@ def test_statistics_by_hand(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     printed = dict(re.findall(r"^(\S.{15}) (.*)$", capsys.readouterr().out, re.MULTILINE))
     assert {name.strip(): value for name, value in printed.items()} == {
         "manifest": str(folder / "groups.jsonl"),
-        "groups": "3",
-        "images x texts": "2 x 2: 2, 1 x 1: 1",
+        "groups": "4",
+        "images x texts": "2 x 2: 3, 1 x 1: 1",
         "pictures": "5 different files, min 60, median 120, 95 % up to 120, max 120 pixels of the longer side",
-        "texts": "3 different of 5, for 2 different prompts",
+        "texts": "3 different of 7, for 2 different prompts",
         "text length": "min 1, median 12, 95 % up to 14, max 14 characters",
-        "cells": "5 true, 2 false, 2 unknown of 9",
-        "edit types": "count: 2",
-        "sources": "lawn: 2, (none): 1",
-        "equal texts": "4 of 5 are said more than once",
+        "cells": "7 true, 3 false, 3 unknown of 13",
+        "edit types": "count: 3",
+        "sources": "lawn: 3, (none): 1",
+        "equal rows": "2 of 4 have another's texts and pictures",
+        "equal texts": "6 of 7 are said more than once",
         "equal pictures": "2 of 5 files",
         "equal ids": "1 rows",
-        "problems": "3 (`cfvlm-ds data check` names all)",
+        "problems": "2 (`cfvlm-ds data check` names all)",
     }
     with Image.open(folder / "stats.png") as figure:
         assert figure.format == "PNG" and figure.width > 1000
+
+
+def test_statistics_of_what_others_publish(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any format, recognised; a row that is there twice under two ids, texts in another order."""
+    (folder / "llava").mkdir()
+    path, _ = PUBLIC["LLaVA"][0](folder / "llava", 20)
+    main(["data", "stats", str(path), "--format", "auto"])
+    printed = capsys.readouterr().out
+    assert f"{path}: taken as json, format llava" in printed and re.search(r"groups +20\n", printed)
+    assert re.search(r"cells +20 true, 0 false, 0 unknown of 20\n", printed)
+    assert re.search(r"images x texts +1 x 1: 18, 0 x 1: 2\n", printed)
+    again = group("h", texts=list(reversed(group("g")["texts"])), match=[["i0", "t1", 1], ["i0", "t0", 1], ["i1", "t0", 0]])
+    found = statistics(manifest(folder, group("g"), again, group("k", prompt="Other.")))
+    assert found.equal_rows == 2 and "2 of 3 have another's texts and pictures" in str(found)
 
 
 class Tokens:

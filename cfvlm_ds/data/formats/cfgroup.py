@@ -8,7 +8,9 @@
      "weight": 1.0}
 
 ``match`` lists what is known: 1 the text is true of the image, 0 it is false. A cell that is not listed is unknown and is never used as a
-negative. A text may carry its own ``prompt``. Several pictures that are shown together are one entry of ``images`` with a list as ``path``;
+negative. A text may carry its own ``prompt``. A prompt is a string, or a conversation with pictures at their places, which ends with the
+user: ``[{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is
+it?"}]}]``. Several pictures that are shown together are one entry of ``images`` with a list as ``path``;
 a row of text alone has one entry, whose ``path`` is null. ``split`` and ``license`` of a row, ``role``, ``sha256`` and ``meta`` of its
 parts are kept as metadata, which nothing uses and a check counts.
 """
@@ -20,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, check_conversation, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures, check_side
 from cfvlm_ds.data.formats.fields import as_meta, check_keys, index, items, lookup, name, number, required, string
@@ -64,7 +67,7 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
         if match[i][c] not in (None, cell[2]):
             raise DataError(f"{where}: match says both 0 and 1 for ({cell[0]}, {cell[1]}); keep one")
         match[i][c] = cell[2]
-    prompt = string({"prompt": ""} | dict(row), "prompt", where)
+    prompt = _prompt(row.get("prompt", ""), where)
     listed, edits = row.get("edits", []), []
     if not isinstance(listed, list) or not all(isinstance(edit, Mapping) for edit in listed):
         raise DataError(f"{where}: 'edits' must be a list of objects, not {listed!r}")
@@ -84,7 +87,7 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
         id=group_id,
         images=tuple(_pictures(image, root, f"{where}: images") for image in images),
         candidates=tuple(
-            Candidate(string({"prompt": prompt} | dict(text), "prompt", f"{where}: texts"), string(text, "text", f"{where}: texts"))
+            Candidate(_prompt(text["prompt"], f"{where}: texts") if "prompt" in text else prompt, string(text, "text", f"{where}: texts"))
             for text in texts
         ),
         match=tuple(tuple(line) for line in match),
@@ -110,21 +113,20 @@ def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The ``cfgroup/1`` row of a group; the inverse of from_row. Image paths are written relative to ``root``; ``meta``, where it is given,
-    is written in place of the group's own."""
+    """The ``cfgroup/1`` row of a group; the inverse of from_row. Image paths are written relative to ``root``, those of other folders
+    whole; ``meta``, where it is given, is written in place of the group's own."""
     prompts = {candidate.prompt for candidate in group.candidates}
-    shared = group.candidates[0].prompt if len(prompts) == 1 else ""
+    shared: Prompt = group.candidates[0].prompt if len(prompts) == 1 else ""
     row: dict[str, Any] = {
         "schema": SCHEMA,
         "id": group.id,
         "source": group.source,
-        "prompt": shared,
+        "prompt": spelled(shared),
         "images": [
-            {"id": f"i{i}", "path": _paths([picture.relative_to(root).as_posix() for picture in pictures])}
-            for i, pictures in enumerate(group.images)
+            {"id": f"i{i}", "path": _paths([_relative(picture, root) for picture in pictures])} for i, pictures in enumerate(group.images)
         ],
         "texts": [
-            {"id": f"t{c}", "text": candidate.text} | ({} if candidate.prompt == shared else {"prompt": candidate.prompt})
+            {"id": f"t{c}", "text": candidate.text} | ({} if candidate.prompt == shared else {"prompt": spelled(candidate.prompt)})
             for c, candidate in enumerate(group.candidates)
         ],
         "match": [[f"i{i}", f"t{c}", truth] for i, line in enumerate(group.match) for c, truth in enumerate(line) if truth is not None],
@@ -141,12 +143,44 @@ def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | Non
     return row | ({"meta": own} if own else {})
 
 
+def _prompt(value: Any, where: str) -> Prompt:
+    """A string, or messages as ``spelled`` writes them."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
+        raise DataError(f"{where}: 'prompt' must be a string or a list of turns, not {value!r}")
+    turns = []
+    for turn in value:
+        check_keys(turn, ("role", "content"), f"{where}: prompt")
+        content = required(turn, "content", f"{where}: prompt")
+        parts = content if isinstance(content, list) else [content]
+        turns.append(Turn(string(turn, "role", f"{where}: prompt"), tuple(_part(part, f"{where}: prompt") for part in parts)))
+    check_conversation(turns, where)
+    return tuple(turns)
+
+
+def _part(part: Any, where: str) -> Part:
+    if isinstance(part, str):
+        return part
+    if part == {"type": "image"}:
+        return PICTURE
+    if isinstance(part, Mapping) and part.keys() == {"type", "text"} and part["type"] == "text" and isinstance(part["text"], str):
+        return part["text"]
+    raise DataError(
+        f'{where}: a part is {{"type": "image"}} or {{"type": "text", "text": "..."}}, not {part!r}; pictures are in \'images\''
+    )
+
+
 def _pictures(image: Mapping[str, Any], root: Path, where: str) -> Pictures:
     path = required(image, "path", where)
     listed = path if isinstance(path, list) else [] if path is None else [path]
     if not all(isinstance(name, str) for name in listed) or path == []:
         raise DataError(f"{where}: 'path' must be a string, a list of strings, or null for text alone, not {path!r}")
     return tuple(root / name for name in listed)
+
+
+def _relative(picture: Path, root: Path) -> str:
+    return (picture.relative_to(root) if picture.is_relative_to(root) else picture).as_posix()
 
 
 def _paths(names: list[str]) -> str | list[str] | None:

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from cfvlm_ds.core.errors import DataError
 
 
-def check_keys(row: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
+def check_keys(row: Mapping[str, Any], allowed: Collection[str], where: str) -> None:
     """Raise DataError on a key that is not allowed, naming the nearest one that is."""
-    names = sorted(allowed)
     for key in row:
-        if key not in names:
+        if key not in allowed:
+            names = sorted(allowed)
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(names)}"
             raise DataError(f"{where}: unknown key {key!r}; {hint}")
@@ -72,7 +72,7 @@ def number(value: Any, where: str) -> float:
     return float(value)
 
 
-def items(row: Mapping[str, Any], key: str, allowed: Iterable[str], where: str) -> list[Mapping[str, Any]]:
+def items(row: Mapping[str, Any], key: str, allowed: Collection[str], where: str) -> list[Mapping[str, Any]]:
     items = required(row, key, where)
     if not isinstance(items, list) or not items or not all(isinstance(item, Mapping) for item in items):
         raise DataError(f"{where}: {key!r} must be a non-empty list of objects")

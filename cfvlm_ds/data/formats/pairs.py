@@ -4,11 +4,13 @@
      "prompt": "Describe the image.", "edit": "relation"}
 
 ``id``, ``prompt`` and ``edit`` (the type of the difference) are optional. Further keys, such as Winoground's own ``tag``, are metadata.
+Winoground's published rows name pictures without their suffix: ``ex_7_img_0`` is the file ex_7_img_0.png of its images.zip.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from cfvlm_ds.data.formats.fields import as_meta, further_keys, name, string
 
 _PAIR_KEYS = ("image_0", "image_1", "caption_0", "caption_1")
 _KEYS = (*_PAIR_KEYS, "id", "prompt", "edit")
+_WINOGROUND = re.compile(r"ex_[0-9]+_img_[01]", re.ASCII)
 
 
 def pair_group(row: Mapping[str, Any]) -> CounterfactualGroup:
@@ -33,7 +36,7 @@ def pair_group(row: Mapping[str, Any]) -> CounterfactualGroup:
     digest = hashlib.sha256("\0".join([*values, prompt]).encode("utf-8", "surrogatepass")).hexdigest()
     return CounterfactualGroup(
         id=name(row, "id", "row", f"pair-{digest[:16]}"),
-        images=((Path(image_0),), (Path(image_1),)),
+        images=tuple((Path(f"{image}.png" if _WINOGROUND.fullmatch(image) else image),) for image in (image_0, image_1)),
         candidates=(Candidate(prompt, caption_0), Candidate(prompt, caption_1)),
         match=((1, 0), (0, 1)),
         edits=(Edit(type=string(row, "edit", "row"), image=1, text=1),) if "edit" in row else (),

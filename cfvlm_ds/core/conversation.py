@@ -1,0 +1,116 @@
+"""What a text answers: a string, or a conversation whose turns have pictures at their places.
+
+A string is one turn of the user, behind the pictures. A conversation ends with the turn that is answered; the pictures that it shows
+are, in the order of its parts, those of an image of its group.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from cfvlm_ds.core.errors import DataError
+
+ROLES = ("system", "user", "assistant")
+MAX_TURNS = 1024
+"""Turns of a conversation, and parts of them all."""
+MAX_PARTS = 4 * MAX_TURNS
+
+
+class Marker(Enum):
+    """What stands in a turn in place of a picture."""
+
+    PICTURE = "picture"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+PICTURE: Literal[Marker.PICTURE] = Marker.PICTURE
+Part: TypeAlias = str | Literal[Marker.PICTURE]
+
+
+class Turn(NamedTuple):
+    """What one of ROLES says: texts, and PICTURE where a picture is shown."""
+
+    role: str
+    parts: tuple[Part, ...]
+
+
+Prompt: TypeAlias = str | tuple[Turn, ...]
+
+
+def texts_of(prompt: Prompt) -> Iterator[str]:
+    """All that a prompt says, in order."""
+    return iter([prompt]) if isinstance(prompt, str) else (part for turn in prompt for part in turn.parts if isinstance(part, str))
+
+
+def pictures_of(turns: Sequence[Turn]) -> int:
+    """Pictures that some turns show."""
+    return sum(part is PICTURE for turn in turns for part in turn.parts)
+
+
+def check_conversation(turns: Sequence[Turn], where: str) -> None:
+    """Raise DataError, beginning with ``where``, for turns that no text can answer."""
+    if not turns or turns[-1].role != "user":
+        said = f"ends with the turn of the {turns[-1].role}" if turns else "has no turn"
+        raise DataError(f"{where}: the conversation {said}; a text answers the user, whose turn must be the last one before it")
+    if len(turns) > MAX_TURNS or sum(len(turn.parts) for turn in turns) > MAX_PARTS:
+        raise DataError(f"{where}: the conversation has {len(turns)} turns, and {MAX_TURNS} of {MAX_PARTS} parts are the bound; shorten it")
+    for number, turn in enumerate(turns, 1):
+        if turn.role not in ROLES:
+            raise DataError(f"{where}: turn {number} of the conversation is of {turn.role!r}; the roles are {', '.join(ROLES)}")
+        if turn.role == "system" and number > 1:
+            raise DataError(f"{where}: turn {number} of the conversation is of the system; only the first one can be, move it there")
+        if not any(part is PICTURE or part.strip() for part in turn.parts):
+            raise DataError(f"{where}: turn {number} of the conversation ({turn.role}) is empty; write what is said, or remove it")
+
+
+def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """The conversation in the form that chat templates and rows of data have."""
+    return [
+        {"role": turn.role, "content": [{"type": "image"} if part is PICTURE else {"type": "text", "text": part} for part in turn.parts]}
+        for turn in turns
+    ]
+
+
+def spelled(prompt: Prompt) -> str | list[dict[str, Any]]:
+    """The prompt as JSON has it: a string, or messages, of which one that only says one text has it as a string."""
+    if isinstance(prompt, str):
+        return prompt
+    return [_spelled(message) for message in messages(prompt)]
+
+
+def _spelled(message: dict[str, Any]) -> dict[str, Any]:
+    first, *more = message["content"] or [{}]
+    return message if more or "text" not in first else message | {"content": first["text"]}
+
+
+def simplest(turns: Sequence[Turn]) -> Prompt:
+    """The same prompt as a string where it is one: a single turn of the user, text behind pictures."""
+    if len(turns) == 1 and turns[0].role == "user":
+        *before, last = turns[0].parts or ("",)
+        if all(part is PICTURE for part in before):
+            return "" if last is PICTURE else last
+    return tuple(turns)
+
+
+def readable(prompt: Prompt) -> str:
+    """The prompt as a person reads it."""
+    if isinstance(prompt, str):
+        return prompt
+    return " ".join(f"{turn.role}: {''.join('[picture]' if part is PICTURE else part for part in turn.parts)}" for turn in prompt)
+
+
+def normalised(text: str) -> str:
+    """Text in Unicode's composed form (NFC) with runs of white space collapsed: two texts equal in this form are the same caption."""
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
+
+
+def normalised_prompt(prompt: Prompt) -> Prompt:
+    """Two prompts that are equal in this form ask the same."""
+    if isinstance(prompt, str):
+        return normalised(prompt)
+    return tuple(Turn(turn.role, tuple(part if part is PICTURE else normalised(part) for part in turn.parts)) for turn in prompt)

@@ -1,0 +1,144 @@
+"""What a run reads: its training data, one data set or a mixture of sources, and what it is evaluated on."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import Literal
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, bookkeeping, meaning, speed
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A manifest with a format and a place of its own.
+
+    Args:
+        path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
+        root: as ``data.root``, which is used when not given.
+        format: as ``data.format``, which is used when not given.
+        limit: use the first so many groups alone.
+    """
+
+    path: str
+    root: list[str] | str | None = None
+    format: str | None = None
+    limit: int | None = meaning(None, within=AT_LEAST_ONE)
+
+
+@dataclass(frozen=True)
+class Source(DataSet):
+    """One of several data sets that a run draws its training groups from.
+
+    Args:
+        path: manifest of counterfactual groups.
+        root: as ``data.root``, which is used when not given.
+        format: as ``data.format``, which is used when not given.
+        limit: use the first so many groups alone.
+        name: names the source in metrics and group ids; the file's name without its ending when not given.
+        weight: share of the draws, relative to those of the other sources; by number of groups where no source has one.
+        objectives: terms that the source's groups count in; all when not given.
+        scores: as ``data.scores``, for this source.
+    """
+
+    name: str | None = None
+    weight: float | None = meaning(None, within=(1e-9, 1e9))
+    objectives: list[str] | None = None
+    scores: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training and evaluation data.
+
+    Args:
+        train: manifest of counterfactual groups, a store made by ``cfvlm-ds data pack``, or any data of a known format: JSON lines, a JSON
+            list, CSV, TSV, Parquet, a saved data set, tars; a file, a folder, or a pattern of files; or a list of
+            {path: ..., weight: ...}, a mixture of sources, each with its own root, format, limit, objectives and scores (docs/mixtures.md).
+        stopping_strategy: an epoch of a mixture ends when ``all_exhausted`` sources have been seen whole, the smaller ones again and again
+            meanwhile, or when the ``first_exhausted`` has.
+        evaluation: name -> manifest, evaluated every ``train.eval_steps`` and at the end; or name -> {path: manifest, root: FOLDERS,
+            format: NAME} where a manifest has a root or a format of its own (``--data.evaluation.NAME.root FOLDER``).
+        format: format of the rows, NAME (of ``cfvlm_ds.data.FORMATS``) or NAME:OPTION=VALUE,OPTION=VALUE, such as
+            ``captions:image=file_name,caption=text``; ``auto`` takes the one that the first row fits, and says which.
+        root: folder of the images, or a list of folders; the manifest's own when not given. Paths in a manifest are absolute, or relative
+            to the first of them that has the file; what a path leads to, through links too, must be inside one of them.
+        scores: file written by ``cfvlm-ds score`` with reference and blind log-likelihoods of the training manifest (DPO and PMI need it).
+        max_pixels: refuse images with more pixels than this.
+        check: ``full`` opens every image before training starts; ``rows`` checks the manifests only, which suffices for a packed store.
+        on_error: what all ranks do when a training group cannot be read, for instance because an image was damaged after the check:
+            ``error``, or ``skip`` the whole group. skipped.json in the run folder lists those.
+        max_skipped: groups that ``skip`` may leave out in a run; one more is an error.
+        num_workers: processes that prepare batches, per rank; one per spare core, at most 4, when not given.
+        max_tokens_per_micro_batch: pack whole groups up to this many tokens into a micro-batch, in place of
+            ``train.per_device_train_batch_size`` of them; ranks then have equal work whatever the sizes of images and texts.
+        max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens, twice (a gradient cache, arXiv
+            2101.06983): the memory of one, the same gradients, about a third more time. An image with too many texts is divided.
+        feature_cache: folder for the outputs of a frozen vision tower, one per picture; filled before the first step, after which the tower
+            never runs. Every rank must see it; runs may share it. docs/families.md says how large it gets.
+    """
+
+    train: list[Source] | str = bookkeeping("")
+    stopping_strategy: Literal["all_exhausted", "first_exhausted"] = meaning("all_exhausted")
+    evaluation: dict[str, str | DataSet] = bookkeeping(default_factory=dict)
+    format: str = bookkeeping("cfgroup")
+    root: list[str] | str | None = bookkeeping(None)
+    scores: str | None = bookkeeping(None)
+    max_pixels: int = bookkeeping(50_000_000, within=AT_LEAST_ONE)
+    check: Literal["full", "rows"] = bookkeeping("full")
+    on_error: Literal["error", "skip"] = bookkeeping("error")
+    max_skipped: int = bookkeeping(10, within=COUNT)
+    num_workers: int | None = speed(None, within=(0, 1024))
+    max_tokens_per_micro_batch: int | None = meaning(None, within=AT_LEAST_ONE)
+    max_tokens_per_forward: int | None = speed(None, within=AT_LEAST_ONE)
+    feature_cache: str | None = speed(None)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether ``train`` is a list of sources."""
+        return not isinstance(self.train, str)
+
+    @property
+    def train_sets(self) -> dict[str, Source]:
+        """The sources of training groups by name, each with its root and format; one, called train, where there is no mixture.
+
+        Raises ConfigError where two have one name, or a name that metrics and files cannot have, and where only some have a weight.
+        """
+        if isinstance(self.train, str):
+            return {"train": Source(self.train, self.root, self.format, scores=self.scores)}
+        found: dict[str, Source] = {}
+        for each in self.train:
+            name = each.name or PurePath(each.path).stem
+            if not re.fullmatch(r"\w[\w.+-]{0,99}", name, re.ASCII):
+                raise ConfigError(f"data.train: {name!r} names metrics and groups; give {each.path} a name of letters, digits and _ . + -")
+            if name in found:
+                raise ConfigError(f"data.train: {found[name].path} and {each.path} are both called {name!r}; give one of them another name")
+            root = self.root if each.root is None else each.root
+            found[name] = replace(each, root=root, format=each.format or self.format, name=name)
+        without = [name for name, each in found.items() if each.weight is None]
+        if 0 < len(without) < len(found):
+            raise ConfigError(f"data.train: source {without[0]!r} has no weight and others have; give each a weight, or none")
+        return found
+
+    @property
+    def trained_on(self) -> str:
+        """The training data, for a sentence about them."""
+        return self.train if isinstance(self.train, str) else ", ".join(each.path for each in self.train)
+
+    @property
+    def evaluation_sets(self) -> dict[str, DataSet]:
+        """The evaluation manifests, each with its root and format."""
+        sets = {name: DataSet(split) if isinstance(split, str) else split for name, split in self.evaluation.items()}
+        return {
+            name: replace(split, root=self.root if split.root is None else split.root, format=split.format or self.format)
+            for name, split in sets.items()
+        }
+
+    @property
+    def workers(self) -> int:
+        """``num_workers``, or the machine's."""
+        from cfvlm_ds.core.distributed import default_workers  # torch, which a command's --help does not need
+
+        return default_workers() if self.num_workers is None else self.num_workers

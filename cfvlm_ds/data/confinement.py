@@ -1,0 +1,71 @@
+"""Where the paths of a manifest may lead: into its data roots, whoever wrote it and whatever links there are."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.data.picture_file import file_name, picture_file
+
+
+class Confinement:
+    """The file that a path of a manifest leads to, links followed, must be inside one of the data roots; else DataError.
+
+    A relative path is joined to the first root that has such a file, or to the first of all.
+    """
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self.roots = roots
+        self.resolved_roots = [root.resolve() for root in roots]
+        self._folders: dict[str, tuple[str, bool]] = {}
+
+    def __call__(self, path: Path) -> Path:
+        if not path.name:
+            raise DataError(f"image path is empty; write the file's path, relative to the data root {self.roots[0]} or absolute")
+        if "\0" in str(path):
+            raise DataError(f"image path {str(path)!r} cannot be followed (it has a null byte); correct it")
+        joined = [root / path for root in (self.roots if not path.is_absolute() else self.roots[:1])]
+        full = joined[0] if len(joined) == 1 else next((each for each in joined if os.path.lexists(picture_file(each))), joined[0])
+        target = full
+        try:
+            folder, name = os.path.split(full)
+            really, inside = self._folder(folder)
+            if ".." in path.parts or is_link(f"{really}/{file_name(name)}"):
+                target, inside = self._followed(picture_file(full))
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+            raise DataError(f"image path {str(path)!r} cannot be followed ({error}); correct it") from error
+        if not inside:
+            roots = f"root {self.roots[0]}" if len(self.roots) == 1 else f"roots {', '.join(map(str, self.roots))}"
+            raise DataError(
+                f"image path {str(path)!r} leads outside the data {roots} (to {target.resolve()}); add the folder that holds it to "
+                "data.root, which may be a list of folders (cfvlm-ds: --root, once for each), or correct the path"
+            )
+        return full
+
+    def _folder(self, folder: str) -> tuple[str, bool]:
+        """Where a folder really is, and whether that is inside a root. A million images sit in few folders: resolving each of those once
+        leaves one system call per image on a network file system."""
+        if (found := self._folders.get(folder)) is None:
+            if len(self._folders) >= _FOLDERS:
+                self._folders.clear()
+            target, inside = self._followed(Path(folder))
+            found = self._folders[folder] = str(target), inside
+        return found
+
+    def _followed(self, path: Path) -> tuple[Path, bool]:
+        target = path.resolve()
+        return target, any(target.is_relative_to(root) for root in self.resolved_roots)
+
+
+def is_link(path: str) -> bool:
+    """Raises OSError for a path that cannot be looked at, but not for one that is not there."""
+    try:
+        return stat.S_ISLNK(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+_FOLDERS = 4096  # that are remembered: a million rows may also have a folder each

@@ -1,0 +1,128 @@
+"""Files of a data set of the Hugging Face hub, by the address that its own tools take: ``hf://datasets/ORG/NAME/data/train-*.parquet``.
+
+They are fetched once, before anything is read, into the user's cache, and found there again without a network and whatever the hub has by
+then: a run goes on with the data that it began with. ``@REVISION`` behind the name is a branch, tag or commit; ``@~parquet`` are the
+Parquet files that the hub makes of any data set (``hf://datasets/ORG/NAME@~parquet/default/train/*.parquet``).
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.files import cache_folder, replace
+from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
+from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.untrusted import bare_name
+
+_ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?(?:/(.+))?", re.ASCII)
+_CONVERTED = {"~parquet": "refs/convert/parquet"}
+_EVERY_S = 1.0
+
+
+class _Address(NamedTuple):
+    """A data set's name, its revision, and its files: a path, whose last part may be a pattern."""
+
+    name: str
+    revision: str
+    files: str
+
+
+def is_hub(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an address on the hub."""
+    return str(path).startswith(("hf://", "hf:/"))
+
+
+def fetched(
+    path: str | os.PathLike[str], alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
+) -> Path:
+    """The files of an address on this machine; any other path as it is. ``alive`` is called every second while they are fetched.
+
+    Raises DataError for an address that is none, and for files that are not there or cannot be fetched.
+    """
+    if not is_hub(path):
+        return Path(path)
+    address = _read(str(path))
+    record = cache_folder() / "hub" / f"{_named(address)}.json"
+    if (folder := _are_there(record)) is None:
+        say(f"fetching {path} into {record.parent}")
+        problems: list[DataError] = []
+        fetching = threading.Thread(target=_fetch, args=(str(path), address, record, problems), daemon=True)
+        fetching.start()
+        while fetching.is_alive():
+            alive()
+            fetching.join(_EVERY_S)
+        if problems or (folder := _are_there(record)) is None:
+            raise problems[0] if problems else DataError(f"{path}: what was fetched is not there any more; start again")
+    return folder / address.files
+
+
+def _read(path: str) -> _Address:
+    found = _ADDRESS.fullmatch(path)
+    if found is None:
+        raise DataError(f"{path} is no address of a data set; write hf://datasets/ORG/NAME/FILES, such as data/train-*.parquet for FILES")
+    name, revision, files = found[1], unquote(found[2] or "main"), found[3]
+    if files is None:
+        made = f"{path}@~parquet/default/train/*.parquet"
+        raise DataError(f"{path} names no files; add them, such as {path}/data/train-*.parquet, or {made} for what the hub makes of it")
+    *folders, _ = parts = files.split("/")
+    if any(part in ("", ".", "..") for part in parts) or any(map(glob.has_magic, folders)):
+        raise DataError(f"{path}: a pattern may be in the last part of the files' path, and no part may be empty or a dot; correct it")
+    return _Address(name, _CONVERTED.get(revision, revision), files)
+
+
+def _named(address: _Address) -> str:
+    digest = hashlib.sha256(json.dumps(address).encode()).hexdigest()[:16]
+    return f"{address.name.replace('/', '--')[:80]}.{digest}"
+
+
+def _are_there(record: Path) -> Path | None:
+    """The folder into which an earlier call has fetched all files, if they are as long as they were then."""
+    try:
+        found = parse_json(read_bytes(record, MAX_RECORD).decode())
+        folder, files = record.parent / bare_name(found["folder"], record), found["files"]
+        whole = bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
+        return folder if whole else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
+        return None
+
+
+def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]) -> None:
+    """Fetch the files of an address, into a folder of the commit that they are of, and note them when they are whole; or what is wrong."""
+    from huggingface_hub import HfApi
+
+    api: Any = HfApi()
+    where = {"repo_id": address.name, "repo_type": "dataset"}
+    try:
+        known = api.repo_info(**where, revision=address.revision)
+        every = sorted(name for name in (each.rfilename for each in known.siblings or ()) if ".." not in name.split("/"))
+        depth = address.files.count("/")
+        files = [name for name in every if name.count("/") == depth and fnmatchcase(name, address.files)]
+        if not files:
+            near = one_line(", ".join(every[:_SHOWN]), 1000) + ", ..." * (len(every) > _SHOWN)
+            problems.append(DataError(f"{path}: the data set has no such file; it has {near or 'none at all'}"))
+            return
+        folder = record.with_name(f"{address.name.replace('/', '--')[:80]}.{str(known.sha)[:40]}")
+        folder.mkdir(parents=True, exist_ok=True)
+        api.snapshot_download(**where, revision=known.sha, local_dir=folder, allow_patterns=[glob.escape(name) for name in files])
+        sizes = {name: (folder / name).stat().st_size for name in files}
+        replace(record, json.dumps({"folder": folder.name, "files": sizes}).encode(), shared=True)
+    except Exception as error:  # of the network, the hub, the disk
+        reason = f"{type(error).__name__}: {one_line(str(error), 300)}"
+        elsewhere = f"`hf download --repo-type dataset {address.name} --local-dir FOLDER`"
+        problems.append(
+            DataError(f"{path} cannot be fetched ({reason}); where there is a network, run {elsewhere}, and name the files in FOLDER")
+        )
+
+
+_SHOWN = 20

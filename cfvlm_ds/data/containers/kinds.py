@@ -1,0 +1,145 @@
+"""Which container a path is, and of which files it is made."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
+from cfvlm_ds.core.untrusted import own_file
+from cfvlm_ds.data.containers.arrow import arrow_rows, parquet_rows
+from cfvlm_ds.data.containers.json_file import is_lines, json_rows
+from cfvlm_ds.data.containers.rows import Rows
+from cfvlm_ds.data.containers.tables import csv_rows, tsv_rows
+from cfvlm_ds.data.containers.tar import tar_rows
+
+LINES = "jsonl"
+"""JSON lines: what every other container becomes."""
+
+CONTAINERS: dict[str, Callable[[Path], Rows]] = {
+    "json": json_rows,
+    "csv": csv_rows,
+    "tsv": tsv_rows,
+    "parquet": parquet_rows,
+    "arrow": arrow_rows,
+    "tar": tar_rows,
+}
+"""Kind of a file -> its rows."""
+
+_SUFFIXES = {".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
+_IN_FOLDERS = ("*.arrow", "*.parquet", "*.tar")
+_NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}", re.ASCII)
+"""The name of a file of a split, as the hub and ``datasets`` number them."""
+COMPRESSED = {
+    ".tgz": "gunzip", ".gz": "gunzip", ".tbz2": "bunzip2", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip",
+}  # fmt: skip
+"""Ending of a compressed file -> the command that unpacks it."""
+
+
+def container_of(path: Path) -> str:
+    """``jsonl`` or the kind of container: by the name's ending, or by what is in a folder.
+
+    Raises DataError for a compressed file, and for a folder without data.
+    """
+    return _kind(path, sources_of(path)[0])
+
+
+def sources_of(path: Path) -> list[Path]:
+    """The files of a path: itself, those of a folder, or those of a pattern such as ``train-*.parquet``, in the order of their names.
+
+    Raises DataError as ``container_of`` does.
+    """
+    if path.is_dir():
+        return _in_folder(path)
+    if glob.has_magic(path.name) and not os.path.lexists(path):
+        found = sorted(path.parent / name for name in glob.glob(path.name, root_dir=path.parent))
+        if not found:
+            raise DataError(f"{path}: no file has such a name; correct the pattern")
+        if len(kinds := {_kind(path, each) for each in found}) > 1 or LINES in kinds or "json" in kinds:
+            raise DataError(
+                f"{path}: a pattern is for files of one of the kinds {', '.join(_together())}; this one is of {', '.join(sorted(kinds))}"
+            )
+        return found
+    return [path]
+
+
+def sources_state(path: Path) -> tuple[int, int, int]:
+    """Size and times of a path's file; of several files the sum of their sizes, the last time, and a hash of all of it.
+
+    Raises OSError, and DataError as sources_of does.
+    """
+    files = [(each.name, each.stat()) for each in sources_of(path)]
+    states = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in files]
+    if len(states) == 1 and not path.is_dir():
+        return states[0][1:]
+    digest = hashlib.blake2b(repr(states).encode("utf-8", "surrogatepass"), digest_size=7).digest()
+    return sum(state[1] for state in states), max(state[2] for state in states), int.from_bytes(digest, "little")
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path, or a file of a pattern, is there."""
+    return os.path.exists(path) or (glob.has_magic(path.name) and any(glob.iglob(path.name, root_dir=path.parent)))
+
+
+def _together() -> list[str]:
+    return [kind for kind in CONTAINERS if kind != "json"]
+
+
+def _kind(path: Path, file: Path) -> str:
+    for ending, command in COMPRESSED.items():
+        if file.name.endswith(ending):
+            raise DataError(
+                f"{path}: it is compressed, and rows and pictures are read at their places; unpack it first ({command} {file.name})"
+            )
+    kind = _SUFFIXES.get(file.suffix, LINES)
+    if kind == "tar" and file.is_file() and _compressed(file):
+        raise DataError(f"{path}: it is compressed, whatever its name says; unpack it first (tar -xf and tar -cf without z, or gunzip)")
+    if kind == "json":
+        try:
+            return LINES if is_lines(file) else kind
+        except (OSError, ValueError):
+            return LINES  # which says why it cannot be read
+    return kind
+
+
+def _compressed(file: Path) -> bool:
+    with open(file, "rb") as handle:
+        return handle.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))
+
+
+def _in_folder(path: Path) -> list[Path]:
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(each.name for each in path.iterdir() if each.is_dir())[:10])
+        raise DataError(f"{path}: holds several splits ({splits}); name one of its folders")
+    if (path / "state.json").is_file():
+        return _saved(path)
+    for pattern in _IN_FOLDERS:
+        if found := sorted(path.glob(pattern)):
+            names = sorted({split[1] for each in found if (split := _NUMBERED.fullmatch(each.stem))})
+            if len(names) > 1:
+                one = path / f"{names[0]}-*{found[0].suffix}"
+                raise DataError(f"{path}: holds several splits ({', '.join(names[:10])}); name the files of one of them, such as {one}")
+            return found
+    below = sorted({each.parent for pattern in _IN_FOLDERS for each in path.glob(f"*/{pattern}")})
+    hint = f"name {' or '.join(map(str, below[:3]))}, which has some" if below else "name the data file"
+    raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)}, and no packed store; {hint}")
+
+
+def _saved(path: Path) -> list[Path]:
+    """The files of a data set that ``datasets`` has saved, in its order."""
+    try:
+        listed = parse_json(read_bytes(path / "state.json", MAX_RECORD).decode())["_data_files"]
+        files = [own_file(path, each["filename"], path / "state.json") for each in listed]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+        raise DataError(
+            f"{path}: state.json does not list the files of a saved data set ({error}); save it again with save_to_disk"
+        ) from error
+    if not files:
+        raise DataError(f"{path}: the saved data set has no files; save it again with save_to_disk")
+    return files

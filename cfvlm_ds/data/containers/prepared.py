@@ -1,0 +1,187 @@
+"""The JSON lines that a container becomes: a folder with rows.jsonl and the pictures that had to be copied, made once and found again.
+
+Its name says from which files in which state it was made. Row n is line n. A line that is a text and not an object says what is wrong with
+that row. The folder appears whole or not at all, so a preparation that was killed is simply done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.files import whole_folder
+from cfvlm_ds.core.progress import EVERY_S
+from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of
+from cfvlm_ds.data.containers.rows import MAX_ROW, Rows
+
+_FORM = 1  # of what is written; another number has everything made again
+_LINES, _PICTURES = "rows.jsonl", "pictures.tar"
+_KNOWN = 100_000  # pictures that are recognised when they come again: a question is asked of the picture of the row before it
+
+
+class Prepared(NamedTuple):
+    """The rows of a container as JSON lines, and the folders that the names of its own pictures are relative to."""
+
+    lines: Path
+    roots: tuple[Path, ...]
+
+
+def prepared_places(path: Path, cache: Path) -> list[Path]:
+    """Folders in which a preparation is looked for and made: beside the data and, where that must not be written, in the user's cache."""
+    return [path.parent, cache]
+
+
+def prepare(
+    path: Path,
+    container: str,
+    cache: Sequence[Path],
+    say: Callable[[str], object] = lambda line: None,
+    alive: Callable[[], object] = lambda: None,
+) -> Prepared:
+    """The rows of ``path`` as JSON lines, made in the first folder of ``cache`` that can be written unless one of them has them.
+
+    Raises DataError for a container that cannot be read to its end, or if none of the folders can be written.
+    """
+    sources = sources_of(path)
+    try:
+        name = _name(path, container, sources)
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot be read ({error.strerror}); correct the path") from error
+    for folder in cache:
+        if (folder / name / _LINES).is_file():
+            return _prepared(path, folder / name)
+    problem = ""
+    for folder in cache:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _alone(folder / f"{name}.lock"):
+                if not (folder / name / _LINES).is_file():
+                    with whole_folder(folder / name) as partial:
+                        _write(path, container, sources, partial, say, alive)
+            return _prepared(path, folder / name)
+        except OSError as error:
+            problem = problem or f"{folder} ({error.strerror or error})"
+    raise DataError(
+        f"{path}: its rows cannot be prepared in {problem}; make room there, or set XDG_CACHE_HOME to a folder that can be written"
+    )
+
+
+def _prepared(path: Path, folder: Path) -> Prepared:
+    return Prepared(folder / _LINES, (path.parent if not path.is_dir() else path, folder))
+
+
+def _name(path: Path, container: str, sources: Sequence[Path]) -> str:
+    state = [[str(each), (stat := os.stat(each)).st_size, stat.st_mtime_ns] for each in sources]
+    digest = hashlib.blake2b(json.dumps([_FORM, container, os.path.abspath(path), state]).encode("utf-8", "surrogatepass"), digest_size=8)
+    return f"{path.name[:80].replace('*', '_')}.{digest.hexdigest()}.prepared"
+
+
+class _alone:
+    """One process at a time; the others wait, and find what it has made."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __enter__(self) -> None:
+        while True:
+            self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            fcntl.flock(self._handle, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._handle), os.stat(self._file)):
+                    return
+            os.close(self._handle)  # the process before this one has removed it
+
+    def __exit__(self, *_: object) -> None:
+        self._file.unlink(missing_ok=True)
+        os.close(self._handle)
+
+
+def _write(
+    path: Path, container: str, sources: Sequence[Path], folder: Path, say: Callable[[str], object], alive: Callable[[], object]
+) -> None:
+    said = time.monotonic()
+    pictures = _Pictures(folder / _PICTURES)
+    try:
+        with open(folder / _LINES, "xb") as lines:
+            for number, row in enumerate(_rows(container, sources), 1):
+                alive()
+                lines.write(_line(row, pictures) + b"\n")
+                if time.monotonic() - said >= EVERY_S:
+                    said = time.monotonic()
+                    sizes = f"{lines.tell() / 1e6:.0f} MB of them, {pictures.size / 1e6:.0f} MB of pictures copied"
+                    say(f"preparing {path}: {number} rows, {sizes}")
+    finally:
+        pictures.close()
+
+
+def _rows(container: str, sources: Sequence[Path]) -> Iterator[dict[str, Any] | DataError]:
+    for source in sources:
+        rows: Rows = CONTAINERS[container](source)
+        try:
+            for where, row in rows:
+                yield DataError(f"{source.name}: {where}: {row}") if isinstance(row, DataError) and len(sources) > 1 else row
+        except DataError:
+            raise
+        except OSError as error:
+            raise DataError(f"{source}: the manifest cannot be read ({error.strerror}); name a readable file") from error
+        except ValueError as error:
+            raise DataError(f"{source}: the manifest cannot be read: {error}") from error
+
+
+def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
+    if not isinstance(row, DataError):
+        try:
+            line = json.dumps(row, default=pictures.name_of).encode()
+            if len(line) <= MAX_ROW:
+                return line
+            row = DataError(f"the row has {len(line)} bytes as JSON, and {MAX_ROW} are the bound for one row; shorten it")
+        except (ValueError, RecursionError, TypeError) as error:
+            row = DataError(f"the row cannot be written as JSON ({error}); correct it")
+    return json.dumps(str(row)).encode()
+
+
+class _Pictures:
+    """A tar of the pictures that were copied; one that comes again has the name of the first."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.size = path, 0
+        self._handle: IO[bytes] | None = None
+        self._known: dict[bytes, str] = {}
+        self._count = 0
+
+    def name_of(self, value: Any) -> str:
+        """The name of a picture's bytes. Raises TypeError for a value of another type."""
+        if not isinstance(value, bytes):
+            raise TypeError(f"a value of type {type(value).__name__}")
+        digest = hashlib.blake2b(value, digest_size=16).digest()
+        if digest not in self._known:
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            self._known[digest] = self._add(value)
+        return self._known[digest]
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.write(bytes(2 * tarfile.BLOCKSIZE))
+            self._handle.close()
+
+    def _add(self, value: bytes) -> str:
+        if self._handle is None:
+            self._handle = open(self._path, "xb")  # noqa: SIM115  # closed by close()
+        member = tarfile.TarInfo(f"{self._count:09d}.img")
+        member.size = len(value)
+        self._handle.write(member.tobuf(tarfile.USTAR_FORMAT))
+        place = self._handle.tell()
+        self._handle.write(value)
+        self._handle.write(bytes(-len(value) % tarfile.BLOCKSIZE))
+        self._count, self.size = self._count + 1, self.size + len(value)
+        return f"{_PICTURES}#{place}+{len(value)}"

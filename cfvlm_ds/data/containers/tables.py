@@ -1,0 +1,78 @@
+"""CSV and TSV files: a line of column names, and rows whose values are texts. A field in quotes may have line breaks."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.reading import open_regular
+from cfvlm_ds.core.text import quoted
+from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows, unreadable
+
+_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+
+_INDEX = "index"
+"""Name of a first column that has none: pandas writes its index so."""
+
+
+def csv_rows(path: Path) -> Rows:
+    """The rows of a table separated by commas."""
+    return _rows(path, ",")
+
+
+def tsv_rows(path: Path) -> Rows:
+    """The rows of a table separated by tabs."""
+    return _rows(path, "\t")
+
+
+def _rows(path: Path, delimiter: str) -> Rows:
+    csv.field_size_limit(MAX_ROW)
+    with open_regular(path) as raw:
+        if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):  # type: ignore[attr-defined]
+            raise DataError(f"{path}: its text is UTF-16; save the file as UTF-8")
+        reader = csv.reader(io.TextIOWrapper(raw, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+        try:
+            columns = next((line for line in reader if line), [])
+            columns[:1] = [columns[0] or _INDEX] if len(columns) > 1 else columns
+            _check_columns(path, columns, delimiter)
+            for line in reader:
+                if line:
+                    yield f"line {reader.line_num}", _row(columns, line)
+        except csv.Error as error:
+            remedy = (
+                'a quote within quotes is written twice ("")'
+                if "field" not in str(error)
+                else "shorten it, or look for a quote that opens and never ends"
+            )
+            raise DataError(f"{path}:{reader.line_num}: not a table ({error}); {remedy}") from error
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise DataError(
+                f"{path}:{reader.line_num + 1}: byte 0x{byte:02x} at or after this line is not UTF-8; save the file as UTF-8"
+            ) from error
+        except OSError as error:
+            raise unreadable(path, error, "look at the file's disk and start again") from error
+
+
+def _check_columns(path: Path, columns: list[str], delimiter: str) -> None:
+    if not columns:
+        raise DataError(f"{path}: the table is empty; its first line has the names of the columns")
+    if len(columns) == 1 and (others := [each for each in _DELIMITERS if each != delimiter and each in columns[0]]):
+        raise DataError(
+            f"{path}: its first line has one column, {quoted(columns[0], 80)}, and {_DELIMITERS[others[0]]} in it; columns are separated "
+            f"by {_DELIMITERS[delimiter]} here, save it so" + (", or name the file .tsv" if others[0] == "\t" else "")
+        )
+    for number, column in enumerate(columns, 1):
+        if not column.strip():
+            raise DataError(f"{path}: column {number} has no name in the first line, which names the columns; write one")
+        if columns.index(column) < number - 1:
+            raise DataError(f"{path}: two columns are called {column!r}; give each a name of its own")
+
+
+def _row(columns: list[str], line: list[str]) -> Row | DataError:
+    if len(line) != len(columns):
+        found = f"the row has {len(line)} fields, and the first line names {len(columns)} columns"
+        return DataError(f"{found}; put fields with separators in quotes")
+    return dict(zip(columns, line, strict=True))

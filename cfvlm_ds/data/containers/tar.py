@@ -1,0 +1,102 @@
+"""Tars of samples, as WebDataset writes them: members of one key are a row, whose columns are their extensions.
+
+Pictures stay where they are, and are named by the place of their bytes (``shard.tar#512+60123``); texts and JSON are read. So a tar must
+not be compressed.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+from typing import IO, Any, cast
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.reading import MIB, DuplicateKey, open_regular, parse_json
+from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows, unreadable
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+TEXTS = ("txt", "text", "caption", "cls", "json", "id")
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
+_HEADER = MIB
+"""Bytes of a member's header, its long name included: some kB at most."""
+
+
+def tar_rows(path: Path) -> Rows:
+    """The samples of a tar."""
+    with open_regular(path) as handle:
+        try:
+            with tarfile.open(fileobj=cast(Any, _Headers(handle)), mode="r:") as tar:
+                yield from _samples(path, handle, tar)
+        except tarfile.TarError as error:
+            raise unreadable(path, error, "it is cut off or no tar; get it whole again") from error
+        except OSError as error:
+            raise unreadable(path, error, "look at the file's disk and start again") from error
+        except (ValueError, UnicodeError, OverflowError) as error:
+            raise unreadable(path, error, "its headers are damaged; get it whole again") from error
+
+
+class _Headers:
+    """A tar's file for a reader of headers, none of which takes more than _HEADER bytes."""
+
+    def __init__(self, handle: IO[bytes]) -> None:
+        self._handle, self.name = handle, ""
+        self.seek, self.tell, self.seekable = handle.seek, handle.tell, handle.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _HEADER:
+            raise ValueError(f"a header of {size} bytes")
+        return self._handle.read(size)
+
+
+def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
+    size = os.fstat(handle.fileno()).st_size
+    key, sample, wrong = "", Row(), ""
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # a million of them would stay in memory
+        if not member.isreg() or member.issparse() or os.path.basename(member.name).startswith("."):
+            continue
+        if member.offset_data + member.size > size:
+            raise DataError(f"{path}: member {member.name!r} ends behind the end of the file; it is cut off, get it whole again")
+        folder, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        if not stem or not extension:
+            continue  # no sample: a read-me, say
+        if (now := f"{folder}/{stem}" if folder else stem) != key:
+            if sample:
+                yield f"sample {key!r}", DataError(wrong) if wrong else {"__key__": key, **sample}
+            key, sample, wrong = now, {}, ""
+        if extension in sample:
+            wrong = wrong or f"sample {key!r} has two members {base!r}; give samples keys of their own"
+        try:
+            sample[extension] = _value(path, handle, member, extension.lower())
+        except DataError as error:
+            wrong = wrong or f"sample {key!r}: {error}"
+    if sample:
+        yield f"sample {key!r}", DataError(wrong) if wrong else {"__key__": key, **sample}
+    handle.seek(tar.offset)
+    if len(handle.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # a whole one ends with blocks of zeros
+        raise DataError(f"{path}: the tar has no end; it is cut off, get it whole again")
+
+
+def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: str) -> Any:
+    """A text, what JSON says, or the name of the member's bytes."""
+    last = extension.rpartition(".")[2]
+    place = f"{path.name}#{member.offset_data}+{member.size}"
+    if last in PICTURES:
+        return place
+    handle.seek(member.offset_data)
+    if last not in TEXTS and handle.read(min(member.size, 4)).startswith(_MAGIC):
+        return place
+    if last not in TEXTS and not extension.endswith(("caption", "text")):
+        return place  # what nobody here reads, such as features: its name is metadata
+    if member.size > MAX_ROW:
+        raise DataError(f"{member.name!r} has {member.size} bytes, and {MAX_ROW} are the bound for a text; shorten it")
+    handle.seek(member.offset_data)
+    try:
+        text = handle.read(member.size).decode("utf-8-sig")
+        return parse_json(text) if last == "json" else text.strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{member.name!r}: byte {error.start + 1} is not UTF-8; save the text as UTF-8") from error
+    except (DuplicateKey, ValueError, RecursionError) as error:
+        raise DataError(f"{member.name!r}: JSON that cannot be parsed ({error}); correct it") from error

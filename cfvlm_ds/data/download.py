@@ -1,0 +1,176 @@
+"""Pictures that rows name by their address on the network, or hold as text, are fetched into files before anything is trained on them.
+
+Nothing else here opens a connection for data. Each picture is bounded in size and time, is a picture, and is named by a hash of its
+address, so that a second run fetches only what is missing.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.files import replace, whole_file
+from cfvlm_ds.core.progress import EVERY_S
+from cfvlm_ds.core.text import quoted
+from cfvlm_ds.core.untrusted import output_file
+from cfvlm_ds.data.decoding import MAX_PIXELS, image_size
+from cfvlm_ds.data.rows import Rows, open_rows
+
+MAX_DOWNLOAD = 64 << 20
+"""Bytes of a picture."""
+TIMEOUT_S, WHOLE_S, ATTEMPTS, PAUSE_S = 20.0, 120.0, 3, 1.0
+"""Time without an answer, time for one picture, and attempts: servers that are busy say so, and are asked again a little later."""
+_KEYS = {
+    "image", "images", "image_url", "url", "image_0", "image_1", "image_path", "img_path", "rejected_image", "rejected_images",
+    "negative_image", "negative_images",
+}  # fmt: skip
+_AGAIN = (408, 425, 429, 500, 502, 503, 504)
+_CHUNK = 256  # rows whose pictures are fetched side by side
+
+
+def download(
+    path: Path,
+    out: Path,
+    on_error: Literal["error", "skip"] = "error",
+    threads: int = 16,
+    say: Callable[[str], object] = lambda line: None,
+) -> tuple[int, list[str]]:
+    """Write the rows of ``path`` to ``out`` with files of ``out``'s folder ``NAME.pictures`` in place of addresses: the number of rows, and
+    what is wrong with those that ``skip`` has left out. Raises DataError for the first of them otherwise.
+    """
+    output_file(out)
+    folder = out.with_name(f"{out.name}.pictures")
+    folder.mkdir(exist_ok=True)
+    rows, problems, said = 0, list[str](), time.monotonic()
+    with whole_file(out) as lines, ThreadPoolExecutor(threads) as pool:
+        for chunk in _chunks(open_rows(path, progress=say)):
+            wanted = {address: None for _, row in chunk for address in _addresses(row)}
+            found = dict(zip(wanted, pool.map(lambda address: _fetched(address, folder), wanted), strict=True))
+            if time.monotonic() - said >= EVERY_S:
+                said = time.monotonic()
+                say(f"pictures of {path}: {rows} rows, {len(problems)} left out")
+            for where, row in chunk:
+                if wrong := _wrong(where, row, found):
+                    problems.append(wrong)
+                    if on_error == "error":
+                        raise DataError(f"{problems[0]} (or leave such rows out with --on_error skip)")
+                    continue
+                rows += 1
+                lines.write(json.dumps(_with_files(row, found), ensure_ascii=False).encode() + b"\n")
+    return rows, problems
+
+
+def _wrong(where: str, row: Any, found: Mapping[str, str | DataError]) -> str | None:
+    """What is wrong with a row or one of its pictures."""
+    if isinstance(row, DataError):
+        return str(row)
+    first = next((each for address in _addresses(row) if isinstance(each := found[address], DataError)), None)
+    return None if first is None else f"{where}: {first}"
+
+
+def _chunks(rows: Rows) -> Iterator[list[tuple[str, Any]]]:
+    for first in range(0, len(rows), _CHUNK):
+        yield [(rows.where(row), rows.value(row)) for row in range(first, min(first + _CHUNK, len(rows)))]
+
+
+def _addresses(value: Any, key: str = "") -> Iterator[str]:
+    """The addresses where a row names pictures, and the pictures that it holds as text."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _addresses(each, name)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _addresses(each, key)
+    elif isinstance(value, str) and key in _KEYS and value.startswith(("http://", "https://", "data:image/")):
+        yield value
+
+
+def _with_files(value: Any, found: Mapping[str, str | DataError], key: str = "") -> Any:
+    if isinstance(value, Mapping):
+        return {name: _with_files(each, found, name) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_with_files(each, found, key) for each in value]
+    return found[value] if isinstance(value, str) and key in _KEYS and value in found else value
+
+
+def _fetched(address: str, folder: Path) -> str | DataError:
+    """The picture's file, relative to the folder above it."""
+    file = folder / hashlib.blake2b(address.encode(), digest_size=16).hexdigest()
+    try:
+        if not file.is_file():
+            content = _of_text(address) if address.startswith("data:") else _of_network(address)
+            replace(unchecked := file.with_suffix(".unchecked"), content)
+            try:
+                image_size(unchecked, MAX_PIXELS)
+            except DataError as error:
+                raise DataError("what came is no picture, or none within the bounds; look at the address, or leave the row out") from error
+            finally:
+                unchecked.unlink()
+            replace(file, content)
+        return f"{folder.name}/{file.name}"
+    except DataError as error:
+        return DataError(f"{quoted(address, 80)}: {error}")
+    except OSError as error:
+        return DataError(f"{quoted(address, 80)}: its file {file} cannot be written ({error.strerror or error})")
+
+
+def _of_text(address: str) -> bytes:
+    kind, _, text = address.partition(",")
+    try:
+        if not kind.endswith(";base64"):
+            raise ValueError("not in base64")
+        return base64.b64decode(text, validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise DataError(f"the picture within the row cannot be decoded ({error}); write the row again") from error
+
+
+class _OnlyHttp(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not newurl.startswith(("http://", "https://")):
+            raise urllib.error.URLError(f"it leads to {newurl[:80]}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_OPENER = urllib.request.build_opener(_OnlyHttp)
+
+
+def _of_network(address: str) -> bytes:
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _of_one_answer(address)
+        except urllib.error.HTTPError as error:
+            why, again = f"the server answers {error.code} {error.reason}", error.code in _AGAIN
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            why, again = str(getattr(error, "reason", error)) or type(error).__name__, not isinstance(error, ValueError)
+        if not again or attempt == ATTEMPTS:
+            raise DataError(f"cannot be fetched ({why}); look at the address, or leave the row out")
+        time.sleep(attempt * PAUSE_S)
+    raise AssertionError
+
+
+def _of_one_answer(address: str) -> bytes:
+    request = urllib.request.Request(address, headers={"User-Agent": "cfvlm-ds data download"})
+    until, parts, size = time.monotonic() + WHOLE_S, list[bytes](), 0
+    with _OPENER.open(request, timeout=TIMEOUT_S) as answer:
+        while block := answer.read(1 << 16):
+            parts.append(block)
+            size += len(block)
+            if size > MAX_DOWNLOAD:
+                raise ValueError(f"it has more than {MAX_DOWNLOAD} bytes, the bound for a picture")
+            if time.monotonic() > until:
+                raise ValueError(f"it takes more than {WHOLE_S:.0f} s")
+        stated = answer.headers.get("Content-Length", "")
+    if stated.isdecimal() and int(stated) != size:
+        raise OSError(f"{size} of {stated} bytes came")
+    return b"".join(parts)

@@ -1,0 +1,255 @@
+"""Conversations as public data sets spell them, for the formats that have some: turns, pictures at their places, and the last answer.
+
+Messages are ``{"from": "human" | "gpt" | "system", "value": TEXT}`` (ShareGPT, LLaVA) or ``{"role": "user" | "assistant" | "system",
+"content": TEXT or PARTS}`` (OpenAI, TRL). In a text ``<image>`` stands for the next picture of the row; a row whose conversation marks no
+place shows its pictures before the user's first turn. White space at the ends of a turn, and line breaks beside ``<image>``, are no part of
+what is said. A column that is null is one that is not there, as Parquet writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cfvlm_ds.core.conversation import PICTURE, Part, Turn, check_conversation, pictures_of, simplest, spelled
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
+from cfvlm_ds.core.text import quoted
+from cfvlm_ds.data.formats.fields import as_meta, name
+
+IMAGES = ("image", "images")
+ROLES = {
+    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
+    "model": "assistant", "bing": "assistant", "bard": "assistant",
+}  # fmt: skip
+_TOOLS = ("tool", "tools", "function", "function_call", "tool_call", "observation", "ipython")
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_PLACE = re.compile(r"\n*<image>\n*")
+_KINDS = {"image": ("image", "path", "url"), "image_url": ("image_url",), "input_image": ("image_url",)}
+_TEXT_KINDS = ("text", "input_text", "output_text")
+
+
+class Spoken(NamedTuple):
+    """Turns, the pictures that they show (of which a message itself named some), and further keys of messages, if there are any."""
+
+    turns: tuple[Turn, ...]
+    pictures: tuple[Path | None, ...]
+    further: list[dict[str, Any]]
+
+
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row without columns that are null, and without those of other media where they are empty."""
+    return {key: value for key, value in row.items() if value is not None and not (key in _OTHER_MEDIA and value in ([], ""))}
+
+
+def read_messages(value: Any, where: str) -> Spoken:
+    """A list of messages of either spelling. Raises DataError for tools and other media, which no objective here has a use for."""
+    if not isinstance(value, list) or not value or not all(isinstance(message, Mapping) for message in value):
+        raise DataError(f"{where} must be a non-empty list of messages, not {quoted(value)}")
+    turns, pictures, further = list[Turn](), list[Path | None](), list[dict[str, Any]]()
+    for number, message in enumerate(map(without_nulls, value), 1):
+        here = f"{where}: message {number}"
+        spelling = ("from", "value") if "from" in message or "value" in message else ("role", "content")
+        for key in spelling:
+            if key not in message:
+                raise DataError(f"{here}: key {key!r} is missing; a message is {{'from', 'value'}} or {{'role', 'content'}}")
+        said, content = message[spelling[0]], message[spelling[1]]
+        if said in _TOOLS or message.get("tool_calls"):
+            raise DataError(f"{here} is of a tool; conversations with tools are not read, leave the row out")
+        if not isinstance(said, str) or said not in ROLES:
+            raise DataError(f"{here}: {spelling[0]!r} is {quoted(said)}; it must be one of {', '.join(ROLES)}")
+        parts, named = _read_content(content, here)
+        turns.append(Turn(ROLES[said], parts))
+        pictures += named
+        further.append({key: each for key, each in message.items() if key not in spelling and each not in ([], "")})
+    return Spoken(tuple(turns), tuple(pictures), further if any(further) else [])
+
+
+def read_text(text: str) -> tuple[Part, ...]:
+    """A text and its places of pictures as parts."""
+    parts: list[Part] = []
+    for number, said in enumerate(_PLACE.split(text.strip())):
+        parts += [PICTURE] * (number > 0) + [said] * bool(said.strip())
+    return tuple(parts)
+
+
+def _read_content(content: Any, where: str) -> tuple[tuple[Part, ...], list[Path | None]]:
+    if isinstance(content, str):
+        parts = read_text(content)
+        return parts, [None] * sum(part is PICTURE for part in parts)
+    if not isinstance(content, list):
+        raise DataError(f"{where}: its content must be a string or a list of parts, not {quoted(content)}")
+    found, pictures = list[Part](), list[Path | None]()
+    for part in content:
+        if not isinstance(part, Mapping):
+            raise DataError(f"{where}: a part must be an object with a 'type', not {quoted(part)}")
+        kind = part.get("type")
+        if kind in _TEXT_KINDS:
+            text = part.get("text")
+            if not isinstance(text, str):
+                raise DataError(f"{where}: a part of type {kind!r} must have a 'text', not {quoted(text)}")
+            found += [text] * bool(text.strip())
+        elif kind in _KINDS:
+            named = next((part[key] for key in _KINDS[kind] if part.get(key) is not None), None)
+            if isinstance(named, Mapping) and "url" in named:
+                named = named["url"]
+            pictures.append(None if named is None else read_picture(named, where))
+            found.append(PICTURE)
+        else:
+            raise DataError(f"{where}: a part of type {quoted(kind)} is not read; texts and pictures are, leave the row out")
+    if isinstance(first := found[0] if found else None, str):
+        found[0] = first.lstrip()
+    if isinstance(last := found[-1] if found else None, str):
+        found[-1] = last.rstrip()
+    return tuple(found), pictures
+
+
+def read_picture(value: Any, where: str) -> Path:
+    """A picture as rows name it: a path, or an object with one. Raises DataError for contents within the row, and for an address."""
+    if isinstance(value, Mapping) and isinstance(value.get("path"), str) and value.get("bytes") is None:
+        value = value["path"]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: a picture must be the path of a file, not {quoted(value)}")
+    if value.startswith(("http://", "https://")):
+        raise DataError(f"{where}: picture {quoted(value)} is on the network; fetch the pictures first (`cfvlm-ds data download`)")
+    if value.startswith("data:"):
+        raise DataError(f"{where}: a picture is written into the row ({quoted(value, 40)}); `cfvlm-ds data download` writes it to a file")
+    return Path(value.removeprefix("file://"))
+
+
+def read_pictures(value: Any, where: str) -> Pictures:
+    """One picture, or a list of them."""
+    return tuple(read_picture(each, where) for each in (value if isinstance(value, list) else [value]))
+
+
+def row_pictures(row: Mapping[str, Any], keys: Sequence[str], where: str = "row") -> Pictures:
+    """The pictures of the first of these columns that a row has; none where it has none. Raises DataError for other media."""
+    for key in _OTHER_MEDIA:
+        if key in row:
+            raise DataError(f"{where}: {key!r} is not read; pictures and texts are, leave the row out")
+    given = [key for key in keys if key in row]
+    if len(given) > 1:
+        raise DataError(f"{where}: both {given[0]!r} and {given[1]!r} name pictures; keep one of them")
+    return read_pictures(row[given[0]], f"{where}: {given[0]!r}") if given else ()
+
+
+def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...], Pictures]:
+    """The turns with a place for every picture, and the pictures in the order of their places."""
+    places = len(spoken.pictures)
+    if named := [picture for picture in spoken.pictures if picture is not None]:
+        if given or len(named) < places:
+            raise DataError(f"{where}: pictures are named in messages and beside them; name each in one of the two")
+        return spoken.turns, tuple(named)
+    if not places and given:
+        first = next((number for number, turn in enumerate(spoken.turns) if turn.role == "user"), None)
+        if first is not None:
+            shown = Turn("user", ((PICTURE,) * len(given)) + spoken.turns[first].parts)
+            return (*spoken.turns[:first], shown, *spoken.turns[first + 1 :]), given
+    if places != len(given):
+        remedy = "add the pictures, or remove the places" if places > len(given) else "write <image> where each picture is shown"
+        raise DataError(f"{where}: {places} places <image> and {len(given)} pictures; {remedy}")
+    return spoken.turns, given
+
+
+def answer_of(turn: Turn, where: str) -> str:
+    """What the assistant says in a turn that is scored."""
+    if turn.role != "assistant":
+        raise DataError(f"{where}: the conversation ends with the {turn.role}; its last message must be the assistant's, add or remove one")
+    if PICTURE in turn.parts:
+        raise DataError(f"{where}: an answer has a picture; only texts are scored, leave the row out")
+    return " ".join(part for part in turn.parts if isinstance(part, str))
+
+
+def with_system(spoken: Spoken, row: Mapping[str, Any], where: str) -> Spoken:
+    """The conversation behind the row's own ``system``, which some data sets have beside it."""
+    said = row.get("system", "")
+    if not isinstance(said, str):
+        raise DataError(f"{where}: 'system' must be a string, not {quoted(said)}")
+    if not said.strip():
+        return spoken
+    if spoken.turns[0].role == "system":
+        raise DataError(f"{where}: both 'system' and the first message are of the system; keep one of them")
+    return spoken._replace(turns=(Turn("system", (said.strip(),)), *spoken.turns))
+
+
+def row_id(row: Mapping[str, Any], *contents: Any) -> str:
+    """A name for a row: its id, which public data sets use for several rows, with a hash of its contents, or the hash alone.
+
+    It does not change when rows move, and a row that is there twice is found as a duplicate.
+    """
+    text = json.dumps(contents, ensure_ascii=False, default=str)
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{name(row, 'id', 'row')}-{digest[:8]}" if row.get("id") is not None else f"row-{digest[:16]}"
+
+
+@dataclass(frozen=True)
+class Instruct:
+    """Rows that are conversations, as groups of one image and one text.
+
+    Args:
+        per_turn: a group for every answer of a conversation, in place of one for the last.
+        keys: columns of which one has the messages.
+        source: name of the format.
+    """
+
+    per_turn: bool = False
+    keys: tuple[str, ...] = ()
+    source: str = ""
+
+    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
+        """Raises DataError without file and line."""
+        row = without_nulls(row)
+        spoken, used = self._spoken(row)
+        spoken = with_system(spoken, row, "row")
+        turns, pictures = placed(spoken, row_pictures(row, IMAGES), "row")
+        answer_of(turns[-1], "row")
+        kept = {key: value for key, value in row.items() if key not in (*used, *IMAGES, "id", "system")}
+        if spoken.further:
+            kept[used[0]] = spoken.further
+        meta = as_meta({"id": row["id"], **kept} if "id" in row else kept)
+        group_id = row_id(row, spelled(turns), [str(picture) for picture in pictures])
+        if not self.per_turn:
+            return self._group(group_id, turns, pictures, meta)
+        places = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+        return [self._group(f"{group_id}-{k}", turns[: number + 1], pictures, meta) for k, number in enumerate(places)]
+
+    @property
+    def parts(self) -> Callable[[Mapping[str, Any]], int] | None:
+        """How many groups a row becomes, where that is not always one."""
+        return self._answers if self.per_turn else None
+
+    def _answers(self, row: Mapping[str, Any]) -> int:
+        return sum(turn.role == "assistant" for turn in self._spoken(without_nulls(row))[0].turns)
+
+    def _spoken(self, row: Mapping[str, Any]) -> tuple[Spoken, tuple[str, ...]]:
+        for key in self.keys:
+            if key in row:
+                return read_messages(row[key], f"row: {key!r}"), (key,)
+        raise DataError(f"row: key {self.keys[0]!r} is missing; add it, or name another format")
+
+    def _group(self, group_id: str, turns: tuple[Turn, ...], pictures: Pictures, meta: str) -> CounterfactualGroup:
+        *before, last = turns
+        check_conversation(before, "row")
+        shown = tuple(islice(pictures, pictures_of(before)))
+        return CounterfactualGroup(
+            id=group_id,
+            images=(shown,),
+            candidates=(Candidate(simplest(before), answer_of(last, "row")),),
+            match=((1,),),
+            source=self.source,
+            meta=meta,
+        )
+
+
+def shared_beginning(first: Sequence[Turn], second: Sequence[Turn]) -> Iterator[Turn]:
+    """The turns with which both conversations begin."""
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            return
+        yield one

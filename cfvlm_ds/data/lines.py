@@ -1,0 +1,271 @@
+"""The rows of a file of JSON lines at random, by an index of where each begins: 12 bytes a row, mapped and shared by all processes.
+
+A row that is read proves its place: it begins behind a line break, nothing but blank lines follows it before the next one, and it has the
+sum that was noted when the file was indexed. An index that says otherwise is of another file, or somebody's invention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cfvlm_ds.core.distributed import cores_per_rank
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.files import cache_folder, whole_file
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.reading import MIB, HeldFile, TooLarge, open_regular
+
+MAX_LINE = 4 * MIB
+"""Bytes of a row of JSON lines: four times as many as a group of a thousand captions has."""
+
+_WORTH = 4 * MIB
+"""Bytes of a file that is worth an index on disk; a smaller one is gone through in milliseconds by whoever opens it."""
+
+_BLOCK = 16 * MIB
+_NUMBERED = 64  # rows from one whose line number is noted to the next one
+_SAMPLE = 16  # rows that are read when an index is opened
+_MAGIC = b"cfvlm_ds lines 1"
+_HEADER = np.dtype(
+    [("magic", "S16"), ("size", "<i8"), ("mtime", "<i8"), ("ctime", "<i8"), ("rows", "<i8"), ("lines", "<i8"), ("long", "<i8")]
+)
+_SPACE = np.zeros(256, bool)
+_SPACE[list(b" \t\n\r\x0b\x0c")] = True
+
+Array = npt.NDArray[Any]
+State = tuple[int, int, int]
+"""Size and times of a file; an old time of change can be set again, but not the last one of all."""
+
+
+class LineIndex(NamedTuple):
+    """Where rows begin (and the end of the file), a checksum of each, the line number of every ``_NUMBERED``-th, and the number of lines.
+
+    ``long``: the last row has more than MAX_LINE bytes, and what follows it was not looked at.
+    """
+
+    starts: Array
+    sums: Array
+    numbers: Array
+    lines: int
+    long: bool
+
+
+class IndexedLines:
+    """The lines of a file that are not blank. One object serves all threads, and processes that are forked.
+
+    Args:
+        path: the file.
+        held: it, open.
+        index: where its lines are.
+        file: of the index; None for one in memory.
+    """
+
+    def __init__(self, path: Path, held: HeldFile, index: LineIndex, file: Path | None) -> None:
+        self.path, self.index, self.file = path, index, file
+        self.state = state_of(held)
+        self._held = held
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        fixed: bool = False,
+        alive: Callable[[], object] = lambda: None,
+        progress: Callable[[str], object] = lambda line: None,
+    ) -> IndexedLines:
+        """The lines of a regular file, whose index is looked for beside it and in the user's cache, and made where there is none.
+
+        ``fixed`` says that the file is not written any more, as those of a packed store: it may have been copied, with other times.
+        Raises OSError, and ValueError without the file's name, where the file cannot be read.
+        """
+        held = HeldFile(path)
+        state = state_of(held)
+        places = list(index_files(path))[: 1 if fixed else 2] if fixed or state[0] >= _WORTH else []
+        for file in places:
+            if (index := _mapped(file, state, fixed)) is not None and (found := cls(path, held, index, file))._proves():
+                return found
+        say = progress if places else lambda line: None
+        index = _scanned(held, state[0], alive, Progress(say, f"index of {path}", state[0] / 1e6, "MB"))
+        if state_of(held) != state:
+            raise ValueError("it was written while it was indexed; start again when it is whole")
+        for file in places if not fixed else ():  # whose index is a part of it
+            with contextlib.suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                _write(file, state, index)
+                if (mapped := _mapped(file, state, fixed)) is not None:
+                    return cls(path, held, mapped, file)
+        return cls(path, held, index, None)
+
+    def __len__(self) -> int:
+        return len(self.index.sums)
+
+    def where(self, row: int) -> str:
+        """``file:line`` of a row."""
+        if self.index.lines == len(self):
+            return f"{self.path}:{row + 1}"
+        noted = row // _NUMBERED
+        place, end, number = int(self.index.starts[noted * _NUMBERED]), int(self.index.starts[row]), int(self.index.numbers[noted])
+        while place < end and (block := self._held.read(place, min(MIB, end - place))):
+            number += block.count(b"\n")
+            place += len(block)
+        return f"{self.path}:{number}"
+
+    def line(self, row: int) -> bytes:
+        """A row without its line break. Raises TooLarge for one of more than MAX_LINE bytes, DataError for one that is not what was
+        indexed, OSError."""
+        start, end = int(self.index.starts[row]), int(self.index.starts[row + 1])
+        if self.index.long and row == len(self) - 1 and end - start > MAX_LINE:
+            raise TooLarge(f"the line has more than {MAX_LINE} bytes, the bound for one row")
+        before = min(start, 1)
+        data = self._held.read(start - before, min(end - start, MAX_LINE + 1) + before)
+        stop = data.find(b"\n", before) + 1 or len(data)
+        line = data[before:stop]
+        is_row = (not before or data[:1] == b"\n") and zlib.crc32(line) == self.index.sums[row] and line.strip()
+        if not is_row or not self._is_blank(start + len(line), end):
+            raise DataError(
+                f"{self.where(row)}: the row is not the one that was indexed; do not write a data set while it is used"
+                + (f", and if it was not, remove {self.file}" if self.file else "")
+            )
+        return line.rstrip(b"\r\n")
+
+    def _is_blank(self, place: int, end: int) -> bool:
+        while place < end:
+            block = self._held.read(place, min(MIB, end - place))
+            if not block or block.strip():
+                return False
+            place += len(block)
+        return True
+
+    def _proves(self) -> bool:
+        """Whether the index fits: nothing but blank lines before the first row, and some rows are what it says."""
+        try:
+            if not self._is_blank(0, int(self.index.starts[0])):
+                return False
+            for row in sorted({*np.linspace(0, len(self) - 1, _SAMPLE, dtype=np.int64).tolist()} if len(self) else ()):
+                with contextlib.suppress(TooLarge):
+                    self.line(row)
+        except (OSError, DataError):
+            return False
+        return True
+
+
+def state_of(held: HeldFile) -> State:
+    """The state of an open file."""
+    stat = os.fstat(held.number)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def index_files(path: Path, kind: str = "idx") -> Iterator[Path]:
+    """Where an index of a file may be: beside it or, if its folder must not be written, in the user's cache folder."""
+    yield path.with_name(f"{path.name}.{kind}")
+    name = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
+    yield cache_folder() / "rows" / f"{path.name[:100]}-{name}.{kind}"
+
+
+def write_index(path: Path) -> Path:
+    """Index a file that is not written any more: without times, so that the index of a copy is the same. Raises OSError."""
+    held = HeldFile(path)
+    size = state_of(held)[0]
+    _write(file := next(index_files(path)), (size, 0, 0), _scanned(held, size, lambda: None, Progress(lambda line: None, "index", 1, "MB")))
+    return file
+
+
+class _Block(NamedTuple):
+    starts: Array
+    sums: Array
+    lines: Array
+    total: int
+    long: bool
+    size: int
+
+
+def _scanned(held: HeldFile, size: int, alive: Callable[[], object], progress: Progress) -> LineIndex:
+    """Go through a file once: blocks side by side, for reading and looking for line breaks hold no interpreter lock."""
+    starts, sums, numbers = [np.empty(0, "<u8")], [np.empty(0, "<u4")], [np.empty(0, "<u8")]
+    lines, rows, long = 0, 0, False
+    pool = ThreadPoolExecutor(threads := cores_per_rank())
+    try:
+        offsets = iter(range(0, size, _BLOCK))
+        waiting: list[Future[_Block]] = []
+        while not long:
+            for offset in offsets:
+                waiting.append(pool.submit(_block, held, offset, size))
+                if len(waiting) > threads:
+                    break
+            if not waiting:
+                break
+            alive()
+            block = waiting.pop(0).result()
+            starts.append(block.starts)
+            sums.append(block.sums)
+            numbers.append((lines + 1 + block.lines[-rows % _NUMBERED :: _NUMBERED]).astype("<u8"))
+            lines, rows, long = lines + block.total, rows + len(block.starts), block.long
+            progress.advance(block.size / 1e6)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    starts.append(np.array([size], "<u8"))
+    return LineIndex(np.concatenate(starts), np.concatenate(sums), np.concatenate(numbers), lines, long)
+
+
+def _block(held: HeldFile, offset: int, size: int) -> _Block:
+    """The rows that begin in a block."""
+    first = max(0, offset - 1)  # the byte before it says whether a line begins with it
+    data = held.read(first, min(size, offset + _BLOCK) - first)
+    breaks = np.flatnonzero(np.frombuffer(data, np.uint8) == 10)
+    begins = np.concatenate([np.zeros(int(offset == 0), np.int64), breaks + 1])
+    begins = begins[begins < len(data)]
+    if not len(begins):
+        return _Block(np.empty(0, "<u8"), np.empty(0, "<u4"), begins, 0, False, len(data))
+    whole = len(data)
+    if data[-1:] != b"\n" and first + whole < size:  # the last line goes on in the next block
+        wanted = MAX_LINE + 1 - (whole - int(begins[-1]))
+        more = held.read(first + whole, max(0, wanted))
+        data += more[: more.find(b"\n") + 1 or len(more)]
+    ends = np.append(begins[1:], len(data))
+    over = np.flatnonzero(ends - begins > MAX_LINE)
+    long = len(over) > 0
+    if long:  # nothing behind it counts
+        begins, ends = begins[: over[0] + 1], ends[: over[0] + 1]
+    heads = np.frombuffer(data, np.uint8)[begins]
+    kept = heads != 10
+    for k in np.flatnonzero(kept & _SPACE[heads]).tolist():
+        kept[k] = bool(data[begins[k] : ends[k]].strip()) or (long and k == len(begins) - 1)
+    rows, view = np.flatnonzero(kept), memoryview(data)
+    sums = [zlib.crc32(view[a:b]) for a, b in zip(begins[rows].tolist(), ends[rows].tolist(), strict=True)]
+    return _Block((begins[rows] + first).astype("<u8"), np.array(sums, "<u4"), rows, len(begins), long, whole)
+
+
+def _write(file: Path, state: State, index: LineIndex) -> None:
+    header = np.array([(_MAGIC, *state, len(index.sums), index.lines, index.long)], _HEADER)
+    with whole_file(file, shared=True) as handle:
+        for each in (header, index.starts, index.numbers, index.sums):
+            handle.write(np.ascontiguousarray(each).data)
+
+
+def _mapped(file: Path, state: State, fixed: bool) -> LineIndex | None:
+    """The index in a file, if it is one of a file in this state and can be true."""
+    try:
+        with open_regular(file) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            magic, *written, rows, lines, long = np.frombuffer(handle.read(_HEADER.itemsize), _HEADER, 1)[0].item()
+            lengths = {"<u8": rows + 1, "numbers": -(-rows // _NUMBERED), "<u4": rows}
+            expected = _HEADER.itemsize + 8 * (lengths["<u8"] + lengths["numbers"]) + 4 * rows
+            if magic != _MAGIC or written[: 1 if fixed else 3] != list(state[: 1 if fixed else 3]) or rows < 0 or size != expected:
+                return None
+            data = np.memmap(handle, np.uint8, "r")
+    except (OSError, ValueError):
+        return None
+    parts = np.split(np.asarray(data), np.cumsum([_HEADER.itemsize, 8 * (rows + 1), 8 * lengths["numbers"]]))
+    starts, numbers, sums = parts[1].view("<u8"), parts[2].view("<u8"), parts[3].view("<u4")
+    if int(starts[-1]) != state[0] or not bool((starts[1:] > starts[:-1]).all()) or lines < rows:
+        return None
+    return LineIndex(starts, sums, numbers, lines, bool(long))

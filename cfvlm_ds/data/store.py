@@ -1,0 +1,190 @@
+"""Counterfactual groups at random, read from their rows when they are asked for: memory does not grow with the number of rows.
+
+A format is one function from a row (a JSON object) to a CounterfactualGroup whose image paths are as written, or to several groups: then it
+has ``parts`` too, which says how many without making them. Joining paths to a data root, and refusing the ones that lead out of all roots,
+happens here once for all formats, so that a format cannot forget it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.core.sequences import Lazy
+from cfvlm_ds.data.confinement import Confinement
+from cfvlm_ds.data.formats import Format
+from cfvlm_ds.data.lines import IndexedLines as IndexedLines
+from cfvlm_ds.data.rows import Rows
+
+Entry = tuple[str, CounterfactualGroup | DataError]
+"""Where a row is (``file:line``, or ``file: item n`` of a JSON list), and its group or what is wrong with it (``where`` included)."""
+
+
+class GroupStore(Sequence[CounterfactualGroup]):
+    """The groups of a manifest. One object serves all threads, and processes that are forked; pickled, it opens the files again.
+
+    Args:
+        rows: the manifest's.
+        roots: folders that pictures may be in, the one that paths are relative to first.
+        convert: the format's function.
+        firsts: number of groups before each row, and in all; None where every row is one.
+        again: what to call with which arguments in a process that gets the store as a pickle.
+        format: name of the format, with its options.
+        limit: groups that it has at most, the first ones.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        roots: Sequence[Path],
+        convert: Format,
+        firsts: npt.NDArray[Any] | None = None,
+        again: tuple[Callable[..., Any], tuple[Any, ...]] | None = None,
+        format: str = "",
+        limit: int | None = None,
+    ) -> None:
+        self.rows, self.roots, self.firsts, self.format, self._limit = rows, roots, firsts, format, limit
+        self._convert, self._confine, self._again = convert, Confinement(roots), again
+        self._last: tuple[int, Sequence[CounterfactualGroup] | DataError] = (-1, ())
+
+    @property
+    def path(self) -> Path:
+        """The manifest."""
+        return self.rows.path
+
+    @property
+    def together(self) -> npt.NDArray[Any] | None:
+        """Number of groups before each row, and in all, where a row has several: of a packed store those of the data that were packed."""
+        found: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
+        return self.firsts if found is None else found
+
+    def __len__(self) -> int:
+        number = len(self.rows) if self.firsts is None else int(self.firsts[-1])
+        return number if self._limit is None else min(number, self._limit)
+
+    @overload
+    def __getitem__(self, index: int) -> CounterfactualGroup: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[CounterfactualGroup]: ...
+
+    def __getitem__(self, index: int | slice) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
+        """Raises DataError naming file, row and remedy for a row that is no group."""
+        if isinstance(index, slice):
+            return Lazy(self._group, range(len(self))[index])
+        return self._group(range(len(self))[index])
+
+    def __reduce__(self) -> Any:
+        if self._again is None:
+            raise TypeError("these groups cannot be pickled; use them in this process and its forks")
+        return self._again
+
+    def where(self, index: int) -> str:
+        """The place of a group's row."""
+        return self.rows.where(self._row(index)[0])
+
+    def entry(self, index: int) -> CounterfactualGroup | DataError:
+        """A group, or what is wrong with its row (its place included)."""
+        row, part = self._row(index)
+        if (last := self._last)[0] != row:  # a row of many groups is not read for each of them
+            self._last = last = (row, self._groups(row))
+        groups = last[1]
+        return groups if isinstance(groups, DataError) else groups[part]
+
+    def entries(self, places: Sequence[int] | None = None) -> Iterator[tuple[int, CounterfactualGroup | DataError]]:
+        """Number and entry of all groups, or of some."""
+        return ((index, self.entry(index)) for index in (range(len(self)) if places is None else places))
+
+    def _group(self, index: int) -> CounterfactualGroup:
+        if isinstance(found := self.entry(index), DataError):
+            raise found
+        return found
+
+    def _row(self, index: int) -> tuple[int, int]:
+        """The row of a group, and which of the row's groups it is."""
+        if self.firsts is None:
+            return index, 0
+        row = int(self.firsts.searchsorted(index, "right")) - 1
+        return row, index - int(self.firsts[row])
+
+    def _groups(self, row: int) -> Sequence[CounterfactualGroup] | DataError:
+        value = self.rows.value(row)
+        if isinstance(value, DataError):
+            return value
+        try:
+            groups = groups_of(value, self._convert, self._confine)
+            expected = 1 if self.firsts is None else int(self.firsts[row + 1] - self.firsts[row])
+            if len(groups) != expected:
+                raise DataError(f"the row has {len(groups)} groups and not {expected} as when it was counted; correct the format's parts()")
+            return groups
+        except DataError as error:
+            return DataError(f"{self.rows.where(row)}: {error}")
+
+
+def unraised(groups: Sequence[CounterfactualGroup]) -> Sequence[CounterfactualGroup | DataError]:
+    """The groups, with what is wrong in place of one whose row cannot be read: raised in a data worker, it would lose its message."""
+
+    def group(index: int) -> CounterfactualGroup | DataError:
+        try:
+            return groups[index]
+        except DataError as error:
+            return error
+
+    return Lazy(group, len(groups))
+
+
+def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]]) -> npt.NDArray[Any] | None:
+    """Number of groups before each row, and in all; None for a format of one group a row. ``over`` goes through the rows."""
+    parts = getattr(convert, "parts", None)
+    if parts is None:
+        return None
+    counted = [np.zeros(1, np.int64), *over(lambda places: np.array([_parts_of(rows.value(row), parts) for row in places], np.int64))]
+    firsts = np.cumsum(np.concatenate(counted))
+    if firsts[-1] >= 1 << 32:
+        raise DataError(f"{rows.path}: its rows have {firsts[-1]} groups, and {1 << 32} is the bound; split the file")
+    return firsts.astype("<u4")
+
+
+def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
+    """Groups of a row; one, which will say what is wrong, where that is not known."""
+    try:
+        return max(1, int(parts(row))) if isinstance(row, dict) else 1
+    except (ValueError, TypeError, AttributeError, OverflowError, LookupError):
+        return 1
+
+
+def groups_of(row: Any, convert: Format, confine: Confinement) -> Sequence[CounterfactualGroup]:
+    """The groups of a row, whose pictures are confined. Raises DataError without the row's place."""
+    if not isinstance(row, dict):
+        raise DataError(f"the row is a {type(row).__name__}, not an object; write it as {{...}}")
+    try:
+        found = convert(row)
+    except (TypeError, AttributeError, OverflowError) as error:
+        # A value of a type that the format did not expect, such as a number in place of a list: the row's fault, not the program's.
+        raise DataError(f"a value in the row has the wrong type ({error}); compare it with the format's description") from error
+    return [_confined(group, confine) for group in ([found] if isinstance(found, CounterfactualGroup) else found)]
+
+
+def _confined(group: CounterfactualGroup, confine: Confinement) -> CounterfactualGroup:
+    group = group.with_images(tuple(tuple(map(confine, pictures)) for pictures in group.images))
+    equal: dict[Pictures, list[int]] = {}
+    for second, pictures in enumerate(group.images):
+        for first in equal.setdefault(pictures, []):
+            if told_apart(group, first, second):
+                raise DataError(
+                    f"group {group.id!r}: counterfactual image {second} equals image {first} (the same file {group.images[first][0]}) "
+                    "though match tells them apart; name the edited image, or remove it"
+                )
+        equal[pictures].append(second)
+    return group
+
+
+def told_apart(group: CounterfactualGroup, first: int, second: int) -> bool:
+    """Whether some text is known to be true of one of these two images of the group and false of the other."""
+    return any({a, b} == {0, 1} for a, b in zip(group.match[first], group.match[second], strict=True))

@@ -1,0 +1,217 @@
+"""What a benchmark is: official files, rows that become items, probes that ask a model about them, and metrics of what it answered.
+
+An item is images x texts with a truth table, whatever its benchmark calls it: captions of a picture, the options of a question, the answers
+yes and no. A probe reads one score per cell (cfvlm_ds.evaluation.probes), and a metric is a pure function of those scores, so it can be
+computed again from a file of results, without the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import Pictures, normalised
+from cfvlm_ds.evaluation.benchmarks.source import Source
+
+Scores = tuple[tuple[float, ...], ...]
+"""[image][text]: the higher, the better the text fits the image."""
+
+YES_NO = ("Yes", "No")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question that is judged: which texts are true of which images.
+
+    Args:
+        id: unique within its benchmark.
+        images: what the texts are judged on; an image is a tuple of pictures, empty for text alone.
+        texts: captions, options or answers.
+        match: 1 where a text is true of an image, 0 where it is false.
+        prompt: the question, with the benchmark's own instruction; empty for captions.
+        listed: the prompt already lists the options, and the texts are their letters.
+        tags: what the metrics group items by, such as a category, or the pair that an item belongs to.
+        cluster: items of one cluster are drawn together by a bootstrap, because they share pictures or a pair.
+    """
+
+    id: str
+    images: tuple[Pictures, ...]
+    texts: tuple[str, ...]
+    match: tuple[tuple[int, ...], ...]
+    prompt: str = ""
+    listed: bool = False
+    tags: Mapping[str, str] = field(default_factory=dict)
+    cluster: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.images or not self.texts:
+            raise DataError(f"item {self.id!r} needs at least one image entry and one text")
+        if len({len(pictures) for pictures in self.images}) > 1:
+            raise DataError(f"item {self.id!r}: its images have different numbers of pictures")
+        if [len(line) for line in self.match] != [len(self.texts)] * len(self.images):
+            raise DataError(f"item {self.id!r}: match must be {len(self.images)} images x {len(self.texts)} texts")
+        if empty := [number for number, text in enumerate(self.texts) if not text.strip()]:
+            raise DataError(f"item {self.id!r}: text {empty[0]} is empty; get the file again")
+        if len({normalised(text) for text in self.texts}) < len(self.texts):
+            raise DataError(f"item {self.id!r}: two of its texts are the same ({', '.join(map(repr, self.texts))})")
+
+
+def one_hot(gold: int, size: int) -> tuple[int, ...]:
+    """The row of a truth table in which one text is true."""
+    return tuple(int(each == gold) for each in range(size))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a probe has read of an item.
+
+    Args:
+        seen: a score per image and text.
+        blank: a score per text on one blank picture: what language alone gives.
+        shuffled: the same on another item's picture; None where there is none, or none was asked for.
+        consistency: share of the orders of options in which the option is chosen that is chosen over all orders; None without orders.
+        prior: a score per option without picture and question; None where it was not asked for.
+    """
+
+    item: Item
+    seen: Scores
+    blank: tuple[float, ...]
+    shuffled: tuple[float, ...] | None = None
+    consistency: float | None = None
+    prior: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An item and one table of scores for it. ``blind`` tables say the same of every image; a tie is a guess there, and wrong otherwise."""
+
+    item: Item
+    scores: Scores
+    blind: bool = False
+
+
+Values = dict[str, float]
+"""Name of a metric -> its value in %. ``macro`` is of the whole benchmark, ``macro/add_att`` of a part of it."""
+Metrics = Callable[[Sequence[Judged]], Values]
+
+
+@dataclass(frozen=True)
+class File:
+    """An official file: its name below the benchmark's folder (``*`` for parts of one), and how many rows it has; None where that is not
+    known. ``lines`` names the JSON lines that are read in its place where they are there."""
+
+    name: str
+    rows: int | None = None
+    lines: str = ""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A value that somebody published: what was measured, of which model, and where it stands."""
+
+    metric: str
+    model: str
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A public benchmark, or one of your own: ``BENCHMARKS["mine"] = Benchmark(...)``.
+
+    Args:
+        title: what its authors call it.
+        files: its official files.
+        licence: what its repository or card states; pictures keep the licence of their source.
+        items: reads the files; a row that cannot be read is yielded as a DataError.
+        metrics: pure function of judged items.
+        headline: the metric that a table shows.
+        chance: values of random scores, for what is not the sum of independent comparisons; the others follow from ties.
+        probes: names of the probes that fit, the default first.
+        published: values to compare with.
+        traps: what goes wrong elsewhere, or differs here.
+        unofficial: what of this is not the authors' own protocol.
+    """
+
+    title: str
+    files: tuple[File, ...]
+    licence: str
+    items: Callable[[Source], Iterator[Item | DataError]]
+    metrics: Metrics
+    headline: str
+    probes: tuple[str, ...]
+    chance: Mapping[str, float] = field(default_factory=dict)
+    published: tuple[Published, ...] = ()
+    traps: tuple[str, ...] = ()
+    unofficial: str = ""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The items of a benchmark, the rows that could not be read, and what is worth saying, such as another revision of a file."""
+
+    items: tuple[Item, ...]
+    problems: tuple[DataError, ...]
+    notes: tuple[str, ...]
+
+
+def load(benchmark: Benchmark, root: Path) -> Loaded:
+    """All items of a benchmark whose files are in ``root``. Pictures are looked for and not opened."""
+    source, items, problems = Source(root), dict[str, Item](), list[DataError]()
+    if not root.is_dir():
+        return Loaded((), (DataError(f"{root}: no such folder; put the files of {benchmark.title} there"),), ())
+    for found in benchmark.items(source):
+        if isinstance(found, DataError):
+            problems.append(found)
+        elif found.id in items:
+            problems.append(DataError(f"{root}: item {found.id!r} occurs twice; get the files again"))
+        else:
+            items[found.id] = found
+    notes = list(source.notes)
+    for file in benchmark.files:
+        counted = source.counts.get(file.name)
+        if counted is not None and file.rows is not None and counted != file.rows:
+            notes.append(f"{root / file.name} has {counted} rows, and the official file {file.rows}: another revision")
+    if not items and not problems:
+        problems.append(DataError(f"{root}: no item in the files of {benchmark.title}; get them again"))
+    return Loaded(tuple(items.values()), tuple(problems), tuple(notes))
+
+
+def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
+    """The tables that metrics are computed of: ``seen``, and what language alone gives, ``blank``, ``shuffled`` and ``prior``.
+
+    A table has only the items for which it was read.
+    """
+    tables = {"seen": [Judged(each.item, each.seen) for each in outcomes]}
+    for name in ("blank", "shuffled", "prior"):
+        rows = [(each.item, getattr(each, name)) for each in outcomes]
+        tables[name] = [Judged(item, (row,) * len(item.images), blind=True) for item, row in rows if row is not None]
+    return {name: table for name, table in tables.items() if table}
+
+
+def chance(benchmark: Benchmark, items: Sequence[Item]) -> Values:
+    """What random scores give on these items: every comparison a tie, except where the benchmark states a value."""
+    tied = [Judged(item, ((0.0,) * len(item.texts),) * len(item.images), blind=True) for item in items]
+    named = benchmark.metrics([replace(each, blind=False) for each in tied])
+    stated = {name: benchmark.chance[whole] for name in named if (whole := name.split("/")[0]) in benchmark.chance}
+    return benchmark.metrics(tied) | stated
+
+
+def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:
+    """Table (see ``judged``) -> values, with ``chance``, and the mean consistency of orders as ``consistency`` of ``seen``."""
+    found = {name: benchmark.metrics(table) for name, table in judged(outcomes).items()}
+    consistent = [each.consistency for each in outcomes if each.consistency is not None]
+    if consistent and "seen" in found:
+        found["seen"]["consistency"] = 100 * sum(consistent) / len(consistent)
+    found["chance"] = chance(benchmark, [each.item for each in outcomes])
+    return found
+
+
+def stored(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as JSON, without its item, which the benchmark's files have."""
+    plain: dict[str, Any] = {"id": outcome.item.id, "seen": outcome.seen, "blank": outcome.blank}
+    optional = {"shuffled": outcome.shuffled, "consistency": outcome.consistency, "prior": outcome.prior}
+    return plain | {name: value for name, value in optional.items() if value is not None}

@@ -1,0 +1,79 @@
+"""HallusionBench (Guan et al. 2024, arXiv 2310.14566): yes/no questions on figures, charts and edited pictures, some without a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import Pictures
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Published, Values, one_hot
+from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tags, together
+from cfvlm_ds.evaluation.benchmarks.source import Row, Source, choice, each, text
+
+KEY = ("category", "subcategory", "set_id", "figure_id", "question_id")
+ASK = " Please answer yes or no."
+WITHOUT = "0"
+
+
+def items(source: Source) -> Iterator[Item | DataError]:
+    def item(where: str, row: Row) -> Item:
+        category, subcategory, number, figure, _ = key = tuple(str(row[name]) for name in KEY)
+        gold = (one_hot(choice(where, row, "gt_answer", ("1", "0")) if isinstance(row["gt_answer"], str) else _number(where, row), 2),)
+        without = str(row["visual_input"]) == WITHOUT
+        pictures: Pictures = ()
+        if not without:
+            name = f"{category}/{subcategory}/{number}_{figure}.png"
+            pictures = (source.picture(where, name, "hallusion_bench", ""),)
+        marks = dict(zip(KEY, key, strict=True)) | {"picture": "without" if without else "with"}
+        asked = text(where, row, "question") + ASK
+        return Item("_".join(key), (pictures,), YES_NO, gold, asked, tags=marks, cluster=f"{category}_{subcategory}_{number}")
+
+    yield from each(source.rows("HallusionBench.json", (*KEY, "visual_input", "question", "gt_answer")), item)
+
+
+def _number(where: str, row: Row) -> int:
+    return choice(where, row, "gt_answer", (1, 0))
+
+
+def metrics(table: Sequence[Judged]) -> Values:
+    """aAcc of questions; qAcc of questions right on all figures of their set; fAcc of figures with all questions right.
+
+    Of all rows, and as ``NAME_pictures`` of those with a picture, whose mean is what leaderboards show.
+    """
+    found = _three(table, "")
+    pictured = _three([each for each in table if each.item.tags["picture"] == "with"], "_pictures")
+    if len(pictured) == 3:
+        found["mean_pictures"] = sum(pictured.values()) / 3
+    return found | pictured
+
+
+def _three(table: Sequence[Judged], ending: str) -> Values:
+    if not table:
+        return {}
+    figures = [each for each in table if (each.item.tags["category"], each.item.tags["figure_id"]) != ("VS", "0")]
+    found = {"aAcc": accuracy(table)["accuracy"], "qAcc": together(table, tags("category", "subcategory", "set_id", "question_id"))}
+    found["fAcc"] = together(figures, tags("category", "subcategory", "set_id", "figure_id"))
+    return {f"{name}{ending}": value for name, value in found.items() if value is not None}
+
+
+HALLUSIONBENCH = Benchmark(
+    title="HallusionBench",
+    files=(File("HallusionBench.json", 1129),),
+    licence="BSD-3-Clause",
+    items=items,
+    metrics=metrics,
+    headline="mean_pictures",
+    probes=("yes_no", "generate"),
+    published=(
+        Published("aAcc_pictures", "Qwen2.5-VL-7B", 71.8, "VLMEvalKit leaderboard"),
+        Published("fAcc_pictures", "Qwen2.5-VL-7B", 48.0, "VLMEvalKit leaderboard"),
+        Published("qAcc_pictures", "Qwen2.5-VL-7B", 47.3, "VLMEvalKit leaderboard"),
+        Published("aAcc_pictures", "Qwen2-VL-7B", 67.9, "VLMEvalKit leaderboard"),
+    ),
+    traps=(
+        "the authors judge answers by GPT-4 on 1,129 questions, leaderboards match yes or no on the 951 with a picture: not comparable",
+        "leaderboards show the mean of the three accuracies",
+        "fAcc leaves out figure 0 of VS, which is no figure",
+    ),
+    unofficial="yes or no by likelihood in place of GPT-4 as a judge",
+)

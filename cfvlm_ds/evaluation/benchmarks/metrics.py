@@ -1,0 +1,235 @@
+"""Metrics of benchmarks: pure functions of judged items, in %.
+
+``seen`` tables follow the official rules: a tie is wrong. A blind table says the same of every image, and a tie counts there what a guess
+among the tied texts is worth; parts of a conjunction multiply. A metric that compares images is absent from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby, pairwise
+
+from cfvlm_ds.evaluation.benchmarks.base import Judged, Values
+
+Key = Callable[[Judged], str]
+
+
+def tag(name: str) -> Key:
+    """The value of a tag of an item."""
+    return lambda judged: judged.item.tags[name]
+
+
+def tags(*names: str) -> Key:
+    """The values of several tags together."""
+    return lambda judged: "\0".join(judged.item.tags[name] for name in names)
+
+
+def grouped(table: Iterable[Judged], key: Key) -> dict[str, list[Judged]]:
+    """Items by a key, in the order of their first appearance."""
+    found: dict[str, list[Judged]] = {}
+    for each in table:
+        found.setdefault(key(each), []).append(each)
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    """In %. The caller knows that there is one."""
+    return 100 * sum(values) / len(values)
+
+
+def text_right(judged: Judged, image: int = 0) -> float:
+    """Whether every text that is true of an image beats every one that is false.
+
+    In a blind table, the probability that it does when ties are broken at random.
+    """
+    scores, truth = judged.scores[image], judged.item.match[image]
+    true = [score for score, value in zip(scores, truth, strict=True) if value]
+    false = [score for score, value in zip(scores, truth, strict=True) if not value]
+    if not true or not false:
+        return float(not false)
+    worst, best = min(true), max(false)
+    if worst > best and not _nan(scores):
+        return 1.0
+    if not judged.blind or worst != best or _nan(scores):
+        return 0.0
+    return _shuffles(true.count(worst), false.count(worst))
+
+
+def _shuffles(true: int, false: int) -> float:
+    """Probability that all of the tied true texts come before all of the tied false ones."""
+    found = 1.0
+    for place in range(true):
+        found *= (true - place) / (true + false - place)
+    return found
+
+
+def _nan(scores: Sequence[float]) -> bool:
+    return any(score != score for score in scores)
+
+
+def all_right(judged: Judged) -> float:
+    """Whether the texts of every image are right."""
+    found = 1.0
+    for image in range(len(judged.scores)):
+        found *= text_right(judged, image)
+    return found
+
+
+def image_right(judged: Judged) -> float:
+    """Whether every text prefers each image that it is true of to each that it is false of."""
+    match, scores = judged.item.match, judged.scores
+    for c in range(len(judged.item.texts)):
+        true = [line[c] for line, truth in zip(scores, match, strict=True) if truth[c]]
+        false = [line[c] for line, truth in zip(scores, match, strict=True) if not truth[c]]
+        if not all(a > b for a in true for b in false):
+            return 0.0
+    return 1.0
+
+
+def accuracy(table: Sequence[Judged]) -> Values:
+    """Share of images whose true texts beat the false ones."""
+    values = [text_right(each, image) for each in table for image in range(len(each.scores))]
+    return {"accuracy": mean(values)} if values else {}
+
+
+def macro(table: Sequence[Judged], key: Key, least: int = 1) -> Values:
+    """Accuracy of each part, ``macro/PART``, and their mean; a part of fewer than ``least`` items does not count."""
+    parts = {name: accuracy(part)["accuracy"] for name, part in grouped(table, key).items() if len(part) >= least}
+    return {"macro": sum(parts.values()) / len(parts), **{f"macro/{name}": value for name, value in parts.items()}} if parts else {}
+
+
+def sliced(table: Sequence[Judged], key: Key, metrics: Callable[[Sequence[Judged]], Values]) -> Values:
+    """A metric of everything, and as METRIC/PART of each part."""
+    found = metrics(table)
+    for name, part in grouped(table, key).items():
+        found |= {f"{metric}/{name}": value for metric, value in metrics(part).items()}
+    return found
+
+
+def quads(table: Sequence[Judged]) -> Values:
+    """Winoground's text, image and group score, and ``pair``, the share of single text comparisons that are won."""
+    if not table:
+        return {}
+    found = {"text": mean([all_right(each) for each in table]), "pair": accuracy(table)["accuracy"]}
+    if not any(each.blind for each in table):
+        found["image"] = mean([image_right(each) for each in table])
+        found["group"] = mean([all_right(each) * image_right(each) for each in table])
+    return found
+
+
+QUAD_CHANCE = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
+"""Of two images and two texts."""
+
+
+def together(table: Sequence[Judged], key: Key) -> float | None:
+    """Share of the sets of items that a key puts together whose items are all right; None without any."""
+    sets = grouped(table, key).values()
+    found = []
+    for members in sets:
+        value = 1.0
+        for each in members:
+            value *= all_right(each)
+        found.append(value)
+    return mean(found) if found else None
+
+
+# Yes and no --------------------------------------------------------------------------------------------------------------------------
+
+
+def said(judged: Judged, text: int) -> float:
+    """Whether the answer is this text: it beats all others. In a blind table a tie is a share of each; otherwise nothing was said."""
+    scores = judged.scores[0]
+    best = max(scores)
+    if _nan(scores) or scores[text] != best:
+        return 0.0
+    tied = scores.count(best)
+    return 1.0 if tied == 1 else 1 / tied if judged.blind else 0.0
+
+
+def binary(table: Sequence[Judged], positive: int = 0) -> Values:
+    """Accuracy, precision, recall and F1 of the answer ``positive`` (0: yes), and the share of yes among all predictions.
+
+    An item has the texts yes and no, in this order. An answer that is neither is wrong and not predicted. Where nothing is positive there
+    is nothing to find, and only accuracy and share remain.
+    """
+    if not table:
+        return {}
+    gold = [bool(each.item.match[0][positive]) for each in table]
+    predicted = [said(each, positive) for each in table]
+    hit = sum(value for value, true in zip(predicted, gold, strict=True) if true)
+    found = {**accuracy(table), "yes_ratio": mean([said(each, 0) for each in table])}
+    if not any(gold):
+        return found
+    precision = hit / sum(predicted) if sum(predicted) else 0.0
+    recall = hit / sum(gold)
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return found | {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1}
+
+
+def margins(table: Sequence[Judged]) -> list[tuple[float, bool]]:
+    """How much likelier yes is than no, and whether it is true."""
+    return [(each.scores[0][0] - each.scores[0][1], bool(each.item.match[0][0])) for each in table]
+
+
+def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
+    """Share of pairs of a yes and a no in which the yes has the larger margin, a tie one half; in %.
+
+    None where one of the two answers never occurs, or a score is no number.
+    """
+    positives, negatives = sum(true for _, true in pairs), sum(not true for _, true in pairs)
+    if not positives or not negatives or any(margin != margin for margin, _ in pairs):
+        return None
+    below, won = 0, 0.0
+    for _, tied in groupby(sorted(pairs), key=lambda pair: pair[0]):
+        answers = [true for _, true in tied]
+        no = answers.count(False)
+        won += (len(answers) - no) * (below + no / 2)
+        below += no
+    return 100 * won / (positives * negatives)
+
+
+def threshold(pairs: Sequence[tuple[float, bool]]) -> float:
+    """The margin above which to say yes so that the most of ``pairs`` are right; of several the one nearest to 0, then the smaller."""
+    ordered = sorted(pairs)
+    values = [margin for margin, _ in ordered]
+    cuts = [values[0] - 1.0] + [(a + b) / 2 for a, b in pairwise(values) if b > a] + [values[-1] + 1.0]
+    right, place = sum(true for _, true in ordered), 0
+    best: tuple[int, float, float] | None = None
+    for cut in sorted([*cuts, 0.0]):
+        while place < len(ordered) and values[place] <= cut:
+            right += -1 if ordered[place][1] else 1
+            place += 1
+        if best is None or (-right, abs(cut), cut) < best:
+            best = (-right, abs(cut), cut)
+    assert best is not None
+    return best[2]
+
+
+def calibrated(table: Sequence[Judged]) -> float | None:
+    """Accuracy with a threshold on the margin that was found on the other half of the clusters, halves by a hash of the cluster; in %.
+
+    None where a half is empty. A model that says yes to everything but knows the answers has a high one.
+    """
+    halves: tuple[list[tuple[float, bool]], list[tuple[float, bool]]] = ([], [])
+    for each, pair in zip(table, margins(table), strict=True):
+        if pair[0] != pair[0] or abs(pair[0]) == float("inf"):
+            return None
+        halves[hashlib.sha256(each.item.cluster.encode("utf-8", "surrogatepass")).digest()[0] % 2].append(pair)
+    if not all(halves):
+        return None
+    right = 0
+    for half, other in (halves, halves[::-1]):
+        cut = threshold(other)
+        right += sum((margin > cut) is true for margin, true in half)
+    return 100 * right / len(table)
+
+
+def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
+    """``binary``, and for what was seen or shuffled the area under the ROC curve and the accuracy with a calibrated threshold."""
+    found = binary(table, positive)
+    if (area := auc(margins(table))) is not None:
+        found["auc"] = area
+    if not any(each.blind for each in table) and (value := calibrated(table)) is not None:
+        found["calibrated"] = value
+    return found

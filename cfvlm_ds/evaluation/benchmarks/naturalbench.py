@@ -1,0 +1,79 @@
+"""NaturalBench (Li et al. 2024, arXiv 2410.14669): two pictures, two questions, and each question has another answer on each picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Values, one_hot
+from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, all_right, grouped, mean, tag, text_right, together
+from cfvlm_ds.evaluation.benchmarks.source import Row, Source, choice, each, text
+
+KINDS = {
+    "yes_no": (YES_NO, " Please answer Yes or No."),
+    "multiple_choice": (("A", "B"), " Please output the letter corresponding to the correct option."),
+}
+COLUMNS = (
+    "Index", "Image_0", "Image_1", "Question_0", "Question_1", "Image_0_Question_0", "Image_1_Question_0", "Image_0_Question_1",
+    "Image_1_Question_1", "Question_Type",
+)  # fmt: skip
+FILE = File("data/train-*.parquet", 1900, lines="train.jsonl")
+
+
+def items(source: Source) -> Iterator[Item | DataError]:
+    for found in each(source.rows(FILE.name, COLUMNS, FILE.lines), lambda where, row: _questions(source, where, row)):
+        yield from [found] if isinstance(found, DataError) else found
+
+
+def _questions(source: Source, where: str, row: Row) -> list[Item]:
+    """A row's two questions, each with both pictures."""
+    kind = row["Question_Type"]
+    if kind not in KINDS:
+        raise DataError(f"{where}: 'Question_Type' must be {' or '.join(KINDS)}, not {kind!r}; get the official file again")
+    answers, ask = KINDS[kind]
+    images = tuple((source.picture(where, row[f"Image_{i}"], "", "images"),) for i in (0, 1))
+    group = str(row["Index"])
+    return [
+        Item(
+            f"{group}/{q}",
+            images,
+            answers,
+            tuple(one_hot(choice(where, row, f"Image_{i}_Question_{q}", answers), 2) for i in (0, 1)),
+            text(where, row, f"Question_{q}") + ask,
+            listed=kind == "multiple_choice",
+            tags={"group": group, "type": kind},
+            cluster=group,
+        )
+        for q in (0, 1)
+    ]
+
+
+def metrics(table: Sequence[Judged]) -> Values:
+    """Of single answers; of questions right on both pictures; of pictures with both questions right; of groups with all four right."""
+    if not table:
+        return {}
+    pictures, pairs = [], grouped(table, tag("group")).values()
+    for questions in pairs:
+        for image in (0, 1):
+            value = float(len(questions) == 2)
+            for each_question in questions:
+                value *= text_right(each_question, image)
+            pictures.append(value)
+    found = accuracy(table) | {"q_acc": mean([all_right(question) for question in table]), "i_acc": mean(pictures)}
+    return found | {"g_acc": together(table, tag("group")) or 0.0}
+
+
+NATURALBENCH = Benchmark(
+    title="NaturalBench",
+    files=(FILE,),
+    licence="see the card on the hub",
+    items=items,
+    metrics=metrics,
+    headline="g_acc",
+    probes=("yes_no", "generate"),
+    traps=(
+        "an answer that cannot be read counts as wrong",
+        "one public evaluator takes the article a for option A",
+        "the split for fine-tuning calls its type mcq, which the authors' own script refuses, and so does this",
+    ),
+)

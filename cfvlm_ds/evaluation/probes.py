@@ -1,0 +1,224 @@
+"""Probes: how an item of a benchmark becomes prompts and texts that a model scores, and what their log-likelihoods say of the item.
+
+Every probe gives one score per image and text, so that the same metrics serve all. What it reads on the item's pictures it also reads on a
+blank one and on another item's (cfvlm_ds.evaluation.asking).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.groups import Candidate
+from cfvlm_ds.evaluation.benchmarks.base import Item
+
+Row = tuple[float, ...]
+LETTERS = 26
+ALL_ORDERS = 4
+"""Options of which all orders are asked; more are asked in cyclic orders."""
+
+
+class Probe(ABC):
+    """A way of asking. ``cells`` are scored with the item's pictures, ``alone`` without any; ``row`` makes one score per text of an item of
+    the log-likelihoods of its cells on one picture."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def cells(self, item: Item) -> tuple[Candidate, ...]: ...
+
+    @abstractmethod
+    def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
+        """``blank`` are the same cells on a blank picture, ``lengths`` the tokens of each; empty where nothing was counted."""
+
+    def alone(self, item: Item) -> tuple[Candidate, ...]:
+        return ()
+
+    def consistency(self, item: Item, values: Row) -> float | None:
+        """Share of the orders of options that agree with all of them together."""
+        return None
+
+
+@dataclass(frozen=True)
+class Caption(Probe):
+    """The log-likelihood of each text as what the model says of the picture: ``sum`` over tokens, ``mean`` per token, or ``pmi``, the sum
+    minus that on a blank picture, which takes the prior of the text away.
+
+    Args:
+        mode: sum, mean or pmi.
+        prompt: what an item without a question is asked.
+    """
+
+    name: ClassVar[str] = "caption"
+    mode: Literal["sum", "mean", "pmi"] = "sum"
+    prompt: str = "Describe the image."
+
+    def cells(self, item: Item) -> tuple[Candidate, ...]:
+        return tuple(Candidate(item.prompt or self.prompt, text) for text in item.texts)
+
+    def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
+        if self.mode == "sum":
+            return values
+        if self.mode == "pmi":
+            return tuple(value - prior for value, prior in zip(values, blank, strict=True))
+        if not lengths:
+            raise ConfigError("the probe caption with mode mean needs the number of tokens of each text; choose sum or pmi")
+        return tuple(value / length for value, length in zip(values, lengths, strict=True))
+
+
+@dataclass(frozen=True)
+class Match(Probe):
+    """VQAScore (Lin et al. 2024, arXiv 2404.01291): log of P(yes) / (P(yes) + P(no)) for each text, each summed over ways of writing.
+
+    Args:
+        template: the question, with {text} in it.
+    """
+
+    name: ClassVar[str] = "match"
+    template: str = 'Does this figure show "{text}"? Please answer Yes or No.'
+
+    def cells(self, item: Item) -> tuple[Candidate, ...]:
+        answers = (*variants("Yes"), *variants("No"))
+        asked = [self.template.replace("{text}", text) for text in item.texts]
+        return tuple(Candidate(prompt, text) for prompt in asked for text in answers)
+
+    def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
+        yes, size = len(variants("Yes")), len(variants("Yes")) + len(variants("No"))
+        parts = [values[start : start + size] for start in range(0, len(values), size)]
+        return tuple(log_share(_together(part[:yes]), _together(part[yes:])) for part in parts)
+
+
+@dataclass(frozen=True)
+class Answers(Probe):
+    """The likelihood of each text of an item as the answer to its question, summed over ways of writing it: yes and no, or a letter."""
+
+    name: ClassVar[str] = "yes_no"
+
+    def cells(self, item: Item) -> tuple[Candidate, ...]:
+        _need_question(item, self.name)
+        return tuple(Candidate(item.prompt, written) for text in item.texts for written in variants(text))
+
+    def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
+        left, found = iter(values), []
+        for text in item.texts:
+            found.append(_together([next(left) for _ in variants(text)]))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Letters(Probe):
+    """Multiple choice by the letter of an option: the log of its probability among the letters, averaged over orders of the options.
+
+    All orders of up to four options, cyclic ones of more: each option stands at each place equally often, so a liking for a place or a
+    letter is no advantage. ``alone`` asks without question and picture: what the options themselves say.
+
+    Args:
+        question: what an item without a question, one of captions, is asked.
+        instruction: what follows the options.
+        prior: also ask for the options alone.
+    """
+
+    name: ClassVar[str] = "letters"
+    question: str = "Which of these describes the image?"
+    instruction: str = "Answer with the option's letter from the given choices directly."
+    prior: bool = True
+
+    def cells(self, item: Item) -> tuple[Candidate, ...]:
+        if item.listed:
+            return tuple(Candidate(item.prompt, text) for text in item.texts)
+        return self._asked(item, item.prompt or self.question)
+
+    def alone(self, item: Item) -> tuple[Candidate, ...]:
+        return self._asked(item, "") if self.prior and not item.listed else ()
+
+    def _asked(self, item: Item, question: str) -> tuple[Candidate, ...]:
+        if len(item.texts) > LETTERS:
+            raise ConfigError(f"item {item.id!r} has {len(item.texts)} options, and there are {LETTERS} letters; choose another probe")
+        return tuple(
+            Candidate(self.asked(item, order, question), _letter(place))
+            for order in orders(len(item.texts))
+            for place in range(len(item.texts))
+        )
+
+    def asked(self, item: Item, order: Sequence[int], question: str) -> str:
+        """The question with the options in an order."""
+        listed = [f"{_letter(place)}. {item.texts[number]}" for place, number in enumerate(order)]
+        return "\n".join([*filter(None, [question]), *listed, self.instruction])
+
+    def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
+        if item.listed:
+            return values
+        per_order = self._per_order(item, values)
+        return tuple(_together([row[number] for row in per_order]) - math.log(len(per_order)) for number in range(len(item.texts)))
+
+    def consistency(self, item: Item, values: Row) -> float | None:
+        if item.listed:
+            return None
+        chosen, per_order = _only_best(self.row(item, values, (), ())), self._per_order(item, values)
+        return sum(chosen is not None and _only_best(row) == chosen for row in per_order) / len(per_order)
+
+    def _per_order(self, item: Item, values: Row) -> list[Row]:
+        """[order][option]: log-probability of the option among the letters."""
+        size, found = len(item.texts), []
+        for number, order in enumerate(orders(size)):
+            part = values[number * size : (number + 1) * size]
+            whole = _together(part)
+            by_option = {option: value - whole for option, value in zip(order, part, strict=True)}
+            found.append(tuple(by_option[option] for option in range(size)))
+        return found
+
+
+PROBES: dict[str, Probe] = {"caption": Caption(), "match": Match(), "letters": Letters(), "yes_no": Answers()}
+"""Name -> probe with its defaults. ``generate`` needs a model that writes: cfvlm_ds.evaluation.asking."""
+
+
+def variants(text: str) -> tuple[str, ...]:
+    """Ways of writing an answer that mean the same: its case. A single letter has one.
+
+    White space before an answer is not among them: the chat template writes what stands there, and a text that brings more would not
+    follow its prompt.
+    """
+    if len(text) == 1:
+        return (text,)
+    ways = (text, text.lower(), text[:1].upper() + text[1:], *([text.upper()] if len(text.split()) == 1 else []))
+    return tuple(dict.fromkeys(ways))
+
+
+def orders(size: int) -> list[tuple[int, ...]]:
+    """Orders in which so many options are asked."""
+    if size <= ALL_ORDERS:
+        return list(itertools.permutations(range(size)))
+    return [tuple((place + shift) % size for place in range(size)) for shift in range(size)]
+
+
+def log_share(first: float, second: float) -> float:
+    """log(exp(first) / (exp(first) + exp(second))), also where the share is 1 but for less than a float can say."""
+    margin = first - second
+    return -math.log1p(math.exp(-margin)) if margin > 0 else margin - math.log1p(math.exp(margin))
+
+
+def _together(values: Sequence[float]) -> float:
+    """log of the sum of exponentials."""
+    most = max(values)
+    if not math.isfinite(most):
+        return most
+    return most + math.log(sum(math.exp(value - most) for value in values))
+
+
+def _only_best(row: Row) -> int | None:
+    best = max(row)
+    return row.index(best) if row.count(best) == 1 else None
+
+
+def _letter(place: int) -> str:
+    return chr(ord("A") + place)
+
+
+def _need_question(item: Item, name: str) -> None:
+    if not item.prompt:
+        raise ConfigError(f"item {item.id!r} is a caption and no question; the probe {name} cannot ask it, choose match or caption")

@@ -1,0 +1,91 @@
+"""The shape of a row of trees: nodes of tokens, each of which sees its ancestors and itself.
+
+It reaches every layer as a keyword argument, and carries what a back end of attention derives from it, once for all layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Forest:
+    """The trees of a row as nodes in depth-first order: the tokens of each, and the node that it comes after (-1: it begins a tree).
+
+    A node's tokens see its ancestors and, causally, themselves. Its first child follows it, and each further one the subtree before it.
+    """
+
+    lengths: tuple[int, ...]
+    parents: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]]) -> Forest:
+        """Trees of two levels: tokens of each prefix, and of each of its branches."""
+        lengths, parents = list[int](), list[int]()
+        for prefix, each in zip(prefixes, branches, strict=True):
+            root = len(lengths)
+            lengths += [prefix, *each]
+            parents += [-1, *[root] * len(each)]
+        return cls(tuple(lengths), tuple(parents))
+
+    @functools.cached_property
+    def starts(self) -> list[int]:
+        """Where each node begins and, last, where the row ends."""
+        return list(itertools.accumulate(self.lengths, initial=0))
+
+    @functools.cached_property
+    def ancestors(self) -> list[tuple[int, ...]]:
+        """The nodes above each, from the root down."""
+        found: list[tuple[int, ...]] = []
+        for parent in self.parents:
+            found.append(() if parent < 0 else (*found[parent], parent))
+        return found
+
+    @functools.cached_property
+    def roots(self) -> list[int]:
+        """The node that begins each tree and, last, the number of nodes."""
+        return [*(node for node, parent in enumerate(self.parents) if parent < 0), len(self.parents)]
+
+    @functools.cached_property
+    def bounds(self) -> list[int]:
+        """Where each tree begins and, last, where the row ends."""
+        return [self.starts[root] for root in self.roots]
+
+    @functools.cached_property
+    def tree_lengths(self) -> list[int]:
+        """Tokens of each tree."""
+        return [stop - start for start, stop in itertools.pairwise(self.bounds)]
+
+    @functools.cached_property
+    def seen(self) -> list[int]:
+        """Tokens of the ancestors of each node."""
+        return [sum(self.lengths[above] for above in ancestors) for ancestors in self.ancestors]
+
+    @functools.cached_property
+    def longest_path(self) -> int:
+        """Tokens from the beginning of a tree to the end of a text, the most of all."""
+        return max(seen + length for seen, length in zip(self.seen, self.lengths, strict=True))
+
+    @functools.cached_property
+    def _placed(self) -> dict[Any, Any]:
+        return {}
+
+    def on(self, build: Callable[[Forest], Any], device: torch.device) -> Any:
+        """The result of ``build`` for the forest, on ``device``; computed once for all layers."""
+        key = build, device
+        if key not in self._placed:
+            self._placed[key] = _move(build(self), device)
+        return self._placed[key]
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    return type(value)(_move(item, device) for item in value) if isinstance(value, list | tuple) else value

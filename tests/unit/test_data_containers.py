@@ -1,0 +1,520 @@
+"""Files of rows that are not JSON lines: the same rows, once, with pictures in their places; and what is wrong with such files."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import csv
+import http.server
+import io
+import json
+import os
+import random
+import re
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from public_data import NEEDS_PYARROW, PUBLIC, lines, member, picture, write_pictures
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.data import check_manifest, open_groups, open_image, read_manifest
+from cfvlm_ds.data import download as downloading
+from cfvlm_ds.data.containers import json_file
+from cfvlm_ds.data.containers.kinds import CONTAINERS, container_of, sources_of
+from cfvlm_ds.data.containers.prepared import prepare
+from cfvlm_ds.data.convert import convert
+from cfvlm_ds.data.manifest import taken_as
+
+CAPTION = {"image": "images/000.png", "caption": "a dog"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    write_pictures(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def refusal(path: Path, format: str = "captions") -> str:
+    """What reading and the check say, which is the same sentence."""
+    with pytest.raises(DataError) as raised:
+        read_manifest(path, format=format)
+    message = str(raised.value)
+    assert message.startswith(str(path)) and message.isprintable() and len(message) < 1000
+    assert check_manifest(path, format=format, progress=str).problems[0] == message
+    return message
+
+
+# ---- the rows
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_check_opens_the_pictures_of_every_container(name: str, tmp_path: Path) -> None:
+    """A second start finds what the first has prepared, and what was converted is the same data."""
+    if name in NEEDS_PYARROW:
+        pytest.importorskip("pyarrow")
+    (data := tmp_path / "data").mkdir()
+    path, format = PUBLIC[name][0](data, 9)
+    report = check_manifest(path, format=format, progress=str)
+    assert report.ok and report.num_groups == 9 and report.num_images >= 9
+    before = {each: each.stat().st_mtime_ns for each in data.rglob("*") if each.is_file()}
+    groups = read_manifest(path, format=format)
+    assert before == {each: each.stat().st_mtime_ns for each in data.rglob("*") if each.is_file()}
+    done = convert(path, None, "auto" if ":" not in format else format, out := data / "out" / "groups.jsonl")
+    again = read_manifest(out, done.root)
+    shown = [[[open_image(each).tobytes() for each in image] for image in group.images] for group in again]
+    assert shown == [[[open_image(each).tobytes() for each in image] for image in group.images] for group in groups]
+    assert [(g.id, g.candidates, g.match, g.meta) for g in again] == [(g.id, g.candidates, g.match, g.meta) for g in groups]
+
+
+def test_what_is_prepared_is_made_once_and_again_when_the_source_changed(folder: Path) -> None:
+    path = folder / "rows.csv"
+    path.write_text("image,caption\nimages/000.png,a dog\n")
+    read_manifest(path, format="captions")
+    (first,) = folder.glob("*.prepared")
+    stamp = (first / "rows.jsonl").stat().st_mtime_ns
+    read_manifest(path, format="captions")
+    assert (first / "rows.jsonl").stat().st_mtime_ns == stamp
+    path.write_text("image,caption\nimages/000.png,a cat\n")
+    assert read_manifest(path, format="captions")[0].candidates[0].text == "a cat" and len(list(folder.glob("*.prepared"))) == 2
+    assert not list(folder.glob("*.lock")) and not list(folder.glob("*.partial"))
+
+
+def test_where_the_folder_of_the_data_must_not_be_written(folder: Path, cache: Path) -> None:
+    path = folder / "rows.csv"
+    path.write_text("image,caption\nimages/000.png,a dog\n")
+    (blocked := folder / "blocked").write_text("a file where a folder should be")
+    made = prepare(path, "csv", [blocked, cache])
+    assert made.lines.is_relative_to(cache) and json.loads(made.lines.read_text()) == CAPTION
+    with pytest.raises(DataError, match=r"rows.csv: its rows cannot be prepared in .*blocked .*; make room there, or set XDG_CACHE_HOME"):
+        prepare(path, "csv", [blocked])
+
+
+def test_a_preparation_that_ends_early_leaves_nothing(folder: Path, cache: Path) -> None:
+    path = folder / "rows.csv"
+    path.write_text('image,caption\nimages/000.png,a dog\nimages/000.png,"a cat\n')
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"rows\.csv:3: not a table"):
+            prepare(path, "csv", [cache])
+        assert not any(cache.iterdir())
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    path.write_text("image,caption\nimages/000.png,a dog\n")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(path, "csv", [cache], alive=interrupted)
+    assert not any(cache.iterdir())
+
+
+def test_a_json_file_is_gone_through_as_json_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of every form, with blocks so small that each of their parts is cut somewhere."""
+    chance = random.Random(0)
+
+    def value(depth: int) -> Any:
+        kinds = [lambda: chance.choice([None, True, -1.5e-3, 10**20, 0, 1234567, "", "é\u2028\U0001f600", 'q"\\', "ab"])]
+        kinds += [lambda: [value(depth - 1) for _ in range(chance.randrange(4))]] * (depth > 0)
+        kinds += [lambda: {f"k{k}": value(depth - 1) for k in range(chance.randrange(4))}] * (depth > 0)
+        return chance.choice(kinds)()
+
+    path = tmp_path / "a.json"
+    for size in (1, 2, 3, 7, 64, 4096):
+        monkeypatch.setattr(json_file, "_BLOCK", size)
+        for round in range(40):
+            rows = [{"a": value(3), "b": value(2)} for _ in range(chance.randrange(1, 5))]
+            path.write_text(json.dumps(rows, ensure_ascii=bool(round % 2), indent=chance.choice([None, 0, 3])), encoding="utf-8")
+            assert [row for _, row in json_file.json_rows(path)] == rows, path.read_text()
+            numbered = {str(k): row for k, row in enumerate(rows)}
+            path.write_text(json.dumps(numbered, indent=round % 3), encoding="utf-8-sig")
+            assert [row for _, row in json_file.json_rows(path)] == rows
+
+
+def test_pictures_of_arrow_stay_and_those_of_parquet_are_copied_once(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "arrow").mkdir()
+    path, format = PUBLIC["saved data set"][0](tmp_path / "arrow", 50)
+    groups = read_manifest(path, format=format)
+    assert {each.name.partition("#")[0] for g in groups for (each,) in g.images} == {
+        "data-00000-of-00002.arrow",
+        "data-00001-of-00002.arrow",
+    }
+    assert not list(tmp_path.rglob("pictures.tar"))
+    (tmp_path / "parquet").mkdir()
+    path, format = PUBLIC["Winoground Parquet"][0](tmp_path / "parquet", 50)
+    groups = read_manifest(path, format=format)
+    (tar,) = tmp_path.rglob("pictures.tar")
+    with tarfile.open(tar) as members:
+        assert sorted(members.extractfile(each).read() for each in members) == sorted(picture(k) for k in range(12))  # type: ignore[union-attr]
+    assert len({each for g in groups for image in g.images for each in image}) == 12
+
+
+def test_columns_of_every_type_that_arrow_has(tmp_path: Path) -> None:
+    """Slices, nulls, lists of pictures, dictionaries, dates; against pyarrow's own values."""
+    arrow = pytest.importorskip("pyarrow")
+    shots = [{"bytes": picture(k), "path": f"{k}.png"} for k in range(3)]
+    rows = [
+        {
+            "images": shots[:2],
+            "one": shots[2],
+            "text": "a",
+            "when": __import__("datetime").date(2024, 1, 2),
+            "nested": {"x": [1, None]},
+            "no": None,
+        },
+        {"images": [], "one": None, "text": None, "when": None, "nested": None, "no": None},
+        {"images": None, "one": {"bytes": None, "path": "c.png"}, "text": "c", "when": None, "nested": {"x": None}, "no": None},
+    ]
+    table = arrow.Table.from_pylist(rows)
+    table = table.set_column(2, "text", table["text"].dictionary_encode())
+    table = table.append_column("box", arrow.array([[1, 2], [5, 6], [3, 4]], arrow.list_(arrow.int8(), 2)))
+    expected = [
+        {"images": [picture(0), picture(1)], "one": picture(2), "text": "a", "when": "2024-01-02", "nested": {"x": [1, None]}, "no": None},
+        {"images": [], "one": None, "text": None, "when": None, "nested": None, "no": None},
+        {"images": None, "one": "c.png", "text": "c", "when": None, "nested": {"x": None}, "no": None},
+    ]
+    for row, box in zip(expected, ([1, 2], [5, 6], [3, 4]), strict=True):
+        row["box"] = box
+
+    def at_places(value: Any) -> Any:
+        if isinstance(value, str) and "#" in value:
+            start, length = map(int, value.partition("#")[2].split("+"))
+            return (tmp_path / value.partition("#")[0]).read_bytes()[start : start + length]
+        return [at_places(each) for each in value] if isinstance(value, list) else value
+
+    from pyarrow import parquet
+
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert [row for _, row in CONTAINERS["parquet"](tmp_path / "a.parquet")] == expected
+    for name, new in (("stream", arrow.ipc.new_stream), ("file", arrow.ipc.new_file)):
+        with arrow.OSFile(str(path := tmp_path / f"{name}.arrow"), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table.slice(1))
+            writer.write_table(table)
+        found = [row for _, row in CONTAINERS["arrow"](path)]
+        assert [{key: at_places(value) for key, value in row.items()} for row in found] == [*expected[1:], *expected]
+        assert isinstance(found[2]["one"], str), "named, not copied"
+
+
+def test_several_files_are_one_source(folder: Path) -> None:
+    for k in range(3):
+        (folder / f"part-{k}.csv").write_text(f"image,caption\nimages/000.png,dog {k}\n" + "x\n" * (k == 1))
+    (folder / "other.jsonl").touch()
+    assert sources_of(folder / "part-*.csv") == [folder / f"part-{k}.csv" for k in range(3)]
+    groups = [item for item in check_manifest(folder / "part-*.csv", format="captions", progress=str).problems]
+    assert groups == [
+        f"{folder}/part-*.csv: item 3: part-1.csv: line 3: the row has 1 fields, and the first line names 2 columns; " + QUOTES
+    ]
+    for pattern, said in (
+        ("none-*.csv", "no such manifest; correct the path"),
+        ("*.*", "a pattern is for files of one of the kinds csv, tsv"),
+    ):
+        assert said in refusal(folder / pattern)
+
+
+QUOTES = "put fields with separators in quotes"
+
+
+def test_what_a_path_is_taken_for(folder: Path) -> None:
+    lines(folder / "a.jsonl", [CAPTION])
+    (folder / "b.json").write_text(json.dumps([CAPTION]))
+    (folder / "c.json").write_text(json.dumps(CAPTION) + "\n")  # one object per line, whatever its name
+    (folder / "d.csv").write_text("image,caption\nimages/000.png,a dog\n")
+    for name, kind in (("a.jsonl", "jsonl"), ("b.json", "json"), ("c.json", "jsonl"), ("d.csv", "csv")):
+        assert container_of(folder / name) == kind
+        assert taken_as(open_groups(folder / name, format="auto")) == f"{folder / name}: taken as {kind}, format captions"
+        assert [g.candidates[0].text for g in read_manifest(folder / name, format="auto")] == ["a dog"]
+
+
+# ---- bad files
+
+
+def table(text: bytes | str, name: str = "a.csv") -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return folder / name
+
+    return write
+
+
+def packed(*members: tuple[str, bytes], cut: int = 0, mode: str = "w", name: str = "a.tar") -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode=mode) as tar:  # type: ignore[call-overload]
+            for each in members:
+                member(tar, *each)
+        (folder / name).write_bytes(file.getvalue()[: len(file.getvalue()) - cut])
+        return folder / name
+
+    return write
+
+
+def fields(*rows: list[str], delimiter: str = ",") -> str:
+    file = io.StringIO()
+    csv.writer(file, delimiter=delimiter).writerows(rows)
+    return file.getvalue()
+
+
+ROW = json.dumps(CAPTION)
+HEAD, SHOT = "image,caption\n", ("a.png", picture(0))
+COCO = {"images": [{"id": 1, "file_name": "images/000.png"}], "annotations": [{"image_id": 1, "id": 2, "caption": "a dog"}]}
+BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "table in UTF-16": (table((HEAD + "images/000.png,é\n").encode("utf-16")), "its text is UTF-16; save the file as UTF-8"),
+    "table in Latin-1": (table((HEAD + "images/000.png,é\n").encode("latin-1")), "byte 0xe9 at or after this line is not UTF-8"),
+    "semicolons": (table("image;caption\na;b\n"), "one column, 'image;caption', and semicolons in it; columns are separated by commas"),
+    "tabs in a CSV": (table("image\tcaption\na\tb\n"), "and tabs in it; .*or name the file .tsv"),
+    "commas in a TSV": (table("image,caption\na,b\n", "a.tsv"), "and commas in it; columns are separated by tabs"),
+    "empty table": (table(""), "the table is empty; its first line has the names of the columns"),
+    "header alone": (table(HEAD), "the manifest has no rows"),
+    "column without a name": (table("image,,caption\na,b,c\n"), "column 2 has no name in the first line"),
+    "columns of one name": (table("image,caption,image\na,b,c\n"), "two columns are called 'image'; give each a name of its own"),
+    "short row": (table(HEAD + "images/000.png\n"), f"item 1: the row has 1 fields, and the first line names 2 columns; {QUOTES}"),
+    "long row": (table(HEAD + "images/000.png,a dog, a cat\n"), "item 1: the row has 3 fields"),
+    "quote that never ends": (table(HEAD + 'images/000.png,"a dog\n' + "x,y\n" * 9), "a.csv:11: not a table .unexpected end of data"),
+    "quote within a field": (table(HEAD + 'images/000.png,"a "big" dog"\n'), 'not a table .*a quote within quotes is written twice'),
+    "wrong column": (table("image,cap\nimages/000.png,a dog\n"), "item 1: row: no column says what the caption is"),
+    "missing field": (table(HEAD + ",a dog\n"), "item 1: row: column 'image' names no picture"),
+    "truncated list": (table(json.dumps([CAPTION, CAPTION])[:-20], "a.json"), "broken JSON at column .*; correct it, or name the file"),
+    "list with a comma too few": (table(f"[{ROW},\n{ROW}\n{ROW}]", "a.json"), r"broken JSON at line 3, column 1 \(Expecting ',' or ']'\)"),
+    "something behind a list": (table(f"[{ROW}] x", "a.json"), r"broken JSON at column 51 \(Extra data\)"),
+    "list in Latin-1": (table('[{"caption": "é"}]'.encode("latin-1"), "a.json"), "byte 15 is not UTF-8; save the file as UTF-8"),
+    "key twice in an item": (table('[{"a": 1, "a": 2}]', "a.json"), "item 1: key 'a' occurs twice in one object; keep one of them"),
+    "half a character": (table(json.dumps([CAPTION | {"x": "\ud800"}]), "a.json"), r"item 1: \\ud800 is half of a character"),
+    "nested without end": (table("[" * 100_000, "a.json"), "JSON that cannot be parsed .*; correct it|broken JSON"),
+    "endless number": (table("[" + "9" * 5000 + "]", "a.json"), "JSON that cannot be parsed"),
+    "item that is no row": (table("[[1]]", "a.json"), "item 1: the row is a list, not an object; write it as"),
+    "a number": (table("7", "a.json"), "holds a int, not a list of rows"),
+    "another object": (table(json.dumps({"data": [CAPTION], "x": 1}, indent=1), "a.json"), "holds a dict, not a list of rows"),
+    "instances of COCO": (
+        table(json.dumps(COCO | {"annotations": [{"image_id": 1, "id": 2, "bbox": []}]}), "a.json"), "annotations, item 1: key 'caption' is"
+    ),
+    "annotation of no image": (
+        table(json.dumps(COCO | {"annotations": [{"image_id": 7, "caption": "x"}]}), "a.json"), "name the image id 7, which 'images' lacks"
+    ),
+    "image without captions": (table(json.dumps(COCO | {"annotations": []}), "a.json"), "images, item 1: row: column 'caption' has no"),
+    "image twice": (table(json.dumps(COCO | {"images": COCO["images"] * 2}), "a.json"), "images, item 2: image id 1 occurs twice"),
+    "no file name": (table(json.dumps(COCO | {"images": [{"id": 1}]}), "a.json"), r"nor COCO's captions \(images, item 1 has no 'file"),
+    "tar cut between members": (packed(SHOT, ("a.txt", b"a dog"), cut=8192), "the tar has no end; it is cut off"),
+    "cut tar": (packed(SHOT, ("a.txt", b"a dog"), ("b.png", picture(1)), ("b.txt", b"x" * 600), cut=6200), "cut off"),
+    "no tar": (table(b"x" * 2000, "a.tar"), r"cannot be read .*; it is cut off or no tar; get it whole again|no rows"),
+    "compressed tar": (packed(SHOT, ("a.txt", b"x"), mode="w:gz"), "it is compressed, whatever its name says; unpack it first"),
+    "tar.gz": (packed(SHOT, ("a.txt", b"x"), mode="w:gz", name="a.tar.gz"), r"read at their places; unpack it first \(gunzip a.tar.gz\)"),
+    "zip": (table("PK", "a.zip"), r"unpack it first \(unzip a.zip\)"),
+    "member twice": (packed(SHOT, ("a.txt", b"x"), SHOT), "item 1: sample 'a' has two members 'a.png'"),
+    "text in Latin-1": (packed(SHOT, ("a.txt", "é".encode("latin-1"))), "item 1: sample 'a': 'a.txt': byte 1 is not UTF-8"),
+    "broken JSON in a tar": (packed(SHOT, ("a.json", b"{")), "item 1: sample 'a': 'a.json': JSON that cannot be parsed"),
+    "sample without a text": (packed(SHOT), "item 1: sample 'a' has no text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_is_one_sentence(case: str, folder: Path) -> None:
+    write, said = BAD[case]
+    path = write(folder)
+    message = refusal(path, "webdataset" if path.suffix == ".tar" else "captions")
+    assert re.search(said, message), message
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_damaged_arrow_or_parquet_file_is_one_sentence(name: str, folder: Path) -> None:
+    """Cut at every kind of place, bytes changed, of another kind, empty: never a crash, and no row that is not there."""
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    source = arrow.Table.from_pylist([CAPTION | {"picture": {"bytes": picture(k), "path": None}} for k in range(5)])
+    if name == "a.parquet":
+        parquet.write_table(source, folder / name)
+    else:
+        with arrow.OSFile(str(folder / name), "wb") as sink, arrow.ipc.new_stream(sink, source.schema) as writer:
+            writer.write_table(source)
+    whole = (folder / name).read_bytes()
+    assert len(read_manifest(folder / name, format="hf:image=picture,caption=caption")) == 5
+    for damage in (
+        whole[: len(whole) // 2],
+        whole[:20],
+        b"",
+        b"x" * 300,
+        whole[: len(whole) // 3] + b"\xff" * 64 + whole[len(whole) // 3 + 64 :],
+    ):
+        (folder / name).write_bytes(damage)
+        try:
+            read_manifest(folder / name, format="hf:image=picture,caption=caption")
+        except DataError as error:
+            assert str(error).startswith(str(folder / name)) and str(error).isprintable()
+        else:
+            assert len(damage) == len(whole), "only contents of pictures can have changed"
+
+
+def test_a_folder_says_what_it_lacks(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    assert "is a folder without *.arrow, *.parquet, *.tar, and no packed store; name the data file" in refusal(folder / "empty")
+    (folder / "splits" / "train").mkdir(parents=True)
+    (folder / "splits" / "dataset_dict.json").write_text("{}")
+    assert "holds several splits (train); name one of its folders" in refusal(folder / "splits")
+    (folder / "saved").mkdir()
+    for state, said in (
+        ("{", "state.json does not list"),
+        ('{"_data_files": []}', "has no files"),
+        ('{"_data_files": [{"filename": "../a"}]}', "a"),
+    ):
+        (folder / "saved" / "state.json").write_text(state)
+        with pytest.raises(ValueError, match=said):
+            read_manifest(folder / "saved", format="hf")
+
+
+def test_the_splits_of_a_downloaded_data_set_are_not_one_data_set(folder: Path) -> None:
+    """A folder as the hub has it: training and test files side by side, in a folder below."""
+    (data := folder / "mine" / "data").mkdir(parents=True)
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        (data / f"{name}.parquet").touch()
+    assert f"is a folder without *.arrow, *.parquet, *.tar, and no packed store; name {data}, which has some" in refusal(folder / "mine")
+    assert f"holds several splits (test, train); name the files of one of them, such as {data}/test-*.parquet" in refusal(data)
+    (data / "test-00000-of-00001.parquet").unlink()
+    assert [file.name[:11] for file in sources_of(data)] == ["train-00000", "train-00001"]
+
+
+def test_without_pyarrow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("a.parquet", "a.arrow"):
+        (folder / name).touch()
+        assert "reading it needs pyarrow" in (said := refusal(folder / name)) and "pip install 'cfvlm-ds[data]'" in said
+
+
+def test_what_is_streamed_is_refused(folder: Path) -> None:
+    with pytest.raises(
+        DataError, match="data are a list_iterator, not a path; what is streamed has no row number n, and a run could not go"
+    ):
+        read_manifest(iter([CAPTION]))  # type: ignore[arg-type]
+
+
+def test_no_container_is_waited_for(folder: Path) -> None:
+    for name in ("a.csv", "a.tar", "a.json", "a.parquet", "a.arrow"):
+        os.mkfifo(folder / name)
+        assert "a named pipe and not a regular file" in refusal(folder / name)
+
+
+def test_members_of_a_tar_lead_nowhere(folder: Path) -> None:
+    """Links and files that claim to be larger than the tar; only the bytes of members are ever named."""
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name, kind in (("a.png", tarfile.SYMTYPE), ("a.jpg", tarfile.LNKTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "/etc/passwd"
+            tar.addfile(link)
+        member(tar, "a.txt", b"a dog")
+    assert "sample 'a' has no picture" in refusal(folder / "a.tar", "webdataset")
+    header = tarfile.TarInfo("b.png")
+    header.size = 10**12
+    (folder / "b.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    assert "cut off, get it whole again" in refusal(folder / "b.tar", "webdataset")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 40
+    (folder / "c.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    os.truncate(folder / "c.tar", 1 << 42)
+    assert "get it whole again" in refusal(folder / "c.tar", "webdataset")
+
+
+# ---- conversion
+
+
+def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder: Path) -> None:
+    rows = [CAPTION | {"id": k} for k in range(3)]
+    path = lines(folder / "rows.jsonl", [rows[0], {"image": "a.png", "caption": 7}, rows[1], "{", rows[2], rows[2]])
+    with pytest.raises(DataError, match=r"rows.jsonl:2: .*\(or leave such rows out with --on_error skip\)"):
+        convert(path, None, "captions", folder / "out.jsonl")
+    assert not (folder / "out.jsonl").exists()
+    said: list[str] = []
+    done = convert(path, None, "captions", folder / "out.jsonl", "skip", said.append)
+    assert (done.groups, len(done.problems)) == (3, 3) and [g.id for g in read_manifest(folder / "out.jsonl")] == ["0", "1", "2"]
+    listed = [json.loads(line)["problem"] for line in (folder / "out.jsonl.skipped.jsonl").read_text().splitlines()]
+    assert listed == done.problems and [each.partition(": ")[0] for each in listed] == [f"{path}:{k}" for k in (2, 4, 6)]
+    assert said == [f"left out 3 rows, listed in {folder}/out.jsonl.skipped.jsonl; the first: {listed[0]}"]
+    with pytest.raises(DataError, match="is the file that is converted; name another one"):
+        convert(path, None, "captions", path)
+    with pytest.raises(DataError, match=r"and so are all 2 rows"):
+        convert(lines(folder / "bad.jsonl", ["{", "{"]), None, "captions", folder / "none.jsonl", "skip")
+    assert not (folder / "none.jsonl").exists()
+
+
+# ---- pictures of the network
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        busy = self.path == "/busy.png" and self.asked.count(self.path) == 1
+        status = {"/none.png": 404, "/away.png": 302, "/loop.png": 302}.get(self.path, 503 if busy else 200)
+        content = {"/page.png": b"<html>", "/large.png": bytes(5000)}.get(self.path, picture(len(self.path) % 5))
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "ftp://127.0.0.1/x" if self.path == "/away.png" else "/loop.png")
+        self.send_header("Content-Length", str(len(content) + (self.path == "/cut.png")))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for k in range(0, len(content), 50):
+                self.wfile.write(content[k : k + 50])
+                time.sleep(0.2 if self.path == "/slow.png" else 0)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        Server.asked.clear()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("MAX_DOWNLOAD", 4000), ("WHOLE_S", 0.3), ("TIMEOUT_S", 2.0), ("PAUSE_S", 0.0)):
+        monkeypatch.setattr(downloading, name, value)
+    text = "data:image/png;base64," + base64.b64encode(picture(3)).decode()
+    said = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": text}}]}, {"role": "assistant", "content": "x"}]
+    good = [
+        {"image": f"{server}/a.png", "caption": "a"},
+        {"image": f"{server}/busy.png", "caption": f"see {server}/no.png"},
+        {"messages": said},
+    ]
+    bad = {
+        "none": "the server answers 404 Not Found", "away": "it leads to ftp://127.0.0.1/x", "loop": "infinite loop|error that would lead",
+        "page": "what came is no picture", "large": "it has more than 4000 bytes", "cut": "bytes came|IncompleteRead|bytes read",
+        "slow": "it takes more than 0 s",
+    }  # fmt: skip
+    rows = [
+        *good,
+        *({"image": f"{server}/{name}.png", "caption": name} for name in bad),
+        {"image": "data:image/png;base64,%%", "caption": "b"},
+    ]
+    path = lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"rows.jsonl:4: 'http.*none.png': cannot be fetched .*--on_error skip"):
+        downloading.download(path, tmp_path / "out.jsonl")
+    count, problems = downloading.download(path, tmp_path / "out.jsonl", "skip")
+    assert count == 3 and len(problems) == len(bad) + 1
+    for problem, (name, why) in zip(problems, bad.items(), strict=False):
+        assert f"{name}.png" in problem and re.search(why, problem), problem
+    assert "cannot be decoded" in problems[-1]
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert written[1]["caption"] == good[1]["caption"], "what is said is not an address of a picture"
+    lines(tmp_path / "a.jsonl", written[:2])
+    lines(tmp_path / "b.jsonl", written[2:])
+    assert check_manifest(tmp_path / "a.jsonl", format="captions", progress=str).ok
+    (group,) = read_manifest(tmp_path / "b.jsonl", format="messages")
+    assert group.images[0][0].read_bytes() == picture(3)
+    Server.asked.clear()
+    assert downloading.download(lines(path, good), tmp_path / "again" / "out.jsonl")[0] == 3 and len(Server.asked) >= 2
+    Server.asked.clear()
+    assert downloading.download(path, tmp_path / "again" / "out.jsonl")[0] == 3 and not Server.asked
+    assert not list(tmp_path.rglob("*.unchecked"))

@@ -1,0 +1,290 @@
+"""Data as other projects publish it: every row becomes the group that it says, wherever its pictures are, and bad rows are named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from public_data import NEEDS_PYARROW, PUBLIC, lines, llava_row, picture, preference_trl_row, trl_row, write_pictures
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import PICTURE, Turn
+from cfvlm_ds.data import FORMATS, check_manifest, open_groups, read_manifest
+from cfvlm_ds.data.formats import format_named
+from cfvlm_ds.data.formats.cfgroup import from_row, to_row
+from cfvlm_ds.data.formats.recognise import SAMPLES, recognised
+
+ROWS = 204
+
+
+def contents(path: Path) -> bytes:
+    """The bytes of a picture, naively."""
+    file, at, place = str(path).partition("#")
+    whole = Path(file).read_bytes()
+    start, _, length = place.partition("+")
+    return whole[int(start) : int(start) + int(length)] if at else whole
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_data_are_groups(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in the order of the file; ``auto`` takes the same format where columns have the usual names."""
+    if name in NEEDS_PYARROW:
+        pytest.importorskip("pyarrow")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write, said = PUBLIC[name]
+    (tmp_path / "data").mkdir()
+    path, format = write(tmp_path / "data", ROWS)
+    groups = read_manifest(path, format=format)
+    assert len(groups) == ROWS == len({group.id for group in groups})
+    known = [picture(k) for k in range(12)]
+    for k, group in enumerate(groups):
+        shown = tuple(tuple(known.index(contents(each)) for each in image) for image in group.images)
+        found = shown, tuple(each.prompt for each in group.candidates), tuple(each.text for each in group.candidates), group.match
+        assert found == said(k), f"row {k}"
+    if ":" not in format:
+        assert open_groups(path, format="auto").format == format and read_manifest(path, format="auto") == groups
+    again = [from_row(json.loads(json.dumps(to_row(group, Path("/")))), Path("/")) for group in groups]
+    assert again == groups, "as cfgroup they are the same groups"
+
+
+def test_what_a_public_row_says_beside_is_kept_and_counted(tmp_path: Path) -> None:
+    kept = {
+        "OpenAI messages": {"messages": [{}, {"weight": 1}]},
+        "RLHF-V": {"idx": 3, "ds_name": "RLHF-V"},
+        "Winoground": {"tag": "Noun", "secondary_tag": "", "num_main_preds": 1, "collapsed_tag": "Object"},
+        "CSV": {"note": "3"},
+        "WebDataset": {"key": "000000003", "status": "success"},
+        "LLaVA": {"id": "000000000001"},
+    }
+    for name, expected in kept.items():
+        (folder := tmp_path / name).mkdir()
+        path, format = PUBLIC[name][0](folder, 4)
+        assert json.loads(read_manifest(path, format=format)[3].meta) == expected, name
+    (folder := tmp_path / "COCO").mkdir()
+    first = json.loads(read_manifest(*[PUBLIC["COCO captions"][0](folder, 4)[0]], format="captions")[0].meta)
+    assert first["license"] == 4 and len(first["caption_ids"]) == 6 and first["captions.repeated"] == 1
+    report = check_manifest(folder / "captions_val2017.json", format="captions", progress=str)
+    assert report.ok and report.metadata["'captions.repeated'"] == 1 and report.metadata["'flickr_url'"] == 4
+
+
+@pytest.mark.parametrize("format", ["llava", "messages"])
+def test_a_group_for_every_answer(format: str, tmp_path: Path) -> None:
+    """Behind what was said before, with the pictures that were shown by then."""
+    write_pictures(tmp_path)
+    pictures = [f"images/00{k}.png" for k in range(3)]
+    said = ["<image>first?", "one", "<image>and <image>?", "two", "third?", "three"]
+    who = ("human", "gpt") if format == "llava" else ("user", "assistant")
+    keys = ("from", "value") if format == "llava" else ("role", "content")
+    turns = [dict(zip(keys, (who[k % 2], text), strict=True)) for k, text in enumerate(said)]
+    row = {"id": "a", "images": pictures, ("conversations" if format == "llava" else "messages"): turns}
+    path = lines(tmp_path / "rows.jsonl", [row, row | {"id": "b"}])
+    groups = read_manifest(path, format=f"{format}:per_turn=true")
+    assert [len(group.images[0]) for group in groups] == [1, 3, 3] * 2
+    assert [group.candidates[0].text for group in groups] == ["one", "two", "three"] * 2
+    assert groups[0].candidates[0].prompt == "first?"
+    second = (Turn("user", (PICTURE, "first?")), Turn("assistant", ("one",)), Turn("user", (PICTURE, "and ", PICTURE, "?")))
+    assert groups[1].candidates[0].prompt == second and len({group.id for group in groups}) == 6
+    (last,) = [group for group in read_manifest(path, format=format) if '"b"' in group.meta or group.id.startswith("b")]
+    assert last.candidates == groups[5].candidates and last.images == groups[5].images
+    assert format_named(f"{format}:per_turn=true", "x").parts(row) == 3 and format_named(format, "x").parts is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_sample_of_a_format_converts(name: str) -> None:
+    what, row, options = SAMPLES[name]
+    group = format_named(f"{name}:{options}" if options else name, "x")(row)
+    assert what and group.match[0][0] == 1  # type: ignore[union-attr]
+    if name != "hf":
+        assert recognised(row, "x") == name
+
+
+def test_pictures_that_no_place_is_marked_for_come_first(tmp_path: Path) -> None:
+    """As TRL and ms-swift have it, whose rows need no ``<image>``."""
+    write_pictures(tmp_path)
+    said = [{"role": "system", "content": "s"}, {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    path = lines(tmp_path / "rows.jsonl", [{"images": ["images/000.png", "images/001.png"], "messages": said}])
+    (group,) = read_manifest(path, format="messages")
+    assert group.candidates[0].prompt == (Turn("system", ("s",)), Turn("user", (PICTURE, PICTURE, "a?")))
+
+
+def test_completions_whole_conversations_and_alpaca(tmp_path: Path) -> None:
+    user, good, bad = ({"role": who, "content": said} for who, said in (("user", "a?"), ("assistant", "yes"), ("assistant", "no")))
+    rows: list[tuple[str, dict[str, Any], list[str]]] = [
+        ("messages", {"prompt": "a?", "completion": "yes"}, ["yes"]),
+        ("messages", {"prompt": [user], "completion": [good]}, ["yes"]),
+        ("preference", {"chosen": [user, good], "rejected": [user, bad]}, ["yes", "no"]),
+        ("preference", {"prompt": [user], "chosen": [user, good], "rejected": [bad]}, ["yes", "no"]),
+        ("preference", {"instruction": "a?", "input": "", "chosen": "yes", "rejected": "no"}, ["yes", "no"]),
+        ("preference", {"messages": [user, good], "rejected_messages": [user, bad]}, ["yes", "no"]),
+    ]
+    for format, row, answers in rows:
+        (group,) = read_manifest(lines(tmp_path / "rows.jsonl", [row]), format=format)
+        assert [(each.prompt, each.text) for each in group.candidates] == [("a?", answer) for answer in answers], row
+        assert group.images == ((),) and recognised(row, "x") == ("preference" if "instruction" in row else format)
+
+
+# ---- bad rows
+
+IMAGE = "images/000.png"
+TALK = [{"from": "human", "value": "<image>\na?"}, {"from": "gpt", "value": "b"}]
+LLAVA = {"id": "a", "image": IMAGE, "conversations": TALK}
+CHAT = {"images": [IMAGE], "messages": [{"role": "user", "content": "<image>a?"}, {"role": "assistant", "content": "b"}]}
+CHOICE = {"image": IMAGE, "prompt": "a?", "chosen": "b", "rejected": "c"}
+CAPTION = {"image": IMAGE, "caption": "a dog"}
+
+
+def talk(*said: str) -> dict[str, Any]:
+    return LLAVA | {"conversations": [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(said)]}
+
+
+def parts(*content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(content)}, {"role": "assistant", "content": "b"}]}
+
+
+BAD: dict[str, tuple[str, dict[str, Any], str]] = {
+    "ends with the user": ("llava", talk("<image>a?", "b", "c?"), "the conversation ends with the user; its last message must be"),
+    "no question": ("llava", LLAVA | {"conversations": TALK[1:]}, "1 pictures; write <image>|has no turn"),
+    "more places than pictures": ("llava", talk("<image><image>a?", "b"), "2 places <image> and 1 pictures; add the pictures"),
+    "fewer places than pictures": ("llava", LLAVA | {"image": [IMAGE, "images/001.png"]}, "1 places <image> and 2 pictures; write <image>"),
+    "a picture named twice": ("llava", talk("<image><image>a?", "b") | {"image": [IMAGE] * 2}, "shows a picture twice; name each once"),
+    "pictures in two columns": ("llava", LLAVA | {"images": [IMAGE]}, "both 'image' and 'images' name pictures; keep one"),
+    "empty answer": ("llava", talk("<image>a?", " "), "text 0 is empty; write a text"),
+    "empty turn": ("llava", talk("<image>a?", "", "b?", "c"), r"turn 2 of the conversation \(assistant\) is empty"),
+    "picture in an answer": ("llava", talk("a?", "<image>b"), "an answer has a picture"),
+    "wrong column": ("llava", {"image": IMAGE, "conversation_": TALK}, "key 'conversations' is missing; add it, or name another format"),
+    "wrong type": ("llava", LLAVA | {"conversations": "a?"}, "must be a non-empty list of messages, not 'a[?]'"),
+    "message without text": ("llava", LLAVA | {"conversations": [{"from": "human"}]}, "message 1: key 'value' is missing"),
+    "unknown role": ("llava", LLAVA | {"conversations": [{"from": "robot", "value": "x"}]}, "'from' is 'robot'; it must be one of"),
+    "tool": ("llava", LLAVA | {"conversations": [{"from": "observation", "value": "x"}]}, "is of a tool; conversations with tools are not"),
+    "video": ("llava", {"id": "a", "video": "a.mp4", "conversations": TALK}, "'video' is not read"),
+    "two systems": ("llava", LLAVA | {"system": "x", "conversations": [{"from": "system", "value": "y"}, *TALK]}, "keep one of them"),
+    "address": ("llava", LLAVA | {"image": "https://x/a.jpg"}, "is on the network; fetch the pictures first"),
+    "number as a picture": ("llava", LLAVA | {"image": 7}, "must be the path of a file, not 7"),
+    "outside": ("llava", LLAVA | {"image": "../a.png"}, "leads outside the data root"),
+    "tool calls": ("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "is of a tool"),
+    "part without a type": ("messages", parts("a?"), "a part must be an object with a 'type'"),
+    "part of another kind": ("messages", parts({"type": "video"}), "a part of type 'video' is not read"),
+    "text part without text": ("messages", parts({"type": "text"}), "must have a 'text', not None"),
+    "picture within the row": (
+        "messages", parts({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), "is written into the row"
+    ),
+    "pictures in both": ("messages", parts({"type": "image", "image": IMAGE}) | {"images": [IMAGE]}, "named in messages and beside them"),
+    "no messages": ("messages", {"messages": []}, "must be a non-empty list of messages"),
+    "late system": ("messages", CHAT | {"messages": [*CHAT["messages"], {"role": "system", "content": "x"}]}, "ends with the system"),
+    "content of a number": ("messages", {"messages": [{"role": "user", "content": 7}]}, "must be a string or a list of parts, not 7"),
+    "nothing chosen": ("preference", {"prompt": "a?", "rejected": "c"}, "key 'chosen' is missing; add it"),
+    "nothing rejected": ("preference", {"prompt": "a?", "chosen": "c"}, "nothing is rejected; add 'rejected'"),
+    "nothing asked": ("preference", {"chosen": "b", "rejected": "c"}, "an answer without anything that is asked"),
+    "asked twice": ("preference", CHOICE | {"question": "b?"}, "both 'prompt' and 'question' say what is asked"),
+    "rejected twice": ("preference", CHOICE | {"rejected_response": "d"}, "both 'rejected' and 'rejected_response' are there"),
+    "the same answer": ("preference", CHOICE | {"rejected": "b"}, "text 1 equals text 0"),
+    "other number of pictures": (
+        "preference", CHOICE | {"rejected_images": [IMAGE, "images/001.png"]}, "1 pictures and 2 rejected ones"
+    ),
+    "several turns": (
+        "preference", CHOICE | {"chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "b"}]}, "an answer of 2 turns"
+    ),
+    "chosen of the user": ("preference", CHOICE | {"chosen": {"role": "user", "content": "x"}}, "ends with the user"),
+    "no caption column": ("captions", {"image": IMAGE, "cap": "x"}, "no column says what the caption is .*; map one"),
+    "no picture column": ("captions", {"img": IMAGE, "caption": "x"}, "no column says what the image is .*captions:image=COLUMN"),
+    "mapped column": ("captions:image=img,caption=caption", CAPTION, "column 'img' is not there .*; there are 'image', 'caption'"),
+    "caption of a number": ("captions", CAPTION | {"caption": 7}, "must hold a text or a list of texts, not 7"),
+    "empty caption": ("captions", CAPTION | {"caption": ""}, "column 'caption' has no text"),
+    "blank caption": ("captions", CAPTION | {"caption": " "}, "text 0 is empty"),
+    "equal negative": ("captions", CAPTION | {"negative_caption": "a  dog"}, "text 1 equals text 0"),
+    "equal picture": ("captions", CAPTION | {"negative_image": IMAGE}, "counterfactual image 1 equals image 0"),
+    "two prompts": ('captions:ask="Describe, please."', CAPTION | {"prompt": "x"}, "both the column 'prompt' and ask='Describe, please.'"),
+    "unmapped": ("hf", CAPTION, "no column says what the caption is .*there are 'image', 'caption'.*hf:caption=COLUMN"),
+    "sample without a picture": ("webdataset", {"__key__": "a", "txt": "x"}, "sample 'a' has no picture"),
+    "sample without a text": ("webdataset", {"__key__": "a", "jpg": IMAGE}, "sample 'a' has no text"),
+    "sample with two pictures": ("webdataset", {"__key__": "a", "jpg": IMAGE, "png": IMAGE, "txt": "x"}, "has both 'jpg' and 'png'"),
+    "sample whose json is a list": ("webdataset", {"__key__": "a", "jpg": IMAGE, "json": [1]}, "its json is a list, not an object"),
+    "winoground": ("pairs", {"image_0": "ex_1_img_0", "image_1": 7, "caption_0": "a", "caption_1": "b"}, "'image_1' must be a string"),
+}  # fmt: skip
+GOOD: dict[str, dict[str, Any]] = {
+    "llava": talk("<image>good?", "b"), "messages": CHAT, "preference": CHOICE, "captions": CAPTION | {"id": "good"},
+    "webdataset": {"__key__": "good", "jpg": IMAGE, "txt": "x"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_row_is_one_sentence(case: str, tmp_path: Path) -> None:
+    format, bad, said = BAD[case]
+    write_pictures(tmp_path)
+    good = [GOOD[format]] if format in GOOD else []
+    path = lines(tmp_path / "rows.jsonl", [*good, bad])
+    with pytest.raises(DataError) as raised:
+        read_manifest(path, format=format)
+    message = str(raised.value)
+    assert message.startswith(f"{path}:{len(good) + 1}: ") and message.isprintable() and re.search(said, message), message
+    assert check_manifest(path, format=format, progress=str).problems == [message]
+
+
+@pytest.mark.parametrize("format", GOOD)
+def test_a_picture_that_is_not_there_is_named(format: str, tmp_path: Path) -> None:
+    path = lines(tmp_path / "rows.jsonl", [GOOD[format]])
+    (problem,) = check_manifest(path, format=format, progress=str).problems
+    assert problem.startswith(f"{path}:1: {tmp_path / IMAGE}: no such image file; restore it")
+
+
+@pytest.mark.parametrize("change", [{}, {"x": None}, {"videos": [], "audios": None, "tools": None}])
+def test_columns_that_are_null_are_not_there(change: dict[str, Any], tmp_path: Path) -> None:
+    """As Parquet fills rows that lack what others have."""
+    write_pictures(tmp_path)
+    none = {"system": None, "rejected_images": None, **change}
+    rows: list[tuple[str, dict[str, Any]]] = [
+        ("llava", llava_row(1)), ("messages", trl_row(1)), ("preference", preference_trl_row(1)), ("captions", CAPTION),
+    ]  # fmt: skip
+    for format, row in rows:
+        one, other = (read_manifest(lines(tmp_path / "rows.jsonl", [each]), format=format) for each in (row, row | none))
+        assert one == other, format
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("lava", "unknown format 'lava'; did you mean 'llava'"),
+        ("captions:imag=x", "format 'captions' has no option 'imag'; did you mean 'image'"),
+        ("captions:image", "is not understood at 'image'; write NAME:OPTION=VALUE"),
+        ("captions:image=a,image=b", "option 'image' of format 'captions' is given twice"),
+        ("captions:paired=maybe", "must be true or false, not 'maybe'"),
+        ("llava:keys=x", "has no option 'keys'; it has per_turn"),
+        ("pairs:x=y", "format 'pairs' has no options"),
+    ],
+)
+def test_a_format_that_is_not_understood(spec: str, said: str, tmp_path: Path) -> None:
+    path = lines(tmp_path / "rows.jsonl", [CAPTION])
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}: .*{re.escape(said)}"):
+        read_manifest(path, format=spec)
+
+
+def test_rows_of_no_format_are_shown(tmp_path: Path) -> None:
+    path = lines(tmp_path / "rows.jsonl", [{"img": "a.png", "words": "x"}])
+    with pytest.raises(DataError, match=r"rows.jsonl:1: no format is known by the keys of this row \('img', 'words'\); name one, and map"):
+        read_manifest(path, format="auto")
+
+
+def test_columns_by_options(tmp_path: Path) -> None:
+    """Nested, several, literal prompts with a comma, counterfactuals that do not belong together."""
+    write_pictures(tmp_path)
+    row = {
+        "a.b": {"c": IMAGE},
+        "t": "one",
+        "n": {"first": "two", "second": "three"},
+        "e": ["images/001.png", "images/002.png"],
+        "k": "count",
+    }
+    spec = 'captions:image=a.b.c,caption=t,negative_caption=n.first+n.second,negative_image=e,edit=k,ask="Describe it, please."'
+    path = lines(tmp_path / "rows.jsonl", [row | {"a": {"b": {"c": IMAGE}}}])
+    (group,) = read_manifest(path, format=spec)
+    assert [each.text for each in group.candidates] == ["one", "two", "three"] and {e.prompt for e in group.candidates} == {
+        "Describe it, please."
+    }
+    assert group.match == ((1, 0, 0), (0, 1, None), (0, None, 1)) and [(e.type, e.image, e.text) for e in group.edits] == [
+        ("count", 1, 1), ("count", 2, 2),
+    ]  # fmt: skip
+    (group,) = read_manifest(path, format=spec + ",paired=false")
+    assert group.match == ((1, 0, 0), (0, None, None), (0, None, None)) and len(group.edits) == 4

@@ -1,0 +1,130 @@
+"""A data set of the hub: its files are fetched once by the hub's own client, here from a server of the same interface on this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import huggingface_hub
+import pytest
+from public_data import PUBLIC
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.data import open_groups, read_manifest
+from cfvlm_ds.data.containers import hub
+from cfvlm_ds.data.containers.hub import fetched, is_hub
+
+COMMIT = "a" * 40
+
+
+class Hub(ThreadingHTTPServer):
+    """One data set, me/mine, whose files are those of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.folder, self.asked = folder, list[str]()
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        self.server.asked.append(f"{self.command} {path}")
+        files = {str(each.relative_to(self.server.folder)): each for each in self.server.folder.rglob("*") if each.is_file()}
+        if path.startswith("/api/datasets/me/mine/revision/"):
+            self.say({"id": "me/mine", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+        elif path.startswith(f"/api/datasets/me/mine/tree/{COMMIT}"):
+            sizes = ((name, each.stat().st_size) for name, each in files.items())
+            self.say([{"type": "file", "path": name, "size": size, "oid": f"{len(name):040x}"} for name, size in sizes])
+        elif (name := path.removeprefix(f"/datasets/me/mine/resolve/{COMMIT}/")) in files:
+            self.answer(files[name].read_bytes(), {"ETag": f'"{len(name):040x}"', "X-Repo-Commit": COMMIT})
+        else:
+            self.answer(b"", {"X-Error-Code": "RepoNotFound"}, 404)
+
+    do_HEAD = do_GET
+
+    def say(self, value: object) -> None:
+        self.answer(json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def answer(self, content: bytes, headers: dict[str, str], code: int = 200) -> None:
+        self.send_response(code)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    (tmp_path / "remote").mkdir()
+    PUBLIC["WebDataset"][0](tmp_path / "remote", 40)
+    (tmp_path / "remote" / "README.md").write_text("x")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = Hub(tmp_path / "remote")
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{found.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+ADDRESS = "hf://datasets/me/mine/shards/*.tar"
+
+
+def test_files_are_fetched_once_and_stay(server: Hub, tmp_path: Path) -> None:
+    """The same groups as from the folder; afterwards nobody is asked, also when the hub has other files, or is gone."""
+    expected = read_manifest(tmp_path / "remote" / "shards", format="webdataset")
+    groups = open_groups(ADDRESS, format="webdataset")
+    assert [group.candidates for group in groups] == [group.candidates for group in expected] and len(groups) == 40
+    shown = groups[39].images[0][0]
+    assert shown.is_relative_to(tmp_path / "cache") and not list((tmp_path / "cache").rglob("README.md"))
+    asked = len(server.asked)
+    shutil.rmtree(tmp_path / "remote")
+    for address in (ADDRESS, Path(ADDRESS)):  # which has one slash less
+        assert is_hub(address) and open_groups(address, format="webdataset")[39].images[0][0] == shown
+    assert len(server.asked) == asked
+    tars = [each for each in (tmp_path / "cache").rglob("00000.tar") if ".prepared" not in str(each)]
+    tars[0].write_bytes(b"cut")
+    with pytest.raises(DataError, match=r"no such file; it has none at all"):
+        open_groups(ADDRESS, format="webdataset")
+
+
+def test_what_is_not_there_is_said_in_a_sentence(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {
+        "hf://datasets/me/mine": r"names no files; add them, such as hf://datasets/me/mine/data/train-\*\.parquet, or hf://datasets/me/mine@~parquet",
+        "hf://datasets/mine": "is no address of a data set; write hf://datasets/ORG/NAME/FILES",
+        "hf://models/me/mine/x": "is no address of a data set",
+        "hf://datasets/me/mine/../../x": "no part may be empty or a dot",
+        "hf://datasets/me/mine/*/x.tar": "a pattern may be in the last part",
+        "hf://datasets/me/mine/data/*.tar": "has no such file; it has README.md, shards/00000.tar, shards/00001.tar",
+        "hf://datasets/me/other/*.tar": r"cannot be fetched \(RepositoryNotFoundError: .*run `hf download --repo-type dataset me/other",
+    }
+    for address, sentence in cases.items():
+        with pytest.raises(DataError, match=sentence) as raised:
+            open_groups(address)
+        assert str(raised.value).isprintable()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="cannot be fetched"):
+        open_groups(ADDRESS)
+
+
+def test_whoever_waits_shows_life(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    signs, said = list[int](), list[str]()
+    monkeypatch.setattr(hub, "_EVERY_S", 0.001)
+    assert fetched(ADDRESS, lambda: signs.append(1), said.append).name == "*.tar" and len(signs) > 1
+    assert len(said) == 1 and said[0].startswith(f"fetching {ADDRESS} into ")
+    assert fetched("a.jsonl") == Path("a.jsonl") and not is_hub("hf/a.jsonl")

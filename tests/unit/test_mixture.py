@@ -1,0 +1,191 @@
+"""The order of a mixture: every source has its share in every window, and any place can be asked for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import Counter
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.data import GroupSampler, PackedSampler, permutation
+from cfvlm_ds.data.mixture import WINDOW, Draws, MixedOrder, shares_of
+
+WEIGHTS = [
+    [1.0],
+    [2.0, 1.0],
+    [1.0, 1.0, 1.0],
+    [0.7, 0.2, 0.05, 0.05],
+    [665.0, 118.0, 3.0, 1e-3],
+    [1.0, 7.0, 13.0, 0.11, 2.5, 9.0],
+    [3.0, 0.0, 1.0],
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_every_window_has_every_share_to_one(weights: list[float]) -> None:
+    """Counted by hand over 200 windows; and in sum no source drifts from its share by more than two."""
+    draws = Draws(shares_of(weights, [1] * len(weights), "abcdef"[: len(weights)]))
+    wanted = WINDOW * np.array(weights) / sum(weights)
+    sources, _ = draws.at(0, 200 * WINDOW)
+    counts = np.array([np.bincount(sources[k * WINDOW :][:WINDOW], minlength=len(weights)) for k in range(200)])
+    assert np.abs(counts - wanted).max() < 1
+    assert np.abs(counts.cumsum(0) - np.arange(1, 201)[:, None] * wanted).max() <= 2
+    evenly = [abs(np.bincount(sources[k:][:WINDOW], minlength=len(weights)) - wanted).max() for k in range(0, 20_000, 37)]
+    assert max(evenly) < 2  # also in windows that begin anywhere
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_a_place_is_told_without_those_before_it(weights: list[float]) -> None:
+    """The number of a draw is that of a count from the start; any stretch is part of the whole; place_of is the inverse."""
+    draws = Draws(shares_of(weights, [1] * len(weights), "abcdef"[: len(weights)]))
+    sources, numbers = draws.at(0, 5000)
+    seen = [0] * len(weights)
+    for source, number in zip(sources.tolist(), numbers.tolist(), strict=True):
+        assert number == seen[source]
+        seen[source] += 1
+    for start, count in ((0, 1), (999, 2), (1000, 1000), (3333, 1500), (4999, 1), (17, 0)):
+        some, theirs = draws.at(start, count)
+        assert (some == sources[start : start + count]).all() and (theirs == numbers[start : start + count]).all()
+    for place in (0, 1, 999, 1000, 2718, 4999):
+        assert draws.place_of(int(sources[place]), int(numbers[place])) == place
+    for source, weight in enumerate(weights):
+        if not weight:
+            assert seen[source] == 0
+            with pytest.raises(ValueError, match="no share"):
+                draws.place_of(source, 0)
+
+
+def test_shares_are_exact_and_by_size_where_no_source_has_a_weight() -> None:
+    assert shares_of([0.1, 0.2], [5, 5], "ab") == (Fraction(1, 3), Fraction(2, 3))
+    assert shares_of([None, None], [30, 10], "ab") == (Fraction(3, 4), Fraction(1, 4))
+    with pytest.raises(DataError, match="source 'b' has no weight and others have"):
+        shares_of([1, None], [5, 5], "ab")
+    with pytest.raises(DataError, match="source 'a' has 1e-10 of the draws, less than one in 1e9; leave it out"):
+        shares_of([1e-5, 1e5], [5, 5], "ab")
+
+
+def naive_counts(shares: tuple[Fraction, ...], window: int) -> list[int]:
+    """A window by the definition: sources one after the other on a circle, and who passes a whole number behind this window's start."""
+    start = Fraction(window * 0x9E3779B97F4A7C15 % 2**64, 2**64)
+    whole = [int(share * WINDOW) for share in shares]
+    ends = [Fraction(0), *itertools.accumulate(share * WINDOW - count for share, count in zip(shares, whole, strict=True))]
+    ends = [Fraction(int(end * 2**64), 2**64) for end in ends]
+    return [count + math.floor(start + b) - math.floor(start + a) for count, (a, b) in zip(whole, itertools.pairwise(ends), strict=True)]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_what_was_drawn_before_is_the_sum_of_all_windows(weights: list[float]) -> None:
+    draws = Draws(shares_of(weights, [1] * len(weights), "abcdef"[: len(weights)]))
+    total = np.zeros(len(weights), np.int64)
+    for window in range(300):
+        assert (draws.before(window) == total).all()
+        assert draws.counts(window).tolist() == naive_counts(draws.shares, window)
+        total += draws.counts(window)
+
+
+def test_far_places_and_rare_sources_take_no_time() -> None:
+    """Ten billion windows on; the last draw of a source that has one in half a billion. No source is further from its share than a few."""
+    began = time.process_time()
+    for weights in (*WEIGHTS, [1.0, 2e-9]):
+        draws = Draws(shares_of(weights, [1] * len(weights), "abcdef"[: len(weights)]))
+        for place in (0, 999_999, 10**9 + 7, 10**13 + 1):
+            sources, numbers = draws.at(place, 3)
+            found = [draws.place_of(source, number) for source, number in zip(sources.tolist(), numbers.tolist(), strict=True)]
+            assert found == [place, place + 1, place + 2]
+        for windows in (10**k + k for k in range(1, 11)):
+            wanted = [
+                float(share * windows * WINDOW - count) for share, count in zip(draws.shares, draws.before(windows).tolist(), strict=True)
+            ]
+            assert np.abs(wanted).max() < 6
+        for source, share in enumerate(draws.shares):
+            if share:
+                place = draws.place_of(source, 10**6)
+                assert [part.tolist() for part in draws.at(place, 1)] == [[source], [10**6]]
+    assert time.process_time() - began < 5
+
+
+SIZES = (7, 3, 11)
+
+
+def order(stop: Literal["all_exhausted", "first_exhausted"] = "all_exhausted", weights: tuple[float, ...] = (3, 1, 2)) -> MixedOrder:
+    return MixedOrder(SIZES, shares_of(list(weights), SIZES, "abc"), 5, stop)
+
+
+def test_every_source_goes_through_all_of_its_groups_before_any_is_repeated() -> None:
+    """A source's draws in epochs of its size: each a permutation of it, another one every time, and another source's is not the same."""
+    drawn = order().at(0, 400)
+    firsts = [0, 7, 10, 21]
+    for source, size in enumerate(SIZES):
+        own = [group - firsts[source] for group in drawn if firsts[source] <= group < firsts[source + 1]]
+        epochs = [tuple(own[start : start + size]) for start in range(0, len(own) - size + 1, size)]
+        assert len(epochs) > 10 and all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert len(set(epochs)) > 3
+    for start, count in ((0, 1), (17, 40), (399, 1), (123, 0)):
+        assert order().at(start, count) == drawn[start : start + count]
+    twins = MixedOrder((9, 9), shares_of([1, 1], (9, 9), "ab"), 0).at(0, 18)
+    assert [group for group in twins if group < 9] != [group - 9 for group in twins if group >= 9]
+
+
+@pytest.mark.parametrize("weights", [(3, 1, 2), (1, 1, 1), (1, 100, 1), (0.01, 5, 3)], ids=str)
+def test_an_epoch_ends_with_the_first_or_the_last_source(weights: tuple[float, ...]) -> None:
+    """Against a count of the stream from its start."""
+    drawn, ends = order(weights=weights).at(0, 20_000), dict[int, int]()
+    firsts, seen = [0, 7, 10, 21], [set[int](), set[int](), set[int]()]
+    for place, group in enumerate(drawn, 1):
+        source = next(k for k in range(3) if group < firsts[k + 1])
+        seen[source].add(group)
+        if len(seen[source]) == SIZES[source]:
+            ends.setdefault(source, place)
+    assert order("first_exhausted", weights).length == min(ends.values())
+    assert order("all_exhausted", weights).length == max(ends.values()) and len(ends) == 3
+
+
+def samplers(world: int, accumulation: int, packed: bool, seed: int = 5) -> list[GroupSampler]:
+    place: dict[str, Any] = {"world_size": world, "gradient_accumulation_steps": accumulation, "seed": seed, "order": order()}
+    if packed:
+        tokens = [10 + 7 * k % 13 for k in range(sum(SIZES))]
+        return [PackedSampler(tokens=tokens, max_tokens=60, rank=rank, **place) for rank in range(world)]
+    size = 8 // (world * accumulation)
+    return [GroupSampler(num_groups=sum(SIZES), groups_per_micro_batch=size, rank=rank, **place) for rank in range(world)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_any_number_of_ranks_sees_the_same_steps_and_resumes_in_them(packed: bool) -> None:
+    """1 x 4, 2 x 2 and 4 x 1 ranks and micro-batches; each goes on from a state that another layout has saved."""
+
+    def steps(world: int, accumulation: int, state: dict[str, Any] | None, count: int) -> tuple[list[Counter[int]], dict[str, Any]]:
+        ranks = samplers(world, accumulation, packed)
+        for rank in ranks:
+            if state is not None:
+                rank.load_state_dict(state)
+        streams, found = [iter(rank) for rank in ranks], list[Counter[int]]()
+        for _ in range(count):
+            found.append(Counter(group for stream in streams for _ in range(accumulation) for group in next(stream)))
+            for rank in ranks:
+                rank.advance()
+        states = [rank.state_dict() for rank in ranks]
+        assert all(each == states[0] for each in states)
+        return found, states[0]
+
+    whole, _ = steps(1, 4, None, 12)
+    for world, accumulation in ((2, 2), (4, 1)):
+        begun, state = steps(world, accumulation, None, 5)
+        rest, _ = steps(4 // accumulation, accumulation, state, 7)
+        again, _ = steps(1, 4, state, 7)
+        assert begun + rest == whole == begun + again
+
+
+def test_a_state_of_another_mixture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = samplers(1, 1, False)[0].state_dict()
+    assert {name: state[name] for name in ("sizes", "shares")} == {"sizes": [7, 3, 11], "shares": ["1/2", "1/6", "1/3"]}
+    for change, name in (({"shares": ["1/2", "1/3", "1/6"]}, "shares"), ({"sizes": [7, 11, 3]}, "sizes"), ({"seed": 6}, "seed")):
+        with pytest.raises(DataError, match=rf"sampler has {name}.*resume"):
+            samplers(1, 1, False)[0].load_state_dict(state | change)
+    monkeypatch.setattr(permutation, "STORED", 10)
+    assert order().identity()["order"] == permutation.COMPUTED, "as of one data set of so many groups"

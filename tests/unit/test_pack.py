@@ -1,0 +1,363 @@
+"""A packed store holds the same groups and pictures, whoever packed it and however often they were killed; another's files are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_manifest
+from public_data import PUBLIC
+
+from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.data import check_manifest, lines, open_groups, pack, packed, read_manifest
+from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
+from cfvlm_ds.data.identity import changes, data_identity
+from cfvlm_ds.data.packed import PackedRows
+from cfvlm_ds.data.permutation import RowsTogether
+from cfvlm_ds.data.picture_file import picture_bytes
+from cfvlm_ds.data.picture_index import PictureTable, picture_of
+from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.training import token_counts
+from cfvlm_ds.training.read_data import RunData, read_data
+from cfvlm_ds.training.run import _sampler
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+
+
+def small(patch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PICTURED", 5), ("ROWS", 6)):
+        patch.setattr(pack, name, value)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seventeen rows: ragged ones, one of text alone, one that shows pictures of others, one of two pictures at once."""
+    path = write_manifest(tmp_path_factory.mktemp("source") / "m.jsonl", 14, seed=3)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    alone = {"id": "alone", "images": [{"id": "i0", "path": None}], "texts": [{"id": "t0", "text": "é"}], "match": [["i0", "t0", 1]]}
+    shown = [rows[k]["images"][0]["path"] for k in (1, 9)]
+    again = {
+        "id": "again",
+        "images": [{"id": f"i{k}", "path": each} for k, each in enumerate(shown)],
+        **{k: alone[k] for k in ("texts", "match")},
+    }
+    both = {**alone, "id": "both", "images": [{"id": "i0", "path": shown[::-1]}], "meta": {"a": [1, "x"]}, "weight": 0.5}
+    rows.insert(3, alone)
+    rows.insert(12, again)
+    rows.insert(0, both)
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def packing(source: Path, out: Path, shard: int = 0, of: int = 1, say: Callable[[str], object] = str) -> bool:
+    return pack.pack(open_groups(source), out, say, shard=shard, of=of, max_pixels=MAX_PIXELS)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def store(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        small(patch)
+        out = tmp_path_factory.mktemp("out") / "store"
+        assert packing(source, out)
+    return out
+
+
+def plain(group: CounterfactualGroup) -> dict[str, Any]:
+    """A group with the bytes of its pictures in place of their names."""
+    return vars(group) | {"images": [[picture_bytes(picture, 1 << 20) for picture in image] for image in group.images]}
+
+
+def test_a_store_is_the_data_set(source: Path, store: Path, tmp_path: Path) -> None:
+    """Groups, order, contents of pictures; as a copy in another place with other times, too, to which nothing is written."""
+    groups = read_manifest(source)
+    shutil.copytree(store, copied := tmp_path / "copied", copy_function=shutil.copyfile)
+    for folder in (store, copied):
+        opened = open_groups(folder, ["/nowhere"], "pairs")
+        assert [plain(group) for group in opened] == [plain(group) for group in groups]
+        shown = [picture for group in opened for image in group.images for picture in image]
+        assert {picture.name.split("-")[0] for picture in shown} == {"images"} and all(folder in picture.parents for picture in shown)
+        identity = data_identity(opened, opened.roots, PictureTable.of_files(shown))
+        files_of = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
+        assert changes(data_identity(groups, [source.parent], files_of), identity) is None
+        assert check_manifest(folder, progress=pytest.fail).ok
+        assert opened.where(7) == f"{folder}/groups-00001.jsonl:2"
+    assert files(copied) == files(store)
+    names = sorted(files(store))
+    assert [name.split("-")[0] for name in names] == ["groups"] * 6 + ["images"] * 4 + ["pictures.table", "store.json"]
+
+
+def test_pictures_are_members_of_tars(source: Path, store: Path) -> None:
+    """Each file is there once, under a name of its own, for whoever unpacks it; store.json has the sums of all files."""
+    found = []
+    for tar in sorted(store.glob("*.tar")):
+        with tarfile.open(tar) as archive:
+            members = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
+        assert len({name for name, _ in members}) == len(members) and all(name.endswith(".png") for name, _ in members)
+        found += [content for _, content in members]
+    shown = {picture for group in read_manifest(source) for image in group.images for picture in image}
+    assert sorted(found) == sorted(picture.read_bytes() for picture in shown)
+    record = json.loads((store / "store.json").read_text())
+    for each in (*record["rows"], *record["images"], record["pictures"]):
+        content = (store / each["file"]).read_bytes()
+        assert (each["bytes"], each["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def shown_in(folder: Path) -> list[Path]:
+    return [picture for group in open_groups(folder) for image in group.images for picture in image]
+
+
+def test_a_store_knows_its_pictures_without_opening_them(store: Path, tmp_path: Path) -> None:
+    """Sizes and contents as whoever opens them finds them, wherever the store is; a tar that is written afterwards is found out."""
+    shutil.copytree(store, copied := tmp_path / "copied", copy_function=shutil.copyfile)
+    for folder in (store, copied):
+        known = PackedRows(folder).pictures
+        assert known is not None and len(known) == len(set(shown_in(folder)))
+        for picture in shown_in(folder):
+            assert known.find(picture) == picture_of(picture, *open_image(picture).size)
+            assert known.find(tmp_path / picture.name) is None and known.find(picture.with_name("images-00000.tar#0+1")) is None
+    picture = shown_in(copied)[0]
+    known = PackedRows(copied).pictures
+    assert known is not None
+    known.verify(picture)
+    tar, _, place = picture.name.partition("#")
+    with (copied / tar).open("r+b") as file:
+        file.seek(int(place.partition("+")[0]) + 60)
+        file.write(b"other")
+    os.utime(copied / tar, ns=(1, 1))
+    with pytest.raises(DataError, match="other contents than when the data were checked"):
+        known.verify(picture)
+
+
+def test_what_a_table_says_is_believed_as_far_as_a_picture_may_be(store: Path, tmp_path: Path) -> None:
+    """A processor would be given a picture of that size to count its tokens."""
+    shutil.copytree(store, copied := tmp_path / "store")
+    table = copied / packed.PICTURES
+    count = table.stat().st_size // 48
+    for width, height in ((2**31, 2**31), (0, 5), (300, 1)):
+        data = bytearray(table.read_bytes())
+        for k in range(count):
+            at = 8 * count + 40 * k + 32
+            data[at : at + 8] = width.to_bytes(4, "little") + height.to_bytes(4, "little")
+        table.write_bytes(data)
+        known = PackedRows(copied).pictures
+        assert known is not None and all(known.find(picture) is None for picture in shown_in(copied))
+
+
+def test_groups_of_one_row_stay_together_in_a_store(tmp_path: Path) -> None:
+    """The answers of a conversation are drawn one after the other, from the file and from a store of it, or of a part of it."""
+    (tmp_path / "data").mkdir()
+    path, _ = PUBLIC["LLaVA"][0](tmp_path / "data", 20)
+    for limit in (None, 8):
+        groups = open_groups(path, format="llava:per_turn=true", limit=limit)
+        out = tmp_path / f"store-{limit}"
+        assert pack.pack(groups, out, str, max_pixels=MAX_PIXELS)
+        packed_groups = open_groups(out)
+        assert groups.together is not None and packed_groups.together is not None
+        orders = [RowsTogether(each.together, len(each)).permuted(0, len(each), 0, 0) for each in (groups, packed_groups)]  # type: ignore[arg-type]
+        assert [each.id for each in groups] == [each.id for each in packed_groups] and orders[0] == orders[1]
+        drawn = [groups[index].id.rpartition("-")[0] for index in orders[0]]
+        assert len([name for name, _ in itertools.groupby(drawn)]) == len(set(drawn)) < len(drawn)
+    assert open_groups(path, format="llava").together is None
+    for wrong in ([0, 3, 2, 8], [0, 8, 9], [1, 8], [8]):
+        np.save(out / "together.npy", np.array(wrong, "<u4"))
+        edited(out, lambda record: record["together"].update(bytes=(out / "together.npy").stat().st_size))
+        with pytest.raises(DataError, match=r"together.npy does not fit its groups"):
+            open_groups(out)
+
+
+@pytest.mark.parametrize("where", ["picture", "header", "table"])
+def test_every_byte_of_a_store_is_held_against_its_sum(where: str, store: Path, tmp_path: Path) -> None:
+    """A byte is changed, and no size: the check names the file, and the picture where one is another now."""
+    shutil.copytree(store, copied := tmp_path / "store")
+    assert check_manifest(copied, progress=str).ok
+    tar, _, place = shown_in(copied)[0].name.partition("#")
+    file = {"picture": tar, "header": tar, "table": "pictures.table"}[where]
+    data = bytearray((copied / file).read_bytes())
+    data[{"picture": int(place.partition("+")[0]) + 70, "header": 100, "table": -20}[where]] ^= 1
+    (copied / file).write_bytes(data)
+    problems = check_manifest(copied, progress=str).problems
+    assert f"{copied / file}: it is not the file that was packed (its sha256 is another); pack the data again" in problems[-1]
+    about = {"picture": f"{tar}#", "header": None, "table": "is not the one that was packed"}[where]
+    assert len(problems) == (1 if about is None else 2) and (about or "sha256") in problems[0]
+
+
+def reading(train: Path, run: Path, model: Path, check: str) -> Any:
+    names = {"--model.name_or_path": model, "--data.train": train, "--train.output_dir": run, "--data.check": check}
+    options = [str(part) for pair in names.items() for part in pair]
+    return parse_config(["--config", "tests/support/train.yaml", *options, "--data.max_tokens_per_micro_batch", "1000"], OBJECTIVES)
+
+
+def test_a_run_on_a_store_knows_its_pictures_and_shares_its_token_counts(
+    source: Path, store: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ``check: rows`` the identity is that of a full check of the files; counts are made once for all runs, and again if they are not
+    those of the groups."""
+    shutil.copytree(store, copied := tmp_path / "store")
+    alone = World(0, 1, 0, torch.device("cpu"))
+
+    def tokens(run: str, train: Path = copied, check: str = "rows") -> tuple[list[int], RunData]:
+        config = reading(train, tmp_path / run, model_dir, check)
+        data = read_data(config, alone)
+        collator = load_collator(config.model, "full").of_run("full", None, data.pictures)
+        return _sampler(config, alone, data, collator).tokens.tolist(), data  # type: ignore[attr-defined]
+
+    expected, plain_data = tokens("files", source, "full")
+    found, data = tokens("one")
+    assert found == expected and changes(plain_data.identity, data.identity) is None
+    assert data.identity["pictures"] == plain_data.identity["pictures"] is not None
+    (kept,) = (copied / "tokens").iterdir()
+    counted = token_counts._counted
+    monkeypatch.setattr(token_counts, "_counted", pytest.fail)
+    assert tokens("two")[0] == expected
+    monkeypatch.setattr(token_counts, "_counted", counted)
+    others = np.load(kept / "tokens.npy")
+    others[others < others.max()] = 1
+    np.save(kept / "tokens.npy", others)
+    assert tokens("three")[0] == expected
+
+
+@pytest.mark.parametrize("of", [2, 3, 7])
+def test_shards_together_are_the_store_of_one(of: int, source: Path, store: Path, tmp_path: Path) -> None:
+    """In any order; rows wait for the pictures of all shards, and who was there first is called again."""
+    order, said = random.Random(of).sample(range(of), of), list[str]()
+    wholes = [packing(source, tmp_path / "store", shard, of, said.append) for shard in [*order, *order]]
+    assert wholes[-1] and files(tmp_path / "store") == files(store)
+    assert any("the pictures of" in line and "run this again" in line for line in said)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
+    assert packing(source, tmp_path / "store", 1, of), "a store that is whole is left alone"
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
+
+
+def test_a_packing_that_is_killed_goes_on(source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL after ever more writes: what was finished is not made again, and the bytes are the same in the end."""
+    out, right, finished = tmp_path / "store", pack._Summed.write, dict[str, int]()
+    for calls in itertools.count(1):
+        left = itertools.count(8 * calls, -1)
+
+        def write(self: Any, data: bytes, left: Iterator[int] = left) -> None:
+            if not next(left):
+                os.kill(os.getpid(), signal.SIGKILL)
+            right(self, data)
+
+        monkeypatch.setattr(pack._Summed, "write", write)
+        if not (child := os.fork()):
+            try:
+                os._exit(0 if packing(source, out) else 3)
+            finally:
+                os._exit(4)
+        status = os.waitpid(child, 0)[1]
+        now = {file.name: file.stat().st_mtime_ns for file in out.iterdir() if file.suffix in (".tar", ".jsonl")}
+        assert finished.items() <= now.items()
+        finished = {name: now[name] for name in now if (out / "parts" / name).with_suffix(".json").exists()}
+        if status == 0:
+            break
+        assert status == signal.SIGKILL
+    assert calls > 3 and files(out) == files(store)
+
+
+def test_a_broken_picture_is_named_before_anything_is_whole(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source.parent, tmp_path / "data")
+    broken = read_manifest(tmp_path / "data" / "m.jsonl")[8].images[0][0]
+    broken.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=rf"m.jsonl:9: {broken}: no image in it"):
+        packing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
+    with pytest.raises(DataError, match=r"no packed store whole yet: run `cfvlm-ds data pack` again"):
+        open_groups(tmp_path / "store")
+    rows = (tmp_path / "data" / "m.jsonl").read_text().splitlines()
+    (tmp_path / "data" / "m.jsonl").write_text("\n".join([*rows, rows[0]]))
+    with pytest.raises(ConfigError, match="packed from another state of"):
+        packing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
+    with pytest.raises(DataError, match="make ids unique"):
+        packing(tmp_path / "data" / "m.jsonl", tmp_path / "other")
+
+
+def test_what_is_no_store_is_left_alone(source: Path, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    (tmp_path / "file").write_text("x")
+    for name, reason in (("mine", "no packed store"), ("link", "is a link"), ("file", "no packed store")):
+        with pytest.raises(ConfigError, match=reason):
+            packing(source, tmp_path / name)
+    assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
+    with pytest.raises(DataError, match=r"is a folder without .*, and no packed store; name the data file"):
+        open_groups(tmp_path / "mine")
+
+
+def renamed(store: Path, one: str, other: str) -> None:
+    (store / one).rename(store / "aside")
+    (store / other).rename(store / one)
+    (store / "aside").rename(store / other)
+
+
+def edited(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    record = json.loads((store / "store.json").read_text())
+    change(record)
+    (store / "store.json").write_text(json.dumps(record))
+
+
+def swapped(store: Path) -> None:
+    """Rows with their index in the place of others: the same sizes, so that only sums tell."""
+    for name in ("groups-00000.jsonl", "groups-00001.jsonl"):
+        (store / name).write_bytes((store / name).read_bytes().ljust(5999) + b"\n")
+        lines.write_index(store / name)
+    edited(store, lambda record: [each.update(bytes=6000) for each in record["rows"][:2]])
+    edited(store, lambda record: [each.update(index=packed.index_sum(store / f"{each['file']}.idx")) for each in record["rows"]])
+    assert len(open_groups(store)) == 17, "and so far it is one"
+    renamed(store, "groups-00000.jsonl", "groups-00001.jsonl")
+    renamed(store, "groups-00000.jsonl.idx", "groups-00001.jsonl.idx")
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "rows cut": lambda store: os.truncate(store / "groups-00001.jsonl", 100),
+    "tar cut": lambda store: os.truncate(store / "images-00000.tar", 1000),
+    "no tar": lambda store: (store / "images-00002.tar").unlink(),
+    "no index": lambda store: (store / "groups-00002.jsonl.idx").unlink(),
+    "index cut": lambda store: os.truncate(store / "groups-00002.jsonl.idx", 90),
+    "swapped": swapped,
+    "no JSON": lambda store: (store / "store.json").write_text("{"),
+    "a list": lambda store: (store / "store.json").write_text("[]"),
+    "nested": lambda store: (store / "store.json").write_text("[" * 10000),
+    "a later kind": lambda store: edited(store, lambda record: record.update(schema="cfstore/9")),
+    "out of the store": lambda store: edited(store, lambda record: record["rows"][0].update(file="../m.jsonl")),
+    "a number for a name": lambda store: edited(store, lambda record: record["rows"][0].update(file=7)),
+    "other counts": lambda store: edited(store, lambda record: record["rows"][0].update(groups=5)),
+    "no groups": lambda store: edited(store, lambda record: record["rows"][0].update(groups=0)),
+    "no rows": lambda store: edited(store, lambda record: record.update(rows=[])),
+    "table cut": lambda store: os.truncate(store / "pictures.table", 48),
+    "no table": lambda store: (store / "pictures.table").unlink(),
+    "a table elsewhere": lambda store: edited(store, lambda record: record["pictures"].update(file="../pictures.table")),
+    "a table of nothing": lambda store: edited(store, lambda record: record.update(pictures=[1])),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_store_is_refused(damage: str, store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, copied := tmp_path / "store")
+    DAMAGE[damage](copied)
+    with pytest.raises(DataError) as error:
+        open_groups(copied)
+    assert str(copied) in str(error.value) and str(error.value).isprintable() and "; " in str(error.value)

@@ -1,0 +1,282 @@
+"""Groups at random: rows, places and errors are those of a naive reading; an index that does not fit is refused, whoever made it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import write_manifest
+from torch.utils.data import DataLoader
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.data import FORMATS, check_groups, check_manifest, check_rows, lines, open_groups, passes, read_manifest
+from cfvlm_ds.data.formats.pairs import pair_group
+from cfvlm_ds.data.identity import data_identity, shared_identity
+from cfvlm_ds.data.lines import IndexedLines
+from cfvlm_ds.data.passes import Board, Share
+from cfvlm_ds.data.picture_index import PictureNotes, PictureTable
+
+ODD_LINES = [b"", b" \t", b"\r", b"{}", b" {}", b'{"a": 1}', b"x" * 90, b"\xef\xbb\xbf{}", b"\x0c", b"\xff", b"\x00", b" " * 70]
+
+
+def naive(path: Path) -> list[tuple[str, bytes]]:
+    """The rows of a file by Python's own iteration."""
+    with path.open("rb") as handle:
+        return [(f"{path}:{number}", line.rstrip(b"\r\n")) for number, line in enumerate(handle, 1) if line.strip()]
+
+
+def rows(found: IndexedLines) -> list[tuple[str, bytes]]:
+    return [(found.where(row), found.line(row)) for row in range(len(found))]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of a few bytes have blocks, numbered rows and an index on disk."""
+    for name, value in (("_BLOCK", 64), ("_NUMBERED", 4), ("_WORTH", 0), ("MAX_LINE", 100)):
+        monkeypatch.setattr(lines, name, value)
+
+
+def test_lines_are_those_of_a_naive_reading(small: None, tmp_path: Path) -> None:
+    """Blank lines, spaces, carriage returns, a missing last break, lines that cross blocks: scanned, and then mapped."""
+    path, chance = tmp_path / "rows.jsonl", random.Random(0)
+    for _ in range(60):
+        ends = chance.choices([b"\n", b"\r\n"], k=40)
+        path.write_bytes(
+            b"".join(line + end for line, end in zip(chance.choices(ODD_LINES, k=40), ends, strict=True))[: chance.randrange(900)]
+        )
+        first, second = IndexedLines.open(path), IndexedLines.open(path)
+        assert rows(first) == rows(second) == naive(path) and second.file == tmp_path / "rows.jsonl.idx"
+        assert isinstance(second.index.starts.base, np.ndarray) and not second.index.starts.flags.owndata, "mapped"
+
+
+def test_a_row_takes_at_most_sixteen_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "_WORTH", 0)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n' * 5000)
+    IndexedLines.open(path)
+    assert (tmp_path / "rows.jsonl.idx").stat().st_size < 13 * 5000
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.jsonl", "rows.jsonl.idx"]
+
+
+def test_reading_ends_at_a_line_without_end(small: None, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"{}\n" + b"[" + b"1," * 200 + b"\n{}\n")
+    for _ in range(2):
+        found = IndexedLines.open(path)
+        assert len(found) == 2 and found.line(0) == b"{}"
+        with pytest.raises(ValueError, match="more than 100 bytes"):
+            found.line(1)
+
+
+HOSTILE = {
+    "cut": lambda data: data[:-3],
+    "nothing": lambda data: b"",
+    "noise": lambda data: bytes(random.Random(1).randbytes(len(data))),
+    "another kind": lambda data: b"x" + data[1:],
+    "many rows": lambda data: data[:40] + (1 << 62).to_bytes(8, "little") + data[48:],
+    "negative rows": lambda data: data[:40] + (-1).to_bytes(8, "little", signed=True) + data[48:],
+    "backwards": lambda data: data[:64] + data[72:80] + data[64:72] + data[80:],
+    "beyond the file": lambda data: data[:72] + (1 << 40).to_bytes(8, "little") + data[80:],
+    "inside a row": lambda data: data[:72] + (int.from_bytes(data[72:80], "little") + 1).to_bytes(8, "little") + data[80:],
+    "before a row": lambda data: data[:72] + (int.from_bytes(data[72:80], "little") - 1).to_bytes(8, "little") + data[80:],
+    "no first row": lambda data: data[:64] + data[72:80] + data[72:],
+    "other sums": lambda data: data[:-4] + bytes(4),
+    "other times": lambda data: data[:24] + bytes(16) + data[40:],
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_an_index_that_does_not_fit_is_made_again(small: None, tmp_path: Path, change: str) -> None:
+    path, file = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.idx"
+    path.write_bytes(b"".join(b'{"a": %d}\n' % number for number in range(12)))
+    IndexedLines.open(path)
+    right = file.read_bytes()
+    file.write_bytes(HOSTILE[change](right))
+    assert rows(IndexedLines.open(path)) == naive(path)
+    assert file.read_bytes() == right
+
+
+def test_an_index_of_another_file_or_kind_of_file(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe, a link, a folder in its place: never waited for, written through, or believed. Where none can be, the user's cache has it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path, file = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.idx"
+    path.write_bytes(b"{}\n[]\n")
+    os.mkfifo(file)
+    assert rows(IndexedLines.open(path)) == naive(path)
+    file.unlink()
+    (other := tmp_path / "other").write_bytes(b"mine")
+    file.symlink_to(other)
+    assert rows(IndexedLines.open(path)) == naive(path) and other.read_bytes() == b"mine" and not file.is_symlink()
+    file.unlink()
+    file.mkdir()
+    found = IndexedLines.open(path)
+    assert found.file is not None and found.file.parent == tmp_path / "cache" / "cfvlm_ds" / "rows" and rows(found) == naive(path)
+    assert IndexedLines.open(path).file == found.file
+    (tmp_path / "cache" / "cfvlm_ds" / "rows").rename(tmp_path / "away")
+    (tmp_path / "cache" / "cfvlm_ds" / "rows").write_text("")
+    assert IndexedLines.open(path).file is None and rows(IndexedLines.open(path)) == naive(path)
+
+
+def test_a_row_that_an_index_hides_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was made to leave a row out, with right sums otherwise, passes a sample and not the reading."""
+    monkeypatch.setattr(lines, "_WORTH", 0)
+    path, file = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.idx"
+    path.write_bytes(b"".join(b'{"a": %d}\n' % number for number in range(500)))
+    found = IndexedLines.open(path)
+    index = found.index
+    kept = np.delete(np.arange(500), 7)
+    state = found.state
+    hiding = lines.LineIndex(index.starts[[*kept, 500]], index.sums[kept], index.numbers, 499, False)
+    lines._write(file, state, hiding)
+    monkeypatch.setattr(lines, "_SAMPLE", 2)
+    with pytest.raises(DataError, match=rf"rows.jsonl:7: the row is not the one that was indexed.*remove {file}"):
+        rows(IndexedLines.open(path))
+
+
+def test_a_file_that_is_written_is_indexed_again(small: None, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": 2}\n')
+    before = path.stat()
+    found = IndexedLines.open(path)
+    path.write_bytes(b'{"a": 1}\n{"a": 3}\n')
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert rows(IndexedLines.open(path)) == naive(path), "of the same size, with its old time"
+    assert found.line(0) == b'{"a": 1}'
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the row is not the one that was indexed; do not write"):
+        found.line(1)
+    os.truncate(path, 3)
+    with pytest.raises(DataError, match="is not the one"):
+        found.line(0)
+
+
+# Groups ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_manifest(tmp_path_factory.mktemp("store") / "m.jsonl", 12)
+    path.write_text(path.read_text().replace("\n", "\n\n", 5))
+    return path
+
+
+def test_a_store_is_the_list(manifest: Path) -> None:
+    """In any order, by slices, in a pickle, in forked workers."""
+    store, groups = open_groups(manifest), read_manifest(manifest)
+    assert len(store) == 12 and list(store) == groups and [store[k] for k in (-1, 3, 0, 3)] == [groups[k] for k in (-1, 3, 0, 3)]
+    assert list(store[2:9:3]) == groups[2:9:3] and list(store[::-1][1:3]) == groups[::-1][1:3] and len(store[20:]) == 0
+    with pytest.raises(IndexError):
+        store[12]
+    assert [store.where(k) for k in (0, 1, 5, 11)] == [f"{manifest}:{line}" for line in (1, 3, 11, 17)]
+    again = pickle.loads(pickle.dumps(store))
+    assert list(again) == groups and again.where(11) == store.where(11)
+    loaded: Any = DataLoader(store, batch_size=5, num_workers=2, collate_fn=list)  # type: ignore[arg-type]
+    assert [group for batch in loaded for group in batch] == groups
+
+
+def test_a_pickle_of_a_file_that_was_written_since_is_refused(manifest: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(manifest.read_text())
+    pickled = pickle.dumps(open_groups(path, manifest.parent))
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(DataError, match="was written while it is used"):
+        pickle.loads(pickled)
+
+
+def test_the_first_problem_of_a_row_is_raised_where_it_is_used(manifest: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(manifest.read_text() + "{\n")
+    store = open_groups(path, manifest.parent)
+    assert len(store) == 13 and list(store[:12]) == read_manifest(manifest)
+    with pytest.raises(DataError, match=rf"{path}:18: broken JSON at column 2"):
+        store[12]
+
+
+class Doubled:
+    """Rows of ``pairs``, each once for every number in ``times``."""
+
+    def __call__(self, row: Mapping[str, Any]) -> Sequence[CounterfactualGroup]:
+        return [pair_group({**row, "id": f"{row['id']}-{k}"}) for k in range(row["times"])]
+
+    def parts(self, row: Mapping[str, Any]) -> int:
+        return row["times"]
+
+
+def test_rows_of_several_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "doubled", Doubled())
+    common = {"image_0": "a.png", "image_1": "b.png", "caption_0": "x", "caption_1": "y"}
+    rows = [{**common, "id": n, "times": times} for n, times in enumerate((2, 1, 3))]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = open_groups(path, format="doubled")
+    assert [group.id for group in store] == ["0-0", "0-1", "1-0", "2-0", "2-1", "2-2"] == [group.id for group in reversed(store)][::-1]
+    assert [store.where(k) for k in range(6)] == [f"{path}:{line}" for line in (1, 1, 2, 3, 3, 3)]
+    assert [group.id for group in pickle.loads(pickle.dumps(store))] == [group.id for group in store]
+    rows[2]["caption_1"] = "x"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, [], {"times": "three"}]))
+    problems = check_rows(open_groups(path, format="doubled"), progress=pytest.fail).problems
+    assert len(problems) == 3 and [problem.split(": ")[0] for problem in problems] == [f"{path}:{line}" for line in (3, 4, 5)]
+    monkeypatch.setattr(Doubled, "parts", lambda self, row: 1)
+    with pytest.raises(DataError, match=r"m.jsonl:1: the row has 2 groups and not 1 as when it was counted"):
+        open_groups(path, format="doubled")[0]
+
+
+# Passes ------------------------------------------------------------------------------------------------------------------------------
+
+
+def shared(size: int, folder: Path, work: Any) -> list[Any]:
+    """What ``work`` gives on so many ranks, which are threads."""
+    together = threading.Barrier(size)
+
+    def rank(number: int) -> Any:
+        board = Board(folder, number, size, together.wait)
+        return work(Share(number, size, PictureNotes(folder, number, together.wait), board=board))
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(rank, range(size)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_ids_that_come_twice_are_found_wherever_they_are(size: int, tmp_path: Path) -> None:
+    """Each names the first row of that id, of this rank's range or of another's; a hash is no proof."""
+    names = ["a", "b", "c", "a", "d", "b", "a", "e", "f", "g", "e"]
+    common = {"image_0": "a.png", "image_1": "b.png", "caption_0": "x", "caption_1": "y"}
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps({**common, "id": name}) + "\n" for name in names))
+    store = open_groups(path, format="pairs")
+    found = shared(size, tmp_path / "notes", lambda share: check_rows(store, progress=pytest.fail, share=share).problems)
+    expected = [
+        f"{path}:{k + 1}: group id {name!r} is already used by {path}:{names.index(name) + 1}; make ids unique"
+        for k, name in enumerate(names)
+        if names.index(name) < k
+    ]
+    assert [problem for problems in found for problem in problems] == expected
+
+
+def test_keys_that_are_equal_by_chance_are_no_problem(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cfvlm_ds.data.check._id_key", lambda name: 1)
+    assert check_rows(open_groups(manifest), progress=pytest.fail).ok
+
+
+def test_processes_find_what_one_finds(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks in forked processes, and ranks: one report, one identity."""
+    whole, groups = check_manifest(manifest), read_manifest(manifest)
+    pictures = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
+    identity = data_identity(groups, [manifest.parent], pictures)
+    for name, value in (("_MANY", 0), ("_CHUNK", 2), ("cores_per_rank", lambda: 2)):
+        monkeypatch.setattr(passes, name, value)
+    assert check_groups(open_groups(manifest), lengths=None, max_pixels=10**6, progress=str) == whole
+    assert shared_identity(open_groups(manifest), pictures, Share()) == identity
+    monkeypatch.setattr(passes, "_MANY", 1 << 20)
+    store = open_groups(manifest)
+    assert shared(3, tmp_path, lambda share: shared_identity(store, pictures, share)) == [identity] * 3
+    assert shared(2, tmp_path, lambda share: shared_identity(store, None, share)) == [data_identity(groups, [manifest.parent])] * 2
