@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +77,13 @@ class Collator:
         self.prompts = Prompts(processor, max_length)
         self.files = ImageFiles(processor, family, max_pixels, checked)
         self.images: ImageSource = self.files
+
+    @cached_property
+    def pictures_first(self) -> bool:
+        """Whether the chat template writes pictures before what is asked of them, so that all prompts of a picture share one tree."""
+        picture = (("picture", False),)
+        asked = (self.prompts.encoded(prompt, "yes", 1, "a prompt") for prompt in ("What is red?", "Is it day?"))
+        return len({_tree_of(picture, text, 0, self.processor.image_token_id) for text in asked}) == 1
 
     def taking_features(self, cache: FeatureCache) -> Collator:
         """The same collator, reading the vision tower's stored output for each picture in place of the picture."""

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.cli import looking
+from cfvlm_ds.cli import looking, making
 from cfvlm_ds.cli.options import add_command, add_data_options, add_fields, add_model_options, model_of, positive, said_format, values_of
 from cfvlm_ds.cli.train import build
 from cfvlm_ds.core.config import BuildConfig, ScenesConfig
@@ -17,9 +17,11 @@ from cfvlm_ds.core.secrets import print_line
 
 def add(commands: Any) -> None:
     """Add the commands to a parser's."""
-    data = commands.add_parser("data", help="build or check manifests").add_subparsers(dest="action", required=True)
+    data = commands.add_parser("data", help="make, check, convert, pack and look at data").add_subparsers(dest="action", required=True)
     command = add_command(data, "build", _build, "write the embedded world of scenes", "cfvlm-ds data build scenes --num_train 4000")
     add_fields(command, ScenesConfig)
+    text = "also write its test groups into this folder in the forms of SugarCrepe, NaturalBench and POPE"
+    command.add_argument("--benchmarks", metavar="FOLDER", help=text)
     command = add_command(data, "check", _check, "report everything wrong with a manifest", "cfvlm-ds data check groups.jsonl")
     command.add_argument("manifest")
     add_data_options(command)
@@ -41,6 +43,7 @@ def add(commands: Any) -> None:
     command.add_argument("--threads", type=positive, default=16, help="pictures fetched side by side (default 16)")
 
     looking.add(data)
+    making.add(data)
     example = "cfvlm-ds data pack groups.jsonl --out STORE"
     command = add_command(data, "pack", _pack, "rows in shards and pictures in tars, for data of any size", example)
     command.add_argument("manifest")
@@ -58,7 +61,12 @@ def add(commands: Any) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    build(BuildConfig(scenes=ScenesConfig(**values_of(arguments, ScenesConfig))))
+    config = ScenesConfig(**values_of(arguments, ScenesConfig))
+    build(BuildConfig(scenes=config))
+    if arguments.benchmarks:
+        from cfvlm_ds.demo.scenes import build_benchmarks
+
+        print(f"wrote {build_benchmarks(config, Path(arguments.benchmarks))}: sugarcrepe, naturalbench, pope")
 
 
 def _tiny(arguments: argparse.Namespace) -> None:
@@ -112,15 +120,12 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _download(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.data.download import download
+    from cfvlm_ds.data.download import COLUMNS, download
 
-    rows, problems = download(Path(arguments.manifest), Path(arguments.out), arguments.on_error, arguments.threads, print)
-    for problem in problems[:_SHOWN]:
-        print(f"  {problem}")
-    print(f"wrote {arguments.out}: {rows} rows" + f", {len(problems)} left out" * bool(problems))
-
-
-_SHOWN = 50
+    done = download(Path(arguments.manifest), Path(arguments.out), arguments.on_error, arguments.threads, print)
+    print(f"wrote {arguments.out}: {done.rows} rows with {done.pictures} pictures in {Path(arguments.out).name}.pictures")
+    if not done.pictures:
+        print(f"no row names an address, which is looked for in the columns {', '.join(sorted(COLUMNS))}: rename a column that has some")
 
 
 def _check(arguments: argparse.Namespace) -> None:

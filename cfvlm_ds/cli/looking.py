@@ -9,6 +9,7 @@ from typing import Any
 from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive, said_format
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
+from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.untrusted import output_file
 from cfvlm_ds.core.verbosity import shows_progress
 
@@ -17,12 +18,14 @@ def add(data: Any) -> None:
     """Add the commands to those of ``data``."""
     text = "write a page of groups to look at in a browser: pictures, texts, truth tables, scores"
     command = add_command(data, "view", _view, text, "cfvlm-ds data view groups.jsonl --out page")
-    command.add_argument("source", help="manifest, or run folder, of which the worst groups by its stored scores are shown")
+    text = "manifest; run folder, of which the worst groups by its stored scores are shown; or work folder of `data propose`"
+    command.add_argument("source", help=text)
     command.add_argument("--scores", help="file that `cfvlm-ds score` wrote for the manifest, or one of a run's folder scores")
     chosen = command.add_mutually_exclusive_group()
     chosen.add_argument("--sample", type=positive, default=200, metavar="N", help="groups that are shown (default 200)")
     chosen.add_argument("--ids", metavar="FILE", help="show the groups that this file names, one id a line, in its order")
     command.add_argument("--seed", type=int, default=0, help="draws the sample of a manifest (default 0)")
+    command.add_argument("--rejected", action="store_true", help="of a work folder: only candidates that are not good, and why")
     command.add_argument("--out", default="page", help="folder to write, or to write again (default page)")
     add_data_options(command)
 
@@ -36,13 +39,29 @@ def add(data: Any) -> None:
 
 
 def _view(arguments: argparse.Namespace) -> None:
+    if (Path(arguments.source) / "run.json").is_file():
+        _view_work(arguments)
+        return
+    if arguments.rejected:
+        raise ConfigError(f"{arguments.source} is no work folder, and has no rejected candidates; leave --rejected out")
     from cfvlm_ds.evaluation import view
 
     options = {name: getattr(arguments, name) for name in ("root", "format", "scores", "sample", "seed", "ids", "max_pixels")}
     if not shows_progress():
         options["say"] = lambda line: None
-    written = view(arguments.source, arguments.out, **options)
-    print(f"wrote {Path(arguments.out) / 'index.html'}: {written.num_items} groups, {written.num_pictures} pictures")
+    _print_written(view(arguments.source, arguments.out, **options), arguments.out)
+
+
+def _view_work(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.counterfactuals.looking import view_work
+
+    say = print_line if shows_progress() else lambda line: None
+    given = {"rejected": arguments.rejected, "sample": arguments.sample, "seed": arguments.seed, "say": say}
+    _print_written(view_work(Path(arguments.source), Path(arguments.out), **given), arguments.out)
+
+
+def _print_written(written: Any, out: str) -> None:
+    print(f"wrote {Path(out) / 'index.html'}: {written.num_items} groups, {written.num_pictures} pictures")
     if written.problems:
         first = next(iter(written.problems.values()))
         print(f"{len(written.problems)} pictures could not be shown, and their places say why; the first: {first}")

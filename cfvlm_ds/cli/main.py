@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from cfvlm_ds.cli import cluster, data, models, package
+from cfvlm_ds.cli import cluster, data, lmms, models, package
 from cfvlm_ds.cli.exits import exit_cleanly, files_named, leave_at_once, print_anything
 from cfvlm_ds.cli.options import add_verbosity
 from cfvlm_ds.core.secrets import mask_tracebacks
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given[first : first + 1] == ["train"] and all(each.partition("=")[0] in _BEFORE_TRAIN for each in given[:first]):
         _train([*given[:first], *given[first + 1 :]])
         return
-    arguments = parser().parse_args(given)
+    arguments = parser().parse_args([each for each in given[:first] if not each.startswith("--local_rank=")] + given[first:])
     show(asked(arguments.quiet, arguments.verbose))
     mask_tracebacks()
     print_anything()
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add_verbosity(top)
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train, evaluate and export a run; see cfvlm-ds train --help", add_help=False)
-    for group in (data, models, cluster, package):
+    for group in (data, models, lmms, cluster, package):
         group.add(commands)
     return top
 

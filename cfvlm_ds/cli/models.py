@@ -1,12 +1,17 @@
-"""``cfvlm-ds score``, ``evaluate`` and ``export``: what is done with a model after, or before, its training."""
+"""``cfvlm-ds score``, ``evaluate``, ``compare`` and ``export``: what is done with a model after, or before, its training.
+
+``score`` and ``evaluate`` may be started by deepspeed, torchrun or srun: then all ranks share the work.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfvlm_ds.cli import benchmarks
 from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive, said_format
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
@@ -17,8 +22,8 @@ from cfvlm_ds.core.verbosity import shows_progress
 
 if TYPE_CHECKING:
     from cfvlm_ds.batching.collator import Collator
+    from cfvlm_ds.core.distributed import World
     from cfvlm_ds.data.picture_index import PictureTable
-    from cfvlm_ds.models import Scorer
 
 
 def add(commands: Any) -> None:
@@ -31,19 +36,25 @@ def add(commands: Any) -> None:
         command = add_command(commands, name, function, text, example)
         taken = ", or folder of adapters" if name == "evaluate" else ""
         command.add_argument("model", help=f"model folder or hub name, run folder{taken}")
-        command.add_argument("manifest", nargs="+" if name == "evaluate" else None)
-        command.add_argument("--out", help="file to write (score: default MANIFEST.scores.jsonl; evaluate: JSON, default none)")
+        text = "groups to evaluate; or --benchmarks in their place" if name == "evaluate" else "groups to score"
+        command.add_argument("manifest", nargs="+" if name == "evaluate" else None, help=text)
+        written = "JSON file to write (default none); with --benchmarks a folder" if name == "evaluate" else "default MANIFEST.scores.jsonl"
+        command.add_argument("--out", help=f"file to write ({written})" if name == "score" else written)
         command.add_argument("--batch_size", type=positive, default=16, help="groups per batch (default 16)")
         limit = "tokens per forward at most; a larger batch is scored in several (default: one forward per batch)"
         command.add_argument("--max_tokens_per_forward", type=positive, metavar="N", help=limit)
         text = "score the first N groups alone, as the option limit of a data set does"
+        text += "; of a benchmark about N items, spread over all of it" * (name == "evaluate")
         command.add_argument("--limit", type=positive, metavar="N", help=text)
         if name == "evaluate":
             text = "leave out the row of another group's image, which costs one more image and its texts per group"
             command.add_argument("--no_shuffled", action="store_true", help=text)
+            benchmarks.add_options(command)
+        command.add_argument("--zero3", action="store_true", help="keep the model in parts over all ranks, where one GPU does not hold it")
         add_data_options(command)
         add_model_options(command)
 
+    benchmarks.add(commands)
     command = add_command(commands, "export", _export, "a DeepSpeed checkpoint as a Hugging Face folder", "cfvlm-ds export runs/quickstart")
     command.add_argument("run", help="run folder, or one of its checkpoints")
     command.add_argument(
@@ -64,9 +75,9 @@ def _score(arguments: argparse.Namespace) -> None:
     model, adapter = model_of(arguments)
     if adapter is not None:
         raise ConfigError(f"{adapter} holds adapters, and stored scores belong to one model; merge them with `cfvlm-ds export`, name that")
-    out = output_file(Path(arguments.out or f"{arguments.manifest}.scores.jsonl"))
+    out, world = output_file(Path(arguments.out or f"{arguments.manifest}.scores.jsonl")), joined(arguments.zero3)
     checked = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
-    scorer, collator, world = load_scorer(model, max_pixels=arguments.max_pixels, checked=checked)
+    scorer, collator, world = load_scorer(model, max_pixels=arguments.max_pixels, checked=checked, world=world, zero3=arguments.zero3)
     identity = data_identity(groups, groups.roots, checked)
     scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
     if broken := [group.id for group, score in zip(groups, scores, strict=True) if not score.finite]:
@@ -74,12 +85,16 @@ def _score(arguments: argparse.Namespace) -> None:
             f"{arguments.model}: scores of {len(broken)} of {len(groups)} groups are not finite, such as of {broken[0]!r}, and are not "
             "written; compare the model's weights and processor files with the published ones"
         )
-    stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
-    write_scores(out, groups, stored, arguments.model, identity, made_by=fingerprint(model))
-    print(f"wrote {out}: {len(groups)} groups")
+    if world.is_main:
+        stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
+        write_scores(out, groups, stored, arguments.model, identity, made_by=fingerprint(model))
+        print(f"wrote {out}: {len(groups)} groups")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    if benchmarks.asked_for(arguments):
+        benchmarks.evaluate(arguments, joined, load_scorer, _batches(arguments))
+        return
     from cfvlm_ds.data import named_apart, sound_groups
     from cfvlm_ds.evaluation import evaluate, table
 
@@ -89,10 +104,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         name: sound_groups(path, arguments.root, said_format(path, arguments.format), arguments.limit)
         for name, path in named_apart(arguments.manifest).items()
     }
-    scorer, collator, world = load_scorer(*model_of(arguments), max_pixels=arguments.max_pixels)
+    options: dict[str, Any] = {"max_pixels": arguments.max_pixels, "world": joined(arguments.zero3), "zero3": arguments.zero3}
+    scorer, collator, world = load_scorer(*model_of(arguments), **options)
     results, _ = evaluate(scorer, collator, splits, world, shuffled=not arguments.no_shuffled, **_batches(arguments))
-    print(table(results))
-    if arguments.out:
+    if world.is_main:
+        print(table(results))
+    if arguments.out and world.is_main:
         found = {split: [vars(row) for row in rows] for split, rows in results.items()}
         replace(Path(arguments.out), json.dumps(found, indent=1).encode())
 
@@ -122,21 +139,50 @@ def _batches(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"batch_size": arguments.batch_size, "max_tokens": arguments.max_tokens_per_forward, "remedy": remedy}
 
 
+def joined(zero3: bool = False) -> World:
+    """The ranks that a launcher has started, which meet here, or this process alone."""
+    import torch
+
+    from cfvlm_ds.core.distributed import World
+
+    ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    if ranks > 1 or zero3:
+        from cfvlm_ds import engine
+
+        return engine.start()
+    return World(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def load_scorer(
-    model: ModelConfig, adapter: Path | None = None, *, max_pixels: int, checked: PictureTable | None = None
-) -> tuple[Scorer, Collator, Any]:
-    """A model, with the adapters of a folder if one is named, in one process, on the GPU if there is one."""
+    model: ModelConfig,
+    adapter: Path | None = None,
+    *,
+    max_pixels: int,
+    checked: PictureTable | None = None,
+    world: World | None = None,
+    zero3: bool = False,
+) -> tuple[Any, Collator, World]:
+    """A model, with the adapters of a folder if one is named, on every rank, on the GPU if there is one; with ``zero3`` in parts over all
+    of them. Without a ``world`` this process is the only one."""
     import torch
 
     from cfvlm_ds.batching.collator import load_collator
-    from cfvlm_ds.core.distributed import World
     from cfvlm_ds.models import Scorer, attach_adapters, family_of, load_model
     from cfvlm_ds.training.self_check import refuse_unusable
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if adapter is not None:
-        loaded = attach_adapters(loaded, adapter)
-    scorer, collator = Scorer(loaded, family_of(loaded.config)).to(device).eval(), load_collator(model, "full", max_pixels, checked=checked)
-    refuse_unusable(scorer, collator, model.name_or_path, device)
-    return scorer, collator, World(0, 1, 0, device)
+    world = world or joined()
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    if zero3:
+        from cfvlm_ds import engine
+
+        if adapter is not None:
+            raise ConfigError(f"{adapter} holds adapters, and --zero3 takes a whole model; merge them with `cfvlm-ds export`, name that")
+        scorer: Any = engine.in_parts(model, dtype, world)
+    else:
+        loaded = load_model(model, dtype)
+        if adapter is not None:
+            loaded = attach_adapters(loaded, adapter)
+        scorer = Scorer(loaded, family_of(loaded.config)).to(world.device).eval()
+    collator = load_collator(model, "full", max_pixels, checked=checked)
+    refuse_unusable(scorer, collator, model.name_or_path, world.device)
+    return scorer, collator, world

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,14 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 
 def model_of(arguments: argparse.Namespace) -> tuple[ModelConfig, Path | None]:
     """The model that a command names, images bounded as in the run that made it unless the command says otherwise; and its adapters."""
-    named = named_model(arguments.model)
-    limits = {name: getattr(arguments, f"model.{name}") or getattr(named.recorded, name) for name in IMAGE_LIMITS}
-    return ModelConfig(named.name_or_path, **limits), named.adapter
+    return model_named(arguments.model, {name: getattr(arguments, f"model.{name}") for name in IMAGE_LIMITS})
+
+
+def model_named(name: str, limits: Mapping[str, int | None]) -> tuple[ModelConfig, Path | None]:
+    """The same of a model's name and the bounds that are given."""
+    named = named_model(name)
+    bounds: dict[str, Any] = {each: limits[each] or getattr(named.recorded, each) for each in IMAGE_LIMITS}
+    return ModelConfig(named.name_or_path, **bounds), named.adapter
 
 
 def add_fields(command: argparse.ArgumentParser, section: type) -> None:

@@ -36,14 +36,14 @@ _NAMED_AFTER_S = 30.0
 class RunLock:
     """Holds ``folder/run.lock`` from construction to exit. Raises ConfigError naming the holder when another run has the folder."""
 
-    def __init__(self, folder: Path, say: Callable[[str], object] = print) -> None:
-        self.path = folder / NAME
+    def __init__(self, folder: Path, say: Callable[[str], object] = print, option: str = "train.output_dir") -> None:
+        self.path, self._option = folder / NAME, option
         self._mine = json.dumps(_identity())
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._take(folder, say)
         except OSError as error:
-            raise StorageError(f"{unwritten(self.path, error)}; make room, or choose another train.output_dir") from error
+            raise StorageError(f"{unwritten(self.path, error)}; make room, or choose another {option}") from error
         self._ended, self._failing = threading.Event(), False
         threading.Thread(target=self._touch, daemon=True).start()
 
@@ -55,7 +55,7 @@ class RunLock:
             holder, reason = _parsed(content), self._stale(content)
             if reason is None:
                 raise ConfigError(
-                    f"{folder} is in use by {_named(holder)}; choose another train.output_dir, or remove {self.path} if that run is gone"
+                    f"{folder} is in use by {_named(holder)}; choose another {self._option}, or remove {self.path} if that run is gone"
                 )
             if self._taken_over(content):
                 say(f"took {folder} over from {_named(holder)}: {reason}")

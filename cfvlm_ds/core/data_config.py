@@ -50,6 +50,24 @@ class Source(DataSet):
 
 
 @dataclass(frozen=True)
+class EvaluationSet(DataSet):
+    """What a run is evaluated on: a manifest, or a public benchmark.
+
+    Args:
+        path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
+        root: as ``data.root``, which is used when not given; of a benchmark the folder that holds the benchmarks' own.
+        format: as ``data.format``, which is used when not given.
+        limit: use the first so many groups alone; of a benchmark about so many items, spread over it.
+        benchmark: name of a benchmark (docs/benchmarks/index.md), in place of ``path``.
+        probe: how the benchmark is asked; its own default when not given.
+    """
+
+    path: str = ""
+    benchmark: str | None = None
+    probe: str | None = None
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Training and evaluation data.
 
@@ -60,7 +78,8 @@ class DataConfig:
         stopping_strategy: an epoch of a mixture ends when ``all_exhausted`` sources have been seen whole, the smaller ones again and again
             meanwhile, or when the ``first_exhausted`` has.
         evaluation: name -> manifest, evaluated every ``train.eval_steps`` and at the end; or name -> {path: manifest, root: FOLDERS,
-            format: NAME} where a manifest has a root or a format of its own (``--data.evaluation.NAME.root FOLDER``).
+            format: NAME, limit: N} where a manifest has a root, format or limit of its own (``--data.evaluation.NAME.root FOLDER``); or
+            name -> {benchmark: NAME, root: FOLDER} for a public benchmark.
         format: format of the rows, NAME (of ``cfvlm_ds.data.FORMATS``) or NAME:OPTION=VALUE,OPTION=VALUE, such as
             ``captions:image=file_name,caption=text``; ``auto`` takes the one that the first row fits, and says which.
         root: folder of the images, or a list of folders; the manifest's own when not given. Paths in a manifest are absolute, or relative
@@ -82,7 +101,7 @@ class DataConfig:
 
     train: list[Source] | str = bookkeeping("")
     stopping_strategy: Literal["all_exhausted", "first_exhausted"] = meaning("all_exhausted")
-    evaluation: dict[str, str | DataSet] = bookkeeping(default_factory=dict)
+    evaluation: dict[str, str | EvaluationSet] = bookkeeping(default_factory=dict)
     format: str = bookkeeping("cfgroup")
     root: list[str] | str | None = bookkeeping(None)
     scores: str | None = bookkeeping(None)
@@ -128,13 +147,19 @@ class DataConfig:
         return self.train if isinstance(self.train, str) else ", ".join(each.path for each in self.train)
 
     @property
-    def evaluation_sets(self) -> dict[str, DataSet]:
+    def evaluation_sets(self) -> dict[str, EvaluationSet]:
         """The evaluation manifests, each with its root and format."""
-        sets = {name: DataSet(split) if isinstance(split, str) else split for name, split in self.evaluation.items()}
+        sets = {name: EvaluationSet(split) if isinstance(split, str) else split for name, split in self.evaluation.items()}
         return {
             name: replace(split, root=self.root if split.root is None else split.root, format=split.format or self.format)
             for name, split in sets.items()
+            if split.benchmark is None
         }
+
+    @property
+    def benchmark_sets(self) -> dict[str, EvaluationSet]:
+        """The benchmarks of the evaluation."""
+        return {name: split for name, split in self.evaluation.items() if isinstance(split, EvaluationSet) and split.benchmark is not None}
 
     @property
     def workers(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from cfvlm_ds.core.config import CFVLM, SECTIONS, RunConfig, ScenesConfig, TinyLlavaConfig
-from cfvlm_ds.core.data_config import DataSet, Source
+from cfvlm_ds.core.data_config import EvaluationSet, Source
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.nearest_option import RENAMED, nearest
 from cfvlm_ds.core.options import ENDLESS, kinds, ranges
@@ -277,6 +277,8 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"data.evaluation: {given} is not a manifest; give NAME: PATH, or NAME: {{path: PATH, root: ..., format: ...}}"
             )
+        if isinstance(given, Mapping):
+            _check_evaluation_set(split, given)
         if not re.fullmatch(r"\w[\w.+-]{0,99}", split, re.ASCII):
             raise ConfigError(f"data.evaluation: {split!r} names files and metrics; use letters, digits and _ . + - for it")
     tower = resolved["model"]["vision_tower"]["tuning"]
@@ -299,18 +301,32 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
 
 def _check_data_set(given: Mapping[str, Any]) -> None:
     """As ``_check_ranges``, for one source or evaluation set."""
+    named = given["path"] or given.get("benchmark")
     for name, (low, high) in ranges(Source, "").items():
         if (value := given.get(name)) is not None and not low <= value <= high:
             raise ConfigError(
-                f"data: {name} of {given['path']!r} must be from {low:.16g} to {high:.16g}, not {value}; leave it out for the default"
+                f"data: {name} of {named!r} must be from {low:.16g} to {high:.16g}, not {value}; leave it out for the default"
             )
     if given.get("objectives") == []:
+        raise ConfigError(f"data: objectives of {named!r} is an empty list; name those that its groups count in, or leave it out for all")
+
+
+def _check_evaluation_set(split: str, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what is neither a manifest nor a benchmark, or both."""
+    path, benchmark = given["path"], given["benchmark"]
+    if not path and not benchmark:
+        raise ConfigError(f"data.evaluation: {split!r} is not a manifest; {_SPLITS}")
+    if benchmark and (path or given["format"] or not isinstance(given["root"], str)):
         raise ConfigError(
-            f"data: objectives of {given['path']!r} is an empty list; name those that its groups count in, or leave it out for all"
+            f"data.evaluation.{split}: benchmark {benchmark!r} needs root, one folder, and has neither path nor format; {_SPLITS}"
         )
+    if not benchmark and given["probe"] is not None:
+        raise ConfigError(f"data.evaluation.{split}: probe {given['probe']!r} is of a benchmark, and {path!r} is a manifest; leave it out")
 
 
-_SPLITS = "give NAME: PATH, or NAME: {path: PATH, root: FOLDER, format: NAME} with any of the last two"
+_SPLITS = (
+    "give NAME: PATH, or NAME: {path: PATH, root: FOLDER, format: NAME} with any of the last two, or NAME: {benchmark: NAME, root: FOLDER}"
+)
 
 
 _SOURCES = "give FILE, or a list of {path: FILE, weight: NUMBER, root: FOLDER, format: NAME} with any of the last three"
@@ -333,7 +349,7 @@ def _option_names(parser: Any) -> list[str]:
 def _one_sentence(message: str, names: Sequence[str]) -> str:
     """jsonargparse's message on one line, with the nearest valid option where the user named an unknown one."""
     message = " ".join(message.split())
-    if f"'{DataSet.__module__}.{DataSet.__name__}'" in message:  # pages about classes that nobody named
+    if f"'{EvaluationSet.__module__}.{EvaluationSet.__name__}'" in message:  # pages about classes that nobody named
         return f"data.evaluation: an entry is not a manifest; {_SPLITS}"
     if f"[{Source.__module__}.{Source.__name__}]" in message:
         stranger = re.search(r"Option '(\w+)' is not accepted", message)

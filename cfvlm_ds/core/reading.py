@@ -21,6 +21,7 @@ MAX_RECORD = 64 * MIB
 """Bytes of a file of records of a run or a model: a list of a checkpoint's files, an index of weights; ten times the longest ones."""
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+_SPARE = 100  # of the thousand calls within one another that Python allows
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]')
 
 
@@ -72,10 +73,17 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     """All of a regular file. Raises TooLarge for one of more than ``limit`` bytes."""
     with open_regular(path) as handle:
         stated = os.fstat(handle.fileno()).st_size  # nothing is read of a file that says it is larger
-        content = handle.read(limit + 1) if stated <= limit else b""
+        content = read_within(handle, stated, limit) if stated <= limit else b""
     if stated > limit or len(content) > limit:
         raise TooLarge(f"it has more than {limit} bytes, the bound for such a file")
     return content
+
+
+def read_within(handle: IO[bytes], stated: int, limit: int) -> bytes:
+    """What is left of a file that says it has ``stated`` bytes, or the first ``limit`` + 1 of more: no memory is asked for that it does not
+    take."""
+    content = handle.read(stated + 1)
+    return content if len(content) <= stated else content + handle.read(limit + 1 - len(content))
 
 
 def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
@@ -87,13 +95,21 @@ def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError as json.loads does, DuplicateKey naming key and lines."""
+    """The value of a JSON text. Raises ValueError as json.loads does, DuplicateKey naming key and lines.
+
+    Raises RecursionError for lists and objects within one another by the hundred, some of which could just be read: not where the stack
+    is deeper, though, and they could not be written.
+    """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _loaded(text, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
     except DuplicateKey:
         key, first, second = _duplicate(text)
         where = f"on lines {first} and {second}" if second > first else f"on line {second}" if "\n" in text.strip() else ""
         raise DuplicateKey(f"key {key!r} occurs twice in one object{f' ({where})' if where else ''}; keep one of them") from None
+
+
+def _loaded(text: str, frames: int) -> Any:
+    return _loaded(text, frames - 1) if frames else json.loads(text, object_pairs_hook=_object)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ FILES = (
     "scores-*.png", "learning_curves.png", "run.lock*", "data_check.json", "zero_to_*.py",
     "*.tmp",
 )  # fmt: skip
-FOLDERS = ("mlartifacts", "scores", "heartbeat", "data_check", "export", "adapter")
+FOLDERS = ("mlartifacts", "scores", "benchmarks", "heartbeat", "data_check", "export", "adapter")
 """Names that a run writes into its folder, except checkpoints, which are made elsewhere and renamed."""
 
 

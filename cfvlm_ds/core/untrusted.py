@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.core.errors import ConfigError, StorageError
+from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.files import create as create
 from cfvlm_ds.core.files import remove as remove
 
@@ -68,5 +68,5 @@ def output_file(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise StorageError(f"{path} cannot be written ({error}); name another file with --out") from error
+        raise StorageError(f"{unwritten(path, error)}; name another file with --out") from error
     return path

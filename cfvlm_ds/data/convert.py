@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -64,12 +64,19 @@ def convert(
             lines.write(json.dumps(to_row(_absolute(item), base), ensure_ascii=False).encode() + b"\n")
         if not groups:
             raise DataError(problems[0] + f" (and so are all {len(problems)} rows)" * (len(problems) > 1))
-    if problems:
-        listed = out.with_name(f"{out.name}.skipped.jsonl")
-        with whole_file(listed) as lines:
-            lines.writelines(json.dumps({"problem": problem}, ensure_ascii=False).encode() + b"\n" for problem in problems)
-        say(f"left out {len(problems)} rows, listed in {listed}; the first: {problems[0]}")
+    list_skipped(out, problems, say)
     return Converted(groups, problems, base)
+
+
+def list_skipped(out: Path, problems: Sequence[str], say: Callable[[str], object]) -> None:
+    """List the rows that were left out in a file beside ``out``; one of an earlier call is removed where none was."""
+    listed = out.with_name(f"{out.name}.skipped.jsonl")
+    if not problems:
+        listed.unlink(missing_ok=True)
+        return
+    with whole_file(listed) as lines:
+        lines.writelines(json.dumps({"problem": problem}, ensure_ascii=False).encode() + b"\n" for problem in problems)
+    say(f"left out {len(problems)} rows, listed in {listed}; the first: {problems[0]}")
 
 
 def _absolute(group: CounterfactualGroup) -> CounterfactualGroup:

@@ -29,6 +29,8 @@ MAX_HEADER_READS = 1 << 16
 
 # Formats with plain decoders. PIL would also start Ghostscript for EPS, and decode an ICO whose payload is larger than its header says.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+"""How the names of such files end."""
 _PIL_LIMIT = threading.Lock()
 
 

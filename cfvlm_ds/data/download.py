@@ -17,13 +17,15 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.progress import EVERY_S
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import output_file
+from cfvlm_ds.data.containers.hub import fetched
+from cfvlm_ds.data.convert import list_skipped
 from cfvlm_ds.data.decoding import MAX_PIXELS, image_size
 from cfvlm_ds.data.rows import Rows, open_rows
 
@@ -31,12 +33,20 @@ MAX_DOWNLOAD = 64 << 20
 """Bytes of a picture."""
 TIMEOUT_S, WHOLE_S, ATTEMPTS, PAUSE_S = 20.0, 120.0, 3, 1.0
 """Time without an answer, time for one picture, and attempts: servers that are busy say so, and are asked again a little later."""
-_KEYS = {
+COLUMNS = {
     "image", "images", "image_url", "url", "image_0", "image_1", "image_path", "img_path", "rejected_image", "rejected_images",
     "negative_image", "negative_images",
 }  # fmt: skip
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _CHUNK = 256  # rows whose pictures are fetched side by side
+
+
+class Downloaded(NamedTuple):
+    """Rows that were written, different pictures that they name, and what is wrong with the rows that were left out."""
+
+    rows: int
+    pictures: int
+    problems: list[str]
 
 
 def download(
@@ -45,14 +55,18 @@ def download(
     on_error: Literal["error", "skip"] = "error",
     threads: int = 16,
     say: Callable[[str], object] = lambda line: None,
-) -> tuple[int, list[str]]:
-    """Write the rows of ``path`` to ``out`` with files of ``out``'s folder ``NAME.pictures`` in place of addresses: the number of rows, and
-    what is wrong with those that ``skip`` has left out. Raises DataError for the first of them otherwise.
+) -> Downloaded:
+    """Write the rows of ``path`` to ``out`` with files of ``out``'s folder ``NAME.pictures`` in place of addresses.
+
+    ``skip`` leaves out rows whose pictures cannot be had, and lists them in a file beside ``out``. Raises DataError for the first of them
+    otherwise.
     """
     output_file(out)
+    path = fetched(path, say=say)
+    if out.exists() and path.exists() and out.samefile(path):
+        raise DataError(f"{out}: is the file whose pictures are fetched; name another one with --out")
     folder = out.with_name(f"{out.name}.pictures")
-    folder.mkdir(exist_ok=True)
-    rows, problems, said = 0, list[str](), time.monotonic()
+    rows, files, problems, said = 0, set[str](), list[str](), time.monotonic()
     with whole_file(out) as lines, ThreadPoolExecutor(threads) as pool:
         for chunk in _chunks(open_rows(path, progress=say)):
             wanted = {address: None for _, row in chunk for address in _addresses(row)}
@@ -67,8 +81,10 @@ def download(
                         raise DataError(f"{problems[0]} (or leave such rows out with --on_error skip)")
                     continue
                 rows += 1
+                files.update(str(found[address]) for address in _addresses(row))
                 lines.write(json.dumps(_with_files(row, found), ensure_ascii=False).encode() + b"\n")
-    return rows, problems
+    list_skipped(out, problems, say)
+    return Downloaded(rows, len(files), problems)
 
 
 def _wrong(where: str, row: Any, found: Mapping[str, str | DataError]) -> str | None:
@@ -92,7 +108,7 @@ def _addresses(value: Any, key: str = "") -> Iterator[str]:
     elif isinstance(value, list):
         for each in value:
             yield from _addresses(each, key)
-    elif isinstance(value, str) and key in _KEYS and value.startswith(("http://", "https://", "data:image/")):
+    elif isinstance(value, str) and key in COLUMNS and value.startswith(("http://", "https://", "data:image/")):
         yield value
 
 
@@ -101,7 +117,7 @@ def _with_files(value: Any, found: Mapping[str, str | DataError], key: str = "")
         return {name: _with_files(each, found, name) for name, each in value.items()}
     if isinstance(value, list):
         return [_with_files(each, found, key) for each in value]
-    return found[value] if isinstance(value, str) and key in _KEYS and value in found else value
+    return found[value] if isinstance(value, str) and key in COLUMNS and value in found else value
 
 
 def _fetched(address: str, folder: Path) -> str | DataError:
@@ -110,6 +126,7 @@ def _fetched(address: str, folder: Path) -> str | DataError:
     try:
         if not file.is_file():
             content = _of_text(address) if address.startswith("data:") else _of_network(address)
+            folder.mkdir(exist_ok=True)
             replace(unchecked := file.with_suffix(".unchecked"), content)
             try:
                 image_size(unchecked, MAX_PIXELS)
@@ -163,7 +180,7 @@ def _of_one_answer(address: str) -> bytes:
     request = urllib.request.Request(address, headers={"User-Agent": "cfvlm-ds data download"})
     until, parts, size = time.monotonic() + WHOLE_S, list[bytes](), 0
     with _OPENER.open(request, timeout=TIMEOUT_S) as answer:
-        while block := answer.read(1 << 16):
+        while block := answer.read1(1 << 16):
             parts.append(block)
             size += len(block)
             if size > MAX_DOWNLOAD:

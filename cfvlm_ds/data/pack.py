@@ -29,9 +29,9 @@ from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.data import lines
 from cfvlm_ds.data.check import first_uses, look_at_rows
-from cfvlm_ds.data.decoding import MAX_BYTES, open_image
+from cfvlm_ds.data.decoding import ENDINGS, MAX_BYTES, open_image
 from cfvlm_ds.data.formats.cfgroup import to_row
-from cfvlm_ds.data.packed import FILE, PICTURES, SCHEMA, TOGETHER, index_sum
+from cfvlm_ds.data.packed import BEGUN, FILE, PARTS, PICTURES, SCHEMA, TOGETHER, index_sum
 from cfvlm_ds.data.passes import Share
 from cfvlm_ds.data.picture_file import part_name, picture_bytes
 from cfvlm_ds.data.picture_index import FACTS, PictureTable, digest_of, picture_key
@@ -45,7 +45,7 @@ ROWS = 1 << 18
 """Groups in one file of rows: some tens of files that a process keeps open."""
 
 _PLACE = np.dtype([("key", "<u8"), ("tar", "<u4"), ("start", "<i8"), ("facts", FACTS)])
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
+_SUFFIXES = {f".{ending}" for ending in ENDINGS}
 _AT_ONCE = 64  # pictures that are read before they are written
 
 Say = Callable[[str], object]
@@ -60,9 +60,18 @@ def pack(source: GroupStore, out: Path, say: Say, *, shard: int = 0, of: int = 1
     """
     stamp = _stamp(source)
     work = _begun(source, out, stamp)
-    if (out / FILE).exists():
+    try:
+        whole = (out / FILE).exists() or _packed(source, out, work, stamp, say, shard, of, max_pixels)
+    except FileNotFoundError:  # others have ended it at the same time, and taken what this call was writing for what was left
+        if not (whole := (out / FILE).exists()):
+            raise
+    if whole:
         remove(work)
-        return True
+    return whole
+
+
+def _packed(source: GroupStore, out: Path, work: Path, stamp: str, say: Say, shard: int, of: int, max_pixels: int) -> bool:
+    """Whether the store is whole, once this call has done its part."""
     report = CheckReport(str(source.path))
     keys, places = look_at_rows(report, source, say, Share()).pictures
     if report.problems:
@@ -87,17 +96,12 @@ def pack(source: GroupStore, out: Path, say: Say, *, shard: int = 0, of: int = 1
         say(f"{out}: {len(missing)} of {files.count} files of rows are still to be packed by others; who comes last ends the store")
         return False
     record = {"schema": SCHEMA, "groups": len(source), "source": stamp, "rows": files.records(), "images": tars.records()}
-    try:
-        record["pictures"] = _write_table(out, found)
-        if source.together is not None:
-            record["together"] = _write_together(out, source.together, len(source))
-        for left in out.glob("*.tmp"):  # by calls that were killed
-            left.unlink(missing_ok=True)
-        replace(out / FILE, json.dumps(record, indent=1).encode(), shared=True)
-    except FileNotFoundError:  # others have ended it at the same time, and taken this for what was left
-        if not (out / FILE).exists():
-            raise
-    remove(work)
+    record["pictures"] = _write_table(out, found)
+    if source.together is not None:
+        record["together"] = _write_together(out, source.together, len(source))
+    for left in out.glob("*.tmp"):  # by calls that were killed
+        left.unlink(missing_ok=True)
+    replace(out / FILE, json.dumps(record, indent=1).encode(), shared=True)
     return True
 
 
@@ -130,18 +134,18 @@ class _Files:
 
 
 def _stamp(source: GroupStore) -> str:
-    """What a store is recognised by: the data set, as it is now."""
-    parts = [SCHEMA, _PLACE.itemsize, PICTURED, ROWS, len(source), source.rows.state, [str(root) for root in source.roots]]
+    """What a store is recognised by: the data set, as it is now and as it is read."""
+    roots = [str(root) for root in source.roots]
+    parts = [SCHEMA, _PLACE.itemsize, PICTURED, ROWS, len(source), source.rows.state, roots, source.format]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _begun(source: GroupStore, out: Path, stamp: str) -> Path:
     """The folder of what is under way. Raises ConfigError where the store is of other data, or no store."""
     refuse_link(out, "name the folder itself with --out")
-    work, whole = out / "parts", out / FILE
-    if out.exists() and not (work.is_dir() or whole.is_file()) and (not out.is_dir() or any(out.iterdir())):
+    work, whole, file = out / PARTS, out / FILE, out / BEGUN
+    if out.exists() and not (file.is_file() or whole.is_file()) and (not out.is_dir() or _holds_something(out)):
         raise ConfigError(f"{out} is there and no packed store; name another folder with --out")
-    file = work / "source.json"
     if not whole.is_file():
         work.mkdir(parents=True, exist_ok=True)
         if not file.exists():
@@ -149,7 +153,16 @@ def _begun(source: GroupStore, out: Path, stamp: str) -> Path:
     with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
         if _record(whole if whole.is_file() else file)["source"] == stamp:
             return work
-    raise ConfigError(f"{out} was packed from another state of {source.path}; remove it, or name another folder with --out")
+    raise ConfigError(
+        f"{out} was packed from another state of {source.path}, or with another format or root; remove it, or name another with --out"
+    )
+
+
+def _holds_something(out: Path) -> bool:
+    """Whether a folder holds more than a call leaves that was killed, or is, before it has written anything: in the end that is removed."""
+    return any(
+        each.relative_to(out) != Path(PARTS) and not each.name.endswith(".tmp") for each in (*out.iterdir(), *(out / PARTS).glob("*"))
+    )
 
 
 def _pack_pictures(

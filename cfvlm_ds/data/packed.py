@@ -28,12 +28,15 @@ from cfvlm_ds.data.rows import LineRows
 
 SCHEMA = "cfstore/1"
 FILE, PICTURES, TOGETHER = "store.json", "pictures.table", "together.npy"
+PARTS = "parts"
+"""Folder of what is under way."""
+BEGUN = f"{PARTS}/source.json"
 _OPEN = 200  # files of rows that a process keeps open
 
 
 def is_store(folder: Path) -> bool:
     """Whether a folder is a packed store, or is to become one."""
-    return os.path.lexists(folder / FILE) or (folder / "parts").is_dir()
+    return os.path.lexists(folder / FILE) or (folder / BEGUN).is_file()
 
 
 class PackedRows:
@@ -45,7 +48,7 @@ class PackedRows:
         self.roots: tuple[Path, ...] = (folder,)
         self._file, self._remedy = folder / FILE, "pack the data again, or copy the store whole"
         if not os.path.lexists(self._file):
-            begun = " whole yet: run `cfvlm-ds data pack` again, for all shards" if (folder / "parts").is_dir() else "; name the data file"
+            begun = " whole yet: run `cfvlm-ds data pack` again, for all shards" if (folder / BEGUN).is_file() else "; name the data file"
             raise DataError(f"{folder} is a folder and no packed store{begun}")
         try:
             self.state = state_of(HeldFile(self._file))

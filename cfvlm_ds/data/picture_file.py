@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import HeldFile, TooLarge, open_regular
+from cfvlm_ds.core.reading import HeldFile, TooLarge, open_regular, read_within
 
-_PART = re.compile(r"(?P<file>.+\.(?:tar|arrow|bin))#(?P<start>0|[1-9][0-9]{0,17})\+(?P<length>0|[1-9][0-9]{0,17})", re.DOTALL)
+_PART = re.compile(r"(?P<file>.+\.(?i:tar|arrow|bin))#(?P<start>0|[1-9][0-9]{0,17})\+(?P<length>0|[1-9][0-9]{0,17})", re.DOTALL)
 """One name for a part and no other: without leading zeros, or digits of other scripts."""
 
 _OPEN = 256  # containers that a process keeps open: opening a file is what parallel file systems are slow at
@@ -67,9 +67,9 @@ def open_picture(path: Path) -> io.BufferedReader:
 
 def picture_bytes(path: Path, limit: int) -> bytes:
     """All bytes of a picture. Raises as ``open_raw`` does, and TooLarge for more than ``limit``."""
-    if picture_stat(path)[0] <= limit:  # nothing is read of one that says it is larger
+    if (size := picture_stat(path)[0]) <= limit:  # nothing is read of one that says it is larger
         with open_picture(path) as handle:
-            content = handle.read(limit + 1)
+            content = read_within(handle, size, limit)
         if len(content) <= limit:
             return content
     raise TooLarge(f"it has more than {limit} bytes, the bound for such a file")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +14,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import MIB, DuplicateKey, TooLarge, parse_json
 from cfvlm_ds.data.containers.json_file import json_rows
 from cfvlm_ds.data.containers.kinds import LINES, container_of, is_there, sources_state
-from cfvlm_ds.data.containers.prepared import prepare, prepared_places
+from cfvlm_ds.data.containers.prepared import Prepared, prepare, prepared_places
 from cfvlm_ds.data.lines import IndexedLines, State, cache_folder
 
 MAX_LIST = 16 * MIB
@@ -62,7 +64,10 @@ class LineRows:
             return DataError(f"{self.where(row)}: {error}; {remedy}")
         except OSError as error:
             return DataError(f"{self.where(row)}: the row cannot be read ({error.strerror}); look at the file's disk and start again")
-        return _parsed(line, lambda: self.where(row), "write one JSON object per line, or put a list in a file named .json")
+        value = _parsed(line, lambda: self.where(row), "write one JSON object per line, or put a list in a file named .json")
+        if isinstance(value, list):
+            return DataError(f"{self.where(row)}: the line is a list, not an object; write one object per line, or name the file .json")
+        return value
 
 
 class ListRows:
@@ -93,12 +98,17 @@ class ListRows:
 class PreparedRows(LineRows):
     """Rows of a container, of which JSON lines were made: row n is line n."""
 
-    def __init__(self, path: Path, state: State, lines: IndexedLines, roots: tuple[Path, ...]) -> None:
+    def __init__(self, path: Path, state: State, lines: IndexedLines, made: Prepared) -> None:
         super().__init__(lines)
-        self.path, self.state, self.roots = path, state, roots
+        self.path, self.state, self.roots = path, state, made.roots
+        self._files = [name for name, _ in made.sources]
+        self._ends = list(accumulate(rows for _, rows in made.sources))
 
     def where(self, row: int) -> str:
-        return f"{self.path}: item {row + 1}"
+        """The item of the path or, where that is several files, of one of them."""
+        if (file := bisect_right(self._ends, row)) == len(self._ends):
+            return f"{self.path}: item {row + 1}"
+        return f"{self.path}: {self._files[file]}, item {row + 1 - (self._ends[file - 1] if file else 0)}"
 
     def value(self, row: int) -> Any:
         value = super().value(row)
@@ -124,7 +134,7 @@ def open_rows(
         else:
             state = sources_state(path)
             made = prepare(path, kind, prepared_places(path, cache_folder()) if cache is None else cache, progress, alive)
-            found = PreparedRows(path, state, IndexedLines.open(made.lines, **options), made.roots)
+            found = PreparedRows(path, state, IndexedLines.open(made.lines, **options), made)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -134,7 +144,7 @@ def open_rows(
     except OSError as error:
         raise DataError(f"{path}: the manifest cannot be read ({error.strerror}); name a readable .jsonl or .json file") from error
     if not len(found):
-        raise DataError(f"{path}: the manifest has no rows; write one JSON object per line, or check the step that built it")
+        raise DataError(f"{path}: the manifest has no rows; write some, or check the step that built it")
     return found
 
 

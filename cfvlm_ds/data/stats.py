@@ -57,8 +57,6 @@ class Statistics:
     """The longer side in pixels of every different picture file."""
     equal_pictures: int = 0
     """Files with the same bytes as another file."""
-    refused_ids: int = 0
-    """Rows that were not read because their id is an earlier row's."""
     num_problems: int = 0
     problems: list[str] = field(default_factory=list)
     """The first few, a sentence each."""
@@ -75,7 +73,6 @@ class Statistics:
     def add_problem(self, sentence: str) -> None:
         """Count what is wrong with a row, a picture or a text; the first few are kept."""
         self.num_problems += 1
-        self.refused_ids += " is already used by " in sentence
         if len(self.problems) < _SHOWN_PROBLEMS:
             self.problems.append(sentence)
 
@@ -136,7 +133,7 @@ class Statistics:
     @property
     def equal_ids(self) -> int:
         """How many rows have an earlier row's id."""
-        return self.refused_ids + len(self.ids) - len(np.unique(np.asarray(self.ids)))
+        return len(self.ids) - len(np.unique(np.asarray(self.ids)))
 
     @property
     def equal_rows(self) -> int:

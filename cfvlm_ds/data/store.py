@@ -19,11 +19,9 @@ from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data.confinement import Confinement
 from cfvlm_ds.data.formats import Format
-from cfvlm_ds.data.lines import IndexedLines as IndexedLines
+from cfvlm_ds.data.formats.cfgroup import native_group
+from cfvlm_ds.data.formats.recognise import recognised
 from cfvlm_ds.data.rows import Rows
-
-Entry = tuple[str, CounterfactualGroup | DataError]
-"""Where a row is (``file:line``, or ``file: item n`` of a JSON list), and its group or what is wrong with it (``where`` included)."""
 
 
 class GroupStore(Sequence[CounterfactualGroup]):
@@ -124,7 +122,21 @@ class GroupStore(Sequence[CounterfactualGroup]):
                 raise DataError(f"the row has {len(groups)} groups and not {expected} as when it was counted; correct the format's parts()")
             return groups
         except DataError as error:
-            return DataError(f"{self.rows.where(row)}: {error}")
+            where, other = self.rows.where(row), self._other_format(value)
+            if other is None:
+                return DataError(f"{where}: {error}")
+            said = f"the row is of format {other!r} by its keys, and was read as {self.format!r}"
+            return DataError(f"{where}: {said}; name its format, as data.format or with --format {other}")
+
+    def _other_format(self, row: Any) -> str | None:
+        """The format that a row has whose format nobody has named: the native one is taken then."""
+        if self._convert is not native_group:
+            return None
+        try:
+            found = recognised(row, "")
+        except DataError:
+            return None
+        return None if found == self.format else found
 
 
 def unraised(groups: Sequence[CounterfactualGroup]) -> Sequence[CounterfactualGroup | DataError]:

@@ -6,12 +6,13 @@ from cfvlm_ds.deepspeed_compat.running_engine import apply_optimizer_options, ga
 from cfvlm_ds.engine.check import validate
 from cfvlm_ds.engine.configuration import read_json, resolve
 from cfvlm_ds.engine.memory import model_states, offloaded
-from cfvlm_ds.engine.setup import hidden_size, initialize, recompute_activations, start
+from cfvlm_ds.engine.setup import hidden_size, in_parts, initialize, recompute_activations, start
 
 __all__ = [
     "apply_optimizer_options",
     "gather_clock",
     "hidden_size",
+    "in_parts",
     "initialize",
     "invalidate_prefetch_trace",
     "model_states",

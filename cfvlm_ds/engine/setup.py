@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.config import ModelConfig, RunConfig
 from cfvlm_ds.core.distributed import World, cores_per_rank, default_workers, launch_environment, meeting_point
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.versions import version
@@ -134,6 +134,29 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
         )
     except (AssertionError, ValueError, NotImplementedError) as error:  # a combination that it refuses, and check.py does not know
         raise unusable(config.deepspeed, error) from error
+    return engine
+
+
+def in_parts(config: ModelConfig, dtype: torch.dtype, world: World) -> Any:
+    """A model that is in parts over all ranks (ZeRO-3), for forwards alone; returns the engine, whose module is a Scorer in evaluation
+    mode."""
+    import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": world.size,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": 3},
+    }
+    found_by_transformers = HfDeepSpeedConfig(settings)  # from_pretrained finds ZeRO-3 through it
+    try:
+        model = load_model(config, dtype)
+    finally:
+        del found_by_transformers
+        unset_hf_deepspeed_config()
+    engine, *_ = deepspeed.initialize(model=Scorer(model, family_of(model.config)), config=settings)
+    engine.eval()
     return engine
 
 

@@ -13,7 +13,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import MAX_CELLS, MAX_SIDE, Candidate, CounterfactualGroup, Pictures, Prompt
 from cfvlm_ds.evaluation.benchmarks.base import Item, Outcome
 from cfvlm_ds.evaluation.benchmarks.parsers import Parser, answer
-from cfvlm_ds.evaluation.probes import Letters, Probe, Row
+from cfvlm_ds.evaluation.probes import Generate, Probe, Row
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 Lengths = Callable[[Candidate], int]
@@ -124,28 +124,25 @@ def generate(
     say: Say,
     parse: Parser = answer,
     shuffled: Sequence[Pictures | None] | None = None,
-    letters: Letters | None = None,
 ) -> list[Outcome]:
     """Outcomes of generated text: 1 for the text that was meant, 0 for the others, and 0 for all where it was none, which is wrong.
 
-    ``shuffled`` gives another item's pictures for each item. Options that a prompt does not list are listed by ``letters`` in the released
-    order.
+    ``shuffled`` gives another item's pictures for each item.
     """
-    letters = letters or Letters()
+    way = Generate()
     found = []
     for number, item in enumerate(items):
-        asked = (
-            item.prompt if item.listed or _is_yes_no(item) else letters.asked(item, range(len(item.texts)), item.prompt or letters.question)
-        )
-
-        def row(pictures: Pictures | None, item: Item = item, asked: str = asked) -> Row:
-            meant = parse(say(pictures, asked), item)
-            return tuple(float(place == meant) for place in range(len(item.texts)))
-
-        donor = shuffled[number] if shuffled is not None else None
-        found.append(Outcome(item, tuple(map(row, item.images)), row(None), None if donor is None else row(donor)))
+        asked, donor = way.asked(item), shuffled[number] if shuffled is not None else None
+        said = tuple(say(pictures, asked) for pictures in item.images)
+        found.append(written(item, said, say(None, asked), None if donor is None else say(donor, asked), parse))
     return found
 
 
-def _is_yes_no(item: Item) -> bool:
-    return [text.lower() for text in item.texts] == ["yes", "no"]
+def written(item: Item, said: Sequence[str], blank: str, shuffled: str | None, parse: Parser) -> Outcome:
+    """The outcome of an item about which a model has written: about each image, a blank one and, if any, another item's."""
+
+    def row(text: str) -> Row:
+        meant = parse(text, item)
+        return tuple(float(place == meant) for place in range(len(item.texts)))
+
+    return Outcome(item, tuple(map(row, said)), row(blank), None if shuffled is None else row(shuffled), said=tuple(said))

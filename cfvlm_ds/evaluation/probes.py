@@ -32,6 +32,11 @@ class Probe(ABC):
     @abstractmethod
     def cells(self, item: Item) -> tuple[Candidate, ...]: ...
 
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether ``row`` needs the tokens of each cell."""
+        return False
+
     @abstractmethod
     def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
         """``blank`` are the same cells on a blank picture, ``lengths`` the tokens of each; empty where nothing was counted."""
@@ -57,6 +62,10 @@ class Caption(Probe):
     name: ClassVar[str] = "caption"
     mode: Literal["sum", "mean", "pmi"] = "sum"
     prompt: str = "Describe the image."
+
+    @property
+    def needs_lengths(self) -> bool:
+        return self.mode == "mean"
 
     def cells(self, item: Item) -> tuple[Candidate, ...]:
         return tuple(Candidate(item.prompt or self.prompt, text) for text in item.texts)
@@ -173,8 +182,33 @@ class Letters(Probe):
         return found
 
 
+@dataclass(frozen=True)
+class Generate:
+    """Greedy text, read by the rule of the benchmark's authors where they have one; it scores no cells and needs a model that writes.
+
+    Args:
+        max_new_tokens: where an answer that does not end is cut off.
+    """
+
+    name: ClassVar[str] = "generate"
+    max_new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_new_tokens <= MOST_WRITTEN:
+            raise ConfigError(f"the probe generate writes 1 to {MOST_WRITTEN} tokens, not {self.max_new_tokens}; correct max_new_tokens")
+
+    def asked(self, item: Item) -> str:
+        """The prompt of an item; options that it does not list are listed in the released order."""
+        if item.listed or [text.lower() for text in item.texts] == ["yes", "no"]:
+            return item.prompt
+        letters = Letters()
+        return letters.asked(item, range(len(item.texts)), item.prompt or letters.question)
+
+
+MOST_WRITTEN = 4096
+
 PROBES: dict[str, Probe] = {"caption": Caption(), "match": Match(), "letters": Letters(), "yes_no": Answers()}
-"""Name -> probe with its defaults. ``generate`` needs a model that writes: cfvlm_ds.evaluation.asking."""
+"""Name -> probe with its defaults. ``generate`` is none of them: it scores no cells."""
 
 
 def variants(text: str) -> tuple[str, ...]:

@@ -21,8 +21,8 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
     A second table says of how many groups and comparisons each metric is made, and which groups it could not use; a third, after a
     training, what its loss is on each split. ``plain`` makes what the data call something fit for a cell.
     """
-    reason = plain or partial(_plain, most=_REASON_CHARS)
-    plain = plain or _plain
+    reason = plain or partial(in_cell, most=_REASON_CHARS)
+    plain = plain or in_cell
     lines = [f"| split | edit | groups | {' | '.join(SHOWN)} |", f"|---|---|---:|{'---:|' * len(SHOWN)}"]
     for split, rows in splits.items():
         for row in rows:
@@ -62,7 +62,7 @@ def changes(before: Mapping[str, Mapping[str, Mapping[str, float]]], splits: Map
             old, new = before[split].get(row.name, {}).get(metric), row.metrics.get(metric)
             if new is not None:
                 cells = f"{old:.1f} | {new:.1f} | {new - old:+.1f}" if old is not None else f" | {new:.1f} | "
-                lines.append(f"| {split} | {_plain(row.name)} | {row.num} | {metric} | {cells} |")
+                lines.append(f"| {split} | {in_cell(row.name)} | {row.num} | {metric} | {cells} |")
     if not lines:
         return ""
     return "\n".join(["| split | edit | groups | metric | before | after | change |", "|---|---|---:|---|---:|---:|---:|", *lines])
@@ -100,7 +100,7 @@ def headline(rows: Sequence[Accuracy]) -> str:
     metric = next((metric for metric in _HEADLINES if rows and metric in rows[-1].metrics), None)
     if metric is None:
         return "no comparison: match marks no text or image false beside a true one"
-    found = [f"{_plain(row.name)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics]
+    found = [f"{in_cell(row.name)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics]
     more = len(found) - _MOST_TYPES
     shown = ", ".join(found if more <= 1 else [*found[: _MOST_TYPES - 1], f"{more} more types", found[-1]])
     used, num, loss = rows[-1].groups[metric], rows[-1].num, total_loss(rows[-1].losses)
@@ -112,6 +112,6 @@ def _cells(metrics: Mapping[str, float]) -> str:
     return " | ".join(f"{metrics[name]:.1f}" if name in metrics else "" for name in SHOWN)
 
 
-def _plain(name: str, most: int = _NAME_CHARS) -> str:
+def in_cell(name: str, most: int = _NAME_CHARS) -> str:
     """A name from the data on one line of a table."""
     return re.sub(r"(\\*)\|", r"\1\1\\|", one_line(name, most))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
@@ -158,40 +158,73 @@ def score_groups(
 
     Raises DataError as the collator does, on all ranks, and OutOfMemory with the ``remedy`` where memory runs out.
     """
-    collator = collator.scoring_everything()
     rounds = -(-len(groups) // (batch_size * world.size))
     mine = [batch_indices(len(groups), batch_size, world.rank, world.size, r) for r in range(rounds)]
     donors = other_images(groups) if shuffled else None
     mine_scored = ScoresPart()
     progress = Progress(world.say, label, len(groups), "groups")
-    loaders: list[Any] = [
-        DataLoader(
-            unraised(view),  # type: ignore[arg-type]
-            batch_sampler=mine,
-            collate_fn=guarded(collator, max_tokens),
-            num_workers=num_workers,
-            worker_init_fn=shield_worker,
-            generator=apart(),
-        )
-        for view in seen_as(groups, donors)
-    ]
-    for number, (indices, *batches) in enumerate(zip(mine, *loaders, strict=True)):
-        reference = None if loss is None else loss.reference
-        scored = score_batches(forward, batches, world, f"{label}, groups from {groups[indices[0]].id!r}", remedy, reference)
+    reference = None if loss is None else loss.reference
+    options: dict[str, Any] = {"max_tokens": max_tokens, "remedy": remedy, "reference": reference}
+    batches = scored_batches(forward, collator, groups, seen_as(groups, donors), mine, world, num_workers, label, **options)
+    for number, (indices, scored) in enumerate(batches):
         if loss is not None and not indices_repeat(len(groups), batch_size, world.rank, world.size, number):
             loss.add(indices, [groups[index] for index in indices], scored[0])
-        seen, blind, *other = (each.logp for each in scored)
-        for j, index in enumerate(indices):
-            size = (len(groups[index].images), len(groups[index].candidates))
-            foreign = None
-            if donors is not None:
-                foreign = other[0][j, 0, : size[1]] if donors[index] is not None else torch.empty(0)
-            mine_scored.add(index, GroupScores(seen[j, : size[0], : size[1]], blind[j, 0, : size[1]], foreign))
+        for index, found_here in matrices(groups, indices, scored, donors).items():
+            mine_scored.add(index, found_here)
         progress.advance(min(batch_size * world.size, len(groups) - number * batch_size * world.size))
     found: Sequence[GroupScores] = AllScores(gather_objects(mine_scored, world)) if len(groups) else []
     if broken := [groups[index].id for index, scores in enumerate(found) if not scores.finite]:
         named = f"{', '.join(map(repr, broken[:5]))}{', ...' * (len(broken) > 5)}"
         world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite, and count as wrong: {named}")
+    return found
+
+
+def scored_batches(
+    forward: Forward,
+    collator: Collator,
+    groups: Sequence[CounterfactualGroup],
+    views: Sequence[Sequence[CounterfactualGroup]],
+    mine: Sequence[list[int]],
+    world: World,
+    num_workers: int,
+    label: str,
+    *,
+    max_tokens: int | None,
+    remedy: str,
+    reference: Callable[[Batch], Tensor] | None = None,
+) -> Iterator[tuple[list[int], list[Scores]]]:
+    """The scores, in each of its ``views`` (see ``seen_as``), of each batch of this rank, which ``mine`` gives by the places of its groups.
+
+    Every rank calls it with as many batches. Raises what ``score_batches`` raises.
+    """
+    loaders: list[Any] = [
+        DataLoader(
+            unraised(view),  # type: ignore[arg-type]
+            batch_sampler=mine,
+            collate_fn=guarded(collator.scoring_everything(), max_tokens),
+            num_workers=num_workers,
+            worker_init_fn=shield_worker,
+            generator=apart(),
+        )
+        for view in views
+    ]
+    for indices, *batches in zip(mine, *loaders, strict=True):
+        yield indices, score_batches(forward, batches, world, f"{label}, groups from {groups[indices[0]].id!r}", remedy, reference)
+
+
+def matrices(
+    groups: Sequence[CounterfactualGroup], indices: Sequence[int], scored: Sequence[Scores], donors: Sequence[Pictures | None] | None
+) -> dict[int, GroupScores]:
+    """The score matrix of each group of a batch that was scored in every view. Without a view of a blank image, a text alone is its own."""
+    seen, *others = (each.logp for each in scored)
+    found = {}
+    for j, index in enumerate(indices):
+        size = (len(groups[index].images), len(groups[index].candidates))
+        blank = others[0][j, 0, : size[1]] if others else seen[j, 0, : size[1]]
+        foreign = None
+        if donors is not None:
+            foreign = others[1][j, 0, : size[1]] if donors[index] is not None and others else torch.empty(0)
+        found[index] = GroupScores(seen[j, : size[0], : size[1]], blank, foreign)
     return found
 
 

@@ -18,7 +18,9 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import bare_name
 from cfvlm_ds.data import MAX_PIXELS, GroupStore, Root, open_groups
+from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.data.manifest import taken_as
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
 from cfvlm_ds.evaluation.comparisons import comparisons
 from cfvlm_ds.page import Item, Page, ScoreTable, Written, group_item, refuse_foreign_folder, write_page
@@ -81,6 +83,8 @@ def view(
         choice = _of_run(Path(source), sample)
     else:
         choice = _of_manifest(source, root, format, scores, sample, seed, ids)
+        if format == AUTO and isinstance(taken := choice.sources[0].groups, GroupStore):
+            say(taken_as(taken))
     number, total = len(choice.shown), sum(len(each.groups) for each in choice.sources)
     facts: list[Fact] = [("source", str(source)), ("groups", f"{number} of {total} ({choice.how})" if total > number else str(number))]
     facts += [("scores", str(scores))] * (scores is not None)
@@ -134,6 +138,8 @@ def _evaluated(run_dir: Path) -> dict[str, tuple[str, Root, str, int | None]]:
     found: dict[str, tuple[str, Root, str, int | None]] = {}
     for name, split in splits.items():
         own = {"path": split} if isinstance(split, str) else split if isinstance(split, dict) else {}
+        if own.get("benchmark"):
+            continue  # whose items `cfvlm-ds compare RUN/benchmarks` shows
         root = data.get("root") if own.get("root") is None else own["root"]
         path, format, limit = own.get("path"), own.get("format") or data.get("format") or "cfgroup", own.get("limit")
         roots = root if isinstance(root, list) else [] if root is None else [root]

@@ -26,6 +26,11 @@ LOGITS = 1 << 26
 """Logits in memory at a time."""
 
 
+def likeliest(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The token [P] that an output head ``weight`` [V, d] finds likeliest after each of the states ``hidden`` [P, d]."""
+    return torch.cat([(part @ weight.T).argmax(-1) for part in hidden.split(max(1, LOGITS // len(weight)))])
+
+
 class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import cache_folder, replace
+from cfvlm_ds.core.run_folder import ADAPTER, ADAPTER_WEIGHTS
 from cfvlm_ds.models.family import Family
 from cfvlm_ds.models.model_files import hashed_files, weight_patterns
 
@@ -49,6 +50,12 @@ def fingerprint(config: ModelConfig, alive: Callable[[], object] = lambda: None)
     for path in hashed_files(folder):
         weights.update(f"{path.name} {file_digest(path, alive)}".encode())
     return {"weights": weights.hexdigest(), "inputs": inputs_fingerprint(config)}
+
+
+def adapter_fingerprint(folder: Path, alive: Callable[[], object] = lambda: None) -> str:
+    """sha256 over the configuration and the weights of adapters in peft's format."""
+    digests = "".join(file_digest(folder / name, alive) for name in (ADAPTER, ADAPTER_WEIGHTS))
+    return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def inputs_fingerprint(config: ModelConfig) -> str:

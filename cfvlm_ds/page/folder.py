@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.distributed import cores_per_rank
-from cfvlm_ds.core.errors import ConfigError, StorageError
+from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.files import aside_of, create, whole_folder
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.text import printable
@@ -100,7 +100,7 @@ def write_page(
             _write(folder / "index.html", string.Template(_asset("index.html")).substitute(title=html.escape(printable(page.title))))
             _write(folder / MARKER, json.dumps({"schema": SCHEMA, "items": len(index.rows)}) + "\n")
     except OSError as error:
-        raise StorageError(f"{out} cannot be written ({error}); what was there is unchanged; name another folder with --out") from error
+        raise StorageError(f"{unwritten(out, error)}; what was there is unchanged; name another folder with --out") from error
     return Written(final, len(index.rows), len(copies), copies.problems)
 
 

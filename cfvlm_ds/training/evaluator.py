@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -15,8 +16,11 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, metric_names, rehearse
+from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, metric_names, rehearse, score_groups
+from cfvlm_ds.evaluation.benchmarks import Outcome
+from cfvlm_ds.evaluation.suite.item_check import token_lengths
 from cfvlm_ds.models import adapters_off, only_adapters_train
+from cfvlm_ds.training.benchmarks import RunBenchmark, benchmark_names
 
 Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
@@ -25,10 +29,18 @@ class Evaluator:
     """Evaluates the splits of a run; keeps to the token budget of training."""
 
     def __init__(
-        self, config: RunConfig, world: World, engine: Any, collator: Collator, splits: Splits, stop: Stop, num_workers: int
+        self,
+        config: RunConfig,
+        world: World,
+        engine: Any,
+        collator: Collator,
+        splits: Splits,
+        benchmarks: Mapping[str, RunBenchmark],
+        stop: Stop,
+        num_workers: int,
     ) -> None:
         self._config, self._world, self._engine, self._collator = config, world, engine, collator
-        self.splits = splits
+        self.splits, self._benchmarks = splits, benchmarks
         self._stop, self._num_workers = stop, num_workers
 
     def __call__(self, shuffled: bool = False) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
@@ -36,21 +48,37 @@ class Evaluator:
 
         Raises StopRequested on all ranks where they are to stop, and WorkerLost on the one that has lost a data worker.
         """
+        with self._evaluating():
+            return evaluate(
+                self._engine,
+                self._collator,
+                self.splits,
+                self._world,
+                num_workers=self._num_workers,
+                shuffled=shuffled,
+                objectives=self._config.objective,
+                reference=self._reference if only_adapters_train(self._config.model) else None,
+                **self._options(),
+            )
+
+    def ask(self, shuffled: bool = False) -> dict[str, list[Outcome]]:
+        """What the model says of the items of each benchmark. Raises as ``__call__`` does."""
+        found = {}
+        with self._evaluating():
+            for name, each in self._benchmarks.items():
+                options: dict[str, Any] = {"num_workers": self._num_workers, "label": f"evaluating {name}", "shuffled": shuffled}
+                scores = score_groups(self._engine, self._collator, each.plan.groups, self._world, **options, **self._options())
+                lengths = token_lengths(self._collator) if each.plan.probe.needs_lengths else None
+                found[name] = each.plan.outcomes(scores, lengths)
+        return found
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
         self._engine.eval()
         hook = self._engine.register_forward_pre_hook(self._vote)  # every rank makes as many forwards
         try:
             with together(), worker_deaths():
-                return evaluate(
-                    self._engine,
-                    self._collator,
-                    self.splits,
-                    self._world,
-                    num_workers=self._num_workers,
-                    shuffled=shuffled,
-                    objectives=self._config.objective,
-                    reference=self._reference if only_adapters_train(self._config.model) else None,
-                    **self._options(),
-                )
+                yield
         finally:
             hook.remove()
             self._engine.train()
@@ -64,7 +92,8 @@ class Evaluator:
         """Run the largest evaluation batch before the first step, so that a lack of memory is not found only after the training."""
         self._engine.eval()
         shuffled = self._config.train.eval_shuffled
-        rehearse(self._engine, self._collator, self.splits, self._world, shuffled=shuffled, **self._options())
+        splits = {**self.splits, **{name: each.plan.groups for name, each in self._benchmarks.items()}}
+        rehearse(self._engine, self._collator, splits, self._world, shuffled=shuffled, **self._options())
         self._engine.train()
 
     def _vote(self, *arguments: Any) -> None:
@@ -83,10 +112,10 @@ class Evaluator:
         return {"batch_size": size, "max_tokens": limit, "remedy": remedy}
 
 
-def check_best(config: RunConfig, splits: Splits) -> None:
+def check_best(config: RunConfig, splits: Splits, benchmarks: Mapping[str, RunBenchmark] | None = None) -> None:
     """Raise ConfigError if train.save_best names a metric that no evaluation of this data can have."""
     name = config.train.save_best
-    if name is not None and name not in (known := metric_names(splits)):
+    if name is not None and name not in (known := metric_names(splits) | benchmark_names(benchmarks or {})):
         raise ConfigError(
             f"train.save_best {name!r} is no metric that an evaluation of data.evaluation has: no comparison of its groups makes one; take "
             f"one of {', '.join(sorted(known)) or 'none, for no group has a comparison'}"

@@ -36,9 +36,11 @@ from cfvlm_ds.data.packed import PackedRows, is_store
 from cfvlm_ds.data.passes import Board
 from cfvlm_ds.data.picture_index import PictureNotes, PictureTable, PictureTables, stored_pictures
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
+from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
 _FORM = 3  # of data_check.json and of what a check looks at; another number has everything looked at again
 _FILE = "data_check.json"
+Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 Tick = Callable[[], object]
 """Called at least every second in whatever takes long here; may raise in order to leave."""
@@ -50,7 +52,7 @@ class RunData:
 
     ``identity`` is that of the training groups, ``identities`` those of the splits. ``pictures`` are those found sound, with which a
     picture is compared when it is opened; if only rows were checked those of packed stores, or None. ``collator`` is the model's, if the
-    check needed one. ``sources`` are the training sets by name, of which ``groups`` are made.
+    check needed one. ``sources`` are the training sets by name, of which ``groups`` are made; ``benchmarks`` are those of the evaluation.
     """
 
     groups: Sequence[CounterfactualGroup]
@@ -60,6 +62,7 @@ class RunData:
     collator: Collator | None = None
     identities: Mapping[str, Identity] = field(default_factory=dict)
     sources: Mapping[str, SourceData] = field(default_factory=dict)
+    benchmarks: Mapping[str, RunBenchmark] = field(default_factory=dict)
 
 
 class SourceData(NamedTuple):
@@ -89,7 +92,9 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
             sources = {name: SourceData(train[name], check.identity(each, train[name])) for name, each in train_sets.items()}
             identities = {name: check.identity(each, splits[name]) for name, each in evaluation_sets.items()}
             groups, identity = _together(data, sources)
-            check.name_shared(sources, splits, identities)
+            benchmarks = read_benchmarks(config, world, check.collator, tick)
+            collator = next((each.collator for each in benchmarks.values()), check.collator)
+            check.name_shared(sources, splits, identities, benchmarks)
             check.name_idle(config.objective)
     except WorkerLost as lost:
         raise StorageError(
@@ -100,7 +105,7 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
         raise ConfigError(
             f"the data check of {data.trained_on} cannot end: {error}; look at its node and start again, nothing found is lost"
         ) from error
-    return RunData(groups, splits, identity, check.pictures, check.collator, identities, sources)
+    return RunData(groups, splits, identity, check.pictures, collator, identities, sources, benchmarks)
 
 
 def _together(data: DataConfig, sources: Mapping[str, SourceData]) -> tuple[Sequence[CounterfactualGroup], Identity]:
@@ -207,17 +212,21 @@ class _Check:
         return dict(found)
 
     def name_shared(
-        self, sources: Mapping[str, SourceData], splits: Mapping[str, Sequence[CounterfactualGroup]], identities: Mapping[str, Identity]
+        self, sources: Mapping[str, SourceData], splits: Splits, identities: Mapping[str, Identity], benchmarks: Mapping[str, RunBenchmark]
     ) -> None:
         """Say what training and evaluation sets have in common: a result on what was trained on says little."""
-        data, say = self._config.data, self._world.say
+        data, say, pictures = self._config.data, self._world.say, self.pictures
+        splits = {**splits, **{name: each.plan.groups for name, each in benchmarks.items()}}
+        identities = {**identities, **{name: each.identity for name, each in benchmarks.items()}}
+        if pictures is not None and benchmarks:
+            pictures = PictureTables([pictures, *(each.pictures for each in benchmarks.values())])
         for name, each in data.train_sets.items():
             depends = digest({part: digest(identity) for part, identity in {"": sources[name].identity, **identities}.items()})
             kept = self._entry(each).get("shared") if self._world.is_main else None
             said = kept["said"] if isinstance(kept, dict) and kept.get("of") == depends and isinstance(kept.get("said"), list) else None
             said = _from_main(said, self._world)
             if said is None:
-                found = shared_with(sources[name].groups, splits, self.pictures, self._share())
+                found = shared_with(sources[name].groups, splits, pictures, self._share())
                 said = [
                     f"data.evaluation.{split}: {what} are in the training set {each.path} too" for split, what in found.items() if str(what)
                 ]

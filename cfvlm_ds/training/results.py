@@ -18,6 +18,7 @@ from cfvlm_ds.data import open_image
 from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
 from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, changes, table
+from cfvlm_ds.evaluation.suite import Result, markdown
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.export.folder import CARD, refuse_replacing, write_card
 from cfvlm_ds.models import only_adapters_train
@@ -72,12 +73,14 @@ def write_results(
     results: Mapping[str, Sequence[Accuracy]],
     scores: Mapping[str, Sequence[GroupScores]],
     identities: Mapping[str, Identity],
+    asked: Sequence[Result] = (),
 ) -> list[Path]:
-    """results.md, results.json and the scores of every split, in the run folder; the first two. Raises StorageError on a full disk."""
+    """results.md, results.json and the scores of every split, in the run folder; the first two. Raises StorageError on a full disk.
+    ``asked`` are the results of benchmarks, which results.md has too."""
     run_dir = Path(config.train.output_dir)
     path = tables = run_dir / "results.md"
     try:
-        replace(path, (text_of(run_dir, results) + "\n").encode())
+        replace(path, (text_of(run_dir, results, asked) + "\n").encode())
         path = rows = run_dir / "results.json"
         replace(path, json.dumps({name: [vars(row) for row in found] for name, found in results.items()}, indent=1).encode())
         (run_dir / "scores").mkdir(exist_ok=True)
@@ -96,16 +99,19 @@ def write_start(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], say: S
     return run_dir / START
 
 
-def text_of(run_dir: Path, results: Mapping[str, Sequence[Accuracy]]) -> str:
-    """The tables of a run: accuracies, and what has changed since its start where that was evaluated."""
-    parts, start = [table(results)], run_dir / START
-    if start.is_file():
-        try:
-            before = parse_json(read_bytes(start, MAX_RECORD).decode())
-            parts.append(changes(before, results))
-        except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
-            parts.append(f"What the training changed is not shown: {start} is damaged ({' '.join(str(error).split())}).")
+def text_of(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], asked: Sequence[Result] = ()) -> str:
+    """The tables of a run: accuracies, what has changed since its start where that was evaluated, and benchmarks."""
+    parts = [*([table(results), _changed(run_dir / START, results)] if results or not asked else []), *([markdown(asked)] if asked else [])]
     return "\n\n".join(part for part in parts if part)
+
+
+def _changed(start: Path, results: Mapping[str, Sequence[Accuracy]]) -> str:
+    if not start.is_file():
+        return ""
+    try:
+        return changes(parse_json(read_bytes(start, MAX_RECORD).decode()), results)
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
+        return f"What the training changed is not shown: {start} is damaged ({' '.join(str(error).split())})."
 
 
 def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], max_pixels: int, say: Say) -> list[Path]:

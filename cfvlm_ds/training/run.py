@@ -94,9 +94,9 @@ def _run(config: RunConfig, world: World) -> None:
     run_dir = Path(config.train.output_dir)
     raw, width = engine.read_json(config.deepspeed), engine.hidden_size(config)
     data = read_data(config, world)
-    check_best(config, data.splits)
     stored = _stored_scores(config, data, world)
     collator = data.collator or load_collator(config.model, "full", config.data.max_pixels)
+    check_best(config, data.splits, data.benchmarks)
     collator = collator.of_run(required_cells(config.objective), stored, data.pictures)
     sampler = _sampler(config, world, data, collator)
     total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs)
@@ -122,7 +122,7 @@ def _run(config: RunConfig, world: World) -> None:
         state.configured_by(start.complete_record(config, world))
         with random_kept(world.device):  # an uninterrupted run has checked before its first step, not here
             _check_scores(config, world, ds_engine, collator, data, sampler)
-            if data.splits and state.step < total_steps:
+            if (data.splits or data.benchmarks) and state.step < total_steps:
                 trainer.evaluator.rehearse()
         with tracker_of(config, world, start.found, data) as tracker, signals.before_leaving(partial(_close_at_once, tracker)):
             if world.is_main:
@@ -203,7 +203,7 @@ def _with_features(
     if config.data.feature_cache is None:
         return collator
     pulse.mark("features", 0)
-    shown = itertools.chain(data.groups, *data.splits.values())
+    shown = itertools.chain(data.groups, *data.splits.values(), *(each.plan.groups for each in data.benchmarks.values()))
     cache = precompute_features(Path(config.data.feature_cache), config.model, ds_engine, collator.files, shown, world, num_workers)
     engine.invalidate_prefetch_trace(ds_engine)  # of the tower, which does not run again
     return collator.taking_features(cache)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,8 +22,11 @@ from cfvlm_ds.core.progress import time_left
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.evaluation import Accuracy, flat_metrics, headline
+from cfvlm_ds.evaluation.suite.tables import overview, summary
+from cfvlm_ds.evaluation.suite.written import RESULTS
 from cfvlm_ds.models import ModelFlops, peak
 from cfvlm_ds.training.batches import micro_batches
+from cfvlm_ds.training.benchmarks import FOLDER, benchmark_metrics, headline_of, write_benchmarks
 from cfvlm_ds.training.checkpoints import Checkpoints
 from cfvlm_ds.training.evaluator import Evaluator, best_metric
 from cfvlm_ds.training.meter import Meter, measure
@@ -64,7 +67,7 @@ class Trainer:
         self._flops = ModelFlops(engine.module.model, engine.module.family)
         self._sources = tuple(data.sources) if config.data.is_mixture else ()
         self._stop = Stop(config.train.stop_margin_s)
-        self.evaluator = Evaluator(config, world, engine, collator, data.splits, self._stop, num_workers)
+        self.evaluator = Evaluator(config, world, engine, collator, data.splits, data.benchmarks, self._stop, num_workers)
 
     def run(self, tracker: Any) -> None:
         """Train to the end, evaluate and export; or leave by SystemExit with ``EXIT_STOPPED`` where the ranks agree to stop."""
@@ -158,26 +161,29 @@ class Trainer:
             (self._run_dir / START).unlink(missing_ok=True)
         if not self._config.train.eval_on_start:
             return
-        self._pulse.mark("evaluation", 0)
-        results, _ = self.evaluator()
-        tracker.log(0, flat_metrics(results))
         self._world.say("before the first step:")
-        self._headlines(results)
+        results, _ = self._look(tracker)
         if self._world.is_main:
             write_start(self._run_dir, results, self._world.say)
 
-    def _headlines(self, results: Mapping[str, Sequence[Accuracy]]) -> None:
-        for split, rows in results.items():
-            self._world.say(f"  {split}: {headline(rows)}")
-
     def _evaluate(self, tracker: Any) -> bool:
         """Evaluate between steps; returns whether the result is the best so far by train.save_best."""
-        self._pulse.mark("evaluation", self.state.step)
-        results, _ = self.evaluator()
-        tracker.log(self.state.step, flat_metrics(results))
-        self._headlines(results)
-        value = best_metric(self._config, flat_metrics(results))
+        value = best_metric(self._config, self._look(tracker)[1])
         return value is not None and self.state.evaluated(value)
+
+    def _look(self, tracker: Any) -> tuple[dict[str, list[Accuracy]], dict[str, float]]:
+        """Evaluate splits and benchmarks, log them and say their headlines; returns the accuracies of the splits, and all metrics."""
+        self._pulse.mark("evaluation", self.state.step)
+        benchmarks = self._data.benchmarks
+        results, _ = self.evaluator()
+        outcomes = self.evaluator.ask() if benchmarks else {}
+        metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes)
+        tracker.log(self.state.step, metrics)
+        for split, rows in results.items():
+            self._world.say(f"  {split}: {headline(rows)}")
+        for name, found in outcomes.items():
+            self._world.say(f"  {name}: {headline_of(benchmarks[name], found)}")
+        return results, metrics
 
     def _finish(self, tracker: Any) -> None:
         """Export, evaluate every split, write the tables and figures.
@@ -196,18 +202,25 @@ class Trainer:
                 failed = error
                 say(f"warning: the export failed ({error}); the evaluation follows, then this error ends the run")
         patience.meet()
+        benchmarks = self._data.benchmarks
         results, scores = self.evaluator(config.train.eval_shuffled)
-        tracker.log(step, flat_metrics(results))
+        outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
+        tracker.log(step, flat_metrics(results) | benchmark_metrics(benchmarks, outcomes))
         if self._world.is_main:
-            written = write_results(config, self._data.splits, results, scores, self._data.identities)
+            asked = write_benchmarks(config, benchmarks, outcomes)
+            written = write_results(config, self._data.splits, results, scores, self._data.identities, asked)
             if config.train.figures:
                 written += draw_figures(self._run_dir, self._data.splits, scores, config.data.max_pixels, say)
             if config.train.export and failed is None:
                 complete_card(config, self._run_dir / f"checkpoint-{step}", say)
             for path in written:
                 tracker.artifact(path)
+            for each in asked:
+                tracker.artifact(self._run_dir / FOLDER / each.place / RESULTS, f"{FOLDER}/{each.place}")
             if results:
                 print_line(text_of(self._run_dir, results))  # also with --quiet
+            if asked:
+                print_line("\n".join([*([""] if results else []), overview(asked), "", *map(summary, asked)]))
         if failed is not None:
             raise failed
 

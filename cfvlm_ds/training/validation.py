@@ -19,6 +19,7 @@ from cfvlm_ds.data.containers.hub import is_hub
 from cfvlm_ds.data.containers.kinds import is_there
 from cfvlm_ds.data.manifest import known_format
 from cfvlm_ds.models import check_model, only_adapters_train
+from cfvlm_ds.training.benchmarks import chosen_of
 
 _UNKNOWN_WIDTH = 64
 
@@ -60,6 +61,9 @@ def _check_data(config: RunConfig) -> None:
         known_format(each.path, each.format or data.format)  # raises, and says what is near
         if not there:
             open_groups(each.path, each.root, each.format or data.format)  # raises, and says what is near
+    for name, each in data.benchmark_sets.items():
+        if not (root := chosen_of(name, each).root).is_dir() and not (scenes is not None and _is_below(str(root), scenes.out_dir)):
+            raise ConfigError(f"data.evaluation.{name}: {root}: no such folder; put the benchmark's files there, as docs/benchmarks says")
     for source in data.train_sets.values() if scores_needed(config) else ():
         if source.scores is not None and not os.path.exists(source.scores):
             raise ConfigError(f"{source.scores}: no such scores file; write it with `cfvlm-ds score`, or correct the option scores")

@@ -27,7 +27,7 @@ from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.cli import train as commands
 from cfvlm_ds.cli.train import train_main
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.data_config import DataSet
+from cfvlm_ds.core.data_config import EvaluationSet
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
@@ -72,7 +72,7 @@ def test_every_set_has_its_own_root_and_format(config: RunConfig, data: Path, tm
     lists.mkdir()
     (lists / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     moved = shutil.copy(data, lists / "train.jsonl")
-    evaluation = {"train": DataSet(str(lists / "pairs.jsonl"), str(other), "pairs"), "same": str(moved)}
+    evaluation = {"train": EvaluationSet(str(lists / "pairs.jsonl"), str(other), "pairs"), "same": str(moved)}
     read = preflight.read_data(configured(config, tmp_path / "run", train=str(moved), root=[str(data.parent)], evaluation=evaluation), ONE)
     groups, splits = read.groups, read.splits
     assert len(groups) == 6 and list(groups) == list(splits["same"]) and groups[0].images[0][0].parent.parent == data.parent

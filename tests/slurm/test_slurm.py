@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, losses, run_ranks
+from conftest import REPO, draw, losses, run_ranks
 from safetensors.torch import load_file
 from slurm.cluster import Cluster, wait_until
 from slurm.jobs import ENVIRONMENT, sbatch, submit
@@ -148,7 +148,31 @@ def test_a_model_is_evaluated(cluster: Cluster, copies: Path, model_dir: Path, m
     state = cluster.finish(job, 600)
     said = (tmp_path / "log").read_text()
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), said
-    assert f"job {job} on node" in said and "| test | all, blank image |" in said and (tmp_path / "a b" / "results.json").exists()
+    assert f"job {job}, start 1, on node" in said and "| test | all, blank image |" in said and (tmp_path / "a b" / "results.json").exists()
+
+
+@pytest.mark.long
+def test_benchmarks_go_on_after_a_requeue(cluster: Cluster, copies: Path, model_dir: Path, tmp_path: Path) -> None:
+    """Two tasks share the items; USR1 as before a time limit; the next start scores what is left, and the results are those of one task."""
+    pope = tmp_path / "benchmarks" / "pope"
+    (pope / "output" / "coco").mkdir(parents=True)
+    pictures = [draw(pope / "val2014" / f"{n}.png", [("red", "circle"), ("blue", "square")]).name for n in range(500)]
+    for split in ("random", "popular", "adversarial"):
+        rows = [{"question_id": n, "image": name, "text": f"Is it red {n}?", "label": "yes"} for n, name in enumerate(pictures)]
+        (pope / "output" / "coco" / f"coco_pope_{split}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--benchmarks", "pope", "--benchmark_root", str(pope.parent), "--batch_size", "1", "--num_workers", "0", "--draws", "5"]
+    out = tmp_path / "two words"
+    job = sbatch(cluster, tmp_path / "log", ["-N2"], "evaluate.sh", str(model_dir), *options, "--out", str(out), root=copies, PATH=BARE)
+    scored = out / "pope" / "yes_no" / "scores.jsonl"
+    wait_until(lambda: scored.exists() and len(scored.read_text().splitlines()) > 5, 300, "scores")
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    state = cluster.finish(job, 900)
+    said = (tmp_path / "log").read_text()
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), said
+    assert "requeue: the time limit is near" in said and "groups are on disk, and it goes on from there" in said
+    main(["evaluate", str(model_dir), *options, "--out", str(tmp_path / "alone")])
+    for name in ("results.json", "items.jsonl"):
+        assert (out / "pope" / "yes_no" / name).read_bytes() == (tmp_path / "alone" / "pope" / "yes_no" / name).read_bytes()
 
 
 def sourced(script: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -218,3 +242,43 @@ def test_missing_gpus_are_named() -> None:
 @pytest.mark.parametrize(("described", "counts"), [("8", [8]), ("8(x2),1", [8, 8, 1]), ("2,1(x3)", [2, 1, 1, 1])])
 def test_tasks_of_a_node_are_read_from_slurms_form(described: str, counts: list[int]) -> None:
     assert [_tasks_on_node(described, node) for node in range(len(counts))] == counts
+
+
+EDITOR = """
+import json, pathlib, sys, time
+from PIL import Image
+told = json.load(open(sys.argv[1]))
+while not pathlib.Path(sys.argv[3]).exists(): time.sleep(0.05)
+image = Image.open(told["image"])
+image.paste((told["seed"] % 256, 0, 0), (8, 8, 24, 24))
+image.save(sys.argv[2], "PNG")
+"""
+
+
+@pytest.mark.long
+def test_data_are_made_by_an_array_of_which_a_task_is_killed(cluster: Cluster, manifests: dict[str, Path], tmp_path: Path) -> None:
+    """Three shards; a task is requeued in the midst of its pictures. The work folder has the bytes of one that nothing happened to."""
+    (tmp_path / "editor.py").write_text(EDITOR)
+    gates = {name: tmp_path / f"{name}.go" for name in ("job", "whole")}
+    plans = {}
+    for name, gate in gates.items():
+        command = f"{sys.executable} {tmp_path / 'editor.py'} {{request}} {{output}} {gate}"
+        plans[name] = tmp_path / f"{name}.yaml"
+        plans[name].write_text(
+            f"data: {manifests['test']}\nout: {tmp_path / name}\ngroups: {tmp_path / name}.jsonl\nformat: cfgroup\nshards: 3\n"
+            f"edit: {{with: command, command: '{command}', threads: 1}}\nselect: {{rule: checks}}\n"
+        )
+    job = sbatch(cluster, tmp_path / "log", ["--array=0-2"], "build_data.sh", "--config", str(plans["job"]))
+    journal = tmp_path / "job" / "edit" / "shard-00001.jsonl"
+    wait_until(journal.exists, 300, "a shard that is edited")
+    cluster.run("scontrol", "requeue", f"{job}_1")
+    gates["job"].touch()
+    gates["whole"].touch()
+    done = [tmp_path / "job" / "verify" / f"shard-{shard:05d}.done.json" for shard in range(3)]
+    wait_until(lambda: all(path.exists() for path in done), 600, "three shards")
+    main(["data", "run", "--config", str(plans["whole"])])
+    main(["data", "select", str(tmp_path / "job"), "--out", str(tmp_path / "job.jsonl"), "--rule", "checks"])
+    for step in ("propose", "edit", "verify", "pictures"):
+        for path in sorted((tmp_path / "whole" / step).iterdir()):
+            assert path.read_bytes() == (tmp_path / "job" / step / path.name).read_bytes(), path
+    assert (tmp_path / "job.jsonl").read_text().count("\n") == (tmp_path / "whole.jsonl").read_text().count("\n") > 0

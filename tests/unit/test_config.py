@@ -13,7 +13,7 @@ from conftest import REPO
 
 from cfvlm_ds.core import nearest_option
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.data_config import DataSet, Source
+from cfvlm_ds.core.data_config import EvaluationSet, Source
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.objectives import OBJECTIVES
@@ -42,15 +42,31 @@ def test_every_split_may_have_a_root_and_a_format_of_its_own(tmp_path: Path) -> 
     roots = ["/a", "/b", "/c"]
     assert data.train_sets == {"train": Source("x.jsonl", roots, "cfgroup")}
     assert data.evaluation_sets == {
-        "plain": DataSet("p.jsonl", roots, "cfgroup"),
-        "own": DataSet("o.jsonl", "/r", "pairs"),
-        "train": DataSet("t.jsonl", roots, "cfgroup"),
-        "more": DataSet("m.jsonl", roots, "cfgroup"),
+        "plain": EvaluationSet("p.jsonl", roots, "cfgroup"),
+        "own": EvaluationSet("o.jsonl", "/r", "pairs"),
+        "train": EvaluationSet("t.jsonl", roots, "cfgroup"),
+        "more": EvaluationSet("m.jsonl", roots, "cfgroup"),
     }
     assert [parse(f"--data.root={root}").data.train_sets["train"].root for root in ("/a", "[/a,/b]")] == ["/a", ["/a", "/b"]]
     for wrong in (["", '{"a": {"pth": "b.jsonl"}}'], ["", '{"a": {"path": "b.jsonl", "root": 3}}'], [".a.path", "null"], [".a.root", "/x"]):
         with pytest.raises(ConfigError, match=r"data\.evaluation: .* is not a manifest; give NAME: PATH"):
             parse(f"--data.evaluation{wrong[0]}", wrong[1])
+
+
+def test_an_evaluation_set_is_a_manifest_or_a_benchmark(written) -> None:
+    data = parse(*written("data: {evaluation: {a: m.jsonl, crepe: {benchmark: sugarcrepe, root: /b, limit: 7, probe: match}}}")).data
+    assert list(data.evaluation_sets) == ["a"]
+    assert data.benchmark_sets == {"crepe": EvaluationSet(root="/b", limit=7, benchmark="sugarcrepe", probe="match")}
+    for given, said in (
+        ("{benchmark: pope}", "benchmark 'pope' needs root, one folder"),
+        ("{benchmark: pope, root: [/a, /b]}", "benchmark 'pope' needs root, one folder"),
+        ("{benchmark: pope, root: /a, path: m.jsonl}", "has neither path nor format"),
+        ("{path: m.jsonl, probe: match}", "probe 'match' is of a benchmark, and 'm.jsonl' is a manifest"),
+        ("{root: /a}", "'crepe' is not a manifest; give NAME: PATH"),
+    ):
+        with pytest.raises(ConfigError, match=said) as caught:
+            parse(*written(f"data: {{evaluation: {{crepe: {given}}}}}"))
+        assert "\n" not in str(caught.value)
 
 
 MIXTURE = """
@@ -331,7 +347,7 @@ def test_a_researcher_s_objective_gets_its_options() -> None:
         parse_config(["--objective.mine.sharpnes", "4"], mapping)
 
 
-EXAMPLES = sorted((REPO / "examples").glob("*.yaml"))
+EXAMPLES = sorted(path for path in (REPO / "examples").glob("*.yaml") if not path.name.startswith("build_"))
 
 
 def test_there_are_examples() -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 import tarfile
 import threading
@@ -25,7 +26,7 @@ from public_data import NEEDS_PYARROW, PUBLIC, lines, member, picture, write_pic
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data import check_manifest, open_groups, open_image, read_manifest
 from cfvlm_ds.data import download as downloading
-from cfvlm_ds.data.containers import json_file
+from cfvlm_ds.data.containers import json_file, prepared
 from cfvlm_ds.data.containers.kinds import CONTAINERS, container_of, sources_of
 from cfvlm_ds.data.containers.prepared import prepare
 from cfvlm_ds.data.convert import convert
@@ -119,6 +120,21 @@ def test_a_preparation_that_ends_early_leaves_nothing(folder: Path, cache: Path)
     assert not any(cache.iterdir())
 
 
+def test_another_process_that_prepares_is_waited_for_alive(folder: Path, cache: Path) -> None:
+    """Other ranks hear from this one meanwhile, and whoever looks at it knows why."""
+    said, seen = list[str](), list[int]()
+    with prepared._alone(folder / "x.lock"):
+
+        def alive() -> None:
+            seen.append(1)
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), prepared._alone(folder / "x.lock", lambda: said.append("waiting"), alive):
+            pass
+    assert said == ["waiting"] and len(seen) == 2
+
+
 def test_a_json_file_is_gone_through_as_json_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents of every form, with blocks so small that each of their parts is cut somewhere."""
     chance = random.Random(0)
@@ -206,6 +222,35 @@ def test_columns_of_every_type_that_arrow_has(tmp_path: Path) -> None:
         assert isinstance(found[2]["one"], str), "named, not copied"
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_few_bytes_that_become_many_are_bounded(name: str, folder: Path) -> None:
+    """Sixty-four texts of 6 MB, each of which is said once in Arrow's dictionary, or compressed in Parquet."""
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    text, most = "x" * (6 << 20), 560 << 20
+    if name == "a.parquet":
+        schema = arrow.schema([("image", arrow.string()), ("caption", arrow.string())])
+        with parquet.ParquetWriter(folder / name, schema, compression="zstd", use_dictionary=False, write_statistics=False) as writer:
+            for _ in range(4):
+                writer.write_table(arrow.table({"image": ["images/000.png"] * 16, "caption": [text] * 16}, schema))
+        assert (folder / name).stat().st_size < 1 << 20
+    else:
+        captions = arrow.DictionaryArray.from_arrays(arrow.array([0] * 64, arrow.int32()), arrow.array([text]))
+        source = arrow.table({"image": ["images/000.png"] * 64, "caption": captions})
+        with arrow.OSFile(str(folder / name), "wb") as sink, arrow.ipc.new_file(sink, source.schema) as writer:
+            writer.write_table(source)
+    program = (
+        "import resource, sys; from pathlib import Path; from cfvlm_ds.data.containers.kinds import CONTAINERS, container_of\n"
+        "path, before = Path(sys.argv[1]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "rows = [row['caption'] for _, row in CONTAINERS[container_of(path)](path)]\n"
+        "print(len(rows), rows[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(folder / name)], capture_output=True, text=True, check=True)
+    count, *said, grown = done.stdout.split()
+    assert count == "64" and f"has a text of {len(text)} bytes" in " ".join(said) and int(grown) << 10 < most
+
+
 def test_several_files_are_one_source(folder: Path) -> None:
     for k in range(3):
         (folder / f"part-{k}.csv").write_text(f"image,caption\nimages/000.png,dog {k}\n" + "x\n" * (k == 1))
@@ -213,8 +258,11 @@ def test_several_files_are_one_source(folder: Path) -> None:
     assert sources_of(folder / "part-*.csv") == [folder / f"part-{k}.csv" for k in range(3)]
     groups = [item for item in check_manifest(folder / "part-*.csv", format="captions", progress=str).problems]
     assert groups == [
-        f"{folder}/part-*.csv: item 3: part-1.csv: line 3: the row has 1 fields, and the first line names 2 columns; " + QUOTES
+        f"{folder}/part-*.csv: part-1.csv, item 2: the row (line 3) has 1 fields, and the first line names 2 columns; " + QUOTES
     ]
+    (folder / "part-2.csv").write_text("image,caption\nimages/000.png,\n")
+    with pytest.raises(DataError, match=r"part-\*.csv: part-2.csv, item 1: row: column 'caption' has no text"):
+        open_groups(folder / "part-*.csv", format="captions")[3]
     for pattern, said in (
         ("none-*.csv", "no such manifest; correct the path"),
         ("*.*", "a pattern is for files of one of the kinds csv, tsv"),
@@ -275,11 +323,19 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "tabs in a CSV": (table("image\tcaption\na\tb\n"), "and tabs in it; .*or name the file .tsv"),
     "commas in a TSV": (table("image,caption\na,b\n", "a.tsv"), "and commas in it; columns are separated by tabs"),
     "empty table": (table(""), "the table is empty; its first line has the names of the columns"),
-    "header alone": (table(HEAD), "the manifest has no rows"),
+    "header alone": (table(HEAD), "the manifest has no rows; write some, or check the step"),
+    "table in UTF-16 without a mark": (table(HEAD.encode("utf-16-le")), "its text is UTF-16; save the file as UTF-8"),
+    "spreadsheet": (table("PK", "a.XLSX"), "it is a spreadsheet; save it as CSV in UTF-8"),
+    "compressed in capitals": (table("PK", "a.ZIP"), r"unpack it first \(unzip a.ZIP\)"),
+    "semicolons in capitals": (table("image;caption\na;b\n", "a.CSV"), "columns are separated by commas"),
+    "a list in a line": (table(f"[{ROW}]", "a.jsonl"), "a.jsonl:1: the line is a list, not an object; .*or name the file .json"),
     "column without a name": (table("image,,caption\na,b,c\n"), "column 2 has no name in the first line"),
     "columns of one name": (table("image,caption,image\na,b,c\n"), "two columns are called 'image'; give each a name of its own"),
-    "short row": (table(HEAD + "images/000.png\n"), f"item 1: the row has 1 fields, and the first line names 2 columns; {QUOTES}"),
-    "long row": (table(HEAD + "images/000.png,a dog, a cat\n"), "item 1: the row has 3 fields"),
+    "short row": (table(HEAD + "images/000.png\n"), fr"item 1: the row \(line 2\) has 1 fields, and the first line names 2 .*; {QUOTES}"),
+    "long row": (table(HEAD + "images/000.png,a dog, a cat\n"), r"item 1: the row \(line 2\) has 3 fields"),
+    "short row behind others": (
+        table(HEAD + '\nimages/000.png,"a\ndog"\n\nimages/000.png\n'), r"item 2: the row \(line 6\) has 1 fields"
+    ),
     "quote that never ends": (table(HEAD + 'images/000.png,"a dog\n' + "x,y\n" * 9), "a.csv:11: not a table .unexpected end of data"),
     "quote within a field": (table(HEAD + 'images/000.png,"a "big" dog"\n'), 'not a table .*a quote within quotes is written twice'),
     "wrong column": (table("image,cap\nimages/000.png,a dog\n"), "item 1: row: no column says what the caption is"),
@@ -304,7 +360,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "image without captions": (table(json.dumps(COCO | {"annotations": []}), "a.json"), "images, item 1: row: column 'caption' has no"),
     "image twice": (table(json.dumps(COCO | {"images": COCO["images"] * 2}), "a.json"), "images, item 2: image id 1 occurs twice"),
     "no file name": (table(json.dumps(COCO | {"images": [{"id": 1}]}), "a.json"), r"nor COCO's captions \(images, item 1 has no 'file"),
-    "tar cut between members": (packed(SHOT, ("a.txt", b"a dog"), cut=8192), "the tar has no end; it is cut off"),
+    "tar cut between members": (packed(SHOT, ("a.txt", b"a dog"), cut=8192), "^[^(]*the tar has no end; it is cut off, get it"),
     "cut tar": (packed(SHOT, ("a.txt", b"a dog"), ("b.png", picture(1)), ("b.txt", b"x" * 600), cut=6200), "cut off"),
     "no tar": (table(b"x" * 2000, "a.tar"), r"cannot be read .*; it is cut off or no tar; get it whole again|no rows"),
     "compressed tar": (packed(SHOT, ("a.txt", b"x"), mode="w:gz"), "it is compressed, whatever its name says; unpack it first"),
@@ -381,6 +437,8 @@ def test_the_splits_of_a_downloaded_data_set_are_not_one_data_set(folder: Path) 
     assert f"holds several splits (test, train); name the files of one of them, such as {data}/test-*.parquet" in refusal(data)
     (data / "test-00000-of-00001.parquet").unlink()
     assert [file.name[:11] for file in sources_of(data)] == ["train-00000", "train-00001"]
+    (data / "more.tar").touch()
+    assert f"{data}: holds files of several kinds (*.parquet, *.tar); name those of one, such as {data}/*.parquet" in refusal(data)
 
 
 def test_without_pyarrow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +469,15 @@ def test_members_of_a_tar_lead_nowhere(folder: Path) -> None:
             link.type, link.linkname = kind, "/etc/passwd"
             tar.addfile(link)
         member(tar, "a.txt", b"a dog")
-    assert "sample 'a' has no picture" in refusal(folder / "a.tar", "webdataset")
+    assert "sample 'a': 'a.png' is a link or no plain file; write the tar with the files" in refusal(folder / "a.tar", "webdataset")
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name, content in (("b.png", picture(1)), ("b.txt", b"a cat")):
+            member(tar, name, content)
+        for name in ("c.png", "c.txt"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE, name.replace("c", "b")
+            tar.addfile(link)
+    assert "item 2: sample 'c': 'c.png' is a link" in refusal(folder / "a.tar", "webdataset")
     header = tarfile.TarInfo("b.png")
     header.size = 10**12
     (folder / "b.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
@@ -437,6 +503,8 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder: Path) -> None
     listed = [json.loads(line)["problem"] for line in (folder / "out.jsonl.skipped.jsonl").read_text().splitlines()]
     assert listed == done.problems and [each.partition(": ")[0] for each in listed] == [f"{path}:{k}" for k in (2, 4, 6)]
     assert said == [f"left out 3 rows, listed in {folder}/out.jsonl.skipped.jsonl; the first: {listed[0]}"]
+    convert(lines(folder / "good.jsonl", rows), None, "captions", folder / "out.jsonl", "skip")
+    assert not (folder / "out.jsonl.skipped.jsonl").exists(), "nothing was left out the second time"
     with pytest.raises(DataError, match="is the file that is converted; name another one"):
         convert(path, None, "captions", path)
     with pytest.raises(DataError, match=r"and so are all 2 rows"):
@@ -461,9 +529,10 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) + (self.path == "/cut.png")))
         self.end_headers()
         with contextlib.suppress(OSError):
-            for k in range(0, len(content), 50):
-                self.wfile.write(content[k : k + 50])
-                time.sleep(0.2 if self.path == "/slow.png" else 0)
+            step = 1 if self.path == "/drip.png" else 50
+            for k in range(0, len(content), step):
+                self.wfile.write(content[k : k + step])
+                time.sleep(0.2 if self.path in ("/slow.png", "/drip.png") else 0)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -501,8 +570,10 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path: Path, se
     path = lines(tmp_path / "rows.jsonl", rows)
     with pytest.raises(DataError, match=r"rows.jsonl:4: 'http.*none.png': cannot be fetched .*--on_error skip"):
         downloading.download(path, tmp_path / "out.jsonl")
-    count, problems = downloading.download(path, tmp_path / "out.jsonl", "skip")
-    assert count == 3 and len(problems) == len(bad) + 1
+    count, pictures, problems = downloading.download(path, tmp_path / "out.jsonl", "skip")
+    assert count == pictures == 3 and len(problems) == len(bad) + 1
+    listed = (tmp_path / "out.jsonl.skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["problem"] for line in listed] == problems
     for problem, (name, why) in zip(problems, bad.items(), strict=False):
         assert f"{name}.png" in problem and re.search(why, problem), problem
     assert "cannot be decoded" in problems[-1]
@@ -518,3 +589,21 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path: Path, se
     Server.asked.clear()
     assert downloading.download(path, tmp_path / "again" / "out.jsonl")[0] == 3 and not Server.asked
     assert not list(tmp_path.rglob("*.unchecked"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match="no such manifest"):
+        downloading.download(tmp_path / "none.jsonl", tmp_path / "other.jsonl")
+    with pytest.raises(DataError, match="is the file whose pictures are fetched; name another one"):
+        downloading.download(path, path)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert downloading.download(lines(path, [{"URL": f"{server}/a.png"}]), tmp_path / "other.jsonl").pictures == 0
+    assert not (tmp_path / "other.jsonl.pictures").exists()
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WHOLE_S", 0.3), ("ATTEMPTS", 1)):
+        monkeypatch.setattr(downloading, name, value)
+    path = lines(tmp_path / "rows.jsonl", [{"image": f"{server}/drip.png"}])
+    started = time.monotonic()
+    with pytest.raises(DataError, match="it takes more than 0 s"):
+        downloading.download(path, tmp_path / "out.jsonl")
+    assert time.monotonic() - started < 3

@@ -134,7 +134,7 @@ def test_the_reference_lists_what_the_parser_takes() -> None:
     inside = {
         name for name in rows if name.startswith(("build.scenes.", "build.tiny_llava.", "data.evaluation.NAME.", "data.train.SOURCE."))
     }
-    assert rows.keys() - inside == taken.keys() - {"build.scenes", "build.tiny_llava"} and len(inside) == 10 + 8 + 4 + 8
+    assert rows.keys() - inside == taken.keys() - {"build.scenes", "build.tiny_llava"} and len(inside) == 10 + 8 + 6 + 8
     for name, default in taken.items():
         if name in rows:
             shown = rows[name][2].strip("`")
@@ -197,6 +197,34 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
             said += done.stdout
     assert "step 20/20" in said and "| test | all, another group's image |" in said
     assert {"results.md", "learning_curves.png", "scores-test.png", "export"} <= set(os.listdir(tmp_path / "runs" / "mine"))
+
+
+@pytest.mark.long
+def test_data_are_made_as_the_page_says(tmp_path: Path) -> None:
+    """From drawn pictures and a table of captions to adapters, without a network: the page's first section as it stands."""
+    for name in ("train.py", "cfvlm_ds", "ds_configs"):
+        (tmp_path / name).symlink_to(REPO / name)
+    (tmp_path / "photos").mkdir()
+    said = ""
+    page = (REPO / "docs" / "making_data.md").read_text().split("\n## The whole way without a network\n")[1].split("\n## propose\n")[0]
+    for language, title, block in FENCE.findall(page):
+        if title:
+            (tmp_path / title).write_text(block)
+        for number, row in enumerate(csv.DictReader(block.splitlines()) if title == "captions.csv" else ()):
+            picture = Image.new("RGB", (64, 48), (200, 200, 200))
+            ImageDraw.Draw(picture).ellipse((4, 10, 28, 34), fill=("red", "blue", "yellow")[number])
+            ImageDraw.Draw(picture).rectangle((38, 10, 60, 34), fill="green")
+            picture.save(tmp_path / "photos" / row["image"])
+        for command in block.splitlines() if language == "bash" else ():
+            done = subprocess.run(
+                command, shell=True, cwd=tmp_path, env=environment() | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+            said += done.stdout
+    groups = read_manifest(tmp_path / "groups.jsonl", [tmp_path, tmp_path / "photos", tmp_path / "W"])
+    assert len(groups) == 3 and "back end: mine" in said and "editor: flip" in said and "step 4/4" in said
+    assert any(len(group.images) > 1 and "shard-" in str(group.images[1][0]) for group in groups)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def draw_pictures(folder: Path) -> None:

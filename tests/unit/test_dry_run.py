@@ -17,7 +17,7 @@ from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training.dry_run import dry_run
 
-RECIPES = sorted(path for path in (REPO / "examples").glob("*.yaml") if path.stem != "quickstart")
+RECIPES = sorted(path for path in (REPO / "examples").glob("*.yaml") if path.stem not in ("quickstart", "build_coco"))
 QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
 QWEN_72B = {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
 ROPE = {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}

@@ -654,5 +654,5 @@ def test_stored_is_the_same_in_plain_numbers() -> None:
 def test_no_name_from_the_data_ends_a_cell_of_a_table() -> None:
     r"""Read as a table is: ``\\`` is a backslash, ``\|`` a bar, and a bar alone ends the cell."""
     for name in ("a|b", "a\\|b", "\\", "a\\\\|", "a||\\b"):
-        cell = report._plain(name)
+        cell = report.in_cell(name)
         assert "|" not in re.sub(r"\\[\\|]", "", cell) and re.sub(r"\\([\\|])", r"\1", cell) == name

@@ -13,6 +13,7 @@ from public_data import NEEDS_PYARROW, PUBLIC, lines, llava_row, picture, prefer
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import PICTURE, Turn
 from cfvlm_ds.data import FORMATS, check_manifest, open_groups, read_manifest
+from cfvlm_ds.data.convert import convert
 from cfvlm_ds.data.formats import format_named
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
 from cfvlm_ds.data.formats.recognise import SAMPLES, recognised
@@ -144,6 +145,11 @@ def parts(*content: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": list(content)}, {"role": "assistant", "content": "b"}]}
 
 
+def shown(k: int) -> dict[str, Any]:
+    return {"type": "image", "image": f"images/{k:03d}.png"}
+
+
+SAYS_C = {"role": "assistant", "content": "c"}
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "ends with the user": ("llava", talk("<image>a?", "b", "c?"), "the conversation ends with the user; its last message must be"),
     "no question": ("llava", LLAVA | {"conversations": TALK[1:]}, "1 pictures; write <image>|has no turn"),
@@ -154,6 +160,12 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "empty answer": ("llava", talk("<image>a?", " "), "text 0 is empty; write a text"),
     "empty turn": ("llava", talk("<image>a?", "", "b?", "c"), r"turn 2 of the conversation \(assistant\) is empty"),
     "picture in an answer": ("llava", talk("a?", "<image>b"), "an answer has a picture"),
+    "picture in an earlier answer": ("llava", talk("a?", "<image>b", "c?", "d"), r"an answer has a picture \(turn 2\); pictures are"),
+    "picture of the system": (
+        "messages",
+        CHAT | {"messages": [{"role": "system", "content": "<image>x"}, CHAT["messages"][1], CHAT["messages"][0], CHAT["messages"][1]]},
+        "turn of the system has a picture",
+    ),
     "wrong column": ("llava", {"image": IMAGE, "conversation_": TALK}, "key 'conversations' is missing; add it, or name another format"),
     "wrong type": ("llava", LLAVA | {"conversations": "a?"}, "must be a non-empty list of messages, not 'a[?]'"),
     "message without text": ("llava", LLAVA | {"conversations": [{"from": "human"}]}, "message 1: key 'value' is missing"),
@@ -198,6 +210,16 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "equal picture": ("captions", CAPTION | {"negative_image": IMAGE}, "counterfactual image 1 equals image 0"),
     "two prompts": ('captions:ask="Describe, please."', CAPTION | {"prompt": "x"}, "both the column 'prompt' and ask='Describe, please.'"),
     "unmapped": ("hf", CAPTION, "no column says what the caption is .*there are 'image', 'caption'.*hf:caption=COLUMN"),
+    "pictures of the rejected": (
+        "preference",
+        {"chosen": parts(shown(0))["messages"], "rejected": [parts(shown(1))["messages"][0], SAYS_C]}, "name different pictures"
+    ),
+    "pictures named twice": (
+        "preference",
+        {"prompt": parts(shown(0))["messages"][:1], "chosen": parts(shown(1))["messages"], "rejected": "c"}, "name different pictures"
+    ),
+    "input of a list": ("preference", {"instruction": "a?", "input": ["x"], "chosen": "b", "rejected": "c"}, "must both be texts"),
+    "members by case": ("webdataset", {"__key__": "a", "jpg": IMAGE, "JPG": IMAGE, "txt": "x"}, "differ in upper and lower case alone"),
     "sample without a picture": ("webdataset", {"__key__": "a", "txt": "x"}, "sample 'a' has no picture"),
     "sample without a text": ("webdataset", {"__key__": "a", "jpg": IMAGE}, "sample 'a' has no text"),
     "sample with two pictures": ("webdataset", {"__key__": "a", "jpg": IMAGE, "png": IMAGE, "txt": "x"}, "has both 'jpg' and 'png'"),
@@ -221,6 +243,26 @@ def test_a_bad_row_is_one_sentence(case: str, tmp_path: Path) -> None:
     message = str(raised.value)
     assert message.startswith(f"{path}:{len(good) + 1}: ") and message.isprintable() and re.search(said, message), message
     assert check_manifest(path, format=format, progress=str).problems == [message]
+
+
+def test_what_messages_and_samples_say_beside_is_kept(tmp_path: Path) -> None:
+    """Scores of answers, an ``input`` that belongs to no instruction, a sample's members beside its conversation."""
+    write_pictures(tmp_path)
+    said = CHOICE | {"chosen": [{"role": "assistant", "content": "b", "score": 5}], "rejected": SAYS_C | {"score": 1}, "input": "x"}
+    (group,) = read_manifest(lines(tmp_path / "rows.jsonl", [said]), format="preference")
+    assert json.loads(group.meta) == {"input": "x", "chosen": [{"score": 5}], "rejected": [{"score": 1}]}
+    row = {"__key__": "a", "png": IMAGE, "txt": "x", "json": {"image": "coco/1.jpg", "conversations": TALK}}
+    (group,) = read_manifest(lines(tmp_path / "rows.jsonl", [row]), format="webdataset")
+    assert group.images == ((tmp_path / IMAGE,),)
+    assert json.loads(group.meta) == {"id": "a", "sample.txt": "x", "json.image": "coco/1.jpg"}
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name not in ("cfgroup", "hf")])
+def test_rows_of_another_format_than_the_native_one_are_named(format: str, tmp_path: Path) -> None:
+    """Nobody has named it: the sentence does, and not a key that such rows never have."""
+    path = lines(tmp_path / "rows.jsonl", [SAMPLES[format].row])
+    with pytest.raises(DataError, match=rf"rows.jsonl:1: the row is of format '{format}' by its keys, .*--format {format}$"):
+        read_manifest(path)
 
 
 @pytest.mark.parametrize("format", GOOD)
@@ -259,6 +301,24 @@ def test_a_format_that_is_not_understood(spec: str, said: str, tmp_path: Path) -
     path = lines(tmp_path / "rows.jsonl", [CAPTION])
     with pytest.raises(DataError, match=f"^{re.escape(str(path))}: .*{re.escape(said)}"):
         read_manifest(path, format=spec)
+
+
+def test_values_within_values_by_the_hundred_are_one_sentence(tmp_path: Path) -> None:
+    """As deep as can be read, and a little less and more: it is written as metadata, and read again, from where the stack is deeper."""
+    write_pictures(tmp_path)
+    for name in ("rows.jsonl", "rows.json"):
+        path, found = tmp_path / name, set[bool]()
+        for depth in (100, *range(700, 1000, 3)):
+            row = json.dumps(CAPTION)[:-1] + f', "x": {"[" * depth}{"]" * depth}}}'
+            path.write_text(row if name == "rows.jsonl" else f"[{row}]")
+            try:
+                problems = check_manifest(path, format="captions", progress=str).problems
+                convert(path, None, "captions", tmp_path / "out.jsonl")
+            except DataError as error:
+                problems = [str(error)]
+            found.add(not problems)
+            assert all(re.match(rf"{path}:.* JSON that cannot be parsed .*; ", problem) for problem in problems), problems
+        assert found == {True, False}
 
 
 def test_rows_of_no_format_are_shown(tmp_path: Path) -> None:

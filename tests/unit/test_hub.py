@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -116,7 +117,13 @@ def test_what_is_not_there_is_said_in_a_sentence(server: Hub, monkeypatch: pytes
     for address, sentence in cases.items():
         with pytest.raises(DataError, match=sentence) as raised:
             open_groups(address)
-        assert str(raised.value).isprintable()
+        assert str(raised.value).isprintable() and str(raised.value).startswith(address)
+        with pytest.raises(DataError, match=f"^{re.escape(str(raised.value))}$"):
+            open_groups(Path(address))  # which has one slash less
+    for address in ("https://huggingface.co/datasets/me/mine", "s3://mine/x.tar"):
+        for each in (address, Path(address)):
+            with pytest.raises(DataError, match=f"^{address} is an address on the network; of the Hugging Face hub, name hf://datasets/"):
+                open_groups(each)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="cannot be fetched"):
         open_groups(ADDRESS)

@@ -22,7 +22,13 @@ PAGE = (PACKAGE.parent / "docs" / "architecture.md").read_text()
 ROWS = re.findall(r"^\| (\d) \| (.+?) \|", PAGE, re.MULTILINE)
 FLOOR = {room: int(floor) for floor, rooms in ROWS for room in re.findall(r"`(\w+)`", rooms)}
 """Room -> floor, from the page that a newcomer reads."""
-ONLY_IN = {"deepspeed": {"engine", "deepspeed_compat"}, "mlflow": {"tracking"}, "matplotlib": {"tracking"}}
+ONLY_IN = {
+    "deepspeed": {"engine", "deepspeed_compat"},
+    "mlflow": {"tracking"},
+    "matplotlib": {"tracking"},
+    "diffusers": {"counterfactuals"},
+    "lmms_eval": {"cli"},
+}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_manifest
-from public_data import PUBLIC
+from public_data import PUBLIC, write_pictures
 
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.distributed import World
@@ -251,6 +251,24 @@ def test_shards_together_are_the_store_of_one(of: int, source: Path, store: Path
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
 
 
+@pytest.mark.parametrize("function", ["_pack_pictures", "_pack_rows", "_write_table"])
+def test_who_packs_the_same_shard_at_the_same_time_finds_it_packed(
+    function: str, source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another call ends the store while this one writes a file of it, and removes what it takes for left."""
+    right, out = getattr(pack, function), tmp_path / "store"
+
+    def overtaken(*given: Any) -> Any:
+        monkeypatch.setattr(pack, function, right)
+        with pack._Summed.of(out / "other.tar") as written:
+            written.write(b"x")
+            assert packing(source, out)
+        return right(*given)
+
+    monkeypatch.setattr(pack, function, overtaken)
+    assert packing(source, out) and files(out) == files(store)
+
+
 def test_a_packing_that_is_killed_goes_on(source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL after ever more writes: what was finished is not made again, and the bytes are the same in the end."""
     out, right, finished = tmp_path / "store", pack._Summed.write, dict[str, int]()
@@ -294,15 +312,26 @@ def test_a_broken_picture_is_named_before_anything_is_whole(source: Path, tmp_pa
         packing(tmp_path / "data" / "m.jsonl", tmp_path / "other")
 
 
+def test_a_store_of_the_same_rows_read_otherwise_is_another(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    rows = [{"id": k, "image": "images/000.png", "caption": f"dog {k}"} for k in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert pack.pack(open_groups(tmp_path / "rows.jsonl", format="captions"), tmp_path / "other", str, max_pixels=MAX_PIXELS)
+    with pytest.raises(ConfigError, match="or with another format or root; remove it"):
+        pack.pack(open_groups(tmp_path / "rows.jsonl", format="captions:ask=What?"), tmp_path / "other", str, max_pixels=MAX_PIXELS)
+
+
 def test_what_is_no_store_is_left_alone(source: Path, store: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     (tmp_path / "file").write_text("x")
-    for name, reason in (("mine", "no packed store"), ("link", "is a link"), ("file", "no packed store")):
+    (tmp_path / "book" / "parts").mkdir(parents=True)
+    (tmp_path / "book" / "parts" / "thesis.txt").write_text("x")
+    for name, reason in (("mine", "no packed store"), ("link", "is a link"), ("file", "no packed store"), ("book", "no packed store")):
         with pytest.raises(ConfigError, match=reason):
             packing(source, tmp_path / name)
-    assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
+    assert os.listdir(tmp_path / "mine") == os.listdir(tmp_path / "book" / "parts") == ["thesis.txt"]
     with pytest.raises(DataError, match=r"is a folder without .*, and no packed store; name the data file"):
         open_groups(tmp_path / "mine")
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import TooLarge
+from cfvlm_ds.core.reading import TooLarge, read_bytes
 from cfvlm_ds.data import check_manifest, image_size, open_image, read_manifest
 from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.picture_file import open_picture, part_name, picture_bytes, picture_file, picture_stat
@@ -125,6 +126,16 @@ def test_a_part_that_is_not_there_is_named(rows: tuple[Path, Path], tmp_path: Pa
         open_image(Path(f"{tmp_path}/pipe.tar#0+1"))
     with pytest.raises(ValueError, match="named pipe"):
         picture_bytes(Path(f"{tmp_path}/pipe.tar#0+0"), 1)
+
+
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    """However much it may have: a bound of 4 GiB is not asked of the system for every picture."""
+    (file := tmp_path / "a.bin").write_bytes(b"x" * 5000)
+    tracemalloc.start()
+    assert picture_bytes(file, 1 << 32) == read_bytes(file, 1 << 32) == picture_bytes(Path(f"{file}#0+5000"), 1 << 32)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_a_container_is_confined_as_a_file_is(rows: tuple[Path, Path], tmp_path: Path) -> None:

@@ -3,10 +3,3 @@
 What a row means is its format's business (data/formats/). A container yields each row with its place, or what is wrong with that row; it
 raises DataError for a file of which the rest cannot be read. Bytes of pictures in a row become the name of a part of a tar.
 """
-
-from __future__ import annotations
-
-from cfvlm_ds.data.containers.kinds import COMPRESSED, CONTAINERS, container_of, sources_of
-from cfvlm_ds.data.containers.prepared import Prepared, prepare, prepared_places
-
-__all__ = ["COMPRESSED", "CONTAINERS", "Prepared", "container_of", "prepare", "prepared_places", "sources_of"]

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import open_regular
-from cfvlm_ds.data.containers.rows import Row, Rows, unreadable
+from cfvlm_ds.core.reading import MIB, open_regular
+from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows, unreadable
 
-_ROWS = 64  # of a batch: with pictures of 10 MB each, what one may have in memory
+_ROWS = 64  # of a batch: with pictures of 4 MB each, what one may have in memory
+_BYTES = 256 * MIB  # of a batch of Parquet's, by what its parts are said to have uncompressed: a few kB may become as many GB
 
 Named = Callable[[Any], str | None]
 """The name of a value's bytes, a pyarrow buffer, where they have one in the file."""
@@ -30,10 +31,17 @@ def parquet_rows(path: Path) -> Rows:
 
     with open_regular(path) as handle, _named(path, arrow), parquet.ParquetFile(handle) as file:
         number = 0
-        for batch in file.iter_batches(batch_size=_ROWS):
+        for batch in file.iter_batches(batch_size=_batch_size(file.metadata)):
             for row in _batch_rows(batch, arrow, None):
                 number += 1
                 yield f"row {number}", row
+
+
+def _batch_size(metadata: Any) -> int:
+    """Rows of a batch that is no larger than _BYTES where the rows of each part of the file are of about one size."""
+    parts = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    largest = max((part.total_byte_size / part.num_rows for part in parts if part.num_rows), default=0)
+    return max(1, min(_ROWS, int(_BYTES / max(largest, 1))))
 
 
 def arrow_rows(path: Path) -> Rows:
@@ -50,9 +58,10 @@ def arrow_rows(path: Path) -> Rows:
         number = 0
         for batch in _batches(mapped, arrow):
             batch.validate(full=True)  # offsets that lead out of the file would be read
-            for row in _batch_rows(batch, arrow, named):
-                number += 1
-                yield f"row {number}", row
+            for start in range(0, len(batch), _ROWS):  # a writer may have put all rows into one
+                for row in _batch_rows(batch.slice(start, _ROWS), arrow, named):
+                    number += 1
+                    yield f"row {number}", row
 
 
 def _batches(mapped: Any, arrow: Any) -> Iterator[Any]:
@@ -79,8 +88,10 @@ def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
     kind, types = array.type, arrow.types
     if isinstance(array, arrow.ExtensionArray):
         return _values(array.storage, arrow, named)
-    if types.is_dictionary(kind):
-        return _values(array.dictionary_decode(), arrow, named)
+    if types.is_dictionary(kind):  # decoded, it would be as large as its longest value times its rows
+        places = array.indices.unique().drop_null()
+        found = dict(zip(places.to_pylist(), _values(array.dictionary.take(places), arrow, named), strict=True))
+        return [found.get(place) for place in array.indices.to_pylist()]
     if types.is_struct(kind):
         if {"bytes", "path"} >= {field.name for field in kind} and "bytes" in {field.name for field in kind}:
             return _pictures(array, arrow, named)
@@ -94,7 +105,21 @@ def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
         return [None if size is None else [next(flat) for _ in range(size)] for size in sizes]
     if types.is_binary(kind) or types.is_large_binary(kind):
         return _bytes(array, types.is_large_binary(kind), named)
+    if types.is_string(kind) or types.is_large_string(kind):
+        return _texts(array, arrow)
     return [_plain(value) for value in array.to_pylist()]
+
+
+def _texts(array: Any, arrow: Any) -> list[Any]:
+    """Texts, and what is wrong in place of one that is longer than a row may be: it is not copied."""
+    sizes = arrow.compute.binary_length(array)
+    if (arrow.compute.max(sizes).as_py() or 0) <= MAX_ROW:
+        return list(array.to_pylist())
+    return [_too_long(size) if size and size > MAX_ROW else text.as_py() for size, text in zip(sizes.to_pylist(), array, strict=True)]
+
+
+def _too_long(size: int) -> DataError:
+    return DataError(f"the row has a text of {size} bytes, and {MAX_ROW} are the bound for one row; shorten it")
 
 
 def _valid(array: Any) -> list[bool]:

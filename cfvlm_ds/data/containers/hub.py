@@ -27,6 +27,7 @@ from cfvlm_ds.core.untrusted import bare_name
 
 _ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?(?:/(.+))?", re.ASCII)
 _CONVERTED = {"~parquet": "refs/convert/parquet"}
+_ELSEWHERE = re.compile(r"(https?|s3|gs|ftp):/{1,2}([^/].*)", re.ASCII | re.DOTALL)
 _EVERY_S = 1.0
 
 
@@ -48,16 +49,20 @@ def fetched(
 ) -> Path:
     """The files of an address on this machine; any other path as it is. ``alive`` is called every second while they are fetched.
 
-    Raises DataError for an address that is none, and for files that are not there or cannot be fetched.
+    Raises DataError for an address that is none or of another place, and for files that are not there or cannot be fetched.
     """
+    if elsewhere := _ELSEWHERE.fullmatch(str(path)):
+        here = "of the Hugging Face hub, name hf://datasets/ORG/NAME/FILES; fetch any other file first, and name it where it is then"
+        raise DataError(f"{elsewhere[1]}://{elsewhere[2]} is an address on the network; {here}")
     if not is_hub(path):
         return Path(path)
-    address = _read(str(path))
+    path = re.sub("^hf:/+", "hf://", str(path))  # a Path has one slash there
+    address = _read(path)
     record = cache_folder() / "hub" / f"{_named(address)}.json"
     if (folder := _are_there(record)) is None:
         say(f"fetching {path} into {record.parent}")
         problems: list[DataError] = []
-        fetching = threading.Thread(target=_fetch, args=(str(path), address, record, problems), daemon=True)
+        fetching = threading.Thread(target=_fetch, args=(path, address, record, problems), daemon=True)
         fetching.start()
         while fetching.is_alive():
             alive()

@@ -168,6 +168,8 @@ class _Text:
             parse_json(written)
         except DuplicateKey:
             return self._twice(written, self._lines + before.count("\n"))
+        except RecursionError as error:
+            return DataError(f"JSON that cannot be parsed ({error}); correct it")
         return value
 
     def _twice(self, written: str, lines: int) -> DataError:

@@ -40,6 +40,7 @@ COMPRESSED = {
     ".tgz": "gunzip", ".gz": "gunzip", ".tbz2": "bunzip2", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip",
 }  # fmt: skip
 """Ending of a compressed file -> the command that unpacks it."""
+_SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 
 
 def container_of(path: Path) -> str:
@@ -93,11 +94,13 @@ def _together() -> list[str]:
 
 def _kind(path: Path, file: Path) -> str:
     for ending, command in COMPRESSED.items():
-        if file.name.endswith(ending):
+        if file.name.lower().endswith(ending):
             raise DataError(
                 f"{path}: it is compressed, and rows and pictures are read at their places; unpack it first ({command} {file.name})"
             )
-    kind = _SUFFIXES.get(file.suffix, LINES)
+    if file.suffix.lower() in _SPREADSHEETS:
+        raise DataError(f"{path}: it is a spreadsheet; save it as CSV in UTF-8, with the names of the columns in the first line")
+    kind = _SUFFIXES.get(file.suffix.lower(), LINES)
     if kind == "tar" and file.is_file() and _compressed(file):
         raise DataError(f"{path}: it is compressed, whatever its name says; unpack it first (tar -xf and tar -cf without z, or gunzip)")
     if kind == "json":
@@ -119,7 +122,9 @@ def _in_folder(path: Path) -> list[Path]:
         raise DataError(f"{path}: holds several splits ({splits}); name one of its folders")
     if (path / "state.json").is_file():
         return _saved(path)
-    for pattern in _IN_FOLDERS:
+    if len(kinds := [pattern for pattern in _IN_FOLDERS if any(path.glob(pattern))]) > 1:
+        raise DataError(f"{path}: holds files of several kinds ({', '.join(kinds)}); name those of one, such as {path / kinds[0]}")
+    for pattern in kinds:
         if found := sorted(path.glob(pattern)):
             names = sorted({split[1] for each in found if (split := _NUMBERED.fullmatch(each.stem))})
             if len(names) > 1:

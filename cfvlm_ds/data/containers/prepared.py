@@ -1,7 +1,8 @@
 """The JSON lines that a container becomes: a folder with rows.jsonl and the pictures that had to be copied, made once and found again.
 
-Its name says from which files in which state it was made. Row n is line n. A line that is a text and not an object says what is wrong with
-that row. The folder appears whole or not at all, so a preparation that was killed is simply done again.
+Its name says from which files in which state it was made; of several files it is noted how many rows each has. Row n is line n. A line
+that is a text and not an object says what is wrong with that row. The folder appears whole or not at all, so a preparation that was killed
+is simply done again.
 """
 
 from __future__ import annotations
@@ -20,19 +21,23 @@ from typing import IO, Any, NamedTuple
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_folder
 from cfvlm_ds.core.progress import EVERY_S
+from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of
 from cfvlm_ds.data.containers.rows import MAX_ROW, Rows
 
 _FORM = 1  # of what is written; another number has everything made again
-_LINES, _PICTURES = "rows.jsonl", "pictures.tar"
+_LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
+_LOOK_S = 0.5  # between two looks at whether another process has ended
 _KNOWN = 100_000  # pictures that are recognised when they come again: a question is asked of the picture of the row before it
 
 
 class Prepared(NamedTuple):
-    """The rows of a container as JSON lines, and the folders that the names of its own pictures are relative to."""
+    """The rows of a container as JSON lines, and the folders that the names of its own pictures are relative to; of several files their
+    names, and how many rows each has."""
 
     lines: Path
     roots: tuple[Path, ...]
+    sources: tuple[tuple[str, int], ...] = ()
 
 
 def prepared_places(path: Path, cache: Path) -> list[Path]:
@@ -63,7 +68,7 @@ def prepare(
     for folder in cache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _alone(folder / f"{name}.lock"):
+            with _alone(folder / f"{name}.lock", lambda: say(f"{path}: another process prepares its rows; waiting for it"), alive):
                 if not (folder / name / _LINES).is_file():
                     with whole_folder(folder / name) as partial:
                         _write(path, container, sources, partial, say, alive)
@@ -76,7 +81,10 @@ def prepare(
 
 
 def _prepared(path: Path, folder: Path) -> Prepared:
-    return Prepared(folder / _LINES, (path.parent if not path.is_dir() else path, folder))
+    sources: tuple[tuple[str, int], ...] = ()
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        sources = tuple((str(name), int(rows)) for name, rows in parse_json(read_bytes(folder / _SOURCES, MAX_RECORD).decode()))
+    return Prepared(folder / _LINES, (path.parent if not path.is_dir() else path, folder), sources)
 
 
 def _name(path: Path, container: str, sources: Sequence[Path]) -> str:
@@ -88,17 +96,34 @@ def _name(path: Path, container: str, sources: Sequence[Path]) -> str:
 class _alone:
     """One process at a time; the others wait, and find what it has made."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, waiting: Callable[[], object] = lambda: None, alive: Callable[[], object] = lambda: None) -> None:
+        self._file, self._waiting, self._alive = file, waiting, alive
 
     def __enter__(self) -> None:
         while True:
             self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            fcntl.flock(self._handle, fcntl.LOCK_EX)
+            try:
+                self._lock()
+            except BaseException:
+                os.close(self._handle)
+                raise
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._handle), os.stat(self._file)):
                     return
             os.close(self._handle)  # the process before this one has removed it
+
+    def _lock(self) -> None:
+        said = False
+        while True:
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if not said:
+                    self._waiting()
+                said = True
+                self._alive()
+                time.sleep(_LOOK_S)
 
     def __exit__(self, *_: object) -> None:
         self._file.unlink(missing_ok=True)
@@ -109,11 +134,12 @@ def _write(
     path: Path, container: str, sources: Sequence[Path], folder: Path, say: Callable[[str], object], alive: Callable[[], object]
 ) -> None:
     said = time.monotonic()
-    pictures = _Pictures(folder / _PICTURES)
+    pictures, counted = _Pictures(folder / _PICTURES), dict.fromkeys(sources, 0)
     try:
         with open(folder / _LINES, "xb") as lines:
-            for number, row in enumerate(_rows(container, sources), 1):
+            for number, (source, row) in enumerate(_rows(container, sources), 1):
                 alive()
+                counted[source] += 1
                 lines.write(_line(row, pictures) + b"\n")
                 if time.monotonic() - said >= EVERY_S:
                     said = time.monotonic()
@@ -121,14 +147,16 @@ def _write(
                     say(f"preparing {path}: {number} rows, {sizes}")
     finally:
         pictures.close()
+    if len(sources) > 1:
+        (folder / _SOURCES).write_text(json.dumps([(each.name, rows) for each, rows in counted.items()]))
 
 
-def _rows(container: str, sources: Sequence[Path]) -> Iterator[dict[str, Any] | DataError]:
+def _rows(container: str, sources: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any] | DataError]]:
     for source in sources:
         rows: Rows = CONTAINERS[container](source)
         try:
-            for where, row in rows:
-                yield DataError(f"{source.name}: {where}: {row}") if isinstance(row, DataError) and len(sources) > 1 else row
+            for _, row in rows:
+                yield source, row
         except DataError:
             raise
         except OSError as error:
@@ -144,6 +172,8 @@ def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
             if len(line) <= MAX_ROW:
                 return line
             row = DataError(f"the row has {len(line)} bytes as JSON, and {MAX_ROW} are the bound for one row; shorten it")
+        except DataError as error:  # in place of a value
+            row = error
         except (ValueError, RecursionError, TypeError) as error:
             row = DataError(f"the row cannot be written as JSON ({error}); correct it")
     return json.dumps(str(row)).encode()
@@ -159,7 +189,9 @@ class _Pictures:
         self._count = 0
 
     def name_of(self, value: Any) -> str:
-        """The name of a picture's bytes. Raises TypeError for a value of another type."""
+        """The name of a picture's bytes. Raises TypeError for a value of another type, and the DataError that stands in place of one."""
+        if isinstance(value, DataError):
+            raise value
         if not isinstance(value, bytes):
             raise TypeError(f"a value of type {type(value).__name__}")
         digest = hashlib.blake2b(value, digest_size=16).digest()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import MIB, open_regular
+from cfvlm_ds.core.reading import MIB
 
 Row: TypeAlias = dict[str, Any]
 Rows: TypeAlias = Iterator[tuple[str, Row | DataError]]
@@ -15,12 +15,6 @@ Rows: TypeAlias = Iterator[tuple[str, Row | DataError]]
 
 MAX_ROW = 4 * MIB
 """Bytes of a row as JSON, the pictures in it not counted: as of a line of JSON lines."""
-
-
-def first_bytes(path: Path, count: int) -> bytes:
-    """The beginning of a regular file. Raises OSError, and ValueError for what is none."""
-    with open_regular(path) as handle:
-        return handle.read(count)
 
 
 def unreadable(path: Path, error: Exception, remedy: str) -> DataError:

@@ -30,7 +30,7 @@ def tsv_rows(path: Path) -> Rows:
 def _rows(path: Path, delimiter: str) -> Rows:
     csv.field_size_limit(MAX_ROW)
     with open_regular(path) as raw:
-        if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):  # type: ignore[attr-defined]
+        if (head := raw.peek(4)[:4])[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:  # type: ignore[attr-defined]
             raise DataError(f"{path}: its text is UTF-16; save the file as UTF-8")
         reader = csv.reader(io.TextIOWrapper(raw, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
         try:
@@ -39,7 +39,7 @@ def _rows(path: Path, delimiter: str) -> Rows:
             _check_columns(path, columns, delimiter)
             for line in reader:
                 if line:
-                    yield f"line {reader.line_num}", _row(columns, line)
+                    yield f"line {reader.line_num}", _row(columns, line, reader.line_num)
         except csv.Error as error:
             remedy = (
                 'a quote within quotes is written twice ("")'
@@ -71,8 +71,8 @@ def _check_columns(path: Path, columns: list[str], delimiter: str) -> None:
             raise DataError(f"{path}: two columns are called {column!r}; give each a name of its own")
 
 
-def _row(columns: list[str], line: list[str]) -> Row | DataError:
+def _row(columns: list[str], line: list[str], number: int) -> Row | DataError:
     if len(line) != len(columns):
-        found = f"the row has {len(line)} fields, and the first line names {len(columns)} columns"
+        found = f"the row (line {number}) has {len(line)} fields, and the first line names {len(columns)} columns"
         return DataError(f"{found}; put fields with separators in quotes")
     return dict(zip(columns, line, strict=True))

@@ -14,10 +14,11 @@ from typing import IO, Any, cast
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import MIB, DuplicateKey, open_regular, parse_json
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows, unreadable
+from cfvlm_ds.data.decoding import ENDINGS
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 TEXTS = ("txt", "text", "caption", "cls", "json", "id")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
+_PLAIN = "write the tar with the files themselves (tar --dereference --hard-dereference)"
 _HEADER = MIB
 """Bytes of a member's header, its long name included: some kB at most."""
 
@@ -28,6 +29,8 @@ def tar_rows(path: Path) -> Rows:
         try:
             with tarfile.open(fileobj=cast(Any, _Headers(handle)), mode="r:") as tar:
                 yield from _samples(path, handle, tar)
+        except DataError:
+            raise
         except tarfile.TarError as error:
             raise unreadable(path, error, "it is cut off or no tar; get it whole again") from error
         except OSError as error:
@@ -54,9 +57,10 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
     key, sample, wrong = "", Row(), ""
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # a million of them would stay in memory
-        if not member.isreg() or member.issparse() or os.path.basename(member.name).startswith("."):
+        if member.isdir() or os.path.basename(member.name).startswith("."):
             continue
-        if member.offset_data + member.size > size:
+        is_file = member.isreg() and not member.issparse()
+        if is_file and member.offset_data + member.size > size:
             raise DataError(f"{path}: member {member.name!r} ends behind the end of the file; it is cut off, get it whole again")
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
@@ -68,6 +72,10 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
             key, sample, wrong = now, {}, ""
         if extension in sample:
             wrong = wrong or f"sample {key!r} has two members {base!r}; give samples keys of their own"
+        if not is_file:
+            wrong = wrong or f"sample {key!r}: {base!r} is a link or no plain file; {_PLAIN}"
+            sample[extension] = None
+            continue
         try:
             sample[extension] = _value(path, handle, member, extension.lower())
         except DataError as error:
@@ -83,7 +91,7 @@ def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: st
     """A text, what JSON says, or the name of the member's bytes."""
     last = extension.rpartition(".")[2]
     place = f"{path.name}#{member.offset_data}+{member.size}"
-    if last in PICTURES:
+    if last in ENDINGS:
         return place
     handle.seek(member.offset_data)
     if last not in TEXTS and handle.read(min(member.size, 4)).startswith(_MAGIC):

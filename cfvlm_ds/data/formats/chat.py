@@ -142,6 +142,10 @@ def row_pictures(row: Mapping[str, Any], keys: Sequence[str], where: str = "row"
 def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...], Pictures]:
     """The turns with a place for every picture, and the pictures in the order of their places."""
     places = len(spoken.pictures)
+    for number, turn in enumerate(spoken.turns, 1):
+        if turn.role != "user" and PICTURE in turn.parts:
+            what = "an answer" if turn.role == "assistant" else f"the turn of the {turn.role}"
+            raise DataError(f"{where}: {what} has a picture (turn {number}); pictures are shown by the user, move it or leave the row out")
     if named := [picture for picture in spoken.pictures if picture is not None]:
         if given or len(named) < places:
             raise DataError(f"{where}: pictures are named in messages and beside them; name each in one of the two")
@@ -162,7 +166,7 @@ def answer_of(turn: Turn, where: str) -> str:
     if turn.role != "assistant":
         raise DataError(f"{where}: the conversation ends with the {turn.role}; its last message must be the assistant's, add or remove one")
     if PICTURE in turn.parts:
-        raise DataError(f"{where}: an answer has a picture; only texts are scored, leave the row out")
+        raise DataError(f"{where}: an answer has a picture; pictures are shown by the user, move it or leave the row out")
     return " ".join(part for part in turn.parts if isinstance(part, str))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from cfvlm_ds.core.conversation import Turn, check_conversation, simplest, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.formats.chat import (
     Spoken,
     answer_of,
@@ -43,7 +44,7 @@ _KEYS = {*_ASKED, *_ALPACA, *_REJECTED, *_IMAGES, *_REJECTED_IMAGES, "chosen", "
 def preference_group(row: Mapping[str, Any]) -> CounterfactualGroup:
     """One row as a group. Raises DataError without file and line."""
     row = without_nulls(row)
-    asked, chosen, rejected = _said(row)
+    asked, chosen, rejected, further = _said(row)
     asked = with_system(asked, row, "row")
     turns, pictures = placed(asked, row_pictures(row, _IMAGES), "row")
     check_conversation(turns, "row")
@@ -59,7 +60,8 @@ def preference_group(row: Mapping[str, Any]) -> CounterfactualGroup:
     if others:
         match += ((0,) if rejected is None else (None, 0),)
     prompt = simplest(turns)
-    kept = {key: value for key, value in row.items() if key not in _KEYS}
+    used = _KEYS if _ALPACA[0] in row else _KEYS - {_ALPACA[1]}
+    kept = {key: value for key, value in row.items() if key not in used} | further
     return CounterfactualGroup(
         id=row_id(row, spelled(prompt), answers, [str(picture) for picture in pictures + others]),
         images=(pictures, others) if others else (pictures,),
@@ -71,9 +73,9 @@ def preference_group(row: Mapping[str, Any]) -> CounterfactualGroup:
     )
 
 
-def _said(row: Mapping[str, Any]) -> tuple[Spoken, str, str | None]:
-    """What is asked, the chosen answer and the rejected one, if there is any."""
-    asked = _asked(row)
+def _said(row: Mapping[str, Any]) -> tuple[Spoken, str, str | None, dict[str, Any]]:
+    """What is asked, the chosen answer and the rejected one, if there is any; and what their messages say beside, by column."""
+    column, asked = _asked(row)
     given = [key for key in _REJECTED if key in row]
     if len(given) > 1:
         raise DataError(f"row: both {given[0]!r} and {given[1]!r} are there; keep one of them")
@@ -84,24 +86,29 @@ def _said(row: Mapping[str, Any]) -> tuple[Spoken, str, str | None]:
     else:
         raise DataError("row: key 'chosen' is missing; add it, or end the conversation with the chosen answer")
     rejected = _answers(row[given[0]], given[0]) if given else None
+    columns = [(column, asked), ("chosen" if "chosen" in row else column, chosen), ("".join(given), rejected)]
+    further = {name: spoken.further for name, spoken in columns if spoken is not None and spoken.further}
     if asked is None:
         asked = _shared(chosen, rejected)
     answers = [None if each is None else _after(asked, each) for each in (chosen, rejected)]
     assert answers[0] is not None
-    return asked, answers[0], answers[1]
+    return asked, answers[0], answers[1], further
 
 
-def _asked(row: Mapping[str, Any]) -> Spoken | None:
+def _asked(row: Mapping[str, Any]) -> tuple[str, Spoken | None]:
+    """The column of what is asked, and what that is; none where the answers are whole conversations."""
     given = [key for key in (*_ASKED, _ALPACA[0]) if key in row]
     if len(given) > 1:
         raise DataError(f"row: both {given[0]!r} and {given[1]!r} say what is asked; keep one of them")
     if not given:
-        return None
+        return "", None
     (key,) = given
     value = row[key]
-    if key == _ALPACA[0] and isinstance(value, str) and isinstance(more := row.get(_ALPACA[1]), str) and more.strip():
-        value = f"{value}\n{more}"
-    return spoken_as(value, "user", key)
+    if key == _ALPACA[0] and (more := row.get(_ALPACA[1], "")) != "":
+        if not isinstance(value, str) or not isinstance(more, str):
+            raise DataError(f"row: {key!r} and {_ALPACA[1]!r} must both be texts, not {quoted(value, 80)} and {quoted(more, 80)}")
+        value = f"{value}\n{more}" if more.strip() else value
+    return key, spoken_as(value, "user", key)
 
 
 def _answers(value: Any, key: str) -> Spoken:
@@ -124,7 +131,11 @@ def _shared(chosen: Spoken, rejected: Spoken | None) -> Spoken:
 
 def _after(asked: Spoken, said: Spoken) -> str:
     """The one answer behind what is asked, which a whole conversation repeats."""
-    turns = said.turns[len(asked.turns) :] if said.turns[: len(asked.turns)] == asked.turns else said.turns
+    repeats = said.turns[: len(asked.turns)] == asked.turns
+    if repeats and any(picture is not None for picture in said.pictures) and said.pictures != asked.pictures:
+        remedy = "name those of the rejected answer in 'rejected_images', and the others once"
+        raise DataError(f"row: what is asked, chosen and rejected name different pictures in their messages; {remedy}")
+    turns = said.turns[len(asked.turns) :] if repeats else said.turns
     if len(turns) != 1:
         raise DataError(f"row: an answer of {len(turns)} turns; chosen and rejected must differ in one answer of the assistant, the last")
     return answer_of(turns[0], "row")

@@ -14,13 +14,14 @@ from typing import Any
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.data.decoding import ENDINGS
 from cfvlm_ds.data.formats.captions import Captions
-from cfvlm_ds.data.formats.chat import without_nulls
+from cfvlm_ds.data.formats.chat import IMAGES, without_nulls
 from cfvlm_ds.data.formats.llava import Llava
 from cfvlm_ds.data.formats.messages import Messages
 from cfvlm_ds.data.formats.preference import preference_group
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "image", "img")
+PICTURES = (*ENDINGS, "image", "img")
 _NEGATIVE = tuple(f"{before}{ending}" for before in ("neg_image", "negative_image") for ending in ("", *(f".{p}" for p in PICTURES)))
 _TEXTS = ("txt", "caption", "caption.txt", "text", "text.txt")
 _NEGATIVE_TEXTS = ("neg_caption", "neg_caption.txt", "negative_caption", "negative_caption.txt")
@@ -29,7 +30,12 @@ _CAPTIONS = Captions(image="__picture__", caption="__caption__", negative_captio
 
 def webdataset_group(row: Mapping[str, Any]) -> CounterfactualGroup:
     """One sample as a group. Raises DataError without file and line."""
-    row = {key.lower(): value for key, value in without_nulls(row).items()}
+    given = without_nulls(row)
+    row = {key.lower(): value for key, value in given.items()}
+    if len(row) < len(given):
+        raise DataError(
+            f"sample {row.get('__key__')!r} has members that differ in upper and lower case alone ({', '.join(given)}); keep one"
+        )
     said = row.pop("json", {})
     if not isinstance(said, Mapping):
         raise DataError(f"sample {row.get('__key__')!r}: its json is a {type(said).__name__}, not an object; write it as {{...}}")
@@ -37,8 +43,7 @@ def webdataset_group(row: Mapping[str, Any]) -> CounterfactualGroup:
     picture = _only(row, PICTURES)
     for keys, read in ((("conversations",), Llava()), (("messages", "completion"), Messages()), (("chosen", "rejected"), preference_group)):
         if any(key in said for key in keys):
-            shown = {} if picture is None or "image" in said or "images" in said else {"image": row[picture]}
-            found = read({"id": row.get("__key__"), **said, **shown})
+            found = read({"id": row.get("__key__"), **_about_sample(said, row, picture)})
             assert isinstance(found, CounterfactualGroup)
             return found
     if picture is None and (named := [key for key in ("image", "jpg", "png") if isinstance(said.get(key), str)]):
@@ -61,6 +66,16 @@ def webdataset_group(row: Mapping[str, Any]) -> CounterfactualGroup:
     if "__caption__" not in columns:
         raise DataError(f"sample {row.get('__key__')!r} has no text ({', '.join(row)}); it must be in KEY.txt, or the caption of KEY.json")
     return _CAPTIONS({**said, **row, **columns})
+
+
+def _about_sample(said: Mapping[str, Any], row: Mapping[str, Any], picture: str | None) -> dict[str, Any]:
+    """A row about the sample's picture, which it may name as it was called elsewhere; that and further members are kept beside."""
+    kept = {f"sample.{key}": value for key, value in row.items() if key not in ("__key__", picture)}
+    named = [key for key in IMAGES if key in said and (not isinstance(said[key], list) or len(said[key]) == 1)]
+    if picture is None or (len(named) != 1 and any(key in said for key in IMAGES)):
+        return {**said, **kept}
+    others = {key: value for key, value in said.items() if key not in IMAGES}
+    return {**others, **kept, "image": row[picture], **{f"json.{key}": said[key] for key in named}}
 
 
 def _only(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:

@@ -1,7 +1,8 @@
 """The embedded world: scenes with exact counterfactual edits, so that everything can be trained and tested without a download."""
 
+from cfvlm_ds.demo.scenes.benchmarks import build_benchmarks
 from cfvlm_ds.demo.scenes.build import build_scenes
 from cfvlm_ds.demo.scenes.grammar import all_captions
 from cfvlm_ds.demo.scenes.questions import all_texts
 
-__all__ = ["all_captions", "all_texts", "build_scenes"]
+__all__ = ["all_captions", "all_texts", "build_benchmarks", "build_scenes"]

@@ -80,8 +80,8 @@ def build_scenes(config: ScenesConfig, progress: Callable[[str], object] = print
     """
     _check(config)
     out = Path(config.out_dir).resolve()
-    settings = _settings(config)
-    if _is_complete(out, settings):
+    settings = settings_of(config)
+    if is_complete(out, settings):
         return out
     sizes = {split: config.num_train if split == "train" else config.num_test for split in RULES}
     began = time.monotonic()
@@ -262,13 +262,13 @@ def _write_group(config: ScenesConfig, split: str, index: int, root: Path) -> tu
     return json.dumps(row, ensure_ascii=False, sort_keys=False), images
 
 
-def _settings(config: ScenesConfig) -> dict[str, object]:
+def settings_of(config: ScenesConfig) -> dict[str, object]:
     settings = {key: value for key, value in asdict(config).items() if key != "out_dir"}
     settings["edit_weights"] = None if config.edit_weights is None else dict(config.edit_weights)
     return {"generator": GENERATOR} | settings
 
 
-def _is_complete(out: Path, settings: dict[str, object]) -> bool:
+def is_complete(out: Path, settings: dict[str, object]) -> bool:
     """True: holds these scenes; False: free to build. Raises DataError if the folder holds anything else."""
     record = out / "scenes.json"
     if record.exists():

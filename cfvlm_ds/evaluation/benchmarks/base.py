@@ -74,6 +74,7 @@ class Outcome:
         shuffled: the same on another item's picture; None where there is none, or none was asked for.
         consistency: share of the orders of options in which the option is chosen that is chosen over all orders; None without orders.
         prior: a score per option without picture and question; None where it was not asked for.
+        said: what the model wrote about each image; None where it was not asked to write.
     """
 
     item: Item
@@ -82,15 +83,22 @@ class Outcome:
     shuffled: tuple[float, ...] | None = None
     consistency: float | None = None
     prior: tuple[float, ...] | None = None
+    said: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Judged:
-    """An item and one table of scores for it. ``blind`` tables say the same of every image; a tie is a guess there, and wrong otherwise."""
+    """An item and one table of scores for it. ``blind`` tables say the same of every image; a tie is a guess there, and wrong otherwise.
+
+    ``draw`` tells the copies of an item apart that a bootstrap draws: a pair that is drawn twice is two pairs. ``known`` keeps what was
+    found of each image, for metrics that are computed a thousand times.
+    """
 
     item: Item
     scores: Scores
     blind: bool = False
+    draw: int = 0
+    known: dict[int, float] = field(default_factory=dict, init=False, compare=False, repr=False)
 
 
 Values = dict[str, float]
@@ -158,9 +166,9 @@ class Loaded:
     notes: tuple[str, ...]
 
 
-def load(benchmark: Benchmark, root: Path) -> Loaded:
-    """All items of a benchmark whose files are in ``root``. Pictures are looked for and not opened."""
-    source, items, problems = Source(root), dict[str, Item](), list[DataError]()
+def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda line: None) -> Loaded:
+    """All items of a benchmark whose files are in ``root``. Pictures are looked for and not opened; ``say`` is told of long work."""
+    source, items, problems = Source(root, say), dict[str, Item](), list[DataError]()
     if not root.is_dir():
         return Loaded((), (DataError(f"{root}: no such folder; put the files of {benchmark.title} there"),), ())
     for found in benchmark.items(source):
@@ -213,5 +221,5 @@ def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Valu
 def stored(outcome: Outcome) -> dict[str, Any]:
     """An outcome as JSON, without its item, which the benchmark's files have."""
     plain: dict[str, Any] = {"id": outcome.item.id, "seen": outcome.seen, "blank": outcome.blank}
-    optional = {"shuffled": outcome.shuffled, "consistency": outcome.consistency, "prior": outcome.prior}
+    optional = {"shuffled": outcome.shuffled, "consistency": outcome.consistency, "prior": outcome.prior, "said": outcome.said}
     return plain | {name: value for name, value in optional.items() if value is not None}

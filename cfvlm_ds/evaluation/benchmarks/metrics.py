@@ -33,6 +33,11 @@ def grouped(table: Iterable[Judged], key: Key) -> dict[str, list[Judged]]:
     return found
 
 
+def sets(table: Iterable[Judged], key: Key) -> list[list[Judged]]:
+    """Items that are judged together, such as a pair, by a key; those that a bootstrap has drawn twice are two sets."""
+    return list(grouped(table, lambda judged: f"{judged.draw}\0{key(judged)}").values())
+
+
 def mean(values: Sequence[float]) -> float:
     """In %. The caller knows that there is one."""
     return 100 * sum(values) / len(values)
@@ -43,6 +48,12 @@ def text_right(judged: Judged, image: int = 0) -> float:
 
     In a blind table, the probability that it does when ties are broken at random.
     """
+    if image not in judged.known:
+        judged.known[image] = _text_right(judged, image)
+    return judged.known[image]
+
+
+def _text_right(judged: Judged, image: int) -> float:
     scores, truth = judged.scores[image], judged.item.match[image]
     true = [score for score, value in zip(scores, truth, strict=True) if value]
     false = [score for score, value in zip(scores, truth, strict=True) if not value]
@@ -124,9 +135,8 @@ QUAD_CHANCE = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
 
 def together(table: Sequence[Judged], key: Key) -> float | None:
     """Share of the sets of items that a key puts together whose items are all right; None without any."""
-    sets = grouped(table, key).values()
     found = []
-    for members in sets:
+    for members in sets(table, key):
         value = 1.0
         for each in members:
             value *= all_right(each)

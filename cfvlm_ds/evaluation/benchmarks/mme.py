@@ -64,14 +64,16 @@ def _of_picture(source: Source, task: str, path: Path, pictures: Path) -> Iterat
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Of each task the accuracy plus that of pictures with both answers right, at most 200; their sums, at most 2,000 and 800."""
+    """Of each task the accuracy plus that of pictures with both answers right, at most 200; their sums, at most 2,000 and 800, where no
+    task is absent."""
     if not table:
         return {}
     scores = {}
     for task, members in grouped(table, tag("task")).items():
         scores[task] = accuracy(members)["accuracy"] + (together(members, tag("picture")) or 0.0)
-    found = {"perception": sum(scores.get(task, 0.0) for task in PERCEPTION), "cognition": sum(scores.get(task, 0.0) for task in COGNITION)}
-    return {"total": sum(found.values()), **found, **{f"score/{task}": value for task, value in scores.items()}, **accuracy(table)}
+    parts = {"total": (*PERCEPTION, *COGNITION), "perception": PERCEPTION, "cognition": COGNITION}
+    sums = {name: sum(scores[task] for task in tasks) for name, tasks in parts.items() if all(task in scores for task in tasks)}
+    return {**sums, **{f"score/{task}": value for task, value in scores.items()}, **accuracy(table)}
 
 
 MME = Benchmark(

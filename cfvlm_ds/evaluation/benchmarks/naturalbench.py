@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Values, one_hot
-from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, all_right, grouped, mean, tag, text_right, together
+from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, all_right, mean, sets, tag, text_right, together
 from cfvlm_ds.evaluation.benchmarks.source import Row, Source, choice, each, text
 
 KINDS = {
@@ -52,8 +52,8 @@ def metrics(table: Sequence[Judged]) -> Values:
     """Of single answers; of questions right on both pictures; of pictures with both questions right; of groups with all four right."""
     if not table:
         return {}
-    pictures, pairs = [], grouped(table, tag("group")).values()
-    for questions in pairs:
+    pictures = []
+    for questions in sets(table, tag("group")):
         for image in (0, 1):
             value = float(len(questions) == 2)
             for each_question in questions:

@@ -1,7 +1,8 @@
 """Official files of a benchmark, as they lie in its folder: rows with their places, pictures with theirs.
 
 Files that somebody else made: sizes are bounded, and a name in a row leads to no file outside of the folder. Links that the user has put
-there are followed, since collections of pictures are large and shared.
+there are followed, since collections of pictures are large and shared. Parquet files are turned into JSON lines once, and the pictures in
+them into parts of one file (cfvlm_ds.data.containers).
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.files import cache_folder
 from cfvlm_ds.core.reading import MIB, DuplicateKey, TooLarge, lines, open_regular, parse_json, read_bytes
 from cfvlm_ds.core.text import quoted
+from cfvlm_ds.data.containers.kinds import is_there
+from cfvlm_ds.data.containers.prepared import prepare, prepared_places
 from cfvlm_ds.data.formats.fields import further_keys
 from cfvlm_ds.data.picture_file import picture_file
 
@@ -29,17 +33,19 @@ Placed = tuple[str, Any]
 
 
 class Source:
-    """The folder of a benchmark.
+    """The folder of a benchmark; ``say`` is told of long work on its files.
 
     Attributes:
         counts: file -> rows that were in it.
         notes: what is worth saying of the files.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, say: Callable[[str], object] = lambda line: None) -> None:
+        self.root, self._say = root, say
         self.counts: dict[str, int] = {}
         self.notes: list[str] = []
+        self._made: dict[str, Path] = {}
+        """File, as places name it -> folder of the pictures that its rows brought."""
 
     def rows(self, name: str, columns: Sequence[str], lines: str = "") -> Iterator[tuple[str, Row | DataError]]:
         """The rows of a file as objects that have ``columns``; others that they have are metadata, unless they look like a misspelt one.
@@ -50,11 +56,13 @@ class Source:
             yield where, value if isinstance(value, DataError) else _checked(where, value, columns)
 
     def values(self, name: str, lines: str = "") -> Iterator[Placed]:
-        """The values of a file: the items of a list, the values of an object, the lines of a table."""
+        """The values of a file: the items of a list, the values of an object, the lines of a table, the rows of Parquet files."""
         path, read = self.root / name, _READERS.get(Path(name).suffix)
         if lines and (self.root / lines).is_file():
             path, read = self.root / lines, _json_lines
-        if read is None or not path.is_file():
+        elif path.suffix == _PARQUET and is_there(path):
+            read = self._prepared
+        if read is None or not is_there(path) or path.is_dir():
             yield str(path), self._missing(path, lines)
             return
         self.counts[name] = 0
@@ -62,16 +70,26 @@ class Source:
             for where, value in read(path):
                 self.counts[name] += 1
                 yield where, value
+        except DataError as error:  # which names the file and what to do
+            yield str(path), error
         except (TooLarge, DuplicateKey, ValueError, RecursionError) as error:
             yield str(path), DataError(f"{path}: cannot be read ({error}); get the official file again")
         except OSError as error:
             yield str(path), DataError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions or get it again")
 
+    def _prepared(self, path: Path) -> Iterator[Placed]:
+        """The rows of Parquet files, of which JSON lines are made the first time; a line that is a text says what is wrong with its row."""
+        made = prepare(path, "parquet", prepared_places(path, cache_folder()), self._say).lines
+        self._made[str(path)] = made.parent
+        for number, (_, value) in enumerate(_json_lines(made), 1):
+            where = f"{path}:{number}"
+            yield where, DataError(f"{where}: {value}") if isinstance(value, str) else value
+
     def _missing(self, path: Path, lines: str) -> DataError:
         if lines:
             return DataError(
-                f"{self.root / lines}: no such file; write the rows of {path.name} to it as JSON lines, with a picture's file as its name, "
-                "as docs/benchmarks says"
+                f"{path}: no such file, nor {self.root / lines} with its rows as JSON lines; docs/benchmarks says where it is and where it "
+                "belongs"
             )
         there = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, there, n=1)
@@ -88,8 +106,9 @@ class Source:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
             raise DataError(f"{where}: picture {quoted(name)} leads out of the benchmark's folder; get the official file again")
+        made = self._made.get(where.rpartition(":")[0])
         tried = [self._folder(folder) / name for folder in folders or ("",)]
-        for path in tried:
+        for path in tried if made is None else [made / name, *tried]:
             if picture_file(path).is_file():
                 return path
         others = f" (nor {', '.join(str(path) for path in tried[1:])})" if len(tried) > 1 else ""
@@ -197,6 +216,7 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Placed]]:
     return read
 
 
+_PARQUET = ".parquet"
 _READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {
     ".json": _json_values,
     ".jsonl": _json_lines,

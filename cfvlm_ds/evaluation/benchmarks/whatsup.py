@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Values, one_hot
-from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, grouped, tag, text_right
+from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, grouped, sets, tag, text_right
 from cfvlm_ds.evaluation.benchmarks.source import Row, Source, each
 
 CONTROLLED = {"images": "controlled_images_dataset.json", "clevr": "controlled_clevr_dataset.json"}
@@ -80,7 +80,7 @@ def metrics(table: Sequence[Judged]) -> Values:
         found[f"individual/{part}"] = accuracy(members)["accuracy"]
         for name, key, size in (("pair", "pair", 2), ("set", "set", 4)) if part in CONTROLLED else ():
             right = 0.0
-            for scene in grouped(members, tag(key)).values():
+            for scene in sets(members, tag(key)):
                 value = float(len(scene) == size)
                 for member in scene:
                     value *= text_right(member)

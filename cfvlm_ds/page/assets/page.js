@@ -93,9 +93,11 @@
   function verdict(table, brief = false) {
     const name = table.name ? `${table.name}: ` : "";
     if (!table.compared) return make("span", "verdict", `${name}nothing to compare`);
-    const said = table.lost ? `${table.lost} of ${table.compared}` : `all ${table.compared}`, how = table.lost ? "lost" : "won";
-    const whole = `${said} comparisons ${how}, least margin ${signed(table.worst)}`;
-    return make("span", `verdict ${how}`, name + (brief ? `${said} ${how}, ${signed(table.worst)}` : whole));
+    const how = table.lost ? "lost" : "won", margin = signed(table.worst);
+    const said = table.lost ? `${table.lost} of ${table.compared}` : `all ${table.compared}`;
+    let words = brief ? `${said} ${how}, ${margin}` : `${said} comparisons ${how}, least margin ${margin}`;
+    if (table.compared === 1) words = brief ? `${how}, ${margin}` : `${how}, margin ${margin}`;
+    return make("span", `verdict ${how}`, name + words);
   }
 
   function matrix(item, images, texts) {

@@ -1,0 +1,323 @@
+"""``cfvlm-ds data propose``, ``edit``, ``verify``, ``select``, ``audit``, ``run`` and ``status``: counterfactual groups from captions and
+pictures."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfvlm_ds.cli.options import add_command, add_data_options
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import whole_file
+from cfvlm_ds.core.secrets import print_line
+from cfvlm_ds.core.untrusted import output_file
+from cfvlm_ds.core.verbosity import shows_progress
+from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
+
+if TYPE_CHECKING:
+    from cfvlm_ds.counterfactuals.plan import Plan
+    from cfvlm_ds.counterfactuals.scorer import RankedScorer
+
+_WORK = "work folder that `data propose` began"
+_SHARD = "the shard to work on, I of 0 to N-1; the others are for other processes, at the same time or not"
+
+
+def add(data: Any) -> None:
+    """Add the commands to those of ``data``."""
+    example = "cfvlm-ds data propose captions.jsonl --out W --with rules,mine --types colour,count,relation"
+    command = add_command(data, "propose", _propose, "propose counterfactual captions that differ in one thing", example)
+    command.add_argument("manifest", help="captions and pictures, in any known format")
+    command.add_argument("--out", required=True, help="work folder, made where it is not there")
+    _add_section(command, "propose")
+    _add_shard(command)
+    add_data_options(command, "auto")
+
+    command = add_command(
+        data, "edit", _edit, "edit the pictures as proposed", "cfvlm-ds data edit W --with flip,diffusers --model DIR --attempts 4"
+    )
+    command.add_argument("work", help=_WORK)
+    _add_section(command, "edit")
+    _add_shard(command)
+
+    example = "cfvlm-ds data verify W --scorer Qwen/Qwen2.5-VL-7B-Instruct"
+    command = add_command(data, "verify", _verify, "score every candidate's 2 x 2 matrix, and compare its pictures", example)
+    command.add_argument("work", help=_WORK)
+    _add_section(command, "verify")
+    text = 'fit the margin to labels ({"edit": ID, "attempt": 0, "good": true} a line) of verified candidates, and write W/thresholds.json'
+    command.add_argument("--calibrate", metavar="FILE", help=text)
+    command.add_argument("--precision", type=float, default=0.95, help="that the fitted margin reaches (default 0.95)")
+    command.add_argument("--rule", default="match", help="scores that it is fitted to: match, likelihood, both (default match)")
+    _add_shard(command)
+
+    command = add_command(
+        data,
+        "select",
+        _select,
+        "write groups of the best candidates, and what became of the others",
+        "cfvlm-ds data select W --out groups.jsonl",
+    )
+    command.add_argument("work", help=_WORK)
+    command.add_argument("--out", required=True, help="file of groups to write")
+    command.add_argument("--figure", metavar="FILE.png", help="draw what became of the candidates")
+    _add_section(command, "select")
+
+    example = "cfvlm-ds data audit train.jsonl test.jsonl --against /data/benchmarks --out audit"
+    command = add_command(data, "audit", _audit, "what could be learnt without looking, what is there twice, what leaks", example)
+    command.add_argument("manifest", nargs="+", help="groups; several are the splits of one set")
+    command.add_argument("--out", default="audit", help="folder of the page; OUT.md and OUT.json lie beside it (default audit)")
+    _add_section(command, "audit")
+    add_data_options(command)
+
+    text = "propose, edit and verify one shard of a plan; without --shard all of them one after the other, and select"
+    command = add_command(data, "run", _run, text, "cfvlm-ds data run --config examples/build_coco.yaml --shard 3/64")
+    command.add_argument("--config", required=True, help="YAML of the plan")
+    command.add_argument("--shard", type=_shard_or_number, metavar="I/N", help=f"{_SHARD}; I alone is one of the plan's shards")
+
+    command = add_command(data, "status", _status, "how far a work folder is, and which shards are missing", "cfvlm-ds data status W")
+    command.add_argument("work", help=_WORK)
+
+
+def _add_shard(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--shard", type=_shard_or_number, metavar="I/N", help=_SHARD)
+
+
+def _shard_or_number(text: str) -> tuple[int, int | None]:
+    """An argument's type: 3/64 is the fourth of 64 parts, 3 the fourth of as many as there are."""
+    number, slash, of = text.partition("/")
+    if not number.isdecimal() or len(text) > 12 or (slash and not (of.isdecimal() and int(number) < int(of))):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N-1, such as 0/8, not {text!r}")
+    return int(number), int(of) if slash else None
+
+
+SECTIONS = {"propose": ProposeOptions, "edit": EditOptions, "verify": VerifyOptions, "select": SelectOptions, "audit": AuditOptions}
+
+
+def _add_section(command: argparse.ArgumentParser, name: str) -> None:
+    """An option for each field of a step's options, with the sentence that its class has for it."""
+    for option, kind, default, text in described(SECTIONS[name]):
+        dest = {"with": "back_ends"}.get(option, option)
+        if kind == "bool":
+            command.add_argument(f"--{option}", dest=dest, action="store_true", help=text)
+        else:
+            shown = f" (default {default})".replace("%", "%%") if default not in (None, "") else ""
+            types: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "float | None": float, "str": str}
+            command.add_argument(f"--{option}", dest=dest, type=types[kind], default=default, help=text.replace("%", "%%") + shown)
+
+
+def _values(arguments: argparse.Namespace, name: str) -> Any:
+    section = SECTIONS[name]
+    return section(**{each.name: getattr(arguments, each.name) for each in dataclasses.fields(section) if hasattr(arguments, each.name)})
+
+
+def described(section: type) -> list[tuple[str, str, Any, str]]:
+    """Name, type, default and sentence of each option of a step."""
+    said = dict(re.findall(r"^ +(\w+): (.+?)(?=\n +\w+: |\n*\s*\Z)", (section.__doc__ or "").split("Args:")[-1], re.MULTILINE | re.DOTALL))
+    renamed = {"back_ends": "with"}
+    return [
+        (renamed.get(each.name, each.name), str(each.type), each.default, " ".join(said[each.name].split()).rstrip("."))
+        for each in dataclasses.fields(section)
+    ]
+
+
+# what the commands do -------------------------------------------------------------------------------------------------------------------
+
+
+def _propose(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.counterfactuals.propose.step import propose
+
+    _one_process("propose")
+    shard, of = arguments.shard or (0, None)
+    options = _values(arguments, "propose")
+    if of is not None:
+        if options.shards not in (1, of):
+            raise ConfigError(f"--shards {options.shards} and --shard {shard}/{of} contradict each other; give one of them")
+        options = dataclasses.replace(options, shards=of)
+    store = _opened(arguments.manifest, arguments.root, arguments.format)
+    _print_done("propose", propose(store, Path(arguments.out), options, shard, _say))
+
+
+def _edit(arguments: argparse.Namespace) -> None:
+    _one_process("edit")
+    _edited(Path(arguments.work), _values(arguments, "edit"), arguments.shard)
+
+
+def _edited(work: Path, options: EditOptions, shard: tuple[int, int | None] | None) -> None:
+    from cfvlm_ds.counterfactuals.edit import EDITORS
+    from cfvlm_ds.counterfactuals.edit.step import edit
+
+    if "scenes" in options.back_ends:
+        from cfvlm_ds.demo.scenes.editor import SceneEditor
+
+        EDITORS.setdefault("scenes", SceneEditor)
+    number, of = shard or (0, None)
+    _print_done("edit", edit(work, options, number, _say, of))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    options = _values(arguments, "verify")
+    if arguments.calibrate:
+        from cfvlm_ds.counterfactuals.judge import read_thresholds
+        from cfvlm_ds.counterfactuals.verify import calibrate
+
+        if not 0 < arguments.precision <= 1:
+            raise ConfigError(f"--precision {arguments.precision}: a share from above 0 to 1")
+        start = read_thresholds(None, arguments.rule)
+        print(calibrate(Path(arguments.work), Path(arguments.calibrate), start, arguments.precision))
+        print(f"wrote {Path(arguments.work) / 'thresholds.json'}, which select takes")
+        return
+    _verified(Path(arguments.work), options, arguments.shard)
+
+
+def _verified(work: Path, options: VerifyOptions, shard: tuple[int, int | None] | None) -> None:
+    from cfvlm_ds.counterfactuals.verify import refuse_unfit, verify
+
+    number, of = shard or (0, None)
+    needed = refuse_unfit(work, options, number, of)
+    score, identity = _scoring(options.scorer, options.batch_size) if options.scorer and needed else (None, None)
+    if score is None:
+        if _ranks() == 1 or (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "0":
+            _print_done("verify", verify(work, options, number, _say, None, of))
+    elif score.world.is_main:
+        try:
+            _print_done("verify", verify(work, options, number, _say, score, of, identity))
+        finally:
+            score.end()
+    else:
+        score.follow()
+
+
+def _select(arguments: argparse.Namespace) -> None:
+    _one_process("select")
+    _selected(Path(arguments.work), Path(arguments.out), _values(arguments, "select"), arguments.figure)
+
+
+def _selected(work: Path, out: Path, options: SelectOptions, figure: str | None = None) -> None:
+    from cfvlm_ds.counterfactuals.select import KEPT, select
+
+    if figure is not None:
+        if not figure.endswith(".png"):
+            raise ConfigError(f"--figure {figure}: the figure is a PNG; give it a name that ends in .png")
+        output_file(Path(figure))
+    survival = select(work, out, options, _say)
+    print(survival.table())
+    print("\n" + survival.captions())
+    for name, count in survival.files.items():
+        print(f"wrote {name}: {count} groups")
+    if survival.roots:
+        print(f"their pictures lie in several folders; read them with {' '.join(f'--root {root}' for root in survival.roots)}")
+    if figure is not None:
+        from cfvlm_ds.tracking.data_figure import data_figure
+
+        outcomes: dict[str, int] = {}
+        for counts in survival.by_type.values():
+            for name, count in counts.items():
+                outcomes[name] = outcomes.get(name, 0) + count
+        kept = {kind: counts[KEPT] for kind, counts in survival.by_type.items()}
+        with whole_file(Path(figure)) as file:
+            data_figure(file, [], [("what became of the edits", "edits", outcomes), ("kept", "edits", kept)])
+        print(f"wrote {figure}")
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.counterfactuals.audit.report import audit, write_report
+    from cfvlm_ds.page import refuse_foreign_folder
+
+    _one_process("audit")
+    options, out = _values(arguments, "audit"), Path(arguments.out)
+    refuse_foreign_folder(out)
+    if options.refine:
+        output_file(Path(options.refine))
+    for ending in (".md", ".json"):
+        output_file(out.with_name(out.name + ending))
+    score = _scoring(options.scorer, 16)[0] if options.scorer else None
+    found, sets = audit(arguments.manifest, arguments.root, arguments.format, options, _say, score)
+    write_report(found, sets, out, _say)
+    print(found.markdown())
+    print(f"wrote {out.with_name(out.name + '.md')}, {out.with_name(out.name + '.json')} and {out / 'index.html'}")
+    if options.strict and found.faults:
+        sys.stdout.flush()
+        sys.exit(1)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.counterfactuals.plan import read_plan
+
+    _one_process("run")
+    plan = read_plan(arguments.config)
+    if arguments.shard is not None:
+        shard, of = arguments.shard
+        if of not in (None, plan.shards):
+            raise ConfigError(f"--shard {shard}/{of}: the plan {arguments.config} has {plan.shards} shards; say I/{plan.shards}")
+        if shard >= plan.shards:
+            raise ConfigError(f"--shard {shard}: the plan {arguments.config} has shards 0 to {plan.shards - 1}")
+        _one_shard(plan, shard)
+        return
+    for shard in range(plan.shards):
+        _one_shard(plan, shard)
+    if plan.groups:
+        _selected(Path(plan.out), Path(plan.groups), plan.select)
+
+
+def _one_shard(plan: Plan, shard: int) -> None:
+    from cfvlm_ds.counterfactuals.propose.step import propose
+
+    store = _opened(plan.data, plan.root, plan.format)
+    _print_done("propose", propose(store, Path(plan.out), plan.propose, shard, _say))
+    _edited(Path(plan.out), plan.edit, (shard, plan.shards))
+    _verified(Path(plan.out), plan.verify, (shard, plan.shards))
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.counterfactuals.status import status
+
+    print(status(Path(arguments.work))[0])
+
+
+def _opened(manifest: str, root: Any, format: str) -> Any:
+    from cfvlm_ds.data.manifest import open_groups
+
+    return open_groups(manifest, root, format, progress=_say)
+
+
+def _scoring(name: str, batch_size: int) -> tuple[RankedScorer, dict[str, Any]]:
+    """What scores groups with a model, and which weights do."""
+    from cfvlm_ds.cli.models import load_scorer
+    from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
+    from cfvlm_ds.core.run_folder import named_model
+    from cfvlm_ds.counterfactuals.scorer import RankedScorer
+    from cfvlm_ds.data.decoding import MAX_PIXELS
+    from cfvlm_ds.models import fingerprint
+
+    named = named_model(name)
+    model = ModelConfig(named.name_or_path, **{limit: getattr(named.recorded, limit) for limit in IMAGE_LIMITS})
+    scorer, collator, world = load_scorer(model, named.adapter, max_pixels=MAX_PIXELS)
+    identity: dict[str, Any] = {"model": name, **fingerprint(model)}
+    return RankedScorer(scorer, collator, world, batch_size), identity | ({"adapter": str(named.adapter)} if named.adapter else {})
+
+
+def _ranks() -> int:
+    """Processes of this launch, as ``joined`` counts them."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
+def _one_process(command: str) -> None:
+    """Raise ConfigError where a launcher has started several: they would do the same work side by side."""
+    if _ranks() > 1:
+        raise ConfigError(f"data {command} is for one process, and {_ranks()} were started; several ranks are for data verify --scorer")
+
+
+def _say(line: str) -> None:
+    if shows_progress() or line.startswith(("warning: ", "note: ")):
+        print_line(line)
+
+
+def _print_done(step: str, done: dict[str, Any]) -> None:
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(done["counts"].items(), key=lambda each: -each[1])[:8])
+    stopped = f" ({done['stopped']})" if "stopped" in done else ""
+    print(f"{step}: {done['records']} records{stopped}: {counts or 'nothing'}")

@@ -1,0 +1,29 @@
+"""Counterfactual groups from captions and pictures: proposed, edited, verified, selected and audited, every candidate with its history.
+
+Each step has one interface and several back ends; a script of your own adds one by an assignment: ``PROPOSERS["mine"] = ...``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_MODULES = {
+    "PROPOSERS": "propose",
+    "Proposal": "propose.base",
+    "Rejected": "propose.base",
+    "Source": "propose.base",
+    "EDITORS": "edit",
+    "Picture": "edit.base",
+    "Refused": "edit.base",
+    "Task": "edit.base",
+}
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when asked for: the options of the commands are here too, and need none of it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

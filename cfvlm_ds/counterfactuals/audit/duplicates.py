@@ -1,0 +1,135 @@
+"""Pictures and texts that are there twice: exactly, or nearly so by a perceptual hash; within a set, across its splits, in benchmarks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cfvlm_ds.core.conversation import normalised
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.counterfactuals.checks import perceptual_hash
+from cfvlm_ds.counterfactuals.propose.word_difference import words
+from cfvlm_ds.data.decoding import open_image
+from cfvlm_ds.data.picture_index import content_digest
+
+NEAR = 8
+"""Bits of 64 by which near duplicates differ at most."""
+_ALL_PAIRS = 20_000
+"""Pictures of a side up to which all pairs are compared; of more, those that agree in one of four quarters of the hash."""
+_BLOCK = 512
+GRAM = 8
+"""Words in a row that a caption and a benchmark's caption have in common when one was copied."""
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_MOST_FILES = 2_000_000
+
+
+@dataclass(frozen=True)
+class Look:
+    """A picture by its contents: a digest of its file and its perceptual hash."""
+
+    path: Path
+    digest: bytes
+    hash: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two places that show the same: indices into two sequences, and by how many bits they differ; -1 for the same file."""
+
+    first: int
+    second: int
+    bits: int
+
+
+def look(path: Path) -> Look | str:
+    """Why it cannot be looked at, in place of a look."""
+    try:
+        return Look(path, content_digest(path), perceptual_hash(open_image(path)))
+    except (DataError, OSError, ValueError) as error:
+        return str(error)
+
+
+def near_pairs(first: Sequence[Look], second: Sequence[Look], most_bits: int = NEAR) -> Iterator[Pair]:
+    """Pairs of one sequence and another that are the same or nearly so. Flat pictures, whose hash says nothing, only count when equal."""
+    by_digest: dict[bytes, list[int]] = {}
+    for j, each in enumerate(second):
+        by_digest.setdefault(each.digest, []).append(j)
+    exact = set()
+    for i, each in enumerate(first):
+        for j in by_digest.get(each.digest, ()):
+            exact.add((i, j))
+            yield Pair(i, j, -1)
+    ours, theirs = (np.array([each.hash for each in side], np.uint64) for side in (first, second))
+    for i, j in _close(ours, theirs, most_bits):
+        if (i, j) not in exact and not (_is_flat(first[i].hash) or _is_flat(second[j].hash)):
+            yield Pair(i, j, (first[i].hash ^ second[j].hash).bit_count())
+
+
+def _is_flat(value: int) -> bool:
+    return not 8 <= value.bit_count() <= 56
+
+
+def _close(ours: npt.NDArray[Any], theirs: npt.NDArray[Any], most_bits: int) -> Iterator[tuple[int, int]]:
+    if len(ours) * len(theirs) <= _ALL_PAIRS**2:
+        for start in range(0, len(ours), _BLOCK):
+            apart = _bits(ours[start : start + _BLOCK, None] ^ theirs[None, :])
+            for i, j in np.argwhere(apart <= most_bits):
+                yield start + int(i), int(j)
+        return
+    seen = set()
+    for shift in np.arange(0, 64, 16, dtype=np.uint64):
+        quarter = [(side >> shift) & np.uint64(0xFFFF) for side in (ours, theirs)]
+        order = np.argsort(quarter[1], kind="stable")
+        ordered = quarter[1][order]
+        starts, ends = ordered.searchsorted(quarter[0], "left"), ordered.searchsorted(quarter[0], "right")
+        for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            same = order[start:end]
+            for j in same[_bits(theirs[same] ^ ours[i]) <= most_bits]:
+                if (i, int(j)) not in seen:
+                    seen.add((i, int(j)))
+                    yield i, int(j)
+
+
+def _bits(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Set bits of 64-bit numbers; numpy counts them itself from version 2 on."""
+    if hasattr(np, "bitwise_count"):
+        return np.asarray(np.bitwise_count(values))
+    return np.unpackbits(np.ascontiguousarray(values)[..., None].view(np.uint8), axis=-1).sum(-1)
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """Every picture file below a folder, links not followed. Raises DataError for more than can be meant."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        found += [Path(place) / name for name in sorted(names) if Path(name).suffix.lower() in _SUFFIXES]
+        if len(found) > _MOST_FILES:
+            raise DataError(f"{folder}: it has more than {_MOST_FILES} pictures; name the folders of benchmarks themselves")
+    return found
+
+
+def grams(text: str) -> set[tuple[str, ...]]:
+    """Every eight words in a row; of a shorter text all of them."""
+    said = [word for word in words(text) if word.isalnum()]
+    return {tuple(said[k : k + GRAM]) for k in range(max(1, len(said) - GRAM + 1))} if len(said) >= 4 else set()
+
+
+def shared_texts(ours: Mapping[str, Iterable[str]], theirs: Iterable[str]) -> dict[str, str]:
+    """Id -> one of its texts that a benchmark has too: the same, or eight words in a row of it."""
+    known: set[tuple[str, ...]] = set()
+    exact: set[str] = set()
+    for text in theirs:
+        exact.add(normalised(text).lower())
+        known |= {gram for gram in grams(text) if len(gram) == GRAM}
+    found: dict[str, str] = {}
+    for name, texts in ours.items():
+        for text in texts:
+            if normalised(text).lower() in exact or not known.isdisjoint(grams(text)):
+                found.setdefault(name, text)
+    return found

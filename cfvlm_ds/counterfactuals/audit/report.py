@@ -1,0 +1,330 @@
+"""The audit of a set of groups: shortcuts, duplicates, leaks, balance; one report to read, and a page of what was found."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.distributed import cores_per_rank
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.files import replace, whole_file
+from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.text import one_line
+from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
+from cfvlm_ds.counterfactuals.audit.shortcuts import Array, Shortcut, blind_share, by_grain, by_length, by_words, grain, thinned
+from cfvlm_ds.counterfactuals.options import AuditOptions
+from cfvlm_ds.counterfactuals.work_folder import seed_of
+from cfvlm_ds.data.decoding import open_image
+from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.data.manifest import Root, named_apart, open_groups
+from cfvlm_ds.evaluation.scoring import GroupScores
+from cfvlm_ds.page import Item, Page, Written, group_item, write_page
+
+LIMIT_AUC = 0.6
+LIMIT_BLIND = 0.6
+LIMIT_NEGATED = 0.1
+_SHOWN = 400
+_SCORED = 256  # groups at a time
+_NEGATIONS = {"no", "not", "without", "never", "none"}
+
+Say = Callable[[str], object]
+Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
+
+
+@dataclass
+class Audit:
+    """What was found: facts for a table, and sentences about what passes a limit with the ids of the groups that it is about."""
+
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    faults: list[tuple[str, list[str]]] = field(default_factory=list)
+    shortcuts: list[Shortcut] = field(default_factory=list)
+
+    def fault(self, sentence: str, ids: Sequence[str] = ()) -> None:
+        """Something that passes its limit."""
+        self.faults.append((sentence, list(dict.fromkeys(ids))))
+
+    def markdown(self) -> str:
+        """The report."""
+        lines = ["# Audit", "", "| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in self.facts), ""]
+        lines += ["| told apart | AUC | 95 % interval | pairs | goes by |", "|---|---:|---|---:|---|"]
+        for each in self.shortcuts:
+            told = ", ".join(each.telling[:8])
+            lines.append(f"| {each.name} | {each.auc:.3f} | {each.low:.3f} to {each.high:.3f} | {each.pairs} | {_cell(told)} |")
+        lines += ["", "## What passes a limit", ""]
+        for sentence, ids in self.faults:
+            named = f" ({', '.join(one_line(each, 60) for each in ids[:5])}{', ...' * (len(ids) > 5)})" if ids else ""
+            lines.append(f"- {one_line(sentence + named, 600)}")
+        return "\n".join([*lines, *(["Nothing."] if not self.faults else [])]) + "\n"
+
+    def as_json(self) -> str:
+        shortcuts = [vars(each) for each in self.shortcuts]
+        return (
+            json.dumps(
+                {"facts": dict(self.facts), "shortcuts": shortcuts, "faults": [{"fault": s, "groups": ids} for s, ids in self.faults]},
+                indent=1,
+            )
+            + "\n"
+        )
+
+
+@dataclass(frozen=True)
+class _Set:
+    """A split: its name and groups."""
+
+    name: str
+    groups: Sequence[CounterfactualGroup]
+
+
+def audit(
+    manifests: Sequence[str], root: Root, format: str, options: AuditOptions, say: Say, score: Score | None = None
+) -> tuple[Audit, list[_Set]]:
+    """Look at every group and picture of some manifests, which are splits of one set."""
+    sets = []
+    for name, path in named_apart(manifests).items():
+        sets.append(_Set(name, open_groups(path, root, format, progress=say)))
+    found = Audit()
+    _balance(found, sets)
+    looks, broken = _looks(sets, say)
+    if broken:
+        found.fault(f"{len(broken)} pictures cannot be read, the first: {next(iter(broken.values()))}", list(broken))
+    _shortcuts(found, sets, options, say)
+    _duplicates(found, sets, looks)
+    if options.against:
+        _against(found, sets, looks, options.against, say)
+    if score is not None:
+        _blind(found, sets, options, score, say)
+    elif options.refine:
+        raise ConfigError("--refine thins by what a scorer guesses without a picture; name one with --scorer")
+    return found, sets
+
+
+def _balance(found: Audit, sets: Sequence[_Set]) -> None:
+    kinds: Counter[str] = Counter()
+    groups = shams = pictured = longer = negated = edits = 0
+    sources: Counter[str] = Counter()
+    for each in sets:
+        for group in each.groups:
+            groups += 1
+            sources[group.source or "(none)"] += 1
+            shams += any(edit.type == SHAM for edit in group.edits)
+            for edit in group.edits:
+                if edit.type == SHAM:
+                    continue
+                edits += 1
+                kinds[edit.type] += 1
+                pictured += edit.image is not None
+                if edit.text is not None:
+                    new = group.candidates[edit.text].text
+                    longer += len(new) > len(group.candidates[0].text)
+                    negated += bool(_NEGATIONS & set(new.lower().split()) - set(group.candidates[0].text.lower().split()))
+    facts = [
+        ("groups", f"{groups} in {', '.join(f'{each.name} ({len(each.groups)})' for each in sets)}"),
+        ("sources", ", ".join(f"{name} {count}" for name, count in sources.most_common(8))),
+        ("edits by type", ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()) or "none"),
+        ("edits with a picture of their own", f"{pictured} of {edits}"),
+        ("groups with a sham", f"{shams} of {groups}"),
+        ("counterfactual texts that are longer", f"{longer} of {edits}"),
+    ]
+    found.facts.extend(facts)
+    if edits and negated / edits > LIMIT_NEGATED:
+        found.fault(f"{negated} of {edits} edits negate; a language model tells them by the negation alone (limit {LIMIT_NEGATED:.0%})")
+
+
+def _looks(sets: Sequence[_Set], say: Say) -> tuple[list[dict[Path, Look]], dict[str, str]]:
+    """Of each set every picture by its contents, and why a group's picture has none."""
+    looks: list[dict[Path, Look]] = []
+    broken: dict[str, str] = {}
+    with ThreadPoolExecutor(cores_per_rank()) as pool:
+        for each in sets:
+            owners: dict[Path, str] = {}
+            for group in each.groups:
+                for image in group.images:
+                    for picture in image:
+                        owners.setdefault(picture, group.id)
+            progress = Progress(say, f"pictures of {each.name}", len(owners), "pictures")
+            mine: dict[Path, Look] = {}
+            for path, seen in zip(owners, progress.over(pool.map(look, owners)), strict=True):
+                if isinstance(seen, str):
+                    broken[owners[path]] = seen
+                else:
+                    mine[path] = seen
+            looks.append(mine)
+    return looks, broken
+
+
+def _halves(name: str, seed: int) -> bool:
+    return bool(seed_of("half", seed, name) & 1)
+
+
+def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: Say) -> None:
+    texts: list[tuple[str, str]] = []
+    text_halves: list[bool] = []
+    pictures: list[tuple[Path, Path, bool]] = []
+    for each in sets:
+        for group in each.groups:
+            half = _halves(group.images[0][0].name if group.num_pictures else group.id, options.seed)
+            for edit in group.edits:
+                if edit.type == SHAM:
+                    continue
+                if edit.text is not None:
+                    texts.append((group.candidates[0].text, group.candidates[edit.text].text))
+                    text_halves.append(half)
+                if edit.image is not None and group.num_pictures == 1:
+                    pictures.append((group.images[0][0], group.images[edit.image][0], half))
+    if texts:
+        found.shortcuts.extend([by_length(texts), by_words(texts, text_halves)])
+    if len(pictures) > options.sample:
+        pictures = random.Random(options.seed).sample(pictures, options.sample)
+    grains: tuple[list[Array], list[Array], list[bool]] = ([], [], [])
+    progress = Progress(say, "grain of pictures", len(pictures), "pairs")
+    for original, edited, half in progress.over(pictures):
+        try:
+            pair = grain(open_image(original)), grain(open_image(edited))
+        except DataError:
+            continue  # named by the look at it
+        grains[0].append(pair[0])
+        grains[1].append(pair[1])
+        grains[2].append(half)
+    if grains[0]:
+        found.shortcuts.append(by_grain(*grains))
+    for cue in found.shortcuts:
+        if cue.low > 0.5 and cue.auc > LIMIT_AUC:
+            found.fault(f"{cue.name}: AUC {cue.auc:.2f} (limit {LIMIT_AUC}), without the picture; goes by {', '.join(cue.telling[:4])}")
+
+
+def _groups_by_picture(each: _Set) -> dict[Path, list[str]]:
+    owners: dict[Path, list[str]] = {}
+    for group in each.groups:
+        for image in group.images:
+            for picture in image:
+                if group.id not in owners.setdefault(picture, []):
+                    owners[picture].append(group.id)
+    return owners
+
+
+def _duplicates(found: Audit, sets: Sequence[_Set], looks: Sequence[Mapping[Path, Look]]) -> None:
+    """Originals that several groups show, and pictures that several splits do. Edits of one picture are alike by nature: left out."""
+    originals = []
+    for each, seen in zip(sets, looks, strict=True):
+        firsts = {group.images[0][0]: group.id for group in each.groups if group.num_pictures == 1}
+        originals.append([(seen[path], name) for path, name in firsts.items() if path in seen])
+    for k, (each, mine) in enumerate(zip(sets, originals, strict=True)):
+        own = [look for look, _ in mine]
+        pairs = [pair for pair in near_pairs(own, own) if pair.first < pair.second]
+        if pairs:
+            exact = sum(pair.bits < 0 for pair in pairs)
+            ids = [name for pair in pairs for name in (mine[pair.first][1], mine[pair.second][1])]
+            found.fault(
+                f"{each.name}: {len(pairs)} pairs of originals are the same picture ({exact}) or nearly so ({len(pairs) - exact})", ids
+            )
+        for other, theirs, others in zip(sets[k + 1 :], originals[k + 1 :], looks[k + 1 :], strict=True):
+            pairs = list(near_pairs(own, [look for look, _ in theirs]))
+            shared = {each.digest for each in looks[k].values()} & {each.digest for each in others.values()}
+            if pairs or shared:
+                ids = [name for pair in pairs for name in (mine[pair.first][1], theirs[pair.second][1])]
+                found.fault(f"{each.name} and {other.name} share {len(pairs)} originals or nearly so, and {len(shared)} picture files", ids)
+    repeated: Counter[str] = Counter()
+    for each in sets:
+        for group in each.groups:
+            repeated["\0".join(sorted(candidate.text for candidate in group.candidates)) + str(sorted(map(str, group.images)))] += 1
+    if more := sum(count - 1 for count in repeated.values()):
+        found.fault(f"{more} groups repeat another one, with the same texts and pictures")
+
+
+def _against(found: Audit, sets: Sequence[_Set], looks: Sequence[Mapping[Path, Look]], against: str, say: Say) -> None:
+    for named in filter(None, (part.strip() for part in against.split(","))):
+        path = Path(named)
+        texts: list[str] = []
+        if path.is_dir() and not (path / "store.json").is_file():
+            pictures = pictures_below(path)
+        else:
+            store = open_groups(path, None, "auto", progress=say)
+            pictures = []
+            for group in store:
+                pictures += [picture for image in group.images for picture in image]
+                texts += [candidate.text for candidate in group.candidates if len(candidate.text.split()) > 3]
+        with ThreadPoolExecutor(cores_per_rank()) as pool:
+            progress = Progress(say, f"pictures of {path.name}", len(pictures), "pictures")
+            theirs = [each for each in progress.over(pool.map(look, dict.fromkeys(pictures))) if not isinstance(each, str)]
+        found.facts.append((f"against {path}", f"{len(theirs)} pictures, {len(texts)} texts"))
+        if pictures and not theirs:
+            found.fault(f"{path}: none of its {len(pictures)} pictures could be read, so nothing was compared")
+        for each, seen in zip(sets, looks, strict=True):
+            owners, mine = _groups_by_picture(each), list(seen.values())
+            pairs = list(near_pairs(mine, theirs))
+            if pairs:
+                exact = {pair.first for pair in pairs if pair.bits < 0}
+                nearly = {pair.first for pair in pairs} - exact
+                ids = [name for pair in pairs for name in owners[mine[pair.first].path]]
+                found.fault(f"{each.name} has {len(exact)} pictures of {path.name}, and {len(nearly)} that are nearly one of them", ids)
+            ours = {group.id: [candidate.text for candidate in group.candidates] for group in each.groups}
+            if shared := shared_texts(ours, texts):
+                found.fault(
+                    f"{each.name}: {len(shared)} groups have a text of {path.name}, such as {next(iter(shared.values()))!r}", list(shared)
+                )
+
+
+def _blind(found: Audit, sets: Sequence[_Set], options: AuditOptions, score: Score, say: Say) -> None:
+    kept_file = Path(options.refine) if options.refine else None
+    every: list[tuple[_Set, CounterfactualGroup, list[float]]] = []
+    for each in sets:
+        progress = Progress(say, f"blind scores of {each.name}", len(each.groups), "groups")
+        for start in range(0, len(each.groups), _SCORED):
+            groups = list(each.groups[start : start + _SCORED])
+            every += [(each, group, scores.blank.tolist()) for group, scores in zip(groups, score(groups), strict=True)]
+            progress.advance(len(groups))
+    share, total = blind_share([blank for _, _, blank in every], [group.match[0] for _, group, _ in every])
+    found.facts.append(("texts told on a blank picture", f"{100 * share:.1f} % of {total} comparisons"))
+    if total and max(share, 1 - share) > LIMIT_BLIND:
+        found.fault(f"a scorer without a picture is right in {100 * share:.1f} % of {total} comparisons (limit {100 * LIMIT_BLIND:.0f})")
+    if kept_file is None:
+        return
+    margins = [_margin(group, blank) for _, group, blank in every]
+    kept = thinned(margins, 0.02, {k: seed_of(options.seed, group.id) for k, (_, group, _) in enumerate(every)})
+    if not kept:
+        raise ConfigError(
+            f"--refine: the scorer's guess is the same for all {len(every)} groups, so none can stay; propose edits of both kinds"
+        )
+    folder = kept_file.parent.absolute()
+    with whole_file(kept_file) as file:
+        for k in kept:
+            file.write(json.dumps(to_row(every[k][1], folder), ensure_ascii=False).encode() + b"\n")
+    won = sum(margins[k] > 0 for k in kept) + sum(margins[k] == 0 for k in kept) / 2
+    found.facts.append(("refined", f"{len(kept)} of {len(every)} groups, of which a blind guess is right in {100 * won / len(kept):.1f} %"))
+
+
+def _margin(group: CounterfactualGroup, blank: Sequence[float]) -> float:
+    """By how much the true texts beat the false ones without a picture, on average."""
+    true = [value for value, truth in zip(blank, group.match[0], strict=True) if truth == 1]
+    false = [value for value, truth in zip(blank, group.match[0], strict=True) if truth == 0]
+    return sum(true) / len(true) - sum(false) / len(false) if true and false else 0.0
+
+
+def write_report(found: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
+    """OUT.md, OUT.json, and a page in the folder OUT of the groups that a fault names."""
+    about: dict[str, list[str]] = {}
+    for sentence, ids in found.faults:
+        for name in ids:
+            about.setdefault(name, []).append(one_line(sentence, 80))
+    items: list[Item] = []
+    for each in sets:
+        for group in each.groups:
+            if len(items) < _SHOWN and (group.id in about or (not about and len(items) < 20)):
+                said = about.get(group.id, ["nothing"])
+                items.append(group_item(group, facts=[("found", "; ".join(said))], filters={"found": said}))
+    replace(out.with_name(f"{out.name}.md"), found.markdown().encode())
+    replace(out.with_name(f"{out.name}.json"), found.as_json().encode())
+    shown = [*found.facts, *((each.name, f"AUC {each.auc:.3f} ({each.low:.3f} to {each.high:.3f})") for each in found.shortcuts)]
+    shown += [("passes a limit", one_line(sentence, 300)) for sentence, _ in found.faults] or [("passes a limit", "nothing")]
+    return write_page(Page("Audit", items, len(items), shown), out, say=say)
+
+
+def _cell(text: str) -> str:
+    return one_line(text, 400).replace("|", "/")

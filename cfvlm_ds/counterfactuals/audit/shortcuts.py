@@ -1,0 +1,163 @@
+"""What a model could learn without looking: which text is the counterfactual by its words or length, which picture was edited by its grain.
+
+Each classifier is fitted on half of the groups and judged on the other half; a source is on one side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from cfvlm_ds.counterfactuals.propose.word_difference import words
+
+Array = npt.NDArray[Any]
+_TELLING = 12
+_RIDGE = 1.0
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """How well something tells edited from original on the half that it was not fitted on: area under the ROC curve with its 95 % interval,
+    and what it went by."""
+
+    name: str
+    auc: float
+    low: float
+    high: float
+    pairs: int
+    telling: tuple[str, ...] = ()
+
+
+def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, float, float]:
+    """Area under the ROC curve, ties one half, with the interval of Hanley and McNeil (1982)."""
+    if not len(positive) or not len(negative):
+        return 0.5, 0.0, 1.0
+    values = np.concatenate([np.asarray(positive, float), np.asarray(negative, float)])
+    order = np.unique(values, return_inverse=True)[1]
+    counts = np.bincount(order)
+    middle = np.cumsum(counts) - (counts - 1) / 2
+    ranks = middle[order]
+    n, m = len(positive), len(negative)
+    area = float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+    first, second = area / (2 - area), 2 * area * area / (1 + area)
+    spread = (area * (1 - area) + (n - 1) * (first - area * area) + (m - 1) * (second - area * area)) / (n * m)
+    half = 1.96 * math.sqrt(max(spread, 0.25 / (n * m) if area in (0.0, 1.0) else 0.0))
+    return area, max(0.0, area - half), min(1.0, area + half)
+
+
+def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
+    """Length in characters, fitted to nothing: a direction alone, so the better one counts."""
+    longer = [len(new) for _, new in pairs], [len(old) for old, _ in pairs]
+    area, low, high = auc(*longer)
+    if area < 0.5:
+        area, low, high = 1 - area, 1 - high, 1 - low
+    more = sum(len(new) > len(old) for old, new in pairs)
+    said = (f"counterfactuals are longer in {more}, shorter in {sum(len(new) < len(old) for old, new in pairs)} of {len(pairs)}",)
+    return Shortcut("texts by length", area, low, high, len(pairs), said)
+
+
+def by_words(pairs: Sequence[tuple[str, str]], halves: Sequence[bool]) -> Shortcut:
+    """A bag of words: the log-odds of each word in counterfactuals and originals of one half, added up on the other."""
+    counts: list[dict[str, int]] = [{}, {}]
+    for (old, new), fitted in zip(pairs, halves, strict=True):
+        if fitted:
+            for side, text in enumerate((old, new)):
+                for word in set(words(text)):
+                    counts[side][word] = counts[side].get(word, 0) + 1
+    known = {*counts[0], *counts[1]}
+    weight = {word: math.log((counts[1].get(word, 0) + 0.5) / (counts[0].get(word, 0) + 0.5)) for word in known}
+    judged = [pair for pair, fitted in zip(pairs, halves, strict=True) if not fitted]
+    scores = [[sum(weight.get(word, 0.0) for word in set(words(pair[side]))) for pair in judged] for side in (1, 0)]
+    seen = {word: counts[0].get(word, 0) + counts[1].get(word, 0) for word in known}
+    most = sorted(known, key=lambda word: (-abs(weight[word]) * math.sqrt(seen[word]), word))[:_TELLING]
+    telling = tuple(f"{word} ({counts[0].get(word, 0)} original, {counts[1].get(word, 0)} counterfactual)" for word in most)
+    return Shortcut("texts by their words", *auc(*scores), len(judged), telling)
+
+
+FEATURES = (
+    "brightness", "contrast", "saturation", "fine grain", "medium grain", "flat blocks", "block edges", "darkest", "brightest", "red",
+    "green", "blue", "largest flat run",
+)  # fmt: skip
+
+
+def grain(image: Image.Image) -> Array:
+    """Numbers that say how a picture was made and nothing of what it shows: FEATURES."""
+    image = image.copy()
+    image.thumbnail((256, 256), Image.Resampling.BOX)
+    pixels = np.asarray(image.convert("RGB"), np.float64)
+    grey = pixels.mean(2)
+    across, down = np.abs(np.diff(grey, axis=1)), np.abs(np.diff(grey, axis=0))
+    fine = across.mean() + down.mean()
+    medium = np.abs(grey[2:] - grey[:-2]).mean() + np.abs(grey[:, 2:] - grey[:, :-2]).mean() if min(grey.shape) > 2 else fine
+    height, width = (side // 4 * 4 for side in grey.shape)
+    blocks = grey[:height, :width].reshape(height // 4, 4, width // 4, 4) if height and width else grey.reshape(1, *grey.shape, 1)
+    flat = blocks.max((1, 3)) - blocks.min((1, 3)) < 1
+    edges = across[:, 7::8].mean() / (across.mean() + 1e-6) if across.shape[1] > 8 else 1.0
+    runs = max((len(run) for row in flat for run in "".join("1" if each else "0" for each in row).split("0")), default=0)
+    low, high = np.percentile(grey, (1, 99))
+    return np.array(
+        [
+            grey.mean(),
+            grey.std(),
+            (pixels.max(2) - pixels.min(2)).mean(),
+            fine,
+            medium,
+            flat.mean(),
+            edges,
+            low,
+            high,
+            *pixels.mean((0, 1)),
+            runs,
+        ]
+    )
+
+
+def by_grain(originals: Sequence[Array], edited: Sequence[Array], halves: Sequence[bool]) -> Shortcut:
+    """A linear rule over FEATURES of each picture, fitted by ridge regression on one half. Pairs show the same scene, so what helps is how
+    they were made."""
+    if len(originals) < 4 or all(halves) or not any(halves):
+        return Shortcut("pictures by their grain", 0.5, 0.0, 1.0, 0)
+    first, second, chosen = np.stack(originals), np.stack(edited), np.asarray(halves)
+    every = np.concatenate([first[chosen], second[chosen]])
+    mean, scale = every.mean(0), every.std(0) + 1e-9
+    differences = ((second - first) / scale)[chosen]
+    normal = differences.T @ differences + _RIDGE * np.eye(differences.shape[1])
+    weight = np.linalg.solve(normal, differences.sum(0))
+    scores = [((side[~chosen] - mean) / scale) @ weight for side in (second, first)]
+    order = np.argsort(-np.abs(weight * differences.std(0)))[:4]
+    found = auc(scores[0].tolist(), scores[1].tolist())
+    return Shortcut("pictures by their grain", *found, int((~chosen).sum()), tuple(FEATURES[k] for k in order))
+
+
+def blind_share(blank: Sequence[Sequence[float]], truths: Sequence[Sequence[int | None]]) -> tuple[float, int]:
+    """Of the pairs of a true and a false text on the first image, the share that a scorer gets right on a blank picture, ties one half."""
+    won, total = 0.0, 0
+    for values, truth in zip(blank, truths, strict=True):
+        for c, true in enumerate(truth):
+            for d, false in enumerate(truth):
+                if true == 1 and false == 0:
+                    won += 1.0 if values[c] > values[d] else 0.5 if values[c] == values[d] else 0.0
+                    total += 1
+    return (won / total if total else 0.5), total
+
+
+def thinned(margins: Sequence[float], target: float, draw: Mapping[int, int]) -> list[int]:
+    """The places that stay where a set is thinned until as many blind margins are lost as won, within ``target`` of one half; which of the
+    larger side go is drawn."""
+    won = [k for k, margin in enumerate(margins) if margin > 0]
+    lost = [k for k, margin in enumerate(margins) if margin < 0]
+    tied = [k for k, margin in enumerate(margins) if margin == 0]
+    more, fewer = (won, lost) if len(won) >= len(lost) else (lost, won)
+    most = len(fewer)
+    if not fewer or not more:
+        most = 0 if not fewer and more else len(more)
+    while most < len(more) and (most + 1 + len(tied) / 2) / (most + 1 + len(fewer) + len(tied)) <= 0.5 + target / 2:
+        most += 1
+    kept = sorted(more, key=lambda k: draw[k])[:most]
+    return sorted([*kept, *fewer, *tied])

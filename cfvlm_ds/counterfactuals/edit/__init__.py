@@ -1,0 +1,21 @@
+"""Editing: a picture to one that shows the counterfactual caption and nothing else that is new. One file and one line an editor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cfvlm_ds.counterfactuals.edit.base import EditContext, Editor
+from cfvlm_ds.counterfactuals.edit.diffusion import Diffusers
+from cfvlm_ds.counterfactuals.edit.flip import Flip
+from cfvlm_ds.counterfactuals.edit.given import Folder, TextAlone
+from cfvlm_ds.counterfactuals.edit.outside import Command, Http
+
+EDITORS: dict[str, Callable[[EditContext], Editor]] = {
+    "flip": Flip,
+    "folder": Folder,
+    "none": TextAlone,
+    "diffusers": Diffusers,
+    "http": Http,
+    "command": Command,
+}
+"""Name -> editor. ``EDITORS["mine"] = ...`` in a script of your own adds one."""

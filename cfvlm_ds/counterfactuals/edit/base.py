@@ -1,0 +1,126 @@
+"""What an editor of pictures is asked, what it gives back, and what is checked of a picture that came from outside."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.reading import MIB
+from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.untrusted import own_file
+from cfvlm_ds.counterfactuals.options import EditOptions
+from cfvlm_ds.counterfactuals.work_folder import WorkFolder
+from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
+
+MAX_REPLY = 64 * MIB
+"""Bytes of a picture that a server or a program gives back."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One attempt at one edit: the picture, what it shows (``caption``), what it is to show (``text``), and what to do."""
+
+    id: str
+    source: str
+    type: str
+    picture: Path
+    caption: str
+    text: str
+    source_words: str
+    target_words: str
+    instruction: str
+    attempt: int
+    seed: int
+    mask: Path | None = None
+
+    def image(self) -> Image.Image:
+        """The picture, RGB and upright. Raises DataError."""
+        return open_image(self.picture)
+
+    def mask_image(self, size: tuple[int, int]) -> Image.Image | None:
+        """Where something may change, white on black; None where nothing says so. Raises DataError for another size."""
+        if self.mask is None:
+            return None
+        mask = open_image(self.mask).convert("L")
+        if mask.size != size:
+            raise DataError(f"{self.mask}: the mask is {mask.size[0]}x{mask.size[1]} and its picture {size[0]}x{size[1]}; make it as large")
+        return mask.point(lambda level: 255 if level >= 128 else 0)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An edited picture; ``info`` is what its editor says of how it was made."""
+
+    image: Image.Image
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """No picture, and why."""
+
+    reason: str
+
+
+class Editor(Protocol):
+    """A back end of `data edit`. ``varies``: another seed gives another picture, so that further attempts make sense. ``threads`` are the
+    tasks that it is given side by side."""
+
+    varies: bool
+    threads: int
+
+    def settings(self) -> Mapping[str, Any]: ...
+
+    def takes(self, task: Task) -> bool:
+        """Whether an edit is one for this editor, by its words alone."""
+        ...
+
+    def edit(self, task: Task) -> Picture | Refused | None:
+        """The edited picture, as large as the original; None for text alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class EditContext:
+    """What an editor is made with."""
+
+    options: EditOptions
+    work: WorkFolder
+    shard: int = 0
+
+
+def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> Path | None:
+    """A file of a folder that an id names, its parts one below the other; None where there is none, or the id is no name of files."""
+    for suffix in suffixes:
+        try:
+            path = own_file(folder, f"{name}{suffix}", f"the id {name!r}")
+        except ConfigError:
+            return None
+        if path.is_file():
+            return path
+    return None
+
+
+def decoded(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image | Refused:
+    """A picture that somebody else made, under the bounds of every picture."""
+    if len(content) > MAX_REPLY:
+        return Refused(f"a reply of more than {MAX_REPLY} bytes")
+    with tempfile.NamedTemporaryFile(suffix=".picture") as file:
+        file.write(content)
+        file.flush()
+        try:
+            return open_image(file.name, max_pixels)
+        except DataError as error:
+            return Refused(one_line(str(error).replace(file.name, "the reply"), 300))
+
+
+def sha256_of(content: bytes) -> str:
+    """Of bytes."""
+    return hashlib.sha256(content).hexdigest()

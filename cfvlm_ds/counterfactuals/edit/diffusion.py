@@ -1,0 +1,114 @@
+"""Diffusion pipelines by the diffusers library: instruction editors, inpainting, and pictures made anew from the text alone.
+
+What a pipeline is for is read from what it can be called with: a mask, a picture, or neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
+from cfvlm_ds.core.errors import ConfigError, is_failure
+from cfvlm_ds.core.versions import version
+from cfvlm_ds.counterfactuals.edit.base import EditContext, Picture, Refused, Task
+
+_MULTIPLE = 32  # pixels that every known pipeline's sides can be multiples of
+
+
+class Diffusers:
+    """The editor ``diffusers``. A batch has one picture: with more, the same seed gives another one."""
+
+    varies, threads = True, 1
+
+    def __init__(self, context: EditContext) -> None:
+        options = context.options
+        try:
+            import diffusers
+            import torch
+        except ImportError as error:
+            raise ConfigError(
+                "--with diffusers needs the package diffusers, which is not installed; pip install 'cfvlm-ds[edit]' (Python 3.11 or later)"
+            ) from error
+        if not options.model:
+            raise ConfigError("--with diffusers needs --model, the folder or hub name of a pipeline")
+        self._torch = torch
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
+        try:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype, use_safetensors=True)
+            self.pipe = pipe.to(self._device)
+        except Exception as error:  # what a folder that is no pipeline makes of it
+            if not is_failure(error):
+                raise
+            raise ConfigError(f"--model {options.model}: no pipeline of diffusers ({type(error).__name__}: {error})") from error
+        self.pipe.set_progress_bar_config(disable=True)
+        with contextlib.suppress(AttributeError):
+            self.pipe.safety_checker = None
+        self._model, self._dtype = options.model, str(dtype).removeprefix("torch.")
+        self._taken = set(inspect.signature(self.pipe.__call__).parameters)
+        self._given = call_options(options.options)
+        for name in self._given:
+            if name not in self._taken:
+                raise ConfigError(
+                    f"--options {name}: {type(self.pipe).__name__} is not called with it; it takes {', '.join(sorted(self._taken))}"
+                )
+        self.kind = "inpaint" if "mask_image" in self._taken else "instruct" if "image" in self._taken else "regenerate"
+
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            "pipeline": type(self.pipe).__name__, "model": self._model, "kind": self.kind, "diffusers": version("diffusers"),
+            "torch": version("torch"), "device": self._device, "dtype": self._dtype, "options": dict(self._given), "batch": 1,
+        }  # fmt: skip
+
+    def takes(self, task: Task) -> bool:
+        return self.kind != "inpaint" or task.mask is not None
+
+    def edit(self, task: Task) -> Picture | Refused | None:
+        image = task.image()
+        padded = _padded(image)
+        wanted: dict[str, Any] = {
+            "prompt": task.instruction if self.kind == "instruct" else task.text,
+            "image": padded,
+            "height": padded.height,
+            "width": padded.width,
+            "generator": self._torch.Generator("cpu").manual_seed(task.seed),
+        }
+        if self.kind == "inpaint":
+            mask = task.mask_image(image.size)
+            wanted["mask_image"] = None if mask is None else _padded(mask)
+        with self._torch.no_grad():
+            made = self.pipe(**{name: value for name, value in wanted.items() if name in self._taken}, **self._given).images[0]
+        if not isinstance(made, Image.Image) or made.size != padded.size:
+            size = getattr(made, "size", "none")
+            return Refused(f"the pipeline gave a picture of another size ({size} and not {padded.size})")
+        return Picture(made.convert("RGB").crop((0, 0, *image.size)))
+
+
+def _padded(image: Image.Image) -> Image.Image:
+    """The picture with its last row and column repeated up to sides that a pipeline takes."""
+    width, height = (-(-side // _MULTIPLE) * _MULTIPLE for side in image.size)
+    if (width, height) == image.size:
+        return image
+    padded = Image.new(image.mode, (width, height))
+    padded.paste(image.crop((image.width - 1, 0, image.width, image.height)).resize((width, image.height)), (0, 0))
+    padded.paste(image, (0, 0))
+    padded.paste(padded.crop((0, image.height - 1, width, image.height)).resize((width, height - image.height or 1)), (0, image.height))
+    return padded
+
+
+def call_options(text: str) -> dict[str, Any]:
+    """``NAME=VALUE,...`` as numbers, truths and words. Raises ConfigError."""
+    found: dict[str, Any] = {}
+    for part in filter(None, (each.strip() for each in text.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--options {part!r}: write NAME=VALUE, as in num_inference_steps=28")
+        found[name] = {"true": True, "false": False}.get(value.lower(), value)
+        for kind in (float, int):
+            with contextlib.suppress(ValueError):
+                found[name] = kind(value)
+    return found

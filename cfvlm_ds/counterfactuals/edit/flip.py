@@ -1,0 +1,35 @@
+"""A mirror image is an exact counterfactual of left and right, unless something in it shows that it is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import ImageOps
+
+from cfvlm_ds.counterfactuals.edit.base import EditContext, Picture, Refused, Task
+from cfvlm_ds.counterfactuals.propose.vocabulary import LETTERING
+from cfvlm_ds.counterfactuals.propose.word_difference import words
+
+
+class Flip:
+    """The editor ``flip``: for captions whose only sides are those that the edit exchanges."""
+
+    varies, threads = False, 1
+
+    def __init__(self, context: EditContext | None = None) -> None:
+        pass
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"version": 1}
+
+    def takes(self, task: Task) -> bool:
+        """Whether the text is the caption with every left and right exchanged."""
+        old, new = words(task.caption), words(task.text)
+        turned = {"left": "right", "right": "left"}
+        return task.type == "relation" and bool({"left", "right"} & set(old)) and [turned.get(word, word) for word in old] == new
+
+    def edit(self, task: Task) -> Picture | Refused | None:
+        if shown := sorted(LETTERING & set(words(task.caption))):
+            return Refused(f"the caption speaks of a {shown[0]}, which a mirror image shows reversed")
+        return Picture(ImageOps.mirror(task.image()))

@@ -1,0 +1,149 @@
+"""Editors that run elsewhere: a server that is posted to, a command that is called. What they give is checked like any foreign file."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.reading import read_bytes
+from cfvlm_ds.core.text import one_line
+from cfvlm_ds.counterfactuals.edit.base import MAX_REPLY, EditContext, Picture, Refused, Task, decoded
+from cfvlm_ds.counterfactuals.http import CallFailed, check_url, member, post, token_named, with_retries
+from cfvlm_ds.counterfactuals.work_folder import seed_of
+
+_ATTEMPTS = 4
+
+
+def request_of(task: Task, with_pictures: bool) -> dict[str, Any]:
+    """What both are told; pictures as PNG in base64, or as files for a command."""
+    image = task.image()
+    mask = task.mask_image(image.size)
+    told: dict[str, Any] = {
+        "id": task.id, "type": task.type, "caption": task.caption, "text": task.text, "from": task.source_words, "to": task.target_words,
+        "instruction": task.instruction, "seed": task.seed, "width": image.width, "height": image.height,
+    }  # fmt: skip
+    if with_pictures:
+        told["image"] = base64.b64encode(png(image)).decode()
+        told |= {"mask": base64.b64encode(png(mask)).decode()} if mask is not None else {}
+    return told
+
+
+def png(image: Image.Image) -> bytes:
+    """The picture in PNG, with nothing but its pixels."""
+    image.info.clear()
+    content = io.BytesIO()
+    image.save(content, "PNG", compress_level=3)
+    return content.getvalue()
+
+
+class Http:
+    """The editor ``http``: a POST of JSON with ``image``, ``instruction``, ``text``, ``seed``, ...; the reply is a picture, or JSON with
+    ``image`` in base64."""
+
+    varies = True
+
+    def __init__(self, context: EditContext) -> None:
+        options = context.options
+        self._url, self._timeout_s, self.threads = check_url(options.url, "--url"), options.timeout_s, options.threads
+        self._token = token_named(os.environ, "CFVLM_EDITOR_API_KEY")
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"version": 1, "url": self._url}
+
+    def takes(self, task: Task) -> bool:
+        return True
+
+    def edit(self, task: Task) -> Picture | Refused | None:
+        body = request_of(task, with_pictures=True)
+
+        def call() -> bytes:
+            reply = post(self._url, body, token=self._token, timeout_s=self._timeout_s, most_bytes=2 * MAX_REPLY)
+            if not reply.kind.endswith("json"):
+                return reply.content
+            text = member(reply.json(), "image")
+            try:
+                return base64.b64decode(str(text).rpartition("base64,")[2], validate=True)
+            except (binascii.Error, ValueError) as error:
+                raise CallFailed(f"the reply's image is no base64 ({error})") from error
+
+        try:
+            content = with_retries(call, _ATTEMPTS, seed_of(task.id, task.attempt), lambda trouble: None)
+        except CallFailed as failure:
+            return Refused(f"no picture from the server: {failure}")
+        image = decoded(content)
+        return image if isinstance(image, Refused) else Picture(image)
+
+
+class Command:
+    """The editor ``command``: a command with ``{request}``, a JSON file that names the picture and says what to do, and ``{output}``, the
+    file to write. Nothing that a model or a row has said is part of the command line."""
+
+    varies = True
+
+    def __init__(self, context: EditContext) -> None:
+        options = context.options
+        self._words, self._timeout_s, self.threads = shlex.split(options.command), options.timeout_s, options.threads
+        if not self._words or not all(any(place in word for word in self._words) for place in ("{request}", "{output}")):
+            raise ConfigError(f"--command {options.command!r}: write the command with {{request}} and {{output}} in it")
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"version": 1, "command": self._words}
+
+    def takes(self, task: Task) -> bool:
+        return True
+
+    def edit(self, task: Task) -> Picture | Refused | None:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            request, output = folder / "request.json", folder / "output"
+            image = task.image()
+            (folder / "image.png").write_bytes(png(image))
+            told = request_of(task, with_pictures=False) | {"image": str(folder / "image.png")}
+            if (mask := task.mask_image(image.size)) is not None:
+                (folder / "mask.png").write_bytes(png(mask))
+                told["mask"] = str(folder / "mask.png")
+            request.write_text(json.dumps(told))
+            named = [word.replace("{request}", str(request)).replace("{output}", str(output)) for word in self._words]
+            if (trouble := self._run(named)) is not None:
+                return Refused(trouble)
+            try:
+                content = read_bytes(output, MAX_REPLY)
+            except (OSError, ValueError) as error:
+                return Refused(one_line(f"the command has written no picture ({getattr(error, 'strerror', None) or error})", 300))
+        edited = decoded(content)
+        return edited if isinstance(edited, Refused) else Picture(edited)
+
+    def _run(self, words: list[str]) -> str | None:
+        """Why it failed. Everything that it has started ends with it."""
+        try:
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+            )
+        except OSError as error:
+            raise ConfigError(f"--command {words[0]}: cannot be started ({error.strerror}); correct it") from error
+        try:
+            _, said = process.communicate(timeout=self._timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return f"the command took more than {self._timeout_s:g} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+        if process.returncode:
+            return one_line(f"the command ended with {process.returncode}: {said[-400:].decode('utf-8', 'replace')}", 300)
+        return None

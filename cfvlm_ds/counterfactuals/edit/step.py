@@ -1,0 +1,272 @@
+"""The step ``edit``: each proposed edit of a shard is tried on its picture, first attempts of all before the second ones."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.text import one_line
+from cfvlm_ds.counterfactuals.edit import EDITORS
+from cfvlm_ds.counterfactuals.edit.base import EditContext, Editor, Picture, Refused, Task, picture_by_id, sha256_of
+from cfvlm_ds.counterfactuals.edit.outside import png
+from cfvlm_ds.counterfactuals.options import EditOptions
+from cfvlm_ds.counterfactuals.propose.step import named
+from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
+from cfvlm_ds.data.decoding import MAX_BYTES
+from cfvlm_ds.data.picture_file import part_name, picture_bytes
+
+STEP = "edit"
+COMPOSITES = ("mask", "difference", "none")
+_NOT_MEANING = ("threads", "timeout_s")
+NO_PICTURE = Path()
+_CHANGED = 24  # levels of 255 from which a difference counts where the composite is made of it
+
+Say = Callable[[str], object]
+
+
+class Unit(NamedTuple):
+    """An attempt at an edit, and what makes it; ``mined`` is the real picture that it already has."""
+
+    task: Task
+    editor: str
+    mined: str
+
+
+def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None = None) -> dict[str, Any]:
+    """Edit the pictures of a shard; returns its completion. What an earlier call has done is not done again."""
+    names = named(options.back_ends, EDITORS, "--with")
+    if options.composite not in COMPOSITES:
+        raise ConfigError(f"--composite {options.composite}: it is one of {', '.join(COMPOSITES)}")
+    if options.attempts < 1 or options.threads < 1:
+        raise ConfigError("--attempts and --threads are at least 1")
+    work = WorkFolder.open(out)
+    work.check_shard(shard, work.shards if of is None else of)
+    work.need("propose", shard)
+    said: dict[str, Any] = {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING}
+    work.refuse_other(STEP, said)
+    if (done := work.done(STEP, shard)) is not None:
+        say(f"{out}: edit is through with shard {shard}")
+        return done
+    editors = {name: EDITORS[name](EditContext(options, work, shard)) for name in names}
+    own = {name: dict(editor.settings()) for name, editor in editors.items()}
+    work.settle(STEP, {**said, "settings": own})
+    step = ShardStep(work, STEP, shard)
+    try:
+        with _Tar(work, shard) as tar:
+            stopped = _through(step, tar, editors, options, say)
+        return step.finish(counted, stopped)
+    except BaseException:
+        step.close()
+        raise
+
+
+def _through(step: ShardStep, tar: _Tar, editors: Mapping[str, Editor], options: EditOptions, say: Say) -> str:
+    units = _units(step.work, step.shard, editors, options)
+    for record, unit in zip(step.work.records(STEP, step.shard), units, strict=False):
+        step.expect(record, edit=unit.task.id, attempt=unit.task.attempt)
+    proposed = (step.work.done("propose", step.shard) or {"counts": {}})["counts"].get("edits", 0)
+    most = options.attempts if any(editor.varies for editor in editors.values()) else 1
+    progress = Progress(say, STEP, max(proposed * most - step.count, 1), "pictures")
+    threads = max(editor.threads for editor in editors.values())
+    for _, (record, content) in _made(units, editors, options, threads):
+        if content is not None:
+            record["picture"] |= {"file": tar.path.name, **tar.add(f"{step.count:08d}.png", content)}
+        step.add(record)
+        progress.advance()
+        if options.budget_hours and step.seconds > 3600 * options.budget_hours:
+            return "the budget of hours is spent"
+    return ""
+
+
+def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options: EditOptions) -> Iterator[Unit]:
+    """Attempts in their order: the first of every edit, then the second of those whose editor draws."""
+    masks = Path(options.masks) if options.masks else None
+    for attempt in range(options.attempts):
+        for record in work.records("propose", shard):
+            for each in record.get("edits", ()):
+                if record.get("picture") is None:
+                    if attempt == 0:
+                        yield Unit(_task(record, each, 0, options, None), "none", "")
+                    continue
+                task = _task(record, each, attempt, options, masks)
+                name = "" if each.get("picture") else next((name for name, editor in editors.items() if editor.takes(task)), "none taken")
+                if attempt == 0 or (name in editors and editors[name].varies):
+                    yield Unit(task, name, str(each.get("picture") or ""))
+
+
+def _task(record: Mapping[str, Any], each: Mapping[str, Any], attempt: int, options: EditOptions, masks: Path | None) -> Task:
+    try:
+        name, words = each["id"], (record["caption"], each["text"], each["from"], each["to"], each["instruction"])
+        mask = picture_by_id(masks, name, (".png",)) if masks is not None else None
+        seed = seed_of(options.seed, name, attempt) % 2**53
+        return Task(
+            name,
+            record["source"],
+            each["type"],
+            NO_PICTURE if record["picture"] is None else Path(record["picture"]),
+            *words,
+            attempt,
+            seed,
+            mask,
+        )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"a record of the step propose has no {error}; remove it, and propose again") from error
+
+
+def _made(
+    units: Iterator[Unit], editors: Mapping[str, Editor], options: EditOptions, threads: int
+) -> Iterator[tuple[Unit, tuple[dict[str, Any], bytes | None]]]:
+    """Units in their order with their records; a bounded number of them is worked on side by side."""
+    if threads == 1:
+        for unit in units:
+            yield unit, make(unit, editors, options)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = [(unit, pool.submit(make, unit, editors, options)) for unit in islice(units, threads)]
+        try:
+            while waiting:
+                unit, answer = waiting.pop(0)
+                found = answer.result()
+                waiting += [(each, pool.submit(make, each, editors, options)) for each in islice(units, 1)]
+                yield unit, found
+        finally:
+            for _, answer in waiting:
+                answer.cancel()
+
+
+def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tuple[dict[str, Any], bytes | None]:
+    """The record of a unit, and the bytes of its picture if it has a new one."""
+    task = unit.task
+    record: dict[str, Any] = {
+        "edit": task.id,
+        "source": task.source,
+        "attempt": task.attempt,
+        "seed": task.seed,
+        "editor": unit.editor or "mine",
+    }
+    try:
+        if task.picture == NO_PICTURE:
+            return record | {"picture": None}, None
+        parent = sha256_of(picture_bytes(task.picture, MAX_BYTES))
+        record["parent_sha256"] = parent
+        if unit.mined:
+            return record | {"picture": {"path": unit.mined, "sha256": sha256_of(picture_bytes(Path(unit.mined), MAX_BYTES))}}, None
+        if unit.editor not in editors and unit.editor != "none":
+            return record | {"refused": "no editor takes it"}, None
+        found = editors[unit.editor].edit(task) if unit.editor in editors else None
+        if found is None:
+            return record | {"picture": None}, None
+        if isinstance(found, Refused):
+            return record | {"refused": one_line(found.reason, 300)}, None
+        return _checked(task, found, options, record)
+    except ConfigError:
+        raise
+    except (DataError, OSError, ValueError) as error:
+        return record | {"refused": "a picture cannot be read", "detail": one_line(str(error), 300)}, None
+
+
+def _checked(task: Task, found: Picture, options: EditOptions, record: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
+    original, image = task.image(), found.image
+    if image.size != original.size:
+        size = f"{image.width}x{image.height} and not {original.width}x{original.height}"
+        return record | {"refused": f"a picture of another size ({size})"}, None
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    mask = task.mask_image(original.size)
+    if options.composite == "mask" and mask is not None:
+        image = Image.composite(image, original, mask)
+    elif options.composite == "difference":
+        image = Image.composite(image, original, difference_mask(original, image))
+    if task.mask is not None:
+        record["mask_sha256"] = sha256_of(task.mask.read_bytes())
+    content = png(image.copy())
+    about: dict[str, Any] = {"sha256": sha256_of(content), "size": list(image.size)}
+    return record | {"picture": about} | ({"info": dict(found.info)} if found.info else {}), content
+
+
+def difference_mask(original: Image.Image, edited: Image.Image) -> Image.Image:
+    """Where two pictures differ visibly, with a little room around it."""
+    changed = np.abs(np.asarray(original, np.int16) - np.asarray(edited, np.int16)).max(2) > _CHANGED
+    mask = Image.fromarray((changed * 255).astype(np.uint8))
+    return mask.filter(ImageFilter.MaxFilter(9))
+
+
+def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
+    """Add what a record has."""
+    counts["attempts"] += 1
+    counts[f"editor: {record['editor']}"] += 1
+    if "refused" in record:
+        counts[f"refused: {record['editor']}: {record['refused'][:80]}"] += 1
+    else:
+        counts["pictures" if record.get("picture") else "text alone"] += 1
+
+
+class _Tar:
+    """The pictures of a shard, one after the other; what no record names is cut."""
+
+    def __init__(self, work: WorkFolder, shard: int) -> None:
+        self.path = work.tar(shard)
+        end = 0
+        for record in work.records(STEP, shard):
+            picture = record.get("picture") or {}
+            if "start" in picture:
+                end = picture["start"] + picture["length"] + -picture["length"] % tarfile.BLOCKSIZE
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            size = os.fstat(self._handle).st_size
+            if size < end:
+                raise DataError(f"{self.path} has {size} bytes, and its records name {end}; restore it, or remove the shard's records")
+            os.ftruncate(self._handle, end)
+            os.lseek(self._handle, end, os.SEEK_SET)
+        except OSError as error:
+            raise StorageError(f"{unwritten(self.path, error)}; make room, or correct the folder") from error
+        self._size = end
+
+    def __enter__(self) -> _Tar:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self._write(bytes(2 * tarfile.BLOCKSIZE))
+        os.close(self._handle)
+
+    def add(self, name: str, content: bytes) -> dict[str, int]:
+        """Where a picture lies. It is there before its record is."""
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        header = member.tobuf(tarfile.USTAR_FORMAT)
+        start = self._size + len(header)
+        self._write(header + content + bytes(-len(content) % tarfile.BLOCKSIZE))
+        return {"start": start, "length": len(content)}
+
+    def _write(self, content: bytes) -> None:
+        try:
+            written = 0
+            while written < len(content):
+                written += os.write(self._handle, content[written:])
+        except OSError as error:
+            raise StorageError(f"{unwritten(self.path, error)}; make room and start again: what is there is kept") from error
+        self._size += len(content)
+
+
+def picture_path(work: WorkFolder, record: Mapping[str, Any]) -> Path | None:
+    """The picture of an attempt, as every reader of pictures takes it; None for text alone."""
+    picture = record.get("picture")
+    if not isinstance(picture, Mapping):
+        return None
+    if "path" in picture:
+        return Path(str(picture["path"]))
+    name = str(picture["file"])
+    return work.path / "pictures" / part_name(name if "/" not in name else "none.tar", int(picture["start"]), int(picture["length"]))

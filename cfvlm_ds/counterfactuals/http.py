@@ -1,0 +1,152 @@
+"""Calls of servers that nobody vouches for: a bound on bytes and on the whole time, no redirect, no secret in what is kept.
+
+Only the standard library: what matters here is what a client library leaves open, a reply that never ends or comes byte by byte.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.reading import parse_json
+from cfvlm_ds.core.text import one_line, printable
+
+T = TypeVar("T")
+_LONGEST_WAIT_S = 60.0
+pause = time.sleep
+"""Between one call and the next."""
+
+
+class CallFailed(Exception):
+    """A call without a usable reply. ``again`` where another one may help, ``after_s`` when the server says."""
+
+    def __init__(self, reason: str, again: bool = True, after_s: float = 0.0) -> None:
+        super().__init__(one_line(reason, 300))
+        self.again, self.after_s = again, after_s
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply of status 200."""
+
+    content: bytes
+    kind: str
+
+    def json(self) -> Any:
+        """Its value. Raises CallFailed where it is none."""
+        try:
+            return parse_json(self.content.decode())
+        except (ValueError, RecursionError) as error:
+            raise CallFailed(f"the reply is no JSON: {error}") from error
+
+
+def check_url(url: str, option: str) -> str:
+    """An address of http or https without user or password. Raises ConfigError."""
+    try:
+        parts = urlsplit(url)
+        right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and printable(url) == url and " " not in url
+    except ValueError:
+        right, parts = False, urlsplit("")
+    if not right:
+        raise ConfigError(f"{option} {url!r}: not an address such as http://node7:8000/v1")
+    if parts.username or parts.password:
+        raise ConfigError(f"{option}: the address has a user or password in it; secrets come from the environment")
+    return url.rstrip("/")
+
+
+def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: int) -> Reply:
+    """Post JSON and read the whole reply. Raises CallFailed for anything but status 200 within the bounds, ConfigError for what no further
+    call can mend."""
+    parts = urlsplit(url)
+    kind: Any = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname, parts.port, timeout=timeout_s)
+    late = threading.Event()
+    sockets: list[socket.socket] = []
+
+    def end() -> None:
+        late.set()
+        for each in sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)  # whoever reads it gets an error, or the end
+
+    timer = threading.Timer(timeout_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        headers = {"Content-Type": "application/json", "Accept": "application/json, image/*"}
+        headers |= {"Authorization": f"Bearer {token}"} if token else {}
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.connect()
+        sockets.append(connection.sock)  # the connection forgets it when the reply's headers are there
+        connection.request("POST", path, json.dumps(body).encode(), headers)
+        response = connection.getresponse()
+        content = response.read(most_bytes + 1)
+        if late.is_set():
+            raise CallFailed(f"no whole reply within {timeout_s:g} s")
+        if len(content) > most_bytes:
+            raise CallFailed(f"the reply has more than {most_bytes} bytes")
+        if response.status != 200:
+            _refuse(url, response, content)
+        return Reply(content, response.getheader("Content-Type", "").partition(";")[0].strip().lower())
+    except CallFailed:
+        raise
+    except ssl.SSLCertVerificationError as error:
+        raise ConfigError(f"{url}: its certificate is not accepted ({error.verify_message}); correct the address") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if late.is_set() or isinstance(error, TimeoutError):
+            raise CallFailed(f"no whole reply within {timeout_s:g} s") from error
+        raise CallFailed(f"{type(error).__name__}: {error}") from error
+    finally:
+        timer.cancel()
+        connection.close()
+
+
+def _refuse(url: str, response: Any, content: bytes) -> None:
+    """Raise for a status that is not 200."""
+    said = one_line(content[:400].decode("utf-8", "replace"), 200)
+    if response.status in (400, 401, 403, 404, 405, 422) or 300 <= response.status < 400:
+        raise ConfigError(f"{url}: the server answers {response.status} ({said}); correct the address, the model's name or the token")
+    wait = 0.0
+    with suppress(ValueError, TypeError):
+        wait = min(max(float(response.getheader("Retry-After")), 0.0), _LONGEST_WAIT_S)
+    raise CallFailed(f"status {response.status}: {said}", after_s=wait)
+
+
+def with_retries(call: Callable[[], T], attempts: int, seed: int, told: Callable[[str], object], pause_s: float = 1.0) -> T:
+    """The first result of a call, which is repeated with growing pauses. Raises the last CallFailed."""
+    draw = random.Random(seed)
+    for number in range(1, attempts + 1):
+        try:
+            return call()
+        except CallFailed as failure:
+            told(str(failure))
+            if number == attempts or not failure.again:
+                raise
+            pause(max(failure.after_s, min(pause_s * 2 ** (number - 1), _LONGEST_WAIT_S) * (0.5 + draw.random() / 2)))
+    raise AssertionError("no attempt")
+
+
+def member(value: Any, *path: str | int) -> Any:
+    """What lies in nested objects and lists. Raises CallFailed where it does not."""
+    for key in path:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            raise CallFailed(f"the reply has no {'.'.join(map(str, path))}") from None
+    return value
+
+
+def token_named(mapping: Mapping[str, str], *names: str) -> str:
+    """The first of some environment variables that is set."""
+    return next((mapping[name] for name in names if mapping.get(name)), "")

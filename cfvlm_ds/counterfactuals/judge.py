@@ -1,0 +1,211 @@
+"""Verdicts: what was measured of a candidate against thresholds. Pure functions, so that other thresholds need no model.
+
+A candidate is good where all four cells are right: each picture prefers its own text, each text its own picture, by a margin; and where the
+pictures differ as much as an edit of its type does, in one piece, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+
+RULES = ("match", "likelihood", "both", "checks")
+GOOD = ""
+_CERTAIN = 40.0  # log-odds of what a float can only call certain
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What a candidate must reach.
+
+    Args:
+        rule: scores that count: match, log-odds of "yes, the picture shows it"; likelihood, of the texts as captions, less that on a blank
+            picture where pictures are compared with one text; both; or checks, none.
+        margin: nats by which each of the four comparisons must be won.
+        changed: least and most share of visibly changed pixels, by type of edit; "*" for the others.
+        largest: least share of the changed pixels that are in one piece.
+        outside: most share of the pixels outside of the mask that may differ.
+    """
+
+    rule: str = "match"
+    margin: float = 0.0
+    changed: Mapping[str, tuple[float, float]] = field(
+        default_factory=lambda: {"*": (0.002, 0.6), "relation": (0.002, 1.0), "swap_object": (0.002, 1.0)}
+    )
+    largest: float = 0.05
+    outside: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ConfigError(f"rule {self.rule!r} of the thresholds: it is one of {', '.join(RULES)}")
+
+    def bounds(self, kind: str) -> tuple[float, float]:
+        """Least and most share of changed pixels of a type."""
+        low, high = self.changed.get(kind, self.changed.get("*", (0.0, 1.0)))
+        return low, high
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a candidate is none (empty: it is good), the least of its margins in nats, and how far it came: 0 picture, 1 checks, 2 scores."""
+
+    reason: str
+    worst: float
+    stage: int
+
+
+def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
+    """What is to be said of a record of the step verify."""
+    if problem := record.get("problem"):
+        return Verdict(str(problem)[:200], -math.inf, 0)
+    checks = record.get("checks")
+    if checks is not None and (reason := _picture_defect(checks, str(record.get("type", "")), thresholds, bool(record.get("mined")))):
+        return Verdict(reason, -math.inf, 1)
+    if thresholds.rule == "checks":
+        return Verdict(GOOD, 0.0, 2)
+    named = margins(record, thresholds.rule)
+    if not named:
+        return Verdict("no scores; run verify with --scorer, or select with the rule checks", -math.inf, 1)
+    worst = min(named.values())
+    if not math.isfinite(worst):
+        return Verdict("scores are not finite", -math.inf, 2)
+    reason = next((f"score: {name}" for name, margin in named.items() if margin <= thresholds.margin), GOOD)
+    return Verdict(reason, worst, 2)
+
+
+def _picture_defect(checks: Mapping[str, Any], kind: str, thresholds: Thresholds, mined: bool) -> str:
+    if mined:  # two photographs have nothing in common but their captions
+        return "picture: it is the same one" if checks.get("identical") or checks["hash"] <= 2 else ""
+    if not checks["same_size"]:
+        return "picture: another size"
+    low, high = thresholds.bounds(kind)
+    if checks["identical"] or checks["changed"] < low:
+        return "picture: hardly anything changed"
+    if checks["changed"] > high:
+        return "picture: too much changed"
+    if checks.get("largest", 1.0) < thresholds.largest:
+        return "picture: changes all over it"
+    return "picture: changed outside of its mask" if checks.get("outside", 0.0) > thresholds.outside else ""
+
+
+def margins(record: Mapping[str, Any], rule: str) -> dict[str, float]:
+    """Name of each comparison -> its margin in nats; empty without scores."""
+    scores = record.get("scores")
+    if not isinstance(scores, Mapping):
+        return {}
+    found: dict[str, float] = {}
+    if rule in ("match", "both"):
+        odds = [[_log_odds(value) for value in row] for row in scores["match"]]
+        found |= _four(odds, odds, "")
+    if rule in ("likelihood", "both"):
+        logp = [[math.nan if value is None else value for value in row] for row in scores["likelihood"]]
+        blank = [math.nan if value is None else value for value in scores["blank"]]
+        found |= _four([[value - prior for value, prior in zip(row, blank, strict=True)] for row in logp], logp, "likelihood of ")
+    return found
+
+
+def _four(by_text: Sequence[Sequence[float]], by_image: Sequence[Sequence[float]], prefix: str) -> dict[str, float]:
+    """Margins of two texts on two pictures; of one picture only that of its texts. ``by_text`` compares texts, ``by_image`` pictures."""
+    found = {f"{prefix}the caption on the original": by_text[0][0] - by_text[0][1]}
+    if len(by_text) > 1:
+        found |= {
+            f"{prefix}the new text on the edited picture": by_text[1][1] - by_text[1][0],
+            f"{prefix}the original for the caption": by_image[0][0] - by_image[1][0],
+            f"{prefix}the edited picture for the new text": by_image[1][1] - by_image[0][1],
+        }
+    return found
+
+
+def _log_odds(log_share: float | None) -> float:
+    if log_share is None or not log_share < 0:
+        return _CERTAIN if log_share == 0 else math.nan
+    return max(-_CERTAIN, min(_CERTAIN, log_share - math.log(-math.expm1(log_share))))
+
+
+def read_thresholds(file: str | Path | None, rule: str = "", margin: float | None = None) -> Thresholds:
+    """Thresholds of a JSON or YAML file, the defaults for what it does not say. Raises ConfigError."""
+    found = Thresholds()
+    if file:
+        import yaml
+
+        try:
+            text = read_bytes(file, MAX_SETTINGS).decode()
+            value = parse_json(text) if str(file).endswith(".json") else yaml.safe_load(text)
+            known = {each.name: each for each in fields(Thresholds)}
+            if not isinstance(value, dict) or not set(value) <= set(known):
+                raise ValueError(f"its keys are {', '.join(known)}")
+            if "changed" in value:
+                value["changed"] = {str(kind): (float(low), float(high)) for kind, (low, high) in dict(value["changed"]).items()}
+            given: dict[str, Any] = dict(value)
+            given.update((name, float(value[name])) for name in ("margin", "largest", "outside") if name in value)
+            found = replace(found, **given)
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"--thresholds {file}: no thresholds ({error}); write them as `cfvlm-ds data verify --calibrate` does"
+            ) from error
+    return replace(found, rule=rule or found.rule, margin=found.margin if margin is None else margin)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Thresholds that labelled candidates call for, and what they give there."""
+
+    thresholds: Thresholds
+    kept: int
+    good_kept: int
+    good: int
+    labelled: int
+
+    def __str__(self) -> str:
+        low, high = wilson(self.good_kept, self.kept)
+        share = self.good_kept / self.kept if self.kept else 0.0
+        return (
+            f"margin {self.thresholds.margin:.3f} nats, rule {self.thresholds.rule}: precision {100 * share:.1f} % "
+            f"(95 % interval {100 * low:.1f} to {100 * high:.1f}), recall {100 * self.good_kept / max(self.good, 1):.1f} %, "
+            f"yield {self.kept} of {self.labelled} labelled candidates"
+        )
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self.thresholds), indent=1) + "\n"
+
+
+def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresholds, precision: float) -> Calibrated:
+    """The least margin at which labelled records reach a precision: what is kept then is the most that can be.
+
+    Raises ConfigError where no margin does.
+    """
+    judged = [(verdict(record, replace(start, margin=-math.inf)), good) for record, good in labelled]
+    good = sum(each for _, each in judged)
+    passing = sorted(((found.worst, each) for found, each in judged if found.reason == GOOD), reverse=True)
+    best: tuple[int, int, float] | None = None
+    right = 0
+    for number, (worst, each) in enumerate(passing, 1):
+        right += each
+        last_of_its_value = number == len(passing) or passing[number][0] < worst
+        if last_of_its_value and right / number >= precision:
+            below = passing[number][0] if number < len(passing) else worst - 1.0
+            best = (number, right, (worst + below) / 2)
+    if best is None:
+        raise ConfigError(
+            f"no margin reaches a precision of {precision:g} on {len(judged)} labelled candidates, of which {good} are good and "
+            f"{len(passing)} pass the checks of pixels; label more, take another scorer or rule, or lower --precision"
+        )
+    return Calibrated(replace(start, margin=round(best[2], 4)), best[0], best[1], good, len(judged))
+
+
+def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share."""
+    if not total:
+        return 0.0, 1.0
+    share, spread = hits / total, z * z / total
+    middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))

@@ -1,0 +1,163 @@
+"""Options of the commands that make groups: what people say, in YAML and on the command line. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cfvlm_ds.core.errors import ConfigError
+
+TYPES = (
+    "colour", "size", "material", "texture", "count", "relation", "object", "action", "swap_attribute", "swap_object", "other",
+)  # fmt: skip
+"""What an edit changes. ``other`` is what only `mine` and a language model find."""
+TEMPLATE = 'Does this figure show "{text}"? Please answer Yes or No.'
+PROMPT = "Describe the image."
+
+
+@dataclass(frozen=True)
+class ProposeOptions:
+    """Options of `data propose`.
+
+    Args:
+        back_ends: back ends to ask, separated by commas: rules, mine, llm, or one of a script.
+        types: types of edits, separated by commas.
+        per_type: proposals of a type, a caption and a back end at most.
+        seed: draws which of several possible edits is proposed.
+        words: YAML of TYPE: [WORD, ...], the words that edits may lead to; the built-in lists where not given.
+        shards: parts that the work is cut in.
+        budget_hours: hours that a shard may take; what is left then is not proposed. 0 for no bound.
+        budget_tokens: tokens of a language model that a shard may spend. 0 for no bound.
+        llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
+        llm_model: name of its model.
+        llm_see: also send the picture.
+        llm_calls: calls in flight at most.
+        llm_timeout_s: seconds for one call.
+        llm_attempts: calls for a caption before its failure is noted.
+    """
+
+    back_ends: str = "rules"
+    types: str = ",".join(TYPES[:-1])
+    per_type: int = 1
+    seed: int = 0
+    words: str = ""
+    shards: int = 1
+    budget_hours: float = 0.0
+    budget_tokens: int = 0
+    llm_url: str = ""
+    llm_model: str = ""
+    llm_see: bool = False
+    llm_calls: int = 8
+    llm_timeout_s: float = 60.0
+    llm_attempts: int = 4
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The types. Raises ConfigError for an unknown one."""
+        names = tuple(dict.fromkeys(name.strip() for name in self.types.split(",") if name.strip()))
+        for name in names:
+            if name not in TYPES:
+                raise ConfigError(f"--types {name}: no such type of edit; there are {', '.join(TYPES)}")
+        if not names:
+            raise ConfigError(f"--types names none; there are {', '.join(TYPES)}")
+        return names
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """Options of `data edit`.
+
+    Args:
+        back_ends: editors, separated by commas; each edit goes to the first that takes it: flip, folder, none, diffusers, http, command,
+            or one of a script.
+        model: model folder or hub name, of diffusers.
+        attempts: pictures that are made of each edit, by editors that draw.
+        seed: draws the attempts, with their ids.
+        folder: edited pictures by id, FOLDER/SOURCE/NUMBER.png, of folder.
+        masks: masks by id in the same way; white is where something may change.
+        composite: lay the original over what is outside: the mask, the difference that was found, or nothing (none).
+        url: address that http posts to.
+        command: command that is called for each picture, with {request} and {output} in it.
+        options: NAME=VALUE,... that a diffusers pipeline is called with, such as num_inference_steps=28,guidance_scale=3.5.
+        timeout_s: seconds for one picture of http or command.
+        threads: pictures that http and command are asked for side by side.
+        budget_hours: hours that a shard may take; the first attempts of all edits come before the second ones. 0 for no bound.
+    """
+
+    back_ends: str = "flip,none"
+    model: str = ""
+    attempts: int = 1
+    seed: int = 0
+    folder: str = ""
+    masks: str = ""
+    composite: str = "mask"
+    url: str = ""
+    command: str = ""
+    options: str = ""
+    timeout_s: float = 120.0
+    threads: int = 4
+    budget_hours: float = 0.0
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Options of `data verify`.
+
+    Args:
+        scorer: model folder, hub name or run folder that scores the candidates; without one only pixels are compared.
+        template: question whether a picture shows a text, with {text} in it; the default is that of VQAScore.
+        prompt: what a caption answers.
+        batch_size: candidates per batch of the scorer.
+    """
+
+    scorer: str = ""
+    template: str = TEMPLATE
+    prompt: str = PROMPT
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class SelectOptions:
+    """Options of `data select`.
+
+    Args:
+        rule: scores that decide: match, likelihood, both, or checks for pixels alone; match where candidates were scored.
+        margin: nats by which each comparison must be won.
+        thresholds: file of thresholds; W/thresholds.json where `data verify --calibrate` wrote one.
+        per_type: groups' edits of a type at most, the best ones; 0 for all.
+        per_source: edits of one caption at most, the best ones.
+        splits: NAME=SHARE,... by source picture, such as train=0.9,test=0.1; one file for each.
+        prompt: what the texts answer.
+        source: name of the data set in its rows.
+        seed: draws which picture belongs to which split.
+    """
+
+    rule: str = ""
+    margin: float | None = None
+    thresholds: str = ""
+    per_type: int = 0
+    per_source: int = 4
+    splits: str = ""
+    prompt: str = PROMPT
+    source: str = "made"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """Options of `data audit`.
+
+    Args:
+        scorer: model that shows how much of the texts is guessed without a picture.
+        against: benchmarks that must share nothing with the data: manifests, and folders of pictures; several by commas.
+        sample: pictures that are looked at by grain at most.
+        seed: draws halves and samples.
+        refine: file for the groups that stay when the set is thinned until a blind guess is right in 50 +- 2 %.
+        strict: end with exit code 1 where something passes a limit.
+    """
+
+    scorer: str = ""
+    against: str = ""
+    sample: int = 5000
+    seed: int = 0
+    refine: str = ""
+    strict: bool = False

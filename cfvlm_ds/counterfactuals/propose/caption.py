@@ -1,0 +1,151 @@
+"""A caption as words and noun phrases, found by closed lists: what is not certain is no phrase."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cfvlm_ds.counterfactuals.propose.grammar import article, is_finite, is_plural
+from cfvlm_ds.counterfactuals.propose.vocabulary import (
+    ADJECTIVES,
+    ANIMATE,
+    COLOURS_READ,
+    DETERMINERS,
+    FOLLOWING,
+    MATERIALS,
+    NOT_VERBS,
+    NOUNS,
+    NUMBERS,
+    SIZES,
+    TEXTURES,
+)
+from cfvlm_ds.counterfactuals.propose.word_difference import WORD
+
+OF_KIND = {"colour": frozenset(COLOURS_READ), "size": frozenset(SIZES), "material": frozenset(MATERIALS), "texture": frozenset(TEXTURES)}
+_MODIFIERS = ADJECTIVES.union(*OF_KIND.values()) | {"short"}
+_ONE = ("a", "an", "one", "this", "that", "each", "every", "another")
+_MARKS = re.compile(r"[^\w]")
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A noun with what stands before it: places of words. ``known`` are its category, singular and plural; ``plural`` is None where its
+    number is not certain."""
+
+    start: int
+    noun: int
+    adjectives: tuple[int, ...]
+    determiner: int | None
+    known: tuple[str, str, str] | None
+    plural: bool | None
+
+
+class Caption:
+    """The words of a caption, in lower case too, and its noun phrases."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        found = list(WORD.finditer(text))
+        self.spans = [(word.start(), word.end()) for word in found]
+        self.words = [word[0].lower() for word in found]
+
+    @functools.cached_property
+    def phrases(self) -> list[Phrase]:
+        """In the order of their nouns."""
+        return [phrase for place in range(len(self.words)) if (phrase := self._phrase(place)) is not None]
+
+    def word(self, place: int) -> str:
+        """The word at a place; empty beyond both ends, and for a mark."""
+        word = self.words[place] if 0 <= place < len(self.words) else ""
+        return "" if _MARKS.fullmatch(word) else word
+
+    def ends(self, place: int) -> bool:
+        """Whether a noun phrase can end before a place: at a mark, a small word, or a verb that describes it."""
+        word = self.word(place)
+        if not word or word in FOLLOWING or (word in ("left", "right") and self.word(place + 1) == "of"):
+            return True
+        return word.endswith(("ing", "ed")) and word not in NOT_VERBS and len(word) > 4
+
+    def said_of(self, phrase: Phrase, kind: str) -> list[int]:
+        """The adjectives of a kind."""
+        return [place for place in phrase.adjectives if self.words[place] in OF_KIND[kind]]
+
+    def shown(self, phrase: Phrase) -> str:
+        """The phrase without its determiner, as it is written."""
+        start = phrase.start if phrase.determiner is None else phrase.determiner + 1
+        return self.text[self.spans[start][0] : self.spans[phrase.noun][1]]
+
+    def _phrase(self, noun: int) -> Phrase | None:
+        word = self.word(noun)
+        if not word.isalpha() or word in FOLLOWING or word in DETERMINERS:
+            return None
+        known = NOUNS.get(word)
+        if known is None and (word in _MODIFIERS or word.endswith("ing") or len(word) < 3):
+            return None
+        if word in OF_KIND["colour"] and self.word(noun + 1) == "and" and self.word(noun + 2) in OF_KIND["colour"]:
+            return None
+        start = noun
+        while self.word(start - 1) in _MODIFIERS:
+            start -= 1
+        adjectives = tuple(range(start, noun))
+        before = self.word(start - 1)
+        if before in OF_KIND["colour"] or (before == "and" and self.word(start - 2) in _MODIFIERS):
+            return None
+        if not self.ends(noun + 1) and not self._acts(word, before, self.word(noun + 1)):
+            return None
+        determiner = start - 1 if before in DETERMINERS or before.isdecimal() else None
+        if determiner is None and not self._begins(start):
+            return None
+        plural = self._plural(word, before)
+        if before in ("a", "an") and plural:
+            return None
+        return Phrase(start if determiner is None else determiner, noun, adjectives, determiner, known, plural)
+
+    def _begins(self, start: int) -> bool:
+        """Whether a phrase without a determiner can begin here: after nothing, a small word or a verb in -ing."""
+        before, first = self.word(start - 1), self.word(start - 2)
+        if not before or before in FOLLOWING or before == "see":
+            return True
+        named = not first or first in DETERMINERS or first in _MODIFIERS  # "a standing lamp", "running water"
+        return before.endswith("ing") and before not in NOT_VERBS and not named
+
+    def _acts(self, noun: str, before: str, after: str) -> bool:
+        """Whether a verb in the present follows a noun: of one, "the dog bowls" may be about bowls."""
+        return is_finite(after, True) if is_plural(noun) else before in _ONE[:3] and is_finite(after, False)
+
+    def _plural(self, word: str, before: str) -> bool | None:
+        if before in _ONE:
+            return not (word not in NOUNS or NOUNS[word][1] == word)
+        if NUMBERS.get(before, 0) > 1 or before in ("several", "many", "both", "these", "those", "some", "few") or before.isdecimal():
+            return True
+        return is_plural(word)
+
+    def is_done_by_somebody(self, place: int) -> bool:
+        """Whether an action at a place is said of a person or an animal just before it."""
+        before = place - 1
+        if self.word(before) in ("is", "are", "was", "were"):
+            before -= 1
+        return self.word(before) in ANIMATE
+
+    def with_words(self, changes: Mapping[int, str]) -> str:
+        """The caption with other words at some places (empty: none), its articles put right."""
+        made = dict(changes)
+        for place in changes:
+            if place and self.words[place - 1] in ("a", "an") and place - 1 not in changes and made[place]:
+                made[place - 1] = article(made[place])
+        text, end = "", 0
+        for place in sorted(made):
+            start, stop = self.spans[place]
+            between = self.text[end:start]
+            text += between if made[place] else between.rstrip(" ")
+            text, end = text + like(made[place], self.text[start:stop]), stop
+        return (text + self.text[end:]).strip()
+
+
+def like(word: str, model: str) -> str:
+    """A word in capitals as another one is."""
+    if len(model) > 1 and model.isupper():
+        return word.upper()
+    return word[:1].upper() + word[1:] if model[:1].isupper() else word

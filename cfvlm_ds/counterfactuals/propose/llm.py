@@ -1,0 +1,192 @@
+"""Edits that a language model proposes, over an OpenAI-compatible address. What it says is data: every edit is judged by our own rules.
+
+Replies that can be used are kept by the hash of their request, so that a restart costs nothing; failures are never kept.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.text import one_line, printable
+from cfvlm_ds.counterfactuals.http import CallFailed, check_url, member, post, token_named, with_retries
+from cfvlm_ds.counterfactuals.journal import Journal
+from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source
+from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, defect, difference
+from cfvlm_ds.counterfactuals.work_folder import seed_of
+from cfvlm_ds.data.decoding import open_image
+
+VERSION = 1
+_MOST_BYTES = 1 << 20
+_MAX_TOKENS = 700  # white space without end is a known failure: the bound is what makes it a short one
+_SIDE = 768  # pixels of a picture that is sent
+_MOST_EDITS = 32
+_IN_A_ROW = 20  # sources without any reply, after which the server is taken to be down
+
+SYSTEM = """You write counterfactual captions. Given a caption of a photograph, you propose edits that change exactly one visible thing.
+Rules for every edit:
+- the new caption is the old one with one word or one short phrase replaced; every other word stays as it is;
+- the new caption must be false of the photograph, and a photograph of it must look different in that one thing only;
+- no synonyms, no negation, nothing that cannot be seen, no change of two things;
+- the new caption is natural, grammatical English;
+- "instruction" tells a picture editor in one sentence what to change.
+For swap_attribute and swap_object the new caption has the same words in another order. Leave out what the caption does not allow."""
+
+
+class LanguageModel:
+    """The back end ``llm``."""
+
+    def __init__(self, context: Context) -> None:
+        self._options = options = context.options
+        if not options.llm_url or not options.llm_model:
+            raise ConfigError("the back end llm needs --llm_url, an address such as http://node7:8000/v1, and --llm_model")
+        self._url = f"{check_url(options.llm_url, '--llm_url')}/chat/completions"
+        self._types, self.threads = options.wanted, max(1, options.llm_calls)
+        self._token = token_named(os.environ, "CFVLM_LLM_API_KEY", "OPENAI_API_KEY")
+        self._journal = Journal(context.work.path / "llm" / f"shard-{context.shard:05d}.jsonl")
+        self._lock, self._known, self.tokens, self._in_a_row = threading.Lock(), dict[str, int](), 0, 0
+        self.troubles: Counter[str] = Counter()
+        for place, record in self._journal.entries():
+            self._known[str(record.get("request"))] = place
+            self.tokens += record["tokens"] if type(record.get("tokens")) is int else 0
+
+    def settings(self) -> Mapping[str, Any]:
+        told = hashlib.sha256(SYSTEM.encode()).hexdigest()
+        asked = {"url": self._url, "model": self._options.llm_model, "see": self._options.llm_see, "max_tokens": _MAX_TOKENS}
+        return {"version": VERSION, "prompt_sha256": told, **asked}
+
+    def close(self) -> None:
+        """Hand the replies to the disk."""
+        self._journal.close()
+
+    def propose(self, source: Source) -> Found:
+        try:
+            body = self._request(source)
+        except DataError as error:
+            return [Rejected("llm", one_line(f"the picture cannot be sent: {error}", 300))]
+        name = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        try:
+            content = self._reply(name, body)
+        except CallFailed as failure:
+            with self._lock:
+                self._in_a_row += 1
+                if self._in_a_row >= _IN_A_ROW:
+                    raise ConfigError(
+                        f"{self._url}: {_IN_A_ROW} captions in a row without a usable reply, the last: {failure}; look at the server"
+                    ) from failure
+            return [Rejected("llm", f"no usable reply: {failure}", failed=True)]
+        self._in_a_row = 0
+        return self._judged(source, parsed(content), name)
+
+    def _reply(self, name: str, body: dict[str, Any]) -> str:
+        with self._lock:
+            if name in self._known:
+                return str(self._journal.read(self._known[name])["reply"])
+            budget = self._options.budget_tokens
+            if budget and self.tokens >= budget:
+                raise CallFailed(f"the budget of {budget} tokens is spent", again=False)
+
+        def call() -> tuple[str, int, Any]:
+            value = post(self._url, body, token=self._token, timeout_s=self._options.llm_timeout_s, most_bytes=_MOST_BYTES).json()
+            if member(value, "choices", 0, "finish_reason") == "length":
+                raise CallFailed("the reply was cut off at its bound of tokens")
+            content = member(value, "choices", 0, "message", "content")
+            if not isinstance(content, str):
+                raise CallFailed("the reply has no text")
+            parsed(content)
+            used = value.get("usage") if isinstance(value, dict) else None
+            spent = used.get("total_tokens") if isinstance(used, dict) else None
+            model = value.get("model")
+            return content, spent if type(spent) is int and 0 <= spent < 1 << 31 else 0, model if isinstance(model, str) else ""
+
+        def told(trouble: str) -> None:
+            with self._lock:
+                self.troubles[trouble] += 1
+
+        content, spent, model = with_retries(call, self._options.llm_attempts, seed_of(name), told)
+        with self._lock:
+            self.tokens += spent
+            self._known[name] = self._journal.append(
+                {"request": name, "reply": content, "tokens": spent, "model": one_line(str(model), 200)}
+            )
+        return content
+
+    def _request(self, source: Source) -> dict[str, Any]:
+        asked = f"Caption: {json.dumps(source.caption)}\nPropose at most one edit of each of these types: {', '.join(self._types)}."
+        content: Any = asked
+        if self._options.llm_see and source.picture is not None:
+            content = [{"type": "image_url", "image_url": {"url": _data_url(source.picture)}}, {"type": "text", "text": asked}]
+        return {
+            "model": self._options.llm_model,
+            "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
+            "temperature": 0.7,
+            "seed": self._options.seed,
+            "max_tokens": _MAX_TOKENS,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "edits", "strict": True, "schema": self._schema()}},
+        }
+
+    def _schema(self) -> dict[str, Any]:
+        text = {"type": "string"}
+        properties = {"type": {"type": "string", "enum": list(self._types)}, "text": text, "instruction": text}
+        edit = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+        edits = {"type": "array", "items": edit, "maxItems": len(self._types)}
+        return {"type": "object", "properties": {"edits": edits}, "required": ["edits"], "additionalProperties": False}
+
+    def _judged(self, source: Source, edits: list[Any], request: str) -> Found:
+        """Proposals, and why what is none is none: our own words for what differs, never the model's."""
+        found: list[Proposal | Rejected] = []
+        made: Counter[str] = Counter()
+        for edit in edits[:_MOST_EDITS]:
+            kind, text, told = (edit.get(key) if isinstance(edit, dict) else None for key in ("type", "text", "instruction"))
+            if not isinstance(kind, str) or not isinstance(text, str) or not isinstance(told, str):
+                found.append(Rejected("llm", "an edit without type, text and instruction"))
+                continue
+            text, shown = text.strip(), one_line(text, MOST_CHARACTERS)
+            reason = None if kind in self._types else "a type that was not asked for"
+            reason = reason or defect(source.caption, text, kind)
+            if reason is None and not (printable(told) == told and 0 < len(told) <= MOST_CHARACTERS):
+                reason = "an instruction that is not one printable line"
+            if reason is None and (made[kind] >= self._options.per_type or any(each.text == text for each in found)):
+                reason = "one of its type is there already"
+            if reason is not None:
+                found.append(Rejected("llm", reason, kind if kind in self._types else "", shown))
+                continue
+            made[kind] += 1
+            differs = difference(source.caption, text)
+            found.append(Proposal(kind, text, " ".join(differs.before), " ".join(differs.after), told, "llm", request=request))
+        if len(edits) > _MOST_EDITS:
+            found.append(Rejected("llm", f"{len(edits) - _MOST_EDITS} more edits than can be meant"))
+        return found
+
+
+def parsed(content: str) -> list[Any]:
+    """The edits of a reply. Raises CallFailed for prose, cut JSON and other objects."""
+    from cfvlm_ds.core.reading import parse_json
+
+    text = content.strip()
+    if text.startswith("```") and text.endswith("```"):  # some servers ignore the schema and write a block
+        text = text.strip("`").removeprefix("json").strip()
+    with suppress(ValueError, RecursionError):
+        value = parse_json(text)
+        if isinstance(value, dict) and isinstance(value.get("edits"), list):
+            return list(value["edits"])
+    raise CallFailed("the reply is not an object with a list of edits")
+
+
+def _data_url(picture: Path) -> str:
+    image = open_image(picture)
+    image.thumbnail((_SIDE, _SIDE))
+    image.info.clear()
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,0 +1,203 @@
+"""The step ``propose``: every caption of a shard is shown to the back ends, and what they say is written down."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
+from cfvlm_ds.counterfactuals.options import ProposeOptions
+from cfvlm_ds.counterfactuals.propose import PROPOSERS
+from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Proposer, Rejected, Source, sources
+from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of, shard_of
+from cfvlm_ds.data.store import GroupStore
+
+STEP = "propose"
+_NOT_MEANING = ("llm_calls", "llm_timeout_s", "llm_attempts", "shards", "words")
+"""Options that may change when a step goes on."""
+
+Say = Callable[[str], object]
+
+
+def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, say: Say) -> dict[str, Any]:
+    """Propose edits for a shard; returns its completion. What an earlier call has done is not done again.
+
+    Raises ConfigError for options that are unknown or differ from those of the work folder.
+    """
+    names = named(options.back_ends, PROPOSERS, "--with")
+    words = read_words(options.words)
+    said: dict[str, Any] = {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING}
+    said["types"] = ",".join(options.wanted)
+    work = WorkFolder.begin(out, store, options.shards)
+    work.check_shard(shard, options.shards)
+    work.refuse_other(STEP, said)
+    if (done := work.done(STEP, shard)) is not None:
+        say(f"{out}: propose is through with shard {shard}")
+        return done
+    context = Context(options, store, work, shard, words)
+    back_ends = {name: PROPOSERS[name](context) for name in names}
+    for back_end in back_ends.values():
+        if notice := getattr(back_end, "notice", lambda: "")():
+            say(f"note: {notice}")
+    own = {name: dict(back_end.settings()) for name, back_end in back_ends.items()}
+    work.settle(STEP, {**said, "settings": own})
+    step = ShardStep(work, STEP, shard)
+    try:
+        stopped = _through(
+            step, _of_shard(store, work.shards, shard, bool(options.budget_hours)), back_ends, options, say, len(store) / work.shards
+        )
+        return step.finish(counted, stopped)
+    except BaseException:
+        step.close()
+        raise
+    finally:
+        for back_end in back_ends.values():
+            getattr(back_end, "close", lambda: None)()
+
+
+def _through(
+    step: ShardStep, units: Iterator[Source | DataError], back_ends: Mapping[str, Proposer], options: ProposeOptions, say: Say, total: float
+) -> str:
+    """Propose for every unit that has no record yet; returns why it stopped before the end, if it did."""
+    problems: list[str] = []
+    for record, unit in zip(step.work.records(STEP, step.shard), units, strict=False):
+        problems += [str(unit)] if isinstance(unit, DataError) and not problems else []
+        step.expect(record, **({"problem": str(unit)} if isinstance(unit, DataError) else {"source": unit.id, "caption": unit.caption}))
+    progress = Progress(say, STEP, max(total - step.count, 1), "captions")
+    threads = max(back_end.threads for back_end in back_ends.values())
+    made = 0
+    for unit, answers in _asked(units, back_ends, threads):
+        if isinstance(unit, DataError):
+            problems += [str(unit)] if not problems else []
+            step.add({"problem": str(unit)})
+        else:
+            record = record_of(unit, answers)
+            made += len(record["edits"])
+            step.add(record)
+        progress.advance()
+        if options.budget_hours and step.seconds > 3600 * options.budget_hours:
+            return "the budget of hours is spent"
+    say(f"{STEP}: shard {step.shard}: {made} edits proposed")
+    if problems:
+        say(f"warning: some rows cannot be used, and are counted as unreadable; the first: {problems[0]}")
+    return ""
+
+
+def _asked(
+    units: Iterator[Source | DataError], back_ends: Mapping[str, Proposer], threads: int
+) -> Iterator[tuple[Source | DataError, list[Found]]]:
+    """The units in their order with what each back end says of them; a bounded number of them is asked about side by side."""
+
+    def ask(unit: Source | DataError) -> list[Found]:
+        return [] if isinstance(unit, DataError) else [back_end.propose(unit) for back_end in back_ends.values()]
+
+    if threads == 1:
+        for unit in units:
+            yield unit, ask(unit)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = [(unit, pool.submit(ask, unit)) for unit in islice(units, threads)]
+        try:
+            while waiting:
+                unit, answer = waiting.pop(0)
+                found = answer.result()
+                waiting += [(each, pool.submit(ask, each)) for each in islice(units, 1)]
+                yield unit, found
+        finally:
+            for _, answer in waiting:
+                answer.cancel()
+
+
+def record_of(source: Source, answers: Iterable[Found]) -> dict[str, Any]:
+    """What a journal has of a source: edits with ids of their own, and what was rejected with its reason."""
+    said = [each for answer in answers for each in answer]
+    edits: list[dict[str, Any]] = []
+    rejected = [each.record() for each in said if isinstance(each, Rejected)]
+    for each in said:
+        if isinstance(each, Proposal):
+            if any(each.text == other["text"] for other in edits):
+                rejected.append(Rejected(each.back_end, "another back end proposed the same", each.type, each.text).record())
+            else:
+                edits.append(each.record(f"{source.id}/{len(edits)}"))
+    found = {"source": source.id, "caption": source.caption, "picture": None if source.picture is None else str(source.picture.absolute())}
+    return found | ({"license": source.license} if source.license else {}) | {"edits": edits, "rejected": rejected}
+
+
+def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
+    """Add what a record has: edits by type and back end, reasons."""
+    if "problem" in record:
+        counts["unreadable rows"] += 1
+        return
+    counts["captions"] += 1
+    for edit in record["edits"]:
+        counts["edits"] += 1
+        counts[f"edit: {edit['type']}"] += 1
+        counts[f"back end: {edit['back_end']}"] += 1
+    for each in record["rejected"]:
+        counts["failed" if each.get("failed") else f"rejected: {each['back_end']}: {each['reason'][:80]}"] += 1
+
+
+def _of_shard(store: GroupStore, shards: int, shard: int, evenly: bool) -> Iterator[Source | DataError]:
+    """The sources of a shard: in the order of the data, or, for a budget that may end before, evenly over all of it."""
+    count = len(store)
+    places: Sequence[int] = range(count)
+    stride = next(s for s in range(max(1, round(0.618 * count)), 2 * count + 2) if math.gcd(s, count) == 1) if evenly else 1
+    seen = set[int]()
+    for k in range(count):
+        place = places[k * stride % count]
+        if shards > 1:
+            entry = store.entry(place)
+            name = f"{store.where(place)}" if isinstance(entry, DataError) else entry.id
+            if shard_of(name, shards) != shard:
+                continue
+        yield from _distinct(sources(store, [place]), seen)
+
+
+def _distinct(found: Iterator[Source | DataError], seen: set[int]) -> Iterator[Source | DataError]:
+    """The sources, with what is wrong in place of one whose id was there before: histories are told apart by it. 8 bytes of hash an id."""
+    for source in found:
+        if not isinstance(source, DataError):
+            if (key := seed_of(source.id)) in seen:
+                source = DataError(f"id {source.id!r} is used by an earlier row; make ids unique")
+            seen.add(key)
+        yield source
+
+
+def named(listed: str, known: Mapping[str, Any], option: str) -> list[str]:
+    """The back ends of a list. Raises ConfigError for one that is not known."""
+    names = list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise ConfigError(f"{option} {name}: no such back end; {hint}")
+    if not names:
+        raise ConfigError(f"{option} names none; there are {', '.join(known)}")
+    return names
+
+
+def read_words(file: str) -> dict[str, list[str]]:
+    """A YAML of words by type. Raises ConfigError."""
+    if not file:
+        return {}
+    import yaml
+
+    try:
+        value = yaml.safe_load(read_bytes(file, MAX_SETTINGS))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"--words {file}: cannot be read ({error}); write YAML such as colour: [red, green]") from error
+    right = isinstance(value, dict) and all(
+        isinstance(kind, str) and isinstance(words, list) and all(isinstance(word, str) for word in words) for kind, words in value.items()
+    )
+    if not right:
+        raise ConfigError(f"--words {file}: lists of words by type are wanted; write YAML such as colour: [red, green]")
+    return {kind: list(words) for kind, words in value.items()}

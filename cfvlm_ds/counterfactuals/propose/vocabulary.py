@@ -1,0 +1,194 @@
+"""Closed lists of words that rules may change, and of contexts in which a word means something else.
+
+Whole words, and their forms stated one by one.
+"""
+
+from __future__ import annotations
+
+
+def _groups(text: str) -> tuple[frozenset[str], ...]:
+    """A set of words a line, or between commas."""
+    return tuple(frozenset(part.split()) for part in text.replace("\n", ",").split(",") if part.strip())
+
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Attributes -----------------------------------------------------------------------------------------------------------------------------
+
+COLOURS = tuple(["red", "green", "blue", "yellow", "purple", "cyan", "orange", "pink", "brown", "black", "white", "gray"])
+COLOURS_READ = (*COLOURS, *["grey", "violet", "beige", "tan", "silver", "gold", "golden", "turquoise", "maroon"])
+NEAR_COLOURS = _groups(
+    """red orange pink maroon, orange yellow gold golden brown beige tan, gray grey silver white, gray grey silver black, purple violet pink
+    blue cyan turquoise purple violet, green cyan turquoise, white beige tan, red maroon brown"""
+)
+"""Colours that people take for one another: none is proposed for another."""
+SIZES = {
+    "big": "small", "large": "small", "huge": "tiny", "giant": "tiny", "small": "large", "little": "big", "tiny": "huge", "tall": "short",
+    "long": "short",
+}  # fmt: skip
+MATERIALS = tuple(["wooden", "metal", "plastic", "glass", "stone", "brick", "leather"])
+TEXTURES = tuple(["striped", "dotted", "hollow", "plaid", "checkered", "spotted"])
+TEXTURES_AGAINST = {"dotted": {"spotted"}, "spotted": {"dotted"}, "plaid": {"checkered"}, "checkered": {"plaid"}}
+
+# Things ---------------------------------------------------------------------------------------------------------------------------------
+
+NUMBERS = {word: number for number, word in enumerate(["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 1)}
+NUMBER_WORDS = {number: word for word, number in NUMBERS.items()}
+
+_NOUNS = """
+person: man/men woman/women boy/boys girl/girls
+animal: dog/dogs cat/cats horse/horses cow/cows sheep/sheep elephant/elephants bear/bears zebra/zebras giraffe/giraffes bird/birds
+animal: pig/pigs goat/goats rabbit/rabbits monkey/monkeys lion/lions tiger/tigers duck/ducks fish/fish
+vehicle: car/cars bus/buses truck/trucks train/trains motorcycle/motorcycles bicycle/bicycles boat/boats airplane/airplanes
+vehicle: bike/bikes van/vans tractor/tractors helicopter/helicopters
+furniture: chair/chairs table/tables bench/benches couch/couches bed/beds desk/desks sofa/sofas
+dish: cup/cups bowl/bowls plate/plates bottle/bottles fork/forks knife/knives spoon/spoons vase/vases
+fruit: apple/apples banana/bananas orange/oranges pear/pears lemon/lemons strawberry/strawberries
+vegetable: carrot/carrots tomato/tomatoes potato/potatoes cucumber/cucumbers
+snack: sandwich/sandwiches pizza/pizzas donut/donuts cake/cakes hamburger/hamburgers cookie/cookies
+device: laptop/laptops phone/phones television/televisions keyboard/keyboards camera/cameras clock/clocks lamp/lamps
+appliance: microwave/microwaves oven/ovens refrigerator/refrigerators toaster/toasters sink/sinks
+bag: backpack/backpacks suitcase/suitcases handbag/handbags umbrella/umbrellas basket/baskets
+sport: frisbee/frisbees kite/kites skateboard/skateboards surfboard/surfboards ball/balls snowboard/snowboards
+clothing: hat/hats shirt/shirts jacket/jackets dress/dresses tie/ties scarf/scarves coat/coats
+plant: tree/trees flower/flowers bush/bushes cactus/cactuses mushroom/mushrooms
+reading: book/books newspaper/newspapers map/maps
+tool: hammer/hammers saw/saws shovel/shovels broom/brooms
+shape: circle/circles square/squares triangle/triangles star/stars cross/crosses diamond/diamonds
+building: house/houses church/churches barn/barns tower/towers bridge/bridges castle/castles
+"""
+SIBLINGS: dict[str, tuple[tuple[str, str], ...]] = {}
+"""Category -> (singular, plural) of its nouns: none of them is a kind of another."""
+for _line in _NOUNS.strip().splitlines():
+    _category, _, _listed = _line.partition(": ")
+    SIBLINGS[_category] = (*SIBLINGS.get(_category, ()), *((_pair.split("/")[0], _pair.split("/")[1]) for _pair in _listed.split()))
+NOUNS: dict[str, tuple[str, str, str]] = {}
+"""Form -> (category, singular, plural)."""
+for _category, _pairs in SIBLINGS.items():
+    for _singular, _plural in _pairs:
+        for _form in (_singular, _plural):
+            NOUNS.setdefault(_form, (_category, _singular, _plural))
+HOLDING = _set("cup bowl plate bottle vase basket backpack suitcase handbag")
+"""What something can be in, or made of so many of: flowers are in no fork."""
+UTENSILS = _set("fork knife spoon")
+UNCOUNTED = frozenset(("sheep", "fish"))
+"""One form for one and for many."""
+NEVER_PROPOSED = _set("cross star orange tie saw square diamond bear fish bridge")
+"""Nouns that mean something else in many captions; only a shape is replaced by a shape."""
+ALIKE = _groups(
+    """couch sofa bed chair bench, bike bicycle motorcycle, table desk, van car truck bus, cup bowl vase, lemon orange, cow sheep goat
+    lion tiger, duck bird, suitcase handbag backpack, jacket coat shirt, fork knife spoon, microwave oven toaster, bush tree
+    skateboard snowboard surfboard, castle church house barn, man boy, woman girl, man girl, woman boy"""
+)
+"""Nouns that a picture does not always tell apart: none is proposed for another."""
+PEOPLE = _set(
+    """man men woman women boy boys girl girls person people child children kid kids baby babies guy guys lady ladies player players male
+    males female females adult adults couple family families crowd team hair skin eyes face faces american americans rider riders skier
+    skiers surfer surfers gentleman gentlemen"""
+)
+ANIMATE = frozenset(form for form, (category, _, _) in NOUNS.items() if category in ("person", "animal")) | _set(
+    "person people child children kid kids baby babies guy guys lady ladies player players couple puppy kitten"
+)
+
+# What is left alone ---------------------------------------------------------------------------------------------------------------------
+
+FIXED_COLOUR = _set(
+    """grass sky snow leaf leaves lettuce broccoli meat wine tea rice bread light lights house beans pepper peppers onion onions cabbage
+    sauce photo photograph picture image photography background ink card carpet belt board collar tape flag bean jay bear panda fox kangaroo
+    deer squirrel robin cardinal heron giraffe elephant zebra pages page sugar chocolate coffee vegetables greens fire flames smoke cloud
+    clouds water ocean sea juice peel slice slices salad fruit fruits ice sheep polar"""
+)
+"""Nouns whose colour is always the same, or part of their name."""
+NOT_SIZED = _set(
+    """group groups crowd number numbers part piece pieces amount area bit way ben time while lot city town girl boy girls boys kid kids
+    child children brother sister one ones day distance hair hairs sleeve sleeves sleeved line lines jump board intestine screen league horn
+    apple cat cats game top"""
+)
+TOUCHABLE = _set(
+    """table tables bench benches chair chairs fence fences bowl bowls box boxes door doors spoon spoons fork forks cup cups plate plates
+    bridge wall walls building buildings house boat toy bucket vase vases basket statue floor floors desk shelf shelves gate tray trays post
+    posts cabinet cabinets crate crates stool stools barrel"""
+)
+"""Nouns that may be of one material or another."""
+NEGATIONS = _set("no not without never none neither nor nobody nothing cannot")
+GENDERED = _set("he him his himself she her hers herself")
+THEIR = _set("its their they them it itself themselves each both another")
+UNITS = _set(
+    """hours minutes seconds days weeks months years feet foot inches miles meters metres kilometers dollars cents times pounds degrees
+    o'clock year-old stories story levels lanes percent half halves thirds people's of way ways different others other more sides"""
+)
+LETTERING = _set(
+    """sign signs clock clocks watch letter letters lettering text word words writing written logo number numbers license licence
+    newspaper newspapers book books jersey jerseys reads says saying label labels poster posters billboard map maps keyboard keyboards
+    screen menu magazine graffiti banner calendar page pages name named tattoo monitor laptop scoreboard ticket stamp money"""
+)
+"""What shows in a mirror image: a picture of it is not flipped."""
+
+# Places and actions ---------------------------------------------------------------------------------------------------------------------
+
+RELATIONS = tuple(
+    (pair.split(" / ")[0].strip(), pair.split(" / ")[1].strip())
+    for pair in """to the left of / to the right of, on the left of / on the right of, left of / right of, to the left / to the right
+    on the left side of / on the right side of, on the left side / on the right side, on the left / on the right
+    at the top of / at the bottom of, at the top / at the bottom, in front of / behind, in front / behind, on top of / underneath
+    underneath / on top of, above / below, beneath / on top of, under / on top of, inside / outside""".replace("\n", ",").split(",")
+)  # fmt: skip
+NO_OPPOSITE = {
+    "in front of": _set(
+        "camera mirror laptop computer keyboard desk microphone monitor screen window counter crowd podium television tv stove table"
+    ),
+    "behind": _set("bars wheel home plate scenes camera net counter desk podium schedule"),
+    "under": _set(
+        "sky sun moon light lights construction water rain cloud clouds tree trees umbrella umbrellas blanket cover bridge way influence"
+    ),
+    "beneath": _set("sky sun moon light lights water clouds trees tree umbrella"),
+    "underneath": _set("sky sun moon light lights water clouds trees tree umbrella"),
+    "above": _set("ground water average sea all ocean"),
+    "below": _set("zero ground sea average freezing"),
+    "on top of": _set("mountain hill world cake pizza building tower roof each one head"),
+    "inside": _set("out"),
+    "outside": _set("window dining seating"),
+    "to the right": _set("side"),
+    "to the left": _set("side"),
+    "at the top": _set("lungs"),
+    "right of": _set("way passage"),
+}
+"""What may not follow within three words, since the phrase means something else there or its opposite is as true."""
+ACTIONS = tuple(
+    tuple(line.split())
+    for line in """sitting standing lying sleeping, walking sitting lying, running sitting lying sleeping, standing sitting lying
+    lying standing sitting, sleeping standing running, jumping sitting lying, pushing pulling, pulling pushing, opening closing
+    closing opening, throwing catching, catching throwing, smiling crying frowning, laughing crying, crying laughing, climbing descending
+    entering leaving, swimming running, dancing sitting sleeping, kneeling standing""".replace("\n", ",").split(",")
+)  # fmt: skip
+"""An action, and what nobody does meanwhile."""
+OF_PLACE = _set("sitting standing lying sleeping walking running jumping swimming dancing kneeling")
+AFTER_PLACE = _set("on in at near next beside by under behind outside inside with and while")
+ASYMMETRIC = (
+    "to the left of", "to the right of", "left of", "right of", "above", "below", "under", "underneath", "beneath", "on top of",
+    "in front of", "behind", "chasing", "following", "pulling", "pushing", "carrying", "inside",
+)  # fmt: skip
+"""Between two things, these say something else when the things change places."""
+
+# Small words ----------------------------------------------------------------------------------------------------------------------------
+
+DETERMINERS = _set(
+    """a an the some several many this that these those his her their its my your our one two three four five six seven eight nine ten each
+    every another both various few no any"""
+)
+ADJECTIVES = _set(
+    """young old new beautiful cute fluffy empty full open closed wet dry dirty clean shiny round tall short long happy sad modern antique
+    vintage colorful colourful ripe fresh sliced whole furry adult elderly different other same single"""
+)
+FOLLOWING = _set(
+    """on in at of with and or to near next by under over above below beneath underneath behind inside outside into onto from for while as
+    through across along around between against beside off up down out is are was were has have that which who where sit sits stand stands
+    lie lies during before after about towards toward amongst among within without beyond atop like than we"""
+)
+NOT_VERBS = _set(
+    """building clothing ceiling painting string ring wing king swing pudding icing lighting wedding evening crossing parking dining landing
+    railing awning morning spring sibling sling thing something anything nothing duckling dumpling bed shed seed feed red speed weed reed
+    steed breed moped hundred"""
+)

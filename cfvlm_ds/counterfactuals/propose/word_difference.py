@@ -1,0 +1,147 @@
+"""What differs between two captions, in words: a counterfactual changes exactly one thing, and says it in other words than before."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cfvlm_ds.core.conversation import normalised
+from cfvlm_ds.core.text import printable
+from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, NUMBERS
+
+WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*|\d+|[^\w\s]|_")
+"""A word with its apostrophes and hyphens, a number, or a mark."""
+MOST_CHANGED = 6
+"""Words of one change at most."""
+MOST_CHARACTERS = 2000
+
+_SAME = """grey gray silver, purple violet, cyan turquoise aqua, beige tan, sofa couch, tv television, bike bicycle
+    plane airplane aeroplane, big large huge giant, small little tiny, phone cellphone telephone smartphone, photo picture image photograph
+    kid child, kids children, man guy gentleman, woman lady, men guys, women ladies, road street, sea ocean, stone rock, boat ship
+    rabbit bunny, dog puppy, cat kitten, below under underneath beneath, above over, beside by near, 1 one, 2 two, 3 three, 4 four, 5 five
+    6 six, 7 seven, 8 eight, 9 nine, 10 ten, car automobile, laptop notebook, trousers pants, jumper sweater, lorry truck, wood wooden
+    taxi cab, mug cup, sitting seated"""
+SYNONYMS = {word: number for number, group in enumerate(_SAME.replace("\n", ",").split(",")) for word in group.split()}
+"""Word -> a number that words of one meaning share: a change between them is none, and neither may be proposed for the other."""
+
+EMPTY_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "some",
+        "of",
+        "to",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "being",
+        "been",
+        "that",
+        "this",
+        "these",
+        "those",
+        "there",
+        "it",
+        "its",
+        "and",
+        "also",
+        "very",
+        "quite",
+        "just",
+        "really",
+        "has",
+        "have",
+        "with",
+        "i",
+        "we",
+        "you",
+        "he",
+        "she",
+        "they",
+        "which",
+        "who",
+    ]
+)
+"""Words whose change alone cannot be seen in a picture."""
+
+
+def words(text: str) -> list[str]:
+    """The words and marks of a text, in lower case."""
+    return [word.lower() for word in WORD.findall(text)]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The words of one text that the other has not, and where they are: between ``first`` common words at the beginning and ``last`` at
+    the end. ``swap`` where both texts have the same words."""
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    first: int
+    last: int
+    swap: bool
+
+
+def difference(caption: str, text: str) -> Difference:
+    """What lies between the common beginning and the common end of two texts."""
+    old, new = words(caption), words(text)
+    shorter = min(len(old), len(new))
+    first = next((k for k in range(shorter) if old[k] != new[k]), shorter)
+    last = next((k for k in range(shorter - first) if old[-1 - k] != new[-1 - k]), shorter - first)
+    return Difference(tuple(old[first : len(old) - last]), tuple(new[first : len(new) - last]), first, last, Counter(old) == Counter(new))
+
+
+def defect(caption: str, text: str, kind: str) -> str | None:
+    """Why a text is no counterfactual of a caption, by its words; None where nothing speaks against it."""
+    if not text.strip():
+        return "no text"
+    if printable(text) != text or len(text) > MOST_CHARACTERS:
+        return "not one printable line"
+    if normalised(caption) == normalised(text):
+        return "nothing changed"
+    found = difference(caption, text)
+    old, new = (tuple(word for word in side if word.isalnum() or "-" in word or "'" in word) for side in (found.before, found.after))
+    if not old and not new:
+        return "only punctuation changed"
+    if found.swap:
+        return None if kind.startswith("swap") or kind == "relation" else "words are only in another order"
+    if kind.startswith("swap"):
+        return "a swap has the same words"
+    if not (set(old) | set(new)) - EMPTY_WORDS or set(old) - EMPTY_WORDS == set(new) - EMPTY_WORDS:
+        return "nothing visible changed"
+    meanings = [{SYNONYMS.get(word, word) for word in set(side) - EMPTY_WORDS} for side in (old, new)]
+    if meanings[0] == meanings[1]:
+        return "a paraphrase"
+    if kind == "count":
+        return None if _uncounted(old) == _uncounted(new) else "more than one thing changed"
+    if max(len(old), len(new)) > MOST_CHANGED or _kept_between(found) > 0:
+        return "more than one thing changed"
+    if any("n't" in word or word in ("no", "not", "without", "never", "none") for word in set(new) ^ set(old)):
+        return "a negation"
+    return None
+
+
+def _uncounted(side: Sequence[str]) -> list[str]:
+    """The words without numbers and what agrees with them."""
+    kept = [
+        word for word in side if word not in EMPTY_WORDS and word not in NUMBERS and not word.isdecimal() and word not in ("single", "pair")
+    ]
+    return [NOUNS[word][1] if word in NOUNS else _stem(word) for word in kept]
+
+
+def _stem(word: str) -> str:
+    """A word without the ending of many nouns, or of a verb of one: flies and fly, passes and pass are the same."""
+    if word.endswith("ies") and len(word) > 4:
+        return f"{word[:-3]}y"
+    return re.sub(r"(?<=[a-z]{2})(?:(?<=[sxzh])es|(?<!s)s)$", "", word)
+
+
+def _kept_between(found: Difference) -> int:
+    """Words with a meaning that two changes have between them: such as "red" and "dog" to "blue" and "cat" around "big"."""
+    common = Counter(found.before) & Counter(found.after)
+    return sum(count for word, count in common.items() if word not in EMPTY_WORDS and word.isalnum())

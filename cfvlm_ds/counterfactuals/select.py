@@ -1,0 +1,289 @@
+"""The step ``select``: the best attempt of each good edit becomes part of a group, within quotas; and what became of everything else.
+
+Groups are ordinary ``cfgroup`` rows with their whole provenance in ``meta``. A picture and all that was made of it go to one split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import replace, whole_file
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.untrusted import output_file
+from cfvlm_ds.counterfactuals.history import Edited, History, histories
+from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
+from cfvlm_ds.counterfactuals.options import SelectOptions
+from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder, seed_of
+from cfvlm_ds.data.formats.cfgroup import to_row
+
+KEPT, NO_ROOM, QUOTA = "kept", "good, but its source has enough", "good, but its type has enough"
+TWICE, ELSEWHERE = "good, but its text is there already", "good, but its real picture is of another split"
+_ROWS = 24
+_SHOWN = 60
+
+Say = Callable[[str], object]
+
+
+@dataclass
+class Survival:
+    """What became of the edits, by type: counts by reason. ``sources`` is about captions, ``files`` names what was written, and ``roots``
+    the folders that their pictures are in where that is not theirs alone."""
+
+    by_type: dict[str, Counter[str]] = field(default_factory=dict)
+    sources: Counter[str] = field(default_factory=Counter)
+    files: dict[str, int] = field(default_factory=dict)
+    roots: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, outcome: str) -> None:
+        """Count an edit."""
+        self.by_type.setdefault(kind, Counter()).update([outcome, "proposed"])
+
+    def table(self) -> str:
+        """A row for each outcome, a column for each type, shares of what was proposed in the last one."""
+        kinds = sorted(self.by_type)
+        total: Counter[str] = sum(self.by_type.values(), Counter())
+        rest = [name for name, _ in sorted(total.items(), key=lambda item: (-item[1], item[0])) if name not in ("proposed", KEPT)]
+        lines = [f"| | {' | '.join(kinds)} | all | |", f"|---|{'---:|' * (len(kinds) + 2)}"]
+        rows = [(name, [name]) for name in ("proposed", *rest[:_ROWS], KEPT)]
+        if more := rest[_ROWS:]:
+            rows.insert(-1, (f"{len(more)} further reasons", more))
+        for shown, names in rows:
+            counts = [sum(self.by_type[kind][name] for name in names) for kind in kinds]
+            share = f"{100 * sum(counts) / max(total['proposed'], 1):.1f} %"
+            lines.append(f"| {one_line(shown, _SHOWN).replace('|', '/')} | {' | '.join(map(str, counts))} | {sum(counts)} | {share} |")
+        return "\n".join(lines)
+
+    def captions(self) -> str:
+        """A row for each thing that happened to captions."""
+        rows = [f"| {one_line(name, _SHOWN).replace('|', '/')} | {count} |" for name, count in sorted(self.sources.items())]
+        return "\n".join(["| captions | |", "|---|---:|", *rows])
+
+
+def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
+    """Write the groups of all shards to ``file``, and beside it FILE.survival.md and .json.
+
+    Raises ConfigError where a shard is not verified yet, naming all of them, or nothing is left.
+    """
+    work = WorkFolder.open(out)
+    if missing := work.missing("verify"):
+        raise ConfigError(
+            f"{out}: verify is not through with {len(missing)} of {work.shards} shards; run them first: --array={ranges(missing)}"
+        )
+    output_file(file)
+    thresholds = _thresholds(work, options)
+    shares = parse_splits(options.splits)
+    files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
+    survival = Survival()
+    cuts = _cuts(work, thresholds, options) if options.per_type else {}
+    folder = file.parent.absolute()
+    steps = {step: _shown_settings(work.settings(step)) for step in STEPS}
+    progress = Progress(say, "select", work.shards, "shards")
+    with ExitStack() as stack:
+        handles: dict[str, IO[bytes]] = {name: stack.enter_context(whole_file(path)) for name, path in files.items()}
+        written = Counter[str]()
+        for shard in progress.over(range(work.shards)):
+            survival.sources.update(_problems(work, shard))
+            for history in histories(work, shard, thresholds):
+                name = _split(history, shares, options.seed)
+                kept = _kept(history, options, cuts, survival, name, shares)
+                if kept:
+                    row = _row(history, kept, options, folder, steps, thresholds)
+                    handles[name].write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+                    written[name] += 1
+        if not written:
+            raise ConfigError(f"{out}: no candidate is left; this is what became of them: {_brief(survival)}")
+    survival.files.update({str(files[name]): written[name] for name in files})
+    further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
+    survival.roots.extend(map(str, [folder, *further] if further else []))
+    record = {"by_type": {k: dict(x) for k, x in survival.by_type.items()}, "captions": dict(survival.sources), "files": survival.files}
+    replace(file.with_name(f"{file.name}.survival.json"), json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
+    replace(file.with_name(f"{file.name}.survival.md"), f"{survival.table()}\n\n{survival.captions()}\n".encode())
+    return survival
+
+
+def _thresholds(work: WorkFolder, options: SelectOptions) -> Thresholds:
+    own = work.path / "thresholds.json"
+    given = options.thresholds or (str(own) if own.is_file() else "")
+    scored = work.settings("verify").get("scored") is True
+    return read_thresholds(given, options.rule or ("" if given or scored else "checks"), options.margin)
+
+
+def _brief(survival: Survival) -> str:
+    total: Counter[str] = sum(survival.by_type.values(), Counter())
+    return ", ".join(f"{name}: {count}" for name, count in total.most_common(6)) or "nothing was proposed"
+
+
+def _problems(work: WorkFolder, shard: int) -> Counter[str]:
+    """What happened to captions of which there are no edits."""
+    found: Counter[str] = Counter()
+    for line in work.records("propose", shard):
+        if "problem" in line:
+            found["rows that cannot be read"] += 1
+            continue
+        found["captions"] += 1
+        found["with a proposal"] += bool(line.get("edits"))
+        for each in line.get("rejected") or ():
+            found["without a reply" if each.get("failed") else f"not proposed: {each.get('reason')}"] += 1
+    return found
+
+
+def _ranked(history: History) -> list[Edited]:
+    """The good edits, the best first; of equal ones as drawn by their ids."""
+    good = [each for each in history.edits if each.reason == GOOD and each.best is not None]
+    return sorted(good, key=lambda each: (-_worst(each), seed_of(each.proposal["id"])))
+
+
+def _worst(edited: Edited) -> float:
+    return edited.best.verdict.worst if edited.best is not None else 0.0
+
+
+def _cuts(work: WorkFolder, thresholds: Thresholds, options: SelectOptions) -> dict[str, tuple[float, int]]:
+    """Of each type with too many: the margin and draw of the last one that is taken. 16 bytes for each good edit."""
+    scores: dict[str, list[tuple[float, int]]] = {}
+    for shard in range(work.shards):
+        for history in histories(work, shard, thresholds):
+            for each in _ranked(history)[: options.per_source]:
+                scores.setdefault(str(each.proposal["type"]), []).append((-_worst(each), seed_of(each.proposal["id"])))
+    return {kind: sorted(found)[options.per_type - 1] for kind, found in scores.items() if len(found) > options.per_type}
+
+
+def _kept(
+    history: History,
+    options: SelectOptions,
+    cuts: Mapping[str, tuple[float, int]],
+    survival: Survival,
+    home: str,
+    shares: Mapping[str, float],
+) -> list[Edited]:
+    """The edits of a source that become part of its group, in the order of their proposal; every edit is counted. ``home`` is the
+    split of the source, of which a real picture has to be too."""
+    ranked = _ranked(history)
+    kept: list[Edited] = []
+    texts = {normalised(str(history.line["caption"]))}
+    for each in history.edits:
+        kind = str(each.proposal["type"])
+        if each.reason != GOOD:
+            survival.add(kind, each.reason)
+            continue
+        place = next(k for k, other in enumerate(ranked) if other is each)
+        cut = cuts.get(kind)
+        if place >= options.per_source:
+            survival.add(kind, NO_ROOM)
+        elif cut is not None and (-_worst(each), seed_of(each.proposal["id"])) > cut:
+            survival.add(kind, QUOTA)
+        elif (mined := _mined(each)) and _drawn(mined, shares, options.seed) != home:
+            survival.add(kind, ELSEWHERE)
+        elif (text := normalised(str(each.proposal["text"]))) in texts:
+            survival.add(kind, TWICE)
+        else:
+            survival.add(kind, KEPT)
+            kept.append(each)
+            texts.add(text)
+    return kept
+
+
+def _mined(edited: Edited) -> str:
+    """The sha256 of the real picture that an edit has; empty where it has none."""
+    picture = (edited.best.made.get("picture") if edited.best is not None else None) or {}
+    return str(picture["sha256"]) if "path" in picture else ""
+
+
+def _row(
+    history: History,
+    kept: Sequence[Edited],
+    options: SelectOptions,
+    folder: Path,
+    steps: Mapping[str, Any],
+    thresholds: Thresholds,
+) -> dict[str, Any]:
+    """The row of a group: what is known of its cells, and where everything comes from."""
+    caption = str(history.line["caption"])
+    original = history.picture
+    images: list[tuple[Path, ...]] = [() if original is None else (original.absolute(),)]
+    texts = [caption]
+    edits, made_from = [], []
+    match: list[list[int | None]] = [[1]]
+    for each in kept:
+        best = each.best
+        text = str(each.proposal["text"])
+        assert best is not None
+        texts.append(text)
+        match[0].append(0)
+        for line in match[1:]:
+            line.append(None)
+        image = None
+        if best.picture is not None:
+            image = len(images)
+            images.append((best.picture.absolute(),))
+            match.append([0, *[None] * (len(texts) - 2), 1])
+        edits.append(Edit(str(each.proposal["type"]), image, len(texts) - 1, str(each.proposal["from"]), str(each.proposal["to"])))
+        proposed = {key: value for key, value in each.proposal.items() if key not in ("text", "from", "to", "type")}
+        made_from.append({"propose": proposed, "edit": dict(best.made), "verify": dict(best.measured or {}), "margin": best.verdict.worst})
+    candidates = tuple(Candidate(options.prompt, text) for text in texts)
+    group = CounterfactualGroup(history.id, tuple(images), candidates, tuple(map(tuple, match)), tuple(edits), source=options.source)
+    meta: dict[str, Any] = {"edits": made_from, "steps": steps, "rule": thresholds.rule, "margin": thresholds.margin}
+    row = to_row(group, folder, meta)
+    return row | ({"license": history.line["license"]} if history.line.get("license") else {})
+
+
+def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a step's settings belongs to every group: back ends, models and versions, by which it can be made again."""
+    kept = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
+    return {key: settings[key] for key in kept if key in settings}
+
+
+def parse_splits(text: str) -> dict[str, float]:
+    """``train=0.9,test=0.1`` as shares of 1. Raises ConfigError."""
+    found: dict[str, float] = {}
+    for part in filter(None, (each.strip() for each in text.split(","))):
+        name, _, share = part.partition("=")
+        try:
+            found[name.strip()] = float(share)
+        except ValueError:
+            raise ConfigError(f"--splits {part!r}: write NAME=SHARE, as in train=0.9,test=0.1") from None
+        if not name.strip().replace("_", "").isalnum() or not found[name.strip()] > 0:
+            raise ConfigError(f"--splits {part!r}: a name of letters and digits, and a share above 0")
+    if found and abs(sum(found.values()) - 1) > 1e-6:
+        raise ConfigError(f"--splits {text}: the shares add up to {sum(found.values()):g} and not to 1")
+    return found
+
+
+def _split(history: History, shares: Mapping[str, float], seed: int) -> str:
+    """The split of a source, drawn by the contents of its picture: two rows of one picture go to the same one."""
+    if not shares:
+        return ""
+    made = next((attempt.made for each in history.edits for attempt in each.attempts if "parent_sha256" in attempt.made), {})
+    name = str(made.get("parent_sha256") or history.line.get("picture") or history.id)
+    return _drawn(name, shares, seed)
+
+
+def _drawn(name: str, shares: Mapping[str, float], seed: int) -> str:
+    """The split of a picture by its sha256."""
+    if not shares:
+        return ""
+    place = seed_of(seed, name) / 2**63
+    for split, share in shares.items():
+        place -= share
+        if place < 0:
+            return split
+    return next(reversed(list(shares)))
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """``0-3,7`` of numbers in order, as sbatch reads them."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

@@ -1,0 +1,42 @@
+"""How far a work folder is: shards by step, what they hold, and which are missing, as sbatch takes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from cfvlm_ds.core.text import one_line
+from cfvlm_ds.counterfactuals.select import ranges
+from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder
+
+_MOST = 12
+_CHARS = 100
+
+
+def status(out: Path) -> tuple[str, bool]:
+    """A report, and whether every shard is through every step."""
+    work = WorkFolder.open(out)
+    source = work.about["source"]
+    lines = [f"{out}: {source.get('path')} ({source.get('groups')} rows), {work.shards} shards", ""]
+    unfinished: set[int] = set()
+    for step in STEPS:
+        missing = work.missing(step)
+        unfinished |= set(missing)
+        counts: Counter[str] = Counter()
+        stopped = records = 0
+        for shard in range(work.shards):
+            if (done := work.done(step, shard)) is not None:
+                counts.update({str(name): int(count) for name, count in done["counts"].items()})
+                stopped += "stopped" in done
+                records += int(done["records"])
+        through = work.shards - len(missing)
+        lines.append(
+            f"{step}: {through} of {work.shards} shards" + f", {records} records" + f", {stopped} cut off by a budget" * bool(stopped)
+        )
+        shown = counts.most_common(_MOST)
+        lines += [f"    {one_line(name, _CHARS)}: {count}" for name, count in shown]
+        lines += [f"    and {len(counts) - _MOST} more kinds"] * (len(counts) > _MOST)
+        if missing and through:
+            lines.append(f"    missing: --array={ranges(missing)}")
+    lines += ["", "all shards are through" if not unfinished else f"missing: --array={ranges(sorted(unfinished))}"]
+    return "\n".join(lines), not unfinished

@@ -1,0 +1,250 @@
+"""The step ``verify``: what a scorer and the pixels say of each candidate. Everything is written down; the verdict is made of it later.
+
+The scorer fills the matrix of the candidate group, two pictures x two texts, in one row: the pictures are encoded once for both probes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.reading import lines, open_regular, parse_json
+from cfvlm_ds.core.text import one_line
+from cfvlm_ds.counterfactuals.checks import compared
+from cfvlm_ds.counterfactuals.edit.base import picture_by_id
+from cfvlm_ds.counterfactuals.edit.step import picture_path
+from cfvlm_ds.counterfactuals.judge import GOOD, Calibrated, Thresholds, calibrated, verdict
+from cfvlm_ds.counterfactuals.options import VerifyOptions
+from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder
+from cfvlm_ds.data.decoding import open_image
+from cfvlm_ds.evaluation.benchmarks.base import Item
+from cfvlm_ds.evaluation.probes import Caption, Match
+from cfvlm_ds.evaluation.scoring import GroupScores
+
+STEP = "verify"
+BATCHES = 8
+"""Batches of candidates that are scored together, by as many ranks at most: they are cut from the shard alone, never from where a kill
+was."""
+_DECIMALS = 4
+_LABELS = 1 << 20  # bytes of a line of labels
+
+Say = Callable[[str], object]
+Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
+"""Scores of candidate groups, in their order. Raises DataError for one that no row can hold."""
+
+
+def verify(
+    out: Path,
+    options: VerifyOptions,
+    shard: int,
+    say: Say,
+    score: Score | None,
+    of: int | None = None,
+    identity: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measure every candidate of a shard; returns its completion. ``identity`` says which weights score."""
+    refuse_unfit(out, options, shard, of)
+    work = WorkFolder.open(out)
+    if (done := work.done(STEP, shard)) is not None:
+        say(f"{out}: verify is through with shard {shard}")
+        return done
+    said = _said(options)
+    work.settle(STEP, {**said, "scored": score is not None, "weights": dict(identity or {})})
+    step = ShardStep(work, STEP, shard)
+    try:
+        total = (work.done("edit", shard) or {"records": 0})["records"]
+        progress = Progress(say, STEP, max(total - step.count, 1), "candidates")
+        units = candidates(work, shard)
+        place = 0
+        while chunk := list(islice(units, BATCHES * options.batch_size)):
+            if place + len(chunk) > step.count:
+                new = measured(chunk, options, score)[max(0, step.count - place) :]
+                for record in new:
+                    step.add(record)
+                progress.advance(len(new))
+            place += len(chunk)
+        return step.finish(counted)
+    except BaseException:
+        step.close()
+        raise
+
+
+def refuse_unfit(out: Path, options: VerifyOptions, shard: int, of: int | None = None) -> bool:
+    """Whether a shard is still to be verified. Raises ConfigError for what can be refused before a scorer is loaded."""
+    if "{text}" not in options.template:
+        raise ConfigError(f"--template {options.template!r}: it has no {{text}} in it, the place of the caption")
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch_size {options.batch_size}: a batch has at least one candidate")
+    work = WorkFolder.open(out)
+    work.check_shard(shard, work.shards if of is None else of)
+    work.need("edit", shard)
+    work.refuse_other(STEP, _said(options))
+    return work.done(STEP, shard) is None
+
+
+def _said(options: VerifyOptions) -> dict[str, Any]:
+    return {"scorer": options.scorer, "template": options.template, "prompt": options.prompt}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An attempt with what it was made of: the record of the step edit, the proposal, the caption and both pictures."""
+
+    record: Mapping[str, Any]
+    proposal: Mapping[str, Any]
+    caption: str
+    original: Path | None
+    edited: Path | None
+    mask: Path | None = None
+
+
+def candidates(work: WorkFolder, shard: int) -> Iterator[Candidate]:
+    """The attempts of a shard in their order, each with its proposal. Memory: the proposals of the shard."""
+    proposals: dict[str, tuple[Mapping[str, Any], str, str | None]] = {}
+    for line in work.records("propose", shard):
+        for each in line.get("edits", ()):
+            proposals[str(each["id"])] = (each, str(line["caption"]), line.get("picture"))
+    masks = work.settings("edit").get("masks")
+    for record in work.records("edit", shard):
+        try:
+            proposal, caption, original = proposals[str(record["edit"])]
+            edited = picture_path(work, record)
+            if type(record["attempt"]) is not int:
+                raise KeyError
+        except (KeyError, TypeError, ValueError):
+            raise DataError(
+                f"{work.file('edit', shard)}: no attempt at a proposal is {record.get('edit')!r}; make the shard again"
+            ) from None
+        mask = picture_by_id(Path(masks), str(record["edit"]), (".png",)) if masks and "mask_sha256" in record else None
+        yield Candidate(record, proposal, caption, None if original is None else Path(original), edited, mask)
+
+
+def measured(chunk: Sequence[Candidate], options: VerifyOptions, score: Score | None) -> list[dict[str, Any]]:
+    """The records of some candidates."""
+    found = [_looked_at(candidate) for candidate in chunk]
+    wanted = [k for k, record in enumerate(found) if "problem" not in record and chunk[k].original is not None]
+    if score is None or not wanted:
+        return found
+    groups = {k: group_of(chunk[k], options) for k in wanted}
+    try:
+        scores: dict[int, GroupScores | str] = dict(zip(wanted, score([groups[k] for k in wanted]), strict=True))
+    except DataError:  # of one of them: which?
+        scores = {k: _scored_alone(groups[k], score) for k in wanted}
+    for k in wanted:
+        each = scores[k]
+        found[k] |= (
+            {"problem": "it cannot be scored", "detail": each}
+            if isinstance(each, str)
+            else {"scores": score_record(chunk[k], each, options)}
+        )
+    return found
+
+
+def _scored_alone(group: CounterfactualGroup, score: Score) -> GroupScores | str:
+    try:
+        return score([group])[0]
+    except DataError as error:
+        return one_line(str(error), 300)
+
+
+def _looked_at(candidate: Candidate) -> dict[str, Any]:
+    """Ids, and what the pixels say."""
+    made = candidate.record
+    record: dict[str, Any] = {
+        "edit": made["edit"],
+        "source": made["source"],
+        "attempt": made["attempt"],
+        "type": candidate.proposal["type"],
+    }
+    if "refused" in made:
+        return record | {"problem": f"no picture: {one_line(str(made['refused']), 200)}"}
+    try:
+        if candidate.original is None or candidate.edited is None:
+            if candidate.original is not None:
+                open_image(candidate.original)  # what nobody can look at is no example of anything
+            return record | {"checks": None}
+        if "path" in made["picture"]:
+            record["mined"] = True
+        mask = open_image(candidate.mask).convert("L") if candidate.mask is not None else None
+        return record | {"checks": compared(candidate.original, candidate.edited, mask)}
+    except (DataError, OSError, ValueError) as error:
+        return record | {"problem": "a picture cannot be read", "detail": one_line(str(error), 300)}
+
+
+def _item(candidate: Candidate) -> Item:
+    images = ((candidate.original or Path(),),) if candidate.edited is None else ((candidate.original or Path(),), (candidate.edited,))
+    texts = (candidate.caption, str(candidate.proposal["text"]))
+    return Item(str(candidate.record["edit"]), images, texts, ((1, 0), (0, 1))[: len(images)])
+
+
+def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGroup:
+    """Both pictures with every text that is scored: yes and no for each caption in its ways of writing, and the captions themselves."""
+    item = _item(candidate)
+    cells = (*Match(options.template).cells(item), *Caption(prompt=options.prompt).cells(item))
+    match = tuple(tuple(1 if (i, c) == (0, 0) else None for c in range(len(cells))) for i in range(len(item.images)))
+    return CounterfactualGroup(f"{item.id}@{candidate.record['attempt']}", item.images, cells, match)
+
+
+def score_record(candidate: Candidate, scores: GroupScores, options: VerifyOptions) -> dict[str, Any]:
+    """The matrix by both probes, in nats: log P(yes) of each text on each picture, log-likelihoods, and those on a blank picture."""
+    item, probe = _item(candidate), Match(options.template)
+    asked = len(probe.cells(item))
+    rows = [tuple(row) for row in scores.logp.tolist()]
+    return {
+        "match": [[_rounded(value) for value in probe.row(item, row[:asked], (), ())] for row in rows],
+        "likelihood": [[_rounded(value) for value in row[asked:]] for row in rows],
+        "blank": [_rounded(value) for value in scores.blank.tolist()[asked:]],
+        "blank_match": [_rounded(value) for value in probe.row(item, tuple(scores.blank.tolist()[:asked]), (), ())],
+    }
+
+
+def _rounded(value: float) -> float | None:
+    """A number that is not finite is none: JSON has no word for it."""
+    value = round(float(value), _DECIMALS)
+    return value if value - value == 0 else None
+
+
+def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
+    """Add what a record has, with the verdict by default thresholds."""
+    counts["candidates"] += 1
+    counts["scored"] += "scores" in record
+    rule = "match" if "scores" in record else "checks"
+    reason = verdict(record, Thresholds(rule=rule)).reason
+    counts["good by default thresholds" if reason == GOOD else f"not: {reason[:80]}"] += 1
+
+
+def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) -> Calibrated:
+    """Fit the margin to labelled candidates, {"edit": ID, "attempt": 0, "good": true} a line, and write W/thresholds.json.
+
+    Raises DataError for labels that cannot be read or name no candidate, ConfigError where no margin reaches the precision.
+    """
+    work = WorkFolder.open(out)
+    labels: dict[tuple[str, int], bool] = {}
+    try:
+        with open_regular(labelled) as handle:
+            for number, line in enumerate(lines(handle, _LABELS), 1):
+                row = parse_json(line.decode())
+                if not isinstance(row, dict) or not isinstance(row.get("edit"), str) or not isinstance(row.get("good"), bool):
+                    raise ValueError(f'line {number} is not {{"edit": ID, "attempt": 0, "good": true}}')
+                labels[row["edit"], int(row.get("attempt", 0))] = row["good"]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{labelled}: no labels ({error}); write one JSON object a line") from error
+    found: list[tuple[Mapping[str, Any], bool]] = []
+    for shard in range(work.shards):
+        for record in work.records(STEP, shard):
+            if (name := (str(record["edit"]), int(record["attempt"]))) in labels:
+                found.append((record, labels.pop(name)))
+    if labels:
+        edit, attempt = next(iter(labels))
+        raise DataError(f"{labelled}: {len(labels)} labels are of no verified candidate, such as {edit!r}, attempt {attempt}; verify first")
+    fitted = calibrated(found, start, precision)
+    replace(out / "thresholds.json", fitted.as_json().encode(), shared=True)
+    return fitted

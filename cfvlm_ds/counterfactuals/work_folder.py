@@ -1,0 +1,218 @@
+"""The work folder: what each step has made of each shard, with everything that decides it.
+
+    W/run.json                        the data, the number of shards
+    W/STEP.json                       what decides a step: back ends, options, versions
+    W/STEP/shard-00003.jsonl          a line a unit of work; shard-00003.done.json when the shard is through
+    W/pictures/shard-00003.tar        edited pictures, named by their places in it
+    W/llm/shard-00003.jsonl           replies of a language model by request
+    W/costs.jsonl                     times, which nothing compares
+
+A source belongs to the shard that its id says, whatever else there is: one shard and many give the same candidates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.files import append, replace
+from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.text import quoted
+from cfvlm_ds.core.untrusted import refuse_link
+from cfvlm_ds.core.versions import version
+from cfvlm_ds.counterfactuals.journal import Journal, records
+from cfvlm_ds.data.store import GroupStore
+
+SCHEMA = "cfwork/1"
+STEPS = ("propose", "edit", "verify")
+MAX_SHARDS = 100_000
+
+
+def shard_of(source: str, shards: int) -> int:
+    """The shard that a source's id belongs to."""
+    return int.from_bytes(hashlib.sha256(source.encode("utf-8", "surrogatepass")).digest()[:8], "big") % shards
+
+
+def seed_of(*parts: object) -> int:
+    """A seed of 63 bits from what it is for."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """A work folder that is there; ``about`` is its run.json."""
+
+    path: Path
+    about: Mapping[str, Any]
+
+    @property
+    def shards(self) -> int:
+        """In how many parts the work is cut."""
+        return int(self.about["shards"])
+
+    @property
+    def roots(self) -> list[Path]:
+        """The folders of the source pictures."""
+        return [Path(each) for each in self.about["source"]["roots"]]
+
+    @classmethod
+    def begin(cls, path: Path, store: GroupStore, shards: int) -> WorkFolder:
+        """The folder for this data in so many shards, made where it is not there. Raises ConfigError where it is for something else."""
+        refuse_link(path, "name the folder itself")
+        if not 1 <= shards <= MAX_SHARDS:
+            raise ConfigError(f"{shards} shards; cut the work in 1 to {MAX_SHARDS}")
+        source = {
+            "path": os.path.abspath(store.path), "format": store.format, "groups": len(store),
+            "roots": [os.path.abspath(root) for root in store.roots], "size": _size(store.path),
+        }  # fmt: skip
+        about = {"schema": SCHEMA, "shards": shards, "source": source}
+        if path.exists() and not (path / "run.json").exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(f"{path} is there and no work folder; name another one")
+        path.mkdir(parents=True, exist_ok=True)
+        _settled(path / "run.json", about, path)
+        return cls(path, about)
+
+    @classmethod
+    def open(cls, path: Path) -> WorkFolder:
+        """The folder that `data propose` began. Raises ConfigError for anything else."""
+        about = _read(path / "run.json")
+        source = about.get("source") if isinstance(about, dict) else None
+        right = isinstance(source, dict) and about.get("schema") == SCHEMA and isinstance(source.get("roots"), list)
+        if not right or type(about.get("shards")) is not int or not 1 <= about["shards"] <= MAX_SHARDS:
+            raise ConfigError(f"{path} is no work folder; begin one with `cfvlm-ds data propose`")
+        return cls(path, about)
+
+    def settle(self, step: str, settings: Mapping[str, Any]) -> None:
+        """Note what decides a step, or refuse what differs from an earlier shard or call."""
+        _settled(self.path / f"{step}.json", {**settings, "cfvlm-ds": version("cfvlm-ds")}, self.path)
+
+    def refuse_other(self, step: str, options: Mapping[str, Any]) -> None:
+        """Refuse options that differ from those that a step was begun with, before anything is loaded for it."""
+        if (path := self.path / f"{step}.json").exists():
+            begun = self.settings(step)
+            _settled(path, {**begun, **options} if begun else options, self.path)
+
+    def settings(self, step: str) -> dict[str, Any]:
+        """What decides a step; empty where it was not begun."""
+        found = _read(self.path / f"{step}.json")
+        return found if isinstance(found, dict) else {}
+
+    def file(self, step: str, shard: int) -> Path:
+        """The journal of a step and shard."""
+        return self.path / step / f"shard-{shard:05d}.jsonl"
+
+    def tar(self, shard: int) -> Path:
+        """The edited pictures of a shard."""
+        return self.path / "pictures" / f"shard-{shard:05d}.tar"
+
+    def done(self, step: str, shard: int) -> dict[str, Any] | None:
+        """The completion of a step of a shard: records, sha256, counts; None where it is not through."""
+        found = _read(self.path / step / f"shard-{shard:05d}.done.json")
+        return found if isinstance(found, dict) and isinstance(found.get("counts"), dict) else None
+
+    def missing(self, step: str) -> list[int]:
+        """Shards that a step is not through with."""
+        return [shard for shard in range(self.shards) if self.done(step, shard) is None]
+
+    def records(self, step: str, shard: int) -> Iterator[dict[str, Any]]:
+        """The records of a step and shard."""
+        return records(self.file(step, shard))
+
+    def need(self, step: str, shard: int) -> None:
+        """Raise ConfigError where an earlier step is not through with a shard."""
+        if self.done(step, shard) is None:
+            remedy = f"run `cfvlm-ds data {step} {self.path} --shard {shard}/{self.shards}` first"
+            raise ConfigError(f"{self.path}: {step} is not through with shard {shard}; {remedy}")
+
+    def check_shard(self, shard: int, of: int) -> None:
+        """Raise ConfigError for a shard that is none of this folder's."""
+        if of != self.shards or not 0 <= shard < of:
+            raise ConfigError(
+                f"{self.path} is cut in {self.shards} shards, and --shard says {shard}/{of}; say 0 to {self.shards - 1} of them"
+            )
+
+
+class ShardStep:
+    """One step of one shard under way: ``count`` units have their record, in their order."""
+
+    def __init__(self, work: WorkFolder, step: str, shard: int) -> None:
+        self.work, self.step, self.shard = work, step, shard
+        self._journal = Journal(work.file(step, shard))
+        self._began, self._first = time.monotonic(), self._journal.count
+
+    @property
+    def count(self) -> int:
+        """Units with a record."""
+        return self._journal.count
+
+    @property
+    def seconds(self) -> float:
+        """Since this process began."""
+        return time.monotonic() - self._began
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """The record of the next unit."""
+        self._journal.append(record)
+
+    def expect(self, record: Mapping[str, Any], **named: object) -> None:
+        """Raise DataError where a record that is there is not of this unit: the folder is of other data."""
+        if any(record.get(key) != value for key, value in named.items()):
+            raise DataError(f"{self._journal.path}: it has a record of {quoted(record)[:120]} in place of {named}; start a new work folder")
+
+    def finish(self, counted: Callable[[Mapping[str, Any], Counter[str]], None], stopped: str = "") -> dict[str, Any]:
+        """The shard is through, or as far as its budget reaches."""
+        counts: Counter[str] = Counter()
+        for record in records(self._journal.path):
+            counted(record, counts)
+        done: dict[str, Any] = {"records": self._journal.count, "sha256": self._journal.sha256, "counts": dict(sorted(counts.items()))}
+        done |= {"stopped": stopped} if stopped else {}
+        self.close()
+        replace(self.work.path / self.step / f"shard-{self.shard:05d}.done.json", json.dumps(done, indent=1).encode() + b"\n", shared=True)
+        cost = {"step": self.step, "shard": self.shard, "units": done["records"] - self._first, "seconds": round(self.seconds, 2)}
+        append(self.work.path / "costs.jsonl", json.dumps(cost), lambda line: None)
+        return done
+
+    def close(self) -> None:
+        """Leave it as it is, to be continued."""
+        self._journal.close()
+
+
+def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
+    """Write a file of settings, or refuse settings that differ from those that are there."""
+    refuse_link(path, "remove it")
+    text = json.dumps(wanted, indent=1, sort_keys=True) + "\n"
+    if not path.exists():
+        replace(path, text.encode(), shared=True)
+        return
+    found, now = _read(path), json.loads(text)
+    if found == now:
+        return
+    remedy = f"take the same ones, or another folder than {folder}"
+    if path.stem in STEPS:
+        remedy += f"; to do {path.stem} again, remove {path} and {path.with_suffix('')}, and those of the steps after it"
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} cannot be read, so it is not known with which settings it was begun; {remedy}")
+    differing = [key for key in sorted({*now, *found}) if found.get(key) != now.get(key)]
+    shown = "; ".join(f"{key}: {quoted(found.get(key), 80)} then, {quoted(now.get(key), 80)} now" for key in differing[:4])
+    raise ConfigError(f"{path} was begun with other settings ({shown}); {remedy}")
+
+
+def _read(path: Path) -> Any:
+    """The value of a small JSON file; None where there is none."""
+    with suppress(OSError, ValueError, RecursionError):
+        return parse_json(read_bytes(path, 4 * MAX_SETTINGS).decode())
+    return None
+
+
+def _size(path: Path) -> int:
+    """Bytes of the data's file; -1 for a folder."""
+    return path.stat().st_size if path.is_file() else -1

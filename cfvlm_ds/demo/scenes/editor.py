@@ -1,0 +1,133 @@
+"""The embedded world as an editor of pictures: an edit that a caption asks for is drawn exactly, or wrongly in known ways.
+
+A source is a group of a folder of scenes, by its id. Failing on purpose shows what the step verify is worth, since the truth is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from cfvlm_ds.core.config import ScenesConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.counterfactuals.edit.base import EditContext, Picture, Refused, Task
+from cfvlm_ds.counterfactuals.edit.diffusion import call_options
+from cfvlm_ds.demo.scenes.build import RULES, SceneGroup, draw_group
+from cfvlm_ds.demo.scenes.edits import EDITS
+from cfvlm_ds.demo.scenes.grammar import describe, holds, say
+from cfvlm_ds.demo.scenes.render import render
+from cfvlm_ds.demo.scenes.world import COLOURS, COUNTS, SHAPES, SIZES, TEXTURES, Scene, shake
+
+FAULTS = ("wrong", "nothing", "rerendered", "two")
+"""Another thing than asked for is changed; nothing is; everything is drawn anew with the edit in it; a second thing is changed too."""
+
+
+class SceneEditor:
+    """The editor ``scenes``. ``--folder`` is the folder of scenes; ``--options faults=0.5`` the share of attempts that fail, in one of
+    FAULTS each."""
+
+    varies, threads = True, 1
+
+    def __init__(self, context: EditContext) -> None:
+        self._config = scenes_config(Path(context.options.folder))
+        share = call_options(context.options.options).get("faults", 0.0)
+        if isinstance(share, (str, bool)) or not 0 <= share <= 1:
+            raise ConfigError(f"--options faults={share}: a share of the attempts, from 0 to 1")
+        self._share = float(share)
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"version": 1, "faults": self._share}
+
+    def takes(self, task: Task) -> bool:
+        return True
+
+    def edit(self, task: Task) -> Picture | Refused | None:
+        drawn = drawn_group(self._config, task.source)
+        if drawn is None:
+            return Refused("no group of the scenes has this id")
+        if (scene := shown_by(drawn, task.text)) is None:
+            return Refused("the world has no picture of this text that differs in one thing")
+        fault = fault_of(task.seed, self._share)
+        return Picture(render(failed(drawn.scenes[0], scene, fault, task.seed), self._config.image_size), {"fault": fault} if fault else {})
+
+
+def scenes_config(folder: Path) -> ScenesConfig:
+    """The settings of a folder of scenes. Raises ConfigError."""
+    try:
+        settings = dict(parse_json(read_bytes(folder / "scenes.json", MAX_SETTINGS).decode())["settings"])
+        known = {each.name for each in fields(ScenesConfig)}
+        return ScenesConfig(str(folder), **{name: value for name, value in settings.items() if name in known})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--folder {folder}: no folder of scenes ({error}); build one with `cfvlm-ds data build scenes`") from error
+
+
+def drawn_group(config: ScenesConfig, source: str) -> SceneGroup | None:
+    """The group that an id such as test_iid-00017 names."""
+    split, _, number = source.partition("#")[0].rpartition("-")
+    return draw_group(config, split, int(number)) if split in RULES and number.isdecimal() and len(number) < 9 else None
+
+
+def shown_by(drawn: SceneGroup, text: str) -> Scene | None:
+    """The scene that differs from a group's factual one in one thing, and of which the text is what the group would say."""
+    return next((scene for scene in neighbours(drawn.scenes[0]) if _says(drawn, scene) == _plain(text)), None)
+
+
+def is_right(drawn: SceneGroup, text: str, scene: Scene) -> bool:
+    """Whether a scene shows what a text says, and no longer what the group's caption says."""
+    wanted = shown_by(drawn, text)
+    if wanted is None:
+        return False
+    return holds(describe(wanted, True), scene) and not holds(describe(drawn.scenes[0], True), scene)
+
+
+def fault_of(seed: int, share: float) -> str:
+    """How an attempt fails; empty where it does not."""
+    draw = Random(f"fault/{seed}")
+    return draw.choice(FAULTS) if draw.random() < share else ""
+
+
+def failed(before: Scene, after: Scene, fault: str, seed: int) -> Scene:
+    """What is drawn in place of an edited scene."""
+    draw = Random(f"failed/{seed}")
+    if fault == "nothing":
+        return before
+    if fault == "rerendered":
+        return shake(after, draw)
+    if fault in ("wrong", "two"):
+        start = before if fault == "wrong" else after
+        told = {describe(scene, True) for scene in (before, after)}
+        others = [scene for scene in neighbours(start) if describe(scene, True) not in told]
+        return draw.choice(others) if others else start
+    return after
+
+
+def neighbours(scene: Scene) -> Iterator[Scene]:
+    """Every scene that differs in one thing of which captions speak."""
+    for index, thing in enumerate(scene.things):
+        changed = [
+            *(replace(thing, colour=colour) for colour in COLOURS),
+            *(replace(thing, shape=shape) for shape in SHAPES if shape != scene.things[1 - index].shape),
+            *(replace(thing, size=size) for size in SIZES[1:] if thing.size != "medium"),
+            *(replace(thing, texture=texture) for texture in TEXTURES[1:] if thing.texture != "plain"),
+            *(replace(thing, count=count) for count in COUNTS if (thing.size, thing.texture) == ("medium", "plain")),
+        ]
+        for other in changed:
+            if other != thing:
+                yield replace(scene, things=(other, scene.things[1]) if index == 0 else (scene.things[0], other))
+    for kind in ("relation", "depth", "colour_swap", "shape_swap"):
+        swapped = EDITS[kind](scene, Random(0), True)
+        if swapped is not None:
+            yield swapped
+
+
+def _says(drawn: SceneGroup, scene: Scene) -> str:
+    return say(describe(scene, drawn.a_first), drawn.phrasing)
+
+
+def _plain(text: str) -> str:
+    """The world has no "one"; what is underneath is below."""
+    return " ".join({"one": "a", "underneath": "below"}.get(word, word) for word in text.split())

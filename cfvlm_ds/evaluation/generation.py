@@ -1,0 +1,69 @@
+"""Text of a model about pictures, by the library's own ``generate`` on the model's own prompts: one row at a time, so that no batch mate or
+padding changes what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cfvlm_ds.batching.batch import BLANK
+from cfvlm_ds.batching.collator import Collator
+from cfvlm_ds.core.errors import DataError, OutOfMemory, is_failure
+from cfvlm_ds.core.groups import Pictures, Prompt
+from cfvlm_ds.evaluation.asking import Say
+from cfvlm_ds.models.forest_attention import stock_attention
+
+
+def writer(model: Any, collator: Collator, device: torch.device) -> Callable[[int], Say]:
+    """For a number of tokens at most, what a model writes greedily about pictures (None: a blank one) when it is asked a prompt."""
+
+    def of_length(max_new_tokens: int) -> Say:
+        def say(pictures: Pictures | None, prompt: str) -> str:
+            shown = (BLANK,) if pictures is None else pictures
+            return write(model, collator, device, shown, prompt, max_new_tokens, do_sample=False, num_beams=1).strip()
+
+        return say
+
+    return of_length
+
+
+def write(
+    model: Any, collator: Collator, device: torch.device, shown: Pictures, prompt: Prompt, max_new_tokens: int, **options: Any
+) -> str:
+    """What a model writes about pictures when it is asked a prompt, by the ``options`` of the library's ``generate``.
+
+    ``model`` is whole, in evaluation mode. A template that opens a thought has it empty, as where texts are scored. Raises DataError for
+    what it cannot be asked, OutOfMemory where memory runs out.
+    """
+    tokenizer = collator.processor.tokenizer
+    encoded = collator.prompts.encoded(prompt, "yes", len(shown), "a question")
+    images = [collator.files.open((picture, len(shown) > 1)) for picture in shown]
+    written = tokenizer.bos_token is not None and encoded.prompt.startswith(tokenizer.bos_token)
+    given: dict[str, Any] = {"images": [images]} if images else {}
+    try:
+        inputs = collator.processor(text=[encoded.prompt], add_special_tokens=not written, return_tensors="pt", **given).to(device)
+        if inputs.input_ids.shape[1] + max_new_tokens > collator.max_length:
+            raise DataError(
+                f"{inputs.input_ids.shape[1]} tokens of a question and {max_new_tokens} of its answer are over the model's window "
+                f"of {collator.max_length}; lower max_new_tokens"
+            )
+        inputs = {name: _of(value, model.dtype) for name, value in inputs.items()}
+        with torch.no_grad(), stock_attention(model):
+            whole = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **options)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutOfMemory(f"out of memory while writing about {shown}; set limits on visual tokens (--model.max_pixels)") from error
+    except DataError:
+        raise
+    except BaseException as error:  # processors raise nearly anything on sizes that they were not made for
+        if not is_failure(error):
+            raise
+        raise DataError(f"{', '.join(map(str, shown))}: the model cannot be asked ({type(error).__name__}: {error})") from error
+    text: str = tokenizer.decode(whole[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def _of(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Pictures in the model's precision, ids as they are."""
+    return value.to(dtype) if value.is_floating_point() else value

@@ -1,0 +1,178 @@
+"""What lmms-eval asks of a model, answered by this package: likelihoods by its scorer, text by transformers' own ``generate``.
+
+Read in lmms-eval 0.7.3, which has two meanings for what its ``loglikelihood`` returns. Of a multiple choice it takes the option with the
+*least* value (``np.argmin`` in ``ConfigurableTask.process_results``, and so do the tasks that choose themselves), for ``acc_norm`` after a
+division by the option's characters: the value is the sum of -log p. Of one text, whose target the task computes, the metric ``perplexity``
+is exp(-mean): the value is log p.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cfvlm_ds.batching.collator import Collator
+from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, simplest
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import Candidate, Pictures
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.evaluation.generation import write
+from cfvlm_ds.evaluation.likelihoods import Question, likelihoods
+from cfvlm_ds.models import Scorer
+
+IMAGE = "<image>"
+"""Where a task's text shows a picture."""
+MAX_NEW_TOKENS = 1024
+"""Of a text, where a task does not say."""
+_TOGETHER = 256  # requests whose pictures are on disk at a time
+_AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA")
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+_OPTIONS = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "min_new_tokens", "early_stopping")
+
+Documents = Mapping[str, Mapping[str, Sequence[Any]]]
+"""Task -> split -> its rows, as lmms-eval gives them to a model."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model that answers lmms-eval's requests, each of which has ``args``.
+
+    Args:
+        batch_size: pictures, with all texts about them, in a batch.
+        max_tokens: tokens of a forward at most.
+        per_token: divide a likelihood by its tokens: the mean loss that lmms-eval's own models return, by which ``acc_norm`` divides twice.
+    """
+
+    scorer: Scorer
+    collator: Collator
+    world: World
+    batch_size: int = 1
+    max_tokens: int | None = None
+    per_token: bool = False
+    _unused: set[str] = field(default_factory=set)
+
+    def loglikelihood(self, requests: Sequence[Any], documents: Documents) -> list[tuple[float, bool]]:
+        """The value of each text (see above), and whether greedy decoding would write it. One that is not a number counts as unlikely.
+
+        Raises DataError naming task and row.
+        """
+        progress, found, broken = Progress(self.world.say, "scoring", len(requests), "texts"), list[tuple[float, bool]](), 0
+        for start in range(0, len(requests), _TOGETHER):
+            part = requests[start : start + _TOGETHER]
+            with _picture_files() as files:
+                questions = [_question(request, documents, files) for request in part]
+                given = likelihoods(self.scorer, self.collator, questions, self.world, self.batch_size, self.max_tokens)
+            for request, each in zip(part, given, strict=True):
+                value = each.logp / (each.tokens if self.per_token else 1)
+                finite = math.isfinite(value)
+                broken += not finite
+                value = value if finite else -math.inf
+                found.append((-value if isinstance(request.args[1], str) else value, each.greedy and finite))
+            progress.advance(len(part))
+        if broken:
+            self.world.say(f"warning: {broken} of {len(requests)} likelihoods are not finite, and count as those of the unlikeliest texts")
+        return found
+
+    def generate_until(self, requests: Sequence[Any], documents: Documents) -> list[str]:
+        """What the model writes for each request, one at a time, up to the first of the strings that end it.
+
+        Raises DataError naming task and row.
+        """
+        progress, found = Progress(self.world.say, "writing", len(requests), "texts"), list[str]()
+        for request in progress.over(requests):
+            context, given, visual, number, task, split = request.args
+            until, limit, options = self._options(given)
+            named = f"task {task!r}, row {number}"
+            with _picture_files() as files:
+                pictures = files.of(_shown(visual, documents, task, split, number), named)
+                prompt = _prompt(context, len(pictures))
+                try:
+                    text = write(self.scorer.model, self.collator, self.world.device, pictures, prompt, limit, **options)
+                except DataError as error:
+                    raise DataError(f"{named}: {error}") from error
+            for end in until:
+                text = text.partition(end)[0]
+            found.append(text)
+        return found
+
+    def _options(self, given: Mapping[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
+        """Strings that end a text, its tokens at most, and the options of ``generate``. What is not used is said once."""
+        asked = {name: value for name, value in given.items() if value is not None}
+        until = asked.pop("until", [])
+        limit = int(asked.pop("max_new_tokens", asked.pop("max_gen_toks", MAX_NEW_TOKENS)))
+        temperature, sampled = asked.get("temperature"), asked.pop("do_sample", None)
+        options: dict[str, Any] = {"do_sample": bool(sampled) if temperature is None else temperature > 0 and sampled is not False}
+        wanted = (*_OPTIONS, *_SAMPLING) if options["do_sample"] else _OPTIONS
+        options |= {"num_beams": 1} | {name: asked[name] for name in wanted if name in asked}
+        for name in sorted(asked.keys() - {*_OPTIONS, *_SAMPLING} - self._unused):
+            self._unused.add(name)
+            self.world.say(f"warning: the task's option {name} ({asked[name]!r}) is not used")
+        return [end for end in ([until] if isinstance(until, str) else until) if end], limit, options
+
+
+def _question(request: Any, documents: Documents, files: _Files) -> Question:
+    if len(request.args) != 6:
+        raise DataError(
+            "the metric acc_mutual_info takes the largest of differences where lmms-eval's other metrics take the least value, so that no "
+            "model can answer both; take it out of the task, or ask by `cfvlm-ds evaluate --probes caption:mode=pmi`"
+        )
+    context, target, visual, number, task, split = request.args
+    named = f"task {task!r}, row {number}"
+    text = str(target if isinstance(target, str) else target(documents[task][split][number])).strip()
+    if not text:
+        raise DataError(f"{named}: the text whose likelihood is asked for is empty; correct the task's options")
+    pictures = files.of(_shown(visual, documents, task, split, number), named)
+    return Question(pictures, Candidate(_prompt(context, len(pictures)), text), named)
+
+
+def _shown(visual: Any, documents: Documents, task: str, split: str, number: int) -> Sequence[Any]:
+    return (visual(documents[task][split][number]) if callable(visual) else visual) or ()
+
+
+def _prompt(context: str, num_pictures: int) -> Prompt:
+    """The task's text with pictures at the places that it marks, if it has a place for each, or else before it."""
+    pieces = [piece.strip() for piece in context.split(IMAGE)]
+    if not num_pictures or len(pieces) - 1 != num_pictures:
+        return context
+    parts: list[Part] = [part for piece in pieces for part in (PICTURE, piece)][1:]
+    return simplest((Turn("user", tuple(part for part in parts if part)),))
+
+
+class _Files:
+    """Pictures in memory as files, which is what groups name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def of(self, visuals: Sequence[Any], named: str) -> Pictures:
+        """A file for each picture; the same one for the same picture, but within a row."""
+        found: list[Path] = []
+        for visual in visuals:
+            if not isinstance(visual, Image.Image):
+                raise DataError(
+                    f"{named} shows a {type(visual).__name__}, and pictures alone can be shown; leave out tasks of videos and sound"
+                )
+            written = io.BytesIO()
+            (visual if visual.mode in _AS_PNG else visual.convert("RGB")).save(written, "PNG", compress_level=1)
+            name = hashlib.sha256(written.getvalue()).hexdigest()
+            path = next(path for k in range(len(visuals)) if (path := self._folder / f"{name}-{k}.png") not in found)
+            if not path.exists():
+                path.write_bytes(written.getvalue())
+            found.append(path)
+        return tuple(found)
+
+
+@contextmanager
+def _picture_files() -> Iterator[_Files]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield _Files(Path(folder))

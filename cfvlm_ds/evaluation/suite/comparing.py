@@ -1,0 +1,160 @@
+"""Two folders of results side by side: differences with paired bootstrap intervals, and what got better and worse.
+
+The model is not needed, nor are the benchmark's files: metrics are computed again from the scores of the items that both have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.text import one_line
+from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome
+from cfvlm_ds.evaluation.benchmarks.base import Judged, Values, judged
+from cfvlm_ds.evaluation.benchmarks.metrics import all_right, image_right
+from cfvlm_ds.evaluation.report import in_cell
+from cfvlm_ds.evaluation.suite.bootstrap import Interval, draws_for, intervals
+from cfvlm_ds.evaluation.suite.chosen import benchmark_named
+from cfvlm_ds.evaluation.suite.tables import between, number
+from cfvlm_ds.evaluation.suite.written import Result, bootstrap_of, read_results
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric before and after, and the interval of its difference, which is resolved where that does not hold 0."""
+
+    before: float
+    after: float
+    interval: Interval | None
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the interval says of which sign the difference is."""
+        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A benchmark that two models were asked in the same way: the outcomes of the items that both have, and what differs."""
+
+    before: Result
+    after: Result
+    benchmark: Benchmark
+    pairs: tuple[tuple[Outcome, Outcome], ...]
+    differences: Mapping[str, Difference]
+    notes: tuple[str, ...]
+
+    @property
+    def place(self) -> str:
+        """Benchmark and way."""
+        return self.before.place
+
+    def changes(self) -> tuple[list[str], list[str]]:
+        """The items that were wrong and are right, and those that were right and are wrong."""
+        better: list[str] = []
+        worse: list[str] = []
+        for before, after in self.pairs:
+            was, now = is_right(self.benchmark, before), is_right(self.benchmark, after)
+            if was != now:
+                (better if now else worse).append(after.item.id)
+        return better, worse
+
+
+def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
+    """Whether all true texts of an item beat all false ones on every image; where the benchmark is of images, the other way round too."""
+    table = Judged(outcome.item, outcome.seen)
+    of_images = benchmark.headline.split("_")[0] in ("group", "image")
+    return all_right(table) == 1 and (not of_images or image_right(table) == 1)
+
+
+def compare_results(
+    before: Path, after: Path, draws: int | None = None, say: Callable[[str], object] = lambda line: None
+) -> list[Compared]:
+    """What both folders have, in order. Raises ConfigError where they have nothing in common, and DataError for what are no results."""
+    first, second = ({each.place: each for each in read_results(folder)} for folder in (before, after))
+    shared = [place for place in first if place in second]
+    if not shared:
+        raise ConfigError(
+            f"{before} ({', '.join(first)}) and {after} ({', '.join(second)}) have no benchmark in common that was asked in the same way"
+        )
+    for folder, found, other in ((before, first, second), (after, second, first)):
+        if alone := [place for place in found if place not in other]:
+            say(f"only in {folder}, and not compared: {', '.join(alone)}")
+    return [_compared(first[place], second[place], draws, say) for place in shared]
+
+
+def _compared(before: Result, after: Result, draws: int | None, say: Callable[[str], object]) -> Compared:
+    benchmark = benchmark_named(before.name)
+    pairs, notes = _pairs(before, after)
+    if not pairs:
+        raise ConfigError(f"{before.place}: the two results have no item in common; evaluate both models on the same files")
+    tables = [judged([pair[side] for pair in pairs])["seen"] for side in (0, 1)]
+    bootstrap = bootstrap_of([pair[0] for pair in pairs])
+    progress = Progress(say, f"{before.place}: bootstrap", draws := draws_for(len(pairs)) if draws is None else draws, "draws")
+    drawn: list[Values] = []
+    for k in progress.over(range(draws)):
+        one, other = bootstrap.values(benchmark.metrics, tables, [k])[0]
+        drawn.append({name: other[name] - one[name] for name in one if name in other})
+    spans, (was, now) = intervals(drawn, bootstrap.clusters), [benchmark.metrics(table) for table in tables]
+    differences = {name: Difference(was[name], now[name], spans.get(name)) for name in was if name in now}
+    return Compared(before, after, benchmark, tuple(pairs), differences, tuple(notes))
+
+
+def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]], list[str]]:
+    """The outcomes of items that both have, and what is worth saying of the others."""
+    later = {outcome.item.id: outcome for outcome in after.outcomes}
+    pairs, changed = [], []
+    for outcome in before.outcomes:
+        other = later.pop(outcome.item.id, None)
+        if other is None or _said(outcome) != _said(other):
+            changed.append(outcome.item.id)
+        else:
+            pairs.append((outcome, other))
+    changed += list(later)
+    notes = []
+    if changed:
+        named = ", ".join(one_line(each, 40) for each in changed[:5])
+        notes.append(f"{len(changed)} items are in one of the results only, or have other texts, and are not compared: {named}")
+    one, other_data = before.record["data"], after.record["data"]
+    if not changed and one.get("pictures") != other_data.get("pictures"):
+        notes.append("the pictures of the two results differ: these are differences of the data too")
+    if before.record.get("prompt") != after.record.get("prompt"):
+        notes.append("the two models were asked in different words, by their chat templates")
+    return pairs, notes
+
+
+def _said(outcome: Outcome) -> tuple[object, ...]:
+    item = outcome.item
+    return item.texts, item.match, item.prompt
+
+
+def comparison_table(found: Sequence[Compared], before: str, after: str) -> str:
+    """The headline of each benchmark, every other metric whose difference is resolved, what got better and worse, and notes."""
+    one, other = (in_cell(name) for name in (before, after))
+    lines = [
+        f"| benchmark | probe | metric | {one} | {other} | difference | 95 % | resolved | better | worse |",
+        "|---|---|---|---:|---:|---:|---|---|---:|---:|",
+    ]
+    for each in found:
+        better, worse = each.changes()
+        headline = each.benchmark.headline
+        names = [headline] * (headline in each.differences)
+        names += [name for name, difference in each.differences.items() if name != headline and difference.resolved]
+        for name in names:
+            counts = f"{len(better)} | {len(worse)}" if name == headline else " | "
+            lines.append(
+                f"| {in_cell(each.before.called)} | {in_cell(each.before.label)} | {_row(name, each.differences[name])} | {counts} |"
+            )
+    notes = [f"{each.place}: {note}" for each in found for note in each.notes]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def _row(name: str, found: Difference) -> str:
+    sign = f"{found.after - found.before:+.1f}"
+    return (
+        f"{in_cell(name)} | {number(found.before)} | {number(found.after)} | {sign} | {between(found.interval)} | "
+        f"{'yes' if found.resolved else 'no'}"
+    )

@@ -1,0 +1,153 @@
+"""Items of one or two results to look at: those that are decided worst and best, with their pictures, texts and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.groups import Pictures
+from cfvlm_ds.data.decoding import MAX_PIXELS
+from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome, load
+from cfvlm_ds.evaluation.suite.chosen import benchmark_named
+from cfvlm_ds.evaluation.suite.comparing import Compared, is_right
+from cfvlm_ds.evaluation.suite.tables import between, number, summary
+from cfvlm_ds.evaluation.suite.written import Result
+from cfvlm_ds.page import Image, Item, Page, ScoreTable, Text, Written, refuse_foreign_folder, write_page
+from cfvlm_ds.page.records import Fact, Margin
+
+_MOST_PROMPT = 20_000
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """An item that is shown: its benchmark and what one or two models made of it."""
+
+    name: str
+    place: str
+    benchmark: Benchmark
+    outcomes: tuple[Outcome, ...]
+
+
+def results_page(
+    results: Sequence[Result] | Sequence[Compared],
+    names: Sequence[str],
+    root: Path,
+    out: Path,
+    *,
+    sample: int = 200,
+    max_pixels: int = MAX_PIXELS,
+    say: Callable[[str], object] = lambda line: None,
+) -> Written:
+    """Write a page of ``sample`` items of each benchmark: half of them those that the last model decides worst, or for which it has become
+    worst, and half the best ones. Pictures are read from the benchmarks' own folders in ``root``, never by what a file of results says.
+
+    Raises DataError where a benchmark's files are not there, ConfigError for a folder that is no page.
+    """
+    refuse_foreign_folder(out)
+    shown: list[_Shown] = []
+    facts: list[Fact] = list(zip(("before", "after") if len(names) > 1 else ("results",), names, strict=False))
+    pictures: dict[str, Mapping[str, tuple[Pictures, ...]]] = {}
+    for each in results:
+        found = _of(each)
+        name = found[0].name if found else ""
+        if found and name not in pictures:
+            pictures[name] = _pictures(found[0].benchmark, root / name, say)
+        chosen = sorted(range(len(found)), key=lambda k, found=found: _order(found[k]))  # type: ignore[misc]
+        half = min(sample // 2 or 1, len(chosen))
+        taken = dict.fromkeys([*chosen[:half], *chosen[len(chosen) - max(0, min(sample, len(chosen)) - half) :]])
+        shown += [found[k] for k in taken]
+        told = _facts(each)
+        if len(taken) < len(found):
+            count = f"{len(taken)} of {len(found)} items are shown, the worst and best"
+            told = [(label, f"{said}; {count}") for label, said in told] or [(found[0].place, count)]
+        facts += told
+    items = (_item(each, names, pictures) for each in shown)
+    return write_page(Page(" and ".join(names), items, len(shown), facts, "score of the probe"), out, max_pixels=max_pixels, say=say)
+
+
+def _of(result: Result | Compared) -> list[_Shown]:
+    if isinstance(result, Compared):
+        return [_Shown(result.before.name, result.place, result.benchmark, pair) for pair in result.pairs]
+    benchmark = benchmark_named(result.name)
+    return [_Shown(result.name, result.place, benchmark, (outcome,)) for outcome in result.outcomes]
+
+
+def _facts(result: Result | Compared) -> list[Fact]:
+    if isinstance(result, Result):
+        return [("without looking", summary(result))]
+    headline = result.benchmark.headline
+    if (found := result.differences.get(headline)) is None:
+        return []
+    better, worse = result.changes()
+    resolved = "resolved" if found.resolved else "not resolved"
+    said = f"{number(found.before)} to {number(found.after)}, {found.after - found.before:+.1f} ({between(found.interval)}), {resolved}"
+    return [(f"{result.place}: {headline}", f"{said}; {len(better)} items got better, {len(worse)} worse")]
+
+
+def _pictures(benchmark: Benchmark, root: Path, say: Callable[[str], object]) -> dict[str, tuple[Pictures, ...]]:
+    loaded = load(benchmark, root, say)
+    if not loaded.items:
+        raise DataError(f"{loaded.problems[0]}; pictures of the page are read there")
+    return {item.id: item.images for item in loaded.items}
+
+
+def _least(outcome: Outcome) -> float:
+    """By how much the hardest true text of an item beats the best false one."""
+    found = _table("", outcome).worst
+    return 0.0 if found is None or found != found else found
+
+
+def _order(shown: _Shown) -> float:
+    """Of one model its least margin, of two how that has changed."""
+    last = _least(shown.outcomes[-1])
+    return last if len(shown.outcomes) == 1 else last - _least(shown.outcomes[0])
+
+
+def _item(shown: _Shown, names: Sequence[str], pictures: Mapping[str, Mapping[str, tuple[Pictures, ...]]]) -> Item:
+    item = shown.outcomes[0].item
+    images = pictures[shown.name].get(item.id, item.images)
+    if len(images) != len(item.images):
+        images = item.images
+    right = [is_right(shown.benchmark, outcome) for outcome in shown.outcomes]
+    words = {True: "right", False: "wrong"}
+    verdict = {"result": [words[right[0]]]} if len(right) == 1 else {"change": [f"{words[right[0]]} before, {words[right[1]]} after"]}
+    said = [
+        (f"{name}: wrote" if len(outcome.said) == 1 else f"{name}: wrote about image {i}", text)
+        for name, outcome in zip(names, shown.outcomes, strict=True)
+        for i, text in enumerate(outcome.said or ())
+        if outcome.said is not None
+    ]
+    tags = list(item.tags.items())
+    true = next((c for c, truth in enumerate(item.match[0]) if truth), None)
+    return Item(
+        id=f"{shown.place}: {item.id}",
+        images=[Image(each, "") for each in images],
+        texts=[Text(text, reference=None if c == true or len(text.split()) < 2 else true) for c, text in enumerate(item.texts)],
+        match=item.match,
+        prompts=(item.prompt[:_MOST_PROMPT],) if item.prompt else (),
+        facts=[*said, *tags],
+        scores=[_table(name if len(names) > 1 else "", outcome) for name, outcome in zip(names, shown.outcomes, strict=True)],
+        filters={"benchmark": [shown.place], **verdict},
+    )
+
+
+def _table(name: str, outcome: Outcome) -> ScoreTable:
+    """An item's scores with the margins of its true cells over false texts on the same image, and over images that the text is false of."""
+    match, seen = outcome.item.match, outcome.seen
+    margins: list[list[Margin | None]] = [[None] * len(line) for line in match]
+    compared = lost = 0
+    worst: float | None = None
+    for i, truths in enumerate(match):
+        false = [seen[i][c] for c, truth in enumerate(truths) if not truth]
+        for c, truth in enumerate(truths):
+            if not truth:
+                continue
+            others = [seen[j][c] for j in range(len(match)) if not match[j][c]]
+            text = seen[i][c] - max(false) if false else None
+            margins[i][c] = (text, seen[i][c] - max(others) if others else None)
+            if text is not None:
+                compared, lost = compared + 1, lost + (not text > 0)
+                worst = text if worst is None else min(worst, text)
+    return ScoreTable(name, seen, outcome.blank, margins, compared, lost, worst)

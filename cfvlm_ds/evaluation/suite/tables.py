@@ -1,0 +1,112 @@
+"""Results of benchmarks as Markdown: what a model reached beside chance and what it reaches without looking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cfvlm_ds.core.text import one_line
+from cfvlm_ds.evaluation.benchmarks.base import Values
+from cfvlm_ds.evaluation.report import in_cell
+from cfvlm_ds.evaluation.suite.written import Result
+
+TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "chance": "chance"}
+"""The tables beside what was seen, as people call them."""
+_WITHOUT_IMAGES = ("accuracy", "pair", "text")
+"""Metrics that stand in for one that compares images, and so has no blank row."""
+_NAMED = 20
+
+
+def overview(results: Sequence[Result]) -> str:
+    """A line for each result: its headline metric."""
+    shown = [name for name in TABLES if any(name in result.metrics for result in results)]
+    lines = [
+        f"| benchmark | probe | items | metric | value | 95 % | {' | '.join(TABLES[name] for name in shown)} |",
+        f"|---|---|---:|---|---:|---|{'---:|' * len(shown)}",
+    ]
+    for result in results:
+        metric = str(result.record["headline"])
+        values = [number(result.metrics.get(name, {}).get(metric)) for name in shown]
+        value, span = number(result.metrics["seen"].get(metric)), between(result.record["intervals"].get(metric))
+        start = f"| {in_cell(result.called)} | {in_cell(result.label)} | {len(result.outcomes)} | {in_cell(metric)} |"
+        lines.append(f"{start} {value} | {span} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def summary(result: Result) -> str:
+    """How much of what is over chance language alone gives, in a line."""
+    seen, blank, chance = (result.metrics.get(name, {}) for name in ("seen", "blank", "chance"))
+    shared = [name for name in (str(result.record["headline"]), *_WITHOUT_IMAGES) if name in seen and name in blank and name in chance]
+    if not shared:
+        return f"{result.place}: no metric of it has a blank row"
+    metric = shared[0]
+    over, had = seen[metric] - chance[metric], blank[metric] - chance[metric]
+    if over <= 0:
+        return f"{result.place}: no points over chance ({metric} {seen[metric]:.1f}, chance {chance[metric]:.1f})"
+    return f"{result.place}: {max(had, 0.0):.1f} of {over:.1f} points over chance are had without looking ({metric})"
+
+
+def omissions(result: Result) -> list[str]:
+    """What of a benchmark was not asked, or counts as wrong because its scores are no numbers: counted, and a few named."""
+    left_out, broken = result.record.get("left_out") or [], result.record.get("not_finite") or []
+    found = []
+    if left_out:
+        found.append(f"{result.place}: {len(left_out)} items left out, the first: {one_line(str(left_out[0][1]), 300)}")
+    if broken:
+        found.append(f"{result.place}: scores of {len(broken)} items are not finite and count as wrong: {', '.join(map(str, broken[:5]))}")
+    return found
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """All there is to say of some results: results.md."""
+    parts = ["# Results", overview(results), "\n".join(f"- {summary(result)}" for result in results)]
+    return "\n\n".join([*parts, *(part for result in results for part in _section(result))])
+
+
+def _section(result: Result) -> list[str]:
+    record = result.record
+    counts = record.get("items") or {}
+    asked = [
+        f"- model: {in_cell(str(record['model'].get('name')), 300)}",
+        f"- asked by `{in_cell(result.label)}`: `{one_line(str(record.get('prompt')), 400).replace('`', chr(39))}`",
+        f"- items: {len(result.outcomes)} of {counts.get('in files', len(result.outcomes))}",
+        *(f"- {in_cell(str(note), 300)}" for note in record.get("notes") or ()),
+        *(f"- unofficial: {in_cell(str(each), 300)}" for each in [record.get("unofficial")] if each),
+    ]
+    heading = f"## {in_cell(str(record.get('title')))} ({in_cell(result.label)})"
+    parts = [heading, "\n".join(asked), every_metric(result.metrics, record["intervals"])]
+    if left_out := record.get("left_out"):
+        named = [f"- {in_cell(str(reason), 300)}" for _, reason in left_out[:_NAMED]]
+        more = [f"- and {len(left_out) - _NAMED} more, in results.json"] * (len(left_out) > _NAMED)
+        parts.append("\n".join([f"Left out, {len(left_out)}:", "", *named, *more]))
+    if published := record.get("published"):
+        lines = [f"- {each['metric']} {each['value']:g}: {each['model']} ({each['source']})" for each in published]
+        parts.append("\n".join(["Published:", "", *lines]))
+    return parts
+
+
+def logged(name: str, tables: Mapping[str, Values]) -> dict[str, float]:
+    """The metrics under the names that they are logged by: eval/NAME/METRIC, and blind_METRIC, shuffled_METRIC of what is had without
+    looking."""
+    prefixes = {"seen": "", "blank": "blind_", "shuffled": "shuffled_"}
+    shown = {table: values for table, values in tables.items() if table in prefixes}
+    return {f"eval/{name}/{prefixes[table]}{metric}": value for table, values in shown.items() for metric, value in values.items()}
+
+
+def every_metric(metrics: Mapping[str, Values], spans: Mapping[str, Sequence[float]]) -> str:
+    """A table of every metric."""
+    shown = [name for name in TABLES if name in metrics]
+    lines = [f"| metric | value | 95 % | {' | '.join(TABLES[name] for name in shown)} |", f"|---|---:|---|{'---:|' * len(shown)}"]
+    for metric, value in metrics["seen"].items():
+        beside = " | ".join(number(metrics[name].get(metric)) for name in shown)
+        lines.append(f"| {in_cell(metric)} | {number(value)} | {between(spans.get(metric))} | {beside} |")
+    return "\n".join(lines)
+
+
+def number(value: float | None) -> str:
+    """A value of a table; nothing where there is none."""
+    return "" if value is None else f"{value:.1f}"
+
+
+def between(span: Sequence[float] | None) -> str:
+    """An interval of a table."""
+    return "" if span is None else f"{span[0]:.1f} to {span[1]:.1f}"

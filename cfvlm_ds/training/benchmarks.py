@@ -1,0 +1,130 @@
+"""Benchmarks of a run's evaluation: read and checked before the first step, asked with the training engine, written at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.data_config import EvaluationSet
+from cfvlm_ds.core.distributed import Patience, World, agreed
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.data.picture_index import PictureTable
+from cfvlm_ds.evaluation.asking import Plan, plan
+from cfvlm_ds.evaluation.benchmarks import Judged, Outcome, results
+from cfvlm_ds.evaluation.benchmarks.base import Values, judged
+from cfvlm_ds.evaluation.probes import Generate
+from cfvlm_ds.evaluation.suite import Chosen, Result, bootstrap_of, checked_items, choose, load_items, recorded, result_folder, write_result
+from cfvlm_ds.evaluation.suite.bootstrap import draws_for
+from cfvlm_ds.evaluation.suite.chosen import spread
+from cfvlm_ds.evaluation.suite.item_check import example_of
+from cfvlm_ds.evaluation.suite.tables import logged
+
+FOLDER = "benchmarks"
+"""In a run's folder: the results of its benchmarks, as `cfvlm-ds compare` reads them."""
+
+
+@dataclass(frozen=True)
+class RunBenchmark:
+    """A benchmark of a run: how it is asked, with an example, the groups that are scored for it, what its items are recognised by, its
+    pictures, and the collator of the model that was found able to take it."""
+
+    chosen: Chosen
+    plan: Plan
+    identity: Mapping[str, Any]
+    notes: tuple[str, ...]
+    example: Mapping[str, Any]
+    pictures: PictureTable
+    collator: Collator
+
+    def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, Values]:
+        """Table -> metric -> value."""
+        return results(self.chosen.benchmark, outcomes)
+
+
+Outcomes = Mapping[str, Sequence[Outcome]]
+"""Name of the evaluation set -> what the model said of its items."""
+
+
+def chosen_of(name: str, each: EvaluationSet) -> Chosen:
+    """How a set is asked. Raises ConfigError for an unknown benchmark, one that is not asked so, and a way that writes text."""
+    try:
+        (chosen,) = choose([str(each.benchmark)], Path(str(each.root)), [each.probe] if each.probe else [])
+    except ConfigError as error:
+        raise ConfigError(f"data.evaluation.{name}: {error}") from error
+    if isinstance(chosen.way, Generate):
+        raise ConfigError(f"data.evaluation.{name}: a training writes no text; name another probe, and evaluate the export by generate")
+    return chosen
+
+
+def read_benchmarks(
+    config: RunConfig, world: World, collator: Collator | None, tick: Callable[[], object] = lambda: None
+) -> dict[str, RunBenchmark]:
+    """The benchmarks of data.evaluation, every item of which the model can be asked; collective. Raises DataError for the first that it
+    cannot."""
+    found = {}
+    for name, each in config.data.benchmark_sets.items():
+        collator = collator or load_collator(config.model, "full", config.data.max_pixels)
+        chosen = chosen_of(name, each)
+        loaded = agreed(world, partial(load_items, chosen, world.say), Patience(world, tick))
+        checked = checked_items(spread(loaded.items, each.limit), chosen.way, collator, world, f"data.evaluation.{name}", tick)
+        if checked.left_out:
+            more = f" ({len(checked.left_out) - 1} more)" if len(checked.left_out) > 1 else ""
+            raise DataError(f"data.evaluation.{name}: {checked.left_out[0][1]}{more}; take that data set out, or correct its files")
+        asked = plan(checked.items, chosen.way)  # type: ignore[arg-type]
+        world.say(
+            f"{chosen.root}: {len(checked.items)} items of {chosen.benchmark.title}, asked by {chosen.label} in {len(asked.groups)} groups"
+        )
+        example = example_of(checked.items[0], chosen.way, collator)
+        found[name] = RunBenchmark(chosen, asked, checked.identity(), loaded.notes, example, checked.pictures, collator)
+    return found
+
+
+def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes) -> dict[str, float]:
+    """The metrics under the names that they are logged by."""
+    flat: dict[str, float] = {}
+    for name, found in outcomes.items():
+        flat |= logged(name, benchmarks[name].metrics(found))
+    return flat
+
+
+def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
+    """The names that ``benchmark_metrics`` will have for what is seen: known from the items alone."""
+    found = set()
+    for name, each in benchmarks.items():
+        tied = [Judged(item, ((0.0,) * len(item.texts),) * len(item.images)) for item in each.plan.items]
+        found |= {f"eval/{name}/{metric}" for metric in each.chosen.benchmark.metrics(tied)}
+    return found
+
+
+def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
+    """A line for a progress log."""
+    tables, metric = benchmark.metrics(outcomes), benchmark.chosen.benchmark.headline
+    beside = [
+        f"{name} {tables[table][metric]:.1f}" for table, name in (("blank", "blank image"), ("chance", "chance")) if metric in tables[table]
+    ]
+    value = tables["seen"].get(metric)
+    return f"{metric} {'not known' if value is None else f'{value:.1f}'} ({', '.join(beside)})"
+
+
+def write_benchmarks(config: RunConfig, benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes) -> list[Result]:
+    """Write the results of every benchmark into the run's folder."""
+    run_dir, written = Path(config.train.output_dir), []
+    for name, found in outcomes.items():
+        each = benchmarks[name]
+        benchmark, bootstrap = each.chosen.benchmark, bootstrap_of(found)
+        drawn = [first for (first,) in bootstrap.values(benchmark.metrics, [judged(found)["seen"]], range(draws_for(len(found))))]
+        header = {
+            "benchmark": each.chosen.name,
+            "probe": {"name": each.chosen.way.name, **asdict(each.chosen.way)},  # type: ignore[arg-type]
+            "model": {"name": str(run_dir), "weights": None, "inputs": None, "adapter": None},
+            "data": dict(each.identity),
+        }
+        result = Result(name, each.chosen.label, recorded(benchmark, header, found, drawn, (), each.notes, **each.example), tuple(found))
+        write_result(result_folder(run_dir / FOLDER / name / each.chosen.label), result)
+        written.append(result)
+    return written

@@ -1,0 +1,184 @@
+"""Benchmarks as they are started: by ranks that share the work, after a kill, from a script of one's own, and within a training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import caption, draw, metrics, run_ranks, train_arguments
+
+from cfvlm_ds.cli.main import main
+
+SCENES = [[("red", "circle"), ("blue", "square")], [("green", "circle"), ("red", "square")], [("yellow", "square"), ("blue", "circle")]]
+COMMAND = """\
+import sys
+from cfvlm_ds.cli.main import main
+main(sys.argv[1:])
+"""
+KILLED = """\
+import os, signal, sys
+from cfvlm_ds.cli.main import main
+from cfvlm_ds.evaluation.suite.written import Journal
+
+add, calls = Journal.add, [0]
+
+
+def killed(self, rows):
+    add(self, rows)
+    calls[0] += 1
+    if calls[0] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+Journal.add = killed
+main(sys.argv[1:])
+"""
+OWN = '''\
+"""A benchmark of one's own: a table of photographs, each with a good and a bad text."""
+import sys
+from cfvlm_ds.cli.main import main
+from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Benchmark, File, Item
+from cfvlm_ds.evaluation.benchmarks.metrics import accuracy
+from cfvlm_ds.evaluation.benchmarks.source import each
+
+
+def items(source):
+    def item(where, row):
+        picture = source.picture(where, row["photo"], "photos")
+        return Item(row["n"], ((picture,),), (row["good"], row["bad"]), ((1, 0),), cluster=row["photo"])
+
+    yield from each(source.rows("mine.tsv", ("n", "photo", "good", "bad")), item)
+
+
+BENCHMARKS["mine"] = Benchmark("Mine", (File("mine.tsv", 3),), "ours", items, accuracy, "accuracy", ("match", "caption"))
+main(sys.argv[1:])
+'''
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    (folder / "sugarcrepe" / "data").mkdir(parents=True)
+    for number in range(9):
+        draw(folder / "coco" / "val2017" / f"{number}.png", [*SCENES[number % 3]])
+    for place, subset in enumerate(("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")):
+        rows = [
+            {
+                "filename": f"{n}.png",
+                "caption": caption(scene),
+                "negative_caption": caption([("blue", scene[0][1]), ("green", scene[1][1])]),
+            }
+            for n, scene in ((3 * k + place % 3, SCENES[place % 3]) for k in range(3))
+        ]
+        (folder / "sugarcrepe" / "data" / f"{subset}.json").write_text(json.dumps(dict(enumerate(rows))))
+    (folder / "mine" / "photos").mkdir(parents=True)
+    draw(folder / "mine" / "photos" / "a.png", SCENES[0])
+    (folder / "mine" / "mine.tsv").write_text(
+        "n\tphoto\tgood\tbad\n1\ta.png\ta red circle\ta green circle\n2\ta.png\ta blue square\ta cat\n"
+    )
+    return folder
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def started(ranks: int, script: str, arguments: list[str], folder: Path, name: str) -> list[tuple[int, str]]:
+    (path := folder / f"{name}.py").write_text(script)
+    return run_ranks(ranks, "forkserver_ranks:script", str(path), arguments, said=folder / f"said-{name}", timeout=200)
+
+
+def options(model_dir: Path, root: Path, out: Path, *more: str) -> list[str]:
+    asked = ["--benchmarks", "sugarcrepe", "--probes", "caption", "--batch_size", "2", "--draws", "20", "--num_workers", "0"]
+    return ["evaluate", str(model_dir), *asked, "--benchmark_root", str(root), "--out", str(out), *more]
+
+
+def test_ranks_and_a_kill_give_the_bytes_of_one_undisturbed_rank(model_dir: Path, root: Path, tmp_path: Path) -> None:
+    """One rank; four; and two of which one is killed after two of three rounds, which two others go on from."""
+    for ranks in (1, 4):
+        ended = started(ranks, COMMAND, options(model_dir, root, tmp_path / f"ranks-{ranks}"), tmp_path, f"on-{ranks}")
+        assert [code for code, _ in ended] == [0] * ranks, ended
+        assert sum(text.count("points") for _, text in ended) == 1, "one rank prints"
+    whole = files(tmp_path / "ranks-1")
+    assert set(whole) == {"results.md", "sugarcrepe/caption/results.json", "sugarcrepe/caption/items.jsonl"}
+    assert files(tmp_path / "ranks-4") == whole
+    ended = started(2, KILLED, options(model_dir, root, tmp_path / "killed"), tmp_path, "killed")
+    assert all(code for code, _ in ended) and "sugarcrepe/caption/scores.jsonl" in files(tmp_path / "killed"), ended
+    ended = started(2, COMMAND, options(model_dir, root, tmp_path / "killed"), tmp_path, "again")
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "groups are on disk, and it goes on from there" in ended[0][1]
+    assert files(tmp_path / "killed") == whole
+
+
+@pytest.mark.long
+def test_a_model_in_parts_says_the_same(model_dir: Path, root: Path, tmp_path: Path) -> None:
+    ended = started(2, COMMAND, options(model_dir, root, tmp_path / "parts", "--zero3"), tmp_path, "parts")
+    ended += started(1, COMMAND, options(model_dir, root, tmp_path / "whole"), tmp_path, "whole")
+    assert [code for code, _ in ended] == [0, 0, 0], ended
+    one, other = (
+        [json.loads(line)["seen"] for line in (tmp_path / name / "sugarcrepe/caption/items.jsonl").read_text().splitlines()]
+        for name in ("parts", "whole")
+    )
+    assert len(one) == len(other) == 21 and all(a[0] == pytest.approx(b[0], rel=1e-5) for a, b in zip(one, other, strict=True))
+
+
+def test_a_benchmark_of_ones_own_is_registered_from_a_script(model_dir: Path, root: Path, tmp_path: Path) -> None:
+    """Evaluated, and compared with itself, by a script that touches nothing of the package; the command alone does not know it."""
+    arguments = ["evaluate", str(model_dir), "--benchmarks", "mine", "--benchmark_root", str(root), "--out", str(tmp_path / "out")]
+    ((code, said),) = started(1, OWN, arguments, tmp_path, "own")
+    assert (
+        code == 0 and "mine.tsv has 2 rows, and the official file 3: another revision" in said and "| mine | match | 2 | accuracy |" in said
+    )
+    ((code, said),) = started(1, OWN, ["compare", str(tmp_path / "out"), str(tmp_path / "out")], tmp_path, "compared")
+    assert code == 0 and "| mine | match | accuracy |" in said and "| +0.0 |" in said
+    ((code, said),) = started(1, COMMAND, [*arguments[:2], *arguments[2:]], tmp_path, "unknown")
+    assert code == 2 and "error: unknown benchmark 'mine'" in said
+
+
+def test_a_training_evaluates_benchmarks(
+    model_dir: Path, manifests: dict[str, Path], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its metrics, for save_best, and as results that compare reads; beside a manifest, on two ranks."""
+    run_dir = tmp_path / "run"
+    root = shutil.copytree(root, tmp_path / "benchmarks")
+    trained = sorted((manifests["train"].parent / "images").glob("train-*.png"))
+    shutil.copyfile(trained[0], root / "coco" / "val2017" / "0.png")
+    own, shown = ({path.read_bytes() for path in found} for found in ((root / "coco").rglob("*.png"), trained))
+    more = [
+        f'--data.evaluation={{"crepe": {{"benchmark": "sugarcrepe", "root": "{root}", "probe": "caption"}}, "test": "{manifests["test"]}"}}'
+    ]
+    more += ["--train.max_steps", "2", "--train.eval_steps", "1", "--train.save_best", "eval/crepe/macro/swap_obj"]
+    ended = run_ranks(2, "forkserver_ranks:train_script", train_arguments(model_dir, manifests, run_dir, *more), said=tmp_path / "said")
+    assert [code for code, _ in ended] == [0, 0], ended
+    said, recorded = ended[0][1], metrics(run_dir)
+    assert f"data.evaluation.crepe: {len(own & shown)} of its {len(own)} pictures are in the training set" in said
+    assert "21 items of SugarCrepe, asked by caption in" in said and "  crepe: macro " in said
+    evaluated = [row for row in recorded if "eval/crepe/macro" in row]
+    assert (
+        len(evaluated) == 2
+        and {"eval/crepe/blind_macro", "eval/crepe/accuracy"} <= evaluated[0].keys()
+        and "eval/test/pair" in evaluated[0]
+    )
+    assert "eval/crepe/shuffled_macro" in evaluated[1] and "eval/crepe/shuffled_macro" not in evaluated[0]
+    assert "| crepe | caption | 21 | macro |" in (run_dir / "results.md").read_text()
+    main(["compare", str(run_dir / "benchmarks"), str(run_dir / "benchmarks")])
+    compared = capsys.readouterr().out
+    assert "| crepe | caption | macro |" in compared and "in different words" not in compared
+    record = json.loads((run_dir / "benchmarks/crepe/caption/results.json").read_text())
+    assert "Describe the image." in record["prompt"] and record["answer"] == "a red circle and a blue square"
+    for change, sentence in (
+        (["--train.save_best", "eval/crepe/macro/nothing"], "is no metric that an evaluation of data.evaluation has"),
+        (
+            ["--data.evaluation.crepe.benchmark", "sugarcreep"],
+            "data.evaluation.crepe: unknown benchmark 'sugarcreep'; did you mean 'sugarcrepe'",
+        ),
+    ):
+        ((code, said),) = run_ranks(
+            1,
+            "forkserver_ranks:train_script",
+            train_arguments(model_dir, manifests, tmp_path / "no", *more, *change),
+            said=tmp_path / change[0],
+        )
+        assert code == 2 and sentence in said, said

@@ -1,0 +1,981 @@
+"""From captions and pictures to groups: the work folder under kills and cuts, editors, verdicts against a known truth, selection, audit.
+
+The embedded world stands for a user's photographs. Its editor fails in known ways, so it is known of every candidate whether it is good.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import COLOURS, draw
+from PIL import Image, ImageDraw, ImageOps
+from test_propose import Server, quiet
+
+from cfvlm_ds.cli import main
+from cfvlm_ds.core.config import ScenesConfig
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.counterfactuals import EDITORS
+from cfvlm_ds.counterfactuals.audit import shortcuts
+from cfvlm_ds.counterfactuals.audit.duplicates import look, near_pairs
+from cfvlm_ds.counterfactuals.audit.report import audit, write_report
+from cfvlm_ds.counterfactuals.checks import compared, largest_piece, perceptual_hash
+from cfvlm_ds.counterfactuals.edit.base import EditContext, Picture, Task
+from cfvlm_ds.counterfactuals.edit.diffusion import Diffusers, call_options
+from cfvlm_ds.counterfactuals.edit.flip import Flip
+from cfvlm_ds.counterfactuals.edit.step import Unit, edit, make
+from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, calibrated, read_thresholds, verdict, wilson
+from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
+from cfvlm_ds.counterfactuals.plan import read_plan
+from cfvlm_ds.counterfactuals.propose.step import propose
+from cfvlm_ds.counterfactuals.select import ranges, select
+from cfvlm_ds.counterfactuals.status import status
+from cfvlm_ds.counterfactuals.verify import calibrate, verify
+from cfvlm_ds.counterfactuals.work_folder import WorkFolder
+from cfvlm_ds.data import open_groups, open_image, read_manifest
+from cfvlm_ds.demo.scenes import build_scenes
+from cfvlm_ds.demo.scenes import editor as scene_editor
+from cfvlm_ds.demo.scenes.grammar import describe, holds
+from cfvlm_ds.demo.scenes.world import COLOURS as WORLD_COLOURS
+from cfvlm_ds.demo.scenes.world import SHAPES as WORLD_SHAPES
+from cfvlm_ds.evaluation.probes import Match
+from cfvlm_ds.evaluation.scoring import GroupScores
+
+SEED, FAULTS = 5, 0.5
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world") / "scenes"
+    build_scenes(ScenesConfig(str(folder), num_train=1, num_test=36, image_size=48), lambda line: None)
+    words = {
+        "colour": list(WORLD_COLOURS),
+        "count": ["one", "two", "three"],
+        "object": [f"{s}{e}" for s in WORLD_SHAPES for e in ("", "s", "es")],
+    }
+    words["object"] = [
+        word for word in words["object"] if word not in ("crosss", "circlees", "squarees", "trianglees", "stares", "diamondes")
+    ]
+    (folder.parent / "words.yaml").write_text(json.dumps(words | {"texture": ["striped", "dotted", "hollow"]}))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _scene_editor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EDITORS, "scenes", scene_editor.SceneEditor)
+
+
+def begun(scenes: Path, out: Path, shards: int = 1) -> Path:
+    options = ProposeOptions(words=str(scenes.parent / "words.yaml"), shards=shards, seed=SEED)
+    for shard in range(shards):
+        propose(open_groups(scenes / "test_iid.jsonl"), out, options, shard, quiet)
+    return out
+
+
+def scene_options(scenes: Path, **more: Any) -> EditOptions:
+    return EditOptions(
+        **({"back_ends": "scenes", "folder": str(scenes), "options": f"faults={FAULTS}", "attempts": 2, "seed": SEED} | more)
+    )
+
+
+class Oracle:
+    """A scorer that sees what is drawn, through noise: log P(yes) is high where a claim holds of the scene behind a picture."""
+
+    def __init__(self, work: Path, scenes: Path, noise: float = 0.0) -> None:
+        self.config, self.noise, self.calls = scene_editor.scenes_config(scenes), noise, 0
+        self.truth: dict[tuple[str, int], bool] = {}
+        self._behind: dict[str, Any] = {}
+        folder = WorkFolder.open(work)
+        for shard in range(folder.shards):
+            proposals = {e["id"]: (e, line) for line in folder.records("propose", shard) for e in line["edits"]}
+            for made in folder.records("edit", shard):
+                if made.get("picture"):
+                    proposal, line = proposals[made["edit"]]
+                    drawn = scene_editor.drawn_group(self.config, line["source"])
+                    assert drawn is not None
+                    fault = scene_editor.fault_of(made["seed"], FAULTS)
+                    wanted = scene_editor.shown_by(drawn, proposal["text"])
+                    assert wanted is not None and made.get("info", {}).get("fault", "") == fault
+                    scene = scene_editor.failed(drawn.scenes[0], wanted, fault, made["seed"])
+                    name = f"{made['edit']}@{made['attempt']}"
+                    self._behind[name] = (describe(drawn.scenes[0], True), describe(wanted, True), drawn.scenes[0], scene)
+                    self.truth[made["edit"], made["attempt"]] = scene_editor.is_right(drawn, proposal["text"], scene)
+
+    def __call__(self, groups: Sequence[CounterfactualGroup]) -> list[GroupScores]:
+        self.calls += len(groups)
+        return [self._scored(group) for group in groups]
+
+    def _scored(self, group: CounterfactualGroup) -> GroupScores:
+        old, new, before, after = self._behind[group.id]
+        draw = random.Random(group.id)
+        rows = []
+        for scene in (before, after)[: len(group.images)]:
+            odds = [(4.0 if holds(claim, scene) else -4.0) + draw.gauss(0, self.noise) for claim in (old, new)]
+            cells = (len(group.candidates) - 2) // 4
+            asked = [v for each in odds for sign in (1, -1) for v in [-math.log1p(math.exp(-sign * each)) - math.log(cells)] * cells]
+            rows.append([*asked, *(-20 + each for each in odds)])
+        return GroupScores(torch.tensor(rows, dtype=torch.float64), torch.full((len(group.candidates),), -3.0, dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def whole(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with all steps done, in one shard and without a disturbance."""
+    EDITORS["scenes"] = scene_editor.SceneEditor
+    out = begun(scenes, tmp_path_factory.mktemp("whole") / "W")
+    edit(out, scene_options(scenes), 0, quiet)
+    verify(out, VerifyOptions(), 0, quiet, Oracle(out, scenes, noise=2.5))
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "costs.jsonl"}
+
+
+# --- the work folder --------------------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_whole_and_say_where_everything_comes_from(whole: Path, scenes: Path) -> None:
+    work = WorkFolder.open(whole)
+    lines, made = list(work.records("propose", 0)), list(work.records("edit", 0))
+    edits = [each for line in lines for each in line["edits"]]
+    assert len(lines) == 36 and len(edits) > 100 and len(made) == 2 * len(edits)
+    assert len({each["id"] for each in edits}) == len(edits)
+    assert work.done("edit", 0) is not None and (work.done("edit", 0) or {})["records"] == len(made)
+    with tarfile.open(work.tar(0)) as tar:
+        members = tar.getmembers()
+    pictures = [each["picture"] for each in made if each.get("picture")]
+    assert [(m.offset_data, m.size) for m in members] == [(p["start"], p["length"]) for p in pictures]
+    assert len({each["seed"] for each in made}) == len(made) and all(
+        len(each["parent_sha256"]) == 64 for each in made if "refused" not in each
+    )
+    assert set(work.settings("edit")["settings"]) == {"scenes"} and work.settings("verify")["scored"] is True
+    assert {json.loads(line)["step"] for line in (whole / "costs.jsonl").read_text().splitlines()} == {"propose", "edit", "verify"}
+
+
+@pytest.mark.parametrize("step", ["propose", "edit", "verify"])
+@pytest.mark.parametrize("part", [0.31, 0.999])
+def test_whatever_is_torn_ends_in_the_same_bytes(step: str, part: float, whole: Path, scenes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "W"
+    shutil.copytree(whole, out)
+    for later in ("propose", "edit", "verify")[("propose", "edit", "verify").index(step) :]:
+        (out / later / "shard-00000.done.json").unlink()
+        if later != step:
+            (out / later / "shard-00000.jsonl").unlink()
+    journal = out / step / "shard-00000.jsonl"
+    os.truncate(journal, int(part * journal.stat().st_size))
+    if step == "edit":
+        with open(out / "pictures" / "shard-00000.tar", "ab") as tar:  # a picture whose record was not written any more
+            tar.write(b"torn" * 1000)
+    begun(scenes, out)
+    edit(out, scene_options(scenes), 0, quiet)
+    oracle = Oracle(out, scenes, noise=2.5)
+    verify(out, VerifyOptions(batch_size=4), 0, quiet, oracle)
+    assert contents(out) == contents(whole)
+    assert oracle.calls > 0 and (step != "verify" or part < 0.9 or oracle.calls <= 64)
+
+
+def test_sigkill_in_the_midst_ends_in_the_same_bytes(whole: Path, scenes: Path, tmp_path: Path) -> None:
+    out = begun(scenes, tmp_path / "W")
+    for _ in range(3):
+        if (child := os.fork()) == 0:
+            try:
+                edit(out, scene_options(scenes), 0, quiet)
+            finally:
+                os._exit(0)
+        deadline = time.monotonic() + 20
+        before = (out / "edit" / "shard-00000.jsonl").stat().st_size if (out / "edit").exists() else 0
+        while time.monotonic() < deadline and not (
+            (out / "edit").exists() and (out / "edit" / "shard-00000.jsonl").stat().st_size > before + 9000
+        ):
+            if (out / "edit" / "shard-00000.done.json").exists():
+                break
+            time.sleep(0.002)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    edit(out, scene_options(scenes), 0, quiet)
+    expected = contents(whole)
+    found = contents(out)
+    assert all(expected[name] == found[name] for name in expected if name.startswith(("edit", "pictures", "propose")))
+
+
+def candidates_of(out: Path, step: str) -> dict[tuple[str, int], Any]:
+    """The records without the places of pictures, whatever the shard."""
+    work, found = WorkFolder.open(out), {}
+    for shard in range(work.shards):
+        for record in work.records(step, shard):
+            picture = record.get("picture")
+            if isinstance(picture, dict):
+                record["picture"] = picture.get("sha256")
+            found[record.get("edit") or record["source"], record.get("attempt", 0)] = record
+    return found
+
+
+def test_one_shard_and_seven_give_the_same_candidates(whole: Path, scenes: Path, tmp_path: Path) -> None:
+    out = begun(scenes, tmp_path / "W", shards=7)
+    for shard in (6, 2, 0, 1, 5, 4, 3):
+        edit(out, scene_options(scenes), shard, quiet, 7)
+    oracle = Oracle(out, scenes, noise=2.5)
+    for shard in range(7):
+        verify(out, VerifyOptions(), shard, quiet, oracle)
+    for step in ("propose", "edit", "verify"):
+        assert candidates_of(out, step) == candidates_of(whole, step)
+    rows = []
+    for folder in (whole, out):
+        select(folder, tmp_path / f"{folder.parent.name}.jsonl", SelectOptions(), quiet)
+        listed = [json.loads(line) for line in (tmp_path / f"{folder.parent.name}.jsonl").read_text().splitlines()]
+        rows.append({row["id"]: ([text["text"] for text in row["texts"]], row["match"], row["edits"]) for row in listed})
+    assert rows[0] == rows[1] and len(rows[0]) > 10
+
+
+def test_what_differs_is_refused_before_anything_is_touched(whole: Path, scenes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "W"
+    shutil.copytree(whole, out)
+    before = contents(out)
+    store = open_groups(scenes / "test_iid.jsonl")
+    with pytest.raises(ConfigError, match="shards: 1 then, 2 now"):
+        propose(store, out, ProposeOptions(shards=2), 0, quiet)
+    (out / "propose" / "shard-00000.done.json").unlink()
+    with pytest.raises(ConfigError, match="seed: 5 then, 6 now"):
+        propose(store, out, ProposeOptions(words=str(scenes.parent / "words.yaml"), seed=6), 0, quiet)
+    with pytest.raises(ConfigError, match="source: "):
+        propose(open_groups(scenes / "test_combo.jsonl"), out, ProposeOptions(seed=SEED), 0, quiet)
+    with pytest.raises(ConfigError, match="propose is not through with shard 0; run `cfvlm-ds data propose"):
+        edit(out, scene_options(scenes), 0, quiet)
+    with pytest.raises(ConfigError, match="is cut in 1 shards, and --shard says 3/4"):
+        edit(out, scene_options(scenes), 3, quiet, 4)
+    shutil.copy(whole / "propose" / "shard-00000.done.json", out / "propose")
+    (out / "edit" / "shard-00000.done.json").unlink()
+    with pytest.raises(ConfigError, match="attempts: 2 then, 3 now"):
+        edit(out, scene_options(scenes, attempts=3), 0, quiet)
+    shutil.copy(whole / "edit" / "shard-00000.done.json", out / "edit")
+    assert contents(out) == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(ConfigError, match="is there and no work folder"):
+        propose(store, tmp_path / "other", ProposeOptions(), 0, quiet)
+    with pytest.raises(ConfigError, match="is no work folder; begin one with"):
+        edit(tmp_path / "other", scene_options(scenes), 0, quiet)
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b'"x"', b"\xff\xfe", b'{"a": 1, "a": 2}', b"[" * 50_000, b'{"edit": "x"}', b"{}"])
+def test_damaged_records_are_named(line: bytes, whole: Path, scenes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "W"
+    shutil.copytree(whole, out)
+    lines = (out / "edit" / "shard-00000.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "edit" / "shard-00000.jsonl").write_bytes(b"".join([*lines[:2], line + b"\n", *lines[3:]]))
+    with pytest.raises(DataError, match=r"shard-00000\.jsonl|record of shard 0 is damaged"):
+        select(out, tmp_path / "groups.jsonl", SelectOptions(), quiet)
+    assert not (tmp_path / "groups.jsonl").exists()
+
+
+def test_a_shard_is_worked_on_by_one_process(whole: Path, scenes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "W"
+    shutil.copytree(whole, out)
+    (out / "edit" / "shard-00000.done.json").unlink()
+    import fcntl
+
+    with open(out / "edit" / "shard-00000.jsonl", "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="is written by another process"):
+            edit(out, scene_options(scenes), 0, quiet)
+
+
+def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", [("red", "circle"), ("blue", "square")])
+    rows = [
+        '{"id": "a", "image": "a.png", "caption": "a red car"}',
+        '{"id": "a", "image": "a.png", "caption": "a blue bus"}',
+        "{broken",
+        '{"id": "b"}',
+    ]
+    (tmp_path / "c.jsonl").write_text("\n".join(rows) + "\n")
+    done = propose(open_groups(tmp_path / "c.jsonl", None, "captions"), tmp_path / "W", ProposeOptions(), 0, quiet)
+    assert done["counts"]["unreadable rows"] == 3 and done["counts"]["captions"] == 1
+    problems = [record["problem"] for record in WorkFolder.open(tmp_path / "W").records("propose", 0) if "problem" in record]
+    assert "id 'a' is used by an earlier row" in problems[0] and "c.jsonl:3" in problems[1] and "c.jsonl:4" in problems[2]
+
+
+def test_a_budget_is_kept_and_said(scenes: Path, tmp_path: Path) -> None:
+    options = ProposeOptions(budget_hours=1e-9)
+    done = propose(open_groups(scenes / "test_iid.jsonl"), tmp_path / "W", options, 0, quiet)
+    assert done["records"] == 1 and done["stopped"] == "the budget of hours is spent"
+    assert "1 cut off by a budget" in status(tmp_path / "W")[0]
+
+
+def test_status_names_missing_shards_as_an_array(scenes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "W"
+    for shard in (0, 1, 4):
+        propose(open_groups(scenes / "test_iid.jsonl"), out, ProposeOptions(shards=6), shard, quiet)
+    text, through = status(out)
+    assert (
+        "propose: 3 of 6 shards" in text and "    missing: --array=2-3,5" in text and text.endswith("missing: --array=0-5") and not through
+    )
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8" and ranges([]) == ""
+    with pytest.raises(ConfigError, match=r"verify is not through with 6 of 6 shards; run them first: --array=0-5"):
+        select(out, tmp_path / "g.jsonl", SelectOptions(), quiet)
+
+
+# --- verdicts against the truth ---------------------------------------------------------------------------------------------------------
+
+
+def judged(out: Path, thresholds: Thresholds, oracle: Oracle) -> tuple[int, int, int]:
+    """Candidates that pass, those of them that are good, and all good ones."""
+    records = [record for record in WorkFolder.open(out).records("verify", 0) if (record["edit"], record["attempt"]) in oracle.truth]
+    passed = [oracle.truth[r["edit"], r["attempt"]] for r in records if verdict(r, thresholds).reason == GOOD]
+    return len(passed), sum(passed), sum(oracle.truth.values())
+
+
+def test_verdicts_are_precise_where_the_scorer_sees(whole: Path, scenes: Path, tmp_path: Path) -> None:
+    """A noisy scorer is made precise by a margin that labels call for; a perfect one needs none; pixels alone are not enough."""
+    noisy = Oracle(whole, scenes, noise=2.5)
+    assert {False, True} == set(noisy.truth.values())
+    out = tmp_path / "W"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "verify")
+    (out / "verify.json").unlink()
+    perfect = Oracle(out, scenes)
+    verify(out, VerifyOptions(), 0, quiet, perfect)
+    passed, right, good = judged(out, Thresholds(), perfect)
+    assert right / passed > 0.95 and right / good > 0.8
+    assert judged(out, Thresholds(rule="likelihood"), perfect) == judged(out, Thresholds(), perfect)
+    assert judged(out, Thresholds(rule="checks"), perfect)[1] / judged(out, Thresholds(rule="checks"), perfect)[0] < 0.85
+    plain, fitted = judged(whole, Thresholds(), noisy), 0.0
+    names = sorted(noisy.truth)
+    labelled = random.Random(0).sample(names, len(names) // 2)
+    rows = [{"edit": name, "attempt": attempt, "good": noisy.truth[name, attempt]} for name, attempt in labelled]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(whole, tmp_path / "V")
+    found = calibrate(tmp_path / "V", tmp_path / "labels.jsonl", Thresholds(), 0.97)
+    fitted = found.thresholds.margin
+    assert found.good_kept / found.kept >= 0.97 and fitted > 0 and found.labelled == len(rows)
+    with_margin = judged(whole, found.thresholds, noisy)
+    assert with_margin[1] / with_margin[0] > max(0.95, plain[1] / plain[0]) and with_margin[1] / with_margin[2] > 0.3
+    assert read_thresholds(tmp_path / "V" / "thresholds.json") == found.thresholds
+    (tmp_path / "labels.jsonl").write_text('{"edit": "none/1", "good": true}\n')
+    with pytest.raises(DataError, match="1 labels are of no verified candidate, such as 'none/1'"):
+        calibrate(tmp_path / "V", tmp_path / "labels.jsonl", Thresholds(), 0.97)
+    with pytest.raises(ConfigError, match="no margin reaches a precision of 1"):
+        calibrated([({"checks": None, "scores": SCORES}, False)], Thresholds(), 1.0)
+
+
+SCORES = {"match": [[-0.1, -3.0]], "likelihood": [[-9.0, -12.0]], "blank": [-9.5, -9.4]}
+
+
+def test_a_verdict_by_hand() -> None:
+    log = math.log
+    record: dict[str, Any] = {
+        "type": "colour",
+        "checks": {"same_size": True, "changed": 0.05, "identical": False, "largest": 0.9, "hash": 4},
+        "scores": {
+            "match": [[log(0.9), log(0.2)], [log(0.3), log(0.8)]],
+            "likelihood": [[-9.0, -12.0], [-12.5, -10.0]],
+            "blank": [-10.0, -11.0],
+        },
+    }
+    odds = [[log(9), log(1 / 4)], [log(3 / 7), log(4)]]
+    assert verdict(record, Thresholds()).worst == pytest.approx(
+        min(odds[0][0] - odds[0][1], odds[1][1] - odds[1][0], odds[0][0] - odds[1][0], odds[1][1] - odds[0][1])
+    )
+    assert verdict(record, Thresholds(rule="likelihood")).worst == pytest.approx(
+        min((-9 + 10) - (-12 + 11), (-10 + 11) - (-12.5 + 10), -9 + 12.5, -10 + 12)
+    )
+    assert verdict(record, Thresholds(margin=2.3)).reason == "score: the new text on the edited picture"
+    for change, said in (
+        ({"changed": 0.001}, "picture: hardly anything changed"), ({"identical": True}, "picture: hardly anything changed"),
+        ({"changed": 0.7}, "picture: too much changed"), ({"largest": 0.01}, "picture: changes all over it"),
+        ({"outside": 0.01}, "picture: changed outside of its mask"), ({"same_size": False}, "picture: another size"),
+    ):  # fmt: skip
+        assert verdict(record | {"checks": record["checks"] | change}, Thresholds()).reason == said
+    assert verdict(record | {"type": "relation", "checks": record["checks"] | {"changed": 0.7}}, Thresholds()).reason == GOOD
+    assert verdict({"checks": None, "scores": SCORES}, Thresholds()).reason == GOOD  # text alone: one comparison
+    assert verdict({"checks": None}, Thresholds()).reason.startswith("no scores")
+    broken = {"checks": None, "scores": SCORES | {"match": [[None, -3.0]]}}
+    assert verdict(broken, Thresholds()).reason == "scores are not finite"
+    assert wilson(0, 0) == (0.0, 1.0) and wilson(9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
+
+
+def test_thresholds_that_are_none_are_named(tmp_path: Path) -> None:
+    for text, said in (
+        ("[1]", "its keys are"), ("margn: 1", "its keys are"), ("rule: best", "rule 'best'"), ("changed: {colour: 3}", "no thresholds"),
+        ("margin: much", "no thresholds"),
+    ):  # fmt: skip
+        (tmp_path / "t.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            read_thresholds(tmp_path / "t.yaml")
+    (tmp_path / "t.yaml").write_text("changed: {colour: [0.1, 0.2]}\nmargin: 1")
+    found = read_thresholds(tmp_path / "t.yaml", "both", 0.5)
+    assert found == Thresholds("both", 0.5, {"colour": (0.1, 0.2)}) and found.bounds("size") == (0.0, 1.0)
+
+
+def test_a_candidate_that_cannot_be_scored_does_not_take_the_others_with_it(whole: Path, scenes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "W"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "verify")
+    oracle = Oracle(out, scenes)
+    bad = next(iter(oracle._behind))
+
+    def score(groups: Sequence[CounterfactualGroup]) -> Sequence[GroupScores]:
+        if any(group.id == bad for group in groups):
+            raise DataError(f"group {bad!r}: text 3 has 9999 tokens")
+        return oracle(groups)
+
+    (out / "verify.json").unlink()
+    done = verify(out, VerifyOptions(), 0, quiet, score)
+    problems = [record for record in WorkFolder.open(out).records("verify", 0) if record.get("problem") == "it cannot be scored"]
+    assert len(problems) == 1 and f"{problems[0]['edit']}@{problems[0]['attempt']}" == bad and done["counts"]["scored"] > 50
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------------------------------
+
+
+def naive_largest(mask: np.ndarray[Any, Any]) -> int:
+    """Flood fill, cell by cell."""
+    left, best = {tuple(cell) for cell in np.argwhere(mask)}, 0
+    while left:
+        queue, size = [left.pop()], 0
+        while queue:
+            y, x = queue.pop()
+            size += 1
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left -= near
+            queue += near
+        best = max(best, size)
+    return best
+
+
+def test_largest_piece_is_that_of_a_flood_fill() -> None:
+    draw = np.random.default_rng(0)
+    for density in (0.0, 0.1, 0.3, 0.5, 0.9, 1.0):
+        for shape in ((1, 1), (1, 9), (13, 7), (40, 31)):
+            mask = draw.random(shape) < density
+            assert largest_piece(mask) == naive_largest(mask)
+    spiral = np.zeros((21, 21), bool)
+    for k in range(0, 10, 2):
+        spiral[k, k : 21 - k] = spiral[k : 21 - k, 20 - k] = spiral[20 - k, k : 21 - k] = spiral[k + 2 : 21 - k, k] = True
+    assert largest_piece(spiral) == naive_largest(spiral)
+
+
+def test_facts_of_two_pictures_by_hand(tmp_path: Path) -> None:
+    first = Image.new("RGB", (100, 50), (90, 90, 90))
+    second = first.copy()
+    second.paste((200, 90, 90), (20, 10, 40, 30))
+    mask = Image.new("L", (100, 50), 0)
+    mask.paste(255, (20, 10, 40, 25))
+    for image, name in ((first, "a"), (second, "b"), (first.resize((50, 50)), "c")):
+        image.save(tmp_path / f"{name}.png")
+    found = compared(tmp_path / "a.png", tmp_path / "b.png", mask)
+    assert found["changed"] == 20 * 20 / 5000 and found["largest"] == 1 and found["box"] == [0.2, 0.2, 0.4, 0.6]
+    assert found["outside"] == round(20 * 5 / (5000 - 20 * 15), 5) and found["mean"] == round(110 * 400 / 5000, 5)
+    assert (
+        compared(tmp_path / "a.png", tmp_path / "a.png")["identical"] and not compared(tmp_path / "a.png", tmp_path / "c.png")["same_size"]
+    )
+    (tmp_path / "d.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"d\.png"):
+        compared(tmp_path / "a.png", tmp_path / "d.png")
+
+
+def noise_picture(seed: int, size: int = 64) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), np.uint8)
+    return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def test_hashes_find_what_was_saved_again_and_nothing_else(tmp_path: Path) -> None:
+    pictures = [noise_picture(k) for k in range(30)]
+    again = []
+    for k, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{k}.png")
+        picture.resize((100, 90)).save(tmp_path / f"{k}.jpg", quality=60)
+        again.append(look(tmp_path / f"{k}.jpg"))
+    own = [look(tmp_path / f"{k}.png") for k in range(30)]
+    assert {(pair.first, pair.second) for pair in near_pairs(own, again)} == {(k, k) for k in range(30)}  # type: ignore[arg-type]
+    assert {pair.bits for pair in near_pairs(own, own)} == {-1}  # type: ignore[arg-type]
+    assert perceptual_hash(pictures[0]) != perceptual_hash(ImageOps.mirror(pictures[0]))
+
+
+# --- editors ----------------------------------------------------------------------------------------------------------------------------
+
+
+def task(path: Path, caption: str = "a cup to the left of a plate", text: str = "a cup to the right of a plate", **more: Any) -> Task:
+    named = {"id": "a/0", "source": "a", "type": "relation", "picture": path, "caption": caption, "text": text, "source_words": "left"}
+    return Task(**(named | {"target_words": "right", "instruction": "Do it.", "attempt": 0, "seed": 7} | more))
+
+
+def test_a_mirror_image_is_taken_where_it_is_exact(tmp_path: Path) -> None:
+    path = draw(tmp_path / "a.png", [("red", "circle"), ("blue", "square")])
+    flip = Flip()
+    assert flip.takes(task(path)) and not flip.takes(task(path, type="object"))
+    found = flip.edit(task(path))
+    assert isinstance(found, Picture) and found.image.tobytes() == ImageOps.mirror(Image.open(path).convert("RGB")).tobytes()
+    for caption, text in (
+        ("a man left his cup on a plate", "a man left his mug on a plate"),  # left is a verb
+        ("a cup left of a plate, a fork right of it", "a cup right of a plate, a fork right of it"),  # only one of two sides
+        ("a cup above a plate", "a cup below a plate"),
+    ):
+        assert not flip.takes(task(path, caption, text))
+    for caption in (
+        "a clock to the left of a door",
+        "a sign with lettering to the left of a door",
+        "a man in a jersey to the left of a dog",
+    ):
+        refused = flip.edit(task(path, caption, caption.replace("left", "right")))
+        assert not isinstance(refused, Picture) and refused is not None and "which a mirror image shows reversed" in refused.reason
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Captions of real pictures, of which each has a relation to exchange."""
+    rows = []
+    for k in range(6):
+        noise_picture(k).save(tmp_path / f"{k}.png")
+        rows.append({"id": f"p{k}", "image": f"{k}.png", "caption": f"a {COLOURS[k % 4]} cup to the left of a plate"})
+    path = tmp_path / "captions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def edited(photos: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
+    propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="colour,relation"), 0, quiet)
+    edit(out, EditOptions(**options), 0, quiet)
+    return list(WorkFolder.open(out).records("edit", 0))
+
+
+def test_each_edit_goes_to_the_first_editor_that_takes_it(photos: Path, tmp_path: Path) -> None:
+    found = edited(photos, tmp_path / "W", back_ends="flip,none")
+    assert [each["editor"] for each in found] == ["none", "flip"] * 6 and len(found) == 12
+    assert all(each["picture"] is None for each in found[::2]) and all(each["picture"]["size"] == [64, 64] for each in found[1::2])
+    alone = edited(photos, tmp_path / "V", back_ends="flip")
+    assert [each.get("refused") for each in alone[:2]] == ["no editor takes it", None]
+
+
+def test_edited_pictures_of_a_folder_are_checked(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    for k in range(4):
+        (folder / f"p{k}").mkdir(parents=True)
+    noise_picture(9).save(folder / "p0" / "0.png")
+    noise_picture(9, 32).save(folder / "p1" / "0.png")
+    (folder / "p2" / "0.png").write_bytes(b"\x89PNG nothing")
+    (folder / "p3" / "0.png").symlink_to(photos.with_name("3.png"))
+    found = {each["edit"]: each for each in edited(photos, tmp_path / "W", back_ends="folder", folder=str(folder))}
+    assert found["p0/0"]["picture"]["sha256"] and "another size (32x32 and not 64x64)" in found["p1/0"]["refused"]
+    assert "p2/0.png" in found["p2/0"]["refused"] and found["p3/0"]["refused"] == "no editor takes it"  # the link leads out
+    assert found["p4/0"]["refused"] == "no editor takes it"
+
+
+def test_masks_confine_what_changes(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "masks" / "p0").mkdir(parents=True)
+    (tmp_path / "masks" / "p1").mkdir()
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (10, 10, 30, 30))
+    mask.save(tmp_path / "masks" / "p0" / "0.png")
+    mask.resize((32, 32)).save(tmp_path / "masks" / "p1" / "0.png")
+    folder = tmp_path / "mine"
+    for k in range(2):
+        (folder / f"p{k}").mkdir(parents=True)
+        noise_picture(20 + k).save(folder / f"p{k}" / "0.png")
+    found = edited(photos, tmp_path / "W", back_ends="folder", folder=str(folder), masks=str(tmp_path / "masks"))
+    work = WorkFolder.open(tmp_path / "W")
+    place = found[0]["picture"]
+    with open(work.tar(0), "rb") as tar:
+        tar.seek(place["start"])
+        image = np.asarray(Image.open(io.BytesIO(tar.read(place["length"]))))
+    original, inside = np.asarray(open_image(photos.with_name("0.png"))), np.asarray(mask) > 0
+    assert (image[~inside] == original[~inside]).all() and (image[inside] == np.asarray(noise_picture(20))[inside]).all()
+    assert "the mask is 32x32 and its picture 64x64" in next(each for each in found if each["edit"] == "p1/0")["detail"]
+    verify(tmp_path / "W", VerifyOptions(), 0, quiet, None)
+    assert next(work.records("verify", 0))["checks"]["outside"] == 0
+
+
+def png_of(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+def test_a_server_that_edits_is_checked_like_any_other(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.time.sleep", lambda seconds: None)
+    good = png_of(noise_picture(3))
+    huge = png_of(Image.new("1", (60_000, 1000)))
+    is_png, is_json = ({"Content-Type": kind} for kind in ("image/png", "application/json; charset=utf-8"))
+    within = json.dumps({"image": base64.b64encode(good).decode()}).encode()
+    answers: dict[str, Any] = {
+        "p0/0": (200, good, is_png), "p0/1": (200, within, is_json), "p1/0": (200, huge, is_png),
+        "p1/1": (200, b'{"image": "no!"}', is_json),
+        "p2/0": (500, b"cuda out of memory", {}), "p2/1": (200, b"<html>", {"Content-Type": "text/html"}),
+        "p3/0": (200, png_of(noise_picture(3, 48)), is_png), "p3/1": (200, b"", is_png), "p4/0": (200, b"[]", is_json),
+        "p4/1": (200, good[:200], is_png), "p5/0": (200, b'{"image": {}}', is_json), "p5/1": (200, good, is_png),
+    }  # fmt: skip
+    server = Server(lambda body, number: answers[body["id"]])
+    with server.running():
+        found = {each["edit"]: each for each in edited(photos, tmp_path / "W", back_ends="http", url=server.url, threads=3)}
+    assert {name for name, each in found.items() if each.get("picture")} == {"p0/0", "p0/1", "p5/1"}
+    for name, said in (
+        ("p1/0", "over the limit"), ("p1/1", "no base64"), ("p2/0", "status 500: cuda out of memory"),
+        ("p2/1", "no image in it"), ("p3/0", "another size (48x48"), ("p3/1", "no image in it"),
+        ("p4/0", "the reply has no image"), ("p4/1", "truncated or corrupt"), ("p5/0", "base64"),
+    ):  # fmt: skip
+        assert said in found[name]["refused"], (name, found[name]["refused"])
+    asked = next(body for body in server.asked if body["id"] == "p0/0")
+    assert Image.open(io.BytesIO(base64.b64decode(asked["image"]))).size == (64, 64) and asked["seed"] == found["p0/0"]["seed"]
+    assert asked["instruction"].startswith("Change the colour of the cup") and server.most_at_once <= 3
+
+
+PROGRAM = """
+import json, sys
+from PIL import Image
+told = json.load(open(sys.argv[1]))
+kind = told["id"]
+if kind == "p1/0": sys.exit("no such model")
+if kind == "p2/0":
+    import time; time.sleep(60)
+if kind == "p3/0": sys.exit(0)
+image = Image.open(told["image"])
+image.putpixel((3, 4), (255, 0, told["seed"] % 256))
+if kind == "p4/0": open(sys.argv[2], "wb").write(b"text")
+else: image.save(sys.argv[2], "PNG")
+"""
+
+
+def test_a_command_that_edits_is_called_without_a_shell_and_bounded(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "edit.py").write_text(PROGRAM)
+    photos.write_text("".join(photos.read_text().splitlines(keepends=True)[:5]))
+    command = f"{sys.executable} {tmp_path / 'edit.py'} {{request}} {{output}}"
+    found = edited(photos, tmp_path / "W", back_ends="command", command=command, timeout_s=8.0, threads=5)
+    by_id = {each["edit"]: each for each in found}
+    assert by_id["p0/0"]["picture"]["size"] == [64, 64] and by_id["p1/0"]["refused"] == "the command ended with 1: no such model"
+    assert by_id["p2/0"]["refused"] == "the command took more than 8 s" and "has written no picture" in by_id["p3/0"]["refused"]
+    assert "no image in it" in by_id["p4/0"]["refused"]
+    for command in ("", "edit.py {request}"):
+        with pytest.raises(ConfigError, match=r"write the command with \{request\} and \{output\}"):
+            edited(photos, tmp_path / "V", back_ends="command", command=command)
+    with pytest.raises(ConfigError, match="--command nosuchprogram: cannot be started"):
+        edited(photos, tmp_path / "U", back_ends="command", command="nosuchprogram {request} {output}")
+
+
+def test_diffusers_that_is_absent_is_one_sentence(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ConfigError, match=r"which is not installed; pip install 'cfvlm-ds\[edit\]'"):
+        Diffusers(EditContext(EditOptions(model="x"), WorkFolder.open(whole)))
+    assert call_options("steps=28, scale=3.5,flag=true,name=x") == {"steps": 28, "scale": 3.5, "flag": True, "name": "x"}
+    with pytest.raises(ConfigError, match="write NAME=VALUE"):
+        call_options("steps")
+
+
+def tiny_pipeline(folder: Path, kind: str) -> Path:
+    """A pipeline of random weights in diffusers' own form: InstructPix2Pix, or SDXL's inpainting."""
+    import transformers
+
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is for Python 3.11 and later")
+    torch.manual_seed(0)
+    letters = [chr(n) for n in range(33, 127)]
+    vocabulary = {word: n for n, word in enumerate([*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = transformers.CLIPTokenizer(vocabulary, [], model_max_length=77)
+    told = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, projection_dim=32,
+        bos_token_id=188, eos_token_id=189, pad_token_id=189,
+    )  # fmt: skip
+    parts: dict[str, Any] = {
+        "vae": diffusers.AutoencoderKL(
+            block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2
+        ),
+        "text_encoder": transformers.CLIPTextModel(told),
+        "tokenizer": tokenizer,
+        "scheduler": diffusers.DDIMScheduler(),
+    }
+    unet: dict[str, Any] = {
+        "sample_size": 32, "out_channels": 4, "layers_per_block": 1, "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    if kind == "instruct":
+        parts["unet"] = diffusers.UNet2DConditionModel(in_channels=8, cross_attention_dim=32, **unet)
+        pipe = diffusers.StableDiffusionInstructPix2PixPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    else:
+        parts["unet"] = diffusers.UNet2DConditionModel(
+            in_channels=9, cross_attention_dim=64, attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=8, projection_class_embeddings_input_dim=80, **unet,
+        )  # fmt: skip
+        second = transformers.CLIPTextModelWithProjection(told)
+        pipe = diffusers.StableDiffusionXLInpaintPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer, add_watermarker=False)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["instruct", "inpaint"])
+def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: str, whole: Path, tmp_path: Path) -> None:
+    noise_picture(3).crop((0, 0, 50, 41)).save(path := tmp_path / "a.png")
+    mask = Image.new("L", (50, 41), 0)
+    mask.paste(255, (10, 10, 30, 30))
+    mask.save(tmp_path / "m.png")
+    options = EditOptions(model=str(tiny_pipeline(tmp_path / "pipe", kind)), options="num_inference_steps=2")
+    editor = Diffusers(EditContext(options, WorkFolder.open(whole)))
+    assert editor.kind == kind and editor.settings()["batch"] == 1 and editor.takes(task(path)) == (kind == "instruct")
+    pictures = [editor.edit(task(path, seed=seed, mask=tmp_path / "m.png")) for seed in (1, 1, 2)]
+    content = [picture.image.tobytes() for picture in pictures if isinstance(picture, Picture) and picture.image.size == (50, 41)]
+    assert content[0] == content[1] != content[2]
+    with pytest.raises(ConfigError, match=r"--options steps: .* is not called with it; it takes .*num_inference_steps"):
+        Diffusers(EditContext(EditOptions(model=options.model, options="steps=2"), WorkFolder.open(whole)))
+    with pytest.raises(ConfigError, match="no pipeline of diffusers"):
+        Diffusers(EditContext(EditOptions(model=str(tmp_path)), WorkFolder.open(whole)))
+    unit = Unit(task(path, seed=1, mask=tmp_path / "m.png"), "diffusers", "")
+    record, made = make(unit, {"diffusers": editor}, EditOptions())
+    assert made is not None and record["picture"]["size"] == [50, 41]
+    pixels, original, inside = np.asarray(Image.open(io.BytesIO(made))), np.asarray(open_image(path)), np.asarray(mask) > 0
+    assert (pixels[~inside] == original[~inside]).all() and (pixels[inside] != original[inside]).any()
+
+
+# --- selection --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_groups_are_the_best_of_each_edit_with_their_history(whole: Path, scenes: Path, tmp_path: Path) -> None:
+    survival = select(whole, tmp_path / "groups.jsonl", SelectOptions(per_source=2), quiet)
+    rows = [json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines()]
+    groups = read_manifest(tmp_path / "groups.jsonl", survival.roots or None)
+    assert len(groups) == len(rows) > 10 and survival.files == {str(tmp_path / "groups.jsonl"): len(rows)}
+    work = WorkFolder.open(whole)
+    records = {(r["edit"], r["attempt"]): r for r in work.records("verify", 0)}
+    for group, row in zip(groups, rows, strict=True):
+        assert 2 <= len(group.candidates) <= 3 and len(group.images) == len(group.candidates)
+        assert all(group.match[k][k] == 1 and group.match[0][k] == 0 == group.match[k][0] for k in range(1, len(group.images)))
+        for history in row["meta"]["edits"]:
+            name = history["propose"]["id"]
+            tried = {k: verdict(records[name, k], Thresholds()) for k in (0, 1) if (name, k) in records}
+            best = max((v.worst, -k) for k, v in tried.items() if v.reason == GOOD)
+            assert history["margin"] == best[0] > 0 and history["edit"]["attempt"] == -best[1]
+            assert len(history["edit"]["parent_sha256"]) == 64 and history["verify"]["checks"] and history["propose"]["back_end"] == "rules"
+        assert row["meta"]["steps"]["edit"]["settings"]["scenes"] == {"version": 1, "faults": FAULTS}
+    total = {kind: dict(counts) for kind, counts in survival.by_type.items()}
+    for counts in total.values():
+        assert counts.pop("proposed") == sum(counts.values())
+    kept = sum(counts.get("kept", 0) for counts in total.values())
+    assert kept == sum(len(group.candidates) - 1 for group in groups)
+    assert json.loads((tmp_path / "groups.jsonl.survival.json").read_text())["files"] == survival.files
+    assert "| kept |" in survival.table() and "| proposed |" in (tmp_path / "groups.jsonl.survival.md").read_text()
+
+
+def test_quotas_splits_and_what_is_left_of_nothing(whole: Path, tmp_path: Path) -> None:
+    few = select(whole, tmp_path / "few.jsonl", SelectOptions(per_type=3, per_source=9), quiet)
+    assert all(counts["kept"] <= 3 for counts in few.by_type.values()) and any(counts["kept"] == 3 for counts in few.by_type.values())
+    parts = select(whole, tmp_path / "g.jsonl", SelectOptions(splits="train=0.7,test=0.3"), quiet)
+    assert set(parts.files) == {str(tmp_path / "g.train.jsonl"), str(tmp_path / "g.test.jsonl")} and all(parts.files.values())
+    shown = [{row["images"][0]["path"] for row in map(json.loads, Path(name).read_text().splitlines())} for name in parts.files]
+    assert not shown[0] & shown[1]
+    for text, said in (("train", "NAME=SHARE"), ("a=0.5", "add up to 0.5"), ("a/b=1", "letters and digits"), ("a=0,b=1", "above 0")):
+        with pytest.raises(ConfigError, match=said):
+            select(whole, tmp_path / "x.jsonl", SelectOptions(splits=text), quiet)
+    with pytest.raises(ConfigError, match=r"no candidate is left; this is what became of them: .*score: "):
+        select(whole, tmp_path / "x.jsonl", SelectOptions(margin=1000.0), quiet)
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_a_real_pair_is_of_one_split_or_of_none(tmp_path: Path) -> None:
+    """`mine` shows the picture of another source: where that is of another split, the pair is counted and left out."""
+    rows = []
+    for k in range(24):
+        noise_picture(k).save(tmp_path / f"{k}.png")
+        rows.append({"id": f"p{k:02d}", "image": f"{k}.png", "caption": f"a {COLOURS[k % 2]} cup near plate number {k // 2}"})
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "23.png").write_bytes(b"no picture")
+    options = ProposeOptions(back_ends="mine,rules", types="colour")
+    propose(open_groups(tmp_path / "c.jsonl", None, "auto"), tmp_path / "W", options, 0, quiet)
+    edit(tmp_path / "W", EditOptions(back_ends="none"), 0, quiet)
+    done = verify(tmp_path / "W", VerifyOptions(), 0, quiet, None)
+    assert done["counts"]["not: a picture cannot be read"] == 2  # in a pair, and as one that is to be edited
+    parts = select(tmp_path / "W", tmp_path / "g.jsonl", SelectOptions(splits="a=0.5,b=0.5"), quiet)
+    counts = parts.by_type["colour"]
+    assert counts["good, but its real picture is of another split"] > 1 and counts["kept"] > 15
+    shown = []
+    for name in parts.files:
+        groups = read_manifest(Path(name))
+        shown.append({path for group in groups for image in group.images for path in image})
+    assert all(shown) and not shown[0] & shown[1]
+
+
+# --- audit ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_area_under_the_curve_is_that_of_all_pairs() -> None:
+    draw = random.Random(1)
+    for _ in range(5):
+        one, two = ([float(draw.randrange(6)) for _ in range(n)] for n in (17, 23))
+        won = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in one for b in two)
+        area, low, high = shortcuts.auc(one, two)
+        assert area == pytest.approx(won / (17 * 23)) and low <= area <= high
+    assert shortcuts.auc([], [1.0]) == (0.5, 0.0, 1.0)
+
+
+def test_thinning_leaves_as_many_lost_as_won() -> None:
+    margins = [1.0] * 70 + [-1.0] * 20 + [0.0] * 4
+    kept = shortcuts.thinned(margins, 0.02, {k: (k * 37) % 101 for k in range(94)})
+    won, lost, tied = (sum(cond(margins[k]) for k in kept) for cond in (lambda m: m > 0, lambda m: m < 0, lambda m: m == 0))
+    assert lost == 20 and tied == 4 and abs((won + tied / 2) / len(kept) - 0.5) <= 0.02
+    assert kept == shortcuts.thinned(margins, 0.02, {k: (k * 37) % 101 for k in range(94)})
+
+
+def audited(tmp_path: Path, rows: dict[str, list[dict[str, Any]]], **options: Any) -> Any:
+    names = []
+    for name, listed in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+        names.append(str(tmp_path / f"{name}.jsonl"))
+    return audit(names, None, "cfgroup", AuditOptions(**options), quiet)
+
+
+def pair_rows(
+    tmp_path: Path, number: int, start: int = 0, spoil: Callable[[Image.Image, int], None] | None = None, cue: str = ""
+) -> list[dict[str, Any]]:
+    """Clean pairs: a disc whose colour changes to and fro, so that neither words nor pictures tell which is the edited one."""
+    rows = []
+    for k in range(start, start + number):
+        colours = ("red", "blue") if k % 2 else ("blue", "red")
+        for side, colour in enumerate(colours):
+            image = noise_picture(1000 + k)
+            ImageDraw.Draw(image).ellipse((20, 20, 44, 44), fill=colour)
+            if side and spoil:
+                spoil(image, k)
+            image.save(tmp_path / f"{k}-{side}.png")
+        texts = [f"a {colours[0]} disc number {k}", f"a {colours[1]} disc number {k}{cue}"]
+        rows.append({
+            "id": f"g{k}", "source": "test", "images": [{"id": f"i{i}", "path": f"{k}-{i}.png"} for i in (0, 1)],
+            "texts": [{"id": f"t{i}", "text": text} for i, text in enumerate(texts)],
+            "match": [["i0", "t0", 1], ["i0", "t1", 0], ["i1", "t0", 0], ["i1", "t1", 1]],
+            "edits": [{"type": "colour", "image": "i1", "text": "t1", "from": colours[0], "to": colours[1]}],
+        })  # fmt: skip
+    return rows
+
+
+def test_clean_data_pass_and_every_planted_fault_is_found(tmp_path: Path) -> None:
+    clean = pair_rows(tmp_path, 60)
+    found, sets = audited(tmp_path, {"train": clean[:40], "test": clean[40:]})
+    assert found.faults == []
+    write_report(found, sets, tmp_path / "page", quiet)
+    assert "Nothing." in (tmp_path / "page.md").read_text() and (tmp_path / "page" / "index.html").is_file()
+
+    (tmp_path / "cue").mkdir()
+    found, _ = audited(tmp_path / "cue", {"train": pair_rows(tmp_path / "cue", 40, cue=" indeed")})
+    assert [sentence.split(":")[0] for sentence, _ in found.faults] == ["texts by length", "texts by their words"]
+    assert found.shortcuts[1].telling[0].startswith("indeed (0 original")
+
+    (tmp_path / "paste").mkdir()
+
+    def pasted(image: Image.Image, k: int) -> None:
+        image.paste((128, 128, 128), (0, 52, 64, 64))
+
+    found, _ = audited(tmp_path / "paste", {"train": pair_rows(tmp_path / "paste", 40, spoil=pasted)})
+    assert [sentence.split(":")[0] for sentence, _ in found.faults] == ["pictures by their grain"]
+
+
+def test_duplicates_and_leaks_are_found_and_named(tmp_path: Path) -> None:
+    rows = pair_rows(tmp_path, 30)
+    shutil.copy(tmp_path / "3-0.png", tmp_path / "5-0.png")  # the same picture in two groups
+    Image.open(tmp_path / "7-0.png").resize((80, 80)).save(tmp_path / "25-0.jpg", quality=70)  # nearly so in another split
+    rows[25]["images"][0]["path"] = "25-0.jpg"
+    bench = tmp_path / "bench"
+    bench.mkdir()
+    Image.open(tmp_path / "9-1.png").save(bench / "x.jpg", quality=80)  # an edited picture that is a benchmark's
+    (bench / "text.jsonl").write_text(json.dumps({"image": "x.jpg", "caption": rows[11]["texts"][1]["text"].upper()}) + "\n")
+    found, sets = audited(tmp_path, {"train": rows[:20], "test": rows[20:]}, against=f"{bench},{bench / 'text.jsonl'}")
+    said = {sentence: ids for sentence, ids in found.faults}
+    assert [(sorted(ids), sentence) for sentence, ids in said.items()] == [
+        (["g3", "g5"], "train: 1 pairs of originals are the same picture (1) or nearly so (0)"),
+        (["g25", "g7"], "train and test share 1 originals or nearly so, and 0 picture files"),
+        (["g9"], "train has 0 pictures of bench, and 2 that are nearly one of them"),  # its original is alike, but for a disc
+        (["g9"], "train has 0 pictures of text.jsonl, and 2 that are nearly one of them"),
+        (["g11"], f"train: 1 groups have a text of text.jsonl, such as {rows[11]['texts'][1]['text']!r}"),
+    ]
+    written = write_report(found, sets, tmp_path / "page", quiet)
+    assert written.num_items == 6
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------------------------
+
+
+def said_by(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    capsys.readouterr()
+    main.main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+def test_the_commands_go_from_captions_to_groups(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, groups = tmp_path / "W", tmp_path / "groups.jsonl"
+    assert "captions.jsonl: taken" not in said_by(
+        capsys, "data", "propose", photos, "--out", out, "--types", "colour,relation", "--seed", "2"
+    )
+    assert "6 editor: flip" in said_by(capsys, "data", "edit", out, "--with", "flip,none")
+    assert "12 candidates" in said_by(capsys, "data", "verify", out)
+    assert "all shards are through" in said_by(capsys, "data", "status", out)
+    said = said_by(capsys, "data", "select", out, "--out", groups, "--figure", tmp_path / "f.png")
+    assert "| kept | 6 | 6 | 12 | 100.0 % |" in said and (tmp_path / "f.png").stat().st_size > 10_000
+    assert len(read_manifest(groups)) == 6
+    assert "wrote" in said_by(capsys, "data", "view", out, "--out", tmp_path / "page")
+    with pytest.raises(SystemExit) as ended:
+        main.main(["data", "view", str(out), "--rejected", "--out", str(tmp_path / "page2")])
+    assert ended.value.code == 2 and "there is no rejected candidate to show" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main.main(
+            [
+                "data",
+                "audit",
+                str(groups),
+                "--out",
+                str(tmp_path / "audit"),
+                "--strict",
+                "--against",
+                str(tmp_path / "0.png").replace("0.png", ""),
+            ]
+        )
+    assert ended.value.code == 1 and "that are nearly one of them" in (tmp_path / "audit.md").read_text()
+
+
+def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"data: {photos}\nout: {tmp_path / 'W'}\ngroups: {tmp_path / 'g.jsonl'}\nshards: 3\n"
+        "propose: {with: [rules, mine], types: [colour, relation]}\nedit: {with: [flip, none]}\nselect: {per_source: 1}\n"
+    )
+    said_by(capsys, "data", "run", "--config", plan, "--shard", "1/3")
+    assert "missing: --array=0,2" in said_by(capsys, "data", "status", tmp_path / "W")
+    said_by(capsys, "data", "run", "--config", plan, "--shard", "2")
+    assert "wrote" in said_by(capsys, "data", "run", "--config", plan)
+    groups = read_manifest(tmp_path / "g.jsonl")
+    assert len(groups) == 6 and all(len(group.candidates) == 2 for group in groups)
+    for words, message in (
+        (["--shard", "3"], "has shards 0 to 2"), (["--shard", "0/4"], "has 3 shards"), (["--config", "none.yaml"], "no such file"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main.main(["data", "run", "--config", str(plan), *words])
+        assert message in capsys.readouterr().err
+    for text, message in (
+        ("data: a\nout: b\nshard: 3", "shard: no such option; did you mean 'shards'"), ("data: a", "out: it is needed"),
+        ("- a", "it holds a list"),
+        ("data: a\nout: b\nedit: {attempts: many}", "edit.attempts: 'many' is no int"), ("data: a\nout: b\nedit: 3", "edit is a int"),
+        ("data: a\nout: b\npropose: {wiht: x}", "did you mean 'with'"), ("data: [", "cannot be read"),
+    ):  # fmt: skip
+        plan.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_plan(str(plan))
+    assert read_plan("examples/build_coco.yaml").shards == 64
+
+
+def test_the_oracle_asks_as_the_probe_does() -> None:
+    """The test's own scorer lays out its cells as the probe reads them."""
+    from cfvlm_ds.evaluation.benchmarks.base import Item
+
+    item = Item("x", ((Path("a"),),), ("one", "two"), ((1, 0),))
+    assert len(Match().cells(item)) % 4 == 0 and len(set(Match().cells(item))) == len(Match().cells(item))

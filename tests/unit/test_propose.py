@@ -1,0 +1,501 @@
+"""Proposing edits: the rules against a table judged by hand, the language model against a server that misbehaves, pairs that are there."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import json
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPO, draw
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.counterfactuals.http import CallFailed, check_url, post
+from cfvlm_ds.counterfactuals.options import TYPES, ProposeOptions
+from cfvlm_ds.counterfactuals.propose import PROPOSERS, grammar, llm, vocabulary
+from cfvlm_ds.counterfactuals.propose.base import Context, Proposal, Rejected, Source
+from cfvlm_ds.counterfactuals.propose.rules import Rules
+from cfvlm_ds.counterfactuals.propose.step import propose
+from cfvlm_ds.counterfactuals.propose.word_difference import defect
+from cfvlm_ds.counterfactuals.work_folder import WorkFolder
+from cfvlm_ds.data import open_groups
+
+Say = Callable[[str], object]
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def rules(**options: Any) -> Rules:
+    return Rules(Context(ProposeOptions(**options), None, None))  # type: ignore[arg-type]
+
+
+def proposed(caption: str, **options: Any) -> dict[str, str]:
+    """Type -> text of what the rules propose."""
+    return {each.type: each.text for each in rules(**options).propose(Source("x", caption)) if isinstance(each, Proposal)}
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------------------------
+
+
+def table() -> Iterator[tuple[str, dict[str, str]]]:
+    for line in (REPO / "tests" / "golden" / "rule_edits.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            caption, _, listed = line.partition("=>")
+            yield caption.strip(), dict(part.strip().split(": ", 1) for part in listed.split("; ") if part.strip())
+
+
+TABLE = list(table())
+
+
+def plain(text: str) -> str:
+    """Without the n of articles: which of them belongs there depends on what was drawn, and is another test's."""
+    return re.sub(r"\b(a)n\b", r"\1", text, flags=re.IGNORECASE)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_rules_propose_what_the_table_says(seed: int) -> None:
+    wrong = []
+    for caption, expected in TABLE:
+        found = proposed(caption, seed=seed)
+        if found.keys() != expected.keys() or not all(fnmatch.fnmatchcase(plain(found[kind]), plain(expected[kind])) for kind in expected):
+            wrong.append((caption, expected, found))
+    assert len(TABLE) >= 300 and not wrong, "\n".join(map(str, wrong))
+
+
+FRAMES = {"a {} near a river": 0, "two {} near a river": 1, "several {} in a park": 1, "the {} near a fence": 0}
+
+
+def test_every_listed_noun_is_replaced_by_a_sibling_of_its_number_and_by_nothing_alike() -> None:
+    """Some 600 captions: each noun in each frame, against the lists themselves."""
+    tried = 0
+    for frame, plural in FRAMES.items():
+        for category, pairs in vocabulary.SIBLINGS.items():
+            for forms in pairs:
+                if forms[0] in vocabulary.UNCOUNTED or (forms[0] in vocabulary.NEVER_PROPOSED and category != "shape"):
+                    continue
+                caption = frame.replace("a {}", f"{grammar.article(forms[0])} {{}}").format(forms[plural])
+                texts = {proposed(caption, types="object", seed=seed).get("object") for seed in range(4)} - {None}
+                assert texts, caption
+                for text in texts:
+                    words = [word for word in text.split() if word not in caption.split() and word not in ("a", "an")]
+                    (new,) = words
+                    assert vocabulary.NOUNS[new][0] == category and new in {pair[plural] for pair in pairs} and new != forms[plural]
+                    assert not any({vocabulary.NOUNS[new][1], forms[0]} <= group for group in vocabulary.ALIKE), (caption, text)
+                    assert (f"an {new}" in text) == (f"n {new}" in text) and not (new[0] in "aeiou" and f"a {new}" in text)
+                tried += 1
+    assert tried > 300
+
+
+def test_no_word_is_found_within_another_one() -> None:
+    """Every listed word with letters before or after it is another word, of which nothing is proposed."""
+    listed = {*vocabulary.NOUNS, *vocabulary.COLOURS_READ, *vocabulary.SIZES, *vocabulary.NUMBERS, "sitting", "left"}
+    for word in sorted(listed):
+        for made in (f"x{word}", f"{word}xx", f"pre-{word}", f"{word}-like"):
+            assert proposed(f"the {made} of wuppertal") == {}, made
+
+
+def test_proposals_are_drawn_by_id_and_seed_alone_and_judged_like_any_other() -> None:
+    caption = "a red car to the left of two big dogs"
+    first = rules(seed=1).propose(Source("a", caption))
+    assert first == rules(seed=1).propose(Source("a", caption))
+    texts = {tuple(p.text for p in rules(seed=seed).propose(Source("a", caption)) if isinstance(p, Proposal)) for seed in range(20)}
+    assert len(texts) > 10
+    for each in itertools.chain(first, *(rules(seed=s, per_type=3).propose(Source(str(s), caption)) for s in range(20))):
+        assert isinstance(each, Proposal) and defect(caption, each.text, each.type) is None and each.instruction.isprintable()
+    assert {each.type for each in first} == {"colour", "size", "count", "relation", "object"}
+    many = Counter(each.type for each in rules(per_type=3).propose(Source("a", caption)))
+    assert many == {"colour": 3, "size": 1, "count": 3, "relation": 1, "object": 3}
+
+
+def test_words_of_ones_own_are_what_edits_lead_to(tmp_path: Path) -> None:
+    context = Context(ProposeOptions(), None, None, words={"colour": ["cyan", "white"], "object": ["bus"]})  # type: ignore[arg-type]
+    found = [each for each in Rules(context).propose(Source("x", "a red car in a park")) if isinstance(each, Proposal)]
+    assert {each.text for each in found} <= {"a cyan car in a park", "a white car in a park"} and found
+    for words, said in (({"relation": ["left"]}, "has no list of words"), ({"object": ["dragon"]}, "the forms of 'dragon' are not known")):
+        with pytest.raises(ConfigError, match=said):
+            Rules(replace(context, words=words))
+
+
+def test_what_cannot_be_edited_has_a_reason() -> None:
+    for caption, reason in (
+        ("no dog", "a negation"),
+        ("fog", "nothing to edit"),
+        ("a dog\x1b[31m", "no caption"),
+        ("a " * 2000, "no caption"),
+    ):
+        (found,) = rules().propose(Source("x", caption))
+        assert isinstance(found, Rejected) and found.reason.startswith(reason), caption
+
+
+@pytest.mark.parametrize("plural", [True, False])
+def test_forms_of_listed_words(plural: bool) -> None:
+    assert [grammar.renumbered(word, plural) for word in ("men", "knife")] == (["men", "knives"] if plural else ["man", "knife"])
+    assert [grammar.agreeing(word, plural) for word in ("is", "sit", "was")] == (
+        ["are", "sit", "were"] if plural else ["is", "sits", "was"]
+    )
+    assert [grammar.article(word) for word in ("apple", "hour", "unicorn", "one", "useful", "European", "dog")] == [
+        "an", "an", "a", "a", "a", "a", "a",
+    ]  # fmt: skip
+
+
+def test_libraries_widen_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their documented interface; without them a sentence says so, and what is not certain is not proposed."""
+    swimmers = "two kangaroos swim in a river"
+    if grammar.absent() == "":
+        assert grammar.renumbered("kangaroos", False) == "kangaroo" and grammar.renumbered("kangaroo", True) == "kangaroos"
+        assert grammar.agreeing("swims", True) == "swim" and grammar.agreeing("swim", False) == "swims"
+        found = {proposed(swimmers, types="count", seed=seed)["count"] for seed in range(20)}
+        assert found == {"one kangaroo swims in a river", *(f"{many} kangaroos swim in a river" for many in ("three", "four", "five"))}
+    grammar.is_finite.cache_clear()
+    monkeypatch.setattr(grammar, "_library", lambda name: None)
+    monkeypatch.setattr(grammar, "_inflect", lambda: None)
+    assert "inflect and lemminflect are not installed" in grammar.absent() and "pip install 'cfvlm-ds[counterfactuals]'" in grammar.absent()
+    assert rules().settings()["inflect"] == "none" and rules().notice() == grammar.absent()
+    assert [proposed(swimmers, types="count", seed=seed) for seed in range(20)] == 20 * [{}]
+
+
+# --- what differs -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, kind, said",
+    [
+        ("a blue car near two dogs", "colour", None),
+        ("a red car near three dogs", "count", None),
+        ("a red car near one dog", "count", None),
+        ("two red dogs near a car", "swap_object", None),
+        ("two red cats near a car", "swap_object", "a swap has the same words"),
+        ("a blue car near three dogs", "colour", "more than one thing changed"),
+        ("a red car near three cats", "count", "more than one thing changed"),
+        ("a red automobile near two dogs", "object", "a paraphrase"),
+        ("the red car near two dogs", "object", "nothing visible changed"),
+        ("A red car near two dogs.", "object", "only punctuation changed"),
+        ("a red car near two dogs", "object", "nothing changed"),
+        ("", "object", "no text"),
+        ("a red car near two\ndogs", "object", "not one printable line"),
+        ("a red car without two dogs", "relation", "a negation"),
+        ("near two dogs a red car", "object", "words are only in another order"),
+        ("a red car near the " + "very " * 9 + "old dogs", "object", "more than one thing changed"),
+    ],
+)
+def test_a_text_is_judged_by_its_words(text: str, kind: str, said: str | None) -> None:
+    assert defect("a red car near two dogs", text, kind) == said
+
+
+# --- a language model -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Server:
+    """A real HTTP server that answers as it is told; what was asked is kept."""
+
+    answers: Callable[[dict[str, Any], int], tuple[int, bytes | Callable[[Any], None], dict[str, str]]]
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    most_at_once: int = 0
+    url: str = ""
+    _now: int = 0
+
+    @contextmanager
+    def running(self) -> Iterator[Server]:
+        outer, lock = self, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    number = len(outer.asked)
+                    outer.asked.append(body)
+                    outer.headers.append(dict(self.headers))
+                    outer._now += 1
+                    outer.most_at_once = max(outer.most_at_once, outer._now)
+                try:
+                    status, content, more = outer.answers(body, number)
+                    self.send_response(status)
+                    for name, value in more.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    if callable(content):
+                        content(self.wfile)
+                    else:
+                        self.wfile.write(content)
+                except OSError:
+                    pass  # the client has had enough
+                finally:
+                    with lock:
+                        outer._now -= 1
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        self.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        try:
+            yield self
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+def reply(edits: Any, **more: Any) -> bytes:
+    content = edits if isinstance(edits, str) else json.dumps({"edits": edits})
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}} | more
+    return json.dumps({"model": "served/model-1", "choices": [choice], "usage": {"total_tokens": 100}}).encode()
+
+
+def edit(kind: str, text: str, told: str = "Do it.") -> dict[str, str]:
+    return {"type": kind, "text": text, "instruction": told}
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    rows = []
+    for k, caption in enumerate(["a red car near two dogs", "a cup on a table", "a man on a bench", "fog"]):
+        draw(tmp_path / f"{k}.png", [("red", "circle"), ("blue", "square")])
+        rows.append({"id": f"c{k}", "image": f"{k}.png", "caption": caption, "license": "CC0"})
+    path = tmp_path / "captions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def asked_model(captions: Path, out: Path, server: Server, **options: Any) -> dict[str, Any]:
+    given = {"back_ends": "llm", "llm_url": server.url, "llm_model": "m", "llm_timeout_s": 1.5, "llm_attempts": 3} | options
+    return propose(open_groups(captions, None, "auto"), out, ProposeOptions(**given), 0, quiet)
+
+
+def lines_of(out: Path, step: str = "propose") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / step / "shard-00000.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Pauses between calls are noted and not waited for."""
+    pauses: list[float] = []
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.pause", pauses.append)
+    return pauses
+
+
+def test_what_a_model_says_is_judged_and_kept(
+    captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: list[float]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    said = [
+        edit("colour", "a blue car near two dogs"),
+        edit("count", "a red car near three cats"),  # two things
+        edit("object", "a red automobile near two dogs"),  # the same thing
+        edit("age", "an old red car near two dogs"),  # nobody asked
+        edit("relation", "a red car <img src=x onerror=alert(1)> two dogs", "told\nmore"),
+        {"type": "size", "text": 7, "instruction": ""},
+        edit("colour", "a green car near two dogs"),  # one of its type is there
+        "prose",
+    ]
+    server = Server(lambda body, number: (200, reply(said if "red car" in json.dumps(body) else []), {}))
+    with server.running():
+        done = asked_model(captions, tmp_path / "W", server, llm_see=True)
+    first = lines_of(tmp_path / "W")[0]
+    assert [(each["type"], each["text"], each["from"], each["to"]) for each in first["edits"]] == [
+        ("colour", "a blue car near two dogs", "red", "blue")
+    ]
+    assert first["edits"][0]["id"] == "c0/0" and len(first["edits"][0]["request"]) == 64 and first["license"] == "CC0"
+    assert [each["reason"] for each in first["rejected"]] == [
+        "more than one thing changed", "a paraphrase", "a type that was not asked for", "an instruction that is not one printable line",
+        "an edit without type, text and instruction", "one of its type is there already", "an edit without type, text and instruction",
+    ]  # fmt: skip
+    assert done["counts"]["edits"] == 1 and len(server.asked) == 4
+    assert server.headers[0]["Authorization"] == "Bearer sk-very-secret"
+    body = server.asked[0]
+    assert body["response_format"]["type"] == "json_schema" and body["messages"][1]["content"][0]["image_url"]["url"].startswith(
+        "data:image/jpeg"
+    )
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "W").rglob("*") if path.is_file())
+    assert b"secret" not in kept and b"served/model-1" in kept and b'"tokens":100' in kept
+
+
+def drip(part: bytes, times: int, pause_s: float) -> Callable[[Any], None]:
+    def write(file: Any) -> None:
+        for _ in range(times):
+            file.write(part)
+            file.flush()
+            time.sleep(pause_s)
+
+    return write
+
+
+FAULTS: dict[str, tuple[int, bytes | Callable[[Any], None], dict[str, str]]] = {
+    "too many calls": (429, b"{}", {"Retry-After": "7"}),
+    "server error": (500, b"boom", {}),
+    "cut JSON": (200, reply([edit("colour", "x")])[:-30], {}),
+    "no JSON": (200, b"<html>login</html>", {}),
+    "prose": (200, reply("Sure! Here are some edits: a blue car."), {}),
+    "cut content": (200, reply('{"edits": [{"type": "co'), {}),
+    "white space": (200, reply(" \n" * 3000, finish_reason="length"), {}),
+    "no choices": (200, b'{"choices": []}', {}),
+    "no object": (200, b"[]", {}),
+    "null content": (200, reply("x").replace(b'"x"', b"null"), {}),
+    "duplicate keys": (200, reply('{"edits": [], "edits": [1]}'), {}),
+    "nested": (200, b"[" * 100_000, {}),
+    "flood": (200, b" " * (1 << 21), {}),
+    "half characters": (200, b"\xff\xfe\xfd", {}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_retried_and_never_kept(fault: str, captions: Path, tmp_path: Path, at_once: list[float]) -> None:
+    good = reply([edit("colour", "a blue car near two dogs")])
+    seen: Counter[str] = Counter()
+
+    def answers(body: dict[str, Any], number: int) -> Any:
+        caption = json.dumps(body["messages"][1])
+        seen[caption] += 1
+        return FAULTS[fault] if seen[caption] == 1 else (200, good if "red car" in caption else reply([]), {})
+
+    server = Server(answers)
+    with server.running():
+        done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
+    assert len(server.asked) == 8 and len(at_once) == 4 and done["counts"]["edits"] == 1 and "failed" not in done["counts"]
+    if fault == "too many calls":
+        assert all(pause >= 7 for pause in at_once)
+    kept = (tmp_path / "W" / "llm" / "shard-00000.jsonl").read_text().splitlines()
+    assert len(kept) == 4 and all("edits" in json.loads(line)["reply"] for line in kept)
+
+
+def test_a_reply_that_never_ends_is_left() -> None:
+    slow = {"body": (200, drip(b" ", 100, 0.1), {}), "nothing": (200, drip(b"", 40, 0.1), {"Content-Length": "5"})}
+    for name, answer in slow.items():
+        server = Server(lambda body, number, answer=answer: answer)
+        with server.running():
+            started = time.monotonic()
+            with pytest.raises(CallFailed, match=r"no whole reply within 0\.4 s"):
+                post(server.url, {}, timeout_s=0.4, most_bytes=1000)
+            assert time.monotonic() - started < 1.5, name
+
+
+def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_ends_it(
+    captions: Path, tmp_path: Path, at_once: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(lambda body, number: (500, b"boom", {}))
+    with server.running():
+        done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
+        assert done["counts"]["failed"] == 4 and len(server.asked) == 12
+        assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == "no usable reply: status 500: boom"
+        monkeypatch.setattr(llm, "_IN_A_ROW", 3)
+        with pytest.raises(ConfigError, match="3 captions in a row without a usable reply"):
+            asked_model(captions, tmp_path / "V", server, llm_calls=1)
+    assert not (tmp_path / "V" / "llm" / "shard-00000.jsonl").read_text()
+    for status in (401, 404, 302):
+        server = Server(lambda body, number, status=status: (status, b"bad model", {"Location": "http://elsewhere/"}))
+        with server.running(), pytest.raises(ConfigError, match=f"answers {status} .*bad model.*; correct the address"):
+            asked_model(captions, tmp_path / f"U{status}", server)
+
+
+def test_a_restart_costs_nothing_and_gives_the_same(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
+    def answers(body: dict[str, Any], number: int) -> Any:
+        threading.Event().wait(0.1)  # so that calls meet
+        return 200, reply([edit("colour", f"a {'blue' if number < 4 else 'green'} car near two dogs")]), {}
+
+    server, out = Server(answers), tmp_path / "W"
+    with server.running():
+        asked_model(captions, out, server, llm_calls=3)
+        assert len(server.asked) == 4 and 1 < server.most_at_once <= 3
+        whole = {path.name: path.read_bytes() for path in (out / "propose").iterdir()}
+        journal = (out / "llm" / "shard-00000.jsonl").read_bytes()
+        (out / "propose" / "shard-00000.jsonl").write_bytes(whole["shard-00000.jsonl"][:-100])  # a kill in the midst of a line
+        (out / "propose" / "shard-00000.done.json").unlink()
+        with open(out / "llm" / "shard-00000.jsonl", "ab") as file:
+            file.write(b'{"request": "torn')
+        asked_model(captions, out, server, llm_calls=3)
+        assert len(server.asked) == 4
+        assert {path.name: path.read_bytes() for path in (out / "propose").iterdir()} == whole
+        assert (out / "llm" / "shard-00000.jsonl").read_bytes() == journal
+        with pytest.raises(ConfigError, match=r"begun with other settings \(.*llm_model: 'm' then, 'n' now.*\)"):
+            (out / "propose" / "shard-00000.done.json").unlink()
+            asked_model(captions, out, server, llm_model="n")
+
+
+def test_a_budget_of_tokens_is_not_passed_by_far(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
+    server = Server(lambda body, number: (200, reply([]), {}))
+    with server.running():
+        done = asked_model(captions, tmp_path / "W", server, llm_calls=1, budget_tokens=150)
+    assert len(server.asked) == 2 and done["counts"]["failed"] == 2
+    assert lines_of(tmp_path / "W")[3]["rejected"][0]["reason"] == "no usable reply: the budget of 150 tokens is spent"
+
+
+def test_addresses() -> None:
+    assert check_url("https://node:8000/v1/", "--x") == "https://node:8000/v1"
+    for url in ("", "file:///etc/passwd", "node:8000", "http://", "http://a b/", "http://u:p@node/", "http://x:99999999/"):
+        with pytest.raises(ConfigError, match="--x"):
+            check_url(url, "--x")
+
+
+# --- pairs that are there ---------------------------------------------------------------------------------------------------------------
+
+
+def mined(tmp_path: Path, shards: int = 1, **options: Any) -> set[tuple[str, str, str]]:
+    rows = [
+        ("a", "a red car in a street", "0.png"), ("b", "a blue car in a street", "1.png"), ("c", "A red bus in a street.", "2.png"),
+        ("d", "a red car in a street", "3.png"), ("e", "a crimson automobile in a street", "4.png"),
+        ("f", "a red house in a street", "5.png"),
+        ("g", "two red cars in a street", "6.png"), ("h", "a grey car in a street", "7.png"), ("i", "a gray car in a street", "8.png"),
+        ("j", "a blue car in a street", "0.png"),
+    ]  # fmt: skip
+    tmp_path.mkdir(exist_ok=True)
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "caption": c, "image": p}) + "\n" for i, c, p in rows))
+    found = set()
+    for shard in range(shards):
+        out = tmp_path / f"M{shards}"
+        given = ProposeOptions(back_ends="mine", shards=shards, per_type=9, **options)
+        propose(open_groups(path, None, "auto"), out, given, shard, quiet)
+        for line in (out / "propose" / f"shard-{shard:05d}.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            found |= {(record["source"], each["type"], Path(each["picture"]).name) for each in record["edits"]}
+    return found
+
+
+def test_real_pairs_are_found_once_and_by_every_cut(tmp_path: Path) -> None:
+    """Against all pairs by hand: a word of one list in place of another one of it, pictures that are not the same, synonyms left out."""
+    pairs = "a1 a7 a8 b3 b7 b8 d7 d8 d0 h0 i0"  # d3 says what a0 says, and j0 is a's own picture; grey is gray
+    expected = {(pair[0], "colour", f"{pair[1]}.png") for pair in pairs.split()}
+    assert mined(tmp_path) == mined(tmp_path, 3) == expected
+    wider = mined(tmp_path / "wider", types="colour,other")
+    assert wider - expected == {("a", "other", "5.png"), ("d", "other", "5.png")}  # a house in place of a car
+
+
+def test_registered_back_ends_are_called_by_name(captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own:
+        threads = 1
+
+        def __init__(self, context: Context) -> None:
+            pass
+
+        def settings(self) -> dict[str, Any]:
+            return {"version": 3}
+
+        def propose(self, source: Source) -> list[Proposal]:
+            return [Proposal("other", f"{source.caption} at night", "", "at night", "Make it night.", "own")]
+
+    monkeypatch.setitem(PROPOSERS, "own", Own)
+    store = open_groups(captions, None, "auto")
+    done = propose(store, tmp_path / "W", ProposeOptions(back_ends="rules,own"), 0, quiet)
+    assert done["counts"]["back end: own"] == 4 and WorkFolder.open(tmp_path / "W").settings("propose")["settings"]["own"] == {"version": 3}
+    with pytest.raises(ConfigError, match="--with rulez: no such back end; did you mean 'rules'"):
+        propose(store, tmp_path / "V", ProposeOptions(back_ends="rulez"), 0, quiet)
+    with pytest.raises(ConfigError, match="--types color: no such type of edit"):
+        propose(store, tmp_path / "V", ProposeOptions(types="color"), 0, quiet)
+    assert not (tmp_path / "V").exists() and set(TYPES) > {"colour"}

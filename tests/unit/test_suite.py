@@ -1,0 +1,685 @@
+"""Benchmarks that a model is asked, from official files to results: scores against plain forwards, resumption, intervals, comparisons."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import test_benchmarks
+import torch
+from conftest import caption, draw, plain_logp
+from PIL import Image
+from pyarrow import parquet
+
+from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.core.config import ModelConfig, ScenesConfig
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError, DataError, InputError
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.demo.family_checkpoints import write_small
+from cfvlm_ds.demo.scenes import build_benchmarks, build_scenes
+from cfvlm_ds.demo.scenes.benchmarks import SUBSETS
+from cfvlm_ds.evaluation import accuracies, score_groups
+from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Item, Judged, Outcome, load
+from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
+from cfvlm_ds.evaluation.generation import writer
+from cfvlm_ds.evaluation.probes import PROBES, Caption, Generate, log_share, variants
+from cfvlm_ds.evaluation.suite import (
+    Asked,
+    Result,
+    Settings,
+    choose,
+    compare_results,
+    evaluate_benchmarks,
+    load_items,
+    read_results,
+    recorded,
+    summary,
+    write_result,
+)
+from cfvlm_ds.evaluation.suite import asked as asking
+from cfvlm_ds.evaluation.suite.bootstrap import Bootstrap, draws_for, interval, intervals
+from cfvlm_ds.evaluation.suite.chosen import spread, way_named
+from cfvlm_ds.evaluation.suite.comparing import comparison_table
+from cfvlm_ds.evaluation.suite.comparison_page import results_page
+from cfvlm_ds.evaluation.suite.tables import markdown, omissions, overview
+from cfvlm_ds.evaluation.suite.written import ITEMS, RESULTS, SCORES
+from cfvlm_ds.models import Scorer, family_of, load_model, load_processor
+from cfvlm_ds.models.forest_attention import stock_attention
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+GREY = Image.new("RGB", (336, 336), (128, 128, 128))
+FEW = Settings(batch_size=2, draws=20)
+SCENES = [[("red", "circle"), ("blue", "square")], [("green", "circle"), ("red", "square")], [("yellow", "square"), ("blue", "circle")]]
+
+
+@pytest.fixture(scope="module")
+def collator(model_dir: Path) -> Collator:
+    return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "full")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SugarCrepe and POPE of a few rows, in their official form, whose pictures are drawn."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for number, scene in enumerate(SCENES):
+        draw(folder / "coco" / "val2017" / f"{number}.png", scene)
+        draw(folder / "coco" / "val2014" / f"{number}.png", scene)
+    (folder / "sugarcrepe" / "data").mkdir(parents=True)
+    for place, subset in enumerate(SUBSETS):
+        rows = [_row(number, place) for number in range(len(SCENES))]
+        (folder / "sugarcrepe" / "data" / f"{subset}.json").write_text(json.dumps({str(n): row for n, row in enumerate(rows)}))
+    (folder / "pope" / "output" / "coco").mkdir(parents=True)
+    for split in ("random", "popular", "adversarial"):
+        lines = [
+            {"question_id": 10 * n + k, "image": f"{n}.png", "text": f"Is there a {colour} {shape}?", "label": ("yes", "no")[k]}
+            for n, scene in enumerate(SCENES)
+            for k, (colour, shape) in enumerate((scene[0], ("green", "square")))
+        ]
+        (folder / "pope" / "output" / "coco" / f"coco_pope_{split}.json").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return folder
+
+
+def _row(number: int, place: int) -> dict[str, str]:
+    scene = SCENES[number]
+    return {
+        "filename": f"{number}.png",
+        "caption": caption(scene),
+        "negative_caption": caption([("blue", scene[0][1]), (("yellow", "green", "red")[place % 3], scene[1][1])]),
+    }
+
+
+def asked(scorer: Any, collator: Collator, identity: str = "a", say: Any = None) -> Asked:
+    return Asked(scorer, collator, ALONE, "model", {"weights": identity, "inputs": "b"}, {"dtype": "float32"}, say)
+
+
+def ask(model: Asked, root: Path, out: Path, names: str, *probes: str, settings: Settings = FEW) -> list[Result]:
+    chosen = [(each, load_items(each, print, skip=settings.skip)) for each in choose(names.split(","), root, probes)]
+    return evaluate_benchmarks(model, chosen, out, settings)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+# Scores -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_score_is_that_of_plain_forwards(scorer: Scorer, collator: Collator, root: Path, model_dir: Path, tmp_path: Path) -> None:
+    """Caption, match and yes/no by the public path, against the library's own forward of one image and one string."""
+    processor = load_processor(ModelConfig(str(model_dir)))
+
+    known: dict[Any, float] = {}
+
+    def plain(image: Any, prompt: str, text: str) -> float:
+        if (key := (image if isinstance(image, tuple) else "grey", prompt, text)) not in known:
+            with torch.no_grad():
+                known[key] = float(plain_logp(scorer.model, processor, image, prompt, text)[0].sum())
+        return known[key]
+
+    def together_(image: Any, prompt: str, text: str) -> float:
+        return float(torch.tensor([plain(image, prompt, each) for each in variants(text)], dtype=torch.float64).logsumexp(0))
+
+    def matched(image: Any, prompt: str, text: str) -> float:
+        question = PROBES["match"].template.replace("{text}", text)  # type: ignore[attr-defined]
+        return log_share(together_(image, question, "Yes"), together_(image, question, "No"))
+
+    def captioned(image: Any, prompt: str, text: str) -> float:
+        return plain(image, "Describe the image.", text)
+
+    naive = {"caption": captioned, "match": matched, "yes_no": together_}
+    settings = replace(FEW, limit=10)
+    results = ask(asked(scorer, collator), root, tmp_path / "out", "sugarcrepe,pope", "caption", "match", "yes_no", settings=settings)
+    assert [result.place for result in results] == ["sugarcrepe/caption", "sugarcrepe/match", "pope/yes_no"]
+    for result in results:
+        items = {item.id: item for item in load(BENCHMARKS[result.name], root / result.name).items}
+        assert 3 <= len(result.outcomes) < len(items)
+        for outcome in result.outcomes[:4]:
+            item, rule = items[outcome.item.id], naive[result.label]
+            for scores, image in ((outcome.seen[0], item.images[0]), (outcome.blank, GREY)):
+                assert scores == pytest.approx([rule(image, item.prompt, text) for text in item.texts], rel=1e-4)
+            others = [
+                [rule(each.images[0], item.prompt, text) for text in item.texts] for each in items.values() if each.images != item.images
+            ]
+            assert any(outcome.shuffled == pytest.approx(each, rel=1e-4) for each in others), "another item's picture"
+
+
+def test_batches_budgets_and_what_is_beside_an_item_change_nothing(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
+    found = []
+    for number, settings in enumerate(
+        (FEW, Settings(batch_size=16, max_tokens=60, draws=0), Settings(batch_size=1, max_tokens=None, draws=0))
+    ):
+        (result,) = ask(asked(scorer, collator), root, tmp_path / str(number), "pope", settings=settings)
+        found.append([(each.item.id, *each.seen, each.blank, each.shuffled) for each in result.outcomes])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert one[0] == two[0] and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(one[1:], two[1:], strict=True))
+
+
+def test_questions_of_a_picture_are_asked_behind_one_encoding(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
+    pictures: list[int] = []
+
+    def forward(**inputs: Any) -> torch.Tensor:
+        pictures.append(len(inputs["images_of_tree"]))
+        return scorer(**inputs)
+
+    (result,) = ask(asked(forward, collator), root, tmp_path / "out", "pope", settings=Settings(shuffled=False, draws=0))
+    assert len(result.outcomes) == 18 and sum(pictures) == 3 + 1, "a tree for each of three pictures, and one of the blank one"
+
+
+def test_a_template_that_asks_before_it_shows_is_named(scorer: Scorer, model_dir: Path, root: Path, tmp_path: Path, capsys: Any) -> None:
+    late = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "full")
+    assert late.pictures_first
+    template = late.processor.chat_template
+    late.processor.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for c in m['content'] %}{% if c['type'] == 'text' %}"
+        "{{ c['text'] }}{% endif %}{% endfor %}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% endif %}{% endfor %}\n"
+        "{% else %}ASSISTANT: {{ m['content'][0]['text'] }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:"
+        "{% endif %}"
+    )
+    try:
+        other = Collator(late.processor, late.family, late.model_config, "full", late.max_length)
+        assert not other.pictures_first
+        results = ask(asked(scorer, other), root, tmp_path / "out", "pope", settings=Settings(shuffled=False, draws=0, limit=2))
+    finally:
+        late.processor.chat_template = template
+    assert results[0].outcomes and capsys.readouterr().out.count("before the picture") == 1
+
+
+def test_generated_text_is_the_librarys_own(scorer: Scorer, collator: Collator, root: Path, model_dir: Path, tmp_path: Path) -> None:
+    say = writer(scorer.model, collator, ALONE.device)
+    (result,) = ask(
+        asked(scorer, collator, say=say), root, tmp_path / "out", "pope", "generate:max_new_tokens=6", settings=replace(FEW, limit=2)
+    )
+    assert result.label == "generate.6" and result.outcomes
+    processor, items = load_processor(ModelConfig(str(model_dir))), load(BENCHMARKS["pope"], root / "pope").items
+    for outcome in result.outcomes[:2]:
+        item = next(each for each in items if each.id == outcome.item.id)
+        head = f"USER: <image>\n{item.prompt} ASSISTANT:"
+        with torch.no_grad(), stock_attention(scorer.model):
+            inputs = processor(images=[Image.open(*item.images[0]).convert("RGB")], text=[head], return_tensors="pt")
+            ids = scorer.model.generate(**inputs, do_sample=False, max_new_tokens=6, pad_token_id=2)[0, inputs.input_ids.shape[1] :]
+        assert outcome.said == (processor.tokenizer.decode(ids, skip_special_tokens=True).strip(),)
+        assert outcome.seen[0] == (1.0, 0.0), "the authors take every answer without a no for a yes"
+    with pytest.raises(ConfigError, match="in parts"):
+        ask(asked(scorer, collator), root, tmp_path / "parts", "pope", "generate")
+
+
+def test_the_world_of_scenes_has_the_numbers_that_a_run_gives_it(scorer: Scorer, collator: Collator, tmp_path: Path) -> None:
+    """SugarCrepe's form of the test groups by likelihood, against the same groups as a manifest."""
+    config = ScenesConfig(str(tmp_path / "scenes"), num_train=1, num_test=18)
+    build_scenes(config, progress=lambda line: None)
+    out = build_benchmarks(config, tmp_path / "world", progress=lambda line: None)
+    assert build_benchmarks(config, out) == out.resolve()
+    with pytest.raises(DataError, match="scenes of other settings"):
+        build_benchmarks(replace(config, num_test=17), out)
+    results = ask(
+        asked(scorer, collator), out, tmp_path / "out", "sugarcrepe,naturalbench,pope", "caption", "yes_no", settings=Settings(draws=0)
+    )
+    groups = list(read_manifest(tmp_path / "scenes" / "test_iid.jsonl"))
+    rows = {row.name: row for row in accuracies(groups, score_groups(scorer, collator, groups, ALONE))}
+    mine = results[0].metrics["seen"]
+    for subset, edits in SUBSETS.items():
+        parts = [rows[edit] for edit in edits if edit in rows]
+        if parts:
+            own = sum(row.metrics["factual"] * row.comparisons["factual"] for row in parts) / sum(
+                row.comparisons["factual"] for row in parts
+            )
+            assert mine[f"macro/{subset}"] == pytest.approx(own)
+    assert len(results[1].outcomes) == 36 and results[1].metrics["chance"]["g_acc"] == pytest.approx(6.25)
+    splits = {each.item.tags["split"] for each in results[2].outcomes}
+    assert len(results[2].outcomes) == 3 * 18 * 4 and splits == {"random", "popular", "adversarial"}
+    assert results[2].metrics["chance"]["accuracy"] == 50
+
+
+def everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files of all benchmarks in their official forms, with pictures that are ones."""
+
+    def drawn(root: Path, *names: str) -> None:
+        for number, name in enumerate(names):
+            path = draw(folder / "drawn.png", SCENES[number % 3])
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(path.read_bytes())
+
+    monkeypatch.setattr(test_benchmarks, "pictures", drawn)
+    for name, write in test_benchmarks.WRITERS.items():
+        write(folder / name)
+    return folder
+
+
+def test_every_benchmark_is_evaluated_from_its_official_form(
+    scorer: Scorer, collator: Collator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = everything(tmp_path / "benchmarks", monkeypatch)
+    settings = Settings(draws=3)
+    results = ask(asked(scorer, collator), root, tmp_path / "out", ",".join(BENCHMARKS), settings=settings)
+    assert [result.name for result in results] == list(BENCHMARKS)
+    for found, result in zip(read_results(tmp_path / "out"), sorted(results, key=lambda each: each.place), strict=True):
+        benchmark = BENCHMARKS[result.name]
+        assert found.metrics == result.metrics and benchmark.headline in result.metrics["seen"] and result.metrics["blank"]
+        assert benchmark.headline in result.metrics["chance"] and summary(result)
+    assert len(overview(results).splitlines()) == 2 + len(BENCHMARKS)
+
+
+@pytest.mark.long
+def test_a_small_qwen_is_asked_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, folder = everything(tmp_path / "benchmarks", monkeypatch), write_small("qwen2_5_vl", tmp_path / "qwen", 0)
+    config = ModelConfig(str(folder), attn_implementation="sdpa")
+    model = load_model(config, torch.float32).eval()
+    qwen = Scorer(model, family_of(model.config))
+    results = ask(asked(qwen, load_collator(config, "full")), root, tmp_path / "out", ",".join(BENCHMARKS), settings=Settings(draws=3))
+    assert len(results) == len(BENCHMARKS)
+    assert not [result.place for result in results if result.record["not_finite"]]
+
+
+# What is on disk ------------------------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As a signal: nothing answers it."""
+
+
+@pytest.mark.parametrize("probe", ["yes_no", "generate:max_new_tokens=3"])
+def test_a_killed_evaluation_goes_on_to_the_same_bytes(probe: str, scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
+    calls, most = [0], [10**9]
+
+    def counted() -> None:
+        calls[0] += 1
+        if calls[0] > most[0]:
+            raise Killed
+
+    def forward(**inputs: Any) -> torch.Tensor:
+        counted()
+        return scorer(**inputs)
+
+    def say(length: int) -> Callable[..., str]:
+        write = writer(scorer.model, collator, ALONE.device)(length)
+        return lambda *asked: (counted(), write(*asked))[1]  # type: ignore[func-returns-value]
+
+    settings = Settings(batch_size=1, draws=5)
+    model = asked(forward, collator, say=say)
+    ask(model, root, tmp_path / "whole", "pope", probe, settings=settings)
+    whole, most[0] = calls[0], calls[0] // 2
+    calls[0] = 0
+    with pytest.raises(Killed):
+        ask(model, root, tmp_path / "killed", "pope", probe, settings=settings)
+    partial = next((tmp_path / "killed").rglob(SCORES))
+    scored = len(partial.read_text().splitlines()) - 1
+    assert scored > 0 and not list((tmp_path / "killed").rglob(RESULTS))
+    with partial.open("a") as file:
+        file.write('{"group": 17, "logp": [[0.')  # what a kill leaves of a line
+    calls[0], most[0] = 0, 10**9
+    with pytest.raises(DataError, match="an evaluation that has not ended"):
+        read_results(tmp_path / "killed")
+    ask(model, root, tmp_path / "killed", "pope", probe, settings=settings)
+    assert 0 < calls[0] < whole and files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert not list(tmp_path.rglob(SCORES))
+    calls[0] = 0
+    (again,) = ask(model, root, tmp_path / "killed", "pope", probe, settings=settings)
+    assert calls[0] == 0 and again.outcomes and files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_results_of_something_else_are_not_written_over(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
+    few, out = Settings(draws=0, limit=2, shuffled=False), tmp_path / "out"
+    ask(asked(scorer, collator), root, out, "pope", settings=few)
+    before = files(out)
+    for model, settings, what in (
+        (asked(scorer, collator, "other"), few, "model.weights was 'a', and is 'other'"),
+        (asked(scorer, collator), replace(few, limit=4), "(data.items|settings.limit) was"),
+        (asked(scorer, collator), replace(few, batch_size=3), "settings.batch_size was 16, and is 3"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            ask(model, root, out, "pope", settings=settings)
+    with pytest.raises(ConfigError, match=r"model.weights was .*name another folder"):
+        ask(asked(scorer, collator, "other"), root, out, "sugarcrepe", settings=few)
+    assert files(out) == before
+    ask(asked(scorer, collator), root, out, "sugarcrepe", "match", settings=few)
+    said = (out / "results.md").read_text()
+    assert ("| pope | yes_no | " in said and "| sugarcrepe | match | " in said and "had without looking" in said) or "no points" in said
+
+
+def test_files_hold_no_time_no_machine_and_all_that_metrics_need(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
+    (result,) = ask(asked(scorer, collator), root, tmp_path / "out", "sugarcrepe", "match")
+    (read,) = read_results(tmp_path / "out")
+    assert BENCHMARKS["sugarcrepe"].metrics([Judged(each.item, each.seen) for each in read.outcomes]) == result.metrics["seen"]
+    record = json.loads((tmp_path / "out/sugarcrepe/match" / RESULTS).read_text())
+    text = json.dumps(record) + (tmp_path / "out/sugarcrepe/match" / ITEMS).read_text()
+    assert str(tmp_path) not in text and str(root) not in text and os.uname().nodename not in text
+    assert record["probe"]["template"] == PROBES["match"].template and "<image>" in record["prompt"]  # type: ignore[attr-defined]
+    assert record["versions"]["torch"] and record["data"]["pictures"] and record["model"]["weights"] == "a"
+    assert record["items"] == {"in files": 21, "asked": 21, "left out": 0} and record["bootstrap"]["clusters"] == 3
+    low, high = record["intervals"]["macro"]
+    assert low <= record["metrics"]["seen"]["macro"] <= high
+
+
+# What cannot be asked -------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_asked_is_an_error_or_counted_and_named(scorer: Scorer, collator: Collator, tmp_path: Path) -> None:
+    rows = [{"question_id": n, "image": f"{n}.png", "text": "Is it red?", "label": "yes"} for n in range(4)]
+    rows[1]["text"] = "Is it red or " * 200
+    for n in (0, 1, 2):
+        draw(tmp_path / "pope" / "val2014" / f"{n}.png", SCENES[n])
+    broken = tmp_path / "pope" / "val2014" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:-60])
+    for split in ("random", "popular", "adversarial"):
+        path = tmp_path / "pope" / "output" / "coco" / f"coco_pope_{split}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    model = asked(scorer, collator)
+    with pytest.raises(DataError, match=r"benchmark pope: item 'random/1': \d+ tokens .* window is 512 \(5 more\); name --on_error skip"):
+        ask(model, tmp_path, tmp_path / "out", "pope")
+    settings = Settings(skip=True, draws=0)
+    (result,) = ask(model, tmp_path, tmp_path / "out", "pope", settings=settings)
+    assert len(result.outcomes) == 3 and len(result.record["left_out"]) == 6
+    assert "pope/yes_no: 6 items left out, the first: item 'random/1'" in omissions(result)[0]
+    assert "Left out, 6:" in markdown([result]) and "2.png" in markdown([result])
+    (path.parent / "coco_pope_random.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"benchmark pope: .*coco_pope_random.json:4: no picture .*; name --on_error skip"):
+        ask(model, tmp_path, tmp_path / "more", "pope")
+    (result,) = ask(model, tmp_path, tmp_path / "more", "pope", settings=settings)
+    assert len(result.outcomes) == 3 and len(result.record["left_out"]) == 7 and result.record["items"]["in files"] == 10
+
+
+def test_names_and_options_of_probes() -> None:
+    assert way_named("caption:mode=pmi") == ("caption.pmi", Caption(mode="pmi")) and way_named("match")[0] == "match"
+    assert way_named("generate:max_new_tokens=8") == ("generate.8", Generate(8))
+    assert way_named('caption:prompt="What, then?",mode=mean')[1] == Caption("mean", "What, then?")
+    for spec, said in (
+        ("captions", "did you mean 'caption'"), ("caption:mood=pmi", "has no option 'mood'"), ("caption:mode=pim", "sum or mean or pmi"),
+        ("yes_no:mode=sum", "it has none"), ("generate:max_new_tokens=0", "writes 1 to"), ("match:template=no", "with {text} in it"),
+        ("caption:mode", "not understood"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=said):
+            way_named(spec)
+    with pytest.raises(ConfigError, match="did you mean 'pope'"):
+        choose(["popes"], Path())
+    with pytest.raises(ConfigError, match="'pope' is not asked by match; it has yes_no, generate"):
+        choose(["pope"], Path(), ["match"])
+    with pytest.raises(ConfigError, match="no benchmark is named"):
+        choose([], Path())
+
+
+def test_a_limit_takes_whole_clusters_from_all_parts() -> None:
+    items = [Item(f"{n}/{k}", ((),), ("a", "b"), ((1, 0),), cluster=str(n)) for n in range(20) for k in range(3)]
+    taken = spread(items, 12)
+    assert len(taken) == 12 and {len([i for i in taken if i.cluster == c]) for c in {i.cluster for i in taken}} == {3}
+    assert [int(item.cluster) for item in taken[::3]] == [0, 5, 10, 15]
+    assert spread(items, None) == spread(items, 99) == items
+
+
+# Official files in Parquet ----------------------------------------------------------------------------------------------------------------
+
+
+def test_official_parquet_files_are_read_with_their_pictures(tmp_path: Path) -> None:
+    def picture(colour: str) -> dict[str, Any]:
+        Image.new("RGB", (8, 8), colour).save(content := io.BytesIO(), "PNG")
+        return {"bytes": content.getvalue(), "path": f"../{colour}.jpg"}
+
+    row = {f"Image_{i}": picture(colour) for i, colour in enumerate(("red", "blue"))} | {
+        "Question_Type": "yes_no",
+        "Index": 7,
+        "Source": "x",
+    }
+    row |= {"Question_0": "Red?", "Question_1": "Blue?"} | {
+        f"Image_{i}_Question_{q}": "Yes" if i == q else "No" for i in (0, 1) for q in (0, 1)
+    }
+    root = tmp_path / "naturalbench"
+    (root / "data").mkdir(parents=True)
+    for part in range(2):
+        parquet.write_table(pyarrow.Table.from_pylist([row | {"Index": part}]), root / "data" / f"train-0000{part}-of-00002.parquet")
+    loaded = load(BENCHMARKS["naturalbench"], root)
+    assert not loaded.problems and [item.id for item in loaded.items] == ["0/0", "0/1", "1/0", "1/1"]
+    from cfvlm_ds.data.decoding import open_image
+
+    assert [open_image(image[0]).getpixel((0, 0)) for image in loaded.items[0].images] == [(255, 0, 0), (0, 0, 255)]
+    assert loaded.items[0].images == loaded.items[2].images, "a picture that comes again is kept once"
+    broken = root / "data" / "train-00001-of-00002.parquet"
+    broken.write_bytes(broken.read_bytes()[:100])
+    (problem,) = load(BENCHMARKS["naturalbench"], root).problems
+    assert "train-00001-of-00002.parquet: cannot be read" in str(problem)
+    for path in (root / "data").glob("*.parquet"):
+        path.unlink()
+    (problem,) = load(BENCHMARKS["naturalbench"], root).problems
+    assert "no such file, nor" in str(problem) and "train.jsonl" in str(problem)
+
+
+# Intervals --------------------------------------------------------------------------------------------------------------------------------
+
+
+def outcome(number: int, right: bool, cluster: str = "", blank: Sequence[float] = (0.0, 0.0), **tags: str) -> Outcome:
+    item = Item(str(number), ((),), ("a cat", "a dog"), ((1, 0),), tags=tags, cluster=cluster or str(number))
+    return Outcome(item, ((1.0, 0.0) if right else (0.0, 1.0),), tuple(blank))
+
+
+def seen(outcomes: Sequence[Outcome]) -> list[Judged]:
+    return [Judged(each.item, each.seen) for each in outcomes]
+
+
+def test_intervals_have_the_width_of_independent_clusters() -> None:
+    """Of a share of 0.7 among 400 items the standard error is that of the binomial; four copies of each item in a cluster add nothing."""
+    chance = random.Random(3)
+    rights = [chance.random() < 0.7 for _ in range(400)]
+    for copies in (1, 4):
+        found = [outcome(copies * n + k, right, str(n)) for n, right in enumerate(rights) for k in range(copies)]
+        bootstrap = Bootstrap([each.item.cluster for each in found])
+        values = [first["accuracy"] for (first,) in bootstrap.values(accuracy, [seen(found)], range(300))]
+        share = sum(rights) / 400
+        assert bootstrap.clusters == 400 and statistics.mean(values) == pytest.approx(100 * share, abs=0.6)
+        assert statistics.stdev(values) == pytest.approx(100 * math.sqrt(share * (1 - share) / 400), rel=0.15)
+        low, high = interval(values)  # type: ignore[misc]
+        assert high - low == pytest.approx(2 * 1.96 * statistics.stdev(values), rel=0.15)
+
+
+def test_a_pair_that_is_drawn_twice_is_two_pairs() -> None:
+    found = [outcome(2 * n + k, not (n == 0 and k), str(n), pair=str(n)) for n in range(3) for k in range(2)]
+    bootstrap = Bootstrap([each.item.cluster for each in found])
+
+    def pairs(table: Sequence[Judged]) -> dict[str, float]:
+        return {"pair": together(table, tag("pair")) or 0.0}
+
+    for k in range(20):
+        drawn = bootstrap.draw(k)
+        clusters = [number // 2 for number, _ in drawn[::2]]
+        ((value,),) = bootstrap.values(pairs, [seen(found)], [k])
+        assert value["pair"] == pytest.approx(100 * sum(cluster != 0 for cluster in clusters) / 3)
+    assert bootstrap.draw(1) == Bootstrap([each.item.cluster for each in found]).draw(1) != bootstrap.draw(2)
+    assert Bootstrap([each.item.cluster for each in found], seed=1).draw(1) != bootstrap.draw(1)
+    assert interval([1.0]) is None and interval([1.0, 3.0]) == pytest.approx((1.05, 2.95)) and intervals([{"a": 1.0}, {"b": 2.0}], 2) == {}
+    assert intervals([{"a": 1.0}] * 2, 2) == {"a": (1, 1)} and intervals([{"a": 1.0}] * 2, 1) == {}
+    assert (draws_for(10), draws_for(20_000), draws_for(10**6)) == (1000, 500, 200)
+
+
+# Without looking ------------------------------------------------------------------------------------------------------------------------
+
+
+def result(outcomes: Sequence[Outcome], name: str = "sugarcrepe", called: str = "", identity: str = "a", draws: int = 0) -> Result:
+    header = {"benchmark": name, "probe": {"name": "match"}, "model": {"name": identity}, "data": {"items": len(outcomes), "pictures": "p"}}
+    metrics = BENCHMARKS[name].metrics
+    bootstrap = Bootstrap([each.item.cluster for each in outcomes])
+    drawn = [first for (first,) in bootstrap.values(metrics, [seen(outcomes)], range(draws))]
+    return Result(called or name, "match", recorded(BENCHMARKS[name], header, outcomes, drawn, prompt="?"), tuple(outcomes))
+
+
+def test_a_cheat_that_does_not_look_is_found_out_by_the_summary() -> None:
+    """Always the shorter text: right in 8 of 10 rows, and as often without the picture. An oracle has nothing of the blank one."""
+    cheat, oracle = [], []
+    for n in range(10):
+        texts = ("a cat", "a large cat") if n < 8 else ("a large cat", "a cat")
+        item = Item(str(n), ((),), texts, ((1, 0),), tags={"subset": "add_att"}, cluster=str(n))
+        scores = tuple(-float(len(text)) for text in texts)
+        cheat.append(Outcome(item, (scores,), scores, scores))
+        oracle.append(Outcome(item, ((0.0, -1.0),), (-1.0, -1.0)))
+    found = result(cheat)
+    assert found.metrics["seen"] == found.metrics["blank"] == found.metrics["shuffled"]
+    assert summary(found) == "sugarcrepe/match: 30.0 of 30.0 points over chance are had without looking (macro)"
+    assert summary(result(oracle)) == "sugarcrepe/match: 0.0 of 50.0 points over chance are had without looking (macro)"
+    assert result(oracle).metrics["blank"]["macro"] == 50
+    wrong = [replace(each, seen=((0.0, 1.0),)) for each in oracle]
+    assert summary(result(wrong)) == "sugarcrepe/match: no points over chance (macro 0.0, chance 50.0)"
+    line = next(line for line in overview([found]).splitlines() if "| sugarcrepe |" in line)
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "sugarcrepe",
+        "match",
+        "10",
+        "macro",
+        "80.0",
+        "",
+        "80.0",
+        "80.0",
+        "50.0",
+    ]
+
+
+def test_what_compares_images_is_summed_up_by_single_comparisons() -> None:
+    item = Item("1", ((Path("a"),), (Path("b"),)), ("x y", "y x"), ((1, 0), (0, 1)), tags={"tag": "Object"}, cluster="1")
+    found = result([Outcome(item, ((1.0, 0.0), (0.0, 1.0)), (2.0, 1.0))], "winoground")
+    assert summary(found) == "winoground/match: 0.0 of 50.0 points over chance are had without looking (pair)"
+
+
+# Two results side by side -----------------------------------------------------------------------------------------------------------------
+
+
+def written(folder: Path, outcomes: Sequence[Outcome], **options: Any) -> Path:
+    found = result(outcomes, **options)
+    (place := folder / found.called / found.label).mkdir(parents=True)
+    write_result(place, found)
+    return folder
+
+
+def rows(rights: Sequence[bool]) -> list[Outcome]:
+    return [outcome(n, right, str(n), subset="swap_obj") for n, right in enumerate(rights)]
+
+
+def test_a_comparison_by_hand(tmp_path: Path) -> None:
+    """100 items: 60 right before; 20 of the wrong ones get right and 5 of the right ones wrong."""
+    before = [n < 60 for n in range(100)]
+    after = [(n < 60 or n >= 80) and not n < 5 for n in range(100)]
+    one, other = written(tmp_path / "one", rows(before)), written(tmp_path / "other", rows(after), identity="b")
+    (found,) = compare_results(one, other)
+    difference = found.differences["macro"]
+    assert (difference.before, difference.after, difference.resolved) == (60, 75, True)
+    standard = 100 * math.sqrt((25 / 100 - 0.15**2) / 100)
+    low, high = difference.interval or (0, 0)
+    assert (low + high) / 2 == pytest.approx(15, abs=1.5) and high - low == pytest.approx(2 * 1.96 * standard, rel=0.15)
+    better, worse = found.changes()
+    assert better == [str(n) for n in range(80, 100)] and worse == [str(n) for n in range(5)]
+    table = comparison_table([found], "one", "other")
+    assert re_row(table, "macro") == ["sugarcrepe", "match", "macro", "60.0", "75.0", "+15.0", f"{low:.1f} to {high:.1f}", "yes", "20", "5"]
+    (same,) = compare_results(one, one)
+    assert not any(each.resolved for each in same.differences.values()) and same.changes() == ([], [])
+    assert compare_results(one, other)[0].differences == found.differences, "seeded"
+
+
+def re_row(table: str, metric: str) -> list[str]:
+    line = next(line for line in table.splitlines() if f"| {metric} |" in line)
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_what_is_not_compared_is_named(tmp_path: Path) -> None:
+    one = written(tmp_path / "one", rows([True, False, True]))
+    changed = rows([True, True])
+    changed[0] = replace(changed[0], item=replace(changed[0].item, texts=("a bat", "a dog")))
+    other = written(written(tmp_path / "other", changed), rows([True]), called="more")
+    said: list[str] = []
+    (found,) = compare_results(one, other, 10, said.append)
+    assert (
+        len(found.pairs) == 1
+        and "2 items are in one of the results only, or have other texts, and are not compared: 0, 2" in found.notes[0]
+    )
+    assert "only in" in said[0] and "more/match" in said[0]
+    with pytest.raises(ConfigError, match="no benchmark in common"):
+        compare_results(one, written(tmp_path / "none", rows([True]), called="more"))
+    with pytest.raises(ConfigError, match="no item in common"):
+        compare_results(one, written(tmp_path / "texts", changed[:1]))
+    with pytest.raises(DataError, match="no such folder of results"):
+        compare_results(one, tmp_path / "nowhere")
+
+
+def test_a_page_shows_the_worst_and_the_best(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
+    ask(asked(scorer, collator), root, tmp_path / "one", "sugarcrepe", "match", settings=Settings(draws=0))
+    (read,) = read_results(tmp_path / "one")
+    flipped = [replace(each, seen=(each.seen[0][::-1],)) if n < 3 else each for n, each in enumerate(read.outcomes)]
+    (tmp_path / "other/sugarcrepe/match").mkdir(parents=True)
+    write_result(tmp_path / "other/sugarcrepe/match", replace(read, outcomes=tuple(flipped)))
+    found = compare_results(tmp_path / "one", tmp_path / "other", 5)
+    page = results_page(found, ["one", "other"], root, tmp_path / "page", sample=6)
+    assert page.num_items == 6 and not page.problems and page.num_pictures >= 1
+    shown = "".join(path.read_text() for path in sorted((tmp_path / "page" / "data").glob("chunk-*.js")))
+    index = (tmp_path / "page" / "data" / "index.js").read_text()
+    assert all(f"sugarcrepe/match: {each.item.id}" in shown for each in flipped[:3]) and "circle" in shown
+    assert "right before, wrong after" in index or "wrong before, right after" in index
+    single = results_page(read_results(tmp_path / "one"), ["one"], root, tmp_path / "page", sample=1)
+    assert single.num_items == 1 and "without looking" in (tmp_path / "page" / "data" / "index.js").read_text()
+    with pytest.raises(DataError, match="pictures of the page are read there"):
+        results_page(found, ["one", "other"], tmp_path, tmp_path / "page")
+
+
+# Files of somebody else's -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (RESULTS, "{", "not the results of a benchmark"),
+        (RESULTS, "[]", "schema"),
+        (RESULTS, {"schema": "cfresults/9"}, "schema"),
+        (RESULTS, {"metrics": {"seen": {"macro": "high"}}}, "is no number"),
+        (RESULTS, {"metrics": 3}, "'metrics' is missing or no dict"),
+        (RESULTS, {"benchmark": ["x"]}, "'benchmark' is missing or no str"),
+        (ITEMS, "{}\n", "items.jsonl:1: no scores of an item"),
+        (ITEMS, {"seen": [[1.0]]}, "items.jsonl:1: .*2 texts"),
+        (ITEMS, {"seen": [[1.0, "2"]]}, "2 texts"),
+        (ITEMS, {"match": [[1, 2]]}, "neither 1 nor 0"),
+        (ITEMS, {"match": [[1, 0], [0, 1]]}, "2 images"),
+        (ITEMS, {"tags": {"a": 1}}, "is no text"),
+        (ITEMS, "x" * 100, "no scores of an item"),
+    ],
+)
+def test_a_hostile_file_is_one_sentence(name: str, content: Any, said: str, tmp_path: Path) -> None:
+    folder = written(tmp_path / "one", rows([True, False])) / "sugarcrepe" / "match"
+    if isinstance(content, dict):
+        first = json.loads((folder / name).read_text().splitlines()[0] if name == ITEMS else (folder / name).read_text())
+        content = json.dumps(first | content) + "\n"
+    (folder / name).write_text(content)
+    with pytest.raises(DataError, match=said) as raised:
+        read_results(tmp_path / "one")
+    assert "\n" not in str(raised.value) and str(folder) in str(raised.value)
+
+
+def test_scores_that_are_no_numbers_are_kept_counted_and_wrong(tmp_path: Path) -> None:
+    outcomes = rows([True, True])
+    outcomes[0] = replace(outcomes[0], seen=((math.nan, 0.0),))
+    folder = written(tmp_path / "one", outcomes)
+    json.loads((folder / "sugarcrepe" / "match" / ITEMS).read_text().splitlines()[0], parse_constant=pytest.fail)
+    (read,) = read_results(folder)
+    assert math.isnan(read.outcomes[0].seen[0][0]) and read.metrics["seen"]["macro"] == 50
+    assert "scores of 1 items are not finite and count as wrong: 0" in omissions(read)[0]
+
+
+def test_nothing_is_written_through_a_link(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / "pope").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is a link to"):
+        ask(asked(scorer, collator), root, tmp_path / "out", "pope", settings=Settings(draws=0, limit=1))
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
+    with asking.results_held(tmp_path / "out", ALONE), pytest.raises(ConfigError, match=r"in use by .*choose another folder with --out"):
+        asking.results_held(tmp_path / "out", ALONE).__enter__()
+    assert not (tmp_path / "out").exists(), "nothing came of it"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        asking.results_held(tmp_path / "file", ALONE).__enter__()
