@@ -1,58 +1,87 @@
-"""What each objective teaches in the same wall-clock time: controls, the paper's literal sum, our default, and the default minus each term.
+"""What each objective teaches a pretrained model in equal processor time: NLL, the paper's literal sum, our default, it minus each term.
 
-    python benchmarks/learning.py --seconds 420 --seeds 3            # about 90 minutes on two cores
-    python benchmarks/learning.py --report                           # the table and the figure of what has been run
+    python benchmarks/learning.py --seeds 8                     # runs what is missing, one run per core at a time
+    python benchmarks/learning.py --arms default nll-all --rates 5e-4 1e-3
+    python benchmarks/learning.py --arms default --capabilities default avx2 --threads 1 2     # other ways of rounding sums
+    python benchmarks/learning.py --report                      # the tables and the figure of what has been run
 
-Every run is `train.py --config examples/quickstart.yaml` with the options of its variant: the same initial weights, data, schedule shape
-and ZeRO-3 engine. A short run of each variant measures its seconds per optimizer step, which sets its number of steps. Steps and results
-are kept in benchmarks/learning.json: what it holds is not measured or run again, so seeds may be added later, and on another machine.
+Every run is `train.py --config examples/quickstart.yaml` with the options of its arm: one base, one world, one schedule, ZeRO-3.
+The default objective takes --steps; the other arms take as many as the same processor seconds allow, by the difference of two short runs.
+benchmarks/learning/ holds one JSON per run, written as it ends, so that seeds and rates may be added later and on another machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
-RECORD = REPO / "benchmarks" / "learning.json"
-"""Variant -> {steps, seeds: {seed: {split: {edit type: group accuracy in %}}}}."""
+RECORDS = REPO / "benchmarks" / "learning"
 NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
 PAPER = [
     f"--objective.{term}.{option}={value}"
     for term, margin in (("csd", 0.25), ("fcd", 0.30))
     for option, value in (("weight", 0.5), ("margin", margin), ("link", "hinge"), ("len_norm", "anchor"), ("margin_unit", "per_token"))
 ]
-VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "a": ("NLL, factual pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
-    "b": ("NLL, all pairs", ("--objective.align.counterfactual=1", *NO_CONTRAST)),
-    "c": (
+ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "nll-factual": ("NLL, factual pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
+    "nll-all": ("NLL, all pairs", ("--objective.align.counterfactual=1", *NO_CONTRAST)),
+    "paper": (
         "paper's literal sum",
         ("--objective.align.counterfactual=0", *PAPER, "--objective.csd.mode=matched", "--objective.fcd.symmetric=false"),
     ),
-    "d": ("default objective", ()),
-    "e-align": ("default without align", ("--objective.align.weight=0",)),
-    "e-csd": ("default without csd", ("--objective.csd.weight=0",)),
-    "e-fcd": ("default without fcd", ("--objective.fcd.weight=0",)),
+    "default": ("default objective", ()),
+    "no-align": ("default without align", ("--objective.align.weight=0",)),
+    "no-csd": ("default without csd", ("--objective.csd.weight=0",)),
+    "no-fcd": ("default without fcd", ("--objective.fcd.weight=0",)),
 }
-CALIBRATION_STEPS = 40
+SHORT, LONG = 20, 60
+"""Steps of the two runs whose difference is the time of a step."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training. ``capability`` is ATEN_CPU_CAPABILITY, which, with the threads, decides how sums are rounded."""
+
+    arm: str
+    rate: str
+    seed: int
+    capability: str = ""
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        parts = [self.arm, self.rate, f"seed{self.seed}", self.capability, f"{self.threads}threads" if self.threads > 1 else ""]
+        return "-".join(part for part in parts if part)
+
+    @property
+    def record(self) -> Path:
+        return RECORDS / f"{self.name}.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=300, help="training time of each run (default 300)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant (default 3)")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="which variants (default all)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each (default one per core)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="which arms (default all)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
+    parser.add_argument("--rates", nargs="+", default=["1e-3"], help="learning rates (default 1e-3)")
+    parser.add_argument("--capabilities", nargs="+", default=[""], help="values of ATEN_CPU_CAPABILITY (default the machine's best)")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1], help="threads of a run (default 1)")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of the default objective (default 1000)")
+    parser.add_argument("--num_test", type=int, default=9000, help="groups of the test splits (default 9000: 1000 an edit)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default one per core)")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs (default runs/learning)")
-    parser.add_argument("--report", action="store_true", help="only write the table and the figure")
+    parser.add_argument("--report", action="store_true", help="only write the tables and the figure")
     arguments = parser.parse_args()
     if not arguments.report:
         run_all(arguments)
@@ -60,110 +89,180 @@ def main() -> None:
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    train(arguments.out / "build", ("--train.max_steps=1", "--data.evaluation={}"))  # writes the world and the model once
-    record = recorded()
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        # Calibrated side by side, as the runs themselves are timed.
-        new = [variant for variant in arguments.variants if variant not in record]
-        for variant, seconds in zip(new, pool.map(lambda v: seconds_per_step(arguments.out, v), new), strict=True):
-            record[variant] = {"steps": round(arguments.seconds / seconds), "seeds": {}}
-            print(f"{variant}: {seconds:.3f} s per step", flush=True)
-        todo = [(v, seed) for seed in range(arguments.seeds) for v in arguments.variants if str(seed) not in record[v]["seeds"]]
-        for variant, seed, found in pool.map(lambda job: run(arguments.out, *job, record[job[0]]["steps"]), todo):
-            record[variant]["seeds"][str(seed)] = found
-            RECORD.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def recorded() -> dict[str, Any]:
-    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
-
-
-def seconds_per_step(out: Path, variant: str) -> float:
-    folder = out / f"calibrate-{variant}"
-    options = (f"--train.max_steps={CALIBRATION_STEPS}", f"--train.logging_steps={CALIBRATION_STEPS // 4}", "--data.evaluation={}")
-    train(folder, (*options, *VARIANTS[variant][1]))
-    times = [row["time"] for row in rows(folder) if "loss" in row]
-    return (times[-1] - times[0]) / (CALIBRATION_STEPS - CALIBRATION_STEPS // 4)
-
-
-def run(out: Path, variant: str, seed: int, steps: int) -> tuple[str, int, dict[str, dict[str, float]]]:
-    folder = out / f"{variant}-seed{seed}"
-    train(folder, (f"--train.max_steps={steps}", f"--train.seed={seed}", *VARIANTS[variant][1]))
-    times = [row["time"] for row in rows(folder) if "loss" in row]
-    print(f"{folder.name}: {steps} steps in {times[-1] - times[0]:.0f} s", flush=True)
-    splits = json.loads((folder / "results.json").read_text())
-    return variant, seed, {s: {row["name"]: row["metrics"]["group"] for row in each} for s, each in splits.items()}
-
-
-def train(folder: Path, options: tuple[str, ...]) -> None:
-    if (folder / "results.json").exists():
+    RECORDS.mkdir(exist_ok=True)
+    seeds = range(arguments.seeds)
+    places = itertools.product(seeds, arguments.rates, arguments.arms, arguments.capabilities, arguments.threads)
+    jobs = [
+        job for seed, rate, arm, capability, threads in places if not (job := Job(arm, rate, seed, capability, threads)).record.exists()
+    ]
+    if not jobs:
         return
+    train(arguments, arguments.out / "build", Job("default", "1e-3", 0), 1)  # writes the world and the base once
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        arms = sorted({"default", *(job.arm for job in jobs)})
+        seconds = dict(zip(arms, pool.map(lambda arm: seconds_per_step(arguments, arm), arms), strict=True))
+        print("processor seconds per step:", {arm: round(value, 3) for arm, value in seconds.items()}, flush=True)
+        list(pool.map(lambda job: run(arguments, job, round(arguments.steps * seconds["default"] / seconds[job.arm])), jobs))
+
+
+def seconds_per_step(arguments: argparse.Namespace, arm: str) -> float:
+    short, long = (train(arguments, arguments.out / f"steps-{arm}-{steps}", Job(arm, "1e-3", 0), steps) for steps in (SHORT, LONG))
+    return (long - short) / (LONG - SHORT)
+
+
+def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
+    folder = arguments.out / job.name
+    spent = train(arguments, folder, job, steps, evaluated=True)
+    before, after = (json.loads((folder / name).read_text()) for name in ("results_start.json", "results.json"))
+    found = {
+        split: {row["name"]: {"groups": row["num"], "group": row["metrics"]["group"]} for row in rows} for split, rows in after.items()
+    }
+    base = {split: {edit: metrics["group"] for edit, metrics in rows.items()} for split, rows in before.items()}
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    factual = [row["logp/lp_00"] for row in logged if "logp/lp_00" in row]
+    record = {
+        **asdict(job),
+        "steps": steps,
+        "processor_seconds": round(spent),
+        "processor": processor(),
+        "factual_nats_per_token": {"first": round(factual[0], 3), "last": round(factual[-1], 3)},
+        "base": base,
+        "results": found,
+    }
+    job.record.write_text(json.dumps(record, indent=1) + "\n")
+    combo = found["combo"]
+    print(f"{job.name}: {steps} steps, relation {combo['relation']['group']:.1f}, all {combo['all']['group']:.1f}", flush=True)
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def train(arguments: argparse.Namespace, folder: Path, job: Job, steps: int, evaluated: bool = False) -> float:
+    """Train to the end; returns processor seconds, start and evaluation included."""
+    if (folder / "processor_seconds").exists():
+        return float((folder / "processor_seconds").read_text())
     command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z3.json", "--config", "examples/quickstart.yaml"]
+    command += [f"--build.base={arguments.out / 'base'}", f"--model.name_or_path={arguments.out / 'base'}"]
+    world = arguments.out / "scenes"
+    command += [f"--build.scenes.out_dir={world}", f"--build.scenes.num_test={arguments.num_test}", f"--data.train={world / 'train.jsonl'}"]
+    splits = {name: str(world / f"test_{name}.jsonl") for name in ("combo", "yes_no", "choice", "count")} if evaluated else {}
     command += [
+        f"--data.evaluation={json.dumps(splits)}",
         f"--train.output_dir={folder}",
+        f"--train.max_steps={steps}",
+        f"--train.seed={job.seed}",
+        f"--train.learning_rate={job.rate}",
         "--tracking.enabled=false",
         "--data.num_workers=0",
         "--train.save_steps=0",
         "--train.eval_steps=0",
+        f"--train.eval_on_start={str(evaluated).lower()}",
+        "--train.eval_shuffled=false",
+        "--train.figures=false",
         "--train.export=false",
-        *options,
+        *ARMS[job.arm][1],
     ]
-    finished = subprocess.run(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, check=False)
-    if finished.returncode:
-        sys.exit(f"{folder}: exit code {finished.returncode}\n{finished.stdout[-2000:]}{finished.stderr[-2000:]}")
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    variables = os.environ | {"OMP_NUM_THREADS": str(job.threads)} | ({"ATEN_CPU_CAPABILITY": job.capability} if job.capability else {})
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder.with_suffix(".log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=REPO, env=variables, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{folder}: exit code {process.returncode}\n{log.read_text(errors='replace')[-4000:]}")
+    spent = usage.ru_utime + usage.ru_stime
+    (folder / "processor_seconds").write_text(f"{spent:.2f}\n")
+    return spent
 
 
 def report(arguments: argparse.Namespace) -> None:
-    record = recorded()
-    found = {variant: list(record[variant]["seeds"].values()) for variant in VARIANTS if record.get(variant, {}).get("seeds")}
-    if not found:
-        sys.exit(f"{RECORD} holds no results; run without --report first")
-    text = "\n\n".join(tables(found))
+    records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
+    if not records:
+        sys.exit(f"{RECORDS} holds no results; run without --report first")
+    text = "\n\n".join(tables(records))
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "learning.md").write_text(text + "\n")
-    figure(arguments.out / "learning.png", found)
+    figure(arguments.out / "learning.png", records)
     print(text, f"\nwrote {arguments.out}/learning.md and learning.png")
 
 
-def tables(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """Group accuracy, mean and standard deviation over seeds: of the splits together, then of each."""
-    first = next(iter(found.values()))[0]
-    edits = list(next(iter(first.values())))
-    for title, splits in {"mean of all splits": list(first), **{split: [split] for split in first}}.items():
-        lines = [f"| {title}: group accuracy, % | seeds | {' | '.join(edits)} |", f"|---|---:|{'---:|' * len(edits)}"]
-        for variant, seeds in found.items():
-            cells = [spread([statistics.mean(seed[split][edit] for split in splits) for seed in seeds]) for edit in edits]
-            lines.append(f"| {variant}: {VARIANTS[variant][0]} | {len(seeds)} | {' | '.join(cells)} |")
-        yield "\n".join(lines)
+def told(record: dict[str, Any]) -> tuple[str, ...]:
+    """What distinguishes the row of a record, beside its seed."""
+    rounding = f"{record['capability'] or 'best'}, {record['threads']} thread{'s' if record['threads'] > 1 else ''}"
+    return record["arm"], record["rate"], rounding
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.0f}" + (f" ± {statistics.stdev(values):.0f}" if len(values) > 1 else "")
+def tables(records: list[dict[str, Any]]) -> Iterator[str]:
+    """Group accuracy by edit on held-out combinations, mean and range over seeds; then each seed's."""
+    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda r: (list(ARMS).index(r["arm"]), *told(r), r["seed"])):
+        rows.setdefault(told(record), []).append(record)
+    edits = list(records[0]["results"]["combo"])
+    questions = [split for split in records[0]["results"] if split != "combo"]
+    head = [*edits, *questions]
+    pairs = records[0]["results"]["combo"]["relation"]["groups"]
+    yield "\n".join(
+        [
+            f"| group accuracy, %, {pairs} pairs an edit | rate | sums | seeds | steps | {' | '.join(head)} |",
+            f"|---|---:|---|---:|---:|{'---:|' * len(head)}",
+            f"| base | | | | | {' | '.join(f'{value:.0f}' for value in base_of(records[0], edits, questions))} |",
+            *(line(key, found, edits, questions) for key, found in rows.items()),
+        ]
+    )
+    yield "\n".join(
+        [
+            f"| run | steps | processor s | {' | '.join(head)} |",
+            f"|---|---:|---:|{'---:|' * len(head)}",
+            *(
+                f"| {ARMS[r['arm']][0]}, {r['rate']}, {told(r)[2]}, seed {r['seed']} | {r['steps']} | {r['processor_seconds']} | "
+                f"{' | '.join(f'{value:.1f}' for value in values(r, edits, questions))} |"
+                for found in rows.values()
+                for r in found
+            ),
+        ]
+    )
 
 
-def figure(path: Path, found: dict[str, list[dict[str, Any]]], split: str = "combo") -> None:
-    """Bars by edit type, one colour per variant, on held-out combinations; whiskers are one standard deviation over seeds."""
+def base_of(record: dict[str, Any], edits: list[str], questions: list[str]) -> list[float]:
+    return [record["base"]["combo"][edit] for edit in edits] + [record["base"][split]["all"] for split in questions]
+
+
+def values(record: dict[str, Any], edits: list[str], questions: list[str]) -> list[float]:
+    found = record["results"]
+    return [found["combo"][edit]["group"] for edit in edits] + [found[split]["all"]["group"] for split in questions]
+
+
+def line(key: tuple[str, ...], found: list[dict[str, Any]], edits: list[str], questions: list[str]) -> str:
+    columns = zip(*(values(record, edits, questions) for record in found), strict=True)
+    cells = [f"{statistics.mean(c):.0f}" + (f" ({min(c):.0f} to {max(c):.0f})" if len(c) > 1 else "") for c in columns]
+    steps = "/".join(sorted({str(record["steps"]) for record in found}))
+    return f"| {ARMS[key[0]][0]} | {key[1]} | {key[2]} | {len(found)} | {steps} | {' | '.join(cells)} |"
+
+
+def figure(path: Path, records: list[dict[str, Any]]) -> None:
+    """Bars by edit type on held-out combinations: base, NLL control and ours; whiskers reach from the lowest to the highest seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    edits = list(next(iter(found.values()))[0][split])
-    shown = [v for v in ("a", "b", "c", "d") if v in found]
-    colours = {"a": "#b8b8b8", "b": "#7f8790", "c": "#d9a441", "d": "#1f6f8b"}
+    edits = list(records[0]["results"]["combo"])
+    bars: list[tuple[str, str, list[list[float]]]] = [("base", "#c9c9c9", [[records[0]["base"]["combo"][edit]] for edit in edits])]
+    for arm, colour in (("nll-all", "#7f8790"), ("default", "#1f6f8b")):
+        found = [r for r in records if told(r) == (arm, "1e-3", "best, 1 thread")]
+        if found:
+            bars.append((f"+ {ARMS[arm][0]}", colour, [[r["results"]["combo"][edit]["group"] for r in found] for edit in edits]))
     canvas, axes = pyplot.subplots(figsize=(10, 3.6), layout="constrained")
-    width = 0.8 / len(shown)
-    for k, variant in enumerate(shown):
-        values = [[seed[split][edit] for seed in found[variant]] for edit in edits]
-        place = [e + (k - (len(shown) - 1) / 2) * width for e in range(len(edits))]
-        spreads = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
-        axes.bar(place, [statistics.mean(v) for v in values], 0.92 * width, color=colours[variant], label=VARIANTS[variant][0])
-        axes.errorbar(place, [statistics.mean(v) for v in values], spreads, fmt="none", ecolor="#333333", elinewidth=0.8)
+    width = 0.8 / len(bars)
+    for k, (name, colour, each) in enumerate(bars):
+        place = [e + (k - (len(bars) - 1) / 2) * width for e in range(len(edits))]
+        means = [statistics.mean(v) for v in each]
+        axes.bar(place, means, 0.92 * width, color=colour, label=name)
+        reach = [[m - min(v) for m, v in zip(means, each, strict=True)], [max(v) - m for m, v in zip(means, each, strict=True)]]
+        axes.errorbar(place, means, reach, fmt="none", ecolor="#333333", elinewidth=0.8)
     axes.axhline(100 / 6, color="#333333", linewidth=0.8, linestyle=":")
     axes.text(-0.85, 100 / 6 + 1, "chance", fontsize=8)
     axes.set_xticks(range(len(edits)), [edit.replace("_", " ") for edit in edits])
@@ -171,7 +270,7 @@ def figure(path: Path, found: dict[str, list[dict[str, Any]]], split: str = "com
     axes.set_ylabel("group accuracy, %")
     axes.set_title("Held-out combinations", fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    canvas.legend(frameon=False, fontsize=9, ncols=len(shown), loc="outside upper right")
+    canvas.legend(frameon=False, fontsize=9, ncols=len(bars), loc="outside upper right")
     canvas.savefig(path, dpi=160)
 
 

@@ -58,7 +58,7 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
     from cfvlm_ds.training.validation import validate
 
     world = start()
-    if config.build.scenes or config.build.tiny_llava:
+    if config.build != BuildConfig():
         validate(config, world)
         build_once(config.build, world)
     train(config, world)
@@ -79,7 +79,11 @@ def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> No
 
         build_scenes(config.scenes, alive=alive)
     if config.tiny_llava is not None:
-        from cfvlm_ds.demo.scenes import all_captions
+        from cfvlm_ds.demo.scenes import all_texts
         from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 
-        build_tiny_llava(config.tiny_llava, all_captions(seed=0, num_captions=5000))
+        build_tiny_llava(config.tiny_llava, all_texts(seed=0, number=3000))
+    if config.base is not None:
+        from cfvlm_ds.demo.base import write_base
+
+        write_base(config.base)

@@ -117,6 +117,7 @@ class TrainConfig:
         bf16: ``auto`` trains in bfloat16 where the device has it, else in float32; or ``true`` / ``false``.
         logging_steps: steps between progress lines and metric records.
         eval_steps: steps between evaluations; 0 evaluates at the end only.
+        eval_on_start: also evaluate before the first step; the tables at the end then say what the training changed.
         eval_shuffled: the evaluation at the end also scores every group's texts on another group's image, which shows what language alone
             achieves; it costs one more image and its texts per group.
         save_steps: steps between checkpoints; 0 saves at the end only.
@@ -161,6 +162,7 @@ class TrainConfig:
     bf16: Literal["auto", True, False] = meaning("auto")
     logging_steps: int = bookkeeping(10, within=AT_LEAST_ONE)
     eval_steps: int = bookkeeping(0, within=COUNT)
+    eval_on_start: bool = bookkeeping(False)
     eval_shuffled: bool = bookkeeping(True)
     save_steps: int = bookkeeping(500, within=COUNT)
     save_minutes: float = bookkeeping(0.0, within=(0, 1e8))
@@ -206,6 +208,8 @@ class ScenesConfig:
         num_counterfactuals: counterfactual pairs per training group.
         image_size: side of the square images in pixels.
         sham_share: share of training groups with a sham image.
+        question_share: share of training groups that ask a question (yes or no, A or B, how many) in place of a description.
+        question_weight: weight of those groups; an answer has few tokens, and counts for little beside captions of many.
         seed: seed of everything random.
         edit_weights: how often each edit type is drawn in training; all equally often when not given.
     """
@@ -216,6 +220,8 @@ class ScenesConfig:
     num_counterfactuals: int = 1
     image_size: int = 48
     sham_share: float = 0.0
+    question_share: float = 0.0
+    question_weight: float = 1.0
     seed: int = 0
     edit_weights: dict[str, float] | None = None
 
@@ -230,6 +236,8 @@ class TinyLlavaConfig:
         patch_size: side of a patch in pixels.
         hidden_size: width of the language model.
         vision_hidden_size: width of the tower.
+        num_layers: layers of the language model.
+        vision_num_layers: layers of the tower.
         seed: seed of the initial weights.
     """
 
@@ -238,6 +246,8 @@ class TinyLlavaConfig:
     patch_size: int = bookkeeping(12, within=(1, 1e4))
     hidden_size: int = bookkeeping(128, within=(1, 1e4))
     vision_hidden_size: int = bookkeeping(64, within=(1, 1e4))
+    num_layers: int = bookkeeping(3, within=(1, 100))
+    vision_num_layers: int = bookkeeping(2, within=(1, 100))
     seed: int = 0
 
 
@@ -247,11 +257,13 @@ class BuildConfig:
 
     Args:
         scenes: the embedded world of scenes.
-        tiny_llava: a small model to train on it.
+        tiny_llava: a small model with random weights to train on it.
+        base: folder for a copy of the package's pretrained small model, which knows the world's words and things.
     """
 
     scenes: ScenesConfig | None = bookkeeping(None)
     tiny_llava: TinyLlavaConfig | None = bookkeeping(None)
+    base: str | None = bookkeeping(None)
 
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "tracking": TrackingConfig, "build": BuildConfig}

@@ -64,20 +64,33 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """An empty folder to write to, which becomes ``final`` at the end of the block; until then what was there stays. One process at a time
-    may do so. Raises OSError, and leaves nothing."""
-    partial, older = final.with_name(f"{final.name}.partial"), aside_of(final)
+    """An empty folder to write to, which becomes ``final`` at the end of the block; until then what was there stays.
+
+    One process at a time may do so: the first of two finds its folder gone and raises FileExistsError, the second goes on. Raises OSError,
+    and leaves nothing.
+    """
+    partial, older, made = final.with_name(f"{final.name}.partial"), aside_of(final), None
     try:
         if older.exists() and not final.exists():  # a kill between the two renames of an earlier one
             os.replace(older, final)
         remove(partial)
         partial.mkdir(parents=True)
+        made = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)  # as long as it is open nothing else has its number
         yield partial
+        if not _is(partial, made):
+            raise FileExistsError(errno.EEXIST, "another process has begun to write it meanwhile; start one at a time", str(final))
         remove(older)
         put_in_place(partial, final, older)
         remove(older)
     finally:
-        remove(partial)
+        if made is not None:
+            if _is(partial, made):
+                remove(partial)
+            os.close(made)
+
+
+def _is(folder: Path, opened: int) -> bool:
+    return folder.exists() and os.path.samestat(folder.stat(), os.fstat(opened))
 
 
 def aside_of(final: Path) -> Path:

@@ -97,7 +97,7 @@ def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:
     vision = CLIPVisionConfig(
         hidden_size=config.vision_hidden_size,
         intermediate_size=2 * config.vision_hidden_size,
-        num_hidden_layers=2,
+        num_hidden_layers=config.vision_num_layers,
         num_attention_heads=4,
         image_size=config.image_size,
         patch_size=config.patch_size,
@@ -106,7 +106,7 @@ def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=4 * width,
-        num_hidden_layers=3,
+        num_hidden_layers=config.num_layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,

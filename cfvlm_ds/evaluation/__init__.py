@@ -13,7 +13,7 @@ from cfvlm_ds.evaluation.comparisons import UNLABELLED, Comparison, comparisons
 from cfvlm_ds.evaluation.largest_batch import rehearse
 from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
 from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
-from cfvlm_ds.evaluation.report import headline, table
+from cfvlm_ds.evaluation.report import changes, headline, table
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, guarded, score_groups
 from cfvlm_ds.evaluation.view import view
 from cfvlm_ds.objectives import Objectives
@@ -24,6 +24,7 @@ __all__ = [
     "Comparison",
     "GroupScores",
     "accuracies",
+    "changes",
     "comparisons",
     "evaluate",
     "flat_metrics",

@@ -12,6 +12,7 @@ from cfvlm_ds.evaluation.metrics import CHANCE, Accuracy, total_loss
 SHOWN = ("text", "image", "group", "group_pmi", "pair", "image_pair", "factual", "sham")
 _NAME_CHARS, _REASON_CHARS = 60, 200
 _MOST_TYPES = 12  # in a line of a progress log
+_HEADLINES = ("group", "pair", "image_pair")
 
 
 def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] | None = None) -> str:
@@ -47,6 +48,26 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
     return "\n".join(lines)
 
 
+def changes(before: Mapping[str, Mapping[str, Mapping[str, float]]], splits: Mapping[str, Sequence[Accuracy]]) -> str:
+    """What a training changed, a line per split and edit: the headline metric before it, after it, and the difference in points.
+
+    ``before`` is split -> edit -> metric -> value; what it lacks is left open. Empty where there is nothing to compare.
+    """
+    lines = []
+    for split, rows in splits.items():
+        metric = next((metric for metric in _HEADLINES if rows and metric in rows[-1].metrics), None)
+        if metric is None or split not in before:
+            continue
+        for row in rows:
+            old, new = before[split].get(row.name, {}).get(metric), row.metrics.get(metric)
+            if new is not None:
+                cells = f"{old:.1f} | {new:.1f} | {new - old:+.1f}" if old is not None else f" | {new:.1f} | "
+                lines.append(f"| {split} | {in_cell(row.name)} | {row.num} | {metric} | {cells} |")
+    if not lines:
+        return ""
+    return "\n".join(["| split | edit | groups | metric | before | after | change |", "|---|---|---:|---|---:|---:|---:|", *lines])
+
+
 def _losses(row: Accuracy, plain: Callable[[str], str], reason: Callable[[str], str]) -> list[str]:
     """A line for each term of the training's loss, and one for their weighted sum."""
     lines = []
@@ -76,7 +97,7 @@ def _coverage(row: Accuracy, plain: Callable[[str], str]) -> list[str]:
 
 def headline(rows: Sequence[Accuracy]) -> str:
     """One line for a progress log: the first metric that the split has, by edit type and in the mean."""
-    metric = next((metric for metric in ("group", "pair", "image_pair") if rows and metric in rows[-1].metrics), None)
+    metric = next((metric for metric in _HEADLINES if rows and metric in rows[-1].metrics), None)
     if metric is None:
         return "no comparison: match marks no text or image false beside a true one"
     found = [f"{in_cell(row.name)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics]

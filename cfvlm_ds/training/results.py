@@ -11,12 +11,13 @@ from typing import Any
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.conversation import readable
 from cfvlm_ds.core.errors import StorageError, unwritten
-from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.files import keep, replace
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.data import open_image
 from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
-from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, table
+from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, changes, table
 from cfvlm_ds.evaluation.suite import Result, markdown
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.export.folder import CARD, refuse_replacing, write_card
@@ -26,6 +27,8 @@ from cfvlm_ds.training.card import card_of
 from cfvlm_ds.training.evaluator import Splits
 
 Say = Callable[[str], object]
+START = "results_start.json"
+"""Accuracies before the first step."""
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
@@ -77,8 +80,7 @@ def write_results(
     run_dir = Path(config.train.output_dir)
     path = tables = run_dir / "results.md"
     try:
-        parts = [*([table(results)] if results or not asked else []), *([markdown(asked)] if asked else [])]
-        replace(path, ("\n\n".join(parts) + "\n").encode())
+        replace(path, (text_of(run_dir, results, asked) + "\n").encode())
         path = rows = run_dir / "results.json"
         replace(path, json.dumps({name: [vars(row) for row in found] for name, found in results.items()}, indent=1).encode())
         (run_dir / "scores").mkdir(exist_ok=True)
@@ -88,6 +90,28 @@ def write_results(
     except OSError as error:
         raise StorageError(f"{unwritten(path, error)}; the training is done: make room, and the same command evaluates again") from error
     return [tables, rows]
+
+
+def write_start(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], say: Say) -> Path:
+    """The accuracies before the first step, for the tables at the end."""
+    found = {split: {row.name: row.metrics for row in rows} for split, rows in results.items()}
+    keep(run_dir / START, json.dumps(found, indent=1), say)
+    return run_dir / START
+
+
+def text_of(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], asked: Sequence[Result] = ()) -> str:
+    """The tables of a run: accuracies, what has changed since its start where that was evaluated, and benchmarks."""
+    parts = [*([table(results), _changed(run_dir / START, results)] if results or not asked else []), *([markdown(asked)] if asked else [])]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _changed(start: Path, results: Mapping[str, Sequence[Accuracy]]) -> str:
+    if not start.is_file():
+        return ""
+    try:
+        return changes(parse_json(read_bytes(start, MAX_RECORD).decode()), results)
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
+        return f"What the training changed is not shown: {start} is damaged ({' '.join(str(error).split())})."
 
 
 def draw_figures(run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], max_pixels: int, say: Say) -> list[Path]:

@@ -21,7 +21,7 @@ from cfvlm_ds.core.distributed import Patience, World
 from cfvlm_ds.core.progress import time_left
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data import GroupSampler
-from cfvlm_ds.evaluation import flat_metrics, headline, table
+from cfvlm_ds.evaluation import Accuracy, flat_metrics, headline
 from cfvlm_ds.evaluation.suite.tables import overview, summary
 from cfvlm_ds.evaluation.suite.written import RESULTS
 from cfvlm_ds.models import ModelFlops, peak
@@ -31,7 +31,7 @@ from cfvlm_ds.training.checkpoints import Checkpoints
 from cfvlm_ds.training.evaluator import Evaluator, best_metric
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.read_data import RunData
-from cfvlm_ds.training.results import complete_card, draw_figures, export_checkpoint, write_results
+from cfvlm_ds.training.results import START, complete_card, draw_figures, export_checkpoint, text_of, write_results, write_start
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 from cfvlm_ds.training.step import OptimizerStep, StepResult
 
@@ -93,6 +93,8 @@ class Trainer:
         batches = micro_batches(self._data.groups, self._sampler, self._collator, self._config.data, world, self._num_workers)
         meter = Meter(deepspeed_engine.gather_clock(self._engine, world.device))
         checkpoints = Checkpoints(self._engine, state, self._run_dir, world, train)
+        if state.step == 0:
+            self._begin(tracker)
         started, first_step = time.monotonic(), state.step
         self._engine.train()
         saved = first_step
@@ -153,8 +155,24 @@ class Trainer:
                 "objective.align.weight or lower the margins"
             )
 
+    def _begin(self, tracker: Any) -> None:
+        """Evaluate the model as it came, for the tables at the end, if that is asked for; what an earlier run has found of its own goes."""
+        if self._world.is_main:
+            (self._run_dir / START).unlink(missing_ok=True)
+        if not self._config.train.eval_on_start:
+            return
+        self._world.say("before the first step:")
+        results, _ = self._look(tracker)
+        if self._world.is_main:
+            write_start(self._run_dir, results, self._world.say)
+
     def _evaluate(self, tracker: Any) -> bool:
         """Evaluate between steps; returns whether the result is the best so far by train.save_best."""
+        value = best_metric(self._config, self._look(tracker)[1])
+        return value is not None and self.state.evaluated(value)
+
+    def _look(self, tracker: Any) -> tuple[dict[str, list[Accuracy]], dict[str, float]]:
+        """Evaluate splits and benchmarks, log them and say their headlines; returns the accuracies of the splits, and all metrics."""
         self._pulse.mark("evaluation", self.state.step)
         benchmarks = self._data.benchmarks
         results, _ = self.evaluator()
@@ -165,8 +183,7 @@ class Trainer:
             self._world.say(f"  {split}: {headline(rows)}")
         for name, found in outcomes.items():
             self._world.say(f"  {name}: {headline_of(benchmarks[name], found)}")
-        value = best_metric(self._config, metrics)
-        return value is not None and self.state.evaluated(value)
+        return results, metrics
 
     def _finish(self, tracker: Any) -> None:
         """Export, evaluate every split, write the tables and figures.
@@ -201,7 +218,7 @@ class Trainer:
             for each in asked:
                 tracker.artifact(self._run_dir / FOLDER / each.place / RESULTS, f"{FOLDER}/{each.place}")
             if results:
-                print_line(table(results))  # also with --quiet
+                print_line(text_of(self._run_dir, results))  # also with --quiet
             if asked:
                 print_line("\n".join([*([""] if results else []), overview(asked), "", *map(summary, asked)]))
         if failed is not None:
@@ -209,8 +226,8 @@ class Trainer:
 
     def _leave(self, tracker: Any, why: str) -> NoReturn:
         """Leave a run that will be continued from the checkpoint of its last step; all ranks call it."""
-        done = f"stopped after step {self.state.step} of {self.total_steps}"
-        self._world.say(f"{done}: {why}; the same command continues from the checkpoint")
+        done, goes_on = f"stopped after step {self.state.step} of {self.total_steps}", "continues from the checkpoint"
+        self._world.say(f"{done}: {why}; the same command {goes_on if self.state.step else 'starts again'}")
         tracker.close("SCHEDULED")
         self._world.wait()  # the first rank to leave with a code that is not 0 makes the launcher end the others
         sys.exit(EXIT_STOPPED)

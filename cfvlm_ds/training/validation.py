@@ -33,8 +33,8 @@ def validate(config: RunConfig, world: World | None) -> None:
     raw, model = engine.read_json(config.deepspeed), config.model
     if not model.name_or_path:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
-    tiny = config.build.tiny_llava
-    there = tiny is None or not _is_below(model.name_or_path, tiny.out_dir) or os.path.exists(model.name_or_path)
+    built = [folder for folder in (config.build.base, config.build.tiny_llava and config.build.tiny_llava.out_dir) if folder]
+    there = os.path.exists(model.name_or_path) or not any(_is_below(model.name_or_path, folder) for folder in built)
     check_model(model, raw.get("zero_optimization", {}).get("stage") == 3, there, weights=world is not None)
     device = torch.device("cpu") if world is None else world.device
     size, width = 1 if world is None else world.size, engine.hidden_size(config) if there else _UNKNOWN_WIDTH

@@ -115,6 +115,36 @@ def test_kill_between_steps_resumes_bit_identically(model_dir: Path, manifests: 
     assert losses(broken) == losses(whole)
 
 
+def test_an_evaluation_before_the_first_step_says_what_the_training_changed(
+    model_dir: Path, manifests: dict[str, Path], tmp_path: Path
+) -> None:
+    """A rate of 0 changes nothing; another training starts as that one; what a folder has of an earlier start is not believed."""
+    split = ["--train.eval_on_start", "true", "--data.evaluation.test", str(manifests["test"]), "--train.self_check", "off"]
+    still, moved, plain = tmp_path / "still", tmp_path / "moved", tmp_path / "plain"
+    plain.mkdir()
+    (plain / "results_start.json").write_text('{"test": {"all": {"group": 0.0}}}')
+    run_trainings(
+        2,
+        train_arguments(model_dir, manifests, still, "--train.learning_rate", "0", "--train.max_steps", "1", *split),
+        train_arguments(model_dir, manifests, moved, "--train.learning_rate", "0.01", *split),
+        train_arguments(model_dir, manifests, plain, "--train.max_steps", "1", *split[2:]),
+        said=tmp_path / "said",
+    )
+    start = [json.loads((folder / "results_start.json").read_text()) for folder in (still, moved)]
+    assert start[0] == start[1] and "group" in start[0]["test"]["all"]
+    assert start[0]["test"] == {row["name"]: row["metrics"] for row in json.loads((still / "results.json").read_text())["test"]}
+    changed = [
+        line.split(" | ")[-1] for line in (still / "results.md").read_text().splitlines() if line.startswith("| test") and "+" in line
+    ]
+    assert len(changed) >= 2 and set(changed) == {"+0.0 |"}
+    logged = [row for row in metrics(moved) if "eval/test/pair" in row]
+    assert [row["step"] for row in logged] == [0, 6] and logged[0]["eval/test/pair"] != logged[1]["eval/test/pair"]
+    rows = [line.split(" | ") for line in (moved / "results.md").read_text().splitlines() if line.startswith("| test | all | ")]
+    (line,) = (row for row in rows if row[-1][0] in "+-")
+    assert float(line[5]) - float(line[4]) == pytest.approx(float(line[6].rstrip(" |")), abs=0.11)
+    assert not (plain / "results_start.json").exists() and "before" not in (plain / "results.md").read_text()
+
+
 def test_two_passes_draw_the_same_random_numbers() -> None:
     """A part drops out the same in both forwards: the gradient is that of one graph over all parts, and the last one completes it."""
     weight, boundaries = torch.ones(6, requires_grad=True), []

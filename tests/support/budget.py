@@ -3,8 +3,8 @@
 Wall-clock time depends on what else the machine does, processor time hardly does. What counts for a file is what its tests spend in their
 worker, in processes that they start and wait for, and in ranks forked for them. The JSON also holds the seconds of a fixed piece of work,
 the median over the run that wrote it: where that takes longer, each file gets as much more. Machines differ most in what their kernel takes
-for forks and pages, so that part is told. Runs of what is deselected as a rule (`-m long`, `-m browser`), and of what needs a GPU (`-m gpu`),
-are not held to a budget.
+for forks and pages, so that part is told. Runs of what is deselected as a rule (`-m long`, `-m browser`), and of what needs a GPU
+(`-m gpu`), are not held to a budget.
 """
 
 from __future__ import annotations

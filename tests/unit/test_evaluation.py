@@ -32,6 +32,7 @@ from cfvlm_ds.evaluation import (
     Accuracy,
     GroupScores,
     accuracies,
+    changes,
     evaluate,
     flat_metrics,
     guarded,
@@ -177,6 +178,19 @@ def test_rows_by_edit_type_and_the_mean_over_types() -> None:
     assert accuracies([], []) == [] and "group" not in accuracies([group(Edit("colour", 1))], [scores(right)])[-1].metrics
     with pytest.raises(ValueError):
         accuracies([group()], [])
+
+
+def test_what_a_training_changed() -> None:
+    """Colour rises from 25 to 100; an edit that was not there before has no change, nor has a split without a start."""
+    right, wrong = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]
+    rows = accuracies([group(), group(Edit("size", 1, 1))], [scores(right), scores(wrong)])
+    before = {"iid": {"colour": {"group": 25.0, "pair": 99.0}, "all": {"group": 62.5}}, "gone": {"all": {"group": 1.0}}}
+    assert changes(before, {"iid": rows, "new": rows, "none": []}).splitlines()[2:] == [
+        "| iid | colour | 1 | group | 25.0 | 100.0 | +75.0 |",
+        "| iid | size | 1 | group |  | 0.0 |  |",
+        "| iid | all | 2 | group | 62.5 | 50.0 | -12.5 |",
+    ]
+    assert changes(before, {"new": rows}) == ""
 
 
 def test_table_is_valid_markdown_and_metrics_are_named() -> None:

@@ -18,7 +18,7 @@ from cfvlm_ds.cluster import heartbeat
 from cfvlm_ds.cluster.run_lock import _content
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, StorageError
-from cfvlm_ds.core.files import Lines, append, keep, replace, update
+from cfvlm_ds.core.files import Lines, append, keep, replace, update, whole_folder
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.tracking import open_tracker
 from cfvlm_ds.tracking.run_description import Record
@@ -239,3 +239,14 @@ def test_the_beats_of_a_new_start_are_a_folder_of_their_own(tmp_path: Path) -> N
         StorageError, match=r"file/heartbeat cannot be written \(Not a directory\); make room, or choose another train\.out"
     ):
         heartbeat.prepare(tmp_path / "file")
+
+
+def test_a_folder_that_two_write_at_the_same_time_is_whole_or_an_error(tmp_path: Path) -> None:
+    """The first finds that its folder is gone and touches nothing of the second's."""
+    first, second = whole_folder(tmp_path / "made"), whole_folder(tmp_path / "made")
+    (first.__enter__() / "one").write_text("first")
+    (second.__enter__() / "two").write_text("second")
+    with pytest.raises(FileExistsError, match="another process"):
+        first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["two"] and [path.name for path in tmp_path.iterdir()] == ["made"]

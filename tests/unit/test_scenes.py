@@ -18,14 +18,16 @@ from cfvlm_ds.core.config import ScenesConfig
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 from cfvlm_ds.data.formats.cfgroup import from_row
-from cfvlm_ds.demo.scenes import all_captions, build_scenes
+from cfvlm_ds.demo.scenes import all_captions, all_texts, build_scenes
 from cfvlm_ds.demo.scenes.build import RULES, SceneGroup, as_group, draw_group
 from cfvlm_ds.demo.scenes.edits import EDITS, is_minimal, scene_difference
 from cfvlm_ds.demo.scenes.grammar import PHRASINGS, describe, holds, say
+from cfvlm_ds.demo.scenes.questions import QUESTIONS
 from cfvlm_ds.demo.scenes.render import boxes, render
 from cfvlm_ds.demo.scenes.world import BACKGROUNDS, COLOURS, HELD_OUT, RELATIONS, SHAPES, Rule, Scene, draw_plan, draw_scene, shake
 
 SMALL = {"num_train": 24, "num_test": 16}
+DESCRIBED = [split for split in RULES if split.removeprefix("test_") not in QUESTIONS]
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above", "front": "behind", "behind": "front"}
 
 
@@ -107,12 +109,12 @@ def test_content_is_pinned() -> None:
     """The same on every platform and Python version. If this changes on purpose, raise build.GENERATOR."""
     digest = hashlib.sha256()
     for split in RULES:
-        for drawn, group in drawn_groups(split, 8, num_counterfactuals=3, sham_share=0.5):
-            digest.update(json.dumps([[c.text for c in group.candidates], group.match, [vars(e) for e in group.edits]]).encode())
+        for drawn, group in drawn_groups(split, 8, num_counterfactuals=3, sham_share=0.5, question_share=0.5):
+            digest.update(json.dumps([[vars(c) for c in group.candidates], group.match, [vars(e) for e in group.edits]]).encode())
             for scene in drawn.pictured:
                 digest.update(render(scene, 48).tobytes())
     digest.update(render(drawn.scenes[0], 224).tobytes())
-    assert digest.hexdigest() == "b5ecb62c287fa625c698085144ab33d9076f67d85770ad25b2202909adfce178"
+    assert digest.hexdigest() == "2ae703f9a35ffa8272a731c06a004949d37cd650c0e8f277e00a228f1948d45c"
 
 
 def test_manifest_is_an_ordinary_one(built: Path) -> None:
@@ -162,13 +164,81 @@ def test_edit_changes_only_what_it_names(kind: str) -> None:
         assert differs.any() and not (differs & ~near).any()
 
 
-@pytest.mark.parametrize("split", RULES)
+@pytest.mark.parametrize("split", DESCRIBED)
 def test_truth_tables_agree_with_an_independent_reader(split: str) -> None:
     for drawn, group in drawn_groups(split, 80, num_counterfactuals=4, sham_share=0.5):
         for scene, row in zip(drawn.pictured, group.match, strict=True):
             assert [bool(cell) for cell in row] == [is_true(candidate.text, scene) for candidate in group.candidates]
         for k in range(1, len(group.candidates)):
             assert (group.match[k][k], group.match[0][k], group.match[k][0]) == (1, 0, 0)
+
+
+def answer(prompt: str, scene: Scene) -> str:
+    """The answer of an independent reader of questions."""
+    if options := re.search(r"A: (.+) B: (.+?)(?: Which one fits the image\?)?$", prompt):
+        true = [name for name, text in zip("AB", options.groups(), strict=True) if is_true_or_there(text, scene)]
+        assert len(true) == 1, prompt
+        return true[0]
+    if counted := re.search(r"(?:How many|Count the) (\w+)s(?: are there\?| do you see\?|\.)$", prompt):
+        noun = {"crosse": "cross"}.get(counted.group(1), counted.group(1))
+        return {1: "one", 2: "two", 3: "three"}[sum(thing.count for thing in scene.things if thing.shape == noun)]
+    asked = re.search(r"\b(?:is|are) (?:there )?(.+)\?", prompt)
+    assert asked and (asked.group(1).startswith(("two ", "three ")) == (" are " in f" {prompt}")), prompt
+    return "yes" if is_true_or_there(asked.group(1), scene) else "no"
+
+
+def is_true_or_there(text: str, scene: Scene) -> bool:
+    """Whether a caption is true, or whether a thing that is named alone is there."""
+    things = [match.groups() for match in _THING.finditer(text)]
+    if len(things) == 2:
+        return is_true(text, scene)
+    ((number, size, texture, colour, shape),) = things
+    exact = [t for t in scene.things if (t.count, t.colour, t.shape) == ({"a": 1, "two": 2, "three": 3}[number], colour, shape)]
+    return any(size in (None, t.size) and texture in (None, t.texture) for t in exact)
+
+
+def asked(split: str, number: int, **options: object) -> list[tuple[SceneGroup, CounterfactualGroup]]:
+    return [(drawn, group) for drawn, group in drawn_groups(split, number, **options) if drawn.question]
+
+
+@pytest.mark.parametrize(
+    ("split", "options"),
+    [("train", {"question_share": 1.0, "num_counterfactuals": 3, "sham_share": 0.5}), *((f"test_{kind}", {}) for kind in QUESTIONS)],
+)
+def test_answers_agree_with_an_independent_reader(split: str, options: dict) -> None:
+    groups = asked(split, 300, **options)
+    assert len(groups) == 300
+    for drawn, group in groups:
+        assert len({candidate.prompt for candidate in group.candidates}) == 1 and len(group.candidates) == 2
+        right = [answer(group.candidates[0].prompt, scene) for scene in drawn.scenes[:2]]
+        assert right == [candidate.text for candidate in group.candidates], group.candidates[0].prompt
+        assert group.match[:2] == ((1, 0), (0, 1))
+        if drawn.question == "yes_no":  # whatever else is pictured answers one or the other
+            expected = [answer(group.candidates[0].prompt, scene) for scene in drawn.pictured]
+            assert [group.candidates[line.index(1)].text for line in group.match] == expected
+
+
+@pytest.mark.parametrize("kind", QUESTIONS)
+def test_language_tells_no_answer(kind: str) -> None:
+    """Of both pictures the same is asked and the answers differ, so any reader of prompts is right once; nor does a place tell."""
+    groups = asked("train", 1200, question_share=1.0, edit_weights={"count": 1.0} if kind == "count" else None)
+    texts = [tuple(candidate.text for candidate in group.candidates) for drawn, group in groups if drawn.question == kind]
+    assert len(texts) > 300 and all(first != second for first, second in texts)
+    given = Counter(text for pair in texts for text in pair)
+    if kind != "count":  # whose numbers are asked two at a time: each picture of a pair has its own
+        first = Counter(first for first, _ in texts)
+        assert given[texts[0][0]] == given[texts[0][1]] == len(texts) and first[texts[0][0]] / len(texts) == pytest.approx(0.5, abs=0.06)
+
+
+def test_questions_are_a_share_of_training_and_change_no_scene() -> None:
+    plain, mixed = (drawn_groups("train", 600, question_share=share) for share in (0.0, 0.4))
+    assert not any(drawn.question for drawn, _ in plain)
+    kinds = Counter(drawn.question for drawn, _ in mixed)
+    assert set(kinds) == {"", *QUESTIONS} and 1 - kinds[""] / 600 == pytest.approx(0.4, abs=0.06)
+    for (before, told), (after, group) in zip(plain, mixed, strict=True):
+        assert (before.scenes, before.phrasing) == (after.scenes, after.phrasing)
+        assert after.question or told == group
+    assert len({group.candidates[0].prompt for _, group in plain}) == 5
 
 
 def test_checker_sees_every_way_to_be_wrong() -> None:
@@ -210,7 +280,7 @@ def test_planted_correlation(split: str, rate: float) -> None:
 
 def test_held_out_combinations_never_occur_outside_their_split() -> None:
     assert len(HELD_OUT) == 6 and {c for c, _ in HELD_OUT} == set(COLOURS) and {s for _, s in HELD_OUT} == set(SHAPES)
-    for split in RULES:
+    for split in DESCRIBED:
         seen: set[tuple[str, str]] = set()
         for drawn, group in drawn_groups(split, 300, num_counterfactuals=2):
             per_scene = [{(t.colour, t.shape) for t in scene.things} for scene in drawn.pictured]
@@ -222,7 +292,7 @@ def test_held_out_combinations_never_occur_outside_their_split() -> None:
 
 
 def test_edit_types_are_balanced() -> None:
-    for split in set(RULES) - {"train"}:
+    for split in set(RULES) - {"train", "test_count"}:
         kinds = Counter(group.edits[0].type for _, group in drawn_groups(split, 45))
         assert kinds == dict.fromkeys(EDITS, 5)
     kinds = Counter(drawn.edits[0] for drawn, _ in drawn_groups("train", 800))
@@ -284,6 +354,13 @@ def test_captions_cover_the_grammar_in_few_words() -> None:
     assert all(7 <= len(caption.split()) <= 18 and caption == caption.lower() for caption in captions)
 
 
+def test_a_tokenizer_sees_what_is_asked() -> None:
+    words = {word.strip("?:.") for text in all_texts(0, 300) for word in text.split()}
+    asked_words = {word.strip("?:.") for _, group in drawn_groups("train", 400, question_share=1.0) for c in group.candidates
+                   for word in f"{c.prompt} {c.text}".split()}  # fmt: skip
+    assert asked_words <= words
+
+
 def test_killed_build_is_built_again(tmp_path: Path) -> None:
     config, lines = ScenesConfig(str(tmp_path / "world"), num_train=2, num_test=8), []
 
@@ -312,7 +389,15 @@ def test_refuses_a_folder_that_holds_something_else(built: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_train": 0}, {"image_size": 16}, {"sham_share": 2.0}, {"edit_weights": {"color": 1.0}}, {"edit_weights": {}}]
+    "wrong",
+    [
+        {"num_train": 0},
+        {"image_size": 16},
+        {"sham_share": 2.0},
+        {"question_share": -1},
+        {"edit_weights": {"color": 1.0}},
+        {"edit_weights": {}},
+    ],
 )
 def test_wrong_settings_are_named(wrong: dict) -> None:
     with pytest.raises(DataError, match=next(iter(wrong))):

@@ -208,7 +208,7 @@ def test_options_that_end_a_run_are_found_before_pictures_are_opened(
 def test_what_is_built_first_is_not_looked_for(tmp_path: Path) -> None:
     """And only that: a manifest elsewhere is missed before 42,800 pictures are drawn."""
     scenes, tiny = tmp_path / "scenes", tmp_path / "tiny"
-    quickstart = ["--config", "examples/quickstart.yaml", "--build.scenes.out_dir", str(scenes), "--build.tiny_llava.out_dir", str(tiny)]
+    quickstart = ["--config", "examples/quickstart.yaml", "--build.scenes.out_dir", str(scenes), "--build.base", str(tiny)]
     quickstart += ["--model.name_or_path", str(tiny), "--data.train", str(scenes / "train.jsonl")]
     evaluated = [f"--data.evaluation={{test: {scenes / 'test_iid.jsonl'}}}"]
     world = World(0, 1, 0, CPU)

@@ -1,7 +1,8 @@
 """Scenes as an ordinary folder of ``cfgroup/1`` manifests and PNG files; nothing in its form shows that the data is synthetic.
 
-Splits: ``train`` and ``test_iid`` (planted correlation 90 %), ``test_corr50`` and ``test_corr10`` (the same at 50 % and 10 %), all without
-held-out combinations, and ``test_combo`` (50 %; the factual scene of every group has a held-out combination).
+Splits: ``train``, ``validation`` and ``test_iid`` (planted correlation 90 %), ``test_corr50`` and ``test_corr10`` (the same at 50 % and
+10 %), all without held-out combinations, and ``test_combo`` (50 %; the factual scene of every group has a held-out combination). The groups
+of ``test_yes_no``, ``test_choice`` and ``test_count`` ask a question of scenes like those of ``test_combo``; so does a share of training.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -19,17 +20,17 @@ from PIL import Image, ImageChops
 from cfvlm_ds.core.config import ScenesConfig
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_folder
-from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.core.groups import SHAM, CounterfactualGroup, Edit
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.demo.scenes.edits import EDITS, is_minimal, scene_difference
-from cfvlm_ds.demo.scenes.grammar import PHRASINGS, describe, difference, holds, say
+from cfvlm_ds.demo.scenes.grammar import PHRASINGS, describe, difference
+from cfvlm_ds.demo.scenes.questions import QUESTIONS, asking, describing
 from cfvlm_ds.demo.scenes.render import boxes, render
 from cfvlm_ds.demo.scenes.world import GRID, Rule, Scene, draw_plan, draw_scene, shake
 
-PROMPT = "Describe the image."
 SOURCE = "scenes"
 RULES = {
     "train": Rule(0.9),
@@ -37,8 +38,12 @@ RULES = {
     "test_combo": Rule(0.5, held_out="must"),
     "test_corr50": Rule(0.5),
     "test_corr10": Rule(0.1),
+    "test_yes_no": Rule(0.5, held_out="must"),
+    "test_choice": Rule(0.5, held_out="must"),
+    "test_count": Rule(0.5, held_out="must"),
+    "validation": Rule(0.9),
 }
-GENERATOR = 3
+GENERATOR = 4
 """Raised whenever the same settings would give other data, so that an older folder is not taken for the new one."""
 
 _MIN_CHANGED = 24  # pixels of a 48 x 48 image that an edit must change visibly, scaled with the area
@@ -48,13 +53,18 @@ _MAX_DRAWS = 2000  # one in seven scenes allows the rarest edit, one in forty th
 
 @dataclass(frozen=True)
 class SceneGroup:
-    """A group before it is written: the anchor, K edits of it (with their types) and perhaps a sham, said in one phrasing."""
+    """A group before it is written: the anchor, K edits of it (with their types) and perhaps a sham, said in one phrasing.
+
+    ``question`` is a kind of QUESTIONS, or "" where the image is described; ``wording`` is the seed of how it is asked.
+    """
 
     scenes: tuple[Scene, ...]
     edits: tuple[str, ...]
     sham: Scene | None
     phrasing: int
     a_first: bool
+    question: str
+    wording: str
 
     @property
     def pictured(self) -> tuple[Scene, ...]:
@@ -116,8 +126,11 @@ def _check(config: ScenesConfig) -> None:
         raise DataError("scenes: num_train, num_test and num_counterfactuals must be at least 1")
     if config.image_size < GRID:
         raise DataError(f"scenes: image_size is {config.image_size}; below {GRID} pixels the things cannot be told apart")
-    if not 0 <= config.sham_share <= 1:
-        raise DataError(f"scenes: sham_share must be between 0 and 1, not {config.sham_share}")
+    for name in ("sham_share", "question_share"):
+        if not 0 <= (share := getattr(config, name)) <= 1:
+            raise DataError(f"scenes: {name} must be between 0 and 1, not {share}")
+    if not 0 < config.question_weight < float("inf"):
+        raise DataError(f"scenes: question_weight must be a positive number, not {config.question_weight}")
     weights = config.edit_weights
     if weights is not None and (set(weights) - set(EDITS) or any(w < 0 for w in weights.values()) or not sum(weights.values())):
         raise DataError(f"scenes: edit_weights must be non-negative and not all 0; the types are {', '.join(EDITS)}")
@@ -134,6 +147,7 @@ def draw_group(config: ScenesConfig, split: str, index: int) -> SceneGroup:
     test = split != "train"
     weights = dict.fromkeys(EDITS, 1.0) if test or config.edit_weights is None else {k: config.edit_weights.get(k, 0.0) for k in EDITS}
     first = list(EDITS)[index % len(EDITS)] if test else rng.choices(list(weights), list(weights.values()))[0]
+    first = "count" if split == "test_count" else first
     num_edits = 1 if test else config.num_counterfactuals
     plan = draw_plan(rng, rule)
     may_hold_out = rule.held_out != "never"
@@ -148,30 +162,44 @@ def draw_group(config: ScenesConfig, split: str, index: int) -> SceneGroup:
         )
     sham = shake(anchor, rng) if test or rng.random() < config.sham_share else None
     scenes = (anchor, *(scene for _, scene in edits))
-    return SceneGroup(scenes, tuple(kind for kind, _ in edits), sham, rng.randrange(len(PHRASINGS)), rng.random() < 0.5)
+    phrasing, a_first = rng.randrange(len(PHRASINGS)), rng.random() < 0.5
+    # Drawn apart: the scenes and captions of a seed do not depend on what is asked about them.
+    wording = f"{config.seed}/{split}/{index}/asked"
+    return SceneGroup(scenes, tuple(kind for kind, _ in edits), sham, phrasing, a_first, _question(config, split, first, wording), wording)
+
+
+def _question(config: ScenesConfig, split: str, edit: str, wording: str) -> str:
+    """What a group asks: its split's kind, in training one drawn, a number where the number was edited; or "" for a description."""
+    if (kind := split.removeprefix("test_")) in QUESTIONS:
+        return kind
+    rng = Random(f"{wording}/kind")
+    if split != "train" or rng.random() >= config.question_share:
+        return ""
+    return rng.choice([kind for kind in QUESTIONS if kind != "count" or edit == "count"])
 
 
 def as_group(drawn: SceneGroup, group_id: str, images: tuple[Path, ...]) -> CounterfactualGroup:
     """The group with its truth table, which is read off the scene graphs.
 
-    Raises RuntimeError if an edit's text is true of the anchor or the anchor's text of an edit, which would be a bug.
+    Raises RuntimeError if an edit's text is true of the anchor or the anchor's text of an edit, ValueError if both answer a question alike:
+    either would be a bug.
     """
+    rng = Random(drawn.wording)
+    if drawn.question:
+        asked = asking(drawn.question, drawn.pictured, drawn.phrasing, drawn.a_first, rng)
+    else:
+        asked = describing(drawn.pictured, len(drawn.scenes), drawn.phrasing, drawn.a_first, rng)
     claims = [describe(scene, drawn.a_first) for scene in drawn.scenes]
-    match = tuple(tuple(int(holds(claim, scene)) for claim in claims) for scene in drawn.pictured)
-    for k in range(1, len(claims)):
-        if not match[k][k] or match[0][k] or match[k][0]:
-            raise RuntimeError(
-                f"scenes: the {drawn.edits[k - 1]} edit of group {group_id} is not a counterfactual: {claims[0]} / {claims[k]}"
-            )
-    edits = [
-        Edit(kind, image=k, text=k, source=words[0], target=words[1])
-        for k, kind in enumerate(drawn.edits, start=1)
-        for words in [difference(claims[0], claims[k], drawn.phrasing)]
-    ]
+    edits = []
+    for k, kind in enumerate(drawn.edits, start=1):
+        own = k if k < len(asked.candidates) else None  # a question has two answers, however many scenes there are
+        if own and (not asked.match[k][k] or asked.match[0][k] or asked.match[k][0]):
+            raise RuntimeError(f"scenes: the {kind} edit of group {group_id} is not a counterfactual: {claims[0]} / {claims[k]}")
+        before, after = difference(claims[0], claims[k], drawn.phrasing)
+        edits.append(Edit(kind, image=k, text=own, source=before, target=after))
     if drawn.sham is not None:
         edits.append(Edit(SHAM, image=len(drawn.scenes)))
-    candidates = tuple(Candidate(PROMPT, say(claim, drawn.phrasing)) for claim in claims)
-    return CounterfactualGroup(group_id, tuple((image,) for image in images), candidates, match, tuple(edits), source=SOURCE)
+    return CounterfactualGroup(group_id, tuple((image,) for image in images), asked.candidates, asked.match, tuple(edits), source=SOURCE)
 
 
 def check_pixels(before: Scene, after: Scene, image_size: int) -> bool:
@@ -228,7 +256,10 @@ def _write_group(config: ScenesConfig, split: str, index: int, root: Path) -> tu
     images = [render(scene, config.image_size) for scene in drawn.pictured]
     for path, image in zip(paths, images, strict=True):
         image.save(path, compress_level=1)
-    row = to_row(as_group(drawn, group_id, paths), root)
+    group = as_group(drawn, group_id, paths)
+    if drawn.question and split == "train":
+        group = replace(group, weight=config.question_weight)
+    row = to_row(group, root)
     return json.dumps(row, ensure_ascii=False, sort_keys=False), images
 
 

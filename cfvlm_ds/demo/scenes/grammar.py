@@ -13,8 +13,8 @@ from random import Random
 from cfvlm_ds.demo.scenes.world import OPPOSITE, Rule, Scene, Thing, draw_plan, draw_scene
 
 _NUMBERS = {1: "a", 2: "two", 3: "three"}
-_OF = {"left": "left of", "right": "right of", "above": "above", "below": "below", "front": "in front of", "behind": "behind"}
-_TO = _OF | {"left": "to the left of", "right": "to the right of"}
+OF = {"left": "left of", "right": "right of", "above": "above", "below": "below", "front": "in front of", "behind": "behind"}
+_TO = OF | {"left": "to the left of", "right": "to the right of"}
 _SIDE = {"left": "to the left", "right": "to the right", "above": "above", "below": "below", "front": "in front", "behind": "behind"}
 _AT = _SIDE | {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
 
@@ -86,9 +86,9 @@ def parts(claim: Claim, phrasing: int) -> list[str]:
     """The caption in pieces, unsaid ones empty: two claims in one phrasing have the same pieces at the same places."""
     relation = claim.relation
     words = {
-        "{x}": _noun_phrase(claim.x),
-        "{y}": _noun_phrase(claim.y),
-        "{of}": [_OF[relation]],
+        "{x}": noun_phrase(claim.x),
+        "{y}": noun_phrase(claim.y),
+        "{of}": [OF[relation]],
         "{to}": [_TO[relation]],
         "{side}": [_SIDE[relation]],
         "{at}": [_AT[relation]],
@@ -108,13 +108,23 @@ def difference(before: Claim, after: Claim, phrasing: int) -> tuple[str, str]:
     return " ".join(p for p, _ in pairs), " ".join(q for _, q in pairs)
 
 
-def all_captions(seed: int, num_captions: int) -> list[str]:
-    """Captions from the whole grammar, held-out combinations included and nothing correlated: what a tokenizer should be trained on."""
+def all_claims(seed: int, num_claims: int) -> list[Claim]:
+    """Claims of the whole grammar, held-out combinations included and nothing correlated."""
     rng, rule = Random(f"{seed}/captions"), Rule(p=0.5, held_out="may")
-    claims = (describe(draw_scene(rng, rule, draw_plan(rng, rule)), a_first=True) for _ in range(num_captions))
-    return [say(claim, rng.randrange(len(PHRASINGS))) for claim in claims]
+    return [describe(draw_scene(rng, rule, draw_plan(rng, rule)), a_first=True) for _ in range(num_claims)]
 
 
-def _noun_phrase(what: Description) -> list[str]:
-    noun = what.shape if what.count == 1 else what.shape + ("es" if what.shape.endswith("s") else "s")
-    return [_NUMBERS[what.count], what.size or "", what.texture or "", what.colour, noun]
+def all_captions(seed: int, num_captions: int) -> list[str]:
+    """Captions from the whole grammar."""
+    rng = Random(f"{seed}/phrasings")
+    return [say(claim, rng.randrange(len(PHRASINGS))) for claim in all_claims(seed, num_captions)]
+
+
+def noun(shape: str, count: int) -> str:
+    """ "star", "crosses"."""
+    return shape if count == 1 else shape + ("es" if shape.endswith("s") else "s")
+
+
+def noun_phrase(what: Description) -> list[str]:
+    """Number, size, texture, colour and noun, unsaid ones empty."""
+    return [_NUMBERS[what.count], what.size or "", what.texture or "", what.colour, noun(what.shape, what.count)]

@@ -1,0 +1,133 @@
+"""What is asked about a scene: a description, in several wordings, or a question that anchor and counterfactual answer differently.
+
+Both answers of a question are texts of one group and both pictures are shown, so whoever does not see gets one of two right, whatever the
+question, its wording or the order of its options tell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from cfvlm_ds.core.groups import Candidate
+from cfvlm_ds.demo.scenes.grammar import OF, Claim, Description, all_captions, all_claims, describe, holds, noun, noun_phrase, say
+from cfvlm_ds.demo.scenes.world import Scene
+
+QUESTIONS = ("yes_no", "choice", "count")
+"""Kinds of question; ``count`` goes with the edit of that name alone."""
+
+_DESCRIBE = (
+    "Describe the image.",
+    "What do you see?",
+    "What is in this picture?",
+    "Write a caption for the image.",
+    "Say what the picture shows.",
+)
+_YES_NO = ("{q}?", "{q}? Answer yes or no.", "Yes or no: {q}?", "Look at the image: {q}?")
+_CHOICE = ("Which is true? A: {a} B: {b}", "A: {a} B: {b} Which one fits the image?", "Does A or B describe the image? A: {a} B: {b}")
+_COUNT = ("How many {n} are there?", "Count the {n}.", "How many {n} do you see?")
+_NUMBERS = {1: "one", 2: "two", 3: "three"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt with its texts, and the truth of each text about each scene (scenes x texts); text 0 is true of scene 0."""
+
+    candidates: tuple[Candidate, ...]
+    match: tuple[tuple[int, ...], ...]
+
+
+def describing(scenes: tuple[Scene, ...], num_texts: int, phrasing: int, a_first: bool, rng: Random) -> Asked:
+    """The captions of the first ``num_texts`` scenes, asked for in one of several wordings."""
+    claims = [describe(scene, a_first) for scene in scenes[:num_texts]]
+    prompt = rng.choice(_DESCRIBE)
+    return Asked(
+        tuple(Candidate(prompt, say(claim, phrasing)) for claim in claims),
+        tuple(tuple(int(holds(claim, scene)) for claim in claims) for scene in scenes),
+    )
+
+
+def asking(kind: str, scenes: tuple[Scene, ...], phrasing: int, a_first: bool, rng: Random) -> Asked:
+    """A question of ``kind`` that scene 0 answers with text 0 and scene 1 with text 1; further scenes may answer with neither.
+
+    Raises ValueError where the two scenes do not differ in what is asked.
+    """
+    if kind == "yes_no":
+        prompt, truth = _yes_no(scenes, a_first, rng)
+        answers, said = ("yes", "no"), [[int(fits), int(not fits)] for fits in truth]
+    elif kind == "choice":
+        claims = [describe(scene, a_first) for scene in rng.sample(scenes[:2], 2)]
+        texts, said = _options(scenes, claims, phrasing, rng)
+        prompt, answers = rng.choice(_CHOICE).format(a=texts[0], b=texts[1]), ("A", "B")
+    else:
+        shape, numbers = _counted(scenes[0], scenes[1])
+        prompt = rng.choice(_COUNT).format(n=noun(shape, 2))
+        answers = (_NUMBERS[numbers[0]], _NUMBERS[numbers[1]])
+        said = [[int(_number_of(shape, scene) == number) for number in numbers] for scene in scenes]
+    if sorted((said[0], said[1])) != [[0, 1], [1, 0]]:
+        raise ValueError(f"both scenes answer {prompt!r} alike")
+    if not said[0][0]:
+        answers, said = answers[::-1], [line[::-1] for line in said]
+    return Asked(tuple(Candidate(prompt, answer) for answer in answers), tuple(tuple(line) for line in said))
+
+
+def _yes_no(scenes: tuple[Scene, ...], a_first: bool, rng: Random) -> tuple[str, list[bool]]:
+    """Whether what is true of one of the first two scenes, drawn, holds: of a thing where things differ, else (and often so) of both."""
+    claim, other = (describe(scene, a_first) for scene in rng.sample(scenes[:2], 2))
+    wording = rng.choice(_YES_NO)
+    own = [thing for thing, instead in ((claim.x, other.x), (claim.y, other.y)) if thing != instead]
+    if own and rng.random() < 0.5:
+        thing = rng.choice(own)
+        there = [_is_there(thing, scene) for scene in scenes]
+        if there[0] != there[1]:
+            return wording.format(q=f"{_be(thing)} there {phrase(thing)}"), there
+    question = f"{_be(claim.x)} {phrase(claim.x)} {OF[claim.relation]} {phrase(claim.y)}"
+    return wording.format(q=question), [holds(claim, scene) for scene in scenes]
+
+
+def _options(scenes: tuple[Scene, ...], claims: list[Claim], phrasing: int, rng: Random) -> tuple[list[str], list[list[int]]]:
+    """Two options and which of them each scene shows: the things that differ, if that is one alone, or the captions."""
+    pairs = [(one, two) for one, two in zip((claims[0].x, claims[0].y), (claims[1].x, claims[1].y), strict=True) if one != two]
+    if len(pairs) == 1 and rng.random() < 0.5:
+        there = [[int(_is_there(thing, scene)) for thing in pairs[0]] for scene in scenes]
+        if sorted(there[:2]) == [[0, 1], [1, 0]]:
+            return [phrase(thing) for thing in pairs[0]], there
+    return [say(claim, phrasing) for claim in claims], [[int(holds(claim, scene)) for claim in claims] for scene in scenes]
+
+
+def phrase(thing: Description) -> str:
+    """ "two small red circles"."""
+    return " ".join(word for word in noun_phrase(thing) if word)
+
+
+def _is_there(thing: Description, scene: Scene) -> bool:
+    return any(thing.fits(seen) for seen in scene.things)
+
+
+def _be(thing: Description) -> str:
+    return "is" if thing.count == 1 else "are"
+
+
+def _counted(before: Scene, after: Scene) -> tuple[str, tuple[int, int]]:
+    """The shape whose number differs between two scenes, and its numbers."""
+    for old, new in zip(before.things, after.things, strict=True):
+        if old.shape == new.shape and old.count != new.count:
+            return old.shape, (old.count, new.count)
+    raise ValueError("the two scenes hold as many of everything")
+
+
+def _number_of(shape: str, scene: Scene) -> int:
+    return sum(thing.count for thing in scene.things if thing.shape == shape)
+
+
+def all_texts(seed: int, number: int) -> list[str]:
+    """Captions, prompts and answers of the whole world: what a tokenizer should be trained on."""
+    rng = Random(f"{seed}/prompts")
+    texts = [*all_captions(seed, number), *_DESCRIBE, "yes", "no", "A", "B", *_NUMBERS.values()]
+    claims = all_claims(seed, number)
+    for claim, other in zip(claims, claims[::-1], strict=True):
+        whole = f"{_be(claim.x)} {phrase(claim.x)} {OF[claim.relation]} {phrase(claim.y)}"
+        texts.append(rng.choice(_YES_NO).format(q=rng.choice((whole, f"{_be(claim.x)} there {phrase(claim.x)}"))))
+        texts.append(rng.choice(_CHOICE).format(a=say(claim, 0), b=say(other, 0)))
+        texts.append(rng.choice(_COUNT).format(n=noun(claim.x.shape, 2)))
+    return texts
