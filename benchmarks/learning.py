@@ -28,6 +28,10 @@ from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 RECORDS = REPO / "benchmarks" / "learning"
+CONTROL = REPO / "cfvlm_ds" / "demo" / "control.json"
+"""What the demo prints beside its own run: the mean over seeds of NLL on all pairs."""
+BASE = RECORDS / "base.json"
+"""Group accuracy of the base, of the first run alone."""
 NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
 PAPER = [
     f"--objective.{term}.{option}={value}"
@@ -78,7 +82,8 @@ def main() -> None:
     parser.add_argument("--capabilities", nargs="+", default=[""], help="values of ATEN_CPU_CAPABILITY (default the machine's best)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="threads of a run (default 1)")
     parser.add_argument("--steps", type=int, default=1000, help="steps of the default objective (default 1000)")
-    parser.add_argument("--num_test", type=int, default=9000, help="groups of the test splits (default 9000: 1000 an edit)")
+    parser.add_argument("--num_test", type=int, default=9000, help="groups of held-out combinations (default 9000: 1000 an edit)")
+    parser.add_argument("--num_questions", type=int, default=900, help="groups of each kind of question (default 900)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default one per core)")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs (default runs/learning)")
     parser.add_argument("--report", action="store_true", help="only write the tables and the figure")
@@ -97,7 +102,7 @@ def run_all(arguments: argparse.Namespace) -> None:
     ]
     if not jobs:
         return
-    train(arguments, arguments.out / "build", Job("default", "1e-3", 0), 1)  # writes the world and the base once
+    train(arguments, arguments.out / "build", jobs[0], 1)  # writes the world and the base once
     with ThreadPoolExecutor(arguments.jobs) as pool:
         arms = sorted({"default", *(job.arm for job in jobs)})
         seconds = dict(zip(arms, pool.map(lambda arm: seconds_per_step(arguments, arm), arms), strict=True))
@@ -113,11 +118,13 @@ def seconds_per_step(arguments: argparse.Namespace, arm: str) -> float:
 def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
     folder = arguments.out / job.name
     spent = train(arguments, folder, job, steps, evaluated=True)
-    before, after = (json.loads((folder / name).read_text()) for name in ("results_start.json", "results.json"))
     found = {
-        split: {row["name"]: {"groups": row["num"], "group": row["metrics"]["group"]} for row in rows} for split, rows in after.items()
+        split: {row["name"]: {"groups": row["num"], "group": row["metrics"]["group"]} for row in rows}
+        for split, rows in json.loads((folder / "results.json").read_text()).items()
     }
-    base = {split: {edit: metrics["group"] for edit, metrics in rows.items()} for split, rows in before.items()}
+    if (start := folder / "results_start.json").exists():
+        rows = {split: {edit: metrics["group"] for edit, metrics in rows.items()} for split, rows in json.loads(start.read_text()).items()}
+        BASE.write_text(json.dumps(rows, indent=1) + "\n")
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     factual = [row["logp/lp_00"] for row in logged if "logp/lp_00" in row]
     record = {
@@ -126,7 +133,6 @@ def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
         "processor_seconds": round(spent),
         "processor": processor(),
         "factual_nats_per_token": {"first": round(factual[0], 3), "last": round(factual[-1], 3)},
-        "base": base,
         "results": found,
     }
     job.record.write_text(json.dumps(record, indent=1) + "\n")
@@ -147,7 +153,8 @@ def train(arguments: argparse.Namespace, folder: Path, job: Job, steps: int, eva
     command += [f"--build.base={arguments.out / 'base'}", f"--model.name_or_path={arguments.out / 'base'}"]
     world = arguments.out / "scenes"
     command += [f"--build.scenes.out_dir={world}", f"--build.scenes.num_test={arguments.num_test}", f"--data.train={world / 'train.jsonl'}"]
-    splits = {name: str(world / f"test_{name}.jsonl") for name in ("combo", "yes_no", "choice", "count")} if evaluated else {}
+    limits = {"combo": arguments.num_test, **dict.fromkeys(("yes_no", "choice", "count"), arguments.num_questions)} if evaluated else {}
+    splits = {name: {"path": str(world / f"test_{name}.jsonl"), "limit": limit} for name, limit in limits.items()}
     command += [
         f"--data.evaluation={json.dumps(splits)}",
         f"--train.output_dir={folder}",
@@ -158,7 +165,7 @@ def train(arguments: argparse.Namespace, folder: Path, job: Job, steps: int, eva
         "--data.num_workers=0",
         "--train.save_steps=0",
         "--train.eval_steps=0",
-        f"--train.eval_on_start={str(evaluated).lower()}",
+        f"--train.eval_on_start={str(evaluated and not BASE.exists() and job.seed == 0 and job.arm == 'default').lower()}",
         "--train.eval_shuffled=false",
         "--train.figures=false",
         "--train.export=false",
@@ -179,14 +186,24 @@ def train(arguments: argparse.Namespace, folder: Path, job: Job, steps: int, eva
 
 
 def report(arguments: argparse.Namespace) -> None:
-    records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
-    if not records:
+    records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json")) if path != BASE]
+    if not records or not BASE.exists():
         sys.exit(f"{RECORDS} holds no results; run without --report first")
     text = "\n\n".join(tables(records))
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "learning.md").write_text(text + "\n")
     figure(arguments.out / "learning.png", records)
+    if controls := [r for r in records if told(r) == ("nll-all", "1e-3", "best, 1 thread")]:
+        CONTROL.write_text(json.dumps({"seeds": len(controls), "accuracies": mean_of(controls)}, indent=1) + "\n")
     print(text, f"\nwrote {arguments.out}/learning.md and learning.png")
+
+
+def mean_of(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    first = records[0]["results"]
+    return {
+        split: {edit: round(statistics.mean(r["results"][split][edit]["group"] for r in records), 1) for edit in rows}
+        for split, rows in first.items()
+    }
 
 
 def told(record: dict[str, Any]) -> tuple[str, ...]:
@@ -208,7 +225,7 @@ def tables(records: list[dict[str, Any]]) -> Iterator[str]:
         [
             f"| group accuracy, %, {pairs} pairs an edit | rate | sums | seeds | steps | {' | '.join(head)} |",
             f"|---|---:|---|---:|---:|{'---:|' * len(head)}",
-            f"| base | | | | | {' | '.join(f'{value:.0f}' for value in base_of(records[0], edits, questions))} |",
+            f"| base | | | | | {' | '.join(f'{value:.0f}' for value in base_of(edits, questions))} |",
             *(line(key, found, edits, questions) for key, found in rows.items()),
         ]
     )
@@ -226,8 +243,9 @@ def tables(records: list[dict[str, Any]]) -> Iterator[str]:
     )
 
 
-def base_of(record: dict[str, Any], edits: list[str], questions: list[str]) -> list[float]:
-    return [record["base"]["combo"][edit] for edit in edits] + [record["base"][split]["all"] for split in questions]
+def base_of(edits: list[str], questions: list[str]) -> list[float]:
+    base = json.loads(BASE.read_text())
+    return [base["combo"][edit] for edit in edits] + [base[split]["all"] for split in questions]
 
 
 def values(record: dict[str, Any], edits: list[str], questions: list[str]) -> list[float]:
@@ -250,7 +268,7 @@ def figure(path: Path, records: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot
 
     edits = list(records[0]["results"]["combo"])
-    bars: list[tuple[str, str, list[list[float]]]] = [("base", "#c9c9c9", [[records[0]["base"]["combo"][edit]] for edit in edits])]
+    bars: list[tuple[str, str, list[list[float]]]] = [("base", "#c9c9c9", [[value] for value in base_of(edits, [])])]
     for arm, colour in (("nll-all", "#7f8790"), ("default", "#1f6f8b")):
         found = [r for r in records if told(r) == (arm, "1e-3", "best, 1 thread")]
         if found:
