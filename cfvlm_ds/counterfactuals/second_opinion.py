@@ -24,9 +24,9 @@ class SecondOpinion:
 
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._clip = _loaded("--clip", clip, self._device, _clip) if clip else None
-        self._dino = _loaded("--dino", dino, self._device, _encoder) if dino else None
-        self._nli = _loaded("--nli", nli, self._device, _nli) if nli else None
+        self._clip: Any = _loaded("--clip", clip, self._device, _clip) if clip else None
+        self._dino: Any = _loaded("--dino", dino, self._device, _encoder) if dino else None
+        self._nli: Any = _loaded("--nli", nli, self._device, _nli) if nli else None
 
     def of(self, caption: str, text: str, pictures: Sequence[Image.Image]) -> dict[str, Any]:
         """``clip``: cosines, a row for each picture, of the caption and the new text. ``dino``: cosine of both pictures. ``nli``: the share

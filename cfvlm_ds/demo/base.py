@@ -75,12 +75,12 @@ tags:
 
 # The pretrained base of cfvlm-ds's demo
 
-A LLaVA of one million weights for drawn scenes of 48 pixels: two kinds of things, what they look like, how many, and where. It has learned from
-captions and answers by plain likelihood, {steps} steps from random weights, and it has never been shown two pictures that differ in what stands where:
-it knows words and things better than how they go together. It is of no use for other pictures.
+A LLaVA of one million weights for drawn scenes of 48 pixels: two kinds of things, what they look like, how many, and where. It has
+learned from captions and answers by plain likelihood, {steps} steps from random weights, and was never shown two pictures that differ in
+what stands where: it knows words and things better than how they go together. It is of no use for other pictures.
 
-`make base` makes it again, in about {minutes} minutes of two CPU cores; benchmarks/base.yaml is its configuration, base.json the record of its
-training. Group accuracy in %, chance 16.7: scenes like those of training, and combinations of colour and shape that training never showed.
+`make base` makes it again, in some {minutes} minutes of two CPU cores; benchmarks/base.yaml is its configuration, base.json the record of
+its training. Group accuracy in %, chance 16.7: scenes like those of training, and combinations of colour and shape that it never showed.
 
 | edit | seen combinations | held out |
 |---|---:|---:|

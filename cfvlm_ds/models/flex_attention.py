@@ -47,15 +47,15 @@ class Blocks:
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key <= query) & (query < stops[key])
 
-        counted = [
-            part.to(device)
-            for kind in (self.partial, self.full)
-            for part in (
-                kind.sum(1, dtype=torch.int32)[None, None],
-                kind.int().argsort(dim=1, descending=True, stable=True).int()[None, None],
+        (partial, of_partial), (full, of_full) = (
+            (
+                kind.sum(1, dtype=torch.int32)[None, None].to(device),
+                kind.int().argsort(dim=1, descending=True, stable=True).int()[None, None].to(device),
             )
-        ]
-        return BlockMask.from_kv_blocks(*counted, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(len(stops), len(stops)))
+            for kind in (self.partial, self.full)
+        )
+        lengths = (len(stops), len(stops))
+        return BlockMask.from_kv_blocks(partial, of_partial, full, of_full, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=lengths)
 
 
 @functools.cache
