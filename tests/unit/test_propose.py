@@ -111,11 +111,7 @@ def test_the_rules_propose_what_is_right_and_nothing_else() -> None:
 
 
 def test_of_captions_that_nobody_here_wrote_what_is_still_proposed_is_right() -> None:
-<<<<<<< HEAD
-    """A list that tests/support/stamps.py drew, with a verdict on each line. The rules were mended with it, so it guards against change:
-=======
     """A list that tests/support/stamps.py drew, with a verdict on each line. The rules were mended with it, so it guards against change;
->>>>>>> wt-make2
     what they are worth is the share of a fresh list."""
     rows = judged_stamps(REPO / "tests" / "golden" / "stamps_judged.txt")
     assert len(rows) == 200 and {verdict.split(":")[0] for verdict, *_ in rows} == {"right", "wrong"}
