@@ -43,7 +43,7 @@ def test_kernels_are_as_near_as_a_dense_attention(backend: str, name: str, heads
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_in_bfloat16(backend: str, model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """ZeRO-3 over NCCL; the run itself compares its packed scores with single-row forwards, and its losses fall near those of float32."""
-    common = ["--data.max_tokens_per_micro_batch", "500", "--train.max_steps", "5"]
+    common = ["--data.max_tokens_per_micro_batch", "500", "--train.max_steps", "5", "--train.self_check", "error"]
     half = train_arguments(model_dir, manifests, tmp_path / "half", *common, "--model.attn_implementation", backend, "--train.bf16", "true")
     full = train_arguments(model_dir, manifests, tmp_path / "full", *common, "--model.attn_implementation", "sdpa", "--train.bf16", "false")
     output = "".join(run([sys.executable, "train.py", *arguments]) for arguments in (half, full))
