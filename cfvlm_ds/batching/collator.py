@@ -276,14 +276,17 @@ def load_collator(
     if window < 1:
         raise ConfigError(f"the window of {model.name_or_path!r} is {window} tokens; compare its config.json and tokenizer_config.json")
     collator = Collator(processor, family_of(config), config, cells, window, max_pixels, stored, checked=checked)
-    collator.prompts.check(model.name_or_path)
 
     def placeholders() -> int:
         torch.set_num_threads(1)  # a fork has none of its parent's threads
         return collator.files.num_placeholders(BLANK_SIZE, False)[0]
 
+    bound: TemplateBound | None = None
     try:
-        try_out(placeholders, "one picture")
+        try_out(*collator.prompts.trials(), (placeholders, "one picture"))
     except TemplateBound as error:
-        raise ConfigError(f"model {model.name_or_path!r}: its processor {error}; get its files again or name another model") from error
+        bound = error
+    collator.prompts.check(model.name_or_path, bound)
+    if bound is not None:
+        raise ConfigError(f"model {model.name_or_path!r}: its processor {bound}; get its files again or name another model") from bound
     return collator

@@ -11,10 +11,10 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-from cfvlm_ds.batching.template_sandbox import MAX_WRITTEN, TemplateBound, try_out, watched
+from cfvlm_ds.batching.template_sandbox import MAX_WRITTEN, TemplateBound, Trial, watched
 from cfvlm_ds.core.conversation import Prompt, Turn, messages, texts_of
 from cfvlm_ds.core.errors import ConfigError, DataError, is_failure
 from cfvlm_ds.core.text import quoted
@@ -66,6 +66,20 @@ class _TokenizerFails(DataError):
     """A tokenizer raised an error for a text; the message is its own."""
 
 
+def _written(processor: Any) -> int:
+    """Characters of the longest of the first conversations."""
+    written = 0
+    for pictures, answer in itertools.product((0, 1, 2), ((), (_MARK,))):
+        conversation = _conversation(_FIRST, pictures, *answer)
+        try:
+            written = max(written, len(processor.apply_chat_template(conversation, add_generation_prompt=not answer)))
+        except MemoryError:
+            raise
+        except Exception:  # raised again where it is used, or never met
+            continue
+    return written
+
+
 class Prompts:
     """A model's way of writing conversations.
 
@@ -81,30 +95,21 @@ class Prompts:
         self._heads: dict[tuple[Prompt, int], _Head] = {}
         self._ends: dict[str, tuple[int, ...]] = {}
 
-    def check(self, name: str) -> None:
-        """Raises ConfigError where the chat template or tokenizer of the model ``name`` cannot be used at all."""
+    def trials(self) -> list[Trial]:
+        """What is tried out before the tokenizer, and the chat template, are used."""
+        return [
+            (lambda: len(self._tokens(_FIRST)), "one sentence"),
+            (partial(_written, self.processor), "a conversation of one sentence"),
+        ]
 
-        def first() -> int:
-            written = 0
-            for pictures, answer in itertools.product((0, 1, 2), ((), (_MARK,))):
-                conversation = _conversation(_FIRST, pictures, *answer)
-                try:
-                    written = max(written, len(self.processor.apply_chat_template(conversation, add_generation_prompt=not answer)))
-                except MemoryError:
-                    raise
-                except Exception:  # raised again below, or never met
-                    continue
-            return written
-
-        def tokens() -> int:
-            return len(self._tokens(_FIRST))
-
+    def check(self, name: str, bound: TemplateBound | None = None) -> None:
+        """Raises ConfigError where the chat template or tokenizer of the model ``name`` cannot be used. ``bound`` is what went over a
+        bound when it was tried out, ``trials`` first."""
+        if bound is not None and bound.trial == 0:
+            raise ConfigError(f"model {name!r}: its tokenizer {bound}; get its files again or name another model") from bound
         try:
-            try_out(tokens, "one sentence")
-        except TemplateBound as error:
-            raise ConfigError(f"model {name!r}: its tokenizer {error}; get its files again or name another model") from error
-        try:
-            try_out(first)
+            if bound is not None and bound.trial == 1:
+                raise bound
             head = self._new_head(_FIRST, 1)
         except _TokenizerFails as error:
             raise ConfigError(f"model {name!r}: {error}; get its files again or name another model") from error

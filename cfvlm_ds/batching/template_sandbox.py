@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 CPU_SECONDS = 5
 """Processor time for the first conversation, sentence or picture; these take some hundredths of a second."""
@@ -31,41 +31,60 @@ _WAITING_SECONDS = 120
 
 
 class TemplateBound(Exception):
-    """A chat template went over a bound, which the message names."""
+    """A chat template went over a bound, which the message names. ``trial`` is the number of the trial that did."""
+
+    trial = 0
 
 
-def try_out(render: Callable[[], int], of: str = "a conversation of one sentence") -> None:
-    """Call ``render``, which returns the number of characters or tokens that it makes ``of`` something, in a child process. Raises
-    TemplateBound.
+Trial = tuple[Callable[[], int], str]
+"""What returns the number of characters or tokens that it makes, and of what it makes them."""
 
-    What else ``render`` raises is not reported: it will be raised again where it is called without a child.
+
+def try_out(*trials: Trial) -> None:
+    """Call each trial's function in a child process, which is one for all of them: a fork of so large a process takes longer than they do.
+    Raises TemplateBound for the first that goes over a bound.
+
+    What else they raise is not reported: it will be raised again where they are called without a child.
     """
     alive, held = os.pipe()
     pid = _fork()
     if pid == 0:
-        _render_and_leave(render)
+        _render_and_leave([render for render, _ in trials], held)
     os.close(held)  # the child's end alone is left, and closed when it ends
+    os.set_blocking(alive, False)
     deadline = time.monotonic() + _WAITING_SECONDS
-    ended, status = 0, 0
-    with open(alive, "rb", buffering=0), contextlib.suppress(ChildProcessError):  # somebody else waited for every child
+    done = ended = status = 0
+    with open(alive, "rb", buffering=0) as finished, contextlib.suppress(ChildProcessError):  # somebody else waited for every child
         (poll := select.poll()).register(alive)
         while not ended and time.monotonic() < deadline:
-            if poll.poll(1000):
-                ended, status = os.waitpid(pid, 0)
-            else:  # another child may have been forked in between, and hold its end too
+            if not poll.poll(1000):  # another child may have been forked in between, and hold its end too
                 ended, status = os.waitpid(pid, os.WNOHANG)
+            elif more := finished.read(len(trials)):
+                done, deadline = done + len(more), time.monotonic() + _WAITING_SECONDS
+            else:
+                ended, status = os.waitpid(pid, 0)
         if not ended:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            raise TemplateBound(f"takes more than {_WAITING_SECONDS} s for {of}")
+        done += len(finished.read(len(trials)) or b"")
+        if (over := _over(status if ended else None, trials[min(done, len(trials) - 1)][1])) is not None:
+            over.trial = done
+            raise over
+
+
+def _over(status: int | None, of: str) -> TemplateBound | None:
+    """The bound that a child which ended so went over; without a status it did not end."""
+    if status is None:
+        return TemplateBound(f"takes more than {_WAITING_SECONDS} s for {of}")
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
-        raise TemplateBound(f"takes more than {CPU_SECONDS} s of processor time for {of}")
+        return TemplateBound(f"takes more than {CPU_SECONDS} s of processor time for {of}")
     if os.WIFSIGNALED(status):
-        raise TemplateBound(f"crashes the process that works on {of} (signal {os.WTERMSIG(status)})")
+        return TemplateBound(f"crashes the process that works on {of} (signal {os.WTERMSIG(status)})")
     if os.WEXITSTATUS(status) == _NO_MEMORY:
-        raise TemplateBound(f"takes more than {MEMORY // 2**20} MiB of memory for {of}")
+        return TemplateBound(f"takes more than {MEMORY // 2**20} MiB of memory for {of}")
     if os.WEXITSTATUS(status) == _TOO_LONG:
-        raise TemplateBound(f"writes more than {MAX_WRITTEN} characters or tokens for {of}")
+        return TemplateBound(f"writes more than {MAX_WRITTEN} characters or tokens for {of}")
+    return None
 
 
 _NO_MEMORY, _TOO_LONG = 3, 4
@@ -77,7 +96,7 @@ def _fork() -> int:
         return os.fork()
 
 
-def _render_and_leave(render: Callable[[], int]) -> None:
+def _render_and_leave(renders: Sequence[Callable[[], int]], finished: int) -> None:
     code = 0
     try:
         gc.disable()
@@ -86,9 +105,18 @@ def _render_and_leave(render: Callable[[], int]) -> None:
         with open("/proc/self/statm") as handle:
             used = int(handle.read().split()[0]) * resource.getpagesize()
         _lower(resource.RLIMIT_CORE, 0)
-        _lower(resource.RLIMIT_CPU, CPU_SECONDS)
         _lower(resource.RLIMIT_AS, used + MEMORY)
-        code = _TOO_LONG if render() > MAX_WRITTEN else 0
+        for render in renders:
+            _lower(resource.RLIMIT_CPU, round(time.process_time()) + CPU_SECONDS)
+            try:
+                code = _TOO_LONG if render() > MAX_WRITTEN else 0
+            except MemoryError:
+                code = _NO_MEMORY
+            except BaseException:
+                code = 0
+            if code:
+                break
+            os.write(finished, b".")
     except MemoryError:
         code = _NO_MEMORY
     except BaseException:

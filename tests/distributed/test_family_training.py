@@ -81,6 +81,7 @@ def arguments(model: Path, manifest: dict[str, Path], out: Path, tuning: str, ra
         "--train.per_device_train_batch_size": str(GLOBAL_BATCH // ranks),
         "--train.seed": str(SEED),
         "--train.export": str(ranks == 2).lower(),
+        "--train.self_check": "error",
     }
     return [part for pair in options.items() for part in pair]
 

@@ -153,7 +153,12 @@ def test_ranks_name_what_is_not_finite_in_their_parts(model_dir: Path, manifests
     weights = load_file(broken / "model.safetensors")
     weights["language_model.lm_head.weight"][-1, -1] = torch.nan
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    ended = run_ranks(2, "forkserver_ranks:train_script", train_arguments(broken, manifests, tmp_path / "run"), said=tmp_path / "said")
+    ended = run_ranks(
+        2,
+        "forkserver_ranks:train_script",
+        train_arguments(broken, manifests, tmp_path / "run", "--train.self_check", "error"),
+        said=tmp_path / "said",
+    )
     for code, output in ended:
         assert code == 2 and f"{broken} has weights that are not finite: lm_head.weight; get the model again" in output.splitlines()[-1]
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "config.yaml").exists()

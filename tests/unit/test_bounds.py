@@ -313,6 +313,35 @@ def test_a_chat_template_is_bounded(case: str, model_dir: Path, tmp_path: Path, 
         raise raised[0]
 
 
+def test_what_is_tried_out_shares_a_child_and_the_first_over_a_bound_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the time that it would have alone; what it raises is for whoever calls it again."""
+    forks, right = list[int](), template_sandbox._fork
+    monkeypatch.setattr(template_sandbox, "_fork", lambda: forks.append(1) or right())
+    monkeypatch.setattr(template_sandbox, "CPU_SECONDS", 1)
+
+    def working(seconds: float) -> int:
+        until = time.process_time() + seconds
+        while time.process_time() < until:
+            pass
+        return 1
+
+    def works() -> int:
+        return working(0.4)
+
+    template_sandbox.try_out((works, "a"), (lambda: 1 // 0, "b"), (works, "c"), (works, "d"))
+    for wrong, said in (
+        (lambda: working(9), "takes more than 1 s of processor time for b"),
+        (lambda: 10**7, "writes more than 1000000 characters or tokens for b"),
+        (lambda: len(bytearray(2 << 30)), "takes more than 1024 MiB of memory for b"),
+        (lambda: os.kill(os.getpid(), signal.SIGTRAP) or 1, r"crashes the process that works on b \(signal 5\)"),
+    ):
+        for before in (0, 2):
+            with pytest.raises(template_sandbox.TemplateBound, match=said) as over:
+                template_sandbox.try_out(*[(lambda: 1, "a")] * before, (wrong, "b"), (lambda: 10**7, "c"))
+            assert over.value.trial == before
+    assert len(forks) == 9
+
+
 def test_a_chat_template_that_waits_for_its_text_is_ended_too(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It knows what it is tried with, or simply takes longer the longer the text is; in the thread that renders, and in no other."""
     monkeypatch.setattr(template_sandbox, "WATCHED_SECONDS", 1)

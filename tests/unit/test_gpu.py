@@ -61,7 +61,7 @@ def wider(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_in_bfloat16(backend: str, wider: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
     """ZeRO-3 over NCCL; the run itself compares its packed scores with single-row forwards, and its losses fall near those of float32."""
-    common = ["--data.max_tokens_per_micro_batch", "500", "--train.max_steps", "5"]
+    common = ["--data.max_tokens_per_micro_batch", "500", "--train.max_steps", "5", "--train.self_check", "error"]
     half = train_arguments(wider, manifests, tmp_path / "half", *common, "--model.attn_implementation", backend, "--train.bf16", "true")
     full = train_arguments(wider, manifests, tmp_path / "full", *common, "--model.attn_implementation", "sdpa", "--train.bf16", "false")
     output = "".join(run([sys.executable, "train.py", *arguments]) for arguments in (half, full))
