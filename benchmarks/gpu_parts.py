@@ -61,7 +61,7 @@ _TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 _SMALLER = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
 _SEVEN = scoring.SIZES["7b"]  # four layers of its widths
 LARGE = Sizes(scoring.VOCABULARY[FAMILY], {**_SEVEN, "num_hidden_layers": 8}, _SEVEN, _SMALLER, 1024, (8, 1, 4, 2), 7, 50, 4, 5)
-SMALL = Sizes(2000, _TINY, _TINY, _TINY, 64, (2, 1), 1, 3, 2, 2)
+SMALL = Sizes(2000, _TINY, _TINY, _TINY, 16, (2, 1), 1, 2, 2, 2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -144,6 +144,10 @@ def _config_files(argv: Sequence[str]) -> list[str]:
     return separate + [option.removeprefix("--config=") for option in argv if option.startswith("--config=")]
 
 
+_DATA = {"data.train", "data.evaluation"}
+"""Options that have options of their own, and whose value may be a file of any size that is no YAML."""
+
+
 def _check_yaml(argv: Sequence[str], options: Iterable[str]) -> None:
     """ConfigError on what the parser would wait for, read without end, expand without end, or silently take the last of.
 
@@ -151,6 +155,7 @@ def _check_yaml(argv: Sequence[str], options: Iterable[str]) -> None:
     """
     sections = {option.rpartition(".")[0] for option in options} - {""}
     sections |= {section[:at] for section in sections for at, letter in enumerate(section) if letter == "."} | {"config"}
+    sections -= _DATA
     separate = [(flag, value) for flag, value in itertools.pairwise(argv) if "=" not in flag]
     joined = [(flag, value) for flag, equals, value in (option.partition("=") for option in argv) if equals]
     for flag, value in separate + joined:

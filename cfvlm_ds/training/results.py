@@ -92,11 +92,13 @@ def write_results(
     return [tables, rows]
 
 
-def write_start(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], say: Say) -> Path:
-    """The accuracies before the first step, for the tables at the end."""
+def write_start(run_dir: Path, results: Mapping[str, Sequence[Accuracy]] | None, say: Say) -> None:
+    """Keep the accuracies before the first step, for the tables at the end; without any, what an earlier run has kept goes."""
+    if results is None:
+        (run_dir / START).unlink(missing_ok=True)
+        return
     found = {split: {row.name: row.metrics for row in rows} for split, rows in results.items()}
     keep(run_dir / START, json.dumps(found, indent=1), say)
-    return run_dir / START
 
 
 def text_of(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], asked: Sequence[Result] = ()) -> str:

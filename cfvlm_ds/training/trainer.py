@@ -31,7 +31,7 @@ from cfvlm_ds.training.checkpoints import Checkpoints
 from cfvlm_ds.training.evaluator import Evaluator, best_metric
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.read_data import RunData
-from cfvlm_ds.training.results import START, complete_card, draw_figures, export_checkpoint, text_of, write_results, write_start
+from cfvlm_ds.training.results import complete_card, draw_figures, export_checkpoint, text_of, write_results, write_start
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 from cfvlm_ds.training.step import OptimizerStep, StepResult
 
@@ -157,19 +157,16 @@ class Trainer:
 
     def _begin(self, tracker: Any) -> None:
         """Evaluate the model as it came, for the tables at the end, if that is asked for; what an earlier run has found of its own goes."""
-        if self._world.is_main:
-            (self._run_dir / START).unlink(missing_ok=True)
-        if not self._config.train.eval_on_start:
-            return
-        self._world.say("before the first step:")
-        results, _ = self._look(tracker)
+        results = None
+        if self._config.train.eval_on_start:
+            self._world.say("before the first step:")
+            results, _ = self._look(tracker)
         if self._world.is_main:
             write_start(self._run_dir, results, self._world.say)
 
     def _evaluate(self, tracker: Any) -> bool:
         """Evaluate between steps; returns whether the result is the best so far by train.save_best."""
-        value = best_metric(self._config, self._look(tracker)[1])
-        return value is not None and self.state.evaluated(value)
+        return (value := best_metric(self._config, self._look(tracker)[1])) is not None and self.state.evaluated(value)
 
     def _look(self, tracker: Any) -> tuple[dict[str, list[Accuracy]], dict[str, float]]:
         """Evaluate splits and benchmarks, log them and say their headlines; returns the accuracies of the splits, and all metrics."""
@@ -179,10 +176,9 @@ class Trainer:
         outcomes = self.evaluator.ask() if benchmarks else {}
         metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes)
         tracker.log(self.state.step, metrics)
-        for split, rows in results.items():
-            self._world.say(f"  {split}: {headline(rows)}")
-        for name, found in outcomes.items():
-            self._world.say(f"  {name}: {headline_of(benchmarks[name], found)}")
+        said = [(split, headline(rows)) for split, rows in results.items()]
+        for name, line in said + [(name, headline_of(benchmarks[name], found)) for name, found in outcomes.items()]:
+            self._world.say(f"  {name}: {line}")
         return results, metrics
 
     def _finish(self, tracker: Any) -> None:

@@ -148,8 +148,8 @@ def test_the_installed_copy_trains_in_an_empty_folder(source: Path, installed: P
 
 
 def demonstrated(run_dir: Path, world: Path, out: Path) -> tuple[float, float]:
-    """The accuracy of true captions against false ones that a run has of its own test groups, and that of the same groups as a benchmark,
-    by the last commands of `make demo`."""
+    """The accuracy of true captions against false ones that a run has of its own test groups, asked as SugarCrepe asks, and that of
+    the same groups as a benchmark, by the last commands of `make demo`."""
     recipe = (REPO / "Makefile").read_text().replace("\\\n", " ").split("\ndemo: ")[1].split("\n\n")[0]
     places = {
         "runs/quickstart-world": world,
@@ -160,7 +160,13 @@ def demonstrated(run_dir: Path, world: Path, out: Path) -> tuple[float, float]:
     for line in recipe.splitlines():
         if line.startswith("\tcfvlm-ds "):
             main([str(places.get(word, word)) for word in line.split()[1:]])
-    rows = [row for row in json.loads((run_dir / "results.json").read_text())["iid"] if row["name"] in set().union(*SUBSETS.values())]
+    groups = [json.loads(line) for line in (run_dir / "scenes" / "test_iid.jsonl").read_text().splitlines()]
+    manifest = run_dir.parent / "iid.jsonl"
+    manifest.write_text("".join(f"{json.dumps(group | {'prompt': 'Describe the image.'})}\n" for group in groups))
+    options = ["--root", str(run_dir / "scenes"), "--no_shuffled", "--out", str(manifest.with_suffix(".json"))]
+    main(["evaluate", str(run_dir), str(manifest), *options])
+    edits = set().union(*SUBSETS.values())
+    rows = [row for row in json.loads(manifest.with_suffix(".json").read_text())["iid"] if row["name"] in edits]
     count = sum(row["comparisons"]["factual"] for row in rows)
     metrics = json.loads((out / "sugarcrepe" / "caption" / "results.json").read_text())["metrics"]
     return sum(row["metrics"]["factual"] * row["comparisons"]["factual"] for row in rows) / count, metrics["seen"]["accuracy"]

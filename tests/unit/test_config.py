@@ -412,3 +412,11 @@ def test_aliases_are_for_a_few_values(written) -> None:
         parse(*written("train: {learning_rate: &rate 1.0e-4}\nmodel: {projector: {learning_rate: *rate}}")).model.projector.learning_rate
         == 1e-4
     )
+
+
+def test_data_are_no_file_of_options(tmp_path: Path) -> None:
+    """Which a file may be of at most 256 KiB; data are of any size, and of any content."""
+    data = tmp_path / "groups.jsonl"
+    data.write_text("{\n" * 300_000)
+    for given in (["--data.train", str(data)], [f"--data.train={data}"]):
+        assert parse_config([*given, f"--data.evaluation.test={data}"], OBJECTIVES).data.train == str(data)

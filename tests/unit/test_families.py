@@ -131,7 +131,10 @@ WAYS: dict[str, tuple[Probe, tuple[str, ...], str, float]] = {
 def test_every_probe_scores_as_plain_forwards_and_nearly_so_in_bfloat16(
     scorer: Scorer, collator: Collator, folder: Path, groups: list[CounterfactualGroup], tmp_path: Path
 ) -> None:
-    """On an item's pictures and a blank one, and letters without any: relative 1e-4 in float32, and the bounds of ``WAYS`` in bfloat16."""
+    """On an item's pictures and a blank one, and letters without any: relative 1e-4 in float32, and the bounds of ``WAYS`` in bfloat16.
+
+    Twice those where gated delta nets divide by a small norm.
+    """
     processor, narrow = load_processor(configured(folder)), Scorer(load_model(configured(folder), torch.bfloat16).eval(), scorer.family)
     Image.new("RGB", BLANK_SIZE, (128, 128, 128)).save(grey := tmp_path / "grey.png")
     known: dict[Any, float] = {}
@@ -157,7 +160,7 @@ def test_every_probe_scores_as_plain_forwards_and_nearly_so_in_bfloat16(
         )
         assert wide == pytest.approx(read(asked.outcomes(expected, lengths)[0]), rel=1e-4), name
         off = max(abs(a - b) for a, b in zip(wide, half, strict=True))
-        assert 0 < off < bound, (name, off)
+        assert 0 < off < (2 * bound if carries_a_state(scorer) else bound), (name, off)
 
 
 def test_positions_on_a_grid_are_needed(sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]) -> None:
@@ -373,9 +376,13 @@ def test_bfloat16_scores_are_those_of_float32(folder: Path, scorer: Scorer, coll
     batch, bound = collator(groups), 0.05
     with torch.no_grad():
         wide, found = scorer(**batch.model_inputs), narrow(**batch.model_inputs)
-        if "linear_attention" in getattr(scorer.model.config.get_text_config(), "layer_types", ()):
+        if carries_a_state(scorer):
             bound = 2 * max(off_alone(scorer, narrow, collator, group) for group in groups)
     assert found.dtype == torch.float32 and 0 < (found - wide).abs().max() < bound < 0.5
+
+
+def carries_a_state(scorer: Scorer) -> bool:
+    return "linear_attention" in getattr(scorer.model.config.get_text_config(), "layer_types", ())
 
 
 def off_alone(wide: Scorer, narrow: Scorer, collator: Collator, group: CounterfactualGroup) -> float:

@@ -93,7 +93,15 @@ def of_self(attribute: ast.Attribute) -> bool:
     return isinstance(attribute.value, ast.Name) and attribute.value.id in ("self", "cls")
 
 
-OF_LIBRARIES = {"ctx.forest", "ctx.scale", "processor.image_processor.size", "images.size", "member.size", "scoring.weight"}
+OF_LIBRARIES = {
+    "ctx.forest",
+    "ctx.scale",
+    "processor.image_processor.size",
+    "images.size",
+    "member.size",
+    "scoring.weight",
+    "module.forward",
+}
 
 
 def test_no_object_is_finished_from_outside() -> None:

@@ -220,7 +220,7 @@ def test_generated_text_is_the_librarys_own(scorer: Scorer, collator: Collator, 
 
 
 def test_the_world_of_scenes_has_the_numbers_that_a_run_gives_it(scorer: Scorer, collator: Collator, tmp_path: Path) -> None:
-    """SugarCrepe's form of the test groups by likelihood, against the same groups as a manifest."""
+    """SugarCrepe's form of the test groups by likelihood, against the same groups as a manifest, asked as it asks."""
     config = ScenesConfig(str(tmp_path / "scenes"), num_train=1, num_test=18)
     build_scenes(config, progress=lambda line: None)
     out = build_benchmarks(config, tmp_path / "world", progress=lambda line: None)
@@ -230,7 +230,10 @@ def test_the_world_of_scenes_has_the_numbers_that_a_run_gives_it(scorer: Scorer,
     results = ask(
         asked(scorer, collator), out, tmp_path / "out", "sugarcrepe,naturalbench,pope", "caption", "yes_no", settings=Settings(draws=0)
     )
-    groups = list(read_manifest(tmp_path / "scenes" / "test_iid.jsonl"))
+    groups = [
+        replace(group, candidates=tuple(replace(each, prompt="Describe the image.") for each in group.candidates))
+        for group in read_manifest(tmp_path / "scenes" / "test_iid.jsonl")
+    ]
     rows = {row.name: row for row in accuracies(groups, score_groups(scorer, collator, groups, ALONE))}
     mine = results[0].metrics["seen"]
     for subset, edits in SUBSETS.items():

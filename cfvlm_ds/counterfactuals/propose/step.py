@@ -194,7 +194,7 @@ class Seen:
 
     def _place(self, number: int) -> int:
         most = len(self._table) - 1
-        place = number & most
+        place = (number * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 64 - most.bit_length()  # all bits of a number count
         while self._table[place] not in (0, number):
             place = (place + 1) & most
         return place
