@@ -1,15 +1,18 @@
 """Proposed edits of captions that nobody here wrote, to be judged by reading: those of the stamps of Tux Paint (GPL-2).
 
     apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default_*.deb stamps
-    python tests/support/stamps.py stamps --seed 7 --without tests/golden/stamps_judged.txt > fresh.txt
+    python tests/support/stamps.py stamps --seed 11 > fresh.txt              # edits that were not judged yet
+    python tests/support/stamps.py stamps --judged fresh.txt                 # lines for tests/golden/stamps_judged.txt
 
 Draws 200 edits of all that the rules propose of them, at most three of a type for each caption, without those that were judged before. A
-line is VERDICT | TYPE | CAPTION | TEXT; write "right", or "wrong: why", in place of the question mark. test_propose.py counts them.
+line is VERDICT | TYPE | CAPTION | TEXT; write "right", or "wrong: why", in place of the question mark. What is kept holds digests in place
+of the captions, which are not ours to copy. test_stamps.py counts verdicts on what the rules still propose.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import random
 from pathlib import Path
 
@@ -18,34 +21,44 @@ from cfvlm_ds.counterfactuals.propose.base import Context, Proposal, Source
 from cfvlm_ds.counterfactuals.propose.rules import Rules
 
 NUMBER, PER_TYPE = 200, 3
+JUDGED = Path(__file__).resolve().parent.parent / "golden" / "stamps_judged.txt"
 
 
 def captions(folder: Path) -> list[str]:
     """The first line of each text beside a picture, each once."""
-    return sorted({file.read_text("utf-8", "replace").split("\n")[0].strip() for file in folder.rglob("*.txt")})
+    files = (folder / "usr/share/tuxpaint/stamps").rglob("*.txt")
+    return sorted({file.read_text("utf-8", "replace").split("\n")[0].strip() for file in files})
 
 
-def edits(listed: list[str], seed: int) -> list[tuple[str, str, str]]:
+def edits(listed: list[str], seed: int, per_type: int = PER_TYPE) -> list[tuple[str, str, str]]:
     """Type, caption and text of what the rules propose."""
-    rules = Rules(Context(ProposeOptions(per_type=PER_TYPE, seed=seed), None, None))  # type: ignore[arg-type]
+    rules = Rules(Context(ProposeOptions(per_type=per_type, seed=seed), None, None))  # type: ignore[arg-type]
     found = [(each, caption) for caption in listed for each in rules.propose(Source(caption, caption))]
     return [(each.type, caption, each.text) for each, caption in found if isinstance(each, Proposal)]
 
 
-def judged(file: Path) -> list[tuple[str, str, str, str]]:
-    """Verdict, type, caption and text of each line of a list."""
+def digest(caption: str, text: str) -> str:
+    return hashlib.sha256(f"{caption}\n{text}".encode()).hexdigest()[:16]
+
+
+def judged(file: Path) -> list[tuple[str, str, str]]:
+    """Verdict, type and digest of each line of a list."""
     lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
-    return [(verdict, kind, caption, text) for verdict, kind, caption, text in (line.split(" | ") for line in lines)]
+    return [(verdict, kind, known) for verdict, kind, known in (line.split(" | ") for line in lines)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what the package was unpacked to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--without", type=Path, nargs="*", default=[], help="lists that were judged before")
+    parser.add_argument("--judged", type=Path, help="a list with verdicts: print what of it is kept")
     arguments = parser.parse_args()
-    before = {(caption, text) for file in arguments.without for _, _, caption, text in judged(file)}
-    found = [each for each in edits(captions(arguments.folder / "usr/share/tuxpaint/stamps"), arguments.seed) if each[1:] not in before]
+    if arguments.judged:
+        for verdict, kind, caption, text in (line.split(" | ") for line in arguments.judged.read_text().splitlines()):
+            print(f"{verdict} | {kind} | {digest(caption, text)}")
+        return
+    before = {known for _, _, known in judged(JUDGED)}
+    found = [each for each in edits(captions(arguments.folder), arguments.seed) if digest(*each[1:]) not in before]
     random.Random(arguments.seed).shuffle(found)
     for kind, caption, text in sorted(found[:NUMBER], key=lambda each: each[1:]):
         print(f"? | {kind} | {caption} | {text}")

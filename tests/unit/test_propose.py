@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 from conftest import REPO, draw
-from stamps import judged as judged_stamps
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.counterfactuals.http import CallFailed, check_url, post
@@ -108,22 +107,6 @@ def test_the_rules_propose_what_is_right_and_nothing_else() -> None:
     """All that they may propose of each caption, against a table written by hand."""
     wrong = {caption: said for caption, edits in TABLE if (said := judged(caption, edits))}
     assert len(TABLE) >= 300 and not wrong, f"{len(wrong)} rows\n" + "\n".join(f"{caption}: {said}" for caption, said in wrong.items())
-
-
-def test_of_captions_that_nobody_here_wrote_what_is_still_proposed_is_right() -> None:
-    """A list that tests/support/stamps.py drew, with a verdict on each line. The rules were mended with it, so it guards against change;
-    what they are worth is the share of a fresh list."""
-    rows = judged_stamps(REPO / "tests" / "golden" / "stamps_judged.txt")
-    assert len(rows) == 200 and {verdict.split(":")[0] for verdict, *_ in rows} == {"right", "wrong"}
-    found = {
-        (each.type, caption, each.text)
-        for caption in {caption for _, _, caption, _ in rows}
-        for each in rules(per_type=99).propose(Source("x", caption))
-        if isinstance(each, Proposal)
-    }
-    still = [row for row in rows if row[1:] in found]
-    right = sum(verdict == "right" for verdict, *_ in still)
-    assert len(still) >= 180 and right / len(still) >= 0.95, f"{right} of {len(still)}"
 
 
 FRAMES = {"a {} near a wall": 0, "two {} near a wall": 1, "several {} in a park": 1, "the {} near a fence": 0}
