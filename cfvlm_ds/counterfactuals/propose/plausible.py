@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cfvlm_ds.counterfactuals.propose.caption import Caption, Phrase
-from cfvlm_ds.counterfactuals.propose.vocabulary import ALIKE, GENDERED, NEVER_PROPOSED, NOUNS, SCENERY
+from cfvlm_ds.counterfactuals.propose.vocabulary import ALIKE, GENDERED, NEVER_PROPOSED, NOUNS, PEOPLE, SCENERY
 
 
 def _set(text: str) -> frozenset[str]:
@@ -73,6 +73,7 @@ bird duck: water pond lake river swimming singing beak feathers
 dog: leash collar barking barks frisbee bone sheepdog catch catches catching chase chases chasing fetch fetches fetching retrieves retriever
 dog: leap leaps leaping jump jumps jumping water surf swim swims swimming splash splashes splashing ball balls toy stick mouth carry carries
 dog: carrying race racing hurdle obstacle herding sled sleds tongue muzzle harness walker hose sprinkler surf
+dog: pool puddle puddles lake river ocean sea fountain mud creek stream training trained train trick tricks obedience agility hunting hunter
 horse: riding rides ride rider saddle jockey carriage racing cart pulling pull pulls race races polo reins gallops galloping trotting
 cow: milk milking udder
 sheep: wool shearing shepherd
@@ -87,7 +88,7 @@ car bus truck van tractor: driving drives seat wheel passengers plowing race hau
 tractor: hay farm plow plowing
 flower: vase vases pot pots bouquet petals stem wearing bee bees butterfly
 mushroom: eating soup pizza cooked
-tree: leaves trunk climbing climbs christmas branches orchard fallen snow snowy stump forest woods ski skis skier skiers skiing
+tree: leaves trunk climb climbing climbs christmas branches orchard fallen snow snowy stump forest woods ski skis skier skiers skiing
 sink: bathroom toilet water running washing shower bathtub mirror
 oven refrigerator microwave: cooking baking baked magnets
 umbrella: rain raining opening closing open opens closed shade
@@ -214,11 +215,13 @@ def instead(caption: Caption, phrase: Phrase) -> frozenset[str]:
     assert phrase.known is not None
     category, one, _ = phrase.known
     said, before, after = set(caption.words), caption.word(phrase.start - 1), caption.word(phrase.noun + 1)
-    if before == "of" and caption.word(phrase.start - 2) in ("top", "front"):
-        before = {"top": "on", "front": "front"}[caption.word(phrase.start - 2)]
+    before = "on" if before == "of" and caption.word(phrase.start - 2) == "top" else before
     if said & BESIDE.get(one, frozenset()) or (category == "person" and said & (GENDERED | OF_ONE_SEX)):
         return frozenset()
-    if category == "snack" and _is_stuff(caption, phrase):
+    determiner = "" if phrase.determiner is None else caption.words[phrase.determiner]
+    if one == "dog" and determiner in ("his", "her", "their") and said & (OUTSIDE | _set("plains mountain trail")):
+        return frozenset()
+    if (one == "camera" and determiner == "the" and phrase.start) or (category == "snack" and _is_stuff(caption, phrase)):
         return frozenset()
     if _held_by_place(category, one, before, caption.word(phrase.start - 2), said):
         return frozenset()
@@ -236,6 +239,10 @@ def instead(caption: Caption, phrase: Phrase) -> frozenset[str]:
         found &= _set("bench couch bed")
     if said & _MEN:
         found -= _set("dress")
+    for noun, others in _WORN_INSTEAD.items():
+        found -= _set(noun) if said & others else frozenset()
+    if category == "vehicle" and said & _set("carrying carries loaded full"):
+        found -= _set("bicycle bike motorcycle")
     if category == "sport" and (said & _THROWN or any(NOUNS[word][0] == "animal" for word in said if word in NOUNS)):
         found &= _set("ball frisbee")
     if category == "dish" and after == "with":
@@ -255,7 +262,7 @@ def _held_by_place(category: str, one: str, before: str, earlier: str, said: set
     on = before in ("on", "onto", "riding", "rides", "ride")
     if category in ("animal", "device", "sport", "dish") and on:
         return True
-    if one == "dog" and (before in _WALKED or (before == "with" and said & _WALKED)):
+    if one == "dog" and (before in _WALKED or (said & _WALKED and (before == "with" or said & PEOPLE))):
         return True
     if one in ("bike", "bicycle", "motorcycle") and (on or before in ("his", "her", "their")):
         return True
@@ -269,14 +276,18 @@ def _held_by_place(category: str, one: str, before: str, earlier: str, said: set
         return True
     if category == "device" and before in ("in", "at", "for", "to", "facing", "towards", "toward"):  # smiling at the camera
         return True
-    if one == "camera" and before == "front":
-        return True
     if one in ("sink", "bowl", "cup", "chair", "couch", "sofa", "bed") and before in _INTO:
         return True
     using = category == "tool" or (one in ("fork", "knife", "spoon") and bool(said & _USED))
     return before == "with" and using and earlier != "table"
 
 
+_WORN_INSTEAD = {
+    "hat": _set("cap caps helmet helmets hood beanie bandana headband crown wig turban sombrero"),
+    "jacket coat": _set("suit suits vest vests hoodie sweatshirt sweater sweaters"),
+    "shirt dress": _set("t-shirt top blouse sweater"),
+}
+"""Clothes -> other ones in whose company they are one too many."""
 _WALKED = _set("walking walks walk running runs run jogging jogs")
 _LYING = _set("lying laying lies lays sleeping sleeps asleep")
 _MEN = _set("man men boy boys guy guys")

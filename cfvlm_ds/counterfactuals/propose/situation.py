@@ -20,6 +20,8 @@ def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
         before = caption.word(places[0] - 1)
         return (caption.word(places[0] - 2) if before in ("is", "are") else before) in v.NOUNS
     subject = caption.word(places[0] - 1)
+    if subject in v.FROM_THERE:
+        return False
     if subject in v.LIES_BELOW or (phrase in ("above", "below") and subject in v.ABOVE_ALL | v.HANGING):
         return False
     return phrase not in ("inside", "outside") or _is_of_something(caption, after[0])
@@ -35,6 +37,10 @@ def is_action(caption: Caption, place: int, action: str, form: str) -> bool:
     after, rest = caption.word(place + 1), set(caption.words[place:])
     if not caption.is_done_by_somebody(place) or (action in v.OF_PLACE and after and after not in v.AFTER_PLACE):
         return False
+    if action == "walking" and {"that", "which", "whom"} & set(caption.words[:place]):
+        return False  # a dog that a woman is walking
+    if after == "by" and (not caption.word(place + 2) or caption.word(place + 2) in v.FOLLOWING):
+        return False  # who walks by does not sit by
     if form != action and (not after or caption.word(place - 1) in ("is", "are", "was", "were")):
         return False
     if action in ("smiling", "laughing", "crying") and after not in ("", "at", "in", "on", "and", "while", "with"):
@@ -61,8 +67,10 @@ def done_there(caption: Caption, place: int, options: Sequence[str]) -> list[str
         never |= _LIE | _SLEEP
     if after in ("in", "inside") and near & v.SEATED_IN:
         never |= _STAND | _LIE
-    if near & v.WET:
+    if set(rest) & v.AWAKE:
         never |= _SLEEP
+    if after == "on" and near & v.NARROW:
+        never |= _SLEEP | _LIE
     if {"and", "while", "as"} & set(rest) or any(word.endswith("ing") and word not in v.NOT_VERBS for word in rest):
         never |= _SLEEP  # who sleeps does nothing else
     return [option for option in options if option not in never]

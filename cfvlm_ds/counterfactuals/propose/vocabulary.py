@@ -170,6 +170,10 @@ _UNDER = _set(
     """sky sun moon light lights construction water rain cloud clouds tree trees umbrella umbrellas blanket blankets cover covers sheets
     bridge way influence roof ceiling tent canopy tarp arch awning shelter shade shower waterfall palm lamp hood attack control age"""
 )
+HANGING = _set(
+    "picture pictures painting paintings mirror mirrors clock cabinet cabinets shelf shelves sign poster window windows photo photos"
+)
+"""What hangs above something else, and never below it."""
 _SEEN_BEFORE = _set(
     """camera mirror laptop laptops computer computers keyboard desk microphone monitor screen window windows counter crowd audience podium
     television tv stove table wall walls building buildings house houses skyscraper skyscrapers castle temple hotel store shop restaurant
@@ -180,9 +184,9 @@ _SEEN_BEFORE = _set(
 NO_OPPOSITE = {
     "in front of": _SEEN_BEFORE,
     "behind": _set("bars wheel home plate scenes camera net counter desk podium schedule mask table"),
-    "under": _UNDER,
-    "beneath": _UNDER,
-    "underneath": _UNDER,
+    "under": _UNDER | HANGING,
+    "beneath": _UNDER | HANGING,
+    "underneath": _UNDER | HANGING,
     "above": _set(
         """ground water average sea all ocean street streets road field fields city town village river lake beach stadium tower building
         buildings house houses church mountain mountains hill roof station airport stove sink toilet fireplace"""
@@ -203,10 +207,8 @@ NO_OPPOSITE = {
 LIES_BELOW = _set("rug rugs carpet mat floor ground road grass")
 """What nothing lies under; what is always on top."""
 ABOVE_ALL = _set("sky sun moon clouds cloud rainbow light lights")
-HANGING = _set(
-    "picture pictures painting paintings mirror mirrors clock cabinet cabinets shelf shelves sign poster window windows photo photos"
-)
-"""What hangs above something else, and never below it."""
+FROM_THERE = _set("from hiding hides hide hidden peeking peeks peek peering peers peaking")
+"""Before a place that says more than where: nobody hides in front of a tree."""
 OF_THE_PICTURE = frozenset(
     [f"{at} {side}" for at in ("on the", "to the") for side in ("left", "right")]
     + ["on the left side", "on the right side", "at the top", "at the bottom", "in front"]
@@ -237,7 +239,11 @@ RIDDEN = _set(
     """horse horses elephant elephants camel bike bikes bicycle bicycles motorcycle motorcycles scooter swing swings toilet throne
     ladder stairs"""
 )
-WET = _set("water surf wave waves ocean sea lake river pool pond rain snow")
+AWAKE = _set(
+    "water surf wave waves ocean sea lake river pool pond rain snow snowy ice path trail street road sidewalk track rock rocks stage court"
+)
+"""Where nobody sleeps."""
+NARROW = _set("railing rail rails fence wire rope beam pole ledge branch")
 SEATED_IN = _set(
     """car cars truck van plane airplane cockpit seat seats chair chairs stroller wheelchair cart kayak canoe tub bathtub carriage cab
     booth"""
