@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cfvlm_ds.counterfactuals.propose.caption import Caption, Phrase
-from cfvlm_ds.counterfactuals.propose.vocabulary import ALIKE, GENDERED, NEVER_PROPOSED, NOUNS, PEOPLE, SCENERY
+from cfvlm_ds.counterfactuals.propose.vocabulary import ALIKE, FOLLOWING, GENDERED, NEVER_PROPOSED, NOT_VERBS, NOUNS, PEOPLE, SCENERY
 
 
 def _set(text: str) -> frozenset[str]:
@@ -41,8 +41,10 @@ apple banana pear lemon strawberry orange: apple banana pear lemon strawberry
 carrot tomato potato cucumber: carrot tomato potato cucumber
 sandwich pizza hamburger: sandwich pizza hamburger
 donut cake cookie: donut cake cookie
-laptop phone keyboard camera: laptop phone television keyboard camera
-television: laptop
+laptop: television keyboard
+keyboard television: laptop
+phone: camera
+camera: phone
 clock: lamp
 lamp: clock
 microwave oven refrigerator toaster sink: microwave oven refrigerator toaster sink
@@ -73,7 +75,8 @@ bird duck: water pond lake river swimming singing beak feathers
 dog: leash collar barking barks frisbee bone sheepdog catch catches catching chase chases chasing fetch fetches fetching retrieves retriever
 dog: leap leaps leaping jump jumps jumping water surf swim swims swimming splash splashes splashing ball balls toy stick mouth carry carries
 dog: carrying race racing hurdle obstacle herding sled sleds tongue muzzle harness walker hose sprinkler surf
-dog: pool puddle puddles lake river ocean sea fountain mud creek stream training trained train trick tricks obedience agility hunting hunter
+dog: pool puddle puddles lake river ocean sea fountain mud creek stream training trained train trick tricks sidecar
+dog: obedience agility hunting hunter
 horse: riding rides ride rider saddle jockey carriage racing cart pulling pull pulls race races polo reins gallops galloping trotting
 cow: milk milking udder
 sheep: wool shearing shepherd
@@ -91,7 +94,7 @@ mushroom: eating soup pizza cooked
 tree: leaves trunk climb climbing climbs christmas branches orchard fallen snow snowy stump forest woods ski skis skier skiers skiing
 sink: bathroom toilet water running washing shower bathtub mirror
 oven refrigerator microwave: cooking baking baked magnets
-umbrella: rain raining opening closing open opens closed shade
+umbrella: rain raining opening closing open opens closed shade over under
 basket: wicker laundry basketball hoop opening closing
 suitcase backpack handbag: opening closing luggage
 kite: flying flies fly string sky wind
@@ -115,6 +118,7 @@ phone television laptop camera keyboard: monitor photographer lens texting
 dress skirt: dancing ballet
 shirt jacket coat: sleeve sleeves button buttons buttoned unbuttoned zipper tucked dog dogs cat cats horse horses fur shaggy
 tie: suit suits
+hat shirt jacket dress tie scarf coat: neck necks waist around
 house church barn castle tower: roof lives
 """
 for _names, _listed in _lines(_BESIDE):
@@ -218,6 +222,8 @@ def instead(caption: Caption, phrase: Phrase) -> frozenset[str]:
     before = "on" if before == "of" and caption.word(phrase.start - 2) == "top" else before
     if said & BESIDE.get(one, frozenset()) or (category == "person" and said & (GENDERED | OF_ONE_SEX)):
         return frozenset()
+    if (category == "animal" and not _is_calm(caption, phrase)) or (one in ("tree", "bush") and phrase.determiner is None):
+        return frozenset()
     determiner = "" if phrase.determiner is None else caption.words[phrase.determiner]
     if one == "dog" and determiner in ("his", "her", "their") and said & (OUTSIDE | _set("plains mountain trail")):
         return frozenset()
@@ -234,15 +240,17 @@ def instead(caption: Caption, phrase: Phrase) -> frozenset[str]:
     if category == "clothing" and (said & WORN or before in ("in", "with")):
         found -= _set("shirt dress")  # who wears a hat wears a shirt too
     if category == "furniture" and said & OUTSIDE:
-        found -= _set("bed couch")
+        found -= _set("bed couch desk")
     if category == "furniture" and said & _LYING:
         found &= _set("bench couch bed")
     if said & _MEN:
         found -= _set("dress")
     for noun, others in _WORN_INSTEAD.items():
         found -= _set(noun) if said & others else frozenset()
-    if category == "vehicle" and said & _set("carrying carries loaded full"):
+    if one in ("car", "bus", "truck", "van", "tractor") and said & (PEOPLE | _set("carrying carries loaded full")):
         found -= _set("bicycle bike motorcycle")
+    if one in ("dog", "cat") and said & PEOPLE:
+        found -= _set("rabbit")
     if category == "sport" and (said & _THROWN or any(NOUNS[word][0] == "animal" for word in said if word in NOUNS)):
         found &= _set("ball frisbee")
     if category == "dish" and after == "with":
@@ -250,6 +258,20 @@ def instead(caption: Caption, phrase: Phrase) -> frozenset[str]:
     if before in _INTO:
         found -= _set("plate fork knife spoon umbrella bicycle bike motorcycle tractor")
     return frozenset(each for each in found if _fits(caption, phrase, each))
+
+
+def _is_calm(caption: Caption, phrase: Phrase) -> bool:
+    """Whether an animal does nothing but what any animal does: no rabbit barks, begs or is trained."""
+    doing = {word for word in caption.words if word.endswith("ing") and word not in NOT_VERBS}
+    after = caption.word(phrase.noun + 1)
+    return doing <= _CALM and (not after or after in FOLLOWING | _CALM or after in ("left", "right"))
+
+
+_CALM = _set(
+    """sitting standing lying laying sleeping resting walking running looking staring playing waiting eating grazing holding wearing hugging
+    sits stands lies lays sleeps rests walks runs looks waits eats grazes sit stand lie lay sleep rest walk run look wait eat graze fighting
+    wrestling watching crouching chasing following entering crossing kneeling"""
+)
 
 
 def _is_stuff(caption: Caption, phrase: Phrase) -> bool:
@@ -270,6 +292,8 @@ def _held_by_place(category: str, one: str, before: str, earlier: str, said: set
         return True
     if one == "umbrella" and before in ("under", "beneath", "underneath"):
         return True
+    if category == "shape" and before == "in":  # people stand in a circle, and in a square
+        return True
     if category == "furniture" and before == "at":
         return True
     if category == "building" and before in ("in", "inside", "into"):
@@ -285,7 +309,7 @@ def _held_by_place(category: str, one: str, before: str, earlier: str, said: set
 _WORN_INSTEAD = {
     "hat": _set("cap caps helmet helmets hood beanie bandana headband crown wig turban sombrero"),
     "jacket coat": _set("suit suits vest vests hoodie sweatshirt sweater sweaters"),
-    "shirt dress": _set("t-shirt top blouse sweater"),
+    "shirt dress": _set("t-shirt top blouse sweater sweatshirt hoodie suit jacket coat"),
 }
 """Clothes -> other ones in whose company they are one too many."""
 _WALKED = _set("walking walks walk running runs run jogging jogs")

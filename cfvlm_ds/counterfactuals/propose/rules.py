@@ -184,6 +184,8 @@ def _count(caption: Caption, choose: Choose) -> Iterator[Change]:
 def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
     """Places of a number and of the noun that it counts, with the noun's phrase; None for several things of a kind that is not listed,
     such as three fire hydrants."""
+    if v.ORDINALS & set(caption.words):
+        return
     phrases = {phrase.determiner: phrase for phrase in caption.phrases if phrase.determiner is not None}
     for place, word in enumerate(caption.words):
         number = int(word) if word.isdecimal() and len(word) == 1 else v.NUMBERS.get(word, 0)
@@ -251,7 +253,8 @@ def _shared(caption: Caption, phrase: Phrase, plural: bool) -> bool:
     rest = caption.words[phrase.noun + 1 :]
     if any(word in _HAVING for word in rest[:2]):
         return True
-    return not plural and any(is_plural(word) for word in rest if word in v.NOUNS)
+    near = [word for word in rest[:4] if len(word) > 3 and word.endswith("s") and word not in v.FOLLOWING]
+    return not plural and any(is_plural(word) for word in (*near, *(word for word in rest if word in v.NOUNS)))
 
 
 _HAVING = v.FOLLOWING & {"has", "have", "with"} | {"wearing", "holding", "carrying", "riding", "wears", "wear", "hold", "holds", "throwing"}

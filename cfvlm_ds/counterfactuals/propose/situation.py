@@ -20,7 +20,9 @@ def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
         before = caption.word(places[0] - 1)
         return (caption.word(places[0] - 2) if before in ("is", "are") else before) in v.NOUNS
     subject = caption.word(places[0] - 1)
-    if subject in v.FROM_THERE:
+    if subject in v.FROM_THERE or {"from", "away"} & set(caption.words[max(0, places[0] - 6) : places[0]]):
+        return False
+    if phrase == "behind" and not after[0]:  # looking behind
         return False
     if subject in v.LIES_BELOW or (phrase in ("above", "below") and subject in v.ABOVE_ALL | v.HANGING):
         return False

@@ -93,13 +93,14 @@ ANIMATE = frozenset(form for form, (category, _, _) in NOUNS.items() if category
 # What is left alone ---------------------------------------------------------------------------------------------------------------------
 
 FIXED_COLOUR = _set(
-    """grass sky snow leaf leaves lettuce broccoli meat wine tea rice bread light lights house beans onion onions cabbage
-    sauce photo photograph picture image photography background ink card carpet belt board collar tape flag bean jay bear panda fox kangaroo
-    deer squirrel robin cardinal heron giraffe elephant zebra pages page sugar chocolate coffee vegetables greens fire flames smoke cloud
-    clouds water ocean sea juice peel slice slices salad fruit fruits ice polar park valley hillside hilltop pasture lawn landscape forest
-    woods garden plant plants foliage vines moss weeds fern ferns palm palms bamboo dirt mud soil ground gravel waves wave foam tooth teeth
-    lips nose cheeks tongue line lines beard mustache moustache sunset horizon bone milk butter cheese egg eggs swan swans seagull seagulls
-    pigeon pigeons crow crows parrot flamingos leopard camel camels dolphin dolphins seal frog turtle rhino hippo hay straw marble light"""
+    """grass sky snow leaf leaves lettuce broccoli meat wine tea rice bread light lights house beans onion onions cabbage sauce photo
+    photograph picture image photography background ink card carpet belt board collar tape flag bean jay bear panda fox kangaroo
+    deer squirrel robin cardinal heron giraffe elephant zebra pages page sugar chocolate coffee vegetables greens fire flames smoke
+    cloud clouds water waters rapids ocean sea juice peel slice slices salad fruit fruits ice polar park valley hillside hilltop
+    pasture lawn landscape forest woods garden plant plants foliage vines moss weeds fern ferns palm palms bamboo dirt mud soil
+    ground gravel waves wave foam tooth teeth lips nose cheeks tongue line lines beard mustache moustache sunset horizon bone milk
+    butter cheese egg eggs swan swans seagull seagulls pigeon pigeons crow crows parrot flamingos leopard camel camels dolphin
+    dolphins seal frog turtle rhino hippo hay straw marble light"""
 )
 """Nouns whose colour is always the same, or part of their name."""
 NOT_SIZED = _set(
@@ -126,7 +127,8 @@ CALLED = _set("called named titled entitled labeled labelled says saying spellin
 GENDERED = _set("he him his himself she her hers herself")
 THEIR = _set(
     """its their they them it itself themselves each both another together apart others different various matching identical similar between
-    among amongst fighting wrestling kissing hugging racing shaking couple pair"""
+    among amongst fighting wrestling kissing hugging racing shaking couple pair catch tag chess poker
+    cards"""
 )
 """What is true of several alone, or of one alone: with these in it, a caption does not go from one to several."""
 UNITS = _set(
@@ -135,6 +137,8 @@ UNITS = _set(
     year-old stories story levels lanes percent half halves thirds people's of way ways different others other more side sides end ends
     corner corners edge direction point moment place time row rows kind kinds type types size sizes color colors colour colours"""
 )
+ORDINALS = _set("third fourth second last both")
+"""What counts on: two that tackle a third are not four."""
 MEASURES = _set(
     """star door wheel tone tier layer leaf person man car bedroom seat seater arm prong lane speed story storey level room piece part way
     bed string cylinder engine course"""
@@ -196,7 +200,7 @@ NO_OPPOSITE = {
         """mountain mountains hill hills hilltop world cake pizza building tower roof each one head horse horses elephant elephants camel
         skateboard surfboard snowboard skis board wave snow fence pole wall rock rocks cliff stump"""
     ),
-    "inside": _set("out"),
+    "inside": _set("out branches"),
     "outside": _set("window dining seating"),
     "to the right": _set("side"),
     "to the left": _set("side"),
