@@ -100,6 +100,7 @@ suitcase backpack handbag: opening closing luggage
 kite: flying flies fly string sky wind
 ball: playing plays kicking kicks hitting hits bouncing tennis soccer bat racket goal net dribbling bouncy rolling rolls pitcher court hoop
 ball: golf volleyball basketball baseball football
+skateboard surfboard snowboard: jump jumps jumped doing does skate pipe air wetsuit surfer skier ocean beach
 skateboard surfboard snowboard: riding rides ride trick tricks ramp jumping wave waves surfing snow
 chair: dining
 table: chairs dinner
@@ -112,6 +113,7 @@ cookie donut: dough chip chips glazed sprinkles frosted iced
 sandwich hamburger: bread bun toast toasted lettuce sub
 apple pear lemon orange banana: tree trees bunch bunches peel peeled juice branch branches slice slices
 strawberry: cream jam juice slice slices
+lamp: light lights shining lit bright lighting glowing shines shade
 clock: time hands o'clock tower
 phone television laptop camera keyboard: talking talks watching watches typing types call photo photos picture pictures computer mouse
 phone television laptop camera keyboard: monitor photographer lens texting
@@ -255,6 +257,10 @@ def instead(caption: Caption, phrase: Phrase) -> frozenset[str]:
         found &= _set("ball frisbee")
     if category == "dish" and after == "with":
         found -= _set("plate fork knife spoon")
+    if category == "dish" and said & _FOOD:
+        found -= _set("vase bottle fork knife spoon")
+    if one == "chair" and said & _set("table tables desk desks"):
+        found -= _set("bed couch")
     if before in _INTO:
         found -= _set("plate fork knife spoon umbrella bicycle bike motorcycle tractor")
     return frozenset(each for each in found if _fits(caption, phrase, each))
@@ -302,10 +308,18 @@ def _held_by_place(category: str, one: str, before: str, earlier: str, said: set
         return True
     if one in ("sink", "bowl", "cup", "chair", "couch", "sofa", "bed") and before in _INTO:
         return True
+    if category == "tool" and before in ("in", "on", "of"):
+        return True
+    if one in ("fork", "knife", "spoon") and said & _FOOD:
+        return True
     using = category == "tool" or (one in ("fork", "knife", "spoon") and bool(said & _USED))
     return before == "with" and using and earlier != "table"
 
 
+_FOOD = _set(
+    """food foods noodles meat broccoli fries rice salad pasta fruit fruits vegetables cheese sauce burger sandwich sandwiches pizza soup
+    chicken beef meal breakfast lunch dinner dessert cake eggs potatoes carrots"""
+)
 _WORN_INSTEAD = {
     "hat": _set("cap caps helmet helmets hood beanie bandana headband crown wig turban sombrero"),
     "jacket coat": _set("suit suits vest vests hoodie sweatshirt sweater sweaters"),

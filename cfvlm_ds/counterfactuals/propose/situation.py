@@ -13,7 +13,7 @@ from cfvlm_ds.counterfactuals.propose.caption import Caption
 
 def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
     """Whether a phrase says where something is, and its opposite would say something else."""
-    after = [caption.word(places[-1] + k) for k in range(1, 6 if phrase == "in front of" else 4)]
+    after = [caption.word(places[-1] + k) for k in range(1, 6 if phrase in ("in front of", "inside", "outside") else 4)]
     if (v.NO_OPPOSITE.get(phrase, frozenset()) | v.OF_BODY) & set(after) or after[0] in ("turn", "lane", "field"):
         return False
     if phrase in ("left of", "right of"):  # "what is left of the cake"
@@ -24,7 +24,7 @@ def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
         return False
     if phrase == "behind" and not after[0]:  # looking behind
         return False
-    if subject in v.LIES_BELOW or (phrase in ("above", "below") and subject in v.ABOVE_ALL | v.HANGING):
+    if subject in v.LIES_BELOW or (phrase in ("above", "below") and (subject in v.ABOVE_ALL | v.HANGING or "air" in caption.words)):
         return False
     return phrase not in ("inside", "outside") or _is_of_something(caption, after[0])
 
@@ -39,6 +39,8 @@ def is_action(caption: Caption, place: int, action: str, form: str) -> bool:
     after, rest = caption.word(place + 1), set(caption.words[place:])
     if not caption.is_done_by_somebody(place) or (action in v.OF_PLACE and after and after not in v.AFTER_PLACE):
         return False
+    if after == "at" and action in ("running", "jumping", "walking"):
+        return False  # towards it
     if action == "walking" and {"that", "which", "whom"} & set(caption.words[:place]):
         return False  # a dog that a woman is walking
     if after == "by" and (not caption.word(place + 2) or caption.word(place + 2) in v.FOLLOWING):
@@ -51,7 +53,7 @@ def is_action(caption: Caption, place: int, action: str, form: str) -> bool:
         return False
     if action in ("pushing", "pulling"):
         return not rest & v.PULLED
-    return not (action in ("throwing", "catching") and ({"to", "at", "from", "towards"} & rest or not rest & v.THROWN))
+    return not (action in ("throwing", "catching") and ({"to", "at", "from", "towards", "toward"} & rest or not rest & v.THROWN))
 
 
 def done_there(caption: Caption, place: int, options: Sequence[str]) -> list[str]:

@@ -128,7 +128,7 @@ GENDERED = _set("he him his himself she her hers herself")
 THEIR = _set(
     """its their they them it itself themselves each both another together apart others different various matching identical similar between
     among amongst fighting wrestling kissing hugging racing shaking couple pair catch tag chess poker
-    cards"""
+    cards interacting socializing close crowd gathered huddled pile"""
 )
 """What is true of several alone, or of one alone: with these in it, a caption does not go from one to several."""
 UNITS = _set(
@@ -137,7 +137,7 @@ UNITS = _set(
     year-old stories story levels lanes percent half halves thirds people's of way ways different others other more side sides end ends
     corner corners edge direction point moment place time row rows kind kinds type types size sizes color colors colour colours"""
 )
-ORDINALS = _set("third fourth second last both")
+ORDINALS = _set("third fourth second last both other")
 """What counts on: two that tackle a third are not four."""
 MEASURES = _set(
     """star door wheel tone tier layer leaf person man car bedroom seat seater arm prong lane speed story storey level room piece part way
@@ -198,10 +198,10 @@ NO_OPPOSITE = {
     "below": _set("zero ground sea average freezing"),
     "on top of": _set(
         """mountain mountains hill hills hilltop world cake pizza building tower roof each one head horse horses elephant elephants camel
-        skateboard surfboard snowboard skis board wave snow fence pole wall rock rocks cliff stump"""
+        skateboard surfboard snowboard skis board wave snow fence pole wall rock rocks cliff stump lid toilet stove counter"""
     ),
-    "inside": _set("out branches"),
-    "outside": _set("window dining seating"),
+    "inside": _set("out branches door doorway"),
+    "outside": _set("window windows door doors doorway dining seating"),
     "to the right": _set("side"),
     "to the left": _set("side"),
     "at the top": _set("lungs"),
