@@ -70,8 +70,10 @@ boat: water lake river sea ocean harbor harbour dock docks pier sail sails saili
 boat: rowing rows paddling oar oars anchored docked motor captain
 airplane: wing wings runway landing taking passengers passenger boarding jet propeller
 helicopter: rotor blades
+bird duck: surrounded flock
 bird duck: flying flies fly wire wires branch branches tree trees sky perched wings air above over roof pole nest feeder egg eggs
 bird duck: water pond lake river swimming singing beak feathers
+dog: tied leashed wearing wears cape costume jacket sweater
 dog: leash collar barking barks frisbee bone sheepdog catch catches catching chase chases chasing fetch fetches fetching retrieves retriever
 dog: leap leaps leaping jump jumps jumping water surf swim swims swimming splash splashes splashing ball balls toy stick mouth carry carries
 dog: carrying race racing hurdle obstacle herding sled sleds tongue muzzle harness walker hose sprinkler surf
@@ -117,6 +119,7 @@ lamp: light lights shining lit bright lighting glowing shines shade
 clock: time hands o'clock tower
 phone television laptop camera keyboard: talking talks watching watches typing types call photo photos picture pictures computer mouse
 phone television laptop camera keyboard: monitor photographer lens texting
+laptop: open between inside
 dress skirt: dancing ballet
 shirt jacket coat: sleeve sleeves button buttons buttoned unbuttoned zipper tucked dog dogs cat cats horse horses fur shaggy
 tie: suit suits
@@ -224,9 +227,13 @@ def instead(caption: Caption, phrase: Phrase) -> frozenset[str]:
     before = "on" if before == "of" and caption.word(phrase.start - 2) == "top" else before
     if said & BESIDE.get(one, frozenset()) or (category == "person" and said & (GENDERED | OF_ONE_SEX)):
         return frozenset()
-    if (category == "animal" and not _is_calm(caption, phrase)) or (one in ("tree", "bush") and phrase.determiner is None):
+    if (category == "animal" and not _is_calm(caption, phrase)) or (one == "flower" and before == "of"):
         return frozenset()
     determiner = "" if phrase.determiner is None else caption.words[phrase.determiner]
+    if one in ("tree", "bush") and determiner in ("", "some"):  # what stands in the background
+        return frozenset()
+    if before == "of" and caption.word(phrase.start - 2) == "back" and category == "vehicle":
+        return frozenset()
     if one == "dog" and determiner in ("his", "her", "their") and said & (OUTSIDE | _set("plains mountain trail")):
         return frozenset()
     if (one == "camera" and determiner == "the" and phrase.start) or (category == "snack" and _is_stuff(caption, phrase)):
@@ -251,8 +258,8 @@ def instead(caption: Caption, phrase: Phrase) -> frozenset[str]:
         found -= _set(noun) if said & others else frozenset()
     if one in ("car", "bus", "truck", "van", "tractor") and said & (PEOPLE | _set("carrying carries loaded full")):
         found -= _set("bicycle bike motorcycle")
-    if one in ("dog", "cat") and said & PEOPLE:
-        found -= _set("rabbit")
+    if not (said & _DOGS and said & _CATS):
+        found -= _set("rabbit")  # which hardly ever is where dogs and cats are
     if category == "sport" and (said & _THROWN or any(NOUNS[word][0] == "animal" for word in said if word in NOUNS)):
         found &= _set("ball frisbee")
     if category == "dish" and after == "with":
@@ -316,6 +323,7 @@ def _held_by_place(category: str, one: str, before: str, earlier: str, said: set
     return before == "with" and using and earlier != "table"
 
 
+_DOGS, _CATS = _set("dog dogs"), _set("cat cats")
 _FOOD = _set(
     """food foods noodles meat broccoli fries rice salad pasta fruit fruits vegetables cheese sauce burger sandwich sandwiches pizza soup
     chicken beef meal breakfast lunch dinner dessert cake eggs potatoes carrots"""
@@ -353,6 +361,7 @@ _ONLY_OF = {
     **dict.fromkeys(("empty", "full"), _set("bowl cup bottle vase plate basket")),
     **dict.fromkeys(("open", "closed"), _set("book newspaper map")),
     **dict.fromkeys(("ripe", "sliced"), INSTEAD["carrot"] | INSTEAD["apple"]),
+    "long": _set("table bench desk couch bus truck"),
     "round": _set("plate bowl table"),
 }
 """Adjective -> the nouns of which it may be said."""

@@ -24,6 +24,8 @@ def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
         return False
     if phrase == "behind" and not after[0]:  # looking behind
         return False
+    if phrase in ("above", "below", "under", "beneath", "underneath") and after[0] in v.FOLLOWING:  # it flies high above in the sky
+        return False
     if subject in v.LIES_BELOW or (phrase in ("above", "below") and (subject in v.ABOVE_ALL | v.HANGING or "air" in caption.words)):
         return False
     return phrase not in ("inside", "outside") or _is_of_something(caption, after[0])
@@ -62,7 +64,7 @@ def done_there(caption: Caption, place: int, options: Sequence[str]) -> list[str
     one = v.NOUNS[somebody][1] if somebody in v.NOUNS else somebody
     after, rest = caption.word(place + 1), caption.words[place + 1 :]
     near = set(rest[:5])
-    if one in ("bird", "duck") or near & (v.OF_BODY | v.IN_MOTION) or (after == "on" and near & v.RIDDEN):
+    if one in ("bird", "duck") or "carrying" in rest or near & (v.OF_BODY | v.IN_MOTION) or (after == "on" and near & v.RIDDEN):
         return []
     never = set[str]()
     if one in ("horse", "cow", "sheep", "goat", "pig", "zebra", "giraffe", "elephant"):

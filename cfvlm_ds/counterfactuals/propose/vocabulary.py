@@ -128,7 +128,7 @@ GENDERED = _set("he him his himself she her hers herself")
 THEIR = _set(
     """its their they them it itself themselves each both another together apart others different various matching identical similar between
     among amongst fighting wrestling kissing hugging racing shaking couple pair catch tag chess poker
-    cards interacting socializing close crowd gathered huddled pile"""
+    cards interacting socializing close crowd gathered huddled pile same"""
 )
 """What is true of several alone, or of one alone: with these in it, a caption does not go from one to several."""
 UNITS = _set(
@@ -183,7 +183,7 @@ _SEEN_BEFORE = _set(
     television tv stove table wall walls building buildings house houses skyscraper skyscrapers castle temple hotel store shop restaurant
     station stadium mountain mountains water ocean sea lake river bay sunset sky skyline background backdrop canvas painting picture poster
     mural graffiti sign banner billboard door doors doorway entrance fireplace refrigerator oven sink cake plate plates bowl food meal pizza
-    tray drums piano forest city"""
+    tray drums piano forest city beach shore"""
 )
 NO_OPPOSITE = {
     "in front of": _SEEN_BEFORE,
