@@ -95,10 +95,12 @@ flower: vase vases pot pots bouquet petals stem wearing bee bees butterfly
 mushroom: eating soup pizza cooked
 tree: leaves trunk climb climbing climbs christmas branches orchard fallen snow snowy stump forest woods ski skis skier skiers skiing
 sink: bathroom toilet water running washing shower bathtub mirror
-oven refrigerator microwave: cooking baking baked magnets
+oven refrigerator microwave: cooking baking baked magnets door open
+plate: batter home catcher umpire baseball
+chair couch sofa: seating
 umbrella: rain raining opening closing open opens closed shade over under
 basket: wicker laundry basketball hoop opening closing
-suitcase backpack handbag: opening closing luggage
+suitcase backpack handbag: opening closing luggage wearing wears
 kite: flying flies fly string sky wind
 ball: playing plays kicking kicks hitting hits bouncing tennis soccer bat racket goal net dribbling bouncy rolling rolls pitcher court hoop
 ball: golf volleyball basketball baseball football
@@ -106,7 +108,7 @@ skateboard surfboard snowboard: jump jumps jumped doing does skate pipe air wets
 skateboard surfboard snowboard: riding rides ride trick tricks ramp jumping wave waves surfing snow
 chair: dining
 table: chairs dinner
-desk: chair computer office monitor
+desk: chair computer office monitor monitors keyboard keyboards
 bed: blanket blankets pillow pillows sheet sheets headboard bedroom
 couch sofa: pillow pillows cushion cushions
 pizza: toppings slice slices pepperoni crust oven pan
@@ -250,6 +252,8 @@ def instead(caption: Caption, phrase: Phrase) -> frozenset[str]:
         found -= _set("shirt dress")  # who wears a hat wears a shirt too
     if category == "furniture" and said & OUTSIDE:
         found -= _set("bed couch desk")
+    if category == "furniture" and phrase.plural:
+        found -= _set("bed")
     if category == "furniture" and said & _LYING:
         found &= _set("bench couch bed")
     if said & _MEN:

@@ -79,6 +79,8 @@ def done_there(caption: Caption, place: int, options: Sequence[str]) -> list[str
         never |= _SLEEP | _LIE
     if {"and", "while", "as"} & set(rest) or any(word.endswith("ing") and word not in v.NOT_VERBS for word in rest):
         never |= _SLEEP  # who sleeps does nothing else
+    if "while" in rest:
+        never |= _LIE
     return [option for option in options if option not in never]
 
 

@@ -109,7 +109,8 @@ NOT_SIZED = _set(
     apple cat cats game top lake lakes river sea ocean pond field fields mountain mountains beach valley forest park room kitchen world
     skyscraper skyscrapers elephant elephants giraffe giraffes whale puppy puppies kitten kittens lamb calf baby babies neck tail beak nose
     ear ears legs leg trunk fur coat mane smile grin eyes mouth teeth feet hands display variety selection collection bunch pile set pair
-    stack herd flock array gathering event party meal view family team grass"""
+    stack herd flock array gathering event party meal view family team grass snow rain
+    water sand"""
 )
 SCENERY = _set(
     """grass field fields sky snow beach street road ground water lake river sea ocean sand park yard lawn air day night background side
@@ -137,7 +138,7 @@ UNITS = _set(
     year-old stories story levels lanes percent half halves thirds people's of way ways different others other more side sides end ends
     corner corners edge direction point moment place time row rows kind kinds type types size sizes color colors colour colours"""
 )
-ORDINALS = _set("third fourth second last both other")
+ORDINALS = _set("third fourth second last both other teams")
 """What counts on: two that tackle a third are not four."""
 MEASURES = _set(
     """star door wheel tone tier layer leaf person man car bedroom seat seater arm prong lane speed story storey level room piece part way
