@@ -73,7 +73,7 @@ helicopter: rotor blades
 bird duck: surrounded flock
 bird duck: flying flies fly wire wires branch branches tree trees sky perched wings air above over roof pole nest feeder egg eggs
 bird duck: water pond lake river swimming singing beak feathers
-dog: tied leashed wearing wears cape costume jacket sweater
+dog: floppy tied leashed wearing wears cape costume jacket sweater
 dog: leash collar barking barks frisbee bone sheepdog catch catches catching chase chases chasing fetch fetches fetching retrieves retriever
 dog: leap leaps leaping jump jumps jumping water surf swim swims swimming splash splashes splashing ball balls toy stick mouth carry carries
 dog: carrying race racing hurdle obstacle herding sled sleds tongue muzzle harness walker hose sprinkler surf
@@ -103,7 +103,7 @@ basket: wicker laundry basketball hoop opening closing
 suitcase backpack handbag: opening closing luggage wearing wears
 kite: flying flies fly string sky wind
 ball: playing plays kicking kicks hitting hits bouncing tennis soccer bat racket goal net dribbling bouncy rolling rolls pitcher court hoop
-ball: golf volleyball basketball baseball football
+ball: bowls bowling bowl golf volleyball basketball baseball football
 skateboard surfboard snowboard: jump jumps jumped doing does skate pipe air wetsuit surfer skier ocean beach
 skateboard surfboard snowboard: riding rides ride trick tricks ramp jumping wave waves surfing snow
 chair: dining

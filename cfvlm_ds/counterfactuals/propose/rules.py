@@ -115,7 +115,8 @@ def _colour(caption: Caption, choose: Choose) -> Iterator[Change]:
         (place,) = caption.said_of(phrase, "colour")
         old = caption.words[place]
         noun = caption.words[phrase.noun]
-        for new in choose([colour for colour in v.COLOURS if colour not in _NEAR[old] and can_be(noun, colour)]):
+        never = {"gray", "white"} if noun == "hair" and v.YOUNG & set(caption.words) else set[str]()
+        for new in choose([colour for colour in v.COLOURS if colour not in _NEAR[old] | never and can_be(noun, colour)]):
             yield {place: new}, f"Change the colour of the {caption.words[phrase.noun]} from {old} to {new}."
 
 

@@ -86,6 +86,7 @@ PEOPLE = _set(
     males female females adult adults couple family families crowd team skin face faces american americans rider riders skier
     skiers surfer surfers gentleman gentlemen"""
 )
+YOUNG = _set("boy boys girl girls child children kid kids baby babies toddler toddlers")
 ANIMATE = frozenset(form for form, (category, _, _) in NOUNS.items() if category in ("person", "animal")) | _set(
     "person people child children kid kids baby babies guy guys lady ladies player players couple puppy kitten"
 )
@@ -173,18 +174,18 @@ RELATIONS = tuple(
 )  # fmt: skip
 _UNDER = _set(
     """sky sun moon light lights construction water rain cloud clouds tree trees umbrella umbrellas blanket blankets cover covers sheets
-    bridge way influence roof ceiling tent canopy tarp arch awning shelter shade shower waterfall palm lamp hood attack control age"""
+    bridge way influence face statue roof ceiling tent canopy tarp arch awning shelter shade shower waterfall palm lamp hood attack
+    control age"""
 )
 HANGING = _set(
     "picture pictures painting paintings mirror mirrors clock cabinet cabinets shelf shelves sign poster window windows photo photos"
 )
-"""What hangs above something else, and never below it."""
 _SEEN_BEFORE = _set(
     """camera mirror laptop laptops computer computers keyboard desk microphone monitor screen window windows counter crowd audience podium
     television tv stove table wall walls building buildings house houses skyscraper skyscrapers castle temple hotel store shop restaurant
     station stadium mountain mountains water ocean sea lake river bay sunset sky skyline background backdrop canvas painting picture poster
     mural graffiti sign banner billboard door doors doorway entrance fireplace refrigerator oven sink cake plate plates bowl food meal pizza
-    tray drums piano forest city beach shore"""
+    tray drums piano forest city beach shore business"""
 )
 NO_OPPOSITE = {
     "in front of": _SEEN_BEFORE,
