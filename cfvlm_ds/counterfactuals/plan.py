@@ -95,7 +95,10 @@ def of_section(section: type[T], given: Mapping[Any, Any], where: str) -> T:
     for each in known.values():
         if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING and each.name not in values:
             raise ConfigError(f"{where}{each.name}: it is needed")
-    return section(**values)
+    try:
+        return section(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}{str(error).removeprefix('--')}") from error
 
 
 def _typed(value: Any, option: dataclasses.Field[Any], where: str) -> Any:

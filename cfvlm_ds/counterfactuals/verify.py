@@ -73,7 +73,7 @@ def verify(
             progress.advance(len(new))
         return step.finish(counted)
     except BaseException:
-        step.close()
+        step.give_up()
         raise
 
 
@@ -101,8 +101,6 @@ def refuse_unfit(out: Path, options: VerifyOptions, shard: int, of: int | None =
     """Whether a shard is still to be verified. Raises ConfigError for what can be refused before a scorer is loaded."""
     if "{text}" not in options.template:
         raise ConfigError(f"--template {options.template!r}: it has no {{text}} in it, the place of the caption")
-    if options.batch_size < 1:
-        raise ConfigError(f"--batch_size {options.batch_size}: a batch has at least one candidate")
     work = WorkFolder.open(out)
     work.check_shard(shard, work.shards if of is None else of)
     work.need("edit", shard)

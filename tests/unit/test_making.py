@@ -299,6 +299,40 @@ def test_a_shard_is_worked_on_by_one_process(whole: Path, scenes: Path, tmp_path
             edit(out, scene_options(scenes), 0, quiet)
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"back_ends": "http", "url": "http://127.0.0.1:9"}, "it cannot be reached .*start the server, or correct the address"),
+        ({"back_ends": "command", "command": "nosuchprogram {request} {output}"}, "no such program"),
+        ({"back_ends": "command", "command": "true '{request} {output}"}, "no closing quotation"),
+        ({"masks": "nowhere"}, "--masks nowhere: no such folder"),
+    ],
+)
+def test_a_mistake_in_the_options_of_a_step_leaves_nothing_that_refuses_the_right_ones(
+    options: dict[str, Any], said: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.pause", lambda seconds: None)
+    out = tmp_path / "W"
+    propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="relation"), 0, quiet)
+    with pytest.raises(ConfigError, match=said):
+        edit(out, EditOptions(**options), 0, quiet)
+    assert not (out / "edit.json").exists() and not (out / "edit").exists()
+    assert edit(out, EditOptions(), 0, quiet)["counts"]["pictures"] == 6
+
+
+def test_a_server_that_goes_down_ends_the_step_and_what_is_done_stays(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.pause", lambda seconds: None)
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.IN_A_ROW", 3)
+    good = png_of(noise_picture(3))
+    server = Server(lambda body, number: (200, good, {"Content-Type": "image/png"}) if number == 1 else (503, b"down", {}))
+    with server.running(), pytest.raises(ConfigError, match="3 edits in a row without a usable reply, the last: status 503"):
+        edited(photos, tmp_path / "W", back_ends="http", url=server.url, threads=1)
+    done = list(WorkFolder.open(tmp_path / "W").records("edit", 0))
+    assert done[0]["picture"] and len(done) < 12 and (tmp_path / "W" / "edit.json").is_file()
+
+
 def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
     draw(tmp_path / "a.png", [("red", "circle"), ("blue", "square")])
     rows = [
@@ -311,7 +345,7 @@ def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
     done = propose(open_groups(tmp_path / "c.jsonl", None, "captions"), tmp_path / "W", ProposeOptions(), 0, quiet)
     assert done["counts"]["unreadable rows"] == 3 and done["counts"]["captions"] == 1
     problems = [record["problem"] for record in WorkFolder.open(tmp_path / "W").records("propose", 0) if "problem" in record]
-    assert "id 'a' is used by an earlier row" in problems[0] and "c.jsonl:3" in problems[1] and "c.jsonl:4" in problems[2]
+    assert "c.jsonl:2: id 'a' is used by an earlier row" in problems[0] and "c.jsonl:3" in problems[1] and "c.jsonl:4" in problems[2]
 
 
 def test_a_budget_is_kept_and_said(scenes: Path, tmp_path: Path) -> None:

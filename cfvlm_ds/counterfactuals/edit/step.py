@@ -49,8 +49,8 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
     names = named(options.back_ends, EDITORS, "--with")
     if options.composite not in COMPOSITES:
         raise ConfigError(f"--composite {options.composite}: it is one of {', '.join(COMPOSITES)}")
-    if options.attempts < 1 or options.threads < 1:
-        raise ConfigError("--attempts and --threads are at least 1")
+    if options.masks and not Path(options.masks).is_dir():
+        raise ConfigError(f"--masks {options.masks}: no such folder; name the one that holds masks by id, SOURCE/NUMBER.png")
     work = WorkFolder.open(out)
     work.check_shard(shard, work.shards if of is None else of)
     work.need("propose", shard)
@@ -68,7 +68,7 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
             stopped = _through(step, tar, editors, options, say)
         return step.finish(counted, stopped)
     except BaseException:
-        step.close()
+        step.give_up()
         raise
 
 
