@@ -232,7 +232,7 @@ def _audit(arguments: argparse.Namespace) -> None:
     options, out = _values(arguments, "audit"), Path(arguments.out)
     refuse_foreign_folder(out)
     if options.refine:
-        output_file(Path(options.refine))
+        output_file(Path(options.refine), *arguments.manifest, *options.against.split(","))
     for ending in (".md", ".json"):
         output_file(out.with_name(out.name + ending))
     score = _scoring(options.scorer, 16)[0] if options.scorer else None

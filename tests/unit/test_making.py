@@ -823,6 +823,34 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole: Path, tmp_path: Path) 
     assert not list(tmp_path.glob("x*"))
 
 
+def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The captions themselves, a file of other rows, a journal of the work folder, a split; and a set thinned into itself."""
+    out = tmp_path / "W"
+    edited(photos, out)
+    verify(out, VerifyOptions(), 0, quiet, None)
+    (tmp_path / "notes.jsonl").write_text('{"schema": "cfgroup/1", "meta": {"mine": 1}}\n')
+    (tmp_path / "g.a.jsonl").write_text("notes\n")
+    before = contents(tmp_path)
+    for name, splits, said in (
+        ("captions.jsonl", "", "captions.jsonl is read here, and would be replaced"),
+        ("notes.jsonl", "", "notes.jsonl is there, and select has not written it"),
+        ("W/run.json", "", "run.json is there, and select"), ("W/edit/shard-00000.jsonl", "", "shard-00000.jsonl is there, and select"),
+        ("g.jsonl", "a=0.5,b=0.5", "g.a.jsonl is there, and select"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=said):
+            select(out, tmp_path / name, SelectOptions(splits=splits), quiet)
+    assert contents(tmp_path) == before
+    for _ in range(2):  # its own file it replaces
+        survival = select(out, tmp_path / "g.jsonl", SelectOptions(), quiet)
+    assert survival.roots == []
+    folders = select(out, tmp_path / "sub" / "g.jsonl", SelectOptions(), quiet).roots
+    assert folders == [str(tmp_path / "sub"), str(tmp_path)]  # and no folder that holds none of the pictures
+    assert len(read_manifest(tmp_path / "sub" / "g.jsonl", folders)) == 6
+    with pytest.raises(SystemExit):
+        main.main(["data", "audit", str(tmp_path / "g.jsonl"), "--out", str(tmp_path / "a"), "--refine", str(tmp_path / "g.jsonl")])
+    assert "g.jsonl is read here, and would be replaced" in capsys.readouterr().err
+
+
 def test_a_real_pair_is_of_one_split_or_of_none(tmp_path: Path) -> None:
     """`mine` shows the picture of another source: where that is of another split, the pair is counted and left out."""
     rows = []
