@@ -22,13 +22,14 @@ from cfvlm_ds.core.reading import lines, open_regular, parse_json
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.attempts import with_proposals
 from cfvlm_ds.counterfactuals.checks import compared
-from cfvlm_ds.counterfactuals.edit.base import picture_by_id
+from cfvlm_ds.counterfactuals.edit.base import picture_by_id, sha256_of
 from cfvlm_ds.counterfactuals.edit.step import picture_path
 from cfvlm_ds.counterfactuals.judge import GOOD, Calibrated, Thresholds, calibrated, verdict
 from cfvlm_ds.counterfactuals.options import VerifyOptions
 from cfvlm_ds.counterfactuals.second_opinion import SecondOpinion
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder
-from cfvlm_ds.data.decoding import open_image
+from cfvlm_ds.data.decoding import MAX_BYTES, open_image
+from cfvlm_ds.data.picture_file import picture_bytes
 from cfvlm_ds.evaluation.benchmarks.base import Item
 from cfvlm_ds.evaluation.probes import Caption, Match
 from cfvlm_ds.evaluation.scoring import GroupScores
@@ -184,6 +185,8 @@ def _looked_at(candidate: Candidate) -> dict[str, Any]:
     if "refused" in made:
         return record | {"problem": f"no picture: {one_line(str(made['refused']), 200)}"}
     try:
+        if (changed := _replaced(candidate)) is not None:
+            return record | {"problem": "a picture is another one than when it was edited", "detail": one_line(str(changed), 300)}
         if candidate.original is None or candidate.edited is None:
             if candidate.original is not None:
                 open_image(candidate.original)  # what nobody can look at is no example of anything
@@ -194,6 +197,18 @@ def _looked_at(candidate: Candidate) -> dict[str, Any]:
         return record | {"checks": compared(candidate.original, candidate.edited, mask)}
     except (DataError, OSError, ValueError) as error:
         return record | {"problem": "a picture cannot be read", "detail": one_line(str(error), 300)}
+
+
+def _replaced(candidate: Candidate) -> Path | None:
+    """A picture whose contents are not those that the step edit has seen or made."""
+    seen = (
+        (candidate.original, candidate.record.get("parent_sha256")),
+        (candidate.edited, (candidate.record.get("picture") or {}).get("sha256")),
+    )
+    for path, sha256 in seen:
+        if path is not None and sha256 is not None and sha256_of(picture_bytes(path, MAX_BYTES)) != sha256:
+            return path
+    return None
 
 
 def _item(candidate: Candidate) -> Item:

@@ -614,6 +614,22 @@ def test_edited_pictures_of_a_folder_are_checked(photos: Path, tmp_path: Path) -
     assert found["p4/0"]["refused"] == "no editor takes it"
 
 
+def test_a_picture_that_was_replaced_after_the_edit_is_no_example(photos: Path, tmp_path: Path) -> None:
+    edited(photos, tmp_path / "W", back_ends="flip,none")
+    shutil.copy(tmp_path / "2.png", tmp_path / "1.png")
+    work = WorkFolder.open(tmp_path / "W")
+    with open(work.tar(0), "r+b") as tar:  # a byte of the mirror image of the first
+        place = next(each["picture"] for each in work.records("edit", 0) if each["picture"])
+        tar.seek(place["start"] + place["length"] // 2)
+        tar.write(b"\0")
+    verify(tmp_path / "W", VerifyOptions(), 0, quiet, None)
+    said = {each["edit"]: each.get("problem", "") for each in work.records("verify", 0)}
+    assert {name for name, problem in said.items() if problem == "a picture is another one than when it was edited"} == {
+        "p0/1", "p1/0", "p1/1",
+    }  # fmt: skip
+    assert sum(not problem for problem in said.values()) == 9
+
+
 def test_masks_confine_what_changes(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "masks" / "p0").mkdir(parents=True)
     (tmp_path / "masks" / "p1").mkdir()
@@ -986,6 +1002,9 @@ def test_clean_data_pass_and_every_planted_fault_is_found(tmp_path: Path) -> Non
 
 def test_duplicates_and_leaks_are_found_and_named(tmp_path: Path) -> None:
     rows = pair_rows(tmp_path, 30)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty: no picture lies in this folder; name those of a benchmark"):
+        audited(tmp_path, {"train": rows[:20]}, against=str(tmp_path / "empty"))
     shutil.copy(tmp_path / "3-0.png", tmp_path / "5-0.png")  # the same picture in two groups
     Image.open(tmp_path / "7-0.png").resize((80, 80)).save(tmp_path / "25-0.jpg", quality=70)  # nearly so in another split
     rows[25]["images"][0]["path"] = "25-0.jpg"
