@@ -141,6 +141,8 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         _at_least(self, batch_size=1)
+        if "{text}" not in self.template:
+            raise ConfigError(f"--template {self.template!r}: it has no {{text}} in it, the place of the caption")
 
 
 @dataclass(frozen=True)

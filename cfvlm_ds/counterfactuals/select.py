@@ -80,11 +80,8 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
         raise ConfigError(
             f"{out}: verify is not through with {len(missing)} of {work.shards} shards; run them first: --array={ranges(missing)}"
         )
+    files, shares = checked(file, options, work.about["source"]["path"])
     thresholds = _thresholds(work, options)
-    shares = parse_splits(options.splits)
-    files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
-    for each in files.values():
-        _refuse_foreign(output_file(each, work.about["source"]["path"]))
     survival = Survival()
     cuts = _cuts(work, thresholds, options) if options.per_type else {}
     folder, outside = file.parent.absolute(), set[Path]()
@@ -112,6 +109,17 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     replace(file.with_name(f"{file.name}.survival.json"), json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
     replace(file.with_name(f"{file.name}.survival.md"), f"{survival.table()}\n\n{survival.captions()}\n".encode())
     return survival
+
+
+def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[str, Path], dict[str, float]]:
+    """The files to write, and the shares of the splits. Raises ConfigError for options that no group can be selected with, and for a file
+    that somebody else wrote."""
+    shares = parse_splits(options.splits)
+    read_thresholds(options.thresholds, options.rule, options.margin)
+    files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
+    for each in files.values():
+        _refuse_foreign(output_file(each, data))
+    return files, shares
 
 
 def _refuse_foreign(file: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.distributed import cores_per_rank
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
@@ -100,8 +100,6 @@ def _looked_at_ahead(units: Iterator[Candidate], size: int, done: int) -> Iterat
 
 def refuse_unfit(out: Path, options: VerifyOptions, shard: int, of: int | None = None) -> bool:
     """Whether a shard is still to be verified. Raises ConfigError for what can be refused before a scorer is loaded."""
-    if "{text}" not in options.template:
-        raise ConfigError(f"--template {options.template!r}: it has no {{text}} in it, the place of the caption")
     work = WorkFolder.open(out)
     work.check_shard(shard, work.shards if of is None else of)
     work.need("edit", shard)

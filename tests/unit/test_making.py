@@ -1088,11 +1088,34 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
         ("- a", "it holds a list"),
         ("data: a\nout: b\nedit: {attempts: many}", "edit.attempts: 'many' is no int"), ("data: a\nout: b\nedit: 3", "edit is a int"),
         ("data: a\nout: b\npropose: {wiht: x}", "did you mean 'with'"), ("data: [", "cannot be read"),
+        ("data: a\nout: b\nshards: 0", r"plan\.yaml: shards 0: it is 1 to"), ("data: ''\nout: b", r"plan\.yaml: data is empty"),
+        ("data: a\nout: b\nverify: {template: x}", r"plan\.yaml: verify\.template 'x': it has no"),
     ):  # fmt: skip
         plan.write_text(text)
         with pytest.raises(ConfigError, match=message):
             read_plan(str(plan))
     assert read_plan("examples/build_coco.yaml").shards == 64
+
+
+@pytest.mark.parametrize(
+    "section, said",
+    [
+        ("propose: {with: rulez}", "propose.with rulez: no such back end"), ("edit: {with: flipp}", "--with flipp: no such back end"),
+        ("edit: {masks: nowhere}", "--masks nowhere: no such folder"), ("edit: {composite: all}", "--composite all"),
+        ("verify: {scorer: nowhere}", "plan.yaml: verify.scorer 'nowhere' does not exist"),
+        ("select: {splits: train}", "--splits 'train'"), ("select: {rule: best}", "rule 'best'"),
+        ("select: {thresholds: none.yaml}", "--thresholds none.yaml"), ("groups: captions.jsonl", "captions.jsonl is read here"),
+    ],
+)  # fmt: skip
+def test_a_mistake_of_any_step_of_a_plan_is_said_before_the_first(
+    section: str, said: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    groups = "" if section.startswith("groups") else "groups: g.jsonl\n"
+    (tmp_path / "plan.yaml").write_text(f"data: captions.jsonl\nout: W\n{groups}{section}\n")
+    with pytest.raises(SystemExit) as ended:
+        main.main(["data", "run", "--config", "plan.yaml"])
+    assert ended.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "W").exists()
 
 
 def test_the_oracle_asks_as_the_probe_does() -> None:
