@@ -260,7 +260,7 @@ def _run(arguments: argparse.Namespace) -> None:
     _add_scenes(plan.edit)
     plan.check()
     if plan.verify.scorer:
-        refuse_absent(named_model(plan.verify.scorer).name_or_path, f"{arguments.config}: verify.scorer")
+        refuse_absent(named_model(plan.verify.scorer).name_or_path, f"{arguments.config}: verify.scorer: ")
     if arguments.shard is not None:
         shard, of = arguments.shard
         if of not in (None, plan.shards):

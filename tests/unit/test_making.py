@@ -1104,7 +1104,7 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
     [
         ("propose: {with: rulez}", "propose.with rulez: no such back end"), ("edit: {with: flipp}", "--with flipp: no such back end"),
         ("edit: {masks: nowhere}", "--masks nowhere: no such folder"), ("edit: {composite: all}", "--composite all"),
-        ("verify: {scorer: nowhere}", "plan.yaml: verify.scorer 'nowhere' does not exist"),
+        ("verify: {scorer: nowhere}", "plan.yaml: verify.scorer: model.name_or_path 'nowhere' does not exist"),
         ("select: {splits: train}", "--splits 'train'"), ("select: {rule: best}", "rule 'best'"),
         ("select: {thresholds: none.yaml}", "--thresholds none.yaml"), ("groups: captions.jsonl", "captions.jsonl is read here"),
     ],
