@@ -185,7 +185,7 @@ def _count(caption: Caption, choose: Choose) -> Iterator[Change]:
 def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
     """Places of a number and of the noun that it counts, with the noun's phrase; None for several things of a kind that is not listed,
     such as three fire hydrants."""
-    if v.ORDINALS & set(caption.words):
+    if v.FIXING_A_NUMBER & set(caption.words):
         return
     phrases = {phrase.determiner: phrase for phrase in caption.phrases if phrase.determiner is not None}
     for place, word in enumerate(caption.words):

@@ -110,8 +110,8 @@ NOT_SIZED = _set(
     apple cat cats game top lake lakes river sea ocean pond field fields mountain mountains beach valley forest park room kitchen world
     skyscraper skyscrapers elephant elephants giraffe giraffes whale puppy puppies kitten kittens lamb calf baby babies neck tail beak nose
     ear ears legs leg trunk fur coat mane smile grin eyes mouth teeth feet hands display variety selection collection bunch pile set pair
-    stack herd flock array gathering event party meal view family team grass snow rain
-    water sand"""
+    stack herd flock array gathering event party meal view family team grass snow rain water
+    sand"""
 )
 SCENERY = _set(
     """grass field fields sky snow beach street road ground water lake river sea ocean sand park yard lawn air day night background side
@@ -129,8 +129,8 @@ CALLED = _set("called named titled entitled labeled labelled says saying spellin
 GENDERED = _set("he him his himself she her hers herself")
 THEIR = _set(
     """its their they them it itself themselves each both another together apart others different various matching identical similar between
-    among amongst fighting wrestling kissing hugging racing shaking couple pair catch tag chess poker
-    cards interacting socializing close crowd gathered huddled pile same"""
+    among amongst fighting wrestling kissing hugging racing shaking couple pair catch tag chess poker cards
+    interacting socializing close crowd gathered huddled pile same"""
 )
 """What is true of several alone, or of one alone: with these in it, a caption does not go from one to several."""
 UNITS = _set(
@@ -139,8 +139,8 @@ UNITS = _set(
     year-old stories story levels lanes percent half halves thirds people's of way ways different others other more side sides end ends
     corner corners edge direction point moment place time row rows kind kinds type types size sizes color colors colour colours"""
 )
-ORDINALS = _set("third fourth second last both other teams")
-"""What counts on: two that tackle a third are not four."""
+FIXING_A_NUMBER = _set("third fourth second last both other teams")
+"""With these in it a caption has no other number: two that tackle a third are not four, and a game is of two teams."""
 MEASURES = _set(
     """star door wheel tone tier layer leaf person man car bedroom seat seater arm prong lane speed story storey level room piece part way
     bed string cylinder engine course"""
