@@ -19,14 +19,29 @@ from cfvlm_ds.objectives.base import Objective, Report
 from cfvlm_ds.objectives.csd import Csd
 from cfvlm_ds.objectives.dpo import Dpo
 from cfvlm_ds.objectives.fcd import Fcd
+from cfvlm_ds.objectives.misp import Misp
+from cfvlm_ds.objectives.symmpo import SymMPO
 
-OBJECTIVES: dict[str, type[Objective]] = {"align": Align, "csd": Csd, "fcd": Fcd, "dpo": Dpo}
+OBJECTIVES: dict[str, type[Objective]] = {"align": Align, "csd": Csd, "fcd": Fcd, "dpo": Dpo, "symmpo": SymMPO, "misp": Misp}
 
 CELLS: tuple[Cells, ...] = ("anchor", "matched", "star", "full")
 
 Objectives = Mapping[str, Objective]
 
-__all__ = ["OBJECTIVES", "Align", "Csd", "Dpo", "Fcd", "Objective", "Objectives", "likelihood_report", "required_cells", "weighted_loss"]
+__all__ = [
+    "OBJECTIVES",
+    "Align",
+    "Csd",
+    "Dpo",
+    "Fcd",
+    "Misp",
+    "Objective",
+    "Objectives",
+    "SymMPO",
+    "likelihood_report",
+    "required_cells",
+    "weighted_loss",
+]
 
 
 def required_cells(objectives: Objectives) -> Cells:
