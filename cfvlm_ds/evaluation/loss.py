@@ -78,7 +78,7 @@ class EvaluationLoss:
                 continue
             sums, alone = self._sums[name], {name: term}
             try:
-                sums.add(torch.atleast_1d(term.numerator(scores_of(name, scores))), denominators(alone, scores.layout)[name])
+                sums.add(torch.atleast_1d(term.numerator(scores_of(name, term, scores))), denominators(alone, scores.layout)[name])
                 for place, (number, group) in enumerate(zip(numbers, groups, strict=True)):
                     sums.note((number, group.id), bool((denominators(alone, _one(scores.layout, place))[name] > 0).any()))
             except Exception as error:  # of somebody's own term: it has trained, and what it lacks here must not cost the evaluation

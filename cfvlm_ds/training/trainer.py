@@ -90,7 +90,7 @@ class Trainer:
         skipped = SkippedGroups(self._config.data, self._run_dir, state.skipped, world)
         nonfinite = NonfiniteSteps(train, self._run_dir, world)
         step = OptimizerStep(self._config, world, self._engine, stand_in, skipped, nonfinite, self._pulse.mark)
-        batches = micro_batches(self._data.groups, self._sampler, self._collator, self._config.data, world, self._num_workers)
+        batches = micro_batches(self._data.groups, self._sampler, self._collator, self._config, world, self._num_workers)
         meter = Meter(deepspeed_engine.gather_clock(self._engine, world.device))
         checkpoints = Checkpoints(self._engine, state, self._run_dir, world, train)
         if state.step == 0:

@@ -19,6 +19,7 @@ from cfvlm_ds.data.containers.hub import is_hub
 from cfvlm_ds.data.containers.kinds import is_there
 from cfvlm_ds.data.manifest import known_format
 from cfvlm_ds.models import check_model, only_adapters_train
+from cfvlm_ds.objectives import batch_terms
 from cfvlm_ds.training.benchmarks import chosen_of
 
 _UNKNOWN_WIDTH = 64
@@ -44,6 +45,18 @@ def validate(config: RunConfig, world: World | None) -> None:
         if (resume := config.train.resume) not in ("auto", "never", "restart") and not os.path.isdir(resume):
             raise ConfigError(f"train.resume {resume!r} is no folder; give auto, never, restart or the path of a checkpoint")
         _check_data(config)
+        _check_step(config, size)
+
+
+def _check_step(config: RunConfig, ranks: int) -> None:
+    train, terms = config.train, batch_terms(config.objective)
+    if terms and config.data.max_tokens_per_micro_batch is None:
+        groups = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
+        if groups < 2:
+            raise ConfigError(
+                f"{next(iter(terms))}: an optimizer step has one group, and its images are compared with texts of others; raise "
+                "train.per_device_train_batch_size or train.gradient_accumulation_steps"
+            )
 
 
 def _check_data(config: RunConfig) -> None:

@@ -79,7 +79,8 @@ def collated(groups: list[Asked], prompt: bool = True) -> Scores:
     ones = valid.long()
     weight = torch.ones(len(groups), dtype=torch.float64)
     layout = GroupLayout(valid, match, ones, torch.zeros_like(ones), weight, prompt=prompts if prompt else None)
-    return Scores(layout, torch.where(valid, logp, 0).requires_grad_(), torch.zeros_like(logp), torch.where(valid, reference, 0))
+    prior = torch.zeros(shape[::2], dtype=torch.float64)
+    return Scores(layout, torch.where(valid, logp, 0).requires_grad_(), torch.zeros_like(logp), torch.where(valid, reference, 0), prior)
 
 
 def softplus(x: float) -> float:

@@ -22,7 +22,18 @@ import torch.nn.functional as F
 from cfvlm_ds import objectives as registered
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores, score_matrix, token_logprobs
-from cfvlm_ds.objectives import OBJECTIVES, Dpo, Misp, Objective, SymMPO, denominators, likelihood_report, required_cells, weighted_loss
+from cfvlm_ds.objectives import (
+    OBJECTIVES,
+    BatchAlign,
+    Dpo,
+    Misp,
+    Objective,
+    SymMPO,
+    denominators,
+    likelihood_report,
+    required_cells,
+    weighted_loss,
+)
 
 # Hand-worked cases are in the paper's form, whose arithmetic is linear; the twins below cover every link and scale.
 PAPER = {"weight": 0.5, "link": "hinge", "len_norm": "anchor"}
@@ -252,6 +263,23 @@ def twin_misp(g: Group, o: Misp) -> list[tuple[float, float]]:
     return [(o.text_side * mean(text), float(bool(text))), (o.image_side * listwise, float(bool(images)))]
 
 
+def twin_batch_align(g: Group, o: BatchAlign) -> list[tuple[float, float]]:
+    """Of a group alone, without texts of others."""
+    n = lambda c: g.tokens[c] if o.len_norm == "own" else 1  # noqa: E731
+    by_text = lambda i, c: (g.logp[i, c] - o.pmi * g.prior[c]) / n(c) / o.temperature  # noqa: E731
+    by_image = lambda i, c: g.logp[i, c] / n(c) / o.temperature  # noqa: E731
+    texts, images = [], []
+    for i, c in sorted(cell for cell, truth in g.truth.items() if truth == 1):
+        false = [by_text(i, d) for d in range(g.size[1]) if g.truth.get((i, d)) == 0]
+        texts.append(math.log(1 + sum(math.exp(s - by_text(i, c)) for s in false)))
+    for c in range(g.size[1]):
+        own = [i for i in range(g.size[0]) if g.truth.get((i, c)) == 1]
+        false = [by_image(i, c) for i in range(g.size[0]) if g.truth.get((i, c)) == 0]
+        if own:
+            images.append(math.log(1 + sum(math.exp(s - by_image(own[0], c)) for s in false)))
+    return [((mean(texts) + mean(images)) / 2, 1.0)]
+
+
 TWINS: dict[str, Callable[..., list[tuple[float, float]]]] = {
     "align": twin_align,
     "csd": twin_csd,
@@ -259,6 +287,7 @@ TWINS: dict[str, Callable[..., list[tuple[float, float]]]] = {
     "dpo": twin_dpo,
     "symmpo": twin_symmpo,
     "misp": twin_misp,
+    "batch_align": twin_batch_align,
 }
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -294,6 +323,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dpo": [{}, {"text_side": 0.0, "image_side": 1.0}, {"anchor": 0.5, "beta": 0.7}, {"image_side": 0.4, "anchor": 0.2}],
     "symmpo": [{}, {"beta": 0.7, "consistency": 0.3}, {"text_side": 0.2, "symmetric": 2.0, "anchor": 0.0}],
     "misp": [{}, {"beta": 0.7}, {"text_side": 0.0, "image_side": 3.0}],
+    "batch_align": [{}, {"pmi": 0.0, "temperature": 3.0}, {"len_norm": "own", "pmi": 0.5, "temperature": 0.2}],
 }
 CASES = [
     pytest.param(name, options, id=name + "".join(f"-{k}={v}" for k, v in options.items()))
@@ -413,7 +443,7 @@ def test_a_group_that_names_other_objectives_counts_as_if_it_were_not_there(name
         scores = dataclasses.replace(full, layout=dataclasses.replace(full.layout, objectives=named))
         loss, gradients = run(objectives, scores)
         assert [cell for x, found in enumerate(gradients) if x not in kept for cell in found.values() if cell] == []
-        report = objectives[name].report(registered.scores_of(name, scores))
+        report = objectives[name].report(registered.scores_of(name, objectives[name], scores))
         if not kept:
             assert loss == 0 and not any(float(count) for _, count in report.values())
             continue
@@ -717,7 +747,7 @@ def test_10_words_before_the_edit_get_no_gradient_unless_each_text_has_its_own_d
 # Property 12: world size and accumulation -----------------------------------------------------------------------------------------------
 
 MIX = {"align": Align(infonce=0.3), "csd": Csd(warmup=0.0), "fcd": Fcd(warmup=0.0), "dpo": Dpo(weight=0.2, image_side=0.5, anchor=0.1)}
-MIX |= {"symmpo": SymMPO(weight=0.3), "misp": Misp(weight=0.4)}
+MIX |= {"symmpo": SymMPO(weight=0.3), "misp": Misp(weight=0.4), "batch_align": BatchAlign(weight=0.6, warmup=0.0)}
 PARTITIONS = {  # ranks x micro-batches x group indices; 14 ragged groups, two of them without any counterfactual
     "1 rank, accumulation 2": [[range(0, 7), range(7, 14)]],
     "1 rank, accumulation 4": [[range(0, 1), range(1, 3), range(3, 8), range(8, 14)]],
