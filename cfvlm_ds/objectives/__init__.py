@@ -21,6 +21,7 @@ from cfvlm_ds.objectives.csd import Csd
 from cfvlm_ds.objectives.dpo import Dpo
 from cfvlm_ds.objectives.fcd import Fcd
 from cfvlm_ds.objectives.misp import Misp
+from cfvlm_ds.objectives.retain import Retain
 from cfvlm_ds.objectives.symmpo import SymMPO
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -31,6 +32,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "symmpo": SymMPO,
     "misp": Misp,
     "batch_align": BatchAlign,
+    "retain": Retain,
 }
 
 CELLS: tuple[Cells, ...] = ("anchor", "matched", "star", "full")
@@ -47,6 +49,7 @@ __all__ = [
     "Misp",
     "Objective",
     "Objectives",
+    "Retain",
     "SymMPO",
     "likelihood_report",
     "required_cells",

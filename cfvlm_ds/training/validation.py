@@ -74,6 +74,10 @@ def _check_data(config: RunConfig) -> None:
         known_format(each.path, each.format or data.format)  # raises, and says what is near
         if not there:
             open_groups(each.path, each.root, each.format or data.format)  # raises, and says what is near
+    for name in config.train.retention or ():
+        if name not in data.evaluation_sets:
+            known = ", ".join(data.evaluation_sets) or "none"
+            raise ConfigError(f"train.retention: {name!r} is no manifest of data.evaluation ({known}); name one of them, or add it there")
     for name, each in data.benchmark_sets.items():
         if not (root := chosen_of(name, each).root).is_dir() and not (scenes is not None and _is_below(str(root), scenes.out_dir)):
             raise ConfigError(f"data.evaluation.{name}: {root}: no such folder; put the benchmark's files there, as docs/benchmarks says")

@@ -28,6 +28,7 @@ from cfvlm_ds.objectives import (
     Dpo,
     Misp,
     Objective,
+    Retain,
     SymMPO,
     denominators,
     likelihood_report,
@@ -280,6 +281,14 @@ def twin_batch_align(g: Group, o: BatchAlign) -> list[tuple[float, float]]:
     return [((mean(texts) + mean(images)) / 2, 1.0)]
 
 
+def twin_retain(g: Group, o: Retain) -> list[tuple[float, float]]:
+    true = [cell for cell, truth in g.truth.items() if truth == 1]
+    if o.rows == "plain" and 0 in g.truth.values():
+        return [(0.0, 0.0)]
+    ratio = {cell: (g.logp[cell] - g.reference[cell]) / g.tokens[cell[1]] for cell in true}
+    return [(sum(g.tokens[c] * (math.exp(d) - 1 - d) for (_, c), d in ratio.items()), float(sum(g.tokens[c] for _, c in true)))]
+
+
 TWINS: dict[str, Callable[..., list[tuple[float, float]]]] = {
     "align": twin_align,
     "csd": twin_csd,
@@ -288,6 +297,7 @@ TWINS: dict[str, Callable[..., list[tuple[float, float]]]] = {
     "symmpo": twin_symmpo,
     "misp": twin_misp,
     "batch_align": twin_batch_align,
+    "retain": twin_retain,
 }
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -323,6 +333,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dpo": [{}, {"text_side": 0.0, "image_side": 1.0}, {"anchor": 0.5, "beta": 0.7}, {"image_side": 0.4, "anchor": 0.2}],
     "symmpo": [{}, {"beta": 0.7, "consistency": 0.3}, {"text_side": 0.2, "symmetric": 2.0, "anchor": 0.0}],
     "misp": [{}, {"beta": 0.7}, {"text_side": 0.0, "image_side": 3.0}],
+    "retain": [{}, {"rows": "all"}],
     "batch_align": [{}, {"pmi": 0.0, "temperature": 3.0}, {"len_norm": "own", "pmi": 0.5, "temperature": 0.2}],
 }
 CASES = [
@@ -426,7 +437,7 @@ def test_padding_changes_nothing(name: str, options: dict[str, Any]) -> None:
 
 @every_objective
 def test_weight_two_equals_the_group_listed_twice(name: str, options: dict[str, Any]) -> None:
-    objectives, a, b = make(name, options), group("bsb", 1), group("tib", 2)
+    objectives, a, b = make(name, options), *((group("", 1), group("", 2)) if name == "retain" else (group("bsb", 1), group("tib", 2)))
     twice, (first, second, rest) = run(objectives, collate([a, a, b]))
     added = {cell: first[cell] + second[cell] for cell in first}
     assert_same(run(objectives, collate([dataclasses.replace(a, weight=2.0), b])), (twice, [added, rest]))
@@ -457,16 +468,13 @@ def test_a_group_that_names_other_objectives_counts_as_if_it_were_not_there(name
 
 @every_objective
 def test_cells_are_all_that_an_objective_reads(name: str, options: dict[str, Any]) -> None:
-    """Dropping every cell outside ``cells`` from a batch changes neither units nor loss."""
-    objectives, whole = make(name, options), ragged()
-
-    def kept(truth: dict[Cell, int]) -> dict[Cell, int]:
-        cells = required_cells(objectives)
-        return {k: v for k, v in truth.items() if k == (0, 0) or (v == 1 and cells == "matched") or cells in ("star", "full")}
-
-    reduced = [dataclasses.replace(g, truth=kept(g.truth)) for g in whole]
-    size = collate(whole).layout.valid.shape[1:]
-    assert run(objectives, collate(reduced, pad=(size[0], size[1])))[0] == pytest.approx(run(objectives, collate(whole))[0], rel=1e-12)
+    """Not scoring any cell outside ``cells`` changes neither units nor loss; the truth table is known whole either way."""
+    objectives, scores = make(name, options), collate(ragged())
+    cells, layout = required_cells(objectives), scores.layout
+    wanted = layout.positive if cells == "matched" else torch.full_like(layout.valid, cells in ("star", "full"))
+    wanted[:, 0, 0] = True
+    reduced = dataclasses.replace(scores, layout=dataclasses.replace(layout, valid=layout.valid & wanted))
+    assert run(objectives, reduced)[0] == pytest.approx(run(objectives, scores)[0], rel=1e-12)
 
 
 @every_objective
@@ -898,6 +906,30 @@ def test_misp_equals_the_published_formula() -> None:
     assert loss_of(Misp(text_side=0.0, beta=0.7), one := group("b", 3)) == pytest.approx(
         loss_of(Dpo(text_side=0.0, image_side=1.0, beta=0.7), one)
     )
+
+
+def test_retain_by_hand() -> None:
+    """A caption of 2 tokens that lost 2 log 2 nats (d = -log 2): 1/2 - 1 + log 2 a token; one of 4 that gained: 2 - 1 - log 2."""
+    fallen = dataclasses.replace(group(""), tokens=[2], logp={(0, 0): -5.0}, reference={(0, 0): -5.0 + 2 * math.log(2)})
+    risen = dataclasses.replace(group(""), tokens=[4], logp={(0, 0): -5.0}, reference={(0, 0): -5.0 - 4 * math.log(2)})
+    down, up = math.log(2) - 0.5, 1 - math.log(2)
+    assert loss_of(Retain(), fallen) == pytest.approx(down)
+    assert loss_of(Retain(), fallen, risen, group("b")) == pytest.approx((2 * down + 4 * up) / 6), "a row with a false text is not plain"
+    assert logp_gradient(Retain(), fallen)[0, 0] == pytest.approx((0.5 - 1) / 2)
+    report = Retain().report(collate([fallen, risen]))["retain/ratio"]
+    assert (report[0].item(), report[1].item()) == (pytest.approx(2 * math.log(2)), 6)
+    same = dataclasses.replace(fallen, reference=fallen.logp)
+    assert loss_of(Retain(), same) == 0 and logp_gradient(Retain(), same)[0, 0] == 0
+
+
+def test_retain_is_an_unbiased_estimate_of_a_divergence() -> None:
+    """Texts of one token, drawn as often as the reference says them: the mean is KL(reference || model), by its definition."""
+    p, q = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]
+    drawn = [
+        dataclasses.replace(group(""), tokens=[1], logp={(0, 0): math.log(q[k])}, reference={(0, 0): math.log(p[k])}, weight=p[k])
+        for k in range(3)
+    ]
+    assert loss_of(Retain(), *drawn) == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
 
 
 def test_rivals_at_the_reference() -> None:

@@ -180,6 +180,7 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
     [
         (["--model.name_or_path", ""], "model.name_or_path is not set"),
         (["--data.train", ""], "data.train is not set"),
+        (["--train.retention", "[kept]"], "train.retention: 'kept' is no manifest of data.evaluation (none); name one of them"),
         (["--data.evaluation.more", "absent.jsonl"], "absent.jsonl: no such manifest"),
         (["--data.format", "cfgrop"], "unknown format 'cfgrop'; did you mean 'cfgroup'?"),
         (["--objective.dpo.weight", "1"], "an objective needs stored scores"),
