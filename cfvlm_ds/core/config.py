@@ -68,9 +68,9 @@ class ModelConfig:
         attn_implementation: ``auto`` takes flash-attn where it is available, else sdpa; or ``flash_attention_2``, ``varlen`` or
             ``flex`` (torch's kernels, GPU), ``sdpa``, ``cascade`` (CPU, long prompts).
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        min_pixels: scale smaller images up to this many pixels (Qwen-VL).
-        max_pixels: scale larger images down to this many pixels, and so bound their visual tokens (Qwen-VL).
-        max_tiles: cut an image into at most this many tiles (LLaVA-NeXT, OneVision, InternVL, Idefics3, SmolVLM).
+        min_pixels: scale smaller images up to this many pixels (Qwen-VL, GLM-4V).
+        max_pixels: scale larger images down to this many pixels, and so bound their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
+        max_tiles: cut an image into at most this many tiles (LLaVA-NeXT, OneVision, InternVL, Idefics3, SmolVLM, Aya, Command).
         vision_tower: tuning and learning rate of the vision tower.
         projector: tuning and learning rate of the projector.
         language_model: tuning and learning rate of the language model and its output head.

@@ -15,6 +15,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.demo.tiny_llava import llava_config, llava_processor, write_checkpoint
 
 _CORPUS = ["describe the image. is it red? yes, no. a red circle left of two blue squares; 0 1 2 3 4 5 6 7 8 9"]
+_NEWLINES = ["\n" * 4] * 9  # for a tokenizer that has tokens of several newlines, as Gemma's
 _WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TEXT = {**_WIDTHS, "num_key_value_heads": 2, "max_position_embeddings": 4096}
 _TILE = {"height": 28, "width": 28}
@@ -37,7 +38,10 @@ _IDEFICS = (
     "<|begin_of_text|>{% for message in messages %}{{ message['role'] | capitalize }}:{% if message['content'][0]['type'] != 'image' %} "
     "{% endif %}" + _CONTENT + "<end_of_utterance>{{ '\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-
+_GEMMA = (
+    "<bos>{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) "
+    "+ '\n' }}" + _CONTENT + "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
 Parts = tuple[Any, Any]
 """(configuration or model, processor)"""
 
@@ -66,7 +70,7 @@ def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
     return write_checkpoint(out_dir, make)
 
 
-def _tokenizer(special: Sequence[str], end: str, pad: str, **named: Any) -> Any:
+def _tokenizer(special: Sequence[str], end: str, pad: str, corpus: Sequence[str] = _CORPUS, **named: Any) -> Any:
     """A byte-level BPE tokenizer with the family's control tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -76,7 +80,7 @@ def _tokenizer(special: Sequence[str], end: str, pad: str, **named: Any) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        _CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False)
+        corpus, trainers.BpeTrainer(vocab_size=320, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False)
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=end, pad_token=pad, additional_special_tokens=list(special), model_max_length=4096, **named
@@ -228,6 +232,27 @@ def _idefics(model_type: str) -> Parts:
     return config, t.SmolVLMProcessor(t.SmolVLMImageProcessor(**sizes), tokenizer, t.SmolVLMVideoProcessor(), **options)
 
 
+def _gemma3() -> Parts:
+    t = _transformers()
+
+    named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", *named.values()]
+    tokenizer = _tokenizer(special, "<end_of_turn>", "<pad>", _CORPUS + _NEWLINES, bos_token="<bos>", extra_special_tokens=named)
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    text = {**_TEXT, **_ids(tokenizer), "head_dim": 8, "query_pre_attn_scalar": 8, "num_hidden_layers": 3, "layer_types": layers}
+    config = t.Gemma3Config(
+        vision_config={**_WIDTHS, "image_size": 56, "patch_size": 7, "vision_use_head": False},
+        text_config={**text, "sliding_window": 12, "pad_token_id": tokenizer.pad_token_id},  # shorter than a picture and than any prompt
+        mm_tokens_per_image=16,
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+    )
+    images = t.Gemma3ImageProcessor(size={"height": 56, "width": 56})
+    template = _GEMMA.replace("IMAGE", "<start_of_image>")
+    return config, t.Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=16)
+
+
 SMALL: dict[str, Callable[[Path], Parts]] = {
     "llava": _llava,
     "llava_next": lambda folder: _llava_next(),
@@ -241,5 +266,6 @@ SMALL: dict[str, Callable[[Path], Parts]] = {
     "internvl": lambda folder: _internvl(),
     "idefics3": lambda folder: _idefics("idefics3"),
     "smolvlm": lambda folder: _idefics("smolvlm"),
+    "gemma3": lambda folder: _gemma3(),
 }
 """Model type -> its parts; a tokenizer that is a file of its own is put into the folder."""

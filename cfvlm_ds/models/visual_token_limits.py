@@ -14,11 +14,14 @@ from cfvlm_ds.core.errors import ConfigError
 def pixels(processor: Any, config: Any, model: ModelConfig) -> None:
     """Images are scaled to lie between the two bounds (Qwen-VL: one token is a square of patch size x merge size pixels)."""
     if processor is not None:
-        size = processor.image_processor.size
-        low, high = model.min_pixels or size["shortest_edge"], model.max_pixels or size["longest_edge"]
-        if low > high:
-            raise ConfigError(f"model.min_pixels is {low} and model.max_pixels {high}; make the first the smaller one")
-        processor.image_processor.size = {"shortest_edge": low, "longest_edge": high}
+        _between(processor.image_processor, model, 1)
+
+
+def _between(images: Any, model: ModelConfig, frames: int) -> None:
+    low, high = model.min_pixels or images.size["shortest_edge"] // frames, model.max_pixels or images.size["longest_edge"] // frames
+    if low > high:
+        raise ConfigError(f"model.min_pixels is {low} and model.max_pixels {high}; make the first the smaller one")
+    images.size = {"shortest_edge": frames * low, "longest_edge": frames * high}
 
 
 def grids(processor: Any, config: Any, model: ModelConfig) -> None:

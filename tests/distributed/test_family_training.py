@@ -136,7 +136,8 @@ def test_exports_have_the_sources_names_and_dtypes(
 ) -> None:
     source, exported = tensors(models[on[0]]), tensors(trained[(*on, 2)] / "export")
     assert {name: (t.shape, t.dtype) for name, t in exported.items()} == {name: (t.shape, t.dtype) for name, t in source.items()}
-    assert sum(not torch.equal(exported[name], source[name]) for name in source) > len(source) / 2, "it trained"
+    trained = [name for name in source if source[name].dim() and "audio" not in name]
+    assert sum(not torch.equal(exported[name], source[name]) for name in trained) > len(trained) / 2, "it trained"
 
 
 @each("lora")

@@ -22,6 +22,7 @@ QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers":
 QWEN_72B = {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
 ROPE = {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}
 QWEN_2_5_TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
 # Sizes as published, and the parameters of the published checkpoints (from the index of their files, 2 bytes each).
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "llava15_7b": ({"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32_064}}, 7_063_427_072),
@@ -80,6 +81,17 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
             },
         },
         9_409_813_744,
+    ),
+    "gemma3_4b": (
+        {
+            "model_type": "gemma3",
+            "text_config": {
+                "hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34, "num_attention_heads": 8,
+                "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262_208, "sliding_window": 1024,
+            },
+            "vision_config": {**SIGLIP, "model_type": "siglip_vision_model", "image_size": 896, "patch_size": 14, "vision_use_head": False},
+        },
+        4_300_079_472,
     ),
 }  # fmt: skip
 

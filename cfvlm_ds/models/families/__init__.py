@@ -7,13 +7,14 @@ import difflib
 from transformers import PreTrainedConfig
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models.families.gemma import GEMMA_3
 from cfvlm_ds.models.families.idefics import IDEFICS
 from cfvlm_ds.models.families.internvl import INTERNVL
 from cfvlm_ds.models.families.llava import LLAVA, NEXT, ONEVISION
 from cfvlm_ds.models.families.qwen import QWEN_3_5, QWEN_VL
 from cfvlm_ds.models.family import Family
 
-_RECORDS = (LLAVA, NEXT, ONEVISION, QWEN_VL, QWEN_3_5, INTERNVL, IDEFICS)
+_RECORDS = (LLAVA, NEXT, ONEVISION, QWEN_VL, QWEN_3_5, INTERNVL, IDEFICS, GEMMA_3)
 FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for model_type in family.model_types}
 
 
