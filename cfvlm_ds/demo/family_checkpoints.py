@@ -253,6 +253,23 @@ def _gemma3() -> Parts:
     return config, t.Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=16)
 
 
+def _mistral3() -> Parts:
+    t = _transformers()
+
+    tokenizer = _tokenizer(
+        ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"], "</s>", "<unk>", bos_token="<s>"
+    )
+    config = t.Mistral3Config(
+        vision_config={**_WIDTHS, "head_dim": 8, "image_size": 224, "patch_size": 7},
+        text_config={**_TEXT, **_ids(tokenizer), "head_dim": 8, "sliding_window": None, "model_type": "mistral"},
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        tie_word_embeddings=False,
+    )
+    images = t.PixtralImageProcessor(patch_size={"height": 7, "width": 7}, size={"longest_edge": 84})
+    options = {"patch_size": 7, "spatial_merge_size": 2, "chat_template": "<s>" + _INST.replace("IMAGE", "[IMG]")}
+    return config, t.PixtralProcessor(images, tokenizer, **options)
+
+
 SMALL: dict[str, Callable[[Path], Parts]] = {
     "llava": _llava,
     "llava_next": lambda folder: _llava_next(),
@@ -267,5 +284,6 @@ SMALL: dict[str, Callable[[Path], Parts]] = {
     "idefics3": lambda folder: _idefics("idefics3"),
     "smolvlm": lambda folder: _idefics("smolvlm"),
     "gemma3": lambda folder: _gemma3(),
+    "mistral3": lambda folder: _mistral3(),
 }
 """Model type -> its parts; a tokenizer that is a file of its own is put into the folder."""

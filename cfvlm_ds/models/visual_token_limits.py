@@ -5,6 +5,7 @@ A limit changes the processor and, if the model computes the same sizes, its con
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from cfvlm_ds.core.config import ModelConfig
@@ -22,6 +23,18 @@ def _between(images: Any, model: ModelConfig, frames: int) -> None:
     if low > high:
         raise ConfigError(f"model.min_pixels is {low} and model.max_pixels {high}; make the first the smaller one")
     images.size = {"shortest_edge": frames * low, "longest_edge": frames * high}
+
+
+def longest_edge(processor: Any, config: Any, model: ModelConfig) -> None:
+    """The longest edge is scaled to that of the largest square of whole tokens (Mistral 3, whose images keep their shape).
+
+    Of at least 2 x 2: transformers cannot take a forward whose only image is one visual token.
+    """
+    if processor is not None and model.max_pixels:
+        images, side = processor.image_processor, processor.patch_size * processor.spatial_merge_size
+        if model.max_pixels < 4 * side**2:
+            raise ConfigError(f"model.max_pixels is {model.max_pixels}, and 2 x 2 visual tokens are {4 * side**2}; raise it")
+        images.size = {"longest_edge": min(images.size["longest_edge"], math.isqrt(model.max_pixels) // side * side)}
 
 
 def grids(processor: Any, config: Any, model: ModelConfig) -> None:

@@ -93,6 +93,19 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         },
         4_300_079_472,
     ),
+    "mistral_small_24b": (
+        {
+            "model_type": "mistral3", "tie_word_embeddings": False,
+            "text_config": {
+                "model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32_768, "num_hidden_layers": 40, "head_dim": 128,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 131_072, "sliding_window": None,
+            },
+            "vision_config": {
+                "model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "patch_size": 14,
+            },
+        },
+        24_011_361_280,
+    ),
 }  # fmt: skip
 
 
