@@ -42,6 +42,11 @@ _GEMMA = (
     "<bos>{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) "
     "+ '\n' }}" + _CONTENT + "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+_GLM = (
+    "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}" + _CONTENT + "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
 Parts = tuple[Any, Any]
 """(configuration or model, processor)"""
 
@@ -270,6 +275,34 @@ def _mistral3() -> Parts:
     return config, t.PixtralProcessor(images, tokenizer, **options)
 
 
+def _glm(model_type: str) -> Parts:
+    t = _transformers()
+
+    marks = ["image", "video", "begin_of_image", "end_of_image", "begin_of_video", "end_of_video"]
+    special = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", *(f"<|{mark}|>" for mark in marks)]
+    tokenizer = _tokenizer(special, "<|endoftext|>", "<|endoftext|>")
+    fields = ["image", "video", "image_start", "image_end", "video_start", "video_end"]
+    ids = {f"{field}_token_id": tokenizer.convert_tokens_to_ids(f"<|{mark}|>") for field, mark in zip(fields, marks, strict=True)}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    text = {**_TEXT, **_ids(tokenizer), "num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": rope}
+    vision = {
+        "depth": 3,
+        "num_heads": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": 32,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    kind = t.Glm4vConfig if model_type == "glm4v" else t.Glm46VConfig
+    config = kind(text_config={**text, "model_type": "glm4v_text"}, vision_config={**vision, "model_type": "glm4v_vision"}, **ids)
+    size = {"shortest_edge": 2 * 28**2, "longest_edge": 2 * 64 * 28**2}  # both frames of a picture are counted
+    template = _GLM.replace("IMAGE", "<|begin_of_image|><|image|><|end_of_image|>")
+    if model_type == "glm4v":
+        return config, t.Glm4vProcessor(t.Glm4vImageProcessor(size=size), tokenizer, t.Glm4vVideoProcessor(), chat_template=template)
+    return config, t.Glm46VProcessor(t.Glm46VImageProcessor(size=size), tokenizer, t.Glm46VVideoProcessor(), chat_template=template)
+
+
 SMALL: dict[str, Callable[[Path], Parts]] = {
     "llava": _llava,
     "llava_next": lambda folder: _llava_next(),
@@ -285,5 +318,7 @@ SMALL: dict[str, Callable[[Path], Parts]] = {
     "smolvlm": lambda folder: _idefics("smolvlm"),
     "gemma3": lambda folder: _gemma3(),
     "mistral3": lambda folder: _mistral3(),
+    "glm4v": lambda folder: _glm("glm4v"),
+    "glm46v": lambda folder: _glm("glm46v"),
 }
 """Model type -> its parts; a tokenizer that is a file of its own is put into the folder."""

@@ -18,6 +18,12 @@ def pixels(processor: Any, config: Any, model: ModelConfig) -> None:
         _between(processor.image_processor, model, 1)
 
 
+def pixels_of_frames(processor: Any, config: Any, model: ModelConfig) -> None:
+    """The same where the processor counts the pixels of all frames, and takes a picture for as many as the tower joins (GLM-4V)."""
+    if processor is not None:
+        _between(processor.image_processor, model, processor.image_processor.temporal_patch_size)
+
+
 def _between(images: Any, model: ModelConfig, frames: int) -> None:
     low, high = model.min_pixels or images.size["shortest_edge"] // frames, model.max_pixels or images.size["longest_edge"] // frames
     if low > high:

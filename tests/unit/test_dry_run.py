@@ -106,6 +106,14 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         },
         24_011_361_280,
     ),
+    "glm4v_9b": (
+        {
+            "model_type": "glm4v",
+            "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "vision_config": {},  # the library's own, as for the language model
+        },
+        10_292_777_472,
+    ),
 }  # fmt: skip
 
 
