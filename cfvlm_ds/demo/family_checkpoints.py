@@ -258,6 +258,40 @@ def _gemma3() -> Parts:
     return config, t.Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=16)
 
 
+def _gemma4() -> Parts:
+    """All that Gemma 4 has beside its mixture of experts: embeddings for each layer and shared keys and values are of its smaller models,
+    pictures that are seen as a whole, and full layers whose values are their keys, of its larger ones."""
+    t = _transformers()
+
+    named = {f"{kind}_token": f"<|{kind}|>" for kind in ("image", "audio")}
+    named |= {"boi_token": "<|image>", "eoi_token": "<image|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+    special = ["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|video|>", *named.values()]
+    tokenizer = _tokenizer(special, "<turn|>", "<pad>", _CORPUS + _NEWLINES, bos_token="<bos>", extra_special_tokens=named)
+    layers = ["sliding_attention", "full_attention"] * 2
+    text = {**_TEXT, **_ids(tokenizer), "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 4, "layer_types": layers}
+    text |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_kv_shared_layers": 2, "sliding_window": 24}
+    text |= {"vocab_size_per_layer_input": len(tokenizer), "hidden_size_per_layer_input": 8, "use_bidirectional_attention": "vision"}
+    vision = {**_WIDTHS, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 160}
+    sound = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "subsampling_conv_channels": [4, 4],
+        "output_proj_dims": 32,
+    }
+    config = t.Gemma4Config(
+        vision_config={**vision, "use_clipped_linears": True, "standardize": True},
+        text_config={**text, "final_logit_softcapping": 3.0, "pad_token_id": tokenizer.pad_token_id},
+        audio_config=sound,
+        **{f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<|{kind}|>") for kind in ("image", "audio", "video")},
+        **{f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("boi", "eoi", "boa")},
+    )
+    images = t.Gemma4ImageProcessor(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)
+    template = _GEMMA.replace("IMAGE", "\n\n<|image|>\n\n").replace("<start_of_turn>", "<|turn>").replace("<end_of_turn>", "<turn|>")
+    parts = t.Gemma4AudioFeatureExtractor(), images, tokenizer, t.Gemma4VideoProcessor(patch_size=4, pooling_kernel_size=2)
+    return config, t.Gemma4Processor(*parts, chat_template=template, image_seq_length=70)
+
+
 def _mistral3() -> Parts:
     t = _transformers()
 
@@ -317,6 +351,7 @@ SMALL: dict[str, Callable[[Path], Parts]] = {
     "idefics3": lambda folder: _idefics("idefics3"),
     "smolvlm": lambda folder: _idefics("smolvlm"),
     "gemma3": lambda folder: _gemma3(),
+    "gemma4": lambda folder: _gemma4(),
     "mistral3": lambda folder: _mistral3(),
     "glm4v": lambda folder: _glm("glm4v"),
     "glm46v": lambda folder: _glm("glm46v"),

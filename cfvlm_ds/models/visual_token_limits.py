@@ -43,6 +43,20 @@ def longest_edge(processor: Any, config: Any, model: ModelConfig) -> None:
         images.size = {"longest_edge": min(images.size["longest_edge"], math.isqrt(model.max_pixels) // side * side)}
 
 
+_BUDGETS = (70, 140, 280, 560, 1120)
+
+
+def budgets(processor: Any, config: Any, model: ModelConfig) -> None:
+    """An image has at most one of some numbers of visual tokens, here the largest whose pixels are within the bound (Gemma 4)."""
+    if processor is not None and model.max_pixels:
+        images = processor.image_processor
+        pixels_per_token = (images.patch_size * images.pooling_kernel_size) ** 2
+        fitting = [tokens for tokens in _BUDGETS if tokens * pixels_per_token <= model.max_pixels]
+        if not fitting:
+            raise ConfigError(f"model.max_pixels is {model.max_pixels}, and the least is {_BUDGETS[0] * pixels_per_token}; raise it")
+        images.max_soft_tokens = fitting[-1]
+
+
 def grids(processor: Any, config: Any, model: ModelConfig) -> None:
     """Grids of more tiles are not chosen (LLaVA-NeXT and OneVision: an image takes the grid that suits it best)."""
     side = None if config is None else config.vision_config.image_size

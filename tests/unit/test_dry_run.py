@@ -93,6 +93,19 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         },
         4_300_079_472,
     ),
+    "gemma4_26b": (  # 25_233_141_760 in the language model and 569_548_080 in the tower, counted by hand from the published sizes
+        {
+            "model_type": "gemma4",
+            "text_config": {
+                "hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 30, "num_attention_heads": 16,
+                "num_key_value_heads": 8, "num_global_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512, "vocab_size": 262_144,
+                "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "sliding_window": 1024, "enable_moe_block": True,
+                "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704, "use_bidirectional_attention": "vision",
+            },
+            "vision_config": {**SIGLIP, "num_key_value_heads": 16, "head_dim": 72, "patch_size": 16, "standardize": True},
+        },
+        25_805_933_872,
+    ),
     "mistral_small_24b": (
         {
             "model_type": "mistral3", "tie_word_embeddings": False,
