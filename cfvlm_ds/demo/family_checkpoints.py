@@ -309,6 +309,36 @@ def _mistral3() -> Parts:
     return config, t.PixtralProcessor(images, tokenizer, **options)
 
 
+def _cohere(model_type: str) -> Parts:
+    t = _transformers()
+
+    named = {"boi_token": "<|START_OF_IMG|>", "eoi_token": "<|END_OF_IMG|>", "image_token": "<|IMG_PATCH|>"}
+    named |= {"img_line_break_token": "<|IMG_LINE_BREAK|>"}
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *named.values(),
+        "<image>",
+        "TILE_GLOBAL",
+        *(f"TILE_{k}" for k in range(1, 5)),
+    ]
+    tokenizer = _tokenizer(special, "<|im_end|>", "<|endoftext|>", extra_special_tokens=named)
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12}
+    text = {**_TEXT, **_ids(tokenizer), **layers, "model_type": "cohere2", "pad_token_id": tokenizer.pad_token_id}
+    vision = {**_WIDTHS, "image_size": 28, "patch_size": 7, "model_type": "siglip_vision_model", "vision_use_head": False}
+    parts = {"vision_config": vision, "text_config": text}
+    placeholder = tokenizer.convert_tokens_to_ids("<|IMG_PATCH|>")
+    if model_type == "cohere2_vision":
+        config = t.Cohere2VisionConfig(**parts, image_token_id=placeholder, alignment_intermediate_size=64)
+        images = t.Cohere2VisionImageProcessor(size=_TILE, patch_size=2, max_patches=4)  # visual tokens on a side of a tile
+        return config, t.Cohere2VisionProcessor(images, tokenizer, chat_template=_CHATML.replace("IMAGE", "<|IMG_PATCH|>"))
+    config = t.AyaVisionConfig(**parts, image_token_index=placeholder)
+    images = t.GotOcr2ImageProcessor(size=_TILE, crop_to_patches=True, min_patches=1, max_patches=4)
+    options = {"patch_size": 7, "img_size": 28, "downsample_factor": 2, "chat_template": _CHATML.replace("IMAGE", "<image>")}
+    return config, t.AyaVisionProcessor(images, tokenizer, **options)
+
+
 def _glm(model_type: str) -> Parts:
     t = _transformers()
 
@@ -355,5 +385,7 @@ SMALL: dict[str, Callable[[Path], Parts]] = {
     "mistral3": lambda folder: _mistral3(),
     "glm4v": lambda folder: _glm("glm4v"),
     "glm46v": lambda folder: _glm("glm46v"),
+    "aya_vision": lambda folder: _cohere("aya_vision"),
+    "cohere2_vision": lambda folder: _cohere("cohere2_vision"),
 }
 """Model type -> its parts; a tokenizer that is a file of its own is put into the folder."""
