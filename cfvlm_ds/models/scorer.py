@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from cfvlm_ds.models.chunked_logprobs import head_logprobs
 from cfvlm_ds.models.family import Family
 from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.routers import Routed, Routers
 
 
 class ScoringHead(nn.Linear):
@@ -46,7 +47,7 @@ class Scorer(nn.Module):
     """The module that DeepSpeed runs: encode each distinct image once, run the language model, return log-probs of the scored tokens.
 
     Everything happens inside one forward, so that ZeRO-3 gathers each layer once however many candidates there are, and every rank calls
-    every submodule the same number of times.
+    every submodule the same number of times. ``routed`` is what the routers of a mixture of experts did in the last forward.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
@@ -57,6 +58,8 @@ class Scorer(nn.Module):
         self.model = model
         self.family = family
         self.projectors = family.projectors(model)
+        self.routed: Routed | None = None
+        self._routers = Routers(model)
 
     def forward(self, **inputs: Any) -> Any:
         """``logp`` of a row or, for ``image_inputs`` alone, ``tower_features``; both have to be forwards of the module that ZeRO-3
@@ -107,14 +110,16 @@ class Scorer(nn.Module):
         # the text's embeddings are frozen it is the image through which gradients pass all of the language model.
         through = self.model.get_input_embeddings().register_forward_hook(lambda module, args, embedded: embedded + 0 * unused)
         try:
-            hidden = self.model.base_model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                forest=forest,
-                mm_encoder_outputs=encoded,
-                use_cache=False,
-                **self._marked(input_ids),
-            ).last_hidden_state
+            with self._routers as routers:
+                hidden = self.model.base_model(
+                    input_ids=input_ids,
+                    position_ids=position_ids,
+                    forest=forest,
+                    mm_encoder_outputs=encoded,
+                    use_cache=False,
+                    **self._marked(input_ids),
+                ).last_hidden_state
+                self.routed = routers.routed()
         finally:
             through.remove()
         return self.model.get_output_embeddings()(hidden[scored], predicted_by, targets)
