@@ -22,7 +22,7 @@ from conftest import REPO, draw
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.counterfactuals.http import CallFailed, check_url, post
 from cfvlm_ds.counterfactuals.options import TYPES, ProposeOptions
-from cfvlm_ds.counterfactuals.propose import PROPOSERS, grammar, llm, slots, vocabulary
+from cfvlm_ds.counterfactuals.propose import PROPOSERS, grammar, llm, mine, slots, vocabulary
 from cfvlm_ds.counterfactuals.propose.base import Context, Proposal, Rejected, Source
 from cfvlm_ds.counterfactuals.propose.rules import Rules
 from cfvlm_ds.counterfactuals.propose.step import Seen, propose
@@ -580,6 +580,46 @@ def test_real_pairs_are_found_once_and_by_every_cut(tmp_path: Path) -> None:
     assert len({(tmp_path / f"M{shards}" / "mine" / "slots.bin").read_bytes() for shards in (1, 3, 7)}) == 1
     wider = mined(tmp_path / "wider", types="colour,other")
     assert wider - expected == {("a", "other", "5.png"), ("d", "other", "5.png")}  # a house in place of a car
+
+
+def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more pairs than are looked at or kept, shards in any order, and an index that each of some shards makes anew."""
+    monkeypatch.setattr(mine, "_LOOKED_AT", 8)
+    chance = random.Random(9)
+    texts = ["red", "green", "blue", "black"], ["car", "bus", "truck", "dog", "cat"], ["street", "park"]
+    rows = [
+        {"id": f"r{k}", "caption": "a {} {} in a {}".format(*(chance.choice(words) for words in texts)), "image": f"{k}.png"}
+        for k in range(120)
+    ]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = {}
+    for shards in (1, 7):
+        out = tmp_path / f"W{shards}"
+        for shard in chance.sample(range(shards), shards):
+            if shard % 3 == 0:
+                (out / "mine" / "slots.bin").unlink(missing_ok=True)
+            options = ProposeOptions(back_ends="mine,rules", types="colour,object,other", shards=shards, per_type=2)
+            propose(open_groups(tmp_path / "c.jsonl", None, "auto"), out, options, shard, quiet)
+        records = [json.loads(line) for file in sorted((out / "propose").glob("*.jsonl")) for line in file.read_text().splitlines()]
+        made[shards] = {record["source"]: record for record in records}
+    pairs = [edit for record in made[1].values() for edit in record["edits"] if edit["back_end"] == "mine"]
+    assert made[1] == made[7] and len(made[1]) == 120 and len(pairs) > 100
+
+
+def test_shards_that_start_side_by_side_make_one_index(tmp_path: Path) -> None:
+    built, path = [], tmp_path / "mine" / "slots.bin"
+
+    def captions() -> Iterator[tuple[int, str]]:
+        built.append(threading.get_ident())
+        time.sleep(0.2)
+        yield from ((row, f"a red car in street {row % 2}") for row in range(4))
+
+    threads = [threading.Thread(target=slots.opened, args=(path, captions())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1 and slots.opened(path, iter([])).rows(next(slots.slots("a red car in street 1"))[0], 9, 0) == [1, 3]
 
 
 def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
