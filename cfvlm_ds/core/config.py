@@ -140,7 +140,10 @@ class TrainConfig:
         hang_timeout_s: leave with exit code 86 when a rank shows no life, or a step no progress, for this many seconds; 0 for never.
         self_check: what comes of weights that are not finite, or of scores in packed rows that differ from single-row forwards by more than
             the precision explains, before the first step: ``error``, ``warn`` and go on, or ``off``, which does not look.
-        displacement_warning: warn when the factual log-likelihood falls this many nats per token below its start.
+        displacement_warning: warn when the factual log-likelihood, or that of the true texts of a set of ``retention``, falls this many
+            nats per token below its start.
+        retention: names of ``data.evaluation`` that the training is not about, such as plain captions and other kinds of edit; they are
+            evaluated before the first step too, and what they lose is logged.
         figures: draw the learning curves and some groups' score matrices at the end.
         export: write a Hugging Face folder, ``output_dir/export``, at the end; where nothing but adapters trains, ``output_dir/adapter``.
         dry_run: only report sizes, what trains and memory per GPU; needs no GPU, weights or data.
@@ -179,6 +182,7 @@ class TrainConfig:
     hang_timeout_s: float = bookkeeping(600.0, within=(0, 1e8))
     self_check: Literal["error", "warn", "off"] = bookkeeping("error")
     displacement_warning: float = bookkeeping(0.1)
+    retention: list[str] | None = bookkeeping(None)
     figures: bool = bookkeeping(True)
     export: bool = bookkeeping(True)
     dry_run: bool = bookkeeping(False)

@@ -13,7 +13,7 @@ from cfvlm_ds.evaluation.comparisons import UNLABELLED, Comparison, comparisons
 from cfvlm_ds.evaluation.largest_batch import rehearse
 from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
 from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
-from cfvlm_ds.evaluation.report import changes, headline, table
+from cfvlm_ds.evaluation.report import changes, headline, headline_metric, table
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, guarded, score_groups
 from cfvlm_ds.evaluation.view import view
 from cfvlm_ds.objectives import Objectives
@@ -30,6 +30,7 @@ __all__ = [
     "flat_metrics",
     "guarded",
     "headline",
+    "headline_metric",
     "metric_names",
     "rehearse",
     "score_groups",
@@ -63,5 +64,5 @@ def evaluate(
         scores[name] = score_groups(forward, collator, groups, world, batch_size, num_workers, f"evaluating {name}", loss=loss, **options)
         results[name] = accuracies(groups, scores[name])
         if loss is not None and (found := loss.reduce(world)) and results[name]:
-            results[name][-1] = replace(results[name][-1], losses=found)
+            results[name][-1] = replace(results[name][-1], losses=found.terms, nll=found.nll)
     return results, scores

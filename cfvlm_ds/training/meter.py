@@ -87,7 +87,7 @@ def measure(
     for name, share in measured.shares.items():
         meter.add(f"loss/{name}", share, part_of_step)
     for name, objective in objectives.items():
-        for key, (total, count) in objective.report(scores_of(name, scores)).items():
+        for key, (total, count) in objective.report(scores_of(name, objective, scores)).items():
             meter.add(key, total * real, count * real)
     for key, (total, count) in likelihood_report(scores).items():
         meter.add(key, total * real, count * real)
@@ -108,7 +108,7 @@ def _measure_source(meter: Meter, scores: Scores, objectives: Objectives, source
     """Each term's mean over the groups of one source; every rank names the same metrics, whatever it has of them."""
     layout = scores.layout.of_source(source)
     for name, objective in objectives.items():
-        seen = scores_of(name, replace(scores, layout=layout))
+        seen = scores_of(name, objective, replace(scores, layout=layout))
         counts = torch.atleast_1d(objective.denominator(seen.layout))
         with torch.no_grad():
             totals = torch.atleast_1d(objective.numerator(seen)) if source in layout.sources else torch.zeros_like(counts)

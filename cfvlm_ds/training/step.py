@@ -21,7 +21,8 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, all_reduce_sums, gather_objects
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.models import Routed, adapters_off
-from cfvlm_ds.objectives import denominators, weighted_loss
+from cfvlm_ds.objectives import batch_terms, denominators, weighted_loss
+from cfvlm_ds.training.elsewhere import Exchange, exchange, look_ahead
 from cfvlm_ds.training.gradient_cache import one_pass, two_passes
 from cfvlm_ds.training.router_balance import RouterBalance
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
@@ -145,8 +146,12 @@ class OptimizerStep:
         all_finite = torch.ones((), device=world.device)
         finite = True
 
+        coupled, ahead = bool(batch_terms(self._config.objective)), list[Exchange]()
+
         def loss_of(scores: Scores) -> Tensor:
             nonlocal finite
+            if coupled:  # a step of one micro-batch a rank has all its scores here
+                scores = (ahead or [exchange([scores], world)])[0](scores)
             loss, shares = weighted_loss(self._config.objective, scores, denominators, world.size, progress)
             measured.append(Measured(micro_batches[len(measured)], scores, loss.detach() / world.size, shares))
             all_finite.mul_(torch.isfinite(loss.detach()))
@@ -161,6 +166,8 @@ class OptimizerStep:
         parts_of_all = [part for parts in micro_batches for part in parts]
         with explain_out_of_memory(f"at step {number} on rank {world.rank}", parts_of_all, _memory_remedy(self._config)):
             self._mark("computation", number)
+            if coupled and len(micro_batches) > 1:
+                ahead.append(exchange(look_ahead(self._engine, micro_batches, forwards, world.device), world))
             balance.look_ahead(micro_batches, forwards)
             for parts, passes in zip(micro_batches, forwards, strict=True):
                 self._mark("computation", number)

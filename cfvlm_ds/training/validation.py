@@ -19,6 +19,7 @@ from cfvlm_ds.data.containers.hub import is_hub
 from cfvlm_ds.data.containers.kinds import is_there
 from cfvlm_ds.data.manifest import known_format
 from cfvlm_ds.models import check_balanced, check_model, load_config, only_adapters_train
+from cfvlm_ds.objectives import batch_terms
 from cfvlm_ds.training.benchmarks import chosen_of
 
 _UNKNOWN_WIDTH = 64
@@ -46,6 +47,18 @@ def validate(config: RunConfig, world: World | None) -> None:
         if (resume := config.train.resume) not in ("auto", "never", "restart") and not os.path.isdir(resume):
             raise ConfigError(f"train.resume {resume!r} is no folder; give auto, never, restart or the path of a checkpoint")
         _check_data(config)
+        _check_step(config, size)
+
+
+def _check_step(config: RunConfig, ranks: int) -> None:
+    train, terms = config.train, batch_terms(config.objective)
+    if terms and config.data.max_tokens_per_micro_batch is None:
+        groups = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
+        if groups < 2:
+            raise ConfigError(
+                f"{next(iter(terms))}: an optimizer step has one group, and its images are compared with texts of others; raise "
+                "train.per_device_train_batch_size or train.gradient_accumulation_steps"
+            )
 
 
 def _check_data(config: RunConfig) -> None:
@@ -63,6 +76,10 @@ def _check_data(config: RunConfig) -> None:
         known_format(each.path, each.format or data.format)  # raises, and says what is near
         if not there:
             open_groups(each.path, each.root, each.format or data.format)  # raises, and says what is near
+    for name in config.train.retention or ():
+        if name not in data.evaluation_sets:
+            known = ", ".join(data.evaluation_sets) or "none"
+            raise ConfigError(f"train.retention: {name!r} is no manifest of data.evaluation ({known}); name one of them, or add it there")
     for name, each in data.benchmark_sets.items():
         if not (root := chosen_of(name, each).root).is_dir() and not (scenes is not None and _is_below(str(root), scenes.out_dir)):
             raise ConfigError(f"data.evaluation.{name}: {root}: no such folder; put the benchmark's files there, as docs/benchmarks says")

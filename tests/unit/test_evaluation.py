@@ -36,6 +36,7 @@ from cfvlm_ds.evaluation import (
     evaluate,
     flat_metrics,
     guarded,
+    headline,
     rehearse,
     report,
     score_groups,
@@ -335,8 +336,9 @@ def test_ranks_share_the_groups_and_agree(
     score_groups(scorer, collator, groups[:num], ALONE, 16, loss=alone)
     expected = alone.reduce(ALONE)
     for found in found_losses.values():
-        for name, term in expected.items():
-            assert found[name] == {**term, "value": pytest.approx(term["value"], rel=1e-5)}, "every group counts once"
+        assert found.nll == pytest.approx(expected.nll, rel=1e-5)
+        for name, term in expected.terms.items():
+            assert found.terms[name] == {**term, "value": pytest.approx(term["value"], rel=1e-5)}, "every group counts once"
 
 
 def test_scores_of_many_groups_are_kept_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -617,6 +619,21 @@ def test_the_loss_of_the_factual_pairs_is_their_mean_over_tokens(
     rows, _ = evaluate(scorer, collator, {"s": groups}, ALONE, 2, objectives={"align": Align(weight=2.0, counterfactual=0.0)})
     assert flat_metrics(rows)["eval/s/loss_align"] == pytest.approx(expected, rel=1e-5)
     assert flat_metrics(rows)["eval/s/loss"] == pytest.approx(2 * expected, rel=1e-5)
+
+
+def test_the_nll_is_that_of_every_true_text_on_its_image(
+    collator: Collator, scorer: Scorer, model_dir: Path, groups: list[CounterfactualGroup]
+) -> None:
+    """The library's own forwards; whatever the objective is, group weights aside; and a line of a log says it."""
+    processor, some = load_processor(ModelConfig(str(model_dir))), [replace(group, weight=3.0) for group in groups[:4]]
+    true = [(g, i, c) for g in some for i, row in enumerate(g.match) for c, truth in enumerate(row) if truth == 1]
+    with torch.no_grad():
+        pairs = [plain_logp(scorer.model, processor, g.images[i], g.candidates[c].prompt, g.candidates[c].text) for g, i, c in true]
+    expected = -sum(float(text.sum() + end) for text, end in pairs) / sum(len(text) + 1 for text, _ in pairs)
+    assert len(true) > 4
+    rows, _ = evaluate(scorer, collator, {"s": some}, ALONE, 3, objectives={"csd": Csd()})
+    assert flat_metrics(rows)["eval/s/nll"] == pytest.approx(expected, rel=1e-5)
+    assert headline(rows["s"]).endswith(f"; NLL {expected:.4f} a token")
 
 
 def test_what_a_loss_cannot_be_computed_from_is_counted_and_named(
