@@ -34,10 +34,9 @@ class Routers:
 
     def __init__(self, model: nn.Module) -> None:
         self._heard: list[tuple[Tensor, Tensor]] | None = None
-        found = [module for module in model.modules() if type(module).__name__.endswith("Router")]
-        self.num = len(found)
-        for router in found:
-            router.register_forward_hook(self._note)
+        for module in model.modules():
+            if type(module).__name__.endswith("Router"):
+                module.register_forward_hook(self._note)
 
     def _note(self, router: nn.Module, inputs: Any, output: Any) -> None:
         if self._heard is not None:
@@ -57,7 +56,7 @@ class Routers:
         taken = torch.zeros(self._heard[0][0].shape[-1], device=self._heard[0][0].device)
         probability = torch.zeros_like(taken)
         for logits, chosen in self._heard:
-            taken = taken + torch.bincount(chosen.reshape(-1), minlength=len(taken))
+            taken = taken.scatter_add(0, chosen.reshape(-1), taken.new_ones(chosen.numel()))  # counts without a wait for the device
             probability = probability + logits.float().softmax(-1).sum(0)
         return Routed(taken, probability, sum(len(logits) for logits, _ in self._heard))
 

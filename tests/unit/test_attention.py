@@ -16,6 +16,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models import flex_attention
 from cfvlm_ds.models import forest_attention as attention
 from cfvlm_ds.models.flex_attention import Blocks, compiled_flex
+from cfvlm_ds.models.flops import num_pairs
 from cfvlm_ds.models.forest import Forest, Sight
 from cfvlm_ds.models.forest_attention import BACKENDS, registered
 
@@ -144,6 +145,13 @@ def test_a_window_that_reached_into_a_sibling_would_be_noticed(backend: str) -> 
         (replace(forest, blocks=((2, 7),)), 8),
     ):
         assert (call(backend, *qkv, forest=wrong, sliding_window=window) - right).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [*FORESTS, *NARROWED])
+def test_as_many_pairs_are_counted_as_see_each_other(name: str) -> None:
+    """What a model's floating-point operations are counted by."""
+    forest, window = NARROWED.get(name) or (FORESTS[name], None)
+    assert num_pairs(forest, forest.sight(window)) == seen_by(forest, window).sum()
 
 
 def test_a_block_across_nodes_is_refused() -> None:

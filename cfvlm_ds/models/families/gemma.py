@@ -38,8 +38,8 @@ def no_crops(processor: Any, config: Any, model: ModelConfig) -> None:
         raise ConfigError("pan and scan is not supported; set do_pan_and_scan to false in the model's preprocessor_config.json")
 
 
-def budgets_of_text(processor: Any, config: Any, model: ModelConfig) -> None:
-    """The largest of the budgets of visual tokens within the bound."""
+def largest_budget(processor: Any, config: Any, model: ModelConfig) -> None:
+    """Visual tokens are bounded by the largest of some budgets."""
     _generates(config)
     budgets(processor, config, model)
 
@@ -72,6 +72,6 @@ GEMMA_4 = Family(
     whole_pictures=in_windows,
     visual_mark="mm_token_type_ids",
     logit_cap=lambda config: config.get_text_config().final_logit_softcapping,
-    limit=budgets_of_text,
+    limit=largest_budget,
     limited_by=("max_pixels",),
 )
