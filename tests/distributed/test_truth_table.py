@@ -488,6 +488,7 @@ def test_a_training_evaluates_every_shape_within_its_budget(
     main(["evaluate", str(run_dir / "export"), str(shapes), "--out", str(tmp_path / "found.json"), "--batch_size", "2"])
     found = json.loads((tmp_path / "found.json").read_text())["shapes"]
     assert rows[-1]["losses"].keys() == {"align", "csd", "fcd"} and not any(row["losses"] for row in found), "it knows no objective"
+    assert found[-1].pop("nll") == pytest.approx(rows[-1].pop("nll"), rel=1e-6)
     assert [row | {"losses": {}} for row in rows] == found, "one forward per batch, on one rank"
 
 
