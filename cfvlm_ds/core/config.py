@@ -111,6 +111,8 @@ class TrainConfig:
         max_grad_norm: clip the global gradient norm to this; 0 for no clipping.
         router_balance: weight of transformers' router balance loss, for a mixture of experts, over the tokens of the whole step; their own
             configurations have 0.001. Where a step has several forwards it costs one more of each.
+        hard_negatives: of the counterfactuals of a group so many enter a step, those that the model takes most for true at that moment: a
+            forward without gradients scores all of them first. All enter when it is not given.
         lr_scheduler_type: a schedule name of transformers, such as cosine, linear, constant_with_warmup.
         warmup_ratio: share of all steps over which the learning rate rises linearly.
         num_train_epochs: passes over the training groups, when ``max_steps`` is not given.
@@ -160,6 +162,7 @@ class TrainConfig:
     adam_epsilon: float = meaning(1e-8, within=SHARE)
     max_grad_norm: float = meaning(1.0, within=FINITE)
     router_balance: float = meaning(0.0, within=FINITE)
+    hard_negatives: int | None = meaning(None, within=AT_LEAST_ONE)
     lr_scheduler_type: str = meaning("cosine")
     warmup_ratio: float = meaning(0.03, within=SHARE)
     num_train_epochs: float = meaning(1.0, within=(1e-6, 1e6))

@@ -24,6 +24,7 @@ from cfvlm_ds.models import Routed, adapters_off
 from cfvlm_ds.objectives import batch_terms, denominators, weighted_loss
 from cfvlm_ds.training.elsewhere import Exchange, exchange, look_ahead
 from cfvlm_ds.training.gradient_cache import one_pass, two_passes
+from cfvlm_ds.training.hard_negatives import HardNegatives
 from cfvlm_ds.training.router_balance import RouterBalance
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 
@@ -85,6 +86,8 @@ class OptimizerStep:
     ) -> None:
         self._config, self._world, self._engine = config, world, engine
         self._stand_in, self._skipped, self._nonfinite, self._mark = stand_in, skipped, nonfinite, mark
+        wanted = config.train.hard_negatives
+        self._hardest = None if wanted is None else HardNegatives(engine, wanted, self._forwards)
 
     def take(self, number: int, batches: Iterator[list[Batch]], progress: float, votes: Tensor, save_due: bool) -> StepResult:
         """Fetch the micro-batches, agree on the global denominators, compute, update the weights.
@@ -101,6 +104,14 @@ class OptimizerStep:
         asked = time.monotonic()
         micro_batches, lost = self._fetch(batches)
         waited = time.monotonic() - asked
+        if self._hardest is not None and self._all_have_batches(lost):
+            self._mark("computation", number)
+            with explain_out_of_memory(
+                f"at step {number} on rank {self._world.rank}",
+                [part for parts in micro_batches for part in parts],
+                _memory_remedy(self._config),
+            ):
+                micro_batches = self._hardest.of(micro_batches)
         self._mark("agreement", number)
         agreed = self._agree(micro_batches, votes, save_due, lost)
         if agreed.worker_lost:
@@ -125,6 +136,11 @@ class OptimizerStep:
             return [[part.to(device) for part in next(batches)] for _ in range(count)], None
         except WorkerLost as error:
             return [[self._stand_in().to(device)]], str(error)
+
+    def _all_have_batches(self, lost: str | None) -> bool:
+        missing = torch.tensor([float(lost is not None)], device=self._world.device)
+        dist.all_reduce(missing)
+        return not bool(missing)
 
     def _agree(self, micro_batches: Sequence[Sequence[Batch]], votes: Tensor, save_due: bool, lost: str | None) -> _Agreed:
         local: dict[str, Tensor] = {}

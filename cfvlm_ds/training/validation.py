@@ -52,6 +52,11 @@ def validate(config: RunConfig, world: World | None) -> None:
 
 def _check_step(config: RunConfig, ranks: int) -> None:
     train, terms = config.train, batch_terms(config.objective)
+    if terms and train.hard_negatives is not None:
+        raise ConfigError(
+            f"{next(iter(terms))} compares with texts of other groups that are drawn before any is scored, and train.hard_negatives leaves "
+            "out some after it; set one of them"
+        )
     if terms and config.data.max_tokens_per_micro_batch is None:
         groups = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
         if groups < 2:

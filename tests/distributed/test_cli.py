@@ -55,6 +55,7 @@ COMMANDS = [
     *(["data", name] for name in ("propose", "edit", "verify", "select", "audit", "run", "status")),
     ["tiny"],
     ["score"],
+    ["calibrate"],
     ["evaluate"],
     ["compare"],
     ["export"],

@@ -17,6 +17,7 @@ from transformers_scores import plain
 
 from cfvlm_ds.batching.batch import BLANK_SIZE
 from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.batching.pruning import pruned
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import LoraConfig, ModelConfig, ModuleConfig
 from cfvlm_ds.core.distributed import World
@@ -97,6 +98,22 @@ def sharp(folder: Path) -> Scorer:
 @pytest.fixture(scope="module")
 def collator(folder: Path) -> Collator:
     return load_collator(configured(folder), "full")
+
+
+def test_a_row_from_which_cells_are_cut_scores_the_others_as_before(
+    sharp: Scorer, collator: Collator, groups: list[CounterfactualGroup]
+) -> None:
+    """Whatever a family makes of several pictures of several sizes; and a part that keeps nothing of a picture still runs the tower."""
+    batch = collator(groups)
+    keep = torch.rand(batch.layout.valid.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    keep[:, 0, 0] = True
+    keep[3, 1] = False  # one image of three pictures
+    (row,) = pruned([batch], keep)
+    with torch.no_grad():
+        whole, found = (each.scores(sharp(**each.model_inputs)) for each in (batch, row))
+    valid = batch.layout.valid & keep
+    torch.testing.assert_close(found.logp, torch.where(valid, whole.logp, 0), rtol=1e-4, atol=1e-4)
+    assert row.num_tokens < batch.num_tokens and 0 < valid.sum() < batch.layout.valid.sum()
 
 
 def test_every_family_has_a_small_model_and_every_type_a_family() -> None:

@@ -180,6 +180,10 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
     [
         (["--model.name_or_path", ""], "model.name_or_path is not set"),
         (["--data.train", ""], "data.train is not set"),
+        (
+            ["--objective.batch_align.pmi", "0", "--train.hard_negatives", "1"],
+            "batch_align compares with texts of other groups that are drawn before any is scored, and train.hard_negatives leaves out",
+        ),
         (["--train.retention", "[kept]"], "train.retention: 'kept' is no manifest of data.evaluation (none); name one of them"),
         (["--data.evaluation.more", "absent.jsonl"], "absent.jsonl: no such manifest"),
         (["--data.format", "cfgrop"], "unknown format 'cfgrop'; did you mean 'cfgroup'?"),

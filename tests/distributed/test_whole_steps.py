@@ -1,4 +1,4 @@
-"""In-batch alignment in real runs: a loss over the whole optimizer step that does not depend on who computes which part of it."""
+"""What depends on the whole optimizer step, or on the model at that step, in real runs: in-batch alignment, and hard negatives."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from conftest import losses, metrics, run_trainings, selected, train_arguments
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import World
-from cfvlm_ds.data import GroupSampler, open_groups
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.data import GroupSampler, open_groups, read_manifest
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores, write_scores
 from cfvlm_ds.models import Scorer, family_of, fingerprint, load_model
-from cfvlm_ds.objectives import BatchAlign, denominators, weighted_loss
+from cfvlm_ds.objectives import OBJECTIVES, BatchAlign, denominators, weighted_loss
 from cfvlm_ds.training.elsewhere import exchange
 from cfvlm_ds.training.guests import WholeSteps, WithGuests
 
@@ -29,6 +31,8 @@ LAYOUTS = [
     for layout in ((1, 2), (1, 4), (1, 2, FORWARD), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4), (2, 2, FORWARD))
 ]
 """Ranks, accumulation steps and, where it is bounded, tokens of a forward."""
+HARD = ["--train.hard_negatives", "1", "--train.max_steps", "3", "--objective.csd.warmup", "0", "--objective.fcd.warmup", "0"]
+SPREAD = ["--train.per_device_train_batch_size", "4", "--train.gradient_accumulation_steps", "2", "--data.max_tokens_per_forward", "120"]
 
 
 def write_priors(path: Path, model_dir: Path, manifest: Path) -> Path:
@@ -49,10 +53,11 @@ def write_priors(path: Path, model_dir: Path, manifest: Path) -> Path:
 def trajectories(
     model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[tuple[int, ...], Path]:
-    """Layout -> run folder, three steps of 16 groups, with scores of a blank image that are as good as any."""
+    """Layout -> run folder, three steps of 16 groups, with scores of a blank image that are as good as any; beside it "hard-1" and
+    "hard-2", of hard negatives on as many ranks."""
     folder = tmp_path_factory.mktemp("batch")
     scores = write_priors(folder / "scores.jsonl", model_dir, manifests["train"])
-    layouts = list(dict.fromkeys([(1, 1), *selected(request, "layout")]))
+    layouts = list(dict.fromkeys([(1, 1), (2, 2, FORWARD), *selected(request, "layout")]))
     folders = {layout: folder / "x".join(map(str, layout)) for layout in layouts}
     for ranks in sorted({layout[0] for layout in layouts}):
         trainings = []
@@ -64,6 +69,8 @@ def trajectories(
             extra += ["--objective.batch_align.weight", "0.5", "--objective.batch_align.texts", "4", "--objective.batch_align.warmup", "0"]
             extra += ["--data.num_workers", str(int(steps == 2))]
             trainings.append(train_arguments(model_dir, manifests, folders[layout], *extra))
+        spread = [] if ranks == 1 else SPREAD
+        trainings += [train_arguments(model_dir, manifests, folder / f"hard-{ranks}", *HARD, *spread)] if ranks < 4 else []
         run_trainings(ranks, *trainings, said=folder / f"said-{ranks}")
     return folders
 
@@ -101,3 +108,51 @@ def test_the_first_loss_is_that_of_the_whole_step_at_once(
         for each in (scores, exchange([scores], World(0, 1, 0, torch.device("cpu")))(scores))
     ]
     assert metrics(trajectories[1, 1])[0]["loss/batch_align"] == pytest.approx(shares[1], rel=1e-4) and shares[1] > shares[0] + 0.1
+
+
+def test_hard_negatives_give_one_trajectory(trajectories: dict[tuple[int, ...], Path]) -> None:
+    """Two ranks with unequally many forwards in two micro-batches each; fp32, relative 2e-4."""
+    one, two = (trajectories[1, 1].parent / f"hard-{ranks}" for ranks in (1, 2))
+    assert len(losses(one)) == 3
+    for want, have in zip(metrics(one), metrics(two), strict=True):
+        for name in want:
+            if name.startswith(("loss", "logp/", "grad_norm")):
+                assert have[name] == pytest.approx(want[name], rel=2e-4, abs=2e-5), f"{name} at step {want['step']}"
+
+
+def test_the_first_step_is_that_of_the_hardest(
+    trajectories: dict[tuple[int, ...], Path], model_dir: Path, manifests: dict[str, Path]
+) -> None:
+    """Of groups that have no other counterfactual, chosen here by scores of plain rows: losses of every term."""
+    groups, config = read_manifest(manifests["train"]), ModelConfig(str(model_dir), attn_implementation="sdpa")
+    sampler = GroupSampler(num_groups=48, groups_per_micro_batch=16, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
+    step = [groups[index] for index in next(iter(sampler))]
+    collator, model = load_collator(config, "star"), load_model(config, torch.float32)
+    scorer = Scorer(model, family_of(model.config)).eval()
+    objective: Any = parse_config(["--config", "tests/support/train.yaml"], OBJECTIVES).objective
+
+    def shares(chosen: list[CounterfactualGroup]) -> dict[str, float]:
+        batch = collator(chosen)
+        scores = batch.scores(scorer(**batch.model_inputs))
+        return {name: float(share) for name, share in weighted_loss(objective, scores, denominators(objective, batch.layout))[1].items()}
+
+    with torch.no_grad():
+        found = shares([hardest(group, collator, scorer) for group in step])
+        everything = shares(step)
+    first = metrics(trajectories[1, 1].parent / "hard-1")[0]
+    assert {name: first[f"loss/{name}"] for name in found} == pytest.approx(found, rel=1e-4)
+    assert abs(found["csd"] - everything["csd"]) > 1e-3, "the other counterfactuals must matter, or this proves nothing"
+
+
+def hardest(group: CounterfactualGroup, collator: Any, scorer: Scorer) -> CounterfactualGroup:
+    """The group with the pair (image k, text k) that has the largest violation of its four comparisons; a sham, the last image, stays."""
+    pairs = len(group.candidates) - 1
+    if pairs < 2:
+        return group
+    batch = collator([group])
+    s = batch.scores(scorer(**batch.model_inputs)).logp[0].tolist()
+    violations = [max(s[0][k] - s[0][0], s[k][0] - s[0][0], s[k][0] - s[k][k], s[0][k] - s[k][k]) for k in range(1, pairs + 1)]
+    k = 1 + violations.index(max(violations))
+    images = [0, k, *range(pairs + 1, len(group.images))]
+    match = tuple(tuple(group.match[i][c] for c in (0, k)) for i in images)
+    return CounterfactualGroup(group.id, tuple(group.images[i] for i in images), tuple(group.candidates[c] for c in (0, k)), match)
