@@ -18,6 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.run_folder import refuse_absent
 from cfvlm_ds.deepspeed_compat.parameters import whole_shape
 from cfvlm_ds.models.adapters import (
     adapted_modules,
@@ -37,8 +38,7 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     """The model's configuration. Raises ConfigError when there is no such folder or hub name."""
     if not name_or_path:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
-    if not os.path.exists(name_or_path) and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
-        raise ConfigError(f"model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
+    refuse_absent(name_or_path)
     if os.path.isdir(name_or_path):
         if os.path.isfile(os.path.join(name_or_path, "config.yaml")) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import re
 import threading
@@ -21,8 +22,9 @@ from conftest import REPO, draw
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.counterfactuals.http import CallFailed, check_url, post
-from cfvlm_ds.counterfactuals.options import TYPES, ProposeOptions
-from cfvlm_ds.counterfactuals.propose import PROPOSERS, grammar, llm, mine, slots, vocabulary
+from cfvlm_ds.counterfactuals.options import TYPES, AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
+from cfvlm_ds.counterfactuals.plan import read_plan
+from cfvlm_ds.counterfactuals.propose import PROPOSERS, grammar, mine, slots, vocabulary
 from cfvlm_ds.counterfactuals.propose.base import Context, Proposal, Rejected, Source
 from cfvlm_ds.counterfactuals.propose.rules import Rules
 from cfvlm_ds.counterfactuals.propose.step import Seen, propose
@@ -477,7 +479,7 @@ def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_e
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
         assert done["counts"]["failed"] == 4 and len(server.asked) == 12
         assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == "no usable reply: status 500: boom"
-        monkeypatch.setattr(llm, "_IN_A_ROW", 3)
+        monkeypatch.setattr("cfvlm_ds.counterfactuals.http.IN_A_ROW", 3)
         with pytest.raises(ConfigError, match="3 captions in a row without a usable reply"):
             asked_model(captions, tmp_path / "V", server, llm_calls=1)
     assert not (tmp_path / "V" / "llm" / "shard-00000.jsonl").read_text()
@@ -538,6 +540,37 @@ def test_a_budget_of_tokens_is_not_passed_by_far(captions: Path, tmp_path: Path,
         with server.running():
             asked_model(captions, tmp_path / f"V{asked}", server, llm_calls=1, budget_tokens=400, llm_attempts=3)
         assert len(server.asked) == asked
+
+
+@pytest.mark.parametrize(
+    "section, values",
+    [
+        (ProposeOptions, {"per_type": 0}), (ProposeOptions, {"budget_hours": math.nan}), (ProposeOptions, {"budget_tokens": -1}),
+        (ProposeOptions, {"llm_calls": 0}), (ProposeOptions, {"llm_timeout_s": 0.0}), (ProposeOptions, {"llm_attempts": 0}),
+        (EditOptions, {"attempts": 0}), (EditOptions, {"threads": -1}), (EditOptions, {"timeout_s": math.inf}),
+        (EditOptions, {"budget_hours": -1.0}), (VerifyOptions, {"batch_size": 0}), (SelectOptions, {"per_type": -1}),
+        (SelectOptions, {"per_source": 0}), (SelectOptions, {"margin": math.nan}), (AuditOptions, {"sample": 0}),
+    ],
+)  # fmt: skip
+def test_numbers_that_say_nothing_are_refused_by_the_name_of_their_option(section: Any, values: dict[str, Any], tmp_path: Path) -> None:
+    ((name, value),) = values.items()
+    with pytest.raises(ConfigError, match=f"^--{name} {re.escape(str(value))}: it is"):
+        section(**values)
+    if section is not AuditOptions:
+        key = section.__name__.removesuffix("Options").lower()
+        (tmp_path / "plan.yaml").write_text(f"data: x\nout: W\n{key}: {{{name}: {'.' if value - value else ''}{value}}}\n")
+        with pytest.raises(ConfigError, match=rf"plan\.yaml: {key}\.{name} .*: it is"):
+            read_plan(str(tmp_path / "plan.yaml"))
+
+
+def test_a_server_that_is_not_there_is_said_at_once(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
+    server = Server(lambda body, number: (200, reply([]), {}))
+    with server.running():
+        pass
+    with pytest.raises(ConfigError, match=r"it cannot be reached \(ConnectionRefusedError.*start the server, or correct the address"):
+        asked_model(captions, tmp_path / "W", server)
+    with server.running():  # at another address: nothing was done with the first
+        asked_model(captions, tmp_path / "W", server)
 
 
 def test_addresses() -> None:
