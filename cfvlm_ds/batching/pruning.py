@@ -17,7 +17,7 @@ from cfvlm_ds.models.forest import Forest
 
 
 def pruned(parts: Sequence[Batch], keep: Tensor) -> list[Batch]:
-    """The parts of a micro-batch with those cells alone that ``keep`` [G, I, C] has; a part without any is left out, but for the last one.
+    """The parts of a micro-batch with those cells alone that ``keep`` [G, I, C] has; a part without any is left out.
 
     Every group must keep one. A picture that no cell needs any more leaves the model's inputs where these have one row for each picture;
     else the tower still runs on it.
@@ -41,14 +41,20 @@ def _pruned(batch: Batch, wanted: Tensor, layout: Any) -> Batch:
     places, predicted_by = moved[before].unique(return_inverse=True)
     length = int(tokens.sum())
     number = {node: place for place, node in enumerate(node for node, stays in enumerate(nodes) if stays)}
+    places_of = moved.tolist()
+    blocks = [(places_of[begin], places_of[end - 1] + 1) for begin, end in forest.blocks if bool(tokens[begin])]  # each of one node
     shown = [images for root, images in zip(forest.roots, inputs["images_of_tree"], strict=False) if nodes[root]]
     return replace(
         batch,
         model_inputs={
+            **inputs,
             "input_ids": inputs["input_ids"][:, tokens],
             "position_ids": inputs["position_ids"][..., tokens],
-            "forest": Forest(
-                tuple(forest.lengths[node] for node in number), tuple(number.get(forest.parents[node], -1) for node in number)
+            "forest": replace(
+                forest,
+                lengths=tuple(forest.lengths[node] for node in number),
+                parents=tuple(number.get(forest.parents[node], -1) for node in number),
+                blocks=tuple(blocks),
             ),
             "scored": torch.zeros(1, length, dtype=torch.bool, device=device).index_fill(1, places, True),
             "predicted_by": predicted_by,

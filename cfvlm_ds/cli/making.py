@@ -148,15 +148,21 @@ def _edit(arguments: argparse.Namespace) -> None:
 
 
 def _edited(work: Path, options: EditOptions, shard: tuple[int, int | None] | None) -> None:
-    from cfvlm_ds.counterfactuals.edit import EDITORS
     from cfvlm_ds.counterfactuals.edit.step import edit
+
+    _add_scenes(options)
+    number, of = shard or (0, None)
+    _print_done("edit", edit(work, options, number, _say, of))
+
+
+def _add_scenes(options: EditOptions) -> None:
+    """Register the editor of the embedded world, which nothing but the demo needs."""
+    from cfvlm_ds.counterfactuals.edit import EDITORS
 
     if "scenes" in options.back_ends:
         from cfvlm_ds.demo.scenes.editor import SceneEditor
 
         EDITORS.setdefault("scenes", SceneEditor)
-    number, of = shard or (0, None)
-    _print_done("edit", edit(work, options, number, _say, of))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -232,7 +238,7 @@ def _audit(arguments: argparse.Namespace) -> None:
     options, out = _values(arguments, "audit"), Path(arguments.out)
     refuse_foreign_folder(out)
     if options.refine:
-        output_file(Path(options.refine))
+        output_file(Path(options.refine), *arguments.manifest, *options.against.split(","))
     for ending in (".md", ".json"):
         output_file(out.with_name(out.name + ending))
     score = _scoring(options.scorer, 16)[0] if options.scorer else None
@@ -246,10 +252,15 @@ def _audit(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.core.run_folder import named_model, refuse_absent
     from cfvlm_ds.counterfactuals.plan import read_plan
 
     _one_process("run")
     plan = read_plan(arguments.config)
+    _add_scenes(plan.edit)
+    plan.check()
+    if plan.verify.scorer:
+        refuse_absent(named_model(plan.verify.scorer).name_or_path, f"{arguments.config}: verify.scorer")
     if arguments.shard is not None:
         shard, of = arguments.shard
         if of not in (None, plan.shards):

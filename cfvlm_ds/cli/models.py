@@ -86,7 +86,7 @@ def _score(arguments: argparse.Namespace) -> None:
     model, adapter = model_of(arguments)
     if adapter is not None:
         raise ConfigError(f"{adapter} holds adapters, and stored scores belong to one model; merge them with `cfvlm-ds export`, name that")
-    out, world = output_file(Path(arguments.out or f"{arguments.manifest}.scores.jsonl")), joined(arguments.zero3)
+    out, world = output_file(Path(arguments.out or f"{arguments.manifest}.scores.jsonl"), arguments.manifest), joined(arguments.zero3)
     checked = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
     scorer, collator, world = load_scorer(model, max_pixels=arguments.max_pixels, checked=checked, world=world, zero3=arguments.zero3)
     identity = data_identity(groups, groups.roots, checked)
@@ -140,11 +140,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.data import named_apart, sound_groups
     from cfvlm_ds.evaluation import evaluate, table
 
+    manifests = named_apart(arguments.manifest)
     if arguments.out:
-        output_file(Path(arguments.out))
+        output_file(Path(arguments.out), *manifests.values())
     splits = {
-        name: sound_groups(path, arguments.root, said_format(path, arguments.format), arguments.limit)
-        for name, path in named_apart(arguments.manifest).items()
+        name: sound_groups(path, arguments.root, said_format(path, arguments.format), arguments.limit) for name, path in manifests.items()
     }
     options: dict[str, Any] = {"max_pixels": arguments.max_pixels, "world": joined(arguments.zero3), "zero3": arguments.zero3}
     scorer, collator, world = load_scorer(*model_of(arguments), **options)

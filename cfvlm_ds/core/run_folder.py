@@ -61,6 +61,12 @@ def named_model(name: str) -> NamedModel:
     return NamedModel(name)
 
 
+def refuse_absent(name_or_path: str, option: str = "model.name_or_path") -> None:
+    """Raise ConfigError for a name that is no folder, and cannot be one of the hub."""
+    if not os.path.exists(name_or_path) and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
+        raise ConfigError(f"{option} {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
+
+
 def refuse_foreign_entries(run_dir: Path) -> None:
     """Raise ConfigError if a link, a pipe, or a folder in place of a file has a name that the run writes to: its output would end
     elsewhere, be waited for, or fail when the training is over."""

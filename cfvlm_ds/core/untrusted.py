@@ -59,9 +59,12 @@ def refuse_link(path: Path, remedy: str) -> None:
         raise ConfigError(f"{path} is a link to {os.readlink(path)}, and nothing is written through a link; {remedy}")
 
 
-def output_file(path: Path) -> Path:
-    """``path``, to which a result is to be written, with its folder made. Raises ConfigError or StorageError where it cannot be."""
+def output_file(path: Path, *inputs: str | Path) -> Path:
+    """``path``, to which a result is to be written, with its folder made. Raises ConfigError or StorageError where it cannot be, and where
+    it is one of the files that the result is made of."""
     refuse_link(path, "name the file itself with --out")
+    if path.exists() and any(Path(each).exists() and path.samefile(each) for each in inputs):
+        raise ConfigError(f"{path} is read here, and would be replaced; name another file to write")
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is there and is no file; name another one with --out")
     try:

@@ -36,6 +36,10 @@ class CallFailed(Exception):
         self.again, self.after_s = again, after_s
 
 
+class Unreachable(CallFailed):
+    """There was no connection."""
+
+
 class Unfit(CallFailed):
     """A request that the server does not take (400, 422): one picture or caption may be at fault, or all requests are."""
 
@@ -44,25 +48,35 @@ class Unfit(CallFailed):
 
 
 class Patience:
-    """Whether the server does not take one request or none. Used by several threads."""
+    """How many failures a server is forgiven: one request that it does not take is one failure, but a server that takes none, or gives no
+    reply time after time, ends the step, which goes on when it is mended. Used by several threads; ``what`` a request is about."""
 
-    def __init__(self, url: str) -> None:
-        self._url, self._answered, self._unfit, self._lock = url, False, 0, threading.Lock()
+    def __init__(self, url: str, what: str) -> None:
+        self._url, self._what, self._lock = url, what, threading.Lock()
+        self._answered, self._unfit, self._in_a_row = False, 0, 0
 
     def answered(self) -> None:
-        """It has taken a request."""
-        self._answered = True
+        """It has given a usable reply."""
+        self._answered, self._in_a_row = True, 0
 
-    def unfit(self, failure: Unfit) -> None:
-        """Raise ConfigError where it has taken none and turned down several."""
+    def failed(self, failure: CallFailed) -> None:
+        """Count a request that was given up. Raises ConfigError for a server that is down, or takes nothing."""
         with self._lock:
-            self._unfit += 1
-            if not self._answered and self._unfit >= _MOST_UNFIT:
-                raise ConfigError(
-                    f"{self._url}: the server takes no request, the last: {failure}; correct the address, the model's name or its options"
-                ) from failure
+            self._in_a_row += 1
+            self._unfit += isinstance(failure, Unfit)
+            reason = ""
+            if not self._answered and isinstance(failure, Unreachable):
+                reason = f"it cannot be reached ({failure}); start the server, or correct the address"
+            elif not self._answered and self._unfit >= _MOST_UNFIT:
+                reason = f"the server takes no request, the last: {failure}; correct the address, the model's name or its options"
+            elif self._in_a_row >= IN_A_ROW:
+                reason = f"{self._in_a_row} {self._what} in a row without a usable reply, the last: {failure}; look at the server"
+            if reason:
+                raise ConfigError(f"{self._url}: {reason}") from failure
 
 
+IN_A_ROW = 20
+"""Requests without any reply, after which the server is taken to be down."""
 _MOST_UNFIT = 3
 
 
@@ -117,7 +131,12 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
         headers = {"Content-Type": "application/json", "Accept": "application/json, image/*"}
         headers |= {"Authorization": f"Bearer {token}"} if token else {}
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.connect()
+        try:
+            connection.connect()
+        except ssl.SSLCertVerificationError:
+            raise
+        except OSError as error:
+            raise Unreachable(f"{type(error).__name__}: {error}") from error
         sockets.append(connection.sock)  # the connection forgets it when the reply's headers are there
         connection.request("POST", path, json.dumps(body).encode(), headers)
         response = connection.getresponse()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cfvlm_ds.core.errors import ConfigError
@@ -12,6 +13,18 @@ TYPES = (
 """What an edit changes. ``other`` is what only `mine` and a language model find."""
 TEMPLATE = 'Does this figure show "{text}"? Please answer Yes or No.'
 PROMPT = "Describe the image."
+
+
+def _at_least(options: object, **least: float) -> None:
+    """Raise ConfigError for a number below its least value, or one that is none."""
+    for name, low in least.items():
+        value = getattr(options, name)
+        if not (math.isfinite(value) and value >= low):
+            raise ConfigError(f"--{name} {value}: it is {'a number' if low < 0 else f'at least {low:g}'}")
+
+
+_SOON = 0.001
+"""Seconds: what a call may take at least."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,9 @@ class ProposeOptions:
     llm_calls: int = 8
     llm_timeout_s: float = 60.0
     llm_attempts: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least(self, per_type=1, budget_hours=0, budget_tokens=0, llm_calls=1, llm_timeout_s=_SOON, llm_attempts=1)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -97,6 +113,9 @@ class EditOptions:
     threads: int = 4
     budget_hours: float = 0.0
 
+    def __post_init__(self) -> None:
+        _at_least(self, attempts=1, threads=1, timeout_s=_SOON, budget_hours=0)
+
 
 @dataclass(frozen=True)
 class VerifyOptions:
@@ -119,6 +138,11 @@ class VerifyOptions:
     clip: str = ""
     dino: str = ""
     nli: str = ""
+
+    def __post_init__(self) -> None:
+        _at_least(self, batch_size=1)
+        if "{text}" not in self.template:
+            raise ConfigError(f"--template {self.template!r}: it has no {{text}} in it, the place of the caption")
 
 
 @dataclass(frozen=True)
@@ -147,6 +171,9 @@ class SelectOptions:
     source: str = "made"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least(self, per_type=0, per_source=1, **({} if self.margin is None else {"margin": -math.inf}))
+
 
 @dataclass(frozen=True)
 class AuditOptions:
@@ -168,3 +195,6 @@ class AuditOptions:
     seed: int = 0
     refine: str = ""
     strict: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(self, sample=1)

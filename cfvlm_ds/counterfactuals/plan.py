@@ -14,6 +14,7 @@ from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
 from cfvlm_ds.core.shipped import found as shipped_file
 from cfvlm_ds.core.shipped import listed
 from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, SelectOptions, VerifyOptions
+from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS
 
 T = TypeVar("T")
 WITH = {"with": "back_ends"}
@@ -48,6 +49,25 @@ class Plan:
     verify: VerifyOptions = field(default_factory=VerifyOptions)
     select: SelectOptions = field(default_factory=SelectOptions)
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.shards <= MAX_SHARDS:
+            raise ConfigError(f"shards {self.shards}: it is 1 to {MAX_SHARDS}")
+        for option in ("data", "out"):
+            if not getattr(self, option):
+                raise ConfigError(f"{option} is empty; the captions and the work folder are needed")
+
+    def check(self) -> None:
+        """Raise ConfigError for what a later step would refuse, when all that comes before it is done."""
+        from cfvlm_ds.counterfactuals.edit.step import checked as check_edit
+        from cfvlm_ds.counterfactuals.propose import PROPOSERS
+        from cfvlm_ds.counterfactuals.propose.step import named
+        from cfvlm_ds.counterfactuals.select import checked as check_select
+
+        named(self.propose.back_ends, PROPOSERS, "propose.with")
+        check_edit(self.edit)
+        if self.groups:
+            check_select(Path(self.groups), self.select, self.data)
+
 
 _SECTIONS = {"propose": ProposeOptions, "edit": EditOptions, "verify": VerifyOptions, "select": SelectOptions}
 
@@ -74,8 +94,6 @@ def read_plan(file: str) -> Plan:
     if isinstance(given.get("root"), str):
         given["root"] = [given["root"]]
     plan = of_section(Plan, given, f"{path}: ")
-    if not plan.data or not plan.out:
-        raise ConfigError(f"{path}: data and out are needed: the captions, and the work folder")
     if plan.propose.shards != 1:
         raise ConfigError(f"{path}: propose.shards is said as shards, once for all steps")
     return dataclasses.replace(plan, propose=dataclasses.replace(plan.propose, shards=plan.shards))
@@ -95,7 +113,10 @@ def of_section(section: type[T], given: Mapping[Any, Any], where: str) -> T:
     for each in known.values():
         if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING and each.name not in values:
             raise ConfigError(f"{where}{each.name}: it is needed")
-    return section(**values)
+    try:
+        return section(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}{str(error).removeprefix('--')}") from error
 
 
 def _typed(value: Any, option: dataclasses.Field[Any], where: str) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +17,15 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.reading import TooLarge, lines, open_regular, parse_json
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.untrusted import output_file
 from cfvlm_ds.counterfactuals.history import Edited, History, histories
+from cfvlm_ds.counterfactuals.journal import MAX_LINE
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
 from cfvlm_ds.counterfactuals.options import SelectOptions
 from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder, seed_of
-from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.data.formats.cfgroup import SCHEMA, to_row
 
 KEPT, NO_ROOM, QUOTA = "kept", "good, but its source has enough", "good, but its type has enough"
 TWICE, ELSEWHERE = "good, but its text is there already", "good, but its real picture is of another split"
@@ -78,13 +80,12 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
         raise ConfigError(
             f"{out}: verify is not through with {len(missing)} of {work.shards} shards; run them first: --array={ranges(missing)}"
         )
-    output_file(file)
+    files, shares = checked(file, options, work.about["source"]["path"])
     thresholds = _thresholds(work, options)
-    shares = parse_splits(options.splits)
-    files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
     survival = Survival()
     cuts = _cuts(work, thresholds, options) if options.per_type else {}
-    folder = file.parent.absolute()
+    folder, outside = file.parent.absolute(), set[Path]()
+    further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
     steps = {step: _shown_settings(work.settings(step)) for step in STEPS}
     progress = Progress(say, "select", work.shards, "shards")
     with ExitStack() as stack:
@@ -99,15 +100,48 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
                     row = _row(history, kept, options, folder, steps, thresholds)
                     handles[name].write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
                     written[name] += 1
+                    outside.update(_outside(row, further))
         if not written:
             raise ConfigError(f"{out}: no candidate is left; this is what became of them: {_brief(survival)}")
     survival.files.update({str(files[name]): written[name] for name in files})
-    further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
-    survival.roots.extend(map(str, [folder, *further] if further else []))
+    survival.roots.extend(map(str, [folder, *(root for root in further if root in outside)] if outside else []))
     record = {"by_type": {k: dict(x) for k, x in survival.by_type.items()}, "captions": dict(survival.sources), "files": survival.files}
     replace(file.with_name(f"{file.name}.survival.json"), json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
     replace(file.with_name(f"{file.name}.survival.md"), f"{survival.table()}\n\n{survival.captions()}\n".encode())
     return survival
+
+
+def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[str, Path], dict[str, float]]:
+    """The files to write, and the shares of the splits. Raises ConfigError for options that no group can be selected with, and for a file
+    that somebody else wrote."""
+    shares = parse_splits(options.splits)
+    read_thresholds(options.thresholds, options.rule, options.margin)
+    files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
+    for each in files.values():
+        _refuse_foreign(output_file(each, data))
+    return files, shares
+
+
+def _refuse_foreign(file: Path) -> None:
+    """Raise ConfigError for a file that is there and that select has not written."""
+    if not file.exists() or file.stat().st_size == 0:
+        return
+    try:
+        with open_regular(file) as handle:
+            row = parse_json(next(lines(handle, MAX_LINE)).decode())
+        ours = row["schema"] == SCHEMA and isinstance(row["meta"]["steps"], dict)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, TooLarge, StopIteration):
+        ours = False
+    if not ours:
+        raise ConfigError(f"{file} is there, and select has not written it; name another one with --out")
+
+
+def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
+    """The folders of the pictures of a row that are not in that of its file."""
+    for image in row["images"]:
+        for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
+            if path.startswith("/"):
+                yield from [root for root in roots if Path(path).is_relative_to(root)][:1]
 
 
 def _thresholds(work: WorkFolder, options: SelectOptions) -> Thresholds:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.distributed import cores_per_rank
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
@@ -22,13 +22,14 @@ from cfvlm_ds.core.reading import lines, open_regular, parse_json
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.attempts import with_proposals
 from cfvlm_ds.counterfactuals.checks import compared
-from cfvlm_ds.counterfactuals.edit.base import picture_by_id
+from cfvlm_ds.counterfactuals.edit.base import picture_by_id, sha256_of
 from cfvlm_ds.counterfactuals.edit.step import picture_path
 from cfvlm_ds.counterfactuals.judge import GOOD, Calibrated, Thresholds, calibrated, verdict
 from cfvlm_ds.counterfactuals.options import VerifyOptions
 from cfvlm_ds.counterfactuals.second_opinion import SecondOpinion
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder
-from cfvlm_ds.data.decoding import open_image
+from cfvlm_ds.data.decoding import MAX_BYTES, open_image
+from cfvlm_ds.data.picture_file import picture_bytes
 from cfvlm_ds.evaluation.benchmarks.base import Item
 from cfvlm_ds.evaluation.probes import Caption, Match
 from cfvlm_ds.evaluation.scoring import GroupScores
@@ -73,7 +74,7 @@ def verify(
             progress.advance(len(new))
         return step.finish(counted)
     except BaseException:
-        step.close()
+        step.give_up()
         raise
 
 
@@ -99,10 +100,6 @@ def _looked_at_ahead(units: Iterator[Candidate], size: int, done: int) -> Iterat
 
 def refuse_unfit(out: Path, options: VerifyOptions, shard: int, of: int | None = None) -> bool:
     """Whether a shard is still to be verified. Raises ConfigError for what can be refused before a scorer is loaded."""
-    if "{text}" not in options.template:
-        raise ConfigError(f"--template {options.template!r}: it has no {{text}} in it, the place of the caption")
-    if options.batch_size < 1:
-        raise ConfigError(f"--batch_size {options.batch_size}: a batch has at least one candidate")
     work = WorkFolder.open(out)
     work.check_shard(shard, work.shards if of is None else of)
     work.need("edit", shard)
@@ -186,6 +183,8 @@ def _looked_at(candidate: Candidate) -> dict[str, Any]:
     if "refused" in made:
         return record | {"problem": f"no picture: {one_line(str(made['refused']), 200)}"}
     try:
+        if (changed := _replaced(candidate)) is not None:
+            return record | {"problem": "a picture is another one than when it was edited", "detail": one_line(str(changed), 300)}
         if candidate.original is None or candidate.edited is None:
             if candidate.original is not None:
                 open_image(candidate.original)  # what nobody can look at is no example of anything
@@ -196,6 +195,18 @@ def _looked_at(candidate: Candidate) -> dict[str, Any]:
         return record | {"checks": compared(candidate.original, candidate.edited, mask)}
     except (DataError, OSError, ValueError) as error:
         return record | {"problem": "a picture cannot be read", "detail": one_line(str(error), 300)}
+
+
+def _replaced(candidate: Candidate) -> Path | None:
+    """A picture whose contents are not those that the step edit has seen or made."""
+    seen = (
+        (candidate.original, candidate.record.get("parent_sha256")),
+        (candidate.edited, (candidate.record.get("picture") or {}).get("sha256")),
+    )
+    for path, sha256 in seen:
+        if path is not None and sha256 is not None and sha256_of(picture_bytes(path, MAX_BYTES)) != sha256:
+            return path
+    return None
 
 
 def _item(candidate: Candidate) -> Item:

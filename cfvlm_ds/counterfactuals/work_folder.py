@@ -186,6 +186,16 @@ class ShardStep:
         """Leave it as it is, to be continued."""
         self._journal.close()
 
+    def give_up(self) -> None:
+        """Leave it after an error. A step of which nothing is done leaves no settings behind: what is wrong with them can be put right."""
+        journals = self._journal.path.parent
+        nothing = self.count == 0 and list(journals.iterdir()) == [self._journal.path]
+        self.close()
+        if nothing:
+            for path in (self._journal.path, self.work.path / f"{self.step}.json"):
+                path.unlink(missing_ok=True)
+            journals.rmdir()
+
 
 def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
     """Write a file of settings, or refuse settings that differ from those that are there."""

@@ -93,6 +93,9 @@ def measure(
         meter.add(key, total * real, count * real)
     meter.add("throughput/groups_per_s", len(scores.layout.ids), 1)
     meter.add("throughput/candidates_per_s", scores.layout.valid.sum() * real, 1)
+    for routed in measured.routed:
+        for expert, taken in enumerate(routed.taken):
+            meter.add(f"router/load/{expert:03d}", taken * len(routed.taken), routed.taken.sum())
     for batch in measured.parts:
         meter.add("throughput/tokens_per_s", batch.num_tokens, 1)
         meter.add("throughput/images_per_s", batch.num_images, 1)

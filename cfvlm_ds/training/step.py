@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,22 +20,25 @@ from cfvlm_ds.cluster.signals import WorkerLost, reason
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, all_reduce_sums, gather_objects
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.models import adapters_off
+from cfvlm_ds.models import Routed, adapters_off
 from cfvlm_ds.objectives import batch_terms, denominators, weighted_loss
 from cfvlm_ds.training.elsewhere import Exchange, exchange, look_ahead
 from cfvlm_ds.training.gradient_cache import one_pass, two_passes
 from cfvlm_ds.training.hard_negatives import HardNegatives
+from cfvlm_ds.training.router_balance import RouterBalance
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A micro-batch after its forward: ``loss`` and each term's ``shares`` are its shares of the step's, on this rank."""
+    """A micro-batch after its forward: ``loss`` and each term's ``shares`` are its shares of the step's, on this rank; ``routed`` is what
+    the routers of a mixture of experts did in each of its forwards."""
 
     parts: Sequence[Batch]
     scores: Scores
     loss: Tensor
     shares: Mapping[str, Tensor]
+    routed: Sequence[Routed] = ()
 
 
 @dataclass(frozen=True)
@@ -175,20 +178,30 @@ class OptimizerStep:
                     return loss * torch.nan  # on every rank: DeepSpeed takes no step whose gradient's global norm is not finite
             return loss
 
+        forwards, balance = self._forwards(micro_batches), RouterBalance(self._engine, self._config.train.router_balance, world)
         parts_of_all = [part for parts in micro_batches for part in parts]
         with explain_out_of_memory(f"at step {number} on rank {world.rank}", parts_of_all, _memory_remedy(self._config)):
-            forwards = self._forwards(micro_batches)
+            self._mark("computation", number)
             if coupled and len(micro_batches) > 1:
                 ahead.append(exchange(look_ahead(self._engine, micro_batches, forwards, world.device), world))
-            for parts, count in zip(micro_batches, forwards, strict=True):
+            balance.look_ahead(micro_batches, forwards)
+            for parts, passes in zip(micro_batches, forwards, strict=True):
                 self._mark("computation", number)
                 last = parts is micro_batches[-1]
-                if count == 1:
-                    one_pass(self._engine, parts[0], loss_of, self._reference, last)
+                if passes == 1:
+                    one_pass(self._engine, parts[0], loss_of, self._reference, last, balance.term)
                 else:
-                    two_passes(self._engine, parts, count, loss_of, self._reference, last, world.device)
+                    two_passes(self._engine, parts, passes, loss_of, self._reference, last, world.device, balance.term)
+                measured[-1] = self._with_balance(measured[-1], balance)
             self._engine.step()
         return measured, finite
+
+    def _with_balance(self, measured: Measured, balance: RouterBalance) -> Measured:
+        share, routed = balance.taken()
+        if share is None:
+            return replace(measured, routed=routed)
+        loss = measured.loss + self._config.train.router_balance * share
+        return replace(measured, loss=loss, shares={**measured.shares, "router_balance": share}, routed=routed)
 
     def _forwards(self, micro_batches: Sequence[Sequence[Batch]]) -> list[int]:
         """How many forwards each micro-batch takes: the same on every rank, because ZeRO-3 gathers weights on all of them together."""

@@ -18,7 +18,7 @@ from cfvlm_ds.data import open_groups
 from cfvlm_ds.data.containers.hub import is_hub
 from cfvlm_ds.data.containers.kinds import is_there
 from cfvlm_ds.data.manifest import known_format
-from cfvlm_ds.models import check_model, only_adapters_train
+from cfvlm_ds.models import check_balanced, check_model, load_config, only_adapters_train
 from cfvlm_ds.objectives import batch_terms
 from cfvlm_ds.training.benchmarks import chosen_of
 
@@ -37,6 +37,8 @@ def validate(config: RunConfig, world: World | None) -> None:
     built = [folder for folder in (config.build.base, config.build.tiny_llava and config.build.tiny_llava.out_dir) if folder]
     there = os.path.exists(model.name_or_path) or not any(_is_below(model.name_or_path, folder) for folder in built)
     check_model(model, raw.get("zero_optimization", {}).get("stage") == 3, there, weights=world is not None)
+    if config.train.router_balance and there:
+        check_balanced(load_config(model.name_or_path).model_type)
     device = torch.device("cpu") if world is None else world.device
     size, width = 1 if world is None else world.size, engine.hidden_size(config) if there else _UNKNOWN_WIDTH
     resolved = engine.resolve(raw, config, size, device, width, max(1, config.train.max_steps))

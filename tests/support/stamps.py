@@ -1,8 +1,9 @@
-"""Proposed edits of captions that nobody here wrote, to be judged by reading: those of the stamps of Tux Paint (GPL-2).
+"""Proposed edits of captions that nobody here wrote, to be judged by reading: those of the stamps of Tux Paint (GPL-2), or of a file.
 
     apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default_*.deb stamps
     python tests/support/stamps.py stamps --seed 11 > fresh.txt              # edits that were not judged yet
-    python tests/support/stamps.py stamps --judged fresh.txt                 # lines for tests/golden/stamps_judged.txt
+    python tests/support/stamps.py captions.txt --per_type 2 > fresh.txt     # the same of any captions, one a line
+    python tests/support/stamps.py --judged fresh.txt                        # lines for tests/golden/*_judged.txt
 
 Draws 200 edits of all that the rules propose of them, at most three of a type for each caption, without those that were judged before. A
 line is VERDICT | TYPE | CAPTION | TEXT; write "right", or "wrong: why", in place of the question mark. What is kept holds digests in place
@@ -22,11 +23,14 @@ from cfvlm_ds.counterfactuals.propose.rules import Rules
 
 NUMBER, PER_TYPE = 200, 3
 JUDGED = Path(__file__).resolve().parent.parent / "golden" / "stamps_judged.txt"
+PHOTOGRAPHS = JUDGED.with_name("photographs_judged.txt")
 
 
-def captions(folder: Path) -> list[str]:
-    """The first line of each text beside a picture, each once."""
-    files = (folder / "usr/share/tuxpaint/stamps").rglob("*.txt")
+def captions(source: Path) -> list[str]:
+    """The first line of each text beside a picture, or each line of a file, each once."""
+    if source.is_file():
+        return sorted({line.strip() for line in source.read_text("utf-8").splitlines() if line.strip()})
+    files = (source / "usr/share/tuxpaint/stamps").rglob("*.txt")
     return sorted({file.read_text("utf-8", "replace").split("\n")[0].strip() for file in files})
 
 
@@ -49,16 +53,20 @@ def judged(file: Path) -> list[tuple[str, str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what the package was unpacked to")
+    parser.add_argument("source", type=Path, nargs="?", help="what the package was unpacked to, or a file of captions, one a line")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--per_type", type=int, default=PER_TYPE, help="edits of a type for each caption at most")
     parser.add_argument("--judged", type=Path, help="a list with verdicts: print what of it is kept")
     arguments = parser.parse_args()
     if arguments.judged:
         for verdict, kind, caption, text in (line.split(" | ") for line in arguments.judged.read_text().splitlines()):
             print(f"{verdict} | {kind} | {digest(caption, text)}")
         return
-    before = {known for _, _, known in judged(JUDGED)}
-    found = [each for each in edits(captions(arguments.folder), arguments.seed) if digest(*each[1:]) not in before]
+    if arguments.source is None:
+        parser.error("name the captions")
+    before = {known for file in (JUDGED, PHOTOGRAPHS) for _, _, known in judged(file)}
+    listed = edits(captions(arguments.source), arguments.seed, arguments.per_type)
+    found = [each for each in listed if digest(*each[1:]) not in before]
     random.Random(arguments.seed).shuffle(found)
     for kind, caption, text in sorted(found[:NUMBER], key=lambda each: each[1:]):
         print(f"? | {kind} | {caption} | {text}")

@@ -512,7 +512,7 @@ def test_the_rehearsal_keeps_to_the_pixels_that_data_may_have(collator: Collator
     Image.new("1", (8000, 6500)).save(large := tmp_path / "large.png")
     group = CounterfactualGroup("g", ((large,),), (Candidate(PROMPT, "a red circle"),), ((1,),))
     generous = copy.copy(collator)
-    generous.images = generous.files = ImageFiles(collator.processor, collator.family, 60_000_000)
+    generous.images = generous.files = ImageFiles(collator.processor, collator.family, collator.model_config, 60_000_000)
     rehearse(scorer, generous, {"a": [group]}, ALONE, 1, None, "")
     with pytest.raises(DataError, match="over the limit of 50000000"):
         rehearse(scorer, collator, {"a": [group]}, ALONE, 1, None, "")

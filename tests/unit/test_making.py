@@ -299,6 +299,40 @@ def test_a_shard_is_worked_on_by_one_process(whole: Path, scenes: Path, tmp_path
             edit(out, scene_options(scenes), 0, quiet)
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"back_ends": "http", "url": "http://127.0.0.1:9"}, "it cannot be reached .*start the server, or correct the address"),
+        ({"back_ends": "command", "command": "nosuchprogram {request} {output}"}, "no such program"),
+        ({"back_ends": "command", "command": "true '{request} {output}"}, "no closing quotation"),
+        ({"masks": "nowhere"}, "--masks nowhere: no such folder"),
+    ],
+)
+def test_a_mistake_in_the_options_of_a_step_leaves_nothing_that_refuses_the_right_ones(
+    options: dict[str, Any], said: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.pause", lambda seconds: None)
+    out = tmp_path / "W"
+    propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="relation"), 0, quiet)
+    with pytest.raises(ConfigError, match=said):
+        edit(out, EditOptions(**options), 0, quiet)
+    assert not (out / "edit.json").exists() and not (out / "edit").exists()
+    assert edit(out, EditOptions(), 0, quiet)["counts"]["pictures"] == 6
+
+
+def test_a_server_that_goes_down_ends_the_step_and_what_is_done_stays(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.pause", lambda seconds: None)
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.http.IN_A_ROW", 3)
+    good = png_of(noise_picture(3))
+    server = Server(lambda body, number: (200, good, {"Content-Type": "image/png"}) if number == 1 else (503, b"down", {}))
+    with server.running(), pytest.raises(ConfigError, match="3 edits in a row without a usable reply, the last: status 503"):
+        edited(photos, tmp_path / "W", back_ends="http", url=server.url, threads=1)
+    done = list(WorkFolder.open(tmp_path / "W").records("edit", 0))
+    assert done[0]["picture"] and len(done) < 12 and (tmp_path / "W" / "edit.json").is_file()
+
+
 def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
     draw(tmp_path / "a.png", [("red", "circle"), ("blue", "square")])
     rows = [
@@ -311,7 +345,7 @@ def test_repeated_ids_and_broken_rows_are_counted(tmp_path: Path) -> None:
     done = propose(open_groups(tmp_path / "c.jsonl", None, "captions"), tmp_path / "W", ProposeOptions(), 0, quiet)
     assert done["counts"]["unreadable rows"] == 3 and done["counts"]["captions"] == 1
     problems = [record["problem"] for record in WorkFolder.open(tmp_path / "W").records("propose", 0) if "problem" in record]
-    assert "id 'a' is used by an earlier row" in problems[0] and "c.jsonl:3" in problems[1] and "c.jsonl:4" in problems[2]
+    assert "c.jsonl:2: id 'a' is used by an earlier row" in problems[0] and "c.jsonl:3" in problems[1] and "c.jsonl:4" in problems[2]
 
 
 def test_a_budget_is_kept_and_said(scenes: Path, tmp_path: Path) -> None:
@@ -580,6 +614,22 @@ def test_edited_pictures_of_a_folder_are_checked(photos: Path, tmp_path: Path) -
     assert found["p4/0"]["refused"] == "no editor takes it"
 
 
+def test_a_picture_that_was_replaced_after_the_edit_is_no_example(photos: Path, tmp_path: Path) -> None:
+    edited(photos, tmp_path / "W", back_ends="flip,none")
+    shutil.copy(tmp_path / "2.png", tmp_path / "1.png")
+    work = WorkFolder.open(tmp_path / "W")
+    with open(work.tar(0), "r+b") as tar:  # a byte of the mirror image of the first
+        place = next(each["picture"] for each in work.records("edit", 0) if each["picture"])
+        tar.seek(place["start"] + place["length"] // 2)
+        tar.write(b"\0")
+    verify(tmp_path / "W", VerifyOptions(), 0, quiet, None)
+    said = {each["edit"]: each.get("problem", "") for each in work.records("verify", 0)}
+    assert {name for name, problem in said.items() if problem == "a picture is another one than when it was edited"} == {
+        "p0/1", "p1/0", "p1/1",
+    }  # fmt: skip
+    assert sum(not problem for problem in said.values()) == 9
+
+
 def test_masks_confine_what_changes(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "masks" / "p0").mkdir(parents=True)
     (tmp_path / "masks" / "p1").mkdir()
@@ -789,6 +839,34 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole: Path, tmp_path: Path) 
     assert not list(tmp_path.glob("x*"))
 
 
+def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The captions themselves, a file of other rows, a journal of the work folder, a split; and a set thinned into itself."""
+    out = tmp_path / "W"
+    edited(photos, out)
+    verify(out, VerifyOptions(), 0, quiet, None)
+    (tmp_path / "notes.jsonl").write_text('{"schema": "cfgroup/1", "meta": {"mine": 1}}\n')
+    (tmp_path / "g.a.jsonl").write_text("notes\n")
+    before = contents(tmp_path)
+    for name, splits, said in (
+        ("captions.jsonl", "", "captions.jsonl is read here, and would be replaced"),
+        ("notes.jsonl", "", "notes.jsonl is there, and select has not written it"),
+        ("W/run.json", "", "run.json is there, and select"), ("W/edit/shard-00000.jsonl", "", "shard-00000.jsonl is there, and select"),
+        ("g.jsonl", "a=0.5,b=0.5", "g.a.jsonl is there, and select"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=said):
+            select(out, tmp_path / name, SelectOptions(splits=splits), quiet)
+    assert contents(tmp_path) == before
+    for _ in range(2):  # its own file it replaces
+        survival = select(out, tmp_path / "g.jsonl", SelectOptions(), quiet)
+    assert survival.roots == []
+    folders = select(out, tmp_path / "sub" / "g.jsonl", SelectOptions(), quiet).roots
+    assert folders == [str(tmp_path / "sub"), str(tmp_path)]  # and no folder that holds none of the pictures
+    assert len(read_manifest(tmp_path / "sub" / "g.jsonl", folders)) == 6
+    with pytest.raises(SystemExit):
+        main.main(["data", "audit", str(tmp_path / "g.jsonl"), "--out", str(tmp_path / "a"), "--refine", str(tmp_path / "g.jsonl")])
+    assert "g.jsonl is read here, and would be replaced" in capsys.readouterr().err
+
+
 def test_a_real_pair_is_of_one_split_or_of_none(tmp_path: Path) -> None:
     """`mine` shows the picture of another source: where that is of another split, the pair is counted and left out."""
     rows = []
@@ -924,6 +1002,9 @@ def test_clean_data_pass_and_every_planted_fault_is_found(tmp_path: Path) -> Non
 
 def test_duplicates_and_leaks_are_found_and_named(tmp_path: Path) -> None:
     rows = pair_rows(tmp_path, 30)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty: no picture lies in this folder; name those of a benchmark"):
+        audited(tmp_path, {"train": rows[:20]}, against=str(tmp_path / "empty"))
     shutil.copy(tmp_path / "3-0.png", tmp_path / "5-0.png")  # the same picture in two groups
     Image.open(tmp_path / "7-0.png").resize((80, 80)).save(tmp_path / "25-0.jpg", quality=70)  # nearly so in another split
     rows[25]["images"][0]["path"] = "25-0.jpg"
@@ -1007,11 +1088,34 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
         ("- a", "it holds a list"),
         ("data: a\nout: b\nedit: {attempts: many}", "edit.attempts: 'many' is no int"), ("data: a\nout: b\nedit: 3", "edit is a int"),
         ("data: a\nout: b\npropose: {wiht: x}", "did you mean 'with'"), ("data: [", "cannot be read"),
+        ("data: a\nout: b\nshards: 0", r"plan\.yaml: shards 0: it is 1 to"), ("data: ''\nout: b", r"plan\.yaml: data is empty"),
+        ("data: a\nout: b\nverify: {template: x}", r"plan\.yaml: verify\.template 'x': it has no"),
     ):  # fmt: skip
         plan.write_text(text)
         with pytest.raises(ConfigError, match=message):
             read_plan(str(plan))
     assert read_plan("examples/build_coco.yaml").shards == 64
+
+
+@pytest.mark.parametrize(
+    "section, said",
+    [
+        ("propose: {with: rulez}", "propose.with rulez: no such back end"), ("edit: {with: flipp}", "--with flipp: no such back end"),
+        ("edit: {masks: nowhere}", "--masks nowhere: no such folder"), ("edit: {composite: all}", "--composite all"),
+        ("verify: {scorer: nowhere}", "plan.yaml: verify.scorer 'nowhere' does not exist"),
+        ("select: {splits: train}", "--splits 'train'"), ("select: {rule: best}", "rule 'best'"),
+        ("select: {thresholds: none.yaml}", "--thresholds none.yaml"), ("groups: captions.jsonl", "captions.jsonl is read here"),
+    ],
+)  # fmt: skip
+def test_a_mistake_of_any_step_of_a_plan_is_said_before_the_first(
+    section: str, said: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    groups = "" if section.startswith("groups") else "groups: g.jsonl\n"
+    (tmp_path / "plan.yaml").write_text(f"data: captions.jsonl\nout: W\n{groups}{section}\n")
+    with pytest.raises(SystemExit) as ended:
+        main.main(["data", "run", "--config", "plan.yaml"])
+    assert ended.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "W").exists()
 
 
 def test_the_oracle_asks_as_the_probe_does() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import re
 import threading
@@ -21,8 +22,9 @@ from conftest import REPO, draw
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.counterfactuals.http import CallFailed, check_url, post
-from cfvlm_ds.counterfactuals.options import TYPES, ProposeOptions
-from cfvlm_ds.counterfactuals.propose import PROPOSERS, grammar, llm, slots, vocabulary
+from cfvlm_ds.counterfactuals.options import TYPES, AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
+from cfvlm_ds.counterfactuals.plan import read_plan
+from cfvlm_ds.counterfactuals.propose import PROPOSERS, grammar, mine, slots, vocabulary
 from cfvlm_ds.counterfactuals.propose.base import Context, Proposal, Rejected, Source
 from cfvlm_ds.counterfactuals.propose.rules import Rules
 from cfvlm_ds.counterfactuals.propose.step import Seen, propose
@@ -477,7 +479,7 @@ def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_e
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
         assert done["counts"]["failed"] == 4 and len(server.asked) == 12
         assert lines_of(tmp_path / "W")[0]["rejected"][0]["reason"] == "no usable reply: status 500: boom"
-        monkeypatch.setattr(llm, "_IN_A_ROW", 3)
+        monkeypatch.setattr("cfvlm_ds.counterfactuals.http.IN_A_ROW", 3)
         with pytest.raises(ConfigError, match="3 captions in a row without a usable reply"):
             asked_model(captions, tmp_path / "V", server, llm_calls=1)
     assert not (tmp_path / "V" / "llm" / "shard-00000.jsonl").read_text()
@@ -540,6 +542,37 @@ def test_a_budget_of_tokens_is_not_passed_by_far(captions: Path, tmp_path: Path,
         assert len(server.asked) == asked
 
 
+@pytest.mark.parametrize(
+    "section, values",
+    [
+        (ProposeOptions, {"per_type": 0}), (ProposeOptions, {"budget_hours": math.nan}), (ProposeOptions, {"budget_tokens": -1}),
+        (ProposeOptions, {"llm_calls": 0}), (ProposeOptions, {"llm_timeout_s": 0.0}), (ProposeOptions, {"llm_attempts": 0}),
+        (EditOptions, {"attempts": 0}), (EditOptions, {"threads": -1}), (EditOptions, {"timeout_s": math.inf}),
+        (EditOptions, {"budget_hours": -1.0}), (VerifyOptions, {"batch_size": 0}), (SelectOptions, {"per_type": -1}),
+        (SelectOptions, {"per_source": 0}), (SelectOptions, {"margin": math.nan}), (AuditOptions, {"sample": 0}),
+    ],
+)  # fmt: skip
+def test_numbers_that_say_nothing_are_refused_by_the_name_of_their_option(section: Any, values: dict[str, Any], tmp_path: Path) -> None:
+    ((name, value),) = values.items()
+    with pytest.raises(ConfigError, match=f"^--{name} {re.escape(str(value))}: it is"):
+        section(**values)
+    if section is not AuditOptions:
+        key = section.__name__.removesuffix("Options").lower()
+        (tmp_path / "plan.yaml").write_text(f"data: x\nout: W\n{key}: {{{name}: {'.' if value - value else ''}{value}}}\n")
+        with pytest.raises(ConfigError, match=rf"plan\.yaml: {key}\.{name} .*: it is"):
+            read_plan(str(tmp_path / "plan.yaml"))
+
+
+def test_a_server_that_is_not_there_is_said_at_once(captions: Path, tmp_path: Path, at_once: list[float]) -> None:
+    server = Server(lambda body, number: (200, reply([]), {}))
+    with server.running():
+        pass
+    with pytest.raises(ConfigError, match=r"it cannot be reached \(ConnectionRefusedError.*start the server, or correct the address"):
+        asked_model(captions, tmp_path / "W", server)
+    with server.running():  # at another address: nothing was done with the first
+        asked_model(captions, tmp_path / "W", server)
+
+
 def test_addresses() -> None:
     assert check_url("https://node:8000/v1/", "--x") == "https://node:8000/v1"
     for url in ("", "file:///etc/passwd", "node:8000", "http://", "http://a b/", "http://u:p@node/", "http://x:99999999/"):
@@ -580,6 +613,46 @@ def test_real_pairs_are_found_once_and_by_every_cut(tmp_path: Path) -> None:
     assert len({(tmp_path / f"M{shards}" / "mine" / "slots.bin").read_bytes() for shards in (1, 3, 7)}) == 1
     wider = mined(tmp_path / "wider", types="colour,other")
     assert wider - expected == {("a", "other", "5.png"), ("d", "other", "5.png")}  # a house in place of a car
+
+
+def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more pairs than are looked at or kept, shards in any order, and an index that each of some shards makes anew."""
+    monkeypatch.setattr(mine, "_LOOKED_AT", 8)
+    chance = random.Random(9)
+    texts = ["red", "green", "blue", "black"], ["car", "bus", "truck", "dog", "cat"], ["street", "park"]
+    rows = [
+        {"id": f"r{k}", "caption": "a {} {} in a {}".format(*(chance.choice(words) for words in texts)), "image": f"{k}.png"}
+        for k in range(120)
+    ]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = {}
+    for shards in (1, 7):
+        out = tmp_path / f"W{shards}"
+        for shard in chance.sample(range(shards), shards):
+            if shard % 3 == 0:
+                (out / "mine" / "slots.bin").unlink(missing_ok=True)
+            options = ProposeOptions(back_ends="mine,rules", types="colour,object,other", shards=shards, per_type=2)
+            propose(open_groups(tmp_path / "c.jsonl", None, "auto"), out, options, shard, quiet)
+        records = [json.loads(line) for file in sorted((out / "propose").glob("*.jsonl")) for line in file.read_text().splitlines()]
+        made[shards] = {record["source"]: record for record in records}
+    pairs = [edit for record in made[1].values() for edit in record["edits"] if edit["back_end"] == "mine"]
+    assert made[1] == made[7] and len(made[1]) == 120 and len(pairs) > 100
+
+
+def test_shards_that_start_side_by_side_make_one_index(tmp_path: Path) -> None:
+    built, path = [], tmp_path / "mine" / "slots.bin"
+
+    def captions() -> Iterator[tuple[int, str]]:
+        built.append(threading.get_ident())
+        time.sleep(0.2)
+        yield from ((row, f"a red car in street {row % 2}") for row in range(4))
+
+    threads = [threading.Thread(target=slots.opened, args=(path, captions())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1 and slots.opened(path, iter([])).rows(next(slots.slots("a red car in street 1"))[0], 9, 0) == [1, 3]
 
 
 def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

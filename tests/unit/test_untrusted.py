@@ -93,6 +93,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: P
     with pytest.raises(StorageError, match=r"cannot be written .* with --out$"):
         output_file(Path("/proc/out.json"))
     assert output_file(tmp_path / "new" / "out.json").parent.is_dir()
+    with pytest.raises(ConfigError, match="file is read here, and would be replaced; name another file"):
+        output_file(tmp_path / "new" / ".." / "file", tmp_path / "none", tmp_path / "file")
 
 
 # Names in rows of data ---------------------------------------------------------------------------------------------------------------

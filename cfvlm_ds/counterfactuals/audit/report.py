@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.distributed import cores_per_rank
-from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
@@ -244,6 +244,8 @@ def _against(found: Audit, sets: Sequence[_Set], looks: Sequence[Mapping[Path, L
         texts: list[str] = []
         if path.is_dir() and not (path / "store.json").is_file():
             pictures = pictures_below(path)
+            if not pictures:
+                raise ConfigError(f"--against {path}: no picture lies in this folder; name those of a benchmark, or its manifest")
         else:
             store = open_groups(path, None, "auto", progress=say)
             pictures = []

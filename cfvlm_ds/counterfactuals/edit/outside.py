@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -21,7 +22,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import read_bytes
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.edit.base import MAX_REPLY, EditContext, Picture, Refused, Task, decoded
-from cfvlm_ds.counterfactuals.http import CallFailed, Patience, Unfit, check_url, member, post, token_named, with_retries
+from cfvlm_ds.counterfactuals.http import CallFailed, Patience, check_url, member, post, token_named, with_retries
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 _ATTEMPTS = 4
@@ -58,7 +59,7 @@ class Http:
     def __init__(self, context: EditContext) -> None:
         options = context.options
         self._url, self._timeout_s, self.threads = check_url(options.url, "--url"), options.timeout_s, options.threads
-        self._token, self._patience = token_named(os.environ, "CFVLM_EDITOR_API_KEY"), Patience(self._url)
+        self._token, self._patience = token_named(os.environ, "CFVLM_EDITOR_API_KEY"), Patience(self._url, "edits")
 
     def settings(self) -> Mapping[str, Any]:
         return {"version": 1, "url": self._url}
@@ -82,8 +83,7 @@ class Http:
         try:
             content = with_retries(call, _ATTEMPTS, seed_of(task.id, task.attempt), lambda trouble: None)
         except CallFailed as failure:
-            if isinstance(failure, Unfit):
-                self._patience.unfit(failure)
+            self._patience.failed(failure)
             return Refused(f"no picture from the server: {failure}")
         self._patience.answered()
         image = decoded(content)
@@ -98,9 +98,15 @@ class Command:
 
     def __init__(self, context: EditContext) -> None:
         options = context.options
-        self._words, self._timeout_s, self.threads = shlex.split(options.command), options.timeout_s, options.threads
+        self._timeout_s, self.threads = options.timeout_s, options.threads
+        try:
+            self._words = shlex.split(options.command)
+        except ValueError as error:
+            raise ConfigError(f"--command {options.command!r}: {str(error).lower()}; correct its quotation marks") from error
         if not self._words or not all(any(place in word for word in self._words) for place in ("{request}", "{output}")):
             raise ConfigError(f"--command {options.command!r}: write the command with {{request}} and {{output}} in it")
+        if shutil.which(self._words[0]) is None:
+            raise ConfigError(f"--command {self._words[0]}: cannot be started (no such program); correct it")
 
     def settings(self) -> Mapping[str, Any]:
         return {"version": 1, "command": self._words}

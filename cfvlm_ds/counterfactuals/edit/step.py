@@ -46,11 +46,7 @@ class Unit(NamedTuple):
 
 def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None = None) -> dict[str, Any]:
     """Edit the pictures of a shard; returns its completion. What an earlier call has done is not done again."""
-    names = named(options.back_ends, EDITORS, "--with")
-    if options.composite not in COMPOSITES:
-        raise ConfigError(f"--composite {options.composite}: it is one of {', '.join(COMPOSITES)}")
-    if options.attempts < 1 or options.threads < 1:
-        raise ConfigError("--attempts and --threads are at least 1")
+    names = checked(options)
     work = WorkFolder.open(out)
     work.check_shard(shard, work.shards if of is None else of)
     work.need("propose", shard)
@@ -68,8 +64,17 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
             stopped = _through(step, tar, editors, options, say)
         return step.finish(counted, stopped)
     except BaseException:
-        step.close()
+        step.give_up()
         raise
+
+
+def checked(options: EditOptions) -> list[str]:
+    """The editors. Raises ConfigError for options that no picture can be edited with."""
+    if options.composite not in COMPOSITES:
+        raise ConfigError(f"--composite {options.composite}: it is one of {', '.join(COMPOSITES)}")
+    if options.masks and not Path(options.masks).is_dir():
+        raise ConfigError(f"--masks {options.masks}: no such folder; name the one that holds masks by id, SOURCE/NUMBER.png")
+    return named(options.back_ends, EDITORS, "--with")
 
 
 def _through(step: ShardStep, tar: _Tar, editors: Mapping[str, Editor], options: EditOptions, say: Say) -> str:

@@ -11,13 +11,17 @@ from cfvlm_ds.counterfactuals.propose.grammar import article, is_finite, is_plur
 from cfvlm_ds.counterfactuals.propose.vocabulary import (
     ADJECTIVES,
     ANIMATE,
+    CALLED,
     COLOURS_READ,
     DETERMINERS,
+    EXPLAINING,
     FOLLOWING,
+    KINDS_OF_THINGS,
     MATERIALS,
     NOT_VERBS,
     NOUNS,
     NUMBERS,
+    POINTING,
     SIZES,
     TEXTURES,
 )
@@ -28,6 +32,7 @@ _MODIFIERS = ADJECTIVES.union(*OF_KIND.values()) | {"short"}
 _ONE = ("a", "an", "one", "this", "that", "each", "every", "another")
 _MARKS = re.compile(r"[^\w]")
 _ENDS = (".", "!", "?", ":", ";")
+_QUOTES = re.compile(r"\"[^\"]*\"?|\u201c[^\u201d]*\u201d?|\u00ab[^\u00bb]*\u00bb?")
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,23 @@ class Caption:
     def first_sentence(self) -> int:
         """Words and marks of the first sentence; what follows explains, or speaks to somebody."""
         return next((k + 1 for k, word in enumerate(self.words[:-1]) if word in _ENDS and self.word(k + 1)), len(self.words))
+
+    @functools.cached_property
+    def lettering(self) -> frozenset[int]:
+        """Places of what is written in the picture, or a name: within quotation marks, or after a word such as "titled"."""
+        called = next((k for k, word in enumerate(self.words) if word in CALLED), len(self.words))
+        quoted = [match.span() for match in _QUOTES.finditer(self.text)]
+        return frozenset(k for k, (start, end) in enumerate(self.spans) if k > called or any(a <= start and end <= b for a, b in quoted))
+
+    @functools.cached_property
+    def is_definition(self) -> bool:
+        """Whether it says what all things of a kind are, and not what a picture shows."""
+        if EXPLAINING & set(self.words):
+            return True
+        if not self.words or self.words[0] in POINTING | FOLLOWING:
+            return False  # "this is a dog", "behind the dog is a cat"
+        verb = next((k for k, word in enumerate(self.words) if word in ("is", "are")), len(self.words))
+        return self.word(verb + 1) in ("a", "an", "the", "one", "any") or bool(KINDS_OF_THINGS & set(self.words[verb + 1 : verb + 4]))
 
     def ends(self, place: int) -> bool:
         """Whether a noun phrase can end before a place: at a mark, a small word, or a verb that describes it."""

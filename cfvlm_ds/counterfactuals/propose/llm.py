@@ -19,7 +19,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.text import one_line, printable
-from cfvlm_ds.counterfactuals.http import CallFailed, Patience, Unfit, check_url, member, post, token_named, with_retries
+from cfvlm_ds.counterfactuals.http import CallFailed, Patience, check_url, member, post, token_named, with_retries
 from cfvlm_ds.counterfactuals.journal import Journal
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, defect, difference
@@ -32,7 +32,6 @@ _MAX_TOKENS = 700  # white space without end is a known failure: the bound is wh
 _SIDE = 768  # pixels of a picture that is sent
 _MOST_EDITS = 32
 _UNSAID = 400  # tokens of a request whose cost the server does not say
-_IN_A_ROW = 20  # sources without any reply, after which the server is taken to be down
 
 SYSTEM = """You write counterfactual captions. Given a caption of a photograph, you propose edits that change exactly one visible thing.
 Rules for every edit:
@@ -42,6 +41,10 @@ Rules for every edit:
 - the new caption is natural, grammatical English;
 - "instruction" tells a picture editor in one sentence what to change.
 For swap_attribute and swap_object the new caption has the same words in another order. Leave out what the caption does not allow."""
+
+
+class Spent(CallFailed):
+    """No call: a budget does not allow it."""
 
 
 class LanguageModel:
@@ -55,9 +58,9 @@ class LanguageModel:
         self._types, self.threads = options.wanted, max(1, options.llm_calls)
         self._token = token_named(os.environ, "CFVLM_LLM_API_KEY", "OPENAI_API_KEY")
         self._journal = Journal(context.work.path / "llm" / f"shard-{context.shard:05d}.jsonl")
-        self._lock, self._known, self.tokens, self._in_a_row = threading.Lock(), dict[str, int](), 0, 0
+        self._lock, self._known, self.tokens = threading.Lock(), dict[str, int](), 0
         self.troubles: Counter[str] = Counter()
-        self._patience = Patience(self._url)
+        self._patience = Patience(self._url, "captions")
         for place, record in self._journal.entries():
             self._known[str(record.get("request"))] = place
             self._patience.answered()
@@ -81,16 +84,9 @@ class LanguageModel:
         try:
             content = self._reply(name, body)
         except CallFailed as failure:
-            if isinstance(failure, Unfit):
-                self._patience.unfit(failure)
-            with self._lock:
-                self._in_a_row += 1
-                if self._in_a_row >= _IN_A_ROW:
-                    raise ConfigError(
-                        f"{self._url}: {_IN_A_ROW} captions in a row without a usable reply, the last: {failure}; look at the server"
-                    ) from failure
+            if not isinstance(failure, Spent):
+                self._patience.failed(failure)
             return [Rejected("llm", f"no usable reply: {failure}", failed=True)]
-        self._in_a_row = 0
         self._patience.answered()
         return self._judged(source, parsed(content), name)
 
@@ -100,7 +96,7 @@ class LanguageModel:
                 return str(self._journal.read(self._known[name])["reply"])
             budget = self._options.budget_tokens
             if budget and self.tokens >= budget:
-                raise CallFailed(f"the budget of {budget} tokens is spent", again=False)
+                raise Spent(f"the budget of {budget} tokens is spent", again=False)
 
         def call() -> tuple[str, int, Any]:
             value = post(self._url, body, token=self._token, timeout_s=self._options.llm_timeout_s, most_bytes=_MOST_BYTES).json()

@@ -16,10 +16,11 @@ from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, drawn
 from cfvlm_ds.counterfactuals.propose.caption import OF_KIND, Caption, Phrase
 from cfvlm_ds.counterfactuals.propose.grammar import absent, agreeing, article, is_plural, renumbered, versions
-from cfvlm_ds.counterfactuals.propose.plausible import MADE_OF, can_be, instead
+from cfvlm_ds.counterfactuals.propose.plausible import MADE_OF, PATTERNED, can_be, instead, is_compared
+from cfvlm_ds.counterfactuals.propose.situation import done_there, is_action, is_place
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
 
-VERSION = 2
+VERSION = 3
 """Raised when the same caption gets other edits than before."""
 
 Change = tuple[dict[int, str], str]
@@ -65,6 +66,10 @@ class Rules:
             return [Rejected("rules", "a negation")]
         if "?" in caption.words:
             return [Rejected("rules", "a question")]
+        if v.UNCERTAIN & set(caption.words):
+            return [Rejected("rules", "not certain")]
+        if caption.is_definition:
+            return [Rejected("rules", "a sentence that says what a thing is")]
         found: list[Proposal | Rejected] = []
         for kind in self._types:
             made = 0
@@ -80,6 +85,8 @@ class Rules:
     def _proposal(self, kind: str, caption: Caption, changes: dict[int, str], told: str) -> Proposal | None:
         explained = caption.first_sentence < len(caption.words)
         if explained and (max(changes) >= caption.first_sentence or kind in ("object", "swap_object")):
+            return None
+        if caption.lettering & changes.keys():
             return None
         text = caption.with_words(changes)
         if defect(caption.text, text, kind) is not None:
@@ -108,7 +115,8 @@ def _colour(caption: Caption, choose: Choose) -> Iterator[Change]:
         (place,) = caption.said_of(phrase, "colour")
         old = caption.words[place]
         noun = caption.words[phrase.noun]
-        for new in choose([colour for colour in v.COLOURS if colour not in _NEAR[old] and can_be(noun, colour)]):
+        never = {"gray", "white"} if noun == "hair" and v.YOUNG & set(caption.words) else set[str]()
+        for new in choose([colour for colour in v.COLOURS if colour not in _NEAR[old] | never and can_be(noun, colour)]):
             yield {place: new}, f"Change the colour of the {caption.words[phrase.noun]} from {old} to {new}."
 
 
@@ -132,6 +140,8 @@ def _texture(caption: Caption, choose: Choose) -> Iterator[Change]:
     for phrase in _describable(caption, "texture"):
         (place,) = caption.said_of(phrase, "texture")
         old, of_shape = caption.words[place], phrase.known is not None and phrase.known[0] == "shape"
+        if old == "hollow" and not of_shape:
+            continue  # a tree
         options = [each for each in v.TEXTURES if each not in v.TEXTURES_AGAINST.get(old, ())]
         for new in choose(
             [each for each in options if each in (("striped", "dotted", "hollow") if of_shape else ("striped", "dotted", "plaid"))]
@@ -141,15 +151,16 @@ def _texture(caption: Caption, choose: Choose) -> Iterator[Change]:
 
 def _describable(caption: Caption, kind: str) -> Iterator[Phrase]:
     """Phrases with one adjective of a kind, whose noun can be one way or another."""
+    animals = any(v.NOUNS[word][0] == "animal" for word in caption.words if word in v.NOUNS)
     for phrase in caption.phrases:
-        noun = caption.words[phrase.noun]
+        noun, said = caption.words[phrase.noun], caption.words[phrase.start : phrase.noun]
         if len(caption.said_of(phrase, kind)) != 1 or noun in v.PEOPLE:
             continue
         fixed = {
-            "colour": noun in v.FIXED_COLOUR or "ripe" in caption.words,
-            "size": noun in v.NOT_SIZED or caption.word(phrase.noun + 1) == "of",
+            "colour": noun in v.FIXED_COLOUR or "ripe" in caption.words or "brick" in said or (noun == "coat" and animals),
+            "size": noun in v.NOT_SIZED or caption.word(phrase.noun + 1) == "of" or not is_compared(caption, phrase),
             "material": noun not in MADE_OF,
-            "texture": phrase.known is not None and phrase.known[0] == "animal",
+            "texture": noun not in PATTERNED and (phrase.known is None or phrase.known[0] != "shape"),
         }
         if not fixed[kind]:
             yield phrase
@@ -174,6 +185,8 @@ def _count(caption: Caption, choose: Choose) -> Iterator[Change]:
 def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
     """Places of a number and of the noun that it counts, with the noun's phrase; None for several things of a kind that is not listed,
     such as three fire hydrants."""
+    if v.ORDINALS & set(caption.words):
+        return
     phrases = {phrase.determiner: phrase for phrase in caption.phrases if phrase.determiner is not None}
     for place, word in enumerate(caption.words):
         number = int(word) if word.isdecimal() and len(word) == 1 else v.NUMBERS.get(word, 0)
@@ -185,7 +198,8 @@ def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
         said = caption.words[place + 1 : noun + 1]
         if (
             not noun
-            or set(said) & v.UNITS
+            or set(said) & (v.UNITS | v.OF_BODY)
+            or (len(said) > 1 and said[0] in v.MEASURES)
             or said[-1].endswith("ss")
             or not all(each.isalpha() for each in said)
             or caption.is_aside(place)
@@ -198,7 +212,22 @@ def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
             yield place, noun, phrase
 
 
-_NO_COUNT = ("number", "route", "all", "every", "channel", "flight", "bus", "or", "back", "war")
+_NO_COUNT = v.NUMBERED | {
+    "all",
+    "every",
+    "bus",
+    "or",
+    "back",
+    "war",
+    "least",
+    "most",
+    "than",
+    "over",
+    "nearly",
+    "almost",
+    "about",
+    "around",
+}
 
 
 def _agreement(caption: Caption, phrase: Phrase, plural: bool) -> dict[int, str] | None:
@@ -225,7 +254,8 @@ def _shared(caption: Caption, phrase: Phrase, plural: bool) -> bool:
     rest = caption.words[phrase.noun + 1 :]
     if any(word in _HAVING for word in rest[:2]):
         return True
-    return not plural and any(is_plural(word) for word in rest if word in v.NOUNS)
+    near = [word for word in rest[:4] if len(word) > 3 and word.endswith("s") and word not in v.FOLLOWING]
+    return not plural and any(is_plural(word) for word in (*near, *(word for word in rest if word in v.NOUNS)))
 
 
 _HAVING = v.FOLLOWING & {"has", "have", "with"} | {"wearing", "holding", "carrying", "riding", "wears", "wear", "hold", "holds", "throwing"}
@@ -237,26 +267,14 @@ _PREPOSITIONS = v.FOLLOWING - set(
 def _relation(caption: Caption, choose: Choose) -> Iterator[Change]:
     found = [(match.start(), match.end(), match[0].lower()) for match in _RELATION.finditer(caption.text)]
     places = [_places(caption, start, end) for start, end, _ in found]
-    if len(found) == 2 and _OPPOSITE[found[0][2]] == found[1][2]:  # each said of its own thing: both change
-        yield _phrase_in(places[0], found[1][2]) | _phrase_in(places[1], found[0][2]), ""
-    elif len(found) == 1 and _is_place(caption, places[0], old := found[0][2]):
+    if len(found) == 2 and _OPPOSITE[found[0][2]] == found[1][2]:
+        # each said of its own thing, as "on the left a cup and on the right a plate": both change. In front of a wall and with a man
+        # behind him are two things, of which either could change alone.
+        if not places[0][0] and any(said in v.OF_THE_PICTURE for _, _, said in found):
+            yield _phrase_in(places[0], found[1][2]) | _phrase_in(places[1], found[0][2]), ""
+    elif len(found) == 1 and is_place(caption, places[0], old := found[0][2]):
         after = caption.word(places[0][-1] + 1)
         yield _phrase_in(places[0], "in front" if old == "behind" and after in ("", "and") else _OPPOSITE[old]), ""
-
-
-def _is_place(caption: Caption, places: list[int], phrase: str) -> bool:
-    """Whether a phrase says where something is, and its opposite would say something else."""
-    after = [caption.word(places[-1] + k) for k in (1, 2, 3)]
-    if v.NO_OPPOSITE.get(phrase, frozenset()) & set(after):
-        return False
-    if phrase in ("left of", "right of"):  # "what is left of the cake"
-        before = caption.word(places[0] - 1)
-        return (caption.word(places[0] - 2) if before in ("is", "are") else before) in v.NOUNS
-    subject = caption.word(places[0] - 1)
-    if subject in v.LIES_BELOW or (phrase in ("above", "below") and subject in v.ABOVE_ALL):
-        return False
-    of_body = after[0] in ("hand", "arm", "foot", "leg", "turn", "lane", "field", "shoulder", "eye")
-    return not of_body and not (phrase in ("inside", "outside") and not after[0])
 
 
 def _places(caption: Caption, start: int, end: int) -> list[int]:
@@ -294,35 +312,10 @@ def _action(caption: Caption, choose: Choose) -> Iterator[Change]:
             v.FINITE[old][many]: [v.FINITE[new][many] for new in others if new in v.FINITE] for many in (0, 1) if old in v.FINITE
         }
         for form, options in forms.items():
-            if caption.words.count(form) == 1 and _is_action(caption, caption.words.index(form), old, form):
+            if caption.words.count(form) == 1 and is_action(caption, caption.words.index(form), old, form):
                 place = caption.words.index(form)
-                for new in choose(_done_there(caption, place, options)):
+                for new in choose(done_there(caption, place, options)):
                     yield {place: new}, f"Make the picture show this instead of {form}: {caption.with_words({place: new})}"
-
-
-def _is_action(caption: Caption, place: int, action: str, form: str) -> bool:
-    """Whether a word says what somebody does, and a still picture shows it."""
-    after = caption.word(place + 1)
-    if not caption.is_done_by_somebody(place) or (action in v.OF_PLACE and after and after not in v.AFTER_PLACE):
-        return False
-    if form != action and (not after or caption.word(place - 1) in ("is", "are", "was", "were")):
-        return False
-    if action in ("smiling", "laughing", "crying") and after not in ("", "at", "in", "on", "and", "while", "with"):
-        return False
-    return not (action in ("throwing", "catching") and {"to", "at", "from", "towards"} & set(caption.words[place:]))
-
-
-def _done_there(caption: Caption, place: int, options: Sequence[str]) -> list[str]:
-    """Without what those who do it cannot do, or not at such a place: birds sit or stand, horses do not sit, nobody lies at a desk."""
-    somebody = caption.word(place - 1) if caption.word(place - 1) not in ("is", "are", "was", "were") else caption.word(place - 2)
-    one = v.NOUNS[somebody][1] if somebody in v.NOUNS else somebody
-    if one in ("bird", "duck"):
-        return []
-    hoofed = one in ("horse", "cow", "sheep", "goat", "pig", "zebra", "giraffe", "elephant")
-    never = {"sitting", "sits", "sit"} if hoofed else set[str]()
-    if caption.word(place + 1) == "at":
-        never |= {"lying", "lies", "lie", "sleeping", "sleeps", "sleep"}
-    return [option for option in options if option not in never]
 
 
 def _swap_attribute(caption: Caption, choose: Choose) -> Iterator[Change]:

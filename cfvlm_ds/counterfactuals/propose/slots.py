@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,10 +56,13 @@ class SlotIndex:
 
 
 def opened(path: Path, captions: Iterable[tuple[int, str]]) -> SlotIndex:
-    """The index at a path, made of rows and their captions where it is not there. Shards that make it side by side make the same one."""
+    """The index at a path, made of rows and their captions where it is not there. Of shards that start side by side one makes it, and the
+    others wait; where a file system keeps no locks, all of them make the same one."""
     try:
-        if not _is_index(path):
-            _write(path, captions)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.parent):
+            if not _is_index(path):
+                _write(path, captions)
         return SlotIndex(path)
     except OSError as error:
         raise StorageError(f"{unwritten(path, error)}; make room, or correct the folder") from error
@@ -70,8 +75,19 @@ def _is_index(path: Path) -> bool:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which leaves no file in it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _write(path: Path, captions: Iterable[tuple[int, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
 
         def scratch() -> IO[bytes]:

@@ -58,7 +58,7 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
         )
         return step.finish(counted, stopped)
     except BaseException:
-        step.close()
+        step.give_up()
         raise
     finally:
         for back_end in back_ends.values():
@@ -160,14 +160,14 @@ def _of_shard(store: GroupStore, shards: int, shard: int, evenly: bool) -> Itera
             name = f"{store.where(place)}" if isinstance(entry, DataError) else entry.id
             if shard_of(name, shards) != shard:
                 continue
-        yield from _distinct(sources(store, [place]), seen)
+        yield from _distinct(store, place, seen)
 
 
-def _distinct(found: Iterator[Source | DataError], seen: Seen) -> Iterator[Source | DataError]:
-    """The sources, with what is wrong in place of one whose id was there before: histories are told apart by it."""
-    for source in found:
+def _distinct(store: GroupStore, place: int, seen: Seen) -> Iterator[Source | DataError]:
+    """The sources of a group, with what is wrong in place of one whose id was there before: histories are told apart by it."""
+    for source in sources(store, [place]):
         if not isinstance(source, DataError) and not seen.add(seed_of(source.id)):
-            source = DataError(f"id {source.id!r} is used by an earlier row; make ids unique")
+            source = DataError(f"{store.where(place)}: id {source.id!r} is used by an earlier row; make ids unique")
         yield source
 
 

@@ -77,15 +77,16 @@ NEVER_PROPOSED = _set("cross star orange tie saw square diamond bear fish bridge
 ALIKE = _groups(
     """couch sofa, couch bed, couch chair, sofa bed, sofa chair, bike bicycle motorcycle, table desk, van car, van truck, van bus, car truck
     cup bowl vase, lemon orange, sheep goat, lion tiger, duck bird, suitcase handbag backpack, jacket coat shirt, fork knife spoon
-    microwave oven toaster, bush tree, skateboard snowboard surfboard, castle church house barn, sandwich hamburger, man boy, woman girl
-    man girl, woman boy"""
+    microwave oven toaster, bush tree, skateboard snowboard surfboard, castle tower, castle house, church tower, house barn
+    sandwich hamburger, man boy, woman girl, man girl, woman boy"""
 )
-"""Nouns that a picture does not always tell apart: none is proposed for another."""
+"""Nouns that a picture does not always tell apart, or of which one has the other, as a castle has towers: none is proposed for another."""
 PEOPLE = _set(
     """man men woman women boy boys girl girls person people child children kid kids baby babies guy guys lady ladies player players male
     males female females adult adults couple family families crowd team skin face faces american americans rider riders skier
     skiers surfer surfers gentleman gentlemen"""
 )
+YOUNG = _set("boy boys girl girls child children kid kids baby babies toddler toddlers")
 ANIMATE = frozenset(form for form, (category, _, _) in NOUNS.items() if category in ("person", "animal")) | _set(
     "person people child children kid kids baby babies guy guys lady ladies player players couple puppy kitten"
 )
@@ -93,25 +94,68 @@ ANIMATE = frozenset(form for form, (category, _, _) in NOUNS.items() if category
 # What is left alone ---------------------------------------------------------------------------------------------------------------------
 
 FIXED_COLOUR = _set(
-    """grass sky snow leaf leaves lettuce broccoli meat wine tea rice bread light lights house beans onion onions cabbage
-    sauce photo photograph picture image photography background ink card carpet belt board collar tape flag bean jay bear panda fox kangaroo
-    deer squirrel robin cardinal heron giraffe elephant zebra pages page sugar chocolate coffee vegetables greens fire flames smoke cloud
-    clouds water ocean sea juice peel slice slices salad fruit fruits ice polar"""
+    """grass sky snow leaf leaves lettuce broccoli meat wine tea rice bread light lights house beans onion onions cabbage sauce photo
+    photograph picture image photography background ink card carpet belt board collar tape flag bean jay bear panda fox kangaroo
+    deer squirrel robin cardinal heron giraffe elephant zebra pages page sugar chocolate coffee vegetables greens fire flames smoke
+    cloud clouds water waters rapids ocean sea juice peel slice slices salad fruit fruits ice polar park valley hillside hilltop
+    pasture lawn landscape forest woods garden plant plants foliage vines moss weeds fern ferns palm palms bamboo dirt mud soil
+    ground gravel waves wave foam tooth teeth lips nose cheeks tongue line lines beard mustache moustache sunset horizon bone milk
+    butter cheese egg eggs swan swans seagull seagulls pigeon pigeons crow crows parrot flamingos leopard camel camels dolphin
+    dolphins seal frog turtle rhino hippo hay straw marble light"""
 )
 """Nouns whose colour is always the same, or part of their name."""
 NOT_SIZED = _set(
     """group groups crowd number numbers part piece pieces amount area bit way ben time while lot city town girl boy girls boys kid kids
     child children brother sister one ones day distance hair hairs sleeve sleeves sleeved line lines jump board intestine screen league horn
-    apple cat cats game top"""
+    apple cat cats game top lake lakes river sea ocean pond field fields mountain mountains beach valley forest park room kitchen world
+    skyscraper skyscrapers elephant elephants giraffe giraffes whale puppy puppies kitten kittens lamb calf baby babies neck tail beak nose
+    ear ears legs leg trunk fur coat mane smile grin eyes mouth teeth feet hands display variety selection collection bunch pile set pair
+    stack herd flock array gathering event party meal view family team grass snow rain
+    water sand"""
 )
-NEGATIONS = _set("no not without never none neither nor nobody nothing cannot")
+SCENERY = _set(
+    """grass field fields sky snow beach street road ground water lake river sea ocean sand park yard lawn air day night background side
+    distance front sun sunlight rain summer winter room floor city forest woods meadow mountains picture photo image"""
+)
+"""What nothing is large or small beside."""
+NEGATIONS = _set("no not without never none neither nor nobody nothing cannot except instead missing lacking hardly nowhere absent")
+UNCERTAIN = _set("or either maybe perhaps probably possibly might")
+EXPLAINING = _set("usually often always typically generally sometimes commonly called known means")
+KINDS_OF_THINGS = _set(
+    "animal animals vehicle vehicles fruits vegetables tools instruments mammals insects machines devices plants creatures species foods"
+)
+POINTING = _set("this that these those it there here they")
+CALLED = _set("called named titled entitled labeled labelled says saying spelling")
 GENDERED = _set("he him his himself she her hers herself")
-THEIR = _set("its their they them it itself themselves each both another")
+THEIR = _set(
+    """its their they them it itself themselves each both another together apart others different various matching identical similar between
+    among amongst fighting wrestling kissing hugging racing shaking couple pair catch tag chess poker
+    cards interacting socializing close crowd gathered huddled pile same"""
+)
+"""What is true of several alone, or of one alone: with these in it, a caption does not go from one to several."""
 UNITS = _set(
     """hours minutes seconds days weeks months years feet foot inches miles meters metres kilometers dollars cents times pounds degrees
     o'clock hour minute second day week month year mile meter metre dollar cent euro euros pound yen pence piece pieces move
-    year-old stories story levels lanes percent half halves thirds people's of way ways different others other more sides"""
+    year-old stories story levels lanes percent half halves thirds people's of way ways different others other more side sides end ends
+    corner corners edge direction point moment place time row rows kind kinds type types size sizes color colors colour colours"""
 )
+ORDINALS = _set("third fourth second last both other teams")
+"""What counts on: two that tackle a third are not four."""
+MEASURES = _set(
+    """star door wheel tone tier layer leaf person man car bedroom seat seater arm prong lane speed story storey level room piece part way
+    bed string cylinder engine course"""
+)
+"""Singulars that belong to a number before a noun: five star hotels are no hotels that one counts."""
+NUMBERED = _set(
+    """number route channel flight page figure chapter part level floor room lane gate pier platform size day week year episode season step
+    stage version volume line track"""
+)
+"""What is numbered, and not counted, by a number that follows."""
+OF_BODY = _set(
+    """hand hands arm arms leg legs foot feet toe toes finger fingers eye eyes ear ears head heads back chin nose neck shoulder shoulders
+    knee knees lap paw paws wing wings wheel wheels stomach belly"""
+)
+"""Parts: no picture shows another number of them, and what is behind an ear is not in front of it."""
 LETTERING = _set(
     """sign signs clock clocks watch letter letters lettering text word words writing written logo number numbers license licence
     newspaper newspapers book books jersey jerseys reads says saying label labels poster posters billboard map maps keyboard keyboards
@@ -128,24 +172,38 @@ RELATIONS = tuple(
     at the top of / at the bottom of, at the top / at the bottom, in front of / behind, in front / behind, on top of / underneath
     underneath / on top of, above / below, beneath / on top of, under / on top of, inside / outside""".replace("\n", ",").split(",")
 )  # fmt: skip
+_UNDER = _set(
+    """sky sun moon light lights construction water rain cloud clouds tree trees umbrella umbrellas blanket blankets cover covers sheets
+    bridge way influence face statue roof ceiling tent canopy tarp arch awning shelter shade shower waterfall palm lamp hood attack
+    control age"""
+)
+HANGING = _set(
+    "picture pictures painting paintings mirror mirrors clock cabinet cabinets shelf shelves sign poster window windows photo photos"
+)
+_SEEN_BEFORE = _set(
+    """camera mirror laptop laptops computer computers keyboard desk microphone monitor screen window windows counter crowd audience podium
+    television tv stove table wall walls building buildings house houses skyscraper skyscrapers castle temple hotel store shop restaurant
+    station stadium mountain mountains water ocean sea lake river bay sunset sky skyline background backdrop canvas painting picture poster
+    mural graffiti sign banner billboard door doors doorway entrance fireplace refrigerator oven sink cake plate plates bowl food meal pizza
+    tray drums piano forest city beach shore business"""
+)
 NO_OPPOSITE = {
-    "in front of": _set(
-        "camera mirror laptop computer keyboard desk microphone monitor screen window counter crowd podium television tv stove table"
-    ),
-    "behind": _set("bars wheel home plate scenes camera net counter desk podium schedule"),
-    "under": _set(
-        "sky sun moon light lights construction water rain cloud clouds tree trees umbrella umbrellas blanket cover bridge way influence"
-    ),
-    "beneath": _set("sky sun moon light lights water clouds trees tree umbrella"),
-    "underneath": _set("sky sun moon light lights water clouds trees tree umbrella"),
+    "in front of": _SEEN_BEFORE,
+    "behind": _set("bars wheel home plate scenes camera net counter desk podium schedule mask table"),
+    "under": _UNDER | HANGING,
+    "beneath": _UNDER | HANGING,
+    "underneath": _UNDER | HANGING,
     "above": _set(
         """ground water average sea all ocean street streets road field fields city town village river lake beach stadium tower building
-        buildings house houses church mountain mountains hill roof station airport"""
+        buildings house houses church mountain mountains hill roof station airport stove sink toilet fireplace"""
     ),
     "below": _set("zero ground sea average freezing"),
-    "on top of": _set("mountain hill world cake pizza building tower roof each one head"),
-    "inside": _set("out"),
-    "outside": _set("window dining seating"),
+    "on top of": _set(
+        """mountain mountains hill hills hilltop world cake pizza building tower roof each one head horse horses elephant elephants camel
+        skateboard surfboard snowboard skis board wave snow fence pole wall rock rocks cliff stump lid toilet stove counter"""
+    ),
+    "inside": _set("out branches door doorway"),
+    "outside": _set("window windows door doors doorway dining seating"),
     "to the right": _set("side"),
     "to the left": _set("side"),
     "at the top": _set("lungs"),
@@ -155,11 +213,18 @@ NO_OPPOSITE = {
 LIES_BELOW = _set("rug rugs carpet mat floor ground road grass")
 """What nothing lies under; what is always on top."""
 ABOVE_ALL = _set("sky sun moon clouds cloud rainbow light lights")
+FROM_THERE = _set("from hiding hides hide hidden peeking peeks peek peering peers peaking")
+"""Before a place that says more than where: nobody hides in front of a tree."""
+OF_THE_PICTURE = frozenset(
+    [f"{at} {side}" for at in ("on the", "to the") for side in ("left", "right")]
+    + ["on the left side", "on the right side", "at the top", "at the bottom", "in front"]
+)
+"""Phrases that say where in the picture, and not beside what."""
 ACTIONS = tuple(
     tuple(line.split())
     for line in """sitting standing lying sleeping, walking sitting lying, running sitting lying sleeping, standing sitting lying
     lying standing sitting, sleeping standing, jumping sitting lying, pushing pulling, pulling pushing, throwing catching
-    catching throwing, smiling crying frowning, laughing crying, crying laughing, swimming running, dancing sitting sleeping
+    catching throwing, smiling crying frowning, laughing crying, crying laughing, dancing sitting sleeping
     kneeling standing""".replace("\n", ",").split(",")
 )  # fmt: skip
 """An action, and what nobody does meanwhile. A picture shows which: of a door it does not show whether somebody opens or closes it."""
@@ -172,6 +237,23 @@ FINITE = {
 }  # fmt: skip
 """What one and many do in the present."""
 OF_PLACE = _set("sitting standing lying sleeping walking running jumping swimming dancing kneeling")
+PULLED = _set("rope ropes sled leash plow trailer hair trigger")
+THROWN = _set("ball balls baseball football basketball frisbee frisbees")
+IN_MOTION = _set("air midair mid-air line parade procession race marathon blanket blankets covers")
+"""Where somebody is as he is: nobody lies in the air, or in line."""
+RIDDEN = _set(
+    """horse horses elephant elephants camel bike bikes bicycle bicycles motorcycle motorcycles scooter swing swings toilet throne
+    ladder stairs"""
+)
+AWAKE = _set(
+    "water surf wave waves ocean sea lake river pool pond rain snow snowy ice path trail street road sidewalk track rock rocks stage court"
+)
+"""Where nobody sleeps."""
+NARROW = _set("railing rail rails fence wire rope beam pole ledge branch")
+SEATED_IN = _set(
+    """car cars truck van plane airplane cockpit seat seats chair chairs stroller wheelchair cart kayak canoe tub bathtub carriage cab
+    booth"""
+)
 AFTER_PLACE = _set("on in at near next beside by under behind outside inside with and while")
 ASYMMETRIC = (
     "to the left of", "to the right of", "left of", "right of", "above", "below", "under", "underneath", "beneath", "on top of",
