@@ -83,7 +83,7 @@ def main() -> None:
                 found = run(peer, arguments.environments / peer, arguments.out / f"data-{texts}", settings)
                 kept.write_text(json.dumps({"peer": peer, "texts": texts, **vars(settings), "plain": plain, **found}, indent=1) + "\n")
             results.append(json.loads(kept.read_text()))
-            print(*table(results[-1:])[2:], sep="\n", flush=True)
+            print(table(results)[-1], flush=True)
     print("", *table(results), sep="\n")
     if off := disagreements(results):
         sys.exit("\n".join(["losses differ:", *off]))

@@ -324,6 +324,7 @@ class Side:
             raise SideError(f"exit code {self.process.wait()}: {said[0]}")
         found = json.loads(line)
         if "error" in found:
+            self.close()
             raise SideError(found["error"], found["versions"])
         return found
 
