@@ -87,12 +87,14 @@ def test_losses_and_tokens_that_differ_are_named(peers: Any) -> None:
             result("trl", [1.0, 1.0], [0.7002, 0.6]),
             result("ms-swift", [1.0, 1.0], [float("nan"), 0.6]),
             result("llamafactory", [1.0, 1.0], [0.7, 0.6], rows=other),
+            result("prefix-grouper", [1.0, 1.0], [0.7, 0.6002]),
         ]
     )
     assert [line.split(": ")[:2] for line in off] == [
         ["trl with 2 texts", "0.7002 and 0.7 by transformers alone"],
         ["ms-swift with 2 texts", "nan and 0.7 by transformers alone"],
         ["llamafactory with 2 texts", "token ids of sequence 0"],
+        ["prefix-grouper with 2 texts", "[0.7, 0.6002] and [0.70009, 0.6] of ours"],
     ]
 
 
