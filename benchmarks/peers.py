@@ -83,7 +83,7 @@ def main() -> None:
                 found = run(peer, arguments.environments / peer, arguments.out / f"data-{texts}", settings)
                 kept.write_text(json.dumps({"peer": peer, "texts": texts, **vars(settings), "plain": plain, **found}, indent=1) + "\n")
             results.append(json.loads(kept.read_text()))
-            print(*table(results[-1:])[2:], sep="\n", flush=True)
+            print(table(results)[-1], flush=True)
     print("", *table(results), sep="\n")
     if off := disagreements(results):
         sys.exit("\n".join(["losses differ:", *off]))
@@ -209,15 +209,17 @@ def difference(found: Result, mine: Result) -> float:
 
 
 def disagreements(results: Sequence[Result]) -> list[str]:
-    """Runs whose first loss is not that of transformers alone, or whose tokens are not ours."""
-    rows = {found["texts"]: found["rows"] for found in results if found["peer"] == "ours" and "error" not in found}
+    """Runs whose first loss is not that of transformers alone, or whose tokens or later losses are not ours."""
+    own = {found["texts"]: found for found in results if found["peer"] == "ours" and "error" not in found}
     off = []
     for found in (found for found in results if "error" not in found):
-        where, first = f"{found['peer']} with {found['texts']} texts", found["steps"][0]["loss"]
+        where, first, mine = f"{found['peer']} with {found['texts']} texts", found["steps"][0]["loss"], own.get(found["texts"], found)
         if not abs(first - found["plain"]["loss"]) <= BOUND:
             off.append(f"{where}: {first} and {found['plain']['loss']} by transformers alone")
-        for number, (its, mine) in enumerate(zip(found["rows"], rows.get(found["texts"], found["rows"]), strict=True)):
-            off += [f"{where}: token ids of sequence {number}: {its} and {mine}"] if its != mine else []
+        elif not difference(found, mine) <= BOUND:
+            off.append(f"{where}: {[step['loss'] for step in found['steps']]} and {[step['loss'] for step in mine['steps']]} of ours")
+        for number, (its, rows) in enumerate(zip(found["rows"], mine["rows"], strict=True)):
+            off += [f"{where}: token ids of sequence {number}: {its} and {rows}"] if its != rows else []
     return off
 
 

@@ -149,11 +149,12 @@ def environment(folder: Path, requirements: Sequence[str] = REQUIREMENTS) -> Pat
     python, stamp, wanted = folder / "bin" / "python", folder / "requirements.txt", "\n".join(requirements) + "\n"
     if not stamp.is_file() or stamp.read_text() != wanted:
         print(f"setting up {folder} (a few minutes)", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        tried = subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], text=True, stderr=subprocess.PIPE)
-        if tried.returncode:
-            lines = [line for line in tried.stderr.splitlines() if line.strip()]
-            raise SideError("pip install: " + next((line for line in lines if line.startswith("ERROR")), lines[0]))
+        installing = [python, "-m", "pip", "install", "--quiet", *requirements]
+        for command in ([sys.executable, "-m", "venv", "--clear", folder], installing):
+            tried = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+            if tried.returncode:
+                lines = [line for line in tried.stdout.splitlines() if line.strip()] or ["it says nothing"]
+                raise SideError(f"{command[2]}: " + next((line for line in lines if line.startswith("ERROR")), lines[0]))
         stamp.write_text(wanted)
     return python
 
@@ -324,6 +325,7 @@ class Side:
             raise SideError(f"exit code {self.process.wait()}: {said[0]}")
         found = json.loads(line)
         if "error" in found:
+            self.close()
             raise SideError(found["error"], found["versions"])
         return found
 

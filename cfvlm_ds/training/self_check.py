@@ -138,7 +138,13 @@ class _Packed:
 def _compared(forward: Any, model: Any, packed: _Packed, place: list[int]) -> Cell:
     g, i, c = place
     group, layout = packed.groups[g], packed.scores.layout
-    part: dict[str, Any] = {"images": group.images[i : i + 1], "candidates": group.candidates[c : c + 1], "match": ((1,),), "edits": ()}
+    part: dict[str, Any] = {
+        "images": group.images[i : i + 1],
+        "candidates": group.candidates[c : c + 1],
+        "match": ((1,),),
+        "edits": (),
+        "keys": (),
+    }
     single = packed.collator([replace(group, **part)]).to(packed.scores.logp.device)
     largest: list[float] = []
 

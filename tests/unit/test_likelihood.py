@@ -264,7 +264,7 @@ def test_a_text_may_carry_its_own_prompt_and_row_defaults_hold() -> None:
 
 BAD_ROWS = {
     "unknown key, near name": (changed("imagse", to=[]), r"row: unknown key 'imagse'; did you mean 'images'\?"),
-    "unknown key, nothing near": (changed("zzz", to=1), r"unknown key 'zzz'; allowed: edits, id, images, license"),
+    "unknown key, nothing near": (changed("zzz", to=1), r"unknown key 'zzz'; allowed: edits, exclude, id, images, license"),
     "unknown key of an image": (changed("images", 1, "file", to="x"), r"'dog-17': images: unknown key 'file'; allowed: id, meta, path"),
     "unknown key of a text": (changed("texts", 0, "txt", to="x"), r"'dog-17': texts: unknown key 'txt'; did you mean 'text'\?"),
     "unknown key of an edit": (changed("edits", 0, "form", to="x"), r"'dog-17': edits: unknown key 'form'; did you mean 'from'\?"),

@@ -25,6 +25,7 @@ from cfvlm_ds.data.store import GroupStore
 STEP = "propose"
 _NOT_MEANING = ("llm_calls", "llm_timeout_s", "llm_attempts", "shards", "words")
 """Options that may change when a step goes on."""
+_LONGEST_ID = 1000  # characters: every record and every edit of a group has it
 
 Say = Callable[[str], object]
 
@@ -166,8 +167,11 @@ def _of_shard(store: GroupStore, shards: int, shard: int, evenly: bool) -> Itera
 def _distinct(store: GroupStore, place: int, seen: Seen) -> Iterator[Source | DataError]:
     """The sources of a group, with what is wrong in place of one whose id was there before: histories are told apart by it."""
     for source in sources(store, [place]):
-        if not isinstance(source, DataError) and not seen.add(seed_of(source.id)):
-            source = DataError(f"{store.where(place)}: id {source.id!r} is used by an earlier row; make ids unique")
+        if not isinstance(source, DataError):
+            if len(source.id) > _LONGEST_ID:
+                source = DataError(f"{store.where(place)}: an id of {len(source.id)} characters; shorten it to {_LONGEST_ID}")
+            elif not seen.add(seed_of(source.id)):
+                source = DataError(f"{store.where(place)}: id {source.id!r} is used by an earlier row; make ids unique")
         yield source
 
 
