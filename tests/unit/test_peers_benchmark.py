@@ -71,9 +71,9 @@ def test_the_table_leaves_the_warm_up_out_and_names_what_does_not_run(peers: Any
     head, under, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in peers.table(results))
     assert {len(row) for row in (head, under, *rows)} == {len(head)}
     shown = dict(zip(head, rows[0], strict=True))
-    assert list(shown.values()) == ["2", "trl 1.2", "6.00", "1.50", "3.00", "503", "400", "0.700010", "1.0e-05", "3.0e-03"]
+    assert list(shown.values()) == ["2", "trl 1.2", "6.00", "1.50", "3.00", "2.25", "503", "400", "0.700010", "1.0e-05", "3.0e-03"]
     assert rows[1][:3] == ["2", "ms-swift 4.6.0", "does not run: OSError: no a/b"]
-    assert rows[2][1:5] == ["ours", "2.00", "0.50", "1.00"] and rows[3][4] == rows[3][-1] == ""
+    assert rows[2][1:5] == ["ours", "2.00", "0.50", "1.00"] and rows[3][4] == rows[3][5] == rows[3][-1] == ""
 
 
 def test_losses_and_tokens_that_differ_are_named(peers: Any) -> None:
