@@ -12,7 +12,8 @@
 
 An image has one chosen text and K - 1 rejected ones: K - 1 pairs to a trainer that knows pairs alone. What else is aligned is told in
 benchmarks/trl_dpo.py: text alone is scored (ms-swift and LLaMA-Factory get their own Qwen2-VL template without its end, registered as
-they document it), float32, sdpa, every weight trains, no gradient checkpointing, AdamW at a constant rate. No trainer is patched.
+they document it), float32, sdpa, every weight trains, no gradient checkpointing, AdamW at a constant rate. What each
+trainer had to be told is in benchmarks/RESULTS.md.
 
 Each trainer comes from the package registry into an environment of its own under --environments, and runs alone in a process with one
 thread. A step is forward, backward, clipping and update; its time is process time, the median after a warm-up step. Memory is the peak of
