@@ -1,13 +1,17 @@
-"""What each objective teaches a pretrained model in equal processor time: NLL, the paper's literal sum, our default, it minus each term.
+"""What each objective teaches a pretrained model in equal processor time: NLL, DPO and its relatives, the paper's literal sum, our default,
+it minus each term, with negatives of one kind, with adapters, and with in-batch alignment.
 
-    python benchmarks/learning.py --seeds 8                     # runs what is missing, one run per core at a time
+    python benchmarks/learning.py --choose_rates --seeds 5      # four rates and two seeds for each arm, the best one, then five seeds
+    python benchmarks/learning.py --seeds 8                     # runs what is missing at one rate, one run per core at a time
     python benchmarks/learning.py --arms default nll-all --rates 5e-4 1e-3
     python benchmarks/learning.py --arms default --capabilities default avx2 --threads 1 2     # other ways of rounding sums
     python benchmarks/learning.py --report                      # the tables and the figure of what has been run
 
 Every run is `train.py --config examples/quickstart.yaml` with the options of its arm: one base, one world, one schedule, ZeRO-3.
 The default objective takes --steps; the other arms take as many as the same processor seconds allow, by the difference of two short runs.
+Rivals that need scores of the base have them from a file that is written once, which their time does not count.
 benchmarks/learning/ holds one JSON per run, written as it ends, so that seeds and rates may be added later and on another machine.
+--choose_rates decides by the validation split, which no table shows; benchmarks/learning/rates/ holds those runs, a JSON each.
 """
 
 from __future__ import annotations
@@ -32,24 +36,58 @@ CONTROL = REPO / "cfvlm_ds" / "demo" / "control.json"
 """What the demo prints beside its own run: the mean over seeds of NLL on all pairs."""
 BASE = RECORDS / "base.json"
 """Group accuracy of the base, of the first run alone."""
+RATES = ("3e-4", "6e-4", "1e-3", "2e-3")
+CHOICE_SEEDS = 2
+VALIDATION = "validation"
 NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
 PAPER = [
     f"--objective.{term}.{option}={value}"
     for term, margin in (("csd", 0.25), ("fcd", 0.30))
     for option, value in (("weight", 0.5), ("margin", margin), ("link", "hinge"), ("len_norm", "anchor"), ("margin_unit", "per_token"))
 ]
-ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "nll-factual": ("NLL, factual pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
-    "nll-all": ("NLL, all pairs", ("--objective.align.counterfactual=1", *NO_CONTRAST)),
-    "paper": (
+ALONE = ("--objective.align.weight=0", *NO_CONTRAST)
+LORA = tuple(f"--model.{module}.tuning=lora" for module in ("vision_tower", "language_model"))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm changes of examples/quickstart.yaml.
+
+    ``scores``: it needs scores of the base. ``negatives``: it trains on rows whose false ``texts`` or ``images`` alone were kept. ``rates``
+    are those that --choose_rates tries.
+    """
+
+    title: str
+    options: tuple[str, ...] = ()
+    scores: bool = False
+    negatives: str = ""
+    rates: tuple[str, ...] = RATES
+
+
+ARMS: dict[str, Arm] = {
+    "nll-factual": Arm("NLL, factual pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
+    "nll-all": Arm("NLL, all pairs", ("--objective.align.counterfactual=1", *NO_CONTRAST)),
+    "dpo": Arm("DPO", (*ALONE, "--objective.dpo.weight=1"), scores=True),
+    "dpo-nll": Arm("DPO beside NLL of all pairs", (*NO_CONTRAST, "--objective.dpo.weight=1"), scores=True),
+    "mdpo": Arm("mDPO", (*ALONE, "--objective.dpo.image_side=1", "--objective.dpo.anchor=1"), scores=True),
+    "symmpo": Arm("SymMPO", (*ALONE, "--objective.symmpo.weight=1"), scores=True),
+    "misp": Arm("MISP-DPO", (*ALONE, "--objective.misp.weight=1"), scores=True),
+    "texts": Arm("default, text negatives only", negatives="texts"),
+    "images": Arm("default, image negatives only", negatives="images"),
+    "paper": Arm(
         "paper's literal sum",
         ("--objective.align.counterfactual=0", *PAPER, "--objective.csd.mode=matched", "--objective.fcd.symmetric=false"),
     ),
-    "default": ("default objective", ()),
-    "no-align": ("default without align", ("--objective.align.weight=0",)),
-    "no-csd": ("default without csd", ("--objective.csd.weight=0",)),
-    "no-fcd": ("default without fcd", ("--objective.fcd.weight=0",)),
+    "default": Arm("default objective"),
+    "no-align": Arm("default without align", ("--objective.align.weight=0",)),
+    "no-csd": Arm("default without csd", ("--objective.csd.weight=0",)),
+    "no-fcd": Arm("default without fcd", ("--objective.fcd.weight=0",)),
+    "lora": Arm("default, adapters and projector", LORA, rates=("1e-3", "2e-3", "4e-3", "8e-3")),
+    "batch-align": Arm("default and batch_align", ("--objective.batch_align.weight=0.3", "--objective.batch_align.texts=16"), scores=True),
 }
+CONTROL_ARM = "nll-all"
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+"""Student's t of a 95 % interval, by number of pairs."""
 SHORT, LONG = 20, 60
 """Steps of the two runs whose difference is the time of a step."""
 
@@ -73,17 +111,25 @@ class Job:
     def record(self) -> Path:
         return RECORDS / f"{self.name}.json"
 
+    @property
+    def choice(self) -> Path:
+        """Of the run by which a rate is chosen."""
+        return RECORDS / "rates" / f"{self.name}.json"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="which arms (default all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
     parser.add_argument("--rates", nargs="+", default=["1e-3"], help="learning rates (default 1e-3)")
+    text = f"try the rates of each arm with {CHOICE_SEEDS} seeds, and run its seeds at the one that is best on the validation split"
+    parser.add_argument("--choose_rates", action="store_true", help=text)
     parser.add_argument("--capabilities", nargs="+", default=[""], help="values of ATEN_CPU_CAPABILITY (default the machine's best)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="threads of a run (default 1)")
     parser.add_argument("--steps", type=int, default=1000, help="steps of the default objective (default 1000)")
     parser.add_argument("--num_test", type=int, default=9000, help="groups of held-out combinations (default 9000: 1000 an edit)")
     parser.add_argument("--num_questions", type=int, default=900, help="groups of each kind of question (default 900)")
+    parser.add_argument("--num_validation", type=int, default=1800, help="groups that choose a rate (default 1800: 200 an edit)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default one per core)")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs (default runs/learning)")
     parser.add_argument("--report", action="store_true", help="only write the tables and the figure")
@@ -94,20 +140,75 @@ def main() -> None:
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    RECORDS.mkdir(exist_ok=True)
-    seeds = range(arguments.seeds)
-    places = itertools.product(seeds, arguments.rates, arguments.arms, arguments.capabilities, arguments.threads)
-    jobs = [
-        job for seed, rate, arm, capability, threads in places if not (job := Job(arm, rate, seed, capability, threads)).record.exists()
-    ]
+    (RECORDS / "rates").mkdir(parents=True, exist_ok=True)
+    if arguments.choose_rates:
+        tried = [Job(arm, rate, seed) for seed in range(CHOICE_SEEDS) for arm in arguments.arms for rate in ARMS[arm].rates]
+        run_missing(arguments, [job for job in tried if not job.choice.exists()], choose=True)
+    rates = {arm: [best_rate(arm)] if arguments.choose_rates else arguments.rates for arm in arguments.arms}
+    places = itertools.product(range(arguments.seeds), arguments.arms, arguments.capabilities, arguments.threads)
+    jobs = [Job(arm, rate, seed, capability, threads) for seed, arm, capability, threads in places for rate in rates[arm]]
+    run_missing(arguments, [job for job in jobs if not job.record.exists()])
+
+
+def run_missing(arguments: argparse.Namespace, jobs: list[Job], choose: bool = False) -> None:
     if not jobs:
         return
-    train(arguments, arguments.out / "build", jobs[0], 1)  # writes the world and the base once
+    prepare(arguments, {job.arm for job in jobs})
     with ThreadPoolExecutor(arguments.jobs) as pool:
         arms = sorted({"default", *(job.arm for job in jobs)})
         seconds = dict(zip(arms, pool.map(lambda arm: seconds_per_step(arguments, arm), arms), strict=True))
         print("processor seconds per step:", {arm: round(value, 3) for arm, value in seconds.items()}, flush=True)
-        list(pool.map(lambda job: run(arguments, job, round(arguments.steps * seconds["default"] / seconds[job.arm])), jobs))
+        one = run_choice if choose else run
+        list(pool.map(lambda job: one(arguments, job, round(arguments.steps * seconds["default"] / seconds[job.arm])), jobs))
+
+
+def prepare(arguments: argparse.Namespace, arms: set[str]) -> None:
+    """Write the world and the base once; and, where an arm needs them, scores of the base and rows with negatives of one kind."""
+    train(arguments, arguments.out / "build", Job("default", "1e-3", 0), 1)
+    rows = arguments.out / "scenes" / "train.jsonl"
+    if any(ARMS[arm].scores for arm in arms) and not (scores := scores_file(arguments)).exists():
+        command = [sys.executable, "-m", "cfvlm_ds", "score", str(arguments.out / "base"), str(rows), "--out", str(scores)]
+        subprocess.run(command, cwd=REPO, check=True)
+    for kind in {ARMS[arm].negatives for arm in arms} - {""}:
+        lines = [json.dumps(with_negatives(json.loads(line), kind)) for line in rows.read_text().splitlines()]
+        rows.with_name(f"train_{kind}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def scores_file(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.out) / "scenes" / "train.scores.jsonl"
+
+
+def with_negatives(row: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A row with its false ``texts`` alone, on the factual image, or its edited ``images`` alone, with the factual text."""
+    kept = {"images": row["images"], "texts": row["texts"]}
+    other = "images" if kind == "texts" else "texts"
+    kept[other] = kept[other][:1]
+    names = {part["id"] for each in kept.values() for part in each}
+    edits = [
+        {key: value for key, value in edit.items() if key != other[:-1]}
+        for edit in row["edits"]
+        if kind == "images" or edit["type"] != "sham"
+    ]
+    return row | kept | {"match": [cell for cell in row["match"] if {cell[0], cell[1]} <= names], "edits": edits}
+
+
+def best_rate(arm: str) -> str:
+    """The rate of the best mean over seeds on the validation split; of equals the lower."""
+    found: dict[str, list[float]] = {}
+    for path in sorted((RECORDS / "rates").glob("*.json")):
+        record = json.loads(path.read_text())
+        if record["arm"] == arm:
+            found.setdefault(record["rate"], []).append(record[VALIDATION])
+    return max(sorted(found, key=float), key=lambda rate: statistics.mean(found[rate]))
+
+
+def run_choice(arguments: argparse.Namespace, job: Job, steps: int) -> None:
+    folder = arguments.out / "rates" / job.name
+    spent = train(arguments, folder, job, steps, {VALIDATION: arguments.num_validation})
+    found = json.loads((folder / "results.json").read_text())[VALIDATION][-1]["metrics"]["group"]
+    record = {**asdict(job), "steps": steps, "processor_seconds": round(spent), "processor": processor(), VALIDATION: found}
+    job.choice.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{job.name}: {steps} steps, validation {found:.1f}", flush=True)
 
 
 def seconds_per_step(arguments: argparse.Namespace, arm: str) -> float:
@@ -117,7 +218,8 @@ def seconds_per_step(arguments: argparse.Namespace, arm: str) -> float:
 
 def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
     folder = arguments.out / job.name
-    spent = train(arguments, folder, job, steps, evaluated=True)
+    limits = {"combo": arguments.num_test, **dict.fromkeys(("yes_no", "choice", "count"), arguments.num_questions)}
+    spent = train(arguments, folder, job, steps, limits, start=not BASE.exists() and job.seed == 0 and job.arm == "default")
     found = {
         split: {row["name"]: {"groups": row["num"], "group": row["metrics"]["group"]} for row in rows}
         for split, rows in json.loads((folder / "results.json").read_text()).items()
@@ -134,6 +236,7 @@ def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
         "processor": processor(),
         "factual_nats_per_token": {"first": round(factual[0], 3), "last": round(factual[-1], 3)},
         "results": found,
+        "nll": {split: rows[-1].get("nll") for split, rows in json.loads((folder / "results.json").read_text()).items()},
     }
     job.record.write_text(json.dumps(record, indent=1) + "\n")
     combo = found["combo"]
@@ -145,16 +248,22 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def train(arguments: argparse.Namespace, folder: Path, job: Job, steps: int, evaluated: bool = False) -> float:
-    """Train to the end; returns processor seconds, start and evaluation included."""
+def train(
+    arguments: argparse.Namespace, folder: Path, job: Job, steps: int, limits: dict[str, int] | None = None, start: bool = False
+) -> float:
+    """Train to the end; returns processor seconds, start and evaluation (of so many groups of each split in ``limits``) included."""
     if (folder / "processor_seconds").exists():
         return float((folder / "processor_seconds").read_text())
     command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z3.json", "--config", "examples/quickstart.yaml"]
     command += [f"--build.base={arguments.out / 'base'}", f"--model.name_or_path={arguments.out / 'base'}"]
-    world = arguments.out / "scenes"
-    command += [f"--build.scenes.out_dir={world}", f"--build.scenes.num_test={arguments.num_test}", f"--data.train={world / 'train.jsonl'}"]
-    limits = {"combo": arguments.num_test, **dict.fromkeys(("yes_no", "choice", "count"), arguments.num_questions)} if evaluated else {}
-    splits = {name: {"path": str(world / f"test_{name}.jsonl"), "limit": limit} for name, limit in limits.items()}
+    world, arm = arguments.out / "scenes", ARMS[job.arm]
+    rows = world / (f"train_{arm.negatives}.jsonl" if arm.negatives else "train.jsonl")
+    command += [f"--build.scenes.out_dir={world}", f"--build.scenes.num_test={arguments.num_test}", f"--data.train={rows}"]
+    splits = {
+        name: {"path": str(world / f"{name if name == VALIDATION else f'test_{name}'}.jsonl"), "limit": limit}
+        for name, limit in (limits or {}).items()
+    }
+    command += [f"--data.scores={scores_file(arguments)}"] * arm.scores
     command += [
         f"--data.evaluation={json.dumps(splits)}",
         f"--train.output_dir={folder}",
@@ -165,11 +274,11 @@ def train(arguments: argparse.Namespace, folder: Path, job: Job, steps: int, eva
         "--data.num_workers=0",
         "--train.save_steps=0",
         "--train.eval_steps=0",
-        f"--train.eval_on_start={str(evaluated and not BASE.exists() and job.seed == 0 and job.arm == 'default').lower()}",
+        f"--train.eval_on_start={str(start).lower()}",
         "--train.eval_shuffled=false",
         "--train.figures=false",
         "--train.export=false",
-        *ARMS[job.arm][1],
+        *arm.options,
     ]
     variables = os.environ | {"OMP_NUM_THREADS": str(job.threads)} | ({"ATEN_CPU_CAPABILITY": job.capability} if job.capability else {})
     folder.mkdir(parents=True, exist_ok=True)
@@ -229,12 +338,15 @@ def tables(records: list[dict[str, Any]]) -> Iterator[str]:
             *(line(key, found, edits, questions) for key, found in rows.items()),
         ]
     )
+    if differences := [each for key, found in rows.items() if (each := paired(key, found, rows, edits))]:
+        title = f"| points above {ARMS[CONTROL_ARM].title}, pairs of seeds | rate | seeds | {' | '.join(edits)} |"
+        yield "\n".join([title, f"|---|---:|---:|{'---:|' * len(edits)}", *differences])
     yield "\n".join(
         [
             f"| run | steps | processor s | {' | '.join(head)} |",
             f"|---|---:|---:|{'---:|' * len(head)}",
             *(
-                f"| {ARMS[r['arm']][0]}, {r['rate']}, {told(r)[2]}, seed {r['seed']} | {r['steps']} | {r['processor_seconds']} | "
+                f"| {ARMS[r['arm']].title}, {r['rate']}, {told(r)[2]}, seed {r['seed']} | {r['steps']} | {r['processor_seconds']} | "
                 f"{' | '.join(f'{value:.1f}' for value in values(r, edits, questions))} |"
                 for found in rows.values()
                 for r in found
@@ -253,11 +365,27 @@ def values(record: dict[str, Any], edits: list[str], questions: list[str]) -> li
     return [found["combo"][edit]["group"] for edit in edits] + [found[split]["all"]["group"] for split in questions]
 
 
+def paired(key: tuple[str, ...], found: list[dict[str, Any]], rows: dict[tuple[str, ...], list[dict[str, Any]]], edits: list[str]) -> str:
+    """An arm's differences from the NLL control, mean and half the width of a 95 % t interval over seeds that both have; "" without two.
+
+    The control is taken at its own rate: the one of which most seeds are there.
+    """
+    control = max((some for other, some in rows.items() if other[0] == CONTROL_ARM and other[2] == key[2]), key=len, default=[])
+    of_seed = {record["seed"]: values(record, edits, []) for record in control}
+    pairs = [(values(record, edits, []), of_seed[record["seed"]]) for record in found if record["seed"] in of_seed]
+    if key[0] == CONTROL_ARM or len(pairs) < 2:
+        return ""
+    columns = [[own[k] - theirs[k] for own, theirs in pairs] for k in range(len(edits))]
+    half = T95[min(len(pairs), max(T95))] / len(pairs) ** 0.5
+    cells = [f"{statistics.mean(column):+.1f} ± {half * statistics.stdev(column):.1f}" for column in columns]
+    return f"| {ARMS[key[0]].title} | {key[1]} | {len(pairs)} | {' | '.join(cells)} |"
+
+
 def line(key: tuple[str, ...], found: list[dict[str, Any]], edits: list[str], questions: list[str]) -> str:
     columns = zip(*(values(record, edits, questions) for record in found), strict=True)
     cells = [f"{statistics.mean(c):.0f}" + (f" ({min(c):.0f} to {max(c):.0f})" if len(c) > 1 else "") for c in columns]
     steps = "/".join(sorted({str(record["steps"]) for record in found}))
-    return f"| {ARMS[key[0]][0]} | {key[1]} | {key[2]} | {len(found)} | {steps} | {' | '.join(cells)} |"
+    return f"| {ARMS[key[0]].title} | {key[1]} | {key[2]} | {len(found)} | {steps} | {' | '.join(cells)} |"
 
 
 def figure(path: Path, records: list[dict[str, Any]]) -> None:
@@ -272,7 +400,7 @@ def figure(path: Path, records: list[dict[str, Any]]) -> None:
     for arm, colour in (("nll-all", "#7f8790"), ("default", "#1f6f8b")):
         found = [r for r in records if told(r) == (arm, "1e-3", "best, 1 thread")]
         if found:
-            bars.append((f"+ {ARMS[arm][0]}", colour, [[r["results"]["combo"][edit]["group"] for r in found] for edit in edits]))
+            bars.append((f"+ {ARMS[arm].title}", colour, [[r["results"]["combo"][edit]["group"] for r in found] for edit in edits]))
     canvas, axes = pyplot.subplots(figsize=(10, 3.6), layout="constrained")
     width = 0.8 / len(bars)
     for k, (name, colour, each) in enumerate(bars):

@@ -26,6 +26,7 @@ after a warm-up.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -117,14 +118,16 @@ def main() -> None:
         parser.error(f"--batch must be a multiple of every --rejected, and --pairs at least {WARM_UP + 1} batches")
     torch.set_num_threads(1)
     disable_progress_bar()
-    python = environment(arguments.environment)
     results, off = [], []
     for vocabulary in arguments.vocabulary:
         for rejected in arguments.rejected:
             settings = Settings(rejected, arguments.pairs, arguments.visual, vocabulary, arguments.batch)
             folder = arguments.out / f"{settings.visual}-{vocabulary}-{rejected}-{settings.pairs}-{settings.batch}"
             prepare(folder, settings)
-            results.append(compare(folder, settings, arguments.attention, python))
+            try:
+                results.append(compare(folder, settings, arguments.attention, environment(arguments.environment)))
+            except SideError as error:
+                sys.exit(f"TRL's side: {error} (its log is in {folder})")
             off += [f"{rejected} rejected, vocabulary {vocabulary}: {each}" for each in results[-1]["off"]]
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -133,13 +136,25 @@ def main() -> None:
         sys.exit("\n".join(["the sides do not agree:", *off]))
 
 
-def environment(folder: Path) -> Path:
-    """The Python of an environment that has TRL, made where it is not there as required."""
-    python, stamp, wanted = folder / "bin" / "python", folder / "requirements.txt", "\n".join(REQUIREMENTS) + "\n"
+class SideError(Exception):
+    """A trainer that could not be installed, did not start or ended before its time; ``versions`` as far as it told them."""
+
+    def __init__(self, said: str, versions: dict[str, str] | None = None) -> None:
+        super().__init__(said)
+        self.versions = versions or {}
+
+
+def environment(folder: Path, requirements: Sequence[str] = REQUIREMENTS) -> Path:
+    """The Python of an environment with what is required, made where it is not there. Raises SideError."""
+    python, stamp, wanted = folder / "bin" / "python", folder / "requirements.txt", "\n".join(requirements) + "\n"
     if not stamp.is_file() or stamp.read_text() != wanted:
         print(f"setting up {folder} (a few minutes)", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
+        installing = [python, "-m", "pip", "install", "--quiet", *requirements]
+        for command in ([sys.executable, "-m", "venv", "--clear", folder], installing):
+            tried = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+            if tried.returncode:
+                lines = [line for line in tried.stdout.splitlines() if line.strip()] or ["it says nothing"]
+                raise SideError(f"{command[2]}: " + next((line for line in lines if line.startswith("ERROR")), lines[0]))
         stamp.write_text(wanted)
     return python
 
@@ -243,7 +258,7 @@ class Ours:
         return {**times, "loss": loss.item(), "chosen": chosen, "rejected": rejected, "grad_norm": norm.item()}
 
     def tokens(self) -> list[dict[str, list[int]]]:
-        """As benchmarks/trl_side.py gives them for the first batch: ids of every pair's prompt and text, all chosen ones first."""
+        """As benchmarks/peers_side.py gives them for the first batch: ids of every pair's prompt and text, all chosen ones first."""
         batch = self.collator(self.batch(0))
         ids, forest, ends = batch.model_inputs["input_ids"][0].tolist(), batch.model_inputs["forest"], batch.layout.num_end_tokens[:, 0]
         chosen, rejected, start = [], [], 0
@@ -281,12 +296,12 @@ def unaided(folder: Path, groups: Sequence[CounterfactualGroup], beta: float) ->
     return {"loss": statistics.mean(losses), "chosen": statistics.mean(chosen), "rejected": statistics.mean(rejected)}
 
 
-class Trl:
-    """benchmarks/trl_side.py at work, one step at a time."""
+class Side:
+    """benchmarks/peers_side.py at work for one trainer, one step at a time. Raises SideError."""
 
-    def __init__(self, python: Path, folder: Path) -> None:
-        self.log = folder / "trl.log"
-        hidden = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    def __init__(self, python: Path | str, peer: str, folder: Path) -> None:
+        self.log = folder / f"{peer}.log"
+        hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", *(() if peer == "ours" else ("PYTHONPATH",)))
         offline = {
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(folder.resolve() / "cache"),
@@ -294,7 +309,7 @@ class Trl:
             "TOKENIZERS_PARALLELISM": "false",
         }
         self.process = subprocess.Popen(
-            [python, HERE / "trl_side.py", folder],
+            [python, HERE / "peers_side.py", peer, folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log.open("w"),
@@ -306,23 +321,30 @@ class Trl:
     def read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         if not (line := self.process.stdout.readline()):
-            sys.exit(f"TRL's side ended with exit code {self.process.wait()}; the end of {self.log}:\n{self.log.read_text()[-3000:]}")
-        return json.loads(line)
+            said = self.log.read_text().strip().splitlines()[-1:] or ["nothing on standard error"]
+            raise SideError(f"exit code {self.process.wait()}: {said[0]}")
+        found = json.loads(line)
+        if "error" in found:
+            self.close()
+            raise SideError(found["error"], found["versions"])
+        return found
 
     def step(self) -> dict[str, float]:
         assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # what it died of is read
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
         return self.read()
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
 def compare(folder: Path, settings: Settings, attention: str, python: Path) -> dict[str, Any]:
-    ours, trl = Ours(folder, settings, attention), Trl(python, folder)
+    ours, trl = Ours(folder, settings, attention), Side(python, "trl", folder)
     own, rows, messages = ours.tokens(), trl.first["rows"], trl.first["messages"]
     off = [f"token ids of sequence {k}: {mine} and {its}" for k, (mine, its) in enumerate(zip(own, rows, strict=True)) if mine != its]
     decode = ours.collator.processor.tokenizer.decode

@@ -261,15 +261,18 @@ def losses(output_dir: Path) -> list[float]:
 
 
 def varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_at: torch.Tensor, k_at: torch.Tensor, q_max: int, k_max: int, scale: float
-) -> torch.Tensor:
-    """What the kernels promise (flash-attn's README, since 2.1): per segment a causal attention whose last query sees the last key."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_at: torch.Tensor, k_at: torch.Tensor, q_max: int, k_max: int, scale: float,
+    window: tuple[int, int],
+) -> torch.Tensor:  # fmt: skip
+    """What the kernels promise (flash-attn's README, since 2.1): in each segment the last query is at the last key, and a query sees the
+    keys from ``window[0]`` before its own to ``window[1]`` after it, without a bound where that is -1."""
     outputs = []
     assert q_max == q_at.diff().max() and k_max == k_at.diff().max() and q_at.dtype == k_at.dtype == torch.int32
     for s in range(len(q_at) - 1):
         queries = q[q_at[s] : q_at[s + 1]]
         keys, values = (t[k_at[s] : k_at[s + 1]].repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-        seen = torch.ones(len(queries), len(keys), dtype=torch.bool).tril(len(keys) - len(queries))
+        ahead = torch.arange(len(keys)) - torch.arange(len(keys) - len(queries), len(keys)).unsqueeze(1)
+        seen = (ahead >= -window[0] if window[0] >= 0 else True) & (ahead <= window[1] if window[1] >= 0 else torch.ones_like(ahead) > 0)
         logits = torch.einsum("qhd,khd->hqk", queries, keys) * scale
         outputs.append(torch.einsum("hqk,khd->qhd", logits.masked_fill(~seen, -torch.inf).softmax(-1), values))
     return torch.cat(outputs)
@@ -279,11 +282,15 @@ def varlen(
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins with the signatures of the two kernels that need a GPU: what is tested is how they are called."""
     flash: Any = types.ModuleType("flash_attn")
-    flash.flash_attn_varlen_func = lambda q, k, v, qa, ka, qm, km, softmax_scale, causal: varlen(q, k, v, qa, ka, qm, km, softmax_scale)
+
+    def flash_attn_varlen_func(*arguments: Any, softmax_scale: float, causal: bool, window_size: tuple[int, int]) -> torch.Tensor:
+        return varlen(*arguments, softmax_scale, (window_size[0], 0) if causal else window_size)
+
+    flash.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
 
     def varlen_attn(*arguments: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool) -> torch.Tensor:
-        assert window_size == (-1, 0) and enable_gqa == (arguments[0].shape[1] != arguments[1].shape[1])
-        return varlen(*arguments, scale)
+        assert enable_gqa == (arguments[0].shape[1] != arguments[1].shape[1])
+        return varlen(*arguments, scale, window_size)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from cfvlm_ds.batching.prompts import Encoded
+from cfvlm_ds.batching.prompts import Encoded, Prompts
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup
-from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.layout import GroupLayout, Guests
 from cfvlm_ds.data.stored_scores import StoredScores
 
 
@@ -43,6 +44,48 @@ def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence
     )
 
 
+def guest_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded]:
+    """Texts of other groups of the step, as answers to the factual text's prompt."""
+    prompt, guests = group.candidates[0].prompt, () if group.in_step is None else group.in_step.guests
+    where = f"group {group.id!r}: text of group"
+    return [prompts.encoded(prompt, guest.text, group.num_pictures, f"{where} {guest.group!r}") for guest in guests]
+
+
+def with_guests(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
+    """The layout with texts of other groups of the step, encoded as ``texts``, on every image that is scored with an answer to the factual
+    text's prompt; as it is where no group has a place in a step."""
+    steps = [group.in_step for group in groups]
+    if all(step is None for step in steps):
+        return layout
+    assert layout.prompt is not None
+    num_groups, num_images, _ = layout.valid.shape
+    shape = (num_groups, max(map(len, texts)))
+    there, tokens, ends = (torch.zeros(shape, dtype=kind) for kind in (torch.bool, torch.int64, torch.int64))
+    place, home, share = torch.full((num_groups,), -1), torch.full((*shape, 2), -1), torch.zeros(shape)
+    for g, (step, encoded) in enumerate(zip(steps, texts, strict=True)):
+        if step is None:
+            continue
+        place[g], many = step.place, slice(0, len(encoded))
+        there[g, many] = True
+        tokens[g, many], ends[g, many] = torch.tensor([[len(t.text_ids), len(t.end_ids)] for t in encoded], dtype=torch.int64).view(-1, 2).T
+        home[g, many] = torch.tensor([[guest.home, guest.number] for guest in step.guests], dtype=torch.int64).view(-1, 2)
+        share[g, many] = torch.tensor([guest.share for guest in step.guests])
+    shown = (layout.valid & layout.same_prompt[:, :1]).any(2, keepdim=True)
+
+    def beside(own: Tensor, guests: Tensor) -> Tensor:
+        return torch.cat([own, guests.expand(-1, num_images, -1)], 2)
+
+    return replace(
+        layout,
+        valid=beside(layout.valid, there.unsqueeze(1) & shown),
+        match=beside(layout.match, torch.full((num_groups, 1, shape[1]), -1, dtype=torch.int8)),
+        num_tokens=beside(layout.num_tokens, tokens.unsqueeze(1)),
+        num_end_tokens=beside(layout.num_end_tokens, ends.unsqueeze(1)),
+        prompt=torch.cat([layout.prompt, torch.where(there, layout.prompt[:, :1], -1)], 1),
+        guests=Guests(place, home, share),
+    )
+
+
 def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:
     """[G, I, C] bool: the cells of ``cells``; unknown cells only under ``full``, since no objective uses them."""
     wanted = torch.full_like(match, cells == "full", dtype=torch.bool)
@@ -61,7 +104,8 @@ def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: T
 
 
 def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """(reference [G, I, C], prior [G, C]) of the groups; 0 where they have no such cell, and for groups of a source that needs none."""
+    """(reference [G, I, C], prior [G, C]) of the groups; 0 where they have no such cell, and for groups of a source that needs none. Of
+    other groups' texts the prior alone is stored."""
     reference = torch.zeros(layout.valid.shape)
     prior = torch.zeros(layout.valid.shape[0], layout.valid.shape[2])
     for g, group in enumerate(groups):
@@ -70,4 +114,6 @@ def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[Counterfa
         scores = stored[group.id]
         reference[g, : len(group.images), : len(group.candidates)] = torch.tensor(scores.logp)
         prior[g, : len(group.candidates)] = torch.tensor(scores.blank)
+        for column, guest in enumerate(group.in_step.guests if group.in_step else (), layout.num_own):
+            prior[g, column] = stored[guest.group].blank[guest.number]
     return reference, prior

@@ -16,10 +16,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch
-from cfvlm_ds.batching.batch_layout import group_layout, stored_scores
+from cfvlm_ds.batching.batch_layout import group_layout, guest_texts, stored_scores, with_guests
 from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, ImageSource, Size, Unprocessable, with_names
 from cfvlm_ds.batching.packing import PromptLength, Tree, divide, num_tokens, pack
-from cfvlm_ds.batching.prompts import Encoded, Prompts
+from cfvlm_ds.batching.prompts import Encoded, Prompts, placeholder_id
 from cfvlm_ds.batching.template_sandbox import TemplateBound, try_out
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
@@ -46,7 +46,7 @@ class Collator:
     Args:
         processor: the model's own processor.
         family: the model's family record.
-        model_config: the model's configuration, for the family's position rules.
+        model_config: the model's configuration, for the family's position rules and the id of visual tokens.
         cells: which cells to build.
         max_length: the model's window in tokens; a longer row is a DataError, never truncated.
         max_pixels: limit on the size of an image.
@@ -74,8 +74,8 @@ class Collator:
         self.max_length = max_length
         self.stored = stored
         self.share_prefix = share_prefix
-        self.prompts = Prompts(processor, max_length)
-        self.files = ImageFiles(processor, family, max_pixels, checked)
+        self.prompts = Prompts(processor, max_length, family.around)
+        self.files = ImageFiles(processor, family, model_config, max_pixels, checked)
         self.images: ImageSource = self.files
 
     @cached_property
@@ -83,7 +83,7 @@ class Collator:
         """Whether the chat template writes pictures before what is asked of them, so that all prompts of a picture share one tree."""
         picture = (("picture", False),)
         asked = (self.prompts.encoded(prompt, "yes", 1, "a prompt") for prompt in ("What is red?", "Is it day?"))
-        return len({_tree_of(picture, text, 0, self.processor.image_token_id) for text in asked}) == 1
+        return len({_tree_of(picture, text, 0, placeholder_id(self.processor)) for text in asked}) == 1
 
     def taking_features(self, cache: FeatureCache) -> Collator:
         """The same collator, reading the vision tower's stored output for each picture in place of the picture."""
@@ -99,7 +99,7 @@ class Collator:
 
     def of_run(self, cells: Cells, stored: Mapping[str, StoredScores] | None, checked: PictureTable | None) -> Collator:
         """The same collator for a run's cells and stored scores; pictures are compared with what was ``checked``."""
-        files = ImageFiles(self.processor, self.family, self.files.max_pixels, checked)
+        files = ImageFiles(self.processor, self.family, self.model_config, self.files.max_pixels, checked)
         return self._changed(cells=cells, stored=stored, files=files, images=files)
 
     def _changed(self, **changes: Any) -> Collator:
@@ -127,6 +127,7 @@ class Collator:
             return self._prefix_length(text, tuple(opened[key].size for key in tree.pictures))
 
         try:
+            trees = _without_long_guests(layout, trees, prompt_length, self.max_length)
             for part in divide(trees, prompt_length, max_tokens):
                 # The tower runs on every rank, also on one whose groups are text alone: ZeRO-3 waits for all of them.
                 blank = self.files.blank_keys()[:1]
@@ -134,7 +135,7 @@ class Collator:
                 image_inputs, placeholders = self.images.model_inputs(
                     [opened[key] if key in opened else self.images.open(key) for key in keys], keys
                 )
-                image_token = self.processor.image_token_id
+                image_token = placeholder_id(self.processor)
                 row = pack(part, keys, placeholders, image_inputs, self.family, self.model_config, image_token)
                 _check_window(groups, part, prompt_length, layout.valid.shape, self.max_length)
                 num_images = len({picture for tree in part for picture in tree.pictures})
@@ -193,7 +194,7 @@ class Collator:
         trees: dict[tuple[Any, ...], Tree] = {}
         for _, i, c in self._layout([group]).valid.nonzero().tolist():
             text, pictures = self._text(group, c), group.images[i]
-            key = _tree_of(pictures, text, 0, self.processor.image_token_id)
+            key = _tree_of(pictures, text, 0, placeholder_id(self.processor))
             trees.setdefault(key, Tree(self.files.keys(pictures), [])).branches.append((c, text))
 
         def prompt_length(tree: Tree, text: Encoded) -> int:
@@ -220,15 +221,17 @@ class Collator:
         return len(text.prompt_ids) + sum(self.files.num_placeholders(size, len(sizes) > 1)[0] - 1 for size in sizes)
 
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
-        return group_layout(groups, [[self._text(group, c) for c in range(len(group.candidates))] for group in groups], self.cells)
+        layout = group_layout(groups, [[self._text(group, c) for c in range(len(group.candidates))] for group in groups], self.cells)
+        return with_guests(layout, groups, [guest_texts(group, self.prompts) for group in groups])
 
     def _trees(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> list[Tree]:
         num_images, num_texts = layout.valid.shape[1:]
         trees: dict[tuple[Any, ...], Tree] = {}
+        guests, own = [guest_texts(group, self.prompts) for group in groups], layout.num_own
         for g, i, c in layout.valid.nonzero().tolist():
-            text, pictures = self._text(groups[g], c), self.files.keys(groups[g].images[i])
+            text, pictures = self._text(groups[g], c) if c < own else guests[g][c - own], self.files.keys(groups[g].images[i])
             cell = (g * num_images + i) * num_texts + c
-            key = _tree_of(pictures, text, g, self.processor.image_token_id) if self.share_prefix else (cell,)
+            key = _tree_of(pictures, text, g, placeholder_id(self.processor)) if self.share_prefix else (cell,)
             trees.setdefault(key, Tree(pictures, [])).branches.append((cell, text))
         return list(trees.values())
 
@@ -243,6 +246,21 @@ def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: 
         return (group,)
     ids = text.prompt_ids
     return pictures, ids[: len(ids) - ids[::-1].index(image_token)]
+
+
+def _without_long_guests(layout: GroupLayout, trees: list[Tree], prompt_length: PromptLength, window: int) -> list[Tree]:
+    """The trees without other groups' texts that do not fit the window behind these pictures, whose cells are then not valid either."""
+    if layout.guests is None:
+        return trees
+    kept = []
+    for tree in trees:
+        fits = {
+            cell: cell % layout.valid.shape[2] < layout.num_own or prompt_length(tree, text) + text.length <= window
+            for cell, text in tree.branches
+        }
+        layout.valid.view(-1)[[cell for cell, fitting in fits.items() if not fitting]] = False
+        kept.append(Tree(tree.pictures, [branch for branch in tree.branches if fits[branch[0]]]))
+    return [tree for tree in kept if tree.branches]
 
 
 def _check_window(

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE
+from cfvlm_ds.batching.prompts import placeholder_id
 from cfvlm_ds.core.errors import DataError, is_failure
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.data.decoding import MAX_BYTES, MAX_PIXELS, open_image
@@ -64,14 +66,22 @@ class ImageFiles:
 
     Args:
         processor: the model's own processor.
-        family: the model's family record.
+        family, config: the model's family record and its configuration, for the id of visual tokens.
         max_pixels: limit on the size of an image.
         checked: what the data check found in the pictures; one whose contents have changed since is a DataError. None for no comparison.
     """
 
-    def __init__(self, processor: Any, family: Family, max_pixels: int = MAX_PIXELS, checked: PictureTable | None = None) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        family: Family,
+        config: PreTrainedConfig,
+        max_pixels: int = MAX_PIXELS,
+        checked: PictureTable | None = None,
+    ) -> None:
         self.processor = processor
         self.family = family
+        self.config = config
         self.max_pixels = max_pixels
         self.checked = checked
         self._counted: dict[tuple[Size, bool], tuple[int, int]] = {}
@@ -124,7 +134,7 @@ class ImageFiles:
         together = together and self.family.tiles_alone
         if (size, together) not in self._counted:
             ids = self._processed([Image.new("RGB", size)] * (1 + together), 2 * together)[1][0]
-            self._counted[size, together] = len(ids), ids.count(self.processor.image_token_id)
+            self._counted[size, together] = len(ids), ids.count(self.config.image_token_id)
         return self._counted[size, together]
 
     def tower_inputs(self, key: PictureKey) -> tuple[dict[str, Tensor], Features]:
@@ -156,8 +166,8 @@ class ImageFiles:
                 for k, picture in enumerate(opened):
                     self._processed([picture] * (1 + (k >= alone)), 2 * (k >= alone))
             raise Unprocessable(opened[0].size, error) from error
-        bare = tokenizer(token).input_ids
-        before = bare.index(self.processor.image_token_id)
+        bare = tokenizer(token.join(self.family.around)).input_ids
+        before = bare.index(placeholder_id(self.processor))
         after = len(bare) - before - 1
         placeholders: list[list[int]] = []
         for pictures, ids, mask in zip(samples, inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):

@@ -134,27 +134,36 @@ def pack(
     """The row of ``trees``, whose pictures are among ``keys``.
 
     Args:
-        placeholders: for each picture the ids that stand for it in a prompt; ``image_token`` is the id of the visual ones.
+        placeholders: for each picture the ids that stand for it in a prompt, where ``image_token`` holds its place.
         image_inputs: the model's inputs for the pictures.
-        family, config: the model's, for its position rules.
+        family, config: the model's, for its position rules, and for the id of the visual tokens.
     """
     shown = [tuple(keys.index(key) for key in tree.pictures) for tree in trees]
     tokens = _Tokens()
     for tree, pictures in zip(trees, shown, strict=True):
         tokens.grow(_prompts(tree, pictures, placeholders, image_inputs, family, config, image_token))
     places, predicted_by = torch.tensor(tokens.predicts).unique(return_inverse=True)
+    ids = torch.cat(tokens.ids)
+    whole = family.whole_pictures(config)
+    blocks = () if whole == "nowhere" else _runs(ids == config.image_token_id)
     model_inputs = {
-        "input_ids": torch.cat(tokens.ids).unsqueeze(0),
+        "input_ids": ids.unsqueeze(0),
         "position_ids": torch.cat(tokens.positions, -1).unsqueeze(-2),
-        "forest": Forest(tuple(tokens.lengths), tuple(tokens.parents)),
+        "forest": Forest(tuple(tokens.lengths), tuple(tokens.parents), blocks, whole == "everywhere"),
         "scored": torch.zeros(1, tokens.length, dtype=torch.bool).index_fill(1, places, True),
         "predicted_by": predicted_by,
         "targets": torch.tensor(tokens.targets),
         "images_of_tree": shown,
-        "visual_tokens": [ids.count(image_token) for ids in placeholders],
+        "visual_tokens": [ids.count(config.image_token_id) for ids in placeholders],
         "image_inputs": image_inputs,
     }
     return Row(model_inputs, torch.tensor(tokens.cell), torch.tensor(tokens.is_end), tokens.length, len(places))
+
+
+def _runs(marked: Tensor) -> tuple[tuple[int, int], ...]:
+    """(begin, end) of each run of marked tokens."""
+    edges = torch.nn.functional.pad(marked.int(), (1, 1)).diff().nonzero().squeeze(1).tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _prompts(
@@ -176,7 +185,7 @@ def _prompts(
                 ids += placeholders[next(left)] if token == image_token else [token]
                 begins.append(len(ids))
             expanded = torch.tensor(ids)
-            found.append(_Prompt(text.prompt_ids, begins, expanded, family.positions(config, expanded == image_token, grids), []))
+            found.append(_Prompt(text.prompt_ids, begins, expanded, family.positions(config, expanded == config.image_token_id, grids), []))
         found[-1].texts.append((index, text))
     return found
 

@@ -80,17 +80,25 @@ def _written(processor: Any) -> int:
     return written
 
 
+def placeholder_id(processor: Any) -> int:
+    """The id that holds a picture's place in a prompt; the visual tokens that take it have, in some families, another."""
+    found: int = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    return found
+
+
 class Prompts:
     """A model's way of writing conversations.
 
     Args:
         processor: the model's own processor.
         max_length: the model's window in tokens.
+        around: what the processor writes around each picture.
     """
 
-    def __init__(self, processor: Any, max_length: int) -> None:
+    def __init__(self, processor: Any, max_length: int, around: tuple[str, str] = ("", "")) -> None:
         self.processor = processor
         self.max_length = max_length
+        self._around = around
         self._texts: dict[tuple[Prompt, str, int], Encoded] = {}
         self._heads: dict[tuple[Prompt, int], _Head] = {}
         self._ends: dict[str, tuple[int, ...]] = {}
@@ -135,8 +143,9 @@ class Prompts:
 
         A beginning-of-sequence token is added only where the template has not written one.
         """
-        tokenizer = self.processor.tokenizer
+        tokenizer, picture = self.processor.tokenizer, self.processor.image_token
         written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        text = text.replace(picture, picture.join(self._around))
         return self._tokens(text, add_special_tokens=not written)
 
     def _tokens(self, text: str, add_special_tokens: bool = False) -> list[int]:
@@ -173,7 +182,7 @@ class Prompts:
                 f"{where} ({text!r}) changes the tokens of its prompt: the model's chat template must end the prompt at a token border; "
                 "repair the template"
             )
-        if (shown := ids.count(self.processor.image_token_id)) > num_pictures:
+        if (shown := ids.count(placeholder_id(self.processor))) > num_pictures:
             raise DataError(f"{where}: {self.processor.image_token!r} in a prompt or text stands for an image; reword it")
         if shown < num_pictures:
             raise DataError(f"{where}: the model's chat template shows {shown} of {num_pictures} pictures; move them to turns of the user")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import resource
 import select
@@ -107,7 +108,7 @@ def _render_and_leave(renders: Sequence[Callable[[], int]], finished: int) -> No
         _lower(resource.RLIMIT_CORE, 0)
         _lower(resource.RLIMIT_AS, used + MEMORY)
         for render in renders:
-            _lower(resource.RLIMIT_CPU, round(time.process_time()) + CPU_SECONDS)
+            _lower(resource.RLIMIT_CPU, math.ceil(time.process_time()) + CPU_SECONDS)
             try:
                 code = _TOO_LONG if render() > MAX_WRITTEN else 0
             except MemoryError:

@@ -171,7 +171,11 @@ def _asked(arguments: argparse.Namespace, scorer: Any, collator: Any, world: Any
     from cfvlm_ds.models import attention
 
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    precision = {"dtype": str(dtype).removeprefix("torch."), "device": world.device.type, "attention": attention("auto")}
+    precision = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": world.device.type,
+        "attention": attention("auto", scorer.model.config),
+    }
     say = None if arguments.zero3 else writer(scorer.model, collator, world.device)
     return Asked(scorer, collator, world, arguments.model, identity, precision, say)
 

@@ -1,6 +1,6 @@
-"""``cfvlm-ds score``, ``evaluate``, ``compare`` and ``export``: what is done with a model after, or before, its training.
+"""``cfvlm-ds score``, ``calibrate``, ``evaluate``, ``compare`` and ``export``: what is done with a model after, or before, its training.
 
-``score`` and ``evaluate`` may be started by deepspeed, torchrun or srun: then all ranks share the work.
+``score``, ``calibrate`` and ``evaluate`` may be started by deepspeed, torchrun or srun: then all ranks share the work.
 """
 
 from __future__ import annotations
@@ -23,23 +23,34 @@ from cfvlm_ds.core.verbosity import shows_progress
 if TYPE_CHECKING:
     from cfvlm_ds.batching.collator import Collator
     from cfvlm_ds.core.distributed import World
+    from cfvlm_ds.core.groups import CounterfactualGroup
     from cfvlm_ds.data.picture_index import PictureTable
 
 
 def add(commands: Any) -> None:
     """Add the commands to a parser's."""
-    for name, function, text in (
-        ("score", _score, "write reference and blind scores of a manifest, for DPO and PMI"),
-        ("evaluate", _evaluate, "accuracies by edit type, with rows for chance and for what language alone achieves"),
-    ):
-        example = f"cfvlm-ds {name} runs/quickstart/export runs/quickstart/scenes/test_iid.jsonl"
-        command = add_command(commands, name, function, text, example)
-        taken = ", or folder of adapters" if name == "evaluate" else ""
-        command.add_argument("model", help=f"model folder or hub name, run folder{taken}")
-        text = "groups to evaluate; or --benchmarks in their place" if name == "evaluate" else "groups to score"
-        command.add_argument("manifest", nargs="+" if name == "evaluate" else None, help=text)
-        written = "JSON file to write (default none); with --benchmarks a folder" if name == "evaluate" else "default MANIFEST.scores.jsonl"
-        command.add_argument("--out", help=f"file to write ({written})" if name == "score" else written)
+    world = "runs/quickstart/scenes"
+    for name, function, text, of, taken, written in (
+        (
+            "score", _score, "write reference and blind scores of a manifest, for DPO and PMI",
+            f"export {world}/test_iid.jsonl", "groups to score", "file to write (default MANIFEST.scores.jsonl)",
+        ),
+        (
+            "calibrate", _calibrate, "by how much a model tells true from false in a manifest, and the margins and weights that fit it",
+            f"base {world}/train.jsonl --limit 500", "groups to train on, or some of them (--limit)",
+            "YAML file to write, with the recommended objective (default none)",
+        ),
+        (
+            "evaluate", _evaluate, "accuracies by edit type, with rows for chance and for what language alone achieves",
+            f"export {world}/test_iid.jsonl", "groups to evaluate; or --benchmarks in their place",
+            "JSON file to write (default none); with --benchmarks a folder",
+        ),
+    ):  # fmt: skip
+        command = add_command(commands, name, function, text, f"cfvlm-ds {name} runs/quickstart/{of}")
+        adapters = "" if name == "score" else ", or folder of adapters"
+        command.add_argument("model", help=f"model folder or hub name, run folder{adapters}")
+        command.add_argument("manifest", nargs="+" if name == "evaluate" else None, help=taken)
+        command.add_argument("--out", help=written)
         command.add_argument("--batch_size", type=positive, default=16, help="groups per batch (default 16)")
         limit = "tokens per forward at most; a larger batch is scored in several (default: one forward per batch)"
         command.add_argument("--max_tokens_per_forward", type=positive, metavar="N", help=limit)
@@ -89,6 +100,37 @@ def _score(arguments: argparse.Namespace) -> None:
         stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
         write_scores(out, groups, stored, arguments.model, identity, made_by=fingerprint(model))
         print(f"wrote {out}: {len(groups)} groups")
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.data import sound_groups
+    from cfvlm_ds.evaluation import calibration, score_groups
+
+    if arguments.out:
+        output_file(Path(arguments.out))
+    groups = sound_groups(arguments.manifest, arguments.root, said_format(arguments.manifest, arguments.format), arguments.limit)
+    options: dict[str, Any] = {"max_pixels": arguments.max_pixels, "world": joined(arguments.zero3), "zero3": arguments.zero3}
+    scorer, collator, world = load_scorer(*model_of(arguments), **options)
+    scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
+
+    def length(group: CounterfactualGroup) -> int:
+        factual = group.candidates[0]
+        return len(collator.prompts.encoded(factual.prompt, factual.text, group.num_pictures, f"group {group.id!r}: text 0").text_ids)
+
+    found = list(calibration.gaps(groups, scores, length))
+    if not found:
+        raise ConfigError(
+            f"{arguments.manifest}: no group has a text or an image that is false beside a true one, so that there is nothing to compare; "
+            "`cfvlm-ds data stats` says what it holds"
+        )
+    if not world.is_main:
+        return
+    advice = calibration.advise(found)
+    few = f"warning: {len(found)} comparisons, and below {calibration.FEW} quantiles say little" if len(found) < calibration.FEW else ""
+    reasons = "\n".join(f"- {reason}" for reason in advice.reasons)
+    print("\n\n".join(part for part in (calibration.table(found), few, reasons, calibration.block(advice)) if part))
+    if arguments.out:
+        replace(Path(arguments.out), f"{calibration.block(advice)}\n".encode())
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -68,9 +68,9 @@ class ModelConfig:
         attn_implementation: ``auto`` takes flash-attn where it is available, else sdpa; or ``flash_attention_2``, ``varlen`` or
             ``flex`` (torch's kernels, GPU), ``sdpa``, ``cascade`` (CPU, long prompts).
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        min_pixels: scale smaller images up to this many pixels (Qwen-VL).
-        max_pixels: scale larger images down to this many pixels, and so bound their visual tokens (Qwen-VL).
-        max_tiles: cut an image into at most this many tiles (LLaVA-NeXT, OneVision, InternVL, Idefics3, SmolVLM).
+        min_pixels: scale smaller images up to this many pixels (Qwen-VL, GLM-4V).
+        max_pixels: scale larger images down to this many pixels, and so bound their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
+        max_tiles: cut an image into at most this many tiles (LLaVA-NeXT, OneVision, InternVL, Idefics3, SmolVLM, Aya, Command).
         vision_tower: tuning and learning rate of the vision tower.
         projector: tuning and learning rate of the projector.
         language_model: tuning and learning rate of the language model and its output head.
@@ -109,6 +109,10 @@ class TrainConfig:
         adam_beta2: AdamW's second-moment decay.
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: clip the global gradient norm to this; 0 for no clipping.
+        router_balance: weight of transformers' router balance loss, for a mixture of experts, over the tokens of the whole step; their own
+            configurations have 0.001. Where a step has several forwards it costs one more of each.
+        hard_negatives: of the counterfactuals of a group so many enter a step, those that the model takes most for true at that moment: a
+            forward without gradients scores all of them first. All enter when it is not given.
         lr_scheduler_type: a schedule name of transformers, such as cosine, linear, constant_with_warmup.
         warmup_ratio: share of all steps over which the learning rate rises linearly.
         num_train_epochs: passes over the training groups, when ``max_steps`` is not given.
@@ -138,7 +142,10 @@ class TrainConfig:
         hang_timeout_s: leave with exit code 86 when a rank shows no life, or a step no progress, for this many seconds; 0 for never.
         self_check: what comes of weights that are not finite, or of scores in packed rows that differ from single-row forwards by more than
             the precision explains, before the first step: ``error``, ``warn`` and go on, or ``off``, which does not look.
-        displacement_warning: warn when the factual log-likelihood falls this many nats per token below its start.
+        displacement_warning: warn when the factual log-likelihood, or that of the true texts of a set of ``retention``, falls this many
+            nats per token below its start.
+        retention: names of ``data.evaluation`` that the training is not about, such as plain captions and other kinds of edit; they are
+            evaluated before the first step too, and what they lose is logged.
         figures: draw the learning curves and some groups' score matrices at the end.
         export: write a Hugging Face folder, ``output_dir/export``, at the end; where nothing but adapters trains, ``output_dir/adapter``.
         dry_run: only report sizes, what trains and memory per GPU; needs no GPU, weights or data.
@@ -154,6 +161,8 @@ class TrainConfig:
     adam_beta2: float = meaning(0.999, within=(0, math.nextafter(1, 0)))
     adam_epsilon: float = meaning(1e-8, within=SHARE)
     max_grad_norm: float = meaning(1.0, within=FINITE)
+    router_balance: float = meaning(0.0, within=FINITE)
+    hard_negatives: int | None = meaning(None, within=AT_LEAST_ONE)
     lr_scheduler_type: str = meaning("cosine")
     warmup_ratio: float = meaning(0.03, within=SHARE)
     num_train_epochs: float = meaning(1.0, within=(1e-6, 1e6))
@@ -176,6 +185,7 @@ class TrainConfig:
     hang_timeout_s: float = bookkeeping(600.0, within=(0, 1e8))
     self_check: Literal["error", "warn", "off"] = bookkeeping("error")
     displacement_warning: float = bookkeeping(0.1)
+    retention: list[str] | None = bookkeeping(None)
     figures: bool = bookkeeping(True)
     export: bool = bookkeeping(True)
     dry_run: bool = bookkeeping(False)

@@ -29,14 +29,15 @@ SHAM = "sham"
 Pictures: TypeAlias = tuple[Path, ...]
 """What a text is scored with: one picture as a rule, several where a prompt shows several, none for text alone."""
 
-Cells = Literal["anchor", "matched", "star", "full"]
+Cells = Literal["anchor", "matched", "star", "full", "batch"]
 """Which cells of a group are scored, each set containing the one before.
 
 - ``anchor``: the factual pair;
 - ``matched``: every true pair;
 - ``star``: also, where the truth is known, the row and column of each prompt's anchor (its first true cell): the anchor's image with the
   texts of that prompt, the anchor's text with every image. For the first prompt these are row 0 and column 0;
-- ``full``: everything.
+- ``full``: everything;
+- ``batch``, which is no set of the group alone: the star and, on each of its images, texts of other groups of the optimizer step.
 """
 
 
@@ -64,12 +65,38 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Guest:
+    """A text of another group of an optimizer step, scored as an answer to the factual text's prompt.
+
+    ``group`` and ``number`` are the other group's id and which of its texts it is; ``home`` that group's place in the step; ``share`` what
+    its comparison between images weighs in the step.
+    """
+
+    text: str
+    group: str
+    number: int
+    home: int
+    share: float
+
+
+@dataclass(frozen=True)
+class InStep:
+    """A group's place in its optimizer step, and the texts of other groups that are scored on its images."""
+
+    place: int
+    guests: tuple[Guest, ...]
+
+
+@dataclass(frozen=True)
 class CounterfactualGroup:
     """I images x C candidate texts with a truth table; (image 0, candidate 0) is the factual pair.
 
     ``match[i][c]`` is 1 where text c is true of image i, 0 where it is false, None where that is unknown. An image is a tuple of pictures,
     as many as every other image of its group has. ``source`` names the data set it comes from; ``objectives`` those that it counts in, None
     for all. ``meta`` is what else its row says, as JSON: read by nothing, and kept.
+
+    ``keys`` name what each text says, "" for the text itself; none where no text has one. ``exclude`` lists the keys of other groups' texts
+    that must not be taken for false of the group's images. ``in_step`` is what a training adds; no file has it.
     """
 
     id: str
@@ -81,6 +108,9 @@ class CounterfactualGroup:
     source: str = ""
     meta: str = ""
     objectives: tuple[str, ...] | None = None
+    keys: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    in_step: InStep | None = None
 
     def __post_init__(self) -> None:
         if not self.images or not self.candidates:
@@ -106,6 +136,8 @@ class CounterfactualGroup:
         for index, candidate in enumerate(self.candidates):
             if not candidate.text.strip():
                 raise DataError(f"group {self.id!r}: text {index} is empty; write a text or remove it")
+        if self.keys and len(self.keys) != len(self.candidates):
+            raise DataError(f"group {self.id!r}: {len(self.keys)} keys for {len(self.candidates)} texts; give each text one, or none")
         prompts = dict.fromkeys([candidate.prompt for candidate in self.candidates])
         for turns in prompts:
             if isinstance(turns, str):
@@ -133,9 +165,17 @@ class CounterfactualGroup:
 
     def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
         """The same group with as many images under other paths; what is not about pictures is not checked a second time."""
-        other = object.__new__(type(self))
-        vars(other).update(vars(self), images=images)  # copy.copy does the same in ten times the time
+        other = self._changed(images=images)
         other._check_pictures()
+        return other
+
+    def in_the_step(self, place: int, guests: tuple[Guest, ...]) -> CounterfactualGroup:
+        """The same group at a place of an optimizer step, with the texts of others that are scored on its images."""
+        return self._changed(in_step=InStep(place, guests))
+
+    def _changed(self, **changes: object) -> CounterfactualGroup:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), **changes)  # copy.copy does the same in ten times the time
         return other
 
     @property

@@ -98,7 +98,7 @@ def _part(groups: Iterable[CounterfactualGroup], roots: Sequence[Path], pictures
         parts: dict[str, Any] = {
             "ids": None,
             "texts": [[spelled(candidate.prompt), candidate.text] for candidate in group.candidates],
-            "labels": group.match,
+            "labels": [group.match, group.keys, group.exclude] if group.keys or group.exclude else group.match,
             "weights": group.weight,
             "paths": [[_inside(picture, prefixes) for picture in each] for each in group.images],
         }

@@ -148,6 +148,15 @@ class GroupSampler:
         """Count one optimizer step as consumed."""
         self.samples_seen += self.groups_per_step
 
+    def steps(self) -> Iterator[list[list[int]]]:
+        """Of each step from the consumed position on the micro-batches of all ranks, of which ``self.rank`` has every ``world_size``-th.
+        Never ends."""
+        start, size = self.samples_seen, self.groups_per_micro_batch
+        while True:
+            step = self.order.at(start, self.groups_per_step)
+            yield [step[first : first + size] for first in range(0, len(step), size)]
+            start += len(step)
+
     def __iter__(self) -> Iterator[list[int]]:
         """Micro-batches of this rank from the consumed position on: ``gradient_accumulation_steps`` of them make a step. Never ends."""
         start = self.samples_seen + self.rank * self.groups_per_micro_batch
@@ -234,12 +243,17 @@ class PackedSampler(GroupSampler):
         _, self._position = self._pack(self._position)
         self.samples_seen = self._position.read - len(self._position.waiting)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """Micro-batches of this rank from the consumed position on: ``gradient_accumulation_steps`` of them make a step. Never ends."""
+    def steps(self) -> Iterator[list[list[int]]]:
+        """As GroupSampler's."""
         position = self._position
         while True:
             bins, position = self._pack(position)
-            yield from self._rebalanced(bins)[self.rank :: self.world_size]
+            yield self._rebalanced(bins)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Micro-batches of this rank from the consumed position on: ``gradient_accumulation_steps`` of them make a step. Never ends."""
+        for step in self.steps():
+            yield from step[self.rank :: self.world_size]
 
     def num_steps(self, num_epochs: float) -> int:
         """Optimizer steps until every group has been seen so many times.

@@ -15,6 +15,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.demo.tiny_llava import llava_config, llava_processor, write_checkpoint
 
 _CORPUS = ["describe the image. is it red? yes, no. a red circle left of two blue squares; 0 1 2 3 4 5 6 7 8 9"]
+_NEWLINES = ["\n" * 4] * 9  # for a tokenizer that has tokens of several newlines, as Gemma's
 _WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TEXT = {**_WIDTHS, "num_key_value_heads": 2, "max_position_embeddings": 4096}
 _TILE = {"height": 28, "width": 28}
@@ -36,6 +37,14 @@ _INST = (
 _IDEFICS = (
     "<|begin_of_text|>{% for message in messages %}{{ message['role'] | capitalize }}:{% if message['content'][0]['type'] != 'image' %} "
     "{% endif %}" + _CONTENT + "<end_of_utterance>{{ '\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+_GEMMA = (
+    "<bos>{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) "
+    "+ '\n' }}" + _CONTENT + "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+_GLM = (
+    "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}" + _CONTENT + "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
 Parts = tuple[Any, Any]
@@ -66,7 +75,7 @@ def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
     return write_checkpoint(out_dir, make)
 
 
-def _tokenizer(special: Sequence[str], end: str, pad: str, **named: Any) -> Any:
+def _tokenizer(special: Sequence[str], end: str, pad: str, corpus: Sequence[str] = _CORPUS, **named: Any) -> Any:
     """A byte-level BPE tokenizer with the family's control tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -76,7 +85,7 @@ def _tokenizer(special: Sequence[str], end: str, pad: str, **named: Any) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        _CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False)
+        corpus, trainers.BpeTrainer(vocab_size=320, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False)
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=end, pad_token=pad, additional_special_tokens=list(special), model_max_length=4096, **named
@@ -228,6 +237,136 @@ def _idefics(model_type: str) -> Parts:
     return config, t.SmolVLMProcessor(t.SmolVLMImageProcessor(**sizes), tokenizer, t.SmolVLMVideoProcessor(), **options)
 
 
+def _gemma3() -> Parts:
+    t = _transformers()
+
+    named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", *named.values()]
+    tokenizer = _tokenizer(special, "<end_of_turn>", "<pad>", _CORPUS + _NEWLINES, bos_token="<bos>", extra_special_tokens=named)
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    text = {**_TEXT, **_ids(tokenizer), "head_dim": 8, "query_pre_attn_scalar": 8, "num_hidden_layers": 3, "layer_types": layers}
+    config = t.Gemma3Config(
+        vision_config={**_WIDTHS, "image_size": 56, "patch_size": 7, "vision_use_head": False},
+        text_config={**text, "sliding_window": 12, "pad_token_id": tokenizer.pad_token_id},  # shorter than a picture and than any prompt
+        mm_tokens_per_image=16,
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+    )
+    images = t.Gemma3ImageProcessor(size={"height": 56, "width": 56})
+    template = _GEMMA.replace("IMAGE", "<start_of_image>")
+    return config, t.Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=16)
+
+
+def _gemma4() -> Parts:
+    """All that Gemma 4 has beside its mixture of experts: embeddings for each layer and shared keys and values are of its smaller models,
+    pictures that are seen as a whole, and full layers whose values are their keys, of its larger ones."""
+    t = _transformers()
+
+    named = {f"{kind}_token": f"<|{kind}|>" for kind in ("image", "audio")}
+    named |= {"boi_token": "<|image>", "eoi_token": "<image|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+    special = ["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|video|>", *named.values()]
+    tokenizer = _tokenizer(special, "<turn|>", "<pad>", _CORPUS + _NEWLINES, bos_token="<bos>", extra_special_tokens=named)
+    layers = ["sliding_attention", "full_attention"] * 2
+    text = {**_TEXT, **_ids(tokenizer), "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 4, "layer_types": layers}
+    text |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_kv_shared_layers": 2, "sliding_window": 24}
+    text |= {"vocab_size_per_layer_input": len(tokenizer), "hidden_size_per_layer_input": 8, "use_bidirectional_attention": "vision"}
+    vision = {**_WIDTHS, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 160}
+    sound = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "subsampling_conv_channels": [4, 4],
+        "output_proj_dims": 32,
+    }
+    config = t.Gemma4Config(
+        vision_config={**vision, "use_clipped_linears": True, "standardize": True},
+        text_config={**text, "final_logit_softcapping": 3.0, "pad_token_id": tokenizer.pad_token_id},
+        audio_config=sound,
+        **{f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<|{kind}|>") for kind in ("image", "audio", "video")},
+        **{f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("boi", "eoi", "boa")},
+    )
+    images = t.Gemma4ImageProcessor(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)
+    template = _GEMMA.replace("IMAGE", "\n\n<|image|>\n\n").replace("<start_of_turn>", "<|turn>").replace("<end_of_turn>", "<turn|>")
+    parts = t.Gemma4AudioFeatureExtractor(), images, tokenizer, t.Gemma4VideoProcessor(patch_size=4, pooling_kernel_size=2)
+    return config, t.Gemma4Processor(*parts, chat_template=template, image_seq_length=70)
+
+
+def _mistral3() -> Parts:
+    t = _transformers()
+
+    tokenizer = _tokenizer(
+        ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"], "</s>", "<unk>", bos_token="<s>"
+    )
+    config = t.Mistral3Config(
+        vision_config={**_WIDTHS, "head_dim": 8, "image_size": 224, "patch_size": 7},
+        text_config={**_TEXT, **_ids(tokenizer), "head_dim": 8, "sliding_window": None, "model_type": "mistral"},
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        tie_word_embeddings=False,
+    )
+    images = t.PixtralImageProcessor(patch_size={"height": 7, "width": 7}, size={"longest_edge": 84})
+    options = {"patch_size": 7, "spatial_merge_size": 2, "chat_template": "<s>" + _INST.replace("IMAGE", "[IMG]")}
+    return config, t.PixtralProcessor(images, tokenizer, **options)
+
+
+def _cohere(model_type: str) -> Parts:
+    t = _transformers()
+
+    named = {"boi_token": "<|START_OF_IMG|>", "eoi_token": "<|END_OF_IMG|>", "image_token": "<|IMG_PATCH|>"}
+    named |= {"img_line_break_token": "<|IMG_LINE_BREAK|>"}
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *named.values(),
+        "<image>",
+        "TILE_GLOBAL",
+        *(f"TILE_{k}" for k in range(1, 5)),
+    ]
+    tokenizer = _tokenizer(special, "<|im_end|>", "<|endoftext|>", extra_special_tokens=named)
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12}
+    text = {**_TEXT, **_ids(tokenizer), **layers, "model_type": "cohere2", "pad_token_id": tokenizer.pad_token_id}
+    vision = {**_WIDTHS, "image_size": 28, "patch_size": 7, "model_type": "siglip_vision_model", "vision_use_head": False}
+    parts = {"vision_config": vision, "text_config": text}
+    placeholder = tokenizer.convert_tokens_to_ids("<|IMG_PATCH|>")
+    if model_type == "cohere2_vision":
+        config = t.Cohere2VisionConfig(**parts, image_token_id=placeholder, alignment_intermediate_size=64)
+        images = t.Cohere2VisionImageProcessor(size=_TILE, patch_size=2, max_patches=4)  # visual tokens on a side of a tile
+        return config, t.Cohere2VisionProcessor(images, tokenizer, chat_template=_CHATML.replace("IMAGE", "<|IMG_PATCH|>"))
+    config = t.AyaVisionConfig(**parts, image_token_index=placeholder)
+    images = t.GotOcr2ImageProcessor(size=_TILE, crop_to_patches=True, min_patches=1, max_patches=4)
+    options = {"patch_size": 7, "img_size": 28, "downsample_factor": 2, "chat_template": _CHATML.replace("IMAGE", "<image>")}
+    return config, t.AyaVisionProcessor(images, tokenizer, **options)
+
+
+def _glm(model_type: str) -> Parts:
+    t = _transformers()
+
+    marks = ["image", "video", "begin_of_image", "end_of_image", "begin_of_video", "end_of_video"]
+    special = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", *(f"<|{mark}|>" for mark in marks)]
+    tokenizer = _tokenizer(special, "<|endoftext|>", "<|endoftext|>")
+    fields = ["image", "video", "image_start", "image_end", "video_start", "video_end"]
+    ids = {f"{field}_token_id": tokenizer.convert_tokens_to_ids(f"<|{mark}|>") for field, mark in zip(fields, marks, strict=True)}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    text = {**_TEXT, **_ids(tokenizer), "num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": rope}
+    vision = {
+        "depth": 3,
+        "num_heads": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": 32,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    kind = t.Glm4vConfig if model_type == "glm4v" else t.Glm46VConfig
+    config = kind(text_config={**text, "model_type": "glm4v_text"}, vision_config={**vision, "model_type": "glm4v_vision"}, **ids)
+    size = {"shortest_edge": 2 * 28**2, "longest_edge": 2 * 64 * 28**2}  # both frames of a picture are counted
+    template = _GLM.replace("IMAGE", "<|begin_of_image|><|image|><|end_of_image|>")
+    if model_type == "glm4v":
+        return config, t.Glm4vProcessor(t.Glm4vImageProcessor(size=size), tokenizer, t.Glm4vVideoProcessor(), chat_template=template)
+    return config, t.Glm46VProcessor(t.Glm46VImageProcessor(size=size), tokenizer, t.Glm46VVideoProcessor(), chat_template=template)
+
+
 SMALL: dict[str, Callable[[Path], Parts]] = {
     "llava": _llava,
     "llava_next": lambda folder: _llava_next(),
@@ -241,5 +380,12 @@ SMALL: dict[str, Callable[[Path], Parts]] = {
     "internvl": lambda folder: _internvl(),
     "idefics3": lambda folder: _idefics("idefics3"),
     "smolvlm": lambda folder: _idefics("smolvlm"),
+    "gemma3": lambda folder: _gemma3(),
+    "gemma4": lambda folder: _gemma4(),
+    "mistral3": lambda folder: _mistral3(),
+    "glm4v": lambda folder: _glm("glm4v"),
+    "glm46v": lambda folder: _glm("glm46v"),
+    "aya_vision": lambda folder: _cohere("aya_vision"),
+    "cohere2_vision": lambda folder: _cohere("cohere2_vision"),
 }
 """Model type -> its parts; a tokenizer that is a file of its own is put into the folder."""

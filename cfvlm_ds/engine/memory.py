@@ -57,10 +57,12 @@ def activations(model: Any, tokens: int, recompute: bool) -> int:
             kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    width = model.config.get_text_config().hidden_size
-    embedded = torch.empty(1, tokens, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    text, further = model.config.get_text_config(), {}
+    embedded = torch.empty(1, tokens, text.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    if size := getattr(text, "hidden_size_per_layer_input", 0):  # embeddings of each layer's own, which tokens have (Gemma 4)
+        further["per_layer_inputs"] = embedded.new_empty(1, tokens, text.num_hidden_layers, size)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.train().get_decoder()(inputs_embeds=embedded, use_cache=False)
+        model.train().get_decoder()(inputs_embeds=embedded, use_cache=False, **further)
     return sum(storage.nbytes() for storage in kept.values())
 
 

@@ -13,7 +13,7 @@ from cfvlm_ds.evaluation.comparisons import UNLABELLED, Comparison, comparisons
 from cfvlm_ds.evaluation.largest_batch import rehearse
 from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
 from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
-from cfvlm_ds.evaluation.report import changes, headline, table
+from cfvlm_ds.evaluation.report import changes, headline, headline_metric, table
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, guarded, score_groups
 from cfvlm_ds.evaluation.view import view
 from cfvlm_ds.objectives import Objectives
@@ -30,6 +30,7 @@ __all__ = [
     "flat_metrics",
     "guarded",
     "headline",
+    "headline_metric",
     "metric_names",
     "rehearse",
     "score_groups",
@@ -54,14 +55,16 @@ def evaluate(
 ) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
     """Accuracies and scores of every split, the same on every rank; the options are those of ``score_groups``.
 
-    The rows of each split's mean also have the losses of ``objectives``; ``reference`` gives what a term of them compares with.
+    The rows of each split's mean also have the NLL of its true texts and the losses of ``objectives``; ``reference`` gives what a term of
+    them compares with.
     """
     results, scores = {}, {}
     for name, groups in splits.items():
         options: dict[str, Any] = {"max_tokens": max_tokens, "shuffled": shuffled, "remedy": remedy}
-        loss = EvaluationLoss(objectives, reference) if objectives else None
+        loss = EvaluationLoss(objectives or {}, reference)
         scores[name] = score_groups(forward, collator, groups, world, batch_size, num_workers, f"evaluating {name}", loss=loss, **options)
         results[name] = accuracies(groups, scores[name])
-        if loss is not None and (found := loss.reduce(world)) and results[name]:
-            results[name][-1] = replace(results[name][-1], losses=found)
+        found = loss.reduce(world)
+        if results[name]:
+            results[name][-1] = replace(results[name][-1], losses=found.terms, nll=found.nll)
     return results, scores

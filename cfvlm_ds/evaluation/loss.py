@@ -48,6 +48,14 @@ class _Sums:
             self.unused = sorted([*self.unused, group])[:NAMED]
 
 
+@dataclass(frozen=True)
+class LossFound:
+    """What a split's loss comes to: each term (see ``EvaluationLoss.reduce``), and the NLL of true texts per token, None without any."""
+
+    terms: dict[str, dict[str, Any]]
+    nll: float | None
+
+
 class EvaluationLoss:
     """Adds up the loss of one split, batch by batch; each group once.
 
@@ -60,6 +68,7 @@ class EvaluationLoss:
         self._objectives, self._cells = objectives, required_cells(objectives)
         self._sums = {name: _Sums() for name in objectives}
         self._lacking: dict[str, str] = {}
+        self._likelihood = [0.0, 0]
         for name, term in objectives.items():
             if term.needs_prior:
                 self._lacking[name] = "it needs the texts' prior likelihood, which is stored for the training groups alone"
@@ -70,6 +79,9 @@ class EvaluationLoss:
 
     def add(self, numbers: Sequence[int], groups: Sequence[CounterfactualGroup], scores: Scores) -> None:
         """Add a batch whose every cell is scored; ``numbers`` are the places of its groups in their split."""
+        true = scores.layout.positive
+        self._likelihood[0] -= float((scores.logp + scores.end_logp)[true].double().sum())
+        self._likelihood[1] += int((scores.layout.num_tokens + scores.layout.num_end_tokens)[true].sum())
         layout = restricted(scores.layout, groups, self._cells)
         logp, end_logp = (torch.where(layout.valid, each, 0) for each in (scores.logp, scores.end_logp))
         scores = replace(scores, layout=layout, logp=logp, end_logp=end_logp)
@@ -78,23 +90,24 @@ class EvaluationLoss:
                 continue
             sums, alone = self._sums[name], {name: term}
             try:
-                sums.add(torch.atleast_1d(term.numerator(scores_of(name, scores))), denominators(alone, scores.layout)[name])
+                sums.add(torch.atleast_1d(term.numerator(scores_of(name, term, scores))), denominators(alone, scores.layout)[name])
                 for place, (number, group) in enumerate(zip(numbers, groups, strict=True)):
                     sums.note((number, group.id), bool((denominators(alone, _one(scores.layout, place))[name] > 0).any()))
             except Exception as error:  # of somebody's own term: it has trained, and what it lacks here must not cost the evaluation
                 self._lacking[name] = f"it raises {type(error).__name__}: {' '.join(str(error).split())}"
 
-    def reduce(self, world: World) -> dict[str, dict[str, Any]]:
+    def reduce(self, world: World) -> LossFound:
         """Every term over all ranks' groups; collective.
 
-        ``value`` is the term's mean, unweighted; None where there is none, and ``lacking`` says why it could not be computed. ``groups``
+        Of a term ``value`` is its mean, unweighted; None where there is none, and ``lacking`` says why it could not be computed. ``groups``
         have something for it; ``unused`` names a few of the others.
         """
-        gathered = gather_objects((self._lacking, self._sums), world)
+        gathered = gather_objects((self._lacking, self._sums, self._likelihood), world)
+        nats, tokens = (sum(each[part] for *_, each in gathered) for part in (0, 1))
         found = {}
         for name, term in self._objectives.items():
-            reasons = [lacking[name] for lacking, _ in gathered if name in lacking]
-            total, of_ranks = _Sums(), [sums[name] for _, sums in gathered]
+            reasons = [lacking[name] for lacking, *_ in gathered if name in lacking]
+            total, of_ranks = _Sums(), [sums[name] for _, sums, _ in gathered]
             for each in of_ranks:
                 if each.numerators is not None and each.denominators is not None:
                     total.add(each.numerators, each.denominators)
@@ -109,7 +122,7 @@ class EvaluationLoss:
                 "unused": [] if reasons else [identity for _, identity in unused[:NAMED]],
                 "lacking": reasons[0] if reasons else "",
             }
-        return found
+        return LossFound(found, nats / tokens if tokens and math.isfinite(nats) else None)
 
 
 def _mean(sums: _Sums) -> float | None:

@@ -58,7 +58,8 @@ class Accuracy:
     ``blind`` holds ``pair`` and ``factual`` with one blank image in place of the pictures, ``shuffled`` the same with another group's
     picture: what language alone achieves. A tie counts one half there.
 
-    ``losses`` of the mean row, by term of the objective, are those of the training's loss on this split (cfvlm_ds.evaluation.loss).
+    ``losses`` of the mean row, by term of the objective, are those of the training's loss on this split (cfvlm_ds.evaluation.loss), and
+    ``nll`` is the negative log-likelihood of its true texts on their images, in nats per token, end-of-turn included.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Accuracy:
     unused: dict[str, list[str]] = field(default_factory=dict)
     mean: bool = False
     losses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    nll: float | None = None
 
 
 def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]) -> list[Accuracy]:
@@ -201,7 +203,7 @@ class _Slice:
 def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
     """The accuracies under the names metrics are logged by: eval/SPLIT/METRIC for the mean, eval/SPLIT/EDIT/METRIC by edit type.
 
-    The training's loss is eval/SPLIT/loss, its terms eval/SPLIT/loss_TERM.
+    The training's loss is eval/SPLIT/loss, its terms eval/SPLIT/loss_TERM; eval/SPLIT/nll is the NLL of true texts per token.
     """
     flat = {}
     for split, rows in splits.items():
@@ -214,6 +216,8 @@ def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
                 flat.update({f"{prefix}/loss_{name}": term["value"] for name, term in row.losses.items() if term["value"] is not None})
                 if (whole := total_loss(row.losses)) is not None:
                     flat[f"{prefix}/loss"] = whole
+                if row.nll is not None:
+                    flat[f"{prefix}/nll"] = row.nll
     return flat
 
 

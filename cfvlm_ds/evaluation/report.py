@@ -55,7 +55,7 @@ def changes(before: Mapping[str, Mapping[str, Mapping[str, float]]], splits: Map
     """
     lines = []
     for split, rows in splits.items():
-        metric = next((metric for metric in _HEADLINES if rows and metric in rows[-1].metrics), None)
+        metric = headline_metric(rows)
         if metric is None or split not in before:
             continue
         for row in rows:
@@ -95,17 +95,23 @@ def _coverage(row: Accuracy, plain: Callable[[str], str]) -> list[str]:
     return lines
 
 
+def headline_metric(rows: Sequence[Accuracy]) -> str | None:
+    """The metric by which a split is named in a line; None where it has no comparison."""
+    return next((metric for metric in _HEADLINES if rows and metric in rows[-1].metrics), None)
+
+
 def headline(rows: Sequence[Accuracy]) -> str:
     """One line for a progress log: the first metric that the split has, by edit type and in the mean."""
-    metric = next((metric for metric in _HEADLINES if rows and metric in rows[-1].metrics), None)
+    metric, nll = headline_metric(rows), rows[-1].nll if rows else None
+    told = "" if nll is None else f"; NLL {nll:.4f} a token"
     if metric is None:
-        return "no comparison: match marks no text or image false beside a true one"
+        return f"no comparison: match marks no text or image false beside a true one{told}"
     found = [f"{in_cell(row.name)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics]
     more = len(found) - _MOST_TYPES
     shown = ", ".join(found if more <= 1 else [*found[: _MOST_TYPES - 1], f"{more} more types", found[-1]])
     used, num, loss = rows[-1].groups[metric], rows[-1].num, total_loss(rows[-1].losses)
     counted = f" (of {used} of {num} groups)" if used < num else ""
-    return f"{metric} accuracy {shown}{counted}" + ("" if loss is None else f"; loss {loss:.4f}")
+    return f"{metric} accuracy {shown}{counted}" + ("" if loss is None else f"; loss {loss:.4f}") + told
 
 
 def _cells(metrics: Mapping[str, float]) -> str:

@@ -8,6 +8,7 @@ from cfvlm_ds.models.family import MODULES, Family, Module
 from cfvlm_ds.models.flops import ModelFlops, peak
 from cfvlm_ds.models.identity import adapter_fingerprint, fingerprint, inputs_fingerprint, model_folder, tower_fingerprint
 from cfvlm_ds.models.loading import attention, check_model, load_config, load_model, load_processor, meta_model, parameter_counts, trainable
+from cfvlm_ds.models.routers import Routed, check_balanced
 from cfvlm_ds.models.scorer import Scorer
 
 __all__ = [
@@ -16,12 +17,14 @@ __all__ = [
     "Family",
     "ModelFlops",
     "Module",
+    "Routed",
     "Scorer",
     "adapted_modules",
     "adapter_fingerprint",
     "adapters_off",
     "attach_adapters",
     "attention",
+    "check_balanced",
     "check_model",
     "family_of",
     "fingerprint",

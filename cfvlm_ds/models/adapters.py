@@ -41,16 +41,22 @@ def is_adapter(parameter: str) -> bool:
 def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str:
     """A regular expression for the full names of the linear layers of ``modules`` that the model's forward uses, and of no others.
 
-    The output head gets no adapter; neither do fused experts, which are not linear layers.
+    The output head gets no adapter; neither do fused experts, which are not linear layers. Raises ConfigError for a module without any.
     """
     unused = family.unused(model.config)
-    names = {
-        re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))  # one alternative for the layers of all blocks
+    layers = {
+        name: family.module_of(name)
         for name, layer in model.named_modules()
-        if isinstance(layer, torch.nn.Linear)
-        and name != family.output_head
-        and family.module_of(name) in modules
-        and not any(name.startswith(f"{prefix}.") for prefix in unused)
+        if isinstance(layer, torch.nn.Linear) and name != family.output_head and not any(name.startswith(f"{prefix}.") for prefix in unused)
+    }
+    if without := set(modules) - set(layers.values()):
+        module = min(without)
+        raise ConfigError(
+            f"model.{module}.tuning is lora, and the {module} of model type {family.model_types[0]!r} has no linear layer for an adapter; "
+            "use full or frozen"
+        )
+    names = {  # one alternative for the layers of all blocks
+        re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name, module in layers.items() if module in modules
     }
     barred = "".join(rf"(?!{re.escape(prefix)}\.)" for prefix in unused)
     return f"{barred}(?:{'|'.join(sorted(names))})"

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 
-def head_logprobs(hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets: Tensor) -> Tensor:
+def head_logprobs(hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """``token_logprobs`` of an output head's logits, without all logits at once: [N] in nats, fp32.
 
     ``hidden`` [P, d] are the states that predict something, ``weight`` [V, d] the head, and ``targets`` [N] is predicted by the state
     ``predicted_by`` [N]. Logits exist for as many states at a time as ``LOGITS`` allows. If that is not all of them, the logits of
-    each part are computed again in the backward pass, and add to one gradient of the head.
+    each part are computed again in the backward pass, and add to one gradient of the head. With a ``cap`` they are cap * tanh(logit / cap).
     """
-    logp: Tensor = _HeadLogProbs.apply(hidden, weight, predicted_by, targets)
+    logp: Tensor = _HeadLogProbs.apply(hidden, weight, predicted_by, targets, cap)
     return logp
 
 
@@ -33,16 +33,17 @@ def likeliest(hidden: Tensor, weight: Tensor) -> Tensor:
 
 class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets: Tensor, cap: float | None) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         normaliser, logp = hidden.new_empty(len(hidden), dtype=wide), hidden.new_empty(len(targets), dtype=wide)
         parts, kept = _parts(hidden, weight, predicted_by), None
         for part, mine in parts:
             kept = hidden[part] @ weight.T
-            logits = kept.to(wide)
+            logits = _capped(kept.to(wide), cap)
             normaliser[part] = logits.logsumexp(-1)
             logp[mine] = logits[predicted_by[mine] - part.start, targets[mine]] - normaliser[predicted_by[mine]]
         ctx.save_for_backward(hidden, weight, predicted_by, targets, normaliser, kept if len(parts) == 1 else None)
+        ctx.cap = cap
         return logp
 
     @staticmethod
@@ -52,15 +53,20 @@ class _HeadLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
         for part, mine in _parts(hidden, weight, predicted_by):
-            logits = (hidden[part] @ weight.T if kept is None else kept).to(normaliser.dtype)
+            logits = _capped((hidden[part] @ weight.T if kept is None else kept).to(normaliser.dtype), ctx.cap)
             # d log p(y) / d logits = [y] - softmax
             pull = (logits - normaliser[part].unsqueeze(1)).exp_().mul_(-of_state[part].unsqueeze(1))
-            pull = pull.index_put_((predicted_by[mine] - part.start, targets[mine]), grad[mine], accumulate=True).to(hidden.dtype)
+            pull = pull.index_put_((predicted_by[mine] - part.start, targets[mine]), grad[mine], accumulate=True)
+            pull = (pull if ctx.cap is None else pull * (1 - (logits / ctx.cap).square())).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = pull @ weight
             if ctx.needs_input_grad[1]:
                 grad_weight = pull.T @ hidden[part] if grad_weight is None else grad_weight.addmm_(pull.T, hidden[part])
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _parts(hidden: Tensor, weight: Tensor, predicted_by: Tensor) -> list[tuple[slice, Tensor | slice]]:

@@ -39,6 +39,20 @@ def everything_used(config: PreTrainedConfig) -> tuple[str, ...]:
     return ()
 
 
+Whole = Literal["nowhere", "windows", "everywhere"]
+"""The layers in which the tokens of a picture see each other in both directions: those with a sliding window, or all."""
+
+
+def causally(config: PreTrainedConfig) -> Whole:
+    """A picture's tokens see what comes before them, as a text's do."""
+    return "nowhere"
+
+
+def no_cap(config: PreTrainedConfig) -> float | None:
+    """Logits are what the output head gives."""
+    return None
+
+
 def as_loaded(model: nn.Module) -> None:
     """All that reaches other tokens is attention, which has back ends for trees."""
 
@@ -61,6 +75,11 @@ class Family:
         one_tensor: whether the model's forward takes the features of all images as one tensor instead of a list.
         unused: prefixes of weights that the checkpoint has and the forward does not use.
         take_trees: makes what is not attention compute rows of trees; called once a model, before it scores.
+        around: what the processor writes around each picture, which its tokenizer joins with the words beside it.
+        whole_pictures: in which layers a picture's tokens see each other in both directions; ``visual_mark`` is then the argument by which
+            the model's own forward is told which tokens are visual.
+        projector_inputs: those of ``per_image`` that the projector takes after the tower's output.
+        logit_cap: the bound to which the model's own forward squeezes its logits, cap * tanh(logit / cap).
         limit: bounds an image's visual tokens (visual_token_limits.py) by the options ``limited_by`` of the model's configuration.
     """
 
@@ -78,6 +97,11 @@ class Family:
     one_tensor: bool = False
     unused: Callable[[PreTrainedConfig], tuple[str, ...]] = everything_used
     take_trees: Callable[[nn.Module], None] = as_loaded
+    around: tuple[str, str] = ("", "")
+    whole_pictures: Callable[[PreTrainedConfig], Whole] = causally
+    visual_mark: str | None = None
+    projector_inputs: tuple[str, ...] = ()
+    logit_cap: Callable[[PreTrainedConfig], float | None] = no_cap
     limit: Callable[[Any, Any, ModelConfig], None] | None = None
     limited_by: tuple[str, ...] = ()
 

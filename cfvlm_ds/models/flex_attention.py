@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.forest import Forest, Sight
 
 BLOCK = 128  # tokens of a side of a block
 
@@ -17,35 +17,57 @@ BLOCK = 128  # tokens of a side of a block
 @dataclass(frozen=True)
 class Blocks:
     """Which blocks of keys each block of queries sees, in part or in full. ``stops`` [T] is where the subtree of each token's node ends: in
-    depth-first order a query sees a key when it is not before the key and before that."""
+    depth-first order a query sees a key when it is not before the key and before that. ``sight`` changes this by the ``depths`` and
+    ``pictures`` [T] of the tokens (a forest's ``depths`` and ``block_of``).
 
+    What is in part may be too much, since the mask is asked then; a window is judged by the extremes of a block.
+    """
+
+    sight: Sight
     stops: Tensor
+    depths: Tensor
+    pictures: Tensor
     partial: Tensor
     full: Tensor
 
     @classmethod
-    def of(cls, forest: Forest) -> Blocks:
+    def of(cls, forest: Forest, sight: Sight) -> Blocks:
         ends = list(forest.starts[1:])
         for node in reversed(range(len(ends))):
             if (parent := forest.parents[node]) >= 0:
                 ends[parent] = max(ends[parent], ends[node])
         stops = torch.tensor(ends).repeat_interleave(torch.tensor(forest.lengths))
         length, blocks = len(stops), -(-len(stops) // BLOCK)
-        padded = torch.nn.functional.pad(stops, (0, blocks * BLOCK - length)).view(blocks, BLOCK)
+
+        def by_block(values: Tensor, padding: int) -> Tensor:
+            return torch.nn.functional.pad(values, (0, blocks * BLOCK - length), value=padding).view(blocks, BLOCK)
+
+        padded = by_block(stops, 0)
         begin = torch.arange(blocks).unsqueeze(1) * BLOCK  # of each block of queries
         before = begin > begin.T
         full = before & (padded.amin(1) >= begin + BLOCK) & (begin + BLOCK <= length)
-        partial = (before & (padded.amax(1) > begin) | (begin == begin.T)) & ~full
-        return cls(stops, partial, full)
+        some = before & (padded.amax(1) > begin) | (begin == begin.T)
+        for start, stop in forest.blocks if sight.blocks else ():
+            some[start // BLOCK : -(-stop // BLOCK), start // BLOCK : -(-stop // BLOCK)] = True
+            full[-(-start // BLOCK) : stop // BLOCK, -(-start // BLOCK) : stop // BLOCK] = True
+        if sight.window is not None:
+            nearest, farthest = by_block(forest.depths, length).amin(1), by_block(forest.depths, -1).amax(1)
+            some &= nearest.unsqueeze(1) - farthest < sight.window
+            full &= farthest.unsqueeze(1) - nearest < sight.window
+        return cls(sight, stops, forest.depths, forest.block_of, some & ~full, full)
 
     def to(self, device: torch.device, **options: Any) -> Any:
         """torch's BlockMask there."""
         from torch.nn.attention.flex_attention import BlockMask
 
-        stops = self.stops.to(device)
+        stops, depths, pictures = (each.to(device) for each in (self.stops, self.depths, self.pictures))
+        window, whole = self.sight.window, self.sight.blocks
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (key <= query) & (query < stops[key])
+            seen = (key <= query) & (query < stops[key])
+            if whole:
+                seen = seen | ((pictures[query] == pictures[key]) & (pictures[query] >= 0))
+            return seen if window is None else seen & (depths[query] - depths[key] < window)
 
         (partial, of_partial), (full, of_full) = (
             (
@@ -65,12 +87,12 @@ def compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)  # rows differ in length, and are not to be compiled for each
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
+def flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
     """Query [1, H, T, D], key and value [1, J, T, D] -> [1, T, H, D]. On CPUs, which have no backward of it, gradients are those of a dense
     attention under the same mask."""
     from torch.nn.attention.flex_attention import create_mask, flex_attention
 
-    mask = forest.on(Blocks.of, query.device)
+    mask = forest.on(Blocks.of, query.device, sight)
     grouped = query.shape[1] != key.shape[1]
     if query.device.type != "cpu":
         out: Tensor = compiled_flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)

@@ -11,7 +11,7 @@ from torch import nn
 
 from cfvlm_ds.deepspeed_compat.parameters import whole_shape
 from cfvlm_ds.models.family import MODULES, Family
-from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.forest import Forest, Sight
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "A10G": 70e12}
 """Dense bfloat16 operations per second by a part of the device's name (vendor's data sheets)."""
@@ -35,7 +35,8 @@ class ModelFlops:
 
     def __init__(self, model: Any, family: Family) -> None:
         text = model.config.get_text_config()
-        share = getattr(text, "num_experts_per_tok", 0) / (getattr(text, "num_experts", 0) or 1) or 1.0
+        chosen = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 0
+        share = chosen / (getattr(text, "num_experts", None) or 1) or 1.0
         head = model.get_output_embeddings().weight
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} | {id(head)}
         unused = tuple(f"{prefix}." for prefix in family.unused(model.config))
@@ -50,19 +51,14 @@ class ModelFlops:
                 self._patch_weights += size * (len(whole_shape(parameter)) > 3)
         self._head = math.prod(whole_shape(head))
         self._head_trained = self._head * head.requires_grad
-        heads = text.num_attention_heads
-        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-        layers = sum("attention" in kind and kind != "linear_attention" for kind in kinds)
-        self._pair = 4 * heads * (getattr(text, "head_dim", None) or text.hidden_size // heads) * layers
+        self._pairs = _operations_per_pair(text)
         vision = model.config.vision_config
         self._pixels = getattr(vision, "in_channels", 3) * _square(vision.patch_size) * getattr(vision, "temporal_patch_size", 1)
 
     def of(self, inputs: Mapping[str, Any], num_scored: int) -> float:
         """Operations for the model inputs of a batch that scores from ``num_scored`` positions."""
         forest: Forest = inputs["forest"]
-        pairs = 0.0
-        for length, seen in zip(forest.lengths, forest.seen, strict=True):
-            pairs += length * seen + length * (length + 1) / 2
+        of_pairs = sum(each * num_pairs(forest, forest.sight(window)) for window, each in self._pairs.items())
         tokens = {
             "vision_tower": pixels.numel() / self._pixels if (pixels := inputs["image_inputs"].get("pixel_values")) is not None else 0,
             "projector": sum(inputs["visual_tokens"]),
@@ -73,7 +69,28 @@ class ModelFlops:
             flows = flows or self._trained[module] > 0
             total += 2 * tokens[module] * ((1 + flows) * self._weights[module] + self._trained[module])
         total -= 2 * tokens["vision_tower"] * self._patch_weights * (self._trained["vision_tower"] > 0)
-        return total + (1 + 2 * flows) * self._pair * pairs + 2 * num_scored * ((1 + flows) * self._head + self._head_trained)
+        return total + (1 + 2 * flows) * of_pairs + 2 * num_scored * ((1 + flows) * self._head + self._head_trained)
+
+
+def num_pairs(forest: Forest, sight: Sight) -> float:
+    """How many pairs of a query and a key see each other."""
+    within, total = sight.window or forest.longest_path, 0.0
+    for seen, length in zip(forest.seen, forest.lengths, strict=True):
+        whole = min(max(within - seen, 0), length)  # tokens whose path is shorter than the window
+        total += whole * seen + whole * (whole + 1) / 2 + (length - whole) * within
+    return total + sum((end - begin) * (end - begin - 1) / 2 for begin, end in forest.blocks if sight.blocks)
+
+
+def _operations_per_pair(text: Any) -> dict[int | None, float]:
+    """Those of all layers with a sliding window (None: without one) for a pair of tokens, forward."""
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"] * text.num_hidden_layers
+    found: dict[int | None, float] = {}
+    for kind, layer in zip(kinds, text.per_layer_config, strict=True):
+        if "attention" in kind and kind != "linear_attention":
+            key, heads = window if kind == "sliding_attention" else None, layer.num_attention_heads
+            found[key] = found.get(key, 0) + 4 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
+    return found
 
 
 def _square(size: Any) -> int:

@@ -12,6 +12,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the tokens of a layer see of their paths, where that is not simply what comes before them.
+
+    Args:
+        window: only so many of the nearest tokens, counted along the path, itself included; None for all.
+        blocks: whether the tokens of a block see each other in both directions.
+    """
+
+    window: int | None = None
+    blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -19,20 +33,29 @@ class Forest:
     """The trees of a row as nodes in depth-first order: the tokens of each, and the node that it comes after (-1: it begins a tree).
 
     A node's tokens see its ancestors and, causally, themselves. Its first child follows it, and each further one the subtree before it.
+    ``blocks`` are runs of tokens (begin, end), each inside one node, that see each other in both directions: the pictures of some families.
+    Unless ``blocks_everywhere`` they do so only in layers with a sliding window.
     """
 
     lengths: tuple[int, ...]
     parents: tuple[int, ...]
+    blocks: tuple[tuple[int, int], ...] = ()
+    blocks_everywhere: bool = True
+
+    def __post_init__(self) -> None:
+        for begin, end in self.blocks:
+            if not any(start <= begin < end <= stop for start, stop in itertools.pairwise(self.starts)):
+                raise ValueError(f"tokens {begin} to {end} see each other in both directions, and are not of one node")
 
     @classmethod
-    def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]]) -> Forest:
-        """Trees of two levels: tokens of each prefix, and of each of its branches."""
+    def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:
+        """Trees of two levels: tokens of each prefix, and of each of its branches; ``blocks`` as above."""
         lengths, parents = list[int](), list[int]()
         for prefix, each in zip(prefixes, branches, strict=True):
             root = len(lengths)
             lengths += [prefix, *each]
             parents += [-1, *[root] * len(each)]
-        return cls(tuple(lengths), tuple(parents))
+        return cls(tuple(lengths), tuple(parents), blocks)
 
     @functools.cached_property
     def starts(self) -> list[int]:
@@ -73,14 +96,32 @@ class Forest:
         return max(seen + length for seen, length in zip(self.seen, self.lengths, strict=True))
 
     @functools.cached_property
+    def depths(self) -> Tensor:
+        """[T] how many tokens come before each on its path."""
+        return torch.cat([torch.arange(seen, seen + length) for seen, length in zip(self.seen, self.lengths, strict=True)])
+
+    @functools.cached_property
+    def block_of(self) -> Tensor:
+        """[T] the number of the block that each token is in, or -1."""
+        found = torch.full((self.bounds[-1],), -1)
+        for number, (begin, end) in enumerate(self.blocks):
+            found[begin:end] = number
+        return found
+
+    def sight(self, window: int | None) -> Sight:
+        """What the tokens of a layer with this sliding window see. Windows that cut nothing off are left out."""
+        blocks = bool(self.blocks) and (self.blocks_everywhere or window is not None)
+        return Sight(window if window is not None and window < self.longest_path else None, blocks)
+
+    @functools.cached_property
     def _placed(self) -> dict[Any, Any]:
         return {}
 
-    def on(self, build: Callable[[Forest], Any], device: torch.device) -> Any:
-        """The result of ``build`` for the forest, on ``device``; computed once for all layers."""
-        key = build, device
+    def on(self, build: Callable[..., Any], device: torch.device, *options: Any) -> Any:
+        """The result of ``build`` for the forest and ``options``, on ``device``; computed once for all layers that ask for the same."""
+        key = build, device, options
         if key not in self._placed:
-            self._placed[key] = _move(build(self), device)
+            self._placed[key] = _move(build(self, *options), device)
         return self._placed[key]
 
 

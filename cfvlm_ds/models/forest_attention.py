@@ -5,6 +5,9 @@ The back ends compute the same function and are registered with transformers' pu
 keyword argument that travels through every layer, also when a layer is computed again for its gradient: never as a mask or as restarted
 positions, which several kernels silently misread.
 
+A layer may narrow this to a sliding window, which reaches back along a token's own path, and let the tokens of a picture see each other in
+both directions; ``Sight`` says so, and each back end computes it exactly or refuses.
+
     sdpa      trees of similar length padded to one length inside the attention; torch's kernel with a mask: for many short trees
     cascade   root on itself, the rest on the root, the rest's paths on themselves, merged by log-sum-exp: no root is computed twice
     flash_attention_2  one call of flash-attn's variable-length kernel; a node's keys are its ancestors' and its own, gathered
@@ -17,7 +20,6 @@ Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S se
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +32,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models.flex_attention import flex
-from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.forest import Forest, Sight
+from cfvlm_ds.models.variable_length import flash, varlen
 
 BACKENDS = ("sdpa", "cascade", "flash_attention_2", "varlen", "flex")
 _PADDED = 1.25  # trees are padded to one length while the longest has at most this many times the tokens of the shortest
@@ -39,7 +42,7 @@ _PADDED = 1.25  # trees are padded to one length while the longest has at most t
 # --- padded trees, with a mask ----------------------------------------------------------------------------------------------------------
 
 
-def _padded(forest: Forest) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+def _padded(forest: Forest, sight: Sight) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Buckets of trees as (tokens [B, L] by their place in the row, mask [B, 1, L, L] bool); each token's place in the padded buckets."""
     lengths = forest.tree_lengths
     order = sorted(range(len(lengths)), key=lambda tree: lengths[tree])
@@ -58,13 +61,14 @@ def _padded(forest: Forest) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
             tokens[b, :length] = torch.arange(start, start + length)
             nodes[b, :length] = node_of[start : start + length]
             back[start : start + length] = torch.arange(offset + b * width, offset + b * width + length)
-        found.append((tokens, _tree_mask(forest, nodes)))
+        found.append((tokens, _tree_mask(forest, sight, tokens, nodes)))
         offset += tokens.numel()
     return found, back
 
 
-def _tree_mask(forest: Forest, nodes: Tensor) -> Tensor:
-    """[B, 1, L, L] bool, true where a query may see a key: ``nodes`` [B, L] is each token's node, one past the last for padding.
+def _tree_mask(forest: Forest, sight: Sight, tokens: Tensor, nodes: Tensor) -> Tensor:
+    """[B, 1, L, L] bool, true where a query may see a key: ``tokens`` and ``nodes`` [B, L] are each token's place in the row and its node,
+    one past the last for padding.
 
     A token sees its ancestors and its own node, never a sibling. Padding sees itself, because a row of nothing is NaN.
     """
@@ -72,13 +76,19 @@ def _tree_mask(forest: Forest, nodes: Tensor) -> Tensor:
     for node, ancestors in enumerate(forest.ancestors):
         sees[node, list(ancestors)] = True
     sees[-1] = False
-    causal = torch.ones(nodes.shape[1], nodes.shape[1], dtype=torch.bool).tril()
-    allowed = sees[nodes.unsqueeze(2), nodes.unsqueeze(1)]
-    return ((causal & allowed) | torch.eye(nodes.shape[1], dtype=torch.bool)).unsqueeze(1)
+    seen = torch.ones(nodes.shape[1], nodes.shape[1], dtype=torch.bool).tril()
+    if sight.blocks:
+        block = forest.block_of[tokens]
+        seen = seen | (block.unsqueeze(2) == block.unsqueeze(1)) & (block >= 0).unsqueeze(1)
+    seen = seen & sees[nodes.unsqueeze(2), nodes.unsqueeze(1)]
+    if sight.window is not None:
+        depth = forest.depths[tokens]
+        seen = seen & (depth.unsqueeze(2) - depth.unsqueeze(1) < sight.window)
+    return (seen | torch.eye(nodes.shape[1], dtype=torch.bool)).unsqueeze(1)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
-    buckets, back = forest.on(_padded, query.device)
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
+    buckets, back = forest.on(_padded, query.device, sight)
     group = query.shape[1] // key.shape[1]
     outputs = []
     for tokens, mask in buckets:
@@ -236,61 +246,15 @@ def _tree_slices(forest: Forest) -> list[tuple[slice, slice, _Branches | _Paths 
     return found
 
 
-def _cascade(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
+def _cascade(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
+    if sight != Sight():
+        what = "sliding windows" if sight.window is not None else "pictures whose tokens see each other in both directions"
+        raise ConfigError(f"model.attn_implementation cascade cannot compute {what}; use auto or sdpa")
     group = query.shape[1] // key.shape[1]
     if group > 1 and not _GROUPED:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     out: Tensor = _Cascade.apply(query, key, value, forest, scale)
     return out.transpose(1, 2)
-
-
-# --- variable-length kernels ------------------------------------------------------------------------------------------------------------
-
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
-"""(query [T, H, D], key and value [gathered, J, D], where queries and keys of each segment begin [S + 1] int32, longest of each, scale) ->
-[T, H, D]; causal, with the last query of a segment at its last key."""
-
-
-def _gathered(forest: Forest) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """(place of every key in the row, where the segments' queries and keys begin, longest of each)."""
-    places, queries, keys = [], [0], [0]
-    for node, ancestors in enumerate(forest.ancestors):
-        places += [torch.arange(forest.starts[each], forest.starts[each + 1]) for each in (*ancestors, node)]
-        queries.append(forest.starts[node + 1])
-        keys.append(keys[-1] + forest.seen[node] + forest.lengths[node])
-    begins = (torch.tensor(queries, dtype=torch.int32), torch.tensor(keys, dtype=torch.int32))
-    longest = (int(begins[0].diff().max()), int(begins[1].diff().max()))
-    return torch.cat(places), *begins, *longest
-
-
-def _variable_length(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
-    places, q_at, k_at, q_max, k_max = forest.on(_gathered, query.device)
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    return kernel(q, k.index_select(0, places), v.index_select(0, places), q_at, k_at, q_max, k_max, scale).unsqueeze(0)
-
-
-def _flash(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor, q_max: int, k_max: int, scale: float) -> Tensor:
-        out: Tensor = flash_attn_varlen_func(q, k, v, q_at, k_at, q_max, k_max, softmax_scale=scale, causal=True)
-        return out
-
-    return _variable_length(kernel, query, key, value, forest, scale)
-
-
-def _varlen(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # causal
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before, it took fewer heads of keys unasked
-        options["enable_gqa"] = query.shape[1] != key.shape[1]
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor, q_max: int, k_max: int, scale: float) -> Tensor:
-        out: Any = varlen_attn(q, k, v, q_at, k_at, q_max, k_max, **options)
-        return out
-
-    return _variable_length(kernel, query, key, value, forest, scale)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------------------------
@@ -308,7 +272,7 @@ def registered(backend: str) -> str:
     """Register a back end with transformers and return its name there, which contains none of the names that the library treats
     specially."""
     name = f"{_PREFIX}{BACKENDS.index(backend)}"
-    attend = {"sdpa": _sdpa, "cascade": _cascade, "flash_attention_2": _flash, "varlen": _varlen, "flex": flex}[backend]
+    attend = {"sdpa": _sdpa, "cascade": _cascade, "flash_attention_2": flash, "varlen": varlen, "flex": flex}[backend]
     AttentionInterface.register(name, _interface(attend))
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     return name
@@ -325,7 +289,7 @@ def stock_attention(model: Any) -> Iterator[None]:
         text._attn_implementation = chosen
 
 
-def _interface(attend: Callable[[Tensor, Tensor, Tensor, Forest, float], Tensor]) -> Callable[..., tuple[Tensor, None]]:
+def _interface(attend: Callable[[Tensor, Tensor, Tensor, Forest, float, Sight], Tensor]) -> Callable[..., tuple[Tensor, None]]:
     def function(
         module: Any,
         query: Tensor,
@@ -334,6 +298,7 @@ def _interface(attend: Callable[[Tensor, Tensor, Tensor, Forest, float], Tensor]
         attention_mask: Tensor | None,
         scaling: float | None = None,
         dropout: float = 0.0,
+        sliding_window: int | None = None,
         forest: Forest | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
@@ -342,8 +307,7 @@ def _interface(attend: Callable[[Tensor, Tensor, Tensor, Forest, float], Tensor]
             raise ValueError("a model loaded for scoring takes a forest and no mask; load it with transformers for anything else")
         if dropout:
             raise ConfigError(f"attention dropout of {dropout} makes scores depend on what is packed together; set it to 0 in config.json")
-        if (window := options.get("sliding_window")) is not None and window < forest.longest_path:
-            raise ConfigError(f"a sliding window of {window} tokens cannot take rows of {forest.longest_path}; shorten prompts or images")
-        return attend(query, key, value, forest, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend(query, key, value, forest, scale, forest.sight(sliding_window)), None
 
     return function

@@ -60,29 +60,25 @@ def _forward(
 
 def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
     """The causal convolution of [1, T, C] along each path, by one call of the layer: every node with what comes before it in front."""
-    places, own = forest.on(_windows(module.conv_kernel_size), mixed.device)
+    places, own = forest.on(_windows, mixed.device, module.conv_kernel_size)
     spread = _with_nothing(mixed).index_select(1, places).transpose(1, 2)
     out = ACT2FN[module.activation](module.conv1d(spread)[..., : len(places)])
     return out.index_select(2, own).transpose(1, 2).to(mixed.dtype)
 
 
-@functools.cache
-def _windows(size: int) -> Callable[[Forest], tuple[Tensor, Tensor]]:
-    def build(forest: Forest) -> tuple[Tensor, Tensor]:
-        """(places in the row of all nodes' tokens, each with ``size - 1`` of its ancestors' in front, T for none; which are its own)."""
-        places, own, nothing = list[int](), list[int](), forest.bounds[-1]
-        for node, ancestors in enumerate(forest.ancestors):
-            before = list[int]()
-            for above in reversed(ancestors):
-                if len(before) < size - 1:
-                    before = [*range(forest.starts[above], forest.starts[above + 1]), *before]
-            before = [*[nothing] * (size - 1), *before][len(before) :]
-            places += before
-            own += range(len(places), len(places) + forest.lengths[node])
-            places += range(forest.starts[node], forest.starts[node + 1])
-        return torch.tensor(places), torch.tensor(own)
-
-    return build
+def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
+    """(places in the row of all nodes' tokens, each with ``size - 1`` of its ancestors' in front, T for none; which are its own)."""
+    places, own, nothing = list[int](), list[int](), forest.bounds[-1]
+    for node, ancestors in enumerate(forest.ancestors):
+        before = list[int]()
+        for above in reversed(ancestors):
+            if len(before) < size - 1:
+                before = [*range(forest.starts[above], forest.starts[above + 1]), *before]
+        before = [*[nothing] * (size - 1), *before][len(before) :]
+        places += before
+        own += range(len(places), len(places) + forest.lengths[node])
+        places += range(forest.starts[node], forest.starts[node + 1])
+    return torch.tensor(places), torch.tensor(own)
 
 
 def _ruled(module: Any, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, forest: Forest) -> Tensor:

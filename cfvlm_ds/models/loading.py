@@ -72,10 +72,15 @@ def _check_size(config: ModelConfig, model_config: PreTrainedConfig) -> None:
         )
 
 
+def _in_each_part(attn_implementation: str) -> dict[str, str]:
+    """In transformers' terms: in language model and tower; a further part, such as one for sound, has the library's default."""
+    return dict.fromkeys(("", "text_config", "vision_config"), attn_implementation)
+
+
 def _on_meta(config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str) -> Any:
     impossible = f"no model can be made of the configuration of {config.name_or_path!r}", "compare its config.json with the published one"
     with explained(*impossible), torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(model_config, dtype=dtype, attn_implementation=attn_implementation)
+        return AutoModelForImageTextToText.from_config(model_config, dtype=dtype, attn_implementation=_in_each_part(attn_implementation))
 
 
 def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
@@ -83,7 +88,7 @@ def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: b
 
     ``weights`` are looked for too, but not read.
     """
-    attention(config.attn_implementation)
+    attention(config.attn_implementation, load_config(config.name_or_path) if there else None)
     if all(getattr(config, module).tuning == "frozen" for module in MODULES):
         raise ConfigError(_ALL_FROZEN)
     check_4bit(config, zero3)
@@ -156,7 +161,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     if not is_deepspeed_zero3_enabled():  # a training's check_model has looked, and this would be partitioned
         _check_size(config, model_config)
     quantised = quantisation(family, config, dtype)
-    backends = _implementations(attention(config.attn_implementation))
+    backends = _implementations(attention(config.attn_implementation, model_config))
     with explained(f"the model {config.name_or_path!r} cannot be loaded", "compare its config.json and weights with the published ones"):
         return _loaded(config, family, dtype, backends, quantised)
 
@@ -200,7 +205,7 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str
     impossible = f"no model can be made of the configuration of {config.name_or_path!r}", "compare its config.json with the published one"
     with explained(*impossible), torch.device("meta"):
         _limit_images(config, None, model_config)
-        model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype, attn_implementation=attn_implementation)
+        model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype, attn_implementation=_in_each_part(attn_implementation))
         tune(model, family, config)
     return model
 
@@ -228,16 +233,17 @@ def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
             yield scorer.family.module_of(name), name, parameter
 
 
-def attention(requested: str) -> str:
+def attention(requested: str, model_config: PreTrainedConfig | None = None) -> str:
     """The attention back end (see forest_attention.py) for a request: ``auto`` takes flash-attn if there are a GPU and the package, else
     sdpa.
 
-    Raises ConfigError when a request cannot be met.
+    Raises ConfigError when a request cannot be met, by this machine or for this model.
     """
     from transformers.utils import is_flash_attn_2_available
 
+    widest = 0 if model_config is None else _widest_head(model_config.get_text_config())
     if requested == "auto":
-        return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+        return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() and widest <= _FLASH_HEAD else "sdpa"
     if requested not in BACKENDS:
         raise ConfigError(f"model.attn_implementation {requested!r} is not known; use auto, {', '.join(BACKENDS)}")
     if requested == "flash_attention_2" and not is_flash_attn_2_available():
@@ -245,13 +251,29 @@ def attention(requested: str) -> str:
             "model.attn_implementation flash_attention_2 needs a CUDA device and the flash-attn package; "
             "install it with `pip install flash-attn --no-build-isolation` or use auto"
         )
+    if requested in ("flash_attention_2", "varlen") and widest > _FLASH_HEAD:
+        raise ConfigError(
+            f"model.attn_implementation {requested} takes heads of {_FLASH_HEAD} at most, and the model has {widest}; use auto"
+        )
     if requested in ("varlen", "flex") and not torch.cuda.is_available():
         raise ConfigError(f"model.attn_implementation {requested} needs a CUDA device; use auto")
     if requested == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
         raise ConfigError(f"model.attn_implementation varlen needs a newer torch than {torch.__version__}; use auto")
     if requested == "cascade" and torch.cuda.is_available():
         raise ConfigError("model.attn_implementation cascade is for CPUs; use auto")
+    if requested == "cascade" and model_config is not None and family_of(model_config).whole_pictures(model_config) != "nowhere":
+        raise ConfigError(
+            f"model.attn_implementation cascade is causal, and model type {model_config.model_type!r} sees pictures as a whole; use auto "
+            "or sdpa"
+        )
     return requested
+
+
+_FLASH_HEAD = 256  # the widest head that flash attention's kernels take (Gemma 4 has wider ones in its full layers)
+
+
+def _widest_head(text: Any) -> int:
+    return max(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in text.per_layer_config)
 
 
 def _implementations(backend: str) -> dict[str, str]:

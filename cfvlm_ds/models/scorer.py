@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from cfvlm_ds.models.chunked_logprobs import head_logprobs
 from cfvlm_ds.models.family import Family
 from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.routers import Routed, Routers
 
 
 class ScoringHead(nn.Linear):
@@ -21,12 +22,17 @@ class ScoringHead(nn.Linear):
     It is a module because ZeRO-3 gathers a module's weight while the module runs.
     """
 
+    def __init__(self, in_features: int, out_features: int, cap: float | None = None) -> None:
+        """Without data. ``cap`` is the bound to which the logits of log-probs are squeezed; those that it returns the model squeezes."""
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.cap = cap
+
     @classmethod
-    def of(cls, head: nn.Linear) -> ScoringHead:
+    def of(cls, head: nn.Linear, cap: float | None) -> ScoringHead:
         """The head's own parameters in a scoring head. Raises ValueError when it has a bias, which no supported family's has."""
         if head.bias is not None:
             raise ValueError("the model's output head has a bias, which is not supported")
-        scoring = cls(head.in_features, head.out_features, bias=False, device="meta")
+        scoring = cls(head.in_features, head.out_features, cap)
         scoring.weight = head.weight
         return scoring.train(head.training)
 
@@ -34,24 +40,26 @@ class ScoringHead(nn.Linear):
         """Logits [..., V] of ``hidden`` [..., d]; or log-probs [N] of ``targets`` [N], each predicted by a row of ``hidden`` [P, d]."""
         if predicted_by is None or targets is None:
             return super().forward(hidden)
-        return head_logprobs(hidden, self.weight, predicted_by, targets)
+        return head_logprobs(hidden, self.weight, predicted_by, targets, self.cap)
 
 
 class Scorer(nn.Module):
     """The module that DeepSpeed runs: encode each distinct image once, run the language model, return log-probs of the scored tokens.
 
     Everything happens inside one forward, so that ZeRO-3 gathers each layer once however many candidates there are, and every rank calls
-    every submodule the same number of times.
+    every submodule the same number of times. ``routed`` is what the routers of a mixture of experts did in the last forward.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         super().__init__()
         if not isinstance(head := model.get_output_embeddings(), ScoringHead):
-            model.set_output_embeddings(ScoringHead.of(head))
+            model.set_output_embeddings(ScoringHead.of(head, family.logit_cap(model.config)))
         family.take_trees(model)
         self.model = model
         self.family = family
         self.projectors = family.projectors(model)
+        self.routed: Routed | None = None
+        self._routers = Routers(model)
 
     def forward(self, **inputs: Any) -> Any:
         """``logp`` of a row or, for ``image_inputs`` alone, ``tower_features``; both have to be forwards of the module that ZeRO-3
@@ -64,7 +72,10 @@ class Scorer(nn.Module):
         taken: dict[str, Tensor] = {}
 
         def take(name: str) -> Any:
-            return model.get_submodule(name).register_forward_pre_hook(lambda module, args: taken.update({name: args[0]}))
+            def note(module: nn.Module, args: Any, named: dict[str, Any]) -> None:
+                taken[name] = (*args, *named.values())[0]
+
+            return model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
 
         hooks = [take(name) for name in self.projectors]
         try:
@@ -99,12 +110,24 @@ class Scorer(nn.Module):
         # the text's embeddings are frozen it is the image through which gradients pass all of the language model.
         through = self.model.get_input_embeddings().register_forward_hook(lambda module, args, embedded: embedded + 0 * unused)
         try:
-            hidden = self.model.base_model(
-                input_ids=input_ids, position_ids=position_ids, forest=forest, mm_encoder_outputs=encoded, use_cache=False
-            ).last_hidden_state
+            with self._routers as routers:
+                hidden = self.model.base_model(
+                    input_ids=input_ids,
+                    position_ids=position_ids,
+                    forest=forest,
+                    mm_encoder_outputs=encoded,
+                    use_cache=False,
+                    **self._marked(input_ids),
+                ).last_hidden_state
+                self.routed = routers.routed()
         finally:
             through.remove()
         return self.model.get_output_embeddings()(hidden[scored], predicted_by, targets)
+
+    def _marked(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Which tokens are visual, for a family whose own masks depend on it: they are used where its attention is a stock one."""
+        mark = self.family.visual_mark
+        return {} if mark is None else {mark: (input_ids == self.model.config.image_token_id).long()}
 
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
@@ -129,8 +152,9 @@ class Scorer(nn.Module):
     def _projected(self, tower_features: dict[str, Tensor], rows: Sequence[int], **inputs: Tensor) -> Any:
         """The result of ``get_image_features``, computed from the tower's output; each image has ``rows`` of the projector's output."""
         model: Any = self.model
+        beside = [inputs[name] for name in self.family.projector_inputs]
         *further, first = (  # dropout in adapters must draw its numbers in the model's own order
-            self.family.arrange(model, model.get_submodule(name)(tower_features[name]), rows, inputs) for name in self.projectors
+            self.family.arrange(model, model.get_submodule(name)(tower_features[name], *beside), rows, inputs) for name in self.projectors
         )
         return SimpleNamespace(pooler_output=first, deepstack_features=further)
 

@@ -5,6 +5,7 @@ A limit changes the processor and, if the model computes the same sizes, its con
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from cfvlm_ds.core.config import ModelConfig
@@ -14,11 +15,46 @@ from cfvlm_ds.core.errors import ConfigError
 def pixels(processor: Any, config: Any, model: ModelConfig) -> None:
     """Images are scaled to lie between the two bounds (Qwen-VL: one token is a square of patch size x merge size pixels)."""
     if processor is not None:
-        size = processor.image_processor.size
-        low, high = model.min_pixels or size["shortest_edge"], model.max_pixels or size["longest_edge"]
-        if low > high:
-            raise ConfigError(f"model.min_pixels is {low} and model.max_pixels {high}; make the first the smaller one")
-        processor.image_processor.size = {"shortest_edge": low, "longest_edge": high}
+        _between(processor.image_processor, model, 1)
+
+
+def pixels_of_frames(processor: Any, config: Any, model: ModelConfig) -> None:
+    """The same where the processor counts the pixels of all frames, and takes a picture for as many as the tower joins (GLM-4V)."""
+    if processor is not None:
+        _between(processor.image_processor, model, processor.image_processor.temporal_patch_size)
+
+
+def _between(images: Any, model: ModelConfig, frames: int) -> None:
+    low, high = model.min_pixels or images.size["shortest_edge"] // frames, model.max_pixels or images.size["longest_edge"] // frames
+    if low > high:
+        raise ConfigError(f"model.min_pixels is {low} and model.max_pixels {high}; make the first the smaller one")
+    images.size = {"shortest_edge": frames * low, "longest_edge": frames * high}
+
+
+def longest_edge(processor: Any, config: Any, model: ModelConfig) -> None:
+    """The longest edge is scaled to that of the largest square of whole tokens (Mistral 3, whose images keep their shape).
+
+    Of at least 2 x 2: transformers cannot take a forward whose only image is one visual token.
+    """
+    if processor is not None and model.max_pixels:
+        images, side = processor.image_processor, processor.patch_size * processor.spatial_merge_size
+        if model.max_pixels < 4 * side**2:
+            raise ConfigError(f"model.max_pixels is {model.max_pixels}, and 2 x 2 visual tokens are {4 * side**2}; raise it")
+        images.size = {"longest_edge": min(images.size["longest_edge"], math.isqrt(model.max_pixels) // side * side)}
+
+
+_BUDGETS = (70, 140, 280, 560, 1120)
+
+
+def budgets(processor: Any, config: Any, model: ModelConfig) -> None:
+    """An image has at most one of some numbers of visual tokens, here the largest whose pixels are within the bound (Gemma 4)."""
+    if processor is not None and model.max_pixels:
+        images = processor.image_processor
+        pixels_per_token = (images.patch_size * images.pooling_kernel_size) ** 2
+        fitting = [tokens for tokens in _BUDGETS if tokens * pixels_per_token <= model.max_pixels]
+        if not fitting:
+            raise ConfigError(f"model.max_pixels is {model.max_pixels}, and the least is {_BUDGETS[0] * pixels_per_token}; raise it")
+        images.max_soft_tokens = fitting[-1]
 
 
 def grids(processor: Any, config: Any, model: ModelConfig) -> None:

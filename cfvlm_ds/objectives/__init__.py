@@ -16,32 +16,68 @@ from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.align import Align
 from cfvlm_ds.objectives.base import Objective, Report
+from cfvlm_ds.objectives.batch_align import BatchAlign
 from cfvlm_ds.objectives.csd import Csd
 from cfvlm_ds.objectives.dpo import Dpo
 from cfvlm_ds.objectives.fcd import Fcd
+from cfvlm_ds.objectives.misp import Misp
+from cfvlm_ds.objectives.retain import Retain
+from cfvlm_ds.objectives.symmpo import SymMPO
 
-OBJECTIVES: dict[str, type[Objective]] = {"align": Align, "csd": Csd, "fcd": Fcd, "dpo": Dpo}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "align": Align,
+    "csd": Csd,
+    "fcd": Fcd,
+    "dpo": Dpo,
+    "symmpo": SymMPO,
+    "misp": Misp,
+    "batch_align": BatchAlign,
+    "retain": Retain,
+}
 
 CELLS: tuple[Cells, ...] = ("anchor", "matched", "star", "full")
 
 Objectives = Mapping[str, Objective]
 
-__all__ = ["OBJECTIVES", "Align", "Csd", "Dpo", "Fcd", "Objective", "Objectives", "likelihood_report", "required_cells", "weighted_loss"]
+__all__ = [
+    "OBJECTIVES",
+    "Align",
+    "BatchAlign",
+    "Csd",
+    "Dpo",
+    "Fcd",
+    "Misp",
+    "Objective",
+    "Objectives",
+    "Retain",
+    "SymMPO",
+    "likelihood_report",
+    "required_cells",
+    "weighted_loss",
+]
 
 
 def required_cells(objectives: Objectives) -> Cells:
-    """The smallest set of cells that serves every objective."""
-    return CELLS[max((CELLS.index(objective.cells) for objective in objectives.values()), default=0)]
+    """The smallest set of a group's own cells that serves every objective."""
+    own: list[Cells] = ["star" if objective.cells == "batch" else objective.cells for objective in objectives.values()]
+    return CELLS[max(map(CELLS.index, own), default=0)]
+
+
+def batch_terms(objectives: Objectives) -> dict[str, int]:
+    """The terms that compare with other groups of the optimizer step, each with the texts of others that it wants on an image."""
+    return {name: int(getattr(objective, "texts", 0)) for name, objective in objectives.items() if objective.cells == "batch"}
 
 
 def denominators(objectives: Objectives, layout: GroupLayout) -> dict[str, Tensor]:
     """Each objective's denominators on this layout, [P] each, ready to be added over micro-batches and ranks."""
-    return {name: torch.atleast_1d(objective.denominator(layout.of_objective(name))) for name, objective in objectives.items()}
+    seen = {name: layout if objective.cells == "batch" else layout.own for name, objective in objectives.items()}
+    return {name: torch.atleast_1d(objective.denominator(seen[name].of_objective(name))) for name, objective in objectives.items()}
 
 
-def scores_of(name: str, scores: Scores) -> Scores:
-    """The scores that an objective sees: those of the groups that count in it."""
-    return replace(scores, layout=scores.layout.of_objective(name))
+def scores_of(name: str, objective: Objective, scores: Scores) -> Scores:
+    """The scores that an objective sees: those of the groups that count in it, with texts of other groups only if it is made for them."""
+    seen = scores if objective.cells == "batch" else scores.own
+    return replace(seen, layout=seen.layout.of_objective(name))
 
 
 def ramp(objective: Objective, progress: float) -> float:
@@ -62,7 +98,7 @@ def weighted_loss(
     shares: dict[str, Tensor] = {}
     for name, objective in objectives.items():
         below = global_denominators[name].to(scores.logp)
-        parts = torch.atleast_1d(objective.numerator(scores_of(name, scores)))
+        parts = torch.atleast_1d(objective.numerator(scores_of(name, objective, scores)))
         share = torch.where(below > 0, parts / below.clamp(min=torch.finfo(below.dtype).tiny), 0).sum()
         shares[name] = share.detach()
         loss = loss + objective.weight * ramp(objective, progress) * share

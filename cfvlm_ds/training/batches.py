@@ -12,11 +12,13 @@ from torch.utils.data import DataLoader
 from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster import signals
-from cfvlm_ds.core.data_config import DataConfig
+from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, apart
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.store import Unraised
+from cfvlm_ds.objectives import batch_terms
+from cfvlm_ds.training.guests import WholeSteps, WithGuests
 
 
 def forkable(num_workers: int, importing: threading.Thread | None) -> int:
@@ -27,16 +29,17 @@ def forkable(num_workers: int, importing: threading.Thread | None) -> int:
 
 
 def micro_batches(
-    groups: Sequence[CounterfactualGroup], sampler: GroupSampler, collator: Collator, data: DataConfig, world: World, num_workers: int
+    groups: Sequence[CounterfactualGroup], sampler: GroupSampler, collator: Collator, config: RunConfig, world: World, num_workers: int
 ) -> Iterator[list[Batch]]:
     """Micro-batches from where the sampler is, each in the parts that are run one after the other.
 
     Raises WorkerLost when a data worker has died.
     """
+    terms = batch_terms(config.objective)
     loader: Any = DataLoader(
-        Unraised(groups),  # type: ignore[arg-type]
-        batch_sampler=sampler,
-        collate_fn=partial(collator.without_unreadable, max_tokens=data.max_tokens_per_forward),
+        WithGuests(groups, terms, config.train.seed) if terms else Unraised(groups),  # type: ignore[arg-type]
+        batch_sampler=WholeSteps(sampler) if terms else sampler,  # type: ignore[arg-type]
+        collate_fn=partial(collator.without_unreadable, max_tokens=config.data.max_tokens_per_forward),
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         pin_memory=world.device.type == "cuda",

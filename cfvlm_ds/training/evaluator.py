@@ -43,8 +43,10 @@ class Evaluator:
         self.splits, self._benchmarks = splits, benchmarks
         self._stop, self._num_workers = stop, num_workers
 
-    def __call__(self, shuffled: bool = False) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
-        """Results and scores by split.
+    def __call__(
+        self, shuffled: bool = False, only: Sequence[str] | None = None
+    ) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
+        """Results and scores by split, or of some splits ``only``.
 
         Raises StopRequested on all ranks where they are to stop, and WorkerLost on the one that has lost a data worker.
         """
@@ -52,7 +54,7 @@ class Evaluator:
             return evaluate(
                 self._engine,
                 self._collator,
-                self.splits,
+                self.splits if only is None else {name: self.splits[name] for name in only},
                 self._world,
                 num_workers=self._num_workers,
                 shuffled=shuffled,

@@ -87,12 +87,15 @@ def measure(
     for name, share in measured.shares.items():
         meter.add(f"loss/{name}", share, part_of_step)
     for name, objective in objectives.items():
-        for key, (total, count) in objective.report(scores_of(name, scores)).items():
+        for key, (total, count) in objective.report(scores_of(name, objective, scores)).items():
             meter.add(key, total * real, count * real)
     for key, (total, count) in likelihood_report(scores).items():
         meter.add(key, total * real, count * real)
     meter.add("throughput/groups_per_s", len(scores.layout.ids), 1)
     meter.add("throughput/candidates_per_s", scores.layout.valid.sum() * real, 1)
+    for routed in measured.routed:
+        for expert, taken in enumerate(routed.taken):
+            meter.add(f"router/load/{expert:03d}", taken * len(routed.taken), routed.taken.sum())
     for batch in measured.parts:
         meter.add("throughput/tokens_per_s", batch.num_tokens, 1)
         meter.add("throughput/images_per_s", batch.num_images, 1)
@@ -105,7 +108,7 @@ def _measure_source(meter: Meter, scores: Scores, objectives: Objectives, source
     """Each term's mean over the groups of one source; every rank names the same metrics, whatever it has of them."""
     layout = scores.layout.of_source(source)
     for name, objective in objectives.items():
-        seen = scores_of(name, replace(scores, layout=layout))
+        seen = scores_of(name, objective, replace(scores, layout=layout))
         counts = torch.atleast_1d(objective.denominator(seen.layout))
         with torch.no_grad():
             totals = torch.atleast_1d(objective.numerator(seen)) if source in layout.sources else torch.zeros_like(counts)

@@ -37,13 +37,17 @@ _NAMED = 5
 
 
 def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
-    """Raise ConfigError on all ranks naming weights with NaN or infinite values; under ZeRO-3 every rank looks at its own part."""
+    """Raise ConfigError on all ranks naming weights with NaN or infinite values; under ZeRO-3 every rank looks at its own part.
+
+    Bounds may be infinite, as those of Gemma 4's clipped layers are where nothing is clipped.
+    """
     tensors: dict[str, Tensor] = {}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         part = own_part(value).detach()
         if part.is_floating_point() and part.numel() and part.device.type != "meta":
             tensors[name] = part
-    finite = {name: torch.stack(torch.aminmax(part)).isfinite().all() for name, part in tensors.items()}
+    extremes = {name: torch.stack(torch.aminmax(part)) for name, part in tensors.items()}
+    finite = {name: ~x.isnan().any() if name.endswith(("_min", "_max")) else x.isfinite().all() for name, x in extremes.items()}
     found = [name for name, good in finite.items() if not good]
     if named := sorted({name for names in gather_objects(found, world) for name in names}):
         more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
@@ -102,7 +106,7 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Se
             cells += [_compared(forward, model, packed, place) for place in more]
             worst = _largest([cell.off / cell.tokens for cell in cells], world)
             allowed = max(bound, worst * _SPREADS / _spreads(forward, model, cells, dtype, world))
-    backend = attention(config.model.attn_implementation)
+    backend = attention(config.model.attn_implementation, model.config)
     if not worst <= allowed:
         other = "" if backend == "sdpa" else "use sdpa, or "
         raise ConfigError(
@@ -134,7 +138,13 @@ class _Packed:
 def _compared(forward: Any, model: Any, packed: _Packed, place: list[int]) -> Cell:
     g, i, c = place
     group, layout = packed.groups[g], packed.scores.layout
-    part: dict[str, Any] = {"images": group.images[i : i + 1], "candidates": group.candidates[c : c + 1], "match": ((1,),), "edits": ()}
+    part: dict[str, Any] = {
+        "images": group.images[i : i + 1],
+        "candidates": group.candidates[c : c + 1],
+        "match": ((1,),),
+        "edits": (),
+        "keys": (),
+    }
     single = packed.collator([replace(group, **part)]).to(packed.scores.logp.device)
     largest: list[float] = []
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,20 +20,25 @@ from cfvlm_ds.cluster.signals import WorkerLost, reason
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, all_reduce_sums, gather_objects
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.models import adapters_off
-from cfvlm_ds.objectives import denominators, weighted_loss
+from cfvlm_ds.models import Routed, adapters_off
+from cfvlm_ds.objectives import batch_terms, denominators, weighted_loss
+from cfvlm_ds.training.elsewhere import Exchange, exchange, look_ahead
 from cfvlm_ds.training.gradient_cache import one_pass, two_passes
+from cfvlm_ds.training.hard_negatives import HardNegatives
+from cfvlm_ds.training.router_balance import RouterBalance
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A micro-batch after its forward: ``loss`` and each term's ``shares`` are its shares of the step's, on this rank."""
+    """A micro-batch after its forward: ``loss`` and each term's ``shares`` are its shares of the step's, on this rank; ``routed`` is what
+    the routers of a mixture of experts did in each of its forwards."""
 
     parts: Sequence[Batch]
     scores: Scores
     loss: Tensor
     shares: Mapping[str, Tensor]
+    routed: Sequence[Routed] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class OptimizerStep:
     ) -> None:
         self._config, self._world, self._engine = config, world, engine
         self._stand_in, self._skipped, self._nonfinite, self._mark = stand_in, skipped, nonfinite, mark
+        wanted = config.train.hard_negatives
+        self._hardest = None if wanted is None else HardNegatives(engine, wanted, self._forwards)
 
     def take(self, number: int, batches: Iterator[list[Batch]], progress: float, votes: Tensor, save_due: bool) -> StepResult:
         """Fetch the micro-batches, agree on the global denominators, compute, update the weights.
@@ -97,6 +104,14 @@ class OptimizerStep:
         asked = time.monotonic()
         micro_batches, lost = self._fetch(batches)
         waited = time.monotonic() - asked
+        if self._hardest is not None and self._all_have_batches(lost):
+            self._mark("computation", number)
+            with explain_out_of_memory(
+                f"at step {number} on rank {self._world.rank}",
+                [part for parts in micro_batches for part in parts],
+                _memory_remedy(self._config),
+            ):
+                micro_batches = self._hardest.of(micro_batches)
         self._mark("agreement", number)
         agreed = self._agree(micro_batches, votes, save_due, lost)
         if agreed.worker_lost:
@@ -122,6 +137,11 @@ class OptimizerStep:
         except WorkerLost as error:
             return [[self._stand_in().to(device)]], str(error)
 
+    def _all_have_batches(self, lost: str | None) -> bool:
+        missing = torch.tensor([float(lost is not None)], device=self._world.device)
+        dist.all_reduce(missing)
+        return not bool(missing)
+
     def _agree(self, micro_batches: Sequence[Sequence[Batch]], votes: Tensor, save_due: bool, lost: str | None) -> _Agreed:
         local: dict[str, Tensor] = {}
         for parts in micro_batches:
@@ -142,8 +162,12 @@ class OptimizerStep:
         all_finite = torch.ones((), device=world.device)
         finite = True
 
+        coupled, ahead = bool(batch_terms(self._config.objective)), list[Exchange]()
+
         def loss_of(scores: Scores) -> Tensor:
             nonlocal finite
+            if coupled:  # a step of one micro-batch a rank has all its scores here
+                scores = (ahead or [exchange([scores], world)])[0](scores)
             loss, shares = weighted_loss(self._config.objective, scores, denominators, world.size, progress)
             measured.append(Measured(micro_batches[len(measured)], scores, loss.detach() / world.size, shares))
             all_finite.mul_(torch.isfinite(loss.detach()))
@@ -154,17 +178,30 @@ class OptimizerStep:
                     return loss * torch.nan  # on every rank: DeepSpeed takes no step whose gradient's global norm is not finite
             return loss
 
+        forwards, balance = self._forwards(micro_batches), RouterBalance(self._engine, self._config.train.router_balance, world)
         parts_of_all = [part for parts in micro_batches for part in parts]
         with explain_out_of_memory(f"at step {number} on rank {world.rank}", parts_of_all, _memory_remedy(self._config)):
-            for parts, forwards in zip(micro_batches, self._forwards(micro_batches), strict=True):
+            self._mark("computation", number)
+            if coupled and len(micro_batches) > 1:
+                ahead.append(exchange(look_ahead(self._engine, micro_batches, forwards, world.device), world))
+            balance.look_ahead(micro_batches, forwards)
+            for parts, passes in zip(micro_batches, forwards, strict=True):
                 self._mark("computation", number)
                 last = parts is micro_batches[-1]
-                if forwards == 1:
-                    one_pass(self._engine, parts[0], loss_of, self._reference, last)
+                if passes == 1:
+                    one_pass(self._engine, parts[0], loss_of, self._reference, last, balance.term)
                 else:
-                    two_passes(self._engine, parts, forwards, loss_of, self._reference, last, world.device)
+                    two_passes(self._engine, parts, passes, loss_of, self._reference, last, world.device, balance.term)
+                measured[-1] = self._with_balance(measured[-1], balance)
             self._engine.step()
         return measured, finite
+
+    def _with_balance(self, measured: Measured, balance: RouterBalance) -> Measured:
+        share, routed = balance.taken()
+        if share is None:
+            return replace(measured, routed=routed)
+        loss = measured.loss + self._config.train.router_balance * share
+        return replace(measured, loss=loss, shares={**measured.shares, "router_balance": share}, routed=routed)
 
     def _forwards(self, micro_batches: Sequence[Sequence[Batch]]) -> list[int]:
         """How many forwards each micro-batch takes: the same on every rank, because ZeRO-3 gathers weights on all of them together."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +32,7 @@ from cfvlm_ds.training.evaluator import Evaluator, best_metric
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.read_data import RunData
 from cfvlm_ds.training.results import complete_card, draw_figures, export_checkpoint, text_of, write_results, write_start
+from cfvlm_ds.training.retention import Retention
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 from cfvlm_ds.training.step import OptimizerStep, StepResult
 
@@ -66,7 +67,7 @@ class Trainer:
         self._run_dir = Path(config.train.output_dir)
         self._flops = ModelFlops(engine.module.model, engine.module.family)
         self._sources = tuple(data.sources) if config.data.is_mixture else ()
-        self._stop = Stop(config.train.stop_margin_s)
+        self._stop, self._retention = Stop(config.train.stop_margin_s), Retention(config.train, state, world.say)
         self.evaluator = Evaluator(config, world, engine, collator, data.splits, data.benchmarks, self._stop, num_workers)
 
     def run(self, tracker: Any) -> None:
@@ -90,7 +91,7 @@ class Trainer:
         skipped = SkippedGroups(self._config.data, self._run_dir, state.skipped, world)
         nonfinite = NonfiniteSteps(train, self._run_dir, world)
         step = OptimizerStep(self._config, world, self._engine, stand_in, skipped, nonfinite, self._pulse.mark)
-        batches = micro_batches(self._data.groups, self._sampler, self._collator, self._config.data, world, self._num_workers)
+        batches = micro_batches(self._data.groups, self._sampler, self._collator, self._config, world, self._num_workers)
         meter = Meter(deepspeed_engine.gather_clock(self._engine, world.device))
         checkpoints = Checkpoints(self._engine, state, self._run_dir, world, train)
         if state.step == 0:
@@ -148,19 +149,14 @@ class Trainer:
             metrics["throughput/mfu"] = metrics["throughput/model_tflop_per_s"] * 1e12 / (fastest * world.size)
         tracker.log(state.step, metrics)
         world.say(_progress(state.step, self.total_steps, metrics, left))
-        fallen = state.displacement(metrics["logp/lp_00"]) if "logp/lp_00" in metrics else 0.0
-        if fallen > self._config.train.displacement_warning:  # the margin then grows by pushing everything down (arXiv 2410.08847)
-            world.say(
-                f"warning: likelihood displacement: the factual log-likelihood fell {fallen:.2f} nats per token below its start; raise "
-                "objective.align.weight or lower the margins"
-            )
+        self._retention.trained(metrics)
 
     def _begin(self, tracker: Any) -> None:
         """Evaluate the model as it came, for the tables at the end, if that is asked for; what an earlier run has found of its own goes."""
-        results = None
-        if self._config.train.eval_on_start:
+        results, train = None, self._config.train
+        if train.eval_on_start or train.retention:
             self._world.say("before the first step:")
-            results, _ = self._look(tracker)
+            results, _ = self._look(tracker, None if train.eval_on_start else train.retention)
         if self._world.is_main:
             write_start(self._run_dir, results, self._world.say)
 
@@ -168,13 +164,13 @@ class Trainer:
         """Evaluate between steps; returns whether the result is the best so far by train.save_best."""
         return (value := best_metric(self._config, self._look(tracker)[1])) is not None and self.state.evaluated(value)
 
-    def _look(self, tracker: Any) -> tuple[dict[str, list[Accuracy]], dict[str, float]]:
-        """Evaluate splits and benchmarks, log them and say their headlines; returns the accuracies of the splits, and all metrics."""
+    def _look(self, tracker: Any, only: Sequence[str] | None = None) -> tuple[dict[str, list[Accuracy]], dict[str, float]]:
+        """Evaluate splits and benchmarks, or some splits ``only``, log and say what is found; returns accuracies, and all metrics."""
         self._pulse.mark("evaluation", self.state.step)
         benchmarks = self._data.benchmarks
-        results, _ = self.evaluator()
-        outcomes = self.evaluator.ask() if benchmarks else {}
-        metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes)
+        results, _ = self.evaluator(only=only)
+        outcomes = self.evaluator.ask() if benchmarks and only is None else {}
+        metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results)
         tracker.log(self.state.step, metrics)
         said = [(split, headline(rows)) for split, rows in results.items()]
         for name, line in said + [(name, headline_of(benchmarks[name], found)) for name, found in outcomes.items()]:
@@ -201,7 +197,7 @@ class Trainer:
         benchmarks = self._data.benchmarks
         results, scores = self.evaluator(config.train.eval_shuffled)
         outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
-        tracker.log(step, flat_metrics(results) | benchmark_metrics(benchmarks, outcomes))
+        tracker.log(step, flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results))
         asked = write_benchmarks(config, benchmarks, outcomes, self._world, config.train.export and failed is None)
         if self._world.is_main:
             written = write_results(config, self._data.splits, results, scores, self._data.identities, asked)

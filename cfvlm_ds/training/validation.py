@@ -18,7 +18,8 @@ from cfvlm_ds.data import open_groups
 from cfvlm_ds.data.containers.hub import is_hub
 from cfvlm_ds.data.containers.kinds import is_there
 from cfvlm_ds.data.manifest import known_format
-from cfvlm_ds.models import check_model, only_adapters_train
+from cfvlm_ds.models import check_balanced, check_model, load_config, only_adapters_train
+from cfvlm_ds.objectives import batch_terms
 from cfvlm_ds.training.benchmarks import chosen_of
 
 _UNKNOWN_WIDTH = 64
@@ -36,6 +37,8 @@ def validate(config: RunConfig, world: World | None) -> None:
     built = [folder for folder in (config.build.base, config.build.tiny_llava and config.build.tiny_llava.out_dir) if folder]
     there = os.path.exists(model.name_or_path) or not any(_is_below(model.name_or_path, folder) for folder in built)
     check_model(model, raw.get("zero_optimization", {}).get("stage") == 3, there, weights=world is not None)
+    if config.train.router_balance and there:
+        check_balanced(load_config(model.name_or_path).model_type)
     device = torch.device("cpu") if world is None else world.device
     size, width = 1 if world is None else world.size, engine.hidden_size(config) if there else _UNKNOWN_WIDTH
     resolved = engine.resolve(raw, config, size, device, width, max(1, config.train.max_steps))
@@ -44,6 +47,23 @@ def validate(config: RunConfig, world: World | None) -> None:
         if (resume := config.train.resume) not in ("auto", "never", "restart") and not os.path.isdir(resume):
             raise ConfigError(f"train.resume {resume!r} is no folder; give auto, never, restart or the path of a checkpoint")
         _check_data(config)
+        _check_step(config, size)
+
+
+def _check_step(config: RunConfig, ranks: int) -> None:
+    train, terms = config.train, batch_terms(config.objective)
+    if terms and train.hard_negatives is not None:
+        raise ConfigError(
+            f"{next(iter(terms))} compares with texts of other groups that are drawn before any is scored, and train.hard_negatives leaves "
+            "out some after it; set one of them"
+        )
+    if terms and config.data.max_tokens_per_micro_batch is None:
+        groups = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
+        if groups < 2:
+            raise ConfigError(
+                f"{next(iter(terms))}: an optimizer step has one group, and its images are compared with texts of others; raise "
+                "train.per_device_train_batch_size or train.gradient_accumulation_steps"
+            )
 
 
 def _check_data(config: RunConfig) -> None:
@@ -61,6 +81,10 @@ def _check_data(config: RunConfig) -> None:
         known_format(each.path, each.format or data.format)  # raises, and says what is near
         if not there:
             open_groups(each.path, each.root, each.format or data.format)  # raises, and says what is near
+    for name in config.train.retention or ():
+        if name not in data.evaluation_sets:
+            known = ", ".join(data.evaluation_sets) or "none"
+            raise ConfigError(f"train.retention: {name!r} is no manifest of data.evaluation ({known}); name one of them, or add it there")
     for name, each in data.benchmark_sets.items():
         if not (root := chosen_of(name, each).root).is_dir() and not (scenes is not None and _is_below(str(root), scenes.out_dir)):
             raise ConfigError(f"data.evaluation.{name}: {root}: no such folder; put the benchmark's files there, as docs/benchmarks says")

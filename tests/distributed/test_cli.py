@@ -55,6 +55,7 @@ COMMANDS = [
     *(["data", name] for name in ("propose", "edit", "verify", "select", "audit", "run", "status")),
     ["tiny"],
     ["score"],
+    ["calibrate"],
     ["evaluate"],
     ["compare"],
     ["export"],
@@ -640,6 +641,7 @@ def test_evaluate_prints_the_table_of_the_run(
     assert (runs / "z3" / "results.md").read_text().startswith(f"{printed}\n\n| split | loss |"), "it knows of no objective"
     assert "| chance |" in printed and "| test | all, blank image |" in printed
     found, of_run = (json.loads(path.read_text())["test"] for path in (tmp_path / "e" / "r.json", runs / "z3" / "results.json"))
+    assert found[-1].pop("nll") == pytest.approx(of_run[-1].pop("nll"), rel=1e-6), "sums of other batches"
     assert [row | {"losses": {}} for row in of_run] == found and of_run[-1]["losses"].keys() == {"align", "csd", "fcd"}
 
 

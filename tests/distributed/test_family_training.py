@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import losses, plain_scores, run_ranks, run_trainings, save_groups, selected
+from conftest import losses, metrics, plain_scores, run_ranks, run_trainings, save_groups, selected
 from PIL import Image
 from safetensors import safe_open
 
@@ -136,7 +136,8 @@ def test_exports_have_the_sources_names_and_dtypes(
 ) -> None:
     source, exported = tensors(models[on[0]]), tensors(trained[(*on, 2)] / "export")
     assert {name: (t.shape, t.dtype) for name, t in exported.items()} == {name: (t.shape, t.dtype) for name, t in source.items()}
-    assert sum(not torch.equal(exported[name], source[name]) for name in source) > len(source) / 2, "it trained"
+    trained = [name for name in source if source[name].dim() and "audio" not in name]
+    assert sum(not torch.equal(exported[name], source[name]) for name in trained) > len(trained) / 2, "it trained"
 
 
 @each("lora")
@@ -179,6 +180,35 @@ def test_a_fresh_process_scores_the_exports_as_the_run_did(
         for name, stored in read_scores(folder / "scores" / "test.jsonl", groups, data).items():
             for ours, theirs in zip(stored.logp, found[name], strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-4), (model, name)
+
+
+@pytest.mark.long
+def test_the_routers_are_balanced_over_the_whole_step(models: dict[str, Path], manifest: dict[str, Path], tmp_path: Path) -> None:
+    """One rank and two, in one micro-batch, in several and in parts, recomputed or not: one trajectory. fp32, relative 2e-4."""
+    ways: dict[str, tuple[int, dict[str, str]]] = {
+        "one": (1, {}),
+        "ranks": (2, {}),
+        "accumulated": (1, {"per_device_train_batch_size": "1", "gradient_accumulation_steps": "4"}),
+        "both, in parts": (2, {"per_device_train_batch_size": "1", "gradient_accumulation_steps": "2"}),
+        "unbalanced": (1, {"router_balance": "0"}),
+    }
+    for ranks in (1, 2):
+        runs = []
+        for name, (of, options) in ways.items():
+            own = {"router_balance": "5", "export": "false", "logging_steps": "1"} | options
+            few = [part for option, value in own.items() for part in (f"--train.{option}", value)] + ["--data.evaluation", "{}"]
+            few += ["--data.max_tokens_per_forward", "150"] * ("parts" in name)  # no tree is larger
+            if of == ranks:
+                runs.append([*arguments(models["qwen3_vl_moe"], manifest, tmp_path / name, "full", ranks), *few])
+        run_trainings(ranks, *runs, said=tmp_path / f"said-{ranks}", timeout=900)
+    rows = {name: [row for row in metrics(tmp_path / name) if "loss" in row] for name in ways}
+    keys = ["loss", "loss/router_balance", *(f"router/load/{expert:03d}" for expert in range(4))]
+    expected = [[row[key] for key in keys] for row in rows["one"]]
+    assert len(expected) == STEPS
+    for name in ("ranks", "accumulated", "both, in parts"):
+        assert [[row[key] for key in keys] for row in rows[name]] == [pytest.approx(row, rel=2e-4) for row in expected], name
+    assert "loss/router_balance" not in rows["unbalanced"][0] and rows["unbalanced"][0]["router/load/000"] == pytest.approx(expected[0][2])
+    assert rows["unbalanced"][-1]["router/load/000"] != pytest.approx(expected[-1][2], rel=1e-3), "it matters"
 
 
 @pytest.mark.parametrize("wrong", [pytest.param(False, marks=pytest.mark.long), True])

@@ -16,10 +16,12 @@ from cfvlm_ds.core.config import ModelConfig, ModuleConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data import open_groups, read_manifest
+from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.data.stored_scores import StoredScores, write_scores
 from cfvlm_ds.engine.setup import recompute_activations
 from cfvlm_ds.evaluation import accuracies, score_groups
-from cfvlm_ds.models import Scorer, family_of, load_model
+from cfvlm_ds.models import Scorer, family_of, fingerprint, load_model
 from cfvlm_ds.objectives import Align, Csd, Fcd, Objective, denominators, likelihood_report, weighted_loss
 
 Loss = Callable[[Scores], Tensor]
@@ -141,10 +143,16 @@ def test_the_papers_matched_form_pushes_true_captions_down(model_dir: Path, batc
 
 def test_the_displacement_warning(model_dir: Path, manifest: Path, tmp_path: Path) -> None:
     """Real trainings at one threshold: without align the factual text falls and the run says so; with it, it does not."""
-    arguments = []
+    arguments, groups = [], open_groups(str(manifest))
+    stored = {
+        each.id: StoredScores(((-30.0,) * len(each.candidates),) * len(each.images), (-30.0,) * len(each.candidates)) for each in groups
+    }
+    made_by, scores = fingerprint(ModelConfig(str(model_dir))), tmp_path / "scores.jsonl"
+    write_scores(scores, groups, stored, "m", data_identity(groups, groups.roots), made_by=made_by)
     for name, weight in (("without", "0"), ("with", "1")):
         options = ["--objective.align.weight", weight, "--train.displacement_warning", "0.01", "--train.per_device_train_batch_size", "8"]
-        options += ["--train.max_steps", "12", "--objective.fcd.weight", "0"]
+        options += ["--train.max_steps", "12", "--objective.fcd.weight", "0", "--objective.retain.weight", "0.1"]
+        options += ["--data.scores", str(scores), "--data.evaluation.kept", str(manifest), "--train.retention", "[kept]"]
         arguments.append(train_arguments(model_dir, {"train": manifest}, tmp_path / name, *options))
     output = run_trainings(1, *arguments, said=tmp_path / "said")
     without, held = output.split("parameters: ")[1:]
@@ -152,6 +160,16 @@ def test_the_displacement_warning(model_dir: Path, manifest: Path, tmp_path: Pat
     assert min(lp["without"]) < lp["without"][0] - 0.01 and min(lp["with"]) > lp["with"][0] - 0.01, lp
     assert "warning: likelihood displacement: the factual log-likelihood fell" in without and "objective.align.weight" in without
     assert "displacement" not in held
+    for name, said in (("without", without), ("with", held)):
+        rows = [row for row in metrics(tmp_path / name) if "eval/kept/nll" in row]
+        assert [row["step"] for row in rows] == [0, 12], "without being asked for an evaluation before the first step"
+        first, last = rows
+        assert first["retention/kept/nll"] == first["retention/kept/accuracy"] == 0
+        assert last["retention/kept/nll"] == pytest.approx(last["eval/kept/nll"] - first["eval/kept/nll"])
+        assert last["retention/kept/accuracy"] == pytest.approx(last["eval/kept/group"] - first["eval/kept/group"])
+        lost = "warning: retention: true texts of data.evaluation.kept lost"
+        assert (lost in said) == (last["retention/kept/nll"] > 0.01) == (name == "without") and f"{lost} 0." in without
+        assert said.count("objective.retain has found no row in which nothing is false") == 1
 
 
 # Where gradients go ---------------------------------------------------------------------------------------------------------------------

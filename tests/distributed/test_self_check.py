@@ -81,7 +81,7 @@ def outcome(engine: Engine, collator: Collator, groups: Sequence[CounterfactualG
 def seeing_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention._padded
     chained = lambda f: attention.Forest(f.lengths, tuple(node - 1 if parent >= 0 else -1 for node, parent in enumerate(f.parents)))  # noqa: E731
-    monkeypatch.setattr(attention, "_padded", lambda f: right(chained(f)))
+    monkeypatch.setattr(attention, "_padded", lambda f, *sight: right(chained(f), *sight))
 
 
 def going_on_counting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+PATIENCE = 120.0
+"""Seconds that a command may take: a page that never comes to what a test waits for is a failure, and not a test without an end."""
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -24,14 +29,20 @@ class Browser:
     """One tab. ``complaints`` are what the console, the content security policy and exceptions said."""
 
     def __init__(self, command: str) -> None:
-        self._profile = tempfile.TemporaryDirectory()
+        self._profile = tempfile.TemporaryDirectory(
+            ignore_cleanup_errors=True
+        )  # its processes end one after the other, and write until then
         take, give_in = os.pipe()
         take_out, give = os.pipe()
         options = ["--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
         options += [f"--user-data-dir={self._profile.name}", "--disable-dev-shm-usage", "--disable-background-networking"]
         shell = f'exec "$0" "$@" 3<&{take} 4>&{give}'
         self._process = subprocess.Popen(
-            ["bash", "-c", shell, command, *options], pass_fds=(take, give), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ["bash", "-c", shell, command, *options],
+            pass_fds=(take, give),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         os.close(take)
         os.close(give)
@@ -39,6 +50,7 @@ class Browser:
         self._waiting, self._number = b"", 0
         self._session: str | None = None
         self._loaded = 0
+        self._until = 0.0
         self.complaints: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -51,13 +63,14 @@ class Browser:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._to.close()
         self._from.close()
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._profile.cleanup()
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """A command of the DevTools protocol, and its result."""
         self._number += 1
+        self._until = time.monotonic() + PATIENCE
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session is not None:
             message["sessionId"] = self._session
@@ -70,6 +83,8 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._waiting:
+            ready, _, _ = select.select([self._from], [], [], max(0.0, self._until - time.monotonic()))
+            assert ready, f"the page did not come to it in {PATIENCE:.0f} s; the console said: {self.complaints}"
             part = self._from.read(1 << 16)
             assert part, "the browser has ended"
             self._waiting += part
@@ -83,6 +98,8 @@ class Browser:
             self.complaints.append(str(event["params"]["entry"]["text"]))
         elif event.get("method") == "Runtime.consoleAPICalled":
             self.complaints.append(str(event["params"]["args"]))
+        elif event.get("method") == "Inspector.targetCrashed":
+            raise AssertionError("the page's process has ended")
         elif event.get("method") == "Page.javascriptDialogOpening":
             raise AssertionError(f"a dialog was opened: {event['params']}")
         return event

@@ -35,8 +35,8 @@ def stand_still(folder: Path, ended: bool) -> None:
 def seeing_siblings(options: Sequence[str]) -> None:
     """A training whose attention lets the texts of an image see each other."""
     right = attention._padded
-    attention._padded = lambda forest: right(
-        attention.Forest(forest.lengths, tuple(node - 1 if parent >= 0 else -1 for node, parent in enumerate(forest.parents)))
+    attention._padded = lambda forest, *sight: right(
+        attention.Forest(forest.lengths, tuple(node - 1 if parent >= 0 else -1 for node, parent in enumerate(forest.parents))), *sight
     )
     run(options)
 

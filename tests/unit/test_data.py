@@ -9,6 +9,7 @@ import struct
 import time
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from cfvlm_ds.core.groups import PICTURE, SHAM, Candidate, CounterfactualGroup, 
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data import CheckReport, check, check_manifest, image_size, named_apart, open_image, read_manifest
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
-from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.data.identity import changes, data_identity
 
 
 def save(path: Path, color: object = (10, 20, 30), mode: str = "RGB", size: tuple[int, int] = (8, 6), **options: object) -> Path:
@@ -90,6 +91,20 @@ def test_native_rows(folder: Path, name: str) -> None:
     assert [group.id for group in groups] == (["g"] if name == "m.json" else ["g", "h"])
 
 
+def test_what_must_not_be_taken_for_false_is_read_and_written(folder: Path) -> None:
+    """Keys of texts, and keys or texts that are true of a picture; a change of either is a change of the labels."""
+    texts = [{"id": "t0", "text": "two dogs", "key": "dogs:2"}, {"id": "t1", "text": "three dogs"}]
+    paths = [manifest(folder, row(texts=texts, exclude=["animals", "dogs:2"]), name="a.jsonl"), manifest(folder, row(), name="b.jsonl")]
+    (group,), (plain,) = map(read_manifest, paths)
+    assert (group.keys, group.exclude) == (("dogs:2", ""), ("animals", "dogs:2")) and not plain.keys and not plain.exclude
+    assert from_row(json.loads(json.dumps(to_row(group, folder))), folder) == group
+    assert vars(group.with_images(group.images)) == vars(group)
+    one, other = (data_identity([each], [folder]) for each in (group, plain))
+    assert changes(one, other) == "labels (match)" and changes(one, other, of_scores=True) is None
+    with pytest.raises(DataError, match="1 keys for 2 texts"):
+        replace(group, keys=("dogs:2",))
+
+
 def test_root_and_byte_order_mark(folder: Path) -> None:
     elsewhere = folder / "lists"
     elsewhere.mkdir()
@@ -132,6 +147,8 @@ BAD_ROWS = {
     "unhashable id": (row(match=[[["i0"], "t0", 1]]), ["no id ['i0']"]),
     "edit not an object": (row(edits=[["type"]]), ["'edits' must be a list of objects"]),
     "null byte": (row(images=[{"id": "i0", "path": "a\0.png"}, {"id": "i1", "path": "b.png"}]), ["null byte", "correct it"]),
+    "exclude not a list": (row(exclude="two dogs"), ["'exclude' must be a list of strings", "list keys of texts"]),
+    "a key that is none": (row(texts=[{"id": "t0", "text": "two dogs", "key": None}, {"id": "t1", "text": "three"}]), ["'key' must be"]),
     "truth as a float": (row(match=[["i0", "t0", 1.0]]), ["[image id, text id, 0 or 1]"]),
     "half a character": (row(prompt="\ud800"), ["\\ud800 is half of a character", "remove it"]),
     "line break in an id": (row(images=[{"id": "i\n0", "path": "a.png"}], match=[["i0", "t0", 1]]), ["known: i\\n0"]),

@@ -69,7 +69,7 @@ def test_every_message_of_the_troubleshooting_page_is_one() -> None:
 def test_every_metric_of_a_training_is_on_the_page() -> None:
     page = (REPO / "docs" / "objectives.md").read_text()
     code = "".join(path.read_text() for room in ("training", "objectives") for path in (REPO / "cfvlm_ds" / room).glob("*.py"))
-    named = set(re.findall(r'"((?:throughput|checkpoint|active|violated|dpo)/\w+)"', code)) | {
+    named = set(re.findall(r'"((?:throughput|checkpoint|active|violated|dpo|symmpo|misp)/\w+)"', code)) | {
         "skipped_steps",
         "skipped_groups",
         "grad_norm",
@@ -129,7 +129,8 @@ def test_the_reference_lists_what_the_parser_takes() -> None:
     """Names and defaults, compared with what jsonargparse makes of an option that is the default."""
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in site_hooks().options().splitlines()]
     rows = {row[0].strip("`"): row for row in cells if row and row[0].startswith("`")}
-    taken = flat(parse_config(["--objective.dpo.weight", "1"], OBJECTIVES).resolved)
+    every_term = [part for name in OBJECTIVES for part in (f"--objective.{name}.weight", "1")]
+    taken = flat(parse_config(every_term, OBJECTIVES).resolved)
     del taken["deepspeed"]
     inside = {
         name for name in rows if name.startswith(("build.scenes.", "build.tiny_llava.", "data.evaluation.NAME.", "data.train.SOURCE."))

@@ -22,6 +22,7 @@ QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers":
 QWEN_72B = {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
 ROPE = {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}
 QWEN_2_5_TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
 # Sizes as published, and the parameters of the published checkpoints (from the index of their files, 2 bytes each).
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "llava15_7b": ({"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32_064}}, 7_063_427_072),
@@ -80,6 +81,51 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
             },
         },
         9_409_813_744,
+    ),
+    "gemma3_4b": (
+        {
+            "model_type": "gemma3",
+            "text_config": {
+                "hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34, "num_attention_heads": 8,
+                "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262_208, "sliding_window": 1024,
+            },
+            "vision_config": {**SIGLIP, "model_type": "siglip_vision_model", "image_size": 896, "patch_size": 14, "vision_use_head": False},
+        },
+        4_300_079_472,
+    ),
+    "gemma4_26b": (  # 25_233_141_760 in the language model and 569_548_080 in the tower, counted by hand from the published sizes
+        {
+            "model_type": "gemma4",
+            "text_config": {
+                "hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 30, "num_attention_heads": 16,
+                "num_key_value_heads": 8, "num_global_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512, "vocab_size": 262_144,
+                "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "sliding_window": 1024, "enable_moe_block": True,
+                "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704, "use_bidirectional_attention": "vision",
+            },
+            "vision_config": {**SIGLIP, "num_key_value_heads": 16, "head_dim": 72, "patch_size": 16, "standardize": True},
+        },
+        25_805_933_872,
+    ),
+    "mistral_small_24b": (
+        {
+            "model_type": "mistral3", "tie_word_embeddings": False,
+            "text_config": {
+                "model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32_768, "num_hidden_layers": 40, "head_dim": 128,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 131_072, "sliding_window": None,
+            },
+            "vision_config": {
+                "model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "patch_size": 14,
+            },
+        },
+        24_011_361_280,
+    ),
+    "glm4v_9b": (
+        {
+            "model_type": "glm4v",
+            "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "vision_config": {},  # the library's own, as for the language model
+        },
+        10_292_777_472,
     ),
 }  # fmt: skip
 

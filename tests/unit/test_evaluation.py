@@ -36,6 +36,7 @@ from cfvlm_ds.evaluation import (
     evaluate,
     flat_metrics,
     guarded,
+    headline,
     rehearse,
     report,
     score_groups,
@@ -335,8 +336,9 @@ def test_ranks_share_the_groups_and_agree(
     score_groups(scorer, collator, groups[:num], ALONE, 16, loss=alone)
     expected = alone.reduce(ALONE)
     for found in found_losses.values():
-        for name, term in expected.items():
-            assert found[name] == {**term, "value": pytest.approx(term["value"], rel=1e-5)}, "every group counts once"
+        assert found.nll == pytest.approx(expected.nll, rel=1e-5)
+        for name, term in expected.terms.items():
+            assert found.terms[name] == {**term, "value": pytest.approx(term["value"], rel=1e-5)}, "every group counts once"
 
 
 def test_scores_of_many_groups_are_kept_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,7 +512,7 @@ def test_the_rehearsal_keeps_to_the_pixels_that_data_may_have(collator: Collator
     Image.new("1", (8000, 6500)).save(large := tmp_path / "large.png")
     group = CounterfactualGroup("g", ((large,),), (Candidate(PROMPT, "a red circle"),), ((1,),))
     generous = copy.copy(collator)
-    generous.images = generous.files = ImageFiles(collator.processor, collator.family, 60_000_000)
+    generous.images = generous.files = ImageFiles(collator.processor, collator.family, collator.model_config, 60_000_000)
     rehearse(scorer, generous, {"a": [group]}, ALONE, 1, None, "")
     with pytest.raises(DataError, match="over the limit of 50000000"):
         rehearse(scorer, collator, {"a": [group]}, ALONE, 1, None, "")
@@ -566,7 +568,9 @@ def test_evaluate_scores_every_split(
 ) -> None:
     rows, found = evaluate(scorer, collator, {"a": groups[:4], "b": groups[4:]}, ALONE, batch_size=3)
     assert_equal([*found["a"], *found["b"]], plain)
-    assert rows == {"a": accuracies(groups[:4], plain[:4]), "b": accuracies(groups[4:], plain[4:])}
+    assert all(row.nll is None for each in rows.values() for row in each[:-1]) and all(each[-1].nll for each in rows.values())
+    alone = {name: [replace(row, nll=None) for row in each] for name, each in rows.items()}
+    assert alone == {"a": accuracies(groups[:4], plain[:4]), "b": accuracies(groups[4:], plain[4:])}
     assert rows["a"][-1].name == "all" and rows["a"][-1].num == sum(e.text is not None for g in groups[:4] for e in g.edits)
 
 
@@ -617,6 +621,21 @@ def test_the_loss_of_the_factual_pairs_is_their_mean_over_tokens(
     rows, _ = evaluate(scorer, collator, {"s": groups}, ALONE, 2, objectives={"align": Align(weight=2.0, counterfactual=0.0)})
     assert flat_metrics(rows)["eval/s/loss_align"] == pytest.approx(expected, rel=1e-5)
     assert flat_metrics(rows)["eval/s/loss"] == pytest.approx(2 * expected, rel=1e-5)
+
+
+def test_the_nll_is_that_of_every_true_text_on_its_image(
+    collator: Collator, scorer: Scorer, model_dir: Path, groups: list[CounterfactualGroup]
+) -> None:
+    """The library's own forwards; whatever the objective is, group weights aside; and a line of a log says it."""
+    processor, some = load_processor(ModelConfig(str(model_dir))), [replace(group, weight=3.0) for group in groups[:4]]
+    true = [(g, i, c) for g in some for i, row in enumerate(g.match) for c, truth in enumerate(row) if truth == 1]
+    with torch.no_grad():
+        pairs = [plain_logp(scorer.model, processor, g.images[i], g.candidates[c].prompt, g.candidates[c].text) for g, i, c in true]
+    expected = -sum(float(text.sum() + end) for text, end in pairs) / sum(len(text) + 1 for text, _ in pairs)
+    assert len(true) > 4
+    rows, _ = evaluate(scorer, collator, {"s": some}, ALONE, 3, objectives={"csd": Csd()})
+    assert flat_metrics(rows)["eval/s/nll"] == pytest.approx(expected, rel=1e-5)
+    assert headline(rows["s"]).endswith(f"; NLL {expected:.4f} a token")
 
 
 def test_what_a_loss_cannot_be_computed_from_is_counted_and_named(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import COLOURS, SHAPES, losses, run, train_arguments
-from test_attention import FORESTS, SEVERAL_BLOCKS, call, dense, inputs, relative
+from test_attention import FORESTS, NARROWED, SEVERAL_BLOCKS, call, dense, inputs, relative
 
 from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.demo.tiny_llava import build_tiny_llava
@@ -28,7 +28,9 @@ BACKENDS = [
     ),
 ]
 
-ROWS: dict[str, Forest] = {**FORESTS, "several blocks": SEVERAL_BLOCKS}
+ROWS: dict[str, tuple[Forest, int | None]] = {name: (row, None) for name, row in {**FORESTS, "several blocks": SEVERAL_BLOCKS}.items()}
+ROWS |= NARROWED
+"""Rows, and the layer's sliding window."""
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=["heads", "grouped"])
@@ -36,14 +38,14 @@ ROWS: dict[str, Forest] = {**FORESTS, "several blocks": SEVERAL_BLOCKS}
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_kernels_are_as_near_as_a_dense_attention(backend: str, name: str, heads: tuple[int, int]) -> None:
     """bfloat16: at most twice as far from float64 as a dense attention computed in bfloat16, values and gradients."""
-    forest = ROWS[name]
+    forest, window = ROWS[name]
     qkv = [t.detach().cuda().requires_grad_() for t in inputs(forest, heads, torch.bfloat16, 64)]
     exact = [t.detach().double().requires_grad_() for t in qkv]
-    truth = dense(*exact, forest, 0.3)
+    truth = dense(*exact, forest, 0.3, window)
     weights = torch.randn_like(truth)
     true = [truth, *torch.autograd.grad((truth * weights).sum(), exact)]
     off = []
-    for out in (call(backend, *qkv, forest=forest, scaling=0.3), dense(*qkv, forest, 0.3)):
+    for out in (call(backend, *qkv, forest=forest, scaling=0.3, sliding_window=window), dense(*qkv, forest, 0.3, window)):
         grads = torch.autograd.grad((out * weights.bfloat16()).sum(), qkv)
         off.append([relative(a, b) for a, b in zip([out, *grads], true, strict=True)])
     for ours, theirs in zip(*off, strict=True):

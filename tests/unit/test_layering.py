@@ -94,6 +94,7 @@ def of_self(attribute: ast.Attribute) -> bool:
 
 
 OF_LIBRARIES = {
+    "ctx.cap",
     "ctx.forest",
     "ctx.scale",
     "processor.image_processor.size",

@@ -80,22 +80,26 @@ def test_large_logits_are_stable() -> None:
     assert torch.isfinite(torch.autograd.grad(found.sum(), logits)[0]).all()
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("rows", [1, 4, 6, 100])
 @pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight",)])
-def test_head_logprobs_equal_those_of_all_logits(rows: int, frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In parts of any size, several targets at one state and one of them twice: values and gradients, float64."""
+def test_head_logprobs_equal_those_of_all_logits(
+    rows: int, frozen: tuple[str, ...], cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts of any size, several targets at one state and one of them twice, squeezed or not: values and gradients, float64."""
     monkeypatch.setattr("cfvlm_ds.models.chunked_logprobs.LOGITS", rows * 11)
     torch.manual_seed(0)
     hidden, weight = torch.randn(6, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
     predicted_by, targets = torch.tensor([3, 0, 0, 0, 5, 1, 2, 4, 3]), torch.tensor([1, 2, 3, 2, 10, 0, 4, 4, 9])
     trained = [t.requires_grad_() for name, t in {"hidden": hidden, "weight": weight}.items() if name not in frozen]
     factors = torch.randn(9, dtype=torch.float64)
-    found = head_logprobs(hidden, weight, predicted_by, targets)
-    expected = token_logprobs((hidden @ weight.T)[predicted_by], targets)
+    found = head_logprobs(hidden, weight, predicted_by, targets, cap)
+    logits = hidden @ weight.T if cap is None else cap * (hidden @ weight.T / cap).tanh()
+    expected = token_logprobs(logits[predicted_by], targets)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     ours, theirs = (torch.autograd.grad((out * factors).sum(), trained) for out in (found, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    assert torch.autograd.gradcheck(head_logprobs, (hidden, weight, predicted_by, targets))
+    assert torch.autograd.gradcheck(head_logprobs, (hidden, weight, predicted_by, targets, cap))
 
 
 @pytest.mark.parametrize("rows", [8, 100])
@@ -260,7 +264,7 @@ def test_a_text_may_carry_its_own_prompt_and_row_defaults_hold() -> None:
 
 BAD_ROWS = {
     "unknown key, near name": (changed("imagse", to=[]), r"row: unknown key 'imagse'; did you mean 'images'\?"),
-    "unknown key, nothing near": (changed("zzz", to=1), r"unknown key 'zzz'; allowed: edits, id, images, license"),
+    "unknown key, nothing near": (changed("zzz", to=1), r"unknown key 'zzz'; allowed: edits, exclude, id, images, license"),
     "unknown key of an image": (changed("images", 1, "file", to="x"), r"'dog-17': images: unknown key 'file'; allowed: id, meta, path"),
     "unknown key of a text": (changed("texts", 0, "txt", to="x"), r"'dog-17': texts: unknown key 'txt'; did you mean 'text'\?"),
     "unknown key of an edit": (changed("edits", 0, "form", to="x"), r"'dog-17': edits: unknown key 'form'; did you mean 'from'\?"),

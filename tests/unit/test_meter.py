@@ -40,7 +40,13 @@ def test_a_micro_batch_fetches_nothing_from_its_device(model_dir: Path, manifest
     collated = load_collator(ModelConfig(str(model_dir)), "full")(groups)
     device = torch.device("meta")
     batch = collated.to(device)
-    batch = Batch(**{**vars(batch), "reference": torch.zeros(batch.layout.valid.shape, device=device)})
+    batch = Batch(
+        **{
+            **vars(batch),
+            "reference": torch.zeros(shape := batch.layout.valid.shape, device=device),
+            "prior": torch.zeros(shape[::2], device=device),
+        }
+    )
 
     class Engine:
         set_gradient_accumulation_boundary = staticmethod(lambda last: None)

@@ -22,7 +22,19 @@ import torch.nn.functional as F
 from cfvlm_ds import objectives as registered
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores, score_matrix, token_logprobs
-from cfvlm_ds.objectives import OBJECTIVES, Dpo, Objective, denominators, likelihood_report, required_cells, weighted_loss
+from cfvlm_ds.objectives import (
+    OBJECTIVES,
+    BatchAlign,
+    Dpo,
+    Misp,
+    Objective,
+    Retain,
+    SymMPO,
+    denominators,
+    likelihood_report,
+    required_cells,
+    weighted_loss,
+)
 
 # Hand-worked cases are in the paper's form, whose arithmetic is linear; the twins below cover every link and scale.
 PAPER = {"weight": 0.5, "link": "hinge", "len_norm": "anchor"}
@@ -224,7 +236,69 @@ def twin_dpo(g: Group, o: Dpo) -> list[tuple[float, float]]:
     ]
 
 
-TWINS: dict[str, Callable[..., list[tuple[float, float]]]] = {"align": twin_align, "csd": twin_csd, "fcd": twin_fcd, "dpo": twin_dpo}
+def twin_symmpo(g: Group, o: SymMPO) -> list[tuple[float, float]]:
+    r = lambda i, c: g.logp[i, c] - g.reference[i, c]  # noqa: E731
+    loss = lambda gap: -math.log(1 / (1 + math.exp(-o.beta * gap)))  # noqa: E731
+    text = [loss(r(0, 0) - r(0, c)) for _, c in g.pairs if c is not None and g.truth.get((0, c)) == 0]
+    both, anchors = [], []
+    for i, c in g.pairs:
+        if i is not None and c is not None and g.truth.get((0, c)) == 0 == g.truth.get((i, 0)):
+            here, there = r(0, 0) - r(0, c), r(i, c) - r(i, 0)
+            both.append(o.symmetric * (loss(here) + loss(there)) + o.consistency * (here - there) ** 2)
+            anchors.append(loss(r(i, c)))
+    return [
+        (o.text_side * mean(text), float(bool(text))),
+        (mean(both), float(bool(both))),
+        (o.anchor * loss(r(0, 0)), 1.0),
+        (o.anchor * mean(anchors), float(bool(both))),
+    ]
+
+
+def twin_misp(g: Group, o: Misp) -> list[tuple[float, float]]:
+    """The published form, -log sigmoid(-log sum_k exp(a_k)), whose sum over no image is left out."""
+    r = lambda i, c: g.logp[i, c] - g.reference[i, c]  # noqa: E731
+    loss = lambda gap: -math.log(1 / (1 + math.exp(-gap)))  # noqa: E731
+    text = [loss(o.beta * (r(0, 0) - r(0, c))) for _, c in g.pairs if c is not None and g.truth.get((0, c)) == 0]
+    images = [math.exp(o.beta * (r(i, 0) - r(0, 0))) for i, _ in g.pairs if i is not None and g.truth.get((i, 0)) == 0]
+    listwise = loss(-math.log(sum(images))) if images else 0.0
+    return [(o.text_side * mean(text), float(bool(text))), (o.image_side * listwise, float(bool(images)))]
+
+
+def twin_batch_align(g: Group, o: BatchAlign) -> list[tuple[float, float]]:
+    """Of a group alone, without texts of others."""
+    n = lambda c: g.tokens[c] if o.len_norm == "own" else 1  # noqa: E731
+    by_text = lambda i, c: (g.logp[i, c] - o.pmi * g.prior[c]) / n(c) / o.temperature  # noqa: E731
+    by_image = lambda i, c: g.logp[i, c] / n(c) / o.temperature  # noqa: E731
+    texts, images = [], []
+    for i, c in sorted(cell for cell, truth in g.truth.items() if truth == 1):
+        false = [by_text(i, d) for d in range(g.size[1]) if g.truth.get((i, d)) == 0]
+        texts.append(math.log(1 + sum(math.exp(s - by_text(i, c)) for s in false)))
+    for c in range(g.size[1]):
+        own = [i for i in range(g.size[0]) if g.truth.get((i, c)) == 1]
+        false = [by_image(i, c) for i in range(g.size[0]) if g.truth.get((i, c)) == 0]
+        if own:
+            images.append(math.log(1 + sum(math.exp(s - by_image(own[0], c)) for s in false)))
+    return [((mean(texts) + mean(images)) / 2, 1.0)]
+
+
+def twin_retain(g: Group, o: Retain) -> list[tuple[float, float]]:
+    true = [cell for cell, truth in g.truth.items() if truth == 1]
+    if o.rows == "plain" and 0 in g.truth.values():
+        return [(0.0, 0.0)]
+    ratio = {cell: (g.logp[cell] - g.reference[cell]) / g.tokens[cell[1]] for cell in true}
+    return [(sum(g.tokens[c] * (math.exp(d) - 1 - d) for (_, c), d in ratio.items()), float(sum(g.tokens[c] for _, c in true)))]
+
+
+TWINS: dict[str, Callable[..., list[tuple[float, float]]]] = {
+    "align": twin_align,
+    "csd": twin_csd,
+    "fcd": twin_fcd,
+    "dpo": twin_dpo,
+    "symmpo": twin_symmpo,
+    "misp": twin_misp,
+    "batch_align": twin_batch_align,
+    "retain": twin_retain,
+}
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "align": [
@@ -257,6 +331,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"pmi": 0.5},
     ],
     "dpo": [{}, {"text_side": 0.0, "image_side": 1.0}, {"anchor": 0.5, "beta": 0.7}, {"image_side": 0.4, "anchor": 0.2}],
+    "symmpo": [{}, {"beta": 0.7, "consistency": 0.3}, {"text_side": 0.2, "symmetric": 2.0, "anchor": 0.0}],
+    "misp": [{}, {"beta": 0.7}, {"text_side": 0.0, "image_side": 3.0}],
+    "retain": [{}, {"rows": "all"}],
+    "batch_align": [{}, {"pmi": 0.0, "temperature": 3.0}, {"len_norm": "own", "pmi": 0.5, "temperature": 0.2}],
 }
 CASES = [
     pytest.param(name, options, id=name + "".join(f"-{k}={v}" for k, v in options.items()))
@@ -359,7 +437,7 @@ def test_padding_changes_nothing(name: str, options: dict[str, Any]) -> None:
 
 @every_objective
 def test_weight_two_equals_the_group_listed_twice(name: str, options: dict[str, Any]) -> None:
-    objectives, a, b = make(name, options), group("bsb", 1), group("tib", 2)
+    objectives, a, b = make(name, options), *((group("", 1), group("", 2)) if name == "retain" else (group("bsb", 1), group("tib", 2)))
     twice, (first, second, rest) = run(objectives, collate([a, a, b]))
     added = {cell: first[cell] + second[cell] for cell in first}
     assert_same(run(objectives, collate([dataclasses.replace(a, weight=2.0), b])), (twice, [added, rest]))
@@ -376,7 +454,7 @@ def test_a_group_that_names_other_objectives_counts_as_if_it_were_not_there(name
         scores = dataclasses.replace(full, layout=dataclasses.replace(full.layout, objectives=named))
         loss, gradients = run(objectives, scores)
         assert [cell for x, found in enumerate(gradients) if x not in kept for cell in found.values() if cell] == []
-        report = objectives[name].report(registered.scores_of(name, scores))
+        report = objectives[name].report(registered.scores_of(name, objectives[name], scores))
         if not kept:
             assert loss == 0 and not any(float(count) for _, count in report.values())
             continue
@@ -390,16 +468,13 @@ def test_a_group_that_names_other_objectives_counts_as_if_it_were_not_there(name
 
 @every_objective
 def test_cells_are_all_that_an_objective_reads(name: str, options: dict[str, Any]) -> None:
-    """Dropping every cell outside ``cells`` from a batch changes neither units nor loss."""
-    objectives, whole = make(name, options), ragged()
-
-    def kept(truth: dict[Cell, int]) -> dict[Cell, int]:
-        cells = required_cells(objectives)
-        return {k: v for k, v in truth.items() if k == (0, 0) or (v == 1 and cells == "matched") or cells in ("star", "full")}
-
-    reduced = [dataclasses.replace(g, truth=kept(g.truth)) for g in whole]
-    size = collate(whole).layout.valid.shape[1:]
-    assert run(objectives, collate(reduced, pad=(size[0], size[1])))[0] == pytest.approx(run(objectives, collate(whole))[0], rel=1e-12)
+    """Not scoring any cell outside ``cells`` changes neither units nor loss; the truth table is known whole either way."""
+    objectives, scores = make(name, options), collate(ragged())
+    cells, layout = required_cells(objectives), scores.layout
+    wanted = layout.positive if cells == "matched" else torch.full_like(layout.valid, cells in ("star", "full"))
+    wanted[:, 0, 0] = True
+    reduced = dataclasses.replace(scores, layout=dataclasses.replace(layout, valid=layout.valid & wanted))
+    assert run(objectives, reduced)[0] == pytest.approx(run(objectives, scores)[0], rel=1e-12)
 
 
 @every_objective
@@ -543,7 +618,8 @@ def test_02_sham_is_no_second_anchor() -> None:
     """Column 0 is true of image 0 and of the sham; however the sham scores, margins compare with image 0."""
     g = group("sb", 4)
     worse = dataclasses.replace(g, logp=g.logp | {(1, 0): -50.0})
-    for objective in (Csd(), Csd(mode="matched"), Fcd(), Dpo(image_side=1.0), Align(infonce=1.0, counterfactual=0.0)):
+    rivals = (Dpo(image_side=1.0), SymMPO(), Misp())
+    for objective in (Csd(), Csd(mode="matched"), Fcd(), Align(infonce=1.0, counterfactual=0.0), *rivals):
         assert loss_of(objective, worse) == loss_of(objective, g)
     assert loss_of(Align(), worse) > loss_of(Align(), g) + 1
 
@@ -679,6 +755,7 @@ def test_10_words_before_the_edit_get_no_gradient_unless_each_text_has_its_own_d
 # Property 12: world size and accumulation -----------------------------------------------------------------------------------------------
 
 MIX = {"align": Align(infonce=0.3), "csd": Csd(warmup=0.0), "fcd": Fcd(warmup=0.0), "dpo": Dpo(weight=0.2, image_side=0.5, anchor=0.1)}
+MIX |= {"symmpo": SymMPO(weight=0.3), "misp": Misp(weight=0.4), "batch_align": BatchAlign(weight=0.6, warmup=0.0)}
 PARTITIONS = {  # ranks x micro-batches x group indices; 14 ragged groups, two of them without any counterfactual
     "1 rank, accumulation 2": [[range(0, 7), range(7, 14)]],
     "1 rank, accumulation 4": [[range(0, 1), range(1, 3), range(3, 8), range(8, 14)]],
@@ -807,6 +884,61 @@ def test_dpo_at_the_reference_is_log_two() -> None:
     assert loss_of(Dpo(image_side=1.0, anchor=1.0), *groups) == pytest.approx(3 * math.log(2))
 
 
+def test_symmpo_equals_the_published_formula() -> None:
+    """beta = 0.5; r_00 = 2, r_01 = -1, r_10 = 0.5, r_11 = 7: gaps d = 3 on the factual image, e = 6.5 on the other.
+
+    DPO -log s(1.5); both -log s(1.5) - log s(3.25), times 0.5; (3 - 6.5)^2 times 0.1; anchors -log s(1) - log s(3.5).
+    """
+    g = quad(-3.0, -6.0, -4.0, -2.0, reference={(0, 0): -5.0, (0, 1): -5.0, (1, 0): -4.5, (1, 1): -9.0})
+    ls = lambda x: math.log(1 / (1 + math.exp(-x)))  # noqa: E731
+    whole = loss_of(SymMPO(beta=0.5, consistency=0.1), g)
+    assert whole == pytest.approx(-ls(1.5) - 0.5 * (ls(1.5) + ls(3.25)) + 0.1 * 3.5**2 - ls(1.0) - ls(3.5))
+    held = dataclasses.replace(g, logp=g.logp | {(1, 1): -5.5})  # r_11 = 3.5, e = 3: equal gaps cost nothing
+    assert loss_of(SymMPO(text_side=0.0, symmetric=0.0, anchor=0.0, consistency=1.0), held) == 0.0
+
+
+def test_misp_equals_the_published_formula() -> None:
+    """beta = 1, r_00 = 0 and three images at log-ratios log 1, log 2, log 3: -log s(-log 6) = log 7; one image alone is mDPO's term."""
+    logp = {(0, 0): -1.0, (1, 0): -1.0, (2, 0): math.log(2) - 1, (3, 0): math.log(3) - 1}
+    g = dataclasses.replace(group("iii"), logp=logp, reference=dict.fromkeys(logp, -1.0))
+    assert loss_of(Misp(beta=1.0), g) == pytest.approx(math.log(7))
+    assert logp_gradient(Misp(beta=1.0), g) == pytest.approx({(0, 0): -6 / 7, (1, 0): 1 / 7, (2, 0): 2 / 7, (3, 0): 3 / 7})
+    assert loss_of(Misp(text_side=0.0, beta=0.7), one := group("b", 3)) == pytest.approx(
+        loss_of(Dpo(text_side=0.0, image_side=1.0, beta=0.7), one)
+    )
+
+
+def test_retain_by_hand() -> None:
+    """A caption of 2 tokens that lost 2 log 2 nats (d = -log 2): 1/2 - 1 + log 2 a token; one of 4 that gained: 2 - 1 - log 2."""
+    fallen = dataclasses.replace(group(""), tokens=[2], logp={(0, 0): -5.0}, reference={(0, 0): -5.0 + 2 * math.log(2)})
+    risen = dataclasses.replace(group(""), tokens=[4], logp={(0, 0): -5.0}, reference={(0, 0): -5.0 - 4 * math.log(2)})
+    down, up = math.log(2) - 0.5, 1 - math.log(2)
+    assert loss_of(Retain(), fallen) == pytest.approx(down)
+    assert loss_of(Retain(), fallen, risen, group("b")) == pytest.approx((2 * down + 4 * up) / 6), "a row with a false text is not plain"
+    assert logp_gradient(Retain(), fallen)[0, 0] == pytest.approx((0.5 - 1) / 2)
+    report = Retain().report(collate([fallen, risen]))["retain/ratio"]
+    assert (report[0].item(), report[1].item()) == (pytest.approx(2 * math.log(2)), 6)
+    same = dataclasses.replace(fallen, reference=fallen.logp)
+    assert loss_of(Retain(), same) == 0 and logp_gradient(Retain(), same)[0, 0] == 0
+
+
+def test_retain_is_an_unbiased_estimate_of_a_divergence() -> None:
+    """Texts of one token, drawn as often as the reference says them: the mean is KL(reference || model), by its definition."""
+    p, q = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]
+    drawn = [
+        dataclasses.replace(group(""), tokens=[1], logp={(0, 0): math.log(q[k])}, reference={(0, 0): math.log(p[k])}, weight=p[k])
+        for k in range(3)
+    ]
+    assert loss_of(Retain(), *drawn) == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+
+
+def test_rivals_at_the_reference() -> None:
+    """log 2 for every comparison of two, log(1 + K) for that of 1 + K images; equal gaps are consistent."""
+    groups = [dataclasses.replace(group(kinds, 1), reference=group(kinds, 1).logp) for kinds in ("b", "bb")]
+    assert loss_of(SymMPO(), *groups) == pytest.approx((1 + 0.5 * 2 + 1 + 1) * math.log(2))
+    assert loss_of(Misp(), *groups) == pytest.approx(math.log(2) + (math.log(2) + math.log(3)) / 2)
+
+
 def test_infonce_by_hand() -> None:
     """tau = 1, S_00 = 0: texts at -log 3 gives softmax 1 / (1 + 1/3) = 3/4; images at -log 9 and -log 9 give 1 / (1 + 2/9) = 9/11."""
     logp = {(0, 0): 0.0, (0, 1): -math.log(3), (1, 0): -math.log(9), (2, 0): -math.log(9)}
@@ -871,7 +1003,7 @@ def test_required_cells_is_the_largest_need() -> None:
     assert required_cells({"a": matched, "b": anchor}) == "matched"
     assert required_cells({"a": anchor, "b": Csd(mode="matched")}) == "matched"
     assert required_cells({"a": anchor, "b": Align(counterfactual=0.0, infonce=0.1)}) == "star"
-    for star in (Csd(), Fcd(), Dpo()):
+    for star in (Csd(), Fcd(), Dpo(), SymMPO(), Misp()):
         assert required_cells({"a": star, "b": matched}) == "star"
         assert required_cells({"a": dataclasses.replace(star, weight=0.0)}) == "star", "weight 0 is dropped by who builds the mapping"
 
@@ -914,3 +1046,7 @@ def test_margin_and_dpo_reports_by_hand() -> None:
     report = plain(Dpo().report(collate([first])))
     assert report["dpo/accuracy"] == (1, 1)
     assert report["dpo/margin"] == (pytest.approx(0.01), 1)
+    report = plain(SymMPO().report(collate([first])))  # on image 1 r_11 - r_10 = 0, a tie
+    assert (report["symmpo/accuracy"], report["symmpo/margin"]) == ((1, 2), (pytest.approx(0.01), 2))
+    report = plain(Misp().report(collate([first])))
+    assert (report["misp/accuracy"], report["misp/margin"]) == ((0, 1), (0, 1))

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -21,7 +22,7 @@ from cfvlm_ds.data.formats.cfgroup import from_row
 from cfvlm_ds.demo.scenes import all_captions, all_texts, build_scenes
 from cfvlm_ds.demo.scenes.build import RULES, SceneGroup, as_group, draw_group
 from cfvlm_ds.demo.scenes.edits import EDITS, is_minimal, scene_difference
-from cfvlm_ds.demo.scenes.grammar import PHRASINGS, describe, holds, say
+from cfvlm_ds.demo.scenes.grammar import PHRASINGS, describe, holds, key, say, true_keys
 from cfvlm_ds.demo.scenes.questions import QUESTIONS
 from cfvlm_ds.demo.scenes.render import boxes, render
 from cfvlm_ds.demo.scenes.world import BACKGROUNDS, COLOURS, HELD_OUT, RELATIONS, SHAPES, Rule, Scene, draw_plan, draw_scene, shake
@@ -110,11 +111,12 @@ def test_content_is_pinned() -> None:
     digest = hashlib.sha256()
     for split in RULES:
         for drawn, group in drawn_groups(split, 8, num_counterfactuals=3, sham_share=0.5, question_share=0.5):
-            digest.update(json.dumps([[vars(c) for c in group.candidates], group.match, [vars(e) for e in group.edits]]).encode())
+            texts = [[vars(c) for c in group.candidates], group.keys, group.exclude]
+            digest.update(json.dumps([*texts, group.match, [vars(e) for e in group.edits]]).encode())
             for scene in drawn.pictured:
                 digest.update(render(scene, 48).tobytes())
     digest.update(render(drawn.scenes[0], 224).tobytes())
-    assert digest.hexdigest() == "2ae703f9a35ffa8272a731c06a004949d37cd650c0e8f277e00a228f1948d45c"
+    assert digest.hexdigest() == "2afc9797e5d52079b658f3ffb90736bdf58d774c1a6816b61fe563da0aaad86a"
 
 
 def test_manifest_is_an_ordinary_one(built: Path) -> None:
@@ -250,6 +252,37 @@ def test_checker_sees_every_way_to_be_wrong() -> None:
         assert holds(claim, a) == is_true(say(claim, phrasing), a)
         outcomes[holds(claim, a)] += 1
     assert outcomes[False] > 390
+
+
+def test_keys_say_which_captions_are_true_of_a_picture() -> None:
+    """As an independent reader finds them: of other scenes that differ in one thing, or in what is left unsaid, and of any other."""
+    rng, rule, outcomes = Random("keys"), Rule(0.5, held_out="may"), Counter()
+    for _ in range(300):
+        scene = drawn_scene(rng, rule)
+        plainer = replace(scene, things=tuple(replace(t, texture=rng.choice((t.texture, "plain")), size="medium") for t in scene.things))
+        edited = EDITS[rng.choice(list(EDITS))](scene, rng, True) or scene
+        for other in (scene, plainer, edited, drawn_scene(rng, rule)):
+            claim, phrasing = describe(other, rng.random() < 0.5), rng.randrange(len(PHRASINGS))
+            true = is_true(say(claim, phrasing), scene)
+            assert (key(claim) in true_keys(scene)) == true, (key(claim), scene)
+            outcomes[true] += 1
+        assert len(true_keys(scene)) in (1, 2, 4)
+    assert min(outcomes.values()) > 300
+
+
+@pytest.mark.parametrize("split", ["train", "test_count"])
+def test_groups_exclude_what_is_true_of_one_of_their_pictures(split: str) -> None:
+    """Of all captions of the split, and of all numbers, by the reader; keys are the same for every phrasing of what is said."""
+    found = drawn_groups(split, 60, num_counterfactuals=2, sham_share=0.5, question_share=0.3)
+    captions = [(text.text, own) for d, g in found if not d.question for text, own in zip(g.candidates, g.keys, strict=True)]
+    for drawn, group in found:
+        if not drawn.question:
+            assert len(group.keys) == len(group.candidates)
+            for text, said in captions:
+                assert (said in group.exclude) == any(is_true(text, scene) for scene in drawn.pictured)
+        elif drawn.question == "count":
+            true = {answer(group.candidates[0].prompt, scene) for scene in drawn.pictured}
+            assert not group.keys and {*group.exclude} == true - {candidate.text for candidate in group.candidates}
 
 
 def test_edits_name_the_words_that_changed() -> None:

@@ -180,10 +180,20 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
     [
         (["--model.name_or_path", ""], "model.name_or_path is not set"),
         (["--data.train", ""], "data.train is not set"),
+        (
+            ["--objective.batch_align.pmi", "0", "--train.hard_negatives", "1"],
+            "batch_align compares with texts of other groups that are drawn before any is scored, and train.hard_negatives leaves out",
+        ),
+        (["--train.retention", "[kept]"], "train.retention: 'kept' is no manifest of data.evaluation (none); name one of them"),
         (["--data.evaluation.more", "absent.jsonl"], "absent.jsonl: no such manifest"),
         (["--data.format", "cfgrop"], "unknown format 'cfgrop'; did you mean 'cfgroup'?"),
         (["--objective.dpo.weight", "1"], "an objective needs stored scores"),
         (["--objective.dpo.weight", "1", "--data.scores", "absent"], "absent: no such scores file"),
+        (["--objective.batch_align.weight", "1"], "batch_align: an objective needs stored scores"),
+        (
+            ["--objective.batch_align.pmi", "0", "--train.per_device_train_batch_size", "1"],
+            "batch_align: an optimizer step has one group, and its images are compared with texts of others",
+        ),
         (FROZEN, "every module is frozen"),
         ([*FROZEN, *LORA], "transformers cannot load 4-bit weights in ZeRO-3's parts"),
         (LORA, "set model.language_model.tuning to lora and the other modules to lora or frozen"),

@@ -8,11 +8,12 @@
      "weight": 1.0}
 
 ``match`` lists what is known: 1 the text is true of the image, 0 it is false. A cell that is not listed is unknown and is never used as a
-negative. A text may carry its own ``prompt``. A prompt is a string, or a conversation with pictures at their places, which ends with the
-user: ``[{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is
-it?"}]}]``. Several pictures that are shown together are one entry of ``images`` with a list as ``path``;
-a row of text alone has one entry, whose ``path`` is null. ``split`` and ``license`` of a row, ``role``, ``sha256`` and ``meta`` of its
-parts are kept as metadata, which nothing uses and a check counts.
+negative, but by the objective ``batch_align``, which takes texts of other rows for false: a text may carry a ``key`` that names what it
+says, and ``exclude`` lists keys, or texts, that may be true of an image of the row. A text may carry its own ``prompt``. A prompt is a
+string, or a conversation with pictures at their places, which ends with the user: ``[{"role": "system", "content": "Be brief."}, {"role":
+"user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]``. Several pictures that are shown together are one entry
+of ``images`` with a list as ``path``; a row of text alone has one entry, whose ``path`` is null. ``split`` and ``license`` of a row,
+``role``, ``sha256`` and ``meta`` of its parts are kept as metadata, which nothing uses and a check counts.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ SCHEMA = "cfgroup/1"
 _KEPT, _KEPT_OF_IMAGE, _KEPT_OF_TEXT = ("split", "license"), ("role", "sha256", "meta"), ("role", "meta")
 _AS_WRITTEN = Path()
 _BESIDE, _BESIDE_PARTS = frozenset(_KEPT), frozenset((*_KEPT_OF_IMAGE, *_KEPT_OF_TEXT))
-_GROUP_KEYS = frozenset(("schema", "id", "source", "prompt", "images", "texts", "match", "edits", "weight", "meta", *_KEPT))
+_GROUP_KEYS = frozenset(("schema", "id", "source", "prompt", "images", "texts", "match", "edits", "weight", "exclude", "meta", *_KEPT))
 _IMAGE_KEYS = frozenset(("id", "path", *_KEPT_OF_IMAGE))
-_TEXT_KEYS = frozenset(("id", "text", "prompt", *_KEPT_OF_TEXT))
+_TEXT_KEYS = frozenset(("id", "text", "prompt", "key", *_KEPT_OF_TEXT))
 _EDIT_KEYS = frozenset(("type", "image", "text", "from", "to", "meta"))
 
 
@@ -100,7 +101,16 @@ def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
         weight=number(row.get("weight", 1.0), f"{where}: weight"),
         source=name(row, "source", where, ""),
         meta=as_meta(_unused(row, images, texts, listed)),
+        keys=tuple([name(text, "key", at, "") for text in texts]) if any("key" in text for text in texts) else (),
+        exclude=_excluded(row, where),
     )
+
+
+def _excluded(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    listed = row.get("exclude", [])
+    if not isinstance(listed, list) or not all(isinstance(key, str) for key in listed):
+        raise DataError(f"{where}: 'exclude' must be a list of strings, not {listed!r}; list keys of texts, or texts")
+    return tuple(listed)
 
 
 def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
@@ -133,7 +143,9 @@ def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | Non
             {"id": f"i{i}", "path": _paths([_relative(picture, root) for picture in pictures])} for i, pictures in enumerate(group.images)
         ],
         "texts": [
-            {"id": f"t{c}", "text": candidate.text} | ({} if candidate.prompt == shared else {"prompt": spelled(candidate.prompt)})
+            {"id": f"t{c}", "text": candidate.text}
+            | ({} if candidate.prompt == shared else {"prompt": spelled(candidate.prompt)})
+            | ({"key": group.keys[c]} if group.keys and group.keys[c] else {})
             for c, candidate in enumerate(group.candidates)
         ],
         "match": [[f"i{i}", f"t{c}", truth] for i, line in enumerate(group.match) for c, truth in enumerate(line) if truth is not None],
@@ -147,7 +159,7 @@ def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | Non
         "weight": group.weight,
     }
     own = dict(meta) if meta else json.loads(group.meta or "null")
-    return row | ({"meta": own} if own else {})
+    return row | ({"exclude": list(group.exclude)} if group.exclude else {}) | ({"meta": own} if own else {})
 
 
 def _prompt(value: Any, where: str) -> Prompt:

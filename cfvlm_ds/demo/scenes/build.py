@@ -43,7 +43,7 @@ RULES = {
     "test_count": Rule(0.5, held_out="must"),
     "validation": Rule(0.9),
 }
-GENERATOR = 4
+GENERATOR = 5
 """Raised whenever the same settings would give other data, so that an older folder is not taken for the new one."""
 
 _MIN_CHANGED = 24  # pixels of a 48 x 48 image that an edit must change visibly, scaled with the area
@@ -199,7 +199,9 @@ def as_group(drawn: SceneGroup, group_id: str, images: tuple[Path, ...]) -> Coun
         edits.append(Edit(kind, image=k, text=own, source=before, target=after))
     if drawn.sham is not None:
         edits.append(Edit(SHAM, image=len(drawn.scenes)))
-    return CounterfactualGroup(group_id, tuple((image,) for image in images), asked.candidates, asked.match, tuple(edits), source=SOURCE)
+    pictures = tuple((image,) for image in images)
+    said = CounterfactualGroup(group_id, pictures, asked.candidates, asked.match, tuple(edits), source=SOURCE)
+    return replace(said, keys=asked.keys, exclude=asked.exclude)
 
 
 def check_pixels(before: Scene, after: Scene, image_size: int) -> bool:

@@ -7,7 +7,8 @@ Numbers are exact ("a" is one), an unsaid texture or size is left open.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from random import Random
 
 from cfvlm_ds.demo.scenes.world import OPPOSITE, Rule, Scene, Thing, draw_plan, draw_scene
@@ -80,6 +81,23 @@ def holds(claim: Claim, scene: Scene) -> bool:
     as_is = claim.x.fits(a) and claim.y.fits(b) and claim.relation == scene.relation
     reversed_ = claim.x.fits(b) and claim.y.fits(a) and claim.relation == OPPOSITE[scene.relation]
     return as_is or reversed_
+
+
+def key(claim: Claim) -> str:
+    """What a caption says, whatever its phrasing and whichever thing it names first."""
+    if claim.relation not in ("left", "above", "front"):
+        claim = Claim(claim.y, OPPOSITE[claim.relation], claim.x)
+    return " ".join(word for word in (*noun_phrase(claim.x), *OF[claim.relation].split(), *noun_phrase(claim.y)) if word)
+
+
+def true_keys(scene: Scene) -> list[str]:
+    """The keys of all captions that are true of a scene: each texture and size that it has may be said or left out."""
+    said = describe(scene, True)
+    things = [
+        [replace(thing, size=size, texture=texture) for size in {thing.size, None} for texture in {thing.texture, None}]
+        for thing in (said.x, said.y)
+    ]
+    return sorted(key(Claim(x, said.relation, y)) for x, y in product(*things))
 
 
 def parts(claim: Claim, phrasing: int) -> list[str]:

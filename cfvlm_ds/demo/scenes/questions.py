@@ -10,7 +10,20 @@ from dataclasses import dataclass
 from random import Random
 
 from cfvlm_ds.core.groups import Candidate
-from cfvlm_ds.demo.scenes.grammar import OF, Claim, Description, all_captions, all_claims, describe, holds, noun, noun_phrase, say
+from cfvlm_ds.demo.scenes.grammar import (
+    OF,
+    Claim,
+    Description,
+    all_captions,
+    all_claims,
+    describe,
+    holds,
+    key,
+    noun,
+    noun_phrase,
+    say,
+    true_keys,
+)
 from cfvlm_ds.demo.scenes.world import Scene
 
 QUESTIONS = ("yes_no", "choice", "count")
@@ -31,10 +44,15 @@ _NUMBERS = {1: "one", 2: "two", 3: "three"}
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt with its texts, and the truth of each text about each scene (scenes x texts); text 0 is true of scene 0."""
+    """A prompt with its texts, and the truth of each text about each scene (scenes x texts); text 0 is true of scene 0.
+
+    ``keys`` and ``exclude`` are those of the group: what each text says, and all that may be said of some scene.
+    """
 
     candidates: tuple[Candidate, ...]
     match: tuple[tuple[int, ...], ...]
+    keys: tuple[str, ...]
+    exclude: tuple[str, ...]
 
 
 def describing(scenes: tuple[Scene, ...], num_texts: int, phrasing: int, a_first: bool, rng: Random) -> Asked:
@@ -44,14 +62,19 @@ def describing(scenes: tuple[Scene, ...], num_texts: int, phrasing: int, a_first
     return Asked(
         tuple(Candidate(prompt, say(claim, phrasing)) for claim in claims),
         tuple(tuple(int(holds(claim, scene)) for claim in claims) for scene in scenes),
+        tuple(map(key, claims)),
+        tuple(sorted({each for scene in scenes for each in true_keys(scene)})),
     )
 
 
 def asking(kind: str, scenes: tuple[Scene, ...], phrasing: int, a_first: bool, rng: Random) -> Asked:
     """A question of ``kind`` that scene 0 answers with text 0 and scene 1 with text 1; further scenes may answer with neither.
 
+    An answer is its own key.
+
     Raises ValueError where the two scenes do not differ in what is asked.
     """
+    exclude = set[str]()
     if kind == "yes_no":
         prompt, truth = _yes_no(scenes, a_first, rng)
         answers, said = ("yes", "no"), [[int(fits), int(not fits)] for fits in truth]
@@ -64,11 +87,13 @@ def asking(kind: str, scenes: tuple[Scene, ...], phrasing: int, a_first: bool, r
         prompt = rng.choice(_COUNT).format(n=noun(shape, 2))
         answers = (_NUMBERS[numbers[0]], _NUMBERS[numbers[1]])
         said = [[int(_number_of(shape, scene) == number) for number in numbers] for scene in scenes]
+        exclude = {_NUMBERS[number] for scene in scenes if (number := _number_of(shape, scene)) in _NUMBERS}
     if sorted((said[0], said[1])) != [[0, 1], [1, 0]]:
         raise ValueError(f"both scenes answer {prompt!r} alike")
     if not said[0][0]:
         answers, said = answers[::-1], [line[::-1] for line in said]
-    return Asked(tuple(Candidate(prompt, answer) for answer in answers), tuple(tuple(line) for line in said))
+    candidates = tuple(Candidate(prompt, answer) for answer in answers)
+    return Asked(candidates, tuple(tuple(line) for line in said), (), tuple(sorted(exclude.difference(answers))))
 
 
 def _yes_no(scenes: tuple[Scene, ...], a_first: bool, rng: Random) -> tuple[str, list[bool]]:

@@ -7,13 +7,17 @@ import difflib
 from transformers import PreTrainedConfig
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models.families.cohere import AYA, COMMAND
+from cfvlm_ds.models.families.gemma import GEMMA_3, GEMMA_4
+from cfvlm_ds.models.families.glm import GLM_4V
 from cfvlm_ds.models.families.idefics import IDEFICS
 from cfvlm_ds.models.families.internvl import INTERNVL
 from cfvlm_ds.models.families.llava import LLAVA, NEXT, ONEVISION
+from cfvlm_ds.models.families.mistral import MISTRAL_3
 from cfvlm_ds.models.families.qwen import QWEN_3_5, QWEN_VL
 from cfvlm_ds.models.family import Family
 
-_RECORDS = (LLAVA, NEXT, ONEVISION, QWEN_VL, QWEN_3_5, INTERNVL, IDEFICS)
+_RECORDS = (LLAVA, NEXT, ONEVISION, QWEN_VL, QWEN_3_5, INTERNVL, IDEFICS, GEMMA_3, GEMMA_4, MISTRAL_3, GLM_4V, AYA, COMMAND)
 FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for model_type in family.model_types}
 
 

@@ -16,13 +16,12 @@ from cfvlm_ds.models.family import Arrange, Family
 from cfvlm_ds.models.visual_token_limits import grids
 
 
-def after_selected_layer(config: PreTrainedConfig) -> tuple[str, ...]:
-    """The parts of a LLaVA's tower after the layer whose output is used: its last blocks, and the norm and head of its pooled output."""
+def after_selected_layer(config: PreTrainedConfig, blocks: str = "model.vision_tower.encoder.layers") -> tuple[str, ...]:
+    """The parts of a tower after the layer whose output is used: the last of its ``blocks``, and the norm and head of its pooled output."""
     depth, selected = config.vision_config.num_hidden_layers, config.vision_feature_layer
     layers = [selected] if isinstance(selected, int) else selected
     last = max(layer % (depth + 1) for layer in layers)
-    blocks = tuple(f"model.vision_tower.encoder.layers.{k}" for k in range(last, depth))
-    return (*blocks, "model.vision_tower.post_layernorm", "model.vision_tower.head")
+    return (*(f"{blocks}.{k}" for k in range(last, depth)), "model.vision_tower.post_layernorm", "model.vision_tower.head")
 
 
 def tiles_packed(option: str) -> Arrange:

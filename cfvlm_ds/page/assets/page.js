@@ -381,9 +381,10 @@
 
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open || !index) return;
-    const typing = event.target.matches("input, select, textarea");
+    const at = event.target instanceof Element ? event.target : document.body; // a script may send a key to the document itself
+    const typing = at.matches("input, select, textarea");
     if (typing && event.key === "Escape") return event.target.blur();
-    const scrolls = event.target.matches(".scroll") && event.target.scrollWidth > event.target.clientWidth && event.key.startsWith("Arrow");
+    const scrolls = at.matches(".scroll") && at.scrollWidth > at.clientWidth && event.key.startsWith("Arrow");
     if (typing || scrolls || !Object.hasOwn(KEYS, event.key)) return;
     event.preventDefault();
     KEYS[event.key]();

@@ -1,0 +1,204 @@
+"""Which margins and weights fit a model and its data: by how much it tells true from false before it is trained on them.
+
+A gap is S[true] - S[false] of a comparison that an objective makes: on one image between texts (csd), for one text between images (fcd).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.evaluation.comparisons import Comparison, comparisons
+from cfvlm_ds.evaluation.report import in_cell
+from cfvlm_ds.evaluation.scoring import GroupScores
+
+TERMS = {"text": "csd", "image": "fcd"}
+"""The term of the objective that compares on each side."""
+QUANTILES = (5, 25, 50, 75, 95)
+FEW = 50
+"""Comparisons below which quantiles say little."""
+_NATS, _PER_TOKEN = (0.5, 5.0), (0.02, 1.0)  # margins beyond which a link hardly sees a gap, or sees nothing else
+_MEASURED_TOKENS = 12  # of the captions for which a weight of 1 beside align was measured
+_LEAST_WEIGHT = 0.1
+_KNOWN = 10  # comparisons of an edit type that say something
+_LONGER = 1.5  # times as many tokens, from which texts tell whether gaps grow with length
+_LOST = 4  # margins, as many as MarginTerm.hinge_cap
+_MANY_LOST = 0.1
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One comparison: nats by which the true one wins, tokens of the factual text, and whether language alone decides it rightly."""
+
+    side: Literal["text", "image"]
+    labels: tuple[str, ...]
+    nats: float
+    tokens: int
+    blind: float | None
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Options of each term, and the reasons, a sentence each."""
+
+    options: dict[str, dict[str, Any]]
+    reasons: list[str]
+
+
+def gaps(
+    groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]
+) -> Iterator[Gap]:
+    """Every comparison that csd and fcd make in training, by star cells; one whose scores are not finite is left out. ``length`` counts the
+    tokens of a group's factual text."""
+    for group, score in zip(groups, scores, strict=True):
+        star, logp, blank = star_cells(group), score.logp.tolist(), score.blank.tolist()
+        tokens = length(group)
+        for each in comparisons(group):
+            if each.kind not in ("text", "image") or not star.issuperset(cells := _cells(each)):
+                continue
+            (i, c), (j, d) = cells
+            nats, prior = logp[i][c] - logp[j][d], blank[c] - blank[d]
+            if math.isfinite(nats):
+                blind = None if each.kind == "image" else (prior > 0) + (prior == 0) / 2
+                yield Gap(each.kind, each.labels, nats, tokens, blind)
+
+
+def _cells(each: Comparison) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The true cell of a comparison of two, and the false one; (image, text) each."""
+    if each.kind == "text":
+        i, c, d = each.at
+        return (i, c), (i, d)
+    c, i, j = each.at
+    return (i, c), (j, c)
+
+
+def star_cells(group: CounterfactualGroup) -> set[tuple[int, int]]:
+    """The cells that training scores for csd and fcd, see Cells."""
+    prompts = group.prompt_ids
+    known = {(i, c) for i, row in enumerate(group.match) for c, truth in enumerate(row) if truth is not None}
+    anchors = group.anchors
+    return {
+        (i, c)
+        for i, c in known
+        if group.match[i][c] == 1 or ((at := anchors.get(prompts[c])) is not None and (at[0] == i or at[1] == c)) or i == 0
+    }
+
+
+def advise(found: Sequence[Gap]) -> Advice:
+    """Options for csd and fcd. Link, length norm, margin and weight are functions of the gaps alone."""
+    options: dict[str, dict[str, Any]] = {"align": {}}
+    reasons = []
+    anchored, why = _length_norm(found)
+    reasons.append(why)
+    for side, term in TERMS.items():
+        of_side = [gap for gap in found if gap.side == side]
+        if not of_side:
+            reasons.append(f"{term} is left out: no group has a comparison for it")
+            continue
+        values = [gap.nats / (gap.tokens if anchored else 1) for gap in of_side]
+        unit, (low, high) = ("nats per token", _PER_TOKEN) if anchored else ("nats", _NATS)
+        label, scale = _least_decided(of_side, values)
+        margin = _round(min(max(scale, low), high))
+        bounded = "" if low <= scale <= high else ", beyond what a margin is good for"
+        reasons.append(f"{term}.margin {margin:g} {unit}: {label}, the least decided, has gaps of {scale:.2g} either way{bounded}")
+        pull = sum(_sigmoid(margin - value) for value in values) / len(values)
+        size = quantile([gap.tokens for gap in of_side], 50)
+        weight = 1.0 if anchored else _round(min(1.0, max(_LEAST_WEIGHT, _MEASURED_TOKENS / size)))
+        why = (
+            "scores per token pull as align does, a mean over tokens" if anchored else f"texts have {size:.0f} tokens; align is a mean over"
+        )
+        why += (
+            "" if anchored else f" them, and a comparison in total nats would weigh {size / _MEASURED_TOKENS:.1f} times what was measured"
+        )
+        reasons.append(f"{term}.weight {weight:g}: {why}; its comparisons begin with {100 * pull:.0f} % of their largest pull")
+        lost = sum(value < -_LOST * margin for value in values) / len(values)
+        hinge = side == "image" and lost > _MANY_LOST
+        told = (
+            f"{term}.link {'hinge' if hinge else 'logsigmoid'}: {100 * lost:.0f} % of its comparisons are lost by more than {_LOST} margins"
+        )
+        reasons.append(
+            f"{told}; between images neither length nor prior explains that: look at these edits, and meanwhile let them not pull for ever"
+            if hinge
+            else f"{told}, and a smooth link pulls at all others as far as they need it"
+        )
+        norm = "anchor" if anchored else "none"
+        options[term] = {"weight": weight, "margin": margin, "link": "hinge" if hinge else "logsigmoid", "len_norm": norm}
+    return Advice(options, reasons)
+
+
+def _least_decided(found: Sequence[Gap], values: Sequence[float]) -> tuple[str, float]:
+    """The edit type whose gaps are smallest either way, and their median size; all types together where each has few."""
+    sizes: dict[str, list[float]] = {}
+    for gap, value in zip(found, values, strict=True):
+        for label in gap.labels:
+            sizes.setdefault(label, []).append(abs(value))
+    known = {in_cell(label): some for label, some in sizes.items() if len(some) >= _KNOWN} or {"all": [abs(value) for value in values]}
+    return min(((label, quantile(some, 50)) for label, some in known.items()), key=lambda each: each[1])
+
+
+def _length_norm(found: Sequence[Gap]) -> tuple[bool, str]:
+    """Whether gaps grow with the length of the texts, and why."""
+    sizes = sorted(gap.tokens for gap in found)
+    if not sizes:
+        return False, "len_norm none: there is nothing to compare"
+    middle = quantile(sizes, 50)
+    short, long = ([gap for gap in found if (gap.tokens > middle) == longer] for longer in (False, True))
+    if not long or (ratio := _mean([g.tokens for g in long]) / _mean([g.tokens for g in short])) < _LONGER:
+        return False, f"len_norm none: texts are about as long as each other ({sizes[0]} to {sizes[-1]} tokens), so that total nats compare"
+    spread = [quantile([abs(gap.nats) for gap in half], 50) for half in (short, long)]
+    grown = spread[1] / spread[0] if spread[0] else math.inf
+    told = f"texts of {ratio:.1f} times as many tokens have gaps of {grown:.1f} times as many nats"
+    if grown > math.sqrt(ratio):
+        return True, f"len_norm anchor: {told}, so that a margin fits them per token"
+    return False, f"len_norm none: {told}: an edit changes a few words of a text of any length, and a margin in total nats fits both"
+
+
+def table(found: Sequence[Gap]) -> str:
+    """The gaps by edit type: how many are won, by language alone too, and their quantiles."""
+    head = " | ".join(f"{q} %" for q in QUANTILES)
+    lines = [f"| side | edit | comparisons | won | blank image | nats: {head} | a token: {head} |"]
+    lines.append("|---|---|" + "---:|" * (3 + 2 * len(QUANTILES)))
+    for side in TERMS:
+        of_side = [gap for gap in found if gap.side == side]
+        labels = sorted({label for gap in of_side for label in gap.labels})
+        rows: Mapping[str, list[Gap]] = {label: [gap for gap in of_side if label in gap.labels] for label in labels}
+        for label, some in [*rows.items(), *([("all", of_side)] if of_side else [])]:
+            blind = [gap.blind for gap in some if gap.blind is not None]
+            cells = [str(len(some)), f"{100 * _mean([gap.nats > 0 for gap in some]):.1f}", f"{100 * _mean(blind):.1f}" if blind else ""]
+            for values, form in (([gap.nats for gap in some], ".2f"), ([gap.nats / gap.tokens for gap in some], ".3f")):
+                cells += [format(quantile(values, q), form) for q in QUANTILES]
+            name = label if label != "all" or some is of_side else '"all"'
+            lines.append(f"| {side} | {in_cell(name)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def block(advice: Advice) -> str:
+    """The options as YAML, ready for a run's file."""
+    lines = ["objective:"]
+    for term, options in advice.options.items():
+        lines.append(f"  {term}: {{{', '.join(f'{name}: {value}' for name, value in options.items())}}}")
+    return "\n".join(lines)
+
+
+def quantile(values: Sequence[float], percent: float) -> float:
+    """By linear interpolation between the two nearest of the sorted values."""
+    ordered = sorted(values)
+    at = percent / 100 * (len(ordered) - 1)
+    low = math.floor(at)
+    return ordered[low] + (at - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _round(value: float) -> float:
+    """Two digits, as an option is written."""
+    return float(f"{value:.2g}")
+
+
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value)) if value > -500 else 0.0

@@ -1,0 +1,11 @@
+"""Aya Vision and Command A Vision: a SigLIP tower on tiles, patches joined 2 x 2 in the projector, sliding windows in most layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cfvlm_ds.models.families.internvl import INTERNVL
+from cfvlm_ds.models.families.llava import after_selected_layer
+
+COMMAND = replace(INTERNVL, model_types=("cohere2_vision",))
+AYA = replace(INTERNVL, model_types=("aya_vision",), unused=after_selected_layer)

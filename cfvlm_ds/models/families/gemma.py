@@ -1,0 +1,77 @@
+"""Gemma 3 and 4: layers with a sliding window between full ones, and pictures whose tokens see each other in both directions.
+
+Gemma 3 has a SigLIP tower with a fixed number of visual tokens, and sees pictures as a whole in all layers. Gemma 4 has a tower of its own
+with a budget of visual tokens; its larger models see pictures as a whole in layers with a window only, its smaller ones nowhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models.family import Family, Whole
+from cfvlm_ds.models.visual_token_limits import budgets
+
+
+def pooled_output(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The head of a tower's pooled output, if the checkpoint has one."""
+    return ("model.vision_tower.head",)
+
+
+def sound(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The part for sound, which some checkpoints have."""
+    return ("model.audio_tower", "model.embed_audio")
+
+
+def in_windows(config: PreTrainedConfig) -> Whole:
+    """In layers with a window, where the configuration says so."""
+    return "windows" if config.get_text_config().use_bidirectional_attention == "vision" else "nowhere"
+
+
+def no_crops(processor: Any, config: Any, model: ModelConfig) -> None:
+    """A picture is one block of tokens. With pan and scan it would be several, with words between them that join those of the prompt."""
+    _generates(config)
+    if processor is not None and getattr(processor.image_processor, "do_pan_and_scan", None):
+        raise ConfigError("pan and scan is not supported; set do_pan_and_scan to false in the model's preprocessor_config.json")
+
+
+def largest_budget(processor: Any, config: Any, model: ModelConfig) -> None:
+    """Visual tokens are bounded by the largest of some budgets."""
+    _generates(config)
+    budgets(processor, config, model)
+
+
+def _generates(config: Any) -> None:
+    if config is not None and config.get_text_config().use_bidirectional_attention in (True, "all"):
+        raise ConfigError("the model's texts see what follows them (use_bidirectional_attention), so they have no likelihood; name another")
+
+
+GEMMA_3 = Family(
+    model_types=("gemma3",),
+    vision_tower=("model.vision_tower",),
+    projector=("model.multi_modal_projector",),
+    language_model=("model.language_model", "lm_head"),
+    one_tensor=True,
+    unused=pooled_output,
+    around=("\n\n", "\n\n"),
+    whole_pictures=lambda config: "everywhere",
+    visual_mark="token_type_ids",
+    limit=no_crops,
+)
+
+GEMMA_4 = Family(
+    model_types=("gemma4",),
+    vision_tower=("model.vision_tower", "model.audio_tower", "model.embed_audio"),  # the last two for sound, without use
+    projector=("model.embed_vision",),
+    language_model=("model.language_model", "lm_head"),
+    image_inputs=("pixel_values", "image_position_ids"),
+    unused=sound,
+    whole_pictures=in_windows,
+    visual_mark="mm_token_type_ids",
+    logit_cap=lambda config: config.get_text_config().final_logit_softcapping,
+    limit=largest_budget,
+    limited_by=("max_pixels",),
+)

@@ -1,0 +1,17 @@
+"""GLM-4.1V and GLM-4.6V: positions as in Qwen-VL, a tower at native resolution that merges 2 x 2 patches in front of its merger."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cfvlm_ds.models.families.qwen import QWEN_VL
+from cfvlm_ds.models.family import as_projected
+from cfvlm_ds.models.visual_token_limits import pixels_of_frames
+
+GLM_4V = replace(
+    QWEN_VL,
+    model_types=("glm4v", "glm46v"),
+    projector=("model.visual.merger",),
+    arrange=as_projected,
+    limit=pixels_of_frames,
+)

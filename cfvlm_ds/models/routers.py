@@ -1,0 +1,71 @@
+"""The routers of a mixture of experts: how many tokens each expert takes in a forward, and how probable each was.
+
+Shapes: E experts, R rows (a token in a layer), K experts that a token takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cfvlm_ds.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Sums over the rows of a forward.
+
+    Args:
+        taken: [E] tokens that each expert took, without a gradient.
+        probability: [E] of each expert before the choice, float32, with the routers' gradient.
+        rows: tokens times layers.
+    """
+
+    taken: Tensor
+    probability: Tensor
+    rows: int
+
+
+class Routers:
+    """Listens to the routers of a model. A layer that is computed again for its gradient is not counted again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._heard: list[tuple[Tensor, Tensor]] | None = None
+        for module in model.modules():
+            if type(module).__name__.endswith("Router"):
+                module.register_forward_hook(self._note)
+
+    def _note(self, router: nn.Module, inputs: Any, output: Any) -> None:
+        if self._heard is not None:
+            self._heard.append((output[0], output[-1]))
+
+    def __enter__(self) -> Routers:
+        self._heard = []
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._heard = None
+
+    def routed(self) -> Routed | None:
+        """The sums of what was heard inside the block; None for a model without routers."""
+        if not self._heard:
+            return None
+        taken = torch.zeros(self._heard[0][0].shape[-1], device=self._heard[0][0].device)
+        probability = torch.zeros_like(taken)
+        for logits, chosen in self._heard:
+            taken = taken.scatter_add(0, chosen.reshape(-1), taken.new_ones(chosen.numel()))  # counts without a wait for the device
+            probability = probability + logits.float().softmax(-1).sum(0)
+        return Routed(taken, probability, sum(len(logits) for logits, _ in self._heard))
+
+
+BALANCED = ("qwen3_vl_moe", "qwen3_5_moe")
+"""Model types of which the library has a router balance loss that takes the likeliest experts, as the routers do."""
+
+
+def check_balanced(model_type: str) -> None:
+    """Raise ConfigError for a model type without a router balance loss."""
+    if model_type not in BALANCED:
+        raise ConfigError(f"train.router_balance is for model types {' and '.join(BALANCED)}, and this is {model_type!r}; leave it out")

@@ -1,0 +1,137 @@
+"""InfoNCE over the texts and images of an optimizer step: the alignment loss of CF-VLM (arXiv 2506.17267), with likelihoods for cosines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cfvlm_ds.core.groups import Cells
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores, normalised_scores, token_counts
+from cfvlm_ds.objectives.base import Report, comparisons, mean_over
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchAlign:
+    """On each image its own text must win among texts of the whole step, and for each text its own image among those it was scored on.
+
+    Texts of other groups answer the factual text's prompt and are taken for false, though nobody has looked: the one use of unknown cells
+    as negatives. A text that equals one of the group's, or that the row's ``exclude`` lists, is never drawn.
+
+    Text side: log(1 + sum_d exp(s_d - s_c)) over the false texts d of the group and those of others, s = (log p(text | image) - ``pmi`` x
+    log p(text | blank)) / ``temperature``. Image side: the same over images for one text, without the prior, which cancels. Half of each,
+    means over a group's true pairs and texts, so a group counts once.
+
+    Args:
+        weight: factor of the term in the loss.
+        warmup: share of all steps over which the weight rises linearly from 0.
+        texts: texts of other groups that are scored on each image.
+        temperature: what scores are divided by, on the scale of ``len_norm``.
+        len_norm: divide log-likelihoods by each text's ``own`` token count, or ``none``.
+        pmi: how much of the blind score to subtract where texts are compared; needs ``--data.scores``, 0 does not.
+    """
+
+    weight: float = 1.0
+    warmup: float = 0.05
+    texts: int = 16
+    temperature: float = 1.0
+    len_norm: Literal["own", "none"] = "none"
+    pmi: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, not {self.temperature}")
+        if self.texts < 1:
+            raise ValueError(f"texts must be at least 1, not {self.texts}; to switch the term off set its weight to 0")
+
+    @property
+    def cells(self) -> Cells:
+        return "batch"
+
+    @property
+    def needs_reference(self) -> bool:
+        return False
+
+    @property
+    def needs_prior(self) -> bool:
+        return self.pmi != 0
+
+    def denominator(self, layout: GroupLayout) -> Tensor:
+        return (layout.weight * layout.positive[:, 0, 0]).sum()
+
+    def numerator(self, scores: Scores) -> Tensor:
+        layout = scores.layout
+        text, image = self._text_side(scores), self._image_side(scores)
+        return ((layout.weight.to(text) * (text + image)).sum() + self._hosted(scores)) / 2
+
+    def report(self, scores: Scores) -> Report:
+        layout = scores.layout
+        similarity = normalised_scores(scores, self.len_norm, self.pmi).detach()
+        asked = layout.same_prompt[:, :1]
+        violation, mask = comparisons(similarity, layout.positive & asked, self._false_texts(layout))
+        return {
+            "violated/batch_align": (((violation >= 0) & mask).sum(), mask.sum()),
+            "batch_align/texts": (_guests(layout).sum(), layout.valid.any(2).sum()),
+        }
+
+    def _text_side(self, scores: Scores) -> Tensor:
+        """[G], the mean over the group's true pairs."""
+        layout = scores.layout
+        similarity = normalised_scores(scores, self.len_norm, self.pmi) / self.temperature
+        lost = _against(similarity, similarity, self._false_texts(layout), 2)
+        return mean_over(lost, layout.positive & layout.same_prompt[:, :1])
+
+    def _false_texts(self, layout: GroupLayout) -> Tensor:
+        return (layout.negative & layout.same_prompt[:, :1]) | _guests(layout)
+
+    def _image_side(self, scores: Scores) -> Tensor:
+        """[G], the mean over the group's texts that are true of some image."""
+        layout = scores.layout
+        similarity, elsewhere = self._between_images(scores)
+        true = layout.positive & layout.same_prompt[:, :1]
+        own = true & (true.cumsum(1) == 1)  # a sham of it is no second image of a text
+        others = torch.cat([similarity, elsewhere], 1)
+        false = torch.cat([layout.negative, elsewhere > float("-inf")], 1)
+        at_home = torch.where(own, similarity, 0).sum(1, keepdim=True)
+        return mean_over(_against(others, at_home, false, 1).squeeze(1), own.any(1))
+
+    def _hosted(self, scores: Scores) -> Tensor:
+        """0, with the gradient of other groups' image sides: the part of it that is due to images of this batch."""
+        layout = scores.layout
+        similarity, elsewhere = self._between_images(scores)
+        outside = elsewhere > float("-inf")
+        counted = torch.cat([_guests(layout) & outside.any(1, keepdim=True), outside], 1)
+        whole = torch.logsumexp(torch.where(counted, torch.cat([similarity, elsewhere], 1), _LEAST), 1)[:, layout.num_own :]
+        share = torch.zeros_like(whole) if layout.guests is None else layout.guests.share.to(whole)
+        return (share * (whole - whole.detach())).sum()
+
+    def _between_images(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Scores [G, I, C] and those on images of other groups [G, R, C], in units of the temperature."""
+        layout = scores.layout
+        tokens = token_counts(layout, self.len_norm)
+        similarity = scores.logp / tokens / self.temperature
+        if scores.elsewhere is None:
+            return similarity, similarity.new_zeros(len(similarity), 0, similarity.shape[2])
+        elsewhere = scores.elsewhere.detach().to(similarity).transpose(1, 2)
+        return similarity, elsewhere / tokens.amax(1, keepdim=True) / self.temperature
+
+
+_LEAST = -1e30
+"""In place of what does not count in a sum of exponentials: with -inf for all, gradients would be NaN."""
+
+
+def _guests(layout: GroupLayout) -> Tensor:
+    """[G, I, C] bool: scored cells of other groups' texts."""
+    foreign = torch.zeros_like(layout.valid)
+    foreign[:, :, layout.num_own :] = True
+    return layout.valid & foreign
+
+
+def _against(values: Tensor, true: Tensor, false: Tensor, dim: int) -> Tensor:
+    """log(1 + sum over ``dim`` of exp(values - true) where ``false``), 0 without any; in the shape of ``true``."""
+    others = torch.logsumexp(torch.where(false, values, _LEAST), dim, keepdim=True)
+    return torch.where(false.any(dim, keepdim=True), F.softplus(others - true), 0)

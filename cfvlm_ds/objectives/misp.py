@@ -1,0 +1,48 @@
+"""MISP-DPO (arXiv 2509.25717): the factual image against all counterfactual images at once, a rival of the default loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.objectives.base import Report, has_any, mean_over
+from cfvlm_ds.objectives.reference import ReferenceTerm, factual_images, factual_texts, no_ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misp(ReferenceTerm):
+    """DPO between texts, and between images the first choice of a Plackett-Luce model: log(1 + sum_k exp(beta (r_k0 - r_00))).
+
+    r = log p - log p_reference, the reference read from ``--data.scores``; k runs over the images that the factual text is false of. With
+    one such image the second part is mDPO's. The paper's search for negative pictures (CLIP, a sparse autoencoder, importance sampling) is
+    not part of it: a group's own pictures are the negatives, and the sum runs over all of them.
+
+    Args:
+        text_side: weight of the text pairs (plain DPO).
+        image_side: weight of the Plackett-Luce term over images.
+    """
+
+    text_side: float = 1.0
+    image_side: float = 1.0
+
+    def denominator(self, layout: GroupLayout) -> Tensor:
+        none = no_ratio(layout)
+        groups = [has_any(factual_texts(none, layout)[1]), has_any(factual_images(none, layout)[1])]
+        return (layout.weight.unsqueeze(1) * torch.stack(groups, 1)).sum(0)
+
+    def numerator(self, scores: Scores) -> Tensor:
+        layout, ratio = scores.layout, self.ratio(scores)
+        violation, mask = factual_texts(ratio, layout)
+        others, known = factual_images(ratio, layout)
+        lost = torch.where(known, self.beta * others, float("-inf")).flatten(1)
+        chosen = torch.logsumexp(F.pad(lost, (1, 0)), 1)  # the 0 in front is the factual image itself
+        per_group = [self.text_side * mean_over(F.softplus(self.beta * violation), mask), self.image_side * chosen]
+        return (layout.weight.to(ratio).unsqueeze(1) * torch.stack(per_group, 1)).sum(0)
+
+    def report(self, scores: Scores) -> Report:
+        return self.compared("misp", factual_images(self.ratio(scores).detach(), scores.layout))

@@ -1,0 +1,75 @@
+"""Stay near the model that the training started from, on rows that it is not about (learning without forgetting, arXiv 1606.09282)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cfvlm_ds.core.groups import Cells
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.objectives.base import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retain:
+    """exp(d) - 1 - d with d = (log p - log p_reference) / tokens of a true text: an estimate of KL(reference || model), per token.
+
+    It is 0 where the model says what the reference said, and grows where a text becomes less likely, or more. The estimate sees the scored
+    tokens alone, not the whole vocabulary: over texts that the reference itself would write, exp(d) - 1 has mean 0 and -d the KL as its
+    mean. The reference is read from ``--data.scores``, or is the model without its adapters.
+
+    Args:
+        weight: factor of the term in the loss.
+        warmup: share of all steps over which the weight rises linearly from 0.
+        rows: ``plain`` takes groups in which nothing is known to be false, such as captions of a mixture; ``all`` every group.
+    """
+
+    weight: float = 1.0
+    warmup: float = 0.0
+    rows: Literal["plain", "all"] = "plain"
+
+    @property
+    def cells(self) -> Cells:
+        return "matched"
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @property
+    def needs_prior(self) -> bool:
+        return False
+
+    def denominator(self, layout: GroupLayout) -> Tensor:
+        return (layout.weight.view(-1, 1, 1) * torch.where(self._held(layout), layout.num_tokens, 0)).sum()
+
+    def numerator(self, scores: Scores) -> Tensor:
+        layout = scores.layout
+        ratio, tokens = self._ratio(scores)
+        divergence = torch.expm1(ratio) - ratio
+        weight = layout.weight.to(ratio).view(-1, 1, 1)
+        return (weight * torch.where(self._held(layout), tokens * divergence, 0)).sum()
+
+    def report(self, scores: Scores) -> Report:
+        ratio, tokens = self._ratio(scores)
+        held = self._held(scores.layout)
+        return {"retain/ratio": (torch.where(held, tokens * ratio.detach(), 0).sum(), torch.where(held, tokens, 0).sum())}
+
+    def _ratio(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Log-ratio per token, 0 where it is not looked at, and tokens; both [G, I, C]."""
+        if scores.reference is None:
+            raise ValueError("retain needs reference scores: write them with `cfvlm-ds score` and pass --data.scores")
+        tokens = scores.layout.num_tokens.clamp(min=1)
+        ratio = (scores.logp - scores.reference.detach().to(scores.logp)) / tokens
+        return torch.where(self._held(scores.layout), ratio, 0), tokens
+
+    def _held(self, layout: GroupLayout) -> Tensor:
+        """[G, I, C] bool: the true pairs of the rows that are held."""
+        if self.rows == "all":
+            return layout.positive
+        plain = ~(layout.match == 0).flatten(1).any(1)
+        return layout.positive & plain.view(-1, 1, 1)

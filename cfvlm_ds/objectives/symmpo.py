@@ -1,0 +1,70 @@
+"""SymMPO (arXiv 2506.11712): preferences between texts on both images of a counterfactual pair, a rival of the default loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.objectives.base import Report, has_any, mean_over
+from cfvlm_ds.objectives.reference import ReferenceTerm, factual_texts, no_ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class SymMPO(ReferenceTerm):
+    """DPO on the factual image, and on both images of each counterfactual pair, with equal gaps wanted on both.
+
+    With r = log p - log p_reference, read from ``--data.scores``, d_k = r_00 - r_0k on the factual image and e_k = r_kk - r_k0 on the
+    counterfactual one, the parts are: -log sigmoid(beta d_k) over every false text; -log sigmoid(beta d_k) - log sigmoid(beta e_k) and
+    (d_k - e_k)^2 over complete pairs; -log sigmoid(beta r_00) and -log sigmoid(beta r_kk). Means over a group's pairs, so a group counts
+    once. Two texts are compared on one image, so that the partition functions of DPO's derivation cancel.
+
+    Args:
+        text_side: weight of the pairs on the factual image (plain DPO).
+        symmetric: weight of the pairs on both images.
+        consistency: weight of the squared difference of the two gaps, per square nat.
+        anchor: weight of the anchors: neither true text must become less likely.
+    """
+
+    text_side: float = 1.0
+    symmetric: float = 0.5
+    consistency: float = 1e-4
+    anchor: float = 1.0
+
+    def denominator(self, layout: GroupLayout) -> Tensor:
+        none = no_ratio(layout)
+        pairs = has_any(_pairs(none, layout)[2])
+        groups = [has_any(factual_texts(none, layout)[1]), pairs, layout.positive[:, 0, 0], pairs]
+        return (layout.weight.unsqueeze(1) * torch.stack(groups, 1)).sum(0)
+
+    def numerator(self, scores: Scores) -> Tensor:
+        layout, ratio = scores.layout, self.ratio(scores)
+        violation, mask = factual_texts(ratio, layout)
+        on_factual, on_other, pairs = _pairs(ratio, layout)
+        both = F.softplus(self.beta * on_factual) + F.softplus(self.beta * on_other)
+        factual = torch.where(layout.positive[:, 0, 0], F.softplus(-self.beta * ratio[:, 0, 0]), 0)
+        per_group = [
+            self.text_side * mean_over(F.softplus(self.beta * violation), mask),
+            self.symmetric * mean_over(both, pairs) + self.consistency * mean_over((on_factual - on_other) ** 2, pairs),
+            self.anchor * factual,
+            self.anchor * mean_over(F.softplus(-self.beta * ratio), pairs),
+        ]
+        return (layout.weight.to(ratio).unsqueeze(1) * torch.stack(per_group, 1)).sum(0)
+
+    def report(self, scores: Scores) -> Report:
+        on_factual, on_other, pairs = _pairs(self.ratio(scores).detach(), scores.layout)
+        return self.compared("symmpo", (on_factual, pairs), (on_other, pairs))
+
+
+def _pairs(ratio: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """Violations on the factual image and on the other one, -d_k and -e_k, and which pairs are complete; each [G, I, C], by the other pair.
+
+    A pair (i, c) is complete where its four cells with the factual pair are known and its text answers the factual text's prompt.
+    """
+    negative, positive = layout.negative, layout.positive
+    complete = positive & positive[:, :1, :1] & negative[:, :1, :] & negative[:, :, :1] & layout.same_prompt[:, :1]
+    return (ratio[:, :1, :] - ratio[:, :1, :1]).expand_as(ratio), ratio[:, :, :1] - ratio, complete

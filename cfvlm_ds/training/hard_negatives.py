@@ -1,0 +1,98 @@
+"""Of many counterfactuals of a group those enter a step that the current model takes most for true.
+
+A forward without gradients scores all of them; the others are then cut out of the row, and the forward and backward that follow cost what
+a group of few counterfactuals costs. Shapes: G groups, I images, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.pruning import pruned
+from cfvlm_ds.core.scores import Scores
+
+
+class HardNegatives:
+    """Cuts micro-batches down to the hardest counterfactuals of each group.
+
+    Args:
+        engine: drives a Scorer.
+        number: of counterfactuals that a group keeps.
+        forwards: says how many forwards each micro-batch takes, the same on every rank.
+    """
+
+    def __init__(self, engine: Any, number: int, forwards: Callable[[Sequence[Sequence[Batch]]], list[int]]) -> None:
+        self._engine, self._number, self._forwards = engine, number, forwards
+
+    def of(self, micro_batches: Sequence[list[Batch]]) -> list[list[Batch]]:
+        """The micro-batches with fewer cells. Collective: every rank makes as many forwards."""
+        self._engine.eval()  # no dropout, and so no random number is drawn that a resumed run would miss
+        with torch.no_grad():
+            chosen = [self._chosen(parts, count) for parts, count in zip(micro_batches, self._forwards(micro_batches), strict=True)]
+        self._engine.train()
+        return [pruned(parts, keep) for parts, keep in zip(micro_batches, chosen, strict=True)]
+
+    def _chosen(self, parts: Sequence[Batch], forwards: int) -> Tensor:
+        logp = [self._engine(**part.model_inputs) for part in [*[parts[0]] * (forwards - len(parts)), *parts]]
+        scored = [part.scores(each) for part, each in zip(parts, logp[forwards - len(parts) :], strict=True)]
+        return hardest(scored[0] if len(scored) == 1 else Scores.joined(scored), self._number)
+
+
+def hardest(scores: Scores, number: int) -> Tensor:
+    """[G, I, C] bool: the cells of the factual pair, of shams and of the ``number`` hardest counterfactuals of each group.
+
+    A counterfactual is a text that is not true of the factual image with the images that it is true of, or an image that the factual text
+    is false of and no other text is true of. It is as hard as the hardest comparison that it makes: by how much a false cell beats a true
+    one, on one image or for one text. Of equals the first is taken. A group that asks several questions keeps all its cells.
+    """
+    layout, logp = scores.layout, scores.logp.detach().cpu()
+    known = (layout.positive | layout.negative).cpu()
+    kept = torch.ones_like(layout.valid)
+    same = layout.same_prompt[:, 0].cpu()
+    match = layout.match.cpu()
+    for g in range(len(kept)):
+        if bool(((match[g] >= 0).any(0) & ~same[g]).any()):
+            continue
+        truth, values, seen = match[g].tolist(), logp[g].tolist(), known[g].tolist()
+        if len(units := _counterfactuals(truth)) <= number:
+            continue
+        hardness = [_hardness(unit, truth, values, seen) for unit in units]
+        images, texts = match[g, :, 0] == 1, match[g, 0] == 1
+        for place in sorted(range(len(units)), key=lambda place: -hardness[place])[:number]:
+            text, own = units[place]
+            images[list(own)] = True
+            if text is not None:
+                texts[text] = True
+        kept[g] = (images.unsqueeze(1) & texts).to(kept.device)
+    return kept
+
+
+Counterfactual = tuple[int | None, tuple[int, ...]]
+"""A text, if it has one, and the images that go with it."""
+
+
+def _counterfactuals(match: Sequence[Sequence[int]]) -> list[Counterfactual]:
+    texts: list[Counterfactual] = []
+    for c in range(1, len(match[0])):
+        if match[0][c] != 1 and any(row[c] >= 0 for row in match):
+            texts.append((c, tuple(i for i, row in enumerate(match) if i and row[c] == 1 and row[0] != 1)))
+    owned = {i for _, images in texts for i in images}
+    return [*texts, *((None, (i,)) for i, row in enumerate(match) if i and i not in owned and row[0] == 0)]
+
+
+def _hardness(
+    unit: Counterfactual, match: Sequence[Sequence[int]], logp: Sequence[Sequence[float]], known: Sequence[Sequence[bool]]
+) -> float:
+    """The largest S[false] - S[true] of its comparisons with the factual pair; least of all without any."""
+    text, images = unit
+    cells = [(0, 0), *((i, 0) for i in images)]
+    cells += [] if text is None else [(0, text), *((i, text) for i in images)]
+    true = [(i, c) for i, c in cells if known[i][c] and match[i][c] == 1]
+    false = [(i, c) for i, c in cells if known[i][c] and match[i][c] == 0]
+    beside = (logp[i][c] - logp[j][d] for i, c in false for j, d in true if i == j or c == d)
+    return max(beside, default=float("-inf"))

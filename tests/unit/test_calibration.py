@@ -1,0 +1,156 @@
+"""What `cfvlm-ds calibrate` measures and recommends: gaps are those that the objective sees, and each choice has a case that turns it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import write_manifest
+
+from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.cli.main import main
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
+from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.evaluation.calibration import Gap, advise, block, gaps, quantile, star_cells, table
+from cfvlm_ds.evaluation.scoring import GroupScores
+from cfvlm_ds.objectives import OBJECTIVES, Csd
+
+
+def scored(groups: Sequence[CounterfactualGroup], seed: int = 0) -> list[GroupScores]:
+    rng = torch.Generator().manual_seed(seed)
+    shapes = [(len(group.images), len(group.candidates)) for group in groups]
+    return [GroupScores(-30 * torch.rand(shape, generator=rng), -30 * torch.rand(shape[1], generator=rng)) for shape in shapes]
+
+
+def of(side: str, values: Sequence[float], tokens: int = 10, label: str = "colour") -> list[Gap]:
+    return [Gap(side, (label,), value, tokens, 0.5 if side == "text" else None) for value in values]  # type: ignore[arg-type]
+
+
+def normal(mean: float, spread: float, number: int = 400, seed: int = 0) -> list[float]:
+    rng = random.Random(seed)
+    return [rng.gauss(mean, spread) for _ in range(number)]
+
+
+def test_gaps_are_those_that_training_compares(model_dir: Path, tmp_path: Path) -> None:
+    """Cells are the collator's star cells; text gaps are csd's own violations, but for shams, whose comparisons are others' again."""
+    groups = read_manifest(write_manifest(tmp_path / "m.jsonl", 12))
+    place, asked = next((place, group) for place, group in enumerate(groups) if len(group.images) > 1)
+    texts = (*asked.candidates, Candidate("Is it red?", "yes"), Candidate("Is it red?", "no"))
+    truth = tuple((*row, int(i > 0), 0) for i, row in enumerate(asked.match))  # of image 0 neither answer is true
+    groups[place] = replace(asked, candidates=texts, match=truth)
+    layout: GroupLayout = load_collator(ModelConfig(str(model_dir)), "star")._layout(groups)
+    for g, group in enumerate(groups):
+        assert sorted(star_cells(group)) == sorted(map(tuple, layout.valid[g].nonzero().tolist()))
+    scores = scored(groups)
+    logp = torch.zeros(layout.valid.shape)
+    for g, each in enumerate(scores):
+        logp[g, : each.logp.shape[0], : each.logp.shape[1]] = each.logp
+    shams = torch.zeros_like(layout.valid)
+    for g, group in enumerate(groups):
+        for edit in group.edits:
+            if edit.type == "sham":
+                shams[g, edit.image] = True
+    seen = replace(layout, valid=layout.valid & ~shams)
+    violation, mask = Csd()._violations(Scores(seen, logp, logp).logp, seen)
+    found = list(gaps(groups, scores, lambda group: 7))
+    assert sorted(gap.nats for gap in found if gap.side == "text") == pytest.approx(sorted((-violation[mask]).tolist()))
+    assert {gap.tokens for gap in found} == {7} and {label for gap in found for label in gap.labels} >= {"colour"}
+
+
+def test_by_hand() -> None:
+    """S = [[-1, -4], [-3, -1]], blank [-2, -5]: on image 0 the text wins by 3 and by its prior, on image 1 by 2 and against it."""
+    pictures = ((Path("a.png"),), (Path("b.png"),))
+    group = CounterfactualGroup("g", pictures, (Candidate("", "a b"), Candidate("", "a c")), ((1, 0), (0, 1)))
+    score = GroupScores(torch.tensor([[-1.0, -4.0], [-3.0, -1.0]]), torch.tensor([-2.0, -5.0]))
+    found = list(gaps([group], [score], lambda group: 2))
+    assert sorted((gap.side, gap.nats, gap.blind) for gap in found if gap.side == "text") == [("text", 2.0, 0.0), ("text", 3.0, 1.0)]
+    assert sorted(gap.nats for gap in found if gap.side == "image") == [2.0, 3.0]
+    lines = table(found).splitlines()
+    assert lines[2] == "| text | unlabelled | 2 | 100.0 | 50.0 | 2.05 | 2.25 | 2.50 | 2.75 | 2.95 | 1.025 | 1.125 | 1.250 | 1.375 | 1.475 |"
+    assert [quantile([3.0, 1.0, 2.0], q) for q in (0, 25, 50, 100)] == [1.0, 1.5, 2.0, 3.0]
+    broken = GroupScores(torch.tensor([[-1.0, math.nan], [-3.0, -1.0]]), score.blank)
+    assert len(list(gaps([group], [broken], lambda group: 2))) == 2
+
+
+def test_a_margin_is_the_size_of_the_least_decided_gaps_within_bounds() -> None:
+    """Of the edit types, the one whose gaps are smallest either way; one with few comparisons does not decide."""
+    known, undecided, rare = of("text", [9.0] * 30), of("text", [-1.5, 1.0, 2.0, -2.5] * 5, label="depth"), of("text", [0.6], label="rare")
+    chosen = advise([*known, *undecided, *rare, *of("image", [0.1, -0.2, 0.3])])
+    assert chosen.options["csd"]["margin"] == 1.8 and chosen.options["fcd"]["margin"] == 0.5
+    assert any(why.startswith("csd.margin 1.8 nats: depth, the least decided, has gaps of 1.8") for why in chosen.reasons)
+    assert any("fcd.margin 0.5 nats: all, the least decided, has gaps of 0.2 either way, beyond" in why for why in chosen.reasons)
+    assert advise(of("text", [90.0, 100.0])).options["csd"]["margin"] == 5.0
+
+
+def test_a_weight_falls_with_the_length_that_align_averages_over() -> None:
+    """As the gradient of a score of n tokens beside a mean over n tokens does; per token there is nothing to make up for."""
+    weights = {tokens: advise(of("text", normal(1.0, 2.0), tokens)).options["csd"]["weight"] for tokens in (6, 12, 24, 60, 600)}
+    assert weights == {6: 1.0, 12: 1.0, 24: 0.5, 60: 0.2, 600: 0.1}
+    values = [1.0, 3.0, -3.0, 5.0]  # half the gaps are of 3 nats or less: the pull is that of a margin of 3
+    pull = sum(1 / (1 + math.exp(value - 3.0)) for value in values) / 4
+    (told,) = (why for why in advise(of("text", values)).reasons if why.startswith("csd.weight"))
+    assert told.endswith(f"begin with {100 * pull:.0f} % of their largest pull")
+
+
+@pytest.mark.parametrize(
+    ("factor", "norm"), [(1.0, "none"), (6.0, "anchor")], ids=["an edit changes a few words of any text", "gaps grow with the text"]
+)
+def test_long_captions(factor: float, norm: str) -> None:
+    """Captions of 20 and of 120 tokens, as they are mixed in detailed captioning data."""
+    found = [*of("text", normal(1.0, 2.0), 20), *of("text", [factor * v for v in normal(1.0, 2.0, seed=1)], 120)]
+    chosen = advise(found)
+    assert chosen.options["csd"]["len_norm"] == norm
+    assert chosen.reasons[0].startswith(f"len_norm {norm}: texts of 6.0 times as many tokens have gaps of")
+    margin = chosen.options["csd"]["margin"]
+    assert (0.02 <= margin <= 0.2) if norm == "anchor" else (1.0 < margin < 3.0)
+    assert chosen.options["csd"]["weight"] == (1.0 if norm == "anchor" else 0.17), "of 70 tokens in the middle"
+    alike = [replace(gap, tokens=12 + k % 4) for k, gap in enumerate(found)]
+    assert advise(alike).options["csd"]["len_norm"] == "none" and "about as long as each other" in advise(alike).reasons[0]
+
+
+def test_a_hinge_where_images_contradict_their_labels() -> None:
+    """Between images neither prior nor length explains a clear loss: one in five edits that the model sees the other way round."""
+    good = normal(3.0, 1.0)
+    assert advise(of("image", good)).options["fcd"]["link"] == "logsigmoid"
+    chosen = advise([*of("image", good), *of("image", normal(-20.0, 1.0, 100))])
+    assert chosen.options["fcd"]["link"] == "hinge" and any("20 % of its comparisons are lost by more" in why for why in chosen.reasons)
+    assert advise([*of("text", good), *of("text", normal(-20.0, 1.0, 100))]).options["csd"]["link"] == "logsigmoid", "texts have a prior"
+
+
+def test_the_block_is_an_objective(tmp_path: Path) -> None:
+    chosen = advise([*of("text", normal(1.0, 2.0)), *of("image", normal(0.5, 2.0))])
+    (tmp_path / "objective.yaml").write_text(block(chosen))
+    objective = parse_config(["--config", str(tmp_path / "objective.yaml")], OBJECTIVES).objective
+    assert list(objective) == ["align", "csd", "fcd"]
+    for term, options in chosen.options.items():
+        assert {name: getattr(objective[term], name) for name in options} == options
+    one_sided = advise(of("text", normal(1.0, 2.0)))
+    assert "fcd" not in one_sided.options and "fcd is left out: no group has a comparison for it" in one_sided.reasons
+
+
+def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = write_manifest(tmp_path / "m.jsonl", 10)
+    main(["calibrate", str(model_dir), str(manifest), "--limit", "8", "--out", str(tmp_path / "out" / "objective.yaml")])
+    said = capsys.readouterr().out
+    assert "| text | colour |" in said and "| image | all |" in said and "- csd.margin" in said and "warning: " in said
+    written = (tmp_path / "out" / "objective.yaml").read_text()
+    assert said.endswith(written) and set(yaml.safe_load(written)["objective"]) == {"align", "csd", "fcd"}
+    rows: list[dict[str, Any]] = [to_row(group, tmp_path) for group in read_manifest(manifest)]
+    plain = [row | {"images": row["images"][:1], "texts": row["texts"][:1], "match": [["i0", "t0", 1]], "edits": []} for row in rows]
+    (tmp_path / "plain.json").write_text(json.dumps(plain))
+    with pytest.raises(SystemExit):
+        main(["calibrate", str(model_dir), str(tmp_path / "plain.json")])
+    assert "no group has a text or an image that is false beside a true one" in capsys.readouterr().err

@@ -1,0 +1,103 @@
+"""The learning benchmark, without a training: its arms are what their titles say, its records are read, a rate is chosen by validation."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import REPO, write_manifest
+
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.data.formats.cfgroup import from_row
+from cfvlm_ds.objectives import OBJECTIVES, required_cells
+
+
+@pytest.fixture(scope="module")
+def learning() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("learning", REPO / "benchmarks" / "learning.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["learning"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+TERMS = {
+    "nll-factual": {"align"},
+    "nll-all": {"align"},
+    "dpo": {"dpo"},
+    "dpo-nll": {"align", "dpo"},
+    "mdpo": {"dpo"},
+    "symmpo": {"symmpo"},
+    "misp": {"misp"},
+    "no-align": {"csd", "fcd"},
+    "no-csd": {"align", "fcd"},
+    "no-fcd": {"align", "csd"},
+    "batch-align": {"align", "csd", "fcd", "batch_align"},
+}
+
+
+def test_every_arm_is_a_run_and_has_the_terms_of_its_title(learning: ModuleType) -> None:
+    assert TERMS.keys() < learning.ARMS.keys() and len({arm.title for arm in learning.ARMS.values()}) == len(learning.ARMS)
+    for name, arm in learning.ARMS.items():
+        config = parse_config(["--config", "examples/quickstart.yaml", *arm.options], OBJECTIVES)
+        assert set(config.objective) == TERMS.get(name, {"align", "csd", "fcd"}), name
+        assert arm.scores == any(term.needs_reference or term.needs_prior for term in config.objective.values()), name
+        assert len(arm.rates) == 4 and all(float(rate) > 0 for rate in arm.rates)
+        assert (config.model.language_model.tuning == "lora") == (name == "lora")
+    configs = {
+        name: parse_config(["--config", "examples/quickstart.yaml", *learning.ARMS[name].options], OBJECTIVES) for name in ("dpo", "mdpo")
+    }
+    assert (configs["dpo"].objective["dpo"].image_side, configs["mdpo"].objective["dpo"].image_side) == (0, 1)
+    assert required_cells(configs["mdpo"].objective) == "star"
+
+
+def test_rows_with_negatives_of_one_kind(learning: ModuleType, tmp_path: Path) -> None:
+    """Read as any row: the factual pair, and false texts on its image or edited images for its text, as many as there were."""
+    path = write_manifest(tmp_path / "m.jsonl", 9)
+    for line, whole in zip(path.read_text().splitlines(), read_manifest(path), strict=True):
+        texts, images = (from_row(learning.with_negatives(json.loads(line), kind), tmp_path) for kind in ("texts", "images"))
+        assert texts.match == (whole.match[0],) and texts.candidates == whole.candidates and texts.images == whole.images[:1]
+        assert images.match == tuple(row[:1] for row in whole.match) and images.images == whole.images
+        assert [edit.type for edit in texts.edits] == [edit.type for edit in whole.edits if edit.type != "sham"]
+        assert all(edit.image is None for edit in texts.edits) and all(edit.text is None for edit in images.edits)
+
+
+def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
+    learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "RECORDS", tmp_path)
+    (tmp_path / "rates").mkdir()
+    for rate, values in (("3e-4", (60, 62)), ("6e-4", (64, 66)), ("1e-3", (69, 61)), ("2e-3", (70, 40))):
+        for seed, value in enumerate(values):
+            for arm, extra in (("default", 0), ("dpo", float(rate) * 1e5)):
+                job = learning.Job(arm, rate, seed)
+                job.choice.write_text(json.dumps({"arm": arm, "rate": rate, "seed": seed, "validation": value + extra}))
+    assert learning.best_rate("default") == "6e-4", "of equals the lower"
+    assert learning.best_rate("dpo") == "2e-3"
+
+
+def test_tables_of_records_of_any_age(learning: ModuleType) -> None:
+    """Those that lie in the repository; and differences from the control by seeds that both have, with the t interval by hand."""
+    records = [json.loads(path.read_text()) for path in sorted(learning.RECORDS.glob("*.json")) if path != learning.BASE]
+    assert {record["arm"] for record in records} >= {"default", "nll-all"}
+    tables = list(learning.tables(records))
+    assert len(tables) == 2 and "| default objective | 1e-3 |" in tables[0], "one seed makes no interval"
+
+    def seeded(arm: str, seed: int, by: float) -> dict[str, Any]:
+        record = next(each for each in records if each["arm"] == "nll-all")
+        moved = {edit: row | {"group": row["group"] + by} for edit, row in record["results"]["combo"].items()}
+        return record | {"arm": arm, "seed": seed, "results": record["results"] | {"combo": moved}}
+
+    three = [seeded("nll-all", seed, by) for seed, by in enumerate((0.0, 1.0, 5.0))] + [
+        seeded("dpo", seed, by) for seed, by in enumerate((2.0, 4.0))
+    ]
+    table = list(learning.tables(three))[1]
+    # differences 2 and 3: mean 2.5, deviation 0.71, 12.71 * 0.71 / sqrt(2) = 6.4
+    assert "| DPO | 1e-3 | 2 | +2.5 ± 6.4 |" in table and "NLL, all pairs | 1e-3" not in table

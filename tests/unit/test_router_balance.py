@@ -1,0 +1,163 @@
+"""The router balance loss: transformers' own on one text, one gradient however a step is cut, and the load of each expert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from cfvlm_ds.batching.collator import load_collator
+from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
+from cfvlm_ds.demo.family_checkpoints import write_small
+from cfvlm_ds.engine.setup import recompute_activations
+from cfvlm_ds.models import Scorer, check_balanced, family_of, load_model
+from cfvlm_ds.models.forest_attention import stock_attention
+from cfvlm_ds.training.gradient_cache import one_pass, two_passes
+from cfvlm_ds.training.meter import Meter, measure
+from cfvlm_ds.training.router_balance import RouterBalance
+from cfvlm_ds.training.step import Measured
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl_moe", pytest.param("qwen3_5_moe", marks=pytest.mark.long)])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small(request.param, tmp_path_factory.mktemp("experts") / request.param)
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+    where = tmp_path_factory.mktemp("images")
+    found = []
+    for k, size in enumerate([(60, 40), (90, 30), (40, 100)]):
+        Image.effect_noise(size, 90).convert("RGB").save(where / f"{k}.png")
+        texts = (Candidate("describe", f"a red circle {k}"), Candidate("describe", "two blue dogs on a lawn"))
+        found.append(CounterfactualGroup(f"g{k}", ((where / f"{k}.png",),), texts, ((1, 0),)))
+    return found
+
+
+@pytest.fixture
+def alone() -> Any:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(0, 1, 0, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+class Engine:
+    """A Scorer with what a step asks of DeepSpeed's engine."""
+
+    def __init__(self, folder: Path, recompute: bool = False) -> None:
+        model = load_model(ModelConfig(str(folder), attn_implementation="sdpa"), torch.float32)
+        if recompute:
+            recompute_activations(model)
+        self.module, self.forwards = Scorer(model, family_of(model.config)).train(), 0
+
+    def __call__(self, **inputs: Any) -> torch.Tensor:
+        self.forwards += 1
+        return self.module(**inputs)
+
+    def set_gradient_accumulation_boundary(self, last: bool) -> None:
+        pass
+
+    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
+        loss.backward()
+
+
+def test_of_one_text_it_is_the_librarys(folder: Path, groups: list[CounterfactualGroup], alone: World) -> None:
+    """Value and gradient, by the library's function on the logits that its own forward returns; fp32, relative 1e-5."""
+    engine, collator = Engine(folder), load_collator(ModelConfig(str(folder)), "full")
+    model: Any = engine.module.model
+    single = CounterfactualGroup("one", groups[0].images, groups[0].candidates[:1], ((1,),))
+    batch, balance = collator([single]), RouterBalance(engine, 1.0, alone)
+    inputs = batch.model_inputs
+    with stock_attention(model):
+        encoded = model.get_image_features(**inputs["image_inputs"], return_dict=True)
+        output = model(
+            input_ids=inputs["input_ids"],
+            position_ids=inputs["position_ids"],
+            mm_encoder_outputs={"image": encoded},
+            output_router_logits=True,
+        )
+    trained = [p for name, p in model.named_parameters() if ".gate." in name or "embed_tokens" in name]
+    engine(**inputs)
+    ours: Any = balance.term(batch, True)
+    torch.testing.assert_close(ours, output.aux_loss, rtol=1e-5, atol=0)
+    for mine, other in zip(torch.autograd.grad(ours, trained), torch.autograd.grad(output.aux_loss, trained), strict=True):
+        assert (mine - other).norm() < 1e-5 * other.norm() != 0
+    share, routed = balance.taken()
+    assert share is not None and share.item() == pytest.approx(ours.item()) and len(routed) == 1
+
+
+def gradients(
+    engine: Engine, micro_batches: list[list[Any]], forwards: list[int], world: World, weight: float
+) -> tuple[torch.Tensor, float]:
+    """Those of a step whose objective is the sum of all scores, and its balance."""
+    engine.module.zero_grad()
+    balance, total = RouterBalance(engine, weight, world), 0.0
+    balance.look_ahead(micro_batches, forwards)
+    for parts, number in zip(micro_batches, forwards, strict=True):
+        options: dict[str, Any] = {"last": parts is micro_batches[-1], "beside": balance.term}
+        if number == 1:
+            one_pass(engine, parts[0], lambda scores: scores.logp.sum(), lambda _: None, **options)
+        else:
+            two_passes(engine, parts, number, lambda scores: scores.logp.sum(), lambda _: None, device=world.device, **options)
+        total += float(balance.taken()[0] or 0)
+    grads = [p.grad.flatten() for p in engine.module.parameters() if p.grad is not None]
+    return torch.cat(grads), total
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_the_gradient_is_one_however_the_step_is_cut(
+    recompute: bool, folder: Path, groups: list[CounterfactualGroup], alone: World
+) -> None:
+    """In one micro-batch, in three, in parts with a repeat for another rank's sake; a stand-in counts for nothing. fp32, relative 1e-4."""
+    engine, collator = Engine(folder, recompute), load_collator(ModelConfig(str(folder)), "full")
+    whole, plain = gradients(engine, [[collator(groups)]], [1], alone, 300.0), gradients(engine, [[collator(groups)]], [1], alone, 0.0)
+    assert (whole[0] - plain[0]).norm() > 0.01 * plain[0].norm(), "it matters here"
+    parts = collator.parts(groups, max(collator(groups).model_inputs["forest"].tree_lengths))
+    assert len(parts) == 3
+    lost: Any = SimpleNamespace(ids=())
+    stand_in = SimpleNamespace(model_inputs=parts[0].model_inputs, layout=lost)
+    balance = RouterBalance(engine, 300.0, alone)
+    for micro_batches, forwards in (
+        ([[collator([group])] for group in groups], [1, 1, 1]),
+        ([parts], [3]),
+        ([parts[:2], parts[2:]], [3, 1]),
+    ):
+        engine.forwards = 0
+        found = gradients(engine, micro_batches, forwards, alone, 300.0)
+        assert (found[0] - whole[0]).norm() < 1e-4 * whole[0].norm() and found[1] == pytest.approx(whole[1], rel=1e-5)
+        passes = [number if number == 1 else 2 * number - 1 for number in forwards]
+        assert engine.forwards == sum(forwards) + sum(passes), "one forward of each is made ahead"
+    engine(**parts[0].model_inputs)
+    before = balance.term(parts[0], True)
+    engine(**stand_in.model_inputs)
+    assert before > 0 == balance.term(stand_in, True), "a stand-in"  # type: ignore[arg-type]
+
+
+def test_loads_are_counted(folder: Path, groups: list[CounterfactualGroup], alone: World) -> None:
+    """By the experts that the routers' own outputs name, with the loss left out; their mean is an even share."""
+    engine, collator, chosen = Engine(folder), load_collator(ModelConfig(str(folder)), "full"), []
+    hooks = [m.register_forward_hook(lambda m, i, o: chosen.append(o[2])) for m in engine.module.modules() if "Router" in type(m).__name__]
+    batch, balance, meter = collator(groups), RouterBalance(engine, 0.0, alone), Meter(None)
+    logp = engine(**batch.model_inputs)
+    assert balance.term(batch, True) == 0.0 and len(hooks) == len(chosen)
+    share, routed = balance.taken()
+    assert share is None
+    flops: Any = SimpleNamespace(of=lambda inputs, scored: 1e12)
+    measure(meter, Measured([batch], batch.scores(logp), torch.zeros(()), {}, routed), {}, 1.0, flops)
+    loads = {int(name[-3:]): value for name, value in meter.reduce(alone).items() if name.startswith("router/load/")}
+    counts = torch.cat([each.flatten() for each in chosen]).bincount(minlength=len(loads)).double()
+    assert [loads[expert] for expert in range(len(loads))] == pytest.approx((counts * len(counts) / counts.sum()).tolist())
+    assert sum(loads.values()) / len(loads) == pytest.approx(1)
+
+
+def test_a_model_without_experts_is_refused() -> None:
+    with pytest.raises(ConfigError, match="router_balance is for model types qwen3_vl_moe and qwen3_5_moe, and this is 'qwen3_vl'; leave"):
+        check_balanced("qwen3_vl")
