@@ -24,7 +24,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,8 +32,8 @@ from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 RECORDS = REPO / "benchmarks" / "learning"
-CONTROL = REPO / "cfvlm_ds" / "demo" / "control.json"
-"""What the demo prints beside its own run: the mean over seeds of NLL on all pairs."""
+DEMO = REPO / "cfvlm_ds" / "demo" / "measured.json"
+"""What the demo prints beside its own run: of the base, of NLL on all pairs and of the default objective."""
 BASE = RECORDS / "base.json"
 """Group accuracy of the base, of the first run alone."""
 RATES = ("3e-4", "6e-4", "1e-3", "2e-3")
@@ -86,9 +86,12 @@ ARMS: dict[str, Arm] = {
     "batch-align": Arm("default and batch_align", ("--objective.batch_align.weight=0.3", "--objective.batch_align.texts=16"), scores=True),
 }
 CONTROL_ARM = "nll-all"
+SHOWN = {"nll": CONTROL_ARM, "default": "default"}
+BEST = "best, 1 thread"
+"""How sums are rounded where nobody says otherwise."""
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """Student's t of a 95 % interval, by number of pairs."""
-SHORT, LONG = 20, 60
+SHORT, LONG = 20, 140
 """Steps of the two runs whose difference is the time of a step."""
 
 
@@ -154,11 +157,11 @@ def run_missing(arguments: argparse.Namespace, jobs: list[Job], choose: bool = F
     if not jobs:
         return
     prepare(arguments, {job.arm for job in jobs})
+    arms = sorted({"default", *(job.arm for job in jobs)})
+    seconds = {arm: seconds_per_step(arguments, arm) for arm in arms}  # one after the other, so that none disturbs another
+    print("processor seconds per step:", {arm: round(value, 3) for arm, value in seconds.items()}, flush=True)
+    one = run_choice if choose else run
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        arms = sorted({"default", *(job.arm for job in jobs)})
-        seconds = dict(zip(arms, pool.map(lambda arm: seconds_per_step(arguments, arm), arms), strict=True))
-        print("processor seconds per step:", {arm: round(value, 3) for arm, value in seconds.items()}, flush=True)
-        one = run_choice if choose else run
         list(pool.map(lambda job: one(arguments, job, round(arguments.steps * seconds["default"] / seconds[job.arm])), jobs))
 
 
@@ -302,17 +305,24 @@ def report(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "learning.md").write_text(text + "\n")
     figure(arguments.out / "learning.png", records)
-    if controls := [r for r in records if told(r) == ("nll-all", "1e-3", "best, 1 thread")]:
-        CONTROL.write_text(json.dumps({"seeds": len(controls), "accuracies": mean_of(controls)}, indent=1) + "\n")
+    shown = {name: [r["results"] for r in records if told(r) == (arm, "1e-3", BEST)] for name, arm in SHOWN.items()}
+    if all(shown.values()):
+        DEMO.write_text(json.dumps(for_demo(json.loads(BASE.read_text()), shown), indent=1) + "\n")
     print(text, f"\nwrote {arguments.out}/learning.md and learning.png")
 
 
-def mean_of(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    first = records[0]["results"]
-    return {
-        split: {edit: round(statistics.mean(r["results"][split][edit]["group"] for r in records), 1) for edit in rows}
-        for split, rows in first.items()
-    }
+def for_demo(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The accuracies of the base and, of each arm, the number of seeds and their mean, lowest and highest accuracy, by split and edit."""
+    found: dict[str, Any] = {"base": {split: {edit: round(value, 1) for edit, value in rows.items()} for split, rows in base.items()}}
+    for arm, seeds in arms.items():
+        found[arm] = {"seeds": len(seeds)} | {
+            which: {
+                split: {edit: round(pick([each[split][edit]["group"] for each in seeds]), 1) for edit in rows}
+                for split, rows in seeds[0].items()
+            }
+            for which, pick in {"mean": statistics.mean, "lowest": min, "highest": max}.items()
+        }
+    return found
 
 
 def told(record: dict[str, Any]) -> tuple[str, ...]:
@@ -322,7 +332,7 @@ def told(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def tables(records: list[dict[str, Any]]) -> Iterator[str]:
-    """Group accuracy by edit on held-out combinations, mean and range over seeds; then each seed's."""
+    """Group accuracy by edit on held-out combinations, mean over seeds and half the width of its 95 % t interval; then each seed's."""
     rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in sorted(records, key=lambda r: (list(ARMS).index(r["arm"]), *told(r), r["seed"])):
         rows.setdefault(told(record), []).append(record)
@@ -334,7 +344,7 @@ def tables(records: list[dict[str, Any]]) -> Iterator[str]:
         [
             f"| group accuracy, %, {pairs} pairs an edit | rate | sums | seeds | steps | {' | '.join(head)} |",
             f"|---|---:|---|---:|---:|{'---:|' * len(head)}",
-            f"| base | | | | | {' | '.join(f'{value:.0f}' for value in base_of(edits, questions))} |",
+            f"| base | | | | | {' | '.join(f'{value:.1f}' for value in base_of(edits, questions))} |",
             *(line(key, found, edits, questions) for key, found in rows.items()),
         ]
     )
@@ -376,20 +386,24 @@ def paired(key: tuple[str, ...], found: list[dict[str, Any]], rows: dict[tuple[s
     if key[0] == CONTROL_ARM or len(pairs) < 2:
         return ""
     columns = [[own[k] - theirs[k] for own, theirs in pairs] for k in range(len(edits))]
-    half = T95[min(len(pairs), max(T95))] / len(pairs) ** 0.5
-    cells = [f"{statistics.mean(column):+.1f} ± {half * statistics.stdev(column):.1f}" for column in columns]
+    cells = [f"{statistics.mean(column):+.1f} ± {half_width(column):.1f}" for column in columns]
     return f"| {ARMS[key[0]].title} | {key[1]} | {len(pairs)} | {' | '.join(cells)} |"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half the width of the 95 % t interval of the mean of two values or more."""
+    return T95[min(len(values), max(T95))] * statistics.stdev(values) / len(values) ** 0.5
 
 
 def line(key: tuple[str, ...], found: list[dict[str, Any]], edits: list[str], questions: list[str]) -> str:
     columns = zip(*(values(record, edits, questions) for record in found), strict=True)
-    cells = [f"{statistics.mean(c):.0f}" + (f" ({min(c):.0f} to {max(c):.0f})" if len(c) > 1 else "") for c in columns]
+    cells = [f"{statistics.mean(c):.1f}" + (f" ± {half_width(c):.1f}" if len(c) > 1 else "") for c in columns]
     steps = "/".join(sorted({str(record["steps"]) for record in found}))
     return f"| {ARMS[key[0]].title} | {key[1]} | {key[2]} | {len(found)} | {steps} | {' | '.join(cells)} |"
 
 
 def figure(path: Path, records: list[dict[str, Any]]) -> None:
-    """Bars by edit type on held-out combinations: base, NLL control and ours; whiskers reach from the lowest to the highest seed."""
+    """Bars by edit type on held-out combinations: base, NLL control and ours, means of seeds; whiskers are their 95 % t intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -398,7 +412,7 @@ def figure(path: Path, records: list[dict[str, Any]]) -> None:
     edits = list(records[0]["results"]["combo"])
     bars: list[tuple[str, str, list[list[float]]]] = [("base", "#c9c9c9", [[value] for value in base_of(edits, [])])]
     for arm, colour in (("nll-all", "#7f8790"), ("default", "#1f6f8b")):
-        found = [r for r in records if told(r) == (arm, "1e-3", "best, 1 thread")]
+        found = [r for r in records if told(r) == (arm, "1e-3", BEST)]
         if found:
             bars.append((f"+ {ARMS[arm].title}", colour, [[r["results"]["combo"][edit]["group"] for r in found] for edit in edits]))
     canvas, axes = pyplot.subplots(figsize=(10, 3.6), layout="constrained")
@@ -407,8 +421,8 @@ def figure(path: Path, records: list[dict[str, Any]]) -> None:
         place = [e + (k - (len(bars) - 1) / 2) * width for e in range(len(edits))]
         means = [statistics.mean(v) for v in each]
         axes.bar(place, means, 0.92 * width, color=colour, label=name)
-        reach = [[m - min(v) for m, v in zip(means, each, strict=True)], [max(v) - m for m, v in zip(means, each, strict=True)]]
-        axes.errorbar(place, means, reach, fmt="none", ecolor="#333333", elinewidth=0.8)
+        if len(each[0]) > 1:
+            axes.errorbar(place, means, [half_width(v) for v in each], fmt="none", ecolor="#333333", elinewidth=0.8)
     axes.axhline(100 / 6, color="#333333", linewidth=0.8, linestyle=":")
     axes.text(-0.85, 100 / 6 + 1, "chance", fontsize=8)
     axes.set_xticks(range(len(edits)), [edit.replace("_", " ") for edit in edits])

@@ -115,7 +115,7 @@ def test_the_wheel_has_the_package_and_what_a_run_needs_and_nothing_else(wheel: 
     ]
     code = {str(path.relative_to(REPO)) for path in files}
     demo = REPO / "cfvlm_ds" / "demo"
-    code |= {str(path.relative_to(REPO)) for path in (demo / "control.json", *(demo / "base_checkpoint").iterdir())}
+    code |= {str(path.relative_to(REPO)) for path in (demo / "measured.json", *(demo / "base_checkpoint").iterdir())}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert names == code | {f"cfvlm_ds/shipped/{name}" for name in ROOT_FILES} | {"cfvlm_ds/shipped/revision"}

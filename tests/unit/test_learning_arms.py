@@ -15,6 +15,8 @@ from conftest import REPO, write_manifest
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.formats.cfgroup import from_row
+from cfvlm_ds.demo import report as demo_report
+from cfvlm_ds.demo.scenes.edits import EDITS
 from cfvlm_ds.objectives import OBJECTIVES, required_cells
 
 
@@ -101,3 +103,39 @@ def test_tables_of_records_of_any_age(learning: ModuleType) -> None:
     table = list(learning.tables(three))[1]
     # differences 2 and 3: mean 2.5, deviation 0.71, 12.71 * 0.71 / sqrt(2) = 6.4
     assert "| DPO | 1e-3 | 2 | +2.5 ± 6.4 |" in table and "NLL, all pairs | 1e-3" not in table
+
+
+def test_the_demo_prints_its_run_beside_what_was_measured(learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(relation: float) -> dict[str, Any]:
+        rows = {"combo": {"relation": relation, "all": 80.0}, "yes_no": {"relation": 50.0, "all": 60.0}}
+        return {split: {edit: {"groups": 1000, "group": value} for edit, value in edits.items()} for split, edits in rows.items()}
+
+    base = {"combo": {"relation": 62.94, "all": 74.5}, "yes_no": {"relation": 10.0, "all": 34.6}}
+    told = learning.for_demo(base, {"nll": [found(71.0)], "default": [found(value) for value in (86.0, 88.0, 90.6)]})
+    assert told["default"]["seeds"] == 3 and told["base"]["combo"]["relation"] == 62.9
+    assert [told["default"][which]["combo"]["relation"] for which in ("mean", "lowest", "highest")] == [88.2, 86.0, 90.6]
+    monkeypatch.setattr(demo_report, "MEASURED", tmp_path / "measured.json")
+    demo_report.MEASURED.write_text(json.dumps(told))
+    run = {"combo": {"relation": 89.0, "all": 81.0}, "yes_no": {"relation": 8.0, "all": 33.0}}
+    rows = {
+        split: [{"name": edit, "num": 50, "metrics": {"group": value}} for edit, value in edits.items()] for split, edits in run.items()
+    }
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    text = demo_report.report(tmp_path)
+    lines = [line.split() for line in text.splitlines() if line]
+    assert lines[0][-4:] == ["3", "seeds", "this", "run"]
+    assert lines[1] == ["relation", "62.9", "71.0", "88.2", "(86.0", "to", "90.6)", "89.0"]
+    assert lines[3] == ["questions:", "yes", "no", "34.6", "60.0", "60.0", "(60.0", "to", "60.0)", "33.0"]
+    assert "1 seeds" in text and "this run's of 50" in text
+
+
+def test_the_package_holds_what_the_demo_prints() -> None:
+    told = json.loads(demo_report.MEASURED.read_text())
+    splits = {"combo", "yes_no", "choice", "count"}
+    assert all(set(told[arm]["mean"]) == splits == set(told["base"]) for arm in ("nll", "default"))
+    assert set(told["base"]["combo"]) == {*EDITS, "all"}
+
+
+def test_half_the_width_of_an_interval(learning: ModuleType) -> None:
+    """Student's t of 4 values at 95 % is 3.182, worked by hand for 1, 2, 3, 4: deviation 1.291, standard error 0.6455."""
+    assert learning.half_width([1, 2, 3, 4]) == pytest.approx(3.18 * 0.6455, abs=1e-3)

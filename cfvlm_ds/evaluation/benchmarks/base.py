@@ -91,14 +91,20 @@ class Judged:
     """An item and one table of scores for it. ``blind`` tables say the same of every image; a tie is a guess there, and wrong otherwise.
 
     ``draw`` tells the copies of an item apart that a bootstrap draws: a pair that is drawn twice is two pairs. ``known`` keeps what was
-    found of each image, for metrics that are computed a thousand times.
+    found of the item, for metrics that are computed a thousand times.
     """
 
     item: Item
     scores: Scores
     blind: bool = False
     draw: int = 0
-    known: dict[int, float] = field(default_factory=dict, init=False, compare=False, repr=False)
+    known: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def copy(self, draw: int) -> Judged:
+        """The same item with the same scores as another copy of it; what is ``known`` of one is known of all."""
+        found = replace(self, draw=draw)
+        object.__setattr__(found, "known", self.known)
+        return found
 
 
 Values = dict[str, float]

@@ -7,12 +7,14 @@ among the tied texts is worth; parts of a conjunction multiply. A metric that co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import groupby, pairwise
+from typing import TypeVar, cast
 
 from cfvlm_ds.evaluation.benchmarks.base import Judged, Values
 
 Key = Callable[[Judged], str]
+Found = TypeVar("Found")
 
 
 def tag(name: str) -> Key:
@@ -48,9 +50,14 @@ def text_right(judged: Judged, image: int = 0) -> float:
 
     In a blind table, the probability that it does when ties are broken at random.
     """
-    if image not in judged.known:
-        judged.known[image] = _text_right(judged, image)
-    return judged.known[image]
+    return _once(judged, ("text right", image), _text_right, image)
+
+
+def _once(judged: Judged, name: Hashable, find: Callable[..., Found], *arguments: object) -> Found:
+    """What ``find(judged, *arguments)`` is, found once for an item however many draws have it."""
+    if name not in judged.known:
+        judged.known[name] = find(judged, *arguments)
+    return cast(Found, judged.known[name])
 
 
 def _text_right(judged: Judged, image: int) -> float:
@@ -149,6 +156,10 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 def said(judged: Judged, text: int) -> float:
     """Whether the answer is this text: it beats all others. In a blind table a tie is a share of each; otherwise nothing was said."""
+    return _once(judged, ("said", text), _said, text)
+
+
+def _said(judged: Judged, text: int) -> float:
     scores = judged.scores[0]
     best = max(scores)
     if _nan(scores) or scores[text] != best:
@@ -179,7 +190,11 @@ def binary(table: Sequence[Judged], positive: int = 0) -> Values:
 
 def margins(table: Sequence[Judged]) -> list[tuple[float, bool]]:
     """How much likelier yes is than no, and whether it is true."""
-    return [(each.scores[0][0] - each.scores[0][1], bool(each.item.match[0][0])) for each in table]
+    return [_once(each, "margin", _margin) for each in table]
+
+
+def _margin(judged: Judged) -> tuple[float, bool]:
+    return judged.scores[0][0] - judged.scores[0][1], bool(judged.item.match[0][0])
 
 
 def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
@@ -225,7 +240,7 @@ def calibrated(table: Sequence[Judged]) -> float | None:
     for each, pair in zip(table, margins(table), strict=True):
         if pair[0] != pair[0] or abs(pair[0]) == float("inf"):
             return None
-        halves[hashlib.sha256(each.item.cluster.encode("utf-8", "surrogatepass")).digest()[0] % 2].append(pair)
+        halves[_once(each, "half", _half)].append(pair)
     if not all(halves):
         return None
     right = 0
@@ -233,6 +248,10 @@ def calibrated(table: Sequence[Judged]) -> float | None:
         cut = threshold(other)
         right += sum((margin > cut) is true for margin, true in half)
     return 100 * right / len(table)
+
+
+def _half(judged: Judged) -> int:
+    return hashlib.sha256(judged.item.cluster.encode("utf-8", "surrogatepass")).digest()[0] % 2
 
 
 def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from cfvlm_ds.core.distributed import Patience, World, gather_objects
 from cfvlm_ds.core.progress import Progress
@@ -62,7 +61,7 @@ class Bootstrap:
             if not at[1]:
                 return tables[which][at[0]]
             if at not in known[which]:
-                known[which][at] = replace(tables[which][at[0]], draw=at[1])
+                known[which][at] = tables[which][at[0]].copy(at[1])
             return known[which][at]
 
         return [[metrics([copy(which, at) for at in drawn]) for which in range(len(tables))] for drawn in map(self.draw, draws)]
