@@ -8,11 +8,11 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.objectives import batch_terms
 
 LACKS = {
-    "retain": ("retain/ratio", "no row in which nothing is false; add plain captions to data.train, or set objective.retain.rows to all"),
-    "symmpo": ("symmpo/accuracy", "no counterfactual image with a text of its own; without one it is dpo with an anchor"),
-    "misp": ("misp/accuracy", "no image that the factual text is false of; without one it is dpo"),
+    "retain": ("retain/ratio", "no row in which nothing is false", "add plain captions to data.train, or set objective.retain.rows to all"),
+    "symmpo": ("symmpo/accuracy", "no counterfactual image with a text of its own", "without them it is dpo with an anchor"),
+    "misp": ("misp/accuracy", "no image that the factual text is false of", "without them it is dpo"),
 }
-"""Term -> a metric that it has where it finds what it is for, and what it lacks else."""
+"""Term -> a metric that it has where it finds what it is for, what it lacks else, and what to make of that."""
 
 
 class Idle:
@@ -29,9 +29,9 @@ class Idle:
                 self._say(f"warning: {option} {why}")
 
     def _found(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-        for term, (metric, lack) in LACKS.items():
+        for term, (metric, lack, remedy) in LACKS.items():
             if f"loss/{term}" in metrics and metric not in metrics:
-                yield f"objective.{term}", f"has found {lack} (steps since the last record)"
+                yield f"objective.{term}", f"has found {lack} in the steps of this record; {remedy}"
         for term, asked in batch_terms(self._config.objective).items():
             if (found := metrics.get(f"{term}/texts")) is not None and 2 * found < asked:
                 yield (
