@@ -114,7 +114,7 @@ def test_hard_negatives_give_one_trajectory(trajectories: dict[tuple[int, ...], 
     """Two ranks with unequally many forwards in two micro-batches each; fp32, relative 2e-4."""
     one, two = (trajectories[1, 1].parent / f"hard-{ranks}" for ranks in (1, 2))
     assert len(losses(one)) == 3
-    assert all(0.5 < row["hard_negatives/entered"] < row["hard_negatives/proposed"] < 2 for row in metrics(one) if "loss" in row)
+    assert all(0 < row["hard_negatives/entered"] < row["hard_negatives/proposed"] for row in metrics(one) if "loss" in row)
     for want, have in zip(metrics(one), metrics(two), strict=True):
         for name in want:
             if name.startswith(("loss", "logp/", "grad_norm", "hard_negatives/")):
