@@ -67,12 +67,10 @@ class TrainState:
             self.baseline_lp = lp
         return self.baseline_lp - lp
 
-    def kept(self, split: str, data: str, measured: dict[str, float]) -> tuple[dict[str, Any], bool]:
-        """The first values that were given here for a set with this ``data``, and whether these are they."""
-        known = self.retained.get(split)
-        if new := known is None or known.get("data") != data:
-            self.retained[split] = {"data": data, "step": self.step, **measured}
-        return self.retained[split], new
+    def keep(self, split: str, data: Mapping[str, Any], measured: Mapping[str, float]) -> dict[str, Any]:
+        """Note what has been measured of a set as what later evaluations are compared with; ``data`` is the identity of its groups."""
+        self.retained[split] = {"data": dict(data), "step": self.step, **measured}
+        return self.retained[split]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state; fields that an older revision did not save keep their defaults.

@@ -129,7 +129,7 @@ def _why_weight(anchored: bool, size: float) -> str:
     if anchored:
         return "scores per token pull as align does, a mean over tokens"
     if size <= _MEASURED_TOKENS:
-        return f"texts have {size:.0f} tokens, and 1 was measured with up to {_MEASURED_TOKENS}"
+        return f"texts have {size:.0f} tokens, no more than the {_MEASURED_TOKENS} with which 1 was measured"
     heavier = f"a comparison in total nats would weigh {size / _MEASURED_TOKENS:.1f} times what was measured"
     return f"texts have {size:.0f} tokens; align is a mean over them, and {heavier}"
 

@@ -102,7 +102,10 @@ def test_a_weight_falls_with_the_length_that_align_averages_over() -> None:
     assert weights == {6: 1.0, 12: 1.0, 24: 0.5, 60: 0.2, 600: 0.1}
     values = [1.0, 3.0, -3.0, 5.0]  # half the gaps are of 3 nats or less: the pull is that of a margin of 3
     told = {tokens: advise(of("text", [1.0] * 20, tokens)).reasons[2] for tokens in (4, 24)}
-    assert "csd.weight 1: texts have 4 tokens, and 1 was measured with up to 12; its" in told[4] and "weigh 2.0 times what" in told[24]
+    assert (
+        "csd.weight 1: texts have 4 tokens, no more than the 12 with which 1 was measured; its" in told[4]
+        and "weigh 2.0 times what" in told[24]
+    )
     pull = sum(1 / (1 + math.exp(value - 3.0)) for value in values) / 4
     (told,) = (why for why in advise(of("text", values)).reasons if why.startswith("csd.weight"))
     assert told.endswith(f"begin with {100 * pull:.0f} % of their largest pull")

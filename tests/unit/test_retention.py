@@ -21,11 +21,15 @@ def found(nll: float, group: float | None = None) -> dict[str, list[Accuracy]]:
     return {"kept": [Accuracy("all", 4, {} if group is None else {"group": group}, mean=True, nll=nll)]}
 
 
+def identity(rows: int, pictures: str | None = "p") -> dict[str, Any]:
+    return {**dict.fromkeys(("order", "ids", "texts", "labels", "weights", "paths"), "x"), "rows": rows, "pictures": pictures}
+
+
 def test_a_set_is_compared_with_its_first_evaluation() -> None:
     said: list[str] = []
     state = TrainState()
     run = config(Align(), retention=["kept", "absent"])
-    retention = Retention(run, state, {"kept": {"rows": 4}, "absent": {"rows": 1}}, said.append)
+    retention = Retention(run, state, {"kept": identity(4), "absent": identity(1)}, said.append)
     assert retention.evaluated(found(1.0, 50.0)) == {"retention/kept/nll": 0.0, "retention/kept/accuracy": 0.0} and not said
     state.step = 7
     assert retention.evaluated(found(1.25, 40.0)) == {"retention/kept/nll": 0.25, "retention/kept/accuracy": -10.0}
@@ -40,20 +44,21 @@ def test_a_set_that_is_new_in_a_continued_run_is_compared_from_there_on() -> Non
     said: list[str] = []
     state = TrainState(step=30)
     run = config(Align(), Retain(), retention=["kept"])
-    first = Retention(run, state, {"kept": {"rows": 4}}, said.append)
+    first = Retention(run, state, {"kept": identity(4)}, said.append)
     assert first.evaluated(found(1.0)) == {"retention/kept/nll": 0.0}
     (line,) = said
-    assert "data.evaluation.kept, as it is now, was not evaluated at the start; it is compared with step 30 from here on" in line
+    assert line == "retention: data.evaluation.kept was not evaluated at the start; it is compared with step 30 from here on"
     continued = TrainState()
     continued.load_state_dict({**state.state_dict(), "step": 40})
     said.clear()
-    same = Retention(run, continued, {"kept": {"rows": 4}}, said.append)
+    same = Retention(run, continued, {"kept": identity(4, None)}, said.append)  # whose pictures are not looked at this time
     assert same.evaluated(found(1.3)) == {"retention/kept/nll": 1.3 - 1.0} and "lost 0.30 nats per token since step 30" in said[0]
     assert "raise objective.retain.weight" in said[0] and "add objective.retain" not in said[0]
     said.clear()
-    other = Retention(run, continued, {"kept": {"rows": 5}}, said.append)
+    other = Retention(run, continued, {"kept": identity(5)}, said.append)
     assert other.evaluated(found(9.0)) == {"retention/kept/nll": 0.0}
-    assert len(said) == 1 and "compared with step 40 from here on" in said[0]
+    changed = "has other contents since (the number of rows (5, was 4)); it is compared with step 40 from here on"
+    assert said == [f"retention: data.evaluation.kept {changed}"]
 
 
 def test_options_that_do_nothing_are_named_once() -> None:
