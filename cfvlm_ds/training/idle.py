@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.objectives import batch_terms
 
-LACKS = {
+_LACKS = {
     "retain": ("retain/ratio", "no row in which nothing is false", "add plain captions to data.train, or set objective.retain.rows to all"),
     "symmpo": ("symmpo/accuracy", "no counterfactual image with a text of its own", "without them it is dpo with an anchor"),
     "misp": ("misp/accuracy", "no image that the factual text is false of", "without them it is dpo"),
@@ -29,7 +29,7 @@ class Idle:
                 self._say(f"warning: {option} {why}")
 
     def _found(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-        for term, (metric, lack, remedy) in LACKS.items():
+        for term, (metric, lack, remedy) in _LACKS.items():
             if f"loss/{term}" in metrics and metric not in metrics:
                 yield f"objective.{term}", f"has found {lack} in the steps of this record; {remedy}"
         for term, asked in batch_terms(self._config.objective).items():
@@ -42,6 +42,6 @@ class Idle:
         if "hard_negatives/proposed" in metrics and metrics["hard_negatives/proposed"] == metrics["hard_negatives/entered"]:
             yield (
                 "train.hard_negatives",
-                f"{self._config.train.hard_negatives} has left nothing out: no group that asks one question has more counterfactuals; each "
-                "step pays for a forward that chooses nothing",
+                f"{self._config.train.hard_negatives} has left nothing out in the steps of this record: no group of one question has more counterfactuals; a "
+                "forward that chooses nothing is paid for in each",
             )
