@@ -42,6 +42,6 @@ class Idle:
         if "hard_negatives/proposed" in metrics and metrics["hard_negatives/proposed"] == metrics["hard_negatives/entered"]:
             yield (
                 "train.hard_negatives",
-                f"{self._config.train.hard_negatives} has left nothing out in the steps of this record: no group of one question has more counterfactuals; a "
-                "forward that chooses nothing is paid for in each",
+                f"{self._config.train.hard_negatives} has left nothing out in the steps of this record: no group of one question has more "
+                "counterfactuals; a forward that chooses nothing is paid for in each",
             )
