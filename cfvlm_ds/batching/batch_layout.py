@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cfvlm_ds.batching.prompts import Encoded, Prompts
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout, Guests
 from cfvlm_ds.data.stored_scores import StoredScores
@@ -45,10 +47,22 @@ def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence
 
 
 def guest_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded]:
-    """Texts of other groups of the step, as answers to the factual text's prompt."""
+    """Texts of other groups of the step, as answers to the factual text's prompt. Raises DataError for one that cannot be encoded."""
     prompt, guests = group.candidates[0].prompt, () if group.in_step is None else group.in_step.guests
     where = f"group {group.id!r}: text of group"
     return [prompts.encoded(prompt, guest.text, group.num_pictures, f"{where} {guest.group!r}") for guest in guests]
+
+
+def without_broken_guests(group: CounterfactualGroup, prompts: Prompts) -> CounterfactualGroup:
+    """The group without texts of others that cannot be encoded: these are an error of their own group, and named there."""
+    if group.in_step is None:
+        return group
+    kept = []
+    for guest in group.in_step.guests:
+        with contextlib.suppress(DataError):
+            prompts.encoded(group.candidates[0].prompt, guest.text, group.num_pictures, "")
+            kept.append(guest)
+    return group.in_the_step(group.in_step.place, tuple(kept))
 
 
 def with_guests(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
@@ -115,5 +129,6 @@ def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[Counterfa
         reference[g, : len(group.images), : len(group.candidates)] = torch.tensor(scores.logp)
         prior[g, : len(group.candidates)] = torch.tensor(scores.blank)
         for column, guest in enumerate(group.in_step.guests if group.in_step else (), layout.num_own):
-            prior[g, column] = stored[guest.group].blank[guest.number]
+            if (of_home := stored.get(guest.group)) is not None:  # else of a source without scores, where no term needs a prior
+                prior[g, column] = of_home.blank[guest.number]
     return reference, prior

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch
-from cfvlm_ds.batching.batch_layout import group_layout, guest_texts, stored_scores, with_guests
+from cfvlm_ds.batching.batch_layout import group_layout, guest_texts, stored_scores, with_guests, without_broken_guests
 from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, ImageSource, Size, Unprocessable, with_names
 from cfvlm_ds.batching.packing import PromptLength, Tree, divide, num_tokens, pack
 from cfvlm_ds.batching.prompts import Encoded, Prompts, placeholder_id
@@ -117,6 +117,7 @@ class Collator:
 
         Each has the layout of the whole, and their score matrices add up to its score matrix. Raises DataError as ``__call__`` does.
         """
+        groups = [without_broken_guests(group, self.prompts) for group in groups]
         layout = self._layout(groups)
         trees = self._trees(groups, layout)
         opened = {key: self.images.open(key) for key in dict.fromkeys(key for tree in trees for key in tree.pictures)}

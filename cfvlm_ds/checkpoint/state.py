@@ -16,7 +16,8 @@ class TrainState:
     ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``data`` the identity of the training groups;
     ``run_id`` the MLflow run; ``baseline_lp`` the factual log-likelihood per token at the start, against which displacement is measured;
     ``best`` the ``step`` and ``value`` of the best evaluation by ``train.save_best``; ``skipped`` the groups left out, and why; ``record``
-    its options (see option_changes.py); ``retained`` what the first evaluation of each set of ``train.retention`` has found.
+    its options (see option_changes.py); ``retained`` what the first evaluation of each set of ``train.retention`` has found, at which
+    ``step`` and of which ``data``.
     """
 
     step: int = 0
@@ -27,7 +28,7 @@ class TrainState:
     best: dict[str, float] | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     record: dict[str, Any] | None = None
-    retained: dict[str, dict[str, float]] = field(default_factory=dict)
+    retained: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -66,9 +67,10 @@ class TrainState:
             self.baseline_lp = lp
         return self.baseline_lp - lp
 
-    def kept(self, split: str, measured: dict[str, float]) -> dict[str, float]:
-        """The first values that were given here for a set."""
-        return self.retained.setdefault(split, measured)
+    def keep(self, split: str, data: Mapping[str, Any], measured: Mapping[str, float]) -> dict[str, Any]:
+        """Note what has been measured of a set as what later evaluations are compared with; ``data`` is the identity of its groups."""
+        self.retained[split] = {"data": dict(data), "step": self.step, **measured}
+        return self.retained[split]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state; fields that an older revision did not save keep their defaults.

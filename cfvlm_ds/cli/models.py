@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.run_folder import recorded_model
+from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import output_file
 from cfvlm_ds.core.verbosity import shows_progress
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from cfvlm_ds.core.distributed import World
     from cfvlm_ds.core.groups import CounterfactualGroup
     from cfvlm_ds.data.picture_index import PictureTable
+    from cfvlm_ds.evaluation import GroupScores
 
 
 def add(commands: Any) -> None:
@@ -91,15 +94,19 @@ def _score(arguments: argparse.Namespace) -> None:
     scorer, collator, world = load_scorer(model, max_pixels=arguments.max_pixels, checked=checked, world=world, zero3=arguments.zero3)
     identity = data_identity(groups, groups.roots, checked)
     scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
-    if broken := [group.id for group, score in zip(groups, scores, strict=True) if not score.finite]:
-        raise ConfigError(
-            f"{arguments.model}: scores of {len(broken)} of {len(groups)} groups are not finite, such as of {broken[0]!r}, and are not "
-            "written; compare the model's weights and processor files with the published ones"
-        )
+    _refuse_nonfinite(arguments.model, groups, scores)
     if world.is_main:
         stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
         write_scores(out, groups, stored, arguments.model, identity, made_by=fingerprint(model))
         print(f"wrote {out}: {len(groups)} groups")
+
+
+def _refuse_nonfinite(model: str, groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]) -> None:
+    if broken := [group.id for group, score in zip(groups, scores, strict=True) if not score.finite]:
+        raise ConfigError(
+            f"{model}: scores of {len(broken)} of {len(groups)} groups are not finite, such as of {broken[0]!r}, and nothing is made of "
+            "them; compare the model's weights and processor files with the published ones"
+        )
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
@@ -107,11 +114,12 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.evaluation import calibration, score_groups
 
     if arguments.out:
-        output_file(Path(arguments.out))
+        output_file(Path(arguments.out), arguments.manifest)
     groups = sound_groups(arguments.manifest, arguments.root, said_format(arguments.manifest, arguments.format), arguments.limit)
     options: dict[str, Any] = {"max_pixels": arguments.max_pixels, "world": joined(arguments.zero3), "zero3": arguments.zero3}
     scorer, collator, world = load_scorer(*model_of(arguments), **options)
     scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
+    _refuse_nonfinite(arguments.model, groups, scores)
 
     def length(group: CounterfactualGroup) -> int:
         factual = group.candidates[0]
@@ -126,9 +134,12 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     if not world.is_main:
         return
     advice = calibration.advise(found)
+    compared = {gap.group for gap in found}
+    idle = [group.id for group in groups if group.id not in compared]
+    without = f"{len(idle)} of {len(groups)} groups have nothing to compare, such as {quoted(idle[0])}" if idle else ""
     few = f"warning: {len(found)} comparisons, and below {calibration.FEW} quantiles say little" if len(found) < calibration.FEW else ""
     reasons = "\n".join(f"- {reason}" for reason in advice.reasons)
-    print("\n\n".join(part for part in (calibration.table(found), few, reasons, calibration.block(advice)) if part))
+    print("\n\n".join(part for part in (calibration.table(found), without, few, reasons, calibration.block(advice)) if part))
     if arguments.out:
         replace(Path(arguments.out), f"{calibration.block(advice)}\n".encode())
 

@@ -31,13 +31,14 @@ _MANY_LOST = 0.1
 
 @dataclass(frozen=True)
 class Gap:
-    """One comparison: nats by which the true one wins, tokens of the factual text, and whether language alone decides it rightly."""
+    """One comparison of a ``group``: nats by which the true one wins, tokens of the factual text, whether language alone is right."""
 
     side: Literal["text", "image"]
     labels: tuple[str, ...]
     nats: float
     tokens: int
     blind: float | None
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Advice:
 def gaps(
     groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]
 ) -> Iterator[Gap]:
-    """Every comparison that csd and fcd make in training, by star cells; one whose scores are not finite is left out. ``length`` counts the
-    tokens of a group's factual text."""
+    """Every comparison of star cells, which csd and fcd make in training but for shams; fcd takes the hardest of a group alone. Scores must
+    be finite; ``length`` counts the tokens of a group's factual text."""
     for group, score in zip(groups, scores, strict=True):
         star, logp, blank = star_cells(group), score.logp.tolist(), score.blank.tolist()
         tokens = length(group)
@@ -61,9 +62,8 @@ def gaps(
                 continue
             (i, c), (j, d) = cells
             nats, prior = logp[i][c] - logp[j][d], blank[c] - blank[d]
-            if math.isfinite(nats):
-                blind = None if each.kind == "image" else (prior > 0) + (prior == 0) / 2
-                yield Gap(each.kind, each.labels, nats, tokens, blind)
+            blind = None if each.kind == "image" else (prior > 0) + (prior == 0) / 2
+            yield Gap(each.kind, each.labels, nats, tokens, blind, group.id)
 
 
 def _cells(each: Comparison) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -102,18 +102,14 @@ def advise(found: Sequence[Gap]) -> Advice:
         unit, (low, high) = ("nats per token", _PER_TOKEN) if anchored else ("nats", _NATS)
         label, scale = _least_decided(of_side, values)
         margin = _round(min(max(scale, low), high))
-        bounded = "" if low <= scale <= high else ", beyond what a margin is good for"
+        bounded = "" if low <= scale <= high else f", and {low:g} to {high:g} is what a margin is good for"
         reasons.append(f"{term}.margin {margin:g} {unit}: {label}, the least decided, has gaps of {scale:.2g} either way{bounded}")
         pull = sum(_sigmoid(margin - value) for value in values) / len(values)
         size = quantile([gap.tokens for gap in of_side], 50)
         weight = 1.0 if anchored else _round(min(1.0, max(_LEAST_WEIGHT, _MEASURED_TOKENS / size)))
-        why = (
-            "scores per token pull as align does, a mean over tokens" if anchored else f"texts have {size:.0f} tokens; align is a mean over"
+        reasons.append(
+            f"{term}.weight {weight:g}: {_why_weight(anchored, size)}; its comparisons begin with {100 * pull:.0f} % of their largest pull"
         )
-        why += (
-            "" if anchored else f" them, and a comparison in total nats would weigh {size / _MEASURED_TOKENS:.1f} times what was measured"
-        )
-        reasons.append(f"{term}.weight {weight:g}: {why}; its comparisons begin with {100 * pull:.0f} % of their largest pull")
         lost = sum(value < -_LOST * margin for value in values) / len(values)
         hinge = side == "image" and lost > _MANY_LOST
         told = (
@@ -129,6 +125,15 @@ def advise(found: Sequence[Gap]) -> Advice:
     return Advice(options, reasons)
 
 
+def _why_weight(anchored: bool, size: float) -> str:
+    if anchored:
+        return "scores per token pull as align does, a mean over tokens"
+    if size <= _MEASURED_TOKENS:
+        return f"texts have {size:.0f} tokens, no more than the {_MEASURED_TOKENS} with which 1 was measured"
+    heavier = f"a comparison in total nats would weigh {size / _MEASURED_TOKENS:.1f} times what was measured"
+    return f"texts have {size:.0f} tokens; align is a mean over them, and {heavier}"
+
+
 def _least_decided(found: Sequence[Gap], values: Sequence[float]) -> tuple[str, float]:
     """The edit type whose gaps are smallest either way, and their median size; all types together where each has few."""
     sizes: dict[str, list[float]] = {}
@@ -141,19 +146,36 @@ def _least_decided(found: Sequence[Gap], values: Sequence[float]) -> tuple[str, 
 
 def _length_norm(found: Sequence[Gap]) -> tuple[bool, str]:
     """Whether gaps grow with the length of the texts, and why."""
-    sizes = sorted(gap.tokens for gap in found)
-    if not sizes:
+    if not found:
         return False, "len_norm none: there is nothing to compare"
-    middle = quantile(sizes, 50)
-    short, long = ([gap for gap in found if (gap.tokens > middle) == longer] for longer in (False, True))
-    if not long or (ratio := _mean([g.tokens for g in long]) / _mean([g.tokens for g in short])) < _LONGER:
-        return False, f"len_norm none: texts are about as long as each other ({sizes[0]} to {sizes[-1]} tokens), so that total nats compare"
+    middle = quantile([gap.tokens for gap in found], 50)
+    parted = [part for with_longer in (False, True) if (part := _parted(found, middle, with_longer)) is not None]
+    if not parted:
+        return False, f"len_norm none: fewer than {_KNOWN} comparisons are of texts of another length than {middle:.0f} tokens, the median"
+    ratio, short, long = max(parted, key=lambda part: part[0])
+    if ratio < _LONGER:
+        return False, f"len_norm none: texts are about as long as each other (median {middle:.0f} tokens), so that total nats compare"
     spread = [quantile([abs(gap.nats) for gap in half], 50) for half in (short, long)]
-    grown = spread[1] / spread[0] if spread[0] else math.inf
+    if not all(spread):
+        return (
+            False,
+            f"len_norm none: half of the gaps of {'longer' if spread[0] else 'shorter'} texts are 0, which tells nothing of length",
+        )
+    grown = spread[1] / spread[0]
     told = f"texts of {ratio:.1f} times as many tokens have gaps of {grown:.1f} times as many nats"
     if grown > math.sqrt(ratio):
         return True, f"len_norm anchor: {told}, so that a margin fits them per token"
     return False, f"len_norm none: {told}: an edit changes a few words of a text of any length, and a margin in total nats fits both"
+
+
+def _parted(found: Sequence[Gap], middle: float, with_longer: bool) -> tuple[float, list[Gap], list[Gap]] | None:
+    """How many times as long texts above the median are as those below it, and the gaps of both; those at it, which may be more than half,
+    go with the longer or with the shorter ones. None where a side has few."""
+    is_long = [gap.tokens > middle or (with_longer and gap.tokens == middle) for gap in found]
+    short, long = ([gap for gap, longer in zip(found, is_long, strict=True) if longer == side] for side in (False, True))
+    if min(len(short), len(long)) < _KNOWN:
+        return None
+    return _mean([gap.tokens for gap in long]) / _mean([gap.tokens for gap in short]), short, long
 
 
 def table(found: Sequence[Gap]) -> str:

@@ -20,7 +20,8 @@ class BatchAlign:
     """On each image its own text must win among texts of the whole step, and for each text its own image among those it was scored on.
 
     Texts of other groups answer the factual text's prompt and are taken for false, though nobody has looked: the one use of unknown cells
-    as negatives. A text that equals one of the group's, or that the row's ``exclude`` lists, is never drawn.
+    as negatives. Never drawn is a text that equals one of the group's or has its key, that the row's ``exclude`` lists, or that its own row
+    says is true of a picture of the group.
 
     Text side: log(1 + sum_d exp(s_d - s_c)) over the false texts d of the group and those of others, s = (log p(text | image) - ``pmi`` x
     log p(text | blank)) / ``temperature``. Image side: the same over images for one text, without the prior, which cancels. Half of each,

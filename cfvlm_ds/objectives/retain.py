@@ -16,11 +16,12 @@ from cfvlm_ds.objectives.base import Report
 
 @dataclass(frozen=True, kw_only=True)
 class Retain:
-    """exp(d) - 1 - d with d = (log p - log p_reference) / tokens of a true text: an estimate of KL(reference || model), per token.
+    """exp(d) - 1 - d with d = (log p - log p_reference) / tokens of a true text: what stands in for KL(reference || model), per token.
 
-    It is 0 where the model says what the reference said, and grows where a text becomes less likely, or more. The estimate sees the scored
-    tokens alone, not the whole vocabulary: over texts that the reference itself would write, exp(d) - 1 has mean 0 and -d the KL as its
-    mean. The reference is read from ``--data.scores``, or is the model without its adapters.
+    It is 0 where the model says what the reference said, and grows where a text becomes less likely, or more. It sees the scored tokens
+    alone, not the whole vocabulary. Over texts that the reference itself would write, of n tokens each, the mean of -d is the KL per token
+    and that of exp(d) - 1 at most 0: the term is at most that KL, and equals it for n = 1. The reference is read from ``--data.scores``, or
+    is the model without its adapters.
 
     Args:
         weight: factor of the term in the loss.

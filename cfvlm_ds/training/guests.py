@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import CounterfactualGroup, Guest, Prompt, normalised
+from cfvlm_ds.core.groups import CounterfactualGroup, Guest, Pictures, Prompt, normalised
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.store import Unraised
 
@@ -68,11 +68,16 @@ class WithGuests(Sequence[Entry]):
 
 
 class _Offer(NamedTuple):
-    """A text that may be scored with other groups of the step: it is true of an image of its own group."""
+    """A text that may be scored with other groups of the step: it is true of images of its own group, which are ``shown``."""
 
     guest: Guest
     said: str
     key: str
+    shown: frozenset[Pictures]
+
+
+_Question = tuple[Prompt, int]
+"""A prompt, and the pictures that it is asked of: a string asks the same of one picture and of two, and is answered otherwise."""
 
 
 class _Step:
@@ -80,17 +85,16 @@ class _Step:
 
     def __init__(self, entries: Sequence[Entry], terms: dict[str, int], seed: int) -> None:
         self._entries, self._terms, self._seed = entries, terms, seed
-        self._offers: dict[Prompt, list[_Offer]] = {}
+        self._offers: dict[_Question, list[_Offer]] = {}
         for place, group in enumerate(entries):
             if isinstance(group, DataError) or not self._wanted(group):
                 continue
-            prompt = group.candidates[0].prompt
-            numbers = [c for c, (asked, _) in enumerate(_texts(group)) if asked == prompt and any(row[c] == 1 for row in group.match)]
-            for c in numbers:
-                text = group.candidates[c].text
-                guest = Guest(text, group.id, c, place, group.weight / len(numbers))
-                key = group.keys[c] if group.keys else ""
-                self._offers.setdefault(prompt, []).append(_Offer(guest, _said(text), key or _said(text)))
+            texts = list(_answers(group))
+            true_of = {c: frozenset(image for image, row in zip(group.images, group.match, strict=True) if row[c] == 1) for c, *_ in texts}
+            offered = [(c, said, key) for c, said, key in texts if true_of[c]]
+            for c, said, key in offered:
+                guest = Guest(group.candidates[c].text, group.id, c, place, group.weight / len(offered))
+                self._offers.setdefault(_question(group), []).append(_Offer(guest, said, key, true_of[c]))
 
     def hosting(self, place: int) -> Entry:
         """The group at a place of the step, with its guests."""
@@ -104,10 +108,14 @@ class _Step:
         return max(wanted, default=0) if group.num_pictures else 0
 
     def _drawn(self, group: CounterfactualGroup) -> Iterator[Guest]:
-        left, prompt = self._wanted(group), group.candidates[0].prompt
-        excluded = {*group.exclude, *map(_said, group.exclude)}
-        taken = {_said(text) for asked, text in _texts(group) if asked == prompt}
-        offers = [offer for offer in self._offers.get(prompt, ()) if offer.guest.group != group.id] if left else []
+        left, own = self._wanted(group), list(_answers(group))
+        excluded = {*group.exclude, *map(_said, group.exclude), *(key for *_, key in own)}
+        taken = {said for _, said, _ in own}
+        offers = [
+            offer
+            for offer in (self._offers.get(_question(group), ()) if left else ())
+            if offer.guest.group != group.id and offer.shown.isdisjoint(group.images)
+        ]
         # Of a group that the step has twice, at the border of two epochs, the first one's texts come first, and are taken then.
         for offer in sorted(offers, key=lambda offer: self._draw(group, offer.guest)):
             if left and offer.said not in taken and excluded.isdisjoint((offer.said, offer.key)):
@@ -120,8 +128,16 @@ class _Step:
         return hashlib.blake2b(drawn.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-def _texts(group: CounterfactualGroup) -> Iterator[tuple[Prompt, str]]:
-    return ((candidate.prompt, candidate.text) for candidate in group.candidates)
+def _question(group: CounterfactualGroup) -> _Question:
+    return group.candidates[0].prompt, group.num_pictures
+
+
+def _answers(group: CounterfactualGroup) -> Iterator[tuple[int, str, str]]:
+    """Number, normalised text and key of each text that answers the factual text's prompt; a text without a key is its own."""
+    for c, candidate in enumerate(group.candidates):
+        if candidate.prompt == group.candidates[0].prompt:
+            said = _said(candidate.text)
+            yield c, said, (group.keys[c] if group.keys else "") or said
 
 
 def _said(text: str) -> str:

@@ -7,6 +7,7 @@ a group of few counterfactuals costs. Shapes: G groups, I images, C candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ from torch import Tensor
 from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.pruning import pruned
 from cfvlm_ds.core.scores import Scores
+
+
+@dataclass(frozen=True)
+class Hardest:
+    """Cells [G, I, C] that stay, and of how many counterfactuals that were ``proposed`` how many ``entered``, in groups that can be cut."""
+
+    cells: Tensor
+    proposed: int
+    entered: int
 
 
 class HardNegatives:
@@ -29,47 +39,50 @@ class HardNegatives:
     def __init__(self, engine: Any, number: int, forwards: Callable[[Sequence[Sequence[Batch]]], list[int]]) -> None:
         self._engine, self._number, self._forwards = engine, number, forwards
 
-    def of(self, micro_batches: Sequence[list[Batch]]) -> list[list[Batch]]:
-        """The micro-batches with fewer cells. Collective: every rank makes as many forwards."""
+    def of(self, micro_batches: Sequence[list[Batch]]) -> tuple[list[list[Batch]], list[Hardest]]:
+        """The micro-batches with fewer cells, and what of each has stayed. Collective: every rank makes as many forwards."""
         self._engine.eval()  # no dropout, and so no random number is drawn that a resumed run would miss
         with torch.no_grad():
             chosen = [self._chosen(parts, count) for parts, count in zip(micro_batches, self._forwards(micro_batches), strict=True)]
         self._engine.train()
-        return [pruned(parts, keep) for parts, keep in zip(micro_batches, chosen, strict=True)]
+        return [pruned(parts, hardest.cells) for parts, hardest in zip(micro_batches, chosen, strict=True)], chosen
 
-    def _chosen(self, parts: Sequence[Batch], forwards: int) -> Tensor:
+    def _chosen(self, parts: Sequence[Batch], forwards: int) -> Hardest:
         logp = [self._engine(**part.model_inputs) for part in [*[parts[0]] * (forwards - len(parts)), *parts]]
         scored = [part.scores(each) for part, each in zip(parts, logp[forwards - len(parts) :], strict=True)]
         return hardest(scored[0] if len(scored) == 1 else Scores.joined(scored), self._number)
 
 
-def hardest(scores: Scores, number: int) -> Tensor:
-    """[G, I, C] bool: the cells of the factual pair, of shams and of the ``number`` hardest counterfactuals of each group.
+def hardest(scores: Scores, number: int) -> Hardest:
+    """All cells but those of counterfactuals beyond the ``number`` hardest ones of a group.
 
     A counterfactual is a text that is not true of the factual image with the images that it is true of, or an image that the factual text
-    is false of and no other text is true of. It is as hard as the hardest comparison that it makes: by how much a false cell beats a true
-    one, on one image or for one text. Of equals the first is taken. A group that asks several questions keeps all its cells.
+    is false of and no other text is true of; whatever is neither stays. It is as hard as the hardest comparison that it makes: by how much
+    a false cell beats a true one, on one image or for one text. Of equals the first is taken. A group that asks several questions keeps all
+    its cells.
     """
     layout, logp = scores.layout, scores.logp.detach().cpu()
     known = (layout.positive | layout.negative).cpu()
     kept = torch.ones_like(layout.valid)
     same = layout.same_prompt[:, 0].cpu()
-    match = layout.match.cpu()
+    match, proposed, entered = layout.match.cpu(), 0, 0
     for g in range(len(kept)):
         if bool(((match[g] >= 0).any(0) & ~same[g]).any()):
             continue
         truth, values, seen = match[g].tolist(), logp[g].tolist(), known[g].tolist()
-        if len(units := _counterfactuals(truth)) <= number:
+        units = _counterfactuals(truth)
+        proposed, entered = proposed + len(units), entered + min(len(units), number)
+        if len(units) <= number:
             continue
         hardness = [_hardness(unit, truth, values, seen) for unit in units]
-        images, texts = match[g, :, 0] == 1, match[g, 0] == 1
-        for place in sorted(range(len(units)), key=lambda place: -hardness[place])[:number]:
-            text, own = units[place]
-            images[list(own)] = True
-            if text is not None:
-                texts[text] = True
+        ranked = sorted(range(len(units)), key=lambda place: -hardness[place])
+        images, texts = torch.ones(len(truth), dtype=torch.bool), torch.ones(len(truth[0]), dtype=torch.bool)
+        for stays, places in ((False, ranked[number:]), (True, ranked[:number])):  # an image that both have stays
+            for text, own in (units[place] for place in places):
+                images[list(own)] = stays
+                texts[[] if text is None else [text]] = stays
         kept[g] = (images.unsqueeze(1) & texts).to(kept.device)
-    return kept
+    return Hardest(kept, proposed, entered)
 
 
 Counterfactual = tuple[int | None, tuple[int, ...]]

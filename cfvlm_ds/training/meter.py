@@ -93,6 +93,9 @@ def measure(
         meter.add(key, total * real, count * real)
     meter.add("throughput/groups_per_s", len(scores.layout.ids), 1)
     meter.add("throughput/candidates_per_s", scores.layout.valid.sum() * real, 1)
+    if measured.hardest is not None:
+        meter.add("hard_negatives/proposed", measured.hardest.proposed, len(scores.layout.ids))
+        meter.add("hard_negatives/entered", measured.hardest.entered, len(scores.layout.ids))
     for routed in measured.routed:
         for expert, taken in enumerate(routed.taken):
             meter.add(f"router/load/{expert:03d}", taken * len(routed.taken), routed.taken.sum())

@@ -24,7 +24,7 @@ from cfvlm_ds.models import Routed, adapters_off
 from cfvlm_ds.objectives import batch_terms, denominators, weighted_loss
 from cfvlm_ds.training.elsewhere import Exchange, exchange, look_ahead
 from cfvlm_ds.training.gradient_cache import one_pass, two_passes
-from cfvlm_ds.training.hard_negatives import HardNegatives
+from cfvlm_ds.training.hard_negatives import Hardest, HardNegatives
 from cfvlm_ds.training.router_balance import RouterBalance
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 
@@ -32,13 +32,14 @@ from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 @dataclass(frozen=True)
 class Measured:
     """A micro-batch after its forward: ``loss`` and each term's ``shares`` are its shares of the step's, on this rank; ``routed`` is what
-    the routers of a mixture of experts did in each of its forwards."""
+    the routers of a mixture of experts did in each of its forwards, ``hardest`` what train.hard_negatives has chosen of it."""
 
     parts: Sequence[Batch]
     scores: Scores
     loss: Tensor
     shares: Mapping[str, Tensor]
     routed: Sequence[Routed] = ()
+    hardest: Hardest | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class OptimizerStep:
         asked = time.monotonic()
         micro_batches, lost = self._fetch(batches)
         waited = time.monotonic() - asked
+        chosen: list[Hardest] = []
         if self._hardest is not None and self._all_have_batches(lost):
             self._mark("computation", number)
             with explain_out_of_memory(
@@ -111,7 +113,7 @@ class OptimizerStep:
                 [part for parts in micro_batches for part in parts],
                 _memory_remedy(self._config),
             ):
-                micro_batches = self._hardest.of(micro_batches)
+                micro_batches, chosen = self._hardest.of(micro_batches)
         self._mark("agreement", number)
         agreed = self._agree(micro_batches, votes, save_due, lost)
         if agreed.worker_lost:
@@ -127,6 +129,8 @@ class OptimizerStep:
             measured = []
         else:
             self._nonfinite.finite()
+        if chosen and measured:
+            measured = [replace(each, hardest=hardest) for each, hardest in zip(measured, chosen, strict=True)]
         return StepResult(reason(agreed.votes), agreed.save_due, waited, measured)
 
     def _fetch(self, batches: Iterator[list[Batch]]) -> tuple[list[list[Batch]], str | None]:

@@ -29,6 +29,7 @@ from cfvlm_ds.training.batches import micro_batches
 from cfvlm_ds.training.benchmarks import FOLDER, benchmark_metrics, headline_of, write_benchmarks
 from cfvlm_ds.training.checkpoints import Checkpoints
 from cfvlm_ds.training.evaluator import Evaluator, best_metric
+from cfvlm_ds.training.idle import Idle
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.read_data import RunData
 from cfvlm_ds.training.results import complete_card, draw_figures, export_checkpoint, text_of, write_results, write_start
@@ -67,7 +68,8 @@ class Trainer:
         self._run_dir = Path(config.train.output_dir)
         self._flops = ModelFlops(engine.module.model, engine.module.family)
         self._sources = tuple(data.sources) if config.data.is_mixture else ()
-        self._stop, self._retention = Stop(config.train.stop_margin_s), Retention(config.train, state, world.say)
+        self._stop, self._idle = Stop(config.train.stop_margin_s), Idle(config, world.say)
+        self._retention = Retention(config, state, data.identities, world.say)
         self.evaluator = Evaluator(config, world, engine, collator, data.splits, data.benchmarks, self._stop, num_workers)
 
     def run(self, tracker: Any) -> None:
@@ -150,6 +152,7 @@ class Trainer:
         tracker.log(state.step, metrics)
         world.say(_progress(state.step, self.total_steps, metrics, left))
         self._retention.trained(metrics)
+        self._idle.recorded(metrics)
 
     def _begin(self, tracker: Any) -> None:
         """Evaluate the model as it came, for the tables at the end, if that is asked for; what an earlier run has found of its own goes."""

@@ -19,7 +19,7 @@ from cfvlm_ds.data.containers.hub import is_hub
 from cfvlm_ds.data.containers.kinds import is_there
 from cfvlm_ds.data.manifest import known_format
 from cfvlm_ds.models import check_balanced, check_model, load_config, only_adapters_train
-from cfvlm_ds.objectives import batch_terms
+from cfvlm_ds.objectives import batch_terms, required_cells
 from cfvlm_ds.training.benchmarks import chosen_of
 
 _UNKNOWN_WIDTH = 64
@@ -56,6 +56,11 @@ def _check_step(config: RunConfig, ranks: int) -> None:
         raise ConfigError(
             f"{next(iter(terms))} compares with texts of other groups that are drawn before any is scored, and train.hard_negatives leaves "
             "out some after it; set one of them"
+        )
+    if train.hard_negatives is not None and required_cells(config.objective) in ("anchor", "matched"):
+        raise ConfigError(
+            f"train.hard_negatives keeps what the model takes most for true, and {', '.join(config.objective)} scores no text on an image "
+            "that it is false of; add a term that does, such as csd in its mode cross, or leave the option out"
         )
     if terms and config.data.max_tokens_per_micro_batch is None:
         groups = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks

@@ -114,9 +114,10 @@ def test_hard_negatives_give_one_trajectory(trajectories: dict[tuple[int, ...], 
     """Two ranks with unequally many forwards in two micro-batches each; fp32, relative 2e-4."""
     one, two = (trajectories[1, 1].parent / f"hard-{ranks}" for ranks in (1, 2))
     assert len(losses(one)) == 3
+    assert all(0 < row["hard_negatives/entered"] < row["hard_negatives/proposed"] for row in metrics(one) if "loss" in row)
     for want, have in zip(metrics(one), metrics(two), strict=True):
         for name in want:
-            if name.startswith(("loss", "logp/", "grad_norm")):
+            if name.startswith(("loss", "logp/", "grad_norm", "hard_negatives/")):
                 assert have[name] == pytest.approx(want[name], rel=2e-4, abs=2e-5), f"{name} at step {want['step']}"
 
 

@@ -25,7 +25,7 @@ from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.evaluation.calibration import Gap, advise, block, gaps, quantile, star_cells, table
-from cfvlm_ds.evaluation.scoring import GroupScores
+from cfvlm_ds.evaluation.scoring import GroupScores, score_groups
 from cfvlm_ds.objectives import OBJECTIVES, Csd
 
 
@@ -81,8 +81,6 @@ def test_by_hand() -> None:
     lines = table(found).splitlines()
     assert lines[2] == "| text | unlabelled | 2 | 100.0 | 50.0 | 2.05 | 2.25 | 2.50 | 2.75 | 2.95 | 1.025 | 1.125 | 1.250 | 1.375 | 1.475 |"
     assert [quantile([3.0, 1.0, 2.0], q) for q in (0, 25, 50, 100)] == [1.0, 1.5, 2.0, 3.0]
-    broken = GroupScores(torch.tensor([[-1.0, math.nan], [-3.0, -1.0]]), score.blank)
-    assert len(list(gaps([group], [broken], lambda group: 2))) == 2
 
 
 def test_a_margin_is_the_size_of_the_least_decided_gaps_within_bounds() -> None:
@@ -91,7 +89,10 @@ def test_a_margin_is_the_size_of_the_least_decided_gaps_within_bounds() -> None:
     chosen = advise([*known, *undecided, *rare, *of("image", [0.1, -0.2, 0.3])])
     assert chosen.options["csd"]["margin"] == 1.8 and chosen.options["fcd"]["margin"] == 0.5
     assert any(why.startswith("csd.margin 1.8 nats: depth, the least decided, has gaps of 1.8") for why in chosen.reasons)
-    assert any("fcd.margin 0.5 nats: all, the least decided, has gaps of 0.2 either way, beyond" in why for why in chosen.reasons)
+    assert any(
+        why.endswith("all, the least decided, has gaps of 0.2 either way, and 0.5 to 5 is what a margin is good for")
+        for why in chosen.reasons
+    )
     assert advise(of("text", [90.0, 100.0])).options["csd"]["margin"] == 5.0
 
 
@@ -100,6 +101,11 @@ def test_a_weight_falls_with_the_length_that_align_averages_over() -> None:
     weights = {tokens: advise(of("text", normal(1.0, 2.0), tokens)).options["csd"]["weight"] for tokens in (6, 12, 24, 60, 600)}
     assert weights == {6: 1.0, 12: 1.0, 24: 0.5, 60: 0.2, 600: 0.1}
     values = [1.0, 3.0, -3.0, 5.0]  # half the gaps are of 3 nats or less: the pull is that of a margin of 3
+    told = {tokens: advise(of("text", [1.0] * 20, tokens)).reasons[2] for tokens in (4, 24)}
+    assert (
+        "csd.weight 1: texts have 4 tokens, no more than the 12 with which 1 was measured; its" in told[4]
+        and "weigh 2.0 times what" in told[24]
+    )
     pull = sum(1 / (1 + math.exp(value - 3.0)) for value in values) / 4
     (told,) = (why for why in advise(of("text", values)).reasons if why.startswith("csd.weight"))
     assert told.endswith(f"begin with {100 * pull:.0f} % of their largest pull")
@@ -117,8 +123,21 @@ def test_long_captions(factor: float, norm: str) -> None:
     margin = chosen.options["csd"]["margin"]
     assert (0.02 <= margin <= 0.2) if norm == "anchor" else (1.0 < margin < 3.0)
     assert chosen.options["csd"]["weight"] == (1.0 if norm == "anchor" else 0.17), "of 70 tokens in the middle"
+    for shares in ((30, 400), (400, 30)):  # more than half of one length are the median, and no reason to overlook the others
+        mixed = [*found[: shares[0]], *found[400 : 400 + shares[1]]]
+        assert advise(mixed).options["csd"]["len_norm"] == norm, advise(mixed).reasons[0]
+    few = advise([*found[:5], *found[400:]])
+    assert few.reasons[0] == "len_norm none: fewer than 10 comparisons are of texts of another length than 120 tokens, the median"
     alike = [replace(gap, tokens=12 + k % 4) for k, gap in enumerate(found)]
     assert advise(alike).options["csd"]["len_norm"] == "none" and "about as long as each other" in advise(alike).reasons[0]
+
+
+def test_gaps_of_nothing_say_nothing_of_length() -> None:
+    """A model that scores everything alike, or the texts of one length: no multiple of 0 is taken for growth."""
+    flat = advise([*of("text", [0.0] * 20, 10), *of("text", [0.0] * 20, 120)])
+    assert flat.options["csd"]["len_norm"] == "none" and flat.options["csd"]["margin"] == 0.5
+    assert flat.reasons[0] == "len_norm none: half of the gaps of shorter texts are 0, which tells nothing of length"
+    assert "longer texts are 0" in advise([*of("text", [1.0] * 20, 10), *of("text", [0.0] * 20, 120)]).reasons[0]
 
 
 def test_a_hinge_where_images_contradict_their_labels() -> None:
@@ -146,11 +165,34 @@ def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     main(["calibrate", str(model_dir), str(manifest), "--limit", "8", "--out", str(tmp_path / "out" / "objective.yaml")])
     said = capsys.readouterr().out
     assert "| text | colour |" in said and "| image | all |" in said and "- csd.margin" in said and "warning: " in said
+    plain = [group.id for group in read_manifest(manifest)[:8] if len(group.candidates) == 1]
+    assert f"{len(plain)} of 8 groups have nothing to compare, such as {plain[0]!r}" in said
     written = (tmp_path / "out" / "objective.yaml").read_text()
     assert said.endswith(written) and set(yaml.safe_load(written)["objective"]) == {"align", "csd", "fcd"}
+    before = manifest.read_bytes()
+    with pytest.raises(SystemExit):
+        main(["calibrate", str(model_dir), str(manifest), "--out", str(manifest)])
+    assert "is read here, and would be replaced" in capsys.readouterr().err and manifest.read_bytes() == before
     rows: list[dict[str, Any]] = [to_row(group, tmp_path) for group in read_manifest(manifest)]
     plain = [row | {"images": row["images"][:1], "texts": row["texts"][:1], "match": [["i0", "t0", 1]], "edits": []} for row in rows]
     (tmp_path / "plain.json").write_text(json.dumps(plain))
     with pytest.raises(SystemExit):
         main(["calibrate", str(model_dir), str(tmp_path / "plain.json")])
     assert "no group has a text or an image that is false beside a true one" in capsys.readouterr().err
+
+
+def test_scores_that_are_not_finite_are_refused(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one group: what the others would recommend is not what the data are."""
+    manifest = write_manifest(tmp_path / "m.jsonl", 4)
+
+    def scores(*arguments: Any, **options: Any) -> list[GroupScores]:
+        found = list(score_groups(*arguments, **options))
+        return [replace(found[0], logp=found[0].logp * math.nan), *found[1:]]
+
+    monkeypatch.setattr("cfvlm_ds.evaluation.score_groups", scores)
+    with pytest.raises(SystemExit):
+        main(["calibrate", str(model_dir), str(manifest), "--out", str(tmp_path / "objective.yaml")])
+    assert "scores of 1 of 4 groups are not finite, such as of 'm-0', and nothing is made of them" in capsys.readouterr().err
+    assert not (tmp_path / "objective.yaml").exists()

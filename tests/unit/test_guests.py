@@ -25,7 +25,7 @@ from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import GroupSampler, PackedSampler
-from cfvlm_ds.data.stored_scores import StoredScores
+from cfvlm_ds.data.stored_scores import ScoresOfSources, StoredScores
 from cfvlm_ds.models import Scorer, load_processor
 from cfvlm_ds.objectives import BatchAlign, batch_terms, denominators, required_cells, weighted_loss
 from cfvlm_ds.objectives.align import Align
@@ -94,6 +94,27 @@ def test_texts_of_others_that_answer_the_same_prompt_and_are_not_excluded() -> N
     assert "a red cat" not in drawn(found[7]) and "a green cat" in drawn(found[7]), "the same group at another place of the step"
     assert {guest.home for each in found for guest in each.in_step.guests if guest.group == "a"} == {0}
     assert {guest.share for guest in found[3].in_step.guests} == {0.5}, "half of each group of two texts"
+
+
+def test_a_text_that_is_known_to_be_true_is_never_drawn() -> None:
+    """What shares a key says the same, whether a row excludes it or not; what another row says of a picture holds for that picture here."""
+    by_key = [group("a", "a red cat", "a blue cat", keys=("cat", "")), group("b", "a crimson feline", keys=("cat",))]
+    by_key += [group("c", "an azure cat", "a dog", keys=("a blue cat", ""))]
+    assert [sorted(drawn(each)) for each in in_a_step(by_key)] == [
+        ["a dog"],
+        ["a blue cat", "a dog", "an azure cat"],
+        ["a crimson feline", "a red cat"],
+    ], "a key may be what another text says"
+    first = group("a", "a red cat", "a blue cat")
+    again = replace(group("b", "a cat on a sofa", "a dog on a sofa"), images=(first.images[1], (Path("/other.png"),)))
+    assert [drawn(each) for each in in_a_step([first, again])] == [["a dog on a sofa"], ["a red cat"]]
+
+
+def test_a_question_about_two_pictures_is_another_one() -> None:
+    two = replace(group("two", "the left one is red"), images=((Path("/p.png"), Path("/q.png")),))
+    more = replace(group("more", "both"), images=((Path("/r.png"), Path("/q.png")),))
+    found = in_a_step([group("a", "a red cat"), two, group("b", "a dog"), more])
+    assert [drawn(each) for each in found] == [["a dog"], ["both"], ["a red cat"], ["the left one is red"]]
 
 
 def test_as_many_as_are_wanted_and_not_always_the_same() -> None:
@@ -354,6 +375,15 @@ def test_guests_that_do_not_fit_the_window_are_left_out(model_dir: Path, picture
         collator._changed(max_length=longest - 1)([visited])
 
 
+def test_a_text_that_cannot_be_encoded_costs_its_own_group_alone(model_dir: Path, pictured: list[CounterfactualGroup]) -> None:
+    """It is named there, and no group that it would have visited is left out with it."""
+    groups = in_a_step([*pictured, group("bad", "a red </s> circle")], {"b": 9})
+    assert all("a red </s> circle" in drawn(each) for each in groups[:3])
+    (batch,) = load_collator(ModelConfig(str(model_dir)), "star").without_unreadable(groups)
+    assert batch.layout.ids == ("g0", "g1", "g2") and [name for name, _ in batch.dropped] == ["bad"]
+    assert batch.layout.guests is not None and batch.layout.guests.home[..., 0].max() == 2
+
+
 def test_the_prior_of_a_guest_is_that_of_its_own_group(pictured: list[CounterfactualGroup]) -> None:
     groups = in_a_step(pictured)
     stored = {f"g{g}": StoredScores(((-1.0, -2.0),) * 2, (-10.0 * g - 1, -10.0 * g - 2)) for g in range(3)}
@@ -362,3 +392,11 @@ def test_the_prior_of_a_guest_is_that_of_its_own_group(pictured: list[Counterfac
     assert not reference[:, :, 2:].any() and (reference[:, :, :2] < 0).all()
     for g, each in enumerate(groups):
         assert prior[g].tolist() == [-10.0 * g - 1, -10.0 * g - 2, *(-10.0 * int(x.group[1]) - 1 - x.number for x in each.in_step.guests)]
+
+
+def test_a_guest_of_a_source_without_scores_has_no_prior() -> None:
+    """In a mixture whose other terms need scores of one source, and batch_align none."""
+    groups = in_a_step([group("x/a", "one"), replace(group("y/b", "two"), objectives=("batch_align",))])
+    scores = ScoresOfSources({"x": {"a": StoredScores(((-1.0,),), (-2.0,))}})
+    reference, prior = stored_scores(scores, groups, layout_of(groups))
+    assert reference.tolist() == [[[-1.0, 0.0]], [[0.0, 0.0]]] and prior.tolist() == [[-2.0, 0.0], [0.0, 0.0]]

@@ -28,7 +28,7 @@ def kept(match: Sequence[Sequence[int]], logp: Sequence[Sequence[float]], number
     ones = torch.ones_like(truth, dtype=torch.int64)
     asked = None if prompt is None else torch.tensor([prompt])
     layout = GroupLayout(truth >= 0, truth, ones, ones, torch.ones(1), prompt=asked)
-    keep = hardest(Scores(layout, torch.tensor([logp]), torch.zeros(truth.shape)), number)[0]
+    keep = hardest(Scores(layout, torch.tensor([logp]), torch.zeros(truth.shape)), number).cells[0]
     images, texts = keep.any(1), keep.any(0)
     assert torch.equal(keep, images.unsqueeze(1) & texts)
     return [images.nonzero().flatten().tolist(), texts.nonzero().flatten().tolist()]
@@ -55,6 +55,10 @@ def test_one_sided_counterfactuals_and_what_always_stays() -> None:
     assert kept(images_only, [[-5.0], [-6.0], [-4.0], [-99.0]], 1) == [[0, 2, 3], [0]]
     unknown = [[1, -1, 0], [-1, 1, -1], [0, -1, 1]]  # of the first counterfactual nothing is compared
     assert kept(unknown, [[-1.0, 9.0, -9.0], [9.0, -1.0, 0], [-9.0, 0, -1.0]], 1) == [[0, 2], [0, 2]]
+    neither = [[1, 1, 0, 0], [0, -1, 1, -1], [-1, 0, -1, -1]]  # nobody knows whether image 2 shows text 0; the second true text it does not
+    assert kept(neither, [[-1.0, -1.0, -2.0, -3.0], [-9.0, 0, -1.0, 0], [0, -9.0, 0, 0]], 1) == [[0, 1, 2], [0, 1, 2]]
+    shared = [[1, 0, 0], [0, 1, 1]]  # both texts are true of image 1
+    assert kept(shared, [[-1.0, -9.0, -2.0], [-9.0, -1.0, -1.0]], 1) == [[0, 1], [0, 2]]
     tie = [[1, 0, 0]]
     assert kept(tie, [[-1.0, -2.0, -2.0]], 1) == [[0], [0, 1]]
     asked = [[1, 0, 0, 1]]
@@ -142,9 +146,11 @@ def test_a_micro_batch_is_cut_to_the_hardest_by_the_model(collator: Collator, gr
     parts = collator.parts(groups, 120)
     with torch.no_grad():
         scores = Scores.joined([part.scores(scorer(**part.model_inputs)) for part in parts])
-    expected = parts[0].layout.valid & hardest(scores, 1)
-    cut = HardNegatives(Engine(), 1, lambda micro_batches: [len(parts) + 2]).of([parts])
+    expected = parts[0].layout.valid & hardest(scores, 1).cells
+    cut, (chosen,) = HardNegatives(Engine(), 1, lambda micro_batches: [len(parts) + 2]).of([parts])
     assert torch.equal(cut[0][0].layout.valid, expected) and expected.sum() < parts[0].layout.valid.sum()
+    pairs = [len(group.candidates) - 1 for group in groups[1:]]  # the first group asks two questions
+    assert (chosen.proposed, chosen.entered) == (sum(pairs), sum(min(pair, 1) for pair in pairs)) and max(pairs) == 2
     assert modes == [False] * (len(parts) + 2) and scorer.training
     scorer.eval()
 

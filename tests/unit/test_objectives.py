@@ -755,7 +755,7 @@ def test_10_words_before_the_edit_get_no_gradient_unless_each_text_has_its_own_d
 # Property 12: world size and accumulation -----------------------------------------------------------------------------------------------
 
 MIX = {"align": Align(infonce=0.3), "csd": Csd(warmup=0.0), "fcd": Fcd(warmup=0.0), "dpo": Dpo(weight=0.2, image_side=0.5, anchor=0.1)}
-MIX |= {"symmpo": SymMPO(weight=0.3), "misp": Misp(weight=0.4), "batch_align": BatchAlign(weight=0.6, warmup=0.0)}
+MIX |= {"symmpo": SymMPO(weight=0.3), "misp": Misp(weight=0.4), "batch_align": BatchAlign(weight=0.6, warmup=0.0), "retain": Retain()}
 PARTITIONS = {  # ranks x micro-batches x group indices; 14 ragged groups, two of them without any counterfactual
     "1 rank, accumulation 2": [[range(0, 7), range(7, 14)]],
     "1 rank, accumulation 4": [[range(0, 1), range(1, 3), range(3, 8), range(8, 14)]],
@@ -922,14 +922,18 @@ def test_retain_by_hand() -> None:
     assert loss_of(Retain(), same) == 0 and logp_gradient(Retain(), same)[0, 0] == 0
 
 
-def test_retain_is_an_unbiased_estimate_of_a_divergence() -> None:
-    """Texts of one token, drawn as often as the reference says them: the mean is KL(reference || model), by its definition."""
+def test_retain_is_a_divergence_for_one_token_and_less_for_more() -> None:
+    """Texts drawn as often as the reference says them. Of one token the mean is KL(reference || model) by its definition; of n tokens it is
+    sum_k p_k ((q_k / p_k)^(1/n) - 1) below the KL per token, which is not positive."""
     p, q = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]
-    drawn = [
-        dataclasses.replace(group(""), tokens=[1], logp={(0, 0): math.log(q[k])}, reference={(0, 0): math.log(p[k])}, weight=p[k])
-        for k in range(3)
-    ]
-    assert loss_of(Retain(), *drawn) == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    divergence = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    for n in (1, 2, 5):
+        drawn = [
+            dataclasses.replace(group(""), tokens=[n], logp={(0, 0): math.log(q[k])}, reference={(0, 0): math.log(p[k])}, weight=p[k])
+            for k in range(3)
+        ]
+        less = sum(a * ((b / a) ** (1 / n) - 1) for a, b in zip(p, q, strict=True))
+        assert loss_of(Retain(), *drawn) == pytest.approx(divergence / n + less) and (less < -0.01 if n > 1 else abs(less) < 1e-9)
 
 
 def test_rivals_at_the_reference() -> None:

@@ -184,6 +184,10 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
             ["--objective.batch_align.pmi", "0", "--train.hard_negatives", "1"],
             "batch_align compares with texts of other groups that are drawn before any is scored, and train.hard_negatives leaves out",
         ),
+        (
+            ["--train.hard_negatives", "1", *(part for term in ("csd", "fcd") for part in (f"--objective.{term}.weight", "0"))],
+            "train.hard_negatives keeps what the model takes most for true, and align scores no text on an image that it is false of",
+        ),
         (["--train.retention", "[kept]"], "train.retention: 'kept' is no manifest of data.evaluation (none); name one of them"),
         (["--data.evaluation.more", "absent.jsonl"], "absent.jsonl: no such manifest"),
         (["--data.format", "cfgrop"], "unknown format 'cfgrop'; did you mean 'cfgroup'?"),

@@ -1,0 +1,47 @@
+"""Options that a run has and that do nothing, or less than they ask for, in its data: said once, in the record that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.objectives import batch_terms
+
+_LACKS = {
+    "retain": ("retain/ratio", "no row in which nothing is false", "add plain captions to data.train, or set objective.retain.rows to all"),
+    "symmpo": ("symmpo/accuracy", "no counterfactual image with a text of its own", "without them it is dpo with an anchor"),
+    "misp": ("misp/accuracy", "no image that the factual text is false of", "without them it is dpo"),
+}
+"""Term -> a metric that it has where it finds what it is for, what it lacks else, and what to make of that."""
+
+
+class Idle:
+    """Looks at what is recorded for options without an effect; ``say`` is told of each once."""
+
+    def __init__(self, config: RunConfig, say: Callable[[str], object]) -> None:
+        self._config, self._say, self._told = config, say, set[str]()
+
+    def recorded(self, metrics: Mapping[str, float]) -> None:
+        """A record of the training."""
+        for option, why in self._found(metrics):
+            if option not in self._told:
+                self._told.add(option)
+                self._say(f"warning: {option} {why}")
+
+    def _found(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        for term, (metric, lack, remedy) in _LACKS.items():
+            if f"loss/{term}" in metrics and metric not in metrics:
+                yield f"objective.{term}", f"has found {lack} in the steps of this record; {remedy}"
+        for term, asked in batch_terms(self._config.objective).items():
+            if (found := metrics.get(f"{term}/texts")) is not None and 2 * found < asked:
+                yield (
+                    f"objective.{term}.texts",
+                    f"asks for {asked} texts on an image and finds {found:.1f}: other groups of a step that answer the same prompt have no "
+                    "more that may be taken for false; make steps larger, or ask for fewer",
+                )
+        if "hard_negatives/proposed" in metrics and metrics["hard_negatives/proposed"] == metrics["hard_negatives/entered"]:
+            yield (
+                "train.hard_negatives",
+                f"{self._config.train.hard_negatives} has left nothing out in the steps of this record: no group of one question has more "
+                "counterfactuals; a forward that chooses nothing is paid for in each",
+            )

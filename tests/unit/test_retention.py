@@ -1,0 +1,77 @@
+"""What a run says of itself: what a training has cost, since when, and options that do nothing in its data."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from cfvlm_ds.checkpoint import TrainState
+from cfvlm_ds.evaluation import Accuracy
+from cfvlm_ds.objectives import Align, BatchAlign, Misp, Retain, SymMPO
+from cfvlm_ds.training.idle import Idle
+from cfvlm_ds.training.retention import Retention
+
+
+def config(*terms: Any, **train: Any) -> Any:
+    options = {"displacement_warning": 0.1, "retention": None, "hard_negatives": None, **train}
+    return SimpleNamespace(objective={type(term).__name__.lower(): term for term in terms}, train=SimpleNamespace(**options))
+
+
+def found(nll: float, group: float | None = None) -> dict[str, list[Accuracy]]:
+    return {"kept": [Accuracy("all", 4, {} if group is None else {"group": group}, mean=True, nll=nll)]}
+
+
+def identity(rows: int, pictures: str | None = "p") -> dict[str, Any]:
+    return {**dict.fromkeys(("order", "ids", "texts", "labels", "weights", "paths"), "x"), "rows": rows, "pictures": pictures}
+
+
+def test_a_set_is_compared_with_its_first_evaluation() -> None:
+    said: list[str] = []
+    state = TrainState()
+    run = config(Align(), retention=["kept", "absent"])
+    retention = Retention(run, state, {"kept": identity(4), "absent": identity(1)}, said.append)
+    assert retention.evaluated(found(1.0, 50.0)) == {"retention/kept/nll": 0.0, "retention/kept/accuracy": 0.0} and not said
+    state.step = 7
+    assert retention.evaluated(found(1.25, 40.0)) == {"retention/kept/nll": 0.25, "retention/kept/accuracy": -10.0}
+    assert said == [
+        "warning: retention: true texts of data.evaluation.kept lost 0.25 nats per token since the start; add objective.retain (it holds "
+        "the model near its start on plain captions among the training data), raise objective.align.weight or lower train.learning_rate"
+    ]
+
+
+def test_a_set_that_is_new_in_a_continued_run_is_compared_from_there_on() -> None:
+    """One that is named only now, and one whose data have changed: neither is measured against what was never measured, or was another."""
+    said: list[str] = []
+    state = TrainState(step=30)
+    run = config(Align(), Retain(), retention=["kept"])
+    first = Retention(run, state, {"kept": identity(4)}, said.append)
+    assert first.evaluated(found(1.0)) == {"retention/kept/nll": 0.0}
+    (line,) = said
+    assert line == "retention: data.evaluation.kept was not evaluated at the start; it is compared with step 30 from here on"
+    continued = TrainState()
+    continued.load_state_dict({**state.state_dict(), "step": 40})
+    said.clear()
+    same = Retention(run, continued, {"kept": identity(4, None)}, said.append)  # whose pictures are not looked at this time
+    assert same.evaluated(found(1.3)) == {"retention/kept/nll": 1.3 - 1.0} and "lost 0.30 nats per token since step 30" in said[0]
+    assert "raise objective.retain.weight" in said[0] and "add objective.retain" not in said[0]
+    said.clear()
+    other = Retention(run, continued, {"kept": identity(5)}, said.append)
+    assert other.evaluated(found(9.0)) == {"retention/kept/nll": 0.0}
+    changed = "has other contents since (the number of rows (5, was 4)); it is compared with step 40 from here on"
+    assert said == [f"retention: data.evaluation.kept {changed}"]
+
+
+def test_options_that_do_nothing_are_named_once() -> None:
+    said: list[str] = []
+    idle = Idle(config(Retain(), SymMPO(), Misp(), BatchAlign(texts=8), hard_negatives=2), said.append)
+    busy = {"retain/ratio": 0.0, "symmpo/accuracy": 1.0, "misp/accuracy": 1.0, "batchalign/texts": 4.0}
+    idle.recorded({"loss/retain": 0.0, "loss/symmpo": 1.0, "loss/misp": 1.0, **busy})
+    idle.recorded({"hard_negatives/proposed": 3.0, "hard_negatives/entered": 1.5})
+    assert not said
+    for _ in range(2):
+        idle.recorded({"loss/retain": 0.0, "loss/symmpo": 1.0, "loss/misp": 1.0, "batchalign/texts": 3.9})
+        idle.recorded({"hard_negatives/proposed": 1.5, "hard_negatives/entered": 1.5})
+    assert [line.split()[1] for line in said] == [
+        "objective.retain", "objective.symmpo", "objective.misp", "objective.batchalign.texts", "train.hard_negatives",
+    ]  # fmt: skip
+    assert "asks for 8 texts on an image and finds 3.9" in said[3] and "train.hard_negatives 2 has left nothing out" in said[4]
