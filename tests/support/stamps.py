@@ -24,6 +24,7 @@ from cfvlm_ds.counterfactuals.propose.rules import Rules
 NUMBER, PER_TYPE = 200, 3
 JUDGED = Path(__file__).resolve().parent.parent / "golden" / "stamps_judged.txt"
 PHOTOGRAPHS = JUDGED.with_name("photographs_judged.txt")
+COCO = JUDGED.with_name("coco_judged.txt")
 
 
 def captions(source: Path) -> list[str]:
@@ -64,7 +65,7 @@ def main() -> None:
         return
     if arguments.source is None:
         parser.error("name the captions")
-    before = {known for file in (JUDGED, PHOTOGRAPHS) for _, _, known in judged(file)}
+    before = {known for file in (JUDGED, PHOTOGRAPHS, COCO) for _, _, known in judged(file)}
     listed = edits(captions(arguments.source), arguments.seed, arguments.per_type)
     found = [each for each in listed if digest(*each[1:]) not in before]
     random.Random(arguments.seed).shuffle(found)
