@@ -20,7 +20,7 @@ from cfvlm_ds.counterfactuals.propose.plausible import MADE_OF, PATTERNED, can_b
 from cfvlm_ds.counterfactuals.propose.situation import done_there, is_action, is_place
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
 
-VERSION = 3
+VERSION = 4
 """Raised when the same caption gets other edits than before."""
 
 Change = tuple[dict[int, str], str]
@@ -132,6 +132,8 @@ def _material(caption: Caption, choose: Choose) -> Iterator[Change]:
     for phrase in _describable(caption, "material"):
         (place,) = caption.said_of(phrase, "material")
         made_of = MADE_OF[caption.words[phrase.noun]]
+        if caption.words[phrase.noun] == "floor" and any(v.NOUNS[word][0] == "vehicle" for word in caption.words if word in v.NOUNS):
+            made_of -= {"stone"}
         for new in choose([each for each in v.MATERIALS if each in made_of and {each, caption.words[place]} != {"stone", "brick"}]):
             yield {place: new}, f"Make the {caption.words[phrase.noun]} {new} and not {caption.words[place]}."
 
@@ -158,7 +160,10 @@ def _describable(caption: Caption, kind: str) -> Iterator[Phrase]:
             continue
         fixed = {
             "colour": noun in v.FIXED_COLOUR or "ripe" in caption.words or "brick" in said or (noun == "coat" and animals),
-            "size": noun in v.NOT_SIZED or caption.word(phrase.noun + 1) == "of" or not is_compared(caption, phrase),
+            "size": noun in v.NOT_SIZED
+            or (noun in v.FOOD and {"tall", "short", "long"} & set(said))
+            or caption.word(phrase.noun + 1) == "of"
+            or not is_compared(caption, phrase),
             "material": noun not in MADE_OF,
             "texture": noun not in PATTERNED and (phrase.known is None or phrase.known[0] != "shape"),
         }
@@ -202,6 +207,7 @@ def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
             or (len(said) > 1 and said[0] in v.MEASURES)
             or said[-1].endswith("ss")
             or not all(each.isalpha() for each in said)
+            or (said[-1] in v.PEOPLE and v.RIDDEN_BY_FEW & set(caption.words))
             or caption.is_aside(place)
         ):
             continue
