@@ -60,7 +60,8 @@ def main() -> None:
     parser.add_argument("--judged", type=Path, help="a list with verdicts: print what of it is kept")
     arguments = parser.parse_args()
     if arguments.judged:
-        for verdict, kind, caption, text in (line.split(" | ") for line in arguments.judged.read_text().splitlines()):
+        lines = [line for line in arguments.judged.read_text().splitlines() if line and not line.startswith("#")]
+        for verdict, kind, caption, text in (line.split(" | ") for line in lines):
             print(f"{verdict} | {kind} | {digest(caption, text)}")
         return
     if arguments.source is None:
