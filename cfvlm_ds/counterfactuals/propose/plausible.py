@@ -1,14 +1,16 @@
-"""What may stand in the place of a noun, and what a noun can be like.
+"""What may stand in the place of a noun.
 
-A picture of the edited caption must be thinkable: a giraffe on a wire or a purple horse is told from a photograph by its words alone.
+A picture of the edited caption must be thinkable: a giraffe on a wire is told from a photograph by its words alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
+from cfvlm_ds.counterfactuals.propose.attributes import MADE_OF, PATTERNED, can_be
 from cfvlm_ds.counterfactuals.propose.caption import Caption, Phrase
-from cfvlm_ds.counterfactuals.propose.siblings import BESIDE, INSTEAD, lines
+from cfvlm_ds.counterfactuals.propose.siblings import BESIDE, INSTEAD
 from cfvlm_ds.counterfactuals.propose.vocabulary import (
     ALIKE,
     ANIMATE,
@@ -38,79 +40,10 @@ OUTSIDE = _set(
     mountains sand sandy grassy snowy patio deck trees sunny outdoors outside woods wooded trail path nature bridge desert jungle zoo curb
     pavement hillside pasture pier porch outdoor court mountain"""
 )
-GRAZERS = _set("zebra giraffe elephant horse cow sheep goat")
+GRAZERS = _set("zebra elephant horse cow sheep goat")
 WORN = _set("wearing wears wear dressed worn")
 
-_CAN_BE = """
-dog dogs puppy puppies pup pups rabbit rabbits bunny goat goats sheep lamb donkey: black white brown gray
-lab labs labrador labradors terrier terriers poodle spaniel collie shepherd hound hounds bulldog beagle mutt: black white brown gray
-husky dachshund chihuahua pug boxer dalmatian mastiff doggie doggy animal animals calf foal stallion mare llama: black white brown gray
-ears spot spots tail tails paws fur mane markings: black white brown gray
-cat cats kitten kittens: black white gray orange brown
-horse horses pony ponies: black white brown gray
-cow cows bull bulls hen hens chicken chickens rooster: black white brown
-pig pigs: pink black brown white
-duck ducks: white brown black yellow
-mouse rat: gray white black brown
-bird birds: red blue green yellow black white brown gray
-slug snail: brown black orange
-elephant elephants zebra zebras giraffe giraffes lion lions tiger tigers monkey monkeys bear bears:
-apple apples: red green yellow
-pear pears banana bananas lemon lemons: yellow green
-strawberry strawberries: red
-orange oranges carrot carrots: orange
-tomato tomatoes: red green yellow
-potato potatoes: brown
-cucumber cucumbers: green
-pepper peppers: green red yellow
-grape grapes: green purple
-corn: yellow white
-eye eyes: blue green brown gray
-hair: black brown gray white red
-flower flowers rose roses tulip tulips: red yellow white pink purple blue orange
-field fields meadow hill hills: green brown yellow
-rock rocks: gray brown black white red
-egg eggs: white brown
-tree trees bush bushes cactus cactuses mountain mountains sand gull whale owl eagle hawk flamingo retriever planet gnu:
-"""
-CAN_BE: dict[str, frozenset[str]] = {}
-"""Noun -> the colours that it has; any where it is not listed."""
-for _names, _listed in lines(_CAN_BE):
-    CAN_BE.update(dict.fromkeys(_names, _listed))
-
-_MADE_OF = """
-chair chairs stool stools: wooden metal plastic
-bench benches: wooden metal plastic stone
-table tables desk desks: wooden metal plastic glass
-wall walls: brick stone wooden metal
-fence fences: wooden metal plastic
-gate gates barrel: wooden metal
-bridge house building buildings tower cottage church: wooden stone brick
-door doors: wooden metal glass plastic
-boat boats: wooden metal plastic
-bowl bowls cup cups plate plates vase vases: wooden metal plastic glass
-spoon spoons fork forks box boxes tray trays bucket basket crate crates hanger hangers mallet toy: wooden metal plastic
-floor floors: wooden stone
-shelf shelves cabinet cabinets: wooden metal plastic glass
-statue post posts: wooden metal stone
-couch sofa jacket coat hat: leather
-"""
-MADE_OF: dict[str, frozenset[str]] = {}
-"""Noun -> the materials that it is made of; none are known where it is not listed."""
-for _names, _listed in lines(_MADE_OF):
-    MADE_OF.update(dict.fromkeys(_names, _listed))
-PATTERNED = _set(
-    """shirt shirts tie ties dress dresses hat hats scarf scarves jacket jackets coat coats sweater skirt pants shorts socks umbrella
-    umbrellas towel towels blanket blankets rug curtain curtains pillow pillows couch sofa chair chairs bag cup cups bowl bowls plate plates
-    vase vases floor wall ball balls tent tablecloth apron robe wallpaper flag cloth mug box"""
-)
-"""What patterns are made on: a striped cat is no other cat with dots."""
 _ALIKE = {word: frozenset().union(*(group for group in ALIKE if word in group)) for _, word, _ in NOUNS.values()}
-
-
-def can_be(noun: str, colour: str) -> bool:
-    """Whether there are things of a kind that have a colour."""
-    return noun not in CAN_BE or {"grey": "gray"}.get(colour, colour) in CAN_BE[noun]
 
 
 def is_compared(caption: Caption, phrase: Phrase) -> bool:
@@ -143,6 +76,7 @@ class _At:
         self.before, self.earlier = caption.word(phrase.start - 1), caption.word(phrase.start - 2)
         self.before = "on" if self.before == "of" and self.earlier == "top" else self.before
         self.after = caption.word(phrase.noun + 1)
+        self.adjectives = {caption.words[place] for place in phrase.adjectives}
         self.determiner = "" if phrase.determiner is None else caption.words[phrase.determiner]
 
     @property
@@ -159,6 +93,12 @@ class _At:
         while self.caption.word(place) in _RESTING | _set("is are was were that which who"):
             place -= 1
         return self.caption.word(place)
+
+    @property
+    def has_on_it(self) -> bool:
+        """Whether something is in it or on it."""
+        words = self.caption.words
+        return any(word in (*INTO, "on") and following in ("it", "them") for word, following in pairwise(words))
 
     @property
     def is_calm(self) -> bool:
@@ -180,13 +120,16 @@ def _is_held(at: _At) -> bool:
         return True
     if (at.category in ("bag", "vehicle", "tool") and at.said & _FASTENED) or (at.after == "of" and at.category != "dish"):
         return True  # a coat of paint, too
-    if at.before == "of" and at.earlier in ("back", "out", "inside", "cab") and at.category == "vehicle":
+    a_part = at.earlier in ("back", "out", "inside", "cab") or (at.earlier == "front" and at.caption.word(at.phrase.start - 3) != "in")
+    if at.before == "of" and a_part and at.category in ("vehicle", "animal"):
+        return True
+    if at.category == "building" and at.after in ("on", "atop") and at.said & _set("building buildings roof"):
         return True
     if at.one == "dog" and (at.before in _WALKED or (at.said & _WALKED and (at.before == "with" or at.said & PEOPLE))):
         return True
     if at.one == "dog" and at.determiner in ("his", "her", "their") and at.said & (OUTSIDE | _set("plains")):
         return True
-    if at.one in ("bike", "bicycle", "motorcycle") and (on or at.before in ("his", "her", "their")):
+    if at.one in _CYCLES and (on or at.before in ("his", "her", "their")):
         return True
     if at.one in ("tree", "bush"):  # what stands in the background, or where something is
         return at.determiner in ("", "some") or at.before in _set("in under on up from beneath into of underneath")
@@ -207,18 +150,27 @@ def _animal(at: _At, found: frozenset[str]) -> frozenset[str]:
         return frozenset()
     if at.said & _set("grazing grazes graze herd"):
         found &= GRAZERS
+    if at.one in INSTEAD["bear"] | {"bear"} and at.said & _INDOORS:  # a toy
+        return frozenset()
     if at.said & PEOPLE:
         found -= _set("lion tiger")  # with whom nobody is seen
+    if at.adjectives & _LARGE:
+        found -= _set("monkey")
     if at.said & _set("sitting sits sit"):
         found -= _set("horse zebra giraffe elephant")
     return found if at.said & _DOGS and at.said & _CATS else found - _set("rabbit")  # which hardly ever is where dogs and cats are
 
 
 def _vehicle(at: _At, found: frozenset[str]) -> frozenset[str]:
-    adjectives = {at.caption.words[place] for place in at.phrase.adjectives}
-    for_many = at.said & (PEOPLE | _set("carrying carries loaded full traffic")) or adjectives & _set("large big huge")
+    if (at.one in _CYCLES and at.said & _FOR_CYCLES) or (at.one in ("bus", "train") and at.before in ("on", "onto")):
+        return frozenset()
+    if at.has_on_it:
+        found &= _set("truck van") if at.one in ("car", "truck", "van") and not at.said & PEOPLE else frozenset()
+    if at.said & _OF_A_CABIN:
+        found -= _CYCLES
+    for_many = at.said & (PEOPLE | _set("carrying carries loaded full traffic")) or at.adjectives & _LARGE
     if for_many and at.one in ("car", "bus", "truck", "van", "tractor"):
-        found -= _set("bicycle bike motorcycle")
+        found -= _CYCLES
     if at.before in ("on", "onto"):  # a cat on a car
         found &= _set("car truck van")
     return found if at.said & _FARM else found - _set("tractor")
@@ -228,6 +180,8 @@ def _furniture(at: _At, found: frozenset[str]) -> frozenset[str]:
     """By who or what is on it, and by the room."""
     if at.after in _LAID and at.said & (FOOD | _ON_TABLES):
         return frozenset()
+    if at.before == "around":
+        found &= _set("bed") if "standing" in at.said else frozenset()
     who = at.who_is_on if at.before in ("on", "onto") else ""
     if who in PEOPLE or who in ANIMATE:
         found &= _set("chair bench couch bed")
@@ -245,12 +199,17 @@ def _furniture(at: _At, found: frozenset[str]) -> frozenset[str]:
         found &= _set("chair bench table") if at.said & _KITCHEN else _set("chair bench")
     if at.said & OUTSIDE:
         found -= _set("bed couch desk")
+    if at.said & _RIDDEN_IN:
+        found &= _set("chair bench")
     return found - _set("bed") if at.phrase.plural or at.said & _set("living office lobby waiting classroom") else found
 
 
+def _building(at: _At, found: frozenset[str]) -> frozenset[str]:
+    return found if at.said & _FARM else found - _set("barn")
+
+
 def _dish(at: _At, found: frozenset[str]) -> frozenset[str]:
-    inside = any(at.caption.word(k) in (*INTO, "on") and at.caption.word(k + 1) in ("it", "them") for k in range(len(at.caption.words)))
-    if inside or at.said & _DRINKING:
+    if at.has_on_it or at.said & _DRINKING or (at.before == "of" and at.earlier in ("bottom", "edge", "rim")):
         return frozenset()
     if at.one == "vase" and at.said & _IN_VASES:
         return found & _set("bottle") if at.after != "of" else frozenset()
@@ -258,11 +217,20 @@ def _dish(at: _At, found: frozenset[str]) -> frozenset[str]:
         found -= _set("fork knife spoon")
     if at.after == "with":
         found -= _set("plate")
-    if at.said & FOOD or at.after in ("of", "topped", "filled"):  # a bowl of fruit, a plate of food; a vase of flowers is left alone
-        found &= _set("bowl plate") if at.one in ("bowl", "plate") or at.after not in ("of", "topped", "filled") else frozenset()
+    full = at.after in ("of", "topped", "filled", "full")
+    if at.said & FOOD or full:  # a bowl of fruit, a plate of food; a vase of flowers is left alone
+        found &= _set("bowl plate") if at.one in ("bowl", "plate") or not full else frozenset()
     if at.said & FLAT:
         found -= _set("bowl")
     return found - _set("plate") if at.said & _set("soup cereal milk water") else found
+
+
+def _fruit(at: _At, found: frozenset[str]) -> frozenset[str]:
+    return found - _set("lemon") if at.said & _EATING else found
+
+
+def _appliance(at: _At, found: frozenset[str]) -> frozenset[str]:
+    return found - _set("toaster") if at.before in ("on", "onto") else found
 
 
 def _snack(at: _At, found: frozenset[str]) -> frozenset[str]:
@@ -281,12 +249,14 @@ def _sport(at: _At, found: frozenset[str]) -> frozenset[str]:
     indoors = not at.said & OUTSIDE
     if indoors or at.is_stuff or at.said & _THROWN or any(NOUNS[word][0] == "animal" for word in at.said if word in NOUNS):
         found -= _set("kite")
-    return found
+    return found - _set("ball kite") if at.said & _LEANING else found
 
 
 def _clothing(at: _At, found: frozenset[str]) -> frozenset[str]:
     if at.said & WORN or at.before in ("in", "with"):
         found -= _set("shirt dress")  # who wears a hat wears a shirt too
+    if at.one in ("shirt", "dress") and at.said & PEOPLE:
+        found &= {"coat"}  # no hat is worn in its place
     if at.said & _PLAYING:
         found -= _set("scarf coat tie jacket")
     if at.said & _MEN:
@@ -298,11 +268,14 @@ def _clothing(at: _At, found: frozenset[str]) -> frozenset[str]:
 
 _FITTING: dict[str, Callable[[_At, frozenset[str]], frozenset[str]]] = {
     "animal": _animal,
+    "appliance": _appliance,
     "vehicle": _vehicle,
     "furniture": _furniture,
     "dish": _dish,
+    "fruit": _fruit,
     "snack": _snack,
     "bag": _bag,
+    "building": _building,
     "sport": _sport,
     "clothing": _clothing,
 }
@@ -316,9 +289,11 @@ _HELD_BY = {
     "device": _UPON | _set("in at for to facing towards toward"),  # smiling at the camera
     "shape": _set("in"),  # people stand in a circle, and in a square
     "furniture": _set("at"),
+    "plant": _set("on onto"),
     "building": _set("in inside into"),
     "appliance": _set("in into inside"),
     "tool": _set("in on of"),
+    "vehicle": _set("walking walks walk walked pushing pushes push carrying carries carry lifting lifts lift wheeling wheels"),
 }
 _ON = _set("on onto top of")
 _RESTING = _set(
@@ -332,6 +307,18 @@ _CALM = _set(
 )
 _HANDLING = _set("pull pulls pulled feed feeds fed pat pats pet pets petting lead leads led wash washes kiss kisses touch touches stroke")
 _FASTENED = _set("attached mounted mounts mounting fastened tied strapped bolted towed towing tows")
+_RIDDEN_IN = _set("train trains bus subway airplane plane boat ferry")
+_INDOORS = _set("table tables chair chairs couch sofa bed desk shelf room kitchen bedroom house")
+_CYCLES = _set("bike bicycle motorcycle")
+_FOR_CYCLES = _set(
+    """sidewalk sidewalks walkway hallway hall room apartment bedroom kitchen office lobby porch balcony stairs staircase steps stacked
+    wheelie"""
+)
+"""Where no car goes."""
+_OF_A_CABIN = _set("window windows windshield windscreen door doors roof hood bumper seats backseat sunroof dashboard")
+_LARGE = _set("large big huge giant")
+_LEANING = _set("leaning leaned leans lean leant propped upright")
+_EATING = _set("eating eats eat eaten ate biting bites bite bitten chewing")
 _FARM = _set("farm field fields barn hay dirt grass rural country countryside mud yard")
 _MANY = _set("people children kids ladies guys friends couple family group players adults women men")
 _BATHROOM = _set("bathroom toilet toilets urinal urinals restroom shower bathtub tub sink sinks")

@@ -13,14 +13,15 @@ from typing import Any
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
+from cfvlm_ds.counterfactuals.propose.attributes import MADE_OF, PATTERNED, can_be
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, drawn
 from cfvlm_ds.counterfactuals.propose.caption import OF_KIND, Caption, Phrase
 from cfvlm_ds.counterfactuals.propose.grammar import absent, agreeing, article, is_plural, renumbered, versions
-from cfvlm_ds.counterfactuals.propose.plausible import MADE_OF, PATTERNED, can_be, instead, is_compared
+from cfvlm_ds.counterfactuals.propose.plausible import instead, is_compared
 from cfvlm_ds.counterfactuals.propose.situation import done_there, is_action, is_place
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
 
-VERSION = 4
+VERSION = 5
 """Raised when the same caption gets other edits than before."""
 
 Change = tuple[dict[int, str], str]
@@ -190,12 +191,18 @@ def _count(caption: Caption, choose: Choose) -> Iterator[Change]:
 def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
     """Places of a number and of the noun that it counts, with the noun's phrase; None for several things of a kind that is not listed,
     such as three fire hydrants."""
-    if v.FIXING_A_NUMBER & set(caption.words):
+    if v.FIXING_A_NUMBER & set(caption.words) or caption.words.count("one") > 1:  # two, one of them red and one blue
         return
     phrases = {phrase.determiner: phrase for phrase in caption.phrases if phrase.determiner is not None}
     for place, word in enumerate(caption.words):
         number = int(word) if word.isdecimal() and len(word) == 1 else v.NUMBERS.get(word, 0)
-        if not number or caption.word(place - 1) in _NO_COUNT or caption.words.count(word) > 1 or caption.is_named(place):
+        if (
+            not number
+            or "between" in (caption.word(place - 1), caption.word(place - 2))  # two things, and among more
+            or caption.word(place - 1) in _NO_COUNT
+            or caption.words.count(word) > 1
+            or caption.is_named(place)
+        ):
             continue
         phrase = phrases.get(place)
         further = [k for k in (place + 2, place + 3) if k < len(caption.words) and caption.ends(k + 1)]
@@ -251,6 +258,8 @@ def _agreement(caption: Caption, phrase: Phrase, plural: bool) -> dict[int, str]
         return changes
     if after in _PREPOSITIONS or after in ("left", "right"):  # "near" is a verb, too
         return changes
+    if after in v.ADJECTIVES:
+        return changes if after == "full" else None  # "two doors open" may be a verb
     verb = agreeing(after, plural)
     return None if verb is None else changes if verb == after else changes | {phrase.noun + 1: verb}
 
@@ -336,6 +345,8 @@ def _swap_attribute(caption: Caption, choose: Choose) -> Iterator[Change]:
             if kind == "colour" and not (can_be(nouns[0], new) and can_be(nouns[1], old)):
                 continue
             if kind == "material" and not (new in MADE_OF[nouns[0]] and old in MADE_OF[nouns[1]]):
+                continue
+            if kind == "size" and v.SIZES[old] != new and v.SIZES[new] != old:
                 continue
             if old != new and SYNONYMS.get(old, old) != SYNONYMS.get(new, new) and new not in _NEAR.get(old, ()):
                 yield {first: new, second: old}, ""

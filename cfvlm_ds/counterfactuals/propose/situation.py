@@ -37,7 +37,7 @@ def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
         who = _who(caption, places[0])
         doing = subject.endswith("ing") and subject not in v.OF_PLACE
         moved = phrase != "on top of" or v.NOUNS.get(who, ("",))[0] in ("animal", "sport", "shape")
-        return moved and not (doing or (own & v.FLAT_THINGS and phrase == "on top of") or said & v.FOOD or who in v.PEOPLE)
+        return moved and not (doing or (own & (v.FLAT_THINGS | v.AREAS) and phrase == "on top of") or said & v.FOOD or who in v.PEOPLE)
     if phrase in ("in front of", "behind"):
         return not (own & v.AREAS or said & (v.ORDERED | v.IN_A_GAME) or (own & _PRONOUNS and subject in v.SCENERY | v.BACKDROPS))
     if phrase in ("inside", "outside") and (said & v.FOOD or subject in ("written", "drawn", "painted")):
@@ -97,7 +97,7 @@ def done_there(caption: Caption, place: int, options: Sequence[str]) -> list[str
         never |= _LIE | _SLEEP
     if after in ("in", "inside") and near & v.SEATED_IN:
         never |= _STAND | _LIE
-    if set(rest) & v.AWAKE:
+    if set(rest) & (v.AWAKE | v.FOOD):
         never |= _SLEEP
     if after == "on" and near & v.NARROW:
         never |= _SLEEP | _LIE

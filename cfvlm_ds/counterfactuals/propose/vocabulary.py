@@ -121,6 +121,7 @@ NOT_SIZED = _set(
     skyscraper skyscrapers elephant elephants giraffe giraffes whale puppy puppies kitten kittens lamb calf baby babies neck tail beak nose
     ear ears legs leg trunk fur coat mane smile grin eyes mouth teeth feet hands display variety selection collection bunch pile set pair
     trinket trinkets figurine figurines crumb crumbs droplet droplets pebble pebbles bead beads sprinkles boulder boulders mansion batch
+    ship ships
     stack herd flock array gathering event party meal view family team grass snow rain water
     sand"""
 )
@@ -141,7 +142,7 @@ GENDERED = _set("he him his himself she her hers herself")
 THEIR = _set(
     """its their they them it itself themselves each both another together apart others different various matching identical similar between
     among amongst fighting wrestling kissing hugging racing shaking couple pair catch tag chess poker cards
-    interacting socializing close crowd gathered huddled pile same"""
+    interacting socializing close crowd gathered huddled pile same surrounded surround surrounds surrounding"""
 )
 """What is true of several alone, or of one alone: with these in it, a caption does not go from one to several."""
 UNITS = _set(
@@ -201,7 +202,7 @@ _SEEN_BEFORE = _set(
 )
 AREAS = _set(
     """street streets road roads path sidewalk highway intersection field fields lawn yard grass sand snow park garden track tracks runway
-    tarmac court floor ground lot"""
+    tarmac court floor ground lot plain plains meadow prairie desert wave waves"""
 )
 """What has no behind."""
 BACKDROPS = _set("wall walls building buildings mountain mountains hill hills sunset ocean sign trees")
@@ -219,7 +220,8 @@ NO_OPPOSITE = {
     "below": _set("surface zero ground sea average freezing"),
     "on top of": _set(
         """mountain mountains hill hills hilltop world cake pizza building tower roof each one head horse horses elephant elephants camel
-        skateboard surfboard snowboard skis board wave snow fence pole wall rock rocks cliff stump lid toilet stove counter"""
+        skateboard surfboard snowboard skis board wave snow fence pole wall rock rocks cliff stump lid toilet stove counter oven
+        refrigerator sink microwave"""
     ),
     "inside": _set(
         """cab laptop sink bowl tub bathtub toilet vase it them out branches door doorway room rooms kitchen bathroom bedroom wave tunnel
@@ -229,6 +231,7 @@ NO_OPPOSITE = {
     "to the right": _set("side"),
     "to the left": _set("side"),
     "at the top": _set("lungs"),
+    "at the bottom of": _set("cup mug glass bowl bottle jar container bag pool sea ocean lake"),
     "right of": _set("way passage"),
 }
 """What may not be in the phrase that follows, or within three words: it means something else there, or its opposite is as true."""
@@ -287,7 +290,7 @@ AT_WORK = _set("preparing cooking cooks chopping washing cleaning working servin
 """With these people do nothing else meanwhile."""
 WATERS = _set("water river lake ocean sea pond stream waves surf mud")
 """Where no animal lies."""
-IN_MOTION = _set("air midair mid-air line parade procession race marathon blanket blankets covers")
+IN_MOTION = _set("air midair mid-air line parade procession race marathon rain blanket blankets covers")
 """Where somebody is as he is: nobody lies in the air, or in line."""
 RIDDEN = _set(
     """horse horses elephant elephants camel bike bikes bicycle bicycles motorcycle motorcycles scooter swing swings toilet throne
@@ -327,5 +330,5 @@ FOLLOWING = _set(
 NOT_VERBS = _set(
     """building clothing ceiling painting string ring wing king swing pudding icing lighting wedding evening crossing parking dining landing
     railing awning morning spring sibling sling thing something anything nothing duckling dumpling bed shed seed feed red speed weed reed
-    steed breed moped hundred"""
+    steed breed moped hundred filling stuffing legged shaped sided handed haired"""
 )
