@@ -24,6 +24,7 @@ from cfvlm_ds.counterfactuals.propose.rules import Rules
 NUMBER, PER_TYPE = 200, 3
 JUDGED = Path(__file__).resolve().parent.parent / "golden" / "stamps_judged.txt"
 PHOTOGRAPHS = JUDGED.with_name("photographs_judged.txt")
+COCO = JUDGED.with_name("coco_judged.txt")
 
 
 def captions(source: Path) -> list[str]:
@@ -59,12 +60,13 @@ def main() -> None:
     parser.add_argument("--judged", type=Path, help="a list with verdicts: print what of it is kept")
     arguments = parser.parse_args()
     if arguments.judged:
-        for verdict, kind, caption, text in (line.split(" | ") for line in arguments.judged.read_text().splitlines()):
+        lines = [line for line in arguments.judged.read_text().splitlines() if line and not line.startswith("#")]
+        for verdict, kind, caption, text in (line.split(" | ") for line in lines):
             print(f"{verdict} | {kind} | {digest(caption, text)}")
         return
     if arguments.source is None:
         parser.error("name the captions")
-    before = {known for file in (JUDGED, PHOTOGRAPHS) for _, _, known in judged(file)}
+    before = {known for file in (JUDGED, PHOTOGRAPHS, COCO) for _, _, known in judged(file)}
     listed = edits(captions(arguments.source), arguments.seed, arguments.per_type)
     found = [each for each in listed if digest(*each[1:]) not in before]
     random.Random(arguments.seed).shuffle(found)

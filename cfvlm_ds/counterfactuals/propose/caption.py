@@ -150,7 +150,8 @@ class Caption:
         before, first = self.word(start - 1), self.word(start - 2)
         if not before or before in FOLLOWING or before == "see":
             return True
-        named = not first or first in DETERMINERS or first in _MODIFIERS  # "a standing lamp", "running water"
+        # "a standing lamp", "running water", "a parked touring bus"
+        named = not first or first.endswith("ed") or first in DETERMINERS or first in _MODIFIERS or self.is_named(start - 2)
         return before.endswith("ing") and before not in NOT_VERBS and not named
 
     def _acts(self, noun: str, before: str, after: str) -> bool:

@@ -13,14 +13,15 @@ from typing import Any
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
+from cfvlm_ds.counterfactuals.propose.attributes import MADE_OF, PATTERNED, can_be
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, drawn
 from cfvlm_ds.counterfactuals.propose.caption import OF_KIND, Caption, Phrase
 from cfvlm_ds.counterfactuals.propose.grammar import absent, agreeing, article, is_plural, renumbered, versions
-from cfvlm_ds.counterfactuals.propose.plausible import MADE_OF, PATTERNED, can_be, instead, is_compared
+from cfvlm_ds.counterfactuals.propose.plausible import instead, is_compared
 from cfvlm_ds.counterfactuals.propose.situation import done_there, is_action, is_place
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
 
-VERSION = 3
+VERSION = 5
 """Raised when the same caption gets other edits than before."""
 
 Change = tuple[dict[int, str], str]
@@ -132,6 +133,8 @@ def _material(caption: Caption, choose: Choose) -> Iterator[Change]:
     for phrase in _describable(caption, "material"):
         (place,) = caption.said_of(phrase, "material")
         made_of = MADE_OF[caption.words[phrase.noun]]
+        if caption.words[phrase.noun] == "floor" and any(v.NOUNS[word][0] == "vehicle" for word in caption.words if word in v.NOUNS):
+            made_of -= {"stone"}
         for new in choose([each for each in v.MATERIALS if each in made_of and {each, caption.words[place]} != {"stone", "brick"}]):
             yield {place: new}, f"Make the {caption.words[phrase.noun]} {new} and not {caption.words[place]}."
 
@@ -158,7 +161,10 @@ def _describable(caption: Caption, kind: str) -> Iterator[Phrase]:
             continue
         fixed = {
             "colour": noun in v.FIXED_COLOUR or "ripe" in caption.words or "brick" in said or (noun == "coat" and animals),
-            "size": noun in v.NOT_SIZED or caption.word(phrase.noun + 1) == "of" or not is_compared(caption, phrase),
+            "size": noun in v.NOT_SIZED
+            or (noun in v.FOOD and {"tall", "short", "long"} & set(said))
+            or caption.word(phrase.noun + 1) == "of"
+            or not is_compared(caption, phrase),
             "material": noun not in MADE_OF,
             "texture": noun not in PATTERNED and (phrase.known is None or phrase.known[0] != "shape"),
         }
@@ -185,12 +191,18 @@ def _count(caption: Caption, choose: Choose) -> Iterator[Change]:
 def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
     """Places of a number and of the noun that it counts, with the noun's phrase; None for several things of a kind that is not listed,
     such as three fire hydrants."""
-    if v.FIXING_A_NUMBER & set(caption.words):
+    if v.FIXING_A_NUMBER & set(caption.words) or caption.words.count("one") > 1:  # two, one of them red and one blue
         return
     phrases = {phrase.determiner: phrase for phrase in caption.phrases if phrase.determiner is not None}
     for place, word in enumerate(caption.words):
         number = int(word) if word.isdecimal() and len(word) == 1 else v.NUMBERS.get(word, 0)
-        if not number or caption.word(place - 1) in _NO_COUNT or caption.words.count(word) > 1 or caption.is_named(place):
+        if (
+            not number
+            or "between" in (caption.word(place - 1), caption.word(place - 2))  # two things, and among more
+            or caption.word(place - 1) in _NO_COUNT
+            or caption.words.count(word) > 1
+            or caption.is_named(place)
+        ):
             continue
         phrase = phrases.get(place)
         further = [k for k in (place + 2, place + 3) if k < len(caption.words) and caption.ends(k + 1)]
@@ -202,6 +214,7 @@ def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
             or (len(said) > 1 and said[0] in v.MEASURES)
             or said[-1].endswith("ss")
             or not all(each.isalpha() for each in said)
+            or (said[-1] in v.PEOPLE and v.RIDDEN_BY_FEW & set(caption.words))
             or caption.is_aside(place)
         ):
             continue
@@ -245,6 +258,8 @@ def _agreement(caption: Caption, phrase: Phrase, plural: bool) -> dict[int, str]
         return changes
     if after in _PREPOSITIONS or after in ("left", "right"):  # "near" is a verb, too
         return changes
+    if after in v.ADJECTIVES:
+        return changes if after == "full" else None  # "two doors open" may be a verb
     verb = agreeing(after, plural)
     return None if verb is None else changes if verb == after else changes | {phrase.noun + 1: verb}
 
@@ -330,6 +345,8 @@ def _swap_attribute(caption: Caption, choose: Choose) -> Iterator[Change]:
             if kind == "colour" and not (can_be(nouns[0], new) and can_be(nouns[1], old)):
                 continue
             if kind == "material" and not (new in MADE_OF[nouns[0]] and old in MADE_OF[nouns[1]]):
+                continue
+            if kind == "size" and v.SIZES[old] != new and v.SIZES[new] != old:
                 continue
             if old != new and SYNONYMS.get(old, old) != SYNONYMS.get(new, new) and new not in _NEAR.get(old, ()):
                 yield {first: new, second: old}, ""

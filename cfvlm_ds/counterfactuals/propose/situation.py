@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.caption import Caption
+from cfvlm_ds.counterfactuals.propose.grammar import is_plural
 
 
 def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
@@ -22,13 +23,34 @@ def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
     subject = caption.word(places[0] - 1)
     if subject in v.FROM_THERE or {"from", "away"} & set(caption.words[max(0, places[0] - 6) : places[0]]):
         return False
-    if phrase == "behind" and not after[0]:  # looking behind
+    if phrase in ("behind", "above", "below", "under") and not after[0]:  # looking behind
         return False
     if phrase in ("above", "below", "under", "beneath", "underneath") and after[0] in v.FOLLOWING:  # it flies high above in the sky
         return False
-    if subject in v.LIES_BELOW or (phrase in ("above", "below") and (subject in v.ABOVE_ALL | v.HANGING or "air" in caption.words)):
+    said, own = set(caption.words), set(_phrase_from(caption, places[-1] + 1))
+    if own & v.NO_OPPOSITE.get(phrase, frozenset()) or subject in v.LIES_BELOW:
         return False
+    if phrase in ("above", "below"):
+        known = subject == "plane" or v.NOUNS.get(subject, ("appliance",))[0] not in ("appliance", "building")
+        return known and not (subject in v.ABOVE_ALL | v.HANGING or said & v.OFF_THE_GROUND or own & _PRONOUNS)
+    if phrase in ("on top of", "under", "underneath", "beneath"):
+        who = _who(caption, places[0])
+        doing = subject.endswith("ing") and subject not in v.OF_PLACE
+        moved = phrase != "on top of" or v.NOUNS.get(who, ("",))[0] in ("animal", "sport", "shape")
+        return moved and not (doing or (own & (v.FLAT_THINGS | v.AREAS) and phrase == "on top of") or said & v.FOOD or who in v.PEOPLE)
+    if phrase in ("in front of", "behind"):
+        return not (own & v.AREAS or said & (v.ORDERED | v.IN_A_GAME) or (own & _PRONOUNS and subject in v.SCENERY | v.BACKDROPS))
+    if phrase in ("inside", "outside") and (said & v.FOOD or subject in ("written", "drawn", "painted")):
+        return False
+    if phrase == "outside" and not ({who := _who(caption, places[0]), subject} & v.ANIMATE or v.NOUNS.get(who, ("",))[0] == "sport"):
+        return False  # what stands outside a house has no place in it
     return phrase not in ("inside", "outside") or _is_of_something(caption, after[0])
+
+
+def _phrase_from(caption: Caption, place: int) -> list[str]:
+    """The words of the phrase that begins at a place."""
+    end = next((k for k in range(place + 1, len(caption.words) + 1) if not caption.word(k) or caption.word(k) in v.FOLLOWING), place)
+    return caption.words[place:end]
 
 
 def _is_of_something(caption: Caption, after: str) -> bool:
@@ -64,6 +86,8 @@ def done_there(caption: Caption, place: int, options: Sequence[str]) -> list[str
     one = v.NOUNS[somebody][1] if somebody in v.NOUNS else somebody
     after, rest = caption.word(place + 1), caption.words[place + 1 :]
     near = set(rest[:5])
+    if after == "and":  # running and playing
+        return []
     if one in ("bird", "duck") or "carrying" in rest or near & (v.OF_BODY | v.IN_MOTION) or (after == "on" and near & v.RIDDEN):
         return []
     never = set[str]()
@@ -73,20 +97,38 @@ def done_there(caption: Caption, place: int, options: Sequence[str]) -> list[str
         never |= _LIE | _SLEEP
     if after in ("in", "inside") and near & v.SEATED_IN:
         never |= _STAND | _LIE
-    if set(rest) & v.AWAKE:
+    if set(rest) & (v.AWAKE | v.FOOD):
         never |= _SLEEP
     if after == "on" and near & v.NARROW:
         never |= _SLEEP | _LIE
-    if {"and", "while", "as"} & set(rest) or any(word.endswith("ing") and word not in v.NOT_VERBS for word in rest):
+    doing = {word for word in rest if word.endswith("ing") and word not in v.NOT_VERBS}
+    if {"and", "while", "as"} & set(rest) or doing:
         never |= _SLEEP  # who sleeps does nothing else
-    if "while" in rest:
+    if "while" in rest or doing - _LOOKING or (after in ("in", "inside") and near & v.WATERS):
         never |= _LIE
+    if one in v.PEOPLE or somebody in v.PEOPLE:
+        never |= _never_of_people(caption, somebody, after, near, bool(doing or "and" in rest))
     return [option for option in options if option not in never]
+
+
+def _never_of_people(caption: Caption, somebody: str, after: str, near: set[str], busy: bool) -> set[str]:
+    """Animals lie anywhere. People lie on a bed, and not beside a bus; several lie on no bench."""
+    if (v.IN_PLAY | v.AT_WORK) & set(caption.words):
+        return {*_SIT, *_STAND, *_LIE, *_SLEEP}
+    several = (somebody in v.NOUNS and v.NOUNS[somebody][2] == somebody) or is_plural(somebody)
+    never = set[str]()
+    if after not in ("on", "in") or not near & v.LAIN_ON or (several and near & (v.SEATS | {"bench"})):
+        never |= _LIE if near & v.SEATED_IN else _LIE | _SLEEP
+    if near & v.SEATS or (busy and "bench" in caption.words):
+        never |= _STAND
+    return never
 
 
 _SIT, _STAND, _LIE, _SLEEP = (
     frozenset(forms.split()) for forms in ("sitting sits sit", "standing stands stand", "lying lies lie", "sleeping sleeps sleep")
 )
+_PRONOUNS = frozenset(("it", "him", "her", "them", "itself"))
+_LOOKING = frozenset(("looking", "reading", "watching", "staring"))
 
 
 def _who(caption: Caption, place: int) -> str:

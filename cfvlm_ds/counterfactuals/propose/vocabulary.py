@@ -91,6 +91,16 @@ ANIMATE = frozenset(form for form, (category, _, _) in NOUNS.items() if category
     "person people child children kid kids baby babies guy guys lady ladies player players couple puppy kitten"
 )
 
+FLAT = _set(
+    """pizza pizzas sandwich sandwiches hamburger hamburgers burger burgers hotdog hotdogs hot toast pancake pancakes waffle waffles bread
+    cake cakes pie pies steak fish donut donuts doughnut doughnuts cookie cookies dessert pastry pastries slice slices piece pieces fries"""
+)
+FOOD = FLAT | _set(
+    """food foods noodles meat broccoli fries rice salad pasta fruit fruits vegetables veggies cheese sauce soup chicken beef meal
+    breakfast lunch dinner eggs egg potatoes carrots tomatoes greens cupcake cupcakes snacks cut cream strawberries cheesecake"""
+)
+"""What no bowl or cup holds, of what is eaten, and all of it."""
+
 # What is left alone ---------------------------------------------------------------------------------------------------------------------
 
 FIXED_COLOUR = _set(
@@ -110,6 +120,8 @@ NOT_SIZED = _set(
     apple cat cats game top lake lakes river sea ocean pond field fields mountain mountains beach valley forest park room kitchen world
     skyscraper skyscrapers elephant elephants giraffe giraffes whale puppy puppies kitten kittens lamb calf baby babies neck tail beak nose
     ear ears legs leg trunk fur coat mane smile grin eyes mouth teeth feet hands display variety selection collection bunch pile set pair
+    trinket trinkets figurine figurines crumb crumbs droplet droplets pebble pebbles bead beads sprinkles boulder boulders mansion batch
+    ship ships
     stack herd flock array gathering event party meal view family team grass snow rain water
     sand"""
 )
@@ -130,16 +142,17 @@ GENDERED = _set("he him his himself she her hers herself")
 THEIR = _set(
     """its their they them it itself themselves each both another together apart others different various matching identical similar between
     among amongst fighting wrestling kissing hugging racing shaking couple pair catch tag chess poker cards
-    interacting socializing close crowd gathered huddled pile same"""
+    interacting socializing close crowd gathered huddled pile same surrounded surround surrounds surrounding"""
 )
 """What is true of several alone, or of one alone: with these in it, a caption does not go from one to several."""
 UNITS = _set(
     """hours minutes seconds days weeks months years feet foot inches miles meters metres kilometers dollars cents times pounds degrees
     o'clock hour minute second day week month year mile meter metre dollar cent euro euros pound yen pence piece pieces move
     year-old stories story levels lanes percent half halves thirds people's of way ways different others other more side sides end ends
-    corner corners edge direction point moment place time row rows kind kinds type types size sizes color colors colour colours"""
+    corner corners edge direction point moment place time row rows kind kinds type types size sizes color colors colour colours poles
+    skis skiis shoes boots socks gloves sneakers earrings"""
 )
-FIXING_A_NUMBER = _set("third fourth second last both other teams")
+FIXING_A_NUMBER = _set("tennis third fourth second last both other teams")
 """With these in it a caption has no other number: two that tackle a third are not four, and a game is of two teams."""
 MEASURES = _set(
     """star door wheel tone tier layer leaf person man car bedroom seat seater arm prong lane speed story storey level room piece part way
@@ -181,12 +194,19 @@ HANGING = _set(
     "picture pictures painting paintings mirror mirrors clock cabinet cabinets shelf shelves sign poster window windows photo photos"
 )
 _SEEN_BEFORE = _set(
-    """camera mirror laptop laptops computer computers keyboard desk microphone monitor screen window windows counter crowd audience podium
-    television tv stove table wall walls building buildings house houses skyscraper skyscrapers castle temple hotel store shop restaurant
-    station stadium mountain mountains water ocean sea lake river bay sunset sky skyline background backdrop canvas painting picture poster
-    mural graffiti sign banner billboard door doors doorway entrance fireplace refrigerator oven sink cake plate plates bowl food meal pizza
-    tray drums piano forest city beach shore business"""
+    """camera mirror laptop laptops computer computers keyboard desk microphone monitor screen window windows counter bar crowd
+    audience podium television tv stove table wall walls building buildings house houses skyscraper skyscrapers castle temple hotel
+    store shop restaurant station stadium mountain mountains water ocean sea lake river bay sunset sky skyline background backdrop
+    canvas painting picture poster mural graffiti sign banner billboard door doors doorway entrance fireplace refrigerator oven sink
+    cake plate plates bowl food meal pizza tray drums piano forest city beach shore business"""
 )
+AREAS = _set(
+    """street streets road roads path sidewalk highway intersection field fields lawn yard grass sand snow park garden track tracks runway
+    tarmac court floor ground lot plain plains meadow prairie desert wave waves"""
+)
+"""What has no behind."""
+BACKDROPS = _set("wall walls building buildings mountain mountains hill hills sunset ocean sign trees")
+"""What is behind all."""
 NO_OPPOSITE = {
     "in front of": _SEEN_BEFORE,
     "behind": _set("bars wheel home plate scenes camera net counter desk podium schedule mask table"),
@@ -194,22 +214,27 @@ NO_OPPOSITE = {
     "beneath": _UNDER | HANGING,
     "underneath": _UNDER | HANGING,
     "above": _set(
-        """ground water average sea all ocean street streets road field fields city town village river lake beach stadium tower building
-        buildings house houses church mountain mountains hill roof station airport stove sink toilet fireplace"""
+        """surface ground water average sea all ocean street streets road field fields city town village river lake beach stadium tower
+        building buildings house houses church mountain mountains hill roof station airport stove sink toilet fireplace"""
     ),
-    "below": _set("zero ground sea average freezing"),
+    "below": _set("surface zero ground sea average freezing"),
     "on top of": _set(
         """mountain mountains hill hills hilltop world cake pizza building tower roof each one head horse horses elephant elephants camel
-        skateboard surfboard snowboard skis board wave snow fence pole wall rock rocks cliff stump lid toilet stove counter"""
+        skateboard surfboard snowboard skis board wave snow fence pole wall rock rocks cliff stump lid toilet stove counter oven
+        refrigerator sink microwave"""
     ),
-    "inside": _set("out branches door doorway"),
+    "inside": _set(
+        """cab laptop sink bowl tub bathtub toilet vase it them out branches door doorway room rooms kitchen bathroom bedroom wave tunnel
+        area frame half"""
+    ),
     "outside": _set("window windows door doors doorway dining seating"),
     "to the right": _set("side"),
     "to the left": _set("side"),
     "at the top": _set("lungs"),
+    "at the bottom of": _set("cup mug glass bowl bottle jar container bag pool sea ocean lake"),
     "right of": _set("way passage"),
 }
-"""What may not follow within three words, since the phrase means something else there or its opposite is as true."""
+"""What may not be in the phrase that follows, or within three words: it means something else there, or its opposite is as true."""
 LIES_BELOW = _set("rug rugs carpet mat floor ground road grass")
 """What nothing lies under; what is always on top."""
 ABOVE_ALL = _set("sky sun moon clouds cloud rainbow light lights")
@@ -237,9 +262,35 @@ FINITE = {
 }  # fmt: skip
 """What one and many do in the present."""
 OF_PLACE = _set("sitting standing lying sleeping walking running jumping swimming dancing kneeling")
+RIDDEN_BY_FEW = _set("bike bicycle motorcycle motorbike scooter moped horse surfboard skateboard")
+"""What carries no more people than it does."""
 PULLED = _set("rope ropes sled leash plow trailer hair trigger")
 THROWN = _set("ball balls baseball football basketball frisbee frisbees")
-IN_MOTION = _set("air midair mid-air line parade procession race marathon blanket blankets covers")
+ORDERED = _set(
+    """pulling pulls pulled pull towing tows towed dragging drags leading leads led following follows followed follow
+    chasing chases chased"""
+)
+"""Doings that say what is behind what."""
+OFF_THE_GROUND = _set("air flying flies fly floating hovering soaring inches feet")
+FLAT_THINGS = _set(
+    """plate plates tray platter bowl blanket mattress napkin paper towel cloth tablecloth mat surface pile mound lake water
+    counter bun tree trees it them itself"""
+)
+"""What hides what is under it, or has nothing under it."""
+LAIN_ON = _set("bed couch sofa grass sand beach floor ground snow bench towel blanket rug mattress lawn field hammock mat carpet pillow")
+"""Where people lie, and sleep."""
+SEATS = _set("chair chairs stool stools couch couches sofa sofas bed beds recliner swing")
+IN_A_GAME = _set("batter catcher umpire pitcher tennis racket racquet")
+"""Who has his place."""
+IN_PLAY = IN_A_GAME | _set(
+    """baseball bat court skis ski skiing skiis skies skier skiers snowboarder surfer
+    surfers game match frisbee frisbees ball soccer wave waves player players"""
+)
+AT_WORK = _set("preparing cooking cooks chopping washing cleaning working serving brushing grilling baking")
+"""With these people do nothing else meanwhile."""
+WATERS = _set("water river lake ocean sea pond stream waves surf mud")
+"""Where no animal lies."""
+IN_MOTION = _set("air midair mid-air line parade procession race marathon rain blanket blankets covers")
 """Where somebody is as he is: nobody lies in the air, or in line."""
 RIDDEN = _set(
     """horse horses elephant elephants camel bike bikes bicycle bicycles motorcycle motorcycles scooter swing swings toilet throne
@@ -279,5 +330,5 @@ FOLLOWING = _set(
 NOT_VERBS = _set(
     """building clothing ceiling painting string ring wing king swing pudding icing lighting wedding evening crossing parking dining landing
     railing awning morning spring sibling sling thing something anything nothing duckling dumpling bed shed seed feed red speed weed reed
-    steed breed moped hundred"""
+    steed breed moped hundred filling stuffing legged shaped sided handed haired"""
 )

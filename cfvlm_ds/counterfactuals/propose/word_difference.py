@@ -22,7 +22,7 @@ _SAME = """grey gray silver, purple violet, cyan turquoise aqua, beige tan, sofa
     kid child, kids children, man guy gentleman, woman lady, men guys, women ladies, road street, sea ocean, stone rock, boat ship
     rabbit bunny, dog puppy, cat kitten, below under underneath beneath, above over, beside by near, 1 one, 2 two, 3 three, 4 four, 5 five
     6 six, 7 seven, 8 eight, 9 nine, 10 ten, car automobile, laptop notebook, trousers pants, jumper sweater, lorry truck, wood wooden
-    taxi cab, mug cup, sitting seated"""
+    taxi cab, mug cup, sitting seated, donut doughnut, donuts doughnuts"""
 SYNONYMS = {word: number for number, group in enumerate(_SAME.replace("\n", ",").split(",")) for word in group.split()}
 """Word -> a number that words of one meaning share: a change between them is none, and neither may be proposed for the other."""
 

@@ -1,0 +1,162 @@
+"""Tables of what is found in the places where a thing is, and of the words that leave no room for another one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+def lines(text: str) -> Iterator[tuple[list[str], frozenset[str]]]:
+    for line in text.strip().splitlines():
+        names, _, listed = line.partition(":")
+        yield names.split(), _set(listed)
+
+
+INSTEAD: dict[str, frozenset[str]] = {}
+"""Noun -> what is found in the places where it is."""
+_INSTEAD = """
+man: woman
+woman: man
+boy: girl
+girl: boy
+dog cat rabbit bird duck: dog cat rabbit
+horse cow pig sheep goat: horse cow pig sheep goat
+elephant zebra giraffe lion tiger monkey bear: elephant zebra giraffe lion tiger monkey
+car bus truck van tractor motorcycle bicycle bike: car bus truck van tractor motorcycle bicycle
+boat train: bus truck
+airplane: helicopter
+helicopter: airplane
+chair bench couch sofa bed table desk: chair bench couch bed table desk
+cup bowl plate bottle vase fork knife spoon: cup bowl plate bottle vase fork knife spoon
+apple banana pear lemon strawberry orange: apple banana pear lemon strawberry
+carrot tomato potato cucumber: carrot tomato potato cucumber
+sandwich pizza hamburger: sandwich pizza hamburger
+donut cake cookie: donut cake cookie
+laptop: television keyboard
+keyboard television: laptop
+phone: camera
+camera: phone
+clock: lamp
+lamp: clock
+microwave oven refrigerator toaster sink: microwave oven refrigerator toaster sink
+backpack suitcase handbag umbrella basket: backpack suitcase handbag umbrella basket
+ball frisbee kite: ball frisbee kite
+skateboard surfboard snowboard: ball frisbee kite
+hat shirt jacket dress tie scarf coat: hat shirt jacket dress tie scarf coat
+tree bush: cactus
+flower cactus mushroom: flower cactus mushroom
+book newspaper map: book newspaper map
+hammer saw shovel broom: hammer saw shovel broom
+circle square triangle star cross diamond: circle square triangle star cross diamond
+house church barn tower castle: house church barn tower castle
+"""
+for _names, _listed in lines(_INSTEAD):
+    INSTEAD.update(dict.fromkeys(_names, _listed))
+
+BESIDE: dict[str, frozenset[str]] = {}
+"""Noun -> words of a caption in which nothing else would do."""
+_BESIDE = """
+train: overhead structure trestle viaduct boxcar boxcars caboose freight depot steam commuter subway
+train: track tracks rail rails railway railroad station platform locomotive traveling travelling carriage conductor engine
+boat: water lake river sea ocean harbor harbour dock docks pier sail sails sailing floating bay beach shore pond canal fishing wave waves
+boat: bow stern mast hull deck helm rudder paddle paddles canoe kayak yacht ship ships ferry crew marina shipyard
+boat: rowing rows paddling oar oars anchored docked motor captain
+airplane: war wwii fighter bomber airline airlines terminal gate
+airplane: wing wings runway landing taking passengers passenger boarding jet propeller
+helicopter: rotor blades
+bird duck: surrounded flock post posts railing rail
+bird duck: flying flies fly wire wires branch branches tree trees sky perched wings air above over roof pole nest feeder egg eggs
+bird duck: water pond lake river swimming singing beak feathers
+dog: floppy tied leashed wearing wears cape costume jacket sweater
+dog: leash collar barking barks frisbee bone sheepdog catch catches catching chase chases chasing fetch fetches fetching retrieves retriever
+dog: leap leaps leaping jump jumps jumping water surf swim swims swimming splash splashes splashing ball balls toy stick mouth carry carries
+dog: carrying race racing hurdle obstacle herding sled sleds tongue muzzle harness walker hose sprinkler surf
+dog: beach shore sand snow walks collars kennel
+dog: pool puddle puddles lake river ocean sea fountain mud creek stream training trained train trick tricks sidecar
+dog: puppy puppies pups
+dog: obedience agility hunting hunter
+horse: foal colt cowboy cowboys stable hooves
+horse: riding rides ride rider saddle jockey carriage racing cart pulling pull pulls race races polo reins gallops galloping trotting
+cow: milk milking udder dairy bell bells horns calf calves
+sheep: lamb lambs
+cat: kitten kittens whiskers
+pig: piglet piglets
+sheep: wool shearing shepherd
+pig: mud
+elephant: trunk tusk tusks circus spraying feeding fed logs washing
+elephant zebra giraffe lion tiger monkey bear: costume costumes wear wears wearing draped blanket trailer rider riders ride rides riding
+zebra: stripes striped
+giraffe: neck leaves eating tall reaching
+lion: mane roaring
+monkey: tree trees branch branches banana bananas climbing swinging
+bike bicycle motorcycle: resting rests
+bike bicycle motorcycle: basket baskets helmets track handlebars kickstand pedals lock chained biker bikers cyclist cyclists
+bike bicycle motorcycle: riding rides ride rider helmet pushing pulling against leaning lean locked pedals race rack
+car bus truck van tractor: sightseeing touring tourist tourists
+car bus truck van tractor: cab stop stops station passenger boarding deck decker roof tow taxi fire engine
+car bus truck van tractor: driving drives seat wheel passengers plowing race hauling load trailer cargo trunk windshield hood lane
+tractor: hay farm plow plowing
+flower: plant plants bush bushes
+flower: field bed garden cake plate bowl hair grass ground lawn holding
+flower: vase vases pot pots bouquet petals stem wearing bee bees butterfly
+mushroom: eating soup pizza cooked
+tree: giraffe giraffes zebra zebras elephant elephants bear bears monkey bird birds leaf leafy squirrel shade branch green lush
+tree: leaves trunk climb climbing climbs christmas branches orchard fallen snow snowy stump forest woods ski skis skier skiers skiing
+sink: window windowsill faucet under beneath counter vanity island
+sink: bathroom toilet water running washing shower bathtub mirror
+sink oven refrigerator microwave toaster: stove range
+oven refrigerator microwave: cooking baking baked magnets door open freezer
+plate: batter home catcher umpire baseball
+chair couch sofa: seating
+umbrella: tables patio cafe air
+umbrella: shaded shading raincoat boots twirling parasol raincoats
+umbrella: rain raining opening closing open opens closed shade over under
+basket: wicker laundry basketball hoop opening closing
+suitcase backpack handbag: opening closing luggage wearing wears
+kite: above over making makes made constructing crafting building paper sticks
+kite: fixing assembling prepares preparing putting air high watching strings tail
+kite: flying flies fly string sky wind
+ball: playing plays kicking kicks hitting hits bouncing tennis soccer bat racket goal net dribbling bouncy rolling rolls pitcher court hoop
+ball: bowls bowling bowl golf volleyball basketball baseball football
+skateboard surfboard snowboard: jump jumps jumped doing does skate pipe air wetsuit surfer skier ocean beach
+skateboard surfboard snowboard: car van truck roof
+skateboard surfboard snowboard: riding rides ride trick tricks ramp jumping wave waves surfing snow
+chair: dining
+table: set setting settings placemat placemats napkin napkins silverware utensils cutlery
+table: chairs dinner cloth tablecloth picnic coffee pool
+desk: drawer drawers
+desk: computers laptop laptops printer classroom
+desk: chair computer office monitor monitors keyboard keyboards
+bed: frame guests
+bed: jumping jumps
+bed: linens comforter mattress bedding canopy pajamas hospital hotel
+bed: blanket blankets pillow pillows sheet sheets headboard bedroom
+couch sofa: pillow pillows cushion cushions
+pizza: covered topped topping box boxes crackers pie
+pizza: toppings slice slices pepperoni crust oven pan
+cake: bride groom couple cutting cuts cut knife celebrating celebrate celebration
+cake: candle candles birthday wedding frosting frosted icing iced layer slice slices
+cookie donut: dough chip chips glazed sprinkles frosted iced
+sandwich hamburger: bread bun toast toasted lettuce sub
+apple pear lemon orange banana: tree trees bunch bunches peel peeled peeling peelings skin juice branch branches slice slices
+strawberry: cake frosting
+strawberry: cream jam juice slice slices
+lamp: light lights shining lit bright lighting glowing shines shade
+book: shelf shelves bookshelf bookcase library page pages
+clock: time hands o'clock tower says set reading reads displays shows numerals dial face faces number numbers
+phone television laptop camera keyboard: talking talks watching watches typing types call photo photos picture pictures computer mouse
+phone television laptop camera keyboard: monitor photographer lens texting ear ears selfie speaking charging charger plugged
+laptop: lap using uses working opened screen mouse
+laptop: open between inside
+dress skirt: dancing ballet
+shirt jacket coat: sleeve sleeves button buttons buttoned unbuttoned zipper tucked dog dogs cat cats horse horses fur shaggy
+tie: suit suits
+hat shirt jacket dress tie scarf coat: neck necks waist around
+house church barn castle tower: roof lives clock clocks bell bells steeple steeples cross silo
+"""
+for _names, _listed in lines(_BESIDE):
+    for _name in _names:
+        BESIDE[_name] = BESIDE.get(_name, frozenset()) | _listed
