@@ -173,7 +173,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 
         if not 0 < arguments.precision <= 1:
             raise ConfigError(f"--precision {arguments.precision}: a share from above 0 to 1")
-        start = read_thresholds(None, arguments.rule)
+        own = Path(arguments.work) / "thresholds.json"
+        start = read_thresholds(own if own.is_file() else None, arguments.rule)
         print(calibrate(Path(arguments.work), Path(arguments.calibrate), start, arguments.precision))
         print(f"wrote {Path(arguments.work) / 'thresholds.json'}, which select takes")
         return

@@ -20,7 +20,7 @@ def _at_least(options: object, **least: float) -> None:
     for name, low in least.items():
         value = getattr(options, name)
         if not (math.isfinite(value) and value >= low):
-            raise ConfigError(f"--{name} {value}: it is {'a number' if low < 0 else f'at least {low:g}'}")
+            raise ConfigError(f"--{name} {value}: it is at least {low:g}")
 
 
 _SOON = 0.001
@@ -151,7 +151,7 @@ class SelectOptions:
 
     Args:
         rule: scores that decide: match, likelihood, both, or checks for pixels alone; match where candidates were scored.
-        margin: nats by which each comparison must be won.
+        margin: nats by which each comparison must be won, 0 at least.
         thresholds: file of thresholds; W/thresholds.json where `data verify --calibrate` wrote one.
         per_type: groups' edits of a type at most, the best ones; 0 for all.
         per_source: edits of one caption at most, the best ones.
@@ -172,7 +172,7 @@ class SelectOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(self, per_type=0, per_source=1, **({} if self.margin is None else {"margin": -math.inf}))
+        _at_least(self, per_type=0, per_source=1, **({} if self.margin is None else {"margin": 0}))
 
 
 @dataclass(frozen=True)

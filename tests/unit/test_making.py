@@ -405,7 +405,10 @@ def test_verdicts_are_precise_where_the_scorer_sees(whole: Path, scenes: Path, t
     assert found.good_kept / found.kept >= 0.97 and fitted > 0 and found.labelled == len(rows)
     with_margin = judged(whole, found.thresholds, noisy)
     assert with_margin[1] / with_margin[0] > max(0.95, plain[1] / plain[0]) and with_margin[1] / with_margin[2] > 0.3
-    assert read_thresholds(tmp_path / "V" / "thresholds.json") == found.thresholds
+    assert read_thresholds(own := tmp_path / "V" / "thresholds.json") == found.thresholds
+    own.write_text('{"largest": 0.051}')  # what was decided by hand stays
+    main.main(["data", "verify", str(tmp_path / "V"), "--calibrate", str(tmp_path / "labels.jsonl"), "--precision", "0.97"])
+    assert read_thresholds(own).largest == 0.051 and read_thresholds(own).margin == pytest.approx(fitted, abs=0.1)
     (tmp_path / "labels.jsonl").write_text('{"edit": "none/1", "good": true}\n')
     with pytest.raises(DataError, match="1 labels are of no verified candidate, such as 'none/1'"):
         calibrate(tmp_path / "V", tmp_path / "labels.jsonl", Thresholds(), 0.97)
@@ -460,6 +463,48 @@ def test_thresholds_that_are_none_are_named(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("changed: {colour: [0.1, 0.2]}\nmargin: 1")
     found = read_thresholds(tmp_path / "t.yaml", "both", 0.5)
     assert found == Thresholds("both", 0.5, {"colour": (0.1, 0.2)}) and found.bounds("size") == (0.0, 1.0)
+
+
+def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels that a margin below 0 would suit: what is kept is judged by the signs of all cells, by hand."""
+
+    def scored(worst: float) -> dict[str, Any]:
+        return {"checks": None, "scores": {"match": [], "likelihood": [[worst, 0.0]], "blank": [0.0, 0.0]}}
+
+    def fitted(labels: Sequence[tuple[float, bool]], precision: float = 0.9) -> Any:
+        found = calibrated([(scored(worst), good) for worst, good in labels], Thresholds(rule="likelihood"), precision)
+        kept = [good for worst, good in labels if verdict(scored(worst), found.thresholds).reason == GOOD]
+        assert (found.kept, found.good_kept) == (len(kept), sum(kept)) and sum(kept) / len(kept) >= precision
+        assert all(worst > 0 for worst, _ in labels if verdict(scored(worst), found.thresholds).reason == GOOD)
+        return found
+
+    generous = fitted([(2.0, True), (1.0, True), (0.5, True), (0.0, True), (-0.3, True), (-0.9, True), (-1.7, False)])
+    assert generous.thresholds.margin == 0.0 and generous.kept == 3
+    assert str(generous).endswith(
+        "\nthe labels would also keep 3 candidates below 0, but 0 is the least margin: the scorer has a cell of each wrong"
+    )
+    strict = fitted([(2.0, True), (1.0, True), (0.5, False), (-0.3, False)])
+    assert strict.thresholds.margin == 0.75 and "below 0" not in str(strict)
+    assert fitted([(2.0, True), (2.0 - 1e-6, False)]).thresholds.margin < 2.0  # what is kept is above it by less than is shown
+    with pytest.raises(
+        ConfigError, match=r"no margin reaches .* 2 pass the checks and .*; a margin below 0 would, and keep what the scorer"
+    ):
+        fitted([(2.0, False), (1.0, True), *[(-0.1, True)] * 20])
+    with pytest.raises(ConfigError, match="rule checks compares pixels alone and has no margin"):
+        calibrated([(scored(1.0), True)], Thresholds(rule="checks"), 0.9)
+    for wrong in (
+        {"margin": -0.98}, {"margin": math.nan}, {"clip": -0.1}, {"largest": -0.1}, {"outside": 1.5}, {"dino": 2.0}, {"entailment": -1.0},
+        {"changed": {"colour": [0.5, 0.1]}}, {"changed": {"*": [-0.1, 0.6]}}, {"changed": {"*": [0.0, math.nan]}},
+    ):  # fmt: skip
+        (tmp_path / "t.json").write_text(json.dumps(wrong))
+        (name,) = wrong
+        with pytest.raises(ConfigError, match=rf"--thresholds .*t\.json: {name} .* of the thresholds|--thresholds .*t\.json: changed of"):
+            read_thresholds(tmp_path / "t.json")
+    with pytest.raises(SystemExit):
+        main.main(["data", "select", str(tmp_path), "--out", str(tmp_path / "g.jsonl"), "--margin", "-1"])
+    assert "--margin -1.0: it is at least 0" in capsys.readouterr().err
 
 
 def test_a_candidate_that_cannot_be_scored_does_not_take_the_others_with_it(whole: Path, scenes: Path, tmp_path: Path) -> None:
