@@ -16,7 +16,6 @@ from cfvlm_ds.cli.options import add_command, add_data_options
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.secrets import print_line
-from cfvlm_ds.core.untrusted import output_file
 from cfvlm_ds.core.verbosity import shows_progress
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 
@@ -208,9 +207,9 @@ def _selected(work: Path, out: Path, options: SelectOptions, figure: str | None 
     from cfvlm_ds.counterfactuals.select import KEPT, select
 
     if figure is not None:
-        if not figure.endswith(".png"):
-            raise ConfigError(f"--figure {figure}: the figure is a PNG; give it a name that ends in .png")
-        output_file(Path(figure))
+        from cfvlm_ds.tracking.data_figure import figure_file
+
+        figure_file(figure, "--figure")
     survival = select(work, out, options, _say)
     print(survival.table())
     print("\n" + survival.captions())
@@ -232,16 +231,14 @@ def _selected(work: Path, out: Path, options: SelectOptions, figure: str | None 
 
 
 def _audit(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.counterfactuals.audit.report import audit, write_report
-    from cfvlm_ds.page import refuse_foreign_folder
+    from cfvlm_ds.counterfactuals.audit.refine import refined_file
+    from cfvlm_ds.counterfactuals.audit.report import audit, report_files, write_report
 
     _one_process("audit")
     options, out = _values(arguments, "audit"), Path(arguments.out)
-    refuse_foreign_folder(out)
+    report_files(out)
     if options.refine:
-        output_file(Path(options.refine), *arguments.manifest, *options.against.split(","))
-    for ending in (".md", ".json"):
-        output_file(out.with_name(out.name + ending))
+        refined_file(Path(options.refine), *arguments.manifest, *options.against.split(","))
     score = _scoring(options.scorer, 16)[0] if options.scorer else None
     found, sets = audit(arguments.manifest, arguments.root, arguments.format, options, _say, score)
     write_report(found, sets, out, _say)

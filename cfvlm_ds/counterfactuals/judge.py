@@ -219,7 +219,8 @@ class Calibrated:
             f"yield {self.kept} of {self.labelled} labelled candidates"
         )
         if self.below:
-            said += f"\nthe labels would also keep {self.below} candidates below 0, but 0 is the least margin: the scorer has a cell of each wrong"
+            said += f"\nthe labels would also keep {self.below} candidates below 0, but 0 is the least margin: "
+            said += "the scorer has a cell of each wrong"
         return said
 
     def as_json(self) -> str:

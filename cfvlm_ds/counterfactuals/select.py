@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,9 +18,10 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import TooLarge, lines, open_regular, parse_json
+from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.text import one_line
-from cfvlm_ds.core.untrusted import output_file
+from cfvlm_ds.core.untrusted import own_output
+from cfvlm_ds.counterfactuals.audit.refine import REFINED
 from cfvlm_ds.counterfactuals.history import Edited, History, histories
 from cfvlm_ds.counterfactuals.journal import MAX_LINE
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
@@ -106,8 +108,9 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     survival.files.update({str(files[name]): written[name] for name in files})
     survival.roots.extend(map(str, [folder, *(root for root in further if root in outside)] if outside else []))
     record = {"by_type": {k: dict(x) for k, x in survival.by_type.items()}, "captions": dict(survival.sources), "files": survival.files}
-    replace(file.with_name(f"{file.name}.survival.json"), json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
-    replace(file.with_name(f"{file.name}.survival.md"), f"{survival.table()}\n\n{survival.captions()}\n".encode())
+    as_json, as_table = _beside(file)
+    replace(as_json, json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
+    replace(as_table, f"{survival.table()}\n\n{survival.captions()}\n".encode())
     return survival
 
 
@@ -118,22 +121,29 @@ def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[
     read_thresholds(options.thresholds, options.rule, options.margin)
     files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
     for each in files.values():
-        _refuse_foreign(output_file(each, data))
+        own_output(each, _is_selected, "select", data)
+    for path, ours in zip(_beside(file), (_is_survival, _is_survival_table), strict=True):
+        own_output(path, ours, "select", data)
     return files, shares
 
 
-def _refuse_foreign(file: Path) -> None:
-    """Raise ConfigError for a file that is there and that select has not written."""
-    if not file.exists() or file.stat().st_size == 0:
-        return
-    try:
-        with open_regular(file) as handle:
-            row = parse_json(next(lines(handle, MAX_LINE)).decode())
-        ours = row["schema"] == SCHEMA and isinstance(row["meta"]["steps"], dict)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, TooLarge, StopIteration):
-        ours = False
-    if not ours:
-        raise ConfigError(f"{file} is there, and select has not written it; name another one with --out")
+def _beside(file: Path) -> tuple[Path, Path]:
+    """Where what became of the candidates is written, as JSON and as a table."""
+    return file.with_name(f"{file.name}.survival.json"), file.with_name(f"{file.name}.survival.md")
+
+
+def _is_selected(file: IO[bytes]) -> bool:
+    row = parse_json(next(lines(file, MAX_LINE)).decode())
+    return row["schema"] == SCHEMA and isinstance(row["meta"]["steps"], dict) and REFINED not in row["meta"]
+
+
+def _is_survival(file: IO[bytes]) -> bool:
+    return set(parse_json(file.read(MAX_LINE).decode())) == {"by_type", "captions", "files"}
+
+
+def _is_survival_table(file: IO[bytes]) -> bool:
+    head, _, first = (line.decode() for line in islice(lines(file, MAX_LINE), 3))
+    return head.startswith("| | ") and first.startswith("| proposed | ")
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:

@@ -405,7 +405,8 @@ def test_verdicts_are_precise_where_the_scorer_sees(whole: Path, scenes: Path, t
     assert found.good_kept / found.kept >= 0.97 and fitted > 0 and found.labelled == len(rows)
     with_margin = judged(whole, found.thresholds, noisy)
     assert with_margin[1] / with_margin[0] > max(0.95, plain[1] / plain[0]) and with_margin[1] / with_margin[2] > 0.3
-    assert read_thresholds(own := tmp_path / "V" / "thresholds.json") == found.thresholds
+    own = tmp_path / "V" / "thresholds.json"
+    assert read_thresholds(own) == found.thresholds
     own.write_text('{"largest": 0.051}')  # what was decided by hand stays
     main.main(["data", "verify", str(tmp_path / "V"), "--calibrate", str(tmp_path / "labels.jsonl"), "--precision", "0.97"])
     assert read_thresholds(own).largest == 0.051 and read_thresholds(own).margin == pytest.approx(fitted, abs=0.1)
@@ -914,6 +915,35 @@ def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, c
     assert "g.jsonl is read here, and would be replaced" in capsys.readouterr().err
 
 
+def test_what_lies_beside_the_groups_is_replaced_where_it_is_ours_alone(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Figures, tables of what became of the candidates, reports and thinned sets: each twice, and each in place of somebody's file."""
+    out, groups = tmp_path / "W", tmp_path / "g.jsonl"
+    edited(photos, out)
+    verify(out, VerifyOptions(), 0, quiet, None)
+    selecting = ["data", "select", out, "--out", groups, "--figure", tmp_path / "f.png"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | {"meta": {"steps": {}}}) + "\n" for row in pair_rows(tmp_path, 20)))
+    auditing = ["data", "audit", tmp_path / "pairs.jsonl", "--out", tmp_path / "a", "--refine", tmp_path / "thin.jsonl"]
+    counting = ["data", "stats", groups, "--root", tmp_path, "--root", out, "--out", tmp_path / "s.png"]
+    theirs = {
+        "f.png": selecting, "g.jsonl.survival.json": selecting, "g.jsonl.survival.md": selecting,
+        "a.md": auditing, "a.json": auditing, "thin.jsonl": auditing, "s.png": counting,
+    }  # fmt: skip
+    for words in (selecting, auditing, counting) * 2:
+        said_by(capsys, *words)
+    assert "thin.jsonl is there, and select has not written it" in refused(capsys, *selecting[:4], tmp_path / "thin.jsonl")
+    own = {name: (tmp_path / name).read_bytes() for name in theirs}
+    for name, words in theirs.items():
+        (tmp_path / name).write_bytes((tmp_path / "0.png").read_bytes() if name.endswith(".png") else b'{"facts": 1}\n')
+        before = contents(tmp_path)
+        assert re.search(
+            rf"{name} is there, and (select|audit|audit --refine|this package) has not written it; name", refused(capsys, *words)
+        )
+        assert contents(tmp_path) == before
+        (tmp_path / name).write_bytes(own[name])
+
+
 def test_a_real_pair_is_of_one_split_or_of_none(tmp_path: Path) -> None:
     """`mine` shows the picture of another source: where that is of another split, the pair is counted and left out."""
     rows = []
@@ -1079,6 +1109,16 @@ def said_by(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
     capsys.readouterr()
     main.main([str(word) for word in words])
     return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """What a command says that ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main.main([str(word) for word in words])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    return said
 
 
 def test_the_commands_go_from_captions_to_groups(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
