@@ -16,6 +16,7 @@ from cfvlm_ds.cli.options import add_command, add_data_options
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.secrets import print_line
+from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.verbosity import shows_progress
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 
@@ -78,8 +79,11 @@ def add(data: Any) -> None:
     command.add_argument("--config", required=True, help="YAML of the plan")
     command.add_argument("--shard", type=_shard_or_number, metavar="I/N", help=f"{_SHARD}; I alone is one of the plan's shards")
 
-    command = add_command(data, "status", _status, "how far a work folder is, and which shards are missing", "cfvlm-ds data status W")
+    text = "how far a work folder is, and which shards are missing"
+    command = add_command(data, "status", _status, text, "cfvlm-ds data status W --check")
     command.add_argument("work", help=_WORK)
+    text = "also compare what is there with what was written, journals by sha256 and tars by length; exit code 1 where a shard is damaged"
+    command.add_argument("--check", action="store_true", help=text)
 
 
 def _add_shard(command: argparse.ArgumentParser) -> None:
@@ -285,7 +289,11 @@ def _one_shard(plan: Plan, shard: int) -> None:
 def _status(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.counterfactuals.status import status
 
-    print(status(Path(arguments.work))[0])
+    found = status(Path(arguments.work), arguments.check)
+    print(found.text)
+    if found.damaged:
+        sys.stdout.flush()
+        sys.exit(1)
 
 
 def _opened(manifest: str, root: Any, format: str) -> Any:
@@ -327,6 +335,6 @@ def _say(line: str) -> None:
 
 
 def _print_done(step: str, done: dict[str, Any]) -> None:
-    counts = ", ".join(f"{count} {name}" for name, count in sorted(done["counts"].items(), key=lambda each: -each[1])[:8])
+    counts = ", ".join(f"{count} {one_line(name, 100)}" for name, count in sorted(done["counts"].items(), key=lambda each: -each[1])[:8])
     stopped = f" ({done['stopped']})" if "stopped" in done else ""
     print(f"{step}: {done['records']} records{stopped}: {counts or 'nothing'}")

@@ -26,6 +26,15 @@ def as_line(record: Any) -> bytes:
     return json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
+def sha256_of_file(path: Path) -> str:
+    """Of all bytes of a file, as a completion file has it. Raises OSError, and ValueError for what is no file."""
+    digest = hashlib.sha256()
+    with open_regular(path) as handle:
+        while block := handle.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a journal. Raises DataError naming file and line for what is none."""
     where = str(path)

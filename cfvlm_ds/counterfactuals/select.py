@@ -82,6 +82,8 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
         raise ConfigError(
             f"{out}: verify is not through with {len(missing)} of {work.shards} shards; run them first: --array={ranges(missing)}"
         )
+    for shard in range(work.shards):
+        work.need("verify", shard)
     files, shares = checked(file, options, work.about["source"]["path"])
     thresholds = _thresholds(work, options)
     survival = Survival()

@@ -104,7 +104,10 @@ def refuse_unfit(out: Path, options: VerifyOptions, shard: int, of: int | None =
     work.check_shard(shard, work.shards if of is None else of)
     work.need("edit", shard)
     work.refuse_other(STEP, _said(options))
-    return work.done(STEP, shard) is None
+    if work.done(STEP, shard) is None:
+        return True
+    work.need(STEP, shard)
+    return False
 
 
 def _said(options: VerifyOptions) -> dict[str, Any]:

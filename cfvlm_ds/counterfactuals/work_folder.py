@@ -2,7 +2,8 @@
 
     W/run.json                        the data, the number of shards
     W/STEP.json                       what decides a step: back ends, options, versions
-    W/STEP/shard-00003.jsonl          a line a unit of work; shard-00003.done.json when the shard is through
+    W/STEP/shard-00003.jsonl          a line a unit of work
+    W/STEP/shard-00003.done.json      when the shard is through: its sha256, and that of the step before it that it was made of
     W/pictures/shard-00003.tar        edited pictures, named by their places in it
     W/llm/shard-00003.jsonl           replies of a language model by request
     W/mine/slots.bin                  captions with one word left open, of the back end mine
@@ -26,7 +27,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import append, replace
-from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.reading import MAX_SETTINGS, MIB, open_regular, parse_json, read_bytes
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.core.versions import version
@@ -36,6 +37,9 @@ from cfvlm_ds.data.store import GroupStore
 SCHEMA = "cfwork/1"
 STEPS = ("propose", "edit", "verify")
 MAX_SHARDS = 100_000
+OUTDATED = "was made of other records of the step before it than there are now"
+_WHOLE, _ENDS = 256 * MIB, 16 * MIB
+"""Bytes of a data file that is compared as a whole, and at each end of a larger one."""
 
 
 def shard_of(source: str, shards: int) -> int:
@@ -73,7 +77,7 @@ class WorkFolder:
             raise ConfigError(f"{shards} shards; cut the work in 1 to {MAX_SHARDS}")
         source = {
             "path": os.path.abspath(store.path), "format": store.format, "groups": len(store),
-            "roots": [os.path.abspath(root) for root in store.roots], "size": _size(store.path),
+            "roots": [os.path.abspath(root) for root in store.roots], "size": _size(store.path), "sha256": _contents(store.path),
         }  # fmt: skip
         about = {"schema": SCHEMA, "shards": shards, "source": source}
         if path.exists() and not (path / "run.json").exists() and (not path.is_dir() or any(path.iterdir())):
@@ -86,9 +90,7 @@ class WorkFolder:
     def open(cls, path: Path) -> WorkFolder:
         """The folder that `data propose` began. Raises ConfigError for anything else."""
         about = _read(path / "run.json")
-        source = about.get("source") if isinstance(about, dict) else None
-        right = isinstance(source, dict) and about.get("schema") == SCHEMA and isinstance(source.get("roots"), list)
-        if not right or type(about.get("shards")) is not int or not 1 <= about["shards"] <= MAX_SHARDS:
+        if not _is_about(about):
             raise ConfigError(f"{path} is no work folder; begin one with `cfvlm-ds data propose`")
         return cls(path, about)
 
@@ -116,9 +118,20 @@ class WorkFolder:
         return self.path / "pictures" / f"shard-{shard:05d}.tar"
 
     def done(self, step: str, shard: int) -> dict[str, Any] | None:
-        """The completion of a step of a shard: records, sha256, counts; None where it is not through."""
+        """The completion of a step of a shard: records, sha256, counts; None where it is not through, or its journal is gone."""
         found = _read(self.path / step / f"shard-{shard:05d}.done.json")
-        return found if isinstance(found, dict) and isinstance(found.get("counts"), dict) else None
+        return found if _is_done(found) and self.file(step, shard).is_file() else None
+
+    def outdated(self, step: str, shard: int) -> bool:
+        """Whether a shard of a step was made of other records of the step before it than there are now."""
+        if step == STEPS[0] or (done := self.done(step, shard)) is None or "of" not in done:
+            return False
+        before = self.done(STEPS[STEPS.index(step) - 1], shard)
+        return before is not None and before["sha256"] != done["of"]
+
+    def again(self, step: str, shard: int) -> str:
+        """How a shard of a step, and of those after it, is made again."""
+        return f"remove {' '.join(f'{self.path / each}/shard-{shard:05d}.*' for each in STEPS[STEPS.index(step) :])}, and run it again"
 
     def missing(self, step: str) -> list[int]:
         """Shards that a step is not through with."""
@@ -129,10 +142,13 @@ class WorkFolder:
         return records(self.file(step, shard))
 
     def need(self, step: str, shard: int) -> None:
-        """Raise ConfigError where an earlier step is not through with a shard."""
+        """Raise ConfigError where a step is not through with a shard, or was with records that have been replaced since."""
         if self.done(step, shard) is None:
             remedy = f"run `cfvlm-ds data {step} {self.path} --shard {shard}/{self.shards}` first"
             raise ConfigError(f"{self.path}: {step} is not through with shard {shard}; {remedy}")
+        for each in STEPS[: STEPS.index(step) + 1]:
+            if self.outdated(each, shard):
+                raise ConfigError(f"{self.path}: {each} of shard {shard} {OUTDATED}; {self.again(each, shard)}")
 
     def check_shard(self, shard: int, of: int) -> None:
         """Raise ConfigError for a shard that is none of this folder's."""
@@ -176,6 +192,8 @@ class ShardStep:
             counted(record, counts)
         done: dict[str, Any] = {"records": self._journal.count, "sha256": self._journal.sha256, "counts": dict(sorted(counts.items()))}
         done |= {"stopped": stopped} if stopped else {}
+        if self.step != STEPS[0] and (before := self.work.done(STEPS[STEPS.index(self.step) - 1], self.shard)) is not None:
+            done["of"] = before["sha256"]
         self.close()
         replace(self.work.path / self.step / f"shard-{self.shard:05d}.done.json", json.dumps(done, indent=1).encode() + b"\n", shared=True)
         cost = {"step": self.step, "shard": self.shard, "units": done["records"] - self._first, "seconds": round(self.seconds, 2)}
@@ -195,6 +213,30 @@ class ShardStep:
             for path in (self._journal.path, self.work.path / f"{self.step}.json"):
                 path.unlink(missing_ok=True)
             journals.rmdir()
+
+
+def _is_about(value: Any) -> bool:
+    """Whether a run.json says what a work folder needs."""
+    source = value.get("source") if isinstance(value, dict) else None
+    return (
+        isinstance(source, dict)
+        and value.get("schema") == SCHEMA
+        and isinstance(source.get("path"), str)
+        and isinstance(source.get("roots"), list)
+        and all(isinstance(root, str) for root in source["roots"])
+        and type(value.get("shards")) is int
+        and 1 <= value["shards"] <= MAX_SHARDS
+    )
+
+
+def _is_done(value: Any) -> bool:
+    """Whether a completion file says what one says; a shard with any other is not through."""
+    counts = value.get("counts") if isinstance(value, dict) else None
+    return (
+        isinstance(counts, dict)
+        and all(type(count) is int for count in (value.get("records"), *counts.values()))
+        and isinstance(value.get("sha256"), str)
+    )
 
 
 def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
@@ -227,3 +269,18 @@ def _read(path: Path) -> Any:
 def _size(path: Path) -> int:
     """Bytes of the data's file; -1 for a folder."""
     return path.stat().st_size if path.is_file() else -1
+
+
+def _contents(path: Path) -> str:
+    """What a data file is compared by: a caption that is corrected may leave its size as it was. Empty for a folder."""
+    if not path.is_file():
+        return ""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        for start, end in [(0, size)] if size <= _WHOLE else [(0, _ENDS), (size - _ENDS, size)]:
+            file.seek(start)
+            while start < end and (block := file.read(min(MIB, end - start))):
+                digest.update(block)
+                start += len(block)
+    return digest.hexdigest()

@@ -6,6 +6,7 @@ The embedded world stands for a user's photographs. Its editor fails in known wa
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -44,13 +45,14 @@ from cfvlm_ds.counterfactuals.edit.diffusion import Diffusers, call_options
 from cfvlm_ds.counterfactuals.edit.flip import Flip
 from cfvlm_ds.counterfactuals.edit.step import Unit, edit, make
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, calibrated, read_thresholds, verdict, wilson
+from cfvlm_ds.counterfactuals.looking import view_work
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.plan import read_plan
 from cfvlm_ds.counterfactuals.propose.step import propose
 from cfvlm_ds.counterfactuals.select import ranges, select
 from cfvlm_ds.counterfactuals.status import status
 from cfvlm_ds.counterfactuals.verify import calibrate, verify
-from cfvlm_ds.counterfactuals.work_folder import WorkFolder
+from cfvlm_ds.counterfactuals.work_folder import OUTDATED, WorkFolder
 from cfvlm_ds.data import open_groups, open_image, read_manifest
 from cfvlm_ds.demo.scenes import build_scenes
 from cfvlm_ds.demo.scenes import editor as scene_editor
@@ -361,13 +363,113 @@ def test_status_names_missing_shards_as_an_array(scenes: Path, tmp_path: Path) -
     out = tmp_path / "W"
     for shard in (0, 1, 4):
         propose(open_groups(scenes / "test_iid.jsonl"), out, ProposeOptions(shards=6), shard, quiet)
-    text, through = status(out)
-    assert (
+    text, through, damaged = status(out)
+    assert not damaged and (
         "propose: 3 of 6 shards" in text and "    missing: --array=2-3,5" in text and text.endswith("missing: --array=0-5") and not through
     )
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8" and ranges([]) == ""
     with pytest.raises(ConfigError, match=r"verify is not through with 6 of 6 shards; run them first: --array=0-5"):
         select(out, tmp_path / "g.jsonl", SelectOptions(), quiet)
+
+
+def through_all(photos: Path, out: Path, shards: int) -> None:
+    """All steps of all shards, as far as they are not done."""
+    for shard in range(shards):
+        propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="colour,relation", shards=shards), shard, quiet)
+        edit(out, EditOptions(), shard, quiet)
+        verify(out, VerifyOptions(), shard, quiet, None)
+
+
+def test_damage_is_named_with_a_remedy_that_gives_the_same_bytes(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "W"
+    through_all(photos, out, 3)
+    before = contents(out)
+    said = said_by(capsys, "data", "status", out, "--check")
+    assert "checked: 9 journals (" in said and "3 tars by their length; not checked: pictures" in said
+    assert said.endswith("nothing is damaged\n")
+
+    def flip(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+    def older(file: Path) -> None:  # a shard that was made again, as by an editor that draws otherwise
+        record = json.loads(file.read_text())
+        file.with_name("shard-00001.jsonl").write_bytes(b"{}\n")
+        file.write_text(json.dumps(record | {"records": 1, "sha256": hashlib.sha256(b"{}\n").hexdigest()}))
+
+    for name, harm, wrong in (
+        ("propose/shard-00001.jsonl", flip, r"propose/shard-00001\.jsonl is not what it was when the shard was through"),
+        ("edit/shard-00001.jsonl", flip, r"edit/shard-00001\.jsonl is not what it was"),
+        ("verify/shard-00001.jsonl", lambda file: os.truncate(file, 100), r"verify/shard-00001\.jsonl is not what it was"),
+        ("pictures/shard-00001.tar", lambda file: os.truncate(file, 100), r"shard-00001\.tar has 100 bytes, and .* names pictures up to"),
+        ("pictures/shard-00001.tar", Path.unlink, r"shard-00001\.tar has 0 bytes"),
+        ("edit/shard-00001.done.json", older, r"verify/shard-00001\.jsonl was made of other records of the step before"),
+    ):  # fmt: skip
+        harm(out / name)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main.main(["data", "status", str(out), "--check"])
+        said = capsys.readouterr().out
+        assert ended.value.code == 1 and re.search(f"\ndamaged: .*{wrong}.*; remove ", said) and said.endswith("\ndamaged: --array=1\n")
+        if harm is older:
+            for refuses in (
+                lambda: select(out, tmp_path / "g.jsonl", SelectOptions(), quiet),
+                lambda: verify(out, VerifyOptions(), 1, quiet, None),
+            ):
+                with pytest.raises(ConfigError, match=f"verify of shard 1 {OUTDATED}; remove "):
+                    refuses()
+            (out / "edit" / "shard-00001.jsonl").unlink()
+            (out / "edit" / "shard-00001.done.json").unlink()
+        for pattern in re.findall(r"remove (.*), and run it again", said)[0].split():
+            for file in Path(pattern).parent.glob(Path(pattern).name):
+                file.unlink()
+        assert "missing: --array=1" in said_by(capsys, "data", "status", out)
+        through_all(photos, out, 3)
+        assert contents(out) == before
+    (out / "edit" / "shard-00002.jsonl").unlink()  # with the completion file alone it is not through
+    assert "edit: 2 of 3 shards" in status(out).text
+    with pytest.raises(ConfigError, match="edit is not through with shard 2"):
+        verify(out, VerifyOptions(), 2, quiet, None)
+    through_all(photos, out, 3)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("run.json", '{"shards": 1e9}'), ("run.json", "[]"), ("run.json", '{"schema": "cfwork/1", "shards": 1, "source": {"roots": [3]}}'),
+        ("run.json", '{"schema": "cfwork/1", "shards": 1, "source": {"roots": [], "path": 7}}'), ("run.json", "[" * 90_000),
+        ("edit/shard-00000.done.json", '{"counts": {}}'),
+        ("edit/shard-00000.done.json", '{"counts": {"a": "x"}, "records": 1, "sha256": ""}'),
+        ("edit/shard-00000.done.json", '{"counts": {"a": 1}, "records": "x", "sha256": ""}'), ("edit/shard-00000.done.json", "null"),
+    ],
+)  # fmt: skip
+def test_what_no_step_has_written_is_one_sentence_or_not_through(name: str, text: str, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "W"
+    through_all(photos, out, 1)
+    before = contents(out)
+    (out / name).write_text(text)
+    if name == "run.json":
+        for function in (lambda: status(out), lambda: edit(out, EditOptions(), 0, quiet), lambda: view_work(out, tmp_path / "p", **VIEWED)):
+            with pytest.raises(ConfigError, match="is no work folder; begin one with"):
+                function()
+        return
+    assert "edit: 0 of 1 shards" in status(out, check=True).text
+    with pytest.raises(ConfigError, match="edit is not through with shard 0"):
+        verify(out, VerifyOptions(), 0, quiet, None)
+    through_all(photos, out, 1)
+    assert contents(out) == before
+
+
+def test_a_caption_that_is_corrected_is_noticed_whatever_the_size(photos: Path, tmp_path: Path) -> None:
+    through_all(photos, tmp_path / "W", 1)
+    photos.write_text(photos.read_text().replace("a red cup", "a tan cup"))
+    with pytest.raises(ConfigError, match=r"run\.json was begun with other settings \(source: "):
+        through_all(photos, tmp_path / "W", 1)
+
+
+VIEWED: dict[str, Any] = {"rejected": False, "sample": 5, "seed": 0, "say": quiet}
 
 
 # --- verdicts against the truth ---------------------------------------------------------------------------------------------------------

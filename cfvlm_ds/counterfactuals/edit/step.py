@@ -53,6 +53,7 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
     said: dict[str, Any] = {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING}
     work.refuse_other(STEP, said)
     if (done := work.done(STEP, shard)) is not None:
+        work.need(STEP, shard)
         say(f"{out}: edit is through with shard {shard}")
         return done
     editors = {name: EDITORS[name](EditContext(options, work, shard)) for name in names}
@@ -217,16 +218,27 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
         counts["pictures" if record.get("picture") else "text alone"] += 1
 
 
+def pictures_end(work: WorkFolder, shard: int) -> int:
+    """Where the last picture ends that the records of a shard name, in its tar; 0 without any."""
+    end = 0
+    for record in work.records(STEP, shard):
+        picture = record.get("picture")
+        try:
+            if isinstance(picture, Mapping) and "start" in picture:
+                end = int(picture["start"]) + int(picture["length"]) + -int(picture["length"]) % tarfile.BLOCKSIZE
+        except (KeyError, TypeError, ValueError):
+            raise DataError(
+                f"{work.file(STEP, shard)}: the picture of {record.get('edit')!r} has no place; {work.again(STEP, shard)}"
+            ) from None
+    return end
+
+
 class _Tar:
     """The pictures of a shard, one after the other; what no record names is cut."""
 
     def __init__(self, work: WorkFolder, shard: int) -> None:
         self.path = work.tar(shard)
-        end = 0
-        for record in work.records(STEP, shard):
-            picture = record.get("picture") or {}
-            if "start" in picture:
-                end = picture["start"] + picture["length"] + -picture["length"] % tarfile.BLOCKSIZE
+        end = pictures_end(work, shard)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
