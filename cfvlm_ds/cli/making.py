@@ -16,7 +16,8 @@ from cfvlm_ds.cli.options import add_command, add_data_options
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.secrets import print_line
-from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.text import one_line, printable
+from cfvlm_ds.core.untrusted import refuse_one_file
 from cfvlm_ds.core.verbosity import shows_progress
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 
@@ -214,13 +215,13 @@ def _selected(work: Path, out: Path, options: SelectOptions, figure: str | None 
         from cfvlm_ds.tracking.data_figure import figure_file
 
         figure_file(figure, "--figure")
-    survival = select(work, out, options, _say)
+    survival = select(work, out, options, _say, *([Path(figure)] if figure is not None else []))
     print(survival.table())
     print("\n" + survival.captions())
     for name, count in survival.files.items():
         print(f"wrote {name}: {count} groups")
     if survival.roots:
-        print(f"their pictures lie in several folders; read them with {' '.join(f'--root {root}' for root in survival.roots)}")
+        print(f"their pictures lie in several folders; read them with {printable(' '.join(f'--root {root}' for root in survival.roots))}")
     if figure is not None:
         from cfvlm_ds.tracking.data_figure import data_figure
 
@@ -240,7 +241,7 @@ def _audit(arguments: argparse.Namespace) -> None:
 
     _one_process("audit")
     options, out = _values(arguments, "audit"), Path(arguments.out)
-    report_files(out)
+    refuse_one_file(*report_files(out), *([Path(options.refine)] if options.refine else []))
     if options.refine:
         refined_file(Path(options.refine), *arguments.manifest, *options.against.split(","))
     score = _scoring(options.scorer, 16)[0] if options.scorer else None

@@ -77,6 +77,15 @@ def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
     return path
 
 
+def refuse_one_file(*outputs: Path) -> None:
+    """Raise ConfigError where two of the files that a command is about to write are one."""
+    seen: dict[str, Path] = {}
+    for path in outputs:
+        if (key := os.path.realpath(path)) in seen:
+            raise ConfigError(f"{path} would be written twice, with different contents; give each output a name of its own")
+        seen[key] = path
+
+
 def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inputs: str | Path, option: str = "--out") -> Path:
     """``output_file``, which also refuses a file that is there and is not empty unless ``ours`` recognises it as one that ``writer`` has
     written: it raises what parsing raises, or returns False, for any other."""

@@ -11,6 +11,7 @@ TYPES = (
     "colour", "size", "material", "texture", "count", "relation", "object", "action", "swap_attribute", "swap_object", "other",
 )  # fmt: skip
 """What an edit changes. ``other`` is what only `mine` and a language model find."""
+MAX_ATTEMPTS = 256
 TEMPLATE = 'Does this figure show "{text}"? Please answer Yes or No.'
 PROMPT = "Describe the image."
 
@@ -115,6 +116,8 @@ class EditOptions:
 
     def __post_init__(self) -> None:
         _at_least(self, attempts=1, threads=1, timeout_s=_SOON, budget_hours=0)
+        if self.attempts > MAX_ATTEMPTS:
+            raise ConfigError(f"--attempts {self.attempts}: it is at most {MAX_ATTEMPTS}")
 
 
 @dataclass(frozen=True)

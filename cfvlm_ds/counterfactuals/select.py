@@ -14,13 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.text import one_line
-from cfvlm_ds.core.untrusted import own_output
+from cfvlm_ds.core.untrusted import own_output, refuse_one_file
 from cfvlm_ds.counterfactuals.audit.refine import REFINED
 from cfvlm_ds.counterfactuals.history import Edited, History, histories
 from cfvlm_ds.counterfactuals.journal import MAX_LINE
@@ -72,8 +72,8 @@ class Survival:
         return "\n".join(["| captions | |", "|---|---:|", *rows])
 
 
-def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
-    """Write the groups of all shards to ``file``, and beside it FILE.survival.md and .json.
+def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Path) -> Survival:
+    """Write the groups of all shards to ``file``, and beside it FILE.survival.md and .json; ``outputs`` are what the caller writes then.
 
     Raises ConfigError where a shard is not verified yet, naming all of them, or nothing is left.
     """
@@ -85,6 +85,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     for shard in range(work.shards):
         work.need("verify", shard)
     files, shares = checked(file, options, work.about["source"]["path"])
+    refuse_one_file(*files.values(), *_beside(file), *outputs)
     thresholds = _thresholds(work, options)
     survival = Survival()
     cuts = _cuts(work, thresholds, options) if options.per_type else {}
@@ -101,6 +102,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
                 name = _split(history, shares, options.seed)
                 kept = _kept(history, options, cuts, survival, name, shares)
                 if kept:
+                    _refuse_lost(work, shard, kept)
                     row = _row(history, kept, options, folder, steps, thresholds)
                     handles[name].write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
                     written[name] += 1
@@ -235,6 +237,15 @@ def _kept(
             kept.append(each)
             texts.add(text)
     return kept
+
+
+def _refuse_lost(work: WorkFolder, shard: int, kept: Sequence[Edited]) -> None:
+    """Raise DataError where the picture of an edit is no longer in its tar."""
+    tar = work.tar(shard)
+    for each in kept:
+        picture = (each.best.made.get("picture") if each.best is not None else None) or {}
+        if "start" in picture and (not tar.is_file() or tar.stat().st_size < picture["start"] + picture["length"]):
+            raise DataError(f"{tar} has not the picture of {each.proposal['id']!r} any more; {work.again('edit', shard)}")
 
 
 def _mined(edited: Edited) -> str:

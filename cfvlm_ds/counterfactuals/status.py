@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import MIB
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.edit.step import pictures_end
-from cfvlm_ds.counterfactuals.journal import sha256_of_file
 from cfvlm_ds.counterfactuals.select import ranges
-from cfvlm_ds.counterfactuals.work_folder import OUTDATED, STEPS, WorkFolder
+from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder
 
 _MOST = 12
 _CHARS = 100
@@ -61,22 +61,21 @@ def _checked(work: WorkFolder, lines: list[str]) -> list[int]:
     damaged: dict[int, str] = {}
     for shard in range(work.shards):
         for step in STEPS:
-            if (done := work.done(step, shard)) is None:
+            if work.done(step, shard) is None:
                 continue
             file = work.file(step, shard)
             journals, size = journals + 1, size + file.stat().st_size
-            wrong = ""
-            if sha256_of_file(file) != done["sha256"]:
-                wrong = f"{file} is not what it was when the shard was through"
-            elif work.outdated(step, shard):
-                wrong = f"{file} {OUTDATED}"
-            elif step == "edit":
-                end, tar = pictures_end(work, shard), work.tar(shard)
-                tars += bool(end)
-                if end and (there := tar.stat().st_size if tar.is_file() else 0) < end:
-                    wrong = f"{tar} has {there} bytes, and {file} names pictures up to byte {end}"
-            if wrong:
+            if wrong := work.damage(step, shard):
                 damaged[shard] = f"{wrong}; {work.again(step, shard)}"
+            elif step == "edit":
+                try:
+                    end, tar = pictures_end(work, shard), work.tar(shard)
+                    tars += bool(end)
+                    if end and (there := tar.stat().st_size if tar.is_file() else 0) < end:
+                        damaged[shard] = f"{tar} has {there} bytes, and {file} names pictures up to {end}; {work.again(step, shard)}"
+                except DataError as error:
+                    damaged[shard] = str(error)
+            if shard in damaged:
                 break
     lines += [
         f"checked: {journals} journals ({size / MIB:.1f} MiB) by their sha256, {tars} tars by their length; not checked: pictures, which "

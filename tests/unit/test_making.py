@@ -19,7 +19,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +258,7 @@ def test_what_differs_is_refused_before_anything_is_touched(whole: Path, scenes:
     (out / "propose" / "shard-00000.done.json").unlink()
     with pytest.raises(ConfigError, match="seed: 5 then, 6 now"):
         propose(store, out, ProposeOptions(words=str(scenes.parent / "words.yaml"), seed=6), 0, quiet)
-    with pytest.raises(ConfigError, match="source: "):
+    with pytest.raises(ConfigError, match=r"source\.path: "):
         propose(open_groups(scenes / "test_combo.jsonl"), out, ProposeOptions(seed=SEED), 0, quiet)
     with pytest.raises(ConfigError, match="propose is not through with shard 0; run `cfvlm-ds data propose"):
         edit(out, scene_options(scenes), 0, quiet)
@@ -284,9 +284,75 @@ def test_damaged_records_are_named(line: bytes, whole: Path, scenes: Path, tmp_p
     shutil.copytree(whole, out)
     lines = (out / "edit" / "shard-00000.jsonl").read_bytes().splitlines(keepends=True)
     (out / "edit" / "shard-00000.jsonl").write_bytes(b"".join([*lines[:2], line + b"\n", *lines[3:]]))
-    with pytest.raises(DataError, match=r"shard-00000\.jsonl|record of shard 0 is damaged"):
+    with pytest.raises(DataError, match=r"edit/shard-00000\.jsonl is not what it was when the shard was through; remove "):
+        select(out, tmp_path / "groups.jsonl", SelectOptions(), quiet)
+    agreed(out, "edit")
+    with pytest.raises(DataError, match=r"edit/shard-00000\.jsonl:3: no record .*; remove "):
         select(out, tmp_path / "groups.jsonl", SelectOptions(), quiet)
     assert not (tmp_path / "groups.jsonl").exists()
+
+
+def agreed(out: Path, step: str) -> None:
+    """Make completion files say of a journal what it is: damage that no hash tells."""
+    now = hashlib.sha256((out / step / "shard-00000.jsonl").read_bytes()).hexdigest()
+    done = out / step / "shard-00000.done.json"
+    then = json.loads(done.read_text())["sha256"]
+    for file in out.glob("*/*.done.json"):
+        file.write_text(file.read_text().replace(then, now))
+
+
+def parts(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of a record's values, of lists the first item's."""
+    for key in value if isinstance(value, dict) else range(min(1, len(value))) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from parts(value[key], (*path, key))
+
+
+def test_a_record_of_any_other_shape_is_one_sentence(photos: Path, tmp_path: Path) -> None:
+    """Each value of a record of each step taken away, and replaced by what is none of its kind; hashes agree with it."""
+    through_all(photos, out := tmp_path / "W", 1)
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text('{"edit": "p0/0", "good": true}\n')
+    readers: dict[str, Callable[[], object]] = {
+        "edit": lambda: edit(out, EditOptions(), 0, quiet),
+        "verify": lambda: verify(out, VerifyOptions(), 0, quiet, None),
+        "select": lambda: select(out, tmp_path / "g.jsonl", SelectOptions(), quiet),
+        "calibrate": lambda: calibrate(out, labels, Thresholds(), 0.9),
+    }
+    before = contents(out)
+    refused, draw_value = Counter[str](), random.Random(4)
+    for step in ("propose", "edit", "verify"):
+        lines = before[f"{step}/shard-00000.jsonl"].splitlines()
+        for number in {0, next((k for k, line in enumerate(lines) if b'"start"' in line), 0)}:
+            for path in parts(json.loads(lines[number])):
+                for wrong in (None, *draw_value.sample([7, -1e300, "x\x1b", [], {}, [[1]], True], 2)):
+                    record = json.loads(lines[number])
+                    inner = record
+                    for key in path[:-1]:
+                        inner = inner[key]
+                    if wrong is None and isinstance(path[-1], str):
+                        del inner[path[-1]]
+                    else:
+                        inner[path[-1]] = wrong
+                    changed = json.dumps(record).encode()
+                    (out / step / "shard-00000.jsonl").write_bytes(b"\n".join([*lines[:number], changed, *lines[number + 1 :]]) + b"\n")
+                    agreed(out, step)
+                    for name, reader in readers.items():
+                        if name == step or (name, step) == ("edit", "verify"):
+                            continue
+                        if name == "verify" and step == "edit":  # it looks at nothing that it is through with
+                            (out / "verify" / "shard-00000.done.json").rename(tmp_path / "aside")
+                        try:
+                            reader()
+                        except (ConfigError, DataError) as error:  # anything else fails
+                            refused[step] += bool(
+                                re.search(r"shard-00000\.jsonl:\d+: no record of \w+ \('\w+' is missing or wrong\)", str(error))
+                            )
+                        if name == "verify" and step == "edit":
+                            (tmp_path / "aside").rename(out / "verify" / "shard-00000.done.json")
+                    for file, content in before.items():
+                        (out / file).write_bytes(content)
+    assert min(refused[step] for step in ("propose", "edit", "verify")) > 20
 
 
 def test_a_shard_is_worked_on_by_one_process(whole: Path, scenes: Path, tmp_path: Path) -> None:
@@ -395,8 +461,8 @@ def test_damage_is_named_with_a_remedy_that_gives_the_same_bytes(photos: Path, t
 
     def older(file: Path) -> None:  # a shard that was made again, as by an editor that draws otherwise
         record = json.loads(file.read_text())
-        file.with_name("shard-00001.jsonl").write_bytes(b"{}\n")
-        file.write_text(json.dumps(record | {"records": 1, "sha256": hashlib.sha256(b"{}\n").hexdigest()}))
+        file.with_name("shard-00001.jsonl").write_bytes(b"")
+        file.write_text(json.dumps(record | {"records": 0, "sha256": hashlib.sha256(b"").hexdigest()}))
 
     for name, harm, wrong in (
         ("propose/shard-00001.jsonl", flip, r"propose/shard-00001\.jsonl is not what it was when the shard was through"),
@@ -417,7 +483,7 @@ def test_damage_is_named_with_a_remedy_that_gives_the_same_bytes(photos: Path, t
                 lambda: select(out, tmp_path / "g.jsonl", SelectOptions(), quiet),
                 lambda: verify(out, VerifyOptions(), 1, quiet, None),
             ):
-                with pytest.raises(ConfigError, match=f"verify of shard 1 {OUTDATED}; remove "):
+                with pytest.raises(DataError, match=rf"verify/shard-00001\.jsonl {OUTDATED}; remove "):
                     refuses()
             (out / "edit" / "shard-00001.jsonl").unlink()
             (out / "edit" / "shard-00001.done.json").unlink()
@@ -462,10 +528,54 @@ def test_what_no_step_has_written_is_one_sentence_or_not_through(name: str, text
     assert contents(out) == before
 
 
+def test_a_work_folder_writes_through_no_link(photos: Path, tmp_path: Path) -> None:
+    through_all(photos, tmp_path / "W", 1)
+    for name in ("propose", "edit", "verify", "pictures"):
+        (tmp_path / "W" / name).rename(tmp_path / "elsewhere")
+        (tmp_path / "W" / name).symlink_to(tmp_path / "elsewhere")
+        for function in (lambda: through_all(photos, tmp_path / "W", 1), lambda: status(tmp_path / "W")):
+            with pytest.raises(ConfigError, match=rf"W/{name} is a link to .*; put the folder itself there"):
+                function()
+        (tmp_path / "W" / name).unlink()
+        (tmp_path / "elsewhere").rename(tmp_path / "W" / name)
+    (tmp_path / "V").symlink_to(tmp_path / "W")
+    with pytest.raises(ConfigError, match=r"V is a link to .*; name the folder itself"):
+        edit(tmp_path / "V", EditOptions(), 0, quiet)
+
+
+def test_a_table_that_was_copied_is_the_same_data(photos: Path, tmp_path: Path) -> None:
+    """Its rows are prepared in another folder then, which is none of the settings."""
+    rows = [json.loads(line) for line in photos.read_text().splitlines()]
+    table = tmp_path / "captions.csv"
+    table.write_text("id,image,caption\n" + "".join(f"{row['id']},{row['image']},{row['caption']}\n" for row in rows))
+    through_all(table, tmp_path / "W", 1)
+    before = contents(tmp_path / "W")
+    os.utime(table, (1, 1))
+    through_all(table, tmp_path / "W", 1)
+    after = contents(tmp_path / "W")
+    assert before.pop("run.json") != after.pop("run.json") and before == after
+    with pytest.raises(ConfigError, match=r"run\.json was begun with other settings \(source\.roots: \['"):
+        propose(open_groups(table, [tmp_path, tmp_path / "W"], "auto"), tmp_path / "W", ProposeOptions(types="colour,relation"), 0, quiet)
+
+
+def test_pictures_that_are_not_there_are_said(photos: Path, tmp_path: Path) -> None:
+    """Where they were never there, as with a wrong --root, by the step edit; where their tar is gone, by select."""
+    through_all(photos, tmp_path / "W", 1)
+    (tmp_path / "W" / "pictures" / "shard-00000.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-00000\.tar has not the picture of 'p0/1' any more; remove .*/edit/shard-00000\.\*"):
+        select(tmp_path / "W", tmp_path / "g.jsonl", SelectOptions(), quiet)
+    said: list[str] = []
+    (tmp_path / "3.png").unlink()
+    propose(open_groups(photos, None, "auto"), tmp_path / "V", ProposeOptions(), 0, quiet)
+    edit(tmp_path / "V", EditOptions(), 0, said.append)
+    (line,) = [line for line in said if line.startswith("warning: ")]
+    assert re.search(r"some pictures cannot be read, .*; the first: .*3\.png", line)
+
+
 def test_a_caption_that_is_corrected_is_noticed_whatever_the_size(photos: Path, tmp_path: Path) -> None:
     through_all(photos, tmp_path / "W", 1)
     photos.write_text(photos.read_text().replace("a red cup", "a tan cup"))
-    with pytest.raises(ConfigError, match=r"run\.json was begun with other settings \(source: "):
+    with pytest.raises(ConfigError, match=r"run\.json was begun with other settings \(source\.sha256: "):
         through_all(photos, tmp_path / "W", 1)
 
 
@@ -515,6 +625,13 @@ def test_verdicts_are_precise_where_the_scorer_sees(whole: Path, scenes: Path, t
     (tmp_path / "labels.jsonl").write_text('{"edit": "none/1", "good": true}\n')
     with pytest.raises(DataError, match="1 labels are of no verified candidate, such as 'none/1'"):
         calibrate(tmp_path / "V", tmp_path / "labels.jsonl", Thresholds(), 0.97)
+    for line, wrong in (
+        ({"edit": "a", "attempt": "x", "good": True}, "line 2 is not"), ({"edit": "a", "attempt": None, "good": True}, "line 2 is not"),
+        ({"edit": "p0/0", "good": True}, "line 2 says of 'p0/0', attempt 0, the opposite of an earlier line"),
+    ):  # fmt: skip
+        (tmp_path / "labels.jsonl").write_text('{"edit": "p0/0", "good": false}\n' + json.dumps(line) + "\n")
+        with pytest.raises(DataError, match=wrong):
+            calibrate(tmp_path / "V", tmp_path / "labels.jsonl", Thresholds(), 0.97)
     with pytest.raises(ConfigError, match="no margin reaches a precision of 1"):
         calibrated([({"checks": None, "scores": SCORES}, False)], Thresholds(), 1.0)
 
@@ -1035,6 +1152,11 @@ def test_what_lies_beside_the_groups_is_replaced_where_it_is_ours_alone(
     for words in (selecting, auditing, counting) * 2:
         said_by(capsys, *words)
     assert "thin.jsonl is there, and select has not written it" in refused(capsys, *selecting[:4], tmp_path / "thin.jsonl")
+    for words, twice in (
+        (["data", "select", out, "--out", tmp_path / "both.png", "--figure", tmp_path / "both.png"], "both.png"),
+        ([*auditing[:-1], tmp_path / "a.md"], "a.md"),
+    ):
+        assert f"{twice} would be written twice, with different contents" in refused(capsys, *words)
     own = {name: (tmp_path / name).read_bytes() for name in theirs}
     for name, words in theirs.items():
         (tmp_path / name).write_bytes((tmp_path / "0.png").read_bytes() if name.endswith(".png") else b'{"facts": 1}\n')

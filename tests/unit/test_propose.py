@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -31,6 +32,7 @@ from cfvlm_ds.counterfactuals.propose.step import Seen, propose
 from cfvlm_ds.counterfactuals.propose.word_difference import defect
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 from cfvlm_ds.data import open_groups
+from cfvlm_ds.data.store import GroupStore
 
 Say = Callable[[str], object]
 
@@ -637,6 +639,28 @@ def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_pat
         made[shards] = {record["source"]: record for record in records}
     pairs = [edit for record in made[1].values() for edit in record["edits"] if edit["back_end"] == "mine"]
     assert made[1] == made[7] and len(made[1]) == 120 and len(pairs) > 100
+
+
+def test_a_shard_reads_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows are read once for all shards; each has those that the hash of the id says, and of a broken row its place."""
+    rows = [f'{{"id": "r{k}", "caption": "a red car", "image": "{k}.png"}}' if k % 9 != 4 else "{broken" for k in range(60)]
+    (tmp_path / "c.jsonl").write_text("\n".join(rows) + "\n")
+    expected: list[list[int]] = [[] for _ in range(7)]
+    for k in range(60):
+        name = f"r{k}" if k % 9 != 4 else f"{tmp_path / 'c.jsonl'}:{k + 1}"
+        expected[int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) % 7].append(k)
+    read: list[int] = []
+    entry = GroupStore.entry
+    monkeypatch.setattr(GroupStore, "entry", lambda store, index: read.append(index) or entry(store, index))
+    out = tmp_path / "W"
+    for shard in (3, 0, 1, 2, 4, 5, 6):
+        if shard == 5:
+            (out / "shards.bin").write_bytes(b"a disk that was full")
+        read.clear()
+        propose(open_groups(tmp_path / "c.jsonl", None, "auto"), out, ProposeOptions(shards=7), shard, quiet)
+        assert read == [*(range(60) if shard in (3, 5) else ()), *expected[shard]] and len(expected[shard]) > 3
+        records = [json.loads(line) for line in (out / "propose" / f"shard-{shard:05d}.jsonl").read_text().splitlines()]
+        assert [record.get("source") for record in records] == [f"r{k}" if k % 9 != 4 else None for k in expected[shard]]
 
 
 def test_shards_that_start_side_by_side_make_one_index(tmp_path: Path) -> None:

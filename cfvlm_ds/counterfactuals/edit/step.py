@@ -86,13 +86,17 @@ def _through(step: ShardStep, tar: _Tar, editors: Mapping[str, Editor], options:
     most = options.attempts if any(editor.varies for editor in editors.values()) else 1
     progress = Progress(say, STEP, max(proposed * most - step.count, 1), "pictures")
     threads = max(editor.threads for editor in editors.values())
+    unread: list[str] = []
     for _, (record, content) in _made(units, editors, options, threads):
+        unread += [record["detail"]] if "detail" in record and not unread else []
         if content is not None:
             record["picture"] |= {"file": tar.path.name, **tar.add(f"{step.count:08d}.png", content)}
         step.add(record)
         progress.advance()
         if options.budget_hours and step.seconds > 3600 * options.budget_hours:
             return "the budget of hours is spent"
+    if unread:
+        say(f"warning: some pictures cannot be read, and are no example of anything; the first: {unread[0]}")
     return ""
 
 
@@ -113,22 +117,11 @@ def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options:
 
 
 def _task(record: Mapping[str, Any], each: Mapping[str, Any], attempt: int, options: EditOptions, masks: Path | None) -> Task:
-    try:
-        name, words = each["id"], (record["caption"], each["text"], each["from"], each["to"], each["instruction"])
-        mask = picture_by_id(masks, name, (".png",)) if masks is not None else None
-        seed = seed_of(options.seed, name, attempt) % 2**53
-        return Task(
-            name,
-            record["source"],
-            each["type"],
-            NO_PICTURE if record["picture"] is None else Path(record["picture"]),
-            *words,
-            attempt,
-            seed,
-            mask,
-        )
-    except (KeyError, TypeError) as error:
-        raise DataError(f"a record of the step propose has no {error}; remove it, and propose again") from error
+    name, words = each["id"], (record["caption"], each["text"], each["from"], each["to"], each["instruction"])
+    mask = picture_by_id(masks, name, (".png",)) if masks is not None else None
+    seed = seed_of(options.seed, name, attempt) % 2**53
+    picture = NO_PICTURE if record["picture"] is None else Path(record["picture"])
+    return Task(name, record["source"], each["type"], picture, *words, attempt, seed, mask)
 
 
 def _made(
@@ -222,14 +215,9 @@ def pictures_end(work: WorkFolder, shard: int) -> int:
     """Where the last picture ends that the records of a shard name, in its tar; 0 without any."""
     end = 0
     for record in work.records(STEP, shard):
-        picture = record.get("picture")
-        try:
-            if isinstance(picture, Mapping) and "start" in picture:
-                end = int(picture["start"]) + int(picture["length"]) + -int(picture["length"]) % tarfile.BLOCKSIZE
-        except (KeyError, TypeError, ValueError):
-            raise DataError(
-                f"{work.file(STEP, shard)}: the picture of {record.get('edit')!r} has no place; {work.again(STEP, shard)}"
-            ) from None
+        picture = record.get("picture") or {}
+        if "start" in picture:
+            end = picture["start"] + picture["length"] + -picture["length"] % tarfile.BLOCKSIZE
     return end
 
 
@@ -281,9 +269,9 @@ class _Tar:
 def picture_path(work: WorkFolder, record: Mapping[str, Any]) -> Path | None:
     """The picture of an attempt, as every reader of pictures takes it; None for text alone."""
     picture = record.get("picture")
-    if not isinstance(picture, Mapping):
+    if picture is None:
         return None
     if "path" in picture:
-        return Path(str(picture["path"]))
-    name = str(picture["file"])
-    return work.path / "pictures" / part_name(name if "/" not in name else "none.tar", int(picture["start"]), int(picture["length"]))
+        return Path(picture["path"])
+    name = picture["file"]
+    return work.path / "pictures" / part_name(name if "/" not in name else "none.tar", picture["start"], picture["length"])

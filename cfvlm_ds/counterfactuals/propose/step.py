@@ -19,7 +19,8 @@ from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
 from cfvlm_ds.counterfactuals.options import ProposeOptions
 from cfvlm_ds.counterfactuals.propose import PROPOSERS
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Proposer, Rejected, Source, sources
-from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of, shard_of
+from cfvlm_ds.counterfactuals.propose.places import places_of
+from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.store import GroupStore
 
 STEP = "propose"
@@ -52,11 +53,10 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
             say(f"note: {notice}")
     own = {name: dict(back_end.settings()) for name, back_end in back_ends.items()}
     work.settle(STEP, {**said, "settings": own})
+    places = places_of(store, work, shard, say)
     step = ShardStep(work, STEP, shard)
     try:
-        stopped = _through(
-            step, _of_shard(store, work.shards, shard, bool(options.budget_hours)), back_ends, options, say, len(store) / work.shards
-        )
+        stopped = _through(step, _of_shard(store, places, bool(options.budget_hours)), back_ends, options, say, len(places))
         return step.finish(counted, stopped)
     except BaseException:
         step.give_up()
@@ -148,20 +148,13 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
         counts["failed" if each.get("failed") else f"rejected: {each['back_end']}: {each['reason'][:80]}"] += 1
 
 
-def _of_shard(store: GroupStore, shards: int, shard: int, evenly: bool) -> Iterator[Source | DataError]:
-    """The sources of a shard: in the order of the data, or, for a budget that may end before, evenly over all of it."""
-    count = len(store)
-    places: Sequence[int] = range(count)
+def _of_shard(store: GroupStore, places: Sequence[int], evenly: bool) -> Iterator[Source | DataError]:
+    """The sources at some places: in the order of the data, or, for a budget that may end before, evenly over all of it."""
+    count = len(places)
     stride = next(s for s in range(max(1, round(0.618 * count)), 2 * count + 2) if math.gcd(s, count) == 1) if evenly else 1
     seen = Seen()
     for k in range(count):
-        place = places[k * stride % count]
-        if shards > 1:
-            entry = store.entry(place)
-            name = f"{store.where(place)}" if isinstance(entry, DataError) else entry.id
-            if shard_of(name, shards) != shard:
-                continue
-        yield from _distinct(store, place, seen)
+        yield from _distinct(store, places[k * stride % count], seen)
 
 
 def _distinct(store: GroupStore, place: int, seen: Seen) -> Iterator[Source | DataError]:
