@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.parsing import read_document
 from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
 
 RULES = ("match", "likelihood", "both", "checks")
@@ -63,7 +64,8 @@ class Thresholds:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 wrong = "accepts a candidate of which a cell is wrong" if name in ("margin", "clip") and value < low else "decides nothing"
-                raise ConfigError(f"{name} {value:g} of the thresholds {wrong}; give a number from {low:g} to {high:g}")
+                bounds = f"from {low:g} to {high:g}" if high < sys.float_info.max else f"of at least {low:g}"
+                raise ConfigError(f"{name} {value:g} of the thresholds {wrong}; give a number {bounds}")
         for kind, (low, high) in self.changed.items():
             if not 0 <= low <= high <= 1:
                 raise ConfigError(f"changed of {kind!r} {low:g} to {high:g} in the thresholds: give two shares, 0 to 1, the smaller first")
@@ -175,11 +177,8 @@ def read_thresholds(file: str | Path | None, rule: str = "", margin: float | Non
     """Thresholds of a JSON or YAML file, the defaults for what it does not say. Raises ConfigError."""
     found = Thresholds()
     if file:
-        import yaml
-
         try:
-            text = read_bytes(file, MAX_SETTINGS).decode()
-            value = parse_json(text) if str(file).endswith(".json") else yaml.safe_load(text)
+            value = parse_json(read_bytes(file, MAX_SETTINGS).decode()) if str(file).endswith(".json") else read_document(file)
             known = {each.name: each for each in fields(Thresholds)}
             if not isinstance(value, dict) or not set(value) <= set(known):
                 raise ValueError(f"its keys are {', '.join(known)}")
@@ -189,7 +188,7 @@ def read_thresholds(file: str | Path | None, rule: str = "", margin: float | Non
             given.update((name, float(value[name])) for name in ("margin", "largest", "outside") if name in value)
             given.update((name, float(value[name])) for name in ("clip", "dino", "entailment") if value.get(name) is not None)
             found = replace(found, **given)
-        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             if isinstance(error, ConfigError):
                 raise ConfigError(f"--thresholds {file}: {error}") from error
             raise ConfigError(

@@ -62,7 +62,7 @@ def verify(
         say(f"{out}: verify is through with shard {shard}")
         return done
     others = SecondOpinion(options.clip, options.dino, options.nli) if options.clip or options.dino or options.nli else None
-    work.settle(STEP, {**_said(options), "scored": score is not None, "weights": dict(identity or {})})
+    work.settle(STEP, {**settings_of(options), "scored": score is not None, "weights": dict(identity or {})})
     step = ShardStep(work, STEP, shard)
     try:
         total = (work.done("edit", shard) or {"records": 0})["records"]
@@ -103,14 +103,15 @@ def refuse_unfit(out: Path, options: VerifyOptions, shard: int, of: int | None =
     work = WorkFolder.open(out)
     work.check_shard(shard, work.shards if of is None else of)
     work.need("edit", shard)
-    work.refuse_other(STEP, _said(options))
+    work.refuse_other(STEP, settings_of(options))
     if work.done(STEP, shard) is None:
         return True
     work.need(STEP, shard)
     return False
 
 
-def _said(options: VerifyOptions) -> dict[str, Any]:
+def settings_of(options: VerifyOptions) -> dict[str, Any]:
+    """What of the options decides the measures."""
     return {key: getattr(options, key) for key in ("scorer", "template", "prompt", "clip", "dino", "nli")}
 
 

@@ -1388,6 +1388,15 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
     assert "wrote" in said_by(capsys, "data", "run", "--config", plan)
     groups = read_manifest(tmp_path / "g.jsonl")
     assert len(groups) == 6 and all(len(group.candidates) == 2 for group in groups)
+    text = plan.read_text()  # what differs is said before anything is done of a shard that is missing
+    for file in (tmp_path / "W" / "propose").glob("shard-00001.*"):
+        file.unlink()
+    for change, message in (("with: [flip, none]", "back_ends: 'flip,none' then, 'none' now"), ("verify", "template: ")):
+        plan.write_text(text.replace(change, "with: [none]") if change in text else text + "verify: {template: 'Is it {text}?'}\n")
+        assert message in refused(capsys, "data", "run", "--config", plan, "--shard", "1")
+        assert not (tmp_path / "W" / "propose" / "shard-00001.jsonl").exists()
+    plan.write_text(text)
+    said_by(capsys, "data", "run", "--config", plan)
     for words, message in (
         (["--shard", "3"], "has shards 0 to 2"), (["--shard", "0/4"], "has 3 shards"), (["--config", "none.yaml"], "no such file"),
     ):  # fmt: skip
@@ -1415,7 +1424,11 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
         ("edit: {masks: nowhere}", "--masks nowhere: no such folder"), ("edit: {composite: all}", "--composite all"),
         ("verify: {scorer: nowhere}", "plan.yaml: verify.scorer: model.name_or_path 'nowhere' does not exist"),
         ("select: {splits: train}", "--splits 'train'"), ("select: {rule: best}", "rule 'best'"),
-        ("select: {thresholds: none.yaml}", "--thresholds none.yaml"), ("groups: captions.jsonl", "captions.jsonl is read here"),
+        ("select: {thresholds: none.yaml}", "--thresholds none.yaml"),
+        ("select: {margin: -1}", "plan.yaml: select.margin -1.0"),
+        ("propose: {words: words.yaml}", "--words words.yaml: '' of 'colour' is no word"),
+        ("data: other.jsonl", "key 'data' occurs twice"),
+        ("groups: captions.jsonl", "captions.jsonl is read here"),
     ],
 )  # fmt: skip
 def test_a_mistake_of_any_step_of_a_plan_is_said_before_the_first(
@@ -1423,6 +1436,7 @@ def test_a_mistake_of_any_step_of_a_plan_is_said_before_the_first(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     groups = "" if section.startswith("groups") else "groups: g.jsonl\n"
+    (tmp_path / "words.yaml").write_text("colour: [red, '']")
     (tmp_path / "plan.yaml").write_text(f"data: captions.jsonl\nout: W\n{groups}{section}\n")
     with pytest.raises(SystemExit) as ended:
         main.main(["data", "run", "--config", "plan.yaml"])

@@ -50,7 +50,7 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
     work = WorkFolder.open(out)
     work.check_shard(shard, work.shards if of is None else of)
     work.need("propose", shard)
-    said: dict[str, Any] = {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING}
+    said = settings_of(options)
     work.refuse_other(STEP, said)
     if (done := work.done(STEP, shard)) is not None:
         work.need(STEP, shard)
@@ -67,6 +67,11 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
     except BaseException:
         step.give_up()
         raise
+
+
+def settings_of(options: EditOptions) -> dict[str, Any]:
+    """What of the options decides the pictures."""
+    return {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING}
 
 
 def checked(options: EditOptions) -> list[str]:

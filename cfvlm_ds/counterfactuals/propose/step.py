@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.parsing import read_document
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
 from cfvlm_ds.counterfactuals.options import ProposeOptions
 from cfvlm_ds.counterfactuals.propose import PROPOSERS
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Proposer, Rejected, Source, sources
@@ -38,8 +38,7 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     """
     names = named(options.back_ends, PROPOSERS, "--with")
     words = read_words(options.words)
-    said: dict[str, Any] = {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING}
-    said["types"] = ",".join(options.wanted)
+    said = settings_of(options)
     work = WorkFolder.begin(out, store, options.shards)
     work.check_shard(shard, options.shards)
     work.refuse_other(STEP, said)
@@ -64,6 +63,11 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     finally:
         for back_end in back_ends.values():
             getattr(back_end, "close", lambda: None)()
+
+
+def settings_of(options: ProposeOptions) -> dict[str, Any]:
+    """What of the options decides the proposals."""
+    return {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING} | {"types": ",".join(options.wanted)}
 
 
 def _through(
@@ -214,15 +218,19 @@ def read_words(file: str) -> dict[str, list[str]]:
     """A YAML of words by type. Raises ConfigError."""
     if not file:
         return {}
-    import yaml
-
     try:
-        value = yaml.safe_load(read_bytes(file, MAX_SETTINGS))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        value = read_document(file)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--words {file}: cannot be read ({error}); write YAML such as colour: [red, green]") from error
     right = isinstance(value, dict) and all(
         isinstance(kind, str) and isinstance(words, list) and all(isinstance(word, str) for word in words) for kind, words in value.items()
     )
     if not right:
         raise ConfigError(f"--words {file}: lists of words by type are wanted; write YAML such as colour: [red, green]")
+    for kind, words in value.items():
+        for word in words:
+            if not word.isprintable() or word != word.strip() or not word:
+                raise ConfigError(f"--words {file}: {word!r} of {kind!r} is no word; write a word of one line")
     return {kind: list(words) for kind, words in value.items()}
