@@ -56,20 +56,25 @@ class Survival:
         kinds = sorted(self.by_type)
         total: Counter[str] = sum(self.by_type.values(), Counter())
         rest = [name for name, _ in sorted(total.items(), key=lambda item: (-item[1], item[0])) if name not in ("proposed", KEPT)]
-        lines = [f"| | {' | '.join(kinds)} | all | |", f"|---|{'---:|' * (len(kinds) + 2)}"]
+        lines = [f"| | {' | '.join(map(_cell, kinds))} | all | |", f"|---|{'---:|' * (len(kinds) + 2)}"]
         rows = [(name, [name]) for name in ("proposed", *rest[:_ROWS], KEPT)]
         if more := rest[_ROWS:]:
             rows.insert(-1, (f"{len(more)} further reasons", more))
         for shown, names in rows:
             counts = [sum(self.by_type[kind][name] for name in names) for kind in kinds]
             share = f"{100 * sum(counts) / max(total['proposed'], 1):.1f} %"
-            lines.append(f"| {one_line(shown, _SHOWN).replace('|', '/')} | {' | '.join(map(str, counts))} | {sum(counts)} | {share} |")
+            lines.append(f"| {_cell(shown)} | {' | '.join(map(str, counts))} | {sum(counts)} | {share} |")
         return "\n".join(lines)
 
     def captions(self) -> str:
         """A row for each thing that happened to captions."""
-        rows = [f"| {one_line(name, _SHOWN).replace('|', '/')} | {count} |" for name, count in sorted(self.sources.items())]
+        rows = [f"| {_cell(name)} | {count} |" for name, count in sorted(self.sources.items())]
         return "\n".join(["| captions | |", "|---|---:|", *rows])
+
+
+def _cell(text: str) -> str:
+    """What a journal says, in a table."""
+    return one_line(text, _SHOWN).replace("|", "/")
 
 
 def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Path) -> Survival:

@@ -65,6 +65,8 @@ def verify(
     work.settle(STEP, {**settings_of(options), "scored": score is not None, "weights": dict(identity or {})})
     step = ShardStep(work, STEP, shard)
     try:
+        for record, candidate in zip(work.records(STEP, shard), candidates(work, shard), strict=False):
+            step.expect(record, edit=candidate.record["edit"], attempt=candidate.record["attempt"])
         total = (work.done("edit", shard) or {"records": 0})["records"]
         progress = Progress(say, STEP, max(total - step.count, 1), "candidates")
         for there, chunk, looked in _looked_at_ahead(candidates(work, shard), BATCHES * options.batch_size, step.count):

@@ -49,7 +49,7 @@ from cfvlm_ds.counterfactuals.looking import view_work
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.plan import read_plan
 from cfvlm_ds.counterfactuals.propose.step import propose
-from cfvlm_ds.counterfactuals.select import ranges, select
+from cfvlm_ds.counterfactuals.select import Survival, ranges, select
 from cfvlm_ds.counterfactuals.status import status
 from cfvlm_ds.counterfactuals.verify import calibrate, verify
 from cfvlm_ds.counterfactuals.work_folder import OUTDATED, WorkFolder
@@ -499,6 +499,16 @@ def test_damage_is_named_with_a_remedy_that_gives_the_same_bytes(photos: Path, t
         verify(out, VerifyOptions(), 2, quiet, None)
     through_all(photos, out, 3)
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("step", ["propose", "edit", "verify"])
+def test_a_step_goes_on_after_its_own_records_alone(step: str, photos: Path, tmp_path: Path) -> None:
+    through_all(photos, out := tmp_path / "W", 1)
+    (out / step / "shard-00000.done.json").unlink()
+    lines = (out / step / "shard-00000.jsonl").read_bytes().splitlines(keepends=True)
+    (out / step / "shard-00000.jsonl").write_bytes(b"".join([lines[1], lines[0], *lines[2:4]]))
+    with pytest.raises(DataError, match=r"it has a record of .* in place of .*; start a new work folder"):
+        through_all(photos, out, 1)
 
 
 @pytest.mark.parametrize(
@@ -1104,6 +1114,8 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"no candidate is left; this is what became of them: .*score: "):
         select(whole, tmp_path / "x.jsonl", SelectOptions(margin=1000.0), quiet)
     assert not list(tmp_path.glob("x*"))
+    (hostile := Survival()).add("a\x1b[2J|b\n", "c\x1b|d")
+    assert hostile.table().splitlines()[0] == "| | a\\x1b[2J/b | all | |"
 
 
 def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from conftest import REPO, draw
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.counterfactuals.http import CallFailed, check_url, post
 from cfvlm_ds.counterfactuals.options import TYPES, AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.plan import read_plan
@@ -523,6 +523,17 @@ def test_a_restart_costs_nothing_and_gives_the_same(captions: Path, tmp_path: Pa
             file.write(b'{"request": "torn')
         asked_model(captions, out, server, llm_calls=3)
         assert len(server.asked) == 4
+        lines = [json.dumps(json.loads(line), indent=None, ensure_ascii=False) for line in journal.decode().splitlines()]
+        (out / "llm" / "shard-00000.jsonl").write_text("\n".join(lines) + "\n")  # as another program writes it
+        (out / "propose" / "shard-00000.jsonl").unlink()
+        asked_model(captions, out, server, llm_calls=3)
+        assert len(server.asked) == 4 and {path.name: path.read_bytes() for path in (out / "propose").iterdir()} == whole
+        (out / "llm" / "shard-00000.jsonl").write_bytes(journal + b'{"request": "x"}\n')
+        (out / "propose" / "shard-00000.jsonl").unlink()
+        with pytest.raises(DataError, match=rf"llm/shard-00000\.jsonl: byte {len(journal)} begins no reply; remove the file"):
+            asked_model(captions, out, server, llm_calls=3)
+        (out / "llm" / "shard-00000.jsonl").write_bytes(journal)
+        asked_model(captions, out, server, llm_calls=3)
         assert {path.name: path.read_bytes() for path in (out / "propose").iterdir()} == whole
         assert (out / "llm" / "shard-00000.jsonl").read_bytes() == journal
         with pytest.raises(ConfigError, match=r"begun with other settings \(.*llm_model: 'm' then, 'n' now.*\)"):
@@ -656,9 +667,12 @@ def test_a_shard_reads_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.Mo
     for shard in (3, 0, 1, 2, 4, 5, 6):
         if shard == 5:
             (out / "shards.bin").write_bytes(b"a disk that was full")
+            (out / "shards.bin.0a1b.tmp").write_bytes(b"a kill")
         read.clear()
         propose(open_groups(tmp_path / "c.jsonl", None, "auto"), out, ProposeOptions(shards=7), shard, quiet)
-        assert read == [*(range(60) if shard in (3, 5) else ()), *expected[shard]] and len(expected[shard]) > 3
+        assert (
+            not list(out.glob("*.tmp")) and read == [*(range(60) if shard in (3, 5) else ()), *expected[shard]] and len(expected[shard]) > 3
+        )
         records = [json.loads(line) for line in (out / "propose" / f"shard-{shard:05d}.jsonl").read_text().splitlines()]
         assert [record.get("source") for record in records] == [f"r{k}" if k % 9 != 4 else None for k in expected[shard]]
 

@@ -16,8 +16,10 @@ def made_once(path: Path, is_whole: Callable[[Path], bool], make: Callable[[], N
     the same one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path.parent):
+        with _alone(path.parent) as alone:
             if path.is_symlink() or not path.is_file() or not is_whole(path):
+                for left in path.parent.glob(f"{path.name}.*.tmp") if alone else ():  # by a kill
+                    left.unlink()
                 make()
     except OSError as error:
         raise StorageError(f"{unwritten(path, error)}; make room, or correct the folder") from error
@@ -25,12 +27,13 @@ def made_once(path: Path, is_whole: Callable[[Path], bool], make: Callable[[], N
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which leaves no file in it."""
-    handle = os.open(folder, os.O_RDONLY)
+def _alone(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder, which leaves no file in it; gives whether there are such locks."""
+    handle, locked = os.open(folder, os.O_RDONLY), False
     try:
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            locked = True
+        yield locked
     finally:
         os.close(handle)
