@@ -16,6 +16,7 @@ from typing import Any
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.parsing import read_document
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.options import ProposeOptions
 from cfvlm_ds.counterfactuals.propose import PROPOSERS
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Proposer, Rejected, Source, sources
@@ -231,6 +232,6 @@ def read_words(file: str) -> dict[str, list[str]]:
         raise ConfigError(f"--words {file}: lists of words by type are wanted; write YAML such as colour: [red, green]")
     for kind, words in value.items():
         for word in words:
-            if not word.isprintable() or word != word.strip() or not word:
+            if not word or printable(word.strip()) != word:
                 raise ConfigError(f"--words {file}: {word!r} of {kind!r} is no word; write a word of one line")
     return {kind: list(words) for kind, words in value.items()}
