@@ -243,6 +243,10 @@ def _audit(arguments: argparse.Namespace) -> None:
     options, out = _values(arguments, "audit"), Path(arguments.out)
     refuse_one_file(*report_files(out), *([Path(options.refine)] if options.refine else []))
     if options.refine:
+        if Path(os.path.realpath(options.refine)).is_relative_to(os.path.realpath(out)):
+            raise ConfigError(
+                f"--refine {options.refine} lies in the folder of the page, {out}, which is replaced as a whole; name another"
+            )
         refined_file(Path(options.refine), *arguments.manifest, *options.against.split(","))
     score = _scoring(options.scorer, 16)[0] if options.scorer else None
     found, sets = audit(arguments.manifest, arguments.root, arguments.format, options, _say, score)

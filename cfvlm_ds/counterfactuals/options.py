@@ -87,7 +87,7 @@ class EditOptions:
         back_ends: editors, separated by commas; each edit goes to the first that takes it: flip, folder, none, diffusers, http, command,
             or one of a script.
         model: model folder or hub name, of diffusers.
-        attempts: pictures that are made of each edit, by editors that draw.
+        attempts: pictures that are made of each edit, by editors that draw, 256 at most.
         seed: draws the attempts, with their ids.
         folder: edited pictures by id, FOLDER/SOURCE/NUMBER.png, of folder.
         masks: masks by id in the same way; white is where something may change.

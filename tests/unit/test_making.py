@@ -1169,6 +1169,7 @@ def test_what_lies_beside_the_groups_is_replaced_where_it_is_ours_alone(
         ([*auditing[:-1], tmp_path / "a.md"], "a.md"),
     ):
         assert f"{twice} would be written twice, with different contents" in refused(capsys, *words)
+    assert "lies in the folder of the page" in refused(capsys, *auditing[:-1], tmp_path / "a" / "thin.jsonl")
     own = {name: (tmp_path / name).read_bytes() for name in theirs}
     for name, words in theirs.items():
         (tmp_path / name).write_bytes((tmp_path / "0.png").read_bytes() if name.endswith(".png") else b'{"facts": 1}\n')
