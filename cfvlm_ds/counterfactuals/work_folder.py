@@ -87,8 +87,9 @@ class WorkFolder:
             "roots": [os.path.abspath(root) for root in store.roots if root not in prepared], "sha256": _contents(store.path),
         }  # fmt: skip
         about: dict[str, Any] = {"schema": SCHEMA, "shards": shards, "source": source}
-        if prepared:
-            about[_MADE_AGAIN] = [os.path.abspath(root) for root in prepared]
+        if prepared:  # pictures of shards that are through may be in an earlier one
+            earlier = begun.get(_MADE_AGAIN, []) if _is_about(begun := _read(path / "run.json")) else []
+            about[_MADE_AGAIN] = sorted({*earlier, *(os.path.abspath(root) for root in prepared)})
         if path.exists() and not (path / "run.json").exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(f"{path} is there and no work folder; name another one")
         path.mkdir(parents=True, exist_ok=True)
