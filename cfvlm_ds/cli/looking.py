@@ -10,7 +10,6 @@ from cfvlm_ds.cli.options import add_command, add_data_options, add_model_option
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.secrets import print_line
-from cfvlm_ds.core.untrusted import output_file
 from cfvlm_ds.core.verbosity import shows_progress
 
 
@@ -70,10 +69,11 @@ def _print_written(written: Any, out: str) -> None:
 def _stats(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.data.stats import statistics
 
+    file = None
     if arguments.out is not None:
-        if not arguments.out.endswith(".png"):
-            raise ConfigError(f"--out {arguments.out}: the figure is a PNG; give it a name that ends in .png")
-        output_file(Path(arguments.out))
+        from cfvlm_ds.tracking.data_figure import figure_file
+
+        file = figure_file(arguments.out, "--out")
     lengths = None
     if arguments.model:
         from cfvlm_ds.batching.collator import load_collator
@@ -83,9 +83,9 @@ def _stats(arguments: argparse.Namespace) -> None:
     format = said_format(arguments.manifest, arguments.format)
     found = statistics(arguments.manifest, arguments.root, format, lengths=lengths, max_pixels=arguments.max_pixels, **options)
     print(found)
-    if arguments.out is not None and found.num_groups:
+    if file is not None and found.num_groups:
         from cfvlm_ds.tracking.data_figure import data_figure
 
-        with whole_file(Path(arguments.out)) as file:
-            data_figure(file, found.histograms, found.bars)
+        with whole_file(file) as handle:
+            data_figure(handle, found.histograms, found.bars)
         print(f"wrote {arguments.out}")

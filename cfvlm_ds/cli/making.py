@@ -16,7 +16,8 @@ from cfvlm_ds.cli.options import add_command, add_data_options
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.secrets import print_line
-from cfvlm_ds.core.untrusted import output_file
+from cfvlm_ds.core.text import one_line, printable
+from cfvlm_ds.core.untrusted import refuse_one_file
 from cfvlm_ds.core.verbosity import shows_progress
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 
@@ -79,8 +80,11 @@ def add(data: Any) -> None:
     command.add_argument("--config", required=True, help="YAML of the plan")
     command.add_argument("--shard", type=_shard_or_number, metavar="I/N", help=f"{_SHARD}; I alone is one of the plan's shards")
 
-    command = add_command(data, "status", _status, "how far a work folder is, and which shards are missing", "cfvlm-ds data status W")
+    text = "how far a work folder is, and which shards are missing"
+    command = add_command(data, "status", _status, text, "cfvlm-ds data status W --check")
     command.add_argument("work", help=_WORK)
+    text = "also compare what is there with what was written, journals by sha256 and tars by length; exit code 1 where a shard is damaged"
+    command.add_argument("--check", action="store_true", help=text)
 
 
 def _add_shard(command: argparse.ArgumentParser) -> None:
@@ -173,7 +177,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 
         if not 0 < arguments.precision <= 1:
             raise ConfigError(f"--precision {arguments.precision}: a share from above 0 to 1")
-        start = read_thresholds(None, arguments.rule)
+        own = Path(arguments.work) / "thresholds.json"
+        start = read_thresholds(own if own.is_file() else None, arguments.rule)
         print(calibrate(Path(arguments.work), Path(arguments.calibrate), start, arguments.precision))
         print(f"wrote {Path(arguments.work) / 'thresholds.json'}, which select takes")
         return
@@ -207,16 +212,16 @@ def _selected(work: Path, out: Path, options: SelectOptions, figure: str | None 
     from cfvlm_ds.counterfactuals.select import KEPT, select
 
     if figure is not None:
-        if not figure.endswith(".png"):
-            raise ConfigError(f"--figure {figure}: the figure is a PNG; give it a name that ends in .png")
-        output_file(Path(figure))
-    survival = select(work, out, options, _say)
+        from cfvlm_ds.tracking.data_figure import figure_file
+
+        figure_file(figure, "--figure")
+    survival = select(work, out, options, _say, *([Path(figure)] if figure is not None else []))
     print(survival.table())
     print("\n" + survival.captions())
     for name, count in survival.files.items():
         print(f"wrote {name}: {count} groups")
     if survival.roots:
-        print(f"their pictures lie in several folders; read them with {' '.join(f'--root {root}' for root in survival.roots)}")
+        print(f"their pictures lie in several folders; read them with {printable(' '.join(f'--root {root}' for root in survival.roots))}")
     if figure is not None:
         from cfvlm_ds.tracking.data_figure import data_figure
 
@@ -231,16 +236,18 @@ def _selected(work: Path, out: Path, options: SelectOptions, figure: str | None 
 
 
 def _audit(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.counterfactuals.audit.report import audit, write_report
-    from cfvlm_ds.page import refuse_foreign_folder
+    from cfvlm_ds.counterfactuals.audit.refine import refined_file
+    from cfvlm_ds.counterfactuals.audit.report import audit, report_files, write_report
 
     _one_process("audit")
     options, out = _values(arguments, "audit"), Path(arguments.out)
-    refuse_foreign_folder(out)
+    refuse_one_file(*report_files(out), *([Path(options.refine)] if options.refine else []))
     if options.refine:
-        output_file(Path(options.refine), *arguments.manifest, *options.against.split(","))
-    for ending in (".md", ".json"):
-        output_file(out.with_name(out.name + ending))
+        if Path(os.path.realpath(options.refine)).is_relative_to(os.path.realpath(out)):
+            raise ConfigError(
+                f"--refine {options.refine} lies in the folder of the page, {out}, which is replaced as a whole; name another"
+            )
+        refined_file(Path(options.refine), *arguments.manifest, *options.against.split(","))
     score = _scoring(options.scorer, 16)[0] if options.scorer else None
     found, sets = audit(arguments.manifest, arguments.root, arguments.format, options, _say, score)
     write_report(found, sets, out, _say)
@@ -287,7 +294,11 @@ def _one_shard(plan: Plan, shard: int) -> None:
 def _status(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.counterfactuals.status import status
 
-    print(status(Path(arguments.work))[0])
+    found = status(Path(arguments.work), arguments.check)
+    print(found.text)
+    if found.damaged:
+        sys.stdout.flush()
+        sys.exit(1)
 
 
 def _opened(manifest: str, root: Any, format: str) -> Any:
@@ -329,6 +340,6 @@ def _say(line: str) -> None:
 
 
 def _print_done(step: str, done: dict[str, Any]) -> None:
-    counts = ", ".join(f"{count} {name}" for name, count in sorted(done["counts"].items(), key=lambda each: -each[1])[:8])
+    counts = ", ".join(f"{count} {one_line(name, 100)}" for name, count in sorted(done["counts"].items(), key=lambda each: -each[1])[:8])
     stopped = f" ({done['stopped']})" if "stopped" in done else ""
     print(f"{step}: {done['records']} records{stopped}: {counts or 'nothing'}")

@@ -202,6 +202,18 @@ def check_document(text: str, named: str) -> None:
         raise ConfigError(f"{aliases} YAML aliases in {named}, and {_ALIASES} are the most; write the values out")
 
 
+def read_document(path: str | os.PathLike[str]) -> Any:
+    """The value of a YAML file of settings. Raises ConfigError as ``check_document`` does, OSError or ValueError for what is none."""
+    import yaml
+
+    text = read_bytes(os.fspath(path), MAX_SETTINGS).decode("utf-8-sig")
+    check_document(text, str(path))
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
 _ALIASES = 20
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.files import create as create
 from cfvlm_ds.core.files import remove as remove
+from cfvlm_ds.core.reading import open_regular
 
 _LONGEST_NAME = 255  # bytes: what file systems take
 
@@ -59,17 +61,41 @@ def refuse_link(path: Path, remedy: str) -> None:
         raise ConfigError(f"{path} is a link to {os.readlink(path)}, and nothing is written through a link; {remedy}")
 
 
-def output_file(path: Path, *inputs: str | Path) -> Path:
+def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
     """``path``, to which a result is to be written, with its folder made. Raises ConfigError or StorageError where it cannot be, and where
     it is one of the files that the result is made of."""
-    refuse_link(path, "name the file itself with --out")
+    refuse_link(path, f"name the file itself with {option}")
     if path.exists() and any(Path(each).exists() and path.samefile(each) for each in inputs):
         raise ConfigError(f"{path} is read here, and would be replaced; name another file to write")
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{path} is there and is no file; name another one with --out")
+        raise ConfigError(f"{path} is there and is no file; name another one with {option}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise StorageError(f"{unwritten(path, error)}; name another file with --out") from error
+        raise StorageError(f"{unwritten(path, error)}; name another file with {option}") from error
+    return path
+
+
+def refuse_one_file(*outputs: Path) -> None:
+    """Raise ConfigError where two of the files that a command is about to write are one."""
+    seen: dict[str, Path] = {}
+    for path in outputs:
+        if (key := os.path.realpath(path)) in seen:
+            raise ConfigError(f"{path} would be written twice, with different contents; give each output a name of its own")
+        seen[key] = path
+
+
+def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inputs: str | Path, option: str = "--out") -> Path:
+    """``output_file``, which also refuses a file that is there and is not empty unless ``ours`` recognises it as one that ``writer`` has
+    written: it raises what parsing raises, or returns False, for any other."""
+    output_file(path, *inputs, option=option)
+    if path.exists() and path.stat().st_size > 0:
+        try:
+            with open_regular(path) as handle:
+                known = ours(handle)
+        except (OSError, ValueError, LookupError, TypeError, StopIteration, RecursionError):
+            known = False
+        if not known:
+            raise ConfigError(f"{path} is there, and {writer} has not written it; name another one with {option}")
     return path

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.counterfactuals.options import MAX_ATTEMPTS
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 
 Record = Mapping[str, Any]
@@ -44,14 +45,14 @@ class ByAttempt:
     def __init__(self, work: WorkFolder, step: str, shard: int) -> None:
         self._file = work.file(step, shard)
         most = work.settings("edit").get("attempts", 1)
-        self._most = most if type(most) is int and most >= 1 else 1
+        self._most = most if type(most) is int and 1 <= most <= MAX_ATTEMPTS else 1
         self._streams = [self._of(work, step, shard, attempt) for attempt in range(self._most)]
         self._next = [next(stream, None) for stream in self._streams]
 
     def _of(self, work: WorkFolder, step: str, shard: int, attempt: int) -> Iterator[Record]:
         for record in work.records(step, shard):
             number = record["attempt"]
-            if type(number) is not int or not 0 <= number < self._most:
+            if number >= self._most:
                 raise DataError(f"{self._file}: attempt {number!r} of {self._most}; make the shard again")
             if number == attempt:
                 yield record

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.counterfactuals.attempts import ByAttempt
 from cfvlm_ds.counterfactuals.edit.step import picture_path
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, Verdict, verdict
@@ -73,21 +72,7 @@ class History:
 
 
 def histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[History]:
-    """The sources of a shard, those without edits too.
-
-    Raises DataError for records that are none of these steps.
-    """
-    try:
-        yield from _histories(work, shard, thresholds)
-    except DataError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{work.path}: a record of shard {shard} is damaged ({type(error).__name__}: {error}); make the shard again"
-        ) from error
-
-
-def _histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[History]:
+    """The sources of a shard, those without edits too."""
     made, measured = ByAttempt(work, "edit", shard), ByAttempt(work, "verify", shard)
     for line in work.records("propose", shard):
         if "problem" in line:

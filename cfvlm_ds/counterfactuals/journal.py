@@ -26,9 +26,23 @@ def as_line(record: Any) -> bytes:
     return json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
+def sha256_of_file(path: Path) -> str:
+    """Of all bytes of a file, as a completion file has it. Raises OSError, and ValueError for what is no file."""
+    digest = hashlib.sha256()
+    with open_regular(path) as handle:
+        while block := handle.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a journal. Raises DataError naming file and line for what is none."""
-    where = str(path)
+    return (record for _, record in _located(path))
+
+
+def _located(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Where each line begins, and its record."""
+    where, start = str(path), 0
     try:
         with open_regular(path) as handle:
             for number, line in enumerate(lines(handle, MAX_LINE), 1):
@@ -36,7 +50,8 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
                 value = parse_json(line.decode())
                 if not isinstance(value, dict):
                     raise ValueError(f"it is a {type(value).__name__} and no object")
-                yield value
+                yield start, value
+                start += len(line)
     except FileNotFoundError:
         return
     except (OSError, ValueError, RecursionError, TooLarge) as error:
@@ -100,10 +115,7 @@ class Journal:
 
     def entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Where each line begins, and its record."""
-        start = 0
-        for record in records(self.path):
-            yield start, record
-            start += len(as_line(record))
+        return _located(self.path)
 
     def read(self, start: int) -> Any:
         """The record that begins at a place."""

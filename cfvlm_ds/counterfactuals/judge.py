@@ -8,27 +8,36 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.parsing import read_document
 from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
 
 RULES = ("match", "likelihood", "both", "checks")
 GOOD = ""
 _CERTAIN = 40.0  # log-odds of what a float can only call certain
+_BOUNDS = {
+    "margin": (0.0, sys.float_info.max), "largest": (0.0, 1.0), "outside": (0.0, 1.0), "clip": (0.0, 2.0), "dino": (-1.0, 1.0),
+    "entailment": (0.0, 1.0),
+}  # fmt: skip
+"""What a threshold can be. Of those by which a comparison must be won none is below 0: there the wrong text has won it."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """What a candidate must reach.
 
+    Raises ConfigError for a number outside of its bounds: what a verdict compares with it would decide nothing, or the wrong way round.
+
     Args:
         rule: scores that count: match, log-odds of "yes, the picture shows it"; likelihood, of the texts as captions, less that on a blank
             picture where pictures are compared with one text; both; or checks, none.
-        margin: nats by which each of the four comparisons must be won.
+        margin: nats by which each of the four comparisons must be won; at least 0, where each is won.
         changed: least and most share of visibly changed pixels, by type of edit; "*" for the others.
         largest: least share of the changed pixels that are in one piece.
         outside: most share of the pixels outside of the mask that may differ.
@@ -51,6 +60,15 @@ class Thresholds:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ConfigError(f"rule {self.rule!r} of the thresholds: it is one of {', '.join(RULES)}")
+        for name, (low, high) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                wrong = "accepts a candidate of which a cell is wrong" if name in ("margin", "clip") and value < low else "decides nothing"
+                bounds = f"from {low:g} to {high:g}" if high < sys.float_info.max else f"of at least {low:g}"
+                raise ConfigError(f"{name} {value:g} of the thresholds {wrong}; give a number {bounds}")
+        for kind, (low, high) in self.changed.items():
+            if not 0 <= low <= high <= 1:
+                raise ConfigError(f"changed of {kind!r} {low:g} to {high:g} in the thresholds: give two shares, 0 to 1, the smaller first")
 
     def bounds(self, kind: str) -> tuple[float, float]:
         """Least and most share of changed pixels of a type."""
@@ -159,11 +177,8 @@ def read_thresholds(file: str | Path | None, rule: str = "", margin: float | Non
     """Thresholds of a JSON or YAML file, the defaults for what it does not say. Raises ConfigError."""
     found = Thresholds()
     if file:
-        import yaml
-
         try:
-            text = read_bytes(file, MAX_SETTINGS).decode()
-            value = parse_json(text) if str(file).endswith(".json") else yaml.safe_load(text)
+            value = parse_json(read_bytes(file, MAX_SETTINGS).decode()) if str(file).endswith(".json") else read_document(file)
             known = {each.name: each for each in fields(Thresholds)}
             if not isinstance(value, dict) or not set(value) <= set(known):
                 raise ValueError(f"its keys are {', '.join(known)}")
@@ -173,9 +188,9 @@ def read_thresholds(file: str | Path | None, rule: str = "", margin: float | Non
             given.update((name, float(value[name])) for name in ("margin", "largest", "outside") if name in value)
             given.update((name, float(value[name])) for name in ("clip", "dino", "entailment") if value.get(name) is not None)
             found = replace(found, **given)
-        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             if isinstance(error, ConfigError):
-                raise
+                raise ConfigError(f"--thresholds {file}: {error}") from error
             raise ConfigError(
                 f"--thresholds {file}: no thresholds ({error}); write them as `cfvlm-ds data verify --calibrate` does"
             ) from error
@@ -184,49 +199,68 @@ def read_thresholds(file: str | Path | None, rule: str = "", margin: float | Non
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Thresholds that labelled candidates call for, and what they give there."""
+    """Thresholds that labelled candidates call for, and what they give there. ``below`` are those that the precision would allow to keep
+    too by a margin below 0, which is none: a cell of theirs is wrong."""
 
     thresholds: Thresholds
     kept: int
     good_kept: int
     good: int
     labelled: int
+    below: int = 0
 
     def __str__(self) -> str:
         low, high = wilson(self.good_kept, self.kept)
         share = self.good_kept / self.kept if self.kept else 0.0
-        return (
+        said = (
             f"margin {self.thresholds.margin:.3f} nats, rule {self.thresholds.rule}: precision {100 * share:.1f} % "
             f"(95 % interval {100 * low:.1f} to {100 * high:.1f}), recall {100 * self.good_kept / max(self.good, 1):.1f} %, "
             f"yield {self.kept} of {self.labelled} labelled candidates"
         )
+        if self.below:
+            said += f"\nthe labels would also keep {self.below} candidates below 0, but 0 is the least margin: "
+            said += "the scorer has a cell of each wrong"
+        return said
 
     def as_json(self) -> str:
         return json.dumps(asdict(self.thresholds), indent=1) + "\n"
 
 
 def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresholds, precision: float) -> Calibrated:
-    """The least margin at which labelled records reach a precision: what is kept then is the most that can be.
+    """The least margin at which labelled records reach a precision: what is kept then is the most that can be. It is never below 0.
 
-    Raises ConfigError where no margin does.
+    Raises ConfigError where no margin does, and for a rule without one.
     """
-    judged = [(verdict(record, replace(start, margin=-math.inf)), good) for record, good in labelled]
+    if start.rule == "checks":
+        raise ConfigError("rule checks compares pixels alone and has no margin to fit; name match, likelihood or both with --rule")
+    judged = [(verdict(record, replace(start, margin=0.0)), good) for record, good in labelled]
     good = sum(each for _, each in judged)
-    passing = sorted(((found.worst, each) for found, each in judged if found.reason == GOOD), reverse=True)
-    best: tuple[int, int, float] | None = None
-    right = 0
-    for number, (worst, each) in enumerate(passing, 1):
-        right += each
-        last_of_its_value = number == len(passing) or passing[number][0] < worst
-        if last_of_its_value and right / number >= precision:
-            below = passing[number][0] if number < len(passing) else worst - 1.0
-            best = (number, right, (worst + below) / 2)
+    scored = sorted(((found.worst, each) for found, each in judged if found.stage == 2 and math.isfinite(found.worst)), reverse=True)
+    passing = [each for each in scored if each[0] > 0]
+    best, unbounded = _most_kept(passing, precision), _most_kept(scored, precision)
     if best is None:
+        negative = "; a margin below 0 would, and keep what the scorer calls wrong" if unbounded is not None else ""
         raise ConfigError(
             f"no margin reaches a precision of {precision:g} on {len(judged)} labelled candidates, of which {good} are good and "
-            f"{len(passing)} pass the checks of pixels; label more, take another scorer or rule, or lower --precision"
+            f"{len(passing)} pass the checks and have all four cells right{negative}; label more, take another scorer or rule, or lower "
+            "--precision"
         )
-    return Calibrated(replace(start, margin=round(best[2], 4)), best[0], best[1], good, len(judged))
+    kept, right = best
+    last = passing[kept - 1][0]
+    below = passing[kept][0] if kept < len(passing) else 0.0
+    middle = round((last + below) / 2, 4) if below else 0.0
+    thresholds = replace(start, margin=middle if below <= middle < last else below)
+    return Calibrated(thresholds, kept, right, good, len(judged), max(0, (unbounded or best)[0] - len(passing)))
+
+
+def _most_kept(ranked: Sequence[tuple[float, bool]], precision: float) -> tuple[int, int] | None:
+    """How many of the first, and how many good ones among them, can be kept at a precision; equal ones stay together."""
+    best, right = None, 0
+    for number, (worst, good) in enumerate(ranked, 1):
+        right += good
+        if (number == len(ranked) or ranked[number][0] < worst) and right / number >= precision:
+            best = number, right
+    return best
 
 
 def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:

@@ -11,6 +11,7 @@ TYPES = (
     "colour", "size", "material", "texture", "count", "relation", "object", "action", "swap_attribute", "swap_object", "other",
 )  # fmt: skip
 """What an edit changes. ``other`` is what only `mine` and a language model find."""
+MAX_ATTEMPTS = 256
 TEMPLATE = 'Does this figure show "{text}"? Please answer Yes or No.'
 PROMPT = "Describe the image."
 
@@ -20,7 +21,7 @@ def _at_least(options: object, **least: float) -> None:
     for name, low in least.items():
         value = getattr(options, name)
         if not (math.isfinite(value) and value >= low):
-            raise ConfigError(f"--{name} {value}: it is {'a number' if low < 0 else f'at least {low:g}'}")
+            raise ConfigError(f"--{name} {value}: it is at least {low:g}")
 
 
 _SOON = 0.001
@@ -86,7 +87,7 @@ class EditOptions:
         back_ends: editors, separated by commas; each edit goes to the first that takes it: flip, folder, none, diffusers, http, command,
             or one of a script.
         model: model folder or hub name, of diffusers.
-        attempts: pictures that are made of each edit, by editors that draw.
+        attempts: pictures that are made of each edit, by editors that draw, 256 at most.
         seed: draws the attempts, with their ids.
         folder: edited pictures by id, FOLDER/SOURCE/NUMBER.png, of folder.
         masks: masks by id in the same way; white is where something may change.
@@ -115,6 +116,8 @@ class EditOptions:
 
     def __post_init__(self) -> None:
         _at_least(self, attempts=1, threads=1, timeout_s=_SOON, budget_hours=0)
+        if self.attempts > MAX_ATTEMPTS:
+            raise ConfigError(f"--attempts {self.attempts}: it is at most {MAX_ATTEMPTS}")
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ class SelectOptions:
 
     Args:
         rule: scores that decide: match, likelihood, both, or checks for pixels alone; match where candidates were scored.
-        margin: nats by which each comparison must be won.
+        margin: nats by which each comparison must be won, 0 at least.
         thresholds: file of thresholds; W/thresholds.json where `data verify --calibrate` wrote one.
         per_type: groups' edits of a type at most, the best ones; 0 for all.
         per_source: edits of one caption at most, the best ones.
@@ -172,7 +175,7 @@ class SelectOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(self, per_type=0, per_source=1, **({} if self.margin is None else {"margin": -math.inf}))
+        _at_least(self, per_type=0, per_source=1, **({} if self.margin is None else {"margin": 0}))
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
+from cfvlm_ds.core.parsing import read_document
 from cfvlm_ds.core.shipped import found as shipped_file
 from cfvlm_ds.core.shipped import listed
 from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, SelectOptions, VerifyOptions
-from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS
+from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS, WorkFolder
 
 T = TypeVar("T")
 WITH = {"with": "back_ends"}
@@ -57,16 +57,24 @@ class Plan:
                 raise ConfigError(f"{option} is empty; the captions and the work folder are needed")
 
     def check(self) -> None:
-        """Raise ConfigError for what a later step would refuse, when all that comes before it is done."""
-        from cfvlm_ds.counterfactuals.edit.step import checked as check_edit
+        """Raise ConfigError for what a later step would refuse, when all that comes before it is done: options that are wrong, or other
+        ones than it was begun with."""
+        from cfvlm_ds.counterfactuals import verify
+        from cfvlm_ds.counterfactuals.edit import step as edit
         from cfvlm_ds.counterfactuals.propose import PROPOSERS
-        from cfvlm_ds.counterfactuals.propose.step import named
+        from cfvlm_ds.counterfactuals.propose import step as propose
         from cfvlm_ds.counterfactuals.select import checked as check_select
 
-        named(self.propose.back_ends, PROPOSERS, "propose.with")
-        check_edit(self.edit)
+        propose.named(self.propose.back_ends, PROPOSERS, "propose.with")
+        propose.read_words(self.propose.words)
+        edit.checked(self.edit)
         if self.groups:
             check_select(Path(self.groups), self.select, self.data)
+        if (Path(self.out) / "run.json").exists():
+            work = WorkFolder.open(Path(self.out))
+            work.refuse_other("propose", propose.settings_of(self.propose))
+            work.refuse_other("edit", edit.settings_of(self.edit))
+            work.refuse_other("verify", verify.settings_of(self.verify))
 
 
 _SECTIONS = {"propose": ProposeOptions, "edit": EditOptions, "verify": VerifyOptions, "select": SelectOptions}
@@ -74,14 +82,14 @@ _SECTIONS = {"propose": ProposeOptions, "edit": EditOptions, "verify": VerifyOpt
 
 def read_plan(file: str) -> Plan:
     """The plan of a YAML file, of the user's own or one that comes with the package. Raises ConfigError naming the key."""
-    import yaml
-
     path = shipped_file(file, "examples")
     if not Path(path).is_file():
         raise ConfigError(f"--config {file}: no such file; give the path of yours, or one of {listed('examples')}")
     try:
-        value = yaml.safe_load(read_bytes(path, MAX_SETTINGS))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        value = read_document(path)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); write YAML as in examples/build_coco.yaml") from error
     if not isinstance(value, Mapping):
         raise ConfigError(f"{path}: it holds a {type(value).__name__}; write YAML as in examples/build_coco.yaml")

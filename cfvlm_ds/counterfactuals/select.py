@@ -10,16 +10,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import TooLarge, lines, open_regular, parse_json
+from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.text import one_line
-from cfvlm_ds.core.untrusted import output_file
+from cfvlm_ds.core.untrusted import own_output, refuse_one_file
+from cfvlm_ds.counterfactuals.audit.refine import REFINED
 from cfvlm_ds.counterfactuals.history import Edited, History, histories
 from cfvlm_ds.counterfactuals.journal import MAX_LINE
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
@@ -54,24 +56,29 @@ class Survival:
         kinds = sorted(self.by_type)
         total: Counter[str] = sum(self.by_type.values(), Counter())
         rest = [name for name, _ in sorted(total.items(), key=lambda item: (-item[1], item[0])) if name not in ("proposed", KEPT)]
-        lines = [f"| | {' | '.join(kinds)} | all | |", f"|---|{'---:|' * (len(kinds) + 2)}"]
+        lines = [f"| | {' | '.join(map(_cell, kinds))} | all | |", f"|---|{'---:|' * (len(kinds) + 2)}"]
         rows = [(name, [name]) for name in ("proposed", *rest[:_ROWS], KEPT)]
         if more := rest[_ROWS:]:
             rows.insert(-1, (f"{len(more)} further reasons", more))
         for shown, names in rows:
             counts = [sum(self.by_type[kind][name] for name in names) for kind in kinds]
             share = f"{100 * sum(counts) / max(total['proposed'], 1):.1f} %"
-            lines.append(f"| {one_line(shown, _SHOWN).replace('|', '/')} | {' | '.join(map(str, counts))} | {sum(counts)} | {share} |")
+            lines.append(f"| {_cell(shown)} | {' | '.join(map(str, counts))} | {sum(counts)} | {share} |")
         return "\n".join(lines)
 
     def captions(self) -> str:
         """A row for each thing that happened to captions."""
-        rows = [f"| {one_line(name, _SHOWN).replace('|', '/')} | {count} |" for name, count in sorted(self.sources.items())]
+        rows = [f"| {_cell(name)} | {count} |" for name, count in sorted(self.sources.items())]
         return "\n".join(["| captions | |", "|---|---:|", *rows])
 
 
-def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
-    """Write the groups of all shards to ``file``, and beside it FILE.survival.md and .json.
+def _cell(text: str) -> str:
+    """What a journal says, in a table."""
+    return one_line(text, _SHOWN).replace("|", "/")
+
+
+def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Path) -> Survival:
+    """Write the groups of all shards to ``file``, and beside it FILE.survival.md and .json; ``outputs`` are what the caller writes then.
 
     Raises ConfigError where a shard is not verified yet, naming all of them, or nothing is left.
     """
@@ -80,7 +87,10 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
         raise ConfigError(
             f"{out}: verify is not through with {len(missing)} of {work.shards} shards; run them first: --array={ranges(missing)}"
         )
+    for shard in range(work.shards):
+        work.need("verify", shard)
     files, shares = checked(file, options, work.about["source"]["path"])
+    refuse_one_file(*files.values(), *_beside(file), *outputs)
     thresholds = _thresholds(work, options)
     survival = Survival()
     cuts = _cuts(work, thresholds, options) if options.per_type else {}
@@ -97,6 +107,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
                 name = _split(history, shares, options.seed)
                 kept = _kept(history, options, cuts, survival, name, shares)
                 if kept:
+                    _refuse_lost(work, shard, kept)
                     row = _row(history, kept, options, folder, steps, thresholds)
                     handles[name].write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
                     written[name] += 1
@@ -106,8 +117,9 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     survival.files.update({str(files[name]): written[name] for name in files})
     survival.roots.extend(map(str, [folder, *(root for root in further if root in outside)] if outside else []))
     record = {"by_type": {k: dict(x) for k, x in survival.by_type.items()}, "captions": dict(survival.sources), "files": survival.files}
-    replace(file.with_name(f"{file.name}.survival.json"), json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
-    replace(file.with_name(f"{file.name}.survival.md"), f"{survival.table()}\n\n{survival.captions()}\n".encode())
+    as_json, as_table = _beside(file)
+    replace(as_json, json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
+    replace(as_table, f"{survival.table()}\n\n{survival.captions()}\n".encode())
     return survival
 
 
@@ -118,22 +130,29 @@ def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[
     read_thresholds(options.thresholds, options.rule, options.margin)
     files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
     for each in files.values():
-        _refuse_foreign(output_file(each, data))
+        own_output(each, _is_selected, "select", data)
+    for path, ours in zip(_beside(file), (_is_survival, _is_survival_table), strict=True):
+        own_output(path, ours, "select", data)
     return files, shares
 
 
-def _refuse_foreign(file: Path) -> None:
-    """Raise ConfigError for a file that is there and that select has not written."""
-    if not file.exists() or file.stat().st_size == 0:
-        return
-    try:
-        with open_regular(file) as handle:
-            row = parse_json(next(lines(handle, MAX_LINE)).decode())
-        ours = row["schema"] == SCHEMA and isinstance(row["meta"]["steps"], dict)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, TooLarge, StopIteration):
-        ours = False
-    if not ours:
-        raise ConfigError(f"{file} is there, and select has not written it; name another one with --out")
+def _beside(file: Path) -> tuple[Path, Path]:
+    """Where what became of the candidates is written, as JSON and as a table."""
+    return file.with_name(f"{file.name}.survival.json"), file.with_name(f"{file.name}.survival.md")
+
+
+def _is_selected(file: IO[bytes]) -> bool:
+    row = parse_json(next(lines(file, MAX_LINE)).decode())
+    return row["schema"] == SCHEMA and isinstance(row["meta"]["steps"], dict) and REFINED not in row["meta"]
+
+
+def _is_survival(file: IO[bytes]) -> bool:
+    return set(parse_json(file.read(MAX_LINE).decode())) == {"by_type", "captions", "files"}
+
+
+def _is_survival_table(file: IO[bytes]) -> bool:
+    head, _, first = (line.decode() for line in islice(lines(file, MAX_LINE), 3))
+    return head.startswith("| | ") and first.startswith("| proposed | ")
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
@@ -223,6 +242,15 @@ def _kept(
             kept.append(each)
             texts.add(text)
     return kept
+
+
+def _refuse_lost(work: WorkFolder, shard: int, kept: Sequence[Edited]) -> None:
+    """Raise DataError where the picture of an edit is no longer in its tar."""
+    tar = work.tar(shard)
+    for each in kept:
+        picture = (each.best.made.get("picture") if each.best is not None else None) or {}
+        if "start" in picture and (not tar.is_file() or tar.stat().st_size < picture["start"] + picture["length"]):
+            raise DataError(f"{tar} has not the picture of {each.proposal['id']!r} any more; {work.again('edit', shard)}")
 
 
 def _mined(edited: Edited) -> str:

@@ -62,9 +62,11 @@ def verify(
         say(f"{out}: verify is through with shard {shard}")
         return done
     others = SecondOpinion(options.clip, options.dino, options.nli) if options.clip or options.dino or options.nli else None
-    work.settle(STEP, {**_said(options), "scored": score is not None, "weights": dict(identity or {})})
+    work.settle(STEP, {**settings_of(options), "scored": score is not None, "weights": dict(identity or {})})
     step = ShardStep(work, STEP, shard)
     try:
+        for record, candidate in zip(work.records(STEP, shard), candidates(work, shard), strict=False):
+            step.expect(record, edit=candidate.record["edit"], attempt=candidate.record["attempt"])
         total = (work.done("edit", shard) or {"records": 0})["records"]
         progress = Progress(say, STEP, max(total - step.count, 1), "candidates")
         for there, chunk, looked in _looked_at_ahead(candidates(work, shard), BATCHES * options.batch_size, step.count):
@@ -103,11 +105,15 @@ def refuse_unfit(out: Path, options: VerifyOptions, shard: int, of: int | None =
     work = WorkFolder.open(out)
     work.check_shard(shard, work.shards if of is None else of)
     work.need("edit", shard)
-    work.refuse_other(STEP, _said(options))
-    return work.done(STEP, shard) is None
+    work.refuse_other(STEP, settings_of(options))
+    if work.done(STEP, shard) is None:
+        return True
+    work.need(STEP, shard)
+    return False
 
 
-def _said(options: VerifyOptions) -> dict[str, Any]:
+def settings_of(options: VerifyOptions) -> dict[str, Any]:
+    """What of the options decides the measures."""
     return {key: getattr(options, key) for key in ("scorer", "template", "prompt", "clip", "dino", "nli")}
 
 
@@ -125,16 +131,12 @@ class Candidate:
 
 def candidates(work: WorkFolder, shard: int) -> Iterator[Candidate]:
     """The attempts of a shard in their order, each with its proposal."""
-    masks = work.settings("edit").get("masks")
+    named = work.settings("edit").get("masks")
+    masks = Path(named) if isinstance(named, str) and named else None
     for record, proposal, line in with_proposals(work, shard):
-        try:
-            edited, original = picture_path(work, record), line.get("picture")
-            if type(record["attempt"]) is not int:
-                raise KeyError
-        except (KeyError, TypeError, ValueError):
-            raise DataError(f"{work.file('edit', shard)}: the attempt at {record.get('edit')!r} is damaged; make the shard again") from None
-        mask = picture_by_id(Path(masks), str(record["edit"]), (".png",)) if masks and "mask_sha256" in record else None
-        yield Candidate(record, proposal, str(line["caption"]), None if original is None else Path(original), edited, mask)
+        original = None if line["picture"] is None else Path(line["picture"])
+        mask = picture_by_id(masks, record["edit"], (".png",)) if masks is not None and "mask_sha256" in record else None
+        yield Candidate(record, proposal, line["caption"], original, picture_path(work, record), mask)
 
 
 def measured(
@@ -262,15 +264,17 @@ def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) ->
         with open_regular(labelled) as handle:
             for number, line in enumerate(lines(handle, _LABELS), 1):
                 row = parse_json(line.decode())
-                if not isinstance(row, dict) or not isinstance(row.get("edit"), str) or not isinstance(row.get("good"), bool):
+                right = isinstance(row, dict) and isinstance(row.get("edit"), str) and isinstance(row.get("good"), bool)
+                if not right or type(attempt := row.get("attempt", 0)) is not int:
                     raise ValueError(f'line {number} is not {{"edit": ID, "attempt": 0, "good": true}}')
-                labels[row["edit"], int(row.get("attempt", 0))] = row["good"]
+                if labels.setdefault((row["edit"], attempt), row["good"]) != row["good"]:
+                    raise ValueError(f"line {number} says of {row['edit']!r}, attempt {attempt}, the opposite of an earlier line")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{labelled}: no labels ({error}); write one JSON object a line") from error
     found: list[tuple[Mapping[str, Any], bool]] = []
     for shard in range(work.shards):
         for record in work.records(STEP, shard):
-            if (name := (str(record["edit"]), int(record["attempt"]))) in labels:
+            if (name := (record["edit"], record["attempt"])) in labels:
                 found.append((record, labels.pop(name)))
     if labels:
         edit, attempt = next(iter(labels))

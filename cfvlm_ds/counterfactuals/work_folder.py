@@ -2,9 +2,11 @@
 
     W/run.json                        the data, the number of shards
     W/STEP.json                       what decides a step: back ends, options, versions
-    W/STEP/shard-00003.jsonl          a line a unit of work; shard-00003.done.json when the shard is through
+    W/STEP/shard-00003.jsonl          a line a unit of work
+    W/STEP/shard-00003.done.json      when the shard is through: its sha256, and that of the step before it that it was made of
     W/pictures/shard-00003.tar        edited pictures, named by their places in it
     W/llm/shard-00003.jsonl           replies of a language model by request
+    W/shards.bin                      the shard of each row, where there are several
     W/mine/slots.bin                  captions with one word left open, of the back end mine
     W/costs.jsonl                     times, which nothing compares
 
@@ -26,16 +28,24 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import append, replace
-from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.reading import MAX_SETTINGS, MIB, open_regular, parse_json, read_bytes
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.core.versions import version
-from cfvlm_ds.counterfactuals.journal import Journal, records
+from cfvlm_ds.counterfactuals.journal import Journal, records, sha256_of_file
+from cfvlm_ds.counterfactuals.records import wrong_key
+from cfvlm_ds.data.containers.prepared import ENDING
 from cfvlm_ds.data.store import GroupStore
 
 SCHEMA = "cfwork/1"
 STEPS = ("propose", "edit", "verify")
+_FOLDERS = (*STEPS, "pictures", "llm", "mine")
+_MADE_AGAIN = "prepared"
+"""Key of run.json with the folders that rows of a table were prepared in: it has another name when the table was copied, say."""
 MAX_SHARDS = 100_000
+OUTDATED = "was made of other records of the step before it than there are now"
+_WHOLE, _ENDS = 256 * MIB, 16 * MIB
+"""Bytes of a data file that is compared as a whole, and at each end of a larger one."""
 
 
 def shard_of(source: str, shards: int) -> int:
@@ -63,32 +73,35 @@ class WorkFolder:
     @property
     def roots(self) -> list[Path]:
         """The folders of the source pictures."""
-        return [Path(each) for each in self.about["source"]["roots"]]
+        return [Path(each) for each in (*self.about["source"]["roots"], *self.about.get(_MADE_AGAIN, ()))]
 
     @classmethod
     def begin(cls, path: Path, store: GroupStore, shards: int) -> WorkFolder:
         """The folder for this data in so many shards, made where it is not there. Raises ConfigError where it is for something else."""
-        refuse_link(path, "name the folder itself")
+        _refuse_links(path)
         if not 1 <= shards <= MAX_SHARDS:
             raise ConfigError(f"{shards} shards; cut the work in 1 to {MAX_SHARDS}")
+        prepared = [root for root in store.rows.roots if root.name.endswith(ENDING)]
         source = {
-            "path": os.path.abspath(store.path), "format": store.format, "groups": len(store),
-            "roots": [os.path.abspath(root) for root in store.roots], "size": _size(store.path),
+            "path": os.path.abspath(store.path), "format": store.format, "groups": len(store), "size": _size(store.path),
+            "roots": [os.path.abspath(root) for root in store.roots if root not in prepared], "sha256": _contents(store.path),
         }  # fmt: skip
-        about = {"schema": SCHEMA, "shards": shards, "source": source}
+        about: dict[str, Any] = {"schema": SCHEMA, "shards": shards, "source": source}
+        if prepared:  # pictures of shards that are through may be in an earlier one
+            earlier = begun.get(_MADE_AGAIN, []) if _is_about(begun := _read(path / "run.json")) else []
+            about[_MADE_AGAIN] = sorted({*earlier, *(os.path.abspath(root) for root in prepared)})
         if path.exists() and not (path / "run.json").exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(f"{path} is there and no work folder; name another one")
         path.mkdir(parents=True, exist_ok=True)
-        _settled(path / "run.json", about, path)
+        _settled(path / "run.json", about, path, _MADE_AGAIN)
         return cls(path, about)
 
     @classmethod
     def open(cls, path: Path) -> WorkFolder:
         """The folder that `data propose` began. Raises ConfigError for anything else."""
+        _refuse_links(path)
         about = _read(path / "run.json")
-        source = about.get("source") if isinstance(about, dict) else None
-        right = isinstance(source, dict) and about.get("schema") == SCHEMA and isinstance(source.get("roots"), list)
-        if not right or type(about.get("shards")) is not int or not 1 <= about["shards"] <= MAX_SHARDS:
+        if not _is_about(about):
             raise ConfigError(f"{path} is no work folder; begin one with `cfvlm-ds data propose`")
         return cls(path, about)
 
@@ -116,23 +129,48 @@ class WorkFolder:
         return self.path / "pictures" / f"shard-{shard:05d}.tar"
 
     def done(self, step: str, shard: int) -> dict[str, Any] | None:
-        """The completion of a step of a shard: records, sha256, counts; None where it is not through."""
+        """The completion of a step of a shard: records, sha256, counts; None where it is not through, or its journal is gone."""
         found = _read(self.path / step / f"shard-{shard:05d}.done.json")
-        return found if isinstance(found, dict) and isinstance(found.get("counts"), dict) else None
+        return found if _is_done(found) and self.file(step, shard).is_file() else None
+
+    def outdated(self, step: str, shard: int) -> bool:
+        """Whether a shard of a step was made of other records than those that the step before it has now."""
+        if step == STEPS[0] or (done := self.done(step, shard)) is None or "of" not in done:
+            return False
+        before = self.done(STEPS[STEPS.index(step) - 1], shard)
+        return before is not None and before["sha256"] != done["of"]
+
+    def again(self, step: str, shard: int) -> str:
+        """How a shard of a step, and of those after it, is made again."""
+        return f"remove {' '.join(f'{self.path / each}/shard-{shard:05d}.*' for each in STEPS[STEPS.index(step) :])}, and run it again"
 
     def missing(self, step: str) -> list[int]:
         """Shards that a step is not through with."""
         return [shard for shard in range(self.shards) if self.done(step, shard) is None]
 
     def records(self, step: str, shard: int) -> Iterator[dict[str, Any]]:
-        """The records of a step and shard."""
-        return records(self.file(step, shard))
+        """The records of a step and shard. Raises DataError naming file and line for what is none."""
+        file = self.file(step, shard)
+        for number, record in enumerate(records(file), 1):
+            if wrong := wrong_key(step, record):
+                raise DataError(f"{file}:{number}: no record of {step} ({wrong!r} is missing or wrong); {self.again(step, shard)}")
+            yield record
+
+    def damage(self, step: str, shard: int) -> str:
+        """What is wrong with the journal of a shard that a step is through with; empty where it is what was written."""
+        done, file = self.done(step, shard), self.file(step, shard)
+        if done is not None and sha256_of_file(file) != done["sha256"]:
+            return f"{file} is not what it was when the shard was through"
+        return f"{file} {OUTDATED}" if self.outdated(step, shard) else ""
 
     def need(self, step: str, shard: int) -> None:
-        """Raise ConfigError where an earlier step is not through with a shard."""
+        """Raise ConfigError where a step is not through with a shard, DataError where what it or one before it has written is damaged."""
         if self.done(step, shard) is None:
             remedy = f"run `cfvlm-ds data {step} {self.path} --shard {shard}/{self.shards}` first"
             raise ConfigError(f"{self.path}: {step} is not through with shard {shard}; {remedy}")
+        for each in STEPS[: STEPS.index(step) + 1]:
+            if wrong := self.damage(each, shard):
+                raise DataError(f"{wrong}; {self.again(each, shard)}")
 
     def check_shard(self, shard: int, of: int) -> None:
         """Raise ConfigError for a shard that is none of this folder's."""
@@ -172,10 +210,12 @@ class ShardStep:
     def finish(self, counted: Callable[[Mapping[str, Any], Counter[str]], None], stopped: str = "") -> dict[str, Any]:
         """The shard is through, or as far as its budget reaches."""
         counts: Counter[str] = Counter()
-        for record in records(self._journal.path):
+        for record in self.work.records(self.step, self.shard):
             counted(record, counts)
         done: dict[str, Any] = {"records": self._journal.count, "sha256": self._journal.sha256, "counts": dict(sorted(counts.items()))}
         done |= {"stopped": stopped} if stopped else {}
+        if self.step != STEPS[0] and (before := self.work.done(STEPS[STEPS.index(self.step) - 1], self.shard)) is not None:
+            done["of"] = before["sha256"]
         self.close()
         replace(self.work.path / self.step / f"shard-{self.shard:05d}.done.json", json.dumps(done, indent=1).encode() + b"\n", shared=True)
         cost = {"step": self.step, "shard": self.shard, "units": done["records"] - self._first, "seconds": round(self.seconds, 2)}
@@ -197,8 +237,40 @@ class ShardStep:
             journals.rmdir()
 
 
-def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
-    """Write a file of settings, or refuse settings that differ from those that are there."""
+def _is_about(value: Any) -> bool:
+    """Whether a run.json says what a work folder needs."""
+    source = value.get("source") if isinstance(value, dict) else None
+    return (
+        isinstance(source, dict)
+        and value.get("schema") == SCHEMA
+        and isinstance(source.get("path"), str)
+        and isinstance(source.get("roots"), list)
+        and isinstance(prepared := value.get(_MADE_AGAIN, []), list)
+        and all(isinstance(root, str) for root in (*source["roots"], *prepared))
+        and type(value.get("shards")) is int
+        and 1 <= value["shards"] <= MAX_SHARDS
+    )
+
+
+def _is_done(value: Any) -> bool:
+    """Whether a completion file says what one says; a shard with any other is not through."""
+    counts = value.get("counts") if isinstance(value, dict) else None
+    return (
+        isinstance(counts, dict)
+        and all(type(count) is int for count in (value.get("records"), *counts.values()))
+        and isinstance(value.get("sha256"), str)
+    )
+
+
+def _refuse_links(path: Path) -> None:
+    """Raise ConfigError where the folder, or one in it that steps write to, is a link."""
+    refuse_link(path, "name the folder itself")
+    for name in _FOLDERS:
+        refuse_link(path / name, "put the folder itself there")
+
+
+def _settled(path: Path, wanted: Mapping[str, Any], folder: Path, free: str = "") -> None:
+    """Write a file of settings, or refuse settings that differ from those that are there; what has the key ``free`` may."""
     refuse_link(path, "remove it")
     text = json.dumps(wanted, indent=1, sort_keys=True) + "\n"
     if not path.exists():
@@ -207,14 +279,29 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
     found, now = _read(path), json.loads(text)
     if found == now:
         return
+    if isinstance(found, dict) and {**found, free: None} == {**now, free: None}:
+        replace(path, text.encode(), shared=True)
+        return
     remedy = f"take the same ones, or another folder than {folder}"
     if path.stem in STEPS:
         remedy += f"; to do {path.stem} again, remove {path} and {path.with_suffix('')}, and those of the steps after it"
     if not isinstance(found, dict):
         raise ConfigError(f"{path} cannot be read, so it is not known with which settings it was begun; {remedy}")
-    differing = [key for key in sorted({*now, *found}) if found.get(key) != now.get(key)]
-    shown = "; ".join(f"{key}: {quoted(found.get(key), 80)} then, {quoted(now.get(key), 80)} now" for key in differing[:4])
+    differing = _differing(found, now)
+    shown = "; ".join(f"{key}: {quoted(then, 160)} then, {quoted(value, 160)} now" for key, then, value in differing[:4])
     raise ConfigError(f"{path} was begun with other settings ({shown}); {remedy}")
+
+
+def _differing(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted names of what differs, with both values."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted({*then, *now}):
+        one, other = then.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += _differing(one, other, f"{prefix}{key}.")
+        elif one != other:
+            found.append((f"{prefix}{key}", one, other))
+    return found
 
 
 def _read(path: Path) -> Any:
@@ -227,3 +314,18 @@ def _read(path: Path) -> Any:
 def _size(path: Path) -> int:
     """Bytes of the data's file; -1 for a folder."""
     return path.stat().st_size if path.is_file() else -1
+
+
+def _contents(path: Path) -> str:
+    """What a data file is compared by: a caption that is corrected may leave its size as it was. Empty for a folder."""
+    if not path.is_file():
+        return ""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        for start, end in [(0, size)] if size <= _WHOLE else [(0, _ENDS), (size - _ENDS, size)]:
+            file.seek(start)
+            while start < end and (block := file.read(min(MIB, end - start))):
+                digest.update(block)
+                start += len(block)
+    return digest.hexdigest()

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.tracking.figures import AS_WRITTEN, DPI, INK, LINES, MUTED, RULE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_BARS, _NAME_CHARS, _BINS = 12, 28, 40
+_SOFTWARE, _HEAD = "cfvlm-ds", 1024
+"""What the figure says it was written with, in its first bytes; that is how it is known again."""
 _ROOM = 5  # bars that a panel has room for at least: one is not as high as all of it
 
 
@@ -37,7 +42,18 @@ def data_figure(
         _draw_histogram(figure.add_subplot(math.ceil(panels / columns), columns, index + 1), title, unit, values)
     for index, (title, unit, counts) in enumerate(bars, len(histograms)):
         _draw_bars(figure.add_subplot(math.ceil(panels / columns), columns, index + 1), title, unit, counts)
-    figure.savefig(file, format="png")
+    figure.savefig(file, format="png", metadata={"Software": _SOFTWARE})
+
+
+def figure_file(name: str, option: str) -> Path:
+    """The file of a figure. Raises ConfigError for one that is no PNG, and for a file that is there and no figure of this package."""
+    if not name.endswith(".png"):
+        raise ConfigError(f"{option} {name}: the figure is a PNG; give it a name that ends in .png")
+    return own_output(Path(name), _is_figure, "this package", option=option)
+
+
+def _is_figure(file: IO[bytes]) -> bool:
+    return b"tEXtSoftware\0" + _SOFTWARE.encode() in file.read(_HEAD)
 
 
 def _draw_histogram(axes: Axes, title: str, unit: str, values: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ The embedded world stands for a user's photographs. Its editor fails in known wa
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -18,7 +19,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,14 @@ from cfvlm_ds.counterfactuals.edit.diffusion import Diffusers, call_options
 from cfvlm_ds.counterfactuals.edit.flip import Flip
 from cfvlm_ds.counterfactuals.edit.step import Unit, edit, make
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, calibrated, read_thresholds, verdict, wilson
+from cfvlm_ds.counterfactuals.looking import view_work
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.plan import read_plan
 from cfvlm_ds.counterfactuals.propose.step import propose
-from cfvlm_ds.counterfactuals.select import ranges, select
+from cfvlm_ds.counterfactuals.select import Survival, ranges, select
 from cfvlm_ds.counterfactuals.status import status
 from cfvlm_ds.counterfactuals.verify import calibrate, verify
-from cfvlm_ds.counterfactuals.work_folder import WorkFolder
+from cfvlm_ds.counterfactuals.work_folder import OUTDATED, WorkFolder
 from cfvlm_ds.data import open_groups, open_image, read_manifest
 from cfvlm_ds.demo.scenes import build_scenes
 from cfvlm_ds.demo.scenes import editor as scene_editor
@@ -256,7 +258,7 @@ def test_what_differs_is_refused_before_anything_is_touched(whole: Path, scenes:
     (out / "propose" / "shard-00000.done.json").unlink()
     with pytest.raises(ConfigError, match="seed: 5 then, 6 now"):
         propose(store, out, ProposeOptions(words=str(scenes.parent / "words.yaml"), seed=6), 0, quiet)
-    with pytest.raises(ConfigError, match="source: "):
+    with pytest.raises(ConfigError, match=r"source\.path: "):
         propose(open_groups(scenes / "test_combo.jsonl"), out, ProposeOptions(seed=SEED), 0, quiet)
     with pytest.raises(ConfigError, match="propose is not through with shard 0; run `cfvlm-ds data propose"):
         edit(out, scene_options(scenes), 0, quiet)
@@ -282,9 +284,75 @@ def test_damaged_records_are_named(line: bytes, whole: Path, scenes: Path, tmp_p
     shutil.copytree(whole, out)
     lines = (out / "edit" / "shard-00000.jsonl").read_bytes().splitlines(keepends=True)
     (out / "edit" / "shard-00000.jsonl").write_bytes(b"".join([*lines[:2], line + b"\n", *lines[3:]]))
-    with pytest.raises(DataError, match=r"shard-00000\.jsonl|record of shard 0 is damaged"):
+    with pytest.raises(DataError, match=r"edit/shard-00000\.jsonl is not what it was when the shard was through; remove "):
+        select(out, tmp_path / "groups.jsonl", SelectOptions(), quiet)
+    agreed(out, "edit")
+    with pytest.raises(DataError, match=r"edit/shard-00000\.jsonl:3: no record .*; remove "):
         select(out, tmp_path / "groups.jsonl", SelectOptions(), quiet)
     assert not (tmp_path / "groups.jsonl").exists()
+
+
+def agreed(out: Path, step: str) -> None:
+    """Make completion files say of a journal what it is: damage that no hash tells."""
+    now = hashlib.sha256((out / step / "shard-00000.jsonl").read_bytes()).hexdigest()
+    done = out / step / "shard-00000.done.json"
+    then = json.loads(done.read_text())["sha256"]
+    for file in out.glob("*/*.done.json"):
+        file.write_text(file.read_text().replace(then, now))
+
+
+def parts(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of a record's values, of lists the first item's."""
+    for key in value if isinstance(value, dict) else range(min(1, len(value))) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from parts(value[key], (*path, key))
+
+
+def test_a_record_of_any_other_shape_is_one_sentence(photos: Path, tmp_path: Path) -> None:
+    """Each value of a record of each step taken away, and replaced by what is none of its kind; hashes agree with it."""
+    through_all(photos, out := tmp_path / "W", 1)
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text('{"edit": "p0/0", "good": true}\n')
+    readers: dict[str, Callable[[], object]] = {
+        "edit": lambda: edit(out, EditOptions(), 0, quiet),
+        "verify": lambda: verify(out, VerifyOptions(), 0, quiet, None),
+        "select": lambda: select(out, tmp_path / "g.jsonl", SelectOptions(), quiet),
+        "calibrate": lambda: calibrate(out, labels, Thresholds(), 0.9),
+    }
+    before = contents(out)
+    refused, draw_value = Counter[str](), random.Random(4)
+    for step in ("propose", "edit", "verify"):
+        lines = before[f"{step}/shard-00000.jsonl"].splitlines()
+        for number in {0, next((k for k, line in enumerate(lines) if b'"start"' in line), 0)}:
+            for path in parts(json.loads(lines[number])):
+                for wrong in (None, *draw_value.sample([7, -1e300, "x\x1b", [], {}, [[1]], True], 2)):
+                    record = json.loads(lines[number])
+                    inner = record
+                    for key in path[:-1]:
+                        inner = inner[key]
+                    if wrong is None and isinstance(path[-1], str):
+                        del inner[path[-1]]
+                    else:
+                        inner[path[-1]] = wrong
+                    changed = json.dumps(record).encode()
+                    (out / step / "shard-00000.jsonl").write_bytes(b"\n".join([*lines[:number], changed, *lines[number + 1 :]]) + b"\n")
+                    agreed(out, step)
+                    for name, reader in readers.items():
+                        if name == step or (name, step) == ("edit", "verify"):
+                            continue
+                        if name == "verify" and step == "edit":  # it looks at nothing that it is through with
+                            (out / "verify" / "shard-00000.done.json").rename(tmp_path / "aside")
+                        try:
+                            reader()
+                        except (ConfigError, DataError) as error:  # anything else fails
+                            refused[step] += bool(
+                                re.search(r"shard-00000\.jsonl:\d+: no record of \w+ \('\w+' is missing or wrong\)", str(error))
+                            )
+                        if name == "verify" and step == "edit":
+                            (tmp_path / "aside").rename(out / "verify" / "shard-00000.done.json")
+                    for file, content in before.items():
+                        (out / file).write_bytes(content)
+    assert min(refused[step] for step in ("propose", "edit", "verify")) > 20
 
 
 def test_a_shard_is_worked_on_by_one_process(whole: Path, scenes: Path, tmp_path: Path) -> None:
@@ -361,13 +429,168 @@ def test_status_names_missing_shards_as_an_array(scenes: Path, tmp_path: Path) -
     out = tmp_path / "W"
     for shard in (0, 1, 4):
         propose(open_groups(scenes / "test_iid.jsonl"), out, ProposeOptions(shards=6), shard, quiet)
-    text, through = status(out)
-    assert (
+    text, through, damaged = status(out)
+    assert not damaged and (
         "propose: 3 of 6 shards" in text and "    missing: --array=2-3,5" in text and text.endswith("missing: --array=0-5") and not through
     )
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8" and ranges([]) == ""
     with pytest.raises(ConfigError, match=r"verify is not through with 6 of 6 shards; run them first: --array=0-5"):
         select(out, tmp_path / "g.jsonl", SelectOptions(), quiet)
+
+
+def through_all(photos: Path, out: Path, shards: int) -> None:
+    """All steps of all shards, as far as they are not done."""
+    for shard in range(shards):
+        propose(open_groups(photos, None, "auto"), out, ProposeOptions(types="colour,relation", shards=shards), shard, quiet)
+        edit(out, EditOptions(), shard, quiet)
+        verify(out, VerifyOptions(), shard, quiet, None)
+
+
+def test_damage_is_named_with_a_remedy_that_gives_the_same_bytes(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "W"
+    through_all(photos, out, 3)
+    before = contents(out)
+    said = said_by(capsys, "data", "status", out, "--check")
+    assert "checked: 9 journals (" in said and "3 tars by their length; not checked: pictures" in said
+    assert said.endswith("nothing is damaged\n")
+
+    def flip(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+    def older(file: Path) -> None:  # a shard that was made again, as by an editor that draws otherwise
+        record = json.loads(file.read_text())
+        file.with_name("shard-00001.jsonl").write_bytes(b"")
+        file.write_text(json.dumps(record | {"records": 0, "sha256": hashlib.sha256(b"").hexdigest()}))
+
+    for name, harm, wrong in (
+        ("propose/shard-00001.jsonl", flip, r"propose/shard-00001\.jsonl is not what it was when the shard was through"),
+        ("edit/shard-00001.jsonl", flip, r"edit/shard-00001\.jsonl is not what it was"),
+        ("verify/shard-00001.jsonl", lambda file: os.truncate(file, 100), r"verify/shard-00001\.jsonl is not what it was"),
+        ("pictures/shard-00001.tar", lambda file: os.truncate(file, 100), r"shard-00001\.tar has 100 bytes, and .* names pictures up to"),
+        ("pictures/shard-00001.tar", Path.unlink, r"shard-00001\.tar has 0 bytes"),
+        ("edit/shard-00001.done.json", older, r"verify/shard-00001\.jsonl was made of other records of the step before"),
+    ):  # fmt: skip
+        harm(out / name)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main.main(["data", "status", str(out), "--check"])
+        said = capsys.readouterr().out
+        assert ended.value.code == 1 and re.search(f"\ndamaged: .*{wrong}.*; remove ", said) and said.endswith("\ndamaged: --array=1\n")
+        if harm is older:
+            for refuses in (
+                lambda: select(out, tmp_path / "g.jsonl", SelectOptions(), quiet),
+                lambda: verify(out, VerifyOptions(), 1, quiet, None),
+            ):
+                with pytest.raises(DataError, match=rf"verify/shard-00001\.jsonl {OUTDATED}; remove "):
+                    refuses()
+            (out / "edit" / "shard-00001.jsonl").unlink()
+            (out / "edit" / "shard-00001.done.json").unlink()
+        for pattern in re.findall(r"remove (.*), and run it again", said)[0].split():
+            for file in Path(pattern).parent.glob(Path(pattern).name):
+                file.unlink()
+        assert "missing: --array=1" in said_by(capsys, "data", "status", out)
+        through_all(photos, out, 3)
+        assert contents(out) == before
+    (out / "edit" / "shard-00002.jsonl").unlink()  # with the completion file alone it is not through
+    assert "edit: 2 of 3 shards" in status(out).text
+    with pytest.raises(ConfigError, match="edit is not through with shard 2"):
+        verify(out, VerifyOptions(), 2, quiet, None)
+    through_all(photos, out, 3)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("step", ["propose", "edit", "verify"])
+def test_a_step_goes_on_after_its_own_records_alone(step: str, photos: Path, tmp_path: Path) -> None:
+    through_all(photos, out := tmp_path / "W", 1)
+    (out / step / "shard-00000.done.json").unlink()
+    lines = (out / step / "shard-00000.jsonl").read_bytes().splitlines(keepends=True)
+    (out / step / "shard-00000.jsonl").write_bytes(b"".join([lines[1], lines[0], *lines[2:4]]))
+    with pytest.raises(DataError, match=r"it has a record of .* in place of .*; start a new work folder"):
+        through_all(photos, out, 1)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("run.json", '{"shards": 1e9}'), ("run.json", "[]"), ("run.json", '{"schema": "cfwork/1", "shards": 1, "source": {"roots": [3]}}'),
+        ("run.json", '{"schema": "cfwork/1", "shards": 1, "source": {"roots": [], "path": 7}}'), ("run.json", "[" * 90_000),
+        ("edit/shard-00000.done.json", '{"counts": {}}'),
+        ("edit/shard-00000.done.json", '{"counts": {"a": "x"}, "records": 1, "sha256": ""}'),
+        ("edit/shard-00000.done.json", '{"counts": {"a": 1}, "records": "x", "sha256": ""}'), ("edit/shard-00000.done.json", "null"),
+    ],
+)  # fmt: skip
+def test_what_no_step_has_written_is_one_sentence_or_not_through(name: str, text: str, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "W"
+    through_all(photos, out, 1)
+    before = contents(out)
+    (out / name).write_text(text)
+    if name == "run.json":
+        for function in (lambda: status(out), lambda: edit(out, EditOptions(), 0, quiet), lambda: view_work(out, tmp_path / "p", **VIEWED)):
+            with pytest.raises(ConfigError, match="is no work folder; begin one with"):
+                function()
+        return
+    assert "edit: 0 of 1 shards" in status(out, check=True).text
+    with pytest.raises(ConfigError, match="edit is not through with shard 0"):
+        verify(out, VerifyOptions(), 0, quiet, None)
+    through_all(photos, out, 1)
+    assert contents(out) == before
+
+
+def test_a_work_folder_writes_through_no_link(photos: Path, tmp_path: Path) -> None:
+    through_all(photos, tmp_path / "W", 1)
+    for name in ("propose", "edit", "verify", "pictures"):
+        (tmp_path / "W" / name).rename(tmp_path / "elsewhere")
+        (tmp_path / "W" / name).symlink_to(tmp_path / "elsewhere")
+        for function in (lambda: through_all(photos, tmp_path / "W", 1), lambda: status(tmp_path / "W")):
+            with pytest.raises(ConfigError, match=rf"W/{name} is a link to .*; put the folder itself there"):
+                function()
+        (tmp_path / "W" / name).unlink()
+        (tmp_path / "elsewhere").rename(tmp_path / "W" / name)
+    (tmp_path / "V").symlink_to(tmp_path / "W")
+    with pytest.raises(ConfigError, match=r"V is a link to .*; name the folder itself"):
+        edit(tmp_path / "V", EditOptions(), 0, quiet)
+
+
+def test_a_table_that_was_copied_is_the_same_data(photos: Path, tmp_path: Path) -> None:
+    """Its rows are prepared in another folder then, which is none of the settings."""
+    rows = [json.loads(line) for line in photos.read_text().splitlines()]
+    table = tmp_path / "captions.csv"
+    table.write_text("id,image,caption\n" + "".join(f"{row['id']},{row['image']},{row['caption']}\n" for row in rows))
+    through_all(table, tmp_path / "W", 1)
+    before = contents(tmp_path / "W")
+    os.utime(table, (1, 1))
+    through_all(table, tmp_path / "W", 1)
+    after = contents(tmp_path / "W")
+    folders = [json.loads(found.pop("run.json"))["prepared"] for found in (before, after)]
+    assert before == after and len(folders[0]) == 1 and len(folders[1]) == 2 and set(folders[0]) < set(folders[1])
+    with pytest.raises(ConfigError, match=r"run\.json was begun with other settings \(source\.roots: \['"):
+        propose(open_groups(table, [tmp_path, tmp_path / "W"], "auto"), tmp_path / "W", ProposeOptions(types="colour,relation"), 0, quiet)
+
+
+def test_pictures_that_are_not_there_are_said(photos: Path, tmp_path: Path) -> None:
+    """Where they were never there, as with a wrong --root, by the step edit; where their tar is gone, by select."""
+    through_all(photos, tmp_path / "W", 1)
+    (tmp_path / "W" / "pictures" / "shard-00000.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-00000\.tar has not the picture of 'p0/1' any more; remove .*/edit/shard-00000\.\*"):
+        select(tmp_path / "W", tmp_path / "g.jsonl", SelectOptions(), quiet)
+    said: list[str] = []
+    (tmp_path / "3.png").unlink()
+    propose(open_groups(photos, None, "auto"), tmp_path / "V", ProposeOptions(), 0, quiet)
+    edit(tmp_path / "V", EditOptions(), 0, said.append)
+    (line,) = [line for line in said if line.startswith("warning: ")]
+    assert re.search(r"some pictures cannot be read, .*; the first: .*3\.png", line)
+
+
+def test_a_caption_that_is_corrected_is_noticed_whatever_the_size(photos: Path, tmp_path: Path) -> None:
+    through_all(photos, tmp_path / "W", 1)
+    photos.write_text(photos.read_text().replace("a red cup", "a tan cup"))
+    with pytest.raises(ConfigError, match=r"run\.json was begun with other settings \(source\.sha256: "):
+        through_all(photos, tmp_path / "W", 1)
+
+
+VIEWED: dict[str, Any] = {"rejected": False, "sample": 5, "seed": 0, "say": quiet}
 
 
 # --- verdicts against the truth ---------------------------------------------------------------------------------------------------------
@@ -405,10 +628,21 @@ def test_verdicts_are_precise_where_the_scorer_sees(whole: Path, scenes: Path, t
     assert found.good_kept / found.kept >= 0.97 and fitted > 0 and found.labelled == len(rows)
     with_margin = judged(whole, found.thresholds, noisy)
     assert with_margin[1] / with_margin[0] > max(0.95, plain[1] / plain[0]) and with_margin[1] / with_margin[2] > 0.3
-    assert read_thresholds(tmp_path / "V" / "thresholds.json") == found.thresholds
+    own = tmp_path / "V" / "thresholds.json"
+    assert read_thresholds(own) == found.thresholds
+    own.write_text('{"largest": 0.051}')  # what was decided by hand stays
+    main.main(["data", "verify", str(tmp_path / "V"), "--calibrate", str(tmp_path / "labels.jsonl"), "--precision", "0.97"])
+    assert read_thresholds(own).largest == 0.051 and read_thresholds(own).margin == pytest.approx(fitted, abs=0.1)
     (tmp_path / "labels.jsonl").write_text('{"edit": "none/1", "good": true}\n')
     with pytest.raises(DataError, match="1 labels are of no verified candidate, such as 'none/1'"):
         calibrate(tmp_path / "V", tmp_path / "labels.jsonl", Thresholds(), 0.97)
+    for line, wrong in (
+        ({"edit": "a", "attempt": "x", "good": True}, "line 2 is not"), ({"edit": "a", "attempt": None, "good": True}, "line 2 is not"),
+        ({"edit": "p0/0", "good": True}, "line 2 says of 'p0/0', attempt 0, the opposite of an earlier line"),
+    ):  # fmt: skip
+        (tmp_path / "labels.jsonl").write_text('{"edit": "p0/0", "good": false}\n' + json.dumps(line) + "\n")
+        with pytest.raises(DataError, match=wrong):
+            calibrate(tmp_path / "V", tmp_path / "labels.jsonl", Thresholds(), 0.97)
     with pytest.raises(ConfigError, match="no margin reaches a precision of 1"):
         calibrated([({"checks": None, "scores": SCORES}, False)], Thresholds(), 1.0)
 
@@ -460,6 +694,48 @@ def test_thresholds_that_are_none_are_named(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("changed: {colour: [0.1, 0.2]}\nmargin: 1")
     found = read_thresholds(tmp_path / "t.yaml", "both", 0.5)
     assert found == Thresholds("both", 0.5, {"colour": (0.1, 0.2)}) and found.bounds("size") == (0.0, 1.0)
+
+
+def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels that a margin below 0 would suit: what is kept is judged by the signs of all cells, by hand."""
+
+    def scored(worst: float) -> dict[str, Any]:
+        return {"checks": None, "scores": {"match": [], "likelihood": [[worst, 0.0]], "blank": [0.0, 0.0]}}
+
+    def fitted(labels: Sequence[tuple[float, bool]], precision: float = 0.9) -> Any:
+        found = calibrated([(scored(worst), good) for worst, good in labels], Thresholds(rule="likelihood"), precision)
+        kept = [good for worst, good in labels if verdict(scored(worst), found.thresholds).reason == GOOD]
+        assert (found.kept, found.good_kept) == (len(kept), sum(kept)) and sum(kept) / len(kept) >= precision
+        assert all(worst > 0 for worst, _ in labels if verdict(scored(worst), found.thresholds).reason == GOOD)
+        return found
+
+    generous = fitted([(2.0, True), (1.0, True), (0.5, True), (0.0, True), (-0.3, True), (-0.9, True), (-1.7, False)])
+    assert generous.thresholds.margin == 0.0 and generous.kept == 3
+    assert str(generous).endswith(
+        "\nthe labels would also keep 3 candidates below 0, but 0 is the least margin: the scorer has a cell of each wrong"
+    )
+    strict = fitted([(2.0, True), (1.0, True), (0.5, False), (-0.3, False)])
+    assert strict.thresholds.margin == 0.75 and "below 0" not in str(strict)
+    assert fitted([(2.0, True), (2.0 - 1e-6, False)]).thresholds.margin < 2.0  # what is kept is above it by less than is shown
+    with pytest.raises(
+        ConfigError, match=r"no margin reaches .* 2 pass the checks and .*; a margin below 0 would, and keep what the scorer"
+    ):
+        fitted([(2.0, False), (1.0, True), *[(-0.1, True)] * 20])
+    with pytest.raises(ConfigError, match="rule checks compares pixels alone and has no margin"):
+        calibrated([(scored(1.0), True)], Thresholds(rule="checks"), 0.9)
+    for wrong in (
+        {"margin": -0.98}, {"margin": math.nan}, {"clip": -0.1}, {"largest": -0.1}, {"outside": 1.5}, {"dino": 2.0}, {"entailment": -1.0},
+        {"changed": {"colour": [0.5, 0.1]}}, {"changed": {"*": [-0.1, 0.6]}}, {"changed": {"*": [0.0, math.nan]}},
+    ):  # fmt: skip
+        (tmp_path / "t.json").write_text(json.dumps(wrong))
+        (name,) = wrong
+        with pytest.raises(ConfigError, match=rf"--thresholds .*t\.json: {name} .* of the thresholds|--thresholds .*t\.json: changed of"):
+            read_thresholds(tmp_path / "t.json")
+    with pytest.raises(SystemExit):
+        main.main(["data", "select", str(tmp_path), "--out", str(tmp_path / "g.jsonl"), "--margin", "-1"])
+    assert "--margin -1.0: it is at least 0" in capsys.readouterr().err
 
 
 def test_a_candidate_that_cannot_be_scored_does_not_take_the_others_with_it(whole: Path, scenes: Path, tmp_path: Path) -> None:
@@ -839,6 +1115,8 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"no candidate is left; this is what became of them: .*score: "):
         select(whole, tmp_path / "x.jsonl", SelectOptions(margin=1000.0), quiet)
     assert not list(tmp_path.glob("x*"))
+    (hostile := Survival()).add("a\x1b[2J|b\n", "c\x1b|d")
+    assert hostile.table().splitlines()[0] == "| | a\\x1b[2J/b | all | |"
 
 
 def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -867,6 +1145,41 @@ def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, c
     with pytest.raises(SystemExit):
         main.main(["data", "audit", str(tmp_path / "g.jsonl"), "--out", str(tmp_path / "a"), "--refine", str(tmp_path / "g.jsonl")])
     assert "g.jsonl is read here, and would be replaced" in capsys.readouterr().err
+
+
+def test_what_lies_beside_the_groups_is_replaced_where_it_is_ours_alone(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Figures, tables of what became of the candidates, reports and thinned sets: each twice, and each in place of somebody's file."""
+    out, groups = tmp_path / "W", tmp_path / "g.jsonl"
+    edited(photos, out)
+    verify(out, VerifyOptions(), 0, quiet, None)
+    selecting = ["data", "select", out, "--out", groups, "--figure", tmp_path / "f.png"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | {"meta": {"steps": {}}}) + "\n" for row in pair_rows(tmp_path, 20)))
+    auditing = ["data", "audit", tmp_path / "pairs.jsonl", "--out", tmp_path / "a", "--refine", tmp_path / "thin.jsonl"]
+    counting = ["data", "stats", groups, "--root", tmp_path, "--root", out, "--out", tmp_path / "s.png"]
+    theirs = {
+        "f.png": selecting, "g.jsonl.survival.json": selecting, "g.jsonl.survival.md": selecting,
+        "a.md": auditing, "a.json": auditing, "thin.jsonl": auditing, "s.png": counting,
+    }  # fmt: skip
+    for words in (selecting, auditing, counting) * 2:
+        said_by(capsys, *words)
+    assert "thin.jsonl is there, and select has not written it" in refused(capsys, *selecting[:4], tmp_path / "thin.jsonl")
+    for words, twice in (
+        (["data", "select", out, "--out", tmp_path / "both.png", "--figure", tmp_path / "both.png"], "both.png"),
+        ([*auditing[:-1], tmp_path / "a.md"], "a.md"),
+    ):
+        assert f"{twice} would be written twice, with different contents" in refused(capsys, *words)
+    assert "lies in the folder of the page" in refused(capsys, *auditing[:-1], tmp_path / "a" / "thin.jsonl")
+    own = {name: (tmp_path / name).read_bytes() for name in theirs}
+    for name, words in theirs.items():
+        (tmp_path / name).write_bytes((tmp_path / "0.png").read_bytes() if name.endswith(".png") else b'{"facts": 1}\n')
+        before = contents(tmp_path)
+        assert re.search(
+            rf"{name} is there, and (select|audit|audit --refine|this package) has not written it; name", refused(capsys, *words)
+        )
+        assert contents(tmp_path) == before
+        (tmp_path / name).write_bytes(own[name])
 
 
 def test_a_real_pair_is_of_one_split_or_of_none(tmp_path: Path) -> None:
@@ -1036,6 +1349,16 @@ def said_by(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
     return capsys.readouterr().out
 
 
+def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """What a command says that ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main.main([str(word) for word in words])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
 def test_the_commands_go_from_captions_to_groups(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, groups = tmp_path / "W", tmp_path / "groups.jsonl"
     assert "captions.jsonl: taken" not in said_by(
@@ -1079,6 +1402,15 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
     assert "wrote" in said_by(capsys, "data", "run", "--config", plan)
     groups = read_manifest(tmp_path / "g.jsonl")
     assert len(groups) == 6 and all(len(group.candidates) == 2 for group in groups)
+    text = plan.read_text()  # what differs is said before anything is done of a shard that is missing
+    for file in (tmp_path / "W" / "propose").glob("shard-00001.*"):
+        file.unlink()
+    for change, message in (("with: [flip, none]", "back_ends: 'flip,none' then, 'none' now"), ("verify", "template: ")):
+        plan.write_text(text.replace(change, "with: [none]") if change in text else text + "verify: {template: 'Is it {text}?'}\n")
+        assert message in refused(capsys, "data", "run", "--config", plan, "--shard", "1")
+        assert not (tmp_path / "W" / "propose" / "shard-00001.jsonl").exists()
+    plan.write_text(text)
+    said_by(capsys, "data", "run", "--config", plan)
     for words, message in (
         (["--shard", "3"], "has shards 0 to 2"), (["--shard", "0/4"], "has 3 shards"), (["--config", "none.yaml"], "no such file"),
     ):  # fmt: skip
@@ -1106,7 +1438,11 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
         ("edit: {masks: nowhere}", "--masks nowhere: no such folder"), ("edit: {composite: all}", "--composite all"),
         ("verify: {scorer: nowhere}", "plan.yaml: verify.scorer: model.name_or_path 'nowhere' does not exist"),
         ("select: {splits: train}", "--splits 'train'"), ("select: {rule: best}", "rule 'best'"),
-        ("select: {thresholds: none.yaml}", "--thresholds none.yaml"), ("groups: captions.jsonl", "captions.jsonl is read here"),
+        ("select: {thresholds: none.yaml}", "--thresholds none.yaml"),
+        ("select: {margin: -1}", "plan.yaml: select.margin -1.0"),
+        ("propose: {words: words.yaml}", "--words words.yaml: '' of 'colour' is no word"),
+        ("data: other.jsonl", "key 'data' occurs twice"),
+        ("groups: captions.jsonl", "captions.jsonl is read here"),
     ],
 )  # fmt: skip
 def test_a_mistake_of_any_step_of_a_plan_is_said_before_the_first(
@@ -1114,6 +1450,7 @@ def test_a_mistake_of_any_step_of_a_plan_is_said_before_the_first(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     groups = "" if section.startswith("groups") else "groups: g.jsonl\n"
+    (tmp_path / "words.yaml").write_text("colour: [red, '']")
     (tmp_path / "plan.yaml").write_text(f"data: captions.jsonl\nout: W\n{groups}{section}\n")
     with pytest.raises(SystemExit) as ended:
         main.main(["data", "run", "--config", "plan.yaml"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 from conftest import REPO, draw
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.counterfactuals.http import CallFailed, check_url, post
 from cfvlm_ds.counterfactuals.options import TYPES, AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.plan import read_plan
@@ -31,6 +32,7 @@ from cfvlm_ds.counterfactuals.propose.step import Seen, propose
 from cfvlm_ds.counterfactuals.propose.word_difference import defect
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 from cfvlm_ds.data import open_groups
+from cfvlm_ds.data.store import GroupStore
 
 Say = Callable[[str], object]
 
@@ -521,6 +523,17 @@ def test_a_restart_costs_nothing_and_gives_the_same(captions: Path, tmp_path: Pa
             file.write(b'{"request": "torn')
         asked_model(captions, out, server, llm_calls=3)
         assert len(server.asked) == 4
+        lines = [json.dumps(json.loads(line), indent=None, ensure_ascii=False) for line in journal.decode().splitlines()]
+        (out / "llm" / "shard-00000.jsonl").write_text("\n".join(lines) + "\n")  # as another program writes it
+        (out / "propose" / "shard-00000.jsonl").unlink()
+        asked_model(captions, out, server, llm_calls=3)
+        assert len(server.asked) == 4 and {path.name: path.read_bytes() for path in (out / "propose").iterdir()} == whole
+        (out / "llm" / "shard-00000.jsonl").write_bytes(journal + b'{"request": "x"}\n')
+        (out / "propose" / "shard-00000.jsonl").unlink()
+        with pytest.raises(DataError, match=rf"llm/shard-00000\.jsonl: byte {len(journal)} begins no reply; remove the file"):
+            asked_model(captions, out, server, llm_calls=3)
+        (out / "llm" / "shard-00000.jsonl").write_bytes(journal)
+        asked_model(captions, out, server, llm_calls=3)
         assert {path.name: path.read_bytes() for path in (out / "propose").iterdir()} == whole
         assert (out / "llm" / "shard-00000.jsonl").read_bytes() == journal
         with pytest.raises(ConfigError, match=r"begun with other settings \(.*llm_model: 'm' then, 'n' now.*\)"):
@@ -637,6 +650,31 @@ def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_pat
         made[shards] = {record["source"]: record for record in records}
     pairs = [edit for record in made[1].values() for edit in record["edits"] if edit["back_end"] == "mine"]
     assert made[1] == made[7] and len(made[1]) == 120 and len(pairs) > 100
+
+
+def test_a_shard_reads_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows are read once for all shards; each has those that the hash of the id says, and of a broken row its place."""
+    rows = [f'{{"id": "r{k}", "caption": "a red car", "image": "{k}.png"}}' if k % 9 != 4 else "{broken" for k in range(60)]
+    (tmp_path / "c.jsonl").write_text("\n".join(rows) + "\n")
+    expected: list[list[int]] = [[] for _ in range(7)]
+    for k in range(60):
+        name = f"r{k}" if k % 9 != 4 else f"{tmp_path / 'c.jsonl'}:{k + 1}"
+        expected[int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) % 7].append(k)
+    read: list[int] = []
+    entry = GroupStore.entry
+    monkeypatch.setattr(GroupStore, "entry", lambda store, index: read.append(index) or entry(store, index))
+    out = tmp_path / "W"
+    for shard in (3, 0, 1, 2, 4, 5, 6):
+        if shard == 5:
+            (out / "shards.bin").write_bytes(b"a disk that was full")
+            (out / "shards.bin.0a1b.tmp").write_bytes(b"a kill")
+        read.clear()
+        propose(open_groups(tmp_path / "c.jsonl", None, "auto"), out, ProposeOptions(shards=7), shard, quiet)
+        assert (
+            not list(out.glob("*.tmp")) and read == [*(range(60) if shard in (3, 5) else ()), *expected[shard]] and len(expected[shard]) > 3
+        )
+        records = [json.loads(line) for line in (out / "propose" / f"shard-{shard:05d}.jsonl").read_text().splitlines()]
+        assert [record.get("source") for record in records] == [f"r{k}" if k % 9 != 4 else None for k in expected[shard]]
 
 
 def test_shards_that_start_side_by_side_make_one_index(tmp_path: Path) -> None:

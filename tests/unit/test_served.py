@@ -23,8 +23,6 @@ from cfvlm_ds.data import open_groups
 
 @pytest.fixture(scope="module")
 def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    for package in ("openai", "fastapi", "uvicorn"):
-        pytest.importorskip(package, reason="transformers serve needs pip install 'transformers[serving]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

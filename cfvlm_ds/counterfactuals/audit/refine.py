@@ -10,17 +10,23 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
+from cfvlm_ds.core.reading import lines, parse_json
+from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.audit.shortcuts import word_weights
+from cfvlm_ds.counterfactuals.journal import MAX_LINE
 from cfvlm_ds.counterfactuals.propose.word_difference import words
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 from cfvlm_ds.data.formats.cfgroup import to_row
 
 TARGET = 0.02
 """How far from one half the share of right guesses may be."""
+REFINED = "refined"
+"""Key of a row's ``meta`` that says how the set was thinned."""
 _ROUNDS = 50
 
 Pairs = Sequence[tuple[str, str]]
@@ -49,9 +55,23 @@ def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None,
     folder = file.parent.absolute()
     with whole_file(file) as out:
         for k in kept:
-            out.write(json.dumps(to_row(groups[k], folder), ensure_ascii=False).encode() + b"\n")
+            out.write(json.dumps(_row(groups[k], folder, seed), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
     said = ", ".join(f"{100 * share:.1f} % by {cue}" for cue, share in shares.items())
     return f"{len(kept)} of {len(groups)} groups, of which a blind guess is right in {said}"
+
+
+def refined_file(file: Path, *inputs: str) -> None:
+    """Raise ConfigError where the groups that stay cannot be written to a file: it is read here, or somebody else's."""
+    own_output(file, _is_refined, "audit --refine", *inputs, option="--refine")
+
+
+def _is_refined(file: IO[bytes]) -> bool:
+    return isinstance(parse_json(next(lines(file, MAX_LINE)).decode())["meta"][REFINED], dict)
+
+
+def _row(group: CounterfactualGroup, folder: Path, seed: int) -> dict[str, Any]:
+    own = parse_json(group.meta) if group.meta else {}
+    return to_row(group, folder, (own if isinstance(own, dict) else {"meta": own}) | {REFINED: {"seed": seed}})
 
 
 def thinned(pairs: Sequence[Pairs], blind: Sequence[float] | None, draw: Mapping[int, int]) -> tuple[list[int], dict[str, float]]:

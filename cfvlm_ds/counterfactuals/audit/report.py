@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.reading import MAX_RECORD, parse_json
 from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
 from cfvlm_ds.counterfactuals.audit.refine import refine
 from cfvlm_ds.counterfactuals.audit.shortcuts import Array, Shortcut, blind_share, by_grain, by_length, by_words, grain
@@ -25,13 +27,15 @@ from cfvlm_ds.counterfactuals.work_folder import seed_of
 from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.manifest import Root, named_apart, open_groups
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.page import Item, Page, Written, group_item, write_page
+from cfvlm_ds.page import Item, Page, Written, group_item, refuse_foreign_folder, write_page
 
 LIMIT_AUC = 0.6
 LIMIT_BLIND = 0.6
 LIMIT_NEGATED = 0.1
 _SHOWN = 400
 _SCORED = 256  # groups at a time
+_HEAD = b"# Audit\n\n| | |\n|---|---|"
+"""Begins a report, by which one is known."""
 _NEGATIONS = {"no", "not", "without", "never", "none"}
 
 Say = Callable[[str], object]
@@ -52,7 +56,7 @@ class Audit:
 
     def markdown(self) -> str:
         """The report."""
-        lines = ["# Audit", "", "| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in self.facts), ""]
+        lines = [_HEAD.decode(), *(f"| {_cell(name)} | {_cell(value)} |" for name, value in self.facts), ""]
         lines += ["| told apart | AUC | 95 % interval | pairs | goes by |", "|---|---:|---|---:|---|"]
         for each in self.shortcuts:
             told = ", ".join(each.telling[:8])
@@ -296,6 +300,23 @@ def _margin(group: CounterfactualGroup, blank: Sequence[float]) -> float:
     return sum(true) / len(true) - sum(false) / len(false) if true and false else 0.0
 
 
+def report_files(out: Path) -> tuple[Path, Path]:
+    """OUT.md and OUT.json. Raises ConfigError where one of them is somebody else's, or the folder OUT is."""
+    refuse_foreign_folder(out)
+    files = out.with_name(f"{out.name}.md"), out.with_name(f"{out.name}.json")
+    for path, ours in zip(files, (_is_report, _is_record), strict=True):
+        own_output(path, ours, "audit")
+    return files
+
+
+def _is_report(file: IO[bytes]) -> bool:
+    return file.read(len(_HEAD)) == _HEAD
+
+
+def _is_record(file: IO[bytes]) -> bool:
+    return set(parse_json(file.read(MAX_RECORD).decode())) == {"facts", "shortcuts", "faults"}
+
+
 def write_report(found: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
     """OUT.md, OUT.json, and a page in the folder OUT of the groups that a fault names."""
     about: dict[str, list[str]] = {}
@@ -308,8 +329,9 @@ def write_report(found: Audit, sets: Sequence[Any], out: Path, say: Say) -> Writ
             if len(items) < _SHOWN and (group.id in about or (not about and len(items) < 20)):
                 said = about.get(group.id, ["nothing"])
                 items.append(group_item(group, facts=[("found", "; ".join(said))], filters={"found": said}))
-    replace(out.with_name(f"{out.name}.md"), found.markdown().encode())
-    replace(out.with_name(f"{out.name}.json"), found.as_json().encode())
+    as_text, as_json = report_files(out)
+    replace(as_text, found.markdown().encode())
+    replace(as_json, found.as_json().encode())
     shown = [*found.facts, *((each.name, f"AUC {each.auc:.3f} ({each.low:.3f} to {each.high:.3f})") for each in found.shortcuts)]
     shown += [("passes a limit", one_line(sentence, 300)) for sentence, _ in found.faults] or [("passes a limit", "nothing")]
     return write_page(Page("Audit", items, len(items), shown), out, say=say)

@@ -50,9 +50,10 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
     work = WorkFolder.open(out)
     work.check_shard(shard, work.shards if of is None else of)
     work.need("propose", shard)
-    said: dict[str, Any] = {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING}
+    said = settings_of(options)
     work.refuse_other(STEP, said)
     if (done := work.done(STEP, shard)) is not None:
+        work.need(STEP, shard)
         say(f"{out}: edit is through with shard {shard}")
         return done
     editors = {name: EDITORS[name](EditContext(options, work, shard)) for name in names}
@@ -66,6 +67,11 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
     except BaseException:
         step.give_up()
         raise
+
+
+def settings_of(options: EditOptions) -> dict[str, Any]:
+    """What of the options decides the pictures."""
+    return {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING}
 
 
 def checked(options: EditOptions) -> list[str]:
@@ -85,13 +91,17 @@ def _through(step: ShardStep, tar: _Tar, editors: Mapping[str, Editor], options:
     most = options.attempts if any(editor.varies for editor in editors.values()) else 1
     progress = Progress(say, STEP, max(proposed * most - step.count, 1), "pictures")
     threads = max(editor.threads for editor in editors.values())
+    unread: list[str] = []
     for _, (record, content) in _made(units, editors, options, threads):
+        unread += [record["detail"]] if "detail" in record and not unread else []
         if content is not None:
             record["picture"] |= {"file": tar.path.name, **tar.add(f"{step.count:08d}.png", content)}
         step.add(record)
         progress.advance()
         if options.budget_hours and step.seconds > 3600 * options.budget_hours:
             return "the budget of hours is spent"
+    if unread:
+        say(f"warning: some pictures cannot be read, and are no example of anything; the first: {unread[0]}")
     return ""
 
 
@@ -112,22 +122,11 @@ def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options:
 
 
 def _task(record: Mapping[str, Any], each: Mapping[str, Any], attempt: int, options: EditOptions, masks: Path | None) -> Task:
-    try:
-        name, words = each["id"], (record["caption"], each["text"], each["from"], each["to"], each["instruction"])
-        mask = picture_by_id(masks, name, (".png",)) if masks is not None else None
-        seed = seed_of(options.seed, name, attempt) % 2**53
-        return Task(
-            name,
-            record["source"],
-            each["type"],
-            NO_PICTURE if record["picture"] is None else Path(record["picture"]),
-            *words,
-            attempt,
-            seed,
-            mask,
-        )
-    except (KeyError, TypeError) as error:
-        raise DataError(f"a record of the step propose has no {error}; remove it, and propose again") from error
+    name, words = each["id"], (record["caption"], each["text"], each["from"], each["to"], each["instruction"])
+    mask = picture_by_id(masks, name, (".png",)) if masks is not None else None
+    seed = seed_of(options.seed, name, attempt) % 2**53
+    picture = NO_PICTURE if record["picture"] is None else Path(record["picture"])
+    return Task(name, record["source"], each["type"], picture, *words, attempt, seed, mask)
 
 
 def _made(
@@ -217,16 +216,22 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
         counts["pictures" if record.get("picture") else "text alone"] += 1
 
 
+def pictures_end(work: WorkFolder, shard: int) -> int:
+    """Where the last picture ends that the records of a shard name, in its tar; 0 without any."""
+    end = 0
+    for record in work.records(STEP, shard):
+        picture = record.get("picture") or {}
+        if "start" in picture:
+            end = picture["start"] + picture["length"] + -picture["length"] % tarfile.BLOCKSIZE
+    return end
+
+
 class _Tar:
     """The pictures of a shard, one after the other; what no record names is cut."""
 
     def __init__(self, work: WorkFolder, shard: int) -> None:
         self.path = work.tar(shard)
-        end = 0
-        for record in work.records(STEP, shard):
-            picture = record.get("picture") or {}
-            if "start" in picture:
-                end = picture["start"] + picture["length"] + -picture["length"] % tarfile.BLOCKSIZE
+        end = pictures_end(work, shard)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -269,9 +274,9 @@ class _Tar:
 def picture_path(work: WorkFolder, record: Mapping[str, Any]) -> Path | None:
     """The picture of an attempt, as every reader of pictures takes it; None for text alone."""
     picture = record.get("picture")
-    if not isinstance(picture, Mapping):
+    if picture is None:
         return None
     if "path" in picture:
-        return Path(str(picture["path"]))
-    name = str(picture["file"])
-    return work.path / "pictures" / part_name(name if "/" not in name else "none.tar", int(picture["start"]), int(picture["length"]))
+        return Path(picture["path"])
+    name = picture["file"]
+    return work.path / "pictures" / part_name(name if "/" not in name else "none.tar", picture["start"], picture["length"])

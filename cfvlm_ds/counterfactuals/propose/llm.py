@@ -61,8 +61,18 @@ class LanguageModel:
         self._lock, self._known, self.tokens = threading.Lock(), dict[str, int](), 0
         self.troubles: Counter[str] = Counter()
         self._patience = Patience(self._url, "captions")
+        try:
+            self._replies()
+        except DataError:
+            self._journal.close()
+            raise
+
+    def _replies(self) -> None:
+        """Take note of the replies that are there."""
         for place, record in self._journal.entries():
-            self._known[str(record.get("request"))] = place
+            if not isinstance(record.get("request"), str) or not isinstance(record.get("reply"), str):
+                raise DataError(f"{self._journal.path}: byte {place} begins no reply; remove the file, and they are asked for again")
+            self._known[record["request"]] = place
             self._patience.answered()
             self.tokens += record["tokens"] if type(record.get("tokens")) is int else 0
 
@@ -93,7 +103,8 @@ class LanguageModel:
     def _reply(self, name: str, body: dict[str, Any]) -> str:
         with self._lock:
             if name in self._known:
-                return str(self._journal.read(self._known[name])["reply"])
+                reply: str = self._journal.read(self._known[name])["reply"]
+                return reply
             budget = self._options.budget_tokens
             if budget and self.tokens >= budget:
                 raise Spent(f"the budget of {budget} tokens is spent", again=False)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +15,7 @@ import numpy.typing as npt
 
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import whole_file
+from cfvlm_ds.counterfactuals.propose.once import made_once
 from cfvlm_ds.counterfactuals.propose.word_difference import words
 
 _BUCKETS = 64
@@ -56,35 +55,18 @@ class SlotIndex:
 
 
 def opened(path: Path, captions: Iterable[tuple[int, str]]) -> SlotIndex:
-    """The index at a path, made of rows and their captions where it is not there. Of shards that start side by side one makes it, and the
-    others wait; where a file system keeps no locks, all of them make the same one."""
+    """The index at a path, made of rows and their captions where it is not there."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path.parent):
-            if not _is_index(path):
-                _write(path, captions)
-        return SlotIndex(path)
+        return SlotIndex(made_once(path, _is_index, lambda: _write(path, captions)))
     except OSError as error:
         raise StorageError(f"{unwritten(path, error)}; make room, or correct the folder") from error
 
 
 def _is_index(path: Path) -> bool:
-    if path.is_symlink() or not path.is_file() or (path.stat().st_size - len(_MAGIC)) % 16:
+    if (path.stat().st_size - len(_MAGIC)) % 16:
         return False
     with open(path, "rb") as file:
         return file.read(len(_MAGIC)) == _MAGIC
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which leaves no file in it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _write(path: Path, captions: Iterable[tuple[int, str]]) -> None:

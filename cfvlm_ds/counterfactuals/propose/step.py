@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.parsing import read_document
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
+from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.options import ProposeOptions
 from cfvlm_ds.counterfactuals.propose import PROPOSERS
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Proposer, Rejected, Source, sources
-from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of, shard_of
+from cfvlm_ds.counterfactuals.propose.places import places_of
+from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.store import GroupStore
 
 STEP = "propose"
@@ -37,8 +39,7 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     """
     names = named(options.back_ends, PROPOSERS, "--with")
     words = read_words(options.words)
-    said: dict[str, Any] = {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING}
-    said["types"] = ",".join(options.wanted)
+    said = settings_of(options)
     work = WorkFolder.begin(out, store, options.shards)
     work.check_shard(shard, options.shards)
     work.refuse_other(STEP, said)
@@ -52,11 +53,10 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
             say(f"note: {notice}")
     own = {name: dict(back_end.settings()) for name, back_end in back_ends.items()}
     work.settle(STEP, {**said, "settings": own})
+    places = places_of(store, work, shard, say)
     step = ShardStep(work, STEP, shard)
     try:
-        stopped = _through(
-            step, _of_shard(store, work.shards, shard, bool(options.budget_hours)), back_ends, options, say, len(store) / work.shards
-        )
+        stopped = _through(step, _of_shard(store, places, bool(options.budget_hours)), back_ends, options, say, len(places))
         return step.finish(counted, stopped)
     except BaseException:
         step.give_up()
@@ -64,6 +64,11 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     finally:
         for back_end in back_ends.values():
             getattr(back_end, "close", lambda: None)()
+
+
+def settings_of(options: ProposeOptions) -> dict[str, Any]:
+    """What of the options decides the proposals."""
+    return {key: value for key, value in asdict(options).items() if key not in _NOT_MEANING} | {"types": ",".join(options.wanted)}
 
 
 def _through(
@@ -148,20 +153,13 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
         counts["failed" if each.get("failed") else f"rejected: {each['back_end']}: {each['reason'][:80]}"] += 1
 
 
-def _of_shard(store: GroupStore, shards: int, shard: int, evenly: bool) -> Iterator[Source | DataError]:
-    """The sources of a shard: in the order of the data, or, for a budget that may end before, evenly over all of it."""
-    count = len(store)
-    places: Sequence[int] = range(count)
+def _of_shard(store: GroupStore, places: Sequence[int], evenly: bool) -> Iterator[Source | DataError]:
+    """The sources at some places: in the order of the data, or, for a budget that may end before, evenly over all of it."""
+    count = len(places)
     stride = next(s for s in range(max(1, round(0.618 * count)), 2 * count + 2) if math.gcd(s, count) == 1) if evenly else 1
     seen = Seen()
     for k in range(count):
-        place = places[k * stride % count]
-        if shards > 1:
-            entry = store.entry(place)
-            name = f"{store.where(place)}" if isinstance(entry, DataError) else entry.id
-            if shard_of(name, shards) != shard:
-                continue
-        yield from _distinct(store, place, seen)
+        yield from _distinct(store, places[k * stride % count], seen)
 
 
 def _distinct(store: GroupStore, place: int, seen: Seen) -> Iterator[Source | DataError]:
@@ -221,15 +219,19 @@ def read_words(file: str) -> dict[str, list[str]]:
     """A YAML of words by type. Raises ConfigError."""
     if not file:
         return {}
-    import yaml
-
     try:
-        value = yaml.safe_load(read_bytes(file, MAX_SETTINGS))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        value = read_document(file)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--words {file}: cannot be read ({error}); write YAML such as colour: [red, green]") from error
     right = isinstance(value, dict) and all(
         isinstance(kind, str) and isinstance(words, list) and all(isinstance(word, str) for word in words) for kind, words in value.items()
     )
     if not right:
         raise ConfigError(f"--words {file}: lists of words by type are wanted; write YAML such as colour: [red, green]")
+    for kind, words in value.items():
+        for word in words:
+            if not word or printable(word.strip()) != word:
+                raise ConfigError(f"--words {file}: {word!r} of {kind!r} is no word; write a word of one line")
     return {kind: list(words) for kind, words in value.items()}

@@ -27,6 +27,8 @@ from cfvlm_ds.data.containers.rows import MAX_ROW, Rows
 
 _FORM = 1  # of what is written; another number has everything made again
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
+ENDING = ".prepared"
+"""Of the name of a folder that rows were prepared in, which has the state of the data in it."""
 _LOOK_S = 0.5  # between two looks at whether another process has ended
 _KNOWN = 100_000  # pictures that are recognised when they come again: a question is asked of the picture of the row before it
 
@@ -90,7 +92,7 @@ def _prepared(path: Path, folder: Path) -> Prepared:
 def _name(path: Path, container: str, sources: Sequence[Path]) -> str:
     state = [[str(each), (stat := os.stat(each)).st_size, stat.st_mtime_ns] for each in sources]
     digest = hashlib.blake2b(json.dumps([_FORM, container, os.path.abspath(path), state]).encode("utf-8", "surrogatepass"), digest_size=8)
-    return f"{path.name[:80].replace('*', '_')}.{digest.hexdigest()}.prepared"
+    return f"{path.name[:80].replace('*', '_')}.{digest.hexdigest()}{ENDING}"
 
 
 class _alone:
