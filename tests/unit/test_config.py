@@ -152,7 +152,20 @@ UNKNOWN_OPTIONS = {
     "objective.fcd.symetric": "objective.fcd.symmetric",
     "model.vision_tower.tunign": "model.vision_tower.tuning",
     "build.scenes.num_trian": "build.scenes.num_train",
+    "dataset": "data.train",
+    "manifest": "data.train",
+    "freeze_vision_tower": "model.vision_tower.tuning",
+    "model.lora.target_modules": "model.language_model.tuning",
+    "lora_rank": "model.lora.rank",
+    "train.report_to": "tracking.enabled",
+    "train.deepspeed": "deepspeed",
 }
+
+
+@pytest.mark.parametrize("wrong", ["cutoff_len", "template", "max_samples", "train.optim", "loss_type"])
+def test_nothing_is_suggested_for_an_option_without_a_like(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="; see --help$"):
+        parse(f"--{wrong}", "1")
 
 
 @pytest.mark.parametrize("joined", [False, True])
