@@ -178,6 +178,14 @@ def test_what_is_reported_for_one_model(tmp_path: Path) -> None:
     assert "with gradient checkpointing (configured)" in report
 
 
+def test_adapters_without_a_module_are_warned_of(tmp_path: Path) -> None:
+    for name, warned in (("llava15_7b", True), ("llava15_7b_lora", False)):
+        model = parse_config(["--config", str(REPO / "examples" / f"{name}.yaml"), "--model.lora.rank", "8"], OBJECTIVES).model
+        assert bool(model.unused) == warned
+    report = dry_run(configured(REPO / "examples" / "llava15_7b.yaml", tmp_path, "--model.lora.rank", "8"))
+    assert "warning: model.lora does nothing, for no module has tuning lora" in report
+
+
 def test_the_command_needs_no_weights_data_or_launcher(tmp_path: Path) -> None:
     recipe = REPO / "examples" / "llava15_7b_lora.yaml"
     configured(recipe, tmp_path)
