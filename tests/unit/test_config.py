@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import REPO
 
+from cfvlm_ds.cli.main import main
 from cfvlm_ds.core import nearest_option
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet, Source
@@ -250,6 +251,21 @@ def test_a_first_mistake_on_the_command_line_says_what_to_write() -> None:
         with pytest.raises(ConfigError) as raised:
             parse(*argv)
         assert sentence in str(raised.value) and "gemma" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("evaluate a b --batchsize 4", "error: cfvlm-ds evaluate does not take '--batchsize'; did you mean --batch_size?"),
+        ("data check a --roots=b", "error: cfvlm-ds data check does not take '--roots'; did you mean --root?"),
+        ("export runs/mine --merge", "error: cfvlm-ds export does not take '--merge'; see `cfvlm-ds export --help`"),
+        ("score model data more", "error: cfvlm-ds score does not take 'more'; see `cfvlm-ds score --help`"),
+    ],
+)
+def test_what_a_command_does_not_take_is_one_sentence(line: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(line.split())
+    assert left.value.code == 2 and capsys.readouterr().err == f"{sentence}\n"
 
 
 def test_a_term_may_be_named_with_its_option(written) -> None:
