@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import REPO, run
 
+from cfvlm_ds import engine
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.models import meta_model
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training.dry_run import dry_run
 
@@ -174,8 +177,17 @@ def test_what_is_reported_for_one_model(tmp_path: Path) -> None:
         assert float(line) == pytest.approx(expected / 2**30, abs=0.06)
     # A block keeps, for each token and in bfloat16, at least its input, and with recomputation little else: 32 blocks of width 4096.
     kept, whole = (float(number) for number in re.findall(r"activations +([\d.]+) GiB", report))
-    assert kept == pytest.approx(1024 * 4096 * 2 * 32 / 2**30, rel=0.2) and whole > 10 * kept
+    assert kept == pytest.approx(1024 * 4096 * 2 * 32 / 2**30, rel=0.2)
+    assert whole > 10 * kept
     assert "with gradient checkpointing (configured)" in report
+
+
+def test_activations_grow_with_tokens_and_hold_no_weights(tmp_path: Path) -> None:
+    """Weights are the same for any number of tokens: twice the tokens keep twice as much."""
+    config = configured(REPO / "examples" / "llava15_7b.yaml", tmp_path)
+    model = meta_model(config.model, torch.bfloat16, engine.attention_without_data())
+    few, many = (engine.activations(model, tokens, recompute=False) for tokens in (256, 512))
+    assert many == pytest.approx(2 * few, rel=1e-3)
 
 
 def test_adapters_without_a_module_are_warned_of(tmp_path: Path) -> None:
