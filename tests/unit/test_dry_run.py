@@ -160,6 +160,8 @@ def test_recipes_at_the_published_sizes(recipe: Path, tmp_path: Path) -> None:
     total, trains = row(report, "all")
     adapters = trains if recipe.stem.endswith("_lora") else 0
     assert total - adapters == PUBLISHED[recipe.stem.removesuffix("_lora")][1]
+    (planned,) = re.findall(rf"`examples/{recipe.name}` \| ([\d.]+) \|", (REPO / "docs" / "families.md").read_text())
+    assert re.search(rf"^ +8 +{planned} ", report, re.MULTILINE), "memory on 8 GPUs, as the page has it"
     if adapters:
         assert row(report, "vision_tower")[1] == row(report, "projector")[1] == 0 and 0 < adapters < 0.03 * total
     else:
