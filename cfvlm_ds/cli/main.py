@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from cfvlm_ds.cli import cluster, data, lmms, models, package
 from cfvlm_ds.cli.exits import exit_cleanly, files_named, leave_at_once, print_anything
-from cfvlm_ds.cli.options import add_verbosity
+from cfvlm_ds.cli.options import add_verbosity, refuse_unknown
 from cfvlm_ds.core.secrets import mask_tracebacks
 from cfvlm_ds.core.verbosity import asked, show
 
@@ -28,10 +28,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given[first : first + 1] == ["train"] and all(each.partition("=")[0] in _BEFORE_TRAIN for each in given[:first]):
         _train([*given[:first], *given[first + 1 :]])
         return
-    arguments = parser().parse_args([each for each in given[:first] if not each.startswith("--local_rank=")] + given[first:])
+    arguments, unknown = parser().parse_known_args([each for each in given[:first] if not each.startswith("--local_rank=")] + given[first:])
     show(asked(arguments.quiet, arguments.verbose))
     mask_tracebacks()
     print_anything()
+    if unknown:
+        exit_cleanly(lambda: refuse_unknown(arguments.asked_for, unknown))
     exit_cleanly(lambda: files_named(lambda: arguments.function(arguments)))
 
 

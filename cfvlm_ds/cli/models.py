@@ -55,7 +55,8 @@ def add(commands: Any) -> None:
         command.add_argument("manifest", nargs="+" if name == "evaluate" else None, help=taken)
         command.add_argument("--out", help=written)
         command.add_argument("--batch_size", type=positive, default=16, help="groups per batch (default 16)")
-        limit = "tokens per forward at most; a larger batch is scored in several (default: one forward per batch)"
+        default = "one forward per batch" + ", or 16384 for benchmarks" * (name == "evaluate")
+        limit = f"tokens per forward at most; a larger batch is scored in several (default: {default})"
         command.add_argument("--max_tokens_per_forward", type=positive, metavar="N", help=limit)
         text = "score the first N groups alone, as the option limit of a data set does"
         text += "; of a benchmark about N items, spread over all of it" * (name == "evaluate")

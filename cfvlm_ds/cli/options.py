@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.data_config import DataConfig
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.run_folder import named_model
 from cfvlm_ds.core.verbosity import VERBOSITY
 
@@ -17,9 +19,19 @@ from cfvlm_ds.core.verbosity import VERBOSITY
 def add_command(parent: Any, name: str, function: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:
     """A command of ``parent``'s that runs ``function``; its help ends with the example."""
     command: argparse.ArgumentParser = parent.add_parser(name, help=text, description=text, epilog=f"example: {example}")
-    command.set_defaults(function=function)
+    command.set_defaults(function=function, asked_for=command)
     add_verbosity(command)
     return command
+
+
+def refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
+    """Raise ConfigError for arguments that a command does not take, with its nearest option."""
+    wrong = next((each for each in unknown if each.startswith("-")), unknown[0]).partition("=")[0]
+    known = [option.strip("-") for action in command._actions for option in action.option_strings]
+    near = difflib.get_close_matches(wrong.strip("-"), known, n=1, cutoff=0.7)
+    raise ConfigError(
+        f"{command.prog} does not take {wrong!r}; " + (f"did you mean --{near[0]}?" if near else f"see `{command.prog} --help`")
+    )
 
 
 def add_verbosity(command: argparse.ArgumentParser) -> None:

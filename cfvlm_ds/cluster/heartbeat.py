@@ -48,7 +48,7 @@ def prepare(run_dir: Path) -> Path:
         for left in folder.iterdir():  # a verdict or beats of an earlier start would be taken for this one's
             left.unlink()
     except OSError as error:
-        raise StorageError(f"{unwritten(folder, error)}; make room, or choose another train.output_dir") from error
+        raise StorageError(f"{unwritten(folder, error)}; make room, or choose another train.output_dir that may be written") from error
     return folder
 
 

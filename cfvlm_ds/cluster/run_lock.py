@@ -43,7 +43,7 @@ class RunLock:
             folder.mkdir(parents=True, exist_ok=True)
             self._take(folder, say)
         except OSError as error:
-            raise StorageError(f"{unwritten(self.path, error)}; make room, or choose another {option}") from error
+            raise StorageError(f"{unwritten(self.path, error)}; make room, or choose another {option} that may be written") from error
         self._ended, self._failing = threading.Event(), False
         threading.Thread(target=self._touch, daemon=True).start()
 

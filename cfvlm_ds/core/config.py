@@ -88,6 +88,13 @@ class ModelConfig:
     language_model: ModuleConfig = field(default_factory=ModuleConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
+    @property
+    def unused(self) -> list[str]:
+        """A warning of options that do nothing: a run says it at its start, for elsewhere a rank of adapters switches them on."""
+        if self.lora == LoraConfig() or "lora" in (self.vision_tower.tuning, self.projector.tuning, self.language_model.tuning):
+            return []
+        return ["warning: model.lora does nothing, for no module has tuning lora; set model.language_model.tuning to lora, or leave it out"]
+
 
 IMAGE_LIMITS = ("min_pixels", "max_pixels", "max_tiles")
 """The options of a ModelConfig that bound the visual tokens of an image."""

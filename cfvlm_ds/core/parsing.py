@@ -12,9 +12,10 @@ from dataclasses import fields
 from typing import Any
 
 from cfvlm_ds.core.config import CFVLM, SECTIONS, RunConfig, ScenesConfig, TinyLlavaConfig
-from cfvlm_ds.core.data_config import EvaluationSet, Source
+from cfvlm_ds.core.data_config import Source
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.nearest_option import RENAMED, nearest
+from cfvlm_ds.core.nearest_option import RENAMED
+from cfvlm_ds.core.option_errors import SPLITS, one_sentence
 from cfvlm_ds.core.options import ENDLESS, kinds, ranges
 from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
 from cfvlm_ds.core.shipped import found, listed
@@ -44,13 +45,15 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         _refuse_nulls(resolved, parser.get_defaults().as_dict())
         built = parser.instantiate(parsed)
     except ArgumentError as error:
-        message = str(error).replace("<unicode string>", (_config_files(argv) or ["--config"])[-1])
-        raise ConfigError(_one_sentence(message, _option_names(parser))) from error
+        file = (_config_files(argv) or ["--config"])[-1]
+        raise ConfigError(one_sentence(str(error).replace("<unicode string>", file), _option_names(parser), file)) from error
     except ConfigError:
         raise
     except Exception as error:  # the parser and YAML raise nearly anything on bytes that are no text, tags and thousands of brackets
         given = ", ".join(_config_files(argv)) or "the options"
         raise ConfigError(f"{given}: not a configuration ({type(error).__name__}: {error}); write YAML as in examples/") from error
+    if unknown := _named_terms(argv) - set(objectives):  # one with options has been named by the parser
+        raise ConfigError(f"unknown term of the objective {min(unknown)!r}; the terms are {', '.join(objectives)}")
     terms = {name: getattr(built.objective, name) for name in objectives if name in _named_terms(argv)}
     active = {name: term for name, term in terms.items() if term.weight != 0}
     resolved["objective"] = {name: resolved["objective"][name] for name in active}
@@ -120,7 +123,7 @@ def _with_shipped(argv: Sequence[str]) -> list[str]:
         if flag == "--config" and equals:
             value = found(value, "examples")
             if not os.path.lexists(value) and not re.search(r"[\s:{]", value):  # which options themselves have in them
-                raise ConfigError(f"--config {value}: no such file; give the path of yours, or one of {listed('examples')}")
+                raise ConfigError(f"--config {value}: no such file; give the path of yours, or one of {listed('examples', value)}")
             option = value if equals == " " else f"{flag}={value}"
         taken.append(option)
     return taken
@@ -134,8 +137,8 @@ def _named_terms(argv: Sequence[str]) -> set[str]:
     for path in _config_files(argv):
         given = yaml.safe_load(read_bytes(path, MAX_SETTINGS))
         section = given.get("objective") if isinstance(given, Mapping) else None
-        dotted = (name.split(".")[1] for name in given or () if name.startswith("objective."))
-        stated |= {*(section if isinstance(section, Mapping) else ()), *dotted}
+        dotted = (name.removeprefix("objective.") for name in given or () if name.startswith("objective."))
+        stated |= {str(name).partition(".")[0] for name in (*(section if isinstance(section, Mapping) else ()), *dotted)}
     return (stated or set(CFVLM)) | {option.split(".")[1].partition("=")[0] for option in argv if option.startswith("--objective.")}
 
 
@@ -225,10 +228,13 @@ def _refuse_nulls(values: Mapping[str, Any], defaults: Mapping[str, Any], sectio
     for name, default in defaults.items():
         option, value = f"{section}{name}", values[name]
         if default is not None and value is None:
-            raise ConfigError(f"{option}: null is not a value; leave the option out for its default")
+            remedy = (
+                f"write {name}: {{}} for the term with its defaults" if section == "objective." else "leave the option out for its default"
+            )
+            raise ConfigError(f"{option}: null is not a value; {remedy}")
         if isinstance(default, dict):
             if not isinstance(value, dict):
-                raise ConfigError(f"{option}: expected options below it, got {value!r}; see --help")
+                raise ConfigError(f"{option}: expected options below it, got {value!r}; write it as in examples/")
             _refuse_nulls(value, default, f"{option}.")
 
 
@@ -332,21 +338,13 @@ def _check_evaluation_set(split: str, given: Mapping[str, Any]) -> None:
     """Raise ConfigError for what is neither a manifest nor a benchmark, or both."""
     path, benchmark = given["path"], given["benchmark"]
     if not path and not benchmark:
-        raise ConfigError(f"data.evaluation: {split!r} is not a manifest; {_SPLITS}")
+        raise ConfigError(f"data.evaluation: {split!r} is not a manifest; {SPLITS}")
     if benchmark and (path or given["format"] or not isinstance(given["root"], str)):
         raise ConfigError(
-            f"data.evaluation.{split}: benchmark {benchmark!r} needs root, one folder, and has neither path nor format; {_SPLITS}"
+            f"data.evaluation.{split}: benchmark {benchmark!r} needs root, one folder, and has neither path nor format; {SPLITS}"
         )
     if not benchmark and given["probe"] is not None:
         raise ConfigError(f"data.evaluation.{split}: probe {given['probe']!r} is of a benchmark, and {path!r} is a manifest; leave it out")
-
-
-_SPLITS = (
-    "give NAME: PATH, or NAME: {path: PATH, root: FOLDER, format: NAME} with any of the last two, or NAME: {benchmark: NAME, root: FOLDER}"
-)
-
-
-_SOURCES = "give FILE, or a list of {path: FILE, weight: NUMBER, root: FOLDER, format: NAME} with any of the last three"
 
 
 def _numbers(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, int | float]]:
@@ -361,31 +359,3 @@ def _option_names(parser: Any) -> list[str]:
     """Every dotted option, those of the optional sections of ``build`` included, which the parser itself does not list."""
     nested = {"build.scenes": ScenesConfig, "build.tiny_llava": TinyLlavaConfig}
     return [a.dest for a in parser._actions] + [f"{name}.{f.name}" for name, section in nested.items() for f in fields(section)]
-
-
-def _one_sentence(message: str, names: Sequence[str]) -> str:
-    """jsonargparse's message on one line, with the nearest valid option where the user named an unknown one."""
-    message = " ".join(message.split())
-    if f"'{EvaluationSet.__module__}.{EvaluationSet.__name__}'" in message:  # pages about classes that nobody named
-        return f"data.evaluation: an entry is not a manifest; {_SPLITS}"
-    if f"[{Source.__module__}.{Source.__name__}]" in message:
-        stranger = re.search(r"Option '(\w+)' is not accepted", message)
-        wrong = re.search(r'Parser key "?(\w+)"?: .*? Given value: (.*?) - Expected', message)
-        if stranger:
-            near = nearest(f"data.train.{stranger[1]}", [f"data.train.{each.name}" for each in fields(Source)])
-            said = f"a source has no {stranger[1]!r}" + (f"; did you mean {near.rpartition('.')[2]!r}?" if near else "")
-        elif wrong:
-            said = f"{wrong[1]} of a source cannot be {wrong[2]}"
-        else:
-            said = "a source has no path" if "required: path" in message else "an entry is not a source"
-        return f"data.train: {said}; {_SOURCES}"
-    unknown = re.search(r"(?:[Uu]nrecognized arguments:|[Kk]ey|[Oo]ption) '?-{0,2}([\w.-]+)'?", message)
-    if not unknown or unknown[1] in names:
-        return message.removeprefix("Parser key ").replace('"', "")
-    # A key of a YAML section is reported beside its section; one that was given without any is compared with the last parts of options.
-    section = re.search(r"Group '([\w.]+)'|Parser key \"([\w.]+)\"", message)
-    option = f"{section[1] or section[2]}.{unknown[1]}" if section else unknown[1]
-    if option in RENAMED:
-        return f"option {option!r} is called {RENAMED[option]!r} now; see --help for what it takes"
-    near = nearest(option, names)
-    return f"unknown option {option!r}" + (f"; did you mean {near!r}?" if near else "; see --help")

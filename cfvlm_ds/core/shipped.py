@@ -3,6 +3,7 @@ its root."""
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def found(given: str, folder: str) -> str:
     return str(path) if path.is_file() else given
 
 
-def listed(folder: str) -> str:
-    """The files of a folder by name, for a message: those that come with the package, and those of the working directory."""
+def listed(folder: str, given: str = "") -> str:
+    """The files of a folder by name, for a message: those that come with the package, and those of the working directory; of many only
+    those whose names are like the ``given`` one, where there are such."""
     names = {path.name for place in (shipped(folder), Path(folder)) if place.is_dir() for path in place.iterdir() if path.is_file()}
-    return ", ".join(f"{folder}/{name}" for name in sorted(names))
+    like = difflib.get_close_matches(Path(given).name, names, n=8, cutoff=0.6)
+    return ", ".join(f"{folder}/{name}" for name in sorted(like or names))

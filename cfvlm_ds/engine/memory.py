@@ -51,10 +51,11 @@ def activations(model: Any, tokens: int, recompute: bool) -> int:
     else:
         model.gradient_checkpointing_disable()
     kept: dict[int, torch.UntypedStorage] = {}
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}  # of which a linear layer keeps a transposed view
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        if (storage := tensor.untyped_storage())._cdata not in weights:
+            kept[storage._cdata] = storage
         return tensor
 
     text, further = model.config.get_text_config(), {}

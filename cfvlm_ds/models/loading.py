@@ -46,7 +46,11 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
             )
         refuse_no_files(Path(name_or_path).resolve())
         refuse_counts(Path(name_or_path))
-    with explained(f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a sound config.json, or a hub name"):
+    what, remedy = f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a sound config.json, or a hub name"
+    if not os.path.isdir(name_or_path):
+        what = f"model.name_or_path {name_or_path!r} is no folder here, and could not be read from the hub"
+        remedy = f"correct it, or fetch it first where there is a network: hf download {name_or_path}"
+    with explained(what, remedy):
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
 
 
@@ -111,7 +115,7 @@ def load_processor(config: ModelConfig) -> Any:
     family_of(model_config)
     _check_folder(config.name_or_path)
     what = f"the processor of {config.name_or_path!r}"
-    with explained(f"{what} cannot be loaded", "compare its tokenizer and processor files with the published ones"):
+    with explained(f"{what} cannot be loaded", "copy the tokenizer and processor files of the published model into its folder"):
         processor = AutoProcessor.from_pretrained(config.name_or_path, trust_remote_code=False)
         parts = {"tokenizer": "tokenizer", "image_processor": "image processor", "chat_template": "chat template"}
         if missing := [name for part, name in parts.items() if getattr(processor, part, None) is None]:

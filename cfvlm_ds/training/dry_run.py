@@ -29,7 +29,7 @@ def dry_run(config: RunConfig) -> str:
     resolved = engine.resolve(engine.read_json(config.deepspeed), config, 1, torch.device("cpu"), engine.hidden_size(config), 1)
     model = meta_model(config.model, torch.bfloat16, engine.attention_without_data())
     lines = [f"model type       {model.config.model_type}", f"attention        {attention(config.model.attn_implementation, model.config)}"]
-    lines += [f"objective        {config.loss}", ""]
+    lines += [f"objective        {config.loss}", *config.model.unused, ""]
     return "\n".join([*lines, *_modules(model, config), "", *_states(model, resolved.config), "", *_activations(model, config)])
 
 

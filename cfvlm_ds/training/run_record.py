@@ -56,6 +56,8 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
             problem = problem or unwritten(path, error)
     if problem := broadcast_object(problem):
         raise StorageError(f"{problem}; make room, and start again")
+    for warning in config.model.unused:
+        world.say(warning)
     world.say(f"objective: {config.loss}")
     world.say("parameters: " + ", ".join(f"{name} {total:,} ({trains:,} trainable)" for name, (total, trains) in counts.items()))
     return list(contents)

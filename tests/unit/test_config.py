@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import REPO
 
+from cfvlm_ds.cli.main import main
 from cfvlm_ds.core import nearest_option
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet, Source
@@ -152,7 +153,20 @@ UNKNOWN_OPTIONS = {
     "objective.fcd.symetric": "objective.fcd.symmetric",
     "model.vision_tower.tunign": "model.vision_tower.tuning",
     "build.scenes.num_trian": "build.scenes.num_train",
+    "dataset": "data.train",
+    "manifest": "data.train",
+    "freeze_vision_tower": "model.vision_tower.tuning",
+    "model.lora.target_modules": "model.language_model.tuning",
+    "lora_rank": "model.lora.rank",
+    "train.report_to": "tracking.enabled",
+    "train.deepspeed": "deepspeed",
 }
+
+
+@pytest.mark.parametrize("wrong", ["cutoff_len", "template", "max_samples", "train.optim", "loss_type"])
+def test_nothing_is_suggested_for_an_option_without_a_like(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=r"; see --help$"):
+        parse(f"--{wrong}", "1")
 
 
 @pytest.mark.parametrize("joined", [False, True])
@@ -205,6 +219,57 @@ def test_unknown_yaml_key_names_the_nearest(written, text: str) -> None:
     with pytest.raises(ConfigError) as raised:
         parse(*written(text))
     assert str(raised.value) == f"unknown option {wrong!r}; did you mean {right!r}?"
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("train: {learning_rate: fast}", "train.learning_rate: expected a number, got fast"),
+        ("model: {vision_tower: {tuning: freeze}}", "model.vision_tower.tuning: expected full, lora or frozen, got freeze"),
+        ("data: {root: 3}", "data.root: expected a list of texts, a text or null, got 3"),
+        ("data: {evaluation: test.jsonl}", "data.evaluation: test.jsonl has no name; give NAME: PATH, or NAME: {path: PATH"),
+        ("model: {vision_tower: frozen}", "model.vision_tower is a section of options, not 'frozen'; set model.vision_tower.tuning to it"),
+        ("data: groups.jsonl", "data is a section of options, not 'groups.jsonl'; set data.train to it"),
+        ("objective: {nll: {}}", "unknown term of the objective 'nll'; the terms are align, csd, fcd"),
+        ("objective: {align: }", "objective.align: null is not a value; write align: {} for the term with its defaults"),
+        ("hello", "run.yaml: no options in it; write YAML as in examples/"),
+    ],
+)
+def test_a_first_mistake_in_yaml_says_what_to_write(written, given: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(*written(given))
+    assert sentence in str(raised.value) and "class '" not in str(raised.value)
+
+
+def test_a_first_mistake_on_the_command_line_says_what_to_write() -> None:
+    for argv, sentence in (
+        (["my.yaml"], "unknown option 'my.yaml'; a file of options is given by --config my.yaml"),
+        (["--train.dry_run"], "--train.dry_run needs a value; write --train.dry_run VALUE, which is true or false where"),
+        (["--model", "org/name"], "model is a section of options, not 'org/name'; set model.name_or_path to it"),
+        (["--config", "qwen2_vl.yaml"], "or one of examples/qwen2_5_vl_72b.yaml"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            parse(*argv)
+        assert sentence in str(raised.value) and "gemma" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("evaluate a b --batchsize 4", "error: cfvlm-ds evaluate does not take '--batchsize'; did you mean --batch_size?"),
+        ("data check a --roots=b", "error: cfvlm-ds data check does not take '--roots'; did you mean --root?"),
+        ("export runs/mine --merge", "error: cfvlm-ds export does not take '--merge'; see `cfvlm-ds export --help`"),
+        ("score model data more", "error: cfvlm-ds score does not take 'more'; see `cfvlm-ds score --help`"),
+    ],
+)
+def test_what_a_command_does_not_take_is_one_sentence(line: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(line.split())
+    assert left.value.code == 2 and capsys.readouterr().err == f"{sentence}\n"
+
+
+def test_a_term_may_be_named_with_its_option(written) -> None:
+    assert set(parse(*written("objective: {align.weight: 1, csd: {}}")).objective) == {"align", "csd"}
 
 
 @pytest.mark.parametrize(

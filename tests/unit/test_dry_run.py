@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import REPO, run
 
+from cfvlm_ds import engine
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.models import meta_model
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training.dry_run import dry_run
 
@@ -157,6 +160,8 @@ def test_recipes_at_the_published_sizes(recipe: Path, tmp_path: Path) -> None:
     total, trains = row(report, "all")
     adapters = trains if recipe.stem.endswith("_lora") else 0
     assert total - adapters == PUBLISHED[recipe.stem.removesuffix("_lora")][1]
+    (planned,) = re.findall(rf"`examples/{recipe.name}` \| ([\d.]+) \|", (REPO / "docs" / "families.md").read_text())
+    assert re.search(rf"^ +8 +{planned} ", report, re.MULTILINE), "memory on 8 GPUs, as the page has it"
     if adapters:
         assert row(report, "vision_tower")[1] == row(report, "projector")[1] == 0 and 0 < adapters < 0.03 * total
     else:
@@ -174,8 +179,25 @@ def test_what_is_reported_for_one_model(tmp_path: Path) -> None:
         assert float(line) == pytest.approx(expected / 2**30, abs=0.06)
     # A block keeps, for each token and in bfloat16, at least its input, and with recomputation little else: 32 blocks of width 4096.
     kept, whole = (float(number) for number in re.findall(r"activations +([\d.]+) GiB", report))
-    assert kept == pytest.approx(1024 * 4096 * 2 * 32 / 2**30, rel=0.2) and whole > 10 * kept
+    assert kept == pytest.approx(1024 * 4096 * 2 * 32 / 2**30, rel=0.2)
+    assert whole > 10 * kept
     assert "with gradient checkpointing (configured)" in report
+
+
+def test_activations_grow_with_tokens_and_hold_no_weights(tmp_path: Path) -> None:
+    """Weights are the same for any number of tokens: twice the tokens keep twice as much."""
+    config = configured(REPO / "examples" / "llava15_7b.yaml", tmp_path)
+    model = meta_model(config.model, torch.bfloat16, engine.attention_without_data())
+    few, many = (engine.activations(model, tokens, recompute=False) for tokens in (256, 512))
+    assert many == pytest.approx(2 * few, rel=1e-3)
+
+
+def test_adapters_without_a_module_are_warned_of(tmp_path: Path) -> None:
+    for name, warned in (("llava15_7b", True), ("llava15_7b_lora", False)):
+        model = parse_config(["--config", str(REPO / "examples" / f"{name}.yaml"), "--model.lora.rank", "8"], OBJECTIVES).model
+        assert bool(model.unused) == warned
+    report = dry_run(configured(REPO / "examples" / "llava15_7b.yaml", tmp_path, "--model.lora.rank", "8"))
+    assert "warning: model.lora does nothing, for no module has tuning lora" in report
 
 
 def test_the_command_needs_no_weights_data_or_launcher(tmp_path: Path) -> None:

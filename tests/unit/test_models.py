@@ -115,12 +115,15 @@ def test_a_checkpoint_that_is_not_this_model_is_refused_by_key(edit: Any, messag
     load(altered(model_dir, tmp_path / "same", lambda weights: None))
 
 
-def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"'no-such-folder' does not exist; give a model folder"):
         load_config("no-such-folder")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"empty' cannot be read"):
         load_config(str(tmp_path / "empty"))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(ConfigError, match=r"'models/tinny' is no folder here, and could not be read from the hub \(OSError: no network\)"):
+        load_config("models/tinny")  # which may be a name on the hub
 
 
 def test_flash_attention_without_the_package_is_refused_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
