@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     for name, function, text, of, taken, written in (
         (
             "score", _score, "write reference and blind scores of a manifest, for DPO and PMI",
-            f"export {world}/test_iid.jsonl", "groups to score", "file to write (default MANIFEST.scores.jsonl)",
+            f"base {world}/train.jsonl", "groups to score: those to train on", "file to write (default MANIFEST.scores.jsonl)",
         ),
         (
             "calibrate", _calibrate, "by how much a model tells true from false in a manifest, and the margins and weights that fit it",
