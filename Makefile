@@ -9,10 +9,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/sbin:/sbin
 
 .PHONY: demo base test test-long check lint types docs install golden clean
 
-# On a CPU two ranks of ZeRO-2 are the fastest for a million weights, which need no partition; `deepspeed train.py --deepspeed ds_configs/z3.json`
+# Ranks of the demo: on a CPU two of ZeRO-2 are the fastest for a million weights, which need no partition; `deepspeed train.py --deepspeed ds_configs/z3.json`
 # finds the same losses.
+RANKS ?= $(if $(shell command -v nvidia-smi),1,2)
+
 demo: install
-	deepspeed --num_gpus 2 train.py --deepspeed ds_configs/z2.json --train.per_device_train_batch_size 6
+	deepspeed --num_gpus $(RANKS) train.py --deepspeed ds_configs/z2.json --train.per_device_train_batch_size $$((12 / $(RANKS)))
 	cfvlm-ds data build runs/quickstart/scenes --benchmarks runs/quickstart-world
 	cfvlm-ds evaluate runs/quickstart --benchmarks sugarcrepe,naturalbench,pope --probes caption yes_no \
 		--benchmark_root runs/quickstart-world --limit 900 --out runs/quickstart-benchmarks

@@ -88,7 +88,7 @@ def test_their_targets_and_paths_are_those_of_the_makefile(tmp_path: Path) -> No
     for target in ("install", "demo"):
         said = subprocess.run(["make", "-n", "-B", target], cwd=REPO, capture_output=True, text=True, check=True).stdout
         assert "python3 -m venv .venv" in said and '--no-build-isolation --editable ".[dev]"' in said
-    assert "deepspeed --num_gpus 1 train.py --deepspeed ds_configs/z3.json" in said
+    assert "train.py --deepspeed ds_configs/z2.json --train.per_device_train_batch_size" in said
     path = f"{HOME}/.venv/bin:"
     assert dict(instructions())["ENV"].startswith(f"PATH={path}") and section("environment").startswith(f'export PATH="{path}')
     (tool := tmp_path / "tool").write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\n")

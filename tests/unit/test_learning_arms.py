@@ -86,11 +86,14 @@ def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
 
 
 def test_tables_of_records_of_any_age(learning: ModuleType) -> None:
-    """Those that lie in the repository; and differences from the control by seeds that both have, with the t interval by hand."""
+    """Those that lie in the repository, one seed alone, and differences from the control by seeds that both have, with the interval by hand."""
     records = [json.loads(path.read_text()) for path in sorted(learning.RECORDS.glob("*.json")) if path != learning.BASE]
     assert {record["arm"] for record in records} >= {"default", "nll-all"}
-    tables = list(learning.tables(records))
-    assert len(tables) == 2 and "| default objective | 1e-3 |" in tables[0], "one seed makes no interval"
+    shown, differences, each = learning.tables(records)
+    assert "| default objective | 1e-3 |" in shown and " ± " in shown and "| default objective | 1e-3 | 8 | " in differences
+    assert each.count("\n") == len(records) + 1, "a line for each run, and two for the head"
+    tables = list(learning.tables([record for record in records if record["seed"] == 0]))
+    assert len(tables) == 2 and " ± " not in tables[0], "one seed makes no interval"
 
     def seeded(arm: str, seed: int, by: float) -> dict[str, Any]:
         record = next(each for each in records if each["arm"] == "nll-all")
