@@ -86,7 +86,7 @@ def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
 
 
 def test_tables_of_records_of_any_age(learning: ModuleType) -> None:
-    """Those that lie in the repository, one seed alone, and differences from the control by seeds that both have, with the interval by hand."""
+    """Those of the repository, one seed alone, and differences from the control by seeds that both have, the interval by hand."""
     records = [json.loads(path.read_text()) for path in sorted(learning.RECORDS.glob("*.json")) if path != learning.BASE]
     assert {record["arm"] for record in records} >= {"default", "nll-all"}
     shown, differences, each = learning.tables(records)
