@@ -28,12 +28,14 @@ class Retention:
             if "retain" in config.objective
             else "add objective.retain (it holds the model near its start on plain captions among the training data)"
         )
+        self._warned = 0.0
         self._remedy = f"{held}, raise objective.align.weight or lower train.learning_rate"
 
     def trained(self, metrics: Mapping[str, float]) -> None:
-        """A record of the training."""
+        """A record of the training. Said again only of a fall that is twice the last one, not of every record of a hollow."""
         fallen = self._state.displacement(metrics["logp/lp_00"]) if "logp/lp_00" in metrics else 0.0
-        if fallen > self._train.displacement_warning:
+        if fallen > max(self._train.displacement_warning, 2 * self._warned):
+            self._warned = fallen
             self._say(
                 f"warning: likelihood displacement: the factual log-likelihood fell {fallen:.2f} nats per token below its start; "
                 f"{self._remedy}"

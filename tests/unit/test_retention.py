@@ -75,3 +75,11 @@ def test_options_that_do_nothing_are_named_once() -> None:
         "objective.retain", "objective.symmpo", "objective.misp", "objective.batchalign.texts", "train.hard_negatives",
     ]  # fmt: skip
     assert "asks for 8 texts on an image and finds 3.9" in said[3] and "train.hard_negatives 2 has left nothing out" in said[4]
+
+
+def test_a_fall_is_said_once_and_again_when_it_has_doubled() -> None:
+    said: list[str] = []
+    retention = Retention(config(Align()), TrainState(), {}, said.append)
+    for logp in (-1.0, -1.05, -1.12, -1.15, -1.1, -1.12, -1.23, -1.25, -1.26):
+        retention.trained({"logp/lp_00": logp})
+    assert ["fell 0.12 nats" in said[0], "fell 0.25 nats" in said[1], len(said)] == [True, True, 2], said
