@@ -6,8 +6,9 @@
 
 Pictures and captions of the world go through `data propose --with rules`, an editor that fails in known ways in half of its attempts,
 and `data verify` with the package's base and with --model, under each question of TEMPLATES. Verdicts are compared with the truth by score
-kind, with no margin and with the margin that half of the sources, labelled, call for; precision and recall are of the other half. Then the
-base is trained on what the best of these verdicts keep, on what nothing has judged, and on exact edits: same sources, steps and schedule.
+kind, with no margin and with the margin and drop that half of the sources, labelled, call for; precision and recall are of the other half.
+Then the base is trained on what the best of these verdicts keep, on what nothing has judged, and on exact edits: same sources, steps and
+schedule.
 A work folder goes on where it was; benchmarks/verified/ holds one JSON per run, written as it ends. On a core of an EPYC a source takes
 0.3 s for each scorer and question (some ten candidates), and a training of 1000 steps some 17 minutes.
 """
@@ -64,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="a second scorer beside the base: a model or run folder, such as runs/quickstart")
     parser.add_argument("--parts", nargs="+", choices=("verdicts", "train"), default=["verdicts", "train"])
+    parser.add_argument("--questions", nargs="+", choices=TEMPLATES, default=list(TEMPLATES), help="default: all")
     parser.add_argument("--sources", type=int, default=3000, help="pictures with captions (default 3000)")
     parser.add_argument("--faults", type=float, default=0.5, help="share of the attempts that fail (default 0.5)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each training, from 0 (default 3)")
@@ -134,7 +136,7 @@ def verdicts(arguments: argparse.Namespace, work: Path, truth: Truth) -> None:
     scorers = {"base": str(write_base(arguments.out / "base"))} | ({Path(arguments.model).name: arguments.model} if arguments.model else {})
     judged(arguments, work, truth, "pixels", "", "", ("checks",))
     for scorer, model in scorers.items():
-        for question in TEMPLATES:
+        for question in arguments.questions:
             judged(arguments, work, truth, scorer, model, question, RULES)
 
 
@@ -175,8 +177,9 @@ def by_rule(records: list[dict[str, Any]], truth: Truth, rule: str) -> dict[str,
     if rule != "checks":
         try:
             fitted = calibrated([(each, truth[each["edit"], each["attempt"]][0]) for each in halves[0]], plain, PRECISION)
-            found["calibrated"] = counts(halves[1], truth, fitted.thresholds) | {"margin": fitted.thresholds.margin}
-            found["calibrated"] |= {
+            found["calibrated"] = counts(halves[1], truth, fitted.thresholds) | {
+                "margin": fitted.thresholds.margin,
+                "drop": fitted.thresholds.drop,
                 "good_kept_of_labels": fitted.good_kept,
                 "kept_of_fault": of_faults(halves[1], truth, fitted.thresholds),
             }
@@ -224,21 +227,23 @@ def trainings(arguments: argparse.Namespace, scenes: Path, work: Path, truth: Tr
     best = best_verdict(arguments.records)
     exact = edited(arguments.out, scenes, "exact", 0.0, 1)
     verify(exact, VerifyOptions(), 0, print, None)
-    thresholds = arguments.out / "unjudged.json"
-    thresholds.write_text(json.dumps(asdict(UNJUDGED)) + "\n")
-    lenient = {"thresholds": str(thresholds), "per_source": 1}
+    chosen = Thresholds(rule=best["rule"], margin=best["margin"], drop=best["drop"])
+    options = {}
+    for name, thresholds in {"judged": chosen, "unjudged": UNJUDGED}.items():
+        (file := arguments.out / f"{name}.json").write_text(json.dumps(asdict(thresholds)) + "\n")
+        options[name] = SelectOptions(thresholds=str(file), per_source=1)
     sets = {
-        "verified": (Path(best["work"]), SelectOptions(rule=best["rule"], margin=best["margin"], per_source=1), truth),
-        "unverified": (arguments.out / "verdicts-pixels", SelectOptions(**lenient), truth),
-        "exact": (exact, SelectOptions(**lenient), truth_of(exact, scenes, 0.0)),
+        "verified": (Path(best["work"]), options["judged"], truth),
+        "unverified": (arguments.out / "verdicts-pixels", options["unjudged"], truth),
+        "exact": (exact, options["unjudged"], truth_of(exact, scenes, 0.0)),
     }
-    for arm, (folder, options, known) in sets.items():
+    for arm, (folder, choice, known) in sets.items():
         file = arguments.out / f"{arm}.jsonl"
-        survival = select(folder, file, options, print)
+        survival = select(folder, file, choice, print)
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         right = [known[each["edit"]["edit"], each["edit"]["attempt"]][0] for row in rows for each in row["meta"]["edits"]]
         about = {"arm": arm, "groups": len(rows), "right": ratio(sum(right), len(right)), "survival": survival.table()}
-        about |= {"verdict": {key: best[key] for key in ("scorer", "question", "rule", "margin")}} if arm == "verified" else {}
+        about |= {"verdict": {key: best[key] for key in ("scorer", "question", "rule", "margin", "drop")}} if arm == "verified" else {}
         for seed in range(arguments.seeds):
             if not (record := arguments.records / f"train-{arm}-seed{seed}.json").exists():
                 found = trained(arguments, scenes, file, arm, seed, arguments.records / "base.json")
@@ -246,8 +251,8 @@ def trainings(arguments: argparse.Namespace, scenes: Path, work: Path, truth: Tr
 
 
 def best_verdict(records: Path) -> dict[str, Any]:
-    """The scorer, question, score kind and margin that keep most right candidates of the labelled half at the precision; where none reaches
-    it, what is most precise without a margin."""
+    """The scorer, question, score kind, margin and drop that keep most right candidates of the labelled half at the precision; where none
+    reaches it, what is most precise without a margin."""
     listed = [json.loads(path.read_text()) for path in sorted(records.glob("verdicts-*.json"))]
     ways = [(each, rule, found) for each in listed if each["model"] for rule, found in each["rules"].items()]
     if not ways:
@@ -255,9 +260,9 @@ def best_verdict(records: Path) -> dict[str, Any]:
     fitted = [way for way in ways if way[2]["calibrated"]]
     if fitted:
         each, rule, found = max(fitted, key=lambda way: way[2]["calibrated"]["good_kept_of_labels"])
-        return {**each, "rule": rule, "margin": found["calibrated"]["margin"]}
+        return {**each, "rule": rule, "margin": found["calibrated"]["margin"], "drop": found["calibrated"]["drop"]}
     each, rule, _ = max(ways, key=lambda way: way[2]["plain"]["precision"] or 0.0)
-    return {**each, "rule": rule, "margin": 0.0}
+    return {**each, "rule": rule, "margin": 0.0, "drop": None}
 
 
 def trained(arguments: argparse.Namespace, scenes: Path, groups: Path, arm: str, seed: int, base: Path) -> dict[str, Any]:
@@ -307,12 +312,13 @@ def report(records: Path) -> None:
 
 def verdict_table(judgements: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Precision and recall against the truth, in %."""
-    yield "| scorer | question | scores | candidates | right | precision | recall | margin | precision, held | recall, held |"
-    yield "|---|---|---|---:|---:|---:|---:|---:|---:|---:|"
+    yield "| scorer | question | scores | candidates | right | precision | recall | margin | drop | precision, held | recall, held |"
+    yield "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     for each in judgements:
         for rule, found in each["rules"].items():
             plain, fitted = found["plain"], found["calibrated"] or {}
-            numbers = [percent(plain["precision"]), percent(plain["recall"]), f"{fitted['margin']:.2f}" if fitted else ""]
+            numbers = [percent(plain["precision"]), percent(plain["recall"])]
+            numbers += ["" if fitted.get(name) is None else f"{fitted[name]:.2f}" for name in ("margin", "drop")]
             numbers += [percent(fitted.get("precision")), percent(fitted.get("recall"))]
             head = [each["scorer"], each["question"], rule, f"{each['candidates']:,}", percent(each["right"] / each["candidates"])]
             yield f"| {' | '.join([*head, *numbers])} |"

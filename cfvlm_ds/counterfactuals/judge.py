@@ -1,7 +1,8 @@
 """Verdicts: what was measured of a candidate against thresholds. Pure functions, so that other thresholds need no model.
 
 A candidate is good where all four cells are right: each picture prefers its own text, each text its own picture, by a margin; and where the
-pictures differ as much as an edit of its type does, in one piece, and nowhere else.
+pictures differ as much as an edit of its type does, in one piece, and nowhere else. A second thing that changed too is told by how much worse
+the new text fits than the caption did.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ RULES = ("match", "likelihood", "both", "checks")
 GOOD = ""
 _CERTAIN = 40.0  # log-odds of what a float can only call certain
 _BOUNDS = {
-    "margin": (0.0, sys.float_info.max), "largest": (0.0, 1.0), "outside": (0.0, 1.0), "clip": (0.0, 2.0), "dino": (-1.0, 1.0),
+    "margin": (0.0, sys.float_info.max), "drop": (0.0, sys.float_info.max), "largest": (0.0, 1.0), "outside": (0.0, 1.0), "clip": (0.0, 2.0), "dino": (-1.0, 1.0),
     "entailment": (0.0, 1.0),
 }  # fmt: skip
 """What a threshold can be. Of those by which a comparison must be won none is below 0: there the wrong text has won it."""
@@ -38,6 +39,8 @@ class Thresholds:
         rule: scores that count: match, log-odds of "yes, the picture shows it"; likelihood, of the texts as captions, less that on a blank
             picture where pictures are compared with one text; both; or checks, none.
         margin: nats by which each of the four comparisons must be won; at least 0, where each is won.
+        drop: most nats by which the new text, as a caption of the edited picture, may be less likely than the caption of the original; null
+            for it not to count. All four comparisons can be won where something else changed as well; then this is large.
         changed: least and most share of visibly changed pixels, by type of edit; "*" for the others.
         largest: least share of the changed pixels that are in one piece.
         outside: most share of the pixels outside of the mask that may differ.
@@ -48,6 +51,7 @@ class Thresholds:
 
     rule: str = "match"
     margin: float = 0.0
+    drop: float | None = None
     changed: Mapping[str, tuple[float, float]] = field(
         default_factory=lambda: {"*": (0.002, 0.6), "relation": (0.002, 1.0), "swap_object": (0.002, 1.0)}
     )
@@ -103,6 +107,8 @@ def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
     if not math.isfinite(worst):
         return Verdict("scores are not finite", -math.inf, 2)
     reason = next((f"score: {name}" for name, margin in named.items() if margin <= thresholds.margin), GOOD)
+    if not reason and thresholds.drop is not None and not _drop(record) <= thresholds.drop:
+        reason = "score: the new text fits worse than the caption did"
     return Verdict(reason, worst, 2)
 
 
@@ -167,6 +173,12 @@ def _four(by_text: Sequence[Sequence[float]], by_image: Sequence[Sequence[float]
     return found
 
 
+def _drop(record: Mapping[str, Any]) -> float:
+    """By how many nats the new text is less likely on the edited picture than the caption on the original; without a picture below all."""
+    rows = record["scores"]["likelihood"]
+    return _number(rows[0][0]) - _number(rows[1][1]) if len(rows) > 1 else -math.inf
+
+
 def _log_odds(log_share: float | None) -> float:
     if log_share is None or not log_share < 0:
         return _CERTAIN if log_share == 0 else math.nan
@@ -186,7 +198,7 @@ def read_thresholds(file: str | Path | None, rule: str = "", margin: float | Non
                 value["changed"] = {str(kind): (float(low), float(high)) for kind, (low, high) in dict(value["changed"]).items()}
             given: dict[str, Any] = dict(value)
             given.update((name, float(value[name])) for name in ("margin", "largest", "outside") if name in value)
-            given.update((name, float(value[name])) for name in ("clip", "dino", "entailment") if value.get(name) is not None)
+            given.update((name, float(value[name])) for name in ("drop", "clip", "dino", "entailment") if value.get(name) is not None)
             found = replace(found, **given)
         except (OSError, ValueError, TypeError, RecursionError) as error:
             if isinstance(error, ConfigError):
@@ -212,8 +224,9 @@ class Calibrated:
     def __str__(self) -> str:
         low, high = wilson(self.good_kept, self.kept)
         share = self.good_kept / self.kept if self.kept else 0.0
+        drop = f", drop {self.thresholds.drop:.3f} nats" if self.thresholds.drop is not None else ""
         said = (
-            f"margin {self.thresholds.margin:.3f} nats, rule {self.thresholds.rule}: precision {100 * share:.1f} % "
+            f"margin {self.thresholds.margin:.3f} nats{drop}, rule {self.thresholds.rule}: precision {100 * share:.1f} % "
             f"(95 % interval {100 * low:.1f} to {100 * high:.1f}), recall {100 * self.good_kept / max(self.good, 1):.1f} %, "
             f"yield {self.kept} of {self.labelled} labelled candidates"
         )
@@ -227,38 +240,66 @@ class Calibrated:
 
 
 def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresholds, precision: float) -> Calibrated:
-    """The least margin at which labelled records reach a precision: what is kept then is the most that can be. It is never below 0.
+    """The margin and the drop with which most labelled records are kept at a precision. The margin is never below 0; no drop is set where
+    the margin alone keeps as many.
 
-    Raises ConfigError where no margin does, and for a rule without one.
+    Raises ConfigError where none do, and for a rule without a margin.
     """
     if start.rule == "checks":
         raise ConfigError("rule checks compares pixels alone and has no margin to fit; name match, likelihood or both with --rule")
-    judged = [(verdict(record, replace(start, margin=0.0)), good) for record, good in labelled]
-    good = sum(each for _, each in judged)
-    scored = sorted(((found.worst, each) for found, each in judged if found.stage == 2 and math.isfinite(found.worst)), reverse=True)
-    passing = [each for each in scored if each[0] > 0]
-    best, unbounded = _most_kept(passing, precision), _most_kept(scored, precision)
-    if best is None:
+    start = replace(start, margin=0.0, drop=None)
+    judged = [(record, verdict(record, start), good) for record, good in labelled]
+    good = sum(each for _, _, each in judged)
+    scored = sorted(
+        (_Labelled(found.worst, _drop(record), each) for record, found, each in judged if found.stage == 2 and math.isfinite(found.worst)),
+        key=lambda each: -each.worst,
+    )
+    passing = [each for each in scored if each.worst > 0]
+    unbounded = _most_kept(scored, precision)
+    limits = [None, *sorted({each.drop for each in passing if 0 <= each.drop < math.inf}, reverse=True)]
+    limits = limits[:: -(-len(limits) // _LIMITS)]
+    ways = [(found, limit) for limit in limits if (found := _most_kept(_within(passing, limit), precision)) is not None]
+    if not ways:
         negative = "; a margin below 0 would, and keep what the scorer calls wrong" if unbounded is not None else ""
         raise ConfigError(
             f"no margin reaches a precision of {precision:g} on {len(judged)} labelled candidates, of which {good} are good and "
             f"{len(passing)} pass the checks and have all four cells right{negative}; label more, take another scorer or rule, or lower "
             "--precision"
         )
-    kept, right = best
-    last = passing[kept - 1][0]
-    below = passing[kept][0] if kept < len(passing) else 0.0
-    middle = round((last + below) / 2, 4) if below else 0.0
-    thresholds = replace(start, margin=middle if below <= middle < last else below)
-    return Calibrated(thresholds, kept, right, good, len(judged), max(0, (unbounded or best)[0] - len(passing)))
+    (kept, right), limit = max(ways, key=lambda way: way[0][0])
+    ranked = _within(passing, limit)
+    margin, drop = 0.0, limit
+    if kept < len(ranked):
+        last, below = ranked[kept - 1].worst, ranked[kept].worst
+        margin = middle if below <= (middle := round((last + below) / 2, 4)) < last else below
+    if limit is not None:
+        above = min(each.drop for each in passing if each.drop > limit)
+        drop = middle if limit <= (middle := round((limit + above) / 2, 4)) < above else limit
+    thresholds = replace(start, margin=margin, drop=drop)
+    return Calibrated(thresholds, kept, right, good, len(judged), max(0, (unbounded or (0, 0))[0] - len(passing)))
 
 
-def _most_kept(ranked: Sequence[tuple[float, bool]], precision: float) -> tuple[int, int] | None:
+@dataclass(frozen=True)
+class _Labelled:
+    worst: float
+    drop: float
+    good: bool
+
+
+_LIMITS = 256
+"""Drops that are tried at most."""
+
+
+def _within(ranked: Sequence[_Labelled], limit: float | None) -> Sequence[_Labelled]:
+    return ranked if limit is None else [each for each in ranked if each.drop <= limit]
+
+
+def _most_kept(ranked: Sequence[_Labelled], precision: float) -> tuple[int, int] | None:
     """How many of the first, and how many good ones among them, can be kept at a precision; equal ones stay together."""
     best, right = None, 0
-    for number, (worst, good) in enumerate(ranked, 1):
-        right += good
-        if (number == len(ranked) or ranked[number][0] < worst) and right / number >= precision:
+    for number, each in enumerate(ranked, 1):
+        right += each.good
+        if (number == len(ranked) or ranked[number].worst < each.worst) and right / number >= precision:
             best = number, right
     return best
 
