@@ -50,9 +50,11 @@ def add(data: Any) -> None:
     command = add_command(data, "verify", _verify, "score every candidate's 2 x 2 matrix, and compare its pictures", example)
     command.add_argument("work", help=_WORK)
     _add_section(command, "verify")
-    text = 'fit the margin to labels ({"edit": ID, "attempt": 0, "good": true} a line) of verified candidates, and write W/thresholds.json'
+    text = (
+        'fit margin and drop to labels ({"edit": ID, "attempt": 0, "good": true} a line) of what was verified, and write W/thresholds.json'
+    )
     command.add_argument("--calibrate", metavar="FILE", help=text)
-    command.add_argument("--precision", type=float, default=0.95, help="that the fitted margin reaches (default 0.95)")
+    command.add_argument("--precision", type=float, default=0.95, help="that they reach (default 0.95)")
     command.add_argument("--rule", default="match", help="scores that it is fitted to: match, likelihood, both (default match)")
     _add_shard(command)
 

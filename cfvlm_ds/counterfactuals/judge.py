@@ -1,8 +1,8 @@
 """Verdicts: what was measured of a candidate against thresholds. Pure functions, so that other thresholds need no model.
 
 A candidate is good where all four cells are right: each picture prefers its own text, each text its own picture, by a margin; and where the
-pictures differ as much as an edit of its type does, in one piece, and nowhere else. A second thing that changed too is told by how much worse
-the new text fits than the caption did.
+pictures differ as much as an edit of its type does, in one piece, and nowhere else. A second thing that changed too is told by how much
+worse the new text fits than the caption did.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ RULES = ("match", "likelihood", "both", "checks")
 GOOD = ""
 _CERTAIN = 40.0  # log-odds of what a float can only call certain
 _BOUNDS = {
-    "margin": (0.0, sys.float_info.max), "drop": (0.0, sys.float_info.max), "largest": (0.0, 1.0), "outside": (0.0, 1.0), "clip": (0.0, 2.0), "dino": (-1.0, 1.0),
-    "entailment": (0.0, 1.0),
+    "margin": (0.0, sys.float_info.max), "drop": (0.0, sys.float_info.max), "largest": (0.0, 1.0), "outside": (0.0, 1.0),
+    "clip": (0.0, 2.0), "dino": (-1.0, 1.0), "entailment": (0.0, 1.0),
 }  # fmt: skip
 """What a threshold can be. Of those by which a comparison must be won none is below 0: there the wrong text has won it."""
 
@@ -39,11 +39,11 @@ class Thresholds:
         rule: scores that count: match, log-odds of "yes, the picture shows it"; likelihood, of the texts as captions, less that on a blank
             picture where pictures are compared with one text; both; or checks, none.
         margin: nats by which each of the four comparisons must be won; at least 0, where each is won.
-        drop: most nats by which the new text, as a caption of the edited picture, may be less likely than the caption of the original; null
-            for it not to count. All four comparisons can be won where something else changed as well; then this is large.
         changed: least and most share of visibly changed pixels, by type of edit; "*" for the others.
         largest: least share of the changed pixels that are in one piece.
         outside: most share of the pixels outside of the mask that may differ.
+        drop: most nats by which the new text, as a caption of the edited picture, may be less likely than the caption of the original; null
+            for it not to count. All four comparisons can be won where something else changed as well; then this is large.
         clip: cosine by which each of the four comparisons of a CLIP must be won; null for what it says not to count.
         dino: least cosine of both pictures by a vision encoder; null likewise.
         entailment: most share that the caption entails the new text, or the other way round; null likewise.
@@ -51,12 +51,12 @@ class Thresholds:
 
     rule: str = "match"
     margin: float = 0.0
-    drop: float | None = None
     changed: Mapping[str, tuple[float, float]] = field(
         default_factory=lambda: {"*": (0.002, 0.6), "relation": (0.002, 1.0), "swap_object": (0.002, 1.0)}
     )
     largest: float = 0.05
     outside: float = 0.0
+    drop: float | None = None
     clip: float | None = None
     dino: float | None = None
     entailment: float | None = None

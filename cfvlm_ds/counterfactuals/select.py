@@ -292,7 +292,13 @@ def _row(
         made_from.append({"propose": proposed, "edit": dict(best.made), "verify": dict(best.measured or {}), "margin": best.verdict.worst})
     candidates = tuple(Candidate(options.prompt, text) for text in texts)
     group = CounterfactualGroup(history.id, tuple(images), candidates, tuple(map(tuple, match)), tuple(edits), source=options.source)
-    meta: dict[str, Any] = {"edits": made_from, "steps": steps, "rule": thresholds.rule, "margin": thresholds.margin}
+    meta: dict[str, Any] = {
+        "edits": made_from,
+        "steps": steps,
+        "rule": thresholds.rule,
+        "margin": thresholds.margin,
+        "drop": thresholds.drop,
+    }
     row = to_row(group, folder, meta)
     return row | ({"license": history.line["license"]} if history.line.get("license") else {})
 

@@ -678,6 +678,12 @@ def test_a_verdict_by_hand() -> None:
     assert verdict(record | {"type": "relation", "checks": record["checks"] | {"changed": 0.7}}, Thresholds()).reason == GOOD
     assert verdict({"checks": None, "scores": SCORES}, Thresholds()).reason == GOOD  # text alone: one comparison
     assert verdict({"checks": None}, Thresholds()).reason.startswith("no scores")
+    for drop, said in ((1.0, GOOD), (0.999, "score: the new text fits worse than the caption did")):  # -10 in place of -9
+        assert verdict(record, Thresholds(drop=drop)).reason == verdict(record, Thresholds(rule="both", drop=drop)).reason == said
+    assert verdict(record, Thresholds(rule="checks", drop=0.0)).reason == GOOD
+    assert verdict({"checks": None, "scores": SCORES}, Thresholds(drop=0.0)).reason == GOOD  # text alone: nothing to fit worse
+    unknown = record | {"scores": record["scores"] | {"likelihood": [[None, -12.0], [-12.5, -10.0]]}}
+    assert verdict(unknown, Thresholds(drop=99.0)).reason == "score: the new text fits worse than the caption did"
     broken = {"checks": None, "scores": SCORES | {"match": [[None, -3.0]]}}
     assert verdict(broken, Thresholds()).reason == "scores are not finite"
     assert wilson(0, 0) == (0.0, 1.0) and wilson(9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
@@ -694,6 +700,30 @@ def test_thresholds_that_are_none_are_named(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("changed: {colour: [0.1, 0.2]}\nmargin: 1")
     found = read_thresholds(tmp_path / "t.yaml", "both", 0.5)
     assert found == Thresholds("both", 0.5, {"colour": (0.1, 0.2)}) and found.bounds("size") == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_margin_and_drop_keep_most_at_the_precision(seed: int) -> None:
+    """Against every pair of thresholds that labels can call for, tried one by one; a drop is set only where it keeps more."""
+    draw = random.Random(seed)
+
+    def candidate(worst: float, drop: float) -> dict[str, Any]:
+        logp = [[-5.0, -99.0], [-99.0, -5.0 - drop]]
+        return {"checks": None, "scores": {"match": [[math.log(0.5 + worst / 20), math.log(0.5)]] * 1, "likelihood": logp, "blank": [0, 0]}}
+
+    labels = [(draw.uniform(0.1, 5), round(draw.uniform(-2, 8), 2)) for _ in range(60)]
+    good = [draw.random() < (0.9 if drop < 3 else 0.4) for _, drop in labels]
+    records = [candidate(*each) for each in labels]
+    worst = [verdict(record, Thresholds()).worst for record in records]
+    most = {}
+    for limited in (False, True):
+        limits = [drop for _, drop in labels if drop >= 0] if limited else [math.inf]
+        ways = [[i for i in range(60) if worst[i] > margin and labels[i][1] <= limit] for margin in (0.0, *worst) for limit in limits]
+        most[limited] = max((len(kept) for kept in ways if kept and sum(good[i] for i in kept) / len(kept) >= 0.85), default=0)
+    found = calibrated(zip(records, good, strict=True), Thresholds(drop=0.5), 0.85)
+    kept = [right for record, right in zip(records, good, strict=True) if verdict(record, found.thresholds).reason == GOOD]
+    assert (found.kept, found.good_kept) == (len(kept), sum(kept)) and found.kept == max(most.values()) > 0
+    assert (found.thresholds.drop is None) == (most[False] >= most[True])
 
 
 def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(
@@ -726,7 +756,8 @@ def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(
     with pytest.raises(ConfigError, match="rule checks compares pixels alone and has no margin"):
         calibrated([(scored(1.0), True)], Thresholds(rule="checks"), 0.9)
     for wrong in (
-        {"margin": -0.98}, {"margin": math.nan}, {"clip": -0.1}, {"largest": -0.1}, {"outside": 1.5}, {"dino": 2.0}, {"entailment": -1.0},
+        {"margin": -0.98}, {"margin": math.nan}, {"drop": -0.1}, {"drop": math.nan}, {"clip": -0.1},
+        {"largest": -0.1}, {"outside": 1.5}, {"dino": 2.0}, {"entailment": -1.0},
         {"changed": {"colour": [0.5, 0.1]}}, {"changed": {"*": [-0.1, 0.6]}}, {"changed": {"*": [0.0, math.nan]}},
     ):  # fmt: skip
         (tmp_path / "t.json").write_text(json.dumps(wrong))
