@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from cfvlm_ds.counterfactuals.propose.siblings import lines, word_set
 
-
 _CAN_BE = """
 dog dogs puppy puppies pup pups rabbit rabbits bunny goat goats sheep lamb donkey: black white brown gray
 lab labs labrador labradors terrier terriers poodle spaniel collie shepherd hound hounds bulldog beagle mutt: black white brown gray

@@ -8,6 +8,7 @@ from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.base import Change, Choose
 from cfvlm_ds.counterfactuals.propose.caption import Caption, Phrase
 from cfvlm_ds.counterfactuals.propose.grammar import agreeing, is_plural, renumbered
+from cfvlm_ds.counterfactuals.propose.siblings import word_set
 
 
 def count(caption: Caption, choose: Choose) -> Iterator[Change]:
@@ -73,17 +74,17 @@ def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
             yield place, noun, phrase
 
 
-_NO_COUNT = v.NUMBERED | frozenset("all every bus or back war least most than over nearly almost about around a an".split())
+_NO_COUNT = v.NUMBERED | word_set("all every bus or back war least most than over nearly almost about around a an")
 """Before a number: it is not counted, or belongs to an article."""
-_GROUPS = frozenset("group groups couple pair set stack row rows bunch pile line herd team trio family collection crowd party".split())
-_FIXTURES = frozenset(
-    """sink sinks toilet toilets urinal urinals oven ovens stove stoves refrigerator refrigerators microwave microwaves bed beds couch couches
-    sofa sofas television televisions tv tvs monitor monitors computer computers laptop laptops clock clocks tub tubs shower showers
-    fireplace desk desks keyboard keyboards""".split()
+_GROUPS = word_set("group groups couple pair set stack row rows bunch pile line herd team trio family collection crowd party")
+_FIXTURES = word_set(
+    """sink sinks toilet toilets urinal urinals oven ovens stove stoves refrigerator refrigerators microwave microwaves bed beds couch
+    couches sofa sofas television televisions tv tvs monitor monitors computer computers laptop laptops clock clocks tub tubs
+    shower showers fireplace desk desks keyboard keyboards"""
 )
 """Of which a place has hardly more: one more or one less."""
-_HELD = frozenset(
-    "holding holds hold held carrying carries carry wearing using petting pet pets feeding feeds riding pushing walking washing".split()
+_HELD = word_set(
+    "holding holds hold held carrying carries carry wearing using petting pet pets feeding feeds riding pushing walking washing"
 )
 
 

@@ -12,7 +12,7 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import ANIMATE, FLAT, FOLLOWING
 OUTSIDE = word_set(
     """park street road beach garden yard field grass river lake forest hill sidewalk parking lawn meadow snow sea ocean water city
     mountains sand sandy grassy snowy patio deck trees sunny outdoors outside woods wooded trail path nature bridge desert jungle zoo curb
-    pavement hillside pasture pier porch outdoor court mountain"""
+    pavement hillside pasture pier porch outdoor court mountain backyard playground"""
 )
 GRAZERS = word_set("zebra elephant horse cow sheep goat")
 WORN = word_set("wearing wears wear dressed worn")
@@ -28,7 +28,7 @@ class At:
         self.category, self.one, _ = phrase.known
         self.said = set(caption.words)
         self.before, self.earlier = caption.word(phrase.start - 1), caption.word(phrase.start - 2)
-        self.before = "on" if self.before == "of" and self.earlier == "top" else self.before
+        self.before = "on" if self.before == "atop" or (self.before == "of" and self.earlier == "top") else self.before
         self.after = caption.word(phrase.noun + 1)
         self.adjectives = {caption.words[place] for place in phrase.adjectives}
         self.determiner = "" if phrase.determiner is None else caption.words[phrase.determiner]
@@ -82,7 +82,9 @@ def _animal(at: At, found: frozenset[str]) -> frozenset[str]:
             found &= word_set("elephant zebra giraffe")
         if at.adjectives & word_set("giant huge"):
             found &= word_set("elephant giraffe")
-    if at.one == "elephant" and at.said & _BATHS and at.said & word_set("in through into across"):
+    if at.one in ("elephant", "bear") and at.said & _BATHS and at.said & word_set("in through into across"):
+        return frozenset()
+    if at.one in ("bird", "duck") and others - word_set("dog cat rabbit"):
         return frozenset()
     if at.one == "dog" and at.phrase.plural and at.said & OUTSIDE:
         return frozenset()
@@ -102,6 +104,8 @@ def _animal(at: At, found: frozenset[str]) -> frozenset[str]:
 def _vehicle(at: At, found: frozenset[str]) -> frozenset[str]:
     if at.one in ("bus", "train") and at.before in ("on", "onto"):
         return frozenset()
+    if at.one in ("bus", "train") and at.before in INTO:  # with the seats of one
+        found &= word_set("bus")
     if at.one in CYCLES:
         found &= frozenset() if at.said & _FOR_CYCLES else word_set("car truck van")
     elif at.one not in ("car", "van"):  # no cycle is where a bus is, of its size or with its lettering
@@ -160,6 +164,8 @@ def _dish(at: At, found: frozenset[str]) -> frozenset[str]:
         return frozenset()
     if at.one == "vase" and at.said & _IN_VASES:
         return found & word_set("bottle") if at.after != "of" else frozenset()
+    if at.said & word_set("set settings napkin napkins"):
+        found -= word_set("bottle vase")
     if at.before in INTO:  # what is on a plate goes into no bottle
         found &= word_set("bowl") if at.one == "plate" else frozenset()
     if at.one not in CUTLERY:
@@ -195,14 +201,14 @@ def _snack(at: At, found: frozenset[str]) -> frozenset[str]:
 
 
 def _device(at: At, found: frozenset[str]) -> frozenset[str]:
-    on_top = at.after == "atop" or (at.after == "on" and at.caption.word(at.phrase.noun + 2) == "top")
-    if at.one == "clock" and on_top:  # of a building
+    if at.one == "clock" and at.said & word_set("top atop"):  # of a building
         return frozenset()
     if at.one == "laptop":
         outside = at.said & OUTSIDE
-        if outside and at.said & (PEOPLE | ANIMATE):
+        no_desk = outside or at.said & word_set("bed beds couch sofa chair bench floor")
+        if (outside and at.said & ANIMATE) or (no_desk and at.said & PEOPLE):
             return frozenset()
-        if outside or at.said & word_set("bed beds couch sofa chair floor tray lap holding holds holding"):
+        if no_desk or at.said & word_set("tray lap holding holds"):
             found -= word_set("television")
     return found
 
@@ -210,7 +216,7 @@ def _device(at: At, found: frozenset[str]) -> frozenset[str]:
 def _bag(at: At, found: frozenset[str]) -> frozenset[str]:
     if at.before in INTO and at.said & EATEN:
         return frozenset()
-    if at.phrase.plural and at.one == "suitcase":
+    if (at.phrase.plural and at.one == "suitcase") or at.after in word_set("full filled with containing of"):
         found -= word_set("umbrella")
     return found - word_set("handbag") if at.said & _MEN else found
 
@@ -266,7 +272,7 @@ INTO = ("in", "inside", "into", "from", "outside")
 CUTLERY = word_set("fork knife spoon")
 DISHES = frozenset(form for form, (category, _, _) in NOUNS.items() if category == "dish")
 WILD = INSTEAD["bear"] | {"bear"}
-_ON = word_set("on onto top of")
+_ON = word_set("on onto top of atop")
 _RESTING = word_set(
     """sitting standing lying laying sleeping resting relaxing asleep seated placed sits stands lies lays sleeps rests sit stand lie lay
     sleep rest down together up"""
@@ -282,8 +288,8 @@ _HANDLING = word_set(
 _PREY = word_set("antelope antelopes gazelle gazelles wildebeest wildebeests deer buffalo ostrich ostriches impala impalas rhino rhinos")
 _BATHS = word_set("water river lake pond pool ocean stream")
 _FOR_CATS = word_set(
-    """litter bowl tin pot vase drawer curled windowsill sill shelf shelves bookshelf bookcase ledge tree branch fence railing mantle mantel
-    dresser hood roof television tv"""
+    """litter toilet bowl tin pot vase drawer curled windowsill sill shelf shelves bookshelf bookcase ledge tree branch fence railing mantle
+    mantel dresser hood roof television tv"""
 )
 """Where cats climb, or fit."""
 _RIDDEN_IN = word_set("train trains bus subway airplane plane boat ferry")
@@ -291,7 +297,7 @@ _INDOORS = word_set("table tables chair chairs couch sofa bed desk shelf room ki
 CYCLES = word_set("bike bicycle motorcycle")
 _FOR_CYCLES = _RIDDEN_IN | word_set(
     """sidewalk sidewalks walkway hallway hall room apartment bedroom kitchen office lobby porch balcony stairs staircase steps stacked
-    wheelie rack racks luggage helmet stand floor showroom museum"""
+    wheelie rack racks luggage helmet stand floor showroom museum entryway doorway"""
 )
 """Where no car goes."""
 _LAND = word_set("road street highway parking lot driveway garage trailer wall fence town yard house barn shop")

@@ -47,6 +47,9 @@ def _is_held(at: At) -> bool:
     if at.determiner == "one" and at.caption.words.count("one") > 1:
         return True  # "one cow standing and one lying"
     following = at.caption.words[at.phrase.noun + 1 : at.phrase.noun + 3]
+    lit = following == ["is", "on"] and at.caption.word(at.phrase.noun + 3) in ("", "by", "and", "in", "at", "while")
+    if lit or following == ["and", "another"]:
+        return True
     if at.category == "shape" and following[:1] == [","] and not set(following[1:]) & (DETERMINERS | FOLLOWING):  # a square, white cake
         return True
     on = at.before in ("on", "onto", "riding", "rides", "ride")
@@ -54,7 +57,7 @@ def _is_held(at: At) -> bool:
         return True
     if (at.category in ("bag", "vehicle", "tool") and at.said & _FASTENED) or (at.after == "of" and at.category != "dish"):
         return True  # a coat of paint, too
-    a_part = at.earlier in ("back", "out", "inside", "cab") or (at.earlier == "front" and at.caption.word(at.phrase.start - 3) != "in")
+    a_part = at.earlier == "inside" or (at.earlier == "front" and at.caption.word(at.phrase.start - 3) != "in")
     if at.before == "of" and a_part and at.category in ("vehicle", "animal"):
         return True
     if at.category == "building" and at.after in ("on", "atop") and at.said & word_set("building buildings roof"):
@@ -80,10 +83,11 @@ def _is_held(at: At) -> bool:
 
 
 _WHOLE = word_set(
-    """picture pictures photo photos photograph image view up shot painting drawing portrait reflection group groups bunch couple pair row rows
-    line lot lots pile stack number set variety collection display kind type front ahead full herd pack flock one two three four five some
-    many all most inside outside left right hundreds dozen dozens lineup fleet assortment array selection mix family series crowd team trio handful
-    plenty bowl bowls plate plates basket box boxes made consisting half statue sculpture model"""
+    """picture pictures photo photos photograph image view up shot painting drawing portrait reflection group groups bunch couple pair
+    row rows line lot lots pile stack number set variety collection display kind type front ahead full herd pack flock one two
+    three four five some many all most inside outside left right hundreds dozen dozens lineup fleet assortment array selection mix
+    family series crowd team trio handful plenty bowl bowls plate plates basket box boxes made consisting half statue sculpture
+    model"""
 )
 """Before "of" and a noun, which is not a part of it then."""
 _UPON = word_set("on onto riding rides ride")

@@ -120,8 +120,9 @@ def _size(caption: Caption, choose: Choose) -> Iterator[Change]:
     for phrase in _describable(caption, "size"):
         (place,) = caption.said_of(phrase, "size")
         old = caption.words[place]
-        if old == "long" and v.CROWDS & set(caption.words):
-            continue  # a table with lots of seats
+        said, under = set(caption.words), caption.word(phrase.start - 1) in ("under", "underneath", "beneath")
+        if under or v.COMPARED & said or (old == "long" and v.CROWDS & said):
+            continue  # an umbrella that people sit under, a doughnut in a cup, a table with lots of seats
         for new in choose([v.SIZES[old]]):
             yield {place: new}, f"Make the {caption.words[phrase.noun]} {new} and not {old}."
 
@@ -248,6 +249,8 @@ def _swap_object(caption: Caption, choose: Choose) -> Iterator[Change]:
         if first.known is None or second.known is None or first.known[0] != second.known[0] or first.known == second.known:
             continue
         between = " ".join(caption.words[first.noun + 1 : second.start])
+        if first.known[0] not in ("person", "animal", "shape") and v.HELD_UP & set(between.split()[:2]):
+            continue  # no umbrella is under a backpack
         if between.removeprefix("is ").removeprefix("are ") not in v.ASYMMETRIC or first.plural is None or first.plural != second.plural:
             continue
         if max(forms.count(first.known[1]), forms.count(second.known[1])) == 1 and not v.GENDERED & set(caption.words):

@@ -80,7 +80,7 @@ dog: carrying race racing hurdle obstacle herding sled sleds tongue muzzle harne
 dog: beach shore sand snow walks collars kennel
 dog: pool puddle puddles lake river ocean sea fountain mud creek stream training trained train trick tricks sidecar
 dog: puppy puppies pups pack ski skis skies skiing skier skiers snowboard snowboarder snowboarding skateboard skateboards
-dog: skateboarding skate skating boarding bicycle bike motorcycle scooter jogging vest frisbees
+dog: skateboarding skate skating boarding bicycle bike motorcycle scooter jogging vest frisbees sheep cattle herd herds
 dog: obedience agility hunting hunter
 horse: bridle halter hoof reins mounted police equestrian jockeys riders
 horse: foal colt cowboy cowboys stable hooves
@@ -91,6 +91,8 @@ cat: kitten kittens whiskers
 pig: piglet piglets
 sheep: wool shearing shepherd
 pig: mud
+elephant zebra giraffe lion tiger monkey bear: perched perches climb climbs climbing climbed
+bear: tree trees branch log logs cub cubs polar grizzly salmon den
 elephant: tusked bathing bath herding
 elephant: trunk tusk tusks circus spraying feeding fed logs washing
 elephant zebra giraffe lion tiger monkey bear: costume costumes wear wears wearing draped blanket trailer rider riders ride rides riding
@@ -109,6 +111,8 @@ car bus truck van tractor: driving drives seat wheel passengers plowing race hau
 tractor: hay farm plow plowing
 flower: plant plants bush bushes
 flower: field bed garden cake plate bowl hair grass ground lawn holding
+map: sign signs street subway city route train bus
+flower: street sidewalk road sign signs
 flower: vase vases pot pots bouquet petals stem wearing bee bees butterfly
 mushroom: eating soup pizza cooked
 tree: giraffe giraffes zebra zebras elephant elephants bear bears monkey bird birds leaf leafy squirrel shade branch green lush
@@ -128,6 +132,7 @@ basket: wicker laundry basketball hoop opening closing
 suitcase: stack stacks stacked pile piled grouped waiting
 suitcase backpack handbag: airport terminal carousel rolling wheels wheeled handle packed packing conveyor clothes clothing strap straps
 suitcase backpack handbag: opening closing luggage wearing wears
+kite: flown wind windy breeze
 kite: above over making makes made constructing crafting building paper sticks
 kite: fixing assembling prepares preparing putting air high watching strings tail
 kite: flying flies fly string sky wind
@@ -141,7 +146,7 @@ skateboard surfboard snowboard: riding rides ride trick tricks ramp jumping wave
 chair: dining
 table: set setting settings placemat placemats napkin napkins silverware utensils cutlery
 table: chairs dinner cloth tablecloth picnic coffee pool
-table: topped spread candles
+table: topped spread candles seats
 desk: drawer drawers
 desk: computers laptop laptops printer classroom
 desk: chair computer office monitor monitors keyboard keyboards

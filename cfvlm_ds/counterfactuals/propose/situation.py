@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.caption import Caption
 from cfvlm_ds.counterfactuals.propose.grammar import is_plural
+from cfvlm_ds.counterfactuals.propose.siblings import word_set
 
 
 def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
@@ -37,13 +38,14 @@ def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
     kind = v.NOUNS.get(who, ("",))[0]
     if phrase in ("on top of", "under", "underneath", "beneath"):
         moved = kind in ("animal", "sport", "shape", "bag") and not said & v.FOOD and not said & v.SKATED
-        return moved and bool(own & (v.SUPPORTS | _SHAPES))
+        hidden = phrase == "on top of" and own & {"bed", "couch", "sofa", "desk"}
+        return moved and not hidden and bool(own & (v.SUPPORTS | _SHAPES))
     if phrase in ("in front of", "behind"):
         if own & v.AREAS or said & (v.ORDERED | v.IN_A_GAME | v.FAR):
             return False
         if own & _PRONOUNS and set(caption.words[max(0, places[0] - 3) : places[0]]) & (v.SCENERY | v.BACKDROPS):
             return False
-        return phrase == "behind" or bool(own & (v.SEEN_BEHIND | _PRONOUNS)) and not own & v.HIDING
+        return phrase == "behind" or bool(own & (v.SEEN_BEHIND | _PRONOUNS) and not own & v.HIDING)
     if phrase in ("inside", "outside"):
         return bool(own & v.CONTAINERS) and not said & v.FOOD and (kind in ("animal", "sport", "bag", "shape") or who in v.PEOPLE)
     return True
@@ -125,17 +127,17 @@ def _never_of_people(caption: Caption, somebody: str, after: str, near: set[str]
     return never
 
 
-_LYING = frozenset("lying lies lie".split())
+_LYING = word_set("lying lies lie")
 _SIT, _STAND, _LIE, _SLEEP = (
-    frozenset(forms.split()) for forms in ("sitting sits sit", "standing stands stand", "lying lies lie", "sleeping sleeps sleep")
+    word_set(forms) for forms in ("sitting sits sit", "standing stands stand", "lying lies lie", "sleeping sleeps sleep")
 )
-_PRONOUNS = frozenset(("it", "him", "her", "them", "itself"))
-_BEING = frozenset("is are was were that which who laying parked placed sits stands lies sit stand lie just right".split())
-_MOVING = frozenset(
-    "running runs run walking walks walk jogging riding rides ride skating skateboarding boarding driving drives pulling flying".split()
+_PRONOUNS = word_set("it him her them itself")
+_BEING = word_set("is are was were that which who laying parked placed sits stands lies sit stand lie just right")
+_MOVING = word_set(
+    "running runs run walking walks walk jogging riding rides ride skating skateboarding boarding driving drives pulling flying"
 )
 _SHAPES = frozenset(form for form, (category, _, _) in v.NOUNS.items() if category == "shape")
-_LOOKING = frozenset(("looking", "reading", "watching", "staring"))
+_LOOKING = word_set("looking reading watching staring")
 
 
 def _subject(caption: Caption, place: int) -> str:

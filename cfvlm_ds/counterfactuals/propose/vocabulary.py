@@ -5,14 +5,12 @@ Whole words, and their forms stated one by one.
 
 from __future__ import annotations
 
+from cfvlm_ds.counterfactuals.propose.siblings import word_set as _set
+
 
 def _groups(text: str) -> tuple[frozenset[str], ...]:
     """A set of words a line, or between commas."""
     return tuple(frozenset(part.split()) for part in text.replace("\n", ",").split(",") if part.strip())
-
-
-def _set(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
 
 # Attributes -----------------------------------------------------------------------------------------------------------------------------
@@ -115,7 +113,7 @@ FIXED_COLOUR = _set(
     pasture lawn landscape forest woods garden plant plants foliage vines moss weeds fern ferns palm palms bamboo dirt mud soil
     ground gravel waves wave foam tooth teeth lips nose cheeks tongue line lines beard mustache moustache sunset horizon bone milk
     butter cheese egg eggs swan swans seagull seagulls pigeon pigeons crow crows parrot flamingos leopard camel camels dolphin
-    dolphins seal frog turtle rhino hippo hay straw marble light"""
+    dolphins seal frog turtle rhino hippo hay straw marble light wedge wedges peels rind segments sections halves sprinkles"""
 )
 """Nouns whose colour is always the same, or part of their name."""
 NOT_SIZED = _set(
@@ -129,6 +127,8 @@ NOT_SIZED = _set(
     stack herd flock array gathering event party meal view family team grass snow rain water
     sand"""
 )
+COMPARED = _set("larger bigger smaller taller shorter longer than inside bottom")
+"""What fixes a size."""
 CROWDS = _set("group groups lots lot many several crowd crowds surrounding surrounded family")
 """With whom what is long stays long."""
 SCENERY = _set(
@@ -172,7 +172,7 @@ NUMBERED = _set(
 """What is numbered, and not counted, by a number that follows."""
 OF_BODY = _set(
     """hand hands arm arms leg legs foot feet toe toes finger fingers eye eyes ear ears head heads back chin nose neck shoulder shoulders
-    knee knees lap paw paws wing wings wheel wheels stomach belly"""
+    knee knees lap paw paws wing wings wheel wheels stomach belly face faces mouth lips body"""
 )
 """Parts: no picture shows another number of them, and what is behind an ear is not in front of it."""
 LETTERING = _set(
@@ -213,7 +213,8 @@ AREAS = _set(
 )
 """What has no behind."""
 BACKDROPS = _set(
-    """monitor monitors screen curtain curtains house wall walls building buildings mountain mountains hill hills sunset ocean sign trees"""
+    """boat boats ship ships monitor monitors screen curtain curtains house wall walls building buildings mountain mountains hill hills
+    sunset ocean sign trees"""
 )
 """What is behind all."""
 NO_OPPOSITE = {
@@ -267,7 +268,7 @@ PULLED = _set("rope ropes sled leash plow trailer hair trigger")
 THROWN = _set("ball balls baseball football basketball frisbee frisbees")
 ORDERED = _set(
     """pulling pulls pulled pull towing tows towed dragging drags leading leads led following follows followed follow
-    chasing chases chased"""
+    chasing chases chased trailing trails trailed trail"""
 )
 """Doings that say what is behind what."""
 OFF_THE_GROUND = _set("air flying flies fly floating hovering soaring inches feet")
@@ -295,7 +296,9 @@ IN_PLAY = IN_A_GAME | _set(
     """baseball bat court skis ski skiing skiis skies skier skiers snowboarder surfer
     surfers game match frisbee frisbees ball soccer wave waves player players"""
 )
-AT_WORK = _set("preparing cooking cooks chopping washing cleaning working serving brushing grilling baking")
+AT_WORK = _set(
+    "pouring pours making makes preparing prepares cooking cooks chopping washing cleaning working serving brushing grilling baking"
+)
 """With these people do nothing else meanwhile."""
 WATERS = _set("water river lake ocean sea pond stream waves surf mud")
 """Where no animal lies."""
@@ -310,21 +313,25 @@ AWAKE = _set(
 )
 """Where nobody sleeps."""
 BUSY = _set("smiling smiles smile laughing holding holds hold talking talks waving posing poses pose reflected dressed")
+"""Doings of who does not sleep."""
 MADE_LIKE = _set("teddy stuffed toy toys doll dolls statue statues sculpture sculptures figurine figurines balloon ceramic plastic fake")
 """What does not wake, either."""
 ALONG = _set("side alongside along leash")
+"""Of who goes with somebody."""
 WET = _set("wet crosswalk intersection puddle puddles")
-STOOD_AT = _set(
-    "oven stove refrigerator fridge freezer sink counter microwave grill podium microphone urinal whiteboard blackboard"
-)
+"""Where people do not sit down."""
+STOOD_AT = _set("oven stove refrigerator fridge freezer sink counter microwave grill podium microphone urinal whiteboard blackboard")
 """Where nobody sits."""
 SKATED = _set("skateboard skateboards skate skates skating skateboarding skateboarder boarding boarder")
+"""Of who rides where nobody lies, and over what no bed is."""
 NARROW = _set("railing rail rails fence wire rope beam pole ledge branch")
 SEATED_IN = _set(
     """car cars truck van plane airplane cockpit seat seats chair chairs stroller wheelchair cart kayak canoe tub bathtub carriage cab
     booth"""
 )
 AFTER_PLACE = _set("on in at near next beside by under behind outside inside with and while")
+HELD_UP = _set("on under underneath beneath inside")
+"""Of a thing that bears or holds the other one, which does not bear or hold it in its turn."""
 ASYMMETRIC = (
     "to the left of", "to the right of", "left of", "right of", "above", "below", "under", "underneath", "beneath", "on top of",
     "in front of", "behind", "chasing", "following", "pulling", "pushing", "carrying", "inside",
