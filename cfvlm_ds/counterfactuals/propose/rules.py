@@ -120,8 +120,9 @@ def _size(caption: Caption, choose: Choose) -> Iterator[Change]:
     for phrase in _describable(caption, "size"):
         (place,) = caption.said_of(phrase, "size")
         old = caption.words[place]
-        said, under = set(caption.words), caption.word(phrase.start - 1) in ("under", "underneath", "beneath")
-        if under or v.COMPARED & said or (old == "long" and v.CROWDS & said):
+        said, after = set(caption.words), set(caption.words[phrase.noun + 1 : phrase.noun + 4])
+        fixed = caption.word(phrase.start - 1) in ("under", "underneath", "beneath") or after & {"inside", "bottom"}
+        if fixed or v.COMPARED & said or (old == "long" and v.CROWDS & said):
             continue  # an umbrella that people sit under, a doughnut in a cup, a table with lots of seats
         for new in choose([v.SIZES[old]]):
             yield {place: new}, f"Make the {caption.words[phrase.noun]} {new} and not {old}."

@@ -127,8 +127,8 @@ NOT_SIZED = _set(
     stack herd flock array gathering event party meal view family team grass snow rain water
     sand"""
 )
-COMPARED = _set("larger bigger smaller taller shorter longer than inside bottom")
-"""What fixes a size."""
+COMPARED = _set("larger bigger smaller taller shorter longer than")
+"""What says a size beside another one."""
 CROWDS = _set("group groups lots lot many several crowd crowds surrounding surrounded family")
 """With whom what is long stays long."""
 SCENERY = _set(
