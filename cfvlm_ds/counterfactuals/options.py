@@ -156,8 +156,8 @@ class SelectOptions:
         rule: scores that decide: match, likelihood, both, or checks for pixels alone; match where candidates were scored.
         margin: nats by which each comparison must be won, 0 at least.
         thresholds: file of thresholds; W/thresholds.json where `data verify --calibrate` wrote one.
-        per_type: groups' edits of a type at most, the best ones; 0 for all.
-        per_source: edits of one caption at most, the best ones.
+        per_type: groups' edits of a type at most, drawn from the good ones; 0 for all.
+        per_source: edits of one caption at most, drawn from the good ones: those with the largest margins would be the easy ones.
         splits: NAME=SHARE,... by source picture, such as train=0.9,test=0.1; one file for each.
         prompt: what the texts answer.
         source: name of the data set in its rows.

@@ -113,7 +113,7 @@ def test_the_rules_propose_what_is_right_and_nothing_else() -> None:
     assert len(TABLE) >= 300 and not wrong, f"{len(wrong)} rows\n" + "\n".join(f"{caption}: {said}" for caption, said in wrong.items())
 
 
-FRAMES = {"a {} near a wall": 0, "two {} near a wall": 1, "several {} in a park": 1, "the {} near a fence": 0}
+FRAMES = {"a {} near a wall": 0, "two {} near a wall": 1, "several {} in a town": 1, "the {} near a fence": 0}
 
 
 def test_every_listed_noun_is_replaced_by_a_sibling_of_its_number_and_by_nothing_alike() -> None:
@@ -241,7 +241,7 @@ def test_libraries_widen_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
         assert grammar.renumbered("kangaroos", False) == "kangaroo" and grammar.renumbered("kangaroo", True) == "kangaroos"
         assert grammar.agreeing("swims", True) == "swim" and grammar.agreeing("swim", False) == "swims"
         found = {proposed(swimmers, types="count", seed=seed)["count"] for seed in range(20)}
-        assert found == {"one kangaroo swims in a river", *(f"{many} kangaroos swim in a river" for many in ("three", "four", "five"))}
+        assert found == {"one kangaroo swims in a river", *(f"{many} kangaroos swim in a river" for many in ("three", "four"))}
     grammar.is_finite.cache_clear()
     monkeypatch.setattr(grammar, "_library", lambda name: None)
     monkeypatch.setattr(grammar, "_inflect", lambda: None)

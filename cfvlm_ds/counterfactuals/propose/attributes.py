@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from cfvlm_ds.counterfactuals.propose.siblings import lines
-
-
-def _set(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
+from cfvlm_ds.counterfactuals.propose.siblings import lines, word_set
 
 _CAN_BE = """
 dog dogs puppy puppies pup pups rabbit rabbits bunny goat goats sheep lamb donkey: black white brown gray
 lab labs labrador labradors terrier terriers poodle spaniel collie shepherd hound hounds bulldog beagle mutt: black white brown gray
 husky dachshund chihuahua pug boxer dalmatian mastiff doggie doggy animal animals calf foal stallion mare llama: black white brown gray
-ears spot spots tail tails paws fur mane markings: black white brown gray
+ears spot spots patch patches tail tails paws fur mane markings: black white brown gray
 cat cats kitten kittens: black white gray orange brown
 horse horses pony ponies: black white brown gray
 cow cows bull bulls hen hens chicken chickens rooster: black white brown
@@ -38,10 +33,12 @@ hair: black brown gray white red
 flower flowers rose roses tulip tulips: red yellow white pink purple blue orange
 field fields meadow hill hills: green brown yellow
 sidewalk sidewalks pavement road roads street streets path paths: gray brown black white
+court courts: green blue red brown gray
 rock rocks: gray brown black white red
 egg eggs: white brown
 mushroom mushrooms: white brown red
-tree trees bush bushes cactus cactuses mountain mountains sand gull whale owl eagle hawk flamingo retriever planet gnu:
+tree trees bush bushes shrub shrubs shrubbery hedge hedges vegetation brush reeds crops:
+cactus cactuses mountain mountains sand gull whale owl eagle hawk flamingo retriever planet gnu:
 """
 CAN_BE: dict[str, frozenset[str]] = {}
 """Noun -> the colours that it has; any where it is not listed."""
@@ -69,7 +66,7 @@ MADE_OF: dict[str, frozenset[str]] = {}
 """Noun -> the materials that it is made of; none are known where it is not listed."""
 for _names, _listed in lines(_MADE_OF):
     MADE_OF.update(dict.fromkeys(_names, _listed))
-PATTERNED = _set(
+PATTERNED = word_set(
     """shirt shirts tie ties dress dresses hat hats scarf scarves jacket jackets coat coats sweater skirt pants shorts socks umbrella
     umbrellas towel towels blanket blankets rug curtain curtains pillow pillows couch sofa chair chairs bag cup cups bowl bowls plate plates
     vase vases floor wall ball balls tent tablecloth apron robe wallpaper flag cloth mug box"""

@@ -115,6 +115,12 @@ def license_of(meta: str) -> str:
     return said if isinstance(said, str) else ""
 
 
+Change = tuple[dict[int, str], str]
+"""What rules make of a caption: new words by place, and what an editor of pictures is told."""
+Choose = Callable[[Sequence[str]], list[str]]
+"""Which of the words that may be put in place are, in an order that is drawn."""
+
+
 def drawn(seed: int, name: str, options: Sequence[str]) -> list[str]:
     """The options in an order drawn for a purpose."""
     return sorted(options, key=lambda option: seed_of(seed, name, option))

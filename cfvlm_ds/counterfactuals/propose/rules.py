@@ -14,18 +14,16 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.attributes import MADE_OF, PATTERNED, can_be
-from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, drawn
+from cfvlm_ds.counterfactuals.propose.base import Change, Choose, Context, Found, Proposal, Rejected, Source, drawn
 from cfvlm_ds.counterfactuals.propose.caption import OF_KIND, Caption, Phrase
-from cfvlm_ds.counterfactuals.propose.grammar import absent, agreeing, article, is_plural, renumbered, versions
+from cfvlm_ds.counterfactuals.propose.counting import count
+from cfvlm_ds.counterfactuals.propose.grammar import absent, article, versions
 from cfvlm_ds.counterfactuals.propose.plausible import instead, is_compared
 from cfvlm_ds.counterfactuals.propose.situation import done_there, is_action, is_place
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
 
-VERSION = 5
+VERSION = 6
 """Raised when the same caption gets other edits than before."""
-
-Change = tuple[dict[int, str], str]
-"""New words by place, and what an editor of pictures is told."""
 
 _RELATION = re.compile(
     r"\b(?:" + "|".join(sorted({re.escape(p) for pair in v.RELATIONS for p in pair}, key=len, reverse=True)) + r")\b", re.IGNORECASE
@@ -108,9 +106,6 @@ class Rules:
         return _MAKERS[kind](caption, choose)
 
 
-Choose = Callable[[Sequence[str]], list[str]]
-
-
 def _colour(caption: Caption, choose: Choose) -> Iterator[Change]:
     for phrase in _describable(caption, "colour"):
         (place,) = caption.said_of(phrase, "colour")
@@ -125,6 +120,10 @@ def _size(caption: Caption, choose: Choose) -> Iterator[Change]:
     for phrase in _describable(caption, "size"):
         (place,) = caption.said_of(phrase, "size")
         old = caption.words[place]
+        said, after = set(caption.words), set(caption.words[phrase.noun + 1 : phrase.noun + 4])
+        fixed = caption.word(phrase.start - 1) in ("under", "underneath", "beneath") or after & {"inside", "bottom"}
+        if fixed or v.COMPARED & said or (old == "long" and v.CROWDS & said):
+            continue  # an umbrella that people sit under, a doughnut in a cup, a table with lots of seats
         for new in choose([v.SIZES[old]]):
             yield {place: new}, f"Make the {caption.words[phrase.noun]} {new} and not {old}."
 
@@ -170,113 +169,6 @@ def _describable(caption: Caption, kind: str) -> Iterator[Phrase]:
         }
         if not fixed[kind]:
             yield phrase
-
-
-def _count(caption: Caption, choose: Choose) -> Iterator[Change]:
-    for determiner, nouns, known in _counted(caption):
-        word, noun = caption.words[determiner], caption.words[nouns]
-        number = int(word) if word.isdecimal() else v.NUMBERS[word]
-        options = {v.NUMBER_WORDS[n]: n for n in (1, 2, 3, 4, 5) if n != number}
-        for new in choose(list(options)):
-            changes = {determiner: str(options[new]) if word.isdecimal() else new}
-            if (number == 1) != (options[new] == 1):
-                agreed = None if known is None else _agreement(caption, known, options[new] > 1)
-                if agreed is None:
-                    continue
-                changes |= agreed
-            many = renumbered(noun, True) or noun
-            yield changes, f"Change the number of {many} from {number} to {options[new]}."
-
-
-def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
-    """Places of a number and of the noun that it counts, with the noun's phrase; None for several things of a kind that is not listed,
-    such as three fire hydrants."""
-    if v.FIXING_A_NUMBER & set(caption.words) or caption.words.count("one") > 1:  # two, one of them red and one blue
-        return
-    phrases = {phrase.determiner: phrase for phrase in caption.phrases if phrase.determiner is not None}
-    for place, word in enumerate(caption.words):
-        number = int(word) if word.isdecimal() and len(word) == 1 else v.NUMBERS.get(word, 0)
-        if (
-            not number
-            or "between" in (caption.word(place - 1), caption.word(place - 2))  # two things, and among more
-            or caption.word(place - 1) in _NO_COUNT
-            or caption.words.count(word) > 1
-            or caption.is_named(place)
-        ):
-            continue
-        phrase = phrases.get(place)
-        further = [k for k in (place + 2, place + 3) if k < len(caption.words) and caption.ends(k + 1)]
-        noun = phrase.noun if phrase is not None else next(iter(further), 0)
-        said = caption.words[place + 1 : noun + 1]
-        if (
-            not noun
-            or set(said) & (v.UNITS | v.OF_BODY)
-            or (len(said) > 1 and said[0] in v.MEASURES)
-            or said[-1].endswith("ss")
-            or not all(each.isalpha() for each in said)
-            or (said[-1] in v.PEOPLE and v.RIDDEN_BY_FEW & set(caption.words))
-            or caption.is_aside(place)
-        ):
-            continue
-        if phrase is None and (number == 1 or not is_plural(said[-1]) or set(said) & (v.FOLLOWING | v.DETERMINERS)):
-            continue
-        many = phrase is None or phrase.known is not None or said[-1].endswith(("s", "people", "children"))
-        if phrase is None or ((number > 1) == (phrase.plural is True) and (number == 1 or many)):
-            yield place, noun, phrase
-
-
-_NO_COUNT = v.NUMBERED | {
-    "all",
-    "every",
-    "bus",
-    "or",
-    "back",
-    "war",
-    "least",
-    "most",
-    "than",
-    "over",
-    "nearly",
-    "almost",
-    "about",
-    "around",
-}
-
-
-def _agreement(caption: Caption, phrase: Phrase, plural: bool) -> dict[int, str] | None:
-    """What changes with the number of a noun: itself and its verb; None where that is not certain."""
-    noun = renumbered(caption.words[phrase.noun], plural)
-    after, before = caption.word(phrase.noun + 1), caption.word(phrase.start - 1)
-    if noun is None or v.THEIR & set(caption.words) or (after == "and" and {"is", "are", "was", "were"} & set(caption.words)):
-        return None
-    if before == "the" or _shared(caption, phrase, plural):
-        return None
-    changes = {phrase.noun: noun}
-    if before in ("is", "are", "was", "were") and caption.word(phrase.start - 2) == "there":
-        changes[phrase.start - 1] = {"is": "are", "are": "is", "was": "were", "were": "was"}[before]
-    if not after or after.endswith("ing") or (after.endswith("ed") and after not in v.NOT_VERBS):
-        return changes
-    if after in _PREPOSITIONS or after in ("left", "right"):  # "near" is a verb, too
-        return changes
-    if after in v.ADJECTIVES:
-        return changes if after == "full" else None  # "two doors open" may be a verb
-    verb = agreeing(after, plural)
-    return None if verb is None else changes if verb == after else changes | {phrase.noun + 1: verb}
-
-
-def _shared(caption: Caption, phrase: Phrase, plural: bool) -> bool:
-    """Whether one and many differ in what they have, too: two girls hold umbrellas, and one of them holds no umbrellas."""
-    rest = caption.words[phrase.noun + 1 :]
-    if any(word in _HAVING for word in rest[:2]):
-        return True
-    near = [word for word in rest[:4] if len(word) > 3 and word.endswith("s") and word not in v.FOLLOWING]
-    return not plural and any(is_plural(word) for word in (*near, *(word for word in rest if word in v.NOUNS)))
-
-
-_HAVING = v.FOLLOWING & {"has", "have", "with"} | {"wearing", "holding", "carrying", "riding", "wears", "wear", "hold", "holds", "throwing"}
-_PREPOSITIONS = v.FOLLOWING - set(
-    ["is", "are", "was", "were", "has", "have", "that", "which", "who", "sit", "sits", "stand", "stands", "lie", "lies", "like"]
-)
 
 
 def _relation(caption: Caption, choose: Choose) -> Iterator[Change]:
@@ -358,6 +250,8 @@ def _swap_object(caption: Caption, choose: Choose) -> Iterator[Change]:
         if first.known is None or second.known is None or first.known[0] != second.known[0] or first.known == second.known:
             continue
         between = " ".join(caption.words[first.noun + 1 : second.start])
+        if first.known[0] not in ("person", "animal", "shape") and v.HELD_UP & set(between.split()[:2]):
+            continue  # no umbrella is under a backpack
         if between.removeprefix("is ").removeprefix("are ") not in v.ASYMMETRIC or first.plural is None or first.plural != second.plural:
             continue
         if max(forms.count(first.known[1]), forms.count(second.known[1])) == 1 and not v.GENDERED & set(caption.words):
@@ -369,7 +263,7 @@ _MAKERS: dict[str, Callable[[Caption, Choose], Iterator[Change]]] = {
     "size": _size,
     "material": _material,
     "texture": _texture,
-    "count": _count,
+    "count": count,
     "relation": _relation,
     "object": _object,
     "action": _action,

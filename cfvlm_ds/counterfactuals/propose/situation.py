@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.caption import Caption
 from cfvlm_ds.counterfactuals.propose.grammar import is_plural
+from cfvlm_ds.counterfactuals.propose.siblings import word_set
 
 
 def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
     """Whether a phrase says where something is, and its opposite would say something else."""
-    after = [caption.word(places[-1] + k) for k in range(1, 6 if phrase in ("in front of", "inside", "outside") else 4)]
+    after = [caption.word(places[-1] + k) for k in range(1, 6 if phrase == "in front of" else 4)]
     if (v.NO_OPPOSITE.get(phrase, frozenset()) | v.OF_BODY) & set(after) or after[0] in ("turn", "lane", "field"):
         return False
     if phrase in ("left of", "right of"):  # "what is left of the cake"
@@ -33,29 +34,27 @@ def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
     if phrase in ("above", "below"):
         known = subject == "plane" or v.NOUNS.get(subject, ("appliance",))[0] not in ("appliance", "building")
         return known and not (subject in v.ABOVE_ALL | v.HANGING or said & v.OFF_THE_GROUND or own & _PRONOUNS)
+    who = _subject(caption, places[0])
+    kind = v.NOUNS.get(who, ("",))[0]
     if phrase in ("on top of", "under", "underneath", "beneath"):
-        who = _who(caption, places[0])
-        doing = subject.endswith("ing") and subject not in v.OF_PLACE
-        moved = phrase != "on top of" or v.NOUNS.get(who, ("",))[0] in ("animal", "sport", "shape")
-        return moved and not (doing or (own & (v.FLAT_THINGS | v.AREAS) and phrase == "on top of") or said & v.FOOD or who in v.PEOPLE)
+        moved = kind in ("animal", "sport", "shape", "bag") and not said & v.FOOD and not said & v.SKATED
+        hidden = phrase == "on top of" and own & {"bed", "couch", "sofa", "desk"}
+        return moved and not hidden and bool(own & (v.SUPPORTS | _SHAPES))
     if phrase in ("in front of", "behind"):
-        return not (own & v.AREAS or said & (v.ORDERED | v.IN_A_GAME) or (own & _PRONOUNS and subject in v.SCENERY | v.BACKDROPS))
-    if phrase in ("inside", "outside") and (said & v.FOOD or subject in ("written", "drawn", "painted")):
-        return False
-    if phrase == "outside" and not ({who := _who(caption, places[0]), subject} & v.ANIMATE or v.NOUNS.get(who, ("",))[0] == "sport"):
-        return False  # what stands outside a house has no place in it
-    return phrase not in ("inside", "outside") or _is_of_something(caption, after[0])
+        if own & v.AREAS or said & (v.ORDERED | v.IN_A_GAME | v.FAR):
+            return False
+        if own & _PRONOUNS and set(caption.words[max(0, places[0] - 3) : places[0]]) & (v.SCENERY | v.BACKDROPS):
+            return False
+        return phrase == "behind" or bool(own & (v.SEEN_BEHIND | _PRONOUNS) and not own & v.HIDING)
+    if phrase in ("inside", "outside"):
+        return bool(own & v.CONTAINERS) and not said & v.FOOD and (kind in ("animal", "sport", "bag", "shape") or who in v.PEOPLE)
+    return True
 
 
 def _phrase_from(caption: Caption, place: int) -> list[str]:
     """The words of the phrase that begins at a place."""
     end = next((k for k in range(place + 1, len(caption.words) + 1) if not caption.word(k) or caption.word(k) in v.FOLLOWING), place)
     return caption.words[place:end]
-
-
-def _is_of_something(caption: Caption, after: str) -> bool:
-    """Whether "inside" or "outside" is said of a thing, and not of all that is shown: "she eats outside at a table"."""
-    return bool(after) and (after == "of" or after not in v.FOLLOWING) and not after.endswith("ing")
 
 
 def is_action(caption: Caption, place: int, action: str, form: str) -> bool:
@@ -86,8 +85,8 @@ def done_there(caption: Caption, place: int, options: Sequence[str]) -> list[str
     one = v.NOUNS[somebody][1] if somebody in v.NOUNS else somebody
     after, rest = caption.word(place + 1), caption.words[place + 1 :]
     near = set(rest[:5])
-    if after == "and":  # running and playing
-        return []
+    if after == "and" or (caption.words[place] in _LYING and set(rest) & {"under", "underneath", "beneath", "top"}):
+        return []  # running and playing, or with something on top
     if one in ("bird", "duck") or "carrying" in rest or near & (v.OF_BODY | v.IN_MOTION) or (after == "on" and near & v.RIDDEN):
         return []
     never = set[str]()
@@ -97,8 +96,10 @@ def done_there(caption: Caption, place: int, options: Sequence[str]) -> list[str
         never |= _LIE | _SLEEP
     if after in ("in", "inside") and near & v.SEATED_IN:
         never |= _STAND | _LIE
-    if set(rest) & (v.AWAKE | v.FOOD):
+    if set(rest) & (v.AWAKE | v.FOOD) or set(caption.words) & (v.BUSY | v.MADE_LIKE):
         never |= _SLEEP
+    if caption.words[place] in _MOVING and set(caption.words) - {caption.words[place]} & (v.ALONG | _MOVING):
+        return []  # beside who moves
     if after == "on" and near & v.NARROW:
         never |= _SLEEP | _LIE
     doing = {word for word in rest if word.endswith("ing") and word not in v.NOT_VERBS}
@@ -117,6 +118,8 @@ def _never_of_people(caption: Caption, somebody: str, after: str, near: set[str]
         return {*_SIT, *_STAND, *_LIE, *_SLEEP}
     several = (somebody in v.NOUNS and v.NOUNS[somebody][2] == somebody) or is_plural(somebody)
     never = set[str]()
+    if (after in ("on", "in", "across") and near & v.WET) or near & v.STOOD_AT:
+        never |= _SIT | _LIE
     if after not in ("on", "in") or not near & v.LAIN_ON or (several and near & (v.SEATS | {"bench"})):
         never |= _LIE if near & v.SEATED_IN else _LIE | _SLEEP
     if near & v.SEATS or (busy and "bench" in caption.words):
@@ -124,11 +127,25 @@ def _never_of_people(caption: Caption, somebody: str, after: str, near: set[str]
     return never
 
 
+_LYING = word_set("lying lies lie")
 _SIT, _STAND, _LIE, _SLEEP = (
-    frozenset(forms.split()) for forms in ("sitting sits sit", "standing stands stand", "lying lies lie", "sleeping sleeps sleep")
+    word_set(forms) for forms in ("sitting sits sit", "standing stands stand", "lying lies lie", "sleeping sleeps sleep")
 )
-_PRONOUNS = frozenset(("it", "him", "her", "them", "itself"))
-_LOOKING = frozenset(("looking", "reading", "watching", "staring"))
+_PRONOUNS = word_set("it him her them itself")
+_BEING = word_set("is are was were that which who laying parked placed sits stands lies sit stand lie just right")
+_MOVING = word_set(
+    "running runs run walking walks walk jogging riding rides ride skating skateboarding boarding driving drives pulling flying"
+)
+_SHAPES = frozenset(form for form, (category, _, _) in v.NOUNS.items() if category == "shape")
+_LOOKING = word_set("looking reading watching staring")
+
+
+def _subject(caption: Caption, place: int) -> str:
+    """Of whom or what a phrase of place is said: the noun before it, or before the verb that is there."""
+    place -= 1
+    while caption.word(place) in v.OF_PLACE | _BEING:
+        place -= 1
+    return caption.word(place)
 
 
 def _who(caption: Caption, place: int) -> str:

@@ -5,14 +5,12 @@ Whole words, and their forms stated one by one.
 
 from __future__ import annotations
 
+from cfvlm_ds.counterfactuals.propose.siblings import word_set as _set
+
 
 def _groups(text: str) -> tuple[frozenset[str], ...]:
     """A set of words a line, or between commas."""
     return tuple(frozenset(part.split()) for part in text.replace("\n", ",").split(",") if part.strip())
-
-
-def _set(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
 
 # Attributes -----------------------------------------------------------------------------------------------------------------------------
@@ -70,8 +68,8 @@ for _category, _pairs in SIBLINGS.items():
     for _singular, _plural in _pairs:
         for _form in (_singular, _plural):
             NOUNS.setdefault(_form, (_category, _singular, _plural))
-UNCOUNTED = frozenset(("sheep", "fish"))
-"""One form for one and for many."""
+UNCOUNTED = frozenset(("sheep", "fish", "tennis"))
+"""One form for one and for many, or for none."""
 NEVER_PROPOSED = _set("cross star orange tie saw square diamond bear fish bridge")
 """Nouns that mean something else in many captions; only a shape is replaced by a shape."""
 ALIKE = _groups(
@@ -84,7 +82,11 @@ ALIKE = _groups(
 PEOPLE = _set(
     """man men woman women boy boys girl girls person people child children kid kids baby babies guy guys lady ladies player players male
     males female females adult adults couple family families crowd team skin face faces american americans rider riders skier
-    skiers surfer surfers gentleman gentlemen"""
+    skiers surfer surfers gentleman gentlemen skateboarder skateboarders snowboarder snowboarders bicyclist bicyclists cyclist cyclists
+    motorcyclist motorcyclists biker bikers skater skaters tourist tourists visitor visitors passenger passengers pedestrian pedestrians
+    worker workers officer officers policeman policemen cop cops chef chefs waiter waitress toddler toddlers infant teen teens teenager
+    teenagers student students teacher friend friends mother father mom dad wife husband son daughter batter catcher pitcher umpire
+    soldier soldiers jockey jockeys cowboy cowboys bride groom someone somebody everyone"""
 )
 YOUNG = _set("boy boys girl girls child children kid kids baby babies toddler toddlers")
 ANIMATE = frozenset(form for form, (category, _, _) in NOUNS.items() if category in ("person", "animal")) | _set(
@@ -111,7 +113,7 @@ FIXED_COLOUR = _set(
     pasture lawn landscape forest woods garden plant plants foliage vines moss weeds fern ferns palm palms bamboo dirt mud soil
     ground gravel waves wave foam tooth teeth lips nose cheeks tongue line lines beard mustache moustache sunset horizon bone milk
     butter cheese egg eggs swan swans seagull seagulls pigeon pigeons crow crows parrot flamingos leopard camel camels dolphin
-    dolphins seal frog turtle rhino hippo hay straw marble light"""
+    dolphins seal frog turtle rhino hippo hay straw marble light wedge wedges peels rind segments sections halves sprinkles"""
 )
 """Nouns whose colour is always the same, or part of their name."""
 NOT_SIZED = _set(
@@ -125,6 +127,10 @@ NOT_SIZED = _set(
     stack herd flock array gathering event party meal view family team grass snow rain water
     sand"""
 )
+COMPARED = _set("larger bigger smaller taller shorter longer than")
+"""What says a size beside another one."""
+CROWDS = _set("group groups lots lot many several crowd crowds surrounding surrounded family")
+"""With whom what is long stays long."""
 SCENERY = _set(
     """grass field fields sky snow beach street road ground water lake river sea ocean sand park yard lawn air day night background side
     distance front sun sunlight rain summer winter room floor city forest woods meadow mountains picture photo image"""
@@ -152,7 +158,7 @@ UNITS = _set(
     corner corners edge direction point moment place time row rows kind kinds type types size sizes color colors colour colours poles
     skis skiis shoes boots socks gloves sneakers earrings"""
 )
-FIXING_A_NUMBER = _set("tennis third fourth second last both other teams")
+FIXING_A_NUMBER = _set("tennis third fourth second last both other teams opposite either chess boxing wrestling seesaw")
 """With these in it a caption has no other number: two that tackle a third are not four, and a game is of two teams."""
 MEASURES = _set(
     """star door wheel tone tier layer leaf person man car bedroom seat seater arm prong lane speed story storey level room piece part way
@@ -166,7 +172,7 @@ NUMBERED = _set(
 """What is numbered, and not counted, by a number that follows."""
 OF_BODY = _set(
     """hand hands arm arms leg legs foot feet toe toes finger fingers eye eyes ear ears head heads back chin nose neck shoulder shoulders
-    knee knees lap paw paws wing wings wheel wheels stomach belly"""
+    knee knees lap paw paws wing wings wheel wheels stomach belly face faces mouth lips body"""
 )
 """Parts: no picture shows another number of them, and what is behind an ear is not in front of it."""
 LETTERING = _set(
@@ -202,14 +208,18 @@ _SEEN_BEFORE = _set(
 )
 AREAS = _set(
     """street streets road roads path sidewalk highway intersection field fields lawn yard grass sand snow park garden track tracks runway
-    tarmac court floor ground lot plain plains meadow prairie desert wave waves"""
+    tarmac court floor ground lot plain plains meadow prairie desert wave waves marsh stream river creek pond lake hill valley crosswalk
+    surface"""
 )
 """What has no behind."""
-BACKDROPS = _set("wall walls building buildings mountain mountains hill hills sunset ocean sign trees")
+BACKDROPS = _set(
+    """boat boats ship ships monitor monitors screen curtain curtains house wall walls building buildings mountain mountains hill hills
+    sunset ocean sign trees"""
+)
 """What is behind all."""
 NO_OPPOSITE = {
     "in front of": _SEEN_BEFORE,
-    "behind": _set("bars wheel home plate scenes camera net counter desk podium schedule mask table"),
+    "behind": _set("bars wheel home plate scenes camera net counter desk podium schedule mask table keyboard keyboards batter"),
     "under": _UNDER | HANGING,
     "beneath": _UNDER | HANGING,
     "underneath": _UNDER | HANGING,
@@ -218,16 +228,6 @@ NO_OPPOSITE = {
         building buildings house houses church mountain mountains hill roof station airport stove sink toilet fireplace"""
     ),
     "below": _set("surface zero ground sea average freezing"),
-    "on top of": _set(
-        """mountain mountains hill hills hilltop world cake pizza building tower roof each one head horse horses elephant elephants camel
-        skateboard surfboard snowboard skis board wave snow fence pole wall rock rocks cliff stump lid toilet stove counter oven
-        refrigerator sink microwave"""
-    ),
-    "inside": _set(
-        """cab laptop sink bowl tub bathtub toilet vase it them out branches door doorway room rooms kitchen bathroom bedroom wave tunnel
-        area frame half"""
-    ),
-    "outside": _set("window windows door doors doorway dining seating"),
     "to the right": _set("side"),
     "to the left": _set("side"),
     "at the top": _set("lungs"),
@@ -268,15 +268,25 @@ PULLED = _set("rope ropes sled leash plow trailer hair trigger")
 THROWN = _set("ball balls baseball football basketball frisbee frisbees")
 ORDERED = _set(
     """pulling pulls pulled pull towing tows towed dragging drags leading leads led following follows followed follow
-    chasing chases chased"""
+    chasing chases chased trailing trails trailed trail"""
 )
 """Doings that say what is behind what."""
 OFF_THE_GROUND = _set("air flying flies fly floating hovering soaring inches feet")
-FLAT_THINGS = _set(
-    """plate plates tray platter bowl blanket mattress napkin paper towel cloth tablecloth mat surface pile mound lake water
-    counter bun tree trees it them itself"""
+SUPPORTS = _set("table tables chair chairs bench benches bed couch sofa desk car cars truck van cart stool")
+"""What a thing may be on and under."""
+CONTAINERS = _set("box boxes basket baskets cage crate crates container bucket barrel cart tube suitcase circle square triangle")
+"""What a thing may be in and beside, in a picture that stays the same."""
+SEEN_BEHIND = (PEOPLE | frozenset(NOUNS)) - frozenset(
+    form for form, (category, _, _) in NOUNS.items() if category in ("building", "furniture", "appliance", "device")
+) | _set(
+    """chair chairs bench benches fence fences gate gates railing barrier barriers barricade net pole poles post posts sign signs statue
+    statues sculpture hydrant hydrants meter meters cone cones markers cart carts stroller wagon trolley rock rocks fountain hedge
+    object objects vehicles memorial rail equipment carving decorations landmark kitten puppy stop"""
 )
-"""What hides what is under it, or has nothing under it."""
+"""What hides nothing that is behind it."""
+HIDING = _set("bus buses truck trucks van vans train trains airplane airplanes boat boats helicopter tractor christmas wall building")
+FAR = _set("far distance distant background backdrop foreground")
+"""What is far away is in front of nothing."""
 LAIN_ON = _set("bed couch sofa grass sand beach floor ground snow bench towel blanket rug mattress lawn field hammock mat carpet pillow")
 """Where people lie, and sleep."""
 SEATS = _set("chair chairs stool stools couch couches sofa sofas bed beds recliner swing")
@@ -286,7 +296,9 @@ IN_PLAY = IN_A_GAME | _set(
     """baseball bat court skis ski skiing skiis skies skier skiers snowboarder surfer
     surfers game match frisbee frisbees ball soccer wave waves player players"""
 )
-AT_WORK = _set("preparing cooking cooks chopping washing cleaning working serving brushing grilling baking")
+AT_WORK = _set(
+    "pouring pours making makes preparing prepares cooking cooks chopping washing cleaning working serving brushing grilling baking"
+)
 """With these people do nothing else meanwhile."""
 WATERS = _set("water river lake ocean sea pond stream waves surf mud")
 """Where no animal lies."""
@@ -300,12 +312,26 @@ AWAKE = _set(
     "water surf wave waves ocean sea lake river pool pond rain snow snowy ice path trail street road sidewalk track rock rocks stage court"
 )
 """Where nobody sleeps."""
+BUSY = _set("smiling smiles smile laughing holding holds hold talking talks waving posing poses pose reflected dressed")
+"""Doings of who does not sleep."""
+MADE_LIKE = _set("teddy stuffed toy toys doll dolls statue statues sculpture sculptures figurine figurines balloon ceramic plastic fake")
+"""What does not wake, either."""
+ALONG = _set("side alongside along leash")
+"""Of who goes with somebody."""
+WET = _set("wet crosswalk intersection puddle puddles")
+"""Where people do not sit down."""
+STOOD_AT = _set("oven stove refrigerator fridge freezer sink counter microwave grill podium microphone urinal whiteboard blackboard")
+"""Where nobody sits."""
+SKATED = _set("skateboard skateboards skate skates skating skateboarding skateboarder boarding boarder")
+"""Of who rides where nobody lies, and over what no bed is."""
 NARROW = _set("railing rail rails fence wire rope beam pole ledge branch")
 SEATED_IN = _set(
     """car cars truck van plane airplane cockpit seat seats chair chairs stroller wheelchair cart kayak canoe tub bathtub carriage cab
     booth"""
 )
 AFTER_PLACE = _set("on in at near next beside by under behind outside inside with and while")
+HELD_UP = _set("on under underneath beneath inside")
+"""Of a thing that bears or holds the other one, which does not bear or hold it in its turn."""
 ASYMMETRIC = (
     "to the left of", "to the right of", "left of", "right of", "above", "below", "under", "underneath", "beneath", "on top of",
     "in front of", "behind", "chasing", "following", "pulling", "pushing", "carrying", "inside",
