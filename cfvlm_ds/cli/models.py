@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from cfvlm_ds.cli.options import add_command, add_data_options, add_model_option
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.ranks import num_ranks
 from cfvlm_ds.core.run_folder import recorded_model
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import output_file
@@ -199,8 +199,7 @@ def joined(zero3: bool = False) -> World:
 
     from cfvlm_ds.core.distributed import World
 
-    ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
-    if ranks > 1 or zero3:
+    if num_ranks() > 1 or zero3:
         from cfvlm_ds import engine
 
         return engine.start()

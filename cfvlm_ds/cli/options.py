@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.ranks import own_rank
 from cfvlm_ds.core.run_folder import named_model
 from cfvlm_ds.core.verbosity import VERBOSITY
 
@@ -53,13 +54,14 @@ def add_data_options(command: argparse.ArgumentParser, format: str = "") -> None
 
 
 def said_format(manifest: str | Path, format: str) -> str:
-    """The format of a manifest; for ``auto`` the one that its first row has, which is printed."""
+    """The format of a manifest; for ``auto`` the one that its first row has, which rank 0 prints."""
     from cfvlm_ds.data.formats import AUTO
     from cfvlm_ds.data.manifest import open_groups, taken_as
 
     if format != AUTO:
         return format
-    print(taken_as(groups := open_groups(manifest, None, format, progress=print)))
+    say: Callable[[str], object] = print if own_rank() == 0 else lambda line: None
+    say(taken_as(groups := open_groups(manifest, None, format, progress=say)))
     return groups.format
 
 
