@@ -187,7 +187,8 @@ launch() {
     case $rc in
         0) exit 0 ;;
         2)
-            grep -q '^error: ' "$start_dir/rank-0.log" || sed -n '/^error: /p' "$start_dir"/rank-*.log | sort -u | head -n 8 # another rank's
+            # Of what all ranks know rank 0 speaks, and is shown; else it is what another one has found.
+            grep -qs '^error: ' "$start_dir/rank-0.log" || sed -n '/^error: /p' "$start_dir"/rank-*.log | sort -u | head -n 8 || :
             say "giving up: the input has to be corrected" && exit 2
             ;;
         85) again "stopped on request" 85 ;;
