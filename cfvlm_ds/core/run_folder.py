@@ -63,6 +63,8 @@ def named_model(name: str) -> NamedModel:
 
 def refuse_absent(name_or_path: str, where: str = "") -> None:
     """Raise ConfigError for a name that is no folder, and cannot be one of the hub."""
+    if os.path.isfile(name_or_path):
+        raise ConfigError(f"{where}model.name_or_path {name_or_path!r} is a file; give a model folder or a hub name such as org/name")
     if not os.path.exists(name_or_path) and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
         raise ConfigError(f"{where}model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
 
