@@ -284,6 +284,8 @@ def _leaves(values: Mapping[str, Any], section: str = "") -> Iterator[str]:
 def _check_ranges(resolved: Mapping[str, Any]) -> None:
     """ConfigError on a number that no run can have: one that is not finite, or outside the range of its option."""
     train = resolved["train"]
+    if not train["output_dir"]:
+        raise ConfigError("train.output_dir is empty, as a variable is that was not set; name a folder, or leave it out for the default")
     for option, value in _numbers(resolved):
         term = _TERM.get(option.rpartition(".")[2]) if option.startswith("objective.") else None
         low, high = term or _RANGES.get(option, (-ENDLESS, ENDLESS))
