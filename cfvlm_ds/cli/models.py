@@ -81,6 +81,7 @@ def add(commands: Any) -> None:
 
 def _score(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.data import sound_groups
+    from cfvlm_ds.data.containers.hub import is_hub
     from cfvlm_ds.data.identity import data_identity
     from cfvlm_ds.data.picture_index import PictureTable
     from cfvlm_ds.data.stored_scores import is_written, write_scores
@@ -88,7 +89,9 @@ def _score(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.models import fingerprint
 
     groups = sound_groups(arguments.manifest, arguments.root, said_format(arguments.manifest, arguments.format), arguments.limit)
-    out = own_output(Path(arguments.out or f"{arguments.manifest}.scores.jsonl"), is_written, "score", arguments.manifest)
+    if is_hub(arguments.manifest) and not arguments.out:
+        raise ConfigError(f"{arguments.manifest} is no file here, beside which scores are written; name one with --out")
+    out = own_output(Path(arguments.out or f"{Path(arguments.manifest)}.scores.jsonl"), is_written, "score", arguments.manifest)
     model, adapter = model_of(arguments)
     if adapter is not None:
         raise ConfigError(f"{adapter} holds adapters, and stored scores belong to one model; merge them with `cfvlm-ds export`, name that")
