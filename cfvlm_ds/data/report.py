@@ -99,7 +99,7 @@ class CheckReport:
         return f"{_counted(self.metadata)} (kept, not used)"
 
     def __str__(self) -> str:
-        lines = [("manifest", self.manifest), *(self._counts() if self.num_groups else ())]  # of no group there is nothing to count
+        lines = [("manifest", self.manifest), *(self._counts() if self.num_groups or self.ok else ())]  # zeros say nothing
         lines.append(("problems", str(len(self.problems)) if self.problems else "none"))
         table = [f"{name:<16} {value}" for name, value in lines]
         table += [f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
