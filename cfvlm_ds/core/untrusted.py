@@ -101,7 +101,7 @@ def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inpu
         try:
             with open_regular(path) as handle:
                 known = ours(handle)
-        except (OSError, ValueError, LookupError, TypeError, StopIteration, RecursionError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError):
             known = False
         if not known:
             raise ConfigError(f"{path} is there, and {writer} has not written it; name another one with {option}")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
@@ -16,7 +15,7 @@ from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.data.containers.hub import fetched
 from cfvlm_ds.data.formats import AUTO
-from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.data.formats.cfgroup import SCHEMA, to_row
 from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.data.manifest import Root, data_roots, open_groups, taken_as
 
@@ -45,7 +44,7 @@ def convert(
     ``skip`` leaves out rows that are no group, and lists them in a file beside ``out``. Raises DataError for the first of them otherwise,
     and where no row is a group; ConfigError or StorageError where ``out`` cannot be written, or is a file that was not converted.
     """
-    own_output(out, partial(is_marked, CONVERTED), "convert", path)
+    own_output(out, _is_converted, "convert", path)
     listed = list_of_skipped(out)
     path = fetched(path, say=say)
     roots = [each.absolute() for each in data_roots(path, root)]
@@ -74,10 +73,15 @@ def convert(
     return Converted(groups, problems, base)
 
 
-def is_marked(mark: bytes, file: IO[bytes]) -> bool:
-    """Whether the first row of a file has this mark."""
-    row = next(lines(file, MAX_LINE)).rstrip(b"\r\n")
-    return row[len(row.rstrip(b"\t")) :] == mark and isinstance(parse_json(row.decode()), dict)
+def marked(file: IO[bytes], mark: bytes) -> dict[str, Any] | None:
+    """The first row of a file, if it has this mark. Raises what parsing raises."""
+    line = next(lines(file, MAX_LINE)).rstrip(b"\r\n")
+    row = parse_json(line.decode()) if line[len(line.rstrip(b"\t")) :] == mark else None
+    return row if isinstance(row, dict) else None
+
+
+def _is_converted(file: IO[bytes]) -> bool:
+    return (marked(file, CONVERTED) or {}).get("schema") == SCHEMA
 
 
 def list_of_skipped(out: Path) -> Path:

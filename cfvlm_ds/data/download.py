@@ -16,7 +16,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +25,7 @@ from cfvlm_ds.core.progress import EVERY_S
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import own_output, refuse_link
 from cfvlm_ds.data.containers.hub import fetched
-from cfvlm_ds.data.convert import DOWNLOADED, is_marked, list_of_skipped, list_skipped
+from cfvlm_ds.data.convert import DOWNLOADED, list_of_skipped, list_skipped, marked
 from cfvlm_ds.data.decoding import MAX_PIXELS, image_size
 from cfvlm_ds.data.rows import Rows, open_rows
 
@@ -64,7 +63,7 @@ def download(
     """
     folder = out.with_name(f"{out.name}.pictures")
     refuse_link(folder, "name another file with --out")
-    own_output(out, partial(is_marked, DOWNLOADED), "download", path)
+    own_output(out, lambda file: marked(file, DOWNLOADED) is not None, "download", path)
     listed = list_of_skipped(out)
     path = fetched(path, say=say)
     rows, files, problems, said = 0, set[str](), list[str](), time.monotonic()

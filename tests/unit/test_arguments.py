@@ -116,6 +116,10 @@ MINE = {
     "mine.yaml": "objective:\n  csd: {}\n# and mine\n",
     "mine.jsonl": "",
     "mine.txt": "my words\n",
+    "words.json": '{"test": "words"}\t\n',
+    "list.json": '[[1], "x"]\t\n',
+    "null.json": "null\n",
+    "table.tsv": "a\tb\t\n1\t2\t\n",
     "run/results.json": '{"test": [{"name": "all", "num": 1, "metrics": {}}]}',
     "run/config.yaml": "model: {}\n",
 }
