@@ -186,7 +186,11 @@ launch() {
     say "exit code $rc"
     case $rc in
         0) exit 0 ;;
-        2) say "giving up: the input has to be corrected" && exit 2 ;;
+        2)
+            # Of what all ranks know rank 0 speaks, and is shown; else it is what another one has found.
+            grep -qs '^error: ' "$start_dir/rank-0.log" || sed -n '/^error: /p' "$start_dir"/rank-*.log | sort -u | head -n 8 || :
+            say "giving up: the input has to be corrected" && exit 2
+            ;;
         85) again "stopped on request" 85 ;;
         *)
             sed -nE 's/^(\[rank[0-9]+\]: )?((error:|[A-Za-z_.]+(Error|Exception)\b).*)/\2/p' "$start_dir"/rank-*.log | sort | uniq -c | tail -n 8 | cut -c -400

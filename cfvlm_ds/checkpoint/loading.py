@@ -65,8 +65,6 @@ def _state(loop: Any, path: Path) -> TrainState:
     state = TrainState()
     try:
         state.load_state_dict(loop)
-        if state.best is not None:
-            float(state.best["step"]), float(state.best["value"])
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise ConfigError(f"{path}: {error}") from None

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.cli.options import add_command, model_of, positive
+from cfvlm_ds.cli.options import add_command, count, model_of, positive
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.verbosity import shows_progress
 
@@ -28,8 +28,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     text = "what comes of an item that cannot be asked: error, or skip it, counted and named (default error)"
     group.add_argument("--on_error", choices=("error", "skip"), default="error", help=text)
     text = "draws of the bootstrap; 0 for no intervals (default: 1000, fewer of benchmarks of over 10,000 items)"
-    group.add_argument("--draws", type=_count, metavar="N", help=text)
-    group.add_argument("--num_workers", type=_count, metavar="N", help="processes that prepare batches, per rank (default: spare cores)")
+    group.add_argument("--draws", type=count, metavar="N", help=text)
+    group.add_argument("--num_workers", type=count, metavar="N", help="processes that prepare batches, per rank (default: spare cores)")
     text = "also send the metrics to MLflow: to the server of MLFLOW_TRACKING_URI, or to mlflow.db in the folder with --out (default none)"
     group.add_argument("--experiment", metavar="NAME", help=text)
 
@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
     command.add_argument("--out", metavar="FOLDER", help="page to write, or to write again, of the worst and best items (default none)")
     command.add_argument("--benchmark_root", metavar="FOLDER", help="folder of the benchmarks, from which the page takes the pictures")
     command.add_argument("--sample", type=positive, default=200, metavar="N", help="items of each benchmark on the page (default 200)")
-    command.add_argument("--draws", type=_count, metavar="N", help="draws of the paired bootstrap (default: as of evaluate)")
+    command.add_argument("--draws", type=count, metavar="N", help="draws of the paired bootstrap (default: as of evaluate)")
 
 
 class _InPlaceOfManifests(argparse.Action):
@@ -153,9 +153,6 @@ def track(experiment: str, asked: Sequence[Any], out: Path) -> None:
         tracker.artifact(out / "results.md")
 
 
-_DELIVERED_WITHIN_S = 300.0  # MLflow is imported then, and makes its database
-
-
 def _identity(model: Any, adapter: Path | None, alive: Callable[[], object]) -> dict[str, str]:
     from cfvlm_ds.models import adapter_fingerprint, fingerprint
 
@@ -211,10 +208,3 @@ def _compare(arguments: argparse.Namespace) -> None:
         print(f"wrote {Path(arguments.out) / 'index.html'}: {written.num_items} items, {written.num_pictures} pictures")
         if written.problems:
             print(f"{len(written.problems)} pictures could not be shown; the first: {next(iter(written.problems.values()))}")
-
-
-def _count(text: str) -> int:
-    """An argument's type: a whole number of at least 0."""
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, and is {value}")
-    return value

@@ -142,7 +142,8 @@ def _check(arguments: argparse.Namespace) -> None:
         lengths=collator,
         max_pixels=arguments.max_pixels,
     )
-    print(report)
+    if report.num_groups or len(report.problems) > 1:
+        print(report)
     if not report.ok:
         more = len(report.problems) - 1
         raise DataError(report.problems[0] + (f" ({more} more, listed above)" if more else ""))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from cfvlm_ds.cluster.signals import EXIT_INTERRUPTED
 from cfvlm_ds.core.errors import InputError, StorageError
+from cfvlm_ds.core.ranks import said_once
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.verbosity import shows_everything
 
@@ -41,13 +42,16 @@ def files_named(function: Callable[[], None]) -> None:
 
 
 def exit_cleanly(function: Callable[[], None]) -> None:
-    """Bad input is the user's to correct: one sentence on stderr and exit code 2, and a traceback only with --verbose."""
+    """Bad input is the user's to correct: one sentence on stderr and exit code 2, and a traceback only with --verbose. Of several ranks one
+    prints it."""
     try:
         function()
     except InputError as error:
-        if shows_everything():
-            print_line(traceback.format_exc().rstrip("\n"), error=True)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        with said_once(str(error)) as mine:
+            if mine and shows_everything():
+                print_line(traceback.format_exc().rstrip("\n"), error=True)
+            if mine:
+                print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:  # of a command; a training answers Ctrl-C itself
         sys.exit(EXIT_INTERRUPTED)

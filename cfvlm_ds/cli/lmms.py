@@ -50,8 +50,9 @@ def _identity(model: ModelConfig, adapter: Path | None) -> str:
     import hashlib
     import json
 
-    from cfvlm_ds.models import adapter_fingerprint, fingerprint
+    from cfvlm_ds.models import adapter_fingerprint, fingerprint, load_config
 
+    load_config(model.name_or_path)  # which says what is no model
     parts = fingerprint(model) | ({} if adapter is None else {"adapter": adapter_fingerprint(adapter)})
     return "w" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive, said_format
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.verbosity import shows_progress
@@ -82,6 +82,8 @@ def _stats(arguments: argparse.Namespace) -> None:
     options: dict[str, Any] = {} if shows_progress() else {"progress": lambda line: None}
     format = said_format(arguments.manifest, arguments.format)
     found = statistics(arguments.manifest, arguments.root, format, lengths=lengths, max_pixels=arguments.max_pixels, **options)
+    if not found.num_groups and found.problems:
+        raise DataError(found.problems[0])
     print(found)
     if file is not None and found.num_groups:
         from cfvlm_ds.tracking.data_figure import data_figure

@@ -6,14 +6,13 @@ before a training imports what takes seconds.
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from collections.abc import Sequence
 
 from cfvlm_ds.cli import cluster, data, lmms, models, package
 from cfvlm_ds.cli.exits import exit_cleanly, files_named, leave_at_once, print_anything
-from cfvlm_ds.cli.options import add_verbosity, refuse_unknown
+from cfvlm_ds.cli.options import Parser, add_verbosity, refuse_empty, refuse_unknown
 from cfvlm_ds.core.secrets import mask_tracebacks
 from cfvlm_ds.core.verbosity import asked, show
 
@@ -28,19 +27,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given[first : first + 1] == ["train"] and all(each.partition("=")[0] in _BEFORE_TRAIN for each in given[:first]):
         _train([*given[:first], *given[first + 1 :]])
         return
-    arguments, unknown = parser().parse_known_args([each for each in given[:first] if not each.startswith("--local_rank=")] + given[first:])
-    show(asked(arguments.quiet, arguments.verbose))
     mask_tracebacks()
     print_anything()
+    arguments, unknown = parser().parse_known_args([each for each in given[:first] if not each.startswith("--local_rank=")] + given[first:])
+    show(asked(arguments.quiet, arguments.verbose))
     if unknown:
         exit_cleanly(lambda: refuse_unknown(arguments.asked_for, unknown))
-    exit_cleanly(lambda: files_named(lambda: arguments.function(arguments)))
+
+    def run() -> None:
+        refuse_empty(arguments)
+        arguments.function(arguments)
+
+    exit_cleanly(lambda: files_named(run))
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of every command; that of ``train`` is another one (cfvlm_ds.core.parsing), of which only the name is here."""
     text = "Training, data, scores, evaluation and export for counterfactual fine-tuning."
-    top = argparse.ArgumentParser(prog="cfvlm-ds", description=text)
+    top = Parser(prog="cfvlm-ds", description=text)
     top.add_argument("--version", action=package.ShowVersion, help="print the version and the revision of the code, and end")
     top.set_defaults(quiet=False, verbose=False, parser=top)
     add_verbosity(top)

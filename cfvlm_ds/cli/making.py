@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cfvlm_ds.cli.options import add_command, add_data_options
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
+from cfvlm_ds.core.ranks import num_ranks, own_rank
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import one_line, printable
 from cfvlm_ds.core.untrusted import refuse_one_file
@@ -194,7 +195,7 @@ def _verified(work: Path, options: VerifyOptions, shard: tuple[int, int | None] 
     needed = refuse_unfit(work, options, number, of)
     score, identity = _scoring(options.scorer, options.batch_size) if options.scorer and needed else (None, None)
     if score is None:
-        if _ranks() == 1 or (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "0":
+        if own_rank() == 0:
             _print_done("verify", verify(work, options, number, _say, None, of))
     elif score.world.is_main:
         try:
@@ -325,15 +326,10 @@ def _scoring(name: str, batch_size: int) -> tuple[RankedScorer, dict[str, Any]]:
     return RankedScorer(scorer, collator, world, batch_size), identity | ({"adapter": str(named.adapter)} if named.adapter else {})
 
 
-def _ranks() -> int:
-    """Processes of this launch, as ``joined`` counts them."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
-
-
 def _one_process(command: str) -> None:
     """Raise ConfigError where a launcher has started several: they would do the same work side by side."""
-    if _ranks() > 1:
-        raise ConfigError(f"data {command} is for one process, and {_ranks()} were started; several ranks are for data verify --scorer")
+    if num_ranks() > 1:
+        raise ConfigError(f"data {command} is for one process, and {num_ranks()} were started; several ranks are for data verify --scorer")
 
 
 def _say(line: str) -> None:

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from cfvlm_ds.cli import benchmarks
 from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive, said_format
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.ranks import num_ranks
+from cfvlm_ds.core.reading import MAX_RECORD, parse_json
 from cfvlm_ds.core.run_folder import recorded_model
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.core.untrusted import output_file
+from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.core.verbosity import shows_progress
 
 if TYPE_CHECKING:
@@ -80,17 +81,21 @@ def add(commands: Any) -> None:
 
 def _score(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.data import sound_groups
+    from cfvlm_ds.data.containers.hub import is_hub
     from cfvlm_ds.data.identity import data_identity
     from cfvlm_ds.data.picture_index import PictureTable
-    from cfvlm_ds.data.stored_scores import write_scores
+    from cfvlm_ds.data.stored_scores import is_written, write_scores
     from cfvlm_ds.evaluation import score_groups
     from cfvlm_ds.models import fingerprint
 
     groups = sound_groups(arguments.manifest, arguments.root, said_format(arguments.manifest, arguments.format), arguments.limit)
+    if is_hub(arguments.manifest) and not arguments.out:
+        raise ConfigError(f"{arguments.manifest} is no file here, beside which scores are written; name one with --out")
+    out = own_output(Path(arguments.out or f"{Path(arguments.manifest)}.scores.jsonl"), is_written, "score", arguments.manifest)
     model, adapter = model_of(arguments)
     if adapter is not None:
         raise ConfigError(f"{adapter} holds adapters, and stored scores belong to one model; merge them with `cfvlm-ds export`, name that")
-    out, world = output_file(Path(arguments.out or f"{arguments.manifest}.scores.jsonl"), arguments.manifest), joined(arguments.zero3)
+    world = joined(arguments.zero3)
     checked = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
     scorer, collator, world = load_scorer(model, max_pixels=arguments.max_pixels, checked=checked, world=world, zero3=arguments.zero3)
     identity = data_identity(groups, groups.roots, checked)
@@ -115,7 +120,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.evaluation import calibration, score_groups
 
     if arguments.out:
-        output_file(Path(arguments.out), arguments.manifest)
+        own_output(Path(arguments.out), calibration.is_block, "calibrate", arguments.manifest)
     groups = sound_groups(arguments.manifest, arguments.root, said_format(arguments.manifest, arguments.format), arguments.limit)
     options: dict[str, Any] = {"max_pixels": arguments.max_pixels, "world": joined(arguments.zero3), "zero3": arguments.zero3}
     scorer, collator, world = load_scorer(*model_of(arguments), **options)
@@ -154,7 +159,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     manifests = named_apart(arguments.manifest)
     if arguments.out:
-        output_file(Path(arguments.out), *manifests.values())
+        of_run = (Path(arguments.out).parent / "config.yaml").is_file()  # whose own results.json has the same form
+        own_output(Path(arguments.out), lambda file: not of_run and _is_evaluated(file), "evaluate", *manifests.values())
     splits = {
         name: sound_groups(path, arguments.root, said_format(path, arguments.format), arguments.limit) for name, path in manifests.items()
     }
@@ -168,9 +174,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         replace(Path(arguments.out), json.dumps(found, indent=1).encode())
 
 
+def _is_evaluated(file: IO[bytes]) -> bool:
+    """Whether a file has tables of accuracies by split, and nothing else."""
+    found = parse_json(file.read(MAX_RECORD).decode())
+    return bool(found) and all(row.keys() >= {"name", "num", "metrics"} for rows in found.values() for row in rows)
+
+
 def _export(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.checkpoint import damaged, description, incomplete, newest
     from cfvlm_ds.export import export_adapter, export_hf
+    from cfvlm_ds.export.folder import refuse_others_model
     from cfvlm_ds.training.card import card_of
 
     given = Path(arguments.run)
@@ -182,6 +195,7 @@ def _export(arguments: argparse.Namespace) -> None:
     if defect := incomplete(checkpoint) or damaged(checkpoint, description(checkpoint)["files"]):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
     out = Path(arguments.out or run_dir / ("adapter" if arguments.adapter else "export"))
+    refuse_others_model(out)
     write = export_adapter if arguments.adapter else export_hf
     say = print if shows_progress() else lambda message: None
     card = card_of(checkpoint, print, adapter=arguments.adapter)
@@ -199,8 +213,7 @@ def joined(zero3: bool = False) -> World:
 
     from cfvlm_ds.core.distributed import World
 
-    ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
-    if ranks > 1 or zero3:
+    if num_ranks() > 1 or zero3:
         from cfvlm_ds import engine
 
         return engine.start()

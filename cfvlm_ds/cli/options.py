@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cfvlm_ds.cli.exits import exit_cleanly
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.run_folder import named_model
+from cfvlm_ds.core.ranks import own_rank
+from cfvlm_ds.core.run_folder import named_model, refuse_absent
 from cfvlm_ds.core.verbosity import VERBOSITY
 
 
@@ -22,6 +25,35 @@ def add_command(parent: Any, name: str, function: Callable[[argparse.Namespace],
     command.set_defaults(function=function, asked_for=command)
     add_verbosity(command)
     return command
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's own prints its usage, of ten lines and more, before what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with one sentence, as every other refusal does."""
+
+        def refused() -> None:
+            raise ConfigError(f"{self.prog}: {message}; {near}")
+
+        near = f"see `{self.prog} --help`"
+        if (choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)) and (
+            found := difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1)
+        ):
+            near = f"did you mean {found[0]}?"
+        exit_cleanly(refused)
+        raise AssertionError
+
+
+def refuse_empty(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for an argument without a letter, such as of a variable that is not set: as a path it would be the working folder,
+    and as an output none."""
+    command = arguments.asked_for
+    for action in command._actions:
+        given = getattr(arguments, action.dest, None)
+        if action.nargs != argparse.REMAINDER and action.default != "" and "" in (given if isinstance(given, list) else [given]):
+            name = (action.option_strings or [action.dest])[-1]
+            raise ConfigError(f"{command.prog}: {name} is empty, as a variable is that was not set; give its value, or . for this folder")
 
 
 def refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
@@ -49,17 +81,20 @@ def add_data_options(command: argparse.ArgumentParser, format: str = "") -> None
     command.add_argument("--format", default=format, help=f"format of the rows (default {format}): {text}")
     text = "folder of the images (default: the manifest's); may be given several times, absolute paths and links may lead into each"
     command.add_argument("--root", action="append", metavar="FOLDER", help=text)
-    command.add_argument("--max_pixels", type=int, default=defaults.max_pixels, help=f"image size limit (default {defaults.max_pixels})")
+    command.add_argument(
+        "--max_pixels", type=positive, default=defaults.max_pixels, help=f"image size limit (default {defaults.max_pixels})"
+    )
 
 
 def said_format(manifest: str | Path, format: str) -> str:
-    """The format of a manifest; for ``auto`` the one that its first row has, which is printed."""
+    """The format of a manifest; for ``auto`` the one that its first row has, which rank 0 prints."""
     from cfvlm_ds.data.formats import AUTO
     from cfvlm_ds.data.manifest import open_groups, taken_as
 
     if format != AUTO:
         return format
-    print(taken_as(groups := open_groups(manifest, None, format, progress=print)))
+    say: Callable[[str], object] = print if own_rank() == 0 else lambda line: None
+    say(taken_as(groups := open_groups(manifest, None, format, progress=say)))
     return groups.format
 
 
@@ -77,6 +112,7 @@ def model_of(arguments: argparse.Namespace) -> tuple[ModelConfig, Path | None]:
 def model_named(name: str, limits: Mapping[str, int | None]) -> tuple[ModelConfig, Path | None]:
     """The same of a model's name and the bounds that are given."""
     named = named_model(name)
+    refuse_absent(named.name_or_path)
     bounds: dict[str, Any] = {each: limits[each] or getattr(named.recorded, each) for each in IMAGE_LIMITS}
     return ModelConfig(named.name_or_path, **bounds), named.adapter
 
@@ -98,6 +134,15 @@ def values_of(arguments: argparse.Namespace, section: type) -> dict[str, Any]:
 
 def positive(text: str) -> int:
     """An argument's type: a whole number of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return _whole(text, 1)
+
+
+def count(text: str) -> int:
+    """An argument's type: a whole number of at least 0."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII) or (value := int(text)) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
     return value

@@ -43,8 +43,6 @@ class ShowVersion(argparse.Action):
 
 
 def _init(arguments: argparse.Namespace) -> None:
-    if not arguments.folder:  # such as of a variable that is not set
-        raise ConfigError("init needs the name of a folder; give . for this one")
     folder = Path(arguments.folder)
     refuse_link(folder, "name the folder itself")
     if folder.exists() and not folder.is_dir():

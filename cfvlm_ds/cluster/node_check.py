@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.versions import PACKAGE, version
 
@@ -59,6 +60,9 @@ def gpu_fault(expected: int) -> str | None:
 
 
 def _check(name: str, timeout_s: float) -> str:
+    needed = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR", "MASTER_PORT")
+    if absent := [name for name in needed if name not in os.environ]:
+        raise ConfigError(f"nodes are checked by tasks of srun that know where to meet, and {absent[0]} is not set; see slurm/launch.sh")
     rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
     own = software()
     fault = gpu_fault(int(os.environ.get("SLURM_GPUS_ON_NODE") or 0))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cfvlm_ds.core.errors import ConfigError, InputError, StorageError
 from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.ranks import launcher
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.verbosity import shows_progress
 
@@ -83,7 +84,7 @@ def meeting_point() -> Iterator[None]:
         os.environ["MASTER_PORT"] = str(_free_port())
         yield
     else:
-        published = Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{os.getppid()}-{_started(os.getppid())}.port"
+        published = Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{launcher()}.port"
         os.environ["MASTER_PORT"] = _publish_port(published) if main else _published_port(published)
         try:
             yield
@@ -95,14 +96,6 @@ def meeting_point() -> Iterator[None]:
 _EVERYBODYS = "29500"
 _PORTS = range(20_000, 29_500)  # below those that systems give to outgoing connections
 _PATIENCE_S = 300.0
-
-
-def _started(process: int) -> str:
-    """When a process was started, in ticks since the machine booted: unlike the time of day the same for everyone who asks."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5): field 22, counted from the third
-    except (OSError, IndexError):
-        return "0"
 
 
 def _is_free(port: int) -> bool:

@@ -7,6 +7,7 @@ sham: the anchor re-rendered with nothing changed. Shapes used throughout the pa
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -22,7 +23,12 @@ MAX_SIDE = 1024
 """Images, and texts, that a group may have."""
 MAX_EDITS = 2 * MAX_SIDE
 MAX_CELLS = 1 << 16
-"""Cells of its truth table: comparisons are pairs of them, millions for so many."""
+"""Cells of its truth table."""
+MAX_COMPARISONS = 1 << 18
+"""Pairs of a true and a false cell of one image and prompt, or of one text: what an evaluation compares. 256 images with a text each have
+half as many; half of so many cells true, and half false, would have millions."""
+MAX_REPORTED = 1 << 21
+"""Comparisons, each counted for all edits of one of its images or texts: an evaluation looks at these for each."""
 SHAM = "sham"
 """Edit type of an image that was rendered again with nothing changed: a positive for the factual text."""
 
@@ -138,6 +144,7 @@ class CounterfactualGroup:
                 raise DataError(f"group {self.id!r}: text {index} is empty; write a text or remove it")
         if self.keys and len(self.keys) != len(self.candidates):
             raise DataError(f"group {self.id!r}: {len(self.keys)} keys for {len(self.candidates)} texts; give each text one, or none")
+        check_comparisons(self)
         prompts = dict.fromkeys([candidate.prompt for candidate in self.candidates])
         for turns in prompts:
             if isinstance(turns, str):
@@ -198,6 +205,27 @@ class CounterfactualGroup:
                 if truth == 1:
                     found.setdefault(prompts[c], (i, c))
         return found
+
+
+def check_comparisons(group: CounterfactualGroup) -> None:
+    """Raise DataError for a group that an evaluation would compare, and look up edits for, without end."""
+    images, texts = len(group.images), len(group.candidates)
+    if images * texts * (images + texts) // 4 * max(1, len(group.edits)) <= MAX_COMPARISONS:  # as nearly all have
+        return
+    of_prompt = [[c for c, each in enumerate(group.prompt_ids) if each == number] for number in set(group.prompt_ids)]
+    rows = [[line[c] for c in numbers] for line in group.match for numbers in of_prompt]
+    found = sum(line.count(1) * line.count(0) for line in (*rows, *zip(*group.match, strict=True)))
+    if found > MAX_COMPARISONS:
+        raise DataError(
+            f"group {group.id!r} has {found} comparisons of a true and a false cell, and {MAX_COMPARISONS} is the bound; split the row"
+        )
+    parts = Counter(part for edit in group.edits for part in (("image", edit.image), ("text", edit.text)) if part[1] is not None)
+    most = max(parts.values(), default=1)
+    if found * most > MAX_REPORTED:
+        raise DataError(
+            f"group {group.id!r} has {found} comparisons and {most} edits of one image or text, and {MAX_REPORTED} is the bound for their "
+            "product; name what each image or text changes once, or split the row"
+        )
 
 
 def check_side(num_images: int, num_texts: int, where: str) -> None:

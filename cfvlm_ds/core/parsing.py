@@ -18,7 +18,7 @@ from cfvlm_ds.core.nearest_option import RENAMED
 from cfvlm_ds.core.option_errors import SPLITS, one_sentence
 from cfvlm_ds.core.options import ENDLESS, kinds, ranges
 from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
-from cfvlm_ds.core.shipped import found, listed
+from cfvlm_ds.core.shipped import found, refuse_no_file
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.verbosity import VERBOSITY, asked
 
@@ -122,8 +122,8 @@ def _with_shipped(argv: Sequence[str]) -> list[str]:
         flag, equals, value = ("--config", " ", option) if before == "--config" else option.partition("=")
         if flag == "--config" and equals:
             value = found(value, "examples")
-            if not os.path.lexists(value) and not re.search(r"[\s:{]", value):  # which options themselves have in them
-                raise ConfigError(f"--config {value}: no such file; give the path of yours, or one of {listed('examples', value)}")
+            if not re.search(r"[\s:{]", value) or os.path.lexists(value):  # which options themselves have in them
+                refuse_no_file(value, value, "examples")
             option = value if equals == " " else f"{flag}={value}"
         taken.append(option)
     return taken
@@ -284,6 +284,8 @@ def _leaves(values: Mapping[str, Any], section: str = "") -> Iterator[str]:
 def _check_ranges(resolved: Mapping[str, Any]) -> None:
     """ConfigError on a number that no run can have: one that is not finite, or outside the range of its option."""
     train = resolved["train"]
+    if not train["output_dir"]:
+        raise ConfigError("train.output_dir is empty, as a variable is that was not set; name a folder, or leave it out for the default")
     for option, value in _numbers(resolved):
         term = _TERM.get(option.rpartition(".")[2]) if option.startswith("objective.") else None
         low, high = term or _RANGES.get(option, (-ENDLESS, ENDLESS))
@@ -293,12 +295,14 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
     if train["max_steps"] == 0:
         raise ConfigError("train.max_steps must be at least 1, or -1 to use train.num_train_epochs, not 0")
     sources = [] if isinstance(resolved["data"]["train"], str) else resolved["data"]["train"]
+    if any(not source["path"] for source in sources):
+        raise ConfigError("data.train: a source has an empty path, as a variable is that was not set; name its manifest")
     for given in [*sources, *(each for each in resolved["data"]["evaluation"].values() if isinstance(each, Mapping))]:
         _check_data_set(given)
     for split, given in resolved["data"]["evaluation"].items():
-        if isinstance(given, str) and given.lstrip().startswith("{"):  # the parser takes an object that it cannot read for a path
+        if isinstance(given, str) and (not given or given.lstrip().startswith("{")):  # the parser takes an object it cannot read for a path
             raise ConfigError(
-                f"data.evaluation: {given} is not a manifest; give NAME: PATH, or NAME: {{path: PATH, root: ..., format: ...}}"
+                f"data.evaluation: {given or 'nothing'} is not a manifest; give NAME: PATH, or NAME: {{path: PATH, root: ..., format: ...}}"
             )
         if isinstance(given, Mapping):
             _check_evaluation_set(split, given)

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.core.config import ModelConfig
+from cfvlm_ds.core.config import SECTIONS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import check_document, of_other_revision
 from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
@@ -63,13 +63,15 @@ def named_model(name: str) -> NamedModel:
 
 def refuse_absent(name_or_path: str, where: str = "") -> None:
     """Raise ConfigError for a name that is no folder, and cannot be one of the hub."""
+    if os.path.isfile(name_or_path):
+        raise ConfigError(f"{where}model.name_or_path {name_or_path!r} is a file; give a model folder or a hub name such as org/name")
     if not os.path.exists(name_or_path) and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
         raise ConfigError(f"{where}model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
 
 
 def refuse_foreign_entries(run_dir: Path) -> None:
     """Raise ConfigError if a link, a pipe, or a folder in place of a file has a name that the run writes to: its output would end
-    elsewhere, be waited for, or fail when the training is over."""
+    elsewhere, be waited for, or fail when the training is over; and if config.yaml is somebody's own, such as the one given to --config."""
     remedy = "remove it, or choose another train.output_dir"
     for path in sorted(run_dir.iterdir()) if os.path.isdir(run_dir) else ():
         kinds = (("file", FILES, path.is_file), ("folder", FOLDERS, path.is_dir))
@@ -78,6 +80,16 @@ def refuse_foreign_entries(run_dir: Path) -> None:
                 refuse_link(path, remedy)
                 if not right():
                     raise ConfigError(f"{path} is no {kind}, and a run writes one of that name; {remedy}")
+    if (run_dir / "config.yaml").is_file() and not any(run_dir.glob("checkpoint-*")):
+        try:
+            whole = {*SECTIONS, "objective", "deepspeed"} <= recorded_options(run_dir).keys()
+        except ConfigError:
+            whole = False
+        if not whole:
+            raise ConfigError(
+                f"{run_dir / 'config.yaml'} is none that a run has written, with every option in it, and would be written over; move it "
+                "away, or choose another train.output_dir"
+            )
 
 
 def recorded_options(run_dir: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import difflib
 import os
 from pathlib import Path
 
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.versions import PACKAGE
 
 SHIPPED = ("train.py", "ds_configs", "examples", "slurm")
@@ -28,6 +29,16 @@ def found(given: str, folder: str) -> str:
         return given
     path = shipped(folder) / name
     return str(path) if path.is_file() else given
+
+
+def refuse_no_file(given: str, path: str, folder: str) -> None:
+    """Raise ConfigError for the ``path`` that ``given`` to --config means, and that is no file."""
+    if os.path.isdir(path):
+        raise ConfigError(f"--config {given} is a folder; name the file of options in it")
+    if not given:
+        raise ConfigError("--config is empty, as a variable is that was not set; name a file of options")
+    if not os.path.lexists(path):
+        raise ConfigError(f"--config {given}: no such file; give the path of yours, or one of {listed(folder, given)}")
 
 
 def listed(folder: str, given: str = "") -> str:

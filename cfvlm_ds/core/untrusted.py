@@ -77,6 +77,13 @@ def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
     return path
 
 
+def refuse_filled(folder: Path, remedy: str) -> None:
+    """Raise ConfigError for a folder that would be put in place of files of somebody's own."""
+    refuse_link(folder, remedy)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there and not empty, and would be replaced; {remedy}")
+
+
 def refuse_one_file(*outputs: Path) -> None:
     """Raise ConfigError where two of the files that a command is about to write are one."""
     seen: dict[str, Path] = {}
@@ -94,7 +101,7 @@ def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inpu
         try:
             with open_regular(path) as handle:
                 known = ours(handle)
-        except (OSError, ValueError, LookupError, TypeError, StopIteration, RecursionError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError):
             known = False
         if not known:
             raise ConfigError(f"{path} is there, and {writer} has not written it; name another one with {option}")

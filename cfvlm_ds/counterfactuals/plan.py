@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import read_document
 from cfvlm_ds.core.shipped import found as shipped_file
-from cfvlm_ds.core.shipped import listed
+from cfvlm_ds.core.shipped import refuse_no_file
 from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS, WorkFolder
 
@@ -83,8 +83,7 @@ _SECTIONS = {"propose": ProposeOptions, "edit": EditOptions, "verify": VerifyOpt
 def read_plan(file: str) -> Plan:
     """The plan of a YAML file, of the user's own or one that comes with the package. Raises ConfigError naming the key."""
     path = shipped_file(file, "examples")
-    if not Path(path).is_file():
-        raise ConfigError(f"--config {file}: no such file; give the path of yours, or one of {listed('examples')}")
+    refuse_no_file(file, path, "examples")
     try:
         value = read_document(path)
     except ConfigError:

@@ -6,16 +6,21 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.untrusted import output_file
+from cfvlm_ds.core.reading import lines, parse_json
+from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.data.containers.hub import fetched
 from cfvlm_ds.data.formats import AUTO
-from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.data.formats.cfgroup import SCHEMA, to_row
+from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.data.manifest import Root, data_roots, open_groups, taken_as
+
+CONVERTED, DOWNLOADED = b"\t", b"\t\t"
+"""After the first row of what is written: JSON ignores it, and a file of somebody's own, which may have the same rows, has none."""
 
 
 class Converted(NamedTuple):
@@ -37,12 +42,11 @@ def convert(
     """Write the groups of a manifest to ``out``, which appears whole or not at all. Pictures that had to be copied lie in its folder.
 
     ``skip`` leaves out rows that are no group, and lists them in a file beside ``out``. Raises DataError for the first of them otherwise,
-    and where no row is a group; ConfigError or StorageError where ``out`` cannot be written.
+    and where no row is a group; ConfigError or StorageError where ``out`` cannot be written, or is a file that was not converted.
     """
-    output_file(out)
+    own_output(out, _is_converted, "convert", path)
+    listed = list_of_skipped(out)
     path = fetched(path, say=say)
-    if out.exists() and path.exists() and out.samefile(path):
-        raise DataError(f"{out}: is the file that is converted; name another one with --out")
     roots = [each.absolute() for each in data_roots(path, root)]
     folder = out.parent.absolute()
     base = folder if all(each.is_relative_to(folder) for each in roots) else roots[0]
@@ -50,7 +54,7 @@ def convert(
     store = open_groups(path, root, format, progress=say, cache=[out.parent])
     if format == AUTO:
         say(taken_as(store))
-    with whole_file(out) as lines:
+    with whole_file(out) as file:
         for index, item in store.entries():
             if not isinstance(item, DataError) and (key := hash(item.id)) in seen:
                 item = DataError(f"{store.where(index)}: group id {item.id!r} is already used by an earlier row; make ids unique")
@@ -60,22 +64,42 @@ def convert(
                 problems.append(str(item))
                 continue
             seen.add(key)
+            row = json.dumps(to_row(_absolute(item), base), ensure_ascii=False).encode()
+            file.write(row + (b"" if groups else CONVERTED) + b"\n")
             groups += 1
-            lines.write(json.dumps(to_row(_absolute(item), base), ensure_ascii=False).encode() + b"\n")
         if not groups:
             raise DataError(problems[0] + f" (and so are all {len(problems)} rows)" * (len(problems) > 1))
-    list_skipped(out, problems, say)
+    list_skipped(listed, problems, say)
     return Converted(groups, problems, base)
 
 
-def list_skipped(out: Path, problems: Sequence[str], say: Callable[[str], object]) -> None:
-    """List the rows that were left out in a file beside ``out``; one of an earlier call is removed where none was."""
-    listed = out.with_name(f"{out.name}.skipped.jsonl")
+def marked(file: IO[bytes], mark: bytes) -> dict[str, Any] | None:
+    """The first row of a file, if it has this mark. Raises what parsing raises."""
+    line = next(lines(file, MAX_LINE)).rstrip(b"\r\n")
+    row = parse_json(line.decode()) if line[len(line.rstrip(b"\t")) :] == mark else None
+    return row if isinstance(row, dict) else None
+
+
+def _is_converted(file: IO[bytes]) -> bool:
+    return (marked(file, CONVERTED) or {}).get("schema") == SCHEMA
+
+
+def list_of_skipped(out: Path) -> Path:
+    """The file beside ``out`` with the rows that are left out. Raises ConfigError where somebody else's has its name."""
+    return own_output(out.with_name(f"{out.name}.skipped.jsonl"), _is_list, "this package")
+
+
+def _is_list(file: IO[bytes]) -> bool:
+    return set(parse_json(next(lines(file, MAX_LINE)).decode())) == {"problem"}
+
+
+def list_skipped(listed: Path, problems: Sequence[str], say: Callable[[str], object]) -> None:
+    """List the rows that were left out; a list of an earlier call is removed where none was."""
     if not problems:
         listed.unlink(missing_ok=True)
         return
-    with whole_file(listed) as lines:
-        lines.writelines(json.dumps({"problem": problem}, ensure_ascii=False).encode() + b"\n" for problem in problems)
+    with whole_file(listed) as file:
+        file.writelines(json.dumps({"problem": problem}, ensure_ascii=False).encode() + b"\n" for problem in problems)
     say(f"left out {len(problems)} rows, listed in {listed}; the first: {problems[0]}")
 
 

@@ -23,9 +23,9 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.progress import EVERY_S
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.core.untrusted import output_file
+from cfvlm_ds.core.untrusted import own_output, refuse_link
 from cfvlm_ds.data.containers.hub import fetched
-from cfvlm_ds.data.convert import list_skipped
+from cfvlm_ds.data.convert import DOWNLOADED, list_of_skipped, list_skipped, marked
 from cfvlm_ds.data.decoding import MAX_PIXELS, image_size
 from cfvlm_ds.data.rows import Rows, open_rows
 
@@ -59,15 +59,15 @@ def download(
     """Write the rows of ``path`` to ``out`` with files of ``out``'s folder ``NAME.pictures`` in place of addresses.
 
     ``skip`` leaves out rows whose pictures cannot be had, and lists them in a file beside ``out``. Raises DataError for the first of them
-    otherwise.
+    otherwise, and ConfigError or StorageError where ``out`` cannot be written, or is a file of somebody's own.
     """
-    output_file(out)
-    path = fetched(path, say=say)
-    if out.exists() and path.exists() and out.samefile(path):
-        raise DataError(f"{out}: is the file whose pictures are fetched; name another one with --out")
     folder = out.with_name(f"{out.name}.pictures")
+    refuse_link(folder, "name another file with --out")
+    own_output(out, lambda file: marked(file, DOWNLOADED) is not None, "download", path)
+    listed = list_of_skipped(out)
+    path = fetched(path, say=say)
     rows, files, problems, said = 0, set[str](), list[str](), time.monotonic()
-    with whole_file(out) as lines, ThreadPoolExecutor(threads) as pool:
+    with whole_file(out) as file, ThreadPoolExecutor(threads) as pool:
         for chunk in _chunks(open_rows(path, progress=say)):
             wanted = {address: None for _, row in chunk for address in _addresses(row)}
             found = dict(zip(wanted, pool.map(lambda address: _fetched(address, folder), wanted), strict=True))
@@ -80,10 +80,11 @@ def download(
                     if on_error == "error":
                         raise DataError(f"{problems[0]} (or leave such rows out with --on_error skip)")
                     continue
-                rows += 1
                 files.update(str(found[address]) for address in _addresses(row))
-                lines.write(json.dumps(_with_files(row, found), ensure_ascii=False).encode() + b"\n")
-    list_skipped(out, problems, say)
+                written = json.dumps(_with_files(row, found), ensure_ascii=False).encode()
+                file.write(written + (b"" if rows else DOWNLOADED) + b"\n")
+                rows += 1
+    list_skipped(listed, problems, say)
     return Downloaded(rows, len(files), problems)
 
 

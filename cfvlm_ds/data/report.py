@@ -99,8 +99,16 @@ class CheckReport:
         return f"{_counted(self.metadata)} (kept, not used)"
 
     def __str__(self) -> str:
+        lines = [("manifest", self.manifest), *(self._counts() if self.num_groups or self.ok else ())]  # zeros say nothing
+        lines.append(("problems", str(len(self.problems)) if self.problems else "none"))
+        table = [f"{name:<16} {value}" for name, value in lines]
+        table += [f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
+        if len(self.problems) > _SHOWN_PROBLEMS:
+            table.append(f"  ... and {len(self.problems) - _SHOWN_PROBLEMS} more")
+        return "\n".join(table)
+
+    def _counts(self) -> list[tuple[str, str]]:
         lines = [
-            ("manifest", self.manifest),
             ("groups", str(self.num_groups)),
             ("images", f"{self.num_images} distinct files"),
             ("texts", str(self.num_texts)),
@@ -116,12 +124,7 @@ class CheckReport:
             lines.append(("visual tokens", self.visual_range))
         if self.metadata:
             lines.append(("metadata", self.unused))
-        lines.append(("problems", str(len(self.problems)) if self.problems else "none"))
-        table = [f"{name:<16} {value}" for name, value in lines]
-        table += [f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
-        if len(self.problems) > _SHOWN_PROBLEMS:
-            table.append(f"  ... and {len(self.problems) - _SHOWN_PROBLEMS} more")
-        return "\n".join(table)
+        return lines
 
 
 def _counted(counts: Counter[str]) -> str:

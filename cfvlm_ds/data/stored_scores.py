@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.reading import parse_json
+from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.identity import Identity, changes
 from cfvlm_ds.data.lines import MAX_LINE as MAX_LINE
@@ -61,6 +61,12 @@ def write_scores(
         for group in groups:
             stored = scores[group.id]
             handle.write(json.dumps({"id": group.id, "logp": stored.logp, "blank": stored.blank}).encode() + b"\n")
+
+
+def is_written(file: IO[bytes]) -> bool:
+    """Whether a file is one of ``cfvlm-ds score``, of this or an older form; those that a run keeps of its evaluation are not."""
+    header = parse_json(next(lines(file, MAX_LINE)).decode())
+    return str(header["schema"]).startswith(SCHEMA.partition("/")[0]) and "weights" in header
 
 
 class ScoresFile(Mapping[str, StoredScores]):

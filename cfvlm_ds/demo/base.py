@@ -15,6 +15,7 @@ from typing import Any
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_folder
 from cfvlm_ds.core.run_folder import recorded_options
+from cfvlm_ds.core.untrusted import refuse_filled
 
 FOLDER = Path(__file__).resolve().parent / "base_checkpoint"
 RECORD = "base.json"
@@ -22,12 +23,13 @@ RECORD = "base.json"
 
 
 def write_base(out_dir: str | Path) -> Path:
-    """Copy the base to ``out_dir``; nothing if the folder is there. Raises ConfigError where the package has none."""
+    """Copy the base to ``out_dir``; nothing if it is there. ConfigError where the package has none, or ``out_dir`` holds others."""
     out = Path(out_dir)
     if (out / "config.json").exists():
         return out
     if not (FOLDER / "config.json").is_file():
         raise ConfigError(f"{FOLDER} is missing; install the package whole, or make the base with `make base`")
+    refuse_filled(out, "name another folder")
     with whole_folder(out) as partial:
         shutil.copytree(FOLDER, partial, dirs_exist_ok=True)
     return out

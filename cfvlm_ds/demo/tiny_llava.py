@@ -12,6 +12,7 @@ import torch
 
 from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.core.files import whole_folder
+from cfvlm_ds.core.untrusted import refuse_filled
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -40,6 +41,7 @@ def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
 
 def write_checkpoint(out_dir: Path, make: Callable[[Path], tuple[Any, Any]]) -> Path:
     """Save the (model, processor) that ``make`` gives; it may put files into the folder it gets. ``out_dir`` is complete or absent."""
+    refuse_filled(out_dir, "name another folder")
     with whole_folder(out_dir) as partial:
         for part in make(partial):
             part.save_pretrained(partial)

@@ -6,11 +6,13 @@ A gap is S[true] - S[false] of a comparison that an objective makes: on one imag
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.reading import MAX_SETTINGS
 from cfvlm_ds.evaluation.comparisons import Comparison, comparisons
 from cfvlm_ds.evaluation.report import in_cell
 from cfvlm_ds.evaluation.scoring import GroupScores
@@ -203,6 +205,11 @@ def block(advice: Advice) -> str:
     for term, options in advice.options.items():
         lines.append(f"  {term}: {{{', '.join(f'{name}: {value}' for name, value in options.items())}}}")
     return "\n".join(lines)
+
+
+def is_block(file: IO[bytes]) -> bool:
+    """Whether a file is what ``block`` makes and nothing else: what somebody has added to it is theirs."""
+    return re.fullmatch(r"objective:\n(  \w+: \{[^{}\n]*\}\n)+", file.read(MAX_SETTINGS).decode()) is not None
 
 
 def quantile(values: Sequence[float], percent: float) -> float:

@@ -75,13 +75,9 @@ class _Labels:
         for number, edit in enumerate(self.edits):
             self.of_image.setdefault(edit.image, []).append(number)
             self.of_text.setdefault(edit.text, []).append(number)
-        self.known: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[str, ...]] = {}
 
     def __call__(self, images: tuple[int, ...], texts: tuple[int, ...]) -> tuple[str, ...]:
-        if (images, texts) not in self.known:
-            shared = Counter(number for image in images for number in self.of_image.get(image, ()))
-            shared.update(number for text in texts for number in self.of_text.get(text, ()))
-            most = max(shared.values(), default=0)
-            found = sorted({self.edits[number].type for number, parts in shared.items() if parts == most}) or [UNLABELLED]
-            self.known[images, texts] = tuple(found)
-        return self.known[images, texts]
+        shared = Counter(number for image in images for number in self.of_image.get(image, ()))
+        shared.update(number for text in texts for number in self.of_text.get(text, ()))
+        most = max(shared.values(), default=0)
+        return tuple(sorted({self.edits[number].type for number, parts in shared.items() if parts == most})) or (UNLABELLED,)

@@ -84,14 +84,16 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
     covered = METRICS + SHUFFLED * any(score.shuffled is not None for score in scores)
     unused: dict[str, list[str]] = {metric: [] for metric in covered}
     for group, score in zip(groups, scores, strict=True):
-        found = list(_outcomes(group, score))
-        for labels, outcome in found:
+        named, measured = set[str](), set[str]()
+        for labels, outcome in _outcomes(group, score):
             for label in labels:
                 slices.setdefault(label, _Slice()).add(outcome)
             whole.add(outcome)
-        for each in (whole, *(slices[label] for label in {label for labels, _ in found for label in labels})):
+            named.update(labels)
+            measured.update(outcome.metrics)
+        for each in (whole, *(slices[label] for label in named)):
             each.next_group()
-        for metric in set(covered).difference(*(outcome.metrics for _, outcome in found)):
+        for metric in set(covered) - measured:
             if len(unused[metric]) < NAMED:
                 unused[metric].append(group.id)
     rows = [slices[label].row(label) for label in sorted(slices)]

@@ -31,6 +31,7 @@ def refuse_replacing(out_dir: Path, marker: str, needed: Iterable[Path], remedy:
 
 
 CARD = "README.md"
+_OF_MODELS = ("config.json", "adapter_config.json")
 _SEAL = re.compile(r"<!-- cfvlm-ds wrote this card: ([0-9a-f]{32}) -->\n")
 """Ends a card. It holds a digest of what is above it: a card that somebody has edited is theirs from then on."""
 
@@ -52,6 +53,18 @@ def is_own_card(path: Path) -> bool:
 
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def refuse_others_model(out_dir: Path, remedy: str = "name another folder with --out") -> None:
+    """Raise ConfigError for a folder of a model that no export has written: neither is it in a run's folder, nor has its card ever been
+    ours."""
+    if any((out_dir / name).is_file() for name in _OF_MODELS) and not (out_dir.parent / "config.yaml").is_file():
+        try:
+            ours = _SEAL.search(read_bytes(out_dir / CARD, MIB).decode()) is not None
+        except (OSError, ValueError):
+            ours = False
+        if not ours:
+            raise ConfigError(f"{out_dir} holds a model, and no export has written it (by its {CARD}), so that it would be lost; {remedy}")
 
 
 def write_card(folder: Path, card: str) -> bool:

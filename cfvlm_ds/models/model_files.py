@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from cfvlm_ds.core.errors import ConfigError, OutOfMemory, StorageError, is_failure
-from cfvlm_ds.core.reading import MAX_RECORD, MIB, DuplicateKey, TooLarge, parse_json, read_bytes
+from cfvlm_ds.core.reading import MAX_RECORD, MIB, DuplicateKey, TooLarge, open_regular, parse_json, read_bytes
 from cfvlm_ds.core.untrusted import bare_name, refuse_foreign
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -131,12 +131,14 @@ def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Tensor -> (shape, dtype) of a safetensors file, in the file's order. Raises ConfigError where it is none, or cut short."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     try:
+        open_regular(path).close()  # of a file that it may not read safetensors says that there is none
         with safe_open(path, framework="pt") as handle:
             for name in handle.offset_keys():
                 part = handle.get_slice(name)
                 found[name] = tuple(part.get_shape()), part.get_dtype()
     except (OSError, SafetensorError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); get the file again") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"{path} cannot be read ({reason}); get the file again, or correct its permissions") from error
     return found
 
 

@@ -20,7 +20,7 @@ from cfvlm_ds.data.stored_scores import write_scores
 from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, changes, table
 from cfvlm_ds.evaluation.suite import Result, markdown
 from cfvlm_ds.export import export_adapter, export_hf
-from cfvlm_ds.export.folder import CARD, refuse_replacing, write_card
+from cfvlm_ds.export.folder import CARD, refuse_others_model, refuse_replacing, write_card
 from cfvlm_ds.models import only_adapters_train
 from cfvlm_ds.tracking.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.training.card import card_of
@@ -59,6 +59,7 @@ def refuse_export(config: RunConfig) -> None:
         folder, marker = _exported(config)
         remedy = "choose another train.output_dir, or set train.export to false"
         refuse_replacing(folder, marker, [Path(config.model.name_or_path).resolve()], remedy)
+        refuse_others_model(folder, remedy)
 
 
 def _exported(config: RunConfig) -> tuple[Path, str]:

@@ -266,7 +266,7 @@ def test_written_copies_are_not_overwritten_and_their_jobs_find_this_python(
     assert all(path.read_bytes() == before[path] for path in (folder / "slurm").iterdir())
     (link := tmp_path / "link").symlink_to(folder)
     assert "is a link" in refused(capsys, "init", link) and "is no folder" in refused(capsys, "init", tmp_path / "train.py")
-    assert "give . for this one" in refused(capsys, "init", "")
+    assert "folder is empty, as a variable is that was not set; give its value, or . for this folder" in refused(capsys, "init", "")
     (dangling := tmp_path / "other").mkdir()
     (dangling / "slurm").symlink_to("nowhere")
     assert "slurm is there" in refused(capsys, "init", dangling) and [path.name for path in dangling.iterdir()] == ["slurm"]

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +27,10 @@ from PIL import Image
 from cfvlm_ds import engine
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.cli import train as commands
+from cfvlm_ds.cli.exits import exit_cleanly, leave_at_once
 from cfvlm_ds.cli.train import train_main
+from cfvlm_ds.cluster import signals
+from cfvlm_ds.core import ranks
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
 from cfvlm_ds.core.distributed import World
@@ -481,3 +486,68 @@ def test_a_run_goes_on_with_its_own_data_only(model_dir: Path, data: Path, tmp_p
     for error, reason in zip(errors, reasons, strict=True):
         assert "checkpoint-2 was trained on" in error and f"before a change of {reason}; restore the data" in error
     assert output.count("trained\n") == 2 and len(losses(run)) == 4
+
+
+# --- what all ranks know is said by one of them ---------------------------------------------------------------------------------------
+
+
+def found_by_one() -> None:
+    """Rank 1 alone finds something wrong, while rank 0 waits for it in a collective; a launcher's TERM comes before rank 1 has said so."""
+    world = engine.start()
+    signals.install()
+    if world.rank == 0:
+        try:
+            world.wait()
+        except RuntimeError:
+            os._exit(0)
+
+    def found() -> None:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        raise DataError("only rank 1 sees this; look")
+
+    leave_at_once(lambda: exit_cleanly(found))
+
+
+def errors_of(ended: list[tuple[int, str]]) -> list[list[str]]:
+    return [[line for line in output.splitlines() if line.startswith("error: ")] for _, output in ended]
+
+
+def test_a_refusal_is_said_by_one_of_several_ranks(model_dir: Path, tmp_path: Path) -> None:
+    """Before ranks meet, where none hears of another, and after it; by rank 0, whose log is the one that is looked at."""
+    missing = train_arguments(model_dir, {"train": tmp_path / "none.jsonl"}, tmp_path / "run")
+    for name, options, sentence in (
+        ("option", ["--train.learning_rat", "1"], "did you mean"),
+        ("manifest", missing, "none.jsonl: no such manifest; correct the path"),
+    ):
+        ended = run_ranks(2, "forkserver_ranks:train_script", options, said=tmp_path / name, timeout=120)
+        assert [code for code, _ in ended] == [2, 2], ended
+        ((first,), others) = errors_of(ended)
+        assert sentence in first and not others, ended
+
+
+def test_a_failure_that_one_rank_alone_knows_is_said(tmp_path: Path) -> None:
+    ended = run_ranks(2, "test_preflight:found_by_one", said=tmp_path / "said", timeout=120)
+    assert ended[1][0] == 2 and errors_of(ended) == [[], ["error: only rank 1 sees this; look"]], ended
+
+
+def test_who_has_printed_a_sentence_is_known_by_a_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this launch and this sentence; an old mark is another launch's, and one that cannot be left keeps nobody silent."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(ranks, "_WAIT_S", 0.1)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def prints(rank: int, sentence: str, size: int = 2) -> bool:
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        monkeypatch.setenv("RANK", str(rank))
+        with ranks.said_once(sentence) as mine:
+            return mine
+
+    assert [prints(0, "one", size=1) for _ in range(2)] == [True, True] and not list(tmp_path.iterdir())
+    (gone := tmp_path / f"cfvlm_ds-{os.getuid()}-999999999-5-0.said").touch()
+    assert [prints(rank, "one") for rank in (0, 1, 1, 0)] == [True, False, False, False] and not gone.exists()
+    assert [prints(1, "two"), prints(0, "two")] == [True, False]
+    for mark in tmp_path.iterdir():
+        os.utime(mark, (1, 1))
+    assert [prints(1, "one"), prints(0, "one")] == [True, False]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    assert [prints(rank, "one") for rank in (0, 1)] == [True, True]

@@ -11,7 +11,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from cfvlm_ds.batching import prompts, template_sandbox
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.groups import MAX_CELLS, MAX_EDITS, MAX_SIDE, Candidate, CounterfactualGroup
+from cfvlm_ds.core.groups import MAX_CELLS, MAX_COMPARISONS, MAX_EDITS, MAX_REPORTED, MAX_SIDE, Candidate, CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.reading import MAX_SETTINGS, DuplicateKey, parse_json
 from cfvlm_ds.data import check_manifest, image_size, lines, open_image, read_manifest
@@ -34,6 +34,7 @@ from cfvlm_ds.data.decoding import MAX_BYTES
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.demo.tiny_llava import CHAT_TEMPLATE
+from cfvlm_ds.evaluation.comparisons import comparisons
 from cfvlm_ds.objectives import OBJECTIVES
 
 __all__ = ["folder"]
@@ -113,6 +114,37 @@ def test_a_group_has_a_bounded_number_of_images_and_texts(folder: Path) -> None:
     assert f"has {MAX_EDITS + 1} edits, and {MAX_EDITS} is the bound" in problem(manifest(folder, row(edits=endless)))
     with pytest.raises(DataError, match="is the bound"):
         CounterfactualGroup("g", ((Path("x"),),) * (MAX_SIDE + 1), (Candidate("", "a"),), ((1,),) * (MAX_SIDE + 1))
+
+
+def compared(num_images: int, num_texts: int, true: Callable[[int, int], bool], **more: Any) -> dict[str, Any]:
+    """A row whose every cell is known."""
+    images, texts = ([{"id": f"{k}", name: f"{k}.png"} for k in range(n)] for n, name in ((num_images, "path"), (num_texts, "text")))
+    match = [[f"{i}", f"{c}", int(true(i, c))] for i in range(num_images) for c in range(num_texts)]
+    return row(edits=[]) | {"images": images, "texts": texts, "match": match} | more
+
+
+def test_a_group_has_a_bounded_number_of_comparisons(folder: Path) -> None:
+    """Of 65,536 cells, half of them true, there are 17 million, and an evaluation would make each of them; so are few, where each is looked
+    up for 2048 edits. What people have is far below: one text an image, or many texts of which one is true."""
+    half = compared(2, 1024, lambda i, c: (i + c) % 2 == 0)
+    bad = folder / "bad.jsonl"
+    bad.write_text("".join(json.dumps(each) + "\n" for each in (row(), half | {"id": "half"})))
+    number = 2 * 512 * 512 + 1024
+    with (
+        within(20),
+        pytest.raises(DataError, match=f"{bad}:2: group 'half' has {number} comparisons .*, and {MAX_COMPARISONS} is the bound"),
+    ):
+        read_manifest(bad)
+    edits = [{"type": f"{k}", "image": "0", "from": "a", "to": "b"} for k in range(2048)]
+    one = compared(1, 1024, lambda i, c: c % 2 == 0, edits=edits)
+    assert f"has {MAX_COMPARISONS} comparisons and 2048 edits of one image or text, and {MAX_REPORTED}" in problem(manifest(folder, one))
+    (group,) = read_manifest(manifest(folder, compared(1, 1024, lambda i, c: not c, edits=edits[:1023])))
+    with within(20):
+        assert sum(1 for _ in comparisons(group)) == 1023
+    one_true = tuple(tuple(int(i == c) for c in range(256)) for i in range(256))
+    half_true = tuple(tuple(int(c % 2 == 0) for c in range(512)) for _ in range(2))
+    for match in (one_true, half_true):
+        CounterfactualGroup("g", ((Path("x"),),) * len(match), tuple(Candidate("", f"{c}") for c in range(len(match[0]))), match)
 
 
 def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder: Path) -> None:

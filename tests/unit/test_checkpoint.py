@@ -359,7 +359,15 @@ def test_states_of_other_revisions(tmp_path: Path) -> None:
         ({**loop, "skipped": ["a"]}, "its state has a skipped of type list"),
         ({**loop, "record": [1]}, "its state has a record of type list"),
         ({**loop, "baseline_lp": True}, "its state has a baseline_lp of type bool"),
-        ({**loop, "best": {"step": 3}}, "its state cannot be read ('value')"),
+        ({**loop, "best": {"step": 3}}, "its state has a best evaluation without a number as its step or value; resume from another"),
+        ({**loop, "best": {"step": 3, "value": "50"}}, "its state has a best evaluation without a number as its step or value"),
+        ({**loop, "retained": {"kept": 1.5}}, "its state has no first evaluation of 'kept' where there should be one"),
+        ({**loop, "retained": {"kept": {"step": 0, "data": "d"}}}, "its state has no first evaluation of 'kept' where there should be one"),
+        ({**loop, "retained": {"kept": {"nll": 1.0}}}, "its state has a first evaluation of 'kept' without a number as its 'step'"),
+        (
+            {**loop, "retained": {"kept": {"step": 0, "nll": None}}},
+            "its state has a first evaluation of 'kept' without a number as its 'nll'",
+        ),
         ([1], "its state cannot be read"),
     ):
         rewritten(saved, loop=other)

@@ -49,9 +49,27 @@ def test_every_split_may_have_a_root_and_a_format_of_its_own(tmp_path: Path) -> 
         "more": EvaluationSet("m.jsonl", roots, "cfgroup"),
     }
     assert [parse(f"--data.root={root}").data.train_sets["train"].root for root in ("/a", "[/a,/b]")] == ["/a", ["/a", "/b"]]
-    for wrong in (["", '{"a": {"pth": "b.jsonl"}}'], ["", '{"a": {"path": "b.jsonl", "root": 3}}'], [".a.path", "null"], [".a.root", "/x"]):
+    for wrong in (
+        ["", '{"a": {"pth": "b.jsonl"}}'],
+        ["", '{"a": {"path": "b.jsonl", "root": 3}}'],
+        [".a.path", "null"],
+        [".a.root", "/x"],
+        [".a", ""],
+    ):
         with pytest.raises(ConfigError, match=r"data\.evaluation: .* is not a manifest; give NAME: PATH"):
             parse(f"--data.evaluation{wrong[0]}", wrong[1])
+
+
+def test_an_empty_path_is_not_the_working_folder(tmp_path: Path) -> None:
+    """As of a variable that was not set."""
+    for given, said in (
+        (["--data.train", '[{"path": ""}]'], "data.train: a source has an empty path"),
+        (["--train.output_dir", ""], "train.output_dir is empty"),
+        (["--config", ""], "--config is empty"),
+        (["--config", str(tmp_path)], f"--config {tmp_path} is a folder; name the file of options in it"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            parse(*given)
 
 
 def test_an_evaluation_set_is_a_manifest_or_a_benchmark(written) -> None:

@@ -25,7 +25,7 @@ import pytest
 from public_data import PUBLIC, lines, member, picture, write_pictures
 from pyarrow import parquet
 
-from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.data import check_manifest, open_groups, open_image, read_manifest
 from cfvlm_ds.data import download as downloading
 from cfvlm_ds.data.containers import json_file, prepared
@@ -495,7 +495,7 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder: Path) -> None
     assert said == [f"left out 3 rows, listed in {folder}/out.jsonl.skipped.jsonl; the first: {listed[0]}"]
     convert(lines(folder / "good.jsonl", rows), None, "captions", folder / "out.jsonl", "skip")
     assert not (folder / "out.jsonl.skipped.jsonl").exists(), "nothing was left out the second time"
-    with pytest.raises(DataError, match="is the file that is converted; name another one"):
+    with pytest.raises(ConfigError, match="is read here, and would be replaced; name another file"):
         convert(path, None, "captions", path)
     with pytest.raises(DataError, match=r"and so are all 2 rows"):
         convert(lines(folder / "bad.jsonl", ["{", "{"]), None, "captions", folder / "none.jsonl", "skip")
@@ -582,7 +582,7 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path: Path, se
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DataError, match="no such manifest"):
         downloading.download(tmp_path / "none.jsonl", tmp_path / "other.jsonl")
-    with pytest.raises(DataError, match="is the file whose pictures are fetched; name another one"):
+    with pytest.raises(ConfigError, match="is read here, and would be replaced; name another file"):
         downloading.download(path, path)
     assert sorted(tmp_path.rglob("*")) == before
     assert downloading.download(lines(path, [{"URL": f"{server}/a.png"}]), tmp_path / "other.jsonl").pictures == 0

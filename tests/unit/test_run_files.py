@@ -181,6 +181,10 @@ ENTRIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a linked folder": (lambda run: (run / "export").symlink_to(".."), r"run/export is a link to \.\."),
     "a pipe": (lambda run: os.mkfifo(run / "run.lock"), r"run/run\.lock is no file, and a run writes one of that name"),
     "a folder for a file": (lambda run: (run / "metrics.jsonl").mkdir(), r"run/metrics\.jsonl is no file"),
+    "options of somebody's own": (
+        lambda run: (run / "config.yaml").write_text("model: {}\ndata: {}\ntrain: {}\nobjective: {}\n"),
+        r"run/config\.yaml is none that a run has written, with every option in it, and would be written over",
+    ),
     "a file for a folder": (lambda run: (run / "scores").touch(), r"run/scores is no folder"),
 }  # fmt: skip
 
@@ -194,7 +198,7 @@ def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case:
     refuse_foreign_entries(run)
     make(run)
     before = sorted(path.name for path in run.iterdir())
-    with pytest.raises(ConfigError, match=rf"{said}.*; remove it, or choose another train\.output_dir$"), _locked(run, ONE):
+    with pytest.raises(ConfigError, match=rf"{said}.*; (remove it|move it away), or choose another train\.output_dir$"), _locked(run, ONE):
         raise AssertionError
     assert sorted(path.name for path in run.iterdir()) == before
     refuse_foreign_entries(tmp_path / "new")

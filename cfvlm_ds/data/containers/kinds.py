@@ -34,6 +34,8 @@ CONTAINERS: dict[str, Callable[[Path], Rows]] = {
 
 _SUFFIXES = {".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
 _IN_FOLDERS = ("*.arrow", "*.parquet", "*.tar")
+_OF_MODELS = ("config.json", "config.yaml")
+"""Files of a model's folder, and of a run's."""
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}", re.ASCII)
 """The name of a file of a split, as the hub and ``datasets`` number them."""
 COMPRESSED = {
@@ -133,6 +135,8 @@ def _in_folder(path: Path) -> list[Path]:
             return found
     below = sorted({each.parent for pattern in _IN_FOLDERS for each in path.glob(f"*/{pattern}")})
     hint = f"name {' or '.join(map(str, below[:3]))}, which has some" if below else "name the data file"
+    if any((path / name).is_file() for name in _OF_MODELS):
+        hint = "it is of a model: name the data, after the model where a command takes both"
     raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)}, and no packed store; {hint}")
 
 

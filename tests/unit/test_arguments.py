@@ -1,0 +1,195 @@
+"""What a command makes of wrong arguments, and whose files it writes over: no model is loaded for either."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import write_manifest
+
+from cfvlm_ds.cli.main import main
+from cfvlm_ds.core.config import TinyLlavaConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.data import open_groups
+from cfvlm_ds.data.identity import data_identity
+from cfvlm_ds.data.stored_scores import StoredScores, is_written, write_scores
+from cfvlm_ds.demo.base import write_base
+from cfvlm_ds.demo.tiny_llava import build_tiny_llava
+from cfvlm_ds.evaluation import calibration
+from cfvlm_ds.export.folder import refuse_others_model, sealed
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with groups in a.jsonl, and what only looks like a model."""
+    write_manifest(tmp_path / "a.jsonl", 2, seed=1, ragged=False)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def ended(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one sentence that a command ends with; nothing else is printed."""
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(list(arguments))
+        said = capsys.readouterr()
+        assert left.value.code == 2 and not said.out, said
+        (line,) = said.err.splitlines()
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+    return run
+
+
+# --- wrong arguments --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("", "cfvlm-ds: the following arguments are required: command; see `cfvlm-ds --help`"),
+        ("data chek a.jsonl", "did you mean check?"),
+        ("data convert a.jsonl", "cfvlm-ds data convert: the following arguments are required: --out; see `cfvlm-ds data convert --help`"),
+        ("data convert a.jsonl --out b --on_error skp", "did you mean skip?"),
+        ("score model a.jsonl --limit x", "argument --limit: must be a whole number of at least 1, not 'x'"),
+        ("score model a.jsonl --max_pixels 0", "argument --max_pixels: must be a whole number of at least 1, not '0'"),
+        ("evaluate model --benchmarks pope --draws -1", "argument --draws: must be a whole number of at least 0, not '-1'"),
+        (
+            "score a.jsonl model",
+            "model is a folder without *.arrow, *.parquet, *.tar, and no packed store; it is of a model: name the data",
+        ),
+        ("evaluate a.jsonl a.jsonl", "model.name_or_path 'a.jsonl' is a file; give a model folder"),
+        ("lmms_args nothing", "model.name_or_path 'nothing' does not exist"),
+        ("lmms_args images", "model.name_or_path 'images' cannot be read"),
+        ("cluster check images", "nodes are checked by tasks of srun that know where to meet, and SLURM_PROCID is not set"),
+        ("data check none.jsonl", "none.jsonl: no such manifest; did you mean"),
+        ("data check model", "model is a folder without"),
+        ("data stats words.txt", "words.txt:1: broken JSON at column 1"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments: str, sentence: str, here: Path, ended: Callable[..., str]) -> None:
+    """Also those that argparse itself refuses, which prints its usage before; and no table is printed of data that hold nothing."""
+    (here / "words.txt").write_text("hello\n")
+    assert sentence in ended(*arguments.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "score model _", "score _ a.jsonl", "score model a.jsonl --out _", "evaluate model a.jsonl _", "data check a.jsonl --root _",
+        "data view _", "data convert _ --out b", "compare model _", "init _", "lmms_args _", "export _", "data pack a.jsonl --out _",
+    ],
+)  # fmt: skip
+def test_an_empty_argument_is_no_folder(arguments: str, here: Path, ended: Callable[..., str]) -> None:
+    """As a variable is that was not set: the working folder is not meant, and an output is not left out."""
+    before = sorted(here.iterdir())
+    assert "is empty, as a variable is that was not set" in ended(*("" if each == "_" else each for each in arguments.split()))
+    assert sorted(here.iterdir()) == before
+
+
+def test_a_check_says_what_is_wrong_with_every_row_of_data_that_hold_no_group(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "words.txt").write_text("hello\nworld\n")
+    with pytest.raises(SystemExit):
+        main(["data", "check", "words.txt"])
+    said = capsys.readouterr()
+    assert [line.split(":")[0].strip() for line in said.out.splitlines()] == [
+        "manifest         words.txt",
+        "problems         2",
+        *["words.txt"] * 2,
+    ]
+    assert said.err.startswith("error: words.txt:1: broken JSON") and "(1 more, listed above)" in said.err
+
+
+# --- files of somebody's own ------------------------------------------------------------------------------------------------------------
+
+MINE = {
+    "mine.json": '{"mine": [{"name": "x"}]}',
+    "mine.yaml": "objective:\n  csd: {}\n# and mine\n",
+    "mine.jsonl": "",
+    "mine.txt": "my words\n",
+    "words.json": '{"test": "words"}\t\n',
+    "list.json": '[[1], "x"]\t\n',
+    "null.json": "null\n",
+    "table.tsv": "a\tb\t\n1\t2\t\n",
+    "run/results.json": '{"test": [{"name": "all", "num": 1, "metrics": {}}]}',
+    "run/config.yaml": "model: {}\n",
+}
+"""Files that look like those that commands write; mine.jsonl has the groups of a.jsonl, as somebody else would have written them."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "score model a.jsonl --out", "calibrate model a.jsonl --out", "evaluate model a.jsonl --out", "data convert a.jsonl --out",
+        "data download a.jsonl --out",
+    ],
+)  # fmt: skip
+def test_no_file_of_somebodys_own_is_written_over(command: str, here: Path, ended: Callable[..., str]) -> None:
+    (here / "run").mkdir()
+    for name, text in MINE.items():
+        (here / name).write_text(text or (here / "a.jsonl").read_text())
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    for name in (*MINE, "model/config.json"):
+        assert f"{name} is there, and " in (said := ended(*command.split(), name)) and "has not written it; name another" in said
+    assert "a.jsonl is read here, and would be replaced" in ended(*command.split(), "a.jsonl")
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["convert", "download"])
+def test_what_a_command_wrote_it_writes_again(command: str, here: Path, ended: Callable[..., str]) -> None:
+    """Also of other rows; a list of rows that were left out is replaced, and one that is somebody else's is not."""
+    call = ["data", command, "a.jsonl", "--out", "out/b.jsonl", "--on_error", "skip"]
+    main(call)
+    first = (here / "out" / "b.jsonl").read_text()
+    assert list(open_groups(here / "out" / "b.jsonl", here)) == list(open_groups(here / "a.jsonl"))
+    (here / "a.jsonl").write_text((here / "a.jsonl").read_text().splitlines(True)[0] + "no row\n")
+    main(call)
+    assert (here / "out" / "b.jsonl").read_text() == first.splitlines(True)[0]
+    (listed := here / "out" / "b.jsonl.skipped.jsonl").write_text('{"mine": 1}\n')
+    assert "b.jsonl.skipped.jsonl is there, and this package has not written it" in ended(*call)
+    assert listed.read_text() == '{"mine": 1}\n'
+
+
+def test_own_scores_and_options_are_known_again(here: Path) -> None:
+    groups = open_groups(here / "a.jsonl")
+    scores = {group.id: StoredScores(((0.0, 0.0),) * 2, (0.0, 0.0)) for group in groups}
+    identity = data_identity(groups, groups.roots)
+    write_scores(here / "own", groups, scores, "m", identity, made_by={"weights": "w", "inputs": "i"})
+    write_scores(here / "of a run", groups, scores, "m", identity)
+    assert [is_written((here / name).open("rb")) for name in ("own", "of a run")] == [True, False]
+    advice: Any = SimpleNamespace(options={"align": {}, "csd": {"weight": 1.0, "link": "hinge"}})
+    for more, own in (("", True), ("train:\n  seed: 1\n", False)):
+        (here / "block").write_text(f"{calibration.block(advice)}\n{more}")
+        assert calibration.is_block((here / "block").open("rb")) is own
+
+
+def test_a_model_of_somebodys_own_is_not_taken_for_an_export(here: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model holds a model, and no export has written it .* would be lost; name another folder"):
+        refuse_others_model(here / "model")
+    for card in (sealed("# ours\n"), sealed("# ours\n") + "edited\n"):
+        (here / "model" / "README.md").write_text(card)
+        refuse_others_model(here / "model")
+    (here / "model" / "README.md").unlink()
+    (here / "config.yaml").touch()
+    refuse_others_model(here / "model")  # in a run's folder
+
+
+def test_no_model_is_built_in_place_of_other_files(here: Path) -> None:
+    (here / "mine").mkdir()
+    (here / "mine" / "thesis.tex").write_text("mine")
+    for build in (lambda: write_base(here / "mine"), lambda: build_tiny_llava(TinyLlavaConfig(str(here / "mine")), [])):
+        with pytest.raises(ConfigError, match="mine is there and not empty, and would be replaced"):
+            build()
+    assert [path.name for path in (here / "mine").iterdir()] == ["thesis.tex"]
+    shutil.rmtree(here / "mine")
+    (here / "mine").mkdir()
+    assert (write_base(here / "mine") / "config.json").is_file()
