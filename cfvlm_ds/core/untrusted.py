@@ -77,6 +77,14 @@ def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
     return path
 
 
+def new_output(path: Path, *inputs: str | Path) -> Path:
+    """``output_file`` where nothing is yet: of what looks like any file of its kind, nothing tells who has written it."""
+    output_file(path, *inputs)
+    if path.exists():
+        raise ConfigError(f"{path} is there, and would be replaced; remove it, or name another file with --out")
+    return path
+
+
 def refuse_filled(folder: Path, remedy: str) -> None:
     """Raise ConfigError for a folder that would be put in place of files of somebody's own."""
     refuse_link(folder, remedy)

@@ -6,21 +6,18 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import lines, parse_json
-from cfvlm_ds.core.untrusted import own_output
+from cfvlm_ds.core.untrusted import new_output, own_output
 from cfvlm_ds.data.containers.hub import fetched
 from cfvlm_ds.data.formats import AUTO
-from cfvlm_ds.data.formats.cfgroup import SCHEMA, to_row
+from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.data.manifest import Root, data_roots, open_groups, taken_as
-
-CONVERTED, DOWNLOADED = b"\t", b"\t\t"
-"""After the first row of what is written: JSON ignores it, and a file of somebody's own, which may have the same rows, has none."""
 
 
 class Converted(NamedTuple):
@@ -42,9 +39,9 @@ def convert(
     """Write the groups of a manifest to ``out``, which appears whole or not at all. Pictures that had to be copied lie in its folder.
 
     ``skip`` leaves out rows that are no group, and lists them in a file beside ``out``. Raises DataError for the first of them otherwise,
-    and where no row is a group; ConfigError or StorageError where ``out`` cannot be written, or is a file that was not converted.
+    and where no row is a group; ConfigError or StorageError where ``out`` cannot be written, or is there already.
     """
-    own_output(out, _is_converted, "convert", path)
+    new_output(out, path)
     listed = list_of_skipped(out)
     path = fetched(path, say=say)
     roots = [each.absolute() for each in data_roots(path, root)]
@@ -64,24 +61,12 @@ def convert(
                 problems.append(str(item))
                 continue
             seen.add(key)
-            row = json.dumps(to_row(_absolute(item), base), ensure_ascii=False).encode()
-            file.write(row + (b"" if groups else CONVERTED) + b"\n")
+            file.write(json.dumps(to_row(_absolute(item), base), ensure_ascii=False).encode() + b"\n")
             groups += 1
         if not groups:
             raise DataError(problems[0] + f" (and so are all {len(problems)} rows)" * (len(problems) > 1))
     list_skipped(listed, problems, say)
     return Converted(groups, problems, base)
-
-
-def marked(file: IO[bytes], mark: bytes) -> dict[str, Any] | None:
-    """The first row of a file, if it has this mark. Raises what parsing raises."""
-    line = next(lines(file, MAX_LINE)).rstrip(b"\r\n")
-    row = parse_json(line.decode()) if line[len(line.rstrip(b"\t")) :] == mark else None
-    return row if isinstance(row, dict) else None
-
-
-def _is_converted(file: IO[bytes]) -> bool:
-    return (marked(file, CONVERTED) or {}).get("schema") == SCHEMA
 
 
 def list_of_skipped(out: Path) -> Path:

@@ -23,9 +23,9 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.progress import EVERY_S
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.core.untrusted import own_output, refuse_link
+from cfvlm_ds.core.untrusted import new_output, refuse_link
 from cfvlm_ds.data.containers.hub import fetched
-from cfvlm_ds.data.convert import DOWNLOADED, list_of_skipped, list_skipped, marked
+from cfvlm_ds.data.convert import list_of_skipped, list_skipped
 from cfvlm_ds.data.decoding import MAX_PIXELS, image_size
 from cfvlm_ds.data.rows import Rows, open_rows
 
@@ -59,11 +59,11 @@ def download(
     """Write the rows of ``path`` to ``out`` with files of ``out``'s folder ``NAME.pictures`` in place of addresses.
 
     ``skip`` leaves out rows whose pictures cannot be had, and lists them in a file beside ``out``. Raises DataError for the first of them
-    otherwise, and ConfigError or StorageError where ``out`` cannot be written, or is a file of somebody's own.
+    otherwise, and ConfigError or StorageError where ``out`` cannot be written, or is there already.
     """
     folder = out.with_name(f"{out.name}.pictures")
     refuse_link(folder, "name another file with --out")
-    own_output(out, lambda file: marked(file, DOWNLOADED) is not None, "download", path)
+    new_output(out, path)
     listed = list_of_skipped(out)
     path = fetched(path, say=say)
     rows, files, problems, said = 0, set[str](), list[str](), time.monotonic()
@@ -81,8 +81,7 @@ def download(
                         raise DataError(f"{problems[0]} (or leave such rows out with --on_error skip)")
                     continue
                 files.update(str(found[address]) for address in _addresses(row))
-                written = json.dumps(_with_files(row, found), ensure_ascii=False).encode()
-                file.write(written + (b"" if rows else DOWNLOADED) + b"\n")
+                file.write(json.dumps(_with_files(row, found), ensure_ascii=False).encode() + b"\n")
                 rows += 1
     list_skipped(listed, problems, say)
     return Downloaded(rows, len(files), problems)

@@ -139,21 +139,25 @@ def test_no_file_of_somebodys_own_is_written_over(command: str, here: Path, ende
         (here / name).write_text(text or (here / "a.jsonl").read_text())
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     for name in (*MINE, "model/config.json"):
-        assert f"{name} is there, and " in (said := ended(*command.split(), name)) and "has not written it; name another" in said
+        assert f"{name} is there, and " in (said := ended(*command.split(), name)) and " name another" in said
     assert "a.jsonl is read here, and would be replaced" in ended(*command.split(), "a.jsonl")
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("command", ["convert", "download"])
-def test_what_a_command_wrote_it_writes_again(command: str, here: Path, ended: Callable[..., str]) -> None:
-    """Also of other rows; a list of rows that were left out is replaced, and one that is somebody else's is not."""
+def test_rows_replace_no_file(command: str, here: Path, ended: Callable[..., str]) -> None:
+    """Of rows nothing tells who has written them; a list of rows that were left out is replaced, unless it is somebody else's."""
     call = ["data", command, "a.jsonl", "--out", "out/b.jsonl", "--on_error", "skip"]
     main(call)
-    first = (here / "out" / "b.jsonl").read_text()
-    assert list(open_groups(here / "out" / "b.jsonl", here)) == list(open_groups(here / "a.jsonl"))
+    first = (out := here / "out" / "b.jsonl").read_text()
+    assert list(open_groups(out, here)) == list(open_groups(here / "a.jsonl"))
     (here / "a.jsonl").write_text((here / "a.jsonl").read_text().splitlines(True)[0] + "no row\n")
+    assert "b.jsonl is there, and would be replaced; remove it, or name another file with --out" in ended(*call)
+    assert out.read_text() == first
+    out.unlink()
     main(call)
-    assert (here / "out" / "b.jsonl").read_text() == first.splitlines(True)[0]
+    assert out.read_text() == first.splitlines(True)[0]
+    out.unlink()
     (listed := here / "out" / "b.jsonl.skipped.jsonl").write_text('{"mine": 1}\n')
     assert "b.jsonl.skipped.jsonl is there, and this package has not written it" in ended(*call)
     assert listed.read_text() == '{"mine": 1}\n'

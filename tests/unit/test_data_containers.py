@@ -493,6 +493,9 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder: Path) -> None
     listed = [json.loads(line)["problem"] for line in (folder / "out.jsonl.skipped.jsonl").read_text().splitlines()]
     assert listed == done.problems and [each.partition(": ")[0] for each in listed] == [f"{path}:{k}" for k in (2, 4, 6)]
     assert said == [f"left out 3 rows, listed in {folder}/out.jsonl.skipped.jsonl; the first: {listed[0]}"]
+    with pytest.raises(ConfigError, match=r"out.jsonl is there, and would be replaced; remove it"):
+        convert(lines(folder / "good.jsonl", rows), None, "captions", folder / "out.jsonl", "skip")
+    (folder / "out.jsonl").unlink()
     convert(lines(folder / "good.jsonl", rows), None, "captions", folder / "out.jsonl", "skip")
     assert not (folder / "out.jsonl.skipped.jsonl").exists(), "nothing was left out the second time"
     with pytest.raises(ConfigError, match="is read here, and would be replaced; name another file"):
@@ -577,6 +580,7 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path: Path, se
     Server.asked.clear()
     assert downloading.download(lines(path, good), tmp_path / "again" / "out.jsonl")[0] == 3 and len(Server.asked) >= 2
     Server.asked.clear()
+    (tmp_path / "again" / "out.jsonl").unlink()
     assert downloading.download(path, tmp_path / "again" / "out.jsonl")[0] == 3 and not Server.asked
     assert not list(tmp_path.rglob("*.unchecked"))
     before = sorted(tmp_path.rglob("*"))
