@@ -309,6 +309,7 @@ def test_values_within_values_by_the_hundred_are_one_sentence(tmp_path: Path) ->
         for depth in (100, *range(700, 1000, 3)):
             row = json.dumps(CAPTION)[:-1] + f', "x": {"[" * depth}{"]" * depth}}}'
             path.write_text(row if name == "rows.jsonl" else f"[{row}]")
+            (tmp_path / "out.jsonl").unlink(missing_ok=True)
             try:
                 problems = check_manifest(path, format="captions", progress=str).problems
                 convert(path, None, "captions", tmp_path / "out.jsonl")
