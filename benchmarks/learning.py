@@ -5,6 +5,7 @@ it minus each term, with negatives of one kind, with adapters, and with in-batch
     python benchmarks/learning.py --seeds 8                     # runs what is missing at one rate, one run per core at a time
     python benchmarks/learning.py --arms default nll-all --rates 5e-4 1e-3
     python benchmarks/learning.py --arms default --capabilities default avx2 --threads 1 2     # other ways of rounding sums
+    python benchmarks/learning.py --arms default nll-all --steps 550 1000 2800 8300 --seeds 1  # 2, 4, 10 and 30 minutes
     python benchmarks/learning.py --report                      # the tables and the figure of what has been run
 
 Every run is `train.py --config examples/quickstart.yaml` with the options of its arm: one base, one world, one schedule, ZeRO-3.
@@ -93,21 +94,26 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 
 """Student's t of a 95 % interval, by number of pairs."""
 SHORT, LONG = 20, 140
 """Steps of the two runs whose difference is the time of a step."""
+STEPS = 1000
+"""Of the default objective; what is not said of a record's ``clock``."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training. ``capability`` is ATEN_CPU_CAPABILITY, which, with the threads, decides how sums are rounded."""
+    """One training. ``capability`` is ATEN_CPU_CAPABILITY, which, with the threads, decides how sums are rounded; ``clock`` is how long it
+    takes, in steps of the default objective."""
 
     arm: str
     rate: str
     seed: int
     capability: str = ""
     threads: int = 1
+    clock: int = STEPS
 
     @property
     def name(self) -> str:
         parts = [self.arm, self.rate, f"seed{self.seed}", self.capability, f"{self.threads}threads" if self.threads > 1 else ""]
+        parts.append(f"clock{self.clock}" if self.clock != STEPS else "")
         return "-".join(part for part in parts if part)
 
     @property
@@ -129,7 +135,7 @@ def main() -> None:
     parser.add_argument("--choose_rates", action="store_true", help=text)
     parser.add_argument("--capabilities", nargs="+", default=[""], help="values of ATEN_CPU_CAPABILITY (default the machine's best)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="threads of a run (default 1)")
-    parser.add_argument("--steps", type=int, default=1000, help="steps of the default objective (default 1000)")
+    parser.add_argument("--steps", nargs="+", type=int, default=[STEPS], help=f"steps of the default objective (default {STEPS})")
     parser.add_argument("--num_test", type=int, default=9000, help="groups of held-out combinations (default 9000: 1000 an edit)")
     parser.add_argument("--num_questions", type=int, default=900, help="groups of each kind of question (default 900)")
     parser.add_argument("--num_validation", type=int, default=1800, help="groups that choose a rate (default 1800: 200 an edit)")
@@ -148,8 +154,8 @@ def run_all(arguments: argparse.Namespace) -> None:
         tried = [Job(arm, rate, seed) for seed in range(CHOICE_SEEDS) for arm in arguments.arms for rate in ARMS[arm].rates]
         run_missing(arguments, [job for job in tried if not job.choice.exists()], choose=True)
     rates = {arm: [best_rate(arm)] if arguments.choose_rates else arguments.rates for arm in arguments.arms}
-    places = itertools.product(range(arguments.seeds), arguments.arms, arguments.capabilities, arguments.threads)
-    jobs = [Job(arm, rate, seed, capability, threads) for seed, arm, capability, threads in places for rate in rates[arm]]
+    places = itertools.product(range(arguments.seeds), arguments.steps, arguments.arms, arguments.capabilities, arguments.threads)
+    jobs = [Job(arm, rate, seed, capability, threads, clock) for seed, clock, arm, capability, threads in places for rate in rates[arm]]
     run_missing(arguments, [job for job in jobs if not job.record.exists()])
 
 
@@ -162,7 +168,7 @@ def run_missing(arguments: argparse.Namespace, jobs: list[Job], choose: bool = F
     print("processor seconds per step:", {arm: round(value, 3) for arm, value in seconds.items()}, flush=True)
     one = run_choice if choose else run
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda job: one(arguments, job, round(arguments.steps * seconds["default"] / seconds[job.arm])), jobs))
+        list(pool.map(lambda job: one(arguments, job, round(job.clock * seconds["default"] / seconds[job.arm])), jobs))
 
 
 def prepare(arguments: argparse.Namespace, arms: set[str]) -> None:
@@ -328,7 +334,8 @@ def for_demo(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> dic
 def told(record: dict[str, Any]) -> tuple[str, ...]:
     """What distinguishes the row of a record, beside its seed."""
     rounding = f"{record['capability'] or 'best'}, {record['threads']} thread{'s' if record['threads'] > 1 else ''}"
-    return record["arm"], record["rate"], rounding
+    longer = f", time of {clock} steps" if (clock := record.get("clock", STEPS)) != STEPS else ""
+    return record["arm"], record["rate"], rounding + longer
 
 
 def tables(records: list[dict[str, Any]]) -> Iterator[str]:
