@@ -40,7 +40,9 @@ class Maker:
         self.things, self.folder, self.rng = all_things, folder, rng
         self.pictures = 0
 
-    def row(self, name: str, scenes: Sequence[Scene], texts: Sequence[tuple[str, str]], truth: Sequence[Sequence[int]], edit: Row | None = None) -> Row:
+    def row(
+        self, name: str, scenes: Sequence[Scene], texts: Sequence[tuple[str, str]], truth: Sequence[Sequence[int]], edit: Row | None = None
+    ) -> Row:
         """A row of the package's own format; ``texts`` are prompts and texts, and a truth of -1 is not said."""
         seed = self.rng.random()  # of one group: its pictures differ in what the edit says alone
         images = [{"id": f"i{at}", "path": self._picture(each, Random(seed))} for at, each in enumerate(scenes)]
@@ -187,7 +189,9 @@ def write_pictures(source: Path, folder: Path, sizes: Sizes, seed: int = 0) -> N
     with whole_folder(folder) as partial:
         for name, rows in manifests(found, partial, sizes, seed):
             (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        listed = {each.name: {"colour": each.colour, "held_out": each.held_out, "alone": each.alone, "colours": each.colours} for each in found}
+        listed = {
+            each.name: {"colour": each.colour, "held_out": each.held_out, "alone": each.alone, "colours": each.colours} for each in found
+        }
         (partial / "things.json").write_text(json.dumps(listed, indent=0) + "\n")
 
 
@@ -211,7 +215,8 @@ def manifests(found: Sequence[Thing], folder: Path, sizes: Sizes, seed: int) -> 
         "validation": lambda: edited("validation", known, 0.0),
         "test": lambda: edited("test", new, 0.0),
         "yes_no": lambda: [
-            maker.there_group(f"there-{at}", new) if at % 2 else maker.group(f"asked-{at}", "colour", new, True) for at in range(sizes["yes_no"])
+            maker.there_group(f"there-{at}", new) if at % 2 else maker.group(f"asked-{at}", "colour", new, True)
+            for at in range(sizes["yes_no"])
         ],
         "names": lambda: [maker.names_group(f"names-{at}", known) for at in range(sizes["names"])],
         "names_new": lambda: [maker.names_group(f"names_new-{at}", new) for at in range(sizes["names"])],

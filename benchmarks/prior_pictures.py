@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from cfvlm_ds.counterfactuals.propose.grammar import article, is_plural, renumbered
@@ -41,62 +42,10 @@ NEAR = 32
 """Degrees within which hues are lights and shades of one colour."""
 GLYPH = 109  # the only size at which the font has its bitmaps
 BLOCKS = ((0x2600, 0x27C0), (0x2B00, 0x2C00), (0x1F300, 0x1F600), (0x1F680, 0x1F700), (0x1F900, 0x1FB00))
-RENAMED = {f"{animal} face": animal for animal in "frog hamster wolf bear panda lion unicorn fox giraffe zebra".split()} | {
-    "aubergine": "eggplant", "red apple": "apple", "honeybee": "bee", "lady beetle": "ladybug", "spiral shell": "shell", "hocho": "kitchen knife",
-    "ear of maize": "corn", "soccer ball": "football", "electric light bulb": "light bulb",
-    "black telephone": "telephone", "mantelpiece clock": "clock", "wrapped present": "present", "automobile": "car", "dromedary camel": "camel",
-    "front-facing baby chick": "chick", "articulated lorry": "truck", "high-heeled shoe": "high heel", "old key": "key", "hot pepper": "chili",
-    "electric torch": "flashlight", "european castle": "castle", "steam locomotive": "steam engine", "bellhop bell": "bell", "pile of poo": "poo",
-    "ball of yarn": "yarn", "spool of thread": "thread", "cheese wedge": "cheese", "personal computer": "laptop", "gem stone": "gemstone",
-    "couch and lamp": "couch", "womans hat": "sun hat", "womans clothes": "blouse", "womans sandal": "sandal", "womans boots": "boot", "mans shoe": "shoe",
-    "black scissors": "scissors", "glass of milk": "milk", "slice of pizza": "pizza", "dagger knife": "dagger", "nut and bolt": "bolt",
-    "bar of soap": "soap", "pot of food": "stew", "fishing pole and fish": "fishing rod", "bow and arrow": "bow", "deciduous tree": "tree",
-    "sauropod": "dinosaur", "evergreen tree": "pine tree", "rugby football": "rugby ball", "postal horn": "horn", "recreational vehicle": "camper van",
-    "pouch": "purse", "bactrian camel": "camel", "shinto shrine": "shrine", "athletic shoe": "sneaker",
-}  # fmt: skip
-"""Names of the standard that nobody says, or that hide the thing."""
-NO_THINGS = frozenset(
-    """sign symbol symbols face mark mood button arrow arrows heart hearts hand hands fist index square circle diamond triangle ornament cross
-    star stars moon clock man men woman women person people boy girl baby child adult family bust busts old older prince princess bride angel
-    santa father mother bubble level control input output outbox inbox incoming chart currency banknote money mode component modifier
-    type silhouette suit medal prohibited no number numbers letters back end soon top keycap flag flags speech thought finger fingers
-    gesture dancing climbing running swimming riding surfer runner swimmer golfer skier snowboarder weight worker officer spy guard guardsman sleuth dancer
-    troll ogre goblin fairy vampire genie zombie mage elf merperson superhero supervillain ninja imp alien clown selfie shrug juggling
-    fencer wrestlers handball polo pedestrian pedestrians bicyclist crossing smoking litter water-closet restroom customs passport baggage claim left
-    place worship accommodation closet wheelchair aries taurus gemini cancer leo virgo libra scorpius sagittarius capricorn aquarius pisces ophiuchus
-    aesculapius fleur-de-lis collision dash dizzy zzz sleeping anger sweat hundred points check multiplication division plus minus question
-    exclamation loop part ceremony decoration night sunset sunrise dusk foggy fog cityscape buildings construction stadium park island desert camping
-    station tokyo statue japan japanese japanese-castle performing cinema racing horse-racing wedding kiss couple beating lips eyes eye ear nose mouth tongue leg foot
-    tooth brain lungs anatomical biceps skull footprints paw prints hair beard drop splashing brightness speaker antenna vibration
-    signal bars compression label name badge identification currency yen euro pound dollar receipt ticket tickets admission card cards
-    calendar page bookmark tabs index dividers file folder clipboard ledger notebook note pad spiral document memo newspaper rolled-up scroll map mail
-    e-mail mailbox tray envelope receiver pager fax minidisc floppy optical dvd videocassette disk disc placard chess spade club
-    fitzpatrick peace dharma yin yang crescent orthodox latin om kaaba hamsa nazar amulet tanabata viewing fish-cake dolls dango oden mahjong playing
-    microbe dna biohazard radioactive ballot writing raised victory pointing crossed linked two three
-    four first second third last quarter waxing waning gibbous shooting glowing wind melting saluting dotted biting rightwards leftwards palm-down oncoming
-    arriving departure suspension aerial mountain cableway tramway light-rail rail metro monorail railway milky earth globe meridians meditation
-    military lotus-position bank hospital hotel school office department convenience atm automated house-buildings derelict love speed
-    low no-entry entry motorway non-potable potable put pouring closed open incoming lower upward hole
-    combat hammer-and trident beginner emblem chequered score keyboard-musical musical game die billiards bowling direct hit cartwheel cooking
-    steaming shallow flatbread stuffed tamale fondue mate curry beverage takeout bento cooked canned meat poultry custard shaved tropical-drink
-    handshake haircut breast-feeding cyclone springs sparkler goal reminder round small funeral urn alembic high-speed passenger diya american lab safety sake
-    sparkles sparkle american beads t-rex swimsuit briefs long water-closet cheering izakaya moyai fuji house-building classical elevator scales
-    rainbow stop worm-can rosette
-    x-ray aid hearing arm mechanical petri probing guide headscarf cane crutch wheel slider knobs film frames frame clapper""".split()
-)  # fmt: skip
-"""Words of names of signs, people, parts of the body, flags, clocks, views, papers, dishes that have no plain name, and states of other things."""
-COLOUR_WORDS = frozenset([*COLOURS, "black", "white", "grey", "gray"])
-UNCOUNTABLE = frozenset(
-    """bread cheese bacon popcorn broccoli garlic fire corn milk sushi pizza spaghetti tofu butter honey chocolate rice wood soap yarn thread
-    stew falafel poo coral seal confetti lightning snow rain fog mosquito-net blood ice toilet-paper herb salad luggage sashimi seaweed
-    ginger celery salt tea coffee beer wine coal gold kimono lacrosse""".split()
-)
-"""Last words of names that take no article and are not counted."""
-SKY = frozenset(
-    """cloud airplane helicopter rocket satellite kite balloon parachute eagle bird bat owl butterfly bee dove parrot mosquito fly ladybug comet
-    rainbow sun snowflake tornado fireworks dragon duck swan flamingo""".split()
-)
-"""What is usually above other things."""
+_FILE = yaml.safe_load(Path(__file__).with_name("prior_things.yaml").read_text())
+LISTED = {what: [name.strip() for name in text.split(";")] for what, text in _FILE.items()}
+CALLED = {standard.strip(): (name or standard).strip() for standard, _, name in (each.partition("=") for each in LISTED["names"])}
+"""Name in the standard -> what the thing is called."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +64,12 @@ class Thing:
     @cached_property
     def is_counted(self) -> bool:
         last = self.name.split()[-1]
-        return last not in UNCOUNTABLE and is_plural(last) is False and renumbered(last, True) is not None
+        return self.name not in LISTED["uncounted"] and is_plural(last) is False and renumbered(last, True) is not None
 
     @property
     def takes_article(self) -> bool:
         last = self.name.split()[-1]
-        return last not in UNCOUNTABLE and not is_plural(last)
+        return self.name not in LISTED["uncounted"] and not is_plural(last)
 
     @property
     def plural(self) -> str:
@@ -129,7 +78,7 @@ class Thing:
 
     @property
     def in_sky(self) -> bool:
-        return self.name.split()[-1] in SKY
+        return self.name in LISTED["above"]
 
     def phrase(self, colour: str = "") -> str:
         """ "a banana", "a blue banana", "brown bread"."""
@@ -179,7 +128,9 @@ def hsv_of(picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     spread = np.where(high > low, high - low, 1.0)
     red, green, blue = np.moveaxis(rgb, -1, 0)
     hue = np.select([high == red, high == green], [(green - blue) / spread, 2 + (blue - red) / spread], 4 + (red - green) / spread)
-    return np.stack([np.where(high > low, 60 * hue, 0) % 360, np.where(high > 0, (high - low) / np.where(high > 0, high, 1), 0), high], -1), alpha
+    return np.stack(
+        [np.where(high > low, 60 * hue, 0) % 360, np.where(high > 0, (high - low) / np.where(high > 0, high, 1), 0), high], -1
+    ), alpha
 
 
 def rgba_of(hsv: np.ndarray, alpha: np.ndarray) -> Image.Image:
@@ -240,7 +191,7 @@ def things(source: Path, held_out: float = 0.25) -> list[Thing]:
     """What an emoji font (.ttf) or a folder of cut-outs (NAME.png with opacity) shows; the split is by name, whatever else is there."""
     if not source.exists():
         raise SystemExit(
-            f"{source} is missing; install Debian's fonts-noto-color-emoji, or name its NotoColorEmoji.ttf or a folder of cut-outs by --font"
+            f"{source} is missing; install fonts-noto-color-emoji, or name its NotoColorEmoji.ttf or a folder of cut-outs by --font"
         )
     found: dict[str, Image.Image] = {}
     for name, cutout in _files(source) if source.is_dir() else _glyphs(source):
@@ -264,24 +215,22 @@ def _files(folder: Path) -> Iterator[tuple[str, Image.Image]]:
 
 def _glyphs(font_file: Path) -> Iterator[tuple[str, Image.Image]]:
     font = ImageFont.truetype(str(font_file), GLYPH)
-    for first, end in BLOCKS:
-        for character in map(chr, range(first, end)):
-            if name := good_name(unicodedata.name(character, "")):
-                canvas = Image.new("RGBA", (160, 160))
-                ImageDraw.Draw(canvas).text((10, 10), character, font=font, embedded_color=True)
-                if canvas.getbbox() and font.getlength(character) > 100:
-                    yield name, cropped(canvas)
+    for character in _drawn_by(font):
+        if name := CALLED.get(unicodedata.name(character).lower()):
+            canvas = Image.new("RGBA", (160, 160))
+            ImageDraw.Draw(canvas).text((10, 10), character, font=font, embedded_color=True)
+            yield name, cropped(canvas)
 
 
-def good_name(standard: str) -> str:
-    """What a thing of the standard is called; "" for what is no thing or has no plain name."""
-    name = standard.lower()
-    if name in RENAMED:
-        return RENAMED[name]
-    words = name.split()
-    if not 1 <= len(words) <= 2 or NO_THINGS.intersection(words) or COLOUR_WORDS.intersection(words):
-        return ""
-    return name
+def _drawn_by(font: ImageFont.FreeTypeFont) -> list[str]:
+    """The characters of BLOCKS that a font has a picture for: those are as wide as high."""
+    characters = [chr(code) for first, end in BLOCKS for code in range(first, end) if unicodedata.name(chr(code), "")]
+    return [character for character in characters if font.getlength(character) > 100 and font.getmask(character).getbbox()]
+
+
+def num_pictures(source: Path) -> int:
+    """Pictures that a source has, with a good name or without."""
+    return len(list(source.glob("*.png"))) if source.is_dir() else len(_drawn_by(ImageFont.truetype(str(source), GLYPH)))
 
 
 def cropped(picture: Image.Image) -> Image.Image:
