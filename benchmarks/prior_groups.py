@@ -27,6 +27,8 @@ DESCRIBE = (
     "Say what the picture shows.",
 )
 ASK = ("{q}", "{q} Answer yes or no.", "Yes or no: {q}", "Look at the image. {q}")
+ASKED = 0.4
+"""Share of natural pictures about which a question is asked, of each kind that can be."""
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 MANIFESTS = ("natural", "train", "validation", "test", "yes_no", "names", "names_new")
 Sizes = dict[str, int]
@@ -76,8 +78,10 @@ class Maker:
             thing = rng.choice(self.things)
             shown = self._alone(thing, "")
             caption, there = thing.phrase(thing.colour if rng.random() < 0.7 else ""), [thing]
-        texts = [(rng.choice(DESCRIBE), caption), self._there(rng.choice(there), there)]
-        if kind == "one" and there[0].colour:
+        texts = [(rng.choice(DESCRIBE), caption)]
+        if rng.random() < ASKED:
+            texts.append(self._there(rng.choice(there), there))
+        if kind == "one" and there[0].colour and rng.random() < ASKED:
             texts.append(self._colour_asked(there[0], rng.choice((there[0].colour, rng.choice(there[0].colours))), there[0].colour))
         return self.row(name, [shown], texts, [[1] * len(texts)])
 
