@@ -40,7 +40,7 @@ from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 REPO = Path(__file__).resolve().parent.parent
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 PARTS = ("model", "pictures", "base", "arms")
-SIZES = {"natural": 16000, "train": 1000, "validation": 120, "test": 400, "yes_no": 160, "names": 100}
+SIZES = {"natural": 16000, "train": 1200, "validation": 120, "test": 400, "yes_no": 160, "names": 100}
 """Groups of each manifest; ``names`` of two, of training and of held-out things."""
 TESTS = ("test", "yes_no", "names", "names_new")
 PRIOR_LIMIT = 200
@@ -77,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for part in PARTS:  # each needs those before it
             if part in options.parts:
                 {"model": model, "pictures": pictures, "base": base, "arms": arms}[part](options)
+    if not options.report and not list(options.records.glob("base.json")):
+        return
     text = "\n\n".join(tables(options.records))
     (options.out / "real_prior.md").write_text(text + "\n")
     print(text)
@@ -99,7 +101,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", default="5e-4", help="learning rate of the arms (default 5e-4)")
     text = "try the rates of each arm for a third of the steps, and run its seeds at the one that is best on the validation split"
     parser.add_argument("--choose_rates", action="store_true", help=text)
-    parser.add_argument("--steps", type=int, default=250, help="steps of 4 groups of the default objective (default 250)")
+    parser.add_argument("--steps", type=int, default=400, help="steps of 4 groups of the default objective (default 400)")
     parser.add_argument("--deepspeed", default="ds_configs/z2.json", help="DeepSpeed's JSON (default ds_configs/z2.json)")
     parser.add_argument("--out", type=Path, default=Path("runs/real_prior"), help="folder of the runs (default runs/real_prior)")
     records = REPO / "benchmarks" / "real_prior"
