@@ -103,6 +103,9 @@ def test_nothing_but_the_pictures_tells(data: Path) -> None:
     for name in ("train", "validation", "test", "yes_no", "names", "names_new"):
         for group in read_manifest(data / f"{name}.jsonl"):
             assert group.match == ((1, 0), (0, 1)) and len({candidate.prompt for candidate in group.candidates}) == 1
+    for row in rows(data, "yes_no"):
+        asked = f" {row['edits'][0]['from']}" in row["texts"][0]["prompt"]
+        assert row["texts"][0]["text"] == ("yes" if asked else "no") and (asked or f" {row['edits'][0]['to']}" in row["texts"][0]["prompt"])
     answers = Counter((row["edits"][0]["type"], row["texts"][0]["text"]) for row in rows(data, "yes_no"))
     assert set(answers) == {(kind, answer) for kind in ("there", "colour") for answer in ("yes", "no")}
     assert all(count >= 4 for count in answers.values())
