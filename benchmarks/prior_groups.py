@@ -45,11 +45,11 @@ class Maker:
     def row(
         self, name: str, scenes: Sequence[Scene], texts: Sequence[tuple[str, str]], truth: Sequence[Sequence[int]], edit: Row | None = None
     ) -> Row:
-        """A row of the package's own format; ``texts`` are prompts and texts, and a truth of -1 is not said."""
+        """A row of the package's own format; ``texts`` are prompts and texts, ``truth`` has a line for each scene."""
         seed = self.rng.random()  # of one group: its pictures differ in what the edit says alone
         images = [{"id": f"i{at}", "path": self._picture(each, Random(seed))} for at, each in enumerate(scenes)]
         said = [{"id": f"t{at}", "prompt": prompt, "text": text} for at, (prompt, text) in enumerate(texts)]
-        match = [[f"i{i}", f"t{t}", value] for i, line in enumerate(truth) for t, value in enumerate(line) if value >= 0]
+        match = [[f"i{i}", f"t{t}", value] for i, line in enumerate(truth) for t, value in enumerate(line)]
         about = {"edits": [{"image": "i1", "text": "t1", **edit}]} if edit else {}
         shown = {"things": sorted({thing.name for each in scenes for thing in each.things})}
         return {"id": name, "images": images, "texts": said, "match": match, **about, "meta": shown}
@@ -76,7 +76,7 @@ class Maker:
             there = list(shown.things)
         else:
             thing = rng.choice(self.things)
-            shown = self._alone(thing, "")
+            shown = self._alone(thing)
             caption, there = thing.phrase(thing.colour if rng.random() < 0.7 else ""), [thing]
         texts = [(rng.choice(DESCRIBE), caption)]
         if rng.random() < ASKED:
@@ -85,9 +85,9 @@ class Maker:
             texts.append(self._colour_asked(there[0], rng.choice((there[0].colour, rng.choice(there[0].colours))), there[0].colour))
         return self.row(name, [shown], texts, [[1] * len(texts)])
 
-    def _alone(self, thing: Thing, colour: str) -> Scene:
+    def _alone(self, thing: Thing) -> Scene:
         """One thing: anywhere and of any size, or where it could be one of several."""
-        return Scene((thing,), (colour,), self.rng.choice(("free", "grid")))
+        return Scene((thing,), ("",), self.rng.choice(("free", "grid")))
 
     def _there(self, thing: Thing, there: Sequence[Thing]) -> tuple[str, str]:
         """Whether a thing, or as often another, is there."""
@@ -159,7 +159,7 @@ class Maker:
         asked = self.rng.choice((first, second))
         prompt, answers = self._asked(there_question(asked)), ("yes", "no") if asked is first else ("no", "yes")
         about = {"type": "there", "from": first.name, "to": second.name}
-        scenes = [self._alone(each, "") for each in (first, second)]
+        scenes = [self._alone(each) for each in (first, second)]
         return self.row(name, scenes, [(prompt, answer) for answer in answers], [[1, 0], [0, 1]], about)
 
     def names_group(self, name: str, among: Sequence[Thing]) -> Row:
@@ -169,7 +169,7 @@ class Maker:
         second = self.rng.choice([each for each in others if each.colour == first.colour] or others)
         prompt = self.rng.choice(DESCRIBE)
         about = {"type": "name", "from": first.name, "to": second.name}
-        scenes = [self._alone(each, "") for each in (first, second)]
+        scenes = [self._alone(each) for each in (first, second)]
         return self.row(name, scenes, [(prompt, each.phrase()) for each in (first, second)], [[1, 0], [0, 1]], about)
 
 
@@ -232,13 +232,13 @@ def manifests(found: Sequence[Thing], folder: Path, sizes: Sizes, seed: int) -> 
 def refuse_too_few(known: Sequence[Thing], new: Sequence[Thing]) -> None:
     """Raise SystemExit naming what a split lacks: every edit needs things of its kind on both sides."""
     needs: dict[str, Callable[[Thing], bool]] = {
-        "a colour of its own": lambda each: bool(each.colours),
+        "has a colour with a name": lambda each: bool(each.colours),
         "comes alone and can be counted": lambda each: each.alone and each.is_counted,
-        "comes in numbers": lambda each: not each.alone and each.is_counted,
         "is usually above others": lambda each: each.in_sky and each.is_counted,
         "is usually below others": lambda each: not each.in_sky and each.is_counted,
     }
-    for split, among in (("training", known), ("held-out", new)):
-        for what, holds in needs.items():
-            if not any(map(holds, among)) and not (what == "comes in numbers" and split == "held-out"):
+    several = {"comes in numbers": lambda each: not each.alone and each.is_counted}
+    for split, among, asked in (("training", known, needs | several), ("held-out", new, needs)):
+        for what, holds in asked.items():
+            if not any(map(holds, among)):
                 raise SystemExit(f"no {split} thing {what}; name a font or folder with more things by --font")

@@ -35,6 +35,7 @@ import prior_model
 import prior_pictures
 from learning import NO_CONTRAST, half_width, processor, run_process
 
+from cfvlm_ds.counterfactuals.propose.grammar import versions
 from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 
 REPO = Path(__file__).resolve().parent.parent
@@ -137,6 +138,7 @@ def pictures(options: argparse.Namespace) -> None:
         "natural_colours": Counter(each["colour"] for each in coloured),
         "recolourings": sum(len(each["colours"]) for each in coloured),
         "groups": options.sizes,
+        "plurals_by": versions(),
     }
     keep(options, "pictures", found)
 
