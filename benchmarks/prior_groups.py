@@ -137,9 +137,6 @@ class Maker:
             texts, words = [thing.phrase(), f"{NUMBERS[number]} {thing.plural}"], ("one", NUMBERS[number])
         else:
             usual, (caption, other) = self._two(edit, among)
-            if edit == "side" and rng.random() < 0.5:
-                caption, other = other, caption
-                usual = Scene(usual.things[::-1], usual.colours, usual.layout)
             scenes = [usual, Scene(usual.things[::-1], usual.colours, usual.layout)]
             texts, words = [caption, other], (word_of(caption), word_of(other))
         prompt = rng.choice(DESCRIBE)

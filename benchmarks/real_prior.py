@@ -95,7 +95,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", type=json.loads, default={}, help=f"groups of manifests, JSON (default {json.dumps(SIZES)})")
     parser.add_argument("--tower_steps", type=int, default=1500, help="steps of 32 rows that teach the tower (default 1500)")
     parser.add_argument("--base_steps", type=int, default=800, help="steps of 8 rows that teach tower and projector (default 800)")
-    parser.add_argument("--base_tuning", choices=("frozen", "lora"), default="frozen", help="the language model meanwhile (default frozen)")
+    parser.add_argument("--base_tuning", choices=("frozen", "lora"), default="lora", help="the language model meanwhile (default lora)")
     parser.add_argument("--tower", choices=("full", "frozen"), default="full", help="the tower in the arms (default full)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="which arms (default all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
@@ -152,8 +152,12 @@ def base(options: argparse.Namespace) -> None:
     spent = {"tower": taught(options, "tower", small, options.tower_steps, [*alone, "--model.language_model.tuning=full"])}
     blind = prior_model.language_model(options.language_model, options.out)
     start = prior_model.write_llava(blind, options.out / "tower" / "export", options.out / "start")
-    rates = ["--train.per_device_train_batch_size=8", "--train.learning_rate=1e-3", "--model.vision_tower.learning_rate=3e-4", *NO_CONTRAST]
-    spent["base"] = taught(options, "base", start, options.base_steps, [*rates, f"--model.language_model.tuning={options.base_tuning}"])
+    rates = [
+        f"--model.{module}.learning_rate={rate}"
+        for module, rate in (("vision_tower", "3e-4"), ("projector", "1e-3"), ("language_model", "5e-4"))
+    ]
+    more = ["--train.per_device_train_batch_size=8", *rates, *NO_CONTRAST, f"--model.language_model.tuning={options.base_tuning}"]
+    spent["base"] = taught(options, "base", start, options.base_steps, more)
     steps = {"tower_steps": options.tower_steps, "base_steps": options.base_steps, "base_tuning": options.base_tuning}
     evaluated(options, options.out / "base" / "export", "base", TESTS, about=steps | {"processor_seconds": spent})
 
