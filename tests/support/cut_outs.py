@@ -1,0 +1,63 @@
+"""What the benchmark of real priors shows where no emoji font is: named shapes of one colour, and a language model of random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+SHOWN = {
+    "banana": (255, 217, 61), "apple": (221, 46, 68), "lemon": (255, 217, 61), "carrot": (255, 140, 0), "frog": (70, 160, 70),
+    "car": (221, 46, 68), "chair": (120, 75, 40), "door": (120, 75, 40), "pear": (110, 190, 60), "bird": (50, 120, 220),
+    "bat": (120, 75, 40), "cloud": (250, 250, 250), "rocket": (230, 230, 235), "kite": (255, 140, 0), "swan": (250, 250, 250),
+    "mouse": (150, 150, 155), "sheep": (240, 240, 240), "rose": (221, 46, 68), "snake": (70, 160, 70), "ship": (50, 120, 220),
+    "cactus": (70, 160, 70), "tent": (255, 140, 0), "whale": (50, 120, 220),
+}  # fmt: skip
+"""Name -> what most of it looks like."""
+
+
+def write_cut_outs(folder: Path) -> Path:
+    """NAME.png for each, 80 pixels with opacity: a shape with a darker rim and a grey mark that no recolouring may touch."""
+    folder.mkdir(parents=True)
+    for at, (name, colour) in enumerate(SHOWN.items()):
+        picture = Image.new("RGBA", (80, 80))
+        pen = ImageDraw.Draw(picture)
+        rim = tuple(round(0.8 * part) for part in colour)
+        (pen.ellipse if at % 2 else pen.rectangle)((4, 10 + at % 5, 76, 70), fill=(*colour, 255), outline=(*rim, 255), width=5)
+        pen.rectangle((34, 34, 44, 44), fill=(128, 128, 128, 255))
+        picture.save(folder / f"{name}.png")
+    return folder
+
+
+def write_language_model(folder: Path) -> Path:
+    """A LlamaForCausalLM of random weights with a byte-level tokenizer that has ChatML's tokens, as SmolLM2 has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [], trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=letters, show_progress=False)
+    )
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=special[1], eos_token=special[2], pad_token=special[2], unk_token=special[0]
+    )
+    fast.save_pretrained(folder)
+    return folder

@@ -1,0 +1,230 @@
+"""The benchmark of real priors, without a training: its pictures show what their texts say and nothing else tells; its arms; its tables."""
+
+from __future__ import annotations
+
+import colorsys
+import importlib
+import json
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import REPO
+from cut_outs import SHOWN, write_cut_outs
+from PIL import Image
+
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.data import read_manifest
+from cfvlm_ds.objectives import OBJECTIVES
+
+SIZES = {"natural": 60, "train": 80, "validation": 8, "test": 48, "yes_no": 40, "names": 6}
+ROUNDED = {"red": 0, "orange": 28, "yellow": 50, "green": 115, "blue": 215, "purple": 275, "pink": 335, "brown": 22}
+"""The hue, in degrees, that a reader expects of a named colour."""
+
+
+@pytest.fixture(scope="module")
+def modules() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(REPO / "benchmarks"))
+        yield {name: importlib.import_module(name) for name in ("real_prior", "prior_pictures", "prior_groups", "prior_model")}
+
+
+@pytest.fixture(scope="module")
+def data(modules: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prior")
+    modules["prior_groups"].write_pictures(write_cut_outs(folder / "cut_outs"), folder / "data", SIZES)
+    return folder / "data"
+
+
+def rows(data: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
+
+
+def degrees(picture: np.ndarray) -> float:
+    """The median hue of the pixels that are not grey, by the standard library."""
+    hues = [(hue, saturation) for hue, saturation, _ in (colorsys.rgb_to_hsv(*(pixel / 255)) for pixel in picture.reshape(-1, 3))]
+    turned = [360 * hue for hue, saturation in hues if saturation > 0.3]
+    return float(np.median([hue if hue < 350 else hue - 360 for hue in turned]))
+
+
+def test_a_recoloured_picture_has_the_hue_of_its_name_and_nothing_else_changes(data: Path) -> None:
+    seen = Counter[str]()
+    for row in rows(data, "train") + rows(data, "test"):
+        if row["edits"][0]["type"] != "colour":
+            continue
+        before, after = (np.asarray(Image.open(data / image["path"]).convert("RGB")).astype(int) for image in row["images"])
+        for picture, colour, most in ((before, row["edits"][0]["from"], 22), (after, row["edits"][0]["to"], 12)):
+            assert abs((degrees(picture) - ROUNDED[colour] + 180) % 360 - 180) < most, (row["id"], colour)
+            seen[colour] += 1
+        grey = np.ptp(before, axis=-1) == 0
+        assert np.abs(before - after)[grey].max() <= 4, "the ground, and what has no colour"
+        assert (np.ptp(after, axis=-1) == 0).mean() == pytest.approx(grey.mean(), abs=0.03), "the same shape"
+    assert len(seen) == len(ROUNDED) and min(seen.values()) > 1
+
+
+def test_copies_and_places_are_what_the_texts_say(data: Path) -> None:
+    """Counted and placed by the pixels that are not of the ground, which is the colour of the corner that stays free, or of most."""
+    numbers = {"one": 1, "two": 2, "three": 3, "four": 4}
+    for row in rows(data, "train"):
+        edit = row["edits"][0]
+        pictures = [np.asarray(Image.open(data / image["path"]).convert("RGB")).astype(int) for image in row["images"]]
+        shown = []
+        for picture in pictures:
+            ground = Counter(map(tuple, picture.reshape(-1, 3))).most_common(1)[0][0]
+            there = np.abs(picture - np.array(ground)).sum(-1) > 12
+            shown.append([int(part.sum() > 60) for half in np.array_split(there, 2) for part in np.array_split(half, 2, axis=1)])
+        if edit["type"] == "count":
+            assert [sum(each) for each in shown] == [1, numbers[edit["to"]]], row["id"]
+            (first,) = [at for at, seen in enumerate(shown[0]) if seen]
+            rows_, columns = (slice(30 * half, 30 * half + 30) for half in divmod(first, 2))
+            assert (pictures[0][rows_, columns] == pictures[1][rows_, columns]).all(), "the first copy stays"
+        elif edit["type"] in ("place", "side"):
+            axis = 0 if edit["type"] == "place" else 1
+            first, second = (np.array_split(picture, 2, axis=axis) for picture in pictures)
+            ours, theirs = (Counter(map(tuple, part.reshape(-1, 3))).most_common(2)[1][0] for part in (first[0], second[0]))
+            assert ours != theirs or first[0].tolist() != second[0].tolist(), row["id"]
+        texts = [text["text"] for text in row["texts"]]
+        assert len({*texts}) == 2 and row["match"] == [["i0", "t0", 1], ["i0", "t1", 0], ["i1", "t0", 0], ["i1", "t1", 1]]
+
+
+def test_held_out_things_are_in_no_counterfactual_of_training(data: Path) -> None:
+    things = json.loads((data / "things.json").read_text())
+    held_out = {name for name, each in things.items() if each["held_out"]}
+    assert 3 <= len(held_out) < len(SHOWN) / 2 and things.keys() == SHOWN.keys()
+    shown = {name: {thing for row in rows(data, name) for thing in row["meta"]["things"]} for name in (*SIZES, "names_new")}
+    assert not held_out & (shown["train"] | shown["validation"] | shown["names"])
+    assert not (shown["test"] | shown["yes_no"] | shown["names_new"]) - held_out
+    assert held_out <= shown["natural"], "natural pictures have all of them"
+
+
+def test_nothing_but_the_pictures_tells(data: Path) -> None:
+    """Each text is true once and false once; yes and no are the first answer about equally often, of what is usual too."""
+    for name in ("train", "validation", "test", "yes_no", "names", "names_new"):
+        for group in read_manifest(data / f"{name}.jsonl"):
+            assert group.match == ((1, 0), (0, 1)) and len({candidate.prompt for candidate in group.candidates}) == 1
+    for row in rows(data, "yes_no"):
+        asked = f" {row['edits'][0]['from']}" in row["texts"][0]["prompt"]
+        assert row["texts"][0]["text"] == ("yes" if asked else "no") and (asked or f" {row['edits'][0]['to']}" in row["texts"][0]["prompt"])
+    answers = Counter((row["edits"][0]["type"], row["texts"][0]["text"]) for row in rows(data, "yes_no"))
+    assert set(answers) == {(kind, answer) for kind in ("there", "colour") for answer in ("yes", "no")}
+    assert all(count >= 4 for count in answers.values())
+    kinds = Counter(row["edits"][0]["type"] for row in rows(data, "test"))
+    assert kinds == {"colour": 12, "count": 12, "place": 12, "side": 12}
+    usual = Counter(row["edits"][0]["from"] for row in rows(data, "test") + rows(data, "train") if row["edits"][0]["type"] == "side")
+    assert min(usual["left"], usual["right"]) > 8, "no side is usual"
+
+
+def test_natural_pictures_show_what_is_usual(data: Path) -> None:
+    things, above = json.loads((data / "things.json").read_text()), {"bird", "bat", "cloud", "rocket", "kite", "swan"}
+    for row in rows(data, "natural"):
+        caption, *questions = (text["text"] for text in row["texts"])
+        named = [name for name in row["meta"]["things"] if things[name]["colour"]]
+        for colour in ROUNDED:
+            assert f"{colour} " not in caption or [things[name]["colour"] for name in named] == [colour], caption
+        if " above " in caption or " below " in caption:
+            upper = caption.split(" above ")[0] if " above " in caption else caption.split(" below ")[1]
+            assert upper.split()[-1] in above
+        assert set(questions) <= {"yes", "no"}
+
+
+def test_a_source_with_too_little_is_refused(modules: Any, tmp_path: Path) -> None:
+    folder = write_cut_outs(tmp_path / "cut_outs")
+    for name in ("bird", "bat", "cloud", "rocket", "kite", "swan"):
+        (folder / f"{name}.png").unlink()
+    with pytest.raises(SystemExit, match="no training thing is usually above others; name a font or folder with more things by --font"):
+        modules["prior_groups"].write_pictures(folder, tmp_path / "data", SIZES)
+    assert not (tmp_path / "data").exists()
+    with pytest.raises(SystemExit, match=r"nothing.ttf is missing; install fonts-noto-color-emoji"):
+        modules["prior_pictures"].things(tmp_path / "nothing.ttf")
+
+
+def test_a_model_without_gguf_or_file_is_one_sentence(modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = modules["prior_model"]
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"the package gguf is missing; pip install 'cfvlm-ds\[gguf\]'"):
+        model.language_model("", tmp_path)
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(SystemExit, match=r"own\.whl is missing; name a wheel"):
+        model.language_model(str(tmp_path / "own.whl"), tmp_path)
+
+
+TERMS = {"nll-natural": {"align"}, "nll-all": {"align"}, "dpo": {"dpo"}, "default": {"align", "csd", "fcd"}}
+
+
+def test_every_arm_has_the_terms_of_its_title(modules: Any) -> None:
+    arms = modules["real_prior"].ARMS
+    for name, arm in arms.items():
+        config = parse_config(["--config", "benchmarks/real_prior.yaml", *arm.options], OBJECTIVES)
+        assert set(config.objective) == TERMS[name] and config.model.language_model.tuning == "lora"
+        assert arm.scores == any(term.needs_reference for term in config.objective.values())
+        if name.startswith("nll"):
+            assert config.objective["align"].counterfactual == (name == "nll-all")
+
+
+def test_agree_and_conflict_are_the_two_comparisons_of_each_group(modules: Any, tmp_path: Path) -> None:
+    """By the package's own metrics of scores made by hand: four groups of a colour; three natural and one changed picture are right."""
+    import torch
+
+    from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
+    from cfvlm_ds.evaluation.metrics import accuracies
+    from cfvlm_ds.evaluation.scoring import GroupScores
+
+    found = [[[-1, -2], [-2, -1]], [[-1, -2], [-1, -2]], [[-1, -2], [-1, -2]], [[-2, -1], [-1, -2]]]
+    groups = [
+        CounterfactualGroup(
+            f"g{at}", ((Path("a"),), (Path("b"),)), (Candidate("?", "x"), Candidate("?", "y")), ((1, 0), (0, 1)), (Edit("colour", 1, 1),)
+        )
+        for at in range(4)
+    ]
+    blank = torch.tensor([-1.0, -2.0])
+    results = accuracies(groups, [GroupScores(torch.tensor(each, dtype=torch.float32), blank) for each in found])
+    (tmp_path / "results.json").write_text(json.dumps({"test": [vars(row) for row in results]}))
+    colour = modules["real_prior"].accuracies(tmp_path / "results.json")["test"]["colour"]
+    assert (colour["agree"], colour["conflict"], colour["group"]) == (75, 25, 25)
+    assert (colour["blind_agree"], colour["blind_conflict"]) == (100, 0)
+
+
+def record(arm: str, rate: str, seed: int, conflict: float) -> dict[str, Any]:
+    names = ("agree", "conflict", "blind_agree", "blind_conflict", "pair", "group", "image", "text_pmi", "group_pmi")
+    row = dict.fromkeys(names, 50.0) | {"conflict": conflict, "group": conflict}
+    splits = {
+        "test": ("colour", "count", "place", "side"),
+        "yes_no": ("there", "colour"),
+        "names_new": ("name",),
+        "validation": ("colour", "count"),
+    }
+    results = {split: dict.fromkeys(edits, row) for split, edits in splits.items()}
+    return {"arm": arm, "rate": rate, "seed": seed, "steps": 7, "results": results}
+
+
+def test_rates_and_tables(modules: Any, tmp_path: Path) -> None:
+    bench = modules["real_prior"]
+    (tmp_path / "rates").mkdir()
+    for rate, value in (("2e-4", 60), ("5e-4", 70), ("1e-3", 70)):
+        (tmp_path / "rates" / f"dpo-{rate}-seed0.json").write_text(json.dumps(record("dpo", rate, 0, value)))
+    assert bench.best_rate(tmp_path, "dpo") == "5e-4", "of equals the lower"
+    with pytest.raises(SystemExit, match="no run of default"):
+        bench.best_rate(tmp_path, "default")
+    for seed, value in enumerate((1.0, 2.0, 3.0)):
+        (tmp_path / f"default-5e-4-seed{seed}.json").write_text(json.dumps(record("default", "5e-4", seed, value)))
+    (tmp_path / "base.json").write_text(json.dumps({key: value for key, value in record("", "", 0, 30.0).items() if key == "results"}))
+    summary, by_edit, each = bench.tables(tmp_path)
+    # mean 2, deviation 1: 4.30 / sqrt(3) = 2.5
+    assert "| default objective, 5e-4 | 3 | 7 | 50.0 ± 0.0 | 2.0 ± 2.5 |" in summary and "| base |  |  | 50.0 | 30.0 |" in summary
+    assert "| 30.0 |" in by_edit and each.count("seed") == 4
+
+
+def test_pictures_do_not_depend_on_what_else_is_shown(modules: Any, data: Path) -> None:
+    """Drawn twice from one state, a scene is the same; what is held out goes by the name alone."""
+    pictures = modules["prior_pictures"]
+    found = {thing.name: thing for thing in pictures.things(data.parent / "cut_outs")}
+    few = data.parent / "few"
+    few.mkdir()
+    (few / "banana.png").write_bytes((data.parent / "cut_outs" / "banana.png").read_bytes())
+    (banana,) = pictures.things(few)
+    assert (banana.held_out, banana.alone, banana.colour) == (found["banana"].held_out, found["banana"].alone, "yellow")
+    scene = pictures.Scene((banana, found["rose"]), ("blue", ""), "left")
+    assert scene.drawn(Random(3)).tobytes() == scene.drawn(Random(3)).tobytes() != scene.drawn(Random(4)).tobytes()
