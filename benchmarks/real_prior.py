@@ -15,7 +15,7 @@ Parts, each of which goes on where it was stopped:
 
 A quarter of the things are held out: they are in the natural captions, and in no counterfactual group of training; the tests show changes
 of these alone. benchmarks/real_prior/ holds one JSON for each part, arm and seed, written as it ends, and those by which a rate was chosen.
-TIMES
+Not run whole yet: parts model, pictures and the tower of part base take 760 processor seconds on a core of an EPYC.
 """
 
 from __future__ import annotations
