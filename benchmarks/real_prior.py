@@ -9,21 +9,17 @@ Parts, each of which goes on where it was stopped:
 - pictures: things of an emoji font (Debian's fonts-noto-color-emoji) as manifests of natural captions and of counterfactual groups: a
   yellow banana and a blue one, one castle and three, a cloud above and below a tree, one thing left or right of another.
 - base: the tower learns to look in the package's small LLaVA, then tower and projector learn to speak to the language model, with LoRA
-  on that,
-  by NLL on natural captions. No changed picture is shown.
+  on that, by NLL on natural captions. No changed picture is shown.
 - arms: LoRA on the language model, projector and tower, from that base: NLL on natural pairs, NLL on all pairs, DPO, the default
-  objective.
-  The default takes --steps, the others as many as the same processor seconds allow, by the difference of two short runs.
+  objective. The default takes --steps, the others as many as the same processor seconds allow, by the difference of two short runs.
 
 A quarter of the things are held out: they are in the natural captions, and in no counterfactual group of training; the tests show changes
 of these alone. benchmarks/real_prior/ holds one JSON for each part, arm and seed, written as it ends, and those by which a rate was
 chosen.
 
 On one core of an EPYC with bfloat16 instructions: model and pictures 2 minutes, the tower 11, the base some 30 and 5 for its
-evaluation, scores
-of the base for DPO 8, a choice of a rate 4 to 5 (twelve of them), an arm and seed 15 (twelve of them): five hours. A run that was
-stopped is
-begun again; tower and base go on from their newest checkpoint.
+evaluation, scores of the base for DPO 8, a choice of a rate 4 to 5 (twelve of them), an arm and seed 15 (twelve of them): five hours.
+A run that was stopped is begun again; tower and base go on from their newest checkpoint.
 """
 
 from __future__ import annotations
@@ -266,18 +262,8 @@ def arm_train(options: argparse.Namespace, name: str, job: Job, steps: int, spli
     given = [f"--train.seed={job.seed}", f"--train.learning_rate={job.rate}", f"--model.vision_tower.tuning={options.tower}", *arm.options]
     if arm.scores:
         scores = data / "train.scores.jsonl"
-        command = [
-            sys.executable,
-            "-m",
-            "cfvlm_ds",
-            "score",
-            str(start),
-            str(data / "train.jsonl"),
-            "--batch_size",
-            "4",
-            "--out",
-            str(scores),
-        ]
+        command = [sys.executable, "-m", "cfvlm_ds", "score", str(start), str(data / "train.jsonl"), "--batch_size", "4"]
+        command += ["--out", str(scores)]
         run_process(command, options.out / "scores", {"OMP_NUM_THREADS": "1"})
         given.append(f"--data.scores={scores}")
     given.append(f"--data.evaluation={json.dumps({split: str(data / f'{split}.jsonl') for split in splits})}")
