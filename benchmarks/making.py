@@ -3,6 +3,7 @@
     python benchmarks/making.py FOLDER                          # ten thousand, a hundred thousand and a million captions: hours
     python benchmarks/making.py FOLDER --rows 2000 20000        # less of it
     python benchmarks/making.py FOLDER --parts rules verify     # some of it
+    python benchmarks/making.py FOLDER --parts steps --rows 1000000 --steps propose edit
 
 Captions are said of a thousand pictures; each has a colour, two nouns and sides that `flip` exchanges, and a street of its own for every
 twenty, in which `mine` finds its pairs. Each step has a process of its own. Seconds are of its processor time, memory is the most that it
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="which steps, in their order (default all)")
     parser.add_argument("--candidates", type=int, default=96, help="candidates that are verified and scored")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -54,7 +56,7 @@ def main() -> None:
             f"rules, one core: {found['edits'] / found['s']:,.0f} proposals/s, {found['captions'] / found['s']:,.0f} captions/s", flush=True
         )
     if "steps" in arguments.parts:
-        of_steps(folder, sorted(arguments.rows))
+        of_steps(folder, sorted(arguments.rows), [step for step in STEPS if step in arguments.steps])
     if "verify" in arguments.parts:
         found = fresh(folder, "beside", arguments.candidates)
         print(
@@ -63,17 +65,18 @@ def main() -> None:
         )
 
 
-def of_steps(folder: Path, sizes: list[int]) -> None:
-    found: dict[str, list[dict[str, float]]] = {step: [] for step in STEPS}
+def of_steps(folder: Path, sizes: list[int], steps: list[str]) -> None:
+    found: dict[str, list[dict[str, float]]] = {step: [] for step in steps}
     for rows in sizes:
         captions(folder, rows)
-        remove(folder / f"W{rows}")
-        for step in STEPS:
+        if steps[0] == STEPS[0]:
+            remove(folder / f"W{rows}")
+        for step in steps:
             began = time.perf_counter()
             found[step].append(fresh(folder, step, rows))
             print(f"{rows:,} rows: {step}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
     print(f"| captions | {' | '.join(f'{rows:,}' for rows in sizes)} |\n|---|{'---:|' * len(sizes)}")
-    for step in STEPS:
+    for step in steps:
         for what, key in (("s of processor time", "s"), ("most memory, MB", "mb")):
             print(f"| {step}: {what} | {' | '.join(f'{each[key]:,.1f}' for each in found[step])} |")
     print()

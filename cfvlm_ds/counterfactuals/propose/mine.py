@@ -5,7 +5,7 @@ An index over all captions with one word left open: each pair is proposed once, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from cfvlm_ds.core.errors import DataError
@@ -16,7 +16,7 @@ from cfvlm_ds.counterfactuals.propose.slots import opened, slots
 from cfvlm_ds.counterfactuals.propose.word_difference import SYNONYMS, defect, words
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 
-VERSION = 2
+VERSION = 3
 _LOOKED_AT = 256
 """Rows that say the same but for a word, which a caption is compared with: where more do, those that are drawn."""
 _LISTS: dict[str, frozenset[str]] = {
@@ -53,9 +53,11 @@ class Mine:
         found: list[Proposal] = []
         made = dict.fromkeys(self._types, 0)
         for key, place, word in slots(source.caption):
-            for row in dict.fromkeys(self._index.rows(key, _LOOKED_AT, seed_of("mine", source.id, place))):
-                if all(number >= self._most for number in made.values()):
-                    return found
+            kinds = [kind for kind in self._types if kind == "other" or word in _LISTS.get(kind, ())]
+            rows: Iterable[int] = ()
+            if any(made[kind] < self._most for kind in kinds):
+                rows = dict.fromkeys(self._index.rows(key, word, _LOOKED_AT, seed_of("mine", source.id, place)))
+            for row in rows:
                 if not 0 <= row < len(self._store):
                     raise DataError("the index W/mine/slots.bin is of other data; remove it")
                 for other in sources(self._store, [row]):
@@ -66,6 +68,8 @@ class Mine:
                         made[kind] += 1
                         new = words(other.caption)[place]
                         found.append(Proposal(kind, other.caption, word, new, "", "mine", other.picture))
+                if all(made[kind] >= self._most for kind in kinds):
+                    break  # without reading the others
         return found
 
     def _kind(self, source: Source, other: Source, place: int, word: str) -> str:

@@ -1,4 +1,4 @@
-"""An index over captions with one word left open, on disk: which rows say the same but for one word. Memory does not grow with the data."""
+"""An index over captions with one word left open, on disk: which rows say the same but for it. Memory does not grow with the data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from cfvlm_ds.counterfactuals.propose.word_difference import words
 _BUCKETS = 64
 _WAITING = 1 << 12  # entries of a bucket that are held in memory
 _SHORTEST, _LONGEST = 3, 24  # words of a caption: of fewer, any two fit; of more, no two
-_MAGIC = b"cfslots1"
+_MAGIC = b"cfslots2"
+_ENTRY = 20  # bytes: a key of 8, a row of 8, the hash of a word of 4
 
 Numbers = npt.NDArray[Any]
 
@@ -33,25 +34,33 @@ def slots(caption: str) -> Iterator[tuple[int, int, str]]:
         return
     for place, word in enumerate(said):
         if word.isalnum():
-            rest = "\0".join([*said[:place], "", *said[place + 1 :]])
-            yield int.from_bytes(hashlib.blake2b(rest.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"), place, word
+            yield _hash("\0".join([*said[:place], "", *said[place + 1 :]]), 8), place, word
+
+
+def _hash(text: str, size: int) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest(), "little")
 
 
 class SlotIndex:
-    """Key -> rows that have it, for the keys of more than one row. The file is mapped: what is not asked for is not in memory."""
+    """Key -> rows that have it, by their word, for the keys that are there with more than one. The file is mapped: what is not asked for is
+    not in memory."""
 
     def __init__(self, path: Path) -> None:
-        size = (path.stat().st_size - len(_MAGIC)) // 16
-        self._keys: Numbers = np.memmap(path, np.uint64, "r", len(_MAGIC), (size,)) if size else np.empty(0, np.uint64)
-        self._rows: Numbers = np.memmap(path, np.int64, "r", len(_MAGIC) + 8 * size, (size,)) if size else np.empty(0, np.int64)
+        size = (path.stat().st_size - len(_MAGIC)) // _ENTRY
+        places = (np.uint64, len(_MAGIC)), (np.int64, len(_MAGIC) + 8 * size), (np.uint32, len(_MAGIC) + 16 * size)
+        self._keys, self._rows, self._words = (
+            np.memmap(path, kind, "r", place, (size,)) if size else np.empty(0, kind) for kind, place in places
+        )
 
-    def rows(self, key: int, most: int, start: int) -> list[int]:
-        """At most so many rows that have a key, from a place that is drawn on where there are more."""
+    def rows(self, key: int, word: str, most: int, start: int) -> list[int]:
+        """At most so many rows that have a key and another word in its place, from a place that is drawn on; where there are more, as many
+        of each word as it has a share of them."""
         first, last = (int(self._keys.searchsorted(np.uint64(key), side)) for side in ("left", "right"))
-        count = last - first
-        if count <= most:
-            return [int(row) for row in self._rows[first:last]]
-        return [int(self._rows[first + (start + k) % count]) for k in range(most)]
+        here = self._words[first:last]
+        before, after = (int(here.searchsorted(np.uint32(_hash(word, 4)), side)) for side in ("left", "right"))
+        count = last - first - (after - before)
+        places = [(start + k * max(1, count // most)) % count for k in range(min(count, most))]
+        return [int(self._rows[first + (place if place < before else place + after - before)]) for place in places]
 
 
 def opened(path: Path, captions: Iterable[tuple[int, str]]) -> SlotIndex:
@@ -63,7 +72,7 @@ def opened(path: Path, captions: Iterable[tuple[int, str]]) -> SlotIndex:
 
 
 def _is_index(path: Path) -> bool:
-    if (path.stat().st_size - len(_MAGIC)) % 16:
+    if (path.stat().st_size - len(_MAGIC)) % _ENTRY:
         return False
     with open(path, "rb") as file:
         return file.read(len(_MAGIC)) == _MAGIC
@@ -77,26 +86,35 @@ def _write(path: Path, captions: Iterable[tuple[int, str]]) -> None:
 
         files, waiting = [scratch() for _ in range(_BUCKETS)], [array("Q") for _ in range(_BUCKETS)]
         for row, caption in captions:
-            for key, _, _ in slots(caption):
+            for key, _, word in slots(caption):
                 bucket = key >> 58
-                waiting[bucket].extend((key, row))
-                if len(waiting[bucket]) >= 2 * _WAITING:
+                waiting[bucket].extend((key, row, _hash(word, 4)))
+                if len(waiting[bucket]) >= 3 * _WAITING:
                     files[bucket].write(waiting[bucket].tobytes())
                     waiting[bucket] = array("Q")
-        rows = scratch()
+        rest = rows, open_words = scratch(), scratch()
         with whole_file(path, shared=True) as out:
             out.write(_MAGIC)
-            for file, rest in zip(files, waiting, strict=True):
-                file.write(rest.tobytes())
+            for file, held in zip(files, waiting, strict=True):
+                file.write(held.tobytes())
                 file.seek(0)
-                pairs = np.frombuffer(file.read(), np.uint64).reshape(-1, 2)
-                pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
-                keys = pairs[:, 0]
-                again = keys[1:] == keys[:-1]
-                shared = np.concatenate([again, [False]]) | np.concatenate([[False], again]) if len(keys) else np.empty(0, bool)
-                out.write(np.ascontiguousarray(keys[shared]).tobytes())
-                rows.write(np.ascontiguousarray(pairs[shared, 1]).tobytes())
+                entries = _of_several_words(np.frombuffer(file.read(), np.uint64).reshape(-1, 3))
+                out.write(np.ascontiguousarray(entries[:, 0]).tobytes())
+                rows.write(np.ascontiguousarray(entries[:, 1]).tobytes())
+                open_words.write(entries[:, 2].astype(np.uint32).tobytes())
                 file.truncate(0)
-            rows.seek(0)
-            while block := rows.read(1 << 20):
-                out.write(block)
+            for part in rest:
+                part.seek(0)
+                while block := part.read(1 << 20):
+                    out.write(block)
+
+
+def _of_several_words(entries: Numbers) -> Numbers:
+    """Entries (key, row, word) by key, word and row: those of the keys that are there with more than one word."""
+    if not len(entries):
+        return entries
+    entries = entries[np.lexsort((entries[:, 1], entries[:, 2], entries[:, 0]))]
+    first = np.flatnonzero(np.concatenate([[True], entries[1:, 0] != entries[:-1, 0]]))
+    lengths = np.diff(np.append(first, len(entries)))
+    several = entries[first, 2] != entries[first + lengths - 1, 2]
+    return entries[np.repeat(several, lengths)]
