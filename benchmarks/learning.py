@@ -6,6 +6,8 @@ it minus each term, with negatives of one kind, with adapters, and with in-batch
     python benchmarks/learning.py --arms default nll-all --rates 5e-4 1e-3
     python benchmarks/learning.py --arms default --capabilities default avx2 --threads 1 2     # other ways of rounding sums
     python benchmarks/learning.py --arms default nll-all --steps 550 1000 2800 8300 --seeds 1  # 2, 4, 10 and 30 minutes
+    python benchmarks/learning.py --arms default nll-all --groups 250 1000 4000 0              # of fewer groups
+    python benchmarks/learning.py --arms default nll-all --noise 0 10 30                       # of groups that are labelled wrongly
     python benchmarks/learning.py --report                      # the tables and the figure of what has been run
 
 Every run is `train.py --config examples/quickstart.yaml` with the options of its arm: one base, one world, one schedule, ZeRO-3.
@@ -25,105 +27,25 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from learning_arms import ARMS, CONTROL_ARM, RECORDS, STEPS, Job, rows_of
+from learning_tables import BEST, figure, tables, told
+
 REPO = Path(__file__).resolve().parent.parent
-RECORDS = REPO / "benchmarks" / "learning"
 DEMO = REPO / "cfvlm_ds" / "demo" / "measured.json"
 """What the demo prints beside its own run: of the base, of NLL on all pairs and of the default objective."""
 BASE = RECORDS / "base.json"
 """Group accuracy of the base, of the first run alone."""
-RATES = ("3e-4", "6e-4", "1e-3", "2e-3")
 CHOICE_SEEDS = 2
 VALIDATION = "validation"
-NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
-PAPER = [
-    f"--objective.{term}.{option}={value}"
-    for term, margin in (("csd", 0.25), ("fcd", 0.30))
-    for option, value in (("weight", 0.5), ("margin", margin), ("link", "hinge"), ("len_norm", "anchor"), ("margin_unit", "per_token"))
-]
-ALONE = ("--objective.align.weight=0", *NO_CONTRAST)
-LORA = tuple(f"--model.{module}.tuning=lora" for module in ("vision_tower", "language_model"))
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What one arm changes of examples/quickstart.yaml.
-
-    ``scores``: it needs scores of the base. ``negatives``: it trains on rows whose false ``texts`` or ``images`` alone were kept. ``rates``
-    are those that --choose_rates tries.
-    """
-
-    title: str
-    options: tuple[str, ...] = ()
-    scores: bool = False
-    negatives: str = ""
-    rates: tuple[str, ...] = RATES
-
-
-ARMS: dict[str, Arm] = {
-    "nll-factual": Arm("NLL, factual pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
-    "nll-all": Arm("NLL, all pairs", ("--objective.align.counterfactual=1", *NO_CONTRAST)),
-    "dpo": Arm("DPO", (*ALONE, "--objective.dpo.weight=1"), scores=True),
-    "dpo-nll": Arm("DPO beside NLL of all pairs", (*NO_CONTRAST, "--objective.dpo.weight=1"), scores=True),
-    "mdpo": Arm("mDPO", (*ALONE, "--objective.dpo.image_side=1", "--objective.dpo.anchor=1"), scores=True),
-    "symmpo": Arm("SymMPO", (*ALONE, "--objective.symmpo.weight=1"), scores=True),
-    "misp": Arm("MISP-DPO", (*ALONE, "--objective.misp.weight=1"), scores=True),
-    "texts": Arm("default, text negatives only", negatives="texts"),
-    "images": Arm("default, image negatives only", negatives="images"),
-    "paper": Arm(
-        "paper's literal sum",
-        ("--objective.align.counterfactual=0", *PAPER, "--objective.csd.mode=matched", "--objective.fcd.symmetric=false"),
-    ),
-    "default": Arm("default objective"),
-    "no-align": Arm("default without align", ("--objective.align.weight=0",)),
-    "no-csd": Arm("default without csd", ("--objective.csd.weight=0",)),
-    "no-fcd": Arm("default without fcd", ("--objective.fcd.weight=0",)),
-    "lora": Arm("default, adapters and projector", LORA, rates=("1e-3", "2e-3", "4e-3", "8e-3")),
-    "batch-align": Arm("default and batch_align", ("--objective.batch_align.weight=0.3", "--objective.batch_align.texts=16"), scores=True),
-}
-CONTROL_ARM = "nll-all"
 SHOWN = {"nll": CONTROL_ARM, "default": "default"}
-BEST = "best, 1 thread"
-"""How sums are rounded where nobody says otherwise."""
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""Student's t of a 95 % interval, by number of pairs."""
 SHORT, LONG = 20, 140
 """Steps of the two runs whose difference is the time of a step."""
-STEPS = 1000
-"""Of the default objective; what is not said of a record's ``clock``."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training. ``capability`` is ATEN_CPU_CAPABILITY, which, with the threads, decides how sums are rounded; ``clock`` is how long it
-    takes, in steps of the default objective."""
-
-    arm: str
-    rate: str
-    seed: int
-    capability: str = ""
-    threads: int = 1
-    clock: int = STEPS
-
-    @property
-    def name(self) -> str:
-        parts = [self.arm, self.rate, f"seed{self.seed}", self.capability, f"{self.threads}threads" if self.threads > 1 else ""]
-        parts.append(f"clock{self.clock}" if self.clock != STEPS else "")
-        return "-".join(part for part in parts if part)
-
-    @property
-    def record(self) -> Path:
-        return RECORDS / f"{self.name}.json"
-
-    @property
-    def choice(self) -> Path:
-        """Of the run by which a rate is chosen."""
-        return RECORDS / "rates" / f"{self.name}.json"
 
 
 def main() -> None:
@@ -136,6 +58,8 @@ def main() -> None:
     parser.add_argument("--capabilities", nargs="+", default=[""], help="values of ATEN_CPU_CAPABILITY (default the machine's best)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="threads of a run (default 1)")
     parser.add_argument("--steps", nargs="+", type=int, default=[STEPS], help=f"steps of the default objective (default {STEPS})")
+    parser.add_argument("--groups", nargs="+", type=int, default=[0], help="so many of the world's 16,000 (default 0: all)")
+    parser.add_argument("--noise", nargs="+", type=int, default=[0], help="percentage of groups whose two texts are exchanged (default 0)")
     parser.add_argument("--num_test", type=int, default=9000, help="groups of held-out combinations (default 9000: 1000 an edit)")
     parser.add_argument("--num_questions", type=int, default=900, help="groups of each kind of question (default 900)")
     parser.add_argument("--num_validation", type=int, default=1800, help="groups that choose a rate (default 1800: 200 an edit)")
@@ -153,58 +77,53 @@ def run_all(arguments: argparse.Namespace) -> None:
     if arguments.choose_rates:
         tried = [Job(arm, rate, seed) for seed in range(CHOICE_SEEDS) for arm in arguments.arms for rate in ARMS[arm].rates]
         run_missing(arguments, [job for job in tried if not job.choice.exists()], choose=True)
-    rates = {arm: [best_rate(arm)] if arguments.choose_rates else arguments.rates for arm in arguments.arms}
-    places = itertools.product(range(arguments.seeds), arguments.steps, arguments.arms, arguments.capabilities, arguments.threads)
-    jobs = [Job(arm, rate, seed, capability, threads, clock) for seed, clock, arm, capability, threads in places for rate in rates[arm]]
+    rates = {arm: [best_rate(RECORDS / "rates", arm)] if arguments.choose_rates else arguments.rates for arm in arguments.arms}
+    ways = itertools.product(arguments.capabilities, arguments.threads, arguments.steps, arguments.groups, arguments.noise)
+    places = itertools.product(range(arguments.seeds), ways, arguments.arms)
+    jobs = [Job(arm, rate, seed, *way) for seed, way, arm in places for rate in rates[arm]]
     run_missing(arguments, [job for job in jobs if not job.record.exists()])
 
 
 def run_missing(arguments: argparse.Namespace, jobs: list[Job], choose: bool = False) -> None:
     if not jobs:
         return
-    prepare(arguments, {job.arm for job in jobs})
+    prepare(arguments, jobs)
     arms = sorted({"default", *(job.arm for job in jobs)})
     seconds = {arm: seconds_per_step(arguments, arm) for arm in arms}  # one after the other, so that none disturbs another
     print("processor seconds per step:", {arm: round(value, 3) for arm, value in seconds.items()}, flush=True)
     one = run_choice if choose else run
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda job: one(arguments, job, round(job.clock * seconds["default"] / seconds[job.arm])), jobs))
+        started = [pool.submit(one, arguments, job, round(job.clock * seconds["default"] / seconds[job.arm])) for job in jobs]
+        try:
+            for each in as_completed(started):
+                each.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def prepare(arguments: argparse.Namespace, arms: set[str]) -> None:
-    """Write the world and the base once; and, where an arm needs them, scores of the base and rows with negatives of one kind."""
+def prepare(arguments: argparse.Namespace, jobs: Sequence[Job]) -> None:
+    """Write the world and the base once; the rows of each run; and, where an arm needs them, scores of the base."""
     train(arguments, arguments.out / "build", Job("default", "1e-3", 0), 1)
-    rows = arguments.out / "scenes" / "train.jsonl"
-    if any(ARMS[arm].scores for arm in arms) and not (scores := scores_file(arguments)).exists():
-        command = [sys.executable, "-m", "cfvlm_ds", "score", str(arguments.out / "base"), str(rows), "--out", str(scores)]
-        subprocess.run(command, cwd=REPO, check=True)
-    for kind in {ARMS[arm].negatives for arm in arms} - {""}:
-        lines = [json.dumps(with_negatives(json.loads(line), kind)) for line in rows.read_text().splitlines()]
-        rows.with_name(f"train_{kind}.jsonl").write_text("\n".join(lines) + "\n")
+    world = arguments.out / "scenes"
+    timed = [Job(job.arm, "1e-3", 0) for job in jobs]  # of all groups, as they are
+    for job in {job.rows(world): job for job in (*jobs, *timed)}.values():
+        if not (rows := job.rows(world)).exists():
+            lines = (json.loads(line) for line in (world / "train.jsonl").read_text().splitlines())
+            rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(job, lines)))
+        if ARMS[job.arm].scores and not (scores := scores_of(rows)).exists():
+            command = [sys.executable, "-m", "cfvlm_ds", "score", str(arguments.out / "base"), str(rows), "--out", str(scores)]
+            subprocess.run(command, cwd=REPO, check=True)
 
 
-def scores_file(arguments: argparse.Namespace) -> Path:
-    return Path(arguments.out) / "scenes" / "train.scores.jsonl"
+def scores_of(rows: Path) -> Path:
+    return rows.with_suffix(".scores.jsonl")
 
 
-def with_negatives(row: dict[str, Any], kind: str) -> dict[str, Any]:
-    """A row with its false ``texts`` alone, on the factual image, or its edited ``images`` alone, with the factual text."""
-    kept = {"images": row["images"], "texts": row["texts"]}
-    other = "images" if kind == "texts" else "texts"
-    kept[other] = kept[other][:1]
-    names = {part["id"] for each in kept.values() for part in each}
-    edits = [
-        {key: value for key, value in edit.items() if key != other[:-1]}
-        for edit in row["edits"]
-        if kind == "images" or edit["type"] != "sham"
-    ]
-    return row | kept | {"match": [cell for cell in row["match"] if {cell[0], cell[1]} <= names], "edits": edits}
-
-
-def best_rate(arm: str) -> str:
+def best_rate(folder: Path, arm: str) -> str:
     """The rate of the best mean over seeds on the validation split; of equals the lower."""
     found: dict[str, list[float]] = {}
-    for path in sorted((RECORDS / "rates").glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
         if record["arm"] == arm:
             found.setdefault(record["rate"], []).append(record[VALIDATION])
@@ -264,13 +183,13 @@ def train(
     command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z3.json", "--config", "examples/quickstart.yaml"]
     command += [f"--build.base={arguments.out / 'base'}", f"--model.name_or_path={arguments.out / 'base'}"]
     world, arm = arguments.out / "scenes", ARMS[job.arm]
-    rows = world / (f"train_{arm.negatives}.jsonl" if arm.negatives else "train.jsonl")
+    rows = job.rows(world)
     command += [f"--build.scenes.out_dir={world}", f"--build.scenes.num_test={arguments.num_test}", f"--data.train={rows}"]
     splits = {
         name: {"path": str(world / f"{name if name == VALIDATION else f'test_{name}'}.jsonl"), "limit": limit}
         for name, limit in (limits or {}).items()
     }
-    command += [f"--data.scores={scores_file(arguments)}"] * arm.scores
+    command += [f"--data.scores={scores_of(rows)}"] * arm.scores
     command += [
         f"--data.evaluation={json.dumps(splits)}",
         f"--train.output_dir={folder}",
@@ -287,25 +206,27 @@ def train(
         "--train.export=false",
         *arm.options,
     ]
-    return run_process(
-        command, folder, {"OMP_NUM_THREADS": str(job.threads)} | ({"ATEN_CPU_CAPABILITY": job.capability} if job.capability else {})
-    )
+    variables = {"OMP_NUM_THREADS": str(job.threads)} | ({"ATEN_CPU_CAPABILITY": job.capability} if job.capability else {})
+    return run_process(command, folder, variables, "finished.json")
 
 
-def run_process(command: Sequence[str], folder: Path, variables: dict[str, str]) -> float:
-    """Run to the end unless ``folder`` says that it has been; returns the processor seconds that it took. FOLDER.log has what it said."""
-    if (folder / "processor_seconds").exists():
-        return float((folder / "processor_seconds").read_text())
+def run_process(command: Sequence[str], folder: Path, variables: dict[str, str], leaves: str = "") -> float:
+    """Run to the end unless ``folder`` says that it has been; returns the processor seconds that it took, in all its starts. FOLDER.log has
+    what it said. ``leaves`` is a file there without which it was only stopped."""
+    whole, part, log = folder / "processor_seconds", folder / "processor_seconds_so_far", folder.with_suffix(".log")
+    if whole.exists():
+        return float(whole.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder.with_suffix(".log")
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=REPO, env=os.environ | variables, stdout=output, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{folder}: exit code {process.returncode}\n{log.read_text(errors='replace')[-4000:]}")
-    spent = usage.ru_utime + usage.ru_stime
-    (folder / "processor_seconds").write_text(f"{spent:.2f}\n")
+    spent = usage.ru_utime + usage.ru_stime + (float(part.read_text()) if part.exists() else 0)
+    ended = not process.returncode and (not leaves or (folder / leaves).exists())
+    (whole if ended else part).write_text(f"{spent:.2f}\n")
+    if not ended:
+        said = f"exit code {process.returncode}" if process.returncode else "stopped before its end; the same command goes on"
+        sys.exit(f"{folder}: {said}\n{log.read_text(errors='replace')[-4000:]}")
     return spent
 
 
@@ -313,13 +234,14 @@ def report(arguments: argparse.Namespace) -> None:
     records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json")) if path != BASE]
     if not records or not BASE.exists():
         sys.exit(f"{RECORDS} holds no results; run without --report first")
-    text = "\n\n".join(tables(records))
+    base = json.loads(BASE.read_text())
+    text = "\n\n".join(tables(records, base))
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "learning.md").write_text(text + "\n")
-    figure(arguments.out / "learning.png", records)
+    figure(arguments.out / "learning.png", records, base)
     shown = {name: [r["results"] for r in records if told(r) == (arm, "1e-3", BEST)] for name, arm in SHOWN.items()}
     if all(shown.values()):
-        DEMO.write_text(json.dumps(for_demo(json.loads(BASE.read_text()), shown), indent=1) + "\n")
+        DEMO.write_text(json.dumps(for_demo(base, shown), indent=1) + "\n")
     print(text, f"\nwrote {arguments.out}/learning.md and learning.png")
 
 
@@ -335,116 +257,6 @@ def for_demo(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> dic
             for which, pick in {"mean": statistics.mean, "lowest": min, "highest": max}.items()
         }
     return found
-
-
-def told(record: dict[str, Any]) -> tuple[str, ...]:
-    """What distinguishes the row of a record, beside its seed."""
-    rounding = f"{record['capability'] or 'best'}, {record['threads']} thread{'s' if record['threads'] > 1 else ''}"
-    longer = f", time of {clock} steps" if (clock := record.get("clock", STEPS)) != STEPS else ""
-    return record["arm"], record["rate"], rounding + longer
-
-
-def tables(records: list[dict[str, Any]]) -> Iterator[str]:
-    """Group accuracy by edit on held-out combinations, mean over seeds and half the width of its 95 % t interval; then each seed's."""
-    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for record in sorted(records, key=lambda r: (list(ARMS).index(r["arm"]), *told(r), r["seed"])):
-        rows.setdefault(told(record), []).append(record)
-    edits = list(records[0]["results"]["combo"])
-    questions = [split for split in records[0]["results"] if split != "combo"]
-    head = [*edits, *questions]
-    pairs = records[0]["results"]["combo"]["relation"]["groups"]
-    yield "\n".join(
-        [
-            f"| group accuracy, %, {pairs} pairs an edit | rate | sums | seeds | steps | {' | '.join(head)} |",
-            f"|---|---:|---|---:|---:|{'---:|' * len(head)}",
-            f"| base | | | | | {' | '.join(f'{value:.1f}' for value in base_of(edits, questions))} |",
-            *(line(key, found, edits, questions) for key, found in rows.items()),
-        ]
-    )
-    if differences := [each for key, found in rows.items() if (each := paired(key, found, rows, edits))]:
-        title = f"| points above {ARMS[CONTROL_ARM].title}, pairs of seeds | rate | seeds | {' | '.join(edits)} |"
-        yield "\n".join([title, f"|---|---:|---:|{'---:|' * len(edits)}", *differences])
-    yield "\n".join(
-        [
-            f"| run | steps | processor s | {' | '.join(head)} |",
-            f"|---|---:|---:|{'---:|' * len(head)}",
-            *(
-                f"| {ARMS[r['arm']].title}, {r['rate']}, {told(r)[2]}, seed {r['seed']} | {r['steps']} | {r['processor_seconds']} | "
-                f"{' | '.join(f'{value:.1f}' for value in values(r, edits, questions))} |"
-                for found in rows.values()
-                for r in found
-            ),
-        ]
-    )
-
-
-def base_of(edits: list[str], questions: list[str]) -> list[float]:
-    base = json.loads(BASE.read_text())
-    return [base["combo"][edit] for edit in edits] + [base[split]["all"] for split in questions]
-
-
-def values(record: dict[str, Any], edits: list[str], questions: list[str]) -> list[float]:
-    found = record["results"]
-    return [found["combo"][edit]["group"] for edit in edits] + [found[split]["all"]["group"] for split in questions]
-
-
-def paired(key: tuple[str, ...], found: list[dict[str, Any]], rows: dict[tuple[str, ...], list[dict[str, Any]]], edits: list[str]) -> str:
-    """An arm's differences from the NLL control, mean and half the width of a 95 % t interval over seeds that both have; "" without two.
-
-    The control is taken at its own rate: the one of which most seeds are there.
-    """
-    control = max((some for other, some in rows.items() if other[0] == CONTROL_ARM and other[2] == key[2]), key=len, default=[])
-    of_seed = {record["seed"]: values(record, edits, []) for record in control}
-    pairs = [(values(record, edits, []), of_seed[record["seed"]]) for record in found if record["seed"] in of_seed]
-    if key[0] == CONTROL_ARM or len(pairs) < 2:
-        return ""
-    columns = [[own[k] - theirs[k] for own, theirs in pairs] for k in range(len(edits))]
-    cells = [f"{statistics.mean(column):+.1f} ± {half_width(column):.1f}" for column in columns]
-    return f"| {ARMS[key[0]].title} | {key[1]} | {len(pairs)} | {' | '.join(cells)} |"
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half the width of the 95 % t interval of the mean of two values or more."""
-    return T95[min(len(values), max(T95))] * statistics.stdev(values) / len(values) ** 0.5
-
-
-def line(key: tuple[str, ...], found: list[dict[str, Any]], edits: list[str], questions: list[str]) -> str:
-    columns = zip(*(values(record, edits, questions) for record in found), strict=True)
-    cells = [f"{statistics.mean(c):.1f}" + (f" ± {half_width(c):.1f}" if len(c) > 1 else "") for c in columns]
-    steps = "/".join(sorted({str(record["steps"]) for record in found}))
-    return f"| {ARMS[key[0]].title} | {key[1]} | {key[2]} | {len(found)} | {steps} | {' | '.join(cells)} |"
-
-
-def figure(path: Path, records: list[dict[str, Any]]) -> None:
-    """Bars by edit type on held-out combinations: base, NLL control and ours, means of seeds; whiskers are their 95 % t intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    edits = list(records[0]["results"]["combo"])
-    bars: list[tuple[str, str, list[list[float]]]] = [("base", "#c9c9c9", [[value] for value in base_of(edits, [])])]
-    for arm, colour in (("nll-all", "#7f8790"), ("default", "#1f6f8b")):
-        found = [r for r in records if told(r) == (arm, "1e-3", BEST)]
-        if found:
-            bars.append((f"+ {ARMS[arm].title}", colour, [[r["results"]["combo"][edit]["group"] for r in found] for edit in edits]))
-    canvas, axes = pyplot.subplots(figsize=(10, 3.6), layout="constrained")
-    width = 0.8 / len(bars)
-    for k, (name, colour, each) in enumerate(bars):
-        place = [e + (k - (len(bars) - 1) / 2) * width for e in range(len(edits))]
-        means = [statistics.mean(v) for v in each]
-        axes.bar(place, means, 0.92 * width, color=colour, label=name)
-        if len(each[0]) > 1:
-            axes.errorbar(place, means, [half_width(v) for v in each], fmt="none", ecolor="#333333", elinewidth=0.8)
-    axes.axhline(100 / 6, color="#333333", linewidth=0.8, linestyle=":")
-    axes.text(-0.85, 100 / 6 + 1, "chance", fontsize=8)
-    axes.set_xticks(range(len(edits)), [edit.replace("_", " ") for edit in edits])
-    axes.set_ylim(0, 100)
-    axes.set_ylabel("group accuracy, %")
-    axes.set_title("Held-out combinations", fontsize=11, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    canvas.legend(frameon=False, fontsize=9, ncols=len(bars), loc="outside upper right")
-    canvas.savefig(path, dpi=160)
 
 
 if __name__ == "__main__":

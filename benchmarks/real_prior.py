@@ -37,7 +37,9 @@ from typing import Any
 import prior_groups
 import prior_model
 import prior_pictures
-from learning import NO_CONTRAST, half_width, processor, run_process
+from learning import processor, run_process
+from learning_arms import NO_CONTRAST
+from learning_tables import half_width
 
 from cfvlm_ds.counterfactuals.propose.grammar import versions
 from cfvlm_ds.demo.tiny_llava import build_tiny_llava
@@ -167,7 +169,7 @@ def base(options: argparse.Namespace) -> None:
 
 
 def taught(options: argparse.Namespace, name: str, start: Path, steps: int, more: Sequence[str]) -> int:
-    """Train on natural captions and write an export; goes on from the newest checkpoint. Returns processor seconds (of the last start)."""
+    """Train on natural captions and write an export; goes on from the newest checkpoint. Returns processor seconds."""
     splits = {each: str(options.out / "data" / f"{each}.jsonl") for each in ("names", "names_new")}
     own = [f"--data.evaluation={json.dumps(splits)}", "--train.export=true", "--train.save_minutes=5", "--train.save_total_limit=1"]
     return round(train(options, options.out / name, start, "natural", steps, [*own, *more]))
@@ -275,7 +277,7 @@ def train(options: argparse.Namespace, folder: Path, start: Path, manifest: str,
     command = [sys.executable, "train.py", "--deepspeed", options.deepspeed, "--config", "benchmarks/real_prior.yaml"]
     command += [f"--model.name_or_path={start}", f"--data.train={options.out / 'data' / f'{manifest}.jsonl'}"]
     command += [f"--train.output_dir={folder}", f"--train.max_steps={steps}", *more]
-    return run_process(command, folder, {"OMP_NUM_THREADS": "1"})
+    return run_process(command, folder, {"OMP_NUM_THREADS": "1"}, "finished.json")
 
 
 # results --------------------------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,13 +22,20 @@ from cfvlm_ds.objectives import OBJECTIVES, required_cells
 
 
 @pytest.fixture(scope="module")
-def learning() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("learning", REPO / "benchmarks" / "learning.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["learning"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+def learning() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(REPO / "benchmarks"))
+        yield importlib.import_module("learning")
+
+
+@pytest.fixture(scope="module")
+def arms(learning: ModuleType) -> ModuleType:
+    return sys.modules["learning_arms"]
+
+
+@pytest.fixture(scope="module")
+def shown(learning: ModuleType) -> ModuleType:
+    return sys.modules["learning_tables"]
 
 
 TERMS = {
@@ -60,39 +68,70 @@ def test_every_arm_is_a_run_and_has_the_terms_of_its_title(learning: ModuleType)
     assert required_cells(configs["mdpo"].objective) == "star"
 
 
-def test_rows_with_negatives_of_one_kind(learning: ModuleType, tmp_path: Path) -> None:
+def test_rows_with_negatives_of_one_kind(arms: ModuleType, tmp_path: Path) -> None:
     """Read as any row: the factual pair, and false texts on its image or edited images for its text, as many as there were."""
     path = write_manifest(tmp_path / "m.jsonl", 9)
     for line, whole in zip(path.read_text().splitlines(), read_manifest(path), strict=True):
-        texts, images = (from_row(learning.with_negatives(json.loads(line), kind), tmp_path) for kind in ("texts", "images"))
+        texts, images = (from_row(arms.with_negatives(json.loads(line), kind), tmp_path) for kind in ("texts", "images"))
         assert texts.match == (whole.match[0],) and texts.candidates == whole.candidates and texts.images == whole.images[:1]
         assert images.match == tuple(row[:1] for row in whole.match) and images.images == whole.images
         assert [edit.type for edit in texts.edits] == [edit.type for edit in whole.edits if edit.type != "sham"]
         assert all(edit.image is None for edit in texts.edits) and all(edit.text is None for edit in images.edits)
 
 
+def test_rows_of_fewer_groups_and_of_wrong_ones(arms: ModuleType, tmp_path: Path) -> None:
+    """Of 400 groups the first hundred, and a tenth and a third in which each picture has the other's caption, the tenth among the third."""
+    texts = [{"id": "t0", "text": "a red car"}, {"id": "t1", "text": "a blue car"}]
+    world = [{"id": f"g{k}", "texts": texts, "match": [["i0", "t0", 1], ["i0", "t1", 0]]} for k in range(400)]
+    jobs = [arms.Job("default", "1e-3", 0, groups=groups, noise=noise) for groups, noise in ((100, 0), (0, 10), (0, 30), (0, 0))]
+    few, some, more, whole = ([*arms.rows_of(job, world)] for job in jobs)
+    assert (few, whole) == (world[:100], world)
+    wrong = [{row["id"] for row, old in zip(rows, world, strict=True) if row != old} for rows in (some, more)]
+    assert 24 <= len(wrong[0]) <= 56 and 92 <= len(wrong[1]) <= 148 and wrong[0] < wrong[1]
+    for row, old in zip(more, world, strict=True):
+        if row["id"] in wrong[1]:
+            assert [text["text"] for text in row["texts"]] == [text["text"] for text in reversed(old["texts"])]
+            assert [text["id"] for text in row["texts"]] == ["t0", "t1"] and row["match"] == old["match"]
+    names = [job.rows(tmp_path).name for job in (*jobs, arms.Job("texts", "1e-3", 0, groups=50, noise=5))]
+    assert names == ["train_100.jsonl", "train_noise10.jsonl", "train_noise30.jsonl", "train.jsonl", "train_texts_50_noise5.jsonl"]
+    assert len({job.name for job in jobs}) == 4 and jobs[3].name == "default-1e-3-seed0"
+
+
+def test_a_run_that_was_stopped_is_not_whole_and_its_time_counts(learning: ModuleType, tmp_path: Path) -> None:
+    """A process that ends without its last file (stopped), one that fails, one that ends; then nothing is run."""
+    script = "import sys, time; b = time.process_time()\nwhile time.process_time() < b + 0.2: pass\n"
+    folder = tmp_path / "run"
+    for more in ("", "sys.exit(3)"):
+        with pytest.raises(SystemExit, match="exit code 3" if more else "stopped before its end; the same command goes on"):
+            learning.run_process([sys.executable, "-c", script + more], folder, {}, "finished.json")
+    (folder / "finished.json").write_text("{}")
+    spent = learning.run_process([sys.executable, "-c", script], folder, {}, "finished.json")
+    assert spent > 0.6 and learning.run_process(["no such program"], folder, {}, "finished.json") == pytest.approx(spent, abs=0.01)
+
+
 def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
-    learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learning: ModuleType, arms: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learning, "RECORDS", tmp_path)
+    monkeypatch.setattr(arms, "RECORDS", tmp_path)
     (tmp_path / "rates").mkdir()
     for rate, values in (("3e-4", (60, 62)), ("6e-4", (64, 66)), ("1e-3", (69, 61)), ("2e-3", (70, 40))):
         for seed, value in enumerate(values):
             for arm, extra in (("default", 0), ("dpo", float(rate) * 1e5)):
-                job = learning.Job(arm, rate, seed)
+                job = arms.Job(arm, rate, seed)
                 job.choice.write_text(json.dumps({"arm": arm, "rate": rate, "seed": seed, "validation": value + extra}))
-    assert learning.best_rate("default") == "6e-4", "of equals the lower"
-    assert learning.best_rate("dpo") == "2e-3"
+    assert learning.best_rate(tmp_path / "rates", "default") == "6e-4", "of equals the lower"
+    assert learning.best_rate(tmp_path / "rates", "dpo") == "2e-3"
 
 
-def test_tables_of_records_of_any_age(learning: ModuleType) -> None:
+def test_tables_of_records_of_any_age(learning: ModuleType, shown: ModuleType) -> None:
     """Those of the repository, one seed alone, and differences from the control by seeds that both have, the interval by hand."""
     records = [json.loads(path.read_text()) for path in sorted(learning.RECORDS.glob("*.json")) if path != learning.BASE]
     assert {record["arm"] for record in records} >= {"default", "nll-all"}
-    shown, differences, each = learning.tables(records)
-    assert "| default objective | 1e-3 |" in shown and " ± " in shown and "| default objective | 1e-3 | 8 | " in differences
+    base = json.loads(learning.BASE.read_text())
+    means, differences, each = shown.tables(records, base)
+    assert "| default objective | 1e-3 |" in means and " ± " in means and "| default objective | 1e-3 | 8 | " in differences
     assert each.count("\n") == len(records) + 1, "a line for each run, and two for the head"
-    tables = list(learning.tables([record for record in records if record["seed"] == 0]))
+    tables = list(shown.tables([record for record in records if record["seed"] == 0], base))
     assert len(tables) == 2 and " ± " not in tables[0], "one seed makes no interval"
 
     def seeded(arm: str, seed: int, by: float) -> dict[str, Any]:
@@ -103,7 +142,7 @@ def test_tables_of_records_of_any_age(learning: ModuleType) -> None:
     three = [seeded("nll-all", seed, by) for seed, by in enumerate((0.0, 1.0, 5.0))] + [
         seeded("dpo", seed, by) for seed, by in enumerate((2.0, 4.0))
     ]
-    table = list(learning.tables(three))[1]
+    table = list(shown.tables(three, base))[1]
     # differences 2 and 3: mean 2.5, deviation 0.71, 12.71 * 0.71 / sqrt(2) = 6.4
     assert "| DPO | 1e-3 | 2 | +2.5 ± 6.4 |" in table and "NLL, all pairs | 1e-3" not in table
 
@@ -139,6 +178,6 @@ def test_the_package_holds_what_the_demo_prints() -> None:
     assert set(told["base"]["combo"]) == {*EDITS, "all"}
 
 
-def test_half_the_width_of_an_interval(learning: ModuleType) -> None:
+def test_half_the_width_of_an_interval(shown: ModuleType) -> None:
     """Student's t of 4 values at 95 % is 3.182, worked by hand for 1, 2, 3, 4: deviation 1.291, standard error 0.6455."""
-    assert learning.half_width([1, 2, 3, 4]) == pytest.approx(3.18 * 0.6455, abs=1e-3)
+    assert shown.half_width([1, 2, 3, 4]) == pytest.approx(3.18 * 0.6455, abs=1e-3)

@@ -1,0 +1,127 @@
+"""What one run of benchmarks/learning.py is: an arm with a rate, a seed, a clock and data, and the rows that these ask for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RECORDS = Path(__file__).resolve().parent / "learning"
+RATES = ("3e-4", "6e-4", "1e-3", "2e-3")
+STEPS = 1000
+"""Of the default objective; what is not said of a record's ``clock``."""
+NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
+PAPER = [
+    f"--objective.{term}.{option}={value}"
+    for term, margin in (("csd", 0.25), ("fcd", 0.30))
+    for option, value in (("weight", 0.5), ("margin", margin), ("link", "hinge"), ("len_norm", "anchor"), ("margin_unit", "per_token"))
+]
+ALONE = ("--objective.align.weight=0", *NO_CONTRAST)
+LORA = tuple(f"--model.{module}.tuning=lora" for module in ("vision_tower", "language_model"))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm changes of examples/quickstart.yaml.
+
+    ``scores``: it needs scores of the base. ``negatives``: it trains on rows whose false ``texts`` or ``images`` alone were kept. ``rates``
+    are those that --choose_rates tries.
+    """
+
+    title: str
+    options: tuple[str, ...] = ()
+    scores: bool = False
+    negatives: str = ""
+    rates: tuple[str, ...] = RATES
+
+
+ARMS: dict[str, Arm] = {
+    "nll-factual": Arm("NLL, factual pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
+    "nll-all": Arm("NLL, all pairs", ("--objective.align.counterfactual=1", *NO_CONTRAST)),
+    "dpo": Arm("DPO", (*ALONE, "--objective.dpo.weight=1"), scores=True),
+    "dpo-nll": Arm("DPO beside NLL of all pairs", (*NO_CONTRAST, "--objective.dpo.weight=1"), scores=True),
+    "mdpo": Arm("mDPO", (*ALONE, "--objective.dpo.image_side=1", "--objective.dpo.anchor=1"), scores=True),
+    "symmpo": Arm("SymMPO", (*ALONE, "--objective.symmpo.weight=1"), scores=True),
+    "misp": Arm("MISP-DPO", (*ALONE, "--objective.misp.weight=1"), scores=True),
+    "texts": Arm("default, text negatives only", negatives="texts"),
+    "images": Arm("default, image negatives only", negatives="images"),
+    "paper": Arm(
+        "paper's literal sum",
+        ("--objective.align.counterfactual=0", *PAPER, "--objective.csd.mode=matched", "--objective.fcd.symmetric=false"),
+    ),
+    "default": Arm("default objective"),
+    "no-align": Arm("default without align", ("--objective.align.weight=0",)),
+    "no-csd": Arm("default without csd", ("--objective.csd.weight=0",)),
+    "no-fcd": Arm("default without fcd", ("--objective.fcd.weight=0",)),
+    "lora": Arm("default, adapters and projector", LORA, rates=("1e-3", "2e-3", "4e-3", "8e-3")),
+    "batch-align": Arm("default and batch_align", ("--objective.batch_align.weight=0.3", "--objective.batch_align.texts=16"), scores=True),
+}
+CONTROL_ARM = "nll-all"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training. ``capability`` is ATEN_CPU_CAPABILITY, which, with the threads, decides how sums are rounded; ``clock`` is how long it
+    takes, in steps of the default objective; ``groups`` is how many of the world's it has (0: all), ``noise`` the percentage of them whose
+    texts are exchanged."""
+
+    arm: str
+    rate: str
+    seed: int
+    capability: str = ""
+    threads: int = 1
+    clock: int = STEPS
+    groups: int = 0
+    noise: int = 0
+
+    @property
+    def name(self) -> str:
+        parts = [self.arm, self.rate, f"seed{self.seed}", self.capability, f"{self.threads}threads" if self.threads > 1 else ""]
+        parts += [f"clock{self.clock}" if self.clock != STEPS else "", f"{self.groups}groups" if self.groups else ""]
+        return "-".join(part for part in (*parts, f"noise{self.noise}" if self.noise else "") if part)
+
+    @property
+    def record(self) -> Path:
+        return RECORDS / f"{self.name}.json"
+
+    @property
+    def choice(self) -> Path:
+        """Of the run by which a rate is chosen."""
+        return RECORDS / "rates" / f"{self.name}.json"
+
+    def rows(self, world: Path) -> Path:
+        """The manifest that it trains on."""
+        parts = [ARMS[self.arm].negatives, f"{self.groups}" if self.groups else "", f"noise{self.noise}" if self.noise else ""]
+        return world / f"{'_'.join(['train', *(part for part in parts if part)])}.jsonl"
+
+
+def rows_of(job: Job, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of a run, made of those of the world; which texts are exchanged depends on the ids and the percentage alone."""
+    for place, row in enumerate(rows):
+        if job.groups and place >= job.groups:
+            return
+        if random.Random(f"noise {row['id']}").random() < job.noise / 100:
+            row = exchanged(row)
+        yield with_negatives(row, ARMS[job.arm].negatives) if ARMS[job.arm].negatives else row
+
+
+def exchanged(row: dict[str, Any]) -> dict[str, Any]:
+    """A row that says of each of two pictures what is true of the other: all cells of its truth table are wrong."""
+    first, second = row["texts"]
+    return row | {"texts": [second | {"id": first["id"]}, first | {"id": second["id"]}]}
+
+
+def with_negatives(row: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A row with its false ``texts`` alone, on the factual image, or its edited ``images`` alone, with the factual text."""
+    kept = {"images": row["images"], "texts": row["texts"]}
+    other = "images" if kind == "texts" else "texts"
+    kept[other] = kept[other][:1]
+    names = {part["id"] for each in kept.values() for part in each}
+    edits = [
+        {key: value for key, value in edit.items() if key != other[:-1]}
+        for edit in row["edits"]
+        if kind == "images" or edit["type"] != "sham"
+    ]
+    return row | kept | {"match": [cell for cell in row["match"] if {cell[0], cell[1]} <= names], "edits": edits}

@@ -1,0 +1,130 @@
+"""The tables and the figure of benchmarks/learning.py, of its records."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from learning_arms import ARMS, CONTROL_ARM, STEPS
+
+Base = dict[str, dict[str, float]]
+"""Group accuracy of the base by split and edit, in %."""
+BEST = "best, 1 thread"
+"""How sums are rounded where nobody says otherwise."""
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+"""Student's t of a 95 % interval, by number of pairs."""
+
+
+def told(record: dict[str, Any]) -> tuple[str, str, str]:
+    """What distinguishes the row of a record, beside its seed: arm, rate, and all else."""
+    threads, clock = record["threads"], record.get("clock", STEPS)
+    groups, noise = record.get("groups", 0), record.get("noise", 0)
+    how = [record["capability"] or "best", f"{threads} thread{'s' if threads > 1 else ''}"]
+    how += [f"time of {clock} steps"] if clock != STEPS else []
+    how += [f"{groups:,} groups"] if groups else []
+    how += [f"{noise} % wrong"] if noise else []
+    return record["arm"], record["rate"], ", ".join(how)
+
+
+def tables(records: list[dict[str, Any]], base: Base) -> Iterator[str]:
+    """Group accuracy by edit on held-out combinations, mean over seeds and half the width of its 95 % t interval; then each seed's."""
+    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda r: (list(ARMS).index(r["arm"]), *told(r), r["seed"])):
+        rows.setdefault(told(record), []).append(record)
+    edits = list(records[0]["results"]["combo"])
+    questions = [split for split in records[0]["results"] if split != "combo"]
+    head = [*edits, *questions]
+    pairs = records[0]["results"]["combo"]["relation"]["groups"]
+    yield "\n".join(
+        [
+            f"| group accuracy, %, {pairs} pairs an edit | rate | sums, data | seeds | steps | {' | '.join(head)} |",
+            f"|---|---:|---|---:|---:|{'---:|' * len(head)}",
+            f"| base | | | | | {' | '.join(f'{value:.1f}' for value in base_of(base, edits, questions))} |",
+            *(line(key, found, edits, questions) for key, found in rows.items()),
+        ]
+    )
+    if differences := [each for key, found in rows.items() if (each := paired(key, found, rows, edits))]:
+        title = f"| points above {ARMS[CONTROL_ARM].title}, pairs of seeds | rate | seeds | {' | '.join(edits)} |"
+        yield "\n".join([title, f"|---|---:|---:|{'---:|' * len(edits)}", *differences])
+    yield "\n".join(
+        [
+            f"| run | steps | processor s | {' | '.join(head)} |",
+            f"|---|---:|---:|{'---:|' * len(head)}",
+            *(
+                f"| {ARMS[r['arm']].title}, {r['rate']}, {told(r)[2]}, seed {r['seed']} | {r['steps']} | {r['processor_seconds']} | "
+                f"{' | '.join(f'{value:.1f}' for value in values(r, edits, questions))} |"
+                for found in rows.values()
+                for r in found
+            ),
+        ]
+    )
+
+
+def base_of(base: Base, edits: list[str], questions: list[str]) -> list[float]:
+    return [base["combo"][edit] for edit in edits] + [base[split]["all"] for split in questions]
+
+
+def values(record: dict[str, Any], edits: list[str], questions: list[str]) -> list[float]:
+    found = record["results"]
+    return [found["combo"][edit]["group"] for edit in edits] + [found[split]["all"]["group"] for split in questions]
+
+
+def paired(key: tuple[str, ...], found: list[dict[str, Any]], rows: dict[tuple[str, ...], list[dict[str, Any]]], edits: list[str]) -> str:
+    """An arm's differences from the NLL control, mean and half the width of a 95 % t interval over seeds that both have; "" without two.
+
+    The control is taken at its own rate: the one of which most seeds are there.
+    """
+    control = max((some for other, some in rows.items() if other[0] == CONTROL_ARM and other[2] == key[2]), key=len, default=[])
+    of_seed = {record["seed"]: values(record, edits, []) for record in control}
+    pairs = [(values(record, edits, []), of_seed[record["seed"]]) for record in found if record["seed"] in of_seed]
+    if key[0] == CONTROL_ARM or len(pairs) < 2:
+        return ""
+    columns = [[own[k] - theirs[k] for own, theirs in pairs] for k in range(len(edits))]
+    cells = [f"{statistics.mean(column):+.1f} ± {half_width(column):.1f}" for column in columns]
+    return f"| {ARMS[key[0]].title} | {key[1]} | {len(pairs)} | {' | '.join(cells)} |"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half the width of the 95 % t interval of the mean of two values or more."""
+    return T95[min(len(values), max(T95))] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def line(key: tuple[str, ...], found: list[dict[str, Any]], edits: list[str], questions: list[str]) -> str:
+    columns = zip(*(values(record, edits, questions) for record in found), strict=True)
+    cells = [f"{statistics.mean(c):.1f}" + (f" ± {half_width(c):.1f}" if len(c) > 1 else "") for c in columns]
+    steps = "/".join(sorted({str(record["steps"]) for record in found}))
+    return f"| {ARMS[key[0]].title} | {key[1]} | {key[2]} | {len(found)} | {steps} | {' | '.join(cells)} |"
+
+
+def figure(path: Path, records: list[dict[str, Any]], base: Base) -> None:
+    """Bars by edit type on held-out combinations: base, NLL control and ours, means of seeds; whiskers are their 95 % t intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    edits = list(records[0]["results"]["combo"])
+    bars: list[tuple[str, str, list[list[float]]]] = [("base", "#c9c9c9", [[value] for value in base_of(base, edits, [])])]
+    for arm, colour in (("nll-all", "#7f8790"), ("default", "#1f6f8b")):
+        found = [r for r in records if told(r) == (arm, "1e-3", BEST)]
+        if found:
+            bars.append((f"+ {ARMS[arm].title}", colour, [[r["results"]["combo"][edit]["group"] for r in found] for edit in edits]))
+    canvas, axes = pyplot.subplots(figsize=(10, 3.6), layout="constrained")
+    width = 0.8 / len(bars)
+    for k, (name, colour, each) in enumerate(bars):
+        place = [e + (k - (len(bars) - 1) / 2) * width for e in range(len(edits))]
+        means = [statistics.mean(v) for v in each]
+        axes.bar(place, means, 0.92 * width, color=colour, label=name)
+        if len(each[0]) > 1:
+            axes.errorbar(place, means, [half_width(v) for v in each], fmt="none", ecolor="#333333", elinewidth=0.8)
+    axes.axhline(100 / 6, color="#333333", linewidth=0.8, linestyle=":")
+    axes.text(-0.85, 100 / 6 + 1, "chance", fontsize=8)
+    axes.set_xticks(range(len(edits)), [edit.replace("_", " ") for edit in edits])
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("group accuracy, %")
+    axes.set_title("Held-out combinations", fontsize=11, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    canvas.legend(frameon=False, fontsize=9, ncols=len(bars), loc="outside upper right")
+    canvas.savefig(path, dpi=160)
