@@ -8,6 +8,7 @@ it minus each term, with negatives of one kind, with adapters, and with in-batch
     python benchmarks/learning.py --arms default nll-all --steps 550 1000 2800 8300 --seeds 1  # 2, 4, 10 and 30 minutes
     python benchmarks/learning.py --arms default nll-all --groups 250 1000 4000 0              # of fewer groups
     python benchmarks/learning.py --arms default nll-all --noise 0 10 30                       # of groups that are labelled wrongly
+    python benchmarks/learning.py --grid                        # what `calibrate` says beside settings that a user would try
     python benchmarks/learning.py --report                      # the tables and the figure of what has been run
 
 Every run is `train.py --config examples/quickstart.yaml` with the options of its arm: one base, one world, one schedule, ZeRO-3.
@@ -33,8 +34,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from learning_arms import ARMS, CONTROL_ARM, RECORDS, STEPS, Job, rows_of
-from learning_tables import BEST, figure, tables, told
+from learning_arms import ARMS, CONTROL_ARM, GRID, KNOWN, RECORDS, STEPS, Job, rows_of
+from learning_tables import BEST, choices, figure, tables, told
 
 REPO = Path(__file__).resolve().parent.parent
 DEMO = REPO / "cfvlm_ds" / "demo" / "measured.json"
@@ -50,11 +51,14 @@ SHORT, LONG = 20, 140
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="which arms (default all)")
+    text = f"which arms (default all but those of the grid): {', '.join(KNOWN)}"
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(KNOWN), metavar="ARM", help=text)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
     parser.add_argument("--rates", nargs="+", default=["1e-3"], help="learning rates (default 1e-3)")
     text = f"try the rates of each arm with {CHOICE_SEEDS} seeds, and run its seeds at the one that is best on the validation split"
     parser.add_argument("--choose_rates", action="store_true", help=text)
+    text = f"run the default, what `calibrate` says and a grid of weights and margins, {CHOICE_SEEDS} seeds, on the validation split alone"
+    parser.add_argument("--grid", action="store_true", help=text)
     parser.add_argument("--capabilities", nargs="+", default=[""], help="values of ATEN_CPU_CAPABILITY (default the machine's best)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="threads of a run (default 1)")
     parser.add_argument("--steps", nargs="+", type=int, default=[STEPS], help=f"steps of the default objective (default {STEPS})")
@@ -74,8 +78,12 @@ def main() -> None:
 
 def run_all(arguments: argparse.Namespace) -> None:
     (RECORDS / "rates").mkdir(parents=True, exist_ok=True)
+    if arguments.grid:
+        tried = [Job(arm, rate, seed) for seed in range(CHOICE_SEEDS) for arm in ("default", *GRID) for rate in arguments.rates]
+        run_missing(arguments, [job for job in tried if not job.choice.exists()], choose=True)
+        return
     if arguments.choose_rates:
-        tried = [Job(arm, rate, seed) for seed in range(CHOICE_SEEDS) for arm in arguments.arms for rate in ARMS[arm].rates]
+        tried = [Job(arm, rate, seed) for seed in range(CHOICE_SEEDS) for arm in arguments.arms for rate in KNOWN[arm].rates]
         run_missing(arguments, [job for job in tried if not job.choice.exists()], choose=True)
     rates = {arm: [best_rate(RECORDS / "rates", arm)] if arguments.choose_rates else arguments.rates for arm in arguments.arms}
     ways = itertools.product(arguments.capabilities, arguments.threads, arguments.steps, arguments.groups, arguments.noise)
@@ -88,8 +96,9 @@ def run_missing(arguments: argparse.Namespace, jobs: list[Job], choose: bool = F
     if not jobs:
         return
     prepare(arguments, jobs)
-    arms = sorted({"default", *(job.arm for job in jobs)})
+    arms = sorted({"default", *(job.arm for job in jobs)} - GRID.keys())
     seconds = {arm: seconds_per_step(arguments, arm) for arm in arms}  # one after the other, so that none disturbs another
+    seconds |= dict.fromkeys(GRID, seconds["default"])  # the same terms
     print("processor seconds per step:", {arm: round(value, 3) for arm, value in seconds.items()}, flush=True)
     one = run_choice if choose else run
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -106,12 +115,12 @@ def prepare(arguments: argparse.Namespace, jobs: Sequence[Job]) -> None:
     """Write the world and the base once; the rows of each run; and, where an arm needs them, scores of the base."""
     train(arguments, arguments.out / "build", Job("default", "1e-3", 0), 1)
     world = arguments.out / "scenes"
-    timed = [Job(job.arm, "1e-3", 0) for job in jobs]  # of all groups, as they are
+    timed = [Job(job.arm, "1e-3", 0) for job in jobs]  # of all groups as they are
     for job in {job.rows(world): job for job in (*jobs, *timed)}.values():
         if not (rows := job.rows(world)).exists():
             lines = (json.loads(line) for line in (world / "train.jsonl").read_text().splitlines())
             rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(job, lines)))
-        if ARMS[job.arm].scores and not (scores := scores_of(rows)).exists():
+        if KNOWN[job.arm].scores and not (scores := scores_of(rows)).exists():
             command = [sys.executable, "-m", "cfvlm_ds", "score", str(arguments.out / "base"), str(rows), "--out", str(scores)]
             subprocess.run(command, cwd=REPO, check=True)
 
@@ -182,7 +191,7 @@ def train(
     """Train to the end; returns processor seconds, start and evaluation (of so many groups of each split in ``limits``) included."""
     command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z3.json", "--config", "examples/quickstart.yaml"]
     command += [f"--build.base={arguments.out / 'base'}", f"--model.name_or_path={arguments.out / 'base'}"]
-    world, arm = arguments.out / "scenes", ARMS[job.arm]
+    world, arm = arguments.out / "scenes", KNOWN[job.arm]
     rows = job.rows(world)
     command += [f"--build.scenes.out_dir={world}", f"--build.scenes.num_test={arguments.num_test}", f"--data.train={rows}"]
     splits = {
@@ -235,7 +244,8 @@ def report(arguments: argparse.Namespace) -> None:
     if not records or not BASE.exists():
         sys.exit(f"{RECORDS} holds no results; run without --report first")
     base = json.loads(BASE.read_text())
-    text = "\n\n".join(tables(records, base))
+    chosen = [json.loads(path.read_text()) for path in sorted((RECORDS / "rates").glob("*.json"))]
+    text = "\n\n".join([*tables(records, base), *([choices(chosen)] if chosen else [])])
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "learning.md").write_text(text + "\n")
     figure(arguments.out / "learning.png", records, base)

@@ -61,6 +61,26 @@ ARMS: dict[str, Arm] = {
 CONTROL_ARM = "nll-all"
 
 
+def _contrast(**options: float | str) -> tuple[str, ...]:
+    return tuple(f"--objective.{term}.{name}={value}" for term in ("csd", "fcd") for name, value in options.items())
+
+
+GRID: dict[str, Arm] = {
+    "calibrated": Arm(
+        "what `calibrate` says", (*_contrast(len_norm="anchor"), "--objective.csd.margin=0.14", "--objective.fcd.margin=0.06")
+    ),
+    **{
+        f"grid-{weight}-{margin}": Arm(f"weights {weight}, margins {margin}", _contrast(weight=weight, margin=margin))
+        for weight in (0.3, 1, 3)
+        for margin in (0.3, 1, 3)
+        if (weight, margin) != (1, 1)  # the default
+    },
+}
+"""What `cfvlm-ds calibrate runs/learning/base runs/learning/scenes/train.jsonl --limit 1000` says of the base, and the settings that a user
+would try without it."""
+KNOWN = ARMS | GRID
+
+
 @dataclass(frozen=True)
 class Job:
     """One training. ``capability`` is ATEN_CPU_CAPABILITY, which, with the threads, decides how sums are rounded; ``clock`` is how long it
@@ -93,7 +113,7 @@ class Job:
 
     def rows(self, world: Path) -> Path:
         """The manifest that it trains on."""
-        parts = [ARMS[self.arm].negatives, f"{self.groups}" if self.groups else "", f"noise{self.noise}" if self.noise else ""]
+        parts = [KNOWN[self.arm].negatives, f"{self.groups}" if self.groups else "", f"noise{self.noise}" if self.noise else ""]
         return world / f"{'_'.join(['train', *(part for part in parts if part)])}.jsonl"
 
 
@@ -104,7 +124,7 @@ def rows_of(job: Job, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
             return
         if random.Random(f"noise {row['id']}").random() < job.noise / 100:
             row = exchanged(row)
-        yield with_negatives(row, ARMS[job.arm].negatives) if ARMS[job.arm].negatives else row
+        yield with_negatives(row, KNOWN[job.arm].negatives) if KNOWN[job.arm].negatives else row
 
 
 def exchanged(row: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from learning_arms import ARMS, CONTROL_ARM, STEPS
+from learning_arms import CONTROL_ARM, KNOWN, STEPS
 
 Base = dict[str, dict[str, float]]
 """Group accuracy of the base by split and edit, in %."""
@@ -31,7 +31,7 @@ def told(record: dict[str, Any]) -> tuple[str, str, str]:
 def tables(records: list[dict[str, Any]], base: Base) -> Iterator[str]:
     """Group accuracy by edit on held-out combinations, mean over seeds and half the width of its 95 % t interval; then each seed's."""
     rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for record in sorted(records, key=lambda r: (list(ARMS).index(r["arm"]), *told(r), r["seed"])):
+    for record in sorted(records, key=lambda r: (list(KNOWN).index(r["arm"]), *told(r), r["seed"])):
         rows.setdefault(told(record), []).append(record)
     edits = list(records[0]["results"]["combo"])
     questions = [split for split in records[0]["results"] if split != "combo"]
@@ -46,14 +46,14 @@ def tables(records: list[dict[str, Any]], base: Base) -> Iterator[str]:
         ]
     )
     if differences := [each for key, found in rows.items() if (each := paired(key, found, rows, edits))]:
-        title = f"| points above {ARMS[CONTROL_ARM].title}, pairs of seeds | rate | seeds | {' | '.join(edits)} |"
+        title = f"| points above {KNOWN[CONTROL_ARM].title}, pairs of seeds | rate | seeds | {' | '.join(edits)} |"
         yield "\n".join([title, f"|---|---:|---:|{'---:|' * len(edits)}", *differences])
     yield "\n".join(
         [
             f"| run | steps | processor s | {' | '.join(head)} |",
             f"|---|---:|---:|{'---:|' * len(head)}",
             *(
-                f"| {ARMS[r['arm']].title}, {r['rate']}, {told(r)[2]}, seed {r['seed']} | {r['steps']} | {r['processor_seconds']} | "
+                f"| {KNOWN[r['arm']].title}, {r['rate']}, {told(r)[2]}, seed {r['seed']} | {r['steps']} | {r['processor_seconds']} | "
                 f"{' | '.join(f'{value:.1f}' for value in values(r, edits, questions))} |"
                 for found in rows.values()
                 for r in found
@@ -64,6 +64,18 @@ def tables(records: list[dict[str, Any]], base: Base) -> Iterator[str]:
 
 def base_of(base: Base, edits: list[str], questions: list[str]) -> list[float]:
     return [base["combo"][edit] for edit in edits] + [base[split]["all"] for split in questions]
+
+
+def choices(records: list[dict[str, Any]]) -> str:
+    """Group accuracy on the validation split, by arm and rate: mean over seeds, and each."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for record in sorted(records, key=lambda each: (list(KNOWN).index(each["arm"]), float(each["rate"]), each["seed"])):
+        found.setdefault((record["arm"], record["rate"]), {})[record["seed"]] = record["validation"]
+    lines = []
+    for (arm, rate), of_seed in found.items():
+        each = ", ".join(f"{value:.1f}" for value in of_seed.values())
+        lines.append(f"| {KNOWN[arm].title} | {rate} | {statistics.mean(of_seed.values()):.1f} | {each} |")
+    return "\n".join(["| validation, % | rate | mean | by seed |", "|---|---:|---:|---|", *lines])
 
 
 def values(record: dict[str, Any], edits: list[str], questions: list[str]) -> list[float]:
@@ -83,7 +95,7 @@ def paired(key: tuple[str, ...], found: list[dict[str, Any]], rows: dict[tuple[s
         return ""
     columns = [[own[k] - theirs[k] for own, theirs in pairs] for k in range(len(edits))]
     cells = [f"{statistics.mean(column):+.1f} ± {half_width(column):.1f}" for column in columns]
-    return f"| {ARMS[key[0]].title} | {key[1]} | {len(pairs)} | {' | '.join(cells)} |"
+    return f"| {KNOWN[key[0]].title} | {key[1]} | {len(pairs)} | {' | '.join(cells)} |"
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -95,7 +107,7 @@ def line(key: tuple[str, ...], found: list[dict[str, Any]], edits: list[str], qu
     columns = zip(*(values(record, edits, questions) for record in found), strict=True)
     cells = [f"{statistics.mean(c):.1f}" + (f" ± {half_width(c):.1f}" if len(c) > 1 else "") for c in columns]
     steps = "/".join(sorted({str(record["steps"]) for record in found}))
-    return f"| {ARMS[key[0]].title} | {key[1]} | {key[2]} | {len(found)} | {steps} | {' | '.join(cells)} |"
+    return f"| {KNOWN[key[0]].title} | {key[1]} | {key[2]} | {len(found)} | {steps} | {' | '.join(cells)} |"
 
 
 def figure(path: Path, records: list[dict[str, Any]], base: Base) -> None:
@@ -110,7 +122,7 @@ def figure(path: Path, records: list[dict[str, Any]], base: Base) -> None:
     for arm, colour in (("nll-all", "#7f8790"), ("default", "#1f6f8b")):
         found = [r for r in records if told(r) == (arm, "1e-3", BEST)]
         if found:
-            bars.append((f"+ {ARMS[arm].title}", colour, [[r["results"]["combo"][edit]["group"] for r in found] for edit in edits]))
+            bars.append((f"+ {KNOWN[arm].title}", colour, [[r["results"]["combo"][edit]["group"] for r in found] for edit in edits]))
     canvas, axes = pyplot.subplots(figsize=(10, 3.6), layout="constrained")
     width = 0.8 / len(bars)
     for k, (name, colour, each) in enumerate(bars):

@@ -54,8 +54,8 @@ TERMS = {
 
 
 def test_every_arm_is_a_run_and_has_the_terms_of_its_title(learning: ModuleType) -> None:
-    assert TERMS.keys() < learning.ARMS.keys() and len({arm.title for arm in learning.ARMS.values()}) == len(learning.ARMS)
-    for name, arm in learning.ARMS.items():
+    assert TERMS.keys() < learning.ARMS.keys() and len({arm.title for arm in learning.KNOWN.values()}) == len(learning.KNOWN)
+    for name, arm in learning.KNOWN.items():
         config = parse_config(["--config", "examples/quickstart.yaml", *arm.options], OBJECTIVES)
         assert set(config.objective) == TERMS.get(name, {"align", "csd", "fcd"}), name
         assert arm.scores == any(term.needs_reference or term.needs_prior for term in config.objective.values()), name
@@ -66,6 +66,10 @@ def test_every_arm_is_a_run_and_has_the_terms_of_its_title(learning: ModuleType)
     }
     assert (configs["dpo"].objective["dpo"].image_side, configs["mdpo"].objective["dpo"].image_side) == (0, 1)
     assert required_cells(configs["mdpo"].objective) == "star"
+    grid = [parse_config(["--config", "examples/quickstart.yaml", *arm.options], OBJECTIVES).objective for arm in learning.GRID.values()]
+    settings = [(each["csd"].weight, each["csd"].margin, each["fcd"].weight, each["fcd"].margin) for each in grid]
+    assert len(settings) == len(set(settings)) == 9 and grid[0]["fcd"].len_norm == "anchor" and settings[0] == (1, 0.14, 1, 0.06)
+    assert all(each[:2] == each[2:] for each in settings[1:]) and (1, 1, 1, 1) not in settings
 
 
 def test_rows_with_negatives_of_one_kind(arms: ModuleType, tmp_path: Path) -> None:
@@ -110,7 +114,7 @@ def test_a_run_that_was_stopped_is_not_whole_and_its_time_counts(learning: Modul
 
 
 def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
-    learning: ModuleType, arms: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learning: ModuleType, arms: ModuleType, shown: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arms, "RECORDS", tmp_path)
     (tmp_path / "rates").mkdir()
@@ -121,6 +125,8 @@ def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
                 job.choice.write_text(json.dumps({"arm": arm, "rate": rate, "seed": seed, "validation": value + extra}))
     assert learning.best_rate(tmp_path / "rates", "default") == "6e-4", "of equals the lower"
     assert learning.best_rate(tmp_path / "rates", "dpo") == "2e-3"
+    table = shown.choices([json.loads(path.read_text()) for path in (tmp_path / "rates").iterdir()])
+    assert "| default objective | 6e-4 | 65.0 | 64.0, 66.0 |" in table and table.count("\n") == 9
 
 
 def test_tables_of_records_of_any_age(learning: ModuleType, shown: ModuleType) -> None:
