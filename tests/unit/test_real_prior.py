@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPO
-from cut_outs import SHOWN, write_cut_outs
+from cut_outs import SHOWN, write_cut_outs, write_language_model
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import read_manifest
+from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 from cfvlm_ds.objectives import OBJECTIVES
 
 SIZES = {"natural": 60, "train": 80, "validation": 8, "test": 48, "yes_no": 40, "names": 6}
@@ -29,7 +32,10 @@ ROUNDED = {"red": 0, "orange": 28, "yellow": 50, "green": 115, "blue": 215, "pur
 def modules() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(REPO / "benchmarks"))
-        yield {name: importlib.import_module(name) for name in ("real_prior", "prior_pictures", "prior_groups", "prior_model")}
+        yield {
+            name: importlib.import_module(name)
+            for name in ("real_prior", "prior_pictures", "prior_groups", "prior_model", "prior_projector")
+        }
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +158,30 @@ def test_a_model_without_gguf_or_file_is_one_sentence(modules: Any, tmp_path: Pa
 
 
 TERMS = {"nll-natural": {"align"}, "nll-all": {"align"}, "dpo": {"dpo"}, "default": {"align", "csd", "fcd"}}
+
+
+def test_visual_tokens_are_near_the_words_of_what_a_picture_shows(modules: Any, data: Path, tmp_path: Path) -> None:
+    """By transformers' own forward of the model that is written: the mean of a picture's tokens, against the mean vector of each name."""
+    language = write_language_model(tmp_path / "language")
+    small = build_tiny_llava(modules["prior_model"].small_llava(tmp_path / "small"), ["a banana"])
+    manifest = data / "natural.jsonl"
+    found = modules["prior_projector"].translated(small, language, manifest, tmp_path / "projector.pt", epochs=300)
+    again = modules["prior_projector"].translated(small, language, manifest, tmp_path / "projector.pt", epochs=0)
+    assert again.keys() == found.keys() and again["top5"] == found["top5"] >= found["top1"], "kept"
+    written = modules["prior_model"].write_llava(language, small, tmp_path / "llava", found["weights"])
+    model: Any = AutoModelForImageTextToText.from_pretrained(written, dtype=torch.float32)
+    processor: Any = AutoProcessor.from_pretrained(written)
+    shown = [row for row in rows(data, "natural")[:54] if len(row["meta"]["things"]) == 1]  # learned from: 60, of which 6 are held back
+    names = sorted({name for row in rows(data, "natural") for name in row["meta"]["things"]})
+    vectors = model.get_input_embeddings().weight.detach()
+    words = torch.stack([vectors[processor.tokenizer(f" {name}")["input_ids"]].mean(0) for name in names])
+    pictures = [Image.open(data / row["images"][0]["path"]) for row in shown]
+    with torch.no_grad():
+        tokens = model.model.get_image_features(pixel_values=processor.image_processor(pictures, return_tensors="pt")["pixel_values"])
+    means = torch.stack([each.mean(0) for each in getattr(tokens, "pooler_output", tokens)])
+    near = torch.nn.functional.cosine_similarity(means[:, None] - words.mean(0), words - words.mean(0), dim=-1).argmax(1)
+    right = [names[place] in row["meta"]["things"] for place, row in zip(near.tolist(), shown, strict=True)]
+    assert len(right) > 20 and sum(right) > 0.8 * len(right)
 
 
 def test_every_arm_has_the_terms_of_its_title(modules: Any) -> None:
