@@ -112,13 +112,15 @@ def run_missing(arguments: argparse.Namespace, jobs: list[Job], choose: bool = F
 
 
 def prepare(arguments: argparse.Namespace, jobs: Sequence[Job]) -> None:
-    """Write the world and the base once; the rows of each run; and, where an arm needs them, scores of the base."""
-    train(arguments, arguments.out / "build", Job("default", "1e-3", 0), 1)
-    world = arguments.out / "scenes"
+    """Write the base, and each world, once; the rows of each run; and, where an arm needs them, scores of the base."""
     timed = [Job(job.arm, "1e-3", 0) for job in jobs]  # of all groups as they are
-    for job in {job.rows(world): job for job in (*jobs, *timed)}.values():
-        if not (rows := job.rows(world)).exists():
-            lines = (json.loads(line) for line in (world / "train.jsonl").read_text().splitlines())
+    plain = [Job(name, "1e-3", 0) for name in ("default", *KNOWN) if not KNOWN[name].scores and not KNOWN[name].negatives]
+    for world in {job.world(arguments.out): job for job in (plain[0], *jobs)}:
+        first = next(job for job in plain if job.world(arguments.out) == world)
+        train(arguments, arguments.out / world.name.replace("scenes", "build"), first, 1)
+    for job in {job.rows(arguments.out): job for job in (*jobs, *timed)}.values():
+        if not (rows := job.rows(arguments.out)).exists():
+            lines = (json.loads(line) for line in (job.world(arguments.out) / "train.jsonl").read_text().splitlines())
             rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(job, lines)))
         if KNOWN[job.arm].scores and not (scores := scores_of(rows)).exists():
             command = [sys.executable, "-m", "cfvlm_ds", "score", str(arguments.out / "base"), str(rows), "--out", str(scores)]
@@ -191,9 +193,9 @@ def train(
     """Train to the end; returns processor seconds, start and evaluation (of so many groups of each split in ``limits``) included."""
     command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z3.json", "--config", "examples/quickstart.yaml"]
     command += [f"--build.base={arguments.out / 'base'}", f"--model.name_or_path={arguments.out / 'base'}"]
-    world, arm = arguments.out / "scenes", KNOWN[job.arm]
-    rows = job.rows(world)
-    command += [f"--build.scenes.out_dir={world}", f"--build.scenes.num_test={arguments.num_test}", f"--data.train={rows}"]
+    world, arm, rows = arguments.out / "scenes", KNOWN[job.arm], job.rows(arguments.out)
+    command += [f"--build.scenes.out_dir={job.world(arguments.out)}", f"--build.scenes.num_counterfactuals={arm.counterfactuals}"]
+    command += [f"--build.scenes.num_test={arguments.num_test}", f"--data.train={rows}"]
     splits = {
         name: {"path": str(world / f"{name if name == VALIDATION else f'test_{name}'}.jsonl"), "limit": limit}
         for name, limit in (limits or {}).items()

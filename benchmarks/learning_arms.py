@@ -26,14 +26,15 @@ LORA = tuple(f"--model.{module}.tuning=lora" for module in ("vision_tower", "lan
 class Arm:
     """What one arm changes of examples/quickstart.yaml.
 
-    ``scores``: it needs scores of the base. ``negatives``: it trains on rows whose false ``texts`` or ``images`` alone were kept. ``rates``
-    are those that --choose_rates tries.
+    ``scores``: it needs scores of the base. ``negatives``: it trains on rows whose false ``texts`` or ``images`` alone were kept.
+    ``counterfactuals``: of each scene, in training. ``rates`` are those that --choose_rates tries.
     """
 
     title: str
     options: tuple[str, ...] = ()
     scores: bool = False
     negatives: str = ""
+    counterfactuals: int = 1
     rates: tuple[str, ...] = RATES
 
 
@@ -57,6 +58,8 @@ ARMS: dict[str, Arm] = {
     "no-fcd": Arm("default without fcd", ("--objective.fcd.weight=0",)),
     "lora": Arm("default, adapters and projector", LORA, rates=("1e-3", "2e-3", "4e-3", "8e-3")),
     "batch-align": Arm("default and batch_align", ("--objective.batch_align.weight=0.3", "--objective.batch_align.texts=16"), scores=True),
+    "three": Arm("default, three counterfactuals a scene", counterfactuals=3),
+    "hardest": Arm("default, the hardest of three counterfactuals", ("--train.hard_negatives=1",), counterfactuals=3),
 }
 CONTROL_ARM = "nll-all"
 
@@ -111,10 +114,14 @@ class Job:
         """Of the run by which a rate is chosen."""
         return RECORDS / "rates" / f"{self.name}.json"
 
-    def rows(self, world: Path) -> Path:
+    def world(self, out: Path) -> Path:
+        """The folder of the scenes that it trains on."""
+        return out / ("scenes" if KNOWN[self.arm].counterfactuals == 1 else f"scenes-{KNOWN[self.arm].counterfactuals}")
+
+    def rows(self, out: Path) -> Path:
         """The manifest that it trains on."""
         parts = [KNOWN[self.arm].negatives, f"{self.groups}" if self.groups else "", f"noise{self.noise}" if self.noise else ""]
-        return world / f"{'_'.join(['train', *(part for part in parts if part)])}.jsonl"
+        return self.world(out) / f"{'_'.join(['train', *(part for part in parts if part)])}.jsonl"
 
 
 def rows_of(job: Job, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -97,6 +97,7 @@ def test_rows_of_fewer_groups_and_of_wrong_ones(arms: ModuleType, tmp_path: Path
             assert [text["text"] for text in row["texts"]] == [text["text"] for text in reversed(old["texts"])]
             assert [text["id"] for text in row["texts"]] == ["t0", "t1"] and row["match"] == old["match"]
     names = [job.rows(tmp_path).name for job in (*jobs, arms.Job("texts", "1e-3", 0, groups=50, noise=5))]
+    assert [arms.Job(arm, "1e-3", 0).rows(tmp_path).parent.name for arm in ("default", "hardest")] == ["scenes", "scenes-3"]
     assert names == ["train_100.jsonl", "train_noise10.jsonl", "train_noise30.jsonl", "train.jsonl", "train_texts_50_noise5.jsonl"]
     assert len({job.name for job in jobs}) == 4 and jobs[3].name == "default-1e-3-seed0"
 
