@@ -26,6 +26,8 @@ import pytest
 ALLOWED = 1.5
 LEAST_S = 2.0
 """A file of less is noise of imports and fixtures, and may always take this much."""
+CLOSE = 0.85
+"""A file that takes this share of what it may is named, before a slower run of the same tests fails."""
 _WORK = "fixed piece of work"
 
 
@@ -58,19 +60,29 @@ def fixed_work() -> float:
     return min(found)
 
 
-def judged(spent_s: Mapping[str, float], system_s: Mapping[str, float], work_s: float, budget: dict[str, float]) -> list[str]:
+def limit(name: str, work_s: float, budget: Mapping[str, float]) -> float:
+    """Processor seconds that a file may take here."""
+    return max(LEAST_S, ALLOWED * budget[name]) * max(1.0, work_s / budget[_WORK])
+
+
+def judged(spent_s: Mapping[str, float], system_s: Mapping[str, float], work_s: float, budget: Mapping[str, float]) -> list[str]:
     """What is wrong, a sentence a file."""
-    slower = max(1.0, work_s / budget[_WORK])
     wrong = []
     for name, seconds in sorted(spent_s.items()):
         if name not in budget:
             remedy = "write it with `pytest --write-budget`"
             wrong.append(f"{name} has no budget and took {seconds:.1f} processor seconds: {remedy}")
-        elif seconds > (limit := max(LEAST_S, ALLOWED * budget[name]) * slower):
-            allowed = f"over the {limit:.1f} that its budget of {budget[name]:.1f} allows here"
+        elif seconds > (most := limit(name, work_s, budget)):
+            allowed = f"over the {most:.1f} that its budget of {budget[name]:.1f} allows here"
             remedy = "make it cheaper, mark what is long as long, or say in the commit why the budget is raised"
             wrong.append(f"{name} took {seconds:.1f} processor seconds ({system_s[name]:.1f} in the kernel), {allowed}: {remedy}")
     return wrong
+
+
+def close(spent_s: Mapping[str, float], work_s: float, budget: Mapping[str, float]) -> list[str]:
+    """Files that are within their budget by little, each with what it took and may take."""
+    known = {name: limit(name, work_s, budget) for name in sorted(spent_s) if name in budget}
+    return [f"{name} {spent_s[name]:.1f} of {most:.1f}" for name, most in known.items() if CLOSE * most < spent_s[name] <= most]
 
 
 class Plugin:
@@ -84,6 +96,7 @@ class Plugin:
         self.system: Counter[str] = Counter()
         self.work: dict[str, float] = {}
         self.wrong: list[str] = []
+        self.close: list[str] = []
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
@@ -117,7 +130,7 @@ class Plugin:
             known |= {name: round(seconds / slower, 1) for name, seconds in self.spent.items()}
             self.file.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
         elif self.judges and self.spent and self.file.is_file():
-            self.wrong = judged(self.spent, self.system, work, known)
+            self.wrong, self.close = judged(self.spent, self.system, work, known), close(self.spent, work, known)
             if self.wrong and session.exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -125,6 +138,8 @@ class Plugin:
         total, system = sum(self.spent.values()), sum(self.system.values())
         work = f"; the fixed piece of work took {1000 * median(self.work.values()):.0f} ms" if self.work else ""
         terminalreporter.write_line(f"processor seconds: {total:.0f} ({system:.0f} in the kernel) in {len(self.spent)} files{work}")
+        if self.close:
+            terminalreporter.write_line(f"processor seconds close to what is allowed: {', '.join(self.close)}")
         for sentence in self.wrong:
             terminalreporter.write_line(f"over budget: {sentence}", red=True)
 

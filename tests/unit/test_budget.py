@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from budget import fixed_work, judged
+from budget import close, fixed_work, judged
 from conftest import REPO, environment
 
 BURN = (
@@ -62,3 +62,10 @@ def test_a_slower_machine_gets_as_much_more() -> None:
     assert wrong(15.1, 1.0) and not wrong(14.9, 1.0)
     assert wrong(30.1, 2.0) and not wrong(29.9, 2.0)
     assert wrong(15.1, 0.5), "a faster one does not get less"
+
+
+def test_a_file_that_is_within_its_budget_by_little_is_named() -> None:
+    budget = {"fixed piece of work": 1.0, "test_a.py": 10.0, "test_b.py": 10.0, "test_c.py": 10.0, "test_d.py": 0.1}
+    taken = {"test_a.py": 12.0, "test_b.py": 14.0, "test_c.py": 15.1, "test_d.py": 1.9, "test_new.py": 9.0}
+    assert close(taken, 1.0, budget) == ["test_b.py 14.0 of 15.0", "test_d.py 1.9 of 2.0"]
+    assert close(taken, 1.1, budget) == ["test_c.py 15.1 of 16.5", "test_d.py 1.9 of 2.2"]
