@@ -118,7 +118,7 @@ def prepare(arguments: argparse.Namespace, jobs: Sequence[Job]) -> None:
     for world in {job.world(arguments.out): job for job in (plain[0], *jobs)}:
         first = next(job for job in plain if job.world(arguments.out) == world)
         train(arguments, arguments.out / world.name.replace("scenes", "build"), first, 1)
-    for job in {job.rows(arguments.out): job for job in (*jobs, *timed)}.values():
+    for job in {(job.rows(arguments.out), KNOWN[job.arm].scores): job for job in (*jobs, *timed)}.values():
         if not (rows := job.rows(arguments.out)).exists():
             lines = (json.loads(line) for line in (job.world(arguments.out) / "train.jsonl").read_text().splitlines())
             rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(job, lines)))

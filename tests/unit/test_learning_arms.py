@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import sys
@@ -111,6 +112,21 @@ def test_a_run_that_was_stopped_is_not_whole_and_its_time_counts(learning: Modul
     (folder / "finished.json").write_text("{}")
     spent = learning.run_process([sys.executable, "-c", script], folder, {}, "finished.json")
     assert spent > 0.3 and learning.run_process(["no such program"], folder, {}, "finished.json") == pytest.approx(spent, abs=0.01)
+
+
+def test_an_arm_gets_scores_of_the_base_whatever_arms_share_its_rows(
+    learning: ModuleType, arms: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One scoring of each manifest on which an arm that needs it trains, be it named first or last."""
+    called: list[list[str]] = []
+    monkeypatch.setattr(learning, "train", lambda *_: 0.0)
+    monkeypatch.setattr(learning.subprocess, "run", lambda command, **_: called.append(command))
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "scenes" / "train.jsonl").write_text(json.dumps({"id": "g0"}) + "\n")
+    for names in (("dpo", "default"), ("default", "dpo", "mdpo"), ("default", "nll-all")):
+        learning.prepare(argparse.Namespace(out=tmp_path), [arms.Job(name, "1e-3", 0) for name in names])
+    manifest = str(tmp_path / "scenes" / "train.jsonl")
+    assert [(command[3], command[5]) for command in called] == [("score", manifest)] * 2
 
 
 def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
