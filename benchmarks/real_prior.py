@@ -55,25 +55,32 @@ PRIOR_LIMIT = 200
 """Groups of ``test`` on which the language model is asked what it would guess before it has seen any picture."""
 SHORT, LONG = 2, 10
 """Steps of the two runs whose difference is the time of a step."""
+NATURAL = 1200
+"""Natural captions that are mixed in, the first so many."""
 GUESSED = ("colour", "count", "place")
 """Edits of which one side is what is usual."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What one arm changes of benchmarks/real_prior.yaml; ``scores``: it needs scores of the base."""
+    """What one arm changes of benchmarks/real_prior.yaml. ``scores``: it needs the base's scores of that manifest. ``natural``: one row
+    in four is a natural caption, as the base learned from."""
 
     title: str
     options: tuple[str, ...] = ()
-    scores: bool = False
-    rates: tuple[str, ...] = ("2e-4", "5e-4", "1e-3")
+    scores: str = ""
+    natural: bool = False
+    rates: tuple[str, ...] = ("2e-4", "5e-4", "1e-3", "2e-3")
 
 
 ARMS = {
     "nll-natural": Arm("NLL, natural pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
     "nll-all": Arm("NLL, all pairs", NO_CONTRAST),
-    "dpo": Arm("DPO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.dpo.weight=1"), scores=True),
+    "dpo": Arm("DPO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.dpo.weight=1"), scores="train"),
     "default": Arm("default objective"),
+    "nll-all-mixed": Arm("NLL, all pairs, natural captions mixed in", NO_CONTRAST, natural=True),
+    "default-mixed": Arm("default, natural captions mixed in", natural=True),
+    "default-retain": Arm("default, natural captions mixed in, retain", ("--objective.retain.weight=1",), scores="natural", natural=True),
 }
 
 
@@ -177,7 +184,7 @@ def taught(options: argparse.Namespace, name: str, start: Path, steps: int, more
     """Train on natural captions and write an export; goes on from the newest checkpoint. Returns processor seconds."""
     splits = {each: str(options.out / "data" / f"{each}.jsonl") for each in ("names", "names_new")}
     own = [f"--data.evaluation={json.dumps(splits)}", "--train.export=true", "--train.save_minutes=5", "--train.save_total_limit=1"]
-    return round(train(options, options.out / name, start, "natural", steps, [*own, *more]))
+    return round(train(options, options.out / name, start, steps, [f"--data.train={options.out / 'data' / 'natural.jsonl'}", *own, *more]))
 
 
 def evaluated(
@@ -265,23 +272,32 @@ def run(options: argparse.Namespace, job: Job, steps: int, splits: Sequence[str]
 
 
 def arm_train(options: argparse.Namespace, name: str, job: Job, steps: int, splits: Sequence[str]) -> float:
-    data, start, arm = options.out / "data", options.out / "base" / "export", ARMS[job.arm]
+    arm = ARMS[job.arm]
     given = [f"--train.seed={job.seed}", f"--train.learning_rate={job.rate}", f"--model.vision_tower.tuning={options.tower}", *arm.options]
+    given.append(f"--data.evaluation={json.dumps({split: str(options.out / 'data' / f'{split}.jsonl') for split in splits})}")
+    return train(options, options.out / name, options.out / "base" / "export", steps, [*rows_of(options, arm), *given])
+
+
+def rows_of(options: argparse.Namespace, arm: Arm) -> list[str]:
+    """The options of the rows that an arm trains on, and of the base's scores of them, which are written once."""
+    paths = {name: options.out / "data" / f"{name}.jsonl" for name in ("train", "natural")}
+    scores = {}
     if arm.scores:
-        scores = data / "train.scores.jsonl"
-        command = [sys.executable, "-m", "cfvlm_ds", "score", str(start), str(data / "train.jsonl"), "--batch_size", "4"]
-        command += ["--out", str(scores)]
-        run_process(command, options.out / "scores", {"OMP_NUM_THREADS": "1"})
-        given.append(f"--data.scores={scores}")
-    given.append(f"--data.evaluation={json.dumps({split: str(data / f'{split}.jsonl') for split in splits})}")
-    return train(options, options.out / name, start, "train", steps, given)
+        scores["scores"] = str(paths[arm.scores].with_suffix(".scores.jsonl"))
+        command = [sys.executable, "-m", "cfvlm_ds", "score", str(options.out / "base" / "export"), str(paths[arm.scores])]
+        command += ["--batch_size", "4", "--out", scores["scores"], *(["--limit", str(NATURAL)] if arm.scores == "natural" else [])]
+        run_process(command, options.out / f"scores-{arm.scores}", {"OMP_NUM_THREADS": "1"})
+    if not arm.natural:
+        return [f"--data.train={paths['train']}", *(f"--data.{name}={path}" for name, path in scores.items())]
+    groups = {"path": str(paths["train"]), "weight": 3, **({"objectives": ["align", "csd", "fcd"]} if scores else {})}
+    natural = {"path": str(paths["natural"]), "weight": 1, "limit": NATURAL, **scores}
+    return [f"--data.train={json.dumps([groups, natural])}"]
 
 
-def train(options: argparse.Namespace, folder: Path, start: Path, manifest: str, steps: int, more: Sequence[str]) -> float:
+def train(options: argparse.Namespace, folder: Path, start: Path, steps: int, more: Sequence[str]) -> float:
     """Processor seconds, start and evaluation included."""
     command = [sys.executable, "train.py", "--deepspeed", options.deepspeed, "--config", "benchmarks/real_prior.yaml"]
-    command += [f"--model.name_or_path={start}", f"--data.train={options.out / 'data' / f'{manifest}.jsonl'}"]
-    command += [f"--train.output_dir={folder}", f"--train.max_steps={steps}", *more]
+    command += [f"--model.name_or_path={start}", f"--train.output_dir={folder}", f"--train.max_steps={steps}", *more]
     return run_process(command, folder, {"OMP_NUM_THREADS": "1"}, "finished.json")
 
 

@@ -39,14 +39,16 @@ def test_every_part_and_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bench, "LONG", 3)
     options = ["--font", str(write_cut_outs(tmp_path / "cut_outs")), "--language_model", str(write_language_model(tmp_path / "language"))]
     options += ["--out", str(tmp_path / "out"), "--records", str(tmp_path / "records"), "--sizes", json.dumps(SIZES)]
-    options += ["--tower_steps", "2", "--base_steps", "2", "--steps", "2", "--seeds", "1", "--arms", "dpo", "default"]
+    options += ["--tower_steps", "2", "--base_steps", "2", "--steps", "2", "--seeds", "1", "--arms", "dpo", "default", "default-retain"]
     bench.main([*options, "--parts", "model", "pictures", "base"])
     assert started == ["evaluated-language_model", "tower", "base", "evaluated-base"]
     bench.main([*options, "--parts", "arms"])
     found: dict[str, Any] = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")}
-    assert found.keys() == {"pictures", "language_model", "base", "dpo-5e-4-seed0", "default-5e-4-seed0"}
+    assert found.keys() == {"pictures", "language_model", "base", "dpo-5e-4-seed0", "default-5e-4-seed0", "default-retain-5e-4-seed0"}
     assert found["default-5e-4-seed0"]["steps"] == 2 and found["dpo-5e-4-seed0"]["steps"] == 4, "equal processor seconds"
-    for name in ("base", "dpo-5e-4-seed0", "default-5e-4-seed0"):
+    trained = [json.loads(line) for line in (tmp_path / "out" / "arm-default-retain-5e-4-seed0" / "metrics.jsonl").read_text().splitlines()]
+    assert any("loss/retain/natural" in row for row in trained) and not any("loss/retain/train" in row for row in trained)
+    for name in ("base", "dpo-5e-4-seed0", "default-5e-4-seed0", "default-retain-5e-4-seed0"):
         assert set(found[name]["results"]) == set(bench.TESTS)
         assert set(found[name]["results"]["test"]) == {"colour", "count", "place", "side"}
     blind = found["language_model"]["results"]["test"]["colour"]

@@ -157,7 +157,12 @@ def test_a_model_without_gguf_or_file_is_one_sentence(modules: Any, tmp_path: Pa
         model.language_model(str(tmp_path / "own.whl"), tmp_path)
 
 
-TERMS = {"nll-natural": {"align"}, "nll-all": {"align"}, "dpo": {"dpo"}, "default": {"align", "csd", "fcd"}}
+TERMS = {
+    **{name: {"align"} for name in ("nll-natural", "nll-all", "nll-all-mixed")},
+    "dpo": {"dpo"},
+    **{name: {"align", "csd", "fcd"} for name in ("default", "default-mixed")},
+    "default-retain": {"align", "csd", "fcd", "retain"},
+}
 
 
 def test_visual_tokens_are_near_the_words_of_what_a_picture_shows(modules: Any, data: Path, tmp_path: Path) -> None:
@@ -189,9 +194,10 @@ def test_every_arm_has_the_terms_of_its_title(modules: Any) -> None:
     for name, arm in arms.items():
         config = parse_config(["--config", "benchmarks/real_prior.yaml", *arm.options], OBJECTIVES)
         assert set(config.objective) == TERMS[name] and config.model.language_model.tuning == "lora"
-        assert arm.scores == any(term.needs_reference for term in config.objective.values())
+        assert bool(arm.scores) == any(term.needs_reference for term in config.objective.values())
+        assert arm.natural == name.endswith(("-mixed", "-retain"))
         if name.startswith("nll"):
-            assert config.objective["align"].counterfactual == (name == "nll-all")
+            assert config.objective["align"].counterfactual == (name != "nll-natural")
 
 
 def test_agree_and_conflict_are_the_two_comparisons_of_each_group(modules: Any, tmp_path: Path) -> None:
