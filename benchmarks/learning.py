@@ -8,6 +8,7 @@ it minus each term, with negatives of one kind, with adapters, and with in-batch
     python benchmarks/learning.py --arms default nll-all --steps 550 1000 2800 8300 --seeds 1  # 2, 4, 10 and 30 minutes
     python benchmarks/learning.py --arms default nll-all --groups 250 1000 4000 0              # of fewer groups
     python benchmarks/learning.py --arms default nll-all --noise 0 10 30                       # of groups that are labelled wrongly
+    python benchmarks/learning.py --arms default nll-all --more 0 14                           # of captions of some 60 tokens more
     python benchmarks/learning.py --grid                        # what `calibrate` says beside settings that a user would try
     python benchmarks/learning.py --report                      # the tables and the figure of what has been run
 
@@ -28,13 +29,13 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from learning_arms import ARMS, CONTROL_ARM, GRID, KNOWN, RECORDS, STEPS, Job, rows_of
+from learning_arms import ARMS, CAPTIONS, CONTROL_ARM, GRID, KNOWN, RECORDS, STEPS, VALIDATION, Job, lengthened, rows_of
 from learning_tables import BEST, choices, figure, tables, told
 
 REPO = Path(__file__).resolve().parent.parent
@@ -43,7 +44,6 @@ DEMO = REPO / "cfvlm_ds" / "demo" / "measured.json"
 BASE = RECORDS / "base.json"
 """Group accuracy of the base, of the first run alone."""
 CHOICE_SEEDS = 2
-VALIDATION = "validation"
 SHOWN = {"nll": CONTROL_ARM, "default": "default"}
 SHORT, LONG = 20, 140
 """Steps of the two runs whose difference is the time of a step."""
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[STEPS], help=f"steps of the default objective (default {STEPS})")
     parser.add_argument("--groups", nargs="+", type=int, default=[0], help="so many of the world's 16,000 (default 0: all)")
     parser.add_argument("--noise", nargs="+", type=int, default=[0], help="percentage of groups whose two texts are exchanged (default 0)")
+    parser.add_argument("--more", nargs="+", type=int, default=[0], help="true statements added to every caption (default 0)")
     parser.add_argument("--num_test", type=int, default=9000, help="groups of held-out combinations (default 9000: 1000 an edit)")
     parser.add_argument("--num_questions", type=int, default=900, help="groups of each kind of question (default 900)")
     parser.add_argument("--num_validation", type=int, default=1800, help="groups that choose a rate (default 1800: 200 an edit)")
@@ -86,7 +87,7 @@ def run_all(arguments: argparse.Namespace) -> None:
         tried = [Job(arm, rate, seed) for seed in range(CHOICE_SEEDS) for arm in arguments.arms for rate in KNOWN[arm].rates]
         run_missing(arguments, [job for job in tried if not job.choice.exists()], choose=True)
     rates = {arm: [best_rate(RECORDS / "rates", arm)] if arguments.choose_rates else arguments.rates for arm in arguments.arms}
-    ways = itertools.product(arguments.capabilities, arguments.threads, arguments.steps, arguments.groups, arguments.noise)
+    ways = itertools.product(arguments.capabilities, arguments.threads, arguments.steps, arguments.groups, arguments.noise, arguments.more)
     places = itertools.product(range(arguments.seeds), ways, arguments.arms)
     jobs = [Job(arm, rate, seed, *way) for seed, way, arm in places for rate in rates[arm]]
     run_missing(arguments, [job for job in jobs if not job.record.exists()])
@@ -96,13 +97,12 @@ def run_missing(arguments: argparse.Namespace, jobs: list[Job], choose: bool = F
     if not jobs:
         return
     prepare(arguments, jobs)
-    arms = sorted({"default", *(job.arm for job in jobs)} - GRID.keys())
-    seconds = {arm: seconds_per_step(arguments, arm) for arm in arms}  # one after the other, so that none disturbs another
-    seconds |= dict.fromkeys(GRID, seconds["default"])  # the same terms
-    print("processor seconds per step:", {arm: round(value, 3) for arm, value in seconds.items()}, flush=True)
+    timed = {(job.arm, job.more) for job in jobs if job.arm not in GRID} | {("default", job.more) for job in jobs}
+    seconds = {each: seconds_per_step(arguments, *each) for each in sorted(timed)}  # one after the other, so that none disturbs another
+    print("processor seconds per step:", {f"{arm} +{more}": round(value, 3) for (arm, more), value in seconds.items()}, flush=True)
     one = run_choice if choose else run
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        started = [pool.submit(one, arguments, job, round(job.clock * seconds["default"] / seconds[job.arm])) for job in jobs]
+        started = [pool.submit(one, arguments, job, steps_of(job, seconds)) for job in jobs]
         try:
             for each in as_completed(started):
                 each.result()
@@ -113,7 +113,7 @@ def run_missing(arguments: argparse.Namespace, jobs: list[Job], choose: bool = F
 
 def prepare(arguments: argparse.Namespace, jobs: Sequence[Job]) -> None:
     """Write the base, and each world, once; the rows of each run; and, where an arm needs them, scores of the base."""
-    timed = [Job(job.arm, "1e-3", 0) for job in jobs]  # of all groups as they are
+    timed = [Job(arm, "1e-3", 0, more=job.more) for job in jobs for arm in ("default", job.arm)]  # of all groups, rightly labelled
     plain = [Job(name, "1e-3", 0) for name in ("default", *KNOWN) if not KNOWN[name].scores and not KNOWN[name].negatives]
     for world in {job.world(arguments.out): job for job in (plain[0], *jobs)}:
         first = next(job for job in plain if job.world(arguments.out) == world)
@@ -122,6 +122,9 @@ def prepare(arguments: argparse.Namespace, jobs: Sequence[Job]) -> None:
         if not (rows := job.rows(arguments.out)).exists():
             lines = (json.loads(line) for line in (job.world(arguments.out) / "train.jsonl").read_text().splitlines())
             rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(job, lines)))
+        for split in CAPTIONS if job.more else ():
+            whole = (json.loads(line) for line in replace(job, more=0).tests(arguments.out, split).read_text().splitlines())
+            job.tests(arguments.out, split).write_text("".join(json.dumps(lengthened(row, job.more)) + "\n" for row in whole))
         if KNOWN[job.arm].scores and not (scores := scores_of(rows)).exists():
             command = [sys.executable, "-m", "cfvlm_ds", "score", str(arguments.out / "base"), str(rows), "--out", str(scores)]
             subprocess.run(command, cwd=REPO, check=True)
@@ -150,9 +153,17 @@ def run_choice(arguments: argparse.Namespace, job: Job, steps: int) -> None:
     print(f"{job.name}: {steps} steps, validation {found:.1f}", flush=True)
 
 
-def seconds_per_step(arguments: argparse.Namespace, arm: str) -> float:
-    short, long = (train(arguments, arguments.out / f"steps-{arm}-{steps}", Job(arm, "1e-3", 0), steps) for steps in (SHORT, LONG))
+def seconds_per_step(arguments: argparse.Namespace, arm: str, more: int) -> float:
+    job = Job(arm, "1e-3", 0, more=more)
+    name = f"steps-{arm}{f'-more{more}' if more else ''}"
+    short, long = (train(arguments, arguments.out / f"{name}-{steps}", job, steps) for steps in (SHORT, LONG))
     return (long - short) / (LONG - SHORT)
+
+
+def steps_of(job: Job, seconds: Mapping[tuple[str, int], float]) -> int:
+    """As many as the default takes in the job's time; arms of the grid have its terms, and its time."""
+    default = seconds["default", job.more]
+    return round(job.clock * default / seconds.get((job.arm, job.more), default))
 
 
 def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
@@ -193,13 +204,10 @@ def train(
     """Train to the end; returns processor seconds, start and evaluation (of so many groups of each split in ``limits``) included."""
     command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z3.json", "--config", "examples/quickstart.yaml"]
     command += [f"--build.base={arguments.out / 'base'}", f"--model.name_or_path={arguments.out / 'base'}"]
-    world, arm, rows = arguments.out / "scenes", KNOWN[job.arm], job.rows(arguments.out)
+    arm, rows = KNOWN[job.arm], job.rows(arguments.out)
     command += [f"--build.scenes.out_dir={job.world(arguments.out)}", f"--build.scenes.num_counterfactuals={arm.counterfactuals}"]
     command += [f"--build.scenes.num_test={arguments.num_test}", f"--data.train={rows}"]
-    splits = {
-        name: {"path": str(world / f"{name if name == VALIDATION else f'test_{name}'}.jsonl"), "limit": limit}
-        for name, limit in (limits or {}).items()
-    }
+    splits = {name: {"path": str(job.tests(arguments.out, name)), "limit": limit} for name, limit in (limits or {}).items()}
     command += [f"--data.scores={scores_of(rows)}"] * arm.scores
     command += [
         f"--data.evaluation={json.dumps(splits)}",

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cfvlm_ds.demo.scenes.world import COLOURS, SHAPES
+
 RECORDS = Path(__file__).resolve().parent / "learning"
 RATES = ("3e-4", "6e-4", "1e-3", "2e-3")
+VALIDATION = "validation"
+CAPTIONS = (VALIDATION, "combo")
+"""Splits of captions; the others are questions."""
 STEPS = 1000
 """Of the default objective; what is not said of a record's ``clock``."""
 NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
@@ -88,7 +93,7 @@ KNOWN = ARMS | GRID
 class Job:
     """One training. ``capability`` is ATEN_CPU_CAPABILITY, which, with the threads, decides how sums are rounded; ``clock`` is how long it
     takes, in steps of the default objective; ``groups`` is how many of the world's it has (0: all), ``noise`` the percentage of them whose
-    texts are exchanged."""
+    texts are exchanged; ``more`` is how many true statements are added to every caption, in the tests too."""
 
     arm: str
     rate: str
@@ -98,12 +103,14 @@ class Job:
     clock: int = STEPS
     groups: int = 0
     noise: int = 0
+    more: int = 0
 
     @property
     def name(self) -> str:
         parts = [self.arm, self.rate, f"seed{self.seed}", self.capability, f"{self.threads}threads" if self.threads > 1 else ""]
         parts += [f"clock{self.clock}" if self.clock != STEPS else "", f"{self.groups}groups" if self.groups else ""]
-        return "-".join(part for part in (*parts, f"noise{self.noise}" if self.noise else "") if part)
+        parts += [f"noise{self.noise}" if self.noise else "", f"more{self.more}" if self.more else ""]
+        return "-".join(part for part in parts if part)
 
     @property
     def record(self) -> Path:
@@ -121,7 +128,13 @@ class Job:
     def rows(self, out: Path) -> Path:
         """The manifest that it trains on."""
         parts = [KNOWN[self.arm].negatives, f"{self.groups}" if self.groups else "", f"noise{self.noise}" if self.noise else ""]
+        parts += [f"more{self.more}" if self.more else ""]
         return self.world(out) / f"{'_'.join(['train', *(part for part in parts if part)])}.jsonl"
+
+    def tests(self, out: Path, split: str) -> Path:
+        """The manifest of a split that it is evaluated on; captions alone become longer."""
+        name = split if split == VALIDATION else f"test_{split}"
+        return out / "scenes" / f"{name}{f'_more{self.more}' if self.more and split in CAPTIONS else ''}.jsonl"
 
 
 def rows_of(job: Job, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -131,7 +144,21 @@ def rows_of(job: Job, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
             return
         if random.Random(f"noise {row['id']}").random() < job.noise / 100:
             row = exchanged(row)
+        row = lengthened(row, job.more)
         yield with_negatives(row, KNOWN[job.arm].negatives) if KNOWN[job.arm].negatives else row
+
+
+def lengthened(row: dict[str, Any], more: int) -> dict[str, Any]:
+    """A row of captions that also say of ``more`` things that they are not there, the same in all texts, some before and some after what
+    they said; true of each of its pictures. A row of a question is left as it is."""
+    if not more or not all("key" in text for text in row["texts"]):
+        return row
+    said = " ".join(text["text"] for text in row["texts"])
+    absent = [f"no {colour} {shape}" for colour in COLOURS for shape in SHAPES if f"{colour} {shape}" not in said]
+    draw = random.Random(f"more {row['id']}")
+    chosen, place = draw.sample(absent, more), draw.randint(0, more)
+    texts = [text | {"text": " and ".join([*chosen[:place], text["text"], *chosen[place:]])} for text in row["texts"]]
+    return row | {"texts": texts}
 
 
 def exchanged(row: dict[str, Any]) -> dict[str, Any]:

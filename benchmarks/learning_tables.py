@@ -25,6 +25,7 @@ def told(record: dict[str, Any]) -> tuple[str, str, str]:
     how += [f"time of {clock} steps"] if clock != STEPS else []
     how += [f"{groups:,} groups"] if groups else []
     how += [f"{noise} % wrong"] if noise else []
+    how += [f"{record['more']} more statements"] if record.get("more") else []
     return record["arm"], record["rate"], ", ".join(how)
 
 

@@ -102,6 +102,41 @@ def test_rows_of_fewer_groups_and_of_wrong_ones(arms: ModuleType, tmp_path: Path
     assert len({job.name for job in jobs}) == 4 and jobs[3].name == "default-1e-3-seed0"
 
 
+def test_longer_captions_stay_true_and_differ_in_the_same_words(arms: ModuleType, tmp_path: Path) -> None:
+    """Statements of things that no caption of the row names, the same ones at the same place; questions are as they were."""
+    texts = [
+        {"id": "t0", "text": "two red circles above a blue star", "key": "k0"},
+        {"id": "t1", "text": "two red circles below a blue star", "key": "k1"},
+    ]
+    world = [{"id": f"g{k}", "texts": texts} for k in range(200)] + [{"id": "q", "texts": [{"id": "t0", "text": "yes"}]}]
+    job = arms.Job("default", "1e-3", 0, more=14)
+    rows = [*arms.rows_of(job, world)]
+    assert rows[-1] == world[-1] and [*arms.rows_of(arms.Job("default", "1e-3", 0), world)] == world
+    places = set()
+    for row in rows[:-1]:
+        first, second = (text["text"].split(" and ") for text in row["texts"])
+        (place,) = (k for k, part in enumerate(first) if part == texts[0]["text"])
+        others = first[:place] + first[place + 1 :]
+        assert len(set(others)) == 14 and all(part.startswith("no ") and part[3:] not in "red circle blue star" for part in others)
+        assert second == [*first[:place], texts[1]["text"], *first[place + 1 :]]
+        places.add(place)
+    assert len(places) > 10 and not {"no red circle", "no blue star"} & {
+        part for row in rows[:-1] for part in row["texts"][0]["text"].split(" and ")
+    }
+    assert job.name == "default-1e-3-seed0-more14" and job.rows(tmp_path).name == "train_more14.jsonl"
+    assert [job.tests(tmp_path, split).name for split in ("combo", "yes_no", "validation")] == [
+        "test_combo_more14.jsonl",
+        "test_yes_no.jsonl",
+        "validation_more14.jsonl",
+    ]
+
+
+def test_steps_are_those_of_the_time_of_the_default(learning: ModuleType, arms: ModuleType) -> None:
+    seconds = {("default", 0): 0.3, ("nll-all", 0): 0.2, ("default", 14): 0.9, ("nll-all", 14): 0.5}
+    jobs = [arms.Job(arm, "1e-3", 0, more=more) for arm in ("nll-all", "default", "calibrated") for more in (0, 14)]
+    assert [learning.steps_of(job, seconds) for job in jobs] == [1500, 1800, 1000, 1000, 1000, 1000]
+
+
 def test_a_run_that_was_stopped_is_not_whole_and_its_time_counts(learning: ModuleType, tmp_path: Path) -> None:
     """A process that ends without its last file (stopped), one that fails, one that ends; then nothing is run."""
     script = "import sys, time; b = time.process_time()\nwhile time.process_time() < b + 0.1: pass\n"
