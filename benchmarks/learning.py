@@ -8,7 +8,7 @@ it minus each term, with negatives of one kind, with adapters, and with in-batch
     python benchmarks/learning.py --arms default nll-all --steps 550 1000 2800 8300 --seeds 1  # 2, 4, 10 and 30 minutes
     python benchmarks/learning.py --arms default nll-all --groups 250 1000 4000 0              # of fewer groups
     python benchmarks/learning.py --arms default nll-all --noise 0 10 30                       # of groups that are labelled wrongly
-    python benchmarks/learning.py --arms default nll-all --more 0 14                           # of captions of some 60 tokens more
+    python benchmarks/learning.py --arms default nll-all calibrated-long --more 14 --num_test 1800   # of captions of some 60 tokens more
     python benchmarks/learning.py --grid                        # what `calibrate` says beside settings that a user would try
     python benchmarks/learning.py --report                      # the tables and the figure of what has been run
 
@@ -51,7 +51,7 @@ SHORT, LONG = 20, 140
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    text = f"which arms (default all but those of the grid): {', '.join(KNOWN)}"
+    text = f"which arms (default all but those of the grid and of long captions): {', '.join(KNOWN)}"
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(KNOWN), metavar="ARM", help=text)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
     parser.add_argument("--rates", nargs="+", default=["1e-3"], help="learning rates (default 1e-3)")

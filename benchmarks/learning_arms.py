@@ -88,7 +88,14 @@ GRID: dict[str, Arm] = {
 }
 """What `cfvlm-ds calibrate runs/learning/base runs/learning/scenes/train.jsonl --limit 1000` says of the base, and the settings that a user
 would try without it."""
-KNOWN = ARMS | GRID
+LONGER = {
+    "calibrated-long": Arm(
+        "what `calibrate` says of long captions",
+        (*_contrast(len_norm="anchor"), "--objective.csd.margin=0.1", "--objective.fcd.margin=0.065"),
+    ),
+}
+"""What it says of the same rows with 14 statements more (`train_more14.jsonl`)."""
+KNOWN = ARMS | GRID | LONGER
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ def test_every_arm_is_a_run_and_has_the_terms_of_its_title(learning: ModuleType)
     settings = [(each["csd"].weight, each["csd"].margin, each["fcd"].weight, each["fcd"].margin) for each in grid]
     assert len(settings) == len(set(settings)) == 9 and grid[0]["fcd"].len_norm == "anchor" and settings[0] == (1, 0.14, 1, 0.06)
     assert all(each[:2] == each[2:] for each in settings[1:]) and (1, 1, 1, 1) not in settings
+    longer = configs["calibrated-long"].objective
+    assert [(longer[term].len_norm, longer[term].margin) for term in ("csd", "fcd")] == [("anchor", 0.1), ("anchor", 0.065)]
 
 
 def test_rows_with_negatives_of_one_kind(arms: ModuleType, tmp_path: Path) -> None:
