@@ -57,6 +57,7 @@ SHORT, LONG = 2, 10
 """Steps of the two runs whose difference is the time of a step."""
 NATURAL = 1200
 """Natural captions that are mixed in, the first so many."""
+RATES = ("2e-4", "5e-4", "1e-3", "2e-3")
 GUESSED = ("colour", "count", "place")
 """Edits of which one side is what is usual."""
 
@@ -70,13 +71,13 @@ class Arm:
     options: tuple[str, ...] = ()
     scores: str = ""
     natural: bool = False
-    rates: tuple[str, ...] = ("2e-4", "5e-4", "1e-3", "2e-3")
+    rates: tuple[str, ...] = RATES
 
 
 ARMS = {
     "nll-natural": Arm("NLL, natural pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
     "nll-all": Arm("NLL, all pairs", NO_CONTRAST),
-    "dpo": Arm("DPO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.dpo.weight=1"), scores="train"),
+    "dpo": Arm("DPO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.dpo.weight=1"), scores="train", rates=("1e-4", *RATES[:3])),
     "default": Arm("default objective"),
     "nll-all-mixed": Arm("NLL, all pairs, natural captions mixed in", NO_CONTRAST, natural=True),
     "default-mixed": Arm("default, natural captions mixed in", natural=True),
