@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.report and not list(options.records.glob("base.json")):
         return
     text = "\n\n".join(tables(options.records))
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "real_prior.md").write_text(text + "\n")
     print(text)
 
@@ -346,6 +347,9 @@ def tables(records: Path) -> Iterator[str]:
         raise SystemExit(f"{records} holds no results; run without --report first")
     yield table("held-out things, %", SUMMARY, shown)
     yield table("by edit, %", BY_EDIT, shown)
+    tried = [json.loads(path.read_text()) for path in (records / "rates").glob("*.json")]
+    if tried:
+        yield choices(tried)
     yield table(
         "each run, %", SUMMARY, [(f"{title}, seed {each['seed']}", [each]) for title, found in shown for each in found if "seed" in each]
     )
@@ -376,6 +380,15 @@ SUMMARY = {
     "name": mean_of(("name",), "pair", "names_new"),
 }
 BY_EDIT = {f"{edit}: {name}": mean_of((edit,), name) for edit in prior_groups.EDITS for name in ("agree", "conflict", "group")}
+
+
+def choices(records: Sequence[dict[str, Any]]) -> str:
+    """Group accuracy on the validation split, mean over edits, by arm and rate: what chose the rate."""
+    rates = sorted({each["rate"] for each in records}, key=float)
+    found = {(each["arm"], each["rate"]): f"{validated(each):.1f}" for each in records}
+    lines = [f"| validation, group, % | {' | '.join(rates)} |", f"|---|{'---:|' * len(rates)}"]
+    arms = [arm for arm in ARMS if any(key[0] == arm for key in found)]
+    return "\n".join([*lines, *(f"| {ARMS[arm].title} | {' | '.join(found.get((arm, rate), '') for rate in rates)} |" for arm in arms)])
 
 
 def table(title: str, columns: dict[str, Any], rows: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:

@@ -247,10 +247,13 @@ def test_rates_and_tables(modules: Any, tmp_path: Path) -> None:
     for seed, value in enumerate((1.0, 2.0, 3.0)):
         (tmp_path / f"default-5e-4-seed{seed}.json").write_text(json.dumps(record("default", "5e-4", seed, value)))
     (tmp_path / "base.json").write_text(json.dumps({key: value for key, value in record("", "", 0, 30.0).items() if key == "results"}))
-    summary, by_edit, each = bench.tables(tmp_path)
+    summary, by_edit, tried, each = bench.tables(tmp_path)
     # mean 2, deviation 1: 4.30 / sqrt(3) = 2.5
     assert "| default objective, 5e-4 | 3 | 7 | 50.0 ± 0.0 | 2.0 ± 2.5 |" in summary and "| base |  |  | 50.0 | 30.0 |" in summary
     assert "| 30.0 |" in by_edit and each.count("seed") == 4
+    assert tried.splitlines()[0].endswith("| 2e-4 | 5e-4 | 1e-3 |") and "| DPO | 60.0 | 70.0 | 70.0 |" in tried
+    bench.main(["--report", "--records", str(tmp_path), "--out", str(tmp_path / "new" / "out")])
+    assert (tmp_path / "new" / "out" / "real_prior.md").read_text().count(summary) == 1
 
 
 def test_pictures_do_not_depend_on_what_else_is_shown(modules: Any, data: Path) -> None:
