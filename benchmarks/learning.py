@@ -13,7 +13,7 @@ it minus each term, with negatives of one kind, with adapters, and with in-batch
     python benchmarks/learning.py --report                      # the tables and the figure of what has been run
 
 Every run is `train.py --config examples/quickstart.yaml` with the options of its arm: one base, one world, one schedule, ZeRO-3.
-The default objective takes --steps; the other arms take as many as the same processor seconds allow, by the difference of two short runs.
+The default objective takes --steps; the other arms take as many as the same processor seconds allow, by two short runs beside two of its.
 Rivals that need scores of the base have them from a file that is written once, which their time does not count.
 benchmarks/learning/ holds one JSON per run, written as it ends, so that seeds and rates may be added later and on another machine.
 --choose_rates decides by the validation split, which no table shows; benchmarks/learning/rates/ holds those runs, a JSON each.
@@ -97,12 +97,12 @@ def run_missing(arguments: argparse.Namespace, jobs: list[Job], choose: bool = F
     if not jobs:
         return
     prepare(arguments, jobs)
-    timed = {(job.arm, job.more) for job in jobs if job.arm not in GRID} | {("default", job.more) for job in jobs}
-    seconds = {each: seconds_per_step(arguments, *each) for each in sorted(timed)}  # one after the other, so that none disturbs another
-    print("processor seconds per step:", {f"{arm} +{more}": round(value, 3) for (arm, more), value in seconds.items()}, flush=True)
+    timed = {(job.arm, job.more) for job in jobs if job.arm not in (*GRID, "default")}
+    costs = {each: cost(arguments, *each) for each in sorted(timed)}
+    print("a step, as times the default's:", {f"{arm} +{more}": round(value, 3) for (arm, more), value in costs.items()}, flush=True)
     one = run_choice if choose else run
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        started = [pool.submit(one, arguments, job, steps_of(job, seconds)) for job in jobs]
+        started = [pool.submit(one, arguments, job, steps_of(job, costs)) for job in jobs]
         try:
             for each in as_completed(started):
                 each.result()
@@ -153,17 +153,24 @@ def run_choice(arguments: argparse.Namespace, job: Job, steps: int) -> None:
     print(f"{job.name}: {steps} steps, validation {found:.1f}", flush=True)
 
 
-def seconds_per_step(arguments: argparse.Namespace, arm: str, more: int) -> float:
-    job = Job(arm, "1e-3", 0, more=more)
+def cost(arguments: argparse.Namespace, arm: str, more: int) -> float:
+    """Of a step of the arm, as times the default's in processor seconds: both run at the same time, so that what else the machine does
+    slows both."""
     name = f"steps-{arm}{f'-more{more}' if more else ''}"
-    short, long = (train(arguments, arguments.out / f"{name}-{steps}", job, steps) for steps in (SHORT, LONG))
-    return (long - short) / (LONG - SHORT)
+
+    def seconds(one: str) -> float:
+        job = Job(one, "1e-3", 0, more=more)
+        short, long = (train(arguments, arguments.out / f"{name}-{one}-{steps}", job, steps) for steps in (SHORT, LONG))
+        return (long - short) / (LONG - SHORT)
+
+    with ThreadPoolExecutor(2) as pool:
+        own, default = pool.map(seconds, (arm, "default"))
+    return own / default
 
 
-def steps_of(job: Job, seconds: Mapping[tuple[str, int], float]) -> int:
+def steps_of(job: Job, costs: Mapping[tuple[str, int], float]) -> int:
     """As many as the default takes in the job's time; arms of the grid have its terms, and its time."""
-    default = seconds["default", job.more]
-    return round(job.clock * default / seconds.get((job.arm, job.more), default))
+    return round(job.clock / costs.get((job.arm, job.more), 1.0))
 
 
 def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:

@@ -11,20 +11,20 @@ from torch import Tensor
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.base import Report, has_any, mean_over
-from cfvlm_ds.objectives.reference import ReferenceTerm, factual_images, factual_texts, no_ratio
+from cfvlm_ds.objectives.reference import ReferenceTerm, image_pairs, no_ratio, text_pairs, true_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dpo(ReferenceTerm):
     """-log sigmoid(beta (r_true - r_false)) with r = log p - log p_reference, reference read from ``--data.scores``.
 
-    Chosen and rejected are the factual text and each counterfactual text of its prompt on the factual image; the image side takes the
-    factual text on the factual image and on each counterfactual image. Means over a group's pairs, so a group counts once.
+    Chosen and rejected are, on every image, its true text and each false one of the same prompt; the image side takes every text on its
+    image and on each image that it is false of. Means over a group's pairs, so a group counts once.
 
     Args:
         text_side: weight of the text pairs (plain DPO).
         image_side: weight of the image pairs (mDPO's conditional term).
-        anchor: weight of -log sigmoid(beta r_00) (mDPO's anchor: the chosen answer must not become less likely).
+        anchor: weight of -log sigmoid(beta r) of the true pairs (mDPO's anchor: the chosen answer must not become less likely).
     """
 
     text_side: float = 1.0
@@ -33,7 +33,7 @@ class Dpo(ReferenceTerm):
 
     def denominator(self, layout: GroupLayout) -> Tensor:
         none = no_ratio(layout)
-        groups = [has_any(factual_texts(none, layout)[1]), has_any(factual_images(none, layout)[1]), layout.positive[:, 0, 0]]
+        groups = [has_any(text_pairs(none, layout)[1]), has_any(image_pairs(none, layout)[1]), has_any(true_pairs(layout))]
         return (layout.weight.unsqueeze(1) * torch.stack(groups, 1)).sum(0)
 
     def numerator(self, scores: Scores) -> Tensor:
@@ -41,13 +41,12 @@ class Dpo(ReferenceTerm):
         weight = layout.weight.to(ratio)
         parts = []
         for factor, (violation, mask) in (
-            (self.text_side, factual_texts(ratio, layout)),
-            (self.image_side, factual_images(ratio, layout)),
+            (self.text_side, text_pairs(ratio, layout)),
+            (self.image_side, image_pairs(ratio, layout)),
         ):
             parts.append(factor * (weight * mean_over(F.softplus(self.beta * violation), mask)).sum())
-        held = torch.where(layout.positive[:, 0, 0], F.softplus(-self.beta * ratio[:, 0, 0]), 0)
-        parts.append(self.anchor * (weight * held).sum())
+        parts.append(self.anchor * (weight * mean_over(F.softplus(-self.beta * ratio), true_pairs(layout))).sum())
         return torch.stack(parts)
 
     def report(self, scores: Scores) -> Report:
-        return self.compared("dpo", factual_texts(self.ratio(scores).detach(), scores.layout))
+        return self.compared("dpo", text_pairs(self.ratio(scores).detach(), scores.layout))

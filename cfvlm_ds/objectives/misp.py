@@ -1,4 +1,4 @@
-"""MISP-DPO (arXiv 2509.25717): the factual image against all counterfactual images at once, a rival of the default loss."""
+"""MISP-DPO (arXiv 2509.25717): a text's image against all images that it is false of at once, a rival of the default loss."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.base import Report, has_any, mean_over
-from cfvlm_ds.objectives.reference import ReferenceTerm, factual_images, factual_texts, no_ratio
+from cfvlm_ds.objectives.reference import ReferenceTerm, image_pairs, no_ratio, text_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Misp(ReferenceTerm):
-    """DPO between texts, and between images the first choice of a Plackett-Luce model: log(1 + sum_k exp(beta (r_k0 - r_00))).
+    """DPO between texts, and between images the first choice of a Plackett-Luce model: log(1 + sum_k exp(beta (r_k - r))), for each text.
 
-    r = log p - log p_reference, the reference read from ``--data.scores``; k runs over the images that the factual text is false of. With
-    one such image the second part is mDPO's. The paper's search for negative pictures (CLIP, a sparse autoencoder, importance sampling) is
-    not part of it: a group's own pictures are the negatives, and the sum runs over all of them.
+    r = log p - log p_reference on the text's image, the reference read from ``--data.scores``; k runs over the images that the text is
+    false of. With one such image the second part is mDPO's. The paper's search for negative pictures (CLIP, a sparse autoencoder,
+    importance sampling) is not part of it: a group's own pictures are the negatives, and the sum runs over all of them.
 
     Args:
         text_side: weight of the text pairs (plain DPO).
@@ -32,17 +32,20 @@ class Misp(ReferenceTerm):
 
     def denominator(self, layout: GroupLayout) -> Tensor:
         none = no_ratio(layout)
-        groups = [has_any(factual_texts(none, layout)[1]), has_any(factual_images(none, layout)[1])]
+        groups = [has_any(text_pairs(none, layout)[1]), has_any(image_pairs(none, layout)[1])]
         return (layout.weight.unsqueeze(1) * torch.stack(groups, 1)).sum(0)
 
     def numerator(self, scores: Scores) -> Tensor:
         layout, ratio = scores.layout, self.ratio(scores)
-        violation, mask = factual_texts(ratio, layout)
-        others, known = factual_images(ratio, layout)
-        lost = torch.where(known, self.beta * others, float("-inf")).flatten(1)
-        chosen = torch.logsumexp(F.pad(lost, (1, 0)), 1)  # the 0 in front is the factual image itself
-        per_group = [self.text_side * mean_over(F.softplus(self.beta * violation), mask), self.image_side * chosen]
+        violation, mask = text_pairs(ratio, layout)
+        others, known = image_pairs(ratio, layout)
+        lost = torch.where(known, self.beta * others, float("-inf")).flatten(2)
+        chosen = torch.logsumexp(F.pad(lost, (1, 0)), 2)  # the 0 in front is the text's own image
+        per_group = [
+            self.text_side * mean_over(F.softplus(self.beta * violation), mask),
+            self.image_side * mean_over(chosen, known.flatten(2).any(2)),
+        ]
         return (layout.weight.to(ratio).unsqueeze(1) * torch.stack(per_group, 1)).sum(0)
 
     def report(self, scores: Scores) -> Report:
-        return self.compared("misp", factual_images(self.ratio(scores).detach(), scores.layout))
+        return self.compared("misp", image_pairs(self.ratio(scores).detach(), scores.layout))

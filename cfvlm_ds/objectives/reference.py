@@ -1,4 +1,8 @@
-"""What objectives that compare with a reference model share: the log-ratio, and the comparisons that the factual pair has to win."""
+"""What objectives that compare with a reference model share: the log-ratio, and the comparisons of a group.
+
+A data set of preferences has a row for each chosen text. So each true pair of a group is chosen once, the counterfactual ones too, and a
+group is the mean over its rows.
+"""
 
 from __future__ import annotations
 
@@ -66,17 +70,17 @@ def no_ratio(layout: GroupLayout) -> Tensor:
     return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
 
 
-def factual_texts(ratio: Tensor, layout: GroupLayout) -> Compared:
-    """The factual text against each false one of its prompt on the factual image, [G, 1, C true, C false]."""
-    return comparisons(ratio[:, :1, :], _factual(layout)[:, :1, :], layout.negative[:, :1, :], layout.same_prompt)
+def text_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
+    """On every image its true text against each false one of the same prompt, [G, I, C true, C false]."""
+    return comparisons(ratio, layout.positive, layout.negative, layout.same_prompt)
 
 
-def factual_images(ratio: Tensor, layout: GroupLayout) -> Compared:
-    """The factual text on the factual image against the same text on each image it is false of, [G, 1, I true, I false]."""
-    return comparisons(*(each.transpose(1, 2)[:, :1] for each in (ratio, _factual(layout), layout.negative)))
+def image_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
+    """Every text on its image against the same text on each image that it is false of, [G, C, I true, I false]."""
+    return comparisons(*(each.transpose(1, 2) for each in (ratio, true_pairs(layout), layout.negative)))
 
 
-def _factual(layout: GroupLayout) -> Tensor:
-    chosen = torch.zeros_like(layout.valid)
-    chosen[:, 0, 0] = layout.positive[:, 0, 0]
-    return chosen
+def true_pairs(layout: GroupLayout) -> Tensor:
+    """[G, I, C] bool: each text with its image, which is the first one that it is true of; a sham is no second one."""
+    positive = layout.positive
+    return positive & (positive.cumsum(1) == 1)

@@ -11,20 +11,20 @@ from torch import Tensor
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.base import Report, has_any, mean_over
-from cfvlm_ds.objectives.reference import ReferenceTerm, factual_texts, no_ratio
+from cfvlm_ds.objectives.reference import ReferenceTerm, no_ratio, text_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class SymMPO(ReferenceTerm):
-    """DPO on the factual image, and on both images of each counterfactual pair, with equal gaps wanted on both.
+    """DPO on every image, and on both images of each counterfactual pair, with equal gaps wanted on both.
 
     With r = log p - log p_reference, read from ``--data.scores``, d_k = r_00 - r_0k on the factual image and e_k = r_kk - r_k0 on the
-    counterfactual one, the parts are: -log sigmoid(beta d_k) over every false text; -log sigmoid(beta d_k) - log sigmoid(beta e_k) and
-    (d_k - e_k)^2 over complete pairs; -log sigmoid(beta r_00) and -log sigmoid(beta r_kk). Means over a group's pairs, so a group counts
-    once. Two texts are compared on one image, so that the partition functions of DPO's derivation cancel.
+    counterfactual one, the parts are: -log sigmoid of beta d_k and of beta e_k over every false text of each image; -log sigmoid(beta d_k)
+    - log sigmoid(beta e_k) and (d_k - e_k)^2 over complete pairs; -log sigmoid(beta r_00) and -log sigmoid(beta r_kk). Means over a group's
+    pairs, so a group counts once. Two texts are compared on one image, so that the partition functions of DPO's derivation cancel.
 
     Args:
-        text_side: weight of the pairs on the factual image (plain DPO).
+        text_side: weight of the text pairs of every image (plain DPO).
         symmetric: weight of the pairs on both images.
         consistency: weight of the squared difference of the two gaps, per square nat.
         anchor: weight of the anchors: neither true text must become less likely.
@@ -38,12 +38,12 @@ class SymMPO(ReferenceTerm):
     def denominator(self, layout: GroupLayout) -> Tensor:
         none = no_ratio(layout)
         pairs = has_any(_pairs(none, layout)[2])
-        groups = [has_any(factual_texts(none, layout)[1]), pairs, layout.positive[:, 0, 0], pairs]
+        groups = [has_any(text_pairs(none, layout)[1]), pairs, layout.positive[:, 0, 0], pairs]
         return (layout.weight.unsqueeze(1) * torch.stack(groups, 1)).sum(0)
 
     def numerator(self, scores: Scores) -> Tensor:
         layout, ratio = scores.layout, self.ratio(scores)
-        violation, mask = factual_texts(ratio, layout)
+        violation, mask = text_pairs(ratio, layout)
         on_factual, on_other, pairs = _pairs(ratio, layout)
         both = F.softplus(self.beta * on_factual) + F.softplus(self.beta * on_other)
         factual = torch.where(layout.positive[:, 0, 0], F.softplus(-self.beta * ratio[:, 0, 0]), 0)

@@ -122,8 +122,12 @@ def naive_infonce(g: Asked) -> list[float]:
 
 
 def naive_dpo(g: Asked) -> list[float]:
-    r = lambda i, c: g.logp[i][c] - g.reference[i][c]  # noqa: E731
-    return mean([softplus(r(0, c) - r(0, 0)) for c, truth in enumerate(g.truth[0]) if truth == 0 and g.prompts[c] == g.prompts[0]])
+    r, star, found = lambda i, c: g.logp[i][c] - g.reference[i][c], set(g.star), []
+    for i, c in star:
+        for d in range(len(g.prompts)):
+            if (i, d) in star and g.prompts[c] == g.prompts[d] and (g.truth[i][c], g.truth[i][d]) == (1, 0):
+                found.append(softplus(r(i, d) - r(i, c)))
+    return mean(found)
 
 
 def naive_symmpo(g: Asked) -> list[float]:
@@ -138,9 +142,12 @@ def naive_symmpo(g: Asked) -> list[float]:
 
 
 def naive_misp(g: Asked) -> list[float]:
-    r = lambda i: g.logp[i][0] - g.reference[i][0]  # noqa: E731
-    odds = [math.exp(r(i) - r(0)) for i, row in enumerate(g.truth) if row[0] == 0]
-    return [math.log1p(sum(odds))] if odds else []
+    r, star, found = lambda i, c: g.logp[i][c] - g.reference[i][c], set(g.star), []
+    for c in range(len(g.prompts)):
+        own = next((i for i in range(len(g.truth)) if g.truth[i][c] == 1 and (i, c) in star), None)
+        odds = [math.exp(r(i, c) - r(own, c)) for i in range(len(g.truth)) if own is not None and g.truth[i][c] == 0 and (i, c) in star]
+        found += [math.log1p(sum(odds))] if odds else []
+    return mean(found)
 
 
 NAIVE: dict[str, tuple[Any, int, Callable[[Asked], list[float]]]] = {

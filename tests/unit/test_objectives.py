@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -224,22 +224,40 @@ def twin_fcd(g: Group, o: Fcd) -> list[tuple[float, float]]:
     return [(mean(halves), float(bool(halves)))]
 
 
+def text_gaps(g: Group, r: Callable[[int, int], float]) -> Iterator[float]:
+    """Of each true text above a false one: of the factual image, and of each counterfactual one."""
+    for i, c in g.pairs:
+        if c is not None and g.truth.get((0, c)) == 0:
+            yield r(0, 0) - r(0, c)
+        if i is not None and c is not None and g.truth.get((i, 0)) == 0:
+            yield r(i, c) - r(i, 0)
+
+
+def image_rows(g: Group) -> Iterator[tuple[Cell, Cell]]:
+    """Cells of a text on its image and on another: of the factual text, and of each counterfactual one."""
+    for i, c in g.pairs:
+        if i is not None and g.truth.get((i, 0)) == 0:
+            yield (0, 0), (i, 0)
+        if i is not None and c is not None and g.truth.get((0, c)) == 0:
+            yield (i, c), (0, c)
+
+
 def twin_dpo(g: Group, o: Dpo) -> list[tuple[float, float]]:
     r = lambda i, c: g.logp[i, c] - g.reference[i, c]  # noqa: E731
     loss = lambda gap: -math.log(1 / (1 + math.exp(-o.beta * gap)))  # noqa: E731
-    text = [loss(r(0, 0) - r(0, c)) for _, c in g.pairs if c is not None and g.truth.get((0, c)) == 0]
-    image = [loss(r(0, 0) - r(i, 0)) for i, _ in g.pairs if i is not None and g.truth.get((i, 0)) == 0]
+    text, image = [loss(gap) for gap in text_gaps(g, r)], [loss(r(*own) - r(*other)) for own, other in image_rows(g)]
+    anchors = [loss(r(0, 0)), *(loss(r(i, c)) for i, c in g.pairs if i is not None and c is not None)]
     return [
         (o.text_side * mean(text), float(bool(text))),
         (o.image_side * mean(image), float(bool(image))),
-        (o.anchor * loss(r(0, 0)), 1.0),
+        (o.anchor * mean(anchors), 1.0),
     ]
 
 
 def twin_symmpo(g: Group, o: SymMPO) -> list[tuple[float, float]]:
     r = lambda i, c: g.logp[i, c] - g.reference[i, c]  # noqa: E731
     loss = lambda gap: -math.log(1 / (1 + math.exp(-o.beta * gap)))  # noqa: E731
-    text = [loss(r(0, 0) - r(0, c)) for _, c in g.pairs if c is not None and g.truth.get((0, c)) == 0]
+    text = [loss(gap) for gap in text_gaps(g, r)]
     both, anchors = [], []
     for i, c in g.pairs:
         if i is not None and c is not None and g.truth.get((0, c)) == 0 == g.truth.get((i, 0)):
@@ -258,10 +276,11 @@ def twin_misp(g: Group, o: Misp) -> list[tuple[float, float]]:
     """The published form, -log sigmoid(-log sum_k exp(a_k)), whose sum over no image is left out."""
     r = lambda i, c: g.logp[i, c] - g.reference[i, c]  # noqa: E731
     loss = lambda gap: -math.log(1 / (1 + math.exp(-gap)))  # noqa: E731
-    text = [loss(o.beta * (r(0, 0) - r(0, c))) for _, c in g.pairs if c is not None and g.truth.get((0, c)) == 0]
-    images = [math.exp(o.beta * (r(i, 0) - r(0, 0))) for i, _ in g.pairs if i is not None and g.truth.get((i, 0)) == 0]
-    listwise = loss(-math.log(sum(images))) if images else 0.0
-    return [(o.text_side * mean(text), float(bool(text))), (o.image_side * listwise, float(bool(images)))]
+    text, images = [loss(o.beta * gap) for gap in text_gaps(g, r)], {}
+    for own, other in image_rows(g):
+        images.setdefault(own, []).append(math.exp(o.beta * (r(*other) - r(*own))))
+    listwise = [loss(-math.log(sum(each))) for each in images.values()]
+    return [(o.text_side * mean(text), float(bool(text))), (o.image_side * mean(listwise), float(bool(images)))]
 
 
 def twin_batch_align(g: Group, o: BatchAlign) -> list[tuple[float, float]]:
@@ -866,16 +885,20 @@ def test_15_group_with_nothing_scored_contributes_nothing() -> None:
 
 
 def test_dpo_equals_the_published_formula() -> None:
-    """r = logp - ref: r_00 = 2, r_01 = -1, r_10 = 0.5; beta = 0.5. Text -log s(1.5), image -log s(0.75), anchor -log s(1)."""
+    """r = logp - ref: r_00 = 2, r_01 = -1, r_10 = 0.5, r_11 = 7; beta = 0.5. Each true pair is a row: texts -log s(1.5) and -log s(3.25),
+    images -log s(0.75) and -log s(4), anchors -log s(1) and -log s(3.5)."""
     g = quad(-3.0, -6.0, -4.0, -2.0, reference={(0, 0): -5.0, (0, 1): -5.0, (1, 0): -4.5, (1, 1): -9.0})
     s = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     sides = {"text_side": 0.0, "image_side": 0.0, "anchor": 0.0, "beta": 0.5}
-    assert loss_of(Dpo(**sides | {"text_side": 1.0}), g) == pytest.approx(-math.log(s(1.5)))
-    assert loss_of(Dpo(**sides | {"image_side": 1.0}), g) == pytest.approx(-math.log(s(0.75)))
-    assert loss_of(Dpo(**sides | {"anchor": 1.0}), g) == pytest.approx(-math.log(s(1.0)))
+    text, image, anchor = (-math.log(s(a) * s(b)) / 2 for a, b in ((1.5, 3.25), (0.75, 4.0), (1.0, 3.5)))
+    assert loss_of(Dpo(**sides | {"text_side": 1.0}), g) == pytest.approx(text)
+    assert loss_of(Dpo(**sides | {"image_side": 1.0}), g) == pytest.approx(image)
+    assert loss_of(Dpo(**sides | {"anchor": 1.0}), g) == pytest.approx(anchor)
     assert loss_of(Dpo(**sides | {"text_side": 2.0, "image_side": 3.0, "anchor": 4.0}), g) == pytest.approx(
-        -2 * math.log(s(1.5)) - 3 * math.log(s(0.75)) - 4 * math.log(s(1.0))
+        2 * text + 3 * image + 4 * anchor
     )
+    alone = dataclasses.replace(g, truth={(0, 0): 1, (0, 1): 0}, pairs=[(None, 1)])
+    assert loss_of(Dpo(beta=0.5), alone) == pytest.approx(-math.log(s(1.5))), "one image: the published loss of one row"
 
 
 def test_dpo_at_the_reference_is_log_two() -> None:
@@ -887,12 +910,13 @@ def test_dpo_at_the_reference_is_log_two() -> None:
 def test_symmpo_equals_the_published_formula() -> None:
     """beta = 0.5; r_00 = 2, r_01 = -1, r_10 = 0.5, r_11 = 7: gaps d = 3 on the factual image, e = 6.5 on the other.
 
-    DPO -log s(1.5); both -log s(1.5) - log s(3.25), times 0.5; (3 - 6.5)^2 times 0.1; anchors -log s(1) - log s(3.5).
+    DPO the mean of -log s(1.5) and -log s(3.25); both -log s(1.5) - log s(3.25), times 0.5; (3 - 6.5)^2 times 0.1; anchors -log s(1) -
+    log s(3.5).
     """
     g = quad(-3.0, -6.0, -4.0, -2.0, reference={(0, 0): -5.0, (0, 1): -5.0, (1, 0): -4.5, (1, 1): -9.0})
     ls = lambda x: math.log(1 / (1 + math.exp(-x)))  # noqa: E731
     whole = loss_of(SymMPO(beta=0.5, consistency=0.1), g)
-    assert whole == pytest.approx(-ls(1.5) - 0.5 * (ls(1.5) + ls(3.25)) + 0.1 * 3.5**2 - ls(1.0) - ls(3.5))
+    assert whole == pytest.approx(-(ls(1.5) + ls(3.25)) / 2 - 0.5 * (ls(1.5) + ls(3.25)) + 0.1 * 3.5**2 - ls(1.0) - ls(3.5))
     held = dataclasses.replace(g, logp=g.logp | {(1, 1): -5.5})  # r_11 = 3.5, e = 3: equal gaps cost nothing
     assert loss_of(SymMPO(text_side=0.0, symmetric=0.0, anchor=0.0, consistency=1.0), held) == 0.0
 
@@ -937,10 +961,11 @@ def test_retain_is_a_divergence_for_one_token_and_less_for_more() -> None:
 
 
 def test_rivals_at_the_reference() -> None:
-    """log 2 for every comparison of two, log(1 + K) for that of 1 + K images; equal gaps are consistent."""
+    """log 2 for every comparison of two, log(1 + K) for that of 1 + K images (of two counterfactuals the factual text's); equal gaps are
+    consistent."""
     groups = [dataclasses.replace(group(kinds, 1), reference=group(kinds, 1).logp) for kinds in ("b", "bb")]
     assert loss_of(SymMPO(), *groups) == pytest.approx((1 + 0.5 * 2 + 1 + 1) * math.log(2))
-    assert loss_of(Misp(), *groups) == pytest.approx(math.log(2) + (math.log(2) + math.log(3)) / 2)
+    assert loss_of(Misp(), *groups) == pytest.approx(math.log(2) + (math.log(2) + (math.log(3) + 2 * math.log(2)) / 3) / 2)
 
 
 def test_infonce_by_hand() -> None:
@@ -1040,7 +1065,7 @@ def test_margin_and_dpo_reports_by_hand() -> None:
     """S_00 = S_11 = -1, S_01 = -1.1, S_10 = -1: text side gaps -.1 (active, not violated) and 0 (a tie counts as violated).
 
     Image side: text 0 on image 1: 0 (violated); text 1 on image 0: -.1. DPO with reference 0: r_00 - r_01 = .1, beta = .1,
-    so the margin is .01.
+    so the margin is .01, and r_11 - r_10 = 0, a tie.
     """
     first = quad(-1.0, -1.1, -1.0, -1.0, reference=dict.fromkeys(group("b").truth, 0.0))
     scores = collate([first, quad(-1.0, -5.0, -5.0, -1.0)])
@@ -1048,9 +1073,8 @@ def test_margin_and_dpo_reports_by_hand() -> None:
     assert plain(Csd().report(scores)) == {"active/csd": (2, 4), "violated/csd": (1, 4)}
     assert plain(Fcd().report(scores)) == {"active/fcd": (2, 4), "violated/fcd": (1, 4)}
     report = plain(Dpo().report(collate([first])))
-    assert report["dpo/accuracy"] == (1, 1)
-    assert report["dpo/margin"] == (pytest.approx(0.01), 1)
-    report = plain(SymMPO().report(collate([first])))  # on image 1 r_11 - r_10 = 0, a tie
+    assert (report["dpo/accuracy"], report["dpo/margin"]) == ((1, 2), (pytest.approx(0.01), 2))
+    report = plain(SymMPO().report(collate([first])))
     assert (report["symmpo/accuracy"], report["symmpo/margin"]) == ((1, 2), (pytest.approx(0.01), 2))
-    report = plain(Misp().report(collate([first])))
-    assert (report["misp/accuracy"], report["misp/margin"]) == ((0, 1), (0, 1))
+    report = plain(Misp().report(collate([first])))  # text 0 ties on the two images, text 1 has r_11 - r_01 = .1
+    assert (report["misp/accuracy"], report["misp/margin"]) == ((1, 2), (pytest.approx(0.01), 2))
