@@ -7,6 +7,7 @@ it minus each term, with negatives of one kind, with adapters, and with in-batch
     python benchmarks/learning.py --arms default --capabilities default avx2 --threads 1 2     # other ways of rounding sums
     python benchmarks/learning.py --arms default nll-all --steps 550 1000 2800 8300 --seeds 1  # 2, 4, 10 and 30 minutes
     python benchmarks/learning.py --arms default nll-all --groups 250 1000 4000 0              # of fewer groups
+    python benchmarks/learning.py --arms default nll-all --steps 8300 --groups 100000 --seeds 1  # of so many that none is seen twice
     python benchmarks/learning.py --arms default nll-all --noise 0 10 30                       # of groups that are labelled wrongly
     python benchmarks/learning.py --arms default nll-all calibrated-long --more 14 --num_test 1800   # of captions of some 60 tokens more
     python benchmarks/learning.py --grid                        # what `calibrate` says beside settings that a user would try
@@ -35,7 +36,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from learning_arms import ARMS, CAPTIONS, CONTROL_ARM, GRID, KNOWN, RECORDS, STEPS, VALIDATION, Job, lengthened, rows_of
+from learning_arms import ARMS, CAPTIONS, CONTROL_ARM, GRID, KNOWN, RECORDS, STEPS, VALIDATION, WORLD, Job, lengthened, rows_of
 from learning_tables import BEST, choices, figure, tables, told
 
 REPO = Path(__file__).resolve().parent.parent
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--capabilities", nargs="+", default=[""], help="values of ATEN_CPU_CAPABILITY (default the machine's best)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="threads of a run (default 1)")
     parser.add_argument("--steps", nargs="+", type=int, default=[STEPS], help=f"steps of the default objective (default {STEPS})")
-    parser.add_argument("--groups", nargs="+", type=int, default=[0], help="so many of the world's 16,000 (default 0: all)")
+    parser.add_argument("--groups", nargs="+", type=int, default=[0], help="of the world's 16,000, or of a larger one (default 0: all)")
     parser.add_argument("--noise", nargs="+", type=int, default=[0], help="percentage of groups whose two texts are exchanged (default 0)")
     parser.add_argument("--more", nargs="+", type=int, default=[0], help="true statements added to every caption (default 0)")
     parser.add_argument("--num_test", type=int, default=9000, help="groups of held-out combinations (default 9000: 1000 an edit)")
@@ -115,9 +116,10 @@ def prepare(arguments: argparse.Namespace, jobs: Sequence[Job]) -> None:
     """Write the base, and each world, once; the rows of each run; and, where an arm needs them, scores of the base."""
     timed = [Job(arm, "1e-3", 0, more=job.more) for job in jobs for arm in ("default", job.arm)]  # of all groups, rightly labelled
     plain = [Job(name, "1e-3", 0) for name in ("default", *KNOWN) if not KNOWN[name].scores and not KNOWN[name].negatives]
-    for world in {job.world(arguments.out): job for job in (plain[0], *jobs)}:
-        first = next(job for job in plain if job.world(arguments.out) == world)
-        train(arguments, arguments.out / world.name.replace("scenes", "build"), first, 1)
+    for world, job in {job.world(arguments.out): job for job in (plain[0], *jobs)}.items():
+        first = next(each for each in plain if KNOWN[each.arm].counterfactuals == KNOWN[job.arm].counterfactuals)
+        larger = job.groups if job.groups > WORLD else 0
+        train(arguments, arguments.out / world.name.replace("scenes", "build"), replace(first, groups=larger), 1)
     for job in {(job.rows(arguments.out), KNOWN[job.arm].scores): job for job in (*jobs, *timed)}.values():
         if not (rows := job.rows(arguments.out)).exists():
             lines = (json.loads(line) for line in (job.world(arguments.out) / "train.jsonl").read_text().splitlines())
@@ -213,7 +215,8 @@ def train(
     command += [f"--build.base={arguments.out / 'base'}", f"--model.name_or_path={arguments.out / 'base'}"]
     arm, rows = KNOWN[job.arm], job.rows(arguments.out)
     command += [f"--build.scenes.out_dir={job.world(arguments.out)}", f"--build.scenes.num_counterfactuals={arm.counterfactuals}"]
-    command += [f"--build.scenes.num_test={arguments.num_test}", f"--data.train={rows}"]
+    command += [f"--build.scenes.num_test={arguments.num_test}", f"--build.scenes.num_train={max(job.groups, WORLD)}"]
+    command += [f"--data.train={rows}"]
     splits = {name: {"path": str(job.tests(arguments.out, name)), "limit": limit} for name, limit in (limits or {}).items()}
     command += [f"--data.scores={scores_of(rows)}"] * arm.scores
     command += [

@@ -17,6 +17,8 @@ LOW = ("1e-4", "3e-4", "6e-4", "1e-3")
 VALIDATION = "validation"
 CAPTIONS = (VALIDATION, "combo")
 """Splits of captions; the others are questions."""
+WORLD = 16_000
+"""Groups that examples/quickstart.yaml draws to train on."""
 STEPS = 1000
 """Of the default objective; what is not said of a record's ``clock``."""
 NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
@@ -101,8 +103,9 @@ KNOWN = ARMS | GRID | LONGER
 @dataclass(frozen=True)
 class Job:
     """One training. ``capability`` is ATEN_CPU_CAPABILITY, which, with the threads, decides how sums are rounded; ``clock`` is how long it
-    takes, in steps of the default objective; ``groups`` is how many of the world's it has (0: all), ``noise`` the percentage of them whose
-    texts are exchanged; ``more`` is how many true statements are added to every caption, in the tests too."""
+    takes, in steps of the default objective; ``groups`` is how many of the world's it has (0: all; more than it has are of a larger one),
+    ``noise`` the percentage of them whose texts are exchanged; ``more`` is how many true statements are added to every caption, also in
+    the tests."""
 
     arm: str
     rate: str
@@ -132,11 +135,14 @@ class Job:
 
     def world(self, out: Path) -> Path:
         """The folder of the scenes that it trains on."""
-        return out / ("scenes" if KNOWN[self.arm].counterfactuals == 1 else f"scenes-{KNOWN[self.arm].counterfactuals}")
+        parts = [f"{KNOWN[self.arm].counterfactuals}" if KNOWN[self.arm].counterfactuals > 1 else ""]
+        parts += [f"of-{self.groups}" if self.groups > WORLD else ""]
+        return out / "-".join(["scenes", *(part for part in parts if part)])
 
     def rows(self, out: Path) -> Path:
         """The manifest that it trains on."""
-        parts = [KNOWN[self.arm].negatives, f"{self.groups}" if self.groups else "", f"noise{self.noise}" if self.noise else ""]
+        fewer = f"{self.groups}" if 0 < self.groups < WORLD else ""
+        parts = [KNOWN[self.arm].negatives, fewer, f"noise{self.noise}" if self.noise else ""]
         parts += [f"more{self.more}" if self.more else ""]
         return self.world(out) / f"{'_'.join(['train', *(part for part in parts if part)])}.jsonl"
 

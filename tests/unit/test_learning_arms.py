@@ -100,6 +100,9 @@ def test_rows_of_fewer_groups_and_of_wrong_ones(arms: ModuleType, tmp_path: Path
             assert [text["id"] for text in row["texts"]] == ["t0", "t1"] and row["match"] == old["match"]
     names = [job.rows(tmp_path).name for job in (*jobs, arms.Job("texts", "1e-3", 0, groups=50, noise=5))]
     assert [arms.Job(arm, "1e-3", 0).rows(tmp_path).parent.name for arm in ("default", "hardest")] == ["scenes", "scenes-3"]
+    larger = arms.Job("default", "1e-3", 0, groups=16_001)
+    assert larger.rows(tmp_path) == tmp_path / "scenes-of-16001" / "train.jsonl"
+    assert larger.tests(tmp_path, "combo") == jobs[0].tests(tmp_path, "combo") == tmp_path / "scenes" / "test_combo.jsonl"
     assert names == ["train_100.jsonl", "train_noise10.jsonl", "train_noise30.jsonl", "train.jsonl", "train_texts_50_noise5.jsonl"]
     assert len({job.name for job in jobs}) == 4 and jobs[3].name == "default-1e-3-seed0"
 
@@ -156,14 +159,22 @@ def test_an_arm_gets_scores_of_the_base_whatever_arms_share_its_rows(
 ) -> None:
     """One scoring of each manifest on which an arm that needs it trains, be it named first or last."""
     called: list[list[str]] = []
-    monkeypatch.setattr(learning, "train", lambda *_: 0.0)
+    built: list[tuple[Path, Any]] = []
+    monkeypatch.setattr(learning, "train", lambda _, folder, job, steps: built.append((folder, job)) if folder.name != "build" else None)
     monkeypatch.setattr(learning.subprocess, "run", lambda command, **_: called.append(command))
     (tmp_path / "scenes").mkdir()
     (tmp_path / "scenes" / "train.jsonl").write_text(json.dumps({"id": "g0"}) + "\n")
     for names in (("dpo", "default"), ("default", "dpo", "mdpo"), ("default", "nll-all")):
         learning.prepare(argparse.Namespace(out=tmp_path), [arms.Job(name, "1e-3", 0) for name in names])
     manifest = str(tmp_path / "scenes" / "train.jsonl")
-    assert [(command[3], command[5]) for command in called] == [("score", manifest)] * 2
+    assert not built, "of the world that every run has"
+    (tmp_path / "scenes-of-20000").mkdir()
+    (tmp_path / "scenes-of-20000" / "train.jsonl").write_text(json.dumps({"id": "g0"}) + "\n")
+    learning.prepare(argparse.Namespace(out=tmp_path), [arms.Job("dpo", "1e-3", 0, groups=20_000)])
+    assert [(folder.name, job.arm, job.groups) for folder, job in built] == [("build-of-20000", "default", 20_000)]
+    larger = str(tmp_path / "scenes-of-20000" / "train.jsonl")
+    wanted = [("score", name) for name in (manifest, manifest, larger, manifest)]  # the last to time a step
+    assert [(command[3], command[5]) for command in called] == wanted
 
 
 def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
