@@ -521,9 +521,12 @@ def test_an_evaluation_compares_adapters_with_the_model_without_them(runs: Path,
     after = {row["id"]: row["logp"] for row in map(json.loads, (runs / "off" / "scores" / "test.jsonl").read_text().splitlines()[1:])}
     means = []
     for group, reference in zip(groups, before, strict=True):
-        ratio = [now - was for now, was in zip(after[group.id][0], reference.logp[0].tolist(), strict=True)]
-        against = [c for c, truth in enumerate(group.match[0]) if truth == 0]
-        means += [sum(math.log1p(math.exp(0.1 * (ratio[c] - ratio[0]))) for c in against) / len(against)] if against else []
+        ratio = [[now - was for now, was in zip(*rows, strict=True)] for rows in zip(after[group.id], reference.logp.tolist(), strict=True)]
+        pairs = []
+        for i, row in enumerate(group.match):  # of the star's cells: all texts on the first image, the first text on all
+            false = [c for c, truth in enumerate(row) if truth == 0 and (i == 0 or c == 0)]
+            pairs += [0.1 * (ratio[i][d] - ratio[i][c]) for c, truth in enumerate(row) if truth == 1 for d in false]
+        means += [sum(math.log1p(math.exp(each)) for each in pairs) / len(pairs)] if pairs else []
     found = metrics(runs / "off")[-1]
     assert found["eval/test/loss_dpo"] == pytest.approx(sum(means) / len(means), rel=1e-5) != pytest.approx(math.log(2), abs=1e-6)
     assert found["eval/test/loss"] == pytest.approx(found["eval/test/loss_dpo"] + sum(
