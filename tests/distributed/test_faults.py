@@ -38,7 +38,7 @@ def planned(manifests: dict[str, Path], folder: Path) -> Plans:
         "unreadable skip alone": (["nothing"], [*unreadable, "--data.on_error", "skip", *alone]),
         "unreadable over": (["nothing"], [*unreadable, "--data.on_error", "skip", "--data.max_skipped", "0"]),
         "unreadable error": (["nothing"], unreadable),
-        "by the clock": (["nothing"], ["--train.save_minutes", "1e-6", "--train.max_steps", "3", *last, "--train.save_keep_every", "2"]),
+        "by the clock": (["nothing"], ["--train.save_minutes", "1e-9", "--train.max_steps", "3", *last, "--train.save_keep_every", "2"]),
         "best": (["nothing"], ["--train.eval_steps", "1", "--train.max_steps", "4", *last, "--train.save_best", "eval/test/pair", *test]),
         "taken": (["taken", str(folder / "taken" / "run.lock")], one_epoch),
         "memory": (["exit"], planted("memory", "stop")),
