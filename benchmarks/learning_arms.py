@@ -79,13 +79,16 @@ def _contrast(**options: float | str) -> tuple[str, ...]:
 
 GRID: dict[str, Arm] = {
     "calibrated": Arm(
-        "what `calibrate` says", (*_contrast(len_norm="anchor"), "--objective.csd.margin=0.14", "--objective.fcd.margin=0.06")
+        "what `calibrate` says", (*_contrast(weight=12, len_norm="anchor"), "--objective.csd.margin=0.14", "--objective.fcd.margin=1")
     ),
     **{
-        f"grid-{weight}-{margin}": Arm(f"weights {weight}, margins {margin}", _contrast(weight=weight, margin=margin))
+        f"grid-{weight}-{csd}-{fcd}": Arm(
+            f"weights {weight}, margins {csd} and {fcd}",
+            (*_contrast(weight=weight), f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}"),
+        )
         for weight in (0.3, 1, 3)
-        for margin in (0.3, 1, 3)
-        if (weight, margin) != (1, 1)  # the default
+        for csd, fcd in ((1, 1), (1, 5), (3, 3), (5, 1), (5, 5))
+        if (weight, csd, fcd) != (1, 1, 5)  # the default
     },
 }
 """What `cfvlm-ds calibrate runs/learning/base runs/learning/scenes/train.jsonl --limit 1000` says of the base, and the settings that a user

@@ -74,14 +74,31 @@ class Arm:
     rates: tuple[str, ...] = RATES
 
 
+def _margins(csd: int, fcd: int) -> tuple[str, ...]:
+    return (f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}")
+
+
 ARMS = {
     "nll-natural": Arm("NLL, natural pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
     "nll-all": Arm("NLL, all pairs", NO_CONTRAST),
     "dpo": Arm("DPO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.dpo.weight=1"), scores="train", rates=("1e-4", *RATES[:3])),
     "default": Arm("default objective"),
+    "margins-1-1": Arm("margins 1 and 1", _margins(1, 1)),
+    "margins-3-3": Arm("margins 3 and 3", _margins(3, 3)),
+    "margins-5-1": Arm("margins 5 and 1", _margins(5, 1)),
+    "margins-5-5": Arm("margins 5 and 5", _margins(5, 5)),
+    "margins-1-10": Arm("margins 1 and 10", _margins(1, 10)),
+    "margins-10-10": Arm("margins 10 and 10", _margins(10, 10)),
     "nll-all-mixed": Arm("NLL, all pairs, natural captions mixed in", NO_CONTRAST, natural=True),
     "default-mixed": Arm("default, natural captions mixed in", natural=True),
     "default-retain": Arm("default, natural captions mixed in, retain", ("--objective.retain.weight=1",), scores="natural", natural=True),
+    "margins-1-1-mixed": Arm("margins 1 and 1, natural captions mixed in", _margins(1, 1), natural=True),
+    "margins-1-1-retain": Arm(
+        "margins 1 and 1, natural captions mixed in, retain",
+        (*_margins(1, 1), "--objective.retain.weight=1"),
+        scores="natural",
+        natural=True,
+    ),
 }
 
 

@@ -29,17 +29,19 @@ _KNOWN = 10  # comparisons of an edit type that say something
 _LONGER = 1.5  # times as many tokens, from which texts tell whether gaps grow with length
 _LOST = 4  # margins, as many as MarginTerm.hinge_cap
 _MANY_LOST = 0.1
+_GUESSED = 75  # % of comparisons whose blind gap the margin between images is as wide as
 
 
 @dataclass(frozen=True)
 class Gap:
-    """One comparison of a ``group``: nats by which the true one wins, tokens of the factual text, whether language alone is right."""
+    """One comparison of a ``group``: nats by which the true one wins, tokens of the factual text, and, between texts, nats by which
+    language alone prefers the true one."""
 
     side: Literal["text", "image"]
     labels: tuple[str, ...]
     nats: float
     tokens: int
-    blind: float | None
+    prior: float | None
     group: str = ""
 
 
@@ -63,9 +65,8 @@ def gaps(
             if each.kind not in ("text", "image") or not star.issuperset(cells := _cells(each)):
                 continue
             (i, c), (j, d) = cells
-            nats, prior = logp[i][c] - logp[j][d], blank[c] - blank[d]
-            blind = None if each.kind == "image" else (prior > 0) + (prior == 0) / 2
-            yield Gap(each.kind, each.labels, nats, tokens, blind, group.id)
+            prior = None if each.kind == "image" else blank[c] - blank[d]
+            yield Gap(each.kind, each.labels, logp[i][c] - logp[j][d], tokens, prior, group.id)
 
 
 def _cells(each: Comparison) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -102,13 +103,15 @@ def advise(found: Sequence[Gap]) -> Advice:
             continue
         values = [gap.nats / (gap.tokens if anchored else 1) for gap in of_side]
         unit, (low, high) = ("nats per token", _PER_TOKEN) if anchored else ("nats", _NATS)
-        label, scale = _least_decided(of_side, values)
+        scale, why = _least_decided(of_side, values)
+        if side == "image" and (guessed := _guessed(found, anchored)) is not None and guessed[0] > scale:
+            scale, why = guessed
         margin = _round(min(max(scale, low), high))
         bounded = "" if low <= scale <= high else f", and {low:g} to {high:g} is what a margin is good for"
-        reasons.append(f"{term}.margin {margin:g} {unit}: {label}, the least decided, has gaps of {scale:.2g} either way{bounded}")
+        reasons.append(f"{term}.margin {margin:g} {unit}: {why}{bounded}")
         pull = sum(_sigmoid(margin - value) for value in values) / len(values)
         size = quantile([gap.tokens for gap in of_side], 50)
-        weight = 1.0 if anchored else _round(min(1.0, max(_LEAST_WEIGHT, _MEASURED_TOKENS / size)))
+        weight = float(_MEASURED_TOKENS) if anchored else _round(min(1.0, max(_LEAST_WEIGHT, _MEASURED_TOKENS / size)))
         reasons.append(
             f"{term}.weight {weight:g}: {_why_weight(anchored, size)}; its comparisons begin with {100 * pull:.0f} % of their largest pull"
         )
@@ -129,21 +132,35 @@ def advise(found: Sequence[Gap]) -> Advice:
 
 def _why_weight(anchored: bool, size: float) -> str:
     if anchored:
-        return "scores per token pull as align does, a mean over tokens"
+        return f"so that a score per token pulls as much harder than align as it did with texts of {_MEASURED_TOKENS} tokens and weight 1"
     if size <= _MEASURED_TOKENS:
         return f"texts have {size:.0f} tokens, no more than the {_MEASURED_TOKENS} with which 1 was measured"
     heavier = f"a comparison in total nats would weigh {size / _MEASURED_TOKENS:.1f} times what was measured"
     return f"texts have {size:.0f} tokens; align is a mean over them, and {heavier}"
 
 
-def _least_decided(found: Sequence[Gap], values: Sequence[float]) -> tuple[str, float]:
-    """The edit type whose gaps are smallest either way, and their median size; all types together where each has few."""
+def _least_decided(found: Sequence[Gap], values: Sequence[float]) -> tuple[float, str]:
+    """The median size of the gaps of the edit type where it is smallest, and what it is."""
     sizes: dict[str, list[float]] = {}
     for gap, value in zip(found, values, strict=True):
         for label in gap.labels:
             sizes.setdefault(label, []).append(abs(value))
     known = {in_cell(label): some for label, some in sizes.items() if len(some) >= _KNOWN} or {"all": [abs(value) for value in values]}
-    return min(((label, quantile(some, 50)) for label, some in known.items()), key=lambda each: each[1])
+    scale, label = min((quantile(some, 50), label) for label, some in known.items())
+    return scale, f"{label}, the least decided, has gaps of {scale:.2g} either way"
+
+
+def _guessed(found: Sequence[Gap], anchored: bool) -> tuple[float, str] | None:
+    """By how much language alone prefers one of two texts in three quarters of the comparisons: a picture tells the other one only if it
+    moves the text by more."""
+    sizes = [abs(gap.prior) / (gap.tokens if anchored else 1) for gap in found if gap.prior is not None]
+    if not sizes:
+        return None
+    scale = quantile(sizes, _GUESSED)
+    return (
+        scale,
+        f"language alone prefers one of two texts by {scale:.2g} or less in {_GUESSED} % of comparisons, which a picture must outweigh",
+    )
 
 
 def _length_norm(found: Sequence[Gap]) -> tuple[bool, str]:
@@ -190,7 +207,7 @@ def table(found: Sequence[Gap]) -> str:
         labels = sorted({label for gap in of_side for label in gap.labels})
         rows: Mapping[str, list[Gap]] = {label: [gap for gap in of_side if label in gap.labels] for label in labels}
         for label, some in [*rows.items(), *([("all", of_side)] if of_side else [])]:
-            blind = [gap.blind for gap in some if gap.blind is not None]
+            blind = [(gap.prior > 0) + (gap.prior == 0) / 2 for gap in some if gap.prior is not None]
             cells = [str(len(some)), f"{100 * _mean([gap.nats > 0 for gap in some]):.1f}", f"{100 * _mean(blind):.1f}" if blind else ""]
             for values, form in (([gap.nats for gap in some], ".2f"), ([gap.nats / gap.tokens for gap in some], ".3f")):
                 cells += [format(quantile(values, q), form) for q in QUANTILES]

@@ -109,7 +109,7 @@ def naive_fcd(g: Asked) -> list[float]:
         for i in range(len(g.truth)):
             if own is not None and g.truth[i][c] == 0 and (i, c) in star:
                 halves[min(c, 1)].append(g.logp[i][c] - g.logp[own][c])
-    return mean([softplus(1 + max(values)) for values in halves.values() if values])
+    return mean([softplus(5 + max(values)) for values in halves.values() if values])
 
 
 def naive_infonce(g: Asked) -> list[float]:

@@ -36,7 +36,7 @@ def scored(groups: Sequence[CounterfactualGroup], seed: int = 0) -> list[GroupSc
 
 
 def of(side: str, values: Sequence[float], tokens: int = 10, label: str = "colour") -> list[Gap]:
-    return [Gap(side, (label,), value, tokens, 0.5 if side == "text" else None) for value in values]  # type: ignore[arg-type]
+    return [Gap(side, (label,), value, tokens, 0.0 if side == "text" else None) for value in values]  # type: ignore[arg-type]
 
 
 def normal(mean: float, spread: float, number: int = 400, seed: int = 0) -> list[float]:
@@ -76,7 +76,7 @@ def test_by_hand() -> None:
     group = CounterfactualGroup("g", pictures, (Candidate("", "a b"), Candidate("", "a c")), ((1, 0), (0, 1)))
     score = GroupScores(torch.tensor([[-1.0, -4.0], [-3.0, -1.0]]), torch.tensor([-2.0, -5.0]))
     found = list(gaps([group], [score], lambda group: 2))
-    assert sorted((gap.side, gap.nats, gap.blind) for gap in found if gap.side == "text") == [("text", 2.0, 0.0), ("text", 3.0, 1.0)]
+    assert sorted((gap.side, gap.nats, gap.prior) for gap in found if gap.side == "text") == [("text", 2.0, -3.0), ("text", 3.0, 3.0)]
     assert sorted(gap.nats for gap in found if gap.side == "image") == [2.0, 3.0]
     lines = table(found).splitlines()
     assert lines[2] == "| text | unlabelled | 2 | 100.0 | 50.0 | 2.05 | 2.25 | 2.50 | 2.75 | 2.95 | 1.025 | 1.125 | 1.250 | 1.375 | 1.475 |"
@@ -96,8 +96,24 @@ def test_a_margin_is_the_size_of_the_least_decided_gaps_within_bounds() -> None:
     assert advise(of("text", [90.0, 100.0])).options["csd"]["margin"] == 5.0
 
 
+def test_images_are_told_apart_by_more_than_language_alone_prefers() -> None:
+    """The margin of fcd is what three quarters of the blind gaps do not exceed; csd, whose gaps have it in them, keeps its own."""
+    priors = [*[0.5] * 12, *[-3.0] * 20, *[8.0] * 8]
+    texts = [replace(gap, prior=prior) for gap, prior in zip(of("text", [1.2] * 40), priors, strict=True)]
+    images = of("image", [0.7] * 20)
+    chosen = advise([*texts, *images])
+    assert (chosen.options["csd"]["margin"], chosen.options["fcd"]["margin"]) == (1.2, 3.0)
+    told = "fcd.margin 3 nats: language alone prefers one of two texts by 3 or less in 75 % of comparisons, which a picture must outweigh"
+    assert told in chosen.reasons
+    assert advise([*texts, *of("image", [3.5] * 20)]).options["fcd"]["margin"] == 3.5, "no less than the images are apart already"
+    assert advise([*[replace(gap, prior=9.0) for gap in texts], *images]).options["fcd"]["margin"] == 5.0
+    long = [*texts, *[replace(gap, tokens=30, nats=3 * gap.nats, prior=3 * (gap.prior or 0)) for gap in texts]]
+    found = advise([*long, *images]).options["fcd"]
+    assert (found["len_norm"], found["margin"]) == ("anchor", 0.3), "per token too"
+
+
 def test_a_weight_falls_with_the_length_that_align_averages_over() -> None:
-    """As the gradient of a score of n tokens beside a mean over n tokens does; per token there is nothing to make up for."""
+    """As the gradient of a score of n tokens beside a mean over n tokens does; one per token is a mean too, 12 times weaker there."""
     weights = {tokens: advise(of("text", normal(1.0, 2.0), tokens)).options["csd"]["weight"] for tokens in (6, 12, 24, 60, 600)}
     assert weights == {6: 1.0, 12: 1.0, 24: 0.5, 60: 0.2, 600: 0.1}
     values = [1.0, 3.0, -3.0, 5.0]  # half the gaps are of 3 nats or less: the pull is that of a margin of 3
@@ -122,7 +138,7 @@ def test_long_captions(factor: float, norm: str) -> None:
     assert chosen.reasons[0].startswith(f"len_norm {norm}: texts of 6.0 times as many tokens have gaps of")
     margin = chosen.options["csd"]["margin"]
     assert (0.02 <= margin <= 0.2) if norm == "anchor" else (1.0 < margin < 3.0)
-    assert chosen.options["csd"]["weight"] == (1.0 if norm == "anchor" else 0.17), "of 70 tokens in the middle"
+    assert chosen.options["csd"]["weight"] == (12.0 if norm == "anchor" else 0.17), "of 70 tokens in the middle"
     for shares in ((30, 400), (400, 30)):  # more than half of one length are the median, and no reason to overlook the others
         mixed = [*found[: shares[0]], *found[400 : 400 + shares[1]]]
         assert advise(mixed).options["csd"]["len_norm"] == norm, advise(mixed).reasons[0]

@@ -160,9 +160,9 @@ def test_a_model_without_gguf_or_file_is_one_sentence(modules: Any, tmp_path: Pa
 TERMS = {
     **{name: {"align"} for name in ("nll-natural", "nll-all", "nll-all-mixed")},
     "dpo": {"dpo"},
-    **{name: {"align", "csd", "fcd"} for name in ("default", "default-mixed")},
-    "default-retain": {"align", "csd", "fcd", "retain"},
+    **{name: {"align", "csd", "fcd", "retain"} for name in ("default-retain", "margins-1-1-retain")},
 }
+"""Of arms that have others than the default's."""
 
 
 def test_visual_tokens_are_near_the_words_of_what_a_picture_shows(modules: Any, data: Path, tmp_path: Path) -> None:
@@ -193,9 +193,12 @@ def test_every_arm_has_the_terms_of_its_title(modules: Any) -> None:
     arms = modules["real_prior"].ARMS
     for name, arm in arms.items():
         config = parse_config(["--config", "benchmarks/real_prior.yaml", *arm.options], OBJECTIVES)
-        assert set(config.objective) == TERMS[name] and config.model.language_model.tuning == "lora"
+        assert set(config.objective) == TERMS.get(name, {"align", "csd", "fcd"}) and config.model.language_model.tuning == "lora"
         assert bool(arm.scores) == any(term.needs_reference for term in config.objective.values())
         assert arm.natural == name.endswith(("-mixed", "-retain"))
+        if name.startswith("margins"):
+            assert [config.objective[term].margin for term in ("csd", "fcd")] == [int(said) for said in name.split("-")[1:3]]
+            assert arm.title.startswith(f"margins {name.split('-')[1]} and {name.split('-')[2]}")
         if name.startswith("nll"):
             assert config.objective["align"].counterfactual == (name != "nll-natural")
 
