@@ -195,6 +195,15 @@ def test_whatever_is_torn_ends_in_the_same_bytes(step: str, part: float, whole: 
     assert oracle.calls > 0 and (step != "verify" or part < 0.9 or oracle.calls <= 64)
 
 
+def written(out: Path) -> int:
+    """Bytes of candidates on the disk; the folder is there a moment before its file."""
+    shard = out / "edit" / "shard-00000.jsonl"
+    try:
+        return shard.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def test_sigkill_in_the_midst_ends_in_the_same_bytes(whole: Path, scenes: Path, tmp_path: Path) -> None:
     out = begun(scenes, tmp_path / "W")
     for _ in range(3):
@@ -204,10 +213,8 @@ def test_sigkill_in_the_midst_ends_in_the_same_bytes(whole: Path, scenes: Path, 
             finally:
                 os._exit(0)
         deadline = time.monotonic() + 20
-        before = (out / "edit" / "shard-00000.jsonl").stat().st_size if (out / "edit").exists() else 0
-        while time.monotonic() < deadline and not (
-            (out / "edit").exists() and (out / "edit" / "shard-00000.jsonl").stat().st_size > before + 9000
-        ):
+        before = written(out)
+        while time.monotonic() < deadline and written(out) <= before + 9000:
             if (out / "edit" / "shard-00000.done.json").exists():
                 break
             time.sleep(0.002)
