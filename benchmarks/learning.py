@@ -36,7 +36,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from learning_arms import ARMS, CAPTIONS, CONTROL_ARM, GRID, KNOWN, RECORDS, STEPS, VALIDATION, WORLD, Job, lengthened, rows_of
+from learning_arms import ARMS, CAPTIONS, CONTROL_ARM, GRID, KNOWN, RECORDS, SHARP, STEPS, VALIDATION, WORLD, Job, lengthened, rows_of
 from learning_tables import BEST, choices, figure, tables, told
 
 REPO = Path(__file__).resolve().parent.parent
@@ -45,7 +45,8 @@ DEMO = REPO / "cfvlm_ds" / "demo" / "measured.json"
 BASE = RECORDS / "base.json"
 """Group accuracy of the base, of the first run alone."""
 CHOICE_SEEDS = 2
-SHOWN = {"nll": CONTROL_ARM, "default": "default"}
+SHOWN = {"nll": (CONTROL_ARM, "1e-4"), "default": ("default", "3e-4")}
+"""Arms of the figure and of the demo's table, each at the rate that validation chose."""
 SHORT, LONG = 20, 140
 """Steps of the two runs whose difference is the time of a step."""
 
@@ -55,10 +56,10 @@ def main() -> None:
     text = f"which arms (default all but those of the grid and of long captions): {', '.join(KNOWN)}"
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(KNOWN), metavar="ARM", help=text)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
-    parser.add_argument("--rates", nargs="+", default=["1e-3"], help="learning rates (default 1e-3)")
+    parser.add_argument("--rates", nargs="+", default=["3e-4"], help="learning rates (default 3e-4)")
     text = f"try the rates of each arm with {CHOICE_SEEDS} seeds, and run its seeds at the one that is best on the validation split"
     parser.add_argument("--choose_rates", action="store_true", help=text)
-    text = f"run the default, what `calibrate` says and a grid of weights and margins, {CHOICE_SEEDS} seeds, on the validation split alone"
+    text = f"run the default, what `calibrate` says and settings beside it, {CHOICE_SEEDS} seeds, on the validation split alone"
     parser.add_argument("--grid", action="store_true", help=text)
     parser.add_argument("--capabilities", nargs="+", default=[""], help="values of ATEN_CPU_CAPABILITY (default the machine's best)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="threads of a run (default 1)")
@@ -98,7 +99,7 @@ def run_missing(arguments: argparse.Namespace, jobs: list[Job], choose: bool = F
     if not jobs:
         return
     prepare(arguments, jobs)
-    timed = {(job.arm, job.more) for job in jobs if job.arm not in (*GRID, "default")}
+    timed = {(job.arm, job.more) for job in jobs if job.arm not in (*GRID, *SHARP, "default")}
     costs = {each: cost(arguments, *each) for each in sorted(timed)}
     print("a step, as times the default's:", {f"{arm} +{more}": round(value, 3) for (arm, more), value in costs.items()}, flush=True)
     one = run_choice if choose else run
@@ -268,8 +269,8 @@ def report(arguments: argparse.Namespace) -> None:
     text = "\n\n".join([*tables(records, base), *([choices(chosen)] if chosen else [])])
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "learning.md").write_text(text + "\n")
-    figure(arguments.out / "learning.png", records, base)
-    shown = {name: [r["results"] for r in records if told(r) == (arm, "1e-3", BEST)] for name, arm in SHOWN.items()}
+    shown = {name: [r["results"] for r in records if told(r) == (*arm, BEST)] for name, arm in SHOWN.items()}
+    figure(arguments.out / "learning.png", shown, base)
     if all(shown.values()):
         DEMO.write_text(json.dumps(for_demo(base, shown), indent=1) + "\n")
     print(text, f"\nwrote {arguments.out}/learning.md and learning.png")

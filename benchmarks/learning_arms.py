@@ -11,9 +11,7 @@ from typing import Any
 from cfvlm_ds.demo.scenes.world import COLOURS, SHAPES
 
 RECORDS = Path(__file__).resolve().parent / "learning"
-RATES = ("3e-4", "6e-4", "1e-3", "2e-3")
-LOW = ("1e-4", "3e-4", "6e-4", "1e-3")
-"""Of arms that compare alone: DPO is best at 3e-4 of these, and worse at each higher one."""
+RATES = ("1e-4", "3e-4", "6e-4", "1e-3")
 VALIDATION = "validation"
 CAPTIONS = (VALIDATION, "combo")
 """Splits of captions; the others are questions."""
@@ -50,11 +48,11 @@ class Arm:
 ARMS: dict[str, Arm] = {
     "nll-factual": Arm("NLL, factual pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
     "nll-all": Arm("NLL, all pairs", ("--objective.align.counterfactual=1", *NO_CONTRAST)),
-    "dpo": Arm("DPO", (*ALONE, "--objective.dpo.weight=1"), scores=True, rates=LOW),
+    "dpo": Arm("DPO", (*ALONE, "--objective.dpo.weight=1"), scores=True),
     "dpo-nll": Arm("DPO beside NLL of all pairs", (*NO_CONTRAST, "--objective.dpo.weight=1"), scores=True),
-    "mdpo": Arm("mDPO", (*ALONE, "--objective.dpo.image_side=1", "--objective.dpo.anchor=1"), scores=True, rates=LOW),
-    "symmpo": Arm("SymMPO", (*ALONE, "--objective.symmpo.weight=1"), scores=True, rates=LOW),
-    "misp": Arm("MISP-DPO", (*ALONE, "--objective.misp.weight=1"), scores=True, rates=LOW),
+    "mdpo": Arm("mDPO", (*ALONE, "--objective.dpo.image_side=1", "--objective.dpo.anchor=1"), scores=True),
+    "symmpo": Arm("SymMPO", (*ALONE, "--objective.symmpo.weight=1"), scores=True),
+    "misp": Arm("MISP-DPO", (*ALONE, "--objective.misp.weight=1"), scores=True),
     "texts": Arm("default, text negatives only", negatives="texts"),
     "images": Arm("default, image negatives only", negatives="images"),
     "paper": Arm(
@@ -78,29 +76,30 @@ def _contrast(**options: float | str) -> tuple[str, ...]:
 
 
 GRID: dict[str, Arm] = {
-    "calibrated": Arm(
-        "what `calibrate` says", (*_contrast(weight=12, len_norm="anchor"), "--objective.csd.margin=0.14", "--objective.fcd.margin=1")
-    ),
+    "calibrated": Arm("what `calibrate` says", _contrast(weight=12, len_norm="anchor", margin=0.42, beta=3.6)),
     **{
-        f"grid-{weight}-{csd}-{fcd}": Arm(
-            f"weights {weight}, margins {csd} and {fcd}",
-            (*_contrast(weight=weight), f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}"),
-        )
-        for weight in (0.3, 1, 3)
-        for csd, fcd in ((1, 1), (1, 5), (3, 3), (5, 1), (5, 5))
-        if (weight, csd, fcd) != (1, 1, 5)  # the default
+        f"{name}-{value}": Arm(f"{name} {value}", _contrast(**{name: value}))
+        for name, values in (("weight", (0.3, 3)), ("margin", (1, 10)), ("beta", (0.1, 1)))
+        for value in values
     },
 }
 """What `cfvlm-ds calibrate runs/learning/base runs/learning/scenes/train.jsonl --limit 1000` says of the base, and the settings that a user
-would try without it."""
+would try without it, one changed at a time."""
+SHARP = {
+    f"sharp-{csd}-{fcd}": Arm(
+        f"beta 1, margins {csd} and {fcd}", (*_contrast(beta=1), f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}")
+    )
+    for csd, fcd in ((1, 1), (1, 5), (3, 3), (5, 1))
+}
+"""Links that let go at the margin; margins 1 and 1, then 1 and 5, were once the default."""
 LONGER = {
     "calibrated-long": Arm(
         "what `calibrate` says of long captions",
-        (*_contrast(len_norm="anchor"), "--objective.csd.margin=0.1", "--objective.fcd.margin=0.065"),
+        _contrast(weight=12, len_norm="anchor", margin=0.42, beta=3.6),
     ),
 }
 """What it says of the same rows with 14 statements more (`train_more14.jsonl`)."""
-KNOWN = ARMS | GRID | LONGER
+KNOWN = ARMS | GRID | SHARP | LONGER
 
 
 @dataclass(frozen=True)

@@ -111,19 +111,18 @@ def line(key: tuple[str, ...], found: list[dict[str, Any]], edits: list[str], qu
     return f"| {KNOWN[key[0]].title} | {key[1]} | {key[2]} | {len(found)} | {steps} | {' | '.join(cells)} |"
 
 
-def figure(path: Path, records: list[dict[str, Any]], base: Base) -> None:
-    """Bars by edit type on held-out combinations: base, NLL control and ours, means of seeds; whiskers are their 95 % t intervals."""
+def figure(path: Path, shown: dict[str, list[dict[str, Any]]], base: Base) -> None:
+    """Bars by edit type on held-out combinations: base, ``nll`` and ``default``, means of seeds; whiskers are their 95 % t intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    edits = list(records[0]["results"]["combo"])
+    edits = list(base["combo"])
     bars: list[tuple[str, str, list[list[float]]]] = [("base", "#c9c9c9", [[value] for value in base_of(base, edits, [])])]
-    for arm, colour in (("nll-all", "#7f8790"), ("default", "#1f6f8b")):
-        found = [r for r in records if told(r) == (arm, "1e-3", BEST)]
-        if found:
-            bars.append((f"+ {KNOWN[arm].title}", colour, [[r["results"]["combo"][edit]["group"] for r in found] for edit in edits]))
+    for name, title, colour in (("nll", KNOWN[CONTROL_ARM].title, "#7f8790"), ("default", KNOWN["default"].title, "#1f6f8b")):
+        if found := shown[name]:
+            bars.append((f"+ {title}", colour, [[each["combo"][edit]["group"] for each in found] for edit in edits]))
     canvas, axes = pyplot.subplots(figsize=(10, 3.6), layout="constrained")
     width = 0.8 / len(bars)
     for k, (name, colour, each) in enumerate(bars):

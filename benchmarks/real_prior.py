@@ -75,7 +75,8 @@ class Arm:
 
 
 def _margins(csd: int, fcd: int) -> tuple[str, ...]:
-    return (f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}")
+    """With a link that lets go at the margin."""
+    return (*(f"--objective.{term}.beta=1" for term in ("csd", "fcd")), f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}")
 
 
 ARMS = {
@@ -83,18 +84,16 @@ ARMS = {
     "nll-all": Arm("NLL, all pairs", NO_CONTRAST),
     "dpo": Arm("DPO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.dpo.weight=1"), scores="train", rates=("1e-4", *RATES[:3])),
     "default": Arm("default objective"),
-    "margins-1-1": Arm("margins 1 and 1", _margins(1, 1)),
-    "margins-3-3": Arm("margins 3 and 3", _margins(3, 3)),
-    "margins-5-1": Arm("margins 5 and 1", _margins(5, 1)),
-    "margins-5-5": Arm("margins 5 and 5", _margins(5, 5)),
-    "margins-1-10": Arm("margins 1 and 10", _margins(1, 10)),
-    "margins-10-10": Arm("margins 10 and 10", _margins(10, 10)),
+    **{
+        f"margins-{csd}-{fcd}": Arm(f"beta 1, margins {csd} and {fcd}", _margins(csd, fcd))
+        for csd, fcd in ((1, 1), (1, 5), (3, 3), (5, 1), (5, 5), (1, 10), (10, 10))
+    },
     "nll-all-mixed": Arm("NLL, all pairs, natural captions mixed in", NO_CONTRAST, natural=True),
     "default-mixed": Arm("default, natural captions mixed in", natural=True),
     "default-retain": Arm("default, natural captions mixed in, retain", ("--objective.retain.weight=1",), scores="natural", natural=True),
-    "margins-1-1-mixed": Arm("margins 1 and 1, natural captions mixed in", _margins(1, 1), natural=True),
+    "margins-1-1-mixed": Arm("beta 1, margins 1 and 1, natural captions mixed in", _margins(1, 1), natural=True),
     "margins-1-1-retain": Arm(
-        "margins 1 and 1, natural captions mixed in, retain",
+        "beta 1, margins 1 and 1, natural captions mixed in, retain",
         (*_margins(1, 1), "--objective.retain.weight=1"),
         scores="natural",
         natural=True,

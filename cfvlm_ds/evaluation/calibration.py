@@ -16,20 +16,21 @@ from cfvlm_ds.core.reading import MAX_SETTINGS
 from cfvlm_ds.evaluation.comparisons import Comparison, comparisons
 from cfvlm_ds.evaluation.report import in_cell
 from cfvlm_ds.evaluation.scoring import GroupScores
+from cfvlm_ds.objectives.base import MarginTerm
 
 TERMS = {"text": "csd", "image": "fcd"}
 """The term of the objective that compares on each side."""
 QUANTILES = (5, 25, 50, 75, 95)
 FEW = 50
 """Comparisons below which quantiles say little."""
-_NATS, _PER_TOKEN = (0.5, 5.0), (0.02, 1.0)  # margins beyond which a link hardly sees a gap, or sees nothing else
-_MEASURED_TOKENS = 12  # of the captions for which a weight of 1 beside align was measured
+_NATS, _PER_TOKEN = (0.5, 5.0), (0.04, 0.42)  # margins beyond which a link hardly sees a gap, or sees nothing else
+_MEASURED_TOKENS = 12  # of the captions for which a weight of 1 beside align, and the default beta, were measured
 _LEAST_WEIGHT = 0.1
 _KNOWN = 10  # comparisons of an edit type that say something
 _LONGER = 1.5  # times as many tokens, from which texts tell whether gaps grow with length
 _LOST = 4  # margins, as many as MarginTerm.hinge_cap
 _MANY_LOST = 0.1
-_GUESSED = 75  # % of comparisons whose blind gap the margin between images is as wide as
+_GUESSED = 75  # % of comparisons whose blind gap a margin is as wide as
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,13 @@ def advise(found: Sequence[Gap]) -> Advice:
         values = [gap.nats / (gap.tokens if anchored else 1) for gap in of_side]
         unit, (low, high) = ("nats per token", _PER_TOKEN) if anchored else ("nats", _NATS)
         scale, why = _least_decided(of_side, values)
-        if side == "image" and (guessed := _guessed(found, anchored)) is not None and guessed[0] > scale:
+        if (guessed := _guessed(found, anchored)) is not None and guessed[0] > scale:
             scale, why = guessed
         margin = _round(min(max(scale, low), high))
         bounded = "" if low <= scale <= high else f", and {low:g} to {high:g} is what a margin is good for"
         reasons.append(f"{term}.margin {margin:g} {unit}: {why}{bounded}")
-        pull = sum(_sigmoid(margin - value) for value in values) / len(values)
+        beta = MarginTerm.beta * (_MEASURED_TOKENS if anchored else 1)
+        pull = sum(_sigmoid(beta * (margin - value)) for value in values) / len(values)
         size = quantile([gap.tokens for gap in of_side], 50)
         weight = float(_MEASURED_TOKENS) if anchored else _round(min(1.0, max(_LEAST_WEIGHT, _MEASURED_TOKENS / size)))
         reasons.append(
@@ -126,7 +128,8 @@ def advise(found: Sequence[Gap]) -> Advice:
             else f"{told}, and a smooth link pulls at all others as far as they need it"
         )
         norm = "anchor" if anchored else "none"
-        options[term] = {"weight": weight, "margin": margin, "link": "hinge" if hinge else "logsigmoid", "len_norm": norm}
+        link: dict[str, Any] = {"link": "hinge"} if hinge else {"link": "logsigmoid", "beta": _round(beta)}
+        options[term] = {"weight": weight, "margin": margin, **link, "len_norm": norm}
     return Advice(options, reasons)
 
 

@@ -111,16 +111,19 @@ def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Ten
 class MarginTerm:
     """The options that every margin between two likelihoods shares.
 
-    The defaults compare summed log-likelihoods through a smooth link: an edit changes a few words, and a mean over the whole text would
-    divide their gradient by its length. The paper's form is link hinge, len_norm anchor, weight 0.5, margins 0.25 (csd) and 0.30 (fcd).
+    The defaults compare summed log-likelihoods: an edit changes a few words, and a mean over the whole text would divide their gradient by
+    its length. Their link lets go late: a text that language prefers by so many nats is told by the picture only if that moves it by more,
+    and a loss that stops at what is won learns from what cannot be won. The paper's form is link hinge, len_norm anchor, weight 0.5,
+    margins 0.25 (csd) and 0.30 (fcd).
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
         warmup: share of all steps over which the weight rises linearly from 0.
         margin: by how much the true one must win, in ``margin_unit``.
         margin_unit: ``per_token`` (on the scale of ``len_norm``: nats per token, or nats where it is ``none``) or ``nats`` (total nats).
-        link: ``hinge`` max(0, margin + violation), or ``logsigmoid`` the smooth -log sigmoid(-(margin + violation)), which fades as the
-            gap grows but never stops. Both act on the scale of ``len_norm``.
+        link: ``hinge`` max(0, margin + violation), or ``logsigmoid`` the smooth log(1 + exp(beta (margin + violation))) / beta, which fades
+            as the gap grows but never stops. Both act on the scale of ``len_norm``.
+        beta: how sharply ``logsigmoid`` bends at the margin, per unit of the scale: it goes from full pull to none within about 4 / beta.
         hinge_cap: a hinge stops growing, and pulling, at this many margins: an impossible pair must not pull for ever. 0 for no cap.
         len_norm: divide log-likelihoods by the ``anchor`` text's token count, each text's ``own``, or ``none``.
         pmi: how much of the blind score log p(text | blank) to subtract; needs ``--data.scores``.
@@ -128,9 +131,10 @@ class MarginTerm:
 
     weight: float = 1.0
     warmup: float = 0.05
-    margin: float = 1.0
+    margin: float = 5.0
     margin_unit: Literal["per_token", "nats"] = "per_token"
     link: Literal["hinge", "logsigmoid"] = "logsigmoid"
+    beta: float = 0.3
     hinge_cap: float = 4.0
     len_norm: LengthNorm = "none"
     pmi: float = 0.0
@@ -138,6 +142,8 @@ class MarginTerm:
     def __post_init__(self) -> None:
         if self.margin <= 0:
             raise ValueError(f"margin must be positive, not {self.margin}; to switch a term off set its weight to 0")
+        if self.beta <= 0:
+            raise ValueError(f"beta must be positive, not {self.beta}")
         if self.hinge_cap < 0:
             raise ValueError(f"hinge_cap must not be negative, and is {self.hinge_cap}; 0 is for no cap")
 
@@ -161,6 +167,6 @@ class MarginTerm:
             margin = self.margin / token_counts(layout, self.len_norm)[:, 0, 0].to(layout.weight)
         margin = margin.to(violation).view(-1, *[1] * (violation.dim() - 1))
         if self.link == "logsigmoid":
-            return F.softplus(margin + violation)
+            return F.softplus(margin + violation, beta=self.beta)
         raw = (margin + violation).clamp(min=0)
         return torch.minimum(raw, self.hinge_cap * margin) if self.hinge_cap > 0 else raw

@@ -18,15 +18,12 @@ class Fcd(MarginTerm):
     """The factual text must prefer its image over the hardest counterfactual image: h(m + max_k S_k0 - S_00).
 
     Args:
-        margin: wider than csd's. A text that language prefers by so many nats is told by the picture only if the picture moves it by more;
-            and as neither prior nor length is in this comparison, to pull longer unlearns nothing of them.
         symmetric: also h(m + max_k (S_0k - S_kk)): each counterfactual text must prefer its own image over the others. The two halves weigh
             1/2 each, and a group that has one half only counts that one in full. Without the second half a counterfactual image is never a
             positive, and "looks edited" solves the term; ``false`` is the paper's form.
         soft: temperature of a soft maximum, soft * (logsumexp_k(v_k / soft) - log K); 0 for the hard maximum.
     """
 
-    margin: float = 5.0
     symmetric: bool = True
     soft: float = 0.0
 

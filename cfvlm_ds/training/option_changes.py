@@ -47,6 +47,8 @@ _UNSET = {
     "zero_optimization.stage": 0,
     **{name: False for name in DEEPSPEED if "zero_quantized" in name},
 }
+_ONCE = {f"objective.{term}.beta": 1.0 for term in ("csd", "fcd")}
+"""What a run did before it had an option, where that is not what the option's default does."""
 _STEPS, _TOTAL = ("train.max_steps", "train.num_train_epochs"), "steps in all (train.max_steps, train.num_train_epochs)"
 _WEIGHTS, _INPUTS = "weights of model.name_or_path", "tokenizer, processor or chat template of model.name_or_path"
 
@@ -192,7 +194,7 @@ def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], 
 def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
     """The part of a record that decides what is trained: values in use, where several make one value that one in their place."""
     declared = {name: kind for section, options in SECTIONS.items() for name, kind in kinds(options, f"{section}.").items()}
-    options = {**_defaults(), **dict(_flat(record["options"]))}
+    options = {**_defaults(), **_ONCE, **dict(_flat(record["options"]))}
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}
     modules = [name.split(".")[1] for name in declared if name.endswith(".tuning")]
@@ -248,7 +250,7 @@ def kind_of(setting: str) -> Kind:
 
 
 def _defaults() -> dict[str, Any]:
-    """The values of options that are younger than the record: such a run did what the default does, without any newer term."""
+    """The values of options that are younger than the record, but for _ONCE: such a run did what the default does, without newer terms."""
     found = dict(_flat({name: _plain(section) for name, section in SECTIONS.items()}))
     return found | dict(_flat({"objective": {name: {**_plain(term), "weight": 0.0} for name, term in OBJECTIVES.items()}}))
 

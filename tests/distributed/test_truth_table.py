@@ -87,6 +87,11 @@ def softplus(x: float) -> float:
     return math.log1p(math.exp(x))
 
 
+def link(violation: float) -> float:
+    """The default one: margin 5 and beta 0.3."""
+    return softplus(0.3 * (5 + violation)) / 0.3
+
+
 def mean(values: list[float]) -> list[float]:
     return [sum(values) / len(values)] if values else []
 
@@ -96,9 +101,9 @@ def naive_csd(g: Asked, mode: str) -> list[float]:
     for i, c in star:
         for d in range(len(g.prompts)):
             if mode == "cross" and (i, d) in star and g.prompts[c] == g.prompts[d] and (g.truth[i][c], g.truth[i][d]) == (1, 0):
-                found.append(softplus(1 + s[i][d] - s[i][c]))
+                found.append(link(s[i][d] - s[i][c]))
         if mode == "matched" and g.truth[i][c] == 1 and i > 0 and c > 0 and g.prompts[c] == g.prompts[0]:
-            found.append(softplus(1 + s[i][c] - s[0][0]))
+            found.append(link(s[i][c] - s[0][0]))
     return mean(found)
 
 
@@ -109,7 +114,7 @@ def naive_fcd(g: Asked) -> list[float]:
         for i in range(len(g.truth)):
             if own is not None and g.truth[i][c] == 0 and (i, c) in star:
                 halves[min(c, 1)].append(g.logp[i][c] - g.logp[own][c])
-    return mean([softplus(5 + max(values)) for values in halves.values() if values])
+    return mean([link(max(values)) for values in halves.values() if values])
 
 
 def naive_infonce(g: Asked) -> list[float]:
@@ -180,7 +185,7 @@ def test_two_questions_by_hand() -> None:
     """Yes to one question and no to another: the answers of the first never meet those of the second, however likely these are."""
     logp = [[-1.0, -3.0, -0.1, -0.5]]
     two = Asked([[1, 0, 0, 1]], [0, 0, 1, 1], logp, logp)
-    expected = (softplus(1 - 2) + softplus(1 + 0.4)) / 2
+    expected = (link(-2) + link(0.4)) / 2
     assert Csd().numerator(collated([two])).item() == pytest.approx(expected)
     (gradient,) = torch.autograd.grad(Csd().numerator(scores := collated([two])), scores.logp)
     assert gradient[0, 0, :2].sum().item() == pytest.approx(0, abs=1e-12) and gradient[0, 0, 2:].sum().item() == pytest.approx(0, abs=1e-12)

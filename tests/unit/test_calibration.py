@@ -96,20 +96,21 @@ def test_a_margin_is_the_size_of_the_least_decided_gaps_within_bounds() -> None:
     assert advise(of("text", [90.0, 100.0])).options["csd"]["margin"] == 5.0
 
 
-def test_images_are_told_apart_by_more_than_language_alone_prefers() -> None:
-    """The margin of fcd is what three quarters of the blind gaps do not exceed; csd, whose gaps have it in them, keeps its own."""
+def test_a_picture_tells_by_more_than_language_alone_prefers() -> None:
+    """A margin is what three quarters of the blind gaps do not exceed, where the model's own gaps are smaller."""
     priors = [*[0.5] * 12, *[-3.0] * 20, *[8.0] * 8]
     texts = [replace(gap, prior=prior) for gap, prior in zip(of("text", [1.2] * 40), priors, strict=True)]
     images = of("image", [0.7] * 20)
     chosen = advise([*texts, *images])
-    assert (chosen.options["csd"]["margin"], chosen.options["fcd"]["margin"]) == (1.2, 3.0)
+    assert (chosen.options["csd"]["margin"], chosen.options["fcd"]["margin"]) == (3.0, 3.0)
     told = "fcd.margin 3 nats: language alone prefers one of two texts by 3 or less in 75 % of comparisons, which a picture must outweigh"
     assert told in chosen.reasons
     assert advise([*texts, *of("image", [3.5] * 20)]).options["fcd"]["margin"] == 3.5, "no less than the images are apart already"
     assert advise([*[replace(gap, prior=9.0) for gap in texts], *images]).options["fcd"]["margin"] == 5.0
+    assert advise([*[replace(gap, prior=0.6) for gap in texts], *images]).options["csd"]["margin"] == 1.2
     long = [*texts, *[replace(gap, tokens=30, nats=3 * gap.nats, prior=3 * (gap.prior or 0)) for gap in texts]]
     found = advise([*long, *images]).options["fcd"]
-    assert (found["len_norm"], found["margin"]) == ("anchor", 0.3), "per token too"
+    assert (found["len_norm"], found["margin"], found["beta"]) == ("anchor", 0.3, 3.6), "per token too"
 
 
 def test_a_weight_falls_with_the_length_that_align_averages_over() -> None:
@@ -122,7 +123,7 @@ def test_a_weight_falls_with_the_length_that_align_averages_over() -> None:
         "csd.weight 1: texts have 4 tokens, no more than the 12 with which 1 was measured; its" in told[4]
         and "weigh 2.0 times what" in told[24]
     )
-    pull = sum(1 / (1 + math.exp(value - 3.0)) for value in values) / 4
+    pull = sum(1 / (1 + math.exp(0.3 * (value - 3.0))) for value in values) / 4
     (told,) = (why for why in advise(of("text", values)).reasons if why.startswith("csd.weight"))
     assert told.endswith(f"begin with {100 * pull:.0f} % of their largest pull")
 
@@ -159,9 +160,11 @@ def test_gaps_of_nothing_say_nothing_of_length() -> None:
 def test_a_hinge_where_images_contradict_their_labels() -> None:
     """Between images neither prior nor length explains a clear loss: one in five edits that the model sees the other way round."""
     good = normal(3.0, 1.0)
-    assert advise(of("image", good)).options["fcd"]["link"] == "logsigmoid"
+    smooth = advise(of("image", good)).options["fcd"]
+    assert (smooth["link"], smooth["beta"]) == ("logsigmoid", 0.3)
     chosen = advise([*of("image", good), *of("image", normal(-20.0, 1.0, 100))])
-    assert chosen.options["fcd"]["link"] == "hinge" and any("20 % of its comparisons are lost by more" in why for why in chosen.reasons)
+    assert chosen.options["fcd"]["link"] == "hinge" and "beta" not in chosen.options["fcd"]
+    assert any("20 % of its comparisons are lost by more" in why for why in chosen.reasons)
     assert advise([*of("text", good), *of("text", normal(-20.0, 1.0, 100))]).options["csd"]["link"] == "logsigmoid", "texts have a prior"
 
 

@@ -81,7 +81,7 @@ RESUMABLE = (
     ("--model.lora.alpha", "8", "model.lora.alpha was 32.0 and is 8.0"),
     ("--model.lora.dropout", "0.1", "model.lora.dropout was 0.0 and is 0.1"),
     ("--model.max_pixels", "999", "model.max_pixels was not set and is 999"),
-    ("--objective.csd.margin", "2", "objective.csd.margin was 1.0 and is 2.0"),
+    ("--objective.csd.margin", "2", "objective.csd.margin was 5.0 and is 2.0"),
     ("--objective.dpo.beta", "0.1", "objective.dpo.weight was 0.0 and is 1.0"),
     ("--objective.csd.weight", "0", "objective.csd.weight was 1.0 and is 0.0"),
     ("--train.gradient_accumulation_steps", "4", "groups per step (train.per_device_train_batch_size x "
@@ -249,6 +249,16 @@ def test_a_run_of_another_revision_is_one_sentence(case: str, tmp_path: Path) ->
     assert str(raised.value).endswith(
         "; go on with that one (environment.json in the run folder names it), or choose another train.output_dir"
     )
+
+
+def test_a_link_from_before_it_had_a_beta(told: Any) -> None:
+    """It bent at the margin, as beta 1 does, which the default does not: a run of then goes on with beta 1 alone."""
+    old = told("--objective.csd.beta=1", "--objective.fcd.beta=1")
+    for term in ("csd", "fcd"):
+        del old["options"]["objective"][term]["beta"]
+    assert option_changes.compare(old, told("--objective.csd.beta=1", "--objective.fcd.beta=1")) == []
+    found = option_changes.compare(old, told())
+    assert [str(change) for change in found] == [f"objective.{term}.beta was 1.0 and is 0.3" for term in ("csd", "fcd")]
 
 
 def test_a_finished_run_is_what_the_folder_says(told: Any, tmp_path: Path) -> None:

@@ -67,13 +67,17 @@ def test_every_arm_is_a_run_and_has_the_terms_of_its_title(learning: ModuleType)
     assert (configs["dpo"].objective["dpo"].image_side, configs["mdpo"].objective["dpo"].image_side) == (0, 1)
     assert required_cells(configs["mdpo"].objective) == "star"
     grid = [configs[name].objective for name in learning.GRID]
-    settings = [(each["csd"].weight, each["csd"].margin, each["fcd"].weight, each["fcd"].margin) for each in grid]
-    assert len(settings) == len(set(settings)) == 15 and grid[0]["fcd"].len_norm == "anchor" and settings[0] == (12, 0.14, 12, 1)
-    assert all(each[0] == each[2] for each in settings[1:])
-    default = configs["default"].objective
-    assert (default["csd"].weight, default["csd"].margin, default["fcd"].weight, default["fcd"].margin) not in settings
+    settings = [[(each[term].weight, each[term].margin, each[term].beta) for term in ("csd", "fcd")] for each in grid]
+    assert all(csd == fcd for csd, fcd in settings) and len({csd for csd, _ in settings}) == len(grid) == 7
+    assert grid[0]["fcd"].len_norm == "anchor" and settings[0][0] == (12, 0.42, 3.6)
+    csd = configs["default"].objective["csd"]
+    default = (csd.weight, csd.margin, csd.beta)
+    assert all(sum(one != other for one, other in zip(tried, default, strict=True)) == 1 for tried, _ in settings[1:])
+    for name in learning.SHARP:
+        found = configs[name].objective
+        assert name == f"sharp-{found['csd'].margin:g}-{found['fcd'].margin:g}" and found["csd"].beta == found["fcd"].beta == 1
     longer = configs["calibrated-long"].objective
-    assert [(longer[term].len_norm, longer[term].margin) for term in ("csd", "fcd")] == [("anchor", 0.1), ("anchor", 0.065)]
+    assert [(longer[term].len_norm, longer[term].margin) for term in ("csd", "fcd")] == [("anchor", 0.42)] * 2
 
 
 def test_rows_with_negatives_of_one_kind(arms: ModuleType, tmp_path: Path) -> None:
@@ -201,12 +205,14 @@ def test_tables_of_records_of_any_age(learning: ModuleType, shown: ModuleType) -
     assert {record["arm"] for record in records} >= {"default", "nll-all"}
     base = json.loads(learning.BASE.read_text())
     means, differences, each = shown.tables(records, base)
-    seeds = [
-        {each["seed"] for each in records if each["arm"] == arm and shown.told(each)[1:] == ("1e-3", shown.BEST)}
-        for arm in ("default", "nll-all")
-    ]
-    assert "| default objective | 1e-3 |" in means and " ± " in means
-    assert f"| default objective | 1e-3 | {len(seeds[0] & seeds[1])} | " in differences and len(seeds[0] & seeds[1]) > 1
+    of = {
+        arm: {each["seed"] for each in records if shown.told(each) == (arm, rate, shown.BEST)}
+        for arm, rate in (("sharp-1-5", "1e-3"), ("nll-all", "1e-3"), *learning.SHOWN.values())
+    }
+    assert of["default"], "what the figure and the demo show is there"
+    assert "| beta 1, margins 1 and 5 | 1e-3 |" in means and " ± " in means
+    both = of["sharp-1-5"] & {each["seed"] for each in records if shown.told(each) == ("nll-all", "1e-3", shown.BEST)}
+    assert f"| beta 1, margins 1 and 5 | 1e-3 | {len(both)} | " in differences and len(both) > 1
     assert each.count("\n") == len(records) + 1, "a line for each run, and two for the head"
     tables = list(shown.tables([record for record in records if record["seed"] == 0], base))
     assert len(tables) == 2 and " ± " not in tables[0], "one seed makes no interval"

@@ -174,7 +174,7 @@ def h(g: Group, o: Any, violation: float) -> float:
     if o.margin_unit == "nats" and o.len_norm != "none":
         m = o.margin / g.tokens[0]
     if o.link == "logsigmoid":
-        return -math.log(1 / (1 + math.exp(m + violation)))
+        return -math.log(1 / (1 + math.exp(o.beta * (m + violation)))) / o.beta
     return min(max(0.0, m + violation), o.hinge_cap * m if o.hinge_cap else math.inf)
 
 
@@ -331,6 +331,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {},
         {"hinge_cap": 0.0, "margin": 0.4},
         {"link": "logsigmoid"},
+        {"link": "logsigmoid", "beta": 2.0},
         {"len_norm": "own"},
         {"len_norm": "none", "margin": 2.0},
         {"margin_unit": "nats", "margin": 3.0},
@@ -991,13 +992,17 @@ def test_length_norms_and_margin_units() -> None:
 
 
 def test_logsigmoid_link() -> None:
-    """-log sigmoid(-(m + v)): at v = -m it is log 2 with slope 1/2; it fades and never stops."""
-    at = lambda v: quad(-5.0, -5.0 + v, -90.0, -5.0)  # noqa: E731  (1, 0) far below: the other term is 0 to 1e-30
-    csd = Csd(link="logsigmoid")
-    assert loss_of(csd, at(-0.25)) == pytest.approx(math.log(2) / 2)
-    assert logp_gradient(csd, at(-0.25))[0, 1] == pytest.approx(0.25)
-    assert loss_of(csd, at(40.0)) == pytest.approx(40.25 / 2)
-    assert 0 < logp_gradient(csd, at(-10.0))[0, 1] < 1e-4
+    """log(1 + exp(beta (m + v))) / beta: at v = -m it is log 2 / beta, slope 1/2; it fades, and never stops."""
+    at = lambda v: quad(-5.0, -5.0 + v, -90.0, -5.0)  # noqa: E731  (1, 0) far below: the other term is 0 to 1e-10
+    for beta in (1.0, 0.3):
+        csd = Csd(link="logsigmoid", beta=beta)
+        assert loss_of(csd, at(-0.25)) == pytest.approx(math.log(2) / beta / 2)
+        assert logp_gradient(csd, at(-0.25))[0, 1] == pytest.approx(0.25)
+        assert loss_of(csd, at(80.0)) == pytest.approx(80.25 / 2)
+        assert logp_gradient(csd, at(-10.0))[0, 1] == pytest.approx(0.5 / (1 + math.exp(beta * 9.75)), rel=1e-4)
+    for wrong in (0.0, -1.0):
+        with pytest.raises(ValueError, match="beta must be positive"):
+            Csd(link="logsigmoid", beta=wrong)
 
 
 # The loss as a whole --------------------------------------------------------------------------------------------------------------------

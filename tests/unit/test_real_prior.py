@@ -198,7 +198,8 @@ def test_every_arm_has_the_terms_of_its_title(modules: Any) -> None:
         assert arm.natural == name.endswith(("-mixed", "-retain"))
         if name.startswith("margins"):
             assert [config.objective[term].margin for term in ("csd", "fcd")] == [int(said) for said in name.split("-")[1:3]]
-            assert arm.title.startswith(f"margins {name.split('-')[1]} and {name.split('-')[2]}")
+            assert [config.objective[term].beta for term in ("csd", "fcd")] == [1, 1]
+            assert arm.title.startswith(f"beta 1, margins {name.split('-')[1]} and {name.split('-')[2]}")
         if name.startswith("nll"):
             assert config.objective["align"].counterfactual == (name != "nll-natural")
 

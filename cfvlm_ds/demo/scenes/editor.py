@@ -62,7 +62,7 @@ def scenes_config(folder: Path) -> ScenesConfig:
         known = {each.name for each in fields(ScenesConfig)}
         return ScenesConfig(str(folder), **{name: value for name, value in settings.items() if name in known})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--folder {folder}: no folder of scenes ({error}); build one with `cfvlm-ds data build scenes`") from error
+        raise ConfigError(f"--folder {folder}: no folder of scenes ({error}); build one with `cfvlm-ds data build FOLDER`") from error
 
 
 def drawn_group(config: ScenesConfig, source: str) -> SceneGroup | None:
