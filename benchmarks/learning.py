@@ -245,6 +245,7 @@ def run_process(command: Sequence[str], folder: Path, variables: dict[str, str],
     what it said. ``leaves`` is a file there without which it was only stopped."""
     whole, part, log = folder / "processor_seconds", folder / "processor_seconds_so_far", folder.with_suffix(".log")
     if whole.exists():
+        refuse_other_objective(command, folder)
         return float(whole.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -258,6 +259,19 @@ def run_process(command: Sequence[str], folder: Path, variables: dict[str, str],
         said = f"exit code {process.returncode}" if process.returncode else "stopped before its end; the same command goes on"
         sys.exit(f"{folder}: {said}\n{log.read_text(errors='replace')[-4000:]}")
     return spent
+
+
+def refuse_other_objective(command: Sequence[str], folder: Path) -> None:
+    """Exit where a run that has finished had another loss than its command means now: a default may have changed since."""
+    if "train.py" not in command or not (folder / "config.yaml").exists():
+        return
+    from cfvlm_ds.core.parsing import parse_config
+    from cfvlm_ds.core.run_folder import recorded_options
+    from cfvlm_ds.objectives import OBJECTIVES
+
+    now = parse_config(command[command.index("train.py") + 1 :], OBJECTIVES).resolved["objective"]
+    if json.loads(json.dumps(now)) != recorded_options(folder)["objective"]:
+        sys.exit(f"{folder} is a run of another objective than its options mean now (its config.yaml); move it away and start again")
 
 
 def report(arguments: argparse.Namespace) -> None:

@@ -160,6 +160,21 @@ def test_a_run_that_was_stopped_is_not_whole_and_its_time_counts(learning: Modul
     assert spent > 0.3 and learning.run_process(["no such program"], folder, {}, "finished.json") == pytest.approx(spent, abs=0.01)
 
 
+def test_a_finished_run_of_another_objective_is_not_taken_for_this_one(learning: ModuleType, tmp_path: Path) -> None:
+    """As it is after a default has changed: the command is the same, and what it means is not."""
+    command = ["python", "train.py", "--config", "examples/quickstart.yaml", "--objective.csd.weight=0.5"]
+    options = parse_config(command[2:], OBJECTIVES).resolved
+    (tmp_path / "processor_seconds").write_text("7.00")
+    for beta, taken in ((options["objective"]["csd"]["beta"], True), (1.0, False)):
+        changed = {**options["objective"], "csd": {**options["objective"]["csd"], "beta": beta}}
+        (tmp_path / "config.yaml").write_text(json.dumps({**options, "objective": changed}, default=str))
+        if taken:
+            assert learning.run_process(command, tmp_path, {}, "finished.json") == 7
+        else:
+            with pytest.raises(SystemExit, match="is a run of another objective than its options mean now"):
+                learning.run_process(command, tmp_path, {}, "finished.json")
+
+
 def test_an_arm_gets_scores_of_the_base_whatever_arms_share_its_rows(
     learning: ModuleType, arms: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
