@@ -46,7 +46,7 @@ BASE = RECORDS / "base.json"
 """Group accuracy of the base, of the first run alone."""
 CHOICE_SEEDS = 2
 SHOWN = {"nll": (CONTROL_ARM, "1e-3"), "default": ("default", "3e-4")}
-"""Arms of the figure and of the demo's table: the default at the rate that validation chose, NLL at the one that is best for it there."""
+"""Arms of the figure and of the demo's table: the default at the rate of the recipe, NLL at the one that is best for it there."""
 SHORT, LONG = 20, 140
 """Steps of the two runs whose difference is the time of a step."""
 
