@@ -1,7 +1,7 @@
 """What each objective teaches a pretrained model in equal processor time: NLL, DPO and its relatives, the paper's literal sum, our default,
 it minus each term, with negatives of one kind, with adapters, and with in-batch alignment.
 
-    python benchmarks/learning.py --choose_rates --seeds 5      # four rates and two seeds for each arm, the best one, then five seeds
+    python benchmarks/learning.py --choose_rates --seeds 5      # four rates of each arm, the two best of them twice, five seeds of the best
     python benchmarks/learning.py --seeds 8                     # runs what is missing at one rate, one run per core at a time
     python benchmarks/learning.py --arms default nll-all --rates 5e-4 1e-3
     python benchmarks/learning.py --arms default --capabilities default avx2 --threads 1 2     # other ways of rounding sums
@@ -27,6 +27,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(KNOWN), metavar="ARM", help=text)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
     parser.add_argument("--rates", nargs="+", default=["3e-4"], help="learning rates (default 3e-4)")
-    text = f"try the rates of each arm with {CHOICE_SEEDS} seeds, and run its seeds at the one that is best on the validation split"
+    text = f"try the rates of each arm, the two best with {CHOICE_SEEDS} seeds, and run its seeds at the best on the validation split"
     parser.add_argument("--choose_rates", action="store_true", help=text)
     text = f"run the default, what `calibrate` says and settings beside it, {CHOICE_SEEDS} seeds, on the validation split alone"
     parser.add_argument("--grid", action="store_true", help=text)
@@ -85,10 +86,10 @@ def run_all(arguments: argparse.Namespace) -> None:
         tried = [Job(arm, rate, seed) for seed in range(CHOICE_SEEDS) for arm in ("default", *GRID) for rate in arguments.rates]
         run_missing(arguments, [job for job in tried if not job.choice.exists()], choose=True)
         return
-    if arguments.choose_rates:
-        tried = [Job(arm, rate, seed) for seed in range(CHOICE_SEEDS) for arm in arguments.arms for rate in KNOWN[arm].rates]
+    for seed in range(CHOICE_SEEDS if arguments.choose_rates else 0):
+        tried = [Job(arm, rate, seed) for arm in arguments.arms for rate in rates_to_try(arm, seed)]
         run_missing(arguments, [job for job in tried if not job.choice.exists()], choose=True)
-    rates = {arm: [best_rate(RECORDS / "rates", arm)] if arguments.choose_rates else arguments.rates for arm in arguments.arms}
+    rates = {arm: best_rates(arm, CHOICE_SEEDS)[:1] if arguments.choose_rates else arguments.rates for arm in arguments.arms}
     ways = itertools.product(arguments.capabilities, arguments.threads, arguments.steps, arguments.groups, arguments.noise, arguments.more)
     places = itertools.product(range(arguments.seeds), ways, arguments.arms)
     jobs = [Job(arm, rate, seed, *way) for seed, way, arm in places for rate in rates[arm]]
@@ -137,14 +138,20 @@ def scores_of(rows: Path) -> Path:
     return rows.with_suffix(".scores.jsonl")
 
 
-def best_rate(folder: Path, arm: str) -> str:
-    """The rate of the best mean over seeds on the validation split; of equals the lower."""
-    found: dict[str, list[float]] = {}
-    for path in sorted(folder.glob("*.json")):
+def rates_to_try(arm: str, seed: int) -> Sequence[str]:
+    """All of the arm's with the first seed, the two best of them with the others."""
+    return best_rates(arm, 1)[:2] if seed else KNOWN[arm].rates
+
+
+def best_rates(arm: str, seeds: int) -> list[str]:
+    """Those that the first ``seeds`` seeds have tried, by their mean on the validation split, the best first; of equals the lower."""
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted((RECORDS / "rates").glob("*.json")):
         record = json.loads(path.read_text())
-        if record["arm"] == arm:
-            found.setdefault(record["rate"], []).append(record[VALIDATION])
-    return max(sorted(found, key=float), key=lambda rate: statistics.mean(found[rate]))
+        if record["arm"] == arm and record["seed"] < seeds and record["rate"] in KNOWN[arm].rates:
+            found.setdefault(record["rate"], {})[record["seed"]] = record[VALIDATION]
+    means = {rate: statistics.mean(of_seed.values()) for rate, of_seed in found.items() if len(of_seed) == seeds}
+    return sorted(means, key=lambda rate: (-means[rate], float(rate)))
 
 
 def run_choice(arguments: argparse.Namespace, job: Job, steps: int) -> None:
@@ -178,6 +185,7 @@ def steps_of(job: Job, costs: Mapping[tuple[str, int], float]) -> int:
 
 def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
     folder = arguments.out / job.name
+    go_on_from_choice(arguments.out / "rates" / job.name, folder, steps)
     limits = {"combo": arguments.num_test, **dict.fromkeys(("yes_no", "choice", "count"), arguments.num_questions)}
     spent = train(arguments, folder, job, steps, limits, start=not BASE.exists() and job.seed == 0 and job.arm == "default")
     found = {
@@ -201,6 +209,14 @@ def run(arguments: argparse.Namespace, job: Job, steps: int) -> None:
     job.record.write_text(json.dumps(record, indent=1) + "\n")
     combo = found["combo"]
     print(f"{job.name}: {steps} steps, relation {combo['relation']['group']:.1f}, all {combo['all']['group']:.1f}", flush=True)
+
+
+def go_on_from_choice(choice: Path, folder: Path, steps: int) -> None:
+    """Where a rate was chosen by the same training, its checkpoint is taken, and only the evaluation runs. Its time counts."""
+    if folder.exists() or not (choice / "processor_seconds").exists() or not (choice / f"checkpoint-{steps}").exists():
+        return
+    shutil.copytree(choice, folder, ignore=shutil.ignore_patterns("finished.json", "results.*", "processor_seconds"))
+    (folder / "processor_seconds_so_far").write_text((choice / "processor_seconds").read_text())
 
 
 def processor() -> str:

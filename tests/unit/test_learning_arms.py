@@ -201,17 +201,47 @@ def test_an_arm_gets_scores_of_the_base_whatever_arms_share_its_rows(
 def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
     learning: ModuleType, arms: ModuleType, shown: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arms, "RECORDS", tmp_path)
+    """Every rate has one seed, the two best of them a second one; a rate that had luck with the first does not win by it."""
+    for module in (arms, learning):
+        monkeypatch.setattr(module, "RECORDS", tmp_path)
     (tmp_path / "rates").mkdir()
-    for rate, values in (("3e-4", (60, 62)), ("6e-4", (64, 66)), ("1e-3", (69, 61)), ("2e-3", (70, 40))):
-        for seed, value in enumerate(values):
-            for arm, extra in (("default", 0), ("dpo", float(rate) * 1e5)):
-                job = arms.Job(arm, rate, seed)
-                job.choice.write_text(json.dumps({"arm": arm, "rate": rate, "seed": seed, "validation": value + extra}))
-    assert learning.best_rate(tmp_path / "rates", "default") == "6e-4", "of equals the lower"
-    assert learning.best_rate(tmp_path / "rates", "dpo") == "2e-3"
+
+    def found(arm: str, rate: str, seed: int, value: float) -> None:
+        arms.Job(arm, rate, seed).choice.write_text(json.dumps({"arm": arm, "rate": rate, "seed": seed, "validation": value}))
+
+    assert learning.rates_to_try("default", 0) == arms.RATES and learning.best_rates("default", 1) == []
+    for rate, value in (("1e-4", 60), ("3e-4", 64), ("6e-4", 64), ("1e-3", 70), ("2e-3", 99)):
+        found("default", rate, 0, value)
+        found("dpo", rate, 0, 10)
+    assert learning.best_rates("default", 1) == ["1e-3", "3e-4", "6e-4", "1e-4"], "of equals the lower; of its rates alone"
+    assert learning.best_rates("default", 2) == []
+    for rate, value in (("1e-3", 50), ("3e-4", 60)):
+        assert learning.rates_to_try("default", 1) == ["1e-3", "3e-4"], "whatever the second seed says of one of them"
+        found("default", rate, 1, value)
+    assert learning.best_rates("default", 2) == ["3e-4", "1e-3"] and learning.best_rates("dpo", 1)[0] == "1e-4"
     table = shown.choices([json.loads(path.read_text()) for path in (tmp_path / "rates").iterdir()])
-    assert "| default objective | 6e-4 | 65.0 | 64.0, 66.0 |" in table and table.count("\n") == 9
+    assert "| default objective | 3e-4 | 62.0 | 64.0, 60.0 |" in table and table.count("\n") == 11
+
+
+def test_a_run_takes_the_training_of_the_choice_of_its_rate(learning: ModuleType, tmp_path: Path) -> None:
+    """All of it but what says that it has ended and what it was evaluated on, if it took as many steps and none has begun by itself."""
+    choice, folder = tmp_path / "rates" / "run", tmp_path / "run"
+    (choice / "checkpoint-20").mkdir(parents=True)
+    for name in ("checkpoint-20/weights", "metrics.jsonl", "finished.json", "results.json", "results.md"):
+        (choice / name).write_text(name)
+    learning.go_on_from_choice(choice, folder, 20)
+    assert not folder.exists(), "it has not ended"
+    (choice / "processor_seconds").write_text("7.00\n")
+    learning.go_on_from_choice(choice, folder, 21)
+    assert not folder.exists(), "of other steps"
+    learning.go_on_from_choice(choice, folder, 20)
+    taken = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert taken == {"checkpoint-20/weights", "metrics.jsonl", "processor_seconds_so_far"}
+    ends = [sys.executable, "-c", f"open({str(folder / 'finished.json')!r}, 'w')"]
+    assert learning.run_process(ends, folder, {}, "finished.json") > 7, "the time of the training counts"
+    (folder / "metrics.jsonl").write_text("its own")
+    learning.go_on_from_choice(choice, folder, 20)
+    assert (folder / "metrics.jsonl").read_text() == "its own"
 
 
 def test_tables_of_records_of_any_age(learning: ModuleType, shown: ModuleType) -> None:
