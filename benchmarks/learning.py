@@ -11,7 +11,7 @@ it minus each term, with negatives of one kind, with adapters, and with in-batch
     python benchmarks/learning.py --arms default nll-all --noise 0 10 30                       # of groups that are labelled wrongly
     python benchmarks/learning.py --arms default nll-all calibrated-long --more 14 --num_test 1800   # of captions of some 60 tokens more
     python benchmarks/learning.py --grid                        # what `calibrate` says beside settings that a user would try
-    python benchmarks/learning.py --report                      # the tables and the figure of what has been run
+    python benchmarks/learning.py --report                      # the tables and the figures of what has been run
 
 Every run is `train.py --config examples/quickstart.yaml` with the options of its arm: one base, one world, one schedule, ZeRO-3.
 The default objective takes --steps; the other arms take as many as the same processor seconds allow, by two short runs beside two of its.
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from learning_arms import ARMS, CAPTIONS, CONTROL_ARM, GRID, KNOWN, RECORDS, SHARP, STEPS, VALIDATION, WORLD, Job, lengthened, rows_of
-from learning_tables import BEST, choices, figure, tables, told
+from learning_tables import BEST, choices, figure, over_time, tables, told
 
 REPO = Path(__file__).resolve().parent.parent
 DEMO = REPO / "cfvlm_ds" / "demo" / "measured.json"
@@ -48,6 +48,8 @@ BASE = RECORDS / "base.json"
 CHOICE_SEEDS = 2
 SHOWN = {"nll": (CONTROL_ARM, "1e-3"), "default": ("default", "3e-4")}
 """Arms of the figure and of the demo's table: the default at the rate of the recipe, NLL at the one that is best for it there."""
+TIMED = (SHOWN["nll"], ("symmpo", "1e-4"), SHOWN["default"])
+"""Arms of the figure over time."""
 SHORT, LONG = 20, 140
 """Steps of the two runs whose difference is the time of a step."""
 
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument("--num_validation", type=int, default=1800, help="groups that choose a rate (default 1800: 200 an edit)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default one per core)")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs (default runs/learning)")
-    parser.add_argument("--report", action="store_true", help="only write the tables and the figure")
+    parser.add_argument("--report", action="store_true", help="only write the tables and the figures")
     arguments = parser.parse_args()
     if not arguments.report:
         run_all(arguments)
@@ -301,9 +303,12 @@ def report(arguments: argparse.Namespace) -> None:
     (arguments.out / "learning.md").write_text(text + "\n")
     shown = {name: [r["results"] for r in records if told(r) == (*arm, BEST)] for name, arm in SHOWN.items()}
     figure(arguments.out / "learning.png", shown, base)
+    of_time = [r for r in records if r["seed"] == 0 and told(r | {"clock": STEPS}) in [(*arm, BEST) for arm in TIMED]]
+    lines = {KNOWN[arm].title: {r.get("clock", STEPS): r["results"] for r in of_time if r["arm"] == arm} for arm, _ in TIMED}
+    over_time(arguments.out / "learning_time.png", lines, base)
     if all(shown.values()):
         DEMO.write_text(json.dumps(for_demo(base, shown), indent=1) + "\n")
-    print(text, f"\nwrote {arguments.out}/learning.md and learning.png")
+    print(text, f"\nwrote {arguments.out}/learning.md, learning.png and learning_time.png")
 
 
 def for_demo(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The tables and the figure of benchmarks/learning.py, of its records."""
+"""The tables and the figures of benchmarks/learning.py, of its records."""
 
 from __future__ import annotations
 
@@ -139,4 +139,31 @@ def figure(path: Path, shown: dict[str, list[dict[str, Any]]], base: Base) -> No
     axes.set_title("Held-out combinations", fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     canvas.legend(frameon=False, fontsize=9, ncols=len(bars), loc="outside upper right")
+    canvas.savefig(path, dpi=160)
+
+
+def over_time(path: Path, lines: dict[str, dict[int, dict[str, Any]]], base: Base) -> None:
+    """Accuracy on held-out combinations by training time, a line for each name: results by time in steps of the default objective."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    edits = ("all", "relation", "shape")
+    canvas, axes = pyplot.subplots(1, len(edits), figsize=(10, 3.2), layout="constrained")
+    colours = ("#7f8790", "#d08c3f", "#1f6f8b")
+    for one, edit in zip(axes, edits, strict=True):
+        for (name, of_clock), colour in zip(lines.items(), colours, strict=True):
+            clocks = sorted(of_clock)
+            one.plot(clocks, [of_clock[c]["combo"][edit]["group"] for c in clocks], "o-", color=colour, label=name, markersize=4)
+        one.axhline(base["combo"][edit], color="#999999", linewidth=0.8, linestyle=":", label="base")
+        one.set_xscale("log")
+        ticks = sorted({clock for of_clock in lines.values() for clock in of_clock})
+        one.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        one.minorticks_off()
+        one.set_title({"all": "all edits"}.get(edit, edit), fontsize=10, loc="left")
+        one.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("group accuracy, %")
+    axes[1].set_xlabel("training time, in steps of the default objective (1,000: 4 minutes of one core)")
+    canvas.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, ncols=len(lines) + 1, loc="outside upper right")
     canvas.savefig(path, dpi=160)

@@ -306,6 +306,22 @@ def test_the_package_holds_what_the_demo_prints() -> None:
     assert set(told["base"]["combo"]) == {*EDITS, "all"}
 
 
+def test_the_figure_over_time_shows_what_its_arms_have(shown: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of each arm, of as many points as it has times, in the order of time; an arm that has none draws none."""
+    from matplotlib import pyplot
+
+    def found(value: float) -> dict[str, Any]:
+        return {"combo": {edit: {"groups": 1000, "group": value} for edit in ("all", "relation", "shape")}}
+
+    canvas, axes = pyplot.subplots(1, 3)
+    monkeypatch.setattr(pyplot, "subplots", lambda *_, **__: (canvas, axes))
+    lines = {"NLL": {2800: found(78), 1000: found(75)}, "SymMPO": {}, "default": {1000: found(82)}}
+    shown.over_time(tmp_path / "time.png", lines, {"combo": {"all": 74.5, "relation": 63.0, "shape": 63.0}})
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes[0].get_lines()[:3]]
+    assert drawn == [([1000, 2800], [75, 78]), ([], []), ([1000], [82])]
+    assert (tmp_path / "time.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_half_the_width_of_an_interval(shown: ModuleType) -> None:
     """Student's t of 4 values at 95 % is 3.182, worked by hand for 1, 2, 3, 4: deviation 1.291, standard error 0.6455."""
     assert shown.half_width([1, 2, 3, 4]) == pytest.approx(3.18 * 0.6455, abs=1e-3)
