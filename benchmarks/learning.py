@@ -48,7 +48,7 @@ BASE = RECORDS / "base.json"
 CHOICE_SEEDS = 2
 SHOWN = {"nll": (CONTROL_ARM, "1e-3"), "default": ("default", "3e-4")}
 """Arms of the figure and of the demo's table: the default at the rate of the recipe, NLL at the one that is best for it there."""
-TIMED = (SHOWN["nll"], ("symmpo", "1e-4"), SHOWN["default"])
+TIMED = (SHOWN["nll"], ("mdpo", "3e-4"), SHOWN["default"])
 """Arms of the figure over time."""
 SHORT, LONG = 20, 140
 """Steps of the two runs whose difference is the time of a step."""
