@@ -50,6 +50,8 @@ SHOWN = {"nll": (CONTROL_ARM, "1e-3"), "default": ("default", "3e-4")}
 """Arms of the figure and of the demo's table: the default at the rate of the recipe, NLL at the one that is best for it there."""
 TIMED = (SHOWN["nll"], ("mdpo", "3e-4"), SHOWN["default"])
 """Arms of the figure over time."""
+TESTS = 9000
+"""Groups of each split that a world has at least; --num_test takes fewer of them."""
 SHORT, LONG = 20, 140
 """Steps of the two runs whose difference is the time of a step."""
 
@@ -70,7 +72,7 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", type=int, default=[0], help="of the world's 16,000, or of a larger one (default 0: all)")
     parser.add_argument("--noise", nargs="+", type=int, default=[0], help="percentage of groups whose two texts are exchanged (default 0)")
     parser.add_argument("--more", nargs="+", type=int, default=[0], help="true statements added to every caption (default 0)")
-    parser.add_argument("--num_test", type=int, default=9000, help="groups of held-out combinations (default 9000: 1000 an edit)")
+    parser.add_argument("--num_test", type=int, default=TESTS, help=f"groups of held-out combinations (default {TESTS}: 1000 an edit)")
     parser.add_argument("--num_questions", type=int, default=900, help="groups of each kind of question (default 900)")
     parser.add_argument("--num_validation", type=int, default=1800, help="groups that choose a rate (default 1800: 200 an edit)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default one per core)")
@@ -234,7 +236,7 @@ def train(
     command += [f"--build.base={arguments.out / 'base'}", f"--model.name_or_path={arguments.out / 'base'}"]
     arm, rows = KNOWN[job.arm], job.rows(arguments.out)
     command += [f"--build.scenes.out_dir={job.world(arguments.out)}", f"--build.scenes.num_counterfactuals={arm.counterfactuals}"]
-    command += [f"--build.scenes.num_test={arguments.num_test}", f"--build.scenes.num_train={max(job.groups, WORLD)}"]
+    command += [f"--build.scenes.num_test={max(arguments.num_test, TESTS)}", f"--build.scenes.num_train={max(job.groups, WORLD)}"]
     command += [f"--data.train={rows}"]
     splits = {name: {"path": str(job.tests(arguments.out, name)), "limit": limit} for name, limit in (limits or {}).items()}
     command += [f"--data.scores={scores_of(rows)}"] * arm.scores
