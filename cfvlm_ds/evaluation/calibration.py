@@ -23,8 +23,8 @@ TERMS = {"text": "csd", "image": "fcd"}
 QUANTILES = (5, 25, 50, 75, 95)
 FEW = 50
 """Comparisons below which quantiles say little."""
-_NATS, _PER_TOKEN = (0.5, 5.0), (0.04, 0.42)  # margins beyond which a link hardly sees a gap, or sees nothing else
-_MEASURED_TOKENS = 12  # of the captions for which a weight of 1 beside align, and the default beta, were measured
+_NATS = (0.5, 5.0)  # margins beyond which a link hardly sees a gap, or sees nothing else
+_MEASURED_TOKENS = 12  # of the captions for which a weight of 1 beside align was measured
 _LEAST_WEIGHT = 0.1
 _KNOWN = 10  # comparisons of an edit type that say something
 _LONGER = 1.5  # times as many tokens, from which texts tell whether gaps grow with length
@@ -102,21 +102,24 @@ def advise(found: Sequence[Gap]) -> Advice:
         if not of_side:
             reasons.append(f"{term} is left out: no group has a comparison for it")
             continue
+        size = quantile([gap.tokens for gap in of_side], 50)
+        per = size if anchored else 1.0  # a text of median length has the link that it would have in nats
         values = [gap.nats / (gap.tokens if anchored else 1) for gap in of_side]
-        unit, (low, high) = ("nats per token", _PER_TOKEN) if anchored else ("nats", _NATS)
+        low, high = (_round(nats / per) for nats in _NATS)
+        unit = "nats per token" if anchored else "nats"
         scale, why = _least_decided(of_side, values)
         if (guessed := _guessed(found, anchored)) is not None and guessed[0] > scale:
             scale, why = guessed
         margin = _round(min(max(scale, low), high))
         bounded = "" if low <= scale <= high else f", and {low:g} to {high:g} is what a margin is good for"
         reasons.append(f"{term}.margin {margin:g} {unit}: {why}{bounded}")
-        beta = MarginTerm.beta * (_MEASURED_TOKENS if anchored else 1)
+        beta = _round(MarginTerm.beta * per)
         pull = sum(_sigmoid(beta * (margin - value)) for value in values) / len(values)
-        size = quantile([gap.tokens for gap in of_side], 50)
-        weight = float(_MEASURED_TOKENS) if anchored else _round(min(1.0, max(_LEAST_WEIGHT, _MEASURED_TOKENS / size)))
+        weight = _round(per * min(1.0, max(_LEAST_WEIGHT, _MEASURED_TOKENS / size)))
         reasons.append(
             f"{term}.weight {weight:g}: {_why_weight(anchored, size)}; its comparisons begin with {100 * pull:.0f} % of their largest pull"
         )
+        slope = f"; beta {beta:g} is {MarginTerm.beta:g} for each nat of a text of {size:.0f} tokens" if anchored else ""
         lost = sum(value < -_LOST * margin for value in values) / len(values)
         hinge = side == "image" and lost > _MANY_LOST
         told = (
@@ -125,21 +128,20 @@ def advise(found: Sequence[Gap]) -> Advice:
         reasons.append(
             f"{told}; between images neither length nor prior explains that: look at these edits, and meanwhile let them not pull for ever"
             if hinge
-            else f"{told}, and a smooth link pulls at all others as far as they need it"
+            else f"{told}, and a smooth link pulls at all others as far as they need it{slope}"
         )
         norm = "anchor" if anchored else "none"
-        link: dict[str, Any] = {"link": "hinge"} if hinge else {"link": "logsigmoid", "beta": _round(beta)}
+        link: dict[str, Any] = {"link": "hinge"} if hinge else {"link": "logsigmoid", "beta": beta}
         options[term] = {"weight": weight, "margin": margin, **link, "len_norm": norm}
     return Advice(options, reasons)
 
 
 def _why_weight(anchored: bool, size: float) -> str:
-    if anchored:
-        return f"so that a score per token pulls as much harder than align as it did with texts of {_MEASURED_TOKENS} tokens and weight 1"
+    divided = f"; times the {size:.0f} tokens that a score is divided by" if anchored else ""
     if size <= _MEASURED_TOKENS:
-        return f"texts have {size:.0f} tokens, no more than the {_MEASURED_TOKENS} with which 1 was measured"
+        return f"texts have {size:.0f} tokens, no more than the {_MEASURED_TOKENS} with which 1 was measured{divided}"
     heavier = f"a comparison in total nats would weigh {size / _MEASURED_TOKENS:.1f} times what was measured"
-    return f"texts have {size:.0f} tokens; align is a mean over them, and {heavier}"
+    return f"texts have {size:.0f} tokens; align is a mean over them, and {heavier}{divided}"
 
 
 def _least_decided(found: Sequence[Gap], values: Sequence[float]) -> tuple[float, str]:

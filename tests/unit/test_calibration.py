@@ -110,11 +110,11 @@ def test_a_picture_tells_by_more_than_language_alone_prefers() -> None:
     assert advise([*[replace(gap, prior=0.6) for gap in texts], *images]).options["csd"]["margin"] == 1.2
     long = [*texts, *[replace(gap, tokens=30, nats=3 * gap.nats, prior=3 * (gap.prior or 0)) for gap in texts]]
     found = advise([*long, *images]).options["fcd"]
-    assert (found["len_norm"], found["margin"], found["beta"]) == ("anchor", 0.3, 3.6), "per token too"
+    assert (found["len_norm"], found["margin"], found["beta"], found["weight"]) == ("anchor", 0.3, 3.0, 10.0), "per token too"
 
 
 def test_a_weight_falls_with_the_length_that_align_averages_over() -> None:
-    """As the gradient of a score of n tokens beside a mean over n tokens does; one per token is a mean too, 12 times weaker there."""
+    """As the gradient of a score of n tokens beside a mean over n tokens does."""
     weights = {tokens: advise(of("text", normal(1.0, 2.0), tokens)).options["csd"]["weight"] for tokens in (6, 12, 24, 60, 600)}
     assert weights == {6: 1.0, 12: 1.0, 24: 0.5, 60: 0.2, 600: 0.1}
     values = [1.0, 3.0, -3.0, 5.0]  # half the gaps are of 3 nats or less: the pull is that of a margin of 3
@@ -137,9 +137,9 @@ def test_long_captions(factor: float, norm: str) -> None:
     chosen = advise(found)
     assert chosen.options["csd"]["len_norm"] == norm
     assert chosen.reasons[0].startswith(f"len_norm {norm}: texts of 6.0 times as many tokens have gaps of")
-    margin = chosen.options["csd"]["margin"]
-    assert (0.02 <= margin <= 0.2) if norm == "anchor" else (1.0 < margin < 3.0)
-    assert chosen.options["csd"]["weight"] == (12.0 if norm == "anchor" else 0.17), "of 70 tokens in the middle"
+    margin, beta, weight = (chosen.options["csd"][name] for name in ("margin", "beta", "weight"))
+    in_the_middle = 70 if norm == "anchor" else 1  # tokens that a score is divided by
+    assert 1.0 < margin * in_the_middle < 5.0 and beta == 0.3 * in_the_middle and weight == pytest.approx(12 / 70 * in_the_middle, rel=0.02)
     for shares in ((30, 400), (400, 30)):  # more than half of one length are the median, and no reason to overlook the others
         mixed = [*found[: shares[0]], *found[400 : 400 + shares[1]]]
         assert advise(mixed).options["csd"]["len_norm"] == norm, advise(mixed).reasons[0]
@@ -147,6 +147,25 @@ def test_long_captions(factor: float, norm: str) -> None:
     assert few.reasons[0] == "len_norm none: fewer than 10 comparisons are of texts of another length than 120 tokens, the median"
     alike = [replace(gap, tokens=12 + k % 4) for k, gap in enumerate(found)]
     assert advise(alike).options["csd"]["len_norm"] == "none" and "about as long as each other" in advise(alike).reasons[0]
+
+
+@pytest.mark.parametrize("tokens", [4, 12, 70, 600])
+def test_a_text_of_median_length_is_compared_alike_in_nats_and_per_token(tokens: int) -> None:
+    """What is recommended for gaps that grow with the text, on a gap of the median text, beside what is recommended for texts all of that
+    length: the loss and its slope, ``weight * link(gap)``, are the same, whatever the length."""
+    nats = [*normal(1.0, 2.0), *normal(1.0, 2.0, seed=1)]
+    alike = advise(of("text", nats, tokens)).options["csd"]
+    short, long = of("text", [value / 2 for value in nats], tokens // 2), of("text", [2 * value for value in nats], tokens * 2)
+    grown = advise([*short, *of("text", nats, tokens), *long]).options["csd"]
+    assert (alike["len_norm"], grown["len_norm"]) == ("none", "anchor")
+
+    def loss(options: dict[str, Any], gap: float) -> float:
+        value = gap / (tokens if options["len_norm"] == "anchor" else 1)
+        return options["weight"] / options["beta"] * math.log1p(math.exp(options["beta"] * (options["margin"] - value)))
+
+    for gap in (-10.0, 0.0, 3.0, 12.0):
+        assert loss(grown, gap) == pytest.approx(loss(alike, gap), rel=0.06), "options have two digits"
+    assert grown["beta"] == pytest.approx(0.3 * tokens, rel=0.05)
 
 
 def test_gaps_of_nothing_say_nothing_of_length() -> None:
