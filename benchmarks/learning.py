@@ -1,6 +1,7 @@
 """What each objective teaches a pretrained model in equal processor time: NLL, DPO and its relatives, the paper's literal sum, our default,
 it minus each term, with negatives of one kind, with adapters, and with in-batch alignment.
 
+    python benchmarks/learning.py --table parts                 # runs what a table of RESULTS.md lacks, and prints it
     python benchmarks/learning.py --choose_rates --seeds 5      # four rates of each arm, the two best of them twice, five seeds of the best
     python benchmarks/learning.py --seeds 8                     # runs what is missing at one rate, one run per core at a time
     python benchmarks/learning.py --arms default nll-all --rates 5e-4 1e-3
@@ -38,13 +39,16 @@ from pathlib import Path
 from typing import Any
 
 from learning_arms import ARMS, CAPTIONS, CONTROL_ARM, GRID, KNOWN, RECORDS, SHARP, STEPS, VALIDATION, WORLD, Job, lengthened, rows_of
-from learning_tables import BEST, choices, figure, over_time, tables, told
+from learning_shown import TABLES, Record, missing, text_of
+from learning_tables import BEST, choices, figure, over_time, renewed, tables, told
 
 REPO = Path(__file__).resolve().parent.parent
 DEMO = REPO / "cfvlm_ds" / "demo" / "measured.json"
 """What the demo prints beside its own run: of the base, of NLL on all pairs and of the default objective."""
 BASE = RECORDS / "base.json"
 """Group accuracy of the base, of the first run alone."""
+PAGES = (RECORDS.with_name("RESULTS.md"), RECORDS.with_name("TRIALS.md"))
+"""What --report writes tables into."""
 CHOICE_SEEDS = 2
 SHOWN = {"nll": (CONTROL_ARM, "1e-3"), "default": ("default", "3e-4")}
 """Arms of the figure and of the demo's table: the default at the rate of the recipe, NLL at the one that is best for it there."""
@@ -52,6 +56,7 @@ TIMED = (SHOWN["nll"], ("mdpo", "3e-4"), SHOWN["default"])
 """Arms of the figure over time."""
 TESTS = 9000
 """Groups of each split that a world has at least; --num_test takes fewer of them."""
+CHOICE_COMMAND = "benchmarks/learning.py --choose_rates --seeds 0"
 SHORT, LONG = 20, 140
 """Steps of the two runs whose difference is the time of a step."""
 
@@ -62,6 +67,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(KNOWN), metavar="ARM", help=text)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
     parser.add_argument("--rates", nargs="+", default=["3e-4"], help="learning rates (default 3e-4)")
+    parser.add_argument(
+        "--table", nargs="+", choices=list(TABLES), help="run what these tables of RESULTS.md or TRIALS.md lack; print them"
+    )
     text = f"try the rates of each arm, the two best with {CHOICE_SEEDS} seeds, and run its seeds at the best on the validation split"
     parser.add_argument("--choose_rates", action="store_true", help=text)
     text = f"run the default, what `calibrate` says and settings beside it, {CHOICE_SEEDS} seeds, on the validation split alone"
@@ -79,9 +87,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs (default runs/learning)")
     parser.add_argument("--report", action="store_true", help="only write the tables and the figures")
     arguments = parser.parse_args()
+    if arguments.table:
+        for name in arguments.table:
+            show(arguments, name)
+        return
     if not arguments.report:
         run_all(arguments)
     report(arguments)
+
+
+def show(arguments: argparse.Namespace, name: str) -> None:
+    """One table, after the runs that it lacks; the base's accuracies are of the first run of the default."""
+    table = TABLES[name]
+    arguments.num_test = table.num_test or arguments.num_test
+    needed = dict.fromkeys([*([] if BASE.exists() else [Job(*SHOWN["default"], 0)]), *table.jobs])
+    (RECORDS / "rates").mkdir(parents=True, exist_ok=True)
+    run_missing(arguments, [job for job in needed if not job.record.exists()])
+    print(text_of(table, records_by_name(), json.loads(BASE.read_text())) + "\n", flush=True)
+
+
+def records_by_name() -> dict[str, Record]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json")) if path != BASE}
 
 
 def run_all(arguments: argparse.Namespace) -> None:
@@ -263,7 +289,7 @@ def train(
 def run_process(command: Sequence[str], folder: Path, variables: dict[str, str], leaves: str = "") -> float:
     """Run to the end unless ``folder`` says that it has been; returns the processor seconds that it took, in all its starts. FOLDER.log has
     what it said. ``leaves`` is a file there without which it was only stopped."""
-    whole, part, log = folder / "processor_seconds", folder / "processor_seconds_so_far", folder.with_suffix(".log")
+    whole, part, log = folder / "processor_seconds", folder / "processor_seconds_so_far", folder.with_name(f"{folder.name}.log")
     if whole.exists():
         refuse_other_objective(command, folder)
         return float(whole.read_text())
@@ -295,7 +321,8 @@ def refuse_other_objective(command: Sequence[str], folder: Path) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json")) if path != BASE]
+    named = records_by_name()
+    records = list(named.values())
     if not records or not BASE.exists():
         sys.exit(f"{RECORDS} holds no results; run without --report first")
     base = json.loads(BASE.read_text())
@@ -311,6 +338,20 @@ def report(arguments: argparse.Namespace) -> None:
     if all(shown.values()):
         DEMO.write_text(json.dumps(for_demo(base, shown), indent=1) + "\n")
     print(text, f"\nwrote {arguments.out}/learning.md, learning.png and learning_time.png")
+    write_pages(named, base, chosen)
+
+
+def write_pages(records: Mapping[str, Record], base: dict[str, Any], chosen: list[dict[str, Any]]) -> None:
+    """Put the tables into the pages that show them; one that lacks a run stays as it is, and is named."""
+    commands = {CHOICE_COMMAND: choices(chosen)} if chosen else {}
+    for name, table in TABLES.items():
+        if lacking := missing(table, records):
+            print(f"--table {name} lacks {len(lacking)} runs, such as {lacking[0]}, and stays as it is")
+        else:
+            commands[f"benchmarks/learning.py --table {name}"] = text_of(table, records, base)
+    for page in PAGES:
+        text = page.read_text()
+        page.write_text(renewed(text, [(command, table) for command, table in commands.items() if f"`python {command}`" in text]))
 
 
 def for_demo(base: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _contrast(**options: float | str) -> tuple[str, ...]:
 
 
 GRID: dict[str, Arm] = {
-    "calibrated": Arm("what `calibrate` says", _contrast(weight=12, len_norm="anchor", margin=0.42, beta=3.6)),
+    "calibrated": Arm("what `calibrate` says", _contrast(weight=10, len_norm="anchor", margin=0.5, beta=3)),
     **{
         f"{name}-{value}": Arm(f"{name} {value}", _contrast(**{name: value}))
         for name, values in (("weight", (0.3, 3)), ("margin", (1, 10)), ("beta", (0.1, 1)))
@@ -95,7 +95,7 @@ SHARP = {
 LONGER = {
     "calibrated-long": Arm(
         "what `calibrate` says of long captions",
-        _contrast(weight=12, len_norm="anchor", margin=0.31, beta=3.6),
+        _contrast(weight=12, len_norm="anchor", margin=0.076, beta=20),
     ),
 }
 """What it says of the same rows with 14 statements more (`train_more14.jsonl`)."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,31 @@ def base_of(base: Base, edits: list[str], questions: list[str]) -> list[float]:
 
 
 def choices(records: list[dict[str, Any]]) -> str:
-    """Group accuracy on the validation split, by arm and rate: mean over seeds, and each."""
-    found: dict[tuple[str, str], dict[int, float]] = {}
-    for record in sorted(records, key=lambda each: (list(KNOWN).index(each["arm"]), float(each["rate"]), each["seed"])):
-        found.setdefault((record["arm"], record["rate"]), {})[record["seed"]] = record["validation"]
-    lines = []
-    for (arm, rate), of_seed in found.items():
-        each = ", ".join(f"{value:.1f}" for value in of_seed.values())
-        lines.append(f"| {KNOWN[arm].title} | {rate} | {statistics.mean(of_seed.values()):.1f} | {each} |")
-    return "\n".join(["| validation, % | rate | mean | by seed |", "|---|---:|---:|---|", *lines])
+    """Group accuracy on the validation split, of each seed, by arm and rate."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for record in sorted(records, key=lambda each: (list(KNOWN).index(each["arm"]), each["seed"])):
+        found.setdefault(record["arm"], {}).setdefault(record["rate"], []).append(record)
+    rates = sorted({rate for of_rate in found.values() for rate in of_rate}, key=float)
+    lines = [f"| validation, %, by seed | steps | {' | '.join(rates)} |", f"|---|---:|{'---:|' * len(rates)}"]
+    for arm, of_rate in found.items():
+        steps = "/".join(sorted({str(each["steps"]) for seeds in of_rate.values() for each in seeds}))
+        cells = [", ".join(f"{each['validation']:.1f}" for each in of_rate.get(rate, [])) for rate in rates]
+        lines.append("".join(f"| {cell} " if cell else "| " for cell in (KNOWN[arm].title, steps, *cells)) + "|")
+    return "\n".join(lines)
+
+
+def renewed(page: str, tables: Iterable[tuple[str, str]]) -> str:
+    """``page`` with the table that follows each `` `python COMMAND` `` put in place of the one that was there; commands and tables are
+    pairs.
+
+    Raises ValueError where the page has not exactly one such place.
+    """
+    for command, table in tables:
+        parts = re.split(rf"(`python {re.escape(command)}`(?:(?!^\|).)*?^)(?:\|[^\n]*\n)+", page, flags=re.MULTILINE | re.DOTALL)
+        if len(parts) != 3:
+            raise ValueError(f"`python {command}` is to stand once, before its table")
+        page = f"{parts[0]}{parts[1]}{table}\n{parts[2]}"
+    return page
 
 
 def values(record: dict[str, Any], edits: list[str], questions: list[str]) -> list[float]:

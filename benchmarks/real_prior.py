@@ -1,6 +1,7 @@
 """Whether fine-tuning teaches a pretrained language model to look where it would rather guess: SmolLM2-135M, real names, changed pictures.
 
     python benchmarks/real_prior.py --parts model pictures base     # what the arms start from
+    python benchmarks/real_prior.py --parts arms --table arms       # the runs of a table of RESULTS.md that are missing, and the table
     python benchmarks/real_prior.py --parts arms --choose_rates     # three rates for each arm, the best one, then three seeds
     python benchmarks/real_prior.py --report                        # the tables of what has been run
 
@@ -40,7 +41,7 @@ import prior_pictures
 import prior_projector
 from learning import processor, run_process
 from learning_arms import NO_CONTRAST
-from learning_tables import half_width
+from learning_tables import half_width, renewed
 
 from cfvlm_ds.counterfactuals.propose.grammar import versions
 from cfvlm_ds.demo.tiny_llava import build_tiny_llava
@@ -58,6 +59,25 @@ SHORT, LONG = 2, 10
 NATURAL = 1200
 """Natural captions that are mixed in, the first so many."""
 RATES = ("2e-4", "5e-4", "1e-3", "2e-3")
+SHOWN = {
+    ("nll-natural", "5e-4"): 1,
+    ("nll-all", "1e-3"): 1,
+    ("nll-all", "2e-3"): 3,
+    ("dpo", "5e-4"): 1,
+    ("default", "1e-3"): 1,
+    ("default", "2e-3"): 3,
+    ("margins-1-5", "2e-3"): 3,
+    ("margins-1-1", "1e-3"): 1,
+    ("margins-1-1", "2e-3"): 3,
+    ("margins-3-3", "1e-3"): 1,
+    ("margins-5-5", "1e-3"): 1,
+    ("margins-1-1-mixed", "2e-3"): 1,
+    ("margins-1-1-retain", "2e-3"): 1,
+}
+"""Seeds of each arm and rate in RESULTS.md."""
+TABLES = ("arms", "edits")
+RECORDS = REPO / "benchmarks" / "real_prior"
+PAGE = REPO / "benchmarks" / "RESULTS.md"
 GUESSED = ("colour", "count", "place")
 """Edits of which one side is what is usual."""
 
@@ -111,10 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 {"model": model, "pictures": pictures, "base": base, "arms": arms}[part](options)
     if not options.report and not list(options.records.glob("base.json")):
         return
-    text = "\n\n".join(tables(options.records))
+    found = list(tables(options.records))
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "real_prior.md").write_text(text + "\n")
-    print(text)
+    (options.out / "real_prior.md").write_text("\n\n".join(found) + "\n")
+    print(found[TABLES.index(options.table)] if options.table else "\n\n".join(found))
+    if options.report and options.records == RECORDS:
+        PAGE.write_text(renewed(PAGE.read_text(), zip(COMMANDS, found, strict=False)))
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -129,6 +151,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base_steps", type=int, default=500, help="steps of 8 rows that teach the language model to read (default 500)")
     parser.add_argument("--tower", choices=("full", "frozen"), default="frozen", help="the tower in the arms (default frozen)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="which arms (default all)")
+    text = "run what a table of RESULTS.md shows, and print it: the arms, or each edit"
+    parser.add_argument("--table", choices=TABLES, help=text)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
     parser.add_argument("--rate", default="5e-4", help="learning rate of the arms (default 5e-4)")
     text = "try the rates of each arm for a third of the steps, and run its seeds at the one that is best on the validation split"
@@ -136,8 +160,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="steps of 4 groups of the default objective (default 300: all groups once)")
     parser.add_argument("--deepspeed", default="ds_configs/z2.json", help="DeepSpeed's JSON (default ds_configs/z2.json)")
     parser.add_argument("--out", type=Path, default=Path("runs/real_prior"), help="folder of the runs (default runs/real_prior)")
-    records = REPO / "benchmarks" / "real_prior"
-    parser.add_argument("--records", type=Path, default=records, help="folder of the results (default benchmarks/real_prior)")
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the results (default benchmarks/real_prior)")
     parser.add_argument("--report", action="store_true", help="only print the tables")
     options = parser.parse_args(arguments)
     options.out, options.records, options.font = options.out.resolve(), options.records.resolve(), options.font.resolve()
@@ -240,9 +263,18 @@ class Job:
 
 
 def arms(options: argparse.Namespace) -> None:
+    if options.table:
+        shown = [Job(arm, rate, seed) for (arm, rate), seeds in SHOWN.items() for seed in range(seeds)]
+        if not (jobs := [job for job in shown if not (options.records / f"{job.name}.json").exists()]):
+            return
+        options.arms = sorted({job.arm for job in jobs})
     seconds = {arm: seconds_per_step(options, arm) for arm in sorted({"default", *options.arms})}
     print("processor seconds per step:", {arm: round(value, 2) for arm, value in seconds.items()}, flush=True)
     budget = options.steps * seconds["default"]
+    if options.table:
+        for job in jobs:
+            run(options, job, max(1, round(budget / seconds[job.arm])), TESTS, "")
+        return
     if options.choose_rates:
         for arm in options.arms:
             for job in (Job(arm, rate, 0) for rate in ARMS[arm].rates):
@@ -381,6 +413,11 @@ def mean_of(edits: Sequence[str], name: str, split: str = "test") -> Any:
     return find
 
 
+COMMANDS = (
+    *(f"benchmarks/real_prior.py --table {name}" for name in TABLES),
+    "benchmarks/real_prior.py --parts arms --choose_rates --seeds 0",
+)
+"""What repeats the first tables, in their order."""
 SUMMARY = {
     "agree": mean_of(GUESSED, "agree"),
     "conflict": mean_of(GUESSED, "conflict"),
@@ -394,6 +431,7 @@ SUMMARY = {
     "its colour? agree": mean_of(("colour",), "agree", "yes_no"),
     "conflict ": mean_of(("colour",), "conflict", "yes_no"),
     "name": mean_of(("name",), "pair", "names_new"),
+    "natural text in training, nats a token": lambda record: record.get("natural_nats_per_token", {}).get("last"),
 }
 BY_EDIT = {f"{edit}: {name}": mean_of((edit,), name) for edit in prior_groups.EDITS for name in ("agree", "conflict", "group")}
 

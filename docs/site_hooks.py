@@ -25,8 +25,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the options of this checkout, whatever is installed
-ROOT_PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md")
-HISTORY = ("CHANGELOG.md", "benchmarks/RESULTS.md")
+ROOT_PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md", "benchmarks/TRIALS.md")
+HISTORY = ("CHANGELOG.md", "benchmarks/RESULTS.md", "benchmarks/TRIALS.md")
 """Pages that may name files which are no more."""
 
 log = logging.getLogger("mkdocs.hooks.cfvlm_ds")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,11 @@ def learning() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def arms(learning: ModuleType) -> ModuleType:
     return sys.modules["learning_arms"]
+
+
+@pytest.fixture(scope="module")
+def pages(learning: ModuleType) -> ModuleType:
+    return sys.modules["learning_shown"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,7 @@ def test_every_arm_is_a_run_and_has_the_terms_of_its_title(learning: ModuleType)
     grid = [configs[name].objective for name in learning.GRID]
     settings = [[(each[term].weight, each[term].margin, each[term].beta) for term in ("csd", "fcd")] for each in grid]
     assert all(csd == fcd for csd, fcd in settings) and len({csd for csd, _ in settings}) == len(grid) == 7
-    assert grid[0]["fcd"].len_norm == "anchor" and settings[0][0] == (12, 0.42, 3.6)
+    assert grid[0]["fcd"].len_norm == "anchor" and settings[0][0] == (10, 0.5, 3)
     csd = configs["default"].objective["csd"]
     default = (csd.weight, csd.margin, csd.beta)
     assert all(sum(one != other for one, other in zip(tried, default, strict=True)) == 1 for tried, _ in settings[1:])
@@ -77,7 +83,7 @@ def test_every_arm_is_a_run_and_has_the_terms_of_its_title(learning: ModuleType)
         found = configs[name].objective
         assert name == f"sharp-{found['csd'].margin:g}-{found['fcd'].margin:g}" and found["csd"].beta == found["fcd"].beta == 1
     longer = configs["calibrated-long"].objective
-    assert [(longer[term].len_norm, longer[term].margin) for term in ("csd", "fcd")] == [("anchor", 0.31)] * 2
+    assert [(longer[term].len_norm, longer[term].margin) for term in ("csd", "fcd")] == [("anchor", 0.076)] * 2
 
 
 def test_rows_with_negatives_of_one_kind(arms: ModuleType, tmp_path: Path) -> None:
@@ -207,7 +213,7 @@ def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
     (tmp_path / "rates").mkdir()
 
     def found(arm: str, rate: str, seed: int, value: float) -> None:
-        arms.Job(arm, rate, seed).choice.write_text(json.dumps({"arm": arm, "rate": rate, "seed": seed, "validation": value}))
+        arms.Job(arm, rate, seed).choice.write_text(json.dumps({"arm": arm, "rate": rate, "seed": seed, "steps": 7, "validation": value}))
 
     assert learning.rates_to_try("default", 0) == arms.RATES and learning.best_rates("default", 1) == []
     for rate, value in (("1e-4", 60), ("3e-4", 64), ("6e-4", 64), ("1e-3", 70), ("2e-3", 99)):
@@ -220,7 +226,8 @@ def test_a_rate_is_chosen_by_its_mean_on_the_validation_split(
         found("default", rate, 1, value)
     assert learning.best_rates("default", 2) == ["3e-4", "1e-3"] and learning.best_rates("dpo", 1)[0] == "1e-4"
     table = shown.choices([json.loads(path.read_text()) for path in (tmp_path / "rates").iterdir()])
-    assert "| default objective | 3e-4 | 62.0 | 64.0, 60.0 |" in table and table.count("\n") == 11
+    assert table.splitlines()[0].endswith("| 1e-4 | 3e-4 | 6e-4 | 1e-3 | 2e-3 |")
+    assert "| default objective | 7 | 60.0 | 64.0, 60.0 | 64.0 | 70.0, 50.0 | 99.0 |" in table and table.count("\n") == 3
 
 
 def test_a_run_takes_the_training_of_the_choice_of_its_rate(learning: ModuleType, tmp_path: Path) -> None:
@@ -273,6 +280,90 @@ def test_tables_of_records_of_any_age(learning: ModuleType, shown: ModuleType) -
     table = list(shown.tables(three, base))[1]
     # differences 2 and 3: mean 2.5, deviation 0.71, 12.71 * 0.71 / sqrt(2) = 6.4
     assert "| DPO | 1e-3 | 2 | +2.5 ± 6.4 |" in table and "NLL, all pairs | 1e-3" not in table
+
+
+def test_pages_say_what_the_records_say(learning: ModuleType, pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each table of runs in RESULTS.md and TRIALS.md is the one that its command prints; of a page with other figures --report makes it."""
+    originals = [page.read_text() for page in learning.PAGES]
+    copies = [tmp_path / page.name for page in learning.PAGES]
+    for text, copy in zip(originals, copies, strict=True):
+        copy.write_text(re.sub(r"^\| NLL, all pairs \| \d.*\n", "| 0 |\n", text, flags=re.MULTILINE))
+    assert all(copy.read_text() != text for text, copy in zip(originals, copies, strict=True))
+    monkeypatch.setattr(learning, "PAGES", copies)
+    records, base = learning.records_by_name(), json.loads(learning.BASE.read_text())
+    learning.write_pages(records, base, [json.loads(path.read_text()) for path in sorted((learning.RECORDS / "rates").glob("*.json"))])
+    assert [copy.read_text() for copy in copies] == originals, "run benchmarks/learning.py --report"
+    for name, table in pages.TABLES.items():
+        assert pages.missing(table, records) == []
+        assert sum(text.count(f"`python benchmarks/learning.py --table {name}`") for text in originals) == 1, f"{name} is shown"
+
+
+def test_a_table_is_what_its_rows_say(pages: ModuleType) -> None:
+    """Two seeds have no interval and three have one, by hand; differences are of equal seeds; the base is one row without a rate."""
+
+    def found(arm: str, seed: int, value: float) -> dict[str, Any]:
+        return {
+            "steps": 10 + seed,
+            "nll": {"combo": value / 100},
+            "results": {"combo": {"shape": {"group": value}, "all": {"group": value}}},
+        }
+
+    rows = [pages.Row("base"), pages.Row("two", "dpo", seeds=(0, 1)), pages.Row("three", "default", "1e-3", (0, 1, 2), groups=50)]
+    rows.append(pages.Row("above", "default", "1e-3", (0, 1, 2), above=True, groups=50))
+    table = pages.Table(tuple(rows), ("shape", "nats a token: captions"), each=("all",))
+    names = ["dpo-3e-4-seed0", "dpo-3e-4-seed1", *(f"default-1e-3-seed{k}-50groups" for k in range(3))]
+    names += [f"nll-all-1e-3-seed{k}-50groups" for k in range(3)]
+    assert [job.name for job in table.jobs] == names
+    values = dict(zip(names, (10.0, 30.0, 61.0, 62.0, 63.0, 60.0, 60.0, 59.0), strict=True))
+    records = {name: found(name, int(name.split("seed")[1][0]), value) for name, value in values.items()}
+    base = {"combo": {"shape": 5.0, "all": 6.0}}
+    assert pages.missing(table, {name: {} for name in names[1:]}) == names[:1]
+    # 61, 62, 63: deviation 1, 4.30 / sqrt(3) = 2.48; differences 1, 2, 4: mean 2.33, deviation 1.53, 3.79
+    assert pages.text_of(table, records, base).splitlines()[2:] == [
+        "| base | | | | 5.0 | | 6.0 |",
+        "| two | 3e-4 | 2 | 10/11 | 20.0 | -0.20 | 10.0, 30.0 |",
+        "| three | 1e-3 | 3 | 10/11/12 | 62.0 ± 2.5 | -0.62 ± 0.02 | 61.0, 62.0, 63.0 |",
+        "| above | | | | +2.3 ± 3.8 | | |",
+    ]
+
+
+def test_a_page_has_the_table_of_a_command_once(shown: ModuleType) -> None:
+    page = "As `python a.py --table x` says, and more\nof it:\n\n| old |\n|---|\n| 1 |\n\nThen `python a.py --table y`:\n\n| two |\n"
+    one, two = ("a.py --table x", "| new |\n|---|"), ("a.py --table y", "| 2 |")
+    renewed = shown.renewed(page, [one, two])
+    assert renewed == page.replace("| old |\n|---|\n| 1 |", "| new |\n|---|").replace("| two |", "| 2 |")
+    assert shown.renewed(renewed, [two, one]) == renewed
+    for wrong in ("a.py --table", "a.py --table z"):
+        with pytest.raises(ValueError, match=f"`python {wrong}` is to stand once, before its table"):
+            shown.renewed(page, [(wrong, "| 3 |")])
+    with pytest.raises(ValueError, match="is to stand once"):
+        shown.renewed(page + page, [one])
+
+
+def test_a_table_runs_what_it_lacks(
+    learning: ModuleType, pages: ModuleType, arms: ModuleType, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """The base first, with the default's own first run; of the others those that have no record; then it prints."""
+    table = pages.Table((pages.Row("base"), pages.Row("DPO", "dpo", seeds=(0, 1))), ("all",), num_test=90)
+    ran: list[tuple[str, int]] = []
+
+    def run_missing(arguments: argparse.Namespace, jobs: list[Any]) -> None:
+        for job in jobs:
+            ran.append((job.name, arguments.num_test))
+            job.record.write_text(json.dumps({"steps": 3, "results": {"combo": {"all": {"group": 40.0}}}}))
+            if job.arm == "default":
+                learning.BASE.write_text(json.dumps({"combo": {"all": 20.0}}))
+
+    for module in (arms, learning):
+        monkeypatch.setattr(module, "RECORDS", tmp_path)
+    monkeypatch.setattr(learning, "BASE", tmp_path / "base.json")
+    monkeypatch.setattr(learning, "TABLES", {"x": table})
+    monkeypatch.setattr(learning, "run_missing", run_missing)
+    arms.Job("dpo", "3e-4", 1).record.write_text(json.dumps({"steps": 4, "results": {"combo": {"all": {"group": 50.0}}}}))
+    for _ in range(2):
+        learning.show(argparse.Namespace(num_test=9000), "x")
+    assert ran == [("default-3e-4-seed0", 90), ("dpo-3e-4-seed0", 90)]
+    assert capsys.readouterr().out.count("| base | | | | 20.0 |\n| DPO | 3e-4 | 2 | 3/4 | 45.0 |\n") == 2
 
 
 def test_the_demo_prints_its_run_beside_what_was_measured(learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,6 +260,38 @@ def test_rates_and_tables(modules: Any, tmp_path: Path) -> None:
     assert (tmp_path / "new" / "out" / "real_prior.md").read_text().count(summary) == 1
 
 
+def test_the_page_says_what_the_records_say(modules: Any) -> None:
+    """Each table is the one that its command prints, of the runs that the command makes."""
+    bench = modules["real_prior"]
+    names = {f"{arm}-{rate}-seed{seed}" for (arm, rate), seeds in bench.SHOWN.items() for seed in range(seeds)}
+    assert names == {path.stem for path in bench.RECORDS.glob("*-seed*.json")}
+    page = bench.PAGE.read_text()
+    assert bench.renewed(page, zip(bench.COMMANDS, bench.tables(bench.RECORDS), strict=False)) == page, "run --report"
+    changed = page.replace("| 33.3 |", "| 43.3 |")
+    assert changed != page == bench.renewed(changed, zip(bench.COMMANDS, bench.tables(bench.RECORDS), strict=False))
+
+
+def test_a_table_makes_the_runs_that_it_lacks(modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    bench = modules["real_prior"]
+    ran: list[str] = []
+
+    def run(options: Any, job: Any, steps: int, splits: Any, kind: str) -> None:
+        ran.append(f"{job.name} {steps} {kind}")
+        (options.records / f"{job.name}.json").write_text(json.dumps(record(job.arm, job.rate, job.seed, 9.0)))
+
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench, "seconds_per_step", lambda options, arm: 1.0 if arm == "dpo" else 2.0)
+    monkeypatch.setattr(bench, "SHOWN", {("default", "2e-3"): 2, ("dpo", "5e-4"): 1})
+    (tmp_path / "base.json").write_text(json.dumps({"results": record("", "", 0, 30.0)["results"]}))
+    (tmp_path / "default-2e-3-seed0.json").write_text(json.dumps(record("default", "2e-3", 0, 8.0)))
+    given = ["--parts", "arms", "--table", "arms", "--steps", "10", "--records", str(tmp_path), "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        bench.main(given)
+    assert ran == ["default-2e-3-seed1 10 ", "dpo-5e-4-seed0 20 "]
+    told = capsys.readouterr().out
+    assert told.count("| DPO, 5e-4 | 1 | 7 |") == 2 and "by edit" not in told
+
+
 def test_pictures_do_not_depend_on_what_else_is_shown(modules: Any, data: Path) -> None:
     """Drawn twice from one state, a scene is the same; what is held out goes by the name alone."""
     pictures = modules["prior_pictures"]
