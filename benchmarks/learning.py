@@ -17,7 +17,8 @@ it minus each term, with negatives of one kind, with adapters, and with in-batch
 Every run is `train.py --config examples/quickstart.yaml` with the options of its arm: one base, one world, one schedule, ZeRO-3.
 The default objective takes --steps; the other arms take as many as the same processor seconds allow, by two short runs beside two of its.
 Rivals that need scores of the base have them from a file that is written once, which their time does not count.
-benchmarks/learning/ holds one JSON per run, written as it ends, so that seeds and rates may be added later and on another machine.
+benchmarks/learning/ holds one JSON per run, written as it ends, so that seeds and rates may be added later and on another machine. A run
+whose JSON is there is not made again; to repeat a table, move the JSON files of its runs away first.
 --choose_rates decides by the validation split, which no table shows; benchmarks/learning/rates/ holds those runs, a JSON each.
 """
 
@@ -67,9 +68,8 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(KNOWN), metavar="ARM", help=text)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
     parser.add_argument("--rates", nargs="+", default=["3e-4"], help="learning rates (default 3e-4)")
-    parser.add_argument(
-        "--table", nargs="+", choices=list(TABLES), help="run what these tables of RESULTS.md or TRIALS.md lack; print them"
-    )
+    text = f"run what these tables of RESULTS.md or TRIALS.md lack, and print them: {', '.join(TABLES)}"
+    parser.add_argument("--table", nargs="+", choices=list(TABLES), metavar="TABLE", help=text)
     text = f"try the rates of each arm, the two best with {CHOICE_SEEDS} seeds, and run its seeds at the best on the validation split"
     parser.add_argument("--choose_rates", action="store_true", help=text)
     text = f"run the default, what `calibrate` says and settings beside it, {CHOICE_SEEDS} seeds, on the validation split alone"

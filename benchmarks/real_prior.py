@@ -20,7 +20,8 @@ chosen.
 
 On one core of an EPYC with bfloat16 instructions: model and pictures 2 minutes, the tower 11, the projector 8, the base 20 and 5 for its
 evaluation, scores of the base for DPO 8, a choice of a rate 4 to 5 (twelve of them), an arm and seed 14 (twelve of them): five hours.
-A run that was stopped is begun again; tower and base go on from their newest checkpoint.
+A run that was stopped is begun again; tower and base go on from their newest checkpoint. What has a JSON is not made again; to repeat a
+table, move those of its runs away first.
 """
 
 from __future__ import annotations
