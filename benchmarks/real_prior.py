@@ -430,7 +430,7 @@ SUMMARY = {
     "side, group": mean_of(("side",), "group"),
     "there?": mean_of(("there",), "pair", "yes_no"),
     "its colour? agree": mean_of(("colour",), "agree", "yes_no"),
-    "conflict ": mean_of(("colour",), "conflict", "yes_no"),
+    "its colour? conflict": mean_of(("colour",), "conflict", "yes_no"),
     "name": mean_of(("name",), "pair", "names_new"),
     "natural text in training, nats a token": lambda record: record.get("natural_nats_per_token", {}).get("last"),
 }
