@@ -58,6 +58,7 @@ TIMED = (SHOWN["nll"], ("mdpo", "3e-4"), SHOWN["default"])
 TESTS = 9000
 """Groups of each split that a world has at least; --num_test takes fewer of them."""
 CHOICE_COMMAND = "benchmarks/learning.py --choose_rates --seeds 0"
+GRID_COMMAND = "benchmarks/learning.py --grid"
 SHORT, LONG = 20, 140
 """Steps of the two runs whose difference is the time of a step."""
 
@@ -343,7 +344,9 @@ def report(arguments: argparse.Namespace) -> None:
 
 def write_pages(records: Mapping[str, Record], base: dict[str, Any], chosen: list[dict[str, Any]]) -> None:
     """Put the tables into the pages that show them; one that lacks a run stays as it is, and is named."""
-    commands = {CHOICE_COMMAND: choices(chosen)} if chosen else {}
+    tried = [each for each in chosen if each["arm"] in ARMS]
+    settings = [each for each in chosen if each["arm"] in (*GRID, "default") and each["rate"] == SHOWN["default"][1]]
+    commands = {CHOICE_COMMAND: choices(tried), GRID_COMMAND: choices(settings)}
     for name, table in TABLES.items():
         if lacking := missing(table, records):
             print(f"--table {name} lacks {len(lacking)} runs, such as {lacking[0]}, and stays as it is")

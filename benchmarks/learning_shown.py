@@ -195,6 +195,16 @@ TABLES = {
         ),
         (*EDITS, *QUESTIONS),
     ),
+    "passes": Table(
+        (
+            Row("NLL, all pairs, 16,000 groups", CONTROL_ARM, CONTROL_RATE, clock=8300),
+            Row("NLL, all pairs, 100,000 groups", CONTROL_ARM, CONTROL_RATE, clock=8300, groups=100_000),
+            Row("**default objective**, 16,000 groups", "default", clock=8300),
+            Row("the same, weights of `csd` and `fcd` 0.3", "weight-0.3", clock=8300),
+            Row("**default objective**, 100,000 groups", "default", clock=8300, groups=100_000),
+        ),
+        (*_HARD, "all", *QUESTIONS, *(name for name in COLUMNS if name.startswith(NATS))),
+    ),
     "margins": Table(
         (
             Row("1, 1", "sharp-1-1", "1e-3", _range(8)),
