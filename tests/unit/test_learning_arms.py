@@ -157,13 +157,14 @@ def test_steps_are_those_of_the_time_of_the_default(learning: ModuleType, arms: 
 def test_a_run_that_was_stopped_is_not_whole_and_its_time_counts(learning: ModuleType, tmp_path: Path) -> None:
     """A process that ends without its last file (stopped), one that fails, one that ends; then nothing is run."""
     script = "import sys, time; b = time.process_time()\nwhile time.process_time() < b + 0.1: pass\n"
-    folder = tmp_path / "run"
+    folder = tmp_path / "weight-0.3-run"
     for more in ("", "sys.exit(3)"):
         with pytest.raises(SystemExit, match="exit code 3" if more else "stopped before its end; the same command goes on"):
             learning.run_process([sys.executable, "-c", script + more], folder, {}, "finished.json")
     (folder / "finished.json").write_text("{}")
     spent = learning.run_process([sys.executable, "-c", script], folder, {}, "finished.json")
     assert spent > 0.3 and learning.run_process(["no such program"], folder, {}, "finished.json") == pytest.approx(spent, abs=0.01)
+    assert {path.name for path in tmp_path.iterdir()} == {"weight-0.3-run", "weight-0.3-run.log"}, "a log of its own"
 
 
 def test_a_finished_run_of_another_objective_is_not_taken_for_this_one(learning: ModuleType, tmp_path: Path) -> None:
