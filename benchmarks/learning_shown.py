@@ -168,6 +168,7 @@ TABLES = {
             *_of_data("1,000", 1000, rates=("1e-4", "1e-3")),
             *_of_data("4,000", 4000, rates=("1e-3",)),
             *_of_data("16,000", 0, rates=("1e-4", "1e-3")),
+            *_of_data("16,000, 10 % labelled wrongly", 0, noise=10),
             *_of_data("16,000, 30 % labelled wrongly", 0, rates=("1e-4", "1e-3"), noise=30),
         ),
         ("relation", "shape", "all", *_KEPT),
