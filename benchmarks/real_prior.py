@@ -61,10 +61,10 @@ NATURAL = 1200
 """Natural captions that are mixed in, the first so many."""
 RATES = ("2e-4", "5e-4", "1e-3", "2e-3")
 SHOWN = {
-    ("nll-natural", "5e-4"): 1,
+    ("nll-natural", "5e-4"): 3,
     ("nll-all", "1e-3"): 1,
     ("nll-all", "2e-3"): 3,
-    ("dpo", "5e-4"): 1,
+    ("dpo", "5e-4"): 3,
     ("default", "1e-3"): 1,
     ("default", "2e-3"): 3,
     ("margins-1-5", "2e-3"): 3,
