@@ -93,8 +93,8 @@ def _range(number: int) -> tuple[int, ...]:
 
 
 RIVALS = (
-    Row("mDPO", "mdpo", seeds=_range(3)),
-    Row("SymMPO", "symmpo", seeds=_range(3)),
+    Row("mDPO", "mdpo", seeds=_range(5)),
+    Row("SymMPO", "symmpo", seeds=_range(5)),
     Row("MISP-DPO", "misp", seeds=_range(3)),
     Row("DPO beside NLL", "dpo-nll", "6e-4", _range(3)),
     Row("DPO", "dpo", seeds=_range(3)),
@@ -135,7 +135,7 @@ TABLES = {
         (
             Row("NLL, all pairs", CONTROL_ARM, CONTROL_RATE, _range(3)),
             Row("NLL, all pairs", CONTROL_ARM, "1e-4", _range(3)),
-            Row("**default objective**", "default", seeds=_range(3)),
+            Row("**default objective**", "default", seeds=_range(5)),
             *RIVALS,
         ),
         ("all", *(name for name in COLUMNS if name.startswith(NATS))),
