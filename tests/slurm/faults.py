@@ -137,7 +137,9 @@ def _struck(job: Job, faults: Sequence[Callable[[Job], Callable[[], object] | No
         undo = fault(job)
         if fault is not controller:
             wait_until(lambda: int(job.record["Restarts"]) > starts[-1], 900, f"start after: {fault.__doc__}")
-        job.reach(len(job.losses) + 2)
+        reached = len(job.losses)
+        job.trains(int(job.record["Restarts"]))  # the ranks of the start before may go on for a while
+        job.reach(reached + 2)
         seconds = time.monotonic() - began
         if undo is not None:
             undo()

@@ -51,9 +51,16 @@ class Job:
 
     def trained_again(self, start: int) -> set[int]:
         """The steps of one start, counted from 0, that an earlier one had trained."""
-        logs = [self.run_dir / "slurm" / self.id / str(number) / "rank-0.log" for number in range(start + 1)]
-        steps = [set(map(int, re.findall(r"^step (\d+)/", path.read_text(), re.M))) if path.exists() else set() for path in logs]
-        return steps[-1] & set().union(*steps[:-1])
+        return self.trained(start) & set().union(*map(self.trained, range(start)))
+
+    def trained(self, start: int) -> set[int]:
+        """The steps of one start, counted from 0."""
+        log = self.run_dir / "slurm" / self.id / str(start) / "rank-0.log"
+        return set(map(int, re.findall(r"^step (\d+)/", log.read_text(), re.M))) if log.exists() else set()
+
+    def trains(self, start: int, seconds: float = 900) -> None:
+        """Wait until that start has trained a step, or the job has ended."""
+        wait_until(lambda: self.trained(start) or not self.alive(), seconds, f"a step of start {start} of {self.run_dir.name}")
 
     def reach(self, step: int, seconds: float = 900) -> None:
         """Wait until ``step`` steps are recorded; fails at once when the job has ended without them."""
