@@ -95,9 +95,9 @@ def _range(number: int) -> tuple[int, ...]:
 RIVALS = (
     Row("mDPO", "mdpo", seeds=_range(5)),
     Row("SymMPO", "symmpo", seeds=_range(5)),
-    Row("MISP-DPO", "misp", seeds=_range(3)),
-    Row("DPO beside NLL", "dpo-nll", "6e-4", _range(3)),
-    Row("DPO", "dpo", seeds=_range(3)),
+    Row("MISP-DPO", "misp", seeds=_range(5)),
+    Row("DPO beside NLL", "dpo-nll", "6e-4", _range(5)),
+    Row("DPO", "dpo", seeds=_range(5)),
 )
 
 
