@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from cfvlm_ds.core.errors import DataError
 
 ROLES = ("system", "user", "assistant")
+DESCRIBE = "Describe the image."
+"""What a caption answers whose row has no prompt."""
 MAX_TURNS = 1024
 """Turns of a conversation, and parts of them all."""
 MAX_PARTS = 4 * MAX_TURNS

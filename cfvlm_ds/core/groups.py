@@ -167,8 +167,6 @@ class CounterfactualGroup:
         for index, pictures in enumerate(self.images):
             if len(pictures) != number:
                 raise DataError(f"group {self.id!r}: image {index} has {len(pictures)} pictures and image 0 has {number}; split the row")
-            if len(pictures) > 1 and len(set(pictures)) < len(pictures):
-                raise DataError(f"group {self.id!r}: image {index} shows a picture twice; name each once")
 
     def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
         """The same group with as many images under other paths; what is not about pictures is not checked a second time."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
+from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
@@ -17,7 +18,7 @@ from cfvlm_ds.data.containers.hub import fetched
 from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.lines import MAX_LINE
-from cfvlm_ds.data.manifest import Root, data_roots, open_groups, taken_as
+from cfvlm_ds.data.manifest import Root, data_roots, open_groups, repeated, taken_as
 
 
 class Converted(NamedTuple):
@@ -47,25 +48,31 @@ def convert(
     roots = [each.absolute() for each in data_roots(path, root)]
     folder = out.parent.absolute()
     base = folder if all(each.is_relative_to(folder) for each in roots) else roots[0]
-    groups, problems, seen = 0, list[str](), set[int]()
+    groups, described, repeats, problems, seen = 0, 0, 0, list[str](), dict[int, int]()
     store = open_groups(path, root, format, progress=say, cache=[out.parent])
     if format == AUTO:
         say(taken_as(store))
     with whole_file(out) as file:
         for index, item in store.entries():
             if not isinstance(item, DataError) and (key := hash(item.id)) in seen:
-                item = DataError(f"{store.where(index)}: group id {item.id!r} is already used by an earlier row; make ids unique")
+                item = DataError(repeated(store, index, seen[key], item.id))
+                repeats += 1
             if isinstance(item, DataError):
                 if on_error == "error":
                     raise DataError(f"{item} (or leave such rows out with --on_error skip)")
                 problems.append(str(item))
                 continue
-            seen.add(key)
+            seen[key] = index
+            described += all(candidate.prompt == DESCRIBE for candidate in item.candidates)
             file.write(json.dumps(to_row(_absolute(item), base), ensure_ascii=False).encode() + b"\n")
             groups += 1
         if not groups:
             raise DataError(problems[0] + f" (and so are all {len(problems)} rows)" * (len(problems) > 1))
+    if described:
+        say(f"{described} of {groups} groups ask {DESCRIBE!r}, as captions without a prompt of their own do (the option ask= asks another)")
     list_skipped(listed, problems, say)
+    if repeats:
+        say(f"{repeats} of the rows that were left out repeat an earlier one, or its id")
     return Converted(groups, problems, base)
 
 

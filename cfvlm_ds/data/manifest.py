@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
@@ -16,6 +18,7 @@ from cfvlm_ds.data.containers.kinds import container_of
 from cfvlm_ds.data.formats import AUTO, format_named
 from cfvlm_ds.data.formats.cfgroup import native_group
 from cfvlm_ds.data.formats.recognise import recognised
+from cfvlm_ds.data.joined import JoinedRows
 from cfvlm_ds.data.lines import State
 from cfvlm_ds.data.packed import PackedRows, is_store
 from cfvlm_ds.data.passes import Share
@@ -70,8 +73,14 @@ def open_groups(
     rows = open_rows(path, cache=cache, alive=share.alive, progress=progress)
     format = taken(rows) if format == AUTO else format
     convert = format_named(format, path)
-    whole = Share(alive=share.alive, shield=share.shield)
-    firsts = count_parts(rows, convert, lambda work: whole.over(range(len(rows)), lambda places, done: work(places)))
+    whole, places = Share(alive=share.alive, shield=share.shield), range(len(rows))
+
+    def over(work: Callable[[Sequence[int]], Any]) -> Iterator[Any]:
+        return whole.over(places, lambda places, done: work(places))
+
+    firsts = count_parts(rows, convert, over)
+    if claim := getattr(convert, "claim", None):
+        rows = JoinedRows(rows, claim, over)
     own = [each for each in rows.roots if each not in roots]
     return GroupStore(rows, [*roots, *own], convert, firsts, (_again, (path, roots, format, rows.state, limit)), format, limit)
 
@@ -111,8 +120,11 @@ def read_manifest(path: str | Path, root: Root = None, format: str = "cfgroup") 
 
 
 def repeated(store: GroupStore, index: int, first: int, group_id: str) -> str:
-    """That a group has the id of an earlier one."""
-    return f"{store.where(index)}: group id {group_id!r} is already used by {store.where(first)}; make ids unique"
+    """That a row repeats an earlier one, or that its group has only the id of that one's."""
+    where, before = store.where(index), store.where(first)
+    if dataclasses.replace(store[index], meta="") == dataclasses.replace(store[first], meta=""):
+        return f"{where}: the row repeats {before}; remove it"
+    return f"{where}: group id {group_id!r} is already used by {before}; make ids unique"
 
 
 def known_format(path: str | Path, format: str) -> None:

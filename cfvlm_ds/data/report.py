@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 from cfvlm_ds.core.text import one_line
 
@@ -30,6 +31,8 @@ class CheckReport:
     num_unknown_cells: int = 0
     """Cells of the truth tables that ``match`` does not list."""
     num_false_cells: int = 0
+    prompts: Counter[str] = field(default_factory=Counter)
+    """Groups whose texts answer DESCRIBE, as captions without a prompt of their own do, nothing, and others."""
     edit_types: Counter[str] = field(default_factory=Counter)
     num_counterfactuals: Counter[int] = field(default_factory=Counter)
     """K -> number of groups with K counterfactuals beside the factual pair (shams not counted)."""
@@ -50,6 +53,8 @@ class CheckReport:
         self.num_cells += len(group.images) * len(group.candidates)
         self.num_unknown_cells += sum(line.count(None) for line in group.match)
         self.num_false_cells += sum(line.count(0) for line in group.match)
+        asked = {candidate.prompt for candidate in group.candidates}
+        self.prompts[repr(DESCRIBE) if asked == {DESCRIBE} else "empty" if asked == {""} else "others"] += 1
         meta = json.loads(group.meta or "null")
         self.metadata.update(map(repr, meta) if isinstance(meta, dict) else ["meta"] if meta else ())
         self.edit_types.update(edit.type for edit in group.edits)
@@ -70,7 +75,7 @@ class CheckReport:
         """Add what was found in later rows of the same manifest."""
         for name in ("num_groups", "num_images", "num_texts", "num_cells", "num_unknown_cells", "num_false_cells"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("edit_types", "num_counterfactuals", "visual_tokens", "metadata"):
+        for name in ("prompts", "edit_types", "num_counterfactuals", "visual_tokens", "metadata"):
             getattr(self, name).update(getattr(other, name))
         if other.longest_text_where:
             self.note_length(other.longest_text, other.longest_text_unit, lambda: other.longest_text_where)
@@ -112,6 +117,7 @@ class CheckReport:
             ("groups", str(self.num_groups)),
             ("images", f"{self.num_images} distinct files"),
             ("texts", str(self.num_texts)),
+            ("prompts", _counted(self.prompts) or "none"),
             ("unknown cells", f"{self.num_unknown_cells} of {self.num_cells}"),
             ("edit types", _counted(self.edit_types) or "none named"),
             ("counterfactuals", ", ".join(f"K={k}: {count} groups" for k, count in sorted(self.num_counterfactuals.items())) or "none"),

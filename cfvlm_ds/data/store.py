@@ -21,6 +21,7 @@ from cfvlm_ds.data.confinement import Confinement
 from cfvlm_ds.data.formats import Format
 from cfvlm_ds.data.formats.cfgroup import native_group
 from cfvlm_ds.data.formats.recognise import recognised
+from cfvlm_ds.data.formats.truth import joined
 from cfvlm_ds.data.rows import Rows
 
 T = TypeVar("T")
@@ -203,6 +204,8 @@ def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
 
 def converted(row: Any, convert: Format) -> Sequence[CounterfactualGroup]:
     """The groups of a row, with pictures as it names them. Raises DataError without the row's place."""
+    if isinstance(row, tuple):
+        return [joined(row)]  # claims of several rows
     if not isinstance(row, dict):
         raise DataError(f"the row is a {type(row).__name__}, not an object; write it as {{...}}")
     try:

@@ -24,7 +24,7 @@ from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.data.formats.pairs import pair_group
+from cfvlm_ds.data.formats.pairs import Pairs
 from cfvlm_ds.evaluation import GroupScores, accuracies, flat_metrics, headline, metric_names, table
 from cfvlm_ds.evaluation.metrics import CHANCE, METRICS
 from cfvlm_ds.objectives import OBJECTIVES, Align, Csd, Dpo, Fcd, Misp, SymMPO, denominators, weighted_loss
@@ -253,7 +253,7 @@ SHAPES: dict[str, tuple[CounterfactualGroup, dict[str, int]]] = {
         {"text": 2, "image": 2, "group": 2, "text_pmi": 2, "group_pmi": 2, "pair": 4, "factual": 2, "image_pair": 4},
     ),
     "Winoground without an edit": (
-        pair_group({"image_0": "a.png", "image_1": "b.png", "caption_0": "a", "caption_1": "b"}),
+        Pairs()({"image_0": "a.png", "image_1": "b.png", "caption_0": "a", "caption_1": "b"}),
         {"text": 1, "image": 1, "group": 1, "text_pmi": 1, "group_pmi": 1, "pair": 2, "factual": 1, "image_pair": 2},
     ),
     "an edited image without a text": (group([[1], [0]], Edit("count", image=1)), {"image_pair": 1}),

@@ -19,6 +19,7 @@ from PIL import Image
 from cfvlm_ds.core.groups import PICTURE, Prompt, Turn
 
 PICTURES = 12
+DESCRIBE = "Describe the image."
 SYSTEM = "You are a careful assistant."
 
 
@@ -206,6 +207,72 @@ def preference_factory(folder: Path, rows: int) -> tuple[Path, str]:
     return folder / "factory.json", "preference"
 
 
+def rlhfv_json(folder: Path, rows: int) -> tuple[Path, str]:
+    """As RLHF-V's rows on the hub: the answers as JSON in ``text``, the picture beside the path that it had elsewhere."""
+    write_pictures(folder)
+    made = [
+        {
+            "ds_name": "RLHF-V", "image": file_of(numbered(k)), "origin_dataset": "LCS-558K", "idx": k, "image_path": f"coco/{k}.jpg",
+            "text": json.dumps({"question": asked(k), "chosen": right(k), "rejected": wrong(k)}),
+            "origin_split": json.dumps({"model": "Muffin", "type": "question_answering"}),
+        }
+        for k in range(rows)
+    ]  # fmt: skip
+    return lines(folder / "rlhfv.jsonl", made), "preference"
+
+
+def preference_query(folder: Path, rows: int) -> tuple[Path, str]:
+    """As ms-swift's query and response."""
+    write_pictures(folder)
+    made = [
+        {"query": asked(k), "response": right(k), "rejected_response": wrong(k), "images": [file_of(numbered(k))], "history": []}
+        for k in range(rows)
+    ]
+    return lines(folder / "query.jsonl", made), "preference"
+
+
+def preference_v1(folder: Path, rows: int) -> tuple[Path, str]:
+    """As LLaMA-Factory's v1 samples: whole conversations of parts with values, and weights of messages."""
+    write_pictures(folder)
+
+    def messages(k: int, answer: str) -> list[dict[str, Any]]:
+        parts = [{"type": "image_url", "value": file_of(numbered(k))}, {"type": "text", "value": asked(k)}]
+        said = [{"type": "text", "value": answer}]
+        return [
+            {"role": "user", "content": parts, "loss_weight": 0.0},
+            {"role": "assistant", "content": said, "loss_weight": 1.0},
+        ]
+
+    made = [{"chosen_messages": messages(k, right(k)), "rejected_messages": messages(k, wrong(k))} for k in range(rows)]
+    return lines(folder / "v1.jsonl", made), "preference"
+
+
+def kto(row: Callable[[int, str], dict[str, Any]], label: str) -> Callable[[Path, int], tuple[Path, str]]:
+    """Rows for KTO: an answer and whether it is good; the good and the bad ones to a question lie anywhere, some are there twice."""
+
+    def write(folder: Path, rows: int) -> tuple[Path, str]:
+        write_pictures(folder)
+        first = [row(k, wrong(k) if k % 2 else right(k)) | {label: not k % 2} for k in range(rows)]
+        second = [row(k, right(k) if k % 2 else wrong(k)) | {label: bool(k % 2)} for k in reversed(range(rows))]
+        return lines(folder / "kto.jsonl", first + second + second[:3]), f"messages:label={label}"
+
+    return write
+
+
+def kto_trl(k: int, answer: str) -> dict[str, Any]:
+    said = {"prompt": [{"role": "user", "content": asked(k)}], "completion": [{"role": "assistant", "content": answer}]}
+    return {"images": [file_of(numbered(k))], **said}
+
+
+def kto_factory(k: int, answer: str) -> dict[str, Any]:
+    return {"instruction": asked(k), "input": "", "output": answer, "images": [file_of(numbered(k))]}
+
+
+def kto_swift(k: int, answer: str) -> dict[str, Any]:
+    said = [{"role": "user", "content": f"<image>{asked(k)}"}, {"role": "assistant", "content": answer}]
+    return {"messages": said, "images": [file_of(numbered(k))]}
+
+
 def preference_said(k: int) -> Said:
     return Said(((numbered(k),),), (asked(k),) * 2, (right(k), wrong(k)), ((1, 0),))
 
@@ -263,7 +330,7 @@ def coco(folder: Path, rows: int) -> tuple[Path, str]:
 
 def coco_said(k: int) -> Said:
     texts = (*(f"{right(k)} ({j})" for j in range(4)), right(k))
-    return Said(((numbered(k),),), ("",) * 5, texts, ((1,) * 5,))
+    return Said(((numbered(k),),), (DESCRIBE,) * 5, texts, ((1,) * 5,))
 
 
 def table(folder: Path, rows: int) -> tuple[Path, str]:
@@ -280,7 +347,7 @@ def table(folder: Path, rows: int) -> tuple[Path, str]:
 
 def table_said(k: int) -> Said:
     images = ((numbered(k),), (other(k),)) if k % 2 else ((numbered(k),),)
-    return Said(images, ("",) * 2, (f'{right(k)}\n"quoted", é', wrong(k)), ((1, 0), (0, 1)) if k % 2 else ((1, 0),))
+    return Said(images, (DESCRIBE,) * 2, (f'{right(k)}\n"quoted", é', wrong(k)), ((1, 0), (0, 1)) if k % 2 else ((1, 0),))
 
 
 def negclip(folder: Path, rows: int) -> tuple[Path, str]:
@@ -324,7 +391,7 @@ def winoground(folder: Path, rows: int) -> tuple[Path, str]:
 
 
 def winoground_said(k: int) -> Said:
-    return Said(((numbered(k),), (other(k),)), ("", ""), (right(k), wrong(k)), ((1, 0), (0, 1)))
+    return Said(((numbered(k),), (other(k),)), (DESCRIBE,) * 2, (right(k), wrong(k)), ((1, 0), (0, 1)))
 
 
 def winoground_parquet(folder: Path, rows: int) -> tuple[Path, str]:
@@ -404,7 +471,7 @@ def triplets(folder: Path, rows: int) -> tuple[Path, str]:
 
 
 def negative_said(k: int) -> Said:
-    return Said(((numbered(k),),), ("",) * 2, (right(k), wrong(k)), ((1, 0),))
+    return Said(((numbered(k),),), (DESCRIBE,) * 2, (right(k), wrong(k)), ((1, 0),))
 
 
 PUBLIC: dict[str, tuple[Callable[[Path, int], tuple[Path, str]], Callable[[int], Said]]] = {
@@ -416,9 +483,15 @@ PUBLIC: dict[str, tuple[Callable[[Path, int], tuple[Path, str]], Callable[[int],
     "TRL preferences": (preference_trl, preference_said),
     "LLaMA-Factory preferences": (preference_factory, preference_said),
     "ms-swift preferences": (preference_swift, swift_said),
+    "RLHF-V with JSON": (rlhfv_json, preference_said),
+    "ms-swift query and response": (preference_query, preference_said),
+    "LLaMA-Factory v1 preferences": (preference_v1, preference_said),
+    "TRL KTO": (kto(kto_trl, "label"), preference_said),
+    "LLaMA-Factory KTO": (kto(kto_factory, "kto_tag"), preference_said),
+    "ms-swift KTO": (kto(kto_swift, "label"), preference_said),
     "COCO captions": (coco, coco_said),
     "CSV": (table, table_said),
-    "NegCLIP": (negclip, lambda k: Said(((numbered(k),),), ("",) * 3, (right(k), wrong(k), f"It's {k} cats."), ((1, 0, 0),))),
+    "NegCLIP": (negclip, lambda k: Said(((numbered(k),),), (DESCRIBE,) * 3, (right(k), wrong(k), f"It's {k} cats."), ((1, 0, 0),))),
     "SugarCrepe": (sugarcrepe, negative_said),
     "Winoground": (winoground, winoground_said),
     "Winoground Parquet": (winoground_parquet, winoground_said),

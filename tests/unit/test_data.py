@@ -125,12 +125,12 @@ def test_pairs(folder: Path) -> None:
             edits=(Edit("relation", 1, 1),),
         ),
     )
-    assert second.edits == () and second.candidates[0].prompt == ""
+    assert second.edits == () and second.candidates[0].prompt == "Describe the image."
     assert second.id != third.id
     # The name comes from the content: it does not change when rows move, and the same row twice is a duplicate.
     assert read_manifest(manifest(folder, pair()), format="pairs")[0].id == second.id
     message = refusal(manifest(folder, pair(), pair()), format="pairs")
-    assert "m.jsonl:2:" in message and "m.jsonl:1;" in message
+    assert "m.jsonl:2:" in message and "repeats" in message and "m.jsonl:1;" in message
 
 
 BAD_ROWS = {
@@ -142,7 +142,7 @@ BAD_ROWS = {
     "unknown key": (row(imagse=[]), ["unknown key 'imagse'", "did you mean 'images'?"]),
     "unknown image key": (row(images=[{"id": "i0", "pth": "a.png"}]), ["'pth'", "did you mean 'path'?"]),
     "missing key": ({"id": "g"}, ["'images' is missing", "add it"]),
-    "duplicate id": (row("first"), ["'first'", "m.jsonl:1;", "make ids unique"]),
+    "duplicate id": (row("first", prompt="x"), ["'first'", "m.jsonl:1;", "make ids unique"]),
     "wrong type": (row(match=5), ["'match' must be a list"]),
     "unhashable id": (row(match=[[["i0"], "t0", 1]]), ["no id ['i0']"]),
     "edit not an object": (row(edits=[["type"]]), ["'edits' must be a list of objects"]),
@@ -608,6 +608,7 @@ def test_report_counts(folder: Path) -> None:
         num_cells=4 + 6 + 1,
         num_unknown_cells=1 + 3,
         num_false_cells=1 + 1,
+        prompts={"others": 3},  # type: ignore[arg-type]
         edit_types={"count": 2, SHAM: 1},  # type: ignore[arg-type]
         num_counterfactuals={1: 2, 0: 1},  # type: ignore[arg-type]
         longest_text=len("three dogs"),
@@ -646,7 +647,7 @@ def test_all_problems_are_collected(folder: Path) -> None:
         4: ["zero.png", "0 pixels wide or high", "replace"],
         5: ["gone.png", "no such image file", "restore it"],  # named once, by the first row that uses the file
         7: ["counterfactual image 1 equals image 0 byte for byte", "copy.png", "redo the edit"],
-        9: ["'a'", f"{path}:1;", "make ids unique"],
+        9: ["repeats", f"{path}:1;", "remove it"],
         10: ["text 1 is 11 tokens", "window of 10", "shorten it"],
     }
     assert not report.ok and len(report.problems) == len(expected)

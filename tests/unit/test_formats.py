@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from public_data import PUBLIC, lines, llava_row, picture, preference_trl_row, trl_row, write_pictures
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import PICTURE, Turn
+from cfvlm_ds.core.groups import PICTURE, Candidate, Turn
 from cfvlm_ds.data import FORMATS, check_manifest, open_groups, read_manifest
 from cfvlm_ds.data.convert import convert
 from cfvlm_ds.data.formats import format_named
@@ -43,7 +44,7 @@ def test_public_data_are_groups(name: str, tmp_path: Path, monkeypatch: pytest.M
         shown = tuple(tuple(known.index(contents(each)) for each in image) for image in group.images)
         found = shown, tuple(each.prompt for each in group.candidates), tuple(each.text for each in group.candidates), group.match
         assert found == said(k), f"row {k}"
-    if ":" not in format:
+    if ":" not in format or ":label=" in format:
         assert open_groups(path, format="auto").format == format and read_manifest(path, format="auto") == groups
     again = [from_row(json.loads(json.dumps(to_row(group, Path("/")))), Path("/")) for group in groups]
     assert again == groups, "as cfgroup they are the same groups"
@@ -125,6 +126,190 @@ def test_completions_whole_conversations_and_alpaca(tmp_path: Path) -> None:
         assert group.images == ((),) and recognised(row, "x") == ("preference" if "instruction" in row else format)
 
 
+# ---- labels
+
+
+def vsr_row(k: int, said: str, label: object) -> dict[str, Any]:
+    return {
+        "image": f"images/{k:03d}.png", "image_link": f"http://images.cocodataset.org/train2017/{k}.jpg", "caption": said, "label": label,
+        "relation": f"relation {said[-1]}", "annotator_id": 1, "vote_true_validator_id": [1], "vote_false_validator_id": [],
+    }  # fmt: skip
+
+
+def test_labelled_captions_are_groups_of_a_picture(tmp_path: Path) -> None:
+    """As VSR has them, in any order: true texts first, every text under its own label, an empty picture and a contradiction by name."""
+    write_pictures(tmp_path)
+    said = {(k, f"The cat is here {j}"): (k + j) % 3 != 0 for k in range(12) for j in range(k % 4 + 1)}
+    rows = [vsr_row(k, text, int(label)) for (k, text), label in said.items()]
+    random.Random(0).shuffle(rows)
+    path = lines(tmp_path / "vsr.jsonl", rows + rows[:5])
+    with pytest.raises(DataError, match=r"vsr.jsonl:1: .*'label'.*captions:label=label.*captions:ignore=label"):
+        read_manifest(path, format="auto")
+    assert all(group.match == ((1,),) for group in read_manifest(lines(tmp_path / "i.jsonl", rows), format="captions:ignore=label"))
+    store = open_groups(path, format="captions:label=label,edit=relation")
+    order = list(dict.fromkeys(row["image"] for row in rows))
+    assert len(store) == len(order) == 12
+    for image, (index, group) in zip(order, store.entries(), strict=True):
+        expected = {text: int(label) for (k, text), label in said.items() if f"images/{k:03d}.png" == image}
+        if not any(expected.values()):
+            first = next(n for n, row in enumerate(rows, 1) if row["image"] == image)
+            assert isinstance(group, DataError) and str(group).startswith(f"{path}:{first}: ") and image in str(group)
+            continue
+        assert group.images == ((tmp_path / image,),) and store.where(index) == f"{path}:{1 + [row['image'] for row in rows].index(image)}"
+        texts = [each.text for each in group.candidates]
+        assert dict(zip(texts, group.match[0], strict=True)) == expected and list(group.match[0]) == sorted(group.match[0], reverse=True)
+        assert {each.prompt for each in group.candidates} == {"Describe the image."}
+        assert [(each.type, each.text) for each in group.edits] == [
+            (f"relation {text[-1]}", c) for c, text in enumerate(texts) if not expected[text]
+        ]
+    report = check_manifest(path, format="captions:label=label", progress=str)
+    assert report.num_false_cells == sum(group.match[0].count(0) for _, group in store.entries() if not isinstance(group, DataError)) > 0
+    done = convert(path, None, "captions:label=label", tmp_path / "out.jsonl", "skip")
+    assert done.groups + len(done.problems) == 12 and done.problems == report.problems
+    twice = lines(tmp_path / "twice.jsonl", [vsr_row(0, "a", 1), vsr_row(0, "a", 0)])
+    with pytest.raises(DataError, match=r"twice.jsonl:1 and .*twice.jsonl:2 label 'a' differently"):
+        read_manifest(twice, format="captions:label=label")
+
+
+LABELS: dict[str, tuple[str, dict[str, Any], list[tuple[str, int | None]]]] = {
+    "a list": ("captions:label=ok", {"caption": ["a", "b"], "ok": ["yes", "no"]}, [("a", 1), ("b", 0)]),
+    "words": ("captions:label=gold_label", {"caption": ["a", "b", "c"], "gold_label": ["entailment", "contradiction", "neutral"]},
+              [("a", 1), ("b", 0), ("c", None)]),
+    "other values": ("captions:label=foil,true=false,false=true", {"caption": ["a", "b"], "foil": [True, False]}, [("b", 1), ("a", 0)]),
+    "mapped": ("hf:image=image,caption=said.text,label=said.ok", {"said": {"text": ["a", "b"], "ok": [0, 1.0]}}, [("b", 1), ("a", 0)]),
+    "JSON in a text": ("captions:caption=text.a", {"text": '{"a": "b"}'}, [("b", 1)]),
+    "JSON as it is": ("captions:json=true", {"text": '{"a": "b"}'}, [('{"a": "b"}', 1)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_what_the_user_says_a_column_is(case: str, tmp_path: Path) -> None:
+    format, row, expected = LABELS[case]
+    write_pictures(tmp_path)
+    (group,) = read_manifest(lines(tmp_path / "rows.jsonl", [{"image": IMAGE} | row]), format=format)
+    assert list(zip([each.text for each in group.candidates], group.match[0], strict=True)) == expected
+
+
+def test_marks_of_coco_files_and_of_samples(tmp_path: Path) -> None:
+    """FOIL's annotations say which caption is false; a tar's ``cls`` and its json say it of a sample."""
+    write_pictures(tmp_path)
+    notes = [{"image_id": 7, "id": k, "caption": f"c{k}", "foil": k == 1, "foil_word": "ORIG"} for k in range(3)]
+    coco = {"info": {}, "images": [{"id": 7, "file_name": IMAGE}], "annotations": notes}
+    (tmp_path / "foil.json").write_text(json.dumps(coco))
+    with pytest.raises(DataError, match="'foil'"):
+        read_manifest(tmp_path / "foil.json", format="auto")
+    (group,) = read_manifest(tmp_path / "foil.json", format="captions:label=foil,true=false,false=true")
+    assert [each.text for each in group.candidates] == ["c0", "c2", "c1"] and group.match == ((1, 1, 0),)
+    for beside in ({"cls": "0"}, {"json": {"is_match": False}}):
+        samples = [{"__key__": str(k), "jpg": IMAGE, "txt": f"c{k}"} for k in range(2)]
+        path = lines(tmp_path / "rows.jsonl", [samples[0] | beside, samples[1] | {"cls": "1", "json": {"is_match": True}}])
+        name = "cls" if "cls" in beside else "is_match"
+        with pytest.raises(DataError, match=rf"webdataset:label={name}"):
+            read_manifest(path, format="webdataset")
+        (group,) = read_manifest(path, format=f"webdataset:label={name},ignore={'is_match' if name == 'cls' else 'cls'}")
+        assert [each.text for each in group.candidates] == ["c1", "c0"] and group.match == ((1, 0),)
+
+
+MARKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "POPE": ("captions", {"image": "a.png", "text": "Is there a dog?", "label": "no"}),
+    "score of 0": ("captions", {"image": "a.png", "caption": "x", "score": 0.0}),
+    "words as one": ("captions", {"image": "a.png", "caption": "x", "captionIsCorrect": "false"}),
+    "hard negative": ("captions", {"image": "a.png", "caption": "x", "hard_negative": True}),
+    "answer": ("captions:caption=question", {"image": "a.png", "question": "A dog?", "answer": "Yes"}),
+    "list": ("captions", {"image": "a.png", "caption": ["x", "y"], "labels": [1, 0]}),
+    "KTO": ("messages", {"prompt": "a?", "completion": "b", "label": False}),
+    "conversation": ("llava", {"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}], "kto_tag": True}),
+    "weight of an answer": (
+        "messages", {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b", "weight": 0}]}
+    ),
+    "preference": ("preference", {"prompt": "a?", "chosen": "b", "rejected": "c", "is_valid": 0}),
+    "pair": ("pairs", {"image_0": "a.png", "image_1": "b.png", "caption_0": "x", "caption_1": "y", "mismatch": "1"}),
+    "sample of CF-VLM": (
+        "cfvlm",
+        {
+            "orig_input": "<|vision_start|>a.png<|vision_end|>", "orig_output": "x",
+            "cf_samples": [{"cf_text": "y", "cf_image_path": "b.png", "verdict": "wrong"}],
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MARKS)
+def test_a_column_that_may_mark_a_false_text_is_refused_until_it_is_named(case: str, tmp_path: Path) -> None:
+    format, row = MARKS[case]
+    path = lines(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(DataError, match=r"rows.jsonl:1: row: column '(\w+)' .* may say whether the text is true") as raised:
+        read_manifest(path, format=format)
+    name = re.findall(r"column '(\w+)'", str(raised.value))[0]
+    assert f":ignore={name}" in str(raised.value)
+    (group,) = read_manifest(path, format=f"{format}{',' if ':' in format else ':'}ignore={name}")
+    assert group.match[0][0] == 1
+
+
+NO_MARKS = (
+    {
+        "label": 37,
+        "score": 0.31,
+        "relation": "on",
+        "split": "valid",
+        "is_train": True,
+        "nsfw": "UNLIKELY",
+        "width": 1,
+        "answer_type": "yes/no",
+    },
+    {"vote_true_validator_id": [1, 1], "matches": ["x"], "truth": "", "answers": [{"answer": "yes"}], "labels": [], "correct": None},
+    {"score": 1, "weight": 1.0},
+)
+
+
+@pytest.mark.parametrize("beside", NO_MARKS)
+def test_other_columns_are_metadata(beside: dict[str, Any], tmp_path: Path) -> None:
+    (group,) = read_manifest(lines(tmp_path / "rows.jsonl", [{"image": "a.png", "caption": "x"} | beside]), format="captions")
+    assert json.loads(group.meta) == {key: value for key, value in beside.items() if value is not None}
+
+
+def test_questions_and_their_answers_are_no_labelled_captions(tmp_path: Path) -> None:
+    """POPE's rows: the sentence says what to map, and that is then the group."""
+    path = lines(tmp_path / "pope.jsonl", [{"question_id": 1, "image": "a.png", "text": "Is there a dog?", "label": "no"}])
+    for format in ("auto", "captions:label=label"):
+        with pytest.raises(DataError, match="captions:prompt=text,caption=label"):
+            read_manifest(path, format=format)
+    (group,) = read_manifest(path, format="captions:prompt=text,caption=label")
+    assert [(each.prompt, each.text) for each in group.candidates] == [("Is there a dog?", "no")]
+
+
+def test_a_row_without_a_prompt_is_asked_what_it_will_be_asked_later(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    rows = [CAPTION, CAPTION | {"caption": "b", "prompt": "Who?"}, CAPTION | {"caption": "c", "prompt": ""}]
+    path = lines(tmp_path / "rows.jsonl", rows)
+    prompts = [group.candidates[0].prompt for group in read_manifest(path, format="captions")]
+    assert prompts == ["Describe the image.", "Who?", "Describe the image."]
+    assert check_manifest(path, format="captions", progress=str).prompts == {"'Describe the image.'": 2, "others": 1}
+    (group,) = read_manifest(lines(tmp_path / "a.jsonl", rows[:1]), format='captions:ask=""')
+    assert group.candidates[0].prompt == ""
+    (group,) = read_manifest(lines(tmp_path / "b.jsonl", [{"said": "x"}]), format="hf:caption=said")
+    assert group.images == ((),) and group.candidates[0].prompt == "", "nothing is shown that could be described"
+
+
+def test_history_stands_before_what_is_asked(tmp_path: Path) -> None:
+    row = {"images": [IMAGE], "query": "c?", "response": "d", "history": [["a?", "b"]], "system": "s"}
+    write_pictures(tmp_path)
+    (group,) = read_manifest(lines(tmp_path / "rows.jsonl", [row]), format="auto")
+    said = (("system", ("s",)), ("user", (PICTURE, "a?")), ("assistant", ("b",)), ("user", ("c?",)))
+    assert group.candidates[0] == (Candidate(tuple(Turn(*turn) for turn in said), "d")) and not group.meta
+
+
+def test_a_picture_at_two_places(tmp_path: Path) -> None:
+    """As LLaMA-Factory's own demo file has it."""
+    write_pictures(tmp_path)
+    said = ["<image>Who are they?", "Kane.", "What are they doing?<image>", "They are celebrating."]
+    messages = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
+    path = lines(tmp_path / "rows.jsonl", [{"messages": messages, "images": [IMAGE, IMAGE]}])
+    (group,) = read_manifest(path, format="auto")
+    assert group.images == ((tmp_path / IMAGE,) * 2,) and check_manifest(path, format="auto", progress=str).ok
+    assert from_row(to_row(group, tmp_path), tmp_path).images == group.images
+
+
 # ---- bad rows
 
 IMAGE = "images/000.png"
@@ -153,7 +338,6 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "no question": ("llava", LLAVA | {"conversations": TALK[1:]}, "1 pictures; write <image>|has no turn"),
     "more places than pictures": ("llava", talk("<image><image>a?", "b"), "2 places <image> and 1 pictures; add the pictures"),
     "fewer places than pictures": ("llava", LLAVA | {"image": [IMAGE, "images/001.png"]}, "1 places <image> and 2 pictures; write <image>"),
-    "a picture named twice": ("llava", talk("<image><image>a?", "b") | {"image": [IMAGE] * 2}, "shows a picture twice; name each once"),
     "pictures in two columns": ("llava", LLAVA | {"images": [IMAGE]}, "both 'image' and 'images' name pictures; keep one"),
     "empty answer": ("llava", talk("<image>a?", " "), "text 0 is empty; write a text"),
     "empty turn": ("llava", talk("<image>a?", "", "b?", "c"), r"turn 2 of the conversation \(assistant\) is empty"),
@@ -218,6 +402,13 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "input of a list": ("preference", {"instruction": "a?", "input": ["x"], "chosen": "b", "rejected": "c"}, "must both be texts"),
     "members by case": ("webdataset", {"__key__": "a", "jpg": IMAGE, "JPG": IMAGE, "txt": "x"}, "differ in upper and lower case alone"),
+    "caption of JSON": ("captions", CAPTION | {"caption": '{"q": "a"}'}, r"holds a JSON object \('q'\), not a text; .*caption=caption.q"),
+    "another label": ("captions:label=l", CAPTION | {"l": "perhaps"}, "'l' is 'perhaps', which is neither true nor false; list the values"),
+    "no label": ("captions:label=l", CAPTION, "column 'l' is not there"),
+    "labels of other captions": ("captions:label=l", CAPTION | {"l": [1, 0]}, "2 labels and 1 captions"),
+    "label per turn": ("messages:per_turn=true,label=l", CHAT | {"l": True}, "per_turn=true beside a label"),
+    "history of texts": ("messages", {"query": "a?", "response": "b", "history": ["c"]}, "'history' must be a list of pairs"),
+    "answer to nothing": ("messages", {"response": "b"}, "'response' answers nothing"),
     "sample without a picture": ("webdataset", {"__key__": "a", "txt": "x"}, "sample 'a' has no picture"),
     "sample without a text": ("webdataset", {"__key__": "a", "jpg": IMAGE}, "sample 'a' has no text"),
     "sample with two pictures": ("webdataset", {"__key__": "a", "jpg": IMAGE, "png": IMAGE, "txt": "x"}, "has both 'jpg' and 'png'"),
@@ -291,8 +482,8 @@ def test_columns_that_are_null_are_not_there(change: dict[str, Any], tmp_path: P
         ("captions:image", "is not understood at 'image'; write NAME:OPTION=VALUE"),
         ("captions:image=a,image=b", "option 'image' of format 'captions' is given twice"),
         ("captions:paired=maybe", "must be true or false, not 'maybe'"),
-        ("llava:keys=x", "has no option 'keys'; it has per_turn"),
-        ("pairs:x=y", "format 'pairs' has no options"),
+        ("llava:keys=x", "has no option 'keys'; it has per_turn, label, true, false, ignore"),
+        ("cfgroup:x=y", "format 'cfgroup' has no options"),
     ],
 )
 def test_a_format_that_is_not_understood(spec: str, said: str, tmp_path: Path) -> None:

@@ -290,10 +290,6 @@ BAD_ROWS = {
     "two images without one": (changed("images", to=[{"id": i, "path": None} for i in ("i0", "i1", "i2")]), r"has one image entry"),
     "unequal pictures": (changed("images", 1, "path", to=["a.jpg", "b.jpg"]), r"image 1 has 2 pictures and image 0 has 1; split the row"),
     "no pictures": (changed("images", 1, "path", to=[]), r"'path' must be a string, a list of strings, or null"),
-    "a picture twice": (
-        changed("images", to=[{"id": i, "path": ["a.jpg", "a.jpg"]} for i in ("i0", "i1", "i2")]),
-        r"image 0 shows a picture twice",
-    ),
     "no text": (changed("texts", 0, "text", to=...), r"texts: key 'text' is missing"),
     "text not a string": (changed("texts", 0, "text", to=7), r"texts: 'text' must be a string, not 7"),
     "prompt null": (changed("prompt", to=None), r"'prompt' must be a string or a list of turns, not None"),

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import FORMATS, check_groups, check_manifest, check_rows, lines, open_groups, passes, read_manifest
-from cfvlm_ds.data.formats.pairs import pair_group
+from cfvlm_ds.data.formats.pairs import Pairs
 from cfvlm_ds.data.identity import data_identity, shared_identity
 from cfvlm_ds.data.lines import IndexedLines
 from cfvlm_ds.data.passes import Board, Share
@@ -206,7 +206,7 @@ class Doubled:
     """Rows of ``pairs``, each once for every number in ``times``."""
 
     def __call__(self, row: Mapping[str, Any]) -> Sequence[CounterfactualGroup]:
-        return [pair_group({**row, "id": f"{row['id']}-{k}"}) for k in range(row["times"])]
+        return [Pairs()({**row, "id": f"{row['id']}-{k}"}) for k in range(row["times"])]
 
     def parts(self, row: Mapping[str, Any]) -> int:
         return row["times"]
@@ -252,7 +252,7 @@ def test_ids_that_come_twice_are_found_wherever_they_are(size: int, tmp_path: Pa
     names = ["a", "b", "c", "a", "d", "b", "a", "e", "f", "g", "e"]
     common = {"image_0": "a.png", "image_1": "b.png", "caption_0": "x", "caption_1": "y"}
     path = tmp_path / "m.jsonl"
-    path.write_text("".join(json.dumps({**common, "id": name}) + "\n" for name in names))
+    path.write_text("".join(json.dumps({**common, "id": name, "prompt": str(k)}) + "\n" for k, name in enumerate(names)))
     store = open_groups(path, format="pairs")
     found = shared(size, tmp_path / "notes", lambda share: check_rows(store, progress=pytest.fail, share=share).problems)
     expected = [

@@ -96,3 +96,26 @@ def test_scores_are_those_of_each_answer_after_its_conversation(collator: Collat
         with torch.no_grad():
             found = batch.scores(scorer(**batch.model_inputs)).logp[:, 0, 0]
         assert found.tolist() == pytest.approx([expected[k] for k in order], rel=1e-4)
+
+
+def test_a_picture_at_two_places_is_shown_twice(collator: Collator, tmp_path: Path, scorer: Any) -> None:
+    """One picture in the batch, and the score of the library's own forward, which is given it twice; between them another one."""
+    draw(tmp_path / "a.png", SCENE)
+    draw(tmp_path / "b.png", SCENE[::-1])
+    said = ["<image>what is this?", "a circle", "and <image> here?", "a square", "and <image>?", "a circle"]
+    talk = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
+    row = {"images": ["a.png", "b.png", "a.png"], "messages": talk}
+    (group,) = open_groups(lines(tmp_path / "rows.jsonl", [row]), format="messages")
+    batch = collator([group])
+    with torch.no_grad():
+        found = batch.scores(scorer(**batch.model_inputs)).logp.item()
+    processor, prompt = collator.processor, group.candidates[0].prompt
+    assert not isinstance(prompt, str) and batch.num_images == 2
+    head = processor.apply_chat_template(messages(prompt), add_generation_prompt=True)
+    shown = [Image.open(picture).convert("RGB") for picture in group.images[0]]
+    start = processor(images=shown, text=[head], return_tensors="pt").input_ids.shape[1]
+    inputs = processor(images=shown, text=[f"{head} a circle</s>"], return_tensors="pt")
+    tokens = inputs.input_ids[0, start:-1]
+    with stock_attention(scorer.model), torch.no_grad():
+        logp = scorer.model(**inputs).logits[0, start - 1 :].float().log_softmax(-1)
+    assert found == pytest.approx(float(logp[range(len(tokens)), tokens].sum()), rel=1e-4)

@@ -1,7 +1,7 @@
 """One JSON value in a file, gone through without holding it: a list of rows, COCO's captions, or an object of numbered rows.
 
-COCO's file has pictures and captions apart: a row is a picture with all its captions. In an object of numbered rows, as SugarCrepe's, the
-values are the rows.
+COCO's file has pictures and captions apart: a row is a picture with all its captions, and with a list under each further key of theirs. In
+an object of numbered rows, as SugarCrepe's, the values are the rows.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def _of_object(path: Path, text: _Text) -> Rows:
         raise DataError(f"{path}: annotations name the image id {unknown!r}, which 'images' lacks; get both parts of one file")
     for number, (image_id, row) in enumerate(images.items(), 1):
         said = captions.pop(image_id, [])
-        yield (
-            f"images, item {number}",
-            row | {"caption": [each["caption"] for each in said], "caption_ids": [each.get("id") for each in said]},
-        )
+        beside = {key: [each.get(key) for each in said] for key in dict.fromkeys(key for each in said for key in each)}
+        ids, texts = beside.pop("id", []), beside.pop("caption", [])
+        beside = {f"annotations.{key}" if key in row else key: values for key, values in beside.items()}
+        yield f"images, item {number}", row | {"caption": texts, "caption_ids": ids, **beside}
 
 
 def _take(path: Path, where: str, value: Any, images: dict[Any, Row] | None, captions: dict[Any, list[Row]]) -> None:
@@ -95,7 +95,7 @@ def _take(path: Path, where: str, value: Any, images: dict[Any, Row] | None, cap
                 f"{path}: {where}: key {key!r} is missing or no {'text' if key == 'caption' else 'name'}; COCO's captions have it"
             )
     if images is None:
-        captions.setdefault(row["image_id"], []).append({"caption": row["caption"], "id": row.get("id")})
+        captions.setdefault(row["image_id"], []).append({key: each for key, each in row.items() if key != "image_id"})
     elif row["id"] in images:
         raise DataError(f"{path}: {where}: image id {row['id']!r} occurs twice; keep one of them")
     else:

@@ -25,7 +25,7 @@ from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of
 from cfvlm_ds.data.containers.rows import MAX_ROW, Rows
 
-_FORM = 1  # of what is written; another number has everything made again
+_FORM = 2  # of what is written; another number has everything made again
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
 ENDING = ".prepared"
 """Of the name of a folder that rows were prepared in, which has the state of the data in it."""

@@ -1,7 +1,8 @@
 """Manifest rows to counterfactual groups, one file per format.
 
 A further format is one function from a row to a group (see cfgroup.py) and one line in FORMATS. One that makes several groups of a row
-returns a sequence, and says how many without making them in ``parts(row)``. One with options is a frozen dataclass, whose fields they are.
+returns a sequence, and says how many without making them in ``parts(row)``. One that makes a group of several rows has ``claim(row)``
+(see truth.py). One with options is a frozen dataclass, whose fields they are.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data.formats.captions import Captions
 from cfvlm_ds.data.formats.cfgroup import native_group
-from cfvlm_ds.data.formats.cfvlm import cfvlm_group
+from cfvlm_ds.data.formats.cfvlm import Cfvlm
 from cfvlm_ds.data.formats.hf import Mapped
 from cfvlm_ds.data.formats.llava import Llava
 from cfvlm_ds.data.formats.messages import Messages
-from cfvlm_ds.data.formats.pairs import pair_group
-from cfvlm_ds.data.formats.preference import preference_group
-from cfvlm_ds.data.formats.webdataset import webdataset_group
+from cfvlm_ds.data.formats.pairs import Pairs
+from cfvlm_ds.data.formats.preference import Preference
+from cfvlm_ds.data.formats.webdataset import WebDataset
 
 Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[CounterfactualGroup]]
 """Row -> group, or groups, with image paths as written in the row. Raises DataError without file and line."""
 
 FORMATS: dict[str, Format] = {
     "cfgroup": native_group,
-    "pairs": pair_group,
-    "cfvlm": cfvlm_group,
+    "pairs": Pairs(),
+    "cfvlm": Cfvlm(),
     "llava": Llava(),
     "messages": Messages(),
-    "preference": preference_group,
+    "preference": Preference(),
     "captions": Captions(),
-    "webdataset": webdataset_group,
+    "webdataset": WebDataset(),
     "hf": Mapped(),
 }
 

@@ -6,7 +6,12 @@ Columns are found by their usual names, or mapped: ``captions:image=file_name,ca
 a list, ``caption=first+second`` takes two columns as one list, and ``a.b`` is ``b`` within ``a``. Every caption is true of the picture,
 every negative caption is false of it, and the captions are false of every negative picture. Of as many negative captions as negative
 pictures, the k-th caption is true of the k-th picture (an edited pair), unless ``paired=false`` says that they have nothing to do with
-each other; what is not said is unknown.
+each other; what is not said is unknown. Captions answer "Describe the image." in a row without a prompt.
+
+    {"image": "a.jpg", "caption": "The cat is under the bed.", "label": 0}                                captions:label=label
+
+With ``label``, a column says whether the caption is true, and the rows of one picture and prompt are one group. A column that looks like a
+label is refused until it is named, or ignored, and so is a caption that is a JSON object.
 """
 
 from __future__ import annotations
@@ -14,17 +19,18 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from cfvlm_ds.core.conversation import Prompt, check_conversation, normalised, simplest, spelled
+from cfvlm_ds.core.conversation import DESCRIBE, Prompt, check_conversation, normalised, simplest, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.formats.chat import placed, read_pictures, row_id, row_pictures, without_nulls
-from cfvlm_ds.data.formats.fields import as_meta, name
+from cfvlm_ds.data.formats.chat import placed, read_pictures, row_pictures, without_nulls
+from cfvlm_ds.data.formats.fields import as_meta, json_object, name, row_id
 from cfvlm_ds.data.formats.messages import spoken_as
+from cfvlm_ds.data.formats.truth import Claim, Said, joined, refuse_marks, truth_of
 
 DEFAULTS: dict[str, tuple[str, ...]] = {
     "image": ("image", "image_path", "img_path", "file_name", "filename", "filepath"),
@@ -40,6 +46,16 @@ _LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
 """A list of texts as Python writes it, which is what tables of published data sets have in a field."""
 
 
+class _Read(NamedTuple):
+    """What a row says: its columns by option, what is true of its pictures, and what that answers."""
+
+    row: Mapping[str, Any]
+    columns: dict[str, list[str]]
+    texts: list[str]
+    prompt: Prompt
+    pictures: Pictures
+
+
 @dataclass(frozen=True)
 class Captions:
     """Rows of columns as groups.
@@ -52,8 +68,13 @@ class Captions:
         prompt: column of what the texts answer.
         edit: column of what the counterfactual changes: the type of an edit, which names a row of results.
         id: column of the group's name.
-        ask: what the texts answer, the same for every row.
+        ask: what the texts of a row without a prompt answer; empty for no prompt at all.
         paired: whether as many negative captions as negative pictures belong together.
+        label: column that says whether the caption is true: of a list of captions, a list.
+        true: its values that mean true, joined by ``+``.
+        false: its values that mean false.
+        json: whether captions may be JSON objects.
+        ignore: columns that are not read, joined by ``+``.
     """
 
     image: str = ""
@@ -63,40 +84,35 @@ class Captions:
     prompt: str = ""
     edit: str = ""
     id: str = ""
-    ask: str = ""
+    ask: str = DESCRIBE
     paired: bool = True
+    label: str = ""
+    true: str = ""
+    false: str = ""
+    json: bool = False
+    ignore: str = ""
 
     usual = True
     source = "captions"
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
         """Raises DataError without file and line."""
-        row = without_nulls(row)
-        row_pictures(row, ())  # refuses videos
-        columns = {option: self._columns(row, option) for option in DEFAULTS}
-        for option in ("caption", *(("image",) if self.image or self.usual else ())):
-            if not columns[option]:
-                names = f"the usual names are {', '.join(DEFAULTS[option])}" if self.usual else f"there are {_names(row)}"
-                raise DataError(f"row: no column says what the {option} is ({names}); map one, as in {self.source}:{option}=COLUMN")
-        texts, repeated = _distinct(_texts(row, columns["caption"]))
-        if not texts:
-            raise DataError(f"row: column {columns['caption'][0]!r} has no text; write a caption or drop the row")
-        false = _texts(row, columns["negative_caption"])
-        pictures, others = _pictures(row, columns["image"]), [read_pictures(p, "row") for p in _listed(row, columns["negative_image"])]
-        if columns["image"] and not pictures:
-            raise DataError(f"row: column {columns['image'][0]!r} names no picture; write its path, or drop the row")
-        prompt, pictures = self._prompt(row, columns["prompt"], pictures)
+        if self.label:
+            return joined([self._claim(row)])
+        read = self._read(row)
+        columns, prompt, pictures = read.columns, read.prompt, read.pictures
+        texts, repeated = _distinct(read.texts)
+        false = self._texts(read.row, columns["negative_caption"])
+        others = [read_pictures(each, "row") for each in _listed(read.row, columns["negative_image"])]
         if others and not pictures:
             raise DataError("row: a negative picture without a picture; map the column of the picture, or drop the row")
         belongs = self.paired and len(false) == len(others)
         match: list[tuple[int | None, ...]] = [(1,) * len(texts) + (0,) * len(false)]
         for j in range(len(others)):
             match.append((0,) * len(texts) + tuple((1 if j == k else None) if belongs else None for k in range(len(false))))
-        used = {each.partition(".")[0] if each not in row else each for found in columns.values() for each in found}
-        kept = {key: value for key, value in row.items() if key not in used}
-        kept |= {"captions.repeated": repeated} if repeated else {}
+        kept = self._kept(read, DEFAULTS) | ({"captions.repeated": repeated} if repeated else {})
         said = [*texts, *false]
-        named = {"id": value_of(row, columns["id"][0])} if columns["id"] else {}
+        named = {"id": value_of(read.row, columns["id"][0])} if columns["id"] else {}
         images = (pictures, *others)
         contents = spelled(prompt), said, [[str(picture) for picture in image] for image in images]
         return CounterfactualGroup(
@@ -104,10 +120,71 @@ class Captions:
             images=images,
             candidates=tuple(Candidate(prompt, text) for text in said),
             match=tuple(match),
-            edits=self._edits(row, columns["edit"], len(texts), len(false), len(others), belongs),
+            edits=self._edits(read.row, columns["edit"], len(texts), len(false), len(others), belongs),
             source=self.source,
             meta=as_meta(kept),
         )
+
+    @property
+    def claim(self) -> Callable[[Mapping[str, Any]], Claim] | None:
+        """What a row claims, where rows have labels."""
+        return self._claim if self.label else None
+
+    def _claim(self, row: Mapping[str, Any]) -> Claim:
+        read = self._read(row)
+        labels = value_of(read.row, self.label)
+        if labels is None:
+            raise DataError(f"row: column {self.label!r} is not there (label={self.label}); there are {_names(read.row)}")
+        labels = labels if isinstance(labels, list) else [labels] * len(read.texts)
+        if len(labels) != len(read.texts):
+            raise DataError(f"row: {len(labels)} labels and {len(read.texts)} captions; give each caption one")
+        for text, label in zip(read.texts, labels, strict=True):
+            if text.endswith("?") and str(label).lower() in ("yes", "no"):
+                remedy = f"{self.source}:prompt={read.columns['caption'][0]},caption={self.label}"
+                raise DataError(f"row: {quoted(text, 80)} is a question, and {self.label!r} its answer, not a label; say {remedy}")
+        kind = value_of(read.row, read.columns["edit"][0]) if read.columns["edit"] else ""
+        said = [
+            Said(text, truth_of(label, self.label, self.true, self.false), name({"edit": kind}, "edit", "row"))
+            for text, label in zip(read.texts, labels, strict=True)
+        ]
+        kept = self._kept(read, ("image", "caption", "prompt", "edit"))
+        return Claim(read.pictures, read.prompt, tuple(said), self.source, kept)
+
+    def _read(self, row: Mapping[str, Any]) -> _Read:
+        row = without_nulls(row, self.ignore)
+        row_pictures(row, ())  # refuses videos
+        columns = {option: self._columns(row, option) for option in DEFAULTS}
+        for option in ("caption", *(("image",) if self.image or self.usual else ())):
+            if not columns[option]:
+                names = f"the usual names are {', '.join(DEFAULTS[option])}" if self.usual else f"there are {_names(row)}"
+                raise DataError(f"row: no column says what the {option} is ({names}); map one, as in {self.source}:{option}=COLUMN")
+        texts = self._texts(row, columns["caption"])
+        if not texts:
+            raise DataError(f"row: column {columns['caption'][0]!r} has no text; write a caption or drop the row")
+        pictures = read_pictures(_listed(row, columns["image"]), "row")
+        if columns["image"] and not pictures:
+            raise DataError(f"row: column {columns['image'][0]!r} names no picture; write its path, or drop the row")
+        return _Read(row, columns, texts, *self._prompt(row, columns["prompt"], pictures))
+
+    def _kept(self, read: _Read, options: Iterable[str]) -> dict[str, Any]:
+        """The columns that are none of these options', nor the label. Raises DataError for one that looks like a label."""
+        used = {each if each in read.row else each.partition(".")[0] for option in options for each in read.columns[option]}
+        kept = {key: value for key, value in read.row.items() if key not in used and key != self.label.partition(".")[0]}
+        remedy = f"say {self.source}:label={{0}} if it is, {self.source}:ignore={{0}} if it is something else"
+        if read.texts[0].endswith("?"):
+            remedy += f", {self.source}:prompt={read.columns['caption'][0]},caption={{0}} if it answers what the text asks"
+        refuse_marks(kept, remedy)
+        return kept
+
+    def _texts(self, row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+        texts = _listed(row, columns)
+        for text in texts:
+            if not isinstance(text, str):
+                raise DataError(f"row: column {columns[0]!r} must hold a text or a list of texts, not {quoted(text)}")
+            if not self.json and (said := json_object(text)):
+                remedy = f"name what is said, as in caption={columns[0]}.{next(iter(said))}, or say json=true if it is a caption as it is"
+                raise DataError(f"row: column {columns[0]!r} holds a JSON object ({_names(said)}), not a text; {remedy}")
+        return [text.strip() for text in texts]
 
     def _columns(self, row: Mapping[str, Any], option: str) -> list[str]:
         """The columns that an option stands for: those that it names, or the first of the usual names that the row has."""
@@ -120,9 +197,10 @@ class Captions:
         return [column for column in DEFAULTS[option] if column in row][:1] if self.usual or option == "id" else []
 
     def _prompt(self, row: Mapping[str, Any], columns: list[str], pictures: Pictures) -> tuple[Prompt, Pictures]:
-        if columns and self.ask:
+        if columns and self.ask != DESCRIBE:
             raise DataError(f"row: both the column {columns[0]!r} and ask={self.ask!r} say what the texts answer; give one of them")
-        value = value_of(row, columns[0]) if columns else self.ask
+        ask = self.ask if pictures or self.ask != DESCRIBE else ""
+        value = (value_of(row, columns[0]) if columns else "") or ask
         if not value:
             return "", pictures
         turns, pictures = placed(spoken_as(value, "user", columns[0] if columns else "ask"), pictures, "row")
@@ -139,12 +217,12 @@ class Captions:
 
 
 def value_of(row: Mapping[str, Any], column: str) -> Any:
-    """The value of a column, ``a.b`` being ``b`` within ``a``; None where it is not there."""
+    """The value of a column, ``a.b`` being ``b`` within ``a``, which may be JSON in a text; None where it is not there."""
     if column in row:
         return row[column]
     value: Any = row
     for part in column.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+        value = (value if isinstance(value, Mapping) else json_object(value)).get(part)
     return value
 
 
@@ -178,18 +256,6 @@ def _as_list(text: str) -> Any:
                 except (ValueError, SyntaxError, MemoryError):
                     return text
     return text
-
-
-def _texts(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
-    texts = _listed(row, columns)
-    for text in texts:
-        if not isinstance(text, str):
-            raise DataError(f"row: column {columns[0]!r} must hold a text or a list of texts, not {quoted(text)}")
-    return [text.strip() for text in texts]
-
-
-def _pictures(row: Mapping[str, Any], columns: Sequence[str]) -> Pictures:
-    return read_pictures(_listed(row, columns), "row") if columns else ()
 
 
 def _distinct(texts: list[str]) -> tuple[list[str], int]:

@@ -11,47 +11,66 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.data.formats.fields import as_meta, further_keys, string
+from cfvlm_ds.data.formats.truth import listed, refuse_marks
 
 _KEYS = ("orig_input", "orig_output", "cf_samples")
 _SAMPLE_KEYS = ("cf_text", "cf_image_path")
 _INPUT = re.compile(r"(?P<before>.*?)<\|vision_start\|>(?P<path>.+?)<\|vision_end\|>(?P<after>.*)", re.DOTALL)
 
 
-def cfvlm_group(row: Mapping[str, Any]) -> CounterfactualGroup:
-    """One row as a group: image 0 and text 0 as given, image k and text k the k-th sample.
+@dataclass(frozen=True)
+class Cfvlm:
+    """Rows of CF-VLM's published files.
 
-    A sample's text is false of the original's image, and the other way round; what two samples are to each other is unknown.
-
-    The prompt is what ``orig_input`` has around the image's path. A row has no id and is named by a hash of its contents. Raises DataError
-    (without file and line) on a missing or misspelt key, a value of another type, an input without exactly one image, or anything
-    CounterfactualGroup refuses.
+    Args:
+        ask: what the texts of a row without words around its image answer; empty for no prompt at all.
+        ignore: columns, of the row or of its samples, that are not read, joined by ``+``.
     """
-    further = further_keys(row, _KEYS, "row")
-    found = _INPUT.fullmatch(string(row, "orig_input", "row"))
-    if found is None or "<|vision_start|>" in found["after"]:
-        raise DataError("row: 'orig_input' must hold one image as <|vision_start|>PATH<|vision_end|>; write it so")
-    samples = row.get("cf_samples")
-    if not isinstance(samples, list) or not all(isinstance(sample, Mapping) for sample in samples):
-        raise DataError(f"row: 'cf_samples' must be a list of objects, not {samples!r}")
-    if any(of_samples := [further_keys(sample, _SAMPLE_KEYS, "row: cf_samples") for sample in samples]):
-        further["cf_samples"] = of_samples
-    paths = [found["path"].strip(), *(string(sample, "cf_image_path", "row: cf_samples") for sample in samples)]
-    texts = [string(row, "orig_output", "row"), *(string(sample, "cf_text", "row: cf_samples") for sample in samples)]
-    prompt = f"{found['before']} {found['after']}".strip()
-    digest = hashlib.sha256("\0".join([prompt, *paths, *texts]).encode("utf-8", "surrogatepass")).hexdigest()
-    size = range(len(paths))
-    return CounterfactualGroup(
-        id=f"cfvlm-{digest[:16]}",
-        images=tuple((Path(path),) for path in paths),
-        candidates=tuple(Candidate(prompt, text) for text in texts),
-        match=tuple(tuple(1 if i == c else 0 if 0 in (i, c) else None for c in size) for i in size),
-        edits=tuple(Edit("counterfactual", image=k, text=k) for k in size[1:]),
-        source="cfvlm",
-        meta=as_meta(further),
-    )
+
+    ask: str = DESCRIBE
+    ignore: str = ""
+
+    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
+        """One row as a group: image 0 and text 0 as given, image k and text k the k-th sample.
+
+        A sample's text is false of the original's image, and the other way round; what two samples are to each other is unknown.
+
+        The prompt is what ``orig_input`` has around the image's path. A row has no id and is named by a hash of its contents. Raises
+        DataError (without file and line) on a missing or misspelt key, a value of another type, an input without exactly one image, or
+        anything CounterfactualGroup refuses.
+        """
+        row = {key: value for key, value in row.items() if key not in listed(self.ignore)}
+        further = further_keys(row, _KEYS, "row")
+        found = _INPUT.fullmatch(string(row, "orig_input", "row"))
+        if found is None or "<|vision_start|>" in found["after"]:
+            raise DataError("row: 'orig_input' must hold one image as <|vision_start|>PATH<|vision_end|>; write it so")
+        samples = row.get("cf_samples")
+        if not isinstance(samples, list) or not all(isinstance(sample, Mapping) for sample in samples):
+            raise DataError(f"row: 'cf_samples' must be a list of objects, not {samples!r}")
+        of_samples = [further_keys(sample, _SAMPLE_KEYS, "row: cf_samples") for sample in samples]
+        for each in (further, *of_samples):
+            refuse_marks(each, "cfvlm:ignore={} if it is something else", self.ignore)
+        if any(of_samples):
+            further["cf_samples"] = of_samples
+        paths = [found["path"].strip(), *(string(sample, "cf_image_path", "row: cf_samples") for sample in samples)]
+        texts = [string(row, "orig_output", "row"), *(string(sample, "cf_text", "row: cf_samples") for sample in samples)]
+        prompt = f"{found['before']} {found['after']}".strip() or self.ask
+        digest = hashlib.sha256("\0".join([prompt, *paths, *texts]).encode("utf-8", "surrogatepass")).hexdigest()
+        size = range(len(paths))
+        return CounterfactualGroup(
+            id=f"cfvlm-{digest[:16]}",
+            images=tuple((Path(path),) for path in paths),
+            candidates=tuple(Candidate(prompt, text) for text in texts),
+            match=tuple(tuple(1 if i == c else 0 if 0 in (i, c) else None for c in size) for i in size),
+            edits=tuple(Edit("counterfactual", image=k, text=k) for k in size[1:]),
+            source="cfvlm",
+            meta=as_meta(further),
+        )

@@ -8,8 +8,6 @@ what is said. A column that is null is one that is not there, as Parquet writes 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cfvlm_ds.core.conversation import PICTURE, Part, Turn, check_conversation, pictures_of, simplest, spelled
+from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, check_conversation, pictures_of, simplest, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.formats.fields import as_meta, name
+from cfvlm_ds.data.formats.fields import as_meta, row_id
+from cfvlm_ds.data.formats.truth import Claim, Said, joined, listed, refuse_marks, truth_of
 
 IMAGES = ("image", "images")
 ROLES = {
@@ -31,21 +30,25 @@ ROLES = {
 _TOOLS = ("tool", "tools", "function", "function_call", "tool_call", "observation", "ipython")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _PLACE = re.compile(r"\n*<image>\n*")
-_KINDS = {"image": ("image", "path", "url"), "image_url": ("image_url",), "input_image": ("image_url",)}
+_KINDS = {"image": ("image", "path", "url", "value"), "image_url": ("image_url", "value"), "input_image": ("image_url",)}
 _TEXT_KINDS = ("text", "input_text", "output_text")
 
 
 class Spoken(NamedTuple):
-    """Turns, the pictures that they show (of which a message itself named some), and further keys of messages, if there are any."""
+    """Turns, the pictures that they show (of which a message itself named some), and the further keys of each turn's message."""
 
     turns: tuple[Turn, ...]
     pictures: tuple[Path | None, ...]
     further: list[dict[str, Any]]
 
 
-def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row without columns that are null, and without those of other media where they are empty."""
-    return {key: value for key, value in row.items() if value is not None and not (key in _OTHER_MEDIA and value in ([], ""))}
+def without_nulls(row: Mapping[str, Any], ignore: str = "") -> dict[str, Any]:
+    """The row without the columns to ignore, without those that are null, and without those of other media where they are empty."""
+    return {
+        key: value
+        for key, value in row.items()
+        if value is not None and not (key in _OTHER_MEDIA and value in ([], "")) and not (ignore and key in listed(ignore))
+    }
 
 
 def read_messages(value: Any, where: str) -> Spoken:
@@ -68,7 +71,7 @@ def read_messages(value: Any, where: str) -> Spoken:
         turns.append(Turn(ROLES[said], parts))
         pictures += named
         further.append({key: each for key, each in message.items() if key not in spelling and each not in ([], "")})
-    return Spoken(tuple(turns), tuple(pictures), further if any(further) else [])
+    return Spoken(tuple(turns), tuple(pictures), further)
 
 
 def read_text(text: str) -> tuple[Part, ...]:
@@ -91,7 +94,7 @@ def _read_content(content: Any, where: str) -> tuple[tuple[Part, ...], list[Path
             raise DataError(f"{where}: a part must be an object with a 'type', not {quoted(part)}")
         kind = part.get("type")
         if kind in _TEXT_KINDS:
-            text = part.get("text")
+            text = part.get("text", part.get("value"))
             if not isinstance(text, str):
                 raise DataError(f"{where}: a part of type {kind!r} must have a 'text', not {quoted(text)}")
             found += [text] * bool(text.strip())
@@ -182,73 +185,108 @@ def with_system(spoken: Spoken, row: Mapping[str, Any], where: str) -> Spoken:
     return spoken._replace(turns=(Turn("system", (said.strip(),)), *spoken.turns))
 
 
-def row_id(row: Mapping[str, Any], *contents: Any) -> str:
-    """A name for a row: its id, which public data sets use for several rows, with a hash of its contents, or the hash alone.
+class _Read(NamedTuple):
+    """What a row of a conversation says: turns with pictures at their places, what the message of each turn says beside, metadata."""
 
-    It does not change when rows move, and a row that is there twice is found as a duplicate.
-    """
-    text = json.dumps(contents, ensure_ascii=False, default=str)
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"{name(row, 'id', 'row')}-{digest[:8]}" if row.get("id") is not None else f"row-{digest[:16]}"
+    row: Mapping[str, Any]
+    turns: tuple[Turn, ...]
+    pictures: Pictures
+    beside: list[dict[str, Any]]
+    meta: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Instruct:
-    """Rows that are conversations, as groups of one image and one text.
+    """Rows that are conversations, as groups of one image and one text, or of all labelled answers to one question.
 
     Args:
         per_turn: a group for every answer of a conversation, in place of one for the last.
+        label: column that says whether the last answer is true, as rows for KTO have it.
+        true: its values that mean true, joined by ``+``.
+        false: its values that mean false.
+        ignore: columns that are not read, joined by ``+``; and keys of messages that are no mark.
         keys: columns of which one has the messages.
         source: name of the format.
     """
 
     per_turn: bool = False
+    label: str = ""
+    true: str = ""
+    false: str = ""
+    ignore: str = ""
     keys: tuple[str, ...] = ()
     source: str = ""
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
         """Raises DataError without file and line."""
-        row = without_nulls(row)
-        spoken, used = self._spoken(row)
-        spoken = with_system(spoken, row, "row")
-        turns, pictures = placed(spoken, row_pictures(row, IMAGES), "row")
-        answer_of(turns[-1], "row")
-        kept = {key: value for key, value in row.items() if key not in (*used, *IMAGES, "id", "system")}
-        if spoken.further:
-            kept[used[0]] = spoken.further
-        meta = as_meta({"id": row["id"], **kept} if "id" in row else kept)
-        group_id = row_id(row, spelled(turns), [str(picture) for picture in pictures])
-        if not self.per_turn:
-            return self._group(group_id, turns, pictures, meta)
-        places = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
-        return [self._group(f"{group_id}-{k}", turns[: number + 1], pictures, meta) for k, number in enumerate(places)]
+        if self.label:
+            return joined([self._claim(row)])
+        read = self._read(row)
+        places = [number for number, turn in enumerate(read.turns) if turn.role == "assistant"] if self.per_turn else [len(read.turns) - 1]
+        group_id = row_id(read.row, spelled(read.turns), [str(picture) for picture in read.pictures])
+        groups = []
+        for k, number in enumerate(places):
+            prompt, shown, answer = self._asked(read, number)
+            groups.append(
+                CounterfactualGroup(
+                    id=f"{group_id}-{k}" if self.per_turn else group_id,
+                    images=(shown,),
+                    candidates=(Candidate(prompt, answer),),
+                    match=((1,),),
+                    source=self.source,
+                    meta=as_meta(read.meta),
+                )
+            )
+        return groups if self.per_turn else groups[0]
 
     @property
     def parts(self) -> Callable[[Mapping[str, Any]], int] | None:
         """How many groups a row becomes, where that is not always one."""
-        return self._answers if self.per_turn else None
+        return self._answers if self.per_turn and not self.label else None
+
+    @property
+    def claim(self) -> Callable[[Mapping[str, Any]], Claim] | None:
+        """What a row claims, where rows have labels."""
+        return self._claim if self.label else None
+
+    def _claim(self, row: Mapping[str, Any]) -> Claim:
+        if self.per_turn:
+            raise DataError("row: per_turn=true beside a label, which is of the last answer alone; leave one of them out")
+        read = self._read(row)
+        if self.label not in read.row:
+            raise DataError(f"row: column {self.label!r} is not there (label={self.label}); add it, or drop the row")
+        truth = truth_of(read.row[self.label], self.label, self.true, self.false)
+        prompt, shown, answer = self._asked(read, len(read.turns) - 1)
+        return Claim(shown, prompt, (Said(answer, truth),), self.source, read.meta)
 
     def _answers(self, row: Mapping[str, Any]) -> int:
-        return sum(turn.role == "assistant" for turn in self._spoken(without_nulls(row))[0].turns)
+        return sum(turn.role == "assistant" for turn in self._spoken(without_nulls(row, self.ignore))[0].turns)
+
+    def _read(self, row: Mapping[str, Any]) -> _Read:
+        row = without_nulls(row, self.ignore)
+        spoken, used = self._spoken(row)
+        spoken = with_system(spoken, row, "row")
+        turns, pictures = placed(spoken, row_pictures(row, IMAGES), "row")
+        answer_of(turns[-1], "row")
+        kept = {key: value for key, value in row.items() if key not in (*used, *IMAGES, "id", "system", self.label)}
+        refuse_marks(kept, f"say {self.source}:label={{0}} if it is, {self.source}:ignore={{0}} if not", self.ignore)
+        if any(spoken.further):
+            kept[used[0]] = spoken.further
+        beside: list[dict[str, Any]] = [{}] * (len(turns) - len(spoken.further)) + spoken.further
+        return _Read(row, turns, pictures, beside, {"id": row["id"], **kept} if "id" in row else kept)
+
+    def _asked(self, read: _Read, number: int) -> tuple[Prompt, Pictures, str]:
+        """What the answer of a turn answers, with the pictures shown by then, and the answer."""
+        before, last = read.turns[:number], read.turns[number]
+        check_conversation(before, "row")
+        refuse_marks(read.beside[number], f"{self.source}:ignore={{}} reads the answer all the same", self.ignore)
+        return simplest(before), tuple(islice(read.pictures, pictures_of(before))), answer_of(last, "row")
 
     def _spoken(self, row: Mapping[str, Any]) -> tuple[Spoken, tuple[str, ...]]:
         for key in self.keys:
             if key in row:
                 return read_messages(row[key], f"row: {key!r}"), (key,)
         raise DataError(f"row: key {self.keys[0]!r} is missing; add it, or name another format")
-
-    def _group(self, group_id: str, turns: tuple[Turn, ...], pictures: Pictures, meta: str) -> CounterfactualGroup:
-        *before, last = turns
-        check_conversation(before, "row")
-        shown = tuple(islice(pictures, pictures_of(before)))
-        return CounterfactualGroup(
-            id=group_id,
-            images=(shown,),
-            candidates=(Candidate(simplest(before), answer_of(last, "row")),),
-            match=((1,),),
-            source=self.source,
-            meta=meta,
-        )
 
 
 def shared_beginning(first: Sequence[Turn], second: Sequence[Turn]) -> Iterator[Turn]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -45,6 +46,17 @@ def as_meta(further: Any) -> str:
     return json.dumps(further, ensure_ascii=False, separators=(",", ":")) if further else ""
 
 
+def json_object(value: Any) -> dict[str, Any]:
+    """The JSON object that a text is, or an empty one."""
+    if isinstance(value, str) and value.lstrip()[:1] == "{":
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 def required(row: Mapping[str, Any], key: str, where: str) -> Any:
     if key not in row:
         raise DataError(f"{where}: key {key!r} is missing; add it")
@@ -65,6 +77,16 @@ def name(row: Mapping[str, Any], key: str, where: str, default: str | None = Non
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DataError(f"{where}: {key!r} must be a string, not {value!r}; quote it")
     return str(value)
+
+
+def row_id(row: Mapping[str, Any], *contents: Any) -> str:
+    """A name for a row: its id, which public data sets use for several rows, with a hash of its contents, or the hash alone.
+
+    It does not change when rows move, and a row that is there twice is found as a duplicate.
+    """
+    text = json.dumps(contents, ensure_ascii=False, default=str)
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{name(row, 'id', 'row')}-{digest[:8]}" if row.get("id") is not None else f"row-{digest[:16]}"
 
 
 def number(value: Any, where: str) -> float:

@@ -6,7 +6,8 @@
 
 ``image`` is a path or a list, ``images`` is the same; a row without either is one of text alone. A first message may be from ``system``, or
 the row has a ``system`` of its own. The last answer is scored, and the turns before it are its prompt; with ``llava:per_turn=true`` every
-answer is, each in a group of its own. Such a row has nothing false in it: only ``align`` learns from it.
+answer is, each in a group of its own. Such a row has nothing false in it: only ``align`` learns from it. ``llava:label=kto_tag`` reads
+labels as ``messages`` does.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     {"id": "7", "image_0": "7a.png", "image_1": "7b.png", "caption_0": "a dog chases a cat", "caption_1": "a cat chases a dog",
      "prompt": "Describe the image.", "edit": "relation"}
 
-``id``, ``prompt`` and ``edit`` (the type of the difference) are optional. Further keys, such as Winoground's own ``tag``, are metadata.
+``id``, ``prompt`` ("Describe the image.") and ``edit`` (the type of the difference) are optional. Further keys, such as Winoground's own
+``tag``, are metadata.
 Winoground's published rows name pictures without their suffix: ``ex_7_img_0`` is the file ex_7_img_0.png of its images.zip.
 """
 
@@ -12,33 +13,50 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.data.formats.fields import as_meta, further_keys, name, string
+from cfvlm_ds.data.formats.truth import listed, refuse_marks
 
 _PAIR_KEYS = ("image_0", "image_1", "caption_0", "caption_1")
 _KEYS = (*_PAIR_KEYS, "id", "prompt", "edit")
 _WINOGROUND = re.compile(r"ex_[0-9]+_img_[01]", re.ASCII)
 
 
-def pair_group(row: Mapping[str, Any]) -> CounterfactualGroup:
-    """One row as a group of 2 images x 2 texts whose truth table is the identity; image paths are as written.
+@dataclass(frozen=True)
+class Pairs:
+    """Rows of two images and two captions.
 
-    A row without ``id`` is named by a hash of its files and captions: the name does not change when rows move, and a repeated row is found
-    as a duplicate id. Raises DataError (without file and line) on a missing or misspelt key, a value that is not a string, or anything
-    CounterfactualGroup refuses, such as two equal captions.
+    Args:
+        ask: what the captions of a row without a prompt answer; empty for no prompt at all.
+        ignore: columns that are not read, joined by ``+``.
     """
-    further = further_keys(row, _KEYS, "row")
-    image_0, image_1, caption_0, caption_1 = values = [string(row, key, "row") for key in _PAIR_KEYS]
-    prompt = string(row, "prompt", "row") if "prompt" in row else ""
-    digest = hashlib.sha256("\0".join([*values, prompt]).encode("utf-8", "surrogatepass")).hexdigest()
-    return CounterfactualGroup(
-        id=name(row, "id", "row", f"pair-{digest[:16]}"),
-        images=tuple((Path(f"{image}.png" if _WINOGROUND.fullmatch(image) else image),) for image in (image_0, image_1)),
-        candidates=(Candidate(prompt, caption_0), Candidate(prompt, caption_1)),
-        match=((1, 0), (0, 1)),
-        edits=(Edit(type=string(row, "edit", "row"), image=1, text=1),) if "edit" in row else (),
-        meta=as_meta(further),
-    )
+
+    ask: str = DESCRIBE
+    ignore: str = ""
+
+    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
+        """One row as a group of 2 images x 2 texts whose truth table is the identity; image paths are as written.
+
+        A row without ``id`` is named by a hash of its files and captions: the name does not change when rows move, and a repeated row is
+        found as a duplicate id. Raises DataError (without file and line) on a missing or misspelt key, a value that is not a string, or
+        anything CounterfactualGroup refuses, such as two equal captions.
+        """
+        row = {key: value for key, value in row.items() if key not in listed(self.ignore)}
+        further = further_keys(row, _KEYS, "row")
+        refuse_marks(further, "pairs:ignore={} if it is something else")
+        image_0, image_1, caption_0, caption_1 = values = [string(row, key, "row") for key in _PAIR_KEYS]
+        prompt = (string(row, "prompt", "row") if "prompt" in row else "") or self.ask
+        digest = hashlib.sha256("\0".join([*values, prompt]).encode("utf-8", "surrogatepass")).hexdigest()
+        return CounterfactualGroup(
+            id=name(row, "id", "row", f"pair-{digest[:16]}"),
+            images=tuple((Path(f"{image}.png" if _WINOGROUND.fullmatch(image) else image),) for image in (image_0, image_1)),
+            candidates=(Candidate(prompt, caption_0), Candidate(prompt, caption_1)),
+            match=((1, 0), (0, 1)),
+            edits=(Edit(type=string(row, "edit", "row"), image=1, text=1),) if "edit" in row else (),
+            meta=as_meta(further),
+        )

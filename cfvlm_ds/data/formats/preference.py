@@ -3,112 +3,123 @@
     {"prompt": "How many dogs are there?", "image": "a.jpg", "chosen": "Two.", "rejected": "Three."}
     {"prompt": [MESSAGE, ...], "images": ["a.jpg"], "chosen": [MESSAGE], "rejected": [MESSAGE]}                              (TRL)
     {"conversations": [MESSAGE, ...], "images": ["a.jpg"], "chosen": MESSAGE, "rejected": MESSAGE}                 (LLaMA-Factory)
+    {"chosen_messages": [MESSAGE, ...], "rejected_messages": [MESSAGE, ...]}                                    (LLaMA-Factory v1)
     {"messages": [MESSAGE, ...], "images": ["a.jpg"], "rejected_response": "Three.", "rejected_images": ["b.jpg"]}      (ms-swift)
+    {"query": "How many dogs are there?", "images": ["a.jpg"], "response": "Two.", "rejected_response": "Three."}       (ms-swift)
+    {"text": "{\\"question\\": ..., \\"chosen\\": ..., \\"rejected\\": ...}", "image": "a.jpg", "image_path": "coco/a.jpg"}  (RLHF-V)
 
 A message is spelled as in ``llava`` or ``messages``. What is asked may also be called ``question``, or ``instruction`` and ``input``, and
-be left out where ``chosen`` and ``rejected`` are whole conversations. The rejected answer is false of the picture. ``rejected_images``
-without a rejected answer are pictures of which the chosen answer is false; where both are given, they are false of each other, and what
-the rest is to each other is unknown.
+be left out where ``chosen`` and ``rejected`` are whole conversations. ``image_path`` beside ``image`` is metadata. The rejected answer is
+false of the picture. ``rejected_images`` without a rejected answer are pictures of which the chosen answer is false; where both are given,
+they are false of each other, and what the rest is to each other is unknown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cfvlm_ds.core.conversation import Turn, check_conversation, simplest, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
-from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.formats.chat import (
+    IMAGES,
     Spoken,
     answer_of,
     placed,
     read_messages,
-    row_id,
     row_pictures,
     shared_beginning,
     with_system,
     without_nulls,
 )
-from cfvlm_ds.data.formats.fields import as_meta
-from cfvlm_ds.data.formats.messages import spoken_as
+from cfvlm_ds.data.formats.fields import as_meta, json_object, row_id
+from cfvlm_ds.data.formats.messages import ASKED, asked_in, only, spoken_as
+from cfvlm_ds.data.formats.truth import refuse_marks
 
-_ASKED = ("conversations", "messages", "prompt", "question")
-_ALPACA = ("instruction", "input")
+_CONVERSATIONS = ("conversations", "messages")
+_CHOSEN = ("chosen", "chosen_messages")
 _REJECTED = ("rejected", "rejected_response", "rejected_messages")
-_IMAGES, _REJECTED_IMAGES = ("image", "images", "img_path", "image_path"), ("rejected_images", "rejected_image")
-_KEYS = {*_ASKED, *_ALPACA, *_REJECTED, *_IMAGES, *_REJECTED_IMAGES, "chosen", "id", "system"}
+_PATHS = ("img_path", "image_path")
+_REJECTED_IMAGES = ("rejected_images", "rejected_image")
+_KEYS = {*_CHOSEN, *_REJECTED, *_REJECTED_IMAGES, "id", "system"}
 
 
-def preference_group(row: Mapping[str, Any]) -> CounterfactualGroup:
-    """One row as a group. Raises DataError without file and line."""
-    row = without_nulls(row)
-    asked, chosen, rejected, further = _said(row)
-    asked = with_system(asked, row, "row")
-    turns, pictures = placed(asked, row_pictures(row, _IMAGES), "row")
-    check_conversation(turns, "row")
-    others = row_pictures({key: row[key] for key in _REJECTED_IMAGES if key in row}, _REJECTED_IMAGES)
-    if others == pictures:
-        others = ()
-    if others and len(others) != len(pictures):
-        raise DataError(f"row: {len(pictures)} pictures and {len(others)} rejected ones; the prompt shows as many either way, correct it")
-    if rejected is None and not others:
-        raise DataError("row: nothing is rejected; add 'rejected' or 'rejected_images', or name another format for rows without")
-    answers = [chosen] if rejected is None else [chosen, rejected]
-    match: tuple[tuple[int | None, ...], ...] = ((1,) if rejected is None else (1, None if others else 0),)
-    if others:
-        match += ((0,) if rejected is None else (None, 0),)
-    prompt = simplest(turns)
-    used = _KEYS if _ALPACA[0] in row else _KEYS - {_ALPACA[1]}
-    kept = {key: value for key, value in row.items() if key not in used} | further
-    return CounterfactualGroup(
-        id=row_id(row, spelled(prompt), answers, [str(picture) for picture in pictures + others]),
-        images=(pictures, others) if others else (pictures,),
-        candidates=tuple(Candidate(prompt, answer) for answer in answers),
-        match=match,
-        edits=(Edit("rejected", image=1 if others else None, text=None if rejected is None else 1),),
-        source="preference",
-        meta=as_meta({"id": row["id"], **kept} if "id" in row else kept),
-    )
+@dataclass(frozen=True)
+class Preference:
+    """Rows of a chosen and a rejected answer, or picture.
+
+    Args:
+        ignore: columns that are not read, joined by ``+``.
+    """
+
+    ignore: str = ""
+
+    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
+        """One row as a group. Raises DataError without file and line."""
+        row = unpacked(without_nulls(row, self.ignore))
+        used, asked, chosen, rejected, further = _said(row)
+        asked = with_system(asked, row, "row")
+        paths = IMAGES if any(key in row for key in IMAGES) else _PATHS
+        turns, pictures = placed(asked, row_pictures(row, paths), "row")
+        check_conversation(turns, "row")
+        others = row_pictures({key: row[key] for key in _REJECTED_IMAGES if key in row}, _REJECTED_IMAGES)
+        if others == pictures:
+            others = ()
+        if others and len(others) != len(pictures):
+            raise DataError(
+                f"row: {len(pictures)} pictures and {len(others)} rejected ones; the prompt shows as many either way, correct it"
+            )
+        if rejected is None and not others:
+            raise DataError("row: nothing is rejected; add 'rejected' or 'rejected_images', or name another format for rows without")
+        answers = [chosen] if rejected is None else [chosen, rejected]
+        match: tuple[tuple[int | None, ...], ...] = ((1,) if rejected is None else (1, None if others else 0),)
+        if others:
+            match += ((0,) if rejected is None else (None, 0),)
+        prompt = simplest(turns)
+        kept = {key: value for key, value in row.items() if key not in {*_KEYS, *used, *paths}}
+        refuse_marks(kept, "preference:ignore={} if it is something else; if it is, name a format for rows with labels")
+        kept |= further
+        return CounterfactualGroup(
+            id=row_id(row, spelled(prompt), answers, [str(picture) for picture in pictures + others]),
+            images=(pictures, others) if others else (pictures,),
+            candidates=tuple(Candidate(prompt, answer) for answer in answers),
+            match=match,
+            edits=(Edit("rejected", image=1 if others else None, text=None if rejected is None else 1),),
+            source="preference",
+            meta=as_meta({"id": row["id"], **kept} if "id" in row else kept),
+        )
 
 
-def _said(row: Mapping[str, Any]) -> tuple[Spoken, str, str | None, dict[str, Any]]:
-    """What is asked, the chosen answer and the rejected one, if there is any; and what their messages say beside, by column."""
-    column, asked = _asked(row)
-    given = [key for key in _REJECTED if key in row]
-    if len(given) > 1:
-        raise DataError(f"row: both {given[0]!r} and {given[1]!r} are there; keep one of them")
-    if "chosen" in row:
-        chosen = _answers(row["chosen"], "chosen")
+def unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with the answers that RLHF-V has as JSON in its ``text``; any other row is itself."""
+    if "text" not in row or any(key in row for key in _CHOSEN) or not {"chosen", "rejected"} <= (said := json_object(row["text"])).keys():
+        return row
+    return {key: value for key, value in row.items() if key != "text"} | said
+
+
+def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | None, dict[str, Any]]:
+    """The columns of what is asked and chosen, what is asked, the chosen answer and the rejected one, if there is any; and what their
+    messages say beside, by column."""
+    used, asked = asked_in(row, (*_CONVERSATIONS, *ASKED))
+    column = used[0] if used else ""
+    wrong = only(row, _REJECTED, "are there")
+    right = only(row, _CHOSEN, "are there") or ("response" if "response" in row and column != "messages" else "")
+    if right:
+        chosen = _answers(row[right], right)
     elif asked is not None and asked.turns[-1].role == "assistant":  # ms-swift: the conversation ends with the chosen answer
-        chosen, asked = asked, _without_last(asked)
+        right, chosen, asked = column, asked, _without_last(asked)
     else:
         raise DataError("row: key 'chosen' is missing; add it, or end the conversation with the chosen answer")
-    rejected = _answers(row[given[0]], given[0]) if given else None
-    columns = [(column, asked), ("chosen" if "chosen" in row else column, chosen), ("".join(given), rejected)]
-    further = {name: spoken.further for name, spoken in columns if spoken is not None and spoken.further}
+    rejected = _answers(row[wrong], wrong) if wrong else None
+    columns = [(column, asked), (right, chosen), (wrong, rejected)]
+    further = {name: spoken.further for name, spoken in columns if spoken is not None and any(spoken.further)}
     if asked is None:
         asked = _shared(chosen, rejected)
     answers = [None if each is None else _after(asked, each) for each in (chosen, rejected)]
     assert answers[0] is not None
-    return asked, answers[0], answers[1], further
-
-
-def _asked(row: Mapping[str, Any]) -> tuple[str, Spoken | None]:
-    """The column of what is asked, and what that is; none where the answers are whole conversations."""
-    given = [key for key in (*_ASKED, _ALPACA[0]) if key in row]
-    if len(given) > 1:
-        raise DataError(f"row: both {given[0]!r} and {given[1]!r} say what is asked; keep one of them")
-    if not given:
-        return "", None
-    (key,) = given
-    value = row[key]
-    if key == _ALPACA[0] and (more := row.get(_ALPACA[1], "")) != "":
-        if not isinstance(value, str) or not isinstance(more, str):
-            raise DataError(f"row: {key!r} and {_ALPACA[1]!r} must both be texts, not {quoted(value, 80)} and {quoted(more, 80)}")
-        value = f"{value}\n{more}" if more.strip() else value
-    return key, spoken_as(value, "user", key)
+    return (*used, right), asked, answers[0], answers[1], further
 
 
 def _answers(value: Any, key: str) -> Spoken:

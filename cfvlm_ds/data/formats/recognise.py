@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data.formats.captions import DEFAULTS
 from cfvlm_ds.data.formats.chat import without_nulls
+from cfvlm_ds.data.formats.preference import unpacked
 
 
 class Sample(NamedTuple):
@@ -81,6 +82,8 @@ _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pairs", ("image_0", "image_1", "caption_0", "caption_1")),
     ("cfvlm", ("orig_input", "orig_output", "cf_samples")),
     ("preference", ("chosen", "rejected")),
+    ("preference", ("chosen_messages", "rejected_messages")),
+    ("preference", ("response", "rejected_response")),
     ("preference", ("messages", "rejected_response")),
     ("preference", ("messages", "rejected_messages")),
     ("preference", ("messages", "rejected_images")),
@@ -88,18 +91,25 @@ _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("llava", ("conversations",)),
     ("messages", ("messages",)),
     ("messages", ("prompt", "completion")),
+    ("messages", ("query", "response")),
+    ("messages", ("instruction", "output")),
 )
 """In this order: a row of the later ones may have the keys of the earlier ones too."""
 
+_KTO = ("label", "kto_tag")
+"""Columns of a row for KTO that say whether its answer is good: TRL's and ms-swift's, and LLaMA-Factory's."""
+
 
 def recognised(row: Any, where: str) -> str:
-    """The name of the format that a row has. Raises DataError, beginning with ``where``, for one of none."""
+    """The name of the format that a row has, with the column of its label where that is KTO's. Raises DataError, beginning with ``where``,
+    for one of none."""
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: the row is a {type(row).__name__}, not an object; write it as {{...}}")
-    row = without_nulls(row)
+    row = unpacked(without_nulls(row))
     for named, keys in _KEYS:
         if all(key in row for key in keys):
-            return named
+            label = next((key for key in _KTO if isinstance(row.get(key), bool)), None)
+            return f"{named}:label={label}" if label and named in ("llava", "messages") else named
     if all(any(column in row for column in DEFAULTS[option]) for option in ("image", "caption")):
         return "captions"
     shown = ", ".join(repr(key) for key in list(row)[:20]) or "none"

@@ -5,13 +5,16 @@
 (The tar itself has ``000017.jpg``, ``000017.txt`` and ``000017.json``.) The picture is the member with a picture's extension, or ``image``;
 the caption is ``txt`` or ``caption``, or said in ``json``. ``neg_caption.txt`` and ``neg_image.jpg``, as in triplets, are a false caption
 and another picture. A ``json`` that is a row of ``llava``, ``messages`` or ``preference`` is read as one, about the sample's picture.
+Labels are read as in ``captions``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data.decoding import ENDINGS
@@ -19,53 +22,102 @@ from cfvlm_ds.data.formats.captions import Captions
 from cfvlm_ds.data.formats.chat import IMAGES, without_nulls
 from cfvlm_ds.data.formats.llava import Llava
 from cfvlm_ds.data.formats.messages import Messages
-from cfvlm_ds.data.formats.preference import preference_group
+from cfvlm_ds.data.formats.preference import Preference
+from cfvlm_ds.data.formats.truth import Claim
 
 PICTURES = (*ENDINGS, "image", "img")
 _NEGATIVE = tuple(f"{before}{ending}" for before in ("neg_image", "negative_image") for ending in ("", *(f".{p}" for p in PICTURES)))
 _TEXTS = ("txt", "caption", "caption.txt", "text", "text.txt")
 _NEGATIVE_TEXTS = ("neg_caption", "neg_caption.txt", "negative_caption", "negative_caption.txt")
-_CAPTIONS = Captions(image="__picture__", caption="__caption__", negative_caption="__false__", negative_image="__other__", id="__key__")
 
 
-def webdataset_group(row: Mapping[str, Any]) -> CounterfactualGroup:
-    """One sample as a group. Raises DataError without file and line."""
-    given = without_nulls(row)
-    row = {key.lower(): value for key, value in given.items()}
-    if len(row) < len(given):
-        raise DataError(
-            f"sample {row.get('__key__')!r} has members that differ in upper and lower case alone ({', '.join(given)}); keep one"
-        )
-    said = row.pop("json", {})
-    if not isinstance(said, Mapping):
-        raise DataError(f"sample {row.get('__key__')!r}: its json is a {type(said).__name__}, not an object; write it as {{...}}")
-    said = without_nulls(said)
-    picture = _only(row, PICTURES)
-    for keys, read in ((("conversations",), Llava()), (("messages", "completion"), Messages()), (("chosen", "rejected"), preference_group)):
-        if any(key in said for key in keys):
-            found = read({"id": row.get("__key__"), **_about_sample(said, row, picture)})
-            assert isinstance(found, CounterfactualGroup)
-            return found
-    if picture is None and (named := [key for key in ("image", "jpg", "png") if isinstance(said.get(key), str)]):
-        row["image"], picture = said[named[0]], "image"
-    if picture is None:
-        raise DataError(
-            f"sample {row.get('__key__')!r} has no picture ({', '.join(row)}); its member must end in one of {', '.join(PICTURES)}"
-        )
-    taken = {
-        "__picture__": picture,
-        "__caption__": _only(row, _TEXTS),
-        "__other__": _only(row, _NEGATIVE),
-        "__false__": _only(row, _NEGATIVE_TEXTS),
-    }
-    columns = {column: row.pop(key) for column, key in taken.items() if key is not None}
-    for column, keys in (("__caption__", ("caption", "text")), ("__false__", ("negative_caption", "neg_caption"))):
-        found_key = next((key for key in keys if key in said), None)
-        if column not in columns and found_key:
-            columns[column] = said.pop(found_key)
-    if "__caption__" not in columns:
-        raise DataError(f"sample {row.get('__key__')!r} has no text ({', '.join(row)}); it must be in KEY.txt, or the caption of KEY.json")
-    return _CAPTIONS({**said, **row, **columns})
+class _Members(Captions):
+    """Columns that are members of a sample."""
+
+    source = "webdataset"
+
+
+@dataclass(frozen=True)
+class WebDataset:
+    """Samples of a tar.
+
+    Args:
+        ask: what a caption answers; empty for no prompt at all.
+        label: member, or column of the ``json``, that says whether the text is true.
+        true: its values that mean true, joined by ``+``.
+        false: its values that mean false.
+        ignore: members, and columns of the ``json``, that are not read, joined by ``+``.
+    """
+
+    ask: str = DESCRIBE
+    label: str = ""
+    true: str = ""
+    false: str = ""
+    ignore: str = ""
+
+    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
+        """One sample as a group. Raises DataError without file and line."""
+        read, columns = self._read(row)
+        found = read(columns)
+        assert isinstance(found, CounterfactualGroup)
+        return found
+
+    @property
+    def claim(self) -> Callable[[Mapping[str, Any]], Claim] | None:
+        """What a sample claims, where samples have labels."""
+        return self._claim if self.label else None
+
+    def _claim(self, row: Mapping[str, Any]) -> Claim:
+        read, columns = self._read(row)
+        if isinstance(read, Preference) or not read.claim:
+            raise DataError(
+                f"sample {row.get('__key__')!r} has a chosen and a rejected answer, and no label; name the format without label="
+            )
+        return read.claim(columns)
+
+    def _read(self, row: Mapping[str, Any]) -> tuple[_Members | Llava | Messages | Preference, dict[str, Any]]:
+        """The format that a sample is read by, and its columns."""
+        given = without_nulls(row, self.ignore)
+        row = {key.lower(): value for key, value in given.items()}
+        if len(row) < len(given):
+            raise DataError(
+                f"sample {row.get('__key__')!r} has members that differ in upper and lower case alone ({', '.join(given)}); keep one"
+            )
+        said = row.pop("json", {})
+        if not isinstance(said, Mapping):
+            raise DataError(f"sample {row.get('__key__')!r}: its json is a {type(said).__name__}, not an object; write it as {{...}}")
+        said = without_nulls(said, self.ignore)
+        picture = _only(row, PICTURES)
+        labels: dict[str, Any] = {"label": self.label, "true": self.true, "false": self.false, "ignore": self.ignore}
+        for keys, read in (
+            (("conversations",), Llava(**labels)),
+            (("messages", "completion"), Messages(**labels)),
+            (("chosen", "rejected"), Preference(self.ignore)),
+        ):
+            if any(key in said for key in keys):
+                return read, {"id": row.get("__key__"), **_about_sample(said, row, picture)}
+        if picture is None and (named := [key for key in ("image", "jpg", "png") if isinstance(said.get(key), str)]):
+            row["image"], picture = said[named[0]], "image"
+        if picture is None:
+            raise DataError(
+                f"sample {row.get('__key__')!r} has no picture ({', '.join(row)}); its member must end in one of {', '.join(PICTURES)}"
+            )
+        texts = [
+            _only(row, members) or next((key for key in keys if key in said), "")
+            for members, keys in ((_TEXTS, ("caption", "text")), (_NEGATIVE_TEXTS, ("negative_caption", "neg_caption")))
+        ]
+        if not texts[0]:
+            raise DataError(
+                f"sample {row.get('__key__')!r} has no text ({', '.join(row)}); it must be in KEY.txt, or the caption of KEY.json"
+            )
+        columns: dict[str, Any] = {
+            "image": picture,
+            "caption": texts[0],
+            "negative_caption": texts[1],
+            "negative_image": _only(row, _NEGATIVE) or "",
+            "id": "__key__",
+        }
+        return _Members(**columns, ask=self.ask, **labels), {**said, **row}
 
 
 def _about_sample(said: Mapping[str, Any], row: Mapping[str, Any], picture: str | None) -> dict[str, Any]:
