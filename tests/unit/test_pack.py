@@ -308,7 +308,7 @@ def test_a_broken_picture_is_named_before_anything_is_whole(source: Path, tmp_pa
     (tmp_path / "data" / "m.jsonl").write_text("\n".join([*rows, rows[0]]))
     with pytest.raises(ConfigError, match="packed from another state of"):
         packing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
-    with pytest.raises(DataError, match="make ids unique"):
+    with pytest.raises(DataError, match="repeats"):
         packing(tmp_path / "data" / "m.jsonl", tmp_path / "other")
 
 
