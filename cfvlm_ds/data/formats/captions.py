@@ -201,8 +201,8 @@ class Captions:
             raise DataError(f"row: both the column {columns[0]!r} and ask={self.ask!r} say what the texts answer; give one of them")
         ask = self.ask if pictures or self.ask != DESCRIBE else ""
         value = (value_of(row, columns[0]) if columns else "") or ask
-        if not value:
-            return "", pictures
+        if not value or (value == DESCRIBE and not columns):
+            return value or "", pictures
         turns, pictures = placed(spoken_as(value, "user", columns[0] if columns else "ask"), pictures, "row")
         check_conversation(turns, "row")
         return simplest(turns), pictures
