@@ -135,15 +135,13 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
             before = known.setdefault(text := normalised(each.text), each)
             place = places.setdefault(text, claim.where)
             if before.truth != each.truth:
-                raise DataError(
-                    f"row: {place} and {claim.where} label {quoted(each.text, 80)} differently for one picture; keep one of them"
-                )
+                label = f"{place} and {claim.where} label {quoted(each.text, 80)} differently for one picture"
+                raise DataError(f"row: {label}; keep one of them (the {len(claims)} rows about it are one group)")
     said = sorted(known.values(), key=lambda each: each.truth != 1)
     if said[0].truth != 1:
         shown = ", ".join(map(str, first.pictures)) or "this prompt"
-        raise DataError(
-            f"row: no row says anything true of {shown}, and a group needs a true text beside the false; add one, or leave it out"
-        )
+        none = f"none of the {len(claims)} rows about {shown} says anything true of it"
+        raise DataError(f"row: {none}, and a group needs a true text beside the false ones; add one, or leave them out")
     repeated = sum(len(claim.said) for claim in claims) - len(said)
     meta = {key: [claim.meta.get(key) for claim in claims] for key in dict.fromkeys(key for claim in claims for key in claim.meta)}
     kept = {key: values[0] if all(each == values[0] for each in values) else values for key, values in meta.items()}
