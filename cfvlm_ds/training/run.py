@@ -55,7 +55,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
     world = world or engine.start()
     with signals.before_leaving(lambda code: world.say(_LEFT[code])):
         validate(config, world)
-        with _locked(Path(config.train.output_dir), world, partial(refuse_export, config)):
+        with _locked(Path(config.train.output_dir), world, partial(refuse_export, config), config.resolved):
             _run(config, world)
 
 
@@ -66,14 +66,14 @@ _LEFT = {
 
 
 @contextlib.contextmanager
-def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """The run folder is this run's alone. Raises ConfigError on all ranks when it is another's, naming its holder, when what the run
-    writes there would end elsewhere, and when ``check`` does, before anything is touched."""
+def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None, options: Any = None) -> Iterator[None]:
+    """The run folder is this run's alone. Raises ConfigError on all ranks when it is another's, naming its holder, when it is none for a
+    run of these ``options``, and when ``check`` does, before anything is touched."""
     held: list[RunLock] = []
 
     def hold() -> None:
         try:
-            refuse_foreign_entries(run_dir)
+            refuse_foreign_entries(run_dir, options)
             check()
         except OSError as error:  # a name that is too long, a folder that must not be read
             raise StorageError(f"{unwritten(run_dir, error)}; choose another train.output_dir") from error
