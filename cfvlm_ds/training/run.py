@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def _run(config: RunConfig, world: World) -> None:
     run_dir = Path(config.train.output_dir)
     raw, width = engine.read_json(config.deepspeed), engine.hidden_size(config)
     data = read_data(config, world)
+    config = _fitted(config, data, world)
     stored = _stored_scores(config, data, world)
     collator = data.collator or load_collator(config.model, "full", config.data.max_pixels)
     check_best(config, data.splits, data.benchmarks)
@@ -180,7 +182,35 @@ def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator)
         place["order"] = OneAfterTheOther(len(data.groups), options.seed, rows=rows[0])
     if limit is not None:
         return PackedSampler(tokens=tokens, max_tokens=limit, **place)
-    return GroupSampler(num_groups=len(data.groups), groups_per_micro_batch=options.per_device_train_batch_size, **place)
+    return GroupSampler(num_groups=len(data.groups), groups_per_micro_batch=options.micro_batch_size, **place)
+
+
+def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
+    """The configuration with a default micro-batch of which a step needs no more groups than an epoch has.
+
+    Raises ConfigError where steps that are asked for need more, and would have groups twice.
+    """
+    train, ranks = config.train, world.size
+    epoch = _mixed_order(config, data, [None] * len(data.sources)).length if config.data.is_mixture else len(data.groups)
+    packed, accumulated = config.data.max_tokens_per_micro_batch is not None, train.gradient_accumulation_steps
+    size, fits = 1 if packed else train.micro_batch_size, epoch // (accumulated * ranks)
+    if size <= fits:
+        return config
+    if packed or train.per_device_train_batch_size is not None or not fits:
+        each = "one" if packed else f"{size} (train.per_device_train_batch_size)"
+        if fits:
+            remedy = f"set train.per_device_train_batch_size to at most {fits}"
+        elif epoch >= ranks:
+            remedy = f"set train.gradient_accumulation_steps to at most {epoch // ranks}"
+        else:
+            remedy = f"start at most {epoch} ranks"
+        raise ConfigError(
+            f"a step takes {each} x {accumulated} (train.gradient_accumulation_steps) x {ranks} (ranks) groups, and an epoch has {epoch}; "
+            f"{remedy}"
+        )
+    world.say(f"train.per_device_train_batch_size is {fits}, not {size}: an epoch has {epoch} groups")
+    resolved = {**config.resolved, "train": {**config.resolved["train"], "per_device_train_batch_size": fits}}
+    return replace(config, train=replace(train, per_device_train_batch_size=fits), resolved=resolved)
 
 
 def _rows_of(groups: Sequence[CounterfactualGroup]) -> RowsTogether | None:
