@@ -23,6 +23,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup, Pictures, Prompt
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
+from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.manifest import Root, data_roots, known_format, open_groups, repeated
 from cfvlm_ds.data.packed import PackedRows
 from cfvlm_ds.data.passes import Done, Firsts, Share, contains, owned
@@ -364,10 +365,16 @@ def _of_share(share: Share) -> str:
     return f" (rank {share.rank}; {share.size} ranks share them)" if share.size > 1 else ""
 
 
-def sound_groups(path: str | Path, root: Root = None, format: str = "cfgroup", limit: int | None = None) -> GroupStore:
+def sound_groups(
+    path: str | Path,
+    root: Root = None,
+    format: str = AUTO,
+    limit: int | None = None,
+    progress: Callable[[str], object] = lambda line: None,
+) -> GroupStore:
     """``open_groups`` of a manifest whose rows are looked at first. Raises DataError on the first problem, ids that come twice included."""
-    store = open_groups(path, root, format, limit=limit)
-    if problems := check_rows(store, progress=lambda line: None).problems:
+    store = open_groups(path, root, format, limit=limit, progress=progress)
+    if problems := check_rows(store, progress=progress).problems:
         raise DataError(problems[0])
     return store
 
@@ -375,7 +382,7 @@ def sound_groups(path: str | Path, root: Root = None, format: str = "cfgroup", l
 def check_manifest(
     path: str | Path,
     root: Root = None,
-    format: str = "cfgroup",
+    format: str = AUTO,
     *,
     lengths: Lengths | None = None,
     max_pixels: int = MAX_PIXELS,

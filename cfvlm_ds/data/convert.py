@@ -14,10 +14,9 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.untrusted import new_output, own_output
 from cfvlm_ds.data.containers.hub import fetched
-from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.lines import MAX_LINE
-from cfvlm_ds.data.manifest import Root, data_roots, open_groups, taken_as
+from cfvlm_ds.data.manifest import Root, data_roots, open_groups
 
 
 class Converted(NamedTuple):
@@ -49,8 +48,6 @@ def convert(
     base = folder if all(each.is_relative_to(folder) for each in roots) else roots[0]
     groups, problems, seen = 0, list[str](), set[int]()
     store = open_groups(path, root, format, progress=say, cache=[out.parent])
-    if format == AUTO:
-        say(taken_as(store))
     with whole_file(out) as file:
         for index, item in store.entries():
             if not isinstance(item, DataError) and (key := hash(item.id)) in seen:

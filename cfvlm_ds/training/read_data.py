@@ -26,9 +26,7 @@ from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.data import CheckReport, GroupStore, Share, check_groups, check_rows, data_roots, open_groups
 from cfvlm_ds.data.containers.hub import fetched, is_hub
 from cfvlm_ds.data.containers.kinds import sources_state
-from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.identity import Identity, digest, mixed_identity, shared_identity
-from cfvlm_ds.data.manifest import taken_as
 from cfvlm_ds.data.mixture import MixedGroups
 from cfvlm_ds.data.overlap import shared_with
 from cfvlm_ds.data.packed import FILE as STORE
@@ -178,8 +176,6 @@ class _Check:
         if problem:
             raise DataError(problem)
         groups = self._opened(each)
-        if self._format(each) == AUTO:
-            self._world.say(taken_as(groups))
         if isinstance(groups.rows, PackedRows) and groups.rows.pictures is not None:
             self._packed.append(groups.rows.pictures)
         if summary is None:

@@ -9,6 +9,7 @@ import http.server
 import io
 import json
 import os
+import pickle
 import random
 import re
 import subprocess
@@ -32,7 +33,6 @@ from cfvlm_ds.data.containers import json_file, prepared
 from cfvlm_ds.data.containers.kinds import CONTAINERS, container_of, sources_of
 from cfvlm_ds.data.containers.prepared import prepare
 from cfvlm_ds.data.convert import convert
-from cfvlm_ds.data.manifest import taken_as
 
 CAPTION = {"image": "images/000.png", "caption": "a dog"}
 
@@ -273,8 +273,10 @@ def test_what_a_path_is_taken_for(folder: Path) -> None:
     (folder / "d.csv").write_text("image,caption\nimages/000.png,a dog\n")
     for name, kind in (("a.jsonl", "jsonl"), ("b.json", "json"), ("c.json", "jsonl"), ("d.csv", "csv")):
         assert container_of(folder / name) == kind
-        assert taken_as(open_groups(folder / name, format="auto")) == f"{folder / name}: taken as {kind}, format captions"
-        assert [g.candidates[0].text for g in read_manifest(folder / name, format="auto")] == ["a dog"]
+        said: list[str] = []
+        groups = open_groups(folder / name, progress=said.append)
+        assert said == [f"{folder / name}: taken as {kind}, format captions"]
+        assert [group.candidates[0].text for group in groups] == ["a dog"] and pickle.loads(pickle.dumps(groups))[0] == groups[0]
 
 
 # ---- bad files
