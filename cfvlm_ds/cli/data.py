@@ -32,7 +32,12 @@ def add(commands: Any) -> None:
     command = add_command(data, "convert", _convert, "write any data as groups, one JSON object per line", example)
     command.add_argument("manifest")
     command.add_argument("--out", required=True, help="file to write")
-    command.add_argument("--on_error", choices=("error", "skip"), default="error", help="skip rows that are no group, and list them")
+    command.add_argument(
+        "--on_error",
+        choices=("error", "skip"),
+        default="error",
+        help="skip rows that are no group and those with broken pictures, and list them",
+    )
     add_data_options(command)
     example = "cfvlm-ds data download rows.jsonl --out local.jsonl"
     text = "fetch the pictures that rows name by http(s) address, or hold as text, and write the rows with files in their place"
@@ -116,7 +121,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.data.convert import convert
 
     out = Path(arguments.out)
-    done = convert(Path(arguments.manifest), arguments.root, arguments.format, out, arguments.on_error, print)
+    done = convert(Path(arguments.manifest), arguments.root, arguments.format, out, arguments.on_error, print, arguments.max_pixels)
     where = "its folder" if done.root == out.parent.absolute() else f"{done.root}, which is to be named as root"
     print(f"wrote {out}: {done.groups} groups; paths of pictures are relative to {where}")
 

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import pyarrow
 import pytest
+from PIL import Image
 from public_data import PUBLIC, lines, member, picture, write_pictures
 from pyarrow import parquet
 
@@ -505,6 +506,27 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder: Path) -> None
     with pytest.raises(DataError, match=r"and so are all 2 rows"):
         convert(lines(folder / "bad.jsonl", ["{", "{"]), None, "captions", folder / "none.jsonl", "skip")
     assert not (folder / "none.jsonl").exists()
+
+
+def test_conversion_leaves_out_pictures_that_a_check_refuses(folder: Path) -> None:
+    """One that is not there, a damaged one of two rows, one that is too large, and an edited one that was never edited."""
+    (folder / "cut.png").write_bytes(picture(1)[:-30])
+    (folder / "same.png").write_bytes(picture(0))
+    Image.new("RGB", (300, 300)).save(folder / "large.png")
+    wrong = [{"image": name} for name in ("absent.png", "cut.png", "images/001.png", "large.png", "cut.png")]
+    wrong[2] = {"image": "images/000.png", "negative_image": "same.png"}
+    rows = [CAPTION, *wrong, CAPTION | {"negative_image": "images/001.png"}]
+    path = lines(folder / "rows.jsonl", [CAPTION | row | {"id": k} for k, row in enumerate(rows)])
+    broken = check_manifest(path, max_pixels=80_000, progress=str).problems
+    assert len(broken) == 4, "a picture is named once"
+    said: list[str] = []
+    done = convert(path, None, "auto", folder / "out.jsonl", "skip", said.append, 80_000)
+    listed = [json.loads(line)["problem"] for line in (folder / "out.jsonl.skipped.jsonl").read_text().splitlines()]
+    assert done.groups == 2 and listed == done.problems and set(broken) < set(listed)
+    assert [each.partition(": ")[0] for each in listed] == [f"{path}:{k}" for k in (2, 3, 4, 5, 6)]
+    assert said[-1].startswith(f"left out 5 rows, listed in {folder}/out.jsonl.skipped.jsonl")
+    report = check_manifest(folder / "out.jsonl", max_pixels=80_000, progress=str)
+    assert report.ok and report.num_groups == 2 and report.num_images == 2
 
 
 # ---- pictures of the network
