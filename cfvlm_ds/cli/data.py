@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.cli import looking, making
-from cfvlm_ds.cli.options import add_command, add_data_options, add_fields, add_model_options, model_of, positive, said_format, values_of
+from cfvlm_ds.cli.options import add_command, add_data_options, add_fields, add_model_options, model_of, positive, values_of
 from cfvlm_ds.cli.train import build
 from cfvlm_ds.core.config import BuildConfig, ScenesConfig
 from cfvlm_ds.core.errors import DataError, StorageError, unwritten
@@ -32,8 +32,13 @@ def add(commands: Any) -> None:
     command = add_command(data, "convert", _convert, "write any data as groups, one JSON object per line", example)
     command.add_argument("manifest")
     command.add_argument("--out", required=True, help="file to write")
-    command.add_argument("--on_error", choices=("error", "skip"), default="error", help="skip rows that are no group, and list them")
-    add_data_options(command, "auto")
+    command.add_argument(
+        "--on_error",
+        choices=("error", "skip"),
+        default="error",
+        help="skip rows that are no group and those with broken pictures, and list them",
+    )
+    add_data_options(command)
     example = "cfvlm-ds data download rows.jsonl --out local.jsonl"
     text = "fetch the pictures that rows name by http(s) address, or hold as text, and write the rows with files in their place"
     command = add_command(data, "download", _download, text, example)
@@ -90,7 +95,7 @@ def _pack(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.data.pack import pack
 
     out, (shard, of) = Path(arguments.out), arguments.shard
-    groups = open_groups(arguments.manifest, arguments.root, said_format(arguments.manifest, arguments.format), progress=print_line)
+    groups = open_groups(arguments.manifest, arguments.root, arguments.format, progress=print_line)
     try:
         whole = pack(groups, out, print_line, shard=shard, of=of, max_pixels=arguments.max_pixels)
     except OSError as error:
@@ -116,7 +121,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.data.convert import convert
 
     out = Path(arguments.out)
-    done = convert(Path(arguments.manifest), arguments.root, arguments.format, out, arguments.on_error, print)
+    done = convert(Path(arguments.manifest), arguments.root, arguments.format, out, arguments.on_error, print, arguments.max_pixels)
     where = "its folder" if done.root == out.parent.absolute() else f"{done.root}, which is to be named as root"
     print(f"wrote {out}: {done.groups} groups; paths of pictures are relative to {where}")
 
@@ -138,7 +143,7 @@ def _check(arguments: argparse.Namespace) -> None:
     report = check_manifest(
         arguments.manifest,
         arguments.root,
-        said_format(arguments.manifest, arguments.format),
+        arguments.format,
         lengths=collator,
         max_pixels=arguments.max_pixels,
     )

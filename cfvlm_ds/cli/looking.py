@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive, said_format
+from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.secrets import print_line
@@ -80,8 +80,7 @@ def _stats(arguments: argparse.Namespace) -> None:
 
         lengths = load_collator(model_of(arguments)[0], "full", arguments.max_pixels)
     options: dict[str, Any] = {} if shows_progress() else {"progress": lambda line: None}
-    format = said_format(arguments.manifest, arguments.format)
-    found = statistics(arguments.manifest, arguments.root, format, lengths=lengths, max_pixels=arguments.max_pixels, **options)
+    found = statistics(arguments.manifest, arguments.root, arguments.format, lengths=lengths, max_pixels=arguments.max_pixels, **options)
     if not found.num_groups and found.problems:
         raise DataError(found.problems[0])
     print(found)

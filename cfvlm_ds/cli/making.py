@@ -38,7 +38,7 @@ def add(data: Any) -> None:
     command.add_argument("--out", required=True, help="work folder, made where it is not there")
     _add_section(command, "propose")
     _add_shard(command)
-    add_data_options(command, "auto")
+    add_data_options(command)
 
     command = add_command(
         data, "edit", _edit, "edit the pictures as proposed", "cfvlm-ds data edit W --with flip,diffusers --model DIR --attempts 4"

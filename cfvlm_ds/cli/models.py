@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from cfvlm_ds.cli import benchmarks
-from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive, said_format
+from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive, say
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace
@@ -88,7 +88,7 @@ def _score(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.evaluation import score_groups
     from cfvlm_ds.models import fingerprint
 
-    groups = sound_groups(arguments.manifest, arguments.root, said_format(arguments.manifest, arguments.format), arguments.limit)
+    groups = sound_groups(arguments.manifest, arguments.root, arguments.format, arguments.limit, say)
     if is_hub(arguments.manifest) and not arguments.out:
         raise ConfigError(f"{arguments.manifest} is no file here, beside which scores are written; name one with --out")
     out = own_output(Path(arguments.out or f"{Path(arguments.manifest)}.scores.jsonl"), is_written, "score", arguments.manifest)
@@ -121,7 +121,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
     if arguments.out:
         own_output(Path(arguments.out), calibration.is_block, "calibrate", arguments.manifest)
-    groups = sound_groups(arguments.manifest, arguments.root, said_format(arguments.manifest, arguments.format), arguments.limit)
+    groups = sound_groups(arguments.manifest, arguments.root, arguments.format, arguments.limit, say)
     options: dict[str, Any] = {"max_pixels": arguments.max_pixels, "world": joined(arguments.zero3), "zero3": arguments.zero3}
     scorer, collator, world = load_scorer(*model_of(arguments), **options)
     scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
@@ -161,9 +161,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out:
         of_run = (Path(arguments.out).parent / "config.yaml").is_file()  # whose own results.json has the same form
         own_output(Path(arguments.out), lambda file: not of_run and _is_evaluated(file), "evaluate", *manifests.values())
-    splits = {
-        name: sound_groups(path, arguments.root, said_format(path, arguments.format), arguments.limit) for name, path in manifests.items()
-    }
+    splits = {name: sound_groups(path, arguments.root, arguments.format, arguments.limit, say) for name, path in manifests.items()}
     options: dict[str, Any] = {"max_pixels": arguments.max_pixels, "world": joined(arguments.zero3), "zero3": arguments.zero3}
     scorer, collator, world = load_scorer(*model_of(arguments), **options)
     results, _ = evaluate(scorer, collator, splits, world, shuffled=not arguments.no_shuffled, **_batches(arguments))

@@ -16,6 +16,7 @@ from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.ranks import own_rank
 from cfvlm_ds.core.run_folder import named_model, refuse_absent
+from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.verbosity import VERBOSITY
 
 
@@ -73,12 +74,11 @@ def add_verbosity(command: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
 
 
-def add_data_options(command: argparse.ArgumentParser, format: str = "") -> None:
+def add_data_options(command: argparse.ArgumentParser) -> None:
     """How a manifest is read: --format, --root, --max_pixels."""
     defaults = DataConfig()
-    format = format or defaults.format
-    text = "NAME or NAME:OPTION=VALUE,OPTION=VALUE; auto takes the one that the first row fits; see `cfvlm-ds data formats`"
-    command.add_argument("--format", default=format, help=f"format of the rows (default {format}): {text}")
+    text = "NAME or NAME:OPTION=VALUE,OPTION=VALUE (default auto: that of the first row by its keys); see `cfvlm-ds data formats`"
+    command.add_argument("--format", default=defaults.format, help=f"format of the rows: {text}")
     text = "folder of the images (default: the manifest's); may be given several times, absolute paths and links may lead into each"
     command.add_argument("--root", action="append", metavar="FOLDER", help=text)
     command.add_argument(
@@ -86,16 +86,10 @@ def add_data_options(command: argparse.ArgumentParser, format: str = "") -> None
     )
 
 
-def said_format(manifest: str | Path, format: str) -> str:
-    """The format of a manifest; for ``auto`` the one that its first row has, which rank 0 prints."""
-    from cfvlm_ds.data.formats import AUTO
-    from cfvlm_ds.data.manifest import open_groups, taken_as
-
-    if format != AUTO:
-        return format
-    say: Callable[[str], object] = print if own_rank() == 0 else lambda line: None
-    say(taken_as(groups := open_groups(manifest, None, format, progress=say)))
-    return groups.format
+def say(line: str) -> None:
+    """Print a line on rank 0 alone, before ranks have met."""
+    if own_rank() == 0:
+        print_line(line)
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:

@@ -100,13 +100,18 @@ IMAGE_LIMITS = ("min_pixels", "max_pixels", "max_tiles")
 """The options of a ModelConfig that bound the visual tokens of an image."""
 
 
+MICRO_BATCH_SIZE = 8
+"""Groups per micro-batch and rank where a run does not say how many."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Optimisation and the run folder.
 
     Args:
         output_dir: run folder: configuration, metrics, checkpoints, tracking store, export.
-        per_device_train_batch_size: groups per micro-batch and rank (see also ``data.max_tokens_per_micro_batch``).
+        per_device_train_batch_size: groups per micro-batch and rank (see also ``data.max_tokens_per_micro_batch``); when not given 8, or
+            fewer where a step would else need more groups than an epoch has.
         gradient_accumulation_steps: micro-batches per optimizer step.
         per_device_eval_batch_size: groups per evaluation batch and rank, scored in forwards of at most ``data.max_tokens_per_forward`` (or
             else ``data.max_tokens_per_micro_batch``) tokens.
@@ -159,7 +164,7 @@ class TrainConfig:
     """
 
     output_dir: str = bookkeeping("runs/default")
-    per_device_train_batch_size: int = speed(8, within=(1, 1e6))
+    per_device_train_batch_size: int | None = speed(None, within=(1, 1e6))
     gradient_accumulation_steps: int = speed(1, within=(1, 1e6))
     per_device_eval_batch_size: int = speed(16, within=(1, 1e6))
     learning_rate: float = meaning(1e-5, within=FINITE)
@@ -196,6 +201,11 @@ class TrainConfig:
     figures: bool = bookkeeping(True)
     export: bool = bookkeeping(True)
     dry_run: bool = bookkeeping(False)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """``per_device_train_batch_size``, or its default."""
+        return self.per_device_train_batch_size or MICRO_BATCH_SIZE
 
 
 @dataclass(frozen=True)

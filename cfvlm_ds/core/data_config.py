@@ -81,14 +81,15 @@ class DataConfig:
             format: NAME, limit: N} where a manifest has a root, format or limit of its own (``--data.evaluation.NAME.root FOLDER``); or
             name -> {benchmark: NAME, root: FOLDER} for a public benchmark.
         format: format of the rows, NAME (of ``cfvlm_ds.data.FORMATS``) or NAME:OPTION=VALUE,OPTION=VALUE, such as
-            ``captions:image=file_name,caption=text``; ``auto`` takes the one that the first row fits, and says which.
+            ``captions:image=file_name,caption=text``; ``auto`` takes the one that the first row has by its keys, and says which.
         root: folder of the images, or a list of folders; the manifest's own when not given. Paths in a manifest are absolute, or relative
             to the first of them that has the file; what a path leads to, through links too, must be inside one of them.
         scores: file written by ``cfvlm-ds score`` with reference and blind log-likelihoods of the training manifest (DPO and PMI need it).
         max_pixels: refuse images with more pixels than this.
         check: ``full`` opens every image before training starts; ``rows`` checks the manifests only, which suffices for a packed store.
         on_error: what all ranks do when a training group cannot be read, for instance because an image was damaged after the check:
-            ``error``, or ``skip`` the whole group. skipped.json in the run folder lists those.
+            ``error``, or ``skip`` the whole group. skipped.json in the run folder lists those. What is broken before the run starts is
+            refused; ``cfvlm-ds data convert --on_error skip`` leaves it out.
         max_skipped: groups that ``skip`` may leave out in a run; one more is an error.
         num_workers: processes that prepare batches, per rank; one per spare core, at most 4, when not given.
         max_tokens_per_micro_batch: pack whole groups up to this many tokens into a micro-batch, in place of
@@ -102,7 +103,7 @@ class DataConfig:
     train: list[Source] | str = bookkeeping("")
     stopping_strategy: Literal["all_exhausted", "first_exhausted"] = meaning("all_exhausted")
     evaluation: dict[str, str | EvaluationSet] = bookkeeping(default_factory=dict)
-    format: str = bookkeeping("cfgroup")
+    format: str = bookkeeping("auto")
     root: list[str] | str | None = bookkeeping(None)
     scores: str | None = bookkeeping(None)
     max_pixels: int = bookkeeping(50_000_000, within=AT_LEAST_ONE)

@@ -154,7 +154,8 @@ _DATA = {"data.train", "data.evaluation"}
 def _check_yaml(argv: Sequence[str], options: Iterable[str]) -> None:
     """ConfigError on what the parser would wait for, read without end, expand without end, or silently take the last of.
 
-    A named pipe or a file of more than MAX_SETTINGS bytes; a list of nine aliases of a list of nine aliases, and so on; a key given twice.
+    A named pipe or a file of more than MAX_SETTINGS bytes; a list of nine aliases of a list of nine aliases, and so on; an option given
+    twice.
     """
     sections = {option.rpartition(".")[0] for option in options} - {""}
     sections |= {section[:at] for section in sections for at, letter in enumerate(section) if letter == "."} | {"config"}
@@ -175,7 +176,7 @@ def _check_yaml(argv: Sequence[str], options: Iterable[str]) -> None:
 
 
 def check_document(text: str, named: str) -> None:
-    """ConfigError on YAML that takes its parser, or whoever walks what it gives, without end, and on a key given twice."""
+    """ConfigError on YAML that takes its parser, or whoever walks what it gives, without end, and on an option given twice."""
     import yaml
 
     steps = [1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", text)]
@@ -203,6 +204,25 @@ def check_document(text: str, named: str) -> None:
                 is_key.append(isinstance(event, yaml.MappingStartEvent))
     if aliases > _ALIASES:
         raise ConfigError(f"{aliases} YAML aliases in {named}, and {_ALIASES} are the most; write the values out")
+    try:
+        _refuse_divided(yaml.safe_load(text), named)
+    except ConfigError:
+        raise
+    except RecursionError as error:
+        raise ConfigError(f"{named}: a section contains itself; write its values out") from error
+    except (yaml.YAMLError, ValueError):
+        return  # named by the parser
+
+
+def _refuse_divided(section: Any, named: str) -> None:
+    """Raise ConfigError for ``train.seed`` beside a section ``train``: the parser keeps the later one and drops the other."""
+    for name, value in section.items() if isinstance(section, Mapping) else ():
+        if dotted := next((each for each in section if str(each).startswith(f"{name}.")), None):
+            raise ConfigError(
+                f"{named}: {dotted!r} stands beside a section {name!r}, and one of them would be lost; move it into the section"
+            )
+        if str(name).rpartition(".")[2] != "evaluation":  # whose names may have dots
+            _refuse_divided(value, named)
 
 
 def read_document(path: str | os.PathLike[str]) -> Any:

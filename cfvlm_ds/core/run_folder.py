@@ -6,6 +6,7 @@ Such folders are untrusted: their contents are checked before they are read, and
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -69,18 +70,26 @@ def refuse_absent(name_or_path: str, where: str = "") -> None:
         raise ConfigError(f"{where}model.name_or_path {name_or_path!r} does not exist; give a model folder or a hub name such as org/name")
 
 
-def refuse_foreign_entries(run_dir: Path) -> None:
-    """Raise ConfigError if a link, a pipe, or a folder in place of a file has a name that the run writes to: its output would end
-    elsewhere, be waited for, or fail when the training is over; and if config.yaml is somebody's own, such as the one given to --config."""
+def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
+    """Raise ConfigError where the output of a run would end elsewhere, be waited for, fail when the training is over, or lie among
+    somebody's files.
+
+    That is a link, a pipe, or a folder in place of a file, under a name that the run writes; a config.yaml that is somebody's own, such as
+    the one given to --config; and, in a folder that holds no run yet, anything but what a run and its launcher write, hidden files and what
+    the ``options`` of the run name below it.
+    """
     remedy = "remove it, or choose another train.output_dir"
-    for path in sorted(run_dir.iterdir()) if os.path.isdir(run_dir) else ():
+    entries = sorted(run_dir.iterdir()) if os.path.isdir(run_dir) else []
+    for path in entries:
         kinds = (("file", FILES, path.is_file), ("folder", FOLDERS, path.is_dir))
         for kind, names, right in kinds:
             if any(fnmatch(path.name, name) for name in names):
                 refuse_link(path, remedy)
                 if not right():
                     raise ConfigError(f"{path} is no {kind}, and a run writes one of that name; {remedy}")
-    if (run_dir / "config.yaml").is_file() and not any(run_dir.glob("checkpoint-*")):
+    if any(run_dir.glob("checkpoint-*")):
+        return
+    if (run_dir / "config.yaml").is_file():
         try:
             whole = {*SECTIONS, "objective", "deepspeed"} <= recorded_options(run_dir).keys()
         except ConfigError:
@@ -90,6 +99,21 @@ def refuse_foreign_entries(run_dir: Path) -> None:
                 f"{run_dir / 'config.yaml'} is none that a run has written, with every option in it, and would be written over; move it "
                 "away, or choose another train.output_dir"
             )
+        return
+    named = {path.parts[len(run_dir.absolute().parts)] for path in _paths(options) if run_dir.absolute() in path.parents}
+    own = (*FILES, *FOLDERS, "slurm", "*.log", ".*")
+    if foreign := [path.name for path in entries if path.name not in named and not any(fnmatch(path.name, name) for name in own)]:
+        more = f" and {len(foreign) - 1} more" * (len(foreign) > 1)
+        raise ConfigError(f"{run_dir} holds {foreign[0]!r}{more}, which no run has written; choose a new folder as train.output_dir")
+
+
+def _paths(options: Any) -> Iterator[Path]:
+    """The texts of some options, each of which may be a path."""
+    if isinstance(options, str):
+        yield Path(options).absolute()
+    elif isinstance(options, (Mapping, list)):
+        for value in options.values() if isinstance(options, Mapping) else options:
+            yield from _paths(value)
 
 
 def recorded_options(run_dir: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ must know of one another is 8 bytes for each id and each distinct picture.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup, Pictures, Prompt
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
+from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.manifest import Root, data_roots, known_format, open_groups, repeated
 from cfvlm_ds.data.packed import PackedRows
 from cfvlm_ds.data.passes import Done, Firsts, Share, contains, owned
@@ -195,10 +197,28 @@ def _open_pictures(
     """Open each picture once, named by the first group of this range that shows it."""
     wanted = first_uses(store, keys, places)
     counted = Progress(progress, f"check of images{_of_share(share)}", len(keys), "images")
-    packed = store.rows.pictures if isinstance(store.rows, PackedRows) else None
-    for index, problem in counted.over(_open_all(wanted, packed, max_pixels, share)):
+    for index, problem in counted.over(_open_all(wanted, _packed_pictures(store), max_pixels, share)):
         if problem is not None:
             report.problems.append(f"{store.where(index)}: {problem}")
+
+
+def _packed_pictures(store: GroupStore) -> PictureTable | None:
+    return store.rows.pictures if isinstance(store.rows, PackedRows) else None
+
+
+def unsound_pictures(store: GroupStore, max_pixels: int, progress: Callable[[str], object]) -> Callable[[CounterfactualGroup], str | None]:
+    """Open each picture of a manifest, once; returns what says why a check refuses the pictures of one of its groups, or None."""
+    share, report = Share(), CheckReport(str(store.path))
+    _open_pictures(report, store, *look_at_rows(report, store, progress, share).pictures, max_pixels, progress, share)
+    sound, packed = share.notes.all(), _packed_pictures(store)
+
+    def problem(group: CounterfactualGroup) -> str | None:
+        for picture in itertools.chain(*group.images):
+            if sound.find(picture) is None and isinstance(found := _open(picture, sound, packed, max_pixels), str):
+                return found
+        return next(_equal_images(group, sound), None)
+
+    return problem
 
 
 def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
@@ -274,7 +294,7 @@ class _Texts:
         counted: set[int] = set()
         for index, group in self.store.entries(places):
             if not isinstance(group, DataError):
-                self._check_pairs(report, index, group)
+                report.problems += [f"{self.store.where(index)}: {problem}" for problem in _equal_images(group, self.pictures)]
                 self._check_texts(report, index, group)
                 if self.lengths is not None:
                     self._count_visual_tokens(report, index, group, self.lengths, counted)
@@ -327,18 +347,18 @@ class _Texts:
             except DataError:
                 continue  # named with its group
 
-    def _check_pairs(self, report: CheckReport, index: int, group: CounterfactualGroup) -> None:
-        for second in range(1, len(group.images)):
-            for first in range(second):
-                if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], self.pictures):
-                    report.problems.append(
-                        f"{self.store.where(index)}: group {group.id!r}: counterfactual image {second} equals image {first} byte for byte "
-                        f"({_named(group.images[second])} and {_named(group.images[first])}) though match tells them apart; redo the edit, "
-                        "or remove it"
-                    )
-
 
 _SOME_SIZE = (56, 56)  # of pictures of which none is known: a text may have more against it than its length
+
+
+def _equal_images(group: CounterfactualGroup, pictures: PictureTable) -> Iterator[str]:
+    for second in range(1, len(group.images)):
+        for first in range(second):
+            if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], pictures):
+                yield (
+                    f"group {group.id!r}: counterfactual image {second} equals image {first} byte for byte ({_named(group.images[second])} "
+                    f"and {_named(group.images[first])}) though match tells them apart; redo the edit, or remove it"
+                )
 
 
 def _sizes(image: Pictures, pictures: PictureTable) -> tuple[Size, ...] | None:
@@ -364,10 +384,16 @@ def _of_share(share: Share) -> str:
     return f" (rank {share.rank}; {share.size} ranks share them)" if share.size > 1 else ""
 
 
-def sound_groups(path: str | Path, root: Root = None, format: str = "cfgroup", limit: int | None = None) -> GroupStore:
+def sound_groups(
+    path: str | Path,
+    root: Root = None,
+    format: str = AUTO,
+    limit: int | None = None,
+    progress: Callable[[str], object] = lambda line: None,
+) -> GroupStore:
     """``open_groups`` of a manifest whose rows are looked at first. Raises DataError on the first problem, ids that come twice included."""
-    store = open_groups(path, root, format, limit=limit)
-    if problems := check_rows(store, progress=lambda line: None).problems:
+    store = open_groups(path, root, format, limit=limit, progress=progress)
+    if problems := check_rows(store, progress=progress).problems:
         raise DataError(problems[0])
     return store
 
@@ -375,7 +401,7 @@ def sound_groups(path: str | Path, root: Root = None, format: str = "cfgroup", l
 def check_manifest(
     path: str | Path,
     root: Root = None,
-    format: str = "cfgroup",
+    format: str = AUTO,
     *,
     lengths: Lengths | None = None,
     max_pixels: int = MAX_PIXELS,

@@ -14,11 +14,12 @@ from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.untrusted import new_output, own_output
+from cfvlm_ds.data.check import unsound_pictures
 from cfvlm_ds.data.containers.hub import fetched
-from cfvlm_ds.data.formats import AUTO
+from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.lines import MAX_LINE
-from cfvlm_ds.data.manifest import Root, data_roots, open_groups, repeated, taken_as
+from cfvlm_ds.data.manifest import Root, data_roots, open_groups, repeated
 
 
 class Converted(NamedTuple):
@@ -36,11 +37,13 @@ def convert(
     out: Path,
     on_error: Literal["error", "skip"] = "error",
     say: Callable[[str], object] = lambda line: None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Converted:
     """Write the groups of a manifest to ``out``, which appears whole or not at all. Pictures that had to be copied lie in its folder.
 
-    ``skip`` leaves out rows that are no group, and lists them in a file beside ``out``. Raises DataError for the first of them otherwise,
-    and where no row is a group; ConfigError or StorageError where ``out`` cannot be written, or is there already.
+    ``skip`` opens every picture, leaves out rows that are no group and groups with a picture that a check refuses, and lists them in a file
+    beside ``out``; ``max_pixels`` as in open_image. Otherwise no picture is opened, and the first row that is no group raises DataError.
+    Raises DataError where nothing is left; ConfigError or StorageError where ``out`` cannot be written, or is there already.
     """
     new_output(out, path)
     listed = list_of_skipped(out)
@@ -50,10 +53,11 @@ def convert(
     base = folder if all(each.is_relative_to(folder) for each in roots) else roots[0]
     groups, described, repeats, problems, seen = 0, 0, 0, list[str](), dict[int, int]()
     store = open_groups(path, root, format, progress=say, cache=[out.parent])
-    if format == AUTO:
-        say(taken_as(store))
+    unsound = unsound_pictures(store, max_pixels, say) if on_error == "skip" else lambda group: None
     with whole_file(out) as file:
         for index, item in store.entries():
+            if not isinstance(item, DataError) and (problem := unsound(item)) is not None:
+                item = DataError(f"{store.where(index)}: {problem}")
             if not isinstance(item, DataError) and (key := hash(item.id)) in seen:
                 item = DataError(repeated(store, index, seen[key], item.id))
                 repeats += 1

@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data.containers.hub import fetched
 from cfvlm_ds.data.containers.kinds import container_of
-from cfvlm_ds.data.formats import AUTO, format_named
+from cfvlm_ds.data.formats import AUTO, Format, format_named
+from cfvlm_ds.data.formats.captions import Captions
 from cfvlm_ds.data.formats.cfgroup import native_group
 from cfvlm_ds.data.formats.recognise import recognised
 from cfvlm_ds.data.joined import JoinedRows
@@ -34,7 +37,7 @@ Root = str | Path | Sequence[str | Path] | None
 def open_groups(
     path: str | Path,
     root: Root = None,
-    format: str = "cfgroup",
+    format: str = AUTO,
     *,
     limit: int | None = None,
     share: Share | None = None,
@@ -42,7 +45,8 @@ def open_groups(
     cache: Sequence[Path] | None = None,
 ) -> GroupStore:
     """The groups of a manifest, in file order, each read when it is asked for: JSON lines, or another container of rows, of which JSON
-    lines are made in a folder of ``cache`` the first time (cfvlm_ds/data/containers/). ``format`` is a name, with options or not, or auto.
+    lines are made in a folder of ``cache`` the first time (cfvlm_ds/data/containers/). ``format`` is a name, with options or not, or auto:
+    the format of the first row that has a known one, of which ``progress`` is told where it is not the native one.
 
     Image paths are absolute, or relative to ``root`` (default: the manifest's folder), of several to the first that has such a file, and
     are returned joined to it. The file a path leads to, links followed, must be inside one of them; images are not opened. A large file is
@@ -50,8 +54,9 @@ def open_groups(
     An address such as hf://datasets/ORG/NAME/data/train-*.parquet is fetched from the Hugging Face hub the first time.
     ``limit`` leaves out what comes after so many groups. ``share`` is told that this process is alive, and bounds nothing else.
 
-    Raises DataError for a manifest that cannot be read at all or has no row. A row that is no group raises one when it is asked for: one
-    sentence naming file, row (1-based line, or item of a list) and remedy. Two groups of one id are found by the data check.
+    Raises DataError for a manifest that cannot be read at all, has no row, or lacks a column that ``format`` names. A row that is no group
+    raises one when it is asked for: one sentence naming file, row (1-based line, or item of a list) and remedy. Two groups of one id are
+    found by the data check.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise DataError(
@@ -71,8 +76,10 @@ def open_groups(
                 remedy = "pass the folder that image paths are relative to as root"
                 raise DataError(f"{path}: its data root {each} is not a folder; {remedy}")
     rows = open_rows(path, cache=cache, alive=share.alive, progress=progress)
-    format = taken(rows) if format == AUTO else format
+    if format == AUTO and (format := _taken(rows)) != NATIVE:
+        progress(f"{path}: taken as {container_of(path)}, format {format}")
     convert = format_named(format, path)
+    _refuse_absent_columns(rows, convert, share.alive, progress)
     whole, places = Share(alive=share.alive, shield=share.shield), range(len(rows))
 
     def over(work: Callable[[Sequence[int]], Any]) -> Iterator[Any]:
@@ -85,17 +92,39 @@ def open_groups(
     return GroupStore(rows, [*roots, *own], convert, firsts, (_again, (path, roots, format, rows.state, limit)), format, limit)
 
 
-def taken(rows: Rows) -> str:
-    """The format that the first row has. Raises DataError for none."""
-    if isinstance(first := rows.value(0), DataError):
-        raise first
-    return recognised(first, rows.where(0))
+def _taken(rows: Rows) -> str:
+    """The format of the first row that has a known one, among the first; the native one where none of those can be read. Raises DataError
+    where they are of no format."""
+    unknown: DataError | None = None
+    for row in range(min(len(rows), _LOOKED_AT)):
+        if isinstance(value := rows.value(row), Mapping):
+            try:
+                return recognised(value, rows.where(row))
+            except DataError as error:
+                unknown = unknown or error
+    if unknown is not None:
+        raise unknown
+    return NATIVE
 
 
-def taken_as(groups: GroupStore) -> str:
-    """What a manifest is taken for, in words."""
-    kind = "packed store" if is_store(groups.path) else container_of(groups.path)
-    return f"{groups.path}: taken as {kind}, format {groups.format}"
+_LOOKED_AT = 100  # rows whose format is looked for
+
+
+def _refuse_absent_columns(rows: Rows, convert: Format, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
+    """Raise DataError for a column that an option of the format names and that no row has."""
+    if not isinstance(convert, Captions):
+        return
+    absent = convert.absent({})
+    counted = Progress(progress, f"{rows.path}: columns", len(rows), "rows")
+    for row in counted.over(range(len(rows)) if absent else ()):
+        alive()
+        if isinstance(value := rows.value(row), Mapping) and not (absent := absent & convert.absent(value)):
+            return
+    for option, column in sorted(absent):
+        first = next((value for row in range(min(len(rows), _LOOKED_AT)) if isinstance(value := rows.value(row), Mapping)), {})
+        near = difflib.get_close_matches(column, list(first), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, list(first)[:20])) or 'none'}"
+        raise DataError(f"{rows.path}: no row has the column {column!r}, which {option} names; {hint}")
 
 
 def _again(path: Path, roots: Sequence[Path], format: str, state: State, limit: int | None) -> GroupStore:
@@ -106,7 +135,7 @@ def _again(path: Path, roots: Sequence[Path], format: str, state: State, limit: 
     return store
 
 
-def read_manifest(path: str | Path, root: Root = None, format: str = "cfgroup") -> list[CounterfactualGroup]:
+def read_manifest(path: str | Path, root: Root = None, format: str = AUTO) -> list[CounterfactualGroup]:
     """All groups of a manifest in memory, as ``open_groups`` gives them. Raises DataError on the first problem, two groups of one id
     included."""
     groups, seen = [], dict[str, int]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -107,9 +108,13 @@ class CheckReport:
         lines = [("manifest", self.manifest), *(self._counts() if self.num_groups or self.ok else ())]  # zeros say nothing
         lines.append(("problems", str(len(self.problems)) if self.problems else "none"))
         table = [f"{name:<16} {value}" for name, value in lines]
-        table += [f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
-        if len(self.problems) > _SHOWN_PROBLEMS:
-            table.append(f"  ... and {len(self.problems) - _SHOWN_PROBLEMS} more")
+        first: dict[str, str] = {}
+        for problem in self.problems:
+            first.setdefault(without_place(problem), problem)
+        counts, shown = Counter(map(without_place, self.problems)), dict(itertools.islice(first.items(), _SHOWN_PROBLEMS))
+        table += [f"  {problem}" + f" (and {counts[what] - 1} more rows)" * (counts[what] > 1) for what, problem in shown.items()]
+        if more := len(self.problems) - sum(counts[what] for what in shown):
+            table.append(f"  ... and {more} more")
         return "\n".join(table)
 
     def _counts(self) -> list[tuple[str, str]]:
@@ -131,6 +136,15 @@ class CheckReport:
         if self.metadata:
             lines.append(("metadata", self.unused))
         return lines
+
+
+def without_place(problem: str) -> str:
+    """What is wrong with a row, without its file and number: the same for every row that is wrong in this way."""
+    place = _PLACE.search(problem)
+    return problem[place.end() :] if place else problem
+
+
+_PLACE = re.compile(r"(?::|\bitem |\brow )\d+: ")
 
 
 def _counted(counts: Counter[str]) -> str:

@@ -24,10 +24,12 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.data.check import Lengths
 from cfvlm_ds.data.decoding import MAX_PIXELS, Size, image_size
+from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.manifest import Root, open_groups
 from cfvlm_ds.data.overlap import row_key
 from cfvlm_ds.data.picture_file import picture_stat
 from cfvlm_ds.data.picture_index import content_digest, picture_key
+from cfvlm_ds.data.report import without_place
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -71,9 +73,9 @@ class Statistics:
     """A hash of what every group says: its prompts, texts and pictures by their paths."""
 
     def add_problem(self, sentence: str) -> None:
-        """Count what is wrong with a row, a picture or a text; the first few are kept."""
+        """Count what is wrong with a row, a picture or a text; the first few that are not alike are kept."""
         self.num_problems += 1
-        if len(self.problems) < _SHOWN_PROBLEMS:
+        if len(self.problems) < _SHOWN_PROBLEMS and without_place(sentence) not in map(without_place, self.problems):
             self.problems.append(sentence)
 
     def add_pictures(self, groups: Sequence[CounterfactualGroup], pool: ThreadPoolExecutor, max_pixels: int) -> None:
@@ -181,7 +183,7 @@ class Statistics:
 def statistics(
     path: str | Path,
     root: Root = None,
-    format: str = "cfgroup",
+    format: str = AUTO,
     *,
     lengths: Lengths | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -195,7 +197,7 @@ def statistics(
     that cannot be read at all.
     """
     found = Statistics(str(path), "tokens" if lengths else "characters")
-    store = open_groups(path, root, format)
+    store = open_groups(path, root, format, progress=progress)
     entries, counter = store.entries(), Progress(progress, "statistics", len(store), "groups")
     with ThreadPoolExecutor(cores_per_rank()) as pool:
         while chunk := [item for _, item in islice(entries, _CHUNK)]:

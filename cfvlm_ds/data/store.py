@@ -19,8 +19,6 @@ from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data.confinement import Confinement
 from cfvlm_ds.data.formats import Format
-from cfvlm_ds.data.formats.cfgroup import native_group
-from cfvlm_ds.data.formats.recognise import recognised
 from cfvlm_ds.data.formats.truth import joined
 from cfvlm_ds.data.rows import Rows
 
@@ -129,7 +127,9 @@ class GroupStore(Sequence[CounterfactualGroup]):
         for row, value, groups in zip(rows, values, made, strict=True):
             if not isinstance(groups, DataError):
                 groups = _unraised(self._confined, row, groups)
-            found.append(self._told(row, value, groups) if groups is not value and isinstance(groups, DataError) else groups)
+            if isinstance(groups, DataError) and groups is not value:
+                groups = DataError(f"{self.rows.where(row)}: {groups}")
+            found.append(groups)
         return found
 
     def _confined(self, row: int, groups: Sequence[CounterfactualGroup]) -> Sequence[CounterfactualGroup]:
@@ -138,24 +138,6 @@ class GroupStore(Sequence[CounterfactualGroup]):
         if len(groups) != expected:
             raise DataError(f"the row has {len(groups)} groups and not {expected} as when it was counted; correct the format's parts()")
         return groups
-
-    def _told(self, row: int, value: Any, error: DataError) -> DataError:
-        """What is wrong with a row, and its place."""
-        where, other = self.rows.where(row), self._other_format(value)
-        if other is None:
-            return DataError(f"{where}: {error}")
-        said = f"the row is of format {other!r} by its keys, and was read as {self.format!r}"
-        return DataError(f"{where}: {said}; name its format, as data.format or with --format {other}")
-
-    def _other_format(self, row: Any) -> str | None:
-        """The format that a row has whose format nobody has named: the native one is taken then."""
-        if self._convert is not native_group:
-            return None
-        try:
-            found = recognised(row, "")
-        except DataError:
-            return None
-        return None if found == self.format else found
 
 
 class Unraised(Sequence[CounterfactualGroup | DataError]):

@@ -57,7 +57,7 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
     bf16 = train.bf16 if train.bf16 != "auto" else (capable and not fp16 if written == "auto" else bool(written))
     arguments = SimpleNamespace(
         world_size=world_size,
-        per_device_train_batch_size=train.per_device_train_batch_size,
+        per_device_train_batch_size=train.micro_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         max_grad_norm=train.max_grad_norm,
         learning_rate=train.learning_rate,

@@ -20,7 +20,6 @@ from cfvlm_ds.core.untrusted import bare_name
 from cfvlm_ds.data import MAX_PIXELS, GroupStore, Root, open_groups
 from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.identity import data_identity
-from cfvlm_ds.data.manifest import taken_as
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
 from cfvlm_ds.evaluation.comparisons import comparisons
 from cfvlm_ds.page import Item, Page, ScoreTable, Written, group_item, refuse_foreign_folder, write_page
@@ -56,7 +55,7 @@ def view(
     out: str | Path = "page",
     *,
     root: Root = None,
-    format: str = "cfgroup",
+    format: str = AUTO,
     scores: str | Path | None = None,
     sample: int = SAMPLE,
     seed: int = 0,
@@ -82,9 +81,8 @@ def view(
             )
         choice = _of_run(Path(source), sample)
     else:
-        choice = _of_manifest(source, root, format, scores, sample, seed, ids)
-        if format == AUTO and isinstance(taken := choice.sources[0].groups, GroupStore):
-            say(taken_as(taken))
+        groups = open_groups(source, root, format, progress=say)
+        choice = _of_manifest(groups, scores, sample, seed, ids)
     number, total = len(choice.shown), sum(len(each.groups) for each in choice.sources)
     facts: list[Fact] = [("source", str(source)), ("groups", f"{number} of {total} ({choice.how})" if total > number else str(number))]
     facts += [("scores", str(scores))] * (scores is not None)
@@ -93,13 +91,10 @@ def view(
     return write_page(page, Path(out), max_pixels=max_pixels, say=say)
 
 
-def _of_manifest(
-    source: str | Path, root: Root, format: str, scores: str | Path | None, sample: int, seed: int, ids: str | Path | None
-) -> _Choice:
-    groups = open_groups(source, root, format)
+def _of_manifest(groups: GroupStore, scores: str | Path | None, sample: int, seed: int, ids: str | Path | None) -> _Choice:
     found = _Source(groups, {} if scores is None else _stored(Path(scores), groups))
     if ids is not None:
-        return _Choice([found], [(0, index) for index in _named(Path(ids), groups, str(source))], "by id")
+        return _Choice([found], [(0, index) for index in _named(Path(ids), groups, str(groups.path))], "by id")
     drawn = range(len(groups)) if sample >= len(groups) else sorted(random.Random(seed).sample(range(len(groups)), sample))
     return _Choice([found], [(0, index) for index in drawn], f"drawn by seed {seed}")
 
@@ -141,7 +136,7 @@ def _evaluated(run_dir: Path) -> dict[str, tuple[str, Root, str, int | None]]:
         if own.get("benchmark"):
             continue  # whose items `cfvlm-ds compare RUN/benchmarks` shows
         root = data.get("root") if own.get("root") is None else own["root"]
-        path, format, limit = own.get("path"), own.get("format") or data.get("format") or "cfgroup", own.get("limit")
+        path, format, limit = own.get("path"), own.get("format") or data.get("format") or AUTO, own.get("limit")
         roots = root if isinstance(root, list) else [] if root is None else [root]
         if not all(isinstance(each, str) for each in (name, path, format, *roots)) or not (limit is None or type(limit) is int):
             raise ConfigError(f"{file}: data.evaluation.{name} names no manifest; restore it")

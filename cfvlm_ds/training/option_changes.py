@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds import checkpoint
-from cfvlm_ds.core.config import SECTIONS, ModelConfig, RunConfig
+from cfvlm_ds.core.config import MICRO_BATCH_SIZE, SECTIONS, ModelConfig, RunConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import append
 from cfvlm_ds.core.options import Kind, kinds
@@ -213,7 +213,7 @@ def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
             values[name] = (value, kind)
     accumulated, ranks = options["train.gradient_accumulation_steps"], record.get("ranks")
     if ranks is not None and options["data.max_tokens_per_micro_batch"] is None:
-        groups = options["train.per_device_train_batch_size"] * accumulated * ranks
+        groups = (options["train.per_device_train_batch_size"] or MICRO_BATCH_SIZE) * accumulated * ranks
         values["groups per step (train.per_device_train_batch_size x train.gradient_accumulation_steps x ranks)"] = (groups, "meaning")
     elif ranks is not None:
         values["micro-batches per step (train.gradient_accumulation_steps x ranks)"] = (accumulated * ranks, "meaning")

@@ -26,9 +26,7 @@ from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.data import CheckReport, GroupStore, Share, check_groups, check_rows, data_roots, open_groups
 from cfvlm_ds.data.containers.hub import fetched, is_hub
 from cfvlm_ds.data.containers.kinds import sources_state
-from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.identity import Identity, digest, mixed_identity, shared_identity
-from cfvlm_ds.data.manifest import taken_as
 from cfvlm_ds.data.mixture import MixedGroups
 from cfvlm_ds.data.overlap import shared_with
 from cfvlm_ds.data.packed import FILE as STORE
@@ -95,7 +93,7 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
             benchmarks = read_benchmarks(config, world, check.collator, tick)
             collator = next((each.collator for each in benchmarks.values()), check.collator)
             check.name_shared(sources, splits, identities, benchmarks)
-            check.name_idle(config.objective)
+            agreed(world, lambda: check.refuse_idle(config.objective), patience)
     except WorkerLost as lost:
         raise StorageError(
             f"the data check of {data.trained_on} has lost a process ({lost}); memory is what such processes are usually killed for: start "
@@ -178,8 +176,6 @@ class _Check:
         if problem:
             raise DataError(problem)
         groups = self._opened(each)
-        if self._format(each) == AUTO:
-            self._world.say(taken_as(groups))
         if isinstance(groups.rows, PackedRows) and groups.rows.pictures is not None:
             self._packed.append(groups.rows.pictures)
         if summary is None:
@@ -234,10 +230,8 @@ class _Check:
             for line in said:
                 say(f"warning: {line}; what is measured there is no generalisation")
 
-    def name_idle(self, objectives: Mapping[str, Any]) -> None:
-        """Say which terms have nothing to do, where no training group that counts in them has a text that is known to be false."""
-        if not self._world.is_main:
-            return
+    def refuse_idle(self, objectives: Mapping[str, Any]) -> None:
+        """Raise ConfigError for terms with nothing to do: no training group that counts in them has a text that is known to be false."""
         sets = [(each.objectives, self._entry(each).get("known_false") == 0) for each in self._config.data.train_sets.values()]
         one = torch.ones(1, 1, 1, dtype=torch.int64)
         plain = GroupLayout(one.bool(), one.to(torch.int8), one, one, torch.ones(1))
@@ -247,10 +241,9 @@ class _Check:
             if not counting or (all(counting) and not (torch.atleast_1d(term.denominator(plain)) > 0).any()):
                 idle.append(name)
         if idle:
-            supervised = ", and this is plain supervised fine-tuning" * all(nothing_false for _, nothing_false in sets)
-            self._world.say(
-                f"warning: no training group that counts in {', '.join(idle)} has a text that is false of one of its images, so that there "
-                f"is nothing to compare{supervised}"
+            raise ConfigError(
+                f"no training group that counts in {', '.join(idle)} has a text that is false of one of its images, so that there is "
+                "nothing to compare; leave these terms out of objective, or give them the weight 0, if that is meant"
             )
 
     def _format(self, each: DataSet) -> str:
@@ -299,7 +292,9 @@ class _Check:
         if lost:
             raise StorageError(lost)
         if report.problems:
-            raise DataError(report.problems[0] + (f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""))
+            remedy = f"; data.on_error is about what breaks later, and `cfvlm-ds data convert {each.path} --on_error skip` leaves this out"
+            others = f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""
+            raise DataError(report.problems[0] + remedy * (data.on_error == "skip") + others)
         if not self._full:
             return f"{each.path}: {report.num_groups} groups", report.num_false_cells
         summary = f"{each.path}: {report.num_groups} groups, {report.num_images} images"

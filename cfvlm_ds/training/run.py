@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
     world = world or engine.start()
     with signals.before_leaving(lambda code: world.say(_LEFT[code])):
         validate(config, world)
-        with _locked(Path(config.train.output_dir), world, partial(refuse_export, config)):
+        with _locked(Path(config.train.output_dir), world, partial(refuse_export, config), config.resolved):
             _run(config, world)
 
 
@@ -66,14 +67,14 @@ _LEFT = {
 
 
 @contextlib.contextmanager
-def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """The run folder is this run's alone. Raises ConfigError on all ranks when it is another's, naming its holder, when what the run
-    writes there would end elsewhere, and when ``check`` does, before anything is touched."""
+def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None, options: Any = None) -> Iterator[None]:
+    """The run folder is this run's alone. Raises ConfigError on all ranks when it is another's, naming its holder, when it is none for a
+    run of these ``options``, and when ``check`` does, before anything is touched."""
     held: list[RunLock] = []
 
     def hold() -> None:
         try:
-            refuse_foreign_entries(run_dir)
+            refuse_foreign_entries(run_dir, options)
             check()
         except OSError as error:  # a name that is too long, a folder that must not be read
             raise StorageError(f"{unwritten(run_dir, error)}; choose another train.output_dir") from error
@@ -94,6 +95,7 @@ def _run(config: RunConfig, world: World) -> None:
     run_dir = Path(config.train.output_dir)
     raw, width = engine.read_json(config.deepspeed), engine.hidden_size(config)
     data = read_data(config, world)
+    config = _fitted(config, data, world)
     stored = _stored_scores(config, data, world)
     collator = data.collator or load_collator(config.model, "full", config.data.max_pixels)
     check_best(config, data.splits, data.benchmarks)
@@ -180,7 +182,35 @@ def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator)
         place["order"] = OneAfterTheOther(len(data.groups), options.seed, rows=rows[0])
     if limit is not None:
         return PackedSampler(tokens=tokens, max_tokens=limit, **place)
-    return GroupSampler(num_groups=len(data.groups), groups_per_micro_batch=options.per_device_train_batch_size, **place)
+    return GroupSampler(num_groups=len(data.groups), groups_per_micro_batch=options.micro_batch_size, **place)
+
+
+def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
+    """The configuration with a default micro-batch of which a step needs no more groups than an epoch has.
+
+    Raises ConfigError where steps that are asked for need more, and would have groups twice.
+    """
+    train, ranks = config.train, world.size
+    epoch = _mixed_order(config, data, [None] * len(data.sources)).length if config.data.is_mixture else len(data.groups)
+    packed, accumulated = config.data.max_tokens_per_micro_batch is not None, train.gradient_accumulation_steps
+    size, fits = 1 if packed else train.micro_batch_size, epoch // (accumulated * ranks)
+    if size <= fits:
+        return config
+    if packed or train.per_device_train_batch_size is not None or not fits:
+        each = "one" if packed else f"{size} (train.per_device_train_batch_size)"
+        if fits:
+            remedy = f"set train.per_device_train_batch_size to at most {fits}"
+        elif epoch >= ranks:
+            remedy = f"set train.gradient_accumulation_steps to at most {epoch // ranks}"
+        else:
+            remedy = f"start at most {epoch} ranks"
+        raise ConfigError(
+            f"a step takes {each} x {accumulated} (train.gradient_accumulation_steps) x {ranks} (ranks) groups, and an epoch has {epoch}; "
+            f"{remedy}"
+        )
+    world.say(f"train.per_device_train_batch_size is {fits}, not {size}: an epoch has {epoch} groups")
+    resolved = {**config.resolved, "train": {**config.resolved["train"], "per_device_train_batch_size": fits}}
+    return replace(config, train=replace(train, per_device_train_batch_size=fits), resolved=resolved)
 
 
 def _rows_of(groups: Sequence[CounterfactualGroup]) -> RowsTogether | None:

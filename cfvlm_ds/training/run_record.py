@@ -21,6 +21,7 @@ from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import update
 from cfvlm_ds.core.secrets import masked, without_secrets
 from cfvlm_ds.core.versions import git_revision, version
+from cfvlm_ds.data import GroupStore
 from cfvlm_ds.data.containers.hub import is_hub
 from cfvlm_ds.data.identity import Identity, digest
 from cfvlm_ds.models import Scorer, load_config, parameter_counts
@@ -76,7 +77,7 @@ def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
             "name": name,
             "context": context,
             "source": without_secrets(each.path if is_hub(each.path) else os.path.abspath(each.path)),
-            "format": each.format or config.data.format,
+            "format": groups.format if isinstance(groups, GroupStore) else each.format,
             "groups": len(groups),
             "digest": digest(identity),
         }

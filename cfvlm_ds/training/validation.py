@@ -63,7 +63,7 @@ def _check_step(config: RunConfig, ranks: int) -> None:
             "that it is false of; add a term that does, such as csd in its mode cross, or leave the option out"
         )
     if terms and config.data.max_tokens_per_micro_batch is None:
-        groups = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
+        groups = train.micro_batch_size * train.gradient_accumulation_steps * ranks
         if groups < 2:
             raise ConfigError(
                 f"{next(iter(terms))}: an optimizer step has one group, and its images are compared with texts of others; raise "

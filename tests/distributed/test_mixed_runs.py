@@ -61,6 +61,7 @@ def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
     }
     masked = {k: {"objectives": ["align", "csd"]} for k in (0, 2)}
     refused = ["unchanged", str(folder / "broken"), False]
+    alone = ["--objective.csd.weight", "0", "--objective.fcd.weight", "0"]
     run(1, {
         "share": (refused, arguments("broken", 8, changed={0: {"weight": 5}})),
         "objectives": (refused, arguments("broken", 8, changed={1: {"objectives": ["align", "csd"]}})),
@@ -69,6 +70,7 @@ def trained(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytes
         "resumed": (["nothing"], arguments("broken", 8)),
         "idle": (["nothing"], arguments("idle", 4, "--train.max_steps", "1", changed=without)),
         "masked": (["nothing"], arguments("masked", 4, "--train.max_steps", "1", changed=masked)),
+        "meant": (["nothing"], arguments("meant", 4, "--train.max_steps", "1", *alone, changed=without)),
     })  # fmt: skip
     return folder, said
 
@@ -112,9 +114,9 @@ def test_a_changed_mixture_is_refused(trained: Trained) -> None:
         assert "before a change of the mixture: its sources, their names or their objectives; restore the data" in said[name]
 
 
-def test_what_is_shared_and_what_is_idle_is_named(trained: Trained, manifests: dict[str, Path]) -> None:
+def test_what_is_shared_is_named_and_a_term_without_work_refused(trained: Trained, manifests: dict[str, Path]) -> None:
     """The evaluation set is the training file, of which thirty rows are trained on; three sources without a negative."""
-    _, said = trained
+    folder, said = trained
     groups = read_manifest(manifests["train"])
     rows = [(sorted(each.text for each in group.candidates), sorted(image[0].read_bytes() for image in group.images)) for group in groups]
     pictures = [image[0].read_bytes() for group in groups for image in group.images]
@@ -124,6 +126,8 @@ def test_what_is_shared_and_what_is_idle_is_named(trained: Trained, manifests: d
     whole = f"warning: data.evaluation.half: {counts} are in the training set {manifests['train']} too"
     assert sum(line.startswith(whole) for line in said["two"].splitlines()) == 1
     nothing = "has a text that is false of one of its images, so that there is nothing to compare"
-    assert f"no training group that counts in csd, fcd {nothing}, and this is plain supervised fine-tuning" in said["idle"]
-    assert f"no training group that counts in fcd {nothing}\n" in said["masked"], "for the source that has some does not count in it"
-    assert "nothing to compare" not in said["two"]
+    refusal = "rank 0 raised ConfigError: no training group that counts in"
+    assert f"{refusal} csd, fcd {nothing}" in said["idle"]
+    assert f"{refusal} fcd {nothing}" in said["masked"], "for the source that has some does not count in it"
+    assert "nothing to compare" not in said["two"] + said["meant"]
+    assert losses(folder / "meant") and not any((folder / name / "metrics.jsonl").exists() for name in ("idle", "masked"))

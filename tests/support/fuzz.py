@@ -510,7 +510,7 @@ def read_config(argv: list[str], folder: Path, again: bool) -> None:
     train = config.train
     torch.manual_seed(train.seed)
     sampler = GroupSampler(
-        num_groups=5, groups_per_micro_batch=train.per_device_train_batch_size, seed=train.seed, rank=0, world_size=1,
+        num_groups=5, groups_per_micro_batch=train.micro_batch_size, seed=train.seed, rank=0, world_size=1,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
     )  # fmt: skip
     steps = train.max_steps if train.max_steps > 0 else sampler.num_steps(train.num_train_epochs)
@@ -678,7 +678,7 @@ def use_deepspeed(config: RunConfig) -> None:
     resolved = engine.resolve(engine.read_json(config.deepspeed), config, 1, torch.device("cpu"), 32, 10)
     engine.validate(config, resolved)
     train = config.train
-    micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    micro, accumulation = train.micro_batch_size, train.gradient_accumulation_steps
     assert resolved.config.get("train_batch_size", micro * accumulation) == micro * accumulation
 
 

@@ -202,6 +202,10 @@ def test_brackets_of_a_configuration_are_bounded(tmp_path: Path) -> None:
         ("train:\n  seed: 1\n  max_steps: 2\n  seed: 1\n", "key 'seed' occurs twice in one section (on line 4, after line 2)"),
         ("data: {evaluation: {a: x, b: y, a: z}}", "key 'a' occurs twice"),
         ('{"train": {"seed": 1,\n"seed": 2}}', "key 'seed' occurs twice in one section (on line 2, after line 1)"),
+        ("train.max_steps: 1\ntrain: {max_steps: 2}\n", "'train.max_steps' stands beside a section 'train'"),
+        ("train.max_steps: 1\ntrain: {seed: 2}\n", "'train.max_steps'"),  # of which the parser keeps the seed alone
+        ("model: {lora: {rank: 4}, lora.alpha: 8}", "'lora.alpha'"),
+        ("model: &model {lora: *model}", "a section contains itself"),
     ],
 )
 def test_a_key_given_twice_in_a_configuration_is_refused(text: str, said: str, tmp_path: Path) -> None:
@@ -214,7 +218,7 @@ def test_a_key_given_twice_in_a_configuration_is_refused(text: str, said: str, t
     with pytest.raises(ConfigError, match="'a' occurs twice"):
         parse_config(["--data.evaluation", '{"a": "x", "a": "y"}'], OBJECTIVES)
     # One key in several sections, or in the items of a list, is no repetition; nor is an option given twice, where the later one wins.
-    path.write_text("train: {seed: 1}\ndata: {evaluation: {seed: x, train: y}}\n")
+    path.write_text("train: {seed: 1}\ndata: {evaluation: {seed: x, train: y, train.hard: z}}\n")
     assert parse_config([f"--config={path}", "--train.seed", "3", "--train.seed", "4"], OBJECTIVES).train.seed == 4
 
 

@@ -696,7 +696,7 @@ def test_checks_say_how_far_they_are(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_long_reports_are_cut(folder: Path) -> None:
-    report = check_manifest(manifest(folder, *["{"] * 60))
+    report = check_manifest(manifest(folder, *(" " * k + "{" for k in range(60))))
     assert len(report.problems) == 60 and "... and 10 more" in str(report)
 
 

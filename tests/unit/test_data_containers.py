@@ -9,6 +9,7 @@ import http.server
 import io
 import json
 import os
+import pickle
 import random
 import re
 import subprocess
@@ -22,6 +23,7 @@ from typing import Any, ClassVar
 
 import pyarrow
 import pytest
+from PIL import Image
 from public_data import PUBLIC, lines, member, picture, write_pictures
 from pyarrow import parquet
 
@@ -32,7 +34,6 @@ from cfvlm_ds.data.containers import json_file, prepared
 from cfvlm_ds.data.containers.kinds import CONTAINERS, container_of, sources_of
 from cfvlm_ds.data.containers.prepared import prepare
 from cfvlm_ds.data.convert import convert
-from cfvlm_ds.data.manifest import taken_as
 
 CAPTION = {"image": "images/000.png", "caption": "a dog"}
 
@@ -273,8 +274,10 @@ def test_what_a_path_is_taken_for(folder: Path) -> None:
     (folder / "d.csv").write_text("image,caption\nimages/000.png,a dog\n")
     for name, kind in (("a.jsonl", "jsonl"), ("b.json", "json"), ("c.json", "jsonl"), ("d.csv", "csv")):
         assert container_of(folder / name) == kind
-        assert taken_as(open_groups(folder / name, format="auto")) == f"{folder / name}: taken as {kind}, format captions"
-        assert [g.candidates[0].text for g in read_manifest(folder / name, format="auto")] == ["a dog"]
+        said: list[str] = []
+        groups = open_groups(folder / name, progress=said.append)
+        assert said == [f"{folder / name}: taken as {kind}, format captions"]
+        assert [group.candidates[0].text for group in groups] == ["a dog"] and pickle.loads(pickle.dumps(groups))[0] == groups[0]
 
 
 # ---- bad files
@@ -505,6 +508,27 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder: Path) -> None
     with pytest.raises(DataError, match=r"and so are all 2 rows"):
         convert(lines(folder / "bad.jsonl", ["{", "{"]), None, "captions", folder / "none.jsonl", "skip")
     assert not (folder / "none.jsonl").exists()
+
+
+def test_conversion_leaves_out_pictures_that_a_check_refuses(folder: Path) -> None:
+    """One that is not there, a damaged one of two rows, one that is too large, and an edited one that was never edited."""
+    (folder / "cut.png").write_bytes(picture(1)[:-30])
+    (folder / "same.png").write_bytes(picture(0))
+    Image.new("RGB", (300, 300)).save(folder / "large.png")
+    wrong = [{"image": name} for name in ("absent.png", "cut.png", "images/001.png", "large.png", "cut.png")]
+    wrong[2] = {"image": "images/000.png", "negative_image": "same.png"}
+    rows = [CAPTION, *wrong, CAPTION | {"negative_image": "images/001.png"}]
+    path = lines(folder / "rows.jsonl", [CAPTION | row | {"id": k} for k, row in enumerate(rows)])
+    broken = check_manifest(path, max_pixels=80_000, progress=str).problems
+    assert len(broken) == 4, "a picture is named once"
+    said: list[str] = []
+    done = convert(path, None, "auto", folder / "out.jsonl", "skip", said.append, 80_000)
+    listed = [json.loads(line)["problem"] for line in (folder / "out.jsonl.skipped.jsonl").read_text().splitlines()]
+    assert done.groups == 2 and listed == done.problems and set(broken) < set(listed)
+    assert [each.partition(": ")[0] for each in listed] == [f"{path}:{k}" for k in (2, 3, 4, 5, 6)]
+    assert said[-1].startswith(f"left out 5 rows, listed in {folder}/out.jsonl.skipped.jsonl")
+    report = check_manifest(folder / "out.jsonl", max_pixels=80_000, progress=str)
+    assert report.ok and report.num_groups == 2 and report.num_images == 2
 
 
 # ---- pictures of the network

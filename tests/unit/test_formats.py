@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 from public_data import PUBLIC, lines, llava_row, picture, preference_trl_row, trl_row, write_pictures
 
+from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import PICTURE, Candidate, Turn
-from cfvlm_ds.data import FORMATS, check_manifest, open_groups, read_manifest
+from cfvlm_ds.data import FORMATS, check_manifest, open_groups, read_manifest, sound_groups
 from cfvlm_ds.data.convert import convert
 from cfvlm_ds.data.formats import format_named
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
 from cfvlm_ds.data.formats.recognise import SAMPLES, recognised
+from cfvlm_ds.data.stats import statistics
 
 ROWS = 204
 
@@ -386,7 +388,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "chosen of the user": ("preference", CHOICE | {"chosen": {"role": "user", "content": "x"}}, "ends with the user"),
     "no caption column": ("captions", {"image": IMAGE, "cap": "x"}, "no column says what the caption is .*; map one"),
     "no picture column": ("captions", {"img": IMAGE, "caption": "x"}, "no column says what the image is .*captions:image=COLUMN"),
-    "mapped column": ("captions:image=img,caption=caption", CAPTION, "column 'img' is not there .*; there are 'image', 'caption'"),
+    "mapped column": ("captions:caption=cap", {"image": IMAGE, "caption": "x"}, "column 'cap' is not there .*; there are 'image'"),
     "caption of a number": ("captions", CAPTION | {"caption": 7}, "must hold a text or a list of texts, not 7"),
     "empty caption": ("captions", CAPTION | {"caption": ""}, "column 'caption' has no text"),
     "blank caption": ("captions", CAPTION | {"caption": " "}, "text 0 is empty"),
@@ -419,7 +421,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
 }  # fmt: skip
 GOOD: dict[str, dict[str, Any]] = {
     "llava": talk("<image>good?", "b"), "messages": CHAT, "preference": CHOICE, "captions": CAPTION | {"id": "good"},
-    "webdataset": {"__key__": "good", "jpg": IMAGE, "txt": "x"},
+    "webdataset": {"__key__": "good", "jpg": IMAGE, "txt": "x"}, "captions:caption=cap": {"image": IMAGE, "cap": "x"},
 }  # fmt: skip
 
 
@@ -448,12 +450,50 @@ def test_what_messages_and_samples_say_beside_is_kept(tmp_path: Path) -> None:
     assert json.loads(group.meta) == {"id": "a", "sample.txt": "x", "json.image": "coco/1.jpg"}
 
 
-@pytest.mark.parametrize("format", [name for name in FORMATS if name not in ("cfgroup", "hf")])
-def test_rows_of_another_format_than_the_native_one_are_named(format: str, tmp_path: Path) -> None:
-    """Nobody has named it: the sentence does, and not a key that such rows never have."""
-    path = lines(tmp_path / "rows.jsonl", [SAMPLES[format].row])
-    with pytest.raises(DataError, match=rf"rows.jsonl:1: the row is of format '{format}' by its keys, .*--format {format}$"):
-        read_manifest(path)
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "hf"])
+def test_a_format_that_nobody_names_is_recognised(format: str, tmp_path: Path) -> None:
+    """By the first row that has one: a broken row, and one of no object, before it are problems of their own, each of which is listed."""
+    row = SAMPLES[format].row
+    assert read_manifest(path := lines(tmp_path / "rows.jsonl", [row])) == read_manifest(path, format=format)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id"\n7\n' + json.dumps(row) + "\n")
+    said: list[str] = []
+    store = open_groups(path, progress=said.append)
+    assert store.format == format and said == [f"{path}: taken as jsonl, format {format}"] * (format != "cfgroup")
+    assert [isinstance(entry, DataError) for _, entry in store.entries()] == [True, True, False]
+
+
+def test_a_repeated_problem_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rows of another format than the one that is named, and one of them that is broken in its own way."""
+    path = lines(tmp_path / "rows.jsonl", [*[GOOD["llava"]] * 30, {"id": 7}, GOOD["llava"]])
+    with pytest.raises(SystemExit):
+        main(["data", "check", str(path), "--format", "preference"])
+    said = [line for line in capsys.readouterr().out.splitlines() if "rows.jsonl:" in line]
+    assert len(said) == 2 and said[0].endswith("(and 30 more rows)") and f"{path}:1: " in said[0] and f"{path}:31: " in said[1]
+
+
+COLUMNS = [
+    {"image": IMAGE, "caption": "a dog"},
+    {"image": IMAGE, "caption": "a cat", "edited": "a dog", "of": {"kind": "swap"}, "asked": None},
+]
+
+
+@pytest.mark.parametrize("option", ["negative_caption", "negative_image", "prompt", "edit", "id"])
+def test_a_column_that_is_named_and_in_no_row_is_refused_by_every_reader(option: str, tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    path = lines(tmp_path / "rows.jsonl", COLUMNS)
+    said = rf"rows.jsonl: no row has the column 'captoin', which {option} names; did you mean 'caption'\?"
+    for column in ("captoin", "edited+captoin"):
+        for reader in (read_manifest, sound_groups, statistics):
+            with pytest.raises(DataError, match=said):
+                reader(path, format=f"captions:{option}={column}")
+        with pytest.raises(DataError, match=said):
+            convert(path, None, f"captions:{option}={column}", tmp_path / "out.jsonl", "skip")
+        (problem,) = check_manifest(path, format=f"captions:{option}={column}", progress=str).problems
+        assert re.search(said, problem)
+    # A column that one row has is there, and so is one that is null.
+    good = read_manifest(path, format="captions:negative_caption=edited,edit=of.kind,prompt=asked")
+    assert [[each.text for each in group.candidates] for group in good] == [["a dog"], ["a cat", "a dog"]]
 
 
 @pytest.mark.parametrize("format", GOOD)

@@ -193,7 +193,8 @@ ENTRIES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case: str, tmp_path: Path) -> None:
     make, said = ENTRIES[case]
     (run := tmp_path / "run").mkdir()
-    for own in ("data", "latest", "notes.md"):  # a user's links of other names are none of a run's
+    (run / "config.yaml").write_text(OPTIONS)
+    for own in ("data", "latest", "notes.md"):  # a user's links of other names beside a run
         (run / own).symlink_to("..")
     refuse_foreign_entries(run)
     make(run)
@@ -202,6 +203,26 @@ def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case:
         raise AssertionError
     assert sorted(path.name for path in run.iterdir()) == before
     refuse_foreign_entries(tmp_path / "new")
+
+
+def test_a_run_does_not_begin_among_somebodys_files(tmp_path: Path) -> None:
+    for name in ("slurm", "data_check", "heartbeat", "scenes", "features"):
+        (tmp_path / name).mkdir()
+    for name in ("train-17.log", ".notes", "data_check.json"):
+        (tmp_path / name).touch()
+    data = {"train": [{"path": str(tmp_path / "scenes" / "train.jsonl")}], "feature_cache": str(tmp_path / "features")}
+    with _locked(tmp_path, ONE, options={"data": data}):
+        pass
+    (tmp_path / "dog.jpg").touch()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"holds 'dog\.jpg', which"), _locked(tmp_path, ONE, options={"data": data}):
+        raise AssertionError
+    with pytest.raises(ConfigError, match=r"'dog\.jpg' and 2 more"), _locked(tmp_path, ONE):
+        raise AssertionError
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "config.yaml").write_text(OPTIONS)  # of a run, in whose folder people may leave what they like
+    with _locked(tmp_path, ONE):
+        pass
 
 
 PIPED: dict[str, tuple[str, Callable[[Path], object]]] = {
@@ -213,7 +234,7 @@ PIPED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "the data check": ("data_check.json", lambda run: _recorded(run / "data_check.json")),
     "the list of a checkpoint": ("complete.json", checkpoint.incomplete),
 }
-OPTIONS = "{model: {}, data: {}, train: {}, objective: {}}"
+OPTIONS = "{model: {}, data: {}, train: {}, tracking: {}, build: {}, objective: {}, deepspeed: ds.json}"
 
 
 @pytest.mark.parametrize("what", PIPED)

@@ -18,6 +18,8 @@ from cfvlm_ds.core.errors import ConfigError, InputError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training.dry_run import dry_run
+from cfvlm_ds.training.read_data import RunData
+from cfvlm_ds.training.run import _fitted
 from cfvlm_ds.training.validation import validate
 
 CPU = torch.device("cpu")
@@ -243,3 +245,32 @@ def test_a_dry_run_refuses_what_a_run_refuses(model_dir: Path, tmp_path: Path) -
         dry_run(parse_config(["--model.name_or_path", str(model_dir), "--deepspeed", str(tmp_path / "ds.json")], OBJECTIVES))
     with pytest.raises(ConfigError, match="ZeRO-3's parts"):
         dry_run(parse_config(["--model.name_or_path", str(model_dir), *FROZEN, *LORA], OBJECTIVES))
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "fits"),
+    [
+        ({}, 1, 8),
+        ({}, 4, 6),
+        ({"gradient_accumulation_steps": 3}, 4, 2),
+        ({"per_device_train_batch_size": 6}, 4, 6),
+        ({"per_device_train_batch_size": 8}, 4, "set train.per_device_train_batch_size to at most 6"),
+        ({"per_device_train_batch_size": 4096}, 1, "set train.per_device_train_batch_size to at most 25"),
+        ({"gradient_accumulation_steps": 9}, 4, "set train.gradient_accumulation_steps to at most 6"),
+        ({"gradient_accumulation_steps": 2}, 26, "start at most 25 ranks"),
+        ({"gradient_accumulation_steps": 26, "max_tokens_per_micro_batch": 900}, 1, "set train.gradient_accumulation_steps to at most 25"),
+    ],
+)
+def test_a_step_takes_no_group_twice(options: dict[str, int], ranks: int, fits: int | str, capsys: pytest.CaptureFixture[str]) -> None:
+    """25 groups: a default is what fits, and says so; what is asked for and does not fit is refused with what does."""
+    sections = {name: "data" if name.startswith("max") else "train" for name in options}
+    config = parse_config([part for name, value in options.items() for part in (f"--{sections[name]}.{name}", str(value))], OBJECTIVES)
+    groups: Any = range(25)
+    data, world = RunData(groups, {}, {}, None), World(0, ranks, 0, CPU)
+    if isinstance(fits, str):
+        with pytest.raises(ConfigError, match=fits):
+            _fitted(config, data, world)
+        return
+    found = _fitted(config, data, world)
+    assert found.train.micro_batch_size == fits and found.resolved["train"]["per_device_train_batch_size"] in (None, fits)
+    assert ("is 6, not 8: an epoch has 25 groups" in capsys.readouterr().out) == (not options and ranks == 4)

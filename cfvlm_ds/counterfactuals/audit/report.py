@@ -251,7 +251,7 @@ def _against(found: Audit, sets: Sequence[_Set], looks: Sequence[Mapping[Path, L
             if not pictures:
                 raise ConfigError(f"--against {path}: no picture lies in this folder; name those of a benchmark, or its manifest")
         else:
-            store = open_groups(path, None, "auto", progress=say)
+            store = open_groups(path, progress=say)
             pictures = []
             for group in store:
                 pictures += [picture for image in group.images for picture in image]

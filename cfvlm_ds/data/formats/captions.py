@@ -186,6 +186,12 @@ class Captions:
                 raise DataError(f"row: column {columns[0]!r} holds a JSON object ({_names(said)}), not a text; {remedy}")
         return [text.strip() for text in texts]
 
+    def absent(self, row: Mapping[str, Any]) -> set[tuple[str, str]]:
+        """(option, column) of the columns that options name and the row does not have; one that is null is there."""
+        given = {option: named for option in DEFAULTS if (named := getattr(self, option))}
+        wanted = ((option, column) for option, named in given.items() for column in ([named] if named in row else named.split("+")))
+        return {(option, column) for option, column in wanted if column not in row and not _has(row, column)}
+
     def _columns(self, row: Mapping[str, Any], option: str) -> list[str]:
         """The columns that an option stands for: those that it names, or the first of the usual names that the row has."""
         if given := getattr(self, option):

@@ -112,6 +112,8 @@ def recognised(row: Any, where: str) -> str:
             return f"{named}:label={label}" if label and named in ("llava", "messages") else named
     if all(any(column in row for column in DEFAULTS[option]) for option in ("image", "caption")):
         return "captions"
+    if "texts" in row or "match" in row:
+        return "cfgroup"  # which says what the row lacks
     shown = ", ".join(repr(key) for key in list(row)[:20]) or "none"
     raise DataError(
         f"{where}: no format is known by the keys of this row ({shown}); name one, and map its columns where they have other names, as in "
