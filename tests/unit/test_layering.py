@@ -186,6 +186,34 @@ def test_what_has_one_place_is_nowhere_else() -> None:
     assert found - AS_LIMIT == {(name, file) for name, file in ONE_PLACE.items() if name != "os.rename"}
 
 
+LOADS_BY_NAME = re.compile(r"from_pretrained|from_config|from_single_file|pipeline|load_dataset\w*|get_dataset_\w+|load_metric")
+"""Functions of transformers, diffusers and datasets that may run code of what they load, or ask whether to."""
+RUNS_CODE = {"torch.hub.load", "hub.load", "pickle.load", "pickle.loads", "yaml.load", "runpy.run_path", "eval", "exec", "__import__"}
+SAFE = {"peft.PeftConfig.from_pretrained"}
+"""Reads a JSON file, and has no such argument."""
+
+
+def test_whatever_is_loaded_runs_no_code_of_its_own() -> None:
+    """Nothing is unpickled, and no loader is left to ask whether to run the code of a folder or a repository."""
+    refused: dict[str, dict[str, object]] = {"torch.load": {"weights_only": True}, "np.load": {"allow_pickle": False}}
+    found, wrong = set(), []
+    for path in FILES:
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            if name in SAFE:
+                continue
+            if LOADS_BY_NAME.fullmatch(name.rpartition(".")[2]):
+                found.add(name)
+                wanted: dict[str, object] = {"trust_remote_code": False}
+            else:
+                wanted = refused.get(name, {})
+            given = {each.arg: each.value.value for each in call.keywords if isinstance(each.value, ast.Constant)}
+            if name in RUNS_CODE or not wanted.items() <= given.items():
+                wrong.append(f"{path}:{call.lineno}: {name}")
+    assert not wrong
+    assert {"AutoModelForImageTextToText.from_pretrained", "diffusers.DiffusionPipeline.from_pretrained"} <= found
+
+
 def test_this_version_of_deepspeed_has_been_read() -> None:
     sentence = unknown_version(version("deepspeed"))
     assert sentence is None, sentence
