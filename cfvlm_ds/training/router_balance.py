@@ -1,9 +1,9 @@
 """The router balance loss of a mixture of experts (arXiv 2101.03961, equation 4, as transformers computes it), over an optimizer step.
 
 It is E * sum_e f_e * P_e: f_e is the share of rows (a token in a layer) that expert e takes, P_e its mean probability. Both are means over
-the rows of all ranks and accumulation steps, in which a prefix counts once for each of its texts, wherever it is computed: the loss does not
-depend on how groups are spread. The f_e have no gradient, and must be known before the first backward: where a step has several forwards,
-all of them are first made without gradients.
+the rows of all ranks and accumulation steps, in which a prefix counts once for each of its texts, wherever it is computed: how groups are
+spread does not matter. The f_e have no gradient, and must be known before the first backward: where a step has several forwards, all of
+them are first made without gradients.
 """
 
 from __future__ import annotations

@@ -131,8 +131,8 @@ def gradients(
 def test_the_gradient_is_one_however_the_step_is_cut(
     recompute: bool, folder: Path, groups: list[CounterfactualGroup], alone: World
 ) -> None:
-    """In one micro-batch, in three, in parts with a repeat for another rank's sake, where a picture has one prefix or up to four; a stand-in
-    counts for nothing. fp32, relative 1e-4."""
+    """In one micro-batch, in three, in parts with a repeat for another rank's sake: a picture has one prefix or several. A stand-in counts
+    for nothing. fp32, relative 1e-4."""
     engine, collator = Engine(folder, recompute), load_collator(ModelConfig(str(folder)), "full")
     whole, plain = gradients(engine, [[collator(groups)]], [1], alone, 300.0), gradients(engine, [[collator(groups)]], [1], alone, 0.0)
     assert (whole[0] - plain[0]).norm() > 0.01 * plain[0].norm(), "it matters here"
