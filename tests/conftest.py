@@ -164,6 +164,14 @@ def manifests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_manifest(folder / f"{name}.jsonl", num, seed) for seed, (name, num) in enumerate((("train", 48), ("test", 10)))}
 
 
+def many_rows(manifest: Path, number: int) -> Path:
+    """A manifest beside another one, whose rows it repeats under ids of their own: from 16,384 on they are checked in processes."""
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    many = manifest.with_name(f"{number}.jsonl")
+    many.write_text("".join(json.dumps(rows[k % len(rows)] | {"id": str(k)}) + "\n" for k in range(number)))
+    return many
+
+
 def environment() -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -26,7 +26,7 @@ def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> Non
     mask_tracebacks()
     print_anything()
     signals.install()
-    exit_cleanly(lambda: run(arguments, prog))
+    exit_cleanly(signals.last_word()(lambda: run(arguments, prog)))
 
 
 def with_quickstart(argv: Sequence[str]) -> list[str]:

@@ -45,13 +45,14 @@ def own_file(folder: Path, name: Any, said_by: Path | str) -> Path:
 
 
 def refuse_foreign(path: Path, folder: Path) -> None:
-    """ConfigError where ``path``, links followed, is outside of ``folder``. A hub cache's snapshot may link to the blobs beside it."""
+    """ConfigError where ``path``, links followed, is outside of ``folder``. A hub cache's snapshot may link to the ``blobs`` folder beside
+    it, which is a folder and not a link: whoever wrote the snapshot would choose where it leads."""
     try:
         target, inside = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
         raise ConfigError(f"{path} cannot be followed ({error}); put the file itself there") from error
     blobs = [inside.parent.parent / "blobs"] if inside.parent.name == "snapshots" else []
-    if not any(target.is_relative_to(allowed) for allowed in (inside, *(blob.resolve() for blob in blobs))):
+    if not any(target.is_relative_to(allowed) for allowed in (inside, *blobs)):
         raise ConfigError(f"{path} leads out of its folder, to {target}; put the file itself there")
 
 

@@ -65,27 +65,28 @@ class SecondOpinion:
 def _clip(name: str) -> tuple[Any, ...]:
     from transformers import AutoModel, AutoProcessor
 
-    model = AutoModel.from_pretrained(name, use_safetensors=True)
+    model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     if not hasattr(model.config, "text_config") or not hasattr(model.config, "vision_config"):
         raise ConfigError(f"--clip {name}: a {model.config.model_type} compares no pictures with texts; name a CLIP or SigLIP")
-    return model, AutoProcessor.from_pretrained(name)
+    return model, AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
 
 def _encoder(name: str) -> tuple[Any, ...]:
     from transformers import AutoImageProcessor, AutoModel
 
-    return AutoModel.from_pretrained(name, use_safetensors=True), AutoImageProcessor.from_pretrained(name)
+    model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+    return model, AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
 
 
 def _nli(name: str) -> tuple[Any, ...]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True)
+    model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     labels: Mapping[int, str] = model.config.id2label
     places = [int(place) for place, label in labels.items() if str(label).lower().startswith(_ENTAILMENT)]
     if len(places) != 1:
         raise ConfigError(f"--nli {name}: none of its labels ({', '.join(map(str, labels.values()))}) is entailment; name a model of NLI")
-    return model, AutoTokenizer.from_pretrained(name), places[0]
+    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False), places[0]
 
 
 def _loaded(option: str, name: str, device: str, load: Callable[[str], tuple[Any, ...]]) -> Any:

@@ -65,7 +65,7 @@ def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
     def make(folder: Path) -> Parts:
         config, processor = SMALL[model_type](folder)
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config)
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:

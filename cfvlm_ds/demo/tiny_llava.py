@@ -71,7 +71,9 @@ def llava_processor(folder: Path, config: TinyLlavaConfig, texts: Sequence[str])
     )
     (folder / "tokenizer.model").write_bytes(trained.getvalue())
     special = {"image_token": "<image>"}
-    tokenizer = LlamaTokenizer.from_pretrained(folder, pad_token="<unk>", extra_special_tokens=special, model_max_length=512)
+    tokenizer = LlamaTokenizer.from_pretrained(
+        folder, pad_token="<unk>", extra_special_tokens=special, model_max_length=512, trust_remote_code=False
+    )
     side = config.image_size
     images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_convert_rgb=True)
     processor = LlavaProcessor(

@@ -49,7 +49,7 @@ def skeleton(source: str) -> Any:
     config = load_config(source)
     impossible = f"no model can be made of the configuration of {source!r}", "name the model that the checkpoint was trained from"
     with explained(*impossible), torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, dtype=config.dtype or torch.float32)
+        return AutoModelForImageTextToText.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=False)
 
 
 def read_saved(folder: Path, model: Any) -> tuple[dict[str, Saved], dict[str, Any]]:

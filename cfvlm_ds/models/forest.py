@@ -101,6 +101,15 @@ class Forest:
         return torch.cat([torch.arange(seen, seen + length) for seen, length in zip(self.seen, self.lengths, strict=True)])
 
     @functools.cached_property
+    def texts(self) -> Tensor:
+        """[T] how many texts each token belongs to: those of the tree that see it, or 1 for a token of a text."""
+        inner, counts = set(self.parents), [0] * len(self.lengths)
+        for node, ancestors in enumerate(self.ancestors):
+            for each in () if node in inner else (node, *ancestors):
+                counts[each] += 1
+        return torch.tensor(counts).repeat_interleave(torch.tensor(self.lengths))
+
+    @functools.cached_property
     def block_of(self) -> Tensor:
         """[T] the number of the block that each token is in, or -1."""
         found = torch.full((self.bounds[-1],), -1)

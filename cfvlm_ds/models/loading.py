@@ -84,7 +84,9 @@ def _in_each_part(attn_implementation: str) -> dict[str, str]:
 def _on_meta(config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str) -> Any:
     impossible = f"no model can be made of the configuration of {config.name_or_path!r}", "compare its config.json with the published one"
     with explained(*impossible), torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(model_config, dtype=dtype, attn_implementation=_in_each_part(attn_implementation))
+        return AutoModelForImageTextToText.from_config(
+            model_config, dtype=dtype, attn_implementation=_in_each_part(attn_implementation), trust_remote_code=False
+        )
 
 
 def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
@@ -209,7 +211,7 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str
     impossible = f"no model can be made of the configuration of {config.name_or_path!r}", "compare its config.json with the published one"
     with explained(*impossible), torch.device("meta"):
         _limit_images(config, None, model_config)
-        model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype, attn_implementation=_in_each_part(attn_implementation))
+        model = _on_meta(config, model_config, dtype, attn_implementation)
         tune(model, family, config)
     return model
 

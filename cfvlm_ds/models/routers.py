@@ -1,6 +1,7 @@
 """The routers of a mixture of experts: how many tokens each expert takes in a forward, and how probable each was.
 
-Shapes: E experts, R rows (a token in a layer), K experts that a token takes.
+A token counts once for each text that it belongs to, as where every text stands in a row of its own: which texts share a prefix depends on
+how groups are spread over forwards. Shapes: E experts, T tokens, K experts that a token takes.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models.forest import Forest
 
 
 @dataclass(frozen=True)
 class Routed:
-    """Sums over the rows of a forward.
+    """Sums over the tokens of a forward and its layers.
 
     Args:
         taken: [E] tokens that each expert took, without a gradient.
         probability: [E] of each expert before the choice, float32, with the routers' gradient.
-        rows: tokens times layers.
+        rows: tokens times layers, a scalar.
     """
 
     taken: Tensor
     probability: Tensor
-    rows: int
+    rows: Tensor
 
 
 class Routers:
@@ -49,16 +51,21 @@ class Routers:
     def __exit__(self, *error: Any) -> None:
         self._heard = None
 
-    def routed(self) -> Routed | None:
+    def routed(self, forest: Forest) -> Routed | None:
         """The sums of what was heard inside the block; None for a model without routers."""
         if not self._heard:
             return None
-        taken = torch.zeros(self._heard[0][0].shape[-1], device=self._heard[0][0].device)
+        counts = forest.on(_counts, self._heard[0][0].device)
+        taken = torch.zeros(self._heard[0][0].shape[-1], device=counts.device)
         probability = torch.zeros_like(taken)
         for logits, chosen in self._heard:
-            taken = taken.scatter_add(0, chosen.reshape(-1), taken.new_ones(chosen.numel()))  # counts without a wait for the device
-            probability = probability + logits.float().softmax(-1).sum(0)
-        return Routed(taken, probability, sum(len(logits) for logits, _ in self._heard))
+            taken = taken.scatter_add(0, chosen.reshape(-1), counts.repeat_interleave(chosen.shape[-1]))
+            probability = probability + counts @ logits.float().softmax(-1)
+        return Routed(taken, probability, counts.sum() * len(self._heard))
+
+
+def _counts(forest: Forest) -> Tensor:
+    return forest.texts.float()
 
 
 BALANCED = ("qwen3_vl_moe", "qwen3_5_moe")

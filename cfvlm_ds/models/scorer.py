@@ -119,7 +119,7 @@ class Scorer(nn.Module):
                     use_cache=False,
                     **self._marked(input_ids),
                 ).last_hidden_state
-                self.routed = routers.routed()
+                self.routed = routers.routed(forest)
         finally:
             through.remove()
         return self.model.get_output_embeddings()(hidden[scored], predicted_by, targets)

@@ -1,8 +1,9 @@
 """The router balance loss of a mixture of experts (arXiv 2101.03961, equation 4, as transformers computes it), over an optimizer step.
 
 It is E * sum_e f_e * P_e: f_e is the share of rows (a token in a layer) that expert e takes, P_e its mean probability. Both are means over
-the rows of all ranks and accumulation steps, so that the loss does not depend on how groups are spread over them. The f_e have no gradient,
-and must be known before the first backward: where a step has several forwards, all of them are first made without gradients.
+the rows of all ranks and accumulation steps, in which a prefix counts once for each of its texts, wherever it is computed: how groups are
+spread does not matter. The f_e have no gradient, and must be known before the first backward: where a step has several forwards, all of
+them are first made without gradients.
 """
 
 from __future__ import annotations
@@ -68,11 +69,11 @@ class RouterBalance:
         routed: Routed | None = self._engine.module.routed
         if routed is None or (counts and batch.layout.ids):
             return routed
-        return Routed(0 * routed.taken, 0 * routed.probability, 0)
+        return Routed(0 * routed.taken, 0 * routed.probability, 0 * routed.rows)
 
     def _agree(self, found: Sequence[Routed]) -> None:
         if found:
-            local = torch.stack([routed.taken for routed in found]).sum(0), torch.tensor(float(sum(routed.rows for routed in found)))
+            local = [torch.stack(each).sum(0) for each in zip(*((routed.taken, routed.rows) for routed in found), strict=True)]
             taken, rows = all_reduce_sums(local, self._world.device)
             self._of_step = taken.float(), rows.float().clamp(min=1)
 

@@ -18,7 +18,7 @@ import forkserver_ranks
 import psutil
 import pytest
 import torch
-from conftest import REPO, environment, losses, train_arguments
+from conftest import REPO, environment, losses, many_rows, train_arguments
 from torch.utils.data import DataLoader
 
 from cfvlm_ds.checkpoint import incomplete
@@ -163,6 +163,20 @@ def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir: Path
     assert json.loads((folder / ".mlflow_delivery.json").read_text())["status"] == "SCHEDULED"
     assert end(start(arguments, tmp_path, size=1)) == [0]
     assert the_run(folder)[1] == "FINISHED" and (folder / "export").is_dir() and len(losses(folder)) == 2
+
+
+def test_a_signal_to_a_data_check_in_several_processes_is_no_lost_process(
+    model_dir: Path, manifests: dict[str, Path], tmp_path: Path
+) -> None:
+    """Two ranks of two cores and all their processes get one, as from srun, while those look at the rows: the ranks end their own."""
+    arguments = train_arguments(model_dir, {"train": many_rows(manifests["train"], 1 << 15)}, tmp_path / "run")
+    ranks = forkserver_ranks.start(2, "forkserver_ranks:train_script", arguments, {"LOCAL_WORLD_SIZE": "1"}, said=tmp_path)
+    wait(lambda: all(len(psutil.Process(rank.pid).children()) == 2 for rank in ranks) or not ranks[0].is_alive())
+    for rank, number in zip(ranks, (signal.SIGTERM, signal.SIGUSR1), strict=True):
+        signal_all(rank, number)
+    codes, said = end(ranks, 60), [(tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1)]
+    assert codes == [EXIT_STOPPED] * 2, said
+    assert "stopped: a signal asked for it; the same command continues\n" in said[0] and "error" not in said[0] + said[1]
 
 
 def test_signals_are_obeyed_within_an_evaluation(model_dir: Path, manifests: dict[str, Path], tmp_path: Path) -> None:
@@ -329,11 +343,12 @@ COMPILES = """
 import os, subprocess, sys, threading
 from cfvlm_ds.cluster import signals as stopping
 stopping.install()
-try:
-    print("here", flush=True)
-    subprocess.run(["sleep", "60"], check=True)
-finally:
-    os.unlink(sys.argv[1])
+with stopping.last_word():
+    try:
+        print("here", flush=True)
+        subprocess.run(["sleep", "60"], check=True)
+    finally:
+        os.unlink(sys.argv[1])
 """
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, draw, losses, run_ranks
+from conftest import REPO, draw, losses, many_rows, run_ranks
 from safetensors.torch import load_file
 from slurm.cluster import Cluster, wait_until
 from slurm.jobs import ENVIRONMENT, sbatch, submit
@@ -101,6 +101,20 @@ def test_a_signal_and_a_lost_node_change_nothing(nodes: int, lost: bool, cluster
     (found,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
     assert (found.info.run_id, found.info.status) == (first, "FINISHED")
     assert [point.step for point in client.get_metric_history(found.info.run_id, "loss")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.long
+def test_a_signal_during_the_data_check_is_a_requeue(
+    cluster: Cluster, options: list[str], manifests: dict[str, Path], tmp_path: Path
+) -> None:
+    """USR1 on two nodes whose ranks look at the rows in processes of their own; the next start trains."""
+    data = ["--data.train", str(many_rows(manifests["train"], 1 << 17)), "--train.max_steps", "1", "--train.export", "false"]
+    job = submit(cluster, tmp_path / "run", [*options, *data], "-N2")
+    wait_until(lambda: "check of rows" in job.log or not job.alive(), 600, "data check")
+    job.usr1()
+    state = job.end()
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1") and (job.run_dir / "finished.json").exists(), job.log
+    assert "requeue: stopped on request" in job.log and "has lost a process" not in job.log
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -40,9 +41,14 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in FILES}
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path) -> Iterator[str]:
     """Modules, of this package by their full names, that a file imports at its top or within its functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -107,7 +113,7 @@ OF_LIBRARIES = {
 
 def test_no_object_is_finished_from_outside() -> None:
     """No attribute that a class of this package has is assigned but by its own methods; those of the libraries' objects may be."""
-    trees = {path: ast.parse(path.read_text()) for path in FILES}
+    trees = {path: parsed(path) for path in FILES}
     classes = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     own = {each.attr for found in classes for each in stored_attributes(found) if of_self(each)}
     own |= {n.target.id for found in classes for n in ast.walk(found) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
@@ -131,7 +137,7 @@ INTERNAL = re.compile(
 
 def beyond_public(path: Path) -> Iterator[str]:
     """Uses of DeepSpeed beside its public interface: what is imported from below it, private attributes, what it puts on parameters."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("deepspeed."))
         elif isinstance(node, ast.ImportFrom):
@@ -154,7 +160,7 @@ def beyond_public(path: Path) -> Iterator[str]:
 
 def module_aliases(path: Path) -> set[str]:
     """Names under which a file has this package's own rooms."""
-    nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name)
+    nodes = (node for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name)
     return {alias.asname or alias.name for node in nodes for alias in node.names}
 
 
@@ -176,7 +182,7 @@ AS_LIMIT = {("timedelta", "engine/setup.py"), ("timedelta", "cluster/node_check.
 def test_what_has_one_place_is_nowhere_else() -> None:
     found = set()
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             named = (
                 {ast.unparse(node), node.attr} if isinstance(node, ast.Attribute) else {getattr(node, "id", getattr(node, "value", None))}
             )
@@ -184,6 +190,34 @@ def test_what_has_one_place_is_nowhere_else() -> None:
             if isinstance(node, ast.Attribute) and node.attr == "rename":
                 found.add(("os.rename", path.relative_to(PACKAGE).as_posix()))
     assert found - AS_LIMIT == {(name, file) for name, file in ONE_PLACE.items() if name != "os.rename"}
+
+
+LOADS_BY_NAME = re.compile(r"from_pretrained|from_config|from_single_file|pipeline|load_dataset\w*|get_dataset_\w+|load_metric")
+"""Functions of transformers, diffusers and datasets that may run code of what they load, or ask whether to."""
+RUNS_CODE = {"torch.hub.load", "hub.load", "pickle.load", "pickle.loads", "yaml.load", "runpy.run_path", "eval", "exec", "__import__"}
+SAFE = {"peft.PeftConfig.from_pretrained"}
+"""Reads a JSON file, and has no such argument."""
+
+
+def test_whatever_is_loaded_runs_no_code_of_its_own() -> None:
+    """Nothing is unpickled, and no loader is left to ask whether to run the code of a folder or a repository."""
+    refused: dict[str, dict[str, object]] = {"torch.load": {"weights_only": True}, "np.load": {"allow_pickle": False}}
+    found, wrong = set(), []
+    for path in FILES:
+        for call in (node for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            if name in SAFE:
+                continue
+            if LOADS_BY_NAME.fullmatch(name.rpartition(".")[2]):
+                found.add(name)
+                wanted: dict[str, object] = {"trust_remote_code": False}
+            else:
+                wanted = refused.get(name, {})
+            given = {each.arg: each.value.value for each in call.keywords if isinstance(each.value, ast.Constant)}
+            if name in RUNS_CODE or not wanted.items() <= given.items():
+                wrong.append(f"{path}:{call.lineno}: {name}")
+    assert not wrong
+    assert {"AutoModelForImageTextToText.from_pretrained", "diffusers.DiffusionPipeline.from_pretrained"} <= found
 
 
 def test_this_version_of_deepspeed_has_been_read() -> None:
@@ -201,7 +235,7 @@ def test_nothing_is_larger_than_a_reader_holds(kind: str, most: int) -> None:
     for path in FILES:
         lines = {path.name: len(path.read_text().splitlines())}
         if kind == "class":
-            nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef))
+            nodes = (node for node in ast.walk(parsed(path)) if isinstance(node, ast.ClassDef))
             lines = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in nodes}
         assert not {name: number for name, number in lines.items() if number > most}, path
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, draw
+from conftest import COLOURS, REPO, draw
 from PIL import Image, ImageDraw, ImageOps
 from test_propose import Server, quiet
 
@@ -41,7 +41,7 @@ from cfvlm_ds.counterfactuals.audit.duplicates import look, near_pairs
 from cfvlm_ds.counterfactuals.audit.report import audit, write_report
 from cfvlm_ds.counterfactuals.checks import compared, largest_piece, perceptual_hash
 from cfvlm_ds.counterfactuals.edit.base import EditContext, Picture, Task
-from cfvlm_ds.counterfactuals.edit.diffusion import Diffusers, call_options
+from cfvlm_ds.counterfactuals.edit.diffusion import OLDEST, Diffusers, call_options
 from cfvlm_ds.counterfactuals.edit.flip import Flip
 from cfvlm_ds.counterfactuals.edit.step import Unit, edit, make
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, calibrated, read_thresholds, verdict, wilson
@@ -1084,6 +1084,34 @@ def tiny_pipeline(folder: Path, kind: str) -> Path:
         pipe = diffusers.StableDiffusionXLInpaintPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer, add_watermarker=False)
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.diffusers
+def test_code_that_a_pipeline_names_is_not_run(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder of a part, under a name of its own and a library's, and a module that could be imported; the oldest version is one."""
+    import diffusers
+
+    planted = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    for place in ("pipe/unet/own.py", "pipe/unet/diffusers.py", "pipe/own.py", "importable/planted.py"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(planted)
+    monkeypatch.syspath_prepend(tmp_path / "importable")
+    editor = EditContext(EditOptions(model=str(tmp_path / "pipe")), WorkFolder.open(whole))
+    for part, library, said in (
+        ("unet", "own", "takes unet from 'own'"),
+        ("unet", "planted", "takes unet from 'planted'"),
+        ("_class_name", "own", "takes _class_name from 'own'"),
+        ("unet", "diffusers", "no pipeline of diffusers"),
+    ):
+        index = {"_class_name": "DDPMPipeline", part: [library, "UNet2DConditionModel"]}
+        (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
+        with pytest.raises(ConfigError, match=said):
+            Diffusers(editor)
+    assert not (tmp_path / "ran").exists()
+    assert f"diffusers>={OLDEST};" in (REPO / "pyproject.toml").read_text()
+    monkeypatch.setattr(diffusers, "__version__", "0.37.1")
+    with pytest.raises(ConfigError, match=r"pip install 'diffusers>="):
+        Diffusers(editor)
 
 
 @pytest.mark.long

@@ -82,6 +82,13 @@ LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
     "no vision tower": (config(model_type="llama"), "model type 'llama' has no vision tower; name a vision-language model"),
     "another family": (config(model_type="blip-2"), "model type 'blip-2' is not supported; supported: llava, "),
     "unknown type": (config(model_type="zebra"), "cannot be read"),
+    "frequencies that depend on the whole row": (
+        text_config(
+            rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+        ),
+        "its language model has rope_type 'longrope'",
+    ),
+    "layers that depend on the place in the row": (text_config(layer_types=["chunked_attention"] * 3), "layer_types 'chunked_attention'"),
     "no type": (edited("config.json", lambda content: content.pop("model_type")), "cannot be read"),
     "a configuration without end": (linked("config.json", "/dev/zero"), "config.json leads out of its folder, to /dev/zero"),
     "a side file that is a pipe": (piped("generation_config.json"), "generation_config.json is no file"),

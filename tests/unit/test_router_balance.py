@@ -1,7 +1,9 @@
-"""The router balance loss: transformers' own on one text, one gradient however a step is cut, and the load of each expert."""
+"""The router balance loss: transformers' own on each text alone, one gradient however a step is cut, and the load of each expert."""
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,13 +35,19 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGroup]:
+    """Of which the first and the last show one picture: together they have one prefix, apart two."""
     where = tmp_path_factory.mktemp("images")
+    for name, size in {"a": (60, 40), "b": (90, 30)}.items():
+        Image.effect_noise(size, 90).convert("RGB").save(where / f"{name}.png")
     found = []
-    for k, size in enumerate([(60, 40), (90, 30), (40, 100)]):
-        Image.effect_noise(size, 90).convert("RGB").save(where / f"{k}.png")
+    for k, name in enumerate("aba"):
         texts = (Candidate("describe", f"a red circle {k}"), Candidate("describe", "two blue dogs on a lawn"))
-        found.append(CounterfactualGroup(f"g{k}", ((where / f"{k}.png",),), texts, ((1, 0),)))
+        found.append(CounterfactualGroup(f"g{k}", ((where / f"{name}.png",),), texts, ((1, 0),)))
     return found
+
+
+def alone_texts(groups: list[CounterfactualGroup]) -> list[CounterfactualGroup]:
+    return [replace(group, candidates=(text,), match=((1,),)) for group in groups for text in group.candidates]
 
 
 @pytest.fixture
@@ -69,26 +77,33 @@ class Engine:
         loss.backward()
 
 
-def test_of_one_text_it_is_the_librarys(folder: Path, groups: list[CounterfactualGroup], alone: World) -> None:
-    """Value and gradient, by the library's function on the logits that its own forward returns; fp32, relative 1e-5."""
+def test_it_is_the_librarys_of_each_text_alone(folder: Path, groups: list[CounterfactualGroup], alone: World) -> None:
+    """Value and gradient of all groups in one row, by the library's function on the logits that its own forward gives for a row of each
+    text; fp32, relative 1e-5."""
     engine, collator = Engine(folder), load_collator(ModelConfig(str(folder)), "full")
     model: Any = engine.module.model
-    single = CounterfactualGroup("one", groups[0].images, groups[0].candidates[:1], ((1,),))
-    batch, balance = collator([single]), RouterBalance(engine, 1.0, alone)
-    inputs = batch.model_inputs
-    with stock_attention(model):
-        encoded = model.get_image_features(**inputs["image_inputs"], return_dict=True)
-        output = model(
-            input_ids=inputs["input_ids"],
-            position_ids=inputs["position_ids"],
-            mm_encoder_outputs={"image": encoded},
-            output_router_logits=True,
-        )
+    rows = []
+    for single in alone_texts(groups):
+        inputs = collator([single]).model_inputs
+        with stock_attention(model):
+            encoded = model.get_image_features(**inputs["image_inputs"], return_dict=True)
+            output = model(
+                input_ids=inputs["input_ids"],
+                position_ids=inputs["position_ids"],
+                mm_encoder_outputs={"image": encoded},
+                output_router_logits=True,
+            )
+        rows.append(output.router_logits)
+    library, text = importlib.import_module(type(model).__module__), model.config.text_config
+    layers = tuple(torch.cat(layer) for layer in zip(*rows, strict=True))
+    theirs = library.load_balancing_loss_func(layers, text.num_experts, text.num_experts_per_tok)
     trained = [p for name, p in model.named_parameters() if ".gate." in name or "embed_tokens" in name]
-    engine(**inputs)
+    batch, balance = collator(groups), RouterBalance(engine, 1.0, alone)
+    engine(**batch.model_inputs)
     ours: Any = balance.term(batch, True)
-    torch.testing.assert_close(ours, output.aux_loss, rtol=1e-5, atol=0)
-    for mine, other in zip(torch.autograd.grad(ours, trained), torch.autograd.grad(output.aux_loss, trained), strict=True):
+    assert batch.num_tokens < 0.8 * len(layers[0]), "prefixes are shared"
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    for mine, other in zip(torch.autograd.grad(ours, trained), torch.autograd.grad(theirs, trained), strict=True):
         assert (mine - other).norm() < 1e-5 * other.norm() != 0
     share, routed = balance.taken()
     assert share is not None and share.item() == pytest.approx(ours.item()) and len(routed) == 1
@@ -116,12 +131,13 @@ def gradients(
 def test_the_gradient_is_one_however_the_step_is_cut(
     recompute: bool, folder: Path, groups: list[CounterfactualGroup], alone: World
 ) -> None:
-    """In one micro-batch, in three, in parts with a repeat for another rank's sake; a stand-in counts for nothing. fp32, relative 1e-4."""
+    """In one micro-batch, in three, in parts with a repeat for another rank's sake: a picture has one prefix or several. A stand-in counts
+    for nothing. fp32, relative 1e-4."""
     engine, collator = Engine(folder, recompute), load_collator(ModelConfig(str(folder)), "full")
     whole, plain = gradients(engine, [[collator(groups)]], [1], alone, 300.0), gradients(engine, [[collator(groups)]], [1], alone, 0.0)
     assert (whole[0] - plain[0]).norm() > 0.01 * plain[0].norm(), "it matters here"
-    parts = collator.parts(groups, max(collator(groups).model_inputs["forest"].tree_lengths))
-    assert len(parts) == 3
+    parts = collator.parts(groups, max(collator(groups).model_inputs["forest"].tree_lengths) - 1)
+    assert len(parts) == 3 and [len(part.model_inputs["images_of_tree"]) for part in parts] == [1, 1, 1]
     lost: Any = SimpleNamespace(ids=())
     stand_in = SimpleNamespace(model_inputs=parts[0].model_inputs, layout=lost)
     balance = RouterBalance(engine, 300.0, alone)
@@ -142,18 +158,23 @@ def test_the_gradient_is_one_however_the_step_is_cut(
 
 
 def test_loads_are_counted(folder: Path, groups: list[CounterfactualGroup], alone: World) -> None:
-    """By the experts that the routers' own outputs name, with the loss left out; their mean is an even share."""
+    """By the experts that the routers' own outputs name for each text alone, with the loss left out; their mean is an even share."""
     engine, collator, chosen = Engine(folder), load_collator(ModelConfig(str(folder)), "full"), []
     hooks = [m.register_forward_hook(lambda m, i, o: chosen.append(o[2])) for m in engine.module.modules() if "Router" in type(m).__name__]
+    singles = alone_texts(groups)
+    for single in singles:
+        engine(**collator([single]).model_inputs)
+    assert len(hooks) * len(singles) == len(chosen)
+    counts = torch.cat([each.flatten() for each in chosen])
     batch, balance, meter = collator(groups), RouterBalance(engine, 0.0, alone), Meter(None)
     logp = engine(**batch.model_inputs)
-    assert balance.term(batch, True) == 0.0 and len(hooks) == len(chosen)
+    assert balance.term(batch, True) == 0.0
     share, routed = balance.taken()
     assert share is None
     flops: Any = SimpleNamespace(of=lambda inputs, scored: 1e12)
     measure(meter, Measured([batch], batch.scores(logp), torch.zeros(()), {}, routed), {}, 1.0, flops)
     loads = {int(name[-3:]): value for name, value in meter.reduce(alone).items() if name.startswith("router/load/")}
-    counts = torch.cat([each.flatten() for each in chosen]).bincount(minlength=len(loads)).double()
+    counts = counts.bincount(minlength=len(loads)).double()
     assert [loads[expert] for expert in range(len(loads))] == pytest.approx((counts * len(counts) / counts.sum()).tolist())
     assert sum(loads.values()) / len(loads) == pytest.approx(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,19 @@ def test_a_model_of_another_kind_is_refused(encoder: Path, inference: Path, tmp_
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             SecondOpinion(**options)
+
+
+def test_code_in_a_folder_is_not_run_whatever_the_terminal_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask whether to run it, and do so at a y."""
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    classes = ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification", "AutoProcessor")
+    own = {"model_type": "own", "auto_map": {each: f"own.{each}" for each in classes}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    for option in ("clip", "dino", "nli"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+        with pytest.raises(ConfigError, match=f"--{option} .* cannot be loaded"):
+            SecondOpinion(**{option: str(tmp_path)})
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("contrastive", ["clip"], indirect=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,26 @@ def test_files_of_a_folder_and_links_that_lead_out_of_it(tmp_path: Path) -> None
 
 
 def test_the_links_of_a_hub_cache(tmp_path: Path) -> None:
-    """snapshots/REVISION/NAME -> ../../blobs/HASH, also where the blobs are on another disk; another repository's blobs are not its own."""
-    repository, other = tmp_path / "models--org--model", tmp_path / "disk"
-    snapshot = repository / "snapshots" / "abc"
+    """snapshots/REVISION/NAME -> ../../blobs/HASH, also where the cache is named by a link. Blobs that are a link, a blob that is one, and
+    another repository's blobs are not its own."""
+    repository, private = tmp_path / "models--org--model", tmp_path / "private"
+    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
     snapshot.mkdir(parents=True)
-    other.mkdir()
-    (other / "hash").write_text("{}")
-    (repository / "blobs").symlink_to(other)
+    for folder in (blobs, private):
+        folder.mkdir()
+        (folder / "hash").write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/hash")
+    (tmp_path / "alias").symlink_to(repository)
     refuse_foreign(snapshot / "config.json", snapshot)
+    refuse_foreign(tmp_path / "alias" / "snapshots" / "abc" / "config.json", tmp_path / "alias" / "snapshots" / "abc")
+    (blobs / "key").symlink_to(private / "hash")
+    (snapshot / "LICENSE").symlink_to("../../blobs/key")
+    with pytest.raises(ConfigError, match=r"LICENSE leads out of its folder"):
+        refuse_foreign(snapshot / "LICENSE", snapshot)
+    shutil.rmtree(blobs)
+    blobs.symlink_to(private)
+    with pytest.raises(ConfigError, match=r"config\.json leads out of its folder"):
+        refuse_foreign(snapshot / "config.json", snapshot)
     (tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
     (snapshot / "foreign.json").symlink_to("../../../models--a--b/blobs/x")
     with pytest.raises(ConfigError, match=r"foreign\.json leads out of its folder"):

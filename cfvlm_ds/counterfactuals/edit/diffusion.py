@@ -17,6 +17,9 @@ from cfvlm_ds.core.versions import version
 from cfvlm_ds.counterfactuals.edit.base import EditContext, Picture, Refused, Task
 
 _MULTIPLE = 32  # pixels that every known pipeline's sides can be multiples of
+OLDEST = "0.42.1"
+"""As in pyproject.toml. Before 0.38 diffusers runs code that a pipeline's folder holds, before this version it imports any module that the
+folder names."""
 
 
 class Diffusers:
@@ -29,18 +32,35 @@ class Diffusers:
         try:
             import diffusers
             import torch
+            from packaging.version import Version
         except ImportError as error:
             raise ConfigError(
                 "--with diffusers needs the package diffusers, which is not installed; pip install 'cfvlm-ds[edit]' (Python 3.11 or later)"
             ) from error
+        if Version(diffusers.__version__) < Version(OLDEST):
+            raise ConfigError(
+                f"diffusers {diffusers.__version__} runs code that the folder of a pipeline names; pip install 'diffusers>={OLDEST}'"
+            )
         if not options.model:
             raise ConfigError("--with diffusers needs --model, the folder or hub name of a pipeline")
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
         try:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype, use_safetensors=True)
+            index = diffusers.DiffusionPipeline.load_config(options.model)
+            parts = {name: part for name, part in index.items() if isinstance(part, list) and name != "_ignore_files"}
+            for name, (library, *_) in parts.items():
+                if not (library in (None, "diffusers", "transformers") or hasattr(diffusers.pipelines, library)):
+                    raise ConfigError(
+                        f"--model {options.model}: model_index.json takes {name} from {library!r}, and only classes of diffusers and "
+                        "transformers are loaded; name another pipeline"
+                    )
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                options.model, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
             self.pipe = pipe.to(self._device)
+        except ConfigError:
+            raise
         except Exception as error:  # what a folder that is no pipeline makes of it
             if not is_failure(error):
                 raise

@@ -22,8 +22,21 @@ FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for mod
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family record of a model's configuration. Raises ConfigError naming the supported model types."""
+    """The family record of a model's configuration. Raises ConfigError naming the supported model types, or what in the language model
+    depends on more than a token's own path."""
     if config.model_type in FAMILIES:
+        text = config.get_text_config()
+        ropes = getattr(text, "rope_parameters", None) or {}
+        kinds = [rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
+        for option, found, known in (
+            ("rope_type", kinds, (None, *_ROPES)),
+            ("layer_types", getattr(text, "layer_types", None) or (), _LAYERS),
+        ):
+            if unknown := [kind for kind in found if kind not in known]:
+                raise ConfigError(
+                    f"model type {config.model_type!r}: its language model has {option} {unknown[0]!r}, with which a text's score may "
+                    f"depend on the rest of its row; name a model with {', '.join(filter(None, known))}"
+                )
         return FAMILIES[config.model_type]
     if not hasattr(config, "vision_config"):
         raise ConfigError(
@@ -36,6 +49,12 @@ def family_of(config: PreTrainedConfig) -> Family:
         f"model type {config.model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}; a family is one "
         "record, and docs/extending.md shows how to add one"
     )
+
+
+_ROPES = ("default", "dynamic", "linear", "llama3", "proportional", "yarn")
+"""Those whose frequencies are one for all rows within the model's window. ``longrope`` takes them by the longest position of a row."""
+_LAYERS = ("full_attention", "sliding_attention", "linear_attention")
+"""Those that rows of trees compute. ``chunked_attention`` and the length scaling beside it count from the row's first token."""
 
 
 _MISSPELT = 0.85  # likeness from which on a name is another's misspelling rather than another family's
