@@ -715,10 +715,10 @@ def test_margin_and_drop_keep_most_at_the_precision(seed: int) -> None:
     draw = random.Random(seed)
 
     def candidate(worst: float, drop: float) -> dict[str, Any]:
-        logp = [[-5.0, -99.0], [-99.0, -5.0 - drop]]
+        logp = [[-5.0, -99.0], [-99.0, None if drop == math.inf else -5.0 - drop]]
         return {"checks": None, "scores": {"match": [[math.log(0.5 + worst / 20), math.log(0.5)]] * 1, "likelihood": logp, "blank": [0, 0]}}
 
-    labels = [(draw.uniform(0.1, 5), round(draw.uniform(-2, 8), 2)) for _ in range(60)]
+    labels = [(draw.uniform(0.1, 5), math.inf if draw.random() < 0.05 else round(draw.uniform(-2, 8), 2)) for _ in range(60)]
     good = [draw.random() < (0.9 if drop < 3 else 0.4) for _, drop in labels]
     records = [candidate(*each) for each in labels]
     worst = [verdict(record, Thresholds()).worst for record in records]
@@ -731,6 +731,8 @@ def test_margin_and_drop_keep_most_at_the_precision(seed: int) -> None:
     kept = [right for record, right in zip(records, good, strict=True) if verdict(record, found.thresholds).reason == GOOD]
     assert (found.kept, found.good_kept) == (len(kept), sum(kept)) and found.kept == max(most.values()) > 0
     assert (found.thresholds.drop is None) == (most[False] >= most[True])
+    alone = calibrated([(candidate(1.0, 2.0), True), (candidate(3.0, math.inf), False)], Thresholds(), 0.9)
+    assert (alone.kept, alone.thresholds.margin, alone.thresholds.drop) == (1, 0.0, 2.0), "what has no likelihood fits worst"
 
 
 def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(
