@@ -141,7 +141,7 @@ def _balance(found: Audit, sets: Sequence[_Set]) -> None:
     found.facts.extend(facts)
     if pairs and negated / pairs > LIMIT_NEGATED:
         found.fault(
-            f"{negated} of {pairs} counterfactual texts negate; a language model tells them by the negation alone (limit {LIMIT_NEGATED:.0%})"
+            f"{negated} of {pairs} false texts negate; a language model tells them by the negation alone (limit {LIMIT_NEGATED:.0%})"
         )
 
 
