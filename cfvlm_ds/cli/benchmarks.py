@@ -43,7 +43,9 @@ def add(commands: Any) -> None:
     command.add_argument("--out", metavar="FOLDER", help="page to write, or to write again, of the worst and best items (default none)")
     command.add_argument("--benchmark_root", metavar="FOLDER", help="folder of the benchmarks, from which the page takes the pictures")
     command.add_argument("--sample", type=positive, default=200, metavar="N", help="items of each benchmark on the page (default 200)")
-    command.add_argument("--draws", type=count, metavar="N", help="draws of the paired bootstrap (default: as of evaluate)")
+    command.add_argument(
+        "--draws", type=count, metavar="N", help="exchanges of the two models' answers that are drawn (default: as draws of evaluate)"
+    )
 
 
 class _InPlaceOfManifests(argparse.Action):
