@@ -94,7 +94,7 @@ def evaluate(
     with results_held(out, world):
         patience = Patience(world)
         loaded = {
-            name: agreed(world, partial(load_items, each, world.say, skip=skip), patience)
+            name: agreed(world, partial(load_items, each, world.say, limit=arguments.limit, skip=skip), patience)
             for name, each in {each.name: each for each in chosen}.items()
         }
         identity = agreed(world, lambda: _identity(model, adapter, patience.alive), patience)
@@ -106,7 +106,6 @@ def evaluate(
             max_tokens=arguments.max_tokens_per_forward or MAX_TOKENS,
             num_workers=default_workers() if arguments.num_workers is None else arguments.num_workers,
             shuffled=not arguments.no_shuffled,
-            limit=arguments.limit,
             skip=skip,
             draws=arguments.draws,
             remedy=batches["remedy"].replace("set --max_tokens", "lower --max_tokens"),

@@ -35,6 +35,7 @@ from cfvlm_ds.demo.scenes import build_benchmarks, build_scenes
 from cfvlm_ds.demo.scenes.benchmarks import SUBSETS
 from cfvlm_ds.evaluation import accuracies, score_groups
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Item, Judged, Outcome, load
+from cfvlm_ds.evaluation.benchmarks.base import spread
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
 from cfvlm_ds.evaluation.generation import writer
 from cfvlm_ds.evaluation.probes import PROBES, Caption, Generate, log_share, variants
@@ -62,7 +63,7 @@ from cfvlm_ds.evaluation.suite.bootstrap import (
     interval,
     intervals,
 )
-from cfvlm_ds.evaluation.suite.chosen import spread, way_named
+from cfvlm_ds.evaluation.suite.chosen import way_named
 from cfvlm_ds.evaluation.suite.comparing import comparison_table
 from cfvlm_ds.evaluation.suite.comparison_page import results_page
 from cfvlm_ds.evaluation.suite.tables import markdown, omissions, overview
@@ -116,8 +117,8 @@ def asked(scorer: Any, collator: Collator, identity: str = "a", say: Any = None)
     return Asked(scorer, collator, ALONE, "model", {"weights": identity, "inputs": "b"}, {"dtype": "float32"}, say)
 
 
-def ask(model: Asked, root: Path, out: Path, names: str, *probes: str, settings: Settings = FEW) -> list[Result]:
-    chosen = [(each, load_items(each, print, skip=settings.skip)) for each in choose(names.split(","), root, probes)]
+def ask(model: Asked, root: Path, out: Path, names: str, *probes: str, settings: Settings = FEW, limit: int | None = None) -> list[Result]:
+    chosen = [(each, load_items(each, print, limit=limit, skip=settings.skip)) for each in choose(names.split(","), root, probes)]
     return evaluate_benchmarks(model, chosen, out, settings)
 
 
@@ -151,8 +152,7 @@ def test_every_score_is_that_of_plain_forwards(scorer: Scorer, collator: Collato
         return plain(image, "Describe the image.", text)
 
     naive = {"caption": captioned, "match": matched, "yes_no": together_}
-    settings = replace(FEW, limit=10)
-    results = ask(asked(scorer, collator), root, tmp_path / "out", "sugarcrepe,pope", "caption", "match", "yes_no", settings=settings)
+    results = ask(asked(scorer, collator), root, tmp_path / "out", "sugarcrepe,pope", "caption", "match", "yes_no", limit=10)
     assert [result.place for result in results] == ["sugarcrepe/caption", "sugarcrepe/match", "pope/yes_no"]
     for result in results:
         items = {item.id: item for item in load(BENCHMARKS[result.name], root / result.name).items}
@@ -203,7 +203,7 @@ def test_a_template_that_asks_before_it_shows_is_named(scorer: Scorer, model_dir
     try:
         other = Collator(late.processor, late.family, late.model_config, "full", late.max_length)
         assert not other.pictures_first
-        results = ask(asked(scorer, other), root, tmp_path / "out", "pope", settings=Settings(shuffled=False, draws=0, limit=2))
+        results = ask(asked(scorer, other), root, tmp_path / "out", "pope", settings=Settings(shuffled=False, draws=0), limit=2)
     finally:
         late.processor.chat_template = template
     assert results[0].outcomes and capsys.readouterr().out.count("before the picture") == 1
@@ -211,9 +211,7 @@ def test_a_template_that_asks_before_it_shows_is_named(scorer: Scorer, model_dir
 
 def test_generated_text_is_the_librarys_own(scorer: Scorer, collator: Collator, root: Path, model_dir: Path, tmp_path: Path) -> None:
     say = writer(scorer.model, collator, ALONE.device)
-    (result,) = ask(
-        asked(scorer, collator, say=say), root, tmp_path / "out", "pope", "generate:max_new_tokens=6", settings=replace(FEW, limit=2)
-    )
+    (result,) = ask(asked(scorer, collator, say=say), root, tmp_path / "out", "pope", "generate:max_new_tokens=6", limit=2)
     assert result.label == "generate.6" and result.outcomes
     processor, items = load_processor(ModelConfig(str(model_dir))), load(BENCHMARKS["pope"], root / "pope").items
     for outcome in result.outcomes[:2]:
@@ -346,20 +344,20 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(probe: str, scorer: Score
 
 
 def test_results_of_something_else_are_not_written_over(scorer: Scorer, collator: Collator, root: Path, tmp_path: Path) -> None:
-    few, out = Settings(draws=0, limit=2, shuffled=False), tmp_path / "out"
-    ask(asked(scorer, collator), root, out, "pope", settings=few)
+    few, out = Settings(draws=0, shuffled=False), tmp_path / "out"
+    ask(asked(scorer, collator), root, out, "pope", settings=few, limit=2)
     before = files(out)
-    for model, settings, what in (
-        (asked(scorer, collator, "other"), few, "model.weights was 'a', and is 'other'"),
-        (asked(scorer, collator), replace(few, limit=4), "settings.limit was 2, and is 4"),
-        (asked(scorer, collator), replace(few, batch_size=3), "settings.batch_size was 16, and is 3"),
+    for model, settings, limit, what in (
+        (asked(scorer, collator, "other"), few, 2, "model.weights was 'a', and is 'other'"),
+        (asked(scorer, collator), few, 4, "settings.limit was 2, and is 4"),
+        (asked(scorer, collator), replace(few, batch_size=3), 2, "settings.batch_size was 16, and is 3"),
     ):
         with pytest.raises(ConfigError, match=what):
-            ask(model, root, out, "pope", settings=settings)
+            ask(model, root, out, "pope", settings=settings, limit=limit)
     with pytest.raises(ConfigError, match=r"model.weights was .*name another folder"):
-        ask(asked(scorer, collator, "other"), root, out, "sugarcrepe", settings=few)
+        ask(asked(scorer, collator, "other"), root, out, "sugarcrepe", settings=few, limit=2)
     assert files(out) == before
-    ask(asked(scorer, collator), root, out, "sugarcrepe", "match", settings=few)
+    ask(asked(scorer, collator), root, out, "sugarcrepe", "match", settings=few, limit=2)
     said = (out / "results.md").read_text()
     assert ("| pope | yes_no | " in said and "| sugarcrepe | match | " in said and "had without looking" in said) or "no points" in said
 
@@ -753,7 +751,7 @@ def test_nothing_is_written_through_a_link(scorer: Scorer, collator: Collator, r
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out" / "pope").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="is a link to"):
-        ask(asked(scorer, collator), root, tmp_path / "out", "pope", settings=Settings(draws=0, limit=1))
+        ask(asked(scorer, collator), root, tmp_path / "out", "pope", settings=Settings(draws=0), limit=1)
     assert not os.listdir(tmp_path / "elsewhere")
 
 
