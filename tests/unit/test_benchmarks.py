@@ -760,37 +760,32 @@ def test_hallusionbench_by_hand(tmp_path: Path) -> None:
 
 
 def test_hallusionbench_has_the_authors_numbers_and_the_leaderboards(tmp_path: Path) -> None:
-    """Random answers to two categories whose subcategory and numbers are the same, counted naively by the keys that the authors' utils.py
-    has, and by VLMEvalKit's, whose l2-category is CATEGORY_SUBCATEGORY."""
+    """Random answers to two categories whose subcategory and numbers are the same, counted naively by the keys of the authors' utils.py,
+    which are VLMEvalKit's too: its l2-category is CATEGORY_SUBCATEGORY."""
     rows = [hallusion_row(category, str(int(not (category == "VS" and figure == "0"))), number, figure, question, "1")
             for category in ("VD", "VS") for number in "012" for figure in "012" for question in "012"]  # fmt: skip
     put(tmp_path / "HallusionBench.json", rows)
     pictures(tmp_path, *(f"hallusion_bench/{row['filename'][2:]}" for row in rows if row["filename"]))
-    draw = random.Random(4)
-    right = {item.id: draw.random() < 0.8 for item in (loaded := read("hallusionbench", tmp_path))}
+    draw, loaded = random.Random(4), read("hallusionbench", tmp_path)
+    right = {item.id: draw.random() < 0.8 for item in loaded}
 
-    def all_right(keys: Callable[[dict[str, Any]], str], counted: Sequence[dict[str, Any]]) -> float:
+    def all_right(counted: Sequence[dict[str, Any]], *names: str) -> float:
         sets: dict[str, list[bool]] = {}
         for row in counted:
-            name = "_".join(row[key] for key in ("category", "subcategory", "set_id", "figure_id", "question_id"))
-            sets.setdefault(keys(row), []).append(right[name])
+            prefix = f"{row['category']}_{row['subcategory']}_{row['set_id']}"
+            said = right[f"{prefix}_{row['figure_id']}_{row['question_id']}"]
+            sets.setdefault("_".join([prefix, *(row[name] for name in names)]), []).append(said)
         return 100 * sum(map(all, sets.values())) / len(sets)
-
-    def authors(*names: str) -> Callable[[dict[str, Any]], str]:
-        return lambda row: "_".join(row[name] for name in ("category", "subcategory", "set_id", *names))
-
-    def leaderboards(*names: str) -> Callable[[dict[str, Any]], str]:
-        return lambda row: f"{row['category']}_{row['subcategory']}_{row['set_id']}_{row[names[0]]}"
 
     figures = [row for row in rows if (row["category"], row["figure_id"]) != ("VS", "0")]
     pictured = [row for row in rows if row["visual_input"] != "0"]
     expected = {
-        "aAcc": all_right(authors("figure_id", "question_id"), rows),
-        "qAcc": all_right(authors("question_id"), rows),
-        "fAcc": all_right(authors("figure_id"), figures),
-        "aAcc_pictures": all_right(authors("figure_id", "question_id"), pictured),
-        "qAcc_pictures": all_right(leaderboards("question_id"), pictured),
-        "fAcc_pictures": all_right(leaderboards("figure_id"), pictured),
+        "aAcc": all_right(rows, "figure_id", "question_id"),
+        "qAcc": all_right(rows, "question_id"),
+        "fAcc": all_right(figures, "figure_id"),
+        "aAcc_pictures": all_right(pictured, "figure_id", "question_id"),
+        "qAcc_pictures": all_right(pictured, "question_id"),
+        "fAcc_pictures": all_right(pictured, "figure_id"),
     }
     expected["mean_pictures"] = sum(value for name, value in expected.items() if name.endswith("_pictures")) / 3
     tables = with_scores(loaded, [[[float(right[item.id]), float(not right[item.id])]] for item in loaded])

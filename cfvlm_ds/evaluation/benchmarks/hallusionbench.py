@@ -38,8 +38,8 @@ def _number(where: str, row: Row) -> int:
 def metrics(table: Sequence[Judged]) -> Values:
     """aAcc of questions; qAcc of questions right on all figures of their set; fAcc of figures with all questions right.
 
-    Of all rows, which are the authors' own, and as ``NAME_pictures`` of those with a picture, whose mean is what leaderboards show. Both tell
-    sets and figures apart by category and subcategory: VD and VS have an ``ocr`` each, with the same numbers.
+    Of all rows, the authors' own, and as ``NAME_pictures`` of those with a picture, whose mean is what leaderboards show. Sets and figures
+    are told apart by category and subcategory: VD and VS have an ``ocr`` each, with the same numbers.
     """
     found = _three(table, "")
     pictured = _three([each for each in table if each.item.tags["picture"] == "with"], "_pictures")
