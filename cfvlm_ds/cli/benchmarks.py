@@ -43,7 +43,9 @@ def add(commands: Any) -> None:
     command.add_argument("--out", metavar="FOLDER", help="page to write, or to write again, of the worst and best items (default none)")
     command.add_argument("--benchmark_root", metavar="FOLDER", help="folder of the benchmarks, from which the page takes the pictures")
     command.add_argument("--sample", type=positive, default=200, metavar="N", help="items of each benchmark on the page (default 200)")
-    command.add_argument("--draws", type=count, metavar="N", help="draws of the paired bootstrap (default: as of evaluate)")
+    command.add_argument(
+        "--draws", type=count, metavar="N", help="exchanges of the two models' answers that are drawn (default: as draws of evaluate)"
+    )
 
 
 class _InPlaceOfManifests(argparse.Action):
@@ -92,7 +94,7 @@ def evaluate(
     with results_held(out, world):
         patience = Patience(world)
         loaded = {
-            name: agreed(world, partial(load_items, each, world.say, skip=skip), patience)
+            name: agreed(world, partial(load_items, each, world.say, limit=arguments.limit, skip=skip), patience)
             for name, each in {each.name: each for each in chosen}.items()
         }
         identity = agreed(world, lambda: _identity(model, adapter, patience.alive), patience)
@@ -104,7 +106,6 @@ def evaluate(
             max_tokens=arguments.max_tokens_per_forward or MAX_TOKENS,
             num_workers=default_workers() if arguments.num_workers is None else arguments.num_workers,
             shuffled=not arguments.no_shuffled,
-            limit=arguments.limit,
             skip=skip,
             draws=arguments.draws,
             remedy=batches["remedy"].replace("set --max_tokens", "lower --max_tokens"),

@@ -107,7 +107,7 @@ def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
     if not math.isfinite(worst):
         return Verdict("scores are not finite", -math.inf, 2)
     reason = next((f"score: {name}" for name, margin in named.items() if margin <= thresholds.margin), GOOD)
-    if not reason and thresholds.drop is not None and not _drop(record) <= thresholds.drop:
+    if not reason and thresholds.drop is not None and _drop(record) > thresholds.drop:
         reason = "score: the new text fits worse than the caption did"
     return Verdict(reason, worst, 2)
 
@@ -174,9 +174,13 @@ def _four(by_text: Sequence[Sequence[float]], by_image: Sequence[Sequence[float]
 
 
 def _drop(record: Mapping[str, Any]) -> float:
-    """By how many nats the new text is less likely on the edited picture than the caption on the original; without a picture below all."""
+    """By how many nats the new text is less likely on the edited picture than the caption on the original; without a picture below all,
+    without a likelihood above all."""
     rows = record["scores"]["likelihood"]
-    return _number(rows[0][0]) - _number(rows[1][1]) if len(rows) > 1 else -math.inf
+    if len(rows) < 2:
+        return -math.inf
+    drop = _number(rows[0][0]) - _number(rows[1][1])
+    return drop if math.isfinite(drop) else math.inf
 
 
 def _log_odds(log_share: float | None) -> float:

@@ -65,6 +65,11 @@ def comparisons(group: CounterfactualGroup) -> Iterator[Comparison]:
             yield Comparison("sham", (0, i, j), labels((j,), ()))
 
 
+def factual_texts(group: CounterfactualGroup) -> list[tuple[int, int]]:
+    """The text comparisons on the factual image: each true text with each false one of the same prompt."""
+    return [(each.at[1], each.at[2]) for each in comparisons(group) if each.kind == "text" and each.at[0] == 0]
+
+
 class _Labels:
     """The edit types of a comparison: those of the edits that share the most images and texts with it."""
 

@@ -21,7 +21,6 @@ from cfvlm_ds.evaluation.benchmarks.base import Values, judged
 from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.suite import Chosen, Result, bootstrap_of, checked_items, choose, load_items, recorded, result_folder, write_result
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together, draws_for
-from cfvlm_ds.evaluation.suite.chosen import spread
 from cfvlm_ds.evaluation.suite.item_check import example_of
 from cfvlm_ds.evaluation.suite.tables import logged
 from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_train
@@ -72,8 +71,8 @@ def read_benchmarks(
     for name, each in config.data.benchmark_sets.items():
         collator = collator or load_collator(config.model, "full", config.data.max_pixels)
         chosen = chosen_of(name, each)
-        loaded = agreed(world, partial(load_items, chosen, world.say), Patience(world, tick))
-        checked = checked_items(spread(loaded.items, each.limit), chosen.way, collator, world, f"data.evaluation.{name}", tick)
+        loaded = agreed(world, partial(load_items, chosen, world.say, limit=each.limit), Patience(world, tick))
+        checked = checked_items(loaded.items, chosen.way, collator, world, f"data.evaluation.{name}", tick)
         if checked.left_out:
             more = f" ({len(checked.left_out) - 1} more)" if len(checked.left_out) > 1 else ""
             raise DataError(f"data.evaluation.{name}: {checked.left_out[0][1]}{more}; take that data set out, or correct its files")

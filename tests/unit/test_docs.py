@@ -6,6 +6,7 @@ import ast
 import csv
 import functools
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -44,6 +45,49 @@ def test_the_readme_is_short_and_uses_no_word_that_it_does_not_explain() -> None
     assert len(text.splitlines()) <= 130
     assert "GPU" in text.splitlines()[1]
     assert not re.findall(r"\b(combo|sham|blind|PMI|anchor)s?\b", text, re.IGNORECASE)
+
+
+def measured(command: str, *starts: str) -> list[dict[str, str]]:
+    """The first rows that begin with some cells, of the table of RESULTS.md that follows a command, by their columns."""
+    after = (REPO / "benchmarks" / "RESULTS.md").read_text().split(f"python benchmarks/{command}", 1)[1]
+    lines = re.findall(r"^\|.*\|$", after.split("\n\n", 2)[1], re.MULTILINE)
+    rows = [[cell.strip(" *") for cell in line[1:-1].split("|")] for line in lines]
+    return [dict(zip(rows[0], next(row for row in rows if " | ".join(row).startswith(start)), strict=True)) for start in starts]
+
+
+def test_figures_that_pages_quote_are_those_of_their_tables() -> None:
+    """Words of a sentence find its numbers, a # each: they are those of the table, rounded to as many digits as are quoted."""
+    names = ("base", "NLL, all pairs | 1e-3", "default objective", "mDPO", "SymMPO")
+    arms = measured("learning.py --table objectives", *names)
+    base, nll, default, mdpo, symmpo = arms
+    (paper,) = measured("learning.py --table parts", "the paper's sum | 1e-4")
+    starts = ("base", "NLL, all pairs, 2e-3", "default objective, 2e-3", "DPO, 5e-4")
+    habit = [row["conflict"] for row in measured("real_prior.py --table arms", *starts)]
+    others = [measured("peers.py --texts 2", *(f"{n} | {name}" for name in ("trl", "ms-swift", "llamafactory"))) for n in (2, 4, 8)]
+    times, alone = [[row["times ours"] for row in rows] for rows in others], [row["without it"] for row in others[2]]
+    edits = list(base)[list(base).index("colour") : list(base).index("all") + 1]
+    width = {edit: max(row[edit].split("±")[1] for row in (nll, default)) for edit in edits}
+    relation, everything = ([row[name] for row in arms[:3]] for name in ("relation", "all"))
+    spread = [part for each in (*everything, *relation) for part in each.split("±")]
+    depth, others_width = width.pop("depth"), max(width.values())
+    quotes = [
+        ("README.md", "Relations # # # all edits # # #", [*relation, *everything]),
+        ("README.md", "intervals of at most # depth #", [others_width, depth]),
+        ("README.md", "mDPO # paper's sum #", [mdpo["all"], paper["all"]]),
+        ("README.md", "SmolLM2-135M reads # NLL # default # DPO reads #", habit),
+        ("README.md", "takes # to # two texts # to # eight", [f(each, key=float) for each in times[::2] for f in (min, max)]),
+        ("benchmarks/RESULTS.md", "base # NLL # # default # # relation # # # # #", spread),
+        ("benchmarks/RESULTS.md", "mDPO and SymMPO, # #", [mdpo["all"], symmpo["all"]]),
+        ("benchmarks/RESULTS.md", "DPO of TRL # # # 2 texts # # # 4, # # # 8 # # # without", [*itertools.chain(*times), *alone]),
+        ("docs/objectives.md", "pretrained base from # to # relations # paper's sum #", [*relation[::2], relation[1], paper["relation"]]),
+    ]  # fmt: skip
+    for page, words, figures in quotes:
+        parts = [r"(\d+(?:\.\d+)?)" if word == "#" else re.escape(word) for word in words.split()]
+        quoted = re.search(r"\D*?".join(parts), (REPO / page).read_text())
+        assert quoted, (page, words)
+        exact = [float(value.split("±")[0]) for value in figures]
+        digits = [len(number.partition(".")[2]) for number in quoted.groups()]
+        assert list(quoted.groups()) == [f"{value:.{n}f}" for value, n in zip(exact, digits, strict=True)], (page, words)
 
 
 def said_in_the_code() -> list[str]:

@@ -17,8 +17,10 @@ import torch
 from conftest import COLOURS, PROMPT, plain_logp
 from PIL import Image
 
+from cfvlm_ds.batching.batch_layout import group_layout
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.batching.image_source import ImageFiles
+from cfvlm_ds.batching.prompts import Encoded
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import DataError, OutOfMemory
@@ -44,10 +46,12 @@ from cfvlm_ds.evaluation import (
     table,
 )
 from cfvlm_ds.evaluation import loss as losses
+from cfvlm_ds.evaluation.comparisons import comparisons, factual_texts
 from cfvlm_ds.evaluation.loss import EvaluationLoss
 from cfvlm_ds.evaluation.metrics import CHANCE
 from cfvlm_ds.models import Scorer, load_processor
 from cfvlm_ds.objectives import Align, Csd, Dpo, Fcd, Objective, denominators, required_cells, weighted_loss
+from cfvlm_ds.objectives.base import comparisons as compared
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 GREY = Image.new("RGB", (336, 336), (128, 128, 128))
@@ -68,6 +72,26 @@ def scores(logp: list[list[float]], blank: list[float] | None = None) -> GroupSc
 
 
 # Metrics ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_training_evaluation_and_audit_compare_the_same_texts_and_images() -> None:
+    """The comparisons of an evaluation are those of csd and fcd, whose tensors come from the layout, but for shams."""
+    draw = random.Random(7)
+    for _ in range(60):
+        images, texts = draw.randint(1, 4), draw.randint(1, 6)
+        match = [[draw.choice((0, 1, None)) for _ in range(texts)] for _ in range(images)]
+        match[0][0] = 1
+        candidates = tuple(Candidate(f"question {draw.randrange(3)}", f"text {c}") for c in range(texts))
+        one = CounterfactualGroup("g", tuple((Path(f"{i}.png"),) for i in range(images)), candidates, tuple(map(tuple, match)))
+        found = [(each.kind, *each.at) for each in comparisons(one)]
+        encoded = [Encoded("", (1,), (2,), (3,))] * texts
+        layout = group_layout([one], [encoded], "full")
+        none = torch.zeros(1, images, texts)
+        by_text = compared(none, layout.positive, layout.negative, layout.same_prompt)[1][0]
+        by_image = compared(*(each.transpose(1, 2) for each in (none, layout.positive, layout.negative)))[1][0]
+        assert {each[1:] for each in found if each[0] == "text"} == set(map(tuple, by_text.nonzero().tolist()))
+        assert {each[1:] for each in found if each[0] == "image"} == set(map(tuple, by_image.nonzero().tolist()))
+        assert set(factual_texts(one)) == set(map(tuple, by_text[0].nonzero().tolist()))
 
 
 @pytest.mark.parametrize(

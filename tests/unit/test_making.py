@@ -715,10 +715,10 @@ def test_margin_and_drop_keep_most_at_the_precision(seed: int) -> None:
     draw = random.Random(seed)
 
     def candidate(worst: float, drop: float) -> dict[str, Any]:
-        logp = [[-5.0, -99.0], [-99.0, -5.0 - drop]]
+        logp = [[-5.0, -99.0], [-99.0, None if drop == math.inf else -5.0 - drop]]
         return {"checks": None, "scores": {"match": [[math.log(0.5 + worst / 20), math.log(0.5)]] * 1, "likelihood": logp, "blank": [0, 0]}}
 
-    labels = [(draw.uniform(0.1, 5), round(draw.uniform(-2, 8), 2)) for _ in range(60)]
+    labels = [(draw.uniform(0.1, 5), math.inf if draw.random() < 0.05 else round(draw.uniform(-2, 8), 2)) for _ in range(60)]
     good = [draw.random() < (0.9 if drop < 3 else 0.4) for _, drop in labels]
     records = [candidate(*each) for each in labels]
     worst = [verdict(record, Thresholds()).worst for record in records]
@@ -731,6 +731,8 @@ def test_margin_and_drop_keep_most_at_the_precision(seed: int) -> None:
     kept = [right for record, right in zip(records, good, strict=True) if verdict(record, found.thresholds).reason == GOOD]
     assert (found.kept, found.good_kept) == (len(kept), sum(kept)) and found.kept == max(most.values()) > 0
     assert (found.thresholds.drop is None) == (most[False] >= most[True])
+    alone = calibrated([(candidate(1.0, 2.0), True), (candidate(3.0, math.inf), False)], Thresholds(), 0.9)
+    assert (alone.kept, alone.thresholds.margin, alone.thresholds.drop) == (1, 0.0, 2.0), "what has no likelihood fits worst"
 
 
 def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(
@@ -1281,7 +1283,6 @@ def test_area_under_the_curve_is_that_of_all_pairs() -> None:
         won = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in one for b in two)
         area, low, high = shortcuts.auc(one, two)
         assert area == pytest.approx(won / (17 * 23)) and low <= area <= high
-    assert shortcuts.auc([], [1.0]) == (0.5, 0.0, 1.0)
 
 
 def test_of_each_pattern_of_guesses_as_many_stay_as_of_the_opposite() -> None:
@@ -1329,12 +1330,12 @@ def test_refine_thins_planted_cues_by_the_command_line(tmp_path: Path, capsys: p
     assert (tmp_path / "kept.jsonl").read_bytes() == said[2]
 
 
-def audited(tmp_path: Path, rows: dict[str, list[dict[str, Any]]], **options: Any) -> Any:
+def audited(tmp_path: Path, rows: dict[str, list[dict[str, Any]]], score: Any = None, **options: Any) -> Any:
     names = []
     for name, listed in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
         names.append(str(tmp_path / f"{name}.jsonl"))
-    return audit(names, None, "cfgroup", AuditOptions(**options), quiet)
+    return audit(names, None, "cfgroup", AuditOptions(**options), quiet, score)
 
 
 def pair_rows(
@@ -1379,6 +1380,52 @@ def test_clean_data_pass_and_every_planted_fault_is_found(tmp_path: Path) -> Non
 
     found, _ = audited(tmp_path / "paste", {"train": pair_rows(tmp_path / "paste", 40, spoil=pasted)})
     assert [sentence.split(":")[0] for sentence, _ in found.faults] == ["pictures by their grain"]
+
+
+@pytest.mark.parametrize(("questions", "old_share"), [(2, 0.75), (8, 0.5625)])
+def test_answers_to_different_questions_are_not_compared(questions: int, old_share: float, tmp_path: Path) -> None:
+    """24 pictures with some questions each. A scorer likes any answer to a later question less, and of each question's the true one more:
+    without the picture it knows every answer, though it is right in fewer of all pairs of a true and a false text."""
+    pair_rows(tmp_path, 24)
+    rows = [
+        {
+            "id": f"g{k}", "images": [{"id": "i0", "path": f"{k}-0.png"}],
+            "texts": [{"id": f"t{2 * q + c}", "text": text, "prompt": f"Question {q}?"} for q in range(questions)
+                      for c, text in enumerate(("yes", "no") if (k + q) % 2 else ("no", "yes"))],
+            "match": [["i0", f"t{2 * q + c}", 1 - c] for q in range(questions) for c in (0, 1)],
+        }
+        for k in range(24)
+    ]  # fmt: skip
+    blank = torch.tensor([float(-2 * q - c) for q in range(questions) for c in (0, 1)])
+    crossed = [float(blank[true] > blank[false]) for true in range(0, 2 * questions, 2) for false in range(1, 2 * questions, 2)]
+    assert sum(crossed) / len(crossed) == old_share
+
+    def score(groups: Sequence[CounterfactualGroup]) -> list[GroupScores]:
+        return [GroupScores(blank.expand(1, -1), blank) for _ in groups]
+
+    found, _ = audited(tmp_path, {"train": rows}, score)
+    total = 24 * questions
+    assert dict(found.facts)["texts told on a blank picture"] == f"100.0 % of {total} comparisons"
+    assert f"a scorer without a picture is right in 100.0 % of {total} comparisons (limit 60)" in [sentence for sentence, _ in found.faults]
+    assert found.shortcuts[1].auc == pytest.approx(0.5, abs=0.15), "yes is true as often as no"
+    with pytest.raises(ConfigError, match=r"--refine: a blind guess \(the scorer\) is right or wrong in the same way for all 24 groups"):
+        audited(tmp_path, {"train": rows}, score, refine=str(tmp_path / "kept.jsonl"))
+
+
+def test_what_is_not_measured_has_no_number(tmp_path: Path) -> None:
+    """All captions of one picture are on one side of the halves; a group of two questions with a text each has nothing to compare."""
+    rows = pair_rows(tmp_path, 1)
+    row = rows[0]
+    alone = [{key: row[key] for key in ("images", "texts", "match", "edits")} | {"id": f"g{k}"} for k in range(6)]
+    found, sets = audited(tmp_path, {"train": alone})
+    write_report(found, sets, tmp_path / "page", quiet)
+    table = (tmp_path / "page.md").read_text()
+    assert "| texts by their words | not measured | | 0 | one half has no pair" in table and "0.500" not in table
+    assert json.loads((tmp_path / "page.json").read_text())["shortcuts"][1]["auc"] is None
+    apart = [{"id": "g", "images": row["images"][:1], "texts": [text | {"prompt": text["id"]} for text in row["texts"]],
+              "match": [["i0", "t0", 1], ["i0", "t1", 0]]}]  # fmt: skip
+    found, _ = audited(tmp_path, {"train": apart}, lambda groups: [GroupScores(torch.zeros(1, 2), torch.zeros(2)) for _ in groups])
+    assert dict(found.facts)["texts told on a blank picture"].startswith("not measured") and not found.shortcuts
 
 
 def test_duplicates_and_leaks_are_found_and_named(tmp_path: Path) -> None:

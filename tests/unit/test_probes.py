@@ -221,12 +221,22 @@ def test_letters_are_parsed_strictly(said: str, meant: int | None) -> None:
         ("pope", "There is no cup", 1), ("pope", "", 0), ("pope", "Yes. No doubt", 0), ("pope", "It is not, sadly", 1), ("pope", "none", 0),
         ("mme", "Yes.", 0), ("mme", "n", 1), ("mme", "x", None), ("mme", "Not so", 1), ("mme", "I see none", None),
         ("amber", "Yes", 0), ("amber", "yes", None), ("amber", "No.", None),
+        ("naturalbench", "The answer is yes.", 0), ("naturalbench", "I see no cup. Yes, a bowl", 1), ("naturalbench", "Nothing", None),
+        ("naturalbench", "", None),
     ],
 )  # fmt: skip
 def test_rules_of_the_authors(rule: str, said: str, meant: int | None) -> None:
     assert PARSERS.get(rule, answer)(said, QUESTION) == meant
 
 
-@pytest.mark.parametrize(("said", "meant"), [("B", 1), ("(b) two", 1), ("Option A", 0), ("The answer is B", 1), ("C", None), ("", None)])
-def test_mmstars_rule(said: str, meant: int | None) -> None:
-    assert PARSERS["mmstar"](said, LISTED) == meant
+@pytest.mark.parametrize(
+    ("rule", "said", "meant"),
+    [
+        ("mmstar", "B", 1), ("mmstar", "(b) two", 1), ("mmstar", "Option A", 0), ("mmstar", "The answer is B", 1), ("mmstar", "C", None),
+        ("mmstar", "", None),
+        ("naturalbench", "The correct option is B.", 1), ("naturalbench", "B, not A", 1), ("naturalbench", "It shows a bus: B", 0),
+        ("naturalbench", "Both", None),
+    ],
+)  # fmt: skip
+def test_rules_of_the_authors_for_letters(rule: str, said: str, meant: int | None) -> None:
+    assert PARSERS[rule](said, LISTED) == meant

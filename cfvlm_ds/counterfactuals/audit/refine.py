@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
+from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.audit.shortcuts import word_weights
@@ -22,6 +22,7 @@ from cfvlm_ds.counterfactuals.journal import MAX_LINE
 from cfvlm_ds.counterfactuals.propose.word_difference import words
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.evaluation.comparisons import factual_texts
 
 TARGET = 0.02
 """How far from one half the share of right guesses may be."""
@@ -33,10 +34,8 @@ Pairs = Sequence[tuple[str, str]]
 
 
 def text_pairs(group: CounterfactualGroup) -> list[tuple[str, str]]:
-    """A group's caption with each text that is its counterfactual."""
-    return [
-        (group.candidates[0].text, group.candidates[edit.text].text) for edit in group.edits if edit.type != SHAM and edit.text is not None
-    ]
+    """Each true text of the factual image with each false one of the same prompt."""
+    return [(group.candidates[true].text, group.candidates[false].text) for true, false in factual_texts(group)]
 
 
 def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None, seed: int, file: Path) -> str:

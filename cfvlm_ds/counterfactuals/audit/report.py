@@ -20,12 +20,13 @@ from cfvlm_ds.core.reading import MAX_RECORD, parse_json
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
-from cfvlm_ds.counterfactuals.audit.refine import refine
-from cfvlm_ds.counterfactuals.audit.shortcuts import Array, Shortcut, blind_share, by_grain, by_length, by_words, grain
+from cfvlm_ds.counterfactuals.audit.refine import refine, right, text_pairs
+from cfvlm_ds.counterfactuals.audit.shortcuts import Array, Shortcut, by_grain, by_length, by_words, grain
 from cfvlm_ds.counterfactuals.options import AuditOptions
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.manifest import Root, named_apart, open_groups
+from cfvlm_ds.evaluation.comparisons import factual_texts
 from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.page import Item, Page, Written, group_item, refuse_foreign_folder, write_page
 
@@ -60,7 +61,8 @@ class Audit:
         lines += ["| told apart | AUC | 95 % interval | pairs | goes by |", "|---|---:|---|---:|---|"]
         for each in self.shortcuts:
             told = ", ".join(each.telling[:8])
-            lines.append(f"| {each.name} | {each.auc:.3f} | {each.low:.3f} to {each.high:.3f} | {each.pairs} | {_cell(told)} |")
+            measured = "not measured |" if each.auc is None else f"{each.auc:.3f} | {each.low:.3f} to {each.high:.3f}"
+            lines.append(f"| {each.name} | {measured} | {each.pairs} | {_cell(told)} |")
         lines += ["", "## What passes a limit", ""]
         for sentence, ids in self.faults:
             named = f" ({', '.join(one_line(each, 60) for each in ids[:5])}{', ...' * (len(ids) > 5)})" if ids else ""
@@ -111,7 +113,7 @@ def audit(
 
 def _balance(found: Audit, sets: Sequence[_Set]) -> None:
     kinds: Counter[str] = Counter()
-    groups = shams = pictured = longer = negated = edits = 0
+    groups = shams = pictured = longer = negated = edits = pairs = 0
     sources: Counter[str] = Counter()
     for each in sets:
         for group in each.groups:
@@ -124,21 +126,23 @@ def _balance(found: Audit, sets: Sequence[_Set]) -> None:
                 edits += 1
                 kinds[edit.type] += 1
                 pictured += edit.image is not None
-                if edit.text is not None:
-                    new = group.candidates[edit.text].text
-                    longer += len(new) > len(group.candidates[0].text)
-                    negated += bool(_NEGATIONS & set(new.lower().split()) - set(group.candidates[0].text.lower().split()))
+            for true, false in text_pairs(group):
+                pairs += 1
+                longer += len(false) > len(true)
+                negated += bool(_NEGATIONS & set(false.lower().split()) - set(true.lower().split()))
     facts = [
         ("groups", f"{groups} in {', '.join(f'{each.name} ({len(each.groups)})' for each in sets)}"),
         ("sources", ", ".join(f"{name} {count}" for name, count in sources.most_common(8))),
         ("edits by type", ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()) or "none"),
         ("edits with a picture of their own", f"{pictured} of {edits}"),
         ("groups with a sham", f"{shams} of {groups}"),
-        ("counterfactual texts that are longer", f"{longer} of {edits}"),
+        ("counterfactual texts that are longer", f"{longer} of {pairs}"),
     ]
     found.facts.extend(facts)
-    if edits and negated / edits > LIMIT_NEGATED:
-        found.fault(f"{negated} of {edits} edits negate; a language model tells them by the negation alone (limit {LIMIT_NEGATED:.0%})")
+    if pairs and negated / pairs > LIMIT_NEGATED:
+        found.fault(
+            f"{negated} of {pairs} false texts negate; a language model tells them by the negation alone (limit {LIMIT_NEGATED:.0%})"
+        )
 
 
 def _looks(sets: Sequence[_Set], say: Say) -> tuple[list[dict[Path, Look]], dict[str, str]]:
@@ -174,13 +178,10 @@ def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: S
     for each in sets:
         for group in each.groups:
             half = _halves(group.images[0][0].name if group.num_pictures else group.id, options.seed)
+            texts += (pairs := text_pairs(group))
+            text_halves += [half] * len(pairs)
             for edit in group.edits:
-                if edit.type == SHAM:
-                    continue
-                if edit.text is not None:
-                    texts.append((group.candidates[0].text, group.candidates[edit.text].text))
-                    text_halves.append(half)
-                if edit.image is not None and group.num_pictures == 1:
+                if edit.type != SHAM and edit.image is not None and group.num_pictures == 1:
                     pictures.append((group.images[0][0], group.images[edit.image][0], half))
     if texts:
         found.shortcuts.extend([by_length(texts), by_words(texts, text_halves)])
@@ -199,7 +200,7 @@ def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: S
     if grains[0]:
         found.shortcuts.append(by_grain(*grains))
     for cue in found.shortcuts:
-        if cue.low > 0.5 and cue.auc > LIMIT_AUC:
+        if cue.auc is not None and cue.low is not None and cue.low > 0.5 and cue.auc > LIMIT_AUC:
             found.fault(f"{cue.name}: AUC {cue.auc:.2f} (limit {LIMIT_AUC}), without the picture; goes by {', '.join(cue.telling[:4])}")
 
 
@@ -278,26 +279,25 @@ def _against(found: Audit, sets: Sequence[_Set], looks: Sequence[Mapping[Path, L
 
 
 def _blind(found: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[float]:
-    """What a scorer guesses on a blank picture; returns the margin of every group."""
-    every: list[tuple[CounterfactualGroup, list[float]]] = []
+    """What a scorer guesses on a blank picture; returns by how much the true texts of each group beat the false ones there, on average."""
+    margins: list[list[float]] = []
     for each in sets:
         progress = Progress(say, f"blind scores of {each.name}", len(each.groups), "groups")
         for start in range(0, len(each.groups), _SCORED):
             groups = list(each.groups[start : start + _SCORED])
-            every += [(group, scores.blank.tolist()) for group, scores in zip(groups, score(groups), strict=True)]
+            for group, scores in zip(groups, score(groups), strict=True):
+                blank = scores.blank.tolist()
+                margins.append([blank[true] - blank[false] for true, false in factual_texts(group)])
             progress.advance(len(groups))
-    share, total = blind_share([blank for _, blank in every], [group.match[0] for group, _ in every])
-    found.facts.append(("texts told on a blank picture", f"{100 * share:.1f} % of {total} comparisons"))
-    if total and max(share, 1 - share) > LIMIT_BLIND:
-        found.fault(f"a scorer without a picture is right in {100 * share:.1f} % of {total} comparisons (limit {100 * LIMIT_BLIND:.0f})")
-    return [_margin(group, blank) for group, blank in every]
-
-
-def _margin(group: CounterfactualGroup, blank: Sequence[float]) -> float:
-    """By how much the true texts beat the false ones without a picture, on average."""
-    true = [value for value, truth in zip(blank, group.match[0], strict=True) if truth == 1]
-    false = [value for value, truth in zip(blank, group.match[0], strict=True) if truth == 0]
-    return sum(true) / len(true) - sum(false) / len(false) if true and false else 0.0
+    every = [margin for group in margins for margin in group]
+    share = right(every)
+    told = f"{100 * share:.1f} % of {len(every)} comparisons"
+    found.facts.append(
+        ("texts told on a blank picture", told if every else "not measured: no group has a true and a false text of one prompt")
+    )
+    if every and max(share, 1 - share) > LIMIT_BLIND:
+        found.fault(f"a scorer without a picture is right in {told} (limit {100 * LIMIT_BLIND:.0f})")
+    return [sum(group) / max(len(group), 1) for group in margins]
 
 
 def report_files(out: Path) -> tuple[Path, Path]:
@@ -332,7 +332,7 @@ def write_report(found: Audit, sets: Sequence[Any], out: Path, say: Say) -> Writ
     as_text, as_json = report_files(out)
     replace(as_text, found.markdown().encode())
     replace(as_json, found.as_json().encode())
-    shown = [*found.facts, *((each.name, f"AUC {each.auc:.3f} ({each.low:.3f} to {each.high:.3f})") for each in found.shortcuts)]
+    shown = [*found.facts, *((each.name, str(each)) for each in found.shortcuts)]
     shown += [("passes a limit", one_line(sentence, 300)) for sentence, _ in found.faults] or [("passes a limit", "nothing")]
     return write_page(Page("Audit", items, len(items), shown), out, say=say)
 

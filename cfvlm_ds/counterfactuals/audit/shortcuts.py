@@ -24,20 +24,28 @@ _RIDGE = 1.0
 @dataclass(frozen=True)
 class Shortcut:
     """How well something tells edited from original on the half that it was not fitted on: area under the ROC curve with its 95 % interval,
-    and what it went by."""
+    None where it was not measured, on how many pairs, and what it went by, or why it was not measured."""
 
     name: str
-    auc: float
-    low: float
-    high: float
+    auc: float | None
+    low: float | None
+    high: float | None
     pairs: int
     telling: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "not measured" if self.auc is None else f"AUC {self.auc:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def _not_measured(name: str, why: str) -> Shortcut:
+    return Shortcut(name, None, None, None, 0, (why,))
+
+
+_ONE_HALF = "one half has no pair to fit, or to judge: too few pictures"
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, float, float]:
     """Area under the ROC curve, ties one half, with the interval of Hanley and McNeil (1982)."""
-    if not len(positive) or not len(negative):
-        return 0.5, 0.0, 1.0
     values = np.concatenate([np.asarray(positive, float), np.asarray(negative, float)])
     order = np.unique(values, return_inverse=True)[1]
     counts = np.bincount(order)
@@ -64,6 +72,8 @@ def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
 
 def by_words(pairs: Sequence[tuple[str, str]], halves: Sequence[bool]) -> Shortcut:
     """A bag of words: the log-odds of each word in counterfactuals and originals of one half, added up on the other."""
+    if len(set(halves)) < 2:
+        return _not_measured("texts by their words", _ONE_HALF)
     counts = _word_counts([pair for pair, fitted in zip(pairs, halves, strict=True) if fitted])
     weight = _log_odds(counts)
     judged = [pair for pair, fitted in zip(pairs, halves, strict=True) if not fitted]
@@ -133,8 +143,8 @@ def grain(image: Image.Image) -> Array:
 def by_grain(originals: Sequence[Array], edited: Sequence[Array], halves: Sequence[bool]) -> Shortcut:
     """A linear rule over FEATURES of each picture, fitted by ridge regression on one half. Pairs show the same scene, so what helps is how
     they were made."""
-    if len(originals) < 4 or all(halves) or not any(halves):
-        return Shortcut("pictures by their grain", 0.5, 0.0, 1.0, 0)
+    if len(originals) < 4 or len(set(halves)) < 2:
+        return _not_measured("pictures by their grain", _ONE_HALF)
     first, second, chosen = np.stack(originals), np.stack(edited), np.asarray(halves)
     every = np.concatenate([first[chosen], second[chosen]])
     mean, scale = every.mean(0), every.std(0) + 1e-9
@@ -145,15 +155,3 @@ def by_grain(originals: Sequence[Array], edited: Sequence[Array], halves: Sequen
     order = np.argsort(-np.abs(weight * differences.std(0)))[:4]
     found = auc(scores[0].tolist(), scores[1].tolist())
     return Shortcut("pictures by their grain", *found, int((~chosen).sum()), tuple(FEATURES[k] for k in order))
-
-
-def blind_share(blank: Sequence[Sequence[float]], truths: Sequence[Sequence[int | None]]) -> tuple[float, int]:
-    """Of the pairs of a true and a false text on the first image, the share that a scorer gets right on a blank picture, ties one half."""
-    won, total = 0.0, 0
-    for values, truth in zip(blank, truths, strict=True):
-        for c, true in enumerate(truth):
-            for d, false in enumerate(truth):
-                if true == 1 and false == 0:
-                    won += 1.0 if values[c] > values[d] else 0.5 if values[c] == values[d] else 0.0
-                    total += 1
-    return (won / total if total else 0.5), total

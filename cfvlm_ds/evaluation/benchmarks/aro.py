@@ -66,7 +66,7 @@ def _pair(source: Source, where: str, row: Row, tags: dict[str, str]) -> Item:
     if not all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1 << 20 for value in box) or not min(box[2:]):
         raise DataError(f"{where}: the box {box} must be four whole numbers, with a width and a height; get the official file again")
     captions = text(where, row, "true_caption"), text(where, row, "false_caption")
-    cut = _cut(picture, box, source.root)
+    cut = picture if picture in source.absent else _cut(picture, box, source.root)
     return Item(where.rpartition("item ")[2], ((cut,),), captions, (one_hot(0, 2),), tags=tags, cluster=str(row["image_path"]))
 
 

@@ -7,6 +7,7 @@ computed again from a file of results, without the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,8 +56,11 @@ class Item:
             raise DataError(f"item {self.id!r}: match must be {len(self.images)} images x {len(self.texts)} texts")
         if empty := [number for number, text in enumerate(self.texts) if not text.strip()]:
             raise DataError(f"item {self.id!r}: text {empty[0]} is empty; get the file again")
-        if len({normalised(text) for text in self.texts}) < len(self.texts):
-            raise DataError(f"item {self.id!r}: two of its texts are the same ({', '.join(map(repr, self.texts))})")
+
+    @property
+    def repeats(self) -> bool:
+        """Whether two of its texts are the same to a model."""
+        return len({normalised(text) for text in self.texts}) < len(self.texts)
 
 
 def one_hot(gold: int, size: int) -> tuple[int, ...]:
@@ -165,18 +169,22 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The items of a benchmark, the rows that could not be read, and what is worth saying, such as another revision of a file."""
+    """The items of a benchmark, at most about ``limit`` of the ``in_files``; the rows that could not be read and the items without their
+    picture, and what is worth saying, such as another revision of a file."""
 
     items: tuple[Item, ...]
     problems: tuple[DataError, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    in_files: int = 0
+    limit: int | None = None
 
 
-def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda line: None) -> Loaded:
-    """All items of a benchmark whose files are in ``root``. Pictures are looked for and not opened; ``say`` is told of long work."""
+def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda line: None, limit: int | None = None) -> Loaded:
+    """The items of a benchmark whose files are in ``root``: all, or about ``limit`` spread over them. Pictures of these are looked for and
+    not opened; ``say`` is told of long work."""
     source, items, problems = Source(root, say), dict[str, Item](), list[DataError]()
     if not root.is_dir():
-        return Loaded((), (DataError(f"{root}: no such folder; put the files of {benchmark.title} there"),), ())
+        return Loaded((), (DataError(f"{root}: no such folder; put the files of {benchmark.title} there"),))
     for found in benchmark.items(source):
         if isinstance(found, DataError):
             problems.append(found)
@@ -189,9 +197,31 @@ def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda
         counted = source.counts.get(file.name)
         if counted is not None and file.rows is not None and counted != file.rows:
             notes.append(f"{root / file.name} has {counted} rows, and the official file {file.rows}: another revision")
+    if twice := [item.id for item in items.values() if item.repeats]:
+        notes.append(
+            f"{root}: {len(twice)} items have a text twice, the first {twice[0]!r}; where it is true and false, the tie counts as wrong"
+        )
     if not items and not problems:
         problems.append(DataError(f"{root}: no item in the files of {benchmark.title}; get them again"))
-    return Loaded(tuple(items.values()), tuple(problems), tuple(notes))
+    in_files, found = len(items) + len(problems), []
+    for item in spread(tuple(items.values()), limit):
+        absent = [source.absent[picture] for image in item.images for picture in image if picture in source.absent]
+        problems += absent[:1]
+        found += [] if absent else [item]
+    return Loaded(tuple(found), tuple(problems), tuple(notes), in_files, limit)
+
+
+def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """About ``limit`` items, spread evenly over all of them in whole clusters, so that no part of a benchmark and no pair is cut."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    clusters: dict[str, list[int]] = {}
+    for number, item in enumerate(items):
+        clusters.setdefault(item.cluster or item.id, []).append(number)
+    members = list(clusters.values())
+    count = math.ceil(limit * len(members) / len(items))
+    taken = {number for k in range(count) for number in members[k * len(members) // count]}
+    return [item for number, item in enumerate(items) if number in taken]
 
 
 def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:

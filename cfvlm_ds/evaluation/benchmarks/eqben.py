@@ -43,7 +43,7 @@ def items(source: Source) -> Iterator[Item | DataError]:
 def _picture(source: Source, where: str, name: Any) -> Path:
     """A picture. Frames of videos are arrays of blue, green and red in the official files, and are written once more as PNG."""
     path = source.picture(where, name, "images")
-    if path.suffix != ".npy":
+    if path.suffix != ".npy" or path in source.absent:
         return path
     made = (source.root / MADE / path.relative_to(source.root / "images")).with_suffix(".png")
     return made if made.is_file() else keep_picture(source.root, made, _frame(path))

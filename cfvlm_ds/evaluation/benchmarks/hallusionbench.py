@@ -38,7 +38,8 @@ def _number(where: str, row: Row) -> int:
 def metrics(table: Sequence[Judged]) -> Values:
     """aAcc of questions; qAcc of questions right on all figures of their set; fAcc of figures with all questions right.
 
-    Of all rows, and as ``NAME_pictures`` of those with a picture, whose mean is what leaderboards show.
+    Of all rows, the authors' own, and as ``NAME_pictures`` of those with a picture, whose mean is what leaderboards show. Sets and figures
+    are told apart by category and subcategory: VD and VS have an ``ocr`` each, with the same numbers.
     """
     found = _three(table, "")
     pictured = _three([each for each in table if each.item.tags["picture"] == "with"], "_pictures")
@@ -72,7 +73,7 @@ HALLUSIONBENCH = Benchmark(
     ),
     traps=(
         "the authors judge answers by GPT-4 on 1,129 questions, leaderboards match yes or no on the 951 with a picture: not comparable",
-        "leaderboards show the mean of the three accuracies",
+        "the authors print aAcc, qAcc and fAcc of all rows; mean_pictures is what leaderboards print, the mean of the three with a picture",
         "fAcc leaves out figure 0 of VS, which is no figure",
     ),
     unofficial="yes or no by likelihood in place of GPT-4 as a judge",

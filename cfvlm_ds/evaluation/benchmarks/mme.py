@@ -36,10 +36,9 @@ def items(source: Source) -> Iterator[Item | DataError]:
 
 
 def _of_picture(source: Source, task: str, path: Path, pictures: Path) -> Iterator[Item | DataError]:
-    picture = next((each for ending in ENDINGS if (each := pictures / f"{path.stem}{ending}").is_file()), None)
-    if picture is None:
-        yield DataError(f"{path}: no picture {pictures / path.stem}.jpg or .png; put it there")
-        return
+    picture = next((each for ending in ENDINGS if (each := pictures / f"{path.stem}{ending}").is_file()), pictures / f"{path.stem}.jpg")
+    if not picture.is_file():
+        source.absent[picture] = DataError(f"{path}: no picture {picture} or .png; put it there")
     try:
         lines = [line for line in read_bytes(path, MIB).decode("utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:

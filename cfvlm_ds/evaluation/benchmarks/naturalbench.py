@@ -73,7 +73,7 @@ NATURALBENCH = Benchmark(
     probes=("yes_no", "generate"),
     traps=(
         "an answer that cannot be read counts as wrong",
-        "one public evaluator takes the article a for option A",
+        "generate takes the authors' rule: the first yes or no, A or B, wherever it stands; so an article a is option A",
         "the authors' script joins question and instruction without a space; here, as in public evaluators, there is one",
         "the split for fine-tuning calls its type mcq, which the authors' own script refuses, and so does this",
     ),

@@ -41,6 +41,12 @@ def pope(said: str, item: Item) -> int | None:
     return 1 if {"No", "no", "not"} & set(words) else 0
 
 
+def naturalbench(said: str, item: Item) -> int | None:
+    """NaturalBench's extract_answer: of yes and no, or of the letters A and B, the word that comes first, wherever it stands."""
+    first = re.search(rf"\b({'|'.join(item.texts)})\b", said, re.IGNORECASE)
+    return None if first is None else [text.lower() for text in item.texts].index(first[1].lower())
+
+
 def mme(said: str, item: Item) -> int | None:
     """MME's rule: yes or no alone, or within the first four characters."""
     plain = said.lower().strip().replace(".", "")
@@ -65,5 +71,5 @@ def mmstar(said: str, item: Item) -> int | None:
     return None
 
 
-PARSERS: dict[str, Parser] = {"pope": pope, "mme": mme, "amber": amber, "mmstar": mmstar}
+PARSERS: dict[str, Parser] = {"pope": pope, "naturalbench": naturalbench, "mme": mme, "amber": amber, "mmstar": mmstar}
 """Name of a benchmark -> its authors' rule."""

@@ -51,7 +51,7 @@ POPE = Benchmark(
     traps=(
         "the files are JSON lines though they are named .json",
         "LLaVA's revision has 2,910 random questions in place of 3,000",
-        "the authors' script counts every answer without a no, also an empty one, as yes; here it is wrong and not predicted",
+        "generate takes the authors' rule: an answer without a no is yes, an empty one too; by likelihood a tie is wrong and not predicted",
         "yes_ratio is of predictions; one public evaluator gives that of the truth",
     ),
 )

@@ -41,12 +41,14 @@ class Source:
     Attributes:
         counts: file -> rows that were in it.
         notes: what is worth saying of the files.
+        absent: picture that rows name and that is not there -> the error for the first of these rows.
     """
 
     def __init__(self, root: Path, say: Callable[[str], object] = lambda line: None) -> None:
         self.root, self._say = root, say
         self.counts: dict[str, int] = {}
         self.notes: list[str] = []
+        self.absent: dict[Path, DataError] = {}
         self._made: dict[str, Path] = {}
         """File, as places name it -> folder of the pictures that its rows brought."""
 
@@ -102,9 +104,10 @@ class Source:
         return DataError(f"{path}: no such file; {hint}")
 
     def picture(self, where: str, name: Any, *folders: str) -> Path:
-        """The file of a picture that a row names, in the first of ``folders`` that has it.
+        """The file of a picture that a row names, in the first of ``folders`` that has it; where none has, it is ``absent``.
 
-        A folder that begins with ``../`` is shared by benchmarks, and beside this one's. Raises DataError that begins with ``where``.
+        A folder that begins with ``../`` is shared by benchmarks, and beside this one's. Raises DataError that begins with ``where`` for a
+        name that is none.
         """
         if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
             raise DataError(f"{where}: {quoted(name)} is no name of a picture; get the official file again")
@@ -122,7 +125,10 @@ class Source:
                 f"{where}: picture {quoted(name)} cannot be looked for ({error.strerror or error}); get the file again"
             ) from error
         others = f" (nor {', '.join(str(path) for path in tried[1:])})" if len(tried) > 1 else ""
-        raise DataError(f"{where}: no picture {tried[0]}{others}; put the pictures there, as docs/benchmarks says")
+        self.absent.setdefault(
+            tried[0], DataError(f"{where}: no picture {tried[0]}{others}; put the pictures there, as docs/benchmarks says")
+        )
+        return tried[0]
 
     def _folder(self, folder: str) -> Path:
         return self.root.parent / folder[3:] if folder.startswith("../") else self.root / folder

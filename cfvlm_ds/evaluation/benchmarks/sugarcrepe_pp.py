@@ -42,5 +42,9 @@ SUGARCREPE_PP = Benchmark(
     metrics=metrics,
     headline="macro",
     probes=("match", "caption"),
-    traps=("chance is one in three: both of two true captions must win", "the authors' second task is of texts alone, and is not here"),
+    traps=(
+        "chance is one in three: both of two true captions must win",
+        "in four rows the two true captions are equal: they count as they are",
+        "the authors' second task is of texts alone, and is not here",
+    ),
 )

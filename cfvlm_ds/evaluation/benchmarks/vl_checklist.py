@@ -64,6 +64,10 @@ VL_CHECKLIST = Benchmark(
     metrics=metrics,
     headline="macro",
     probes=("match", "caption", "letters"),
-    traps=("rows repeat", "the authors' configurations take at most 2,000 rows of a file; here all of them count"),
+    traps=(
+        "rows repeat",
+        "in 124 rows both captions are equal: the tie counts as wrong",
+        "the authors' configurations take at most 2,000 rows of a file; here all of them count",
+    ),
     unofficial="all rows of a file in place of at most 2,000",
 )

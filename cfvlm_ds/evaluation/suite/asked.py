@@ -34,7 +34,7 @@ from cfvlm_ds.evaluation.benchmarks.parsers import PARSERS, answer
 from cfvlm_ds.evaluation.probes import Generate, Probe
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, matrices, other_images, scored_batches, seen_as
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together, draws_for
-from cfvlm_ds.evaluation.suite.chosen import SKIP, Chosen, spread
+from cfvlm_ds.evaluation.suite.chosen import SKIP, Chosen
 from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, example_of, fitting, token_lengths
 from cfvlm_ds.evaluation.suite.tables import HEADING, markdown
 from cfvlm_ds.evaluation.suite.written import (
@@ -84,7 +84,6 @@ class Settings:
         max_tokens: tokens of a forward at most; a larger batch is scored in several. None: one forward per batch.
         num_workers: processes that prepare batches, per rank.
         shuffled: also show each item another one's picture.
-        limit: about so many items of each benchmark, spread over it.
         skip: leave out items that cannot be asked, counted and named; otherwise the first of them is an error.
         draws: of the bootstrap; by the number of items where not given.
         remedy: what to lower where memory runs out.
@@ -94,7 +93,6 @@ class Settings:
     max_tokens: int | None = MAX_TOKENS
     num_workers: int = 0
     shuffled: bool = True
-    limit: int | None = None
     skip: bool = False
     draws: int | None = None
     remedy: str = "lower the batch size"
@@ -183,8 +181,7 @@ class _Evaluation:
     def result(self, seen: dict[Path, Picture | str]) -> Result:
         """What is on disk, or what the model says now; pictures that were ``seen`` are not opened again to be checked."""
         settings, world = self._settings, self._world
-        items = spread(self._loaded.items, settings.limit)
-        checked = checked_items(items, self._chosen.way, self._model.collator, world, self._label, seen=seen)
+        checked = checked_items(self._loaded.items, self._chosen.way, self._model.collator, world, self._label, seen=seen)
         if checked.left_out and not (settings.skip and checked.items):
             more = f" ({len(checked.left_out) - 1} more)" if len(checked.left_out) > 1 else ""
             remedy = f"; {SKIP}" if checked.items else ""
@@ -213,7 +210,7 @@ class _Evaluation:
                 "batch_size": settings.batch_size,
                 "max_tokens_per_forward": settings.max_tokens,
                 "shuffled": settings.shuffled,
-                "limit": settings.limit,
+                "limit": self._loaded.limit,
                 **self._model.precision,
             },
             "versions": {name: version(name) for name in ("cfvlm-ds", "torch", "transformers")},
@@ -250,7 +247,7 @@ class _Evaluation:
             ),
             [(name, placed(why)) for name, why in left_out],
             [placed(note) for note in self._loaded.notes],
-            in_files=len(self._loaded.items) + len(self._loaded.problems),
+            in_files=self._loaded.in_files,
             **example_of(checked.items[0], self._chosen.way, self._model.collator),
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Benchmark, Item, Loaded, load
+from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Benchmark, Loaded, load
 from cfvlm_ds.evaluation.probes import PROBES, Generate, Probe
 
 Way: TypeAlias = Probe | Generate
@@ -110,9 +109,10 @@ def _values(spec: str, name: str, options: str, probe: Any) -> dict[str, Any]:
     return found
 
 
-def load_items(chosen: Chosen, say: Callable[[str], object], *, skip: bool = False) -> Loaded:
-    """The items of a benchmark. Raises DataError for the first row that is none unless such are to be skipped, and where none is left."""
-    loaded = load(chosen.benchmark, chosen.root, say)
+def load_items(chosen: Chosen, say: Callable[[str], object], *, limit: int | None = None, skip: bool = False) -> Loaded:
+    """The items of a benchmark, about ``limit`` of them. Raises DataError for the first row that is none, or picture of these that is not
+    there, unless such are to be skipped, and where none is left."""
+    loaded = load(chosen.benchmark, chosen.root, say, limit)
     if loaded.problems and not (skip and loaded.items):
         more = f" ({len(loaded.problems) - 1} more)" if len(loaded.problems) > 1 else ""
         remedy = f"; {SKIP}" if loaded.items else ""
@@ -120,16 +120,3 @@ def load_items(chosen: Chosen, say: Callable[[str], object], *, skip: bool = Fal
     for note in loaded.notes:
         say(f"{chosen.name}: {note}")
     return loaded
-
-
-def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """About ``limit`` items, spread evenly over all of them in whole clusters, so that no part of a benchmark and no pair is cut."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    clusters: dict[str, list[int]] = {}
-    for number, item in enumerate(items):
-        clusters.setdefault(item.cluster or item.id, []).append(number)
-    members = list(clusters.values())
-    count = math.ceil(limit * len(members) / len(items))
-    taken = {number for k in range(count) for number in members[k * len(members) // count]}
-    return [item for number, item in enumerate(items) if number in taken]

@@ -1,10 +1,11 @@
-"""Two folders of results side by side: differences with paired bootstrap intervals, and what got better and worse.
+"""Two folders of results side by side: differences with intervals of an exact test, and what got better and worse.
 
 The model is not needed, nor are the benchmark's files: metrics are computed again from the scores of the items that both have.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,24 +17,35 @@ from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome
 from cfvlm_ds.evaluation.benchmarks.base import Judged, Values, judged
 from cfvlm_ds.evaluation.benchmarks.metrics import all_right, image_right
 from cfvlm_ds.evaluation.report import in_cell
-from cfvlm_ds.evaluation.suite.bootstrap import Interval, draws_for, intervals
+from cfvlm_ds.evaluation.suite.bootstrap import LEAST_CLUSTERS, Interval, draws_for, exchange_intervals
 from cfvlm_ds.evaluation.suite.chosen import benchmark_named
 from cfvlm_ds.evaluation.suite.tables import between, number
 from cfvlm_ds.evaluation.suite.written import Result, bootstrap_of, read_results
 
+RESOLVED = (
+    "Resolved: at most 5 % of exchanges of the two models' answers, whole clusters (pictures, pairs) at a time, give such a difference. "
+    "The interval excludes 0 exactly then. The headline is tested alone, the other metrics of a benchmark together (max-T of Westfall and "
+    f"Young), so their intervals are wider. Fewer than {LEAST_CLUSTERS} clusters resolve nothing."
+)
+
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric before and after, and the interval of its difference, which is resolved where that does not hold 0."""
+    """A metric before and after, and the interval of its difference, which is resolved where that does not hold 0; None where there are
+    too few ``clusters``, or nothing was drawn."""
 
     before: float
     after: float
     interval: Interval | None
+    clusters: int
 
     @property
     def resolved(self) -> bool:
         """Whether the interval says of which sign the difference is."""
         return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
+
+    def __str__(self) -> str:
+        return "yes" if self.resolved else "no" if self.clusters >= LEAST_CLUSTERS else f"too few clusters ({self.clusters})"
 
 
 @dataclass(frozen=True)
@@ -95,20 +107,22 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
         raise ConfigError(f"{before.place}: the two results have no item in common; evaluate both models on the same files")
     tables = [judged([pair[side] for pair in pairs])["seen"] for side in (0, 1)]
     bootstrap = bootstrap_of([pair[0] for pair in pairs])
-    progress = Progress(say, f"{before.place}: bootstrap", draws := draws_for(len(pairs)) if draws is None else draws, "draws")
+    draws = draws_for(len(pairs)) if draws is None else draws
     drawn: list[Values] = []
     try:
         was, now = (benchmark.metrics(table) for table in tables)
-        for k in progress.over(range(draws)):
-            one, other = bootstrap.values(benchmark.metrics, tables, [k])[0]
+        exchanges = bootstrap.exchanges(draws) if draws and bootstrap.clusters >= LEAST_CLUSTERS else ()
+        for exchanged in Progress(say, f"{before.place}: intervals", draws, "exchanges").over(exchanges):
+            one, other = (benchmark.metrics([tables[k ^ (n in exchanged)][n] for n in range(len(pairs))]) for k in (0, 1))
             drawn.append({name: other[name] - one[name] for name in one if name in other})
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
         raise DataError(
             f"{before.place}: the items of the two results are none of {benchmark.title} ({type(error).__name__}: {error}); "
             "write them again with `cfvlm-ds evaluate`"
         ) from error
-    spans = intervals(drawn, bootstrap.clusters)
-    differences = {name: Difference(was[name], now[name], spans.get(name)) for name in was if name in now}
+    tested = [name for name in was if drawn and all(each.get(name, math.nan) == each.get(name, math.nan) for each in drawn)]
+    spans = exchange_intervals(drawn, [[name for name in tested if (name == benchmark.headline) is alone] for alone in (True, False)])
+    differences = {name: Difference(was[name], now[name], spans.get(name), bootstrap.clusters) for name in was if name in now}
     return Compared(before, after, benchmark, tuple(pairs), differences, tuple(notes))
 
 
@@ -143,7 +157,8 @@ def _said(outcome: Outcome) -> tuple[object, ...]:
 
 
 def comparison_table(found: Sequence[Compared], before: str, after: str) -> str:
-    """The headline of each benchmark, every other metric whose difference is resolved, what got better and worse, and notes."""
+    """The headline of each benchmark, every other metric whose difference is resolved, what got better and worse, what resolved means, and
+    notes."""
     one, other = (in_cell(name) for name in (before, after))
     lines = [
         f"| benchmark | probe | metric | {one} | {other} | difference | 95 % | resolved | better | worse |",
@@ -159,13 +174,9 @@ def comparison_table(found: Sequence[Compared], before: str, after: str) -> str:
             lines.append(
                 f"| {in_cell(each.before.called)} | {in_cell(each.before.label)} | {_row(name, each.differences[name])} | {counts} |"
             )
-    notes = [f"{each.place}: {note}" for each in found for note in each.notes]
-    return "\n".join([*lines, *([""] if notes else []), *notes])
+    return "\n".join([*lines, "", RESOLVED, *(f"{each.place}: {note}" for each in found for note in each.notes)])
 
 
 def _row(name: str, found: Difference) -> str:
     sign = f"{found.after - found.before:+.1f}"
-    return (
-        f"{in_cell(name)} | {number(found.before)} | {number(found.after)} | {sign} | {between(found.interval)} | "
-        f"{'yes' if found.resolved else 'no'}"
-    )
+    return f"{in_cell(name)} | {number(found.before)} | {number(found.after)} | {sign} | {between(found.interval)} | {found}"

@@ -11,7 +11,7 @@ from cfvlm_ds.core.groups import Pictures
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome, load
 from cfvlm_ds.evaluation.suite.chosen import benchmark_named
-from cfvlm_ds.evaluation.suite.comparing import Compared, is_right
+from cfvlm_ds.evaluation.suite.comparing import RESOLVED, Compared, is_right
 from cfvlm_ds.evaluation.suite.tables import between, number, summary
 from cfvlm_ds.evaluation.suite.written import Result
 from cfvlm_ds.page import Image, Item, Page, ScoreTable, Text, Written, refuse_foreign_folder, write_page
@@ -63,6 +63,8 @@ def results_page(
             count = f"{len(taken)} of {len(found)} items are shown, the worst and best"
             told = [(label, f"{said}; {count}") for label, said in told] or [(found[0].place, count)]
         facts += told
+    if len(names) > 1:
+        facts.append(("resolved", RESOLVED))
     items = (_item(each, names, pictures) for each in shown)
     return write_page(Page(" and ".join(names), items, len(shown), facts, "score of the probe"), out, max_pixels=max_pixels, say=say)
 
@@ -81,8 +83,9 @@ def _facts(result: Result | Compared) -> list[Fact]:
     if (found := result.differences.get(headline)) is None:
         return []
     better, worse = result.changes()
-    resolved = "resolved" if found.resolved else "not resolved"
-    said = f"{number(found.before)} to {number(found.after)}, {found.after - found.before:+.1f} ({between(found.interval)}), {resolved}"
+    said = (
+        f"{number(found.before)} to {number(found.after)}, {found.after - found.before:+.1f} ({between(found.interval)}), resolved: {found}"
+    )
     return [(f"{result.place}: {headline}", f"{said}; {len(better)} items got better, {len(worse)} worse")]
 
 
