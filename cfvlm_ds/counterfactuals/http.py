@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import parse_json
+from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.text import one_line, printable
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ class CallFailed(Exception):
     """A call without a usable reply. ``again`` where another one may help, ``after_s`` when the server says."""
 
     def __init__(self, reason: str, again: bool = True, after_s: float = 0.0) -> None:
-        super().__init__(one_line(reason, 300))
+        super().__init__(one_line(without_secrets(reason), 300))
         self.again, self.after_s = again, after_s
 
 

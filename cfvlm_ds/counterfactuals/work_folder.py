@@ -29,6 +29,7 @@ from typing import Any
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import append, replace
 from cfvlm_ds.core.reading import MAX_SETTINGS, MIB, open_regular, parse_json, read_bytes
+from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.core.versions import version
@@ -106,14 +107,14 @@ class WorkFolder:
         return cls(path, about)
 
     def settle(self, step: str, settings: Mapping[str, Any]) -> None:
-        """Note what decides a step, or refuse what differs from an earlier shard or call."""
-        _settled(self.path / f"{step}.json", {**settings, "cfvlm-ds": version("cfvlm-ds")}, self.path)
+        """Write what decides a step, without secrets, or refuse what differs from an earlier shard or call. A secret may change."""
+        _settled(self.path / f"{step}.json", masked({**settings, "cfvlm-ds": version("cfvlm-ds")}), self.path)
 
     def refuse_other(self, step: str, options: Mapping[str, Any]) -> None:
         """Refuse options that differ from those that a step was begun with, before anything is loaded for it."""
         if (path := self.path / f"{step}.json").exists():
             begun = self.settings(step)
-            _settled(path, {**begun, **options} if begun else options, self.path)
+            _settled(path, {**begun, **masked(options)} if begun else options, self.path)
 
     def settings(self, step: str) -> dict[str, Any]:
         """What decides a step; empty where it was not begun."""

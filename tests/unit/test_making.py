@@ -28,7 +28,7 @@ import pytest
 import torch
 from conftest import COLOURS, draw
 from PIL import Image, ImageDraw, ImageOps
-from test_propose import Server, quiet
+from test_propose import Server, quiet, reply
 
 from cfvlm_ds.cli import main
 from cfvlm_ds.core.config import ScenesConfig
@@ -1034,6 +1034,35 @@ def test_a_command_that_edits_is_called_without_a_shell_and_bounded(photos: Path
             edited(photos, tmp_path / "V", back_ends="command", command=command)
     with pytest.raises(ConfigError, match="--command nosuchprogram: cannot be started"):
         edited(photos, tmp_path / "U", back_ends="command", command="nosuchprogram {request} {output}")
+
+
+def test_no_secret_of_an_option_is_recorded_or_shown(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Addresses with a key in their query, a command with a token, and what both say: neither records, groups nor the page have it."""
+    secret, out = "hunter2", tmp_path / "W"
+    (tmp_path / "edit.py").write_text(
+        "import json, sys\nfrom PIL import Image, ImageOps\n"
+        "told = json.load(open(sys.argv[3]))\n"
+        "if told['id'] == 'p0/0': sys.exit(f'denied: {sys.argv[1]} {sys.argv[2]}')\n"
+        "ImageOps.mirror(Image.open(told['image'])).save(sys.argv[4], 'PNG')\n"
+    )
+    command = f"{sys.executable} {tmp_path / 'edit.py'} --api-key {secret} {{request}} {{output}}"
+    server = Server(lambda body, number: (200, reply([]), {}))
+    with server.running():
+        asked = {"llm_url": f"{server.url}?key={secret}", "llm_model": "m"}
+        propose(open_groups(photos, None, "auto"), out, ProposeOptions(back_ends="rules,llm", types="relation", **asked), 0, quiet)
+    for given in ({"url": f"http://127.0.0.1:9/?sig={secret}"}, {"url": "http://127.0.0.1:9/?sig=renewed"}):  # a secret may change
+        edit(out, EditOptions(back_ends="command", command=command, **given), 0, quiet)
+    verify(out, VerifyOptions(), 0, quiet, None)
+    assert server.paths == {f"/v1/chat/completions?key={secret}"}  # which the server did get
+    assert "denied" in str(list(WorkFolder.open(out).records("edit", 0)))
+    said_by(capsys, "data", "select", out, "--out", tmp_path / "groups.jsonl")
+    said_by(capsys, "data", "view", tmp_path / "groups.jsonl", "--root", tmp_path, "--out", tmp_path / "page")
+    said_by(capsys, "data", "view", out, "--out", tmp_path / "work_page")
+    shown = (tmp_path / "groups.jsonl").read_text(), contents(tmp_path / "page")["data/chunk-00000.js"].decode()
+    assert all("--api-key ***" in text for text in shown)
+    assert not [name for name, content in contents(tmp_path).items() if secret.encode() in content]
+    with pytest.raises(ConfigError, match=r"begun with other settings \(command: "):
+        edit(out, EditOptions(back_ends="command", command=command.replace("edit.py", "other.py"), **given), 0, quiet)
 
 
 def test_diffusers_that_is_absent_is_one_sentence(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

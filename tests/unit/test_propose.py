@@ -288,6 +288,7 @@ class Server:
     answers: Callable[[dict[str, Any], int], tuple[int, bytes | Callable[[Any], None], dict[str, str]]]
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    paths: set[str] = field(default_factory=set)
     most_at_once: int = 0
     url: str = ""
     _now: int = 0
@@ -303,6 +304,7 @@ class Server:
                     number = len(outer.asked)
                     outer.asked.append(body)
                     outer.headers.append(dict(self.headers))
+                    outer.paths.add(self.path)
                     outer._now += 1
                     outer.most_at_once = max(outer.most_at_once, outer._now)
                 try:

@@ -17,6 +17,7 @@ from PIL import Image, ImageFilter
 
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.edit import EDITORS
 from cfvlm_ds.counterfactuals.edit.base import EditContext, Editor, Picture, Refused, Task, picture_by_id, sha256_of
@@ -173,7 +174,7 @@ def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tup
         if found is None:
             return record | {"picture": None}, None
         if isinstance(found, Refused):
-            return record | {"refused": one_line(found.reason, 300)}, None
+            return record | {"refused": one_line(without_secrets(found.reason), 300)}, None
         return _checked(task, found, options, record)
     except ConfigError:
         raise
