@@ -92,15 +92,15 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Pa
         work.need("verify", shard)
     files, shares = checked(file, options, work.about["source"]["path"])
     refuse_one_file(*files.values(), *_beside(file), *outputs)
-    thresholds = _thresholds(work, options)
     survival = Survival()
-    cuts = _cuts(work, thresholds, options) if options.per_type else {}
-    folder, outside = file.parent.absolute(), set[Path]()
-    further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
-    steps = {step: _shown_settings(work.settings(step)) for step in STEPS}
-    progress = Progress(say, "select", work.shards, "shards")
     with ExitStack() as stack:
         handles: dict[str, IO[bytes]] = {name: stack.enter_context(whole_file(path)) for name, path in files.items()}
+        thresholds = _thresholds(work, options)
+        cuts = _cuts(work, thresholds, options) if options.per_type else {}
+        folder, outside = file.parent.absolute(), set[Path]()
+        further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
+        steps = {step: _shown_settings(work.settings(step)) for step in STEPS}
+        progress = Progress(say, "select", work.shards, "shards")
         written = Counter[str]()
         for shard in progress.over(range(work.shards)):
             survival.sources.update(_problems(work, shard))

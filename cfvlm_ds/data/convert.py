@@ -43,15 +43,15 @@ def convert(
     """
     new_output(out, path)
     listed = list_of_skipped(out)
-    path = fetched(path, say=say)
-    roots = [each.absolute() for each in data_roots(path, root)]
-    folder = out.parent.absolute()
-    base = folder if all(each.is_relative_to(folder) for each in roots) else roots[0]
-    groups, problems, seen = 0, list[str](), set[int]()
-    store = open_groups(path, root, format, progress=say, cache=[out.parent])
-    if format == AUTO:
-        say(taken_as(store))
     with whole_file(out) as file:
+        path = fetched(path, say=say)
+        roots = [each.absolute() for each in data_roots(path, root)]
+        folder = out.parent.absolute()
+        base = folder if all(each.is_relative_to(folder) for each in roots) else roots[0]
+        groups, problems, seen = 0, list[str](), set[int]()
+        store = open_groups(path, root, format, progress=say, cache=[out.parent])
+        if format == AUTO:
+            say(taken_as(store))
         for index, item in store.entries():
             if not isinstance(item, DataError) and (key := hash(item.id)) in seen:
                 item = DataError(f"{store.where(index)}: group id {item.id!r} is already used by an earlier row; make ids unique")

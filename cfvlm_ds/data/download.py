@@ -65,9 +65,9 @@ def download(
     refuse_link(folder, "name another file with --out")
     new_output(out, path)
     listed = list_of_skipped(out)
-    path = fetched(path, say=say)
     rows, files, problems, said = 0, set[str](), list[str](), time.monotonic()
     with whole_file(out) as file, ThreadPoolExecutor(threads) as pool:
+        path = fetched(path, say=say)
         for chunk in _chunks(open_rows(path, progress=say)):
             wanted = {address: None for _, row in chunk for address in _addresses(row)}
             found = dict(zip(wanted, pool.map(lambda address: _fetched(address, folder), wanted), strict=True))

@@ -26,9 +26,10 @@ from public_data import PUBLIC, lines, member, picture, write_pictures
 from pyarrow import parquet
 
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.files import alone
 from cfvlm_ds.data import check_manifest, open_groups, open_image, read_manifest
 from cfvlm_ds.data import download as downloading
-from cfvlm_ds.data.containers import json_file, prepared
+from cfvlm_ds.data.containers import json_file
 from cfvlm_ds.data.containers.kinds import CONTAINERS, container_of, sources_of
 from cfvlm_ds.data.containers.prepared import prepare
 from cfvlm_ds.data.convert import convert
@@ -123,14 +124,14 @@ def test_a_preparation_that_ends_early_leaves_nothing(folder: Path, cache: Path)
 def test_another_process_that_prepares_is_waited_for_alive(folder: Path, cache: Path) -> None:
     """Other ranks hear from this one meanwhile, and whoever looks at it knows why."""
     said, seen = list[str](), list[int]()
-    with prepared._alone(folder / "x.lock"):
+    with alone(folder / "x.lock"):
 
         def alive() -> None:
             seen.append(1)
             if len(seen) == 2:
                 raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt), prepared._alone(folder / "x.lock", lambda: said.append("waiting"), alive):
+        with pytest.raises(KeyboardInterrupt), alone(folder / "x.lock", lambda: said.append("waiting"), alive):
             pass
     assert said == ["waiting"] and len(seen) == 2
 

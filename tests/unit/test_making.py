@@ -33,6 +33,7 @@ from test_propose import Server, quiet, reply
 from cfvlm_ds.cli import main
 from cfvlm_ds.core.config import ScenesConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.counterfactuals import EDITORS
 from cfvlm_ds.counterfactuals.audit import refine as refining
@@ -1203,6 +1204,8 @@ def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, c
         with pytest.raises(ConfigError, match=said):
             select(out, tmp_path / name, SelectOptions(splits=splits), quiet)
     assert contents(tmp_path) == before
+    with whole_file(tmp_path / "g.jsonl"), pytest.raises(ConfigError, match=r"g\.jsonl is being written by another process"):
+        select(out, tmp_path / "g.jsonl", SelectOptions(), quiet)
     for _ in range(2):  # its own file it replaces
         survival = select(out, tmp_path / "g.jsonl", SelectOptions(), quiet)
     assert survival.roots == []
