@@ -561,6 +561,32 @@ def test_a_work_folder_writes_through_no_link(photos: Path, tmp_path: Path) -> N
         edit(tmp_path / "V", EditOptions(), 0, quiet)
 
 
+def test_a_record_names_no_picture_outside_the_folders_of_the_sources(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As somebody else's work folder may: by a path, a link beside the sources, and a tar that is one."""
+    out, secret = tmp_path / "made" / "W", tmp_path / "secret.png"
+    noise_picture(40).save(secret)
+    (tmp_path / "made").mkdir()
+    for each in (photos, *tmp_path.glob("?.png")):
+        each.rename(tmp_path / "made" / each.name)
+    through_all(tmp_path / "made" / photos.name, out, 1)
+    (tmp_path / "made" / "link.png").symlink_to(secret)
+    for step, key, value in (
+        ("propose", "picture", str(secret)), ("propose", "picture", str(tmp_path / "made" / "link.png")),
+        ("edit", "picture", {"path": str(secret), "sha256": "0"}),
+        ("edit", "picture", {"file": "../../../secret.tar", "start": 0, "length": 1, "sha256": "0"}),
+    ):  # fmt: skip
+        shutil.copytree(out, strange := tmp_path / "made" / "V")
+        first, *rest = (journal := strange / step / "shard-00000.jsonl").read_text().splitlines(keepends=True)
+        journal.write_text(json.dumps(json.loads(first) | {key: value}) + "\n" + "".join(rest))
+        agreed(strange, step)
+        for words in (("view", strange, "--out", tmp_path / "page"), ("select", strange, "--out", tmp_path / "g.jsonl")):
+            assert f"V/{step}/shard-00000.jsonl:1: image path" in (said := refused(capsys, "data", *words)) and "leads outside" in said
+        shutil.rmtree(strange)
+    assert not (tmp_path / "page").exists() and not (tmp_path / "g.jsonl").exists()
+
+
 def test_a_table_that_was_copied_is_the_same_data(photos: Path, tmp_path: Path) -> None:
     """Its rows are prepared in another folder then, which is none of the settings."""
     rows = [json.loads(line) for line in photos.read_text().splitlines()]

@@ -26,7 +26,7 @@ from cfvlm_ds.counterfactuals.options import EditOptions
 from cfvlm_ds.counterfactuals.propose.step import named
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.decoding import MAX_BYTES
-from cfvlm_ds.data.picture_file import part_name, picture_bytes
+from cfvlm_ds.data.picture_file import picture_bytes
 
 STEP = "edit"
 COMPOSITES = ("mask", "difference", "none")
@@ -270,14 +270,3 @@ class _Tar:
         except OSError as error:
             raise StorageError(f"{unwritten(self.path, error)}; make room and start again: what is there is kept") from error
         self._size += len(content)
-
-
-def picture_path(work: WorkFolder, record: Mapping[str, Any]) -> Path | None:
-    """The picture of an attempt, as every reader of pictures takes it; None for text alone."""
-    picture = record.get("picture")
-    if picture is None:
-        return None
-    if "path" in picture:
-        return Path(picture["path"])
-    name = picture["file"]
-    return work.path / "pictures" / part_name(name if "/" not in name else "none.tar", picture["start"], picture["length"])
