@@ -1210,7 +1210,7 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole: Path, tmp_path: Path) 
         select(whole, tmp_path / "x.jsonl", SelectOptions(margin=1000.0), quiet)
     assert not list(tmp_path.glob("x*"))
     (hostile := Survival()).add("a\x1b[2J|b\n", "c\x1b|d")
-    assert hostile.table().splitlines()[0] == "| | a\\x1b[2J/b | all | |"
+    assert hostile.table().splitlines()[0] == r"| | a\\x1b\[2J\|b | all | |"
 
 
 def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
