@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -15,8 +16,8 @@ from cfvlm_ds.cli import benchmarks
 from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive, say
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.files import replace
-from cfvlm_ds.core.ranks import num_ranks
+from cfvlm_ds.core.files import replace, whole_file
+from cfvlm_ds.core.ranks import num_ranks, own_rank
 from cfvlm_ds.core.reading import MAX_RECORD, parse_json
 from cfvlm_ds.core.run_folder import recorded_model
 from cfvlm_ds.core.text import quoted
@@ -84,7 +85,7 @@ def _score(arguments: argparse.Namespace) -> None:
     from cfvlm_ds.data.containers.hub import is_hub
     from cfvlm_ds.data.identity import data_identity
     from cfvlm_ds.data.picture_index import PictureTable
-    from cfvlm_ds.data.stored_scores import is_written, write_scores
+    from cfvlm_ds.data.stored_scores import is_written, score_lines
     from cfvlm_ds.evaluation import score_groups
     from cfvlm_ds.models import fingerprint
 
@@ -95,15 +96,17 @@ def _score(arguments: argparse.Namespace) -> None:
     model, adapter = model_of(arguments)
     if adapter is not None:
         raise ConfigError(f"{adapter} holds adapters, and stored scores belong to one model; merge them with `cfvlm-ds export`, name that")
-    world = joined(arguments.zero3)
-    checked = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
-    scorer, collator, world = load_scorer(model, max_pixels=arguments.max_pixels, checked=checked, world=world, zero3=arguments.zero3)
-    identity = data_identity(groups, groups.roots, checked)
-    scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
-    _refuse_nonfinite(arguments.model, groups, scores)
+    with whole_file(out) if own_rank() == 0 else open(os.devnull, "wb") as file:
+        world = joined(arguments.zero3)
+        checked = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
+        scorer, collator, world = load_scorer(model, max_pixels=arguments.max_pixels, checked=checked, world=world, zero3=arguments.zero3)
+        identity = data_identity(groups, groups.roots, checked)
+        scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
+        _refuse_nonfinite(arguments.model, groups, scores)
+        if world.is_main:
+            stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
+            file.writelines(score_lines(groups, stored, arguments.model, identity, made_by=fingerprint(model)))
     if world.is_main:
-        stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
-        write_scores(out, groups, stored, arguments.model, identity, made_by=fingerprint(model))
         print(f"wrote {out}: {len(groups)} groups")
 
 

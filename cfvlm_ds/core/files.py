@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
-from cfvlm_ds.core.errors import unwritten
+from cfvlm_ds.core.errors import ConfigError, unwritten
 from cfvlm_ds.core.reading import read_bytes
+from cfvlm_ds.core.secrets import print_line
 
 Say = Callable[[str], object]
 
@@ -48,18 +51,92 @@ def remove(path: Path) -> None:
 def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     """A file to write under another name, which becomes ``path`` at the end of the block: a reader, or a crash, never meets half of it.
 
-    ``shared`` is for a file that several processes may write at the same time. Raises OSError that names the file, and leaves nothing.
+    ``shared`` is for a file that several processes may write at the same time. Otherwise raises ConfigError where another process writes
+    it. Raises OSError that names the file, and leaves nothing.
     """
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
+    held = None
     try:
-        with create(temporary) as file:
+        if (held := _fresh(temporary)) is None:
+            raise ConfigError(f"{path} is being written by another process; wait for it, or name another file")
+        with os.fdopen(os.dup(held), "wb") as file:
             yield file
+        if not _is(temporary, held):  # on a file system without locks
+            raise FileExistsError(errno.EEXIST, _BY_ANOTHER, str(path))
         os.replace(temporary, path)
     except OSError as error:
+        if error.filename not in (None, str(temporary)):  # of another file that the block works with
+            raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if held is not None:
+            with contextlib.suppress(OSError):
+                if _is(temporary, held):
+                    temporary.unlink()
+            os.close(held)
+
+
+def _fresh(path: Path) -> int | None:
+    """A new file, open and locked, in place of what a kill has left under its name; None where another process holds it."""
+    while True:
+        new = not os.path.lexists(path)
+        if path.is_symlink():
+            path.unlink()
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT | os.O_EXCL if new else 0), 0o666)
+        except (FileExistsError, FileNotFoundError):  # another process was faster
+            continue
+        try:
+            mine = lock(handle, path)
+            if mine and _is(path, handle):
+                if new:
+                    return handle
+                path.unlink()
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+        if not (mine or new):
+            return None
+
+
+@contextlib.contextmanager
+def alone(path: Path, waiting: Callable[[], object] = lambda: None, alive: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold a lock, a file that is there meanwhile. A process that waits for it calls ``waiting`` once, and ``alive`` again and again."""
+    held = _fresh(path)
+    if held is None:
+        waiting()
+    while held is None:
+        alive()
+        time.sleep(_LOOK_S)
+        held = _fresh(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(held)
+
+
+def lock(handle: int, path: Path) -> bool:
+    """Lock an open file until it is closed; False where another process has it. On a file system without locks, which is reported once,
+    nothing is locked."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        if not _told:
+            _told.append(path)
+            print_line(f"warning: {path.parent} has no file locks ({error.strerror}); start one process at a time there", error=True)
+    return True
+
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_LOOK_S = 0.5  # between two looks at whether another process has ended
+_BY_ANOTHER = "another process has begun to write it meanwhile; start one at a time"
+_told: list[Path] = []
 
 
 @contextlib.contextmanager
@@ -78,7 +155,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
         made = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)  # as long as it is open nothing else has its number
         yield partial
         if not _is(partial, made):
-            raise FileExistsError(errno.EEXIST, "another process has begun to write it meanwhile; start one at a time", str(final))
+            raise FileExistsError(errno.EEXIST, _BY_ANOTHER, str(final))
         remove(older)
         put_in_place(partial, final, older)
         remove(older)
@@ -89,8 +166,9 @@ def whole_folder(final: Path) -> Iterator[Path]:
             os.close(made)
 
 
-def _is(folder: Path, opened: int) -> bool:
-    return folder.exists() and os.path.samestat(folder.stat(), os.fstat(opened))
+def _is(path: Path, opened: int) -> bool:
+    """Whether a path still leads to what was opened there."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(opened))
 
 
 def aside_of(final: Path) -> Path:

@@ -18,8 +18,8 @@ _PARAMETER = re.compile(r"([?&#])([^=&#\s\"<>]*)(=?)([^&#\s\"<>]*)")
 _CLOSING = ")]}',.:;!"
 """What follows a URL in a sentence rather than ending it."""
 
-_NAME = re.compile(r"(?<![\w.\-])([\w.\-]+)([\"']?\s{0,2}[=:]\s{0,2})")
-"""A name, and what binds it to a value."""
+_NAME = re.compile(r"(?<![\w.\-])(?:([\w.\-]+)([\"']?\s{0,2}[=:]\s{0,2})|(-[\w.\-]+)([\"']?,?\s{1,2})(?!-))")
+"""A name and what binds it to a value; a space binds the name of an option, as in ``--api-key VALUE``."""
 _VALUE = re.compile(r"(?:(?:Bearer|Basic|Token)\s+)?(?:\"[^\"]{0,1000}\"|'[^']{0,1000}'|[^\s\"'&,;)\]}]+)", re.IGNORECASE)
 _ALWAYS = re.compile(
     r"pass(?:word|wd|phrase)s?$|^pwd$|secrets?$|credentials?$|^authorization$"
@@ -36,12 +36,12 @@ def without_secrets(text: str) -> str:
     """The text with *** in place of what looks like a secret.
 
     That is the user and password of every URL in it, the values of a URL's query and fragment (signed addresses carry their signature
-    there), and the value of every ``name=value`` or ``name: value`` whose name is that of a credential.
+    there), and the value of every ``name=value``, ``name: value`` or ``--name value`` whose name is that of a credential.
     """
     text = _URL.sub(_masked_url, text)
     kept, done = [], 0
     for name in _NAME.finditer(text):
-        certain, likely = _is_credential(*name.groups())
+        certain, likely = _is_credential(name[1] or name[3], name[2] or "=")
         if name.start() < done or not (certain or likely) or not (value := _VALUE.match(text, name.end())):
             continue
         if not value[0].startswith(MASK) and (certain or not _is_number(value[0])):

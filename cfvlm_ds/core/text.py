@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def printable(text: str) -> str:
     """The text with what is no printable character as Python writes it: an escape sequence would command the terminal, a line break end a
@@ -18,3 +20,9 @@ def one_line(text: str, most: int) -> str:
 def quoted(value: object, most: int = 200) -> str:
     """A value as Python writes it, on one line of a message."""
     return one_line(repr(value), most)
+
+
+def in_cell(text: str, most: int = 60) -> str:
+    """A text on one line of a Markdown table that is nothing but text there: no bar, no HTML, no link and no picture, which a reader's
+    program would fetch."""
+    return re.sub(r"[\\|\[]", r"\\\g<0>", one_line(text, most)).replace("<", "&lt;")

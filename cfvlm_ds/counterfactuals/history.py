@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.counterfactuals.attempts import ByAttempt
-from cfvlm_ds.counterfactuals.edit.step import picture_path
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, Verdict, verdict
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 
@@ -84,7 +83,7 @@ def histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[
             for tried in made.at(each["id"]):
                 record = seen.get(tried["attempt"])
                 said = verdict(record, thresholds) if record is not None else Verdict("not verified", -float("inf"), 0)
-                found.attempts.append(Attempt(tried, record, said, picture_path(work, tried)))
+                found.attempts.append(Attempt(tried, record, said, work.picture(tried["picture"]) if tried.get("picture") else None))
             edits.append(found)
         yield History(line, edits)
     made.end()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import http.client
 import json
 import random
-import socket
 import ssl
 import threading
 import time
@@ -18,8 +17,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from cfvlm_ds.core.deadline import Deadline
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import parse_json
+from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.text import one_line, printable
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ class CallFailed(Exception):
     """A call without a usable reply. ``again`` where another one may help, ``after_s`` when the server says."""
 
     def __init__(self, reason: str, again: bool = True, after_s: float = 0.0) -> None:
-        super().__init__(one_line(reason, 300))
+        super().__init__(one_line(without_secrets(reason), 300))
         self.again, self.after_s = again, after_s
 
 
@@ -115,50 +116,38 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
     parts = urlsplit(url)
     kind: Any = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname, parts.port, timeout=timeout_s)
-    late = threading.Event()
-    sockets: list[socket.socket] = []
-
-    def end() -> None:
-        late.set()
-        for each in sockets:
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)  # whoever reads it gets an error, or the end
-
-    timer = threading.Timer(timeout_s, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        headers = {"Content-Type": "application/json", "Accept": "application/json, image/*"}
-        headers |= {"Authorization": f"Bearer {token}"} if token else {}
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    with Deadline(timeout_s) as deadline:
+        deadline.watch(connection)
         try:
-            connection.connect()
-        except ssl.SSLCertVerificationError:
+            headers = {"Content-Type": "application/json", "Accept": "application/json, image/*"}
+            headers |= {"Authorization": f"Bearer {token}"} if token else {}
+            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            try:
+                connection.connect()
+            except ssl.SSLCertVerificationError:
+                raise
+            except OSError as error:
+                raise Unreachable(f"{type(error).__name__}: {error}") from error
+            connection.request("POST", path, json.dumps(body).encode(), headers)
+            response = connection.getresponse()
+            content = response.read(most_bytes + 1)
+            if deadline.late:
+                raise CallFailed(f"no whole reply within {timeout_s:g} s")
+            if len(content) > most_bytes:
+                raise CallFailed(f"the reply has more than {most_bytes} bytes")
+            if response.status != 200:
+                _refuse(url, response, content)
+            return Reply(content, response.getheader("Content-Type", "").partition(";")[0].strip().lower())
+        except CallFailed:
             raise
-        except OSError as error:
-            raise Unreachable(f"{type(error).__name__}: {error}") from error
-        sockets.append(connection.sock)  # the connection forgets it when the reply's headers are there
-        connection.request("POST", path, json.dumps(body).encode(), headers)
-        response = connection.getresponse()
-        content = response.read(most_bytes + 1)
-        if late.is_set():
-            raise CallFailed(f"no whole reply within {timeout_s:g} s")
-        if len(content) > most_bytes:
-            raise CallFailed(f"the reply has more than {most_bytes} bytes")
-        if response.status != 200:
-            _refuse(url, response, content)
-        return Reply(content, response.getheader("Content-Type", "").partition(";")[0].strip().lower())
-    except CallFailed:
-        raise
-    except ssl.SSLCertVerificationError as error:
-        raise ConfigError(f"{url}: its certificate is not accepted ({error.verify_message}); correct the address") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if late.is_set() or isinstance(error, TimeoutError):
-            raise CallFailed(f"no whole reply within {timeout_s:g} s") from error
-        raise CallFailed(f"{type(error).__name__}: {error}") from error
-    finally:
-        timer.cancel()
-        connection.close()
+        except ssl.SSLCertVerificationError as error:
+            raise ConfigError(f"{url}: its certificate is not accepted ({error.verify_message}); correct the address") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if deadline.late or isinstance(error, TimeoutError):
+                raise CallFailed(f"no whole reply within {timeout_s:g} s") from error
+            raise CallFailed(f"{type(error).__name__}: {error}") from error
+        finally:
+            connection.close()
 
 
 def _refuse(url: str, response: Any, content: bytes) -> None:

@@ -5,7 +5,6 @@ Lines hold no times and no names of machines, so that work that was killed and c
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
+from cfvlm_ds.core.files import lock
 from cfvlm_ds.core.reading import MIB, TooLarge, lines, open_regular, parse_json
 
 MAX_LINE = 16 * MIB
@@ -69,18 +69,11 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-            self._lock()
+            if not lock(self._handle, path):
+                raise ConfigError(f"{path} is written by another process; wait for it, or end it")
             self.count, self._digest, self.size = self._whole_lines()
         except OSError as error:
             raise StorageError(f"{unwritten(path, error)}; make room, or correct the folder") from error
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{self.path} is written by another process; wait for it, or end it") from None
-        except OSError:  # file systems without locks
-            return
 
     def _whole_lines(self) -> tuple[int, Any, int]:
         """Cut what follows the last line break; the number of lines, their hash and size."""

@@ -20,7 +20,7 @@ from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import lines, parse_json
-from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.core.untrusted import own_output, refuse_one_file
 from cfvlm_ds.counterfactuals.audit.refine import REFINED
 from cfvlm_ds.counterfactuals.history import Edited, History, histories
@@ -33,7 +33,6 @@ from cfvlm_ds.data.formats.cfgroup import SCHEMA, to_row
 KEPT, NO_ROOM, QUOTA = "kept", "good, but its source has enough", "good, but its type has enough"
 TWICE, ELSEWHERE = "good, but its text is there already", "good, but its real picture is of another split"
 _ROWS = 24
-_SHOWN = 60
 
 Say = Callable[[str], object]
 
@@ -57,25 +56,20 @@ class Survival:
         kinds = sorted(self.by_type)
         total: Counter[str] = sum(self.by_type.values(), Counter())
         rest = [name for name, _ in sorted(total.items(), key=lambda item: (-item[1], item[0])) if name not in ("proposed", KEPT)]
-        lines = [f"| | {' | '.join(map(_cell, kinds))} | all | |", f"|---|{'---:|' * (len(kinds) + 2)}"]
+        lines = [f"| | {' | '.join(map(in_cell, kinds))} | all | |", f"|---|{'---:|' * (len(kinds) + 2)}"]
         rows = [(name, [name]) for name in ("proposed", *rest[:_ROWS], KEPT)]
         if more := rest[_ROWS:]:
             rows.insert(-1, (f"{len(more)} further reasons", more))
         for shown, names in rows:
             counts = [sum(self.by_type[kind][name] for name in names) for kind in kinds]
             share = f"{100 * sum(counts) / max(total['proposed'], 1):.1f} %"
-            lines.append(f"| {_cell(shown)} | {' | '.join(map(str, counts))} | {sum(counts)} | {share} |")
+            lines.append(f"| {in_cell(shown)} | {' | '.join(map(str, counts))} | {sum(counts)} | {share} |")
         return "\n".join(lines)
 
     def captions(self) -> str:
         """A row for each thing that happened to captions."""
-        rows = [f"| {_cell(name)} | {count} |" for name, count in sorted(self.sources.items())]
+        rows = [f"| {in_cell(name)} | {count} |" for name, count in sorted(self.sources.items())]
         return "\n".join(["| captions | |", "|---|---:|", *rows])
-
-
-def _cell(text: str) -> str:
-    """What a journal says, in a table."""
-    return one_line(text, _SHOWN).replace("|", "/")
 
 
 def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Path) -> Survival:
@@ -92,15 +86,15 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Pa
         work.need("verify", shard)
     files, shares = checked(file, options, work.about["source"]["path"])
     refuse_one_file(*files.values(), *_beside(file), *outputs)
-    thresholds = _thresholds(work, options)
     survival = Survival()
-    cuts = _cuts(work, thresholds, options) if options.per_type else {}
-    folder, outside = file.parent.absolute(), set[Path]()
-    further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
-    steps = {step: _shown_settings(work.settings(step)) for step in STEPS}
-    progress = Progress(say, "select", work.shards, "shards")
     with ExitStack() as stack:
         handles: dict[str, IO[bytes]] = {name: stack.enter_context(whole_file(path)) for name, path in files.items()}
+        thresholds = _thresholds(work, options)
+        cuts = _cuts(work, thresholds, options) if options.per_type else {}
+        folder, outside = file.parent.absolute(), set[Path]()
+        further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
+        steps = {step: _shown_settings(work.settings(step)) for step in STEPS}
+        progress = Progress(say, "select", work.shards, "shards")
         written = Counter[str]()
         for shard in progress.over(range(work.shards)):
             survival.sources.update(_problems(work, shard))

@@ -23,7 +23,6 @@ from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.attempts import with_proposals
 from cfvlm_ds.counterfactuals.checks import compared
 from cfvlm_ds.counterfactuals.edit.base import picture_by_id, sha256_of
-from cfvlm_ds.counterfactuals.edit.step import picture_path
 from cfvlm_ds.counterfactuals.judge import GOOD, Calibrated, Thresholds, calibrated, verdict
 from cfvlm_ds.counterfactuals.options import VerifyOptions
 from cfvlm_ds.counterfactuals.second_opinion import SecondOpinion
@@ -136,7 +135,9 @@ def candidates(work: WorkFolder, shard: int) -> Iterator[Candidate]:
     for record, proposal, line in with_proposals(work, shard):
         original = None if line["picture"] is None else Path(line["picture"])
         mask = picture_by_id(masks, record["edit"], (".png",)) if masks is not None and "mask_sha256" in record else None
-        yield Candidate(record, proposal, line["caption"], original, picture_path(work, record), mask)
+        yield Candidate(
+            record, proposal, line["caption"], original, work.picture(record["picture"]) if record.get("picture") else None, mask
+        )
 
 
 def measured(

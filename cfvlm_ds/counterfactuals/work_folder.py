@@ -23,18 +23,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import append, replace
 from cfvlm_ds.core.reading import MAX_SETTINGS, MIB, open_regular, parse_json, read_bytes
+from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.counterfactuals.journal import Journal, records, sha256_of_file
 from cfvlm_ds.counterfactuals.records import wrong_key
+from cfvlm_ds.data.confinement import Confinement
 from cfvlm_ds.data.containers.prepared import ENDING
+from cfvlm_ds.data.picture_file import part_name
 from cfvlm_ds.data.store import GroupStore
 
 SCHEMA = "cfwork/1"
@@ -106,14 +110,14 @@ class WorkFolder:
         return cls(path, about)
 
     def settle(self, step: str, settings: Mapping[str, Any]) -> None:
-        """Note what decides a step, or refuse what differs from an earlier shard or call."""
-        _settled(self.path / f"{step}.json", {**settings, "cfvlm-ds": version("cfvlm-ds")}, self.path)
+        """Write what decides a step, without secrets, or refuse what differs from an earlier shard or call. A secret may change."""
+        _settled(self.path / f"{step}.json", masked({**settings, "cfvlm-ds": version("cfvlm-ds")}), self.path)
 
     def refuse_other(self, step: str, options: Mapping[str, Any]) -> None:
         """Refuse options that differ from those that a step was begun with, before anything is loaded for it."""
         if (path := self.path / f"{step}.json").exists():
             begun = self.settings(step)
-            _settled(path, {**begun, **options} if begun else options, self.path)
+            _settled(path, {**begun, **masked(options)} if begun else options, self.path)
 
     def settings(self, step: str) -> dict[str, Any]:
         """What decides a step; empty where it was not begun."""
@@ -149,12 +153,36 @@ class WorkFolder:
         return [shard for shard in range(self.shards) if self.done(step, shard) is None]
 
     def records(self, step: str, shard: int) -> Iterator[dict[str, Any]]:
-        """The records of a step and shard. Raises DataError naming file and line for what is none."""
+        """The records of a step and shard. Raises DataError naming file and line for what is none, and for a picture that is neither in the
+        folders of the source pictures nor here."""
         file = self.file(step, shard)
         for number, record in enumerate(records(file), 1):
             if wrong := wrong_key(step, record):
                 raise DataError(f"{file}:{number}: no record of {step} ({wrong!r} is missing or wrong); {self.again(step, shard)}")
+            for picture in self._pictures(record):
+                try:
+                    self._confine(picture)
+                except DataError as error:
+                    raise DataError(f"{file}:{number}: {error}; {self.again(step, shard)}") from error
             yield record
+
+    @cached_property
+    def _confine(self) -> Confinement:
+        return Confinement([*self.roots, self.path.absolute()], "no step has written that")
+
+    def _pictures(self, record: Mapping[str, Any]) -> Iterator[Path]:
+        """The pictures that a record names."""
+        found = record.get("picture")
+        named = [found, *(each.get("picture") for each in record.get("edits", ()))]
+        yield from (Path(each) for each in named if isinstance(each, str))
+        if isinstance(found, dict):
+            yield self.picture(found)
+
+    def picture(self, named: Mapping[str, Any]) -> Path:
+        """The picture that an attempt names, a file or a part of a tar, as every reader of pictures takes it."""
+        if "path" in named:
+            return Path(named["path"])
+        return self.path.absolute() / "pictures" / part_name(named["file"], named["start"], named["length"])
 
     def damage(self, step: str, shard: int) -> str:
         """What is wrong with the journal of a shard that a step is through with; empty where it is what was written."""

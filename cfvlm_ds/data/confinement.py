@@ -1,4 +1,4 @@
-"""Where the paths of a manifest may lead: into its data roots, whoever wrote it and whatever links there are."""
+"""Where the paths of a manifest, a work folder or a benchmark may lead: into its data roots, whoever wrote it and whatever is a link."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from pathlib import Path
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data.picture_file import file_name, picture_file
 
+_OF_DATA = (
+    "add the folder that holds it to data.root, which may be a list of folders (cfvlm-ds: --root, once for each), or correct the path"
+)
+
 
 class Confinement:
     """The file that a path of a manifest leads to, links followed, must be inside one of the data roots; else DataError.
 
-    A relative path is joined to the first root that has such a file, or to the first of all.
+    A relative path is joined to the first root that has such a file, or to the first of all. ``remedy`` ends the sentence about a path
+    that leads elsewhere.
     """
 
-    def __init__(self, roots: Sequence[Path]) -> None:
-        self.roots = roots
+    def __init__(self, roots: Sequence[Path], remedy: str = _OF_DATA) -> None:
+        self.roots, self._remedy = roots, remedy
         self.resolved_roots = [root.resolve() for root in roots]
         self._folders: dict[str, tuple[str, bool]] = {}
         self._containers: dict[str, Path] = {}
@@ -42,10 +47,7 @@ class Confinement:
             raise DataError(f"image path {str(path)!r} cannot be followed ({error}); correct it") from error
         if not inside:
             roots = f"root {self.roots[0]}" if len(self.roots) == 1 else f"roots {', '.join(map(str, self.roots))}"
-            raise DataError(
-                f"image path {str(path)!r} leads outside the data {roots} (to {target.resolve()}); add the folder that holds it to "
-                "data.root, which may be a list of folders (cfvlm-ds: --root, once for each), or correct the path"
-            )
+            raise DataError(f"image path {str(path)!r} leads outside the data {roots} (to {target.resolve()}); {self._remedy}")
         if (container := _container(path)) and os.path.lexists(picture_file(full)):
             if len(self._containers) >= _FOLDERS:
                 self._containers.clear()

@@ -47,14 +47,14 @@ def convert(
     """
     new_output(out, path)
     listed = list_of_skipped(out)
-    path = fetched(path, say=say)
-    roots = [each.absolute() for each in data_roots(path, root)]
-    folder = out.parent.absolute()
-    base = folder if all(each.is_relative_to(folder) for each in roots) else roots[0]
-    groups, described, repeats, problems, seen = 0, 0, 0, list[str](), dict[int, int]()
-    store = open_groups(path, root, format, progress=say, cache=[out.parent])
-    unsound = unsound_pictures(store, max_pixels, say) if on_error == "skip" else lambda group: None
     with whole_file(out) as file:
+        path = fetched(path, say=say)
+        roots = [each.absolute() for each in data_roots(path, root)]
+        folder = out.parent.absolute()
+        base = folder if all(each.is_relative_to(folder) for each in roots) else roots[0]
+        groups, described, repeats, problems, seen = 0, 0, 0, list[str](), dict[int, int]()
+        store = open_groups(path, root, format, progress=say, cache=[out.parent])
+        unsound = unsound_pictures(store, max_pixels, say) if on_error == "skip" else lambda group: None
         for index, item in store.entries():
             if not isinstance(item, DataError) and (problem := unsound(item)) is not None:
                 item = DataError(f"{store.where(index)}: {problem}")

@@ -11,14 +11,17 @@ import binascii
 import hashlib
 import http.client
 import json
+import ssl
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from cfvlm_ds.core.deadline import Deadline
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.progress import EVERY_S
@@ -65,9 +68,9 @@ def download(
     refuse_link(folder, "name another file with --out")
     new_output(out, path)
     listed = list_of_skipped(out)
-    path = fetched(path, say=say)
     rows, files, problems, said = 0, set[str](), list[str](), time.monotonic()
     with whole_file(out) as file, ThreadPoolExecutor(threads) as pool:
+        path = fetched(path, say=say)
         for chunk in _chunks(open_rows(path, progress=say)):
             wanted = {address: None for _, row in chunk for address in _addresses(row)}
             found = dict(zip(wanted, pool.map(lambda address: _fetched(address, folder), wanted), strict=True))
@@ -156,10 +159,28 @@ class _OnlyHttp(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if not newurl.startswith(("http://", "https://")):
             raise urllib.error.URLError(f"it leads to {newurl[:80]}")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        request: Any = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if request is not None:
+            request.deadline = req.deadline
+        return request
 
 
-_OPENER = urllib.request.build_opener(_OnlyHttp)
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: Any) -> Any:
+        return self.do_open(partial(_watched, http.client.HTTPConnection, req.deadline), req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, req: Any) -> Any:
+        return self.do_open(partial(_watched, http.client.HTTPSConnection, req.deadline, context=_TLS), req)
+
+
+def _watched(kind: Any, deadline: Deadline, *where: Any, **how: Any) -> Any:
+    return deadline.watch(kind(*where, **how))
+
+
+_TLS = ssl.create_default_context()
+_OPENER = urllib.request.build_opener(_OnlyHttp, _Http, _Https)
 
 
 def _of_network(address: str) -> bytes:
@@ -177,17 +198,22 @@ def _of_network(address: str) -> bytes:
 
 
 def _of_one_answer(address: str) -> bytes:
-    request = urllib.request.Request(address, headers={"User-Agent": "cfvlm-ds data download"})
-    until, parts, size = time.monotonic() + WHOLE_S, list[bytes](), 0
-    with _OPENER.open(request, timeout=TIMEOUT_S) as answer:
-        while block := answer.read1(1 << 16):
-            parts.append(block)
-            size += len(block)
-            if size > MAX_DOWNLOAD:
-                raise ValueError(f"it has more than {MAX_DOWNLOAD} bytes, the bound for a picture")
-            if time.monotonic() > until:
-                raise ValueError(f"it takes more than {WHOLE_S:.0f} s")
-        stated = answer.headers.get("Content-Length", "")
+    request: Any = urllib.request.Request(address, headers={"User-Agent": "cfvlm-ds data download"})
+    parts, size = list[bytes](), 0
+    with Deadline(WHOLE_S) as request.deadline:
+        try:
+            with _OPENER.open(request, timeout=TIMEOUT_S) as answer:
+                while block := answer.read1(1 << 16):
+                    parts.append(block)
+                    size += len(block)
+                    if size > MAX_DOWNLOAD:
+                        raise ValueError(f"it has more than {MAX_DOWNLOAD} bytes, the bound for a picture")
+                stated = answer.headers.get("Content-Length", "")
+        except (OSError, http.client.HTTPException):
+            if not request.deadline.late:
+                raise
+    if request.deadline.late:
+        raise ValueError(f"it takes more than {WHOLE_S:.0f} s")
     if stated.isdecimal() and int(stated) != size:
         raise OSError(f"{size} of {stated} bytes came")
     return b"".join(parts)

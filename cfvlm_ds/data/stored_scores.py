@@ -56,11 +56,22 @@ def write_scores(
     (fingerprint).
     """
     with whole_file(path) as handle:
-        header = {"schema": SCHEMA, "data": data, "groups": len(groups), "model": model, **(made_by or {})}
-        handle.write(json.dumps(header).encode() + b"\n")
-        for group in groups:
-            stored = scores[group.id]
-            handle.write(json.dumps({"id": group.id, "logp": stored.logp, "blank": stored.blank}).encode() + b"\n")
+        handle.writelines(score_lines(groups, scores, model, data, made_by=made_by))
+
+
+def score_lines(
+    groups: Sequence[CounterfactualGroup],
+    scores: Mapping[str, StoredScores],
+    model: str,
+    data: Identity,
+    *,
+    made_by: Mapping[str, str] | None = None,
+) -> Iterator[bytes]:
+    """The lines of such a file."""
+    yield json.dumps({"schema": SCHEMA, "data": data, "groups": len(groups), "model": model, **(made_by or {})}).encode() + b"\n"
+    for group in groups:
+        stored = scores[group.id]
+        yield json.dumps({"id": group.id, "logp": stored.logp, "blank": stored.blank}).encode() + b"\n"
 
 
 def is_written(file: IO[bytes]) -> bool:

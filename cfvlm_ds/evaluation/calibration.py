@@ -13,8 +13,8 @@ from typing import IO, Any, Literal
 
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import MAX_SETTINGS
+from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.evaluation.comparisons import Comparison, comparisons
-from cfvlm_ds.evaluation.report import in_cell
 from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.objectives.base import MarginTerm
 

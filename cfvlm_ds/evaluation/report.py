@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.evaluation.metrics import CHANCE, Accuracy, total_loss
 
 SHOWN = ("text", "image", "group", "group_pmi", "pair", "image_pair", "factual", "sham")
-_NAME_CHARS, _REASON_CHARS = 60, 200
+_REASON_CHARS = 200
 _MOST_TYPES = 12  # in a line of a progress log
 _HEADLINES = ("group", "pair", "image_pair")
 
@@ -116,8 +115,3 @@ def headline(rows: Sequence[Accuracy]) -> str:
 
 def _cells(metrics: Mapping[str, float]) -> str:
     return " | ".join(f"{metrics[name]:.1f}" if name in metrics else "" for name in SHOWN)
-
-
-def in_cell(name: str, most: int = _NAME_CHARS) -> str:
-    """A name from the data on one line of a table."""
-    return re.sub(r"(\\*)\|", r"\1\1\\|", one_line(name, most))

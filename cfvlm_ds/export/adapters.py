@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cfvlm_ds.checkpoint import incomplete
 from cfvlm_ds.core.config import LoraConfig
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import create
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.export.folder import place_card, replaced
 from cfvlm_ds.export.source import skeleton
@@ -94,7 +95,8 @@ def export_adapter(
         for name in adapters:
             alive()
             tensors[_saved_name(name)] = zero.tensor(name, torch.float32)
-        save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
+        with create(partial / "adapter_model.safetensors") as handle:  # safetensors' own files are private, and its errors no OSError
+            handle.write(save(tensors, {"format": "pt"}))
         described = peft_config(model, family, modules, source, lora)
         described.inference_mode = True
         described.save_pretrained(partial)

@@ -16,7 +16,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import keep, put_in_place
 from cfvlm_ds.core.verbosity import shows_progress
 from cfvlm_ds.tracking.inputs import log_inputs
@@ -148,7 +150,7 @@ class Delivery:
                 if failures:
                     say("MLflow answers again")
                 failures = 0
-            except ImportError as error:
+            except (ImportError, ConfigError) as error:
                 say(f"no MLflow, metrics go to {METRICS_FILE} only: {error}")
                 return
             except Exception as error:  # whatever a store raises, the training must live
@@ -181,7 +183,15 @@ class Delivery:
     def _connect(self) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        from mlflow import MlflowClient
+        folder = str(self._run_dir)
+        if not os.environ.get("MLFLOW_TRACKING_URI") and ("?" in folder or unquote(folder) != folder):
+            raise ConfigError(
+                f"the address of a database in {folder} cannot have its ? or %; set MLFLOW_TRACKING_URI, or rename the folder"
+            )
+        try:
+            from mlflow import MlflowClient
+        except RuntimeError as error:  # Path.home()
+            raise ConfigError(f"{error} MLflow needs one: set HOME to a folder that may be written") from error
 
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial database tables..."
         _make_store(self._uri)

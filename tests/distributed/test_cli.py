@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -549,6 +550,7 @@ def test_export_of_adapters(runs: Path, model_dir: Path, tmp_path: Path, capsys:
     main(["export", str(runs / "off"), "--adapter", "--out", str(tmp_path / "adapter")])
     written = tensors(tmp_path / "adapter")
     assert written.keys() == tensors(runs / "off" / "adapter").keys() and not (runs / "off" / "export").exists()
+    assert len({path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}) == 1  # as the umask has it
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model_dir)
     main(["export", str(runs / "off"), "--out", str(tmp_path / "merged")])
     merged, source = tensors(tmp_path / "merged"), tensors(model_dir)
@@ -557,6 +559,16 @@ def test_export_of_adapters(runs: Path, model_dir: Path, tmp_path: Path, capsys:
     with pytest.raises(SystemExit):
         main(["export", str(runs / "z3"), "--adapter", "--out", str(tmp_path / "none")])
     assert "has no adapters; export it without --adapter" in capsys.readouterr().err
+    before, limits = tensors(tmp_path / "adapter"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as left:
+            main(["export", str(runs / "off"), "--adapter", "--out", str(tmp_path / "adapter")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "adapter cannot be written" in said and "what was there is unchanged" in said
+    assert all(tensors(tmp_path / "adapter")[name].equal(tensor) for name, tensor in before.items())
 
 
 def test_adapters_on_a_base_of_4_bits(manifests: dict[str, Path], tmp_path: Path) -> None:

@@ -148,6 +148,8 @@ def test_an_error_that_quotes_an_option_leaves_its_password_out(model_dir: Path,
         ("--opt=password=x y", "--opt=password=*** y"),
         ("{'password': 'a b', \"api_key\": \"c\", 'key': 'd'}", "{'password': '***', \"api_key\": \"***\", 'key': 'd'}"),
         ("Authorization: Bearer a.b", "Authorization: ***"),
+        ("edit.sh --api-key a -token 'b c' --key 5 --token --seed 3", "edit.sh --api-key *** -token '***' --key 5 --token --seed 3"),
+        ("['curl', '--auth-token', 'a']", "['curl', '--auth-token', '***']"),
         ("AWS_SECRET_ACCESS_KEY=a/b== hf_token=c Pwd=d;Server=e", "AWS_SECRET_ACCESS_KEY=*** hf_token=*** Pwd=***;Server=e"),
         (
             "512 tokens: too many; num_key_value_heads=2 max_tokens=9 token=7",

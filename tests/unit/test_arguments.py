@@ -14,6 +14,7 @@ from conftest import write_manifest
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.data import open_groups
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, is_written, write_scores
@@ -142,6 +143,16 @@ def test_no_file_of_somebodys_own_is_written_over(command: str, here: Path, ende
         assert f"{name} is there, and " in (said := ended(*command.split(), name)) and " name another" in said
     assert "a.jsonl is read here, and would be replaced" in ended(*command.split(), "a.jsonl")
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["score model a.jsonl --out", "data convert a.jsonl --out", "data download a.jsonl --out"])
+def test_the_second_writer_of_a_file_is_told_before_it_works(command: str, here: Path, ended: Callable[..., str]) -> None:
+    with whole_file(here / "b.jsonl") as first:
+        first.write(b"the first")
+        before = sorted(here.rglob("*"))
+        assert "b.jsonl is being written by another process" in ended(*command.split(), "b.jsonl")
+        assert sorted(here.rglob("*")) == before
+    assert (here / "b.jsonl").read_bytes() == b"the first"
 
 
 @pytest.mark.parametrize("command", ["convert", "download"])

@@ -903,8 +903,14 @@ def test_quads_by_hand(name: str, parts: Sequence[str], tmp_path: Path) -> None:
 def test_a_name_leads_to_no_file_outside(tmp_path: Path) -> None:
     put(tmp_path / "secret.jpg", "secret")
     (tmp_path / "inner/images").mkdir(parents=True)
-    with pytest.raises(DataError, match="leads out of"):
+    with pytest.raises(DataError, match="leads outside"):
         Source(tmp_path / "inner").picture("here", "../../secret.jpg", "images")
+    (tmp_path / "inner/images/0.jpg").symlink_to(tmp_path / "secret.jpg")
+    with pytest.raises(DataError, match=r"here: image path '0\.jpg' leads outside .*put the picture itself there"):
+        Source(tmp_path / "inner").picture("here", "0.jpg", "images")
+    put(tmp_path / "shared/0.jpg", "shared")
+    (tmp_path / "inner/linked").symlink_to(tmp_path / "shared")  # the user's own collection
+    assert Source(tmp_path / "inner").picture("here", "0.jpg", "none", "linked") == tmp_path / "inner/linked/0.jpg"
     for name in (
         "../secret.jpg",
         str(tmp_path / "secret.jpg"),

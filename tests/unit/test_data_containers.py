@@ -28,9 +28,10 @@ from public_data import PUBLIC, lines, member, picture, write_pictures
 from pyarrow import parquet
 
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.files import alone
 from cfvlm_ds.data import check_manifest, open_groups, open_image, read_manifest
 from cfvlm_ds.data import download as downloading
-from cfvlm_ds.data.containers import json_file, prepared
+from cfvlm_ds.data.containers import json_file
 from cfvlm_ds.data.containers.kinds import CONTAINERS, container_of, sources_of
 from cfvlm_ds.data.containers.prepared import prepare
 from cfvlm_ds.data.convert import convert
@@ -124,14 +125,14 @@ def test_a_preparation_that_ends_early_leaves_nothing(folder: Path, cache: Path)
 def test_another_process_that_prepares_is_waited_for_alive(folder: Path, cache: Path) -> None:
     """Other ranks hear from this one meanwhile, and whoever looks at it knows why."""
     said, seen = list[str](), list[int]()
-    with prepared._alone(folder / "x.lock"):
+    with alone(folder / "x.lock"):
 
         def alive() -> None:
             seen.append(1)
             if len(seen) == 2:
                 raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt), prepared._alone(folder / "x.lock", lambda: said.append("waiting"), alive):
+        with pytest.raises(KeyboardInterrupt), alone(folder / "x.lock", lambda: said.append("waiting"), alive):
             pass
     assert said == ["waiting"] and len(seen) == 2
 
@@ -540,11 +541,23 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.asked.append(self.path)
         busy = self.path == "/busy.png" and self.asked.count(self.path) == 1
-        status = {"/none.png": 404, "/away.png": 302, "/loop.png": 302}.get(self.path, 503 if busy else 200)
+        dripping = {
+            "/head.png": b"HTTP/1.1 200 OK\r\nX-Long: ",
+            "/trailer.png": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\nX-Long: "
+            % (len(picture(0)), picture(0)),
+        }
+        if self.path in dripping:
+            with contextlib.suppress(OSError):
+                self.wfile.write(dripping[self.path])
+                for _ in range(40):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
+            return
+        status = {"/none.png": 404, "/away.png": 302, "/loop.png": 302, "/hop.png": 302}.get(self.path, 503 if busy else 200)
         content = {"/page.png": b"<html>", "/large.png": bytes(5000)}.get(self.path, picture(len(self.path) % 5))
         self.send_response(status)
         if status == 302:
-            self.send_header("Location", "ftp://127.0.0.1/x" if self.path == "/away.png" else "/loop.png")
+            self.send_header("Location", {"/away.png": "ftp://127.0.0.1/x", "/hop.png": "/head.png"}.get(self.path, "/loop.png"))
         self.send_header("Content-Length", str(len(content) + (self.path == "/cut.png")))
         self.end_headers()
         with contextlib.suppress(OSError):
@@ -619,10 +632,14 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path: Path, se
     assert not (tmp_path / "other.jsonl.pictures").exists()
 
 
-def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", ["drip", "head", "trailer", "hop"])
+def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(
+    part: str, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether in the picture, its headers, the trailers of its last chunk, or those of where it leads to."""
     for name, value in (("WHOLE_S", 0.3), ("ATTEMPTS", 1)):
         monkeypatch.setattr(downloading, name, value)
-    path = lines(tmp_path / "rows.jsonl", [{"image": f"{server}/drip.png"}])
+    path = lines(tmp_path / "rows.jsonl", [{"image": f"{server}/{part}.png"}])
     started = time.monotonic()
     with pytest.raises(DataError, match="it takes more than 0 s"):
         downloading.download(path, tmp_path / "out.jsonl")

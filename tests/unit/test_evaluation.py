@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import pickle
 import random
 import re
@@ -12,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import markdown
+import markdown_it
 import pytest
 import torch
 from conftest import COLOURS, PROMPT, plain_logp
@@ -27,6 +30,8 @@ from cfvlm_ds.core.errors import DataError, OutOfMemory
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.core.text import in_cell
+from cfvlm_ds.counterfactuals.audit.report import Audit
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.demo.family_checkpoints import write_small
@@ -40,7 +45,6 @@ from cfvlm_ds.evaluation import (
     guarded,
     headline,
     rehearse,
-    report,
     score_groups,
     scoring,
     table,
@@ -694,8 +698,26 @@ def test_stored_is_the_same_in_plain_numbers() -> None:
     assert scores([[-1.0, -2.0], [-3.0, -4.0]], [-5.0, -6.0]).stored() == StoredScores(((-1.0, -2.0), (-3.0, -4.0)), (-5.0, -6.0))
 
 
-def test_no_name_from_the_data_ends_a_cell_of_a_table() -> None:
-    r"""Read as a table is: ``\\`` is a backslash, ``\|`` a bar, and a bar alone ends the cell."""
-    for name in ("a|b", "a\\|b", "\\", "a\\\\|", "a||\\b"):
-        cell = report.in_cell(name)
-        assert "|" not in re.sub(r"\\[\\|]", "", cell) and re.sub(r"\\([\\|])", r"\1", cell) == name
+def test_names_from_the_data_are_text_in_a_table_and_nothing_else() -> None:
+    """By two readers of Markdown: no bar ends a cell, and there is neither HTML nor a link, nor a picture that a reader would fetch."""
+    names = [
+        "a|b",
+        "a\\|b",
+        "\\",
+        "a\\\\|",
+        "a||\\b",
+        "<img src=//h/x>",
+        "\\<script>x</script>",
+        "![x](http://h/x.png)",
+        "\\![x](//h)",
+        "[x](//h)",
+    ]
+    readers = (markdown_it.MarkdownIt("commonmark").enable("table").render, partial(markdown.markdown, extensions=["tables"]))
+    rows = accuracies([group(Edit(name, 1, 1)) for name in names], [scores([[1.0, 0.0], [0.0, 1.0]])] * len(names))
+    audit = Audit([(name, name) for name in names], [(f"found {name}", [name]) for name in names], [])
+    for read in readers:
+        shown = read("| name | again |\n|---|---|\n" + "".join(f"| {in_cell(name)} | {in_cell(name)} |\n" for name in names))
+        cells = [html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", shown)]
+        assert cells == [name for name in names for _ in range(2)]
+        for text in (table({"s": rows}), audit.markdown()):
+            assert not re.search(r"<(img|script|a)\b", read(text))

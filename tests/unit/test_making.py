@@ -28,11 +28,12 @@ import pytest
 import torch
 from conftest import COLOURS, REPO, draw
 from PIL import Image, ImageDraw, ImageOps
-from test_propose import Server, quiet
+from test_propose import Server, quiet, reply
 
 from cfvlm_ds.cli import main
 from cfvlm_ds.core.config import ScenesConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.counterfactuals import EDITORS
 from cfvlm_ds.counterfactuals.audit import refine as refining
@@ -560,6 +561,32 @@ def test_a_work_folder_writes_through_no_link(photos: Path, tmp_path: Path) -> N
         edit(tmp_path / "V", EditOptions(), 0, quiet)
 
 
+def test_a_record_names_no_picture_outside_the_folders_of_the_sources(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As somebody else's work folder may: by a path, a link beside the sources, and a tar that is one."""
+    out, secret = tmp_path / "made" / "W", tmp_path / "secret.png"
+    noise_picture(40).save(secret)
+    (tmp_path / "made").mkdir()
+    for each in (photos, *tmp_path.glob("?.png")):
+        each.rename(tmp_path / "made" / each.name)
+    through_all(tmp_path / "made" / photos.name, out, 1)
+    (tmp_path / "made" / "link.png").symlink_to(secret)
+    for step, key, value in (
+        ("propose", "picture", str(secret)), ("propose", "picture", str(tmp_path / "made" / "link.png")),
+        ("edit", "picture", {"path": str(secret), "sha256": "0"}),
+        ("edit", "picture", {"file": "../../../secret.tar", "start": 0, "length": 1, "sha256": "0"}),
+    ):  # fmt: skip
+        shutil.copytree(out, strange := tmp_path / "made" / "V")
+        first, *rest = (journal := strange / step / "shard-00000.jsonl").read_text().splitlines(keepends=True)
+        journal.write_text(json.dumps(json.loads(first) | {key: value}) + "\n" + "".join(rest))
+        agreed(strange, step)
+        for words in (("view", strange, "--out", tmp_path / "page"), ("select", strange, "--out", tmp_path / "g.jsonl")):
+            assert f"V/{step}/shard-00000.jsonl:1: image path" in (said := refused(capsys, "data", *words)) and "leads outside" in said
+        shutil.rmtree(strange)
+    assert not (tmp_path / "page").exists() and not (tmp_path / "g.jsonl").exists()
+
+
 def test_a_table_that_was_copied_is_the_same_data(photos: Path, tmp_path: Path) -> None:
     """Its rows are prepared in another folder then, which is none of the settings."""
     rows = [json.loads(line) for line in photos.read_text().splitlines()]
@@ -1038,6 +1065,35 @@ def test_a_command_that_edits_is_called_without_a_shell_and_bounded(photos: Path
         edited(photos, tmp_path / "U", back_ends="command", command="nosuchprogram {request} {output}")
 
 
+def test_no_secret_of_an_option_is_recorded_or_shown(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Addresses with a key in their query, a command with a token, and what both say: neither records, groups nor the page have it."""
+    secret, out = "hunter2", tmp_path / "W"
+    (tmp_path / "edit.py").write_text(
+        "import json, sys\nfrom PIL import Image, ImageOps\n"
+        "told = json.load(open(sys.argv[3]))\n"
+        "if told['id'] == 'p0/0': sys.exit(f'denied: {sys.argv[1]} {sys.argv[2]}')\n"
+        "ImageOps.mirror(Image.open(told['image'])).save(sys.argv[4], 'PNG')\n"
+    )
+    command = f"{sys.executable} {tmp_path / 'edit.py'} --api-key {secret} {{request}} {{output}}"
+    server = Server(lambda body, number: (200, reply([]), {}))
+    with server.running():
+        asked = {"llm_url": f"{server.url}?key={secret}", "llm_model": "m"}
+        propose(open_groups(photos, None, "auto"), out, ProposeOptions(back_ends="rules,llm", types="relation", **asked), 0, quiet)
+    for given in ({"url": f"http://127.0.0.1:9/?sig={secret}"}, {"url": "http://127.0.0.1:9/?sig=renewed"}):  # a secret may change
+        edit(out, EditOptions(back_ends="command", command=command, **given), 0, quiet)
+    verify(out, VerifyOptions(), 0, quiet, None)
+    assert server.paths == {f"/v1/chat/completions?key={secret}"}  # which the server did get
+    assert "denied" in str(list(WorkFolder.open(out).records("edit", 0)))
+    said_by(capsys, "data", "select", out, "--out", tmp_path / "groups.jsonl")
+    said_by(capsys, "data", "view", tmp_path / "groups.jsonl", "--root", tmp_path, "--out", tmp_path / "page")
+    said_by(capsys, "data", "view", out, "--out", tmp_path / "work_page")
+    shown = (tmp_path / "groups.jsonl").read_text(), contents(tmp_path / "page")["data/chunk-00000.js"].decode()
+    assert all("--api-key ***" in text for text in shown)
+    assert not [name for name, content in contents(tmp_path).items() if secret.encode() in content]
+    with pytest.raises(ConfigError, match=r"begun with other settings \(command: "):
+        edit(out, EditOptions(back_ends="command", command=command.replace("edit.py", "other.py"), **given), 0, quiet)
+
+
 def test_diffusers_that_is_absent_is_one_sentence(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ConfigError, match=r"which is not installed; pip install 'cfvlm-ds\[edit\]'"):
@@ -1184,7 +1240,7 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole: Path, tmp_path: Path) 
         select(whole, tmp_path / "x.jsonl", SelectOptions(margin=1000.0), quiet)
     assert not list(tmp_path.glob("x*"))
     (hostile := Survival()).add("a\x1b[2J|b\n", "c\x1b|d")
-    assert hostile.table().splitlines()[0] == "| | a\\x1b[2J/b | all | |"
+    assert hostile.table().splitlines()[0] == r"| | a\\x1b\[2J\|b | all | |"
 
 
 def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1204,6 +1260,8 @@ def test_no_file_that_somebody_wrote_is_replaced(photos: Path, tmp_path: Path, c
         with pytest.raises(ConfigError, match=said):
             select(out, tmp_path / name, SelectOptions(splits=splits), quiet)
     assert contents(tmp_path) == before
+    with whole_file(tmp_path / "g.jsonl"), pytest.raises(ConfigError, match=r"g\.jsonl is being written by another process"):
+        select(out, tmp_path / "g.jsonl", SelectOptions(), quiet)
     for _ in range(2):  # its own file it replaces
         survival = select(out, tmp_path / "g.jsonl", SelectOptions(), quiet)
     assert survival.roots == []

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
+import io
 import json
 import multiprocessing
 import os
+import platform
 import resource
+import signal
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import draw
 
 from cfvlm_ds import checkpoint
 from cfvlm_ds.cluster import heartbeat
 from cfvlm_ds.cluster.run_lock import _content
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, StorageError
-from cfvlm_ds.core.files import Lines, append, keep, replace, update, whole_folder
+from cfvlm_ds.core.files import Lines, append, keep, replace, update, whole_file, whole_folder
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
+from cfvlm_ds.counterfactuals.journal import Journal
+from cfvlm_ds.data import open_groups
 from cfvlm_ds.tracking import open_tracker
 from cfvlm_ds.tracking.run_description import Record
 from cfvlm_ds.training import option_changes
@@ -275,3 +285,60 @@ def test_a_folder_that_two_write_at_the_same_time_is_whole_or_an_error(tmp_path:
         first.__exit__(None, None, None)
     second.__exit__(None, None, None)
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["two"] and [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
+    """The second is told before it has anything to write, and the first keeps what it has; a killed one is in nobody's way."""
+
+    def killed(path: Path) -> None:
+        with whole_file(path) as file:
+            file.write(b"x" * 100_000)
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    path = tmp_path / "a.jsonl"
+    with whole_file(path) as first:
+        first.write(b"all of it")
+        with pytest.raises(ConfigError, match=r"a\.jsonl is being written by another process"), whole_file(path):
+            raise AssertionError("two writers")
+    assert path.read_bytes() == b"all of it" and os.listdir(tmp_path) == ["a.jsonl"]
+    process = FORK.Process(target=killed, args=(path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL and sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.tmp"]
+    os.link(tmp_path / "a.jsonl.tmp", tmp_path / "mine")  # and what has this name beside it is not written
+    replace(path, b"the next")
+    assert path.read_bytes() == b"the next" and (tmp_path / "mine").read_bytes() == b"x" * 100_000
+
+
+def without_flock(number: int) -> None:
+    """Have the system refuse flock to this process for good, as file systems without locks do."""
+    call = {"x86_64": 73, "aarch64": 32}[platform.machine()]
+    steps = ((0x20, 0, 0, 0), (0x15, 0, 1, call), (0x06, 0, 0, 0x00050000 | number), (0x06, 0, 0, 0x7FFF0000))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    filter = struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code))  # a struct sock_fprog
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.c_char_p(filter), 0, 0) == 0, os.strerror(ctypes.get_errno())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_work_goes_on_where_a_file_system_has_no_locks(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is reported once; of two that write one file nevertheless, one is told and the file is whole."""
+
+    def working(folder: Path, number: int) -> None:
+        without_flock(number)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            assert [group.candidates[0].text for group in open_groups(folder / "c.csv", format="captions")] == ["a dog"]
+            journal = Journal(folder / "j.jsonl")
+            journal.append({"a": 1})
+            journal.close()
+            with pytest.raises(OSError, match="another process has begun to write it"), whole_file(path := folder / "a") as first:
+                first.write(b"first")
+                with whole_file(path) as second:
+                    second.write(b"second")
+        assert path.read_bytes() == b"second" and said.getvalue().count("has no file locks") == 1
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    draw(tmp_path / "0.png", [("red", "circle"), ("blue", "square")])
+    (tmp_path / "c.csv").write_text("image,caption\n0.png,a dog\n")
+    forked(working, tmp_path, number)

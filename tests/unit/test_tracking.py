@@ -336,6 +336,35 @@ def test_local_store_is_what_mlflow_ui_shows(tmp_path: Path, server: Server, mon
     assert (copy.data.metrics["loss/lm"], copy.data.tags["continues_run"], copy.info.status) == (0.5, tracker.run_id, "FINISHED")
 
 
+@pytest.mark.parametrize("name", ["a%41b", "a?b"])
+def test_a_folder_that_no_address_of_a_database_can_name_keeps_its_metrics(
+    name: str, tmp_path: Path, server: Server, client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is written beside it, and a server gets them later."""
+    with _open(run_dir := tmp_path / "runs" / name) as tracker:
+        tracker.log(1, {"loss": 1.0})
+    said = capsys.readouterr().err
+    assert "set MLFLOW_TRACKING_URI, or rename the folder" in said and "To deliver it later" in said
+    assert os.listdir(tmp_path / "runs") == [name] and not list(tmp_path.rglob("*.db*"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    assert deliver(run_dir, 60)
+    found = Record.load(run_dir)
+    assert found is not None and client.get_run(found.run_id).data.metrics["loss"] == 1.0
+
+
+def test_without_a_home_metrics_are_kept_and_the_remedy_is_said(tmp_path: Path) -> None:
+    """As in a container whose user has no entry among the users."""
+    stranger = ["unshare", "--user", "--map-user=54321"]
+    if subprocess.run([*stranger, "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    program = "import sys; from pathlib import Path; from cfvlm_ds.tracking import import_mlflow, open_tracker; import_mlflow().join()\n"
+    program += "with open_tracker(True, Path(sys.argv[1]), 'tests', 'a', {}, {}) as tracker: tracker.log(1, {'loss': 1.0})"
+    env = {name: value for name, value in os.environ.items() if name != "HOME"}
+    ended = subprocess.run([*stranger, sys.executable, "-c", program, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert ended.returncode == 0 and "set HOME to a folder" in ended.stderr and "Traceback" not in ended.stderr
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
+
+
 def test_the_callers_own_mlflow_state_is_untouched(remote: Server, tmp_path: Path) -> None:
     before = (mlflow.get_tracking_uri(), mlflow.active_run())
     with _open(tmp_path):

@@ -17,7 +17,7 @@ from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import MAX_RECORD, parse_json
-from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.text import in_cell, one_line
 from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
 from cfvlm_ds.counterfactuals.audit.refine import refine, right, text_pairs
@@ -57,16 +57,16 @@ class Audit:
 
     def markdown(self) -> str:
         """The report."""
-        lines = [_HEAD.decode(), *(f"| {_cell(name)} | {_cell(value)} |" for name, value in self.facts), ""]
+        lines = [_HEAD.decode(), *(f"| {in_cell(name, 400)} | {in_cell(value, 400)} |" for name, value in self.facts), ""]
         lines += ["| told apart | AUC | 95 % interval | pairs | goes by |", "|---|---:|---|---:|---|"]
         for each in self.shortcuts:
             told = ", ".join(each.telling[:8])
             measured = "not measured |" if each.auc is None else f"{each.auc:.3f} | {each.low:.3f} to {each.high:.3f}"
-            lines.append(f"| {each.name} | {measured} | {each.pairs} | {_cell(told)} |")
+            lines.append(f"| {each.name} | {measured} | {each.pairs} | {in_cell(told, 400)} |")
         lines += ["", "## What passes a limit", ""]
         for sentence, ids in self.faults:
             named = f" ({', '.join(one_line(each, 60) for each in ids[:5])}{', ...' * (len(ids) > 5)})" if ids else ""
-            lines.append(f"- {one_line(sentence + named, 600)}")
+            lines.append(f"- {in_cell(sentence + named, 600)}")
         return "\n".join([*lines, *(["Nothing."] if not self.faults else [])]) + "\n"
 
     def as_json(self) -> str:
@@ -335,7 +335,3 @@ def write_report(found: Audit, sets: Sequence[Any], out: Path, say: Say) -> Writ
     shown = [*found.facts, *((each.name, str(each)) for each in found.shortcuts)]
     shown += [("passes a limit", one_line(sentence, 300)) for sentence, _ in found.faults] or [("passes a limit", "nothing")]
     return write_page(Page("Audit", items, len(items), shown), out, say=say)
-
-
-def _cell(text: str) -> str:
-    return one_line(text, 400).replace("|", "/")

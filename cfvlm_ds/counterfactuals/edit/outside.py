@@ -98,7 +98,7 @@ class Command:
 
     def __init__(self, context: EditContext) -> None:
         options = context.options
-        self._timeout_s, self.threads = options.timeout_s, options.threads
+        self._command, self._timeout_s, self.threads = options.command, options.timeout_s, options.threads
         try:
             self._words = shlex.split(options.command)
         except ValueError as error:
@@ -109,7 +109,7 @@ class Command:
             raise ConfigError(f"--command {self._words[0]}: cannot be started (no such program); correct it")
 
     def settings(self) -> Mapping[str, Any]:
-        return {"version": 1, "command": self._words}
+        return {"version": 1, "command": self._command}
 
     def takes(self, task: Task) -> bool:
         return True
@@ -154,5 +154,5 @@ class Command:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
         if process.returncode:
-            return one_line(f"the command ended with {process.returncode}: {said[-400:].decode('utf-8', 'replace')}", 300)
+            return f"the command ended with {process.returncode}: {said[-400:].decode('utf-8', 'replace')}"
         return None

@@ -17,6 +17,7 @@ from PIL import Image, ImageFilter
 
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.edit import EDITORS
 from cfvlm_ds.counterfactuals.edit.base import EditContext, Editor, Picture, Refused, Task, picture_by_id, sha256_of
@@ -25,7 +26,7 @@ from cfvlm_ds.counterfactuals.options import EditOptions
 from cfvlm_ds.counterfactuals.propose.step import named
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
 from cfvlm_ds.data.decoding import MAX_BYTES
-from cfvlm_ds.data.picture_file import part_name, picture_bytes
+from cfvlm_ds.data.picture_file import picture_bytes
 
 STEP = "edit"
 COMPOSITES = ("mask", "difference", "none")
@@ -173,7 +174,7 @@ def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tup
         if found is None:
             return record | {"picture": None}, None
         if isinstance(found, Refused):
-            return record | {"refused": one_line(found.reason, 300)}, None
+            return record | {"refused": one_line(without_secrets(found.reason), 300)}, None
         return _checked(task, found, options, record)
     except ConfigError:
         raise
@@ -269,14 +270,3 @@ class _Tar:
         except OSError as error:
             raise StorageError(f"{unwritten(self.path, error)}; make room and start again: what is there is kept") from error
         self._size += len(content)
-
-
-def picture_path(work: WorkFolder, record: Mapping[str, Any]) -> Path | None:
-    """The picture of an attempt, as every reader of pictures takes it; None for text alone."""
-    picture = record.get("picture")
-    if picture is None:
-        return None
-    if "path" in picture:
-        return Path(picture["path"])
-    name = picture["file"]
-    return work.path / "pictures" / part_name(name if "/" not in name else "none.tar", picture["start"], picture["length"])

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.text import one_line, printable
@@ -54,7 +55,8 @@ class LanguageModel:
         self._options = options = context.options
         if not options.llm_url or not options.llm_model:
             raise ConfigError("the back end llm needs --llm_url, an address such as http://node7:8000/v1, and --llm_model")
-        self._url = f"{check_url(options.llm_url, '--llm_url')}/chat/completions"
+        address = urlsplit(check_url(options.llm_url, "--llm_url"))
+        self._url = address._replace(path=f"{address.path}/chat/completions").geturl()
         self._types, self.threads = options.wanted, max(1, options.llm_calls)
         self._token = token_named(os.environ, "CFVLM_LLM_API_KEY", "OPENAI_API_KEY")
         self._journal = Journal(context.work.path / "llm" / f"shard-{context.shard:05d}.jsonl")

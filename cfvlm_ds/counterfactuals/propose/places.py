@@ -32,7 +32,7 @@ def places_of(store: GroupStore, work: WorkFolder, shard: int, say: Callable[[st
 
 def _write(path: Path, store: GroupStore, shards: int, say: Callable[[str], object]) -> None:
     progress = Progress(say, "propose: rows by shard", len(store), "rows")
-    with whole_file(path, shared=True) as file:
+    with whole_file(path) as file:
         file.write(_MAGIC)
         block = array("I")
         for place, entry in store.entries():

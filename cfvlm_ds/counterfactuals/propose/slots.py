@@ -93,7 +93,7 @@ def _write(path: Path, captions: Iterable[tuple[int, str]]) -> None:
                     files[bucket].write(waiting[bucket].tobytes())
                     waiting[bucket] = array("Q")
         rest = rows, open_words = scratch(), scratch()
-        with whole_file(path, shared=True) as out:
+        with whole_file(path) as out:
             out.write(_MAGIC)
             for file, held in zip(files, waiting, strict=True):
                 file.write(held.tobytes())

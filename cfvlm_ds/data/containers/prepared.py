@@ -8,7 +8,6 @@ is simply done again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.files import whole_folder
+from cfvlm_ds.core.files import alone, whole_folder
 from cfvlm_ds.core.progress import EVERY_S
 from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
 from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of
@@ -29,7 +28,6 @@ _FORM = 2  # of what is written; another number has everything made again
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
 ENDING = ".prepared"
 """Of the name of a folder that rows were prepared in, which has the state of the data in it."""
-_LOOK_S = 0.5  # between two looks at whether another process has ended
 _KNOWN = 100_000  # pictures that are recognised when they come again: a question is asked of the picture of the row before it
 
 
@@ -70,7 +68,7 @@ def prepare(
     for folder in cache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _alone(folder / f"{name}.lock", lambda: say(f"{path}: another process prepares its rows; waiting for it"), alive):
+            with alone(folder / f"{name}.lock", lambda: say(f"{path}: another process prepares its rows; waiting for it"), alive):
                 if not (folder / name / _LINES).is_file():
                     with whole_folder(folder / name) as partial:
                         _write(path, container, sources, partial, say, alive)
@@ -93,43 +91,6 @@ def _name(path: Path, container: str, sources: Sequence[Path]) -> str:
     state = [[str(each), (stat := os.stat(each)).st_size, stat.st_mtime_ns] for each in sources]
     digest = hashlib.blake2b(json.dumps([_FORM, container, os.path.abspath(path), state]).encode("utf-8", "surrogatepass"), digest_size=8)
     return f"{path.name[:80].replace('*', '_')}.{digest.hexdigest()}{ENDING}"
-
-
-class _alone:
-    """One process at a time; the others wait, and find what it has made."""
-
-    def __init__(self, file: Path, waiting: Callable[[], object] = lambda: None, alive: Callable[[], object] = lambda: None) -> None:
-        self._file, self._waiting, self._alive = file, waiting, alive
-
-    def __enter__(self) -> None:
-        while True:
-            self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            try:
-                self._lock()
-            except BaseException:
-                os.close(self._handle)
-                raise
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._handle), os.stat(self._file)):
-                    return
-            os.close(self._handle)  # the process before this one has removed it
-
-    def _lock(self) -> None:
-        said = False
-        while True:
-            try:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if not said:
-                    self._waiting()
-                said = True
-                self._alive()
-                time.sleep(_LOOK_S)
-
-    def __exit__(self, *_: object) -> None:
-        self._file.unlink(missing_ok=True)
-        os.close(self._handle)
 
 
 def _write(

@@ -1,8 +1,8 @@
 """Official files of a benchmark, as they lie in its folder: rows with their places, pictures with theirs.
 
-Files that somebody else made: sizes are bounded, and a name in a row leads to no file outside of the folder. Links that the user has put
-there are followed, since collections of pictures are large and shared. Parquet files are turned into JSON lines once, and the pictures in
-them into parts of one file (cfvlm_ds.data.containers).
+Files that somebody else made: sizes are bounded, and a name in a row leads to no file outside of the folder. A folder of pictures may be a
+link, since collections of pictures are large and shared; a link within it must end there. Parquet files are turned into JSON lines once,
+and the pictures in them into parts of one file (cfvlm_ds.data.containers).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import csv
 import difflib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -21,6 +21,7 @@ from cfvlm_ds.core.files import cache_folder, whole_file
 from cfvlm_ds.core.reading import MIB, DuplicateKey, TooLarge, lines, open_regular, parse_json, read_bytes
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_foreign
+from cfvlm_ds.data.confinement import Confinement
 from cfvlm_ds.data.containers.kinds import is_there
 from cfvlm_ds.data.containers.prepared import prepare, prepared_places
 from cfvlm_ds.data.formats.fields import further_keys
@@ -29,6 +30,7 @@ from cfvlm_ds.data.picture_file import picture_file
 MAX_FILE = 256 * MIB
 """Bytes of an annotation file that is read whole: ten times the largest one."""
 MAX_ROW = 4 * MIB
+_OUTSIDE = "put the picture itself there; only a whole folder of pictures may be a link"
 
 Row = dict[str, Any]
 Placed = tuple[str, Any]
@@ -51,6 +53,7 @@ class Source:
         self.absent: dict[Path, DataError] = {}
         self._made: dict[str, Path] = {}
         """File, as places name it -> folder of the pictures that its rows brought."""
+        self._confined: dict[tuple[Path, ...], Confinement] = {}
 
     def rows(self, name: str, columns: Sequence[str], lines: str = "") -> Iterator[tuple[str, Row | DataError]]:
         """The rows of a file as objects that have ``columns``; others that they have are metadata, unless they look like a misspelt one.
@@ -109,26 +112,21 @@ class Source:
         A folder that begins with ``../`` is shared by benchmarks, and beside this one's. Raises DataError that begins with ``where`` for a
         name that is none.
         """
-        if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+        if not isinstance(name, str):
             raise DataError(f"{where}: {quoted(name)} is no name of a picture; get the official file again")
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts:
-            raise DataError(f"{where}: picture {quoted(name)} leads out of the benchmark's folder; get the official file again")
         made = self._made.get(where.rpartition(":")[0])
-        tried = [self._folder(folder) / name for folder in folders or ("",)]
+        roots = (*([made] if made is not None else []), *(self._folder(folder) for folder in folders or ("",)))
+        if roots not in self._confined:
+            self._confined[roots] = Confinement(roots, _OUTSIDE)
         try:
-            for path in tried if made is None else [made / name, *tried]:
-                if picture_file(path).is_file():
-                    return path
-        except OSError as error:  # such as a name that is too long for the file system
-            raise DataError(
-                f"{where}: picture {quoted(name)} cannot be looked for ({error.strerror or error}); get the file again"
-            ) from error
-        others = f" (nor {', '.join(str(path) for path in tried[1:])})" if len(tried) > 1 else ""
-        self.absent.setdefault(
-            tried[0], DataError(f"{where}: no picture {tried[0]}{others}; put the pictures there, as docs/benchmarks says")
-        )
-        return tried[0]
+            path = self._confined[roots](Path(name))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        if not picture_file(path).is_file():
+            others = f" (nor {', '.join(str(root / name) for root in roots[1:])})" if len(roots) > 1 else ""
+            problem = f"{where}: no picture {roots[0] / name}{others}; put the pictures there, as docs/benchmarks says"
+            self.absent.setdefault(path, DataError(problem))
+        return path
 
     def _folder(self, folder: str) -> Path:
         return self.root.parent / folder[3:] if folder.startswith("../") else self.root / folder

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.text import in_cell, one_line
 from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome
 from cfvlm_ds.evaluation.benchmarks.base import Judged, Values, judged
 from cfvlm_ds.evaluation.benchmarks.metrics import all_right, image_right
-from cfvlm_ds.evaluation.report import in_cell
 from cfvlm_ds.evaluation.suite.bootstrap import LEAST_CLUSTERS, Interval, draws_for, exchange_intervals
 from cfvlm_ds.evaluation.suite.chosen import benchmark_named
 from cfvlm_ds.evaluation.suite.tables import between, number

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.text import in_cell, one_line
 from cfvlm_ds.evaluation.benchmarks.base import Values
-from cfvlm_ds.evaluation.report import in_cell
 from cfvlm_ds.evaluation.suite.written import Result
 
 TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "chance": "chance"}
