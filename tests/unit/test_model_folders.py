@@ -192,17 +192,6 @@ PROCESSORS: dict[str, tuple[Callable[[Path], object], str]] = {
         "the model's tokenizer raises PanicException (",
     ),
     "no tokens in the window": (edited("tokenizer_config.json", lambda content: content.update(model_max_length=0)), "is 0 tokens; "),
-    "more tokens for a picture than memory": (
-        edited("processor_config.json", lambda content: content.update(num_additional_image_tokens=10**10)),
-        "its processor takes more than ",
-    ),
-    "a sentence that becomes longer than memory": (
-        edited(
-            "tokenizer.json",
-            lambda content: content.update(normalizer={"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 2**20}),
-        ),
-        "its tokenizer ",
-    ),
     "truncated weights": (shortened("model.safetensors"), "model.safetensors cannot be read"),
     "a link to elsewhere": (lambda folder: (folder / "extra.json").symlink_to("/etc/hostname"), "extra.json leads out of its folder"),
 }  # fmt: skip
