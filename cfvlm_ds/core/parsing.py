@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
@@ -17,7 +16,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.nearest_option import RENAMED
 from cfvlm_ds.core.option_errors import SPLITS, one_sentence
 from cfvlm_ds.core.options import ENDLESS, kinds, ranges
-from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
+from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, read_yaml
 from cfvlm_ds.core.shipped import found, refuse_no_file
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.verbosity import VERBOSITY, asked
@@ -131,11 +130,9 @@ def _with_shipped(argv: Sequence[str]) -> list[str]:
 
 def _named_terms(argv: Sequence[str]) -> set[str]:
     """The terms of the objective: those of the YAML files, or the default where they state none, and those that the command line adds."""
-    import yaml
-
     stated: set[str] = set()
     for path in _config_files(argv):
-        given = yaml.safe_load(read_bytes(path, MAX_SETTINGS))
+        given = read_yaml(path)
         section = given.get("objective") if isinstance(given, Mapping) else None
         dotted = (name.removeprefix("objective.") for name in given or () if name.startswith("objective."))
         stated |= {str(name).partition(".")[0] for name in (*(section if isinstance(section, Mapping) else ()), *dotted)}
@@ -152,75 +149,21 @@ _DATA = {"data.train", "data.evaluation"}
 
 
 def _check_yaml(argv: Sequence[str], options: Iterable[str]) -> None:
-    """ConfigError on what the parser would wait for, read without end, expand without end, or silently take the last of.
-
-    A named pipe or a file of more than MAX_SETTINGS bytes; a list of nine aliases of a list of nine aliases, and so on; a key given twice.
-    """
+    """ConfigError on an option given twice in one document, of which the parser would silently take the last."""
     sections = {option.rpartition(".")[0] for option in options} - {""}
     sections |= {section[:at] for section in sections for at, letter in enumerate(section) if letter == "."} | {"config"}
     sections -= _DATA
     separate = [(flag, value) for flag, value in itertools.pairwise(argv) if "=" not in flag]
     joined = [(flag, value) for flag, equals, value in (option.partition("=") for option in argv) if equals]
     for flag, value in separate + joined:
-        if flag.removeprefix("--") in sections and os.path.exists(value):
+        is_file = flag.removeprefix("--") in sections and os.path.exists(value)
+        if is_file or (flag.startswith("--") and any(letter in value for letter in "{\n")):
             try:
-                text = read_bytes(value, MAX_SETTINGS).decode()
-            except (OSError, UnicodeDecodeError):
+                read_yaml(value) if is_file else parse_yaml(value)
+            except DuplicateKey as error:
+                raise ConfigError(f"{value}: {error}") from error
+            except (OSError, ValueError, RecursionError):
                 continue  # named by the parser
-            except ValueError as error:
-                raise ConfigError(f"{flag} {value}: {error}") from error
-            check_document(text, value)
-        elif flag.startswith("--") and any(letter in value for letter in "*[{\n"):
-            check_document(value, value)
-
-
-def check_document(text: str, named: str) -> None:
-    """ConfigError on YAML that takes its parser, or whoever walks what it gives, without end, and on a key given twice."""
-    import yaml
-
-    steps = [1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", text)]
-    if (deepest := max(itertools.accumulate(steps), default=0)) > _DEPTH:  # YAML's parser takes hours for a hundred thousand
-        raise ConfigError(f"{named}: {deepest} brackets inside each other, and {_DEPTH} are the most; write YAML as in examples/")
-    mappings: list[dict[str, int] | None] = [None]  # of each open collection: its keys and their lines, or None for a list
-    is_key = [False]
-    aliases = 0
-    with contextlib.suppress(yaml.YAMLError):
-        for event in yaml.parse(text):
-            aliases += isinstance(event, yaml.AliasEvent)
-            if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
-                mappings.pop()
-                is_key.pop()
-            keys, line = mappings[-1], event.start_mark.line + 1
-            if is_key[-1] and keys is not None and isinstance(event, yaml.ScalarEvent):
-                if event.value in keys:
-                    where = f"on line {line}, after line {keys[event.value]}"
-                    raise ConfigError(f"{named}: key {event.value!r} occurs twice in one section ({where}); keep one of them")
-                keys[event.value] = line
-            if isinstance(event, (yaml.CollectionStartEvent, yaml.ScalarEvent, yaml.AliasEvent)):
-                is_key[-1] = not is_key[-1] and mappings[-1] is not None
-            if isinstance(event, yaml.CollectionStartEvent):
-                mappings.append({} if isinstance(event, yaml.MappingStartEvent) else None)
-                is_key.append(isinstance(event, yaml.MappingStartEvent))
-    if aliases > _ALIASES:
-        raise ConfigError(f"{aliases} YAML aliases in {named}, and {_ALIASES} are the most; write the values out")
-
-
-def read_document(path: str | os.PathLike[str]) -> Any:
-    """The value of a YAML file of settings. Raises ConfigError as ``check_document`` does, OSError or ValueError for what is none."""
-    import yaml
-
-    text = read_bytes(os.fspath(path), MAX_SETTINGS).decode("utf-8-sig")
-    check_document(text, str(path))
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-
-
-_ALIASES = 20
-
-
-_DEPTH = 100
 
 
 def _refuse_nulls(values: Mapping[str, Any], defaults: Mapping[str, Any], section: str = "") -> None:

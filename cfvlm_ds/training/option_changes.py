@@ -20,7 +20,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import append
 from cfvlm_ds.core.options import Kind, kinds
 from cfvlm_ds.core.parsing import of_other_revision
-from cfvlm_ds.core.reading import MAX_RECORD, MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.run_folder import recorded_options
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.models import fingerprint
@@ -124,7 +124,7 @@ def _of_folder(run_dir: Path, ranks: int | None) -> dict[str, Any] | None:
         return None
     known = all(isinstance(options.get(name), dict) for name in ("model", "data", "train", "objective"))
     try:
-        deepspeed = parse_json(read_bytes(run_dir / "ds_config.json", MAX_SETTINGS).decode())
+        deepspeed = read_json(run_dir / "ds_config.json")
     except (OSError, ValueError, RecursionError):
         deepspeed = None
     return {"options": options, "deepspeed": deepspeed if isinstance(deepspeed, dict) else None, "ranks": ranks} if known else None
@@ -186,7 +186,7 @@ def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], 
     line = json.dumps({"step": step, "changes": {change.option: [change.before, change.now] for change in changes}})
     lines: list[str] = []
     with contextlib.suppress(OSError, ValueError):
-        lines = read_bytes(path, MAX_RECORD).decode().splitlines()
+        lines = path.read_text().splitlines()
     if lines[-1:] != [line]:
         append(path, line, say)
 

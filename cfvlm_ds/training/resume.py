@@ -13,7 +13,7 @@ from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import Patience, World, agreed
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.identity import changes as changed_data
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_step
@@ -132,7 +132,7 @@ def _finished_at(run_dir: Path) -> int | None:
     """The step at which the run in a folder has ended; None where it has not. ConfigError where nothing else there has come so far."""
     found: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):  # one that a power loss has cut is none
-        found = parse_json(read_bytes(run_dir / FINISHED, MAX_SETTINGS).decode())
+        found = read_json(run_dir / FINISHED)
     if not isinstance(found, dict) or type(step := found.get("step")) is not int:
         return None
     try:

@@ -24,7 +24,7 @@ from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import MAX_CELLS, MAX_COMPARISONS, MAX_EDITS, MAX_REPORTED, MAX_SIDE, Candidate, CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
-from cfvlm_ds.core.reading import MAX_SETTINGS, DuplicateKey, parse_json
+from cfvlm_ds.core.reading import DuplicateKey, parse_json
 from cfvlm_ds.data import check_manifest, image_size, lines, open_image, read_manifest
 from cfvlm_ds.data import stored_scores as scores
 from cfvlm_ds.data.decoding import MAX_BYTES
@@ -168,28 +168,6 @@ def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder: Path) -> None:
     os.mkfifo(path)
     with within(20), pytest.raises(DataError, match="a named pipe and not a regular file"):
         scores.read_scores(path, groups, data)
-
-
-def test_configurations_are_regular_files_of_bounded_size(tmp_path: Path) -> None:
-    os.mkfifo(pipe := tmp_path / "pipe.yaml")
-    (huge := tmp_path / "huge.yaml").write_text("{}")
-    os.truncate(huge, 2**36)
-    for path, said in ((pipe, "it is a named pipe"), (Path("/dev/zero"), "it is a device"), (huge, f"more than {MAX_SETTINGS} bytes")):
-        for given in (["--config", str(path)], [f"--config={path}"], ["--train", str(path)], [f"--model.lora={path}"]):
-            with within(20), pytest.raises(ConfigError, match=said) as raised:
-                parse_config(given, OBJECTIVES)
-            assert str(path) in str(raised.value)
-        with within(20), pytest.raises(ConfigError, match=said):
-            engine.read_json(str(path))
-
-
-def test_brackets_of_a_configuration_are_bounded(tmp_path: Path) -> None:
-    for text in ("[" * 200_000, "train: " + "{a: " * 50_000):
-        (tmp_path / "deep.yaml").write_text(text)
-        with within(20), pytest.raises(ConfigError, match=r"deep\.yaml: \d+ brackets inside each other, and 100 are the most"):
-            parse_config(["--config", str(tmp_path / "deep.yaml")], OBJECTIVES)
-    with within(20), pytest.raises(ConfigError, match="brackets inside each other"):
-        parse_config(["--data.evaluation", "[" * 100_000], OBJECTIVES)
 
 
 @pytest.mark.parametrize(

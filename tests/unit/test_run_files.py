@@ -13,18 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from cfvlm_ds import checkpoint
 from cfvlm_ds.cluster import heartbeat
-from cfvlm_ds.cluster.run_lock import _content
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import Lines, append, keep, replace, update, whole_folder
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.tracking import open_tracker
-from cfvlm_ds.tracking.run_description import Record
-from cfvlm_ds.training import option_changes
-from cfvlm_ds.training.read_data import _recorded
-from cfvlm_ds.training.resume import _finished_at
 from cfvlm_ds.training.run import _locked
 
 ONE = World(0, 1, 0, torch.device("cpu"))
@@ -202,31 +196,6 @@ def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case:
         raise AssertionError
     assert sorted(path.name for path in run.iterdir()) == before
     refuse_foreign_entries(tmp_path / "new")
-
-
-PIPED: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "finished.json": ("finished.json", _finished_at),
-    "the lock": ("run.lock", lambda run: _content(run / "run.lock")),
-    "the delivery": (".mlflow_delivery.json", Record.load),
-    "the configuration": ("config.yaml", option_changes.of_finished),
-    "DeepSpeed's": ("ds_config.json", lambda run: ((run / "config.yaml").write_text(OPTIONS), option_changes.of_finished(run))),
-    "the data check": ("data_check.json", lambda run: _recorded(run / "data_check.json")),
-    "the list of a checkpoint": ("complete.json", checkpoint.incomplete),
-}
-OPTIONS = "{model: {}, data: {}, train: {}, objective: {}}"
-
-
-@pytest.mark.parametrize("what", PIPED)
-@pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_what_a_run_folder_holds_is_neither_waited_for_nor_read_without_end(what: str, kind: str, tmp_path: Path) -> None:
-    name, read = PIPED[what]
-
-    def reading(run: Path) -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (8 << 30),) * 2)
-        read(run)
-
-    os.mkfifo(tmp_path / name) if kind == "pipe" else (tmp_path / name).symlink_to("/dev/zero")
-    forked(reading, tmp_path)
 
 
 def test_the_beats_of_a_new_start_are_a_folder_of_their_own(tmp_path: Path) -> None:
