@@ -200,6 +200,8 @@ def read_thresholds(file: str | Path | None, rule: str = "", margin: float | Non
             given.update((name, float(value[name])) for name in ("drop", "clip", "dino", "entailment") if value.get(name) is not None)
             found = replace(found, **given)
         except (OSError, ValueError, TypeError, RecursionError) as error:
+            if isinstance(error, ConfigError):
+                raise ConfigError(f"--thresholds {file}: {error}") from error
             raise ConfigError(
                 f"--thresholds {file}: no thresholds ({error}); write them as `cfvlm-ds data verify --calibrate` does"
             ) from error
