@@ -45,10 +45,6 @@ _ELSEWHERE_CALLED = {
 """An option, or its last part, under the name that other programs give it -> its name here."""
 
 
-RENAMED = {f"model.{module}.freeze": f"model.{module}.tuning" for module in ("vision_tower", "projector", "language_model")}
-"""An option, or a metric that train.save_best may name, of an earlier revision -> what it is called now."""
-
-
 def nearest(option: str, names: Sequence[str]) -> str | None:
     """The one of ``names``, dotted options, that ``option`` may have meant, or None.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from cfvlm_ds.core.data_config import EvaluationSet, Source
-from cfvlm_ds.core.nearest_option import RENAMED, nearest
+from cfvlm_ds.core.nearest_option import nearest
 
 SPLITS = (
     "give NAME: PATH, or NAME: {path: PATH, root: FOLDER, format: NAME} with any of the last two, or NAME: {benchmark: NAME, root: FOLDER}"
@@ -41,8 +41,6 @@ def one_sentence(message: str, names: Sequence[str], file: str) -> str:
     # A key of a YAML section is reported beside its section; one that was given without any is compared with the last parts of options.
     section = re.search(r"Group '([\w.]+)'|Parser key \"([\w.]+)\"", message)
     option = f"{section[1] or section[2]}.{unknown[1]}" if section else unknown[1]
-    if option in RENAMED:
-        return f"option {option!r} is called {RENAMED[option]!r} now; see --help for what it takes"
     if option.endswith((".yaml", ".yml")):
         return f"unknown option {option!r}; a file of options is given by --config {option}"
     near = nearest(option, names)

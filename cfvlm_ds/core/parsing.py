@@ -13,12 +13,10 @@ from typing import Any
 from cfvlm_ds.core.config import CFVLM, SECTIONS, RunConfig, ScenesConfig, TinyLlavaConfig
 from cfvlm_ds.core.data_config import Source
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.nearest_option import RENAMED
 from cfvlm_ds.core.option_errors import SPLITS, one_sentence
-from cfvlm_ds.core.options import ENDLESS, kinds, ranges
+from cfvlm_ds.core.options import ENDLESS, ranges
 from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, read_yaml
 from cfvlm_ds.core.shipped import found, refuse_no_file
-from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.verbosity import VERBOSITY, asked
 
 
@@ -189,41 +187,6 @@ _TERM = {"weight": (0, 1e9), "warmup": (0, 1)}
 """Of every term of the objective; they check the rest of their options themselves."""
 
 
-_KNOWN = {name for section, options in SECTIONS.items() for name in kinds(options, f"{section}.")} | {"deepspeed"}
-
-
-def of_other_revision(recorded: Mapping[str, Any]) -> str | None:
-    """What a recorded configuration has that this revision does not know, in a few words; None where it knows all of it.
-
-    An option that it lacks is none: it has the default, which does what the older revision did. Terms of the objective may be anybody's.
-    """
-    unknown = []
-    try:
-        options = list(_leaves(recorded))
-    except RecursionError:
-        return "options nested so deep"
-    for option in options:
-        parts = option.split(".")
-        known = len(parts) > 2 if parts[0] == "objective" else any(".".join(parts[:end]) in _KNOWN for end in range(1, len(parts) + 1))
-        if not known:
-            unknown.append(f"{option} (called {RENAMED[option]} now)" if option in RENAMED else option)
-    if not unknown:
-        return None
-    more = len(unknown) - _NAMED
-    return ", ".join([*(one_line(name, 80) for name in unknown[:_NAMED]), *[f"{more} more"] * (more > 0)])
-
-
-_NAMED = 5
-
-
-def _leaves(values: Mapping[str, Any], section: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{section}{name}.")
-        elif not (section == "" and isinstance(value, Mapping)):  # an empty section says nothing
-            yield f"{section}{name}"
-
-
 def _check_ranges(resolved: Mapping[str, Any]) -> None:
     """ConfigError on a number that no run can have: one that is not finite, or outside the range of its option."""
     train = resolved["train"]
@@ -259,8 +222,6 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
         )
     if (best := train["save_best"]) is not None:
         splits = sorted(resolved["data"]["evaluation"])
-        if best in RENAMED:
-            raise ConfigError(f"train.save_best {best!r} is called {RENAMED[best]!r} now")
         if not train["eval_steps"]:
             raise ConfigError(f"train.save_best {best!r} needs evaluations during training; set train.eval_steps")
         if not any(best.startswith(f"eval/{split}/") for split in splits):

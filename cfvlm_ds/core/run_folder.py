@@ -13,7 +13,6 @@ from typing import Any
 
 from cfvlm_ds.core.config import SECTIONS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.parsing import of_other_revision
 from cfvlm_ds.core.reading import read_json, read_yaml
 from cfvlm_ds.core.untrusted import own_file, refuse_link
 
@@ -114,10 +113,6 @@ def recorded_model(run_dir: Path) -> ModelConfig:
     options = recorded_options(run_dir)
     if not isinstance(options.get("model"), dict):
         raise ConfigError(f"{path} is not a run's configuration (it has no section model); restore it")
-    if unknown := of_other_revision({"model": options["model"]}):
-        raise ConfigError(
-            f"{path} is not a run's configuration (this revision does not know {unknown}); restore it, or use the revision that wrote it"
-        )
     try:
         model: ModelConfig = parser.instantiate(parser.parse_object({"model": options["model"]})).model
         if not model.name_or_path:

@@ -195,25 +195,6 @@ def test_unknown_option_names_the_nearest(wrong: str, joined: bool) -> None:
     assert str(raised.value) == f"unknown option {wrong!r}; did you mean {UNKNOWN_OPTIONS[wrong]!r}?"
 
 
-def test_an_option_that_was_renamed_says_what_it_is_called_now(written) -> None:
-    for old, new in nearest_option.RENAMED.items():
-        section, _, last = old.rpartition(".")
-        nested = f"{{{last}: true}}"
-        for part in reversed(section.split(".")):
-            nested = f"{{{part}: {nested}}}"
-        for argv in ([f"--{old}", "true"], written(nested)):
-            with pytest.raises(ConfigError) as raised:
-                parse(*argv)
-            assert str(raised.value) == f"option {old!r} is called {new!r} now; see --help for what it takes"
-            parse(f"--{new}", "frozen")
-
-
-def test_a_metric_that_was_renamed_says_what_it_is_called_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(nearest_option.RENAMED, "eval/test/pairs", "eval/test/pair")
-    with pytest.raises(ConfigError, match=r"^train\.save_best 'eval/test/pairs' is called 'eval/test/pair' now$"):
-        parse("--train.save_best", "eval/test/pairs", "--train.eval_steps", "2", "--data.evaluation.test", "a.jsonl")
-
-
 def test_what_other_programs_call_an_option_is_one_here() -> None:
     resolved = parse().resolved
     for option in set(nearest_option._ELSEWHERE_CALLED.values()):
