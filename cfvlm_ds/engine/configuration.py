@@ -95,11 +95,10 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
     return resolved
 
 
-def unusable(path: str, error: Exception, key: str = "") -> ConfigError:
+def unusable(path: str, error: Exception) -> ConfigError:
     """The ConfigError for a JSON that raises ``error`` in DeepSpeed or transformers."""
     reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-    at = f" at {key}" if key else ""
-    return ConfigError(f"{path}: not a DeepSpeed configuration{at} ({reason}); compare it with those of ds_configs")
+    return ConfigError(f"{path}: not a DeepSpeed configuration ({reason}); compare it with those of ds_configs")
 
 
 def _autos(node: Any, path: str = "") -> Iterator[str]:
