@@ -6,14 +6,13 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cfvlm_ds.core.config import CFVLM, SECTIONS, RunConfig, ScenesConfig, TinyLlavaConfig
+from cfvlm_ds.core.config import CFVLM, SECTIONS, RunConfig, TinyLlavaConfig
 from cfvlm_ds.core.data_config import Source
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.option_errors import SPLITS, one_sentence
+from cfvlm_ds.core.option_errors import SPLITS, documents, problem_of, types_of
 from cfvlm_ds.core.options import ENDLESS, ranges
 from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, read_yaml
 from cfvlm_ds.core.shipped import found, refuse_no_file
@@ -35,15 +34,15 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
 
     parser = option_parser(objectives, prog)
     argv = _with_shipped(argv)
-    _check_yaml(argv, _option_names(parser))
+    types = types_of(SECTIONS | {f"objective.{name}": term for name, term in objectives.items()})
+    _refuse_repeated(argv, types)
     try:
         parsed = parser.parse_args(list(argv))
         resolved = parsed.clone().as_dict()
         _refuse_nulls(resolved, parser.get_defaults().as_dict())
         built = parser.instantiate(parsed)
     except ArgumentError as error:
-        file = (_config_files(argv) or ["--config"])[-1]
-        raise ConfigError(one_sentence(str(error).replace("<unicode string>", file), _option_names(parser), file)) from error
+        raise ConfigError(problem_of(argv, types) or " ".join(str(error).split())) from error
     except ConfigError:
         raise
     except Exception as error:  # the parser and YAML raise nearly anything on bytes that are no text, tags and thousands of brackets
@@ -142,26 +141,16 @@ def _config_files(argv: Sequence[str]) -> list[str]:
     return separate + [option.removeprefix("--config=") for option in argv if option.startswith("--config=")]
 
 
-_DATA = {"data.train", "data.evaluation"}
-"""Options that have options of their own, and whose value may be a file of any size that is no YAML."""
-
-
-def _check_yaml(argv: Sequence[str], options: Iterable[str]) -> None:
+def _refuse_repeated(argv: Sequence[str], types: Mapping[str, Any]) -> None:
     """ConfigError on an option given twice in one document, of which the parser would silently take the last."""
-    sections = {option.rpartition(".")[0] for option in options} - {""}
-    sections |= {section[:at] for section in sections for at, letter in enumerate(section) if letter == "."} | {"config"}
-    sections -= _DATA
-    separate = [(flag, value) for flag, value in itertools.pairwise(argv) if "=" not in flag]
-    joined = [(flag, value) for flag, equals, value in (option.partition("=") for option in argv) if equals]
-    for flag, value in separate + joined:
-        is_file = flag.removeprefix("--") in sections and os.path.exists(value)
-        if is_file or (flag.startswith("--") and any(letter in value for letter in "{\n")):
-            try:
-                read_yaml(value) if is_file else parse_yaml(value)
-            except DuplicateKey as error:
-                raise ConfigError(f"{value}: {error}") from error
-            except (OSError, ValueError, RecursionError):
-                continue  # named by the parser
+    inline = (value for option in argv for value in (option, option.partition("=")[2]) if value.startswith("{"))
+    for reader, given in (*((read_yaml, file) for _, file in documents(argv, types)), *((parse_yaml, value) for value in inline)):
+        try:
+            reader(given)
+        except DuplicateKey as error:
+            raise ConfigError(f"{given}: {error}") from error
+        except (OSError, ValueError, RecursionError):
+            continue  # named by the parser
 
 
 def _refuse_nulls(values: Mapping[str, Any], defaults: Mapping[str, Any], section: str = "") -> None:
@@ -261,9 +250,3 @@ def _numbers(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str
             yield from _numbers(value, f"{section}{name}.")
         elif isinstance(value, (int, float)):
             yield f"{section}{name}", value
-
-
-def _option_names(parser: Any) -> list[str]:
-    """Every dotted option, those of the optional sections of ``build`` included, which the parser itself does not list."""
-    nested = {"build.scenes": ScenesConfig, "build.tiny_llava": TinyLlavaConfig}
-    return [a.dest for a in parser._actions] + [f"{name}.{f.name}" for name, section in nested.items() for f in fields(section)]

@@ -119,7 +119,9 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Once)
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        mark = getattr(error, "problem_mark", None)
+        where = f"at line {mark.line + 1}, column {mark.column + 1} ({getattr(error, 'problem', '')})" if mark else f"({error})"
+        raise ValueError(f"broken YAML {where}") from error
 
 
 def parse_json(text: str) -> Any:
