@@ -20,7 +20,6 @@ from cfvlm_ds.batching.batch_layout import group_layout, guest_texts, stored_sco
 from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, ImageSource, Size, Unprocessable, with_names
 from cfvlm_ds.batching.packing import PromptLength, Tree, divide, num_tokens, pack
 from cfvlm_ds.batching.prompts import Encoded, Prompts, placeholder_id
-from cfvlm_ds.batching.template_sandbox import TemplateBound, try_out
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Prompt
@@ -284,8 +283,8 @@ def load_collator(
     stored: Mapping[str, StoredScores] | None = None,
     checked: PictureTable | None = None,
 ) -> Collator:
-    """The collator of a model: its own processor, family and window. Raises ConfigError for a chat template that cannot be
-    used, and for a tokenizer or processor that takes too much time or memory for one sentence or picture."""
+    """The collator of a model: its own processor, family and window. Raises ConfigError for a chat template or
+    tokenizer that cannot be used."""
     config = load_config(model.name_or_path)
     processor = load_processor(model)
     with explained(
@@ -295,17 +294,5 @@ def load_collator(
     if window < 1:
         raise ConfigError(f"the window of {model.name_or_path!r} is {window} tokens; compare its config.json and tokenizer_config.json")
     collator = Collator(processor, family_of(config), config, cells, window, max_pixels, stored, checked=checked)
-
-    def placeholders() -> int:
-        torch.set_num_threads(1)  # a fork has none of its parent's threads
-        return collator.files.num_placeholders(BLANK_SIZE, False)[0]
-
-    bound: TemplateBound | None = None
-    try:
-        try_out(*collator.prompts.trials(), (placeholders, "one picture"))
-    except TemplateBound as error:
-        bound = error
-    collator.prompts.check(model.name_or_path, bound)
-    if bound is not None:
-        raise ConfigError(f"model {model.name_or_path!r}: its processor {bound}; get its files again or name another model") from bound
+    collator.prompts.check(model.name_or_path)
     return collator

@@ -7,14 +7,12 @@ that thinks before it answers this is an empty thought, as the template writes i
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
-from cfvlm_ds.batching.template_sandbox import MAX_WRITTEN, TemplateBound, Trial, watched
 from cfvlm_ds.core.conversation import Prompt, Turn, messages, texts_of
 from cfvlm_ds.core.errors import ConfigError, DataError, is_failure
 from cfvlm_ds.core.text import quoted
@@ -25,7 +23,7 @@ MAX_CHARACTERS = 1_000_000
 """Characters of a text, whatever the window: tokenizers take minutes for ten times as many."""
 
 _CACHED = 100_000  # texts and prompts; bounded, because a data set may have millions
-_FIRST, _MARK = "Describe the image.", "Xanswer1X"
+_FIRST, _MARK, _TEMPLATE = "Describe the image.", "Xanswer1X", "the model's chat template"
 _OPEN = re.compile(r"<([\w-]*think[\w-]*)>\s*$")
 _EMPTY = re.compile(r"<([\w-]*think[\w-]*)>\s*</\1>\s*$")
 
@@ -62,22 +60,8 @@ class _Head:
     problem: str
 
 
-class _TokenizerFails(DataError):
-    """A tokenizer raised an error for a text; the message is its own."""
-
-
-def _written(processor: Any) -> int:
-    """Characters of the longest of the first conversations."""
-    written = 0
-    for pictures, answer in itertools.product((0, 1, 2), ((), (_MARK,))):
-        conversation = _conversation(_FIRST, pictures, *answer)
-        try:
-            written = max(written, len(processor.apply_chat_template(conversation, add_generation_prompt=not answer)))
-        except MemoryError:
-            raise
-        except Exception:  # raised again where it is used, or never met
-            continue
-    return written
+class _ModelFails(DataError):
+    """The model's own chat template or tokenizer raised an error, or leaves out what is said."""
 
 
 def placeholder_id(processor: Any) -> int:
@@ -103,28 +87,14 @@ class Prompts:
         self._heads: dict[tuple[Prompt, int], _Head] = {}
         self._ends: dict[str, tuple[int, ...]] = {}
 
-    def trials(self) -> list[Trial]:
-        """What is tried out before the tokenizer, and the chat template, are used."""
-        return [
-            (lambda: len(self._tokens(_FIRST)), "one sentence"),
-            (partial(_written, self.processor), "a conversation of one sentence"),
-        ]
-
-    def check(self, name: str, bound: TemplateBound | None = None) -> None:
-        """Raises ConfigError where the chat template or tokenizer of the model ``name`` cannot be used. ``bound`` is what went over a
-        bound when it was tried out, ``trials`` first."""
-        if bound is not None and bound.trial == 0:
-            raise ConfigError(f"model {name!r}: its tokenizer {bound}; get its files again or name another model") from bound
+    def check(self, name: str) -> None:
+        """Raises ConfigError where the chat template or tokenizer of the model ``name`` cannot be used."""
         try:
-            if bound is not None and bound.trial == 1:
-                raise bound
             head = self._new_head(_FIRST, 1)
-        except _TokenizerFails as error:
-            raise ConfigError(f"model {name!r}: {error}; get its files again or name another model") from error
-        except (TemplateBound, DataError) as error:
-            raise ConfigError(f"model {name!r}: its chat template {error}; correct the template or name another model") from error
+        except _ModelFails as error:
+            raise ConfigError(f"model {name!r}: {error}; correct its files, or name another model") from error
         if head.problem:
-            raise ConfigError(f"model {name!r}: its chat template {head.problem}")
+            raise ConfigError(f"model {name!r}: {head.problem}")
 
     def encoded(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> Encoded:
         """Token ids of a text as the answer to its prompt. Raises DataError, beginning with ``where``, for what cannot be encoded."""
@@ -134,8 +104,8 @@ class Prompts:
                 self._texts.clear()
             try:
                 self._texts[key] = self._encode(*key, where)
-            except _TokenizerFails as error:
-                raise DataError(f"{where} ({text!r}): {error}; reword it, or get the model's files again") from error
+            except _ModelFails as error:
+                raise DataError(f"{where} ({text!r}) cannot be written as a conversation: {error}") from error
         return self._texts[key]
 
     def ids(self, text: str) -> list[int]:
@@ -149,7 +119,6 @@ class Prompts:
         return self._tokens(text, add_special_tokens=not written)
 
     def _tokens(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Raises _TokenizerFails."""
         try:
             return list(self.processor.tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
         except MemoryError:
@@ -157,19 +126,14 @@ class Prompts:
         except BaseException as error:
             if not is_failure(error):
                 raise
-            raise _TokenizerFails(f"the model's tokenizer raises {type(error).__name__} ({' '.join(str(error).split())[:300]})") from error
+            raise _ModelFails(f"the model's tokenizer raises {type(error).__name__} ({' '.join(str(error).split())[:300]})") from error
 
     def _encode(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> Encoded:
         _check_size(prompt, text, num_pictures, self.max_length, where)
-        try:
-            head = self._head(prompt, num_pictures)
-            whole = self._render(_conversation(prompt, num_pictures, text), False)
-        except _TokenizerFails:
-            raise
-        except (TemplateBound, DataError) as error:
-            raise DataError(f"{where} ({text!r}) cannot be written as a conversation: the model's chat template {error}") from error
+        head = self._head(prompt, num_pictures)
+        whole = self._render(_conversation(prompt, num_pictures, text), False)
         if head.problem:
-            raise DataError(f"{where} ({text!r}): the model's chat template {head.problem}")
+            raise _ModelFails(head.problem)
         if not head.follows or whole != head.before + text + head.after:
             raise DataError(
                 f"{where} ({text!r}) does not follow its prompt unchanged in the model's chat template; strip white space at its ends, or "
@@ -206,7 +170,7 @@ class Prompts:
         return self._heads[key]
 
     def _new_head(self, prompt: Prompt, num_pictures: int) -> _Head:
-        """Where the answer begins. Raises TemplateBound, and DataError for a template that raises."""
+        """Where the answer begins. Raises _ModelFails for a template or tokenizer that raises."""
         asked = self._asked(prompt, num_pictures)
         without_thought = self._render(_conversation(prompt, num_pictures), True, enable_thinking=False) if self._may_think else asked
         whole = self._render(_conversation(prompt, num_pictures, _MARK), False)
@@ -218,8 +182,8 @@ class Prompts:
             follows = False
             if found and (opened := _OPEN.search(asked)):
                 problem = (
-                    f"has the model think before it answers (<{opened[1]}>), and writes no empty thought before a given answer, nor "
-                    "with enable_thinking=False; name the model's variant without thinking, or add that option to the template"
+                    f"{_TEMPLATE} has the model think before it answers (<{opened[1]}>), and writes no empty thought before an answer, "
+                    "nor with enable_thinking=False; name the model's variant without thinking, or add that option to the template"
                 )
         elif before[len(asked) :].strip():
             text = before
@@ -231,32 +195,26 @@ class Prompts:
         """The prompt with what the template writes where an answer begins. Raises as ``_new_head`` does, naming a role that is refused."""
         try:
             return self._render(_conversation(prompt, num_pictures), True)
-        except DataError as error:
+        except _ModelFails as error:
             if isinstance(prompt, str):
                 raise
             if prompt[0].role == "system" and self._renders(prompt[1:]):
                 remedy = "leave that turn out, or name a model whose template takes one"
-                raise DataError(f"takes no turn of the system: it {error}; {remedy}") from error
+                raise _ModelFails(f"{_TEMPLATE} takes no turn of the system ({error.__cause__}); {remedy}") from error
             roles = ", ".join(turn.role for turn in prompt[:_ROLES_SHOWN]) + ", ..." * (len(prompt) > _ROLES_SHOWN)
-            raise DataError(f"{error} for turns of {roles}; bring them into the order that it takes") from error
+            raise _ModelFails(f"{error} for turns of {roles}; bring them into the order that it takes") from error
 
     def _renders(self, turns: tuple[Turn, ...]) -> bool:
-        with contextlib.suppress(DataError):
+        with contextlib.suppress(_ModelFails):
             return bool(self._render(messages(turns), True))
         return False
 
     def _render(self, conversation: list[dict[str, Any]], ask: bool, **options: Any) -> str:
-        """Raises TemplateBound, and DataError saying what the template raised."""
+        """Raises _ModelFails saying what the template raised."""
         try:
-            with watched():
-                written: str = self.processor.apply_chat_template(conversation, add_generation_prompt=ask, **options)
-        except TemplateBound:
-            raise
+            written: str = self.processor.apply_chat_template(conversation, add_generation_prompt=ask, **options)
         except Exception as error:  # a template can raise anything that Python raises
-            raise DataError(f"raises {type(error).__name__} ({error})") from error
-        allowed = MAX_WRITTEN + sum(len(part.get("text", "")) for turn in conversation for part in turn["content"])
-        if len(written) > allowed:
-            raise TemplateBound(f"writes more than {MAX_WRITTEN} characters beside the text")
+            raise _ModelFails(f"{_TEMPLATE} raises {type(error).__name__} ({error})") from error
         return written
 
     @property
@@ -293,7 +251,8 @@ def _left_out(turns: tuple[Turn, ...], written: str) -> str:
             if turn.role == "assistant":
                 said = said.rpartition("</think>")[2].strip()
             if (found := written.find(said, place)) < 0:
-                return f"leaves out or changes what the {turn.role} says ({quoted(said)}); leave it out of the data, or name another model"
+                what = f"what the {turn.role} says ({quoted(said)})"
+                return f"{_TEMPLATE} leaves out or changes {what}; leave it out of the data, or name another model"
             place = found + len(said)
     return ""
 

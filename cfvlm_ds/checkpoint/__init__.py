@@ -5,9 +5,10 @@ from __future__ import annotations
 from cfvlm_ds.checkpoint.finding import damaged, description, find, incomplete, newest
 from cfvlm_ds.checkpoint.loading import kept_state, load
 from cfvlm_ds.checkpoint.saving import SaveError, save
-from cfvlm_ds.checkpoint.state import TrainState
+from cfvlm_ds.checkpoint.state import SCHEMA, TrainState, refuse_other_version
 
 __all__ = [
+    "SCHEMA",
     "SaveError",
     "TrainState",
     "damaged",
@@ -17,5 +18,6 @@ __all__ = [
     "kept_state",
     "load",
     "newest",
+    "refuse_other_version",
     "save",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 
 from cfvlm_ds.core.distributed import World, broadcast_object, gather_objects
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.untrusted import own_file
 
 COMPLETE = "complete.json"
@@ -102,7 +102,7 @@ def newest(output_dir: Path) -> Path:
 
 def description(path: Path) -> dict[str, Any]:
     """What a complete checkpoint says of itself: ``step``, ``world_size``, ``run_id``, and ``files`` with their sizes and CRC-32."""
-    return parse_json(read_bytes(path / COMPLETE, MAX_RECORD).decode())
+    return read_json(path / COMPLETE)
 
 
 def incomplete(path: Path) -> str | None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from cfvlm_ds.checkpoint.finding import description
 from cfvlm_ds.checkpoint.reshard import reshard
 from cfvlm_ds.checkpoint.saving import RANDOM_STATE, kept_failures, reason_of
-from cfvlm_ds.checkpoint.state import TrainState
+from cfvlm_ds.checkpoint.state import TrainState, refuse_other_version
 from cfvlm_ds.core.distributed import World, gather_objects, set_random_state
 from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import remove
@@ -48,28 +48,11 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
             shutil.rmtree(resharded, ignore_errors=True)
 
 
-def kept_state(path: Path) -> TrainState | None:
-    """The loop's state in a complete checkpoint, before anything is loaded; None if an older revision stored it among the weights.
-
-    Raises ConfigError for a state that this revision cannot continue from.
-    """
+def kept_state(path: Path) -> TrainState:
+    """The loop's state in a complete checkpoint, before anything is loaded. Raises ConfigError for one of another version."""
     described = description(path)
-    if (loop := described.get("loop")) is None:
-        return None
-    if (state := _state(loop, path)).step != described["step"]:
-        raise ConfigError(f"{path}: it was written at step {described['step']}, and its state is of step {state.step}; name another one")
-    return state
-
-
-def _state(loop: Any, path: Path) -> TrainState:
-    state = TrainState()
-    try:
-        state.load_state_dict(loop)
-    except (AttributeError, TypeError, KeyError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise ConfigError(f"{path}: {error}") from None
-        raise ConfigError(f"{path}: its state cannot be read ({error}); name another checkpoint with train.resume") from error
-    return state
+    refuse_other_version(described, path)
+    return TrainState(**described["loop"])
 
 
 def _load(engine: Any, folder: Path, path: Path, state: TrainState, world: World) -> None:
@@ -78,13 +61,5 @@ def _load(engine: Any, folder: Path, path: Path, state: TrainState, world: World
         _, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if client is None:
         raise ConfigError(f"{path}: DeepSpeed could not load it; name another checkpoint with train.resume")
-    found = kept_state(path) or _state(client.get("loop"), path)
-    vars(state).update(vars(found))
-    own = path / RANDOM_STATE.format(world.rank % description(path)["world_size"])
-    random = read_states(own) if own.is_file() else client.get("rng")  # an older revision kept it among the weights
-    if random is None:
-        raise ConfigError(f"{path} holds no random state; name another checkpoint with train.resume")
-    try:
-        set_random_state(random, world.device)
-    except (TypeError, KeyError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{own}: its random state cannot be used ({error}); name another checkpoint with train.resume") from error
+    vars(state).update(vars(kept_state(path)))
+    set_random_state(read_states(path / RANDOM_STATE.format(world.rank % description(path)["world_size"])), world.device)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from cfvlm_ds.checkpoint.finding import COMPLETE, crc32_of, own_sum
 from cfvlm_ds.checkpoint.retention import delete_older
-from cfvlm_ds.checkpoint.state import TrainState
+from cfvlm_ds.checkpoint.state import SCHEMA, TrainState
 from cfvlm_ds.core.distributed import World, broadcast_object, gather_objects, random_state
 from cfvlm_ds.core.errors import StorageError
 from cfvlm_ds.core.files import put_in_place, remove
@@ -66,7 +66,7 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
     reports = gather_objects((reason_of(failures[0], partial) if failures else None, files), world)
     problem = next((f"rank {rank}: {failure}" for rank, (failure, _) in enumerate(reports) if failure), None)
     if world.is_main and problem is None:
-        description = {"step": state.step, "world_size": world.size, "run_id": state.run_id, "loop": state.state_dict()}
+        description = {"schema": SCHEMA, "step": state.step, "world_size": world.size, "run_id": state.run_id, "loop": state.state_dict()}
         with kept_failures(failures):
             _publish(partial, final, description, {name: entry for _, each in reports for name, entry in each.items()})
         problem = failures[0] if failures else None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.text import quoted
+
+SCHEMA = 1
+"""The form of what a run writes to be continued: another number for another form."""
 
 
 @dataclass
@@ -18,7 +21,7 @@ class TrainState:
     ``run_id`` the MLflow run; ``baseline_lp`` the factual log-likelihood per token at the start, against which displacement is measured;
     ``best`` the ``step`` and ``value`` of the best evaluation by ``train.save_best``; ``skipped`` the groups left out, and why; ``record``
     its options (see option_changes.py); ``retained`` what the first evaluation of each set of ``train.retention`` has found, at which
-    ``step`` and of which ``data``, which the first revision that kept it did not say.
+    ``step`` and of which ``data``.
     """
 
     step: int = 0
@@ -73,45 +76,11 @@ class TrainState:
         self.retained[split] = {"data": dict(data), "step": self.step, **measured}
         return self.retained[split]
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state; fields that an older revision did not save keep their defaults.
 
-        Raises ConfigError if it lacks a field without a default, or has one that this revision does not know.
-        """
-        if lacking := sorted({"step", "sampler", "data"} - state.keys()):
-            raise ConfigError(f"its state has no {', '.join(lacking)}; resume from another checkpoint, or with the revision that wrote it")
-        if unknown := sorted(state.keys() - vars(self).keys()):
-            raise ConfigError(f"its state has {', '.join(unknown)}, which a newer revision must have written; resume with that one")
-        if odd := sorted(name for name, value in state.items() if not isinstance(value, _KINDS[name]) or isinstance(value, bool)):
-            raise ConfigError(f"its state has a {odd[0]} of type {type(state[odd[0]]).__name__}; resume from another checkpoint")
-        if wrong := _wrong_inside(state.get("best"), state.get("retained", {})):
-            raise ConfigError(f"its state has {wrong}; resume from another checkpoint")
-        for name, value in state.items():
-            setattr(self, name, value)
-
-
-def _wrong_inside(best: Mapping[str, Any] | None, retained: Mapping[str, Any]) -> str | None:
-    """What evaluations have not left as it is: its parts are used when the next one is over, hours after the start."""
-    if best is not None and not all(_is_number(best.get(name)) for name in ("step", "value")):
-        return "a best evaluation without a number as its step or value"
-    for split, start in retained.items():
-        if not isinstance(start, dict) or not isinstance(start.get("data", {}), dict):
-            return f"no first evaluation of {quoted(split)} where there should be one"
-        if odd := [name for name in {"step", *start} - {"data"} if not _is_number(start.get(name))]:
-            return f"a first evaluation of {quoted(split)} without a number as its {quoted(min(odd))}"
-    return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-_KINDS: dict[str, Any] = {
-    "step": int,
-    **dict.fromkeys(("sampler", "record"), (dict, type(None))),
-    "data": (dict, str, type(None)),  # of an older revision, one hash
-    "run_id": (str, type(None)),
-    "baseline_lp": (int, float, type(None)),
-    "best": (dict, type(None)),
-    **dict.fromkeys(("skipped", "retained"), dict),
-}
+def refuse_other_version(described: Mapping[str, Any], what: Path) -> None:
+    """Raise ConfigError for a record of another form; ``what`` is whose record it is."""
+    if described.get("schema") != SCHEMA:
+        raise ConfigError(
+            f"{what} was written by another version of cfvlm-ds, and this one cannot go on from it; use that version (environment.json in "
+            "the run folder names it), or choose another train.output_dir"
+        )

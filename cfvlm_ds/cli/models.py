@@ -18,7 +18,7 @@ from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.ranks import num_ranks, own_rank
-from cfvlm_ds.core.reading import MAX_RECORD, parse_json
+from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.run_folder import recorded_model
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import own_output
@@ -177,7 +177,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _is_evaluated(file: IO[bytes]) -> bool:
     """Whether a file has tables of accuracies by split, and nothing else."""
-    found = parse_json(file.read(MAX_RECORD).decode())
+    found = parse_json(file.read().decode())
     return bool(found) and all(row.keys() >= {"name", "num", "metrics"} for rows in found.values() for row in rows)
 
 

@@ -29,7 +29,6 @@ from cfvlm_ds.cluster.signals import EXIT_HANG
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import remove
-from cfvlm_ds.core.reading import read_bytes
 from cfvlm_ds.core.secrets import print_line
 
 FOLDER, HANG_FILE = "heartbeat", "hang.txt"
@@ -171,7 +170,7 @@ class Heartbeat:
 
     def _read(self, rank: int) -> dict[str, Any] | None:
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(read_bytes(self._folder / f"rank-{rank}.json", 8 * _RECORD_BYTES))
+            return json.loads((self._folder / f"rank-{rank}.json").read_bytes())
         return None
 
     def _leave(self, rank: int, sentence: str) -> None:

@@ -23,7 +23,6 @@ import psutil
 
 from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.files import replace
-from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
 from cfvlm_ds.core.secrets import print_line
 
 NAME = "run.lock"
@@ -199,12 +198,10 @@ def _content(lock: Path) -> str | None:
     """The lock's content; waits a moment for a holder that has just created the file and is about to write."""
     for _ in range(20):
         try:
-            if content := read_bytes(lock, MAX_SETTINGS).decode(errors="replace"):
+            if content := lock.read_text(errors="replace"):
                 return content
         except FileNotFoundError:
             return None
-        except ValueError:  # a pipe, or no end of it: no lock that anybody holds
-            return "?"
         time.sleep(0.05)
     return ""
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cfvlm_ds.core.config import CFVLM, SECTIONS, RunConfig, ScenesConfig, TinyLlavaConfig
+from cfvlm_ds.core.config import CFVLM, SECTIONS, RunConfig, TinyLlavaConfig
 from cfvlm_ds.core.data_config import Source
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.nearest_option import RENAMED
-from cfvlm_ds.core.option_errors import SPLITS, one_sentence
-from cfvlm_ds.core.options import ENDLESS, kinds, ranges
-from cfvlm_ds.core.reading import MAX_SETTINGS, read_bytes
+from cfvlm_ds.core.option_errors import SPLITS, documents, problem_of, types_of
+from cfvlm_ds.core.options import ENDLESS, ranges
+from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, read_yaml
 from cfvlm_ds.core.shipped import found, refuse_no_file
-from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.verbosity import VERBOSITY, asked
 
 
@@ -38,15 +34,15 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
 
     parser = option_parser(objectives, prog)
     argv = _with_shipped(argv)
-    _check_yaml(argv, _option_names(parser))
+    types = types_of(SECTIONS | {f"objective.{name}": term for name, term in objectives.items()})
+    _refuse_repeated(argv, types)
     try:
         parsed = parser.parse_args(list(argv))
         resolved = parsed.clone().as_dict()
         _refuse_nulls(resolved, parser.get_defaults().as_dict())
         built = parser.instantiate(parsed)
     except ArgumentError as error:
-        file = (_config_files(argv) or ["--config"])[-1]
-        raise ConfigError(one_sentence(str(error).replace("<unicode string>", file), _option_names(parser), file)) from error
+        raise ConfigError(problem_of(argv, types) or " ".join(str(error).split())) from error
     except ConfigError:
         raise
     except Exception as error:  # the parser and YAML raise nearly anything on bytes that are no text, tags and thousands of brackets
@@ -131,11 +127,9 @@ def _with_shipped(argv: Sequence[str]) -> list[str]:
 
 def _named_terms(argv: Sequence[str]) -> set[str]:
     """The terms of the objective: those of the YAML files, or the default where they state none, and those that the command line adds."""
-    import yaml
-
     stated: set[str] = set()
     for path in _config_files(argv):
-        given = yaml.safe_load(read_bytes(path, MAX_SETTINGS))
+        given = read_yaml(path)
         section = given.get("objective") if isinstance(given, Mapping) else None
         dotted = (name.removeprefix("objective.") for name in given or () if name.startswith("objective."))
         stated |= {str(name).partition(".")[0] for name in (*(section if isinstance(section, Mapping) else ()), *dotted)}
@@ -147,71 +141,16 @@ def _config_files(argv: Sequence[str]) -> list[str]:
     return separate + [option.removeprefix("--config=") for option in argv if option.startswith("--config=")]
 
 
-_DATA = {"data.train", "data.evaluation"}
-"""Options that have options of their own, and whose value may be a file of any size that is no YAML."""
-
-
-def _check_yaml(argv: Sequence[str], options: Iterable[str]) -> None:
-    """ConfigError on what the parser would wait for, read without end, expand without end, or silently take the last of.
-
-    A named pipe or a file of more than MAX_SETTINGS bytes; a list of nine aliases of a list of nine aliases, and so on; an option given
-    twice.
-    """
-    sections = {option.rpartition(".")[0] for option in options} - {""}
-    sections |= {section[:at] for section in sections for at, letter in enumerate(section) if letter == "."} | {"config"}
-    sections -= _DATA
-    separate = [(flag, value) for flag, value in itertools.pairwise(argv) if "=" not in flag]
-    joined = [(flag, value) for flag, equals, value in (option.partition("=") for option in argv) if equals]
-    for flag, value in separate + joined:
-        if flag.removeprefix("--") in sections and os.path.exists(value):
-            try:
-                text = read_bytes(value, MAX_SETTINGS).decode()
-            except (OSError, UnicodeDecodeError):
-                continue  # named by the parser
-            except ValueError as error:
-                raise ConfigError(f"{flag} {value}: {error}") from error
-            check_document(text, value)
-        elif flag.startswith("--") and any(letter in value for letter in "*[{\n"):
-            check_document(value, value)
-
-
-def check_document(text: str, named: str) -> None:
-    """ConfigError on YAML that takes its parser, or whoever walks what it gives, without end, and on an option given twice."""
-    import yaml
-
-    steps = [1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", text)]
-    if (deepest := max(itertools.accumulate(steps), default=0)) > _DEPTH:  # YAML's parser takes hours for a hundred thousand
-        raise ConfigError(f"{named}: {deepest} brackets inside each other, and {_DEPTH} are the most; write YAML as in examples/")
-    mappings: list[dict[str, int] | None] = [None]  # of each open collection: its keys and their lines, or None for a list
-    is_key = [False]
-    aliases = 0
-    with contextlib.suppress(yaml.YAMLError):
-        for event in yaml.parse(text):
-            aliases += isinstance(event, yaml.AliasEvent)
-            if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
-                mappings.pop()
-                is_key.pop()
-            keys, line = mappings[-1], event.start_mark.line + 1
-            if is_key[-1] and keys is not None and isinstance(event, yaml.ScalarEvent):
-                if event.value in keys:
-                    where = f"on line {line}, after line {keys[event.value]}"
-                    raise ConfigError(f"{named}: key {event.value!r} occurs twice in one section ({where}); keep one of them")
-                keys[event.value] = line
-            if isinstance(event, (yaml.CollectionStartEvent, yaml.ScalarEvent, yaml.AliasEvent)):
-                is_key[-1] = not is_key[-1] and mappings[-1] is not None
-            if isinstance(event, yaml.CollectionStartEvent):
-                mappings.append({} if isinstance(event, yaml.MappingStartEvent) else None)
-                is_key.append(isinstance(event, yaml.MappingStartEvent))
-    if aliases > _ALIASES:
-        raise ConfigError(f"{aliases} YAML aliases in {named}, and {_ALIASES} are the most; write the values out")
-    try:
-        _refuse_divided(yaml.safe_load(text), named)
-    except ConfigError:
-        raise
-    except RecursionError as error:
-        raise ConfigError(f"{named}: a section contains itself; write its values out") from error
-    except (yaml.YAMLError, ValueError):
-        return  # named by the parser
+def _refuse_repeated(argv: Sequence[str], types: Mapping[str, Any]) -> None:
+    """ConfigError on an option given twice in one document, of which the parser would silently take the last."""
+    inline = (value for option in argv for value in (option, option.partition("=")[2]) if value.startswith("{"))
+    for reader, given in (*((read_yaml, file) for _, file in documents(argv, types)), *((parse_yaml, value) for value in inline)):
+        try:
+            _refuse_divided(reader(given), given)
+        except DuplicateKey as error:
+            raise ConfigError(f"{given}: {error}") from error
+        except (OSError, ValueError, RecursionError):
+            continue  # named by the parser
 
 
 def _refuse_divided(section: Any, named: str) -> None:
@@ -223,24 +162,6 @@ def _refuse_divided(section: Any, named: str) -> None:
             )
         if str(name).rpartition(".")[2] != "evaluation":  # whose names may have dots
             _refuse_divided(value, named)
-
-
-def read_document(path: str | os.PathLike[str]) -> Any:
-    """The value of a YAML file of settings. Raises ConfigError as ``check_document`` does, OSError or ValueError for what is none."""
-    import yaml
-
-    text = read_bytes(os.fspath(path), MAX_SETTINGS).decode("utf-8-sig")
-    check_document(text, str(path))
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-
-
-_ALIASES = 20
-
-
-_DEPTH = 100
 
 
 def _refuse_nulls(values: Mapping[str, Any], defaults: Mapping[str, Any], section: str = "") -> None:
@@ -264,41 +185,6 @@ _RANGES = {
 }
 _TERM = {"weight": (0, 1e9), "warmup": (0, 1)}
 """Of every term of the objective; they check the rest of their options themselves."""
-
-
-_KNOWN = {name for section, options in SECTIONS.items() for name in kinds(options, f"{section}.")} | {"deepspeed"}
-
-
-def of_other_revision(recorded: Mapping[str, Any]) -> str | None:
-    """What a recorded configuration has that this revision does not know, in a few words; None where it knows all of it.
-
-    An option that it lacks is none: it has the default, which does what the older revision did. Terms of the objective may be anybody's.
-    """
-    unknown = []
-    try:
-        options = list(_leaves(recorded))
-    except RecursionError:
-        return "options nested so deep"
-    for option in options:
-        parts = option.split(".")
-        known = len(parts) > 2 if parts[0] == "objective" else any(".".join(parts[:end]) in _KNOWN for end in range(1, len(parts) + 1))
-        if not known:
-            unknown.append(f"{option} (called {RENAMED[option]} now)" if option in RENAMED else option)
-    if not unknown:
-        return None
-    more = len(unknown) - _NAMED
-    return ", ".join([*(one_line(name, 80) for name in unknown[:_NAMED]), *[f"{more} more"] * (more > 0)])
-
-
-_NAMED = 5
-
-
-def _leaves(values: Mapping[str, Any], section: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{section}{name}.")
-        elif not (section == "" and isinstance(value, Mapping)):  # an empty section says nothing
-            yield f"{section}{name}"
 
 
 def _check_ranges(resolved: Mapping[str, Any]) -> None:
@@ -336,8 +222,6 @@ def _check_ranges(resolved: Mapping[str, Any]) -> None:
         )
     if (best := train["save_best"]) is not None:
         splits = sorted(resolved["data"]["evaluation"])
-        if best in RENAMED:
-            raise ConfigError(f"train.save_best {best!r} is called {RENAMED[best]!r} now")
         if not train["eval_steps"]:
             raise ConfigError(f"train.save_best {best!r} needs evaluations during training; set train.eval_steps")
         if not any(best.startswith(f"eval/{split}/") for split in splits):
@@ -377,9 +261,3 @@ def _numbers(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str
             yield from _numbers(value, f"{section}{name}.")
         elif isinstance(value, (int, float)):
             yield f"{section}{name}", value
-
-
-def _option_names(parser: Any) -> list[str]:
-    """Every dotted option, those of the optional sections of ``build`` included, which the parser itself does not list."""
-    nested = {"build.scenes": ScenesConfig, "build.tiny_llava": TinyLlavaConfig}
-    return [a.dest for a in parser._actions] + [f"{name}.{f.name}" for name, section in nested.items() for f in fields(section)]

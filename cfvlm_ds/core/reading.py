@@ -1,4 +1,4 @@
-"""Reading untrusted files: regular files only, never more than a bound, and no JSON key twice.
+"""Reading files: JSON and YAML without a key twice; of untrusted ones, regular files only and never more than a bound.
 
 Errors are ValueError or OSError without the file's name; the caller knows it and puts it in front.
 """
@@ -15,10 +15,6 @@ from pathlib import Path
 from typing import IO, Any
 
 MIB = 2**20
-MAX_SETTINGS = MIB // 4
-"""Bytes of a configuration, a DeepSpeed JSON, or another file of settings: some thirty times the longest one that people write."""
-MAX_RECORD = 64 * MIB
-"""Bytes of a file of records of a run or a model: a list of a checkpoint's files, an index of weights; ten times the longest ones."""
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 _SPARE = 100  # of the thousand calls within one another that Python allows
@@ -94,6 +90,38 @@ def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
         if len(line) > limit:
             raise TooLarge(f"the line has more than {limit} bytes, the bound for one row")
         yield line
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file. Raises as parse_json does, and OSError."""
+    return parse_json(Path(path).read_bytes().decode())
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The value of a YAML file. Raises as parse_yaml does, and OSError."""
+    return parse_yaml(Path(path).read_bytes().decode("utf-8-sig"))
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises ValueError for what is none, DuplicateKey naming key and lines."""
+    import yaml
+
+    class Once(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            lines: dict[str, int] = {}
+            for key, line in ((str(key.value), key.start_mark.line + 1) for key, _ in node.value):
+                if key in lines:
+                    where = f"on line {line}, after line {lines[key]}"
+                    raise DuplicateKey(f"key {key!r} occurs twice in one section ({where}); keep one of them")
+                lines[key] = line
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Once)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"at line {mark.line + 1}, column {mark.column + 1} ({getattr(error, 'problem', '')})" if mark else f"({error})"
+        raise ValueError(f"broken YAML {where}") from error
 
 
 def parse_json(text: str) -> Any:

@@ -14,8 +14,7 @@ from typing import Any
 
 from cfvlm_ds.core.config import SECTIONS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.parsing import check_document, of_other_revision
-from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json, read_yaml
 from cfvlm_ds.core.untrusted import own_file, refuse_link
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -118,18 +117,13 @@ def _paths(options: Any) -> Iterator[Path]:
 
 def recorded_options(run_dir: Path) -> dict[str, Any]:
     """The configuration in a run's folder. Raises ConfigError if it is not one."""
-    import yaml
-
     path = run_dir / "config.yaml"
     try:
-        check_document(text := read_bytes(path, MAX_SETTINGS).decode(), str(path))
-        options = yaml.safe_load(text)
+        options = read_yaml(path)
         if not isinstance(options, dict):
             raise ValueError(f"it holds a {type(options).__name__}")
         return options
-    except ConfigError as error:
-        raise ConfigError(f"{path} is not a run's configuration ({error}); restore it") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a run's configuration ({type(error).__name__}: {error}); restore it") from error
 
 
@@ -143,10 +137,6 @@ def recorded_model(run_dir: Path) -> ModelConfig:
     options = recorded_options(run_dir)
     if not isinstance(options.get("model"), dict):
         raise ConfigError(f"{path} is not a run's configuration (it has no section model); restore it")
-    if unknown := of_other_revision({"model": options["model"]}):
-        raise ConfigError(
-            f"{path} is not a run's configuration (this revision does not know {unknown}); restore it, or use the revision that wrote it"
-        )
     try:
         model: ModelConfig = parser.instantiate(parser.parse_object({"model": options["model"]})).model
         if not model.name_or_path:
@@ -160,7 +150,7 @@ def base_of(folder: Path) -> str:
     """The model that adapters in peft's format were trained on. Raises ConfigError where the folder holds no such adapters."""
     remedy = "name a folder that `cfvlm-ds export --adapter` wrote"
     try:
-        described: Any = parse_json(read_bytes(own_file(folder, ADAPTER, folder), MAX_SETTINGS).decode())
+        described: Any = read_json(own_file(folder, ADAPTER, folder))
         kind, base = described["peft_type"], described["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, ConfigError):

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.parsing import read_document
-from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json, read_yaml
 
 RULES = ("match", "likelihood", "both", "checks")
 GOOD = ""
@@ -194,7 +193,7 @@ def read_thresholds(file: str | Path | None, rule: str = "", margin: float | Non
     found = Thresholds()
     if file:
         try:
-            value = parse_json(read_bytes(file, MAX_SETTINGS).decode()) if str(file).endswith(".json") else read_document(file)
+            value = read_json(file) if str(file).endswith(".json") else read_yaml(file)
             known = {each.name: each for each in fields(Thresholds)}
             if not isinstance(value, dict) or not set(value) <= set(known):
                 raise ValueError(f"its keys are {', '.join(known)}")

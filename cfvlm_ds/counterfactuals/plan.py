@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.parsing import read_document
+from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.shipped import found as shipped_file
 from cfvlm_ds.core.shipped import refuse_no_file
 from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, SelectOptions, VerifyOptions
@@ -85,9 +85,7 @@ def read_plan(file: str) -> Plan:
     path = shipped_file(file, "examples")
     refuse_no_file(file, path, "examples")
     try:
-        value = read_document(path)
-    except ConfigError:
-        raise
+        value = read_yaml(path)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); write YAML as in examples/build_coco.yaml") from error
     if not isinstance(value, Mapping):

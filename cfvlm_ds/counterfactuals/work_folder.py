@@ -29,7 +29,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import append, replace
-from cfvlm_ds.core.reading import MAX_SETTINGS, MIB, open_regular, parse_json, read_bytes
+from cfvlm_ds.core.reading import MIB, open_regular, read_json
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
@@ -335,7 +335,7 @@ def _differing(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 def _read(path: Path) -> Any:
     """The value of a small JSON file; None where there is none."""
     with suppress(OSError, ValueError, RecursionError):
-        return parse_json(read_bytes(path, 4 * MAX_SETTINGS).decode())
+        return read_json(path)
     return None
 
 

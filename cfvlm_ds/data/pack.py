@@ -25,7 +25,7 @@ from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import remove, replace, whole_file
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.data import lines
 from cfvlm_ds.data.check import first_uses, look_at_rows
@@ -285,4 +285,4 @@ class _Summed:
 
 
 def _record(file: Path) -> Any:
-    return parse_json(read_bytes(file, MAX_RECORD).decode())
+    return read_json(file)

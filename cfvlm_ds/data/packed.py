@@ -20,7 +20,7 @@ import numpy as np
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import MAX_RECORD, MIB, HeldFile, parse_json, read_bytes
+from cfvlm_ds.core.reading import MIB, HeldFile, read_json
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.decoding import MAX_ASPECT, MAX_PIXELS
 from cfvlm_ds.data.lines import IndexedLines, state_of
@@ -54,7 +54,7 @@ class PackedRows:
             raise DataError(f"{folder} is a folder and no packed store{begun}")
         try:
             self.state = state_of(HeldFile(self._file))
-            record = parse_json(read_bytes(self._file, MAX_RECORD).decode())
+            record = read_json(self._file)
             if record["schema"] != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
             table, together = record.get("pictures"), record.get("together")

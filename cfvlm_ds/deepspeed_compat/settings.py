@@ -22,25 +22,6 @@ def field_names(model: str, inside: list[str]) -> list[str]:
     return [name for key, field in found.model_fields.items() for name in (key, field.alias) if name] if found else []
 
 
-def is_data_type(name: Any) -> bool:
-    """Whether ``data_types`` may have this value."""
-    from deepspeed.runtime.config import DtypeEnum
-
-    try:
-        DtypeEnum(name)
-    except ValueError:
-        return False
-    return True
-
-
-def can_build(builder: str) -> bool:
-    """Whether DeepSpeed finds the tools and libraries that one of its extensions is built with."""
-    from deepspeed.accelerator import get_accelerator
-
-    made = get_accelerator().create_op_builder(builder)
-    return made is not None and bool(made.is_compatible(verbose=False))
-
-
 def optimizer_names() -> list[str]:
     """Optimizers of DeepSpeed's own."""
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS

@@ -11,7 +11,6 @@ import difflib
 import importlib.util
 import inspect
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,40 @@ from cfvlm_ds.core.text import one_line
 from cfvlm_ds.deepspeed_compat import settings as settings
 from cfvlm_ds.engine.configuration import unusable, warmup_steps
 
+_TYPES: dict[type, str] = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "an object with options in it",
+}  # fmt: skip
+_KEYS: dict[str, type] = {
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print"), int),
+    **dict.fromkeys(("sequence_parallel_size", "data_parallel_size"), int),
+    **dict.fromkeys(("gradient_clipping", "gradient_predivide_factor"), float),
+    **dict.fromkeys(("prescale_gradients", "managed_gradient_accumulation", "sparse_gradients", "disable_allgather"), bool),
+    **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "dataloader_drop_last"), bool),
+    **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc"), bool),
+    **dict.fromkeys(("communication_data_type", "seq_parallel_communication_data_type", "gradient_allreduce_op", "log_level"), str),
+    **dict.fromkeys(("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "torch_autocast", "data_types", "compile"), dict),
+    **dict.fromkeys(("activation_checkpointing", "flops_profiler", "aio", "checkpoint", "comms_logger", "timers"), dict),
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet", "amp", "pipeline"), dict),
+    **dict.fromkeys(("hybrid_engine", "data_efficiency", "expert_parallel", "tensor_parallel"), dict),
+}
+"""The keys of a JSON, and the type of each value: DeepSpeed itself ignores a key that it does not know."""
+_INSIDE = {
+    "optimizer": ("type", "params", "legacy_fusion"),
+    "scheduler": ("type", "params"),
+    "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
+    "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+    "aio": ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"),
+    "checkpoint": (
+        "tag_validation", "load_universal", "use_node_local_storage", "parallel_write", "checkpoint_serialization", "writer",
+    ),
+    "activation_checkpointing": (
+        "partition_activations", "contiguous_memory_optimization", "cpu_checkpointing", "number_checkpoints", "profile",
+        "synchronize_checkpoint_boundary",
+    ),
+    "flops_profiler": ("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"),
+}  # fmt: skip
+"""The keys of the sections for which DeepSpeed has no pydantic model; the models refuse unknown keys themselves."""
+
 
 def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torch.device | None = None) -> None:
     """Have DeepSpeed read a resolved JSON; refuse what it would ignore, or could not do once the model is loaded.
@@ -32,112 +65,41 @@ def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torc
     ``device`` is where the run trains; None where that is another machine. Raises ConfigError naming the key.
     """
     path, found = config.deepspeed, resolved.config
-    given, known = _Noted(copy.deepcopy(found)), _Noted(_SMALLEST)
-    dict.pop(given, "train_batch_size", None)  # compared with the run's own when it was resolved
-    parsed, _ = _parse(path, given), _parse(path, known)
-    if unknown := [key for key in found if key not in (*known.asked, *_READ_ELSEWHERE) and not _is_comment(key)]:
-        _refuse_key(path, "", unknown[0], [*known.asked, *_READ_ELSEWHERE])
-    for section in _READ_WHOLE:
-        values = found.get(section)
-        for key in values if isinstance(values, dict) else ():
-            if f"{section}.{key}" not in (*given.asked, "optimizer.params", "scheduler.params") and not _is_comment(key):
-                _refuse_key(path, f"{section}.", key, [name.partition(".")[2] for name in given.asked if name.startswith(f"{section}.")])
+    for key, value in found.items():
+        if _is_comment(key):
+            continue
+        if key not in _KEYS:
+            _refuse_key(path, "", key, list(_KEYS))
+        kinds: Any = (int, float) if _KEYS[key] is float else _KEYS[key]
+        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and _KEYS[key] is not bool)):
+            raise ConfigError(f"{path}: {key} must be {_TYPES[_KEYS[key]]}, not {_quoted(value)}")
+        for inside in value if key in _INSIDE and value else ():
+            if inside not in _INSIDE[key] and not _is_comment(inside):
+                _refuse_key(path, f"{key}.", inside, list(_INSIDE[key]))
+    parsed = _parse(path, found)
     for problem in _cannot_be_done(parsed, found, world_size, device):
         raise ConfigError(f"{path}: {problem}")
     _try_schedules(config, found)
 
 
-_SMALLEST = {"train_micro_batch_size_per_gpu": 1}
-_READ_ELSEWHERE = ("sequence_parallel_size", "data_parallel_size")
-_READ_WHOLE = (
-    "optimizer", "scheduler", "activation_checkpointing", "flops_profiler", "aio", "checkpoint", "data_types", "torch_autocast",
-)  # fmt: skip
-"""Sections that DeepSpeed reads key by key, all of them whatever their values; its pydantic models refuse unknown keys themselves."""
-
-
-class _Noted(dict[str, Any]):
-    """A JSON object that remembers which keys it is asked for, and their defaults: so the keys that the installed DeepSpeed knows are
-    found."""
-
-    def __init__(self, values: Mapping[str, Any], asked: dict[str, Any] | None = None, section: str = "") -> None:
-        super().__init__(values)
-        self.asked: dict[str, Any] = {} if asked is None else asked
-        self._section = section
-
-    def _ask(self, key: str, default: Any = None) -> str:
-        name = f"{self._section}{key}"
-        known = self.asked.pop(name, None)  # the last one is what is being read
-        self.asked[name] = known if default is None else default
-        return name
-
-    def _inside(self, name: str, value: Any) -> Any:
-        return _Noted(value, self.asked, f"{name}.") if type(value) is dict else value
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._inside(self._ask(key, default), super().get(key, default))
-
-    def __getitem__(self, key: str) -> Any:
-        return self._inside(self._ask(key), super().__getitem__(key))
-
-    def __contains__(self, key: object) -> bool:
-        self._ask(str(key))
-        return super().__contains__(key)
-
-    def keys(self) -> Any:
-        return self
-
-
-def _parse(path: str, given: _Noted) -> Any:
-    """Let DeepSpeed read the JSON. Raises ConfigError naming the key that it fails on, or one whose type it would not check."""
+def _parse(path: str, found: Mapping[str, Any]) -> Any:
+    """Let DeepSpeed read the JSON. Raises ConfigError naming the key that it fails on."""
     import deepspeed
     from pydantic import ValidationError
 
-    parsed, stumbled = None, None
+    given = {key: value for key, value in copy.deepcopy(dict(found)).items() if key != "train_batch_size"}  # compared when it was resolved
     try:
-        parsed = deepspeed.DeepSpeedConfig(given)
-    except Exception as error:  # beside its models, DeepSpeed asserts, compares and divides what it finds
-        stumbled = error
-    asked = dict(given.asked)
-    for name, default in asked.items():
-        *sections, key = name.split(".")
-        values: Any = given
-        for part in sections:
-            values = dict.get(values, part) if isinstance(values, dict) else None
-        if isinstance(values, dict) and dict.__contains__(values, key):
-            value = dict.__getitem__(values, key)
-            wrong = None if value is default is None else _wrong_type(_DEFAULTS.get(name, default), value)
-            if wrong:
-                raise ConfigError(f"{path}: {name} must be {wrong}, not {_quoted(value)}")
-    if isinstance(stumbled, ValidationError):
-        first, section = stumbled.errors()[0], [] if stumbled.title == "DeepSpeedMonitorConfig" else [list(asked)[-1]]
+        return deepspeed.DeepSpeedConfig(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        *inside, key = (str(part) for part in first["loc"])
+        holders = [name for name, values in given.items() if isinstance(values, dict) and [*inside, key][0] in values]
+        section = ".".join([*([] if [*inside, key][0] in given else holders[:1]), *inside, ""])
         if first["type"] == "extra_forbidden":
-            *inside, key = (str(part) for part in first["loc"])
-            _refuse_key(path, ".".join([*section, *inside, ""]), key, settings.field_names(stumbled.title, inside))
-        option = ".".join([*section, *(str(part) for part in first["loc"])])
-        raise ConfigError(f"{path}: {option}: {first['msg']}; see DeepSpeed's configuration reference") from None
-    if stumbled is not None:
-        raise unusable(path, stumbled, list(asked)[-1]) from stumbled
-    return parsed
-
-
-_DEFAULTS: dict[str, Any] = {"steps_per_print": 1, "log_level": ""}
-"""Values of the right type for keys whose default is None."""
-
-
-def _wrong_type(default: Any, value: Any) -> str | None:
-    """What a value should be, by the type of its default; None if it is that, or if the default does not tell."""
-    if isinstance(default, bool):
-        return None if isinstance(value, bool) else "true or false"
-    if isinstance(default, int):
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        return None if whole and not isinstance(value, bool) else "a whole number"
-    if isinstance(default, float):
-        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return None if finite else "a number"
-    for kind, name in ((str, "a text"), (dict, "an object with options in it")):
-        if isinstance(default, kind):
-            return None if isinstance(value, kind) else name
-    return None
+            _refuse_key(path, section, key, settings.field_names(error.title, inside))
+        raise ConfigError(f"{path}: {section}{key}: {first['msg']}; see DeepSpeed's configuration reference") from None
+    except Exception as error:  # beside its models, DeepSpeed asserts, compares and divides what it finds
+        raise unusable(path, error) from error
 
 
 def _is_comment(key: str) -> bool:
@@ -154,9 +116,6 @@ def _quoted(value: Any) -> str:
     return one_line(json.dumps(value, default=repr), 80)
 
 
-_MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # section -> the package it imports
-
-
 def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, device: torch.device | None) -> Iterator[str]:
     """What DeepSpeed would fail on once the model is loaded, one sentence each."""
     yield from _not_here(parsed, found)
@@ -165,9 +124,6 @@ def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, devi
     on_cpu = device is not None and device.type == "cpu"
     if on_cpu and parsed.float16_config.enabled:
         yield "fp16.enabled=true needs a GPU, and this machine has none; set it to false (bf16 trains on CPUs)"
-    for name, package in _MONITORS.items():
-        if getattr(parsed.monitor_config, name).enabled and importlib.util.find_spec(package) is None:
-            yield f"{name}.enabled=true needs the package {package}; `pip install {package}`, or set it to false (MLflow records runs here)"
     if offloads["param"] != "none" and zero.stage != 3:
         yield f"zero_optimization.offload_param needs stage 3, and stage is {int(zero.stage)}; set its device to none"
     if offloads["optimizer"] != "none" and zero.stage == 0:
@@ -179,8 +135,6 @@ def _cannot_be_done(parsed: Any, found: Mapping[str, Any], world_size: int, devi
                 yield f"zero_optimization.offload_{name}.device nvme needs stage 3, and stage is {int(zero.stage)}; use cpu"
             if options.nvme_path is None or not os.path.isdir(options.nvme_path):
                 yield f"zero_optimization.offload_{name}.nvme_path {options.nvme_path} is no folder; name one on a local NVMe disk"
-            if not settings.can_build("AsyncIOBuilder"):
-                yield f"zero_optimization.offload_{name}.device nvme needs libaio and its headers on every node (libaio-dev); or use cpu"
     if "optimizer" not in found and offloads["optimizer"] != "none" and parsed.zero_force_ds_cpu_optimizer:
         yield (
             'zero_optimization.offload_optimizer needs an "optimizer" section, from which DeepSpeed makes its Adam for CPUs; copy that '
@@ -210,16 +164,11 @@ def _not_here(parsed: Any, found: Mapping[str, Any]) -> Iterator[str]:
         yield "managed_gradient_accumulation=false is not how this training accumulates gradients; leave it out"
     if stage == 3 and (parsed.prescale_gradients or parsed.gradient_predivide_factor != 1.0):
         yield "prescale_gradients and gradient_predivide_factor cannot be had with stage 3; leave them out"
-    if parsed.bfloat16_config.bf16_master_weights_and_grads and _device(zero.offload_optimizer) == "none":
-        yield "bf16.bf16_master_weights_and_grads needs zero_optimization.offload_optimizer and DeepSpeed's Adam; leave it out"
     switched = [name for name in ("hybrid_engine", "data_efficiency", "expert_parallel") if (found.get(name) or {}).get("enabled")]
     wide = [name for name in ("sequence_parallel_size", "data_parallel_size") if found.get(name, 1) != 1]
     tensor = ["tensor_parallel"] if (found.get("tensor_parallel") or {}).get("autotp_size", 0) > 1 else []
     if unused := [*switched, *wide, *tensor, *(["checkpoint.load_universal"] if parsed.load_universal_checkpoint else [])]:
         yield f"{unused[0]} is not used here: batches are the run's own, and weights are partitioned by ZeRO alone; leave it out"
-    for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
-        if (wanted := (found.get("data_types") or {}).get(name)) is not None and not settings.is_data_type(wanted):
-            yield f"data_types.{name} must be fp32, bf16 or fp16, not {_quoted(wanted)}"
 
 
 _QUANTISED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.shipped import listed
 
 _SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
@@ -22,7 +23,7 @@ _SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
 def read_json(path: str) -> dict[str, Any]:
     """The DeepSpeed JSON of a run. Raises ConfigError naming the file when it is missing or broken."""
     try:
-        found = parse_json(read_bytes(path, MAX_SETTINGS).decode())
+        found = parse_json(Path(path).read_bytes().decode())
     except FileNotFoundError:
         raise ConfigError(f"--deepspeed {path}: no such file; there are {listed('ds_configs')}") from None
     except json.JSONDecodeError as error:
@@ -94,11 +95,10 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
     return resolved
 
 
-def unusable(path: str, error: Exception, key: str = "") -> ConfigError:
+def unusable(path: str, error: Exception) -> ConfigError:
     """The ConfigError for a JSON that raises ``error`` in DeepSpeed or transformers."""
     reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-    at = f" at {key}" if key else ""
-    return ConfigError(f"{path}: not a DeepSpeed configuration{at} ({reason}); compare it with those of ds_configs")
+    return ConfigError(f"{path}: not a DeepSpeed configuration ({reason}); compare it with those of ds_configs")
 
 
 def _autos(node: Any, path: str = "") -> Iterator[str]:

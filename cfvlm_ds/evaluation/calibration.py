@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import IO, Any, Literal
 
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.reading import MAX_SETTINGS
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.evaluation.comparisons import Comparison, comparisons
 from cfvlm_ds.evaluation.scoring import GroupScores
@@ -231,7 +230,7 @@ def block(advice: Advice) -> str:
 
 def is_block(file: IO[bytes]) -> bool:
     """Whether a file is what ``block`` makes and nothing else: what somebody has added to it is theirs."""
-    return re.fullmatch(r"objective:\n(  \w+: \{[^{}\n]*\}\n)+", file.read(MAX_SETTINGS).decode()) is not None
+    return re.fullmatch(r"objective:\n(  \w+: \{[^{}\n]*\}\n)+", file.read().decode()) is not None
 
 
 def quantile(values: Sequence[float], percent: float) -> float:

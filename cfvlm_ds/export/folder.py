@@ -12,7 +12,6 @@ from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import aside_of, create, replace, whole_folder
-from cfvlm_ds.core.reading import MIB, read_bytes
 from cfvlm_ds.core.untrusted import refuse_link
 
 
@@ -44,7 +43,7 @@ def sealed(text: str) -> str:
 def is_own_card(path: Path) -> bool:
     """Whether a file is a card that ``sealed`` has made, unchanged."""
     try:
-        text = "" if path.is_symlink() else read_bytes(path, MIB).decode()
+        text = "" if path.is_symlink() else path.read_bytes().decode()
     except (OSError, ValueError):
         return False
     *_, last = ["", *_SEAL.finditer(text)]
@@ -60,7 +59,7 @@ def refuse_others_model(out_dir: Path, remedy: str = "name another folder with -
     ours."""
     if any((out_dir / name).is_file() for name in _OF_MODELS) and not (out_dir.parent / "config.yaml").is_file():
         try:
-            ours = _SEAL.search(read_bytes(out_dir / CARD, MIB).decode()) is not None
+            ours = _SEAL.search((out_dir / CARD).read_text()) is not None
         except (OSError, ValueError):
             ours = False
         if not ours:

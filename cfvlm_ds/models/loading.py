@@ -14,7 +14,6 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
@@ -30,7 +29,7 @@ from cfvlm_ds.models.adapters import (
 from cfvlm_ds.models.families import family_of
 from cfvlm_ds.models.family import MODULES, Family, Module
 from cfvlm_ds.models.forest_attention import BACKENDS, registered
-from cfvlm_ds.models.model_files import check_files, explained, num_stored, refuse_counts, refuse_no_files
+from cfvlm_ds.models.model_files import check_files, explained
 from cfvlm_ds.models.scorer import Scorer
 
 
@@ -39,13 +38,9 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     if not name_or_path:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
     refuse_absent(name_or_path)
-    if os.path.isdir(name_or_path):
-        if os.path.isfile(os.path.join(name_or_path, "config.yaml")) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
-            raise ConfigError(
-                f"model.name_or_path {name_or_path!r} is a run folder; name its export, {os.path.join(name_or_path, 'export')}"
-            )
-        refuse_no_files(Path(name_or_path).resolve())
-        refuse_counts(Path(name_or_path))
+    folder = Path(name_or_path)
+    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(f"model.name_or_path {name_or_path!r} is a run folder; name its export, {folder / 'export'}")
     what, remedy = f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a sound config.json, or a hub name"
     if not os.path.isdir(name_or_path):
         what = f"model.name_or_path {name_or_path!r} is no folder here, and could not be read from the hub"
@@ -62,31 +57,9 @@ def _check_folder(name_or_path: str) -> None:
         check_files(Path(config).parent)
 
 
-def _check_size(config: ModelConfig, model_config: PreTrainedConfig) -> None:
-    """Raise ConfigError if the configuration describes a model far larger than its weights. For a lost section the library takes its own
-    default of 7 billion parameters, all of which would be made before the missing ones could be named."""
-    stored = num_stored(Path(config.name_or_path).resolve()) if os.path.isdir(config.name_or_path) else None
-    if stored is None or getattr(model_config, "quantization_config", None) is not None:
-        return
-    described = sum(parameter.numel() for parameter in _on_meta(config, model_config, torch.float32, "sdpa").parameters())
-    if described > 2 * stored:
-        raise ConfigError(
-            f"the config.json of {config.name_or_path!r} describes a model of {described:,} parameters, and its weights are {stored:,}; "
-            "compare it with the published one"
-        )
-
-
 def _in_each_part(attn_implementation: str) -> dict[str, str]:
     """In transformers' terms: in language model and tower; a further part, such as one for sound, has the library's default."""
     return dict.fromkeys(("", "text_config", "vision_config"), attn_implementation)
-
-
-def _on_meta(config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str) -> Any:
-    impossible = f"no model can be made of the configuration of {config.name_or_path!r}", "compare its config.json with the published one"
-    with explained(*impossible), torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(
-            model_config, dtype=dtype, attn_implementation=_in_each_part(attn_implementation), trust_remote_code=False
-        )
 
 
 def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
@@ -102,7 +75,6 @@ def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: b
         _limit_images(config, None, load_config(config.name_or_path))
         if weights:
             _check_folder(config.name_or_path)
-            _check_size(config, load_config(config.name_or_path))
 
 
 _ALL_FROZEN = "every module is frozen; set model.vision_tower.tuning, model.projector.tuning or model.language_model.tuning to full or lora"
@@ -122,25 +94,8 @@ def load_processor(config: ModelConfig) -> Any:
         parts = {"tokenizer": "tokenizer", "image_processor": "image processor", "chat_template": "chat template"}
         if missing := [name for part, name in parts.items() if getattr(processor, part, None) is None]:
             raise ConfigError(f"{what} has no {' and no '.join(missing)}; name the instruction-tuned model, or add its files")
-        _refuse_enlarging(processor.image_processor, what)
         _limit_images(config, processor, model_config)
     return processor
-
-
-def _refuse_enlarging(images: Any, what: str) -> None:
-    """Raise ConfigError if images would be scaled to a size that no model takes and that fills any memory.
-
-    For some families ``shortest_edge`` and ``longest_edge`` are numbers of pixels.
-    """
-    for option in ("size", "crop_size", "pad_size", "max_image_size"):
-        sizes = getattr(images, option, None) or {}
-        for edge, value in sizes.items() if hasattr(sizes, "items") else vars(sizes).items():
-            most = _LARGEST_EDGE**2 if edge in ("shortest_edge", "longest_edge") and hasattr(images, "merge_size") else _LARGEST_EDGE
-            if value is not None and not 0 < value <= most:
-                raise ConfigError(f"{what} scales images to {option}.{edge} {value}, and {most} is the most; get its files again")
-
-
-_LARGEST_EDGE = 8192  # pixels
 
 
 def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> None:
@@ -164,8 +119,6 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     model_config = load_config(config.name_or_path)
     family = family_of(model_config)
     _check_folder(config.name_or_path)
-    if not is_deepspeed_zero3_enabled():  # a training's check_model has looked, and this would be partitioned
-        _check_size(config, model_config)
     quantised = quantisation(family, config, dtype)
     backends = _implementations(attention(config.attn_implementation, model_config))
     with explained(f"the model {config.name_or_path!r} cannot be loaded", "compare its config.json and weights with the published ones"):
@@ -211,7 +164,9 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str
     impossible = f"no model can be made of the configuration of {config.name_or_path!r}", "compare its config.json with the published one"
     with explained(*impossible), torch.device("meta"):
         _limit_images(config, None, model_config)
-        model = _on_meta(config, model_config, dtype, attn_implementation)
+        model = AutoModelForImageTextToText.from_config(
+            model_config, dtype=dtype, attn_implementation=_in_each_part(attn_implementation), trust_remote_code=False
+        )
         tune(model, family, config)
     return model
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,22 +12,20 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from cfvlm_ds.core.errors import ConfigError, OutOfMemory, StorageError, is_failure
-from cfvlm_ds.core.reading import MAX_RECORD, MIB, DuplicateKey, TooLarge, open_regular, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.untrusted import bare_name, refuse_foreign
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "additional_chat_templates/*")
-LARGEST_CONFIG = 4 * MIB
-LARGEST_SIDE_FILE = 128 * MIB
-"""Bytes of a file beside the weights; the largest tokenizers have 35 MiB."""
 _NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
 
 
 def check_files(folder: Path) -> None:
     """Raise ConfigError naming a file that cannot be a model's: a name that is a path, a link that leads elsewhere, weights that are
     missing or truncated. Reads no weight."""
-    refuse_no_files(folder)
+    for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
+        refuse_foreign(path, folder)
     if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
         raise ConfigError(
             f"{folder} holds a model and adapters, and transformers would load the adapters' own base in its place; put them into folders "
@@ -39,48 +35,6 @@ def check_files(folder: Path) -> None:
         header(folder / name)
     if (folder / _PICKLED_INDEX).is_file() and not weight_files(folder):
         read_index(folder / _PICKLED_INDEX, ".bin")
-
-
-def refuse_no_files(folder: Path) -> None:
-    """Raise ConfigError for a side file that is no regular file of the folder, or too large: reading a device or a pipe would not end, and
-    libraries take several times the size of a file in memory."""
-    for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
-        refuse_foreign(path, folder)
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise ConfigError(f"{path} is no file; put one there, or remove it")
-        if path.is_file() and (size := path.stat().st_size) > (most := LARGEST_CONFIG if path.name == "config.json" else LARGEST_SIDE_FILE):
-            raise ConfigError(f"{path} has {size} bytes, and {most} is the bound for such a file beside a model's weights; get it again")
-
-
-def refuse_counts(folder: Path) -> None:
-    """Raise ConfigError if config.json has numbers of layers or experts that no model has: libraries would create them until memory
-    ends."""
-    path = folder / "config.json"
-    try:
-        described = parse_json(read_bytes(path, LARGEST_CONFIG).decode())
-    except (DuplicateKey, TooLarge) as error:  # libraries would take the last, and wait
-        raise ConfigError(f"{path}: {error}; compare it with the published one") from error
-    except (OSError, ValueError, RecursionError):
-        return  # named where it is read to be used
-    for name, value in _numbers(described):
-        if _COUNT.search(name) and not -1 <= value <= _MOST:
-            raise ConfigError(f"{path}: {name} is {value:.4g}, and {_MOST} is the most; get the model again")
-
-
-_COUNT, _MOST = re.compile(r"layers|depth|experts|blocks"), 10_000
-
-
-def _numbers(value: Any) -> Iterator[tuple[str, float]]:
-    for name, item in value.items() if isinstance(value, dict) else ():
-        if isinstance(item, int | float) and not isinstance(item, bool):
-            yield name, min(max(item, -1e300), 1e300)
-        yield from _numbers(item)
-
-
-def num_stored(folder: Path) -> int | None:
-    """How many numbers the folder's safetensors hold; None if its weights are stored otherwise."""
-    files = weight_files(folder)
-    return sum(math.prod(shape) for file in files for shape, _ in header(folder / file).values()) if files else None
 
 
 def side_files(folder: Path) -> Iterator[Path]:
@@ -114,7 +68,7 @@ def read_index(path: Path, ending: str) -> tuple[dict[str, str], dict[str, Any]]
     there."""
     remedy = "get the model again"
     try:
-        index = parse_json(read_bytes(path, MAX_RECORD).decode())
+        index = read_json(path)
         weight_map = index["weight_map"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is no index of weights ({type(error).__name__}: {error}); {remedy}") from error
@@ -131,7 +85,6 @@ def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Tensor -> (shape, dtype) of a safetensors file, in the file's order. Raises ConfigError where it is none, or cut short."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     try:
-        open_regular(path).close()  # of a file that it may not read safetensors says that there is none
         with safe_open(path, framework="pt") as handle:
             for name in handle.offset_keys():
                 part = handle.get_slice(name)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.files import replace
-from cfvlm_ds.core.reading import MAX_RECORD, lines, open_regular
 from cfvlm_ds.core.secrets import print_line
 
 METRICS_FILE = "metrics.jsonl"
@@ -40,8 +39,7 @@ def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[
     kept: list[bytes] = []
     names: set[str] = set()
     new_offset = position = 0
-    with open_regular(path) as file:
-        found = file.read().splitlines(keepends=True)
+    found = path.read_bytes().splitlines(keepends=True)
     for line in found:
         position += len(line)
         row = parse_line(line)
@@ -63,8 +61,8 @@ def last_step(path: Path) -> int:
     """The last step that has a record; -1 where there is none."""
     if not path.is_file():
         return -1
-    with open_regular(path) as file:
-        return max((row["step"] for line in lines(file, MAX_RECORD) if (row := parse_line(line)) is not None), default=-1)
+    with path.open("rb") as file:
+        return max((row["step"] for line in file if (row := parse_line(line)) is not None), default=-1)
 
 
 def last_values(path: Path) -> tuple[dict[str, float], int]:
@@ -72,8 +70,8 @@ def last_values(path: Path) -> tuple[dict[str, float], int]:
     values: dict[str, float] = {}
     step = -1
     if path.is_file():
-        with open_regular(path) as handle:
-            for line in lines(handle, MAX_RECORD):
+        with path.open("rb") as file:
+            for line in file:
                 if (row := parse_line(line)) is not None:
                     step = max(step, row.pop("step"))
                     values |= {name: float(value) for name, value in row.items() if name != "time"}

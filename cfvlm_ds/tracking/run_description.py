@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from cfvlm_ds.core.errors import unwritten
 from cfvlm_ds.core.files import replace
-from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.tracking.metrics_log import say
 
 RECORD_FILE = ".mlflow_delivery.json"
@@ -49,7 +49,7 @@ class Record:
         """None where there is none, and where a power loss has left something else in its place."""
         path = run_dir / RECORD_FILE
         try:
-            record = cls(**parse_json(read_bytes(path, MAX_RECORD).decode()))
+            record = cls(**read_json(path))
             whole = all(isinstance(getattr(record, name), kinds) for name, kinds in _KINDS.items())
             whole = whole and record.offset >= 0 and all(artifact.keys() == {"path", "folder", "pending"} for artifact in record.artifacts)
             whole = whole and all(each.keys() == INPUT.keys() for each in record.inputs)

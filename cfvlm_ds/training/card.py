@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds import checkpoint as checkpoints
-from cfvlm_ds.core.parsing import check_document
-from cfvlm_ds.core.reading import MAX_RECORD, MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.reading import parse_yaml, read_json
 from cfvlm_ds.core.run_folder import recorded_options
 from cfvlm_ds.core.secrets import masked, without_secrets
 from cfvlm_ds.core.text import one_line
@@ -187,8 +186,6 @@ def _accuracies(recorded: Any) -> dict[str, list[Accuracy]]:
 
 def license_of(base: str) -> dict[str, str]:
     """The license that the base's own card states, as front matter; nothing where it states none, or has no card here."""
-    import yaml
-
     path: Any = None
     try:
         if os.path.isdir(base):
@@ -199,12 +196,11 @@ def license_of(base: str) -> dict[str, str]:
             path = try_to_load_from_cache(base, CARD)
         if not isinstance(path, str | Path):
             return {}
-        found = re.match(r"---\r?\n(.*?)\r?\n---\s", read_bytes(path, MAX_SETTINGS).decode(), re.DOTALL)
+        found = re.match(r"---\r?\n(.*?)\r?\n---\s", Path(path).read_text(), re.DOTALL)
         if found is None:
             return {}
-        check_document(found[1], str(path))
-        front = yaml.safe_load(found[1])
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # a ConfigError is a ValueError, and so is a hub's name that is none
+        front = parse_yaml(found[1])
+    except (OSError, ValueError, RecursionError):  # a ConfigError is a ValueError, and so is a hub's name that is none
         return {}
     if not isinstance(front, dict) or not isinstance(front.get("license"), str) or not _LICENSE.fullmatch(front["license"]):
         return {}
@@ -215,7 +211,7 @@ def license_of(base: str) -> dict[str, str]:
 def _recorded(path: Path, kind: type = dict) -> Any:
     """A record of the run folder; empty where it is missing or damaged."""
     try:
-        found = parse_json(read_bytes(path, MAX_RECORD).decode())
+        found = read_json(path)
     except (OSError, ValueError, RecursionError):
         return kind()
     return found if isinstance(found, kind) else kind()

@@ -10,21 +10,15 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds import checkpoint
 from cfvlm_ds.core.config import MICRO_BATCH_SIZE, SECTIONS, ModelConfig, RunConfig
-from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import append
 from cfvlm_ds.core.options import Kind, kinds
-from cfvlm_ds.core.parsing import of_other_revision
-from cfvlm_ds.core.reading import MAX_RECORD, MAX_SETTINGS, parse_json, read_bytes
-from cfvlm_ds.core.run_folder import recorded_options
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.models import fingerprint
-from cfvlm_ds.objectives import OBJECTIVES
 
 DEEPSPEED: dict[str, Kind] = {
     # compared as what _effective makes of them, or as train.*, which "auto" takes and the JSON may not contradict
@@ -47,8 +41,6 @@ _UNSET = {
     "zero_optimization.stage": 0,
     **{name: False for name in DEEPSPEED if "zero_quantized" in name},
 }
-_ONCE = {f"objective.{term}.beta": 1.0 for term in ("csd", "fcd")}
-"""What a run did before it had an option, where that is not what the option's default does."""
 _STEPS, _TOTAL = ("train.max_steps", "train.num_train_epochs"), "steps in all (train.max_steps, train.num_train_epochs)"
 _WEIGHTS, _INPUTS = "weights of model.name_or_path", "tokenizer, processor or chat template of model.name_or_path"
 
@@ -90,66 +82,9 @@ def model_hashes(name_or_path: str, alive: Callable[[], object] = lambda: None) 
     return fingerprint(ModelConfig(folder), alive)  # bounds on visual tokens are options, and compared as such
 
 
-def recorded(found: Path) -> dict[str, Any]:
-    """The record of a checkpoint; for one of an older revision, which has none, config.yaml and ds_config.json of its run folder.
-
-    Raises ConfigError where those are missing too.
-    """
-    described = checkpoint.description(found)
-    loop = described.get("loop")
-    if isinstance(loop, dict) and isinstance(kept := loop.get("record"), dict):
-        return kept
-    return _of_folder(found.parent, described["world_size"]) or _unknown(found)
-
-
-def _unknown(found: Path) -> dict[str, Any]:
-    raise ConfigError(
-        f"{found} has no record of its options, and {found.parent / 'config.yaml'} is none either, so that nothing can be compared; put "
-        "the run's config.yaml there, or choose another train.output_dir"
-    )
-
-
-def of_finished(run_dir: Path) -> dict[str, Any] | None:
-    """The record of a run that has finished: its newest checkpoint's, or its folder's; None where neither says anything."""
-    try:
-        return recorded(checkpoint.newest(run_dir))
-    except ConfigError:
-        return _of_folder(run_dir, None)
-
-
-def _of_folder(run_dir: Path, ranks: int | None) -> dict[str, Any] | None:
-    try:
-        options = recorded_options(run_dir)
-    except ConfigError:
-        return None
-    known = all(isinstance(options.get(name), dict) for name in ("model", "data", "train", "objective"))
-    try:
-        deepspeed = parse_json(read_bytes(run_dir / "ds_config.json", MAX_SETTINGS).decode())
-    except (OSError, ValueError, RecursionError):
-        deepspeed = None
-    return {"options": options, "deepspeed": deepspeed if isinstance(deepspeed, dict) else None, "ranks": ranks} if known else None
-
-
-def refuse_other_revision(record: Mapping[str, Any], what: Path) -> None:
-    """ConfigError where a record has options that this revision does not know, and so cannot compare; ``what`` is whose record it is."""
-    options = record.get("options")
-    if isinstance(options, dict) and (unknown := of_other_revision(options)):
-        raise ConfigError(
-            f"{what} was written by another revision, and this one does not know {unknown}; go on with that one (environment.json in the "
-            "run folder names it), or choose another train.output_dir"
-        )
-
-
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """What differs between two records and decides what is trained. Raises ConfigError if the first is damaged."""
-    new = _effective(now)
-    try:
-        return _differences(before, _effective(before), now, new)
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as error:
-        raise ConfigError(f"the recorded options of the run cannot be read ({error!r}); restore its config.yaml") from error
-
-
-def _differences(before: Mapping[str, Any], old: dict[str, Any], now: Mapping[str, Any], new: dict[str, Any]) -> list[Change]:
+    """What differs between two records and decides what is trained."""
+    old, new = _effective(before), _effective(now)
     if _TOTAL in old:
         old, new = ({name: value for name, value in each.items() if name not in _STEPS} for each in (old, new))
     for one, other in ((old, new), (new, old)):
@@ -186,7 +121,7 @@ def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], 
     line = json.dumps({"step": step, "changes": {change.option: [change.before, change.now] for change in changes}})
     lines: list[str] = []
     with contextlib.suppress(OSError, ValueError):
-        lines = read_bytes(path, MAX_RECORD).decode().splitlines()
+        lines = path.read_text().splitlines()
     if lines[-1:] != [line]:
         append(path, line, say)
 
@@ -194,7 +129,7 @@ def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], 
 def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, Kind]]:
     """The part of a record that decides what is trained: values in use, where several make one value that one in their place."""
     declared = {name: kind for section, options in SECTIONS.items() for name, kind in kinds(options, f"{section}.").items()}
-    options = {**_defaults(), **_ONCE, **dict(_flat(record["options"]))}
+    options = dict(_flat(record["options"]))
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}
     modules = [name.split(".")[1] for name in declared if name.endswith(".tuning")]
@@ -247,23 +182,6 @@ def kind_of(setting: str) -> Kind:
     while setting not in DEEPSPEED and "." in setting:
         setting = setting.rpartition(".")[0]
     return DEEPSPEED.get(setting, "meaning")
-
-
-def _defaults() -> dict[str, Any]:
-    """The values of options that are younger than the record, but for _ONCE: such a run did what the default does, without newer terms."""
-    found = dict(_flat({name: _plain(section) for name, section in SECTIONS.items()}))
-    return found | dict(_flat({"objective": {name: {**_plain(term), "weight": 0.0} for name, term in OBJECTIVES.items()}}))
-
-
-def _plain(section: type) -> dict[str, Any]:
-    return {
-        option.name: _plain(option.default_factory)
-        if is_dataclass(option.default_factory)
-        else None
-        if option.default is MISSING
-        else option.default
-        for option in fields(section)
-    }
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import keep
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
-from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.data import CheckReport, GroupStore, Share, check_groups, check_rows, data_roots, open_groups
 from cfvlm_ds.data.containers.hub import fetched, is_hub
@@ -139,7 +139,7 @@ def _from_main(item: Any, world: World) -> Any:
 
 def _recorded(file: Path) -> dict[str, Any]:
     try:
-        return dict(parse_json(read_bytes(file, MAX_RECORD).decode()))
+        return dict(read_json(file))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
 

@@ -13,7 +13,7 @@ from cfvlm_ds.core.conversation import readable
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import keep, replace
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data import open_image
 from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
@@ -112,7 +112,7 @@ def _changed(start: Path, results: Mapping[str, Sequence[Accuracy]]) -> str:
     if not start.is_file():
         return ""
     try:
-        return changes(parse_json(read_bytes(start, MAX_RECORD).decode()), results)
+        return changes(read_json(start), results)
     except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
         return f"What the training changed is not shown: {start} is damaged ({' '.join(str(error).split())})."
 

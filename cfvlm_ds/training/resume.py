@@ -13,7 +13,7 @@ from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import Patience, World, agreed
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.identity import changes as changed_data
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_step
@@ -40,11 +40,8 @@ class Start:
 
     def check(self, state: TrainState, config: RunConfig, sampler: GroupSampler) -> None:
         """Move the sampler to the position in ``state``. Raises ConfigError or DataError if that is not a position in this run."""
-        try:
-            what = changed_data(state.data, self.data) if isinstance(state.data, dict) else None
-        except KeyError as error:
-            raise ConfigError(f"{self.found}: its state says nothing of {error} of its data; give train.resume another one") from error
-        if what:
+        assert state.data is not None and state.record is not None
+        if what := changed_data(state.data, self.data):
             raise OtherData(
                 f"{self.found} was trained on {config.data.trained_on} before a change of {what}; restore the data, or start a new run in "
                 "another train.output_dir"
@@ -54,11 +51,7 @@ class Start:
                 f"{self.found} is after the run's last step {self.total_steps}; raise train.max_steps, or give train.resume an older one"
             )
         sampler.load_state_dict(state.sampler or {})
-        before: Any = state.record
-        for part in ("options", "train"):
-            before = before.get(part) if isinstance(before, dict) else None
-        before = before if isinstance(before, dict) else {}
-        if before.get("save_best", config.train.save_best) != config.train.save_best:
+        if state.record["options"]["train"]["save_best"] != config.train.save_best:
             state.forget_best()
 
     def complete_record(self, config: RunConfig, world: World) -> dict[str, Any]:
@@ -92,16 +85,13 @@ def decide(
     record = agreed(world, lambda: option_changes.record(config, deepspeed, world.size, total_steps, patience.alive), patience)
 
     def changed_since(before: Mapping[str, Any], what: Path, step: int) -> list[Change]:
-        option_changes.refuse_other_revision(before, what)
         found = option_changes.compare(before, record)
         if problem := option_changes.refused(found, str(what), step, allowed):
             raise ConfigError(problem)
         return found
 
     if is_finished(config, total_steps, world):
-        before = agreed(world, lambda: option_changes.of_finished(run_dir))
-        if before is not None:
-            agreed(world, lambda: changed_since(before, run_dir, total_steps))
+        agreed(world, lambda: changed_since(finished_record(run_dir), run_dir, total_steps))
         world.say(
             f"{run_dir} has finished at step {total_steps}: nothing to do; remove {run_dir / FINISHED} to evaluate and export it again"
         )
@@ -114,11 +104,17 @@ def decide(
                 "train.output_dir, or set train.resume to restart to start at step 0"
             )
         return Start(None, [], record, total_steps, data)
-    step = checkpoint.description(found)["step"]
-    start = Start(found, agreed(world, lambda: changed_since(option_changes.recorded(found), found, step)), record, total_steps, data)
-    if (state := checkpoint.kept_state(found)) is not None:
-        start.check(state, config, sampler)
+    state = agreed(world, lambda: checkpoint.kept_state(found))
+    start = Start(found, agreed(world, lambda: changed_since(state.record or {}, found, state.step)), record, total_steps, data)
+    start.check(state, config, sampler)
     return start
+
+
+def finished_record(run_dir: Path) -> dict[str, Any]:
+    """The record of a run that has finished. Raises ConfigError for one of another version."""
+    found = read_json(run_dir / FINISHED)
+    checkpoint.refuse_other_version(found, run_dir)
+    return dict(found["record"])
 
 
 def is_finished(config: RunConfig, total_steps: int, world: World) -> bool:
@@ -132,7 +128,7 @@ def _finished_at(run_dir: Path) -> int | None:
     """The step at which the run in a folder has ended; None where it has not. ConfigError where nothing else there has come so far."""
     found: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):  # one that a power loss has cut is none
-        found = parse_json(read_bytes(run_dir / FINISHED, MAX_SETTINGS).decode())
+        found = read_json(run_dir / FINISHED)
     if not isinstance(found, dict) or type(step := found.get("step")) is not int:
         return None
     try:

@@ -64,16 +64,7 @@ class Retention:
     def _start(self, split: str, measured: Mapping[str, float]) -> Mapping[str, Any]:
         """What a set is compared with: its first evaluation, with the ``step`` of it. In a continued run that may be the present one."""
         start, data = self._state.retained.get(split), self._identities[split]
-        what = None
-        if start is not None:
-            try:
-                what = changes(start["data"], data)
-            except KeyError:
-                self._say(
-                    f"warning: retention: the checkpoint is of an earlier version and does not say on which data data.evaluation.{split} "
-                    "was first evaluated; they are taken to be these"
-                )
-                start["data"] = dict(data)
+        what = None if start is None else changes(start["data"], data)
         if start is not None and what is None:
             return start
         if start is not None or self._state.step:

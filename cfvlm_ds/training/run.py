@@ -133,7 +133,7 @@ def _run(config: RunConfig, world: World) -> None:
                 tracker.artifact(path)
             trainer.run(tracker)
     if world.is_main:
-        keep(run_dir / resume.FINISHED, json.dumps({"step": total_steps}), world.say)
+        keep(run_dir / resume.FINISHED, json.dumps({"schema": checkpoint.SCHEMA, "step": total_steps, "record": state.record}), world.say)
     world.wait()
 
 
@@ -247,8 +247,6 @@ def _restore(config: RunConfig, world: World, ds_engine: Any, state: TrainState,
     start.check(state, config, sampler)
     if start.changed:
         engine.apply_optimizer_options(ds_engine, options)
-    if not isinstance(state.data, dict):
-        world.say(f"warning: {found} is of an earlier version and does not say which data it was trained on; they are taken to be these")
     state.trained_on(start.data)
     world.say(f"resumed from {found} at step {state.step}")
 

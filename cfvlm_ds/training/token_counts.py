@@ -22,7 +22,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data.passes import Board, Done, Share
 from cfvlm_ds.data.picture_index import PictureTable, sizes_of
 
@@ -179,7 +179,7 @@ def _kept(folder: Path | None, key: str | None, count: int) -> list[int] | None:
     if folder is None or key is None or (tokens := _mapped(folder, count)) is None:
         return None
     try:
-        record = parse_json(read_bytes(folder / "tokens.json", MAX_SETTINGS).decode())
+        record = read_json(folder / "tokens.json")
         largest = record["largest"]
         valid = record["key"] == key and len(largest) == 4 and all(type(each) is int and each >= 0 for each in largest)
         return largest if valid and max(largest[1::2]) < count and tokens.min() > 0 and tokens.max() == largest[0] else None

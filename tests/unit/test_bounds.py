@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import struct
-import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,13 +19,12 @@ from PIL import Image
 from test_data import folder, manifest, pair, png, row
 
 from cfvlm_ds import engine
-from cfvlm_ds.batching import prompts, template_sandbox
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import MAX_CELLS, MAX_COMPARISONS, MAX_EDITS, MAX_REPORTED, MAX_SIDE, Candidate, CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
-from cfvlm_ds.core.reading import MAX_SETTINGS, DuplicateKey, parse_json
+from cfvlm_ds.core.reading import DuplicateKey, parse_json
 from cfvlm_ds.data import check_manifest, image_size, lines, open_image, read_manifest
 from cfvlm_ds.data import stored_scores as scores
 from cfvlm_ds.data.decoding import MAX_BYTES
@@ -173,28 +170,6 @@ def test_a_scores_file_is_a_regular_file_of_bounded_lines(folder: Path) -> None:
         scores.read_scores(path, groups, data)
 
 
-def test_configurations_are_regular_files_of_bounded_size(tmp_path: Path) -> None:
-    os.mkfifo(pipe := tmp_path / "pipe.yaml")
-    (huge := tmp_path / "huge.yaml").write_text("{}")
-    os.truncate(huge, 2**36)
-    for path, said in ((pipe, "it is a named pipe"), (Path("/dev/zero"), "it is a device"), (huge, f"more than {MAX_SETTINGS} bytes")):
-        for given in (["--config", str(path)], [f"--config={path}"], ["--train", str(path)], [f"--model.lora={path}"]):
-            with within(20), pytest.raises(ConfigError, match=said) as raised:
-                parse_config(given, OBJECTIVES)
-            assert str(path) in str(raised.value)
-        with within(20), pytest.raises(ConfigError, match=said):
-            engine.read_json(str(path))
-
-
-def test_brackets_of_a_configuration_are_bounded(tmp_path: Path) -> None:
-    for text in ("[" * 200_000, "train: " + "{a: " * 50_000):
-        (tmp_path / "deep.yaml").write_text(text)
-        with within(20), pytest.raises(ConfigError, match=r"deep\.yaml: \d+ brackets inside each other, and 100 are the most"):
-            parse_config(["--config", str(tmp_path / "deep.yaml")], OBJECTIVES)
-    with within(20), pytest.raises(ConfigError, match="brackets inside each other"):
-        parse_config(["--data.evaluation", "[" * 100_000], OBJECTIVES)
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -304,105 +279,22 @@ def test_a_header_is_held_against_the_pixel_limit_too(tmp_path: Path) -> None:
 
 # ---- chat templates and texts
 
-LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
-DOUBLED = "{% set x = namespace(s='a') %}{% for k in range(60) %}{% set x.s = x.s ~ x.s %}{% endfor %}"
-HOSTILE = {
-    "loops": (LOOPS, "takes more than 1 s of processor time"),
-    "loops in an answer": ("{% for m in messages %}{% if m.role == 'assistant' %}" + LOOPS + "{% endif %}{% endfor %}", "processor time"),
-    "loops without an image": ("{% if messages[0].content | length < 2 %}" + LOOPS + "{% endif %}", "processor time"),
-    "a power, when compiled": ("{{ 9 ** (9 ** (9 ** 9)) }}", "processor time"),
-    "memory": ("{{ ('x' * 10 ** 10) | length }}", "of memory"),
-    "doubled": (DOUBLED, "of memory|of processor time"),
-    "output": ("{{ 'x' * 2000000 }}", "writes more than 1000000 characters"),
-    "recursion": ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "raises RecursionError"),
-    "syntax": ("{% for %}", "raises TemplateSyntaxError"),
-    "raises": ("{{ raise_exception('no pictures, please') }}", r"raises TemplateError \(no pictures, please\)"),
-    "undefined": ("{{ nothing.at.all }}", "raises UndefinedError"),
-    "thousands of brackets": ("{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}", "raises|crashes|memory"),
-}
 
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_a_chat_template_is_bounded(case: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before a run begins, in the process that loads it, whichever thread that is."""
-    monkeypatch.setattr(template_sandbox, "CPU_SECONDS", 1)
-    template, said = HOSTILE[case]
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for %}", "raises TemplateSyntaxError"),
+        ("{{ raise_exception('no pictures, please') }}", r"raises TemplateError \(no pictures, please\)"),
+        ("{{ nothing.at.all }}", "raises UndefinedError"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "raises SecurityError"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "raises RecursionError"),
+    ],
+)
+def test_a_chat_template_that_raises_is_one_sentence_with_its_folder(template: str, said: str, model_dir: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(model_dir, tmp_path / "model")
-    for name in ("chat_template.jinja", "chat_template.json"):
-        (copy / name).unlink(missing_ok=True)
     (copy / "chat_template.jinja").write_text(template + CHAT_TEMPLATE)
-    raised: list[BaseException] = []
-
-    def load() -> None:
-        try:
-            load_collator(ModelConfig(str(copy)), "full")
-        except BaseException as error:
-            raised.append(error)
-
-    with within(60):
-        thread = threading.Thread(target=load, daemon=True)
-        thread.start()
-        thread.join(50)
-    assert [type(error) for error in raised] == [ConfigError], raised
-    assert str(raised[0]).startswith(f"model '{copy}': its chat template ")
-    with pytest.raises(ConfigError, match=said):
-        raise raised[0]
-
-
-def test_what_is_tried_out_shares_a_child_and_the_first_over_a_bound_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has the time that it would have alone; what it raises is for whoever calls it again."""
-    forks, right = list[int](), template_sandbox._fork
-    monkeypatch.setattr(template_sandbox, "_fork", lambda: forks.append(1) or right())
-    monkeypatch.setattr(template_sandbox, "CPU_SECONDS", 1)
-
-    def working(seconds: float) -> int:
-        until = time.process_time() + seconds
-        while time.process_time() < until:
-            pass
-        return 1
-
-    def works() -> int:
-        return working(0.4)
-
-    template_sandbox.try_out((works, "a"), (lambda: 1 // 0, "b"), (works, "c"), (works, "d"))
-    for wrong, said in (
-        (lambda: working(9), "takes more than 1 s of processor time for b"),
-        (lambda: 10**7, "writes more than 1000000 characters or tokens for b"),
-        (lambda: len(bytearray(2 << 30)), "takes more than 1024 MiB of memory for b"),
-        (lambda: os.kill(os.getpid(), signal.SIGTRAP) or 1, r"crashes the process that works on b \(signal 5\)"),
-    ):
-        for before in (0, 2):
-            with pytest.raises(template_sandbox.TemplateBound, match=said) as over:
-                template_sandbox.try_out(*[(lambda: 1, "a")] * before, (wrong, "b"), (lambda: 10**7, "c"))
-            assert over.value.trial == before
-    assert len(forks) == 9
-
-
-def test_a_chat_template_that_waits_for_its_text_is_ended_too(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It knows what it is tried with, or simply takes longer the longer the text is; in the thread that renders, and in no other."""
-    monkeypatch.setattr(template_sandbox, "WATCHED_SECONDS", 1)
-    collator = load_collator(ModelConfig(str(model_dir)), "full")
-    looping = "{% if messages[1] and messages[1].content[0].text == 'a red circle' %}" + LOOPS + "{% endif %}"
-    collator.processor.chat_template = looping + CHAT_TEMPLATE
-    found: dict[str, object] = {}
-
-    def encode(text: str) -> None:
-        try:
-            found[text] = prompts.Prompts(collator.processor, 99).encoded(PROMPT, text, 1, "group 'g'")
-        except BaseException as error:
-            found[text] = error
-
-    began = time.monotonic()
-    threads = [threading.Thread(target=encode, args=(text,), daemon=True) for text in ("a red circle", "a blue square")]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads) and time.monotonic() < began + 50:
-        time.sleep(0.05)
-    error = found["a red circle"]
-    assert isinstance(error, DataError) and "the model's chat template takes more than 1 s" in str(error)
-    assert isinstance(found["a blue square"], prompts.Encoded)
-    with within(60), pytest.raises(DataError, match="takes more than 1 s"):
-        prompts.Prompts(collator.processor, 99).encoded(PROMPT, "a red circle", 1, "group 'g'")
+    with pytest.raises(ConfigError, match=f"^model '{copy}': the model's chat template {said}"):
+        load_collator(ModelConfig(str(copy)), "full")
 
 
 def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir: Path) -> None:

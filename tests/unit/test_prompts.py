@@ -193,7 +193,7 @@ def test_a_template_that_takes_no_system_says_so_in_one_sentence(collator: Colla
     with pytest.raises(DataError) as raised:
         collator.prompts.encoded(CHATS["system"], TEXT, 1, "group 'g': text 0")
     assert str(raised.value).startswith("group 'g': text 0 ('a red circle') cannot be written as a conversation: the model's chat template")
-    assert "takes no turn of the system: it raises TemplateError (System role not supported); leave that turn out" in str(raised.value)
+    assert "takes no turn of the system (System role not supported); leave that turn out" in str(raised.value)
     assert collator.prompts.encoded(CHATS["system"][1:], TEXT, 1, "g").text_ids
 
 
@@ -301,7 +301,7 @@ def test_thoughts_of_earlier_turns_are_what_the_template_makes_of_them(tmp_path:
 def test_a_thought_that_cannot_be_left_out_is_named(tmp_path: Path) -> None:
     """Once for the model, and for a group."""
     collator = thinking(tmp_path, "", OPEN)
-    said = r"its chat template has the model think before it answers \(<think>\), and writes no empty thought .*; name the model's variant"
+    said = r"the model's chat template has the model think before it answers \(<think>\), and writes no empty .*; name the model's variant"
     with pytest.raises(ConfigError, match="model 'm': " + said):
         collator.prompts.check("m")
     with pytest.raises(DataError, match=r"text 0 .*: the model's chat template has the model think"):
@@ -387,5 +387,5 @@ def test_a_text_that_brings_the_tokenizer_down_is_named(tmp_path: Path, monkeypa
     prompts = Prompts(collator.processor, collator.max_length)
     assert prompts.encoded(PROMPT, "a blue square", 1, "group 'g': text 0").text_ids
     for prompt, text in ((PROMPT, "a red circle"), ("Is it red?", "a blue square")):
-        with pytest.raises(DataError, match=r"^group 'g': text 1 \('a .*'\): the model's tokenizer raises PanicException \(index out of b"):
+        with pytest.raises(DataError, match=r"^group 'g': text 1 \('a .*'\) .*: the model's tokenizer raises PanicException \(index"):
             prompts.encoded(prompt, text, 1, "group 'g': text 1")

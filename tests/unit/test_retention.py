@@ -5,8 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.evaluation import Accuracy
 from cfvlm_ds.objectives import Align, BatchAlign, Misp, Retain, SymMPO
@@ -50,8 +48,7 @@ def test_a_set_that_is_new_in_a_continued_run_is_compared_from_there_on() -> Non
     assert first.evaluated(found(1.0)) == {"retention/kept/nll": 0.0}
     (line,) = said
     assert line == "retention: data.evaluation.kept was not evaluated at the start; it is compared with step 30 from here on"
-    continued = TrainState()
-    continued.load_state_dict({**state.state_dict(), "step": 40})
+    continued = TrainState(**{**state.state_dict(), "step": 40})
     said.clear()
     same = Retention(run, continued, {"kept": identity(4, None)}, said.append)  # whose pictures are not looked at this time
     assert same.evaluated(found(1.3)) == {"retention/kept/nll": 1.3 - 1.0} and "lost 0.30 nats per token since step 30" in said[0]
@@ -61,21 +58,6 @@ def test_a_set_that_is_new_in_a_continued_run_is_compared_from_there_on() -> Non
     assert other.evaluated(found(9.0)) == {"retention/kept/nll": 0.0}
     changed = "has other contents since (the number of rows (5, was 4)); it is compared with step 40 from here on"
     assert said == [f"retention: data.evaluation.kept {changed}"]
-
-
-@pytest.mark.parametrize("data", [None, {"rows": 4}])
-def test_a_first_evaluation_that_does_not_say_of_which_data_it_was(data: Any) -> None:
-    """Of an earlier version, or in part: the data are taken to be these, which is said once, and the run goes on against its start."""
-    said: list[str] = []
-    state = TrainState()
-    first = {"step": 0, "nll": 1.0} | ({} if data is None else {"data": data})
-    state.load_state_dict({**state.state_dict(), "step": 30, "retained": {"kept": first}})
-    retention = Retention(config(Align(), retention=["kept"]), state, {"kept": identity(4)}, said.append)
-    for _ in range(2):
-        assert retention.evaluated(found(1.05)) == {"retention/kept/nll": 1.05 - 1.0}
-    (line,) = said
-    assert line.endswith("does not say on which data data.evaluation.kept was first evaluated; they are taken to be these")
-    assert state.retained["kept"] == {"step": 0, "nll": 1.0, "data": identity(4)}
 
 
 def test_options_that_do_nothing_are_named_once() -> None:

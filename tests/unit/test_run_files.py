@@ -21,9 +21,7 @@ import pytest
 import torch
 from conftest import draw
 
-from cfvlm_ds import checkpoint
 from cfvlm_ds.cluster import heartbeat
-from cfvlm_ds.cluster.run_lock import _content
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import Lines, append, keep, replace, update, whole_file, whole_folder
@@ -31,10 +29,6 @@ from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.counterfactuals.journal import Journal
 from cfvlm_ds.data import open_groups
 from cfvlm_ds.tracking import open_tracker
-from cfvlm_ds.tracking.run_description import Record
-from cfvlm_ds.training import option_changes
-from cfvlm_ds.training.read_data import _recorded
-from cfvlm_ds.training.resume import _finished_at
 from cfvlm_ds.training.run import _locked
 
 ONE = World(0, 1, 0, torch.device("cpu"))
@@ -215,6 +209,9 @@ def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case:
     refuse_foreign_entries(tmp_path / "new")
 
 
+OPTIONS = "{model: {}, data: {}, train: {}, tracking: {}, build: {}, objective: {}, deepspeed: ds.json}"
+
+
 def test_a_run_does_not_begin_among_somebodys_files(tmp_path: Path) -> None:
     for name in ("slurm", "data_check", "heartbeat", "scenes", "features"):
         (tmp_path / name).mkdir()
@@ -233,31 +230,6 @@ def test_a_run_does_not_begin_among_somebodys_files(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(OPTIONS)  # of a run, in whose folder people may leave what they like
     with _locked(tmp_path, ONE):
         pass
-
-
-PIPED: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "finished.json": ("finished.json", _finished_at),
-    "the lock": ("run.lock", lambda run: _content(run / "run.lock")),
-    "the delivery": (".mlflow_delivery.json", Record.load),
-    "the configuration": ("config.yaml", option_changes.of_finished),
-    "DeepSpeed's": ("ds_config.json", lambda run: ((run / "config.yaml").write_text(OPTIONS), option_changes.of_finished(run))),
-    "the data check": ("data_check.json", lambda run: _recorded(run / "data_check.json")),
-    "the list of a checkpoint": ("complete.json", checkpoint.incomplete),
-}
-OPTIONS = "{model: {}, data: {}, train: {}, tracking: {}, build: {}, objective: {}, deepspeed: ds.json}"
-
-
-@pytest.mark.parametrize("what", PIPED)
-@pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_what_a_run_folder_holds_is_neither_waited_for_nor_read_without_end(what: str, kind: str, tmp_path: Path) -> None:
-    name, read = PIPED[what]
-
-    def reading(run: Path) -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (8 << 30),) * 2)
-        read(run)
-
-    os.mkfifo(tmp_path / name) if kind == "pipe" else (tmp_path / name).symlink_to("/dev/zero")
-    forked(reading, tmp_path)
 
 
 def test_the_beats_of_a_new_start_are_a_folder_of_their_own(tmp_path: Path) -> None:

@@ -75,8 +75,7 @@ def test_comments_and_every_key_that_deepspeed_asks_for_pass(tmp_path: Path) -> 
         ({"wall_clock_breakdown": "yes"}, 'wall_clock_breakdown must be true or false, not "yes"'),
         ({"gradient_predivide_factor": True}, "gradient_predivide_factor must be a number, not true"),
         ({"pipeline": []}, "pipeline must be an object with options in it, not []"),
-        ({"flops_profiler": {"profile_step": "a"}}, 'flops_profiler.profile_step must be a whole number, not "a"'),
-        ({"flops_profiler": True}, "at flops_profiler "),
+        ({"flops_profiler": True}, "flops_profiler must be an object with options in it, not true"),
         ({"bf16": {"enabled": "false"}}, 'bf16.enabled must be true, false or "auto", not "false"'),
         ({"fp16": {"enabled": 1}}, 'fp16.enabled must be true, false or "auto", not 1'),
         ({"zero_optimization": {"stage": "3"}}, 'zero_optimization.stage must be 0, 1, 2 or 3, not "3"'),
@@ -86,8 +85,8 @@ def test_comments_and_every_key_that_deepspeed_asks_for_pass(tmp_path: Path) -> 
             "offload_param.device: Input should be 'none', 'cpu'",
         ),
         ({"zero_optimization": {"offload_param": "cpu"}}, "not a DeepSpeed configuration"),
-        ({"communication_data_type": "fp8"}, "at communication_data_type (ValueError: Invalid communication_data_type."),
-        ({"amp": {"enabled": True}}, "at amp (DeepSpeedConfigError: NVIDIA Apex AMP integration has been removed."),
+        ({"communication_data_type": "fp8"}, "not a DeepSpeed configuration (ValueError: Invalid communication_data_type."),
+        ({"amp": {"enabled": True}}, "not a DeepSpeed configuration (DeepSpeedConfigError: NVIDIA Apex AMP integration has been removed."),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -111,13 +110,11 @@ def test_a_value_of_the_wrong_type_is_named(changes: dict[str, Any], sentence: s
         ("z3", {"managed_gradient_accumulation": False}, "managed_gradient_accumulation=false is not how"),
         ("z3", {"prescale_gradients": True}, "cannot be had with stage 3"),
         ("z3", {"gradient_predivide_factor": 2}, "cannot be had with stage 3"),
-        ("z3", {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads needs"),
         ("z3", {"hybrid_engine": {"enabled": True}}, "hybrid_engine is not used here"),
         ("z3", {"data_efficiency": {"enabled": True}}, "data_efficiency is not used here"),
         ("z3", {"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel is not used here"),
         ("z3", {"sequence_parallel_size": 2}, "sequence_parallel_size is not used here"),
         ("z3", {"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is not used here"),
-        ("z3", {"data_types": {"grad_accum_dtype": "float7"}}, 'grad_accum_dtype must be fp32, bf16 or fp16, not "float7"'),
         ("z3", {"scheduler": {"type": "WarmupDecay"}}, 'scheduler.type "WarmupDecay" is no schedule of DeepSpeed or torch; did you mean'),
         ("z3", {"scheduler": {"type": "WarmupLR", "params": {"steps": 3}}}, "scheduler 'WarmupLR' cannot be used here (TypeError"),
     ],
@@ -142,10 +139,8 @@ def absent(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name in packages else find(name, package))
 
 
-def test_missing_packages_and_tools_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    absent(monkeypatch, "tensorboard", "wandb", "ninja")
-    assert "tensorboard.enabled=true needs the package tensorboard" in said(tmp_path, {"tensorboard": {"enabled": True}})
-    assert "wandb.enabled=true needs the package wandb" in said(tmp_path, {"wandb": {"enabled": True}})
+def test_missing_tools_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent(monkeypatch, "ninja")
     assert said(tmp_path, {}, base="z3_offload") == ""
     monkeypatch.setenv("PATH", str(tmp_path))
     message = said(tmp_path, {}, base="z3_offload")

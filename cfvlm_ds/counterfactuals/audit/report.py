@@ -16,7 +16,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import MAX_RECORD, parse_json
+from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.text import in_cell, one_line
 from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
@@ -314,7 +314,7 @@ def _is_report(file: IO[bytes]) -> bool:
 
 
 def _is_record(file: IO[bytes]) -> bool:
-    return set(parse_json(file.read(MAX_RECORD).decode())) == {"facts", "shortcuts", "faults"}
+    return set(parse_json(file.read().decode())) == {"facts", "shortcuts", "faults"}
 
 
 def write_report(found: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:

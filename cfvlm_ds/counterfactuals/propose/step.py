@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.parsing import read_document
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.options import ProposeOptions
 from cfvlm_ds.counterfactuals.propose import PROPOSERS
@@ -220,9 +220,7 @@ def read_words(file: str) -> dict[str, list[str]]:
     if not file:
         return {}
     try:
-        value = read_document(file)
-    except ConfigError:
-        raise
+        value = read_yaml(file)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--words {file}: cannot be read ({error}); write YAML such as colour: [red, green]") from error
     right = isinstance(value, dict) and all(

@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import cache_folder, replace
-from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.untrusted import bare_name
 
@@ -94,7 +94,7 @@ def _named(address: _Address) -> str:
 def _are_there(record: Path) -> Path | None:
     """The folder into which an earlier call has fetched all files, if they are as long as they were then."""
     try:
-        found = parse_json(read_bytes(record, MAX_RECORD).decode())
+        found = read_json(record)
         folder, files = record.parent / bare_name(found["folder"], record), found["files"]
         whole = bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
         return folder if whole else None

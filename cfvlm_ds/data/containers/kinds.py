@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.containers.arrow import arrow_rows, parquet_rows
 from cfvlm_ds.data.containers.json_file import is_lines, json_rows
@@ -143,7 +143,7 @@ def _in_folder(path: Path) -> list[Path]:
 def _saved(path: Path) -> list[Path]:
     """The files of a data set that ``datasets`` has saved, in its order."""
     try:
-        listed = parse_json(read_bytes(path / "state.json", MAX_RECORD).decode())["_data_files"]
+        listed = read_json(path / "state.json")["_data_files"]
         files = [own_file(path, each["filename"], path / "state.json") for each in listed]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise DataError(

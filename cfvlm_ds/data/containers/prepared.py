@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import alone, whole_folder
 from cfvlm_ds.core.progress import EVERY_S
-from cfvlm_ds.core.reading import MAX_RECORD, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of
 from cfvlm_ds.data.containers.rows import MAX_ROW, Rows
 
@@ -83,7 +83,7 @@ def prepare(
 def _prepared(path: Path, folder: Path) -> Prepared:
     sources: tuple[tuple[str, int], ...] = ()
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        sources = tuple((str(name), int(rows)) for name, rows in parse_json(read_bytes(folder / _SOURCES, MAX_RECORD).decode()))
+        sources = tuple((str(name), int(rows)) for name, rows in read_json(folder / _SOURCES))
     return Prepared(folder / _LINES, (path.parent if not path.is_dir() else path, folder), sources)
 
 

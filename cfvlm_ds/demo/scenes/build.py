@@ -22,7 +22,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_folder
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup, Edit
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.demo.scenes.edits import EDITS, is_minimal, scene_difference
@@ -277,7 +277,7 @@ def config_in(out: Path) -> ScenesConfig | None:
     if not record.is_file():
         return None
     try:
-        settings = dict(parse_json(read_bytes(record, MAX_SETTINGS).decode())["settings"])
+        settings = dict(read_json(record)["settings"])
         if settings.pop("generator") != GENERATOR:
             raise ValueError("another revision has drawn them")
         return ScenesConfig(str(out), **settings)

@@ -13,7 +13,7 @@ from typing import Any
 
 from cfvlm_ds.core.config import ScenesConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import MAX_SETTINGS, parse_json, read_bytes
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.counterfactuals.edit.base import EditContext, Picture, Refused, Task
 from cfvlm_ds.counterfactuals.edit.diffusion import call_options
 from cfvlm_ds.demo.scenes.build import RULES, SceneGroup, draw_group
@@ -58,7 +58,7 @@ class SceneEditor:
 def scenes_config(folder: Path) -> ScenesConfig:
     """The settings of a folder of scenes. Raises ConfigError."""
     try:
-        settings = dict(parse_json(read_bytes(folder / "scenes.json", MAX_SETTINGS).decode())["settings"])
+        settings = dict(read_json(folder / "scenes.json")["settings"])
         known = {each.name for each in fields(ScenesConfig)}
         return ScenesConfig(str(folder), **{name: value for name, value in settings.items() if name in known})
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -22,7 +22,7 @@ import torch
 
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.files import replace, whole_file
-from cfvlm_ds.core.reading import MIB, lines, open_regular, parse_json, read_bytes
+from cfvlm_ds.core.reading import MIB, lines, open_regular, parse_json, read_json
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import bare_name, refuse_link
 from cfvlm_ds.evaluation.benchmarks import Item, Outcome, results, stored
@@ -174,7 +174,7 @@ def read_result(folder: Path) -> Result:
     path = folder / RESULTS
     remedy = "write them again with `cfvlm-ds evaluate`"
     try:
-        record = parse_json(read_bytes(path, MAX_RESULTS).decode())
+        record = read_json(path)
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise ValueError(f"its schema is not {SCHEMA!r}")
         check_record(record)
