@@ -78,7 +78,8 @@ def open_groups(
     convert = format_named(format, path)
     _refuse_absent_columns(rows, convert, share.alive, progress)
     whole = Share(alive=share.alive, shield=share.shield)
-    firsts = count_parts(rows, convert, lambda work: whole.over(range(len(rows)), lambda places, done: work(places)))
+    counted = Progress(progress, f"{path}: groups of each row", len(rows), "rows")
+    firsts = count_parts(rows, convert, lambda work: whole.over(range(len(rows)), work, counted))
     own = [each for each in rows.roots if each not in roots]
     return GroupStore(rows, [*roots, *own], convert, firsts, (_again, (path, roots, format, rows.state, limit)), format, limit)
 
