@@ -17,6 +17,7 @@ from cfvlm_ds.cli.options import add_command, add_data_options, add_model_option
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace, whole_file
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.ranks import num_ranks, own_rank
 from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.run_folder import recorded_model
@@ -98,9 +99,10 @@ def _score(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{adapter} holds adapters, and stored scores belong to one model; merge them with `cfvlm-ds export`, name that")
     with whole_file(out) if own_rank() == 0 else open(os.devnull, "wb") as file:
         world = joined(arguments.zero3)
-        checked = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
+        listed = Progress(say, "pictures of rows", len(groups), "groups")
+        checked = PictureTable.of_files((picture for group in listed.over(groups) for image in group.images for picture in image), say)
         scorer, collator, world = load_scorer(model, max_pixels=arguments.max_pixels, checked=checked, world=world, zero3=arguments.zero3)
-        identity = data_identity(groups, groups.roots, checked)
+        identity = data_identity(groups, groups.roots, checked, Progress(say, "identity", len(groups), "groups").advance)
         scores = score_groups(scorer, collator, groups, world, **_batches(arguments))
         _refuse_nonfinite(arguments.model, groups, scores)
         if world.is_main:

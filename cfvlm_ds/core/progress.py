@@ -1,4 +1,4 @@
-"""Progress of long work: a line with a rate and the time left, at most one every few seconds."""
+"""Progress of long work: a line with a rate and the time left, at first after two seconds, and then at most one every few seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-EVERY_S = 5.0
+FIRST_S, EVERY_S = 2.0, 5.0
 
 
 def time_left(passed_s: float, done: float, total: float) -> str:
@@ -25,20 +25,21 @@ class Progress:
         what: is done.
         total: units in all; None where that is not known.
         unit: their name, in the plural.
-        every_s: seconds from one line to the next, at least.
+        every_s: seconds from one line to the next, at least; to the first, at most ``FIRST_S``.
     """
 
     def __init__(self, say: Callable[[str], object], what: str, total: float | None, unit: str, every_s: float = EVERY_S) -> None:
         self._say, self._what, self._total, self._unit, self._every_s = say, what, total, unit, every_s
-        self._began = self._said = time.monotonic()
+        self._began = time.monotonic()
+        self._next = self._began + min(FIRST_S, every_s)
         self._done = 0.0
 
     def advance(self, units: float = 1) -> None:
         """Count more units as done."""
         self._done += units
         now = time.monotonic()
-        if now - self._said >= self._every_s:
-            self._said = now
+        if now >= self._next:
+            self._next = now + self._every_s
             rate = self._done / (now - self._began)
             speed = f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
             if self._total is None:

@@ -14,6 +14,7 @@ import numpy as np
 from cfvlm_ds.core.conversation import spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data.passes import Done, Share
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.data.store import GroupStore
@@ -48,8 +49,11 @@ def data_identity(
     return _joined([_part(groups, roots, pictures, alive)])
 
 
-def shared_identity(store: GroupStore, pictures: PictureTable | None, share: Share) -> Identity:
-    """``data_identity`` of groups that ranks go through together; collective. Raises DataError for a row that is none."""
+def shared_identity(
+    store: GroupStore, pictures: PictureTable | None, share: Share, say: Callable[[str], object] = lambda line: None
+) -> Identity:
+    """``data_identity`` of groups that ranks go through together; collective. ``say`` is told how far it is. Raises DataError for a row
+    that is none."""
 
     def work(places: Sequence[int], done: Done) -> _Part | str:
         try:
@@ -57,8 +61,8 @@ def shared_identity(store: GroupStore, pictures: PictureTable | None, share: Sha
         except DataError as error:
             return str(error)
 
-    mine, problem = [], None
-    for part in share.over(share.of(len(store)), work):
+    mine, problem, places = [], None, share.of(len(store))
+    for part in share.over(places, work, Progress(say, f"identity of {store.path}", len(places), "groups")):
         if isinstance(part, str):
             problem = part
             break

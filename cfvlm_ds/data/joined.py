@@ -62,7 +62,11 @@ class JoinedRows:
         except (TypeError, AttributeError, OverflowError) as error:
             return DataError(f"{where}: a value in the row has the wrong type ({error}); compare it with the format's description")
 
-    def _keys(self, places: Sequence[int]) -> Any:
+    def _keys(self, places: Sequence[int], done: Callable[[], object]) -> Any:
         """A number for each row, the same for those about one picture and prompt; a row that is none has its own."""
-        found = [(row, self._read(row)) for row in places]
-        return np.array([-1 - row if isinstance(each, DataError) else each.key for row, each in found], np.int64)
+        keys = []
+        for row in places:
+            claim = self._read(row)
+            keys.append(-1 - row if isinstance(claim, DataError) else claim.key)
+            done()
+        return np.array(keys, np.int64)

@@ -82,12 +82,12 @@ def open_groups(
     _refuse_absent_columns(rows, convert, share.alive, progress)
     whole, places = Share(alive=share.alive, shield=share.shield), range(len(rows))
 
-    def over(work: Callable[[Sequence[int]], Any]) -> Iterator[Any]:
-        return whole.over(places, lambda places, done: work(places))
+    def over(work: Callable[[Sequence[int], Callable[[], object]], Any], doing: str) -> Iterator[Any]:
+        return whole.over(places, work, Progress(progress, f"{path}: {doing}", len(rows), "rows"))
 
-    firsts = count_parts(rows, convert, over)
+    firsts = count_parts(rows, convert, lambda work: over(work, "groups of each row"))
     if claim := getattr(convert, "claim", None):
-        rows = JoinedRows(rows, claim, over)
+        rows = JoinedRows(rows, claim, lambda work: over(work, "labels"))
     own = [each for each in rows.roots if each not in roots]
     return GroupStore(rows, [*roots, *own], convert, firsts, (_again, (path, roots, format, rows.state, limit)), format, limit)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,14 +44,18 @@ def shared_with(
     evaluation: Mapping[str, Sequence[CounterfactualGroup]],
     pictures: PictureTable | None,
     share: Share,
-    progress: Progress | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Shared]:
     """What each evaluation set shares with the training set; collective.
 
     A row is its prompts, texts and pictures, whatever its id, order of texts or labels; a picture is its contents where they are known,
-    its path otherwise. Rows that cannot be read were named by the check. Memory: 8 bytes for each row and picture of the evaluation sets.
+    its path otherwise. Rows that cannot be read were named by the check. ``say`` is told how far it is. Memory: 8 bytes for each row and
+    picture of the evaluation sets.
     """
-    wanted = {name: _all_keys(groups, pictures, share) for name, groups in evaluation.items()}
+    wanted = {
+        name: _all_keys(groups, pictures, share, Progress(say, f"overlap: {name}", len(share.of(len(groups))), "groups"))
+        for name, groups in evaluation.items()
+    }
     names = list(wanted)
     every = [np.unique(np.concatenate([np.empty(0, np.uint64), *(wanted[name][k] for name in names)])) for k in range(2)]
     hits = [np.zeros(len(keys), bool) for keys in every]
@@ -61,7 +65,7 @@ def shared_with(
         return [np.flatnonzero(contains(np.asarray(mine), keys)) for mine, keys in zip(found, every, strict=True)]
 
     if any(len(keys) for keys in every):
-        for part in share.over(share.of(len(train)), work, progress):
+        for part in share.over(mine := share.of(len(train)), work, Progress(say, "overlap: training groups", len(mine), "groups")):
             for hit, places in zip(hits, part, strict=True):
                 hit[places] = True
     hits = [np.logical_or.reduce(share.board.show(f"shared-{k}", hit)) for k, hit in enumerate(hits)]
@@ -73,9 +77,13 @@ def shared_with(
     return found
 
 
-def _all_keys(groups: Sequence[CounterfactualGroup], pictures: PictureTable | None, share: Share) -> _Keys:
+def _all_keys(groups: Sequence[CounterfactualGroup], pictures: PictureTable | None, share: Share, progress: Progress) -> _Keys:
     """The keys of a set that ranks go through together; collective."""
-    parts = list(share.over(share.of(len(groups)), lambda places, done: _keys((groups[index] for index in places), pictures, done)))
+
+    def work(places: Sequence[int], done: Done) -> _Keys:
+        return _keys((groups[index] for index in places), pictures, done)
+
+    parts = list(share.over(share.of(len(groups)), work, progress))
     mine = [np.unique(np.concatenate([np.empty(0, np.uint64), *(part[k] for part in parts)])) for k in range(2)]
     found = _Keys(*(np.unique(np.concatenate(share.board.show(name, keys))) for name, keys in zip(("rows", "shown"), mine, strict=True)))
     share.board.clear()

@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 Done = Callable[[], object]
 """Called after every place of a chunk."""
 
-_CHUNK = 1024
+_CHUNK = 256
 _MANY = 1 << 14  # places from which on processes are worth their start
 
 
@@ -95,14 +95,13 @@ class Share:
         """The places of this rank: one after the other, so that files are read as they lie."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def over(self, places: Sequence[int], work: Callable[[Sequence[int], Done], T], progress: Progress | None = None) -> Iterator[T]:
+    def over(self, places: Sequence[int], work: Callable[[Sequence[int], Done], T], progress: Progress) -> Iterator[T]:
         """What ``work`` gives for each chunk of places, in their order. It may run in other processes, and raises nothing there."""
         chunks = [places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK)]
-        advance = progress.advance if progress else lambda units=1: None
         if len(places) < _MANY or (cores := cores_per_rank()) < 2:
 
             def done() -> None:
-                advance()
+                progress.advance()
                 self.alive()
 
             for chunk in chunks:
@@ -120,7 +119,7 @@ class Share:
         for chunk, found in zip(chunks, loader, strict=True):
             self.alive()
             yield found
-            advance(len(chunk))
+            progress.advance(len(chunk))
 
 
 class Firsts:

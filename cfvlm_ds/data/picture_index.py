@@ -22,6 +22,7 @@ import numpy.typing as npt
 from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import TooLarge
 from cfvlm_ds.data.decoding import MAX_BYTES, Size, image_size
 from cfvlm_ds.data.picture_file import open_picture, picture_stat
@@ -93,7 +94,7 @@ class PictureTable:
         return cls._sorted(_records(pictures.items()))
 
     @classmethod
-    def of_files(cls, paths: Iterable[Path]) -> PictureTable:
+    def of_files(cls, paths: Iterable[Path], say: Callable[[str], object] = lambda line: None) -> PictureTable:
         """A table of files whose contents are hashed here; those that cannot be read are left out, for whoever opens them says why."""
 
         def look(path: Path) -> Picture | None:
@@ -102,8 +103,9 @@ class PictureTable:
             return None
 
         distinct = list(dict.fromkeys(paths))
+        counted = Progress(say, "contents of pictures", len(distinct), "pictures")
         with ThreadPoolExecutor(cores_per_rank()) as pool:
-            found = zip(distinct, pool.map(look, distinct), strict=True)
+            found = zip(distinct, counted.over(pool.map(look, distinct)), strict=True)
             return cls.of({path: picture for path, picture in found if picture is not None})
 
     @classmethod

@@ -169,8 +169,15 @@ def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]])
     parts = getattr(convert, "parts", None)
     if parts is None:
         return None
-    counted = [np.zeros(1, np.int64), *over(lambda places: np.array([_parts_of(rows.value(row), parts) for row in places], np.int64))]
-    firsts = np.cumsum(np.concatenate(counted))
+
+    def work(places: Sequence[int], done: Callable[[], object]) -> npt.NDArray[Any]:
+        found = np.zeros(len(places), np.int64)
+        for k, row in enumerate(places):
+            found[k] = _parts_of(rows.value(row), parts)
+            done()
+        return found
+
+    firsts = np.cumsum(np.concatenate([np.zeros(1, np.int64), *over(work)]))
     if firsts[-1] >= 1 << 32:
         raise DataError(f"{rows.path}: its rows have {firsts[-1]} groups, and {1 << 32} is the bound; split the file")
     return firsts.astype("<u4")

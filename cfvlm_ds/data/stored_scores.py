@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.identity import Identity, changes
@@ -141,7 +142,12 @@ class ScoresOfSources(Mapping[str, StoredScores]):
 
 
 def read_scores(
-    path: Path, groups: Sequence[CounterfactualGroup], data: Identity, *, made_by: Mapping[str, str] | None = None
+    path: Path,
+    groups: Sequence[CounterfactualGroup],
+    data: Identity,
+    *,
+    made_by: Mapping[str, str] | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Mapping[str, StoredScores]:
     """Scores by group id, in no memory that grows with their values. Raises DataError on a missing, incomplete or foreign file, or a value
     that is not finite.
@@ -150,6 +156,7 @@ def read_scores(
     processor or template. Order, labels and weights of the groups may have changed: no score depends on them.
 
     ``data`` is the groups' identity, made with the roots that they were read with: paths count relative to these.
+    ``say`` is told how far it is.
     """
     if not os.path.exists(path):
         raise DataError(f"{path}: no such scores file; {_REMEDY}")
@@ -158,7 +165,7 @@ def read_scores(
         if not len(rows):
             raise ValueError("it is empty")
         _check_header(path, _parsed(rows, 0), data, made_by)
-        found, elsewhere = _checked(rows, groups)
+        found, elsewhere = _checked(rows, groups, Progress(say, f"{path}: scores", len(rows) - 1, "groups"))
         if again := found.twice():
             raise DataError(_one_too_many(rows, *again))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -177,10 +184,10 @@ def read_scores(
 _REMEDY = "write it again with `cfvlm-ds score`"
 
 
-def _checked(rows: IndexedLines, groups: Sequence[CounterfactualGroup]) -> tuple[ScoresFile, Sequence[int]]:
+def _checked(rows: IndexedLines, groups: Sequence[CounterfactualGroup], progress: Progress) -> tuple[ScoresFile, Sequence[int]]:
     """The scores of a file, and the places of groups whose row is not the one at their place. Raises DataError, and as a row is parsed."""
     keys, elsewhere = np.zeros(len(rows) - 1, np.uint64), array("q")
-    for place in range(1, len(rows)):
+    for place in progress.over(range(1, len(rows))):
         row = _parsed(rows, place)
         if place > len(groups):
             raise DataError(_one_too_many(rows, place, row["id"]))

@@ -203,7 +203,7 @@ class _Check:
         self._patience.meet()
         found = _from_main(found, self._world)
         if found is None:
-            found = _from_main(shared_identity(groups, pictures, self._share()), self._world)
+            found = _from_main(shared_identity(groups, pictures, self._share(), self._world.say), self._world)
             self._keep(each, identity=found, pictures=table)
         return dict(found)
 
@@ -222,7 +222,7 @@ class _Check:
             said = kept["said"] if isinstance(kept, dict) and kept.get("of") == depends and isinstance(kept.get("said"), list) else None
             said = _from_main(said, self._world)
             if said is None:
-                found = shared_with(sources[name].groups, splits, pictures, self._share())
+                found = shared_with(sources[name].groups, splits, pictures, self._share(), say)
                 said = [
                     f"data.evaluation.{split}: {what} are in the training set {each.path} too" for split, what in found.items() if str(what)
                 ]

@@ -147,16 +147,16 @@ def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[st
         return None
     made_by = model_fingerprint(config.model, world)
     try:
-        return _read_scores(config, data, made_by)
+        return _read_scores(config, data, made_by, world)
     except DataError:
         forget(config, world)
         raise
 
 
-def _read_scores(config: RunConfig, data: RunData, made_by: dict[str, str]) -> Mapping[str, StoredScores]:
+def _read_scores(config: RunConfig, data: RunData, made_by: dict[str, str], world: World) -> Mapping[str, StoredScores]:
     """Scores of the training groups by id: of each source that has a file of them."""
     found = {
-        name: read_scores(Path(each.scores), *data.sources[name], made_by=made_by)
+        name: read_scores(Path(each.scores), *data.sources[name], made_by=made_by, say=world.say)
         for name, each in config.data.train_sets.items()
         if each.scores is not None
     }

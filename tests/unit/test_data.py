@@ -19,9 +19,13 @@ from PIL import Image, ImageFile
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import PICTURE, SHAM, Candidate, CounterfactualGroup, Edit, Turn
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.data import CheckReport, check, check_manifest, image_size, named_apart, open_image, read_manifest
+from cfvlm_ds.data import CheckReport, check, check_manifest, image_size, named_apart, open_groups, open_image, read_manifest
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
-from cfvlm_ds.data.identity import changes, data_identity
+from cfvlm_ds.data.identity import changes, data_identity, shared_identity
+from cfvlm_ds.data.overlap import shared_with
+from cfvlm_ds.data.passes import Share
+from cfvlm_ds.data.picture_index import PictureTable
+from cfvlm_ds.data.stored_scores import StoredScores, read_scores, write_scores
 
 
 def save(path: Path, color: object = (10, 20, 30), mode: str = "RGB", size: tuple[int, int] = (8, 6), **options: object) -> Path:
@@ -672,19 +676,20 @@ def test_each_image_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_progress_has_rate_and_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 1000, 4))  # each step of work takes 4 seconds, and a line comes after 5 at the earliest
+    clock = iter(range(0, 1000, 4))  # each step of work takes 4 seconds; the first line comes after 2, others 5 after the last
     monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
     lines: list[str] = []
     assert list(Progress(lines.append, "check of images", 5, "images").over("abcde")) == list("abcde")
     assert lines == [
-        "check of images: 2 of 5 images, 0.25 images/s, 0:00:12 left",
-        "check of images: 4 of 5 images, 0.25 images/s, 0:00:04 left",
+        "check of images: 1 of 5 images, 0.25 images/s, 0:00:16 left",
+        "check of images: 3 of 5 images, 0.25 images/s, 0:00:08 left",
+        "check of images: 5 of 5 images, 0.25 images/s, 0:00:00 left",
     ]
     lines.clear()
     written = Progress(lines.append, "export", 3000, "GB", every_s=8)
-    written.advance(0.0)
-    written.advance(1500.5)  # 8 s after the start: 187.6 a second
-    assert lines == ["export: 1500.5 of 3000 GB, 188 GB/s, 0:00:08 left"]
+    written.advance(750.25)  # 4 s after the start: 187.6 a second
+    written.advance(1.0)
+    assert lines == ["export: 750.2 of 3000 GB, 188 GB/s, 0:00:12 left"]
 
 
 def test_checks_say_how_far_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -693,6 +698,15 @@ def test_checks_say_how_far_they_are(folder: Path, monkeypatch: pytest.MonkeyPat
     check_manifest(manifest(folder, row("a"), row("b")), progress=lines.append)
     counted = [f"{what}: {n} of 2 {unit}" for what, unit in (("rows", "groups"), ("images", "images"), ("texts", "groups")) for n in (1, 2)]
     assert [line.partition(",")[0] for line in lines] == [f"check of {each}" for each in counted]
+    lines.clear()
+    store, said, file = open_groups(folder / "m.jsonl"), lines.append, folder / "scores.jsonl"
+    identity = shared_identity(store, None, Share(), said)
+    shared_with(store, {"test": store}, None, Share(), said)
+    write_scores(file, store, {group.id: StoredScores(((0.0,) * 2,) * 2, (0.0,) * 2) for group in store}, "m", identity)
+    read_scores(file, store, identity, say=said)
+    PictureTable.of_files([folder / "a.png", folder / "b.png"], said)
+    begun = [f"identity of {store.path}", "overlap: test", "overlap: training groups", f"{file}: scores", "contents of pictures"]
+    assert [line.partition(" of 2 ")[0] for line in lines] == [f"{what}: {n}" for what in begun for n in (1, 2)]
 
 
 def test_long_reports_are_cut(folder: Path) -> None:
