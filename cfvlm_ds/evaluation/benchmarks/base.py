@@ -203,12 +203,12 @@ def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda
         )
     if not items and not problems:
         problems.append(DataError(f"{root}: no item in the files of {benchmark.title}; get them again"))
-    in_files, found = len(items) + len(problems), []
+    in_files, kept = len(items) + len(problems), list[Item]()
     for item in spread(tuple(items.values()), limit):
         absent = [source.absent[picture] for image in item.images for picture in image if picture in source.absent]
         problems += absent[:1]
-        found += [] if absent else [item]
-    return Loaded(tuple(found), tuple(problems), tuple(notes), in_files, limit)
+        kept += [] if absent else [item]
+    return Loaded(tuple(kept), tuple(problems), tuple(notes), in_files, limit)
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
