@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,10 @@ def attach_adapters(model: Any, folder: Path) -> Any:
     from safetensors.torch import load_file
 
     with explained(f"the adapters of {folder} cannot be loaded", "name the folder that they were written to, with its base where it was"):
-        stored = {name: shape for name, (shape, _) in header(folder / ADAPTER_WEIGHTS).items()}
+        header(folder / ADAPTER_WEIGHTS)
         described = peft.PeftConfig.from_pretrained(str(folder))
-        _bound(described, stored, folder)
+        _refuse_options(described, folder)
+        described.inference_mode, described.init_lora_weights = True, True
         adapted = peft.get_peft_model(model, described)
         weights = load_file(folder / ADAPTER_WEIGHTS)
         found = peft.set_peft_model_state_dict(adapted, weights)
@@ -129,13 +130,8 @@ _WITHOUT_EFFECT = {
 """Of an adapter configuration: replaced by what the weights have, or of training alone."""
 
 
-def _bound(described: Any, stored: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Restrict an adapter configuration to what the weights have: the layers that they name, and no larger rank. As configured, the layers
-    are a pattern, which may take forever to match, and a large rank fills memory before the first weight is compared with it.
-
-    Raises ConfigError if the configuration has other ranks, patterns for them instead of names, or options that are not known here: some
-    import modules by name, or repeat layers without end.
-    """
+def _refuse_options(described: Any, folder: Path) -> None:
+    """Raise ConfigError for options of an adapter configuration that are not known here: some import modules by name."""
     default = type(described)()
     known = _USED | _WITHOUT_EFFECT
     if foreign := [f.name for f in fields(default) if f.name not in known and getattr(described, f.name) != getattr(default, f.name)]:
@@ -143,19 +139,6 @@ def _bound(described: Any, stored: Mapping[str, tuple[int, ...]], folder: Path) 
             f"the adapters of {folder} have {foreign[0]} in their adapter_config.json, which is not supported; merge them into their base "
             "with peft, and name the merged folder"
         )
-    ranks = [shape[0] for name, shape in stored.items() if name.endswith(".lora_A.weight") and shape]
-    patterns = [*(described.rank_pattern or {}), *(described.alpha_pattern or {}), *(described.modules_to_save or [])]
-    if odd := [name for name in patterns if not re.fullmatch(r"[\w.\\^$]*", name)]:
-        raise ConfigError(f"the adapters of {folder} have {odd[0]!r} for the name of a layer in a pattern; write names")
-    for rank in (described.r, *(described.rank_pattern or {}).values()):
-        if type(rank) is not int or not 0 < rank <= max(ranks, default=0):
-            raise ConfigError(
-                f"the adapters of {folder} have rank {rank} by their adapter_config.json, and at most {max(ranks, default=0)} by their "
-                "weights; restore the file"
-            )
-    described.target_modules = {name.removeprefix("base_model.model.").rpartition(".lora_A.")[0] for name in stored if ".lora_A." in name}
-    described.exclude_modules = described.layers_to_transform = described.layers_pattern = None
-    described.inference_mode, described.init_lora_weights = True, True
 
 
 def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any:
