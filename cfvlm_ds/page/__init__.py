@@ -8,8 +8,6 @@ from the disk, but load scripts. Shapes: I images, C texts.
 from __future__ import annotations
 
 import difflib
-import functools
-import hashlib
 import json
 import os
 import re
@@ -21,31 +19,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
-from PIL import Image as Pillow
-from scipy.ndimage import binary_dilation, binary_fill_holes
 
 from cfvlm_ds.core.conversation import Prompt
 from cfvlm_ds.core.distributed import cores_per_rank
-from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
+from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.files import aside_of, whole_folder
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup, Edit
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.core.untrusted import refuse_link
-from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
+from cfvlm_ds.data.decoding import MAX_PIXELS
+from cfvlm_ds.page.pictures import SMALL_SIDE, Looks, difference, looks
 
 Fact: TypeAlias = tuple[str, str]
 """A name and what is said under it."""
 Span: TypeAlias = tuple[int, int]
 """First character, and the one past the last."""
-Grid: TypeAlias = npt.NDArray[Any]
-"""A picture reduced to what it is compared by, [height, width, 3] in uint8."""
 
 MOST = 100_000
 """Groups of a page."""
@@ -53,13 +46,6 @@ MAX_TEXT = 20_000
 """Characters of a text that are shown."""
 MAX_COMPARED = 40_000
 """Pairs of words of two texts, between their common beginning and end, that are compared: a hostile pair takes the cube of its length."""
-GRID = 96
-"""Cells of the longer side of the grid on which pictures are compared."""
-VISIBLE = 10
-"""Levels of 255 by which the mean of a cell must differ. Saving a picture again, as JPEG or by a latent model, changes less."""
-_MOST_SEGMENTS, _MOST_GROWTH, _EVERYWHERE = 1000, 8, 0.6  # of an outline; the share of a picture from which on it has none
-_MAX_SIDE, _LOSSLESS_SIDE, _SMALL_SIDE = 768, 256, 200  # pixels of a copy's longer side, of one that is a PNG, of one that is enlarged
-_RECENT = 2048  # pictures of which is kept what they are compared by, 27 kB at most: groups of one scene share them
 _CHUNK_GROUPS, _CHUNK_CELLS = 32, 2048
 _SEARCHED = 1000  # characters of a group's texts
 _ASSETS = ("page.css", "page.js")
@@ -240,7 +226,7 @@ def write_page(page: Page, out: Path, *, max_pixels: int = MAX_PIXELS, say: Call
     if page.total > MOST:
         raise ConfigError(f"a page of {page.total} groups is more than the {MOST} that a browser takes; show fewer of them")
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"runs": runs, "number": _number}
+    environment.filters.update(runs=runs, number=_number)
     template: Any = environment.get_template("page.html.jinja").module
     rows: list[tuple[int, int, float | None, dict[str, list[str]], str]] = []
     filters: dict[str, Counter[str]] = defaultdict(Counter)
@@ -249,7 +235,7 @@ def write_page(page: Page, out: Path, *, max_pixels: int = MAX_PIXELS, say: Call
         with whole_folder(final) as folder, ThreadPoolExecutor(cores_per_rank()) as pool:
             (folder / "data").mkdir()
             (folder / "pictures").mkdir()
-            look, progress = _looks(folder, max_pixels), Progress(say, "page", page.total, "groups")
+            look, progress = looks(folder, max_pixels), Progress(say, "page", page.total, "groups")
             for number, chunk in enumerate(_chunks(page.items)):
                 list(pool.map(look, dict.fromkeys(picture for item in chunk for image in item.images for picture in image.pictures)))
                 drawn = []
@@ -346,7 +332,7 @@ def runs(text: str, marks: bytes = b"") -> Iterator[tuple[bool, bool, str]]:
     counted at the end."""
     shown = text[:MAX_TEXT]
     kinds = ((bool(marks and marks[k]), k if _is_hidden(shown, k) else -1) for k in range(len(shown)))
-    if not marks and shown.isprintable():  # as most are
+    if not marks and printable(shown) == shown:  # as most are
         yield False, False, shown
     else:
         for (changed, hidden), part in groupby(zip(kinds, shown, strict=True), lambda each: each[0]):
@@ -359,7 +345,7 @@ def _is_hidden(text: str, place: int) -> bool:
     """Whether a character is invisible, or turns what follows around: all controls and formats but line breaks and tabs, and but the
     joiners that Indic scripts, Persian and emoji have between letters."""
     character = text[place]
-    if character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs":
+    if printable(character) == character or character in "\n\t" or unicodedata.category(character) == "Zs":
         return False
     return character not in "\u200c\u200d" or not (0 < place < len(text) - 1 and min(text[place - 1], text[place + 1]) > "\x7f")
 
@@ -367,38 +353,7 @@ def _is_hidden(text: str, place: int) -> bool:
 # ---- pictures
 
 
-class _Seen(NamedTuple):
-    """A picture: the name of its copy, which is that of all with the same pixels, its size in pixels, and what it is compared by."""
-
-    name: str
-    size: tuple[int, int]
-    grid: Grid
-
-
-Look: TypeAlias = Callable[[Path], _Seen | str]
-
-
-def _looks(folder: Path, max_pixels: int) -> Look:
-    """A function that decodes a picture under the usual bounds and saves it anew, made small and without what else its file holds; or says
-    why it cannot. No name of a source is part of a copy's. The last ones are not decoded again."""
-
-    @functools.lru_cache(_RECENT)
-    def look(path: Path) -> _Seen | str:
-        try:
-            image = open_image(path, max_pixels)
-        except DataError as error:
-            return str(error)
-        pixels = "x".join(map(str, image.size)) + "-" + hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
-        found = _Seen(f"pictures/{pixels}.{'png' if max(image.size) <= _LOSSLESS_SIDE else 'jpg'}", image.size, reduced(image))
-        image.thumbnail((_MAX_SIDE, _MAX_SIDE), Pillow.Resampling.LANCZOS)
-        image.info.clear()  # comments, and where a photograph was taken
-        image.save(folder / found.name, quality=85)
-        return found
-
-    return look
-
-
-def _pictures(item: Item, look: Look, problems: dict[Path, str]) -> list[list[dict[str, Any]]]:
+def _pictures(item: Item, look: Looks, problems: dict[Path, str]) -> list[list[dict[str, Any]]]:
     """What is drawn of the pictures of each image: a copy and how it differs from the factual picture, or why there is none."""
     drawn: list[list[dict[str, Any]]] = []
     for i, image in enumerate(item.images):
@@ -413,7 +368,7 @@ def _pictures(item: Item, look: Look, problems: dict[Path, str]) -> list[list[di
             if isinstance(seen := look(path), str):
                 found["missing"] = problems[path] = seen
                 continue
-            found |= {"src": seen.name, "size": seen.size, "small": max(seen.size) < _SMALL_SIDE}
+            found |= {"src": seen.name, "size": seen.size, "small": max(seen.size) < SMALL_SIDE}
             if against is None or isinstance(factual := look(against), str):
                 continue
             path_, share = "", 0.0
@@ -433,35 +388,3 @@ def _pictures(item: Item, look: Look, problems: dict[Path, str]) -> list[list[di
                     else f"differs invisibly from image {other}"
                 )
     return drawn
-
-
-def reduced(image: Pillow.Image) -> Grid:
-    """The means of an RGB picture on its grid; a picture that is smaller than the grid is its own."""
-    scale = min(1.0, GRID / max(image.size))
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    return np.asarray(image.resize((width, height), Pillow.Resampling.BOX))
-
-
-def difference(first: Grid, second: Grid) -> tuple[str, float]:
-    """Where two reduced pictures of the same shape differ: an SVG path on their grid, and the share of its cells. The path is empty where
-    nothing differs visibly, or nearly everything."""
-    mask = np.abs(first.astype(np.int16) - second).max(2) > VISIBLE
-    share, lines = float(mask.mean()), list[str]()
-    if 0 < share <= _EVERYWHERE:
-        for _ in range(_MOST_GROWTH):  # a little room around it, so that the line does not hide what it shows
-            mask = binary_fill_holes(binary_dilation(mask, np.ones((3, 3))))
-            lines = _boundary(mask)
-            if len(lines) <= _MOST_SEGMENTS:
-                break
-    return "".join(lines), share
-
-
-def _boundary(mask: Grid) -> list[str]:
-    """The edges between cells that are in the mask and cells that are not, as lines along the grid."""
-    padded, lines = np.pad(mask, 1), []
-    across, down = padded[1:, 1:-1] != padded[:-1, 1:-1], (padded[1:-1, 1:] != padded[1:-1, :-1]).T
-    for edges, form in ((across, "M{1} {0}h{2}"), (down, "M{0} {1}v{2}")):
-        steps = np.diff(np.pad(edges, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-        starts, ends = np.argwhere(steps == 1), np.argwhere(steps == -1)
-        lines += [form.format(line, start, end - start) for (line, start), (_, end) in zip(starts, ends, strict=True)]
-    return lines

@@ -28,8 +28,9 @@ from cfvlm_ds.data.stats import statistics
 from cfvlm_ds.data.stored_scores import StoredScores, write_scores
 from cfvlm_ds.evaluation import view
 from cfvlm_ds.evaluation.view import score_table
-from cfvlm_ds.page import MAX_TEXT, Item, Page, ScoreTable, Text, changed_words, difference, reduced, runs, write_page
+from cfvlm_ds.page import MAX_TEXT, Item, Page, ScoreTable, Text, changed_words, pictures, runs, write_page
 from cfvlm_ds.page import Image as Shown
+from cfvlm_ds.page.pictures import difference, reduced
 
 HOSTILE = (
     '</script><script>document.title = "owned"</script>',
@@ -286,8 +287,8 @@ def test_copies_are_small_and_hold_the_pixels_alone(folder: Path) -> None:
 
 def test_many_groups_are_in_chunks_and_share_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a chunk holds is bounded, and a picture is decoded once."""
-    opened, right = list[Path](), pages.open_image
-    monkeypatch.setattr(pages, "open_image", lambda path, most: opened.append(path) or right(path, most))
+    opened, right = list[Path](), pictures.open_image
+    monkeypatch.setattr(pictures, "open_image", lambda path, most: opened.append(path) or right(path, most))
     rows = [group(f"g{k}") for k in range(70)]
     rows[40] |= {"texts": [{"id": f"t{c}", "text": f"text {c}"} for c in range(1000)]}
     page = view(manifest(folder, *rows), folder / "page").folder
@@ -383,8 +384,8 @@ def test_margins_by_hand() -> None:
     found = table(((1, 0), (0, 1)), ((-10.0, -12.0), (-9.0, -11.5)))
     assert found.margins == [[[2.0, -1.0], None], [None, [-2.5, 0.5]]] and (found.lost, found.worst) == (2, -2.5)
     assert table(((1, None), (None, None)), ((-1.0, -2.0), (-3.0, -4.0))).worst is None
-    several = table(((1, 0, 0, 1),), ((-1.0, -5.0, -7.0, -7.0),), "ppqq")
-    assert several.margins == [[[4.0, None], None, None, [0.0, None]]] and several.lost == 1
+    several = table(((1, 0, 0, 0, 1),), ((-1.0, -5.0, -6.0, -7.0, -7.0),), "pppqq")
+    assert several.margins == [[[4.0, None], None, None, None, [0.0, None]]] and several.lost == 1
 
 
 def run_folder(folder: Path, rows: dict[str, list[dict[str, Any]]], scores: dict[str, Any], limit: int | None = None) -> Path:
@@ -599,7 +600,7 @@ def test_keys_filters_and_address(folder: Path, tab: Tab) -> None:
     tab.draw(page, "#group=6&edit+type=colour&source=s2")
     assert tab.text("h2") == "g5" and tab.text("#position") == "1 / 1 of 9"
     tab.draw(page, "#group=3")
-    assert tab.count(".outline") == 2
+    assert tab.count(".outline") == 2 and tab.run("document.querySelector('.frame').clientWidth") == 320
     tab.press("e")
     assert tab.run("getComputedStyle(document.querySelector('.outline')).display") == "none"
     named = "(e) => e.alt || e.labels?.length || e.textContent.trim()"
@@ -624,7 +625,8 @@ def test_what_is_large_or_rare_is_drawn(folder: Path, tab: Tab) -> None:
 
     alone = Item("alone", [Shown([], "")], [Text("x")], [[None]])
     lost = Item("lost", [Shown([folder / "gone.png"], "")], [Text("x")], [[1]])
-    some = [conversation(20, 100), alone, lost, *[conversation(1, 2)] * 30]
+    worst = Item("worst", [Shown([], "")], [Text("x")], [[1]], scores=[ScoreTable("", [[0.0]], decided=(-9.0,))])
+    some = [conversation(20, 100), alone, lost, *[conversation(1, 2)] * 29, worst]
     page = write_page(Page("p", some, len(some)), folder / "page").folder
     tab.draw(page)
     assert [tab.count(each) for each in ("tbody .text", "th.image", ".slot", ".turn")] == [100, 20, 1, 2]
@@ -639,6 +641,11 @@ def test_what_is_large_or_rare_is_drawn(folder: Path, tab: Tab) -> None:
     assert tab.count(".card") == 9
     tab.run("document.querySelector('.card').click()")
     assert tab.text("#position") == "25 / 33" and tab.complaints == []
+    tab.draw(page, "#order=worst")
+    tab.press("Home")
+    assert tab.text("h2") == "worst" and tab.text(".title .verdict") == "lost, margin \u22129.0"
+    tab.press("End")
+    assert tab.text("h2") == "lost"
     (page / "data" / "chunk-0.js").unlink()
     tab.draw(page)
     assert "data/chunk-0.js cannot be loaded" in tab.text(".empty")
