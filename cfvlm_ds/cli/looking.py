@@ -38,29 +38,19 @@ def add(data: Any) -> None:
 
 
 def _view(arguments: argparse.Namespace) -> None:
+    out, say = Path(arguments.out), print_line if shows_progress() else lambda line: None
     if (Path(arguments.source) / "run.json").is_file():
-        _view_work(arguments)
-        return
-    if arguments.rejected:
+        from cfvlm_ds.counterfactuals.looking import view_work
+
+        written = view_work(Path(arguments.source), out, rejected=arguments.rejected, sample=arguments.sample, seed=arguments.seed, say=say)
+    elif arguments.rejected:
         raise ConfigError(f"{arguments.source} is no work folder, and has no rejected candidates; leave --rejected out")
-    from cfvlm_ds.evaluation import view
+    else:
+        from cfvlm_ds.evaluation import view
 
-    options = {name: getattr(arguments, name) for name in ("root", "format", "scores", "sample", "seed", "ids", "max_pixels")}
-    if not shows_progress():
-        options["say"] = lambda line: None
-    _print_written(view(arguments.source, arguments.out, **options), arguments.out)
-
-
-def _view_work(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.counterfactuals.looking import view_work
-
-    say = print_line if shows_progress() else lambda line: None
-    given = {"rejected": arguments.rejected, "sample": arguments.sample, "seed": arguments.seed, "say": say}
-    _print_written(view_work(Path(arguments.source), Path(arguments.out), **given), arguments.out)
-
-
-def _print_written(written: Any, out: str) -> None:
-    print(f"wrote {Path(out) / 'index.html'}: {written.num_items} groups, {written.num_pictures} pictures")
+        named = ("root", "format", "scores", "sample", "seed", "ids", "max_pixels")
+        written = view(arguments.source, out, **{name: getattr(arguments, name) for name in named}, say=say)
+    print(f"wrote {out / 'index.html'}: {written.num_items} groups, {written.num_pictures} pictures")
     if written.problems:
         first = next(iter(written.problems.values()))
         print(f"{len(written.problems)} pictures could not be shown, and their places say why; the first: {first}")

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cfvlm_ds.core.config import SECTIONS, ModelConfig
+from cfvlm_ds.core.data_config import DataConfig, EvaluationSet
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import read_json, read_yaml
 from cfvlm_ds.core.untrusted import own_file, refuse_link
@@ -29,6 +30,9 @@ FILES = (
 )  # fmt: skip
 FOLDERS = ("mlartifacts", "scores", "benchmarks", "heartbeat", "data_check", "export", "adapter")
 """Names that a run writes into its folder, except checkpoints, which are made elsewhere and renamed."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,19 +133,31 @@ def recorded_options(run_dir: Path) -> dict[str, Any]:
 
 def recorded_model(run_dir: Path) -> ModelConfig:
     """The model of a run, from the configuration in its folder. Raises ConfigError if that is not one."""
+    model = _recorded(run_dir, "model", ModelConfig)
+    if not model.name_or_path:
+        raise ConfigError(f"{run_dir / 'config.yaml'} is not a run's configuration (model.name_or_path is empty); restore it")
+    return model
+
+
+def recorded_evaluation(run_dir: Path) -> dict[str, EvaluationSet]:
+    """The manifests on which a run is evaluated, as the configuration in its folder names them. Raises ConfigError if that is not one."""
+    return _recorded(run_dir, "data", DataConfig, "evaluation", "format", "root").evaluation_sets
+
+
+def _recorded(run_dir: Path, section: str, kind: type[T], *only: str) -> T:
+    """A section of a run's configuration, or some of its options alone."""
     from jsonargparse import ArgumentParser
 
     path = run_dir / "config.yaml"
+    options = recorded_options(run_dir).get(section)
+    if not isinstance(options, dict):
+        raise ConfigError(f"{path} is not a run's configuration (it has no section {section}); restore it")
+    recorded = {section: {name: value for name, value in options.items() if not only or name in only}}
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ModelConfig, "model")
-    options = recorded_options(run_dir)
-    if not isinstance(options.get("model"), dict):
-        raise ConfigError(f"{path} is not a run's configuration (it has no section model); restore it")
+    parser.add_class_arguments(kind, section)
     try:
-        model: ModelConfig = parser.instantiate(parser.parse_object({"model": options["model"]})).model
-        if not model.name_or_path:
-            raise ValueError("model.name_or_path is empty")
-        return model
+        found: T = parser.instantiate(parser.parse_object(recorded))[section]
+        return found
     except Exception as error:  # the parser and YAML raise nearly anything on what is no configuration
         raise ConfigError(f"{path} is not a run's configuration ({type(error).__name__}: {error}); restore it") from error
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError
@@ -12,8 +13,6 @@ from cfvlm_ds.counterfactuals.history import Edited, History, histories
 from cfvlm_ds.counterfactuals.judge import GOOD, margins, read_thresholds
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 from cfvlm_ds.page import Image, Item, Page, ScoreTable, Text, Written, write_page
-
-_MOST = 100_000
 
 
 def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, say: Callable[[str], object]) -> Written:
@@ -25,21 +24,21 @@ def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, 
     own = work.path / "thresholds.json"
     rule = "" if work.settings("verify").get("scored") else "checks"
     thresholds = read_thresholds(own if own.is_file() else None, rule)
-    chosen: list[tuple[float, History, Edited]] = []
     draw, seen = random.Random(seed), 0
-    for shard in range(work.shards):
-        for history in histories(work, shard, thresholds):
-            for edited in history.edits:
-                if rejected and edited.reason == GOOD:
-                    continue
-                seen += 1
-                chosen.append((draw.random(), history, edited))
-                if len(chosen) > 2 * min(sample, _MOST):
-                    chosen = sorted(chosen, key=lambda each: each[0])[: min(sample, _MOST)]
+
+    def drawn() -> Iterator[tuple[float, int, History, Edited]]:
+        nonlocal seen
+        for shard in range(work.shards):
+            for history in histories(work, shard, thresholds):
+                for edited in history.edits:
+                    if not rejected or edited.reason != GOOD:
+                        seen += 1
+                        yield draw.random(), seen, history, edited
+
+    chosen = heapq.nsmallest(sample, drawn())
     if not chosen:
         raise ConfigError(f"{out}: there is no {'rejected ' * rejected}candidate to show")
-    chosen = sorted(chosen, key=lambda each: each[0])[: min(sample, _MOST)]
-    items = (_item(history, edited) for _, history, edited in sorted(chosen, key=lambda each: str(each[2].proposal["id"])))
+    items = (_item(history, edited) for _, _, history, edited in sorted(chosen, key=lambda each: str(each[3].proposal["id"])))
     facts = [("work folder", str(out)), ("candidates", f"{len(chosen)} of {seen}" + " that are not good" * rejected)]
     return write_page(Page(out.name, items, len(chosen), facts, "log P(yes)"), page, say=say)
 
@@ -52,20 +51,10 @@ def _item(history: History, edited: Edited) -> Item:
         images.append(Image((best.picture,), f"attempt {best.number}"))
         match.append([0, 1])
     texts = [Text(str(history.line["caption"]), "caption"), Text(str(edited.proposal["text"]), kind, reference=0)]
-    tables = []
     measured = best.measured if best is not None and best.measured is not None else {}
+    tables = []
     if "scores" in measured:
-        rows = [[float("nan") if value is None else value for value in row] for row in measured["scores"]["match"]]
-        found = margins(measured, "match")
-        tables = [
-            ScoreTable(
-                "log P(yes)",
-                rows,
-                compared=len(found),
-                lost=sum(not each > 0 for each in found.values()),
-                worst=min(found.values(), default=None),
-            )
-        ]
+        tables = [ScoreTable("log P(yes)", measured["scores"]["match"], decided=list(margins(measured, "match").values()))]
     reason = edited.reason or "good"
     attempts = [{"edit": each.made, "verify": each.measured} for each in edited.attempts]
     return Item(

@@ -1,13 +1,390 @@
 """Static pages: groups of pictures and texts to look at in a browser, from a folder, without a server.
 
-Plain records in, a folder out. What the records say may come from files of somebody else's: it reaches the page as data and is never read
-as HTML, as a script or as the name of a file.
+Plain records in, a folder out. page.html.jinja draws them with autoescape, so that what they say is text on the page and never HTML, a
+script or the name of a file. The HTML of groups is strings in JavaScript files, loaded when one is looked at: browsers refuse to fetch
+from the disk, but load scripts. Shapes: I images, C texts.
 """
 
 from __future__ import annotations
 
-from cfvlm_ds.page.folder import Written, refuse_foreign_folder, write_page
-from cfvlm_ds.page.groups import group_item
-from cfvlm_ds.page.records import Image, Item, Page, ScoreTable, Text
+import difflib
+import json
+import os
+import re
+import shutil
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby, takewhile, zip_longest
+from pathlib import Path
+from typing import Any, TypeAlias
 
-__all__ = ["Image", "Item", "Page", "ScoreTable", "Text", "Written", "group_item", "refuse_foreign_folder", "write_page"]
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from cfvlm_ds.core.conversation import Prompt
+from cfvlm_ds.core.distributed import cores_per_rank
+from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
+from cfvlm_ds.core.files import aside_of, whole_folder
+from cfvlm_ds.core.groups import SHAM, CounterfactualGroup, Edit
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.text import printable
+from cfvlm_ds.core.untrusted import refuse_link
+from cfvlm_ds.data.decoding import MAX_PIXELS
+from cfvlm_ds.page.pictures import SMALL_SIDE, Looks, difference, looks
+
+Fact: TypeAlias = tuple[str, str]
+"""A name and what is said under it."""
+Span: TypeAlias = tuple[int, int]
+"""First character, and the one past the last."""
+
+MOST = 100_000
+"""Groups of a page."""
+MAX_TEXT = 20_000
+"""Characters of a text that are shown."""
+MAX_COMPARED = 40_000
+"""Pairs of words of two texts, between their common beginning and end, that are compared: a hostile pair takes the cube of its length."""
+_CHUNK_GROUPS, _CHUNK_CELLS = 32, 2048
+_SEARCHED = 1000  # characters of a group's texts
+_ASSETS = ("page.css", "page.js")
+_MARKER = "page.json"
+_NAMES = {"index.html", "data", "pictures", _MARKER, *_ASSETS}
+
+
+# ---- records: nothing here knows of manifests, models or HTML
+
+
+@dataclass(frozen=True)
+class Image:
+    """What a text is scored with: pictures by their files, and a line that says what it is."""
+
+    pictures: Sequence[Path]
+    label: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, and which of the item's prompts it answers; ``reference`` is the text that its words are compared with, if any."""
+
+    text: str
+    label: str = ""
+    prompt: int = 0
+    reference: int | None = None
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores of every cell, such as a model's log-likelihoods; several tables of one item are shown side by side.
+
+    ``rows`` is ``[I][C]``; ``blank`` ``[C]`` are the texts without an image. ``margins`` is ``[I][C]``: by how much a true cell beats the
+    best false text on its image, and the best false image for its text, None where there is none; None for all other cells. ``decided``
+    are the margins of the comparisons that the table decides.
+    """
+
+    name: str
+    rows: Sequence[Sequence[float | None]]
+    blank: Sequence[float] = ()
+    margins: Sequence[Sequence[Sequence[float | None] | None]] = ()
+    decided: Sequence[float] = ()
+
+    @property
+    def lost(self) -> int:
+        """Comparisons that are decided wrongly; a tie is one."""
+        return sum(not margin > 0 for margin in self.decided)
+
+    @property
+    def worst(self) -> float | None:
+        """The least margin that is a number."""
+        return min((margin for margin in self.decided if margin == margin), default=None)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One group: pictures, texts, a truth table of 1, 0 or None (unknown), and what is known of it.
+
+    ``filters`` are values by the name of a filter; ``meta`` is further text, shown as it is.
+    """
+
+    id: str
+    images: Sequence[Image]
+    texts: Sequence[Text]
+    match: Sequence[Sequence[int | None]]
+    prompts: Sequence[Prompt] = ()
+    facts: Sequence[Fact] = ()
+    changes: Sequence[str] = ()
+    scores: Sequence[ScoreTable] = ()
+    filters: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    meta: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of items, which are asked for one by one and once. ``total`` is how many there will be, for the progress; ``scored`` says what
+    the numbers of its score tables are."""
+
+    title: str
+    items: Iterable[Item]
+    total: int
+    facts: Sequence[Fact] = ()
+    scored: str = "log p(text | image) in nats"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a page holds. ``problems`` are the pictures that it could not show, with the reason."""
+
+    folder: Path
+    num_items: int
+    num_pictures: int
+    problems: dict[Path, str]
+
+    def _repr_html_(self) -> str:
+        """The page itself, in a notebook: whatever serves the notebook serves the folder too, if it is below it."""
+        style = "width: 100%; height: 820px; border: 1px solid #8884; border-radius: 6px"
+        return Markup('<iframe src="{}/index.html" style="{}" title="groups"></iframe>').format(os.path.relpath(self.folder), style)
+
+
+def group_item(
+    group: CounterfactualGroup,
+    scores: Sequence[ScoreTable] = (),
+    facts: Sequence[Fact] = (),
+    filters: Mapping[str, Sequence[str]] | None = None,
+) -> Item:
+    """The item of a group: its edits say what each image and text is, and the words of a text are compared with those of its prompt's
+    anchor. ``facts`` and ``filters`` are added to those of the group itself."""
+    numbers = group.prompt_ids
+    prompts = list(dict.fromkeys(candidate.prompt for candidate in group.candidates))
+    anchors = {number: numbers.index(number) for number in numbers} | {number: c for number, (_, c) in group.anchors.items()}
+
+    def label(kind: str, place: int) -> str:
+        types = dict.fromkeys(edit.type for edit in group.edits if getattr(edit, kind) == place)
+        return ", ".join("sham (rendered again)" if each == SHAM else each for each in types) if place else "factual"
+
+    own: list[Fact] = [("source", group.source)] * bool(group.source) + [("weight", f"{group.weight:g}")] * (group.weight != 1)
+    return Item(
+        id=group.id,
+        images=[Image(pictures, label("image", i)) for i, pictures in enumerate(group.images)],
+        texts=[
+            Text(each.text, label("text", c), numbers[c], None if anchors[numbers[c]] == c else anchors[numbers[c]])
+            for c, each in enumerate(group.candidates)
+        ],
+        match=group.match,
+        prompts=prompts if any(prompts) else (),
+        facts=[*own, *facts],
+        changes=[_change(edit) for edit in group.edits],
+        scores=scores,
+        filters={
+            "edit type": list(dict.fromkeys(edit.type for edit in group.edits)) or ["unlabelled"],
+            "source": [group.source or "(none)"],
+            **(filters or {}),
+        },
+        meta=group.meta and json.dumps(json.loads(group.meta), ensure_ascii=False, indent=1),
+    )
+
+
+def _change(edit: Edit) -> str:
+    words = f": {edit.source or '(nothing)'} \N{RIGHTWARDS ARROW} {edit.target or '(nothing)'}" if edit.source or edit.target else ""
+    places = [f"{kind} {place}" for kind, place in (("image", edit.image), ("text", edit.text)) if place is not None]
+    return f"{edit.type}{words}{' (' * bool(places)}{', '.join(places)}{')' * bool(places)}"
+
+
+# ---- the folder
+
+
+def refuse_foreign_folder(out: Path) -> Path:
+    """The absolute path of the folder that a page is to be written to, or written to again.
+
+    Raises ConfigError for a link, a file, the current folder or one around it, and a folder that holds anything that is no part of a page.
+    """
+    remedy = "name another folder with --out"
+    final = Path(os.path.abspath(out))
+    refuse_link(final, remedy)
+    refuse_link(aside_of(final), "remove it")
+    if Path.cwd().is_relative_to(final.resolve()):
+        raise ConfigError(f"{out} is the current folder, or around it, and would be replaced as a whole; {remedy}")
+    if final.exists() and not final.is_dir():
+        raise ConfigError(f"{out} is a file, and a page is a folder; {remedy}")
+    entries = sorted(os.listdir(final)) if final.is_dir() else []
+    foreign = [name for name in entries if name not in _NAMES]
+    if foreign or (entries and _MARKER not in entries):
+        raise ConfigError(f"{out} holds {(foreign or entries)[0]!r}, which is no part of a page, and would be replaced; {remedy}")
+    return final
+
+
+def write_page(page: Page, out: Path, *, max_pixels: int = MAX_PIXELS, say: Callable[[str], object] = lambda line: None) -> Written:
+    """Write a page into a folder, in place of an earlier page there; until all of it is written, what was there stays.
+
+    Items are asked for one by one. Memory: the pictures of a few items, what the last 2048 pictures are compared by (57 MB at most),
+    and for each item its filters and searched text.
+
+    Raises ConfigError for more items than a browser takes, and as refuse_foreign_folder does; StorageError where the folder cannot be
+    written.
+    """
+    final = refuse_foreign_folder(out)
+    if page.total > MOST:
+        raise ConfigError(f"a page of {page.total} groups is more than the {MOST} that a browser takes; show fewer of them")
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(runs=runs, number=_number)
+    template: Any = environment.get_template("page.html.jinja").module
+    rows: list[tuple[int, int, float | None, dict[str, list[str]], str]] = []
+    filters: dict[str, Counter[str]] = defaultdict(Counter)
+    problems: dict[Path, str] = {}
+    try:
+        with whole_folder(final) as folder, ThreadPoolExecutor(cores_per_rank()) as pool:
+            (folder / "data").mkdir()
+            (folder / "pictures").mkdir()
+            look, progress = looks(folder, max_pixels), Progress(say, "page", page.total, "groups")
+            for number, chunk in enumerate(_chunks(page.items)):
+                list(pool.map(look, dict.fromkeys(picture for item in chunk for image in item.images for picture in image.pictures)))
+                drawn = []
+                for place, item in enumerate(chunk):
+                    marks, pictures = _marks(item.texts), _pictures(item, look, problems)
+                    drawn.append((template.group(item, marks, pictures, page.scored), template.card(item, marks, pictures)))
+                    worst = min((table.worst for table in item.scores if table.worst is not None), default=None)
+                    searched = " ".join([item.id, *(text.text[:_SEARCHED] for text in item.texts)])[:_SEARCHED]
+                    chosen = {name: [printable(value) for value in dict.fromkeys(values)] for name, values in item.filters.items()}
+                    for name, values in chosen.items():
+                        filters[name].update(values)
+                    rows.append((number, place, worst, chosen, " ".join(searched.lower().split())))
+                    progress.advance()
+                (folder / "data" / f"chunk-{number}.js").write_text(f"chunks[{number}] = {json.dumps(drawn)};\n")
+            (folder / "data" / "index.js").write_text(f"const chunks = {{}}, rows = {json.dumps(rows)};\n")
+            html = template.page(page, filters, any(row[2] is not None for row in rows))
+            (folder / "index.html").write_text(html, "utf-8", "xmlcharrefreplace")
+            for name in _ASSETS:
+                shutil.copyfile(Path(__file__).with_name(name), folder / name)
+            (folder / _MARKER).write_text(json.dumps({"schema": "cfpage/2"}))
+            shown = len(os.listdir(folder / "pictures"))
+    except OSError as error:
+        raise StorageError(f"{unwritten(out, error)}; what was there is unchanged; name another folder with --out") from error
+    return Written(final, len(rows), shown, problems)
+
+
+def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """A few items at a time, whose pictures are decoded side by side and whose HTML is one file."""
+    chunk: list[Item] = []
+    size = 0
+    for item in items:
+        chunk.append(item)
+        size += sum(16 * len(image.pictures) + len(item.texts) for image in item.images)
+        if len(chunk) == _CHUNK_GROUPS or size >= _CHUNK_CELLS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _number(value: float | None, signed: bool = False) -> str:
+    if value is None:
+        return "\N{EN DASH}"
+    return f"{'+' * (signed and value > 0)}{value:.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+# ---- words
+
+_CJK = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_CJK}]|[^\s!-/:-@\[-`{{-~{_CJK}]+|[!-/:-@\[-`{{-~]")
+"""A word, a mark of punctuation, or a character of a script that has no spaces between words."""
+
+
+def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
+    """The spans of each of two texts that the other has not, in whole words; white space does not count.
+
+    Where more than MAX_COMPARED pairs of words would have to be compared, everything between the common beginning and the common end.
+    """
+    found = [list(_WORD.finditer(text)) for text in (reference, other)]
+    words = [[match[0] for match in matches] for matches in found]
+    first = _shared(*words)
+    last = _shared(*(part[first:][::-1] for part in words))
+    one, two = (part[first : len(part) - last] for part in words)
+    changes = [("replace", 0, len(one), 0, len(two))]
+    if len(one) * len(two) <= MAX_COMPARED:
+        changes = difflib.SequenceMatcher(None, one, two, autojunk=False).get_opcodes()  # type: ignore[assignment]
+    spans: tuple[list[Span], list[Span]] = [], []
+    for kind, *ends in changes:
+        for side, (start, end) in enumerate((ends[:2], ends[2:])):
+            if kind != "equal" and start < end:
+                spans[side].append((found[side][first + start].start(), found[side][first + end - 1].end()))
+    return spans
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many words two lists have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _marks(texts: Sequence[Text]) -> list[bytes]:
+    """For each text 1 at the characters by which it differs from its reference, or, for a reference, any other text from it; b"" for
+    none."""
+    marks = [bytearray(len(text.text)) for text in texts]
+    for c, text in enumerate(texts):
+        if text.reference is not None:
+            for place, spans in zip((text.reference, c), changed_words(texts[text.reference].text, text.text), strict=True):
+                for start, end in spans:
+                    marks[place][start:end] = b"\1" * (end - start)
+    return [bytes(each) if any(each) else b"" for each in marks]
+
+
+def runs(text: str, marks: bytes = b"") -> Iterator[tuple[bool, bool, str]]:
+    """Yield (changed, hidden, text) of the parts of a text. Each hidden character is written out, and what is longer than MAX_TEXT is
+    counted at the end."""
+    shown = text[:MAX_TEXT]
+    kinds = ((bool(marks and marks[k]), k if _is_hidden(shown, k) else -1) for k in range(len(shown)))
+    if not marks and printable(shown) == shown:  # as most are
+        yield False, False, shown
+    else:
+        for (changed, hidden), part in groupby(zip(kinds, shown, strict=True), lambda each: each[0]):
+            yield changed, hidden >= 0, f"U+{ord(shown[hidden]):04X}" if hidden >= 0 else "".join(c for _, c in part)
+    if len(text) > MAX_TEXT:
+        yield False, True, f"({len(text) - MAX_TEXT} more characters)"
+
+
+def _is_hidden(text: str, place: int) -> bool:
+    """Whether a character is invisible, or turns what follows around: all controls and formats but line breaks and tabs, and but the
+    joiners that Indic scripts, Persian and emoji have between letters."""
+    character = text[place]
+    if printable(character) == character or character in "\n\t" or unicodedata.category(character) == "Zs":
+        return False
+    return character not in "\u200c\u200d" or not (0 < place < len(text) - 1 and min(text[place - 1], text[place + 1]) > "\x7f")
+
+
+# ---- pictures
+
+
+def _pictures(item: Item, look: Looks, problems: dict[Path, str]) -> list[list[dict[str, Any]]]:
+    """What is drawn of the pictures of each image: a copy and how it differs from the factual picture, or why there is none."""
+    drawn: list[list[dict[str, Any]]] = []
+    for i, image in enumerate(item.images):
+        alt = f"image {i}{': ' * bool(image.label)}{image.label}"
+        if 1 in item.match[i]:
+            alt += f", of which is true: {item.texts[item.match[i].index(1)].text[:MAX_TEXT]}"
+        other = 1 if i == 0 and len(item.images) == 2 else 0
+        drawn.append([])
+        for path, against in zip_longest(image.pictures, item.images[other].pictures[: len(image.pictures)] if other != i else ()):
+            found: dict[str, Any] = {"name": str(path), "alt": alt}
+            drawn[-1].append(found)
+            if isinstance(seen := look(path), str):
+                found["missing"] = problems[path] = seen
+                continue
+            found |= {"src": seen.name, "size": seen.size, "small": max(seen.size) < SMALL_SIDE}
+            if against is None or isinstance(factual := look(against), str):
+                continue
+            path_, share = "", 0.0
+            if factual.size == seen.size and factual.name != seen.name:
+                path_, share = difference(factual.grid, seen.grid)
+            if path_:
+                found |= {"outline": path_, "grid": seen.grid.shape[1::-1]}
+            if i:
+                percent = f"{100 * share:.0f} %" if share >= 0.01 else "less than 1 %"
+                found["note"] = (
+                    f"image {other} has another size, {factual.size[0]} x {factual.size[1]}"
+                    if factual.size != seen.size
+                    else f"the same pixels as image {other}"
+                    if factual.name == seen.name
+                    else f"differs from image {other} in {percent} of its area"
+                    if share
+                    else f"differs invisibly from image {other}"
+                )
+    return drawn

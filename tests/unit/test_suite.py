@@ -669,11 +669,11 @@ def test_a_page_shows_the_worst_and_the_best(scorer: Scorer, collator: Collator,
     page = results_page(found, ["one", "other"], root, tmp_path / "page", sample=6)
     assert page.num_items == 6 and not page.problems and page.num_pictures >= 1
     shown = "".join(path.read_text() for path in sorted((tmp_path / "page" / "data").glob("chunk-*.js")))
-    index = (tmp_path / "page" / "data" / "index.js").read_text()
+    index = (tmp_path / "page" / "index.html").read_text()
     assert all(f"sugarcrepe/match: {each.item.id}" in shown for each in flipped[:3]) and "circle" in shown
     assert "right before, wrong after" in index or "wrong before, right after" in index
     single = results_page(read_results(tmp_path / "one"), ["one"], root, tmp_path / "page", sample=1)
-    assert single.num_items == 1 and "without looking" in (tmp_path / "page" / "data" / "index.js").read_text()
+    assert single.num_items == 1 and "without looking" in (tmp_path / "page" / "index.html").read_text()
     with pytest.raises(DataError, match="pictures of the page are read there"):
         results_page(found, ["one", "other"], tmp_path, tmp_path / "page")
 

@@ -8,16 +8,12 @@ from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Pictures
-from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome, load
 from cfvlm_ds.evaluation.suite.chosen import benchmark_named
 from cfvlm_ds.evaluation.suite.comparing import RESOLVED, Compared, is_right
 from cfvlm_ds.evaluation.suite.tables import between, number, summary
 from cfvlm_ds.evaluation.suite.written import Result
-from cfvlm_ds.page import Image, Item, Page, ScoreTable, Text, Written, refuse_foreign_folder, write_page
-from cfvlm_ds.page.records import Fact, Margin
-
-_MOST_PROMPT = 20_000
+from cfvlm_ds.page import Fact, Image, Item, Page, ScoreTable, Text, Written, refuse_foreign_folder, write_page
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,6 @@ def results_page(
     out: Path,
     *,
     sample: int = 200,
-    max_pixels: int = MAX_PIXELS,
     say: Callable[[str], object] = lambda line: None,
 ) -> Written:
     """Write a page of ``sample`` items of each benchmark: half of them those that the last model decides worst, or for which it has become
@@ -54,19 +49,18 @@ def results_page(
         name = found[0].name if found else ""
         if found and name not in pictures:
             pictures[name] = _pictures(found[0].benchmark, root / name, say)
-        chosen = sorted(range(len(found)), key=lambda k, found=found: _order(found[k]))  # type: ignore[misc]
-        half = min(sample // 2 or 1, len(chosen))
-        taken = dict.fromkeys([*chosen[:half], *chosen[len(chosen) - max(0, min(sample, len(chosen)) - half) :]])
-        shown += [found[k] for k in taken]
+        chosen = sorted(found, key=_order)
+        left_out, half = max(0, len(found) - sample), sample // 2 or 1
+        shown += chosen[:half] + chosen[half + left_out :]
         told = _facts(each)
-        if len(taken) < len(found):
-            count = f"{len(taken)} of {len(found)} items are shown, the worst and best"
+        if left_out:
+            count = f"{len(found) - left_out} of {len(found)} items are shown, the worst and best"
             told = [(label, f"{said}; {count}") for label, said in told] or [(found[0].place, count)]
         facts += told
     if len(names) > 1:
         facts.append(("resolved", RESOLVED))
     items = (_item(each, names, pictures) for each in shown)
-    return write_page(Page(" and ".join(names), items, len(shown), facts, "score of the probe"), out, max_pixels=max_pixels, say=say)
+    return write_page(Page(" and ".join(names), items, len(shown), facts, "score of the probe"), out, say=say)
 
 
 def _of(result: Result | Compared) -> list[_Shown]:
@@ -96,41 +90,30 @@ def _pictures(benchmark: Benchmark, root: Path, say: Callable[[str], object]) ->
     return {item.id: item.images for item in loaded.items}
 
 
-def _least(outcome: Outcome) -> float:
-    """By how much the hardest true text of an item beats the best false one."""
-    found = _table("", outcome).worst
-    return 0.0 if found is None or found != found else found
-
-
 def _order(shown: _Shown) -> float:
-    """Of one model its least margin, of two how that has changed."""
-    last = _least(shown.outcomes[-1])
-    return last if len(shown.outcomes) == 1 else last - _least(shown.outcomes[0])
+    """Of one model the least margin by which a true text beats the best false one, of two how that has changed."""
+    *before, last = (_table("", outcome).worst or 0.0 for outcome in shown.outcomes)
+    return last - sum(before)
 
 
 def _item(shown: _Shown, names: Sequence[str], pictures: Mapping[str, Mapping[str, tuple[Pictures, ...]]]) -> Item:
     item = shown.outcomes[0].item
     images = pictures[shown.name].get(item.id, item.images)
-    if len(images) != len(item.images):
-        images = item.images
-    right = [is_right(shown.benchmark, outcome) for outcome in shown.outcomes]
-    words = {True: "right", False: "wrong"}
-    verdict = {"result": [words[right[0]]]} if len(right) == 1 else {"change": [f"{words[right[0]]} before, {words[right[1]]} after"]}
+    words = ["right" if is_right(shown.benchmark, outcome) else "wrong" for outcome in shown.outcomes]
+    verdict = {"result": words} if len(words) == 1 else {"change": [f"{words[0]} before, {words[1]} after"]}
     said = [
-        (f"{name}: wrote" if len(outcome.said) == 1 else f"{name}: wrote about image {i}", text)
+        (f"{name}: wrote about image {i}" if i or len(item.images) > 1 else f"{name}: wrote", text)
         for name, outcome in zip(names, shown.outcomes, strict=True)
         for i, text in enumerate(outcome.said or ())
-        if outcome.said is not None
     ]
-    tags = list(item.tags.items())
     true = next((c for c, truth in enumerate(item.match[0]) if truth), None)
     return Item(
         id=f"{shown.place}: {item.id}",
-        images=[Image(each, "") for each in images],
+        images=[Image(each, "") for each in (images if len(images) == len(item.images) else item.images)],
         texts=[Text(text, reference=None if c == true or len(text.split()) < 2 else true) for c, text in enumerate(item.texts)],
         match=item.match,
-        prompts=(item.prompt[:_MOST_PROMPT],) if item.prompt else (),
-        facts=[*said, *tags],
+        prompts=[item.prompt] * bool(item.prompt),
+        facts=[*said, *item.tags.items()],
         scores=[_table(name if len(names) > 1 else "", outcome) for name, outcome in zip(names, shown.outcomes, strict=True)],
         filters={"benchmark": [shown.place], **verdict},
     )
@@ -139,18 +122,13 @@ def _item(shown: _Shown, names: Sequence[str], pictures: Mapping[str, Mapping[st
 def _table(name: str, outcome: Outcome) -> ScoreTable:
     """An item's scores with the margins of its true cells over false texts on the same image, and over images that the text is false of."""
     match, seen = outcome.item.match, outcome.seen
-    margins: list[list[Margin | None]] = [[None] * len(line) for line in match]
-    compared = lost = 0
-    worst: float | None = None
+    margins: list[list[tuple[float | None, float | None] | None]] = [[None] * len(line) for line in match]
+    decided: list[float] = []
     for i, truths in enumerate(match):
         false = [seen[i][c] for c, truth in enumerate(truths) if not truth]
         for c, truth in enumerate(truths):
-            if not truth:
-                continue
-            others = [seen[j][c] for j in range(len(match)) if not match[j][c]]
-            text = seen[i][c] - max(false) if false else None
-            margins[i][c] = (text, seen[i][c] - max(others) if others else None)
-            if text is not None:
-                compared, lost = compared + 1, lost + (not text > 0)
-                worst = text if worst is None else min(worst, text)
-    return ScoreTable(name, seen, outcome.blank, margins, compared, lost, worst)
+            if truth:
+                others = [seen[j][c] for j in range(len(match)) if not match[j][c]]
+                decided += [seen[i][c] - max(false)] if false else []
+                margins[i][c] = (decided[-1] if false else None, seen[i][c] - max(others) if others else None)
+    return ScoreTable(name, seen, outcome.blank, margins, decided)

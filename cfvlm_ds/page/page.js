@@ -1,0 +1,105 @@
+// Shows one group of a page, or many. data/index.js sets `rows`, of each group [chunk, place in it, least margin, values by filter, words
+// to search]; data/chunk-N.js set chunks[N], of each group [its HTML, that of its card].
+"use strict";
+(() => {
+  const SHEET = 24, KEPT_CHUNKS = 64;
+  const [form, main, help, search, position, sheetButton, previous, next] =
+    ["controls", "item", "help", "search", "position", "sheet", "previous", "next"].map((id) => document.getElementById(id));
+  const filters = [...form.querySelectorAll(".filter")], loaded = new Map();
+  let listed = [], place = 0, outlines = true, sheet = false, turn = 0;
+
+  function load(chunk) {
+    if (!loaded.has(chunk)) loaded.set(chunk, new Promise((resolve, reject) => {
+      const script = document.createElement("script");
+      script.src = `data/chunk-${chunk}.js`;
+      script.onload = () => { resolve(chunks[chunk]); delete chunks[chunk]; script.remove(); };
+      script.onerror = reject;
+      document.head.append(script);
+    }));
+    if (loaded.size > KEPT_CHUNKS) loaded.delete(loaded.keys().next().value);
+    return loaded.get(chunk);
+  }
+
+  async function html(number) {
+    const [chunk, at] = rows[number];
+    try {
+      return (await load(chunk))[at][sheet ? 1 : 0];
+    } catch {
+      loaded.delete(chunk);
+      return `<p class="empty">data/chunk-${chunk}.js cannot be loaded: the page's folder is not whole. Write the page again.</p>`;
+    }
+  }
+
+  async function show() {
+    const start = sheet ? place - place % SHEET : place, end = Math.min(listed.length, start + (sheet ? SHEET : 1)), mine = ++turn;
+    previous.disabled = start <= 0;
+    next.disabled = end >= listed.length;
+    sheetButton.setAttribute("aria-pressed", sheet);
+    const shown = end ? `${end - start > 1 ? `${start + 1}–` : ""}${end} / ${listed.length}` : "0";
+    position.textContent = shown + (listed.length < rows.length ? ` of ${rows.length}` : "");
+    const said = [["group", listed[place] + 1], ...new FormData(form), ["overview", sheet ? 1 : ""]].filter(([, value]) => value);
+    try { history.replaceState(null, "", `#${new URLSearchParams(said)}`); } catch { /* some browsers take a hundred in half a minute */ }
+    const drawn = await Promise.all(listed.slice(start, end).map(html));
+    if (mine !== turn) return; // somebody has gone on meanwhile
+    main.innerHTML = drawn.join("") || `<p class="empty">${rows.length ? "No group is left by the filters and the search." : "There are no groups."}</p>`;
+    main.querySelectorAll("[data-style]").forEach((element) => { element.style.cssText = element.dataset.style; });
+    main.className = sheet && end ? "sheet" : outlines ? "" : "plain";
+    if (sheet) main.children[place - start].classList.add("here");
+    else for (const each of [place + 1, place - 1]) if (each in listed) html(listed[each]).then((ahead) => { document.createElement("div").innerHTML = ahead; });
+  }
+
+  function go(to) {
+    place = Math.max(0, Math.min(listed.length - 1, to));
+    show();
+    scrollTo(0, 0);
+  }
+
+  const step = (by) => go(sheet ? place - place % SHEET + by * SHEET : place + by);
+  const overview = (wanted) => { sheet = wanted; go(place); };
+
+  function list(keep) {
+    const words = search.value.toLowerCase().split(/\s+/), worst = (number) => rows[number][2] ?? Infinity;
+    listed = [...rows.keys()].filter((number) => filters.every(({ name, value }) => !value || rows[number][3][name]?.includes(value))
+      && words.every((word) => rows[number][4].includes(word)));
+    if (form.elements.order?.value) listed.sort((one, other) => worst(one) - worst(other));
+    place = Math.max(0, listed.indexOf(keep));
+    show();
+  }
+
+  function recall() {
+    const said = new URLSearchParams(location.hash.slice(1));
+    for (const each of form.elements) {
+      if (each.name) each.value = said.get(each.name) ?? "";
+      if (each.selectedIndex < 0) each.selectedIndex = 0;
+    }
+    sheet = said.has("overview");
+    list((said.get("group") || 1) - 1);
+  }
+
+  const KEYS = {
+    j: () => step(1), k: () => step(-1), ArrowRight: () => step(1), ArrowLeft: () => step(-1), o: () => overview(!sheet),
+    Home: () => go(0), End: () => go(listed.length - 1), "/": () => search.focus(), "?": () => help.showModal(),
+    e: () => { outlines = !outlines; main.classList.toggle("plain", !outlines); },
+  };
+
+  addEventListener("keydown", (event) => {
+    const { target, key } = event, typing = target.matches("input, select");
+    if (typing && key === "Escape") target.blur();
+    const scrolls = target.matches(".scroll") && target.scrollWidth > target.clientWidth && key.startsWith("Arrow");
+    if (event.ctrlKey || event.metaKey || event.altKey || help.open || typing || scrolls || !Object.hasOwn(KEYS, key)) return;
+    event.preventDefault();
+    KEYS[key]();
+  });
+  addEventListener("click", ({ target }) => {
+    const button = target.closest("[data-key]"), card = target.closest(".card");
+    if (button) KEYS[button.dataset.key]();
+    if (!card) return;
+    place += [...main.children].indexOf(card) - place % SHEET;
+    overview(false);
+    main.focus();
+  });
+  addEventListener("hashchange", recall);
+  form.addEventListener("input", ({ target }) => list(target.name === "order" ? -1 : listed[place]));
+  form.addEventListener("submit", (event) => event.preventDefault());
+  recall();
+})();
