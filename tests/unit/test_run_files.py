@@ -21,7 +21,6 @@ from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import Lines, append, keep, replace, update, whole_folder
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.tracking import open_tracker
-from cfvlm_ds.tracking.run_description import Record
 from cfvlm_ds.training import option_changes
 from cfvlm_ds.training.read_data import _recorded
 from cfvlm_ds.training.resume import _finished_at
@@ -207,7 +206,6 @@ def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case:
 PIPED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "finished.json": ("finished.json", _finished_at),
     "the lock": ("run.lock", lambda run: _content(run / "run.lock")),
-    "the delivery": (".mlflow_delivery.json", Record.load),
     "the configuration": ("config.yaml", option_changes.of_finished),
     "DeepSpeed's": ("ds_config.json", lambda run: ((run / "config.yaml").write_text(OPTIONS), option_changes.of_finished(run))),
     "the data check": ("data_check.json", lambda run: _recorded(run / "data_check.json")),
