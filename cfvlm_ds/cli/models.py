@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from cfvlm_ds.cli import benchmarks
 from cfvlm_ds.cli.options import add_command, add_data_options, add_model_options, model_of, positive, say
 from cfvlm_ds.core.config import ModelConfig
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.ranks import num_ranks, own_rank
@@ -79,6 +79,9 @@ def add(commands: Any) -> None:
         "--adapter", action="store_true", help="only the LoRA adapters, in peft's format, instead of merged into the model"
     )
     command.add_argument("--out", help="folder to write (default RUN/export, or RUN/adapter)")
+    text = "send MLflow what it lacks of a run that has ended, or copy the run to the server in MLFLOW_TRACKING_URI"
+    command = add_command(commands, "track", _track, text, "MLFLOW_TRACKING_URI=http://mlflow.example.org cfvlm-ds track runs/quickstart")
+    command.add_argument("run", help="run folder")
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -203,6 +206,13 @@ def _export(arguments: argparse.Namespace) -> None:
     say = print if shows_progress() else lambda message: None
     card = card_of(checkpoint, print, adapter=arguments.adapter)
     print(f"exported to {write(checkpoint, model.name_or_path, out, say=say, lora=model.lora, card=card)}")
+
+
+def _track(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.tracking import deliver
+
+    if not deliver(Path(arguments.run)):
+        raise StorageError("MLflow did not get everything, as reported above; the same command continues")
 
 
 def _batches(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""The delivery of a run folder's record and metrics to MLflow, by a thread of its own that tries again for as long as the run lives."""
+"""Delivery of a run folder to MLflow by a thread that retries for as long as the run lives.
+
+MLflow's own asynchronous logging drops a batch whose request fails, so the thread sends batches itself and advances its position in
+metrics.jsonl only after the server has answered.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,13 @@ import contextlib
 import importlib
 import json
 import logging
-import math
 import os
 import re
 import shlex
 import sys
 import threading
-import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -21,87 +24,70 @@ from urllib.parse import unquote
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import keep, put_in_place
 from cfvlm_ds.core.verbosity import shows_progress
-from cfvlm_ds.tracking.inputs import log_inputs
+from cfvlm_ds.tracking.delivery_record import RECORD_FILE, DeliveryRecord, Status
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, read_metrics, say
-from cfvlm_ds.tracking.run_description import RECORD_FILE, Record, Status
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the thread below tries again itself, and can be stopped while it waits
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the delivery thread retries, and can be stopped while it waits
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # MLflow prints the URI with its password
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # usage statistics that MLflow sends to its makers
+    "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-
-
-_POLL_SECONDS = 1.0
-
-
-_MAX_BACKOFF_SECONDS = 30.0
-
-
-_CLOSING_BACKOFF_SECONDS = 2.0
-
-
+_POLL_SECONDS, _MAX_BACKOFF_SECONDS, _CLOSING_BACKOFF_SECONDS = 1.0, 30.0, 2.0
 _MAX_PER_REQUEST = {"metrics": 1000, "params": 100, "tags": 100}
-
-
-_MAX_PARAM_CHARS, _MAX_TAG_CHARS, _MAX_NAME_CHARS = 6000, 5000, 250
-
-
+_MAX_PARAM_CHARS, _MAX_TAG_CHARS, _MAX_NAME_CHARS, _MAX_DATASET_CHARS = 6000, 5000, 250, 500
 _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-
-
 _TOKEN_TAG = "cfvlm_ds.run_token"
-
-
 _UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]")
 
 
 def import_mlflow() -> threading.Thread:
-    """Begin to import MLflow (2-3 s), which touches no run; the thread that does it, to be joined before data workers are forked."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    """Import MLflow (2-3 s) in a thread, which is returned to be joined before data workers are forked."""
     thread = threading.Thread(target=_import, name="cfvlm_ds-import", daemon=True)
     thread.start()
     return thread
 
 
 def _import() -> None:
-    with contextlib.suppress(Exception):  # what is wrong with it is reported where it is used
-        for name in _IMPORTED:
-            importlib.import_module(name)
+    with contextlib.suppress(Exception):  # the delivery reports what is wrong
+        for name in ("mlflow", "mlflow.store.tracking.rest_store", "mlflow.store.tracking.sqlalchemy_store"):
+            _mlflow(name)
 
 
-_IMPORTED = ("mlflow", "mlflow.store.tracking.rest_store", "mlflow.store.tracking.sqlalchemy_store")  # and what they import
+def _mlflow(name: str = "mlflow") -> Any:
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    return importlib.import_module(name)
 
 
 def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
-    """Deliver what MLflow lacks of a run that has ended, waiting at most ``timeout`` seconds; True when nothing is left to deliver.
+    """Deliver what MLflow lacks of a run that has ended, within ``timeout`` seconds; return whether everything has arrived.
 
-    It also copies a run kept in its own folder to the server in ``MLFLOW_TRACKING_URI``. A run that was never closed becomes KILLED.
-    Not for a run that still lives: two processes would write one record. Raises FileNotFoundError for a folder without a record.
+    With ``MLFLOW_TRACKING_URI`` set, also copies a run recorded in its own folder to that server. A run that was never closed becomes
+    KILLED. Not for a run that is still going: two processes would write one record. Raises FileNotFoundError for a folder without a record.
     """
     run_dir = Path(run_dir).absolute()
-    record = Record.load(run_dir)
+    record = DeliveryRecord.load(run_dir)
     if record is None:
         raise FileNotFoundError(f"{run_dir / RECORD_FILE}: no record of a tracked run; pass the run's own folder")
     if record.status is None:
         written = run_dir / METRICS_FILE
-        record.end("KILLED", int((written if written.exists() else run_dir / RECORD_FILE).stat().st_mtime * 1000))
+        end_ms = int((written if written.exists() else run_dir / RECORD_FILE).stat().st_mtime * 1000)
+        record = replace(record, status="KILLED", end_ms=end_ms)
     return Delivery(run_dir, record).finish(record.status or "KILLED", record.end_ms or now_ms(), timeout)
 
 
 class Delivery:
-    """The background thread that brings a record and a metrics file to MLflow. MlflowClient only: no global MLflow state is touched."""
+    """A thread that sends a record and metrics.jsonl to MLflow. It uses MlflowClient alone and leaves MLflow's global state untouched."""
 
-    def __init__(self, run_dir: Path, record: Record, wanted: bool = True) -> None:
+    def __init__(self, run_dir: Path, record: DeliveryRecord, wanted: bool = True) -> None:
         self.record = record
         self._run_dir = run_dir
         self._uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run_dir / 'mlflow.db').as_posix()}"
-        self._lock = threading.Lock()  # guards the record; never held during a request
+        self._lock = threading.Lock()  # guards the record; not held during a request
         self._closing, self._stop = threading.Event(), threading.Event()
         self._client: Any = None
-        self._system_metrics: SystemMetrics | None = None
+        self._monitor: Any = None
         self._steps_on_server: dict[str, set[int]] | None = None  # by metric; None: this process has created the run
         self._done, self._unsaved = not wanted, False
         self._thread = threading.Thread(target=self._run, name="cfvlm_ds-tracking", daemon=True)
@@ -109,42 +95,38 @@ class Delivery:
             self._thread.start()
 
     def add_artifact(self, path: str, folder: str) -> None:
-        if Path(path).is_relative_to(self._run_dir):  # where it is found again when the folder has been moved
+        """Have a file uploaded into ``folder``, again if it was uploaded before."""
+        if Path(path).is_relative_to(self._run_dir):  # so that it is found after the folder has been moved
             path = str(Path(path).relative_to(self._run_dir))
-        with self._lock:
-            self.record.add_artifact(path, folder)
-            self._save()
+        self._change(artifacts={path: {"folder": folder, "pending": True}})
 
-    def _save(self) -> None:
-        """Keep the record, under its lock; a disk that does not take it costs the run nothing."""
-        if (error := self.record.kept(self._run_dir)) is not None and not self._unsaved:
-            say(f"{error}: how far MLflow got is known to this process alone until it can")
-        self._unsaved = error is not None
+    def _change(self, artifacts: Mapping[str, Any] | None = None, **values: Any) -> None:
+        """Change the record, adding ``artifacts``, and save it. A full disk is reported once and costs the run nothing."""
+        with self._lock:
+            self.record = replace(self.record, **values, artifacts={**self.record.artifacts, **(artifacts or {})})
+            if (error := self.record.save(self._run_dir)) is not None and not self._unsaved:
+                say(f"{error}: how far MLflow got is known to this process alone until it can be written")
+            self._unsaved = error is not None
 
     def finish(self, status: Status, end_ms: int, timeout: float) -> bool:
-        with self._lock:
-            self.record.end(status, end_ms)
-            self._save()
+        """Set the final status and wait ``timeout`` seconds for the rest; return whether everything has arrived."""
+        self._change(status=status, end_ms=end_ms)
         self._closing.set()
         if self._thread.ident is not None:
             self._thread.join(timeout)
         self._stop.set()
         if not self._done:
-            try:
-                points, _ = read_metrics(self._run_dir / METRICS_FILE, self.record.offset, limit=sys.maxsize)
-            except OSError as error:
-                points = []
-                say(f"{self._run_dir / METRICS_FILE} cannot be read ({error})")
-            artifacts = sum(artifact["pending"] for artifact in self.record.artifacts)
+            points, _ = read_metrics(self._run_dir / METRICS_FILE, self.record.offset, limit=sys.maxsize)
+            artifacts = sum(artifact["pending"] for artifact in self.record.artifacts.values())
             say(
                 f"MLflow at {self._uri} did not get {len(points)} points, {artifacts} artifacts and the status {status} in {timeout:g} s. "
-                f"All is kept in {self._run_dir}. To deliver it later: python -m cfvlm_ds.tracking {shlex.quote(str(self._run_dir))}"
+                f"All is kept in {self._run_dir}. To deliver it later: cfvlm-ds track {shlex.quote(str(self._run_dir))}"
             )
         return self._done
 
     def _run(self) -> None:
         failures = 0
-        while not self._stop.is_set():
+        while not self._stop.is_set() and not self._done:
             try:
                 self._deliver_everything()
                 if failures:
@@ -153,12 +135,10 @@ class Delivery:
             except (ImportError, ConfigError) as error:
                 say(f"no MLflow, metrics go to {METRICS_FILE} only: {error}")
                 return
-            except Exception as error:  # whatever a store raises, the training must live
+            except Exception as error:  # whatever a store raises, the training goes on
                 failures += 1
                 if failures == 1:
                     say(f"MLflow at {self._uri} does not answer, will try again; metrics are kept in {METRICS_FILE} ({_first_line(error)})")
-            if self._done:
-                return
             backoff = min(_POLL_SECONDS * 2**failures, _MAX_BACKOFF_SECONDS)
             if self._closing.is_set():
                 self._stop.wait(min(backoff, _CLOSING_BACKOFF_SECONDS) if failures else 0)
@@ -172,111 +152,121 @@ class Delivery:
         while self._deliver_metrics():
             pass
         if status is None:
-            send(self._client, self.record.run_id, "metrics", self._system_metrics.sample() if self._system_metrics else [])
-        elif status == "SCHEDULED":  # no end time
+            self._monitor_system()
+        elif self._monitor is not None:
+            self._monitor.finish()
+            self._monitor = None
+        if status == "SCHEDULED":  # no end time
             self._client.update_run(self.record.run_id, status=status)
-        else:  # before the artifacts, which an unfit artifact store may refuse for ever
+        elif status is not None:  # before the artifacts, which an unfit artifact store may refuse for ever
             self._client.set_terminated(self.record.run_id, status, self.record.end_ms)
         self._deliver_artifacts()
         self._done = status is not None
 
     def _connect(self) -> None:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         folder = str(self._run_dir)
         if not os.environ.get("MLFLOW_TRACKING_URI") and ("?" in folder or unquote(folder) != folder):
             raise ConfigError(
                 f"the address of a database in {folder} cannot have its ? or %; set MLFLOW_TRACKING_URI, or rename the folder"
             )
         try:
-            from mlflow import MlflowClient
+            client_class = _mlflow().MlflowClient
         except RuntimeError as error:  # Path.home()
             raise ConfigError(f"{error} MLflow needs one: set HOME to a folder that may be written") from error
-
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial database tables..."
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)  # its warnings hold the URI with its password
         _make_store(self._uri)
-        client = MlflowClient(tracking_uri=self._uri)
+        client = client_class(tracking_uri=self._uri)
         run = self._find_run(client) or self._create_run(client)
+        self._describe(client, run)
         self._client = client
-        try:
-            self._describe(run)
-        except Exception:
-            self._client = None
-            raise
-        self._system_metrics = SystemMetrics(run.info.run_id, run.info.start_time, self._uri)
         if shows_progress():
             say(f"MLflow run {run.info.run_id} at {self._uri}, experiment {self.record.experiment!r}")
 
-    def _find_run(self, client: Any) -> Any:
-        """The run that exists already, set to RUNNING; None if there is none. A run unknown to this server is delivered again."""
-        from mlflow.exceptions import MlflowException
+    def _monitor_system(self) -> None:
+        """Keep MLflow's monitor of CPU, memory, disk, network and GPU going; it ends by itself at the first failed request."""
+        if self._monitor is None or not self._monitor._process.is_alive():
+            module = _mlflow("mlflow.system_metrics.system_metrics_monitor")
+            self._monitor = module.SystemMetricsMonitor(self.record.run_id, resume_logging=True, tracking_uri=self._uri)
+            self._monitor.start()
 
-        run = None
-        if self.record.run_id is not None:
+    def _find_run(self, client: Any) -> Any:
+        """Return the run that exists, set to RUNNING, or None. A run that this server does not know is delivered again as a new one."""
+        record, run = self.record, None
+        if record.run_id is not None:
             try:
-                run = client.get_run(self.record.run_id)
-            except MlflowException as error:
-                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", *_REFUSED) or self.record.run_id not in str(error):
+                run = client.get_run(record.run_id)
+            except _mlflow("mlflow.exceptions").MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", *_REFUSED) or record.run_id not in str(error):
                     raise
             if run is None or run.info.lifecycle_stage == "deleted":
-                say(f"MLflow at {self._uri} has no run {self.record.run_id}: a new one gets all that is in {METRICS_FILE}")
+                say(f"MLflow at {self._uri} has no run {record.run_id}: a new one gets all that is in {METRICS_FILE}")
                 with self._lock:
-                    self.record.start_over()
+                    self.record = record.start_over()
                 run = None
-        else:
-            experiment = client.get_experiment_by_name(self.record.experiment)
-            if experiment is not None:
-                found = client.search_runs([experiment.experiment_id], f"tags.`{_TOKEN_TAG}` = '{self.record.token}'", max_results=1)
-                run = found[0] if found else None
+        elif (experiment := client.get_experiment_by_name(record.experiment)) is not None:
+            found = client.search_runs([experiment.experiment_id], f"tags.`{_TOKEN_TAG}` = '{record.token}'", max_results=1)
+            run = found[0] if found else None
         if run is not None:
             self._steps_on_server = {}
-            if self.record.status is None:
+            if record.status is None:
                 client.update_run(run.info.run_id, status="RUNNING")
         return run
 
     def _create_run(self, client: Any) -> Any:
-        experiment = client.get_experiment_by_name(self.record.experiment)
-        if experiment is None:
+        if (experiment := client.get_experiment_by_name(self.record.experiment)) is not None:
+            experiment_id = experiment.experiment_id
+        else:
             local = None if os.environ.get("MLFLOW_TRACKING_URI") else (self._run_dir / "mlartifacts").as_uri()
             experiment_id = client.create_experiment(self.record.experiment, artifact_location=local)
-        else:
-            experiment_id = experiment.experiment_id
         return client.create_run(experiment_id, self.record.start_ms, {_TOKEN_TAG: self.record.token}, self.record.run_name)
 
-    def _describe(self, run: Any) -> None:
-        """Parameters, tags, data sets and the full configuration; then the run id counts as known."""
-        from mlflow.entities import Param, RunTag
-
+    def _describe(self, client: Any, run: Any) -> None:
+        """Send parameters, tags, data sets and the full configuration, and record the run's id."""
+        entities = _mlflow("mlflow.entities")
         run_id = run.info.run_id
         params = {_name(name): text[:_MAX_PARAM_CHARS] for name, text in _flat(self.record.params).items()}
         tags = {_name(name): text[:_MAX_TAG_CHARS] for name, text in _flat(self.record.tags).items()}
         changed = {name: text for name, text in params.items() if run.data.params.get(name, text) != text}
-        tags.update({_name(f"param_changed.{name}"): text[:_MAX_TAG_CHARS] for name, text in changed.items()})
-        send(self._client, run_id, "params", [Param(name, text) for name, text in params.items() if name not in run.data.params])
-        send(self._client, run_id, "tags", [RunTag(name, text) for name, text in tags.items()])
-        log_inputs(self._client, run, self.record.inputs)
-        suffix = f"_resumed_at_{self.record.resume_step}" if self.record.resume_step else ""  # at 0 it is still the run's beginning
-        with self._lock:
-            self.record.known_as(run_id)
+        tags |= {_name(f"param_changed.{name}"): text[:_MAX_TAG_CHARS] for name, text in changed.items()}
+        send(client, run_id, "params", [entities.Param(name, text) for name, text in params.items() if name not in run.data.params])
+        send(client, run_id, "tags", [entities.RunTag(name, text) for name, text in tags.items()])
+        self._log_inputs(client, run)
+        self._change(run_id=run_id)
+        suffix = f"_resumed_at_{self.record.resume_step}" if self.record.resume_step else ""
         if keep(config := self._run_dir / f"params{suffix}.json", json.dumps(self.record.params, indent=2), say):
             self.add_artifact(str(config), "config")
 
-    def _deliver_metrics(self) -> bool:
-        """Send the next part of metrics.jsonl; True if there was any."""
-        from mlflow.entities import Metric
+    def _log_inputs(self, client: Any, run: Any) -> None:
+        """Log the data sets that the run does not have yet."""
+        entities, context = _mlflow("mlflow.entities"), _mlflow("mlflow.utils.mlflow_tags").MLFLOW_DATASET_CONTEXT
+        known = {(each.dataset.name, each.dataset.digest, *(tag.value for tag in each.tags)) for each in run.inputs.dataset_inputs}
+        new = []
+        for each in self.record.inputs:
+            name, digest = each["name"][:_MAX_DATASET_CHARS], each["digest"][:36]
+            if (name, digest, each["context"]) not in known:
+                source, profile = (
+                    json.dumps({"uri": each["source"]}),
+                    json.dumps({"num_groups": each["groups"], "num_rows": each["groups"]}),
+                )
+                dataset = entities.Dataset(name=name, digest=digest, source_type="local", source=source, profile=profile)
+                new.append(entities.DatasetInput(dataset=dataset, tags=[entities.InputTag(context, each["context"])]))
+        if new:
+            client.log_inputs(run.info.run_id, datasets=new)
 
+    def _deliver_metrics(self) -> bool:
+        """Send the next part of metrics.jsonl; return whether there was any."""
+        metric = _mlflow("mlflow.entities").Metric
         points, offset = read_metrics(self._run_dir / METRICS_FILE, self.record.offset, _MAX_PER_REQUEST["metrics"])
-        metrics = [
-            Metric(_name(name), value, milliseconds, step)
+        new = [
+            metric(_name(name), value, milliseconds, step)
             for name, value, milliseconds, step in points
             if not self._is_on_server(_name(name), step)
         ]
-        send(self._client, self.record.run_id, "metrics", metrics)
+        send(self._client, self.record.run_id, "metrics", new)
         if offset == self.record.offset:
             return False
-        with self._lock:
-            self.record.delivered_to(offset)
-            self._save()
+        self._change(offset=offset)
         return True
 
     def _is_on_server(self, name: str, step: int) -> bool:
@@ -288,29 +278,24 @@ class Delivery:
         return step in self._steps_on_server[name]
 
     def _deliver_artifacts(self) -> None:
-        for artifact in self.record.artifacts:
+        for path, artifact in self.record.artifacts.items():
             if not artifact["pending"]:
                 continue
-            if (path := self._run_dir / artifact["path"]).exists():
-                self._client.log_artifact(self.record.run_id, str(path), artifact["folder"] or None)
+            if (file := self._run_dir / path).exists():
+                self._client.log_artifact(self.record.run_id, str(file), artifact["folder"] or None)
             else:
-                say(f"{path} is gone before MLflow got it")
-            with self._lock:  # an artifact that changed meanwhile has a new entry, still pending
-                artifact["pending"] = False
-                self._save()
+                say(f"{file} is gone before MLflow got it")
+            if self.record.artifacts[path] is artifact:  # else the file has changed meanwhile, and is uploaded again
+                self._change(artifacts={path: {**artifact, "pending": False}})
 
 
 def send(client: Any, run_id: str | None, kind: Literal["metrics", "params", "tags"], entities: list[Any]) -> None:
-    """log_batch in requests of permitted size. What MLflow refuses is named and left out, so that it does not hold up the rest."""
-    from mlflow.exceptions import MlflowException
-
-    size = min(_MAX_PER_REQUEST[kind], len(entities)) or 1
-    for start in range(0, len(entities), size):
-        part = entities[start : start + size]
-        batch: dict[str, list[Any]] = {"metrics": [], "params": [], "tags": []}
+    """Log entities in batches of permitted size. An entity that MLflow refuses is reported and left out."""
+    size = _MAX_PER_REQUEST[kind]
+    for part in (entities[start : start + size] for start in range(0, len(entities), size)):
         try:
-            client.log_batch(run_id, **{**batch, kind: part}, synchronous=True)
-        except MlflowException as error:
+            client.log_batch(run_id, **{kind: part})
+        except _mlflow("mlflow.exceptions").MlflowException as error:
             if error.error_code not in _REFUSED:
                 raise
             if len(part) == 1:
@@ -318,42 +303,6 @@ def send(client: Any, run_id: str | None, kind: Literal["metrics", "params", "ta
             else:
                 for entity in part:
                     send(client, run_id, kind, [entity])
-
-
-class SystemMetrics:
-    """Samples of MLflow's own monitor (CPU, memory, disk, network, GPU), as ``system/...``.
-
-    Not its thread: that one gives up for good at the first request that fails. The step is the seconds since the start of the run, which
-    grows across resumes.
-    """
-
-    def __init__(self, run_id: str, start_ms: int, uri: str) -> None:
-        self._run_id, self._start_ms, self._uri = run_id, start_ms, uri
-        self._monitor: Any = None
-        self._next_sample = 0.0
-
-    def sample(self) -> list[Any]:
-        """MLflow metrics; none if ``MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL`` (10 s) has not passed since the last sample."""
-        from mlflow.entities import Metric
-
-        if time.monotonic() < self._next_sample:
-            return []
-        try:
-            if self._monitor is None:
-                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-                self._monitor = SystemMetricsMonitor(self._run_id, tracking_uri=self._uri)
-            self._next_sample = time.monotonic() + self._monitor.sampling_interval
-            self._monitor.collect_metrics()
-            values = self._monitor.aggregate_metrics()
-            for source in self._monitor.monitors:
-                source.clear_metrics()
-        except Exception as error:  # drivers raise what they like, and this is the least of the metrics
-            self._next_sample = math.inf
-            say(f"no more system metrics: {_first_line(error)}")
-            return []
-        now = now_ms()
-        return [Metric(f"system/{name}", value, now, (now - self._start_ms) // 1000) for name, value in values.items()]
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -375,13 +324,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def _make_store(uri: str) -> None:
-    """A local store with all of its tables, or none: MLflow refuses one whose making was cut off, at every later start."""
-    from mlflow import MlflowClient
-
+    """Create a local store with all of its tables, or none: MLflow refuses one whose creation was interrupted."""
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or path.exists():
         return
     made = path.with_name(path.name + ".tmp")
     made.unlink(missing_ok=True)
-    MlflowClient(tracking_uri=f"sqlite:///{made.as_posix()}").search_experiments()
+    _mlflow().MlflowClient(tracking_uri=f"sqlite:///{made.as_posix()}").search_experiments()
     put_in_place(made, path, path.with_name(path.name + ".old.tmp"))

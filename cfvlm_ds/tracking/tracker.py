@@ -1,19 +1,15 @@
-"""Metrics of a run: always to ``metrics.jsonl``, and from there to MLflow, which may be slow, down or absent.
+"""Tracker of a run: metrics go to ``metrics.jsonl``, and from there to MLflow, which may be slow, down or absent.
 
-The run folder is the source of truth. ``log`` appends one line to ``metrics.jsonl`` and returns; one background thread reads the file and
-delivers what is new to MLflow, in order, trying again for as long as the run lives. Everything else MLflow is to know (parameters, tags,
-artifacts, the final status) and the position reached in the file are kept in ``.mlflow_delivery.json``, so that a later process can
-finish the work: a resumed run does so by itself, and after a run has ended ``python -m cfvlm_ds.tracking RUN_DIR`` does.
+The run folder is the source of truth. ``log`` appends one line to ``metrics.jsonl`` and returns; a thread sends new lines to MLflow in
+order. ``.mlflow_delivery.json`` holds everything else that MLflow gets and the position reached in the file, so that a resumed run, or
+``cfvlm-ds track RUN`` after a run has ended, finishes the delivery.
 
 Nothing is delivered twice. MLflow's stores identify a point by (run, name, step, timestamp, value) and ignore a second copy, and the
-timestamp is the one in the file, so a batch whose answer was lost is simply sent again. A process that continues a run asks the server
-which steps it has and skips those: a step that is computed again after a resume keeps, in MLflow, the value first recorded.
+timestamp is the one in the file. A process that continues a run reads from the server which steps it has and skips them: a step that is
+computed again after a resume keeps, in MLflow, the value that was recorded first.
 
-Where: ``MLFLOW_TRACKING_URI`` if set, else ``mlflow.db`` and ``mlartifacts/`` in the run folder, which is what ``mlflow ui`` shows when
-started in that folder (MLflow >= 3.7). ``MLFLOW_EXPERIMENT_NAME`` overrides the experiment. When tracking starts, the variables in
-``ENVIRONMENT`` get a default unless they are set; they hold for the whole process, since MLflow has no other way to bound a request.
-
-MLflow is imported in the background thread (2-3 s); importing this module costs nothing.
+The destination is ``MLFLOW_TRACKING_URI`` if set, else ``mlflow.db`` and ``mlartifacts/`` in the run folder, which ``mlflow ui`` shows
+when started there. ``MLFLOW_EXPERIMENT_NAME`` overrides the experiment.
 """
 
 from __future__ import annotations
@@ -22,15 +18,16 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from cfvlm_ds.core.files import Lines
 from cfvlm_ds.core.secrets import masked, without_secrets
+from cfvlm_ds.tracking.delivery_record import RECORD_FILE, DeliveryRecord, Status
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_values, now_ms, parse_line, say, truncate_metrics
 from cfvlm_ds.tracking.mlflow_delivery import Delivery
-from cfvlm_ds.tracking.run_description import RECORD_FILE, Record, Status
 
 
 def open_tracker(
@@ -46,26 +43,25 @@ def open_tracker(
     close_timeout: float = 30.0,
     inputs: Sequence[Mapping[str, Any]] = (),
 ) -> Tracker | NullTracker:
-    """Start tracking: a ``Tracker`` where ``enabled`` (rank 0), else an object with the same methods that does nothing.
+    """Start tracking and return a ``Tracker`` where ``enabled`` (rank 0), else an object with the same methods that does nothing.
 
     Args:
-        run_dir: the run's folder, of one run at a time; made if missing.
+        run_dir: the run's folder; created if missing.
         experiment, run_name: names in MLflow (``MLFLOW_EXPERIMENT_NAME`` overrides the first).
-        params: nested mapping; MLflow gets it flattened with dots and cut at its length limits, and whole as an artifact in ``config/``.
-            Secrets are masked (``cfvlm_ds.core.secrets.masked``). On resume a changed value becomes a tag ``param_changed.<name>``, since
+        params: nested mapping. MLflow gets it flattened with dots and cut at its length limits, and whole as an artifact in ``config/``.
+            Secrets are masked, here and in the tags and inputs. On resume a changed value becomes a tag ``param_changed.<name>``, since
             MLflow's parameters are immutable.
-        tags: plain strings, masked likewise.
-        run_id: the MLflow run to continue, as kept in a checkpoint. The run folder's own record comes first, being at least as new.
-        resume_step: None starts a new run in ``run_dir`` and discards the metrics of an earlier one there. A step continues: metrics of
-            later steps are dropped from ``metrics.jsonl``, to be logged again.
-        mlflow: False keeps the metrics in ``metrics.jsonl`` alone; ``deliver`` can bring them to MLflow later.
-        close_timeout: the most seconds that ``close`` waits for MLflow.
-        inputs: the data sets, see cfvlm_ds.tracking.run_description.INPUT; one that the run has already is not logged again. Masked too.
+        tags: plain strings.
+        run_id: the MLflow run to continue, as stored in a checkpoint. The run folder's own record takes precedence.
+        resume_step: None starts a new run and discards earlier metrics in ``run_dir``. A step continues a run: metrics of later steps are
+            dropped from ``metrics.jsonl``, to be logged again.
+        mlflow: False keeps the metrics in ``metrics.jsonl`` alone; ``deliver`` can send them later.
+        close_timeout: seconds that ``close`` waits for MLflow at most.
+        inputs: data sets with the keys cfvlm_ds.tracking.delivery_record.INPUT; one that the run has already is not logged again.
 
     Raises:
         ValueError: a run id without a step to resume at.
-        OSError: metrics of another start cannot be taken out of ``metrics.jsonl``. Any other trouble, with a full disk or with MLflow, is
-            reported on stderr and never raised.
+        OSError: ``metrics.jsonl`` cannot be truncated. Any other trouble with a full disk or MLflow is reported on stderr and never raised.
     """
     if not enabled:
         return NullTracker()
@@ -75,21 +71,33 @@ def open_tracker(
     run_dir.mkdir(parents=True, exist_ok=True)
     if resume_step is None:
         (run_dir / RECORD_FILE).unlink(missing_ok=True)
-    record = Record.load(run_dir) or Record(run_id=run_id, start_ms=now_ms())
+    record = DeliveryRecord.load(run_dir) or DeliveryRecord(run_id=run_id, start_ms=now_ms())
     kept_names, offset = truncate_metrics(run_dir / METRICS_FILE, resume_step, record.offset)
-    record.delivered_to(offset)
-    named = without_secrets(os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment)
-    shown = [{name: without_secrets(value) if isinstance(value, str) else value for name, value in each.items()} for each in inputs]
-    record.begin(named, without_secrets(run_name), masked(params), masked(tags), shown, resume_step)
-    if problem := record.kept(run_dir):
+    record = replace(
+        record,
+        experiment=_experiment(experiment),
+        run_name=without_secrets(run_name),
+        params=masked(params),
+        tags=masked(tags),
+        inputs=masked(inputs),
+        offset=offset,
+        resume_step=resume_step,
+        status=None,
+        end_ms=None,
+    )
+    if problem := record.save(run_dir):
         say(f"{problem}: the run goes on, and it is tried again with every delivery")
     return Tracker(run_dir, record, kept_names, mlflow, close_timeout)
 
 
+def _experiment(name: str) -> str:
+    return without_secrets(os.environ.get("MLFLOW_EXPERIMENT_NAME") or name)
+
+
 def going_on(run_dir: Path, experiment: str) -> tuple[dict[str, float], int] | None:
-    """The last values, and the last step, of the run that a folder has in an experiment; None where a new one begins there."""
-    record = Record.load(Path(run_dir).absolute())
-    if record is None or record.experiment != without_secrets(os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment):
+    """Return the last values and the last step of the run that a folder has in an experiment, or None where it has none."""
+    record = DeliveryRecord.load(Path(run_dir).absolute())
+    if record is None or record.experiment != _experiment(experiment):
         return None
     return last_values(Path(run_dir) / METRICS_FILE)
 
@@ -122,7 +130,7 @@ class Tracker:
     FINISHED, and lets the exception pass.
     """
 
-    def __init__(self, run_dir: Path, record: Record, kept_names: set[str], mlflow: bool, close_timeout: float) -> None:
+    def __init__(self, run_dir: Path, record: DeliveryRecord, kept_names: set[str], mlflow: bool, close_timeout: float) -> None:
         self._kept_names, self._close_timeout = kept_names, close_timeout
         self._lines = Lines(run_dir / METRICS_FILE, say)
         self._delivery = Delivery(run_dir, record, wanted=mlflow)

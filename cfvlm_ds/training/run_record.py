@@ -26,7 +26,7 @@ from cfvlm_ds.data.containers.hub import is_hub
 from cfvlm_ds.data.identity import Identity, digest
 from cfvlm_ds.models import Scorer, load_config, parameter_counts
 from cfvlm_ds.tracking import open_tracker
-from cfvlm_ds.tracking.run_description import INPUT
+from cfvlm_ds.tracking.delivery_record import INPUT
 from cfvlm_ds.training.read_data import RunData
 from cfvlm_ds.training.unused import unused
 

@@ -230,16 +230,6 @@ def test_this_version_of_deepspeed_has_been_read() -> None:
     assert "0.21.3 is installed" in str(unknown_version("0.21.3")) and f"'deepspeed{KNOWN}'" in str(unknown_version("0.21.3"))
 
 
-@pytest.mark.parametrize("kind, most", [("file", 400), ("class", 200)])
-def test_nothing_is_larger_than_a_reader_holds(kind: str, most: int) -> None:
-    for path in FILES:
-        lines = {path.name: len(path.read_text().splitlines())}
-        if kind == "class":
-            nodes = (node for node in ast.walk(parsed(path)) if isinstance(node, ast.ClassDef))
-            lines = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in nodes}
-        assert not {name: number for name, number in lines.items() if number > most}, path
-
-
 def test_commands_start_without_torch_and_objectives_need_it_alone() -> None:
     """What nobody uses yet is not imported: --help in 0.2 s where torch takes 2 and transformers 4 more."""
     heavy = "[m for m in ('torch', 'transformers', 'deepspeed', 'mlflow', 'PIL', 'matplotlib', 'jsonargparse') if m in sys.modules]"

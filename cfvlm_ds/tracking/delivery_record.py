@@ -1,0 +1,74 @@
+"""Record of a tracked run besides its metrics, kept in the run folder so that another process can finish the delivery to MLflow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cfvlm_ds.core.errors import unwritten
+from cfvlm_ds.core.files import replace
+from cfvlm_ds.tracking.metrics_log import say
+
+RECORD_FILE = ".mlflow_delivery.json"
+
+INPUT = ("name", "digest", "source", "context", "groups")
+"""Keys of a data set: its name in the configuration, digest of its identity, manifest, "training" or "evaluation", number of groups."""
+
+Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
+
+
+@dataclass(frozen=True)
+class DeliveryRecord:
+    """What MLflow gets besides the metrics, and how far the delivery got.
+
+    Attributes:
+        inputs: data sets of this start, each with the keys ``INPUT``.
+        token: finds the run again when the answer to its creation was lost.
+        offset: bytes of metrics.jsonl that MLflow has.
+        artifacts: path, relative where it is in the run folder -> ``folder`` in MLflow, and whether it is ``pending``.
+    """
+
+    experiment: str = ""
+    run_name: str = ""
+    params: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, Any] = field(default_factory=dict)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    run_id: str | None = None
+    start_ms: int = 0
+    resume_step: int | None = None
+    offset: int = 0
+    artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    status: Status | None = None
+    end_ms: int | None = None
+
+    @classmethod
+    def load(cls, run_dir: Path) -> DeliveryRecord | None:
+        """Return the record of a run folder, or None where there is none or a power loss has damaged it."""
+        path = run_dir / RECORD_FILE
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            say(f"{path} is damaged and left aside; the run's id is taken from its checkpoint, if there is one")
+            return None
+
+    def start_over(self) -> DeliveryRecord:
+        """Return a record for a server that has lost the run: a new run gets everything."""
+        artifacts = {path: {**artifact, "pending": True} for path, artifact in self.artifacts.items()}
+        tags = {**self.tags, "continues_run": self.run_id}
+        return dataclasses.replace(self, tags=tags, run_id=None, offset=0, token=uuid.uuid4().hex, artifacts=artifacts)
+
+    def save(self, run_dir: Path) -> str | None:
+        """Write the record; return why it could not be written, or None."""
+        path = run_dir / RECORD_FILE
+        try:
+            replace(path, json.dumps(dataclasses.asdict(self), indent=1).encode())
+        except OSError as error:
+            return unwritten(path, error)
+        return None
