@@ -349,7 +349,7 @@ def test_a_folder_that_no_address_of_a_database_can_name_keeps_its_metrics(
     assert os.listdir(tmp_path / "runs") == [name] and not list(tmp_path.rglob("*.db*"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     assert deliver(run_dir, 60)
-    found = Record.load(run_dir)
+    found = DeliveryRecord.load(run_dir)
     assert found is not None and client.get_run(found.run_id).data.metrics["loss"] == 1.0
 
 
