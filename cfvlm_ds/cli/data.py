@@ -114,7 +114,7 @@ def _formats(arguments: argparse.Namespace) -> None:
         sample = SAMPLES[name]
         print(f"{name}: {sample.what}" + (f"\n    --format {name}:{sample.options}" if sample.options else ""))
         print(f"    {json.dumps(sample.row)}\n")
-    print("--format auto takes the one that the first row fits, and says which.")
+    print("Without --format it is the one that the first row has by its keys.")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
