@@ -105,9 +105,11 @@ def attach_adapters(model: Any, folder: Path) -> Any:
     from safetensors.torch import load_file
 
     with explained(f"the adapters of {folder} cannot be loaded", "name the folder that they were written to, with its base where it was"):
-        header(folder / ADAPTER_WEIGHTS)
+        stored = [name.removeprefix("base_model.model.") for name in header(folder / ADAPTER_WEIGHTS)]
         described = peft.PeftConfig.from_pretrained(str(folder))
         _refuse_options(described, folder)
+        described.target_modules = {name.rpartition(".lora_A.")[0] for name in stored if ".lora_A." in name}
+        described.exclude_modules = described.layers_to_transform = described.layers_pattern = None
         described.inference_mode, described.init_lora_weights = True, True
         adapted = peft.get_peft_model(model, described)
         weights = load_file(folder / ADAPTER_WEIGHTS)
