@@ -183,19 +183,10 @@ class Delivery:
     def _connect(self) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        folder = str(self._run_dir)
-        if not os.environ.get("MLFLOW_TRACKING_URI") and ("?" in folder or unquote(folder) != folder):
-            raise ConfigError(
-                f"the address of a database in {folder} cannot have its ? or %; set MLFLOW_TRACKING_URI, or rename the folder"
-            )
-        try:
-            from mlflow import MlflowClient
-        except RuntimeError as error:  # Path.home()
-            raise ConfigError(f"{error} MLflow needs one: set HOME to a folder that may be written") from error
-
+        client_class = _client_class(self._run_dir)
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial database tables..."
         _make_store(self._uri)
-        client = MlflowClient(tracking_uri=self._uri)
+        client = client_class(tracking_uri=self._uri)
         run = self._find_run(client) or self._create_run(client)
         self._client = client
         try:
@@ -298,6 +289,18 @@ class Delivery:
             with self._lock:  # an artifact that changed meanwhile has a new entry, still pending
                 artifact["pending"] = False
                 self._save()
+
+
+def _client_class(run_dir: Path) -> Any:
+    """MLflow's client. Raises ConfigError where a run folder has no address as a database, or MLflow finds no home."""
+    folder = str(run_dir)
+    if not os.environ.get("MLFLOW_TRACKING_URI") and ("?" in folder or unquote(folder) != folder):
+        raise ConfigError(f"the address of a database in {folder} cannot have its ? or %; set MLFLOW_TRACKING_URI, or rename the folder")
+    try:
+        from mlflow import MlflowClient
+    except RuntimeError as error:  # Path.home()
+        raise ConfigError(f"{error} MLflow needs one: set HOME to a folder that may be written") from error
+    return MlflowClient
 
 
 def send(client: Any, run_id: str | None, kind: Literal["metrics", "params", "tags"], entities: list[Any]) -> None:
