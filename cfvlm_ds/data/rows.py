@@ -16,6 +16,7 @@ from cfvlm_ds.core.reading import MIB, DuplicateKey, TooLarge, parse_json
 from cfvlm_ds.data.containers.json_file import json_rows
 from cfvlm_ds.data.containers.kinds import LINES, container_of, is_there, sources_state
 from cfvlm_ds.data.containers.prepared import Prepared, prepare, prepared_places
+from cfvlm_ds.data.containers.rows import rows_of
 from cfvlm_ds.data.lines import IndexedLines, State, cache_folder
 
 MAX_LIST = 16 * MIB
@@ -131,7 +132,7 @@ def open_rows(
         if kind == LINES:
             found: Rows = LineRows(IndexedLines.open(path, **options))
         elif kind == "json" and path.stat().st_size <= MAX_LIST:
-            found = ListRows(path, sources_state(path), list(json_rows(path)))
+            found = ListRows(path, sources_state(path), list(rows_of(path, json_rows)))
         else:
             state = sources_state(path)
             made = prepare(path, kind, prepared_places(path, cache_folder()) if cache is None else cache, progress, alive)

@@ -949,6 +949,8 @@ def test_files_that_are_no_files_of_rows(tmp_path: Path) -> None:
         and "occurs twice" in problems[2]
         and "'image_0' is missing" in problems[3]
     )
+    path.write_text("\n".join([good[0], '{"id": ' + "9" * 200_000 + "}"]))
+    assert "examples.jsonl:2: broken JSON" in str(load(BENCHMARKS["winoground"], tmp_path).problems[0])
     path.write_bytes(b"\xff\xfe")
     assert "broken JSON" in str(load(BENCHMARKS["winoground"], tmp_path).problems[0])
     assert "no such folder" in str(load(BENCHMARKS["winoground"], tmp_path / "none").problems[0])
@@ -961,7 +963,7 @@ def test_files_that_are_no_files_of_rows(tmp_path: Path) -> None:
     )
     problems = [str(problem) for problem in load(BENCHMARKS["mmvp"], tmp_path).problems]
     (tmp_path / "Questions.csv").write_bytes("Index,Question,Options,Correct Answer\n1,Où?,(a) x (b) y,(a)\n".encode("latin-1"))
-    assert "Questions.csv: is not UTF-8" in str(load(BENCHMARKS["mmvp"], tmp_path).problems[0])
+    assert "Questions.csv: cannot be read" in str(load(BENCHMARKS["mmvp"], tmp_path).problems[0])
     assert "one of them" in problems[0] and "2 fields for 4 columns" in problems[1] and "number from 1" in problems[2]
 
 

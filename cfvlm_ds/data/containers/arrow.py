@@ -15,7 +15,7 @@ import numpy as np
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import MIB, open_regular
-from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows, unreadable
+from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 
 _ROWS = 64  # of a batch: with pictures of 4 MB each, what one may have in memory
 _BYTES = 256 * MIB  # of a batch of Parquet's, by what its parts are said to have uncompressed: a few kB may become as many GB
@@ -29,7 +29,7 @@ def parquet_rows(path: Path) -> Rows:
     arrow = _pyarrow(path)
     from pyarrow import parquet
 
-    with open_regular(path) as handle, _named(path, arrow), parquet.ParquetFile(handle) as file:
+    with open_regular(path) as handle, parquet.ParquetFile(handle) as file:
         number = 0
         for batch in file.iter_batches(batch_size=_batch_size(file.metadata)):
             for row in _batch_rows(batch, arrow, None):
@@ -48,7 +48,7 @@ def arrow_rows(path: Path) -> Rows:
     """The rows of an Arrow file, of either of its two forms."""
     arrow = _pyarrow(path)
     open_regular(path).close()  # no pipe is waited for
-    with _named(path, arrow), arrow.memory_map(str(path)) as mapped:
+    with arrow.memory_map(str(path)) as mapped:
         begin, size = mapped.read_buffer(1).address, os.stat(path).st_size
 
         def named(value: Any) -> str | None:
@@ -148,22 +148,6 @@ def _bytes(array: Any, large: bool, named: Named | None) -> list[Any]:
 
 def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, bytes, int, float, bool, list, dict)) else str(value)
-
-
-class _named:
-    """What pyarrow raises within the block, as a DataError that names the file."""
-
-    def __init__(self, path: Path, arrow: Any) -> None:
-        self._path, self._arrow = path, arrow
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, (self._arrow.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError)) and not isinstance(
-            error, DataError
-        ):
-            raise unreadable(self._path, error, "it is cut off or damaged; get it whole again") from error
 
 
 def _pyarrow(path: Path) -> Any:

@@ -157,7 +157,7 @@ class _Text:
                     continue
                 raise self._broken(error.msg, error.pos) from error
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{self._path}: JSON that cannot be parsed ({error}); {_REMEDY}") from error
+                raise self._broken(str(error), self._at) from error
             if end < len(self._text) or not self._longer():  # a number may go on
                 break
         written, before = self._text[self._at : end], self._text[: self._at]

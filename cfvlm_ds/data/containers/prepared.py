@@ -22,7 +22,7 @@ from cfvlm_ds.core.files import alone, whole_folder
 from cfvlm_ds.core.progress import EVERY_S
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of
-from cfvlm_ds.data.containers.rows import MAX_ROW, Rows
+from cfvlm_ds.data.containers.rows import MAX_ROW, rows_of
 
 _FORM = 2  # of what is written; another number has everything made again
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
@@ -116,16 +116,8 @@ def _write(
 
 def _rows(container: str, sources: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any] | DataError]]:
     for source in sources:
-        rows: Rows = CONTAINERS[container](source)
-        try:
-            for _, row in rows:
-                yield source, row
-        except DataError:
-            raise
-        except OSError as error:
-            raise DataError(f"{source}: the manifest cannot be read ({error.strerror}); name a readable file") from error
-        except ValueError as error:
-            raise DataError(f"{source}: the manifest cannot be read: {error}") from error
+        for _, row in rows_of(source, CONTAINERS[container]):
+            yield source, row
 
 
 def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:

@@ -1,8 +1,8 @@
-"""What containers yield."""
+"""What containers yield, and what is raised in place of what their parsers raise."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,7 +17,17 @@ MAX_ROW = 4 * MIB
 """Bytes of a row as JSON, the pictures in it not counted: as of a line of JSON lines."""
 
 
-def unreadable(path: Path, error: Exception, remedy: str) -> DataError:
-    """The sentence for a file that cannot be read, or not any further."""
-    why = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:300]
-    return DataError(f"{path}: cannot be read ({why or type(error).__name__}); {remedy}")
+def rows_of(path: Path, read: Callable[[Path], Rows]) -> Rows:
+    """The rows of a file. Whatever the parser ``read`` raises is one DataError that names the file and the last row before it."""
+    where = ""
+    try:
+        for where, row in read(path):
+            yield where, row
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # parsers raise nearly anything on damaged bytes
+        after, why = f" after {where}" if where else "", " ".join(str(error).split())[:300] or type(error).__name__
+        remedy = "it is cut off, damaged or of another kind; get it whole again"
+        if isinstance(error, OSError) and error.strerror:
+            why, remedy = error.strerror, "look at its disk and its permissions"
+        raise DataError(f"{path}: cannot be read{after} ({why}); {remedy}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import open_regular
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows, unreadable
+from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
@@ -52,8 +52,6 @@ def _rows(path: Path, delimiter: str) -> Rows:
             raise DataError(
                 f"{path}:{reader.line_num + 1}: byte 0x{byte:02x} at or after this line is not UTF-8; save the file as UTF-8"
             ) from error
-        except OSError as error:
-            raise unreadable(path, error, "look at the file's disk and start again") from error
 
 
 def _check_columns(path: Path, columns: list[str], delimiter: str) -> None:

@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import MIB, DuplicateKey, open_regular, parse_json
-from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows, unreadable
+from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 from cfvlm_ds.data.decoding import ENDINGS
 
 TEXTS = ("txt", "text", "caption", "cls", "json", "id")
@@ -25,18 +25,8 @@ _HEADER = MIB
 
 def tar_rows(path: Path) -> Rows:
     """The samples of a tar."""
-    with open_regular(path) as handle:
-        try:
-            with tarfile.open(fileobj=cast(Any, _Headers(handle)), mode="r:") as tar:
-                yield from _samples(path, handle, tar)
-        except DataError:
-            raise
-        except tarfile.TarError as error:
-            raise unreadable(path, error, "it is cut off or no tar; get it whole again") from error
-        except OSError as error:
-            raise unreadable(path, error, "look at the file's disk and start again") from error
-        except (ValueError, UnicodeError, OverflowError) as error:
-            raise unreadable(path, error, "its headers are damaged; get it whole again") from error
+    with open_regular(path) as handle, tarfile.open(fileobj=cast(Any, _Headers(handle)), mode="r:") as tar:
+        yield from _samples(path, handle, tar)
 
 
 class _Headers:

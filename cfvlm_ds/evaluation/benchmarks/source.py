@@ -18,7 +18,7 @@ from PIL import Image
 
 from cfvlm_ds.core.errors import DataError, StorageError, unwritten
 from cfvlm_ds.core.files import cache_folder, whole_file
-from cfvlm_ds.core.reading import MIB, DuplicateKey, TooLarge, lines, open_regular, parse_json, read_bytes
+from cfvlm_ds.core.reading import MIB, DuplicateKey, lines, open_regular, parse_json, read_bytes
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_foreign
 from cfvlm_ds.data.confinement import Confinement
@@ -73,19 +73,18 @@ class Source:
         if read is None or not is_there(path) or path.is_dir():
             yield str(path), self._missing(path, lines)
             return
-        self.counts[name] = 0
+        self.counts[name], where = 0, ""
         try:
             for where, value in read(path):
                 self.counts[name] += 1
                 yield where, value
         except DataError as error:  # which names the file and what to do
             yield str(path), error
-        except UnicodeDecodeError as error:
-            yield str(path), DataError(f"{path}: is not UTF-8 ({error}); save it as UTF-8, or get the official file again")
-        except (TooLarge, DuplicateKey, ValueError, RecursionError) as error:
-            yield str(path), DataError(f"{path}: cannot be read ({error}); get the official file again")
         except OSError as error:
             yield str(path), DataError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions or get it again")
+        except Exception as error:  # parsers raise nearly anything on damaged bytes
+            after = f" after {where.removeprefix(str(path)).lstrip(': ')}" if where else ""
+            yield str(path), DataError(f"{path}: cannot be read{after} ({error}); get the official file again, in UTF-8")
 
     def _prepared(self, path: Path) -> Iterator[Placed]:
         """The rows of Parquet files, of which JSON lines are made the first time; a line that is a text says what is wrong with its row."""
@@ -157,7 +156,7 @@ def each(rows: Iterator[tuple[str, Row | DataError]], make: Callable[[str, Row],
             yield make(where, row)
         except DataError as error:
             yield error if str(error).startswith(where) else DataError(f"{where}: {error}")
-        except (TypeError, AttributeError, KeyError, IndexError, OverflowError, ValueError) as error:
+        except Exception as error:  # whatever the row's values make of what takes them apart
             yield DataError(f"{where}: a value in the row has the wrong type or form ({error}); get the official file again")
 
 
