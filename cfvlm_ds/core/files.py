@@ -61,7 +61,7 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
             raise ConfigError(f"{path} is being written by another process; wait for it, or name another file")
         with os.fdopen(os.dup(held), "wb") as file:
             yield file
-        if not _is(temporary, held):  # on a file system without locks
+        if not shared and not _is(temporary, held):  # on a file system without locks
             raise FileExistsError(errno.EEXIST, _BY_ANOTHER, str(path))
         os.replace(temporary, path)
     except OSError as error:

@@ -12,11 +12,10 @@ import pytest
 
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError, StorageError
 from cfvlm_ds.core.files import create, remove
-from cfvlm_ds.core.text import one_line, printable, quoted
+from cfvlm_ds.core.text import in_cell, one_line, printable, quoted
 from cfvlm_ds.core.untrusted import bare_name, output_file, own_file, refuse_foreign
 from cfvlm_ds.data.formats.cfgroup import native_group
 from cfvlm_ds.data.report import CheckReport
-from cfvlm_ds.evaluation.report import in_cell
 
 PATHS = ["", ".", "..", "/etc/passwd", "../x", "a/b", "a\\b", "x\0", "x\n", "\ud800", "n" * 256, "é" * 200, None, 3, ["x"], {"x": 1}]
 
@@ -120,7 +119,7 @@ def test_nothing_commands_a_terminal_or_ends_a_line() -> None:
     assert one_line(HOSTILE, 60) == r"a\x1b[2Jb c\ud800d\u202ee"
     assert one_line("x" * 10**6, 60) == "x" * 60 + "..." and one_line("x" * 60, 60) == "x" * 60
     assert quoted({"a": "\n"}) == r"{'a': '\n'}" and len(quoted(["x"] * 1000)) == 203
-    assert in_cell("a|b\x07") == r"a\|b\x07"
+    assert in_cell("a|b\x07") == r"a\|b\\x07"
     assert r"\x1b[2Jb" in str(CheckReport("m", edit_types=Counter({HOSTILE: 2})))
 
 
