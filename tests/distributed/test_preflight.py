@@ -94,7 +94,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return right(path, max_pixels)
 
-    monkeypatch.setattr(check, "open_image", recorded)
+    monkeypatch.setattr(picture_check, "open_image", recorded)
     return names
 
 
@@ -248,7 +248,7 @@ def test_a_check_that_is_killed_goes_on(
     config: RunConfig, data: Path, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has seen is kept, to the last whole record; it leaves when it is asked to, between two pictures."""
-    monkeypatch.setattr(check, "_CHUNK", 2)
+    monkeypatch.setattr(picture_check, "_CHUNK", 2)
     run = configured(config, tmp_path / "run", train=str(data))
 
     def leave() -> None:
@@ -355,7 +355,7 @@ def test_threads_of_the_check_keep_to_the_cores_they_are_given(data: Path, monke
             running -= 1
         return right(path, max_pixels)
 
-    monkeypatch.setattr(check, "open_image", slow)
+    monkeypatch.setattr(picture_check, "open_image", slow)
     given = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(given)})

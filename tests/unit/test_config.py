@@ -41,7 +41,7 @@ def test_every_split_may_have_a_root_and_a_format_of_its_own(tmp_path: Path) -> 
     )
     data = parse("--config", str(file), "--data.train", "x.jsonl", "--data.evaluation.more.path", "m.jsonl", "--data.root+", "/c").data
     roots = ["/a", "/b", "/c"]
-    assert data.train_sets == {"train": Source("x.jsonl", roots, "cfgroup")}
+    assert data.train_sets == {"train": Source("x.jsonl", roots, "auto")}
     assert data.evaluation_sets == {
         "plain": EvaluationSet("p.jsonl", roots, "cfgroup"),
         "own": EvaluationSet("o.jsonl", "/r", "pairs"),
