@@ -7,9 +7,7 @@ must know of one another is 8 bytes for each id and each distinct picture.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,22 +16,19 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures, Prompt
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
-from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
+from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.manifest import Root, data_roots, known_format, open_groups, repeated
 from cfvlm_ds.data.packed import PackedRows
 from cfvlm_ds.data.passes import Done, Firsts, Share, contains, owned
-from cfvlm_ds.data.picture_file import picture_stat
-from cfvlm_ds.data.picture_index import Picture, PictureTable, picture_key, picture_of
+from cfvlm_ds.data.picture_check import equal_images, find, open_pictures
+from cfvlm_ds.data.picture_index import PictureTable, picture_key
 from cfvlm_ds.data.report import CheckReport
-from cfvlm_ds.data.store import GroupStore, told_apart
-
-_CHUNK = 1024  # pictures that are opened before they are noted
+from cfvlm_ds.data.store import GroupStore
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -82,12 +77,12 @@ def check_groups(
     keys, places = seen.pictures
     mine = owned(keys, share.board.show("pictures", keys), share.rank)
     report.add_images(len(mine))
-    _open_pictures(report, store, mine, places[contains(mine, keys)], max_pixels, progress, share)
+    open_pictures(report, store, mine, places[contains(mine, keys)], max_pixels, progress, share)
     pictures = share.notes.all()
     keys, places = seen.images
     mine = owned(keys, share.board.show("images", keys), share.rank)
     texts = _Texts(store, lengths, pictures, mine, places[contains(mine, keys)])
-    counted = Progress(progress, f"check of texts{_of_share(share)}", len(share.of(len(store))), "groups")
+    counted = Progress(progress, f"check of texts{share.whose}", len(share.of(len(store))), "groups")
     for part in share.over(share.of(len(store)), texts, counted):
         report.add(part)
     share.board.clear()
@@ -117,7 +112,7 @@ def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str
     """Count what the rows of this process's range hold and what is wrong with them, and find their pictures."""
     places, ids = share.of(len(store)), [np.empty(0, np.uint64)]
     pictures, images = Firsts(), Firsts()
-    counted = Progress(progress, f"check of rows{_of_share(share)}", len(places), "groups")
+    counted = Progress(progress, f"check of rows{share.whose}", len(places), "groups")
     for part in share.over(places, partial(_rows, store), counted):
         report.add(part.report)
         ids.append(part.ids)
@@ -182,100 +177,6 @@ def _repeated(store: GroupStore, ids: Sequence[Array], share: Share) -> Iterator
                 yield repeated(store, index, first[group.id], group.id)
 
 
-# Pictures ----------------------------------------------------------------------------------------------------------------------------
-
-
-def _open_pictures(
-    report: CheckReport,
-    store: GroupStore,
-    keys: Array,
-    places: Array,
-    max_pixels: int,
-    progress: Callable[[str], object],
-    share: Share,
-) -> None:
-    """Open each picture once, named by the first group of this range that shows it."""
-    wanted = first_uses(store, keys, places)
-    counted = Progress(progress, f"check of images{_of_share(share)}", len(keys), "images")
-    for index, problem in counted.over(_open_all(wanted, _packed_pictures(store), max_pixels, share)):
-        if problem is not None:
-            report.problems.append(f"{store.where(index)}: {problem}")
-
-
-def _packed_pictures(store: GroupStore) -> PictureTable | None:
-    return store.rows.pictures if isinstance(store.rows, PackedRows) else None
-
-
-def unsound_pictures(store: GroupStore, max_pixels: int, progress: Callable[[str], object]) -> Callable[[CounterfactualGroup], str | None]:
-    """Open each picture of a manifest, once; returns what says why a check refuses the pictures of one of its groups, or None."""
-    share, report = Share(), CheckReport(str(store.path))
-    _open_pictures(report, store, *look_at_rows(report, store, progress, share).pictures, max_pixels, progress, share)
-    sound, packed = share.notes.all(), _packed_pictures(store)
-
-    def problem(group: CounterfactualGroup) -> str | None:
-        for picture in itertools.chain(*group.images):
-            if sound.find(picture) is None and isinstance(found := _open(picture, sound, packed, max_pixels), str):
-                return found
-        return next(_equal_images(group, sound), None)
-
-    return problem
-
-
-def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
-    """The pictures with these keys, each with the group that shows it first; only those groups are read."""
-    left = np.ones(len(keys), bool)
-    for index in np.unique(places).tolist():
-        group = store.entry(index)
-        for image in () if isinstance(group, DataError) else group.images:
-            for picture in image:
-                if (found := _find(keys, picture_key(picture))) is not None and left[found] and places[found] == index:
-                    left[found] = False
-                    yield index, picture
-
-
-def _find(keys: Array, key: int) -> int | None:
-    place = int(keys.searchsorted(np.uint64(key)))
-    return place if place < len(keys) and int(keys[place]) == key else None
-
-
-def _open_all(
-    wanted: Iterator[tuple[int, Path]], packed: PictureTable | None, max_pixels: int, share: Share
-) -> Iterator[tuple[int, str | None]]:
-    """What is wrong with each picture, or None; the sound ones are noted, a chunk at a time."""
-    # Threads suffice: PIL decodes without holding the interpreter lock. Chunks bound the memory of pending work for millions of files.
-    pool = ThreadPoolExecutor(cores_per_rank())
-    try:
-        look = partial(_open, known=share.notes.known, packed=packed, max_pixels=max_pixels)
-        while chunk := [use for _, use in zip(range(_CHUNK), wanted, strict=False)]:
-            sound = []
-            opened = pool.map(look, [path for _, path in chunk])
-            for (index, path), found in zip(chunk, opened, strict=True):
-                share.alive()
-                if isinstance(found, Picture):
-                    sound.append((path, found))
-                yield index, found if isinstance(found, str) else None
-            share.notes.add(sound)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _open(path: Path, known: PictureTable, packed: PictureTable | None, max_pixels: int) -> Picture | str | None:
-    """What to note of a picture, or its problem; None for one that was sound before and has not been written since. One of a packed store
-    is the one that was ``packed``."""
-    try:
-        before = known.find(path)
-        if before is not None and before.width * before.height <= max_pixels and picture_stat(path) == (before.size, before.mtime):
-            return None
-        found = picture_of(path, *open_image(path, max_pixels).size)
-        if packed is not None and (before := packed.find(path)) is not None and before != found:
-            return f"{path}: the picture is not the one that was packed; copy the store whole, or pack the data again"
-        return found
-    except DataError as error:
-        return str(error)
-    except OSError as error:
-        return f"{path}: image cannot be read ({error.strerror}); restore it, or correct its path in the manifest"
-
-
 # Texts -------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +195,7 @@ class _Texts:
         counted: set[int] = set()
         for index, group in self.store.entries(places):
             if not isinstance(group, DataError):
-                report.problems += [f"{self.store.where(index)}: {problem}" for problem in _equal_images(group, self.pictures)]
+                report.problems.extend(f"{self.store.where(index)}: {problem}" for problem in equal_images(group, self.pictures))
                 self._check_texts(report, index, group)
                 if self.lengths is not None:
                     self._count_visual_tokens(report, index, group, self.lengths, counted)
@@ -313,7 +214,7 @@ class _Texts:
                     lengths.visual_tokens(shown)  # a text is not blamed for what the model cannot take as a picture
                     sizes.add(shown)
             except DataError as error:
-                report.problems.append(f"{self.store.where(index)}: group {group.id!r}: {_named(image)}: {error}")
+                report.problems.append(f"{self.store.where(index)}: group {group.id!r}: {', '.join(map(str, image))}: {error}")
         unseen = (_SOME_SIZE,) * group.num_pictures
         for number, candidate in enumerate(group.candidates):
             try:
@@ -337,7 +238,7 @@ class _Texts:
         self, report: CheckReport, index: int, group: CounterfactualGroup, lengths: Lengths, counted: set[int]
     ) -> None:
         for image in group.images:
-            place = _find(self.images, _image_key([picture_key(picture) for picture in image])) if image else None
+            place = find(self.images, _image_key([picture_key(picture) for picture in image])) if image else None
             if place is None or self.places[place] != index or place in counted:
                 continue
             counted.add(place)
@@ -351,37 +252,11 @@ class _Texts:
 _SOME_SIZE = (56, 56)  # of pictures of which none is known: a text may have more against it than its length
 
 
-def _equal_images(group: CounterfactualGroup, pictures: PictureTable) -> Iterator[str]:
-    for second in range(1, len(group.images)):
-        for first in range(second):
-            if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], pictures):
-                yield (
-                    f"group {group.id!r}: counterfactual image {second} equals image {first} byte for byte ({_named(group.images[second])} "
-                    f"and {_named(group.images[first])}) though match tells them apart; redo the edit, or remove it"
-                )
-
-
 def _sizes(image: Pictures, pictures: PictureTable) -> tuple[Size, ...] | None:
     """Sizes of an image's pictures; None where one is not known."""
     found = [pictures.find(picture) for picture in image]
     known = [(picture.width, picture.height) for picture in found if picture is not None]
     return tuple(known) if len(known) == len(image) else None
-
-
-def _named(pictures: Pictures) -> str:
-    return ", ".join(str(picture) for picture in pictures)
-
-
-def _same_bytes(first: Pictures, second: Pictures, pictures: PictureTable) -> bool:
-    def same(a: Path, b: Path) -> bool:
-        one, other = pictures.find(a), pictures.find(b)
-        return one is not None and other is not None and (one.size, one.digest) == (other.size, other.digest)
-
-    return all(a == b or same(a, b) for a, b in zip(first, second, strict=True))
-
-
-def _of_share(share: Share) -> str:
-    return f" (rank {share.rank}; {share.size} ranks share them)" if share.size > 1 else ""
 
 
 def sound_groups(

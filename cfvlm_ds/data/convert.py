@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +15,16 @@ from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.untrusted import new_output, own_output
-from cfvlm_ds.data.check import unsound_pictures
+from cfvlm_ds.data.check import look_at_rows
 from cfvlm_ds.data.containers.hub import fetched
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.data.manifest import Root, data_roots, open_groups, repeated
+from cfvlm_ds.data.passes import Share
+from cfvlm_ds.data.picture_check import equal_images, open_pictures, opened_picture, packed_pictures
+from cfvlm_ds.data.report import CheckReport
+from cfvlm_ds.data.store import GroupStore
 
 
 class Converted(NamedTuple):
@@ -54,7 +59,7 @@ def convert(
         base = folder if all(each.is_relative_to(folder) for each in roots) else roots[0]
         groups, described, repeats, problems, seen = 0, 0, 0, list[str](), dict[int, int]()
         store = open_groups(path, root, format, progress=say, cache=[out.parent])
-        unsound = unsound_pictures(store, max_pixels, say) if on_error == "skip" else lambda group: None
+        unsound = _unsound(store, max_pixels, say) if on_error == "skip" else lambda group: None
         for index, item in store.entries():
             if not isinstance(item, DataError) and (problem := unsound(item)) is not None:
                 item = DataError(f"{store.where(index)}: {problem}")
@@ -78,6 +83,21 @@ def convert(
     if repeats:
         say(f"{repeats} of the rows that were left out repeat an earlier one, or its id")
     return Converted(groups, problems, base)
+
+
+def _unsound(store: GroupStore, max_pixels: int, say: Callable[[str], object]) -> Callable[[CounterfactualGroup], str | None]:
+    """Open each picture of a manifest; returns what says why a check refuses the pictures of a group, or None."""
+    share, report = Share(), CheckReport(str(store.path))
+    open_pictures(report, store, *look_at_rows(report, store, say, share).pictures, max_pixels, say, share)
+    sound, packed = share.notes.all(), packed_pictures(store)
+
+    def problem(group: CounterfactualGroup) -> str | None:
+        for picture in itertools.chain(*group.images):
+            if sound.find(picture) is None and isinstance(found := opened_picture(picture, sound, packed, max_pixels), str):
+                return found
+        return next(equal_images(group, sound), None)
+
+    return problem
 
 
 def list_of_skipped(out: Path) -> Path:

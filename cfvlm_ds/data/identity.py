@@ -62,7 +62,7 @@ def shared_identity(
             return str(error)
 
     mine, problem, places = [], None, share.of(len(store))
-    for part in share.over(places, work, Progress(say, f"identity of {store.path}", len(places), "groups")):
+    for part in share.over(places, work, Progress(say, f"identity of {store.path}{share.whose}", len(places), "groups")):
         if isinstance(part, str):
             problem = part
             break

@@ -53,7 +53,7 @@ def shared_with(
     picture of the evaluation sets.
     """
     wanted = {
-        name: _all_keys(groups, pictures, share, Progress(say, f"overlap: {name}", len(share.of(len(groups))), "groups"))
+        name: _all_keys(groups, pictures, share, Progress(say, f"overlap: {name}{share.whose}", len(share.of(len(groups))), "groups"))
         for name, groups in evaluation.items()
     }
     names = list(wanted)
@@ -65,7 +65,9 @@ def shared_with(
         return [np.flatnonzero(contains(np.asarray(mine), keys)) for mine, keys in zip(found, every, strict=True)]
 
     if any(len(keys) for keys in every):
-        for part in share.over(mine := share.of(len(train)), work, Progress(say, "overlap: training groups", len(mine), "groups")):
+        for part in share.over(
+            mine := share.of(len(train)), work, Progress(say, f"overlap: training groups{share.whose}", len(mine), "groups")
+        ):
             for hit, places in zip(hits, part, strict=True):
                 hit[places] = True
     hits = [np.logical_or.reduce(share.board.show(f"shared-{k}", hit)) for k, hit in enumerate(hits)]

@@ -28,11 +28,12 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.data import lines
-from cfvlm_ds.data.check import first_uses, look_at_rows
+from cfvlm_ds.data.check import look_at_rows
 from cfvlm_ds.data.decoding import ENDINGS, MAX_BYTES, open_image
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.packed import BEGUN, FILE, PARTS, PICTURES, SCHEMA, TOGETHER, index_sum
 from cfvlm_ds.data.passes import Share
+from cfvlm_ds.data.picture_check import first_uses
 from cfvlm_ds.data.picture_file import part_name, picture_bytes
 from cfvlm_ds.data.picture_index import FACTS, PictureTable, digest_of, picture_key
 from cfvlm_ds.data.report import CheckReport

@@ -91,6 +91,11 @@ class Share:
     board: Board = field(default_factory=Board)
     shield: Callable[[int], None] = lambda worker: None
 
+    @property
+    def whose(self) -> str:
+        """Which part this is, for a line about its progress; nothing where one process does it all."""
+        return f" (rank {self.rank}; {self.size} ranks share them)" if self.size > 1 else ""
+
     def of(self, count: int) -> range:
         """The places of this rank: one after the other, so that files are read as they lie."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)

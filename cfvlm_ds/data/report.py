@@ -112,7 +112,7 @@ class CheckReport:
         for problem in self.problems:
             first.setdefault(without_place(problem), problem)
         counts, shown = Counter(map(without_place, self.problems)), dict(itertools.islice(first.items(), _SHOWN_PROBLEMS))
-        table += [f"  {problem}" + f" (and {counts[what] - 1} more rows)" * (counts[what] > 1) for what, problem in shown.items()]
+        table += [f"  {problem}" + f" (and {counts[what] - 1} more like it)" * (counts[what] > 1) for what, problem in shown.items()]
         if more := len(self.problems) - sum(counts[what] for what in shown):
             table.append(f"  ... and {more} more")
         return "\n".join(table)

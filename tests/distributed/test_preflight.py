@@ -37,7 +37,7 @@ from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
-from cfvlm_ds.data import check, check_groups, check_manifest, open_groups, read_manifest
+from cfvlm_ds.data import CheckReport, check_groups, check_manifest, open_groups, picture_check, read_manifest
 from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.passes import Board, Share
 from cfvlm_ds.data.picture_index import PictureNotes, PictureTable
@@ -88,13 +88,13 @@ def test_every_set_has_its_own_root_and_format(config: RunConfig, data: Path, tm
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the pictures that the check opens."""
     names: list[str] = []
-    right = check.open_image
+    right = picture_check.open_image
 
     def recorded(path: Path, max_pixels: int) -> Image.Image:
         names.append(path.name)
         return right(path, max_pixels)
 
-    monkeypatch.setattr(check, "open_image", recorded)
+    monkeypatch.setattr(picture_check, "open_image", recorded)
     return names
 
 
@@ -199,7 +199,7 @@ def test_shares_together_are_one_report(config: RunConfig, data: Path, tmp_path:
     assert len(whole.problems) == 2 and whole.metadata == {"'tag'": 5, "'key 0'": 2, "'key 1'": 3}
     together = threading.Barrier(2)
 
-    def part(rank: int) -> check.CheckReport:
+    def part(rank: int) -> CheckReport:
         notes, board = (kind(tmp_path / "notes", rank, *of, together.wait) for kind, of in ((PictureNotes, ()), (Board, (2,))))
         share = Share(rank, 2, notes, board=board)
         return check_groups(open_groups(data), lengths=collator, max_pixels=10**6, progress=pytest.fail, share=share)
@@ -248,7 +248,7 @@ def test_a_check_that_is_killed_goes_on(
     config: RunConfig, data: Path, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has seen is kept, to the last whole record; it leaves when it is asked to, between two pictures."""
-    monkeypatch.setattr(check, "_CHUNK", 2)
+    monkeypatch.setattr(picture_check, "_CHUNK", 2)
     run = configured(config, tmp_path / "run", train=str(data))
 
     def leave() -> None:
@@ -343,7 +343,7 @@ def test_what_has_changed_is_named(change: str, data: Path, tmp_path: Path) -> N
 
 def test_threads_of_the_check_keep_to_the_cores_they_are_given(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running, most = 0, 0
-    lock, right = threading.Lock(), check.open_image
+    lock, right = threading.Lock(), picture_check.open_image
 
     def slow(path: Path, max_pixels: int) -> Image.Image:
         nonlocal running, most
@@ -355,7 +355,7 @@ def test_threads_of_the_check_keep_to_the_cores_they_are_given(data: Path, monke
             running -= 1
         return right(path, max_pixels)
 
-    monkeypatch.setattr(check, "open_image", slow)
+    monkeypatch.setattr(picture_check, "open_image", slow)
     given = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(given)})
@@ -378,14 +378,14 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
     config = parse_config(
         ["--config", "tests/support/train.yaml", "--model.name_or_path", model, "--data.max_tokens_per_micro_batch", "4000"], OBJECTIVES
     )
-    right, opened = check.open_image, []
+    right, opened = picture_check.open_image, []
 
     def slow(path: Path, max_pixels: int) -> Image.Image:
         opened.append(path.name)
         time.sleep(5 / 18 if world.rank == 1 else 0)
         return right(path, max_pixels)
 
-    check.open_image = slow  # type: ignore[assignment]
+    picture_check.open_image = slow  # type: ignore[assignment]
     read = preflight.read_data(configured(config, Path(run), train=manifest, num_workers=0), world)
     tokens = group_tokens(
         read.groups, load_collator(config.model, "full"), config.data, world, read.pictures, folder=Path(run) / "data_check"

@@ -105,7 +105,7 @@ def test_a_check_says_what_is_wrong_with_every_row_of_data_that_hold_no_group(he
     assert [line.split(":")[0].strip() for line in said.out.splitlines()] == [
         "manifest         words.txt",
         "problems         2",
-        *["words.txt"] * 2,
+        "words.txt",
     ]
     assert said.err.startswith("error: words.txt:1: broken JSON") and "(1 more, listed above)" in said.err
 

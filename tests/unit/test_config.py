@@ -41,12 +41,12 @@ def test_every_split_may_have_a_root_and_a_format_of_its_own(tmp_path: Path) -> 
     )
     data = parse("--config", str(file), "--data.train", "x.jsonl", "--data.evaluation.more.path", "m.jsonl", "--data.root+", "/c").data
     roots = ["/a", "/b", "/c"]
-    assert data.train_sets == {"train": Source("x.jsonl", roots, "cfgroup")}
+    assert data.train_sets == {"train": Source("x.jsonl", roots, "auto")}
     assert data.evaluation_sets == {
-        "plain": EvaluationSet("p.jsonl", roots, "cfgroup"),
+        "plain": EvaluationSet("p.jsonl", roots, "auto"),
         "own": EvaluationSet("o.jsonl", "/r", "pairs"),
-        "train": EvaluationSet("t.jsonl", roots, "cfgroup"),
-        "more": EvaluationSet("m.jsonl", roots, "cfgroup"),
+        "train": EvaluationSet("t.jsonl", roots, "auto"),
+        "more": EvaluationSet("m.jsonl", roots, "auto"),
     }
     assert [parse(f"--data.root={root}").data.train_sets["train"].root for root in ("/a", "[/a,/b]")] == ["/a", ["/a", "/b"]]
     for wrong in (

@@ -19,7 +19,7 @@ from PIL import Image, ImageFile
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import PICTURE, SHAM, Candidate, CounterfactualGroup, Edit, Turn
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.data import CheckReport, check, check_manifest, image_size, named_apart, open_groups, open_image, read_manifest
+from cfvlm_ds.data import CheckReport, check_manifest, image_size, named_apart, open_groups, open_image, picture_check, read_manifest
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
 from cfvlm_ds.data.identity import changes, data_identity, shared_identity
 from cfvlm_ds.data.overlap import shared_with
@@ -670,7 +670,7 @@ def test_each_image_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch
         opened.append(path)
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr(check, "open_image", recorded)
+    monkeypatch.setattr(picture_check, "open_image", recorded)
     check_manifest(manifest(folder, row("a"), row("b"), row("c")))
     assert sorted(opened) == [folder / "a.png", folder / "b.png"]
 

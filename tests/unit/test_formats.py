@@ -469,7 +469,7 @@ def test_a_repeated_problem_is_printed_once(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         main(["data", "check", str(path), "--format", "preference"])
     said = [line for line in capsys.readouterr().out.splitlines() if "rows.jsonl:" in line]
-    assert len(said) == 2 and said[0].endswith("(and 30 more rows)") and f"{path}:1: " in said[0] and f"{path}:31: " in said[1]
+    assert len(said) == 2 and said[0].endswith("(and 30 more like it)") and f"{path}:1: " in said[0] and f"{path}:31: " in said[1]
 
 
 COLUMNS = [
