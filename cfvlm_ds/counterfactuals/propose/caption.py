@@ -12,7 +12,7 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import (
     ADJECTIVES,
     ANIMATE,
     CALLED,
-    COLOURS_READ,
+    COLOURS,
     DETERMINERS,
     EXPLAINING,
     FOLLOWING,
@@ -27,7 +27,7 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import (
 )
 from cfvlm_ds.counterfactuals.propose.word_difference import WORD
 
-OF_KIND = {"colour": frozenset(COLOURS_READ), "size": frozenset(SIZES), "material": frozenset(MATERIALS), "texture": frozenset(TEXTURES)}
+OF_KIND = {"colour": frozenset(COLOURS), "size": frozenset(SIZES), "material": frozenset(MATERIALS), "texture": frozenset(TEXTURES)}
 _MODIFIERS = ADJECTIVES.union(*OF_KIND.values()) | {"short"}
 _ONE = ("a", "an", "one", "this", "that", "each", "every", "another")
 _MARKS = re.compile(r"[^\w]")

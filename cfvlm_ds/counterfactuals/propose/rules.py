@@ -5,25 +5,35 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.attributes import MADE_OF, PATTERNED, can_be
-from cfvlm_ds.counterfactuals.propose.base import Change, Choose, Context, Found, Proposal, Rejected, Source, drawn
+from cfvlm_ds.counterfactuals.propose.balance import Prices, drawn, prices_of
+from cfvlm_ds.counterfactuals.propose.base import Change, Choose, Context, Found, Proposal, Rejected, Source, sources
 from cfvlm_ds.counterfactuals.propose.caption import OF_KIND, Caption, Phrase
 from cfvlm_ds.counterfactuals.propose.counting import count
 from cfvlm_ds.counterfactuals.propose.grammar import absent, article, versions
+from cfvlm_ds.counterfactuals.propose.once import made_once
 from cfvlm_ds.counterfactuals.propose.plausible import instead, is_compared
 from cfvlm_ds.counterfactuals.propose.situation import done_there, is_action, is_place
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
 
-VERSION = 6
+VERSION = 7
 """Raised when the same caption gets other edits than before."""
+_LOOKED_AT = 20_000
+"""Rows whose words are counted."""
 
 _RELATION = re.compile(
     r"\b(?:" + "|".join(sorted({re.escape(p) for pair in v.RELATIONS for p in pair}, key=len, reverse=True)) + r")\b", re.IGNORECASE
@@ -32,11 +42,12 @@ _OPPOSITE: dict[str, str] = {}
 for _first, _second in v.RELATIONS:
     _OPPOSITE.setdefault(_first, _second)
     _OPPOSITE.setdefault(_second, _first)
-_NEAR = {word: frozenset().union(*(group for group in v.NEAR_COLOURS if word in group)) for word in v.COLOURS_READ}
+_NEAR = {word: frozenset().union(*(group for group in v.NEAR_COLOURS if word in group)) for word in v.COLOURS}
 
 
 class Rules:
-    """The back end ``rules``."""
+    """The back end ``rules``, for English. Which of the possible edits of a caption are proposed depends on all captions at hand: the words
+    of the proposals are balanced."""
 
     threads = 1
 
@@ -48,6 +59,7 @@ class Rules:
                 raise ConfigError(f"--words: {kind!r} has no list of words; there are {', '.join(_KINDS)}")
             if kind == "object" and (unknown := [word for word in words if word not in v.NOUNS]):
                 raise ConfigError(f"--words: the forms of {unknown[0]!r} are not known; name listed nouns")
+        self._prices = self._read(context)
 
     def settings(self) -> Mapping[str, Any]:
         return {"version": VERSION, "words": {kind: list(words) for kind, words in self._words.items()}, **versions()}
@@ -58,52 +70,78 @@ class Rules:
 
     def propose(self, source: Source) -> Found:
         """Proposals of each type, and why there is none where one reason is true of the whole caption."""
-        if len(source.caption) > MOST_CHARACTERS or printable(source.caption) != source.caption:
-            return [Rejected("rules", "no caption of one printable line")]
-        caption = Caption(source.caption)
-        if any(word in v.NEGATIONS or word.endswith("n't") for word in caption.words):
-            return [Rejected("rules", "a negation")]
-        if "?" in caption.words:
-            return [Rejected("rules", "a question")]
-        if v.UNCERTAIN & set(caption.words):
-            return [Rejected("rules", "not certain")]
-        if caption.is_definition:
-            return [Rejected("rules", "a sentence that says what a thing is")]
-        found: list[Proposal | Rejected] = []
+        edits = edits_of(source.caption, self._types, self._words)
+        found: list[Proposal] = []
         for kind in self._types:
-            made = 0
-            for changes, told in self._changes(kind, caption, source.id):
-                if made >= self._per_type:
-                    break
-                proposal = self._proposal(kind, caption, changes, told)
-                if proposal is not None and all(proposal.text != other.text for other in found):
-                    found.append(proposal)
-                    made += 1
-        return found or [Rejected("rules", "nothing to edit")]
+            same = [edit for edit in edits if isinstance(edit, Proposal) and edit.type == kind]
+            found += drawn(same, self._prices, self._per_type, self._seed, source.id, kind)
+        if found or isinstance(edits[0], Rejected):
+            return found or edits
+        return [Rejected("rules", "no word that may come here comes less often than it goes")]
 
-    def _proposal(self, kind: str, caption: Caption, changes: dict[int, str], told: str) -> Proposal | None:
-        explained = caption.first_sentence < len(caption.words)
-        if explained and (max(changes) >= caption.first_sentence or kind in ("object", "swap_object")):
-            return None
-        if caption.lettering & changes.keys():
-            return None
-        text = caption.with_words(changes)
-        if defect(caption.text, text, kind) is not None:
-            return None
-        differs = difference(caption.text, text)
-        return Proposal(kind, text, " ".join(differs.before), " ".join(differs.after), told or f"Make the picture show: {text}", "rules")
+    def _read(self, context: Context) -> Prices:
+        """The prices of words, which the first shard of a work folder writes for all. At most so many captions are looked at, evenly over
+        the data, that they fit in memory."""
+        path, store = context.work.path / "prices.json", context.store
+        said = {"per_type": self._per_type, "types": list(self._types), **self.settings()}
 
-    def _changes(self, kind: str, caption: Caption, name: str) -> Iterator[Change]:
-        if kind not in _MAKERS:
-            return iter(())
+        def is_of_these(file: Path) -> bool:
+            with suppress(ValueError, RecursionError):
+                found = parse_json(file.read_text())
+                return isinstance(found, dict) and found.get("settings") == said and isinstance(found.get("prices"), dict)
+            return False
 
-        def choose(options: Sequence[str]) -> list[str]:
-            allowed = self._words.get(kind)
-            said = {SYNONYMS.get(word, word) for word in caption.words}
-            kept = [option for option in options if (allowed is None or option in allowed) and SYNONYMS.get(option, option) not in said]
-            return drawn(self._seed, f"{name}/{kind}", kept)
+        def write() -> None:
+            count = min(len(store), _LOOKED_AT)
+            progress = Progress(context.say, "rules: words", count, "rows")
+            edits = (
+                [edit for edit in edits_of(source.caption, self._types, self._words) if isinstance(edit, Proposal)]
+                for source in progress.over(sources(store, [k * len(store) // count for k in range(count)]))
+                if not isinstance(source, DataError)
+            )
+            prices = prices_of(edits, [kind for kind in self._types if kind not in self._words], self._per_type)
+            replace(path, json.dumps({"settings": said, "prices": prices}, indent=1).encode(), shared=True)
 
-        return _MAKERS[kind](caption, choose)
+        return parse_json(made_once(path, is_of_these, write).read_text())["prices"]
+
+
+def edits_of(text: str, types: Sequence[str], words: Mapping[str, Sequence[str]] = {}) -> Found:  # noqa: B006
+    """All the edits of a caption that rules allow, by type, or why there is none. ``words`` are those that edits of a type may lead to."""
+    if len(text) > MOST_CHARACTERS or printable(text) != text:
+        return [Rejected("rules", "no caption of one printable line")]
+    caption = Caption(text)
+    if any(word in v.NEGATIONS or word.endswith("n't") for word in caption.words):
+        return [Rejected("rules", "a negation")]
+    if "?" in caption.words:
+        return [Rejected("rules", "a question")]
+    if v.UNCERTAIN & set(caption.words):
+        return [Rejected("rules", "not certain")]
+    if caption.is_definition:
+        return [Rejected("rules", "a sentence that says what a thing is")]
+    said = {SYNONYMS.get(word, word) for word in caption.words}
+    found: dict[str, Proposal] = {}
+    for kind in types:
+
+        def choose(options: Sequence[str], allowed: Sequence[str] | None = words.get(kind)) -> list[str]:
+            return [each for each in options if (allowed is None or each in allowed) and SYNONYMS.get(each, each) not in said]
+
+        for changes, told in _MAKERS[kind](caption, choose) if kind in _MAKERS else ():
+            if (proposal := _proposal(kind, caption, changes, told)) is not None:
+                found.setdefault(proposal.text, proposal)
+    return list(found.values()) or [Rejected("rules", "nothing to edit")]
+
+
+def _proposal(kind: str, caption: Caption, changes: dict[int, str], told: str) -> Proposal | None:
+    explained = caption.first_sentence < len(caption.words)
+    if explained and (max(changes) >= caption.first_sentence or kind in ("object", "swap_object")):
+        return None
+    if caption.lettering & changes.keys():
+        return None
+    text = caption.with_words(changes)
+    if defect(caption.text, text, kind) is not None:
+        return None
+    differs = difference(caption.text, text)
+    return Proposal(kind, text, " ".join(differs.before), " ".join(differs.after), told or f"Make the picture show: {text}", "rules")
 
 
 def _colour(caption: Caption, choose: Choose) -> Iterator[Change]:
@@ -124,7 +162,7 @@ def _size(caption: Caption, choose: Choose) -> Iterator[Change]:
         fixed = caption.word(phrase.start - 1) in ("under", "underneath", "beneath") or after & {"inside", "bottom"}
         if fixed or v.COMPARED & said or (old == "long" and v.CROWDS & said):
             continue  # an umbrella that people sit under, a doughnut in a cup, a table with lots of seats
-        for new in choose([v.SIZES[old]]):
+        for new in choose(v.SIZES[old]):
             yield {place: new}, f"Make the {caption.words[phrase.noun]} {new} and not {old}."
 
 
@@ -238,7 +276,7 @@ def _swap_attribute(caption: Caption, choose: Choose) -> Iterator[Change]:
                 continue
             if kind == "material" and not (new in MADE_OF[nouns[0]] and old in MADE_OF[nouns[1]]):
                 continue
-            if kind == "size" and v.SIZES[old] != new and v.SIZES[new] != old:
+            if kind == "size" and new not in v.SIZES[old]:
                 continue
             if old != new and SYNONYMS.get(old, old) != SYNONYMS.get(new, new) and new not in _NEAR.get(old, ()):
                 yield {first: new, second: old}, ""

@@ -15,17 +15,18 @@ def _groups(text: str) -> tuple[frozenset[str], ...]:
 
 # Attributes -----------------------------------------------------------------------------------------------------------------------------
 
-COLOURS = tuple(["red", "green", "blue", "yellow", "purple", "cyan", "orange", "pink", "brown", "black", "white", "gray"])
-COLOURS_READ = (*COLOURS, *["grey", "violet", "beige", "tan", "silver", "gold", "golden", "turquoise", "maroon"])
+COLOURS = tuple(
+    """red green blue yellow purple cyan orange pink brown black white gray grey violet beige tan silver gold golden turquoise
+    maroon""".split()
+)
 NEAR_COLOURS = _groups(
     """red orange pink maroon, orange yellow gold golden brown beige tan, gray grey silver white, gray grey silver black, purple violet pink
     blue cyan turquoise purple violet, green cyan turquoise, white beige tan, red maroon brown"""
 )
 """Colours that people take for one another: none is proposed for another."""
-SIZES = {
-    "big": "small", "large": "small", "huge": "tiny", "giant": "tiny", "small": "large", "little": "big", "tiny": "huge", "tall": "short",
-    "long": "short",
-}  # fmt: skip
+_LARGE, _SMALL = ("big", "large", "huge", "giant"), ("small", "little", "tiny")
+SIZES = {**dict.fromkeys(_LARGE, _SMALL), **dict.fromkeys(_SMALL, _LARGE), "tall": ("short",), "long": ("short",), "short": ("tall", "long")}
+"""Size -> its opposites."""
 MATERIALS = tuple(["wooden", "metal", "plastic", "glass", "stone", "brick", "leather"])
 TEXTURES = tuple(["striped", "dotted", "hollow", "plaid", "checkered", "spotted"])
 TEXTURES_AGAINST = {"dotted": {"spotted"}, "spotted": {"dotted"}, "plaid": {"checkered"}, "checkered": {"plaid"}}
@@ -33,7 +34,6 @@ TEXTURES_AGAINST = {"dotted": {"spotted"}, "spotted": {"dotted"}, "plaid": {"che
 # Things ---------------------------------------------------------------------------------------------------------------------------------
 
 NUMBERS = {word: number for number, word in enumerate(["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 1)}
-NUMBER_WORDS = {number: word for word, number in NUMBERS.items()}
 
 _NOUNS = """
 person: man/men woman/women boy/boys girl/girls
@@ -145,12 +145,6 @@ KINDS_OF_THINGS = _set(
 POINTING = _set("this that these those it there here they")
 CALLED = _set("called named titled entitled labeled labelled says saying spelling")
 GENDERED = _set("he him his himself she her hers herself")
-THEIR = _set(
-    """its their they them it itself themselves each both another together apart others different various matching identical similar between
-    among amongst fighting wrestling kissing hugging racing shaking couple pair catch tag chess poker cards
-    interacting socializing close crowd gathered huddled pile same surrounded surround surrounds surrounding"""
-)
-"""What is true of several alone, or of one alone: with these in it, a caption does not go from one to several."""
 UNITS = _set(
     """hours minutes seconds days weeks months years feet foot inches miles meters metres kilometers dollars cents times pounds degrees
     o'clock hour minute second day week month year mile meter metre dollar cent euro euros pound yen pence piece pieces move
