@@ -54,13 +54,13 @@ def drawn(edits: Sequence[Proposal], prices: Prices, most: int, *purpose: object
     return found
 
 
-def prices_of(captions: Iterable[Sequence[Proposal]], types: Iterable[str], most: int) -> dict[str, dict[str, float]]:
-    """The prices for the edits of some captions, of which at most ``most`` of a type are kept."""
+def prices_of(captions: Iterable[Sequence[Proposal]], types: Sequence[str], most: int) -> dict[str, dict[str, float]]:
+    """The prices for the edits of some captions of these types, of which at most ``most`` of a type are kept."""
     words: dict[tuple[str, str], int] = {("", ""): 0}  # which comes and goes where words change places
     gone, come, groups = array("l"), array("l"), array("l")
     number = 0
     for edits in captions:
-        for kind in dict.fromkeys(edit.type for edit in edits):
+        for kind in types:
             for edit in edits:
                 if edit.type == kind:
                     pair = moved(edit)

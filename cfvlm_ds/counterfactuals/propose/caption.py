@@ -117,7 +117,7 @@ class Caption:
 
     def _phrase(self, noun: int) -> Phrase | None:
         word = self.word(noun)
-        if not word.isalpha() or word in FOLLOWING or word in DETERMINERS:
+        if not word.replace("-", "").isalpha() or word in FOLLOWING or word in DETERMINERS:
             return None
         known = NOUNS.get(word)
         if known is None and (word in _MODIFIERS or (word.endswith("ing") and word not in NOT_VERBS) or len(word) < 3):
@@ -161,7 +161,7 @@ class Caption:
     def _plural(self, word: str, before: str) -> bool | None:
         if before in _ONE:
             return not (word not in NOUNS or NOUNS[word][1] == word)
-        if NUMBERS.get(before, 0) > 1 or before in ("several", "many", "both", "these", "those", "some", "few") or before.isdecimal():
+        if NUMBERS.get(before, 0) > 1 or before in ("several", "many", "both", "these", "those", "few") or before.isdecimal():
             return True
         return is_plural(word)
 

@@ -7,31 +7,55 @@ from collections.abc import Iterator
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.base import Change, Choose
 from cfvlm_ds.counterfactuals.propose.caption import Caption
-from cfvlm_ds.counterfactuals.propose.grammar import is_plural
+from cfvlm_ds.counterfactuals.propose.grammar import is_finite, is_plural
 from cfvlm_ds.counterfactuals.propose.siblings import word_set
 
 
 def count(caption: Caption, choose: Choose) -> Iterator[Change]:
     for place, noun in _counted(caption):
         word = caption.words[place]
-        for new in choose(_instead(caption, word, place, caption.words[noun])):
+        for new in choose(_instead(caption, word, place, noun)):
             new = str(v.NUMBERS[new]) if word.isdecimal() else new
             yield {place: new}, f"Change the number of {caption.words[noun]} from {word} to {new}."
+    for place, noun in _grouped(caption):
+        for new in choose(["two"]):
+            yield {place: new, place + 1: "", place + 2: ""}, f"Show {new} {caption.words[noun]} and not a group."
 
 
-def _instead(caption: Caption, word: str, place: int, noun: str) -> list[str]:
+def _instead(caption: Caption, word: str, place: int, noun: int) -> list[str]:
     """Numbers that may stand in place of one: near ones, as a plate with two forks has no five. Several are three or more."""
     if word == "several":
         return ["two"]
     number = int(word) if word.isdecimal() else v.NUMBERS[word]
-    fixed = noun in _FIXTURES
+    fixed = caption.words[noun] in _FIXTURES
     most, step = 3 if fixed or caption.word(place - 1) in _HELD else 5, 1 if fixed else 2
     found = [
         each
         for each, n in v.NUMBERS.items()
         if 1 < n <= max(most, number, 2) and n <= 5 and n != number and (abs(n - number) <= step or number > n >= 4)
     ]
-    return found + ["several"] * (word == "two" and not fixed)
+    if word != "two" or fixed:
+        return found
+    together = caption.words[noun] in v.PEOPLE | v.ANIMATE and not v.OF_TWO & set(caption.words) and _begins(caption, place, noun)
+    return [*found, "several", *(["a group of"] if together else [])]
+
+
+def _grouped(caption: Caption) -> Iterator[tuple[int, int]]:
+    """Places of "a group of" and of the people or animals that it is of, where two could do the same and no verb says that it is one."""
+    for place in range(len(caption.words) - 3):
+        if caption.words[place : place + 3] == ["a", "group", "of"] and not v.OF_A_GROUP & set(caption.words):
+            phrase = next((each for each in caption.phrases if each.start == place + 3), None)
+            if phrase is None or caption.words[phrase.noun] not in v.PEOPLE | v.ANIMATE or not is_plural(caption.words[phrase.noun]):
+                continue
+            after = caption.word(phrase.noun + 1)
+            if _begins(caption, place, phrase.noun) and (not is_finite(after, False) or after in v.FOLLOWING):
+                yield place, phrase.noun
+
+
+def _begins(caption: Caption, place: int, noun: int) -> bool:
+    """Whether a caption begins here with those who are counted, and nobody else beside them."""
+    known = any(phrase.noun == noun and phrase.start in (place, place + 3) for phrase in caption.phrases)
+    return place == 0 and known and caption.word(noun + 1) != "and"
 
 
 def _counted(caption: Caption) -> Iterator[tuple[int, int]]:

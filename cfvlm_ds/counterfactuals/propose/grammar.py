@@ -12,10 +12,10 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, UNCOUNTED
 LIBRARIES = ("inflect", "lemminflect")
 _SOUNDS_LIKE_A = ("uni", "use", "usu", "eu", "one", "once", "ubi")
 _SOUNDS_LIKE_AN = ("hour", "honest", "honor", "honour", "heir")
-_VERBS = {"is": "are", "was": "were", "has": "have", "lies": "lie"} | {
+_OF_ONE = {"is": "are", "was": "were", "has": "have", "lies": "lie"} | {
     f"{verb}s": verb for verb in ("sit", "stand", "run", "walk", "sleep", "eat", "play", "look", "jump", "rest", "wait", "ride", "hold")
 }
-_OF_MANY = {many: one for one, many in _VERBS.items()}
+"""Verbs in the present, of one and of many."""
 
 
 def article(following: str) -> str:
@@ -58,8 +58,8 @@ def is_plural(noun: str) -> bool | None:
 @functools.cache
 def is_finite(word: str, plural: bool) -> bool:
     """Whether a word is a verb in the present, as it follows one or many; False where that is not known for certain."""
-    if word in _VERBS or word in _OF_MANY:
-        return word in (_OF_MANY if plural else _VERBS)
+    if word in _OF_ONE or word in _OF_ONE.values():
+        return (word in _OF_ONE.values()) if plural else word in _OF_ONE
     lemminflect = _lemminflect()
     if lemminflect is None or not word.isalpha():
         return False

@@ -135,6 +135,7 @@ _ONLY_OF = {
     **dict.fromkeys(("open", "closed"), word_set("book newspaper map")),
     **dict.fromkeys(("ripe", "sliced"), INSTEAD["carrot"] | INSTEAD["apple"]),
     **dict.fromkeys(("striped", "dotted", "plaid", "checkered"), PATTERNED | INSTEAD["circle"]),
+    "fresh": INSTEAD["carrot"] | INSTEAD["apple"],
     "long": word_set("table bench desk couch bus truck"),
     "round": word_set("plate bowl table"),
 }

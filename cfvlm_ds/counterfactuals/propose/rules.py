@@ -145,13 +145,33 @@ def _proposal(kind: str, caption: Caption, changes: dict[int, str], told: str) -
 
 
 def _colour(caption: Caption, choose: Choose) -> Iterator[Change]:
+    for place, noun in _coloured(caption):
+        old, beside = caption.words[place], caption.words[place - 2 : place + 3]
+        never = _NEAR[old].union(*(_NEAR[word] for word in beside if word in _NEAR and "and" in beside))
+        if noun == "hair" and v.YOUNG & set(caption.words):
+            never |= {"gray", "grey", "white"}
+        for new in choose([colour for colour in v.COLOURS if colour not in never and can_be(noun, colour)]):
+            yield {place: new}, f"Change the colour of the {noun} from {old} to {new}."
+
+
+def _coloured(caption: Caption) -> Iterator[tuple[int, str]]:
+    """Places of colours, each with the noun that has it: a red hat, a red and blue hat, somebody in red."""
     for phrase in _describable(caption, "colour"):
-        (place,) = caption.said_of(phrase, "colour")
-        old = caption.words[place]
-        noun = caption.words[phrase.noun]
-        never = {"gray", "white"} if noun == "hair" and v.YOUNG & set(caption.words) else set[str]()
-        for new in choose([colour for colour in v.COLOURS if colour not in _NEAR[old] | never and can_be(noun, colour)]):
-            yield {place: new}, f"Change the colour of the {caption.words[phrase.noun]} from {old} to {new}."
+        yield caption.said_of(phrase, "colour")[0], caption.words[phrase.noun]
+    for place, word in enumerate(caption.words):
+        if word not in v.COLOURS or caption.is_named(place):
+            continue
+        after, then = caption.word(place + 1), caption.word(place + 2)
+        noun = caption.word(place + 3)
+        if after == "and" and then in v.COLOURS and caption.word(place - 1) in v.DETERMINERS and noun.isalpha():
+            if caption.ends(place + 4) and not caption.ends(place + 3) and not _has_a_fixed_colour(caption, noun):
+                yield from ((each, noun) for each in (place, place + 2))
+        elif caption.word(place - 1) in ("in", "wearing") and caption.ends(place + 1) and not (after == "and" and then in v.COLOURS):
+            yield place, "clothes"
+
+
+def _has_a_fixed_colour(caption: Caption, noun: str) -> bool:
+    return noun in v.FIXED_COLOUR or "ripe" in caption.words
 
 
 def _size(caption: Caption, choose: Choose) -> Iterator[Change]:
@@ -162,7 +182,8 @@ def _size(caption: Caption, choose: Choose) -> Iterator[Change]:
         fixed = caption.word(phrase.start - 1) in ("under", "underneath", "beneath") or after & {"inside", "bottom"}
         if fixed or v.COMPARED & said or (old == "long" and v.CROWDS & said):
             continue  # an umbrella that people sit under, a doughnut in a cup, a table with lots of seats
-        for new in choose(v.SIZES[old]):
+        opposites = v.SIZES[old] if old != "short" else ("long",) if caption.words[phrase.noun] in v.LENGTHY else ("tall",)
+        for new in choose(opposites):
             yield {place: new}, f"Make the {caption.words[phrase.noun]} {new} and not {old}."
 
 
@@ -197,7 +218,7 @@ def _describable(caption: Caption, kind: str) -> Iterator[Phrase]:
         if len(caption.said_of(phrase, kind)) != 1 or noun in v.PEOPLE:
             continue
         fixed = {
-            "colour": noun in v.FIXED_COLOUR or "ripe" in caption.words or "brick" in said or (noun == "coat" and animals),
+            "colour": _has_a_fixed_colour(caption, noun) or "brick" in said or (noun == "coat" and animals),
             "size": noun in v.NOT_SIZED
             or (noun in v.FOOD and {"tall", "short", "long"} & set(said))
             or caption.word(phrase.noun + 1) == "of"
@@ -218,8 +239,7 @@ def _relation(caption: Caption, choose: Choose) -> Iterator[Change]:
         if not places[0][0] and any(said in v.OF_THE_PICTURE for _, _, said in found):
             yield _phrase_in(places[0], found[1][2]) | _phrase_in(places[1], found[0][2]), ""
     elif len(found) == 1 and is_place(caption, places[0], old := found[0][2]):
-        after = caption.word(places[0][-1] + 1)
-        yield _phrase_in(places[0], "in front" if old == "behind" and after in ("", "and") else _OPPOSITE[old]), ""
+        yield _phrase_in(places[0], _OPPOSITE[old]), ""
 
 
 def _places(caption: Caption, start: int, end: int) -> list[int]:
@@ -252,10 +272,8 @@ def _object(caption: Caption, choose: Choose) -> Iterator[Change]:
 
 
 def _action(caption: Caption, choose: Choose) -> Iterator[Change]:
-    for old, *others in v.ACTIONS:
-        forms = {old: others} | {
-            v.FINITE[old][many]: [v.FINITE[new][many] for new in others if new in v.FINITE] for many in (0, 1) if old in v.FINITE
-        }
+    for old, others in v.ACTIONS.items():
+        forms = {old: others} | {v.FINITE[old][many]: [v.FINITE[new][many] for new in others if new in v.FINITE] for many in (0, 1) if old in v.FINITE}
         for form, options in forms.items():
             if caption.words.count(form) == 1 and is_action(caption, caption.words.index(form), old, form):
                 place = caption.words.index(form)

@@ -18,8 +18,9 @@ def lines(text: str) -> Iterator[tuple[list[str], frozenset[str]]]:
 INSTEAD: dict[str, frozenset[str]] = {}
 """Noun -> what is found in the places where it is."""
 _INSTEAD = """
-man: woman
-woman: man
+man guy: woman lady child
+woman lady: man guy child
+child: man woman guy lady
 boy: girl
 girl: boy
 dog cat rabbit bird duck: dog cat rabbit
@@ -43,9 +44,14 @@ clock: lamp
 lamp: clock
 microwave oven refrigerator toaster sink: microwave oven refrigerator toaster sink
 backpack suitcase handbag umbrella basket: backpack suitcase handbag umbrella basket
-ball frisbee kite: ball frisbee kite
+ball frisbee kite: ball frisbee kite stick
+stick: ball frisbee
 skateboard surfboard snowboard: ball frisbee kite
-hat shirt jacket dress tie scarf coat: hat shirt jacket dress tie scarf coat
+hat helmet cap shirt jacket dress skirt tie scarf coat: hat helmet cap shirt jacket dress skirt tie scarf coat
+shorts pants jeans: shorts pants jeans
+guitar accordion violin trumpet saxophone flute cello banjo: guitar accordion violin trumpet saxophone flute cello banjo
+beach street road sidewalk field path trail: beach street road sidewalk field path trail
+snow grass sand mud dirt: snow grass sand mud dirt
 tree bush: cactus
 flower cactus mushroom: flower cactus mushroom
 book newspaper map: book newspaper map
@@ -138,6 +144,7 @@ kite: fixing assembling prepares preparing putting air high watching strings tai
 kite: flying flies fly string sky wind
 ball: playing plays kicking kicks hitting hits bouncing tennis soccer bat racket goal net dribbling bouncy rolling rolls pitcher court hoop
 ball: base bases player players catcher inning mound racquet racquets rackets court
+ball: footballer rugby tackle tackling tackled protects run
 ball: bowls bowling bowl golf volleyball basketball baseball football
 skateboard surfboard snowboard: jump jumps jumped doing does skate pipe air wetsuit surfer skier ocean beach
 skateboard surfboard snowboard: ski skis skies skiis skiing skier skiers rack racks slope slopes mountain hill snowy boots
@@ -193,6 +200,13 @@ dress: wedding bride gown bridesmaid bridesmaids
 shirt jacket coat: sleeve sleeves button buttons buttoned unbuttoned zipper tucked dog dogs cat cats horse horses fur shaggy
 tie: suit suits
 hat shirt jacket dress tie scarf coat: neck necks waist around
+stick: hockey lacrosse walking fire glow drum hiking hitting hits field player players
+helmet: football hockey batter construction player players firefighter firefighters catcher baseball lacrosse soldier soldiers hard pilot
+helmet: astronaut worker workers racer racers racing race fencing police motorcycle motorcycles motorcyclist
+cap: baseball swim swimming swimmer graduation gown gowns bottle
+shorts pants jeans: pair tennis basketball leather dress suit suits karate belt rolled torn ripped
+guitar accordion violin trumpet saxophone flute cello banjo: strumming strums strings bow electric acoustic case amplifier keys plays play
+guitar accordion violin trumpet saxophone flute cello banjo: mouth singing sings microphone chin bass band orchestra rock
 house church barn castle tower: roof lives clock clocks bell bells steeple steeples cross silo
 """
 for _names, _listed in lines(_BESIDE):
