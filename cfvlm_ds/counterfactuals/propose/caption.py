@@ -24,6 +24,7 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import (
     POINTING,
     SIZES,
     TEXTURES,
+    UNCOUNTED,
 )
 from cfvlm_ds.counterfactuals.propose.word_difference import WORD
 
@@ -159,11 +160,14 @@ class Caption:
         return is_finite(after, True) if is_plural(noun) else before in _ONE[:3] and is_finite(after, False)
 
     def _plural(self, word: str, before: str) -> bool | None:
+        if word in NOUNS and word not in UNCOUNTED and before not in _ONE:
+            return None if NOUNS[word][2] != word and self._is_of_many(before) else NOUNS[word][2] == word  # "two dog"
         if before in _ONE:
             return not (word not in NOUNS or NOUNS[word][1] == word)
-        if NUMBERS.get(before, 0) > 1 or before in ("several", "many", "both", "these", "those", "few") or before.isdecimal():
-            return True
-        return is_plural(word)
+        return True if self._is_of_many(before) else is_plural(word)
+
+    def _is_of_many(self, word: str) -> bool:
+        return NUMBERS.get(word, 0) > 1 or word in ("several", "many", "both", "these", "those", "few") or word.isdecimal()
 
     def is_done_by_somebody(self, place: int) -> bool:
         """Whether an action at a place is said of a person or an animal just before it."""

@@ -107,7 +107,7 @@ def _animal(at: At, found: frozenset[str]) -> frozenset[str]:
 
 
 def _vehicle(at: At, found: frozenset[str]) -> frozenset[str]:
-    if at.one in ("bus", "train") and at.before in ("on", "onto"):
+    if at.before == "for" or (at.one in ("bus", "train") and at.before in ("on", "onto")):
         return frozenset()
     if at.one in ("bus", "train") and at.before in INTO:  # with the seats of one
         found &= word_set("bus")
@@ -137,13 +137,13 @@ def _furniture(at: At, found: frozenset[str]) -> frozenset[str]:
         found &= word_set("bench desk")
     if at.before == "around":
         found &= word_set("bed") if "standing" in at.said else frozenset()
+    if at.one in ("table", "desk") and at.said & (FOOD | _DRINKS):
+        return frozenset()
     who = at.who_is_on if at.before in ("on", "onto") else ""
     if who in PEOPLE or who in ANIMATE:
         found &= word_set("chair bench couch bed")
         if NOUNS.get(who, ("", "", who))[2] == who or who in _MANY or at.caption.words.count(who) > 1:
             found -= word_set("chair")
-    elif at.one in ("table", "desk") and at.said & (FOOD | _DRINKS):
-        return frozenset()
     elif who:
         found &= word_set("bench") if at.said & _RESTING and at.said & (PEOPLE | ANIMATE) else word_set("bench table desk")
     if at.said & _LYING and at.before != "to":
@@ -403,7 +403,7 @@ _OF_A_GROUND = word_set(
     slope mountain mountains mitten mittens cold coat coats boots shovel shoveling beach ocean sea sandcastle dig digging waves desert dune
     dunes lawn park yard field tall mowing mower picnic golf grazing graze grazes eating flowers dirty muddy bike bikes motorcycle
     motorcycles motocross rider race racing horse horses wheel wheels barefoot bikini swim swimsuit swimming snowshoes sunbathing blanket
-    rake raking covered"""
+    rake raking covered skate skates skating board boards"""
 )
 """What says by itself what ground it is."""
 _WARM = word_set("beach summer shorts swim swimming swimsuit bikini bathing pool surf surfing")

@@ -55,6 +55,8 @@ def _is_held(at: At) -> bool:
     on = at.before in ("on", "onto", "riding", "rides", "ride")
     if at.category in _HELD_BY and at.before in _HELD_BY[at.category]:
         return True
+    if at.after in ("signing", "making", "tasting", "racing"):  # of books
+        return True
     if (at.category in ("bag", "vehicle", "tool") and at.said & _FASTENED) or (at.after == "of" and at.category != "dish"):
         return True  # a coat of paint, too
     a_part = at.earlier == "inside" or (at.earlier == "front" and at.caption.word(at.phrase.start - 3) != "in")

@@ -106,7 +106,7 @@ zebra: stripes striped
 giraffe: neck leaves eating tall reaching
 lion: mane roaring
 monkey: tree trees branch branches banana bananas climbing swinging
-bike bicycle motorcycle: stand sidecar
+bike bicycle motorcycle: stand sidecar jump jumps over ramp
 bike bicycle motorcycle: resting rests
 bike bicycle motorcycle: basket baskets helmets track handlebars kickstand pedals lock chained biker bikers cyclist cyclists
 bike bicycle motorcycle: riding rides ride rider helmet pushing pulling against leaning lean locked pedals race rack
@@ -185,10 +185,12 @@ strawberry: cake frosting
 strawberry: cream jam juice slice slices
 lamp: street ceiling chandelier
 lamp: light lights shining lit bright lighting glowing shines shade
+newspaper: cover covers page pages
 book: stack stacks stacked pile piles title cover covers novel
 book: shelf shelves bookshelf bookcase library page pages
 clock: spire steeple cathedral facade roman ticking
 clock: time hands o'clock tower says set reading reads displays shows numerals dial face faces number numbers
+television: living stand wall room flat
 phone television laptop camera keyboard: mounted hanging hangs hung screen screens remote game wii booth text texting message dialing
 phone television laptop camera keyboard: speakers desktop ipod mice docked plug
 phone television laptop camera keyboard: talking talks watching watches typing types call photo photos picture pictures computer mouse

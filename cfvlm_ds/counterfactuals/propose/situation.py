@@ -26,7 +26,7 @@ def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
         return False
     if phrase == "in front" or (phrase in ("behind", "above", "below", "under") and not after[0]):  # looking behind
         return False
-    if phrase in ("above", "below", "under", "beneath", "underneath") and after[0] in v.FOLLOWING:  # it flies high above in the sky
+    if phrase in _OF_AN_OBJECT and after[0] in v.FOLLOWING:  # it flies high above in the sky
         return False
     said, own = set(caption.words), set(_phrase_from(caption, places[-1] + 1))
     if own & v.NO_OPPOSITE.get(phrase, frozenset()) or subject in v.LIES_BELOW:
@@ -148,6 +148,7 @@ _LYING = word_set("lying lies lie laying lays lay")
 _SIT, _STAND, _SLEEP, _KNEEL = (
     word_set(forms) for forms in ("sitting sits sit", "standing stands stand", "sleeping sleeps sleep", "kneeling kneels kneel")
 )
+_OF_AN_OBJECT = ("above", "below", "under", "beneath", "underneath", "behind", "in front of")
 _PRONOUNS = word_set("it him her them itself")
 _BEING = word_set("is are was were that which who laying parked placed sits stands lies sit stand lie just right")
 _MOVING = word_set(

@@ -135,7 +135,7 @@ NOT_SIZED = _set(
     trinket trinkets figurine figurines crumb crumbs droplet droplets pebble pebbles bead beads sprinkles boulder boulders mansion batch
     ship ships
     stack herd flock array gathering event party meal view family team grass snow rain water
-    sand"""
+    sand object objects surface surfaces"""
 )
 COMPARED = _set("larger bigger smaller taller shorter longer than")
 """What says a size beside another one."""
@@ -320,7 +320,7 @@ FAR = _set("far distance distant background backdrop foreground")
 """What is far away is in front of nothing."""
 LAIN_ON = _set("bed couch sofa grass sand beach floor ground snow bench towel blanket rug mattress lawn field hammock mat carpet pillow")
 """Where people lie, and sleep."""
-SEATS = _set("chair chairs stool stools couch couches sofa sofas bed beds recliner swing")
+SEATS = _set("seat seats chair chairs stool stools couch couches sofa sofas bed beds recliner swing")
 IN_A_GAME = _set("batter catcher umpire pitcher tennis racket racquet")
 """Who has his place."""
 IN_PLAY = IN_A_GAME | _set(
