@@ -7,40 +7,45 @@ min(1, price of t / price of s), and the prices are such that every word comes a
 from __future__ import annotations
 
 import math
-from array import array
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from cfvlm_ds.counterfactuals.propose.base import Proposal
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 _ROUNDS, _CLOSE = 1000, 0.01
 _DIGITS = 6  # of a price: the same on every machine
 
 Numbers = npt.NDArray[Any]
+
+
+class Edit(Protocol):
+    """What is drawn: an edit of a type, with the words that go and those that come; both empty where words change places."""
+
+    @property
+    def type(self) -> str: ...
+    @property
+    def gone(self) -> str: ...
+    @property
+    def come(self) -> str: ...
+
+
+E = TypeVar("E", bound=Edit)
 Prices = Mapping[str, Mapping[str, float]]
 """Type -> word, or phrase, -> price."""
 
 
-def moved(edit: Proposal) -> tuple[str, str] | None:
-    """The words that go and those that come, without articles; None where words change places."""
-    gone, come = ([word for word in side.split() if word not in ("a", "an")] for side in (edit.source, edit.target))
-    return None if Counter(gone) == Counter(come) else (" ".join(gone), " ".join(come))
-
-
-def share(edit: Proposal, prices: Prices) -> float:
+def share(edit: Edit, prices: Prices) -> float:
     """How often an edit is kept: always where its type has no prices or words change places, never where a word has none."""
-    if edit.type not in prices or (words := moved(edit)) is None:
+    if edit.type not in prices or not edit.gone:
         return 1.0
-    gone, come = (prices[edit.type].get(word, 0.0) for word in words)
+    gone, come = (prices[edit.type].get(word, 0.0) for word in (edit.gone, edit.come))
     return min(1.0, come / gone) if gone else 0.0
 
 
-def drawn(edits: Sequence[Proposal], prices: Prices, most: int, *purpose: object) -> list[Proposal]:
+def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> list[E]:
     """At most so many of a caption's edits of one type: each with its share, or less where all shares add up to more than ``most``. One
     number is drawn for all (systematic sampling; Madow 1949, Annals of Mathematical Statistics 20)."""
     shares = [share(edit, prices) for edit in edits]
@@ -54,21 +59,17 @@ def drawn(edits: Sequence[Proposal], prices: Prices, most: int, *purpose: object
     return found
 
 
-def prices_of(captions: Iterable[Sequence[Proposal]], types: Sequence[str], most: int) -> dict[str, dict[str, float]]:
+def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: int) -> dict[str, dict[str, float]]:
     """The prices for the edits of some captions of these types, of which at most ``most`` of a type are kept."""
     words: dict[tuple[str, str], int] = {("", ""): 0}  # which comes and goes where words change places
-    gone, come, groups = array("l"), array("l"), array("l")
-    number = 0
-    for edits in captions:
-        for kind in types:
-            for edit in edits:
-                if edit.type == kind:
-                    pair = moved(edit)
-                    for listed, word in zip((gone, come), pair or ("", ""), strict=True):
-                        listed.append(words.setdefault((kind if pair else "", word), len(words)))
-                    groups.append(number)
-            number += 1
-    logs = _balanced(*(np.array(each, np.int64) for each in (gone, come, groups)), len(words), most)
+    gone, come, together = list[int](), list[int](), list[int]()
+    for number, edits in enumerate(captions):
+        for edit in edits:
+            if edit.type in types:
+                for listed, word in ((gone, edit.gone), (come, edit.come)):
+                    listed.append(words.setdefault((edit.type, word) if word else ("", ""), len(words)))
+                together.append(number * len(types) + types.index(edit.type))
+    logs = _balanced(np.array(gone), np.array(come), np.array(together), len(words), most)
     prices: dict[str, dict[str, float]] = {kind: {} for kind in types}
     for (kind, word), log in zip(words, logs.tolist(), strict=True):
         if kind:
@@ -76,12 +77,12 @@ def prices_of(captions: Iterable[Sequence[Proposal]], types: Sequence[str], most
     return prices
 
 
-def _balanced(gone: Numbers, come: Numbers, groups: Numbers, words: int, most: int) -> Numbers:
+def _balanced(gone: Numbers, come: Numbers, together: Numbers, words: int, most: int) -> Numbers:
     """Logarithms of prices by which no word comes oftener than it goes, nor the reverse, by more than one standard deviation of a count."""
     logs = np.zeros(words)
     for _ in range(_ROUNDS if len(gone) else 0):
         kept = np.exp(np.minimum(0.0, logs[come] - logs[gone]))
-        kept *= np.minimum(1.0, most / np.maximum(np.bincount(groups, kept), 1e-9))[groups]
+        kept *= np.minimum(1.0, most / np.maximum(np.bincount(together, kept), 1e-9))[together]
         into, out = (np.bincount(side, kept, words) for side in (come, gone))
         surplus, chance = into - out, np.sqrt(into + out)
         excess = np.sign(surplus) * np.maximum(0.0, np.abs(surplus) - chance)

@@ -61,7 +61,8 @@ def _begins(caption: Caption, place: int, noun: int) -> bool:
 def _counted(caption: Caption) -> Iterator[tuple[int, int]]:
     """Places of a number and of the plural that it counts: of a phrase, or of several things of a kind that is not listed, such as three
     fire hydrants."""
-    if v.FIXING_A_NUMBER & set(caption.words):  # two, one of them red and one blue
+    of_each = caption.words.count("one") > 1 or _tells_each(caption)  # two, one of them red and one blue
+    if of_each or v.FIXING_A_NUMBER & set(caption.words):
         return
     phrases = {phrase.determiner: phrase for phrase in caption.phrases if phrase.determiner is not None}
     for place, word in enumerate(caption.words):
@@ -86,7 +87,6 @@ def _counted(caption: Caption) -> Iterator[tuple[int, int]]:
             or not all(each.isalpha() for each in said)
             or (said[-1] in v.PEOPLE and v.RIDDEN_BY_FEW & set(caption.words))
             or caption.is_aside(place)
-            or _is_told(caption, noun + 1)
         ):
             continue
         if phrase is None and (not is_plural(said[-1]) or set(said) & (v.FOLLOWING | v.DETERMINERS)):
@@ -95,7 +95,10 @@ def _counted(caption: Caption) -> Iterator[tuple[int, int]]:
             yield place, noun
 
 
-_NO_COUNT = v.NUMBERED | word_set("all every bus or back war least most than over nearly almost about around a an")
+_NO_COUNT = v.NUMBERED | word_set(
+    """all every bus or back war least most than over twenty thirty forty fifty sixty seventy eighty ninety hundred nearly almost about
+    around a an"""
+)
 """Before a number: it is not counted, or belongs to an article."""
 _FIXTURES = word_set(
     """sink sinks toilet toilets urinal urinals oven ovens stove stoves refrigerator refrigerators microwave microwaves bed beds couch
@@ -108,6 +111,10 @@ _HELD = word_set(
 )
 
 
-def _is_told(caption: Caption, place: int) -> bool:
+def _tells_each(caption: Caption) -> bool:
     """Whether those who are counted are told one by one behind a mark: two people, a man and a woman."""
-    return caption.words[place : place + 1] in ([","], [":"], ["-"]) and caption.word(place + 1) in ("a", "an", "one", "the", "both")
+    marks = [k for k in range(len(caption.words) - 2) if caption.words[k] in (",", ":", "-", "(")]
+    return any(caption.word(k + 1) in ("a", "an", "one", "the", "both") and caption.word(k + 2) in _EACH for k in marks)
+
+
+_EACH = v.PEOPLE | v.ANIMATE | {"in", "is", "has", "with", "of", "on", "wearing", "holding"}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from cfvlm_ds.counterfactuals.propose.caption import Caption, Phrase
-from cfvlm_ds.counterfactuals.propose.siblings import INSTEAD, word_set
+from cfvlm_ds.counterfactuals.propose.siblings import INSTEAD, OF_A_GROUND, OF_A_PLACE, OF_ADULTS, OF_CHILDREN, word_set
 from cfvlm_ds.counterfactuals.propose.vocabulary import ANIMATE, FLAT, FOLLOWING, FOOD, NOT_VERBS, NOUNS, PEOPLE, SKATED
 
 OUTSIDE = word_set(
@@ -68,7 +68,9 @@ class At:
 def _person(at: At, found: frozenset[str]) -> frozenset[str]:
     if at.said & word_set("another others"):  # who is of the same sex
         return frozenset()
-    tied = at.said & (_OF_CHILDREN if at.one == "child" else _OF_ADULTS) or at.adjectives & word_set("small little tiny tall big large adult old")
+    tied = at.said & (OF_CHILDREN if at.one == "child" else OF_ADULTS) or at.adjectives & word_set(
+        "small little tiny tall big large adult old elderly"
+    )
     if at.one == "child":
         return frozenset() if tied else found
     return found - word_set("child") if tied else found
@@ -141,7 +143,7 @@ def _furniture(at: At, found: frozenset[str]) -> frozenset[str]:
         return frozenset()
     who = at.who_is_on if at.before in ("on", "onto") else ""
     if who in PEOPLE or who in ANIMATE:
-        found &= word_set("chair bench couch bed")
+        found &= word_set("chair bench couch") if at.one == "bench" else word_set("chair bench couch bed")
         if NOUNS.get(who, ("", "", who))[2] == who or who in _MANY or at.caption.words.count(who) > 1:
             found -= word_set("chair")
     elif who:
@@ -240,7 +242,7 @@ def _sport(at: At, found: frozenset[str]) -> frozenset[str]:
 def _clothing(at: At, found: frozenset[str]) -> frozenset[str]:
     worn = bool(at.said & WORN) or at.before in ("in", "with")
     if at.one in ("shirt", "dress", "skirt") and at.said & PEOPLE and not at.said & _MEN:
-        dressed = at.said & _WOMEN and not at.said & _ON_LEGS and not at.after == "and"
+        dressed = at.said & _WOMEN and not at.said & _ON_LEGS and at.after != "and"
         return found & _WORN_BY_WOMEN[at.one] if dressed and (at.before in ("in", "with") or at.said & WORN) else frozenset()
     found -= word_set("skirt")
     if at.one in ("shirt", "dress", "skirt", "jacket", "coat") and (at.said & PEOPLE or (worn and not at.said & _TOYS)):
@@ -264,13 +266,13 @@ def _clothing(at: At, found: frozenset[str]) -> frozenset[str]:
 
 def _place(at: At, found: frozenset[str]) -> frozenset[str]:
     """Other places with the same prepositions, where nothing else says what place it is."""
-    if at.said & _OF_A_PLACE or at.before not in _BEFORE_PLACES or at.phrase.plural or at.after or at.earlier == "top":
+    if at.said & OF_A_PLACE or at.before not in _BEFORE_PLACES or at.phrase.plural or at.after or at.earlier == "top":
         return frozenset()
     return found & _BEFORE_PLACES[at.before]
 
 
 def _ground(at: At, found: frozenset[str]) -> frozenset[str]:
-    if at.said & _OF_A_GROUND or at.before not in ("in", "on", "through", "across") or at.after or at.determiner == "a":
+    if at.said & OF_A_GROUND or at.before not in ("in", "on", "through", "across") or at.after or at.determiner == "a":
         return frozenset()
     return found - word_set("mud") if at.before == "on" else found
 
@@ -360,7 +362,8 @@ _WORN_INSTEAD = {
 """Clothes -> other ones in whose company they are one too many."""
 _WOMEN = word_set("woman women girl girls lady ladies")
 _ON_LEGS = word_set(
-    "pants jeans shorts tights leggings trousers slacks suit tie top blouse sweater vest jacket coat uniform apron bikini player players team"
+    """pants jeans shorts tights leggings trousers slacks suit tie top blouse sweater vest jacket coat uniform apron bikini player
+    players team"""
 )
 _WORN_BY_WOMEN = {"shirt": word_set("dress"), "dress": word_set("shirt skirt"), "skirt": word_set("dress")}
 _ON_HEADS = word_set("hat helmet cap")
@@ -370,42 +373,6 @@ _BEFORE_PLACES = {
     "along": word_set("beach street road path trail"),
     "across": word_set("beach street road field"),
 }
-_OF_CHILDREN = word_set(
-    """toy toys playground slide slides swing swings school doll dolls stroller toddler toddlers baby babies pacifier crayon crayons finger
-    thumb mother father mom dad parent parents adult adults birthday lap tricycle held carried teacher classroom kindergarten costume
-    halloween balloon balloons bubbles sandbox boy boys girl girls daughter son brother sister crawling sucking training bib highchair crib
-    sprinkler hopscotch kid kids her his their"""
-)
-"""Of children alone."""
-_OF_ADULTS = word_set(
-    """work works working worker workers construction driving drives drive driver smoking smokes cigarette cigar beer wine drink drinks
-    drinking bar chainsaw office business suit suits tie tuxedo uniform uniforms police market vendor selling sells sell welding cooking
-    cooks chef restaurant motorcycle truck car tattoo tattoos tattooed dress bikini job tools machine hammer drill saw ladder repairing
-    repairs speech podium microphone guitar stage performing performs band boy boys girl girls child children kid kids baby babies toddler
-    toddlers son daughter stroller pregnant couple player players team professional race racing surfing surfer skateboard bull horse
-    fishing boat kayak canoe grill grilling barbecue knife cutting scissors laptop computer phone cellphone newspaper briefcase
-    cart shopping hat coat purse heels asian street store shop"""
-)
-"""Of adults, or in whose company a child is another one."""
-_OF_A_PLACE = word_set(
-    """sand sandy ocean sea water wave waves surf surfing surfer surfboard shore swim swimming swimsuit bikini sandcastle dig digging sailing
-    car cars traffic truck trucks bus buses taxi motorcycle motorcycles scooter moped skateboard skateboarder skates building buildings city
-    town store stores shop shops shopping house houses market corner crosswalk curb sign vendor vendors parade pedestrians ambulance
-    driving drives drive crossing lane downtown urban vehicle vehicles cart block hotel restaurant cafe light lights camping fishing
-    soccer football baseball rugby team teams game player players ball frisbee kite race racing marathon runner runners umbrella umbrellas
-    horse horses cow cows sheep cattle farm tractor crops hay bat uniform uniforms goat goats wall fence bench tree trees woods wooded forest hill mountain
-    mountains hiking hikers grass snow performing performs performer performers band musician musicians instrument instruments guitar
-    tricycle manhole hydrant meter drain towel towels blanket blankets sunbathing kneeling painting paints drawing sweeping"""
-)
-"""What says by itself what place it is."""
-_OF_A_GROUND = word_set(
-    """ski skis skiing skier skiers sled sledding snowboard snowboarder snowboarding snowball snowballs snowman snowy snowsuit winter ice
-    slope mountain mountains mitten mittens cold coat coats boots shovel shoveling beach ocean sea sandcastle dig digging waves desert dune
-    dunes lawn park yard field tall mowing mower picnic golf grazing graze grazes eating flowers dirty muddy bike bikes motorcycle
-    motorcycles motocross rider race racing horse horses wheel wheels barefoot bikini swim swimsuit swimming snowshoes sunbathing blanket
-    rake raking covered skate skates skating board boards"""
-)
-"""What says by itself what ground it is."""
 _WARM = word_set("beach summer shorts swim swimming swimsuit bikini bathing pool surf surfing")
 _TOYS = word_set("teddy bear bears doll dolls toy toys stuffed statue dog cat animal mannequin")
 _LYING = word_set("lying laying lies lays sleeping sleeps asleep")

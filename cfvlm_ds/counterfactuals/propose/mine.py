@@ -16,7 +16,7 @@ from cfvlm_ds.counterfactuals.propose.slots import opened, slots
 from cfvlm_ds.counterfactuals.propose.word_difference import SYNONYMS, defect, words
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 
-VERSION = 3
+VERSION = 4
 _LOOKED_AT = 256
 """Rows that say the same but for a word, which a caption is compared with: where more do, those that are drawn."""
 _LISTS: dict[str, frozenset[str]] = {

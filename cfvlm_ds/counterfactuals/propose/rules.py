@@ -9,8 +9,10 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
@@ -32,7 +34,7 @@ from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SY
 
 VERSION = 7
 """Raised when the same caption gets other edits than before."""
-_LOOKED_AT = 20_000
+_LOOKED_AT = 10_000
 """Rows whose words are counted."""
 
 _RELATION = re.compile(
@@ -71,13 +73,14 @@ class Rules:
     def propose(self, source: Source) -> Found:
         """Proposals of each type, and why there is none where one reason is true of the whole caption."""
         edits = edits_of(source.caption, self._types, self._words)
+        if isinstance(edits, Rejected):
+            return [edits]
         found: list[Proposal] = []
         for kind in self._types:
-            same = [edit for edit in edits if isinstance(edit, Proposal) and edit.type == kind]
-            found += drawn(same, self._prices, self._per_type, self._seed, source.id, kind)
-        if found or isinstance(edits[0], Rejected):
-            return found or edits
-        return [Rejected("rules", "no word that may come here comes less often than it goes")]
+            same = [edit for edit in edits if edit.type == kind]
+            kept = drawn(same, self._prices, self._per_type, self._seed, source.id, kind)
+            found += [proposal for edit in kept if (proposal := edit.proposal()) is not None]
+        return found or [Rejected("rules", "each word that may come comes oftener than it goes")]
 
     def _read(self, context: Context) -> Prices:
         """The prices of words, which the first shard of a work folder writes for all. At most so many captions are looked at, evenly over
@@ -95,7 +98,7 @@ class Rules:
             count = min(len(store), _LOOKED_AT)
             progress = Progress(context.say, "rules: words", count, "rows")
             edits = (
-                [edit for edit in edits_of(source.caption, self._types, self._words) if isinstance(edit, Proposal)]
+                [] if isinstance(found := edits_of(source.caption, self._types, self._words), Rejected) else found
                 for source in progress.over(sources(store, [k * len(store) // count for k in range(count)]))
                 if not isinstance(source, DataError)
             )
@@ -105,43 +108,58 @@ class Rules:
         return parse_json(made_once(path, is_of_these, write).read_text())["prices"]
 
 
-def edits_of(text: str, types: Sequence[str], words: Mapping[str, Sequence[str]] = {}) -> Found:  # noqa: B006
+@dataclass(frozen=True)
+class Edit:
+    """An edit that rules allow: new words by place, what goes and comes by them (nothing where words change places), and what an editor of
+    pictures is told."""
+
+    type: str
+    caption: Caption
+    changes: Mapping[int, str]
+    told: str
+    gone: str
+    come: str
+
+    def proposal(self) -> Proposal | None:
+        """As it is written down; None where its text is no counterfactual."""
+        text = self.caption.with_words(self.changes)
+        if defect(self.caption.text, text, self.type) is not None:
+            return None
+        differs = difference(self.caption.text, text)
+        told = self.told or f"Make the picture show: {text}"
+        return Proposal(self.type, text, " ".join(differs.before), " ".join(differs.after), told, "rules")
+
+
+def edits_of(text: str, types: Sequence[str], words: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Edit] | Rejected:
     """All the edits of a caption that rules allow, by type, or why there is none. ``words`` are those that edits of a type may lead to."""
     if len(text) > MOST_CHARACTERS or printable(text) != text:
-        return [Rejected("rules", "no caption of one printable line")]
+        return Rejected("rules", "no caption of one printable line")
     caption = Caption(text)
     if any(word in v.NEGATIONS or word.endswith("n't") for word in caption.words):
-        return [Rejected("rules", "a negation")]
+        return Rejected("rules", "a negation")
     if "?" in caption.words:
-        return [Rejected("rules", "a question")]
+        return Rejected("rules", "a question")
     if v.UNCERTAIN & set(caption.words):
-        return [Rejected("rules", "not certain")]
+        return Rejected("rules", "not certain")
     if caption.is_definition:
-        return [Rejected("rules", "a sentence that says what a thing is")]
+        return Rejected("rules", "a sentence that says what a thing is")
     said = {SYNONYMS.get(word, word) for word in caption.words}
-    found: dict[str, Proposal] = {}
+    explained = caption.first_sentence < len(caption.words)
+    found: dict[tuple[tuple[int, str], ...], Edit] = {}
     for kind in types:
 
         def choose(options: Sequence[str], allowed: Sequence[str] | None = words.get(kind)) -> list[str]:
             return [each for each in options if (allowed is None or each in allowed) and SYNONYMS.get(each, each) not in said]
 
         for changes, told in _MAKERS[kind](caption, choose) if kind in _MAKERS else ():
-            if (proposal := _proposal(kind, caption, changes, told)) is not None:
-                found.setdefault(proposal.text, proposal)
-    return list(found.values()) or [Rejected("rules", "nothing to edit")]
-
-
-def _proposal(kind: str, caption: Caption, changes: dict[int, str], told: str) -> Proposal | None:
-    explained = caption.first_sentence < len(caption.words)
-    if explained and (max(changes) >= caption.first_sentence or kind in ("object", "swap_object")):
-        return None
-    if caption.lettering & changes.keys():
-        return None
-    text = caption.with_words(changes)
-    if defect(caption.text, text, kind) is not None:
-        return None
-    differs = difference(caption.text, text)
-    return Proposal(kind, text, " ".join(differs.before), " ".join(differs.after), told or f"Make the picture show: {text}", "rules")
+            later = explained and (max(changes) >= caption.first_sentence or kind in ("object", "swap_object"))
+            if later or caption.lettering & changes.keys():
+                continue
+            gone, come = [caption.words[place] for place in changes], [word for word in changes.values() if word]
+            if sorted(gone) == sorted(come):
+                gone, come = [], []
+            found.setdefault(tuple(changes.items()), Edit(kind, caption, changes, told, " ".join(gone), " ".join(come)))
+    return list(found.values()) or Rejected("rules", "nothing to edit")
 
 
 def _colour(caption: Caption, choose: Choose) -> Iterator[Change]:
@@ -273,7 +291,9 @@ def _object(caption: Caption, choose: Choose) -> Iterator[Change]:
 
 def _action(caption: Caption, choose: Choose) -> Iterator[Change]:
     for old, others in v.ACTIONS.items():
-        forms = {old: others} | {v.FINITE[old][many]: [v.FINITE[new][many] for new in others if new in v.FINITE] for many in (0, 1) if old in v.FINITE}
+        forms = {old: others} | {
+            v.FINITE[old][many]: [v.FINITE[new][many] for new in others if new in v.FINITE] for many in (0, 1) if old in v.FINITE
+        }
         for form, options in forms.items():
             if caption.words.count(form) == 1 and is_action(caption, caption.words.index(form), old, form):
                 place = caption.words.index(form)

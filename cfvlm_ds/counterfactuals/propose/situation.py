@@ -43,8 +43,9 @@ def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
     if phrase in ("in front of", "behind"):
         if own & v.AREAS or said & (v.ORDERED | v.IN_A_GAME | v.FAR):
             return False
-        before = set(caption.words[max(0, places[0] - 4) : places[0]])
-        if own & _PRONOUNS and (before & (v.SCENERY | v.BACKDROPS) or (kind not in ("person", "animal", "vehicle") and "with" not in before)):
+        earlier = set(caption.words[max(0, places[0] - 4) : places[0]])
+        moves = kind in ("person", "animal", "vehicle") or "with" in earlier
+        if own & _PRONOUNS and (earlier & (v.SCENERY | v.BACKDROPS) or not moves):
             return False  # the scenery, or what somebody works at
         return phrase == "behind" or bool(own & (v.SEEN_BEHIND | _PRONOUNS) and not own & v.HIDING)
     if phrase in ("inside", "outside"):

@@ -15,10 +15,10 @@ def _groups(text: str) -> tuple[frozenset[str], ...]:
 
 # Attributes -----------------------------------------------------------------------------------------------------------------------------
 
-COLOURS = tuple(
-    """red green blue yellow purple cyan orange pink brown black white gray grey violet beige tan silver gold golden turquoise
-    maroon""".split()
-)
+COLOURS = (
+    "red", "green", "blue", "yellow", "purple", "cyan", "orange", "pink", "brown", "black", "white", "gray", "grey", "violet", "beige",
+    "tan", "silver", "gold", "golden", "turquoise", "maroon",
+)  # fmt: skip
 NEAR_COLOURS = _groups(
     """red orange pink maroon, orange yellow gold golden brown beige tan, gray grey silver white, gray grey silver black, purple violet pink
     blue cyan turquoise purple violet, green cyan turquoise, white beige tan, red maroon brown"""
@@ -85,7 +85,8 @@ ALIKE = _groups(
     """couch sofa, couch bed, couch chair, sofa bed, sofa chair, bike bicycle motorcycle, table desk, van car, van truck, van bus, car truck
     cup bowl vase, lemon orange, sheep goat, lion tiger, duck bird, suitcase handbag backpack, jacket coat shirt, fork knife spoon
     microwave oven toaster, bush tree, skateboard snowboard surfboard, castle tower, castle house, church tower, house barn
-    sandwich hamburger, man boy guy, woman girl lady, man girl, woman boy, guy girl, lady boy, child boy, child girl, hat cap, pants jeans, guitar banjo
+    sandwich hamburger, man boy guy, woman girl lady, man girl, woman boy, guy girl, lady boy, child boy, child girl, hat cap
+    pants jeans, guitar banjo
     violin cello, trumpet saxophone, street road sidewalk, road path trail sidewalk, mud dirt, sand dirt"""
 )
 """Nouns that a picture does not always tell apart, or of which one has the other, as a castle has towers: none is proposed for another."""
@@ -164,7 +165,10 @@ UNITS = _set(
 )
 FIXING_A_NUMBER = _set("tennis third fourth second last both other teams opposite either chess boxing wrestling seesaw")
 """With these in it a caption has no other number: two that tackle a third are not four, and a game is of two teams."""
-OF_TWO = _set("shake shakes shaking handshake embrace embraces embracing chair dance dances dancing seesaw double tug both other one couple twins twin together hug hugs hugging kiss kisses kissing bike bikes canoe kayak motorcycle bench couch")
+OF_TWO = _set(
+    """shake shakes shaking handshake embrace embraces embracing chair dance dances dancing seesaw double tug both other one couple
+    twins twin together hug hugs hugging kiss kisses kissing bike bikes canoe kayak motorcycle bench couch"""
+)
 """With these in it a caption is of no group."""
 OF_A_GROUP = _set(
     """gather gathers gathered gathering crowd circle line row rows lined queue around surround surrounds surrounding surrounded team
@@ -174,7 +178,8 @@ OF_A_GROUP = _set(
 )
 """With these it is of more than two, or of one group."""
 MEASURES = _set(
-    """star door wheel wheeled legged tone tier layer leaf person man car bedroom seat seater arm prong lane speed story storey level room piece part way
+    """star door wheel wheeled legged tone tier layer leaf person man car bedroom seat seater arm prong lane speed story storey
+    level room piece part way
     bed string cylinder engine course"""
 )
 """Singulars that belong to a number before a noun: five star hotels are no hotels that one counts."""
@@ -216,7 +221,8 @@ _SEEN_BEFORE = _set(
     """camera mirror laptop laptops computer computers keyboard desk microphone monitor screen window windows counter bar crowd
     audience podium television tv stove table wall walls building buildings house houses skyscraper skyscrapers castle temple hotel
     store shop restaurant station stadium mountain mountains water ocean sea lake river bay sunset sky skyline background backdrop
-    map guitar drum keyboards canvas painting picture poster mural graffiti sign banner billboard door doors doorway entrance fireplace refrigerator oven sink
+    map guitar drum keyboards canvas painting picture poster mural graffiti sign banner billboard door doors doorway entrance
+    fireplace refrigerator oven sink
     cake plate plates bowl food meal pizza tray drums piano forest city beach shore business"""
 )
 AREAS = _set(

@@ -132,7 +132,9 @@ def defect(caption: str, text: str, kind: str) -> str | None:
 def _uncounted(side: Sequence[str]) -> list[str]:
     """The words without numbers and what agrees with them."""
     kept = [
-        word for word in side if word not in EMPTY_WORDS and word not in NUMBERS and not word.isdecimal() and word not in ("single", "pair", "several", "group")
+        word
+        for word in side
+        if word not in EMPTY_WORDS and word not in NUMBERS and not word.isdecimal() and word not in ("single", "pair", "several", "group")
     ]
     return [NOUNS[word][1] if word in NOUNS else _stem(word) for word in kept]
 
