@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -135,15 +134,21 @@ def captions(folder: Path, rows: int) -> Path:
 
 
 def rules(folder: Path, rows: int) -> dict[str, float]:
-    from cfvlm_ds.counterfactuals.options import ProposeOptions
-    from cfvlm_ds.counterfactuals.propose.base import Context, Proposal, Source
-    from cfvlm_ds.counterfactuals.propose.rules import Rules
+    from cfvlm_ds.counterfactuals.options import TYPES
+    from cfvlm_ds.counterfactuals.propose.balance import drawn, prices_of
+    from cfvlm_ds.counterfactuals.propose.base import Rejected
+    from cfvlm_ds.counterfactuals.propose.rules import Edit, edits_of
 
-    back_end: Any = Rules(Context(ProposeOptions(), None, None))  # type: ignore[arg-type]
-    sources = [Source(f"r{k}", caption(k)) for k in range(rows)]
-    back_end.propose(sources[0])
-    began = time.process_time()
-    edits = sum(isinstance(each, Proposal) for source in sources for each in back_end.propose(source))
+    def every(k: int) -> list[Edit]:
+        return [] if isinstance(found := edits_of(caption(k), TYPES), Rejected) else found
+
+    prices = prices_of(map(every, range(rows)), TYPES, 1)
+    began, edits = time.process_time(), 0
+    for k in range(rows):
+        found = every(k)
+        for kind in TYPES:
+            kept = drawn([each for each in found if each.type == kind], prices, 1, k, kind)
+            edits += sum(each.proposal() is not None for each in kept)
     return {"edits": edits, "captions": rows, "s": time.process_time() - began}
 
 

@@ -17,9 +17,9 @@ import hashlib
 import random
 from pathlib import Path
 
-from cfvlm_ds.counterfactuals.options import ProposeOptions
-from cfvlm_ds.counterfactuals.propose.base import Context, Proposal, Source
-from cfvlm_ds.counterfactuals.propose.rules import Rules
+from cfvlm_ds.counterfactuals.options import TYPES
+from cfvlm_ds.counterfactuals.propose.base import Rejected
+from cfvlm_ds.counterfactuals.propose.rules import edits_of
 
 NUMBER, PER_TYPE = 200, 3
 JUDGED = Path(__file__).resolve().parent.parent / "golden" / "stamps_judged.txt"
@@ -36,10 +36,15 @@ def captions(source: Path) -> list[str]:
 
 
 def edits(listed: list[str], seed: int, per_type: int = PER_TYPE) -> list[tuple[str, str, str]]:
-    """Type, caption and text of what the rules propose."""
-    rules = Rules(Context(ProposeOptions(per_type=per_type, seed=seed), None, None))  # type: ignore[arg-type]
-    found = [(each, caption) for caption in listed for each in rules.propose(Source(caption, caption))]
-    return [(each.type, caption, each.text) for each, caption in found if isinstance(each, Proposal)]
+    """Type, caption and text of edits that the rules allow, so many of a type for each caption at most."""
+    listed_edits = []
+    for caption in listed:
+        allowed = edits_of(caption, TYPES)
+        every = [] if isinstance(allowed, Rejected) else [found for edit in allowed if (found := edit.proposal())]
+        random.Random(f"{seed} {caption}").shuffle(every)
+        for kind in TYPES:
+            listed_edits += [(kind, caption, each.text) for each in every if each.type == kind][:per_type]
+    return listed_edits
 
 
 def digest(caption: str, text: str) -> str:

@@ -657,15 +657,15 @@ def test_verdicts_are_precise_where_the_scorer_sees(whole: Path, scenes: Path, t
     rows = [{"edit": name, "attempt": attempt, "good": noisy.truth[name, attempt]} for name, attempt in labelled]
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(whole, tmp_path / "V")
-    found = calibrate(tmp_path / "V", tmp_path / "labels.jsonl", Thresholds(), 0.97)
+    found = calibrate(tmp_path / "V", tmp_path / "labels.jsonl", Thresholds(), 0.99)
     fitted = found.thresholds.margin
-    assert found.good_kept / found.kept >= 0.97 and fitted > 0 and found.labelled == len(rows)
+    assert found.good_kept / found.kept >= 0.99 and fitted > 0 and found.labelled == len(rows)
     with_margin = judged(whole, found.thresholds, noisy)
     assert with_margin[1] / with_margin[0] > max(0.95, plain[1] / plain[0]) and with_margin[1] / with_margin[2] > 0.3
     own = tmp_path / "V" / "thresholds.json"
     assert read_thresholds(own) == found.thresholds
     own.write_text('{"largest": 0.051}')  # what was decided by hand stays
-    main.main(["data", "verify", str(tmp_path / "V"), "--calibrate", str(tmp_path / "labels.jsonl"), "--precision", "0.97"])
+    main.main(["data", "verify", str(tmp_path / "V"), "--calibrate", str(tmp_path / "labels.jsonl"), "--precision", "0.99"])
     assert read_thresholds(own).largest == 0.051 and read_thresholds(own).margin == pytest.approx(fitted, abs=0.1)
     (tmp_path / "labels.jsonl").write_text('{"edit": "none/1", "good": true}\n')
     with pytest.raises(DataError, match="1 labels are of no verified candidate, such as 'none/1'"):
@@ -925,7 +925,7 @@ def photos(tmp_path: Path) -> Path:
     rows = []
     for k in range(6):
         noise_picture(k).save(tmp_path / f"{k}.png")
-        rows.append({"id": f"p{k}", "image": f"{k}.png", "caption": f"a {COLOURS[k % 4]} cup to the left of a plate"})
+        rows.append({"id": f"p{k}", "image": f"{k}.png", "caption": f"a {COLOURS[k % 4]} cup to the {('left', 'right')[k % 2]} of a plate"})
     path = tmp_path / "captions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -27,7 +27,7 @@ class Flip:
         """Whether the text is the caption with every left and right exchanged."""
         old, new = words(task.caption), words(task.text)
         turned = {"left": "right", "right": "left"}
-        return task.type == "relation" and bool({"left", "right"} & set(old)) and [turned.get(word, word) for word in old] == new
+        return task.type == "relation" and bool({"left", "right"} & set(old)) and tuple(turned.get(word, word) for word in old) == new
 
     def edit(self, task: Task) -> Picture | Refused | None:
         if shown := sorted(LETTERING & set(words(task.caption))):

@@ -5,17 +5,17 @@ from __future__ import annotations
 from cfvlm_ds.counterfactuals.propose.siblings import lines, word_set
 
 _CAN_BE = """
-dog dogs puppy puppies pup pups rabbit rabbits bunny goat goats sheep lamb donkey: black white brown gray
-lab labs labrador labradors terrier terriers poodle spaniel collie shepherd hound hounds bulldog beagle mutt: black white brown gray
-husky dachshund chihuahua pug boxer dalmatian mastiff doggie doggy animal animals calf foal stallion mare llama: black white brown gray
-ears spot spots patch patches tail tails paws fur mane markings: black white brown gray
-cat cats kitten kittens: black white gray orange brown
-horse horses pony ponies: black white brown gray
+dog dogs puppy puppies pup pups rabbit rabbits bunny goat goats sheep lamb donkey: black white brown gray tan
+lab labs labrador labradors terrier terriers poodle spaniel collie shepherd hound hounds bulldog beagle mutt: black white brown gray tan
+husky dachshund chihuahua pug boxer dalmatian mastiff doggie doggy animal animals calf foal stallion mare llama: black white brown gray tan
+ears spot spots patch patches tail tails paws fur mane markings: black white brown gray tan
+cat cats kitten kittens: black white gray orange brown tan
+horse horses pony ponies: black white brown gray tan
 cow cows bull bulls hen hens chicken chickens rooster: black white brown
 pig pigs: pink black brown white
 duck ducks: white brown black yellow
 mouse rat: gray white black brown
-bird birds: red blue green yellow black white brown gray
+bird birds: red blue green yellow black white brown gray tan
 slug snail: brown black orange
 elephant elephants zebra zebras giraffe giraffes lion lions tiger tigers monkey monkeys bear bears:
 apple apples: red green yellow
@@ -38,6 +38,9 @@ rock rocks: gray brown black white red
 egg eggs: white brown
 mushroom mushrooms: white brown red
 tree trees bush bushes shrub shrubs shrubbery hedge hedges vegetation brush reeds crops:
+snow: white
+grass: green brown
+mud dirt: brown
 cactus cactuses mountain mountains sand gull whale owl eagle hawk flamingo retriever planet gnu:
 """
 CAN_BE: dict[str, frozenset[str]] = {}

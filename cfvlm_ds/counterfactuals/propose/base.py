@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.counterfactuals.options import ProposeOptions
-from cfvlm_ds.counterfactuals.work_folder import WorkFolder, seed_of
+from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 from cfvlm_ds.data.store import GroupStore
 
 
@@ -118,9 +118,4 @@ def license_of(meta: str) -> str:
 Change = tuple[dict[int, str], str]
 """What rules make of a caption: new words by place, and what an editor of pictures is told."""
 Choose = Callable[[Sequence[str]], list[str]]
-"""Which of the words that may be put in place are, in an order that is drawn."""
-
-
-def drawn(seed: int, name: str, options: Sequence[str]) -> list[str]:
-    """The options in an order drawn for a purpose."""
-    return sorted(options, key=lambda option: seed_of(seed, name, option))
+"""Which of the words that may be put in place are."""

@@ -12,7 +12,7 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import (
     ADJECTIVES,
     ANIMATE,
     CALLED,
-    COLOURS_READ,
+    COLOURS,
     DETERMINERS,
     EXPLAINING,
     FOLLOWING,
@@ -24,10 +24,11 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import (
     POINTING,
     SIZES,
     TEXTURES,
+    UNCOUNTED,
 )
 from cfvlm_ds.counterfactuals.propose.word_difference import WORD
 
-OF_KIND = {"colour": frozenset(COLOURS_READ), "size": frozenset(SIZES), "material": frozenset(MATERIALS), "texture": frozenset(TEXTURES)}
+OF_KIND = {"colour": frozenset(COLOURS), "size": frozenset(SIZES), "material": frozenset(MATERIALS), "texture": frozenset(TEXTURES)}
 _MODIFIERS = ADJECTIVES.union(*OF_KIND.values()) | {"short"}
 _ONE = ("a", "an", "one", "this", "that", "each", "every", "another")
 _MARKS = re.compile(r"[^\w]")
@@ -117,7 +118,7 @@ class Caption:
 
     def _phrase(self, noun: int) -> Phrase | None:
         word = self.word(noun)
-        if not word.isalpha() or word in FOLLOWING or word in DETERMINERS:
+        if not word.replace("-", "").isalpha() or word in FOLLOWING or word in DETERMINERS:
             return None
         known = NOUNS.get(word)
         if known is None and (word in _MODIFIERS or (word.endswith("ing") and word not in NOT_VERBS) or len(word) < 3):
@@ -159,11 +160,14 @@ class Caption:
         return is_finite(after, True) if is_plural(noun) else before in _ONE[:3] and is_finite(after, False)
 
     def _plural(self, word: str, before: str) -> bool | None:
+        if word in NOUNS and word not in UNCOUNTED and before not in _ONE:
+            return None if NOUNS[word][2] != word and self._is_of_many(before) else NOUNS[word][2] == word  # "two dog"
         if before in _ONE:
             return not (word not in NOUNS or NOUNS[word][1] == word)
-        if NUMBERS.get(before, 0) > 1 or before in ("several", "many", "both", "these", "those", "some", "few") or before.isdecimal():
-            return True
-        return is_plural(word)
+        return True if self._is_of_many(before) else is_plural(word)
+
+    def _is_of_many(self, word: str) -> bool:
+        return NUMBERS.get(word, 0) > 1 or word in ("several", "many", "both", "these", "those", "few") or word.isdecimal()
 
     def is_done_by_somebody(self, place: int) -> bool:
         """Whether an action at a place is said of a person or an animal just before it."""

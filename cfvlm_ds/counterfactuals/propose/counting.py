@@ -1,4 +1,4 @@
-"""Numbers of things: which are counted, what others they may have, and what agrees with them."""
+"""Numbers of things: which are counted, and what others they may have. One is left alone: what agrees with it would change too."""
 
 from __future__ import annotations
 
@@ -6,44 +6,67 @@ from collections.abc import Iterator
 
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.base import Change, Choose
-from cfvlm_ds.counterfactuals.propose.caption import Caption, Phrase
-from cfvlm_ds.counterfactuals.propose.grammar import agreeing, is_plural, renumbered
+from cfvlm_ds.counterfactuals.propose.caption import Caption
+from cfvlm_ds.counterfactuals.propose.grammar import is_finite, is_plural
 from cfvlm_ds.counterfactuals.propose.siblings import word_set
 
 
 def count(caption: Caption, choose: Choose) -> Iterator[Change]:
-    for determiner, nouns, known in _counted(caption):
-        word, noun = caption.words[determiner], caption.words[nouns]
-        number = int(word) if word.isdecimal() else v.NUMBERS[word]
-        options = {v.NUMBER_WORDS[n]: n for n in _numbers(caption, number, determiner, noun)}
-        for new in choose(list(options)):
-            changes = {determiner: str(options[new]) if word.isdecimal() else new}
-            if (number == 1) != (options[new] == 1):
-                agreed = None if known is None else _agreement(caption, known, options[new] > 1)
-                if agreed is None:
-                    continue
-                changes |= agreed
-            many = renumbered(noun, True) or noun
-            yield changes, f"Change the number of {many} from {number} to {options[new]}."
+    for place, noun in _counted(caption):
+        word = caption.words[place]
+        for new in choose(_instead(caption, word, place, noun)):
+            new = str(v.NUMBERS[new]) if word.isdecimal() else new
+            yield {place: new}, f"Change the number of {caption.words[noun]} from {word} to {new}."
+    for place, noun in _grouped(caption):
+        for new in choose(["two"]):
+            yield {place: new, place + 1: "", place + 2: ""}, f"Show {new} {caption.words[noun]} and not a group."
 
 
-def _numbers(caption: Caption, number: int, determiner: int, noun: str) -> list[int]:
-    """Numbers that may stand in place of one: near ones, as a plate with one fork has no five."""
-    before, fixed = caption.word(determiner - 1), noun in _FIXTURES
-    most = 3 if fixed or before in _HELD else 5
-    step = 1 if fixed else 2
-    found = [n for n in (1, 2, 3, 4, 5) if n != number and n <= max(most, number) and (abs(n - number) <= step or number > n >= 4)]
-    return [n for n in found if n > 1 or not (before == "of" and caption.word(determiner - 2) in _GROUPS)]
+def _instead(caption: Caption, word: str, place: int, noun: int) -> list[str]:
+    """Numbers that may stand in place of one: near ones, as a plate with two forks has no five. Several are three or more."""
+    if word == "several":
+        return ["two"]
+    number = int(word) if word.isdecimal() else v.NUMBERS[word]
+    fixed = caption.words[noun] in _FIXTURES
+    most, step = 3 if fixed or caption.word(place - 1) in _HELD else 5, 1 if fixed else 2
+    found = [
+        each
+        for each, n in v.NUMBERS.items()
+        if 1 < n <= max(most, number, 2) and n <= 5 and n != number and (abs(n - number) <= step or number > n >= 4)
+    ]
+    if word != "two" or fixed:
+        return found
+    together = caption.words[noun] in v.PEOPLE | v.ANIMATE and not v.OF_TWO & set(caption.words) and _begins(caption, place, noun)
+    return [*found, "several", *(["a group of"] if together else [])]
 
 
-def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
-    """Places of a number and of the noun that it counts, with the noun's phrase; None for several things of a kind that is not listed,
-    such as three fire hydrants."""
-    if v.FIXING_A_NUMBER & set(caption.words) or caption.words.count("one") > 1:  # two, one of them red and one blue
+def _grouped(caption: Caption) -> Iterator[tuple[int, int]]:
+    """Places of "a group of" and of the people or animals that it is of, where two could do the same and no verb says that it is one."""
+    for place in range(len(caption.words) - 3):
+        if caption.words[place : place + 3] == ["a", "group", "of"] and not v.OF_A_GROUP & set(caption.words):
+            phrase = next((each for each in caption.phrases if each.start == place + 3), None)
+            if phrase is None or caption.words[phrase.noun] not in v.PEOPLE | v.ANIMATE or not is_plural(caption.words[phrase.noun]):
+                continue
+            after = caption.word(phrase.noun + 1)
+            if _begins(caption, place, phrase.noun) and (not is_finite(after, False) or after in v.FOLLOWING):
+                yield place, phrase.noun
+
+
+def _begins(caption: Caption, place: int, noun: int) -> bool:
+    """Whether a caption begins here with those who are counted, and nobody else beside them."""
+    known = any(phrase.noun == noun and phrase.start in (place, place + 3) for phrase in caption.phrases)
+    return place == 0 and known and caption.word(noun + 1) != "and"
+
+
+def _counted(caption: Caption) -> Iterator[tuple[int, int]]:
+    """Places of a number and of the plural that it counts: of a phrase, or of several things of a kind that is not listed, such as three
+    fire hydrants."""
+    of_each = caption.words.count("one") > 1 or _tells_each(caption)  # two, one of them red and one blue
+    if of_each or v.FIXING_A_NUMBER & set(caption.words):
         return
     phrases = {phrase.determiner: phrase for phrase in caption.phrases if phrase.determiner is not None}
     for place, word in enumerate(caption.words):
-        number = int(word) if word.isdecimal() and len(word) == 1 else v.NUMBERS.get(word, 0)
+        number = word == "several" or (int(word) if word.isdecimal() and len(word) == 1 else v.NUMBERS.get(word, 0)) > 1
         if (
             not number
             or "between" in (caption.word(place - 1), caption.word(place - 2))  # two things, and among more
@@ -64,19 +87,19 @@ def _counted(caption: Caption) -> Iterator[tuple[int, int, Phrase | None]]:
             or not all(each.isalpha() for each in said)
             or (said[-1] in v.PEOPLE and v.RIDDEN_BY_FEW & set(caption.words))
             or caption.is_aside(place)
-            or _is_told(caption, noun + 1)
         ):
             continue
-        if phrase is None and (number == 1 or not is_plural(said[-1]) or set(said) & (v.FOLLOWING | v.DETERMINERS)):
+        if phrase is None and (not is_plural(said[-1]) or set(said) & (v.FOLLOWING | v.DETERMINERS)):
             continue
-        many = phrase is None or phrase.known is not None or said[-1].endswith(("s", "people", "children"))
-        if phrase is None or ((number > 1) == (phrase.plural is True) and (number == 1 or many)):
-            yield place, noun, phrase
+        if phrase is None or phrase.known is not None or said[-1].endswith(("s", "people", "children")):
+            yield place, noun
 
 
-_NO_COUNT = v.NUMBERED | word_set("all every bus or back war least most than over nearly almost about around a an")
+_NO_COUNT = v.NUMBERED | word_set(
+    """all every bus or back war least most than over twenty thirty forty fifty sixty seventy eighty ninety hundred nearly almost about
+    around a an"""
+)
 """Before a number: it is not counted, or belongs to an article."""
-_GROUPS = word_set("group groups couple pair set stack row rows bunch pile line herd team trio family collection crowd party")
 _FIXTURES = word_set(
     """sink sinks toilet toilets urinal urinals oven ovens stove stoves refrigerator refrigerators microwave microwaves bed beds couch
     couches sofa sofas television televisions tv tvs monitor monitors computer computers laptop laptops clock clocks tub tubs
@@ -88,42 +111,10 @@ _HELD = word_set(
 )
 
 
-def _is_told(caption: Caption, place: int) -> bool:
+def _tells_each(caption: Caption) -> bool:
     """Whether those who are counted are told one by one behind a mark: two people, a man and a woman."""
-    return caption.words[place : place + 1] in ([","], [":"], ["-"]) and caption.word(place + 1) in ("a", "an", "one", "the", "both")
+    marks = [k for k in range(len(caption.words) - 2) if caption.words[k] in (",", ":", "-", "(")]
+    return any(caption.word(k + 1) in ("a", "an", "one", "the", "both") and caption.word(k + 2) in _EACH for k in marks)
 
 
-def _agreement(caption: Caption, phrase: Phrase, plural: bool) -> dict[int, str] | None:
-    """What changes with the number of a noun: itself and its verb; None where that is not certain."""
-    noun = renumbered(caption.words[phrase.noun], plural)
-    after, before = caption.word(phrase.noun + 1), caption.word(phrase.start - 1)
-    if noun is None or v.THEIR & set(caption.words) or (after == "and" and {"is", "are", "was", "were"} & set(caption.words)):
-        return None
-    if before == "the" or _shared(caption, phrase, plural):
-        return None
-    changes = {phrase.noun: noun}
-    if before in ("is", "are", "was", "were") and caption.word(phrase.start - 2) == "there":
-        changes[phrase.start - 1] = {"is": "are", "are": "is", "was": "were", "were": "was"}[before]
-    if not after or after.endswith("ing") or (after.endswith("ed") and after not in v.NOT_VERBS):
-        return changes
-    if after in _PREPOSITIONS or after in ("left", "right"):  # "near" is a verb, too
-        return changes
-    if after in v.ADJECTIVES:
-        return changes if after == "full" else None  # "two doors open" may be a verb
-    verb = None if before == "and" else agreeing(after, plural)  # two customers and an employee interact
-    return None if verb is None else changes if verb == after else changes | {phrase.noun + 1: verb}
-
-
-def _shared(caption: Caption, phrase: Phrase, plural: bool) -> bool:
-    """Whether one and many differ in what they have, too: two girls hold umbrellas, and one of them holds no umbrellas."""
-    rest = caption.words[phrase.noun + 1 :]
-    if any(word in _HAVING for word in rest[:2]):
-        return True
-    near = [word for word in rest[:4] if len(word) > 3 and word.endswith("s") and word not in v.FOLLOWING]
-    return not plural and any(is_plural(word) for word in (*near, *(word for word in rest if word in v.NOUNS)))
-
-
-_HAVING = v.FOLLOWING & {"has", "have", "with"} | {"wearing", "holding", "carrying", "riding", "wears", "wear", "hold", "holds", "throwing"}
-_PREPOSITIONS = v.FOLLOWING - set(
-    ["is", "are", "was", "were", "has", "have", "that", "which", "who", "sit", "sits", "stand", "stands", "lie", "lies", "like"]
-)
+_EACH = v.PEOPLE | v.ANIMATE | {"in", "is", "has", "with", "of", "on", "wearing", "holding"}

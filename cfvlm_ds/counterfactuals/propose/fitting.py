@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from cfvlm_ds.counterfactuals.propose.caption import Caption, Phrase
-from cfvlm_ds.counterfactuals.propose.siblings import INSTEAD, word_set
+from cfvlm_ds.counterfactuals.propose.siblings import INSTEAD, OF_A_GROUND, OF_A_PLACE, OF_ADULTS, OF_CHILDREN, word_set
 from cfvlm_ds.counterfactuals.propose.vocabulary import ANIMATE, FLAT, FOLLOWING, FOOD, NOT_VERBS, NOUNS, PEOPLE, SKATED
 
 OUTSIDE = word_set(
@@ -66,7 +66,14 @@ class At:
 
 
 def _person(at: At, found: frozenset[str]) -> frozenset[str]:
-    return frozenset() if at.said & word_set("another others") else found  # who is of the same sex
+    if at.said & word_set("another others"):  # who is of the same sex
+        return frozenset()
+    tied = at.said & (OF_CHILDREN if at.one == "child" else OF_ADULTS) or at.adjectives & word_set(
+        "small little tiny tall big large adult old elderly"
+    )
+    if at.one == "child":
+        return frozenset() if tied else found
+    return found - word_set("child") if tied else found
 
 
 def _animal(at: At, found: frozenset[str]) -> frozenset[str]:
@@ -102,7 +109,7 @@ def _animal(at: At, found: frozenset[str]) -> frozenset[str]:
 
 
 def _vehicle(at: At, found: frozenset[str]) -> frozenset[str]:
-    if at.one in ("bus", "train") and at.before in ("on", "onto"):
+    if at.before == "for" or (at.one in ("bus", "train") and at.before in ("on", "onto")):
         return frozenset()
     if at.one in ("bus", "train") and at.before in INTO:  # with the seats of one
         found &= word_set("bus")
@@ -132,17 +139,19 @@ def _furniture(at: At, found: frozenset[str]) -> frozenset[str]:
         found &= word_set("bench desk")
     if at.before == "around":
         found &= word_set("bed") if "standing" in at.said else frozenset()
+    if at.one in ("table", "desk") and at.said & (FOOD | _DRINKS):
+        return frozenset()
     who = at.who_is_on if at.before in ("on", "onto") else ""
     if who in PEOPLE or who in ANIMATE:
-        found &= word_set("chair bench couch bed")
+        found &= word_set("chair bench couch") if at.one == "bench" else word_set("chair bench couch bed")
         if NOUNS.get(who, ("", "", who))[2] == who or who in _MANY or at.caption.words.count(who) > 1:
             found -= word_set("chair")
-    elif at.one in ("table", "desk") and at.said & (FOOD | _DRINKS):
-        return frozenset()
     elif who:
         found &= word_set("bench") if at.said & _RESTING and at.said & (PEOPLE | ANIMATE) else word_set("bench table desk")
     if at.said & _LYING and at.before != "to":
         found &= word_set("bench couch bed")
+    if at.before in ("from", "off"):
+        return frozenset()
     if at.one == "chair" and at.said & word_set("table tables desk desks"):
         found &= word_set("bench desk") if at.said & word_set("bed beds") else word_set("bench")
     if at.said & (_BATHROOM | _KITCHEN):
@@ -225,12 +234,18 @@ def _sport(at: At, found: frozenset[str]) -> frozenset[str]:
     indoors = not at.said & OUTSIDE
     if indoors or at.is_stuff or at.said & _THROWN or any(NOUNS[word][0] == "animal" for word in at.said if word in NOUNS):
         found -= word_set("kite")
+    if at.is_stuff:  # playing frisbee
+        found -= word_set("stick")
     return found - word_set("ball kite") if at.said & _LEANING else found
 
 
 def _clothing(at: At, found: frozenset[str]) -> frozenset[str]:
     worn = bool(at.said & WORN) or at.before in ("in", "with")
-    if at.one in ("shirt", "dress", "jacket", "coat") and (at.said & PEOPLE or (worn and not at.said & _TOYS)):
+    if at.one in ("shirt", "dress", "skirt") and at.said & PEOPLE and not at.said & _MEN:
+        dressed = at.said & _WOMEN and not at.said & _ON_LEGS and at.after != "and"
+        return found & _WORN_BY_WOMEN[at.one] if dressed and (at.before in ("in", "with") or at.said & WORN) else frozenset()
+    found -= word_set("skirt")
+    if at.one in ("shirt", "dress", "skirt", "jacket", "coat") and (at.said & PEOPLE or (worn and not at.said & _TOYS)):
         found &= word_set("coat") if at.one == "dress" else frozenset()  # no hat or scarf takes its place
     if worn:
         found -= word_set("shirt dress")  # who wears a hat wears a shirt too
@@ -243,8 +258,23 @@ def _clothing(at: At, found: frozenset[str]) -> frozenset[str]:
     if at.said & _MEN:
         found -= word_set("dress")
     for noun, others in _WORN_INSTEAD.items():
-        found -= word_set(noun) if at.said & others else frozenset()
-    return found
+        found -= word_set(noun) if (at.said - {at.one}) & others else frozenset()
+    if at.one in _ON_HEADS:
+        return found & _ON_HEADS
+    return found - word_set("helmet cap")
+
+
+def _place(at: At, found: frozenset[str]) -> frozenset[str]:
+    """Other places with the same prepositions, where nothing else says what place it is."""
+    if at.said & OF_A_PLACE or at.before not in _BEFORE_PLACES or at.phrase.plural or at.after or at.earlier == "top":
+        return frozenset()
+    return found & _BEFORE_PLACES[at.before]
+
+
+def _ground(at: At, found: frozenset[str]) -> frozenset[str]:
+    if at.said & OF_A_GROUND or at.before not in ("in", "on", "through", "across") or at.after or at.determiner == "a":
+        return frozenset()
+    return found - word_set("mud") if at.before == "on" else found
 
 
 def _plant(at: At, found: frozenset[str]) -> frozenset[str]:
@@ -266,6 +296,8 @@ FITTING: dict[str, Callable[[At, frozenset[str]], frozenset[str]]] = {
     "sport": _sport,
     "clothing": _clothing,
     "plant": _plant,
+    "place": _place,
+    "ground": _ground,
 }
 """Category -> of what might stand in the place of a noun, what is found there."""
 INTO = ("in", "inside", "into", "from", "outside")
@@ -328,6 +360,19 @@ _WORN_INSTEAD = {
     "shirt dress": word_set("t-shirt top blouse sweater sweatshirt hoodie suit jacket coat"),
 }
 """Clothes -> other ones in whose company they are one too many."""
+_WOMEN = word_set("woman women girl girls lady ladies")
+_ON_LEGS = word_set(
+    """pants jeans shorts tights leggings trousers slacks suit tie top blouse sweater vest jacket coat uniform apron bikini player
+    players team"""
+)
+_WORN_BY_WOMEN = {"shirt": word_set("dress"), "dress": word_set("shirt skirt"), "skirt": word_set("dress")}
+_ON_HEADS = word_set("hat helmet cap")
+_BEFORE_PLACES = {
+    "on": word_set("beach street road sidewalk field path trail"),
+    "down": word_set("beach street road sidewalk path trail"),
+    "along": word_set("beach street road path trail"),
+    "across": word_set("beach street road field"),
+}
 _WARM = word_set("beach summer shorts swim swimming swimsuit bikini bathing pool surf surfing")
 _TOYS = word_set("teddy bear bears doll dolls toy toys stuffed statue dog cat animal mannequin")
 _LYING = word_set("lying laying lies lays sleeping sleeps asleep")

@@ -12,33 +12,10 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, UNCOUNTED
 LIBRARIES = ("inflect", "lemminflect")
 _SOUNDS_LIKE_A = ("uni", "use", "usu", "eu", "one", "once", "ubi")
 _SOUNDS_LIKE_AN = ("hour", "honest", "honor", "honour", "heir")
-_VERBS = {"is": "are", "was": "were", "has": "have", "lies": "lie"} | {
+_OF_ONE = {"is": "are", "was": "were", "has": "have", "lies": "lie"} | {
     f"{verb}s": verb for verb in ("sit", "stand", "run", "walk", "sleep", "eat", "play", "look", "jump", "rest", "wait", "ride", "hold")
 }
-_OF_MANY = {many: one for one, many in _VERBS.items()}
-_SAME_FOR_BOTH = frozenset(
-    [
-        "can",
-        "could",
-        "may",
-        "might",
-        "must",
-        "will",
-        "would",
-        "did",
-        "had",
-        "sat",
-        "stood",
-        "lay",
-        "ran",
-        "walked",
-        "slept",
-        "ate",
-        "played",
-        "looked",
-        "jumped",
-    ]
-)
+"""Verbs in the present, of one and of many."""
 
 
 def article(following: str) -> str:
@@ -60,26 +37,12 @@ def absent() -> str:
     if not missing:
         return ""
     return (
-        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: counts between one and several are proposed for "
-        "listed nouns and verbs alone; pip install 'cfvlm-ds[counterfactuals]'"
+        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: of the nouns and verbs that are not listed few are "
+        "known, so fewer edits are proposed; pip install 'cfvlm-ds[counterfactuals]'"
     )
 
 
-def renumbered(noun: str, plural: bool) -> str | None:
-    """A noun for one or for many; None where its form is not known for certain."""
-    word = noun.lower()
-    if word in NOUNS:
-        _, one, many = NOUNS[word]
-        return many if plural else one
-    forms = _inflect()
-    if forms is None or word in UNCOUNTED:
-        return None
-    singular = forms.singular_noun(word)  # False where the word is one already
-    if plural:
-        return str(forms.plural_noun(word)) if not singular else word
-    return str(singular) if singular else word
-
-
+@functools.cache
 def is_plural(noun: str) -> bool | None:
     """Whether a noun is for many; None where that is not known."""
     word = noun.lower()
@@ -92,27 +55,11 @@ def is_plural(noun: str) -> bool | None:
     return True if word.endswith("s") and not word.endswith(("ss", "us", "is")) else None
 
 
-def agreeing(verb: str, plural: bool) -> str | None:
-    """A verb that follows one or many; itself where it is the same for both, None where that is not known."""
-    word = verb.lower()
-    if word in _SAME_FOR_BOTH:
-        return word
-    if word in _VERBS or word in _OF_MANY:
-        one = _OF_MANY.get(word, word)
-        return _VERBS[one] if plural else one
-    lemminflect = _lemminflect()
-    if lemminflect is None:
-        return None
-    lemmas = lemminflect.getLemma(word, upos="VERB")
-    forms = lemminflect.getInflection(lemmas[0], tag="VBP" if plural else "VBZ") if lemmas else ()
-    return str(forms[0]) if forms else None
-
-
 @functools.cache
 def is_finite(word: str, plural: bool) -> bool:
     """Whether a word is a verb in the present, as it follows one or many; False where that is not known for certain."""
-    if word in _VERBS or word in _OF_MANY:
-        return word in (_OF_MANY if plural else _VERBS)
+    if word in _OF_ONE or word in _OF_ONE.values():
+        return (word in _OF_ONE.values()) if plural else word in _OF_ONE
     lemminflect = _lemminflect()
     if lemminflect is None or not word.isalpha():
         return False

@@ -55,6 +55,8 @@ def _is_held(at: At) -> bool:
     on = at.before in ("on", "onto", "riding", "rides", "ride")
     if at.category in _HELD_BY and at.before in _HELD_BY[at.category]:
         return True
+    if at.after in ("signing", "making", "tasting", "racing"):  # of books
+        return True
     if (at.category in ("bag", "vehicle", "tool") and at.said & _FASTENED) or (at.after == "of" and at.category != "dish"):
         return True  # a coat of paint, too
     a_part = at.earlier == "inside" or (at.earlier == "front" and at.caption.word(at.phrase.start - 3) != "in")
@@ -135,6 +137,7 @@ _ONLY_OF = {
     **dict.fromkeys(("open", "closed"), word_set("book newspaper map")),
     **dict.fromkeys(("ripe", "sliced"), INSTEAD["carrot"] | INSTEAD["apple"]),
     **dict.fromkeys(("striped", "dotted", "plaid", "checkered"), PATTERNED | INSTEAD["circle"]),
+    "fresh": INSTEAD["carrot"] | INSTEAD["apple"],
     "long": word_set("table bench desk couch bus truck"),
     "round": word_set("plate bowl table"),
 }

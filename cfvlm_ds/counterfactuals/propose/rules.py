@@ -5,25 +5,37 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.attributes import MADE_OF, PATTERNED, can_be
-from cfvlm_ds.counterfactuals.propose.base import Change, Choose, Context, Found, Proposal, Rejected, Source, drawn
+from cfvlm_ds.counterfactuals.propose.balance import Prices, drawn, prices_of
+from cfvlm_ds.counterfactuals.propose.base import Change, Choose, Context, Found, Proposal, Rejected, Source, sources
 from cfvlm_ds.counterfactuals.propose.caption import OF_KIND, Caption, Phrase
 from cfvlm_ds.counterfactuals.propose.counting import count
 from cfvlm_ds.counterfactuals.propose.grammar import absent, article, versions
+from cfvlm_ds.counterfactuals.propose.once import made_once
 from cfvlm_ds.counterfactuals.propose.plausible import instead, is_compared
 from cfvlm_ds.counterfactuals.propose.situation import done_there, is_action, is_place
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
 
-VERSION = 6
+VERSION = 7
 """Raised when the same caption gets other edits than before."""
+_LOOKED_AT = 10_000
+"""Rows whose words are counted."""
 
 _RELATION = re.compile(
     r"\b(?:" + "|".join(sorted({re.escape(p) for pair in v.RELATIONS for p in pair}, key=len, reverse=True)) + r")\b", re.IGNORECASE
@@ -32,11 +44,12 @@ _OPPOSITE: dict[str, str] = {}
 for _first, _second in v.RELATIONS:
     _OPPOSITE.setdefault(_first, _second)
     _OPPOSITE.setdefault(_second, _first)
-_NEAR = {word: frozenset().union(*(group for group in v.NEAR_COLOURS if word in group)) for word in v.COLOURS_READ}
+_NEAR = {word: frozenset().union(*(group for group in v.NEAR_COLOURS if word in group)) for word in v.COLOURS}
 
 
 class Rules:
-    """The back end ``rules``."""
+    """The back end ``rules``, for English. Which of the possible edits of a caption are proposed depends on all captions at hand: the words
+    of the proposals are balanced."""
 
     threads = 1
 
@@ -48,6 +61,7 @@ class Rules:
                 raise ConfigError(f"--words: {kind!r} has no list of words; there are {', '.join(_KINDS)}")
             if kind == "object" and (unknown := [word for word in words if word not in v.NOUNS]):
                 raise ConfigError(f"--words: the forms of {unknown[0]!r} are not known; name listed nouns")
+        self._prices = self._read(context)
 
     def settings(self) -> Mapping[str, Any]:
         return {"version": VERSION, "words": {kind: list(words) for kind, words in self._words.items()}, **versions()}
@@ -58,62 +72,124 @@ class Rules:
 
     def propose(self, source: Source) -> Found:
         """Proposals of each type, and why there is none where one reason is true of the whole caption."""
-        if len(source.caption) > MOST_CHARACTERS or printable(source.caption) != source.caption:
-            return [Rejected("rules", "no caption of one printable line")]
-        caption = Caption(source.caption)
-        if any(word in v.NEGATIONS or word.endswith("n't") for word in caption.words):
-            return [Rejected("rules", "a negation")]
-        if "?" in caption.words:
-            return [Rejected("rules", "a question")]
-        if v.UNCERTAIN & set(caption.words):
-            return [Rejected("rules", "not certain")]
-        if caption.is_definition:
-            return [Rejected("rules", "a sentence that says what a thing is")]
-        found: list[Proposal | Rejected] = []
+        edits = edits_of(source.caption, self._types, self._words)
+        if isinstance(edits, Rejected):
+            return [edits]
+        found: list[Proposal] = []
         for kind in self._types:
-            made = 0
-            for changes, told in self._changes(kind, caption, source.id):
-                if made >= self._per_type:
-                    break
-                proposal = self._proposal(kind, caption, changes, told)
-                if proposal is not None and all(proposal.text != other.text for other in found):
-                    found.append(proposal)
-                    made += 1
-        return found or [Rejected("rules", "nothing to edit")]
+            same = [edit for edit in edits if edit.type == kind]
+            kept = drawn(same, self._prices, self._per_type, self._seed, source.id, kind)
+            found += [proposal for edit in kept if (proposal := edit.proposal()) is not None]
+        return found or [Rejected("rules", "each word that may come comes oftener than it goes")]
 
-    def _proposal(self, kind: str, caption: Caption, changes: dict[int, str], told: str) -> Proposal | None:
-        explained = caption.first_sentence < len(caption.words)
-        if explained and (max(changes) >= caption.first_sentence or kind in ("object", "swap_object")):
+    def _read(self, context: Context) -> Prices:
+        """The prices of words, which the first shard of a work folder writes for all. At most so many captions are looked at, evenly over
+        the data, that they fit in memory."""
+        path, store = context.work.path / "prices.json", context.store
+        said = {"per_type": self._per_type, "types": list(self._types), **self.settings()}
+
+        def is_of_these(file: Path) -> bool:
+            with suppress(ValueError, RecursionError):
+                found = parse_json(file.read_text())
+                return isinstance(found, dict) and found.get("settings") == said and isinstance(found.get("prices"), dict)
+            return False
+
+        def write() -> None:
+            count = min(len(store), _LOOKED_AT)
+            progress = Progress(context.say, "rules: words", count, "rows")
+            edits = (
+                [] if isinstance(found := edits_of(source.caption, self._types, self._words), Rejected) else found
+                for source in progress.over(sources(store, [k * len(store) // count for k in range(count)]))
+                if not isinstance(source, DataError)
+            )
+            prices = prices_of(edits, [kind for kind in self._types if kind not in self._words], self._per_type)
+            replace(path, json.dumps({"settings": said, "prices": prices}, indent=1).encode(), shared=True)
+
+        return parse_json(made_once(path, is_of_these, write).read_text())["prices"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit that rules allow: new words by place, what goes and comes by them (nothing where words change places), and what an editor of
+    pictures is told."""
+
+    type: str
+    caption: Caption
+    changes: Mapping[int, str]
+    told: str
+    gone: str
+    come: str
+
+    def proposal(self) -> Proposal | None:
+        """As it is written down; None where its text is no counterfactual."""
+        text = self.caption.with_words(self.changes)
+        if defect(self.caption.text, text, self.type) is not None:
             return None
-        if caption.lettering & changes.keys():
-            return None
-        text = caption.with_words(changes)
-        if defect(caption.text, text, kind) is not None:
-            return None
-        differs = difference(caption.text, text)
-        return Proposal(kind, text, " ".join(differs.before), " ".join(differs.after), told or f"Make the picture show: {text}", "rules")
+        differs = difference(self.caption.text, text)
+        told = self.told or f"Make the picture show: {text}"
+        return Proposal(self.type, text, " ".join(differs.before), " ".join(differs.after), told, "rules")
 
-    def _changes(self, kind: str, caption: Caption, name: str) -> Iterator[Change]:
-        if kind not in _MAKERS:
-            return iter(())
 
-        def choose(options: Sequence[str]) -> list[str]:
-            allowed = self._words.get(kind)
-            said = {SYNONYMS.get(word, word) for word in caption.words}
-            kept = [option for option in options if (allowed is None or option in allowed) and SYNONYMS.get(option, option) not in said]
-            return drawn(self._seed, f"{name}/{kind}", kept)
+def edits_of(text: str, types: Sequence[str], words: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Edit] | Rejected:
+    """All the edits of a caption that rules allow, by type, or why there is none. ``words`` are those that edits of a type may lead to."""
+    if len(text) > MOST_CHARACTERS or printable(text) != text:
+        return Rejected("rules", "no caption of one printable line")
+    caption = Caption(text)
+    if any(word in v.NEGATIONS or word.endswith("n't") for word in caption.words):
+        return Rejected("rules", "a negation")
+    if "?" in caption.words:
+        return Rejected("rules", "a question")
+    if v.UNCERTAIN & set(caption.words):
+        return Rejected("rules", "not certain")
+    if caption.is_definition:
+        return Rejected("rules", "a sentence that says what a thing is")
+    said = {SYNONYMS.get(word, word) for word in caption.words}
+    explained = caption.first_sentence < len(caption.words)
+    found: dict[tuple[tuple[int, str], ...], Edit] = {}
+    for kind in types:
 
-        return _MAKERS[kind](caption, choose)
+        def choose(options: Sequence[str], allowed: Sequence[str] | None = words.get(kind)) -> list[str]:
+            return [each for each in options if (allowed is None or each in allowed) and SYNONYMS.get(each, each) not in said]
+
+        for changes, told in _MAKERS[kind](caption, choose) if kind in _MAKERS else ():
+            later = explained and (max(changes) >= caption.first_sentence or kind in ("object", "swap_object"))
+            if later or caption.lettering & changes.keys():
+                continue
+            gone, come = [caption.words[place] for place in changes], [word for word in changes.values() if word]
+            if sorted(gone) == sorted(come):
+                gone, come = [], []
+            found.setdefault(tuple(changes.items()), Edit(kind, caption, changes, told, " ".join(gone), " ".join(come)))
+    return list(found.values()) or Rejected("rules", "nothing to edit")
 
 
 def _colour(caption: Caption, choose: Choose) -> Iterator[Change]:
+    for place, noun in _coloured(caption):
+        old, beside = caption.words[place], caption.words[place - 2 : place + 3]
+        never = _NEAR[old].union(*(_NEAR[word] for word in beside if word in _NEAR and "and" in beside))
+        if noun == "hair" and v.YOUNG & set(caption.words):
+            never |= {"gray", "grey", "white"}
+        for new in choose([colour for colour in v.COLOURS if colour not in never and can_be(noun, colour)]):
+            yield {place: new}, f"Change the colour of the {noun} from {old} to {new}."
+
+
+def _coloured(caption: Caption) -> Iterator[tuple[int, str]]:
+    """Places of colours, each with the noun that has it: a red hat, a red and blue hat, somebody in red."""
     for phrase in _describable(caption, "colour"):
-        (place,) = caption.said_of(phrase, "colour")
-        old = caption.words[place]
-        noun = caption.words[phrase.noun]
-        never = {"gray", "white"} if noun == "hair" and v.YOUNG & set(caption.words) else set[str]()
-        for new in choose([colour for colour in v.COLOURS if colour not in _NEAR[old] | never and can_be(noun, colour)]):
-            yield {place: new}, f"Change the colour of the {caption.words[phrase.noun]} from {old} to {new}."
+        yield caption.said_of(phrase, "colour")[0], caption.words[phrase.noun]
+    for place, word in enumerate(caption.words):
+        if word not in v.COLOURS or caption.is_named(place):
+            continue
+        after, then = caption.word(place + 1), caption.word(place + 2)
+        noun = caption.word(place + 3)
+        if after == "and" and then in v.COLOURS and caption.word(place - 1) in v.DETERMINERS and noun.isalpha():
+            if caption.ends(place + 4) and not caption.ends(place + 3) and not _has_a_fixed_colour(caption, noun):
+                yield from ((each, noun) for each in (place, place + 2))
+        elif caption.word(place - 1) in ("in", "wearing") and caption.ends(place + 1) and not (after == "and" and then in v.COLOURS):
+            yield place, "clothes"
+
+
+def _has_a_fixed_colour(caption: Caption, noun: str) -> bool:
+    return noun in v.FIXED_COLOUR or "ripe" in caption.words
 
 
 def _size(caption: Caption, choose: Choose) -> Iterator[Change]:
@@ -124,7 +200,8 @@ def _size(caption: Caption, choose: Choose) -> Iterator[Change]:
         fixed = caption.word(phrase.start - 1) in ("under", "underneath", "beneath") or after & {"inside", "bottom"}
         if fixed or v.COMPARED & said or (old == "long" and v.CROWDS & said):
             continue  # an umbrella that people sit under, a doughnut in a cup, a table with lots of seats
-        for new in choose([v.SIZES[old]]):
+        opposites = v.SIZES[old] if old != "short" else ("long",) if caption.words[phrase.noun] in v.LENGTHY else ("tall",)
+        for new in choose(opposites):
             yield {place: new}, f"Make the {caption.words[phrase.noun]} {new} and not {old}."
 
 
@@ -159,7 +236,7 @@ def _describable(caption: Caption, kind: str) -> Iterator[Phrase]:
         if len(caption.said_of(phrase, kind)) != 1 or noun in v.PEOPLE:
             continue
         fixed = {
-            "colour": noun in v.FIXED_COLOUR or "ripe" in caption.words or "brick" in said or (noun == "coat" and animals),
+            "colour": _has_a_fixed_colour(caption, noun) or "brick" in said or (noun == "coat" and animals),
             "size": noun in v.NOT_SIZED
             or (noun in v.FOOD and {"tall", "short", "long"} & set(said))
             or caption.word(phrase.noun + 1) == "of"
@@ -180,8 +257,7 @@ def _relation(caption: Caption, choose: Choose) -> Iterator[Change]:
         if not places[0][0] and any(said in v.OF_THE_PICTURE for _, _, said in found):
             yield _phrase_in(places[0], found[1][2]) | _phrase_in(places[1], found[0][2]), ""
     elif len(found) == 1 and is_place(caption, places[0], old := found[0][2]):
-        after = caption.word(places[0][-1] + 1)
-        yield _phrase_in(places[0], "in front" if old == "behind" and after in ("", "and") else _OPPOSITE[old]), ""
+        yield _phrase_in(places[0], _OPPOSITE[old]), ""
 
 
 def _places(caption: Caption, start: int, end: int) -> list[int]:
@@ -214,7 +290,7 @@ def _object(caption: Caption, choose: Choose) -> Iterator[Change]:
 
 
 def _action(caption: Caption, choose: Choose) -> Iterator[Change]:
-    for old, *others in v.ACTIONS:
+    for old, others in v.ACTIONS.items():
         forms = {old: others} | {
             v.FINITE[old][many]: [v.FINITE[new][many] for new in others if new in v.FINITE] for many in (0, 1) if old in v.FINITE
         }
@@ -238,7 +314,7 @@ def _swap_attribute(caption: Caption, choose: Choose) -> Iterator[Change]:
                 continue
             if kind == "material" and not (new in MADE_OF[nouns[0]] and old in MADE_OF[nouns[1]]):
                 continue
-            if kind == "size" and v.SIZES[old] != new and v.SIZES[new] != old:
+            if kind == "size" and new not in v.SIZES[old]:
                 continue
             if old != new and SYNONYMS.get(old, old) != SYNONYMS.get(new, new) and new not in _NEAR.get(old, ()):
                 yield {first: new, second: old}, ""

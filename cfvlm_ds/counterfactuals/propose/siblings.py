@@ -18,8 +18,9 @@ def lines(text: str) -> Iterator[tuple[list[str], frozenset[str]]]:
 INSTEAD: dict[str, frozenset[str]] = {}
 """Noun -> what is found in the places where it is."""
 _INSTEAD = """
-man: woman
-woman: man
+man guy: woman lady child
+woman lady: man guy child
+child: man woman guy lady
 boy: girl
 girl: boy
 dog cat rabbit bird duck: dog cat rabbit
@@ -43,9 +44,14 @@ clock: lamp
 lamp: clock
 microwave oven refrigerator toaster sink: microwave oven refrigerator toaster sink
 backpack suitcase handbag umbrella basket: backpack suitcase handbag umbrella basket
-ball frisbee kite: ball frisbee kite
+ball frisbee kite: ball frisbee kite stick
+stick: ball frisbee
 skateboard surfboard snowboard: ball frisbee kite
-hat shirt jacket dress tie scarf coat: hat shirt jacket dress tie scarf coat
+hat helmet cap shirt jacket dress skirt tie scarf coat: hat helmet cap shirt jacket dress skirt tie scarf coat
+shorts pants jeans: shorts pants jeans
+guitar accordion violin trumpet saxophone flute cello banjo: guitar accordion violin trumpet saxophone flute cello banjo
+beach street road sidewalk field path trail: beach street road sidewalk field path trail
+snow grass sand mud dirt: snow grass sand mud dirt
 tree bush: cactus
 flower cactus mushroom: flower cactus mushroom
 book newspaper map: book newspaper map
@@ -100,7 +106,7 @@ zebra: stripes striped
 giraffe: neck leaves eating tall reaching
 lion: mane roaring
 monkey: tree trees branch branches banana bananas climbing swinging
-bike bicycle motorcycle: stand sidecar
+bike bicycle motorcycle: stand sidecar jump jumps over ramp ridden racetrack
 bike bicycle motorcycle: resting rests
 bike bicycle motorcycle: basket baskets helmets track handlebars kickstand pedals lock chained biker bikers cyclist cyclists
 bike bicycle motorcycle: riding rides ride rider helmet pushing pulling against leaning lean locked pedals race rack
@@ -138,6 +144,7 @@ kite: fixing assembling prepares preparing putting air high watching strings tai
 kite: flying flies fly string sky wind
 ball: playing plays kicking kicks hitting hits bouncing tennis soccer bat racket goal net dribbling bouncy rolling rolls pitcher court hoop
 ball: base bases player players catcher inning mound racquet racquets rackets court
+ball: footballer rugby tackle tackling tackled protects run
 ball: bowls bowling bowl golf volleyball basketball baseball football
 skateboard surfboard snowboard: jump jumps jumped doing does skate pipe air wetsuit surfer skier ocean beach
 skateboard surfboard snowboard: ski skis skies skiis skiing skier skiers rack racks slope slopes mountain hill snowy boots
@@ -178,10 +185,13 @@ strawberry: cake frosting
 strawberry: cream jam juice slice slices
 lamp: street ceiling chandelier
 lamp: light lights shining lit bright lighting glowing shines shade
+book: priest church bible ceremony
+newspaper: cover covers page pages
 book: stack stacks stacked pile piles title cover covers novel
 book: shelf shelves bookshelf bookcase library page pages
 clock: spire steeple cathedral facade roman ticking
 clock: time hands o'clock tower says set reading reads displays shows numerals dial face faces number numbers
+television: living stand room flat
 phone television laptop camera keyboard: mounted hanging hangs hung screen screens remote game wii booth text texting message dialing
 phone television laptop camera keyboard: speakers desktop ipod mice docked plug
 phone television laptop camera keyboard: talking talks watching watches typing types call photo photos picture pictures computer mouse
@@ -193,8 +203,54 @@ dress: wedding bride gown bridesmaid bridesmaids
 shirt jacket coat: sleeve sleeves button buttons buttoned unbuttoned zipper tucked dog dogs cat cats horse horses fur shaggy
 tie: suit suits
 hat shirt jacket dress tie scarf coat: neck necks waist around
+stick: hockey lacrosse walking fire glow drum hiking hitting hits field player players
+helmet: football hockey batter construction player players firefighter firefighters catcher baseball lacrosse soldier soldiers hard pilot
+helmet: astronaut worker workers racer racers racing race fencing police motorcycle motorcycles motorcyclist
+cap: baseball swim swimming swimmer graduation gown gowns bottle
+shorts pants jeans: covered covers pair tennis basketball leather dress suit suits karate belt rolled torn ripped
+guitar accordion violin trumpet saxophone flute cello banjo: strumming strums strings bow electric acoustic case amplifier keys plays play
+guitar accordion violin trumpet saxophone flute cello banjo: mouth singing sings microphone chin bass band orchestra rock
 house church barn castle tower: roof lives clock clocks bell bells steeple steeples cross silo
 """
 for _names, _listed in lines(_BESIDE):
     for _name in _names:
         BESIDE[_name] = BESIDE.get(_name, frozenset()) | _listed
+
+OF_CHILDREN = word_set(
+    """toy toys playground slide slides swing swings school doll dolls stroller toddler toddlers baby babies pacifier crayon crayons finger
+    thumb mother father mom dad parent parents adult adults birthday lap tricycle held carried teacher classroom kindergarten costume
+    halloween balloon balloons bubbles sandbox boy boys girl girls daughter son brother sister crawling sucking training bib highchair crib
+    sprinkler hopscotch kid kids her his their"""
+)
+"""Of children alone."""
+OF_ADULTS = word_set(
+    """work works working worker workers construction driving drives drive driver smoking smokes cigarette cigar beer wine drink drinks
+    drinking bar chainsaw office business suit suits tie tuxedo uniform uniforms police market vendor selling sells sell welding cooking
+    cooks chef restaurant motorcycle truck car tattoo tattoos tattooed dress bikini job tools machine hammer drill saw ladder repairing
+    repairs speech podium microphone guitar stage performing performs band boy boys girl girls child children kid kids baby babies toddler
+    toddlers son daughter stroller pregnant couple player players team professional race racing surfing surfer skateboard bull horse
+    fishing boat kayak canoe grill grilling barbecue knife cutting scissors laptop computer phone cellphone newspaper briefcase
+    cart shopping hat coat purse heels asian roof street store shop"""
+)
+"""Of adults, or in whose company a child is another one."""
+OF_A_PLACE = word_set(
+    """sand sandy ocean sea water wave waves surf surfing surfer surfboard shore swim swimming swimsuit bikini sandcastle dig
+    digging sailing
+    car cars traffic truck trucks bus buses taxi motorcycle motorcycles scooter moped skateboard skateboarder skates building buildings city
+    town store stores shop shops shopping house houses market corner crosswalk curb sign vendor vendors parade pedestrians ambulance
+    driving drives drive crossing lane downtown urban vehicle vehicles cart block hotel restaurant cafe light lights camping fishing
+    soccer football baseball rugby team teams game player players ball frisbee kite race racing marathon runner runners umbrella umbrellas
+    horse horses cow cows sheep cattle farm tractor crops hay bat uniform uniforms goat goats wall fence bench tree trees woods
+    wooded forest hill mountain
+    mountains hiking hikers grass snow performing performs performer performers band musician musicians instrument instruments guitar
+    tricycle manhole hydrant meter drain towel towels blanket blankets sunbathing kneeling painting paints drawing sweeping"""
+)
+"""What says by itself what place it is."""
+OF_A_GROUND = word_set(
+    """ski skis skiing skier skiers sled sledding snowboard snowboarder snowboarding snowball snowballs snowman snowy snowsuit winter ice
+    slope mountain mountains mitten mittens cold coat coats boots shovel shoveling beach ocean sea sandcastle dig digging waves desert dune
+    dunes lawn park yard field tall mowing mower picnic golf grazing graze grazes eating flowers dirty muddy bike bikes motorcycle
+    motorcycles motocross rider race racing horse horses wheel wheels barefoot bikini swim swimsuit swimming snowshoes sunbathing blanket
+    rake raking covered skate skates skating board boards"""
+)
+"""What says by itself what ground it is."""

@@ -24,9 +24,9 @@ def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
     subject = caption.word(places[0] - 1)
     if subject in v.FROM_THERE or {"from", "away"} & set(caption.words[max(0, places[0] - 6) : places[0]]):
         return False
-    if phrase in ("behind", "above", "below", "under") and not after[0]:  # looking behind
+    if phrase == "in front" or (phrase in ("behind", "above", "below", "under") and not after[0]):  # looking behind
         return False
-    if phrase in ("above", "below", "under", "beneath", "underneath") and after[0] in v.FOLLOWING:  # it flies high above in the sky
+    if phrase in _OF_AN_OBJECT and after[0] in v.FOLLOWING:  # it flies high above in the sky
         return False
     said, own = set(caption.words), set(_phrase_from(caption, places[-1] + 1))
     if own & v.NO_OPPOSITE.get(phrase, frozenset()) or subject in v.LIES_BELOW:
@@ -43,8 +43,10 @@ def is_place(caption: Caption, places: list[int], phrase: str) -> bool:
     if phrase in ("in front of", "behind"):
         if own & v.AREAS or said & (v.ORDERED | v.IN_A_GAME | v.FAR):
             return False
-        if own & _PRONOUNS and set(caption.words[max(0, places[0] - 3) : places[0]]) & (v.SCENERY | v.BACKDROPS):
-            return False
+        earlier = set(caption.words[max(0, places[0] - 4) : places[0]])
+        moves = kind in ("person", "animal", "vehicle") or "with" in earlier
+        if own & _PRONOUNS and (earlier & (v.SCENERY | v.BACKDROPS) or not moves):
+            return False  # the scenery, or what somebody works at
         return phrase == "behind" or bool(own & (v.SEEN_BEHIND | _PRONOUNS) and not own & v.HIDING)
     if phrase in ("inside", "outside"):
         return bool(own & v.CONTAINERS) and not said & v.FOOD and (kind in ("animal", "sport", "bag", "shape") or who in v.PEOPLE)
@@ -60,10 +62,10 @@ def _phrase_from(caption: Caption, place: int) -> list[str]:
 def is_action(caption: Caption, place: int, action: str, form: str) -> bool:
     """Whether a word says what somebody does, and a still picture shows it."""
     after, rest = caption.word(place + 1), set(caption.words[place:])
-    if not caption.is_done_by_somebody(place) or (action in v.OF_PLACE and after and after not in v.AFTER_PLACE):
+    if not caption.is_done_by_somebody(place):
         return False
-    if after == "at" and action in ("running", "jumping", "walking"):
-        return False  # towards it
+    if action in v.OF_PLACE and after and after not in (v.AFTER_MOTION if action in v.MOTION else v.AFTER_PLACE):
+        return False
     if action == "walking" and {"that", "which", "whom"} & set(caption.words[:place]):
         return False  # a dog that a woman is walking
     if after == "by" and (not caption.word(place + 2) or caption.word(place + 2) in v.FOLLOWING):
@@ -81,6 +83,7 @@ def is_action(caption: Caption, place: int, action: str, form: str) -> bool:
 
 def done_there(caption: Caption, place: int, options: Sequence[str]) -> list[str]:
     """Without what those who do it cannot do, or not at such a place: birds sit or stand, horses do not sit, nobody lies at a desk."""
+    options = [each for each in options if _moves_there(caption, place, each)]
     somebody = _who(caption, place)
     one = v.NOUNS[somebody][1] if somebody in v.NOUNS else somebody
     after, rest = caption.word(place + 1), caption.words[place + 1 :]
@@ -91,46 +94,62 @@ def done_there(caption: Caption, place: int, options: Sequence[str]) -> list[str
         return []
     never = set[str]()
     if one in ("horse", "cow", "sheep", "goat", "pig", "zebra", "giraffe", "elephant"):
-        never |= _SIT
+        never |= _SIT | (_SLEEP if caption.words[place] in _STAND else set()) | (_STAND if caption.words[place] in _SLEEP else set())
     if after == "at":
-        never |= _LIE | _SLEEP
+        never |= _LYING | _SLEEP
     if after in ("in", "inside") and near & v.SEATED_IN:
-        never |= _STAND | _LIE
+        never |= _STAND | _LYING
     if set(rest) & (v.AWAKE | v.FOOD) or set(caption.words) & (v.BUSY | v.MADE_LIKE):
         never |= _SLEEP
-    if caption.words[place] in _MOVING and set(caption.words) - {caption.words[place]} & (v.ALONG | _MOVING):
+    if caption.words[place] in v.MOTION and (set(caption.words) - {caption.words[place]}) & (v.ALONG | _MOVING):
         return []  # beside who moves
     if after == "on" and near & v.NARROW:
-        never |= _SLEEP | _LIE
+        never |= _SLEEP | _LYING
     doing = {word for word in rest if word.endswith("ing") and word not in v.NOT_VERBS}
     if {"and", "while", "as"} & set(rest) or doing:
         never |= _SLEEP  # who sleeps does nothing else
     if "while" in rest or doing - _LOOKING or (after in ("in", "inside") and near & v.WATERS):
-        never |= _LIE
-    if one in v.PEOPLE or somebody in v.PEOPLE:
+        never |= _LYING
+    if one not in v.PEOPLE and somebody not in v.PEOPLE:
+        never |= _KNEEL
+    else:
         never |= _never_of_people(caption, somebody, after, near, bool(doing or "and" in rest))
     return [option for option in options if option not in never]
+
+
+def _moves_there(caption: Caption, place: int, option: str) -> bool:
+    """Whether who moves may move otherwise, or stand still, and who stands may move: on the ground, and without a direction."""
+    rest, said = set(caption.words[place + 1 :]), set(caption.words)
+    if caption.words[place] in v.MOTION and option in v.MOTION:
+        return not said & (v.IN_A_RUN | v.IN_A_WALK | v.IN_PLAY)
+    if caption.words[place] in v.MOTION or option in v.MOTION:
+        near = set(caption.words[place + 2 : place + 6])
+        return caption.word(place + 1) in ("on", "in") and bool(near & v.GROUNDS) and not rest & v.DIRECTIONS and not said & v.IN_PLAY
+    return True
 
 
 def _never_of_people(caption: Caption, somebody: str, after: str, near: set[str], busy: bool) -> set[str]:
     """Animals lie anywhere. People lie on a bed, and not beside a bus; several lie on no bench."""
     if (v.IN_PLAY | v.AT_WORK) & set(caption.words):
-        return {*_SIT, *_STAND, *_LIE, *_SLEEP}
+        return {*_SIT, *_STAND, *_LYING, *_SLEEP}
     several = (somebody in v.NOUNS and v.NOUNS[somebody][2] == somebody) or is_plural(somebody)
     never = set[str]()
     if (after in ("on", "in", "across") and near & v.WET) or near & v.STOOD_AT:
-        never |= _SIT | _LIE
+        never |= _SIT | _LYING | _KNEEL
     if after not in ("on", "in") or not near & v.LAIN_ON or (several and near & (v.SEATS | {"bench"})):
-        never |= _LIE if near & v.SEATED_IN else _LIE | _SLEEP
+        never |= _LYING if near & v.SEATED_IN else _LYING | _SLEEP
+    if near & word_set("desk table bar sidewalk water pool ladder stairs"):
+        never |= _KNEEL
     if near & v.SEATS or (busy and "bench" in caption.words):
         never |= _STAND
     return never
 
 
-_LYING = word_set("lying lies lie")
-_SIT, _STAND, _LIE, _SLEEP = (
-    word_set(forms) for forms in ("sitting sits sit", "standing stands stand", "lying lies lie", "sleeping sleeps sleep")
+_LYING = word_set("lying lies lie laying lays lay")
+_SIT, _STAND, _SLEEP, _KNEEL = (
+    word_set(forms) for forms in ("sitting sits sit", "standing stands stand", "sleeping sleeps sleep", "kneeling kneels kneel")
 )
+_OF_AN_OBJECT = ("above", "below", "under", "beneath", "underneath", "behind", "in front of")
 _PRONOUNS = word_set("it him her them itself")
 _BEING = word_set("is are was were that which who laying parked placed sits stands lies sit stand lie just right")
 _MOVING = word_set(

@@ -15,17 +15,23 @@ def _groups(text: str) -> tuple[frozenset[str], ...]:
 
 # Attributes -----------------------------------------------------------------------------------------------------------------------------
 
-COLOURS = tuple(["red", "green", "blue", "yellow", "purple", "cyan", "orange", "pink", "brown", "black", "white", "gray"])
-COLOURS_READ = (*COLOURS, *["grey", "violet", "beige", "tan", "silver", "gold", "golden", "turquoise", "maroon"])
+COLOURS = (
+    "red", "green", "blue", "yellow", "purple", "cyan", "orange", "pink", "brown", "black", "white", "gray", "grey", "violet", "beige",
+    "tan", "silver", "gold", "golden", "turquoise", "maroon",
+)  # fmt: skip
 NEAR_COLOURS = _groups(
     """red orange pink maroon, orange yellow gold golden brown beige tan, gray grey silver white, gray grey silver black, purple violet pink
     blue cyan turquoise purple violet, green cyan turquoise, white beige tan, red maroon brown"""
 )
 """Colours that people take for one another: none is proposed for another."""
 SIZES = {
-    "big": "small", "large": "small", "huge": "tiny", "giant": "tiny", "small": "large", "little": "big", "tiny": "huge", "tall": "short",
-    "long": "short",
+    **dict.fromkeys(("big", "large"), ("small", "little")), **dict.fromkeys(("small", "little"), ("big", "large")),
+    **dict.fromkeys(("huge", "giant"), ("tiny",)), "tiny": ("huge", "giant"),
+    "tall": ("short",), "long": ("short",), "short": ("tall", "long"),
 }  # fmt: skip
+"""Size -> its opposites."""
+LENGTHY = _set("dress dresses skirt skirts coat coats table tables bench benches train trains rope leash scarf scarves socks bus truck")
+"""What is short and not long; other things are short and not tall."""
 MATERIALS = tuple(["wooden", "metal", "plastic", "glass", "stone", "brick", "leather"])
 TEXTURES = tuple(["striped", "dotted", "hollow", "plaid", "checkered", "spotted"])
 TEXTURES_AGAINST = {"dotted": {"spotted"}, "spotted": {"dotted"}, "plaid": {"checkered"}, "checkered": {"plaid"}}
@@ -33,10 +39,9 @@ TEXTURES_AGAINST = {"dotted": {"spotted"}, "spotted": {"dotted"}, "plaid": {"che
 # Things ---------------------------------------------------------------------------------------------------------------------------------
 
 NUMBERS = {word: number for number, word in enumerate(["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 1)}
-NUMBER_WORDS = {number: word for word, number in NUMBERS.items()}
 
 _NOUNS = """
-person: man/men woman/women boy/boys girl/girls
+person: man/men woman/women boy/boys girl/girls guy/guys lady/ladies child/children
 animal: dog/dogs cat/cats horse/horses cow/cows sheep/sheep elephant/elephants bear/bears zebra/zebras giraffe/giraffes bird/birds
 animal: pig/pigs goat/goats rabbit/rabbits monkey/monkeys lion/lions tiger/tigers duck/ducks fish/fish
 vehicle: car/cars bus/buses truck/trucks train/trains motorcycle/motorcycles bicycle/bicycles boat/boats airplane/airplanes
@@ -49,12 +54,16 @@ snack: sandwich/sandwiches pizza/pizzas donut/donuts cake/cakes hamburger/hambur
 device: laptop/laptops phone/phones television/televisions keyboard/keyboards camera/cameras clock/clocks lamp/lamps
 appliance: microwave/microwaves oven/ovens refrigerator/refrigerators toaster/toasters sink/sinks
 bag: backpack/backpacks suitcase/suitcases handbag/handbags umbrella/umbrellas basket/baskets
-sport: frisbee/frisbees kite/kites skateboard/skateboards surfboard/surfboards ball/balls snowboard/snowboards
-clothing: hat/hats shirt/shirts jacket/jackets dress/dresses tie/ties scarf/scarves coat/coats
+sport: frisbee/frisbees kite/kites skateboard/skateboards surfboard/surfboards ball/balls stick/sticks snowboard/snowboards
+clothing: hat/hats helmet/helmets cap/caps shirt/shirts jacket/jackets dress/dresses skirt/skirts tie/ties scarf/scarves coat/coats
 plant: tree/trees flower/flowers bush/bushes cactus/cactuses mushroom/mushrooms
 reading: book/books newspaper/newspapers map/maps
 tool: hammer/hammers saw/saws shovel/shovels broom/brooms
 shape: circle/circles square/squares triangle/triangles star/stars cross/crosses diamond/diamonds
+legwear: shorts/shorts pants/pants jeans/jeans
+instrument: guitar/guitars accordion/accordions violin/violins trumpet/trumpets saxophone/saxophones flute/flutes cello/cellos banjo/banjos
+place: beach/beaches street/streets road/roads sidewalk/sidewalks field/fields path/paths trail/trails
+ground: snow/snows grass/grasses sand/sands mud/muds dirt/dirts
 building: house/houses church/churches barn/barns tower/towers bridge/bridges castle/castles
 """
 SIBLINGS: dict[str, tuple[tuple[str, str], ...]] = {}
@@ -76,7 +85,9 @@ ALIKE = _groups(
     """couch sofa, couch bed, couch chair, sofa bed, sofa chair, bike bicycle motorcycle, table desk, van car, van truck, van bus, car truck
     cup bowl vase, lemon orange, sheep goat, lion tiger, duck bird, suitcase handbag backpack, jacket coat shirt, fork knife spoon
     microwave oven toaster, bush tree, skateboard snowboard surfboard, castle tower, castle house, church tower, house barn
-    sandwich hamburger, man boy, woman girl, man girl, woman boy"""
+    sandwich hamburger, man boy guy, woman girl lady, man girl, woman boy, guy girl, lady boy, child boy, child girl, hat cap
+    pants jeans, guitar banjo
+    violin cello, trumpet saxophone, street road sidewalk, road path trail sidewalk, mud dirt, sand dirt"""
 )
 """Nouns that a picture does not always tell apart, or of which one has the other, as a castle has towers: none is proposed for another."""
 PEOPLE = _set(
@@ -125,7 +136,7 @@ NOT_SIZED = _set(
     trinket trinkets figurine figurines crumb crumbs droplet droplets pebble pebbles bead beads sprinkles boulder boulders mansion batch
     ship ships
     stack herd flock array gathering event party meal view family team grass snow rain water
-    sand"""
+    sand object objects surface surfaces"""
 )
 COMPARED = _set("larger bigger smaller taller shorter longer than")
 """What says a size beside another one."""
@@ -145,23 +156,30 @@ KINDS_OF_THINGS = _set(
 POINTING = _set("this that these those it there here they")
 CALLED = _set("called named titled entitled labeled labelled says saying spelling")
 GENDERED = _set("he him his himself she her hers herself")
-THEIR = _set(
-    """its their they them it itself themselves each both another together apart others different various matching identical similar between
-    among amongst fighting wrestling kissing hugging racing shaking couple pair catch tag chess poker cards
-    interacting socializing close crowd gathered huddled pile same surrounded surround surrounds surrounding"""
-)
-"""What is true of several alone, or of one alone: with these in it, a caption does not go from one to several."""
 UNITS = _set(
     """hours minutes seconds days weeks months years feet foot inches miles meters metres kilometers dollars cents times pounds degrees
     o'clock hour minute second day week month year mile meter metre dollar cent euro euros pound yen pence piece pieces move
     year-old stories story levels lanes percent half halves thirds people's of way ways different others other more side sides end ends
     corner corners edge direction point moment place time row rows kind kinds type types size sizes color colors colour colours poles
-    skis skiis shoes boots socks gloves sneakers earrings"""
+    skis skiis drumsticks crutches shoes boots socks gloves sneakers earrings"""
 )
 FIXING_A_NUMBER = _set("tennis third fourth second last both other teams opposite either chess boxing wrestling seesaw")
 """With these in it a caption has no other number: two that tackle a third are not four, and a game is of two teams."""
+OF_TWO = _set(
+    """shake shakes shaking handshake embrace embraces embracing chair dance dances dancing seesaw double tug both other one couple
+    twins twin together hug hugs hugging kiss kisses kissing bike bikes canoe kayak motorcycle bench couch"""
+)
+"""With these in it a caption is of no group."""
+OF_A_GROUP = _set(
+    """gather gathers gathered gathering crowd circle line row rows lined queue around surround surrounds surrounding surrounded team
+    parade choir orchestra band concert class classroom each some one others other all various different several many lots four five
+    two three half while most everyone formation huddle huddled meeting march marching protest rally crossing packed number huge
+    together is was has"""
+)
+"""With these it is of more than two, or of one group."""
 MEASURES = _set(
-    """star door wheel tone tier layer leaf person man car bedroom seat seater arm prong lane speed story storey level room piece part way
+    """star door wheel wheeled legged tone tier layer leaf person man car bedroom seat seater arm prong lane speed story storey
+    level room piece part way
     bed string cylinder engine course"""
 )
 """Singulars that belong to a number before a noun: five star hotels are no hotels that one counts."""
@@ -203,7 +221,8 @@ _SEEN_BEFORE = _set(
     """camera mirror laptop laptops computer computers keyboard desk microphone monitor screen window windows counter bar crowd
     audience podium television tv stove table wall walls building buildings house houses skyscraper skyscrapers castle temple hotel
     store shop restaurant station stadium mountain mountains water ocean sea lake river bay sunset sky skyline background backdrop
-    canvas painting picture poster mural graffiti sign banner billboard door doors doorway entrance fireplace refrigerator oven sink
+    map guitar drum keyboards canvas painting picture poster mural graffiti sign banner billboard door doors doorway entrance
+    fireplace refrigerator oven sink
     cake plate plates bowl food meal pizza tray drums piano forest city beach shore business"""
 )
 AREAS = _set(
@@ -245,26 +264,44 @@ OF_THE_PICTURE = frozenset(
     + ["on the left side", "on the right side", "at the top", "at the bottom", "in front"]
 )
 """Phrases that say where in the picture, and not beside what."""
-ACTIONS = tuple(
-    tuple(line.split())
-    for line in """sitting standing lying sleeping, walking sitting lying, running sitting lying sleeping, standing sitting lying
-    lying standing sitting, sleeping standing, jumping sitting lying, pushing pulling, pulling pushing, throwing catching
-    catching throwing, smiling crying frowning, laughing crying, crying laughing, dancing sitting sleeping
-    kneeling standing""".replace("\n", ",").split(",")
-)  # fmt: skip
-"""An action, and what nobody does meanwhile. A picture shows which: of a door it does not show whether somebody opens or closes it."""
+_EXCLUSIVE = """sitting standing, sitting lying, sitting laying, standing lying, standing laying, sleeping standing, sleeping sitting
+    kneeling standing, walking running, walking standing, pushing pulling, throwing catching, smiling crying, smiling frowning
+    laughing crying"""
+"""Actions of which nobody does both. A picture shows which: of a door it does not show whether somebody opens or closes it."""
+ACTIONS: dict[str, tuple[str, ...]] = {}
+"""Action -> what nobody does meanwhile."""
+for _first, _second in (_pair.split() for _pair in _EXCLUSIVE.replace("\n", ",").split(",")):
+    ACTIONS[_first] = (*ACTIONS.get(_first, ()), _second)
+    ACTIONS[_second] = (*ACTIONS.get(_second, ()), _first)
 FINITE = {
     f"{double or verb}ing": (f"{verb}s", verb)
     for verb, double in (
-        ("stand", ""), ("sit", "sitt"), ("walk", ""), ("run", "runn"), ("sleep", ""), ("jump", ""), ("smile", "smil"), ("laugh", ""),
-        ("dance", "danc"), ("kneel", ""), ("lie", "ly"),
+        ("stand", ""), ("sit", "sitt"), ("walk", ""), ("run", "runn"), ("sleep", ""), ("smile", "smil"), ("laugh", ""), ("kneel", ""),
+        ("lie", "ly"),
     )
 }  # fmt: skip
 """What one and many do in the present."""
-OF_PLACE = _set("sitting standing lying sleeping walking running jumping swimming dancing kneeling")
+OF_PLACE = _set("sitting standing lying laying sleeping walking running kneeling")
+MOTION = _set("walking walks walk running runs run")
+AFTER_MOTION = _set("on in down through along across up past around towards toward over into")
+GROUNDS = _set("sidewalk street road beach sand snow grass field path trail park woods forest lawn dirt mud alley yard shore")
+"""Where people stand, walk and run."""
+DIRECTIONS = _set("down through along across up past around towards toward into from away after onto off over")
+"""What a posture has not."""
+IN_A_RUN = _set(
+    """race racing marathon runner runners jogger joggers track ball base bases chase chases chasing chased catch frisbee bulls bull hurdle
+    hurdles sprinting relay jersey number finish escape"""
+)
+"""With these nobody walks."""
+IN_A_WALK = _set(
+    """old elderly older cane walker wheelchair crutches slowly leash stroller cart carrying carries luggage suitcase suitcases bag bags
+    line parade marching march bride groom wedding crosswalk crowd crowded busy umbrella umbrellas phone cellphone holding heels stilts
+    tightrope rope casually strolling shopping baby pushing pulling"""
+)
+"""With these nobody runs."""
 RIDDEN_BY_FEW = _set("bike bicycle motorcycle motorbike scooter moped horse surfboard skateboard")
 """What carries no more people than it does."""
-PULLED = _set("rope ropes sled leash plow trailer hair trigger")
+PULLED = _set("out off up down over away stroller wheelchair wallet rope ropes sled leash plow trailer hair trigger")
 THROWN = _set("ball balls baseball football basketball frisbee frisbees")
 ORDERED = _set(
     """pulling pulls pulled pull towing tows towed dragging drags leading leads led following follows followed follow
@@ -289,7 +326,7 @@ FAR = _set("far distance distant background backdrop foreground")
 """What is far away is in front of nothing."""
 LAIN_ON = _set("bed couch sofa grass sand beach floor ground snow bench towel blanket rug mattress lawn field hammock mat carpet pillow")
 """Where people lie, and sleep."""
-SEATS = _set("chair chairs stool stools couch couches sofa sofas bed beds recliner swing")
+SEATS = _set("seat seats chair chairs stool stools couch couches sofa sofas bed beds recliner swing")
 IN_A_GAME = _set("batter catcher umpire pitcher tennis racket racquet")
 """Who has his place."""
 IN_PLAY = IN_A_GAME | _set(
@@ -316,7 +353,7 @@ BUSY = _set("smiling smiles smile laughing holding holds hold talking talks wavi
 """Doings of who does not sleep."""
 MADE_LIKE = _set("teddy stuffed toy toys doll dolls statue statues sculpture sculptures figurine figurines balloon ceramic plastic fake")
 """What does not wake, either."""
-ALONG = _set("side alongside along leash")
+ALONG = _set("side alongside leash")
 """Of who goes with somebody."""
 WET = _set("wet crosswalk intersection puddle puddles")
 """Where people do not sit down."""

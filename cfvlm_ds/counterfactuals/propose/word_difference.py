@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -70,9 +71,10 @@ EMPTY_WORDS = frozenset(
 """Words whose change alone cannot be seen in a picture."""
 
 
-def words(text: str) -> list[str]:
+@functools.lru_cache(256)
+def words(text: str) -> tuple[str, ...]:
     """The words and marks of a text, in lower case."""
-    return [word.lower() for word in WORD.findall(text)]
+    return tuple(word.lower() for word in WORD.findall(text))
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,14 @@ class Difference:
     swap: bool
 
 
+@functools.lru_cache(16)
 def difference(caption: str, text: str) -> Difference:
     """What lies between the common beginning and the common end of two texts."""
     old, new = words(caption), words(text)
     shorter = min(len(old), len(new))
     first = next((k for k in range(shorter) if old[k] != new[k]), shorter)
     last = next((k for k in range(shorter - first) if old[-1 - k] != new[-1 - k]), shorter - first)
-    return Difference(tuple(old[first : len(old) - last]), tuple(new[first : len(new) - last]), first, last, Counter(old) == Counter(new))
+    return Difference(old[first : len(old) - last], new[first : len(new) - last], first, last, sorted(old) == sorted(new))
 
 
 def defect(caption: str, text: str, kind: str) -> str | None:
@@ -129,7 +132,9 @@ def defect(caption: str, text: str, kind: str) -> str | None:
 def _uncounted(side: Sequence[str]) -> list[str]:
     """The words without numbers and what agrees with them."""
     kept = [
-        word for word in side if word not in EMPTY_WORDS and word not in NUMBERS and not word.isdecimal() and word not in ("single", "pair")
+        word
+        for word in side
+        if word not in EMPTY_WORDS and word not in NUMBERS and not word.isdecimal() and word not in ("single", "pair", "several", "group")
     ]
     return [NOUNS[word][1] if word in NOUNS else _stem(word) for word in kept]
 
