@@ -42,6 +42,9 @@ def _view(arguments: argparse.Namespace) -> None:
     if (Path(arguments.source) / "run.json").is_file():
         from cfvlm_ds.counterfactuals.looking import view_work
 
+        given = {"root": arguments.root, "scores": arguments.scores, "ids": arguments.ids}
+        if useless := [f"--{name}" for name, value in given.items() if value]:
+            raise ConfigError(f"{arguments.source} is a work folder, which names its own pictures; leave {', '.join(useless)} out")
         written = view_work(Path(arguments.source), out, rejected=arguments.rejected, sample=arguments.sample, seed=arguments.seed, say=say)
     elif arguments.rejected:
         raise ConfigError(f"{arguments.source} is no work folder, and has no rejected candidates; leave --rejected out")

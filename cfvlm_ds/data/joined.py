@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.data.formats import apply
 from cfvlm_ds.data.formats.truth import Claim
 from cfvlm_ds.data.rows import Rows
 
@@ -53,14 +54,10 @@ class JoinedRows:
         if isinstance(value := self._rows.value(row), DataError):
             return value
         where = self._rows.where(row)
-        if not isinstance(value, dict):
-            return DataError(f"{where}: the row is a {type(value).__name__}, not an object; write it as {{...}}")
         try:
-            return self._claim(value)
+            return apply(self._claim, value)
         except DataError as error:
             return DataError(f"{where}: {error}")
-        except (TypeError, AttributeError, OverflowError) as error:
-            return DataError(f"{where}: a value in the row has the wrong type ({error}); compare it with the format's description")
 
     def _keys(self, places: Sequence[int], done: Callable[[], object]) -> Any:
         """A number for each row, the same for those about one picture and prompt; a row that is none has its own."""

@@ -18,7 +18,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data.confinement import Confinement
-from cfvlm_ds.data.formats import Format
+from cfvlm_ds.data.formats import Format, apply
 from cfvlm_ds.data.formats.truth import joined
 from cfvlm_ds.data.rows import Rows
 
@@ -195,13 +195,7 @@ def converted(row: Any, convert: Format) -> Sequence[CounterfactualGroup]:
     """The groups of a row, with pictures as it names them. Raises DataError without the row's place."""
     if isinstance(row, tuple):
         return [joined(row)]  # claims of several rows
-    if not isinstance(row, dict):
-        raise DataError(f"the row is a {type(row).__name__}, not an object; write it as {{...}}")
-    try:
-        found = convert(row)
-    except (TypeError, AttributeError, OverflowError) as error:
-        # A value of a type that the format did not expect, such as a number in place of a list: the row's fault, not the program's.
-        raise DataError(f"a value in the row has the wrong type ({error}); compare it with the format's description") from error
+    found = apply(convert, row)
     return [found] if isinstance(found, CounterfactualGroup) else found
 
 

@@ -450,6 +450,17 @@ def test_what_messages_and_samples_say_beside_is_kept(tmp_path: Path) -> None:
     assert json.loads(group.meta) == {"id": "a", "sample.txt": "x", "json.image": "coco/1.jpg"}
 
 
+def test_a_sample_s_caption_may_be_a_value_of_a_json_text(tmp_path: Path) -> None:
+    """A text that is a JSON object is refused, with options that the format has."""
+    write_pictures(tmp_path)
+    manifest = lines(tmp_path / "rows.jsonl", [{"__key__": "a", "png": IMAGE, "txt": '{"said": "a dog"}'}])
+    with pytest.raises(DataError, match=r"caption=txt\.said.* json=true"):
+        read_manifest(manifest, format="webdataset")
+    for option, text in (("caption=txt.said", "a dog"), ("json=true", '{"said": "a dog"}')):
+        (group,) = read_manifest(manifest, format=f"webdataset:{option}")
+        assert group.candidates[0].text == text
+
+
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "hf"])
 def test_a_format_that_nobody_names_is_recognised(format: str, tmp_path: Path) -> None:
     """By the first row that has one: a broken row, and one of no object, before it are problems of their own, each of which is listed."""

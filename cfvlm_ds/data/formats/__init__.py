@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
@@ -24,6 +24,8 @@ from cfvlm_ds.data.formats.messages import Messages
 from cfvlm_ds.data.formats.pairs import Pairs
 from cfvlm_ds.data.formats.preference import Preference
 from cfvlm_ds.data.formats.webdataset import WebDataset
+
+T = TypeVar("T")
 
 Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[CounterfactualGroup]]
 """Row -> group, or groups, with image paths as written in the row. Raises DataError without file and line."""
@@ -84,3 +86,16 @@ def _with_options(found: Any, named: str, options: str, where: object) -> Format
             raise DataError(f"{where}: option {option!r} of format {named!r} must be true or false, not {value!r}")
         values[option] = value == "true" if kinds[option] is bool else value
     return cast(Format, dataclasses.replace(found, **values))
+
+
+def apply(function: Callable[[Mapping[str, Any]], T], row: Any) -> T:
+    """Apply a format's function to a row. Whatever it raises on a row that it did not expect is a DataError without the row's place."""
+    if not isinstance(row, dict):
+        raise DataError(f"the row is a {type(row).__name__}, not an object; write it as {{...}}")
+    try:
+        return function(row)
+    except DataError:
+        raise
+    except Exception as error:  # such as a number in place of a list
+        problem = f"a value in the row is not what the format expects ({type(error).__name__}: {error})"
+        raise DataError(f"{problem}; compare it with the format's description") from error

@@ -42,6 +42,8 @@ class WebDataset:
     """Samples of a tar.
 
     Args:
+        caption: member, or column of the ``json``, that has the caption; ``txt.KEY`` is a value of a text that is a JSON object.
+        json: whether captions may be JSON objects.
         ask: what a caption answers; empty for no prompt at all.
         label: member, or column of the ``json``, that says whether the text is true.
         true: its values that mean true, joined by ``+``.
@@ -49,6 +51,8 @@ class WebDataset:
         ignore: members, and columns of the ``json``, that are not read, joined by ``+``.
     """
 
+    caption: str = ""
+    json: bool = False
     ask: str = DESCRIBE
     label: str = ""
     true: str = ""
@@ -106,6 +110,7 @@ class WebDataset:
             _only(row, members) or next((key for key in keys if key in said), "")
             for members, keys in ((_TEXTS, ("caption", "text")), (_NEGATIVE_TEXTS, ("negative_caption", "neg_caption")))
         ]
+        texts[0] = self.caption or texts[0]
         if not texts[0]:
             raise DataError(
                 f"sample {row.get('__key__')!r} has no text ({', '.join(row)}); it must be in KEY.txt, or the caption of KEY.json"
@@ -117,7 +122,7 @@ class WebDataset:
             "negative_image": _only(row, _NEGATIVE) or "",
             "id": "__key__",
         }
-        return _Members(**columns, ask=self.ask, **labels), {**said, **row}
+        return _Members(**columns, json=self.json, ask=self.ask, **labels), {**said, **row}
 
 
 def _about_sample(said: Mapping[str, Any], row: Mapping[str, Any], picture: str | None) -> dict[str, Any]:
