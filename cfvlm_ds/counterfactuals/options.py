@@ -37,7 +37,8 @@ class ProposeOptions:
         types: types of edits, separated by commas.
         per_type: proposals of a type, a caption and a back end at most.
         seed: draws which of several possible edits is proposed.
-        words: YAML of TYPE: [WORD, ...], the words that edits may lead to; the built-in lists where not given.
+        words: YAML of TYPE: [WORD, ...], the words that edits of a type may lead to, all as often; where not given, those of the built-in
+            lists as often as the captions use them.
         shards: parts that the work is cut in.
         budget_hours: hours that a shard may take; what is left then is not proposed. 0 for no bound.
         budget_tokens: tokens of a language model that a shard may spend. 0 for no bound.

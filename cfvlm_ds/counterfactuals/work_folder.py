@@ -7,6 +7,7 @@
     W/pictures/shard-00003.tar        edited pictures, named by their places in it
     W/llm/shard-00003.jsonl           replies of a language model by request
     W/shards.bin                      the shard of each row, where there are several
+    W/prices.json                     how often each word of the data may come and go, of the back end rules
     W/mine/slots.bin                  captions with one word left open, of the back end mine
     W/costs.jsonl                     times, which nothing compares
 
