@@ -113,8 +113,10 @@ _HELD = word_set(
 
 def _tells_each(caption: Caption) -> bool:
     """Whether those who are counted are told one by one behind a mark: two people, a man and a woman."""
-    marks = [k for k in range(len(caption.words) - 2) if caption.words[k] in (",", ":", "-", "(")]
-    return any(caption.word(k + 1) in ("a", "an", "one", "the", "both") and caption.word(k + 2) in _EACH for k in marks)
+    words = caption.words
+    marks = [k for k in range(len(words) - 2) if words[k] in (",", ":", "-", "(") and not v.NUMBERS.keys().isdisjoint(words[:k])]
+    return any(words[k + 1] in _FIRST and words[k + 2] in _EACH for k in marks)
 
 
+_FIRST = word_set("a an one the both two three four")
 _EACH = v.PEOPLE | v.ANIMATE | {"in", "is", "has", "with", "of", "on", "wearing", "holding"}

@@ -119,6 +119,8 @@ def _vehicle(at: At, found: frozenset[str]) -> frozenset[str]:
         found -= CYCLES
     if at.one == "boat" and not at.said & _LAND:
         return frozenset()
+    if at.said & _TOWN:  # where cars are anyhow
+        found -= word_set("car")
     if at.has_on_it:
         found &= word_set("truck van") if at.one in ("car", "truck", "van") and not at.said & PEOPLE else frozenset()
     for_many = at.said & (PEOPLE | word_set("carrying carries loaded full traffic"))

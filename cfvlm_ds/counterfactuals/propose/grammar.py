@@ -42,7 +42,7 @@ def absent() -> str:
     )
 
 
-@functools.cache
+@functools.lru_cache(1 << 16)
 def is_plural(noun: str) -> bool | None:
     """Whether a noun is for many; None where that is not known."""
     word = noun.lower()
@@ -55,7 +55,7 @@ def is_plural(noun: str) -> bool | None:
     return True if word.endswith("s") and not word.endswith(("ss", "us", "is")) else None
 
 
-@functools.cache
+@functools.lru_cache(1 << 16)
 def is_finite(word: str, plural: bool) -> bool:
     """Whether a word is a verb in the present, as it follows one or many; False where that is not known for certain."""
     if word in _OF_ONE or word in _OF_ONE.values():

@@ -91,7 +91,8 @@ class Rules:
         def is_of_these(file: Path) -> bool:
             with suppress(ValueError, RecursionError):
                 found = parse_json(file.read_text())
-                return isinstance(found, dict) and found.get("settings") == said and isinstance(found.get("prices"), dict)
+                if isinstance(found, dict) and found.get("settings") == said and isinstance(prices := found.get("prices"), dict):
+                    return all(isinstance(each, dict) and all(type(price) is float for price in each.values()) for each in prices.values())
             return False
 
         def write() -> None:
@@ -290,15 +291,19 @@ def _object(caption: Caption, choose: Choose) -> Iterator[Change]:
 
 
 def _action(caption: Caption, choose: Choose) -> Iterator[Change]:
-    for old, others in v.ACTIONS.items():
-        forms = {old: others} | {
-            v.FINITE[old][many]: [v.FINITE[new][many] for new in others if new in v.FINITE] for many in (0, 1) if old in v.FINITE
-        }
-        for form, options in forms.items():
-            if caption.words.count(form) == 1 and is_action(caption, caption.words.index(form), old, form):
-                place = caption.words.index(form)
-                for new in choose(done_there(caption, place, options)):
-                    yield {place: new}, f"Make the picture show this instead of {form}: {caption.with_words({place: new})}"
+    for place, form in enumerate(caption.words):
+        action, options = _DONE.get(form, ("", ()))
+        if action and caption.words.count(form) == 1 and is_action(caption, place, action, form):
+            for new in choose(done_there(caption, place, options)):
+                yield {place: new}, f"Make the picture show this instead of {form}: {caption.with_words({place: new})}"
+
+
+_DONE = dict[str, tuple[str, list[str]]]()
+"""Form of an action -> the action, and what may be done instead in the same form."""
+for _doing, _others in v.ACTIONS.items():
+    _DONE[_doing] = _doing, list(_others)
+    for _many, _form in enumerate(v.FINITE.get(_doing, ())):
+        _DONE[_form] = _doing, [v.FINITE[each][_many] for each in _others if each in v.FINITE]
 
 
 def _swap_attribute(caption: Caption, choose: Choose) -> Iterator[Change]:

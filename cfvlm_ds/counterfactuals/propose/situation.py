@@ -137,7 +137,7 @@ def _never_of_people(caption: Caption, somebody: str, after: str, near: set[str]
     if (after in ("on", "in", "across") and near & v.WET) or near & v.STOOD_AT:
         never |= _SIT | _LYING | _KNEEL
     if after not in ("on", "in") or not near & v.LAIN_ON or (several and near & (v.SEATS | {"bench"})):
-        never |= _LYING if near & v.SEATED_IN else _LYING | _SLEEP
+        never |= _LYING | _SLEEP  # who sits in a seat may be asleep
     if near & word_set("desk table bar sidewalk water pool ladder stairs"):
         never |= _KNEEL
     if near & v.SEATS or (busy and "bench" in caption.words):

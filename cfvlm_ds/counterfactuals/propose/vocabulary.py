@@ -349,7 +349,10 @@ AWAKE = _set(
     "water surf wave waves ocean sea lake river pool pond rain snow snowy ice path trail street road sidewalk track rock rocks stage court"
 )
 """Where nobody sleeps."""
-BUSY = _set("smiling smiles smile laughing holding holds hold talking talks waving posing poses pose reflected dressed")
+BUSY = _set(
+    """phone phones cellphone cellphones laptop smiling smiles smile laughing holding holds hold talking talks waving posing poses pose
+    reflected dressed"""
+)
 """Doings of who does not sleep."""
 MADE_LIKE = _set("teddy stuffed toy toys doll dolls statue statues sculpture sculptures figurine figurines balloon ceramic plastic fake")
 """What does not wake, either."""
