@@ -146,11 +146,15 @@ def _refuse_repeated(argv: Sequence[str], types: Mapping[str, Any]) -> None:
     inline = (value for option in argv for value in (option, option.partition("=")[2]) if value.startswith("{"))
     for reader, given in (*((read_yaml, file) for _, file in documents(argv, types)), *((parse_yaml, value) for value in inline)):
         try:
-            _refuse_divided(reader(given), given)
+            document = reader(given)
         except DuplicateKey as error:
             raise ConfigError(f"{given}: {error}") from error
         except (OSError, ValueError, RecursionError):
             continue  # named by the parser
+        try:
+            _refuse_divided(document, given)
+        except RecursionError as error:
+            raise ConfigError(f"{given}: a section contains itself; write its values out") from error
 
 
 def _refuse_divided(section: Any, named: str) -> None:

@@ -59,6 +59,7 @@ COMMANDS = [
     ["calibrate"],
     ["evaluate"],
     ["compare"],
+    ["track"],
     ["export"],
     ["lmms_args"],
     ["init"],
@@ -652,7 +653,8 @@ def test_evaluate_prints_the_table_of_the_run(
 ) -> None:
     """The exported folder, scored in one process with another batch size, has the run's own results."""
     main(["evaluate", str(runs / "z3" / "export"), str(manifests["test"]), "--out", str(tmp_path / "e" / "r.json"), "--batch_size", "3"])
-    printed = capsys.readouterr().out.strip()
+    said = capsys.readouterr().out.strip()
+    printed = "\n".join(line for line in said.splitlines() if not line.startswith("evaluating "))  # of a slow machine
     assert (runs / "z3" / "results.md").read_text().startswith(f"{printed}\n\n| split | loss |"), "it knows of no objective"
     assert "| chance |" in printed and "| test | all, blank image |" in printed
     found, of_run = (json.loads(path.read_text())["test"] for path in (tmp_path / "e" / "r.json", runs / "z3" / "results.json"))

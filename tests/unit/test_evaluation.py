@@ -684,7 +684,7 @@ def test_what_a_loss_cannot_be_computed_from_is_counted_and_named(
     said = table(rows)
     assert "| s | dpo | 1 | | | not computed: it needs reference scores, which are stored for the training groups alone |" in said
     assert "| s | prior | 1 | | | not computed: it needs the texts' prior likelihood" in said
-    assert "| s | broken | 0.25 | | | not computed: it raises KeyError: 'no such\\ncolumn' |" in said and "all, weighted" not in said
+    assert "| s | broken | 0.25 | | | not computed: it raises KeyError: 'no such\\\\ncolumn' |" in said and "all, weighted" not in said
     assert f"| {len(groups) - len(bare)} | {len(bare)}: {bare[0].id}" in said
     whole = evaluate(scorer, collator, {"s": groups}, ALONE, objectives={"align": Align()})[0]
     assert f"| s | all, weighted | | {flat_metrics(whole)['eval/s/loss']:.4f} | | |" in table(whole)

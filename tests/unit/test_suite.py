@@ -522,7 +522,7 @@ def test_ranks_share_draws_and_say_how_long_they_take(monkeypatch: pytest.Monkey
     monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
     found = drawn_together(world, bootstrap, metrics, seen(outcomes), 8, "evaluating it", Patience(world))
     assert found == bootstrap.values(metrics, seen(outcomes), range(8))
-    assert said[0].startswith("evaluating it: bootstrap: 2 of 8 draws, ") and said[0].endswith(" left") and len(said) == 4
+    assert said[0].startswith("evaluating it: bootstrap: 1 of 8 draws, ") and said[0].endswith(" left") and len(said) == 4
 
 
 # Without looking ------------------------------------------------------------------------------------------------------------------------
