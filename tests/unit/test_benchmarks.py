@@ -919,13 +919,14 @@ def test_a_name_leads_to_no_file_outside(tmp_path: Path) -> None:
         "a\0b",
         7,
         None,
+        "x" * 5000,
+        "x/" * 5000,
     ):
         with pytest.raises(DataError, match=r"^here: "):
             Source(tmp_path / "inner").picture("here", name, "images", "../coco")
-    for name in ("..\\secret.jpg", "x" * 5000, "x/" * 5000):
-        source = Source(tmp_path / "inner")
-        path = source.picture("here", name, "images", "../coco")
-        assert path.is_relative_to(tmp_path / "inner") and str(source.absent[path]).startswith("here: no picture")
+    source = Source(tmp_path / "inner")
+    path = source.picture("here", "..\\secret.jpg", "images", "../coco")
+    assert path == tmp_path / "inner/images/..\\secret.jpg" and str(source.absent[path]).startswith("here: no picture")
     put(tmp_path / "coco/shard.tar", "x" * 90)
     (tmp_path / "inner/cut").symlink_to(tmp_path)
     with pytest.raises(ConfigError, match="leads out of its folder"):

@@ -159,7 +159,7 @@ BAD_ROWS = {
     "terminal's commands": (row(edits=[{"type": "x", "image": "\x1b[2J"}]), ["no id '\\x1b[2J'"]),
     "endless value": (row(match="x" * 10_000), ["xxx [...] xxx"]),
     "infinite weight": (row(weight=1e400), ["weight must be a positive number", "drop the row"]),
-    "huge weight": (row(weight=10**400), ["wrong type", "compare it with the format"]),
+    "huge weight": (row(weight=10**400), ["not what the format expects", "compare it with the format"]),
     "bad truth": (row(match=[["i0", "t0", 2]]), ["[image id, text id, 0 or 1]"]),
     "empty text": (row(texts=[{"id": "t0", "text": "x"}, {"id": "t1", "text": " "}]), ["text 1 is empty", "remove it"]),
     "equal texts": (

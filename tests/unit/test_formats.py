@@ -450,6 +450,19 @@ def test_what_messages_and_samples_say_beside_is_kept(tmp_path: Path) -> None:
     assert json.loads(group.meta) == {"id": "a", "sample.txt": "x", "json.image": "coco/1.jpg"}
 
 
+@pytest.mark.parametrize("column", ["foil", "is_wrong", "hallucinated", "isfoil"])
+def test_a_column_that_marks_false_texts_needs_its_values(column: str, tmp_path: Path) -> None:
+    """Its 1 means false, and a label's 1 means true; a table with gaps writes 1.0."""
+    write_pictures(tmp_path)
+    rows = [{"image": IMAGE, "caption": text, column: mark} for text, mark in (("a dog", "0.0"), ("a cat", "1.0"))]
+    manifest = lines(tmp_path / "rows.jsonl", rows)
+    for format in ("captions", f"captions:label={column}", f"captions:label={column},true=0+1,false=1"):
+        with pytest.raises(DataError):
+            read_manifest(manifest, format=format)
+    (group,) = read_manifest(manifest, format=f"captions:label={column},true=0,false=1")
+    assert [each.text for each in group.candidates] == ["a dog", "a cat"] and group.match == ((1, 0),)
+
+
 def test_a_sample_s_caption_may_be_a_value_of_a_json_text(tmp_path: Path) -> None:
     """A text that is a JSON object is refused, with options that the format has."""
     write_pictures(tmp_path)

@@ -183,6 +183,8 @@ class Captions:
                 raise DataError(f"row: column {columns[0]!r} must hold a text or a list of texts, not {quoted(text)}")
             if not self.json and (said := json_object(text)):
                 remedy = f"name what is said, as in caption={columns[0]}.{next(iter(said))}, or say json=true if it is a caption as it is"
+                if {"chosen", "rejected"} <= said.keys():
+                    remedy = "name the format preference, which reads it"
                 raise DataError(f"row: column {columns[0]!r} holds a JSON object ({_names(said)}), not a text; {remedy}")
         return [text.strip() for text in texts]
 

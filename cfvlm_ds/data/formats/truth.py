@@ -21,11 +21,12 @@ from cfvlm_ds.data.formats.fields import as_meta, row_id
 
 _TRUE = (
     "1", "true", "t", "yes", "y", "correct", "right", "positive", "match", "matched", "entailment", "entailed", "valid", "real",
-    "good", "chosen", "accepted", "supported", "faithful",
+    "good", "chosen", "accepted", "supported", "supports", "faithful", "accurate", "consistent", "desirable",
 )  # fmt: skip
 _FALSE = (
     "0", "false", "f", "no", "n", "incorrect", "wrong", "negative", "mismatch", "mismatched", "contradiction", "refuted",
-    "invalid", "fake", "foil", "bad", "rejected", "hallucinated", "hallucination", "falsified",
+    "invalid", "fake", "foil", "bad", "rejected", "hallucinated", "hallucination", "falsified", "refutes", "unsupported",
+    "unfaithful", "inaccurate", "inconsistent", "undesirable", "untrue", "not true", "not_entailment",
 )  # fmt: skip
 _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), "neutral": None, "unknown": None}
 """Values of a label, in small letters."""
@@ -35,11 +36,18 @@ _NAMES = frozenset((
     "match", "matches", "matched", "matching", "mismatch", "mismatched", "positive", "negative", "foil", "foiled", "fake", "real",
     "hallucinated", "hallucination", "entails", "entailed", "entailment", "contradiction", "faithful", "supported", "factual",
     "counterfactual", "aligned", "accepted", "rejected", "chosen", "preferred", "good", "bad", "desirable", "kto", "verdict",
-    "judgment", "judgement", "feedback", "answer", "target", "falsified",
+    "judgment", "judgement", "feedback", "answer", "target", "falsified", "istrue", "iscorrect", "isfoil", "truthful",
+    "truthfulness", "mismatches", "veracity", "accurate", "consistent", "gt",
 ))  # fmt: skip
 """Words of a column's name, any of which says that its two values are those of a label."""
 
-_WEIGHTS = frozenset(("score", "weight", "loss", "quality", "rating", "similarity", "keep", "verified", "usable"))
+_MEANS_FALSE = frozenset((
+    "false", "incorrect", "wrong", "invalid", "mismatch", "mismatched", "mismatches", "negative", "foil", "foiled", "isfoil", "fake",
+    "hallucinated", "hallucination", "contradiction", "counterfactual", "rejected", "bad", "falsified",
+))  # fmt: skip
+"""Those of them by which a column marks the texts that are false: a yes may mean no there."""
+
+_WEIGHTS = frozenset(("score", "weight", "loss", "quality", "rating", "similarity", "reward", "keep", "verified", "usable"))
 """Words of a column's name that is a mark where its value is 0 or no: the text counts for nothing."""
 
 
@@ -62,10 +70,14 @@ def listed(columns: str) -> tuple[str, ...]:
     return (columns, *columns.split("+"))
 
 
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+
+
 @lru_cache(1 << 12)
 def _kind(name: str) -> str:
     """Whether a column of this name is a label where it has two values, or a weight."""
-    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    words = _words(name)
     if words and words[-1] in ("id", "ids") and "label" not in words:
         return ""
     return "label" if not _NAMES.isdisjoint(words) else "weight" if not _WEIGHTS.isdisjoint(words) else ""
@@ -73,23 +85,27 @@ def _kind(name: str) -> str:
 
 def _is_mark(kind: str, value: Any) -> bool:
     said = [_word(each) for each in (value if isinstance(value, list) else [value])]
-    if not said or not all(word in _TRUTHS or word == "-1" for word in said):
-        return False
-    return kind == "label" or any(_TRUTHS.get(word) == 0 for word in said)
+    if any(_TRUTHS.get(word) == 0 for word in said):
+        return kind == "label" or all(word in _TRUTHS for word in said)
+    return kind == "label" and bool(said) and all(word in _TRUTHS or word == "-1" for word in said)
 
 
 def _word(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", word)  # as tables with gaps have it
 
 
 def truth_of(value: Any, column: str, true: str, false: str) -> int | None:
     """What a label says: 1, 0, or None for unknown. ``true`` and ``false`` list its values, joined by ``+``, in place of the usual ones.
 
-    Raises DataError for any other value.
+    Raises DataError for any other value, and where a column that marks false texts by its name comes without such lists.
     """
-    own = {word.strip().lower(): truth for words, truth in ((true, 1), (false, 0)) if words for word in words.split("+")}
+    own = {_word(word): truth for words, truth in ((true, 1), (false, 0)) if words for word in words.split("+")}
+    if not own and _MEANS_FALSE.intersection(_words(column)):
+        values = "list its values, as in true=0,false=1 or true=false,false=true"
+        raise DataError(f"row: column {column!r} may mark the texts that are false by its yes; {values}")
+    if both := sorted({*map(_word, true.split("+"))} & {*map(_word, false.split("+"))} - {""}):
+        raise DataError(f"row: {both[0]!r} is listed as true and as false; keep one of them")
     known = own or _TRUTHS
     if (word := _word(value)) not in known:
         remedy = "list the values, as in true=entailment,false=contradiction, and drop other rows"
