@@ -15,11 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 
+import inflect
 import numpy as np
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from cfvlm_ds.counterfactuals.propose.grammar import article, is_plural, renumbered
+from cfvlm_ds.counterfactuals.propose.grammar import article, is_plural
+from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, UNCOUNTED
 
 SIDE = 60
 """Pixels of a picture: 5 x 5 patches of 12."""
@@ -46,6 +48,20 @@ _FILE = yaml.safe_load(Path(__file__).with_name("prior_things.yaml").read_text()
 LISTED = {what: [name.strip() for name in text.split(";")] for what, text in _FILE.items()}
 CALLED = {standard.strip(): (name or standard).strip() for standard, _, name in (each.partition("=") for each in LISTED["names"])}
 """Name in the standard -> what the thing is called."""
+
+
+def renumbered(noun: str, plural: bool) -> str | None:
+    """Return a noun for one or for many, or None for what is not counted."""
+    word = noun.lower()
+    if word in NOUNS:
+        return NOUNS[word][2 if plural else 1]
+    if word in UNCOUNTED:
+        return None
+    forms = inflect.engine()
+    singular = forms.singular_noun(word)  # False where the word is one already
+    if plural:
+        return word if singular else str(forms.plural_noun(word))
+    return str(singular) if singular else word
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--out", help="folder to write (default RUN/export, or RUN/adapter)")
     text = "send MLflow what it lacks of a run that has ended, or copy the run to the server in MLFLOW_TRACKING_URI"
-    command = add_command(commands, "track", _track, text, "MLFLOW_TRACKING_URI=http://mlflow.example.org cfvlm-ds track runs/quickstart")
+    command = add_command(commands, "track", _track, text, "cfvlm-ds track runs/quickstart")
     command.add_argument("run", help="run folder")
 
 
