@@ -166,9 +166,17 @@ def _obey_parent() -> None:
 
 @contextlib.contextmanager
 def worker_deaths() -> Iterator[None]:
-    """WorkerLost in place of torch's error when a DataLoader's worker has died."""
+    """WorkerLost in place of torch's error when a DataLoader's worker has died; its connection ends a moment before it."""
     try:
-        yield
+        try:
+            yield
+        except (ConnectionError, EOFError):
+            from torch._C import _error_if_any_worker_fails
+
+            for _ in range(100):
+                _error_if_any_worker_fails()
+                time.sleep(0.02)
+            raise
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

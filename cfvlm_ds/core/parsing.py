@@ -48,9 +48,10 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
     except Exception as error:  # the parser and YAML raise nearly anything on bytes that are no text, tags and thousands of brackets
         given = ", ".join(_config_files(argv)) or "the options"
         raise ConfigError(f"{given}: not a configuration ({type(error).__name__}: {error}); write YAML as in examples/") from error
-    if unknown := _named_terms(argv) - set(objectives):  # one with options has been named by the parser
+    named = _named_terms(argv)
+    if unknown := named - set(objectives):  # one with options has been named by the parser
         raise ConfigError(f"unknown term of the objective {min(unknown)!r}; the terms are {', '.join(objectives)}")
-    terms = {name: getattr(built.objective, name) for name in objectives if name in _named_terms(argv)}
+    terms = {name: getattr(built.objective, name) for name in objectives if name in named}
     active = {name: term for name, term in terms.items() if term.weight != 0}
     resolved["objective"] = {name: resolved["objective"][name] for name in active}
     printed = resolved.pop("print_config")

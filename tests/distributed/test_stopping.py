@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader
 from cfvlm_ds.checkpoint import incomplete
 from cfvlm_ds.cluster import signals as stopping
 from cfvlm_ds.cluster.heartbeat import Peer, verdict
-from cfvlm_ds.cluster.signals import EXIT_HANG, EXIT_INTERRUPTED, EXIT_STOPPED, Stop, reason, shield_worker
+from cfvlm_ds.cluster.signals import EXIT_HANG, EXIT_INTERRUPTED, EXIT_STOPPED, Stop, WorkerLost, reason, shield_worker, worker_deaths
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.objectives import OBJECTIVES
@@ -331,6 +332,19 @@ def test_data_workers_survive_what_srun_sends_and_end_with_their_rank() -> None:
     worker = int(next(batches))
     os.kill(worker, signal.SIGTERM)  # from its own rank
     wait(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE, 10)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError])
+def test_the_end_of_a_workers_connection_is_its_death(error: type[Exception]) -> None:
+    """Tensors come over a socket, which the kernel closes before it reports the death."""
+    batches = iter(DataLoader(Slow(), num_workers=1))
+    worker = int(next(batches))
+    with pytest.raises(WorkerLost, match=f"worker .pid {worker}. is killed"), worker_deaths():
+        threading.Timer(0.3, os.kill, (worker, signal.SIGKILL)).start()
+        raise error
+    with pytest.raises(error), worker_deaths():  # of somebody else: nobody has died
+        del batches
+        raise error
 
 
 @pytest.mark.parametrize("option", ["stop_margin_s", "hang_timeout_s"])
