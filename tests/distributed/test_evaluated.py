@@ -44,18 +44,15 @@ import sys
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Benchmark, File, Item
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy
-from cfvlm_ds.evaluation.benchmarks.source import each
 
 
-def items(source):
-    def item(where, row):
-        picture = source.picture(where, row["photo"], "photos")
-        return Item(row["n"], ((picture,),), (row["good"], row["bad"]), ((1, 0),), cluster=row["photo"])
-
-    yield from each(source.rows("mine.tsv", ("n", "photo", "good", "bad")), item)
+def item(row):
+    picture = row.picture(row["photo"], "photos")
+    return Item(row["n"], ((picture,),), (row.text("good"), row.text("bad")), ((1, 0),), cluster=row["photo"])
 
 
-BENCHMARKS["mine"] = Benchmark("Mine", (File("mine.tsv", 3),), "ours", items, accuracy, "accuracy", ("match", "caption"))
+mine = File("mine.tsv", columns=("n", "photo", "good", "bad"), rows=3)
+BENCHMARKS["mine"] = Benchmark("Mine", (mine,), "ours", item, accuracy, "accuracy", ("match", "caption"))
 main(sys.argv[1:])
 '''
 

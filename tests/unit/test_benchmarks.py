@@ -6,7 +6,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from cfvlm_ds.evaluation.benchmarks import (
     Item,
     Judged,
     Outcome,
+    Row,
     Source,
     aro_order,
     chance,
@@ -34,10 +35,10 @@ from cfvlm_ds.evaluation.benchmarks import (
     results,
 )
 from cfvlm_ds.evaluation.benchmarks.aro import SYMMETRIC
-from cfvlm_ds.evaluation.benchmarks.base import Values, judged, one_hot, stored
+from cfvlm_ds.evaluation.benchmarks.base import Values, judged, stored
 from cfvlm_ds.evaluation.benchmarks.metrics import auc, binary, calibrated, quads, text_right, threshold
 from cfvlm_ds.evaluation.benchmarks.parsers import PARSERS, answer
-from cfvlm_ds.evaluation.benchmarks.source import each, keep_picture
+from cfvlm_ds.evaluation.benchmarks.source import keep_picture, one_hot
 from cfvlm_ds.evaluation.probes import PROBES
 from cfvlm_ds.evaluation.scoring import GroupScores
 
@@ -965,8 +966,8 @@ def test_files_that_are_no_files_of_rows(tmp_path: Path) -> None:
     )
     problems = [str(problem) for problem in load(BENCHMARKS["mmvp"], tmp_path).problems]
     (tmp_path / "Questions.csv").write_bytes("Index,Question,Options,Correct Answer\n1,Où?,(a) x (b) y,(a)\n".encode("latin-1"))
-    assert "Questions.csv: cannot be read" in str(load(BENCHMARKS["mmvp"], tmp_path).problems[0])
-    assert "one of them" in problems[0] and "2 fields for 4 columns" in problems[1] and "number from 1" in problems[2]
+    assert "Questions.csv:1: byte 0xf9" in str(load(BENCHMARKS["mmvp"], tmp_path).problems[0])
+    assert "one of them" in problems[0] and "2 fields, and the first line names 4 columns" in problems[1] and "number from 1" in problems[2]
 
 
 def test_a_label_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -986,16 +987,14 @@ def test_amber_needs_both_files_of_one_revision(tmp_path: Path) -> None:
 # One's own --------------------------------------------------------------------------------------------------------------------------------
 
 
-def own_items(source: Source) -> Iterator[Item | DataError]:
-    def item(where: str, row: dict[str, Any]) -> Item:
-        picture = source.picture(where, row["photo"], "photos")
-        return Item(str(row["n"]), ((picture,),), (row["good"], row["bad"]), (one_hot(0, 2),), cluster=row["photo"])
-
-    yield from each(source.rows("mine.tsv", ("n", "photo", "good", "bad")), item)
+def own_item(row: Row) -> Item:
+    return Item(str(row["n"]), ((row.picture(row["photo"], "photos"),),), (row["good"], row["bad"]), ((1, 0),), cluster=row["photo"])
 
 
 def test_a_benchmark_of_ones_own_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = Benchmark("Mine", (File("mine.tsv", 3),), "none", own_items, metrics.accuracy, "accuracy", ("match", "caption"))
+    mine = Benchmark(
+        "Mine", (File("mine.tsv", ("n", "photo", "good", "bad"), 3),), "none", own_item, metrics.accuracy, "accuracy", ("match", "caption")
+    )
     monkeypatch.setitem(BENCHMARKS, "mine", mine)
     put(tmp_path / "mine.tsv", "n\tphoto\tgood\tbad\n1\ta.jpg\ta cat\ta dog\n2\ta.jpg\ta hat\ta bat\n")
     pictures(tmp_path, "photos/a.jpg")

@@ -10,7 +10,6 @@ from cfvlm_ds.evaluation.benchmarks.aro import VG_ATTRIBUTION, VG_RELATION
 from cfvlm_ds.evaluation.benchmarks.aro_order import COCO_ORDER, FLICKR_ORDER
 from cfvlm_ds.evaluation.benchmarks.base import (
     Benchmark,
-    File,
     Item,
     Judged,
     Loaded,
@@ -33,7 +32,7 @@ from cfvlm_ds.evaluation.benchmarks.mmstar import MMSTAR
 from cfvlm_ds.evaluation.benchmarks.mmvp import MMVP
 from cfvlm_ds.evaluation.benchmarks.naturalbench import NATURALBENCH
 from cfvlm_ds.evaluation.benchmarks.pope import POPE
-from cfvlm_ds.evaluation.benchmarks.source import Source
+from cfvlm_ds.evaluation.benchmarks.source import File, Row, Source
 from cfvlm_ds.evaluation.benchmarks.sugarcrepe import SUGARCREPE
 from cfvlm_ds.evaluation.benchmarks.sugarcrepe_pp import SUGARCREPE_PP
 from cfvlm_ds.evaluation.benchmarks.valse import VALSE
@@ -53,6 +52,7 @@ __all__ = [
     "Loaded",
     "Outcome",
     "Published",
+    "Row",
     "Source",
     "chance",
     "load",

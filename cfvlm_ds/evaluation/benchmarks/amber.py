@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Published, Values, one_hot
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import sliced, tag, yes_no
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, choice, each, text
+from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
-QUERIES, TRUTH = "data/query/query_discriminative.json", "data/annotations.json"
+QUERIES = File("data/query/query_discriminative.json", ("id", "image", "query"), 14_216)
+TRUTH = File("data/annotations.json", ("id", "type", "truth"))
 ASK = " Please answer Yes or No."
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    truth: dict[str, Row] = {}
-    for where, row in source.rows(TRUTH, ("id", "type", "truth")):
-        if isinstance(row, DataError):
-            yield row
-        else:
-            truth[str(row["id"])] = row | {"where": where}
-
-    def item(where: str, row: Row) -> Item:
-        known = truth.get(str(row["id"]))
-        if known is None:
-            raise DataError(f"{where}: id {row['id']!r} is not in {source.root / TRUTH}; get both files of one revision")
-        gold = (one_hot(choice(known["where"], known, "truth", YES_NO), 2),)
-        picture = source.picture(where, row["image"], "image", "images")
-        kind = str(known["type"]).removeprefix("discriminative-").split("-")[0]
-        marks = {"type": {"hallucination": "existence"}.get(kind, kind)}
-        asked = text(where, row, "query") + ASK
-        return Item(str(row["id"]), ((picture,),), YES_NO, gold, asked, tags=marks, cluster=str(row["image"]))
-
-    if truth:
-        yield from each(source.rows(QUERIES, ("id", "image", "query")), item)
+def item(row: Row) -> Item:
+    known = row.source.keyed(TRUTH, "id").get(str(row["id"]))
+    if known is None:
+        raise row.error(f"id {row['id']!r} is not in {row.source.root / TRUTH.name}", "get both files of one revision")
+    kind = str(known["type"]).removeprefix("discriminative-").split("-")[0]
+    return Item(
+        str(row["id"]),
+        ((row.picture(row["image"], "image", "images"),),),
+        YES_NO,
+        (known.truth("truth", YES_NO),),
+        row.text("query") + ASK,
+        tags={"type": {"hallucination": "existence"}.get(kind, kind)},
+        cluster=str(row["image"]),
+    )
 
 
 def metrics(table: Sequence[Judged]) -> Values:
@@ -43,9 +36,9 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 AMBER = Benchmark(
     title="AMBER (discriminative)",
-    files=(File(QUERIES, 14_216), File(TRUTH)),
+    files=(QUERIES, File(TRUTH.name)),
     licence="Apache-2.0",
-    items=items,
+    item=item,
     metrics=metrics,
     headline="f1",
     probes=("yes_no", "generate"),

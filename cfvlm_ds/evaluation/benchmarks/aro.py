@@ -6,14 +6,14 @@ their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data.decoding import open_image
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Values, one_hot
-from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, tag
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, each, keep_picture, text
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
+from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, macro_by, tag
+from cfvlm_ds.evaluation.benchmarks.source import File, Row, keep_picture
 
 BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 COLUMNS = ("image_path", *BOX, "true_caption", "false_caption")
@@ -42,32 +42,27 @@ SYMMETRIC = frozenset(_SYMMETRIC.split("|"))
 """Relations that the authors' notebook leaves out of the mean."""
 
 
-def relation_items(source: Source) -> Iterator[Item | DataError]:
-    def item(where: str, row: Row) -> Item:
-        return _pair(source, where, row, {"relation": text(where, row, "relation_name")})
-
-    yield from each(source.rows(RELATION, (*COLUMNS, "relation_name")), item)
+RELATION = File("visual_genome_relation.json", (*COLUMNS, "relation_name"), 23_937)
+ATTRIBUTION = File("visual_genome_attribution.json", (*COLUMNS, "attributes"), 28_748)
 
 
-def attribution_items(source: Source) -> Iterator[Item | DataError]:
-    def item(where: str, row: Row) -> Item:
-        first, second = row["attributes"][:2]
-        return _pair(source, where, row, {"attributes": f"{first}_{second}"})
-
-    yield from each(source.rows(ATTRIBUTION, (*COLUMNS, "attributes")), item)
+def relation_item(row: Row) -> Item:
+    return _pair(row, {"relation": row.text("relation_name")})
 
 
-RELATION, ATTRIBUTION = "visual_genome_relation.json", "visual_genome_attribution.json"
+def attribution_item(row: Row) -> Item:
+    first, second = row["attributes"][:2]
+    return _pair(row, {"attributes": f"{first}_{second}"})
 
 
-def _pair(source: Source, where: str, row: Row, tags: dict[str, str]) -> Item:
-    picture = source.picture(where, row["image_path"], "images")
+def _pair(row: Row, tags: dict[str, str]) -> Item:
+    picture = row.picture(row["image_path"], "images")
     box = tuple(row[key] for key in BOX)
     if not all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1 << 20 for value in box) or not min(box[2:]):
-        raise DataError(f"{where}: the box {box} must be four whole numbers, with a width and a height; get the official file again")
-    captions = text(where, row, "true_caption"), text(where, row, "false_caption")
-    cut = picture if picture in source.absent else _cut(picture, box, source.root)
-    return Item(where.rpartition("item ")[2], ((cut,),), captions, (one_hot(0, 2),), tags=tags, cluster=str(row["image_path"]))
+        raise row.error(f"the box {box} must be four whole numbers, with a width and a height")
+    captions = row.text("true_caption"), row.text("false_caption")
+    cut = picture if picture in row.source.absent else _cut(picture, box, row.source.root)
+    return Item(row.number, ((cut,),), captions, ((1, 0),), tags=tags, cluster=str(row["image_path"]))
 
 
 def _cut(picture: Path, box: Sequence[int], root: Path) -> Path:
@@ -88,11 +83,6 @@ def relation_metrics(table: Sequence[Judged]) -> Values:
     return macro(kept, tag("relation")) | accuracy(table)
 
 
-def attribution_metrics(table: Sequence[Judged]) -> Values:
-    """The mean over pairs of attributes with enough cases."""
-    return macro(table, tag("attributes"), LEAST) | accuracy(table)
-
-
 _TRAPS = (
     "the authors' loader has the false caption first; here the true one is text 0",
     "a caption that is likelier as a text wins without the picture: read the blind row",
@@ -101,9 +91,9 @@ _LICENCE = "MIT (code); pictures: Visual Genome, CC-BY-4.0"
 
 VG_RELATION = Benchmark(
     title="ARO, VG-Relation",
-    files=(File(RELATION, 23_937),),
+    files=(RELATION,),
     licence=_LICENCE,
-    items=relation_items,
+    item=relation_item,
     metrics=relation_metrics,
     headline="macro",
     probes=("match", "caption", "letters"),
@@ -111,10 +101,10 @@ VG_RELATION = Benchmark(
 )
 VG_ATTRIBUTION = Benchmark(
     title="ARO, VG-Attribution",
-    files=(File(ATTRIBUTION, 28_748),),
+    files=(ATTRIBUTION,),
     licence=_LICENCE,
-    items=attribution_items,
-    metrics=attribution_metrics,
+    item=attribution_item,
+    metrics=macro_by("attributes", LEAST),
     headline="macro",
     probes=("match", "caption", "letters"),
     traps=_TRAPS,

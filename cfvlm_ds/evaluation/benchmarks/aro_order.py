@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Values, one_hot
-from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, sliced, tag
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, each
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
+from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, by
+from cfvlm_ds.evaluation.benchmarks.source import File, Row, one_hot
 
 MAX_WORDS = 30
 _TRIES = 4
@@ -86,32 +85,26 @@ _KINDS: dict[str, Callable[[Sequence[str], str], list[str]]] = {
 }
 
 
-def _items(name: str, *folders: str) -> Callable[[Source], Iterator[Item | DataError]]:
-    def items(source: Source) -> Iterator[Item | DataError]:
-        for found in each(source.rows(name, ("image", "caption")), lambda where, row: _of_row(source, where, row, folders)):
-            yield from [found] if isinstance(found, DataError) else found
+def _items(*folders: str) -> Callable[[Row], list[Item]]:
+    def items(row: Row) -> list[Item]:
+        picture, captions = row.picture(row["image"], *folders), row["caption"]
+        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+            raise row.error("'caption' must be a list of texts")
+        orders = [(cleaned(caption), *shuffles(cleaned(caption))) for caption in captions]
+        return [
+            Item(
+                f"{row.number}/{number}",
+                ((picture,),),
+                texts,
+                (one_hot(0, len(texts)),),
+                tags={"options": str(len(texts))},
+                cluster=str(row["image"]),
+            )
+            for number, texts in enumerate(orders)
+            if len(texts) > 1  # a caption of one word has no other order
+        ]
 
     return items
-
-
-def _of_row(source: Source, where: str, row: Row, folders: Sequence[str]) -> list[Item]:
-    picture = source.picture(where, row["image"], *folders)
-    captions = row["caption"]
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise DataError(f"{where}: 'caption' must be a list of texts; get the official file again")
-    found, place = [], where.rpartition("item ")[2]
-    for number, caption in enumerate(captions):
-        texts = (cleaned(caption), *shuffles(cleaned(caption)))
-        if len(texts) > 1:  # a caption of one word has no other order
-            truth = (one_hot(0, len(texts)),)
-            marks = {"options": str(len(texts))}
-            found.append(Item(f"{place}/{number}", ((picture,),), texts, truth, tags=marks, cluster=str(row["image"])))
-    return found
-
-
-def metrics(table: Sequence[Judged]) -> Values:
-    """Precision at 1, also by the number of options, on which chance depends."""
-    return sliced(table, tag("options"), accuracy)
 
 
 _UNOFFICIAL = "the shuffles: drawn once by a hash, content words by a list in place of a tagger, repeated ones dropped"
@@ -122,10 +115,10 @@ _TRAPS = (
 
 COCO_ORDER = Benchmark(
     title="ARO, COCO-Order",
-    files=(File("coco_karpathy_test.json", 5000),),
+    files=(File("coco_karpathy_test.json", ("image", "caption"), 5000),),
     licence="MIT (code); captions and pictures: COCO",
-    items=_items("coco_karpathy_test.json", "", "images", "../coco"),
-    metrics=metrics,
+    item=_items("", "images", "../coco"),
+    metrics=by("options", accuracy),
     headline="accuracy",
     probes=("match", "caption"),
     traps=_TRAPS,
@@ -133,10 +126,10 @@ COCO_ORDER = Benchmark(
 )
 FLICKR_ORDER = Benchmark(
     title="ARO, Flickr30k-Order",
-    files=(File("flickr30k_test.json", 1000),),
+    files=(File("flickr30k_test.json", ("image", "caption"), 1000),),
     licence="MIT (code); captions and pictures: Flickr30k, research only",
-    items=_items("flickr30k_test.json", "", "images", "../flickr30k"),
-    metrics=metrics,
+    item=_items("", "images", "../flickr30k"),
+    metrics=by("options", accuracy),
     headline="accuracy",
     probes=("match", "caption"),
     traps=_TRAPS,

@@ -15,7 +15,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Pictures, normalised
-from cfvlm_ds.evaluation.benchmarks.source import Source
+from cfvlm_ds.evaluation.benchmarks.source import File, Row, Source
 
 Scores = tuple[tuple[float, ...], ...]
 """[image][text]: the higher, the better the text fits the image."""
@@ -63,9 +63,10 @@ class Item:
         return len({normalised(text) for text in self.texts}) < len(self.texts)
 
 
-def one_hot(gold: int, size: int) -> tuple[int, ...]:
-    """The row of a truth table in which one text is true."""
-    return tuple(int(each == gold) for each in range(size))
+def quad(id: str, pictures: Sequence[Path], captions: Sequence[str], cluster: str = "", **tags: str) -> Item:
+    """An item of two pictures and two texts, each text true of its own picture."""
+    images = tuple((picture,) for picture in pictures)
+    return Item(id, images, tuple(captions), ((1, 0), (0, 1)), tags=tags, cluster=cluster or id)
 
 
 @dataclass(frozen=True)
@@ -117,16 +118,6 @@ Metrics = Callable[[Sequence[Judged]], Values]
 
 
 @dataclass(frozen=True)
-class File:
-    """An official file: its name below the benchmark's folder (``*`` for parts of one), and how many rows it has; None where that is not
-    known. ``lines`` names the JSON lines that are read in its place where they are there."""
-
-    name: str
-    rows: int | None = None
-    lines: str = ""
-
-
-@dataclass(frozen=True)
 class Published:
     """A value that somebody published: what was measured, of which model, and where it stands."""
 
@@ -142,13 +133,14 @@ class Benchmark:
 
     Args:
         title: what its authors call it.
-        files: its official files.
+        files: its official files; rows of those without columns are not read.
         licence: what its repository or card states; pictures keep the licence of their source.
-        items: reads the files; a row that cannot be read is yielded as a DataError.
+        item: makes an item of a row, or several; None for a row that does not count. Whatever it raises is said of the row.
         metrics: pure function of judged items.
         headline: the metric that a table shows.
-        chance: values of random scores, for what is not the sum of independent comparisons; the others follow from ties.
         probes: names of the probes that fit, the default first.
+        chance: values of random scores, for what is not the sum of independent comparisons; the others follow from ties.
+        total: rows of all official files together.
         published: values to compare with.
         traps: what goes wrong elsewhere, or differs here.
         unofficial: what of this is not the authors' own protocol.
@@ -157,11 +149,12 @@ class Benchmark:
     title: str
     files: tuple[File, ...]
     licence: str
-    items: Callable[[Source], Iterator[Item | DataError]]
+    item: Callable[[Row], Item | Sequence[Item] | None]
     metrics: Metrics
     headline: str
     probes: tuple[str, ...]
     chance: Mapping[str, float] = field(default_factory=dict)
+    total: int | None = None
     published: tuple[Published, ...] = ()
     traps: tuple[str, ...] = ()
     unofficial: str = ""
@@ -185,7 +178,7 @@ def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda
     source, items, problems = Source(root, say), dict[str, Item](), list[DataError]()
     if not root.is_dir():
         return Loaded((), (DataError(f"{root}: no such folder; put the files of {benchmark.title} there"),))
-    for found in benchmark.items(source):
+    for found in _items(benchmark, source):
         if isinstance(found, DataError):
             problems.append(found)
         elif found.id in items:
@@ -197,6 +190,8 @@ def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda
         counted = source.counts.get(file.name)
         if counted is not None and file.rows is not None and counted != file.rows:
             notes.append(f"{root / file.name} has {counted} rows, and the official file {file.rows}: another revision")
+    if benchmark.total is not None and (count := sum(source.counts.values())) not in (0, benchmark.total):
+        notes.append(f"the files in {root} have {count} rows together, and the official ones {benchmark.total}: another revision")
     if twice := [item.id for item in items.values() if item.repeats]:
         notes.append(
             f"{root}: {len(twice)} items have a text twice, the first {twice[0]!r}; where it is true and false, the tie counts as wrong"
@@ -209,6 +204,24 @@ def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda
         problems += absent[:1]
         kept += [] if absent else [item]
     return Loaded(tuple(kept), tuple(problems), tuple(notes), in_files, limit)
+
+
+def _items(benchmark: Benchmark, source: Source) -> Iterator[Item | DataError]:
+    for file in benchmark.files:
+        for row in source.rows(file) if file.columns else ():
+            if isinstance(row, DataError):
+                yield row
+                continue
+            try:
+                made = benchmark.item(row)
+            except DataError as error:
+                yield error if str(error).startswith(row.where) else DataError(f"{row.where}: {error}")
+                continue
+            except Exception as error:  # whatever the row's values make of what takes them apart
+                yield row.error(f"a value in the row has the wrong type or form ({error})")
+                continue
+            source.counts[file.name] -= made is None
+            yield from [made] if isinstance(made, Item) else made or ()
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Published, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, quads, sliced, tag
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, each, text
-from cfvlm_ds.evaluation.benchmarks.winoground import quad
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Published, quad
+from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
+from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 COLUMNS = ("image", "caption", "negative_caption", "negative_image", "type", "subtype")
-FILE = File("data/test-*.parquet", 2933, lines="test.jsonl")
 SOURCE = "arXiv 2406.09952, table of main results"
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    def item(where: str, row: Row) -> Item:
-        return quad(
-            where.rpartition(":")[2],
-            tuple(source.picture(where, row[key], "", "images") for key in ("image", "negative_image")),
-            (text(where, row, "caption"), text(where, row, "negative_caption")),
-            {"type": f"{row['type']}_{row['subtype']}".lower()},
-            str(row["image"]),
-        )
-
-    yield from each(source.rows(FILE.name, COLUMNS, FILE.lines), item)
-
-
-def metrics(table: Sequence[Judged]) -> Values:
-    return sliced(table, tag("type"), quads)
+def item(row: Row) -> Item:
+    pictures = [row.picture(row[key], "", "images") for key in ("image", "negative_image")]
+    captions = row.text("caption"), row.text("negative_caption")
+    return quad(row.number, pictures, captions, str(row["image"]), type=f"{row['type']}_{row['subtype']}".lower())
 
 
 BIVLC = Benchmark(
     title="BiVLC",
-    files=(FILE,),
+    files=(File("data/test-*.parquet", COLUMNS, 2933, lines="test.jsonl"),),
     licence="MIT; pictures: COCO, and SDXL's",
-    items=items,
-    metrics=metrics,
+    item=item,
+    metrics=by("type", quads),
     headline="group",
     probes=("match", "caption", "letters"),
     chance=QUAD_CHANCE,

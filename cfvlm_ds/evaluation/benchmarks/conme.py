@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Published, Values, one_hot
-from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, tag
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, each, text
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Published
+from cfvlm_ds.evaluation.benchmarks.metrics import macro_by
+from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 PARTS = ("replace-att", "replace-obj", "replace-rel")
 COLUMNS = ("image", "base_question", "correct_option", "incorrect_option")
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    for part in PARTS:
-
-        def item(where: str, row: Row, part: str = part) -> Item:
-            picture = source.picture(where, _file(row["image"]), "", "images", "../coco/val2017")
-            options = text(where, row, "correct_option"), text(where, row, "incorrect_option")
-            number = f"{part}/{where.rpartition(':')[2]}"
-            asked = text(where, row, "base_question")
-            return Item(number, ((picture,),), options, (one_hot(0, 2),), asked, tags={"part": part}, cluster=picture.name)
-
-        yield from each(source.rows(f"{part}.csv", COLUMNS), item)
+def item(row: Row) -> Item:
+    picture = row.picture(_file(row["image"]), "", "images", "../coco/val2017")
+    options = row.text("correct_option"), row.text("incorrect_option")
+    asked = row.text("base_question")
+    return Item(f"{row.part}/{row.number}", ((picture,),), options, ((1, 0),), asked, tags={"part": row.part}, cluster=picture.name)
 
 
 def _file(name: str) -> str:
@@ -31,17 +22,12 @@ def _file(name: str) -> str:
     return f"{int(name):012d}.jpg" if name.isascii() and name.isdecimal() and len(name) <= 12 else name
 
 
-def metrics(table: Sequence[Judged]) -> Values:
-    """The mean of the three parts, each, and the share of all rows."""
-    return macro(table, tag("part")) | accuracy(table)
-
-
 CONME = Benchmark(
     title="ConMe",
-    files=tuple(File(f"{part}.csv") for part in PARTS),
+    files=tuple(File(f"{part}.csv", COLUMNS, part=part) for part in PARTS),
     licence="Apache-2.0; pictures: their sources",
-    items=items,
-    metrics=metrics,
+    item=item,
+    metrics=macro_by("part"),
     headline="macro",
     probes=("letters", "caption", "generate"),
     published=(

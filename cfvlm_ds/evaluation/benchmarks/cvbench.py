@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Published, Values, one_hot
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Published, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, grouped, tag
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, choice, each, text
+from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
-FILES = ("test_2d.jsonl", "test_3d.jsonl")
 COLUMNS = ("task", "question", "choices", "answer", "filename", "source")
-TOTAL = 2638
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    for name in FILES:
-
-        def item(where: str, row: Row, name: str = name) -> Item:
-            picture = source.picture(where, row["filename"], "", "img")
-            options = tuple(str(option) for option in row["choices"])
-            gold = (one_hot(choice(where, row, "answer", [f"({chr(65 + place)})" for place in range(len(options))]), len(options)),)
-            marks = {"source": text(where, row, "source"), "task": text(where, row, "task")}
-            number = f"{name.removesuffix('.jsonl').removeprefix('test_')}/{where.rpartition(':')[2]}"
-            return Item(number, ((picture,),), options, gold, text(where, row, "question"), tags=marks, cluster=str(row["filename"]))
-
-        yield from each(source.rows(name, COLUMNS), item)
-    if (found := sum(source.counts.values())) != TOTAL:
-        source.notes.append(f"the files have {found} rows together, and the official ones {TOTAL}: another revision")
+def item(row: Row) -> Item:
+    options = tuple(str(option) for option in row["choices"])
+    return Item(
+        f"{row.part}/{row.number}",
+        ((row.picture(row["filename"], "", "img"),),),
+        options,
+        (row.truth("answer", [f"({chr(65 + place)})" for place in range(len(options))]),),
+        row.text("question"),
+        tags={"source": row.text("source"), "task": row.text("task")},
+        cluster=str(row["filename"]),
+    )
 
 
 def metrics(table: Sequence[Judged]) -> Values:
@@ -43,12 +37,13 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 CVBENCH = Benchmark(
     title="CV-Bench",
-    files=tuple(File(name) for name in FILES),
+    files=tuple(File(f"test_{part}.jsonl", COLUMNS, part=part) for part in ("2d", "3d")),
     licence="Apache-2.0; pictures: ADE20K, COCO, Omni3D",
-    items=items,
+    item=item,
     metrics=metrics,
     headline="cv_bench",
     probes=("letters", "generate"),
+    total=2638,
     published=(Published("accuracy", "Qwen2.5-VL-7B (plain share)", 79.95, "in circulation, its source was not established"),),
     traps=("one public evaluator reports the plain share, which the authors' formula is not",),
     unofficial="letters in all orders up to four options, and cyclic ones beyond",

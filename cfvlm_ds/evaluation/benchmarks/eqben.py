@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ from PIL import Image
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data.decoding import MAX_PIXELS
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Published, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, quads, sliced, tag
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, each, keep_picture, text
-from cfvlm_ds.evaluation.benchmarks.winoground import quad
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Published, quad
+from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
+from cfvlm_ds.evaluation.benchmarks.source import File, Row, keep_picture
 
 SUBSETS = {
     "eqbensd": "sd", "eqbenkubric_cnt": "kubric", "eqbenkubric_loc": "kubric", "eqbenkubric_attr": "kubric", "eqbengebc": "gebc",
@@ -25,24 +23,17 @@ MADE = "png"
 """Folder of the pictures that are made of arrays."""
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    def item(where: str, row: Row) -> Item:
-        folder = text(where, row, "image0").split("/")[0]
-        if folder not in SUBSETS:
-            raise DataError(f"{where}: picture folder {folder!r} is none of {', '.join(SUBSETS)}; get the official file again")
-        return quad(
-            where.rpartition("item ")[2],
-            tuple(_picture(source, where, row[key]) for key in ("image0", "image1")),
-            (text(where, row, "caption0"), text(where, row, "caption1")),
-            {"subset": SUBSETS[folder]},
-        )
-
-    yield from each(source.rows("all_select.json", ("image0", "image1", "caption0", "caption1")), item)
+def item(row: Row) -> Item:
+    folder = row.text("image0").split("/")[0]
+    if folder not in SUBSETS:
+        raise row.error(f"picture folder {folder!r} is none of {', '.join(SUBSETS)}")
+    pictures = [_picture(row, row[key]) for key in ("image0", "image1")]
+    return quad(row.number, pictures, (row.text("caption0"), row.text("caption1")), subset=SUBSETS[folder])
 
 
-def _picture(source: Source, where: str, name: Any) -> Path:
+def _picture(row: Row, name: Any) -> Path:
     """A picture. Frames of videos are arrays of blue, green and red in the official files, and are written once more as PNG."""
-    path = source.picture(where, name, "images")
+    path, source = row.picture(name, "images"), row.source
     if path.suffix != ".npy" or path in source.absent:
         return path
     made = (source.root / MADE / path.relative_to(source.root / "images")).with_suffix(".png")
@@ -59,16 +50,12 @@ def _frame(path: Path) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array[:, :, ::-1]))
 
 
-def metrics(table: Sequence[Judged]) -> Values:
-    return sliced(table, tag("subset"), quads)
-
-
 EQBEN = Benchmark(
     title="EqBen (mini)",
-    files=(File("all_select.json"),),
+    files=(File("all_select.json", ("image0", "image1", "caption0", "caption1")),),
     licence="Apache-2.0 (code); pictures: their sources",
-    items=items,
-    metrics=metrics,
+    item=item,
+    metrics=by("subset", quads),
     headline="group",
     probes=("match", "caption", "letters"),
     chance=QUAD_CHANCE,

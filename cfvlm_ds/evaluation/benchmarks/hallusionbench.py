@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import Pictures
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Published, Values, one_hot
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tags, together
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, choice, each, text
+from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 KEY = ("category", "subcategory", "set_id", "figure_id", "question_id")
 ASK = " Please answer yes or no."
 WITHOUT = "0"
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    def item(where: str, row: Row) -> Item:
-        category, subcategory, number, figure, _ = key = tuple(str(row[name]) for name in KEY)
-        gold = (one_hot(choice(where, row, "gt_answer", ("1", "0")) if isinstance(row["gt_answer"], str) else _number(where, row), 2),)
-        without = str(row["visual_input"]) == WITHOUT
-        pictures: Pictures = ()
-        if not without:
-            name = f"{category}/{subcategory}/{number}_{figure}.png"
-            pictures = (source.picture(where, name, "hallusion_bench", ""),)
-        marks = dict(zip(KEY, key, strict=True)) | {"picture": "without" if without else "with"}
-        asked = text(where, row, "question") + ASK
-        return Item("_".join(key), (pictures,), YES_NO, gold, asked, tags=marks, cluster=f"{category}_{subcategory}_{number}")
-
-    yield from each(source.rows("HallusionBench.json", (*KEY, "visual_input", "question", "gt_answer")), item)
-
-
-def _number(where: str, row: Row) -> int:
-    return choice(where, row, "gt_answer", (1, 0))
+def item(row: Row) -> Item:
+    category, subcategory, number, figure, _ = key = tuple(str(row[name]) for name in KEY)
+    pictured = str(row["visual_input"]) != WITHOUT
+    pictures = (row.picture(f"{category}/{subcategory}/{number}_{figure}.png", "hallusion_bench", ""),) if pictured else ()
+    return Item(
+        "_".join(key),
+        (pictures,),
+        YES_NO,
+        (row.truth("gt_answer", ("1", "0") if isinstance(row["gt_answer"], str) else (1, 0)),),
+        row.text("question") + ASK,
+        tags=dict(zip(KEY, key, strict=True)) | {"picture": "with" if pictured else "without"},
+        cluster=f"{category}_{subcategory}_{number}",
+    )
 
 
 def metrics(table: Sequence[Judged]) -> Values:
@@ -59,9 +52,9 @@ def _three(table: Sequence[Judged], ending: str) -> Values:
 
 HALLUSIONBENCH = Benchmark(
     title="HallusionBench",
-    files=(File("HallusionBench.json", 1129),),
+    files=(File("HallusionBench.json", (*KEY, "visual_input", "question", "gt_answer"), 1129),),
     licence="BSD-3-Clause",
-    items=items,
+    item=item,
     metrics=metrics,
     headline="mean_pictures",
     probes=("yes_no", "generate"),

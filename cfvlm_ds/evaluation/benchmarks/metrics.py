@@ -125,6 +125,22 @@ def sliced(table: Sequence[Judged], key: Key, metrics: Callable[[Sequence[Judged
     return found
 
 
+def by(name: str, metrics: Callable[[Sequence[Judged]], Values]) -> Callable[[Sequence[Judged]], Values]:
+    """A metric of everything and of each part by a tag, see ``sliced``."""
+    return lambda table: sliced(table, tag(name), metrics)
+
+
+def macro_by(name: str, least: int = 1) -> Callable[[Sequence[Judged]], Values]:
+    """The mean of the accuracies of parts by a tag, each of them (see ``macro``), and the accuracy of everything."""
+    return lambda table: macro(table, tag(name), least) | accuracy(table)
+
+
+def with_macros(values: Values, *names: str) -> Values:
+    """``values`` of ``sliced``, and for each name the mean of its parts as NAME_macro."""
+    parts = {name: [value for key, value in values.items() if key.startswith(f"{name}/")] for name in names}
+    return values | {f"{name}_macro": sum(found) / len(found) for name, found in parts.items() if found}
+
+
 def quads(table: Sequence[Judged]) -> Values:
     """Winoground's text, image and group score, and ``pair``, the share of single text comparisons that are won."""
     if not table:

@@ -2,64 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import PurePosixPath
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import MIB, read_bytes
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Published, Values, one_hot
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, grouped, tag, together
-from cfvlm_ds.evaluation.benchmarks.source import Source
+from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 ENDINGS = (".jpg", ".png", ".jpeg")
-TOTAL = 2374
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    count = 0
-    for task in (*PERCEPTION, *COGNITION):
-        folder = source.root / task
-        questions, pictures = folder / "questions_answers_YN", folder / "images"
-        if not (questions.is_dir() and pictures.is_dir()):
-            questions = pictures = folder  # smaller tasks have both in one folder
-        files = sorted(questions.glob("*.txt"))
-        if not files:
-            yield DataError(f"{folder}: no .txt file with questions; docs/benchmarks says where the files are and where they belong")
-        for path in files:
-            for found in _of_picture(source, task, path, pictures):
-                count += not isinstance(found, DataError)
-                yield found
-    if count and count != TOTAL:
-        source.notes.append(f"{source.root} has {count} questions, and the official release {TOTAL}: another revision")
-
-
-def _of_picture(source: Source, task: str, path: Path, pictures: Path) -> Iterator[Item | DataError]:
-    picture = next((each for ending in ENDINGS if (each := pictures / f"{path.stem}{ending}").is_file()), pictures / f"{path.stem}.jpg")
-    if not picture.is_file():
-        source.absent[picture] = DataError(f"{path}: no picture {picture} or .png; put it there")
-    try:
-        lines = [line for line in read_bytes(path, MIB).decode("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        yield DataError(f"{path}: cannot be read ({error}); get the official file again")
-        return
-    for number, line in enumerate(lines, 1):
-        question, separator, answer = line.rpartition("\t")
-        gold = [text.lower() for text in YES_NO].index(said) if (said := answer.strip().lower()) in ("yes", "no") else None
-        if not separator or gold is None or not question.strip():
-            yield DataError(f"{path}:{number}: a line must be a question, a tab, and Yes or No, not {line!r}; get the official file again")
-            continue
-        marks = {"task": task, "picture": f"{task}/{path.stem}"}
-        yield Item(
-            f"{task}/{path.stem}/{number}",
-            ((picture,),),
-            YES_NO,
-            (one_hot(gold, 2),),
-            question.strip(),
-            tags=marks,
-            cluster=marks["picture"],
-        )
+def item(row: Row) -> Item:
+    stem = PurePosixPath(row.file).stem
+    folder = row.source.root / row.part / "images"  # smaller tasks have pictures and questions in one
+    folder = folder if folder.is_dir() else folder.parent
+    name = next((each for ending in ENDINGS if (folder / (each := f"{stem}{ending}")).is_file()), f"{stem}.jpg")
+    return Item(
+        f"{row.part}/{stem}/{row.number}",
+        ((row.picture(name, folder.relative_to(row.source.root).as_posix()),),),
+        YES_NO,
+        (row.truth("answer", YES_NO),),
+        row.text("question"),
+        tags={"task": row.part, "picture": f"{row.part}/{stem}"},
+        cluster=f"{row.part}/{stem}",
+    )
 
 
 def metrics(table: Sequence[Judged]) -> Values:
@@ -77,12 +45,13 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 MME = Benchmark(
     title="MME",
-    files=tuple(File(f"{task}/*.txt") for task in (*PERCEPTION, *COGNITION)),
+    files=tuple(File(f"{task}/**/*.txt", ("question", "answer"), part=task, unnamed=True) for task in (*PERCEPTION, *COGNITION)),
     licence="research only, on request",
-    items=items,
+    item=item,
     metrics=metrics,
     headline="perception",
     probes=("yes_no", "generate"),
+    total=2374,
     published=(
         Published("perception", "LLaVA-1.5-7B", 1510.7, "haotian-liu/LLaVA, MODEL_ZOO"),
         Published("perception", "LLaVA-1.5-13B", 1531.3, "haotian-liu/LLaVA, MODEL_ZOO"),

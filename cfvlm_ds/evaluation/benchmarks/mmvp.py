@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Published, Values, one_hot
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Published, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, each, text
+from cfvlm_ds.evaluation.benchmarks.source import File, Row, one_hot
 
 INDEX = ("Index", "lndex")  # the second with a small L: as the released file has it
 _OPTIONS = re.compile(r"\s*\(a\)(?P<a>.+?)\(b\)(?P<b>.+)", re.DOTALL)
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    def item(where: str, row: Row) -> Item:
-        name = next((key for key in INDEX if key in row), "")
-        if not name or not str(row[name]).isdecimal() or not int(row[name]):
-            raise DataError(f"{where}: column 'Index' must be a number from 1, not {row.get(name)!r}; get the official file again")
-        number = int(row[name])
-        options = _OPTIONS.fullmatch(text(where, row, "Options"))
-        answer = text(where, row, "Correct Answer").lower()
-        if options is None or answer not in ("(a)", "(b)"):
-            raise DataError(f"{where}: 'Options' must be (a) ... (b) ... and 'Correct Answer' one of them; get the official file again")
-        picture = source.picture(where, f"{number}.jpg", "MMVP Images")
-        pair = str((number + 1) // 2)
-        texts = options["a"].strip(), options["b"].strip()
-        gold = (one_hot("ab".index(answer[1]), 2),)
-        return Item(str(number), ((picture,),), texts, gold, text(where, row, "Question"), tags={"pair": pair}, cluster=pair)
-
-    yield from each(source.rows("Questions.csv", ("Question", "Options", "Correct Answer")), item)
+def item(row: Row) -> Item:
+    index = next((str(row[key]) for key in INDEX if key in row.values), "")
+    if not index.isdecimal() or not int(index):
+        raise row.error(f"column 'Index' must be a number from 1, not {index!r}")
+    options = _OPTIONS.fullmatch(row.text("Options"))
+    answer = row.text("Correct Answer").lower()
+    if options is None or answer not in ("(a)", "(b)"):
+        raise row.error("'Options' must be (a) ... (b) ... and 'Correct Answer' one of them")
+    number, pair = int(index), str((int(index) + 1) // 2)
+    picture = row.picture(f"{number}.jpg", "MMVP Images")
+    texts = options["a"].strip(), options["b"].strip()
+    gold = one_hot("ab".index(answer[1]), 2)
+    return Item(str(number), ((picture,),), texts, (gold,), row.text("Question"), tags={"pair": pair}, cluster=pair)
 
 
 def metrics(table: Sequence[Judged]) -> Values:
@@ -41,9 +36,9 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 MMVP = Benchmark(
     title="MMVP",
-    files=(File("Questions.csv", 300),),
+    files=(File("Questions.csv", ("Question", "Options", "Correct Answer"), 300),),
     licence="MIT (from memory, not checked)",
-    items=items,
+    item=item,
     metrics=metrics,
     headline="pair",
     probes=("letters", "yes_no", "generate"),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Values, one_hot
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, all_right, mean, sets, tag, text_right, together
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, choice, each, text
+from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 KINDS = {
     "yes_no": (YES_NO, " Please answer Yes or No."),
@@ -17,29 +16,22 @@ COLUMNS = (
     "Index", "Image_0", "Image_1", "Question_0", "Question_1", "Image_0_Question_0", "Image_1_Question_0", "Image_0_Question_1",
     "Image_1_Question_1", "Question_Type",
 )  # fmt: skip
-FILE = File("data/train-*.parquet", 1900, lines="train.jsonl")
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    for found in each(source.rows(FILE.name, COLUMNS, FILE.lines), lambda where, row: _questions(source, where, row)):
-        yield from [found] if isinstance(found, DataError) else found
-
-
-def _questions(source: Source, where: str, row: Row) -> list[Item]:
+def items(row: Row) -> list[Item]:
     """A row's two questions, each with both pictures."""
-    kind = row["Question_Type"]
+    kind, group = row["Question_Type"], str(row["Index"])
     if kind not in KINDS:
-        raise DataError(f"{where}: 'Question_Type' must be {' or '.join(KINDS)}, not {kind!r}; get the official file again")
+        raise row.error(f"'Question_Type' must be {' or '.join(KINDS)}, not {kind!r}")
     answers, ask = KINDS[kind]
-    images = tuple((source.picture(where, row[f"Image_{i}"], "", "images"),) for i in (0, 1))
-    group = str(row["Index"])
+    images = tuple((row.picture(row[f"Image_{i}"], "", "images"),) for i in (0, 1))
     return [
         Item(
             f"{group}/{q}",
             images,
             answers,
-            tuple(one_hot(choice(where, row, f"Image_{i}_Question_{q}", answers), 2) for i in (0, 1)),
-            text(where, row, f"Question_{q}") + ask,
+            tuple(row.truth(f"Image_{i}_Question_{q}", answers) for i in (0, 1)),
+            row.text(f"Question_{q}") + ask,
             listed=kind == "multiple_choice",
             tags={"group": group, "type": kind},
             cluster=group,
@@ -65,9 +57,9 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 NATURALBENCH = Benchmark(
     title="NaturalBench",
-    files=(FILE,),
+    files=(File("data/train-*.parquet", COLUMNS, 1900, lines="train.jsonl"),),
     licence="see the card on the hub",
-    items=items,
+    item=items,
     metrics=metrics,
     headline="g_acc",
     probes=("yes_no", "generate"),

@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Published, Values, one_hot
-from cfvlm_ds.evaluation.benchmarks.metrics import sliced, tag, yes_no
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, choice, each, text
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
+from cfvlm_ds.evaluation.benchmarks.metrics import sliced, tag, with_macros, yes_no
+from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
+COLUMNS = ("question_id", "image", "text", "label")
 SPLITS = ("random", "popular", "adversarial")
 ASK = "\nAnswer the question using a single word or phrase."
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    for split in SPLITS:
-
-        def item(where: str, row: Row, split: str = split) -> Item:
-            picture = source.picture(where, row["image"], "val2014", "images/val2014", "../coco/val2014")
-            gold = (one_hot(choice(where, row, "label", YES_NO), 2),)
-            asked = text(where, row, "text") + ASK
-            return Item(
-                f"{split}/{row['question_id']}", ((picture,),), YES_NO, gold, asked, tags={"split": split}, cluster=str(row["image"])
-            )
-
-        yield from each(source.rows(f"output/coco/coco_pope_{split}.json", ("question_id", "image", "text", "label")), item)
+def item(row: Row) -> Item:
+    return Item(
+        f"{row.part}/{row['question_id']}",
+        ((row.picture(row["image"], "val2014", "images/val2014", "../coco/val2014"),),),
+        YES_NO,
+        (row.truth("label", YES_NO),),
+        row.text("text") + ASK,
+        tags={"split": row.part},
+        cluster=str(row["image"]),
+    )
 
 
 def metrics(table: Sequence[Judged]) -> Values:
     """Of all questions, of each split, and the mean of the splits, which papers report."""
-    found = sliced(table, tag("split"), yes_no)
-    for name in ("f1", "accuracy"):
-        if parts := [value for key, value in found.items() if key.startswith(f"{name}/")]:
-            found[f"{name}_macro"] = sum(parts) / len(parts)
-    return found
+    return with_macros(sliced(table, tag("split"), yes_no), "f1", "accuracy")
 
 
 POPE = Benchmark(
     title="POPE (COCO)",
-    files=tuple(File(f"output/coco/coco_pope_{split}.json", 3000) for split in SPLITS),
+    files=tuple(File(f"output/coco/coco_pope_{split}.json", COLUMNS, 3000, part=split) for split in SPLITS),
     licence="MIT; pictures: COCO",
-    items=items,
+    item=item,
     metrics=metrics,
     headline="f1_macro",
     probes=("yes_no", "generate"),

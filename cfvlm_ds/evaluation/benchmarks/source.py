@@ -7,10 +7,10 @@ and the pictures in them into parts of one file (cfvlm_ds.data.containers).
 
 from __future__ import annotations
 
-import csv
 import difflib
 import io
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cfvlm_ds.core.untrusted import refuse_foreign
 from cfvlm_ds.data.confinement import Confinement
 from cfvlm_ds.data.containers.kinds import is_there
 from cfvlm_ds.data.containers.prepared import prepare, prepared_places
+from cfvlm_ds.data.containers.tables import csv_rows, tsv_rows
 from cfvlm_ds.data.formats.fields import further_keys
 from cfvlm_ds.data.picture_file import picture_file
 
@@ -31,10 +32,89 @@ MAX_FILE = 256 * MIB
 """Bytes of an annotation file that is read whole: ten times the largest one."""
 MAX_ROW = 4 * MIB
 _OUTSIDE = "put the picture itself there; only a whole folder of pictures may be a link"
+_AGAIN = "get the official file again"
 
-Row = dict[str, Any]
-Placed = tuple[str, Any]
-"""Where a row is, and its value or the DataError for it."""
+
+@dataclass(frozen=True)
+class File:
+    """An official file of rows: .json, .jsonl, .csv, .tsv, .parquet, or .txt with columns that tabs separate.
+
+    Args:
+        name: below the benchmark's folder; ``*`` for any name, ``**`` for any folders.
+        columns: that a row must have; others are metadata, unless they look like a misspelt one.
+        rows: how many the official file has; None where that is not known.
+        lines: JSON lines that are read in its place where they are there.
+        part: what its rows are of, such as a split.
+        unnamed: its rows are lists, whose values are the columns.
+    """
+
+    name: str
+    columns: tuple[str, ...] = ()
+    rows: int | None = None
+    lines: str = ""
+    part: str = ""
+    unnamed: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of an official file.
+
+    Args:
+        values: column -> value, further columns included.
+        where: its place, with which every error begins.
+        number: its place in its file: a number from 1, or the key of an object.
+        part: that of its file.
+        file: the name of its file, below the benchmark's folder.
+        source: the folder.
+    """
+
+    values: dict[str, Any]
+    where: str
+    number: str
+    part: str
+    file: str
+    source: Source
+
+    def __getitem__(self, column: str) -> Any:
+        return self.values[column]
+
+    def error(self, problem: str, remedy: str = _AGAIN) -> DataError:
+        """What is wrong with the row."""
+        return DataError(f"{self.where}: {problem}; {remedy}")
+
+    def text(self, column: str) -> str:
+        """A text. Raises DataError for another type or an empty one."""
+        value = self[column]
+        if not isinstance(value, str) or not value.strip():
+            raise self.error(f"{column!r} must be a text, not {quoted(value)}")
+        return value.strip()
+
+    def choice(self, column: str, known: Sequence[Any]) -> int:
+        """The place in ``known`` of a value; texts whatever their case. Raises DataError for another value."""
+        value = self[column]
+        plain = [each.lower() if isinstance(each, str) else each for each in known]
+        given = value.strip().lower() if isinstance(value, str) else value
+        if isinstance(value, bool) or given not in plain:
+            raise self.error(f"{column!r} must be {' or '.join(map(str, known))}, not {quoted(value)}")
+        return plain.index(given)
+
+    def truth(self, column: str, known: Sequence[Any]) -> tuple[int, ...]:
+        """The row of a truth table in which the value is true of ``known``. Raises DataError as ``choice`` does."""
+        return one_hot(self.choice(column, known), len(known))
+
+    def picture(self, name: Any, *folders: str) -> Path:
+        """The file of a picture, see ``Source.picture``."""
+        return self.source.picture(self.where, name, *folders)
+
+
+def one_hot(gold: int, size: int) -> tuple[int, ...]:
+    """The row of a truth table in which one text is true."""
+    return tuple(int(each == gold) for each in range(size))
+
+
+_Placed = tuple[str, str, Any]
+"""The place of a value after the name of its file, its number, and the value or the DataError for it."""
 
 
 class Source:
@@ -51,48 +131,66 @@ class Source:
         self.counts: dict[str, int] = {}
         self.notes: list[str] = []
         self.absent: dict[Path, DataError] = {}
-        self._made: dict[str, Path] = {}
-        """File, as places name it -> folder of the pictures that its rows brought."""
+        self._brought: tuple[Path, ...] = ()
+        """Folder of the pictures that the rows of the file at hand brought."""
         self._confined: dict[tuple[Path, ...], Confinement] = {}
+        self._keyed: dict[File, dict[str, Row]] = {}
 
-    def rows(self, name: str, columns: Sequence[str], lines: str = "") -> Iterator[tuple[str, Row | DataError]]:
-        """The rows of a file as objects that have ``columns``; others that they have are metadata, unless they look like a misspelt one.
-
-        A file that is missing, or cannot be read on, is one DataError. ``lines`` names JSON lines that are read in place of the file.
-        """
-        for where, value in self.values(name, lines):
-            yield where, value if isinstance(value, DataError) else _checked(where, value, columns)
-
-    def values(self, name: str, lines: str = "") -> Iterator[Placed]:
-        """The values of a file: the items of a list, the values of an object, the lines of a table, the rows of Parquet files."""
-        path, read = self.root / name, _READERS.get(Path(name).suffix)
-        if lines and (self.root / lines).is_file():
-            path, read = self.root / lines, _json_lines
-        elif path.suffix == _PARQUET and is_there(path):
+    def rows(self, file: File) -> Iterator[Row | DataError]:
+        """The rows of a file. One that is missing, or cannot be read on, is one DataError."""
+        path, read = self.root / file.name, _READERS.get(Path(file.name).suffix)
+        if file.lines and (self.root / file.lines).is_file():
+            path, read = self.root / file.lines, _json_lines
+        elif path.suffix == ".parquet" and is_there(path):
             read = self._prepared
-        if read is None or not is_there(path) or path.is_dir():
-            yield str(path), self._missing(path, lines)
+        elif "*" in file.name and read is not None:
+            names = sorted(each.relative_to(self.root).as_posix() for each in self.root.glob(file.name))
+            if not names:
+                yield DataError(f"{path}: no {path.suffix} file; docs/benchmarks says where the files are and where they belong")
+            for name in names:
+                yield from self._rows(file, self.root / name, read)
             return
-        self.counts[name], where = 0, ""
-        try:
-            for where, value in read(path):
-                self.counts[name] += 1
-                yield where, value
-        except DataError as error:  # which names the file and what to do
-            yield str(path), error
-        except OSError as error:
-            yield str(path), DataError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions or get it again")
-        except Exception as error:  # parsers raise nearly anything on damaged bytes
-            after = f" after {where.removeprefix(str(path)).lstrip(': ')}" if where else ""
-            yield str(path), DataError(f"{path}: cannot be read{after} ({error}); get the official file again, in UTF-8")
+        if read is None or not is_there(path) or path.is_dir():
+            yield self._missing(path, file.lines)
+            return
+        yield from self._rows(file, path, read)
 
-    def _prepared(self, path: Path) -> Iterator[Placed]:
+    def _rows(self, file: File, path: Path, read: Callable[[Path], Iterator[_Placed]] | None) -> Iterator[Row | DataError]:
+        assert read is not None
+        self._brought, place = (), ""
+        self.counts.setdefault(file.name, 0)
+        name = path.relative_to(self.root).as_posix()
+        try:
+            for place, number, value in read(path):
+                self.counts[file.name] += 1
+                where = f"{path}{place}"
+                values = DataError(f"{where}: {value}") if isinstance(value, DataError) else _checked(where, value, file)
+                yield values if isinstance(values, DataError) else Row(values, where, number, file.part, name, self)
+        except DataError as error:  # which names the file and what to do
+            yield error
+        except OSError as error:
+            yield DataError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions or get it again")
+        except Exception as error:  # parsers raise nearly anything on damaged bytes
+            after = f" after {place.lstrip(': ')}" if place else ""
+            yield DataError(f"{path}: cannot be read{after} ({error}); get the official file again, in UTF-8")
+
+    def keyed(self, file: File, column: str) -> dict[str, Row]:
+        """The rows of a file by a column. Raises DataError for the first that cannot be read."""
+        if file not in self._keyed:
+            found: dict[str, Row] = {}
+            for row in self.rows(file):
+                if isinstance(row, DataError):
+                    raise row
+                found[str(row[column])] = row
+            self._keyed[file] = found
+        return self._keyed[file]
+
+    def _prepared(self, path: Path) -> Iterator[_Placed]:
         """The rows of Parquet files, of which JSON lines are made the first time; a line that is a text says what is wrong with its row."""
         made = prepare(path, "parquet", prepared_places(path, cache_folder()), self._say).lines
-        self._made[str(path)] = made.parent
-        for number, (_, value) in enumerate(_json_lines(made), 1):
-            where = f"{path}:{number}"
-            yield where, DataError(f"{where}: {value}") if isinstance(value, str) else value
+        self._brought = (made.parent,)
+        for place, number, value in _json_lines(made):
+            yield place, number, DataError(value) if isinstance(value, str) else value
 
     def _missing(self, path: Path, lines: str) -> DataError:
         if lines:
@@ -112,9 +210,8 @@ class Source:
         name that is none.
         """
         if not isinstance(name, str):
-            raise DataError(f"{where}: {quoted(name)} is no name of a picture; get the official file again")
-        made = self._made.get(where.rpartition(":")[0])
-        roots = (*([made] if made is not None else []), *(self._folder(folder) for folder in folders or ("",)))
+            raise DataError(f"{where}: {quoted(name)} is no name of a picture; {_AGAIN}")
+        roots = (*self._brought, *(self._folder(folder) for folder in folders or ("",)))
         if roots not in self._confined:
             self._confined[roots] = Confinement(roots, _OUTSIDE)
         try:
@@ -146,52 +243,24 @@ def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
     return path
 
 
-def each(rows: Iterator[tuple[str, Row | DataError]], make: Callable[[str, Row], Any]) -> Iterator[Any]:
-    """What ``make`` gives for each row, or the DataError for it, which names the row."""
-    for where, row in rows:
-        if isinstance(row, DataError):
-            yield row
-            continue
-        try:
-            yield make(where, row)
-        except DataError as error:
-            yield error if str(error).startswith(where) else DataError(f"{where}: {error}")
-        except Exception as error:  # whatever the row's values make of what takes them apart
-            yield DataError(f"{where}: a value in the row has the wrong type or form ({error}); get the official file again")
-
-
-def text(where: str, row: Row, key: str) -> str:
-    """A text of a row. Raises DataError for another type or an empty one."""
-    value = row[key]
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {key!r} must be a text, not {quoted(value)}; get the official file again")
-    return value.strip()
-
-
-def choice(where: str, row: Row, key: str, known: Sequence[Any]) -> int:
-    """The place in ``known`` of what a row says; texts whatever their case. Raises DataError for another value."""
-    value = row[key]
-    plain = [each.lower() if isinstance(each, str) else each for each in known]
-    asked = value.strip().lower() if isinstance(value, str) else value
-    if isinstance(value, bool) or asked not in plain:
-        raise DataError(f"{where}: {key!r} must be {' or '.join(map(str, known))}, not {quoted(value)}; get the official file again")
-    return plain.index(asked)
-
-
-def _checked(where: str, value: Any, columns: Sequence[str]) -> Row | DataError:
+def _checked(where: str, value: Any, file: File) -> dict[str, Any] | DataError:
+    if file.unnamed and (not isinstance(value, list) or len(value) != len(file.columns)):
+        return DataError(f"{where}: the row must be [{', '.join(file.columns)}], not {quoted(value)}; {_AGAIN}")
+    if file.unnamed:
+        return dict(zip(file.columns, value, strict=True))
     if not isinstance(value, dict):
-        return DataError(f"{where}: the row is a {type(value).__name__}, not an object; get the official file again")
+        return DataError(f"{where}: the row is a {type(value).__name__}, not an object; {_AGAIN}")
     try:
-        further_keys(value, columns, where)
+        further_keys(value, file.columns, where)
     except DataError as error:
         return error
-    if absent := [name for name in columns if name not in value]:
+    if absent := [name for name in file.columns if name not in value]:
         has = ", ".join(map(str, list(value)[:20]))
-        return DataError(f"{where}: column {absent[0]!r} is missing (there are: {has}); get the official file again")
+        return DataError(f"{where}: column {absent[0]!r} is missing (there are: {has}); {_AGAIN}")
     return value
 
 
-def _json_values(path: Path) -> Iterator[Placed]:
+def _json_values(path: Path) -> Iterator[_Placed]:
     """Of one JSON value, or of one object per line: published files of either kind are named .json."""
     content = read_bytes(path, MAX_FILE).decode("utf-8-sig")
     try:
@@ -204,50 +273,48 @@ def _json_values(path: Path) -> Iterator[Placed]:
         yield from _json_lines(path)
         return
     if isinstance(value, list):
-        yield from ((f"{path}: item {number}", row) for number, row in enumerate(value, 1))
+        yield from ((f": item {number}", str(number), row) for number, row in enumerate(value, 1))
     elif isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
-        yield from ((f"{path}: key {key!r}", row) for key, row in value.items())
+        yield from ((f": key {key!r}", str(key), row) for key, row in value.items())
     elif isinstance(value, dict):
-        yield f"{path}: item 1", value
+        yield ": item 1", "1", value
     else:
         raise ValueError(f"it holds a {type(value).__name__}, not a list of rows")
 
 
-def _json_lines(path: Path) -> Iterator[Placed]:
+def _json_lines(path: Path) -> Iterator[_Placed]:
     with open_regular(path) as handle:
         for number, line in enumerate(lines(handle, MAX_ROW), 1):
             if not line.strip():
                 continue
-            where = f"{path}:{number}"
             try:
-                yield where, parse_json(line.decode("utf-8-sig"))
+                value = parse_json(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
-                yield where, DataError(f"{where}: broken JSON ({error}); get the official file again")
+                value = DataError(f"broken JSON ({error}); {_AGAIN}")
+            yield f":{number}", str(number), value
 
 
-def _table(delimiter: str) -> Callable[[Path], Iterator[Placed]]:
-    def read(path: Path) -> Iterator[Placed]:
-        reader = csv.reader(io.StringIO(read_bytes(path, MAX_FILE).decode("utf-8-sig"), newline=""), delimiter=delimiter)
-        try:
-            columns = [column.strip() for column in next(reader, [])]
-            if len(set(columns)) < len(columns):
-                raise ValueError("two columns have one name")
-            for line in reader:
-                where = f"{path}:{reader.line_num}"
-                if len(line) == len(columns):
-                    yield where, dict(zip(columns, line, strict=True))
-                elif line:
-                    yield where, DataError(f"{where}: {len(line)} fields for {len(columns)} columns; get the official file again")
-        except csv.Error as error:
-            raise ValueError(f"no table: {error}") from error
-
-    return read
+def _text_lines(path: Path) -> Iterator[_Placed]:
+    """Two values a line, the second after its last tab."""
+    content = read_bytes(path, MIB).decode("utf-8-sig")
+    for number, line in enumerate((line for line in content.splitlines() if line.strip()), 1):
+        before, _, after = line.rpartition("\t")
+        yield f":{number}", str(number), [before, after]
 
 
-_PARQUET = ".parquet"
-_READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {
+def _table(read: Callable[[Path], Iterator[tuple[str, Any]]]) -> Callable[[Path], Iterator[_Placed]]:
+    def values(path: Path) -> Iterator[_Placed]:
+        for place, value in read(path):
+            number = place.removeprefix("line ")
+            yield f":{number}", number, value
+
+    return values
+
+
+_READERS: dict[str, Callable[[Path], Iterator[_Placed]]] = {
     ".json": _json_values,
     ".jsonl": _json_lines,
-    ".csv": _table(","),
-    ".tsv": _table("\t"),
+    ".txt": _text_lines,
+    ".csv": _table(csv_rows),
+    ".tsv": _table(tsv_rows),
 }

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Published, Values, one_hot
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Published, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, tag
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, each, text
+from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
 ROWS = {
     "add_att": 692, "add_obj": 2062, "replace_att": 788, "replace_obj": 1652, "replace_rel": 1406, "swap_att": 666, "swap_obj": 245,
 }  # fmt: skip
+COLUMNS = ("filename", "caption", "negative_caption")
 COCO = ("val2017", "images/val2017", "../coco/val2017")
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    for subset in ROWS:
-
-        def item(where: str, row: Row, subset: str = subset) -> Item:
-            captions = text(where, row, "caption"), text(where, row, "negative_caption")
-            picture = source.picture(where, row["filename"], *COCO)
-            place = where.rpartition(": ")[2].removeprefix("key ").removeprefix("item ").strip("'")
-            return Item(
-                f"{subset}/{place}", ((picture,),), captions, (one_hot(0, 2),), tags={"subset": subset}, cluster=str(row["filename"])
-            )
-
-        yield from each(source.rows(f"data/{subset}.json", ("filename", "caption", "negative_caption")), item)
+def item(row: Row) -> Item:
+    captions = row.text("caption"), row.text("negative_caption")
+    picture, marks = row.picture(row["filename"], *COCO), {"subset": row.part}
+    return Item(f"{row.part}/{row.number}", ((picture,),), captions, ((1, 0),), tags=marks, cluster=str(row["filename"]))
 
 
 def metrics(table: Sequence[Judged]) -> Values:
@@ -41,9 +33,9 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 SUGARCREPE = Benchmark(
     title="SugarCrepe",
-    files=tuple(File(f"data/{subset}.json", rows) for subset, rows in ROWS.items()),
+    files=tuple(File(f"data/{subset}.json", COLUMNS, rows, part=subset) for subset, rows in ROWS.items()),
     licence="MIT (annotations); pictures: COCO, terms of Flickr",
-    items=items,
+    item=item,
     metrics=metrics,
     headline="macro",
     probes=("match", "caption", "letters", "generate"),

@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, tag
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, each, text
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
+from cfvlm_ds.evaluation.benchmarks.metrics import macro_by
+from cfvlm_ds.evaluation.benchmarks.source import File, Row
 from cfvlm_ds.evaluation.benchmarks.sugarcrepe import COCO
 
 SUBSETS = ("replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
-TOTAL = 4757
+CAPTIONS = ("caption", "caption2", "negative_caption")
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    for subset in SUBSETS:
-
-        def item(where: str, row: Row, subset: str = subset) -> Item:
-            captions = tuple(text(where, row, key) for key in ("caption", "caption2", "negative_caption"))
-            picture = source.picture(where, row["filename"], *COCO)
-            return Item(
-                f"{subset}/{row['id']}", ((picture,),), captions, ((1, 1, 0),), tags={"subset": subset}, cluster=str(row["filename"])
-            )
-
-        yield from each(source.rows(f"data/{subset}.json", ("id", "filename", "caption", "caption2", "negative_caption")), item)
-    if (found := sum(source.counts.values())) != TOTAL:
-        source.notes.append(f"the files have {found} rows together, and the official ones {TOTAL}: another revision")
-
-
-def metrics(table: Sequence[Judged]) -> Values:
-    """The image-to-text task: both true captions beat the false one."""
-    return macro(table, tag("subset")) | accuracy(table)
+def item(row: Row) -> Item:
+    captions = tuple(row.text(column) for column in CAPTIONS)
+    picture, marks = row.picture(row["filename"], *COCO), {"subset": row.part}
+    return Item(f"{row.part}/{row['id']}", ((picture,),), captions, ((1, 1, 0),), tags=marks, cluster=str(row["filename"]))
 
 
 SUGARCREPE_PP = Benchmark(
     title="SugarCrepe++",
-    files=tuple(File(f"data/{subset}.json") for subset in SUBSETS),
+    files=tuple(File(f"data/{subset}.json", ("id", "filename", *CAPTIONS), part=subset) for subset in SUBSETS),
     licence="CC-BY-4.0 by its read-me, MIT by its licence file; pictures: COCO",
-    items=items,
-    metrics=metrics,
+    item=item,
+    metrics=macro_by("subset"),
     headline="macro",
     probes=("match", "caption"),
+    total=4757,
     traps=(
         "chance is one in three: both of two true captions must win",
         "in four rows the two true captions are equal: they count as they are",

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Published, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, quads, sliced, tag
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, each, text
-from cfvlm_ds.evaluation.benchmarks.winoground import quad
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Published, Values, quad
+from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, quads, sliced, tag, with_macros
+from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
-FILE = File("data/test-*.parquet", 2084, lines="test.jsonl")
+COLUMNS = ("image_0", "text_0", "image_1", "text_1", "category")
 SOURCE = "arXiv 2407.16772"
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    def item(where: str, row: Row) -> Item:
-        return quad(
-            where.rpartition(":")[2],
-            tuple(source.picture(where, row[key], "", "images") for key in ("image_0", "image_1")),
-            (text(where, row, "text_0"), text(where, row, "text_1")),
-            {"category": text(where, row, "category")},
-            str(row["image_0"]),
-        )
-
-    yield from each(source.rows(FILE.name, ("image_0", "text_0", "image_1", "text_1", "category"), FILE.lines), item)
+def item(row: Row) -> Item:
+    pictures = [row.picture(row[key], "", "images") for key in ("image_0", "image_1")]
+    return quad(row.number, pictures, (row.text("text_0"), row.text("text_1")), str(row["image_0"]), category=row.text("category"))
 
 
 def metrics(table: Sequence[Judged]) -> Values:
     """The authors report categories; their mean is ``group_macro``, beside the mean over items."""
-    found = sliced(table, tag("category"), quads)
-    for name in ("text", "image", "group"):
-        if parts := [value for key, value in found.items() if key.startswith(f"{name}/")]:
-            found[f"{name}_macro"] = sum(parts) / len(parts)
-    return found
+    return with_macros(sliced(table, tag("category"), quads), "text", "image", "group")
 
 
 VISMIN = Benchmark(
     title="VisMin",
-    files=(FILE,),
+    files=(File("data/test-*.parquet", COLUMNS, 2084, lines="test.jsonl"),),
     licence="see the card on the hub",
-    items=items,
+    item=item,
     metrics=metrics,
     headline="group_macro",
     probes=("match", "caption", "letters"),

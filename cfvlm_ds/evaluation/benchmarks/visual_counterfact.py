@@ -3,65 +3,51 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Values
-from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, quads, sliced, tag
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, each, text
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item
+from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_CHANCE, by, quads
+from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
-FILES = {
-    "color": File("data/color-*.parquet", 493, lines="color.jsonl"),
-    "size": File("data/size-*.parquet", 727, lines="size.jsonl"),
-}
 COLUMNS = ("object", "correct_answer", "incorrect_answer", "original_image", "counterfact_image")
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    for part, file in FILES.items():
-
-        def item(where: str, row: Row, part: str = part) -> Item:
-            usual, changed = (_answers(where, row, key) for key in ("correct_answer", "incorrect_answer"))
-            texts = tuple(dict.fromkeys([*usual, *changed]))
-            images = tuple((source.picture(where, row[key], "", "images"),) for key in ("original_image", "counterfact_image"))
-            match = tuple(tuple(int(each in true) for each in texts) for true in (usual, changed))
-            if part == "color":
-                asked = f"Answer with one word. What color is this {text(where, row, 'object')}?"
-            else:
-                first, second = sorted((usual[0], changed[0]))
-                asked = f"Answer with the correct option. Which is larger here, {first} or {second}?"
-            number = f"{part}/{where.rpartition(':')[2]}"
-            return Item(number, images, texts, match, asked, tags={"part": part}, cluster=str(row["object"]))
-
-        yield from each(source.rows(file.name, COLUMNS, file.lines), item)
+def item(row: Row) -> Item:
+    usual, changed = _answers(row, "correct_answer"), _answers(row, "incorrect_answer")
+    texts = tuple(dict.fromkeys([*usual, *changed]))
+    images = tuple((row.picture(row[key], "", "images"),) for key in ("original_image", "counterfact_image"))
+    match = tuple(tuple(int(each in true) for each in texts) for true in (usual, changed))
+    if row.part == "color":
+        asked = f"Answer with one word. What color is this {row.text('object')}?"
+    else:
+        first, second = sorted((usual[0], changed[0]))
+        asked = f"Answer with the correct option. Which is larger here, {first} or {second}?"
+    return Item(f"{row.part}/{row.number}", images, texts, match, asked, tags={"part": row.part}, cluster=str(row["object"]))
 
 
-def _answers(where: str, row: Row, key: str) -> list[str]:
+def _answers(row: Row, column: str) -> list[str]:
     """A text, or several in the form of a Python list, as one revision of the files has them."""
-    value = text(where, row, key) if isinstance(row[key], str) else row[key]
+    value = row.text(column) if isinstance(row[column], str) else row[column]
     if isinstance(value, str) and value.startswith("[") and len(value) < 10_000:
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise DataError(f"{where}: {key!r} is no list of texts ({error}); get the official file again") from error
+            raise row.error(f"{column!r} is no list of texts ({error})") from error
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not found or not all(isinstance(each, str) and each.strip() for each in found):
-        raise DataError(f"{where}: {key!r} must be a text or a list of texts; get the official file again")
+        raise row.error(f"{column!r} must be a text or a list of texts")
     return [each.strip() for each in found]
-
-
-def metrics(table: Sequence[Judged]) -> Values:
-    """Text: each picture has its answer. A model that answers from memory has the first picture alone, and no text score."""
-    return sliced(table, tag("part"), quads)
 
 
 VISUAL_COUNTERFACT = Benchmark(
     title="Visual CounterFact",
-    files=tuple(FILES.values()),
+    files=(
+        File("data/color-*.parquet", COLUMNS, 493, "color.jsonl", part="color"),
+        File("data/size-*.parquet", COLUMNS, 727, "size.jsonl", part="size"),
+    ),
     licence="none stated on the card",
-    items=items,
-    metrics=metrics,
-    headline="text",
+    item=item,
+    metrics=by("part", quads),
+    headline="text",  # a model that answers from memory has the first picture alone, and no text score
     probes=("caption", "generate"),
     chance=QUAD_CHANCE,
     traps=(

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Published, Values, one_hot
+from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, Item, Judged, Published, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import macro, tag, yes_no
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, choice, each, text
+from cfvlm_ds.evaluation.benchmarks.source import File, Row
 
-NAME = "data/splits/zeroshot/test.jsonl"
+COLUMNS = ("image", "caption", "label", "relation")
 ASK = 'Is this sentence true of the picture: "{}" Please answer Yes or No.'
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    def item(where: str, row: Row) -> Item:
-        picture = source.picture(where, row["image"], "data/images", "images", "../coco/train2017", "../coco/val2017")
-        gold = (one_hot(choice(where, row, "label", (1, 0)), 2),)
-        asked = ASK.format(text(where, row, "caption"))
-        marks = {"relation": text(where, row, "relation")}
-        return Item(where.rpartition(":")[2], ((picture,),), YES_NO, gold, asked, tags=marks, cluster=str(row["image"]))
-
-    yield from each(source.rows(NAME, ("image", "caption", "label", "relation")), item)
+def item(row: Row) -> Item:
+    picture = row.picture(row["image"], "data/images", "images", "../coco/train2017", "../coco/val2017")
+    asked, marks = ASK.format(row.text("caption")), {"relation": row.text("relation")}
+    return Item(row.number, ((picture,),), YES_NO, (row.truth("label", (1, 0)),), asked, tags=marks, cluster=str(row["image"]))
 
 
 def metrics(table: Sequence[Judged]) -> Values:
@@ -32,9 +26,9 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 VSR = Benchmark(
     title="VSR (zero-shot)",
-    files=(File(NAME, 1222),),
+    files=(File("data/splits/zeroshot/test.jsonl", COLUMNS, 1222),),
     licence="Apache-2.0; pictures: COCO",
-    items=items,
+    item=item,
     metrics=metrics,
     headline="accuracy",
     probes=("yes_no", "generate"),

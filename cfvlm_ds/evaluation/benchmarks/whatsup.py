@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Values, one_hot
+from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, grouped, sets, tag, text_right
-from cfvlm_ds.evaluation.benchmarks.source import Row, Source, each
+from cfvlm_ds.evaluation.benchmarks.source import File, Row, one_hot
 
-CONTROLLED = {"images": "controlled_images_dataset.json", "clevr": "controlled_clevr_dataset.json"}
+CONTROLLED = ("images", "clevr")
 QUESTIONS = {
-    "coco_one": ("coco_qa_one_obj.json", ("val2017", "../coco/val2017")),
-    "coco_two": ("coco_qa_two_obj.json", ("val2017", "../coco/val2017")),
-    "vg_one": ("vg_qa_one_obj.json", ("vg_images",)),
-    "vg_two": ("vg_qa_two_obj.json", ("vg_images",)),
+    "coco_one": ("val2017", "../coco/val2017"),
+    "coco_two": ("val2017", "../coco/val2017"),
+    "vg_one": ("vg_images",),
+    "vg_two": ("vg_images",),
 }
+"""Part -> folders of its pictures."""
 PAIRS = {
     "left": "left-right",
     "right": "left-right",
@@ -27,47 +27,32 @@ PAIRS = {
 }
 
 
-def items(source: Source) -> Iterator[Item | DataError]:
-    for part, name in CONTROLLED.items():
-
-        def controlled(where: str, row: Row, part: str = part) -> Item:
-            options = row["caption_options"]
-            if not isinstance(options, list) or len(options) != 4 or not all(isinstance(option, str) for option in options):
-                raise DataError(f"{where}: 'caption_options' must be four texts; get the official file again")
-            path = PurePosixPath(str(row["image_path"]).removeprefix("data/"))
-            scene, pair = scene_of(where, path.name)
-            tags = {"part": part, "set": f"{part}/{scene}", "pair": f"{part}/{scene}/{pair}"}
-            picture = source.picture(where, str(path), "")
-            return Item(f"{part}/{path.stem}", ((picture,),), tuple(options), (one_hot(0, 4),), tags=tags, cluster=tags["set"])
-
-        yield from each(source.rows(name, ("image_path", "caption_options")), controlled)
-    for part, (name, folders) in QUESTIONS.items():
-
-        def question(where: str, row: Row, part: str = part, folders: Sequence[str] = folders) -> Item:
-            stem = str(row["image_id"]).zfill(12) if part.startswith("coco") else str(row["image_id"])
-            picture = source.picture(where, f"{stem}.jpg", *folders)
-            texts = row["true"], row["false"]
-            return Item(f"{part}/{where.rpartition('item ')[2]}", ((picture,),), texts, (one_hot(0, 2),), tags={"part": part}, cluster=stem)
-
-        yield from each(_triples(source, name), question)
+def item(row: Row) -> Item:
+    if row.part in CONTROLLED:
+        return _controlled(row)
+    stem = str(row["image_id"]).zfill(12 if row.part.startswith("coco") else 0)
+    picture = row.picture(f"{stem}.jpg", *QUESTIONS[row.part])
+    texts = row["true"], row["false"]
+    return Item(f"{row.part}/{row.number}", ((picture,),), texts, ((1, 0),), tags={"part": row.part}, cluster=stem)
 
 
-def scene_of(where: str, name: str) -> tuple[str, str]:
+def _controlled(row: Row) -> Item:
+    options = row["caption_options"]
+    if not isinstance(options, list) or len(options) != 4 or not all(isinstance(option, str) for option in options):
+        raise row.error("'caption_options' must be four texts")
+    path = PurePosixPath(str(row["image_path"]).removeprefix("data/"))
+    scene, pair = scene_of(row, path)
+    tags = {"part": row.part, "set": f"{row.part}/{scene}", "pair": f"{row.part}/{scene}/{pair}"}
+    picture = row.picture(str(path), "")
+    return Item(f"{row.part}/{path.stem}", ((picture,),), tuple(options), (one_hot(0, 4),), tags=tags, cluster=tags["set"])
+
+
+def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
     """The two objects and the pair of relations of a file such as ``beer-bottle_left_of_armchair.jpeg``, as the authors' code reads it."""
-    words = PurePosixPath(name).stem.split("_")
+    words = path.stem.split("_")
     if len(words) < 3 or words[1] not in PAIRS:
-        raise DataError(f"{where}: the file name {name!r} says no relation ({', '.join(PAIRS)}); get the official file again")
+        raise row.error(f"the file name {path.name!r} says no relation ({', '.join(PAIRS)})")
     return f"{words[0]}+{words[-1]}", PAIRS[words[1]]
-
-
-def _triples(source: Source, name: str) -> Iterator[tuple[str, Row | DataError]]:
-    for where, row in source.values(name):
-        if isinstance(row, DataError):
-            yield where, row
-        elif isinstance(row, list) and len(row) == 3 and all(isinstance(value, str) for value in row[1:]):
-            yield where, dict(zip(("image_id", "true", "false"), row, strict=True))
-        else:
-            yield where, DataError(f"{where}: the row must be [image id, true caption, false caption]; get the official file again")
 
 
 def metrics(table: Sequence[Judged]) -> Values:
@@ -92,9 +77,12 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 WHATSUP = Benchmark(
     title="What'sUp",
-    files=(*(File(name) for name in CONTROLLED.values()), *(File(name) for name, _ in QUESTIONS.values())),
+    files=(
+        *(File(f"controlled_{part}_dataset.json", ("image_path", "caption_options"), part=part) for part in CONTROLLED),
+        *(File(part.replace("_", "_qa_") + "_obj.json", ("image_id", "true", "false"), part=part, unnamed=True) for part in QUESTIONS),
+    ),
     licence="MIT; pictures: the authors', COCO, Visual Genome",
-    items=items,
+    item=item,
     metrics=metrics,
     headline="individual",
     probes=("match", "caption", "letters"),
