@@ -24,11 +24,12 @@ import torch
 from scoring import SIZES, TEXT, VOCABULARY, build, case, clear, now, packed_inputs, peak, reset_peak
 from torch import Tensor
 
+from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.models import FAMILIES, Scorer
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import BACKENDS, registered
-from cfvlm_ds.training.gradient_cache import two_passes
+from cfvlm_ds.training.gradient_cache import forward
 
 
 def main() -> None:
@@ -73,18 +74,12 @@ def measure(arguments: argparse.Namespace, count: int) -> list[tuple[float, floa
         return loss.item()
 
     def cache() -> float:
-        two_passes(
-            Engine(scorer),
-            batches,
-            len(batches),
-            lambda scores: found.setdefault("loss", coupled(scores)),
-            lambda _: None,
-            last=True,
-            device=of.prefix.device,
-        )
-        return found.pop("loss").item()
+        micro_batch = MicroBatch(tuple(batches))
+        scores, backward = forward(Engine(scorer), micro_batch, len(batches), of.prefix.device, lambda _: None, last=True)
+        loss = coupled(scores)
+        backward(loss)
+        return loss.item()
 
-    found: dict[str, Tensor] = {}
     ways: dict[Callable[[], float], list[float]] = {cache: [], one_row: []}
     losses: list[float] = []
     peaks: list[int] = []

@@ -1,11 +1,11 @@
-"""One micro-batch: inputs that go to the engine unchanged, and what is needed to turn its log-probs into a score matrix.
+"""Micro-batches, in one forward or several: inputs that go to the engine unchanged, and what turns its log-probs into a score matrix.
 
 Shapes: G groups, I images, C candidates, T tokens, N scored tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,11 +34,10 @@ def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. ``model_inputs`` goes to the engine unchanged and returns one log-prob per scored token.
+    """One forward. ``model_inputs`` goes to the engine unchanged and returns one log-prob per scored token.
 
-    ``cell`` [N] is the flat index in [G, I, C] of each scored token's cell; ``is_end`` [N] marks end-of-turn tokens; ``num_tokens`` counts
-    the tokens of the row, ``num_scored`` the positions from which something is predicted; ``dropped`` are groups left out, (id, reason)
-    each.
+    ``cell`` [N] is the flat index in [G, I, C] of each scored token's cell; ``is_end`` [N] marks end-of-turn tokens; ``layout`` is that of
+    the whole micro-batch; ``num_tokens`` counts the tokens of the row, ``num_scored`` the positions from which something is predicted.
     """
 
     model_inputs: dict[str, Any]
@@ -50,7 +49,6 @@ class Batch:
     num_tokens: int
     num_scored: int
     num_images: int
-    dropped: tuple[tuple[str, str], ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -81,6 +79,40 @@ class Batch:
         """The score matrix of the batch from the engine's output."""
         logp, end_logp = score_matrix(token_logp, self.cell, self.is_end, self.layout)
         return Scores(self.layout, logp, end_logp, self.reference, self.prior)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The groups of a rank whose gradients are computed together, in one forward or several.
+
+    ``dropped`` are groups left out, (id, reason) each.
+    """
+
+    forwards: tuple[Batch, ...]
+    dropped: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def layout(self) -> GroupLayout:
+        """The layout of all forwards together."""
+        return self.forwards[0].layout
+
+    def padded(self, number: int) -> tuple[Batch, ...]:
+        """``number`` forwards, as every rank makes under ZeRO-3: first repeats of the first one, which do not count, then its own."""
+        return (self.forwards[0],) * (number - len(self.forwards)) + self.forwards
+
+    def scores(self, token_logp: Sequence[Tensor]) -> Scores:
+        """The score matrix from the engine's outputs for the ``padded`` forwards."""
+        own = token_logp[len(token_logp) - len(self.forwards) :]
+        found = [batch.scores(logp) for batch, logp in zip(self.forwards, own, strict=True)]
+        return found[0] if len(found) == 1 else Scores.joined(found)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch with its tensors on ``device``."""
+        return replace(self, forwards=tuple(batch.to(device) for batch in self.forwards))
+
+    def pin_memory(self) -> MicroBatch:
+        """The same micro-batch in memory that a GPU copies from while it computes; a DataLoader calls it."""
+        return replace(self, forwards=tuple(batch.pin_memory() for batch in self.forwards))
 
 
 _ALIGNMENT = 16  # bytes

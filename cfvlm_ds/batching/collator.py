@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
-from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch
+from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch, MicroBatch
 from cfvlm_ds.batching.batch_layout import group_layout, guest_texts, stored_scores, with_guests, without_broken_guests
 from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, ImageSource, Size, Unprocessable, with_names
 from cfvlm_ds.batching.packing import PromptLength, Tree, divide, num_tokens, pack
@@ -157,26 +157,25 @@ class Collator:
                 dropped.append((group.id, str(error)))
         return kept, tuple(dropped)
 
-    def without_unreadable(self, groups: Sequence[CounterfactualGroup | DataError], max_tokens: int | None = None) -> list[Batch]:
-        """The ``parts`` of the groups that can be collated; the first one names the groups left out, and rows that could not be read, by
-        their places. If none can, it is a stand-in of weight 0 that counts no group: ZeRO-3 waits for this rank's forward and backward in
-        any case."""
+    def without_unreadable(self, groups: Sequence[CounterfactualGroup | DataError], max_tokens: int | None = None) -> MicroBatch:
+        """The micro-batch of the groups that can be collated, in ``parts``; it names the groups left out, and rows that could not be read
+        by their places. If none can, it is a stand-in of weight 0 that counts no group: ZeRO-3 waits for this rank's forward and backward
+        in any case."""
         found = [group for group in groups if not isinstance(group, DataError)]
         lost = tuple((str(each).partition(": ")[0], str(each)) for each in groups if isinstance(each, DataError))
         try:
             if not lost:
-                return self.parts(found, max_tokens)
+                return MicroBatch(tuple(self.parts(found, max_tokens)))
         except DataError:
             pass
         kept, dropped = self.readable(found)
         dropped = (*lost, *dropped)
         if kept:
-            first, *more = self.parts(kept, max_tokens)
-            return [replace(first, dropped=dropped), *more]
+            return MicroBatch(tuple(self.parts(kept, max_tokens)), dropped)
         batch = self.scoring_everything()([STAND_IN])
         layout = replace(batch.layout, weight=torch.zeros_like(batch.layout.weight), ids=())
         reference, prior = (None, None) if self.stored is None else (torch.zeros(layout.valid.shape), torch.zeros(1, 1))
-        return [replace(batch, layout=layout, reference=reference, prior=prior, dropped=dropped)]
+        return MicroBatch((replace(batch, layout=layout, reference=reference, prior=prior),), dropped)
 
     def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
         """Tokens of a row with one text after pictures of ``sizes`` (width, height), end-of-turn included.

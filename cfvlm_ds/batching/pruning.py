@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.batch import Batch, MicroBatch
 from cfvlm_ds.models.forest import Forest
 
 
-def pruned(parts: Sequence[Batch], keep: Tensor) -> list[Batch]:
-    """The parts of a micro-batch with those cells alone that ``keep`` [G, I, C] has; a part without any is left out.
+def pruned(micro_batch: MicroBatch, keep: Tensor) -> MicroBatch:
+    """A micro-batch with those cells alone that ``keep`` [G, I, C] has; a forward without any is left out.
 
     Every group must keep one. A picture that no cell needs any more leaves the model's inputs where these have one row for each picture;
     else the tower still runs on it.
     """
-    layout = replace(parts[0].layout, valid=parts[0].layout.valid & keep)
+    layout = replace(micro_batch.layout, valid=micro_batch.layout.valid & keep)
     wanted = layout.valid.flatten()
-    kept = [_pruned(part, wanted, layout) for part in parts if bool(wanted[part.cell].any())]
-    return [replace(kept[0], dropped=parts[0].dropped), *kept[1:]]
+    kept = (_pruned(batch, wanted, layout) for batch in micro_batch.forwards if bool(wanted[batch.cell].any()))
+    return replace(micro_batch, forwards=tuple(kept))
 
 
 def _pruned(batch: Batch, wanted: Tensor, layout: Any) -> Batch:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster import signals
 from cfvlm_ds.core.config import RunConfig
@@ -30,8 +30,8 @@ def forkable(num_workers: int, importing: threading.Thread | None) -> int:
 
 def micro_batches(
     groups: Sequence[CounterfactualGroup], sampler: GroupSampler, collator: Collator, config: RunConfig, world: World, num_workers: int
-) -> Iterator[list[Batch]]:
-    """Micro-batches from where the sampler is, each in the parts that are run one after the other.
+) -> Iterator[MicroBatch]:
+    """Micro-batches from where the sampler is.
 
     Raises WorkerLost when a data worker has died.
     """
@@ -51,7 +51,7 @@ def micro_batches(
         signals.hold_deaths_back()
     while True:
         with signals.worker_deaths(), signals.deaths_heard():
-            parts = next(iterator, None)
-        if parts is None:
+            micro_batch = next(iterator, None)
+        if micro_batch is None:
             return
-        yield parts
+        yield micro_batch

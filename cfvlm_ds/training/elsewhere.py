@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.core.distributed import World, gather_objects, random_state, set_random_state
 from cfvlm_ds.core.scores import Scores
 
@@ -82,17 +82,14 @@ class _Elsewhere:
             yield from (score for host, score in entries if host != place)
 
 
-def look_ahead(engine: Any, micro_batches: Sequence[Sequence[Batch]], forwards: Sequence[int], device: torch.device) -> list[Scores]:
+def look_ahead(engine: Any, micro_batches: Sequence[MicroBatch], forwards: Sequence[int], device: torch.device) -> list[Scores]:
     """The scores of all micro-batches of this rank before the gradients of the first are computed.
 
     With the random numbers of the forwards that follow, so that dropout leaves out the same; every rank makes as many forwards.
     """
     state, found = random_state(device), []
     with torch.no_grad():
-        for parts, count in zip(micro_batches, forwards, strict=True):
-            repeated = [*[parts[0]] * (count - len(parts)), *parts]
-            logp = [engine(**part.model_inputs) for part in repeated]
-            scored = [part.scores(each) for part, each in zip(parts, logp[count - len(parts) :], strict=True)]
-            found.append(Scores.joined(scored) if len(scored) > 1 else scored[0])
+        for micro_batch, number in zip(micro_batches, forwards, strict=True):
+            found.append(micro_batch.scores([engine(**batch.model_inputs) for batch in micro_batch.padded(number)]))
     set_random_state(state, device)
     return found

@@ -2,75 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.batch import Batch, MicroBatch
 from cfvlm_ds.core.distributed import random_state, set_random_state
 from cfvlm_ds.core.scores import Scores
 
-LossOf = Callable[[Scores], Tensor]
 BesideOf = Callable[[Batch, bool], Tensor | float]
-"""What the last forward, of a batch, adds to the loss beside the objective; nothing for a repeat, whose flag is False."""
+"""Returns what the last forward, of a batch, adds to the loss beside the objective; 0 for a repeat, whose flag is False."""
 ReferenceOf = Callable[[Batch], Tensor | None]
 """Computes the reference scores [G, I, C] of a batch; None if they are stored or not needed."""
+Backward = Callable[[Tensor], None]
+"""Adds the gradients of a loss of the scores."""
 
 
 def nothing(batch: Batch, counts: bool) -> float:
-    """There is no loss beside the objective."""
+    """Add no loss beside the objective."""
     return 0.0
 
 
-def one_pass(engine: Any, batch: Batch, loss_of: LossOf, reference_of: ReferenceOf, last: bool, beside: BesideOf = nothing) -> None:
-    """Add the gradients of a micro-batch; the ``last`` of a step completes them."""
+def forward(
+    engine: Any,
+    micro_batch: MicroBatch,
+    number: int,
+    device: torch.device,
+    reference_of: ReferenceOf,
+    last: bool,
+    beside: BesideOf = nothing,
+) -> tuple[Scores, Backward]:
+    """Score a micro-batch in ``number`` forwards, the same on all ranks; the ``last`` of a step completes its gradients."""
+    if number == 1:
+        return _one_pass(engine, micro_batch, reference_of, last, beside)
+    return _two_passes(engine, micro_batch, number, device, reference_of, last, beside)
+
+
+def _one_pass(engine: Any, micro_batch: MicroBatch, reference_of: ReferenceOf, last: bool, beside: BesideOf) -> tuple[Scores, Backward]:
+    (batch,) = micro_batch.forwards
     engine.set_gradient_accumulation_boundary(last)
     reference = reference_of(batch)
     scores = batch.scores(engine(**batch.model_inputs))
-    scores = scores if reference is None else replace(scores, reference=reference)
     extra = beside(batch, True)
-    engine.backward(loss_of(scores) + extra, scale_wrt_gas=False)
+
+    def backward(loss: Tensor) -> None:
+        engine.backward(loss + extra, scale_wrt_gas=False)
+
+    return scores if reference is None else replace(scores, reference=reference), backward
 
 
-def two_passes(
-    engine: Any,
-    parts: Sequence[Batch],
-    forwards: int,
-    loss_of: LossOf,
-    reference_of: ReferenceOf,
-    last: bool,
-    device: torch.device,
-    beside: BesideOf = nothing,
-) -> None:
-    """As ``one_pass``, for a micro-batch in parts, with the activations of only one part in memory.
+def _two_passes(
+    engine: Any, micro_batch: MicroBatch, number: int, device: torch.device, reference_of: ReferenceOf, last: bool, beside: BesideOf
+) -> tuple[Scores, Backward]:
+    """As ``_one_pass``, with the activations of only one forward in memory.
 
     The first pass computes the scores, which the loss couples. The loss's derivatives by the log-probs weight them in the second pass,
-    which uses the same random numbers. The last part's activations serve both passes. All ranks make ``forwards`` forwards: a rank with
-    fewer parts begins with repeats of its first one, with weight 0.
+    which uses the same random numbers. The last forward's activations serve both passes. Repeats have the weight 0.
     """
-    repeats = forwards - len(parts)
-    repeated = [*[parts[0]] * repeats, *parts]
-    references = [reference_of(part) for part in repeated][repeats:]
+    batches, repeats = micro_batch.padded(number), number - len(micro_batch.forwards)
+    references = [reference_of(batch) for batch in batches][repeats:]
     states, found = [], list[Tensor]()
-    for part in repeated:
+    for batch in batches:
         states.append(random_state(device))
-        with torch.set_grad_enabled(len(found) == forwards - 1):
-            found.append(engine(**part.model_inputs))
-    extra, after = beside(repeated[-1], True), random_state(device)
+        with torch.set_grad_enabled(len(found) == number - 1):
+            found.append(engine(**batch.model_inputs))
+    of_last, after = beside(batches[-1], True), random_state(device)
     leaves = [logp.detach().requires_grad_() for logp in found]
-    scores = Scores.joined([part.scores(logp) for part, logp in zip(parts, leaves[repeats:], strict=True)])
+    scores = micro_batch.scores(leaves)
     if own := [reference for reference in references if reference is not None]:
         scores = replace(scores, reference=torch.stack(own).sum(0))
-    weights = torch.autograd.grad(loss_of(scores), leaves, allow_unused=True, materialize_grads=True)
-    for k in reversed(range(forwards)):
-        engine.set_gradient_accumulation_boundary(last and k == 0)
-        logp = found.pop()
-        if k < forwards - 1:
-            set_random_state(states[k], device)
-            logp = engine(**repeated[k].model_inputs)
-            extra = beside(repeated[k], k >= repeats)
-        engine.backward((weights[k] * logp).sum() + extra, scale_wrt_gas=False)
-    set_random_state(after, device)
+
+    def backward(loss: Tensor) -> None:
+        extra = of_last
+        weights = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        for k in reversed(range(number)):
+            engine.set_gradient_accumulation_boundary(last and k == 0)
+            logp = found.pop()
+            if k < number - 1:
+                set_random_state(states[k], device)
+                logp = engine(**batches[k].model_inputs)
+                extra = beside(batches[k], k >= repeats)
+            engine.backward((weights[k] * logp).sum() + extra, scale_wrt_gas=False)
+        set_random_state(after, device)
+
+    return scores, backward

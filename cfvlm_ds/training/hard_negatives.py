@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.batching.pruning import pruned
 from cfvlm_ds.core.scores import Scores
 
@@ -36,21 +36,20 @@ class HardNegatives:
         forwards: says how many forwards each micro-batch takes, the same on every rank.
     """
 
-    def __init__(self, engine: Any, number: int, forwards: Callable[[Sequence[Sequence[Batch]]], list[int]]) -> None:
+    def __init__(self, engine: Any, number: int, forwards: Callable[[Sequence[MicroBatch]], list[int]]) -> None:
         self._engine, self._number, self._forwards = engine, number, forwards
 
-    def of(self, micro_batches: Sequence[list[Batch]]) -> tuple[list[list[Batch]], list[Hardest]]:
+    def of(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], list[Hardest]]:
         """The micro-batches with fewer cells, and what of each has stayed. Collective: every rank makes as many forwards."""
         self._engine.eval()  # no dropout, and so no random number is drawn that a resumed run would miss
         with torch.no_grad():
-            chosen = [self._chosen(parts, count) for parts, count in zip(micro_batches, self._forwards(micro_batches), strict=True)]
+            scored = [
+                each.scores([self._engine(**batch.model_inputs) for batch in each.padded(number)])
+                for each, number in zip(micro_batches, self._forwards(micro_batches), strict=True)
+            ]
         self._engine.train()
-        return [pruned(parts, hardest.cells) for parts, hardest in zip(micro_batches, chosen, strict=True)], chosen
-
-    def _chosen(self, parts: Sequence[Batch], forwards: int) -> Hardest:
-        logp = [self._engine(**part.model_inputs) for part in [*[parts[0]] * (forwards - len(parts)), *parts]]
-        scored = [part.scores(each) for part, each in zip(parts, logp[forwards - len(parts) :], strict=True)]
-        return hardest(scored[0] if len(scored) == 1 else Scores.joined(scored), self._number)
+        chosen = [hardest(scores, self._number) for scores in scored]
+        return [pruned(each, hardest.cells) for each, hardest in zip(micro_batches, chosen, strict=True)], chosen
 
 
 def hardest(scores: Scores, number: int) -> Hardest:

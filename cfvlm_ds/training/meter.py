@@ -99,7 +99,7 @@ def measure(
     for routed in measured.routed:
         for expert, taken in enumerate(routed.taken):
             meter.add(f"router/load/{expert:03d}", taken * len(routed.taken), routed.taken.sum())
-    for batch in measured.parts:
+    for batch in measured.micro_batch.forwards:
         meter.add("throughput/tokens_per_s", batch.num_tokens, 1)
         meter.add("throughput/images_per_s", batch.num_images, 1)
         meter.add("throughput/model_tflop_per_s", flops.of(batch.model_inputs, batch.num_scored) / 1e12, 1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.batch import Batch, MicroBatch
 from cfvlm_ds.core.distributed import World, all_reduce_sums, random_state, set_random_state
 from cfvlm_ds.models import Routed
 
@@ -32,18 +32,17 @@ class RouterBalance:
         self._of_step: tuple[Tensor, Tensor] | None = None  # how many rows each expert takes on all ranks [E], and how many there are
         self._since: list[Routed] = []
 
-    def look_ahead(self, micro_batches: Sequence[Sequence[Batch]], forwards: Sequence[int]) -> None:
-        """Make the step's forwards once without gradients, if there are several; ``forwards`` as in ``two_passes``."""
+    def look_ahead(self, micro_batches: Sequence[MicroBatch], forwards: Sequence[int]) -> None:
+        """Make the step's forwards once without gradients, if there are several; ``forwards`` is their number for each micro-batch."""
         if not self._weight or sum(forwards) == 1:
             return
         before = random_state(self._world.device)
         found: list[Routed | None] = []
         with torch.no_grad():
-            for parts, number in zip(micro_batches, forwards, strict=True):
-                repeats = number - len(parts)
-                for k, part in enumerate([*[parts[0]] * repeats, *parts]):
-                    self._engine(**part.model_inputs)
-                    found.append(self._last(part, k >= repeats))
+            for micro_batch, number in zip(micro_batches, forwards, strict=True):
+                for k, batch in enumerate(micro_batch.padded(number), len(micro_batch.forwards) - number):
+                    self._engine(**batch.model_inputs)
+                    found.append(self._last(batch, k >= 0))
         set_random_state(before, self._world.device)
         self._agree([routed for routed in found if routed is not None])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.core.config import TrainConfig
 from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.distributed import World, gather_objects
@@ -29,12 +29,12 @@ class SkippedGroups:
     def __init__(self, data: DataConfig, run_dir: Path, skipped: dict[str, str], world: World) -> None:
         self._data, self._file, self._skipped, self._world = data, run_dir / "skipped.json", skipped, world
 
-    def note(self, batches: Sequence[Batch]) -> None:
+    def note(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Note the groups that were left out of these micro-batches; all ranks call it if one of them has left some out.
 
         Raises DataError on all of them if data.on_error and data.max_skipped do not allow it.
         """
-        mine = [entry for batch in batches for entry in batch.dropped]
+        mine = [entry for micro_batch in micro_batches for entry in micro_batch.dropped]
         found = dict(entry for entries in gather_objects(mine, self._world) for entry in entries)
         if self._data.on_error == "error":
             first, *more = found.values()
@@ -62,14 +62,14 @@ class NonfiniteSteps:
         """Note that a step was finite."""
         self._in_a_row = 0
 
-    def note(self, step: int, losses: Sequence[tuple[Batch, Tensor]], what: str, applied: bool) -> None:
+    def note(self, step: int, losses: Sequence[tuple[MicroBatch, Tensor]], what: str, applied: bool) -> None:
         """Record a non-finite step with its groups; all ranks call it. ``what`` is "loss" or "gradient".
 
         For a loss these are the groups of the micro-batches where it was not finite; a gradient is known only as the sum over all ranks, so
         all groups of the step are listed. Raises FloatingPointError if train.on_nonfinite is not ``skip``, or if the step has been
         ``applied``.
         """
-        mine = [name for batch, loss in losses if what == "gradient" or not torch.isfinite(loss) for name in batch.layout.ids]
+        mine = [name for each, loss in losses if what == "gradient" or not torch.isfinite(loss) for name in each.layout.ids]
         by_rank = {rank: names for rank, names in enumerate(gather_objects(mine, self._world)) if names}
         self._in_a_row += 1
         if self._world.is_main:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.batch import Batch, MicroBatch
 from cfvlm_ds.batching.out_of_memory import explain_out_of_memory
 from cfvlm_ds.cluster.signals import WorkerLost, reason
 from cfvlm_ds.core.config import RunConfig
@@ -22,8 +22,8 @@ from cfvlm_ds.core.distributed import World, all_reduce_sums, gather_objects
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.models import Routed, adapters_off
 from cfvlm_ds.objectives import batch_terms, denominators, weighted_loss
-from cfvlm_ds.training.elsewhere import Exchange, exchange, look_ahead
-from cfvlm_ds.training.gradient_cache import one_pass, two_passes
+from cfvlm_ds.training.elsewhere import exchange, look_ahead
+from cfvlm_ds.training.gradient_cache import forward
 from cfvlm_ds.training.hard_negatives import Hardest, HardNegatives
 from cfvlm_ds.training.router_balance import RouterBalance
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
@@ -34,7 +34,7 @@ class Measured:
     """A micro-batch after its forward: ``loss`` and each term's ``shares`` are its shares of the step's, on this rank; ``routed`` is what
     the routers of a mixture of experts did in each of its forwards, ``hardest`` what train.hard_negatives has chosen of it."""
 
-    parts: Sequence[Batch]
+    micro_batch: MicroBatch
     scores: Scores
     loss: Tensor
     shares: Mapping[str, Tensor]
@@ -90,7 +90,7 @@ class OptimizerStep:
         wanted = config.train.hard_negatives
         self._hardest = None if wanted is None else HardNegatives(engine, wanted, self._forwards)
 
-    def take(self, number: int, batches: Iterator[list[Batch]], progress: float, votes: Tensor, save_due: bool) -> StepResult:
+    def take(self, number: int, batches: Iterator[MicroBatch], progress: float, votes: Tensor, save_due: bool) -> StepResult:
         """Fetch the micro-batches, agree on the global denominators, compute, update the weights.
 
         Args:
@@ -110,7 +110,7 @@ class OptimizerStep:
             self._mark("computation", number)
             with explain_out_of_memory(
                 f"at step {number} on rank {self._world.rank}",
-                [part for parts in micro_batches for part in parts],
+                [batch for micro_batch in micro_batches for batch in micro_batch.forwards],
                 _memory_remedy(self._config),
             ):
                 micro_batches, chosen = self._hardest.of(micro_batches)
@@ -120,11 +120,11 @@ class OptimizerStep:
             found = ((rank, said) for rank, said in enumerate(gather_objects(lost, self._world)) if said is not None)
             raise WorkerLost("; ".join(f"rank {rank}: {said}" for rank, said in found))
         if agreed.dropped:
-            self._skipped.note([parts[0] for parts in micro_batches])
+            self._skipped.note(micro_batches)
         measured, finite = self._compute(number, micro_batches, agreed.denominators, progress)
         # fp16's loss scaling leaves steps out by itself
         if not finite or not (self._engine.was_step_applied() or self._engine.fp16_enabled()):
-            losses = [(each.parts[0], each.loss) for each in measured]
+            losses = [(each.micro_batch, each.loss) for each in measured]
             self._nonfinite.note(number, losses, "gradient" if finite else "loss", self._engine.was_step_applied())
             measured = []
         else:
@@ -133,83 +133,73 @@ class OptimizerStep:
             measured = [replace(each, hardest=hardest) for each, hardest in zip(measured, chosen, strict=True)]
         return StepResult(reason(agreed.votes), agreed.save_due, waited, measured)
 
-    def _fetch(self, batches: Iterator[list[Batch]]) -> tuple[list[list[Batch]], str | None]:
+    def _fetch(self, batches: Iterator[MicroBatch]) -> tuple[list[MicroBatch], str | None]:
         """The step's micro-batches and None; if a data worker has died, a stand-in and what happened."""
         device, count = self._world.device, self._config.train.gradient_accumulation_steps
         try:
-            return [[part.to(device) for part in next(batches)] for _ in range(count)], None
+            return [next(batches).to(device) for _ in range(count)], None
         except WorkerLost as error:
-            return [[self._stand_in().to(device)]], str(error)
+            return [MicroBatch((self._stand_in(),)).to(device)], str(error)
 
     def _all_have_batches(self, lost: str | None) -> bool:
         missing = torch.tensor([float(lost is not None)], device=self._world.device)
         dist.all_reduce(missing)
         return not bool(missing)
 
-    def _agree(self, micro_batches: Sequence[Sequence[Batch]], votes: Tensor, save_due: bool, lost: str | None) -> _Agreed:
+    def _agree(self, micro_batches: Sequence[MicroBatch], votes: Tensor, save_due: bool, lost: str | None) -> _Agreed:
         local: dict[str, Tensor] = {}
-        for parts in micro_batches:
-            for name, denominator in denominators(self._config.objective, parts[0].layout).items():
+        for micro_batch in micro_batches:
+            for name, denominator in denominators(self._config.objective, micro_batch.layout).items():
                 local[name] = local[name] + denominator if name in local else denominator
-        dropped = sum(len(parts[0].dropped) for parts in micro_batches)
+        dropped = sum(len(micro_batch.dropped) for micro_batch in micro_batches)
         flags = torch.tensor([float(save_due), float(lost is not None), float(dropped)])
         *sums, control = all_reduce_sums([*local.values(), torch.cat([votes, flags])], self._world.device)
         *stop, due, dead, missing = control.tolist()
         return _Agreed(dict(zip(local, sums, strict=True)), stop, bool(due), bool(dead), bool(missing))
 
     def _compute(
-        self, number: int, micro_batches: Sequence[Sequence[Batch]], denominators: Mapping[str, Tensor], progress: float
+        self, number: int, micro_batches: Sequence[MicroBatch], denominators: Mapping[str, Tensor], progress: float
     ) -> tuple[list[Measured], bool]:
         """Gradients of all micro-batches and the optimizer's update; what was measured, and whether the loss was finite on all ranks."""
-        world = self._world
+        world, objective, engine = self._world, self._config.objective, self._engine
         measured: list[Measured] = []
-        all_finite = torch.ones((), device=world.device)
-        finite = True
-
-        coupled, ahead = bool(batch_terms(self._config.objective)), list[Exchange]()
-
-        def loss_of(scores: Scores) -> Tensor:
-            nonlocal finite
-            if coupled:  # a step of one micro-batch a rank has all its scores here
-                scores = (ahead or [exchange([scores], world)])[0](scores)
-            loss, shares = weighted_loss(self._config.objective, scores, denominators, world.size, progress)
-            measured.append(Measured(micro_batches[len(measured)], scores, loss.detach() / world.size, shares))
-            all_finite.mul_(torch.isfinite(loss.detach()))
-            if len(measured) == len(micro_batches):
-                dist.all_reduce(all_finite, op=dist.ReduceOp.MIN)
-                finite = bool(all_finite)
-                if not finite:
-                    return loss * torch.nan  # on every rank: DeepSpeed takes no step whose gradient's global norm is not finite
-            return loss
-
-        forwards, balance = self._forwards(micro_batches), RouterBalance(self._engine, self._config.train.router_balance, world)
-        parts_of_all = [part for parts in micro_batches for part in parts]
-        with explain_out_of_memory(f"at step {number} on rank {world.rank}", parts_of_all, _memory_remedy(self._config)):
+        finite = torch.ones((), device=world.device)
+        coupled, exchanged = bool(batch_terms(objective)), None
+        forwards, balance = self._forwards(micro_batches), RouterBalance(engine, self._config.train.router_balance, world)
+        everything = [batch for micro_batch in micro_batches for batch in micro_batch.forwards]
+        with explain_out_of_memory(f"at step {number} on rank {world.rank}", everything, _memory_remedy(self._config)):
             self._mark("computation", number)
             if coupled and len(micro_batches) > 1:
-                ahead.append(exchange(look_ahead(self._engine, micro_batches, forwards, world.device), world))
+                exchanged = exchange(look_ahead(engine, micro_batches, forwards, world.device), world)
             balance.look_ahead(micro_batches, forwards)
-            for parts, passes in zip(micro_batches, forwards, strict=True):
+            for left, (micro_batch, count) in zip(reversed(range(len(forwards))), zip(micro_batches, forwards, strict=True), strict=True):
                 self._mark("computation", number)
-                last = parts is micro_batches[-1]
-                if passes == 1:
-                    one_pass(self._engine, parts[0], loss_of, self._reference, last, balance.term)
-                else:
-                    two_passes(self._engine, parts, passes, loss_of, self._reference, last, world.device, balance.term)
-                measured[-1] = self._with_balance(measured[-1], balance)
-            self._engine.step()
-        return measured, finite
+                last = left == 0
+                scores, backward = forward(engine, micro_batch, count, world.device, self._reference, last, balance.term)
+                if coupled:
+                    exchanged = exchanged or exchange([scores], world)  # a step of one micro-batch a rank has all its scores here
+                    scores = exchanged(scores)
+                loss, shares = weighted_loss(objective, scores, denominators, world.size, progress)
+                finite.mul_(torch.isfinite(loss.detach()))
+                if last:
+                    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+                # DeepSpeed takes no step whose gradient's global norm is not finite: the last loss is so on every rank or on none.
+                backward(loss * torch.nan if last and not finite else loss)
+                measured.append(self._measured(micro_batch, scores, loss.detach() / world.size, shares, balance))
+            engine.step()
+        return measured, bool(finite)
 
-    def _with_balance(self, measured: Measured, balance: RouterBalance) -> Measured:
+    def _measured(
+        self, micro_batch: MicroBatch, scores: Scores, loss: Tensor, shares: Mapping[str, Tensor], balance: RouterBalance
+    ) -> Measured:
         share, routed = balance.taken()
-        if share is None:
-            return replace(measured, routed=routed)
-        loss = measured.loss + self._config.train.router_balance * share
-        return replace(measured, loss=loss, shares={**measured.shares, "router_balance": share}, routed=routed)
+        if share is not None:
+            loss, shares = loss + self._config.train.router_balance * share, {**shares, "router_balance": share}
+        return Measured(micro_batch, scores, loss, shares, routed)
 
-    def _forwards(self, micro_batches: Sequence[Sequence[Batch]]) -> list[int]:
+    def _forwards(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
         """How many forwards each micro-batch takes: the same on every rank, because ZeRO-3 gathers weights on all of them together."""
-        forwards = [len(parts) for parts in micro_batches]
+        forwards = [len(micro_batch.forwards) for micro_batch in micro_batches]
         if self._config.data.max_tokens_per_forward is None:
             return forwards
         most = torch.tensor(forwards, device=self._world.device)

@@ -15,8 +15,9 @@ import pytest
 import torch
 from conftest import REPO, environment, losses, metrics, run_trainings, selected, train_arguments
 
+from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.core.scores import Scores
-from cfvlm_ds.training.gradient_cache import two_passes
+from cfvlm_ds.training.gradient_cache import forward
 
 GLOBAL_BATCH = 16
 FORWARD = 240  # tokens: a few images with their texts
@@ -177,6 +178,7 @@ def test_two_passes_draw_the_same_random_numbers() -> None:
     (expected,) = torch.autograd.grad(loss_of(Scores.joined([part.scores(engine(part.at)) for part in parts])), weight)
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    two_passes(engine, parts, 3, loss_of, lambda _: None, last=True, device=torch.device("cpu"))  # type: ignore[arg-type]
+    scores, backward = forward(engine, MicroBatch(tuple(parts)), 3, torch.device("cpu"), lambda _: None, last=True)  # type: ignore[arg-type]
+    backward(loss_of(scores))
     torch.testing.assert_close(weight.grad, expected)
     assert boundaries == [False, False, True] and torch.equal(torch.get_rng_state(), state)

@@ -291,7 +291,7 @@ def read_groups(base: Base, path: Path, format: str, check: str, out: Path) -> N
     assert not (report.ok and dropped), dropped
     for _, why in dropped:
         one_line(why)
-    batch = base.collator.without_unreadable(groups)[0]
+    batch = base.collator.without_unreadable(groups).forwards[0]
     assert batch.layout.ids == tuple(group.id for group in kept)
     for g, group in enumerate(kept):
         known = [[-1 if truth is None else truth for truth in line] for line in group.match]

@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers_scores import plain
 
-from cfvlm_ds.batching.batch import BLANK_SIZE
+from cfvlm_ds.batching.batch import BLANK_SIZE, MicroBatch
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.batching.pruning import pruned
 from cfvlm_ds.cli.main import main
@@ -132,7 +132,7 @@ def test_a_row_from_which_cells_are_cut_scores_the_others_as_before(
     keep = torch.rand(batch.layout.valid.shape, generator=torch.Generator().manual_seed(1)) < 0.4
     keep[:, 0, 0] = True
     keep[3, 1] = False  # one image of three pictures
-    (row,) = pruned([batch], keep)
+    (row,) = pruned(MicroBatch((batch,)), keep).forwards
     with torch.no_grad():
         whole, found = (each.scores(sharp(**each.model_inputs)) for each in (batch, row))
     valid = batch.layout.valid & keep

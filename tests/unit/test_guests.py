@@ -379,7 +379,7 @@ def test_a_text_that_cannot_be_encoded_costs_its_own_group_alone(model_dir: Path
     """It is named there, and no group that it would have visited is left out with it."""
     groups = in_a_step([*pictured, group("bad", "a red </s> circle")], {"b": 9})
     assert all("a red </s> circle" in drawn(each) for each in groups[:3])
-    (batch,) = load_collator(ModelConfig(str(model_dir)), "star").without_unreadable(groups)
+    batch = load_collator(ModelConfig(str(model_dir)), "star").without_unreadable(groups)
     assert batch.layout.ids == ("g0", "g1", "g2") and [name for name, _ in batch.dropped] == ["bad"]
     assert batch.layout.guests is not None and batch.layout.guests.home[..., 0].max() == 2
 

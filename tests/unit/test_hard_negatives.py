@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import write_manifest
 
+from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.batching.pruning import pruned
 from cfvlm_ds.core.config import ModelConfig
@@ -99,15 +100,15 @@ def test_a_pruned_row_is_that_of_groups_without_those_cells(
     keep[0] = True
     with torch.no_grad():
         whole = Scores.joined([part.scores(scorer(**part.model_inputs)) for part in parts])
-        left = pruned([replace(parts[0], dropped=(("x", "y"),)), *parts[1:]], keep)
-        found = Scores.joined([part.scores(scorer(**part.model_inputs)) for part in left])
+        left = pruned(MicroBatch(tuple(parts), (("x", "y"),)), keep)
+        found = left.scores([scorer(**part.model_inputs) for part in left.forwards])
     valid = whole.layout.valid & keep
-    assert torch.equal(found.layout.valid, valid) and left[0].dropped == (("x", "y"),) and len(left) <= len(parts)
+    assert torch.equal(found.layout.valid, valid) and left.dropped == (("x", "y"),) and len(left.forwards) <= len(parts)
     for name in ("logp", "end_logp"):
         torch.testing.assert_close(getattr(found, name), torch.where(valid, getattr(whole, name), 0), rtol=1e-4, atol=1e-4)
     if max_tokens is None:
         (fresh,) = collator.parts([reduced(group, each & inside) for group, each, inside in zip(groups, keep, valid, strict=True)])
-        (row,) = left
+        (row,) = left.forwards
         assert (row.num_tokens, row.num_scored, row.num_images) == (fresh.num_tokens, fresh.num_scored, fresh.num_images)
         assert row.model_inputs["image_inputs"]["pixel_values"].shape == fresh.model_inputs["image_inputs"]["pixel_values"].shape
         assert row.num_tokens < parts[0].num_tokens and sorted(row.model_inputs["targets"]) == sorted(fresh.model_inputs["targets"])
@@ -118,7 +119,7 @@ def test_gradients_are_those_of_the_row_without_the_others(collator: Collator, g
     keep = torch.zeros_like(batch.layout.valid)
     keep[:, :, :1] = True
     found = []
-    for part in (pruned([batch], keep)[0], batch):
+    for part in (*pruned(MicroBatch((batch,)), keep).forwards, batch):
         scores = part.scores(scorer(**part.model_inputs))
         loss = torch.where(batch.layout.valid & keep, scores.logp, 0).sum()
         found.append(torch.autograd.grad(loss, [p for p in scorer.parameters() if p.requires_grad], allow_unused=True))
@@ -147,8 +148,8 @@ def test_a_micro_batch_is_cut_to_the_hardest_by_the_model(collator: Collator, gr
     with torch.no_grad():
         scores = Scores.joined([part.scores(scorer(**part.model_inputs)) for part in parts])
     expected = parts[0].layout.valid & hardest(scores, 1).cells
-    cut, (chosen,) = HardNegatives(Engine(), 1, lambda micro_batches: [len(parts) + 2]).of([parts])
-    assert torch.equal(cut[0][0].layout.valid, expected) and expected.sum() < parts[0].layout.valid.sum()
+    cut, (chosen,) = HardNegatives(Engine(), 1, lambda micro_batches: [len(parts) + 2]).of([MicroBatch(tuple(parts))])
+    assert torch.equal(cut[0].layout.valid, expected) and expected.sum() < parts[0].layout.valid.sum()
     pairs = [len(group.candidates) - 1 for group in groups[1:]]  # the first group asks two questions
     assert (chosen.proposed, chosen.entered) == (sum(pairs), sum(min(pair, 1) for pair in pairs)) and max(pairs) == 2
     assert modes == [False] * (len(parts) + 2) and scorer.training
@@ -161,6 +162,6 @@ def test_candidates_without_pictures_stay_whole(collator: Collator) -> None:
     )
     batch = collator([group])
     keep = torch.tensor([[[True, False, True]]])
-    (row,) = pruned([batch], keep)
+    (row,) = pruned(MicroBatch((batch,)), keep).forwards
     assert row.model_inputs["images_of_tree"] == [()] and len(row.model_inputs["visual_tokens"]) == 1
     assert row.num_tokens < batch.num_tokens

@@ -13,14 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cfvlm_ds.batching.batch import Batch
+from cfvlm_ds.batching.batch import Batch, MicroBatch
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.objectives import OBJECTIVES, denominators, weighted_loss
-from cfvlm_ds.training.gradient_cache import one_pass
+from cfvlm_ds.training.gradient_cache import forward
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.step import Measured
 
@@ -60,13 +60,11 @@ def test_a_micro_batch_fetches_nothing_from_its_device(model_dir: Path, manifest
     flops: Any = SimpleNamespace(of=lambda inputs, scored: 1e12 * scored)
     meter, engine = Meter(None), Engine()
 
-    def loss_of(scores: Any) -> torch.Tensor:
-        loss, shares = weighted_loss(OBJECTIVE, scores, denominators(OBJECTIVE, batch.layout), 2, 0.5)
-        measure(meter, Measured([batch], scores, loss, shares), OBJECTIVE, 0.25, flops)
-        return loss
-
     for last in (False, True):
-        one_pass(engine, batch, loss_of, lambda _: None, last)
+        scores, backward = forward(engine, MicroBatch((batch,)), 1, device, lambda _: None, last)
+        loss, shares = weighted_loss(OBJECTIVE, scores, denominators(OBJECTIVE, batch.layout), 2, 0.5)
+        measure(meter, Measured(MicroBatch((batch,)), scores, loss, shares), OBJECTIVE, 0.25, flops)
+        backward(loss)
     with pytest.raises((NotImplementedError, RuntimeError)):  # what the check rests on
         float(batch.layout.weight.sum())
     assert {"loss", "loss/csd", "loss/fcd", "loss/align", "loss/dpo", "logp/lp_00"} <= {*meter._numbers}
@@ -112,7 +110,7 @@ def test_losses_by_source_are_those_of_its_groups_alone(alone: World, model_dir:
 
     for half in (groups[:4], groups[4:]):
         batch, scores = scored(half)
-        measure(meter, Measured([batch], scores, torch.zeros(()), {}), OBJECTIVE, 0.5, flops, ("a", "b", "c"))
+        measure(meter, Measured(MicroBatch((batch,)), scores, torch.zeros(()), {}), OBJECTIVE, 0.5, flops, ("a", "b", "c"))
     found = meter.reduce(alone)
     for source in "ab":
         _, scores = scored([replace(group, objectives=None) for group in groups if group.source == source])

@@ -350,10 +350,10 @@ def test_what_a_processor_raises_names_file_and_group(
             collator.parts([good, group], max_tokens)
         said = f"group {group.id!r}: {files[1]}: the model's processor cannot take an image of 630x30 pixels (ValueError: absolute aspect"
         assert said in str(raised.value)
-        first, *more = collator.without_unreadable([good, group], max_tokens)
-        assert first.dropped == ((group.id, str(raised.value)),) and first.layout.ids == ("good",) and not more
+        found = collator.without_unreadable([good, group], max_tokens)
+        assert found.dropped == ((group.id, str(raised.value)),) and found.layout.ids == ("good",) and len(found.forwards) == 1
         expected = collator.parts([good], max_tokens)[0]
-        assert torch.equal(first.model_inputs["input_ids"], expected.model_inputs["input_ids"])
+        assert torch.equal(found.forwards[0].model_inputs["input_ids"], expected.model_inputs["input_ids"])
         sizes = {files[0]: (60, 40), files[1]: (630, 30), files[2]: (40, 60)}
         with pytest.raises(DataError, match=f"group '{group.id}': {files[1]}: the model's processor cannot take"):
             collator.tree_tokens(group, sizes)

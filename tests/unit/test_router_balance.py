@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import World
@@ -22,7 +24,7 @@ from cfvlm_ds.demo.family_checkpoints import write_small
 from cfvlm_ds.engine.setup import recompute_activations
 from cfvlm_ds.models import Scorer, check_balanced, family_of, load_model
 from cfvlm_ds.models.forest_attention import stock_attention
-from cfvlm_ds.training.gradient_cache import one_pass, two_passes
+from cfvlm_ds.training.gradient_cache import forward
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.router_balance import RouterBalance
 from cfvlm_ds.training.step import Measured
@@ -110,18 +112,16 @@ def test_it_is_the_librarys_of_each_text_alone(folder: Path, groups: list[Counte
 
 
 def gradients(
-    engine: Engine, micro_batches: list[list[Any]], forwards: list[int], world: World, weight: float
+    engine: Engine, micro_batches: Sequence[MicroBatch], forwards: list[int], world: World, weight: float
 ) -> tuple[torch.Tensor, float]:
     """Those of a step whose objective is the sum of all scores, and its balance."""
     engine.module.zero_grad()
     balance, total = RouterBalance(engine, weight, world), 0.0
     balance.look_ahead(micro_batches, forwards)
-    for parts, number in zip(micro_batches, forwards, strict=True):
-        options: dict[str, Any] = {"last": parts is micro_batches[-1], "beside": balance.term}
-        if number == 1:
-            one_pass(engine, parts[0], lambda scores: scores.logp.sum(), lambda _: None, **options)
-        else:
-            two_passes(engine, parts, number, lambda scores: scores.logp.sum(), lambda _: None, device=world.device, **options)
+    for micro_batch, number in zip(micro_batches, forwards, strict=True):
+        last = micro_batch is micro_batches[-1]
+        scores, backward = forward(engine, micro_batch, number, world.device, lambda _: None, last, balance.term)
+        backward(scores.logp.sum())
         total += float(balance.taken()[0] or 0)
     grads = [p.grad.flatten() for p in engine.module.parameters() if p.grad is not None]
     return torch.cat(grads), total
@@ -134,7 +134,8 @@ def test_the_gradient_is_one_however_the_step_is_cut(
     """In one micro-batch, in three, in parts with a repeat for another rank's sake: a picture has one prefix or several. A stand-in counts
     for nothing. fp32, relative 1e-4."""
     engine, collator = Engine(folder, recompute), load_collator(ModelConfig(str(folder)), "full")
-    whole, plain = gradients(engine, [[collator(groups)]], [1], alone, 300.0), gradients(engine, [[collator(groups)]], [1], alone, 0.0)
+    at_once = [MicroBatch((collator(groups),))]
+    whole, plain = gradients(engine, at_once, [1], alone, 300.0), gradients(engine, at_once, [1], alone, 0.0)
     assert (whole[0] - plain[0]).norm() > 0.01 * plain[0].norm(), "it matters here"
     parts = collator.parts(groups, max(collator(groups).model_inputs["forest"].tree_lengths) - 1)
     assert len(parts) == 3 and [len(part.model_inputs["images_of_tree"]) for part in parts] == [1, 1, 1]
@@ -147,7 +148,7 @@ def test_the_gradient_is_one_however_the_step_is_cut(
         ([parts[:2], parts[2:]], [3, 1]),
     ):
         engine.forwards = 0
-        found = gradients(engine, micro_batches, forwards, alone, 300.0)
+        found = gradients(engine, [MicroBatch(tuple(each)) for each in micro_batches], forwards, alone, 300.0)
         assert (found[0] - whole[0]).norm() < 1e-4 * whole[0].norm() and found[1] == pytest.approx(whole[1], rel=1e-5)
         passes = [number if number == 1 else 2 * number - 1 for number in forwards]
         assert engine.forwards == sum(forwards) + sum(passes), "one forward of each is made ahead"
@@ -172,7 +173,7 @@ def test_loads_are_counted(folder: Path, groups: list[CounterfactualGroup], alon
     share, routed = balance.taken()
     assert share is None
     flops: Any = SimpleNamespace(of=lambda inputs, scored: 1e12)
-    measure(meter, Measured([batch], batch.scores(logp), torch.zeros(()), {}, routed), {}, 1.0, flops)
+    measure(meter, Measured(MicroBatch((batch,)), batch.scores(logp), torch.zeros(()), {}, routed), {}, 1.0, flops)
     loads = {int(name[-3:]): value for name, value in meter.reduce(alone).items() if name.startswith("router/load/")}
     counts = counts.bincount(minlength=len(loads)).double()
     assert [loads[expert] for expert in range(len(loads))] == pytest.approx((counts * len(counts) / counts.sum()).tolist())
