@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
-from cfvlm_ds.core.layout import GroupLayout, Guests
+from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
 from cfvlm_ds.core.scores import Scores, score_matrix
 
 BLANK = Path("\0/<blank image>")
@@ -140,6 +140,6 @@ def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
         return change(value)
     if isinstance(value, dict):
         return {name: _mapped(item, kind, change) for name, item in value.items()}
-    if isinstance(value, Batch | GroupLayout | Guests):
+    if isinstance(value, Batch | GroupLayout | InBatchNegatives):
         return replace(value, **{part.name: _mapped(getattr(value, part.name), kind, change) for part in fields(value)})
     return value

@@ -12,7 +12,7 @@ from torch import Tensor
 from cfvlm_ds.batching.prompts import Encoded, Prompts
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup
-from cfvlm_ds.core.layout import GroupLayout, Guests
+from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
 from cfvlm_ds.data.stored_scores import StoredScores
 
 
@@ -46,26 +46,26 @@ def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence
     )
 
 
-def guest_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded]:
+def in_batch_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded]:
     """Texts of other groups of the step, as answers to the factual text's prompt. Raises DataError for one that cannot be encoded."""
-    prompt, guests = group.candidates[0].prompt, () if group.in_step is None else group.in_step.guests
+    prompt, in_batch = group.candidates[0].prompt, () if group.in_step is None else group.in_step.in_batch
     where = f"group {group.id!r}: text of group"
-    return [prompts.encoded(prompt, guest.text, group.num_pictures, f"{where} {guest.group!r}") for guest in guests]
+    return [prompts.encoded(prompt, negative.text, group.num_pictures, f"{where} {negative.group!r}") for negative in in_batch]
 
 
-def without_broken_guests(group: CounterfactualGroup, prompts: Prompts) -> CounterfactualGroup:
+def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> CounterfactualGroup:
     """The group without texts of others that cannot be encoded: these are an error of their own group, and named there."""
     if group.in_step is None:
         return group
     kept = []
-    for guest in group.in_step.guests:
+    for negative in group.in_step.in_batch:
         with contextlib.suppress(DataError):
-            prompts.encoded(group.candidates[0].prompt, guest.text, group.num_pictures, "")
-            kept.append(guest)
+            prompts.encoded(group.candidates[0].prompt, negative.text, group.num_pictures, "")
+            kept.append(negative)
     return group.in_the_step(group.in_step.place, tuple(kept))
 
 
-def with_guests(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
+def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
     """The layout with texts of other groups of the step, encoded as ``texts``, on every image that is scored with an answer to the factual
     text's prompt; as it is where no group has a place in a step."""
     steps = [group.in_step for group in groups]
@@ -75,19 +75,21 @@ def with_guests(layout: GroupLayout, groups: Sequence[CounterfactualGroup], text
     num_groups, num_images, _ = layout.valid.shape
     shape = (num_groups, max(map(len, texts)))
     there, tokens, ends = (torch.zeros(shape, dtype=kind) for kind in (torch.bool, torch.int64, torch.int64))
-    place, home, share = torch.full((num_groups,), -1), torch.full((*shape, 2), -1), torch.zeros(shape)
+    place, source_group, share = torch.full((num_groups,), -1), torch.full((*shape, 2), -1), torch.zeros(shape)
     for g, (step, encoded) in enumerate(zip(steps, texts, strict=True)):
         if step is None:
             continue
         place[g], many = step.place, slice(0, len(encoded))
         there[g, many] = True
         tokens[g, many], ends[g, many] = torch.tensor([[len(t.text_ids), len(t.end_ids)] for t in encoded], dtype=torch.int64).view(-1, 2).T
-        home[g, many] = torch.tensor([[guest.home, guest.number] for guest in step.guests], dtype=torch.int64).view(-1, 2)
-        share[g, many] = torch.tensor([guest.share for guest in step.guests])
+        source_group[g, many] = torch.tensor(
+            [[negative.source_group, negative.number] for negative in step.in_batch], dtype=torch.int64
+        ).view(-1, 2)
+        share[g, many] = torch.tensor([negative.share for negative in step.in_batch])
     shown = (layout.valid & layout.same_prompt[:, :1]).any(2, keepdim=True)
 
-    def beside(own: Tensor, guests: Tensor) -> Tensor:
-        return torch.cat([own, guests.expand(-1, num_images, -1)], 2)
+    def beside(own: Tensor, in_batch: Tensor) -> Tensor:
+        return torch.cat([own, in_batch.expand(-1, num_images, -1)], 2)
 
     return replace(
         layout,
@@ -96,7 +98,7 @@ def with_guests(layout: GroupLayout, groups: Sequence[CounterfactualGroup], text
         num_tokens=beside(layout.num_tokens, tokens.unsqueeze(1)),
         num_end_tokens=beside(layout.num_end_tokens, ends.unsqueeze(1)),
         prompt=torch.cat([layout.prompt, torch.where(there, layout.prompt[:, :1], -1)], 1),
-        guests=Guests(place, home, share),
+        in_batch=InBatchNegatives(place, source_group, share),
     )
 
 
@@ -128,7 +130,7 @@ def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[Counterfa
         scores = stored[group.id]
         reference[g, : len(group.images), : len(group.candidates)] = torch.tensor(scores.logp)
         prior[g, : len(group.candidates)] = torch.tensor(scores.blank)
-        for column, guest in enumerate(group.in_step.guests if group.in_step else (), layout.num_own):
-            if (of_home := stored.get(guest.group)) is not None:  # else of a source without scores, where no term needs a prior
-                prior[g, column] = of_home.blank[guest.number]
+        for column, negative in enumerate(group.in_step.in_batch if group.in_step else (), layout.num_own):
+            if (of_source_group := stored.get(negative.group)) is not None:  # else of a source without scores, where no term needs a prior
+                prior[g, column] = of_source_group.blank[negative.number]
     return reference, prior

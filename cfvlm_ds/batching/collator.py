@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch, MicroBatch
-from cfvlm_ds.batching.batch_layout import group_layout, guest_texts, stored_scores, with_guests, without_broken_guests
+from cfvlm_ds.batching.batch_layout import group_layout, in_batch_texts, stored_scores, with_in_batch_negatives, without_broken_negatives
 from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, ImageSource, Size, Unprocessable, with_names
 from cfvlm_ds.batching.packing import PromptLength, Tree, divide, num_tokens, pack
 from cfvlm_ds.batching.prompts import Encoded, Prompts, placeholder_id
@@ -116,7 +116,7 @@ class Collator:
 
         Each has the layout of the whole, and their score matrices add up to its score matrix. Raises DataError as ``__call__`` does.
         """
-        groups = [without_broken_guests(group, self.prompts) for group in groups]
+        groups = [without_broken_negatives(group, self.prompts) for group in groups]
         layout = self._layout(groups)
         trees = self._trees(groups, layout)
         opened = {key: self.images.open(key) for key in dict.fromkeys(key for tree in trees for key in tree.pictures)}
@@ -127,7 +127,7 @@ class Collator:
             return self._prefix_length(text, tuple(opened[key].size for key in tree.pictures))
 
         try:
-            trees = _without_long_guests(layout, trees, prompt_length, self.max_length)
+            trees = _without_long_negatives(layout, trees, prompt_length, self.max_length)
             for part in divide(trees, prompt_length, max_tokens):
                 # The tower runs on every rank, also on one whose groups are text alone: ZeRO-3 waits for all of them.
                 blank = self.files.blank_keys()[:1]
@@ -221,14 +221,14 @@ class Collator:
 
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
         layout = group_layout(groups, [[self._text(group, c) for c in range(len(group.candidates))] for group in groups], self.cells)
-        return with_guests(layout, groups, [guest_texts(group, self.prompts) for group in groups])
+        return with_in_batch_negatives(layout, groups, [in_batch_texts(group, self.prompts) for group in groups])
 
     def _trees(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> list[Tree]:
         num_images, num_texts = layout.valid.shape[1:]
         trees: dict[tuple[Any, ...], Tree] = {}
-        guests, own = [guest_texts(group, self.prompts) for group in groups], layout.num_own
+        in_batch, own = [in_batch_texts(group, self.prompts) for group in groups], layout.num_own
         for g, i, c in layout.valid.nonzero().tolist():
-            text, pictures = self._text(groups[g], c) if c < own else guests[g][c - own], self.files.keys(groups[g].images[i])
+            text, pictures = self._text(groups[g], c) if c < own else in_batch[g][c - own], self.files.keys(groups[g].images[i])
             cell = (g * num_images + i) * num_texts + c
             key = _tree_of(pictures, text, g, placeholder_id(self.processor)) if self.share_prefix else (cell,)
             trees.setdefault(key, Tree(pictures, [])).branches.append((cell, text))
@@ -247,9 +247,9 @@ def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: 
     return pictures, ids[: len(ids) - ids[::-1].index(image_token)]
 
 
-def _without_long_guests(layout: GroupLayout, trees: list[Tree], prompt_length: PromptLength, window: int) -> list[Tree]:
+def _without_long_negatives(layout: GroupLayout, trees: list[Tree], prompt_length: PromptLength, window: int) -> list[Tree]:
     """The trees without other groups' texts that do not fit the window behind these pictures, whose cells are then not valid either."""
-    if layout.guests is None:
+    if layout.in_batch is None:
         return trees
     kept = []
     for tree in trees:

@@ -71,17 +71,17 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Guest:
+class InBatchNegative:
     """A text of another group of an optimizer step, scored as an answer to the factual text's prompt.
 
-    ``group`` and ``number`` are the other group's id and which of its texts it is; ``home`` that group's place in the step; ``share`` what
-    its comparison between images weighs in the step.
+    ``group`` and ``number`` are the other group's id and which of its texts it is; ``source_group`` is that group's place in the step;
+    ``share`` is the weight of its comparison between images.
     """
 
     text: str
     group: str
     number: int
-    home: int
+    source_group: int
     share: float
 
 
@@ -90,7 +90,7 @@ class InStep:
     """A group's place in its optimizer step, and the texts of other groups that are scored on its images."""
 
     place: int
-    guests: tuple[Guest, ...]
+    in_batch: tuple[InBatchNegative, ...]
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,9 @@ class CounterfactualGroup:
         other._check_pictures()
         return other
 
-    def in_the_step(self, place: int, guests: tuple[Guest, ...]) -> CounterfactualGroup:
+    def in_the_step(self, place: int, in_batch: tuple[InBatchNegative, ...]) -> CounterfactualGroup:
         """The same group at a place of an optimizer step, with the texts of others that are scored on its images."""
-        return self._changed(in_step=InStep(place, guests))
+        return self._changed(in_step=InStep(place, in_batch))
 
     def _changed(self, **changes: object) -> CounterfactualGroup:
         other = object.__new__(type(self))

@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Guests:
+class InBatchNegatives:
     """Texts of other groups of an optimizer step, N for each group: the last N columns of a layout, whose truth is unknown.
 
-    ``place`` [G] is each group's place in the step; ``home`` [G, N, 2] the place of a text's own group, and which of its texts it is (-1
-    where a group has fewer than N); ``share`` [G, N] what the text's comparison between images weighs, see Guest.
+    ``place`` [G] is each group's place in the step; ``source_group`` [G, N, 2] the place of a text's own group, and which of its texts it
+    is (-1 where a group has fewer than N); ``share`` [G, N] the weight of its comparison between images, see InBatchNegative.
     """
 
     place: Tensor
-    home: Tensor
+    source_group: Tensor
     share: Tensor
 
 
@@ -30,7 +30,7 @@ class GroupLayout:
     ``valid`` (bool) the cells that are scored; ``match`` (int8) 1 true, 0 false, -1 unknown; ``num_tokens`` (int64) response tokens of the
     cell's text, end-of-turn excluded; ``num_end_tokens`` (int64) its end-of-turn tokens, which count in the NLL and nowhere else;
     ``prompt`` (int64) numbers the prompt of each text within its group; None where every group has one. ``sources`` and ``objectives`` are
-    those of each group (see CounterfactualGroup); empty where no group names any. With ``guests``, C counts them too.
+    those of each group (see CounterfactualGroup); empty where no group names any. With ``in_batch``, C counts them too.
     """
 
     valid: Tensor
@@ -42,20 +42,20 @@ class GroupLayout:
     prompt: Tensor | None = None
     sources: tuple[str, ...] = ()
     objectives: tuple[tuple[str, ...] | None, ...] = ()
-    guests: Guests | None = None
+    in_batch: InBatchNegatives | None = None
 
     @property
     def num_own(self) -> int:
         """Columns that are texts of the groups themselves."""
-        return self.valid.shape[2] - (0 if self.guests is None else self.guests.home.shape[1])
+        return self.valid.shape[2] - (0 if self.in_batch is None else self.in_batch.source_group.shape[1])
 
     @property
     def own(self) -> GroupLayout:
         """The layout without texts of other groups."""
-        if self.guests is None:
+        if self.in_batch is None:
             return self
         cut = {name: getattr(self, name)[..., : self.num_own] for name in ("valid", "match", "num_tokens", "num_end_tokens")}
-        return replace(self, **cut, prompt=None if self.prompt is None else self.prompt[:, : self.num_own], guests=None)
+        return replace(self, **cut, prompt=None if self.prompt is None else self.prompt[:, : self.num_own], in_batch=None)
 
     @property
     def same_prompt(self) -> Tensor:

@@ -26,8 +26,8 @@ class Scores:
     under the reference model; ``prior`` [G, C] is log p(text | blank image) under the reference model. The last two are stored data: they
     never carry a gradient.
 
-    ``elsewhere`` [G, C, R] are scores of the same texts on images of other groups of the optimizer step, -inf where there are fewer than R;
-    no gradient passes there either, because each of those groups has it from its own scores.
+    ``cross_group`` [G, C, R] are scores of the same texts on images of other groups of the optimizer step, -inf where there are fewer than
+    R; they carry no gradient, because each of those groups has it from its own scores.
     """
 
     layout: GroupLayout
@@ -35,16 +35,16 @@ class Scores:
     end_logp: Tensor
     reference: Tensor | None = None
     prior: Tensor | None = None
-    elsewhere: Tensor | None = None
+    cross_group: Tensor | None = None
 
     @property
     def own(self) -> Scores:
         """The scores without texts of other groups."""
-        if self.layout.guests is None:
+        if self.layout.in_batch is None:
             return self
         cut = {name: getattr(self, name) for name in ("logp", "end_logp", "reference", "prior")}
         cut = {name: None if values is None else values[..., : self.layout.num_own] for name, values in cut.items()}
-        return replace(self, layout=self.layout.own, elsewhere=None, **cut)
+        return replace(self, layout=self.layout.own, cross_group=None, **cut)
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:

@@ -76,7 +76,7 @@ class BatchAlign:
         violation, mask = comparisons(similarity, layout.positive & asked, self._false_texts(layout))
         return {
             "violated/batch_align": (((violation >= 0) & mask).sum(), mask.sum()),
-            "batch_align/texts": (_guests(layout).sum(), layout.valid.any(2).sum()),
+            "batch_align/texts": (_in_batch(layout).sum(), layout.valid.any(2).sum()),
         }
 
     def _text_side(self, scores: Scores) -> Tensor:
@@ -87,27 +87,27 @@ class BatchAlign:
         return mean_over(lost, layout.positive & layout.same_prompt[:, :1])
 
     def _false_texts(self, layout: GroupLayout) -> Tensor:
-        return (layout.negative & layout.same_prompt[:, :1]) | _guests(layout)
+        return (layout.negative & layout.same_prompt[:, :1]) | _in_batch(layout)
 
     def _image_side(self, scores: Scores) -> Tensor:
         """[G], the mean over the group's texts that are true of some image."""
         layout = scores.layout
-        similarity, elsewhere = self._between_images(scores)
+        similarity, cross_group = self._between_images(scores)
         true = layout.positive & layout.same_prompt[:, :1]
         own = true & (true.cumsum(1) == 1)  # a sham of it is no second image of a text
-        others = torch.cat([similarity, elsewhere], 1)
-        false = torch.cat([layout.negative, elsewhere > float("-inf")], 1)
+        others = torch.cat([similarity, cross_group], 1)
+        false = torch.cat([layout.negative, cross_group > float("-inf")], 1)
         at_home = torch.where(own, similarity, 0).sum(1, keepdim=True)
         return mean_over(_against(others, at_home, false, 1).squeeze(1), own.any(1))
 
     def _hosted(self, scores: Scores) -> Tensor:
         """0, with the gradient of other groups' image sides: the part of it that is due to images of this batch."""
         layout = scores.layout
-        similarity, elsewhere = self._between_images(scores)
-        outside = elsewhere > float("-inf")
-        counted = torch.cat([_guests(layout) & outside.any(1, keepdim=True), outside], 1)
-        whole = torch.logsumexp(torch.where(counted, torch.cat([similarity, elsewhere], 1), _LEAST), 1)[:, layout.num_own :]
-        share = torch.zeros_like(whole) if layout.guests is None else layout.guests.share.to(whole)
+        similarity, cross_group = self._between_images(scores)
+        outside = cross_group > float("-inf")
+        counted = torch.cat([_in_batch(layout) & outside.any(1, keepdim=True), outside], 1)
+        whole = torch.logsumexp(torch.where(counted, torch.cat([similarity, cross_group], 1), _LEAST), 1)[:, layout.num_own :]
+        share = torch.zeros_like(whole) if layout.in_batch is None else layout.in_batch.share.to(whole)
         return (share * (whole - whole.detach())).sum()
 
     def _between_images(self, scores: Scores) -> tuple[Tensor, Tensor]:
@@ -115,17 +115,17 @@ class BatchAlign:
         layout = scores.layout
         tokens = token_counts(layout, self.len_norm)
         similarity = scores.logp / tokens / self.temperature
-        if scores.elsewhere is None:
+        if scores.cross_group is None:
             return similarity, similarity.new_zeros(len(similarity), 0, similarity.shape[2])
-        elsewhere = scores.elsewhere.detach().to(similarity).transpose(1, 2)
-        return similarity, elsewhere / tokens.amax(1, keepdim=True) / self.temperature
+        cross_group = scores.cross_group.detach().to(similarity).transpose(1, 2)
+        return similarity, cross_group / tokens.amax(1, keepdim=True) / self.temperature
 
 
 _LEAST = -1e30
 """In place of what does not count in a sum of exponentials: with -inf for all, gradients would be NaN."""
 
 
-def _guests(layout: GroupLayout) -> Tensor:
+def _in_batch(layout: GroupLayout) -> Tensor:
     """[G, I, C] bool: scored cells of other groups' texts."""
     foreign = torch.zeros_like(layout.valid)
     foreign[:, :, layout.num_own :] = True

@@ -18,7 +18,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.objectives import batch_terms
-from cfvlm_ds.training.guests import WholeSteps, WithGuests
+from cfvlm_ds.training.in_batch_negatives import WholeSteps, WithNegatives
 
 
 def forkable(num_workers: int, importing: threading.Thread | None) -> int:
@@ -37,7 +37,7 @@ def micro_batches(
     """
     terms = batch_terms(config.objective)
     loader: Any = DataLoader(
-        WithGuests(groups, terms, config.train.seed) if terms else Unraised(groups),  # type: ignore[arg-type]
+        WithNegatives(groups, terms, config.train.seed) if terms else Unraised(groups),  # type: ignore[arg-type]
         batch_sampler=WholeSteps(sampler) if terms else sampler,  # type: ignore[arg-type]
         collate_fn=partial(collator.without_unreadable, max_tokens=config.data.max_tokens_per_forward),
         num_workers=num_workers,

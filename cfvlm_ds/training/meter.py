@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.models import ModelFlops
 from cfvlm_ds.objectives import Objectives, likelihood_report, scores_of
 from cfvlm_ds.training.step import Measured
+
+
+class _Key(NamedTuple):
+    """A metric's name, and which of its parts."""
+
+    name: str
+    part: int = 0
+    is_rate: bool = False
 
 
 class Meter:
@@ -27,8 +36,8 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self._numbers: dict[str, list[float]] = {}  # name -> [sum, count] of what was given as Python's numbers, and of tensors below
-        self._tensors: dict[str, list[Tensor | None]] = {}
+        self._numbers: dict[_Key, list[float]] = {}  # [sum, count] of what was given as Python's numbers, and of tensors below
+        self._tensors: dict[_Key, list[Tensor | None]] = {}
         self._waited = 0.0
         self.since = time.monotonic()
         if self.gathering is not None:
@@ -37,9 +46,19 @@ class Meter:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        """Add to a metric's sum and count, in float64. Tensors stay on their device: fetching one would wait for the GPU."""
-        numbers, tensors = self._numbers.setdefault(name, [0.0, 0.0]), self._tensors.setdefault(name, [None, None])
+    def add(self, name: str, total: Tensor | float, count: Tensor | float, part: int = 0) -> None:
+        """Add to the sum and count of a part of a metric, which is the sum of the means of its parts, in float64.
+
+        Tensors stay on their device: fetching one would wait for the GPU.
+        """
+        self._add(_Key(name, part), total, count)
+
+    def add_rate(self, name: str, amount: Tensor | float) -> None:
+        """Add to a metric that is an amount per second."""
+        self._add(_Key(name, is_rate=True), amount, 1)
+
+    def _add(self, key: _Key, total: Tensor | float, count: Tensor | float) -> None:
+        numbers, tensors = self._numbers.setdefault(key, [0.0, 0.0]), self._tensors.setdefault(key, [None, None])
         for place, value in enumerate((total, count)):
             if isinstance(value, Tensor):
                 before, value = tensors[place], value.detach().double()
@@ -54,26 +73,22 @@ class Meter:
     def reduce(self, world: World) -> dict[str, float]:
         """Global means, and rates per second of the wall clock. A collective, and the only fetch from the device for a record; starts the
         next record."""
-        names = list(self._numbers)
-        numbers = torch.tensor([self._numbers[name] for name in names], dtype=torch.float64)
+        keys = list(self._numbers)
+        numbers = torch.tensor([self._numbers[key] for key in keys], dtype=torch.float64)
         none = torch.zeros((), dtype=torch.float64)
-        tensors = torch.stack([(none if part is None else part).to(world.device) for name in names for part in self._tensors[name]])
+        tensors = torch.stack([(none if value is None else value).to(world.device) for key in keys for value in self._tensors[key]])
         local = numbers.to(world.device) + tensors.view_as(numbers)
-        both = dict(zip(names, all_reduce_sums([local], world.device)[0].tolist(), strict=True))
+        both = dict(zip(keys, all_reduce_sums([local], world.device)[0].tolist(), strict=True))
         elapsed = time.monotonic() - self.since
         metrics: dict[str, float] = {}
-        for name, (total, count) in both.items():
-            if count:  # a term's parts have denominators of their own, and its loss is the sum of their means
-                metric = name.partition(_PART)[0]
-                metrics[metric] = metrics.get(metric, 0.0) + total / (elapsed if name.startswith("throughput/") else count)
+        for key, (total, count) in both.items():
+            if count:
+                metrics[key.name] = metrics.get(key.name, 0.0) + total / (elapsed if key.is_rate else count)
         metrics["throughput/data_wait_share"] = self._waited / elapsed
         if self.gathering is not None:
             metrics["throughput/all_gather_share"] = self.gathering() / elapsed
         self.reset()
         return metrics
-
-
-_PART = "#"
 
 
 def measure(
@@ -91,8 +106,8 @@ def measure(
             meter.add(key, total * real, count * real)
     for key, (total, count) in likelihood_report(scores).items():
         meter.add(key, total * real, count * real)
-    meter.add("throughput/groups_per_s", len(scores.layout.ids), 1)
-    meter.add("throughput/candidates_per_s", scores.layout.valid.sum() * real, 1)
+    meter.add_rate("throughput/groups_per_s", len(scores.layout.ids))
+    meter.add_rate("throughput/candidates_per_s", scores.layout.valid.sum() * real)
     if measured.hardest is not None:
         meter.add("hard_negatives/proposed", measured.hardest.proposed, len(scores.layout.ids))
         meter.add("hard_negatives/entered", measured.hardest.entered, len(scores.layout.ids))
@@ -100,9 +115,9 @@ def measure(
         for expert, taken in enumerate(routed.taken):
             meter.add(f"router/load/{expert:03d}", taken * len(routed.taken), routed.taken.sum())
     for batch in measured.micro_batch.forwards:
-        meter.add("throughput/tokens_per_s", batch.num_tokens, 1)
-        meter.add("throughput/images_per_s", batch.num_images, 1)
-        meter.add("throughput/model_tflop_per_s", flops.of(batch.model_inputs, batch.num_scored) / 1e12, 1)
+        meter.add_rate("throughput/tokens_per_s", batch.num_tokens)
+        meter.add_rate("throughput/images_per_s", batch.num_images)
+        meter.add_rate("throughput/model_tflop_per_s", flops.of(batch.model_inputs, batch.num_scored) / 1e12)
     for source in sources:
         _measure_source(meter, scores, objectives, source)
 
@@ -116,4 +131,4 @@ def _measure_source(meter: Meter, scores: Scores, objectives: Objectives, source
         with torch.no_grad():
             totals = torch.atleast_1d(objective.numerator(seen)) if source in layout.sources else torch.zeros_like(counts)
         for number, (total, count) in enumerate(zip(totals, counts, strict=True)):
-            meter.add(f"loss/{name}/{source}{_PART}{number}", total, count)
+            meter.add(f"loss/{name}/{source}", total, count, number)

@@ -22,9 +22,9 @@ from cfvlm_ds.core.distributed import World, all_reduce_sums, gather_objects
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.models import Routed, adapters_off
 from cfvlm_ds.objectives import batch_terms, denominators, weighted_loss
-from cfvlm_ds.training.elsewhere import exchange, look_ahead
 from cfvlm_ds.training.gradient_cache import forward
 from cfvlm_ds.training.hard_negatives import Hardest, HardNegatives
+from cfvlm_ds.training.in_batch_negatives import CrossRankScores, look_ahead
 from cfvlm_ds.training.router_balance import RouterBalance
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 
@@ -164,21 +164,21 @@ class OptimizerStep:
         world, objective, engine = self._world, self._config.objective, self._engine
         measured: list[Measured] = []
         finite = torch.ones((), device=world.device)
-        coupled, exchanged = bool(batch_terms(objective)), None
+        coupled, of_step = bool(batch_terms(objective)), None
         forwards, balance = self._forwards(micro_batches), RouterBalance(engine, self._config.train.router_balance, world)
         everything = [batch for micro_batch in micro_batches for batch in micro_batch.forwards]
         with explain_out_of_memory(f"at step {number} on rank {world.rank}", everything, _memory_remedy(self._config)):
             self._mark("computation", number)
             if coupled and len(micro_batches) > 1:
-                exchanged = exchange(look_ahead(engine, micro_batches, forwards, world.device), world)
+                of_step = CrossRankScores.gathered(look_ahead(engine, micro_batches, forwards, world.device), world)
             balance.look_ahead(micro_batches, forwards)
             for left, (micro_batch, count) in zip(reversed(range(len(forwards))), zip(micro_batches, forwards, strict=True), strict=True):
                 self._mark("computation", number)
                 last = left == 0
                 scores, backward = forward(engine, micro_batch, count, world.device, self._reference, last, balance.term)
                 if coupled:
-                    exchanged = exchanged or exchange([scores], world)  # a step of one micro-batch a rank has all its scores here
-                    scores = exchanged(scores)
+                    of_step = of_step or CrossRankScores.gathered([scores], world)  # of a step of one micro-batch a rank
+                    scores = of_step.added_to(scores)
                 loss, shares = weighted_loss(objective, scores, denominators, world.size, progress)
                 finite.mul_(torch.isfinite(loss.detach()))
                 if last:

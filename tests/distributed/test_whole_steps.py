@@ -20,8 +20,7 @@ from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores, write_scores
 from cfvlm_ds.models import Scorer, family_of, fingerprint, load_model
 from cfvlm_ds.objectives import OBJECTIVES, BatchAlign, denominators, weighted_loss
-from cfvlm_ds.training.elsewhere import exchange
-from cfvlm_ds.training.guests import WholeSteps, WithGuests
+from cfvlm_ds.training.in_batch_negatives import CrossRankScores, WholeSteps, WithNegatives
 
 GLOBAL_BATCH = 16
 FORWARD = 300  # tokens: an image with its texts and those of others is divided
@@ -97,7 +96,7 @@ def test_the_first_loss_is_that_of_the_whole_step_at_once(
     model = load_model(config := ModelConfig(str(model_dir), attn_implementation="sdpa"), torch.float32)
     place: dict[str, Any] = {"gradient_accumulation_steps": 1, "rank": 0, "world_size": 1, "seed": 0}
     sampler = GroupSampler(num_groups=len(groups), groups_per_micro_batch=GLOBAL_BATCH, **place)
-    step = WithGuests(groups, {"batch_align": 4}, 0).__getitems__(next(iter(WholeSteps(sampler))))
+    step = WithNegatives(groups, {"batch_align": 4}, 0).__getitems__(next(iter(WholeSteps(sampler))))
     batch = load_collator(config, "star", stored=stored)(step)
     with torch.no_grad():
         scores = batch.scores(Scorer(model, family_of(model.config)).eval()(**batch.model_inputs))
@@ -105,7 +104,7 @@ def test_the_first_loss_is_that_of_the_whole_step_at_once(
     below = denominators(objective, batch.layout)
     shares = [
         weighted_loss(objective, each, below)[1]["batch_align"].item()
-        for each in (scores, exchange([scores], World(0, 1, 0, torch.device("cpu")))(scores))
+        for each in (scores, CrossRankScores.gathered([scores], World(0, 1, 0, torch.device("cpu"))).added_to(scores))
     ]
     assert metrics(trajectories[1, 1])[0]["loss/batch_align"] == pytest.approx(shares[1], rel=1e-4) and shares[1] > shares[0] + 0.1
 

@@ -15,7 +15,7 @@ import torch
 from conftest import PROMPT, draw, plain_logp
 from torch import Tensor
 
-from cfvlm_ds.batching.batch_layout import group_layout, stored_scores, with_guests
+from cfvlm_ds.batching.batch_layout import group_layout, stored_scores, with_in_batch_negatives
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.batching.prompts import Encoded
 from cfvlm_ds.core.config import ModelConfig
@@ -31,8 +31,7 @@ from cfvlm_ds.objectives import BatchAlign, batch_terms, denominators, required_
 from cfvlm_ds.objectives.align import Align
 from cfvlm_ds.objectives.csd import Csd
 from cfvlm_ds.objectives.fcd import Fcd
-from cfvlm_ds.training.elsewhere import exchange
-from cfvlm_ds.training.guests import MicroBatch, WholeSteps, WithGuests
+from cfvlm_ds.training.in_batch_negatives import CrossRankScores, StepPart, WholeSteps, WithNegatives
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 TERMS = {"batch_align": 3}
@@ -50,13 +49,13 @@ def in_a_step(
     groups: Sequence[Any], terms: dict[str, int] = TERMS, seed: int = 0, places: Sequence[int] | None = None
 ) -> list[CounterfactualGroup]:
     step = tuple(range(len(groups)))
-    found = WithGuests(groups, terms, seed)
-    return [found.__getitems__(MicroBatch(step, range(place, place + 1)))[0] for place in (step if places is None else places)]
+    found = WithNegatives(groups, terms, seed)
+    return [found.__getitems__(StepPart(step, range(place, place + 1)))[0] for place in (step if places is None else places)]
 
 
 def drawn(group: CounterfactualGroup) -> list[str]:
     assert group.in_step is not None
-    return [guest.text for guest in group.in_step.guests]
+    return [negative.text for negative in group.in_step.in_batch]
 
 
 def many(number: int, seed: int = 0) -> list[CounterfactualGroup]:
@@ -92,8 +91,8 @@ def test_texts_of_others_that_answer_the_same_prompt_and_are_not_excluded() -> N
     assert sorted(" ".join(text.lower().split()) for text in drawn(found[3])) == ["a blue cat", "a dog", "a grey dog", "a red cat"]
     assert not drawn(found[4]) and not drawn(found[5]) and not drawn(found[6])
     assert "a red cat" not in drawn(found[7]) and "a green cat" in drawn(found[7]), "the same group at another place of the step"
-    assert {guest.home for each in found for guest in each.in_step.guests if guest.group == "a"} == {0}
-    assert {guest.share for guest in found[3].in_step.guests} == {0.5}, "half of each group of two texts"
+    assert {negative.source_group for each in found for negative in each.in_step.in_batch if negative.group == "a"} == {0}
+    assert {negative.share for negative in found[3].in_step.in_batch} == {0.5}, "half of each group of two texts"
 
 
 def test_a_text_that_is_known_to_be_true_is_never_drawn() -> None:
@@ -121,7 +120,7 @@ def test_as_many_as_are_wanted_and_not_always_the_same() -> None:
     groups = many(12)
     found = in_a_step(groups)
     assert all(len(drawn(each)) == 3 == len(set(drawn(each))) for each in found)
-    assert len({guest.group for each in found for guest in each.in_step.guests}) > 8
+    assert len({negative.group for each in found for negative in each.in_step.in_batch}) > 8
     assert [drawn(each) for each in in_a_step(groups, seed=1)] != [drawn(each) for each in found]
     assert in_a_step(groups) == found
 
@@ -131,8 +130,8 @@ def test_the_choice_depends_on_the_groups_of_the_step_alone() -> None:
     groups: list[Any] = many(12)
     expected = {each.id: drawn(each) for each in in_a_step(groups)}
     assert {each.id: drawn(each) for each in in_a_step(groups[::-1])} == expected
-    whole = WithGuests(groups, TERMS, 0)
-    together = whole.__getitems__(MicroBatch(tuple(range(12)), range(4, 9)))
+    whole = WithNegatives(groups, TERMS, 0)
+    together = whole.__getitems__(StepPart(tuple(range(12)), range(4, 9)))
     assert [drawn(each) for each in together] == [expected[f"g{g}"] for g in range(4, 9)]
     assert [each.in_step.place for each in together] == [4, 5, 6, 7, 8]
 
@@ -144,7 +143,7 @@ def test_the_choice_depends_on_the_groups_of_the_step_alone() -> None:
 
     broken = in_a_step(Broken(groups))
     assert isinstance(broken[3], DataError)
-    assert not any(guest.group == "g3" for k, each in enumerate(broken) if k != 3 for guest in each.in_step.guests)
+    assert not any(negative.group == "g3" for k, each in enumerate(broken) if k != 3 for negative in each.in_step.in_batch)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -182,7 +181,9 @@ def layout_of(groups: Sequence[CounterfactualGroup]) -> GroupLayout:
         return Encoded("", (1,), (7,) * (2 + len(text) % 3), (0,))
 
     own = [[encoded(each.text) for each in group.candidates] for group in groups]
-    return with_guests(group_layout(groups, own, "star"), groups, [[encoded(text) for text in drawn(group)] for group in groups])
+    return with_in_batch_negatives(
+        group_layout(groups, own, "star"), groups, [[encoded(text) for text in drawn(group)] for group in groups]
+    )
 
 
 class Table:
@@ -240,7 +241,7 @@ def naive_step(groups: Sequence[CounterfactualGroup], table: Table, o: BatchAlig
                 continue
             others = [own.images[i] for i in range(len(own.images)) if own.match[i][c] == 0 and (i, c) in known]
             for host in groups:
-                if any((guest.home, guest.number) == (place, c) for guest in host.in_step.guests):
+                if any((negative.source_group, negative.number) == (place, c) for negative in host.in_step.in_batch):
                     others += host.images
             images.append(softmax_loss([by_image(each, names[c]) - by_image(own.images[at_home], names[c]) for each in others]))
         total = total + own.weight * (sum(texts) / len(texts) + sum(images) / len(images)) / 2
@@ -261,8 +262,8 @@ def test_the_loss_over_a_step_equals_one_graph_of_it(parts: Sequence[Sequence[in
     (gradient,) = torch.autograd.grad(expected, table.values)
     micro_batches = [table.scores([groups[k] for k in part]) for part in parts]
     units = {"batch_align": sum(denominators(objective, each.layout)["batch_align"] for each in micro_batches)}
-    seen = exchange(micro_batches, ALONE)
-    losses = [weighted_loss(objective, seen(each), units)[0] for each in micro_batches]
+    seen = CrossRankScores.gathered(micro_batches, ALONE)
+    losses = [weighted_loss(objective, seen.added_to(each), units)[0] for each in micro_batches]
     assert sum(losses).item() == pytest.approx(expected.item(), rel=1e-6)  # shares are float32
     (found,) = torch.autograd.grad(sum(losses), table.values)
     torch.testing.assert_close(found, gradient, rtol=1e-6, atol=1e-9)
@@ -273,12 +274,12 @@ def test_the_loss_over_a_step_equals_one_graph_of_it(parts: Sequence[Sequence[in
 def test_a_text_whose_group_is_left_out_of_the_step_is_compared_with_nothing() -> None:
     groups = in_a_step(many(6))
     table, objective = Table(groups), {"batch_align": BatchAlign(weight=1.0, warmup=0.0)}
-    lost = groups[0].in_step.guests[0].home
+    lost = groups[0].in_step.in_batch[0].source_group
     kept = [each for k, each in enumerate(groups) if k != lost]
     scores = table.scores(kept)
-    seen = exchange([scores], ALONE)(scores)
-    orphans = seen.layout.guests.home[..., 0] == lost
-    assert orphans.any() and (seen.elsewhere[:, seen.layout.num_own :][orphans] == float("-inf")).all()
+    seen = CrossRankScores.gathered([scores], ALONE).added_to(scores)
+    orphans = seen.layout.in_batch.source_group[..., 0] == lost
+    assert orphans.any() and (seen.cross_group[:, seen.layout.num_own :][orphans] == float("-inf")).all()
     loss, _ = weighted_loss(objective, seen, denominators(objective, seen.layout))
     assert torch.autograd.grad(loss, table.values)[0].isfinite().all()
 
@@ -294,8 +295,8 @@ def test_by_hand() -> None:
     logp = torch.tensor([[[math.log(4), 0.0]], [[math.log(4), 0.0]]], dtype=torch.float64, requires_grad=True)
     objective = {"batch_align": BatchAlign(pmi=0.0, warmup=0.0)}
     scores = Scores(layout, logp, torch.zeros_like(logp))
-    scores = exchange([scores], ALONE)(scores)
-    assert scores.elsewhere.flatten().tolist() == pytest.approx([0.0, math.log(4)] * 2)
+    scores = CrossRankScores.gathered([scores], ALONE).added_to(scores)
+    assert scores.cross_group.flatten().tolist() == pytest.approx([0.0, math.log(4)] * 2)
     loss, _ = weighted_loss(objective, scores, denominators(objective, layout))
     assert loss.item() == pytest.approx(math.log(1.25))
     assert torch.autograd.grad(loss, logp)[0].flatten().tolist() == pytest.approx([-0.1, 0.1, -0.1, 0.1])
@@ -338,7 +339,7 @@ def pictured(tmp_path_factory: pytest.TempPathFactory) -> list[CounterfactualGro
 def test_a_guest_scores_on_an_image_what_it_scores_there_alone(
     model_dir: Path, scorer: Scorer, pictured: list[CounterfactualGroup]
 ) -> None:
-    """Against the library's own forward of one image and one string; own cells are what they are without guests; parts add up."""
+    """Against the library's own forward of one image and one string; own cells are as without in-batch negatives; parts add up."""
     collator, groups = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star"), in_a_step(pictured)
     processor = load_processor(ModelConfig(str(model_dir)))
     batch = collator(groups)
@@ -381,7 +382,7 @@ def test_a_text_that_cannot_be_encoded_costs_its_own_group_alone(model_dir: Path
     assert all("a red </s> circle" in drawn(each) for each in groups[:3])
     batch = load_collator(ModelConfig(str(model_dir)), "star").without_unreadable(groups)
     assert batch.layout.ids == ("g0", "g1", "g2") and [name for name, _ in batch.dropped] == ["bad"]
-    assert batch.layout.guests is not None and batch.layout.guests.home[..., 0].max() == 2
+    assert batch.layout.in_batch is not None and batch.layout.in_batch.source_group[..., 0].max() == 2
 
 
 def test_the_prior_of_a_guest_is_that_of_its_own_group(pictured: list[CounterfactualGroup]) -> None:
@@ -391,7 +392,7 @@ def test_the_prior_of_a_guest_is_that_of_its_own_group(pictured: list[Counterfac
     reference, prior = stored_scores(stored, groups, layout)
     assert not reference[:, :, 2:].any() and (reference[:, :, :2] < 0).all()
     for g, each in enumerate(groups):
-        assert prior[g].tolist() == [-10.0 * g - 1, -10.0 * g - 2, *(-10.0 * int(x.group[1]) - 1 - x.number for x in each.in_step.guests)]
+        assert prior[g].tolist() == [-10.0 * g - 1, -10.0 * g - 2, *(-10.0 * int(x.group[1]) - 1 - x.number for x in each.in_step.in_batch)]
 
 
 def test_a_guest_of_a_source_without_scores_has_no_prior() -> None:
