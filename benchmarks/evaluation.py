@@ -23,7 +23,7 @@ import torch
 from scoring import SIZES, VOCABULARY, build, case, clear, now
 from torch import Tensor
 
-from cfvlm_ds.batching.packing import Tree, pack
+from cfvlm_ds.batching.packing import Material, Tree, pack
 from cfvlm_ds.batching.prompts import Encoded
 from cfvlm_ds.models import FAMILIES, Scorer
 from cfvlm_ds.models.forest_attention import BACKENDS, registered
@@ -104,7 +104,7 @@ def rows(model: Any, family: str, visual: int, name: str) -> dict[str, dict[str,
     images = case(model, family, visual, 1).images
 
     def row(trees: Sequence[Tree]) -> dict[str, Any]:
-        packed = pack(trees, [PICTURE], [[token] * visual], images, kin, model.config, token)
+        packed = pack(Material(tuple(trees), (PICTURE,), ([token] * visual,)), images, kin, model.config, token)
         inputs = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in packed.model_inputs.items()}
         return {"inputs": inputs, "cell": packed.cell.to(model.device), "tokens": packed.num_tokens, "cells": len(branches)}
 

@@ -49,6 +49,8 @@ class Batch:
     num_tokens: int
     num_scored: int
     num_images: int
+    material: Any = None
+    """What the row was packed of (cfvlm_ds.batching.packing.Material), where it may be packed again."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""

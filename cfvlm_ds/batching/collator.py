@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch, MicroBatch
 from cfvlm_ds.batching.batch_layout import group_layout, in_batch_texts, stored_scores, with_in_batch_negatives, without_broken_negatives
 from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, ImageSource, Size, Unprocessable, with_names
-from cfvlm_ds.batching.packing import PromptLength, Tree, divide, num_tokens, pack
+from cfvlm_ds.batching.packing import Material, PromptLength, Tree, divide, num_tokens, pack
 from cfvlm_ds.batching.prompts import Encoded, Prompts, placeholder_id
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
@@ -76,6 +77,7 @@ class Collator:
         self.prompts = Prompts(processor, max_length, family.around)
         self.files = ImageFiles(processor, family, model_config, max_pixels, checked)
         self.images: ImageSource = self.files
+        self.packs_again = False
 
     @cached_property
     def pictures_first(self) -> bool:
@@ -96,10 +98,13 @@ class Collator:
         """The same collator for other cells and stored scores."""
         return self._changed(cells=cells, stored=stored)
 
-    def of_run(self, cells: Cells, stored: Mapping[str, StoredScores] | None, checked: PictureTable | None) -> Collator:
-        """The same collator for a run's cells and stored scores; pictures are compared with what was ``checked``."""
+    def of_run(
+        self, cells: Cells, stored: Mapping[str, StoredScores] | None, checked: PictureTable | None, packs_again: bool = False
+    ) -> Collator:
+        """The same collator for a run's cells and stored scores; pictures are compared with what was ``checked``. With ``packs_again``
+        batches keep what ``packed_again`` needs."""
         files = ImageFiles(self.processor, self.family, self.model_config, self.files.max_pixels, checked)
-        return self._changed(cells=cells, stored=stored, files=files, images=files)
+        return self._changed(cells=cells, stored=stored, files=files, images=files, packs_again=packs_again)
 
     def _changed(self, **changes: Any) -> Collator:
         other = copy.copy(self)  # shares the cached tokens
@@ -135,16 +140,43 @@ class Collator:
                 image_inputs, placeholders = self.images.model_inputs(
                     [opened[key] if key in opened else self.images.open(key) for key in keys], keys
                 )
-                image_token = placeholder_id(self.processor)
-                row = pack(part, keys, placeholders, image_inputs, self.family, self.model_config, image_token)
+                material = Material(tuple(part), tuple(keys), tuple(placeholders))
+                batches.append(self._packed(material, image_inputs, layout, reference, prior))
                 _check_window(groups, part, prompt_length, layout.valid.shape, self.max_length)
-                num_images = len({picture for tree in part for picture in tree.pictures})
-                batches.append(
-                    Batch(row.model_inputs, row.cell, row.is_end, layout, reference, prior, row.num_tokens, row.num_scored, num_images)
-                )
         except Unprocessable as error:
             raise DataError(with_names(error, groups, {key[0]: picture.size for key, picture in opened.items()})) from error
         return batches
+
+    def _packed(
+        self, material: Material, image_inputs: dict[str, Any], layout: GroupLayout, reference: Tensor | None, prior: Tensor | None
+    ) -> Batch:
+        row = pack(material, image_inputs, self.family, self.model_config, placeholder_id(self.processor))
+        num_images = len({picture for tree in material.trees for picture in tree.pictures})
+        kept = material if self.packs_again else None
+        return Batch(row.model_inputs, row.cell, row.is_end, layout, reference, prior, row.num_tokens, row.num_scored, num_images, kept)
+
+    def packed_again(self, micro_batch: MicroBatch, cells: Tensor) -> MicroBatch:
+        """The micro-batch with those ``cells`` [G, I, C] alone, of which every group has one: no picture is opened again, no text encoded.
+
+        A forward without any is left out. A picture that no cell needs leaves the model's inputs where these have one row for each
+        picture; else the tower still runs on it.
+        """
+        layout = replace(micro_batch.layout, valid=micro_batch.layout.valid & cells)
+        wanted, forwards = layout.valid.flatten().tolist(), []
+        for batch in micro_batch.forwards:
+            if all(wanted[cell] for cell in batch.cell.unique().tolist()):
+                forwards.append(replace(batch, layout=layout))
+                continue
+            inputs = batch.model_inputs["image_inputs"]
+            material, left = batch.material.only(wanted)
+            if not all(isinstance(each, Tensor) and len(each) == len(batch.material.keys) for each in inputs.values()):
+                material = replace(material, keys=batch.material.keys, placeholders=batch.material.placeholders)
+            elif len(left) < len(batch.material.keys):
+                inputs = {name: each[left] for name, each in inputs.items()}
+            if material.trees:
+                packed = self._packed(material, inputs, layout, batch.reference, batch.prior)
+                forwards.append(packed.to(batch.cell.device))
+        return replace(micro_batch, forwards=tuple(forwards))
 
     def readable(self, groups: Sequence[CounterfactualGroup]) -> tuple[list[CounterfactualGroup], tuple[tuple[str, str], ...]]:
         """The groups that can be collated, and (id, reason) of each of the others."""

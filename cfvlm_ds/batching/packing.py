@@ -39,6 +39,23 @@ class Tree:
 
 
 @dataclass(frozen=True)
+class Material:
+    """Trees with their pictures ``keys``, and for each of these the ids that stand for it in a prompt."""
+
+    trees: tuple[Tree, ...]
+    keys: tuple[PictureKey, ...]
+    placeholders: tuple[list[int], ...]
+
+    def only(self, wanted: Sequence[bool]) -> tuple[Material, list[int]]:
+        """The material with those texts alone whose cell is ``wanted``, and the places of the pictures that are left, at least one."""
+        kept = (Tree(tree.pictures, [branch for branch in tree.branches if wanted[branch[0]]]) for tree in self.trees)
+        trees = tuple(tree for tree in kept if tree.branches)
+        shown = {key for tree in trees for key in tree.pictures}
+        left = [place for place, key in enumerate(self.keys) if key in shown] or [0]
+        return Material(trees, tuple(self.keys[k] for k in left), tuple(self.placeholders[k] for k in left)), left
+
+
+@dataclass(frozen=True)
 class Row:
     """Trees as one row: the model's inputs, and which tokens are scored.
 
@@ -122,26 +139,18 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     return next((k for k, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), min(len(first), len(second)))
 
 
-def pack(
-    trees: Sequence[Tree],
-    keys: Sequence[PictureKey],
-    placeholders: Sequence[list[int]],
-    image_inputs: dict[str, Any],
-    family: Family,
-    config: PreTrainedConfig,
-    image_token: int,
-) -> Row:
-    """The row of ``trees``, whose pictures are among ``keys``.
+def pack(material: Material, image_inputs: dict[str, Any], family: Family, config: PreTrainedConfig, image_token: int) -> Row:
+    """Pack trees into a row.
 
     Args:
-        placeholders: for each picture the ids that stand for it in a prompt, where ``image_token`` holds its place.
         image_inputs: the model's inputs for the pictures.
         family, config: the model's, for its position rules, and for the id of the visual tokens.
+        image_token: holds the place of a picture in a prompt.
     """
-    shown = [tuple(keys.index(key) for key in tree.pictures) for tree in trees]
+    shown = [tuple(material.keys.index(key) for key in tree.pictures) for tree in material.trees]
     tokens = _Tokens()
-    for tree, pictures in zip(trees, shown, strict=True):
-        tokens.grow(_prompts(tree, pictures, placeholders, image_inputs, family, config, image_token))
+    for tree, pictures in zip(material.trees, shown, strict=True):
+        tokens.grow(_prompts(tree, pictures, material.placeholders, image_inputs, family, config, image_token))
     places, predicted_by = torch.tensor(tokens.predicts).unique(return_inverse=True)
     ids = torch.cat(tokens.ids)
     whole = family.whole_pictures(config)
@@ -154,7 +163,7 @@ def pack(
         "predicted_by": predicted_by,
         "targets": torch.tensor(tokens.targets),
         "images_of_tree": shown,
-        "visual_tokens": [ids.count(config.image_token_id) for ids in placeholders],
+        "visual_tokens": [ids.count(config.image_token_id) for ids in material.placeholders],
         "image_inputs": image_inputs,
     }
     return Row(model_inputs, torch.tensor(tokens.cell), torch.tensor(tokens.is_end), tokens.length, len(places))

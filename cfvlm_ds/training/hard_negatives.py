@@ -1,7 +1,7 @@
 """Of many counterfactuals of a group those enter a step that the current model takes most for true.
 
-A forward without gradients scores all of them; the others are then cut out of the row, and the forward and backward that follow cost what
-a group of few counterfactuals costs. Shapes: G groups, I images, C candidates.
+A forward without gradients scores all of them; the row is then packed again without the others, and the forward and backward that follow
+cost what a group of few counterfactuals costs. Shapes: G groups, I images, C candidates.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from cfvlm_ds.batching.batch import MicroBatch
-from cfvlm_ds.batching.pruning import pruned
 from cfvlm_ds.core.scores import Scores
 
 
@@ -34,10 +33,17 @@ class HardNegatives:
         engine: drives a Scorer.
         number: of counterfactuals that a group keeps.
         forwards: says how many forwards each micro-batch takes, the same on every rank.
+        pack: packs a micro-batch again with the given cells alone (Collator.packed_again).
     """
 
-    def __init__(self, engine: Any, number: int, forwards: Callable[[Sequence[MicroBatch]], list[int]]) -> None:
-        self._engine, self._number, self._forwards = engine, number, forwards
+    def __init__(
+        self,
+        engine: Any,
+        number: int,
+        forwards: Callable[[Sequence[MicroBatch]], list[int]],
+        pack: Callable[[MicroBatch, Tensor], MicroBatch],
+    ) -> None:
+        self._engine, self._number, self._forwards, self._pack = engine, number, forwards, pack
 
     def of(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], list[Hardest]]:
         """The micro-batches with fewer cells, and what of each has stayed. Collective: every rank makes as many forwards."""
@@ -49,7 +55,7 @@ class HardNegatives:
             ]
         self._engine.train()
         chosen = [hardest(scores, self._number) for scores in scored]
-        return [pruned(each, hardest.cells) for each, hardest in zip(micro_batches, chosen, strict=True)], chosen
+        return [self._pack(each, hardest.cells) for each, hardest in zip(micro_batches, chosen, strict=True)], chosen
 
 
 def hardest(scores: Scores, number: int) -> Hardest:

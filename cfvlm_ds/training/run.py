@@ -99,7 +99,7 @@ def _run(config: RunConfig, world: World) -> None:
     stored = _stored_scores(config, data, world)
     collator = data.collator or load_collator(config.model, "full", config.data.max_pixels)
     check_best(config, data.splits, data.benchmarks)
-    collator = collator.of_run(required_cells(config.objective), stored, data.pictures)
+    collator = collator.of_run(required_cells(config.objective), stored, data.pictures, config.train.hard_negatives is not None)
     sampler = _sampler(config, world, data, collator)
     total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs)
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)

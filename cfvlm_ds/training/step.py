@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfvlm_ds.batching.batch import Batch, MicroBatch
+from cfvlm_ds.batching.batch import STAND_IN, Batch, MicroBatch
+from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.batching.out_of_memory import explain_out_of_memory
 from cfvlm_ds.cluster.signals import WorkerLost, reason
 from cfvlm_ds.core.config import RunConfig
@@ -71,7 +72,7 @@ class OptimizerStep:
 
     Args:
         engine: drives a Scorer.
-        stand_in: makes a batch of which only the form matters, for a rank whose data workers have died.
+        collator: of the run; packs rows again, and makes the batch of a rank whose data workers have died, of which only the form matters.
         mark: called with the phase and the step's number, by which a hang is found.
     """
 
@@ -80,15 +81,15 @@ class OptimizerStep:
         config: RunConfig,
         world: World,
         engine: Any,
-        stand_in: Callable[[], Batch],
+        collator: Collator,
         skipped: SkippedGroups,
         nonfinite: NonfiniteSteps,
         mark: Callable[[str, int], None],
     ) -> None:
         self._config, self._world, self._engine = config, world, engine
-        self._stand_in, self._skipped, self._nonfinite, self._mark = stand_in, skipped, nonfinite, mark
+        self._collator, self._skipped, self._nonfinite, self._mark = collator, skipped, nonfinite, mark
         wanted = config.train.hard_negatives
-        self._hardest = None if wanted is None else HardNegatives(engine, wanted, self._forwards)
+        self._hardest = None if wanted is None else HardNegatives(engine, wanted, self._forwards, collator.packed_again)
 
     def take(self, number: int, batches: Iterator[MicroBatch], progress: float, votes: Tensor, save_due: bool) -> StepResult:
         """Fetch the micro-batches, agree on the global denominators, compute, update the weights.
@@ -139,7 +140,7 @@ class OptimizerStep:
         try:
             return [next(batches).to(device) for _ in range(count)], None
         except WorkerLost as error:
-            return [MicroBatch((self._stand_in(),)).to(device)], str(error)
+            return [MicroBatch((self._collator.scoring_everything()([STAND_IN]),)).to(device)], str(error)
 
     def _all_have_batches(self, lost: str | None) -> bool:
         missing = torch.tensor([float(lost is not None)], device=self._world.device)

@@ -6,12 +6,10 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cfvlm_ds import engine as deepspeed_engine
-from cfvlm_ds.batching.batch import STAND_IN
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.cluster.heartbeat import Heartbeat
@@ -89,10 +87,9 @@ class Trainer:
     def _train(self, tracker: Any) -> str | None:
         """Train to the end, or until the ranks agree to stop; returns the reason then."""
         train, state, world = self._config.train, self.state, self._world
-        stand_in = partial(self._collator.scoring_everything(), [STAND_IN])
         skipped = SkippedGroups(self._config.data, self._run_dir, state.skipped, world)
         nonfinite = NonfiniteSteps(train, self._run_dir, world)
-        step = OptimizerStep(self._config, world, self._engine, stand_in, skipped, nonfinite, self._pulse.mark)
+        step = OptimizerStep(self._config, world, self._engine, self._collator, skipped, nonfinite, self._pulse.mark)
         batches = micro_batches(self._data.groups, self._sampler, self._collator, self._config, world, self._num_workers)
         meter = Meter(deepspeed_engine.gather_clock(self._engine, world.device))
         checkpoints = Checkpoints(self._engine, state, self._run_dir, world, train)

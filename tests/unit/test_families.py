@@ -20,7 +20,6 @@ from transformers_scores import plain
 
 from cfvlm_ds.batching.batch import BLANK_SIZE, MicroBatch
 from cfvlm_ds.batching.collator import Collator, load_collator
-from cfvlm_ds.batching.pruning import pruned
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import LoraConfig, ModelConfig, ModuleConfig
 from cfvlm_ds.core.distributed import World
@@ -121,7 +120,7 @@ def sharp(folder: Path) -> Scorer:
 
 @pytest.fixture(scope="module")
 def collator(folder: Path) -> Collator:
-    return load_collator(configured(folder), "full")
+    return load_collator(configured(folder), "full").of_run("full", None, None, packs_again=True)
 
 
 def test_a_row_from_which_cells_are_cut_scores_the_others_as_before(
@@ -132,7 +131,7 @@ def test_a_row_from_which_cells_are_cut_scores_the_others_as_before(
     keep = torch.rand(batch.layout.valid.shape, generator=torch.Generator().manual_seed(1)) < 0.4
     keep[:, 0, 0] = True
     keep[3, 1] = False  # one image of three pictures
-    (row,) = pruned(MicroBatch((batch,)), keep).forwards
+    (row,) = collator.packed_again(MicroBatch((batch,)), keep).forwards
     with torch.no_grad():
         whole, found = (each.scores(sharp(**each.model_inputs)) for each in (batch, row))
     valid = batch.layout.valid & keep

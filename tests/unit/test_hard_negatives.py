@@ -13,7 +13,6 @@ from conftest import write_manifest
 
 from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.batching.collator import Collator, load_collator
-from cfvlm_ds.batching.pruning import pruned
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
@@ -68,7 +67,7 @@ def test_one_sided_counterfactuals_and_what_always_stays() -> None:
 
 @pytest.fixture(scope="module")
 def collator(model_dir: Path) -> Collator:
-    return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")
+    return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star").of_run("star", None, None, packs_again=True)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,7 @@ def reduced(group: CounterfactualGroup, keep: torch.Tensor) -> CounterfactualGro
 
 
 @pytest.mark.parametrize("max_tokens", [None, 90])
-def test_a_pruned_row_is_that_of_groups_without_those_cells(
+def test_a_row_packed_again_is_that_of_groups_without_those_cells(
     max_tokens: int | None, collator: Collator, groups: list[CounterfactualGroup], scorer: Scorer
 ) -> None:
     """Scores of the cells that stay, and as many tokens, scored positions and pictures as a row has that never had the others."""
@@ -100,7 +99,7 @@ def test_a_pruned_row_is_that_of_groups_without_those_cells(
     keep[0] = True
     with torch.no_grad():
         whole = Scores.joined([part.scores(scorer(**part.model_inputs)) for part in parts])
-        left = pruned(MicroBatch(tuple(parts), (("x", "y"),)), keep)
+        left = collator.packed_again(MicroBatch(tuple(parts), (("x", "y"),)), keep)
         found = left.scores([scorer(**part.model_inputs) for part in left.forwards])
     valid = whole.layout.valid & keep
     assert torch.equal(found.layout.valid, valid) and left.dropped == (("x", "y"),) and len(left.forwards) <= len(parts)
@@ -119,7 +118,7 @@ def test_gradients_are_those_of_the_row_without_the_others(collator: Collator, g
     keep = torch.zeros_like(batch.layout.valid)
     keep[:, :, :1] = True
     found = []
-    for part in (*pruned(MicroBatch((batch,)), keep).forwards, batch):
+    for part in (*collator.packed_again(MicroBatch((batch,)), keep).forwards, batch):
         scores = part.scores(scorer(**part.model_inputs))
         loss = torch.where(batch.layout.valid & keep, scores.logp, 0).sum()
         found.append(torch.autograd.grad(loss, [p for p in scorer.parameters() if p.requires_grad], allow_unused=True))
@@ -148,7 +147,9 @@ def test_a_micro_batch_is_cut_to_the_hardest_by_the_model(collator: Collator, gr
     with torch.no_grad():
         scores = Scores.joined([part.scores(scorer(**part.model_inputs)) for part in parts])
     expected = parts[0].layout.valid & hardest(scores, 1).cells
-    cut, (chosen,) = HardNegatives(Engine(), 1, lambda micro_batches: [len(parts) + 2]).of([MicroBatch(tuple(parts))])
+    cut, (chosen,) = HardNegatives(Engine(), 1, lambda micro_batches: [len(parts) + 2], collator.packed_again).of(
+        [MicroBatch(tuple(parts))]
+    )
     assert torch.equal(cut[0].layout.valid, expected) and expected.sum() < parts[0].layout.valid.sum()
     pairs = [len(group.candidates) - 1 for group in groups[1:]]  # the first group asks two questions
     assert (chosen.proposed, chosen.entered) == (sum(pairs), sum(min(pair, 1) for pair in pairs)) and max(pairs) == 2
@@ -162,6 +163,6 @@ def test_candidates_without_pictures_stay_whole(collator: Collator) -> None:
     )
     batch = collator([group])
     keep = torch.tensor([[[True, False, True]]])
-    (row,) = pruned(MicroBatch((batch,)), keep).forwards
+    (row,) = collator.packed_again(MicroBatch((batch,)), keep).forwards
     assert row.model_inputs["images_of_tree"] == [()] and len(row.model_inputs["visual_tokens"]) == 1
     assert row.num_tokens < batch.num_tokens
