@@ -54,7 +54,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
     when the loss or its gradient is not finite.
     """
     world = world or engine.start()
-    with signals.before_leaving(lambda code: world.say(_LEFT[code])):
+    with signals.before_leaving(lambda code: world.say(_LEFT[code])), signals.leaving_together(world):
         validate(config, world)
         with _locked(Path(config.train.output_dir), world, partial(refuse_export, config), config.resolved):
             _run(config, world)
