@@ -131,7 +131,7 @@ def before_leaving(action: Callable[[int], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_together(world: World) -> Iterator[None]:
-    """While this lasts, a rank that a signal ends at once ends the others with the same code. The rank that holds the store waits for them."""
+    """While this lasts, a rank that a signal ends at once first tells the others, which end with the same code."""
     if world.size == 1:
         yield
         return

@@ -169,7 +169,7 @@ def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir: Path
 def test_a_signal_to_a_data_check_in_several_processes_ends_all_ranks(
     signalled: Sequence[int], model_dir: Path, manifests: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Two ranks of two cores look at the rows in processes of their own. All processes of both get a signal, as from srun, or one rank alone."""
+    """Two ranks look at the rows in processes of their own. All processes of both get a signal, as from srun, or those of one rank."""
     arguments = train_arguments(model_dir, {"train": many_rows(manifests["train"], 1 << 15)}, tmp_path / "run")
     ranks = forkserver_ranks.start(2, "forkserver_ranks:train_script", arguments, {"LOCAL_WORLD_SIZE": "1"}, said=tmp_path)
     wait(lambda: all(len(psutil.Process(rank.pid).children()) >= 2 for rank in ranks) or not ranks[0].is_alive())

@@ -23,8 +23,8 @@ from cfvlm_ds.evaluation.suite.written import Result, bootstrap_of, read_results
 
 RESOLVED = (
     "Resolved: at most 5 % of exchanges of the two models' answers, whole clusters (pictures, pairs) at a time, give such a difference. "
-    "The interval excludes 0 exactly then. The headline is tested alone, the other metrics of a benchmark together (max-T of Westfall and "
-    f"Young), so their intervals are wider. Fewer than {LEAST_CLUSTERS} clusters resolve nothing."
+    "The interval excludes 0 exactly then. All metrics of a benchmark are tested together (max-T of Westfall and Young), each benchmark by "
+    f"itself. Fewer than {LEAST_CLUSTERS} clusters resolve nothing."
 )
 
 
@@ -120,7 +120,7 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
             "write them again with `cfvlm-ds evaluate`"
         ) from error
     tested = [name for name in was if drawn and all(each.get(name, math.nan) == each.get(name, math.nan) for each in drawn)]
-    spans = exchange_intervals(drawn, [[name for name in tested if (name == benchmark.headline) is alone] for alone in (True, False)])
+    spans = exchange_intervals(drawn, tested)
     differences = {name: Difference(was[name], now[name], spans.get(name), bootstrap.clusters) for name in was if name in now}
     return Compared(before, after, benchmark, tuple(pairs), differences, tuple(notes))
 
