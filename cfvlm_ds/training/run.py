@@ -101,7 +101,7 @@ def _run(config: RunConfig, world: World) -> None:
     check_best(config, data.splits, data.benchmarks)
     collator = collator.of_run(required_cells(config.objective), stored, data.pictures)
     sampler = _sampler(config, world, data, collator)
-    total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs)
+    total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs, world.say)
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
     try:
         start = resume.decide(config, resolved.config, world, sampler, dict(data.identity), total_steps)

@@ -626,9 +626,9 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("clusters", [3, 4, 6, 10, 30])
 def test_equal_models_are_told_apart_in_five_percent_of_cases(clusters: int) -> None:
-    """1,000 pairs of models that answer the three questions of a picture equally often. In at most 5 %, and a standard error and a half, any
-    of five metrics differs: all answers, the first, second and third ones, the first ones twice. Six pictures suffice where one model is better
-    on all."""
+    """1,000 pairs of models that answer the three questions of a picture equally often. In at most 5 %, and a standard error and a half,
+    any of five metrics differs: all answers, those to each question, and twice those to the first. Six pictures suffice where one model is
+    better on all."""
     rng = np.random.default_rng(clusters)
     exchanges = list(Bootstrap([str(k) for k in range(clusters)]).exchanges(59))
     assert len(set(map(frozenset, exchanges))) == 2 ** (clusters - 1) if clusters < 10 else len(exchanges) == 60
