@@ -15,8 +15,8 @@ _WITHOUT_IMAGES = ("accuracy", "pair", "text")
 """Metrics that stand in for one that compares images, and so has no blank row."""
 HEADING = "# Results"
 INTERVALS = (
-    f"95 %: percentiles of a bootstrap of clusters (pictures, pairs). None are given below {FEWEST_DRAWN} clusters, of which they would be too "
-    "narrow, where all draws give one value, and where some give no value."
+    "95 %: percentiles of a bootstrap of clusters (pictures, pairs). None are given below "
+    f"{FEWEST_DRAWN} clusters, of which they would be too narrow, where all draws give one value, and where some give no value."
 )
 _NAMED = 20
 
