@@ -164,7 +164,7 @@ def _identity(model: Any, adapter: Path | None, alive: Callable[[], object], say
 def _asked(arguments: argparse.Namespace, scorer: Any, collator: Any, world: Any, identity: Mapping[str, str]) -> Any:
     import torch
 
-    from cfvlm_ds.evaluation.generation import writer
+    from cfvlm_ds.evaluation.generation import writer, writing_digest
     from cfvlm_ds.evaluation.suite import Asked
     from cfvlm_ds.models import attention
 
@@ -175,6 +175,8 @@ def _asked(arguments: argparse.Namespace, scorer: Any, collator: Any, world: Any
         "attention": attention("auto", scorer.model.config),
     }
     say = None if arguments.zero3 else writer(scorer.model, collator, world.device)
+    if say is not None:
+        identity = {**identity, "writing": writing_digest(scorer.model)}
     return Asked(scorer, collator, world, arguments.model, identity, precision, say)
 
 

@@ -37,7 +37,7 @@ from cfvlm_ds.evaluation import accuracies, score_groups
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Item, Judged, Outcome, load
 from cfvlm_ds.evaluation.benchmarks.base import spread
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
-from cfvlm_ds.evaluation.generation import writer
+from cfvlm_ds.evaluation.generation import writer, writing_digest
 from cfvlm_ds.evaluation.probes import PROBES, Caption, Generate, log_share, variants
 from cfvlm_ds.evaluation.suite import (
     Asked,
@@ -223,6 +223,14 @@ def test_generated_text_is_the_librarys_own(scorer: Scorer, collator: Collator, 
             ids = scorer.model.generate(**inputs, do_sample=False, max_new_tokens=6, pad_token_id=2)[0, inputs.input_ids.shape[1] :]
         assert outcome.said == (processor.tokenizer.decode(ids, skip_special_tokens=True).strip(),)
         assert outcome.seen[0] == (1.0, 0.0), "the authors take every answer without a no for a yes"
+    digest, options = writing_digest(scorer.model), scorer.model.generation_config.to_dict()
+    scorer.model.generation_config.repetition_penalty = 8.0
+    penalised = writing_digest(scorer.model)
+    scorer.model.generation_config.repetition_penalty = options.get("repetition_penalty")
+    assert penalised != digest == writing_digest(scorer.model)
+    other = replace(asked(scorer, collator, say=say), identity={"weights": "a", "inputs": "b", "writing": penalised})
+    with pytest.raises(ConfigError, match=r"results of another evaluation: model\.writing was"):
+        ask(other, root, tmp_path / "out", "pope", "generate:max_new_tokens=6", limit=2)
     with pytest.raises(ConfigError, match="in parts"):
         ask(asked(scorer, collator), root, tmp_path / "parts", "pope", "generate")
 
@@ -622,6 +630,7 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
     (same,) = compare_results(one, one)
     assert not any(each.resolved for each in same.differences.values()) and same.changes() == ([], [])
     assert compare_results(one, other)[0].differences == found.differences, "seeded"
+    assert re_row(comparison_table(compare_results(one, other, 0), "one", "other"), "macro")[6:8] == ["", "not tested"]
 
 
 @pytest.mark.parametrize("clusters", [3, 4, 6, 10, 30])

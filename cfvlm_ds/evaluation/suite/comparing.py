@@ -44,7 +44,9 @@ class Difference:
         return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
     def __str__(self) -> str:
-        return "yes" if self.resolved else "no" if self.clusters >= LEAST_CLUSTERS else f"too few clusters ({self.clusters})"
+        if self.interval is not None:
+            return "yes" if self.resolved else "no"
+        return "not tested" if self.clusters >= LEAST_CLUSTERS else f"too few clusters ({self.clusters})"
 
 
 @dataclass(frozen=True)
