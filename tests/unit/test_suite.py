@@ -668,15 +668,17 @@ def re_row(table: str, metric: str) -> list[str]:
 
 
 def test_what_is_not_compared_is_named(tmp_path: Path) -> None:
-    one = written(tmp_path / "one", rows([True, False, True]))
-    changed = rows([True, True])
-    changed[0] = replace(changed[0], item=replace(changed[0].item, texts=("a bat", "a dog")))
+    one = written(tmp_path / "one", rows([True, False, True, True, True]))
+    changed = [*rows([True, True]), *rows([True] * 5)[3:]]
+    for place, other_than in ((0, {"texts": ("a bat", "a dog")}), (2, {"tags": {"subset": "swap_att"}}), (3, {"cluster": "1"})):
+        changed[place] = replace(changed[place], item=replace(changed[place].item, **other_than))
     other = written(written(tmp_path / "other", changed), rows([True]), called="more")
     said: list[str] = []
     (found,) = compare_results(one, other, 10, said.append)
     assert (
         len(found.pairs) == 1
-        and "2 items are in one of the results only, or have other texts, and are not compared: 0, 2" in found.notes[0]
+        and "4 items are in one of the results only, or have other texts, parts or clusters, and are not compared: 0, 2, 3, 4"
+        in found.notes[0]
     )
     assert "only in" in said[0] and "more/match" in said[0]
     with pytest.raises(ConfigError, match="no benchmark in common"):

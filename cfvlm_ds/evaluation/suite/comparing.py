@@ -141,7 +141,9 @@ def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]]
     notes = []
     if changed:
         named = ", ".join(one_line(each, 40) for each in changed[:5])
-        notes.append(f"{len(changed)} items are in one of the results only, or have other texts, and are not compared: {named}")
+        notes.append(
+            f"{len(changed)} items are in one of the results only, or have other texts, parts or clusters, and are not compared: {named}"
+        )
     one, other_data = before.record["data"], after.record["data"]
     if not changed and one.get("pictures") != other_data.get("pictures"):
         notes.append("the pictures of the two results differ: these are differences of the data too")
@@ -154,7 +156,7 @@ def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]]
 
 def _said(outcome: Outcome) -> tuple[object, ...]:
     item = outcome.item
-    return item.texts, item.match, item.prompt
+    return item.texts, item.match, item.prompt, item.tags, item.cluster
 
 
 def comparison_table(found: Sequence[Compared], before: str, after: str) -> str:
