@@ -137,7 +137,8 @@ def leaving_together(world: World) -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    store, over = dist.distributed_c10d._get_default_store().clone(), threading.Event()  # its own connection: the other may be in use
+    shared: Any = dist.distributed_c10d._get_default_store()
+    store, over = shared.clone(), threading.Event()  # a connection of its own: the other may be in use
 
     def tell(code: int) -> None:
         store.set(_LEAVING, str(code))
