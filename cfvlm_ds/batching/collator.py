@@ -74,7 +74,7 @@ class Collator:
         self.max_length = max_length
         self.stored = stored
         self.share_prefix = share_prefix
-        self.prompts = Prompts(processor, max_length, family.around)
+        self.prompts = Prompts(processor, max_length, family.around, model_config.get_text_config().vocab_size)
         self.files = ImageFiles(processor, family, model_config, max_pixels, checked)
         self.images: ImageSource = self.files
         self.packs_again = False

@@ -77,12 +77,13 @@ class Prompts:
         processor: the model's own processor.
         max_length: the model's window in tokens.
         around: what the processor writes around each picture.
+        vocabulary: tokens that the model knows; a tokenizer may know more.
     """
 
-    def __init__(self, processor: Any, max_length: int, around: tuple[str, str] = ("", "")) -> None:
+    def __init__(self, processor: Any, max_length: int, around: tuple[str, str] = ("", ""), vocabulary: int | None = None) -> None:
         self.processor = processor
         self.max_length = max_length
-        self._around = around
+        self._around, self._vocabulary = around, vocabulary
         self._texts: dict[tuple[Prompt, str, int], Encoded] = {}
         self._heads: dict[tuple[Prompt, int], _Head] = {}
         self._ends: dict[str, tuple[int, ...]] = {}
@@ -150,6 +151,11 @@ class Prompts:
             raise DataError(f"{where}: {self.processor.image_token!r} in a prompt or text stands for an image; reword it")
         if shown < num_pictures:
             raise DataError(f"{where}: the model's chat template shows {shown} of {num_pictures} pictures; move them to turns of the user")
+        if self._vocabulary and (beyond := [i for i in ids if i >= self._vocabulary and i != placeholder_id(self.processor)]):
+            raise _ModelFails(
+                f"{tokenizer.convert_ids_to_tokens(beyond[0])!r} is token {beyond[0]} of the model's tokenizer, and the model has "
+                f"{self._vocabulary}, counted from 0; name a model with its own tokenizer"
+            )
         answer = ids[len(head.ids) :]
         if control := self._control.intersection(answer):
             raise DataError(f"{where} ({text!r}) contains the control token {tokenizer.convert_ids_to_tokens(min(control))!r}; reword it")

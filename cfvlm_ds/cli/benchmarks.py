@@ -97,7 +97,7 @@ def evaluate(
             name: agreed(world, partial(load_items, each, world.say, limit=arguments.limit, skip=skip), patience)
             for name, each in {each.name: each for each in chosen}.items()
         }
-        identity = agreed(world, lambda: _identity(model, adapter, patience.alive), patience)
+        identity = agreed(world, lambda: _identity(model, adapter, patience.alive, world.say), patience)
         options = {"max_pixels": arguments.max_pixels, "world": world, "zero3": arguments.zero3}
         scorer, collator, world = load_scorer(model, adapter, **options)
         asked = _asked(arguments, scorer, collator, world, identity)
@@ -154,17 +154,17 @@ def track(experiment: str, asked: Sequence[Any], out: Path) -> None:
         tracker.artifact(out / "results.md")
 
 
-def _identity(model: Any, adapter: Path | None, alive: Callable[[], object]) -> dict[str, str]:
+def _identity(model: Any, adapter: Path | None, alive: Callable[[], object], say: Callable[[str], object]) -> dict[str, str]:
     from cfvlm_ds.models import adapter_fingerprint, fingerprint
 
-    found = fingerprint(model, alive)
+    found = fingerprint(model, alive, say)
     return found if adapter is None else found | {"adapter": adapter_fingerprint(adapter, alive)}
 
 
 def _asked(arguments: argparse.Namespace, scorer: Any, collator: Any, world: Any, identity: Mapping[str, str]) -> Any:
     import torch
 
-    from cfvlm_ds.evaluation.generation import writer
+    from cfvlm_ds.evaluation.generation import writer, writing_digest
     from cfvlm_ds.evaluation.suite import Asked
     from cfvlm_ds.models import attention
 
@@ -175,6 +175,8 @@ def _asked(arguments: argparse.Namespace, scorer: Any, collator: Any, world: Any
         "attention": attention("auto", scorer.model.config),
     }
     say = None if arguments.zero3 else writer(scorer.model, collator, world.device)
+    if say is not None:
+        identity = {**identity, "writing": writing_digest(scorer.model)}
     return Asked(scorer, collator, world, arguments.model, identity, precision, say)
 
 

@@ -2,8 +2,8 @@
 
 While ranks train or evaluate, a signal only sets a flag. Every rank votes at the start of a step and before each forward of an
 evaluation, the votes are added over ranks, and so all stop after the same step: they save one checkpoint and exit with ``EXIT_STOPPED``,
-and the same command continues from there. Before the first step and after the last evaluation nothing needs to be saved, and a signal ends
-its process at once with the same code.
+and the same command continues from there. Before the first step and after the last evaluation nothing needs to be saved: a signal to any
+rank ends all of them at once with the same code.
 
 SIGUSR1 is what the scripts in slurm/ send before a time limit, SIGTERM what Slurm itself sends first, SIGINT is Ctrl-C. A second Ctrl-C
 ends the run at once with ``EXIT_INTERRUPTED``, wherever it is. That is why a thread listens: Python's own handlers wait for a main thread
@@ -28,6 +28,8 @@ import psutil
 if TYPE_CHECKING:  # a command's --help does not need it
     from torch import Tensor
 
+    from cfvlm_ds.core.distributed import World
+
 EXIT_STOPPED = 85
 """Exit code of a run that stopped because it was asked to: saved, and to be continued."""
 EXIT_HANG = 86
@@ -37,7 +39,8 @@ EXIT_INTERRUPTED = 130
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _ONE_PRESS_S = 1.0  # a terminal and a launcher may both pass one Ctrl-C on
-_LEAVE_WITHIN_S = 10.0
+_LEAVE_WITHIN_S, _TOLD_WITHIN_S, _LOOK_S = 10.0, 4.0, 0.25
+_LEAVING, _TOLD = "cfvlm_ds/leaving", "cfvlm_ds/told"
 _stop_requested = threading.Event()
 _together = False
 _left = threading.Lock()
@@ -124,6 +127,40 @@ def before_leaving(action: Callable[[int], object]) -> Iterator[None]:
         yield
     finally:
         _before_leaving.remove(action)
+
+
+@contextlib.contextmanager
+def leaving_together(world: World) -> Iterator[None]:
+    """While this lasts, a rank that a signal ends at once first tells the others, which end with the same code."""
+    if world.size == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    shared: Any = dist.distributed_c10d._get_default_store()
+    store, over = shared.clone(), threading.Event()  # a connection of its own: the other may be in use
+
+    def tell(code: int) -> None:
+        store.set(_LEAVING, str(code))
+        store.add(_TOLD, 1)
+        end = time.monotonic() + _TOLD_WITHIN_S
+        while store.add(_TOLD, 0) < world.size and time.monotonic() < end:
+            time.sleep(_LOOK_S)
+
+    def look() -> None:
+        with contextlib.suppress(RuntimeError):  # rank 0 has crashed, and the store with it
+            while not over.wait(_LOOK_S):
+                if store.check([_LEAVING]):
+                    _leave(int(store.get(_LEAVING)))
+
+    looking = threading.Thread(target=look, name="cfvlm_ds-leaving", daemon=True)
+    looking.start()
+    try:
+        with before_leaving(tell):
+            yield
+    finally:
+        over.set()
+        looking.join()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data.permutation import RowsTogether, named_order, permuted
 
 
@@ -165,7 +166,7 @@ class GroupSampler:
             # Steps are whole multiples of this stride, so one stride serves within a step and from one step to the next.
             start += self.groups_per_micro_batch * self.world_size
 
-    def num_steps(self, num_epochs: float) -> int:
+    def num_steps(self, num_epochs: float, say: Callable[[str], object] = lambda line: None) -> int:
         """Optimizer steps until every group has been seen so many times."""
         return -(-_groups_in(num_epochs, self.order.length) // self.groups_per_step)
 
@@ -255,7 +256,7 @@ class PackedSampler(GroupSampler):
         for step in self.steps():
             yield from step[self.rank :: self.world_size]
 
-    def num_steps(self, num_epochs: float) -> int:
+    def num_steps(self, num_epochs: float, say: Callable[[str], object] = lambda line: None) -> int:
         """Optimizer steps until every group has been seen so many times.
 
         To see up to ``_COUNTED`` groups the steps are counted. For more than that, those of the first ``_TRIED`` are, and the others are
@@ -265,9 +266,11 @@ class PackedSampler(GroupSampler):
         wanted = _groups_in(num_epochs, self.order.length)
         counted = wanted if wanted <= _COUNTED else min(wanted, _TRIED)
         position, steps, tokens = _Position(), 0, 0
+        progress = Progress(say, "packing, to count the steps", counted, "groups")
         while position.read - len(position.waiting) < counted:
             bins, position = self._pack(position)
             tokens, steps = tokens + sum(int(self.tokens[group]) for each in bins for group in each), steps + 1
+            progress.advance(sum(map(len, bins)))
         if counted == wanted:
             return steps
         return math.ceil(Fraction(steps * wanted, tokens) * self.order.mean(self.tokens))

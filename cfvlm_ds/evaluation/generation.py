@@ -3,6 +3,8 @@ padding changes what is written."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +31,12 @@ def writer(model: Any, collator: Collator, device: torch.device) -> Callable[[in
     return of_length
 
 
+def writing_digest(model: Any) -> str:
+    """Hash of what the model's own generation_config.json says of writing, such as a penalty for repetitions: ``generate`` goes by it."""
+    options = {name: value for name, value in model.generation_config.to_diff_dict().items() if name != "transformers_version"}
+    return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def write(
     model: Any, collator: Collator, device: torch.device, shown: Pictures, prompt: Prompt, max_new_tokens: int, **options: Any
 ) -> str:
@@ -51,7 +59,9 @@ def write(
             )
         inputs = {name: _of(value, model.dtype) for name, value in inputs.items()}
         with torch.no_grad(), stock_attention(model):
-            whole = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **options)
+            whole = model.generate(
+                **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, return_dict_in_generate=False, **options
+            )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise OutOfMemory(f"out of memory while writing about {shown}; set limits on visual tokens (--model.max_pixels)") from error
     except DataError:

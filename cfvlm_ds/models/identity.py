@@ -17,6 +17,7 @@ from safetensors import safe_open
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import cache_folder, replace
+from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.run_folder import ADAPTER, ADAPTER_WEIGHTS
 from cfvlm_ds.models.family import Family
 from cfvlm_ds.models.model_files import hashed_files, weight_patterns
@@ -41,20 +42,30 @@ def model_folder(name_or_path: str) -> Path:
         raise ConfigError(f"the files of {name_or_path} cannot be read ({' '.join(str(error).split())}); name its folder") from error
 
 
-def fingerprint(config: ModelConfig, alive: Callable[[], object] = lambda: None) -> dict[str, str]:
+def fingerprint(
+    config: ModelConfig, alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
+) -> dict[str, str]:
     """{"weights": sha256, "inputs": sha256}: the first over the configuration and every byte of the weight files, each of which is read
-    only once unless it changes; the second as in ``inputs_fingerprint``. ``alive`` is called while files are read.
+    only once unless it changes; the second as in ``inputs_fingerprint``. ``alive`` is called while files are read, and ``say`` with their
+    progress.
     """
     folder = model_folder(config.name_or_path)
     weights = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in hashed_files(folder):
-        weights.update(f"{path.name} {file_digest(path, alive)}".encode())
+    files = hashed_files(folder)
+    progress = Progress(say, f"sha256 of the weights of {config.name_or_path}", sum(path.stat().st_size for path in files) / 1e6, "MB")
+
+    def read(size: int) -> None:
+        alive()
+        progress.advance(size / 1e6)
+
+    for path in files:
+        weights.update(f"{path.name} {file_digest(path, read)}".encode())
     return {"weights": weights.hexdigest(), "inputs": inputs_fingerprint(config)}
 
 
 def adapter_fingerprint(folder: Path, alive: Callable[[], object] = lambda: None) -> str:
     """sha256 over the configuration and the weights of adapters in peft's format."""
-    digests = "".join(file_digest(folder / name, alive) for name in (ADAPTER, ADAPTER_WEIGHTS))
+    digests = "".join(file_digest(folder / name, lambda size: alive()) for name in (ADAPTER, ADAPTER_WEIGHTS))
     return hashlib.sha256(digests.encode()).hexdigest()
 
 
@@ -68,8 +79,9 @@ def inputs_fingerprint(config: ModelConfig) -> str:
     return inputs.hexdigest()
 
 
-def file_digest(path: Path, alive: Callable[[], object] = lambda: None) -> str:
-    """sha256 of a file; cached in the user's cache folder, keyed by everything that a write to the file changes."""
+def file_digest(path: Path, read: Callable[[int], object]) -> str:
+    """sha256 of a file; cached in the user's cache folder, keyed by everything that a write to the file changes. ``read`` is called with
+    the number of bytes of each block."""
     stat = path.stat()
     state = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     remembered = cache_folder() / "weights" / hashlib.sha256(f"{path.resolve()} {state}".encode()).hexdigest()
@@ -80,7 +92,7 @@ def file_digest(path: Path, alive: Callable[[], object] = lambda: None) -> str:
     with path.open("rb", buffering=0) as handle:
         while block := handle.read(_BLOCK):
             digest.update(block)
-            alive()
+            read(len(block))
     with contextlib.suppress(OSError):  # a home that cannot be written costs time, no more
         remembered.parent.mkdir(parents=True, exist_ok=True)
         replace(remembered, digest.hexdigest().encode(), shared=True)

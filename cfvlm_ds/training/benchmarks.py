@@ -145,8 +145,8 @@ def _identity(config: RunConfig, world: World, alive: Callable[[], object]) -> d
     run_dir = Path(config.train.output_dir)
     try:
         if only_adapters_train(config.model):
-            return fingerprint(config.model, alive) | {"adapter": adapter_fingerprint(run_dir / "adapter", alive)}
-        return fingerprint(replace(config.model, name_or_path=str(run_dir / "export")), alive)
+            return fingerprint(config.model, alive, world.say) | {"adapter": adapter_fingerprint(run_dir / "adapter", alive)}
+        return fingerprint(replace(config.model, name_or_path=str(run_dir / "export")), alive, world.say)
     except (OSError, ConfigError) as error:
         world.say(f"warning: the results of benchmarks do not name the weights, which cannot be read ({error})")
         return {}

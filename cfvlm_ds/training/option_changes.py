@@ -59,17 +59,24 @@ class Change:
 
 
 def record(
-    config: RunConfig, deepspeed: Mapping[str, Any], ranks: int, steps: int, alive: Callable[[], object] = lambda: None
+    config: RunConfig,
+    deepspeed: Mapping[str, Any],
+    ranks: int,
+    steps: int,
+    alive: Callable[[], object] = lambda: None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
     """What configures a run, as plain JSON without secrets: options, resolved DeepSpeed settings, ranks, steps in all, hashes of the model.
 
-    ``alive`` is called while the model's files are read.
+    ``alive`` is called while the model's files are read, and ``say`` with their progress.
     """
     record = {"options": masked(config.resolved), "deepspeed": masked(deepspeed), "ranks": ranks, "steps": steps}
-    return json.loads(json.dumps({**record, "model": model_hashes(config.model.name_or_path, alive)}, default=str))
+    return json.loads(json.dumps({**record, "model": model_hashes(config.model.name_or_path, alive, say)}, default=str))
 
 
-def model_hashes(name_or_path: str, alive: Callable[[], object] = lambda: None) -> dict[str, str] | None:
+def model_hashes(
+    name_or_path: str, alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
+) -> dict[str, str] | None:
     """``fingerprint`` of the model's files; None while a hub's model is not on this machine."""
     folder = name_or_path
     if not os.path.isdir(folder):
@@ -79,7 +86,7 @@ def model_hashes(name_or_path: str, alive: Callable[[], object] = lambda: None) 
             folder = snapshot_download(name_or_path, local_files_only=True)
         except (OSError, ValueError):
             return None
-    return fingerprint(ModelConfig(folder), alive)  # bounds on visual tokens are options, and compared as such
+    return fingerprint(ModelConfig(folder), alive, say)  # bounds on visual tokens are options, and compared as such
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:

@@ -130,7 +130,7 @@ def forget(config: RunConfig, world: World) -> None:
 def model_fingerprint(model: ModelConfig, world: World, tick: Tick = lambda: None) -> dict[str, str]:
     """``fingerprint``, for which rank 0 reads all weights. Raises ConfigError on every rank when they cannot be read."""
     patience = Patience(world, tick)
-    return agreed(world, lambda: fingerprint(model, patience.alive), patience)
+    return agreed(world, lambda: fingerprint(model, patience.alive, world.say), patience)
 
 
 def _from_main(item: Any, world: World) -> Any:

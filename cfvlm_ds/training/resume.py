@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Start:
         if self.record["model"]:
             return self.record
         patience = Patience(world)  # rank 0 reads all weights of the model
-        hashes = agreed(world, lambda: option_changes.model_hashes(config.model.name_or_path, patience.alive), patience)
+        hashes = agreed(world, lambda: option_changes.model_hashes(config.model.name_or_path, patience.alive, world.say), patience)
         return {**self.record, "model": hashes}
 
     def note(self, run_dir: Path, step: int, world: World) -> list[Path]:
@@ -82,7 +83,8 @@ def decide(
     run_dir, train = Path(config.train.output_dir), config.train
     allowed = train.resume_changes == "allow"
     patience = Patience(world)  # rank 0 may read all weights of the model
-    record = agreed(world, lambda: option_changes.record(config, deepspeed, world.size, total_steps, patience.alive), patience)
+    made = partial(option_changes.record, config, deepspeed, world.size, total_steps, patience.alive, world.say)
+    record = agreed(world, made, patience)
 
     def changed_since(before: Mapping[str, Any], what: Path, step: int) -> list[Change]:
         found = option_changes.compare(before, record)

@@ -54,7 +54,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
     when the loss or its gradient is not finite.
     """
     world = world or engine.start()
-    with signals.before_leaving(lambda code: world.say(_LEFT[code])):
+    with signals.before_leaving(lambda code: world.say(_LEFT[code])), signals.leaving_together(world):
         validate(config, world)
         with _locked(Path(config.train.output_dir), world, partial(refuse_export, config), config.resolved):
             _run(config, world)
@@ -101,7 +101,7 @@ def _run(config: RunConfig, world: World) -> None:
     check_best(config, data.splits, data.benchmarks)
     collator = collator.of_run(required_cells(config.objective), stored, data.pictures, config.train.hard_negatives is not None)
     sampler = _sampler(config, world, data, collator)
-    total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs)
+    total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs, world.say)
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
     try:
         start = resume.decide(config, resolved.config, world, sampler, dict(data.identity), total_steps)

@@ -393,7 +393,7 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
     print(json.dumps({"opened": opened, "identity": dict(read.identity), "tokens": tokens.tolist(), "known": len(read.pictures or [])}))
     commands.build = build_late
     commands.build_once(config.build, world)
-    resume.option_changes.model_hashes = lambda name, alive: print("hashed") or {"weights": "w", "inputs": "i"}  # type: ignore[func-returns-value]
+    resume.option_changes.model_hashes = lambda name, alive, say: print("hashed") or {"weights": "w", "inputs": "i"}  # type: ignore[func-returns-value]
     record = resume.Start(None, [], {"model": None, "steps": 1}, 1, {}).complete_record(config, world)
     assert record == {"model": {"weights": "w", "inputs": "i"}, "steps": 1}
     for wrong in (bad, bad):

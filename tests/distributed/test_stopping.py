@@ -166,15 +166,16 @@ def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir: Path
     assert the_run(folder)[1] == "FINISHED" and (folder / "export").is_dir() and len(losses(folder)) == 2
 
 
-def test_a_signal_to_a_data_check_in_several_processes_is_no_lost_process(
-    model_dir: Path, manifests: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("signalled", [(0, 1), (0,), (1,)])
+def test_a_signal_to_a_data_check_in_several_processes_ends_all_ranks(
+    signalled: Sequence[int], model_dir: Path, manifests: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Two ranks of two cores and all their processes get one, as from srun, while those look at the rows: the ranks end their own."""
+    """Two ranks look at the rows in processes of their own. All processes of both get a signal, as from srun, or those of one rank."""
     arguments = train_arguments(model_dir, {"train": many_rows(manifests["train"], 1 << 15)}, tmp_path / "run")
     ranks = forkserver_ranks.start(2, "forkserver_ranks:train_script", arguments, {"LOCAL_WORLD_SIZE": "1"}, said=tmp_path)
     wait(lambda: all(len(psutil.Process(rank.pid).children()) >= 2 for rank in ranks) or not ranks[0].is_alive())
-    for rank, number in zip(ranks, (signal.SIGTERM, signal.SIGUSR1), strict=True):
-        signal_all(rank, number)
+    for rank in signalled:
+        signal_all(ranks[rank], (signal.SIGTERM, signal.SIGUSR1)[rank])
     codes, said = end(ranks, 60), [(tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1)]
     assert codes == [EXIT_STOPPED] * 2, said
     assert "stopped: a signal asked for it; the same command continues\n" in said[0] and "error" not in said[0] + said[1]

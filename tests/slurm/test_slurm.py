@@ -104,13 +104,21 @@ def test_a_signal_and_a_lost_node_change_nothing(nodes: int, lost: bool, cluster
 
 
 @pytest.mark.long
-def test_a_signal_during_the_data_check_is_a_requeue(
-    cluster: Cluster, options: list[str], manifests: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_signal_during_the_data_check_is_no_failure(
+    cancelled: bool, cluster: Cluster, options: list[str], manifests: dict[str, Path], tmp_path: Path
 ) -> None:
-    """USR1 on two nodes whose ranks look at the rows in processes of their own; the next start trains."""
+    """USR1 or `scancel` on two nodes whose ranks look at the rows in processes of their own; after USR1 the next start trains."""
     data = ["--data.train", str(many_rows(manifests["train"], 1 << 17)), "--train.max_steps", "1", "--train.export", "false"]
     job = submit(cluster, tmp_path / "run", [*options, *data], "-N2")
     wait_until(lambda: "check of rows" in job.log or not job.alive(), 600, "data check")
+    if cancelled:
+        cluster.run("scancel", job.id)
+        assert job.end()["JobState"] == "CANCELLED" and not (job.run_dir / "run.lock").exists()
+        said = "".join(path.read_text() for path in job.run_dir.glob("slurm/*/0/rank-*.log"))
+        assert job.log.count("Exited with exit code 85") == 2 and "Traceback" not in said, job.log
+        assert "stopped: a signal asked for it; the same command continues\n" in said
+        return
     job.usr1()
     state = job.end()
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1") and (job.run_dir / "finished.json").exists(), job.log

@@ -58,7 +58,7 @@ def test_every_deepspeed_setting_that_is_shipped_says_what_its_change_means() ->
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function from options, and what else a run is told, to its record."""
-    monkeypatch.setattr(option_changes, "model_hashes", lambda name, alive: {"weights": name.split("@")[0], "inputs": "i"})
+    monkeypatch.setattr(option_changes, "model_hashes", lambda name, alive, say: {"weights": name.split("@")[0], "inputs": "i"})
 
     def record(*options: str, ranks: int = 2, steps: int = 38, **deepspeed: Any) -> dict[str, Any]:
         config = parse_config(["--model.name_or_path", "base@here", *options], OBJECTIVES)

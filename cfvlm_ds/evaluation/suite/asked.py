@@ -63,7 +63,8 @@ class Asked:
     """A model that is asked: its forward, in evaluation mode on every rank, and what it is recognised by.
 
     ``identity`` has the hashes of its ``weights``, its ``inputs`` (see cfvlm_ds.models.identity) and, where it has adapters, its
-    ``adapter``. ``say`` writes greedily; None for a model that cannot, such as one in parts on several GPUs.
+    ``adapter``; where it writes, of its options of ``writing``. ``say`` writes greedily; None for a model that cannot, such as one in parts
+    on several GPUs.
     """
 
     forward: Forward
@@ -204,7 +205,7 @@ class _Evaluation:
         return {
             "benchmark": self._chosen.name,
             "probe": {"name": way.name, **asdict(way)},  # type: ignore[arg-type]
-            "model": {name: self._model.identity.get(name) for name in _OF_MODEL},
+            "model": {name: self._model.identity.get(name) for name in (*_OF_MODEL, *["writing"] * isinstance(way, Generate))},
             "data": checked.identity(),
             "settings": {
                 "batch_size": settings.batch_size,

@@ -1,8 +1,8 @@
 """Confidence intervals of metrics that are any functions of judged items, and of their differences between two models.
 
 Items of a cluster, such as those of a picture, are not independent: they are drawn, and exchanged, together. One model has a bootstrap,
-whose draw k is a function of the seed and k alone, so that ranks can share the draws. Two models exchange their answers (a permutation
-test, exact for any number of clusters), since percentiles of a bootstrap of few clusters are too narrow.
+whose draw k is a function of the seed and k alone, so that ranks can share the draws. Percentiles of a bootstrap of few clusters are too
+narrow: there are none below ``FEWEST_DRAWN`` clusters. Two models exchange their answers, a permutation test that is exact for any number.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ Interval = tuple[float, float]
 LEVEL = 0.95
 LEAST_CLUSTERS = 6
 """Of n clusters the rarest of all exchanges has a share of 2 / 2^n, which is above 5 % where there are fewer."""
+FEWEST_DRAWN = 30
+"""Clusters of which intervals hold the true share in 92 to 96 % of simulations; of 10 it is in 66 to 96 %, of 6 in 45 to 97 %."""
 MOST_DRAWS, LEAST_DRAWS = 1000, 200
 _ITEMS_OF_ALL = 10_000_000  # of all draws together: a benchmark of fifty thousand items has fewer draws
 
@@ -87,7 +89,10 @@ class Bootstrap:
 def drawn_together(
     world: World, bootstrap: Bootstrap, metrics: Metrics, table: Sequence[Judged], draws: int, label: str, patience: Patience
 ) -> list[Values]:
-    """The metrics of each draw, in order, on every rank; ranks share the draws, and wait as long as one of them makes progress."""
+    """The metrics of each draw, in order, on every rank, none of too few clusters; ranks share the draws, and wait as long as one of them
+    makes progress."""
+    if bootstrap.clusters < FEWEST_DRAWN:
+        return []
     found: dict[int, Values] = {}
     progress = Progress(world.say, f"{label}: bootstrap", draws, "draws")
     for k in range(world.rank, draws, world.size):
@@ -116,27 +121,23 @@ def interval(values: Sequence[float]) -> Interval | None:
     return at((1 - LEVEL) / 2), at((1 + LEVEL) / 2)
 
 
-def intervals(drawn: Sequence[Values], clusters: int) -> dict[str, Interval]:
-    """The interval of each metric over the draws that have it; none of a single cluster, of which every draw is the same."""
-    if clusters < 2:
-        return {}
-    names = dict.fromkeys(name for values in drawn for name in values)
-    found = {name: interval([values[name] for values in drawn if name in values]) for name in names}
-    return {name: each for name, each in found.items() if each is not None}
+def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
+    """The interval of each metric that every draw has; none where all draws are the same, as of a model that is always right."""
+    names = [name for name in drawn[0] if all(name in values for values in drawn)] if drawn else []
+    found = {name: interval([values[name] for values in drawn]) for name in names}
+    return {name: each for name, each in found.items() if each is not None and each[0] < each[1]}
 
 
-def exchange_intervals(differences: Sequence[Values], families: Sequence[Sequence[str]]) -> dict[str, Interval]:
+def exchange_intervals(differences: Sequence[Values], names: Sequence[str]) -> dict[str, Interval]:
     """The intervals of differences between two models, the first of ``differences``, by those after exchanges.
 
-    An interval excludes 0 where fewer than 5 % of the exchanges reach the difference: the size of an exact test. The metrics of a family
-    are tested together (max-T of Westfall and Young): of two models of equal worth all its intervals hold 0 in 95 % of cases.
+    An interval excludes 0 where fewer than 5 % of the exchanges reach the difference: the size of an exact test. The metrics are tested
+    together (max-T of Westfall and Young): of two models of equal worth all intervals hold 0 in 95 % of cases.
     """
-    found: dict[str, Interval] = {}
-    for family in families:
-        scales = {name: math.sqrt(sum(each[name] ** 2 for each in differences) / len(differences)) for name in family}
-        found |= {name: (0.0, 0.0) for name in family}
-        units = {name: [round(each[name] / scale, 9) for each in differences] for name, scale in scales.items() if scale > 1e-9}
-        largest = sorted(max(map(abs, values)) for values in zip(*units.values(), strict=True)) or [0.0]
-        most = largest[len(largest) - 1 - int((1 - LEVEL) * len(largest))]
-        found |= {name: ((values[0] - most) * scales[name], (values[0] + most) * scales[name]) for name, values in units.items()}
-    return found
+    scales = {name: math.sqrt(sum(each[name] ** 2 for each in differences) / len(differences)) for name in names}
+    units = {name: [round(each[name] / scale, 9) for each in differences] for name, scale in scales.items() if scale > 1e-9}
+    largest = sorted(max(map(abs, values)) for values in zip(*units.values(), strict=True)) or [0.0]
+    most = largest[len(largest) - 1 - int((1 - LEVEL) * len(largest))]
+    return dict.fromkeys(names, (0.0, 0.0)) | {
+        name: ((values[0] - most) * scales[name], (values[0] + most) * scales[name]) for name, values in units.items()
+    }

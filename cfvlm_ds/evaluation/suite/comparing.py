@@ -23,8 +23,8 @@ from cfvlm_ds.evaluation.suite.written import Result, bootstrap_of, read_results
 
 RESOLVED = (
     "Resolved: at most 5 % of exchanges of the two models' answers, whole clusters (pictures, pairs) at a time, give such a difference. "
-    "The interval excludes 0 exactly then. The headline is tested alone, the other metrics of a benchmark together (max-T of Westfall and "
-    f"Young), so their intervals are wider. Fewer than {LEAST_CLUSTERS} clusters resolve nothing."
+    "The interval excludes 0 exactly then. All metrics of a benchmark are tested together (max-T of Westfall and Young), each benchmark by "
+    f"itself. Fewer than {LEAST_CLUSTERS} clusters resolve nothing."
 )
 
 
@@ -44,7 +44,9 @@ class Difference:
         return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
     def __str__(self) -> str:
-        return "yes" if self.resolved else "no" if self.clusters >= LEAST_CLUSTERS else f"too few clusters ({self.clusters})"
+        if self.interval is not None:
+            return "yes" if self.resolved else "no"
+        return "not tested" if self.clusters >= LEAST_CLUSTERS else f"too few clusters ({self.clusters})"
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
             "write them again with `cfvlm-ds evaluate`"
         ) from error
     tested = [name for name in was if drawn and all(each.get(name, math.nan) == each.get(name, math.nan) for each in drawn)]
-    spans = exchange_intervals(drawn, [[name for name in tested if (name == benchmark.headline) is alone] for alone in (True, False)])
+    spans = exchange_intervals(drawn, tested)
     differences = {name: Difference(was[name], now[name], spans.get(name), bootstrap.clusters) for name in was if name in now}
     return Compared(before, after, benchmark, tuple(pairs), differences, tuple(notes))
 
@@ -139,7 +141,9 @@ def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]]
     notes = []
     if changed:
         named = ", ".join(one_line(each, 40) for each in changed[:5])
-        notes.append(f"{len(changed)} items are in one of the results only, or have other texts, and are not compared: {named}")
+        notes.append(
+            f"{len(changed)} items are in one of the results only, or have other texts, parts or clusters, and are not compared: {named}"
+        )
     one, other_data = before.record["data"], after.record["data"]
     if not changed and one.get("pictures") != other_data.get("pictures"):
         notes.append("the pictures of the two results differ: these are differences of the data too")
@@ -152,7 +156,7 @@ def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]]
 
 def _said(outcome: Outcome) -> tuple[object, ...]:
     item = outcome.item
-    return item.texts, item.match, item.prompt
+    return item.texts, item.match, item.prompt, item.tags, item.cluster
 
 
 def comparison_table(found: Sequence[Compared], before: str, after: str) -> str:

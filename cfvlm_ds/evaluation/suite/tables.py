@@ -6,30 +6,36 @@ from collections.abc import Mapping, Sequence
 
 from cfvlm_ds.core.text import in_cell, one_line
 from cfvlm_ds.evaluation.benchmarks.base import Values
-from cfvlm_ds.evaluation.suite.written import Result
+from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN
+from cfvlm_ds.evaluation.suite.written import Result, bootstrap_of
 
 TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "chance": "chance"}
 """The tables beside what was seen, as people call them."""
 _WITHOUT_IMAGES = ("accuracy", "pair", "text")
 """Metrics that stand in for one that compares images, and so has no blank row."""
 HEADING = "# Results"
+INTERVALS = (
+    "95 %: percentiles of a bootstrap of clusters (pictures, pairs). None are given below "
+    f"{FEWEST_DRAWN} clusters, of which they would be too narrow, where all draws give one value, and where some give no value."
+)
 _NAMED = 20
 
 
 def overview(results: Sequence[Result]) -> str:
-    """A line for each result: its headline metric."""
+    """A line for each result: its headline metric. And what its interval is."""
     shown = [name for name in TABLES if any(name in result.metrics for result in results)]
     lines = [
-        f"| benchmark | probe | items | metric | value | 95 % | {' | '.join(TABLES[name] for name in shown)} |",
-        f"|---|---|---:|---|---:|---|{'---:|' * len(shown)}",
+        f"| benchmark | probe | items | clusters | metric | value | 95 % | {' | '.join(TABLES[name] for name in shown)} |",
+        f"|---|---|---:|---:|---|---:|---|{'---:|' * len(shown)}",
     ]
     for result in results:
         metric = str(result.record["headline"])
         values = [number(result.metrics.get(name, {}).get(metric)) for name in shown]
         value, span = number(result.metrics["seen"].get(metric)), between(result.record["intervals"].get(metric))
-        start = f"| {in_cell(result.called)} | {in_cell(result.label)} | {len(result.outcomes)} | {in_cell(metric)} |"
+        counts = f"{len(result.outcomes)} | {bootstrap_of(result.outcomes).clusters}"
+        start = f"| {in_cell(result.called)} | {in_cell(result.label)} | {counts} | {in_cell(metric)} |"
         lines.append(f"{start} {value} | {span} | {' | '.join(values)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", INTERVALS])
 
 
 def summary(result: Result) -> str:

@@ -78,7 +78,6 @@ def recorded(
 ) -> dict[str, Any]:
     """What results.json says: a ``header`` with all that the scores depend on, metrics of every table, intervals of what was seen by the
     metrics that a bootstrap has ``drawn``, what was left out, and what is worth knowing of the benchmark."""
-    clusters = bootstrap_of(outcomes).clusters
     return {
         "schema": SCHEMA,
         **header,
@@ -94,8 +93,8 @@ def recorded(
         "notes": list(notes),
         "headline": benchmark.headline,
         "metrics": results(benchmark, outcomes),
-        "intervals": {name: list(span) for name, span in intervals(drawn, clusters).items()},
-        "bootstrap": {"draws": len(drawn), "clusters": clusters, "seed": 0},
+        "intervals": {name: list(span) for name, span in intervals(drawn).items()},
+        "bootstrap": {"draws": len(drawn), "clusters": bootstrap_of(outcomes).clusters, "seed": 0},
         "published": [asdict(each) for each in benchmark.published],
         "traps": list(benchmark.traps),
         "unofficial": benchmark.unofficial,

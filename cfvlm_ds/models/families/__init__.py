@@ -27,7 +27,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     if config.model_type in FAMILIES:
         text = config.get_text_config()
         ropes = getattr(text, "rope_parameters", None) or {}
-        kinds = [rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
+        each = [(rope, rope.get("rope_type")) for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
+        kinds = [f"{kind}, long_mscale" if "long_mscale" in rope and kind != "default" else kind for rope, kind in each]
         for option, found, known in (
             ("rope_type", kinds, (None, *_ROPES)),
             ("layer_types", getattr(text, "layer_types", None) or (), _LAYERS),
@@ -52,7 +53,8 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 _ROPES = ("default", "dynamic", "linear", "llama3", "proportional", "yarn")
-"""Those whose frequencies are one for all rows within the model's window. ``longrope`` takes them by the longest position of a row."""
+"""Those whose frequencies are one for all rows within the model's window. ``longrope`` takes them by the longest position of a row, and
+phimoe's ``long_mscale`` scales any of them by it."""
 _LAYERS = ("full_attention", "sliding_attention", "linear_attention")
 """Those that rows of trees compute. ``chunked_attention`` and the length scaling beside it count from the row's first token."""
 
