@@ -39,7 +39,7 @@ EXIT_INTERRUPTED = 130
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _ONE_PRESS_S = 1.0  # a terminal and a launcher may both pass one Ctrl-C on
-_LEAVE_WITHIN_S, _TOLD_WITHIN_S, _LOOK_S = 10.0, 4.0, 0.25
+_LEAVE_WITHIN_S, _TOLD_WITHIN_S, _LOOK_S = 10.0, 4.0, 1.0
 _LEAVING, _TOLD = "cfvlm_ds/leaving", "cfvlm_ds/told"
 _stop_requested = threading.Event()
 _together = False
