@@ -156,7 +156,7 @@ def test_labelled_captions_are_groups_of_a_picture(tmp_path: Path) -> None:
         if not any(expected.values()):
             first = next(n for n, row in enumerate(rows, 1) if row["image"] == image)
             assert isinstance(group, DataError) and re.match(
-                rf"{path}:{first}: .*none of the {sum(row['image'] == image for row in rows + rows[:5])} rows about {image}", str(group)
+                rf"{path}:{first}: .*{image} .*[(]{sum(row['image'] == image for row in rows + rows[:5])} rows?[)]", str(group)
             )
             continue
         assert group.images == ((tmp_path / image,),) and store.where(index) == f"{path}:{1 + [row['image'] for row in rows].index(image)}"
@@ -242,10 +242,10 @@ MARKS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_column_that_may_mark_a_false_text_is_refused_until_it_is_named(case: str, tmp_path: Path) -> None:
     format, row = MARKS[case]
     path = lines(tmp_path / "rows.jsonl", [row])
-    with pytest.raises(DataError, match=r"rows.jsonl:1: row: column '(\w+)' .* may say whether the text is true") as raised:
+    with pytest.raises(DataError, match=r"rows.jsonl:1: column '([\w.]+)' .* may say whether the text is true") as raised:
         read_manifest(path, format=format)
-    name = re.findall(r"column '(\w+)'", str(raised.value))[0]
-    assert f":ignore={name}" in str(raised.value)
+    name = re.findall(r"column '([\w.]+)'", str(raised.value))[0]
+    assert f"ignore={name}" in str(raised.value)
     (group,) = read_manifest(path, format=f"{format}{',' if ':' in format else ':'}ignore={name}")
     assert group.match[0][0] == 1
 
@@ -256,12 +256,11 @@ NO_MARKS = (
         "score": 0.31,
         "relation": "on",
         "split": "valid",
-        "is_train": True,
         "nsfw": "UNLIKELY",
         "width": 1,
         "answer_type": "yes/no",
     },
-    {"vote_true_validator_id": [1, 1], "matches": ["x"], "truth": "", "answers": [{"answer": "yes"}], "labels": [], "correct": None},
+    {"vote_true_validator_id": [1, 1], "matches": ["x"], "truth": "", "answers": [{"answer": "a dog"}], "labels": [], "correct": None},
     {"score": 1, "weight": 1.0},
 )
 
@@ -408,9 +407,9 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "members by case": ("webdataset", {"__key__": "a", "jpg": IMAGE, "JPG": IMAGE, "txt": "x"}, "differ in upper and lower case alone"),
     "caption of JSON": ("captions", CAPTION | {"caption": '{"q": "a"}'}, r"holds a JSON object \('q'\), not a text; .*caption=caption.q"),
     "another label": ("captions:label=l", CAPTION | {"l": "perhaps"}, "'l' is 'perhaps', which is neither true nor false; list the values"),
-    "no label": ("captions:label=l", CAPTION, "column 'l' is not there"),
+    "no label": ("captions:label=l", CAPTION, "column 'l', the label, is not there; write whether"),
+    "broken JSON": ("captions", CAPTION | {"caption": '{"q": "a}'}, "looks like JSON and is broken; correct it, or say json=true"),
     "labels of other captions": ("captions:label=l", CAPTION | {"l": [1, 0]}, "2 labels and 1 captions"),
-    "label per turn": ("messages:per_turn=true,label=l", CHAT | {"l": True}, "per_turn=true beside a label"),
     "history of texts": ("messages", {"query": "a?", "response": "b", "history": ["c"]}, "'history' must be a list of pairs"),
     "answer to nothing": ("messages", {"response": "b"}, "'response' answers nothing"),
     "sample without a picture": ("webdataset", {"__key__": "a", "txt": "x"}, "sample 'a' has no picture"),
@@ -422,6 +421,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
 GOOD: dict[str, dict[str, Any]] = {
     "llava": talk("<image>good?", "b"), "messages": CHAT, "preference": CHOICE, "captions": CAPTION | {"id": "good"},
     "webdataset": {"__key__": "good", "jpg": IMAGE, "txt": "x"}, "captions:caption=cap": {"image": IMAGE, "cap": "x"},
+    "captions:label=l": CAPTION | {"l": 1},
 }  # fmt: skip
 
 
@@ -436,6 +436,98 @@ def test_a_bad_row_is_one_sentence(case: str, tmp_path: Path) -> None:
     message = str(raised.value)
     assert message.startswith(f"{path}:{len(good) + 1}: ") and message.isprintable() and re.search(said, message), message
     assert check_manifest(path, format=format, progress=str).problems == [message]
+
+
+def of(column: str, *values: Any) -> list[dict[str, Any]]:
+    """Rows of captions, each with a value of a column, which may be within others."""
+    first, *rest = column.split(".")
+    return [CAPTION | {"caption": f"text {k}", first: {rest[0]: value} if rest else value} for k, value in enumerate(values)]
+
+
+def told(texts: str, *beside: dict[str, Any]) -> list[dict[str, Any]]:
+    """Chat rows of a text each, whose answer has something beside."""
+    asks = {"role": "user", "content": "a?", "weight": 0}
+    says = [{"role": "assistant", "content": text, **more} for text, more in zip(texts, beside, strict=True)]
+    return [{"messages": [asks, each]} for each in says]
+
+
+COLUMN_MARKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
+    "within another": ("captions", of("meta.is_correct", True, False), ["meta.is_correct"]),
+    "numbers within another": ("captions", of("info.label", 1, 0, 1), ["info.label"]),
+    "within JSON": ("captions", of("info", '{"ok": 1}', '{"ok": 0}', '{"ok": 0}'), ["info.ok"]),
+    "beside what is read": (
+        "hf:image=image,caption=qa.said",
+        [{"image": "a.png", "qa": {"said": str(v), "valid": v}} for v in (True, False)],
+        ["qa.valid"],
+    ),
+    "of a message": ("messages", told("xy", {"metadata": {"label": 0}}, {"metadata": {"label": 1}}), ["messages.metadata.label"]),
+    "of turns": ("messages:per_turn=true", told("xy", {"ok": False}, {"ok": True}), ["messages.ok"]),
+    "any name": ("captions", of("y", 1, 0, 1), ["y"]),
+    "any name, of a table": ("captions", of("vote", "1.0", "0.0", "1.0"), ["vote"]),
+    "minus one": ("captions", of("status", -1, 1, 1), ["status"]),
+    "letters": ("captions", of("gold", "y", "n", "n"), ["gold"]),
+    "words and an odd one": ("captions", of("claim", "SUPPORTS", "REFUTES", "NOT ENOUGH INFO", ""), ["claim"]),
+    "rarely": ("captions", of("ok", *[None] * 90, False, *[None] * 9), ["ok"]),
+    "words of nobody": ("captions", of("label", "stimmt", "falsch", "stimmt"), ["label"]),
+    "all at once": (
+        "captions:caption=caption",
+        [row | {"label": 1, "train": False} for row in of("meta.ok", True, False)],
+        ["label", "meta.ok", "train"],
+    ),
+    "false texts": ("captions", of("wrong_caption", "a cat on a mat", "x"), ["wrong_caption"]),
+    "lists of false texts": ("captions", of("hard_negatives", ["a cat", "a bus"], []), ["hard_negatives"]),
+}
+
+
+@pytest.mark.parametrize("case", COLUMN_MARKS)
+def test_a_label_is_told_by_its_values_over_the_rows(case: str, tmp_path: Path) -> None:
+    """Whatever its name and wherever it is. Every command refuses it, the rows without it are not kept, and the answers work as given."""
+    format, rows, names = COLUMN_MARKS[case]
+    write_pictures(tmp_path)
+    path = lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError) as raised:
+        open_groups(path, tmp_path, format)
+    said = str(raised.value)
+    assert re.findall(r"(?<!\w)'([\w.]+)' \(", said) == names
+    with pytest.raises(DataError, match=re.escape(names[0])):
+        convert(path, None, format, tmp_path / "out.jsonl", "skip")
+    assert not (tmp_path / "out.jsonl").exists() and check_manifest(path, format=format, progress=str).problems == [said]
+    (ignoring,) = re.findall(r"([\w.:=,+]+) if not$", said)
+    assert len(read_manifest(path, format=ignoring)) == len(rows)
+    if (labelled := re.search(r"say (\S+label=\S+) if", said)) and "..." not in said and "turn" not in format:
+        store = open_groups(path, format=labelled[1])
+        assert any(0 in group.match[0] for _, group in store.entries() if not isinstance(group, DataError)) or case in (
+            "of a message",
+            "all at once",
+            "rarely",
+        )
+
+
+COLUMN_NO_MARKS: dict[str, list[dict[str, Any]]] = {
+    "ids": of("annotator_id", 0, 1, 0, 1),
+    "places of rows": of("idx", *range(9)),
+    "numbers": of("num_main_preds", 1, 2, 1, 1),
+    "splits": of("split", "train", "valid", "test"),
+    "classes": of("label", *range(8)),
+    "sexes": of("sex", "m", "f", "f"),
+    "free answers": of("reply", "yes", "no", "red", "two", "a bus", "on top", "none"),
+    "scores": of("score", 0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
+    "a word of FOIL": of("foil_word", "ORIG", "dog"),
+    "rows of negative pictures": of("neg_image", "[5]", "[6]"),
+}
+
+
+@pytest.mark.parametrize("case", COLUMN_NO_MARKS)
+def test_columns_of_other_values_are_metadata(case: str, tmp_path: Path) -> None:
+    path = lines(tmp_path / "rows.jsonl", COLUMN_NO_MARKS[case])
+    assert len(read_manifest(path, format="captions")) == len(COLUMN_NO_MARKS[case])
+
+
+def test_a_label_far_behind_is_found(tmp_path: Path) -> None:
+    """The rows that are looked at lie all over a large file: one that is sorted hides nothing."""
+    path = lines(tmp_path / "rows.jsonl", [CAPTION | {"caption": str(k), "ok": int(k < 4200)} for k in range(5000)])
+    with pytest.raises(DataError, match="'ok' "):
+        open_groups(path, format="captions")
 
 
 def test_what_messages_and_samples_say_beside_is_kept(tmp_path: Path) -> None:

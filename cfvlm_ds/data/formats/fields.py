@@ -57,6 +57,35 @@ def json_object(value: Any) -> dict[str, Any]:
     return {}
 
 
+def value_of(row: Mapping[str, Any], column: str) -> Any:
+    """The value of a column, ``a.b`` being ``b`` within ``a``: an object, JSON of one, or a list of them. None where it is not there."""
+    first, _, rest = column.partition(".")
+    if column in row or not rest:
+        return row.get(column)
+    inner = row.get(first)
+    if isinstance(inner, list) and all_objects(inner):
+        found = [value_of(each, rest) for each in inner]
+        return None if all(each is None for each in found) else found
+    return value_of(inner if isinstance(inner, Mapping) else json_object(inner), rest)
+
+
+def without(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
+    """The row without some columns; of ``a.b`` the rest of ``a`` is left."""
+    kept = dict(row)
+    for column in columns:
+        first, _, rest = column.partition(".")
+        if column in kept:
+            del kept[column]
+        elif rest and (inner := kept.get(first)):
+            if isinstance(inner, list) and all_objects(inner):
+                kept[first] = [without(each, [rest]) for each in inner]
+            elif left := (inner if isinstance(inner, Mapping) else json_object(inner)):
+                kept[first] = without(left, [rest])
+            if not kept[first]:
+                del kept[first]
+    return kept
+
+
 def required(row: Mapping[str, Any], key: str, where: str) -> Any:
     if key not in row:
         raise DataError(f"{where}: key {key!r} is missing; add it")
