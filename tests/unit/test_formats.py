@@ -279,6 +279,17 @@ def test_questions_and_their_answers_are_no_labelled_captions(tmp_path: Path) ->
             read_manifest(path, format=format)
     (group,) = read_manifest(path, format="captions:prompt=text,caption=label")
     assert [(each.prompt, each.text) for each in group.candidates] == [("Is there a dog?", "no")]
+    for text, label in (("is there a dog", "no"), ("Is there a dog?", 0), ("A dog?", 1), ("有狗吗\uff1f", "yes")):
+        path = lines(tmp_path / "asks.jsonl", [{"image": "a.png", "text": text, "label": label}])
+        with pytest.raises(DataError, match=r"asks.jsonl:1: .* is a question, .*captions:prompt=text,caption=label .* ask=\.\.\."):
+            read_manifest(path, format="captions:label=label")
+    path = lines(tmp_path / "asked.jsonl", [{"image": "a.png", "text": f"Who is {who}?", "label": who == "he"} for who in ("he", "she")])
+    (group,) = read_manifest(path, format='captions:label=label,ask="Ask something."')
+    assert group.match == ((1, 0),), "what answers something may be a question"
+    said: list[str] = []
+    path = lines(tmp_path / "rows.jsonl", [{"image": "a.png", "text": f"a dog {k}", "label": k} for k in (0, 1)])
+    open_groups(path, format="captions:label=label", progress=said.append)
+    assert [said[-1].count(part) for part in ("'a dog 1' is true of", "'a dog 0' is false", "'Describe the image.'")] == [1, 1, 1]
 
 
 def test_a_row_without_a_prompt_is_asked_what_it_will_be_asked_later(tmp_path: Path) -> None:
@@ -594,7 +605,7 @@ COLUMNS = [
 ]
 
 
-@pytest.mark.parametrize("option", ["negative_caption", "negative_image", "prompt", "edit", "id"])
+@pytest.mark.parametrize("option", ["negative_caption", "negative_image", "prompt", "edit", "id", "label", "ignore"])
 def test_a_column_that_is_named_and_in_no_row_is_refused_by_every_reader(option: str, tmp_path: Path) -> None:
     write_pictures(tmp_path)
     path = lines(tmp_path / "rows.jsonl", COLUMNS)
@@ -610,6 +621,47 @@ def test_a_column_that_is_named_and_in_no_row_is_refused_by_every_reader(option:
     # A column that one row has is there, and so is one that is null.
     good = read_manifest(path, format="captions:negative_caption=edited,edit=of.kind,prompt=asked")
     assert [[each.text for each in group.candidates] for group in good] == [["a dog"], ["a cat", "a dog"]]
+
+
+def test_columns_that_every_format_s_options_name_are_looked_for(tmp_path: Path) -> None:
+    """Those within others, of messages and of a sample's json too."""
+    write_pictures(tmp_path)
+    chat = {**CHAT, "meta": {"ok": 1}, "messages": [CHAT["messages"][0], {**CHAT["messages"][1], "weight": 0}]}
+    rows = {
+        "messages": chat, "preference": CHOICE | {"good": False},
+        "webdataset": {"__key__": "a", "png": IMAGE, "txt": "x", "json": {"ok": 1}},
+        "pairs": SAMPLES["pairs"].row | {"good": True}, "cfvlm": SAMPLES["cfvlm"].row | {"good": True},
+    }  # fmt: skip
+    good = {"messages": "messages.weight+meta.ok", "webdataset": "ok"}
+    for format, row in rows.items():
+        path = lines(tmp_path / "rows.jsonl", [row])
+        named = good.get(format, "good")
+        open_groups(path, format=f"{format}:ignore={named}")
+        with pytest.raises(DataError, match=r"rows.jsonl: no row has the column '\S+x', which ignore names; (did you mean|there are) '"):
+            open_groups(path, format=f"{format}:ignore={named}x")
+    with pytest.raises(DataError, match="'captoin', which label names; did you mean 'caption'"):
+        open_groups(lines(tmp_path / "rows.jsonl", [row | {"caption": 1}]), format="messages:label=captoin")
+
+
+def test_negatives_beside_labels_are_not_left_out(tmp_path: Path) -> None:
+    rows = [CAPTION | {"label": 1, "negative_caption": "a cat"}, CAPTION | {"caption": "a bus", "label": 0}]
+    path = lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match="'negative_caption' is not read beside label=label; say ignore=negative_caption"):
+        read_manifest(path, format="captions:label=label")
+    (group,) = read_manifest(path, format="captions:label=label,ignore=negative_caption")
+    assert group.match == ((1, 0),)
+
+
+@pytest.mark.parametrize("first", [None, True, 0, 1.0])
+def test_rows_for_kto_are_recognised_whatever_the_first_says(first: object, tmp_path: Path) -> None:
+    """A row without its label is a problem of its own."""
+    rows = [{"prompt": "a?", "completion": text, "label": label} for text, label in (("x", first), ("b", 1), ("c", 0))]
+    store = open_groups(lines(tmp_path / "kto.jsonl", rows))
+    assert store.format == "messages:label=label"
+    found = [store.entry(k) for k in range(len(store))]
+    assert len(found) == 1 + (first is None) and isinstance(found[0], DataError) == (first is None)
+    texts = {each.text: truth for each, truth in zip(store[-1].candidates, store[-1].match[0], strict=True)}
+    assert texts == {"b": 1, "c": 0} | ({} if first is None else {"x": int(bool(first))})
 
 
 @pytest.mark.parametrize("format", GOOD)
@@ -642,6 +694,16 @@ def test_columns_that_are_null_are_not_there(change: dict[str, Any], tmp_path: P
         ("captions:paired=maybe", "must be true or false, not 'maybe'"),
         ("llava:keys=x", "has no option 'keys'; it has per_turn, label, true, false, ignore"),
         ("cfgroup:x=y", "format 'cfgroup' has no options"),
+        ("captions:label=l,negative_caption=n", "negative_caption= is not read beside label="),
+        ("hf:label=l,negative_image=n", "negative_image= is not read beside label="),
+        ("captions:label=l,id=i", "id= is not read beside label="),
+        ("captions:label=l,paired=false", "paired= is not read beside label="),
+        ("messages:per_turn=true,label=l", "per_turn= is not read beside label="),
+        ("captions:true=a", "true= and false= list the values of a label; name its column"),
+        ("llava:false=a", "true= and false= list the values of a label; name its column"),
+        ("webdataset:true=a,false=b", "true= and false= list the values of a label; name its column"),
+        ("captions:label=l,true=0+1,false=1", "'1' is listed as true and as false; keep one"),
+        ("messages:label=isFoil", "column 'isFoil' may mark the texts that are false by its yes; list its values"),
     ],
 )
 def test_a_format_that_is_not_understood(spec: str, said: str, tmp_path: Path) -> None:
