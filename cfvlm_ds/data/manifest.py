@@ -158,16 +158,16 @@ def _columns(row: Mapping[str, Any]) -> dict[str, None]:
 
 def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) -> None:
     """Raise DataError for columns of metadata, of which none is named, that look like labels or hold false texts: all of them at once."""
-    places = range(len(store))
-    if len(store) > _LOOKED_FOR_MARKS:
-        starts = np.linspace(0, len(store) - _STRETCH, _LOOKED_FOR_MARKS // _STRETCH).astype(int).tolist()
-        places = [start + k for start in starts for k in range(_STRETCH)]
+    number, most = -(-len(store) // _STRETCH), _LOOKED_FOR_MARKS // _STRETCH
+    starts = np.unique(np.linspace(0, max(0, len(store) - _STRETCH), min(number, most)).astype(int)).tolist()
+    stretches = [range(start, min(start + _STRETCH, len(store))) for start in starts]
 
     def metadata() -> Iterator[tuple[int, Mapping[str, Any]]]:
-        for index, group in store.entries(places):
+        for stretch in stretches:
             alive()
-            if not isinstance(group, DataError) and isinstance(meta := json.loads(group.meta or "null"), Mapping):
-                yield index, meta
+            for index, group in zip(stretch, store.batch(stretch), strict=True):
+                if not isinstance(group, DataError) and isinstance(meta := json.loads(group.meta or "null"), Mapping):
+                    yield index, meta
 
     label = getattr(convert, "label", None)  # None: the format has no such option
     found = [each for each in marks(metadata(), convert.ignore) if each.is_label or (not label and hasattr(convert, "negative_caption"))]
@@ -195,7 +195,7 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
 
 def _say_understood(store: GroupStore, convert: Any, progress: Callable[[str], object]) -> None:
     """Say how a label is read, by the first group that has a false text."""
-    for _, group in store.entries(range(min(len(store), _LOOKED_AT))):
+    for group in store.batch(range(min(len(store), _LOOKED_AT))):
         if not isinstance(group, DataError) and 0 in group.match[0]:
             texts = [group.candidates[group.match[0].index(truth)].text for truth in (1, 0)]
             shown = ", ".join(map(str, group.images[0])) or "its prompt"

@@ -105,6 +105,9 @@ class WebDataset:
             (("chosen", "rejected"), Preference(self.ignore)),
         ):
             if any(key in said for key in keys):
+                if self.caption:
+                    problem = f"its json has {keys[0]!r}, and caption={self.caption} would not be read; leave the option out"
+                    raise DataError(f"sample {row.get('__key__')!r}: {problem}")
                 return read, {"id": row.get("__key__"), **_about_sample(said, row, picture)}
         if picture is None and (named := [key for key in ("image", "jpg", "png") if isinstance(said.get(key), str)]):
             row["image"], picture = said[named[0]], "image"
