@@ -139,8 +139,8 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object]
                 return
     for option, column in sorted(absent):
         first = next((value for row in range(min(len(rows), _LOOKED_AT)) if isinstance(value := rows.value(row), Mapping)), {})
-        near = difflib.get_close_matches(column, names := list(_columns(first)), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, names[:20])) or 'none'}"
+        near = difflib.get_close_matches(column, there := list(_columns(first)), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, there[:20])) or 'none'}"
         raise DataError(f"{rows.path}: no row has the column {column!r}, which {option} names; {hint}")
 
 
@@ -170,7 +170,7 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
                     yield index, meta
 
     label = getattr(convert, "label", None)  # None: the format has no such option
-    found = [each for each in marks(metadata(), convert.ignore) if each.is_label or (not label and hasattr(convert, "negative_caption"))]
+    found = [each for each in marks(metadata(), convert.ignore) if each.is_label or (not label and hasattr(convert, "caption"))]
     if not found:
         return
     named, _, options = store.format.partition(":")
@@ -181,7 +181,12 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
         return f"{named}:{','.join(filter(None, [options, *given, ignore and f'ignore={ignore}']))}"
 
     first, others = found[0], found[1:]
-    what, use = "may have texts that are false", [f"{spec('negative_caption=' + '+'.join(each.name for each in found))} if so"]
+    read = (
+        spec(f"negative_caption={'+'.join(each.name for each in found)}")
+        if isinstance(convert, Captions)
+        else "negative_caption as its name"
+    )
+    what, use = "may have texts that are false", [f"{read} if so"]
     if first.is_label:
         what, use = "may say whether the text is true", []
         if label == "":
@@ -200,7 +205,8 @@ def _say_understood(store: GroupStore, convert: Any, progress: Callable[[str], o
             texts = [group.candidates[group.match[0].index(truth)].text for truth in (1, 0)]
             shown = ", ".join(map(str, group.images[0])) or "its prompt"
             said = f"{quoted(texts[0], 80)} is true of {shown}, and {quoted(texts[1], 80)} is false"
-            return progress(f"{store.path}: by {convert.label!r}, {said}, as answers to {quoted(spelled(group.candidates[0].prompt), 80)}")
+            progress(f"{store.path}: by {convert.label!r}, {said}, as answers to {quoted(spelled(group.candidates[0].prompt), 80)}")
+            return
 
 
 def _again(path: Path, roots: Sequence[Path], format: str, state: State, limit: int | None) -> GroupStore:

@@ -189,7 +189,7 @@ class Captions:
         texts = _listed(row, columns)
         for text in texts:
             if not isinstance(text, str):
-                raise DataError(f"row: column {columns[0]!r} must hold a text or a list of texts, not {quoted(text)}")
+                raise DataError(f"row: column {columns[0]!r} must hold a text or a list of texts, not {quoted(text)}; write it as one")
             if not self.json and text.strip()[:1] + text.strip()[-1:] == "{}":
                 said = json_object(text)
                 what = f"a JSON object ({_names(said)}), not a text" if said else f"{quoted(text, 40)}, which looks like JSON and is broken"

@@ -42,6 +42,8 @@ _WEIGHTS = {"score", "weight", "loss", "quality", "rating", "similarity", "rewar
 """Words of a column's name by which its 0 or 1 counts where all rows have the same: of a label, and of a weight, where a 0 counts."""
 
 _FALSE_TEXTS = _MEANS_FALSE | {"neg", "negatives", "distractor", "distractors"}
+_PHRASE = re.compile(r"[^\W\d_].*\s\S|\S\s.*[^\W\d_]|[^\W\d_a-zA-Z]{4}", re.DOTALL)
+"""Several words, or a few letters of a script that need not part them."""
 _FEW = 5  # different values of a label
 _DEEP = 8  # objects within objects that are looked into
 
@@ -55,7 +57,7 @@ class Column:
 
     def add(self, value: Any) -> None:
         for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, str) and re.search(r"[^\W\d_]\s+[^\W\d_]", each):
+            if isinstance(each, str) and _PHRASE.search(each):
                 self.phrase = self.phrase or each
             if isinstance(each, str | int | float) and each != "":
                 self.count += 1
