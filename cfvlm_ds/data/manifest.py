@@ -27,7 +27,7 @@ from cfvlm_ds.data.formats import AUTO, format_named
 from cfvlm_ds.data.formats.captions import DEFAULTS, Captions
 from cfvlm_ds.data.formats.cfgroup import native_group
 from cfvlm_ds.data.formats.recognise import kto_label, recognised
-from cfvlm_ds.data.formats.truth import Column, leaves, marks
+from cfvlm_ds.data.formats.truth import Column, leaves, marks, option_value
 from cfvlm_ds.data.joined import JoinedRows
 from cfvlm_ds.data.lines import State
 from cfvlm_ds.data.packed import PackedRows, is_store
@@ -170,23 +170,25 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
                     yield index, meta
 
     label = getattr(convert, "label", None)  # None: the format has no such option
-    found = [each for each in marks(metadata(), convert.ignore) if each.is_label or (not label and hasattr(convert, "caption"))]
+    found = [each for each in marks(metadata(), convert.ignore) if each.name != label and (each.is_label or hasattr(convert, "caption"))]
     if not found:
         return
     named, _, options = store.format.partition(":")
     options = re.sub(r'(^|,)\s*ignore\s*=\s*("[^"]*"|[^,]*)', "", options).strip(",")
 
     def spec(*given: str, ignored: Sequence[Column] = ()) -> str:
-        ignore = "+".join(filter(None, [convert.ignore, *(each.name for each in ignored)]))
+        ignore = option_value("+".join(filter(None, [convert.ignore, *(each.name for each in ignored)])))
         return f"{named}:{','.join(filter(None, [options, *given, ignore and f'ignore={ignore}']))}"
 
     first, others = found[0], found[1:]
-    read = (
-        spec(f"negative_caption={'+'.join(each.name for each in found)}")
-        if isinstance(convert, Captions)
-        else "negative_caption as its name"
-    )
-    what, use = "may have texts that are false", [f"{read} if so"]
+    what, use = "may have what is false of the row's picture", []
+    if not label and isinstance(convert, Captions):
+        by_option: dict[str, list[str]] = {}
+        for each in found:
+            by_option.setdefault(each.negative, []).append(each.name)
+        use = [spec(*(f"{option}={option_value('+'.join(names))}" for option, names in by_option.items())) + " if so"]
+    elif not label:
+        use = ["negative_caption as its name if so"]
     if first.is_label:
         what, use = "may say whether the text is true", []
         if label == "":

@@ -485,6 +485,13 @@ COLUMN_MARKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
         [row | {"label": 1, "train": False} for row in of("meta.ok", True, False)],
         ["label", "meta.ok", "train"],
     ),
+    "lists of a table": ("captions", [CAPTION | {"caption": ["a", "b"], "ok": "[True, False]"}], ["ok"]),
+    "false pictures": ("captions", of("wrong_image", "images/001.png", "images/002.png"), ["wrong_image"]),
+    "false texts beside a label": (
+        "captions:label=label",
+        [row | {"label": k} for k, row in enumerate(of("wrong_caption", "a b c", "d e"), 1)],
+        ["wrong_caption"],
+    ),
     "false texts": ("captions", of("wrong_caption", "a cat on a mat", "x"), ["wrong_caption"]),
     "lists of false texts": ("captions", of("hard_negatives", ["a cat", "a bus"], []), ["hard_negatives"]),
 }

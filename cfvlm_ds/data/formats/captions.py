@@ -16,9 +16,6 @@ label is refused until it is named, or ignored, and so is a caption that is a JS
 
 from __future__ import annotations
 
-import ast
-import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,7 +25,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.formats.chat import placed, read_pictures, row_pictures, without_nulls
-from cfvlm_ds.data.formats.fields import as_meta, json_object, name, row_id, value_of, without
+from cfvlm_ds.data.formats.fields import as_list, as_meta, json_object, name, row_id, value_of, without
 from cfvlm_ds.data.formats.messages import spoken_as
 from cfvlm_ds.data.formats.truth import Claim, Said, check_label, is_question, joined, truth_of
 
@@ -41,9 +38,6 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     "edit": ("edit", "edit_type"),
     "id": ("id",),
 }
-_ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
-"""A list of texts as Python writes it, which is what tables of published data sets have in a field."""
 
 
 class _Read(NamedTuple):
@@ -140,7 +134,7 @@ class Captions:
             if negative := read.columns[option]:
                 remedy = f"say ignore={negative[0]} if they are to be left out, or drop label= if every caption is true"
                 raise DataError(f"row: column {negative[0]!r} is not read beside label={self.label}; {remedy}")
-        labels = value_of(read.row, self.label)
+        labels = as_list(value_of(read.row, self.label))
         labels = labels if isinstance(labels, list) else [labels] * len(read.texts)
         if len(labels) != len(read.texts):
             raise DataError(f"row: {len(labels)} labels and {len(read.texts)} captions; give each caption one")
@@ -243,23 +237,9 @@ def _listed(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
     found: list[Any] = []
     for column in columns:
         value = value_of(row, column)
-        value = _as_list(value) if isinstance(value, str) else value
+        value = as_list(value)
         found += value if isinstance(value, list) else [] if value == "" else [value]
     return found
-
-
-def _as_list(text: str) -> Any:
-    """A list of texts that a table has in a field, in JSON or as Python writes it; any other text is itself."""
-    if text[:1] + text[-1:] == "[]":
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            if _LISTED.fullmatch(text):
-                try:
-                    return ast.literal_eval(text)
-                except (ValueError, SyntaxError, MemoryError):
-                    return text
-    return text
 
 
 def _distinct(texts: list[str]) -> tuple[list[str], int]:

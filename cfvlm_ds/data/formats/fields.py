@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -55,6 +57,26 @@ def json_object(value: Any) -> dict[str, Any]:
             return {}
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def as_list(value: Any) -> Any:
+    """The list that a table has in a field as a text, in JSON or as Python writes it; any other value is itself."""
+    if not isinstance(value, str) or value[:1] + value[-1:] != "[]":
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        if not _LISTED.fullmatch(value):
+            return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError):
+        return value
+
+
+_ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|True|False|None)"""
+_LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
+"""A list as Python writes it, which is what tables of published data sets have in a field."""
 
 
 def value_of(row: Mapping[str, Any], column: str) -> Any:

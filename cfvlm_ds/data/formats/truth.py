@@ -17,7 +17,7 @@ from cfvlm_ds.core.conversation import Prompt, normalised, normalised_prompt, sp
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.formats.fields import as_meta, json_object, row_id
+from cfvlm_ds.data.formats.fields import as_list, as_meta, json_object, row_id
 
 _TRUE = (
     "1", "true", "t", "yes", "y", "correct", "right", "positive", "match", "matched", "entailment", "entailed", "valid", "real",
@@ -42,8 +42,8 @@ _WEIGHTS = {"score", "weight", "loss", "quality", "rating", "similarity", "rewar
 """Words of a column's name by which its 0 or 1 counts where all rows have the same: of a label, and of a weight, where a 0 counts."""
 
 _FALSE_TEXTS = _MEANS_FALSE | {"neg", "negatives", "distractor", "distractors"}
-_PHRASE = re.compile(r"[^\W\d_].*\s\S|\S\s.*[^\W\d_]|[^\W\d_a-zA-Z]{4}", re.DOTALL)
-"""Several words, or a few letters of a script that need not part them."""
+_PHRASE = re.compile(r"[^\W\d_].*\s\S|\S\s.*[^\W\d_]|[^\W\d_a-zA-Z]{4}|\.(png|jpe?g|webp)$", re.DOTALL)
+"""Several words, a few letters of a script that need not part them, or the name of a picture."""
 _FEW = 5  # different values of a label
 _DEEP = 8  # objects within objects that are looked into
 
@@ -56,6 +56,7 @@ class Column:
         self._words = _words(name)
 
     def add(self, value: Any) -> None:
+        value = as_list(value)
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, str) and _PHRASE.search(each):
                 self.phrase = self.phrase or each
@@ -80,20 +81,26 @@ class Column:
 
     @property
     def is_false_texts(self) -> bool:
-        """Whether the values may be texts that are false."""
+        """Whether the values may be texts, or pictures, that are false."""
         return bool(self.phrase) and not _FALSE_TEXTS.isdisjoint(self._words)
+
+    @property
+    def negative(self) -> str:
+        """The option that names such columns."""
+        return "negative_image" if re.search(r"\.(png|jpe?g|webp)$", self.phrase) else "negative_caption"
 
     @property
     def option(self) -> str:
         """What names the column as a label, with its values where the usual meanings are not known to hold."""
+        name = option_value(self.name)
         if not self.values.keys() <= _TRUTHS.keys():
-            return f"label={self.name},true=...,false=..."
+            return f"label={name},true=...,false=..."
         if _MEANS_FALSE.isdisjoint(self._words):
-            return f"label={self.name}"
+            return f"label={name}"
         opposite = {"1": "0", "0": "1", "true": "false", "false": "true", "yes": "no", "no": "yes"}
         words = {truth: [word for word in self.values if _TRUTHS[word] == truth] for truth in (0, 1)}
         true, false = ("+".join(words[k] or [opposite.get(word, "...") for word in words[1 - k]]) for k in (0, 1))
-        return f"label={self.name},true={true},false={false}"
+        return f"label={name},true={true},false={false}"
 
     def __str__(self) -> str:
         shown = ", ".join(quoted(value, 40) for value in self.values.values()) if self.is_label else quoted(self.phrase, 80)
@@ -125,6 +132,11 @@ def leaves(row: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator
             yield from leaves(inner, f"{before}{key}.", depth + 1)
         else:
             yield f"{before}{key}", value
+
+
+def option_value(value: str) -> str:
+    """A value as an option of a format is written."""
+    return f'"{value}"' if "," in value else value
 
 
 def listed(columns: str) -> tuple[str, ...]:
