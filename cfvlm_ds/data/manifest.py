@@ -123,7 +123,7 @@ def _taken(rows: Rows) -> str:
 
 
 _LOOKED_AT = 100  # rows whose format is looked for
-_LOOKED_FOR_MARKS, _STRETCH = 4096, 64  # groups whose metadata are looked at for labels; of more, as many stretches over the whole file
+_LOOKED_FOR_MARKS, _STRETCH = 2048, 64  # groups whose metadata are looked at for labels; of more, as many stretches over the whole file
 
 
 def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
@@ -202,7 +202,8 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
 
 def _say_understood(store: GroupStore, convert: Any, progress: Callable[[str], object]) -> None:
     """Say how a label is read, by the first group that has a false text."""
-    for group in store.batch(range(min(len(store), _LOOKED_AT))):
+    for index in range(min(len(store), _LOOKED_AT)):
+        (group,) = store.batch([index])
         if not isinstance(group, DataError) and 0 in group.match[0]:
             texts = [group.candidates[group.match[0].index(truth)].text for truth in (1, 0)]
             shown = ", ".join(map(str, group.images[0])) or "its prompt"

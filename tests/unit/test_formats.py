@@ -21,7 +21,7 @@ from cfvlm_ds.data.formats.cfgroup import from_row, to_row
 from cfvlm_ds.data.formats.recognise import SAMPLES, recognised
 from cfvlm_ds.data.stats import statistics
 
-ROWS = 204
+ROWS = 130  # more than a batch of rows, and than a part of a Parquet file
 
 
 def contents(path: Path) -> bytes:
@@ -487,11 +487,7 @@ COLUMN_MARKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     ),
     "lists of a table": ("captions", [CAPTION | {"caption": ["a", "b"], "ok": "[True, False]"}], ["ok"]),
     "false pictures": ("captions", of("wrong_image", "images/001.png", "images/002.png"), ["wrong_image"]),
-    "false texts beside a label": (
-        "captions:label=label",
-        [row | {"label": k} for k, row in enumerate(of("wrong_caption", "a b c", "d e"), 1)],
-        ["wrong_caption"],
-    ),
+    "false texts beside a label": ("captions:label=ok", [CAPTION | {"ok": 1, "wrong_caption": "a b c"}], ["wrong_caption"]),
     "false texts": ("captions", of("wrong_caption", "a cat on a mat", "x"), ["wrong_caption"]),
     "lists of false texts": ("captions", of("hard_negatives", ["a cat", "a bus"], []), ["hard_negatives"]),
 }
@@ -512,7 +508,7 @@ def test_a_label_is_told_by_its_values_over_the_rows(case: str, tmp_path: Path) 
     assert not (tmp_path / "out.jsonl").exists() and check_manifest(path, format=format, progress=str).problems == [said]
     (ignoring,) = re.findall(r"([\w.:=,+]+) if not$", said)
     assert len(read_manifest(path, format=ignoring)) == len(rows)
-    if (labelled := re.search(r"say (\S+label=\S+) if", said)) and "..." not in said and "turn" not in format:
+    if len(rows) > 1 and (labelled := re.search(r"say (\S+label=\S+) if", said)) and "..." not in said and "turn" not in format:
         store = open_groups(path, format=labelled[1])
         assert any(0 in group.match[0] for _, group in store.entries() if not isinstance(group, DataError)) or case in (
             "of a message",
@@ -543,7 +539,7 @@ def test_columns_of_other_values_are_metadata(case: str, tmp_path: Path) -> None
 
 def test_a_label_far_behind_is_found(tmp_path: Path) -> None:
     """The rows that are looked at lie all over a large file: one that is sorted hides nothing."""
-    path = lines(tmp_path / "rows.jsonl", [CAPTION | {"caption": str(k), "ok": int(k < 4200)} for k in range(5000)])
+    path = lines(tmp_path / "rows.jsonl", [CAPTION | {"caption": str(k), "ok": int(k < 2100)} for k in range(2200)])
     with pytest.raises(DataError, match="'ok' "):
         open_groups(path, format="captions")
 
@@ -724,7 +720,7 @@ def test_values_within_values_by_the_hundred_are_one_sentence(tmp_path: Path) ->
     write_pictures(tmp_path)
     for name in ("rows.jsonl", "rows.json"):
         path, found = tmp_path / name, set[bool]()
-        for depth in (100, *range(700, 1000, 3)):
+        for depth in (100, *range(700, 1000, 5)):
             row = json.dumps(CAPTION)[:-1] + f', "x": {"[" * depth}{"]" * depth}}}'
             path.write_text(row if name == "rows.jsonl" else f"[{row}]")
             (tmp_path / "out.jsonl").unlink(missing_ok=True)
