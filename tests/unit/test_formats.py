@@ -21,7 +21,7 @@ from cfvlm_ds.data.formats.cfgroup import from_row, to_row
 from cfvlm_ds.data.formats.recognise import SAMPLES, recognised
 from cfvlm_ds.data.stats import statistics
 
-ROWS = 130  # more than a batch of rows, and than a part of a Parquet file
+ROWS = 80  # more than a batch of rows, and than a part of a Parquet file
 
 
 def contents(path: Path) -> bytes:
