@@ -17,7 +17,9 @@ from cfvlm_ds.core.secrets import print_line
 
 def add(commands: Any) -> None:
     """Add the commands to a parser's."""
-    data = commands.add_parser("data", help="make, check, convert, pack and look at data").add_subparsers(dest="action", required=True)
+    text, example = "make, check, convert, pack and look at data", "cfvlm-ds data convert captions.csv --root images --out groups.jsonl"
+    command = commands.add_parser("data", help=text, description=text, epilog=f"example: {example}")
+    data = command.add_subparsers(dest="action", required=True)
     command = add_command(data, "build", _build, "write the embedded world of scenes", "cfvlm-ds data build runs/scenes --num_train 4000")
     add_fields(command, ScenesConfig)
     text = "also write its test groups, or those of a world that is there, into this folder as SugarCrepe, NaturalBench and POPE"

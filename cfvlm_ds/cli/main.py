@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parser() -> Parser:
     """The parser of every command; that of ``train`` is another one (cfvlm_ds.core.parsing), of which only the name is here."""
     text = "Training, data, scores, evaluation and export for counterfactual fine-tuning."
-    top = Parser(prog="cfvlm-ds", description=text)
+    top = Parser(prog="cfvlm-ds", description=text, epilog="example: cfvlm-ds data check groups.jsonl --root images")
     top.add_argument("--version", action=package.ShowVersion, help="print the version and the revision of the code, and end")
     top.set_defaults(quiet=False, verbose=False, parser=top)
     add_verbosity(top)

@@ -59,6 +59,7 @@ def convert(
         base = folder if all(each.is_relative_to(folder) for each in roots) else roots[0]
         groups, described, repeats, problems, seen = 0, 0, 0, list[str](), dict[int, int]()
         store = open_groups(path, root, format, progress=say, cache=[out.parent])
+        what = "groups" if len(store) != store.num_rows else "rows"
         unsound = _unsound(store, max_pixels, say) if on_error == "skip" else lambda group: None
         for index, item in store.entries():
             if not isinstance(item, DataError) and (problem := unsound(item)) is not None:
@@ -76,12 +77,12 @@ def convert(
             file.write(json.dumps(to_row(_absolute(item), base), ensure_ascii=False).encode() + b"\n")
             groups += 1
         if not groups:
-            raise DataError(problems[0] + f" (and so are all {len(problems)} rows)" * (len(problems) > 1))
+            raise DataError(problems[0] + f" (and so are all {len(problems)} {what})" * (len(problems) > 1))
     if described:
         say(f"{described} of {groups} groups ask {DESCRIBE!r}, as captions without a prompt of their own do (the option ask= asks another)")
-    list_skipped(listed, problems, say)
+    list_skipped(listed, problems, say, what)
     if repeats:
-        say(f"{repeats} of the rows that were left out repeat an earlier one, or its id")
+        say(f"{repeats} of the {what} that were left out repeat an earlier one, or its id")
     return Converted(groups, problems, base)
 
 
@@ -109,14 +110,14 @@ def _is_list(file: IO[bytes]) -> bool:
     return set(parse_json(next(lines(file, MAX_LINE)).decode())) == {"problem"}
 
 
-def list_skipped(listed: Path, problems: Sequence[str], say: Callable[[str], object]) -> None:
-    """List the rows that were left out; a list of an earlier call is removed where none was."""
+def list_skipped(listed: Path, problems: Sequence[str], say: Callable[[str], object], what: str = "rows") -> None:
+    """List the rows, or groups, that were left out; a list of an earlier call is removed where none was."""
     if not problems:
         listed.unlink(missing_ok=True)
         return
     with whole_file(listed) as file:
         file.writelines(json.dumps({"problem": problem}, ensure_ascii=False).encode() + b"\n" for problem in problems)
-    say(f"left out {len(problems)} rows, listed in {listed}; the first: {problems[0]}")
+    say(f"left out {len(problems)} {what if len(problems) > 1 else what[:-1]}, listed in {listed}; the first: {problems[0]}")
 
 
 def _absolute(group: CounterfactualGroup) -> CounterfactualGroup:

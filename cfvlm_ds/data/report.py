@@ -36,7 +36,7 @@ class CheckReport:
     """Groups whose texts answer DESCRIBE, as captions without a prompt of their own do, nothing, and others."""
     edit_types: Counter[str] = field(default_factory=Counter)
     num_counterfactuals: Counter[int] = field(default_factory=Counter)
-    """K -> number of groups with K counterfactuals beside the factual pair (shams not counted)."""
+    """K -> number of groups with K texts, or pictures, that are not known to fit the factual picture, or text (shams not counted)."""
     longest_text: int = 0
     longest_text_unit: str = "characters"
     """"tokens" (prompt, image and text) where a text length was given, else "characters" of the text alone."""
@@ -60,7 +60,8 @@ class CheckReport:
         self.metadata.update(map(repr, meta) if isinstance(meta, dict) else ["meta"] if meta else ())
         self.edit_types.update(edit.type for edit in group.edits)
         shams = {edit.image for edit in group.edits if edit.type == SHAM and edit.image is not None}
-        self.num_counterfactuals[max(len(group.images) - len(shams), len(group.candidates)) - 1] += 1
+        images = sum(line[0] != 1 for i, line in enumerate(group.match) if i not in shams)
+        self.num_counterfactuals[max(images, sum(truth != 1 for truth in group.match[0]))] += 1
 
     def add_images(self, number: int) -> None:
         """Count distinct image files."""

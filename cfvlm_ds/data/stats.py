@@ -159,6 +159,7 @@ class Statistics:
     def __str__(self) -> str:
         num_texts, cells = len(self.texts), sum(self.cells.values())
         different, repeated = self.different_texts
+        problems = self.num_problems + self.equal_ids
         length = "row length" if self.unit == "tokens" else "text length"
         lines = [
             ("manifest", self.manifest),
@@ -175,7 +176,7 @@ class Statistics:
             ("equal texts", f"{repeated} of {num_texts} are said more than once" if repeated else "none"),
             ("equal pictures", f"{self.equal_pictures} of {len(self.sizes)} files" if self.equal_pictures else "none"),
             ("equal ids", f"{self.equal_ids} rows" if self.equal_ids else "none"),
-            ("problems", f"{self.num_problems} (`cfvlm-ds data check` names all)" if self.num_problems else "none"),
+            ("problems", f"{problems} (`cfvlm-ds data check` names all)" if problems else "none"),
         ]
         return "\n".join([f"{name:<16} {value}" for name, value in lines] + [f"  {one_line(each, 300)}" for each in self.problems])
 

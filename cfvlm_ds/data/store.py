@@ -58,6 +58,11 @@ class GroupStore(Sequence[CounterfactualGroup]):
         return self.rows.path
 
     @property
+    def num_rows(self) -> int:
+        """How many rows of the file the groups are of."""
+        return int(getattr(self.rows, "num_lines", len(self.rows)))
+
+    @property
     def together(self) -> npt.NDArray[Any] | None:
         """Number of groups before each row, and in all, where a row has several: of a packed store those of the data that were packed."""
         found: npt.NDArray[Any] | None = getattr(self.rows, "together", None)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import write_manifest
 
-from cfvlm_ds.cli.main import main
+from cfvlm_ds.cli.main import main, parser
 from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
@@ -49,6 +49,14 @@ def ended(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return line.removeprefix("error: ")
 
     return run
+
+
+@pytest.mark.parametrize("command", [(), ("data",), ("data", "check")])
+def test_help_ends_with_an_example_that_is_a_command(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    example = capsys.readouterr().out.rpartition("example: cfvlm-ds ")[2].split()
+    assert callable(parser().parse_args(example).function)
 
 
 # --- wrong arguments --------------------------------------------------------------------------------------------------------------------

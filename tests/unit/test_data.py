@@ -602,25 +602,26 @@ def test_report_counts(folder: Path) -> None:
         edits=[{"type": SHAM, "image": "i1"}, {"type": "count", "image": "i2", "text": "t1"}],
     )
     single = row("one", images=[{"id": "i0", "path": "a.png"}], texts=[{"id": "t0", "text": "a"}], match=[["i0", "t0", 1]], edits=[])
-    path = manifest(folder, row(), sham, single)
+    two = row("two", images=single["images"], match=[["i0", "t0", 1], ["i0", "t1", 1]], edits=[])  # captions, of which none is false
+    path = manifest(folder, row(), sham, single, two)
     report = check_manifest(path, progress=pytest.fail)
     assert report == CheckReport(
         manifest=str(path),
-        num_groups=3,
+        num_groups=4,
         num_images=4,
-        num_texts=5,
-        num_cells=4 + 6 + 1,
+        num_texts=7,
+        num_cells=4 + 6 + 1 + 2,
         num_unknown_cells=1 + 3,
         num_false_cells=1 + 1,
-        prompts={"others": 3},  # type: ignore[arg-type]
+        prompts={"others": 4},  # type: ignore[arg-type]
         edit_types={"count": 2, SHAM: 1},  # type: ignore[arg-type]
-        num_counterfactuals={1: 2, 0: 1},  # type: ignore[arg-type]
+        num_counterfactuals={1: 2, 0: 2},  # type: ignore[arg-type]
         longest_text=len("three dogs"),
         longest_text_where=f"{path}:1, text 1",
     )
     assert report.ok
     table = str(report)
-    assert all(part in table for part in ("4 distinct files", "4 of 11", "count 2, sham 1", "K=0: 1 groups, K=1: 2 groups", "none"))
+    assert all(part in table for part in ("4 distinct files", "4 of 13", "count 2, sham 1", "K=0: 2 groups, K=1: 2 groups", "none"))
 
 
 def test_all_problems_are_collected(folder: Path) -> None:

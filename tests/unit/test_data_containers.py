@@ -361,9 +361,6 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "instances of COCO": (
         table(json.dumps(COCO | {"annotations": [{"image_id": 1, "id": 2, "bbox": []}]}), "a.json"), "annotations, item 1: key 'caption' is"
     ),
-    "annotation of no image": (
-        table(json.dumps(COCO | {"annotations": [{"image_id": 7, "caption": "x"}]}), "a.json"), "name the image id 7, which 'images' lacks"
-    ),
     "image without captions": (table(json.dumps(COCO | {"annotations": []}), "a.json"), "images, item 1: row: column 'caption' has no"),
     "image twice": (table(json.dumps(COCO | {"images": COCO["images"] * 2}), "a.json"), "images, item 2: image id 1 occurs twice"),
     "no file name": (table(json.dumps(COCO | {"images": [{"id": 1}]}), "a.json"), r"nor COCO's captions \(images, item 1 has no 'file"),
@@ -520,6 +517,24 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder: Path) -> None
     with pytest.raises(DataError, match=r"and so are all 2 rows"):
         convert(lines(folder / "bad.jsonl", ["{", "{"]), None, "captions", folder / "none.jsonl", "skip")
     assert not (folder / "none.jsonl").exists()
+
+
+def test_captions_of_an_absent_picture_of_coco_are_left_out(folder: Path) -> None:
+    notes = [{"image_id": k, "id": k, "caption": f"text {k}"} for k in (7, 1, 1)]
+    (folder / "coco.json").write_text(json.dumps(COCO | {"annotations": notes}))
+    (problem,) = check_manifest(folder / "coco.json", progress=str).problems
+    assert "coco.json: image 7: annotations name the image id 7, which 'images' lacks" in problem
+    assert convert(folder / "coco.json", None, "auto", folder / "out.jsonl", "skip") == (1, [problem], folder)
+
+
+def test_groups_of_joined_rows_are_counted_as_groups(folder: Path) -> None:
+    """Two rows that are one group of nothing true, and one that lacks its label."""
+    rows = [CAPTION | {"caption": text, "label": label} for text, label in (("a", 0), ("b", 0), ("c", None))]
+    rows += [row | {"image": "images/001.png"} for row in (CAPTION | {"label": 1}, CAPTION | {"caption": "x", "label": 0})]
+    said: list[str] = []
+    done = convert(lines(folder / "rows.jsonl", rows), None, "captions:label=label", folder / "out.jsonl", "skip", said.append)
+    assert done.groups == 1 and [each for each in said if each.startswith("left out 2 groups, ")]
+    assert [re.sub(".*rows.jsonl", "", problem).split(":")[1] for problem in done.problems] == ["1", "3"]
 
 
 def test_conversion_leaves_out_pictures_that_a_check_refuses(folder: Path) -> None:

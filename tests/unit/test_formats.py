@@ -21,7 +21,7 @@ from cfvlm_ds.data.formats.cfgroup import from_row, to_row
 from cfvlm_ds.data.formats.recognise import SAMPLES, recognised
 from cfvlm_ds.data.stats import statistics
 
-ROWS = 204
+ROWS = 80  # more than a batch of rows, and than a part of a Parquet file
 
 
 def contents(path: Path) -> bytes:
@@ -156,7 +156,7 @@ def test_labelled_captions_are_groups_of_a_picture(tmp_path: Path) -> None:
         if not any(expected.values()):
             first = next(n for n, row in enumerate(rows, 1) if row["image"] == image)
             assert isinstance(group, DataError) and re.match(
-                rf"{path}:{first}: .*none of the {sum(row['image'] == image for row in rows + rows[:5])} rows about {image}", str(group)
+                rf"{path}:{first}: .*{image} .*[(]{sum(row['image'] == image for row in rows + rows[:5])} rows?[)]", str(group)
             )
             continue
         assert group.images == ((tmp_path / image,),) and store.where(index) == f"{path}:{1 + [row['image'] for row in rows].index(image)}"
@@ -242,10 +242,10 @@ MARKS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_column_that_may_mark_a_false_text_is_refused_until_it_is_named(case: str, tmp_path: Path) -> None:
     format, row = MARKS[case]
     path = lines(tmp_path / "rows.jsonl", [row])
-    with pytest.raises(DataError, match=r"rows.jsonl:1: row: column '(\w+)' .* may say whether the text is true") as raised:
+    with pytest.raises(DataError, match=r"rows.jsonl:1: column '([\w.]+)' .* may say whether the text is true") as raised:
         read_manifest(path, format=format)
-    name = re.findall(r"column '(\w+)'", str(raised.value))[0]
-    assert f":ignore={name}" in str(raised.value)
+    name = re.findall(r"column '([\w.]+)'", str(raised.value))[0]
+    assert f"ignore={name}" in str(raised.value)
     (group,) = read_manifest(path, format=f"{format}{',' if ':' in format else ':'}ignore={name}")
     assert group.match[0][0] == 1
 
@@ -256,12 +256,11 @@ NO_MARKS = (
         "score": 0.31,
         "relation": "on",
         "split": "valid",
-        "is_train": True,
         "nsfw": "UNLIKELY",
         "width": 1,
         "answer_type": "yes/no",
     },
-    {"vote_true_validator_id": [1, 1], "matches": ["x"], "truth": "", "answers": [{"answer": "yes"}], "labels": [], "correct": None},
+    {"vote_true_validator_id": [1, 1], "matches": ["x"], "truth": "", "answers": [{"answer": "a dog"}], "labels": [], "correct": None},
     {"score": 1, "weight": 1.0},
 )
 
@@ -280,6 +279,17 @@ def test_questions_and_their_answers_are_no_labelled_captions(tmp_path: Path) ->
             read_manifest(path, format=format)
     (group,) = read_manifest(path, format="captions:prompt=text,caption=label")
     assert [(each.prompt, each.text) for each in group.candidates] == [("Is there a dog?", "no")]
+    for text, label in (("is there a dog", "no"), ("Is there a dog?", 0), ("A dog?", 1), ("有狗吗\uff1f", "yes")):
+        path = lines(tmp_path / "asks.jsonl", [{"image": "a.png", "text": text, "label": label}])
+        with pytest.raises(DataError, match=r"asks.jsonl:1: .* is a question, .*captions:prompt=text,caption=label .* ask=\.\.\."):
+            read_manifest(path, format="captions:label=label")
+    path = lines(tmp_path / "asked.jsonl", [{"image": "a.png", "text": f"Who is {who}?", "label": who == "he"} for who in ("he", "she")])
+    (group,) = read_manifest(path, format='captions:label=label,ask="Ask something."')
+    assert group.match == ((1, 0),), "what answers something may be a question"
+    said: list[str] = []
+    path = lines(tmp_path / "rows.jsonl", [{"image": "a.png", "text": f"a dog {k}", "label": k} for k in (0, 1)])
+    open_groups(path, format="captions:label=label", progress=said.append)
+    assert [said[-1].count(part) for part in ("'a dog 1' is true of", "'a dog 0' is false", "'Describe the image.'")] == [1, 1, 1]
 
 
 def test_a_row_without_a_prompt_is_asked_what_it_will_be_asked_later(tmp_path: Path) -> None:
@@ -408,9 +418,9 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "members by case": ("webdataset", {"__key__": "a", "jpg": IMAGE, "JPG": IMAGE, "txt": "x"}, "differ in upper and lower case alone"),
     "caption of JSON": ("captions", CAPTION | {"caption": '{"q": "a"}'}, r"holds a JSON object \('q'\), not a text; .*caption=caption.q"),
     "another label": ("captions:label=l", CAPTION | {"l": "perhaps"}, "'l' is 'perhaps', which is neither true nor false; list the values"),
-    "no label": ("captions:label=l", CAPTION, "column 'l' is not there"),
+    "no label": ("captions:label=l", CAPTION, "column 'l', the label, is not there; write whether"),
+    "broken JSON": ("captions", CAPTION | {"caption": '{"q": "a}'}, "looks like JSON and is broken; correct it, or say json=true"),
     "labels of other captions": ("captions:label=l", CAPTION | {"l": [1, 0]}, "2 labels and 1 captions"),
-    "label per turn": ("messages:per_turn=true,label=l", CHAT | {"l": True}, "per_turn=true beside a label"),
     "history of texts": ("messages", {"query": "a?", "response": "b", "history": ["c"]}, "'history' must be a list of pairs"),
     "answer to nothing": ("messages", {"response": "b"}, "'response' answers nothing"),
     "sample without a picture": ("webdataset", {"__key__": "a", "txt": "x"}, "sample 'a' has no picture"),
@@ -422,6 +432,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
 GOOD: dict[str, dict[str, Any]] = {
     "llava": talk("<image>good?", "b"), "messages": CHAT, "preference": CHOICE, "captions": CAPTION | {"id": "good"},
     "webdataset": {"__key__": "good", "jpg": IMAGE, "txt": "x"}, "captions:caption=cap": {"image": IMAGE, "cap": "x"},
+    "captions:label=l": CAPTION | {"l": 1},
 }  # fmt: skip
 
 
@@ -436,6 +447,101 @@ def test_a_bad_row_is_one_sentence(case: str, tmp_path: Path) -> None:
     message = str(raised.value)
     assert message.startswith(f"{path}:{len(good) + 1}: ") and message.isprintable() and re.search(said, message), message
     assert check_manifest(path, format=format, progress=str).problems == [message]
+
+
+def of(column: str, *values: Any) -> list[dict[str, Any]]:
+    """Rows of captions, each with a value of a column, which may be within others."""
+    first, *rest = column.split(".")
+    return [CAPTION | {"caption": f"text {k}", first: {rest[0]: value} if rest else value} for k, value in enumerate(values)]
+
+
+def told(texts: str, *beside: dict[str, Any]) -> list[dict[str, Any]]:
+    """Chat rows of a text each, whose answer has something beside."""
+    asks = {"role": "user", "content": "a?", "weight": 0}
+    says = [{"role": "assistant", "content": text, **more} for text, more in zip(texts, beside, strict=True)]
+    return [{"messages": [asks, each]} for each in says]
+
+
+COLUMN_MARKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
+    "within another": ("captions", of("meta.is_correct", True, False), ["meta.is_correct"]),
+    "numbers within another": ("captions", of("info.label", 1, 0, 1), ["info.label"]),
+    "within JSON": ("captions", of("info", '{"ok": 1}', '{"ok": 0}', '{"ok": 0}'), ["info.ok"]),
+    "beside what is read": (
+        "hf:image=image,caption=qa.said",
+        [{"image": "a.png", "qa": {"said": str(v), "valid": v}} for v in (True, False)],
+        ["qa.valid"],
+    ),
+    "of a message": ("messages", told("xy", {"metadata": {"label": 0}}, {"metadata": {"label": 1}}), ["messages.metadata.label"]),
+    "of turns": ("messages:per_turn=true", told("xy", {"ok": False}, {"ok": True}), ["messages.ok"]),
+    "any name": ("captions", of("y", 1, 0, 1), ["y"]),
+    "any name, of a table": ("captions", of("vote", "1.0", "0.0", "1.0"), ["vote"]),
+    "minus one": ("captions", of("status", -1, 1, 1), ["status"]),
+    "letters": ("captions", of("gold", "y", "n", "n"), ["gold"]),
+    "words and an odd one": ("captions", of("claim", "SUPPORTS", "REFUTES", "NOT ENOUGH INFO", ""), ["claim"]),
+    "rarely": ("captions", of("ok", *[None] * 90, False, *[None] * 9), ["ok"]),
+    "words of nobody": ("captions", of("label", "stimmt", "falsch", "stimmt"), ["label"]),
+    "all at once": (
+        "captions:caption=caption",
+        [row | {"label": 1, "train": False} for row in of("meta.ok", True, False)],
+        ["label", "meta.ok", "train"],
+    ),
+    "lists of a table": ("captions", [CAPTION | {"caption": ["a", "b"], "ok": "[True, False]"}], ["ok"]),
+    "false pictures": ("captions", of("wrong_image", "images/001.png", "images/002.png"), ["wrong_image"]),
+    "false texts beside a label": ("captions:label=ok", [CAPTION | {"ok": 1, "wrong_caption": "a b c"}], ["wrong_caption"]),
+    "false texts": ("captions", of("wrong_caption", "a cat on a mat", "x"), ["wrong_caption"]),
+    "lists of false texts": ("captions", of("hard_negatives", ["a cat", "a bus"], []), ["hard_negatives"]),
+}
+
+
+@pytest.mark.parametrize("case", COLUMN_MARKS)
+def test_a_label_is_told_by_its_values_over_the_rows(case: str, tmp_path: Path) -> None:
+    """Whatever its name and wherever it is. Every command refuses it, the rows without it are not kept, and the answers work as given."""
+    format, rows, names = COLUMN_MARKS[case]
+    write_pictures(tmp_path)
+    path = lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError) as raised:
+        open_groups(path, tmp_path, format)
+    said = str(raised.value)
+    assert re.findall(r"(?<!\w)'([\w.]+)' \(", said) == names
+    with pytest.raises(DataError, match=re.escape(names[0])):
+        convert(path, None, format, tmp_path / "out.jsonl", "skip")
+    assert not (tmp_path / "out.jsonl").exists() and check_manifest(path, format=format, progress=str).problems == [said]
+    (ignoring,) = re.findall(r"([\w.:=,+]+) if not$", said)
+    assert len(read_manifest(path, format=ignoring)) == len(rows)
+    if len(rows) > 1 and (labelled := re.search(r"say (\S+label=\S+) if", said)) and "..." not in said and "turn" not in format:
+        store = open_groups(path, format=labelled[1])
+        assert any(0 in group.match[0] for _, group in store.entries() if not isinstance(group, DataError)) or case in (
+            "of a message",
+            "all at once",
+            "rarely",
+        )
+
+
+COLUMN_NO_MARKS: dict[str, list[dict[str, Any]]] = {
+    "ids": of("annotator_id", 0, 1, 0, 1),
+    "places of rows": of("idx", *range(9)),
+    "numbers": of("num_main_preds", 1, 2, 1, 1),
+    "splits": of("split", "train", "valid", "test"),
+    "classes": of("label", *range(8)),
+    "sexes": of("sex", "m", "f", "f"),
+    "free answers": of("reply", "yes", "no", "red", "two", "a bus", "on top", "none"),
+    "scores": of("score", 0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
+    "a word of FOIL": of("foil_word", "ORIG", "dog"),
+    "rows of negative pictures": of("neg_image", "[5]", "[6]"),
+}
+
+
+@pytest.mark.parametrize("case", COLUMN_NO_MARKS)
+def test_columns_of_other_values_are_metadata(case: str, tmp_path: Path) -> None:
+    path = lines(tmp_path / "rows.jsonl", COLUMN_NO_MARKS[case])
+    assert len(read_manifest(path, format="captions")) == len(COLUMN_NO_MARKS[case])
+
+
+def test_a_label_far_behind_is_found(tmp_path: Path) -> None:
+    """The rows that are looked at lie all over a large file: one that is sorted hides nothing."""
+    path = lines(tmp_path / "rows.jsonl", [CAPTION | {"caption": str(k), "ok": int(k < 2100)} for k in range(2200)])
+    with pytest.raises(DataError, match="'ok' "):
+        open_groups(path, format="captions")
 
 
 def test_what_messages_and_samples_say_beside_is_kept(tmp_path: Path) -> None:
@@ -502,7 +608,7 @@ COLUMNS = [
 ]
 
 
-@pytest.mark.parametrize("option", ["negative_caption", "negative_image", "prompt", "edit", "id"])
+@pytest.mark.parametrize("option", ["negative_caption", "negative_image", "prompt", "edit", "id", "label", "ignore"])
 def test_a_column_that_is_named_and_in_no_row_is_refused_by_every_reader(option: str, tmp_path: Path) -> None:
     write_pictures(tmp_path)
     path = lines(tmp_path / "rows.jsonl", COLUMNS)
@@ -518,6 +624,47 @@ def test_a_column_that_is_named_and_in_no_row_is_refused_by_every_reader(option:
     # A column that one row has is there, and so is one that is null.
     good = read_manifest(path, format="captions:negative_caption=edited,edit=of.kind,prompt=asked")
     assert [[each.text for each in group.candidates] for group in good] == [["a dog"], ["a cat", "a dog"]]
+
+
+def test_columns_that_every_format_s_options_name_are_looked_for(tmp_path: Path) -> None:
+    """Those within others, of messages and of a sample's json too."""
+    write_pictures(tmp_path)
+    chat = {**CHAT, "meta": {"ok": 1}, "messages": [CHAT["messages"][0], {**CHAT["messages"][1], "weight": 0}]}
+    rows = {
+        "messages": chat, "preference": CHOICE | {"good": False},
+        "webdataset": {"__key__": "a", "png": IMAGE, "txt": "x", "json": {"ok": 1}},
+        "pairs": SAMPLES["pairs"].row | {"good": True}, "cfvlm": SAMPLES["cfvlm"].row | {"good": True},
+    }  # fmt: skip
+    good = {"messages": "messages.weight+meta.ok", "webdataset": "ok"}
+    for format, row in rows.items():
+        path = lines(tmp_path / "rows.jsonl", [row])
+        named = good.get(format, "good")
+        open_groups(path, format=f"{format}:ignore={named}")
+        with pytest.raises(DataError, match=r"rows.jsonl: no row has the column '\S+x', which ignore names; (did you mean|there are) '"):
+            open_groups(path, format=f"{format}:ignore={named}x")
+    with pytest.raises(DataError, match="'captoin', which label names; did you mean 'caption'"):
+        open_groups(lines(tmp_path / "rows.jsonl", [row | {"caption": 1}]), format="messages:label=captoin")
+
+
+def test_negatives_beside_labels_are_not_left_out(tmp_path: Path) -> None:
+    rows = [CAPTION | {"label": 1, "negative_caption": "a cat"}, CAPTION | {"caption": "a bus", "label": 0}]
+    path = lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match="'negative_caption' is not read beside label=label; say ignore=negative_caption"):
+        read_manifest(path, format="captions:label=label")
+    (group,) = read_manifest(path, format="captions:label=label,ignore=negative_caption")
+    assert group.match == ((1, 0),)
+
+
+@pytest.mark.parametrize("first", [None, True, 0, 1.0])
+def test_rows_for_kto_are_recognised_whatever_the_first_says(first: object, tmp_path: Path) -> None:
+    """A row without its label is a problem of its own."""
+    rows = [{"prompt": "a?", "completion": text, "label": label} for text, label in (("x", first), ("b", 1), ("c", 0))]
+    store = open_groups(lines(tmp_path / "kto.jsonl", rows))
+    assert store.format == "messages:label=label"
+    found = [store.entry(k) for k in range(len(store))]
+    assert len(found) == 1 + (first is None) and isinstance(found[0], DataError) == (first is None)
+    texts = {each.text: truth for each, truth in zip(store[-1].candidates, store[-1].match[0], strict=True)}
+    assert texts == {"b": 1, "c": 0} | ({} if first is None else {"x": int(bool(first))})
 
 
 @pytest.mark.parametrize("format", GOOD)
@@ -550,6 +697,16 @@ def test_columns_that_are_null_are_not_there(change: dict[str, Any], tmp_path: P
         ("captions:paired=maybe", "must be true or false, not 'maybe'"),
         ("llava:keys=x", "has no option 'keys'; it has per_turn, label, true, false, ignore"),
         ("cfgroup:x=y", "format 'cfgroup' has no options"),
+        ("captions:label=l,negative_caption=n", "negative_caption= is not read beside label="),
+        ("hf:label=l,negative_image=n", "negative_image= is not read beside label="),
+        ("captions:label=l,id=i", "id= is not read beside label="),
+        ("captions:label=l,paired=false", "paired= is not read beside label="),
+        ("messages:per_turn=true,label=l", "per_turn= is not read beside label="),
+        ("captions:true=a", "true= and false= list the values of a label; name its column"),
+        ("llava:false=a", "true= and false= list the values of a label; name its column"),
+        ("webdataset:true=a,false=b", "true= and false= list the values of a label; name its column"),
+        ("captions:label=l,true=0+1,false=1", "'1' is listed as true and as false; keep one"),
+        ("messages:label=isFoil", "column 'isFoil' may mark the texts that are false by its yes; list its values"),
     ],
 )
 def test_a_format_that_is_not_understood(spec: str, said: str, tmp_path: Path) -> None:
@@ -563,7 +720,7 @@ def test_values_within_values_by_the_hundred_are_one_sentence(tmp_path: Path) ->
     write_pictures(tmp_path)
     for name in ("rows.jsonl", "rows.json"):
         path, found = tmp_path / name, set[bool]()
-        for depth in (100, *range(700, 1000, 3)):
+        for depth in (100, *range(700, 1000, 5)):
             row = json.dumps(CAPTION)[:-1] + f', "x": {"[" * depth}{"]" * depth}}}'
             path.write_text(row if name == "rows.jsonl" else f"[{row}]")
             (tmp_path / "out.jsonl").unlink(missing_ok=True)

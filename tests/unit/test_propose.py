@@ -742,6 +742,13 @@ def test_a_shard_reads_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.Mo
         assert [record.get("source") for record in records] == [f"r{k}" if k % 9 != 4 else None for k in expected[shard]]
 
 
+def test_data_of_which_nothing_can_be_read_leave_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"image": "a.png", "caption": 7}\n' * 3)
+    with pytest.raises(DataError, match=r"c.jsonl:1: .*\(and so are all 3 groups\)"):
+        propose(open_groups(tmp_path / "c.jsonl", None, "captions"), tmp_path / "W", ProposeOptions(), 0, quiet)
+    assert not (tmp_path / "W").exists()
+
+
 def test_shards_that_start_side_by_side_make_one_index(tmp_path: Path) -> None:
     built, path = [], tmp_path / "mine" / "slots.bin"
 

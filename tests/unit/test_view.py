@@ -470,7 +470,7 @@ def test_statistics_by_hand(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         "equal texts": "6 of 7 are said more than once",
         "equal pictures": "2 of 5 files",
         "equal ids": "1 rows",
-        "problems": "2 (`cfvlm-ds data check` names all)",
+        "problems": "3 (`cfvlm-ds data check` names all)",
     }
     with Image.open(folder / "stats.png") as figure:
         assert figure.format == "PNG" and figure.width > 1000

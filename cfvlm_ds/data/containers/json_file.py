@@ -70,14 +70,15 @@ def _of_object(path: Path, text: _Text) -> Rows:
         raise DataError(
             f"{path}: holds a dict, not a list of rows ({', '.join(map(repr, sorted(seen)[:10]))}); write [...] or name the file .jsonl"
         )
-    if (unknown := next((each for each in captions if each not in images), None)) is not None:
-        raise DataError(f"{path}: annotations name the image id {unknown!r}, which 'images' lacks; get both parts of one file")
     for number, (image_id, row) in enumerate(images.items(), 1):
         said = captions.pop(image_id, [])
         beside = {key: [each.get(key) for each in said] for key in dict.fromkeys(key for each in said for key in each)}
         ids, texts = beside.pop("id", []), beside.pop("caption", [])
         beside = {f"annotations.{key}" if key in row else key: values for key, values in beside.items()}
         yield f"images, item {number}", row | {"caption": texts, "caption_ids": ids, **beside}
+    for unknown in captions:
+        problem = f"annotations name the image id {unknown!r}, which 'images' lacks; add it, or get both parts of one file"
+        yield f"image {unknown!r}", DataError(problem)
 
 
 def _take(path: Path, where: str, value: Any, images: dict[Any, Row] | None, captions: dict[Any, list[Row]]) -> None:

@@ -85,7 +85,10 @@ def _with_options(found: Any, named: str, options: str, where: object) -> Format
         if kinds[option] is bool and value not in ("true", "false"):
             raise DataError(f"{where}: option {option!r} of format {named!r} must be true or false, not {value!r}")
         values[option] = value == "true" if kinds[option] is bool else value
-    return cast(Format, dataclasses.replace(found, **values))
+    try:
+        return cast(Format, dataclasses.replace(found, **values))
+    except DataError as error:
+        raise DataError(f"{where}: format {named}:{options}: {error}") from error
 
 
 def apply(function: Callable[[Mapping[str, Any]], T], row: Any) -> T:

@@ -16,9 +16,6 @@ label is refused until it is named, or ignored, and so is a caption that is a JS
 
 from __future__ import annotations
 
-import ast
-import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,9 +25,9 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.formats.chat import placed, read_pictures, row_pictures, without_nulls
-from cfvlm_ds.data.formats.fields import as_meta, json_object, name, row_id
+from cfvlm_ds.data.formats.fields import as_list, as_meta, json_object, name, row_id, value_of, without
 from cfvlm_ds.data.formats.messages import spoken_as
-from cfvlm_ds.data.formats.truth import Claim, Said, joined, refuse_marks, truth_of
+from cfvlm_ds.data.formats.truth import Claim, Said, check_label, is_question, joined, truth_of
 
 DEFAULTS: dict[str, tuple[str, ...]] = {
     "image": ("image", "image_path", "img_path", "file_name", "filename", "filepath"),
@@ -41,9 +38,6 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     "edit": ("edit", "edit_type"),
     "id": ("id",),
 }
-_ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
-"""A list of texts as Python writes it, which is what tables of published data sets have in a field."""
 
 
 class _Read(NamedTuple):
@@ -95,6 +89,10 @@ class Captions:
     usual = True
     source = "captions"
 
+    def __post_init__(self) -> None:
+        given = {"negative_caption": self.negative_caption, "negative_image": self.negative_image, "id": self.id}
+        check_label(self.label, self.true, self.false, **given, paired=not self.paired)
+
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
         """Raises DataError without file and line."""
         if self.label:
@@ -132,16 +130,20 @@ class Captions:
 
     def _claim(self, row: Mapping[str, Any]) -> Claim:
         read = self._read(row)
-        labels = value_of(read.row, self.label)
-        if labels is None:
-            raise DataError(f"row: column {self.label!r} is not there (label={self.label}); there are {_names(read.row)}")
+        for option in ("negative_caption", "negative_image"):
+            if negative := read.columns[option]:
+                remedy = f"say ignore={negative[0]} if they are to be left out, or drop label= if every caption is true"
+                raise DataError(f"row: column {negative[0]!r} is not read beside label={self.label}; {remedy}")
+        labels = as_list(value_of(read.row, self.label))
         labels = labels if isinstance(labels, list) else [labels] * len(read.texts)
         if len(labels) != len(read.texts):
             raise DataError(f"row: {len(labels)} labels and {len(read.texts)} captions; give each caption one")
-        for text, label in zip(read.texts, labels, strict=True):
-            if text.endswith("?") and str(label).lower() in ("yes", "no"):
-                remedy = f"{self.source}:prompt={read.columns['caption'][0]},caption={self.label}"
-                raise DataError(f"row: {quoted(text, 80)} is a question, and {self.label!r} its answer, not a label; say {remedy}")
+        if read.prompt in ("", DESCRIBE) and (text := next(filter(is_question, read.texts), None)):
+            remedy = f"say {self.source}:prompt={read.columns['caption'][0]},caption={self.label} if that column has the answers"
+            raise DataError(
+                f"row: {quoted(text, 80)} is a question, and {self.label!r} may be its answer, not a label; {remedy}, or ask=... if the "
+                "question itself answers something"
+            )
         kind = value_of(read.row, read.columns["edit"][0]) if read.columns["edit"] else ""
         said = [
             Said(text, truth_of(label, self.label, self.true, self.false), name({"edit": kind}, "edit", "row"))
@@ -167,32 +169,30 @@ class Captions:
         return _Read(row, columns, texts, *self._prompt(row, columns["prompt"], pictures))
 
     def _kept(self, read: _Read, options: Iterable[str]) -> dict[str, Any]:
-        """The columns that are none of these options', nor the label. Raises DataError for one that looks like a label."""
-        used = {each if each in read.row else each.partition(".")[0] for option in options for each in read.columns[option]}
-        kept = {key: value for key, value in read.row.items() if key not in used and key != self.label.partition(".")[0]}
-        remedy = f"say {self.source}:label={{0}} if it is, {self.source}:ignore={{0}} if it is something else"
-        if read.texts[0].endswith("?"):
-            remedy += f", {self.source}:prompt={read.columns['caption'][0]},caption={{0}} if it answers what the text asks"
-        refuse_marks(kept, remedy)
-        return kept
+        """The columns that are none of these options', nor the label."""
+        used = [each for option in options for each in read.columns[option]]
+        return without(read.row, [*used, self.label] if self.label else used)
+
+    def as_answer(self, row: Mapping[str, Any], column: str) -> str:
+        """What maps a column as the answer to a row's caption; an empty text where that is no question."""
+        read = self._read(row)
+        asked = read.columns["caption"][0]
+        return f"{self.source}:prompt={asked},caption={column}" if is_question(read.texts[0]) else ""
 
     def _texts(self, row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
         texts = _listed(row, columns)
         for text in texts:
             if not isinstance(text, str):
-                raise DataError(f"row: column {columns[0]!r} must hold a text or a list of texts, not {quoted(text)}")
-            if not self.json and (said := json_object(text)):
-                remedy = f"name what is said, as in caption={columns[0]}.{next(iter(said))}, or say json=true if it is a caption as it is"
+                raise DataError(f"row: column {columns[0]!r} must hold a text or a list of texts, not {quoted(text)}; write it as one")
+            if not self.json and text.strip()[:1] + text.strip()[-1:] == "{}":
+                said = json_object(text)
+                what = f"a JSON object ({_names(said)}), not a text" if said else f"{quoted(text, 40)}, which looks like JSON and is broken"
+                key = next(iter(said)) if len(said) == 1 else "KEY"
+                remedy = f"name what is said, as in caption={columns[0]}.{key}" if said else "correct it"
                 if {"chosen", "rejected"} <= said.keys():
                     remedy = "name the format preference, which reads it"
-                raise DataError(f"row: column {columns[0]!r} holds a JSON object ({_names(said)}), not a text; {remedy}")
+                raise DataError(f"row: column {columns[0]!r} holds {what}; {remedy}, or say json=true if it is a caption as it is")
         return [text.strip() for text in texts]
-
-    def absent(self, row: Mapping[str, Any]) -> set[tuple[str, str]]:
-        """(option, column) of the columns that options name and the row does not have; one that is null is there."""
-        given = {option: named for option in DEFAULTS if (named := getattr(self, option))}
-        wanted = ((option, column) for option, named in given.items() for column in ([named] if named in row else named.split("+")))
-        return {(option, column) for option, column in wanted if column not in row and not _has(row, column)}
 
     def _columns(self, row: Mapping[str, Any], option: str) -> list[str]:
         """The columns that an option stands for: those that it names, or the first of the usual names that the row has."""
@@ -224,16 +224,6 @@ class Captions:
         return tuple(Edit(kind, text=texts + k) for k in range(false)) + tuple(Edit(kind, image=1 + k) for k in range(others))
 
 
-def value_of(row: Mapping[str, Any], column: str) -> Any:
-    """The value of a column, ``a.b`` being ``b`` within ``a``, which may be JSON in a text; None where it is not there."""
-    if column in row:
-        return row[column]
-    value: Any = row
-    for part in column.split("."):
-        value = (value if isinstance(value, Mapping) else json_object(value)).get(part)
-    return value
-
-
 def _has(row: Mapping[str, Any], column: str) -> bool:
     return value_of(row, column) is not None
 
@@ -247,23 +237,9 @@ def _listed(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
     found: list[Any] = []
     for column in columns:
         value = value_of(row, column)
-        value = _as_list(value) if isinstance(value, str) else value
+        value = as_list(value)
         found += value if isinstance(value, list) else [] if value == "" else [value]
     return found
-
-
-def _as_list(text: str) -> Any:
-    """A list of texts that a table has in a field, in JSON or as Python writes it; any other text is itself."""
-    if text[:1] + text[-1:] == "[]":
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            if _LISTED.fullmatch(text):
-                try:
-                    return ast.literal_eval(text)
-                except (ValueError, SyntaxError, MemoryError):
-                    return text
-    return text
 
 
 def _distinct(texts: list[str]) -> tuple[list[str], int]:

@@ -19,7 +19,7 @@ from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.data.formats.fields import as_meta, further_keys, string
-from cfvlm_ds.data.formats.truth import listed, refuse_marks
+from cfvlm_ds.data.formats.truth import listed
 
 _KEYS = ("orig_input", "orig_output", "cf_samples")
 _SAMPLE_KEYS = ("cf_text", "cf_image_path")
@@ -32,7 +32,7 @@ class Cfvlm:
 
     Args:
         ask: what the texts of a row without words around its image answer; empty for no prompt at all.
-        ignore: columns, of the row or of its samples, that are not read, joined by ``+``.
+        ignore: columns that are not read, joined by ``+``.
     """
 
     ask: str = DESCRIBE
@@ -56,8 +56,6 @@ class Cfvlm:
         if not isinstance(samples, list) or not all(isinstance(sample, Mapping) for sample in samples):
             raise DataError(f"row: 'cf_samples' must be a list of objects, not {samples!r}")
         of_samples = [further_keys(sample, _SAMPLE_KEYS, "row: cf_samples") for sample in samples]
-        for each in (further, *of_samples):
-            refuse_marks(each, "cfvlm:ignore={} if it is something else", self.ignore)
         if any(of_samples):
             further["cf_samples"] = of_samples
         paths = [found["path"].strip(), *(string(sample, "cf_image_path", "row: cf_samples") for sample in samples)]

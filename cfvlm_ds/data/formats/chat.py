@@ -19,8 +19,8 @@ from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, check_conver
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.formats.fields import as_meta, row_id
-from cfvlm_ds.data.formats.truth import Claim, Said, joined, listed, refuse_marks, truth_of
+from cfvlm_ds.data.formats.fields import as_meta, row_id, value_of, without
+from cfvlm_ds.data.formats.truth import Claim, Said, check_label, joined, listed, truth_of
 
 IMAGES = ("image", "images")
 ROLES = {
@@ -186,12 +186,13 @@ def with_system(spoken: Spoken, row: Mapping[str, Any], where: str) -> Spoken:
 
 
 class _Read(NamedTuple):
-    """What a row of a conversation says: turns with pictures at their places, what the message of each turn says beside, metadata."""
+    """What a row of a conversation says: turns with pictures at their places, the column of its messages with what that of each turn says
+    beside, metadata."""
 
     row: Mapping[str, Any]
     turns: tuple[Turn, ...]
     pictures: Pictures
-    beside: list[dict[str, Any]]
+    beside: tuple[str, list[dict[str, Any]]]
     meta: dict[str, Any]
 
 
@@ -204,7 +205,7 @@ class Instruct:
         label: column that says whether the last answer is true, as rows for KTO have it.
         true: its values that mean true, joined by ``+``.
         false: its values that mean false.
-        ignore: columns that are not read, joined by ``+``; and keys of messages that are no mark.
+        ignore: columns that are not read, joined by ``+``.
         keys: columns of which one has the messages.
         source: name of the format.
     """
@@ -216,6 +217,9 @@ class Instruct:
     ignore: str = ""
     keys: tuple[str, ...] = ()
     source: str = ""
+
+    def __post_init__(self) -> None:
+        check_label(self.label, self.true, self.false, per_turn=self.per_turn)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
         """Raises DataError without file and line."""
@@ -234,7 +238,7 @@ class Instruct:
                     candidates=(Candidate(prompt, answer),),
                     match=((1,),),
                     source=self.source,
-                    meta=as_meta(read.meta),
+                    meta=as_meta(self._meta(read, number)),
                 )
             )
         return groups if self.per_turn else groups[0]
@@ -250,14 +254,11 @@ class Instruct:
         return self._claim if self.label else None
 
     def _claim(self, row: Mapping[str, Any]) -> Claim:
-        if self.per_turn:
-            raise DataError("row: per_turn=true beside a label, which is of the last answer alone; leave one of them out")
         read = self._read(row)
-        if self.label not in read.row:
-            raise DataError(f"row: column {self.label!r} is not there (label={self.label}); add it, or drop the row")
-        truth = truth_of(read.row[self.label], self.label, self.true, self.false)
-        prompt, shown, answer = self._asked(read, len(read.turns) - 1)
-        return Claim(shown, prompt, (Said(answer, truth),), self.source, read.meta)
+        label = value_of(read.row, self.label)
+        truth = truth_of(label[-1] if isinstance(label, list) and label else label, self.label, self.true, self.false)
+        prompt, shown, answer = self._asked(read, last := len(read.turns) - 1)
+        return Claim(shown, prompt, (Said(answer, truth),), self.source, self._meta(read, last))
 
     def _answers(self, row: Mapping[str, Any]) -> int:
         return sum(turn.role == "assistant" for turn in self._spoken(without_nulls(row, self.ignore))[0].turns)
@@ -268,18 +269,19 @@ class Instruct:
         spoken = with_system(spoken, row, "row")
         turns, pictures = placed(spoken, row_pictures(row, IMAGES), "row")
         answer_of(turns[-1], "row")
-        kept = {key: value for key, value in row.items() if key not in (*used, *IMAGES, "id", "system", self.label)}
-        refuse_marks(kept, f"say {self.source}:label={{0}} if it is, {self.source}:ignore={{0}} if not", self.ignore)
-        if any(spoken.further):
-            kept[used[0]] = spoken.further
+        kept = without(row, [*used, *IMAGES, "id", "system", self.label])
         beside: list[dict[str, Any]] = [{}] * (len(turns) - len(spoken.further)) + spoken.further
-        return _Read(row, turns, pictures, beside, {"id": row["id"], **kept} if "id" in row else kept)
+        return _Read(row, turns, pictures, (used[0], beside), {"id": row["id"], **kept} if "id" in row else kept)
+
+    def _meta(self, read: _Read, number: int) -> dict[str, Any]:
+        """What the row says beside, and the messages as far as the answer that is scored."""
+        column, beside = read.beside
+        return read.meta | ({column: beside[: number + 1]} if any(beside) else {})
 
     def _asked(self, read: _Read, number: int) -> tuple[Prompt, Pictures, str]:
         """What the answer of a turn answers, with the pictures shown by then, and the answer."""
         before, last = read.turns[:number], read.turns[number]
         check_conversation(before, "row")
-        refuse_marks(read.beside[number], f"{self.source}:ignore={{}} reads the answer all the same", self.ignore)
         return simplest(before), tuple(islice(read.pictures, pictures_of(before))), answer_of(last, "row")
 
     def _spoken(self, row: Mapping[str, Any]) -> tuple[Spoken, tuple[str, ...]]:

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -55,6 +57,55 @@ def json_object(value: Any) -> dict[str, Any]:
             return {}
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def as_list(value: Any) -> Any:
+    """The list that a table has in a field as a text, in JSON or as Python writes it; any other value is itself."""
+    if not isinstance(value, str) or value[:1] + value[-1:] != "[]":
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        if not _LISTED.fullmatch(value):
+            return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError):
+        return value
+
+
+_ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|True|False|None)"""
+_LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
+"""A list as Python writes it, which is what tables of published data sets have in a field."""
+
+
+def value_of(row: Mapping[str, Any], column: str) -> Any:
+    """The value of a column, ``a.b`` being ``b`` within ``a``: an object, JSON of one, or a list of them. None where it is not there."""
+    first, _, rest = column.partition(".")
+    if column in row or not rest:
+        return row.get(column)
+    inner = row.get(first)
+    if isinstance(inner, list) and all_objects(inner):
+        found = [value_of(each, rest) for each in inner]
+        return None if all(each is None for each in found) else found
+    return value_of(inner if isinstance(inner, Mapping) else json_object(inner), rest)
+
+
+def without(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
+    """The row without some columns; of ``a.b`` the rest of ``a`` is left."""
+    kept = dict(row)
+    for column in columns:
+        first, _, rest = column.partition(".")
+        if column in kept:
+            del kept[column]
+        elif rest and (inner := kept.get(first)):
+            if isinstance(inner, list) and all_objects(inner):
+                kept[first] = [without(each, [rest]) for each in inner]
+            elif left := (inner if isinstance(inner, Mapping) else json_object(inner)):
+                kept[first] = without(left, [rest])
+            if not kept[first]:
+                del kept[first]
+    return kept
 
 
 def required(row: Mapping[str, Any], key: str, where: str) -> Any:

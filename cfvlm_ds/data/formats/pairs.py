@@ -20,7 +20,7 @@ from typing import Any
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.data.formats.fields import as_meta, further_keys, name, string
-from cfvlm_ds.data.formats.truth import listed, refuse_marks
+from cfvlm_ds.data.formats.truth import listed
 
 _PAIR_KEYS = ("image_0", "image_1", "caption_0", "caption_1")
 _KEYS = (*_PAIR_KEYS, "id", "prompt", "edit")
@@ -48,7 +48,6 @@ class Pairs:
         """
         row = {key: value for key, value in row.items() if key not in listed(self.ignore)}
         further = further_keys(row, _KEYS, "row")
-        refuse_marks(further, "pairs:ignore={} if it is something else")
         image_0, image_1, caption_0, caption_1 = values = [string(row, key, "row") for key in _PAIR_KEYS]
         prompt = (string(row, "prompt", "row") if "prompt" in row else "") or self.ask
         digest = hashlib.sha256("\0".join([*values, prompt]).encode("utf-8", "surrogatepass")).hexdigest()

@@ -36,7 +36,6 @@ from cfvlm_ds.data.formats.chat import (
 )
 from cfvlm_ds.data.formats.fields import as_meta, json_object, row_id
 from cfvlm_ds.data.formats.messages import ASKED, asked_in, only, spoken_as
-from cfvlm_ds.data.formats.truth import refuse_marks
 
 _CONVERSATIONS = ("conversations", "messages")
 _CHOSEN = ("chosen", "chosen_messages")
@@ -79,7 +78,6 @@ class Preference:
             match += ((0,) if rejected is None else (None, 0),)
         prompt = simplest(turns)
         kept = {key: value for key, value in row.items() if key not in {*_KEYS, *used, *paths}}
-        refuse_marks(kept, "preference:ignore={} if it is something else; if it is, name a format for rows with labels")
         kept |= further
         return CounterfactualGroup(
             id=row_id(row, spelled(prompt), answers, [str(picture) for picture in pictures + others]),

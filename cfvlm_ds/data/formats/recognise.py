@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from cfvlm_ds.core.errors import DataError
@@ -100,16 +100,21 @@ _KTO = ("label", "kto_tag")
 """Columns of a row for KTO that say whether its answer is good: TRL's and ms-swift's, and LLaMA-Factory's."""
 
 
+def kto_label(rows: Iterable[Any]) -> str | None:
+    """The column by which rows of conversations are rows for KTO: it is true or false, or 1 or 0, where it is not null."""
+    said: dict[str, list[Any]] = {key: [row.get(key) for row in rows if isinstance(row, Mapping)] for key in _KTO}
+    said = {key: [value for value in values if value is not None] for key, values in said.items()}
+    return next((key for key, values in said.items() if values and all(value in (0, 1) for value in values)), None)
+
+
 def recognised(row: Any, where: str) -> str:
-    """The name of the format that a row has, with the column of its label where that is KTO's. Raises DataError, beginning with ``where``,
-    for one of none."""
+    """The name of the format that a row has. Raises DataError, beginning with ``where``, for one of none."""
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: the row is a {type(row).__name__}, not an object; write it as {{...}}")
     row = unpacked(without_nulls(row))
     for named, keys in _KEYS:
         if all(key in row for key in keys):
-            label = next((key for key in _KTO if isinstance(row.get(key), bool)), None)
-            return f"{named}:label={label}" if label and named in ("llava", "messages") else named
+            return named
     if all(any(column in row for column in DEFAULTS[option]) for option in ("image", "caption")):
         return "captions"
     if "texts" in row or "match" in row:

@@ -1,7 +1,8 @@
 """Columns that say whether a text is true of its picture.
 
-They are read where the user names the column (``label=COLUMN``) and refused where nobody has said what they are: a false text that is read
-as a caption would be learned as true. A row with a label is a claim; the claims about one picture, under one prompt, are one group.
+The user names them (``label=COLUMN``). A column that nobody names and whose values over the rows look like such marks is refused, as is one
+of false texts: what is false would be learned as true, or be lost. A row with a label is a claim; the claims about one picture, under one
+prompt, are one group.
 """
 
 from __future__ import annotations
@@ -9,19 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cfvlm_ds.core.conversation import Prompt, normalised, normalised_prompt, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.formats.fields import as_meta, row_id
+from cfvlm_ds.data.formats.fields import as_list, as_meta, json_object, row_id
 
 _TRUE = (
     "1", "true", "t", "yes", "y", "correct", "right", "positive", "match", "matched", "entailment", "entailed", "valid", "real",
-    "good", "chosen", "accepted", "supported", "supports", "faithful", "accurate", "consistent", "desirable",
+    "good", "ok", "chosen", "accepted", "supported", "supports", "faithful", "grounded", "accurate", "consistent", "desirable",
 )  # fmt: skip
 _FALSE = (
     "0", "false", "f", "no", "n", "incorrect", "wrong", "negative", "mismatch", "mismatched", "contradiction", "refuted",
@@ -31,38 +31,112 @@ _FALSE = (
 _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), "neutral": None, "unknown": None}
 """Values of a label, in small letters."""
 
-_NAMES = frozenset((
-    "label", "labels", "cls", "truth", "true", "false", "correct", "incorrect", "correctness", "wrong", "valid", "invalid",
-    "match", "matches", "matched", "matching", "mismatch", "mismatched", "positive", "negative", "foil", "foiled", "fake", "real",
-    "hallucinated", "hallucination", "entails", "entailed", "entailment", "contradiction", "faithful", "supported", "factual",
-    "counterfactual", "aligned", "accepted", "rejected", "chosen", "preferred", "good", "bad", "desirable", "kto", "verdict",
-    "judgment", "judgement", "feedback", "answer", "target", "falsified", "istrue", "iscorrect", "isfoil", "truthful",
-    "truthfulness", "mismatches", "veracity", "accurate", "consistent", "gt",
-))  # fmt: skip
-"""Words of a column's name, any of which says that its two values are those of a label."""
-
 _MEANS_FALSE = frozenset((
-    "false", "incorrect", "wrong", "invalid", "mismatch", "mismatched", "mismatches", "negative", "foil", "foiled", "isfoil", "fake",
+    "false", "incorrect", "wrong", "invalid", "mismatch", "mismatched", "mismatches", "negative", "foil", "foiled", "fake",
     "hallucinated", "hallucination", "contradiction", "counterfactual", "rejected", "bad", "falsified",
 ))  # fmt: skip
-"""Those of them by which a column marks the texts that are false: a yes may mean no there."""
+"""Words of a column's name by which it marks the texts that are false (a yes may mean no there), or has such texts."""
 
-_WEIGHTS = frozenset(("score", "weight", "loss", "quality", "rating", "similarity", "reward", "keep", "verified", "usable"))
-"""Words of a column's name that is a mark where its value is 0 or no: the text counts for nothing."""
+_NAMES = {*_TRUTHS, *_MEANS_FALSE, "label", "labels", "cls", "truth", "target", "gt", "kto", "answer", "verdict"} - {"t", "f", "n"}
+_WEIGHTS = {"score", "weight", "loss", "quality", "rating", "similarity", "reward", "keep", "verified", "usable"}
+"""Words of a column's name by which its 0 or 1 counts where all rows have the same: of a label, and of a weight, where a 0 counts."""
+
+_FALSE_TEXTS = _MEANS_FALSE | {"neg", "negatives", "distractor", "distractors"}
+_PHRASE = re.compile(r"[^\W\d_].*\s\S|\S\s.*[^\W\d_]|[^\W\d_a-zA-Z]{4}|\.(png|jpe?g|webp)$", re.DOTALL)
+"""Several words, a few letters of a script that need not part them, or the name of a picture."""
+_FEW = 5  # different values of a label
+_DEEP = 8  # objects within objects that are looked into
 
 
-def refuse_marks(row: Mapping[str, Any], remedy: str, ignore: str = "") -> None:
-    """Raise DataError for a column, of those that a format does not read, which may say that a text is false, or no picture's.
+class Column:
+    """The values of a column over rows: in small letters, as many as a label may have, and how often it has one."""
+
+    def __init__(self, name: str, row: int) -> None:
+        self.name, self.row, self.count, self.values, self.phrase = name, row, 0, dict[str, Any](), ""
+        self._words = _words(name)
+
+    def add(self, value: Any) -> None:
+        value = as_list(value)
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str) and _PHRASE.search(each):
+                self.phrase = self.phrase or each
+            if isinstance(each, str | int | float) and each != "":
+                self.count += 1
+                if len(self.values) <= _FEW:
+                    self.values.setdefault(_word(each), each)
+
+    @property
+    def is_label(self) -> bool:
+        """Whether the values may say what is true."""
+        values, names, last = self.values.keys(), {*self._words}, self._words[-1:]
+        if len(values) > _FEW or not values:
+            return False
+        if values & {"true", "false"} or any(_TRUTHS.get(word) == 0 and len(word) > 1 for word in values):
+            return True
+        many = self.count > len(values) > 1 and last not in (["id"], ["ids"])
+        if values <= _TRUTHS.keys() | {"-1"}:
+            named = not names.isdisjoint(_NAMES) or ("0" in values and not names.isdisjoint(_WEIGHTS))
+            return (named and last not in (["id"], ["ids"])) or (many and not values.isdisjoint(("0", "-1", "f", "n")))
+        return many and len(values) <= 3 and last in (["label"], ["labels"])
+
+    @property
+    def is_false_texts(self) -> bool:
+        """Whether the values may be texts, or pictures, that are false."""
+        return bool(self.phrase) and not _FALSE_TEXTS.isdisjoint(self._words)
+
+    @property
+    def negative(self) -> str:
+        """The option that names such columns."""
+        return "negative_image" if re.search(r"\.(png|jpe?g|webp)$", self.phrase) else "negative_caption"
+
+    @property
+    def option(self) -> str:
+        """What names the column as a label, with its values where the usual meanings are not known to hold."""
+        name = option_value(self.name)
+        if not self.values.keys() <= _TRUTHS.keys():
+            return f"label={name},true=...,false=..."
+        if _MEANS_FALSE.isdisjoint(self._words):
+            return f"label={name}"
+        opposite = {"1": "0", "0": "1", "true": "false", "false": "true", "yes": "no", "no": "yes"}
+        words = {truth: [word for word in self.values if _TRUTHS[word] == truth] for truth in (0, 1)}
+        true, false = ("+".join(words[k] or [opposite.get(word, "...") for word in words[1 - k]]) for k in (0, 1))
+        return f"label={name},true={true},false={false}"
+
+    def __str__(self) -> str:
+        shown = ", ".join(quoted(value, 40) for value in self.values.values()) if self.is_label else quoted(self.phrase, 80)
+        return f"{self.name!r} ({shown})"
+
+
+def marks(rows: Iterable[tuple[int, Mapping[str, Any]]], ignore: str) -> list[Column]:
+    """The columns, of those that a format keeps as metadata, that may say which texts are false, or have some: labels first.
 
     Args:
-        row: the columns.
-        remedy: what the user can say, with {} for the column's name.
+        rows: number and metadata of each row.
         ignore: columns that are none, joined by ``+``.
     """
-    for name, value in row.items():
-        if (kind := _kind(name)) and _is_mark(kind, value) and name not in listed(ignore):
-            said = f"column {name!r} ({quoted(value, 40)}) may say whether the text is true, and would not be read"
-            raise DataError(f"row: {said}; {remedy.format(name)}")
+    columns: dict[str, Column] = {}
+    for number, row in rows:
+        for name, value in leaves(row):
+            columns.setdefault(name, Column(name, number)).add(value)
+    found = [each for each in columns.values() if each.name not in listed(ignore) and (each.is_label or each.is_false_texts)]
+    return sorted(found, key=lambda each: (not each.is_label, "label" not in each.name))
+
+
+def leaves(row: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Name and value of what a row holds, ``a.b`` being ``b`` within ``a``: an object, JSON of one, or the last of a list of them, as the
+    answer is the last of messages."""
+    for key, value in row.items():
+        last = value[-1] if isinstance(value, list) and value else value
+        inner = last if isinstance(last, Mapping) else json_object(last)
+        if inner and depth < _DEEP:
+            yield from leaves(inner, f"{before}{key}.", depth + 1)
+        else:
+            yield f"{before}{key}", value
+
+
+def option_value(value: str) -> str:
+    """A value as an option of a format is written."""
+    return f'"{value}"' if "," in value else value
 
 
 def listed(columns: str) -> tuple[str, ...]:
@@ -71,23 +145,9 @@ def listed(columns: str) -> tuple[str, ...]:
 
 
 def _words(name: str) -> list[str]:
-    return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
-
-
-@lru_cache(1 << 12)
-def _kind(name: str) -> str:
-    """Whether a column of this name is a label where it has two values, or a weight."""
-    words = _words(name)
-    if words and words[-1] in ("id", "ids") and "label" not in words:
-        return ""
-    return "label" if not _NAMES.isdisjoint(words) else "weight" if not _WEIGHTS.isdisjoint(words) else ""
-
-
-def _is_mark(kind: str, value: Any) -> bool:
-    said = [_word(each) for each in (value if isinstance(value, list) else [value])]
-    if any(_TRUTHS.get(word) == 0 for word in said):
-        return kind == "label" or all(word in _TRUTHS for word in said)
-    return kind == "label" and bool(said) and all(word in _TRUTHS or word == "-1" for word in said)
+    """The words of a column's own name, ``isFoil`` and ``isfoil`` being ``foil``."""
+    own = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.rpartition(".")[2]).lower()
+    return [re.sub("^is(?=.)", "", word) for word in re.findall(r"[a-z]+", own)]
 
 
 def _word(value: Any) -> str:
@@ -95,22 +155,48 @@ def _word(value: Any) -> str:
     return re.sub(r"^(-?\d+)\.0+$", r"\1", word)  # as tables with gaps have it
 
 
+def check_label(label: str, true: str, false: str, **others: object) -> None:
+    """Raise DataError for options of a format that contradict each other, or that nothing would read.
+
+    Args:
+        label: column of the label.
+        true: its values that mean true, joined by ``+``.
+        false: its values that mean false.
+        **others: values of options that are not read beside a label.
+    """
+    if not label:
+        if true or false:
+            raise DataError("true= and false= list the values of a label; name its column, as in label=COLUMN")
+        return
+    if useless := [name for name, value in others.items() if value]:
+        raise DataError(f"{useless[0]}= is not read beside label=, which says of each text whether it is true; leave one of them out")
+    if both := sorted({*map(_word, true.split("+"))} & {*map(_word, false.split("+"))} - {""}):
+        raise DataError(f"{both[0]!r} is listed as true and as false; keep one of them")
+    if not (true or false) and not _MEANS_FALSE.isdisjoint(_words(label)):
+        values = "list its values, as in true=0,false=1 or true=false,false=true"
+        raise DataError(f"column {label!r} may mark the texts that are false by its yes; {values}")
+
+
 def truth_of(value: Any, column: str, true: str, false: str) -> int | None:
     """What a label says: 1, 0, or None for unknown. ``true`` and ``false`` list its values, joined by ``+``, in place of the usual ones.
 
-    Raises DataError for any other value, and where a column that marks false texts by its name comes without such lists.
+    Raises DataError for any other value.
     """
-    own = {_word(word): truth for words, truth in ((true, 1), (false, 0)) if words for word in words.split("+")}
-    if not own and _MEANS_FALSE.intersection(_words(column)):
-        values = "list its values, as in true=0,false=1 or true=false,false=true"
-        raise DataError(f"row: column {column!r} may mark the texts that are false by its yes; {values}")
-    if both := sorted({*map(_word, true.split("+"))} & {*map(_word, false.split("+"))} - {""}):
-        raise DataError(f"row: {both[0]!r} is listed as true and as false; keep one of them")
-    known = own or _TRUTHS
+    if value is None:
+        raise DataError(f"row: column {column!r}, the label, is not there; write whether the text is true, or drop the row")
+    known = {_word(word): truth for words, truth in ((true, 1), (false, 0)) if words for word in words.split("+")} or _TRUTHS
     if (word := _word(value)) not in known:
         remedy = "list the values, as in true=entailment,false=contradiction, and drop other rows"
         raise DataError(f"row: column {column!r} is {quoted(value)}, which is neither true nor false; {remedy}")
     return known[word]
+
+
+_ASKS = re.compile(r"(is|are|was|were|does|did)\b.*|.*[?\uff1f]", re.DOTALL | re.IGNORECASE)
+
+
+def is_question(text: str) -> bool:
+    """Whether a text asks for yes or no, or ends as questions do."""
+    return _ASKS.fullmatch(text) is not None
 
 
 class Said(NamedTuple):
@@ -156,8 +242,10 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
     said = sorted(known.values(), key=lambda each: each.truth != 1)
     if said[0].truth != 1:
         shown = ", ".join(map(str, first.pictures)) or "this prompt"
-        none = f"none of the {len(claims)} rows about {shown} says anything true of it"
-        raise DataError(f"row: {none}, and a group needs a true text beside the false ones; add one, or leave them out")
+        rows = f"{len(claims)} row{'s' * (len(claims) > 1)}"
+        raise DataError(
+            f"row: nothing about {shown} is true of it ({rows}), and a group needs a true text; add one, or leave such rows out"
+        )
     repeated = sum(len(claim.said) for claim in claims) - len(said)
     meta = {key: [claim.meta.get(key) for claim in claims] for key in dict.fromkeys(key for claim in claims for key in claim.meta)}
     kept = {key: values[0] if all(each == values[0] for each in values) else values for key, values in meta.items()}

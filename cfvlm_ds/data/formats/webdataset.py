@@ -23,7 +23,7 @@ from cfvlm_ds.data.formats.chat import IMAGES, without_nulls
 from cfvlm_ds.data.formats.llava import Llava
 from cfvlm_ds.data.formats.messages import Messages
 from cfvlm_ds.data.formats.preference import Preference
-from cfvlm_ds.data.formats.truth import Claim
+from cfvlm_ds.data.formats.truth import Claim, check_label
 
 PICTURES = (*ENDINGS, "image", "img")
 _NEGATIVE = tuple(f"{before}{ending}" for before in ("neg_image", "negative_image") for ending in ("", *(f".{p}" for p in PICTURES)))
@@ -35,6 +35,9 @@ class _Members(Captions):
     """Columns that are members of a sample."""
 
     source = "webdataset"
+
+    def __post_init__(self) -> None:
+        """Members are no options of the user's."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class WebDataset:
     true: str = ""
     false: str = ""
     ignore: str = ""
+
+    def __post_init__(self) -> None:
+        check_label(self.label, self.true, self.false)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
         """One sample as a group. Raises DataError without file and line."""
@@ -99,6 +105,9 @@ class WebDataset:
             (("chosen", "rejected"), Preference(self.ignore)),
         ):
             if any(key in said for key in keys):
+                if self.caption:
+                    problem = f"its json has {keys[0]!r}, and caption={self.caption} would not be read; leave the option out"
+                    raise DataError(f"sample {row.get('__key__')!r}: {problem}")
                 return read, {"id": row.get("__key__"), **_about_sample(said, row, picture)}
         if picture is None and (named := [key for key in ("image", "jpg", "png") if isinstance(said.get(key), str)]):
             row["image"], picture = said[named[0]], "image"
