@@ -20,8 +20,8 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from cfvlm_ds.counterfactuals.propose.grammar import article, is_plural
-from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, UNCOUNTED
+from cfvlm_ds.counterfactuals.propose.english import article
+from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS
 
 SIDE = 60
 """Pixels of a picture: 5 x 5 patches of 12."""
@@ -48,6 +48,15 @@ _FILE = yaml.safe_load(Path(__file__).with_name("prior_things.yaml").read_text()
 LISTED = {what: [name.strip() for name in text.split(";")] for what, text in _FILE.items()}
 CALLED = {standard.strip(): (name or standard).strip() for standard, _, name in (each.partition("=") for each in LISTED["names"])}
 """Name in the standard -> what the thing is called."""
+
+
+UNCOUNTED = ("sheep", "fish", "tennis")
+"""One form for one and for many, or for none."""
+
+
+def is_plural(noun: str) -> bool | None:
+    """Return whether a noun is for many, or None where its form does not say."""
+    return None if noun.lower() in UNCOUNTED else bool(inflect.engine().singular_noun(noun.lower()))
 
 
 def renumbered(noun: str, plural: bool) -> str | None:

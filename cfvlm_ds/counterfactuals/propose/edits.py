@@ -52,7 +52,7 @@ def _described(caption: Caption, kind: str) -> Iterator[tuple[Any, str]]:
     """Yield the adjectives of a kind, each with the singular of its noun."""
     for token in caption.doc:
         before, after = caption.word(token.i - 1), caption.word(token.i + 1)
-        beside = {"-", "pale", "hot", *_ALIKE} if kind == "colour" else {"-"}
+        beside = {"pale", "hot", *_ALIKE} if kind == "colour" else ()
         if token.lower_ not in _KINDS[kind] or before in beside or after in beside:
             continue
         noun = described(token)
@@ -60,7 +60,7 @@ def _described(caption: Caption, kind: str) -> Iterator[tuple[Any, str]]:
             ends = not after or caption.doc[token.i + 1].pos_ in ("PUNCT", "VERB", "ADP", "AUX", "SCONJ", "ADV", "PRON")
             if kind == "colour" and before in ("in", "wearing") and ends:
                 yield token, "clothes"
-        elif caption.word(noun.i + 1) not in ("-", "of") and not word_set("before_one_colour") & modifiers(noun):
+        elif caption.word(noun.i + 1) != "of" and not word_set("before_one_colour") & modifiers(noun):
             yield token, _singular(noun)
 
 
@@ -99,7 +99,7 @@ def _count(caption: Caption) -> Iterator[Change]:
         word, noun = token.lower_, token.head
         number = 3 if word == "several" else int(word) if word.isdecimal() and len(word) == 1 else NUMBERS.get(word, 0)
         counts = token.dep_ in ("nummod", "amod") and noun.tag_ == "NNS" and noun.i > token.i
-        if number < 2 or not counts or caption.words.count(word) > 1 or caption.word(token.i + 1) == "-":
+        if number < 2 or not counts or caption.words.count(word) > 1:
             continue
         said = {_singular(noun)} | modifiers(noun)
         bounded = any(child.dep_ in ("quantmod", "advmod") for child in token.children)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from cfvlm_ds.core.versions import version
 from cfvlm_ds.counterfactuals.propose.vocabulary import word_set
 
 _PIPELINE = "en_core_web_sm"
+_ONE_AT_A_TIME = threading.Lock()  # other back ends have threads
 _SOUNDS_LIKE_A = ("uni", "use", "usu", "eu", "one", "once", "ubi")
 _SOUNDS_LIKE_AN = ("hour", "honest", "honor", "honour", "heir")
 
@@ -26,6 +28,12 @@ def pipeline() -> Any:
     if name is None:
         raise ConfigError(f"--with rules: spaCy has no English pipeline; python -m spacy download {_PIPELINE}")
     return spacy.load(name, exclude=["ner", "senter"])
+
+
+@functools.lru_cache(1 << 11)  # 30 KiB each; a small set is read twice, for the words and for the edits
+def _parsed(text: str) -> Any:
+    with _ONE_AT_A_TIME:
+        return pipeline()(text)
 
 
 def versions() -> dict[str, str]:
@@ -52,13 +60,15 @@ class Caption:
     """A caption with its parse: ``doc`` are spaCy's tokens, ``said`` their texts in lower case."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.doc = text, pipeline()(text)
+        self.text, self.doc = text, _parsed(text)
         self.words = [token.lower_ for token in self.doc]
         self.said = frozenset(self.words)
         first = next(self.doc.sents).end if len(self.words) else 0
         lettering = next((place for place, word in enumerate(self.words) if word in word_set("lettering_after")), len(self.words))
-        self.fixed = {token.i for token in self.doc if token.i >= min(first, lettering) or (token.pos_ == "PROPN" and token.text[0].isupper())}
-        """Places that stay: names, what is written in the picture, and what a second sentence explains."""
+        names = {token.i for token in self.doc if token.pos_ == "PROPN" and token.text[0].isupper()}
+        compound = {token.i + side for token in self.doc if token.text == "-" for side in (-1, 1)}
+        self.fixed = names | compound | {*range(min(first, lettering), len(self.words))}
+        """Places that stay: names, parts of a compound, what is written in the picture, and what a second sentence explains."""
 
     @property
     def is_definition(self) -> bool:
