@@ -122,7 +122,9 @@ def _object(caption: Caption) -> Iterator[Change]:
     for token in caption.nouns():
         category, one, many = NOUNS.get(token.lower_, ("", "", ""))
         plural = token.lower_ == many and (one == many or token.tag_ != "NN")
-        of_stuff = not plural and (0 < token.i == token.left_edge.i or any(child.dep_ == "nummod" for child in token.children))
+        of_stuff = not plural and (
+            0 < token.i == token.left_edge.i or any(child.dep_ == "nummod" and child.lower_ != "one" for child in token.children)
+        )
         if of_stuff or ones.count(one) > (caption.words.count(token.lower_) if category == "person" else 1):
             continue  # "eating pizza", "two woman"; "two guys, and the guy in red"
         if not _may_change(caption, token, category, one):
@@ -154,8 +156,10 @@ def _fits(child: Any, category: str, new: str) -> bool:
         if kind in ("material", "texture"):
             return bool(others(kind, word, new))
         return word in (by_word("colours_of").get(new, COLOURS) if kind == "colour" else word_set("said_of_things"))
+    if child.dep_ == "acl":  # what any animal does
+        return category in ("pet", "farm_animal", "wild_animal") and child.tag_ == "VBG"
     owned = child.dep_ == "poss" and category not in ("top", "legwear")
-    return not (owned or child.dep_ in ("compound", "nmod", "acl") or (child.dep_ == "prep" and word in ("of", "with")))
+    return not (owned or child.dep_ in ("compound", "nmod") or (child.dep_ == "prep" and word in ("of", "with")))
 
 
 def _action(caption: Caption) -> Iterator[Change]:
