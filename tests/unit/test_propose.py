@@ -206,7 +206,7 @@ def test_what_is_not_installed_is_named_with_its_remedy(monkeypatch: pytest.Monk
         ("spacy.util.get_installed_models", "python -m spacy download en_core_web_sm"),
         ("", r"cfvlm-ds\[counterfactuals\]"),
     ):
-        english.pipeline.cache_clear()
+        english.parser.cache_clear()
         if name:
             monkeypatch.setattr(name, lambda: [])
         else:

@@ -18,7 +18,7 @@ _SOUNDS_LIKE_AN = ("hour", "honest", "honor", "honour", "heir")
 
 
 @functools.cache
-def pipeline() -> Any:
+def parser() -> Any:
     """Load the parser, once. Raises ConfigError where spaCy or its pipeline is absent."""
     try:
         import spacy
@@ -33,12 +33,12 @@ def pipeline() -> Any:
 @functools.lru_cache(1 << 11)  # 30 KiB each; a small set is read twice, for the words and for the edits
 def _parsed(text: str) -> Any:
     with _ONE_AT_A_TIME:
-        return pipeline()(text)
+        return parser()(text)
 
 
 def versions() -> dict[str, str]:
     """The versions that the proposals depend on."""
-    return {"spacy": version("spacy"), _PIPELINE: pipeline().meta["version"]}
+    return {"spacy": version("spacy"), _PIPELINE: parser().meta["version"]}
 
 
 def article(following: str) -> str:
