@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from itertools import combinations, zip_longest
+from itertools import combinations
 from typing import Any
 
 from cfvlm_ds.counterfactuals.propose.english import Caption, article, described, doer, governor, modifiers, objects
@@ -216,7 +216,7 @@ def _instead(places: list[int], phrase: str) -> dict[int, str]:
     """Return a phrase in the place of another one, which may have more words or fewer."""
     words = phrase.split()
     words = [*words[: len(places) - 1], " ".join(words[len(places) - 1 :])]
-    return dict(zip_longest(places, words, fillvalue=""))
+    return {place: words[k] if k < len(words) else "" for k, place in enumerate(places)}
 
 
 def _swap_attribute(caption: Caption) -> Iterator[Change]:
