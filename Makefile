@@ -57,11 +57,12 @@ install: $(VENV)/.installed
 
 # DeepSpeed looks at the installed torch while it is built: torch comes first, and the rest without build isolation.
 # Compiled at the end on all cores, where pip takes one; some packages have files that are not meant for this Python.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml tests/pipeline.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel packaging ninja py-cpuinfo
 	$(BIN)/python -m pip install --quiet --no-compile "torch>=2.8" "torchvision>=0.23" "numpy>=1.26"
 	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --require-hashes --requirement tests/pipeline.txt
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib cfvlm_ds >/dev/null 2>&1 || true
 	touch $@
 

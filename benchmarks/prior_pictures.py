@@ -11,7 +11,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from random import Random
 
@@ -20,8 +20,8 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from cfvlm_ds.counterfactuals.propose.grammar import article, is_plural
-from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, UNCOUNTED
+from cfvlm_ds.counterfactuals.propose.english import article
+from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS
 
 SIDE = 60
 """Pixels of a picture: 5 x 5 patches of 12."""
@@ -50,6 +50,17 @@ CALLED = {standard.strip(): (name or standard).strip() for standard, _, name in 
 """Name in the standard -> what the thing is called."""
 
 
+UNCOUNTED = ("sheep", "fish", "tennis")
+"""One form for one and for many, or for none."""
+FORMS = inflect.engine()
+
+
+@lru_cache(1 << 12)
+def is_plural(noun: str) -> bool | None:
+    """Return whether a noun is for many, or None where its form does not say."""
+    return None if noun.lower() in UNCOUNTED else bool(FORMS.singular_noun(noun.lower()))
+
+
 def renumbered(noun: str, plural: bool) -> str | None:
     """Return a noun for one or for many, or None for what is not counted."""
     word = noun.lower()
@@ -57,10 +68,9 @@ def renumbered(noun: str, plural: bool) -> str | None:
         return NOUNS[word][2 if plural else 1]
     if word in UNCOUNTED:
         return None
-    forms = inflect.engine()
-    singular = forms.singular_noun(word)  # False where the word is one already
+    singular = FORMS.singular_noun(word)  # False where the word is one already
     if plural:
-        return word if singular else str(forms.plural_noun(word))
+        return word if singular else str(FORMS.plural_noun(word))
     return str(singular) if singular else word
 
 

@@ -44,7 +44,7 @@ from learning import processor, run_process
 from learning_arms import NO_CONTRAST
 from learning_tables import half_width, renewed
 
-from cfvlm_ds.counterfactuals.propose.grammar import versions
+from cfvlm_ds.core.versions import version
 from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 
 REPO = Path(__file__).resolve().parent.parent
@@ -193,7 +193,7 @@ def pictures(options: argparse.Namespace) -> None:
         "natural_colours": Counter(each["colour"] for each in coloured),
         "recolourings": sum(len(each["colours"]) for each in coloured),
         "groups": options.sizes,
-        "plurals_by": versions(),
+        "plurals_by": {"inflect": version("inflect")},
     }
     keep(options, "pictures", found)
 

@@ -23,7 +23,7 @@ def test_of_captions_that_nobody_here_wrote_what_is_proposed_is_right(tmp_path: 
     still = [verdict for verdict, kind, known in judged(JUDGED) if (kind, known) in found]
     right = sum(verdict == "right" for verdict in still)
     print(f"{right} of {len(still)} that are still proposed are right")
-    assert len(still) >= 250 and right / len(still) >= 0.95
+    assert len(still) >= 200 and right / len(still) >= 0.95
 
 
 @pytest.mark.parametrize("file", [PHOTOGRAPHS, COCO], ids=lambda file: file.stem)
@@ -37,4 +37,4 @@ def test_what_is_said_of_a_list_is_what_it_holds(file: Path) -> None:
         assert sum(line.startswith("right | ") for line in lines) == int(said[1]), head
         assert f"{100 * int(said[1]) / int(said[2]):.1f}" == said[3], head
     known = [edit for other in (PHOTOGRAPHS, COCO) for _, _, edit in judged(other)]
-    assert len(lists) == {PHOTOGRAPHS: 6, COCO: 4}[file] and len(known) == len(set(known))
+    assert len(lists) == {PHOTOGRAPHS: 7, COCO: 4}[file] and len(known) == len(set(known))

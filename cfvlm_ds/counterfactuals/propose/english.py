@@ -1,0 +1,135 @@
+"""Dependency parse of a caption, by spaCy and its small English pipeline, and what it says of nouns, verbs and phrases."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.versions import version
+from cfvlm_ds.counterfactuals.propose.vocabulary import word_set
+
+_PIPELINE = "en_core_web_sm"
+_ONE_AT_A_TIME = threading.Lock()  # other back ends have threads
+_SOUNDS_LIKE_A = ("uni", "use", "usu", "eu", "one", "once", "ubi")
+_SOUNDS_LIKE_AN = ("hour", "honest", "honor", "honour", "heir")
+
+
+@functools.cache
+def parser() -> Any:
+    """Load the parser, once. Raises ConfigError where spaCy or its pipeline is absent."""
+    try:
+        import spacy
+    except ImportError as error:
+        raise ConfigError("--with rules: spaCy is not installed; pip install 'cfvlm-ds[counterfactuals]'") from error
+    name = next((name for name in sorted(spacy.util.get_installed_models()) if name.startswith(_PIPELINE)), None)
+    if name is None:
+        raise ConfigError(f"--with rules: spaCy has no English pipeline; python -m spacy download {_PIPELINE}")
+    return spacy.load(name, exclude=["ner", "senter"])
+
+
+@functools.lru_cache(1 << 11)  # 30 KiB each; a small set is read twice, for the words and for the edits
+def _parsed(text: str) -> Any:
+    with _ONE_AT_A_TIME:
+        return parser()(text)
+
+
+def versions() -> dict[str, str]:
+    """The versions that the proposals depend on."""
+    return {"spacy": version("spacy"), _PIPELINE: parser().meta["version"]}
+
+
+def article(following: str) -> str:
+    """Return ``a`` or ``an``, by the sound of the following word."""
+    word = following.lower()
+    if word.startswith(_SOUNDS_LIKE_A):
+        return "a"
+    return "an" if word[:1] in "aeiou" or word.startswith(_SOUNDS_LIKE_AN) or word in ("8", "11", "18") else "a"
+
+
+def like(word: str, model: str) -> str:
+    """Return a word in the capitals of another one."""
+    if len(model) > 1 and model.isupper():
+        return word.upper()
+    return word[:1].upper() + word[1:] if model[:1].isupper() else word
+
+
+class Caption:
+    """A caption with its parse: ``doc`` are spaCy's tokens, ``said`` their texts in lower case."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.doc = text, _parsed(text)
+        self.words = [token.lower_ for token in self.doc]
+        self.said = frozenset(self.words)
+        first = next(self.doc.sents).end if len(self.words) else 0
+        lettering = next((place for place, word in enumerate(self.words) if word in word_set("lettering_after")), len(self.words))
+        names = {token.i for token in self.doc if token.pos_ == "PROPN" and token.text[0].isupper()}
+        compound = {token.i + side for token in self.doc if token.text == "-" for side in (-1, 1)}
+        self.fixed = names | compound | {*range(min(first, lettering), len(self.words))}
+        """Places that stay: names, parts of a compound, what is written in the picture, and what a second sentence explains."""
+
+    @property
+    def is_definition(self) -> bool:
+        """Whether it says what something is, and not what a picture shows."""
+        verbs = [token.head for token in self.doc if token.dep_ == "attr"]
+        return any(child.dep_ == "nsubj" and child.pos_ != "PRON" for verb in verbs for child in verb.children)
+
+    def word(self, place: int) -> str:
+        """Return the word at a place; empty beyond both ends."""
+        return self.words[place] if 0 <= place < len(self.words) else ""
+
+    def places(self, start: int, end: int) -> list[int]:
+        """Return the places of the words between two characters."""
+        return [token.i for token in self.doc if start <= token.idx < end]
+
+    def nouns(self) -> Iterator[Any]:
+        """Yield the nouns that head a phrase: no part of a compound such as "hot dog"."""
+        return (token for token in self.doc if token.pos_ == "NOUN" and token.dep_ not in ("compound", "nmod", "poss"))
+
+    def with_words(self, changes: Mapping[int, str]) -> str:
+        """Return the caption with other words at some places (empty: none), its articles put right."""
+        made = dict(changes)
+        for place, new in changes.items():
+            if new and self.word(place - 1) in ("a", "an"):
+                made.setdefault(place - 1, article(new))
+        text = ""
+        for token in self.doc:
+            new = like(made[token.i], token.text) if token.i in made else token.text
+            text += new + token.whitespace_ if new else ""
+        return text.strip()
+
+
+def described(token: Any) -> Any:
+    """Return the noun that an adjective describes: alone, or with others as in "a red and blue hat". None where there is none."""
+    head = token.head
+    while token.dep_ == "conj" and head.dep_ in ("conj", "amod", "nmod", "compound"):
+        token, head = head, head.head
+    return head if token.dep_ in ("amod", "nmod", "compound") and head.pos_ in ("NOUN", "PROPN") and head.i > token.i else None
+
+
+def modifiers(noun: Any) -> set[str]:
+    """Return the words that say before a noun what it is like, or are part of its name as in "fire truck"."""
+    return {child.lower_ for child in noun.lefts}
+
+
+def doer(verb: Any) -> Any:
+    """Return who does what a verb says: its subject, or the noun that it describes. None where there is none."""
+    subject = next((child for child in verb.children if child.dep_ == "nsubj"), None)
+    return verb.head if subject is None and verb.dep_ in ("acl", "relcl") else subject
+
+
+def objects(token: Any) -> list[Any]:
+    """Return the nouns that a preposition leads to, or that a verb has as objects."""
+    found = [child for child in token.children if child.dep_ in ("pobj", "dobj")]
+    return found + [each for noun in found for each in noun.conjuncts if each not in found]
+
+
+def governor(noun: Any) -> str:
+    """Return the preposition or verb that a noun depends on; "of_a_sentence" for a subject, or the noun of a caption without a verb."""
+    while noun.dep_ == "conj":
+        noun = noun.head
+    if noun.dep_ in ("pobj", "dobj"):
+        return "in_front" if noun.head.lower_ == "of" and noun.head.head.lower_ == "front" else str(noun.head.lemma_)
+    return "of_a_sentence" if noun.dep_ in ("nsubj", "nsubjpass", "ROOT", "attr", "appos") else ""
