@@ -11,7 +11,6 @@ import errno
 import fcntl
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -227,67 +226,6 @@ def append(path: Path, line: str, say: Say) -> bool:
         say(f"warning: {unwritten(path, error)}; the run goes on without this line of it: {line}")
         return False
     return True
-
-
-class Lines:
-    """A file that grows by lines. Lines that cannot be written wait in memory, and every later line tries again, in order.
-
-    A line that was written in part is continued where it stopped, so nobody else may write the file meanwhile.
-
-    Args:
-        say: gets a sentence when writing fails for the first time, when it works again, and when something is lost in the end.
-    """
-
-    def __init__(self, path: Path, say: Say) -> None:
-        self.path, self._say = path, say
-        self._waiting = bytearray()
-        self._error: OSError | None = None
-        self._handle: int | None = None
-        self._lock = threading.Lock()
-        self.closed = False
-        self._flush()
-
-    def write(self, line: str) -> None:
-        """Add a line, now or as soon as the disk takes it."""
-        with self._lock:
-            self._waiting += line.encode() + b"\n"
-            self._flush()
-
-    def close(self) -> list[str]:
-        """Try a last time; returns the lines that are lost. Later calls do nothing."""
-        if self.closed:
-            return []
-        with self._lock:
-            return self._closed()
-
-    def _closed(self) -> list[str]:
-        self.closed = True
-        self._flush()
-        if self._handle is not None:
-            try:
-                os.close(self._handle)
-            except OSError as error:  # of earlier writes, on network file systems
-                self._error = error
-                self._say(f"{unwritten(self.path, error)}: its last lines may be lost")
-        return self._waiting.decode().splitlines()
-
-    def _flush(self) -> None:
-        try:
-            if self._handle is None:
-                self._handle = os.open(self.path, _APPENDING, 0o644)
-            _write(self._handle, self._waiting)
-        except OSError as error:
-            if self._error is None:
-                self._say(f"{unwritten(self.path, error)}: what belongs there waits in memory, and is tried again with every record")
-            self._error = error
-            if error.errno == errno.ESTALE and self._handle is not None:  # NFS: the name may be good, the handle never again
-                with contextlib.suppress(OSError):
-                    os.close(self._handle)
-                self._handle = None
-            return
-        if self._error is not None:
-            self._say(f"{self.path} can be written again, and has everything")
-        self._error = None
 
 
 def _write(handle: int, waiting: bytearray) -> None:

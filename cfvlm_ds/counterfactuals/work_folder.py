@@ -30,12 +30,12 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import append, replace
+from cfvlm_ds.core.journal import Journal, as_line, records
 from cfvlm_ds.core.reading import MIB, open_regular, read_json
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.core.versions import version
-from cfvlm_ds.counterfactuals.journal import Journal, records, sha256_of_file
 from cfvlm_ds.counterfactuals.records import wrong_key
 from cfvlm_ds.data.confinement import Confinement
 from cfvlm_ds.data.containers.prepared import ENDING
@@ -61,6 +61,15 @@ def shard_of(source: str, shards: int) -> int:
 def seed_of(*parts: object) -> int:
     """A seed of 63 bits from what it is for."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
+
+
+def sha256_of_file(path: Path) -> str:
+    """Of all bytes of a file, as a completion file has it."""
+    digest = hashlib.sha256()
+    with open_regular(path) as handle:
+        while block := handle.read(MIB):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -157,7 +166,7 @@ class WorkFolder:
         """The records of a step and shard. Raises DataError naming file and line for what is none, and for a picture that is neither in the
         folders of the source pictures nor here."""
         file = self.file(step, shard)
-        for number, record in enumerate(records(file), 1):
+        for number, (_, record) in enumerate(records(file, self.again(step, shard)), 1):
             if wrong := wrong_key(step, record):
                 raise DataError(f"{file}:{number}: no record of {step} ({wrong!r} is missing or wrong); {self.again(step, shard)}")
             for picture in self._pictures(record):
@@ -210,17 +219,15 @@ class WorkFolder:
 
 
 class ShardStep:
-    """One step of one shard under way: ``count`` units have their record, in their order."""
+    """One step of one shard under way: ``count`` units have their record, in their order. Records hold no times and no names of machines,
+    so that work that was killed and continued gives the bytes of work that was not."""
 
     def __init__(self, work: WorkFolder, step: str, shard: int) -> None:
         self.work, self.step, self.shard = work, step, shard
         self._journal = Journal(work.file(step, shard))
-        self._began, self._first = time.monotonic(), self._journal.count
-
-    @property
-    def count(self) -> int:
-        """Units with a record."""
-        return self._journal.count
+        with open(self._journal.path, "rb") as file:
+            self.count = self._first = sum(1 for _ in file)
+        self._began = time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -229,7 +236,8 @@ class ShardStep:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """The record of the next unit."""
-        self._journal.append(record)
+        self._journal.append(as_line(record))
+        self.count += 1
 
     def expect(self, record: Mapping[str, Any], **named: object) -> None:
         """Raise DataError where a record that is there is not of this unit: the folder is of other data."""
@@ -241,11 +249,11 @@ class ShardStep:
         counts: Counter[str] = Counter()
         for record in self.work.records(self.step, self.shard):
             counted(record, counts)
-        done: dict[str, Any] = {"records": self._journal.count, "sha256": self._journal.sha256, "counts": dict(sorted(counts.items()))}
+        self.close()
+        done: dict[str, Any] = {"records": self.count, "sha256": sha256_of_file(self._journal.path), "counts": dict(sorted(counts.items()))}
         done |= {"stopped": stopped} if stopped else {}
         if self.step != STEPS[0] and (before := self.work.done(STEPS[STEPS.index(self.step) - 1], self.shard)) is not None:
             done["of"] = before["sha256"]
-        self.close()
         replace(self.work.path / self.step / f"shard-{self.shard:05d}.done.json", json.dumps(done, indent=1).encode() + b"\n", shared=True)
         cost = {"step": self.step, "shard": self.shard, "units": done["records"] - self._first, "seconds": round(self.seconds, 2)}
         append(self.work.path / "costs.jsonl", json.dumps(cost), lambda line: None)

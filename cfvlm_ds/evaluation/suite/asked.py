@@ -39,7 +39,7 @@ from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, example
 from cfvlm_ds.evaluation.suite.tables import HEADING, markdown
 from cfvlm_ds.evaluation.suite.written import (
     RESULTS,
-    Journal,
+    Partial,
     Result,
     bootstrap_of,
     kept,
@@ -191,7 +191,7 @@ class _Evaluation:
         if found is not None:
             world.say(f"{self._label}: {len(found.outcomes)} items are in {self._folder} already")
             return found
-        journal: Journal = agreed(world, lambda: Journal(result_folder(self._folder), header), self._patience)
+        journal: Partial = agreed(world, lambda: Partial(result_folder(self._folder), header), self._patience)
         collator = self._model.collator.of_run("full", None, checked.pictures)
         outcomes = self._outcomes(checked, collator, journal)
         result = Result(self._chosen.name, self._chosen.label, self._record(header, checked, outcomes), tuple(outcomes))
@@ -253,13 +253,13 @@ class _Evaluation:
 
     # What the model says ---------------------------------------------------------------------------------------------------------------
 
-    def _outcomes(self, checked: Checked, collator: Collator, journal: Journal) -> list[Outcome]:
+    def _outcomes(self, checked: Checked, collator: Collator, journal: Partial) -> list[Outcome]:
         way = self._chosen.way
         if isinstance(way, Generate):
             return self._written(checked, way, journal)
         return self._scored(checked, way, collator, journal)
 
-    def _scored(self, checked: Checked, probe: Probe, collator: Collator, journal: Journal) -> list[Outcome]:
+    def _scored(self, checked: Checked, probe: Probe, collator: Collator, journal: Partial) -> list[Outcome]:
         """Items by the likelihood of texts."""
         asked, settings = plan(checked.items, probe), self._settings
         donors = fitting(asked.groups, other_images(asked.groups), collator, checked.pictures) if settings.shuffled else None
@@ -305,7 +305,7 @@ class _Evaluation:
                 together |= part
             yield together
 
-    def _written(self, checked: Checked, way: Generate, journal: Journal) -> list[Outcome]:
+    def _written(self, checked: Checked, way: Generate, journal: Partial) -> list[Outcome]:
         """Items by what the model writes about them; each rank writes about its own."""
         if self._model.say is None:
             raise ConfigError(

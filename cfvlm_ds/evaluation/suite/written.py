@@ -10,7 +10,6 @@ Somebody else may have made these files: sizes are bounded, and what they say is
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import torch
 
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.files import replace, whole_file
+from cfvlm_ds.core.journal import Journal, records
 from cfvlm_ds.core.reading import MIB, lines, open_regular, parse_json, read_json
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import bare_name, refuse_link
@@ -252,54 +252,32 @@ def _truth(value: Any) -> int:
 # What is scored so far ------------------------------------------------------------------------------------------------------------------
 
 
-class Journal:
+class Partial:
     """Scores on disk before all are there: a line for each group, or for each item that was written about.
 
     Args:
-        folder: of the result.
+        folder: of the result, which its evaluation has locked.
         header: what the scores are of; those of anything else are refused.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
-        self._path, self._header = folder / SCORES, {"schema": JOURNAL, **header}
+        path, header = folder / SCORES, {"schema": JOURNAL, **header}
         self.rows: dict[int, Any] = {}
         """What was found there, by the number of its group."""
-        if self._path.exists():
-            self._read()
-        try:
-            with whole_file(self._path) as file:  # without the line that a kill has cut off
-                file.write(_exact(self._header))
-                for number, row in self.rows.items():
-                    file.write(_exact({"group": number, **row}))
-        except OSError as error:
-            raise StorageError(f"{unwritten(self._path, error)}; make room, or name another folder with --out") from error
+        self._journal = Journal(path, alone=False)
+        found = [record for _, record in records(path, "remove it")]
+        if not found:
+            self._journal.append(_exact(header))
+        elif found[0].get("schema") != JOURNAL:
+            raise DataError(f"{path}: not the scores of an evaluation that was ended (its schema is not {JOURNAL!r}); remove it")
+        else:
+            refuse_other(path, found[0], header)
+            self.rows = {row.pop("group"): row for row in found[1:]}
 
     def add(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
         """Keep the scores of more groups. Raises StorageError; what was kept before stays."""
-        try:
-            with open(self._path, "ab") as file:
-                file.write(b"".join(_exact({"group": number, **row}) for number, row in sorted(rows.items())))
-        except OSError as error:
-            raise StorageError(f"{unwritten(self._path, error)}; make room, and the same command goes on from here") from error
+        self._journal.append(b"".join(_exact({"group": number, **row}) for number, row in sorted(rows.items())))
         self.rows |= dict(rows)
-
-    def _read(self) -> None:
-        try:
-            with open_regular(self._path) as handle:
-                whole = (line for line in lines(handle, MAX_LINE) if line.endswith(b"\n"))
-                header = parse_json(next(whole, b"{}").decode())
-                if isinstance(header, dict) and header.get("schema") == JOURNAL:
-                    refuse_other(self._path, header, self._header)
-                elif header:
-                    raise ValueError(f"its schema is not {JOURNAL!r}")
-                for line in whole:
-                    with contextlib.suppress(ValueError):  # of a disk that was full
-                        row = parse_json(line.decode())
-                        self.rows[int(row.pop("group"))] = row
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise DataError(f"{self._path}: not the scores of an evaluation that was ended ({error}); remove it") from error
 
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
