@@ -1,7 +1,7 @@
 """Calls of servers that nobody vouches for: a bound on bytes and on the whole time, no redirect, no secret in what is kept.
 
-Only the standard library. The client of openai 3.57 keeps none of these promises: with a timeout of 0.5 s it waited 6 s for a body that came
-byte by byte, read a body of 200 MB, followed a redirect, and did not repeat a call after prose or cut JSON.
+Only the standard library. The client of openai 3.57 keeps none of these promises: with a timeout of 0.5 s it waited 6 s for a body that
+came byte by byte, read a body of 200 MB, followed a redirect, and did not repeat a call after prose or cut JSON.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
                 connection.connect()
             except OSError as error:
                 raise Unreachable(f"{type(error).__name__}: {error}") from error
-            connection.request("POST", parts._replace(scheme="", netloc="", fragment="").geturl() or "/", json.dumps(body).encode(), headers)
+            connection.request(
+                "POST", parts._replace(scheme="", netloc="", fragment="").geturl() or "/", json.dumps(body).encode(), headers
+            )
             response = connection.getresponse()
             content = response.read(most_bytes + 1)
             if deadline.late:
