@@ -179,12 +179,11 @@ def test_secrets_are_masked(tmp_path: Path) -> None:
         ),
         ("# no front matter\n---\nlicense: mit\n---\n", {}),
         ("---\nlicense: [mit]\n---\n", {}),
-        ('---\nlicense: "mit\\n---"\n---\n', {"license": "mit"}),
         ("---\nlicense: !!python/object/apply:os.system [true]\n---\n", {}),
         ("---\nx: " + "[" * 1000 + "\n---\n", {}),
         ("---\n- license\n---\n", {}),
     ],
-    ids=range(9),
+    ids=range(8),
 )
 def test_a_license_is_what_the_base_states(card: str, expected: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / CARD).write_bytes(card.encode())
