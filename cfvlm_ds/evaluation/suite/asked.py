@@ -263,8 +263,7 @@ class _Evaluation:
         """Items by the likelihood of texts."""
         asked, settings = plan(checked.items, probe), self._settings
         donors = fitting(asked.groups, other_images(asked.groups), collator, checked.pictures) if settings.shuffled else None
-        shapes = [(len(group.images), len(group.candidates)) for group in asked.groups]
-        scores = {k: found for k, row in journal.rows.items() if k < len(shapes) and (found := taken(row, shapes[k])) is not None}
+        scores = {k: taken(row) for k, row in journal.rows.items()}
         progress = self._progress(len(asked.groups), len(scores), "groups")
         for pictured in (True, False):  # a text alone has no blank row of its own
             every = [k for k, group in enumerate(asked.groups) if bool(group.num_pictures) == pictured]
@@ -314,7 +313,7 @@ class _Evaluation:
         say, world, settings = self._model.say(way.max_new_tokens), self._world, self._settings
         shown = [CounterfactualGroup(item.id, item.images, (Candidate("", "x"),), _first_true(item)) for item in checked.items]
         donors = other_images(shown) if settings.shuffled else [None] * len(shown)
-        left = [k for k, item in enumerate(checked.items) if not _is_written(journal.rows.get(k), item)]
+        left = [k for k in range(len(checked.items)) if k not in journal.rows]
         progress = self._progress(len(checked.items), len(checked.items) - len(left), "items")
         for start in range(0, len(left), settings.batch_size * world.size):
             turn = left[start : start + settings.batch_size * world.size]
@@ -344,13 +343,6 @@ class _Evaluation:
         if done:
             self._world.say(f"{self._label}: {done} of {total} {unit} are on disk, and it goes on from there")
         return Progress(self._world.say, self._label, total - done, unit)
-
-
-def _is_written(row: Any, item: Item) -> bool:
-    """Whether a row of the journal is what was written about an item."""
-    if not isinstance(row, dict) or not isinstance(said := row.get("said"), list) or len(said) != len(item.images):
-        return False
-    return all(isinstance(text, str) for text in (*said, row.get("blank"), row.get("shuffled", "")))
 
 
 def _first_true(item: Item) -> tuple[tuple[int | None], ...]:
