@@ -198,12 +198,6 @@ def test_nothing_is_written_through_a_link(how: str, tmp_path: Path) -> None:
     assert victim.read_text() == "mine"
 
 
-@pytest.mark.parametrize("how", ["append", "lines", "update"])
-def test_a_pipe_is_not_waited_for(how: str, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.json")
-    forked(lambda path: (WRITERS[how][1](path, lambda said: None), None)[1], tmp_path / "a.json")
-
-
 ENTRIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link": (lambda run: (run / "results.md").symlink_to("../victim"), r"run/results\.md is a link to \.\./victim, and nothing"),
     "a dangling link": (lambda run: (run / "mlflow.db").symlink_to("nothing"), r"run/mlflow\.db is a link to nothing"),
