@@ -144,6 +144,7 @@ class Waiting:
                 self._lines.popleft()
         except StorageError as error:
             cause = error.__cause__
+            assert isinstance(cause, OSError)
             if not self._failing:
                 self._say(f"{unwritten(self.path, cause)}: what belongs there waits in memory, and is tried again with every record")
             self._failing = True

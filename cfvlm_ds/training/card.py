@@ -157,7 +157,7 @@ def _table(head: str, rows: Iterable[Iterable[str]]) -> list[str]:
     return [f"| {head} |", f"|{'---|' * (head.count('|') + 1)}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def license_of(base: str) -> dict[str, str]:
+def license_of(base: str) -> dict[str, Any]:
     """The license that the base's own card states, as front matter; nothing where it states none, or has no card here."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
