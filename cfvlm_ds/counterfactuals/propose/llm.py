@@ -64,19 +64,13 @@ class LanguageModel:
         self.troubles: Counter[str] = Counter()
         self._patience = Patience(self._url, "captions")
         try:
-            self._replies()
+            for place, record in records(self._journal.path, "remove the file, and they are asked for again"):
+                self._known[record["request"]] = place
+                self._patience.answered()
+                self.tokens += record["tokens"]
         except DataError:
             self._journal.close()
             raise
-
-    def _replies(self) -> None:
-        """Take note of the replies that are there."""
-        for place, record in records(self._journal.path, "remove the file, and they are asked for again"):
-            if not isinstance(record.get("request"), str) or not isinstance(record.get("reply"), str):
-                raise DataError(f"{self._journal.path}: byte {place} begins no reply; remove the file, and they are asked for again")
-            self._known[record["request"]] = place
-            self._patience.answered()
-            self.tokens += record["tokens"] if type(record.get("tokens")) is int else 0
 
     def settings(self) -> Mapping[str, Any]:
         told = hashlib.sha256(SYSTEM.encode()).hexdigest()
