@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", choices=list(VOCABULARY), default=list(VOCABULARY))
     parser.add_argument("--visual", nargs="+", type=int, default=[576], help="visual tokens of the image; squares of even numbers")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--attention", choices=BACKENDS, default="cascade", help="(default cascade)")
+    parser.add_argument("--attention", choices=BACKENDS, default="sdpa", help="(default sdpa)")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--forward", action="store_true", help="time the forward alone")

@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def measure(shape: str, folder: Path, repeats: int) -> None:
-    model = ModelConfig(str(build(folder / "model", TOWERS[shape])), attn_implementation="cascade", vision_tower=ModuleConfig("frozen"))
+    model = ModelConfig(str(build(folder / "model", TOWERS[shape])), attn_implementation="sdpa", vision_tower=ModuleConfig("frozen"))
     loaded = load_model(model, torch.float32)
     engine = Engine(Scorer(loaded, family_of(loaded.config)))
     group = pictures(folder)

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--images", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--per-forward", type=int, default=1, help="images in a forward of the cache")
-    parser.add_argument("--attention", choices=BACKENDS, default="cascade")
+    parser.add_argument("--attention", choices=BACKENDS, default="sdpa")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")

@@ -61,7 +61,7 @@ def main() -> None:
     )
     parser.add_argument("--texts", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
-    parser.add_argument("--attention", choices=BACKENDS, default="cascade", help="of the shared prefix (default cascade)")
+    parser.add_argument("--attention", choices=BACKENDS, default="sdpa", help="of the shared prefix (default sdpa)")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")

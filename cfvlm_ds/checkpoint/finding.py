@@ -111,9 +111,7 @@ def incomplete(path: Path) -> str | None:
         described = description(path) if (path / COMPLETE).is_file() else {}  # a pipe would be waited for
         listed = {name: (int(size), int(crc32)) for name, (size, crc32) in described["files"].items()}
         whole = described["crc32"] == own_sum(described)
-        step, ranks, run_id = described["step"], described["world_size"], described.get("run_id")
-        if not (type(step) is type(ranks) is int and step >= 0 < ranks and (run_id is None or isinstance(run_id, str))):
-            raise ValueError
+        step = described["step"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return f"{COMPLETE} is missing or broken, so the checkpoint was never finished"
     if not whole:

@@ -28,7 +28,6 @@ from cfvlm_ds.core.secrets import print_line
 NAME = "run.lock"
 _TOUCHED_EVERY_S = 30.0
 _STALE_AFTER_S = 300.0
-_CLAIMED_FOR_S = 30.0
 _NAMED_AFTER_S = 30.0
 
 
@@ -47,18 +46,27 @@ class RunLock:
         threading.Thread(target=self._touch, daemon=True).start()
 
     def _take(self, folder: Path, say: Callable[[str], object]) -> None:
+        claim = self.path.with_name(f"{NAME}.claim")
         while not self._created():
-            content = _content(self.path)
-            if content is None:
-                continue  # released in between
-            holder, reason = _parsed(content), self._stale(content)
-            if reason is None:
-                raise ConfigError(
-                    f"{folder} is in use by {_named(holder)}; choose another {self._option}, or remove {self.path} if that run is gone"
-                )
-            if self._taken_over(content):
+            try:
+                os.close(os.open(claim, os.O_CREAT | os.O_EXCL))  # who has made it may change a lock that is not its own
+            except FileExistsError:
+                remedy = f"choose another {self._option}, or remove {claim} if that run is gone"
+                raise ConfigError(f"another run is starting in {folder}; {remedy}") from None
+            try:
+                holder = _parsed(_content(self.path) or "")
+                reason = self._stale(holder, claim.stat().st_mtime - self.path.stat().st_mtime)  # by the clock of the file server
+                if reason is None:
+                    raise ConfigError(
+                        f"{folder} is in use by {_named(holder)}; choose another {self._option}, or remove {self.path} if that run is gone"
+                    )
+                replace(self.path, self._mine.encode(), shared=True)
                 say(f"took {folder} over from {_named(holder)}: {reason}")
                 break
+            except FileNotFoundError:
+                continue  # released in between
+            finally:
+                claim.unlink()
 
     def __enter__(self) -> RunLock:
         return self
@@ -87,45 +95,14 @@ class RunLock:
             raise
         return _content(self.path) == self._mine  # not where this took so long that another run believed its maker dead
 
-    def _stale(self, content: str) -> str | None:
-        """Why the holder cannot be alive, or None."""
-        holder, here = _parsed(content), json.loads(self._mine)
+    def _stale(self, holder: dict[str, Any], age: float) -> str | None:
+        """Why the holder of a lock that was touched so many seconds ago cannot be alive, or None."""
+        here = json.loads(self._mine)
         if holder.get("processes") == here["processes"]:
             return None if _runs(holder) else "its process is gone"
         if holder.get("job") and holder["job"] == here["job"] and holder.get("restart") != here["restart"]:
             return f"Slurm has started job {here['job']} again"
-        age = _age(self.path)
-        if not content and age > _NAMED_AFTER_S:
-            return "it died before it said who it is"
-        return f"it has not touched the lock for {age / 60:.0f} minutes" if age > _STALE_AFTER_S else None
-
-    def _taken_over(self, content: str) -> bool:
-        """Take the stale lock over, unless another run has been faster.
-
-        Only the run that has made the claim file may change a lock that is not its own; so the lock that it has read is the one it
-        replaces.
-        """
-        claim = self.path.with_name(f"{NAME}.claim")
-        try:
-            os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            self._wait_for(claim)
-            return False
-        try:
-            if _content(self.path) != content:
-                return False
-            replace(self.path, self._mine.encode(), shared=True)
-            return True
-        finally:
-            claim.unlink()
-
-    def _wait_for(self, claim: Path) -> None:
-        """Wait until another run has taken the lock over, which is a matter of milliseconds."""
-        until = time.monotonic() + _CLAIMED_FOR_S
-        while claim.exists():
-            if time.monotonic() > until:
-                raise ConfigError(f"a run died while it took {self.path.parent} over; remove {claim} and start again")
-            time.sleep(0.05)
+        return f"it has not touched the lock for {age:.0f} s" if age > (_STALE_AFTER_S if holder else _NAMED_AFTER_S) else None
 
     def _touch(self) -> None:
         while not self._ended.wait(_TOUCHED_EVERY_S):
@@ -180,18 +157,6 @@ def _runs(holder: dict[str, Any]) -> bool:
         return abs(process.create_time() - holder["born"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.NoSuchProcess, KeyError, TypeError, ValueError, OverflowError):  # gone, or never the number of a process
         return False
-
-
-def _age(lock: Path) -> float:
-    """Seconds since the lock was touched. The clock is that of the file server, which stamps a file that is written now."""
-    probe = lock.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}.now")
-    try:
-        probe.write_text("")
-        return probe.stat().st_mtime - lock.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def _content(lock: Path) -> str | None:

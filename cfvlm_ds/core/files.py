@@ -1,7 +1,7 @@
 """Files that appear whole or not at all, and small ones of a run folder, on a disk that may be full or fail for a while.
 
 What the small ones say is not worth a training.
-The folder may be one that somebody else has prepared: nothing is written through a link, and a pipe is not waited for.
+Nothing is written through a link.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import errno
 import fcntl
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,19 +18,15 @@ from typing import IO
 from uuid import uuid4
 
 from cfvlm_ds.core.errors import ConfigError, unwritten
-from cfvlm_ds.core.reading import read_bytes
 from cfvlm_ds.core.secrets import print_line
 
 Say = Callable[[str], object]
 
 
-_APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-
-
 def create(path: Path) -> IO[bytes]:
     """A new file to write, in place of a file or a link of this name; never the file that a link leads to. Raises OSError."""
     path.unlink(missing_ok=True)
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
+    return open(path, "xb")
 
 
 def cache_folder() -> Path:
@@ -83,7 +78,7 @@ def _fresh(path: Path) -> int | None:
         if path.is_symlink():
             path.unlink()
         try:
-            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT | os.O_EXCL if new else 0), 0o666)
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if new else 0), 0o666)
         except (FileExistsError, FileNotFoundError):  # another process was faster
             continue
         try:
@@ -196,8 +191,8 @@ def replace(path: Path, content: bytes, shared: bool = False) -> None:
 
 def update(path: Path, content: bytes) -> None:
     """``replace`` unless the file has this content already: a run that goes on needs no room for it."""
-    with contextlib.suppress(OSError, ValueError):
-        if read_bytes(path, len(content)) == content:
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == content:
             return
     replace(path, content)
 
@@ -215,82 +210,15 @@ def keep(path: Path, text: str, say: Say) -> bool:
 def append(path: Path, line: str, say: Say) -> bool:
     """Add a whole line or nothing; a failure is only a warning. Returns whether it was added."""
     try:
-        with os.fdopen(os.open(path, _APPENDING, 0o666), "ab", buffering=0) as file:
-            size = file.tell()
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "ab", buffering=0) as file:
+            size, content = file.tell(), line.encode() + b"\n"
             try:
-                _write(file.fileno(), bytearray(line.encode() + b"\n"))
+                while content:
+                    content = content[file.write(content) :]
             except OSError:
-                with contextlib.suppress(OSError):
-                    file.truncate(size)  # takes no room
+                file.truncate(size)  # takes no room
                 raise
     except OSError as error:
         say(f"warning: {unwritten(path, error)}; the run goes on without this line of it: {line}")
         return False
     return True
-
-
-class Lines:
-    """A file that grows by lines. Lines that cannot be written wait in memory, and every later line tries again, in order.
-
-    A line that was written in part is continued where it stopped, so nobody else may write the file meanwhile.
-
-    Args:
-        say: gets a sentence when writing fails for the first time, when it works again, and when something is lost in the end.
-    """
-
-    def __init__(self, path: Path, say: Say) -> None:
-        self.path, self._say = path, say
-        self._waiting = bytearray()
-        self._error: OSError | None = None
-        self._handle: int | None = None
-        self._lock = threading.Lock()
-        self.closed = False
-        self._flush()
-
-    def write(self, line: str) -> None:
-        """Add a line, now or as soon as the disk takes it."""
-        with self._lock:
-            self._waiting += line.encode() + b"\n"
-            self._flush()
-
-    def close(self) -> list[str]:
-        """Try a last time; returns the lines that are lost. Later calls do nothing."""
-        if self.closed:
-            return []
-        with self._lock:
-            return self._closed()
-
-    def _closed(self) -> list[str]:
-        self.closed = True
-        self._flush()
-        if self._handle is not None:
-            try:
-                os.close(self._handle)
-            except OSError as error:  # of earlier writes, on network file systems
-                self._error = error
-                self._say(f"{unwritten(self.path, error)}: its last lines may be lost")
-        return self._waiting.decode().splitlines()
-
-    def _flush(self) -> None:
-        try:
-            if self._handle is None:
-                self._handle = os.open(self.path, _APPENDING, 0o644)
-            _write(self._handle, self._waiting)
-        except OSError as error:
-            if self._error is None:
-                self._say(f"{unwritten(self.path, error)}: what belongs there waits in memory, and is tried again with every record")
-            self._error = error
-            if error.errno == errno.ESTALE and self._handle is not None:  # NFS: the name may be good, the handle never again
-                with contextlib.suppress(OSError):
-                    os.close(self._handle)
-                self._handle = None
-            return
-        if self._error is not None:
-            self._say(f"{self.path} can be written again, and has everything")
-        self._error = None
-
-
-def _write(handle: int, waiting: bytearray) -> None:
-    """Write as much as the system accepts, until nothing is left."""
-    while waiting:
-        del waiting[: os.write(handle, waiting)]

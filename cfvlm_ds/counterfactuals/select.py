@@ -24,11 +24,11 @@ from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.core.untrusted import own_output, refuse_one_file
 from cfvlm_ds.counterfactuals.audit.refine import REFINED
 from cfvlm_ds.counterfactuals.history import Edited, History, histories
-from cfvlm_ds.counterfactuals.journal import MAX_LINE
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
 from cfvlm_ds.counterfactuals.options import SelectOptions
 from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder, seed_of
 from cfvlm_ds.data.formats.cfgroup import SCHEMA, to_row
+from cfvlm_ds.data.lines import MAX_LINE
 
 KEPT, NO_ROOM, QUOTA = "kept", "good, but its source has enough", "good, but its type has enough"
 TWICE, ELSEWHERE = "good, but its text is there already", "good, but its real picture is of another split"

@@ -22,7 +22,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,13 +29,12 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import append, replace
+from cfvlm_ds.core.journal import Journal, as_line, records
 from cfvlm_ds.core.reading import MIB, open_regular, read_json
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.core.versions import version
-from cfvlm_ds.counterfactuals.journal import Journal, records, sha256_of_file
-from cfvlm_ds.counterfactuals.records import wrong_key
 from cfvlm_ds.data.confinement import Confinement
 from cfvlm_ds.data.containers.prepared import ENDING
 from cfvlm_ds.data.picture_file import part_name
@@ -61,6 +59,15 @@ def shard_of(source: str, shards: int) -> int:
 def seed_of(*parts: object) -> int:
     """A seed of 63 bits from what it is for."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
+
+
+def sha256_of_file(path: Path) -> str:
+    """Of all bytes of a file, as a completion file has it."""
+    digest = hashlib.sha256()
+    with open_regular(path) as handle:
+        while block := handle.read(MIB):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ class WorkFolder:
         }  # fmt: skip
         about: dict[str, Any] = {"schema": SCHEMA, "shards": shards, "source": source}
         if prepared:  # pictures of shards that are through may be in an earlier one
-            earlier = begun.get(_MADE_AGAIN, []) if _is_about(begun := _read(path / "run.json")) else []
+            earlier = _read(path / "run.json").get(_MADE_AGAIN, [])
             about[_MADE_AGAIN] = sorted({*earlier, *(os.path.abspath(root) for root in prepared)})
         if path.exists() and not (path / "run.json").exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(f"{path} is there and no work folder; name another one")
@@ -106,7 +113,7 @@ class WorkFolder:
         """The folder that `data propose` began. Raises ConfigError for anything else."""
         _refuse_links(path)
         about = _read(path / "run.json")
-        if not _is_about(about):
+        if about.get("schema") != SCHEMA:
             raise ConfigError(f"{path} is no work folder; begin one with `cfvlm-ds data propose`")
         return cls(path, about)
 
@@ -122,8 +129,7 @@ class WorkFolder:
 
     def settings(self, step: str) -> dict[str, Any]:
         """What decides a step; empty where it was not begun."""
-        found = _read(self.path / f"{step}.json")
-        return found if isinstance(found, dict) else {}
+        return _read(self.path / f"{step}.json")
 
     def file(self, step: str, shard: int) -> Path:
         """The journal of a step and shard."""
@@ -136,7 +142,7 @@ class WorkFolder:
     def done(self, step: str, shard: int) -> dict[str, Any] | None:
         """The completion of a step of a shard: records, sha256, counts; None where it is not through, or its journal is gone."""
         found = _read(self.path / step / f"shard-{shard:05d}.done.json")
-        return found if _is_done(found) and self.file(step, shard).is_file() else None
+        return found if found and self.file(step, shard).is_file() else None
 
     def outdated(self, step: str, shard: int) -> bool:
         """Whether a shard of a step was made of other records than those that the step before it has now."""
@@ -155,11 +161,9 @@ class WorkFolder:
 
     def records(self, step: str, shard: int) -> Iterator[dict[str, Any]]:
         """The records of a step and shard. Raises DataError naming file and line for what is none, and for a picture that is neither in the
-        folders of the source pictures nor here."""
+        folders of the source pictures nor here: a work folder may be somebody else's."""
         file = self.file(step, shard)
-        for number, record in enumerate(records(file), 1):
-            if wrong := wrong_key(step, record):
-                raise DataError(f"{file}:{number}: no record of {step} ({wrong!r} is missing or wrong); {self.again(step, shard)}")
+        for number, (_, record) in enumerate(records(file, self.again(step, shard)), 1):
             for picture in self._pictures(record):
                 try:
                     self._confine(picture)
@@ -173,11 +177,9 @@ class WorkFolder:
 
     def _pictures(self, record: Mapping[str, Any]) -> Iterator[Path]:
         """The pictures that a record names."""
-        found = record.get("picture")
-        named = [found, *(each.get("picture") for each in record.get("edits", ()))]
-        yield from (Path(each) for each in named if isinstance(each, str))
-        if isinstance(found, dict):
-            yield self.picture(found)
+        for found in (record.get("picture"), *(each.get("picture") for each in record.get("edits", ()))):
+            if found:
+                yield Path(found) if isinstance(found, str) else self.picture(found)
 
     def picture(self, named: Mapping[str, Any]) -> Path:
         """The picture that an attempt names, a file or a part of a tar, as every reader of pictures takes it."""
@@ -210,17 +212,15 @@ class WorkFolder:
 
 
 class ShardStep:
-    """One step of one shard under way: ``count`` units have their record, in their order."""
+    """One step of one shard under way: ``count`` units have their record, in their order. Records hold no times and no names of machines,
+    so that work that was killed and continued gives the bytes of work that was not."""
 
     def __init__(self, work: WorkFolder, step: str, shard: int) -> None:
         self.work, self.step, self.shard = work, step, shard
         self._journal = Journal(work.file(step, shard))
-        self._began, self._first = time.monotonic(), self._journal.count
-
-    @property
-    def count(self) -> int:
-        """Units with a record."""
-        return self._journal.count
+        with open(self._journal.path, "rb") as file:
+            self.count = self._first = sum(1 for _ in file)
+        self._began = time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -229,7 +229,8 @@ class ShardStep:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """The record of the next unit."""
-        self._journal.append(record)
+        self._journal.append(as_line(record))
+        self.count += 1
 
     def expect(self, record: Mapping[str, Any], **named: object) -> None:
         """Raise DataError where a record that is there is not of this unit: the folder is of other data."""
@@ -241,11 +242,11 @@ class ShardStep:
         counts: Counter[str] = Counter()
         for record in self.work.records(self.step, self.shard):
             counted(record, counts)
-        done: dict[str, Any] = {"records": self._journal.count, "sha256": self._journal.sha256, "counts": dict(sorted(counts.items()))}
+        self.close()
+        done: dict[str, Any] = {"records": self.count, "sha256": sha256_of_file(self._journal.path), "counts": dict(sorted(counts.items()))}
         done |= {"stopped": stopped} if stopped else {}
         if self.step != STEPS[0] and (before := self.work.done(STEPS[STEPS.index(self.step) - 1], self.shard)) is not None:
             done["of"] = before["sha256"]
-        self.close()
         replace(self.work.path / self.step / f"shard-{self.shard:05d}.done.json", json.dumps(done, indent=1).encode() + b"\n", shared=True)
         cost = {"step": self.step, "shard": self.shard, "units": done["records"] - self._first, "seconds": round(self.seconds, 2)}
         append(self.work.path / "costs.jsonl", json.dumps(cost), lambda line: None)
@@ -266,31 +267,6 @@ class ShardStep:
             journals.rmdir()
 
 
-def _is_about(value: Any) -> bool:
-    """Whether a run.json says what a work folder needs."""
-    source = value.get("source") if isinstance(value, dict) else None
-    return (
-        isinstance(source, dict)
-        and value.get("schema") == SCHEMA
-        and isinstance(source.get("path"), str)
-        and isinstance(source.get("roots"), list)
-        and isinstance(prepared := value.get(_MADE_AGAIN, []), list)
-        and all(isinstance(root, str) for root in (*source["roots"], *prepared))
-        and type(value.get("shards")) is int
-        and 1 <= value["shards"] <= MAX_SHARDS
-    )
-
-
-def _is_done(value: Any) -> bool:
-    """Whether a completion file says what one says; a shard with any other is not through."""
-    counts = value.get("counts") if isinstance(value, dict) else None
-    return (
-        isinstance(counts, dict)
-        and all(type(count) is int for count in (value.get("records"), *counts.values()))
-        and isinstance(value.get("sha256"), str)
-    )
-
-
 def _refuse_links(path: Path) -> None:
     """Raise ConfigError where the folder, or one in it that steps write to, is a link."""
     refuse_link(path, "name the folder itself")
@@ -308,14 +284,12 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path, free: str = ""
     found, now = _read(path), json.loads(text)
     if found == now:
         return
-    if isinstance(found, dict) and {**found, free: None} == {**now, free: None}:
+    if {**found, free: None} == {**now, free: None}:
         replace(path, text.encode(), shared=True)
         return
     remedy = f"take the same ones, or another folder than {folder}"
     if path.stem in STEPS:
         remedy += f"; to do {path.stem} again, remove {path} and {path.with_suffix('')}, and those of the steps after it"
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} cannot be read, so it is not known with which settings it was begun; {remedy}")
     differing = _differing(found, now)
     shown = "; ".join(f"{key}: {quoted(then, 160)} then, {quoted(value, 160)} now" for key, then, value in differing[:4])
     raise ConfigError(f"{path} was begun with other settings ({shown}); {remedy}")
@@ -333,11 +307,12 @@ def _differing(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
     return found
 
 
-def _read(path: Path) -> Any:
-    """The value of a small JSON file; None where there is none."""
-    with suppress(OSError, ValueError, RecursionError):
-        return read_json(path)
-    return None
+def _read(path: Path) -> dict[str, Any]:
+    """The values of a small JSON file; none where there is no such file. Raises ConfigError for any other."""
+    try:
+        return dict(read_json(path)) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is none that a step has written ({error}); remove it, or start a new work folder") from error
 
 
 def _size(path: Path) -> int:

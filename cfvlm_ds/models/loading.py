@@ -220,13 +220,6 @@ def attention(requested: str, model_config: PreTrainedConfig | None = None) -> s
         raise ConfigError(f"model.attn_implementation {requested} needs a CUDA device; use auto")
     if requested == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
         raise ConfigError(f"model.attn_implementation varlen needs a newer torch than {torch.__version__}; use auto")
-    if requested == "cascade" and torch.cuda.is_available():
-        raise ConfigError("model.attn_implementation cascade is for CPUs; use auto")
-    if requested == "cascade" and model_config is not None and family_of(model_config).whole_pictures(model_config) != "nowhere":
-        raise ConfigError(
-            f"model.attn_implementation cascade is causal, and model type {model_config.model_type!r} sees pictures as a whole; use auto "
-            "or sdpa"
-        )
     return requested
 
 

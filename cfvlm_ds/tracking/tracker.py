@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cfvlm_ds.core.files import Lines
+from cfvlm_ds.core.journal import Waiting
 from cfvlm_ds.core.secrets import masked, without_secrets
 from cfvlm_ds.tracking.delivery_record import RECORD_FILE, DeliveryRecord, Status
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_values, now_ms, parse_line, say, truncate_metrics
@@ -132,7 +132,7 @@ class Tracker:
 
     def __init__(self, run_dir: Path, record: DeliveryRecord, kept_names: set[str], mlflow: bool, close_timeout: float) -> None:
         self._kept_names, self._close_timeout = kept_names, close_timeout
-        self._lines = Lines(run_dir / METRICS_FILE, say)
+        self._lines = Waiting(run_dir / METRICS_FILE, say)
         self._delivery = Delivery(run_dir, record, wanted=mlflow)
 
     @property

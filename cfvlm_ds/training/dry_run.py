@@ -11,7 +11,6 @@ import torch
 from cfvlm_ds import engine
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.models import MODULES, attention, family_of, meta_model, parameter_counts
-from cfvlm_ds.training.unused import unused
 from cfvlm_ds.training.validation import validate
 
 _GPUS = (1, 2, 4, 8, 16, 32, 64)
@@ -30,7 +29,7 @@ def dry_run(config: RunConfig) -> str:
     resolved = engine.resolve(engine.read_json(config.deepspeed), config, 1, torch.device("cpu"), engine.hidden_size(config), 1)
     model = meta_model(config.model, torch.bfloat16, engine.attention_without_data())
     lines = [f"model type       {model.config.model_type}", f"attention        {attention(config.model.attn_implementation, model.config)}"]
-    lines += [f"objective        {config.loss}", *unused(config), ""]
+    lines += [f"objective        {config.loss}", *config.model.unused, ""]
     return "\n".join([*lines, *_modules(model, config), "", *_states(model, resolved.config), "", *_activations(model, config)])
 
 

@@ -28,7 +28,6 @@ from cfvlm_ds.models import Scorer, load_config, parameter_counts
 from cfvlm_ds.tracking import open_tracker
 from cfvlm_ds.tracking.delivery_record import INPUT
 from cfvlm_ds.training.read_data import RunData
-from cfvlm_ds.training.unused import unused
 
 
 def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any], world: World, data: RunData) -> list[Path]:
@@ -58,7 +57,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
             problem = problem or unwritten(path, error)
     if problem := broadcast_object(problem):
         raise StorageError(f"{problem}; make room, and start again")
-    for warning in unused(config):
+    for warning in config.model.unused:
         world.say(warning)
     world.say(f"objective: {config.loss}")
     world.say("parameters: " + ", ".join(f"{name} {total:,} ({trains:,} trainable)" for name, (total, trains) in counts.items()))

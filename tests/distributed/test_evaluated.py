@@ -23,9 +23,9 @@ main(sys.argv[1:])
 KILLED = """\
 import os, signal, sys
 from cfvlm_ds.cli.main import main
-from cfvlm_ds.evaluation.suite.written import Journal
+from cfvlm_ds.evaluation.suite.written import Partial
 
-add, calls = Journal.add, [0]
+add, calls = Partial.add, [0]
 
 
 def killed(self, rows):
@@ -35,7 +35,7 @@ def killed(self, rows):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-Journal.add = killed
+Partial.add = killed
 main(sys.argv[1:])
 """
 OWN = '''\

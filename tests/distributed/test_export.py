@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, InputError, StorageError
 from cfvlm_ds.core.parsing import parse_config
-from cfvlm_ds.export import export_hf, files, jobs
+from cfvlm_ds.export import export_hf, jobs
 from cfvlm_ds.export.zero import ZeroWeights
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training.results import refuse_export
@@ -449,23 +449,6 @@ def test_a_full_disk_leaves_the_older_export(
         export_hf(checkpoints["z3"], str(sources["llava"]), older)
 
 
-def test_a_damaged_write_is_seen(
-    older: Path, checkpoints: dict[str, Path], sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = files.Files.write
-
-    def write(self: files.Files, name: str, blocks: Any) -> None:
-        whole(self, name, blocks)
-        if name == NORM:
-            with open(next(self._folder.glob("*.safetensors")), "r+b") as handle:
-                handle.seek(self._starts[name])
-                handle.write(b"\0\0\0\0")
-
-    monkeypatch.setattr(files.Files, "write", write)
-    with pytest.raises(StorageError, match=rf"{NORM} reads back from the export with other values"):
-        export_hf(checkpoints["z3"], str(sources["llava"]), older)
-
-
 def test_folders_that_must_not_be_replaced(checkpoints: dict[str, Path], sources: dict[str, Path], tmp_path: Path) -> None:
     source = tmp_path / "models" / "source"
     shutil.copytree(sources["llava"], source)
@@ -596,8 +579,7 @@ def test_long_exports_say_how_long(
     alive: list[int] = []
     export_hf(checkpoints["z3"], str(sources["llava"]), tmp_path / "out", said.append, alive=lambda: alive.append(1))
     blocks = RANKS * len(headers(sources["llava"]))
-    assert len(alive) == blocks + len(headers(sources["llava"])), "every block that is written, every tensor that is read back"
-    assert len(said) == blocks and all(line.startswith("export: 0.0 of 0.0 GB, ") for line in said)
+    assert len(alive) == len(said) == blocks and all(line.startswith("export: 0.0 of 0.0 GB, ") for line in said)
     assert said[-1].endswith(" GB/s, 0:00:00 left") and not said[0].endswith(" 0:00:00 left")
 
 

@@ -14,7 +14,6 @@ from transformers import AttentionInterface
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models import flex_attention
-from cfvlm_ds.models import forest_attention as attention
 from cfvlm_ds.models.flex_attention import Blocks, compiled_flex
 from cfvlm_ds.models.flops import num_pairs
 from cfvlm_ds.models.forest import Forest, Sight
@@ -118,10 +117,6 @@ def test_windows_and_pictures_are_those_of_a_dense_attention(backend: str, name:
     """A window counts tokens along the path, whatever lies between them in the row; a picture is seen as a whole by itself alone."""
     forest, window = NARROWED[name]
     qkv = inputs(forest, (4, 2), torch.float64)
-    if backend == "cascade":
-        with pytest.raises(ConfigError, match=r"cascade cannot compute (sliding windows|pictures whose tokens see .*); use auto or sdpa"):
-            call(backend, *qkv, forest=forest, sliding_window=window)
-        return
     expected, found = dense(*qkv, forest, 0.3, window), call(backend, *qkv, forest=forest, scaling=0.3, sliding_window=window)
     weights = torch.randn_like(expected)
     gradients = zip(torch.autograd.grad((found * weights).sum(), qkv), torch.autograd.grad((expected * weights).sum(), qkv), strict=True)
@@ -130,7 +125,7 @@ def test_windows_and_pictures_are_those_of_a_dense_attention(backend: str, name:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "cascade"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_window_that_reached_into_a_sibling_would_be_noticed(backend: str) -> None:
     """By distance in the row, a second text's window would end in the first text or before it; a picture cut elsewhere shows too."""
     forest = Forest.of((9,), ((6, 6),), blocks=((2, 6),))
@@ -221,11 +216,6 @@ def test_flex_attention_compiled_for_this_machine() -> None:
             torch.testing.assert_close(out, dense(q, k, v, forest, 0.3), rtol=1e-5, atol=1e-5)
 
 
-def test_the_cascade_on_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_GROUPED", False)
-    test_values_and_gradients_are_those_of_a_dense_attention("cascade", "ragged", (6, 2))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["ragged", "deep"])
 def test_half_precision_is_as_near_as_a_dense_attention_in_it(backend: str, name: str) -> None:
@@ -244,14 +234,6 @@ def test_half_precision_is_as_near_as_a_dense_attention_in_it(backend: str, name
 
     for ours, theirs in zip(off(call(backend, *qkv, forest=forest, scaling=0.3)), off(dense(*qkv, forest, 0.3)), strict=True):
         assert ours < 2 * theirs
-
-
-@pytest.mark.parametrize(
-    "forest", [Forest.of((3, 1), ((2, 1), (2,))), Forest((3, 2, 1, 1, 1, 2), (-1, 0, 1, 1, 0, 4))], ids=["flat", "deep"]
-)
-def test_the_cascades_backward_by_finite_differences(forest: Forest) -> None:
-    qkv = inputs(forest, (2, 1), torch.float64)
-    assert torch.autograd.gradcheck(lambda *t: call("cascade", *t, forest=forest), qkv)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,4 @@
-"""Model cards: what stands in them, of run folders of ours and of hostile ones, and that nobody's own README.md is replaced."""
+"""Model cards: what stands in them, also of hostile data, and that nobody's own README.md is replaced."""
 
 from __future__ import annotations
 
@@ -105,7 +105,6 @@ def test_a_card_says_what_it_does_not_know(tmp_path: Path) -> None:
     assert "Not known: these weights were exported before" in model_card(earlier, adapter=False), "the results are of step 900"
     assert "| test | `colour` |" in model_card(earlier, adapter=False, evaluated=True)
     assert "None: the run had no evaluation sets." in model_card(run_folder(tmp_path / "none", results={}), adapter=False)
-    assert "states none" in model_card(run_folder(tmp_path / "no", config={**OPTIONS, "objective": {}}), adapter=False)
     with pytest.raises(ConfigError, match=r"config\.yaml is not a run's configuration"):
         model_card(run_folder(tmp_path / "torn", config=[1]), adapter=False)
     said: list[str] = []
@@ -123,22 +122,18 @@ def only_code(body: str) -> str:
     return re.sub(r"`[^`\n]*`", "", body.partition("```python")[0])
 
 
-def test_what_comes_from_a_run_folder_means_nothing_to_yaml_markdown_or_html(tmp_path: Path) -> None:
+def test_what_a_card_quotes_means_nothing_to_yaml_markdown_or_html(tmp_path: Path) -> None:
+    """Names of edit types and groups, which rows of data say; of data sets, models and folders."""
     row = {**ROWS[0], "name": EVIL}
     mean = {**ROWS[1], "unused": {"group": [EVIL]}, "losses": {"align": {**ROWS[1]["losses"]["align"], "lacking": EVIL}}}
-    options = {
-        "model": {"name_or_path": EVIL, "vision_tower": {"tuning": EVIL}},
-        "train": {EVIL: EVIL, "lr_scheduler_type": EVIL},
-        "objective": {EVIL: {"weight": EVIL, EVIL: EVIL}},
-    }
-    hostile = run_folder(
+    options = OPTIONS | {"model": {"name_or_path": EVIL}}
+    run = run_folder(
         tmp_path / "a `b` <i>|c",
         config=options,
-        data=[{"name": EVIL, "context": EVIL, "source": f"/x/{EVIL}", "format": EVIL, "groups": EVIL, "digest": EVIL}, EVIL],
-        environment={"git_revision": EVIL, "world_size": EVIL, "device": EVIL, "packages": {"torch": EVIL}},
+        data=[DATA[0] | {"name": EVIL, "source": f"/x/{EVIL}"}],
         results={"test": [row, mean]},
     )
-    card = model_card(hostile, adapter=False)
+    card = model_card(run, adapter=False)
     front, body = parts(card)
     assert front.keys() == {"base_model_relation", "library_name", "pipeline_tag", "tags"}
     left = only_code(body)
@@ -152,30 +147,6 @@ def test_what_comes_from_a_run_folder_means_nothing_to_yaml_markdown_or_html(tmp
         "# ",
         *(f"## {n}" for n in ("Data", "Objective", "Training", "Results", "Use")),
     ]
-
-
-@pytest.mark.parametrize(
-    "results",
-    [
-        {"../../x": ROWS},
-        {"<b>": ROWS},
-        {"test": [{**ROWS[0], "metrics": {"group": "<b>"}}]},
-        {"test": [{**ROWS[0], "metrics": {"<b>": 1.0}}, {**ROWS[1], "groups": {"<b>": 1}}]},
-        {"test": [{**ROWS[0], "num": "<b>"}]},
-        {"test": [{**ROWS[0], "name": ["<b>"]}]},
-        {"test": [{**ROWS[1], "comparisons": {"group": "<b>", "pair": 1}}]},
-        {"test": [{**ROWS[1], "unused": {"group": "<b>"}}], "x": 3},
-        {"test": [{**ROWS[1], "losses": {"<b>": ROWS[1]["losses"]["align"]}}]},
-        {"test": [{**ROWS[1], "losses": {"align": {"value": "<b>"}}}]},
-        {"test": [{**ROWS[1], "metrics": {"group": 10**400}}]},
-        {"test": [["<b>"]]},
-        {"test": [{**ROWS[0], "other": 1}]},
-    ],
-    ids=range(13),
-)
-def test_results_that_no_run_writes_are_not_shown(results: Any, tmp_path: Path) -> None:
-    card = model_card(run_folder(tmp_path / "run", results=results), adapter=False)
-    assert "Not known: the run folder's results.json cannot be read." in card and "<b>" not in card
 
 
 def test_thousands_of_edit_types_do_not_make_a_card_of_megabytes(tmp_path: Path) -> None:
@@ -208,13 +179,11 @@ def test_secrets_are_masked(tmp_path: Path) -> None:
         ),
         ("# no front matter\n---\nlicense: mit\n---\n", {}),
         ("---\nlicense: [mit]\n---\n", {}),
-        ('---\nlicense: "mit\\n---"\n---\n', {}),
         ("---\nlicense: !!python/object/apply:os.system [true]\n---\n", {}),
-        ("---\nlicense: mit\nlicense: gpl\n---\n", {}),
         ("---\nx: " + "[" * 1000 + "\n---\n", {}),
         ("---\n- license\n---\n", {}),
     ],
-    ids=range(10),
+    ids=range(8),
 )
 def test_a_license_is_what_the_base_states(card: str, expected: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / CARD).write_bytes(card.encode())

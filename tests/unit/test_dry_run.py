@@ -19,7 +19,6 @@ from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.models import meta_model
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training.dry_run import dry_run
-from cfvlm_ds.training.unused import unused
 
 RECIPES = sorted(path for path in (REPO / "examples").glob("*.yaml") if path.stem not in ("quickstart", "build_coco"))
 QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
@@ -199,61 +198,6 @@ def test_adapters_without_a_module_are_warned_of(tmp_path: Path) -> None:
         assert bool(model.unused) == warned
     report = dry_run(configured(REPO / "examples" / "llava15_7b.yaml", tmp_path, "--model.lora.rank", "8"))
     assert "warning: model.lora does nothing, for no module has tuning lora" in report
-
-
-IDLE: dict[str, tuple[list[str], list[str]]] = {
-    "data.scores": (["--data.scores", "s.jsonl"], ["--objective.dpo.weight", "1"]),
-    "scores of the source 'b' in data.train": (
-        ["--data.train", '[{"path": "a"}, {"path": "b", "scores": "s", "objectives": ["align"]}]', "--objective.dpo.weight", "1"],
-        ["--data.train", '[{"path": "a"}, {"path": "b", "scores": "s", "objectives": ["align", "dpo"]}]'],
-    ),
-    "data.stopping_strategy": (["--data.stopping_strategy", "first_exhausted"], ["--data.train", '[{"path": "a"}, {"path": "b"}]']),
-    "data.max_skipped": (["--data.max_skipped", "3"], ["--data.on_error", "skip"]),
-    "train.per_device_train_batch_size": (
-        ["--train.per_device_train_batch_size", "4", "--data.max_tokens_per_micro_batch", "900"],
-        ["--data.max_tokens_per_micro_batch", "null"],
-    ),
-    "train.num_train_epochs": (["--train.num_train_epochs", "2", "--train.max_steps", "9"], ["--train.max_steps", "-1"]),
-    "train.eval_steps": (["--train.eval_steps", "5"], ["--data.evaluation.test", "t.jsonl"]),
-    "train.per_device_eval_batch_size": (["--train.per_device_eval_batch_size", "5"], ["--data.evaluation.test", "t.jsonl"]),
-    "train.save_keep_every": (["--train.save_keep_every", "5", "--train.save_total_limit", "0"], ["--train.save_total_limit", "1"]),
-    "train.warmup_ratio": (
-        ["--train.warmup_ratio", "0.2", "--train.lr_scheduler_type", "constant"],
-        ["--train.lr_scheduler_type", "constant_with_warmup"],
-    ),
-    "train.lr_scheduler_type": (
-        ["--train.lr_scheduler_type", "linear", "--deepspeed", "OWN"],
-        ["--deepspeed", str(REPO / "ds_configs" / "z3.json")],
-    ),
-    "train.adam_beta2": (["--train.adam_beta2", "0.95", "--deepspeed", "OWN"], ["--deepspeed", str(REPO / "ds_configs" / "z3.json")]),
-    "model.projector.learning_rate": (
-        ["--model.projector.learning_rate", "1", "--model.projector.tuning", "frozen"],
-        ["--model.projector.tuning", "full"],
-    ),
-    "tracking.experiment": (["--tracking.experiment", "mine", "--tracking.enabled", "false"], ["--tracking.enabled", "true"]),
-}
-"""Option -> options of a run in which it does nothing, and what changes that."""
-
-
-@pytest.mark.parametrize("option", IDLE)
-def test_an_option_that_does_nothing_beside_the_others_is_named(option: str, tmp_path: Path) -> None:
-    (own := tmp_path / "own.json").write_text('{"scheduler": {}, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "eps": "auto"}}}')
-
-    def warnings(*given: str) -> list[str]:
-        terms = [part for name in ("align", "csd") for part in (f"--objective.{name}.weight", "1")]
-        return unused(parse_config([*terms, *(str(own) if each == "OWN" else each for each in given)], OBJECTIVES))
-
-    given, busy = IDLE[option]
-    (warning,) = warnings(*given)
-    assert warning.startswith(f"warning: {option} is not used: ")
-    assert not warnings() and not warnings(*given, *busy)
-
-
-def test_no_recipe_has_an_option_that_does_nothing() -> None:
-    recipes = [recipe for recipe in (REPO / "examples").glob("*.yaml") if recipe.stem != "build_coco"]
-    assert len(recipes) > 20
-    for recipe in recipes:
-        assert not unused(parse_config(["--config", str(recipe)], OBJECTIVES)), recipe
 
 
 def test_the_command_needs_no_weights_data_or_launcher(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from cfvlm_ds.evaluation.asking import plan
 from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Item, Outcome
 from cfvlm_ds.evaluation.probes import Answers, Caption, Letters, Match, Probe
 from cfvlm_ds.evaluation.suite.item_check import token_lengths
-from cfvlm_ds.models import FAMILIES, MODULES, Scorer, adapters_off, attention, family_of, load_model, load_processor
+from cfvlm_ds.models import FAMILIES, MODULES, Scorer, adapters_off, family_of, load_model, load_processor
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import BACKENDS, registered, stock_attention
 from cfvlm_ds.objectives import Align, denominators, weighted_loss
@@ -283,18 +283,8 @@ def test_every_attention_scores_and_trains_alike(
 ) -> None:
     """Values and gradients against padded trees under a mask, which the test above compares with the library; fp32, relative 1e-4."""
     batch, found = collator(groups), []
-    if backend == "cascade" and batch.model_inputs["forest"].blocks:
-        with pytest.raises(ConfigError, match=r"cascade is causal, and model type '.*' sees pictures as a whole; use auto or sdpa"):
-            attention("cascade", sharp.model.config)
-        return
     weights = torch.randn(2, *batch.layout.valid.shape, generator=torch.Generator().manual_seed(0))
     text = sharp.model.config.get_text_config()
-    if backend == "cascade" and "sliding_attention" in getattr(text, "layer_types", ()):
-        text._attn_implementation = registered(backend)
-        with pytest.raises(ConfigError, match="cascade cannot compute sliding windows; use auto or sdpa"):
-            sharp(**batch.model_inputs)
-        text._attn_implementation = registered("sdpa")
-        return
     for name in ("sdpa", backend):
         text._attn_implementation = registered(name)
         scores = batch.scores(sharp(**batch.model_inputs))

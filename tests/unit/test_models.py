@@ -130,8 +130,8 @@ def test_flash_attention_without_the_package_is_refused_with_the_install_line(mo
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
     with pytest.raises(ConfigError, match=r"`pip install flash-attn --no-build-isolation`"):
         attention("flash_attention_2")
-    assert [attention(name) for name in ("auto", "sdpa", "cascade")] == ["sdpa", "sdpa", "cascade"]
-    with pytest.raises(ConfigError, match="'eager' is not known; use auto, sdpa, cascade, flash_attention_2, varlen"):
+    assert [attention(name) for name in ("auto", "sdpa")] == ["sdpa", "sdpa"]
+    with pytest.raises(ConfigError, match="'eager' is not known; use auto, sdpa, flash_attention_2, varlen"):
         attention("eager")
     with pytest.raises(ConfigError, match="varlen needs a CUDA device"):
         attention("varlen")

@@ -24,9 +24,9 @@ from conftest import draw
 from cfvlm_ds.cluster import heartbeat
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, StorageError
-from cfvlm_ds.core.files import Lines, append, keep, replace, update, whole_file, whole_folder
+from cfvlm_ds.core.files import append, keep, replace, update, whole_file, whole_folder
+from cfvlm_ds.core.journal import Journal, Waiting, as_line
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
-from cfvlm_ds.counterfactuals.journal import Journal
 from cfvlm_ds.data import open_groups
 from cfvlm_ds.tracking import open_tracker
 from cfvlm_ds.training.run import _locked
@@ -64,35 +64,60 @@ def handle_of(path: Path) -> int:
 
 def test_lines_wait_for_room_and_keep_their_order(tmp_path: Path) -> None:
     said: list[str] = []
-    lines = Lines(path := tmp_path / "a.jsonl", said.append)
+    lines = Waiting(path := tmp_path / "a.jsonl", said.append)
     lines.write("one")
     kept = full(handle_of(path))
     lines.write("two")
     lines.write("three")
     assert path.read_text() == "one\n" and len(said) == 1
     assert said[0].startswith(f"{path} cannot be written (No space left on device): what belongs there waits in memory")
-    os.dup2(kept, lines._handle or 0)
+    os.dup2(kept, handle_of(Path("/dev/full")))
     lines.write("four")
     assert path.read_text() == "one\ntwo\nthree\nfour\n" and len(said) == 2 and "can be written again" in said[1]
     assert lines.close() == [] and lines.close() == []
 
 
-def test_a_line_that_the_disk_took_in_part_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_line_that_the_disk_took_in_part_is_taken_back_and_written_whole_later(tmp_path: Path) -> None:
     def written(path: Path) -> None:
         said: list[str] = []
-        lines = Lines(path, said.append)
+        lines = Waiting(path, said.append)
         largest_file(25)
         for number in range(5):
             lines.write(f"{number} {'x' * 8}")
-        assert path.stat().st_size == 25 and len(said) == 1 and "File too large" in said[0]
+        assert path.stat().st_size == 22 and len(said) == 1 and "File too large" in said[0]
         largest_file(52)
         lines.write("5")
-        assert path.stat().st_size == 52 and len(said) == 1
+        assert path.stat().st_size == 44 and len(said) == 1
         largest_file(1000)
         assert lines.close() == []
 
     forked(written, path := tmp_path / "a.jsonl")
     assert path.read_text().splitlines() == [*(f"{number} {'x' * 8}" for number in range(5)), "5"]
+
+
+def test_a_journal_goes_on_after_a_kill_at_any_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is whole stays, what is torn is named and dropped, and a second writer is refused meanwhile."""
+
+    def second(path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"j\.jsonl is written by another process; wait for it, or end it"):
+            Journal(path)
+
+    path, entries = tmp_path / "j.jsonl", [as_line({"a": "x" * length}) for length in (1, 3_000_000, 2)]
+    whole = b"".join(entries)
+    ends = [0, len(entries[0]), len(whole) - len(entries[2]), len(whole)]
+    for cut in (*range(30), ends[2] - 1, *range(ends[2], len(whole) + 1)):
+        path.write_bytes(whole[:cut])
+        journal = Journal(path)
+        kept = [end for end in ends if end <= cut][-1]
+        assert path.read_bytes() == whole[:kept] and journal.size == kept
+        assert (f"{path}: its last line was cut off" in capsys.readouterr().err) == (cut != kept)
+        for number in range(ends.index(kept), 3):
+            assert journal.append(entries[number]) == ends[number]
+        assert path.read_bytes() == whole and journal.read(ends[2]) == {"a": "xx"}
+        journal.close()
+    journal = Journal(path)
+    forked(second, path)
+    journal.close()
 
 
 def test_metrics_that_never_find_room_are_named_and_hide_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +184,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path, Any], object]]] = {
     "keep": ("a.json.tmp", lambda path, say: keep(path, "new", say)),
     "update": ("a.json.tmp", lambda path, say: update(path, b"new")),
     "append": ("a.json", lambda path, say: append(path, "new", say)),
-    "lines": ("a.json", lambda path, say: Lines(path, say).write("new")),
+    "lines": ("a.json", lambda path, say: Waiting(path, say).write("new")),
 }
 
 
@@ -171,12 +196,6 @@ def test_nothing_is_written_through_a_link(how: str, tmp_path: Path) -> None:
     (folder / linked).symlink_to(victim)
     write(folder / "a.json", lambda said: None)
     assert victim.read_text() == "mine"
-
-
-@pytest.mark.parametrize("how", ["append", "lines", "update"])
-def test_a_pipe_is_not_waited_for(how: str, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.json")
-    forked(lambda path: (WRITERS[how][1](path, lambda said: None), None)[1], tmp_path / "a.json")
 
 
 ENTRIES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -302,7 +321,7 @@ def test_work_goes_on_where_a_file_system_has_no_locks(number: int, tmp_path: Pa
         with contextlib.redirect_stderr(io.StringIO()) as said:
             assert [group.candidates[0].text for group in open_groups(folder / "c.csv", format="captions")] == ["a dog"]
             journal = Journal(folder / "j.jsonl")
-            journal.append({"a": 1})
+            journal.append(b'{"a": 1}\n')
             journal.close()
             with pytest.raises(OSError, match="another process has begun to write it"), whole_file(path := folder / "a") as first:
                 first.write(b"first")

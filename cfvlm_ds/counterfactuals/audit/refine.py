@@ -18,10 +18,10 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.audit.shortcuts import word_weights
-from cfvlm_ds.counterfactuals.journal import MAX_LINE
 from cfvlm_ds.counterfactuals.propose.word_difference import words
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.evaluation.comparisons import factual_texts
 
 TARGET = 0.02

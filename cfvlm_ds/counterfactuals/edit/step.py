@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.journal import Journal
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.text import one_line
@@ -227,46 +227,27 @@ def pictures_end(work: WorkFolder, shard: int) -> int:
     return end
 
 
-class _Tar:
+class _Tar(Journal):
     """The pictures of a shard, one after the other; what no record names is cut."""
 
     def __init__(self, work: WorkFolder, shard: int) -> None:
-        self.path = work.tar(shard)
-        end = pictures_end(work, shard)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            size = os.fstat(self._handle).st_size
-            if size < end:
-                raise DataError(f"{self.path} has {size} bytes, and its records name {end}; restore it, or remove the shard's records")
-            os.ftruncate(self._handle, end)
-            os.lseek(self._handle, end, os.SEEK_SET)
-        except OSError as error:
-            raise StorageError(f"{unwritten(self.path, error)}; make room, or correct the folder") from error
-        self._size = end
+        path, end = work.tar(shard), pictures_end(work, shard)
+        if (size := path.stat().st_size if path.exists() else 0) < end:
+            raise DataError(f"{path} has {size} bytes, and its records name {end}; restore it, or remove the shard's records")
+        super().__init__(path, end=end)
 
     def __enter__(self) -> _Tar:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
-            self._write(bytes(2 * tarfile.BLOCKSIZE))
-        os.close(self._handle)
+            self.append(bytes(2 * tarfile.BLOCKSIZE))
+        self.close()
 
     def add(self, name: str, content: bytes) -> dict[str, int]:
         """Where a picture lies. It is there before its record is."""
         member = tarfile.TarInfo(name)
         member.size = len(content)
         header = member.tobuf(tarfile.USTAR_FORMAT)
-        start = self._size + len(header)
-        self._write(header + content + bytes(-len(content) % tarfile.BLOCKSIZE))
-        return {"start": start, "length": len(content)}
-
-    def _write(self, content: bytes) -> None:
-        try:
-            written = 0
-            while written < len(content):
-                written += os.write(self._handle, content[written:])
-        except OSError as error:
-            raise StorageError(f"{unwritten(self.path, error)}; make room and start again: what is there is kept") from error
-        self._size += len(content)
+        start = self.append(header + content + bytes(-len(content) % tarfile.BLOCKSIZE))
+        return {"start": start + len(header), "length": len(content)}

@@ -19,9 +19,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.journal import Journal, as_line, records
 from cfvlm_ds.core.text import one_line, printable
 from cfvlm_ds.counterfactuals.http import CallFailed, Patience, check_url, member, post, token_named, with_retries
-from cfvlm_ds.counterfactuals.journal import Journal
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, defect, difference
 from cfvlm_ds.counterfactuals.work_folder import seed_of
@@ -64,19 +64,13 @@ class LanguageModel:
         self.troubles: Counter[str] = Counter()
         self._patience = Patience(self._url, "captions")
         try:
-            self._replies()
+            for place, record in records(self._journal.path, "remove the file, and they are asked for again"):
+                self._known[record["request"]] = place
+                self._patience.answered()
+                self.tokens += record["tokens"]
         except DataError:
             self._journal.close()
             raise
-
-    def _replies(self) -> None:
-        """Take note of the replies that are there."""
-        for place, record in self._journal.entries():
-            if not isinstance(record.get("request"), str) or not isinstance(record.get("reply"), str):
-                raise DataError(f"{self._journal.path}: byte {place} begins no reply; remove the file, and they are asked for again")
-            self._known[record["request"]] = place
-            self._patience.answered()
-            self.tokens += record["tokens"] if type(record.get("tokens")) is int else 0
 
     def settings(self) -> Mapping[str, Any]:
         told = hashlib.sha256(SYSTEM.encode()).hexdigest()
@@ -131,9 +125,8 @@ class LanguageModel:
 
         content, spent, model = with_retries(call, self._options.llm_attempts, seed_of(name), told)
         with self._lock:
-            self._known[name] = self._journal.append(
-                {"request": name, "reply": content, "tokens": spent, "model": one_line(str(model), 200)}
-            )
+            kept = {"request": name, "reply": content, "tokens": spent, "model": one_line(str(model), 200)}
+            self._known[name] = self._journal.append(as_line(kept))
         return content
 
     def _request(self, source: Source) -> dict[str, Any]:

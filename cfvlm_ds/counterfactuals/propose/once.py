@@ -9,12 +9,12 @@ from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import alone
 
 
-def made_once(path: Path, is_whole: Callable[[Path], bool], make: Callable[[], None]) -> Path:
-    """The file at ``path``, which ``make`` writes where there is none that is whole."""
+def made_once(path: Path, make: Callable[[], None], is_current: Callable[[Path], bool] = Path.exists) -> Path:
+    """The file at ``path``, which ``make`` writes where there is none, or none that ``is_current``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with alone(path.with_name(f"{path.name}.lock")):
-            if path.is_symlink() or not path.is_file() or not is_whole(path):
+            if not path.is_file() or not is_current(path):
                 make()
     except OSError as error:
         raise StorageError(f"{unwritten(path, error)}; make room, or correct the folder") from error

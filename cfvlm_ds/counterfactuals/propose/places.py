@@ -23,9 +23,8 @@ def places_of(store: GroupStore, work: WorkFolder, shard: int, say: Callable[[st
     """The places of a shard's groups, in the order of the data. A row that cannot be read belongs to the shard that its place says."""
     if work.shards == 1:
         return range(len(store))
-    size = len(_MAGIC) + 4 * len(store)
     path = work.path / "shards.bin"
-    made_once(path, lambda file: file.stat().st_size == size, lambda: _write(path, store, work.shards, say))
+    made_once(path, lambda: _write(path, store, work.shards, say))
     shards = np.memmap(path, np.uint32, "r", len(_MAGIC), (len(store),))
     return array("q", np.flatnonzero(shards == shard).astype(np.int64).tobytes())
 

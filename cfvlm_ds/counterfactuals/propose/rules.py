@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -68,13 +66,6 @@ class Rules:
         path, store = context.work.path / "prices.json", context.store
         said = {"per_type": self._per_type, "types": list(self._types), **self.settings()}
 
-        def is_of_these(file: Path) -> bool:
-            with suppress(ValueError, RecursionError):
-                found = parse_json(file.read_text())
-                if isinstance(found, dict) and found.get("settings") == said and isinstance(prices := found.get("prices"), dict):
-                    return all(isinstance(each, dict) and all(type(price) is float for price in each.values()) for each in prices.values())
-            return False
-
         def write() -> None:
             count = min(len(store), _LOOKED_AT)
             progress = Progress(context.say, "rules: words", count, "rows")
@@ -86,7 +77,7 @@ class Rules:
             prices = prices_of(edits, [kind for kind in self._types if kind not in self._words], self._per_type)
             replace(path, json.dumps({"settings": said, "prices": prices}, indent=1).encode(), shared=True)
 
-        return parse_json(made_once(path, is_of_these, write).read_text())["prices"]
+        return parse_json(made_once(path, write, lambda file: parse_json(file.read_text())["settings"] == said).read_text())["prices"]
 
 
 @dataclass(frozen=True)

@@ -66,16 +66,9 @@ class SlotIndex:
 def opened(path: Path, captions: Iterable[tuple[int, str]]) -> SlotIndex:
     """The index at a path, made of rows and their captions where it is not there."""
     try:
-        return SlotIndex(made_once(path, _is_index, lambda: _write(path, captions)))
+        return SlotIndex(made_once(path, lambda: _write(path, captions)))
     except OSError as error:
         raise StorageError(f"{unwritten(path, error)}; make room, or correct the folder") from error
-
-
-def _is_index(path: Path) -> bool:
-    if (path.stat().st_size - len(_MAGIC)) % _ENTRY:
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
 
 
 def _write(path: Path, captions: Iterable[tuple[int, str]]) -> None:

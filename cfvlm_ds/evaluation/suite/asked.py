@@ -39,7 +39,7 @@ from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, example
 from cfvlm_ds.evaluation.suite.tables import HEADING, markdown
 from cfvlm_ds.evaluation.suite.written import (
     RESULTS,
-    Journal,
+    Partial,
     Result,
     bootstrap_of,
     kept,
@@ -192,7 +192,7 @@ class _Evaluation:
         if found is not None:
             world.say(f"{self._label}: {len(found.outcomes)} items are in {self._folder} already")
             return found
-        journal: Journal = agreed(world, lambda: Journal(result_folder(self._folder), header), self._patience)
+        journal: Partial = agreed(world, lambda: Partial(result_folder(self._folder), header), self._patience)
         collator = self._model.collator.of_run("full", None, checked.pictures)
         outcomes = self._outcomes(checked, collator, journal)
         result = Result(self._chosen.name, self._chosen.label, self._record(header, checked, outcomes), tuple(outcomes))
@@ -254,18 +254,17 @@ class _Evaluation:
 
     # What the model says ---------------------------------------------------------------------------------------------------------------
 
-    def _outcomes(self, checked: Checked, collator: Collator, journal: Journal) -> list[Outcome]:
+    def _outcomes(self, checked: Checked, collator: Collator, journal: Partial) -> list[Outcome]:
         way = self._chosen.way
         if isinstance(way, Generate):
             return self._written(checked, way, journal)
         return self._scored(checked, way, collator, journal)
 
-    def _scored(self, checked: Checked, probe: Probe, collator: Collator, journal: Journal) -> list[Outcome]:
+    def _scored(self, checked: Checked, probe: Probe, collator: Collator, journal: Partial) -> list[Outcome]:
         """Items by the likelihood of texts."""
         asked, settings = plan(checked.items, probe), self._settings
         donors = fitting(asked.groups, other_images(asked.groups), collator, checked.pictures) if settings.shuffled else None
-        shapes = [(len(group.images), len(group.candidates)) for group in asked.groups]
-        scores = {k: found for k, row in journal.rows.items() if k < len(shapes) and (found := taken(row, shapes[k])) is not None}
+        scores = {k: taken(row) for k, row in journal.rows.items()}
         progress = self._progress(len(asked.groups), len(scores), "groups")
         for pictured in (True, False):  # a text alone has no blank row of its own
             every = [k for k, group in enumerate(asked.groups) if bool(group.num_pictures) == pictured]
@@ -306,7 +305,7 @@ class _Evaluation:
                 together |= part
             yield together
 
-    def _written(self, checked: Checked, way: Generate, journal: Journal) -> list[Outcome]:
+    def _written(self, checked: Checked, way: Generate, journal: Partial) -> list[Outcome]:
         """Items by what the model writes about them; each rank writes about its own."""
         if self._model.say is None:
             raise ConfigError(
@@ -315,7 +314,7 @@ class _Evaluation:
         say, world, settings = self._model.say(way.max_new_tokens), self._world, self._settings
         shown = [CounterfactualGroup(item.id, item.images, (Candidate("", "x"),), _first_true(item)) for item in checked.items]
         donors = other_images(shown) if settings.shuffled else [None] * len(shown)
-        left = [k for k, item in enumerate(checked.items) if not _is_written(journal.rows.get(k), item)]
+        left = [k for k in range(len(checked.items)) if k not in journal.rows]
         progress = self._progress(len(checked.items), len(checked.items) - len(left), "items")
         for start in range(0, len(left), settings.batch_size * world.size):
             turn = left[start : start + settings.batch_size * world.size]
@@ -345,13 +344,6 @@ class _Evaluation:
         if done:
             self._world.say(f"{self._label}: {done} of {total} {unit} are on disk, and it goes on from there")
         return Progress(self._world.say, self._label, total - done, unit)
-
-
-def _is_written(row: Any, item: Item) -> bool:
-    """Whether a row of the journal is what was written about an item."""
-    if not isinstance(row, dict) or not isinstance(said := row.get("said"), list) or len(said) != len(item.images):
-        return False
-    return all(isinstance(text, str) for text in (*said, row.get("blank"), row.get("shuffled", "")))
 
 
 def _first_true(item: Item) -> tuple[tuple[int | None], ...]:

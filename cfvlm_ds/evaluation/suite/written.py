@@ -4,16 +4,13 @@
 and all that metrics need, so that they can be computed again, and models compared, without the model. Neither holds a time or the name of a
 machine: the same evaluation gives the same bytes on any number of ranks, also after a kill. ``scores.jsonl`` is what is on disk until then:
 a header that says of what, and a line for each group of items that was scored.
-
-Somebody else may have made these files: sizes are bounded, and what they say is checked before it is used.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +19,17 @@ import torch
 
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.files import replace, whole_file
-from cfvlm_ds.core.reading import MIB, lines, open_regular, parse_json, read_json
+from cfvlm_ds.core.journal import Journal, records
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.core.untrusted import bare_name, refuse_link
+from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.evaluation.benchmarks import Item, Outcome, results, stored
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Values
 from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.evaluation.suite.bootstrap import Bootstrap, intervals
-from cfvlm_ds.evaluation.suite.record_form import check_record, is_number
 
 SCHEMA, JOURNAL = "cfresults/1", "cfpartial/1"
 RESULTS, ITEMS, SCORES = "results.json", "items.jsonl", "scores.jsonl"
-MAX_RESULTS = 16 * MIB
-MAX_LINE = 32 * MIB
 
 
 @dataclass(frozen=True)
@@ -170,135 +165,67 @@ def read_results(folder: Path) -> list[Result]:
 
 def read_result(folder: Path) -> Result:
     """The result in a folder. Raises DataError for files that are none."""
-    path = folder / RESULTS
-    remedy = "write them again with `cfvlm-ds evaluate`"
+    path, remedy = folder / RESULTS, "write them again with `cfvlm-ds evaluate`"
     try:
         record = read_json(path)
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        if record["schema"] != SCHEMA:
             raise ValueError(f"its schema is not {SCHEMA!r}")
-        check_record(record)
-        called, label = (bare_name(part, path) for part in (folder.parent.name, folder.name))
         path = folder / ITEMS
-        outcomes = tuple(_outcomes(path))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
+        outcomes = tuple(_outcome(row) for _, row in records(path, remedy))
+    except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, DataError):
             raise
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: not the results of a benchmark ({reason}); {remedy}") from error
-    return Result(called, label, record, outcomes)
+    return Result(folder.parent.name, folder.name, record, outcomes)
 
 
-def _outcomes(path: Path) -> Iterator[Outcome]:
-    seen: set[str] = set()
-    with open_regular(path) as handle:
-        for number, line in enumerate(lines(handle, MAX_LINE), 1):
-            try:
-                outcome = _outcome(parse_json(line.decode()))
-                if outcome.item.id in seen:
-                    raise ValueError(f"item {quoted(outcome.item.id, 60)} comes twice")
-            except (ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
-                raise DataError(
-                    f"{path}:{number}: no scores of an item ({type(error).__name__}: {error}); write it again with `cfvlm-ds evaluate`"
-                ) from error
-            seen.add(outcome.item.id)
-            yield outcome
+def _outcome(row: Mapping[str, Any]) -> Outcome:
+    def scores(values: Sequence[float | None]) -> tuple[float, ...]:
+        return tuple(math.nan if value is None else value for value in values)
 
-
-def _outcome(row: Any) -> Outcome:
-    """Raises ValueError, TypeError or KeyError for a row that is none."""
-    texts = tuple(_text(each) for each in row["texts"])
-    match = tuple(tuple(_truth(each) for each in truths) for truths in row["match"])
-    tags = {_text(name): _text(value) for name, value in row["tags"].items()}
-    item = Item(
-        _text(row["id"]), ((),) * len(match), texts, match, _text(row["prompt"]), row.get("listed") is True, tags, _text(row["cluster"])
-    )
-
-    def scores(values: Any) -> tuple[float, ...]:
-        found = tuple(math.nan if value is None else float(value) for value in values if value is None or is_number(value))
-        if len(found) != len(values) or len(found) != len(texts):
-            raise ValueError(f"{len(texts)} texts, and other than {len(texts)} numbers for them")
-        return found
-
-    seen = tuple(scores(values) for values in row["seen"])
-    if len(seen) != len(match):
-        raise ValueError(f"{len(match)} images, and scores for {len(seen)}")
-    consistency, said = row.get("consistency"), row.get("said")
-    if consistency is not None and not is_number(consistency):
-        raise ValueError("its consistency is no number")
+    match = tuple(map(tuple, row["match"]))
+    said = (tuple(row["texts"]), match, row["prompt"], row.get("listed", False), row["tags"], row["cluster"])
     return Outcome(
-        item,
-        seen,
+        Item(row["id"], ((),) * len(match), *said),
+        tuple(map(scores, row["seen"])),
         scores(row["blank"]),
         scores(row["shuffled"]) if "shuffled" in row else None,
-        consistency,
+        row.get("consistency"),
         scores(row["prior"]) if "prior" in row else None,
-        None if said is None else tuple(_text(each) for each in said),
+        tuple(row["said"]) if row.get("said") is not None else None,
     )
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{quoted(value, 60)} is no text")
-    return value
-
-
-def _truth(value: Any) -> int:
-    if value not in (0, 1) or isinstance(value, bool):
-        raise ValueError(f"{quoted(value, 60)} in match is neither 1 nor 0")
-    return int(value)
 
 
 # What is scored so far ------------------------------------------------------------------------------------------------------------------
 
 
-class Journal:
+class Partial:
     """Scores on disk before all are there: a line for each group, or for each item that was written about.
 
     Args:
-        folder: of the result.
+        folder: of the result, which its evaluation has locked.
         header: what the scores are of; those of anything else are refused.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
-        self._path, self._header = folder / SCORES, {"schema": JOURNAL, **header}
+        path, header = folder / SCORES, {"schema": JOURNAL, **header}
         self.rows: dict[int, Any] = {}
         """What was found there, by the number of its group."""
-        if self._path.exists():
-            self._read()
-        try:
-            with whole_file(self._path) as file:  # without the line that a kill has cut off
-                file.write(_exact(self._header))
-                for number, row in self.rows.items():
-                    file.write(_exact({"group": number, **row}))
-        except OSError as error:
-            raise StorageError(f"{unwritten(self._path, error)}; make room, or name another folder with --out") from error
+        self._journal = Journal(path, alone=False)
+        found = [record for _, record in records(path, "remove it")]
+        if not found:
+            self._journal.append(_exact(header))
+        elif found[0].get("schema") != JOURNAL:
+            raise DataError(f"{path}: not the scores of an evaluation that was ended (its schema is not {JOURNAL!r}); remove it")
+        else:
+            refuse_other(path, found[0], header)
+            self.rows = {row.pop("group"): row for row in found[1:]}
 
     def add(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
         """Keep the scores of more groups. Raises StorageError; what was kept before stays."""
-        try:
-            with open(self._path, "ab") as file:
-                file.write(b"".join(_exact({"group": number, **row}) for number, row in sorted(rows.items())))
-        except OSError as error:
-            raise StorageError(f"{unwritten(self._path, error)}; make room, and the same command goes on from here") from error
+        self._journal.append(b"".join(_exact({"group": number, **row}) for number, row in sorted(rows.items())))
         self.rows |= dict(rows)
-
-    def _read(self) -> None:
-        try:
-            with open_regular(self._path) as handle:
-                whole = (line for line in lines(handle, MAX_LINE) if line.endswith(b"\n"))
-                header = parse_json(next(whole, b"{}").decode())
-                if isinstance(header, dict) and header.get("schema") == JOURNAL:
-                    refuse_other(self._path, header, self._header)
-                elif header:
-                    raise ValueError(f"its schema is not {JOURNAL!r}")
-                for line in whole:
-                    with contextlib.suppress(ValueError):  # of a disk that was full
-                        row = parse_json(line.decode())
-                        self.rows[int(row.pop("group"))] = row
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise DataError(f"{self._path}: not the scores of an evaluation that was ended ({error}); remove it") from error
 
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -330,13 +257,7 @@ def kept(scores: GroupScores) -> dict[str, Any]:
     return rows if scores.shuffled is None else rows | {"shuffled": scores.shuffled.tolist()}
 
 
-def taken(row: Mapping[str, Any], shape: tuple[int, int]) -> GroupScores | None:
-    """What ``kept`` has written; None for scores of another shape."""
-    try:
-        logp, blank = torch.tensor(row["logp"], dtype=torch.float32), torch.tensor(row["blank"], dtype=torch.float32)
-        shuffled = torch.tensor(row["shuffled"], dtype=torch.float32) if "shuffled" in row else None
-    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
-        return None
-    if tuple(logp.shape) != shape or tuple(blank.shape) != shape[1:] or (shuffled is not None and shuffled.shape not in ((0,), shape[1:])):
-        return None
-    return GroupScores(logp, blank, shuffled)
+def taken(row: Mapping[str, Any]) -> GroupScores:
+    """What ``kept`` has written."""
+    found = {name: torch.tensor(row[name], dtype=torch.float32) for name in ("logp", "blank", "shuffled") if name in row}
+    return GroupScores(found["logp"], found["blank"], found.get("shuffled"))

@@ -1,0 +1,156 @@
+"""Append-only files: a process that is killed at any time leaves whole entries, and the next one goes on behind them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
+from cfvlm_ds.core.files import lock
+from cfvlm_ds.core.secrets import print_line
+
+_BLOCK = 1 << 20
+
+
+def as_line(record: Any) -> bytes:
+    """A record as a line of JSON; half characters, which some writers make, are escaped."""
+    return json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+class Journal:
+    """A file of lines that one process appends to. A torn last line is reported and dropped.
+
+    Args:
+        alone: lock the file; not needed in a folder that has a lock of its own.
+        end: where the next entry goes, in a file of other entries than lines; what follows it is dropped.
+
+    Raises ConfigError where another process has the file, StorageError where it cannot be written.
+    """
+
+    def __init__(self, path: Path, *, alone: bool = True, end: int | None = None) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            if alone and not lock(self._handle, path):
+                raise ConfigError(f"{path} is written by another process; wait for it, or end it")
+            size = os.fstat(self._handle).st_size
+            self.size = self._whole_lines(size) if end is None else end
+            os.ftruncate(self._handle, self.size)
+        except OSError as error:
+            raise StorageError(f"{unwritten(path, error)}; make room, or correct the folder") from error
+
+    def _whole_lines(self, size: int) -> int:
+        """Bytes up to the last line break."""
+        found, start = b"", size
+        while start > 0 and b"\n" not in found:
+            start = max(0, start - _BLOCK)
+            found = os.pread(self._handle, _BLOCK, start)
+        whole = start + found.rfind(b"\n") + 1
+        if whole < size:
+            print_line(f"{self.path}: its last line was cut off by a kill or a full disk, and is dropped", error=True)
+        return whole
+
+    def append(self, entry: bytes) -> int:
+        """Add an entry, whole or not at all; returns where it begins. Raises StorageError."""
+        written = 0
+        try:
+            while written < len(entry):
+                written += os.pwrite(self._handle, entry[written:], self.size + written)
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._handle, self.size)
+            raise StorageError(f"{unwritten(self.path, error)}; make room and start again: what is there is kept") from error
+        self.size += written
+        return self.size - written
+
+    def read(self, start: int) -> Any:
+        """The record of the line that begins at a place."""
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            return json.loads(file.readline())
+
+    def close(self) -> None:
+        """Hand it to the disk. Later calls do nothing. Raises StorageError."""
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            try:
+                os.fsync(handle)
+            except OSError as error:  # of earlier writes, on network file systems
+                raise StorageError(f"{unwritten(self.path, error)}: its last lines may be lost") from error
+            finally:
+                os.close(handle)
+
+
+def records(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Where each line of a journal begins, and its record; none where there is no file.
+
+    Raises DataError naming file, line and ``remedy``.
+    """
+    start = 0
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = dict(json.loads(line))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: no record ({error}); {remedy}") from error
+            yield start, record
+            start += len(line)
+
+
+class Waiting:
+    """A journal that never ends its process: lines that the disk does not take wait in memory, and every later line tries again, in order.
+
+    Args:
+        say: gets a sentence when writing fails for the first time, and when it works again.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], object]) -> None:
+        self.path, self._say = path, say
+        self._journal: Journal | None = None
+        self._lines = deque[bytes]()
+        self._failing = self.closed = False
+        self._flush()
+
+    def write(self, line: str) -> None:
+        """Add a line, now or as soon as the disk takes it."""
+        self._lines.append(line.encode() + b"\n")
+        self._flush()
+
+    def close(self) -> list[str]:
+        """Try a last time; returns the lines that are lost. Later calls do nothing."""
+        if self.closed:
+            return []
+        self.closed = True
+        self._flush()
+        if self._journal:
+            try:
+                self._journal.close()
+            except StorageError as error:
+                self._say(str(error))
+        return [line.decode() for line in self._lines]
+
+    def _flush(self) -> None:
+        try:
+            self._journal = self._journal or Journal(self.path, alone=False)
+            while self._lines:
+                self._journal.append(self._lines[0])
+                self._lines.popleft()
+        except StorageError as error:
+            cause = error.__cause__
+            assert isinstance(cause, OSError)
+            if not self._failing:
+                self._say(f"{unwritten(self.path, cause)}: what belongs there waits in memory, and is tried again with every record")
+            self._failing = True
+            if cause.errno == errno.ESTALE:  # NFS: the name may be good, the handle never again
+                self._journal = None
+            return
+        if self._failing:
+            self._say(f"{self.path} can be written again, and has everything")
+        self._failing = False
