@@ -32,10 +32,10 @@ from torch.utils.data import DataLoader
 from cfvlm_ds.core.distributed import apart
 from cfvlm_ds.core.files import remove
 from cfvlm_ds.data import GroupSampler, PackedSampler, check_rows, open_groups
-from cfvlm_ds.data.identity import shared_identity
+from cfvlm_ds.data.identity import store_identity
 from cfvlm_ds.data.lines import index_files
 from cfvlm_ds.data.pack import pack
-from cfvlm_ds.data.passes import Share
+from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.store import Unraised
 
 SIZES = (10_000, 1_000_000, 10_000_000)
@@ -171,7 +171,7 @@ def checking(folder: Path, rows: str) -> dict[str, float]:
     groups, found = open_groups(folder / f"{rows}.jsonl"), {}
     works: dict[str, Callable[[], object]] = {
         "rows": lambda: check_rows(groups, progress=str),
-        "identity": lambda: shared_identity(groups, None, Share()),
+        "identity": lambda: store_identity(groups, None, Scan()),
     }
     for name, work in works.items():
         began = time.perf_counter()

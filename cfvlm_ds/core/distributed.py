@@ -219,12 +219,16 @@ def agreed(world: World, function: Callable[[], Any], patience: Patience | None 
     found: Any = None
     problem: InputError | None = None
     if world.is_main:
+        global _waited_for
+        before, _waited_for = _waited_for, True
         try:
             found = function()
         except InputError as error:
             problem = error
         except OSError as error:
             problem = StorageError(str(error))
+        finally:
+            _waited_for = before
     if patience is not None:
         patience.meet()
     if world.size > 1:
@@ -275,9 +279,12 @@ def random_kept(device: torch.device) -> Iterator[None]:
         set_random_state(state, device)
 
 
+_waited_for = False
+
+
 def cores_per_rank() -> int:
-    """Cores of this machine for each rank on it."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    """Cores of this machine for each rank on it; all of them for rank 0 while the others wait for it in ``agreed``."""
+    local_ranks = 1 if _waited_for else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores // local_ranks)
 

@@ -6,7 +6,7 @@ from cfvlm_ds.data.check import check_groups, check_manifest, check_rows, sound_
 from cfvlm_ds.data.decoding import MAX_PIXELS, image_size, open_image
 from cfvlm_ds.data.formats import FORMATS, Format
 from cfvlm_ds.data.manifest import Root, data_roots, named_apart, open_groups, read_manifest
-from cfvlm_ds.data.passes import Share
+from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.sampler import GroupSampler, PackedSampler
 from cfvlm_ds.data.store import GroupStore
@@ -20,7 +20,7 @@ __all__ = [
     "GroupStore",
     "PackedSampler",
     "Root",
-    "Share",
+    "Scan",
     "check_groups",
     "check_manifest",
     "check_rows",

@@ -1,7 +1,7 @@
 """Check a whole data set before a long run meets its first broken image at night: all problems, and what the data set contains.
 
-It goes through the groups three times, each process through its range, and keeps none of them: rows, then pictures, then texts. What ranks
-must know of one another is 8 bytes for each id and each distinct picture.
+It goes through the groups three times and keeps none of them: rows, then pictures, then texts. Memory: 8 bytes for each id, 16 for each
+distinct picture.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.manifest import Root, data_roots, known_format, open_groups, repeated
 from cfvlm_ds.data.packed import PackedRows
-from cfvlm_ds.data.passes import Done, Firsts, Share, contains, owned
+from cfvlm_ds.data.passes import Done, Firsts, Scan, contains
 from cfvlm_ds.data.picture_check import equal_images, find, open_pictures
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
 from cfvlm_ds.data.report import CheckReport
@@ -51,11 +51,10 @@ class Lengths(Protocol):
         ...
 
 
-def check_rows(store: GroupStore, *, progress: Callable[[str], object], share: Share | None = None) -> CheckReport:
-    """What is wrong with the rows of this process's range, and what they contain: nothing is opened but the manifest."""
-    share, report = share or Share(), CheckReport(str(store.path))
-    look_at_rows(report, store, progress, share)
-    share.board.clear()
+def check_rows(store: GroupStore, *, progress: Callable[[str], object], scan: Scan | None = None) -> CheckReport:
+    """Check the rows, and count what they contain: nothing is opened but the manifest."""
+    scan, report = scan or Scan(), CheckReport(str(store.path))
+    look_at_rows(report, store, progress, scan)
     return report
 
 
@@ -65,27 +64,16 @@ def check_groups(
     lengths: Lengths | None,
     max_pixels: int,
     progress: Callable[[str], object],
-    share: Share | None = None,
+    scan: Scan | None = None,
 ) -> CheckReport:
-    """Check the groups of a manifest and open each image they name, once; see cfvlm_ds.data.check_manifest.
-
-    With several processes, each having a ``share``, every one looks at the rows and texts of its range, and opens a part of the pictures;
-    their reports add up to that of one.
-    """
-    share, report = share or Share(), CheckReport(str(store.path))
-    seen = look_at_rows(report, store, progress, share)
-    keys, places = seen.pictures
-    mine = owned(keys, share.board.show("pictures", keys), share.rank)
-    report.add_images(len(mine))
-    open_pictures(report, store, mine, places[contains(mine, keys)], max_pixels, progress, share)
-    pictures = share.notes.all()
-    keys, places = seen.images
-    mine = owned(keys, share.board.show("images", keys), share.rank)
-    texts = _Texts(store, lengths, pictures, mine, places[contains(mine, keys)])
-    counted = Progress(progress, f"check of texts{share.whose}", len(share.of(len(store))), "groups")
-    for part in share.over(share.of(len(store)), texts, counted):
+    """Check the groups of a manifest and open each image they name, once; see cfvlm_ds.data.check_manifest."""
+    scan, report = scan or Scan(), CheckReport(str(store.path))
+    seen = look_at_rows(report, store, progress, scan)
+    report.add_images(len(seen.pictures[0]))
+    open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
+    texts = _Texts(store, lengths, scan.notes.all(), *seen.images)
+    for part in scan.over(range(len(store)), texts, Progress(progress, "check of texts", len(store), "groups")):
         report.add(part)
-    share.board.clear()
     return report
 
 
@@ -93,7 +81,7 @@ def check_groups(
 
 
 class _Seen(NamedTuple):
-    """Distinct pictures, and images of several pictures, by their keys, each with the first group of this range that shows it."""
+    """Distinct pictures, and images of several pictures, by their keys, each with the first group that shows it."""
 
     pictures: tuple[Array, Array]
     images: tuple[Array, Array]
@@ -108,17 +96,15 @@ class _Rows(NamedTuple):
     images: tuple[Array, Array]
 
 
-def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], share: Share) -> _Seen:
-    """Count what the rows of this process's range hold and what is wrong with them, and find their pictures."""
-    places, ids = share.of(len(store)), [np.empty(0, np.uint64)]
-    pictures, images = Firsts(), Firsts()
-    counted = Progress(progress, f"check of rows{share.whose}", len(places), "groups")
-    for part in share.over(places, partial(_rows, store), counted):
+def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], scan: Scan) -> _Seen:
+    """Count what the rows hold and what is wrong with them, and find their pictures."""
+    ids, pictures, images = [np.empty(0, np.uint64)], Firsts(), Firsts()
+    for part in scan.over(range(len(store)), partial(_rows, store), Progress(progress, "check of rows", len(store), "groups")):
         report.add(part.report)
         ids.append(part.ids)
         pictures.add(*part.pictures)
         images.add(*part.images)
-    report.problems.extend(_repeated(store, share.board.show("ids", np.concatenate(ids)), share))
+    report.problems.extend(_repeated(store, np.concatenate(ids), scan))
     return _Seen(pictures.sorted(), images.sorted())
 
 
@@ -160,21 +146,16 @@ def _image_key(keys: Sequence[int]) -> int:
     return int.from_bytes(hashlib.blake2b(np.array(keys, np.uint64).tobytes(), digest_size=8).digest(), "little")
 
 
-def _repeated(store: GroupStore, ids: Sequence[Array], share: Share) -> Iterator[str]:
-    """The groups of this range whose id an earlier group has: keys that come twice are compared as texts."""
-    mine = np.sort(ids[share.rank])
-    twice = [mine[1:][mine[1:] == mine[:-1]], *(np.asarray(each)[contains(mine, np.asarray(each))] for each in ids[: share.rank])]
-    suspects = np.setdiff1d(np.concatenate(twice), np.zeros(1, np.uint64))
-    if not len(suspects):
-        return
+def _repeated(store: GroupStore, ids: Array, scan: Scan) -> Iterator[str]:
+    """The groups whose id an earlier group has: keys that come twice are compared as texts."""
+    ordered = np.sort(ids)
+    suspects = np.setdiff1d(ordered[1:][ordered[1:] == ordered[:-1]], np.zeros(1, np.uint64))
     first: dict[str, int] = {}
-    for rank in range(share.rank + 1):
-        begin = Share(rank, share.size).of(len(store)).start
-        for place in np.flatnonzero(contains(suspects, np.asarray(ids[rank]))).tolist():
-            share.alive()
-            group = store.entry(index := begin + place)
-            if not isinstance(group, DataError) and first.setdefault(group.id, index) != index and rank == share.rank:
-                yield repeated(store, index, first[group.id], group.id)
+    for index in np.flatnonzero(contains(suspects, ids)).tolist():
+        scan.alive()
+        group = store.entry(index)
+        if not isinstance(group, DataError) and first.setdefault(group.id, index) != index:
+            yield repeated(store, index, first[group.id], group.id)
 
 
 # Texts -------------------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.data.manifest import Root, data_roots, open_groups, repeated
-from cfvlm_ds.data.passes import Share
+from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_check import equal_images, open_pictures, opened_picture, packed_pictures
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore
@@ -88,9 +88,9 @@ def convert(
 
 def _unsound(store: GroupStore, max_pixels: int, say: Callable[[str], object]) -> Callable[[CounterfactualGroup], str | None]:
     """Open each picture of a manifest; returns what says why a check refuses the pictures of a group, or None."""
-    share, report = Share(), CheckReport(str(store.path))
-    open_pictures(report, store, *look_at_rows(report, store, say, share).pictures, max_pixels, say, share)
-    sound, packed = share.notes.all(), packed_pictures(store)
+    scan, report = Scan(), CheckReport(str(store.path))
+    open_pictures(report, store, *look_at_rows(report, store, say, scan).pictures, max_pixels, say, scan)
+    sound, packed = scan.notes.all(), packed_pictures(store)
 
     def problem(group: CounterfactualGroup) -> str | None:
         for picture in itertools.chain(*group.images):

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from cfvlm_ds.core.conversation import spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.data.passes import Done, Share
+from cfvlm_ds.data.passes import Done, Scan
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.data.store import GroupStore
 
@@ -49,11 +47,10 @@ def data_identity(
     return _joined([_part(groups, roots, pictures, alive)])
 
 
-def shared_identity(
-    store: GroupStore, pictures: PictureTable | None, share: Share, say: Callable[[str], object] = lambda line: None
+def store_identity(
+    store: GroupStore, pictures: PictureTable | None, scan: Scan, say: Callable[[str], object] = lambda line: None
 ) -> Identity:
-    """``data_identity`` of groups that ranks go through together; collective. ``say`` is told how far it is. Raises DataError for a row
-    that is none."""
+    """``data_identity`` of many groups, in several processes. ``say`` is told how far it is. Raises DataError for a row that is none."""
 
     def work(places: Sequence[int], done: Done) -> _Part | str:
         try:
@@ -61,25 +58,12 @@ def shared_identity(
         except DataError as error:
             return str(error)
 
-    mine, problem, places = [], None, share.of(len(store))
-    for part in share.over(places, work, Progress(say, f"identity of {store.path}{share.whose}", len(places), "groups")):
-        if isinstance(part, str):
-            problem = part
-            break
-        mine.append(part)
-    rows, known, sums = sum(part.rows for part in mine), all(part.known for part in mine), _added(mine)
-    numbers = np.array([problem is not None, rows, known, *(half for name in _SUMS for half in divmod(sums[name], 1 << 64))], np.uint64)
-    orders = share.board.show("order", np.frombuffer(b"".join(part.order for part in mine), np.uint8))
     parts = []
-    for order, of_rank in zip(orders, share.board.show("sums", numbers), strict=True):
-        if not len(of_rank) or of_rank[0]:
-            raise DataError(problem or f"{store.path}: another rank could not read one of its rows, and says which")
-        rows, known, *halves = of_rank[1:].tolist()
-        whole = {name: (high << 64) + low for name, high, low in zip(_SUMS, halves[::2], halves[1::2], strict=True)}
-        parts.append(_Part(rows, order.data, bool(known), whole))
-    found = _joined(parts)
-    share.board.clear()
-    return found
+    for part in scan.over(range(len(store)), work, Progress(say, f"identity of {store.path}", len(store), "groups")):
+        if isinstance(part, str):
+            raise DataError(part)
+        parts.append(part)
+    return _joined(parts)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from cfvlm_ds.data.formats.truth import Column, leaves, marks, option_value
 from cfvlm_ds.data.joined import JoinedRows
 from cfvlm_ds.data.lines import State
 from cfvlm_ds.data.packed import PackedRows, is_store
-from cfvlm_ds.data.passes import Share
+from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.rows import Rows, open_rows
 from cfvlm_ds.data.store import GroupStore, count_parts
 
@@ -47,7 +47,7 @@ def open_groups(
     format: str = AUTO,
     *,
     limit: int | None = None,
-    share: Share | None = None,
+    scan: Scan | None = None,
     progress: Callable[[str], object] = lambda line: None,
     cache: Sequence[Path] | None = None,
 ) -> GroupStore:
@@ -59,7 +59,7 @@ def open_groups(
     are returned joined to it. The file a path leads to, links followed, must be inside one of them; images are not opened. A large file is
     indexed beside it, or in the user's cache folder, the first time. A folder is a packed store, which has its own format and pictures.
     An address such as hf://datasets/ORG/NAME/data/train-*.parquet is fetched from the Hugging Face hub the first time.
-    ``limit`` leaves out what comes after so many groups. ``share`` is told that this process is alive, and bounds nothing else.
+    ``limit`` leaves out what comes after so many groups. ``scan`` is told that this process is alive, and bounds nothing else.
 
     Raises DataError for a manifest that cannot be read at all, has no row, or lacks a column that ``format`` names. A row that is no group
     raises one when it is asked for: one sentence naming file, row (1-based line, or item of a list) and remedy. Two groups of one id are
@@ -71,8 +71,8 @@ def open_groups(
             "write it to files (save_to_disk, to_parquet, to_json) and name those"
         )
     known_format(path, format)
-    share = share or Share()
-    path = fetched(path, share.alive, progress)
+    scan = scan or Scan()
+    path = fetched(path, scan.alive, progress)
     roots = data_roots(path, root)
     if path.is_dir() and is_store(path):
         packed = PackedRows(path)
@@ -82,12 +82,12 @@ def open_groups(
             if not each.is_dir():
                 remedy = "pass the folder that image paths are relative to as root"
                 raise DataError(f"{path}: its data root {each} is not a folder; {remedy}")
-    rows = open_rows(path, cache=cache, alive=share.alive, progress=progress)
+    rows = open_rows(path, cache=cache, alive=scan.alive, progress=progress)
     if format == AUTO and (format := _taken(rows)) != NATIVE:
         progress(f"{path}: taken as {container_of(path)}, format {format}")
     convert = format_named(format, path)
-    _refuse_absent_columns(rows, convert, share.alive, progress)
-    whole, places = Share(alive=share.alive, shield=share.shield), range(len(rows))
+    _refuse_absent_columns(rows, convert, scan.alive, progress)
+    whole, places = Scan(alive=scan.alive, shield=scan.shield), range(len(rows))
 
     def over(work: Callable[[Sequence[int], Callable[[], object]], Any], doing: str) -> Iterator[Any]:
         return whole.over(places, work, Progress(progress, f"{path}: {doing}", len(rows), "rows"))
@@ -98,7 +98,7 @@ def open_groups(
     own = [each for each in rows.roots if each not in roots]
     store = GroupStore(rows, [*roots, *own], convert, firsts, (_again, (path, roots, format, rows.state, limit)), format, limit)
     if hasattr(convert, "ignore"):
-        _refuse_marks(store, convert, share.alive)
+        _refuse_marks(store, convert, scan.alive)
     if claim:
         _say_understood(store, convert, progress)
     return store

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from cfvlm_ds.core.conversation import normalised, normalised_prompt
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.data.passes import Done, Share, contains
+from cfvlm_ds.data.passes import Done, Scan, contains
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
 
 Array = npt.NDArray[Any]
@@ -43,17 +43,17 @@ def shared_with(
     train: Sequence[CounterfactualGroup],
     evaluation: Mapping[str, Sequence[CounterfactualGroup]],
     pictures: PictureTable | None,
-    share: Share,
+    scan: Scan,
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Shared]:
-    """What each evaluation set shares with the training set; collective.
+    """What each evaluation set shares with the training set.
 
     A row is its prompts, texts and pictures, whatever its id, order of texts or labels; a picture is its contents where they are known,
     its path otherwise. Rows that cannot be read were named by the check. ``say`` is told how far it is. Memory: 8 bytes for each row and
     picture of the evaluation sets.
     """
     wanted = {
-        name: _all_keys(groups, pictures, share, Progress(say, f"overlap: {name}{share.whose}", len(share.of(len(groups))), "groups"))
+        name: _all_keys(groups, pictures, scan, Progress(say, f"overlap: {name}", len(groups), "groups"))
         for name, groups in evaluation.items()
     }
     names = list(wanted)
@@ -65,13 +65,9 @@ def shared_with(
         return [np.flatnonzero(contains(np.asarray(mine), keys)) for mine, keys in zip(found, every, strict=True)]
 
     if any(len(keys) for keys in every):
-        for part in share.over(
-            mine := share.of(len(train)), work, Progress(say, f"overlap: training groups{share.whose}", len(mine), "groups")
-        ):
+        for part in scan.over(range(len(train)), work, Progress(say, "overlap: training groups", len(train), "groups")):
             for hit, places in zip(hits, part, strict=True):
                 hit[places] = True
-    hits = [np.logical_or.reduce(share.board.show(f"shared-{k}", hit)) for k, hit in enumerate(hits)]
-    share.board.clear()
     found = {}
     for name in names:
         counts = [int(hit[np.searchsorted(keys, mine)].sum()) for hit, keys, mine in zip(hits, every, wanted[name], strict=True)]
@@ -79,17 +75,12 @@ def shared_with(
     return found
 
 
-def _all_keys(groups: Sequence[CounterfactualGroup], pictures: PictureTable | None, share: Share, progress: Progress) -> _Keys:
-    """The keys of a set that ranks go through together; collective."""
-
+def _all_keys(groups: Sequence[CounterfactualGroup], pictures: PictureTable | None, scan: Scan, progress: Progress) -> _Keys:
     def work(places: Sequence[int], done: Done) -> _Keys:
         return _keys((groups[index] for index in places), pictures, done)
 
-    parts = list(share.over(share.of(len(groups)), work, progress))
-    mine = [np.unique(np.concatenate([np.empty(0, np.uint64), *(part[k] for part in parts)])) for k in range(2)]
-    found = _Keys(*(np.unique(np.concatenate(share.board.show(name, keys))) for name, keys in zip(("rows", "shown"), mine, strict=True)))
-    share.board.clear()
-    return found
+    parts = list(scan.over(range(len(groups)), work, progress))
+    return _Keys(*(np.unique(np.concatenate([np.empty(0, np.uint64), *(part[k] for part in parts)])) for k in range(2)))
 
 
 def row_key(group: CounterfactualGroup, pictures: Sequence[Sequence[int]]) -> int:

@@ -32,7 +32,7 @@ from cfvlm_ds.data.check import look_at_rows
 from cfvlm_ds.data.decoding import ENDINGS, MAX_BYTES, open_image
 from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.packed import BEGUN, FILE, PARTS, PICTURES, SCHEMA, TOGETHER, index_sum
-from cfvlm_ds.data.passes import Share
+from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_check import first_uses
 from cfvlm_ds.data.picture_file import part_name, picture_bytes
 from cfvlm_ds.data.picture_index import FACTS, PictureTable, digest_of, picture_key
@@ -53,7 +53,7 @@ Say = Callable[[str], object]
 
 
 def pack(source: GroupStore, out: Path, say: Say, *, shard: int = 0, of: int = 1, max_pixels: int) -> bool:
-    """Pack the shards of one process among ``of`` that share the work; returns whether the store is whole.
+    """Pack the shards of one process among ``of`` that scan the work; returns whether the store is whole.
 
     Every picture is opened once, within ``max_pixels``, and every row is looked at. What is there from an earlier call is not made again.
     The pictures of all shards must be packed before any rows: where some are missing, the same call does the rest later. Raises DataError
@@ -74,7 +74,7 @@ def pack(source: GroupStore, out: Path, say: Say, *, shard: int = 0, of: int = 1
 def _packed(source: GroupStore, out: Path, work: Path, stamp: str, say: Say, shard: int, of: int, max_pixels: int) -> bool:
     """Whether the store is whole, once this call has done its part."""
     report = CheckReport(str(source.path))
-    keys, places = look_at_rows(report, source, say, Share()).pictures
+    keys, places = look_at_rows(report, source, say, Scan()).pictures
     if report.problems:
         more = len(report.problems) - 1
         raise DataError(report.problems[0] + (f" ({more} more: see `cfvlm-ds data check {source.path}`)" if more else ""))

@@ -17,7 +17,7 @@ from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.packed import PackedRows
-from cfvlm_ds.data.passes import Share
+from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_file import picture_stat
 from cfvlm_ds.data.picture_index import Picture, PictureTable, picture_key, picture_of
 from cfvlm_ds.data.report import CheckReport
@@ -35,12 +35,12 @@ def open_pictures(
     places: Array,
     max_pixels: int,
     progress: Callable[[str], object],
-    share: Share,
+    scan: Scan,
 ) -> None:
-    """Open each picture once, named by the first group of this range that shows it."""
+    """Open each picture once, named by the first group that shows it."""
     wanted = first_uses(store, keys, places)
-    counted = Progress(progress, f"check of images{share.whose}", len(keys), "images")
-    for index, problem in counted.over(_open_all(wanted, packed_pictures(store), max_pixels, share)):
+    counted = Progress(progress, "check of images", len(keys), "images")
+    for index, problem in counted.over(_open_all(wanted, packed_pictures(store), max_pixels, scan)):
         if problem is not None:
             report.problems.append(f"{store.where(index)}: {problem}")
 
@@ -69,22 +69,22 @@ def find(keys: Array, key: int) -> int | None:
 
 
 def _open_all(
-    wanted: Iterator[tuple[int, Path]], packed: PictureTable | None, max_pixels: int, share: Share
+    wanted: Iterator[tuple[int, Path]], packed: PictureTable | None, max_pixels: int, scan: Scan
 ) -> Iterator[tuple[int, str | None]]:
     """What is wrong with each picture, or None; the sound ones are noted, a chunk at a time."""
     # Threads suffice: PIL decodes without holding the interpreter lock. Chunks bound the memory of pending work for millions of files.
     pool = ThreadPoolExecutor(cores_per_rank())
     try:
-        look = partial(opened_picture, known=share.notes.known, packed=packed, max_pixels=max_pixels)
+        look = partial(opened_picture, known=scan.notes.known, packed=packed, max_pixels=max_pixels)
         while chunk := [use for _, use in zip(range(_CHUNK), wanted, strict=False)]:
             sound = []
             opened = pool.map(look, [path for _, path in chunk])
             for (index, path), found in zip(chunk, opened, strict=True):
-                share.alive()
+                scan.alive()
                 if isinstance(found, Picture):
                     sound.append((path, found))
                 yield index, found if isinstance(found, str) else None
-            share.notes.add(sound)
+            scan.notes.add(sound)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cfvlm_ds.core.distributed import cores_per_rank
-from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.errors import DataError, StorageError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import TooLarge
@@ -172,19 +172,14 @@ class PictureTables(PictureTable):
 
 
 class PictureNotes:
-    """The pictures that a check has seen: in memory, or in a folder, to which each of several processes adds its own.
+    """The pictures that a check has seen: in memory, or in a folder, where a check that was killed finds them again.
 
-    Args:
-        folder: where notes are kept; None for a check by this process alone, in memory.
-        rank: which of the processes this is; 0 merges the notes.
-        meet: waits until every process has arrived here.
+    Raises StorageError where the folder cannot be written.
     """
 
-    def __init__(self, folder: Path | None = None, rank: int = 0, meet: Callable[[], object] = lambda: None) -> None:
-        self._folder, self._rank, self._meet = folder, rank, meet
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
         self._recent: list[npt.NDArray[Any]] = []
-        self.problem: str | None = None
-        """Why notes could not be kept; nothing is raised, because other processes would wait where they meet."""
         self.known = PictureTable.of({})
         """What was known before this check."""
         if folder is not None:
@@ -198,12 +193,12 @@ class PictureNotes:
         if self._folder is None:
             self._recent.append(records)
             return
-        with self._kept(self._folder), (self._folder / f"{_NOTES}.{self._rank}").open("ab") as handle:
+        with _kept(self._folder), (self._folder / _NOTES).open("ab") as handle:
             handle.truncate(handle.tell() // _RECORD.itemsize * _RECORD.itemsize)  # a process that was killed may have left part of one
             handle.write(records.tobytes())
 
     def all(self) -> PictureTable:
-        """The notes of all processes, once each has added its last."""
+        """Everything that was noted."""
         if self._folder is None:
             self.known = PictureTable._sorted(np.concatenate([_records([]), *self._recent]))
         else:
@@ -211,23 +206,21 @@ class PictureNotes:
         return self.known
 
     def _together(self, folder: Path) -> PictureTable:
-        self._meet()
-        if self._rank == 0:
-            with self._kept(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                if notes := sorted(folder.glob(f"{_NOTES}.*")):
-                    _write(folder / _TABLE, PictureTable._sorted(_read_all(folder, notes)))
-                    for each in notes:
-                        each.unlink()
-        self._meet()
+        with _kept(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if (notes := folder / _NOTES).exists():
+                _write(folder / _TABLE, PictureTable._sorted(_read_all(folder, notes)))
+                notes.unlink()
         return stored_pictures(folder) or PictureTable.of({})
 
-    @contextlib.contextmanager
-    def _kept(self, folder: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.problem = f"{folder}: what the data check finds cannot be kept ({error.strerror}); make room, or correct the folder"
+
+@contextlib.contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = f"what the data check finds cannot be kept ({error.strerror})"
+        raise StorageError(f"{folder}: {reason}; make room, or correct the folder") from error
 
 
 def sizes_of(paths: Iterable[Path], known: PictureTable | None, max_pixels: int, pool: Executor) -> dict[Path, Size]:
@@ -251,16 +244,14 @@ def _records(pictures: Iterable[tuple[Path, Picture]]) -> npt.NDArray[Any]:
     return np.array([(picture_key(path), tuple(picture)) for path, picture in pictures], _RECORD)
 
 
-def _read_all(folder: Path, notes: Sequence[Path]) -> npt.NDArray[Any]:
+def _read_all(folder: Path, notes: Path) -> npt.NDArray[Any]:
     """Every record of a folder, the table's first: a later note of the same picture replaces an earlier one."""
     parts = [_records([])]
     if (table := stored_pictures(folder)) is not None:
         parts.append(np.empty(len(table), _RECORD))
         parts[-1]["key"], parts[-1]["facts"] = table._keys, table._facts
-    for each in notes:
-        data = each.read_bytes()
-        parts.append(np.frombuffer(data, _RECORD, len(data) // _RECORD.itemsize))
-    return np.concatenate(parts)
+    data = notes.read_bytes()
+    return np.concatenate([*parts, np.frombuffer(data, _RECORD, len(data) // _RECORD.itemsize)])
 
 
 def _write(file: Path, table: PictureTable) -> None:

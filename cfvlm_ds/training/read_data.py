@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +24,15 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.secrets import without_secrets
-from cfvlm_ds.data import CheckReport, GroupStore, Share, check_groups, check_rows, data_roots, open_groups
+from cfvlm_ds.data import GroupStore, check_groups, check_rows, data_roots, open_groups
 from cfvlm_ds.data.containers.hub import fetched, is_hub
 from cfvlm_ds.data.containers.kinds import sources_state
-from cfvlm_ds.data.identity import Identity, digest, mixed_identity, shared_identity
+from cfvlm_ds.data.identity import Identity, digest, mixed_identity, store_identity
 from cfvlm_ds.data.mixture import MixedGroups
 from cfvlm_ds.data.overlap import shared_with
 from cfvlm_ds.data.packed import FILE as STORE
 from cfvlm_ds.data.packed import PackedRows, is_store
-from cfvlm_ds.data.passes import Board
+from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_index import PictureNotes, PictureTable, PictureTables, stored_pictures
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
 from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
@@ -71,7 +72,7 @@ class SourceData(NamedTuple):
 
 
 def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> RunData:
-    """Training groups and evaluation splits, after a check that all ranks share; a problem found by one is raised on every rank.
+    """Training groups and evaluation splits, after a check by rank 0; a problem is raised on every rank.
 
     Raises ConfigError when no training manifest is named, or a rank is lost, DataError for anything wrong with a manifest, an image or a
     text.
@@ -79,31 +80,40 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
     data = config.data
     if not data.train:
         raise ConfigError("data.train is not set; give the manifest of your training groups")
-    try:
-        with worker_deaths():
-            patience, train_sets, evaluation_sets = Patience(world, tick), data.train_sets, data.evaluation_sets
-            if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
-                agreed(world, lambda: [str(fetched(path, patience.alive, world.say)) for path in hub], patience)
-            check = _Check(config, world, patience)
-            train = {name: check(each) for name, each in train_sets.items()}
-            splits: dict[str, Sequence[CounterfactualGroup]] = {name: check(each) for name, each in evaluation_sets.items()}
-            sources = {name: SourceData(train[name], check.identity(each, train[name])) for name, each in train_sets.items()}
-            identities = {name: check.identity(each, splits[name]) for name, each in evaluation_sets.items()}
-            groups, identity = _together(data, sources)
-            benchmarks = read_benchmarks(config, world, check.collator, tick)
-            collator = next((each.collator for each in benchmarks.values()), check.collator)
-            check.name_shared(sources, splits, identities, benchmarks)
-            agreed(world, lambda: check.refuse_idle(config.objective), patience)
-    except WorkerLost as lost:
-        raise StorageError(
-            f"the data check of {data.trained_on} has lost a process ({lost}); memory is what such processes are usually killed for: start "
-            "again with more of it, nothing found is lost"
-        ) from lost
-    except TimeoutError as error:
-        raise ConfigError(
-            f"the data check of {data.trained_on} cannot end: {error}; look at its node and start again, nothing found is lost"
-        ) from error
+    patience, train_sets, evaluation_sets = Patience(world, tick), data.train_sets, data.evaluation_sets
+    if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
+        agreed(world, lambda: [str(fetched(path, patience.alive, world.say)) for path in hub], patience)
+    check = _Check(config, world, patience)
+    train = {name: check(each) for name, each in train_sets.items()}
+    splits: dict[str, Sequence[CounterfactualGroup]] = {name: check(each) for name, each in evaluation_sets.items()}
+    sources = {name: SourceData(train[name], check.identity(each, train[name])) for name, each in train_sets.items()}
+    identities = {name: check.identity(each, splits[name]) for name, each in evaluation_sets.items()}
+    groups, identity = _together(data, sources)
+    benchmarks = read_benchmarks(config, world, check.collator, tick)
+    collator = next((each.collator for each in benchmarks.values()), check.collator)
+    check.name_shared(sources, splits, identities, benchmarks)
+    agreed(world, lambda: check.refuse_idle(config.objective), patience)
     return RunData(groups, splits, identity, check.pictures, collator, identities, sources, benchmarks)
+
+
+def by_rank_0(world: World, patience: Patience, what: str, function: Callable[[], Any]) -> Any:
+    """The result of a long call on rank 0, which has all cores of its machine while the others wait. Raises on every rank what it raises,
+    and StorageError where a process of it was killed."""
+
+    def call() -> Any:
+        try:
+            with worker_deaths():
+                return function()
+        except WorkerLost as lost:
+            raise StorageError(
+                f"{what} has lost a process ({lost}); memory is what such processes are usually killed for: start again with more of it, "
+                "nothing found is lost"
+            ) from lost
+
+    try:
+        return agreed(world, call, patience)
+    except TimeoutError as error:
+        raise ConfigError(f"{what} cannot end: {error}; look at its node and start again, nothing found is lost") from error
 
 
 def _together(data: DataConfig, sources: Mapping[str, SourceData]) -> tuple[Sequence[CounterfactualGroup], Identity]:
@@ -179,11 +189,12 @@ class _Check:
         if isinstance(groups.rows, PackedRows) and groups.rows.pictures is not None:
             self._packed.append(groups.rows.pictures)
         if summary is None:
-            summary, known_false = self._looked_at(each, groups)
-            agreed(self._world, lambda: self._refuse_written(each, groups))
-            self._keep(each, summary=without_secrets(summary), known_false=known_false)
+            summary = self._by_rank_0(lambda: self._looked_at(each, groups))
         self._world.say(summary)
         return groups
+
+    def _by_rank_0(self, function: Callable[[], Any]) -> Any:
+        return by_rank_0(self._world, self._patience, f"the data check of {self._config.data.trained_on}", function)
 
     @property
     def pictures(self) -> PictureTable | None:
@@ -195,17 +206,17 @@ class _Check:
     def identity(self, each: DataSet, groups: Sequence[CounterfactualGroup]) -> Identity:
         """What the groups of a set are recognised by."""
         assert isinstance(groups, GroupStore)
-        pictures = self.pictures
-        found: Any = None
-        entry, table = self._entry(each) if self._world.is_main else {}, _state(pictures)
-        if isinstance(known := entry.get("identity"), dict) and entry.get("pictures") == table:
-            found = known  # else another set's check may have noted a changed picture of this
-        self._patience.meet()
-        found = _from_main(found, self._world)
-        if found is None:
-            found = _from_main(shared_identity(groups, pictures, self._share(), self._world.say), self._world)
+
+        def find() -> Identity:
+            pictures, entry = self.pictures, self._entry(each)
+            table = _state(pictures)
+            if isinstance(known := entry.get("identity"), dict) and entry.get("pictures") == table:
+                return known  # else another set's check may have noted a changed picture of this
+            found = store_identity(groups, pictures, self._scan(), self._world.say)
             self._keep(each, identity=found, pictures=table)
-        return dict(found)
+            return found
+
+        return dict(self._by_rank_0(find))
 
     def name_shared(
         self, sources: Mapping[str, SourceData], splits: Splits, identities: Mapping[str, Identity], benchmarks: Mapping[str, RunBenchmark]
@@ -216,17 +227,21 @@ class _Check:
         identities = {**identities, **{name: each.identity for name, each in benchmarks.items()}}
         if pictures is not None and benchmarks:
             pictures = PictureTables([pictures, *(each.pictures for each in benchmarks.values())])
-        for name, each in data.train_sets.items():
+
+        def found(name: str, each: DataSet) -> list[str]:
             depends = digest({part: digest(identity) for part, identity in {"": sources[name].identity, **identities}.items()})
-            kept = self._entry(each).get("shared") if self._world.is_main else None
-            said = kept["said"] if isinstance(kept, dict) and kept.get("of") == depends and isinstance(kept.get("said"), list) else None
-            said = _from_main(said, self._world)
-            if said is None:
-                found = shared_with(sources[name].groups, splits, pictures, self._share(), say)
-                said = [
-                    f"data.evaluation.{split}: {what} are in the training set {each.path} too" for split, what in found.items() if str(what)
-                ]
-                self._keep(each, shared={"of": depends, "said": [without_secrets(line) for line in said]})
+            kept = self._entry(each).get("shared")
+            if isinstance(kept, dict) and kept.get("of") == depends and isinstance(kept.get("said"), list):
+                return list(kept["said"])
+            shared = shared_with(sources[name].groups, splits, pictures, self._scan(), say)
+            lines = [
+                f"data.evaluation.{split}: {what} are in the training set {each.path} too" for split, what in shared.items() if str(what)
+            ]
+            self._keep(each, shared={"of": depends, "said": [without_secrets(line) for line in lines]})
+            return lines
+
+        for name, each in data.train_sets.items():
+            said = self._by_rank_0(partial(found, name, each))
             for line in said:
                 say(f"warning: {line}; what is measured there is no generalisation")
 
@@ -249,11 +264,8 @@ class _Check:
     def _format(self, each: DataSet) -> str:
         return each.format or self._config.data.format
 
-    def _share(self) -> Share:
-        """This rank's part of what goes through all groups."""
-        world, patience = self._world, self._patience
-        board = Board(self._folder, world.rank, world.size, patience.meet)
-        return Share(world.rank, world.size, self._notes or PictureNotes(), patience.alive, board, shield_worker)
+    def _scan(self) -> Scan:
+        return Scan(self._notes or PictureNotes(), self._patience.alive, shield_worker)
 
     def _opened(self, each: DataSet) -> GroupStore:
         """The groups of a set. A large file is indexed by one rank, or by one of each node that does not see what the first has written."""
@@ -263,7 +275,7 @@ class _Check:
             try:
                 if turn and not found:
                     found.append(
-                        open_groups(each.path, each.root, self._format(each), limit=each.limit, share=self._share(), progress=world.say)
+                        open_groups(each.path, each.root, self._format(each), limit=each.limit, scan=self._scan(), progress=world.say)
                     )
             except DataError as error:
                 problem = str(error)
@@ -272,34 +284,28 @@ class _Check:
                 raise DataError(problem)
         return found[0]
 
-    def _looked_at(self, each: DataSet, groups: GroupStore) -> tuple[str, int]:
-        """What a set holds, in a line, and how many cells of its truth tables are known to be false."""
-        world, patience, data = self._world, self._patience, self._config.data
+    def _looked_at(self, each: DataSet, groups: GroupStore) -> str:
+        """What a set holds, in a line, which is kept with how many cells of its truth tables are known to be false."""
+        data, say = self._config.data, self._world.say
         if self._full:
             self.collator = self.collator or load_collator(self._config.model, "full", data.max_pixels)
-            self._notes = self._notes or PictureNotes(self._folder, world.rank, patience.meet)
-            share = self._share()
-            mine = check_groups(groups, lengths=self.collator, max_pixels=data.max_pixels, progress=world.say, share=share)
+            self._notes = self._notes or PictureNotes(self._folder)
+            report = check_groups(groups, lengths=self.collator, max_pixels=data.max_pixels, progress=say, scan=self._scan())
         else:
-            share = self._share()
-            mine = check_rows(groups, progress=world.say, share=share)
-        patience.meet()
-        report, lost = CheckReport(each.path), share.notes.problem or share.board.problem
-        more = -1
-        for lost_there, number, part in gather_objects((lost, len(mine.problems), replace(mine, problems=mine.problems[:1])), world):
-            report.add(part)
-            lost, more = lost or lost_there, more + number
-        if lost:
-            raise StorageError(lost)
+            report = check_rows(groups, progress=say, scan=self._scan())
         if report.problems:
+            more = len(report.problems) - 1
             remedy = f"; data.on_error is about what breaks later, and `cfvlm-ds data convert {each.path} --on_error skip` leaves this out"
             others = f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""
             raise DataError(report.problems[0] + remedy * (data.on_error == "skip") + others)
-        if not self._full:
-            return f"{each.path}: {report.num_groups} groups", report.num_false_cells
-        summary = f"{each.path}: {report.num_groups} groups, {report.num_images} images"
-        summary += f", visual tokens {report.visual_range}" if report.visual_range else ""
-        return summary + (f", metadata {report.unused}" if report.metadata else ""), report.num_false_cells
+        summary = f"{each.path}: {report.num_groups} groups"
+        if self._full:
+            summary += f", {report.num_images} images"
+            summary += f", visual tokens {report.visual_range}" if report.visual_range else ""
+            summary += f", metadata {report.unused}" if report.metadata else ""
+        self._refuse_written(each, groups)
+        self._keep(each, summary=without_secrets(summary), known_false=report.num_false_cells)
+        return summary
 
     def _refuse_written(self, each: DataSet, groups: GroupStore) -> None:
         """DataError where a manifest is not what it was before it was checked: its rows are read again, whenever they are used."""

@@ -1,4 +1,4 @@
-"""Tokens of every group, by which micro-batches are packed: measured once by all ranks, and mapped by them from one file."""
+"""Tokens of every group, by which micro-batches are packed: measured once, and mapped by all ranks from one file."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ import transformers
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.data_config import DataConfig
-from cfvlm_ds.core.distributed import Patience, World, agreed, cores_per_rank, gather_objects
+from cfvlm_ds.core.distributed import Patience, World, cores_per_rank
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import read_json
-from cfvlm_ds.data.passes import Board, Done, Share
+from cfvlm_ds.data.passes import Done, Scan
 from cfvlm_ds.data.picture_index import PictureTable, sizes_of
+from cfvlm_ds.training.read_data import by_rank_0
 
 Tokens = npt.NDArray[np.int32]
 _NAME = 16  # characters of a key in the name of a shared folder
@@ -44,7 +45,7 @@ def group_tokens(
     depends_on: Callable[[], Any] | None = None,
     shared: Path | None = None,
 ) -> Tokens:
-    """Tokens of every group in the rows that ``collator`` builds; each rank measures its share.
+    """Tokens of every group in the rows that ``collator`` builds, counted by rank 0 on all its cores.
 
     Headers are read of images that ``pictures`` do not know. In ``folder``, which all ranks see and one process may do without, the counts
     are kept: the ranks of a node map one file, and the next start finds it if what they depend on is the same; None of that is known where
@@ -52,27 +53,27 @@ def group_tokens(
     DataError on every rank, naming a file without a header, or a group that exceeds a limit of ``data``:
     with all its images and texts that of a micro-batch, with one image and one text that of a forward.
     """
-    patience = Patience(world, tick)
-    key: str | None
-    kept: list[int] | None
+    patience, counted = Patience(world, tick), list[Tokens]()
 
     def sampled(places: Sequence[int]) -> Tokens | str:
         return _measured(groups, collator, data, pictures, places)
 
-    key, kept, found = agreed(world, lambda: _known(folder, shared, depends_on, collator, len(groups), sampled), patience)
-    tokens: Tokens | None = None
-    if kept is None:
-        tokens, kept = _counted(groups, collator, data, world, pictures, patience, folder)
-        if folder is not None and world.is_main:
-            for place in _places(folder, shared, key):
+    def find() -> tuple[list[int], Path | None]:
+        key, largest, place = _known(folder, shared, depends_on, collator, len(groups), sampled)
+        if largest is None:
+            tokens, largest = _counted(groups, collator, data, pictures, Scan(alive=patience.alive, shield=shield_worker), world.say)
+            counted.append(tokens)
+            for each in () if folder is None else _places(folder, shared, key):
                 with contextlib.suppress(OSError):  # a full disk costs memory and the next start's time, no more
-                    _keep(place, key, tokens, kept)
-        patience.meet()
-    folder = found or folder
-    if folder is not None and (mapped := _mapped(folder, len(groups))) is not None and (tokens is None or np.array_equal(mapped, tokens)):
-        tokens = mapped
+                    _keep(each, key, tokens, largest)
+        return largest, place or folder
+
+    kept, place = by_rank_0(world, patience, "the count of tokens", find)
+    tokens = None if place is None else _mapped(place, len(groups))
+    if counted and (tokens is None or not np.array_equal(tokens, counted[0])):
+        tokens = counted[0]
     if tokens is None:
-        raise StorageError(f"{folder}: the counts of tokens cannot be read on every rank; name a train.output_dir that all of them see")
+        raise StorageError(f"{place}: the counts of tokens cannot be read on every rank; name a train.output_dir that all of them see")
     most, at, least, least_at = kept
     problem = _too_large(groups, most, at, "max_tokens_per_micro_batch", data)
     if problem := problem or _too_large(groups, least, least_at, "max_tokens_per_forward", data):
@@ -84,35 +85,21 @@ def _counted(
     groups: Sequence[CounterfactualGroup],
     collator: Collator,
     data: DataConfig,
-    world: World,
     pictures: PictureTable | None,
-    patience: Patience,
-    folder: Path | None,
+    scan: Scan,
+    say: Callable[[str], object],
 ) -> tuple[Tokens, list[int]]:
     """Tokens of all groups; and the most of a group with its place, and the most of an image with one text with its group's place."""
 
     def work(places: Sequence[int], done: Done) -> Tokens | str:
         return _measured(groups, collator, data, pictures, places, done)
 
-    board = Board(folder, world.rank, world.size, patience.meet)
-    share = Share(world.rank, world.size, alive=patience.alive, board=board, shield=shield_worker)
-    mine, problem = share.of(len(groups)), None
     counted = [np.zeros((2, 0), np.int32)]
-    for part in share.over(mine, work, Progress(world.say, "tokens", len(mine), "groups")):
+    for part in scan.over(range(len(groups)), work, Progress(say, "tokens", len(groups), "groups")):
         if isinstance(part, str):
-            problem = part
-            break
+            raise DataError(part)
         counted.append(part)
-    joined = np.concatenate(counted, 1)
-    shares = [np.asarray(each) for each in board.show("tokens", joined)]
-    found = gather_objects((problem, board.problem), world)
-    for error, (problem, lost) in ((error, each) for error in (DataError, StorageError) for each in found):
-        if (sentence := problem if error is DataError else lost) is not None:
-            raise error(sentence)
-    both = np.concatenate(shares, 1, dtype=np.int32)
-    board.clear()
-    if both.shape[1] != len(groups):
-        raise StorageError(f"{folder}: counts of tokens are missing; name a train.output_dir that all ranks see")
+    both = np.concatenate(counted, 1, dtype=np.int32)
     places = both.argmax(1).tolist()
     return both[0].copy(), [int(both[0, places[0]]), places[0], int(both[1, places[1]]), places[1]]
 
@@ -129,7 +116,7 @@ def _measured(
     try:
         chunk = [groups[index] for index in places]
         shown = (picture for group in chunk for image in group.images for picture in image)
-        with ThreadPoolExecutor(cores_per_rank()) as pool:
+        with ThreadPoolExecutor(min(4, cores_per_rank())) as pool:  # this may be one of many processes
             sizes = sizes_of(shown, pictures, data.max_pixels, pool)
         counted = np.zeros((2, len(chunk)), np.int32)
         for k, group in enumerate(chunk):

@@ -1,4 +1,4 @@
-"""The check before a run: what it may skip, what it keeps, how ranks share it, and what a run's data are recognised by."""
+"""The check before a run: what it may skip, what it keeps, how ranks wait for it, and what a run's data are recognised by."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,9 @@ from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
-from cfvlm_ds.data import CheckReport, check_groups, check_manifest, open_groups, picture_check, read_manifest
+from cfvlm_ds.data import check_manifest, picture_check, read_manifest
 from cfvlm_ds.data.identity import changes, data_identity
-from cfvlm_ds.data.passes import Board, Share
-from cfvlm_ds.data.picture_index import PictureNotes, PictureTable
+from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training import read_data as preflight
 from cfvlm_ds.training import resume
@@ -183,36 +181,6 @@ def test_a_changed_picture_that_another_set_has_shown_is_noticed(config: RunConf
     Image.new("RGB", (48, 48), "white").save(first.groups[2].images[1][0])
     other.write_text(other.read_text())
     assert changes(first.identity, preflight.read_data(run, ONE).identity) == "contents of pictures"
-
-
-def test_shares_together_are_one_report(config: RunConfig, data: Path, tmp_path: Path) -> None:
-    """Two processes that share a check count what one counts, further keys included; each opens and measures its part."""
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    for number, row in enumerate(rows):
-        row["meta"] = {"tag": number, f"key {number % 2}": "x"}
-    rows[3]["texts"][1]["text"] += " and a red circle" * 3
-    rows[4]["images"][1]["path"] = "images/none.png"
-    del rows[2]["id"]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    collator = load_collator(config.model, "full")
-    whole = check_manifest(data, lengths=collator)
-    assert len(whole.problems) == 2 and whole.metadata == {"'tag'": 5, "'key 0'": 2, "'key 1'": 3}
-    together = threading.Barrier(2)
-
-    def part(rank: int) -> CheckReport:
-        notes, board = (kind(tmp_path / "notes", rank, *of, together.wait) for kind, of in ((PictureNotes, ()), (Board, (2,))))
-        share = Share(rank, 2, notes, board=board)
-        return check_groups(open_groups(data), lengths=collator, max_pixels=10**6, progress=pytest.fail, share=share)
-
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(part, range(2))
-    assert first.problems and second.problems and first.num_groups == 2 and second.num_groups == 3
-    assert abs(first.num_images - second.num_images) <= 2, "pictures that both show are divided"
-    first.add(second)
-    for each in fields(whole):
-        expected = getattr(whole, each.name)
-        assert getattr(first, each.name) == expected or sorted(getattr(first, each.name)) == sorted(expected), each.name
-    assert [file.name for file in (tmp_path / "notes").iterdir()] == ["pictures-1"]
 
 
 def test_a_training_says_which_keys_of_its_rows_are_not_used(
@@ -372,7 +340,7 @@ def build_late(config: Any, alive: Callable[[], object]) -> None:
 
 
 def read_late(manifest: str, model: str, run: str, bad: str) -> None:
-    """A rank whose collectives end after three seconds reads the data, and takes five for its pictures if it is the second."""
+    """A rank whose collectives end after three seconds reads the data, and takes five for the pictures if it is the first."""
     world = engine.start()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)
     config = parse_config(
@@ -382,7 +350,7 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
 
     def slow(path: Path, max_pixels: int) -> Image.Image:
         opened.append(path.name)
-        time.sleep(5 / 18 if world.rank == 1 else 0)
+        time.sleep(5 / 18 if world.rank == 0 else 0)
         return right(path, max_pixels)
 
     picture_check.open_image = slow  # type: ignore[assignment]
@@ -403,10 +371,10 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
             print("refused", error)
 
 
-def test_ranks_share_a_check_that_takes_longer_than_a_collective_may(
+def test_ranks_wait_for_a_check_that_takes_longer_than_a_collective_may(
     config: RunConfig, data: Path, model_dir: Path, tmp_path: Path
 ) -> None:
-    """Each opens its part, both know everything afterwards; what one of them finds is said by both."""
+    """The first opens every picture, both know everything afterwards; what is wrong is said by both."""
     train = write_manifest(tmp_path / "data" / "long.jsonl", 18, seed=4, ragged=False)
     rows = [json.loads(line) for line in train.read_text().splitlines()]
     for row, name in ((rows[3], "none"), (rows[4], "nothing"), (rows[5], "naught")):
@@ -423,8 +391,8 @@ def test_ranks_share_a_check_that_takes_longer_than_a_collective_may(
     for rank in said:
         assert rank["identity"] == alone.identity and rank["known"] == 36 and rank["tokens"] == tokens.tolist()
     assert ["hashed" in output.splitlines() for _, output in ended] == [True, False], "a model is read by one rank"
-    first, second = (set(rank["opened"]) for rank in said)
-    assert len(first) == len(second) == 18 and not first & second
+    first, second = (rank["opened"] for rank in said)
+    assert len(first) == len(set(first)) == 36 and not second
     for _, output in ended:
         refused = [line for line in output.splitlines() if line.startswith("refused")]
         assert len(refused) == 2 and all("no such image file" in line and "(2 more: see" in line for line in refused), output

@@ -21,9 +21,9 @@ from cfvlm_ds.core.groups import PICTURE, SHAM, Candidate, CounterfactualGroup, 
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data import CheckReport, check_manifest, image_size, named_apart, open_groups, open_image, picture_check, read_manifest
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
-from cfvlm_ds.data.identity import changes, data_identity, shared_identity
+from cfvlm_ds.data.identity import changes, data_identity, store_identity
 from cfvlm_ds.data.overlap import shared_with
-from cfvlm_ds.data.passes import Share
+from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores, write_scores
 
@@ -701,8 +701,8 @@ def test_checks_say_how_far_they_are(folder: Path, monkeypatch: pytest.MonkeyPat
     assert [line.partition(",")[0] for line in lines] == [f"check of {each}" for each in counted]
     lines.clear()
     store, said, file = open_groups(folder / "m.jsonl"), lines.append, folder / "scores.jsonl"
-    identity = shared_identity(store, None, Share(), said)
-    shared_with(store, {"test": store}, None, Share(), said)
+    identity = store_identity(store, None, Scan(), said)
+    shared_with(store, {"test": store}, None, Scan(), said)
     write_scores(file, store, {group.id: StoredScores(((0.0,) * 2,) * 2, (0.0,) * 2) for group in store}, "m", identity)
     read_scores(file, store, identity, say=said)
     PictureTable.of_files([folder / "a.png", folder / "b.png"], said)

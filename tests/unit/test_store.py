@@ -6,9 +6,7 @@ import json
 import os
 import pickle
 import random
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,10 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import FORMATS, check_groups, check_manifest, check_rows, lines, open_groups, passes, read_manifest
 from cfvlm_ds.data.formats.pairs import Pairs
-from cfvlm_ds.data.identity import data_identity, shared_identity
+from cfvlm_ds.data.identity import data_identity, store_identity
 from cfvlm_ds.data.lines import IndexedLines
-from cfvlm_ds.data.passes import Board, Share
-from cfvlm_ds.data.picture_index import PictureNotes, PictureTable
+from cfvlm_ds.data.passes import Scan
+from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.data.store import Unraised
 
 ODD_LINES = [b"", b" \t", b"\r", b"{}", b" {}", b'{"a": 1}', b"x" * 90, b"\xef\xbb\xbf{}", b"\x0c", b"\xff", b"\x00", b" " * 70]
@@ -234,33 +232,17 @@ def test_rows_of_several_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # Passes ------------------------------------------------------------------------------------------------------------------------------
 
 
-def shared(size: int, folder: Path, work: Any) -> list[Any]:
-    """What ``work`` gives on so many ranks, which are threads."""
-    together = threading.Barrier(size)
-
-    def rank(number: int) -> Any:
-        board = Board(folder, number, size, together.wait)
-        return work(Share(number, size, PictureNotes(folder, number, together.wait), board=board))
-
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(rank, range(size)))
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_ids_that_come_twice_are_found_wherever_they_are(size: int, tmp_path: Path) -> None:
-    """Each names the first row of that id, of this rank's range or of another's; a hash is no proof."""
+def test_ids_that_come_twice_are_found_wherever_they_are(tmp_path: Path) -> None:
+    """Each names the first row of that id; a hash is no proof."""
     names = ["a", "b", "c", "a", "d", "b", "a", "e", "f", "g", "e"]
     common = {"image_0": "a.png", "image_1": "b.png", "caption_0": "x", "caption_1": "y"}
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps({**common, "id": name, "prompt": str(k)}) + "\n" for k, name in enumerate(names)))
-    store = open_groups(path, format="pairs")
-    found = shared(size, tmp_path / "notes", lambda share: check_rows(store, progress=pytest.fail, share=share).problems)
-    expected = [
+    assert check_rows(open_groups(path, format="pairs"), progress=pytest.fail).problems == [
         f"{path}:{k + 1}: group id {name!r} is already used by {path}:{names.index(name) + 1}; make ids unique"
         for k, name in enumerate(names)
         if names.index(name) < k
     ]
-    assert [problem for problems in found for problem in problems] == expected
 
 
 def test_keys_that_are_equal_by_chance_are_no_problem(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,19 +250,16 @@ def test_keys_that_are_equal_by_chance_are_no_problem(manifest: Path, monkeypatc
     assert check_rows(open_groups(manifest), progress=pytest.fail).ok
 
 
-def test_processes_find_what_one_finds(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks in forked processes, and ranks: one report, one identity."""
+def test_processes_find_what_one_finds(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks in forked processes: one report, one identity."""
     whole, groups = check_manifest(manifest), read_manifest(manifest)
     pictures = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
     identity = data_identity(groups, [manifest.parent], pictures)
     for name, value in (("_MANY", 0), ("_CHUNK", 2), ("cores_per_rank", lambda: 2)):
         monkeypatch.setattr(passes, name, value)
     assert check_groups(open_groups(manifest), lengths=None, max_pixels=10**6, progress=str) == whole
-    assert shared_identity(open_groups(manifest), pictures, Share()) == identity
-    monkeypatch.setattr(passes, "_MANY", 1 << 20)
-    store = open_groups(manifest)
-    assert shared(3, tmp_path, lambda share: shared_identity(store, pictures, share)) == [identity] * 3
-    assert shared(2, tmp_path, lambda share: shared_identity(store, None, share)) == [data_identity(groups, [manifest.parent])] * 2
+    assert store_identity(open_groups(manifest), pictures, Scan()) == identity
+    assert store_identity(open_groups(manifest), None, Scan()) == data_identity(groups, [manifest.parent])
 
 
 def test_a_batch_is_its_groups_one_by_one(tmp_path: Path) -> None:
