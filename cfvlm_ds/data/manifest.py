@@ -162,15 +162,16 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
     starts = np.unique(np.linspace(0, max(0, len(store) - _STRETCH), min(number, most)).astype(int)).tolist()
     stretches = [range(start, min(start + _STRETCH, len(store))) for start in starts]
 
-    def metadata() -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def metadata() -> Iterator[tuple[int, Mapping[str, Any], bool]]:
         for stretch in stretches:
             alive()
             for index, group in zip(stretch, store.batch(stretch), strict=True):
                 if not isinstance(group, DataError) and isinstance(meta := json.loads(group.meta or "null"), Mapping):
-                    yield index, meta
+                    yield index, meta, not group.num_pictures
 
     label = getattr(convert, "label", None)  # None: the format has no such option
-    found = [each for each in marks(metadata(), convert.ignore) if each.name != label and (each.is_label or hasattr(convert, "caption"))]
+    every = {column.partition(".")[0] for option in DEFAULTS for column in getattr(convert, option, "").split("+") if "." in column}
+    found = [each for each in marks(metadata(), convert.ignore, every) if each.name != label]
     if not found:
         return
     named, _, options = store.format.partition(":")
@@ -187,8 +188,12 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
         for each in found:
             by_option.setdefault(each.negative, []).append(each.name)
         use = [spec(*(f"{option}={option_value('+'.join(names))}" for option, names in by_option.items())) + " if so"]
-    elif not label:
-        use = ["negative_caption as its name if so"]
+    elif hasattr(convert, "caption"):
+        use = [f"{first.negative} as its name if so"] * (not label)
+    else:
+        use = ["'rejected' as its name, and the format preference, if so" if label == "" else "a row for each false text if so"]
+    if not (first.is_label or first.is_false_texts):
+        what, use = "may name pictures of rows that show none", ["image as its name if so"]
     if first.is_label:
         what, use = "may say whether the text is true", []
         if label == "":
