@@ -127,8 +127,10 @@ _LOOKED_FOR_MARKS, _STRETCH = 2048, 64  # groups whose metadata are looked at fo
 
 
 def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
-    """Raise DataError for a column that an option of the format names and that no row has."""
+    """Raise DataError for a column that an option of the format names and that no row has, or that ``ignore`` names too."""
     absent = {(option, column) for option in (*DEFAULTS, "label", "ignore") for column in getattr(convert, option, "").split("+") if column}
+    if both := sorted((column, option) for option, column in absent if option != "ignore" and ("ignore", column) in absent):
+        raise DataError(f"{rows.path}: {both[0][1]} and ignore both name the column {both[0][0]!r}; leave it out of one of them")
     counted = Progress(progress, f"{rows.path}: columns", len(rows), "rows")
     for row in counted.over(range(len(rows)) if absent else ()):
         alive()
@@ -175,18 +177,19 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
     if not found:
         return
     named, _, options = store.format.partition(":")
-    options = re.sub(r'(^|,)\s*ignore\s*=\s*("[^"]*"|[^,]*)', "", options).strip(",")
 
     def spec(*given: str, ignored: Sequence[Column] = ()) -> str:
+        again = "|".join(["ignore", *(each.partition("=")[0] for each in given)])
+        kept = re.sub(rf'(^|,)\s*({again})\s*=\s*("[^"]*"|[^,]*)', "", options).strip(",")
         ignore = option_value("+".join(filter(None, [convert.ignore, *(each.name for each in ignored)])))
-        return f"{named}:{','.join(filter(None, [options, *given, ignore and f'ignore={ignore}']))}"
+        return f"{named}:{','.join(filter(None, [kept, *given, ignore and f'ignore={ignore}']))}"
 
     first, others = found[0], found[1:]
     what, use = "may have what is false of the row's picture", []
     if not label and isinstance(convert, Captions):
         by_option: dict[str, list[str]] = {}
         for each in found:
-            by_option.setdefault(each.negative, []).append(each.name)
+            by_option.setdefault(each.negative, convert.columns_of(store.rows.value(each.row), each.negative)).append(each.name)
         use = [spec(*(f"{option}={option_value('+'.join(names))}" for option, names in by_option.items())) + " if so"]
     elif hasattr(convert, "caption"):
         use = [f"{first.negative} as its name if so"] * (not label)

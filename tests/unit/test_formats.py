@@ -684,6 +684,20 @@ def test_negatives_beside_labels_are_not_left_out(tmp_path: Path) -> None:
     assert group.match == ((1, 0),)
 
 
+def test_false_texts_that_a_refusal_names_are_read_by_what_it_says(tmp_path: Path) -> None:
+    """Beside those that are read already, by their usual name or by an option."""
+    row = CAPTION | {"negative_caption": "a cat", "neg_caption": "a big cow", "m": {"neg": "a red bus"}}
+    path = lines(tmp_path / "rows.jsonl", [row])
+    for format in ("captions", "captions:negative_caption=neg_caption"):
+        with pytest.raises(DataError) as raised:
+            read_manifest(path, format=format)
+        (said,) = re.findall(r"say (\S+) if so", str(raised.value))
+        (group,) = read_manifest(path, format=said)
+        assert {each.text for each in group.candidates} == {"a dog", "a cat", "a big cow", "a red bus"} and group.match == ((1, 0, 0, 0),)
+    with pytest.raises(DataError, match="negative_caption and ignore both name the column 'neg_caption'"):
+        read_manifest(path, format="captions:negative_caption=neg_caption,ignore=neg_caption+m.neg")
+
+
 @pytest.mark.parametrize("first", [None, True, 0, 1.0])
 def test_rows_for_kto_are_recognised_whatever_the_first_says(first: object, tmp_path: Path) -> None:
     """A row without its label is a problem of its own."""

@@ -160,7 +160,7 @@ class Captions:
     def _read(self, row: Mapping[str, Any]) -> _Read:
         row = without_nulls(row, self.ignore)
         row_pictures(row, ())  # refuses videos
-        columns = {option: self._columns(row, option) for option in DEFAULTS}
+        columns = {option: self.columns_of(row, option) for option in DEFAULTS}
         for option in ("caption", *(("image",) if self.image or self.usual else ())):
             if not columns[option]:
                 names = f"the usual names are {', '.join(DEFAULTS[option])}" if self.usual else f"there are {_names(row)}"
@@ -202,7 +202,7 @@ class Captions:
                 raise DataError(f"row: column {columns[0]!r} holds {what}; {remedy}, or say json=true if it is a caption as it is")
         return [text.strip() for text in texts]
 
-    def _columns(self, row: Mapping[str, Any], option: str) -> list[str]:
+    def columns_of(self, row: Mapping[str, Any], option: str) -> list[str]:
         """The columns that an option stands for: those that it names, or the first of the usual names that the row has."""
         if given := getattr(self, option):
             wanted = [given] if _has(row, given) else given.split("+")
