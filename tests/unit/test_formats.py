@@ -505,20 +505,6 @@ COLUMN_MARKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     "false texts beside a label": ("captions:label=ok", [CAPTION | {"ok": 1, "wrong_caption": "a b c"}], ["wrong_caption"]),
     "false texts": ("captions", of("wrong_caption", "a cat on a mat", "x"), ["wrong_caption"]),
     "lists of false texts": ("captions", of("hard_negatives", ["a cat", "a bus"], []), ["hard_negatives"]),
-    "gaps of a table": ("captions", of("y", "1", "0", "N/A", "1", "?"), ["y"]),
-    "gaps of a data frame": ("captions", of("is_correct", 1.0, 0.0, float("nan"), 1.0), ["is_correct"]),
-    "places of the right one": ("captions", of("correct_choice_idx", 2, 0, 1, 3, 2), ["correct_choice_idx"]),
-    "of every caption": (
-        "hf:image=image,caption=of.said",
-        [{"image": "a.png", "of": [{"said": f"a {k}", "rel": "contradiction"}, {"said": f"b {k}", "rel": "entailment"}]} for k in (0, 1)],
-        ["of.rel"],
-    ),
-    "false answers": ("messages", [CHAT, CHAT | {"images": ["b.png"], "rejected_response": "no bus"}], ["rejected_response"]),
-    "false message": ("llava", [talk("a?", "b") | {"negative": {"from": "gpt", "value": "a bad one"}}], ["negative.value"]),
-    "more than one false answer": ("preference", [CHOICE | {"rejected_2": "no bus"}], ["rejected_2"]),
-    "false pictures of a container": ("captions", of("wrong_image", "rows.tar#512+60", "rows.tar#1024+60"), ["wrong_image"]),
-    "false members": ("webdataset", [GOOD["webdataset"] | {"foil.txt": "a cat on a mat"}], ["foil.txt"]),
-    "pictures that no row shows": ("messages", [row | {"img": IMAGE} for row in told("x", {})], ["img"]),
 }
 
 
@@ -544,6 +530,36 @@ def test_a_label_is_told_by_its_values_over_the_rows(case: str, tmp_path: Path) 
             "all at once",
             "rarely",
         )
+
+
+MORE_MARKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
+    "gaps of a table": ("captions", of("y", "1", "0", "N/A", "1", "?"), ["y"]),
+    "a gap that is a word": ("captions", of("label", "none", "severe", "none"), ["label"]),
+    "gaps of what marks the false": ("captions", of("is_foil", "1", "0", "?", "0"), ["is_foil"]),
+    "gaps of a data frame": ("captions", of("is_correct", 1.0, 0.0, float("nan"), 1.0), ["is_correct"]),
+    "places of the right one": ("captions", of("correct_choice_idx", 2, 0, 1, 3, 2), ["correct_choice_idx"]),
+    "of every caption": (
+        "hf:image=image,caption=of.said",
+        [{"image": "a.png", "of": [{"said": f"a {k}", "rel": "contradiction"}, {"said": f"b {k}", "rel": "entailment"}]} for k in (0, 1)],
+        ["of.rel"],
+    ),
+    "false answers": ("messages", [CHAT, CHAT | {"images": ["b.png"], "rejected_response": "no bus"}], ["rejected_response"]),
+    "false message": ("llava", [talk("a?", "b") | {"negative": {"from": "gpt", "value": "a bad one"}}], ["negative.value"]),
+    "more than one false answer": ("preference", [CHOICE | {"rejected_2": "no bus"}], ["rejected_2"]),
+    "false pictures of a container": ("captions", of("wrong_image", "rows.tar#512+60", "rows.tar#1024+60"), ["wrong_image"]),
+    "false members": ("webdataset", [GOOD["webdataset"] | {"foil.txt": "a cat on a mat"}], ["foil.txt"]),
+    "pictures that no row shows": ("messages", [row | {"img": IMAGE} for row in told("x", {})], ["img"]),
+}
+
+
+def test_what_would_be_learned_as_true_or_lost_is_refused(tmp_path: Path) -> None:
+    for case, (format, rows, names) in MORE_MARKS.items():
+        path = lines(tmp_path / "rows.jsonl", rows)
+        with pytest.raises(DataError) as raised:
+            open_groups(path, tmp_path, format)
+        assert re.findall(r"(?<!\w)'([\w.]+)' \(", said := str(raised.value)) == names, case
+        (ignoring,) = re.findall(r"([\w.:=,+]+) if not$", said)
+        assert len(open_groups(path, format=ignoring)) == len(rows), case
 
 
 COLUMN_NO_MARKS: dict[str, list[dict[str, Any]]] = {

@@ -32,7 +32,7 @@ _UNKNOWN = ("neutral", "unknown", "unsure", "uncertain")
 _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), **dict.fromkeys(_UNKNOWN)}
 """Values of a label, in small letters."""
 
-_GAPS = ("", "nan", "na", "n/a", "none", "null", "-", "?")
+_GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
 """What tables have in place of a value."""
 
 _MEANS_FALSE = frozenset((
@@ -76,7 +76,7 @@ class Column:
                 self.phrase = self.phrase or each
                 if blind and _PICTURE.search(each):
                     self.unseen = self.unseen or each
-            if isinstance(each, str | int | float) and (word := _word(each)) not in _GAPS:
+            if isinstance(each, str | int | float) and (word := _word(each)):
                 self.count += 1
                 if len(self.values) <= _FEW:
                     self.values.setdefault(word, each)
@@ -84,18 +84,18 @@ class Column:
     @property
     def is_label(self) -> bool:
         """Whether the values may say what is true."""
-        values, names, last = self.values.keys(), {*self._words}, self._words[-1:]
-        if len(values) > _FEW or not values:
+        values, names, last = self.values.keys() - _GAPS, {*self._words}, self._words[-1:]
+        if len(self.values) > _FEW or not values:
             return False
         if values & {"true", "false"} or any(_TRUTHS.get(word) == 0 and len(word) > 1 for word in values):
             return True
-        many = self.count > len(values) > 1 and last not in (["id"], ["ids"])
+        many = self.count > len(self.values) > 1 and last not in (["id"], ["ids"])
         if values <= _TRUTHS.keys() | {"-1"}:
             named = not names.isdisjoint(_NAMES) or ("0" in values and not names.isdisjoint(_WEIGHTS))
             return (named and last not in (["id"], ["ids"])) or (many and not values.isdisjoint(("0", "-1", "f", "n")))
         if all(map(str.isdecimal, values)):  # classes, or the place of the right one of several texts
             return many and not names.isdisjoint(_NAMES)
-        return many and len(values) <= 3 and last in (["label"], ["labels"])
+        return many and len(self.values) <= 3 and last in (["label"], ["labels"])
 
     @property
     def is_false_texts(self) -> bool:
@@ -111,12 +111,12 @@ class Column:
     def option(self) -> str:
         """What names the column as a label, with its values where the usual meanings are not known to hold."""
         name = option_value(self.name)
-        if not self.values.keys() <= _TRUTHS.keys():
+        if not (values := self.values.keys() - _GAPS) <= _TRUTHS.keys():
             return f"label={name},true=...,false=..."
         if _INVERTS.isdisjoint(self._words):
             return f"label={name}"
         opposite = {"1": "0", "0": "1", "true": "false", "false": "true", "yes": "no", "no": "yes"}
-        words = {truth: [word for word in self.values if _TRUTHS[word] == truth] for truth in (0, 1)}
+        words = {truth: [word for word in self.values if word in values and _TRUTHS[word] == truth] for truth in (0, 1)}
         true, false = ("+".join(words[k] or [opposite.get(word, "...") for word in words[1 - k]]) for k in (0, 1))
         return f"label={name},true={true},false={false}"
 
