@@ -557,7 +557,8 @@ def test_what_would_be_learned_as_true_or_lost_is_refused(tmp_path: Path) -> Non
         path = lines(tmp_path / "rows.jsonl", rows)
         with pytest.raises(DataError) as raised:
             open_groups(path, tmp_path, format)
-        assert re.findall(r"(?<!\w)'([\w.]+)' \(", said := str(raised.value)) == names, case
+        said = str(raised.value)
+        assert re.findall(r"(?<!\w)'([\w.]+)' \(", said) == names, case
         (ignoring,) = re.findall(r"([\w.:=,+]+) if not$", said)
         assert len(open_groups(path, format=ignoring)) == len(rows), case
 
