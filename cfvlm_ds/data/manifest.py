@@ -127,8 +127,10 @@ _LOOKED_FOR_MARKS, _STRETCH = 2048, 64  # groups whose metadata are looked at fo
 
 
 def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
-    """Raise DataError for a column that an option of the format names and that no row has."""
+    """Raise DataError for a column that an option of the format names and that no row has, or that ``ignore`` names too."""
     absent = {(option, column) for option in (*DEFAULTS, "label", "ignore") for column in getattr(convert, option, "").split("+") if column}
+    if both := sorted((column, option) for option, column in absent if option != "ignore" and ("ignore", column) in absent):
+        raise DataError(f"{rows.path}: {both[0][1]} and ignore both name the column {both[0][0]!r}; leave it out of one of them")
     counted = Progress(progress, f"{rows.path}: columns", len(rows), "rows")
     for row in counted.over(range(len(rows)) if absent else ()):
         alive()
@@ -162,33 +164,39 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
     starts = np.unique(np.linspace(0, max(0, len(store) - _STRETCH), min(number, most)).astype(int)).tolist()
     stretches = [range(start, min(start + _STRETCH, len(store))) for start in starts]
 
-    def metadata() -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def metadata() -> Iterator[tuple[int, Mapping[str, Any], bool]]:
         for stretch in stretches:
             alive()
             for index, group in zip(stretch, store.batch(stretch), strict=True):
                 if not isinstance(group, DataError) and isinstance(meta := json.loads(group.meta or "null"), Mapping):
-                    yield index, meta
+                    yield index, meta, not group.num_pictures
 
     label = getattr(convert, "label", None)  # None: the format has no such option
-    found = [each for each in marks(metadata(), convert.ignore) if each.name != label and (each.is_label or hasattr(convert, "caption"))]
+    every = {column.partition(".")[0] for option in DEFAULTS for column in getattr(convert, option, "").split("+") if "." in column}
+    found = [each for each in marks(metadata(), convert.ignore, every) if each.name != label]
     if not found:
         return
     named, _, options = store.format.partition(":")
-    options = re.sub(r'(^|,)\s*ignore\s*=\s*("[^"]*"|[^,]*)', "", options).strip(",")
 
     def spec(*given: str, ignored: Sequence[Column] = ()) -> str:
+        again = "|".join(["ignore", *(each.partition("=")[0] for each in given)])
+        kept = re.sub(rf'(^|,)\s*({again})\s*=\s*("[^"]*"|[^,]*)', "", options).strip(",")
         ignore = option_value("+".join(filter(None, [convert.ignore, *(each.name for each in ignored)])))
-        return f"{named}:{','.join(filter(None, [options, *given, ignore and f'ignore={ignore}']))}"
+        return f"{named}:{','.join(filter(None, [kept, *given, ignore and f'ignore={ignore}']))}"
 
     first, others = found[0], found[1:]
     what, use = "may have what is false of the row's picture", []
     if not label and isinstance(convert, Captions):
         by_option: dict[str, list[str]] = {}
         for each in found:
-            by_option.setdefault(each.negative, []).append(each.name)
+            by_option.setdefault(each.negative, convert.columns_of(store.rows.value(each.row), each.negative)).append(each.name)
         use = [spec(*(f"{option}={option_value('+'.join(names))}" for option, names in by_option.items())) + " if so"]
-    elif not label:
-        use = ["negative_caption as its name if so"]
+    elif hasattr(convert, "caption"):
+        use = [f"{first.negative} as its name if so"] * (not label)
+    else:
+        use = ["'rejected' as its name, and the format preference, if so" if label == "" else "a row for each false text if so"]
+    if not (first.is_label or first.is_false_texts):
+        what, use = "may name pictures of rows that show none", ["image as its name if so"]
     if first.is_label:
         what, use = "may say whether the text is true", []
         if label == "":

@@ -112,6 +112,19 @@ def test_pictures_that_no_place_is_marked_for_come_first(tmp_path: Path) -> None
     assert group.candidates[0].prompt == (Turn("system", ("s",)), Turn("user", (PICTURE, PICTURE, "a?")))
 
 
+def test_a_conversation_shows_the_picture_of_any_usual_column(tmp_path: Path) -> None:
+    """As captions do; pictures that a message names itself are shown, and the column is metadata."""
+    write_pictures(tmp_path)
+    for row in (talk("a?", "b"), CHAT | {"messages": [{"role": "user", "content": "a?"}, *CHAT["messages"][1:]]}, CHOICE):
+        said = {key: value for key, value in row.items() if key not in ("image", "images")}
+        for column in ("file_name", "image_path"):
+            (group,) = read_manifest(lines(tmp_path / "rows.jsonl", [said | {column: IMAGE}]))
+            assert group.images == ((tmp_path / IMAGE,),) and column not in group.meta
+    named = parts({"type": "image", "image": IMAGE}, {"type": "text", "text": "a?"}) | {"file_name": "images/001.png"}
+    (group,) = read_manifest(lines(tmp_path / "rows.jsonl", [named]))
+    assert group.images == ((tmp_path / IMAGE,),) and json.loads(group.meta) == {"file_name": "images/001.png"}
+
+
 def test_completions_whole_conversations_and_alpaca(tmp_path: Path) -> None:
     user, good, bad = ({"role": who, "content": said} for who, said in (("user", "a?"), ("assistant", "yes"), ("assistant", "no")))
     rows: list[tuple[str, dict[str, Any], list[str]]] = [
@@ -421,6 +434,8 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "no label": ("captions:label=l", CAPTION, "column 'l', the label, is not there; write whether"),
     "broken JSON": ("captions", CAPTION | {"caption": '{"q": "a}'}, "looks like JSON and is broken; correct it, or say json=true"),
     "labels of other captions": ("captions:label=l", CAPTION | {"l": [1, 0]}, "2 labels and 1 captions"),
+    "place of the right choice": ("captions:label=l", CAPTION | {"caption": ["a", "b"], "l": 1}, "1 labels and 2 captions"),
+    "list as numpy prints it": ("captions", CAPTION | {"caption": "['a dog'\n 'a cat']"}, "which looks like a list and is broken"),
     "history of texts": ("messages", {"query": "a?", "response": "b", "history": ["c"]}, "'history' must be a list of pairs"),
     "answer to nothing": ("messages", {"response": "b"}, "'response' answers nothing"),
     "sample without a picture": ("webdataset", {"__key__": "a", "txt": "x"}, "sample 'a' has no picture"),
@@ -517,6 +532,37 @@ def test_a_label_is_told_by_its_values_over_the_rows(case: str, tmp_path: Path) 
         )
 
 
+MORE_MARKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
+    "gaps of a table": ("captions", of("y", "1", "0", "N/A", "1", "?"), ["y"]),
+    "a gap that is a word": ("captions", of("label", "none", "severe", "none"), ["label"]),
+    "gaps of what marks the false": ("captions", of("is_foil", "1", "0", "?", "0"), ["is_foil"]),
+    "gaps of a data frame": ("captions", of("is_correct", 1.0, 0.0, float("nan"), 1.0), ["is_correct"]),
+    "places of the right one": ("captions", of("correct_choice_idx", 2, 0, 1, 3, 2), ["correct_choice_idx"]),
+    "of every caption": (
+        "hf:image=image,caption=of.said",
+        [{"image": "a.png", "of": [{"said": f"a {k}", "rel": "contradiction"}, {"said": f"b {k}", "rel": "entailment"}]} for k in (0, 1)],
+        ["of.rel"],
+    ),
+    "false answers": ("messages", [CHAT, CHAT | {"images": ["b.png"], "rejected_response": "no bus"}], ["rejected_response"]),
+    "false message": ("llava", [talk("a?", "b") | {"negative": {"from": "gpt", "value": "a bad one"}}], ["negative.value"]),
+    "more than one false answer": ("preference", [CHOICE | {"rejected_2": "no bus"}], ["rejected_2"]),
+    "false pictures of a container": ("captions", of("wrong_image", "rows.tar#512+60", "rows.tar#1024+60"), ["wrong_image"]),
+    "false members": ("webdataset", [GOOD["webdataset"] | {"foil.txt": "a cat on a mat"}], ["foil.txt"]),
+    "pictures that no row shows": ("messages", [row | {"img": IMAGE} for row in told("x", {})], ["img"]),
+}
+
+
+def test_what_would_be_learned_as_true_or_lost_is_refused(tmp_path: Path) -> None:
+    for case, (format, rows, names) in MORE_MARKS.items():
+        path = lines(tmp_path / "rows.jsonl", rows)
+        with pytest.raises(DataError) as raised:
+            open_groups(path, tmp_path, format)
+        said = str(raised.value)
+        assert re.findall(r"(?<!\w)'([\w.]+)' \(", said) == names, case
+        (ignoring,) = re.findall(r"([\w.:=,+]+) if not$", said)
+        assert len(open_groups(path, format=ignoring)) == len(rows), case
+
+
 COLUMN_NO_MARKS: dict[str, list[dict[str, Any]]] = {
     "ids": of("annotator_id", 0, 1, 0, 1),
     "places of rows": of("idx", *range(9)),
@@ -556,7 +602,7 @@ def test_what_messages_and_samples_say_beside_is_kept(tmp_path: Path) -> None:
     assert json.loads(group.meta) == {"id": "a", "sample.txt": "x", "json.image": "coco/1.jpg"}
 
 
-@pytest.mark.parametrize("column", ["foil", "is_wrong", "hallucinated", "isfoil"])
+@pytest.mark.parametrize("column", ["foil", "is_wrong", "hallucinated", "isfoil", "unfaithful", "not_true"])
 def test_a_column_that_marks_false_texts_needs_its_values(column: str, tmp_path: Path) -> None:
     """Its 1 means false, and a label's 1 means true; a table with gaps writes 1.0."""
     write_pictures(tmp_path)
@@ -653,6 +699,20 @@ def test_negatives_beside_labels_are_not_left_out(tmp_path: Path) -> None:
         read_manifest(path, format="captions:label=label")
     (group,) = read_manifest(path, format="captions:label=label,ignore=negative_caption")
     assert group.match == ((1, 0),)
+
+
+def test_false_texts_that_a_refusal_names_are_read_by_what_it_says(tmp_path: Path) -> None:
+    """Beside those that are read already, by their usual name or by an option."""
+    row = CAPTION | {"negative_caption": "a cat", "neg_caption": "a big cow", "m": {"neg": "a red bus"}}
+    path = lines(tmp_path / "rows.jsonl", [row])
+    for format in ("captions", "captions:negative_caption=neg_caption"):
+        with pytest.raises(DataError) as raised:
+            read_manifest(path, format=format)
+        (said,) = re.findall(r"say (\S+) if so", str(raised.value))
+        (group,) = read_manifest(path, format=said)
+        assert {each.text for each in group.candidates} == {"a dog", "a cat", "a big cow", "a red bus"} and group.match == ((1, 0, 0, 0),)
+    with pytest.raises(DataError, match="negative_caption and ignore both name the column 'neg_caption'"):
+        read_manifest(path, format="captions:negative_caption=neg_caption,ignore=neg_caption+m.neg")
 
 
 @pytest.mark.parametrize("first", [None, True, 0, 1.0])

@@ -88,7 +88,7 @@ def _prepared(path: Path, folder: Path) -> Prepared:
 
 
 def _name(path: Path, container: str, sources: Sequence[Path]) -> str:
-    state = [[str(each), (stat := os.stat(each)).st_size, stat.st_mtime_ns] for each in sources]
+    state = [[str(each), (stat := os.stat(each)).st_size, stat.st_mtime_ns, stat.st_ctime_ns] for each in sources]
     digest = hashlib.blake2b(json.dumps([_FORM, container, os.path.abspath(path), state]).encode("utf-8", "surrogatepass"), digest_size=8)
     return f"{path.name[:80].replace('*', '_')}.{digest.hexdigest()}{ENDING}"
 

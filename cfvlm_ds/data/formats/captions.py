@@ -16,6 +16,7 @@ label is refused until it is named, or ignored, and so is a caption that is a JS
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,13 +25,13 @@ from cfvlm_ds.core.conversation import DESCRIBE, Prompt, check_conversation, nor
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.formats.chat import placed, read_pictures, row_pictures, without_nulls
+from cfvlm_ds.data.formats.chat import PATHS, placed, read_pictures, row_pictures, without_nulls
 from cfvlm_ds.data.formats.fields import as_list, as_meta, json_object, name, row_id, value_of, without
 from cfvlm_ds.data.formats.messages import spoken_as
 from cfvlm_ds.data.formats.truth import Claim, Said, check_label, is_question, joined, truth_of
 
 DEFAULTS: dict[str, tuple[str, ...]] = {
-    "image": ("image", "image_path", "img_path", "file_name", "filename", "filepath"),
+    "image": ("image", *PATHS),
     "caption": ("caption", "captions", "text", "title"),
     "negative_caption": ("negative_caption", "negative_captions", "neg_caption", "neg_captions"),
     "negative_image": ("negative_image", "negative_images"),
@@ -38,6 +39,10 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     "edit": ("edit", "edit_type"),
     "id": ("id",),
 }
+
+
+_BROKEN_LIST = re.compile(r"""\[\s*['"].*\]$""", re.DOTALL)
+"""A list of texts that is none, as numpy prints one without commas, once those that can be read are."""
 
 
 class _Read(NamedTuple):
@@ -135,7 +140,7 @@ class Captions:
                 remedy = f"say ignore={negative[0]} if they are to be left out, or drop label= if every caption is true"
                 raise DataError(f"row: column {negative[0]!r} is not read beside label={self.label}; {remedy}")
         labels = as_list(value_of(read.row, self.label))
-        labels = labels if isinstance(labels, list) else [labels] * len(read.texts)
+        labels = labels if isinstance(labels, list) else [labels]
         if len(labels) != len(read.texts):
             raise DataError(f"row: {len(labels)} labels and {len(read.texts)} captions; give each caption one")
         if read.prompt in ("", DESCRIBE) and (text := next(filter(is_question, read.texts), None)):
@@ -155,7 +160,7 @@ class Captions:
     def _read(self, row: Mapping[str, Any]) -> _Read:
         row = without_nulls(row, self.ignore)
         row_pictures(row, ())  # refuses videos
-        columns = {option: self._columns(row, option) for option in DEFAULTS}
+        columns = {option: self.columns_of(row, option) for option in DEFAULTS}
         for option in ("caption", *(("image",) if self.image or self.usual else ())):
             if not columns[option]:
                 names = f"the usual names are {', '.join(DEFAULTS[option])}" if self.usual else f"there are {_names(row)}"
@@ -184,6 +189,9 @@ class Captions:
         for text in texts:
             if not isinstance(text, str):
                 raise DataError(f"row: column {columns[0]!r} must hold a text or a list of texts, not {quoted(text)}; write it as one")
+            if not self.json and _BROKEN_LIST.match(text.strip()):
+                what = f"{quoted(text, 40)}, which looks like a list and is broken"
+                raise DataError(f"row: column {columns[0]!r} holds {what}; write it as JSON, or say json=true if it is a caption as it is")
             if not self.json and text.strip()[:1] + text.strip()[-1:] == "{}":
                 said = json_object(text)
                 what = f"a JSON object ({_names(said)}), not a text" if said else f"{quoted(text, 40)}, which looks like JSON and is broken"
@@ -194,7 +202,7 @@ class Captions:
                 raise DataError(f"row: column {columns[0]!r} holds {what}; {remedy}, or say json=true if it is a caption as it is")
         return [text.strip() for text in texts]
 
-    def _columns(self, row: Mapping[str, Any], option: str) -> list[str]:
+    def columns_of(self, row: Mapping[str, Any], option: str) -> list[str]:
         """The columns that an option stands for: those that it names, or the first of the usual names that the row has."""
         if given := getattr(self, option):
             wanted = [given] if _has(row, given) else given.split("+")

@@ -23,6 +23,8 @@ from cfvlm_ds.data.formats.fields import as_meta, row_id, value_of, without
 from cfvlm_ds.data.formats.truth import Claim, Said, check_label, joined, listed, truth_of
 
 IMAGES = ("image", "images")
+PATHS = ("image_path", "img_path", "file_name", "filename", "filepath")
+"""Columns of the picture in a row that has none of those."""
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
     "model": "assistant", "bing": "assistant", "bard": "assistant",
@@ -129,6 +131,11 @@ def read_picture(value: Any, where: str) -> Path:
 def read_pictures(value: Any, where: str) -> Pictures:
     """One picture, or a list of them."""
     return tuple(read_picture(each, where) for each in (value if isinstance(value, list) else [value]))
+
+
+def picture_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns that may name a row's pictures."""
+    return IMAGES if any(key in row for key in IMAGES) else PATHS
 
 
 def row_pictures(row: Mapping[str, Any], keys: Sequence[str], where: str = "row") -> Pictures:
@@ -267,9 +274,10 @@ class Instruct:
         row = without_nulls(row, self.ignore)
         spoken, used = self._spoken(row)
         spoken = with_system(spoken, row, "row")
-        turns, pictures = placed(spoken, row_pictures(row, IMAGES), "row")
+        columns = IMAGES if any(spoken.pictures) else picture_columns(row)
+        turns, pictures = placed(spoken, row_pictures(row, columns), "row")
         answer_of(turns[-1], "row")
-        kept = without(row, [*used, *IMAGES, "id", "system", self.label])
+        kept = without(row, [*used, *columns, "id", "system", self.label])
         beside: list[dict[str, Any]] = [{}] * (len(turns) - len(spoken.further)) + spoken.further
         return _Read(row, turns, pictures, (used[0], beside), {"id": row["id"], **kept} if "id" in row else kept)
 

@@ -27,6 +27,7 @@ from cfvlm_ds.data.formats.chat import (
     IMAGES,
     Spoken,
     answer_of,
+    picture_columns,
     placed,
     read_messages,
     row_pictures,
@@ -40,7 +41,6 @@ from cfvlm_ds.data.formats.messages import ASKED, asked_in, only, spoken_as
 _CONVERSATIONS = ("conversations", "messages")
 _CHOSEN = ("chosen", "chosen_messages")
 _REJECTED = ("rejected", "rejected_response", "rejected_messages")
-_PATHS = ("img_path", "image_path")
 _REJECTED_IMAGES = ("rejected_images", "rejected_image")
 _KEYS = {*_CHOSEN, *_REJECTED, *_REJECTED_IMAGES, "id", "system"}
 
@@ -60,7 +60,7 @@ class Preference:
         row = unpacked(without_nulls(row, self.ignore))
         used, asked, chosen, rejected, further = _said(row)
         asked = with_system(asked, row, "row")
-        paths = IMAGES if any(key in row for key in IMAGES) else _PATHS
+        paths = IMAGES if any(asked.pictures) else picture_columns(row)
         turns, pictures = placed(asked, row_pictures(row, paths), "row")
         check_conversation(turns, "row")
         others = row_pictures({key: row[key] for key in _REJECTED_IMAGES if key in row}, _REJECTED_IMAGES)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cfvlm_ds.core.conversation import Prompt, normalised, normalised_prompt, spelled
@@ -28,56 +28,74 @@ _FALSE = (
     "invalid", "fake", "foil", "bad", "rejected", "hallucinated", "hallucination", "falsified", "refutes", "unsupported",
     "unfaithful", "inaccurate", "inconsistent", "undesirable", "untrue", "not true", "not_entailment",
 )  # fmt: skip
-_TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), "neutral": None, "unknown": None}
+_UNKNOWN = ("neutral", "unknown", "unsure", "uncertain")
+_TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), **dict.fromkeys(_UNKNOWN)}
 """Values of a label, in small letters."""
 
+_GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
+"""What tables have in place of a value."""
+
 _MEANS_FALSE = frozenset((
-    "false", "incorrect", "wrong", "invalid", "mismatch", "mismatched", "mismatches", "negative", "foil", "foiled", "fake",
-    "hallucinated", "hallucination", "contradiction", "counterfactual", "rejected", "bad", "falsified",
+    *(word for word in _FALSE if word.isalpha() and len(word) > 2), "mismatches", "foiled", "counterfactual", "hallucinations",
+    "hallucinates", "contradicts", "contradicted", "contradictory",
 ))  # fmt: skip
-"""Words of a column's name by which it marks the texts that are false (a yes may mean no there), or has such texts."""
+"""Words of a column's name by which it marks the texts that are false, or has such texts."""
 
 _NAMES = {*_TRUTHS, *_MEANS_FALSE, "label", "labels", "cls", "truth", "target", "gt", "kto", "answer", "verdict"} - {"t", "f", "n"}
 _WEIGHTS = {"score", "weight", "loss", "quality", "rating", "similarity", "reward", "keep", "verified", "usable"}
 """Words of a column's name by which its 0 or 1 counts where all rows have the same: of a label, and of a weight, where a 0 counts."""
 
-_FALSE_TEXTS = _MEANS_FALSE | {"neg", "negatives", "distractor", "distractors"}
-_PHRASE = re.compile(r"[^\W\d_].*\s\S|\S\s.*[^\W\d_]|[^\W\d_a-zA-Z]{4}|\.(png|jpe?g|webp)$", re.DOTALL)
-"""Several words, a few letters of a script that need not part them, or the name of a picture."""
+_FALSE_TEXTS = _MEANS_FALSE | {
+    "neg", "negatives", "negated", "distractor", "distractors", "perturbed", "swapped", "corrupted", "altered", "adversarial", "contrast",
+    "contrastive", "cf", "hn",
+}  # fmt: skip
+_INVERTS = _FALSE_TEXTS | {"not", "non", "error", "errors", "erroneous", "noise", "noisy", "misaligned", "unrelated", "irrelevant"}
+"""Words of a label's name by which its yes may mean no."""
+
+_PHRASE = re.compile(r"[^\W\d_].*\s\S|\S\s.*[^\W\d_]|[^\W\d_a-zA-Z]{4}", re.DOTALL)
+"""Several words, or a few letters of a script that need not part them."""
+_PICTURE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$|#\d+\+\d+$", re.IGNORECASE)
+"""The name of a picture, or of its bytes in a container."""
+_MEMBER = re.compile(r"\.(txt|text|caption|cls|value|content|image|img|png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 _FEW = 5  # different values of a label
 _DEEP = 8  # objects within objects that are looked into
 
 
 class Column:
-    """The values of a column over rows: in small letters, as many as a label may have, and how often it has one."""
+    """The values of a column over rows: in small letters, as many as a label may have, and how often it has one; a text or picture, and
+    a picture of a row that shows none."""
 
     def __init__(self, name: str, row: int) -> None:
-        self.name, self.row, self.count, self.values, self.phrase = name, row, 0, dict[str, Any](), ""
+        self.name, self.row, self.count, self.values, self.phrase, self.unseen = name, row, 0, dict[str, Any](), "", ""
         self._words = _words(name)
 
-    def add(self, value: Any) -> None:
+    def add(self, value: Any, blind: bool) -> None:
         value = as_list(value)
         for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, str) and _PHRASE.search(each):
+            if isinstance(each, str) and (_PHRASE.search(each) or _PICTURE.search(each)):
                 self.phrase = self.phrase or each
-            if isinstance(each, str | int | float) and each != "":
+                if blind and _PICTURE.search(each):
+                    self.unseen = self.unseen or each
+            if isinstance(each, str | int | float) and (word := _word(each)):
                 self.count += 1
                 if len(self.values) <= _FEW:
-                    self.values.setdefault(_word(each), each)
+                    self.values.setdefault(word, each)
 
     @property
     def is_label(self) -> bool:
         """Whether the values may say what is true."""
-        values, names, last = self.values.keys(), {*self._words}, self._words[-1:]
-        if len(values) > _FEW or not values:
+        values, names, last = self.values.keys() - _GAPS, {*self._words}, self._words[-1:]
+        if len(self.values) > _FEW or not values:
             return False
         if values & {"true", "false"} or any(_TRUTHS.get(word) == 0 and len(word) > 1 for word in values):
             return True
-        many = self.count > len(values) > 1 and last not in (["id"], ["ids"])
+        many = self.count > len(self.values) > 1 and last not in (["id"], ["ids"])
         if values <= _TRUTHS.keys() | {"-1"}:
             named = not names.isdisjoint(_NAMES) or ("0" in values and not names.isdisjoint(_WEIGHTS))
             return (named and last not in (["id"], ["ids"])) or (many and not values.isdisjoint(("0", "-1", "f", "n")))
-        return many and len(values) <= 3 and last in (["label"], ["labels"])
+        if all(map(str.isdecimal, values)):  # classes, or the place of the right one of several texts
+            return many and not names.isdisjoint(_NAMES)
+        return many and len(self.values) <= 3 and last in (["label"], ["labels"])
 
     @property
     def is_false_texts(self) -> bool:
@@ -87,51 +105,55 @@ class Column:
     @property
     def negative(self) -> str:
         """The option that names such columns."""
-        return "negative_image" if re.search(r"\.(png|jpe?g|webp)$", self.phrase) else "negative_caption"
+        return "negative_image" if _PICTURE.search(self.phrase) else "negative_caption"
 
     @property
     def option(self) -> str:
         """What names the column as a label, with its values where the usual meanings are not known to hold."""
         name = option_value(self.name)
-        if not self.values.keys() <= _TRUTHS.keys():
+        if not (values := self.values.keys() - _GAPS) <= _TRUTHS.keys():
             return f"label={name},true=...,false=..."
-        if _MEANS_FALSE.isdisjoint(self._words):
+        if _INVERTS.isdisjoint(self._words):
             return f"label={name}"
         opposite = {"1": "0", "0": "1", "true": "false", "false": "true", "yes": "no", "no": "yes"}
-        words = {truth: [word for word in self.values if _TRUTHS[word] == truth] for truth in (0, 1)}
+        words = {truth: [word for word in self.values if word in values and _TRUTHS[word] == truth] for truth in (0, 1)}
         true, false = ("+".join(words[k] or [opposite.get(word, "...") for word in words[1 - k]]) for k in (0, 1))
         return f"label={name},true={true},false={false}"
 
     def __str__(self) -> str:
-        shown = ", ".join(quoted(value, 40) for value in self.values.values()) if self.is_label else quoted(self.phrase, 80)
+        shown = ", ".join(quoted(value, 40) for value in self.values.values()) if self.is_label else quoted(self.unseen or self.phrase, 80)
         return f"{self.name!r} ({shown})"
 
 
-def marks(rows: Iterable[tuple[int, Mapping[str, Any]]], ignore: str) -> list[Column]:
-    """The columns, of those that a format keeps as metadata, that may say which texts are false, or have some: labels first.
+def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str, every: Collection[str] = ()) -> list[Column]:
+    """The columns, of those that a format keeps as metadata, that may say which texts are false, or have some, or pictures of rows that
+    show none: labels first, and then false texts.
 
     Args:
-        rows: number and metadata of each row.
+        rows: number and metadata of each row, and whether it shows no picture.
         ignore: columns that are none, joined by ``+``.
+        every: as in ``leaves``.
     """
     columns: dict[str, Column] = {}
-    for number, row in rows:
-        for name, value in leaves(row):
-            columns.setdefault(name, Column(name, number)).add(value)
-    found = [each for each in columns.values() if each.name not in listed(ignore) and (each.is_label or each.is_false_texts)]
-    return sorted(found, key=lambda each: (not each.is_label, "label" not in each.name))
+    for number, row, blind in rows:
+        for name, value in leaves(row, every):
+            columns.setdefault(name, Column(name, number)).add(value, blind)
+    found = [each for each in columns.values() if each.name not in listed(ignore)]
+    found = [each for each in found if each.is_label or each.is_false_texts or each.unseen]
+    return sorted(found, key=lambda each: (not each.is_label, not each.is_false_texts, "label" not in each.name))
 
 
-def leaves(row: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+def leaves(row: Mapping[str, Any], every: Collection[str] = (), before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Name and value of what a row holds, ``a.b`` being ``b`` within ``a``: an object, JSON of one, or the last of a list of them, as the
-    answer is the last of messages."""
+    answer is the last of messages; of a column in ``every``, all of them."""
     for key, value in row.items():
-        last = value[-1] if isinstance(value, list) and value else value
-        inner = last if isinstance(last, Mapping) else json_object(last)
-        if inner and depth < _DEEP:
-            yield from leaves(inner, f"{before}{key}.", depth + 1)
-        else:
-            yield f"{before}{key}", value
+        items = value if isinstance(value, list) and value else [value]
+        for item in items if key in every else items[-1:]:
+            inner = item if isinstance(item, Mapping) else json_object(item)
+            if inner and depth < _DEEP:
+                yield from leaves(inner, (), f"{before}{key}.", depth + 1)
+            else:
+                yield f"{before}{key}", item if key in every else value
 
 
 def option_value(value: str) -> str:
@@ -145,8 +167,8 @@ def listed(columns: str) -> tuple[str, ...]:
 
 
 def _words(name: str) -> list[str]:
-    """The words of a column's own name, ``isFoil`` and ``isfoil`` being ``foil``."""
-    own = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.rpartition(".")[2]).lower()
+    """The words of a column's own name, ``isFoil`` and ``isfoil`` being ``foil``, and so ``foil.txt``, a member of a tar."""
+    own = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", _MEMBER.sub("", name).rpartition(".")[2]).lower()
     return [re.sub("^is(?=.)", "", word) for word in re.findall(r"[a-z]+", own)]
 
 
@@ -172,7 +194,7 @@ def check_label(label: str, true: str, false: str, **others: object) -> None:
         raise DataError(f"{useless[0]}= is not read beside label=, which says of each text whether it is true; leave one of them out")
     if both := sorted({*map(_word, true.split("+"))} & {*map(_word, false.split("+"))} - {""}):
         raise DataError(f"{both[0]!r} is listed as true and as false; keep one of them")
-    if not (true or false) and not _MEANS_FALSE.isdisjoint(_words(label)):
+    if not (true or false) and not _INVERTS.isdisjoint(_words(label)):
         values = "list its values, as in true=0,false=1 or true=false,false=true"
         raise DataError(f"column {label!r} may mark the texts that are false by its yes; {values}")
 
