@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cfvlm_ds.batching.collator import Collator, load_collator
-from cfvlm_ds.cluster.signals import WorkerLost, shield_worker, worker_deaths
+from cfvlm_ds.cluster.signals import WorkerLost, last_word, shield_worker, worker_deaths
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig, RunConfig
 from cfvlm_ds.core.data_config import DataConfig, DataSet
 from cfvlm_ds.core.distributed import Patience, World, agreed, broadcast_object, gather_objects
@@ -102,7 +102,7 @@ def by_rank_0(world: World, patience: Patience, what: str, function: Callable[[]
 
     def call() -> Any:
         try:
-            with worker_deaths():
+            with last_word(), worker_deaths():
                 return function()
         except WorkerLost as lost:
             raise StorageError(
