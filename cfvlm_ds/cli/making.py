@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from cfvlm_ds.counterfactuals.scorer import RankedScorer
 
 _WORK = "work folder that `data propose` began"
-_SHARD = "the shard to work on, I of 0 to N-1; the others are for other processes, at the same time or not"
 
 
 def add(data: Any) -> None:
@@ -82,7 +81,7 @@ def add(data: Any) -> None:
     text = "propose, edit and verify one shard of a plan; without --shard all of them one after the other, and select"
     command = add_command(data, "run", _run, text, "cfvlm-ds data run --config examples/build_coco.yaml --shard 3/64")
     command.add_argument("--config", required=True, help="YAML of the plan")
-    command.add_argument("--shard", type=_shard_or_number, metavar="I/N", help=f"{_SHARD}; I alone is one of the plan's shards")
+    _add_shard(command)
 
     text = "how far a work folder is, and which shards are missing"
     command = add_command(data, "status", _status, text, "cfvlm-ds data status W --check")
@@ -92,7 +91,8 @@ def add(data: Any) -> None:
 
 
 def _add_shard(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--shard", type=_shard_or_number, metavar="I/N", help=_SHARD)
+    text = "the shard to work on, I of 0 to N-1, or I alone where N is known; the others are for other processes, at the same time or not"
+    command.add_argument("--shard", type=_shard_or_number, metavar="I/N", help=text)
 
 
 def _shard_or_number(text: str) -> tuple[int, int | None]:

@@ -41,7 +41,7 @@ from cfvlm_ds.counterfactuals.audit import shortcuts
 from cfvlm_ds.counterfactuals.audit.duplicates import look, near_pairs
 from cfvlm_ds.counterfactuals.audit.report import audit, write_report
 from cfvlm_ds.counterfactuals.checks import compared, largest_piece, perceptual_hash
-from cfvlm_ds.counterfactuals.edit.base import EditContext, Picture, Task
+from cfvlm_ds.counterfactuals.edit.base import Picture, Task
 from cfvlm_ds.counterfactuals.edit.diffusion import OLDEST, Diffusers, call_options
 from cfvlm_ds.counterfactuals.edit.flip import Flip
 from cfvlm_ds.counterfactuals.edit.step import Unit, edit, make
@@ -323,7 +323,7 @@ def test_a_shard_is_worked_on_by_one_process(whole: Path, scenes: Path, tmp_path
     "options, said",
     [
         ({"back_ends": "http", "url": "http://127.0.0.1:9"}, "it cannot be reached .*start the server, or correct the address"),
-        ({"back_ends": "command", "command": "nosuchprogram {request} {output}"}, "no such program"),
+        ({"back_ends": "command", "command": "nosuchprogram {request} {output}"}, "nosuchprogram: cannot be started"),
         ({"back_ends": "command", "command": "true '{request} {output}"}, "no closing quotation"),
         ({"masks": "nowhere"}, "--masks nowhere: no such folder"),
     ],
@@ -823,7 +823,7 @@ def task(path: Path, caption: str = "a cup to the left of a plate", text: str = 
 
 def test_a_mirror_image_is_taken_where_it_is_exact(tmp_path: Path) -> None:
     path = draw(tmp_path / "a.png", [("red", "circle"), ("blue", "square")])
-    flip = Flip()
+    flip = Flip(EditOptions())
     assert flip.takes(task(path)) and not flip.takes(task(path, type="object"))
     found = flip.edit(task(path))
     assert isinstance(found, Picture) and found.image.tobytes() == ImageOps.mirror(Image.open(path).convert("RGB")).tobytes()
@@ -979,7 +979,10 @@ def test_a_command_that_edits_is_called_without_a_shell_and_bounded(photos: Path
     found = edited(photos, tmp_path / "W", back_ends="command", command=command, timeout_s=8.0, threads=5)
     by_id = {each["edit"]: each for each in found}
     assert by_id["p0/0"]["picture"]["size"] == [64, 64] and by_id["p1/0"]["refused"] == "the command ended with 1: no such model"
-    assert by_id["p2/0"]["refused"] == "the command took more than 8 s" and "has written no picture" in by_id["p3/0"]["refused"]
+    assert (
+        by_id["p2/0"]["refused"] == "the command took more than 8 s"
+        and "the command's picture: no such image file" in by_id["p3/0"]["refused"]
+    )
     assert "no image in it" in by_id["p4/0"]["refused"]
     for command in ("", "edit.py {request}"):
         with pytest.raises(ConfigError, match=r"write the command with \{request\} and \{output\}"):
@@ -1017,10 +1020,10 @@ def test_no_secret_of_an_option_is_recorded_or_shown(photos: Path, tmp_path: Pat
         edit(out, EditOptions(back_ends="command", command=command.replace("edit.py", "other.py"), **given), 0, quiet)
 
 
-def test_diffusers_that_is_absent_is_one_sentence(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diffusers_that_is_absent_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ConfigError, match=r"which is not installed; pip install 'cfvlm-ds\[edit\]'"):
-        Diffusers(EditContext(EditOptions(model="x"), WorkFolder.open(whole)))
+        Diffusers(EditOptions(model="x"))
     assert call_options("steps=28, scale=3.5,flag=true,name=x") == {"steps": 28, "scale": 3.5, "flag": True, "name": "x"}
     with pytest.raises(ConfigError, match="write NAME=VALUE"):
         call_options("steps")
@@ -1068,7 +1071,7 @@ def tiny_pipeline(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.diffusers
-def test_code_that_a_pipeline_names_is_not_run(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_a_pipeline_names_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the folder of a part, under a name of its own and a library's, and a module that could be imported; the oldest version is one."""
     import diffusers
 
@@ -1077,7 +1080,7 @@ def test_code_that_a_pipeline_names_is_not_run(whole: Path, tmp_path: Path, monk
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text(planted)
     monkeypatch.syspath_prepend(tmp_path / "importable")
-    editor = EditContext(EditOptions(model=str(tmp_path / "pipe")), WorkFolder.open(whole))
+    editor = EditOptions(model=str(tmp_path / "pipe"))
     for part, library in (("unet", "own"), ("unet", "planted"), ("_class_name", "own"), ("unet", "diffusers"), ("unet", "os")):
         index = {"_class_name": "DDPMPipeline", part: [library, "UNet2DConditionModel"]}
         (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
@@ -1093,21 +1096,21 @@ def test_code_that_a_pipeline_names_is_not_run(whole: Path, tmp_path: Path, monk
 @pytest.mark.long
 @pytest.mark.diffusers
 @pytest.mark.parametrize("kind", ["instruct", "inpaint"])
-def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: str, whole: Path, tmp_path: Path) -> None:
+def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: str, tmp_path: Path) -> None:
     noise_picture(3).crop((0, 0, 50, 41)).save(path := tmp_path / "a.png")
     mask = Image.new("L", (50, 41), 0)
     mask.paste(255, (10, 10, 30, 30))
     mask.save(tmp_path / "m.png")
     options = EditOptions(model=str(tiny_pipeline(tmp_path / "pipe", kind)), options="num_inference_steps=2")
-    editor = Diffusers(EditContext(options, WorkFolder.open(whole)))
+    editor = Diffusers(options)
     assert editor.kind == kind and editor.settings()["batch"] == 1 and editor.takes(task(path)) == (kind == "instruct")
     pictures = [editor.edit(task(path, seed=seed, mask=tmp_path / "m.png")) for seed in (1, 1, 2)]
     content = [picture.image.tobytes() for picture in pictures if isinstance(picture, Picture) and picture.image.size == (50, 41)]
     assert content[0] == content[1] != content[2]
     with pytest.raises(ConfigError, match=r"--options steps: .* is not called with it; it takes .*num_inference_steps"):
-        Diffusers(EditContext(EditOptions(model=options.model, options="steps=2"), WorkFolder.open(whole)))
+        Diffusers(EditOptions(model=options.model, options="steps=2"))
     with pytest.raises(ConfigError, match="no pipeline of diffusers"):
-        Diffusers(EditContext(EditOptions(model=str(tmp_path)), WorkFolder.open(whole)))
+        Diffusers(EditOptions(model=str(tmp_path)))
     unit = Unit(task(path, seed=1, mask=tmp_path / "m.png"), "diffusers", "")
     record, made = make(unit, {"diffusers": editor}, EditOptions())
     assert made is not None and record["picture"]["size"] == [50, 41]

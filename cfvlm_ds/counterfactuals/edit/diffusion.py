@@ -15,7 +15,8 @@ from PIL import Image
 
 from cfvlm_ds.core.errors import ConfigError, is_failure
 from cfvlm_ds.core.versions import version
-from cfvlm_ds.counterfactuals.edit.base import EditContext, Picture, Refused, Task
+from cfvlm_ds.counterfactuals.edit.base import Picture, Refused, Task
+from cfvlm_ds.counterfactuals.options import EditOptions
 
 _MULTIPLE = 32  # pixels that every known pipeline's sides can be multiples of
 OLDEST = "0.42.1"
@@ -28,8 +29,7 @@ class Diffusers:
 
     varies, threads = True, 1
 
-    def __init__(self, context: EditContext) -> None:
-        options = context.options
+    def __init__(self, options: EditOptions) -> None:
         try:
             import diffusers
             import torch

@@ -19,7 +19,7 @@ from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.edit import EDITORS
-from cfvlm_ds.counterfactuals.edit.base import EditContext, Editor, Picture, Refused, Task, picture_by_id, sha256_of
+from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task, picture_by_id, sha256_of
 from cfvlm_ds.counterfactuals.edit.outside import png
 from cfvlm_ds.counterfactuals.options import EditOptions
 from cfvlm_ds.counterfactuals.propose.step import named
@@ -56,7 +56,7 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
         work.need(STEP, shard)
         say(f"{out}: edit is through with shard {shard}")
         return done
-    editors = {name: EDITORS[name](EditContext(options, work, shard)) for name in names}
+    editors = {name: EDITORS[name](options) for name in names}
     own = {name: dict(editor.settings()) for name, editor in editors.items()}
     work.settle(STEP, {**said, "settings": own})
     step = ShardStep(work, STEP, shard)
