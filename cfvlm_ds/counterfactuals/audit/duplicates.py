@@ -14,7 +14,7 @@ from cfvlm_ds.core.conversation import normalised
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.counterfactuals.checks import perceptual_hash
 from cfvlm_ds.counterfactuals.propose.word_difference import words
-from cfvlm_ds.data.decoding import open_image
+from cfvlm_ds.data.decoding import ENDINGS, open_image
 from cfvlm_ds.data.picture_index import content_digest
 
 NEAR = 8
@@ -24,7 +24,7 @@ _ALL_PAIRS = 20_000
 _BLOCK = 512
 GRAM = 8
 """Words in a row that a caption and a benchmark's caption have in common when one was copied."""
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_SUFFIXES = {f".{ending}" for ending in ENDINGS}
 
 
 @dataclass(frozen=True)
