@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfvlm_ds.cli.options import add_command, add_data_options
+from cfvlm_ds.cli.options import add_command, add_data_options, model_named, values_of
+from cfvlm_ds.core.config import IMAGE_LIMITS
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.ranks import num_ranks, own_rank
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from cfvlm_ds.counterfactuals.scorer import RankedScorer
 
 _WORK = "work folder that `data propose` began"
-_SHARD = "the shard to work on, I of 0 to N-1; the others are for other processes, at the same time or not"
 
 
 def add(data: Any) -> None:
@@ -81,7 +81,7 @@ def add(data: Any) -> None:
     text = "propose, edit and verify one shard of a plan; without --shard all of them one after the other, and select"
     command = add_command(data, "run", _run, text, "cfvlm-ds data run --config examples/build_coco.yaml --shard 3/64")
     command.add_argument("--config", required=True, help="YAML of the plan")
-    command.add_argument("--shard", type=_shard_or_number, metavar="I/N", help=f"{_SHARD}; I alone is one of the plan's shards")
+    _add_shard(command)
 
     text = "how far a work folder is, and which shards are missing"
     command = add_command(data, "status", _status, text, "cfvlm-ds data status W --check")
@@ -91,7 +91,8 @@ def add(data: Any) -> None:
 
 
 def _add_shard(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--shard", type=_shard_or_number, metavar="I/N", help=_SHARD)
+    text = "the shard to work on, I of 0 to N-1, or I alone where N is known; the others are for other processes, at the same time or not"
+    command.add_argument("--shard", type=_shard_or_number, metavar="I/N", help=text)
 
 
 def _shard_or_number(text: str) -> tuple[int, int | None]:
@@ -107,29 +108,20 @@ SECTIONS = {"propose": ProposeOptions, "edit": EditOptions, "verify": VerifyOpti
 
 def _add_section(command: argparse.ArgumentParser, name: str) -> None:
     """An option for each field of a step's options, with the sentence that its class has for it."""
-    for option, kind, default, text in described(SECTIONS[name]):
-        dest = {"with": "back_ends"}.get(option, option)
-        if kind == "bool":
-            command.add_argument(f"--{option}", dest=dest, action="store_true", help=text)
+    section = SECTIONS[name]
+    said = dict(re.findall(r"^ +(\w+): (.+?)(?=\n +\w+: |\n*\s*\Z)", (section.__doc__ or "").split("Args:")[-1], re.MULTILINE | re.DOTALL))
+    for each in dataclasses.fields(section):
+        option, text = f"--{each.name}".replace("--back_ends", "--with"), " ".join(said[each.name].split()).rstrip(".").replace("%", "%%")
+        if each.type == "bool":
+            command.add_argument(option, dest=each.name, action="store_true", help=text)
         else:
-            shown = f" (default {default})".replace("%", "%%") if default not in (None, "") else ""
-            types: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "float | None": float, "str": str}
-            command.add_argument(f"--{option}", dest=dest, type=types[kind], default=default, help=text.replace("%", "%%") + shown)
+            shown = f" (default {each.default})".replace("%", "%%") if each.default not in (None, "") else ""
+            types: dict[Any, Callable[[str], Any]] = {"int": int, "float": float, "float | None": float, "str": str}
+            command.add_argument(option, dest=each.name, type=types[each.type], default=each.default, help=text + shown)
 
 
 def _values(arguments: argparse.Namespace, name: str) -> Any:
-    section = SECTIONS[name]
-    return section(**{each.name: getattr(arguments, each.name) for each in dataclasses.fields(section) if hasattr(arguments, each.name)})
-
-
-def described(section: type) -> list[tuple[str, str, Any, str]]:
-    """Name, type, default and sentence of each option of a step."""
-    said = dict(re.findall(r"^ +(\w+): (.+?)(?=\n +\w+: |\n*\s*\Z)", (section.__doc__ or "").split("Args:")[-1], re.MULTILINE | re.DOTALL))
-    renamed = {"back_ends": "with"}
-    return [
-        (renamed.get(each.name, each.name), str(each.type), each.default, " ".join(said[each.name].split()).rstrip("."))
-        for each in dataclasses.fields(section)
-    ]
+    return SECTIONS[name](**values_of(arguments, SECTIONS[name]))
 
 
 # what the commands do -------------------------------------------------------------------------------------------------------------------
@@ -175,13 +167,13 @@ def _add_scenes(options: EditOptions) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     options = _values(arguments, "verify")
     if arguments.calibrate:
-        from cfvlm_ds.counterfactuals.judge import read_thresholds
+        from cfvlm_ds.counterfactuals.history import thresholds_of
         from cfvlm_ds.counterfactuals.verify import calibrate
+        from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 
         if not 0 < arguments.precision <= 1:
             raise ConfigError(f"--precision {arguments.precision}: a share from above 0 to 1")
-        own = Path(arguments.work) / "thresholds.json"
-        start = read_thresholds(own if own.is_file() else None, arguments.rule)
+        start = thresholds_of(WorkFolder.open(Path(arguments.work)), rule=arguments.rule)
         print(calibrate(Path(arguments.work), Path(arguments.calibrate), start, arguments.precision))
         print(f"wrote {Path(arguments.work) / 'thresholds.json'}, which select takes")
         return
@@ -228,13 +220,9 @@ def _selected(work: Path, out: Path, options: SelectOptions, figure: str | None 
     if figure is not None:
         from cfvlm_ds.tracking.data_figure import data_figure
 
-        outcomes: dict[str, int] = {}
-        for counts in survival.by_type.values():
-            for name, count in counts.items():
-                outcomes[name] = outcomes.get(name, 0) + count
         kept = {kind: counts[KEPT] for kind, counts in survival.by_type.items()}
         with whole_file(Path(figure)) as file:
-            data_figure(file, [], [("what became of the edits", "edits", outcomes), ("kept", "edits", kept)])
+            data_figure(file, [], [("what became of the edits", "edits", survival.total), ("kept", "edits", kept)])
         print(f"wrote {figure}")
 
 
@@ -313,17 +301,14 @@ def _opened(manifest: str, root: Any, format: str) -> Any:
 def _scoring(name: str, batch_size: int) -> tuple[RankedScorer, dict[str, Any]]:
     """What scores groups with a model, and which weights do."""
     from cfvlm_ds.cli.models import load_scorer
-    from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
-    from cfvlm_ds.core.run_folder import named_model
     from cfvlm_ds.counterfactuals.scorer import RankedScorer
     from cfvlm_ds.data.decoding import MAX_PIXELS
     from cfvlm_ds.models import fingerprint
 
-    named = named_model(name)
-    model = ModelConfig(named.name_or_path, **{limit: getattr(named.recorded, limit) for limit in IMAGE_LIMITS})
-    scorer, collator, world = load_scorer(model, named.adapter, max_pixels=MAX_PIXELS)
+    model, adapter = model_named(name, dict.fromkeys(IMAGE_LIMITS))
+    scorer, collator, world = load_scorer(model, adapter, max_pixels=MAX_PIXELS)
     identity: dict[str, Any] = {"model": name, **fingerprint(model)}
-    return RankedScorer(scorer, collator, world, batch_size), identity | ({"adapter": str(named.adapter)} if named.adapter else {})
+    return RankedScorer(scorer, collator, world, batch_size), identity | ({"adapter": str(adapter)} if adapter else {})
 
 
 def _one_process(command: str) -> None:

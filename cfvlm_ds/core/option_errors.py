@@ -124,6 +124,12 @@ def problem_of(argv: Sequence[str], types: Mapping[str, Any]) -> str | None:
     return None
 
 
+def problem_in(section: str, given: Mapping[str, Any], types: Mapping[str, Any]) -> str | None:
+    """The first thing that is wrong with the options of a section; None where it is nothing that is known here."""
+    found = _in_section(f"{section}.", given, types)
+    return found and one_line(found, 1000)
+
+
 def _in_section(prefix: str, given: Mapping[str, Any], types: Mapping[str, Any]) -> str | None:
     return next(filter(None, (_of_option(f"{prefix}{name}", value, types) for name, value in given.items())), None)
 

@@ -1,11 +1,15 @@
-"""Sequences whose items are made when they are asked for, so that a million of them take no memory."""
+"""Sequences and streams whose items are made when they are asked for, so that a million of them take no memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar, overload
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Lazy(Sequence[T]):
@@ -25,3 +29,17 @@ class Lazy(Sequence[T]):
 
     def __getitem__(self, index: int | slice) -> T | Sequence[T]:
         return Lazy(self._make, self._places[index]) if isinstance(index, slice) else self._make(self._places[index])
+
+
+def side_by_side(function: Callable[[T], R], items: Iterator[T], threads: int, ahead: int) -> Iterator[tuple[T, R]]:
+    """Items in their order, each with its result. Threads work on the next ``ahead`` of them meanwhile."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque((item, pool.submit(function, item)) for item in islice(items, ahead))
+        try:
+            while waiting:
+                item, answer = waiting.popleft()
+                result = answer.result()
+                waiting.extend((each, pool.submit(function, each)) for each in islice(items, 1))
+                yield item, result
+        finally:
+            pool.shutdown(cancel_futures=True)

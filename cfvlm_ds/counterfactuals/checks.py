@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from scipy import ndimage
 
 from cfvlm_ds.data.decoding import open_image
 
@@ -50,29 +51,9 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
 
 
 def largest_piece(mask: Array) -> int:
-    """Cells of the largest piece whose cells touch, at corners too: labels that spread until nothing moves, rows and columns in turn."""
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:
-        padded = np.pad(labels, 1)
-        height, width = mask.shape
-        spread = np.maximum.reduce([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)]) * mask
-        spread = _along(spread, mask)
-        spread = _along(spread.T, mask.T).T
-        if (spread == labels).all():
-            break
-        labels = spread
-    return int(np.bincount(labels[mask]).max()) if mask.any() else 0
-
-
-def _along(labels: Array, mask: Array) -> Array:
-    """Each run of true cells in a row has the largest label of the run."""
-    flat, cells = labels.ravel(), mask.ravel()
-    starts = np.ones(cells.shape, bool)
-    starts[1:] = (cells[1:] != cells[:-1]) | (np.arange(1, cells.size) % mask.shape[1] == 0)
-    first = np.flatnonzero(starts)
-    most = np.maximum.reduceat(flat, first)
-    spread: Array = np.repeat(most, np.diff(np.append(first, cells.size))).reshape(labels.shape) * mask
-    return spread
+    """Cells of the largest piece whose cells touch, at corners too."""
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    return int(np.bincount(labels[mask], minlength=1).max())
 
 
 def perceptual_hash(image: Image.Image) -> int:

@@ -194,15 +194,13 @@ def read_thresholds(file: str | Path | None, rule: str = "", margin: float | Non
     if file:
         try:
             value = read_json(file) if str(file).endswith(".json") else read_yaml(file)
-            known = {each.name: each for each in fields(Thresholds)}
+            known = [each.name for each in fields(Thresholds)]
             if not isinstance(value, dict) or not set(value) <= set(known):
                 raise ValueError(f"its keys are {', '.join(known)}")
             if "changed" in value:
                 value["changed"] = {str(kind): (float(low), float(high)) for kind, (low, high) in dict(value["changed"]).items()}
-            given: dict[str, Any] = dict(value)
-            given.update((name, float(value[name])) for name in ("margin", "largest", "outside") if name in value)
-            given.update((name, float(value[name])) for name in ("drop", "clip", "dino", "entailment") if value.get(name) is not None)
-            found = replace(found, **given)
+            numbers = [name for name in _BOUNDS if name in value and (value[name] is not None or getattr(found, name) is not None)]
+            found = replace(found, **value | {name: float(value[name]) for name in numbers})
         except (OSError, ValueError, TypeError, RecursionError) as error:
             if isinstance(error, ConfigError):
                 raise ConfigError(f"--thresholds {file}: {error}") from error
@@ -214,29 +212,25 @@ def read_thresholds(file: str | Path | None, rule: str = "", margin: float | Non
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Thresholds that labelled candidates call for, and what they give there. ``below`` are those that the precision would allow to keep
-    too by a margin below 0, which is none: a cell of theirs is wrong."""
+    """Thresholds that labelled candidates call for, and what they give there."""
 
     thresholds: Thresholds
     kept: int
     good_kept: int
     good: int
     labelled: int
-    below: int = 0
 
     def __str__(self) -> str:
-        low, high = wilson(self.good_kept, self.kept)
-        share = self.good_kept / self.kept if self.kept else 0.0
+        from scipy.stats import binomtest
+
+        share, recall = self.good_kept / self.kept, self.good_kept / self.good
+        low, high = binomtest(self.good_kept, self.kept).proportion_ci(method="wilson")
         drop = f", drop {self.thresholds.drop:.3f} nats" if self.thresholds.drop is not None else ""
-        said = (
+        return (
             f"margin {self.thresholds.margin:.3f} nats{drop}, rule {self.thresholds.rule}: precision {100 * share:.1f} % "
-            f"(95 % interval {100 * low:.1f} to {100 * high:.1f}), recall {100 * self.good_kept / max(self.good, 1):.1f} %, "
+            f"(95 % interval {100 * low:.1f} to {100 * high:.1f}), recall {100 * recall:.1f} %, "
             f"yield {self.kept} of {self.labelled} labelled candidates"
         )
-        if self.below:
-            said += f"\nthe labels would also keep {self.below} candidates below 0, but 0 is the least margin: "
-            said += "the scorer has a cell of each wrong"
-        return said
 
     def as_json(self) -> str:
         return json.dumps(asdict(self.thresholds), indent=1) + "\n"
@@ -253,33 +247,31 @@ def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresh
     start = replace(start, margin=0.0, drop=None)
     judged = [(record, verdict(record, start), good) for record, good in labelled]
     good = sum(each for _, _, each in judged)
-    scored = sorted(
-        (_Labelled(found.worst, _drop(record), each) for record, found, each in judged if found.stage == 2 and math.isfinite(found.worst)),
+    passing = sorted(
+        (_Labelled(found.worst, _drop(record), each) for record, found, each in judged if found.reason == GOOD),
         key=lambda each: -each.worst,
     )
-    passing = [each for each in scored if each.worst > 0]
-    unbounded = _most_kept(scored, precision)
     limits = [None, *sorted({each.drop for each in passing if 0 <= each.drop < math.inf}, reverse=True)]
     limits = limits[:: -(-len(limits) // _LIMITS)]
     ways = [(found, limit) for limit in limits if (found := _most_kept(_within(passing, limit), precision)) is not None]
     if not ways:
-        negative = "; a margin below 0 would, and keep what the scorer calls wrong" if unbounded is not None else ""
         raise ConfigError(
             f"no margin reaches a precision of {precision:g} on {len(judged)} labelled candidates, of which {good} are good and "
-            f"{len(passing)} pass the checks and have all four cells right{negative}; label more, take another scorer or rule, or lower "
-            "--precision"
+            f"{len(passing)} pass the checks and have all four cells right; label more, take another scorer or rule, or lower --precision"
         )
     (kept, right), limit = max(ways, key=lambda way: way[0][0])
     ranked = _within(passing, limit)
     margin, drop = 0.0, limit
     if kept < len(ranked):
-        last, below = ranked[kept - 1].worst, ranked[kept].worst
-        margin = middle if below <= (middle := round((last + below) / 2, 4)) < last else below
+        margin = _between(ranked[kept].worst, ranked[kept - 1].worst)
     if limit is not None:
-        above = min(each.drop for each in passing if each.drop > limit)
-        drop = middle if limit <= (middle := round((limit + above) / 2, 4)) < above else limit
-    thresholds = replace(start, margin=margin, drop=drop)
-    return Calibrated(thresholds, kept, right, good, len(judged), max(0, (unbounded or (0, 0))[0] - len(passing)))
+        drop = _between(limit, min(each.drop for each in passing if each.drop > limit))
+    return Calibrated(replace(start, margin=margin, drop=drop), kept, right, good, len(judged))
+
+
+def _between(low: float, high: float) -> float:
+    """A short number from ``low`` up to ``high``, which it does not reach."""
+    return middle if low <= (middle := round((low + high) / 2, 4)) < high else low
 
 
 @dataclass(frozen=True)
@@ -305,12 +297,3 @@ def _most_kept(ranked: Sequence[_Labelled], precision: float) -> tuple[int, int]
         if (number == len(ranked) or ranked[number].worst < each.worst) and right / number >= precision:
             best = number, right
     return best
-
-
-def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share."""
-    if not total:
-        return 0.0, 1.0
-    share, spread = hits / total, z * z / total
-    middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))

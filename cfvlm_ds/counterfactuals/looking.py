@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.counterfactuals.history import Edited, History, histories
-from cfvlm_ds.counterfactuals.judge import GOOD, margins, read_thresholds
+from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresholds_of
+from cfvlm_ds.counterfactuals.judge import GOOD, margins
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 from cfvlm_ds.page import Image, Item, Page, ScoreTable, Text, Written, write_page
 
@@ -21,9 +21,7 @@ def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, 
     Raises ConfigError for no work folder, or none to show.
     """
     work = WorkFolder.open(out)
-    own = work.path / "thresholds.json"
-    rule = "" if work.settings("verify").get("scored") else "checks"
-    thresholds = read_thresholds(own if own.is_file() else None, rule)
+    thresholds = thresholds_of(work)
     draw, seen = random.Random(seed), 0
 
     def drawn() -> Iterator[tuple[float, int, History, Edited]]:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, get_type_hints
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.option_errors import problem_in, types_of
 from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.shipped import found as shipped_file
 from cfvlm_ds.core.shipped import refuse_no_file
 from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS, WorkFolder
-
-T = TypeVar("T")
-WITH = {"with": "back_ends"}
-"""Names that an option has for people, since Python keeps the word for itself."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,8 @@ class Plan:
         select: options of `data select`.
     """
 
-    data: str
-    out: str
+    data: str = ""
+    out: str = ""
     groups: str = ""
     root: list[str] | None = None
     format: str = "auto"
@@ -77,65 +73,41 @@ class Plan:
             work.refuse_other("verify", verify.settings_of(self.verify))
 
 
-_SECTIONS = {"propose": ProposeOptions, "edit": EditOptions, "verify": VerifyOptions, "select": SelectOptions}
-
-
 def read_plan(file: str) -> Plan:
-    """The plan of a YAML file, of the user's own or one that comes with the package. Raises ConfigError naming the key."""
+    """The plan of a YAML file, of the user's own or one that comes with the package; an option without a value has its default. Raises
+    ConfigError naming the key."""
     path = shipped_file(file, "examples")
     refuse_no_file(file, path, "examples")
     try:
-        value = read_yaml(path)
+        given = read_yaml(path)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); write YAML as in examples/build_coco.yaml") from error
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{path}: it holds a {type(value).__name__}; write YAML as in examples/build_coco.yaml")
-    given = dict(value)
-    for name, section in _SECTIONS.items():
-        inside = given.get(name) or {}
-        if not isinstance(inside, Mapping):
-            raise ConfigError(f"{path}: {name} is a {type(inside).__name__}; write its options below it, as in examples/build_coco.yaml")
-        given[name] = of_section(section, inside, f"{path}: {name}.")
-    if isinstance(given.get("root"), str):
-        given["root"] = [given["root"]]
-    plan = of_section(Plan, given, f"{path}: ")
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{path}: it holds a {type(given).__name__}; write YAML as in examples/build_coco.yaml")
+    listed = {name: _commas(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+    if isinstance(listed.get("root"), str):
+        listed["root"] = [listed["root"]]
+    known = {name.replace("back_ends", "with"): hint for name, hint in types_of({"plan": Plan}).items()}
+    if wrong := problem_in("plan", listed, known):
+        raise ConfigError(f"{path}: {wrong.replace('plan.', '')}")
+    sections = {name: section for name, section in get_type_hints(Plan).items() if dataclasses.is_dataclass(section)}
+    for name, section in sections.items():
+        listed[name] = _built(section, listed.get(name) or {}, f"{path}: {name}.")
+    plan: Plan = _built(Plan, listed, f"{path}: ")
     if plan.propose.shards != 1:
         raise ConfigError(f"{path}: propose.shards is said as shards, once for all steps")
     return dataclasses.replace(plan, propose=dataclasses.replace(plan.propose, shards=plan.shards))
 
 
-def of_section(section: type[T], given: Mapping[Any, Any], where: str) -> T:
-    """A dataclass of options from plain values. Raises ConfigError for an unknown key or a value of another type."""
-    known = {each.name: each for each in dataclasses.fields(section)}  # type: ignore[arg-type]
-    people = {name: name for name in known} | {name: own for name, own in WITH.items() if own in known}
-    values: dict[str, Any] = {}
-    for key, value in given.items():
-        if key not in people:
-            near = difflib.get_close_matches(str(key), people, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(people))}"
-            raise ConfigError(f"{where}{key}: no such option; {hint}")
-        values[people[key]] = _typed(value, known[people[key]], f"{where}{key}")
-    for each in known.values():
-        if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING and each.name not in values:
-            raise ConfigError(f"{where}{each.name}: it is needed")
+def _commas(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section with each list of names as the command line takes it."""
+    return {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in section.items()}
+
+
+def _built(section: Any, given: Mapping[str, Any], where: str) -> Any:
+    hints = get_type_hints(section)
+    values = {{"with": "back_ends"}.get(name, name): value for name, value in given.items() if value is not None}
     try:
-        return section(**values)
+        return section(**{name: float(value) if hints[name] in (float, float | None) else value for name, value in values.items()})
     except ConfigError as error:
         raise ConfigError(f"{where}{str(error).removeprefix('--')}") from error
-
-
-def _typed(value: Any, option: dataclasses.Field[Any], where: str) -> Any:
-    kind = str(option.type)
-    if kind == "str" and isinstance(value, list) and all(isinstance(each, str) for each in value):
-        return ",".join(value)
-    right = {
-        "str": isinstance(value, str),
-        "bool": isinstance(value, bool),
-        "int": isinstance(value, int) and not isinstance(value, bool),
-        "float": isinstance(value, (int, float)) and not isinstance(value, bool),
-        "float | None": value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)),
-        "list[str] | None": value is None or (isinstance(value, list) and all(isinstance(each, str) for each in value)),
-    }
-    if not right.get(kind, True):
-        raise ConfigError(f"{where}: {value!r} is no {kind}; correct it")
-    return float(value) if kind.startswith("float") and value is not None else value

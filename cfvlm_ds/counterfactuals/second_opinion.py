@@ -5,7 +5,7 @@ All of it is written down; thresholds decide later, as they do of the scorer's m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -21,12 +21,36 @@ class SecondOpinion:
 
     def __init__(self, clip: str = "", dino: str = "", nli: str = "") -> None:
         import torch
+        from transformers import AutoImageProcessor, AutoModel, AutoModelForSequenceClassification, AutoProcessor, AutoTokenizer
 
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._clip: Any = _loaded("--clip", clip, self._device, _clip) if clip else None
-        self._dino: Any = _loaded("--dino", dino, self._device, _encoder) if dino else None
-        self._nli: Any = _loaded("--nli", nli, self._device, _nli) if nli else None
+        self._clip = self._loaded("--clip", clip, AutoModel, AutoProcessor)
+        self._dino = self._loaded("--dino", dino, AutoModel, AutoImageProcessor)
+        self._nli = self._loaded("--nli", nli, AutoModelForSequenceClassification, AutoTokenizer)
+        if self._clip and not (hasattr(config := self._clip[0].config, "text_config") and hasattr(config, "vision_config")):
+            raise ConfigError(f"--clip {clip}: a {config.model_type} compares no pictures with texts; name a CLIP or SigLIP")
+        if self._nli:
+            labels = self._nli[0].config.id2label
+            places = [int(place) for place, label in labels.items() if str(label).lower().startswith(_ENTAILMENT)]
+            if len(places) != 1:
+                said = ", ".join(map(str, labels.values()))
+                raise ConfigError(f"--nli {nli}: none of its labels ({said}) is entailment; name a model of NLI")
+            self._entailment = places[0]
+
+    def _loaded(self, option: str, name: str, model: Any, processor: Any) -> Any:
+        """A model with its processor; None where none is named."""
+        if not name:
+            return None
+        try:
+            loaded = model.from_pretrained(name, use_safetensors=True, trust_remote_code=False).eval().to(self._device)
+            return loaded, processor.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:  # what a folder that is no such model makes of it
+            if not is_failure(error):
+                raise
+            raise ConfigError(
+                f"{option} {name}: it cannot be loaded ({type(error).__name__}: {error}); name a model folder or hub name"
+            ) from error
 
     def of(self, caption: str, text: str, pictures: Sequence[Image.Image]) -> dict[str, Any]:
         """``clip``: cosines, a row for each picture, of the caption and the new text. ``dino``: cosine of both pictures. ``nli``: the share
@@ -57,50 +81,9 @@ class SecondOpinion:
         return _rounded(float(first @ second))
 
     def _entails(self, premise: str, other: str) -> float | None:
-        (model, tokenizer), place = self._nli[:2], self._nli[2]
+        model, tokenizer = self._nli
         inputs = tokenizer(premise, other, truncation=True, return_tensors="pt").to(self._device)
-        return _rounded(float(model(**inputs).logits[0].float().softmax(-1)[place]))
-
-
-def _clip(name: str) -> tuple[Any, ...]:
-    from transformers import AutoModel, AutoProcessor
-
-    model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-    if not hasattr(model.config, "text_config") or not hasattr(model.config, "vision_config"):
-        raise ConfigError(f"--clip {name}: a {model.config.model_type} compares no pictures with texts; name a CLIP or SigLIP")
-    return model, AutoProcessor.from_pretrained(name, trust_remote_code=False)
-
-
-def _encoder(name: str) -> tuple[Any, ...]:
-    from transformers import AutoImageProcessor, AutoModel
-
-    model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-    return model, AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-
-
-def _nli(name: str) -> tuple[Any, ...]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-    labels: Mapping[int, str] = model.config.id2label
-    places = [int(place) for place, label in labels.items() if str(label).lower().startswith(_ENTAILMENT)]
-    if len(places) != 1:
-        raise ConfigError(f"--nli {name}: none of its labels ({', '.join(map(str, labels.values()))}) is entailment; name a model of NLI")
-    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False), places[0]
-
-
-def _loaded(option: str, name: str, device: str, load: Callable[[str], tuple[Any, ...]]) -> Any:
-    try:
-        model, *rest = load(name)
-        return (model.eval().to(device), *rest)
-    except ConfigError:
-        raise
-    except Exception as error:  # what a folder that is no such model makes of it
-        if not is_failure(error):
-            raise
-        raise ConfigError(
-            f"{option} {name}: it cannot be loaded ({type(error).__name__}: {error}); name a model folder or hub name"
-        ) from error
+        return _rounded(float(model(**inputs).logits[0].float().softmax(-1)[self._entailment]))
 
 
 def _unit(values: Any) -> Any:

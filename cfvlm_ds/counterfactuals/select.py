@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised
 from cfvlm_ds.core.progress import Progress
@@ -23,7 +23,7 @@ from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.core.untrusted import own_output, refuse_one_file
 from cfvlm_ds.counterfactuals.audit.refine import REFINED
-from cfvlm_ds.counterfactuals.history import Edited, History, histories
+from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresholds_of
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
 from cfvlm_ds.counterfactuals.options import SelectOptions
 from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder, seed_of
@@ -51,10 +51,15 @@ class Survival:
         """Count an edit."""
         self.by_type.setdefault(kind, Counter()).update([outcome, "proposed"])
 
+    @property
+    def total(self) -> Counter[str]:
+        """The counts of all types."""
+        return sum(self.by_type.values(), Counter())
+
     def table(self) -> str:
         """A row for each outcome, a column for each type, shares of what was proposed in the last one."""
         kinds = sorted(self.by_type)
-        total: Counter[str] = sum(self.by_type.values(), Counter())
+        total = self.total
         rest = [name for name, _ in sorted(total.items(), key=lambda item: (-item[1], item[0])) if name not in ("proposed", KEPT)]
         lines = [f"| | {' | '.join(map(in_cell, kinds))} | all | |", f"|---|{'---:|' * (len(kinds) + 2)}"]
         rows = [(name, [name]) for name in ("proposed", *rest[:_ROWS], KEPT)]
@@ -73,7 +78,7 @@ class Survival:
 
 
 def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Path) -> Survival:
-    """Write the groups of all shards to ``file``, and beside it FILE.survival.md and .json; ``outputs`` are what the caller writes then.
+    """Write the groups of all shards to ``file``, and beside it FILE.survival.md; ``outputs`` are what the caller writes then.
 
     Raises ConfigError where a shard is not verified yet, naming all of them, or nothing is left.
     """
@@ -85,11 +90,11 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Pa
     for shard in range(work.shards):
         work.need("verify", shard)
     files, shares = checked(file, options, work.about["source"]["path"])
-    refuse_one_file(*files.values(), *_beside(file), *outputs)
+    refuse_one_file(*files.values(), _beside(file), *outputs)
     survival = Survival()
     with ExitStack() as stack:
         handles: dict[str, IO[bytes]] = {name: stack.enter_context(whole_file(path)) for name, path in files.items()}
-        thresholds = _thresholds(work, options)
+        thresholds = thresholds_of(work, options.thresholds, options.rule, options.margin)
         cuts = _cuts(work, thresholds, options) if options.per_type else {}
         folder, outside = file.parent.absolute(), set[Path]()
         further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
@@ -100,21 +105,17 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say, *outputs: Pa
             survival.sources.update(_problems(work, shard))
             for history in histories(work, shard, thresholds):
                 name = _split(history, shares, options.seed)
-                kept = _kept(history, options, cuts, survival, name, shares)
-                if kept:
-                    _refuse_lost(work, shard, kept)
+                if kept := _kept(history, options, cuts, survival, name, shares):
                     row = _row(history, kept, options, folder, steps, thresholds)
                     handles[name].write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
                     written[name] += 1
                     outside.update(_outside(row, further))
         if not written:
-            raise ConfigError(f"{out}: no candidate is left; this is what became of them: {_brief(survival)}")
+            became = ", ".join(f"{name}: {count}" for name, count in survival.total.most_common(6)) or "nothing was proposed"
+            raise ConfigError(f"{out}: no candidate is left; this is what became of them: {became}")
     survival.files.update({str(files[name]): written[name] for name in files})
     survival.roots.extend(map(str, [folder, *(root for root in further if root in outside)] if outside else []))
-    record = {"by_type": {k: dict(x) for k, x in survival.by_type.items()}, "captions": dict(survival.sources), "files": survival.files}
-    as_json, as_table = _beside(file)
-    replace(as_json, json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
-    replace(as_table, f"{survival.table()}\n\n{survival.captions()}\n".encode())
+    replace(_beside(file), f"{survival.table()}\n\n{survival.captions()}\n".encode())
     return survival
 
 
@@ -126,14 +127,13 @@ def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[
     files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
     for each in files.values():
         own_output(each, _is_selected, "select", data)
-    for path, ours in zip(_beside(file), (_is_survival, _is_survival_table), strict=True):
-        own_output(path, ours, "select", data)
+    own_output(_beside(file), _is_survival, "select", data)
     return files, shares
 
 
-def _beside(file: Path) -> tuple[Path, Path]:
-    """Where what became of the candidates is written, as JSON and as a table."""
-    return file.with_name(f"{file.name}.survival.json"), file.with_name(f"{file.name}.survival.md")
+def _beside(file: Path) -> Path:
+    """Where what became of the candidates is written."""
+    return file.with_name(f"{file.name}.survival.md")
 
 
 def _is_selected(file: IO[bytes]) -> bool:
@@ -142,10 +142,6 @@ def _is_selected(file: IO[bytes]) -> bool:
 
 
 def _is_survival(file: IO[bytes]) -> bool:
-    return set(parse_json(file.read(MAX_LINE).decode())) == {"by_type", "captions", "files"}
-
-
-def _is_survival_table(file: IO[bytes]) -> bool:
     head, _, first = (line.decode() for line in islice(lines(file, MAX_LINE), 3))
     return head.startswith("| | ") and first.startswith("| proposed | ")
 
@@ -156,18 +152,6 @@ def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
             if path.startswith("/"):
                 yield from [root for root in roots if Path(path).is_relative_to(root)][:1]
-
-
-def _thresholds(work: WorkFolder, options: SelectOptions) -> Thresholds:
-    own = work.path / "thresholds.json"
-    given = options.thresholds or (str(own) if own.is_file() else "")
-    scored = work.settings("verify").get("scored") is True
-    return read_thresholds(given, options.rule or ("" if given or scored else "checks"), options.margin)
-
-
-def _brief(survival: Survival) -> str:
-    total: Counter[str] = sum(survival.by_type.values(), Counter())
-    return ", ".join(f"{name}: {count}" for name, count in total.most_common(6)) or "nothing was proposed"
 
 
 def _problems(work: WorkFolder, shard: int) -> Counter[str]:
@@ -213,7 +197,7 @@ def _kept(
 ) -> list[Edited]:
     """The edits of a source that become part of its group, in the order of their proposal; every edit is counted. ``home`` is the
     split of the source, of which a real picture has to be too."""
-    ranked = _ranked(history)
+    taken = _ranked(history)[: options.per_source]
     kept: list[Edited] = []
     texts = {normalised(str(history.line["caption"]))}
     for each in history.edits:
@@ -221,11 +205,9 @@ def _kept(
         if each.reason != GOOD:
             survival.add(kind, each.reason)
             continue
-        place = next(k for k, other in enumerate(ranked) if other is each)
-        cut = cuts.get(kind)
-        if place >= options.per_source:
+        if each not in taken:
             survival.add(kind, NO_ROOM)
-        elif cut is not None and _draw(each) > cut:
+        elif kind in cuts and _draw(each) > cuts[kind]:
             survival.add(kind, QUOTA)
         elif (mined := _mined(each)) and _drawn(mined, shares, options.seed) != home:
             survival.add(kind, ELSEWHERE)
@@ -236,15 +218,6 @@ def _kept(
             kept.append(each)
             texts.add(text)
     return kept
-
-
-def _refuse_lost(work: WorkFolder, shard: int, kept: Sequence[Edited]) -> None:
-    """Raise DataError where the picture of an edit is no longer in its tar."""
-    tar = work.tar(shard)
-    for each in kept:
-        picture = (each.best.made.get("picture") if each.best is not None else None) or {}
-        if "start" in picture and (not tar.is_file() or tar.stat().st_size < picture["start"] + picture["length"]):
-            raise DataError(f"{tar} has not the picture of {each.proposal['id']!r} any more; {work.again('edit', shard)}")
 
 
 def _mined(edited: Edited) -> str:
@@ -321,8 +294,6 @@ def parse_splits(text: str) -> dict[str, float]:
 
 def _split(history: History, shares: Mapping[str, float], seed: int) -> str:
     """The split of a source, drawn by the contents of its picture: two rows of one picture go to the same one."""
-    if not shares:
-        return ""
     made = next((attempt.made for each in history.edits for attempt in each.attempts if "parent_sha256" in attempt.made), {})
     name = str(made.get("parent_sha256") or history.line.get("picture") or history.id)
     return _drawn(name, shares, seed)

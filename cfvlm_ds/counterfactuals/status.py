@@ -6,10 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import MIB
 from cfvlm_ds.core.text import one_line
-from cfvlm_ds.counterfactuals.edit.step import pictures_end
 from cfvlm_ds.counterfactuals.select import ranges
 from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder
 
@@ -18,10 +15,9 @@ _CHARS = 100
 
 
 class Status(NamedTuple):
-    """A report, whether every shard is through every step, and the shards of which something is damaged."""
+    """A report, and the shards of which something is damaged."""
 
     text: str
-    through: bool
     damaged: list[int]
 
 
@@ -52,37 +48,17 @@ def status(out: Path, check: bool = False) -> Status:
             lines.append(f"    missing: --array={ranges(missing)}")
     lines += ["", "all shards are through" if not unfinished else f"missing: --array={ranges(sorted(unfinished))}"]
     damaged = _checked(work, lines) if check else []
-    return Status("\n".join(lines), not unfinished, damaged)
+    return Status("\n".join(lines), damaged)
 
 
 def _checked(work: WorkFolder, lines: list[str]) -> list[int]:
     """Add what was checked and what is damaged to the lines; the shards that are."""
-    journals = tars = size = 0
     damaged: dict[int, str] = {}
     for shard in range(work.shards):
-        for step in STEPS:
-            if work.done(step, shard) is None:
-                continue
-            file = work.file(step, shard)
-            journals, size = journals + 1, size + file.stat().st_size
-            if wrong := work.damage(step, shard):
-                damaged[shard] = f"{wrong}; {work.again(step, shard)}"
-            elif step == "edit":
-                try:
-                    end, tar = pictures_end(work, shard), work.tar(shard)
-                    tars += bool(end)
-                    if end and (there := tar.stat().st_size if tar.is_file() else 0) < end:
-                        damaged[shard] = f"{tar} has {there} bytes, and {file} names pictures up to {end}; {work.again(step, shard)}"
-                except DataError as error:
-                    damaged[shard] = str(error)
-            if shard in damaged:
-                break
-    lines += [
-        f"checked: {journals} journals ({size / MIB:.1f} MiB) by their sha256, {tars} tars by their length; not checked: pictures, which "
-        "verify compares with their sha256 when it looks at them"
-    ]
-    for text in list(damaged.values())[:_MOST]:
-        lines.append(f"damaged: {text}")
+        if wrong := next((f"{wrong}; {work.again(step, shard)}" for step in STEPS if (wrong := work.damage(step, shard))), ""):
+            damaged[shard] = wrong
+    lines.append("checked: journals by their sha256, tars by their length; not checked: pictures, which verify compares with their sha256")
+    lines += [f"damaged: {wrong}" for wrong in list(damaged.values())[:_MOST]]
     lines += [f"and {len(damaged) - _MOST} more shards"] * (len(damaged) > _MOST)
     lines.append(f"damaged: --array={ranges(sorted(damaged))}" if damaged else "nothing is damaged")
     return sorted(damaged)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,10 +18,11 @@ from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import lines, open_regular, parse_json
+from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import one_line
-from cfvlm_ds.counterfactuals.attempts import with_proposals
 from cfvlm_ds.counterfactuals.checks import compared
 from cfvlm_ds.counterfactuals.edit.base import picture_by_id, sha256_of
+from cfvlm_ds.counterfactuals.history import with_proposals
 from cfvlm_ds.counterfactuals.judge import GOOD, Calibrated, Thresholds, calibrated, verdict
 from cfvlm_ds.counterfactuals.options import VerifyOptions
 from cfvlm_ds.counterfactuals.second_opinion import SecondOpinion
@@ -68,8 +68,12 @@ def verify(
             step.expect(record, edit=candidate.record["edit"], attempt=candidate.record["attempt"])
         total = (work.done("edit", shard) or {"records": 0})["records"]
         progress = Progress(say, STEP, max(total - step.count, 1), "candidates")
-        for there, chunk, looked in _looked_at_ahead(candidates(work, shard), BATCHES * options.batch_size, step.count):
-            new = measured(chunk, looked, options, score, others)[there:]
+        size = BATCHES * options.batch_size
+        whole = step.count // size * size
+        looked = side_by_side(_looked_at, islice(candidates(work, shard), whole, None), cores_per_rank(), size)
+        while part := list(islice(looked, size)):
+            new = measured([each for each, _ in part], [found for _, found in part], options, score, others)[step.count - whole :]
+            whole += len(part)
             for record in new:
                 step.add(record)
             progress.advance(len(new))
@@ -77,26 +81,6 @@ def verify(
     except BaseException:
         step.give_up()
         raise
-
-
-def _looked_at_ahead(units: Iterator[Candidate], size: int, done: int) -> Iterator[tuple[int, list[Candidate], list[dict[str, Any]]]]:
-    """Chunks of candidates without a record, with how many of each have one, and what the pixels say: threads look at the pictures of the
-    next chunk while the scorer has this one."""
-    pool = ThreadPoolExecutor(cores_per_rank())
-    try:
-        waiting: list[tuple[int, list[Candidate], list[Future[dict[str, Any]]]]] = []
-        place = 0
-        while chunk := list(islice(units, size)):
-            if place + len(chunk) > done:
-                waiting.append((max(0, done - place), chunk, [pool.submit(_looked_at, each) for each in chunk]))
-            place += len(chunk)
-            if len(waiting) > 1:
-                there, first, answers = waiting.pop(0)
-                yield there, first, [answer.result() for answer in answers]
-        for there, first, answers in waiting:
-            yield there, first, [answer.result() for answer in answers]
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def refuse_unfit(out: Path, options: VerifyOptions, shard: int, of: int | None = None) -> bool:

@@ -9,7 +9,6 @@
     W/shards.bin                      the shard of each row, where there are several
     W/prices.json                     how often each word of the data may come and go, of the back end rules
     W/mine/slots.bin                  captions with one word left open, of the back end mine
-    W/costs.jsonl                     times, which nothing compares
 
 A source belongs to the shard that its id says, whatever else there is: one shard and many give the same candidates.
 """
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.files import append, replace
+from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.journal import Journal, as_line, records
 from cfvlm_ds.core.reading import MIB, open_regular, read_json
 from cfvlm_ds.core.secrets import masked
@@ -47,8 +46,6 @@ _MADE_AGAIN = "prepared"
 """Key of run.json with the folders that rows of a table were prepared in: it has another name when the table was copied, say."""
 MAX_SHARDS = 100_000
 OUTDATED = "was made of other records of the step before it than there are now"
-_WHOLE, _ENDS = 256 * MIB, 16 * MIB
-"""Bytes of a data file that is compared as a whole, and at each end of a larger one."""
 
 
 def shard_of(source: str, shards: int) -> int:
@@ -95,9 +92,12 @@ class WorkFolder:
             raise ConfigError(f"{shards} shards; cut the work in 1 to {MAX_SHARDS}")
         prepared = [root for root in store.rows.roots if root.name.endswith(ENDING)]
         source = {
-            "path": os.path.abspath(store.path), "format": store.format, "groups": len(store), "size": _size(store.path),
-            "roots": [os.path.abspath(root) for root in store.roots if root not in prepared], "sha256": _contents(store.path),
-        }  # fmt: skip
+            "path": os.path.abspath(store.path),
+            "format": store.format,
+            "groups": len(store),
+            "roots": [os.path.abspath(root) for root in store.roots if root not in prepared],
+            "sha256": sha256_of_file(store.path) if store.path.is_file() else "",
+        }
         about: dict[str, Any] = {"schema": SCHEMA, "shards": shards, "source": source}
         if prepared:  # pictures of shards that are through may be in an earlier one
             earlier = _read(path / "run.json").get(_MADE_AGAIN, [])
@@ -188,10 +188,12 @@ class WorkFolder:
         return self.path.absolute() / "pictures" / part_name(named["file"], named["start"], named["length"])
 
     def damage(self, step: str, shard: int) -> str:
-        """What is wrong with the journal of a shard that a step is through with; empty where it is what was written."""
-        done, file = self.done(step, shard), self.file(step, shard)
+        """What is wrong with the journal and the pictures of a shard that a step is through with; empty where they are what was written."""
+        done, file, tar = self.done(step, shard), self.file(step, shard), self.tar(shard)
         if done is not None and sha256_of_file(file) != done["sha256"]:
             return f"{file} is not what it was when the shard was through"
+        if done is not None and (size := tar.stat().st_size if tar.is_file() else 0) < done.get("pictures", 0):
+            return f"{tar} has {size} bytes, and {done['pictures']} when the shard was through"
         return f"{file} {OUTDATED}" if self.outdated(step, shard) else ""
 
     def need(self, step: str, shard: int) -> None:
@@ -219,7 +221,7 @@ class ShardStep:
         self.work, self.step, self.shard = work, step, shard
         self._journal = Journal(work.file(step, shard))
         with open(self._journal.path, "rb") as file:
-            self.count = self._first = sum(1 for _ in file)
+            self.count = sum(1 for _ in file)
         self._began = time.monotonic()
 
     @property
@@ -245,11 +247,11 @@ class ShardStep:
         self.close()
         done: dict[str, Any] = {"records": self.count, "sha256": sha256_of_file(self._journal.path), "counts": dict(sorted(counts.items()))}
         done |= {"stopped": stopped} if stopped else {}
+        if self.step == "edit":
+            done["pictures"] = self.work.tar(self.shard).stat().st_size
         if self.step != STEPS[0] and (before := self.work.done(STEPS[STEPS.index(self.step) - 1], self.shard)) is not None:
             done["of"] = before["sha256"]
         replace(self.work.path / self.step / f"shard-{self.shard:05d}.done.json", json.dumps(done, indent=1).encode() + b"\n", shared=True)
-        cost = {"step": self.step, "shard": self.shard, "units": done["records"] - self._first, "seconds": round(self.seconds, 2)}
-        append(self.work.path / "costs.jsonl", json.dumps(cost), lambda line: None)
         return done
 
     def close(self) -> None:
@@ -313,23 +315,3 @@ def _read(path: Path) -> dict[str, Any]:
         return dict(read_json(path)) if path.exists() else {}
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is none that a step has written ({error}); remove it, or start a new work folder") from error
-
-
-def _size(path: Path) -> int:
-    """Bytes of the data's file; -1 for a folder."""
-    return path.stat().st_size if path.is_file() else -1
-
-
-def _contents(path: Path) -> str:
-    """What a data file is compared by: a caption that is corrected may leave its size as it was. Empty for a folder."""
-    if not path.is_file():
-        return ""
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        for start, end in [(0, size)] if size <= _WHOLE else [(0, _ENDS), (size - _ENDS, size)]:
-            file.seek(start)
-            while start < end and (block := file.read(min(MIB, end - start))):
-                digest.update(block)
-                start += len(block)
-    return digest.hexdigest()

@@ -41,11 +41,11 @@ from cfvlm_ds.counterfactuals.audit import shortcuts
 from cfvlm_ds.counterfactuals.audit.duplicates import look, near_pairs
 from cfvlm_ds.counterfactuals.audit.report import audit, write_report
 from cfvlm_ds.counterfactuals.checks import compared, largest_piece, perceptual_hash
-from cfvlm_ds.counterfactuals.edit.base import EditContext, Picture, Task
+from cfvlm_ds.counterfactuals.edit.base import Picture, Task
 from cfvlm_ds.counterfactuals.edit.diffusion import OLDEST, Diffusers, call_options
 from cfvlm_ds.counterfactuals.edit.flip import Flip
 from cfvlm_ds.counterfactuals.edit.step import Unit, edit, make
-from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, calibrated, read_thresholds, verdict, wilson
+from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, calibrated, read_thresholds, verdict
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.plan import read_plan
 from cfvlm_ds.counterfactuals.propose.step import propose
@@ -149,7 +149,7 @@ def whole(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "costs.jsonl"}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # --- the work folder --------------------------------------------------------------------------------------------------------------------
@@ -170,7 +170,6 @@ def test_records_are_whole_and_say_where_everything_comes_from(whole: Path, scen
         len(each["parent_sha256"]) == 64 for each in made if "refused" not in each
     )
     assert set(work.settings("edit")["settings"]) == {"scenes"} and work.settings("verify")["scored"] is True
-    assert {json.loads(line)["step"] for line in (whole / "costs.jsonl").read_text().splitlines()} == {"propose", "edit", "verify"}
 
 
 @pytest.mark.parametrize("step", ["propose", "edit", "verify"])
@@ -324,7 +323,7 @@ def test_a_shard_is_worked_on_by_one_process(whole: Path, scenes: Path, tmp_path
     "options, said",
     [
         ({"back_ends": "http", "url": "http://127.0.0.1:9"}, "it cannot be reached .*start the server, or correct the address"),
-        ({"back_ends": "command", "command": "nosuchprogram {request} {output}"}, "no such program"),
+        ({"back_ends": "command", "command": "nosuchprogram {request} {output}"}, "nosuchprogram: cannot be started"),
         ({"back_ends": "command", "command": "true '{request} {output}"}, "no closing quotation"),
         ({"masks": "nowhere"}, "--masks nowhere: no such folder"),
     ],
@@ -382,9 +381,9 @@ def test_status_names_missing_shards_as_an_array(scenes: Path, tmp_path: Path) -
     out = tmp_path / "W"
     for shard in (0, 1, 4):
         propose(open_groups(scenes / "test_iid.jsonl"), out, ProposeOptions(shards=6), shard, quiet)
-    text, through, damaged = status(out)
+    text, damaged = status(out)
     assert not damaged and (
-        "propose: 3 of 6 shards" in text and "    missing: --array=2-3,5" in text and text.endswith("missing: --array=0-5") and not through
+        "propose: 3 of 6 shards" in text and "    missing: --array=2-3,5" in text and text.endswith("missing: --array=0-5")
     )
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8" and ranges([]) == ""
     with pytest.raises(ConfigError, match=r"verify is not through with 6 of 6 shards; run them first: --array=0-5"):
@@ -404,7 +403,6 @@ def test_damage_is_named_with_a_remedy_that_gives_the_same_bytes(photos: Path, t
     through_all(photos, out, 3)
     before = contents(out)
     said = said_by(capsys, "data", "status", out, "--check")
-    assert "checked: 9 journals (" in said and "3 tars by their length; not checked: pictures" in said
     assert said.endswith("nothing is damaged\n")
 
     def flip(file: Path) -> None:
@@ -421,7 +419,7 @@ def test_damage_is_named_with_a_remedy_that_gives_the_same_bytes(photos: Path, t
         ("propose/shard-00001.jsonl", flip, r"propose/shard-00001\.jsonl is not what it was when the shard was through"),
         ("edit/shard-00001.jsonl", flip, r"edit/shard-00001\.jsonl is not what it was"),
         ("verify/shard-00001.jsonl", lambda file: os.truncate(file, 100), r"verify/shard-00001\.jsonl is not what it was"),
-        ("pictures/shard-00001.tar", lambda file: os.truncate(file, 100), r"shard-00001\.tar has 100 bytes, and .* names pictures up to"),
+        ("pictures/shard-00001.tar", lambda file: os.truncate(file, 100), r"shard-00001\.tar has 100 bytes, and \d+ when"),
         ("pictures/shard-00001.tar", Path.unlink, r"shard-00001\.tar has 0 bytes"),
         ("edit/shard-00001.done.json", older, r"verify/shard-00001\.jsonl was made of other records of the step before"),
     ):  # fmt: skip
@@ -535,7 +533,9 @@ def test_pictures_that_are_not_there_are_said(photos: Path, tmp_path: Path) -> N
     """Where they were never there, as with a wrong --root, by the step edit; where their tar is gone, by select."""
     through_all(photos, tmp_path / "W", 1)
     (tmp_path / "W" / "pictures" / "shard-00000.tar").unlink()
-    with pytest.raises(DataError, match=r"shard-00000\.tar has not the picture of 'p0/1' any more; remove .*/edit/shard-00000\.\*"):
+    with pytest.raises(
+        DataError, match=r"shard-00000\.tar has 0 bytes, and \d+ when the shard was through; remove .*/edit/shard-00000\.\*"
+    ):
         select(tmp_path / "W", tmp_path / "g.jsonl", SelectOptions(), quiet)
     said: list[str] = []
     (tmp_path / "3.png").unlink()
@@ -648,7 +648,6 @@ def test_a_verdict_by_hand() -> None:
     assert verdict(unknown, Thresholds(drop=99.0)).reason == "score: the new text fits worse than the caption did"
     broken = {"checks": None, "scores": SCORES | {"match": [[None, -3.0]]}}
     assert verdict(broken, Thresholds()).reason == "scores are not finite"
-    assert wilson(0, 0) == (0.0, 1.0) and wilson(9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
 
 
 def test_thresholds_that_are_none_are_named(tmp_path: Path) -> None:
@@ -707,15 +706,11 @@ def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(
 
     generous = fitted([(2.0, True), (1.0, True), (0.5, True), (0.0, True), (-0.3, True), (-0.9, True), (-1.7, False)])
     assert generous.thresholds.margin == 0.0 and generous.kept == 3
-    assert str(generous).endswith(
-        "\nthe labels would also keep 3 candidates below 0, but 0 is the least margin: the scorer has a cell of each wrong"
-    )
+    assert "precision 100.0 % (95 % interval 43.9 to 100.0), recall 50.0 %, yield 3 of 7 labelled" in str(generous)
     strict = fitted([(2.0, True), (1.0, True), (0.5, False), (-0.3, False)])
-    assert strict.thresholds.margin == 0.75 and "below 0" not in str(strict)
+    assert strict.thresholds.margin == 0.75
     assert fitted([(2.0, True), (2.0 - 1e-6, False)]).thresholds.margin < 2.0  # what is kept is above it by less than is shown
-    with pytest.raises(
-        ConfigError, match=r"no margin reaches .* 2 pass the checks and .*; a margin below 0 would, and keep what the scorer"
-    ):
+    with pytest.raises(ConfigError, match=r"no margin reaches .* 2 pass the checks and have all four cells right; label more"):
         fitted([(2.0, False), (1.0, True), *[(-0.1, True)] * 20])
     with pytest.raises(ConfigError, match="rule checks compares pixels alone and has no margin"):
         calibrated([(scored(1.0), True)], Thresholds(rule="checks"), 0.9)
@@ -828,7 +823,7 @@ def task(path: Path, caption: str = "a cup to the left of a plate", text: str = 
 
 def test_a_mirror_image_is_taken_where_it_is_exact(tmp_path: Path) -> None:
     path = draw(tmp_path / "a.png", [("red", "circle"), ("blue", "square")])
-    flip = Flip()
+    flip = Flip(EditOptions())
     assert flip.takes(task(path)) and not flip.takes(task(path, type="object"))
     found = flip.edit(task(path))
     assert isinstance(found, Picture) and found.image.tobytes() == ImageOps.mirror(Image.open(path).convert("RGB")).tobytes()
@@ -984,7 +979,10 @@ def test_a_command_that_edits_is_called_without_a_shell_and_bounded(photos: Path
     found = edited(photos, tmp_path / "W", back_ends="command", command=command, timeout_s=8.0, threads=5)
     by_id = {each["edit"]: each for each in found}
     assert by_id["p0/0"]["picture"]["size"] == [64, 64] and by_id["p1/0"]["refused"] == "the command ended with 1: no such model"
-    assert by_id["p2/0"]["refused"] == "the command took more than 8 s" and "has written no picture" in by_id["p3/0"]["refused"]
+    assert (
+        by_id["p2/0"]["refused"] == "the command took more than 8 s"
+        and "the command's picture: no such image file" in by_id["p3/0"]["refused"]
+    )
     assert "no image in it" in by_id["p4/0"]["refused"]
     for command in ("", "edit.py {request}"):
         with pytest.raises(ConfigError, match=r"write the command with \{request\} and \{output\}"):
@@ -1022,10 +1020,10 @@ def test_no_secret_of_an_option_is_recorded_or_shown(photos: Path, tmp_path: Pat
         edit(out, EditOptions(back_ends="command", command=command.replace("edit.py", "other.py"), **given), 0, quiet)
 
 
-def test_diffusers_that_is_absent_is_one_sentence(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diffusers_that_is_absent_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ConfigError, match=r"which is not installed; pip install 'cfvlm-ds\[edit\]'"):
-        Diffusers(EditContext(EditOptions(model="x"), WorkFolder.open(whole)))
+        Diffusers(EditOptions(model="x"))
     assert call_options("steps=28, scale=3.5,flag=true,name=x") == {"steps": 28, "scale": 3.5, "flag": True, "name": "x"}
     with pytest.raises(ConfigError, match="write NAME=VALUE"):
         call_options("steps")
@@ -1073,7 +1071,7 @@ def tiny_pipeline(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.diffusers
-def test_code_that_a_pipeline_names_is_not_run(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_a_pipeline_names_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the folder of a part, under a name of its own and a library's, and a module that could be imported; the oldest version is one."""
     import diffusers
 
@@ -1082,16 +1080,11 @@ def test_code_that_a_pipeline_names_is_not_run(whole: Path, tmp_path: Path, monk
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text(planted)
     monkeypatch.syspath_prepend(tmp_path / "importable")
-    editor = EditContext(EditOptions(model=str(tmp_path / "pipe")), WorkFolder.open(whole))
-    for part, library, said in (
-        ("unet", "own", "takes unet from 'own'"),
-        ("unet", "planted", "takes unet from 'planted'"),
-        ("_class_name", "own", "takes _class_name from 'own'"),
-        ("unet", "diffusers", "no pipeline of diffusers"),
-    ):
+    editor = EditOptions(model=str(tmp_path / "pipe"))
+    for part, library in (("unet", "own"), ("unet", "planted"), ("_class_name", "own"), ("unet", "diffusers"), ("unet", "os")):
         index = {"_class_name": "DDPMPipeline", part: [library, "UNet2DConditionModel"]}
         (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match="no pipeline of diffusers"):
             Diffusers(editor)
     assert not (tmp_path / "ran").exists()
     assert f"diffusers>={OLDEST};" in (REPO / "pyproject.toml").read_text()
@@ -1103,21 +1096,21 @@ def test_code_that_a_pipeline_names_is_not_run(whole: Path, tmp_path: Path, monk
 @pytest.mark.long
 @pytest.mark.diffusers
 @pytest.mark.parametrize("kind", ["instruct", "inpaint"])
-def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: str, whole: Path, tmp_path: Path) -> None:
+def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind: str, tmp_path: Path) -> None:
     noise_picture(3).crop((0, 0, 50, 41)).save(path := tmp_path / "a.png")
     mask = Image.new("L", (50, 41), 0)
     mask.paste(255, (10, 10, 30, 30))
     mask.save(tmp_path / "m.png")
     options = EditOptions(model=str(tiny_pipeline(tmp_path / "pipe", kind)), options="num_inference_steps=2")
-    editor = Diffusers(EditContext(options, WorkFolder.open(whole)))
+    editor = Diffusers(options)
     assert editor.kind == kind and editor.settings()["batch"] == 1 and editor.takes(task(path)) == (kind == "instruct")
     pictures = [editor.edit(task(path, seed=seed, mask=tmp_path / "m.png")) for seed in (1, 1, 2)]
     content = [picture.image.tobytes() for picture in pictures if isinstance(picture, Picture) and picture.image.size == (50, 41)]
     assert content[0] == content[1] != content[2]
     with pytest.raises(ConfigError, match=r"--options steps: .* is not called with it; it takes .*num_inference_steps"):
-        Diffusers(EditContext(EditOptions(model=options.model, options="steps=2"), WorkFolder.open(whole)))
+        Diffusers(EditOptions(model=options.model, options="steps=2"))
     with pytest.raises(ConfigError, match="no pipeline of diffusers"):
-        Diffusers(EditContext(EditOptions(model=str(tmp_path)), WorkFolder.open(whole)))
+        Diffusers(EditOptions(model=str(tmp_path)))
     unit = Unit(task(path, seed=1, mask=tmp_path / "m.png"), "diffusers", "")
     record, made = make(unit, {"diffusers": editor}, EditOptions())
     assert made is not None and record["picture"]["size"] == [50, 41]
@@ -1150,7 +1143,6 @@ def test_groups_are_the_best_of_each_edit_with_their_history(whole: Path, scenes
         assert counts.pop("proposed") == sum(counts.values())
     kept = sum(counts.get("kept", 0) for counts in total.values())
     assert kept == sum(len(group.candidates) - 1 for group in groups)
-    assert json.loads((tmp_path / "groups.jsonl.survival.json").read_text())["files"] == survival.files
     assert "| kept |" in survival.table() and "| proposed |" in (tmp_path / "groups.jsonl.survival.md").read_text()
 
 
@@ -1213,7 +1205,7 @@ def test_what_lies_beside_the_groups_is_replaced_where_it_is_ours_alone(
     auditing = ["data", "audit", tmp_path / "pairs.jsonl", "--out", tmp_path / "a", "--refine", tmp_path / "thin.jsonl"]
     counting = ["data", "stats", groups, "--root", tmp_path, "--root", out, "--out", tmp_path / "s.png"]
     theirs = {
-        "f.png": selecting, "g.jsonl.survival.json": selecting, "g.jsonl.survival.md": selecting,
+        "f.png": selecting, "g.jsonl.survival.md": selecting,
         "a.md": auditing, "a.json": auditing, "thin.jsonl": auditing, "s.png": counting,
     }  # fmt: skip
     for words in (selecting, auditing, counting) * 2:
@@ -1516,10 +1508,11 @@ def test_a_plan_is_all_of_it(photos: Path, tmp_path: Path, capsys: pytest.Captur
             main.main(["data", "run", "--config", str(plan), *words])
         assert message in capsys.readouterr().err
     for text, message in (
-        ("data: a\nout: b\nshard: 3", "shard: no such option; did you mean 'shards'"), ("data: a", "out: it is needed"),
+        ("data: a\nout: b\nshard: 3", "unknown option 'shard'; did you mean 'shards'"), ("data: a", "out is empty"),
         ("- a", "it holds a list"),
-        ("data: a\nout: b\nedit: {attempts: many}", "edit.attempts: 'many' is no int"), ("data: a\nout: b\nedit: 3", "edit is a int"),
-        ("data: a\nout: b\npropose: {wiht: x}", "did you mean 'with'"), ("data: [", "cannot be read"),
+        ("data: a\nout: b\nedit: {attempts: many}", "edit.attempts: expected a whole number, got many"),
+        ("data: a\nout: b\nedit: 3", "edit is a section of options, not 3"),
+        ("data: a\nout: b\npropose: {wiht: x}", "did you mean 'propose.with'"), ("data: [", "cannot be read"),
         ("data: a\nout: b\nshards: 0", r"plan\.yaml: shards 0: it is 1 to"), ("data: ''\nout: b", r"plan\.yaml: data is empty"),
         ("data: a\nout: b\nverify: {template: x}", r"plan\.yaml: verify\.template 'x': it has no"),
     ):  # fmt: skip

@@ -47,8 +47,9 @@ def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None,
     draw = {k: seed_of("refine", seed, group.id) for k, group in enumerate(groups)}
     kept, shares = thinned(pairs, blind, draw)
     if not kept:
+        worst = max(shares, key=lambda cue: abs(shares[cue] - 0.5))
         raise ConfigError(
-            f"--refine: a blind guess ({worst_cue(pairs, blind, draw)}) is right or wrong in the same way for all {len(groups)} groups, so "
+            f"--refine: a blind guess ({worst}) is right or wrong in the same way for all {len(groups)} groups, so "
             "none can stay; propose edits in both directions"
         )
     folder = file.parent.absolute()
@@ -74,11 +75,12 @@ def _row(group: CounterfactualGroup, folder: Path, seed: int) -> dict[str, Any]:
 
 
 def thinned(pairs: Sequence[Pairs], blind: Sequence[float] | None, draw: Mapping[int, int]) -> tuple[list[int], dict[str, float]]:
-    """The places of the groups that stay, and the share of right guesses of each cue on them."""
-    kept = list(range(len(pairs)))
+    """The places of the groups that stay, and the share of right guesses of each cue on them; where none can, on all."""
+    kept, whole = list(range(len(pairs))), dict[str, float]()
     for _ in range(_ROUNDS):
         cues = cues_of(pairs, blind, draw, kept)
         shares = {cue: right(margins) for cue, margins in cues.items()}
+        whole = whole or shares
         noise = 0.98 / math.sqrt(max(len(kept), 1))  # of a guess that is none
         if all(abs(share - 0.5) <= (max(TARGET, noise) if cue == "words" else TARGET) for cue, share in shares.items()):
             return kept, shares
@@ -86,7 +88,7 @@ def thinned(pairs: Sequence[Pairs], blind: Sequence[float] | None, draw: Mapping
         kept = [kept[k] for k in stay]
         if not kept:
             break
-    return [], {}
+    return [], whole
 
 
 def cues_of(pairs: Sequence[Pairs], blind: Sequence[float] | None, draw: Mapping[int, int], kept: Sequence[int]) -> dict[str, list[float]]:
@@ -121,9 +123,3 @@ def balanced(margins: Sequence[Sequence[float]], draw: Sequence[int]) -> list[in
 def right(margins: Sequence[float]) -> float:
     """Share of right guesses, ties one half."""
     return sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins) / max(len(margins), 1)
-
-
-def worst_cue(pairs: Sequence[Pairs], blind: Sequence[float] | None, draw: Mapping[int, int]) -> str:
-    """The cue whose guess is farthest from one half on all groups."""
-    shares = {cue: right(margins) for cue, margins in cues_of(pairs, blind, draw, range(len(pairs))).items()}
-    return max(shares, key=lambda cue: abs(shares[cue] - 0.5))

@@ -82,28 +82,28 @@ class Audit:
 
 @dataclass(frozen=True)
 class _Set:
-    """A split: its name and groups."""
+    """A split: its name and groups; of each picture the groups that show it, and what can be read of it."""
 
     name: str
     groups: Sequence[CounterfactualGroup]
+    owners: Mapping[Path, list[str]]
+    looks: Mapping[Path, Look]
 
 
 def audit(
     manifests: Sequence[str], root: Root, format: str, options: AuditOptions, say: Say, score: Score | None = None
 ) -> tuple[Audit, list[_Set]]:
     """Look at every group and picture of some manifests, which are splits of one set."""
-    sets = []
-    for name, path in named_apart(manifests).items():
-        sets.append(_Set(name, open_groups(path, root, format, progress=say)))
-    found = Audit()
+    found, broken = Audit(), dict[str, str]()
+    stores = {name: open_groups(path, root, format, progress=say) for name, path in named_apart(manifests).items()}
+    sets = [_looked_at(name, store, broken, say) for name, store in stores.items()]
     _balance(found, sets)
-    looks, broken = _looks(sets, say)
     if broken:
         found.fault(f"{len(broken)} pictures cannot be read, the first: {next(iter(broken.values()))}", list(broken))
     _shortcuts(found, sets, options, say)
-    _duplicates(found, sets, looks)
+    _duplicates(found, sets)
     if options.against:
-        _against(found, sets, looks, options.against, say)
+        _against(found, sets, options.against, say)
     margins = _blind(found, sets, score, say) if score is not None else None
     if options.refine:
         groups = [group for each in sets for group in each.groups]
@@ -112,31 +112,25 @@ def audit(
 
 
 def _balance(found: Audit, sets: Sequence[_Set]) -> None:
-    kinds: Counter[str] = Counter()
-    groups = shams = pictured = longer = negated = edits = pairs = 0
-    sources: Counter[str] = Counter()
+    kinds, sources = Counter[str](), Counter[str]()
+    shams = pictured = negated = pairs = 0
     for each in sets:
         for group in each.groups:
-            groups += 1
+            edits = [edit for edit in group.edits if edit.type != SHAM]
             sources[group.source or "(none)"] += 1
-            shams += any(edit.type == SHAM for edit in group.edits)
-            for edit in group.edits:
-                if edit.type == SHAM:
-                    continue
-                edits += 1
-                kinds[edit.type] += 1
-                pictured += edit.image is not None
+            shams += len(edits) < len(group.edits)
+            kinds.update(edit.type for edit in edits)
+            pictured += sum(edit.image is not None for edit in edits)
             for true, false in text_pairs(group):
                 pairs += 1
-                longer += len(false) > len(true)
                 negated += bool(_NEGATIONS & set(false.lower().split()) - set(true.lower().split()))
+    groups = sum(sources.values())
     facts = [
         ("groups", f"{groups} in {', '.join(f'{each.name} ({len(each.groups)})' for each in sets)}"),
         ("sources", ", ".join(f"{name} {count}" for name, count in sources.most_common(8))),
         ("edits by type", ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()) or "none"),
-        ("edits with a picture of their own", f"{pictured} of {edits}"),
+        ("edits with a picture of their own", f"{pictured} of {sum(kinds.values())}"),
         ("groups with a sham", f"{shams} of {groups}"),
-        ("counterfactual texts that are longer", f"{longer} of {pairs}"),
     ]
     found.facts.extend(facts)
     if pairs and negated / pairs > LIMIT_NEGATED:
@@ -145,26 +139,23 @@ def _balance(found: Audit, sets: Sequence[_Set]) -> None:
         )
 
 
-def _looks(sets: Sequence[_Set], say: Say) -> tuple[list[dict[Path, Look]], dict[str, str]]:
-    """Of each set every picture by its contents, and why a group's picture has none."""
-    looks: list[dict[Path, Look]] = []
-    broken: dict[str, str] = {}
+def _looked_at(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
+    """A split with every picture by its contents; why a group's picture has none is added to ``broken``."""
+    owners: dict[Path, list[str]] = {}
+    for group in groups:
+        for image in group.images:
+            for picture in image:
+                if group.id not in owners.setdefault(picture, []):
+                    owners[picture].append(group.id)
+    looks: dict[Path, Look] = {}
     with ThreadPoolExecutor(cores_per_rank()) as pool:
-        for each in sets:
-            owners: dict[Path, str] = {}
-            for group in each.groups:
-                for image in group.images:
-                    for picture in image:
-                        owners.setdefault(picture, group.id)
-            progress = Progress(say, f"pictures of {each.name}", len(owners), "pictures")
-            mine: dict[Path, Look] = {}
-            for path, seen in zip(owners, progress.over(pool.map(look, owners)), strict=True):
-                if isinstance(seen, str):
-                    broken[owners[path]] = seen
-                else:
-                    mine[path] = seen
-            looks.append(mine)
-    return looks, broken
+        progress = Progress(say, f"pictures of {name}", len(owners), "pictures")
+        for path, seen in zip(owners, progress.over(pool.map(look, owners)), strict=True):
+            if isinstance(seen, str):
+                broken[owners[path][0]] = seen
+            else:
+                looks[path] = seen
+    return _Set(name, groups, owners, looks)
 
 
 def _halves(name: str, seed: int) -> bool:
@@ -204,22 +195,12 @@ def _shortcuts(found: Audit, sets: Sequence[_Set], options: AuditOptions, say: S
             found.fault(f"{cue.name}: AUC {cue.auc:.2f} (limit {LIMIT_AUC}), without the picture; goes by {', '.join(cue.telling[:4])}")
 
 
-def _groups_by_picture(each: _Set) -> dict[Path, list[str]]:
-    owners: dict[Path, list[str]] = {}
-    for group in each.groups:
-        for image in group.images:
-            for picture in image:
-                if group.id not in owners.setdefault(picture, []):
-                    owners[picture].append(group.id)
-    return owners
-
-
-def _duplicates(found: Audit, sets: Sequence[_Set], looks: Sequence[Mapping[Path, Look]]) -> None:
+def _duplicates(found: Audit, sets: Sequence[_Set]) -> None:
     """Originals that several groups show, and pictures that several splits do. Edits of one picture are alike by nature: left out."""
     originals = []
-    for each, seen in zip(sets, looks, strict=True):
+    for each in sets:
         firsts = {group.images[0][0]: group.id for group in each.groups if group.num_pictures == 1}
-        originals.append([(seen[path], name) for path, name in firsts.items() if path in seen])
+        originals.append([(each.looks[path], name) for path, name in firsts.items() if path in each.looks])
     for k, (each, mine) in enumerate(zip(sets, originals, strict=True)):
         own = [look for look, _ in mine]
         pairs = [pair for pair in near_pairs(own, own) if pair.first < pair.second]
@@ -229,9 +210,9 @@ def _duplicates(found: Audit, sets: Sequence[_Set], looks: Sequence[Mapping[Path
             found.fault(
                 f"{each.name}: {len(pairs)} pairs of originals are the same picture ({exact}) or nearly so ({len(pairs) - exact})", ids
             )
-        for other, theirs, others in zip(sets[k + 1 :], originals[k + 1 :], looks[k + 1 :], strict=True):
+        for other, theirs in zip(sets[k + 1 :], originals[k + 1 :], strict=True):
             pairs = list(near_pairs(own, [look for look, _ in theirs]))
-            shared = {each.digest for each in looks[k].values()} & {each.digest for each in others.values()}
+            shared = {look.digest for look in each.looks.values()} & {look.digest for look in other.looks.values()}
             if pairs or shared:
                 ids = [name for pair in pairs for name in (mine[pair.first][1], theirs[pair.second][1])]
                 found.fault(f"{each.name} and {other.name} share {len(pairs)} originals or nearly so, and {len(shared)} picture files", ids)
@@ -243,7 +224,7 @@ def _duplicates(found: Audit, sets: Sequence[_Set], looks: Sequence[Mapping[Path
         found.fault(f"{more} groups repeat another one, with the same texts and pictures")
 
 
-def _against(found: Audit, sets: Sequence[_Set], looks: Sequence[Mapping[Path, Look]], against: str, say: Say) -> None:
+def _against(found: Audit, sets: Sequence[_Set], against: str, say: Say) -> None:
     for named in filter(None, (part.strip() for part in against.split(","))):
         path = Path(named)
         texts: list[str] = []
@@ -263,13 +244,13 @@ def _against(found: Audit, sets: Sequence[_Set], looks: Sequence[Mapping[Path, L
         found.facts.append((f"against {path}", f"{len(theirs)} pictures, {len(texts)} texts"))
         if pictures and not theirs:
             found.fault(f"{path}: none of its {len(pictures)} pictures could be read, so nothing was compared")
-        for each, seen in zip(sets, looks, strict=True):
-            owners, mine = _groups_by_picture(each), list(seen.values())
+        for each in sets:
+            mine = list(each.looks.values())
             pairs = list(near_pairs(mine, theirs))
             if pairs:
                 exact = {pair.first for pair in pairs if pair.bits < 0}
                 nearly = {pair.first for pair in pairs} - exact
-                ids = [name for pair in pairs for name in owners[mine[pair.first].path]]
+                ids = [name for pair in pairs for name in each.owners[mine[pair.first].path]]
                 found.fault(f"{each.name} has {len(exact)} pictures of {path.name}, and {len(nearly)} that are nearly one of them", ids)
             ours = {group.id: [candidate.text for candidate in group.candidates] for group in each.groups}
             if shared := shared_texts(ours, texts):

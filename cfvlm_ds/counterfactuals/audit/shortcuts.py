@@ -46,11 +46,9 @@ _ONE_HALF = "one half has no pair to fit, or to judge: too few pictures"
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, float, float]:
     """Area under the ROC curve, ties one half, with the interval of Hanley and McNeil (1982)."""
-    values = np.concatenate([np.asarray(positive, float), np.asarray(negative, float)])
-    order = np.unique(values, return_inverse=True)[1]
-    counts = np.bincount(order)
-    middle = np.cumsum(counts) - (counts - 1) / 2
-    ranks = middle[order]
+    from scipy.stats import rankdata
+
+    ranks = rankdata([*positive, *negative])
     n, m = len(positive), len(negative)
     area = float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
     first, second = area / (2 - area), 2 * area * area / (1 + area)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cfvlm_ds.counterfactuals.edit.base import EditContext, Editor
+from cfvlm_ds.counterfactuals.edit.base import Editor
 from cfvlm_ds.counterfactuals.edit.diffusion import Diffusers
 from cfvlm_ds.counterfactuals.edit.flip import Flip
 from cfvlm_ds.counterfactuals.edit.given import Folder, TextAlone
 from cfvlm_ds.counterfactuals.edit.outside import Command, Http
+from cfvlm_ds.counterfactuals.options import EditOptions
 
-EDITORS: dict[str, Callable[[EditContext], Editor]] = {
+EDITORS: dict[str, Callable[[EditOptions], Editor]] = {
     "flip": Flip,
     "folder": Folder,
     "none": TextAlone,

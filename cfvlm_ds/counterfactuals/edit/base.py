@@ -15,9 +15,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.reading import MIB
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.untrusted import own_file
-from cfvlm_ds.counterfactuals.options import EditOptions
-from cfvlm_ds.counterfactuals.work_folder import WorkFolder
-from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
+from cfvlm_ds.data.decoding import open_image
 
 MAX_REPLY = 64 * MIB
 """Bytes of a picture that a server or a program gives back."""
@@ -71,7 +69,7 @@ class Refused:
 
 class Editor(Protocol):
     """A back end of `data edit`. ``varies``: another seed gives another picture, so that further attempts make sense. ``threads`` are the
-    tasks that it is given side by side."""
+    tasks that it is given side by side. It is made with the options of the step."""
 
     varies: bool
     threads: int
@@ -87,15 +85,6 @@ class Editor(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class EditContext:
-    """What an editor is made with."""
-
-    options: EditOptions
-    work: WorkFolder
-    shard: int = 0
-
-
 def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> Path | None:
     """A file of a folder that an id names, its parts one below the other; None where there is none, or the id is no name of files."""
     for suffix in suffixes:
@@ -108,17 +97,22 @@ def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", 
     return None
 
 
-def decoded(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image | Refused:
+def decoded(content: bytes) -> Picture | Refused:
     """A picture that somebody else made, under the bounds of every picture."""
     if len(content) > MAX_REPLY:
         return Refused(f"a reply of more than {MAX_REPLY} bytes")
     with tempfile.NamedTemporaryFile(suffix=".picture") as file:
         file.write(content)
         file.flush()
-        try:
-            return open_image(file.name, max_pixels)
-        except DataError as error:
-            return Refused(one_line(str(error).replace(file.name, "the reply"), 300))
+        return opened(Path(file.name), "the reply")
+
+
+def opened(path: Path, shown: str) -> Picture | Refused:
+    """The picture of a file; in a refusal the file is called ``shown``."""
+    try:
+        return Picture(open_image(path))
+    except DataError as error:
+        return Refused(one_line(str(error).replace(str(path), shown), 300))
 
 
 def sha256_of(content: bytes) -> str:

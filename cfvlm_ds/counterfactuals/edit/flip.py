@@ -7,7 +7,8 @@ from typing import Any
 
 from PIL import ImageOps
 
-from cfvlm_ds.counterfactuals.edit.base import EditContext, Picture, Refused, Task
+from cfvlm_ds.counterfactuals.edit.base import Picture, Refused, Task
+from cfvlm_ds.counterfactuals.options import EditOptions
 from cfvlm_ds.counterfactuals.propose.vocabulary import LETTERING
 from cfvlm_ds.counterfactuals.propose.word_difference import words
 
@@ -17,7 +18,7 @@ class Flip:
 
     varies, threads = False, 1
 
-    def __init__(self, context: EditContext | None = None) -> None:
+    def __init__(self, options: EditOptions) -> None:
         pass
 
     def settings(self) -> Mapping[str, Any]:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.text import one_line
-from cfvlm_ds.counterfactuals.edit.base import EditContext, Picture, Refused, Task, picture_by_id
-from cfvlm_ds.data.decoding import open_image
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.counterfactuals.edit.base import Picture, Refused, Task, opened, picture_by_id
+from cfvlm_ds.counterfactuals.options import EditOptions
 
 
 class Folder:
@@ -17,10 +16,10 @@ class Folder:
 
     varies, threads = False, 1
 
-    def __init__(self, context: EditContext) -> None:
-        self._folder = Path(context.options.folder)
-        if not context.options.folder or not self._folder.is_dir():
-            raise ConfigError(f"--with folder needs --folder, the folder of edited pictures; {context.options.folder!r} is none")
+    def __init__(self, options: EditOptions) -> None:
+        self._folder = Path(options.folder)
+        if not options.folder or not self._folder.is_dir():
+            raise ConfigError(f"--with folder needs --folder, the folder of edited pictures; {options.folder!r} is none")
 
     def settings(self) -> Mapping[str, Any]:
         return {"version": 1}
@@ -30,12 +29,7 @@ class Folder:
 
     def edit(self, task: Task) -> Picture | Refused | None:
         path = picture_by_id(self._folder, task.id)
-        if path is None:
-            return Refused("no such file")
-        try:
-            return Picture(open_image(path))
-        except DataError as error:
-            return Refused(one_line(str(error), 300))
+        return Refused("no such file") if path is None else opened(path, str(path))
 
 
 class TextAlone:
@@ -43,7 +37,7 @@ class TextAlone:
 
     varies, threads = False, 1
 
-    def __init__(self, context: EditContext | None = None) -> None:
+    def __init__(self, options: EditOptions) -> None:
         pass
 
     def settings(self) -> Mapping[str, Any]:

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -19,10 +18,9 @@ from typing import Any
 from PIL import Image
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import read_bytes
-from cfvlm_ds.core.text import one_line
-from cfvlm_ds.counterfactuals.edit.base import MAX_REPLY, EditContext, Picture, Refused, Task, decoded
+from cfvlm_ds.counterfactuals.edit.base import MAX_REPLY, Picture, Refused, Task, decoded, opened
 from cfvlm_ds.counterfactuals.http import CallFailed, Patience, check_url, member, post, token_named, with_retries
+from cfvlm_ds.counterfactuals.options import EditOptions
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 _ATTEMPTS = 4
@@ -56,8 +54,7 @@ class Http:
 
     varies = True
 
-    def __init__(self, context: EditContext) -> None:
-        options = context.options
+    def __init__(self, options: EditOptions) -> None:
         self._url, self._timeout_s, self.threads = check_url(options.url, "--url"), options.timeout_s, options.threads
         self._token, self._patience = token_named(os.environ, "CFVLM_EDITOR_API_KEY"), Patience(self._url, "edits")
 
@@ -86,8 +83,7 @@ class Http:
             self._patience.failed(failure)
             return Refused(f"no picture from the server: {failure}")
         self._patience.answered()
-        image = decoded(content)
-        return image if isinstance(image, Refused) else Picture(image)
+        return decoded(content)
 
 
 class Command:
@@ -96,8 +92,7 @@ class Command:
 
     varies = True
 
-    def __init__(self, context: EditContext) -> None:
-        options = context.options
+    def __init__(self, options: EditOptions) -> None:
         self._command, self._timeout_s, self.threads = options.command, options.timeout_s, options.threads
         try:
             self._words = shlex.split(options.command)
@@ -105,8 +100,6 @@ class Command:
             raise ConfigError(f"--command {options.command!r}: {str(error).lower()}; correct its quotation marks") from error
         if not self._words or not all(any(place in word for word in self._words) for place in ("{request}", "{output}")):
             raise ConfigError(f"--command {options.command!r}: write the command with {{request}} and {{output}} in it")
-        if shutil.which(self._words[0]) is None:
-            raise ConfigError(f"--command {self._words[0]}: cannot be started (no such program); correct it")
 
     def settings(self) -> Mapping[str, Any]:
         return {"version": 1, "command": self._command}
@@ -126,33 +119,23 @@ class Command:
                 told["mask"] = str(folder / "mask.png")
             request.write_text(json.dumps(told))
             named = [word.replace("{request}", str(request)).replace("{output}", str(output)) for word in self._words]
-            if (trouble := self._run(named)) is not None:
-                return Refused(trouble)
-            try:
-                content = read_bytes(output, MAX_REPLY)
-            except (OSError, ValueError) as error:
-                return Refused(one_line(f"the command has written no picture ({getattr(error, 'strerror', None) or error})", 300))
-        edited = decoded(content)
-        return edited if isinstance(edited, Refused) else Picture(edited)
+            trouble = self._run(named, folder / "errors")
+            return Refused(trouble) if trouble else opened(output, "the command's picture")
 
-    def _run(self, words: list[str]) -> str | None:
-        """Why it failed. Everything that it has started ends with it."""
-        try:
-            process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-            )
-        except OSError as error:
-            raise ConfigError(f"--command {words[0]}: cannot be started ({error.strerror}); correct it") from error
-        try:
-            _, said = process.communicate(timeout=self._timeout_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            return f"the command took more than {self._timeout_s:g} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-        if process.returncode:
-            return f"the command ended with {process.returncode}: {said[-400:].decode('utf-8', 'replace')}"
-        return None
+    def _run(self, words: list[str], errors: Path) -> str:
+        """Why it failed, or nothing. What is stopped ends with everything that it has started."""
+        with open(errors, "w+b") as said:
+            try:
+                process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
+            except OSError as error:
+                raise ConfigError(f"--command {words[0]}: cannot be started ({error.strerror}); correct it") from error
+            try:
+                code = process.wait(self._timeout_s)
+            except subprocess.TimeoutExpired:
+                return f"the command took more than {self._timeout_s:g} s"
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+            said.seek(max(0, said.seek(0, os.SEEK_END) - 400))
+            return f"the command ended with {code}: {said.read().decode('utf-8', 'replace')}" if code else ""

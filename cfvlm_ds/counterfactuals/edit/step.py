@@ -5,9 +5,7 @@ from __future__ import annotations
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +16,10 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.journal import Journal
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import without_secrets
+from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.edit import EDITORS
-from cfvlm_ds.counterfactuals.edit.base import EditContext, Editor, Picture, Refused, Task, picture_by_id, sha256_of
+from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task, picture_by_id, sha256_of
 from cfvlm_ds.counterfactuals.edit.outside import png
 from cfvlm_ds.counterfactuals.options import EditOptions
 from cfvlm_ds.counterfactuals.propose.step import named
@@ -57,7 +56,7 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
         work.need(STEP, shard)
         say(f"{out}: edit is through with shard {shard}")
         return done
-    editors = {name: EDITORS[name](EditContext(options, work, shard)) for name in names}
+    editors = {name: EDITORS[name](options) for name in names}
     own = {name: dict(editor.settings()) for name, editor in editors.items()}
     work.settle(STEP, {**said, "settings": own})
     step = ShardStep(work, STEP, shard)
@@ -93,7 +92,7 @@ def _through(step: ShardStep, tar: _Tar, editors: Mapping[str, Editor], options:
     progress = Progress(say, STEP, max(proposed * most - step.count, 1), "pictures")
     threads = max(editor.threads for editor in editors.values())
     unread: list[str] = []
-    for _, (record, content) in _made(units, editors, options, threads):
+    for _, (record, content) in side_by_side(lambda unit: make(unit, editors, options), units, threads, threads):
         unread += [record["detail"]] if "detail" in record and not unread else []
         if content is not None:
             record["picture"] |= {"file": tar.path.name, **tar.add(f"{step.count:08d}.png", content)}
@@ -128,27 +127,6 @@ def _task(record: Mapping[str, Any], each: Mapping[str, Any], attempt: int, opti
     seed = seed_of(options.seed, name, attempt) % 2**53
     picture = NO_PICTURE if record["picture"] is None else Path(record["picture"])
     return Task(name, record["source"], each["type"], picture, *words, attempt, seed, mask)
-
-
-def _made(
-    units: Iterator[Unit], editors: Mapping[str, Editor], options: EditOptions, threads: int
-) -> Iterator[tuple[Unit, tuple[dict[str, Any], bytes | None]]]:
-    """Units in their order with their records; a bounded number of them is worked on side by side."""
-    if threads == 1:
-        for unit in units:
-            yield unit, make(unit, editors, options)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = [(unit, pool.submit(make, unit, editors, options)) for unit in islice(units, threads)]
-        try:
-            while waiting:
-                unit, answer = waiting.pop(0)
-                found = answer.result()
-                waiting += [(each, pool.submit(make, each, editors, options)) for each in islice(units, 1)]
-                yield unit, found
-        finally:
-            for _, answer in waiting:
-                answer.cancel()
 
 
 def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tuple[dict[str, Any], bytes | None]:

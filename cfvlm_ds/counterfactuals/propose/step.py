@@ -7,15 +7,14 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import read_yaml
+from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.options import ProposeOptions
 from cfvlm_ds.counterfactuals.propose import PROPOSERS
@@ -109,21 +108,7 @@ def _asked(
     def ask(unit: Source | DataError) -> list[Found]:
         return [] if isinstance(unit, DataError) else [back_end.propose(unit) for back_end in back_ends.values()]
 
-    if threads == 1:
-        for unit in units:
-            yield unit, ask(unit)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = [(unit, pool.submit(ask, unit)) for unit in islice(units, threads)]
-        try:
-            while waiting:
-                unit, answer = waiting.pop(0)
-                found = answer.result()
-                waiting += [(each, pool.submit(ask, each)) for each in islice(units, 1)]
-                yield unit, found
-        finally:
-            for _, answer in waiting:
-                answer.cancel()
+    return side_by_side(ask, units, threads, threads)
 
 
 def record_of(source: Source, answers: Iterable[Found]) -> dict[str, Any]:

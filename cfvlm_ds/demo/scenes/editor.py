@@ -14,8 +14,9 @@ from typing import Any
 from cfvlm_ds.core.config import ScenesConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import read_json
-from cfvlm_ds.counterfactuals.edit.base import EditContext, Picture, Refused, Task
+from cfvlm_ds.counterfactuals.edit.base import Picture, Refused, Task
 from cfvlm_ds.counterfactuals.edit.diffusion import call_options
+from cfvlm_ds.counterfactuals.options import EditOptions
 from cfvlm_ds.demo.scenes.build import RULES, SceneGroup, draw_group
 from cfvlm_ds.demo.scenes.edits import EDITS
 from cfvlm_ds.demo.scenes.grammar import describe, holds, say
@@ -32,9 +33,9 @@ class SceneEditor:
 
     varies, threads = True, 1
 
-    def __init__(self, context: EditContext) -> None:
-        self._config = scenes_config(Path(context.options.folder))
-        share = call_options(context.options.options).get("faults", 0.0)
+    def __init__(self, options: EditOptions) -> None:
+        self._config = scenes_config(Path(options.folder))
+        share = call_options(options.options).get("faults", 0.0)
         if isinstance(share, (str, bool)) or not 0 <= share <= 1:
             raise ConfigError(f"--options faults={share}: a share of the attempts, from 0 to 1")
         self._share = float(share)
