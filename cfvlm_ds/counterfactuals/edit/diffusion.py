@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from cfvlm_ds.core.errors import ConfigError, is_failure
@@ -21,7 +20,7 @@ from cfvlm_ds.counterfactuals.options import EditOptions
 _MULTIPLE = 32  # pixels that every known pipeline's sides can be multiples of
 OLDEST = "0.42.1"
 """As in pyproject.toml. Before 0.38 diffusers runs code that a pipeline's folder holds, before this version it imports any module that the
-folder names; from it on it refuses both."""
+folder names."""
 
 
 class Diffusers:
@@ -48,10 +47,20 @@ class Diffusers:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
         try:
+            index = diffusers.DiffusionPipeline.load_config(options.model)
+            parts = {name: part for name, part in index.items() if isinstance(part, list) and name != "_ignore_files"}
+            for name, (library, *_) in parts.items():
+                if not (library in (None, "diffusers", "transformers") or hasattr(diffusers.pipelines, library)):
+                    raise ConfigError(
+                        f"--model {options.model}: model_index.json takes {name} from {library!r}, and only classes of diffusers and "
+                        "transformers are loaded; name another pipeline"
+                    )
             pipe = diffusers.DiffusionPipeline.from_pretrained(
                 options.model, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
             self.pipe = pipe.to(self._device)
+        except ConfigError:
+            raise
         except Exception as error:  # what a folder that is no pipeline makes of it
             if not is_failure(error):
                 raise
@@ -101,9 +110,14 @@ class Diffusers:
 
 def _padded(image: Image.Image) -> Image.Image:
     """The picture with its last row and column repeated up to sides that a pipeline takes."""
-    pixels = np.asarray(image)
-    sides = [(0, -side % _MULTIPLE) for side in pixels.shape[:2]]
-    return Image.fromarray(np.pad(pixels, [*sides, (0, 0)][: pixels.ndim], "edge"))
+    width, height = (-(-side // _MULTIPLE) * _MULTIPLE for side in image.size)
+    if (width, height) == image.size:
+        return image
+    padded = Image.new(image.mode, (width, height))
+    padded.paste(image.crop((image.width - 1, 0, image.width, image.height)).resize((width, image.height)), (0, 0))
+    padded.paste(image, (0, 0))
+    padded.paste(padded.crop((0, image.height - 1, width, image.height)).resize((width, height - image.height or 1)), (0, image.height))
+    return padded
 
 
 def call_options(text: str) -> dict[str, Any]:
