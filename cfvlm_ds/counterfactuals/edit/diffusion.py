@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from cfvlm_ds.core.errors import ConfigError, is_failure
@@ -110,14 +111,9 @@ class Diffusers:
 
 def _padded(image: Image.Image) -> Image.Image:
     """The picture with its last row and column repeated up to sides that a pipeline takes."""
-    width, height = (-(-side // _MULTIPLE) * _MULTIPLE for side in image.size)
-    if (width, height) == image.size:
-        return image
-    padded = Image.new(image.mode, (width, height))
-    padded.paste(image.crop((image.width - 1, 0, image.width, image.height)).resize((width, image.height)), (0, 0))
-    padded.paste(image, (0, 0))
-    padded.paste(padded.crop((0, image.height - 1, width, image.height)).resize((width, height - image.height or 1)), (0, image.height))
-    return padded
+    pixels = np.asarray(image)
+    sides = [(0, -side % _MULTIPLE) for side in pixels.shape[:2]]
+    return Image.fromarray(np.pad(pixels, [*sides, (0, 0)][: pixels.ndim], "edge"))
 
 
 def call_options(text: str) -> dict[str, Any]:
