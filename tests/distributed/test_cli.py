@@ -670,7 +670,7 @@ def test_exports_have_cards_with_what_the_run_knows(runs: Path, manifests: dict[
         assert f"| `{name}` | `{context}` | `{groups}` | `cfgroup` | `{manifests[name].name}` | `{each['digest']}` |" in card
     assert all(f"| `{name}` | `{weight}` |" in card for name, weight in (("align", 1.0), ("csd", 0.5), ("fcd", 0.7)))
     assert (
-        "Weights after 2 optimizer steps from `llava`" in card and "| ZeRO stage | `3` |" in card and 'library_name: "transformers"' in card
+        "Weights after 2 optimizer steps from `llava`" in card and "| ZeRO stage | `3` |" in card and "library_name: transformers" in card
     )
     for line in (runs / "z3" / "results.md").read_text().splitlines():
         if line.startswith(("| test | all", "| chance")):
@@ -680,7 +680,7 @@ def test_exports_have_cards_with_what_the_run_knows(runs: Path, manifests: dict[
     main(["export", str(runs / "z3"), "--out", str(tmp_path / "again")])
     assert (tmp_path / "again" / "README.md").read_text() == card
     adapter = (runs / "off" / "adapter" / "README.md").read_text()
-    assert 'library_name: "peft"' in adapter and "| `dpo` | `1.0` |" in adapter and "| test | all, blank image |" in adapter
+    assert "library_name: peft" in adapter and "| `dpo` | `1.0` |" in adapter and "| test | all, blank image |" in adapter
 
 
 def test_evaluate_takes_run_folders_and_adapters(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -131,7 +132,9 @@ def test_a_benchmark_of_ones_own_is_registered_from_a_script(
     arguments = ["evaluate", str(model_dir), "--benchmarks", "mine", "--benchmark_root", str(root), "--out", str(tmp_path / "out")]
     ((code, said),) = started(1, OWN, arguments, tmp_path, "own")
     assert (
-        code == 0 and "mine.tsv has 2 rows, and the official file 3: another revision" in said and "| mine | match | 2 | accuracy |" in said
+        code == 0
+        and "mine.tsv has 2 rows, and the official file 3: another revision" in said
+        and re.search(r"\| mine \| match \| 2 \| \d \| accuracy \|", said)
     )
     ((code, said),) = started(1, OWN, ["compare", str(tmp_path / "out"), str(tmp_path / "out")], tmp_path, "compared")
     assert code == 0 and "| mine | match | accuracy |" in said and "| +0.0 |" in said
@@ -174,7 +177,7 @@ def test_a_training_evaluates_benchmarks(
         and "eval/test/pair" in evaluated[0]
     )
     assert "eval/crepe/shuffled_macro" in evaluated[1] and "eval/crepe/shuffled_macro" not in evaluated[0]
-    assert "| crepe | caption | 21 | macro |" in (run_dir / "results.md").read_text()
+    assert re.search(r"\| crepe \| caption \| 21 \| \d+ \| macro \|", (run_dir / "results.md").read_text())
     main(["compare", str(run_dir / "benchmarks"), str(run_dir / "benchmarks")])
     compared = capsys.readouterr().out
     assert "| crepe | caption | macro |" in compared and "in different words" not in compared

@@ -110,7 +110,11 @@ def with_packages(installed: Path) -> dict[str, str]:
 
 
 def test_the_wheel_has_the_package_and_what_a_run_needs_and_nothing_else(wheel: Path) -> None:
-    files = [path for path in (REPO / "cfvlm_ds").rglob("*") if path.suffix in (".py", ".jinja", ".js", ".css") or path.name == "py.typed"]
+    files = [
+        path
+        for path in (REPO / "cfvlm_ds").rglob("*")
+        if path.suffix in (".py", ".jinja", ".js", ".css", ".yaml") or path.name == "py.typed"
+    ]
     code = {str(path.relative_to(REPO)) for path in files}
     demo = REPO / "cfvlm_ds" / "demo"
     code |= {str(path.relative_to(REPO)) for path in (demo / "measured.json", *(demo / "base_checkpoint").iterdir())}
