@@ -35,11 +35,6 @@ def write_base(out_dir: str | Path) -> Path:
     return out
 
 
-def base_record() -> dict[str, Any]:
-    """How the base was made and what it can do."""
-    return dict(json.loads((FOLDER / RECORD).read_text(encoding="utf-8")))
-
-
 def keep_base(run: Path) -> None:
     """Put the export of a finished run in the place of the package's base."""
     finished, results = run / "finished.json", json.loads((run / "results.json").read_text(encoding="utf-8"))

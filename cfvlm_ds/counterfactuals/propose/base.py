@@ -113,9 +113,3 @@ def license_of(meta: str) -> str:
     except (ValueError, AttributeError, RecursionError):
         return ""
     return said if isinstance(said, str) else ""
-
-
-Change = tuple[dict[int, str], str]
-"""What rules make of a caption: new words by place, and what an editor of pictures is told."""
-Choose = Callable[[Sequence[str]], list[str]]
-"""Which of the words that may be put in place are."""
