@@ -99,11 +99,11 @@ class MicroBatch:
         return self.forwards[0].layout
 
     def padded(self, number: int) -> tuple[Batch, ...]:
-        """``number`` forwards, as every rank makes under ZeRO-3: first repeats of the first one, which do not count, then its own."""
+        """Return ``number`` forwards, as many as every rank makes under ZeRO-3: repeats of the first one, which do not count, then its own."""
         return (self.forwards[0],) * (number - len(self.forwards)) + self.forwards
 
     def scores(self, token_logp: Sequence[Tensor]) -> Scores:
-        """The score matrix from the engine's outputs for the ``padded`` forwards."""
+        """Join the engine's outputs for the ``padded`` forwards into one score matrix."""
         own = token_logp[len(token_logp) - len(self.forwards) :]
         found = [batch.scores(logp) for batch, logp in zip(self.forwards, own, strict=True)]
         return found[0] if len(found) == 1 else Scores.joined(found)

@@ -47,7 +47,7 @@ class Material:
     placeholders: tuple[list[int], ...]
 
     def only(self, wanted: Sequence[bool]) -> tuple[Material, list[int]]:
-        """The material with those texts alone whose cell is ``wanted``, and the places of the pictures that are left, at least one."""
+        """Keep the texts whose cell is ``wanted``; also returns the places of the pictures that are left, at least one."""
         kept = (Tree(tree.pictures, [branch for branch in tree.branches if wanted[branch[0]]]) for tree in self.trees)
         trees = tuple(tree for tree in kept if tree.branches)
         shown = {key for tree in trees for key in tree.pictures}

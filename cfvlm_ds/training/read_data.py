@@ -72,7 +72,7 @@ class SourceData(NamedTuple):
 
 
 def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> RunData:
-    """Training groups and evaluation splits, after a check by rank 0; a problem is raised on every rank.
+    """Read the training groups and evaluation splits, which rank 0 checks; a problem is raised on every rank.
 
     Raises ConfigError when no training manifest is named, or a rank is lost, DataError for anything wrong with a manifest, an image or a
     text.
@@ -97,8 +97,10 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
 
 
 def by_rank_0(world: World, patience: Patience, what: str, function: Callable[[], Any]) -> Any:
-    """The result of a long call on rank 0, which has all cores of its machine while the others wait. Raises on every rank what it raises,
-    and StorageError where a process of it was killed."""
+    """Call a function on rank 0, with all cores of its machine, while the other ranks wait; returns its result on every rank.
+
+    Raises its error on every rank, and StorageError where one of its processes was killed.
+    """
 
     def call() -> Any:
         try:

@@ -64,7 +64,7 @@ class Item:
 
 
 def quad(id: str, pictures: Sequence[Path], captions: Sequence[str], cluster: str = "", **tags: str) -> Item:
-    """An item of two pictures and two texts, each text true of its own picture."""
+    """Make an item of two pictures and two texts, each text true of its own picture."""
     images = tuple((picture,) for picture in pictures)
     return Item(id, images, tuple(captions), ((1, 0), (0, 1)), tags=tags, cluster=cluster or id)
 

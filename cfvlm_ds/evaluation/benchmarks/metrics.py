@@ -126,17 +126,17 @@ def sliced(table: Sequence[Judged], key: Key, metrics: Callable[[Sequence[Judged
 
 
 def by(name: str, metrics: Callable[[Sequence[Judged]], Values]) -> Callable[[Sequence[Judged]], Values]:
-    """A metric of everything and of each part by a tag, see ``sliced``."""
+    """Return a metric of all items and, as METRIC/PART, of the items of each tag."""
     return lambda table: sliced(table, tag(name), metrics)
 
 
 def macro_by(name: str, least: int = 1) -> Callable[[Sequence[Judged]], Values]:
-    """The mean of the accuracies of parts by a tag, each of them (see ``macro``), and the accuracy of everything."""
+    """Return a metric with the accuracy of each tag, their mean (see ``macro``), and the accuracy of all items."""
     return lambda table: macro(table, tag(name), least) | accuracy(table)
 
 
 def with_macros(values: Values, *names: str) -> Values:
-    """``values`` of ``sliced``, and for each name the mean of its parts as NAME_macro."""
+    """Add NAME_macro for each name: the mean of its parts among the ``values`` of ``sliced``."""
     parts = {name: [value for key, value in values.items() if key.startswith(f"{name}/")] for name in names}
     return values | {f"{name}_macro": sum(found) / len(found) for name, found in parts.items() if found}
 

@@ -80,18 +80,18 @@ class Row:
         return self.values[column]
 
     def error(self, problem: str, remedy: str = _AGAIN) -> DataError:
-        """What is wrong with the row."""
+        """Return a DataError that begins with the row's place."""
         return DataError(f"{self.where}: {problem}; {remedy}")
 
     def text(self, column: str) -> str:
-        """A text. Raises DataError for another type or an empty one."""
+        """Return a text without the spaces around it. Raises DataError for another type or an empty one."""
         value = self[column]
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"{column!r} must be a text, not {quoted(value)}")
         return value.strip()
 
     def choice(self, column: str, known: Sequence[Any]) -> int:
-        """The place in ``known`` of a value; texts whatever their case. Raises DataError for another value."""
+        """Return the place of a value in ``known``; case does not count. Raises DataError for another value."""
         value = self[column]
         plain = [each.lower() if isinstance(each, str) else each for each in known]
         given = value.strip().lower() if isinstance(value, str) else value
@@ -100,16 +100,16 @@ class Row:
         return plain.index(given)
 
     def truth(self, column: str, known: Sequence[Any]) -> tuple[int, ...]:
-        """The row of a truth table in which the value is true of ``known``. Raises DataError as ``choice`` does."""
+        """Return a row of a truth table: 1 at the value's place in ``known``. Raises DataError as ``choice`` does."""
         return one_hot(self.choice(column, known), len(known))
 
     def picture(self, name: Any, *folders: str) -> Path:
-        """The file of a picture, see ``Source.picture``."""
+        """Return the file of a picture, see ``Source.picture``."""
         return self.source.picture(self.where, name, *folders)
 
 
 def one_hot(gold: int, size: int) -> tuple[int, ...]:
-    """The row of a truth table in which one text is true."""
+    """Return a row of a truth table in which one text is true."""
     return tuple(int(each == gold) for each in range(size))
 
 
@@ -137,7 +137,7 @@ class Source:
         self._keyed: dict[File, dict[str, Row]] = {}
 
     def rows(self, file: File) -> Iterator[Row | DataError]:
-        """The rows of a file. One that is missing, or cannot be read on, is one DataError."""
+        """Yield the rows of a file. A file that is missing or damaged is one DataError."""
         path, read = self.root / file.name, _READERS.get(Path(file.name).suffix)
         if file.lines and (self.root / file.lines).is_file():
             path, read = self.root / file.lines, _json_lines
@@ -175,7 +175,7 @@ class Source:
             yield DataError(f"{path}: cannot be read{after} ({error}); get the official file again, in UTF-8")
 
     def keyed(self, file: File, column: str) -> dict[str, Row]:
-        """The rows of a file by a column. Raises DataError for the first that cannot be read."""
+        """Return the rows of a file by the value of a column. Raises DataError for the first row that cannot be read."""
         if file not in self._keyed:
             found: dict[str, Row] = {}
             for row in self.rows(file):
@@ -295,7 +295,7 @@ def _json_lines(path: Path) -> Iterator[_Placed]:
 
 
 def _text_lines(path: Path) -> Iterator[_Placed]:
-    """Two values a line, the second after its last tab."""
+    """Split each line at its last tab."""
     content = read_bytes(path, MIB).decode("utf-8-sig")
     for number, line in enumerate((line for line in content.splitlines() if line.strip()), 1):
         before, _, after = line.rpartition("\t")

@@ -22,7 +22,7 @@ _NAMED = 20
 
 
 def overview(results: Sequence[Result]) -> str:
-    """A line for each result: its headline metric. And what its interval is."""
+    """Return a table with the headline metric of each result, and a note on its interval."""
     shown = [name for name in TABLES if any(name in result.metrics for result in results)]
     lines = [
         f"| benchmark | probe | items | clusters | metric | value | 95 % | {' | '.join(TABLES[name] for name in shown)} |",
