@@ -99,7 +99,7 @@ class MicroBatch:
         return self.forwards[0].layout
 
     def padded(self, number: int) -> tuple[Batch, ...]:
-        """Return ``number`` forwards, as many as every rank makes under ZeRO-3: repeats of the first one, which do not count, then its own."""
+        """Return ``number`` forwards, as every rank makes under ZeRO-3: repeats of the first one, which do not count, and its own."""
         return (self.forwards[0],) * (number - len(self.forwards)) + self.forwards
 
     def scores(self, token_logp: Sequence[Tensor]) -> Scores:

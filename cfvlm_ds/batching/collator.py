@@ -156,7 +156,9 @@ class Collator:
         return Batch(row.model_inputs, row.cell, row.is_end, layout, reference, prior, row.num_tokens, row.num_scored, num_images, kept)
 
     def packed_again(self, micro_batch: MicroBatch, cells: Tensor) -> MicroBatch:
-        """Pack a micro-batch again with the given ``cells`` [G, I, C] alone, at least one a group. No picture is opened and no text encoded again.
+        """Pack a micro-batch again with the given ``cells`` [G, I, C] alone, at least one a group.
+
+        No picture is opened again, and no text is encoded again.
 
         A forward without any is left out. A picture that no cell needs leaves the model's inputs where these have one row for each
         picture; else the tower still runs on it.

@@ -50,7 +50,7 @@ def data_identity(
 def store_identity(
     store: GroupStore, pictures: PictureTable | None, scan: Scan, say: Callable[[str], object] = lambda line: None
 ) -> Identity:
-    """Compute ``data_identity`` of many groups in several processes; ``say`` gets its progress. Raises DataError for a row that is no group."""
+    """Compute ``data_identity`` in several processes; ``say`` gets its progress. Raises DataError for a row that is no group."""
 
     def work(places: Sequence[int], done: Done) -> _Part | str:
         try:
