@@ -68,13 +68,14 @@ def group_tokens(
                 with contextlib.suppress(OSError):  # a full disk costs memory and the next start's time, no more
                     _keep(each, key, tokens, largest)
         counted.append(tokens)
-        return largest, place or folder, zlib.crc32(tokens)
+        return largest, place or folder, zlib.crc32(tokens.data)
 
     kept, place, checksum = by_rank_0(world, patience, "the count of tokens", find)
     tokens = None if place is None else _mapped(place, len(groups))
-    if tokens is not None and zlib.crc32(tokens) != checksum:  # of an earlier start, on a full disk or in a cache of NFS
+    if tokens is not None and zlib.crc32(tokens.data) != checksum:  # of an earlier start, on a full disk or in a cache of NFS
         tokens = None
-    if not all(gather_objects(tokens is not None, world)):
+    everywhere = all(gather_objects(tokens is not None, world))
+    if tokens is None or not everywhere:
         (tokens,) = broadcast_object(counted) if world.size > 1 else counted
     most, at, least, least_at = kept
     problem = _too_large(groups, most, at, "max_tokens_per_micro_batch", data)
