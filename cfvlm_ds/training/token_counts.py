@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +18,8 @@ import transformers
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.data_config import DataConfig
-from cfvlm_ds.core.distributed import Patience, World, cores_per_rank
-from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
+from cfvlm_ds.core.distributed import Patience, World, broadcast_object, cores_per_rank, gather_objects
+from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
@@ -58,22 +59,24 @@ def group_tokens(
     def sampled(places: Sequence[int]) -> Tokens | str:
         return _measured(groups, collator, data, pictures, places)
 
-    def find() -> tuple[list[int], Path | None]:
+    def find() -> tuple[list[int], Path | None, int]:
         key, largest, place = _known(folder, shared, depends_on, collator, len(groups), sampled)
-        if largest is None:
+        tokens = None if place is None else _mapped(place, len(groups))
+        if largest is None or tokens is None:
             tokens, largest = _counted(groups, collator, data, pictures, Scan(alive=patience.alive, shield=shield_worker), world.say)
-            counted.append(tokens)
             for each in () if folder is None else _places(folder, shared, key):
                 with contextlib.suppress(OSError):  # a full disk costs memory and the next start's time, no more
                     _keep(each, key, tokens, largest)
-        return largest, place or folder
+        counted.append(tokens)
+        return largest, place or folder, zlib.crc32(tokens.data)
 
-    kept, place = by_rank_0(world, patience, "the count of tokens", find)
+    kept, place, checksum = by_rank_0(world, patience, "the count of tokens", find)
     tokens = None if place is None else _mapped(place, len(groups))
-    if counted and (tokens is None or not np.array_equal(tokens, counted[0])):
-        tokens = counted[0]
-    if tokens is None:
-        raise StorageError(f"{place}: the counts of tokens cannot be read on every rank; name a train.output_dir that all of them see")
+    if tokens is not None and zlib.crc32(tokens.data) != checksum:  # of an earlier start, on a full disk or in a cache of NFS
+        tokens = None
+    everywhere = all(gather_objects(tokens is not None, world))
+    if tokens is None or not everywhere:
+        (tokens,) = broadcast_object(counted) if world.size > 1 else counted
     most, at, least, least_at = kept
     problem = _too_large(groups, most, at, "max_tokens_per_micro_batch", data)
     if problem := problem or _too_large(groups, least, least_at, "max_tokens_per_forward", data):

@@ -859,6 +859,17 @@ def test_captions_and_choices_by_hand(tmp_path: Path) -> None:
     assert on("aro_flickr_order", tmp_path, lambda item: None)["accuracy"] == 0
 
 
+def test_vl_checklist_goes_through_linked_folders_and_refuses_texts_that_are_no_lists(tmp_path: Path) -> None:
+    vl_checklist(tmp_path / "vl")
+    whole = read("vl_checklist", tmp_path / "vl")
+    (tmp_path / "vl/data/Attribute/vaw").rename(tmp_path / "vaw")
+    (tmp_path / "vl/data/Attribute/vaw").symlink_to(tmp_path / "vaw")
+    assert read("vl_checklist", tmp_path / "vl") == whole
+    put(tmp_path / "vl/data/Object/x.json", [["sub/1.jpg", {"POS": "a cup", "NEG": "a hat"}]])
+    loaded = load(BENCHMARKS["vl_checklist"], tmp_path / "vl")
+    assert list(loaded.items) == list(whole) and "x.json: item 1: " in str(loaded.problems[0])
+
+
 def test_equal_texts_are_read_counted_and_lose_where_they_tie(tmp_path: Path) -> None:
     """As in four rows of SugarCrepe++, whose two true captions are equal, and 124 of VL-CheckList, whose true caption is the false one."""
     sugarcrepe_pp(tmp_path / "pp")

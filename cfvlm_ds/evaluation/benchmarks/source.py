@@ -11,6 +11,7 @@ import difflib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ class Source:
         elif path.suffix == ".parquet" and is_there(path):
             read = self._prepared
         elif "*" in file.name and read is not None:
-            names = sorted(each.relative_to(self.root).as_posix() for each in self.root.glob(file.name))
+            names = sorted(glob(file.name, root_dir=self.root, recursive=True))  # unlike Path.glob it goes through links
             if not names:
                 yield DataError(f"{path}: no {path.suffix} file; docs/benchmarks says where the files are and where they belong")
             for name in names:

@@ -14,7 +14,10 @@ BRANCHES = ("Attribute", "Object", "Relation")
 def item(row: Row) -> Item:
     leaf = row.file.removeprefix("data/").removesuffix(".json")
     folder = next((data_set for data_set in ("swig", "hake") if data_set in leaf), "vg")
-    picture, texts = row.picture(row["picture"], folder, f"../{folder}"), (row["texts"]["POS"][0], row["texts"]["NEG"][0])
+    picture, sides = row.picture(row["picture"], folder, f"../{folder}"), [row["texts"][side] for side in ("POS", "NEG")]
+    if not all(isinstance(side, list) for side in sides):
+        raise row.error("the row must be [picture, {'POS': [text], 'NEG': [text]}]")
+    texts = sides[0][0], sides[1][0]
     marks, cluster = {"branch": row.part, "leaf": leaf}, f"{folder}/{row['picture']}"
     return Item(f"{leaf}/{row.number}", ((picture,),), texts, ((1, 0),), tags=marks, cluster=cluster)
 
