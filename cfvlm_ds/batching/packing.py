@@ -149,8 +149,9 @@ def pack(material: Material, image_inputs: dict[str, Any], family: Family, confi
     """
     shown = [tuple(material.keys.index(key) for key in tree.pictures) for tree in material.trees]
     tokens = _Tokens()
+    grids = image_inputs[family.grid].cpu() if family.grid else torch.empty(0)  # those of a row that is packed again are on the device
     for tree, pictures in zip(material.trees, shown, strict=True):
-        tokens.grow(_prompts(tree, pictures, material.placeholders, image_inputs, family, config, image_token))
+        tokens.grow(_prompts(tree, pictures, material.placeholders, grids, family, config, image_token))
     places, predicted_by = torch.tensor(tokens.predicts).unique(return_inverse=True)
     ids = torch.cat(tokens.ids)
     whole = family.whole_pictures(config)
@@ -179,14 +180,14 @@ def _prompts(
     tree: Tree,
     pictures: Sequence[int],
     placeholders: Sequence[list[int]],
-    image_inputs: dict[str, Any],
+    grids: Tensor,
     family: Family,
     config: PreTrainedConfig,
     image_token: int,
 ) -> list[_Prompt]:
     """The tree's prompts in order, each with its texts."""
     found: list[_Prompt] = []
-    grids = image_inputs[family.grid][list(pictures)] if family.grid else torch.empty(0)
+    shown = grids[list(pictures)] if family.grid else grids
     for index, text in tree.ordered:
         if not found or found[-1].ids != text.prompt_ids:
             left, ids, begins = iter(pictures), list[int](), [0]
@@ -194,7 +195,7 @@ def _prompts(
                 ids += placeholders[next(left)] if token == image_token else [token]
                 begins.append(len(ids))
             expanded = torch.tensor(ids)
-            found.append(_Prompt(text.prompt_ids, begins, expanded, family.positions(config, expanded == config.image_token_id, grids), []))
+            found.append(_Prompt(text.prompt_ids, begins, expanded, family.positions(config, expanded == config.image_token_id, shown), []))
         found[-1].texts.append((index, text))
     return found
 
