@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cfvlm_ds.cli import looking, making
 from cfvlm_ds.cli.options import add_command, add_data_options, add_fields, add_model_options, model_of, positive, values_of
@@ -14,10 +14,13 @@ from cfvlm_ds.core.config import BuildConfig, ScenesConfig
 from cfvlm_ds.core.errors import DataError, StorageError, unwritten
 from cfvlm_ds.core.secrets import print_line
 
+if TYPE_CHECKING:
+    from cfvlm_ds.data import CheckReport
+
 
 def add(commands: Any) -> None:
     """Add the commands to a parser's."""
-    text, example = "make, check, convert, pack and look at data", "cfvlm-ds data convert captions.csv --root images --out groups.jsonl"
+    text, example = "make, check, convert, prepare and look at data", "cfvlm-ds data convert captions.csv --root images --out groups.jsonl"
     command = commands.add_parser("data", help=text, description=text, epilog=f"example: {example}")
     data = command.add_subparsers(dest="action", required=True)
     command = add_command(data, "build", _build, "write the embedded world of scenes", "cfvlm-ds data build runs/scenes --num_train 4000")
@@ -51,13 +54,17 @@ def add(commands: Any) -> None:
 
     looking.add(data)
     making.add(data)
-    example = "cfvlm-ds data pack groups.jsonl --out STORE"
-    command = add_command(data, "pack", _pack, "rows in shards and pictures in tars, for data of any size", example)
+    example = "cfvlm-ds data prepare groups.jsonl --out STORE --pack"
+    command = add_command(data, "prepare", _prepare, "check a data set and write it as a store, which training opens", example)
     command.add_argument("manifest")
+    text = "folder to write; what an earlier call has prepared is not prepared again"
+    command.add_argument("--out", required=True, metavar="FOLDER", help=text)
     command.add_argument(
-        "--out", required=True, metavar="FOLDER", help="folder to write; what an earlier call has packed is not packed again"
+        "--pack", action="store_true", help="copy the pictures into tars of the store; otherwise rows name them where they are"
     )
-    text = "pack every N-th shard from number I on, 0 to N-1; the others are for other calls, at the same time or not"
+    text = "leave out rows that are no group and those with a picture that cannot be used, and list them in FOLDER/left_out.jsonl"
+    command.add_argument("--on_error", choices=("error", "skip"), default="error", help=f"skip: {text}")
+    text = "prepare every N-th part from number I on, 0 to N-1; the others are for other calls, at the same time or not"
     command.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help=text)
     add_data_options(command)
 
@@ -92,18 +99,33 @@ def _shard(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def _pack(arguments: argparse.Namespace) -> None:
-    from cfvlm_ds.data import open_groups
-    from cfvlm_ds.data.pack import pack
+def _prepare(arguments: argparse.Namespace) -> None:
+    from cfvlm_ds.data import data_roots, open_groups
+    from cfvlm_ds.data.containers.hub import fetched
+    from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp, source_state
 
     out, (shard, of) = Path(arguments.out), arguments.shard
+    options = PrepareOptions(arguments.pack, True, arguments.max_pixels, arguments.on_error)
     groups = open_groups(arguments.manifest, arguments.root, arguments.format, progress=print_line)
+    path = fetched(arguments.manifest)
+    stamp = source_stamp(path, source_state(path), data_roots(path, arguments.root), groups.format, None, options)
     try:
-        whole = pack(groups, out, print_line, shard=shard, of=of, max_pixels=arguments.max_pixels)
+        report, whole = prepare(groups, out, stamp, options, print_line, shard=shard, of=of)
     except OSError as error:
-        raise StorageError(f"{unwritten(out, error)}; make room, or correct --out: what is packed is kept") from error
+        raise StorageError(f"{unwritten(out, error)}; make room, or correct --out: what is prepared is kept") from error
+    if report.problems:
+        print(report)
+        if options.on_error == "error":
+            _refuse(report)
     if whole:
-        print(f"packed {len(groups)} groups into {out}: a data set by this name, as data.train for instance")
+        print(f"prepared {len(open_groups(out))} groups in {out}: a data set by this name, as data.train for instance")
+
+
+def _refuse(report: CheckReport) -> None:
+    """Raise DataError for the problems of a report that was printed."""
+    if report.problems:
+        more = len(report.problems) - 1
+        raise DataError(report.problems[0] + (f" ({more} more, listed above)" if more else ""))
 
 
 def _formats(arguments: argparse.Namespace) -> None:
@@ -151,6 +173,4 @@ def _check(arguments: argparse.Namespace) -> None:
     )
     if report.num_groups or len(report.problems) > 1:
         print(report)
-    if not report.ok:
-        more = len(report.problems) - 1
-        raise DataError(report.problems[0] + (f" ({more} more, listed above)" if more else ""))
+    _refuse(report)

@@ -79,7 +79,11 @@ def _fresh(path: Path) -> int | None:
             path.unlink()
         try:
             handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if new else 0), 0o666)
-        except (FileExistsError, FileNotFoundError):  # another process was faster
+        except FileExistsError:  # another process was faster
+            continue
+        except FileNotFoundError:
+            if new:  # its folder is gone
+                raise
             continue
         try:
             mine = lock(handle, path)

@@ -25,10 +25,10 @@ FILES = (
     "metrics.jsonl", ".mlflow_delivery.json", "params.json", "params_*.json",
     "mlflow.db*", "finished.json", "resume_changes.jsonl", "skipped.json", "nonfinite.jsonl",
     "results.md", "results.json", "results_start.json",
-    "scores-*.png", "learning_curves.png", "run.lock*", "data_check.json", "zero_to_*.py",
+    "scores-*.png", "learning_curves.png", "run.lock*", "zero_to_*.py",
     "*.tmp",
 )  # fmt: skip
-FOLDERS = ("mlartifacts", "scores", "benchmarks", "heartbeat", "data_check", "export", "adapter")
+FOLDERS = ("mlartifacts", "scores", "benchmarks", "heartbeat", "prepared", "export", "adapter")
 """Names that a run writes into its folder, except checkpoints, which are made elsewhere and renamed."""
 
 

@@ -7,6 +7,7 @@ distinct picture.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +24,12 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.formats import AUTO
 from cfvlm_ds.data.manifest import Root, data_roots, known_format, open_groups, repeated
-from cfvlm_ds.data.packed import PackedRows
 from cfvlm_ds.data.passes import Done, Firsts, Scan, contains
-from cfvlm_ds.data.picture_check import equal_images, find, open_pictures
+from cfvlm_ds.data.picture_check import equal_images, open_pictures
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore
+from cfvlm_ds.data.stored import StoredRows
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -58,33 +59,23 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object], scan: Sc
     return report
 
 
-def check_groups(
-    store: GroupStore,
-    *,
-    lengths: Lengths | None,
-    max_pixels: int,
-    progress: Callable[[str], object],
-    scan: Scan | None = None,
-) -> CheckReport:
+def check_groups(store: GroupStore, *, lengths: Lengths | None, max_pixels: int, progress: Callable[[str], object]) -> CheckReport:
     """Check the groups of a manifest and open each image they name, once; see cfvlm_ds.data.check_manifest."""
-    scan, report = scan or Scan(), CheckReport(str(store.path))
+    scan, report = Scan(), CheckReport(str(store.path))
     seen = look_at_rows(report, store, progress, scan)
-    report.add_images(len(seen.pictures[0]))
-    open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
-    texts = _Texts(store, lengths, scan.notes.all(), *seen.images)
-    for part in scan.over(range(len(store)), texts, Progress(progress, "check of texts", len(store), "groups")):
-        report.add(part)
+    pictures = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
+    report.add(check_texts(store, lengths, pictures, progress, scan))
     return report
 
 
 # Rows --------------------------------------------------------------------------------------------------------------------------------
 
 
-class _Seen(NamedTuple):
-    """Distinct pictures, and images of several pictures, by their keys, each with the first group that shows it."""
+class SeenRows(NamedTuple):
+    """The keys of distinct pictures, each with the first group that shows it, and the groups whose id an earlier one has."""
 
     pictures: tuple[Array, Array]
-    images: tuple[Array, Array]
+    repeats: list[int]
 
 
 class _Rows(NamedTuple):
@@ -93,25 +84,25 @@ class _Rows(NamedTuple):
     report: CheckReport
     ids: Array
     pictures: tuple[Array, Array]
-    images: tuple[Array, Array]
 
 
-def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], scan: Scan) -> _Seen:
-    """Count what the rows hold and what is wrong with them, and find their pictures."""
-    ids, pictures, images = [np.empty(0, np.uint64)], Firsts(), Firsts()
+def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], scan: Scan) -> SeenRows:
+    """Count what the rows hold, and what is wrong with them."""
+    ids, pictures = [np.empty(0, np.uint64)], Firsts()
     for part in scan.over(range(len(store)), partial(_rows, store), Progress(progress, "check of rows", len(store), "groups")):
         report.add(part.report)
         ids.append(part.ids)
         pictures.add(*part.pictures)
-        images.add(*part.images)
-    report.problems.extend(_repeated(store, np.concatenate(ids), scan))
-    return _Seen(pictures.sorted(), images.sorted())
+    repeats = dict(_repeated(store, np.concatenate(ids), scan))
+    report.problems.extend(repeats.values())
+    found = SeenRows(pictures.sorted(), list(repeats))
+    report.num_images += len(found.pictures[0])
+    return found
 
 
 def _rows(store: GroupStore, places: Sequence[int], done: Done) -> _Rows:
     report, ids = CheckReport(str(store.path)), np.zeros(len(places), np.uint64)
     pictures: dict[int, int] = {}
-    images: dict[int, int] = {}
     last: object = None
     for k, (index, group) in enumerate(store.entries(places)):
         if isinstance(group, DataError):
@@ -121,33 +112,30 @@ def _rows(store: GroupStore, places: Sequence[int], done: Done) -> _Rows:
         else:
             report.add_group(group)
             ids[k] = _id_key(group.id)
-            for image in group.images:
-                keys = [picture_key(picture) for picture in image]
-                for key in keys:
-                    pictures.setdefault(key, index)
-                if image:
-                    images.setdefault(_image_key(keys), index)
+            for picture in itertools.chain(*group.images):
+                pictures.setdefault(picture_key(picture), index)
         done()
-    return _Rows(report, ids, _arrays(pictures), _arrays(images))
+    return _Rows(report, ids, _arrays(pictures))
 
 
-def _arrays(firsts: dict[int, int]) -> tuple[Array, Array]:
-    return np.fromiter(firsts.keys(), np.uint64, len(firsts)), np.fromiter(firsts.values(), np.int64, len(firsts))
+def _arrays(values: dict[int, int]) -> tuple[Array, Array]:
+    return np.fromiter(values.keys(), np.uint64, len(values)), np.fromiter(values.values(), np.int64, len(values))
 
 
 def _id_key(group_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(group_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") or 1
 
 
-def _image_key(keys: Sequence[int]) -> int:
+def _image_key(image: Pictures) -> int:
     """A hash of an image by those of its pictures."""
+    keys = [picture_key(picture) for picture in image]
     if len(keys) == 1:
         return keys[0]
     return int.from_bytes(hashlib.blake2b(np.array(keys, np.uint64).tobytes(), digest_size=8).digest(), "little")
 
 
-def _repeated(store: GroupStore, ids: Array, scan: Scan) -> Iterator[str]:
-    """The groups whose id an earlier group has: keys that come twice are compared as texts."""
+def _repeated(store: GroupStore, ids: Array, scan: Scan) -> Iterator[tuple[int, str]]:
+    """Find the groups whose id an earlier group has, with a sentence on each: keys that come twice are compared as texts."""
     ordered = np.sort(ids)
     suspects = np.setdiff1d(ordered[1:][ordered[1:] == ordered[:-1]], np.zeros(1, np.uint64))
     first: dict[str, int] = {}
@@ -155,45 +143,58 @@ def _repeated(store: GroupStore, ids: Array, scan: Scan) -> Iterator[str]:
         scan.alive()
         group = store.entry(index)
         if not isinstance(group, DataError) and first.setdefault(group.id, index) != index:
-            yield repeated(store, index, first[group.id], group.id)
+            yield index, repeated(store, index, first[group.id], group.id)
 
 
 # Texts -------------------------------------------------------------------------------------------------------------------------------
 
 
+def check_texts(
+    store: GroupStore, lengths: Lengths | None, pictures: PictureTable | None, progress: Callable[[str], object], scan: Scan
+) -> CheckReport:
+    """Compare the images of each group, and measure its texts: in tokens of a model, whose visual tokens are counted too, or in characters.
+
+    ``pictures`` are the sound ones. Groups that are none, and images that are not known, were named before.
+    """
+    report, shown = CheckReport(str(store.path)), Firsts()
+    texts = _Texts(store, lengths, pictures or PictureTable.of(()))
+    for part, images in scan.over(range(len(store)), texts, Progress(progress, "check of texts", len(store), "groups")):
+        report.add(part)
+        shown.add(*images)
+    report.visual_tokens.update(shown.sorted()[1].tolist())
+    return report
+
+
 @dataclass(frozen=True)
 class _Texts:
-    """The last look at a chunk of groups, which knows the pictures; ``images`` are counted where they come first, at ``places``."""
+    """The last look at a chunk of groups; returns the visual tokens of its images, by key, beside the report."""
 
     store: GroupStore
     lengths: Lengths | None
     pictures: PictureTable
-    images: Array
-    places: Array
 
-    def __call__(self, places: Sequence[int], done: Done) -> CheckReport:
+    def __call__(self, places: Sequence[int], done: Done) -> tuple[CheckReport, tuple[Array, Array]]:
         report = CheckReport(str(self.store.path))
-        counted: set[int] = set()
+        images: dict[int, int] = {}
         for index, group in self.store.entries(places):
             if not isinstance(group, DataError):
                 report.problems.extend(f"{self.store.where(index)}: {problem}" for problem in equal_images(group, self.pictures))
-                self._check_texts(report, index, group)
-                if self.lengths is not None:
-                    self._count_visual_tokens(report, index, group, self.lengths, counted)
+                if self.lengths is None:
+                    note_characters(report, group, lambda: self.store.where(index))  # noqa: B023  # called at once
+                else:
+                    self._measure(report, index, group, self.lengths, images)
             done()
-        return report
+        return report, _arrays(images)
 
-    def _check_texts(self, report: CheckReport, index: int, group: CounterfactualGroup) -> None:
-        if (lengths := self.lengths) is None:
-            for number, candidate in enumerate(group.candidates):
-                report.note_length(len(candidate.text), "characters", self._where_text(index, number))
-            return
+    def _measure(self, report: CheckReport, index: int, group: CounterfactualGroup, lengths: Lengths, images: dict[int, int]) -> None:
         sizes: set[tuple[Size, ...]] = set()
         for image in group.images:
             try:
-                if (shown := _sizes(image, self.pictures)) is not None and shown not in sizes:
-                    lengths.visual_tokens(shown)  # a text is not blamed for what the model cannot take as a picture
+                if (shown := _sizes(image, self.pictures)) is not None:
+                    tokens = lengths.visual_tokens(shown)  # a text is not blamed for what the model cannot take as a picture
                     sizes.add(shown)
+                    if image:
+                        images.setdefault(_image_key(image), tokens)
             except DataError as error:
                 report.problems.append(f"{self.store.where(index)}: group {group.id!r}: {', '.join(map(str, image))}: {error}")
         unseen = (_SOME_SIZE,) * group.num_pictures
@@ -215,19 +216,15 @@ class _Texts:
     def _where_text(self, index: int, number: int) -> Callable[[], str]:
         return lambda: f"{self.store.where(index)}, text {number}"
 
-    def _count_visual_tokens(
-        self, report: CheckReport, index: int, group: CounterfactualGroup, lengths: Lengths, counted: set[int]
-    ) -> None:
-        for image in group.images:
-            place = find(self.images, _image_key([picture_key(picture) for picture in image])) if image else None
-            if place is None or self.places[place] != index or place in counted:
-                continue
-            counted.add(place)
-            try:
-                if (shown := _sizes(image, self.pictures)) is not None:
-                    report.visual_tokens[lengths.visual_tokens(shown)] += 1
-            except DataError:
-                continue  # named with its group
+
+def note_characters(report: CheckReport, group: CounterfactualGroup, where: Callable[[], str]) -> None:
+    """Note the lengths of a group's texts in characters."""
+    for number, candidate in enumerate(group.candidates):
+        report.note_length(len(candidate.text), "characters", partial(_text_at, where, number))
+
+
+def _text_at(where: Callable[[], str], number: int) -> str:
+    return f"{where()}, text {number}"
 
 
 _SOME_SIZE = (56, 56)  # of pictures of which none is known: a text may have more against it than its length
@@ -277,6 +274,6 @@ def check_manifest(
     except DataError as error:
         return CheckReport(str(path), problems=[str(error)])
     report = check_groups(store, lengths=lengths, max_pixels=max_pixels, progress=progress)
-    if isinstance(store.rows, PackedRows):
+    if isinstance(store.rows, StoredRows):
         report.problems.extend(store.rows.altered(progress, lambda: None))
     return report

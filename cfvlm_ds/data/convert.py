@@ -22,7 +22,7 @@ from cfvlm_ds.data.formats.cfgroup import to_row
 from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.data.manifest import Root, data_roots, open_groups, repeated
 from cfvlm_ds.data.passes import Scan
-from cfvlm_ds.data.picture_check import equal_images, open_pictures, opened_picture, packed_pictures
+from cfvlm_ds.data.picture_check import equal_images, open_pictures, opened_picture
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore
 
@@ -89,12 +89,11 @@ def convert(
 def _unsound(store: GroupStore, max_pixels: int, say: Callable[[str], object]) -> Callable[[CounterfactualGroup], str | None]:
     """Open each picture of a manifest; returns what says why a check refuses the pictures of a group, or None."""
     scan, report = Scan(), CheckReport(str(store.path))
-    open_pictures(report, store, *look_at_rows(report, store, say, scan).pictures, max_pixels, say, scan)
-    sound, packed = scan.notes.all(), packed_pictures(store)
+    sound = open_pictures(report, store, *look_at_rows(report, store, say, scan).pictures, max_pixels, say, scan)
 
     def problem(group: CounterfactualGroup) -> str | None:
         for picture in itertools.chain(*group.images):
-            if sound.find(picture) is None and isinstance(found := opened_picture(picture, sound, packed, max_pixels), str):
+            if sound.find(picture) is None and isinstance(found := opened_picture(picture, None, None, max_pixels), str):
                 return found
         return next(equal_images(group, sound), None)
 

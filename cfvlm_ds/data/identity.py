@@ -10,12 +10,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cfvlm_ds.core.conversation import spelled
-from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.data.passes import Done, Scan
 from cfvlm_ds.data.picture_index import PictureTable
-from cfvlm_ds.data.store import GroupStore
 
 Identity: TypeAlias = Mapping[str, int | str | None]
 """``rows`` counts them, ``order`` is a hash of their ids in order, the rest are sums over the rows, which their order does not change.
@@ -44,30 +40,11 @@ def data_identity(
 
     Edits are not part of it: they name rows of a table of results, and nothing is trained or scored by them.
     """
-    return _joined([_part(groups, roots, pictures, alive)])
-
-
-def store_identity(
-    store: GroupStore, pictures: PictureTable | None, scan: Scan, say: Callable[[str], object] = lambda line: None
-) -> Identity:
-    """Compute ``data_identity`` in several processes; ``say`` gets its progress. Raises DataError for a row that is no group."""
-
-    def work(places: Sequence[int], done: Done) -> _Part | str:
-        try:
-            return _part((store[index] for index in places), store.roots, pictures, done)
-        except DataError as error:
-            return str(error)
-
-    parts = []
-    for part in scan.over(range(len(store)), work, Progress(say, f"identity of {store.path}", len(store), "groups")):
-        if isinstance(part, str):
-            raise DataError(part)
-        parts.append(part)
-    return _joined(parts)
+    return joined_identity([identity_part(groups, roots, pictures, alive)])
 
 
 @dataclass(frozen=True)
-class _Part:
+class IdentityPart:
     """What some rows, one after the other, add to an identity; ``order`` has 16 bytes of each."""
 
     rows: int
@@ -76,7 +53,13 @@ class _Part:
     sums: dict[str, int]
 
 
-def _part(groups: Iterable[CounterfactualGroup], roots: Sequence[Path], pictures: PictureTable | None, done: Callable[[], object]) -> _Part:
+def identity_part(
+    groups: Iterable[CounterfactualGroup],
+    roots: Sequence[Path],
+    pictures: PictureTable | None,
+    done: Callable[[], object] = lambda: None,
+) -> IdentityPart:
+    """Compute what consecutive groups add to the identity of their data set."""
     prefixes = [root.parts for root in roots]
     sums: dict[str, int] = dict.fromkeys(_SUMS, 0)
     order, rows, known = bytearray(), 0, pictures is not None
@@ -97,22 +80,23 @@ def _part(groups: Iterable[CounterfactualGroup], roots: Sequence[Path], pictures
         for name, part in parts.items():
             sums[name] = (sums[name] + _hash([group.id, part])) % _MODULUS
         done()
-    return _Part(rows, bytes(order), known, sums)
+    return IdentityPart(rows, bytes(order), known, sums)
 
 
-def _added(parts: Sequence[_Part]) -> dict[str, int]:
-    return {name: sum(part.sums[name] for part in parts) % _MODULUS for name in _SUMS}
+def joined_part(parts: Sequence[IdentityPart]) -> IdentityPart:
+    """Join consecutive parts to one."""
+    sums = {name: sum(part.sums[name] for part in parts) % _MODULUS for name in _SUMS}
+    return IdentityPart(sum(part.rows for part in parts), b"".join(part.order for part in parts), all(part.known for part in parts), sums)
 
 
-def _joined(parts: Sequence[_Part]) -> Identity:
-    order = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        order.update(part.order)
+def joined_identity(parts: Sequence[IdentityPart]) -> Identity:
+    """Join the parts of a whole data set, in order."""
+    whole = joined_part(parts)
     return {
-        "rows": sum(part.rows for part in parts),
-        "order": order.hexdigest(),
-        **{name: f"{value:032x}" for name, value in _added(parts).items()},
-        **({} if all(part.known for part in parts) else {"pictures": None}),
+        "rows": whole.rows,
+        "order": hashlib.blake2b(whole.order, digest_size=16).hexdigest(),
+        **{name: f"{value:032x}" for name, value in whole.sums.items()},
+        **({} if whole.known else {"pictures": None}),
     }
 
 

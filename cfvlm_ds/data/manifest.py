@@ -30,10 +30,10 @@ from cfvlm_ds.data.formats.recognise import kto_label, recognised
 from cfvlm_ds.data.formats.truth import Column, leaves, marks, option_value
 from cfvlm_ds.data.joined import JoinedRows
 from cfvlm_ds.data.lines import State
-from cfvlm_ds.data.packed import PackedRows, is_store
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.rows import Rows, open_rows
 from cfvlm_ds.data.store import GroupStore, count_parts
+from cfvlm_ds.data.stored import StoredRows, is_store
 
 NATIVE = "cfgroup"
 
@@ -57,7 +57,7 @@ def open_groups(
 
     Image paths are absolute, or relative to ``root`` (default: the manifest's folder), of several to the first that has such a file, and
     are returned joined to it. The file a path leads to, links followed, must be inside one of them; images are not opened. A large file is
-    indexed beside it, or in the user's cache folder, the first time. A folder is a packed store, which has its own format and pictures.
+    indexed beside it, or in the user's cache folder, the first time. A folder may be a store, which has a format of its own.
     An address such as hf://datasets/ORG/NAME/data/train-*.parquet is fetched from the Hugging Face hub the first time.
     ``limit`` leaves out what comes after so many groups. ``scan`` is told that this process is alive, and bounds nothing else.
 
@@ -75,8 +75,9 @@ def open_groups(
     path = fetched(path, scan.alive, progress)
     roots = data_roots(path, root)
     if path.is_dir() and is_store(path):
-        packed = PackedRows(path)
-        return GroupStore(packed, [path], native_group, None, (_again, (path, roots, format, packed.state, limit)), NATIVE, limit)
+        stored = StoredRows(path, () if root is None else roots)
+        again = (_again, (path, stored.roots, format, stored.state, limit))
+        return GroupStore(stored, stored.roots, native_group, None, again, NATIVE, limit)
     if os.path.exists(path):
         for each in roots:
             if not each.is_dir():
@@ -87,10 +88,9 @@ def open_groups(
         progress(f"{path}: taken as {container_of(path)}, format {format}")
     convert = format_named(format, path)
     _refuse_absent_columns(rows, convert, scan.alive, progress)
-    whole, places = Scan(alive=scan.alive, shield=scan.shield), range(len(rows))
 
     def over(work: Callable[[Sequence[int], Callable[[], object]], Any], doing: str) -> Iterator[Any]:
-        return whole.over(places, work, Progress(progress, f"{path}: {doing}", len(rows), "rows"))
+        return scan.over(range(len(rows)), work, Progress(progress, f"{path}: {doing}", len(rows), "rows"))
 
     firsts = count_parts(rows, convert, lambda work: over(work, "groups of each row"))
     if claim := getattr(convert, "claim", None):

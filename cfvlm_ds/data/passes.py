@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from cfvlm_ds.core.distributed import apart, cores_per_rank
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.data.picture_index import PictureNotes
 
 T = TypeVar("T")
 Array = npt.NDArray[Any]
@@ -29,12 +28,10 @@ class Scan:
     """How a process goes through all groups: in chunks, in processes on all its cores where there are many.
 
     Args:
-        notes: the pictures that were seen before, and are seen now.
         alive: called for every row and picture; may raise in order to leave.
         shield: called in each process that is started.
     """
 
-    notes: PictureNotes = field(default_factory=PictureNotes)
     alive: Callable[[], object] = lambda: None
     shield: Callable[[int], None] = lambda worker: None
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,39 +15,33 @@ from cfvlm_ds.core.distributed import cores_per_rank
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.data.decoding import open_image
-from cfvlm_ds.data.packed import PackedRows
+from cfvlm_ds.data.decoding import MAX_BYTES, open_image
 from cfvlm_ds.data.passes import Scan
-from cfvlm_ds.data.picture_file import picture_stat
-from cfvlm_ds.data.picture_index import Picture, PictureTable, picture_key, picture_of
+from cfvlm_ds.data.picture_file import picture_bytes, picture_stat
+from cfvlm_ds.data.picture_index import Picture, PictureTable, digest_of, picture_key, picture_of
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore, told_apart
+from cfvlm_ds.data.stored import StoredRows
 
-_CHUNK = 1024  # pictures that are opened before they are noted
+_CHUNK = 64  # pictures that are opened before any is handed on
 
 Array = npt.NDArray[Any]
 
 
 def open_pictures(
-    report: CheckReport,
-    store: GroupStore,
-    keys: Array,
-    places: Array,
-    max_pixels: int,
-    progress: Callable[[str], object],
-    scan: Scan,
-) -> None:
-    """Open each picture once, named by the first group that shows it."""
-    wanted = first_uses(store, keys, places)
-    counted = Progress(progress, "check of images", len(keys), "images")
-    for index, problem in counted.over(_open_all(wanted, packed_pictures(store), max_pixels, scan)):
-        if problem is not None:
-            report.problems.append(f"{store.where(index)}: {problem}")
+    report: CheckReport, store: GroupStore, keys: Array, places: Array, max_pixels: int, progress: Callable[[str], object], scan: Scan
+) -> PictureTable:
+    """Open each picture once; returns those that are sound. A problem is named by the first group that shows the picture."""
 
+    def sound() -> Iterator[tuple[Path, Picture]]:
+        counted = Progress(progress, "check of images", len(keys), "images")
+        for each in counted.over(opened_pictures(store, keys, places, max_pixels, scan)):
+            if isinstance(each.found, Picture):
+                yield each.path, each.found
+            else:
+                report.problems.append(f"{store.where(each.group)}: {each.found}")
 
-def packed_pictures(store: GroupStore) -> PictureTable | None:
-    """The pictures of a packed store as they were packed; None of any other data."""
-    return store.rows.pictures if isinstance(store.rows, PackedRows) else None
+    return PictureTable.of(sound())
 
 
 def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
@@ -68,37 +62,65 @@ def find(keys: Array, key: int) -> int | None:
     return place if place < len(keys) and int(keys[place]) == key else None
 
 
-def _open_all(
-    wanted: Iterator[tuple[int, Path]], packed: PictureTable | None, max_pixels: int, scan: Scan
-) -> Iterator[tuple[int, str | None]]:
-    """What is wrong with each picture, or None; the sound ones are noted, a chunk at a time."""
+class OpenedPicture(NamedTuple):
+    """A picture, the first group that shows it, what is to be known of it or what is wrong with it, and its bytes if they are wanted."""
+
+    group: int
+    path: Path
+    found: Picture | str
+    content: bytes
+
+
+def opened_pictures(
+    store: GroupStore,
+    keys: Array,
+    places: Array,
+    max_pixels: int,
+    scan: Scan,
+    known: PictureTable | None = None,
+    *,
+    contents: bool = False,
+) -> Iterator[OpenedPicture]:
+    """Open the pictures with these keys, except those that are ``known`` and have not been written since."""
     # Threads suffice: PIL decodes without holding the interpreter lock. Chunks bound the memory of pending work for millions of files.
-    pool = ThreadPoolExecutor(cores_per_rank())
+    prepared = store.rows.pictures if isinstance(store.rows, StoredRows) else None
+    wanted, pool = first_uses(store, keys, places), ThreadPoolExecutor(cores_per_rank())
+    look = partial(_opened, known=known, prepared=prepared, max_pixels=max_pixels, contents=contents)
     try:
-        look = partial(opened_picture, known=scan.notes.known, packed=packed, max_pixels=max_pixels)
         while chunk := [use for _, use in zip(range(_CHUNK), wanted, strict=False)]:
-            sound = []
-            opened = pool.map(look, [path for _, path in chunk])
-            for (index, path), found in zip(chunk, opened, strict=True):
+            for (index, path), found in zip(chunk, pool.map(look, [path for _, path in chunk]), strict=True):
                 scan.alive()
-                if isinstance(found, Picture):
-                    sound.append((path, found))
-                yield index, found if isinstance(found, str) else None
-            scan.notes.add(sound)
+                yield OpenedPicture(index, path, *found)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def opened_picture(path: Path, known: PictureTable, packed: PictureTable | None, max_pixels: int) -> Picture | str | None:
-    """What to note of a picture, or its problem; None for one that was sound before and has not been written since. One of a packed store
-    is the one that was ``packed``."""
+def _opened(
+    path: Path, known: PictureTable | None, prepared: PictureTable | None, max_pixels: int, contents: bool
+) -> tuple[Picture | str, bytes]:
     try:
-        before = known.find(path)
-        if before is not None and before.width * before.height <= max_pixels and picture_stat(path) == (before.size, before.mtime):
-            return None
+        found = opened_picture(path, known, prepared, max_pixels)
+        content = picture_bytes(path, MAX_BYTES) if contents and isinstance(found, Picture) else b""
+        if content and isinstance(found, Picture) and digest_of(content) != found.digest:
+            return f"{path}: the picture was written while it was read; start again when it is whole", b""
+        return found, content
+    except (OSError, ValueError) as error:
+        return f"{path}: image cannot be read ({error}); restore it", b""
+
+
+def opened_picture(path: Path, known: PictureTable | None, prepared: PictureTable | None, max_pixels: int) -> Picture | str:
+    """Open a picture unless it is known and has not been written since; returns what is wrong with it in place of what is to be known.
+
+    One of a store must be the one that was ``prepared``.
+    """
+    try:
+        before = None if known is None else known.find(path)
+        if before is not None and 0 < before.width * before.height <= max_pixels and picture_stat(path) == (before.size, before.mtime):
+            return before
         found = picture_of(path, *open_image(path, max_pixels).size)
-        if packed is not None and (before := packed.find(path)) is not None and before != found:
-            return f"{path}: the picture is not the one that was packed; copy the store whole, or pack the data again"
+        before = None if prepared is None else prepared.find(path)
+        if before is not None and before._replace(mtime=found.mtime) != found:
+            return f"{path}: the picture is not the one that was prepared; restore it, or prepare the data again"
         return found
     except DataError as error:
         return str(error)

@@ -1,8 +1,7 @@
-"""What is known of the pictures of a run: size, time and contents of every file, in one mapped file that all processes share.
+"""Pictures by path: size, time, contents and dimensions of each, in a table that all processes map.
 
-A check notes each sound picture as soon as it has seen it, so that a check that was killed continues where it was. Whenever a picture is
-opened, the file is compared with the note: one of the same size and time is trusted, one of another time is read again, and one with other
-contents is refused.
+Whenever a picture is opened, its file is compared with the table: one of the same size and time is trusted, one of another time is read
+again, and one with other contents is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,18 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from cfvlm_ds.core.distributed import cores_per_rank
-from cfvlm_ds.core.errors import DataError, StorageError
-from cfvlm_ds.core.files import whole_file
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import TooLarge
 from cfvlm_ds.data.decoding import MAX_BYTES, Size, image_size
 from cfvlm_ds.data.picture_file import open_picture, picture_stat
 
 FACTS = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
-_RECORD = np.dtype([("key", "<u8"), ("facts", FACTS)])
+RECORD = np.dtype([("key", "<u8"), ("facts", FACTS)])
 _BLOCK = 1 << 20  # bytes read at a time, and records written
 _DIGEST = 16  # bytes
-_TABLE, _NOTES = "pictures-1", "notes-1"  # another number for another form: older files are left alone
+_AT_ONCE = 4096  # pictures
 
 
 class Picture(NamedTuple):
@@ -47,6 +46,12 @@ class Picture(NamedTuple):
 def picture_key(path: Path) -> int:
     """A hash of a picture's absolute path, 64 bits."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).digest(), "little")
+
+
+def key_of(path: Path, root: Path) -> int:
+    """A hash of a picture's name in a store: its path relative to ``root``, or whole where it is elsewhere; 64 bits."""
+    name, folder = os.path.abspath(path), os.path.join(os.path.abspath(root), "")
+    return int.from_bytes(hashlib.blake2b(os.fsencode(name.removeprefix(folder)), digest_size=8).digest(), "little")
 
 
 def content_digest(path: Path) -> bytes:
@@ -82,16 +87,16 @@ class PictureTable:
     @classmethod
     def opened(cls, file: Path) -> PictureTable:
         """The table in a file, mapped: its pages are shared by all processes and given back when memory is short. Raises OSError."""
-        count = file.stat().st_size // _RECORD.itemsize
+        count = file.stat().st_size // RECORD.itemsize
         if not count:
-            return cls.of({})
+            return cls.of(())
         keys = np.memmap(file, np.dtype("<u8"), "r", 0, (count,))
         return cls(np.asarray(keys), np.asarray(np.memmap(file, FACTS, "r", keys.nbytes, (count,))), file)
 
     @classmethod
-    def of(cls, pictures: dict[Path, Picture]) -> PictureTable:
+    def of(cls, pictures: Iterable[tuple[Path, Picture]]) -> PictureTable:
         """A table of a few pictures, in memory."""
-        return cls._sorted(_records(pictures.items()))
+        return cls.of_records(_records(pictures))
 
     @classmethod
     def of_files(cls, paths: Iterable[Path], say: Callable[[str], object] = lambda line: None) -> PictureTable:
@@ -106,11 +111,11 @@ class PictureTable:
         counted = Progress(say, "contents of pictures", len(distinct), "pictures")
         with ThreadPoolExecutor(cores_per_rank()) as pool:
             found = zip(distinct, counted.over(pool.map(look, distinct)), strict=True)
-            return cls.of({path: picture for path, picture in found if picture is not None})
+            return cls.of((path, picture) for path, picture in found if picture is not None)
 
     @classmethod
-    def _sorted(cls, records: npt.NDArray[Any]) -> PictureTable:
-        """Of records with the same key, the last one holds."""
+    def of_records(cls, records: npt.NDArray[Any]) -> PictureTable:
+        """A table of keys and facts (RECORD). Of several with the same key, the last one holds."""
         keys, place = np.unique(records["key"][::-1], return_index=True)
         return cls(keys, records["facts"][::-1][place])
 
@@ -129,9 +134,12 @@ class PictureTable:
 
     def find(self, path: Path) -> Picture | None:
         """What is known of the picture."""
-        key = np.uint64(picture_key(path))
-        place = int(self._keys.searchsorted(key))
-        if place == len(self._keys) or self._keys[place] != key:
+        return self.of_key(picture_key(path))
+
+    def of_key(self, key: int) -> Picture | None:
+        """What is known by a key."""
+        place = int(self._keys.searchsorted(np.uint64(key)))
+        if place == len(self._keys) or int(self._keys[place]) != key:
             return None
         size, mtime, digest, width, height = self._facts[place].item()
         return Picture(size, mtime, bytes(digest), width, height)
@@ -171,58 +179,6 @@ class PictureTables(PictureTable):
         return next((found for table in self._tables if (found := table.find(path)) is not None), None)
 
 
-class PictureNotes:
-    """The pictures that a check has seen: in memory, or in a folder, where a check that was killed finds them again.
-
-    Raises StorageError where the folder cannot be written.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
-        self._recent: list[npt.NDArray[Any]] = []
-        self.known = PictureTable.of({})
-        """What was known before this check."""
-        if folder is not None:
-            self.known = self._together(folder)  # at first: notes of this check shall be later than those that a killed one has left
-
-    def add(self, pictures: Sequence[tuple[Path, Picture]]) -> None:
-        """Note pictures that were found sound."""
-        if not pictures:
-            return
-        records = _records(pictures)
-        if self._folder is None:
-            self._recent.append(records)
-            return
-        with _kept(self._folder), (self._folder / _NOTES).open("ab") as handle:
-            handle.truncate(handle.tell() // _RECORD.itemsize * _RECORD.itemsize)  # a process that was killed may have left part of one
-            handle.write(records.tobytes())
-
-    def all(self) -> PictureTable:
-        """Everything that was noted."""
-        if self._folder is None:
-            self.known = PictureTable._sorted(np.concatenate([_records([]), *self._recent]))
-        else:
-            self.known = self._together(self._folder)
-        return self.known
-
-    def _together(self, folder: Path) -> PictureTable:
-        with _kept(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if (notes := folder / _NOTES).exists():
-                _write(folder / _TABLE, PictureTable._sorted(_read_all(folder, notes)))
-                notes.unlink()
-        return stored_pictures(folder) or PictureTable.of({})
-
-
-@contextlib.contextmanager
-def _kept(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = f"what the data check finds cannot be kept ({error.strerror})"
-        raise StorageError(f"{folder}: {reason}; make room, or correct the folder") from error
-
-
 def sizes_of(paths: Iterable[Path], known: PictureTable | None, max_pixels: int, pool: Executor) -> dict[Path, Size]:
     """Width and height of each picture: those that are known, and the others' from their headers. Raises DataError as image_size does."""
     distinct = list(dict.fromkeys(paths))
@@ -232,31 +188,9 @@ def sizes_of(paths: Iterable[Path], known: PictureTable | None, max_pixels: int,
     return sizes | dict(zip(unknown, pool.map(partial(image_size, max_pixels=max_pixels), unknown), strict=True))
 
 
-def stored_pictures(folder: Path) -> PictureTable | None:
-    """The table that an earlier check has left in its folder; None where there is none."""
-    try:
-        return PictureTable.opened(folder / _TABLE)
-    except (OSError, ValueError):
-        return None
-
-
 def _records(pictures: Iterable[tuple[Path, Picture]]) -> npt.NDArray[Any]:
-    return np.array([(picture_key(path), tuple(picture)) for path, picture in pictures], _RECORD)
-
-
-def _read_all(folder: Path, notes: Path) -> npt.NDArray[Any]:
-    """Every record of a folder, the table's first: a later note of the same picture replaces an earlier one."""
-    parts = [_records([])]
-    if (table := stored_pictures(folder)) is not None:
-        parts.append(np.empty(len(table), _RECORD))
-        parts[-1]["key"], parts[-1]["facts"] = table._keys, table._facts
-    data = notes.read_bytes()
-    return np.concatenate([*parts, np.frombuffer(data, _RECORD, len(data) // _RECORD.itemsize)])
-
-
-def _write(file: Path, table: PictureTable) -> None:
-    with whole_file(file) as handle:
-        for part in table.parts():
-            handle.write(part)
-        handle.flush()
-        os.fsync(handle.fileno())
+    """An array of RECORD; the pictures are in memory as objects a few at a time."""
+    items, parts = iter(pictures), [np.empty(0, RECORD)]
+    while some := list(islice(items, _AT_ONCE)):
+        parts.append(np.array([(picture_key(path), tuple(picture)) for path, picture in some], RECORD))
+    return np.concatenate(parts)

@@ -63,10 +63,6 @@ class CheckReport:
         images = sum(line[0] != 1 for i, line in enumerate(group.match) if i not in shams)
         self.num_counterfactuals[max(images, sum(truth != 1 for truth in group.match[0]))] += 1
 
-    def add_images(self, number: int) -> None:
-        """Count distinct image files."""
-        self.num_images += number
-
     def note_length(self, length: int, unit: str, where: Callable[[], str]) -> None:
         """A text's length in ``unit``, the same for all of them; the longest is reported."""
         self.longest_text_unit = unit

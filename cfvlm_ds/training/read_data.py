@@ -1,46 +1,47 @@
-"""Data is checked before anything is trained on it: a problem is one sentence on every rank, not a crash after an hour."""
+"""The data of a run: stores, prepared before anything is trained. A problem is one sentence on every rank, not a crash after an hour."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.cluster.signals import WorkerLost, last_word, shield_worker, worker_deaths
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig, RunConfig
 from cfvlm_ds.core.data_config import DataConfig, DataSet
-from cfvlm_ds.core.distributed import Patience, World, agreed, broadcast_object, gather_objects
+from cfvlm_ds.core.distributed import Patience, World, agreed, gather_objects
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
-from cfvlm_ds.core.files import keep
+from cfvlm_ds.core.files import keep, remove
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.secrets import without_secrets
-from cfvlm_ds.data import GroupStore, check_groups, check_rows, data_roots, open_groups
+from cfvlm_ds.data import CheckReport, GroupStore, data_roots, open_groups
+from cfvlm_ds.data.check import check_texts
 from cfvlm_ds.data.containers.hub import fetched, is_hub
-from cfvlm_ds.data.containers.kinds import sources_state
-from cfvlm_ds.data.identity import Identity, digest, mixed_identity, store_identity
+from cfvlm_ds.data.identity import Identity, digest, mixed_identity
 from cfvlm_ds.data.mixture import MixedGroups
-from cfvlm_ds.data.overlap import shared_with
-from cfvlm_ds.data.packed import FILE as STORE
-from cfvlm_ds.data.packed import PackedRows, is_store
+from cfvlm_ds.data.overlap import keys_of, shared_with
 from cfvlm_ds.data.passes import Scan
-from cfvlm_ds.data.picture_index import PictureNotes, PictureTable, PictureTables, stored_pictures
+from cfvlm_ds.data.picture_index import PictureTable, PictureTables
+from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp, source_state
+from cfvlm_ds.data.stored import BEGUN, PICTURES, SCHEMA, StoredPictures, StoredRows, is_store
+from cfvlm_ds.data.stored import FILE as STORE
 from cfvlm_ds.models import fingerprint, inputs_fingerprint
 from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
-_FORM = 3  # of data_check.json and of what a check looks at; another number has everything looked at again
-_FILE = "data_check.json"
-Splits = Mapping[str, Sequence[CounterfactualGroup]]
-
+_FOLDER = "prepared"
+_MOST_ROWS = 100_000
+"""Groups of a data set that a run prepares itself, while its GPUs wait."""
 Tick = Callable[[], object]
 """Called at least every second in whatever takes long here; may raise in order to leave."""
 
@@ -72,10 +73,10 @@ class SourceData(NamedTuple):
 
 
 def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> RunData:
-    """Read the training groups and evaluation splits, which rank 0 checks; a problem is raised on every rank.
+    """Open the stores of the training groups and evaluation splits; what is none yet is prepared by rank 0 (cfvlm_ds/data/prepare.py).
 
-    Raises ConfigError when no training manifest is named, or a rank is lost, DataError for anything wrong with a manifest, an image or a
-    text.
+    A problem is raised on every rank: ConfigError when no training manifest is named, or a rank is lost, DataError for anything wrong with
+    a manifest, an image or a text.
     """
     data = config.data
     if not data.train:
@@ -83,17 +84,60 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
     patience, train_sets, evaluation_sets = Patience(world, tick), data.train_sets, data.evaluation_sets
     if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
         agreed(world, lambda: [str(fetched(path, patience.alive, world.say)) for path in hub], patience)
-    check = _Check(config, world, patience)
-    train = {name: check(each) for name, each in train_sets.items()}
-    splits: dict[str, Sequence[CounterfactualGroup]] = {name: check(each) for name, each in evaluation_sets.items()}
-    sources = {name: SourceData(train[name], check.identity(each, train[name])) for name, each in train_sets.items()}
-    identities = {name: check.identity(each, splits[name]) for name, each in evaluation_sets.items()}
+    stores = _Stores(config, world, patience)
+    train = {name: stores.open(each) for name, each in train_sets.items()}
+    splits = {name: stores.open(each) for name, each in evaluation_sets.items()}
+    sources = {name: SourceData(groups, stored_rows(groups).identity) for name, groups in train.items()}
+    identities = {name: stored_rows(groups).identity for name, groups in splits.items()}
     groups, identity = _together(data, sources)
-    benchmarks = read_benchmarks(config, world, check.collator, tick)
-    collator = next((each.collator for each in benchmarks.values()), check.collator)
-    check.name_shared(sources, splits, identities, benchmarks)
-    agreed(world, lambda: check.refuse_idle(config.objective), patience)
-    return RunData(groups, splits, identity, check.pictures, collator, identities, sources, benchmarks)
+    benchmarks = read_benchmarks(config, world, stores.collator, tick)
+    collator = next((each.collator for each in benchmarks.values()), stores.collator)
+    tables = [table for each in (*train.values(), *splits.values()) if (table := stored_rows(each).pictures) is not None]
+    _name_shared(config, world, train, splits, benchmarks)
+    _refuse_idle(config, train)
+    return RunData(groups, dict(splits), identity, PictureTables(tables) if tables else None, collator, identities, sources, benchmarks)
+
+
+def stored_rows(groups: GroupStore) -> StoredRows:
+    """The store that groups are read from."""
+    assert isinstance(groups.rows, StoredRows)
+    return groups.rows
+
+
+def _name_shared(
+    config: RunConfig,
+    world: World,
+    train: Mapping[str, GroupStore],
+    splits: Mapping[str, GroupStore],
+    benchmarks: Mapping[str, RunBenchmark],
+) -> None:
+    """Say what training and evaluation sets have in common: a result on what was trained on says little."""
+    if not world.is_main:
+        return
+    asked = {name: stored_rows(groups).keys for name, groups in splits.items()}
+    asked |= {name: keys_of(each.plan.groups, each.pictures) for name, each in benchmarks.items()}
+    for name, groups in train.items():
+        for split, keys in asked.items():
+            if what := str(shared_with(stored_rows(groups).keys, keys)):
+                where = f"data.evaluation.{split}: {what} are in the training set {without_secrets(config.data.train_sets[name].path)} too"
+                world.say(f"warning: {where}; what is measured there is no generalisation")
+
+
+def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
+    """Raise ConfigError for terms with nothing to do: no training group that counts in them has a text that is known to be false."""
+    sets = [(each.objectives, stored_rows(train[name]).found.get("false_cells") == 0) for name, each in config.data.train_sets.items()]
+    one = torch.ones(1, 1, 1, dtype=torch.int64)
+    plain = GroupLayout(one.bool(), one.to(torch.int8), one, one, torch.ones(1))
+    idle = []
+    for name, term in config.objective.items():
+        counting = [nothing_false for named, nothing_false in sets if named is None or name in named]
+        if not counting or (all(counting) and not (torch.atleast_1d(term.denominator(plain)) > 0).any()):
+            idle.append(name)
+    if idle:
+        raise ConfigError(
+            f"no training group that counts in {', '.join(idle)} has a text that is false of one of its images, so that there is "
+            "nothing to compare; leave these terms out of objective, or give them the weight 0, if that is meant"
+        )
 
 
 def by_rank_0(world: World, patience: Patience, what: str, function: Callable[[], Any]) -> Any:
@@ -129,14 +173,11 @@ def _together(data: DataConfig, sources: Mapping[str, SourceData]) -> tuple[Sequ
 
 
 def forget(config: RunConfig, world: World) -> None:
-    """Make the next start check the training data again, because this start is refused for them: files may be restored while the manifest
-    stays the same. Pictures that have not been written since are not opened again."""
+    """Make the next start prepare the training data again, because this start is refused for them: files may be restored while the
+    manifest stays the same. Pictures that have not been written since are not opened again."""
     if world.is_main:
-        file = Path(config.train.output_dir) / _FILE
-        known = _recorded(file)
-        names = [_name(each, config.data.format) for each in config.data.train_sets.values()]
-        if [name for name in names if known.pop(name, None) is not None]:
-            keep(file, json.dumps(known, indent=1), world.say)
+        for each in config.data.train_sets.values():
+            (_folder(config, each) / STORE).unlink(missing_ok=True)
 
 
 def model_fingerprint(model: ModelConfig, world: World, tick: Tick = lambda: None) -> dict[str, str]:
@@ -145,8 +186,129 @@ def model_fingerprint(model: ModelConfig, world: World, tick: Tick = lambda: Non
     return agreed(world, lambda: fingerprint(model, patience.alive, world.say), patience)
 
 
-def _from_main(item: Any, world: World) -> Any:
-    return broadcast_object(item) if world.size > 1 else item
+class _Stores:
+    """Opens the stores of a run on all ranks.
+
+    A data set that is no store is prepared in the run folder, and again when it has been written since. What a model makes of a store, the
+    lengths of its texts and its visual tokens, is noted there too.
+    """
+
+    def __init__(self, config: RunConfig, world: World, patience: Patience) -> None:
+        self._config, self._world, self._patience = config, world, patience
+        self._scan = Scan(patience.alive, shield_worker)
+        data = config.data
+        self._options = PrepareOptions(open_pictures=data.check == "full", max_pixels=data.max_pixels)
+        self.collator: Collator | None = None
+
+    def open(self, each: DataSet) -> GroupStore:
+        """The groups of a data set; rank 0 says what it holds. Raises DataError with the first problem on every rank."""
+        prepared = self._by_rank_0(lambda: self._prepared(each))
+        folder = Path(prepared or fetched(each.path))
+        found, problem = list[GroupStore](), None
+        try:
+            found.append(open_groups(folder, None if prepared else each.root, "cfgroup"))
+        except DataError as error:
+            problem = str(error)
+            if prepared and not self._world.is_main:
+                problem += f"; every node must see {self._config.train.output_dir}"
+        if problem := next((each for each in gather_objects(problem, self._world) if each), None):
+            raise DataError(problem)
+        self._world.say(self._by_rank_0(lambda: self._summary(each, found[0])))
+        return found[0]
+
+    def _by_rank_0(self, function: Callable[[], Any]) -> Any:
+        return by_rank_0(self._world, self._patience, f"the preparation of {self._config.data.trained_on}", function)
+
+    def _prepared(self, each: DataSet) -> str | None:
+        """The folder in which a data set was prepared for this run; None for a store, which is used where it is."""
+        path, config, say = fetched(each.path), self._config, self._world.say
+        if path.is_dir() and is_store(path) and each.limit is None:
+            return None
+        try:
+            state = source_state(path)
+        except OSError as error:
+            missing = "no such manifest" if isinstance(error, FileNotFoundError) else f"the manifest cannot be read ({error.strerror})"
+            raise DataError(f"{each.path}: {missing}; correct data.train or data.evaluation") from error
+        folder, format = _folder(config, each), each.format or config.data.format
+        stamp = source_stamp(path, state, data_roots(path, each.root), format, each.limit, self._options)
+        if (known := _recorded(folder / STORE)).get("source") == stamp and known.get("schema") == SCHEMA:
+            return str(folder)
+        groups = open_groups(path, each.root, format, limit=each.limit, scan=self._scan, progress=say)
+        if len(groups) > _MOST_ROWS:
+            options = "".join(
+                f" --{name} {value}"
+                for name, value in (("format", format), ("root", each.root), ("limit", each.limit))
+                if value is not None
+            )
+            raise DataError(
+                f"{each.path}: has {len(groups)} groups, and a run prepares {_MOST_ROWS} of a data set itself; run "
+                f"`cfvlm-ds data prepare {each.path}{options} --out {path}.store` first, and train on {path}.store"
+            )
+        before = None
+        with contextlib.suppress(OSError, ValueError):  # of an earlier state of the data set
+            before = StoredPictures(groups.roots, PictureTable.opened(folder / PICTURES), None)
+        if _recorded(folder / BEGUN).get("source") != stamp:
+            remove(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        report = prepare(groups, folder, stamp, self._options, say, known=before, scan=self._scan).report
+        self._refuse(each, report)
+        if source_state(path) != state:
+            (folder / STORE).unlink(missing_ok=True)
+            raise DataError(f"{each.path}: the manifest was written while it was checked; start again when it is whole")
+        return str(folder)
+
+    def _refuse(self, each: DataSet, report: CheckReport) -> None:
+        """Raise DataError for the first problem of a data set."""
+        if not report.problems:
+            return
+        more = len(report.problems) - 1
+        remedy = f"; data.on_error is about what breaks later, and `cfvlm-ds data convert {each.path} --on_error skip` leaves this out"
+        others = f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""
+        raise DataError(report.problems[0] + remedy * (self._config.data.on_error == "skip") + others)
+
+    def _summary(self, each: DataSet, groups: GroupStore) -> str:
+        """What a data set holds, in a line. Raises DataError for a text or an image that the model cannot take."""
+        store, config = stored_rows(groups), self._config
+        summary = f"{each.path}: {len(groups)} groups"
+        if store.found.get("left_out"):
+            summary += f" ({store.found['left_out']} were left out when they were prepared)"
+        if config.data.check != "full":
+            return summary
+        file = Path(config.train.output_dir) / _FOLDER / f"{_named(each)}.json"
+        key, known = self._measured_by(store), _recorded(file)
+        if known.get("key") != key:
+            self.collator = self.collator or load_collator(config.model, "full", config.data.max_pixels)
+            report = check_texts(groups, self.collator, store.pictures, self._world.say, self._scan)
+            self._refuse(each, report)
+            known = {"key": key, "visual_tokens": report.visual_range}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            keep(file, json.dumps(known), self._world.say)
+        summary += f", {store.found['images']} images"
+        summary += f", visual tokens {known['visual_tokens']}" if known["visual_tokens"] else ""
+        return without_secrets(summary + (f", metadata {store.found['metadata']}" if store.found["metadata"] else ""))
+
+    def _measured_by(self, store: StoredRows) -> str:
+        """A hash of what the lengths of a store's texts depend on."""
+        model = self._config.model
+        inputs = None
+        with contextlib.suppress(OSError, ConfigError):  # named where they are read to be used
+            inputs = inputs_fingerprint(model) if os.path.isdir(model.name_or_path) else None
+        limits = [getattr(model, option) for option in IMAGE_LIMITS]
+        parts = [digest(store.identity), without_secrets(model.name_or_path), inputs, *limits, self._config.data.max_pixels]
+        return hashlib.sha256(json.dumps([*parts, transformers.__version__]).encode()).hexdigest()
+
+
+def _named(each: DataSet) -> str:
+    """The name of a data set's files in the run folder."""
+    root = each.root if isinstance(each.root, str | None) else list(each.root)
+    parts = [os.path.abspath(each.path), root, each.format, each.limit]
+    name = hashlib.blake2b(without_secrets(json.dumps(parts)).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    return f"{Path(each.path).stem[:80].replace('*', '_')}-{name}"
+
+
+def _folder(config: RunConfig, each: DataSet) -> Path:
+    """Where a data set is prepared for a run."""
+    return Path(config.train.output_dir) / _FOLDER / _named(each)
 
 
 def _recorded(file: Path) -> dict[str, Any]:
@@ -154,215 +316,3 @@ def _recorded(file: Path) -> dict[str, Any]:
         return dict(read_json(file))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
-
-
-def _name(each: DataSet, format: str) -> str:
-    return without_secrets(
-        json.dumps([os.path.abspath(each.path), each.root, each.format or format, *[each.limit] * (each.limit is not None)])
-    )
-
-
-class _Check:
-    """Checks data sets once: a set that was sound with the same options is not checked again while its manifest is unchanged.
-
-    ``data_check.json`` in the run folder says what is sound, the folder ``data_check`` beside it which pictures were seen.
-    """
-
-    def __init__(self, config: RunConfig, world: World, patience: Patience) -> None:
-        self._config, self._world, self._patience = config, world, patience
-        run_dir = Path(config.train.output_dir)
-        self._file, self._folder = run_dir / _FILE, run_dir / "data_check"
-        self._full = config.data.check == "full"
-        self.collator: Collator | None = None
-        self._known: dict[str, Any] = {}
-        self._stamps: dict[str, list[Any]] = {}
-        self._packed: list[PictureTable] = []
-        if world.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._known = _recorded(self._file)
-        self._notes: PictureNotes | None = None
-
-    def __call__(self, each: DataSet) -> GroupStore:
-        """The groups of a set without a problem; rank 0 says what it holds. Raises DataError with the first problem on every rank."""
-        problem, summary = _from_main(self._known_of(each) if self._world.is_main else None, self._world)
-        if problem:
-            raise DataError(problem)
-        groups = self._opened(each)
-        if isinstance(groups.rows, PackedRows) and groups.rows.pictures is not None:
-            self._packed.append(groups.rows.pictures)
-        if summary is None:
-            summary = self._by_rank_0(lambda: self._looked_at(each, groups))
-        self._world.say(summary)
-        return groups
-
-    def _by_rank_0(self, function: Callable[[], Any]) -> Any:
-        return by_rank_0(self._world, self._patience, f"the data check of {self._config.data.trained_on}", function)
-
-    @property
-    def pictures(self) -> PictureTable | None:
-        """The pictures that were checked; if only rows were, what packed stores say of theirs."""
-        if self._full:
-            return stored_pictures(self._folder)
-        return PictureTables(self._packed) if self._packed else None
-
-    def identity(self, each: DataSet, groups: Sequence[CounterfactualGroup]) -> Identity:
-        """What the groups of a set are recognised by."""
-        assert isinstance(groups, GroupStore)
-
-        def find() -> Identity:
-            pictures, entry = self.pictures, self._entry(each)
-            table = _state(pictures)
-            if isinstance(known := entry.get("identity"), dict) and entry.get("pictures") == table:
-                return known  # else another set's check may have noted a changed picture of this
-            found = store_identity(groups, pictures, self._scan(), self._world.say)
-            self._keep(each, identity=found, pictures=table)
-            return found
-
-        return dict(self._by_rank_0(find))
-
-    def name_shared(
-        self, sources: Mapping[str, SourceData], splits: Splits, identities: Mapping[str, Identity], benchmarks: Mapping[str, RunBenchmark]
-    ) -> None:
-        """Say what training and evaluation sets have in common: a result on what was trained on says little."""
-        data, say, pictures = self._config.data, self._world.say, self.pictures
-        splits = {**splits, **{name: each.plan.groups for name, each in benchmarks.items()}}
-        identities = {**identities, **{name: each.identity for name, each in benchmarks.items()}}
-        if pictures is not None and benchmarks:
-            pictures = PictureTables([pictures, *(each.pictures for each in benchmarks.values())])
-
-        def found(name: str, each: DataSet) -> list[str]:
-            depends = digest({part: digest(identity) for part, identity in {"": sources[name].identity, **identities}.items()})
-            kept = self._entry(each).get("shared")
-            if isinstance(kept, dict) and kept.get("of") == depends and isinstance(kept.get("said"), list):
-                return list(kept["said"])
-            shared = shared_with(sources[name].groups, splits, pictures, self._scan(), say)
-            lines = [
-                f"data.evaluation.{split}: {what} are in the training set {each.path} too" for split, what in shared.items() if str(what)
-            ]
-            self._keep(each, shared={"of": depends, "said": [without_secrets(line) for line in lines]})
-            return lines
-
-        for name, each in data.train_sets.items():
-            said = self._by_rank_0(partial(found, name, each))
-            for line in said:
-                say(f"warning: {line}; what is measured there is no generalisation")
-
-    def refuse_idle(self, objectives: Mapping[str, Any]) -> None:
-        """Raise ConfigError for terms with nothing to do: no training group that counts in them has a text that is known to be false."""
-        sets = [(each.objectives, self._entry(each).get("known_false") == 0) for each in self._config.data.train_sets.values()]
-        one = torch.ones(1, 1, 1, dtype=torch.int64)
-        plain = GroupLayout(one.bool(), one.to(torch.int8), one, one, torch.ones(1))
-        idle = []
-        for name, term in objectives.items():
-            counting = [nothing_false for named, nothing_false in sets if named is None or name in named]
-            if not counting or (all(counting) and not (torch.atleast_1d(term.denominator(plain)) > 0).any()):
-                idle.append(name)
-        if idle:
-            raise ConfigError(
-                f"no training group that counts in {', '.join(idle)} has a text that is false of one of its images, so that there is "
-                "nothing to compare; leave these terms out of objective, or give them the weight 0, if that is meant"
-            )
-
-    def _format(self, each: DataSet) -> str:
-        return each.format or self._config.data.format
-
-    def _scan(self) -> Scan:
-        return Scan(self._notes or PictureNotes(), self._patience.alive, shield_worker)
-
-    def _opened(self, each: DataSet) -> GroupStore:
-        """The groups of a set. A large file is indexed by one rank, or by one of each node that does not see what the first has written."""
-        world, found = self._world, list[GroupStore]()
-        for turn in (world.is_main, world.local_rank == 0, True)[-1 if world.size == 1 else 0 :]:
-            problem = None
-            try:
-                if turn and not found:
-                    found.append(
-                        open_groups(each.path, each.root, self._format(each), limit=each.limit, scan=self._scan(), progress=world.say)
-                    )
-            except DataError as error:
-                problem = str(error)
-            self._patience.meet()
-            if problem := next((each for each in gather_objects(problem, world) if each), None):
-                raise DataError(problem)
-        return found[0]
-
-    def _looked_at(self, each: DataSet, groups: GroupStore) -> str:
-        """What a set holds, in a line, which is kept with how many cells of its truth tables are known to be false."""
-        data, say = self._config.data, self._world.say
-        if self._full:
-            self.collator = self.collator or load_collator(self._config.model, "full", data.max_pixels)
-            self._notes = self._notes or PictureNotes(self._folder)
-            report = check_groups(groups, lengths=self.collator, max_pixels=data.max_pixels, progress=say, scan=self._scan())
-        else:
-            report = check_rows(groups, progress=say, scan=self._scan())
-        if report.problems:
-            more = len(report.problems) - 1
-            remedy = f"; data.on_error is about what breaks later, and `cfvlm-ds data convert {each.path} --on_error skip` leaves this out"
-            others = f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""
-            raise DataError(report.problems[0] + remedy * (data.on_error == "skip") + others)
-        summary = f"{each.path}: {report.num_groups} groups"
-        if self._full:
-            summary += f", {report.num_images} images"
-            summary += f", visual tokens {report.visual_range}" if report.visual_range else ""
-            summary += f", metadata {report.unused}" if report.metadata else ""
-        self._refuse_written(each, groups)
-        self._keep(each, summary=without_secrets(summary), known_false=report.num_false_cells)
-        return summary
-
-    def _refuse_written(self, each: DataSet, groups: GroupStore) -> None:
-        """DataError where a manifest is not what it was before it was checked: its rows are read again, whenever they are used."""
-        written = _written(each)
-        if not written == list(groups.rows.state) == self._stamp(each)[1:4]:
-            raise DataError(f"{each.path}: the manifest was written while it was checked; start again when it is whole")
-
-    def _known_of(self, each: DataSet) -> tuple[str | None, str | None]:
-        """(what is wrong, what was found): both None for a set that has to be looked at."""
-        try:
-            _written(each)
-        except DataError as error:
-            return str(error), None
-        except OSError as error:
-            if os.path.isdir(each.path):
-                return None, None  # whoever opens it says what it lacks
-            missing = "no such manifest" if isinstance(error, FileNotFoundError) else f"the manifest cannot be read ({error.strerror})"
-            return f"{each.path}: {missing}; correct data.train or data.evaluation", None
-        summary = self._entry(each).get("summary")
-        pictures = not self._full or stored_pictures(self._folder) is not None
-        return None, summary if isinstance(summary, str) and pictures else None
-
-    def _entry(self, each: DataSet) -> dict[str, Any]:
-        """The entry for a set in its present state, checked with the present options."""
-        stamp, entry = self._stamp(each), self._known.get(_name(each, self._config.data.format))
-        return entry if isinstance(entry, dict) and entry.get("stamp") == stamp else {}
-
-    def _keep(self, each: DataSet, **found: Any) -> None:
-        if self._world.is_main:
-            self._known[_name(each, self._config.data.format)] = {**self._entry(each), "stamp": self._stamp(each), **found}
-            keep(self._file, json.dumps(self._known, indent=1), self._world.say)
-
-    def _stamp(self, each: DataSet) -> list[Any]:
-        """The state of a set before it is read: if its manifest is written during the check, the next start checks it again."""
-        model, data, name = self._config.model, self._config.data, _name(each, self._config.data.format)
-        if name not in self._stamps:
-            roots = [os.path.abspath(root) for root in data_roots(each.path, each.root)]
-            limits = [getattr(model, option) for option in IMAGE_LIMITS]
-            paths = [without_secrets(path) for path in (*roots, model.name_or_path)]
-            inputs = None
-            with contextlib.suppress(OSError, ConfigError):  # named where they are read to be used
-                inputs = inputs_fingerprint(model) if os.path.isdir(model.name_or_path) else None
-            self._stamps[name] = [_FORM, *_written(each), self._format(each), data.check, data.max_pixels, *limits, *paths, inputs]
-        return self._stamps[name]
-
-
-def _written(each: DataSet) -> list[int]:
-    """The state of a manifest: an old time can be set again, but not the last one."""
-    path = fetched(each.path)
-    return list(sources_state(path / STORE if path.is_dir() and is_store(path) else path))
-
-
-def _state(pictures: PictureTable | None) -> list[int] | None:
-    """What tells one state of a stored table from another."""
-    if pictures is None or pictures.file is None:
-        return None
-    stat = pictures.file.stat()
-    return [stat.st_size, stat.st_mtime_ns]

@@ -25,9 +25,9 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import GroupSampler, GroupStore, PackedSampler
 from cfvlm_ds.data.mixture import MixedOrder, shares_of
-from cfvlm_ds.data.packed import is_store
 from cfvlm_ds.data.permutation import RowsTogether
 from cfvlm_ds.data.sampler import OneAfterTheOther
+from cfvlm_ds.data.stored import is_store
 from cfvlm_ds.data.stored_scores import ScoresOfSources, StoredScores, read_scores
 from cfvlm_ds.models import inputs_fingerprint
 from cfvlm_ds.objectives import required_cells
@@ -169,7 +169,7 @@ def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator)
     if counted:
         known = data.identity.get("pictures") is not None  # else a picture may have another size tomorrow
         depends_on = (lambda: [dict(data.identity), inputs_fingerprint(config.model)]) if known else None
-        where: dict[str, Any] = {"folder": Path(options.output_dir) / "data_check", "depends_on": depends_on}
+        where: dict[str, Any] = {"folder": Path(options.output_dir) / "prepared", "depends_on": depends_on}
         if not config.data.is_mixture and is_store(Path(str(config.data.train))):
             where["shared"] = Path(str(config.data.train)) / "tokens"
         tokens = group_tokens(data.groups, collator, config.data, world, data.pictures, **where)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from cfvlm_ds.data.pack import pack
 from conftest import losses, run_ranks, run_trainings, train_arguments
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.data import PackedSampler, open_groups
-from cfvlm_ds.data.pack import pack
 
 LIMIT = 8192
 RNG = random.Random(0)

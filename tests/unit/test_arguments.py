@@ -74,7 +74,7 @@ def test_help_ends_with_an_example_that_is_a_command(command: tuple[str, ...], c
         ("evaluate model --benchmarks pope --draws -1", "argument --draws: must be a whole number of at least 0, not '-1'"),
         (
             "score a.jsonl model",
-            "model is a folder without *.arrow, *.parquet, *.tar, and no packed store; it is of a model: name the data",
+            "model is a folder without *.arrow, *.parquet, *.tar, and no store; it is of a model: name the data",
         ),
         ("evaluate a.jsonl a.jsonl", "model.name_or_path 'a.jsonl' is a file; give a model folder"),
         ("lmms_args nothing", "model.name_or_path 'nothing' does not exist"),

@@ -243,7 +243,7 @@ def test_the_file_of_a_picture_is_regular_and_bounded(tmp_path: Path, model_dir:
                 with pytest.raises(DataError, match=rf"{name}: .*({said})"):
                     read(path)
             assert len(PictureTable.of_files([path])) == 0
-            known = PictureTable.of({path: Picture(path.stat().st_size, 1, b"x" * 16, 9, 9)})
+            known = PictureTable.of([(path, Picture(path.stat().st_size, 1, b"x" * 16, 9, 9))])
             known.verify(path)  # whoever opens it says what is wrong
 
 

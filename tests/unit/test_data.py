@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
+from stores import preparing
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import PICTURE, SHAM, Candidate, CounterfactualGroup, Edit, Turn
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data import CheckReport, check_manifest, image_size, named_apart, open_groups, open_image, picture_check, read_manifest
 from cfvlm_ds.data.formats.cfgroup import from_row, to_row
-from cfvlm_ds.data.identity import changes, data_identity, store_identity
-from cfvlm_ds.data.overlap import shared_with
-from cfvlm_ds.data.passes import Scan
+from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.picture_index import PictureTable
+from cfvlm_ds.data.stored import StoredRows
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores, write_scores
 
 
@@ -701,12 +701,12 @@ def test_checks_say_how_far_they_are(folder: Path, monkeypatch: pytest.MonkeyPat
     assert [line.partition(",")[0] for line in lines] == [f"check of {each}" for each in counted]
     lines.clear()
     store, said, file = open_groups(folder / "m.jsonl"), lines.append, folder / "scores.jsonl"
-    identity = store_identity(store, None, Scan(), said)
-    shared_with(store, {"test": store}, None, Scan(), said)
+    assert preparing(store, folder / "store", say=said)
+    identity = StoredRows(folder / "store").identity
     write_scores(file, store, {group.id: StoredScores(((0.0,) * 2,) * 2, (0.0,) * 2) for group in store}, "m", identity)
     read_scores(file, store, identity, say=said)
     PictureTable.of_files([folder / "a.png", folder / "b.png"], said)
-    begun = [f"identity of {store.path}", "overlap: test", "overlap: training groups", f"{file}: scores", "contents of pictures"]
+    begun = ["check of rows", "pictures", "rows", f"{file}: scores", "contents of pictures"]
     assert [line.partition(" of 2 ")[0] for line in lines] == [f"{what}: {n}" for what in begun for n in (1, 2)]
 
 

@@ -417,7 +417,7 @@ def test_a_damaged_arrow_or_parquet_file_is_one_sentence(name: str, folder: Path
 
 def test_a_folder_says_what_it_lacks(folder: Path) -> None:
     (folder / "empty").mkdir()
-    assert "is a folder without *.arrow, *.parquet, *.tar, and no packed store; name the data file" in refusal(folder / "empty")
+    assert "is a folder without *.arrow, *.parquet, *.tar, and no store; name the data file" in refusal(folder / "empty")
     (folder / "splits" / "train").mkdir(parents=True)
     (folder / "splits" / "dataset_dict.json").write_text("{}")
     assert "holds several splits (train); name one of its folders" in refusal(folder / "splits")
@@ -437,7 +437,7 @@ def test_the_splits_of_a_downloaded_data_set_are_not_one_data_set(folder: Path) 
     (data := folder / "mine" / "data").mkdir(parents=True)
     for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
         (data / f"{name}.parquet").touch()
-    assert f"is a folder without *.arrow, *.parquet, *.tar, and no packed store; name {data}, which has some" in refusal(folder / "mine")
+    assert f"is a folder without *.arrow, *.parquet, *.tar, and no store; name {data}, which has some" in refusal(folder / "mine")
     assert f"holds several splits (test, train); name the files of one of them, such as {data}/test-*.parquet" in refusal(data)
     (data / "test-00000-of-00001.parquet").unlink()
     assert [file.name[:11] for file in sources_of(data)] == ["train-00000", "train-00001"]

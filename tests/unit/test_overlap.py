@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from conftest import write_manifest
+from stores import preparing
 
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.data import open_groups, read_manifest
+from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.overlap import Shared, shared_with
-from cfvlm_ds.data.passes import Scan
-from cfvlm_ds.data.picture_index import PictureTable
+from cfvlm_ds.data.stored import StoredRows
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,11 @@ def naive(train: list[CounterfactualGroup], split: list[CounterfactualGroup], co
 
 
 @pytest.mark.parametrize("contents", [True, False])
-def test_what_is_shared_is_what_a_naive_comparison_finds(sets: dict[str, Path], contents: bool) -> None:
-    groups = {name: open_groups(path) for name, path in sets.items()}
-    shown = (picture for store in groups.values() for group in store for image in group.images for picture in image)
-    table = PictureTable.of_files(shown) if contents else None
-    splits = {name: groups[name] for name in sets if name != "train"}
-    expected = {name: naive(read_manifest(sets["train"]), read_manifest(sets[name]), contents) for name in splits}
-    assert shared_with(open_groups(sets["train"]), splits, table, Scan()) == expected
+def test_what_is_shared_is_what_a_naive_comparison_finds(sets: dict[str, Path], tmp_path: Path, contents: bool) -> None:
+    assert all(preparing(path, tmp_path / name, open_pictures=contents) for name, path in sets.items())
+    keys = {name: StoredRows(tmp_path / name).keys for name in sets}
+    expected = {name: naive(read_manifest(sets["train"]), read_manifest(sets[name]), contents) for name in sets if name != "train"}
+    assert {name: shared_with(keys["train"], keys[name]) for name in expected} == expected
     assert expected["same"].rows == expected["same"].num_rows and expected["moved"].rows == expected["moved"].num_rows > 0
     assert expected["texts"].rows == 0 and expected["texts"].pictures == expected["texts"].num_pictures
     assert bool(expected["copies"].rows) == contents == bool(expected["copies"].pictures)

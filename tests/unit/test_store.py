@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import write_manifest
+from stores import preparing
 from torch.utils.data import DataLoader
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import FORMATS, check_groups, check_manifest, check_rows, lines, open_groups, passes, read_manifest
 from cfvlm_ds.data.formats.pairs import Pairs
-from cfvlm_ds.data.identity import data_identity, store_identity
+from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.lines import IndexedLines
-from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.data.store import Unraised
+from cfvlm_ds.data.stored import StoredRows
 
 ODD_LINES = [b"", b" \t", b"\r", b"{}", b" {}", b'{"a": 1}', b"x" * 90, b"\xef\xbb\xbf{}", b"\x0c", b"\xff", b"\x00", b" " * 70]
 
@@ -250,16 +251,17 @@ def test_keys_that_are_equal_by_chance_are_no_problem(manifest: Path, monkeypatc
     assert check_rows(open_groups(manifest), progress=pytest.fail).ok
 
 
-def test_processes_find_what_one_finds(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks in forked processes: one report, one identity."""
+def test_processes_find_what_one_finds(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks in forked processes: one report, one store."""
     whole, groups = check_manifest(manifest), read_manifest(manifest)
     pictures = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
     identity = data_identity(groups, [manifest.parent], pictures)
     for name, value in (("_MANY", 0), ("_CHUNK", 2), ("cores_per_rank", lambda: 2)):
         monkeypatch.setattr(passes, name, value)
     assert check_groups(open_groups(manifest), lengths=None, max_pixels=10**6, progress=str) == whole
-    assert store_identity(open_groups(manifest), pictures, Scan()) == identity
-    assert store_identity(open_groups(manifest), None, Scan()) == data_identity(groups, [manifest.parent])
+    for opens, expected in ((True, identity), (False, data_identity(groups, [manifest.parent]))):
+        assert preparing(manifest, tmp_path / f"{opens}", open_pictures=opens)
+        assert StoredRows(tmp_path / f"{opens}").identity == expected and read_manifest(tmp_path / f"{opens}") == groups
 
 
 def test_a_batch_is_its_groups_one_by_one(tmp_path: Path) -> None:

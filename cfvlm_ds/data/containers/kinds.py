@@ -137,7 +137,7 @@ def _in_folder(path: Path) -> list[Path]:
     hint = f"name {' or '.join(map(str, below[:3]))}, which has some" if below else "name the data file"
     if any((path / name).is_file() for name in _OF_MODELS):
         hint = "it is of a model: name the data, after the model where a command takes both"
-    raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)}, and no packed store; {hint}")
+    raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)}, and no store; {hint}")
 
 
 def _saved(path: Path) -> list[Path]:

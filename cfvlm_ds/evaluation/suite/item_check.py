@@ -73,7 +73,7 @@ def checked_items(
     patience.meet()
     for part in gather_objects(opened, world):
         found |= part
-    table = PictureTable.of({path: picture for path, picture in found.items() if isinstance(picture, Picture)})
+    table = PictureTable.of((path, picture) for path, picture in found.items() if isinstance(picture, Picture))
     problems: dict[int, str] = {}
     progress = Progress(world.say, f"{label}: texts", len(items), "items")
     for number in range(world.rank, len(items), world.size):

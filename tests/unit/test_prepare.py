@@ -1,4 +1,4 @@
-"""A packed store holds the same groups and pictures, whoever packed it and however often they were killed; another's files are refused."""
+"""A store holds the same groups and pictures, whoever prepared it and however often they were killed; another's files are refused."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ import pytest
 import torch
 from conftest import write_manifest
 from public_data import PUBLIC, write_pictures
+from stores import preparing
 
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
-from cfvlm_ds.data import check_manifest, lines, open_groups, pack, packed, read_manifest
-from cfvlm_ds.data.decoding import MAX_PIXELS, open_image
+from cfvlm_ds.data import check_manifest, lines, open_groups, prepare, read_manifest, stored
+from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.identity import changes, data_identity
-from cfvlm_ds.data.packed import PackedRows
 from cfvlm_ds.data.permutation import RowsTogether
 from cfvlm_ds.data.picture_file import picture_bytes
 from cfvlm_ds.data.picture_index import PictureTable, picture_of
+from cfvlm_ds.data.stored import StoredRows
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training import token_counts
 from cfvlm_ds.training.read_data import RunData, read_data
@@ -45,7 +46,7 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small(patch: pytest.MonkeyPatch) -> None:
     for name, value in (("PICTURED", 5), ("ROWS", 6)):
-        patch.setattr(pack, name, value)
+        patch.setattr(prepare, name, value)
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +69,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def packing(source: Path, out: Path, shard: int = 0, of: int = 1, say: Callable[[str], object] = str) -> bool:
-    return pack.pack(open_groups(source), out, say, shard=shard, of=of, max_pixels=MAX_PIXELS)
-
-
 def files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
-def store(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stores(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Packed or not: the store."""
+    folder = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
         small(patch)
-        out = tmp_path_factory.mktemp("out") / "store"
-        assert packing(source, out)
-    return out
+        found = {packs: folder / ("packed" if packs else "plain") for packs in (True, False)}
+        assert all(preparing(source, out, pack=packs) for packs, out in found.items())
+    return found
+
+
+@pytest.fixture
+def store(stores: dict[bool, Path]) -> Path:
+    return stores[True]
 
 
 def plain(group: CounterfactualGroup) -> dict[str, Any]:
@@ -90,23 +94,67 @@ def plain(group: CounterfactualGroup) -> dict[str, Any]:
     return vars(group) | {"images": [[picture_bytes(picture, 1 << 20) for picture in image] for image in group.images]}
 
 
-def test_a_store_is_the_data_set(source: Path, store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_store_is_the_data_set(packs: bool, source: Path, stores: dict[bool, Path], tmp_path: Path) -> None:
     """Groups, order, contents of pictures; as a copy in another place with other times, too, to which nothing is written."""
     groups = read_manifest(source)
-    shutil.copytree(store, copied := tmp_path / "copied", copy_function=shutil.copyfile)
-    for folder in (store, copied):
-        opened = open_groups(folder, ["/nowhere"], "pairs")
+    files_of = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
+    identity = data_identity(groups, [source.parent], files_of)
+    shutil.copytree(stores[packs], copied := tmp_path / "copied", copy_function=shutil.copyfile)
+    for folder in (stores[packs], copied):
+        opened = open_groups(folder, None if not packs else ["/nowhere"], "pairs")
         assert [plain(group) for group in opened] == [plain(group) for group in groups]
         shown = [picture for group in opened for image in group.images for picture in image]
-        assert {picture.name.split("-")[0] for picture in shown} == {"images"} and all(folder in picture.parents for picture in shown)
-        identity = data_identity(opened, opened.roots, PictureTable.of_files(shown))
-        files_of = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
-        assert changes(data_identity(groups, [source.parent], files_of), identity) is None
+        assert {picture.name.split("-")[0] for picture in shown} == {"images"} or not packs
+        assert all((folder if packs else source.parent) in picture.parents for picture in shown)
+        assert changes(data_identity(opened, opened.roots, PictureTable.of_files(shown)), identity) is None
+        assert StoredRows(folder).identity == identity
         assert check_manifest(folder, progress=pytest.fail).ok
         assert opened.where(7) == f"{folder}/groups-00001.jsonl:2"
-    assert files(copied) == files(store)
-    names = sorted(files(store))
-    assert [name.split("-")[0] for name in names] == ["groups"] * 6 + ["images"] * 4 + ["pictures.table", "store.json"]
+    assert files(copied) == files(stores[packs])
+    names = sorted(each.split("-")[0] for each in files(stores[packs]))
+    assert names == ["groups"] * 6 + ["images"] * 4 * packs + ["picture_keys.npy", "pictures.table", "row_keys.npy", "store.json"]
+
+
+def test_pictures_of_a_store_may_move(source: Path, stores: dict[bool, Path], tmp_path: Path) -> None:
+    """The folder that they are in now is named as root; they are known by their names, and one with other contents is refused."""
+    shutil.copytree(source.parent, moved := tmp_path / "moved", copy_function=shutil.copyfile)
+    opened = open_groups(stores[False], moved)
+    shown = [picture for group in opened for image in group.images for picture in image]
+    known = StoredRows(stores[False], [moved]).pictures
+    assert known is not None and all(moved in picture.parents for picture in shown)
+    for picture in shown:
+        there = known.find(picture)
+        assert there is not None and there._replace(mtime=0) == picture_of(picture, *open_image(picture).size)._replace(mtime=0)
+        known.verify(picture)
+    shown[0].write_bytes(shown[0].read_bytes()[:-1] + b"!")
+    with pytest.raises(DataError, match="other contents than when the data were checked"):
+        known.verify(shown[0])
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_what_cannot_be_used_is_left_out_and_listed(packs: bool, source: Path, tmp_path: Path) -> None:
+    """A row that is no group, a repeated id, a broken picture that two groups show; the rest is the store of the rest."""
+    shutil.copytree(source.parent, tmp_path / "data")
+    path = tmp_path / "data" / "m.jsonl"
+    rows = path.read_text().splitlines()
+    again = next(k for k, row in enumerate(rows) if json.loads(row)["id"] == "again")
+    picture = json.loads(rows[again])["images"][0]["path"]
+    showing = [k for k, row in enumerate(rows) if picture in json.dumps(json.loads(row)["images"])]
+    (tmp_path / "data" / picture).write_bytes(b"no picture")
+    left = [row for k, row in enumerate(rows) if k not in showing]
+    path.write_text("\n".join([*rows[:5], "{", *rows[5:], rows[-1]]))
+    for shard in (0, 1, 0):
+        whole = preparing(path, tmp_path / "store", shard, 2, pack=packs, on_error="skip")
+    assert whole and len(showing) == 3 > 1
+    path.write_text("\n".join(left))
+    assert preparing(path, tmp_path / "rest", pack=packs)
+    assert [plain(group) for group in open_groups(tmp_path / "store")] == [plain(group) for group in open_groups(tmp_path / "rest")]
+    assert StoredRows(tmp_path / "store").identity == StoredRows(tmp_path / "rest").identity
+    problems = [json.loads(line)["problem"] for line in (tmp_path / "store" / "left_out.jsonl").read_text().splitlines()]
+    assert len(problems) == len(showing) + 2 == StoredRows(tmp_path / "store").found["left_out"]
+    named = sorted(int(problem.partition("m.jsonl:")[2].partition(":")[0]) for problem in problems)
+    assert named == sorted([6, len(rows) + 2, *(k + 1 + (k >= 5) for k in showing)])
 
 
 def test_pictures_are_members_of_tars(source: Path, store: Path) -> None:
@@ -120,7 +168,7 @@ def test_pictures_are_members_of_tars(source: Path, store: Path) -> None:
     shown = {picture for group in read_manifest(source) for image in group.images for picture in image}
     assert sorted(found) == sorted(picture.read_bytes() for picture in shown)
     record = json.loads((store / "store.json").read_text())
-    for each in (*record["rows"], *record["images"], record["pictures"]):
+    for each in (*record["rows"], *record["images"], *record["tables"]):
         content = (store / each["file"]).read_bytes()
         assert (each["bytes"], each["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
 
@@ -133,13 +181,13 @@ def test_a_store_knows_its_pictures_without_opening_them(store: Path, tmp_path: 
     """Sizes and contents as whoever opens them finds them, wherever the store is; a tar that is written afterwards is found out."""
     shutil.copytree(store, copied := tmp_path / "copied", copy_function=shutil.copyfile)
     for folder in (store, copied):
-        known = PackedRows(folder).pictures
+        known = StoredRows(folder).pictures
         assert known is not None and len(known) == len(set(shown_in(folder)))
         for picture in shown_in(folder):
             assert known.find(picture) == picture_of(picture, *open_image(picture).size)
             assert known.find(tmp_path / picture.name) is None and known.find(picture.with_name("images-00000.tar#0+1")) is None
     picture = shown_in(copied)[0]
-    known = PackedRows(copied).pictures
+    known = StoredRows(copied).pictures
     assert known is not None
     known.verify(picture)
     tar, _, place = picture.name.partition("#")
@@ -154,7 +202,7 @@ def test_a_store_knows_its_pictures_without_opening_them(store: Path, tmp_path: 
 def test_what_a_table_says_is_believed_as_far_as_a_picture_may_be(store: Path, tmp_path: Path) -> None:
     """A processor would be given a picture of that size to count its tokens."""
     shutil.copytree(store, copied := tmp_path / "store")
-    table = copied / packed.PICTURES
+    table = copied / stored.PICTURES
     count = table.stat().st_size // 48
     for width, height in ((2**31, 2**31), (0, 5), (300, 1)):
         data = bytearray(table.read_bytes())
@@ -162,7 +210,7 @@ def test_what_a_table_says_is_believed_as_far_as_a_picture_may_be(store: Path, t
             at = 8 * count + 40 * k + 32
             data[at : at + 8] = width.to_bytes(4, "little") + height.to_bytes(4, "little")
         table.write_bytes(data)
-        known = PackedRows(copied).pictures
+        known = StoredRows(copied).pictures
         assert known is not None and all(known.find(picture) is None for picture in shown_in(copied))
 
 
@@ -173,7 +221,7 @@ def test_groups_of_one_row_stay_together_in_a_store(tmp_path: Path) -> None:
     for limit in (None, 8):
         groups = open_groups(path, format="llava:per_turn=true", limit=limit)
         out = tmp_path / f"store-{limit}"
-        assert pack.pack(groups, out, str, max_pixels=MAX_PIXELS)
+        assert preparing(groups, out, pack=True)
         packed_groups = open_groups(out)
         assert groups.together is not None and packed_groups.together is not None
         orders = [RowsTogether(each.together, len(each)).permuted(0, len(each), 0, 0) for each in (groups, packed_groups)]  # type: ignore[arg-type]
@@ -183,7 +231,7 @@ def test_groups_of_one_row_stay_together_in_a_store(tmp_path: Path) -> None:
     assert open_groups(path, format="llava").together is None
     for wrong in ([0, 3, 2, 8], [0, 8, 9], [1, 8], [8]):
         np.save(out / "together.npy", np.array(wrong, "<u4"))
-        edited(out, lambda record: record["together"].update(bytes=(out / "together.npy").stat().st_size))
+        edited(out, lambda record: record["tables"][-1].update(bytes=(out / "together.npy").stat().st_size))
         with pytest.raises(DataError, match=r"together.npy does not fit its groups"):
             open_groups(out)
 
@@ -199,8 +247,8 @@ def test_every_byte_of_a_store_is_held_against_its_sum(where: str, store: Path, 
     data[{"picture": int(place.partition("+")[0]) + 70, "header": 100, "table": -20}[where]] ^= 1
     (copied / file).write_bytes(data)
     problems = check_manifest(copied, progress=str).problems
-    assert f"{copied / file}: it is not the file that was packed (its sha256 is another); pack the data again" in problems[-1]
-    about = {"picture": f"{tar}#", "header": None, "table": "is not the one that was packed"}[where]
+    assert f"{copied / file}: it is not the file that was prepared (its sha256 is another); prepare the data again" in problems[-1]
+    about = {"picture": f"{tar}#", "header": None, "table": "is not the one that was prepared"}[where]
     assert len(problems) == (1 if about is None else 2) and (about or "sha256") in problems[0]
 
 
@@ -239,39 +287,39 @@ def test_a_run_on_a_store_knows_its_pictures_and_shares_its_token_counts(
     assert tokens("three")[0] == expected
 
 
-@pytest.mark.parametrize("of", [2, 3, 7])
-def test_shards_together_are_the_store_of_one(of: int, source: Path, store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("of", "packs"), [(2, True), (3, False), (7, True), (7, False)])
+def test_shards_together_are_the_store_of_one(of: int, packs: bool, source: Path, stores: dict[bool, Path], tmp_path: Path) -> None:
     """In any order; rows wait for the pictures of all shards, and who was there first is called again."""
     order, said = random.Random(of).sample(range(of), of), list[str]()
-    wholes = [packing(source, tmp_path / "store", shard, of, said.append) for shard in [*order, *order]]
-    assert wholes[-1] and files(tmp_path / "store") == files(store)
-    assert any("the pictures of" in line and "run this again" in line for line in said)
+    wholes = [preparing(source, tmp_path / "store", shard, of, said.append, pack=packs) for shard in [*order, *order]]
+    assert wholes[-1] and files(tmp_path / "store") == files(stores[packs])
+    assert any("parts of its pictures are others' to look at" in line and "run this again" in line for line in said)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
-    assert packing(source, tmp_path / "store", 1, of), "a store that is whole is left alone"
+    assert preparing(source, tmp_path / "store", 1, of, pack=packs), "a store that is whole is left alone"
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
 
 
-@pytest.mark.parametrize("function", ["_pack_pictures", "_pack_rows", "_write_table"])
+@pytest.mark.parametrize("function", ["_add", "_written", "index_sum"])
 def test_who_packs_the_same_shard_at_the_same_time_finds_it_packed(
     function: str, source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another call ends the store while this one writes a file of it, and removes what it takes for left."""
-    right, out = getattr(pack, function), tmp_path / "store"
+    right, out = getattr(prepare, function), tmp_path / "store"
 
     def overtaken(*given: Any) -> Any:
-        monkeypatch.setattr(pack, function, right)
-        with pack._Summed.of(out / "other.tar") as written:
+        monkeypatch.setattr(prepare, function, right)
+        with prepare._Summed.of(out / "other.tar") as written:
             written.write(b"x")
-            assert packing(source, out)
+            assert preparing(source, out, pack=True)
         return right(*given)
 
-    monkeypatch.setattr(pack, function, overtaken)
-    assert packing(source, out) and files(out) == files(store)
+    monkeypatch.setattr(prepare, function, overtaken)
+    assert preparing(source, out, pack=True) and files(out) == files(store)
 
 
 def test_a_packing_that_is_killed_goes_on(source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL after ever more writes: what was finished is not made again, and the bytes are the same in the end."""
-    out, right, finished = tmp_path / "store", pack._Summed.write, dict[str, int]()
+    out, right, finished = tmp_path / "store", prepare._Summed.write, dict[str, int]()
     for calls in itertools.count(1):
         left = itertools.count(8 * calls, -1)
 
@@ -280,10 +328,10 @@ def test_a_packing_that_is_killed_goes_on(source: Path, store: Path, tmp_path: P
                 os.kill(os.getpid(), signal.SIGKILL)
             right(self, data)
 
-        monkeypatch.setattr(pack._Summed, "write", write)
+        monkeypatch.setattr(prepare._Summed, "write", write)
         if not (child := os.fork()):
             try:
-                os._exit(0 if packing(source, out) else 3)
+                os._exit(0 if preparing(source, out, pack=True) else 3)
             finally:
                 os._exit(4)
         status = os.waitpid(child, 0)[1]
@@ -301,24 +349,24 @@ def test_a_broken_picture_is_named_before_anything_is_whole(source: Path, tmp_pa
     broken = read_manifest(tmp_path / "data" / "m.jsonl")[8].images[0][0]
     broken.write_bytes(b"no picture")
     with pytest.raises(DataError, match=rf"m.jsonl:9: {broken}: no image in it"):
-        packing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
-    with pytest.raises(DataError, match=r"no packed store whole yet: run `cfvlm-ds data pack` again"):
+        preparing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
+    with pytest.raises(DataError, match=r"no store whole yet: run `cfvlm-ds data prepare` again"):
         open_groups(tmp_path / "store")
     rows = (tmp_path / "data" / "m.jsonl").read_text().splitlines()
     (tmp_path / "data" / "m.jsonl").write_text("\n".join([*rows, rows[0]]))
-    with pytest.raises(ConfigError, match="packed from another state of"):
-        packing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
+    with pytest.raises(ConfigError, match="prepared from another state of"):
+        preparing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
     with pytest.raises(DataError, match="repeats"):
-        packing(tmp_path / "data" / "m.jsonl", tmp_path / "other")
+        preparing(tmp_path / "data" / "m.jsonl", tmp_path / "other")
 
 
 def test_a_store_of_the_same_rows_read_otherwise_is_another(tmp_path: Path) -> None:
     write_pictures(tmp_path)
     rows = [{"id": k, "image": "images/000.png", "caption": f"dog {k}"} for k in range(3)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert pack.pack(open_groups(tmp_path / "rows.jsonl", format="captions"), tmp_path / "other", str, max_pixels=MAX_PIXELS)
-    with pytest.raises(ConfigError, match="or with another format or root; remove it"):
-        pack.pack(open_groups(tmp_path / "rows.jsonl", format="captions:ask=What?"), tmp_path / "other", str, max_pixels=MAX_PIXELS)
+    assert preparing(open_groups(tmp_path / "rows.jsonl", format="captions"), tmp_path / "other")
+    with pytest.raises(ConfigError, match="or with other options; remove it"):
+        preparing(open_groups(tmp_path / "rows.jsonl", format="captions:ask=What?"), tmp_path / "other")
 
 
 def test_what_is_no_store_is_left_alone(source: Path, store: Path, tmp_path: Path) -> None:
@@ -328,11 +376,11 @@ def test_what_is_no_store_is_left_alone(source: Path, store: Path, tmp_path: Pat
     (tmp_path / "file").write_text("x")
     (tmp_path / "book" / "parts").mkdir(parents=True)
     (tmp_path / "book" / "parts" / "thesis.txt").write_text("x")
-    for name, reason in (("mine", "no packed store"), ("link", "is a link"), ("file", "no packed store"), ("book", "no packed store")):
+    for name, reason in (("mine", "no store"), ("link", "is a link"), ("file", "no store"), ("book", "no store")):
         with pytest.raises(ConfigError, match=reason):
-            packing(source, tmp_path / name)
+            preparing(source, tmp_path / name)
     assert os.listdir(tmp_path / "mine") == os.listdir(tmp_path / "book" / "parts") == ["thesis.txt"]
-    with pytest.raises(DataError, match=r"is a folder without .*, and no packed store; name the data file"):
+    with pytest.raises(DataError, match=r"is a folder without .*, and no store; name the data file"):
         open_groups(tmp_path / "mine")
 
 
@@ -354,7 +402,7 @@ def swapped(store: Path) -> None:
         (store / name).write_bytes((store / name).read_bytes().ljust(5999) + b"\n")
         lines.write_index(store / name)
     edited(store, lambda record: [each.update(bytes=6000) for each in record["rows"][:2]])
-    edited(store, lambda record: [each.update(index=packed.index_sum(store / f"{each['file']}.idx")) for each in record["rows"]])
+    edited(store, lambda record: [each.update(index=stored.index_sum(store / f"{each['file']}.idx")) for each in record["rows"]])
     assert len(open_groups(store)) == 17, "and so far it is one"
     renamed(store, "groups-00000.jsonl", "groups-00001.jsonl")
     renamed(store, "groups-00000.jsonl.idx", "groups-00001.jsonl.idx")
@@ -378,8 +426,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no rows": lambda store: edited(store, lambda record: record.update(rows=[])),
     "table cut": lambda store: os.truncate(store / "pictures.table", 48),
     "no table": lambda store: (store / "pictures.table").unlink(),
-    "a table elsewhere": lambda store: edited(store, lambda record: record["pictures"].update(file="../pictures.table")),
-    "a table of nothing": lambda store: edited(store, lambda record: record.update(pictures=[1])),
+    "a table elsewhere": lambda store: edited(store, lambda record: record["tables"][2].update(file="../pictures.table")),
+    "a table of nothing": lambda store: edited(store, lambda record: record.update(tables=[1])),
 }
 
 

@@ -1,7 +1,8 @@
-"""A packed store: a folder of files of rows, each with its index, of uncompressed tars of pictures, and store.json that names them all.
+"""A store, which ``cfvlm-ds data prepare`` writes and training opens: files of rows with their indexes, a table of pictures, store.json.
 
-It may be copied anywhere, and is written by nobody: files are held against their sizes and the sums of their indexes, not against times.
-What was known of each picture when it was packed is in a table of its own, so that nothing has to be opened to know sizes and contents.
+It is written once. Files are compared with their sizes and the checksums of their indexes, not with times, so that a copy is as good. The
+pictures are in tars of the store, or where the data set has them; the table has size, contents and dimensions of each, so that none has to
+be opened to know them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from cfvlm_ds.core.reading import MIB, HeldFile, read_json
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.decoding import MAX_ASPECT, MAX_PIXELS
 from cfvlm_ds.data.lines import IndexedLines, state_of
+from cfvlm_ds.data.overlap import Keys
 from cfvlm_ds.data.picture_file import picture_file
-from cfvlm_ds.data.picture_index import Picture, PictureTable
+from cfvlm_ds.data.picture_index import Picture, PictureTable, key_of
 from cfvlm_ds.data.rows import LineRows
 
-SCHEMA = "cfstore/1"
-FILE, PICTURES, TOGETHER = "store.json", "pictures.table", "together.npy"
+SCHEMA = "cfstore/2"
+FILE, PICTURES, TOGETHER, ROW_KEYS, PICTURE_KEYS = "store.json", "pictures.table", "together.npy", "row_keys.npy", "picture_keys.npy"
 PARTS = "parts"
 """Folder of what is under way."""
 BEGUN = f"{PARTS}/source.json"
@@ -37,45 +39,59 @@ _OPEN = 200  # files of rows that a process keeps open
 
 
 def is_store(folder: Path) -> bool:
-    """Whether a folder is a packed store, or is to become one."""
+    """Whether a folder is a store, or is to become one."""
     return os.path.lexists(folder / FILE) or (folder / BEGUN).is_file()
 
 
-class PackedRows:
-    """The rows of a packed store, shard after shard."""
+class StoredRows:
+    """The rows of a store, shard after shard, and what was found when they were prepared.
 
-    def __init__(self, folder: Path) -> None:
-        """Raises DataError for a folder that is no store, or whose files are not those that its store.json names."""
+    Args:
+        folder: the store.
+        roots: folders that the pictures may be in now, before those where they were when it was prepared.
+
+    Raises DataError for a folder that is no store, or whose files are not those that its store.json names.
+    """
+
+    def __init__(self, folder: Path, roots: Sequence[Path] = ()) -> None:
         self.path = folder
-        self.roots: tuple[Path, ...] = (folder,)
-        self._file, self._remedy = folder / FILE, "pack the data again, or copy the store whole"
+        self._file, self._remedy = folder / FILE, "prepare the data again, or copy the store whole"
         if not os.path.lexists(self._file):
-            begun = " whole yet: run `cfvlm-ds data pack` again, for all shards" if (folder / BEGUN).is_file() else "; name the data file"
-            raise DataError(f"{folder} is a folder and no packed store{begun}")
+            begun = (
+                " whole yet: run `cfvlm-ds data prepare` again, for all shards" if (folder / BEGUN).is_file() else "; name the data file"
+            )
+            raise DataError(f"{folder} is a folder and no store{begun}")
         try:
             self.state = state_of(HeldFile(self._file))
             record = read_json(self._file)
             if record["schema"] != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
-            table, together = record.get("pictures"), record.get("together")
             self._sums = dict[str, str]()
-            for each in (*record["rows"], *record["images"], *(each for each in (table, together) if each is not None)):
+            for each in (*record["rows"], *record["images"], *record["tables"]):
                 file = own_file(folder, each["file"], self._file)
                 size = file.stat().st_size if file.is_file() else "no"
                 if size != each["bytes"]:
                     raise ValueError(f"{file.name} has {size} bytes and not {each['bytes']}")
                 self._sums[file.name] = str(each["sha256"])
-            self.pictures = None if table is None else PackedPictures(folder, record["images"], PictureTable.opened(folder / table["file"]))
-            """What was known of each picture when it was packed."""
-            self.together = None if together is None else np.lib.format.open_memmap(folder / together["file"], mode="r")
-            """Groups before each of the rows that were packed, and in all, where a row had several."""
+            packed = bool(record["images"])
+            self.roots = (folder,) if packed else (*roots, *map(Path, record["roots"]))
+            """Folders that the names of pictures are relative to."""
+            self.stamp, self.identity, self.found = str(record["source"]), dict(record["identity"]), dict(record["found"])
+            """What the data set is recognised by, before and after it is read, and what the check has counted."""
+            times = {str(each["file"]): (folder / each["file"]).stat().st_mtime_ns for each in record["images"]} if packed else None
+            table = PictureTable.opened(folder / PICTURES) if PICTURES in self._sums else None
+            self.pictures = None if table is None else StoredPictures(self.roots, table, times)
+            """What was known of each picture when it was prepared; None where none was opened."""
+            self.keys = Keys(*(_mapped(folder / name) for name in (ROW_KEYS, PICTURE_KEYS)))
+            self.together = _mapped(folder / TOGETHER) if TOGETHER in self._sums else None
+            """Groups before each of the rows that they were made of, and in all, where a row had several."""
             self._shards = [(folder / each["file"], int(each["index"]), int(each["groups"])) for each in record["rows"]]
             self._firsts = list(accumulate((groups for *_, groups in self._shards), initial=0))
             if not self._shards or any(groups < 1 for *_, groups in self._shards):
                 raise ValueError("it has a file of no rows, or none at all")
             if self.together is not None and not _are_firsts(self.together, self._firsts[-1]):
-                raise ValueError(f"{together['file']} does not fit its groups")
-        except (OSError, ValueError, EOFError, TypeError, KeyError, RecursionError) as error:
+                raise ValueError(f"{TOGETHER} does not fit its groups")
+        except (OSError, ValueError, EOFError, TypeError, KeyError, IndexError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
             reason = error.strerror if isinstance(error, OSError) else f"key {error}" if isinstance(error, KeyError) else error
@@ -114,7 +130,7 @@ class PackedRows:
                 yield f"{self.path / name}: the file cannot be read ({error}); {self._remedy}"
                 continue
             if found.hexdigest() != expected:
-                yield f"{self.path / name}: it is not the file that was packed (its sha256 is another); {self._remedy}"
+                yield f"{self.path / name}: it is not the file that was prepared (its sha256 is another); {self._remedy}"
 
     def _size(self, name: str) -> int:
         return (self.path / name).stat().st_size
@@ -142,29 +158,39 @@ def _are_firsts(together: Any, groups: int) -> bool:
     return bool(fits and (together[1:] > together[:-1]).all())
 
 
-class PackedPictures(PictureTable):
-    """The pictures of a store by their names in it, wherever the store is. What its table says is believed as far as a picture may be."""
+def _mapped(file: Path) -> Any:
+    return np.lib.format.open_memmap(file, mode="r")
 
-    def __init__(self, folder: Path, tars: list[Mapping[str, Any]], table: PictureTable) -> None:
-        self._folder, self._table, self.file = os.path.abspath(folder), table, None
-        self._times = {str(each["file"]): (folder / each["file"]).stat().st_mtime_ns for each in tars}
+
+class StoredPictures(PictureTable):
+    """The pictures of a store by their names in it, wherever it is. What its table says is believed as far as a picture may be.
+
+    Args:
+        roots: folders that the names are relative to.
+        table: the facts by ``key_of`` each name.
+        times: of the tars that hold the pictures: one that is written from now on is of another time; None for files of their own.
+    """
+
+    def __init__(self, roots: Sequence[Path], table: PictureTable, times: Mapping[str, int] | None) -> None:
+        self._roots, self._table, self._times, self.file = tuple(roots), table, times, table.file
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __reduce__(self) -> Any:
-        return object.__reduce__(self)
+        return StoredPictures, (self._roots, self._table, self._times)
 
     def find(self, path: Path) -> Picture | None:
-        """What was known of a picture; a file that is written from now on is one of another time."""
-        time = self._times.get(picture_file(path).name)
-        if time is None or os.path.abspath(path.parent) != self._folder:
-            return None
-        known = self._table.find(Path("/", path.name))
+        """What was known of a picture."""
+        known = next((each for root in self._roots if (each := self._table.of_key(key_of(path, root))) is not None), None)
         if known is None or not 0 < known.width * known.height <= MAX_PIXELS:
             return None
-        aspect = max(known.width, known.height) / min(known.width, known.height)
-        return None if aspect > MAX_ASPECT else known._replace(mtime=time)
+        if max(known.width, known.height) > MAX_ASPECT * min(known.width, known.height):
+            return None
+        if self._times is None:
+            return known
+        time = self._times.get(picture_file(path).name)
+        return None if time is None else known._replace(mtime=time)
 
 
 def index_sum(file: Path) -> int:

@@ -1,0 +1,482 @@
+"""Prepare a data set: check all of it, and write it as a store (cfvlm_ds/data/stored.py), which training opens.
+
+Pictures are opened before rows are written, a range of groups at a time: the pictures that come first in a range are one unit of work, and
+with ``pack`` one uncompressed tar, in which each lies once and is read by its offset. What a file is made of depends on the data set
+alone: whoever prepares it, in however many processes and after however many kills, its bytes are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.files import remove, replace, whole_file
+from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.secrets import without_secrets
+from cfvlm_ds.core.untrusted import refuse_link
+from cfvlm_ds.data import lines
+from cfvlm_ds.data.check import look_at_rows, note_characters
+from cfvlm_ds.data.containers.kinds import sources_state
+from cfvlm_ds.data.decoding import ENDINGS
+from cfvlm_ds.data.formats.cfgroup import to_row
+from cfvlm_ds.data.identity import IdentityPart, identity_part, joined_identity, joined_part
+from cfvlm_ds.data.overlap import Keys, joined_keys, keys_of
+from cfvlm_ds.data.passes import Done, Scan
+from cfvlm_ds.data.picture_check import equal_images, opened_pictures
+from cfvlm_ds.data.picture_file import part_name
+from cfvlm_ds.data.picture_index import FACTS, PictureTable, PictureTables, key_of, picture_key
+from cfvlm_ds.data.report import CheckReport
+from cfvlm_ds.data.store import GroupStore
+from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, index_sum, is_store
+
+PICTURED = 1 << 15
+"""Groups whose pictures are one unit of work: with ``pack`` a tar of a few GB of photographs, some hundred files for ten million groups."""
+
+ROWS = 1 << 18
+"""Groups in one file of rows: some tens of files that a process keeps open."""
+
+LEFT_OUT = "left_out.jsonl"
+_PLACE = np.dtype([("key", "<u8"), ("name", "<u8"), ("tar", "<u4"), ("start", "<i8"), ("facts", FACTS)])
+_SUFFIXES = {f".{ending}" for ending in ENDINGS}
+
+Array = npt.NDArray[Any]
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How a data set is prepared; two stores of one data set with equal options are equal.
+
+    Args:
+        pack: copy the pictures into tars of the store; otherwise rows name them where they are.
+        open_pictures: open every picture; otherwise nothing is known of them, and a changed one is not noticed.
+        max_pixels: as in open_image.
+        on_error: what to do about rows that are no group and groups with a picture that cannot be used: ``error`` prepares nothing,
+            ``skip`` leaves them out and lists them.
+    """
+
+    pack: bool = False
+    open_pictures: bool = True
+    max_pixels: int = 50_000_000
+    on_error: Literal["error", "skip"] = "error"
+
+
+class Prepared(NamedTuple):
+    """What the check has found, and whether the store is whole."""
+
+    report: CheckReport
+    whole: bool
+
+
+def source_state(path: Path) -> list[int]:
+    """The state of a data set's files: an old time of change can be set again, but not the last one of all. Raises OSError, DataError."""
+    return list(sources_state(path / FILE if path.is_dir() and is_store(path) else path))
+
+
+def source_stamp(path: Path, state: Sequence[int], roots: Sequence[Path], format: str, limit: int | None, options: PrepareOptions) -> str:
+    """A hash that tells a data set, as it is now and as it is read, from others."""
+    form = [SCHEMA, _PLACE.itemsize, PICTURED, ROWS, *dataclasses.astuple(options)]
+    parts = [*form, os.path.abspath(path), list(state), [os.path.abspath(root) for root in roots], format, limit]
+    return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def prepare(
+    source: GroupStore,
+    out: Path,
+    stamp: str,
+    options: PrepareOptions,
+    say: Say,
+    *,
+    shard: int = 0,
+    of: int = 1,
+    known: PictureTable | None = None,
+    scan: Scan | None = None,
+) -> Prepared:
+    """Check a data set, and write the shards of one process among ``of`` that share the work.
+
+    Every row is looked at by each of them, every picture is opened once, except those that are ``known`` and have not been written since.
+    What is there from an earlier call is not made again. The pictures of all shards must be looked at before any rows are written: where
+    some are missing, the same call does the rest later. With problems in the report, and ``on_error`` error, nothing more is written.
+    Raises ConfigError for a folder that holds something else, OSError.
+    """
+    work, report = _begun(source, out, stamp), CheckReport(str(source.path))
+    job = _Job(source, out, work, stamp, options, say, shard, of, known, scan or Scan(), report)
+    try:
+        whole = (out / FILE).exists() or job.run()
+    except FileNotFoundError:  # others have ended it at the same time, and taken what this call was writing for what was left
+        if not (whole := (out / FILE).exists()):
+            raise
+    if whole:
+        remove(work)
+    return Prepared(report, whole)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of ``prepare``."""
+
+    source: GroupStore
+    out: Path
+    work: Path
+    stamp: str
+    options: PrepareOptions
+    say: Say
+    shard: int
+    of: int
+    known: PictureTable | None
+    scan: Scan
+    report: CheckReport
+
+    def run(self) -> bool:
+        """Do this call's part; returns whether the store is whole."""
+        source, out, strict = self.source, self.out, self.options.on_error == "error"
+        seen = look_at_rows(self.report, source, self.say, self.scan)
+        if (out / FILE).exists():  # others have been as far meanwhile
+            return True
+        units, files = (_Files(self.work, kind, -(-len(source) // size)) for kind, size in (("images", PICTURED), ("groups", ROWS)))
+        found, broken = None, dict[int, str]()
+        if self.options.open_pictures or self.options.pack:
+            self._look_at_pictures(units, *seen.pictures)
+            if strict and self.report.problems:
+                return False
+            if missing := units.missing():
+                self.say(
+                    f"{out}: {len(missing)} of {units.count} parts of its pictures are others' to look at; run this again when they have"
+                )
+                return False
+            found = np.concatenate([np.load(units.file(number, "npy"), allow_pickle=False) for number in range(units.count)])
+            found = found[np.argsort(found["key"])]
+            broken = {int(key): reason for record in units.records() for key, reason in record["broken"].items()}
+        if strict and self.report.problems:
+            return False
+        writer = _Lines(source, out, self.options.pack, found, broken, frozenset(seen.repeats))
+        progress = Progress(self.say, "rows", len(source) / self.of, "groups")
+        for number in files.missing(self.shard, self.of):
+            self._write_rows(files, number, writer, progress)
+        if strict and self.report.problems:
+            return False
+        if missing := files.missing():
+            self.say(f"{out}: {len(missing)} of {files.count} files of rows are others' to write; who comes last ends the store")
+            return False
+        return self._end(units, files, found)
+
+    def _look_at_pictures(self, units: _Files, keys: Array, places: Array) -> None:
+        progress = Progress(self.say, "pictures", int((places // PICTURED % self.of == self.shard).sum()), "pictures")
+        for number in units.missing(self.shard, self.of):
+            within = places // PICTURED == number
+            found, broken, problems = list[tuple[Any, ...]](), dict[int, str](), list[str]()
+            tar = _Summed.of(self.out / f"{units.name(number)}.tar") if self.options.pack else contextlib.nullcontext()
+            wanted = opened_pictures(
+                self.source,
+                keys[within],
+                places[within],
+                self.options.max_pixels,
+                self.scan,
+                self._known(units.file(number, "npy")),
+                contents=self.options.pack,
+            )
+            try:
+                with tar as written:
+                    for k, each in enumerate(progress.over(wanted)):
+                        key = picture_key(each.path)
+                        if isinstance(each.found, str):
+                            broken[key] = each.found
+                            problems.append(f"{self.source.where(each.group)}: {each.found}")
+                        elif written is None:
+                            found.append((key, key_of(each.path, self.source.roots[0]), 0, 0, tuple(each.found)))
+                        else:
+                            start = _add(written, f"{number:05}-{k:07}", each.path, each.content)
+                            name = key_of(self.out / part_name(written.path.name, start, len(each.content)), self.out)
+                            found.append((key, name, number, start, tuple(each.found._replace(mtime=0))))
+                    if written is not None:
+                        written.write(bytes(2 * tarfile.BLOCKSIZE))
+                        written.write(bytes(-written.size % tarfile.RECORDSIZE))
+            finally:  # a call that is stopped leaves what it has found
+                with whole_file(units.file(number, "npy"), shared=True) as handle:
+                    np.save(handle, np.sort(np.array(found, _PLACE), order="key"), allow_pickle=False)
+            if problems and self.options.on_error == "error":  # looked at again by the next call
+                self.report.problems += problems
+            else:
+                units.note(number, written, pictures=len(found), broken=broken)
+
+    def _known(self, left: Path) -> PictureTable | None:
+        """The pictures that need not be opened, with those of a call that was stopped; none where their bytes are wanted."""
+        if self.options.pack:
+            return None
+        tables = [self.known] * (self.known is not None)
+        with contextlib.suppress(OSError, ValueError):
+            found = np.load(left, allow_pickle=False)
+            tables.append(PictureTable(found["key"], found["facts"]))
+        return PictureTables([each for each in tables if each is not None])
+
+    def _write_rows(self, files: _Files, number: int, writer: _Lines, progress: Progress) -> None:
+        """Write a file of rows, its index, and what is to be known of its groups."""
+        places, parts = range(number * ROWS, min((number + 1) * ROWS, len(self.source))), []
+        report = CheckReport(self.report.manifest)
+        with _Summed.of(self.out / f"{files.name(number)}.jsonl") as written:
+            for part in self.scan.over(places, writer, progress):
+                written.write(part.lines)
+                report.add(part.report)
+                parts.append(part)
+        self.report.add(report)
+        if report.problems and self.options.on_error == "error":
+            return
+        identity, keys = joined_part([part.identity for part in parts]), joined_keys([part.keys for part in parts])
+        with whole_file(files.file(number, "npz"), shared=True) as handle:
+            rows = np.concatenate([part.rows for part in parts])
+            np.savez(handle, order=np.frombuffer(identity.order, np.uint8), rows=rows, row_keys=keys.rows, picture_keys=keys.pictures)
+        files.note(
+            number,
+            written,
+            groups=identity.rows,
+            index=index_sum(lines.write_index(written.path)),
+            known=identity.known,
+            sums={name: str(value) for name, value in identity.sums.items()},
+            problems=report.problems,
+        )
+
+    def _end(self, units: _Files, files: _Files, found: Array | None) -> bool:
+        """Write the tables and store.json."""
+        records = files.records()
+        arrays = [np.load(files.file(number, "npz"), allow_pickle=False) for number in range(files.count)]
+        identity = joined_identity(
+            [
+                IdentityPart(
+                    each["groups"], held["order"].tobytes(), each["known"], {name: int(value) for name, value in each["sums"].items()}
+                )
+                for each, held in zip(records, arrays, strict=True)
+            ]
+        )
+        keys = joined_keys([Keys(held["row_keys"], held["picture_keys"]) for held in arrays])
+        rows = np.concatenate([held["rows"] for held in arrays])
+        left_out = len(self.source) - len(rows)
+        if not len(rows):
+            raise DataError(f"{self.report.problems[0]} (and so are all {left_out} groups)")
+        tables = [_written(self.out / ROW_KEYS, keys.rows), _written(self.out / PICTURE_KEYS, keys.pictures)]
+        if found is not None:
+            order = np.argsort(found["name"], kind="stable")
+            table = PictureTable(found["name"][order], found["facts"][order])
+            with _Summed.of(self.out / PICTURES) as written:
+                for part in table.parts():
+                    written.write(part)
+            tables.append(written.record())
+        if self.source.together is not None:
+            firsts = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(rows))
+            tables.append(_written(self.out / TOGETHER, firsts.astype("<u4")))
+        if left_out:
+            problems = dict.fromkeys([*self.report.problems, *itertools.chain(*(each["problems"] for each in records))])
+            with _Summed.of(self.out / LEFT_OUT) as written:
+                for problem in problems:
+                    written.write(json.dumps({"problem": problem}, ensure_ascii=False).encode() + b"\n")
+            tables.append(written.record())
+        shown = ("file", "bytes", "sha256", "groups", "index", "pictures")
+        record = {
+            "schema": SCHEMA,
+            "groups": len(rows),
+            "source": self.stamp,
+            "of": without_secrets(str(self.source.path)),
+            "format": self.source.format,
+            "roots": [os.path.abspath(root) for root in self.source.roots],
+            "identity": identity,
+            "found": {
+                "images": self.report.num_images,
+                "false_cells": self.report.num_false_cells,
+                "metadata": self.report.unused if self.report.metadata else "",
+                "left_out": left_out,
+            },
+            "rows": [{name: each[name] for name in shown if name in each} for each in records if each["groups"]],
+            "images": [{name: each[name] for name in shown if name in each} for each in units.records()] if self.options.pack else [],
+            "tables": tables,
+        }
+        for left in self.out.glob("*.tmp"):  # by calls that were killed
+            left.unlink(missing_ok=True)
+        replace(self.out / FILE, json.dumps(record, indent=1).encode(), shared=True)
+        return True
+
+
+# Rows --------------------------------------------------------------------------------------------------------------------------------
+
+
+class _Chunk(NamedTuple):
+    """The lines of some groups, and what is known of them; ``rows`` has the source's row of each."""
+
+    lines: bytes
+    rows: Array
+    identity: IdentityPart
+    keys: Keys
+    report: CheckReport
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Writes a chunk of groups, without those that cannot be used."""
+
+    source: GroupStore
+    out: Path
+    packed: bool
+    found: Array | None
+    broken: Mapping[int, str]
+    repeats: frozenset[int]
+
+    def __call__(self, places: Sequence[int], done: Done) -> _Chunk:
+        report, written, groups, kept = CheckReport(str(self.source.path)), list[bytes](), list[CounterfactualGroup](), list[int]()
+        table = None if self.found is None else PictureTable(self.found["key"], self.found["facts"])
+        root = Path(os.path.abspath(self.out if self.packed else self.source.roots[0]))
+        for index, group in self.source.entries(places):
+            done()
+            if isinstance(group, DataError) or index in self.repeats:  # reported with the rows
+                continue
+            try:
+                line = self._line(group, table, root)
+            except DataError as error:
+                report.problems.append(f"{self.source.where(index)}: {error}")
+                continue
+            note_characters(report, group, partial(self.source.where, index))
+            written.append(line)
+            groups.append(group)
+            kept.append(index)
+        rows, together = np.array(kept, np.int64), self.source.together
+        if together is not None:
+            rows = np.searchsorted(together, rows, "right") - 1
+        return _Chunk(b"".join(written), rows, identity_part(groups, self.source.roots, table), keys_of(groups, table), report)
+
+    def _line(self, group: CounterfactualGroup, table: PictureTable | None, root: Path) -> bytes:
+        for picture in itertools.chain(*group.images):
+            if self.broken and (reason := self.broken.get(picture_key(picture))) is not None:
+                raise DataError(f"group {group.id!r}: {reason}")
+        if table is not None and (problem := next(equal_images(group, table), None)) is not None:
+            raise DataError(problem)
+        named = dataclasses.replace(group, images=tuple(tuple(map(self._named, image)) for image in group.images))
+        line = json.dumps(to_row(named, root), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+        if len(line) > lines.MAX_LINE:
+            raise DataError(f"the row has more than {lines.MAX_LINE} bytes; split it")
+        return line
+
+    def _named(self, picture: Path) -> Path:
+        """The path of a picture, in the store where it is packed."""
+        if not self.packed:
+            return Path(os.path.abspath(picture))
+        assert self.found is not None
+        key = np.uint64(picture_key(picture))
+        at = int(self.found["key"].searchsorted(key))
+        if at == len(self.found) or (place := self.found[at])["key"] != key:
+            raise DataError(
+                f"{picture}: the picture is not packed; the data set was written meanwhile: remove the store and prepare it again"
+            )
+        name = part_name(f"images-{int(place['tar']):05}.tar", int(place["start"]), int(place["facts"]["size"]))
+        return Path(os.path.abspath(self.out / name))
+
+
+# Files -------------------------------------------------------------------------------------------------------------------------------
+
+
+class _Files:
+    """Files of one kind, and what was noted of each when it was whole."""
+
+    def __init__(self, work: Path, kind: str, count: int) -> None:
+        self._work, self._kind, self.count = work, kind, count
+
+    def name(self, number: int) -> str:
+        """``kind-00007``."""
+        return f"{self._kind}-{number:05}"
+
+    def file(self, number: int, suffix: str) -> Path:
+        """What is noted of a file."""
+        return self._work / f"{self.name(number)}.{suffix}"
+
+    def missing(self, shard: int = 0, of: int = 1) -> list[int]:
+        """The files of a shard that are not whole."""
+        return [number for number in range(self.count)[shard::of] if not self.file(number, "json").exists()]
+
+    def note(self, number: int, written: _Summed | None, **more: Any) -> None:
+        """A file is whole."""
+        record = {**({} if written is None else written.record()), **more}
+        replace(self.file(number, "json"), json.dumps(record).encode(), shared=True)
+
+    def records(self) -> list[Any]:
+        """What was noted."""
+        return [read_json(self.file(number, "json")) for number in range(self.count)]
+
+
+def _begun(source: GroupStore, out: Path, stamp: str) -> Path:
+    """The folder of what is under way. Raises ConfigError where the store is of other data, or no store."""
+    refuse_link(out, "name the folder itself with --out")
+    work, whole, file = out / PARTS, out / FILE, out / BEGUN
+    if out.exists() and not (file.is_file() or whole.is_file()) and (not out.is_dir() or _holds_something(out)):
+        raise ConfigError(f"{out} is there and no store; name another folder with --out")
+    if not whole.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            replace(file, json.dumps({"source": stamp}).encode(), shared=True)
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+        if read_json(whole if whole.is_file() else file)["source"] == stamp:
+            return work
+    raise ConfigError(
+        f"{out} was prepared from another state of {source.path}, or with other options; remove it, or name another with --out"
+    )
+
+
+def _holds_something(out: Path) -> bool:
+    """Whether a folder holds more than a call leaves that was killed, or is, before it has written anything: in the end that is removed."""
+    return any(
+        each.relative_to(out) != Path(PARTS) and not each.name.endswith(".tmp") for each in (*out.iterdir(), *(out / PARTS).glob("*"))
+    )
+
+
+def _add(tar: _Summed, name: str, path: Path, content: bytes) -> int:
+    """Add a picture to a tar; returns where its bytes begin."""
+    suffix = path.suffix.lower()
+    member = tarfile.TarInfo(f"{name}{suffix if suffix in _SUFFIXES else ''}")
+    member.size = len(content)
+    tar.write(member.tobuf(tarfile.USTAR_FORMAT))
+    start = tar.size
+    tar.write(content)
+    tar.write(bytes(-len(content) % tarfile.BLOCKSIZE))
+    return start
+
+
+def _written(file: Path, array: Array) -> dict[str, Any]:
+    """Write an array; returns the record of its file."""
+    with _Summed.of(file) as written:
+        np.lib.format.write_array(written, array, allow_pickle=False)
+    return written.record()
+
+
+class _Summed:
+    """A file that is written, its size and its sum."""
+
+    def __init__(self, path: Path, handle: IO[bytes]) -> None:
+        self.path, self._handle, self._sum, self.size = path, handle, hashlib.sha256(), 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, path: Path) -> Iterator[_Summed]:
+        """A file that appears whole at the end of the block."""
+        with whole_file(path, shared=True) as handle:
+            yield cls(path, handle)
+
+    def write(self, data: bytes) -> None:
+        """Write data."""
+        self._handle.write(data)
+        self._sum.update(data)
+        self.size += len(data)
+
+    def record(self) -> dict[str, Any]:
+        """Name, size and sum of what was written."""
+        return {"file": self.path.name, "bytes": self.size, "sha256": self._sum.hexdigest()}
