@@ -1,13 +1,12 @@
-"""Data of any size: indexing, opening, starting, reading and resuming, each in processes of its own, beside the targets that they have.
+"""Data of any size: preparing, opening, starting, reading and resuming, each in processes of its own, beside the targets that they have.
 
-    python benchmarks/data.py FOLDER                       # ten thousand, a million and ten million rows: 6 GB in FOLDER, about ten minutes
-    python benchmarks/data.py FOLDER --rows 10000 100000   # less of it
+    python benchmarks/data.py FOLDER                            # ten thousand and a million rows: 2 GB in FOLDER, about ten minutes
+    python benchmarks/data.py FOLDER --rows 10000 10000000      # an hour more
 
 Rows have two pictures out of a thousand and two texts. Seconds are of the clock, memory is what a process has for itself: pages of
-mapped files, which all processes of a machine share, are not counted. "Start" is what stands between a checked data set and its first
-micro-batch: opening, the map of token counts, the packed sampler with its number of steps, and a batch of groups from a data worker. What a
-first start does with every row (check, identity), packing and reading are measured on a hundred thousand rows. Prints the table of
-RESULTS.md.
+mapped files, which all processes of a machine share, are not counted; that of preparing is the largest resident size of a process.
+"Start" is what stands between a store and the first micro-batch of a run: opening, the map of token counts, the packed sampler with its
+number of steps, and a batch of groups from a data worker. Prints the table of RESULTS.md.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -31,15 +31,12 @@ from torch.utils.data import DataLoader
 
 from cfvlm_ds.core.distributed import apart
 from cfvlm_ds.core.files import remove
-from cfvlm_ds.data import GroupSampler, PackedSampler, check_rows, open_groups
-from cfvlm_ds.data.identity import store_identity
-from cfvlm_ds.data.lines import index_files
-from cfvlm_ds.data.pack import pack
-from cfvlm_ds.data.passes import Scan
+from cfvlm_ds.data import GroupSampler, PackedSampler, open_groups
+from cfvlm_ds.data.prepare import PrepareOptions, prepare
 from cfvlm_ds.data.store import Unraised
 
-SIZES = (10_000, 1_000_000, 10_000_000)
-PICTURES, LOOKED_AT, READ = 1000, 100_000, 50_000
+SIZES = (10_000, 1_000_000)
+PICTURES, READ = 1000, 50_000
 STEP = 64  # groups of all ranks
 
 
@@ -54,34 +51,25 @@ def main() -> None:
         print(json.dumps(PARTS[name](arguments.folder, *rest)))
         return
     folder, sizes = arguments.folder, sorted(arguments.rows)
-    some = min(LOOKED_AT, sizes[-1])
-    for number in sorted({some, *sizes}):
-        said(f"{number:,} rows are written", make, folder, number)
     for number in sizes:
-        for file in index_files(folder / f"{number}.jsonl"):
-            file.unlink(missing_ok=True)
-    indexed = [said(f"{number:,} rows: index", fresh, folder, "opening", number) for number in sizes]
+        said(f"{number:,} rows are written", make, folder, number)
+        remove(folder / f"{number}.store")
+    prepared = [said(f"{number:,} rows: prepare", fresh, folder, "preparing", number) for number in sizes]
     opened = [said(f"{number:,} rows: opening", fresh, folder, "opening", number) for number in sizes]
     started = [said(f"{number:,} rows: start", fresh, folder, "starting", number) for number in sizes]
-    looked = said(f"{some:,} rows: check", fresh, folder, "checking", some)
-    packed = said(f"{some:,} rows: packing", fresh, folder, "packing", some)
-    read = said(f"{some:,} rows: reading", fresh, folder, "reading")
+    read = said(f"{sizes[-1]:,} rows: reading", fresh, folder, "reading", sizes[-1])
     went_on = said(f"{sizes[-1]:,} rows: killed and resumed", resumed, folder, sizes[-1])
     table(sizes, [
-        ("index, made once: s", [each["s"] for each in indexed], "60 for 10 M"),
-        ("opening with it: s", [each["s"] for each in opened], "2"),
+        ("prepare, once: s", [each["s"] for each in prepared], "360 for 1 M"),
+        ("memory of it: MB", [each["mb"] for each in prepared], "1,000"),
+        ("opening the store: s", [each["s"] for each in opened], "1 for 1 M, 2 for 10 M"),
         ("memory of it: MB", [each["mb"] for each in opened], "500"),
         ("a row at random: us", [each["row_us"] for each in opened], ""),
         ("start: s", [each["s"] for each in started], ""),
         ("start, more than with the fewest rows: s", [each["s"] - started[0]["s"] for each in started], "10 % of a first step"),
         ("memory, more than with the fewest rows: MB", [each["mb"] - started[0]["mb"] for each in started], "20"),
     ])  # fmt: skip
-    table([some], [
-        ("rows looked at: s per million", [looked["rows"]], ""),
-        ("identity: s per million", [looked["identity"]], ""),
-        ("packing: s per million", [packed["s"]], ""),
-        ("shuffled rows of the packed store, one worker: per s", [read["rows"]], "at least 5,000"),
-    ])  # fmt: skip
+    table(sizes[-1:], [("shuffled rows of the store, one worker: per s", [read["rows"]], "at least 5,000")])
     print(f"2 ranks of {sizes[-1]:,} rows killed, resumed on 1 and on 4: the same groups in the same order as undisturbed: {went_on}")
 
 
@@ -143,10 +131,20 @@ def private_mb() -> float:
     return sum(int(line.split()[1]) for line in found if line.startswith("Anonymous")) / 1000
 
 
-def opening(folder: Path, rows: str) -> dict[str, float]:
-    """Open, which indexes what has no index; and rows at random."""
-    before, began = private_mb(), time.perf_counter()
+def preparing(folder: Path, rows: str) -> dict[str, float]:
+    """Check and write a store, on all cores."""
+    began = time.perf_counter()
     groups = open_groups(folder / f"{rows}.jsonl")
+    report, whole = prepare(groups, folder / f"{rows}.store", rows, PrepareOptions(), str)
+    assert whole, report
+    used = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {"s": time.perf_counter() - began, "mb": used / 1000}
+
+
+def opening(folder: Path, rows: str) -> dict[str, float]:
+    """Open a store; and rows at random."""
+    before, began = private_mb(), time.perf_counter()
+    groups = open_groups(folder / f"{rows}.store")
     seconds = time.perf_counter() - began
     memory = private_mb() - before
     chance, began = random.Random(0), time.perf_counter()
@@ -156,9 +154,9 @@ def opening(folder: Path, rows: str) -> dict[str, float]:
 
 
 def starting(folder: Path, rows: str) -> dict[str, float]:
-    """From a checked data set to the first micro-batch of groups."""
+    """From a store to the first micro-batch of groups."""
     before, began = private_mb(), time.perf_counter()
-    groups, tokens = open_groups(folder / f"{rows}.jsonl"), np.load(folder / f"{rows}.npy", mmap_mode="r")
+    groups, tokens = open_groups(folder / f"{rows}.store"), np.load(folder / f"{rows}.npy", mmap_mode="r")
     sampler = PackedSampler(tokens=tokens, max_tokens=8192, gradient_accumulation_steps=2, rank=0, world_size=4, seed=0)
     sampler.num_steps(1.0)
     loader: Any = DataLoader(groups, batch_sampler=sampler, collate_fn=list, num_workers=1, generator=apart())  # type: ignore[arg-type]
@@ -166,31 +164,9 @@ def starting(folder: Path, rows: str) -> dict[str, float]:
     return {"s": time.perf_counter() - began, "mb": private_mb() - before}
 
 
-def checking(folder: Path, rows: str) -> dict[str, float]:
-    """What a first start does with every row, on all cores, in seconds per million; pictures and texts are beside."""
-    groups, found = open_groups(folder / f"{rows}.jsonl"), {}
-    works: dict[str, Callable[[], object]] = {
-        "rows": lambda: check_rows(groups, progress=str),
-        "identity": lambda: store_identity(groups, None, Scan()),
-    }
-    for name, work in works.items():
-        began = time.perf_counter()
-        work()
-        found[name] = (time.perf_counter() - began) / len(groups) * 1e6
-    return found
-
-
-def packing(folder: Path, rows: str) -> dict[str, float]:
-    """Pack some rows, in seconds per million: their thousand pictures take none of it."""
-    remove(folder / "store")
-    began = time.perf_counter()
-    pack(groups := open_groups(folder / f"{rows}.jsonl"), folder / "store", str, max_pixels=10**6)
-    return {"s": (time.perf_counter() - began) / len(groups) * 1e6}
-
-
-def reading(folder: Path) -> dict[str, float]:
-    """Rows of a shuffled epoch of the packed store that one data worker gives."""
-    groups = open_groups(folder / "store")
+def reading(folder: Path, rows: str) -> dict[str, float]:
+    """Rows of a shuffled epoch that one data worker gives."""
+    groups = open_groups(folder / f"{rows}.store")
     sampler = GroupSampler(num_groups=len(groups), groups_per_micro_batch=8, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
     loader: Any = DataLoader(
         Unraised(groups),  # type: ignore[arg-type]  # as a training has them
@@ -252,7 +228,7 @@ def consumed(folder: Path, rows: int, world: int, first: int, last: int) -> list
 def consuming(folder: Path, *given: str) -> dict[str, float]:
     """A rank: it starts at a step as if a checkpoint had said so, and writes the groups of each step that it has consumed."""
     rows, world, rank, first, last = map(int, given[:5])
-    groups = open_groups(folder / f"{rows}.jsonl")
+    groups = open_groups(folder / f"{rows}.store")
     sampler = GroupSampler(
         num_groups=len(groups),
         groups_per_micro_batch=STEP // world,
@@ -269,9 +245,7 @@ def consuming(folder: Path, *given: str) -> dict[str, float]:
     return {}
 
 
-PARTS: dict[str, Callable[..., dict[str, float]]] = {
-    part.__name__: part for part in (opening, starting, checking, packing, reading, consuming)
-}
+PARTS: dict[str, Callable[..., dict[str, float]]] = {part.__name__: part for part in (preparing, opening, starting, reading, consuming)}
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")

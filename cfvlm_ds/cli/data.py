@@ -11,7 +11,7 @@ from cfvlm_ds.cli import looking, making
 from cfvlm_ds.cli.options import add_command, add_data_options, add_fields, add_model_options, model_of, positive, values_of
 from cfvlm_ds.cli.train import build
 from cfvlm_ds.core.config import BuildConfig, ScenesConfig
-from cfvlm_ds.core.errors import DataError, StorageError, unwritten
+from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.secrets import print_line
 
 if TYPE_CHECKING:
@@ -56,9 +56,11 @@ def add(commands: Any) -> None:
     making.add(data)
     example = "cfvlm-ds data prepare groups.jsonl --out STORE --pack"
     command = add_command(data, "prepare", _prepare, "check a data set and write it as a store, which training opens", example)
-    command.add_argument("manifest")
-    text = "folder to write; what an earlier call has prepared is not prepared again"
-    command.add_argument("--out", required=True, metavar="FOLDER", help=text)
+    command.add_argument("manifest", nargs="?", help="any data of a known format")
+    text = "configuration of a run, in place of a manifest: all of its data are prepared in its folder, as its first start would do"
+    command.add_argument("--config", metavar="RUN.yaml", help=text)
+    command.add_argument("--out", metavar="FOLDER", help="folder to write; what an earlier call has prepared is not prepared again")
+    command.add_argument("--limit", type=positive, metavar="N", help="the first N groups alone")
     command.add_argument(
         "--pack", action="store_true", help="copy the pictures into tars of the store; otherwise rows name them where they are"
     )
@@ -100,15 +102,20 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+    if arguments.config is not None:
+        _prepare_run(arguments.config)
+        return
+    if arguments.manifest is None or arguments.out is None:
+        raise ConfigError("name a manifest and --out FOLDER, or --config RUN.yaml")
     from cfvlm_ds.data import data_roots, open_groups
     from cfvlm_ds.data.containers.hub import fetched
     from cfvlm_ds.data.prepare import PrepareOptions, prepare, source_stamp, source_state
 
-    out, (shard, of) = Path(arguments.out), arguments.shard
+    out, (shard, of), limit = Path(arguments.out), arguments.shard, arguments.limit
     options = PrepareOptions(arguments.pack, True, arguments.max_pixels, arguments.on_error)
-    groups = open_groups(arguments.manifest, arguments.root, arguments.format, progress=print_line)
+    groups = open_groups(arguments.manifest, arguments.root, arguments.format, limit=limit, progress=print_line)
     path = fetched(arguments.manifest)
-    stamp = source_stamp(path, source_state(path), data_roots(path, arguments.root), groups.format, None, options)
+    stamp = source_stamp(path, source_state(path), data_roots(path, arguments.root), groups.format, limit, options)
     try:
         report, whole = prepare(groups, out, stamp, options, print_line, shard=shard, of=of)
     except OSError as error:
@@ -119,6 +126,19 @@ def _prepare(arguments: argparse.Namespace) -> None:
             _refuse(report)
     if whole:
         print(f"prepared {len(open_groups(out))} groups in {out}: a data set by this name, as data.train for instance")
+
+
+def _prepare_run(config: str) -> None:
+    import torch
+
+    from cfvlm_ds.core.distributed import World
+    from cfvlm_ds.core.parsing import parse_config
+    from cfvlm_ds.objectives import OBJECTIVES
+    from cfvlm_ds.training.run import prepare
+
+    run = parse_config(["--config", config], OBJECTIVES)
+    prepare(run, World(0, 1, 0, torch.device("cpu")))
+    print(f"prepared the data of {config} in {run.train.output_dir}/prepared")
 
 
 def _refuse(report: CheckReport) -> None:

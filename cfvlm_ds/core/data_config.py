@@ -72,8 +72,8 @@ class DataConfig:
     """Training and evaluation data.
 
     Args:
-        train: manifest of counterfactual groups, a store made by ``cfvlm-ds data pack``, or any data of a known format: JSON lines, a JSON
-            list, CSV, TSV, Parquet, a saved data set, tars; a file, a folder, or a pattern of files; or a list of
+        train: manifest of counterfactual groups, a store made by ``cfvlm-ds data prepare``, or any data of a known format: JSON lines, a
+            JSON list, CSV, TSV, Parquet, a saved data set, tars; a file, a folder, or a pattern of files; or a list of
             {path: ..., weight: ...}, a mixture of sources, each with its own root, format, limit, objectives and scores (docs/mixtures.md).
         stopping_strategy: an epoch of a mixture ends when ``all_exhausted`` sources have been seen whole, the smaller ones again and again
             meanwhile, or when the ``first_exhausted`` has.
@@ -86,7 +86,7 @@ class DataConfig:
             to the first of them that has the file; what a path leads to, through links too, must be inside one of them.
         scores: file written by ``cfvlm-ds score`` with reference and blind log-likelihoods of the training manifest (DPO and PMI need it).
         max_pixels: refuse images with more pixels than this.
-        check: ``full`` opens every image before training starts; ``rows`` checks the manifests only, which suffices for a packed store.
+        check: ``full`` opens every image before training starts; ``rows`` checks the manifests only.
         on_error: what all ranks do when a training group cannot be read, for instance because an image was damaged after the check:
             ``error``, or ``skip`` the whole group. skipped.json in the run folder lists those. What is broken before the run starts is
             refused; ``cfvlm-ds data convert --on_error skip`` leaves it out.

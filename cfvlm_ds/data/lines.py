@@ -84,7 +84,7 @@ class IndexedLines:
     ) -> IndexedLines:
         """The lines of a regular file, whose index is looked for beside it and in the user's cache, and made where there is none.
 
-        ``fixed`` says that the file is not written any more, as those of a packed store: it may have been copied, with other times.
+        ``fixed`` says that the file is not written any more, as those of a store: it may have been copied, with other times.
         Raises OSError, and ValueError without the file's name, where the file cannot be read.
         """
         held = HeldFile(path)

@@ -64,7 +64,7 @@ class GroupStore(Sequence[CounterfactualGroup]):
 
     @property
     def together(self) -> npt.NDArray[Any] | None:
-        """Number of groups before each row, and in all, where a row has several: of a packed store those of the data that were packed."""
+        """Number of groups before each row, and in all, where a row has several: of a store those of the data that were prepared."""
         found: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
         return self.firsts if found is None else found
 

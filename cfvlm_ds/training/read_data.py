@@ -40,7 +40,7 @@ from cfvlm_ds.models import fingerprint, inputs_fingerprint
 from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
 _FOLDER = "prepared"
-_MOST_ROWS = 100_000
+MOST_ROWS = 100_000
 """Groups of a data set that a run prepares itself, while its GPUs wait."""
 Tick = Callable[[], object]
 """Called at least every second in whatever takes long here; may raise in order to leave."""
@@ -50,9 +50,9 @@ Tick = Callable[[], object]
 class RunData:
     """What a run trains on and is evaluated on.
 
-    ``identity`` is that of the training groups, ``identities`` those of the splits. ``pictures`` are those found sound, with which a
-    picture is compared when it is opened; if only rows were checked those of packed stores, or None. ``collator`` is the model's, if the
-    check needed one. ``sources`` are the training sets by name, of which ``groups`` are made; ``benchmarks`` are those of the evaluation.
+    ``identity`` is that of the training groups, ``identities`` those of the splits. ``pictures`` are those of the stores, with which a
+    picture is compared when it is opened; None where none was. ``collator`` is the model's, if lengths were measured. ``sources`` are the
+    training sets by name, of which ``groups`` are made; ``benchmarks`` are those of the evaluation.
     """
 
     groups: Sequence[CounterfactualGroup]
@@ -72,8 +72,9 @@ class SourceData(NamedTuple):
     identity: Identity
 
 
-def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> RunData:
-    """Open the stores of the training groups and evaluation splits; what is none yet is prepared by rank 0 (cfvlm_ds/data/prepare.py).
+def read_data(config: RunConfig, world: World, tick: Tick = lambda: None, *, most_rows: int | None = MOST_ROWS) -> RunData:
+    """Open the stores of the training groups and evaluation splits; what is none yet is prepared by rank 0 (cfvlm_ds/data/prepare.py),
+    unless it has more than ``most_rows`` groups.
 
     A problem is raised on every rank: ConfigError when no training manifest is named, or a rank is lost, DataError for anything wrong with
     a manifest, an image or a text.
@@ -84,7 +85,7 @@ def read_data(config: RunConfig, world: World, tick: Tick = lambda: None) -> Run
     patience, train_sets, evaluation_sets = Patience(world, tick), data.train_sets, data.evaluation_sets
     if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
         agreed(world, lambda: [str(fetched(path, patience.alive, world.say)) for path in hub], patience)
-    stores = _Stores(config, world, patience)
+    stores = _Stores(config, world, patience, most_rows)
     train = {name: stores.open(each) for name, each in train_sets.items()}
     splits = {name: stores.open(each) for name, each in evaluation_sets.items()}
     sources = {name: SourceData(groups, stored_rows(groups).identity) for name, groups in train.items()}
@@ -193,8 +194,8 @@ class _Stores:
     lengths of its texts and its visual tokens, is noted there too.
     """
 
-    def __init__(self, config: RunConfig, world: World, patience: Patience) -> None:
-        self._config, self._world, self._patience = config, world, patience
+    def __init__(self, config: RunConfig, world: World, patience: Patience, most_rows: int | None) -> None:
+        self._config, self._world, self._patience, self._most_rows = config, world, patience, most_rows
         self._scan = Scan(patience.alive, shield_worker)
         data = config.data
         self._options = PrepareOptions(open_pictures=data.check == "full", max_pixels=data.max_pixels)
@@ -213,7 +214,7 @@ class _Stores:
                 problem += f"; every node must see {self._config.train.output_dir}"
         if problem := next((each for each in gather_objects(problem, self._world) if each), None):
             raise DataError(problem)
-        self._world.say(self._by_rank_0(lambda: self._summary(each, found[0])))
+        self._world.say(self._by_rank_0(lambda: self._summary(each, found[0], prepared is not None)))
         return found[0]
 
     def _by_rank_0(self, function: Callable[[], Any]) -> Any:
@@ -233,16 +234,14 @@ class _Stores:
         stamp = source_stamp(path, state, data_roots(path, each.root), format, each.limit, self._options)
         if (known := _recorded(folder / STORE)).get("source") == stamp and known.get("schema") == SCHEMA:
             return str(folder)
-        groups = open_groups(path, each.root, format, limit=each.limit, scan=self._scan, progress=say)
-        if len(groups) > _MOST_ROWS:
-            options = "".join(
-                f" --{name} {value}"
-                for name, value in (("format", format), ("root", each.root), ("limit", each.limit))
-                if value is not None
-            )
+        groups = self._source(each)
+        if self._most_rows is not None and len(groups) > self._most_rows:
+            roots = [each.root] if isinstance(each.root, str) else each.root or []
+            given = [("format", format), *(("root", root) for root in roots), ("limit", each.limit)]
+            options = "".join(f" --{name} {value}" for name, value in given if value is not None)
             raise DataError(
-                f"{each.path}: has {len(groups)} groups, and a run prepares {_MOST_ROWS} of a data set itself; run "
-                f"`cfvlm-ds data prepare {each.path}{options} --out {path}.store` first, and train on {path}.store"
+                f"{each.path}: has {len(groups)} groups, and a run prepares {self._most_rows} of a data set itself; run "
+                f"`cfvlm-ds data prepare {each.path}{options} --out {each.path}.store` first, and name {each.path}.store in its place"
             )
         before = None
         with contextlib.suppress(OSError, ValueError):  # of an earlier state of the data set
@@ -257,6 +256,11 @@ class _Stores:
             raise DataError(f"{each.path}: the manifest was written while it was checked; start again when it is whole")
         return str(folder)
 
+    def _source(self, each: DataSet) -> GroupStore:
+        """The groups of a data set that is no store, whose problems are named by its own rows."""
+        format = each.format or self._config.data.format
+        return open_groups(each.path, each.root, format, limit=each.limit, scan=self._scan, progress=self._world.say)
+
     def _refuse(self, each: DataSet, report: CheckReport) -> None:
         """Raise DataError for the first problem of a data set."""
         if not report.problems:
@@ -266,7 +270,7 @@ class _Stores:
         others = f" ({more} more: see `cfvlm-ds data check {each.path}`)" if more else ""
         raise DataError(report.problems[0] + remedy * (self._config.data.on_error == "skip") + others)
 
-    def _summary(self, each: DataSet, groups: GroupStore) -> str:
+    def _summary(self, each: DataSet, groups: GroupStore, prepared: bool) -> str:
         """What a data set holds, in a line. Raises DataError for a text or an image that the model cannot take."""
         store, config = stored_rows(groups), self._config
         summary = f"{each.path}: {len(groups)} groups"
@@ -278,7 +282,7 @@ class _Stores:
         key, known = self._measured_by(store), _recorded(file)
         if known.get("key") != key:
             self.collator = self.collator or load_collator(config.model, "full", config.data.max_pixels)
-            report = check_texts(groups, self.collator, store.pictures, self._world.say, self._scan)
+            report = check_texts(self._source(each) if prepared else groups, self.collator, store.pictures, self._world.say, self._scan)
             self._refuse(each, report)
             known = {"key": key, "visual_tokens": report.visual_range}
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,15 @@ def train(config: RunConfig, world: World | None = None) -> None:
             _run(config, world)
 
 
+def prepare(config: RunConfig, world: World) -> None:
+    """Prepare the data of a run as its first start would: stores of what is none, lengths of texts, token counts. Raises as ``train``."""
+    validate(config, world)
+    with _locked(Path(config.train.output_dir), world, options=config.resolved):
+        data = read_data(config, world, most_rows=None)
+        collator = data.collator or load_collator(config.model, "full", config.data.max_pixels)
+        _tokens(config, world, data, collator.of_run(required_cells(config.objective), None, data.pictures))
+
+
 _LEFT = {
     signals.EXIT_STOPPED: "stopped: a signal asked for it; the same command continues",
     signals.EXIT_INTERRUPTED: "ended by a second Ctrl-C; the same command continues from the last checkpoint",
@@ -163,16 +172,20 @@ def _read_scores(config: RunConfig, data: RunData, made_by: dict[str, str], worl
     return ScoresOfSources(found) if config.data.is_mixture else next(iter(found.values()))
 
 
+def _tokens(config: RunConfig, world: World, data: RunData, collator: Collator) -> Any:
+    """Tokens of every group, where the configuration limits them."""
+    if not (config.data.max_tokens_per_micro_batch or config.data.max_tokens_per_forward):
+        return None
+    known = data.identity.get("pictures") is not None  # else a picture may have another size tomorrow
+    depends_on = (lambda: [dict(data.identity), inputs_fingerprint(config.model)]) if known else None
+    where: dict[str, Any] = {"folder": Path(config.train.output_dir) / "prepared", "depends_on": depends_on}
+    if not config.data.is_mixture and is_store(Path(str(config.data.train))):
+        where["shared"] = Path(str(config.data.train)) / "tokens"
+    return group_tokens(data.groups, collator, config.data, world, data.pictures, **where)
+
+
 def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator) -> GroupSampler:
-    options, limit = config.train, config.data.max_tokens_per_micro_batch
-    counted = limit or config.data.max_tokens_per_forward
-    if counted:
-        known = data.identity.get("pictures") is not None  # else a picture may have another size tomorrow
-        depends_on = (lambda: [dict(data.identity), inputs_fingerprint(config.model)]) if known else None
-        where: dict[str, Any] = {"folder": Path(options.output_dir) / "prepared", "depends_on": depends_on}
-        if not config.data.is_mixture and is_store(Path(str(config.data.train))):
-            where["shared"] = Path(str(config.data.train)) / "tokens"
-        tokens = group_tokens(data.groups, collator, config.data, world, data.pictures, **where)
+    options, limit, tokens = config.train, config.data.max_tokens_per_micro_batch, _tokens(config, world, data, collator)
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "seed": options.seed}
     place["gradient_accumulation_steps"] = options.gradient_accumulation_steps
     rows = [_rows_of(each.groups) for each in data.sources.values()]

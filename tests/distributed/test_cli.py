@@ -52,7 +52,7 @@ COMMANDS = [
     ["data", "formats"],
     ["data", "convert"],
     ["data", "download"],
-    ["data", "pack"],
+    ["data", "prepare"],
     *(["data", name] for name in ("propose", "edit", "verify", "select", "audit", "run", "status")),
     ["tiny"],
     ["score"],

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from cfvlm_ds.data.pack import pack
 from conftest import losses, run_ranks, run_trainings, train_arguments
+from stores import preparing
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.data import PackedSampler, open_groups
+from cfvlm_ds.data import PackedSampler
 
 LIMIT = 8192
 RNG = random.Random(0)
@@ -120,7 +120,7 @@ def packed(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest
     one = run_trainings(
         1, arguments("one", *accumulated, "--train.save_steps", "2", "--train.save_total_limit", "9"), said=out / "said-one"
     )
-    assert pack(open_groups(manifests["train"]), out / "store", str, max_pixels=10**6)
+    assert preparing(manifests["train"], out / "store", pack=True)
     resumed = [*options, *accumulated, "--train.resume", str(out / "one" / "checkpoint-2")]
     again = run_trainings(1, train_arguments(model_dir, {"train": out / "store"}, out / "again", *resumed), said=out / "said-again")
     two = run_trainings(2, arguments("two"), said=out / "said-two")
@@ -128,7 +128,7 @@ def packed(model_dir: Path, manifests: dict[str, Path], tmp_path_factory: pytest
 
 
 def test_packed_training_is_the_same_on_two_ranks_and_after_a_stop(packed: dict[str, tuple[Path, str]]) -> None:
-    """Two micro-batches on one rank, or one on each of two: fp32, relative 2e-4. Stopped, and resumed on a packed store of the same groups:
+    """Two micro-batches on one rank, or one on each of two: fp32, relative 2e-4. Stopped, and resumed on a store of the same groups:
     bit for bit."""
     expected = losses(packed["one"][0])
     assert len(expected) == 5

@@ -133,7 +133,7 @@ def test_what_was_checked_is_checked_again_under_other_options_only(
 def test_what_is_written_while_it_is_checked_is_looked_at_again(config: RunConfig, data: Path, tmp_path: Path) -> None:
     """A manifest that changes after it was read, or under its old time, is another one; what was read is what a run is recognised by."""
     run = configured(config, tmp_path / "run", train=str(data))
-    before, text = data.stat(), data.read_text()
+    before, text, unchanged = data.stat(), data.read_text(), read_manifest(data)
     flipped = text.replace('["i0", "t1", 0]', '["i0", "t1", 1]', 1)
     assert flipped != text
     ticks: list[int] = []
@@ -147,10 +147,7 @@ def test_what_is_written_while_it_is_checked_is_looked_at_again(config: RunConfi
     with pytest.raises(DataError, match="the manifest was written while it was checked; start again when it is whole"):
         preflight.read_data(run, ONE, write)
     assert data.read_text() == flipped
-    with pytest.raises(
-        DataError, match=r"train.jsonl:1: the row is not the one that was indexed; do not write a data set while it is used"
-    ):
-        first.groups[0]
+    assert list(first.groups) == unchanged, "a run reads what it has prepared"
     second = preflight.read_data(run, ONE)
     assert changes(first.identity, second.identity) == "labels (match)" and list(second.groups) == read_manifest(data)
     data.write_text(text)

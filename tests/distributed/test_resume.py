@@ -144,5 +144,5 @@ def test_a_refused_start_leaves_the_run_as_it_was(name: str, trained: tuple[Path
     assert len(raised) == 2 and raised[0] == raised[1] and raised[0].startswith(("ConfigError: ", "DataError: ", "OtherData: ")), said
     assert REFUSED[name] in raised[0]
     (changed,) = [line.removeprefix("changed ") for line in said if line.startswith("changed ")]
-    cache = [file for file in ast.literal_eval(changed) if file.startswith("data_check")]  # what is known of data and pictures
+    cache = [file for file in ast.literal_eval(changed) if file.startswith("prepared")]  # what is known of data and pictures
     assert ast.literal_eval(changed) == (cache if name in ("data", "never") else [])  # the second looks again after the other data

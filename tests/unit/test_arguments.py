@@ -95,7 +95,7 @@ def test_wrong_arguments_are_one_sentence(arguments: str, sentence: str, here: P
     "arguments",
     [
         "score model _", "score _ a.jsonl", "score model a.jsonl --out _", "evaluate model a.jsonl _", "data check a.jsonl --root _",
-        "data view _", "data convert _ --out b", "compare model _", "init _", "lmms_args _", "export _", "data pack a.jsonl --out _",
+        "data view _", "data convert _ --out b", "compare model _", "init _", "lmms_args _", "export _", "data prepare a.jsonl --out _",
     ],
 )  # fmt: skip
 def test_an_empty_argument_is_no_folder(arguments: str, here: Path, ended: Callable[..., str]) -> None:

@@ -232,9 +232,9 @@ OPTIONS = "{model: {}, data: {}, train: {}, tracking: {}, build: {}, objective: 
 
 
 def test_a_run_does_not_begin_among_somebodys_files(tmp_path: Path) -> None:
-    for name in ("slurm", "data_check", "heartbeat", "scenes", "features"):
+    for name in ("slurm", "prepared", "heartbeat", "scenes", "features"):
         (tmp_path / name).mkdir()
-    for name in ("train-17.log", ".notes", "data_check.json"):
+    for name in ("train-17.log", ".notes"):
         (tmp_path / name).touch()
     data = {"train": [{"path": str(tmp_path / "scenes" / "train.jsonl")}], "feature_cache": str(tmp_path / "features")}
     with _locked(tmp_path, ONE, options={"data": data}):
